@@ -1,0 +1,1 @@
+"""Text in, statistics out: corpora, streaming observers, the passes that gather what folding needs."""

@@ -1,0 +1,1 @@
+"""The command line: options to a recipe, one call, an exit code."""

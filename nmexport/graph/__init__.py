@@ -1,0 +1,1 @@
+"""ONNX only: the op contract, function bodies, passes, checks. No torch here."""

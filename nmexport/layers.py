@@ -1,0 +1,79 @@
+"""`layers.json`: the sparsified linears of a model, as data that every stage after calibration reads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Literal
+
+from nmexport.errors import ArtifactError
+from nmexport.sparsity.pattern import NMPattern
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SCHEMA = 1
+FILENAME = "layers.json"
+
+Phases = Literal["all", "prefill", "decode"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """One target linear, and what its NMLinear node will carry.
+
+    Which optional inputs a node has is read from the tensors of the fold artifact: `<name>.W [K, O]`,
+    and where present `<name>.bias [O]`, `<name>.shift [1] or [K]`, `<name>.shift_weight [O]`,
+    `<name>.score_scale [K]`, `<name>.channel_order [K]`.
+    """
+
+    name: str
+    """Dotted module name in the Hugging Face model."""
+    in_features: int
+    out_features: int
+    pattern: str
+    """N:M."""
+    criterion: str
+    mitigations: tuple[str, ...] = ()
+    grouping: str = "consecutive"
+    phase: Phases = "all"
+    dynamic_shift: bool = False
+    variance_correction: bool = False
+    has_bias: bool = False
+    """The dense linear has a bias of its own."""
+    relative_error: float | None = None
+    """Calibrated `||y_sparse - y_dense|| / ||y_dense||` on the dense model's activations."""
+
+    @property
+    def nm(self) -> NMPattern:
+        """The parsed pattern."""
+        return NMPattern.parse(self.pattern)
+
+
+def write_layers(folder: Path, layers: list[LayerSpec]) -> None:
+    """Write `layers.json`."""
+    document = {"schema": SCHEMA, "layers": [asdict(layer) for layer in layers]}
+    (folder / FILENAME).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def read_layers(folder: Path) -> list[LayerSpec]:
+    """Read `layers.json`.
+
+    Raises:
+        ArtifactError: if it is missing, malformed, or of another schema.
+    """
+    path = folder / FILENAME
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["schema"] != SCHEMA:
+            raise ArtifactError(
+                f"{path} has schema {document['schema']}.", allowed=f"schema {SCHEMA}"
+            )
+        return [
+            LayerSpec(**{**row, "mitigations": tuple(row["mitigations"])})
+            for row in document["layers"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"{path} cannot be read: {error}", fix="rebuild the stage with --force"
+        ) from error

@@ -1,0 +1,1 @@
+"""Hugging Face models: finding, loading, swapping linears, tracing to ONNX."""

@@ -1,0 +1,16 @@
+"""Where the data files that travel with the package lie: recipes and the op contract."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+# An installed package carries its data inside; a source tree keeps it at the top, where people look.
+_INSTALLED = _PACKAGE / "_resources"
+_SOURCE = {"recipes": "recipes", "contract.json": "plugins/contract.json"}
+
+
+def resource_path(name: str) -> Path:
+    """Path of `recipes` (a folder) or `contract.json` (a file)."""
+    installed = _INSTALLED / name
+    return installed if installed.exists() else _PACKAGE.parent / _SOURCE[name]

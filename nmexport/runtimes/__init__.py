@@ -1,0 +1,1 @@
+"""Executors of an exported model behind one small interface."""

@@ -1,0 +1,1 @@
+"""The method in torch, with no input or output: patterns, criteria, masks, mitigations, modules."""

@@ -1,0 +1,29 @@
+"""What every stage is handed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from nmexport.environment import Environment
+    from nmexport.models.source import ModelSource
+    from nmexport.progress import Progress
+    from nmexport.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageInputs:
+    """Everything a stage may read, and the one folder it may write."""
+
+    recipe: Recipe
+    source: ModelSource
+    environment: Environment
+    progress: Progress
+    output: Path
+    """The artifact folder to fill (a `.partial-<pid>` one: the pipeline renames it)."""
+    upstream: Mapping[str, Path] = field(default_factory=dict)
+    """Finished artifact folders of the stages named in `UPSTREAM`."""

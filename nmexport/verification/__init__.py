@@ -1,0 +1,1 @@
+"""Accuracy, parity, latency, gates, and the report that shows them."""
