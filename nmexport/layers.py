@@ -1,4 +1,4 @@
-"""`layers.json`: the sparsified linears of a model, as data that every stage after calibration reads."""
+"""`layers.json`: the sparsified linears of a model, as data for every stage after calibration."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Phases = Literal["all", "prefill", "decode"]
 class LayerSpec:
     """One target linear, and what its NMLinear node will carry.
 
-    Which optional inputs a node has is read from the tensors of the fold artifact: `<name>.W [K, O]`,
+    Which optional inputs a node has is read from the fold artifact: `<name>.W [K, O]`,
     and where present `<name>.bias [O]`, `<name>.shift [1] or [K]`, `<name>.shift_weight [O]`,
     `<name>.score_scale [K]`, `<name>.channel_order [K]`.
     """

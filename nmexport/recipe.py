@@ -1,6 +1,6 @@
-"""What to build: a frozen, strict description that options override and that reloads to an equal object.
+"""What to build: frozen, strict, overridden by options, reloading to an equal object.
 
-The objects here hold no paths of this machine other than those the user gave, and import neither
+The objects hold no paths of this machine but those the user gave, and import neither
 torch nor a runtime.
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
-# An installed package carries its data inside; a source tree keeps it at the top, where people look.
+# An installed package carries its data inside; a source tree keeps it where people look.
 _INSTALLED = _PACKAGE / "_resources"
 _SOURCE = {"recipes": "recipes", "contract.json": "plugins/contract.json"}
 

@@ -1,1 +1,1 @@
-"""Text in, statistics out: corpora, streaming observers, the passes that gather what folding needs."""
+"""Text in, statistics out: corpora, streaming observers, the passes that feed folding."""
