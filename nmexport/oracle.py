@@ -1,0 +1,357 @@
+"""The truth: both ops of the op contract in NumPy float64, slow and obvious.
+
+Every executor (PyTorch module, ONNX function body, native kernel) is tested against this file, and
+this file against nothing but the contract and a brute-force search in its tests.
+
+Two number systems meet here, on purpose. *Selection* is done on float32 scores, bit for bit as an
+executor does it, so that masks can be compared exactly. *Values* are float64, so that what is left
+of a difference is the executor's rounding; `Reference.bound` says how much the contract allows.
+
+Readings of the contract, where it leaves a choice:
+
+- The sequence length S that decides `phase` is the second-to-last dimension of X. An X of rank 1 is
+  a single token: S = 1.
+- `var` is the mean of squared deviations over K (no Bessel correction; the ratio would cancel it).
+- Where nothing can be dropped, because `phase` excludes the tokens or n == m, the op is the dense
+  linear, so nu = 1 there also where var(z) lies below the variance floor.
+- A static `shift` is float32, and so is z: scores are taken from `float32(x) - float32(eta)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from nmexport.errors import PatternError
+from nmexport.sparsity.pattern import NMPattern
+
+Phase = Literal["all", "prefill", "decode"]
+PHASES: tuple[Phase, ...] = ("all", "prefill", "decode")
+
+VARIANCE_FLOOR = 1e-12
+FLOAT32_RTOL_PER_SQRT_K = 1e-5
+HALF_ULPS = 2
+TYPES: tuple[np.dtype[Any], ...] = (
+    np.dtype(np.float32),
+    np.dtype(np.float16),
+    np.dtype(ml_dtypes.bfloat16),
+)
+
+_Array = NDArray[Any]
+_Float64 = NDArray[np.float64]
+_Float32 = NDArray[np.float32]
+_Bool = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What NMLinear must give, and how far an executor may be from it."""
+
+    value: _Float64
+    """`Y [..., O]`, not rounded to T."""
+    magnitude: _Float64
+    """`[..., O]`: Euclidean norm of the terms that add up to each output.
+
+    It is the size that an output has when its terms do not cancel, and what rounding errors are
+    proportional to: an output that cancels to nearly nothing is not more precise for it.
+    """
+    keep: _Bool
+    """`[..., K]`: the mask."""
+
+    def bound(self, dtype: np.dtype[Any] | type) -> _Float64:
+        """Largest difference `[..., O]` the contract allows an executor of type T."""
+        scale = np.maximum(np.abs(self.value), self.magnitude)
+        return tolerance(dtype, self.keep.shape[-1], self.value, magnitude=scale)
+
+
+def keep_mask(
+    x: _Array,
+    n: int,
+    m: int,
+    *,
+    score_scale: _Array | None = None,
+    channel_order: _Array | None = None,
+) -> _Bool:
+    """Which channels each token keeps.
+
+    Args:
+        x: `[..., K]`, one of the contract's types.
+        n: How many channels of a group are kept.
+        m: Channels in a group.
+        score_scale: `[K] float32`, factor of each channel's score.
+        channel_order: `[K]`, a permutation: group g holds `channel_order[g*m : g*m+m]`.
+
+    Returns:
+        `[..., K]`, True where kept, in X's own channel order.
+
+    Raises:
+        PatternError: if n:m is out of range or m does not divide K.
+        ValueError: if an array has the wrong type or shape.
+    """
+    _check_input(x, n, m)
+    in_features = x.shape[-1]
+    score: _Float32 = np.abs(x.astype(np.float32))
+    if score_scale is not None:
+        _check_vector("score_scale", score_scale, (in_features,), np.dtype(np.float32))
+        with np.errstate(over="ignore", invalid="ignore"):
+            score = score * score_scale
+    order = _check_order(channel_order, in_features)
+
+    grouped = score[..., order].reshape(*score.shape[:-1], in_features // m, m)
+    keep_grouped = _keep_largest(grouped, n)
+
+    keep = np.empty(score.shape, dtype=np.bool_)
+    keep[..., order] = keep_grouped.reshape(score.shape)
+    return keep
+
+
+def nm_prune(
+    x: _Array,
+    *,
+    n: int,
+    m: int,
+    score_scale: _Array | None = None,
+    channel_order: _Array | None = None,
+) -> _Array:
+    """NMPrune: X where kept, exact (positive) zero elsewhere, in X's own type.
+
+    Raises:
+        PatternError: if n:m is out of range or m does not divide K.
+        ValueError: if an array has the wrong type or shape.
+    """
+    keep = keep_mask(x, n, m, score_scale=score_scale, channel_order=channel_order)
+    return np.where(keep, x, np.zeros((), dtype=x.dtype))
+
+
+def nm_linear(
+    x: _Array,
+    w: _Array,
+    *,
+    n: int,
+    m: int,
+    bias: _Array | None = None,
+    shift: _Array | None = None,
+    shift_weight: _Array | None = None,
+    score_scale: _Array | None = None,
+    channel_order: _Array | None = None,
+    dynamic_shift: bool = False,
+    variance_correction: bool = False,
+    phase: Phase = "all",
+) -> _Float64:
+    """NMLinear's `Y [..., O]` in float64; arguments as for `reference`."""
+    return reference(
+        x,
+        w,
+        n=n,
+        m=m,
+        bias=bias,
+        shift=shift,
+        shift_weight=shift_weight,
+        score_scale=score_scale,
+        channel_order=channel_order,
+        dynamic_shift=dynamic_shift,
+        variance_correction=variance_correction,
+        phase=phase,
+    ).value
+
+
+def reference(
+    x: _Array,
+    w: _Array,
+    *,
+    n: int,
+    m: int,
+    bias: _Array | None = None,
+    shift: _Array | None = None,
+    shift_weight: _Array | None = None,
+    score_scale: _Array | None = None,
+    channel_order: _Array | None = None,
+    dynamic_shift: bool = False,
+    variance_correction: bool = False,
+    phase: Phase = "all",
+) -> Reference:
+    """NMLinear with its mask and the size of its terms.
+
+    Args:
+        x: `[..., K] T`.
+        w: `[K, O] T`, in_features first.
+        n: How many channels of a group are kept.
+        m: Channels in a group.
+        bias: `[O] T`.
+        shift: `[1]` or `[K] float32`, subtracted from every token.
+        shift_weight: `[O] float32`, what a unit of dynamic shift adds back; needed by it.
+        score_scale: `[K] float32`.
+        channel_order: `[K]`, a permutation.
+        dynamic_shift: Subtract each token's own mean.
+        variance_correction: Scale the product so that the token's variance is kept.
+        phase: Which tokens are sparsified: `decode` those of sequences of length 1, `prefill`
+            those of longer ones.
+
+    Raises:
+        PatternError: if n:m is out of range or m does not divide K.
+        ValueError: if an array has the wrong type or shape, or both shifts are asked for.
+    """
+    _check_input(x, n, m)
+    _check_linear(x, w, bias, shift, shift_weight, dynamic_shift=dynamic_shift, phase=phase)
+    x64, w64 = x.astype(np.float64), w.astype(np.float64)
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        eta: _Float64 = np.zeros(1)
+        if dynamic_shift:
+            eta = x64.mean(axis=-1, keepdims=True)
+        elif shift is not None:
+            eta = shift.astype(np.float64)
+        z = x64 - eta
+        z32: _Float32 = x.astype(np.float32) - eta.astype(np.float32)
+
+        sparsify = n < m and _phase_includes(phase, x.shape)
+        keep = np.ones(x.shape, dtype=np.bool_)
+        if sparsify:
+            keep = keep_mask(z32, n, m, score_scale=score_scale, channel_order=channel_order)
+        s = np.where(keep, z, 0.0)
+
+        nu: _Float64 = np.ones((*x.shape[:-1], 1))
+        if variance_correction and sparsify:
+            nu = np.sqrt(_variance(z) / np.maximum(_variance(s), VARIANCE_FLOOR))
+
+        value = nu * (s @ w64)
+        squared_terms = np.square(nu) * (np.square(s) @ np.square(w64))
+        if dynamic_shift and shift_weight is not None:
+            value = value + eta * shift_weight.astype(np.float64)
+            # eta itself carries a rounding error, which meets all of W.
+            squared_terms = squared_terms + np.square(eta) * np.square(w64).sum(axis=0)
+        if bias is not None:
+            value = value + bias.astype(np.float64)
+            squared_terms = squared_terms + np.square(bias.astype(np.float64))
+    return Reference(value=value, magnitude=np.sqrt(squared_terms), keep=keep)
+
+
+def tolerance(
+    dtype: np.dtype[Any] | type,
+    in_features: int,
+    value: _Float64,
+    *,
+    magnitude: _Float64 | None = None,
+) -> _Float64:
+    """How far a result of type T may lie from the float64 `value`, elementwise.
+
+    `1e-5 * sqrt(K)` relative, and for the 16-bit types two units in the last place besides.
+
+    Args:
+        dtype: T.
+        in_features: K.
+        value: The oracle's result.
+        magnitude: What the relative part is relative to; default `|value|`. Where sums cancel,
+            pass the size of their terms (see `Reference`).
+    """
+    scale = np.abs(value) if magnitude is None else magnitude
+    bound: _Float64 = FLOAT32_RTOL_PER_SQRT_K * np.sqrt(in_features) * scale
+    if np.dtype(dtype) != np.dtype(np.float32):
+        bound = bound + HALF_ULPS * unit_in_last_place(dtype, value)
+    return bound
+
+
+def unit_in_last_place(dtype: np.dtype[Any] | type, value: _Float64) -> _Float64:
+    """Distance between neighbours of type T around `value`, elementwise (inf where not finite)."""
+    info = ml_dtypes.finfo(np.dtype(dtype))
+    finite = np.isfinite(value)
+    _, exponent = np.frexp(np.where(finite, np.abs(value), 0.0))
+    # frexp's mantissa lies in [0.5, 1): the leading bit is worth 2**(exponent - 1).
+    smallest = np.float64(info.smallest_subnormal)
+    ulp = np.maximum(np.ldexp(1.0, exponent - 1 - int(info.nmant)), smallest)
+    return np.where(finite, ulp, np.inf)
+
+
+def agrees(actual: _Array, value: _Float64, bound: _Float64) -> _Bool:
+    """Elementwise: is `actual` within `bound` of `value`, NaN matching NaN and inf matching inf?"""
+    given = actual.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        near = np.abs(given - value) <= bound
+    same = (given == value) | (np.isnan(given) & np.isnan(value))
+    return np.where(np.isfinite(value), near, same).astype(np.bool_)
+
+
+def _keep_largest(score: _Float32, n: int) -> _Bool:
+    """The n largest of the last axis: NaN first, then by value, then by position."""
+    is_nan = np.isnan(score)
+    value = np.where(is_nan, np.float32(0), score)
+    position = np.broadcast_to(np.arange(score.shape[-1]), score.shape)
+    ranked = np.lexsort((position, -value, ~is_nan), axis=-1)  # the last key is the first to count
+    keep = np.zeros(score.shape, dtype=np.bool_)
+    np.put_along_axis(keep, ranked[..., :n], True, axis=-1)
+    return keep
+
+
+def _variance(a: _Float64) -> _Float64:
+    """Mean squared deviation over the last axis, kept as a dimension."""
+    deviation = a - a.mean(axis=-1, keepdims=True)
+    variance: _Float64 = np.square(deviation).mean(axis=-1, keepdims=True)
+    return variance
+
+
+def _phase_includes(phase: Phase, shape: tuple[int, ...]) -> bool:
+    sequence_length = shape[-2] if len(shape) > 1 else 1
+    return {"all": True, "decode": sequence_length == 1, "prefill": sequence_length > 1}[phase]
+
+
+def _check_input(x: _Array, n: int, m: int) -> None:
+    if x.dtype not in TYPES:
+        raise ValueError(f"X is {x.dtype}; allowed: {', '.join(str(t) for t in TYPES)}")
+    if x.ndim == 0:
+        raise ValueError("X has no channel axis: its rank is 0")
+    pattern = NMPattern(n, m)
+    if x.shape[-1] % m:
+        raise PatternError(
+            f"{pattern} does not fit {x.shape[-1]} channels.",
+            allowed="a group size M that divides the channels",
+        )
+
+
+def _check_vector(name: str, vector: _Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    if vector.shape != shape or vector.dtype != dtype:
+        raise ValueError(
+            f"{name} is {vector.dtype} {list(vector.shape)}; it must be {dtype} {list(shape)}"
+        )
+
+
+def _check_order(channel_order: _Array | None, in_features: int) -> NDArray[np.intp]:
+    identity = np.arange(in_features, dtype=np.intp)
+    if channel_order is None:
+        return identity
+    _check_vector("channel_order", channel_order, (in_features,), np.dtype(np.int32))
+    if not np.array_equal(np.sort(channel_order), identity):
+        raise ValueError(f"channel_order is not a permutation of 0..{in_features - 1}")
+    return channel_order.astype(np.intp)
+
+
+def _check_linear(
+    x: _Array,
+    w: _Array,
+    bias: _Array | None,
+    shift: _Array | None,
+    shift_weight: _Array | None,
+    *,
+    dynamic_shift: bool,
+    phase: str,
+) -> None:
+    in_features = x.shape[-1]
+    if w.ndim != 2 or w.shape[0] != in_features or w.dtype != x.dtype:  # noqa: PLR2004
+        raise ValueError(f"W is {w.dtype} {list(w.shape)}; it must be {x.dtype} [{in_features}, O]")
+    out_features = w.shape[1]
+    float32 = np.dtype(np.float32)
+    if bias is not None:
+        _check_vector("bias", bias, (out_features,), x.dtype)
+    if shift is not None:
+        _check_vector("shift", shift, (1,) if shift.shape == (1,) else (in_features,), float32)
+    if shift_weight is not None:
+        _check_vector("shift_weight", shift_weight, (out_features,), float32)
+    if phase not in PHASES:
+        raise ValueError(f"phase is {phase!r}; allowed: {', '.join(PHASES)}")
+    if dynamic_shift and shift is not None:
+        raise ValueError("dynamic_shift and a static shift exclude each other")
+    if dynamic_shift and shift_weight is None:
+        raise ValueError("dynamic_shift needs shift_weight, the column sums of the dense weight")
