@@ -1,0 +1,227 @@
+"""A stage's finished folder: what it was made from, what it holds, and whether it still does.
+
+Pure functions over folders; where folders lie and how they come to be is `work_directory`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nmexport.errors import ArtifactError, InternalError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+RECIPE = "recipe.yaml"
+"""The resolved recipe that the manifest's command names, kept beside it."""
+KEY_CHARS = 12
+# Not contents of an artifact: they are about it, and may differ between equal artifacts.
+_ABOUT = frozenset({MANIFEST, RECIPE})
+
+
+def canonical_json(value: object) -> str:
+    """The one JSON text of a value: sorted keys, no spaces, no NaN.
+
+    Raises:
+        InternalError: if the value holds anything that is not JSON.
+    """
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InternalError(f"{value!r} is not JSON: {error}") from error
+
+
+def digest_of(value: object) -> str:
+    """sha256 over a value's canonical JSON, in hex."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 over a file's contents, in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """One file of an artifact."""
+
+    path: str
+    """Relative to the artifact's folder, with forward slashes."""
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpstreamRecord:
+    """An artifact that was read to make this one."""
+
+    key: str
+    digest: str
+    """`Manifest.digest` of what was read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The record of a finished stage, written last: its presence means the stage is complete."""
+
+    schema: int = SCHEMA
+    stage: str
+    key: str
+    """sha256 over everything that can change the result."""
+    inputs: dict[str, Any]
+    upstream: dict[str, UpstreamRecord]
+    files: tuple[FileRecord, ...]
+    environment: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    started: str
+    """UTC, ISO 8601."""
+    seconds: float
+    command: str
+    """The line that rebuilds just this stage."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the names and contents of the files: equal for equal artifacts."""
+        return digest_of([[record.path, record.sha256] for record in self.files])
+
+    @property
+    def bytes(self) -> int:
+        """Size of the files together."""
+        return sum(record.bytes for record in self.files)
+
+    def to_json(self) -> str:
+        """Text of `manifest.json`."""
+        return json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Read `manifest.json`.
+
+        Raises:
+            ValueError, KeyError, TypeError: if it is not one.
+        """
+        document = json.loads(text)
+        if document["schema"] != SCHEMA:
+            raise ValueError(f"schema {document['schema']}, not {SCHEMA}")
+        upstream = {name: UpstreamRecord(**row) for name, row in document["upstream"].items()}
+        files = tuple(FileRecord(**row) for row in document["files"])
+        return cls(**{**document, "upstream": upstream, "files": files})
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Manifest of an artifact folder.
+
+    Raises:
+        ArtifactError: if there is none, or it is not a manifest of this schema.
+    """
+    path = folder / MANIFEST
+    try:
+        return Manifest.from_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ArtifactError(
+            f"{folder} holds no finished artifact: there is no {MANIFEST} in it.",
+            fix="build it with `nmexport build`",
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"{path} cannot be read: {error}", fix="rebuild the stage with --force STAGE"
+        ) from error
+
+
+def record_files(folder: Path) -> tuple[FileRecord, ...]:
+    """Size and digest of every file under a folder, in order of name.
+
+    Raises:
+        InternalError: if there is a link: an artifact holds its own bytes.
+    """
+    records = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            raise InternalError(f"a stage left a link in its artifact: {name}")
+        if path.is_file() and name not in _ABOUT:
+            records.append(
+                FileRecord(path=name, bytes=path.stat().st_size, sha256=file_digest(path))
+            )
+    return tuple(records)
+
+
+def damage(folder: Path, manifest: Manifest, *, full: bool) -> str | None:
+    """What is wrong with an artifact's files, in words; None where nothing is.
+
+    Sizes are always compared. Contents are where `full` is asked for (before a stage reads
+    them), and where a file was written after its manifest, which no stage does.
+    """
+    finished = (folder / MANIFEST).stat().st_mtime_ns
+    for record in manifest.files:
+        path = folder / record.path
+        try:
+            status = path.stat()
+            if status.st_size != record.bytes:
+                return f"{record.path} has {status.st_size} bytes, not {record.bytes}"
+            suspect = full or status.st_mtime_ns > finished
+            if suspect and file_digest(path) != record.sha256:
+                return f"{record.path} does not have the contents that were written"
+        except OSError as error:
+            return f"{record.path} cannot be read ({error.strerror})"
+    return None
+
+
+def flush_to_disk(folder: Path) -> None:
+    """Make everything under a folder survive a power cut."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def plain(value: object) -> Any:
+    """JSON values of what a stage measured: array scalars become numbers, NaN becomes None.
+
+    Raises:
+        InternalError: if something in it has no JSON form.
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    item = getattr(value, "item", None)
+    if callable(item):  # a NumPy or torch scalar
+        return plain(item())
+    raise InternalError(f"a metric is not JSON: {value!r}")
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two manifests' inputs, as `dotted.name: old -> new`."""
+    lines = []
+    for name in sorted({*before, *after}):
+        old, new = before.get(name), after.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += changes(old, new, f"{prefix}{name}.")
+        elif old != new:
+            lines.append(f"{prefix}{name}: {_short(old)} -> {_short(new)}")
+    return lines
+
+
+def _short(value: object) -> str:
+    """A value on one line; digests and long lists are cut."""
+    limit = 40
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"

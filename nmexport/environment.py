@@ -1,0 +1,202 @@
+"""What this machine is: versions, processor, memory, GPUs. Probed once into a frozen value.
+
+Nothing heavy is imported: versions come from package metadata, the processor from the
+operating system, GPUs from `nvidia-smi`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nmexport import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+PACKAGES = (
+    "accelerate",
+    "datasets",
+    "gguf",
+    "ml-dtypes",
+    "numpy",
+    "onnx",
+    "onnx-ir",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxscript",
+    "optimum-onnx",
+    "safetensors",
+    "tensorrt",
+    "tensorrt-rtx",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
+# What the CPU kernels dispatch on; other flags say nothing about a result or a timing here.
+ISA_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd")
+_GPU_QUERY = "name,driver_version,compute_cap,memory.total"
+_MEBIBYTE = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One NVIDIA GPU, as `nvidia-smi` describes it."""
+
+    name: str
+    driver: str
+    compute_capability: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """Versions and devices."""
+
+    nmexport: str
+    python: str
+    system: str
+    """Operating system and machine, such as `Linux-6.1 x86_64`."""
+    cpu: str
+    isa: tuple[str, ...]
+    """Instruction sets the kernels know how to use."""
+    cores: int
+    """Physical cores this process may run on."""
+    memory_bytes: int
+    packages: Mapping[str, str] = field(default_factory=dict)
+    """Versions of the installed packages that can change a result, by distribution name."""
+    gpus: tuple[Gpu, ...] = ()
+
+    def version(self, package: str) -> str | None:
+        """Version of an installed package; None where it is not installed or not listed."""
+        return self.packages.get(package)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+
+@cache
+def probe() -> Environment:
+    """Look at this machine; the answer is remembered for the life of the process."""
+    return Environment(
+        nmexport=__version__,
+        python=platform.python_version(),
+        system=f"{platform.system()}-{platform.release()} {platform.machine()}",
+        cpu=_cpu_model(),
+        isa=_isa_flags(),
+        cores=physical_cores(),
+        memory_bytes=_memory_bytes(),
+        packages=_package_versions(),
+        gpus=_gpus(),
+    )
+
+
+def physical_cores() -> int:
+    """Physical cores among the logical processors that this process may run on, at least 1."""
+    allowed = _allowed_processors()
+    pairs = set()
+    for processor in allowed:
+        topology = Path(f"/sys/devices/system/cpu/cpu{processor}/topology")
+        try:
+            pairs.add(
+                (
+                    (topology / "physical_package_id").read_text().strip(),
+                    (topology / "core_id").read_text().strip(),
+                )
+            )
+        except OSError:  # not Linux, or a sandbox that hides it
+            return len(allowed)
+    return max(1, len(pairs))
+
+
+def _allowed_processors() -> set[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def _cpuinfo(key: str) -> str:
+    """First value of a key in /proc/cpuinfo, or nothing."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return ""
+
+
+def _cpu_model() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _isa_flags() -> tuple[str, ...]:
+    present = set((_cpuinfo("flags") or _cpuinfo("Features")).split())
+    return tuple(flag for flag in ISA_FLAGS if flag in present)
+
+
+def _memory_bytes() -> int:
+    """Memory this process may use: the machine's, or its container's limit where that is less."""
+    import psutil
+
+    total = int(psutil.virtual_memory().total)
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8").strip()
+    except OSError:
+        return total
+    return min(total, int(limit)) if limit.isdigit() else total
+
+
+def _package_versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _gpus() -> tuple[Gpu, ...]:
+    """GPUs that a working driver shows; none where there is no driver."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return ()
+    command = [program, f"--query-gpu={_GPU_QUERY}", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(  # noqa: S603: a fixed command, found on the user's own PATH
+            command, capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return gpus_from_query(answer.stdout)
+
+
+def gpus_from_query(text: str) -> tuple[Gpu, ...]:
+    """Read the CSV that `nvidia-smi --query-gpu` prints; lines it cannot read are left out."""
+    gpus = []
+    for line in text.splitlines():
+        fields = [part.strip() for part in line.split(",")]
+        if len(fields) != len(_GPU_QUERY.split(",")):
+            continue
+        name, driver, capability, memory = fields
+        mebibytes = int(memory) if memory.isdigit() else 0  # "[N/A]" on shared-memory boards
+        gpus.append(
+            Gpu(
+                name=name,
+                driver=driver,
+                compute_capability=capability,
+                memory_bytes=mebibytes * _MEBIBYTE,
+            )
+        )
+    return tuple(gpus)

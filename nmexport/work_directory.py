@@ -1,0 +1,363 @@
+"""The folder of one model's builds: who holds it, whose it is, and how artifacts get into it.
+
+    <work>/resolved.yaml            the recipe of the last run
+    <work>/<stage>/<key12>/         a finished artifact: its manifest.json was written last
+    <work>/<stage>/<key12>.partial-<pid>    one being written; nothing ever loads it
+    <work>/<stage>/current          link to the artifact in use
+    <work>/report.{json,md,html}    copies of the last verification
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nmexport.artifact import (
+    KEY_CHARS,
+    MANIFEST,
+    Manifest,
+    flush_to_disk,
+    read_manifest,
+)
+from nmexport.errors import ArtifactError, UserError, WorkDirectoryError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from nmexport.recipe import Recipe
+
+RESOLVED = "resolved.yaml"
+REPORTS = ("report.json", "report.md", "report.html")
+CURRENT = "current"
+_LOCK = ".lock"
+_HOLDER = ".holder.json"
+_UNFINISHED = re.compile(r"\.(partial|old|link|new)-\d+$")
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_UNWRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+_FULL_IN_WORDS = ("no space left on device", "os error 28", "disk quota exceeded")
+
+
+@dataclass(frozen=True)
+class WorkDirectory:
+    """One work directory; it need not exist yet."""
+
+    root: Path
+
+    # -- reading: no lock needed, nothing is written -------------------------------------------
+
+    def folder(self, stage: str, key: str) -> Path:
+        """Where the artifact of a key lies, or would."""
+        return self.root / stage / key[:KEY_CHARS]
+
+    def find(self, stage: str, key: str) -> Manifest | None:
+        """Manifest of a finished artifact of exactly this key, or None."""
+        try:
+            manifest = read_manifest(self.folder(stage, key))
+        except ArtifactError:
+            return None
+        return manifest if (manifest.stage, manifest.key) == (stage, key) else None
+
+    def current(self, stage: str) -> Path | None:
+        """Folder of the stage's artifact in use, or None where the stage was never built."""
+        link = self.root / stage / CURRENT
+        return link.resolve() if (link / MANIFEST).is_file() else None
+
+    def current_manifest(self, stage: str) -> Manifest | None:
+        """Manifest of the artifact in use; None where there is none that can be read."""
+        folder = self.current(stage)
+        if folder is None:
+            return None
+        try:
+            return read_manifest(folder)
+        except ArtifactError:
+            return None
+
+    def require(self, stage: str) -> Path:
+        """Folder of the stage's artifact in use.
+
+        Raises:
+            ArtifactError: if the stage was never built here.
+        """
+        folder = self.current(stage)
+        if folder is None:
+            raise ArtifactError(
+                f"{self.root} holds no finished {stage} artifact.",
+                fix=f"nmexport build --work {self.root} --to {stage}",
+            )
+        return folder
+
+    def recipe(self) -> Recipe:
+        """The recipe of the last run here.
+
+        Raises:
+            WorkDirectoryError: if this is not a work directory.
+        """
+        from nmexport.recipe import load
+
+        path = self.root / RESOLVED
+        if not path.is_file():
+            raise WorkDirectoryError(
+                f"{self.root} is not a work directory: there is no {RESOLVED} in it.",
+                fix="name one with --work DIR, or make one with `nmexport build --model NAME`",
+            )
+        return load(path)
+
+    # -- holding ---------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def lock(self, command: str) -> Iterator[None]:
+        """Hold the directory, making it where needed, and sweep what a killed run left.
+
+        Raises:
+            WorkDirectoryError: if another run holds it, or it cannot be written.
+        """
+        from filelock import FileLock, Timeout
+
+        with self.disk_faults():
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._refuse_foreign()
+            lock = FileLock(self.root / _LOCK, timeout=0)
+            try:
+                lock.acquire()
+            except Timeout:
+                raise self._held() from None
+        try:
+            with self.disk_faults():
+                self._say_holder(command)
+                self._sweep()
+            yield
+        finally:
+            (self.root / _HOLDER).unlink(missing_ok=True)
+            lock.release()
+
+    def claim(self, recipe: Recipe) -> None:
+        """Make the directory this recipe's: other options are welcome, another model is not.
+
+        Raises:
+            WorkDirectoryError: if it was built from another model.
+        """
+        from nmexport.recipe import dump
+
+        self.refuse_other_model(recipe)
+        with self.disk_faults():
+            self.replace(self.root / RESOLVED, dump(recipe).encode())
+
+    def refuse_other_model(self, recipe: Recipe) -> None:
+        """Raise where the directory was built from another model than the recipe's.
+
+        Raises:
+            WorkDirectoryError: naming both models.
+        """
+        if not (self.root / RESOLVED).is_file():
+            return
+        theirs = self.recipe().model.id
+        if _identity(theirs) != _identity(recipe.model.id):
+            raise WorkDirectoryError(
+                f"{self.root} was built from the model {theirs}, not {recipe.model.id}.",
+                allowed="one model a work directory; patterns and options may change",
+                fix=f"name another with --work DIR, or remove {self.root}",
+            )
+
+    # -- writing ---------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def partial(self, stage: str, key: str) -> Iterator[Path]:
+        """A folder to fill, gone on leaving unless `commit` took it.
+
+        Raises:
+            WorkDirectoryError: if the disk is full or cannot be written.
+        """
+        folder = self.partial_path(stage, key)
+        try:
+            with self.disk_faults():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+                yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def partial_path(self, stage: str, key: str) -> Path:
+        """Where this process writes the artifact of a key."""
+        finished = self.folder(stage, key)
+        return finished.with_name(f"{finished.name}.partial-{os.getpid()}")
+
+    def commit(self, partial: Path, manifest: Manifest) -> Path:
+        """Write the manifest, last, and move the folder to its place.
+
+        Where an artifact of that key is there already, it steps aside first: a crash between
+        the two renames loses it, and never shows half of one.
+        """
+        flush_to_disk(partial)
+        self.replace(partial / MANIFEST, manifest.to_json().encode())
+        _flush_folder(partial)
+        finished = self.folder(manifest.stage, manifest.key)
+        aside = finished.with_name(f"{finished.name}.old-{os.getpid()}")
+        if finished.exists():
+            finished.rename(aside)
+        partial.rename(finished)
+        _flush_folder(finished.parent)
+        shutil.rmtree(aside, ignore_errors=True)
+        return finished
+
+    def use(self, stage: str, key: str) -> None:
+        """Point `current` at an artifact, in one step."""
+        link = self.root / stage / CURRENT
+        target = key[:KEY_CHARS]
+        if link.is_symlink() and link.readlink() == Path(target):
+            return
+        beside = link.with_name(f"{CURRENT}.link-{os.getpid()}")
+        with self.disk_faults():
+            beside.unlink(missing_ok=True)
+            beside.symlink_to(target, target_is_directory=True)
+            beside.replace(link)
+
+    def publish_reports(self) -> None:
+        """Copy the reports of the verification in use to the top."""
+        folder = self.require("verify")
+        with self.disk_faults():
+            for name in REPORTS:
+                if (folder / name).is_file():
+                    contents = (folder / name).read_bytes()
+                    top = self.root / name
+                    if not top.is_file() or top.read_bytes() != contents:
+                        self.replace(top, contents)
+
+    def withdraw_reports(self) -> None:
+        """Remove the copies at the top: what they speak of is no longer what is here."""
+        with self.disk_faults():
+            for name in REPORTS:
+                (self.root / name).unlink(missing_ok=True)
+
+    @staticmethod
+    def replace(path: Path, contents: bytes) -> None:
+        """Write a file beside, flush it, then put it in place: readers see all or nothing."""
+        beside = path.with_name(f"{path.name}.new-{os.getpid()}")
+        try:
+            with beside.open("wb") as stream:
+                stream.write(contents)
+                stream.flush()
+                os.fsync(stream.fileno())
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def disk_faults(self) -> Iterator[None]:
+        """Say in one message what the disk refused; other errors pass.
+
+        Raises:
+            WorkDirectoryError: if the disk is full or cannot be written.
+        """
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            fault = self._disk_fault(error)
+            if fault is None:
+                raise
+            raise fault from error
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _disk_fault(self, error: BaseException) -> WorkDirectoryError | None:
+        """Libraries wrap what the system said in errors of their own: look at the text, too."""
+        code = error.errno if isinstance(error, OSError) else None
+        if code in _FULL or any(words in str(error).lower() for words in _FULL_IN_WORDS):
+            free = shutil.disk_usage(_existing(self.root)).free
+            return WorkDirectoryError(
+                f"The disk of {self.root} is full ({free / 1e9:.1f} GB free): {error}",
+                fix="free space, or name a folder on another disk with --work DIR; "
+                "what was finished is kept, and the same command goes on from there",
+            )
+        if code in _UNWRITABLE and self._is_ours(error):
+            return WorkDirectoryError(
+                f"The work directory {self.root} cannot be written: {error}",
+                allowed="a folder on a writable disk that belongs to you",
+                fix="name another folder with --work DIR",
+            )
+        if code in {errno.ENOTDIR, errno.EEXIST} and not _existing(self.root).is_dir():
+            return WorkDirectoryError(
+                f"The work directory {self.root} cannot be made: "
+                f"{_existing(self.root)} is a file.",
+                fix="name another folder with --work DIR",
+            )
+        cause = error.__cause__
+        return self._disk_fault(cause) if cause is not None else None
+
+    def _is_ours(self, error: BaseException) -> bool:
+        """Whether a refused path is the work directory's, and not, say, a model file's."""
+        name = getattr(error, "filename", None)
+        if name is None:
+            return True
+        path, root = Path(os.fsdecode(name)).absolute(), self.root.absolute()
+        return path.is_relative_to(root) or root.is_relative_to(path)
+
+    def _refuse_foreign(self) -> None:
+        """A folder with other things in it is probably a mistyped --work."""
+        names = {
+            path.name
+            for path in self.root.iterdir()
+            if not path.name.startswith(".") and not _UNFINISHED.search(path.name)
+        }
+        if names and RESOLVED not in names:
+            raise WorkDirectoryError(
+                f"{self.root} is not empty and not a work directory: "
+                f"it holds {', '.join(sorted(names)[:4])}.",
+                allowed="a new or empty folder, or one that nmexport made",
+                fix="name another with --work DIR",
+            )
+
+    def _held(self) -> WorkDirectoryError:
+        try:
+            holder = json.loads((self.root / _HOLDER).read_text(encoding="utf-8"))
+            who = f"process {holder['pid']}: {holder['command']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            who = "another process"
+        return WorkDirectoryError(
+            f"{self.root} is held by {who}",
+            allowed="one run at a time in a work directory",
+            fix="wait for it to end, or name another folder with --work DIR",
+        )
+
+    def _say_holder(self, command: str) -> None:
+        text = json.dumps({"pid": os.getpid(), "command": command})
+        self.replace(self.root / _HOLDER, text.encode())
+
+    def _sweep(self) -> None:
+        """Remove what killed runs left; under the lock nobody else's can be alive."""
+        for path in [*self.root.glob("*"), *self.root.glob(".*"), *self.root.glob("*/*")]:
+            if _UNFINISHED.search(path.name):
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+
+
+def _identity(model_id: str) -> str:
+    """A model's name; for a local one its absolute path."""
+    path = Path(model_id).expanduser()
+    return str(path.resolve()) if path.exists() else model_id
+
+
+def _existing(path: Path) -> Path:
+    """The path, or its nearest parent that exists."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
