@@ -1,0 +1,167 @@
+"""The ONNX Runtime session: cache, padding, and what it says when something is missing."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from onnx import TensorProto
+
+from nmexport.errors import ArtifactError, EnvironmentFault
+from nmexport.runtimes.onnxruntime import (
+    SESSION_CONFIG,
+    OrtSession,
+    engine_library,
+    file_digest,
+    positions_from_mask,
+    read_engine,
+)
+from tests.toy_lm import VOCABULARY, expected_logits, save_toy_lm
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+IDS = np.array([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_toy_lm(tmp_path_factory.mktemp("toy") / "model.onnx")
+
+
+def test_decode_on_the_cache_equals_one_prefill(toy: Path) -> None:
+    with OrtSession(toy, threads=1) as session:
+        whole = session.prefill(IDS)
+        steps = [session.prefill(IDS[:, :2])]
+        steps += [session.decode_step(IDS[:, at : at + 1]) for at in range(2, IDS.shape[1])]
+    assert session.vocabulary_size == VOCABULARY
+    np.testing.assert_allclose(whole, expected_logits(IDS), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(np.concatenate(steps, axis=1), whole, rtol=1e-6, atol=1e-6)
+
+
+def test_prefill_drops_the_cache(toy: Path) -> None:
+    with OrtSession(toy, threads=1) as session:
+        first = session.prefill(IDS)
+        session.decode_step(IDS[:, :1])
+        np.testing.assert_array_equal(session.prefill(IDS), first)
+
+
+def test_left_padding_changes_no_result(toy: Path) -> None:
+    padded = np.array([[0, 0, 7, 8], [1, 2, 3, 4]])
+    mask = np.array([[0, 0, 1, 1], [1, 1, 1, 1]])
+    with OrtSession(toy, threads=1) as session:
+        session.prefill(padded, mask)
+        step = session.decode_step(np.array([[9], [9]]))
+    np.testing.assert_allclose(
+        step[0, 0], expected_logits(np.array([[7, 8, 9]]))[0, -1], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_restored_state_decodes_the_same_again(toy: Path) -> None:
+    with OrtSession(toy, threads=1) as session:
+        session.prefill(IDS)
+        state = session.state
+        first = session.decode_step(IDS[:, :1])
+        session.decode_step(IDS[:, :1])
+        session.restore(state)
+        np.testing.assert_array_equal(session.decode_step(IDS[:, :1]), first)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rtol"), [(TensorProto.FLOAT16, 2e-3), (TensorProto.BFLOAT16, 2e-2)]
+)
+def test_half_precision_caches_and_logits(tmp_path: Path, dtype: int, rtol: float) -> None:
+    path = save_toy_lm(tmp_path / "model.onnx", dtype=dtype)
+    with OrtSession(path, threads=1) as session:
+        session.prefill(IDS[:, :-1])
+        logits = session.decode_step(IDS[:, -1:])
+    assert logits.dtype == np.float32
+    np.testing.assert_allclose(logits, expected_logits(IDS)[:, -1:], rtol=rtol, atol=20 * rtol)
+
+
+def test_positions_count_from_the_first_real_token() -> None:
+    mask = np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    np.testing.assert_array_equal(positions_from_mask(mask, 2), [[1, 2], [3, 4]])
+    np.testing.assert_array_equal(positions_from_mask(mask, 5), [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]])
+
+
+def test_decode_before_prefill_is_our_bug(toy: Path) -> None:
+    with OrtSession(toy, threads=1) as session, pytest.raises(RuntimeError, match="prefill"):
+        session.decode_step(IDS[:, :1])
+    with pytest.raises(RuntimeError, match="closed"):
+        session.prefill(IDS)
+
+
+def test_missing_library_is_the_machines_fault(toy: Path, tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentFault, match=r"no\.so does not exist"):
+        OrtSession(toy, library=tmp_path / "no.so")
+
+
+def test_a_file_that_is_no_library(
+    toy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.so").write_bytes(b"not a library")
+    with pytest.raises(EnvironmentFault, match="does not load"):
+        OrtSession(toy, library=tmp_path / "bad.so")
+    assert not capfd.readouterr().err
+
+
+def test_corrupt_and_missing_models(
+    toy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(toy.read_bytes()[:200])
+    with pytest.raises(ArtifactError, match="cannot be opened"):
+        OrtSession(broken)
+    with pytest.raises(ArtifactError, match="does not exist"):
+        OrtSession(tmp_path / "absent.onnx")
+    assert not capfd.readouterr().err
+
+
+def _engine(folder: Path, **changes: object) -> Path:
+    document = {
+        "schema": 1,
+        "runtime": "onnxruntime",
+        "runtime_version": "1",
+        "model": "../model.onnx",
+        "dense_model": "../model.onnx",
+        "threads": 1,
+        "session_config": dict(SESSION_CONFIG),
+        "library": None,
+        **changes,
+    }
+    folder.mkdir()
+    (folder / "engine.json").write_text(json.dumps(document))
+    return folder
+
+
+def test_engine_opens_relative_to_itself(toy: Path, tmp_path: Path) -> None:
+    save_toy_lm(tmp_path / "model.onnx")
+    with OrtSession.from_engine(_engine(tmp_path / "engine")) as session:
+        np.testing.assert_allclose(
+            session.prefill(IDS), expected_logits(IDS), rtol=1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    "changes", [{"schema": 9}, {"runtime": "tensorrt"}, {"library": 3}, {"model": None}]
+)
+def test_foreign_engine_descriptions_are_refused(tmp_path: Path, changes: dict) -> None:
+    with pytest.raises(ArtifactError, match=r"engine\.json"):
+        read_engine(_engine(tmp_path / "engine", **changes))
+
+
+def test_engine_refuses_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nmexport.runtimes import native
+
+    library = tmp_path / "libnmexport.so"
+    library.write_bytes(b"one build")
+    monkeypatch.setattr(native, "require_library", lambda: library)
+    entry = {"file": library.name, "sha256": file_digest(library)}
+    engine = read_engine(_engine(tmp_path / "engine", library=entry))
+    assert engine_library(engine) == library
+    library.write_bytes(b"another build")
+    with pytest.raises(ArtifactError, match="another build"):
+        engine_library(engine)
