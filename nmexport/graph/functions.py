@@ -1,0 +1,314 @@
+"""Function bodies: both ops in standard ONNX operators, for runtimes without our native code.
+
+One node, two lives
+    A sparsified linear is one node `nmexport::NMLinear`. A runtime that has an implementation of
+    that op registered uses it; any other runs the body given here, which travels in the model as a
+    model-local function.
+
+Which body
+    An ONNX function cannot ask whether an optional input is present, and an `If` on an attribute
+    would stay in the hot path. So a body is written for exactly the inputs and attributes a node
+    has, its `Signature`. Where all nodes of an op in a model share one signature, as they mostly
+    do, the function is a plain one; where they do not, each signature becomes an *overload* (ONNX
+    IR version 10), and a node names its own in `overload`. ONNX Runtime honours overloads without
+    the native library, and prefers a registered custom op to every overload with it.
+
+For who assembles a model
+    `function_protos_for(nodes)` returns the functions to add and sets `overload` on the nodes.
+    The model needs IR version `IR_VERSION`, and opset imports of the default domain (`opset`) and
+    of ours (`op_contract().domain`, `op_contract().opset_version`). `functions_for(signatures)`
+    does the same for who holds no NodeProto: take the overload from a signature's function.
+
+How the mask stays exact
+    `TopK` prefers the lower index among equals, as the contract does, but leaves NaN undefined. So
+    scores, computed in float32 as everywhere, are widened to float64, where there is room above
+    float32's infinity: NaN becomes infinity, and infinity a number that no float32 reaches.
+    All arithmetic is float32 and the result is cast back to T at the end, because runtimes lack
+    many float16 and bfloat16 kernels on a CPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import onnx
+
+from nmexport.graph.contract import attribute_values, check_node, op_contract, present_inputs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+OPSET = 23
+"""Default-domain opset of the exported model; bodies are valid from 18 on."""
+IR_VERSION = 10
+"""The first with function overloads."""
+
+_ABOVE_FLOAT32 = "1e300"  # float64: above any float32 score, below infinity
+
+
+@dataclass(frozen=True, order=True, kw_only=True)
+class Signature:
+    """What of a node decides its function body."""
+
+    op_type: Literal["NMPrune", "NMLinear"]
+    optional_inputs: tuple[str, ...] = ()
+    """Optional inputs that are present, in contract order."""
+    keeps_all: bool = False
+    """n == m: nothing to select."""
+    dynamic_shift: bool = False
+    variance_correction: bool = False
+    phase: str = "all"
+
+    def has(self, name: str) -> bool:
+        """Whether an optional input is present."""
+        return name in self.optional_inputs
+
+    @property
+    def overload(self) -> str:
+        """A name that says what the body handles, such as `bias_score_scale_decode`."""
+        parts = [*self.optional_inputs]
+        parts += [name for name in ("dynamic_shift", "variance_correction") if getattr(self, name)]
+        parts += [self.phase] if self.phase != "all" else []
+        parts += ["dense"] if self.keeps_all else []
+        return "_".join(parts) or "plain"
+
+
+def signature_of(node: onnx.NodeProto) -> Signature:
+    """The signature of a node of ours.
+
+    Raises:
+        ArtifactError: if the node breaks the op contract.
+    """
+    check_node(node)
+    present = present_inputs(node)
+    values = attribute_values(node)
+    schema = op_contract().ops[node.op_type]
+    return Signature(
+        op_type="NMLinear" if node.op_type == "NMLinear" else "NMPrune",
+        optional_inputs=tuple(name for name in schema.optional_inputs if name in present),
+        keeps_all=values["n"] == values["m"],
+        dynamic_shift=bool(values.get("dynamic_shift", 0)),
+        variance_correction=bool(values.get("variance_correction", 0)),
+        phase=str(values.get("phase", "all")),
+    )
+
+
+def function_protos_for(
+    nodes: Iterable[onnx.NodeProto], *, opset: int = OPSET
+) -> list[onnx.FunctionProto]:
+    """Functions for all of a model's nodes of ours; sets each node's `overload`.
+
+    Args:
+        nodes: Nodes of domain `nmexport` (pass all of them at once: whether overloads are needed
+            depends on all).
+        opset: The model's opset of the default domain.
+
+    Raises:
+        ArtifactError: if a node breaks the op contract.
+    """
+    signed = [(node, signature_of(node)) for node in nodes]
+    functions = functions_for((signature for _, signature in signed), opset=opset)
+    for node, signature in signed:
+        node.overload = functions[signature].overload
+    return list(functions.values())
+
+
+def functions_for(
+    signatures: Iterable[Signature], *, opset: int = OPSET
+) -> dict[Signature, onnx.FunctionProto]:
+    """One function for each distinct signature, in a fixed order.
+
+    A function's `overload` is empty where its op has one signature only.
+    """
+    distinct = sorted(set(signatures))
+    used = [signature.op_type for signature in distinct]
+    return {
+        signature: _function(
+            signature,
+            overload=signature.overload if used.count(signature.op_type) > 1 else "",
+            opset=opset,
+        )
+        for signature in distinct
+    }
+
+
+def _function(signature: Signature, *, overload: str, opset: int) -> onnx.FunctionProto:
+    """Parse the body of a signature."""
+    contract = op_contract()
+    schema = contract.ops[signature.op_type]
+    body = _prune_body(signature) if signature.op_type == "NMPrune" else _linear_body(signature)
+    inputs = ", ".join(spec.name for spec in schema.inputs)
+    function = onnx.parser.parse_function(
+        f'<opset_import: ["" : {opset}], domain: "{contract.domain}">\n'
+        f"{signature.op_type} ({inputs}) => (Y) {{\n" + "\n".join(body) + "\n}"
+    )
+    function.overload = overload
+    function.doc_string = schema.doc
+    for attribute in schema.attributes:
+        if attribute.default is None:
+            function.attribute.append(attribute.name)
+        else:
+            function.attribute_proto.append(
+                onnx.helper.make_attribute(attribute.name, attribute.default)
+            )
+    return function
+
+
+def _prune_body(signature: Signature) -> list[str]:
+    if signature.keeps_all:
+        return ["Y = Identity (X)"]
+    return [
+        "x = Cast <to: int = 1> (X)",
+        "x_shape = Shape (X)",
+        *_selection("x", signature),
+        "zero = Constant <value_float: float = 0.0> ()",
+        "kept = Where (keep, x, zero)",
+        "Y = CastLike (kept, X)",
+    ]
+
+
+def _linear_body(signature: Signature) -> list[str]:
+    """Y = nu * (s @ W) + eta * shift_weight + bias, on the shifted token z."""
+    lines = [
+        "x = Cast <to: int = 1> (X)",
+        "w = Cast <to: int = 1> (W)",
+        "x_shape = Shape (X)",
+        "last_axis = Constant <value_ints: ints = [-1]> ()",
+        *_shifted(signature),
+    ]
+    if signature.keeps_all:
+        lines += ["product = MatMul (z, w)"]
+    else:
+        lines += [
+            *_selection("z", signature),
+            *_phase_gate(signature),
+            "zero = Constant <value_float: float = 0.0> ()",
+            "s = Where (active_keep, z, zero)",
+            "sparse_product = MatMul (s, w)",
+            *_variance_corrected(signature),
+        ]
+    return lines + _with_additions(signature)
+
+
+def _shifted(signature: Signature) -> list[str]:
+    """`x` -> `z`, and `eta` where it is needed again."""
+    if signature.dynamic_shift:
+        return ["eta = ReduceMean <keepdims: int = 1> (x, last_axis)", "z = Sub (x, eta)"]
+    if signature.has("shift"):
+        return ["z = Sub (x, shift)"]
+    return ["z = Identity (x)"]
+
+
+def _selection(source: str, signature: Signature) -> list[str]:
+    """`source [..., K] float32`, `x_shape` -> `keep [..., K] bool`.
+
+    Groups become rows `[tokens * K / m, m]`, so that TopK over a row is the whole selection.
+    """
+    lines = [f"magnitude = Abs ({source})"]
+    score = "magnitude"
+    if signature.has("score_scale"):
+        lines += ["scaled = Mul (magnitude, score_scale)"]
+        score = "scaled"
+    if signature.has("channel_order"):
+        lines += [f"ordered = Gather <axis: int = -1> ({score}, channel_order)"]
+        score = "ordered"
+    lines += [
+        "kept_count = Constant <value_int: int = @n> ()",
+        "group_size = Constant <value_int: int = @m> ()",
+        "any_length = Constant <value_ints: ints = [-1]> ()",
+        "one_element = Constant <value_ints: ints = [1]> ()",
+        "k = Reshape (kept_count, one_element)",
+        "m_list = Reshape (group_size, one_element)",
+        "row_shape = Concat <axis: int = 0> (any_length, m_list)",
+        f"rows = Reshape ({score}, row_shape)",
+        "is_nan = IsNaN (rows)",
+        "wide = Cast <to: int = 11> (rows)",
+        f"ceiling = Constant <value: tensor = double {{{_ABOVE_FLOAT32}}}> ()",
+        "below_nan = Min (wide, ceiling)",
+        "infinity = Constant <value: tensor = double {inf}> ()",
+        "rank = Where (is_nan, infinity, below_nan)",
+        "top, index = TopK <axis: int = -1, largest: int = 1, sorted: int = 0> (rank, k)",
+        "rows_shape = Shape (rows)",
+        "index_shape = Shape (index)",
+        "none_kept = ConstantOfShape <value: tensor = bool[1] {0}> (rows_shape)",
+        "kept = ConstantOfShape <value: tensor = bool[1] {1}> (index_shape)",
+        "keep_rows = ScatterElements <axis: int = -1> (none_kept, index, kept)",
+    ]
+    if not signature.has("channel_order"):
+        return [*lines, "keep = Reshape <allowzero: int = 1> (keep_rows, x_shape)"]
+    # The inverse permutation is a constant of the model: a runtime folds it away.
+    return [
+        *lines,
+        "keep_ordered = Reshape <allowzero: int = 1> (keep_rows, x_shape)",
+        "channels = Size (channel_order)",
+        "first = Constant <value_int: int = 0> ()",
+        "step = Constant <value_int: int = 1> ()",
+        "channel = Range (first, channels, step)",
+        "place = ScatterElements <axis: int = 0> (channel, channel_order, channel)",
+        "keep = Gather <axis: int = -1> (keep_ordered, place)",
+    ]
+
+
+def _phase_gate(signature: Signature) -> list[str]:
+    """`keep` -> `active_keep`: all true where `phase` excludes the tokens (`is_dense`)."""
+    if signature.phase == "all":
+        return ["active_keep = Identity (keep)"]
+    comparison = "Greater" if signature.phase == "decode" else "Equal"
+    return [
+        # The 1 in front makes a single token of rank 1 a sequence of length 1.
+        "one = Constant <value_ints: ints = [1]> ()",
+        "padded_shape = Concat <axis: int = 0> (one, x_shape)",
+        "sequence_axis = Constant <value_ints: ints = [-2]> ()",
+        "sequence_length = Gather <axis: int = 0> (padded_shape, sequence_axis)",
+        f"is_dense = {comparison} (sequence_length, one)",
+        "active_keep = Or (keep, is_dense)",
+    ]
+
+
+def _variance_corrected(signature: Signature) -> list[str]:
+    """`sparse_product`, `z`, `s` -> `product`."""
+    if not signature.variance_correction:
+        return ["product = Identity (sparse_product)"]
+    lines = [
+        *_variance("z"),
+        *_variance("s"),
+        f"floor = Constant <value_float: float = {op_contract().variance_floor}> ()",
+        "s_floored = Max (s_variance, floor)",
+        "ratio = Div (z_variance, s_floored)",
+        "selected_nu = Sqrt (ratio)",
+    ]
+    if signature.phase == "all":
+        lines += ["nu = Identity (selected_nu)"]
+    else:
+        lines += [
+            "unit = Constant <value_float: float = 1.0> ()",
+            "nu = Where (is_dense, unit, selected_nu)",
+        ]
+    return [*lines, "product = Mul (nu, sparse_product)"]
+
+
+def _variance(name: str) -> list[str]:
+    """`name [..., K]` -> `name_variance [..., 1]`, in two passes: one would cancel."""
+    return [
+        f"{name}_mean = ReduceMean <keepdims: int = 1> ({name}, last_axis)",
+        f"{name}_deviation = Sub ({name}, {name}_mean)",
+        f"{name}_square = Mul ({name}_deviation, {name}_deviation)",
+        f"{name}_variance = ReduceMean <keepdims: int = 1> ({name}_square, last_axis)",
+    ]
+
+
+def _with_additions(signature: Signature) -> list[str]:
+    """`product` -> `Y`."""
+    lines = []
+    total = "product"
+    if signature.dynamic_shift:
+        lines += [
+            "shifted_back = Mul (eta, shift_weight)",
+            f"unshifted = Add ({total}, shifted_back)",
+        ]
+        total = "unshifted"
+    if signature.has("bias"):
+        lines += ["bias_float = Cast <to: int = 1> (bias)", f"biased = Add ({total}, bias_float)"]
+        total = "biased"
+    return [*lines, f"Y = CastLike ({total}, X)"]
