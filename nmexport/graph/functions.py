@@ -163,8 +163,8 @@ def _prune_body(signature: Signature) -> list[str]:
         "x_shape = Shape (X)",
         *_selection("x", signature),
         "zero = Constant <value_float: float = 0.0> ()",
-        "kept = Where (keep, x, zero)",
-        "Y = CastLike (kept, X)",
+        "s = Where (keep, x, zero)",
+        "Y = CastLike (s, X)",
     ]
 
 
@@ -232,8 +232,8 @@ def _selection(source: str, signature: Signature) -> list[str]:
         "rows_shape = Shape (rows)",
         "index_shape = Shape (index)",
         "none_kept = ConstantOfShape <value: tensor = bool[1] {0}> (rows_shape)",
-        "kept = ConstantOfShape <value: tensor = bool[1] {1}> (index_shape)",
-        "keep_rows = ScatterElements <axis: int = -1> (none_kept, index, kept)",
+        "mark = ConstantOfShape <value: tensor = bool[1] {1}> (index_shape)",
+        "keep_rows = ScatterElements <axis: int = -1> (none_kept, index, mark)",
     ]
     if not signature.has("channel_order"):
         return [*lines, "keep = Reshape <allowzero: int = 1> (keep_rows, x_shape)"]
