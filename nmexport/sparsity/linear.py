@@ -1,0 +1,300 @@
+"""A sparsified linear in torch, twice: folded as every executor computes it, and as the paper says.
+
+`FoldedLinear` is the op contract. `SparseLinear` is the method before folding: the shift is added
+back to the masked input, the correction scales the input, the weight is the dense one. That both
+agree is what makes folding right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Self
+
+import torch
+from torch import nn
+
+from nmexport.sparsity.mask import keep_mask, scores_of
+from nmexport.sparsity.pattern import NMPattern
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Phase = Literal["all", "prefill", "decode"]
+
+VARIANCE_FLOOR = 1e-12  # op contract: the least variance of the kept values that is divided by
+
+
+@dataclass(frozen=True, kw_only=True)
+class Behaviour:
+    """What one linear computes at run time, apart from its constants."""
+
+    pattern: NMPattern
+    dynamic_shift: bool = False
+    variance_correction: bool = False
+    phase: Phase = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constants:
+    """Calibrated constants of one linear, unfolded; None is absent."""
+
+    score_scale: torch.Tensor | None = None
+    """`[K]` float32."""
+    channel_order: torch.Tensor | None = None
+    """`[K]` int32."""
+    shift: torch.Tensor | None = None
+    """`[1]` or `[K]` float32, subtracted before selection and added back after it."""
+    nu: float | None = None
+    """Static variance correction of the kept values."""
+
+
+def selection(
+    z: torch.Tensor,
+    pattern: NMPattern,
+    score_scale: torch.Tensor | None,
+    channel_order: torch.Tensor | None,
+) -> torch.Tensor:
+    """The keep mask of shifted inputs: `[..., K]` -> bool."""
+    return keep_mask(scores_of(z, score_scale), pattern, channel_order)
+
+
+def variance_ratio(z: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """`nu = sqrt(var(z) / var(kept))` over K: `[..., K]` float32 twice -> `[..., 1]`."""
+    lost = kept.var(dim=-1, correction=0, keepdim=True).clamp_min(VARIANCE_FLOOR)
+    return (z.var(dim=-1, correction=0, keepdim=True) / lost).sqrt()
+
+
+def drops_channels(x: torch.Tensor, pattern: NMPattern, phase: Phase) -> bool:
+    """Whether anything of this input `[..., S, K]` can be dropped; else the op is dense.
+
+    Decode means S == 1. Where nothing is dropped there is no lost variance to correct either.
+    """
+    if pattern.n == pattern.m:
+        return False
+    sequence_length = x.shape[-2] if x.ndim > 1 else 1
+    return phase == "all" or (sequence_length == 1) == (phase == "decode")
+
+
+def bias_of(linear: nn.Linear) -> torch.Tensor | None:
+    """The linear's own bias, typed as what it is: torch's stubs forget that it may be absent."""
+    return linear.bias
+
+
+class FoldedLinear(nn.Module):
+    """NMLinear of the op contract."""
+
+    W: torch.Tensor
+    bias: torch.Tensor | None
+    shift: torch.Tensor | None
+    shift_weight: torch.Tensor | None
+    score_scale: torch.Tensor | None
+    channel_order: torch.Tensor | None
+
+    def __init__(
+        self,
+        behaviour: Behaviour,
+        *,
+        W: torch.Tensor,  # noqa: N803 - the op contract's name
+        bias: torch.Tensor | None = None,
+        shift: torch.Tensor | None = None,
+        shift_weight: torch.Tensor | None = None,
+        score_scale: torch.Tensor | None = None,
+        channel_order: torch.Tensor | None = None,
+    ) -> None:
+        """Hold the op's attributes and inputs.
+
+        Args:
+            behaviour: The op's attributes.
+            W: `[K, O]` T, in_features first.
+            bias: `[O]` T.
+            shift: `[1]` or `[K]` float32.
+            shift_weight: `[O]` float32, with a dynamic shift.
+            score_scale: `[K]` float32.
+            channel_order: `[K]` int32.
+
+        Raises:
+            ValueError: if a static and a dynamic shift meet, or a dynamic one lacks its weight.
+        """
+        super().__init__()
+        if behaviour.dynamic_shift and (shift is not None or shift_weight is None):
+            raise ValueError("a dynamic shift takes shift_weight and excludes a static shift")
+        self.n, self.m = behaviour.pattern.n, behaviour.pattern.m
+        self.dynamic_shift = behaviour.dynamic_shift
+        self.variance_correction = behaviour.variance_correction
+        self.phase: Phase = behaviour.phase
+        self.in_features, self.out_features = W.shape
+        self.register_buffer("W", W)
+        self.register_buffer("bias", bias)
+        self.register_buffer("shift", shift)
+        self.register_buffer("shift_weight", shift_weight)
+        self.register_buffer("score_scale", score_scale)
+        self.register_buffer("channel_order", channel_order)
+
+    @classmethod
+    def from_dense(
+        cls,
+        linear: nn.Linear,
+        behaviour: Behaviour,
+        constants: Constants,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Fold a dense linear with its constants.
+
+        Args:
+            linear: The dense linear; its own bias is kept.
+            behaviour: Attributes of the op.
+            constants: Calibrated constants.
+            dtype: T of the folded W and bias; None keeps the linear's own.
+        """
+        tensors = fold(linear, behaviour, constants, dtype=dtype or linear.weight.dtype)
+        return cls.from_tensors(behaviour, tensors)
+
+    @classmethod
+    def from_tensors(cls, behaviour: Behaviour, tensors: Mapping[str, torch.Tensor]) -> Self:
+        """From the tensors of one layer of a fold artifact: `W`, and where present the others."""
+        return cls(
+            behaviour,
+            W=tensors["W"],
+            bias=tensors.get("bias"),
+            shift=tensors.get("shift"),
+            shift_weight=tensors.get("shift_weight"),
+            score_scale=tensors.get("score_scale"),
+            channel_order=tensors.get("channel_order"),
+        )
+
+    @property
+    def pattern(self) -> NMPattern:
+        """N:M."""
+        return NMPattern(self.n, self.m)
+
+    def keep_mask(self, x: torch.Tensor) -> torch.Tensor:
+        """Which channels of an input `[..., K]` are kept: bool `[..., K]`."""
+        if not drops_channels(x, self.pattern, self.phase):
+            return torch.ones_like(x, dtype=torch.bool)
+        z = x.to(torch.float32)
+        eta = self._eta(z)
+        return self._select(z if eta is None else z - eta)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., K]` T -> `[..., O]` T, in float32 with one rounding at the end."""
+        x32 = x.to(torch.float32)
+        eta = self._eta(x32)
+        z = x32 if eta is None else x32 - eta
+        drops = drops_channels(x, self.pattern, self.phase)
+        kept = torch.where(self._select(z), z, 0.0) if drops else z
+        y = kept @ self.W.to(torch.float32)
+        if drops and self.variance_correction:
+            y = variance_ratio(z, kept) * y
+        if eta is not None and self.shift_weight is not None:
+            y = y + eta * self.shift_weight
+        if self.bias is not None:
+            y = y + self.bias.to(torch.float32)
+        return y.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{self.in_features}, {self.out_features}, {self.pattern}, phase={self.phase}"
+
+    def _eta(self, x32: torch.Tensor) -> torch.Tensor | None:
+        return x32.mean(dim=-1, keepdim=True) if self.dynamic_shift else self.shift
+
+    def _select(self, z: torch.Tensor) -> torch.Tensor:
+        return selection(z, self.pattern, self.score_scale, self.channel_order)
+
+
+class SparseLinear(nn.Module):
+    """The method unfolded, as the paper states it: correct the input, then the dense linear."""
+
+    def __init__(self, linear: nn.Linear, behaviour: Behaviour, constants: Constants) -> None:
+        """Wrap a dense linear.
+
+        Args:
+            linear: The dense linear, unchanged.
+            behaviour: Pattern, per-token corrections, phase.
+            constants: Calibrated constants.
+        """
+        super().__init__()
+        self.linear = linear
+        self.behaviour = behaviour
+        self.constants = constants
+
+    @classmethod
+    def from_dense(cls, linear: nn.Linear, behaviour: Behaviour, constants: Constants) -> Self:
+        """Same as the constructor, beside `FoldedLinear.from_dense`."""
+        return cls(linear, behaviour, constants)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., K]` -> `[..., O]`, in float32, rounded to the type of x."""
+        x32 = x.to(torch.float32)
+        if drops_channels(x, self.behaviour.pattern, self.behaviour.phase):
+            x32 = self._sparsified(x32)
+        bias = bias_of(self.linear)
+        y = nn.functional.linear(
+            x32, self.linear.weight.to(torch.float32), None if bias is None else bias.float()
+        )
+        return y.to(x.dtype)
+
+    def _sparsified(self, x: torch.Tensor) -> torch.Tensor:
+        eta = self._eta(x)
+        z = x - eta
+        constants = self.constants
+        keep = selection(z, self.behaviour.pattern, constants.score_scale, constants.channel_order)
+        kept = torch.where(keep, z, 0.0)
+        return self._nu(z, kept) * kept + eta
+
+    def _eta(self, x: torch.Tensor) -> torch.Tensor:
+        if self.behaviour.dynamic_shift:
+            return x.mean(dim=-1, keepdim=True)
+        shift = self.constants.shift
+        return x.new_zeros(1) if shift is None else shift
+
+    def _nu(self, z: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        if self.behaviour.variance_correction:
+            return variance_ratio(z, kept)
+        nu = self.constants.nu
+        return z.new_tensor([1.0 if nu is None else nu])
+
+
+def fold(
+    linear: nn.Linear, behaviour: Behaviour, constants: Constants, *, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Fold constants into the weight and bias, as the op contract's table says.
+
+    All sums are taken over the unscaled weight, in float64, before W and bias are rounded to T.
+
+    Args:
+        linear: The dense linear.
+        behaviour: Attributes of the op.
+        constants: Calibrated constants.
+        dtype: T.
+
+    Returns:
+        `W [K, O]` T, and where used `bias [O]` T, `shift` float32, `shift_weight [O]` float32,
+        `score_scale [K]` float32, `channel_order [K]` int32; contiguous.
+    """
+    weight = linear.weight.detach().t().to(torch.float32)  # [K, O]
+    gain = 1.0 if constants.nu is None else constants.nu
+    folded = {"W": (weight * gain).to(dtype)}
+    bias = _folded_bias(linear, weight, constants.shift)
+    if bias is not None:
+        folded["bias"] = bias.to(dtype)
+    if behaviour.dynamic_shift:
+        folded["shift_weight"] = weight.sum(dim=0, dtype=torch.float64).float()
+    for name in ("shift", "score_scale", "channel_order"):
+        value = getattr(constants, name)
+        if value is not None:
+            folded[name] = value
+    return {name: tensor.detach().contiguous() for name, tensor in folded.items()}
+
+
+def _folded_bias(
+    linear: nn.Linear, weight: torch.Tensor, shift: torch.Tensor | None
+) -> torch.Tensor | None:
+    """`bias + shift @ W`: what adding the shift back after selection comes to."""
+    own = bias_of(linear)
+    bias = None if own is None else own.detach().double()
+    if shift is None:
+        return bias
+    moved = shift.double().expand(weight.shape[0]) @ weight.double()
+    return moved if bias is None else bias + moved

@@ -1,0 +1,23 @@
+"""What calibration knows about the input of one linear."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelStatistics:
+    """Statistics of each input channel over all calibration tokens."""
+
+    tokens: int
+    """Tokens they stand on."""
+    mean: torch.Tensor
+    """`[K]` float64."""
+    rms: torch.Tensor
+    """`[K]` float64, square root of the second moment."""
+    mean_magnitude: torch.Tensor
+    """`[K]` float64, mean of |x|."""
