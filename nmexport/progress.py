@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, TypeVar
+import sys
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol, TextIO, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
+
+    from rich.progress import Progress as RichBars
 
 T = TypeVar("T")
+
+LINE_SECONDS = 5.0
+"""How often a log that nobody watches live gets a line."""
 
 
 class Progress(Protocol):
@@ -32,3 +40,135 @@ class Silent:
 
     def note(self, message: str) -> None:
         """Drop the message."""
+
+
+class Lines:
+    """A line at most every few seconds, and one at the end: for logs and pipes."""
+
+    def __init__(
+        self,
+        stream: TextIO,
+        *,
+        every: float = LINE_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Write to the stream, at most one line of counting every so many seconds."""
+        self._stream = stream
+        self._every = every
+        self._clock = clock
+
+    def track(self, items: Iterable[T], *, label: str, total: int | None = None) -> Iterator[T]:
+        """Yield the items, with count, ETA and peak memory now and then."""
+        size = total if total is not None else length_of(items)
+        began = said = self._clock()
+        count = 0
+        for count, item in enumerate(items, start=1):  # noqa: B007: counted after the loop, too
+            yield item
+            now = self._clock()
+            if now - said >= self._every and count != size:
+                self.note(f"{label}: {_counted(count, size)}{_eta(now - began, count, size)}")
+                said = now
+        seconds = self._clock() - began
+        if seconds >= 1:  # what took no time is not worth a line
+            self.note(f"{label}: {_counted(count, size)} in {duration(seconds)}, {_peak()}")
+
+    def note(self, message: str) -> None:
+        """Write the line."""
+        self._stream.write(message + "\n")
+        self._stream.flush()
+
+
+class Bars:
+    """A live bar with ETA and peak memory, for a person at a terminal."""
+
+    def __init__(self, stream: TextIO) -> None:
+        """Draw on the stream, which must be a terminal."""
+        from rich.console import Console
+
+        self._console = Console(file=stream, stderr=stream is sys.stderr)
+        self._bars: RichBars | None = None
+
+    def track(self, items: Iterable[T], *, label: str, total: int | None = None) -> Iterator[T]:
+        """Yield the items under a bar; a bar inside a bar stands below it."""
+        size = total if total is not None else length_of(items)
+        with self._shown() as bars:
+            task = bars.add_task(label, total=size, peak=_peak())
+            try:
+                for item in items:
+                    yield item
+                    bars.update(task, advance=1, peak=_peak())
+            finally:
+                bars.remove_task(task)
+
+    def note(self, message: str) -> None:
+        """Print the line above the bars."""
+        self._console.print(message, highlight=False, markup=False)
+
+    @contextmanager
+    def _shown(self) -> Iterator[RichBars]:
+        """The one live display; rich allows no second one on a terminal."""
+        if self._bars is not None:
+            yield self._bars
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichBars
+
+        with RichBars(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=32),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[peak]}"),
+            console=self._console,
+            transient=True,
+        ) as bars:
+            self._bars = bars
+            try:
+                yield bars
+            finally:
+                self._bars = None
+
+
+def on_stream(stream: TextIO) -> Progress:
+    """Bars on a terminal, lines elsewhere."""
+    return Bars(stream) if stream.isatty() else Lines(stream)
+
+
+def length_of(items: object) -> int | None:
+    """How many items there are, where that can be known beforehand."""
+    length = getattr(items, "__len__", None)
+    return int(length()) if length is not None else None
+
+
+def peak_rss_bytes() -> int:
+    """Most memory this process ever held."""
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts kibibytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3 min 07 s`, `2 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:  # noqa: PLR2004: seconds in a minute
+        return f"{whole} s" if seconds >= 1 else f"{seconds * 1e3:.0f} ms"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:  # noqa: PLR2004: minutes in an hour
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _peak() -> str:
+    return f"peak {peak_rss_bytes() / 1e9:.1f} GB"
+
+
+def _counted(count: int, size: int | None) -> str:
+    return f"{count}/{size}" if size is not None else str(count)
+
+
+def _eta(elapsed: float, count: int, size: int | None) -> str:
+    if size is None:
+        return f", {_peak()}"
+    remaining = elapsed / count * max(0, size - count)
+    return f", about {duration(remaining)} left, {_peak()}"

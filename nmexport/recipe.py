@@ -1,16 +1,36 @@
 """What to build: frozen, strict, overridden by options, reloading to an equal object.
 
 The objects hold no paths of this machine but those the user gave, and import neither
-torch nor a runtime.
+torch nor a runtime. A recipe comes from a YAML file, or from the name of one that travels with
+the package, or from a bare model; options override single keys; `resolve` puts them together.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import difflib
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+)
 
+from nmexport import strict_yaml
+from nmexport.errors import ModelError, RecipeError
+from nmexport.resources import resource_path
 from nmexport.sparsity.pattern import NMPattern
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from pydantic_core import ErrorDetails
 
 SCHEMA = 1
 
@@ -23,7 +43,11 @@ Target = Literal["auto", "onnxruntime", "tensorrt", "tensorrt-rtx"]
 
 
 def _pattern_from(value: object) -> object:
-    return NMPattern.parse(value) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return NMPattern.parse(value)
+    if isinstance(value, NMPattern):
+        return value
+    raise ValueError('text such as "8:16"')
 
 
 Pattern = Annotated[
@@ -126,3 +150,244 @@ class Recipe(_Strict):
     gates: GatesSection = GatesSection()
     target: Target = "auto"
     seed: int = Field(default=0, ge=0)
+
+
+# -- reading and writing ----------------------------------------------------------------------
+
+
+def resolve(
+    model: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    file: Path | None = None,
+    spelled: Mapping[str, str] | None = None,
+) -> Recipe:
+    """Put a recipe together: a file or a model's own recipe, then single keys on top.
+
+    Args:
+        model: Recipe name, Hub id, local folder, or `.gguf` file. Beside a file, it replaces
+            the file's model.
+        overrides: Values by dotted key, such as `{"sparsity.pattern": "2:4"}`.
+        file: A recipe in YAML.
+        spelled: How messages name a dotted key, such as `{"sparsity.pattern": "--pattern"}`.
+
+    Raises:
+        RecipeError: if a key or value is wrong, or neither model nor file is given.
+        PatternError: if the pattern is malformed.
+        ModelError: if the model's name is none of the four.
+    """
+    document, source = _base(model, file)
+    values = dict(overrides or {})
+    for dotted, value in values.items():
+        _put(document.value, dotted.split("."), value)
+    names = {dotted: (spelled or {}).get(dotted, dotted) for dotted in values}
+    return _validated(document, source, names)
+
+
+def load(path: Path) -> Recipe:
+    """Read a recipe file.
+
+    Raises:
+        RecipeError: if it cannot be read, or a key or value in it is wrong: file, line, nearest
+            key.
+    """
+    return _validated(_read(path), str(path), {})
+
+
+def dump(recipe: Recipe) -> str:
+    """YAML that reloads to an equal object, every default written out."""
+    return strict_yaml.write(recipe.model_dump(mode="json", by_alias=True))
+
+
+def names() -> list[str]:
+    """Recipes that travel with the package."""
+    return sorted(path.stem for path in resource_path("recipes").glob("*.yaml"))
+
+
+def path_of(name: str) -> Path:
+    """File of a recipe that travels with the package.
+
+    Raises:
+        RecipeError: if there is none of that name.
+    """
+    if name not in names():
+        raise RecipeError(
+            f"There is no recipe {name!r}.",
+            allowed=", ".join(names()),
+            fix=_nearest(name, names()),
+        )
+    return resource_path("recipes") / f"{name}.yaml"
+
+
+def short_name(model: str) -> str:
+    """A model's name fit for a folder: `smollm2`, `qwen2.5-7b`, `model-q4`."""
+    last = Path(model.rstrip("/")).name.removesuffix(".gguf").lower()
+    return re.sub(r"[^a-z0-9._-]+", "-", last).strip("-.") or "model"
+
+
+def _base(model: str | None, file: Path | None) -> tuple[strict_yaml.Document, str]:
+    """What the overrides go on top of, and what to call it in messages."""
+    if file is not None:
+        document, source = _read(file), str(file)
+        if model is not None:
+            document.value["model"] = _base(model, None)[0].value["model"]
+        return document, source
+    if model is None:
+        raise RecipeError(
+            "No model was named.",
+            allowed=f"--model with a recipe name ({', '.join(names())}), a Hub id, a folder or a "
+            ".gguf file; or --recipe FILE",
+        )
+    if model in names():
+        return _read(path_of(model)), f"recipe {model}"
+    _check_model_name(model)
+    return strict_yaml.Document({"model": {"id": model}}), "options"
+
+
+def _check_model_name(model: str) -> None:
+    """Refuse a name that no loader could make sense of, before anything is fetched."""
+    allowed = (
+        f"a recipe name ({', '.join(names())}), a Hub id such as owner/name, a folder, "
+        "or a .gguf file"
+    )
+    if Path(model).expanduser().exists():
+        if Path(model).suffix in {".yaml", ".yml"}:
+            raise ModelError(f"{model} is a recipe, not a model.", fix=f"--recipe {model}")
+        return
+    if model.startswith((".", "/", "~")) or model.endswith(".gguf"):
+        raise ModelError(f"There is no file or folder {model}.", allowed=allowed)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        raise ModelError(
+            f"Unknown model {model!r}.", allowed=allowed, fix=_nearest(model, names())
+        )
+
+
+def _read(path: Path) -> strict_yaml.Document:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            f"The recipe {path} cannot be read: {error}", fix="nmexport recipes list"
+        ) from error
+    document = strict_yaml.read(text, str(path))
+    if not isinstance(document.value, dict):
+        raise RecipeError(
+            f"{path} holds no recipe: its top level must be keys.",
+            allowed=_joined(_keys_at(())),
+            fix="nmexport recipes show smollm2",
+        )
+    return document
+
+
+def _put(document: dict[str, Any], keys: Sequence[str], value: object) -> None:
+    """Set one key; a section that is no section is left for the validation to complain about."""
+    for key in keys[:-1]:
+        section = document.setdefault(key, {})
+        if not isinstance(section, dict):
+            return
+        document = section
+    document[keys[-1]] = value
+
+
+# -- what is wrong, in words ------------------------------------------------------------------
+
+_KINDS = {
+    "string_type": "text",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "model_type": "a section of keys",
+    "dict_type": "a section of keys",
+}
+_BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+
+
+def _validated(
+    document: strict_yaml.Document, source: str, options: Mapping[str, str]
+) -> Recipe:
+    # Strict mode takes lists for tuples in JSON only; everything here came from JSON-like text.
+    try:
+        return Recipe.model_validate_json(json.dumps(document.value))
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        first, *rest = [_explained(problem, document, source, options) for problem in problems]
+        if not rest:
+            raise first from None
+        listed = "".join(f"\n  {fault.problem} Allowed: {fault.allowed}." for fault in rest)
+        raise RecipeError(
+            f"{first.problem} Allowed: {first.allowed}. Also:{listed}", fix=first.fix
+        ) from None
+
+
+def _explained(
+    problem: ErrorDetails,
+    document: strict_yaml.Document,
+    source: str,
+    options: Mapping[str, str],
+) -> RecipeError:
+    """One of pydantic's findings: where, what was given, what is allowed, what to do."""
+    at = problem["loc"]
+    dotted = ".".join(str(part) for part in at)
+    where = options.get(dotted)
+    if where is None:
+        line = document.lines.get(at)
+        where = f"{source}:{line}: {dotted}" if line else f"{source}: {dotted}"
+    given = json.dumps(problem["input"], default=str)
+    match problem["type"]:
+        case "extra_forbidden":
+            keys = _keys_at(at[:-1])
+            return RecipeError(
+                f"{where} is not a key of a recipe.",
+                allowed=_joined(keys),
+                fix=_nearest(str(at[-1]), keys),
+            )
+        case "missing":
+            return RecipeError(f"{where} is missing.", allowed=f"{dotted}: VALUE")
+        case "literal_error":
+            choices = _literal_choices(problem)
+            return RecipeError(
+                f"{where} cannot be {given}.",
+                allowed=_joined(choices),
+                fix=_nearest(str(problem["input"]), choices),
+            )
+        case kind:
+            return RecipeError(f"{where} cannot be {given}.", allowed=_allowed(kind, problem))
+
+
+def _allowed(kind: str, problem: ErrorDetails) -> str:
+    context = problem.get("ctx", {})
+    bounds = [f"{words} {context[name]}" for name, words in _BOUNDS.items() if name in context]
+    if bounds:
+        return " and ".join(bounds)
+    if kind == "value_error":
+        return str(context["error"])
+    return _KINDS.get(kind, problem["msg"])
+
+
+def _literal_choices(problem: ErrorDetails) -> list[str]:
+    """`'act', 'wina' or 'amber'` as a list."""
+    expected = str(problem.get("ctx", {}).get("expected", ""))
+    return re.findall(r"'([^']*)'", expected) or [expected]
+
+
+def _keys_at(at: Sequence[str | int]) -> list[str]:
+    """Keys that a section may have."""
+    section: type[BaseModel] = Recipe
+    for part in at:
+        kind = section.model_fields[str(part)].annotation
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+            return []
+        section = kind
+    return [spec.alias or name for name, spec in section.model_fields.items()]
+
+
+def _joined(words: Sequence[str]) -> str:
+    return ", ".join(words)
+
+
+def _nearest(given: str, known: Sequence[str]) -> str | None:
+    close = difflib.get_close_matches(given.lower(), known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else None

@@ -1,0 +1,137 @@
+"""YAML without its surprises, and with line numbers for error messages.
+
+PyYAML reads YAML 1.1, where the pattern `8:16` is the number 496 (base 60), `no` is false and
+a key given twice silently loses its first value. This reads plain scalars by the core schema of
+YAML 1.2, keeps every other scalar text, and refuses doubled keys, aliases and tags.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from nmexport.errors import RecipeError
+
+_TEXT_TAG = "tag:yaml.org,2002:str"
+_TAGS = frozenset({_TEXT_TAG, "tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"})
+_WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
+_INTEGER = re.compile(r"[-+]?[0-9]{1,18}")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+
+Where = tuple[str | int, ...]  # a path of keys and list indices
+
+
+class _Loader(yaml.SafeLoader):
+    """Resolves nothing by itself: a plain scalar is text until `_scalar` says otherwise."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012: PyYAML's own declaration
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that this reader would take for something else."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    style = None if _scalar(text) == text else '"'
+    return dumper.represent_scalar(_TEXT_TAG, text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+@dataclass(frozen=True)
+class Document:
+    """What a YAML text says, and where."""
+
+    value: Any
+    lines: dict[Where, int] = field(default_factory=dict)
+    """First line, from 1, of the value at each path of keys."""
+
+
+def read(text: str, name: str) -> Document:
+    """Read one document.
+
+    Args:
+        text: The YAML.
+        name: What to call it in messages.
+
+    Raises:
+        RecipeError: with file and line, if it is malformed, doubles a key, or uses aliases or tags.
+    """
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{name}:{mark.line + 1}" if mark else name
+        raise RecipeError(
+            f"{where}: not YAML: {error.problem}", fix="check indentation, colons and quotes there"
+        ) from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{name}: not YAML: {error}") from error
+    if node is None:
+        return Document(None)
+    lines: dict[Where, int] = {}
+    return Document(_build(node, (), lines, name, set()), lines)
+
+
+def write(value: object) -> str:
+    """YAML text of JSON values, which `read` gives back equal."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _build(node: yaml.Node, at: Where, lines: dict[Where, int], name: str, seen: set[int]) -> Any:
+    line = node.start_mark.line + 1
+    lines[at] = line
+    if id(node) in seen:
+        raise RecipeError(
+            f"{name}:{line}: aliases (*name) are not understood.", fix="write the value out"
+        )
+    if node.tag not in _TAGS:
+        raise RecipeError(
+            f"{name}:{line}: tags ({node.tag}) are not understood.", fix="write the plain value"
+        )
+    seen.add(id(node))
+    match node:
+        case yaml.MappingNode():
+            return _mapping(node, at, lines, name, seen)
+        case yaml.SequenceNode():
+            return [
+                _build(item, (*at, index), lines, name, seen)
+                for index, item in enumerate(node.value)
+            ]
+        case _:
+            return _scalar(node.value) if node.style is None else node.value
+
+
+def _mapping(
+    node: yaml.MappingNode, at: Where, lines: dict[Where, int], name: str, seen: set[int]
+) -> dict[str, Any]:
+    mapping: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        line = key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise RecipeError(f"{name}:{line}: a key must be a word.")
+        key = str(key_node.value)
+        if key in mapping:
+            first = lines[(*at, key)]
+            raise RecipeError(
+                f"{name}:{line}: the key {key!r} is given twice, first on line {first}.",
+                fix="keep one of them",
+            )
+        mapping[key] = _build(value_node, (*at, key), lines, name, seen)
+        lines[(*at, key)] = line
+    return mapping
+
+
+def _scalar(text: str) -> str | int | float | bool | None:
+    """A plain scalar by the core schema of YAML 1.2; what is nothing else is text."""
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    if _FLOAT.fullmatch(text):
+        return float(text)
+    return text
