@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from onnx import TensorProto
-
+from nmexport.artifact import file_digest
 from nmexport.errors import ArtifactError, EnvironmentFault
 from nmexport.runtimes.onnxruntime import (
     SESSION_CONFIG,
     OrtSession,
     engine_library,
-    file_digest,
     positions_from_mask,
     read_engine,
 )
+from onnx import TensorProto
+
 from tests.toy_lm import VOCABULARY, expected_logits, save_toy_lm
 
 if TYPE_CHECKING:
@@ -140,9 +140,7 @@ def _engine(folder: Path, **changes: object) -> Path:
 def test_engine_opens_relative_to_itself(toy: Path, tmp_path: Path) -> None:
     save_toy_lm(tmp_path / "model.onnx")
     with OrtSession.from_engine(_engine(tmp_path / "engine")) as session:
-        np.testing.assert_allclose(
-            session.prefill(IDS), expected_logits(IDS), rtol=1e-5, atol=1e-5
-        )
+        np.testing.assert_allclose(session.prefill(IDS), expected_logits(IDS), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

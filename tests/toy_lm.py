@@ -63,7 +63,9 @@ def save_toy_lm(path: Path, *, seed: int = 0, dtype: int = TensorProto.FLOAT) ->
         helper.make_node("Gather", ["tokens", "input_ids"], ["embedded"]),
         helper.make_node("Unsqueeze", ["embedded", "axis1"], ["new"]),
         helper.make_node("Cast", ["new"], ["new_typed"], to=dtype),
-        helper.make_node("Concat", ["past_key_values.0.key", "new_typed"], ["present.0.key"], axis=2),
+        helper.make_node(
+            "Concat", ["past_key_values.0.key", "new_typed"], ["present.0.key"], axis=2
+        ),
         helper.make_node(
             "Concat", ["past_key_values.0.value", "new_typed"], ["present.0.value"], axis=2
         ),
@@ -84,9 +86,7 @@ def save_toy_lm(path: Path, *, seed: int = 0, dtype: int = TensorProto.FLOAT) ->
         helper.make_node("Cast", ["logits_float"], ["logits"], to=dtype),
     ]
     graph = helper.make_graph(nodes, "toy", inputs, outputs, initializers)
-    model = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10
-    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     onnx.checker.check_model(model)
     path.parent.mkdir(parents=True, exist_ok=True)
     onnx.save_model(model, path)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
-import onnxruntime
 
+import onnxruntime
+from nmexport.artifact import file_digest
+from nmexport.environment import physical_cores
 from nmexport.errors import ArtifactError, EnvironmentFault
 
 if TYPE_CHECKING:
@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 ENGINE_SCHEMA = 1
 _REBUILD = "run `nmexport engine` (or `nmexport build`) on this work directory again"
 _DEVICE = "cpu"
-_NUMPY_TYPES = {
+_NUMPY_TYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
+    "tensor(bfloat16)": np.dtype(np.uint16),  # NumPy has no name for it: the bits
 }
-# Element types as ONNX numbers them; bfloat16 is one that NumPy has no name for.
+# Element types as ONNX numbers them.
 _ONNX_TYPES = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}
 _FATAL_ONLY = 4  # the runtime raises what goes wrong; its own log lines would say it twice
 
@@ -75,22 +76,6 @@ class Engine:
     library_digest: str | None
 
 
-def physical_cores() -> int:
-    """Physical cores that this process may use, at least one."""
-    import psutil
-
-    usable = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    return max(1, min(psutil.cpu_count(logical=False) or usable, usable))
-
-
-def file_digest(path: Path) -> str:
-    """Sha256 of a file, in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def read_engine(path: Path) -> Engine:
     """Read an engine description.
 
@@ -100,7 +85,7 @@ def read_engine(path: Path) -> Engine:
     Raises:
         ArtifactError: if it is missing, malformed, of another schema, or names another runtime.
     """
-    path = path / "engine.json" if path.is_dir() else path
+    path = path if path.suffix == ".json" else path / "engine.json"
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["schema"] != ENGINE_SCHEMA or document["runtime"] != "onnxruntime":
@@ -373,9 +358,7 @@ class OrtSession:
             for slot in self._slots
         )
 
-    def _run(
-        self, input_ids: NDArray[np.int64], mask: NDArray[np.int64]
-    ) -> NDArray[np.float32]:
+    def _run(self, input_ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
         """Run S new tokens after the cached ones; `mask` `[B, P + S]` covers both."""
         session = self._session
         if session is None:
@@ -395,7 +378,7 @@ class OrtSession:
         # The runtime writes the logits straight into our array: a prompt's are tens of megabytes.
         logits = np.empty(
             (batch, new_tokens, self._vocabulary_size),
-            _NUMPY_TYPES.get(self._logits_type, np.dtype(np.uint16)),
+            _NUMPY_TYPES[self._logits_type],
         )
         binding.bind_output(
             "logits",

@@ -1,0 +1,304 @@
+"""Text from a built artifact: prompt in, pieces of text out as they come; no torch."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from nmexport.errors import ArtifactError, UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from nmexport.progress import Progress
+    from nmexport.runtimes.session import Session
+
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+
+
+def generate(
+    work: Path,
+    prompt: str,
+    *,
+    max_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    chat: bool = False,
+    dense: bool = False,
+) -> Iterator[str]:
+    """Continue a prompt with the model that was built in a work directory.
+
+    Args:
+        work: The work directory.
+        prompt: Text to continue, or the user's message where `chat` is set.
+        max_tokens: At most this many tokens; the model's end-of-text token ends it sooner.
+        temperature: 0 takes the likeliest token; higher draws more freely.
+        top_p: Draw from the likeliest tokens that together hold this probability.
+        top_k: Draw from this many likeliest tokens; 0 is no limit.
+        seed: Of the draws.
+        stop: Texts that end the continuation; not part of it.
+        chat: Put the prompt through the model's chat template.
+        dense: Run the dense baseline in place of the sparse model.
+
+    Returns:
+        Pieces of text, each whole characters; joined they are the continuation.
+
+    Raises:
+        UserError: if an option is out of range or the prompt has no tokens.
+        ArtifactError: if the work directory holds no engine, or one that cannot be opened.
+        EnvironmentFault: if the engine needs a native library that is missing here.
+    """
+    _check_options(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
+    from nmexport.runtimes.onnxruntime import OrtSession, read_engine
+
+    engine_folder = work / "engine" / "current"
+    folder = read_engine(engine_folder).model.parent
+    tokenizer = load_tokenizer(folder)
+    prompt_ids = encode_prompt(tokenizer, prompt, chat=chat)
+    session = OrtSession.from_engine(engine_folder, dense=dense)
+    sampler = Sampler(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    ends = end_tokens(folder, tokenizer)
+
+    def pieces() -> Iterator[str]:
+        with session:
+            tokens = continuation(session, prompt_ids, sampler, max_tokens=max_tokens, ends=ends)
+            yield from until_stop(text_pieces(tokenizer, tokens), stop)
+
+    return pieces()
+
+
+def _check_options(*, max_tokens: int, temperature: float, top_p: float, top_k: int) -> None:
+    wrong = [
+        f"{name} {value} (allowed: {allowed})"
+        for name, value, allowed, holds in (
+            ("max_tokens", max_tokens, "at least 1", max_tokens >= 1),
+            ("temperature", temperature, "0 or more", temperature >= 0),
+            ("top_p", top_p, "above 0, at most 1", 0 < top_p <= 1),
+            ("top_k", top_k, "0 or more", top_k >= 0),
+        )
+        if not holds
+    ]
+    if wrong:
+        raise UserError(f"Out of range: {', '.join(wrong)}.")
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer that was exported with a model.
+
+    Raises:
+        ArtifactError: if it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"{folder} holds no tokenizer that can be read: {error}", fix="run `nmexport export`"
+        ) from error
+
+
+def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool) -> list[int]:
+    """Token ids of a prompt.
+
+    Raises:
+        UserError: if it has no tokens, or a chat template is asked for and there is none.
+    """
+    if chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise UserError(
+                "This model has no chat template.", fix="leave out the chat option: plain text"
+            )
+        messages = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        ids = tokenizer(prompt)["input_ids"]
+    if not ids and tokenizer.bos_token_id is not None:
+        ids = [tokenizer.bos_token_id]
+    if not ids:
+        raise UserError(f"The prompt {prompt!r} has no tokens.", fix="give some text")
+    return ids
+
+
+def end_tokens(folder: Path, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end a text: the configuration's and the tokenizer's."""
+    ends = {tokenizer.eos_token_id}
+    for name in ("generation_config.json", "config.json"):
+        try:
+            document = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        value = document.get("eos_token_id")
+        ends |= set(value) if isinstance(value, list) else {value}
+    return frozenset(token for token in ends if isinstance(token, int))
+
+
+class Sampler:
+    """Chooses the next token from logits `[V]`."""
+
+    def __init__(
+        self, *, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int = 0
+    ) -> None:
+        """See `generate`."""
+        import numpy as np
+
+        self._temperature = temperature
+        self._top_p = top_p
+        self._top_k = top_k
+        self._rng = np.random.default_rng(seed)
+
+    def __call__(self, logits: NDArray[np.float32]) -> int:
+        """One token id."""
+        if self._temperature == 0:
+            return int(logits.argmax())
+        tokens, probabilities = self._candidates(logits)
+        return int(self._rng.choice(tokens, p=probabilities))
+
+    def _candidates(
+        self, logits: NDArray[np.float32]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Token ids that may be drawn, likeliest first, and their probabilities."""
+        import numpy as np
+
+        order = np.argsort(-logits, kind="stable")
+        order = order[: self._top_k] if self._top_k else order
+        scaled = logits[order].astype(np.float64) / self._temperature
+        probabilities = np.exp(scaled - scaled[0])
+        probabilities /= probabilities.sum()
+        # A token stays as long as those before it do not hold top_p yet: the first always does.
+        before = np.cumsum(probabilities) - probabilities
+        kept = probabilities[before < self._top_p]
+        return order[: kept.size], kept / kept.sum()
+
+
+def continuation(
+    session: Session,
+    prompt: Sequence[int],
+    sampler: Sampler,
+    *,
+    max_tokens: int,
+    ends: frozenset[int],
+) -> Iterator[int]:
+    """Tokens that follow a prompt, until one of `ends` (not yielded) or `max_tokens`."""
+    import numpy as np
+
+    logits = session.prefill(np.asarray([prompt], dtype=np.int64))
+    for made in range(max_tokens):
+        token = sampler(logits[0, -1])
+        if token in ends:
+            return
+        yield token
+        if made + 1 < max_tokens:
+            logits = session.decode_step(np.asarray([[token]], dtype=np.int64))
+
+
+def text_pieces(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
+    """Text of tokens as they come, never half a character.
+
+    A character may take several tokens, and a token's text may depend on the one before it (a
+    leading space): so a window of tokens is decoded with and without the new ones, and the
+    difference is given out once it ends in a whole character.
+    """
+    seen: list[int] = []
+    start, given = 0, 0  # the window begins at `start`; text up to token `given` is out
+
+    def decoded(end: int | None = None) -> str:
+        text: str = tokenizer.decode(seen[start:end], skip_special_tokens=True)
+        return text
+
+    for token in tokens:
+        seen.append(token)
+        before, now = decoded(given), decoded()
+        if len(now) > len(before) and not now.endswith(_INCOMPLETE):
+            yield now[len(before) :]
+            start, given = given, len(seen)
+    rest = decoded()[len(decoded(given)) :]
+    if rest:  # the text ends inside a character, or really with a replacement character
+        yield rest
+
+
+def until_stop(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
+    """Pieces up to the first of the stop texts; what might begin one is held back."""
+    stops = [text for text in stop if text]
+    held = ""
+    for piece in pieces:
+        held += piece
+        found = [at for at in (held.find(text) for text in stops) if at >= 0]
+        if found:
+            if held[: min(found)]:
+                yield held[: min(found)]
+            return
+        safe = len(held) - max((_overlap(held, text) for text in stops), default=0)
+        if safe:
+            yield held[:safe]
+            held = held[safe:]
+    if held:
+        yield held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def bench_engines(
+    work: Path,
+    *,
+    prefill_tokens: int = 128,
+    decode_context: int = 128,
+    batch: int = 1,
+    runs: int = 30,
+    warmup: int = 3,
+    seed: int = 0,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Time the dense and the sparse model of a work directory, interleaved.
+
+    Args:
+        work: The work directory.
+        prefill_tokens: Tokens of the timed prompt.
+        decode_context: Tokens in the cache of the timed decode step.
+        batch: Sequences of the timed decode step.
+        runs: Counted runs of each model and phase.
+        warmup: Uncounted runs before.
+        seed: Of the random tokens.
+        progress: Where to count.
+
+    Returns:
+        The report's `latency`.
+
+    Raises:
+        ArtifactError: if the work directory holds no engine, or one that cannot be opened.
+        EnvironmentFault: if the engine needs a native library that is missing here.
+    """
+    import numpy as np
+
+    from nmexport.environment import probe
+    from nmexport.runtimes.onnxruntime import OrtSession
+    from nmexport.verification import latency
+
+    engine = work / "engine" / "current"
+    with (
+        OrtSession.from_engine(engine, dense=True) as dense,
+        OrtSession.from_engine(engine) as sparse,
+    ):
+        rng = np.random.default_rng(seed)
+        return latency.compare(
+            dense,
+            sparse,
+            prompt=rng.integers(sparse.vocabulary_size, size=(1, prefill_tokens)),
+            context=rng.integers(sparse.vocabulary_size, size=(batch, decode_context)),
+            runs=runs,
+            warmup=warmup,
+            device=probe().cpu,
+            progress=progress,
+        )

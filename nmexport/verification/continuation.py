@@ -1,0 +1,72 @@
+"""Greedy continuations: what a person would read from the dense and from the sparse model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from numpy.typing import NDArray
+
+    from nmexport.runtimes.session import Session
+
+PROTOCOL = (
+    "Prompts are the first tokens of the evaluation windows. Both models continue greedily for a "
+    "fixed number of tokens; an end-of-text token does not stop them. Free-running: each reads its "
+    "own tokens. Guided: the sparse model reads the dense model's tokens."
+)
+
+
+def greedy(session: Session, prompts: NDArray[np.int64], steps: Iterable[int]) -> NDArray[np.int64]:
+    """Continue prompts `[B, P]` by one token for each step; tokens `[B, steps]`.
+
+    Args:
+        session: The model.
+        prompts: Token ids, all prompts of one length.
+        steps: One item for each token wanted (a range, tracked or not).
+    """
+    tokens: list[NDArray[np.int64]] = []
+    for _ in steps:
+        logits = session.decode_step(tokens[-1][:, None]) if tokens else session.prefill(prompts)
+        tokens.append(logits[:, -1].argmax(axis=-1).astype(np.int64))
+    return np.stack(tokens, axis=1)
+
+
+def guided(
+    session: Session, prompts: NDArray[np.int64], continuation: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Greedy tokens `[B, T]` that a model would have chosen while reading a given continuation."""
+    whole = np.concatenate([prompts, continuation[:, :-1]], axis=1)
+    rows = [session.prefill(row[None, :])[0, prompts.shape[1] - 1 :] for row in whole]
+    return np.stack([logits.argmax(axis=-1) for logits in rows]).astype(np.int64)
+
+
+def first_divergence(left: NDArray[np.int64], right: NDArray[np.int64]) -> list[int | None]:
+    """Position of the first unequal token in each row of `[B, T]`; None where rows are equal."""
+    unequal = left != right
+    return [int(row.argmax()) if row.any() else None for row in unequal]
+
+
+def compare(
+    dense: Session, sparse: Session, prompts: NDArray[np.int64], steps: Iterable[int]
+) -> dict[str, Any]:
+    """Continue prompts `[B, P]` with both models and say how alike the texts are."""
+    dense_tokens = greedy(dense, prompts, steps)
+    sparse_tokens = greedy(sparse, prompts, range(dense_tokens.shape[1]))
+    divergences = first_divergence(dense_tokens, sparse_tokens)
+    length = dense_tokens.shape[1]
+    return {
+        "prompts": int(prompts.shape[0]),
+        "prompt_tokens": int(prompts.shape[1]),
+        "generated_tokens": length,
+        "free_running_agreement": float((dense_tokens == sparse_tokens).mean()),
+        "guided_agreement": float((guided(sparse, prompts, dense_tokens) == dense_tokens).mean()),
+        "first_divergence": divergences,
+        "median_first_divergence": float(
+            np.median([length if at is None else at for at in divergences])
+        ),
+        "protocol": PROTOCOL,
+    }

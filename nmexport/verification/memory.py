@@ -1,0 +1,100 @@
+"""How much memory a model takes while it runs: asked of a fresh process that does nothing else.
+
+Run as `python -m nmexport.verification.memory ENGINE_JSON sparse|dense PROMPT_TOKENS` it prints
+one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+_PACKAGE_PARENT = Path(__file__).resolve().parents[2]
+_DECODE_STEPS = 4
+
+PROTOCOL = (
+    "A fresh process opens one model with ONNX Runtime, prefills one prompt, decodes four tokens "
+    "and reports its own peak resident set. Weights are mapped from the artifact's files, so "
+    "pages that were read count."
+)
+
+
+def peak_rss_bytes() -> int | None:
+    """Highest resident set of this process so far; None where the system does not tell.
+
+    Not `ru_maxrss`: a child inherits its parent's high-water mark through fork and exec.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def run_in_fresh_process(engine: Path, *, dense: bool, prompt_tokens: int) -> dict[str, Any]:
+    """Peak memory of one model.
+
+    Args:
+        engine: `engine.json`.
+        dense: Measure the baseline in place of the sparse model.
+        prompt_tokens: Length of the prompt.
+
+    Returns:
+        `peak_rss_bytes`, an integer, or None with `why`.
+    """
+    side = "dense" if dense else "sparse"
+    paths = [str(_PACKAGE_PARENT), os.environ.get("PYTHONPATH", "")]
+    command = [sys.executable, "-m", __name__, str(engine), side, str(prompt_tokens)]
+    answer = subprocess.run(  # noqa: S603 - our own module, no shell
+        command,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if answer.returncode:
+        last = answer.stderr.strip().splitlines()[-1:] or ["no message"]
+        why = f"the measuring process ended with code {answer.returncode}: {last[0]}"
+        return {"peak_rss_bytes": None, "why": why}
+    document: dict[str, Any] = json.loads(answer.stdout)
+    return document
+
+
+def measure(engine: Path, *, dense: bool, prompt_tokens: int) -> dict[str, Any]:
+    """Run one model in this process and say what it took."""
+    import numpy as np
+
+    from nmexport.runtimes.onnxruntime import OrtSession
+
+    with OrtSession.from_engine(engine, dense=dense) as session:
+        rng = np.random.default_rng(0)
+        session.prefill(rng.integers(session.vocabulary_size, size=(1, prompt_tokens)))
+        for _ in range(_DECODE_STEPS):
+            session.decode_step(np.zeros((1, 1), np.int64))
+    peak = peak_rss_bytes()
+    if peak is None:
+        return {"peak_rss_bytes": None, "why": "this system does not tell a process's peak memory"}
+    return {"peak_rss_bytes": peak}
+
+
+def artifact_bytes(folder: Path) -> int:
+    """Size of the files that a model is shipped as; the dense baseline is not among them."""
+    return sum(
+        path.stat().st_size
+        for path in folder.rglob("*")
+        if path.is_file() and "dense" not in path.relative_to(folder).parts
+    )
+
+
+if __name__ == "__main__":
+    _engine, _side, _tokens = sys.argv[1:]
+    sys.stdout.write(
+        json.dumps(measure(Path(_engine), dense=_side == "dense", prompt_tokens=int(_tokens)))
+    )
