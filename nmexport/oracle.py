@@ -259,10 +259,11 @@ def unit_in_last_place(dtype: np.dtype[Any] | type, value: _Float64) -> _Float64
     """Distance between neighbours of type T around `value`, elementwise (inf where not finite)."""
     info = ml_dtypes.finfo(np.dtype(dtype))
     finite = np.isfinite(value)
-    _, exponent = np.frexp(np.where(finite, np.abs(value), 0.0))
+    # Below the smallest normal number the spacing stays what it is there.
+    size = np.maximum(np.where(finite, np.abs(value), 0.0), float(info.smallest_normal))
+    _, exponent = np.frexp(size)
     # frexp's mantissa lies in [0.5, 1): the leading bit is worth 2**(exponent - 1).
-    smallest = np.float64(info.smallest_subnormal)
-    ulp = np.maximum(np.ldexp(1.0, exponent - 1 - int(info.nmant)), smallest)
+    ulp = np.ldexp(1.0, exponent - 1 - int(info.nmant))
     return np.where(finite, ulp, np.inf)
 
 
