@@ -70,15 +70,10 @@ def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def fitting_patterns(in_features: Iterable[int], pattern: NMPattern) -> list[NMPattern]:
-    """Patterns that fit all the widths: those of the same density first, larger groups first."""
+    """Patterns that fit all the widths, nearest density first, of equals the larger group first."""
     widths = list(in_features)
     sizes = [m for m in range(MAX_GROUP, 1, -1) if all(width % m == 0 for width in widths)]
-    same = [
-        NMPattern(pattern.n * m // pattern.m, m) for m in sizes if pattern.n * m % pattern.m == 0
-    ]
-    if same:
-        return same
-    nearest = [NMPattern(min(m - 1, max(1, round(pattern.density * m))), m) for m in sizes]
+    nearest = [NMPattern(max(1, round(pattern.density * m)), m) for m in sizes]
     return sorted(nearest, key=lambda one: abs(one.density - pattern.density))
 
 

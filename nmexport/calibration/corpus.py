@@ -1,0 +1,358 @@
+"""Text sources, and the one protocol by which text becomes samples of token ids.
+
+A corpus is named by
+- `self`: text that the dense model generates itself, so that no data is needed;
+- a `.txt` file: the text as it stands, neither detokenised nor normalised;
+- a `.jsonl` file: one document a line, `{"text": ...}` or chat `{"messages": [...]}`, which go
+  through the tokenizer's chat template;
+- a Hub dataset, `NAME` or `NAME:CONFIG`: its `text` (or `messages`) column.
+
+Text is tokenised once, without special tokens, and cut into consecutive windows that do not
+overlap. Documents of a `.jsonl` file are joined by the end-of-text token, texts of a Hub dataset by
+an empty line (its rows may be lines of one text). Each window starts with the beginning-of-text
+token where the model's tokenizer puts one before any text (Llama 2 and 3, Mistral, Gemma; not
+SmolLM2 or Qwen), and has the given length with it. Evaluation takes the first windows; calibration
+draws windows at random, without replacement, seeded, and where both name one corpus, from what
+evaluation leaves.
+
+Arrays here are NumPy's: naming or checking a corpus must not cost an import of torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nmexport.errors import CorpusError, EnvironmentFault
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from nmexport.recipe import CorpusSection, EvaluationSection
+
+SELF = "self"
+FORMS = (
+    "self (text that the model generates), a .txt file, a .jsonl file with `text` or `messages`, "
+    "or a Hub dataset NAME or NAME:CONFIG"
+)
+
+Split = Literal["calibration", "evaluation"]
+TokenIds = NDArray[np.int64]
+SelfText = Callable[[int, int, int], TokenIds]
+"""(samples, length, seed) -> `[samples, length]`, see `nmexport.calibration.self_text`."""
+
+# Preferred splits of a Hub dataset: never evaluate on what calibration saw.
+_SPLITS: dict[Split, tuple[str, ...]] = {
+    "calibration": ("train", "validation", "test"),
+    "evaluation": ("test", "validation", "train"),
+}
+# Calibration windows are drawn from this many times as many of a Hub dataset, which is streamed.
+_POOL = 4
+_CHARACTERS_A_TOKEN = 5
+
+
+def load_samples(
+    section: CorpusSection,
+    tokenizer: Any,
+    self_text: SelfText,
+    *,
+    seed: int,
+    reserved_tokens: int = 0,
+) -> TokenIds:
+    """Calibration samples.
+
+    Args:
+        section: Corpus, how many samples, how long.
+        tokenizer: The model's.
+        self_text: Generates text where the corpus is `self`; else not called.
+        seed: Of the draw, or of the generated text.
+        reserved_tokens: Tokens at the start of the corpus that evaluation uses.
+
+    Returns:
+        `[samples, length]` int64.
+
+    Raises:
+        CorpusError: if the text is missing, malformed, or too short for that many samples.
+        EnvironmentFault: if the hub cannot be reached or the `datasets` package is missing.
+    """
+    if section.corpus == SELF:
+        return self_text(section.samples, section.length, _split_seed(seed, "calibration"))
+    wanted = reserved_tokens + _POOL * section.samples * section.length
+    stream = _token_stream(section.corpus, tokenizer, "calibration", wanted)
+    windows = _windows(stream[reserved_tokens:], section.length, _prefix(tokenizer))
+    if len(windows) < section.samples:
+        raise _too_short(
+            section.corpus, stream.size, section.samples, section.length, len(windows),
+            options=("--calib-samples", "--calib-length"), reserved=reserved_tokens,
+        )  # fmt: skip
+    drawn = np.random.default_rng(seed).permutation(len(windows))[: section.samples]
+    return windows[drawn]
+
+
+def evaluation_windows(
+    section: EvaluationSection, tokenizer: Any, self_text: SelfText, *, seed: int
+) -> TokenIds:
+    """Evaluation windows: the first ones of the corpus.
+
+    Text that the model generates for evaluation is never that of calibration with the same seed.
+
+    Args:
+        section: Corpus, how many windows, how long.
+        tokenizer: The model's.
+        self_text: Generates text where the corpus is `self`; else not called.
+        seed: Of the generated text.
+
+    Returns:
+        `[windows, length]` int64.
+
+    Raises:
+        CorpusError: if the text is missing, malformed, or too short for that many windows.
+        EnvironmentFault: if the hub cannot be reached or the `datasets` package is missing.
+    """
+    if section.corpus == SELF:
+        return self_text(section.windows, section.length, _split_seed(seed, "evaluation"))
+    stream = _token_stream(
+        section.corpus, tokenizer, "evaluation", section.windows * section.length
+    )
+    windows = _windows(stream, section.length, _prefix(tokenizer))
+    if len(windows) < section.windows:
+        raise _too_short(
+            section.corpus, stream.size, section.windows, section.length, len(windows),
+            options=("--eval-windows", "--eval-length"),
+        )  # fmt: skip
+    return windows[: section.windows]
+
+
+def protocol(section: CorpusSection | EvaluationSection) -> str:
+    """How this corpus becomes windows of token ids, in words for a report."""
+    source = {
+        "self": "text that the dense model generates itself, sampled at temperature 1 after a "
+        "random first token",
+        "txt": "the text as it stands, tokenised once without special tokens",
+        "jsonl": "one document a line (chat messages through the model's template), joined by the "
+        "end-of-text token",
+        "hub": "rows joined by an empty line, tokenised once without special tokens",
+    }[_kind(section.corpus)]
+    from nmexport.recipe import CorpusSection
+
+    if isinstance(section, CorpusSection):
+        count, which = section.samples, "drawn at random without replacement"
+    else:
+        count, which = section.windows, "the first ones"
+    if section.corpus == SELF:
+        which = "each generated on its own"
+    return (
+        f"{section.corpus}: {source}; {count} windows of {section.length} tokens that do not "
+        f"overlap, {which}; a window starts with the beginning-of-text token only where the "
+        f"model's tokenizer always puts one"
+    )
+
+
+def corpus_identity(corpus: str) -> dict[str, str]:
+    """What identifies a corpus in an artifact's key: its name, and a local file's contents.
+
+    Raises:
+        CorpusError: if a local file is missing or its kind is not known.
+    """
+    kind = _kind(corpus)
+    if kind not in {"txt", "jsonl"}:
+        return {"corpus": corpus}
+    return {"corpus": kind, "sha256": hashlib.sha256(_read_bytes(Path(corpus))).hexdigest()}
+
+
+def text_prefix(tokenizer: Any) -> list[int]:
+    """Ids that the tokenizer puts before any text: its beginning-of-text token, or nothing."""
+    bos = tokenizer.bos_token_id
+    ids = tokenizer("a", verbose=False).input_ids
+    return [int(bos)] if bos is not None and len(ids) > 1 and ids[0] == bos else []
+
+
+def _prefix(tokenizer: Any) -> TokenIds:
+    return np.array(text_prefix(tokenizer), dtype=np.int64)
+
+
+def _split_seed(seed: int, split: Split) -> int:
+    """Seeds that no two splits share, whatever the seeds."""
+    return int.from_bytes(hashlib.sha256(f"{split}:{seed}".encode()).digest()[:6], "big")
+
+
+def _windows(stream: TokenIds, length: int, prefix: TokenIds) -> TokenIds:
+    """`[tokens]` -> `[windows, length]`, each with the prefix; an incomplete last one is left."""
+    body = length - prefix.size
+    count = stream.size // body
+    bodies = stream[: count * body].reshape(count, body)
+    return np.concatenate([np.broadcast_to(prefix, (count, prefix.size)), bodies], axis=1)
+
+
+def _too_short(
+    corpus: str,
+    found: int,
+    count: int,
+    length: int,
+    available: int,
+    *,
+    options: tuple[str, str],
+    reserved: int = 0,
+) -> CorpusError:
+    kept = f", of which evaluation uses the first {reserved}" if reserved else ""
+    smaller = f"{options[0]} {available} or less, a smaller {options[1]}, or "
+    return CorpusError(
+        f"{corpus} has {found} tokens{kept}: {available} whole windows of {length} tokens, "
+        f"and {count} are needed ({reserved + count * length} tokens).",
+        fix=f"use {smaller if available else ''}a longer text, or --calib/--eval-data self",
+    )
+
+
+def _kind(corpus: str) -> Literal["self", "txt", "jsonl", "hub"]:
+    """Raises CorpusError for what is neither a known file nor like a dataset's name."""
+    if corpus == SELF:
+        return "self"
+    path = Path(corpus)
+    if path.suffix in {".txt", ".jsonl"}:
+        if not path.is_file():
+            raise CorpusError(f"There is no file {corpus}.", allowed=FORMS)
+        return "txt" if path.suffix == ".txt" else "jsonl"
+    if path.exists() or corpus.startswith((".", "/", "~")) or corpus.count("/") > 1 or not corpus:
+        raise CorpusError(f"{corpus!r} is not a corpus that can be read.", allowed=FORMS)
+    return "hub"
+
+
+def _token_stream(corpus: str, tokenizer: Any, split: Split, wanted: int) -> TokenIds:
+    """All tokens of a local corpus, or the first `wanted` or somewhat more of a Hub dataset."""
+    kind = _kind(corpus)
+    if kind == "txt":
+        return _tokens(tokenizer, _read_text(Path(corpus)))
+    if kind == "jsonl":
+        return _joined(tokenizer, _documents(Path(corpus), tokenizer))
+    return _hub_tokens(corpus, tokenizer, split, wanted)
+
+
+def _tokens(tokenizer: Any, text: str) -> TokenIds:
+    # verbose: a text longer than the model's context is what is wanted here.
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return np.array(ids, dtype=np.int64)
+
+
+def _joined(tokenizer: Any, documents: Iterator[str]) -> TokenIds:
+    end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    parts = [np.append(_tokens(tokenizer, document), end) for document in documents]
+    return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, dtype=np.int64)
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CorpusError(f"{path} cannot be read: {error.strerror}.", allowed=FORMS) from error
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return _read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CorpusError(
+            f"{path} is not UTF-8 text: byte {error.start}.", fix="convert it to UTF-8"
+        ) from error
+
+
+def _documents(path: Path, tokenizer: Any) -> Iterator[str]:
+    """Documents of a `.jsonl` file; empty lines do not count."""
+    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+        if line.strip():
+            yield _document(_parsed(line, f"{path}:{number}"), tokenizer, f"{path}:{number}")
+
+
+def _parsed(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise CorpusError(f"{where} is not JSON: {error.msg}.") from error
+
+
+def _document(row: Any, tokenizer: Any, where: str) -> str:
+    """One row as text.
+
+    Raises:
+        CorpusError: if it has neither `text` nor `messages`, or the messages do not fit the model.
+    """
+    if isinstance(row, dict) and isinstance(row.get("text"), str):
+        return str(row["text"])
+    if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
+        keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise CorpusError(
+            f"{where} has neither text nor messages, but: {keys}.",
+            allowed='{"text": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}',
+        )
+    return _chat_document(row["messages"], tokenizer, where)
+
+
+def _chat_document(messages: list[Any], tokenizer: Any, where: str) -> str:
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise CorpusError(
+            f"{where} holds chat messages, and this model's tokenizer has no chat template.",
+            fix="give plain text, or a chat model",
+        )
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except (TemplateError, KeyError, TypeError, ValueError) as error:
+        raise CorpusError(f"{where}: the chat template refuses it: {error}") from error
+
+
+def _hub_tokens(corpus: str, tokenizer: Any, split: Split, wanted: int) -> TokenIds:
+    """Stream rows until their text makes `wanted` tokens, or there are no more."""
+    texts: list[str] = []
+    characters, enough = 0, wanted * _CHARACTERS_A_TOKEN
+    for number, row in enumerate(_hub_rows(corpus, split)):
+        texts.append(_document(row, tokenizer, f"{corpus}, row {number}"))
+        characters += len(texts[-1])
+        if characters >= enough:
+            tokens = _tokens(tokenizer, "\n\n".join(texts))
+            if tokens.size >= wanted:
+                return tokens
+            enough *= 2
+    return _tokens(tokenizer, "\n\n".join(texts))
+
+
+def _hub_rows(corpus: str, split: Split) -> Iterator[Any]:
+    """Rows of the preferred split, streamed.
+
+    Raises:
+        EnvironmentFault: if `datasets` is missing or the hub cannot be reached.
+        CorpusError: if there is no such dataset or configuration.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise EnvironmentFault(
+            f"{corpus!r} names a Hub dataset, and the datasets package is not installed.",
+            allowed=FORMS,
+            fix="pip install 'nmexport[hub]', or use --calib self and --eval-data self",
+        ) from error
+    name, _, config = corpus.partition(":")
+    try:
+        offered = datasets.get_dataset_split_names(name, config or None)
+        chosen = next((one for one in _SPLITS[split] if one in offered), offered[0])
+        yield from datasets.load_dataset(name, config or None, split=chosen, streaming=True)
+    except ValueError as error:
+        raise CorpusError(f"Dataset {corpus}: {error}", allowed="NAME or NAME:CONFIG") from error
+    except OSError as error:  # connection, time-out, HTTP status, no such dataset
+        raise _hub_fault(corpus, error) from error
+
+
+def _hub_fault(corpus: str, error: OSError) -> CorpusError | EnvironmentFault:
+    # `datasets` says "not found" by a subclass of FileNotFoundError, also when it is offline.
+    if isinstance(error, FileNotFoundError) and "reach" not in str(error).lower():
+        return CorpusError(f"There is no dataset {corpus} on the hub: {error}", allowed=FORMS)
+    return EnvironmentFault(
+        f"The hub cannot be reached for dataset {corpus}: {error}",
+        allowed=FORMS,
+        fix="check the network, use a local .txt or .jsonl, or --calib self and --eval-data self",
+    )

@@ -1,0 +1,69 @@
+"""Streaming observers: what they hold does not grow with the tokens they saw.
+
+Two observers of disjoint tokens merge into one of all of them, in any order; sums are float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nmexport.sparsity.statistics import ChannelStatistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelSums:
+    """Sums over tokens of one linear's input, channel by channel: `[K]` float64 each."""
+
+    tokens: int
+    total: torch.Tensor
+    squares: torch.Tensor
+    magnitudes: torch.Tensor
+
+    @classmethod
+    def of(cls, x: torch.Tensor) -> ChannelSums:
+        """Sums of a batch of inputs `[..., K]` of any floating type."""
+        tokens = x.detach().reshape(-1, x.shape[-1]).to(torch.float64)
+        return cls(
+            tokens=tokens.shape[0],
+            total=tokens.sum(dim=0).cpu(),
+            squares=tokens.square().sum(dim=0).cpu(),
+            magnitudes=tokens.abs().sum(dim=0).cpu(),
+        )
+
+    def __add__(self, other: ChannelSums) -> ChannelSums:
+        """Sums over both sets of tokens."""
+        return ChannelSums(
+            tokens=self.tokens + other.tokens,
+            total=self.total + other.total,
+            squares=self.squares + other.squares,
+            magnitudes=self.magnitudes + other.magnitudes,
+        )
+
+
+@dataclass
+class ChannelObserver:
+    """Gathers channel statistics of one linear's input."""
+
+    sums: ChannelSums | None = None
+
+    def update(self, sums: ChannelSums) -> None:
+        """Count more tokens in."""
+        self.sums = sums if self.sums is None else self.sums + sums
+
+    def merge(self, other: ChannelObserver) -> None:
+        """Count in what another observer saw."""
+        if other.sums is not None:
+            self.update(other.sums)
+
+    def statistics(self) -> ChannelStatistics | None:
+        """Statistics of the tokens seen, or None if there were none."""
+        if self.sums is None or self.sums.tokens == 0:
+            return None
+        return ChannelStatistics(
+            tokens=self.sums.tokens,
+            mean=self.sums.total / self.sums.tokens,
+            rms=(self.sums.squares / self.sums.tokens).sqrt(),
+            mean_magnitude=self.sums.magnitudes / self.sums.tokens,
+        )

@@ -1,0 +1,155 @@
+"""Forward passes of the dense model over samples, with hooks that feed observers.
+
+One batch of activations lives at a time: hooks reduce each input to sums as it passes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nmexport.calibration.local_error import ErrorObserver, observe_error
+from nmexport.calibration.observers import ChannelObserver, ChannelSums
+from nmexport.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import nn
+    from torch.utils.hooks import RemovableHandle
+
+    from nmexport.progress import Progress
+    from nmexport.sparsity.linear import Behaviour, Constants
+    from nmexport.sparsity.statistics import ChannelStatistics
+
+# Positions of a sample whose logits are computed. The output embedding is a fifth of a small
+# model's work, and its input needs no more than this to be known.
+_LOGITS_KEPT = 32
+
+
+class _SharedInput:
+    """Sums of the input seen last: the linears of q, k and v are handed the same tensor."""
+
+    def __init__(self) -> None:
+        self._input: torch.Tensor | None = None
+        self._sums: ChannelSums | None = None
+
+    def sums(self, x: torch.Tensor) -> ChannelSums:
+        if self._sums is None or x is not self._input:
+            self._input, self._sums = x, ChannelSums.of(x)
+        return self._sums
+
+    def forget(self) -> None:
+        self._input = self._sums = None
+
+
+def gather_channel_statistics(
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    samples: torch.Tensor,
+    *,
+    progress: Progress,
+) -> dict[str, ChannelStatistics]:
+    """First pass: what the input channels of each linear look like.
+
+    Args:
+        model: A dense Hugging Face causal language model in evaluation mode.
+        linears: Its linears to watch, by name.
+        samples: `[samples, length]` int64 token ids.
+        progress: Counts samples.
+
+    Returns:
+        Statistics by name; a linear that no token reached is absent.
+
+    Raises:
+        ModelError: if activations are not finite.
+    """
+    observers = {name: ChannelObserver() for name in linears}
+    shared = _SharedInput()
+
+    def watch(name: str, linear: nn.Linear) -> RemovableHandle:
+        def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            del module
+            observers[name].update(shared.sums(arguments[0]))
+
+        return linear.register_forward_pre_hook(hook)
+
+    with _hooked(watch(name, linear) for name, linear in linears.items()):
+        for sample in progress.track(samples, label="calibrate: statistics", total=len(samples)):
+            _forward(model, sample)
+            shared.forget()
+    found = {name: observer.statistics() for name, observer in observers.items()}
+    statistics = {name: one for name, one in found.items() if one is not None}
+    _check_finite(statistics)
+    return statistics
+
+
+def gather_errors(
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    constants: Mapping[str, Constants],
+    behaviour: Behaviour,
+    samples: torch.Tensor,
+    *,
+    progress: Progress,
+) -> dict[str, ErrorObserver]:
+    """Second pass: what selection costs each linear, and the static variance correction.
+
+    Args:
+        model: The dense model.
+        linears: Linears to watch, by name.
+        constants: Their constants of the first pass, by name.
+        behaviour: What they will compute.
+        samples: `[samples, length]` int64 token ids.
+        progress: Counts samples.
+    """
+    observers = {name: ErrorObserver() for name in linears}
+
+    def watch(name: str, linear: nn.Linear) -> RemovableHandle:
+        def hook(module: nn.Module, arguments: tuple[Any, ...], output: torch.Tensor) -> None:
+            del module
+            observers[name].merge(
+                observe_error(linear, behaviour, constants[name], arguments[0], output)
+            )
+
+        return linear.register_forward_hook(hook)
+
+    with _hooked(watch(name, linear) for name, linear in linears.items()):
+        for sample in progress.track(samples, label="fold: local errors", total=len(samples)):
+            _forward(model, sample)
+    return observers
+
+
+@contextlib.contextmanager
+def _hooked(handles: Iterator[RemovableHandle]) -> Iterator[None]:
+    """Remove the hooks afterwards, whatever happens."""
+    placed: list[RemovableHandle] = []
+    try:
+        placed.extend(handles)
+        yield
+    finally:
+        for handle in placed:
+            handle.remove()
+
+
+def _forward(model: nn.Module, sample: torch.Tensor) -> None:
+    """Run one sample `[length]` through the model, without a cache."""
+    device = next(model.parameters()).device
+    options: dict[str, Any] = {"use_cache": False}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = _LOGITS_KEPT
+    with torch.inference_mode():
+        model(input_ids=sample.to(device).unsqueeze(0), **options)
+
+
+def _check_finite(statistics: Mapping[str, ChannelStatistics]) -> None:
+    for name, one in statistics.items():
+        if not bool(torch.isfinite(one.rms).all()):
+            raise ModelError(
+                f"The input of {name} is not finite on the calibration samples.",
+                allowed="a model whose activations are finite in its calibration dtype",
+                fix="check the weights with the dense model, or calibrate in --dtype float32",
+            )
