@@ -24,7 +24,8 @@ How the mask stays exact
     scores, computed in float32 as everywhere, are widened to float64, where there is room above
     float32's infinity: NaN becomes infinity, and infinity a number that no float32 reaches.
     All arithmetic is float32 and the result is cast back to T at the end, because runtimes lack
-    many float16 and bfloat16 kernels on a CPU.
+    many float16 and bfloat16 kernels on a CPU. ONNX Runtime's `Where` may turn a kept -0 into +0,
+    which compares equal.
 """
 
 from __future__ import annotations
