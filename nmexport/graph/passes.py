@@ -1,0 +1,141 @@
+"""From the tracer's graph to the one that is shipped."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from nmexport.graph.fusions import FuseCachedAttention, FuseRotaryEmbedding
+from nmexport.graph.matching import (
+    int_attribute,
+    is_op,
+    rank,
+    scalar,
+    slice_of,
+    static_size,
+)
+
+_INT32_MAX = 2**31 - 1
+
+FOLDABLE = 16384
+"""Elements of a constant that may be computed at export: norm weights yes, matrices no."""
+
+_SHARED = 8
+"""Elements up to which equal constants become one: shapes and scalars, never weights."""
+
+
+class EliminateNoOps(ir.passes.InPlacePass):
+    """Nodes that return their first input go.
+
+    1. `x * 1`, `x + 0`: a scalar constant, and x of at least its rank.
+    2. `Slice` from 0 to the end, `Transpose` that keeps the order, `Cast` to the type x has.
+    3. `Concat` loses inputs that are empty along its axis, and goes where one is left.
+
+    Requires: nothing. Ensures: same values bit for bit (`-0 + 0` apart), same outputs' names.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = False
+        for node in model.graph:
+            modified |= _drop_empty_inputs(node)
+            source = _passed_through(node)
+            if source is None or node.outputs[0].is_graph_output():
+                continue
+            ir.convenience.replace_all_uses_with(node.outputs[0], source)
+            model.graph.remove(node, safe=True)
+            modified = True
+        return ir.passes.PassResult(model, modified)
+
+
+def _passed_through(node: ir.Node) -> ir.Value | None:
+    """The input that the node returns unchanged, where it does."""
+    if not node.inputs or node.domain not in {"", "ai.onnx"}:
+        return None
+    match node.op_type:
+        case "Mul":
+            return _neutral_operand(node, neutral=1)
+        case "Add":
+            return _neutral_operand(node, neutral=0)
+        case "Slice" | "Transpose" | "Cast" | "Concat":
+            return node.inputs[0] if _keeps_everything(node) else None
+    return None
+
+
+def _keeps_everything(node: ir.Node) -> bool:
+    first = node.inputs[0]
+    match node.op_type:
+        case "Slice":
+            part = slice_of(node.outputs[0])
+            return part is not None and part[2] == 0 and _reaches_end(part[0], part[1], part[3])
+        case "Transpose":
+            order = node.attributes.get("perm")
+            return order is not None and list(order.as_ints()) == sorted(order.as_ints())
+        case "Cast":
+            return first is not None and first.dtype == int_attribute(node, "to", 0)
+    return len(node.inputs) == 1
+
+
+def _neutral_operand(node: ir.Node, *, neutral: int) -> ir.Value | None:
+    for value, other in (node.inputs, node.inputs[::-1]):
+        if value is None or other is None or scalar(other) != neutral:
+            continue
+        ranks = rank(value), rank(other)
+        if ranks[0] is not None and ranks[1] is not None and ranks[1] <= ranks[0]:
+            return value
+    return None
+
+
+def _reaches_end(data: ir.Value, axis: int, end: int) -> bool:
+    size = static_size(data, axis)
+    return end >= _INT32_MAX if size is None else end >= size
+
+
+def _drop_empty_inputs(node: ir.Node) -> bool:
+    if not is_op(node, "Concat"):
+        return False
+    axis = int_attribute(node, "axis", 0)
+    full = [value for value in node.inputs if static_size(value, axis) != 0]
+    if len(full) in {0, len(node.inputs)}:
+        return False
+    for index, value in enumerate(full):
+        node.replace_input_with(index, value)
+    node.resize_inputs(len(full))
+    return True
+
+
+def optimise(model: ir.Model) -> None:
+    """Clean the traced graph and fuse what pays, in place.
+
+    Every op stays standard or ours, every value the same within rounding, and equal traces give
+    equal graphs.
+    """
+    from onnxscript.optimizer import fold_constants
+    from onnxscript.rewriter.rules.fusion import _rms_normalization
+
+    common.ClearMetadataAndDocStringPass()(model)
+    common.IdentityEliminationPass()(model)
+    fold_constants(
+        model,
+        onnx_shape_inference=False,
+        input_size_limit=FOLDABLE,
+        output_size_limit=FOLDABLE,
+        should_fold=lambda node: None if _is_small(node) else False,
+    )
+    common.RemoveUnusedNodesPass()(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.DeduplicateInitializersPass(size_limit=_SHARED)(model)
+    EliminateNoOps()(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    _rms_normalization.rms_normalization_ruleset.apply_to_model(model)
+    FuseRotaryEmbedding()(model)
+    common.RemoveUnusedNodesPass()(model)
+    FuseCachedAttention()(model)
+    common.RemoveUnusedNodesPass()(model)
+    common.RemoveUnusedOpsetsPass()(model)
+    model.graph.sort()
+
+
+def _is_small(node: ir.Node) -> bool:
+    """Whether every constant the node reads may be folded: the tracer's default folds matrices."""
+    constants = [value.const_value for value in node.inputs if value is not None]
+    return all(tensor is None or tensor.size <= FOLDABLE for tensor in constants)

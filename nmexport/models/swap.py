@@ -1,0 +1,27 @@
+"""Exchanging the linears of a model, by dotted name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+
+
+def replace_linears(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Put `modules[name]` where the model has `name`, in place.
+
+    Returns:
+        The modules that were there, by the same names: handing them back to this function
+        restores the model.
+
+    Raises:
+        AttributeError: if the model has no module of a given name; nothing is replaced then.
+    """
+    replaced = {name: model.get_submodule(name) for name in modules}
+    for name, module in modules.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, module)
+    return replaced

@@ -1,0 +1,291 @@
+"""From a Hugging Face causal LM to an ONNX graph with its key/value cache.
+
+A target linear is traced as an `NMLinear` node that carries nothing but its layer's name; weights,
+constants and attributes are attached by `nmexport.graph.assembly`. So the sparse graph and the
+dense baseline come from one trace, and no target weight is ever held twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from nmexport.errors import ModelError
+from nmexport.graph.assembly import LAYER_ATTRIBUTE, LINEAR
+from nmexport.graph.contract import op_contract
+from nmexport.graph.functions import OPSET
+from nmexport.models import attention
+from nmexport.models.swap import replace_linears
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    import onnx_ir as ir
+    from transformers import PreTrainedModel
+
+# Sizes to trace with: unequal, and none of them 1, which torch.export would take for a constant.
+_BATCH, _SEQUENCE, _PAST = 2, 3, 5
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What one decoder layer caches of one token."""
+
+    heads: int
+    key_size: int
+    value_size: int
+
+
+class _TracedLinear(nn.Module):
+    """Stands for a target linear: maps `[..., K]` to `[..., O]` by a node that names it."""
+
+    def __init__(self, name: str, out_features: int) -> None:
+        super().__init__()
+        self.name = name
+        self.out_features = out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        contract = op_contract()
+        return torch.onnx.ops.symbolic(
+            f"{contract.domain}::{LINEAR}",
+            (x,),
+            attrs={LAYER_ATTRIBUTE: self.name},
+            dtype=x.dtype,
+            shape=(*x.shape[:-1], self.out_features),
+            version=contract.opset_version,
+        )
+
+
+class _CachedForward(nn.Module):
+    """The model as a function of tensors alone."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        past: list[tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        from transformers import DynamicCache
+
+        # No config: a cache that knows of a sliding window would drop what lies beyond it, and
+        # `present` would not be `past` plus the new tokens. The window is the mask's business.
+        cache = DynamicCache()
+        for index, (key, value) in enumerate(past):
+            cache.update(key, value, index)
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return output.logits, [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def cache_shapes(model: PreTrainedModel) -> list[CacheShape]:
+    """What each decoder layer caches, seen by running one token.
+
+    Raises:
+        ModelError: if the model keeps anything but keys and values.
+    """
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
+        return [
+            CacheShape(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3])
+            for layer in cache.layers
+        ]
+    except Exception as error:
+        raise _cannot_export(model, "its cache is not one of keys and values", error) from error
+
+
+def trace(model: PreTrainedModel, layers: Sequence[str]) -> ir.Model:
+    """Trace the model with the named linears as bare NMLinear nodes.
+
+    The model is as before afterwards. Initializers of the graph share the model's memory.
+
+    Args:
+        model: A causal LM in eval mode.
+        layers: Dotted names of the `nn.Linear` modules to trace as NMLinear.
+
+    Returns:
+        A graph with the ecosystem's names of inputs, outputs and axes.
+
+    Raises:
+        ModelError: if the model cannot be traced; says what failed.
+    """
+    shapes = cache_shapes(model)
+    stand_ins = {
+        name: _TracedLinear(name, model.get_submodule(name).out_features) for name in layers
+    }
+    originals = replace_linears(model, stand_ins)
+    try:
+        with _exportable_attention(model), _silence():
+            return _export(model, shapes)
+    except Exception as error:
+        raise _cannot_export(model, "torch.onnx.export failed", error) from error
+    finally:
+        replace_linears(model, originals)
+
+
+def _export(model: PreTrainedModel, shapes: Sequence[CacheShape]) -> ir.Model:
+    dynamic = torch.export.Dim.DYNAMIC
+    tokens = {0: dynamic, 1: dynamic}
+    states = {0: dynamic, 2: dynamic}
+    with torch.no_grad():
+        program = torch.onnx.export(
+            _CachedForward(model).eval(),
+            _example_inputs(shapes, model.dtype),
+            dynamo=True,
+            dynamic_shapes=(tokens, tokens, tokens, [(states, states) for _ in shapes]),
+            input_names=[
+                "input_ids",
+                "attention_mask",
+                "position_ids",
+                *state_names("past_key_values", len(shapes)),
+            ],
+            output_names=["logits", *state_names("present", len(shapes))],
+            opset_version=OPSET,
+            optimize=False,  # nmexport.graph.passes does what pays, in a fraction of the time
+            verbose=False,
+        )
+    if program is None:
+        raise RuntimeError("torch.onnx.export returned nothing")
+    _name_parameters(program.model)
+    _name_axes(program.model, shapes)
+    return program.model
+
+
+def state_names(prefix: str, count: int) -> list[str]:
+    """`prefix.0.key`, `prefix.0.value`, `prefix.1.key`, ..."""
+    return [f"{prefix}.{index}.{kind}" for index in range(count) for kind in ("key", "value")]
+
+
+def _example_inputs(shapes: Sequence[CacheShape], dtype: torch.dtype) -> tuple[Any, ...]:
+    total = _PAST + _SEQUENCE
+    past = [
+        (
+            torch.zeros(_BATCH, shape.heads, _PAST, shape.key_size, dtype=dtype),
+            torch.zeros(_BATCH, shape.heads, _PAST, shape.value_size, dtype=dtype),
+        )
+        for shape in shapes
+    ]
+    return (
+        torch.ones(_BATCH, _SEQUENCE, dtype=torch.long),
+        torch.ones(_BATCH, total, dtype=torch.long),
+        torch.arange(_PAST, total).expand(_BATCH, -1).contiguous(),
+        past,
+    )
+
+
+def _name_parameters(traced: ir.Model) -> None:
+    """Call the parameters what the Hugging Face model calls them."""
+    for value in list(traced.graph.initializers.values()):
+        if value.name is not None:
+            value.name = value.name.removeprefix("model.")
+
+
+_BATCH_AXIS, _SEQUENCE_AXIS = "batch_size", "sequence_length"
+_PAST_AXIS, _TOTAL_AXIS = "past_sequence_length", "total_sequence_length"
+
+
+def _name_axes(traced: ir.Model, shapes: Sequence[CacheShape]) -> None:
+    """Give every value the product's axes instead of the tracer's symbols.
+
+    The tracer has a symbol for each axis of each input; those that mean the same get one name.
+    """
+    import onnx_ir as ir
+
+    tokens: list[int | str] = [_BATCH_AXIS, _SEQUENCE_AXIS]
+    named: dict[str, list[int | str]] = {
+        "input_ids": tokens,
+        "attention_mask": [_BATCH_AXIS, _TOTAL_AXIS],
+        "position_ids": tokens,
+    }
+    for prefix, length in (("past_key_values", _PAST_AXIS), ("present", _TOTAL_AXIS)):
+        for index, shape in enumerate(shapes):
+            axes: list[int | str] = [_BATCH_AXIS, shape.heads, length]
+            named[f"{prefix}.{index}.key"] = [*axes, shape.key_size]
+            named[f"{prefix}.{index}.value"] = [*axes, shape.value_size]
+    symbols = _symbols(traced.graph.inputs, named)
+    for node in traced.graph:
+        for value in node.outputs:
+            if value.shape is not None:
+                value.shape = ir.Shape([_named_axis(size, symbols) for size in value.shape])
+    for value in (*traced.graph.inputs, *traced.graph.outputs):
+        if value.name in named:
+            value.shape = ir.Shape(named[value.name])
+
+
+def _symbols(
+    inputs: Sequence[ir.Value], named: Mapping[str, Sequence[int | str]]
+) -> dict[str, str]:
+    """The product's name of each of the tracer's symbols."""
+    symbols = {}
+    for value in inputs:
+        for size, name in zip(value.shape or (), named[value.name or ""], strict=True):
+            if isinstance(name, str) and not isinstance(size, int):
+                symbols[str(size)] = name
+    past = [symbol for symbol, name in symbols.items() if name == _PAST_AXIS]
+    sequence = [symbol for symbol, name in symbols.items() if name == _SEQUENCE_AXIS]
+    for old, new in itertools.product(past, sequence):
+        symbols[f"{old} + {new}"] = symbols[f"{new} + {old}"] = _TOTAL_AXIS
+    return symbols
+
+
+def _named_axis(size: int | ir.SymbolicDim, symbols: Mapping[str, str]) -> int | str | None:
+    """A static size as it is, a known symbol by its name, an expression of symbols as unknown."""
+    return size if isinstance(size, int) else symbols.get(str(size))
+
+
+@contextlib.contextmanager
+def _exportable_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Swap the model's attention for the one that exports well, where it lets itself."""
+    before = model.config._attn_implementation  # noqa: SLF001 (transformers has no public getter)
+    if not getattr(model, "_supports_attention_backend", False):
+        yield
+        return
+    model.set_attn_implementation(attention.register())
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Hold back the tracer's remarks on its own internals; failures come as exceptions."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _cannot_export(model: PreTrainedModel, what: str, error: Exception) -> ModelError:
+    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return ModelError(
+        f"Models of type {model.config.model_type!r} cannot be exported: {what}: {reason[:300]}",
+        allowed="decoder-only causal language models with a key/value cache, such as llama, "
+        "mistral, qwen2, qwen3, gemma2, gemma3_text or phi3",
+        fix="run again with -v for the traceback",
+    )
