@@ -1,0 +1,186 @@
+"""Calibrate: what the inputs of every linear look like, and the samples that this stands on.
+
+Statistics are gathered for all linears at once, whatever the recipe targets, and depend on neither
+the pattern nor the criterion: trying another one reruns only what comes after.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from nmexport.calibration.corpus import SELF, corpus_identity, load_samples
+from nmexport.errors import ArtifactError
+from nmexport.layers import FILENAME
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from torch import nn
+
+    from nmexport.recipe import Recipe
+    from nmexport.sparsity.statistics import ChannelStatistics
+    from nmexport.stages.inputs import StageInputs
+
+UPSTREAM: tuple[str, ...] = ()
+SCHEMA = 1
+STATISTICS = "statistics.safetensors"
+SAMPLES = "samples.safetensors"
+_FIELDS = ("mean", "rms", "mean_magnitude")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibratedLinear:
+    """One linear of the dense model, as calibration met it."""
+
+    name: str
+    in_features: int
+    out_features: int
+    has_bias: bool
+    tokens: int
+    """Tokens its statistics stand on; 0 where none reached it, and then it has none."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished calibration."""
+
+    path: Path
+
+    @property
+    def linears(self) -> list[CalibratedLinear]:
+        """All linears of the model, in model order.
+
+        Raises:
+            ArtifactError: if `layers.json` is missing, malformed, or of another schema.
+        """
+        path = self.path / FILENAME
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+            if document["schema"] != SCHEMA:
+                raise ArtifactError(
+                    f"{path} has schema {document['schema']}.", allowed=f"schema {SCHEMA}"
+                )
+            return [CalibratedLinear(**row) for row in document["linears"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(
+                f"{path} cannot be read: {error}", fix="rebuild the stage with --force"
+            ) from error
+
+    def samples(self) -> torch.Tensor:
+        """Token ids of the calibration samples, `[samples, length]` int64."""
+        from nmexport.tensors import load_tensors
+
+        return load_tensors(self.path / SAMPLES)["input_ids"].long()
+
+    def statistics(self) -> dict[str, ChannelStatistics]:
+        """Statistics by linear, of those that a token reached."""
+        from nmexport.sparsity.statistics import ChannelStatistics
+        from nmexport.tensors import load_tensors
+
+        tensors = load_tensors(self.path / STATISTICS)
+        return {
+            linear.name: ChannelStatistics(
+                tokens=linear.tokens,
+                **{field: tensors[f"{linear.name}.{field}"] for field in _FIELDS},
+            )
+            for linear in self.linears
+            if linear.tokens
+        }
+
+
+def key_fields(inputs: StageInputs) -> dict[str, Any]:
+    """Model, samples and what computes on them."""
+    recipe = inputs.recipe
+    section = recipe.calibration
+    return {
+        "model": inputs.source.digest,
+        "trust_remote_code": recipe.model.trust_remote_code,
+        "corpus": corpus_identity(section.corpus),
+        "samples": section.samples,
+        "length": section.length,
+        "reserved_tokens": _reserved_tokens(recipe),
+        "seed": recipe.seed,
+        "versions": {name: inputs.environment.version(name) for name in ("torch", "transformers")},
+    }
+
+
+def run(inputs: StageInputs) -> dict[str, Any]:
+    """Run the dense model over the samples.
+
+    Raises:
+        CorpusError: if the text is missing or too short.
+        TargetError: if the recipe's targets select nothing: better now than after the hour.
+        PatternError: if the pattern does not fit a target.
+        ModelError: if activations are not finite.
+    """
+    import torch
+
+    from nmexport.calibration.passes import gather_channel_statistics
+    from nmexport.calibration.self_text import self_text
+    from nmexport.models.loader import load_model, load_tokenizer
+    from nmexport.sparsity.targets import linears_of, select_targets
+    from nmexport.tensors import save_tensors
+
+    recipe = inputs.recipe
+    trusted = recipe.model.trust_remote_code
+    tokenizer = load_tokenizer(inputs.source, trust_remote_code=trusted)
+    model = load_model(inputs.source, dtype=torch.float32, trust_remote_code=trusted)
+    select_targets(model, recipe.sparsity.targets, recipe.sparsity.pattern)
+    samples = torch.from_numpy(
+        load_samples(
+            recipe.calibration,
+            tokenizer,
+            self_text(model, tokenizer, progress=inputs.progress),
+            seed=recipe.seed,
+            reserved_tokens=_reserved_tokens(recipe),
+        )
+    )
+    linears = linears_of(model)
+    statistics = gather_channel_statistics(model, linears, samples, progress=inputs.progress)
+
+    save_tensors(inputs.output / SAMPLES, {"input_ids": samples.int()})
+    save_tensors(inputs.output / STATISTICS, _named(statistics))
+    _write_linears(inputs.output, linears, statistics)
+    return {
+        "samples": samples.shape[0],
+        "tokens": samples.numel(),
+        "linears": len(linears),
+        "linears_reached": len(statistics),
+    }
+
+
+def _reserved_tokens(recipe: Recipe) -> int:
+    """Tokens that evaluation takes from the start of the corpus, where both name the same one."""
+    evaluation = recipe.evaluation
+    shared = evaluation.corpus == recipe.calibration.corpus != SELF
+    return evaluation.windows * evaluation.length if shared else 0
+
+
+def _named(statistics: dict[str, ChannelStatistics]) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{field}": getattr(one, field)
+        for name, one in statistics.items()
+        for field in _FIELDS
+    }
+
+
+def _write_linears(
+    folder: Path, linears: dict[str, nn.Linear], statistics: dict[str, ChannelStatistics]
+) -> None:
+    from nmexport.sparsity.linear import bias_of
+
+    rows = [
+        CalibratedLinear(
+            name=name,
+            in_features=linear.in_features,
+            out_features=linear.out_features,
+            has_bias=bias_of(linear) is not None,
+            tokens=statistics[name].tokens if name in statistics else 0,
+        )
+        for name, linear in linears.items()
+    ]
+    document = {"schema": SCHEMA, "linears": [asdict(row) for row in rows]}
+    (folder / FILENAME).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
