@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 ENGINE_SCHEMA = 1
+RUNTIME = f"onnxruntime {onnxruntime.__version__}"
+"""What runs the model, as reports name it."""
 _REBUILD = "run `nmexport engine` (or `nmexport build`) on this work directory again"
 _DEVICE = "cpu"
 _NUMPY_TYPES: dict[str, np.dtype[Any]] = {

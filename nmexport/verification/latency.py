@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-import onnxruntime
+from nmexport.runtimes.onnxruntime import RUNTIME
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -159,7 +159,7 @@ def compare(
         }
 
     return {
-        "runtime": f"onnxruntime {onnxruntime.__version__}",
+        "runtime": RUNTIME,
         "device": device,
         "threads": sparse.threads,
         "runs": runs,
