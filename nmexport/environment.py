@@ -174,7 +174,7 @@ def _gpus() -> tuple[Gpu, ...]:
         return ()
     command = [program, f"--query-gpu={_GPU_QUERY}", "--format=csv,noheader,nounits"]
     try:
-        answer = subprocess.run(  # noqa: S603: a fixed command, found on the user's own PATH
+        answer = subprocess.run(  # noqa: S603  a fixed command, found on the user's own PATH
             command, capture_output=True, text=True, timeout=20, check=True
         )
     except (OSError, subprocess.SubprocessError):

@@ -62,7 +62,7 @@ class Lines:
         size = total if total is not None else length_of(items)
         began = said = self._clock()
         count = 0
-        for count, item in enumerate(items, start=1):  # noqa: B007: counted after the loop, too
+        for count, item in enumerate(items, start=1):
             yield item
             now = self._clock()
             if now - said >= self._every and count != size:
@@ -151,10 +151,10 @@ def peak_rss_bytes() -> int:
 def duration(seconds: float) -> str:
     """`42 s`, `3 min 07 s`, `2 h 05 min`."""
     whole = round(seconds)
-    if whole < 60:  # noqa: PLR2004: seconds in a minute
+    if whole < 60:  # noqa: PLR2004  seconds in a minute
         return f"{whole} s" if seconds >= 1 else f"{seconds * 1e3:.0f} ms"
     minutes, rest = divmod(whole, 60)
-    if minutes < 60:  # noqa: PLR2004: minutes in an hour
+    if minutes < 60:  # noqa: PLR2004  minutes in an hour
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
 

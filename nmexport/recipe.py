@@ -219,6 +219,12 @@ def path_of(name: str) -> Path:
     return resource_path("recipes") / f"{name}.yaml"
 
 
+def about(name: str) -> str:
+    """What a recipe is for: the comment on its first line."""
+    first, *_ = path_of(name).read_text(encoding="utf-8").splitlines() or [""]
+    return first.removeprefix("#").strip()
+
+
 def short_name(model: str) -> str:
     """A model's name fit for a folder: `smollm2`, `qwen2.5-7b`, `model-q4`."""
     last = Path(model.rstrip("/")).name.removesuffix(".gguf").lower()
@@ -257,9 +263,7 @@ def _check_model_name(model: str) -> None:
     if model.startswith((".", "/", "~")) or model.endswith(".gguf"):
         raise ModelError(f"There is no file or folder {model}.", allowed=allowed)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-        raise ModelError(
-            f"Unknown model {model!r}.", allowed=allowed, fix=_nearest(model, names())
-        )
+        raise ModelError(f"Unknown model {model!r}.", allowed=allowed, fix=_nearest(model, names()))
 
 
 def _read(path: Path) -> strict_yaml.Document:
@@ -305,9 +309,7 @@ _KINDS = {
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 
 
-def _validated(
-    document: strict_yaml.Document, source: str, options: Mapping[str, str]
-) -> Recipe:
+def _validated(document: strict_yaml.Document, source: str, options: Mapping[str, str]) -> Recipe:
     # Strict mode takes lists for tuples in JSON only; everything here came from JSON-like text.
     try:
         return Recipe.model_validate_json(json.dumps(document.value))

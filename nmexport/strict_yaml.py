@@ -27,7 +27,7 @@ Where = tuple[str | int, ...]  # a path of keys and list indices
 class _Loader(yaml.SafeLoader):
     """Resolves nothing by itself: a plain scalar is text until `_scalar` says otherwise."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012: PyYAML's own declaration
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  PyYAML's own declaration
 
 
 class _Dumper(yaml.SafeDumper):
@@ -102,8 +102,10 @@ def _build(node: yaml.Node, at: Where, lines: dict[Where, int], name: str, seen:
                 _build(item, (*at, index), lines, name, seen)
                 for index, item in enumerate(node.value)
             ]
-        case _:
+        case yaml.ScalarNode():
             return _scalar(node.value) if node.style is None else node.value
+        case _:
+            raise RecipeError(f"{name}:{line}: not a key, a list or a value.")
 
 
 def _mapping(

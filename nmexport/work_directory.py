@@ -1,10 +1,10 @@
 """The folder of one model's builds: who holds it, whose it is, and how artifacts get into it.
 
-    <work>/resolved.yaml            the recipe of the last run
-    <work>/<stage>/<key12>/         a finished artifact: its manifest.json was written last
-    <work>/<stage>/<key12>.partial-<pid>    one being written; nothing ever loads it
-    <work>/<stage>/current          link to the artifact in use
-    <work>/report.{json,md,html}    copies of the last verification
+<work>/resolved.yaml            the recipe of the last run
+<work>/<stage>/<key12>/         a finished artifact: its manifest.json was written last
+<work>/<stage>/<key12>.partial-<pid>    one being written; nothing ever loads it
+<work>/<stage>/current          link to the artifact in use
+<work>/report.{json,md,html}    copies of the last verification
 """
 
 from __future__ import annotations
@@ -285,8 +285,7 @@ class WorkDirectory:
             )
         if code in {errno.ENOTDIR, errno.EEXIST} and not _existing(self.root).is_dir():
             return WorkDirectoryError(
-                f"The work directory {self.root} cannot be made: "
-                f"{_existing(self.root)} is a file.",
+                f"The work directory {self.root} cannot be made: {_existing(self.root)} is a file.",
                 fix="name another folder with --work DIR",
             )
         cause = error.__cause__

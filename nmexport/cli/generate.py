@@ -1,0 +1,61 @@
+"""`nmexport generate`: a person's first check of what was built."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from nmexport.cli.options import reading_options, request
+from nmexport.cli.output import emit_json, wants_json
+
+
+@click.command("generate", short_help="Continue a prompt with the built model.")
+@click.argument("prompt", required=False)
+@click.option("--max-tokens", type=int, default=128, show_default=True, metavar="COUNT")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-p", type=float, default=1.0, show_default=True)
+@click.option("--top-k", type=int, default=0, show_default=True, help="0 is no limit.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. Repeatable.")
+@click.option("--chat", is_flag=True, help="Put the prompt through the model's chat template.")
+@click.option("--dense", is_flag=True, help="Run the dense baseline instead.")
+@reading_options
+@click.pass_context
+def generate_command(
+    ctx: click.Context,
+    *,
+    prompt: str | None,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    seed: int,
+    stop: tuple[str, ...],
+    chat: bool,
+    dense: bool,
+) -> None:
+    """Continue PROMPT with the built model, streamed; without one, read it from stdin."""
+    from nmexport.generation import generate
+
+    work = request(ctx).existing_work()
+    work.require("engine")
+    text = prompt if prompt is not None else sys.stdin.read()
+    pieces = generate(
+        work.root,
+        text,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        stop=stop,
+        chat=chat,
+        dense=dense,
+    )
+    if wants_json(ctx):
+        emit_json({"work": str(work.root), "prompt": text, "text": "".join(pieces)})
+        return
+    for piece in pieces:
+        click.echo(piece, nl=False)
+    click.echo()

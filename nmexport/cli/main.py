@@ -1,0 +1,143 @@
+"""The command `nmexport`: its verbs, loaded when used, and what every failure exits with."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nmexport import __version__
+from nmexport.cli.output import emit_json, wants_json
+from nmexport.errors import ExitCode, NmexportError, UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from types import FrameType
+
+VERBS: Mapping[str, str] = MappingProxyType(
+    {
+        "build": "nmexport.cli.build",
+        "calibrate": "nmexport.cli.stage",
+        "fold": "nmexport.cli.stage",
+        "export": "nmexport.cli.stage",
+        "engine": "nmexport.cli.stage",
+        "verify": "nmexport.cli.stage",
+        "package": "nmexport.cli.stage",
+        "gate": "nmexport.cli.gate",
+        "bench": "nmexport.cli.bench",
+        "generate": "nmexport.cli.generate",
+        "inspect": "nmexport.cli.inspect",
+        "diff": "nmexport.cli.diff",
+        "recipes": "nmexport.cli.recipes",
+        "doctor": "nmexport.cli.doctor",
+    }
+)
+"""Module of each verb, in the order of `--help`; a module has a command of the verb's name."""
+
+_REPORT_TO = "This is a bug in nmexport. Please report it with the text above and the command line."
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, taken like Ctrl-C: partial folders are removed on the way out."""
+
+
+class VerbGroup(click.Group):
+    """Loads a verb's module when the verb is used; ends every failure in one place."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The verbs, in order."""
+        del ctx
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a verb."""
+        del ctx
+        module = VERBS.get(cmd_name)
+        if module is None:
+            return None
+        command: click.Command = getattr(importlib.import_module(module), f"{cmd_name}_command")
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the verb; exits with the code of what went wrong."""
+        try:
+            with _sigterm_interrupts():
+                return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except KeyboardInterrupt as interrupt:
+            by = "terminated" if isinstance(interrupt, Terminated) else "interrupted"
+            click.echo(f"nmexport: {by}; the same command goes on from here", err=True)
+            ctx.exit(ExitCode.INTERRUPTED)
+        except Exception as error:  # noqa: BLE001  the last place before the shell
+            ctx.exit(_tell(ctx, error))
+
+
+def _tell(ctx: click.Context, error: Exception) -> ExitCode:
+    """Say what went wrong, on stderr, and as JSON on stdout where JSON was asked for."""
+    code = error.exit_code if isinstance(error, NmexportError) else ExitCode.INTERNAL
+    if code is ExitCode.INTERNAL:
+        click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+        click.echo(_REPORT_TO, err=True)
+    else:
+        click.echo(f"nmexport: {error}", err=True)
+        logging.getLogger(__name__).debug("what raised it", exc_info=error)
+    if wants_json(ctx):
+        emit_json({"error": _error_fields(error), "exit_code": int(code)})
+    return code
+
+
+def _error_fields(error: Exception) -> dict[str, str | None]:
+    fields: dict[str, str | None] = {"type": type(error).__name__, "problem": str(error)}
+    if isinstance(error, UserError):
+        fields.update(problem=error.problem, allowed=error.allowed, fix=error.fix)
+    return fields
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """While a verb runs, SIGTERM unwinds like Ctrl-C instead of killing mid-write."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _without_warnings() -> None:
+    """Warnings of libraries are for us, not for the person who runs a command."""
+    if not sys.warnoptions and "PYTHONWARNINGS" not in os.environ:
+        import warnings
+
+        warnings.simplefilter("ignore")
+
+
+@click.group(cls=VerbGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="nmexport")
+def cli() -> None:
+    r"""Turn a Hugging Face LLM into an N:M activation-sparse engine, with proof.
+
+    \b
+    nmexport build --model smollm2 --pattern 8:16    everything, resumable
+    nmexport doctor                                  what works on this machine
+
+    Exit codes: 0 ok, 1 your input or this machine (one message says what to do), 2 usage,
+    3 a gate failed, 70 a bug, 130 interrupted.
+    """

@@ -1,0 +1,82 @@
+"""`nmexport recipes`: list, show, validate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from nmexport.cli.output import console, emit_json, json_option, table, verbose_option, wants_json
+
+
+@click.group("recipes")
+def recipes_command() -> None:
+    """List and show recipes; validate a file."""
+
+
+@recipes_command.command("list")
+@json_option
+@verbose_option
+@click.pass_context
+def list_command(ctx: click.Context) -> None:
+    """Recipes that travel with the package; `--model NAME` uses one."""
+    from nmexport import recipe
+
+    found = [
+        (name, recipe.load(recipe.path_of(name)), recipe.about(name)) for name in recipe.names()
+    ]
+    if wants_json(ctx):
+        emit_json(
+            [
+                {
+                    "name": name,
+                    "model": one.model.id,
+                    "pattern": str(one.sparsity.pattern),
+                    "about": about,
+                }
+                for name, one, about in found
+            ]
+        )
+        return
+    rows = [(name, one.model.id, one.sparsity.pattern, about) for name, one, about in found]
+    grid = table(None, ("recipe", "model", "pattern", "about"), rows)
+    for column in grid.columns[1:]:
+        column.justify = "left"
+    console().print(grid)
+
+
+@recipes_command.command("show")
+@click.argument("name")
+@json_option
+@verbose_option
+@click.pass_context
+def show_command(ctx: click.Context, name: str) -> None:
+    """Print the recipe NAME; save it, change it, and build with `--recipe FILE`."""
+    from nmexport import recipe
+
+    path = recipe.path_of(name)
+    if wants_json(ctx):
+        emit_json(recipe.load(path).model_dump(mode="json", by_alias=True))
+    else:
+        click.echo(path.read_text(encoding="utf-8"), nl=False)
+
+
+@recipes_command.command("validate")
+@click.argument("file", type=click.Path(path_type=Path))
+@json_option
+@verbose_option
+@click.pass_context
+def validate_command(ctx: click.Context, file: Path) -> None:
+    """Check the recipe in FILE: keys, types, values."""
+    from nmexport import recipe
+
+    loaded = recipe.load(file)
+    if wants_json(ctx):
+        emit_json({"valid": True, "recipe": loaded.model_dump(mode="json", by_alias=True)})
+    else:
+        sparsity = loaded.sparsity
+        console().print(
+            f"{file} is valid: {loaded.model.id}, {sparsity.pattern}, {sparsity.criterion}.",
+            soft_wrap=True,
+            markup=False,
+        )

@@ -1,0 +1,102 @@
+"""Running a pipeline for a person: the plan before, the outcome and the figures after."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from nmexport.cli.output import console, emit_json, size, table, wants_json
+from nmexport.errors import GateFailed
+from nmexport.progress import duration
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import click
+
+    from nmexport.pipeline import Pipeline, Selection, Step
+
+
+def run(ctx: click.Context, pipeline: Pipeline, selection: Selection) -> None:
+    """Build, then show what a person wants to see.
+
+    Raises:
+        GateFailed: if the verification's verdict is `fail`; after everything was shown.
+    """
+    steps = pipeline.run(selection)
+    report = _report(pipeline.work.root) if "verify" in selection.stages else None
+    if wants_json(ctx):
+        emit_json(
+            {
+                "work": str(pipeline.work.root),
+                "up_to_date": all(step.action == "cached" for step in steps),
+                "stages": [step.as_dict() for step in steps],
+                "report": report,
+            }
+        )
+    else:
+        _show_outcome(pipeline, steps, report)
+    if report is not None and report.get("verdict") == "fail":
+        failed = [gate["name"] for gate in report.get("gates", []) if not gate["passed"]]
+        raise GateFailed(f"failed: {', '.join(failed)}")
+
+
+def show_plan(ctx: click.Context, pipeline: Pipeline, selection: Selection) -> None:
+    """Say what is cached, what runs and why, and what it will take."""
+    from nmexport.estimate import estimate
+
+    steps = pipeline.plan(selection)
+    expected = estimate(pipeline.recipe, pipeline.source, steps, pipeline.work.root)
+    if wants_json(ctx):
+        emit_json(
+            {
+                "work": str(pipeline.work.root),
+                "stages": [step.as_dict() for step in steps],
+                "estimate": expected.as_dict(),
+            }
+        )
+        return
+    rows = [
+        (step.stage, step.action, size(expected.bytes_by_stage.get(step.stage)), step.reason)
+        for step in steps
+    ]
+    out = console()
+    out.print(table(None, ("stage", "action", "size", "why"), rows))
+    out.print(
+        f"Writes about {size(expected.write_bytes)} to {pipeline.work.root} "
+        f"({size(expected.free_bytes)} free); peak memory about {size(expected.memory_bytes)} "
+        f"({size(pipeline.environment.memory_bytes)} here).",
+        soft_wrap=True,
+    )
+
+
+def _report(work: Path) -> dict[str, Any] | None:
+    path = work / "report.json"
+    if not path.is_file():
+        return None
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return report
+
+
+def _show_outcome(pipeline: Pipeline, steps: list[Step], report: dict[str, Any] | None) -> None:
+    out = console()
+    ran = [step for step in steps if step.action == "run"]
+    if ran:
+        rows = [
+            (
+                step.stage,
+                "up to date" if step.seconds is None else duration(step.seconds),
+                size(step.bytes),
+                step.key[:12],
+            )
+            for step in steps
+        ]
+        out.print(table(None, ("stage", "took", "size", "key"), rows))
+    else:
+        out.print(f"Everything is up to date in {pipeline.work.root}.", soft_wrap=True)
+    if report is not None:
+        from nmexport.cli.figures import show_report
+
+        show_report(out, report, pipeline.work.root)
+    else:
+        out.print(f"In {pipeline.work.root}", soft_wrap=True)

@@ -1,0 +1,48 @@
+"""`nmexport calibrate`, `fold`, `export`, `engine`, `verify`, `package`: one stage each."""
+
+from __future__ import annotations
+
+import click
+
+from nmexport.cli.options import recipe_options, request
+
+_ABOUT = {
+    "calibrate": "Gather statistics of the linears on calibration text.",
+    "fold": "Turn statistics into weights and constants.",
+    "export": "Write the ONNX model, sparse and dense.",
+    "engine": "Make the exported model ready to run on the target.",
+    "verify": "Measure accuracy and speed; write the report.",
+    "package": "Write what a server needs to serve the engine.",
+}
+
+
+def _command_of(stage: str) -> click.Command:
+    @click.command(
+        stage,
+        short_help=_ABOUT[stage],
+        help=f"{_ABOUT[stage]}\n\nThe stages before it must be complete.",
+    )
+    @click.option("--force", is_flag=True, help="Run although the stage is complete.")
+    @click.option("--dry-run", is_flag=True, help="Say what would run and why; write nothing.")
+    @recipe_options
+    @click.pass_context
+    def command(ctx: click.Context, *, force: bool, dry_run: bool) -> None:
+        from nmexport.cli import running
+        from nmexport.pipeline import Selection
+
+        forced = frozenset({stage} if force else ())
+        selection = Selection(first=stage, last=stage, force=forced)
+        if dry_run:
+            running.show_plan(ctx, request(ctx).pipeline(), selection)
+        else:
+            running.run(ctx, request(ctx).pipeline(), selection)
+
+    return command
+
+
+calibrate_command = _command_of("calibrate")
+fold_command = _command_of("fold")
+export_command = _command_of("export")
+engine_command = _command_of("engine")
+verify_command = _command_of("verify")
+package_command = _command_of("package")

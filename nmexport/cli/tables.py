@@ -1,0 +1,51 @@
+"""Nested JSON values as tables, for results whose keys the command line need not know."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nmexport.cli.output import table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_DIGITS = 4
+
+
+def show_value(out: Console, value: dict[str, Any], title: str | None = None) -> None:
+    """Print plain values as one table, and every list of rows as a table of its own."""
+    plain = [(name, _cell(item)) for name, item in _flat(value) if not _is_rows(item)]
+    if plain:
+        out.print(table(title, ("", "value"), plain))
+    for name, item in _flat(value):
+        if _is_rows(item):
+            columns = list(dict.fromkeys(key for row in item for key in row))
+            rows = [[_cell(row.get(column)) for column in columns] for row in item]
+            out.print(table(name, columns, rows))
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested keys joined by dots."""
+    pairs: list[tuple[str, Any]] = []
+    for name, item in value.items():
+        if isinstance(item, dict):
+            pairs += _flat(item, f"{prefix}{name}.")
+        else:
+            pairs.append((f"{prefix}{name}", item))
+    return pairs
+
+
+def _is_rows(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.{_DIGITS}g}"
+    if isinstance(value, list):
+        return ", ".join(_cell(item) for item in value) or "-"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_cell(item)}" for name, item in value.items())
+    return str(value)

@@ -1,0 +1,384 @@
+"""The order of the stages, what is cached and why not, and running what is missing.
+
+A stage's key is the sha256 of its own inputs and the *keys* of its upstream stages, so every key
+of a build is known before anything runs. A manifest also records the digests of the upstream
+files it was made from: an artifact whose upstream was since rebuilt with other bytes is stale,
+though its key is the same.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import shlex
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+
+from nmexport import __version__
+from nmexport.artifact import (
+    KEY_CHARS,
+    RECIPE,
+    SCHEMA,
+    Manifest,
+    UpstreamRecord,
+    changes,
+    damage,
+    digest_of,
+    plain,
+    record_files,
+)
+from nmexport.errors import ArtifactError, RecipeError
+from nmexport.recipe import dump
+from nmexport.stages.inputs import StageInputs
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from nmexport.environment import Environment
+    from nmexport.models.source import ModelSource
+    from nmexport.progress import Progress
+    from nmexport.recipe import Recipe
+    from nmexport.work_directory import WorkDirectory
+
+STAGES: Mapping[str, str] = MappingProxyType(
+    {
+        "calibrate": "nmexport.stages.calibrate",
+        "fold": "nmexport.stages.fold",
+        "export": "nmexport.stages.export",
+        "engine": "nmexport.stages.engine",
+        "verify": "nmexport.stages.verify",
+        "package": "nmexport.stages.package",
+    }
+)
+"""Modules by stage, in order of running; imported only when a build needs them."""
+
+Action = Literal["cached", "run", "depends"]
+"""`depends`: an upstream runs, and what it writes decides."""
+
+
+class Stage(Protocol):
+    """A stage module; see `nmexport.stages`."""
+
+    @property
+    def UPSTREAM(self) -> Sequence[str]:  # noqa: N802  a constant of the module
+        """Stages whose artifacts it reads."""
+        ...
+
+    def key_fields(self, inputs: StageInputs) -> dict[str, Any]:
+        """Everything besides upstream that can change the result; called before upstream ran."""
+        ...
+
+    def run(self, inputs: StageInputs) -> dict[str, Any]:
+        """Write the artifact, return its metrics."""
+        ...
+
+
+def load_stages() -> Mapping[str, Stage]:
+    """Import the stage modules."""
+    return {name: cast("Stage", importlib.import_module(path)) for name, path in STAGES.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which stages a run is about: first to last; those before the first must be complete."""
+
+    first: str = next(iter(STAGES))
+    last: str = list(STAGES)[-1]
+    force: frozenset[str] = frozenset()
+    """Stages to run although they are complete."""
+    check: bool = False
+    """Compare the contents of every cached file with its digest."""
+
+    def __post_init__(self) -> None:
+        """Refuse unknown and empty selections.
+
+        Raises:
+            RecipeError: if a stage is unknown, or the last comes before the first.
+        """
+        order = list(STAGES)
+        for stage in (self.first, self.last, *sorted(self.force)):
+            if stage not in order:
+                raise RecipeError(f"There is no stage {stage!r}.", allowed=", ".join(order))
+        if order.index(self.first) > order.index(self.last):
+            raise RecipeError(
+                f"--from {self.first} comes after --to {self.last}.",
+                allowed=f"in this order: {', '.join(order)}",
+            )
+        outside = sorted(self.force - set(self.stages))
+        if outside:
+            raise RecipeError(
+                f"--force {outside[0]} is outside of {self.first} to {self.last}.",
+                allowed=", ".join(self.stages),
+            )
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages from first to last."""
+        order = list(STAGES)
+        return order[order.index(self.first) : order.index(self.last) + 1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What a run does, or did, about one stage."""
+
+    stage: str
+    key: str
+    action: Action
+    reason: str
+    bytes: int | None = None
+    """Size of the finished artifact; None where there is none yet."""
+    seconds: float | None = None
+    """How long it took, where it ran."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {**vars(self), "key": self.key[:KEY_CHARS]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """A recipe, the model it is about, and the work directory it is built in."""
+
+    recipe: Recipe
+    source: ModelSource
+    environment: Environment
+    work: WorkDirectory
+    progress: Progress
+    command: str = "nmexport build"
+    """The user's own line, shown to whoever finds the directory locked."""
+    stages: Mapping[str, Stage] = field(default_factory=load_stages)
+
+    def plan(self, selection: Selection) -> list[Step]:
+        """What `run` would do now; writes nothing.
+
+        Raises:
+            ArtifactError: if a stage before the first selected one is not complete.
+            WorkDirectoryError: if the directory was built from another model.
+        """
+        self.work.refuse_other_model(self.recipe)
+        keys = self.keys(selection.last)
+        self._require_earlier(selection, keys)
+        steps: list[Step] = []
+        running: list[str] = []
+        for stage in selection.stages:
+            step = self._assess(stage, keys, selection, full=selection.check)
+            waits = [name for name in self.stages[stage].UPSTREAM if name in running]
+            if waits and step.action == "cached":
+                step = Step(
+                    stage=stage,
+                    key=step.key,
+                    action="depends",
+                    reason=f"runs only if {waits[0]} writes other files than before",
+                    bytes=step.bytes,
+                )
+            if step.action != "cached":
+                running.append(stage)
+            steps.append(step)
+        return steps
+
+    def run(self, selection: Selection) -> list[Step]:
+        """Build what is missing, in order; killed at any moment, the next run goes on from there.
+
+        Raises:
+            UserError: whatever a stage says the user or the machine got wrong.
+            WorkDirectoryError: if the directory is held, full, unwritable or another model's.
+        """
+        with self.work.lock(self.command):
+            plan = self.plan(selection)
+            self.work.claim(self.recipe)
+            if any(self._outdates_report(step) for step in plan):
+                self.work.withdraw_reports()
+            keys = self.keys(selection.last)
+            read = {
+                name
+                for step in plan
+                if step.action != "cached"
+                for name in self.stages[step.stage].UPSTREAM
+            }
+            self._check_earlier(selection, keys, read)
+            steps = [
+                self._do(stage, keys, selection, full=selection.check or stage in read)
+                for stage in selection.stages
+            ]
+            if "verify" in selection.stages:
+                self.work.publish_reports()
+            return steps
+
+    def keys(self, last: str) -> dict[str, str]:
+        """Key of every stage up to the last."""
+        keys: dict[str, str] = {}
+        for stage in list(STAGES)[: list(STAGES).index(last) + 1]:
+            upstream = {name: keys[name] for name in self.stages[stage].UPSTREAM}
+            keys[stage] = digest_of(
+                {
+                    "schema": SCHEMA,
+                    "stage": stage,
+                    "inputs": self._fields(stage),
+                    "upstream": upstream,
+                }
+            )
+        return keys
+
+    # -- one stage -------------------------------------------------------------------------------
+
+    def _do(self, stage: str, keys: Mapping[str, str], selection: Selection, *, full: bool) -> Step:
+        """Run the stage unless its artifact is there and whole; either way it becomes current."""
+        step = self._assess(stage, keys, selection, full=full)
+        if step.action == "cached":
+            logging.getLogger(__name__).info("%s: %s", stage, step.reason)
+        else:
+            self.progress.note(f"{stage}: {step.reason}")
+            step = self._build(stage, keys, step.reason)
+        self.work.use(stage, keys[stage])
+        return step
+
+    def _build(self, stage: str, keys: Mapping[str, str], reason: str) -> Step:
+        module, key = self.stages[stage], keys[stage]
+        upstream = {name: self.work.folder(name, keys[name]) for name in module.UPSTREAM}
+        started, began = datetime.now(UTC), time.monotonic()
+        with self.work.partial(stage, key) as output:
+            metrics = module.run(self._inputs(output, upstream))
+            (output / RECIPE).write_text(dump(self.recipe), encoding="utf-8")
+            manifest = Manifest(
+                stage=stage,
+                key=key,
+                inputs=self._fields(stage),
+                upstream=self._upstream_records(stage, keys),
+                files=record_files(output),
+                environment=self.environment.as_dict(),
+                metrics=plain(metrics),
+                started=started.isoformat(timespec="seconds"),
+                seconds=round(time.monotonic() - began, 3),
+                command=self._rebuild_line(stage, key),
+            )
+            self.work.commit(output, manifest)
+        return Step(
+            stage=stage,
+            key=key,
+            action="run",
+            reason=reason,
+            bytes=manifest.bytes,
+            seconds=manifest.seconds,
+        )
+
+    def _assess(
+        self, stage: str, keys: Mapping[str, str], selection: Selection, *, full: bool
+    ) -> Step:
+        """Whether the stage's artifact is there, whole, and made from what is upstream now."""
+        key = keys[stage]
+        manifest = self.work.find(stage, key)
+        if manifest is None:
+            return Step(stage=stage, key=key, action="run", reason=self._why_missing(stage))
+        reason = self._why_again(stage, keys, manifest, selection, full=full)
+        return Step(
+            stage=stage,
+            key=key,
+            action="run" if reason else "cached",
+            reason=reason or "up to date",
+            bytes=manifest.bytes,
+        )
+
+    def _why_again(
+        self,
+        stage: str,
+        keys: Mapping[str, str],
+        manifest: Manifest,
+        selection: Selection,
+        *,
+        full: bool,
+    ) -> str | None:
+        """Why a finished artifact does not do; None where it does."""
+        if stage in selection.force:
+            return "forced"
+        harm = damage(self.work.folder(stage, manifest.key), manifest, full=full)
+        if harm is not None:
+            return f"damaged: {harm}"
+        for name, record in self._upstream_records(stage, keys).items():
+            if manifest.upstream.get(name) != record:
+                return f"{name} was rebuilt, with other contents"
+        return None
+
+    def _why_missing(self, stage: str) -> str:
+        """What changed since the artifact in use; keys alone would not say."""
+        manifest = self.work.current_manifest(stage)
+        if manifest is None:
+            return "not built yet"
+        lines = changes(manifest.inputs, plain(self._fields(stage)))
+        if not lines:
+            return "what it is made from changed upstream"
+        more = f", and {len(lines) - 1} more" if len(lines) > 1 else ""
+        return f"changed: {lines[0]}{more}"
+
+    def _upstream_records(self, stage: str, keys: Mapping[str, str]) -> dict[str, UpstreamRecord]:
+        """Key and digest of each upstream artifact that is there."""
+        records = {}
+        for name in self.stages[stage].UPSTREAM:
+            manifest = self.work.find(name, keys[name])
+            if manifest is not None:
+                records[name] = UpstreamRecord(key=manifest.key, digest=manifest.digest)
+        return records
+
+    # -- stages before the selected ones -----------------------------------------------------------
+
+    def _earlier(self, selection: Selection) -> list[str]:
+        """Stages before the first selected one that a selected one reads, in order."""
+        needed = {name for stage in selection.stages for name in self.stages[stage].UPSTREAM}
+        return [stage for stage in STAGES if stage in needed - set(selection.stages)]
+
+    def _require_earlier(self, selection: Selection, keys: Mapping[str, str]) -> None:
+        for stage in self._earlier(selection):
+            if self.work.find(stage, keys[stage]) is None:
+                raise ArtifactError(
+                    f"{selection.first} needs the {stage} artifact of these options, and "
+                    f"{self.work.root} holds none ({self._why_missing(stage)}).",
+                    fix=f"run the same with `nmexport build --to {selection.last}`",
+                )
+
+    def _check_earlier(self, selection: Selection, keys: Mapping[str, str], read: set[str]) -> None:
+        """Compare what will be read with its digests; nothing upstream can be rebuilt here."""
+        for stage in self._earlier(selection):
+            manifest = self.work.find(stage, keys[stage])
+            if stage not in read or manifest is None:
+                continue
+            harm = damage(self.work.folder(stage, keys[stage]), manifest, full=True)
+            if harm is not None:
+                raise ArtifactError(
+                    f"The {stage} artifact in {self.work.root} is damaged: {harm}.",
+                    fix=f"run the same with `nmexport build --to {selection.last}`: it mends it",
+                )
+
+    # -- parts -------------------------------------------------------------------------------------
+
+    def _outdates_report(self, step: Step) -> bool:
+        """Whether after this step the report at the top would speak of another build."""
+        if step.stage not in list(STAGES)[: list(STAGES).index("verify") + 1]:
+            return False
+        current = self.work.current(step.stage)
+        return (
+            step.action != "cached" or current != self.work.folder(step.stage, step.key).resolve()
+        )
+
+    def _fields(self, stage: str) -> dict[str, Any]:
+        """The stage's own inputs, as they stand in its manifest."""
+        inputs = self._inputs(self.work.root / stage, {})
+        return {"nmexport": __version__, **self.stages[stage].key_fields(inputs)}
+
+    def _inputs(self, output: Path, upstream: Mapping[str, Path]) -> StageInputs:
+        return StageInputs(
+            recipe=self.recipe,
+            source=self.source,
+            environment=self.environment,
+            progress=self.progress,
+            output=output,
+            upstream=upstream,
+        )
+
+    def _rebuild_line(self, stage: str, key: str) -> str:
+        recipe = self.work.folder(stage, key) / RECIPE
+        words = ["nmexport", stage, "--recipe", recipe, "--work", self.work.root, "--force"]
+        return shlex.join(str(word) for word in words)
