@@ -1,0 +1,62 @@
+// Which variant runs here.
+#include <atomic>
+#include <cstring>
+#include <initializer_list>
+
+#include "variant.h"
+
+namespace nmexport {
+
+// Null where the compiler does not target the architecture at all.
+const Variant* avx2Table();
+const Variant* avx512Table();
+const Variant* neonTable();
+
+namespace {
+
+#if defined(__x86_64__)
+bool hasAvx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c");
+}
+bool hasAvx512() {
+    return hasAvx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#else
+bool hasAvx2() { return false; }
+bool hasAvx512() { return false; }
+#endif
+
+const Variant* fastest() {
+    for (const Variant* variant : {avx512Variant(), avx2Variant(), neonVariant()}) {
+        if (variant != nullptr) return variant;
+    }
+    return &portableVariant();
+}
+
+std::atomic<const Variant*>& active() {
+    static std::atomic<const Variant*> variant{fastest()};
+    return variant;
+}
+
+}  // namespace
+
+const Variant* avx2Variant() { return hasAvx2() ? avx2Table() : nullptr; }
+const Variant* avx512Variant() { return hasAvx512() ? avx512Table() : nullptr; }
+const Variant* neonVariant() { return neonTable(); }
+
+const Variant& activeVariant() { return *active().load(std::memory_order_relaxed); }
+
+bool useVariant(const char* name) {
+    for (const Variant* variant :
+         {&portableVariant(), avx2Variant(), avx512Variant(), neonVariant()}) {
+        if (variant != nullptr && std::strcmp(variant->name, name) == 0) {
+            active().store(variant, std::memory_order_relaxed);
+            return true;
+        }
+    }
+    return false;
+}
+
+}  // namespace nmexport

@@ -1,0 +1,205 @@
+#include "nm_linear.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace nmexport {
+
+namespace {
+
+// Operands of one pass stay within the second- or third-level cache.
+constexpr std::size_t kPASS_BYTES = std::size_t{8} << 20;
+constexpr std::size_t kMIN_PASS_TOKENS = 64;
+// Tokens selected together by one task; their groups share vectors.
+constexpr std::size_t kSELECT_TOKENS = 8;
+// Decode: sums of a tile take at most 16 KiB of the first-level cache ...
+constexpr std::size_t kMAX_TILE_COLUMNS = 4096;
+// ... a row's part in a tile is at least four cache lines ...
+constexpr std::size_t kMIN_TILE_COLUMNS = 64;
+// ... and waking another thread pays from about this many kept bytes on.
+constexpr std::size_t kMIN_TASK_BYTES = std::size_t{96} << 10;
+// Prefill: tokens of a task; their sums stay in the second-level cache.
+constexpr std::size_t kMIN_PANEL_TOKENS = 32;
+constexpr std::size_t kMAX_PANEL_TOKENS = 128;
+// Tasks per thread, so that an interrupted thread does not hold up the others.
+constexpr std::size_t kTASKS_PER_THREAD = 4;
+
+std::size_t divideUp(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
+
+// The tokens of one pass, selected.
+struct Pass {
+    std::size_t first;
+    std::size_t tokens;
+    SelectedTokens selected;
+    float* nu;                         // [tokens]
+    const std::int32_t* channelOrder;  // of the operand's positions; null where all are kept
+};
+
+const char* columnOf(const LinearArguments& a, const void* base, std::size_t column) {
+    return static_cast<const char*>(base) + column * elementBytes(a.type);
+}
+
+// sqrt(var(z) / var(s)) of one token, over all its channels.
+float varianceRatio(const LinearArguments& a, const Variant& variant, const float* z,
+                    const std::uint64_t* keep) {
+    thread_local Scratch<float> scratch;
+    float* s = scratch.reserve(a.channels);
+    for (std::size_t p = 0; p < a.channels; ++p) {
+        s[p] = (keep[p / 64] >> (p % 64) & 1) != 0 ? z[p] : 0.0f;
+    }
+    const double kept = variant.variance(s, a.channels);
+    const double floored = kept < a.varianceFloor ? a.varianceFloor : kept;  // NaN stays NaN
+    return static_cast<float>(std::sqrt(variant.variance(z, a.channels) / floored));
+}
+
+void selectPart(const LinearArguments& a, const Variant& variant, const Pass& pass,
+                std::size_t first, std::size_t count) {
+    SelectedTokens part = pass.selected;
+    part.z += first * part.zStride;
+    part.keep += first * part.keepStride;
+    part.eta += first;
+    SelectionConstants constants = a.constants;
+    constants.channelOrder = pass.channelOrder;
+    const char* x = columnOf(a, a.x, (pass.first + first) * a.channels);
+    if (a.keepAll || a.pattern.n == a.pattern.m) {
+        keepTokens(variant, a.type, x, a.channels, count, constants, part);
+    } else {
+        selectTokens(variant, a.type, x, a.channels, count, a.pattern, constants, part);
+    }
+    for (std::size_t t = 0; t < count; ++t) {
+        const bool correct = a.varianceCorrection && !a.keepAll;
+        pass.nu[first + t] = correct ? varianceRatio(a, variant, part.z + t * part.zStride,
+                                                     part.keep + t * part.keepStride)
+                                     : 1.0f;
+    }
+}
+
+void finishColumns(const LinearArguments& a, const Variant& variant, const Pass& pass,
+                   std::size_t token, std::size_t firstColumn, std::size_t columns,
+                   const float* sums) {
+    const bool shifted = a.constants.dynamicShift && a.shiftWeight != nullptr;
+    Epilogue epilogue;
+    epilogue.sums = sums;
+    epilogue.columns = columns;
+    epilogue.nu = pass.nu[token];
+    epilogue.eta = pass.selected.eta[token];
+    epilogue.shiftWeight = shifted ? a.shiftWeight + firstColumn : nullptr;
+    epilogue.bias = a.bias == nullptr ? nullptr : columnOf(a, a.bias, firstColumn);
+    epilogue.y = static_cast<char*>(a.y) +
+                 ((pass.first + token) * a.outputs + firstColumn) * elementBytes(a.type);
+    variant.epilogue[static_cast<int>(a.type)](epilogue);
+}
+
+// Decode. A task owns a tile of columns and reads its part of every kept row:
+//
+//              columns 0 .. O
+//   kept row | tile 0 | tile 1 |      no sum is shared, so no reduction and no order to fix
+//   kept row | tile 0 | tile 1 |
+void multiplyToken(const LinearArguments& a, const Variant& variant, const Pass& pass,
+                   std::size_t token, const ThreadPool& pool) {
+    thread_local Scratch<std::int32_t> rowScratch;
+    thread_local Scratch<float> valueScratch;
+    std::int32_t* rows = rowScratch.reserve(a.channels);
+    float* values = valueScratch.reserve(a.channels);
+    const float* z = pass.selected.z + token * pass.selected.zStride;
+    const std::uint64_t* keep = pass.selected.keep + token * pass.selected.keepStride;
+    std::size_t count = 0;
+    for (std::size_t word = 0; word < keepWords(a.channels); ++word) {
+        for (std::uint64_t bits = keep[word]; bits != 0; bits &= bits - 1) {
+            const std::size_t p = word * 64 + static_cast<std::size_t>(__builtin_ctzll(bits));
+            rows[count] = pass.channelOrder == nullptr ? static_cast<std::int32_t>(p)
+                                                       : pass.channelOrder[p];
+            values[count++] = z[p];
+        }
+    }
+
+    const std::size_t keptBytes = count * a.outputs * elementBytes(a.type);
+    const std::size_t worthwhile =
+        std::min({pool.threads, keptBytes / kMIN_TASK_BYTES, a.outputs / kMIN_TILE_COLUMNS});
+    const std::size_t fitting = divideUp(a.outputs, kMAX_TILE_COLUMNS);
+    const std::size_t tiles = std::max({worthwhile, fitting, std::size_t{1}});
+    const std::size_t units = divideUp(a.outputs, variant.lanes);
+    parallelFor(pool, tiles, [&](std::size_t tile) {
+        thread_local Scratch<float> sumScratch;
+        const std::size_t begin = units * tile / tiles * variant.lanes;
+        const std::size_t end = std::min(units * (tile + 1) / tiles * variant.lanes, a.outputs);
+        float* sums = sumScratch.reserve(end - begin);
+        variant.rowProduct[static_cast<int>(a.type)](RowProduct{
+            columnOf(a, a.w, begin), a.outputs, rows, values, count, end - begin, sums});
+        finishColumns(a, variant, pass, token, begin, end - begin, sums);
+    });
+}
+
+// Prefill. A task owns a panel of columns and a run of tokens.
+void multiplyPanels(const LinearArguments& a, const Variant& variant, const Pass& pass,
+                    const ThreadPool& pool) {
+    const std::size_t width = kPANEL_VECTORS * variant.lanes;
+    const std::size_t units = divideUp(a.outputs, variant.lanes);
+    const std::size_t panels = divideUp(units, kPANEL_VECTORS);
+    const std::size_t wantedRuns = divideUp(kTASKS_PER_THREAD * pool.threads, panels);
+    const std::size_t runTokens = std::clamp(divideUp(pass.tokens, wantedRuns), kMIN_PANEL_TOKENS,
+                                             kMAX_PANEL_TOKENS);
+    const std::size_t runs = divideUp(pass.tokens, runTokens);
+    parallelFor(pool, panels * runs, [&](std::size_t task) {
+        thread_local Scratch<float> packedScratch;
+        thread_local Scratch<float> sumScratch;
+        const std::size_t panel = task / runs;
+        const std::size_t begin = units * panel / panels * variant.lanes;
+        const std::size_t end = std::min(units * (panel + 1) / panels * variant.lanes, a.outputs);
+        const std::size_t first = task % runs * runTokens;
+        const std::size_t tokens = std::min(runTokens, pass.tokens - first);
+        const SelectedTokens& selected = pass.selected;
+        float* sums = sumScratch.reserve(kMAX_PANEL_TOKENS * width);
+        variant.panelProduct[static_cast<int>(a.type)](PanelProduct{
+            columnOf(a, a.w, begin), a.outputs, pass.channelOrder, a.channels,
+            selected.z + first * selected.zStride, selected.zStride,
+            selected.keep + first * selected.keepStride, selected.keepStride, tokens, end - begin,
+            packedScratch.reserve(kBLOCK * width), sums});
+        for (std::size_t t = 0; t < tokens; ++t) {
+            finishColumns(a, variant, pass, first + t, begin, end - begin, sums + t * width);
+        }
+    });
+}
+
+void runPass(const LinearArguments& a, const Variant& variant, std::size_t first,
+             std::size_t tokens, const ThreadPool& pool) {
+    thread_local Scratch<float> zScratch;
+    thread_local Scratch<std::uint64_t> keepScratch;
+    thread_local Scratch<float> etaScratch;
+    thread_local Scratch<float> nuScratch;
+    Pass pass;
+    pass.first = first;
+    pass.tokens = tokens;
+    pass.selected.zStride = divideUp(a.channels, variant.lanes) * variant.lanes;
+    pass.selected.z = zScratch.reserve(tokens * pass.selected.zStride);
+    pass.selected.keepStride = keepWords(a.channels);
+    pass.selected.keep = keepScratch.reserve(tokens * pass.selected.keepStride);
+    pass.selected.eta = etaScratch.reserve(tokens);
+    pass.nu = nuScratch.reserve(tokens);
+    const bool ordered = !a.keepAll && a.pattern.n != a.pattern.m;
+    pass.channelOrder = ordered ? a.constants.channelOrder : nullptr;
+
+    parallelFor(pool, divideUp(tokens, kSELECT_TOKENS), [&](std::size_t task) {
+        const std::size_t begin = task * kSELECT_TOKENS;
+        selectPart(a, variant, pass, begin, std::min(kSELECT_TOKENS, tokens - begin));
+    });
+    if (tokens == 1) {
+        multiplyToken(a, variant, pass, 0, pool);
+    } else {
+        multiplyPanels(a, variant, pass, pool);
+    }
+}
+
+}  // namespace
+
+void nmLinear(const LinearArguments& a, const ThreadPool& pool) {
+    if (a.outputs == 0) return;
+    const Variant& variant = activeVariant();
+    const std::size_t fitting = kPASS_BYTES / (a.channels * sizeof(float));
+    const std::size_t passTokens = std::max(fitting, kMIN_PASS_TOKENS);
+    for (std::size_t first = 0; first < a.tokens; first += passTokens) {
+        runPass(a, variant, first, std::min(passTokens, a.tokens - first), pool);
+    }
+}
+
+}  // namespace nmexport

@@ -1,0 +1,33 @@
+// NMLinear over raw pointers.
+//
+//   z = x - eta;  s = z where kept;  y = nu * (s @ W) + eta * shiftWeight + bias
+//
+// A few tokens (decode) stream the kept rows of W from memory; many tokens (prefill) meet packed
+// panels of W in the first-level cache. Both give the same bits.
+#pragma once
+
+#include "selection.h"
+#include "thread_pool.h"
+
+namespace nmexport {
+
+struct LinearArguments {
+    ElementType type;
+    const void* x;             // [tokens, channels] T
+    const void* w;             // [channels, outputs] T
+    const void* bias;          // [outputs] T or null
+    const float* shiftWeight;  // [outputs] or null; used with constants.dynamicShift only
+    void* y;                   // [tokens, outputs] T
+    std::size_t tokens;
+    std::size_t channels;  // K, a multiple of pattern.m
+    std::size_t outputs;   // O
+    Pattern pattern;
+    SelectionConstants constants;
+    bool varianceCorrection;
+    double varianceFloor;
+    bool keepAll;  // the phase excludes these tokens: the dense linear
+};
+
+void nmLinear(const LinearArguments& arguments, const ThreadPool& pool);
+
+}  // namespace nmexport

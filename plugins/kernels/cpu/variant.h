@@ -1,0 +1,98 @@
+// The instruction-set variants: one table of functions each, chosen once at run time.
+//
+// Every variant computes the same bits: selection is exact integer work, every output element is
+// one chain of fused multiply-adds in ascending position order, and nothing else is contracted.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+#include "element.h"
+
+namespace nmexport {
+
+// Positions whose kept rows are multiplied before moving on: one machine word of keep mask.
+constexpr std::size_t kBLOCK = 64;
+// Vectors of accumulators a prefill panel is wide; they stay in registers across a block.
+constexpr std::size_t kPANEL_VECTORS = 8;
+
+// What turns one token's row of X into the operand that is selected from.
+struct TokenInput {
+    const void* x;                      // [channels] T
+    std::size_t channels;               // K
+    const std::int32_t* channelOrder;   // [channels] or null: position -> channel
+    const float* shift;                 // [shiftCount] or null
+    std::size_t shiftCount;             // 1 or channels
+    bool dynamicShift;                  // eta is the token's own mean; excludes shift
+};
+
+// Rows of W that one token keeps, against a tile of columns.
+struct RowProduct {
+    const void* w;               // first column of the tile in row 0 of W, T
+    std::size_t rowStride;       // O, elements
+    const std::int32_t* rows;    // [count] rows of W, in accumulation order
+    const float* values;         // [count]
+    std::size_t count;
+    std::size_t columns;         // columns of the tile
+    float* sums;                 // [columns], written
+};
+
+// All kept rows of many tokens, against a panel of columns narrow enough for registers.
+struct PanelProduct {
+    const void* w;                     // first column of the panel in row 0 of W, T
+    std::size_t rowStride;             // O, elements
+    const std::int32_t* channelOrder;  // [channels] or null: position -> row of W
+    std::size_t channels;              // K
+    const float* z;                    // [tokens, zStride], in position order
+    std::size_t zStride;
+    const std::uint64_t* keep;         // [tokens, keepStride], bit p of the row = position p kept
+    std::size_t keepStride;
+    std::size_t tokens;
+    std::size_t columns;  // at most kPANEL_VECTORS * lanes
+    float* packed;        // scratch [kBLOCK * kPANEL_VECTORS * lanes], 64-byte aligned
+    float* sums;          // [tokens, kPANEL_VECTORS * lanes], written, 64-byte aligned
+};
+
+// y = nu * sums + eta * shiftWeight + bias, rounded once to T.
+struct Epilogue {
+    const float* sums;
+    std::size_t columns;
+    float nu;
+    float eta;
+    const float* shiftWeight;  // [columns] or null (then eta does not matter)
+    const void* bias;          // [columns] T or null
+    void* y;                   // [columns] T
+};
+
+struct Variant {
+    const char* name;
+    std::size_t lanes;  // float32 values in a vector
+
+    // z [channels] in position order and the token's eta (0 without a dynamic shift).
+    float (*loadToken[kELEMENT_TYPES])(const TokenInput& token, float* z);
+    // Integer keys [channels] that order as the scores |z| * scale do: NaN on top, -0 as +0.
+    void (*scoreKeys)(const float* z, const std::int32_t* channelOrder, const float* scoreScale,
+                      std::size_t channels, std::int32_t* keys);
+    // Keep mask of each group: bit j = position j of the group is among the n largest keys.
+    void (*selectGroups)(const std::int32_t* keys, std::size_t groups, int n, int m,
+                         std::uint64_t* masks);
+    // Population variance of values [count], in float64.
+    double (*variance)(const float* values, std::size_t count);
+    void (*rowProduct[kELEMENT_TYPES])(const RowProduct& product);
+    void (*panelProduct[kELEMENT_TYPES])(const PanelProduct& product);
+    void (*epilogue[kELEMENT_TYPES])(const Epilogue& epilogue);
+};
+
+const Variant& portableVariant();
+// Null where the running processor, or the one compiled for, lacks the instructions.
+const Variant* avx2Variant();
+const Variant* avx512Variant();
+const Variant* neonVariant();
+
+// The fastest variant of this processor, or the one that useVariant chose.
+const Variant& activeVariant();
+// Chooses a variant by name, for tests and measurements; false where it cannot run here.
+bool useVariant(const char* name);
+
+}  // namespace nmexport

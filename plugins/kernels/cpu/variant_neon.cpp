@@ -1,0 +1,22 @@
+// Compiled on AArch64, where Advanced SIMD is part of the baseline.
+#include "variant.h"
+
+#ifdef __aarch64__
+// The parts of a variant, in order of use.
+#include "simd_neon.h"
+#include "select.inl"
+#include "token.inl"
+#include "product.inl"
+#include "table.inl"
+
+namespace nmexport {
+namespace {
+constexpr Variant kVARIANT = makeVariant("neon");
+}
+const Variant* neonTable() { return &kVARIANT; }
+}  // namespace nmexport
+#else
+namespace nmexport {
+const Variant* neonTable() { return nullptr; }
+}  // namespace nmexport
+#endif

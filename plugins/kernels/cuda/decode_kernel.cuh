@@ -1,0 +1,419 @@
+// NMLinear for a few tokens: y = nu * (s @ W) + eta * shiftWeight + bias, reading only the kept rows of W.
+//
+// A warp ranks its own channels, queues the kept ones and streams their row segments; it waits for no other warp
+// until the end. Partial sums meet in shared memory, then over the cluster through distributed shared memory, always
+// in index order: no atomics, no workspace, bit-equal from run to run.
+#pragma once
+
+#include "warp_selection.cuh"
+
+namespace nmexport::cuda
+{
+
+//! Compile-time shape of one decode kernel.
+//! ALIGNED: rows of W start on 16 bytes, so a lane reads a whole vector at once.
+template <typename T, int TOKENS_, int GROUP_, int LANES_PER_ROW_, int WARPS_, int UNROLL_, bool MOMENTS_, bool ALIGNED_>
+struct DecodeShape
+{
+    using Element = T;
+    static constexpr int TOKENS = TOKENS_;
+    static constexpr int GROUP = GROUP_;
+    static constexpr int LANES_PER_ROW = LANES_PER_ROW_;
+    static constexpr int WARPS = WARPS_;
+    static constexpr int UNROLL = UNROLL_;
+    static constexpr bool MOMENTS = MOMENTS_;
+    static constexpr bool ALIGNED = ALIGNED_;
+
+    static constexpr int THREADS = WARPS * kWARP;
+    static constexpr int COLUMNS = LANES_PER_ROW * kVECTOR<T>;
+    static constexpr int ROWS_PER_LOAD = kWARP / LANES_PER_ROW;
+    static constexpr int BATCH = UNROLL * ROWS_PER_LOAD;
+    //! Holds the batch in flight, the one being queued and the overshoot of one chunk.
+    static constexpr int RING = BATCH <= 32 ? 128 : 256;
+    static_assert(2 * BATCH + kMAX_GROUP <= RING + 1);
+
+    using Scratch = WarpScratch<TOKENS, RING>;
+    static_assert(sizeof(Scratch) >= sizeof(float) * TOKENS * COLUMNS, "partial sums reuse a warp's scratch");
+};
+
+//! Shared memory of one CTA, in bytes; `cluster` CTAs send their sums to rank 0.
+template <typename Shape>
+constexpr size_t decodeSharedBytes(int cluster)
+{
+    return sizeof(typename Shape::Scratch) * Shape::WARPS
+        + sizeof(Moments) * Shape::TOKENS * (Shape::WARPS + cluster)
+        + sizeof(float) * Shape::TOKENS * Shape::COLUMNS * cluster + sizeof(float) * Shape::TOKENS * (Shape::WARPS + 1);
+}
+
+//! The pieces of a CTA's shared memory.
+template <typename Shape>
+struct DecodeShared
+{
+    __device__ explicit DecodeShared(unsigned char* base, int cluster)
+        : scratch{reinterpret_cast<typename Shape::Scratch*>(base)}
+        , warpMoments{reinterpret_cast<Moments*>(scratch + Shape::WARPS)}
+        , rankMoments{warpMoments + Shape::TOKENS * Shape::WARPS}
+        , rankSums{reinterpret_cast<float*>(rankMoments + Shape::TOKENS * cluster)}
+        , eta{rankSums + Shape::TOKENS * Shape::COLUMNS * cluster}
+        , warpMeans{eta + Shape::TOKENS}
+    {
+    }
+
+    typename Shape::Scratch* scratch; //!< [WARPS]
+    Moments* warpMoments;             //!< [WARPS][TOKENS]
+    Moments* rankMoments;             //!< [cluster][TOKENS], filled by the other ranks
+    float* rankSums;                  //!< [cluster][TOKENS][COLUMNS], filled by the other ranks
+    float* eta;                       //!< [TOKENS]
+    float* warpMeans;                 //!< [WARPS][TOKENS]
+};
+
+//! eta[token] = mean of the token's K activations, by every CTA for itself, in a fixed order.
+template <typename Shape>
+__device__ void meanOfTokens(DecodeArgs const& args, DecodeShared<Shape> const& shared)
+{
+    using T = typename Shape::Element;
+    int const warp = threadIdx.x / kWARP;
+    int const lane = threadIdx.x % kWARP;
+    for (int token = 0; token < Shape::TOKENS; ++token)
+    {
+        T const* const x = static_cast<T const*>(args.x) + static_cast<int64_t>(token) * args.channels;
+        float sum = 0.0F;
+#pragma unroll 8
+        for (int32_t channel = threadIdx.x; channel < args.channels; channel += Shape::THREADS)
+        {
+            sum += loadActivation(x + channel);
+        }
+#pragma unroll
+        for (int offset = 16; offset > 0; offset /= 2)
+        {
+            sum += __shfl_xor_sync(kWHOLE_WARP, sum, offset);
+        }
+        if (lane == 0)
+        {
+            shared.warpMeans[warp * Shape::TOKENS + token] = sum;
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x < Shape::TOKENS)
+    {
+        float sum = 0.0F;
+        for (int w = 0; w < Shape::WARPS; ++w)
+        {
+            sum += shared.warpMeans[w * Shape::TOKENS + threadIdx.x];
+        }
+        shared.eta[threadIdx.x] = sum / static_cast<float>(args.channels);
+    }
+    __syncthreads();
+}
+
+//! One vector of a row; single elements where rows are unaligned or the vector passes the last column.
+template <typename Shape>
+__device__ __forceinline__ uint4 loadRowVector(
+    typename Shape::Element const* address, int32_t column, int32_t outputs)
+{
+    if constexpr (Shape::ALIGNED)
+    {
+        return loadStreaming(address);
+    }
+    else
+    {
+        using T = typename Shape::Element;
+        union
+        {
+            uint4 raw;
+            unsigned char bytes[16];
+        } vector;
+        vector.raw = make_uint4(0, 0, 0, 0);
+        T elements[kVECTOR<T>];
+        memcpy(elements, &vector.raw, sizeof(elements));
+#pragma unroll
+        for (int i = 0; i < kVECTOR<T>; ++i)
+        {
+            if (column + i < outputs)
+            {
+                elements[i] = address[i];
+            }
+        }
+        memcpy(&vector.raw, elements, sizeof(elements));
+        return vector.raw;
+    }
+}
+
+//! Issues the row loads of one batch: UNROLL independent vectors per lane.
+template <typename Shape, bool WHOLE>
+__device__ __forceinline__ void loadBatch(uint4 (&raw)[Shape::UNROLL], typename Shape::Scratch const& scratch,
+    typename Shape::Element const* wColumn, int32_t column, int32_t outputs, int32_t head, int32_t count)
+{
+    int const slot = threadIdx.x % kWARP / Shape::LANES_PER_ROW;
+#pragma unroll
+    for (int u = 0; u < Shape::UNROLL; ++u)
+    {
+        int const entry = u * Shape::ROWS_PER_LOAD + slot;
+        raw[u] = make_uint4(0, 0, 0, 0);
+        if (WHOLE || entry < count)
+        {
+            int64_t const row = scratch.queuedChannel[(head + entry) % Shape::RING];
+            raw[u] = loadRowVector<Shape>(wColumn + row * outputs, column, outputs);
+        }
+    }
+}
+
+//! accumulator[token][i] += value * weight over one loaded batch.
+template <typename Shape, bool WHOLE>
+__device__ __forceinline__ void multiplyBatch(float (&accumulator)[Shape::TOKENS][kVECTOR<typename Shape::Element>],
+    uint4 const (&raw)[Shape::UNROLL], typename Shape::Scratch const& scratch, int32_t head, int32_t count)
+{
+    using T = typename Shape::Element;
+    int const slot = threadIdx.x % kWARP / Shape::LANES_PER_ROW;
+#pragma unroll
+    for (int u = 0; u < Shape::UNROLL; ++u)
+    {
+        int const entry = u * Shape::ROWS_PER_LOAD + slot;
+        bool const isThere = WHOLE || entry < count;
+        Unpacked<T> const weights = unpack(raw[u], static_cast<T const*>(nullptr));
+#pragma unroll
+        for (int token = 0; token < Shape::TOKENS; ++token)
+        {
+            float const value = isThere ? scratch.queuedValue[token][(head + entry) % Shape::RING] : 0.0F;
+#pragma unroll
+            for (int i = 0; i < kVECTOR<T>; ++i)
+            {
+                accumulator[token][i] = fmaf(value, weights.value[i], accumulator[token][i]);
+            }
+        }
+    }
+}
+
+//! The warp's whole slice: while a batch is in flight the next one is ranked.
+template <typename Shape, typename Selector>
+__device__ __forceinline__ void streamRows(float (&accumulator)[Shape::TOKENS][kVECTOR<typename Shape::Element>],
+    Selector& selector, typename Shape::Scratch const& scratch, typename Shape::Element const* wColumn, int32_t column,
+    int32_t outputs)
+{
+    uint4 raw[Shape::UNROLL];
+    selector.fill(Shape::BATCH);
+    while (selector.tail - selector.head >= Shape::BATCH)
+    {
+        int32_t const head = selector.head;
+        loadBatch<Shape, true>(raw, scratch, wColumn, column, outputs, head, Shape::BATCH);
+        selector.head += Shape::BATCH;
+        selector.fill(Shape::BATCH);
+        multiplyBatch<Shape, true>(accumulator, raw, scratch, head, Shape::BATCH);
+    }
+    int32_t const rest = selector.tail - selector.head;
+    if (rest > 0)
+    {
+        loadBatch<Shape, false>(raw, scratch, wColumn, column, outputs, selector.head, rest);
+        multiplyBatch<Shape, false>(accumulator, raw, scratch, selector.head, rest);
+    }
+}
+
+//! Adds the lanes that share columns, then leaves the warp's sums [TOKENS][COLUMNS] in its scratch.
+template <typename Shape>
+__device__ __forceinline__ void storeWarpSums(
+    float (&accumulator)[Shape::TOKENS][kVECTOR<typename Shape::Element>], typename Shape::Scratch* scratch)
+{
+    constexpr int kWIDTH = kVECTOR<typename Shape::Element>;
+    int const lane = threadIdx.x % kWARP;
+    float* const sums = reinterpret_cast<float*>(scratch);
+#pragma unroll
+    for (int token = 0; token < Shape::TOKENS; ++token)
+    {
+#pragma unroll
+        for (int i = 0; i < kWIDTH; ++i)
+        {
+#pragma unroll
+            for (int offset = 16; offset >= Shape::LANES_PER_ROW; offset /= 2)
+            {
+                accumulator[token][i] += __shfl_xor_sync(kWHOLE_WARP, accumulator[token][i], offset);
+            }
+        }
+    }
+    __syncwarp(); // every lane is done with the queue
+    if (lane < Shape::LANES_PER_ROW)
+    {
+#pragma unroll
+        for (int token = 0; token < Shape::TOKENS; ++token)
+        {
+#pragma unroll
+            for (int i = 0; i < kWIDTH; i += 4)
+            {
+                float4 const four = make_float4(accumulator[token][i], accumulator[token][i + 1],
+                    accumulator[token][i + 2], accumulator[token][i + 3]);
+                *reinterpret_cast<float4*>(sums + token * Shape::COLUMNS + lane * kWIDTH + i) = four;
+            }
+        }
+    }
+}
+
+//! Sum over the CTA's warps of one of its TOKENS * COLUMNS values.
+template <typename Shape>
+__device__ __forceinline__ float sumOverWarps(typename Shape::Scratch const* scratch, int index)
+{
+    float sum = 0.0F;
+#pragma unroll
+    for (int warp = 0; warp < Shape::WARPS; ++warp)
+    {
+        sum += reinterpret_cast<float const*>(scratch + warp)[index];
+    }
+    return sum;
+}
+
+//! Sends this CTA's sums and moments to rank 0 of its cluster.
+template <typename Shape>
+__device__ __forceinline__ void sendToRankZero(DecodeShared<Shape> const& shared, uint32_t rank)
+{
+    constexpr int kVALUES = Shape::TOKENS * Shape::COLUMNS;
+    for (int index = threadIdx.x; index < kVALUES; index += Shape::THREADS)
+    {
+        storeToRank(shared.rankSums + rank * kVALUES + index, 0, sumOverWarps<Shape>(shared.scratch, index));
+    }
+    if (Shape::MOMENTS && threadIdx.x < Shape::TOKENS)
+    {
+        Moments total;
+        for (int warp = 0; warp < Shape::WARPS; ++warp)
+        {
+            total.addMoments(shared.warpMoments[warp * Shape::TOKENS + threadIdx.x]);
+        }
+        Moments* const target = shared.rankMoments + rank * Shape::TOKENS + threadIdx.x;
+        storeToRank(&target->all, 0, total.all);
+        storeToRank(&target->allSquared, 0, total.allSquared);
+        storeToRank(&target->kept, 0, total.kept);
+        storeToRank(&target->keptSquared, 0, total.keptSquared);
+    }
+}
+
+//! Rank 0: adds the ranks in order, corrects, rounds once, stores.
+template <typename Shape>
+__device__ __forceinline__ void storeOutputs(
+    DecodeArgs const& args, DecodeShared<Shape> const& shared, int32_t firstColumn, int cluster)
+{
+    using T = typename Shape::Element;
+    constexpr int kVALUES = Shape::TOKENS * Shape::COLUMNS;
+    for (int index = threadIdx.x; index < kVALUES; index += Shape::THREADS)
+    {
+        int const token = index / Shape::COLUMNS;
+        int32_t const column = firstColumn + index % Shape::COLUMNS;
+        if (column >= args.outputs)
+        {
+            continue;
+        }
+        float sum = 0.0F;
+        for (int rank = 0; rank < cluster; ++rank)
+        {
+            sum += shared.rankSums[rank * kVALUES + index];
+        }
+        if constexpr (Shape::MOMENTS)
+        {
+            Moments total;
+            for (int rank = 0; rank < cluster; ++rank)
+            {
+                total.addMoments(shared.rankMoments[rank * Shape::TOKENS + token]);
+            }
+            sum *= total.correction(args.channels);
+        }
+        if (args.selection.dynamicShift)
+        {
+            sum = fmaf(shared.eta[token], __ldg(args.shiftWeight + column), sum);
+        }
+        if (args.bias != nullptr)
+        {
+            sum += toFloat<T>(static_cast<T const*>(args.bias)[column]);
+        }
+        static_cast<T*>(args.y)[static_cast<int64_t>(token) * args.outputs + column] = fromFloat<T>(sum);
+    }
+}
+
+//! grid.x = tiles * cluster; the cluster's ranks are neighbours in x.
+template <typename Shape, int MIN_CTAS>
+__global__ void __launch_bounds__(Shape::THREADS, MIN_CTAS) decodeKernel(DecodeArgs const args)
+{
+    using T = typename Shape::Element;
+    extern __shared__ __align__(16) unsigned char sharedBytes[];
+    allowDependentLaunch();
+    arriveAtCluster(); // rank 0 must have started before anyone writes to it
+    int const cluster = static_cast<int>(clusterSize());
+    uint32_t const rank = clusterRank();
+    DecodeShared<Shape> const shared(sharedBytes, cluster);
+    int const warp = threadIdx.x / kWARP;
+    int const lane = threadIdx.x % kWARP;
+    int32_t const firstColumn = static_cast<int32_t>(blockIdx.x / cluster) * Shape::COLUMNS;
+    int32_t const column = firstColumn + lane % Shape::LANES_PER_ROW * kVECTOR<T>;
+    // A lane past the last column reads the first vector of its tile again and its sums are not stored.
+    int32_t const readColumn = column < args.outputs ? column : firstColumn;
+    T const* const wColumn = static_cast<T const*>(args.w) + readColumn;
+
+    int32_t const width = Shape::GROUP == 0 ? chunkWidth(args.selection.m) : kWARP;
+    Range const chunks = splitRange(
+        ceilDivide(args.channels, width), cluster * Shape::WARPS, static_cast<int32_t>(rank) * Shape::WARPS + warp);
+    Range const slice{min(chunks.begin * width, args.channels), min(chunks.end * width, args.channels)};
+
+    waitForPredecessors();
+    if (args.selection.dynamicShift)
+    {
+        meanOfTokens<Shape>(args, shared);
+    }
+    WarpSelector<T, Shape::TOKENS, Shape::GROUP, Shape::RING, Shape::MOMENTS> selector(
+        shared.scratch + warp, args.selection, static_cast<T const*>(args.x), args.channels, slice, shared.eta);
+    float accumulator[Shape::TOKENS][kVECTOR<T>] = {};
+    streamRows<Shape>(accumulator, selector, shared.scratch[warp], wColumn, readColumn, args.outputs);
+
+    storeWarpSums<Shape>(accumulator, shared.scratch + warp);
+    if constexpr (Shape::MOMENTS)
+    {
+#pragma unroll
+        for (int token = 0; token < Shape::TOKENS; ++token)
+        {
+            selector.moments[token].reduceOverWarp();
+            if (lane == 0)
+            {
+                shared.warpMoments[warp * Shape::TOKENS + token] = selector.moments[token];
+            }
+        }
+    }
+    __syncthreads();
+    waitForCluster();
+    sendToRankZero<Shape>(shared, rank);
+    arriveAtCluster();
+    waitForCluster();
+    __syncthreads();
+    if (rank == 0)
+    {
+        storeOutputs<Shape>(args, shared, firstColumn, cluster);
+    }
+}
+
+//! Enqueues one decode kernel. `cluster` above 1 and dependent launch need compute capability 9.0.
+template <typename Shape, int MIN_CTAS>
+cudaError_t launchDecodeShape(DecodeArgs const& args, int cluster, int computeCapability, cudaStream_t stream)
+{
+    auto* const kernel = &decodeKernel<Shape, MIN_CTAS>;
+    size_t const sharedBytes = decodeSharedBytes<Shape>(cluster);
+    if (sharedBytes > 48 * 1024)
+    {
+        cudaError_t const raised = cudaFuncSetAttribute(
+            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(sharedBytes));
+        if (raised != cudaSuccess)
+        {
+            return raised;
+        }
+    }
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = static_cast<unsigned>(cluster);
+    attributes[1].val.clusterDim.y = 1;
+    attributes[1].val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    int32_t const tiles = ceilDivide(args.outputs, Shape::COLUMNS);
+    config.gridDim = dim3(static_cast<unsigned>(tiles * cluster));
+    config.blockDim = dim3(Shape::THREADS);
+    config.dynamicSmemBytes = sharedBytes;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = computeCapability >= 90 ? (cluster > 1 ? 2U : 1U) : 0U;
+    return cudaLaunchKernelEx(&config, kernel, args);
+}
+
+} // namespace nmexport::cuda
