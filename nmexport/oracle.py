@@ -94,7 +94,7 @@ def keep_mask(
     """
     _check_input(x, n, m)
     in_features = x.shape[-1]
-    score: _Float32 = np.abs(x.astype(np.float32))
+    score: _Float32 = np.abs(_float32(x))
     if score_scale is not None:
         _check_vector("score_scale", score_scale, (in_features,), np.dtype(np.float32))
         with np.errstate(over="ignore", invalid="ignore"):
@@ -206,7 +206,7 @@ def reference(
         elif shift is not None:
             eta = shift.astype(np.float64)
         z = x64 - eta
-        z32: _Float32 = x.astype(np.float32) - eta.astype(np.float32)
+        z32: _Float32 = _float32(x) - eta.astype(np.float32)
 
         sparsify = n < m and _phase_includes(phase, x.shape)
         keep = np.ones(x.shape, dtype=np.bool_)
@@ -269,8 +269,8 @@ def unit_in_last_place(dtype: np.dtype[Any] | type, value: _Float64) -> _Float64
 
 def agrees(actual: _Array, value: _Float64, bound: _Float64) -> _Bool:
     """Elementwise: is `actual` within `bound` of `value`, NaN matching NaN and inf matching inf?"""
-    given = actual.astype(np.float64)
     with np.errstate(invalid="ignore"):
+        given = actual.astype(np.float64)
         near = np.abs(given - value) <= bound
     same = (given == value) | (np.isnan(given) & np.isnan(value))
     return np.where(np.isfinite(value), near, same).astype(np.bool_)
@@ -285,6 +285,11 @@ def _keep_largest(score: _Float32, n: int) -> _Bool:
     keep = np.zeros(score.shape, dtype=np.bool_)
     np.put_along_axis(keep, ranked[..., :n], True, axis=-1)
     return keep
+
+
+def _float32(x: _Array) -> _Float32:
+    with np.errstate(invalid="ignore"):  # a signalling NaN is a NaN like any other
+        return x.astype(np.float32)
 
 
 def _variance(a: _Float64) -> _Float64:

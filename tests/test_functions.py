@@ -42,7 +42,9 @@ SHIFTS = {
 def assert_same_numbers(actual, expected):
     """Exactly equal; any NaN is as good as another, and so is the sign of zero (see `Where`)."""
     assert actual.dtype == expected.dtype
-    assert np.array_equal(actual.astype(np.float64), expected.astype(np.float64), equal_nan=True)
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        numbers = [a.astype(np.float64) for a in (actual, expected)]
+    assert np.array_equal(*numbers, equal_nan=True)
 
 
 def run_linear(case, **model_arguments):
@@ -86,19 +88,6 @@ def test_prune_with_scale_and_order_is_exact_on_any_bits(present, data):
     arrays = {k: v for k, v in made.items() if {k, "both"} & present}
     session = session_of(one_node_model(prune_node(set(arrays), n=n, m=m), x, arrays))
     assert_same_numbers(run_session(session, x), oracle.nm_prune(x, n=n, m=m, **arrays))
-
-
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("shift", SHIFTS)
-@pytest.mark.parametrize("variance_correction", [0, 1])
-@pytest.mark.parametrize("optional", [(), ("bias", "score_scale", "channel_order")], ids=len)
-def test_linear_is_within_contract(dtype, shift, variance_correction, optional):
-    case = linear_case(
-        dtype=dtype,
-        **{**SHIFTS[shift], "optional": (*SHIFTS[shift]["optional"], *optional)},
-        variance_correction=variance_correction,
-    )
-    assert_within_contract(case, run_linear(case))
 
 
 @pytest.mark.parametrize("phase", ["all", "prefill", "decode"])

@@ -1,0 +1,213 @@
+"""Every executor of NMLinear on this machine, on the same cases, against the oracle."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from nmexport import oracle
+from nmexport.sparsity.linear import Behaviour, FoldedLinear
+from nmexport.sparsity.pattern import NMPattern
+
+from tests.op_cases import (
+    BFLOAT16,
+    FLOAT32,
+    PATTERNS,
+    TYPES,
+    LinearCase,
+    linear_case,
+    one_node_model,
+    run_session,
+    session_of,
+)
+
+SHIFTS = {
+    "none": {"optional": ()},
+    "static": {"optional": ("shift",)},
+    "dynamic": {"optional": ("shift_weight",), "dynamic_shift": 1},
+}
+
+
+def tensor_from(array):
+    if array.dtype == BFLOAT16:
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())
+
+
+def array_from(tensor):
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(BFLOAT16)
+    return tensor.numpy()
+
+
+def run_torch(case: LinearCase):
+    attributes = case.attributes
+    behaviour = Behaviour(
+        pattern=NMPattern(attributes["n"], attributes["m"]),
+        dynamic_shift=bool(attributes.get("dynamic_shift", 0)),
+        variance_correction=bool(attributes.get("variance_correction", 0)),
+        phase=attributes.get("phase", "all"),
+    )
+    tensors = {name: tensor_from(array) for name, array in case.arrays.items()}
+    module = FoldedLinear.from_tensors(behaviour, tensors)
+    with torch.no_grad():
+        return array_from(module(tensor_from(case.x)))
+
+
+def run_function_body(case: LinearCase):
+    model = one_node_model(case.node(), case.x, case.arrays)
+    onnx.checker.check_model(model, full_check=True)
+    return run_session(session_of(model), case.x)
+
+
+def run_native(case: LinearCase):
+    native = pytest.importorskip("nmexport.runtimes.native")
+    library = native.find_library()
+    if library is None:
+        pytest.skip("the native library is not built here")
+    model = one_node_model(case.node(), case.x, case.arrays)
+    return run_session(session_of(model, library=library), case.x)
+
+
+executors = pytest.mark.parametrize(
+    "run", [run_torch, run_function_body, run_native], ids=["torch", "function", "native"]
+)
+
+
+@executors
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("shift", SHIFTS)
+@pytest.mark.parametrize("variance_correction", [0, 1])
+@pytest.mark.parametrize("optional", [(), ("bias", "score_scale", "channel_order")], ids=len)
+def test_values_are_within_contract(run, dtype, shift, variance_correction, optional):
+    case = linear_case(
+        dtype=dtype,
+        **{**SHIFTS[shift], "optional": (*SHIFTS[shift]["optional"], *optional)},
+        variance_correction=variance_correction,
+    )
+    assert_within_contract(case, run(case))
+
+
+@executors
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("shape", [(48,), (3, 48), (1, 48), (2, 1, 48), (2, 3, 48), (2, 2, 1, 48)])
+def test_phase_and_rank_are_within_contract(run, phase, shape):
+    case = linear_case(
+        shape=shape,
+        optional=("bias", "shift_weight"),
+        dynamic_shift=1,
+        variance_correction=1,
+        phase=phase,
+    )
+    assert_within_contract(case, run(case))
+
+
+@executors
+@pytest.mark.parametrize("tokens", [1, 7, 40])
+def test_a_wide_layer_is_within_contract(run, tokens):
+    case = linear_case(shape=(1, tokens, 1536), out_features=576, optional=("channel_order",))
+    assert_within_contract(case, run(case))
+
+
+@executors
+@pytest.mark.parametrize("out_features", [1, 3, 17, 65])
+def test_odd_widths_are_within_contract(run, out_features):
+    for tokens in (1, 5):
+        case = linear_case(shape=(tokens, 96), out_features=out_features, optional=("bias",))
+        assert_within_contract(case, run(case))
+
+
+@executors
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("tokens", [1, 19])
+def test_masks_are_the_oracles_bit_for_bit(run, pattern, dtype, tokens):
+    """W is the identity, so that y is z where kept: a wrong channel shows, whatever the bound."""
+    n, m = pattern
+    base = linear_case(
+        shape=(tokens, 192),
+        dtype=dtype,
+        optional=("score_scale", "channel_order"),
+        n=n,
+        m=m,
+        seed=tokens,
+    )
+    scale = np.round(base.arrays["score_scale"] * 2) / 2 + np.float32(0.5)  # many equal scores
+    arrays = {
+        "W": np.eye(192, dtype=dtype),
+        "score_scale": scale.astype(np.float32),
+        "channel_order": base.arrays["channel_order"],
+    }
+    x = (np.round(base.x.astype(np.float32) * 4) / 4).astype(dtype)
+    x[..., ::17] = np.array(1e-7, dtype=dtype)  # denormal in float16
+    case = LinearCase(x=x, attributes=base.attributes, arrays=arrays)
+    expected = oracle.nm_linear(case.x, arrays["W"], **case.oracle_arguments())
+    y = run(case)
+    assert np.array_equal(y.astype(np.float64), expected)
+
+
+@executors
+def test_float32_denormals_are_ranked_not_flushed(run):
+    x = np.array([[1e-45, 3e-45, 0, 4e-45]], dtype=np.float32)
+    case = LinearCase(x=x, attributes={"n": 1, "m": 4}, arrays={"W": np.eye(4, dtype=FLOAT32)})
+    assert np.flatnonzero(run(case)).tolist() == [3]
+
+
+@executors
+def test_a_constant_token_loses_its_product_to_the_variance_correction(run):
+    """Its variance is zero, so nu is: the contract's formula, taken at its word."""
+    case = linear_case(shape=(1, 64), optional=("bias",), variance_correction=1)
+    case.x[:] = 2.0
+    assert run(case)[0] == pytest.approx(case.arrays["bias"])
+
+
+@executors
+def test_nothing_to_drop_is_dense_below_the_variance_floor_too(run):
+    for attributes in ({"n": 16, "m": 16}, {"phase": "decode"}):
+        case = linear_case(shape=(1, 2, 16), variance_correction=1, **attributes)
+        case.x[:] = 1e-8
+        assert_within_contract(case, run(case))
+
+
+@executors
+@pytest.mark.parametrize("spoil", [np.nan, np.inf])
+def test_what_is_not_finite_stays_in_its_token(run, spoil):
+    case = linear_case(shape=(1, 5, 64), optional=("bias",))
+    clean = run(case)
+    case.x[0, 1, 9] = spoil
+    spoilt = run(case)
+    assert not np.isfinite(spoilt[0, 1]).any()
+    others = [0, 2, 3, 4]
+    assert np.array_equal(spoilt[0, others], clean[0, others])
+
+
+@executors
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_a_token_does_not_see_its_neighbours(run, dtype):
+    case = linear_case(
+        shape=(2, 6, 192),
+        dtype=dtype,
+        optional=("bias", "shift_weight", "score_scale"),
+        dynamic_shift=1,
+        variance_correction=1,
+    )
+    before = run(case)
+    case.x[0] *= 100
+    case.x[1, 3:] = 0
+    after = run(case)
+    assert np.array_equal(before[1, :3], after[1, :3])
+
+
+@executors
+def test_two_runs_agree_bit_for_bit(run):
+    case = linear_case(shape=(33, 768), out_features=200, variance_correction=1)
+    assert np.array_equal(run(case), run(case))
+
+
+def assert_within_contract(case, y):
+    reference = oracle.reference(case.x, case.arrays["W"], **case.oracle_arguments())
+    bound = reference.bound(case.x.dtype)
+    assert y.dtype == case.x.dtype
+    assert y.shape == reference.value.shape
+    assert oracle.agrees(y, reference.value, bound).all()
