@@ -25,7 +25,7 @@ LAYER_ATTRIBUTE = "layer"
 
 LINEAR = "NMLinear"
 
-_ALIGNMENT = 4096  # bytes: a page, so that a runtime can map a weight as it lies in the file
+ALIGNMENT = 4096  # bytes: a page, so that a runtime can map a weight as it lies in the file
 _ALIGN_FROM = 16384  # bytes: below this, padding would outweigh the constant
 _EXTERNAL_FROM = 1024  # bytes: shapes and scalars stay readable in the model file itself
 
@@ -94,7 +94,7 @@ def save(model: ir.Model, path: Path) -> None:
         path,
         external_data=f"{path.name}.data",
         size_threshold_bytes=_EXTERNAL_FROM,
-        alignment=_ALIGNMENT,
+        alignment=ALIGNMENT,
         align_threshold=_ALIGN_FROM,
         max_workers=1,
     )
@@ -180,7 +180,7 @@ def _replace_by_matmul(graph: ir.Graph, node: ir.Node, name: str, weights: Dense
 def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
     value = ir.Value(
         name=name,
-        shape=ir.Shape(tensor.shape),
+        shape=ir.Shape(list(tensor.shape.numpy())),
         type=ir.TensorType(tensor.dtype),
         const_value=tensor,
     )

@@ -1,12 +1,58 @@
-"""Where a model's files lie and what identifies them; no torch needed to know it."""
+"""Where a model's files lie and what identifies them; no torch needed to know it.
+
+A model is looked for in this order, and the first place that has it is taken:
+
+1. a folder or `.gguf` file of this machine, where the id is a path that exists;
+2. the hub's local cache, where the snapshot there is complete (so a build does not depend on
+   whether the hub answers today);
+3. the hub;
+4. the `.gguf` of the Python package that the recipe names, where the hub cannot be reached.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nmexport.errors import ModelError
+from nmexport.models.integrity import check_gguf, check_safetensors
+
 if TYPE_CHECKING:
-    from pathlib import Path
+    from nmexport.recipe import ModelSection
+
+logger = logging.getLogger(__name__)
+
+_ALLOWED = "a recipe name (see `nmexport recipes`), a Hub id, a local folder, or a .gguf file"
+_HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
+_TIMEOUT_S = 5.0
+
+_CONFIG = "config.json"
+_INDEX = "model.safetensors.index.json"
+_WHOLE = "model.safetensors"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_SIDE_FILES = (
+    _CONFIG,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+_DOWNLOADED = (*_SIDE_FILES, _INDEX, "*.safetensors")
+_NOT_DOWNLOADED = ("*/*", "consolidated*")  # other formats' copies of the same weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,3 +69,255 @@ class ModelSource:
     """Name of the `.gguf` file in the folder, where that is the format."""
     digest: str
     """sha256 over the names and contents of the files that the model is loaded from."""
+
+
+def resolve(section: ModelSection) -> ModelSource:
+    """Find a model and check that its files are whole.
+
+    Raises:
+        ModelError: if it is nowhere to be found, is incomplete, or comes as pickles only; says
+            what was tried and what to do.
+    """
+    path = Path(section.id).expanduser()
+    if path.exists():
+        return _local_source(section, path)
+    if _looks_like_a_path(section.id):
+        raise ModelError(
+            f"There is no model at {section.id!r}.", allowed=_ALLOWED, fix="check the path"
+        )
+    if not _HUB_ID.fullmatch(section.id):
+        raise ModelError(f"{section.id!r} does not name a model.", allowed=_ALLOWED)
+    return _hub_source(section)
+
+
+def _looks_like_a_path(name: str) -> bool:
+    return name.startswith((".", "~", "/")) or name.endswith(".gguf") or name.count("/") > 1
+
+
+def _local_source(section: ModelSection, path: Path) -> ModelSource:
+    if path.is_dir():
+        return _folder_source(section, path, revision=None)
+    if path.suffix != ".gguf":
+        raise ModelError(f"{section.id!r} is a file, and not a .gguf.", allowed=_ALLOWED)
+    return _gguf_source(section, path)
+
+
+def _folder_source(section: ModelSection, folder: Path, *, revision: str | None) -> ModelSource:
+    files = model_files(folder, with_code=section.trust_remote_code)
+    return ModelSource(
+        id=section.id,
+        revision=revision,
+        folder=folder.absolute(),
+        gguf_file=None,
+        digest=digest_of(files),
+    )
+
+
+def _gguf_source(section: ModelSection, path: Path) -> ModelSource:
+    check_gguf(path)
+    return ModelSource(
+        id=section.id,
+        revision=None,
+        folder=path.absolute().parent,
+        gguf_file=path.name,
+        digest=digest_of([path]),
+    )
+
+
+def model_files(folder: Path, *, with_code: bool = False) -> list[Path]:
+    """The files that a model folder is loaded from, checked: config, tokenizer, safetensors.
+
+    Args:
+        folder: A Hugging Face model folder.
+        with_code: Whether the model's own Python files count (`trust_remote_code`).
+
+    Raises:
+        ModelError: if the config or weights are missing, damaged, or pickles.
+    """
+    _check_config(folder)
+    weights = _weight_files(folder)
+    for path in weights:
+        check_safetensors(path)
+    sides = [folder / name for name in (*_SIDE_FILES, _INDEX)]
+    code = sorted(folder.glob("*.py")) if with_code else []
+    return [path for path in sides if path.is_file()] + code + weights
+
+
+def _check_config(folder: Path) -> None:
+    path = folder / _CONFIG
+    if not path.is_file():
+        raise ModelError(
+            f"{folder} has no {_CONFIG}.",
+            allowed="a Hugging Face model folder: config.json, *.safetensors, tokenizer files",
+        )
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
+    if not isinstance(document, dict) or "model_type" not in document:
+        raise ModelError(
+            f"{path} names no model_type.", allowed="the config of a transformers model"
+        )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / _INDEX
+    names = [_WHOLE]
+    if index.is_file():
+        try:
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{index} cannot be read: {error}") from error
+    missing = [name for name in names if not (folder / name).is_file()]
+    if not missing:
+        return [folder / name for name in names]
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+    if pickles:
+        raise ModelError(
+            f"{folder} has its weights as pickles ({', '.join(pickles[:3])}), which run code when "
+            "they are loaded; nmexport never reads them.",
+            allowed="safetensors or .gguf",
+            fix="convert them once with `save_pretrained(..., safe_serialization=True)`",
+        )
+    raise ModelError(
+        f"{folder} lacks the weights {', '.join(missing[:3])}.",
+        allowed=f"{_WHOLE}, or {_INDEX} with every file it lists",
+        fix="complete the download",
+    )
+
+
+def digest_of(files: list[Path]) -> str:
+    """sha256 over names and contents, in order."""
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.name}\0{_content_sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _content_sha256(path: Path) -> str:
+    """Of a file's bytes; the hub's cache stores large files under that very name."""
+    blob = path.resolve()
+    if (
+        path.is_symlink()
+        and blob.parent.name == "blobs"
+        and re.fullmatch("[0-9a-f]{64}", blob.name)
+    ):
+        return blob.name
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hub_source(section: ModelSection) -> ModelSource:
+    cached = _cached_snapshot(section)
+    if cached is not None:
+        return cached
+    try:
+        folder = _download(section)
+    except _HubUnreachableError as error:
+        packaged = None if section.package is None else packaged_gguf(section.package)
+        if packaged is None:
+            raise _nowhere(section, str(error)) from error
+        logger.info("The hub cannot be reached; using the weights of package %s.", section.package)
+        return _gguf_source(section, packaged)
+    return _folder_source(section, folder, revision=folder.name)
+
+
+class _HubUnreachableError(Exception):
+    """Nobody answered; says nothing about the model."""
+
+
+def _cached_snapshot(section: ModelSection) -> ModelSource | None:
+    """A complete snapshot in the local cache, or None."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(
+            snapshot_download(section.id, revision=section.revision, local_files_only=True)
+        )
+        return _folder_source(section, folder, revision=folder.name)
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, ModelError) as error:
+        logger.debug("No complete snapshot in the cache: %s", error)
+        return None
+
+
+def _download(section: ModelSection) -> Path:
+    """Fetch config, tokenizer and safetensors, and return the snapshot folder.
+
+    Raises:
+        ModelError: if the hub says no.
+        _HubUnreachableError: if it says nothing.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    patterns = [*_DOWNLOADED, *(["*.py"] if section.trust_remote_code else [])]
+    try:
+        # One quick question first: a download would try again and again where nobody listens.
+        HfApi().model_info(section.id, revision=section.revision, timeout=_TIMEOUT_S)
+        return Path(
+            snapshot_download(
+                section.id,
+                revision=section.revision,
+                etag_timeout=_TIMEOUT_S,
+                allow_patterns=patterns,
+                ignore_patterns=list(_NOT_DOWNLOADED),
+            )
+        )
+    except GatedRepoError as error:
+        raise ModelError(
+            f"The hub gives {section.id!r} only to those who accepted its terms.",
+            fix="accept them on the model's page and run `hf auth login`, then build again",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelError(
+            f"{section.id!r} has no revision {section.revision!r}.", fix="check --revision"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"The hub has no model {section.id!r} that is open to you.",
+            allowed=_ALLOWED,
+            fix="check the spelling; for a private model run `hf auth login`",
+        ) from error
+    except Exception as error:  # whatever its client raises without a network, by version
+        raise _HubUnreachableError(f"{type(error).__name__}: {error}") from error
+
+
+def packaged_gguf(package: str) -> Path | None:
+    """The one `.gguf` file of an installed package, found without importing it.
+
+    Raises:
+        ModelError: if the package has several.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        return None
+    folders = spec.submodule_search_locations or []
+    files = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
+    if len(files) > 1:
+        raise ModelError(
+            f"Package {package} carries {len(files)} models.",
+            fix=f"name one of them with --model, such as {files[0]}",
+        )
+    return files[0] if files else None
+
+
+def _nowhere(section: ModelSection, reason: str) -> ModelError:
+    tried = [f"no such file or folder here, nothing in the hub's cache, no hub ({reason[:200]})"]
+    fixes = ["connect to the hub (HF_ENDPOINT names a mirror)", "give --model a local folder"]
+    if os.environ.get("HF_HUB_OFFLINE"):
+        fixes[0] = "unset HF_HUB_OFFLINE"
+    if section.package is not None:
+        tried.append(f"no .gguf in a package {section.package!r}")
+        fixes.append(f"install the package ({section.package.replace('_', '-')})")
+    return ModelError(
+        f"Model {section.id!r} was not found: {'; '.join(tried)}.",
+        allowed=_ALLOWED,
+        fix=", or ".join(fixes),
+    )

@@ -1,0 +1,160 @@
+"""What must hold of an exported file before anybody may run it.
+
+Everything here is our own doing: a failure is a bug, not the user's fault.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import onnx
+
+from nmexport.errors import ArtifactError, InternalError
+from nmexport.graph.assembly import ALIGNMENT, LINEAR
+from nmexport.graph.contract import check_node, op_contract
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from nmexport.layers import LayerSpec
+
+_TOKEN_INPUTS: Mapping[str, tuple[str, str]] = {
+    "input_ids": ("batch_size", "sequence_length"),
+    "attention_mask": ("batch_size", "total_sequence_length"),
+    "position_ids": ("batch_size", "sequence_length"),
+}
+_STATES = (("past_key_values", "past_sequence_length"), ("present", "total_sequence_length"))
+
+
+def check_sparse(path: Path, layers: Mapping[str, LayerSpec]) -> None:
+    """Check the sparse model: a node of ours for every layer, within the contract.
+
+    Raises:
+        InternalError: at the first thing that does not hold.
+    """
+    model = _checked(path)
+    nodes = [node for node in model.graph.node if node.op_type == LINEAR]
+    if sorted(node.name for node in nodes) != sorted(layers):
+        raise InternalError(
+            f"{path} has {len(nodes)} {LINEAR} nodes that do not stand for the {len(layers)} "
+            "sparsified linears one by one."
+        )
+    shapes = {item.name: tuple(item.dims) for item in model.graph.initializer}
+    for node in nodes:
+        try:
+            check_node(node)
+        except ArtifactError as error:
+            raise InternalError(f"{path}: {error}") from error
+        _check_weight(path, node, layers[node.name], shapes)
+    _check_functions(path, model, nodes)
+
+
+def check_dense(path: Path, layers: Mapping[str, LayerSpec]) -> None:
+    """Check the dense baseline: standard ops alone, a `MatMul` for every layer.
+
+    Raises:
+        InternalError: at the first thing that does not hold.
+    """
+    model = _checked(path)
+    named = {node.name for node in model.graph.node if node.op_type == "MatMul"}
+    foreign = sorted({node.domain for node in model.graph.node} - {""})
+    missing = sorted(layers.keys() - named)
+    if foreign or missing or model.functions:
+        raise InternalError(
+            f"{path} should be standard ONNX with a MatMul for every linear; foreign domains: "
+            f"{foreign}; linears without one: {missing[:3]}."
+        )
+
+
+def _checked(path: Path) -> onnx.ModelProto:
+    """Load the graph without its weights, after the checks that both models share."""
+    try:
+        onnx.checker.check_model(str(path))  # by path: the only way for models over 2 GiB
+    except onnx.checker.ValidationError as error:
+        raise InternalError(f"{path} fails the ONNX checker: {error}") from error
+    model: onnx.ModelProto = onnx.load(path, load_external_data=False)
+    _check_nothing_dangles(path, model.graph)
+    _check_data_file(path, model.graph)
+    _check_interface(path, model.graph)
+    return model
+
+
+def _check_nothing_dangles(path: Path, graph: onnx.GraphProto) -> None:
+    """Every initializer is read, every constant is an initializer, every result is used."""
+    read = {name for node in graph.node for name in node.input if name}
+    outputs = {item.name for item in graph.output}
+    unread = sorted({item.name for item in graph.initializer} - read - outputs)
+    constants = [node.name for node in graph.node if node.op_type == "Constant"]
+    idle = [node.name for node in graph.node if not {*node.output} & (read | outputs)]
+    if unread or constants or idle:
+        raise InternalError(
+            f"{path} has parts without use: initializers {unread[:3]}, "
+            f"constant nodes {constants[:3]}, nodes {idle[:3]}."
+        )
+
+
+def _check_data_file(path: Path, graph: onnx.GraphProto) -> None:
+    """The data file holds what initializers point at and, but for alignment, nothing else."""
+    regions = sorted(_regions(graph))
+    size = path.with_name(f"{path.name}.data").stat().st_size if regions else 0
+    ends = [0, *(offset + length for offset, length in regions)]
+    gaps = [offset - end for (offset, _), end in zip(regions, ends, strict=False)]
+    if ends[-1] != size or any(not 0 <= gap < ALIGNMENT for gap in gaps):
+        raise InternalError(f"{path}.data holds bytes that no initializer of the model reads.")
+
+
+def _regions(graph: onnx.GraphProto) -> Iterator[tuple[int, int]]:
+    for item in graph.initializer:
+        if item.data_location == onnx.TensorProto.EXTERNAL:
+            entries = {entry.key: entry.value for entry in item.external_data}
+            yield int(entries.get("offset", 0)), int(entries["length"])
+
+
+def _check_interface(path: Path, graph: onnx.GraphProto) -> None:
+    """Inputs, outputs and axes have the names that clients expect."""
+    inputs = {item.name: _axes(item) for item in graph.input}
+    outputs = {item.name: _axes(item) for item in graph.output}
+    if any(inputs.get(name) != axes for name, axes in _TOKEN_INPUTS.items()):
+        raise InternalError(f"{path} has inputs {inputs}; expected {dict(_TOKEN_INPUTS)}.")
+    if list(outputs)[:1] != ["logits"] or outputs["logits"][:2] != _TOKEN_INPUTS["input_ids"]:
+        raise InternalError(f"{path} has outputs {list(outputs)[:2]}; the first must be logits.")
+    for (prefix, length), values in zip(_STATES, (inputs, outputs), strict=True):
+        states = [name for name in values if name not in {*_TOKEN_INPUTS, "logits"}]
+        expected = [
+            f"{prefix}.{i}.{kind}" for i in range(len(states) // 2) for kind in ("key", "value")
+        ]
+        axes = {(values[name][0], values[name][2]) for name in states}
+        if states != expected or axes != {("batch_size", length)}:
+            raise InternalError(f"{path} has states {states[:4]} with axes {axes}.")
+
+
+def _axes(item: onnx.ValueInfoProto) -> tuple[str | int, ...]:
+    return tuple(size.dim_param or size.dim_value for size in item.type.tensor_type.shape.dim)
+
+
+def _check_weight(
+    path: Path, node: onnx.NodeProto, layer: LayerSpec, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """The node reads its own folded weight `[K, O]`, and the dense one did not travel along."""
+    if shapes.get(node.input[1]) != (layer.in_features, layer.out_features):
+        raise InternalError(
+            f"{path}: the weight of {layer.name} has shape {shapes.get(node.input[1])}."
+        )
+    if f"{layer.name}.weight" in shapes:
+        raise InternalError(f"{path}: the dense weight of {layer.name} was left behind.")
+
+
+def _check_functions(path: Path, model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> None:
+    """Every node of ours finds its function body, and no body is without a node."""
+    domain = op_contract().domain
+    bodies = {(item.name, item.overload) for item in model.functions if item.domain == domain}
+    called = {(node.op_type, node.overload) for node in nodes}
+    inner = {
+        (node.op_type, node.overload)
+        for function in model.functions
+        for node in function.node
+        if node.domain == domain
+    }
+    if called - bodies or bodies - called - inner:
+        raise InternalError(f"{path}: function bodies {sorted(bodies)} for nodes {sorted(called)}.")
