@@ -59,7 +59,7 @@ class _Strict(BaseModel):
     """Unknown keys and wrong types are errors; instances cannot change."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, arbitrary_types_allowed=True
+        extra="forbid", frozen=True, strict=True, arbitrary_types_allowed=True, allow_inf_nan=False
     )
 
 
@@ -256,7 +256,7 @@ def _check_model_name(model: str) -> None:
         f"a recipe name ({', '.join(names())}), a Hub id such as owner/name, a folder, "
         "or a .gguf file"
     )
-    if Path(model).expanduser().exists():
+    if model and Path(model).expanduser().exists():
         if Path(model).suffix in {".yaml", ".yml"}:
             raise ModelError(f"{model} is a recipe, not a model.", fix=f"--recipe {model}")
         return

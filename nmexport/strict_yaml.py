@@ -7,6 +7,7 @@ YAML 1.2, keeps every other scalar text, and refuses doubled keys, aliases and t
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from nmexport.errors import RecipeError
 _TEXT_TAG = "tag:yaml.org,2002:str"
 _TAGS = frozenset({_TEXT_TAG, "tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"})
 _WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
-_INTEGER = re.compile(r"[-+]?[0-9]{1,18}")
+_INTEGER = re.compile(r"[-+]?[0-9]{1,4000}")  # int() itself refuses more
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 
 Where = tuple[str | int, ...]  # a path of keys and list indices
@@ -35,7 +36,8 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    style = None if _scalar(text) == text else '"'
+    # Line ends of other alphabets survive only where they are escaped.
+    style = None if _scalar(text) == text and text.isprintable() else '"'
     return dumper.represent_scalar(_TEXT_TAG, text, style=style)
 
 
@@ -134,6 +136,6 @@ def _scalar(text: str) -> str | int | float | bool | None:
         return _WORDS[text.lower()]
     if _INTEGER.fullmatch(text):
         return int(text)
-    if _FLOAT.fullmatch(text):
+    if _FLOAT.fullmatch(text) and math.isfinite(float(text)):
         return float(text)
     return text

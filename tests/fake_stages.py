@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nmexport.environment import Environment
@@ -16,6 +15,8 @@ from nmexport.recipe import Recipe, resolve
 from nmexport.work_directory import WorkDirectory
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from nmexport.stages.inputs import StageInputs
 
 ORDER = ("calibrate", "fold", "export", "engine", "verify", "package")
@@ -89,9 +90,7 @@ def fake_pipeline(
     dotted = {name.replace("__", "."): value for name, value in overrides.items()}
     return Pipeline(
         recipe=recipe or resolve(model, dotted),
-        source=ModelSource(
-            id=model, revision=None, folder=work, gguf_file=None, digest=digest
-        ),
+        source=ModelSource(id=model, revision=None, folder=work, gguf_file=None, digest=digest),
         environment=ENVIRONMENT,
         work=WorkDirectory(work),
         progress=Silent(),

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-
 from nmexport.artifact import MANIFEST, read_manifest
 from nmexport.errors import ArtifactError, InternalError, RecipeError, WorkDirectoryError
 from nmexport.pipeline import STAGES, Selection
 from nmexport.recipe import load
+
 from tests.fake_stages import ORDER, fake_pipeline, fake_stages
 
 EVERYTHING = Selection()
@@ -186,7 +186,7 @@ def test_damaged_upstream_of_a_single_stage_is_an_error_with_the_mend(tmp_path: 
     fake_pipeline(work).run(EVERYTHING)
     (work / "fold/current/data.txt").write_text("x" * 9)
     only = Selection(first="export", last="export", force=frozenset({"export"}))
-    with pytest.raises(ArtifactError, match="fold artifact .* is damaged"):
+    with pytest.raises(ArtifactError, match=r"fold artifact .* is damaged"):
         fake_pipeline(work).run(only)
 
 

@@ -1,10 +1,84 @@
-"""`nmexport doctor`."""
+"""`nmexport doctor`: versions, devices, which targets work here, and what mends the others."""
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import click
 
+from nmexport.cli.output import (
+    console,
+    emit_json,
+    json_option,
+    size,
+    table,
+    verbose_option,
+    wants_json,
+)
 
-@click.command("doctor")
-def doctor_command() -> None:
-    """To come."""
+if TYPE_CHECKING:
+    from nmexport.environment import Environment
+
+
+@click.command("doctor", short_help="What works on this machine, and what mends the rest.")
+@json_option
+@verbose_option
+@click.pass_context
+def doctor_command(ctx: click.Context) -> None:
+    """Say versions, devices, and which targets work here.
+
+    For each target that does not: what is missing, and the command that mends it.
+    """
+    from nmexport import diagnosis
+    from nmexport.environment import probe
+
+    environment = probe()
+    states = diagnosis.diagnose(environment)
+    free = shutil.disk_usage(Path.cwd()).free
+    if wants_json(ctx):
+        emit_json(
+            {
+                "environment": environment.as_dict(),
+                "compiler": diagnosis.compiler(),
+                "native_library": diagnosis.library_path(),
+                "free_disk_bytes": free,
+                "targets": [state.as_dict() for state in states],
+            }
+        )
+        return
+    out = console()
+    rows = [
+        *_machine(environment, free),
+        ("C++ compiler", diagnosis.compiler() or "none"),
+        ("native ops", diagnosis.library_path() or "not built"),
+        *environment.packages.items(),
+    ]
+    grid = table(None, ("", ""), rows)
+    grid.columns[1].justify = "left"
+    out.print(grid)
+    for state in states:
+        out.print(f"target {state.target}: {'works' if state.works else 'does not work here'}")
+        for one in state.missing:
+            verb = "needs" if one.needed else "would be faster with"
+            out.print(f"  {verb} {one.what}", soft_wrap=True, markup=False)
+            out.print(f"    mend: {one.mend}", soft_wrap=True, markup=False)
+
+
+def _machine(environment: Environment, free: int) -> list[tuple[str, str]]:
+    gpus = [
+        f"{gpu.name}, {size(gpu.memory_bytes)}, compute capability {gpu.compute_capability}, "
+        f"driver {gpu.driver}"
+        for gpu in environment.gpus
+    ]
+    return [
+        ("nmexport", environment.nmexport),
+        ("Python", environment.python),
+        ("system", environment.system),
+        ("processor", f"{environment.cpu}, {environment.cores} cores"),
+        ("instructions", ", ".join(environment.isa) or "portable only"),
+        ("memory", size(environment.memory_bytes)),
+        ("free disk here", size(free)),
+        ("GPU", "; ".join(gpus) or "none"),
+    ]

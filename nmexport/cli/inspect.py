@@ -1,10 +1,29 @@
-"""`nmexport inspect`."""
+"""`nmexport inspect`: a work directory, an artifact, an ONNX file or a report in words."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
+from nmexport.cli.options import reading_options, request
+from nmexport.cli.output import console, emit_json, wants_json
 
-@click.command("inspect")
-def inspect_command() -> None:
-    """To come."""
+
+@click.command("inspect", short_help="An artifact, ONNX file or work directory in words.")
+@click.argument("path", required=False, type=click.Path(path_type=Path))
+@reading_options
+@click.pass_context
+def inspect_command(ctx: click.Context, path: Path | None) -> None:
+    """Say what PATH holds: a work directory, an artifact, an ONNX file or a report.
+
+    Without PATH, the work directory that --work or --model names, or the last one built.
+    """
+    from nmexport.cli.tables import show_value
+    from nmexport.description import describe
+
+    found = describe(path if path is not None else request(ctx).existing_work().root)
+    if wants_json(ctx):
+        emit_json(found)
+    else:
+        show_value(console(), found)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nmexport import __version__
-from nmexport.cli.output import emit_json, wants_json
+from nmexport.cli.output import emit_json, has_emitted, wants_json
 from nmexport.errors import ExitCode, NmexportError, UserError
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _tell(ctx: click.Context, error: Exception) -> ExitCode:
     else:
         click.echo(f"nmexport: {error}", err=True)
         logging.getLogger(__name__).debug("what raised it", exc_info=error)
-    if wants_json(ctx):
+    if wants_json(ctx) and not has_emitted(ctx):
         emit_json({"error": _error_fields(error), "exit_code": int(code)})
     return code
 

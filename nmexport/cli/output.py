@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _JSON = "nmexport.json"
 _VERBOSE = "nmexport.verbose"
+_EMITTED = "nmexport.emitted"
 
 
 def _remember(name: str) -> Callable[[click.Context, click.Parameter, Any], Any]:
@@ -56,6 +57,11 @@ def wants_json(ctx: click.Context) -> bool:
     return bool(ctx.meta.get(_JSON))
 
 
+def has_emitted(ctx: click.Context) -> bool:
+    """Whether the verb's JSON document is out already."""
+    return bool(ctx.meta.get(_EMITTED))
+
+
 def _set_up_logging(verbose: int) -> None:
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
     logging.getLogger("nmexport").setLevel(level)
@@ -68,7 +74,8 @@ def _set_up_logging(verbose: int) -> None:
 
 
 def emit_json(value: object) -> None:
-    """Print one JSON document on stdout."""
+    """Print one JSON document on stdout; a second one would not be JSON, and is a bug."""
+    click.get_current_context().meta[_EMITTED] = True
     click.echo(json.dumps(value, indent=1, allow_nan=False))
 
 

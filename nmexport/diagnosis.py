@@ -1,0 +1,118 @@
+"""Which targets work on this machine and, for each that does not, what is missing and its mend.
+
+Nothing heavy is imported: packages are looked up, not loaded.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from nmexport.environment import Environment
+
+COMPILERS = ("c++", "g++", "clang++")
+_REBUILD = "pip install --force-reinstall --no-deps nmexport (in a source tree: make native)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Missing:
+    """One thing that is not here."""
+
+    what: str
+    mend: str
+    """A command, or what to do."""
+    needed: bool = True
+    """Without it the target does not work; otherwise it works less well."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetState:
+    """Whether a target works here."""
+
+    target: str
+    missing: tuple[Missing, ...] = ()
+
+    @property
+    def works(self) -> bool:
+        """Nothing needed is missing."""
+        return not any(one.needed for one in self.missing)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "target": self.target,
+            "works": self.works,
+            "missing": [vars(one) for one in self.missing],
+        }
+
+
+def diagnose(environment: Environment) -> list[TargetState]:
+    """State of every target."""
+    return [
+        TargetState(target="onnxruntime", missing=tuple(_onnxruntime())),
+        TargetState(target="tensorrt", missing=tuple(_tensorrt(environment, "tensorrt"))),
+        TargetState(target="tensorrt-rtx", missing=tuple(_tensorrt(environment, "tensorrt-rtx"))),
+    ]
+
+
+def _onnxruntime() -> list[Missing]:
+    missing = []
+    if not is_installed("onnxruntime"):
+        missing.append(Missing(what="the package onnxruntime", mend="pip install onnxruntime"))
+    return [*missing, *_native_library()]
+
+
+def _native_library() -> list[Missing]:
+    """The fast ops; without them the function bodies in the model run."""
+    if library_path() is not None:
+        return []
+    what = "the native op library: models run through their function bodies, slower than dense"
+    if compiler() is None:
+        mend = f"install a C++17 compiler (Debian: apt-get install g++), then {_REBUILD}"
+    else:
+        mend = _REBUILD
+    return [Missing(what=what, mend=mend, needed=False)]
+
+
+def _tensorrt(environment: Environment, package: str) -> list[Missing]:
+    missing = []
+    module = package.replace("-", "_")
+    if not is_installed(module):
+        missing.append(Missing(what=f"the package {package}", mend=f"pip install {package}"))
+    if not environment.gpus:
+        missing.append(
+            Missing(
+                what="an NVIDIA GPU with its driver (nvidia-smi shows none)",
+                mend="run on a machine with one; in a container, start it with --gpus all",
+            )
+        )
+    missing.append(
+        Missing(
+            what=f"engine building for {package} in this version of nmexport",
+            mend="nmexport build --target onnxruntime; the ONNX file carries what TensorRT needs",
+        )
+    )
+    return missing
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module could be imported."""
+    return find_spec(module) is not None
+
+
+def compiler(names: Sequence[str] = COMPILERS) -> str | None:
+    """Path of a C++ compiler, or None."""
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def library_path() -> str | None:
+    """Path of the native op library, or None where it is not built."""
+    from nmexport.runtimes import native
+
+    found = native.find_library()
+    return str(found) if found else None
