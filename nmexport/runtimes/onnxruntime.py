@@ -14,7 +14,7 @@ from nmexport.environment import physical_cores
 from nmexport.errors import ArtifactError, EnvironmentFault
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
     from types import TracebackType
 
@@ -33,6 +33,9 @@ _NUMPY_TYPES: dict[str, np.dtype[Any]] = {
 # Element types as ONNX numbers them.
 _ONNX_TYPES = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}
 _FATAL_ONLY = 4  # the runtime raises what goes wrong; its own log lines would say it twice
+
+EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
+"""Configuration entry that says where the weights of a model given as bytes lie."""
 
 SESSION_CONFIG: Mapping[str, str] = {
     # Dense and sparse sessions share the cores when they are measured side by side: a pool that
@@ -246,7 +249,7 @@ class OrtSession:
 
     def __init__(
         self,
-        model_path: Path,
+        model: Path | bytes,
         *,
         library: Path | None = None,
         threads: int | None = None,
@@ -255,7 +258,8 @@ class OrtSession:
         """Open the model.
 
         Args:
-            model_path: The ONNX file, its external data beside it.
+            model: The ONNX file, its external data beside it; or a serialised model, whose external
+                data lies in the folder that `config` names under `EXTERNAL_DATA_FOLDER`.
             library: Native op library to register; None runs the function bodies in the file.
             threads: Intra-op threads; None takes the physical cores this process may use.
             config: ONNX Runtime session configuration entries.
@@ -266,15 +270,18 @@ class OrtSession:
         """
         self.threads = threads or physical_cores()
         options = session_options(library=library, threads=self.threads, config=config)
-        self._session: onnxruntime.InferenceSession | None = open_session(model_path, options)
+        self._session: onnxruntime.InferenceSession | None = open_session(model, options)
         self._slots = _cache_slots(self._session)
         self._inputs = {value.name for value in self._session.get_inputs()}
         logits = {value.name: value for value in self._session.get_outputs()}.get("logits")
         if logits is None or not isinstance(logits.shape[2], int):
-            raise ArtifactError(f"{model_path} has no output logits [batch, sequence, vocabulary].")
+            raise ArtifactError("The model has no output logits [batch, sequence, vocabulary].")
         self._logits_type: str = logits.type
         self._vocabulary_size: int = logits.shape[2]
         self._state: CacheState | None = None
+        self.watched: dict[str, NDArray[Any]] = {}
+        """Outputs that `watch` asked for, from the last run."""
+        self._watched_names: tuple[str, ...] = ()
 
     @classmethod
     def from_engine(cls, path: Path, *, dense: bool = False) -> Self:
@@ -315,6 +322,10 @@ class OrtSession:
     def restore(self, state: CacheState) -> None:
         """Continue from a state that this session gave out before."""
         self._state = state
+
+    def watch(self, names: Iterable[str]) -> None:
+        """From now on keep these outputs of each run in `watched`, beside logits and cache."""
+        self._watched_names = tuple(names)
 
     def prefill(
         self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None
@@ -392,6 +403,13 @@ class OrtSession:
         )
         for slot in self._slots:
             binding.bind_output(slot.present, _DEVICE)
+        for name in self._watched_names:
+            binding.bind_output(name, _DEVICE)
         session.run_with_iobinding(binding)
-        self._state = CacheState(past=tuple(binding.get_outputs()[1:]), mask=mask)
+        outputs = binding.get_outputs()[1:]
+        self._state = CacheState(past=tuple(outputs[: len(self._slots)]), mask=mask)
+        watched = outputs[len(self._slots) :]
+        self.watched = {
+            name: value.numpy() for name, value in zip(self._watched_names, watched, strict=True)
+        }
         return _float32_from(logits, self._logits_type)

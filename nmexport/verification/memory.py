@@ -84,6 +84,29 @@ def measure(engine: Path, *, dense: bool, prompt_tokens: int) -> dict[str, Any]:
     return {"peak_rss_bytes": peak}
 
 
+def measure_engine(engine: Path, *, export: Path, prompt_tokens: int) -> dict[str, Any]:
+    """The report's `memory`.
+
+    Args:
+        engine: `engine.json`.
+        export: Folder of the exported model.
+        prompt_tokens: Length of the prompt that is run.
+    """
+    sparse, dense = (
+        run_in_fresh_process(engine, dense=dense, prompt_tokens=prompt_tokens)
+        for dense in (False, True)
+    )
+    return {
+        **sparse,
+        "device_bytes": None,
+        "why_no_device_bytes": "the model runs on the processor and takes no device memory",
+        "artifact_bytes": artifact_bytes(export),
+        "sparse": sparse,
+        "dense": dense,
+        "protocol": PROTOCOL,
+    }
+
+
 def artifact_bytes(folder: Path) -> int:
     """Size of the files that a model is shipped as; the dense baseline is not among them."""
     return sum(

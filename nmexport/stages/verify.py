@@ -1,0 +1,293 @@
+"""Stage `verify`: measure what was built against the dense model, and write the report.
+
+Every figure comes from the shipped ONNX files on the engine's runtime; torch only takes part in the
+parity legs that name it. A gate that does not hold does not stop the stage: the report says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nmexport.calibration import corpus
+from nmexport.errors import ArtifactError
+from nmexport.stages import fold
+from nmexport.stages.engine import NO_LIBRARY, resolve_target
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from nmexport.recipe import EvaluationSection, LatencySection
+    from nmexport.runtimes.onnxruntime import Engine
+    from nmexport.runtimes.session import Session
+    from nmexport.stages.inputs import StageInputs
+
+UPSTREAM = ("fold", "export", "engine")
+
+PROMPT_TOKENS = 32
+# Windows whose activations are counted, and tokens of the window that layer outputs are compared
+# on: the counts hardly move after the first, and outputs of all layers are many.
+_AUDIT_WINDOWS = 2
+_ERROR_TOKENS = 128
+# Torch's weights, and those two sessions map and repack, against the size of the artifact.
+_PARITY_MEMORY = 4
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished verification."""
+
+    path: Path
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """`report.json`.
+
+        Raises:
+            ArtifactError: if it is missing or not a report of this schema.
+        """
+        from nmexport.verification.report import SCHEMA
+
+        path = self.path / "report.json"
+        try:
+            report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            schema = report["schema"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(
+                f"{path} cannot be read: {error!r}", fix="run `nmexport verify --force`"
+            ) from error
+        if schema != SCHEMA:
+            raise ArtifactError(f"{path} has schema {schema}.", allowed=f"schema {SCHEMA}")
+        return report
+
+
+def key_fields(inputs: StageInputs) -> dict[str, Any]:
+    """How it is measured, on what, and where."""
+    recipe, environment = inputs.recipe, inputs.environment
+    return {
+        "target": resolve_target(recipe.target),
+        "evaluation": recipe.evaluation.model_dump(mode="json", exclude={"corpus"}),
+        "corpus": corpus.corpus_identity(recipe.evaluation.corpus),
+        "latency": recipe.latency.model_dump(mode="json"),
+        "gates": recipe.gates.model_dump(mode="json"),
+        "seed": recipe.seed,
+        "device": environment.cpu,
+        "cores": environment.cores,
+        "packages": {name: environment.version(name) for name in ("onnxruntime", "torch")},
+    }
+
+
+def run(inputs: StageInputs) -> dict[str, Any]:
+    """Measure everything and write `report.json`, `report.md` and `report.html`.
+
+    Raises:
+        CorpusError: if the evaluation text is missing or too short.
+        ArtifactError: if an upstream artifact cannot be read.
+        EnvironmentFault: if the engine's native library is missing here.
+    """
+    from nmexport.runtimes.onnxruntime import read_engine
+    from nmexport.verification import memory, report_pages
+    from nmexport.verification.reference import model_size
+    from nmexport.verification.report import assemble, judge
+
+    recipe = inputs.recipe
+    engine = read_engine(inputs.upstream["engine"])
+    windows = _windows(inputs)
+    prompts = prompts_from(windows, recipe.evaluation.prompts)
+    size = model_size(inputs.source, trust_remote_code=recipe.model.trust_remote_code)
+    accuracy, latency = _dense_against_sparse(inputs, windows, prompts)
+    report = assemble(
+        recipe=recipe,
+        source=inputs.source,
+        parameters=size.parameters,
+        target=engine.runtime,
+        environment=inputs.environment,
+        sparsity={"linears": size.linears, **_audit(inputs, engine, windows)},
+        accuracy=accuracy,
+        parity=_parity(inputs, engine, prompts),
+        latency=latency,
+        memory=memory.measure_engine(
+            inputs.upstream["engine"] / "engine.json",
+            export=engine.model.parent,
+            prompt_tokens=recipe.latency.prefill_tokens,
+        ),
+        notes=_notes(engine),
+    )
+    report = judge(report, recipe)
+    report_pages.write(report, inputs.output)
+    return {
+        "verdict": report["verdict"],
+        "perplexity_ratio": report["accuracy"]["perplexity_ratio"],
+        "kl_mean": report["accuracy"]["kl_mean"],
+        "speedup": report["latency"]["speedup"],
+        "achieved_sparsity": report["sparsity"]["achieved"],
+    }
+
+
+def prompts_from(windows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """Up to `count` prompts of equal length: the start of each window, then what follows it.
+
+    Args:
+        windows: `[W, L]` token ids.
+        count: Prompts wanted.
+
+    Returns:
+        `[count or fewer, 32 or L]`.
+    """
+    import numpy as np
+
+    length = min(PROMPT_TOKENS, windows.shape[1])
+    pieces = [
+        windows[:, start : start + length]
+        for start in range(0, windows.shape[1] - length + 1, length)
+    ]
+    return np.concatenate(pieces)[:count]
+
+
+def latency_tokens(
+    windows: NDArray[np.int64], section: LatencySection
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Evaluation text to prefill, `[1, S]`, and to decode after, `[1, C]`; repeated if short."""
+    import numpy as np
+
+    text = np.resize(windows.reshape(-1), section.prefill_tokens + section.decode_context)
+    prompt, context = np.split(text, [section.prefill_tokens])
+    return prompt[None, :], context[None, :]
+
+
+def _windows(inputs: StageInputs) -> NDArray[np.int64]:
+    from nmexport.models.loader import load_model, load_tokenizer
+
+    recipe = inputs.recipe
+    trust = recipe.model.trust_remote_code
+    tokenizer = load_tokenizer(inputs.source, trust_remote_code=trust)
+
+    def self_text(samples: int, length: int, seed: int) -> NDArray[np.int64]:
+        from nmexport.calibration.self_text import self_text
+
+        model = load_model(inputs.source, dtype="float32", trust_remote_code=trust)
+        generate = self_text(model, tokenizer, progress=inputs.progress)
+        return generate(samples, length, seed)
+
+    return corpus.evaluation_windows(recipe.evaluation, tokenizer, self_text, seed=recipe.seed)
+
+
+def _dense_against_sparse(
+    inputs: StageInputs, windows: NDArray[np.int64], prompts: NDArray[np.int64]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The report's `accuracy` and `latency`."""
+    from nmexport.runtimes.onnxruntime import OrtSession
+    from nmexport.verification import accuracy, continuation, latency
+
+    recipe, progress = inputs.recipe, inputs.progress
+    evaluation, timing = recipe.evaluation, recipe.latency
+    prompt, context = latency_tokens(windows, timing)
+    with (
+        OrtSession.from_engine(inputs.upstream["engine"], dense=True) as dense,
+        OrtSession.from_engine(inputs.upstream["engine"]) as sparse,
+    ):
+        tracked = progress.track(windows, label="verify: perplexity", total=len(windows))
+        scores = accuracy.compare(dense, sparse, tracked)
+        steps = range(evaluation.generate_tokens)
+        told = continuation.compare(
+            dense,
+            sparse,
+            prompts,
+            progress.track(steps, label="verify: continuation", total=len(steps)),
+        )
+        times = latency.compare(
+            dense,
+            sparse,
+            prompt=prompt,
+            context=context,
+            runs=timing.runs,
+            warmup=timing.warmup,
+            device=inputs.environment.cpu,
+            progress=progress,
+        )
+    document = {
+        "dataset": _dataset(evaluation),
+        **scores,
+        "continuation": told,
+        "tasks": {},
+        "protocol": f"{corpus.protocol(evaluation)}. {accuracy.PROTOCOL}",
+    }
+    return document, times
+
+
+def _dataset(section: EvaluationSection) -> str:
+    path = Path(section.corpus)
+    return path.name if path.suffix in {".txt", ".jsonl"} else section.corpus
+
+
+def _audit(inputs: StageInputs, engine: Engine, windows: NDArray[np.int64]) -> dict[str, Any]:
+    from nmexport.runtimes.onnxruntime import engine_library
+    from nmexport.verification import audit
+
+    counted = windows[:_AUDIT_WINDOWS]
+    return audit.audit(
+        engine.model,
+        engine.dense_model,
+        fold.Artifact(inputs.upstream["fold"]).layers,
+        library=engine_library(engine),
+        threads=engine.threads,
+        windows=list(inputs.progress.track(counted, label="verify: audit", total=len(counted))),
+        error_window=windows[0, :_ERROR_TOKENS],
+    )
+
+
+def _parity(inputs: StageInputs, engine: Engine, prompts: NDArray[np.int64]) -> dict[str, Any]:
+    from nmexport.runtimes.onnxruntime import OrtSession
+    from nmexport.verification import parity
+    from nmexport.verification.reference import open_folded
+
+    why: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
+        executors: dict[str, Session] = {}
+        shortage = _memory_shortage(engine)
+        if shortage:
+            why[parity.TORCH] = shortage
+        else:
+            executors[parity.TORCH] = stack.enter_context(
+                open_folded(
+                    inputs.source, inputs.recipe.model, fold.Artifact(inputs.upstream["fold"])
+                )
+            )
+        executors[parity.ONNX] = stack.enter_context(
+            OrtSession(engine.model, threads=engine.threads, config=engine.session_config)
+        )
+        if engine.library_digest is None:
+            why[parity.ENGINE] = NO_LIBRARY
+        else:
+            executors[parity.ENGINE] = stack.enter_context(
+                OrtSession.from_engine(inputs.upstream["engine"])
+            )
+        steps = range(inputs.recipe.evaluation.generate_tokens)
+        tracked = inputs.progress.track(steps, label="verify: parity", total=len(steps))
+        return parity.compare(executors, prompts, tracked, why_absent=why)
+
+
+def _memory_shortage(engine: Engine) -> str | None:
+    """Why torch's copy of the model would not fit beside the sessions; None where it does."""
+    import psutil
+
+    from nmexport.verification.memory import artifact_bytes
+
+    needed = _PARITY_MEMORY * artifact_bytes(engine.model.parent)
+    free = psutil.virtual_memory().available
+    if needed <= free:
+        return None
+    return (
+        f"three copies of the model need about {needed / 1e9:.0f} GB of memory, and "
+        f"{free / 1e9:.0f} GB are free"
+    )
+
+
+def _notes(engine: Engine) -> list[str]:
+    if engine.library_digest is not None:
+        return []
+    return [f"{NO_LIBRARY.capitalize()}: the latency below is theirs, not the native op's."]

@@ -1,0 +1,332 @@
+"""What really meets the sparsified weights, and what each layer really loses, told by the runtime.
+
+The exported model is read without its weights, given counters and outputs beside its nodes, and
+run from memory: no node that it had is changed, and no weight is copied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from nmexport.errors import ArtifactError
+from nmexport.graph.contract import attribute_values, op_contract, present_inputs
+from nmexport.graph.functions import function_protos_for
+from nmexport.runtimes.onnxruntime import EXTERNAL_DATA_FOLDER, SESSION_CONFIG, OrtSession
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from nmexport.layers import LayerSpec
+
+PROTOCOL = (
+    "Counted by the runtime inside the shipped model: each sparsified linear's input, less its "
+    "shift, goes through the selection op once more, and what is not zero counts as kept; over "
+    "prompt and decode tokens of evaluation windows, each where the linear's phase is sparse. "
+    "Output error in place is ||y_sparse - y_dense|| / ||y_dense|| of the linear's output, each "
+    "model running on its own hidden states over one window; of the linear alone, the same on the "
+    "dense model's activations, from calibration."
+)
+
+DECODE_STEPS = 4
+# What layer outputs of one pass may take together, both models; more layers, more passes.
+_OUTPUT_BYTES = 256 << 20
+_PREFIX = "nmexport_audit/"
+_FLOAT = TensorProto.FLOAT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counter:
+    """Where a linear's count of kept elements comes out."""
+
+    layer: str
+    output: str
+    channels: int
+    """In_features: elements a token."""
+    phase: str
+
+    def counts(self, new_tokens: int) -> bool:
+        """Whether a run of so many new tokens a sequence meets a sparsified weight here."""
+        return self.phase == "all" or (self.phase == "decode") == (new_tokens == 1)
+
+
+def read_graph(path: Path) -> onnx.ModelProto:
+    """A model without its weights.
+
+    Raises:
+        ArtifactError: if it is missing or no ONNX model.
+    """
+    try:
+        return onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf's own errors, by backend
+        raise ArtifactError(f"{path} cannot be read: {error}", fix="export again") from error
+
+
+def linear_nodes(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+    """The NMLinear nodes by the name of their layer, in graph order."""
+    domain = op_contract().domain
+    return {
+        node.name: node
+        for node in model.graph.node
+        if node.domain == domain and node.op_type == "NMLinear"
+    }
+
+
+def add_counters(model: onnx.ModelProto, layers: Sequence[LayerSpec]) -> list[Counter]:
+    """Give each sparsified linear an output that counts the elements it keeps; in place.
+
+    Args:
+        model: The exported sparse model.
+        layers: Its sparsified linears.
+
+    Raises:
+        ArtifactError: if the model lacks a node for one of the layers.
+    """
+    nodes = linear_nodes(model)
+    missing = [layer.name for layer in layers if layer.name not in nodes]
+    if missing:
+        raise ArtifactError(
+            f"The model has no NMLinear node for {missing[0]} ({len(missing)} such linears).",
+            fix="export again: model and layers.json are not of one build",
+        )
+    counters, prunes = [], []
+    for layer in layers:
+        node = nodes[layer.name]
+        added = list(_counting_nodes(node))
+        prunes += [one for one in added if one.op_type == "NMPrune"]
+        model.graph.node.extend(added)
+        output = added[-1].output[0]
+        model.graph.output.append(helper.make_tensor_value_info(output, TensorProto.INT64, []))
+        phase = str(attribute_values(node)["phase"])
+        counters.append(
+            Counter(layer=layer.name, output=output, channels=layer.in_features, phase=phase)
+        )
+    _add_prune_functions(model, prunes)
+    return counters
+
+
+def _counting_nodes(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
+    """Nodes that select on the linear's input as the linear does; the last one counts."""
+    given = dict(
+        zip(
+            (spec.name for spec in op_contract().ops["NMLinear"].inputs),
+            node.input,
+            strict=False,
+        )
+    )
+    present = present_inputs(node)
+    values = attribute_values(node)
+    base = f"{_PREFIX}{node.name}/"
+    yield helper.make_node("Cast", [given["X"]], [f"{base}x"], to=_FLOAT)
+    shifted = f"{base}x"
+    if values["dynamic_shift"]:
+        yield helper.make_node("Constant", [], [f"{base}axis"], value_ints=[-1])
+        yield helper.make_node("ReduceMean", [shifted, f"{base}axis"], [f"{base}eta"], keepdims=1)
+        yield helper.make_node("Sub", [shifted, f"{base}eta"], [f"{base}z"])
+        shifted = f"{base}z"
+    elif "shift" in present:
+        yield helper.make_node("Sub", [shifted, given["shift"]], [f"{base}z"])
+        shifted = f"{base}z"
+    optional = [given[name] if name in present else "" for name in ("score_scale", "channel_order")]
+    while optional and not optional[-1]:
+        optional.pop()
+    yield helper.make_node(
+        "NMPrune",
+        [shifted, *optional],
+        [f"{base}s"],
+        name=f"{base}select",
+        domain=op_contract().domain,
+        n=values["n"],
+        m=values["m"],
+    )
+    yield helper.make_node("Constant", [], [f"{base}zero"], value_float=0.0)
+    yield helper.make_node("Equal", [f"{base}s", f"{base}zero"], [f"{base}is_zero"])
+    yield helper.make_node("Not", [f"{base}is_zero"], [f"{base}is_kept"])
+    yield helper.make_node("Cast", [f"{base}is_kept"], [f"{base}ones"], to=TensorProto.INT64)
+    yield helper.make_node("ReduceSum", [f"{base}ones"], [f"{base}kept"], keepdims=0)
+
+
+def _add_prune_functions(model: onnx.ModelProto, prunes: list[onnx.NodeProto]) -> None:
+    """Bodies for the selection nodes, for a session without the native library."""
+    opset = next(entry.version for entry in model.opset_import if entry.domain in {"", "ai.onnx"})
+    # Nodes that extend() copied into the graph are told their overload here.
+    names = {node.name for node in prunes}
+    inside = [node for node in model.graph.node if node.name in names]
+    held = {(one.domain, one.name, one.overload) for one in model.functions}
+    for function in function_protos_for(inside, opset=opset):
+        if (function.domain, function.name, function.overload) not in held:
+            model.functions.append(function)
+
+
+def add_layer_outputs(model: onnx.ModelProto, values: Mapping[str, str]) -> dict[str, str]:
+    """Make values of the graph outputs of the model, as float32; in place.
+
+    Args:
+        model: Dense or sparse.
+        values: Name of a value in the graph, by layer.
+
+    Returns:
+        Name of the output, by layer.
+
+    Raises:
+        ArtifactError: if the graph has no such value.
+    """
+    known = {name for node in model.graph.node for name in node.output}
+    outputs = {}
+    for layer, value in values.items():
+        if value not in known:
+            raise ArtifactError(
+                f"The model has no value {value} for the output of {layer}.", fix="export again"
+            )
+        outputs[layer] = f"{_PREFIX}{layer}/output"
+        model.graph.node.append(helper.make_node("Cast", [value], [outputs[layer]], to=_FLOAT))
+        model.graph.output.append(helper.make_empty_tensor_value_info(outputs[layer]))
+    return outputs
+
+
+def open_instrumented(
+    model: onnx.ModelProto, folder: Path, *, library: Path | None, threads: int | None
+) -> OrtSession:
+    """A session on a changed graph whose weights lie in `folder`."""
+    config = {**SESSION_CONFIG, EXTERNAL_DATA_FOLDER: str(folder)}
+    return OrtSession(model.SerializeToString(), library=library, threads=threads, config=config)
+
+
+def count_kept(
+    session: OrtSession, counters: Sequence[Counter], windows: Iterable[NDArray[np.int64]]
+) -> dict[str, tuple[int, int]]:
+    """(kept, total) elements by layer over windows `[L]`, their last tokens decoded one by one."""
+    session.watch(counter.output for counter in counters)
+    sums = {counter.layer: (0, 0) for counter in counters}
+
+    def add(new_tokens: int) -> None:
+        for counter in counters:
+            if counter.counts(new_tokens):
+                kept, total = sums[counter.layer]
+                kept += int(session.watched[counter.output])
+                sums[counter.layer] = kept, total + new_tokens * counter.channels
+
+    for window in windows:
+        steps = min(DECODE_STEPS, window.size - 1)
+        prompt = window[: window.size - steps]
+        session.prefill(prompt[None, :])
+        add(prompt.size)
+        for token in window[window.size - steps :]:
+            session.decode_step(np.array([[token]]))
+            add(1)
+    return sums
+
+
+def propagated_errors(
+    dense: OrtSession,
+    sparse: OrtSession,
+    outputs: Mapping[str, str],
+    layers: Sequence[LayerSpec],
+    window: NDArray[np.int64],
+) -> dict[str, float | None]:
+    """`||y_sparse - y_dense|| / ||y_dense||` of each layer's output over one window `[L]`.
+
+    Memory is bounded: layers are taken in chunks, each chunk runs both models once.
+    """
+    errors: dict[str, float | None] = {}
+    for chunk in _chunks(layers, tokens=window.size):
+        names = {layer.name: outputs[layer.name] for layer in chunk}
+        for session in (dense, sparse):
+            session.watch(names.values())
+            session.prefill(window[None, :])
+        for layer, name in names.items():
+            errors[layer] = relative_error(sparse.watched[name], dense.watched[name])
+    return errors
+
+
+def relative_error(value: NDArray[Any], reference: NDArray[Any]) -> float | None:
+    """Norm of the difference over the norm of the reference; None where that is zero."""
+    reference = reference.astype(np.float64)
+    norm = float(np.linalg.norm(reference))
+    return float(np.linalg.norm(value.astype(np.float64) - reference)) / norm if norm else None
+
+
+def _chunks(layers: Sequence[LayerSpec], *, tokens: int) -> Iterator[list[LayerSpec]]:
+    chunk: list[LayerSpec] = []
+    held = 0
+    for layer in layers:
+        size = 2 * 4 * tokens * layer.out_features  # dense and sparse, float32
+        if chunk and held + size > _OUTPUT_BYTES:
+            yield chunk
+            chunk, held = [], 0
+        chunk.append(layer)
+        held += size
+    if chunk:
+        yield chunk
+
+
+def audit(
+    sparse_path: Path,
+    dense_path: Path,
+    layers: Sequence[LayerSpec],
+    *,
+    library: Path | None,
+    threads: int | None,
+    windows: Sequence[NDArray[np.int64]],
+    error_window: NDArray[np.int64],
+) -> dict[str, Any]:
+    """Run the instrumented models and return the report's `sparsity`, without `linears`.
+
+    Args:
+        sparse_path: The exported sparse model.
+        dense_path: The baseline beside it.
+        layers: The sparsified linears.
+        library: Native op library, or None for the function bodies.
+        threads: Intra-op threads.
+        windows: Token ids `[L]`, L at least 2, to count over.
+        error_window: Token ids `[L]` to compare layer outputs over.
+    """
+    sparse_graph = read_graph(sparse_path)
+    values = {name: node.output[0] for name, node in linear_nodes(sparse_graph).items()}
+    counters = add_counters(sparse_graph, layers)
+    outputs = add_layer_outputs(sparse_graph, values)
+    options: dict[str, Any] = {"library": library, "threads": threads}
+    with open_instrumented(sparse_graph, sparse_path.parent, **options) as sparse:
+        kept = count_kept(sparse, counters, windows)
+        dense_graph = read_graph(dense_path)
+        add_layer_outputs(dense_graph, values)
+        options["library"] = None
+        with open_instrumented(dense_graph, dense_path.parent, **options) as dense:
+            errors = propagated_errors(dense, sparse, outputs, layers, error_window)
+    return sparsity(layers, kept, errors)
+
+
+def sparsity(
+    layers: Sequence[LayerSpec],
+    kept: Mapping[str, tuple[int, int]],
+    errors: Mapping[str, float | None],
+) -> dict[str, Any]:
+    """The report's `sparsity`, without `linears`."""
+    rows = []
+    for layer in layers:
+        count, total = kept[layer.name]
+        rows.append(
+            {
+                "name": layer.name,
+                "kept": count,
+                "total": total,
+                "achieved": 1 - count / total if total else None,
+                "relative_error": errors[layer.name],
+                "calibrated_error": layer.relative_error,
+            }
+        )
+    all_kept = sum(kept[layer.name][0] for layer in layers)
+    everything = sum(kept[layer.name][1] for layer in layers)
+    return {
+        "sparsified": len(layers),
+        "achieved": 1 - all_kept / everything if everything else None,
+        "layers": rows,
+        "protocol": PROTOCOL,
+    }

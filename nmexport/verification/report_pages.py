@@ -1,0 +1,203 @@
+"""`report.md` and `report.html`: the report for people; the page needs nothing but itself."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from nmexport.verification.report_plots import latency_svg, layer_error_svg, layer_sparsity_svg
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from jinja2 import Environment as Jinja
+
+VERDICTS = {
+    "pass": "All gates passed",
+    "fail": "A gate failed",
+    "none": "Measured; no gates set",
+}
+_LEGS = {
+    "torch_onnx": "PyTorch and ONNX function bodies",
+    "torch_engine": "PyTorch and native op",
+    "onnx_engine": "ONNX function bodies and native op",
+}
+_ABSENT = "not measured"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A figure with so many significant digits, never in powers of ten where people read it."""
+    if value is None:
+        return _ABSENT
+    if value and abs(value) < 10**-digits:
+        return f"{value:.2e}"
+    rounded = float(f"{value:.{digits}g}")
+    return f"{rounded:,.0f}" if rounded == int(rounded) and abs(rounded) >= 1 else f"{rounded:,}"
+
+
+def count(value: int) -> str:
+    """A number of things: in full, or in millions and billions."""
+    for unit, name in ((10**9, "billion"), (10**6, "million")):
+        if value >= unit:
+            return f"{value / unit:.4g} {name}"
+    return f"{value:,}"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share, in percent."""
+    return _ABSENT if value is None else f"{100 * value:.{digits}f} %"
+
+
+def size(value: int | None) -> str:
+    """Bytes in the unit people think in."""
+    if value is None:
+        return _ABSENT
+    scaled, unit = float(value), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if scaled < 1000:  # noqa: PLR2004 - SI
+            break
+        scaled, unit = scaled / 1000, larger
+    return f"{scaled:.3g} {unit}"
+
+
+def speedup(value: float | None) -> str:
+    """`1.52x`."""
+    return _ABSENT if value is None else f"{value:.2f}x"
+
+
+def method(report: dict[str, Any]) -> str:
+    """The method in one line."""
+    parts = [report["pattern"], report["criterion"].upper(), f"{report['grouping']} groups"]
+    parts.append(" + ".join(report["mitigations"]) or "no mitigation")
+    if report["phases"] != "all":
+        parts.append(f"{report['phases']} only")
+    return ", ".join(parts)
+
+
+def summary_rows(report: dict[str, Any]) -> list[dict[str, str]]:
+    """The table that is read first: what, dense, sparse, and the two compared."""
+    accuracy, memory = report["accuracy"], report["memory"]
+    return [
+        _summary_row(
+            "Perplexity",
+            number(accuracy["dense"]["perplexity"]),
+            number(accuracy["sparse"]["perplexity"]),
+            change=f"{number(accuracy['perplexity_ratio'], 3)} times",
+        ),
+        _speed_row(report["latency"], "decode", "Decode, batch {batch}, {context} tokens cached"),
+        _speed_row(report["latency"], "prefill", "Prefill, {tokens} tokens"),
+        _summary_row(
+            "Peak memory",
+            size(memory["dense"]["peak_rss_bytes"]),
+            size(memory["sparse"]["peak_rss_bytes"]),
+        ),
+    ]
+
+
+def _speed_row(latency: dict[str, Any], phase: str, what: str) -> dict[str, str]:
+    dense, sparse = latency["dense"][phase], latency["sparse"][phase]
+    return _summary_row(
+        what.format(**dense),
+        f"{number(dense['p50_ms'], 3)} ms",
+        f"{number(sparse['p50_ms'], 3)} ms",
+        dense_more=f"{number(dense['tokens_per_s'], 3)} tokens/s",
+        sparse_more=f"{number(sparse['tokens_per_s'], 3)} tokens/s",
+        change=f"{speedup(latency['speedup'][phase])} as fast",
+    )
+
+
+def _summary_row(
+    what: str,
+    dense: str,
+    sparse: str,
+    *,
+    dense_more: str = "",
+    sparse_more: str = "",
+    change: str = "",
+) -> dict[str, str]:
+    return {
+        "what": what,
+        "dense": dense,
+        "dense_more": dense_more,
+        "sparse": sparse,
+        "sparse_more": sparse_more,
+        "change": change,
+    }
+
+
+def parity_rows(report: dict[str, Any]) -> list[dict[str, str]]:
+    """One row for each leg."""
+    return [_parity_row(title, report["parity"][leg]) for leg, title in _LEGS.items()]
+
+
+def _parity_row(title: str, leg: dict[str, Any]) -> dict[str, str]:
+    if leg["max_abs"] is None:
+        return {"pair": title, "max_abs": _ABSENT, "top1": "", "greedy": "", "why": leg["why"]}
+    greedy = (
+        f"identical, {leg['prompts']} prompts"
+        if leg["greedy_identical"]
+        else f"{leg['prompts_diverged']} of {leg['prompts']} prompts differ"
+    )
+    return {
+        "pair": title,
+        "max_abs": number(leg["max_abs"], 2),
+        "top1": percent(leg["top1_agreement"], 2),
+        "greedy": greedy,
+        "why": "",
+    }
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    return _render("report.md.j2", report)
+
+
+def html(report: dict[str, Any]) -> str:
+    """The report as one page of HTML: no script, no link, plots inline."""
+    layers = report["sparsity"]["layers"]
+    plots = {
+        "errors": layer_error_svg(layers),
+        "sparsity": layer_sparsity_svg(layers),
+        "prefill": latency_svg(report["latency"], "prefill"),
+        "decode": latency_svg(report["latency"], "decode"),
+    }
+    return _render("report.html.j2", report, plots=plots)
+
+
+def write(report: dict[str, Any], folder: Path) -> None:
+    """Write `report.json`, `report.md` and `report.html`."""
+    text = json.dumps(report, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    (folder / "report.json").write_text(text, encoding="utf-8")
+    (folder / "report.md").write_text(markdown(report), encoding="utf-8")
+    (folder / "report.html").write_text(html(report), encoding="utf-8")
+
+
+def _render(template: str, report: dict[str, Any], **more: Any) -> str:
+    return (
+        _jinja()
+        .get_template(template)
+        .render(
+            report=report,
+            verdict=VERDICTS[report["verdict"]],
+            method=method(report),
+            summary=summary_rows(report),
+            parity=parity_rows(report),
+            recipe=json.dumps(report["recipe"], indent=1),
+            **more,
+        )
+    )
+
+
+def _jinja() -> Jinja:
+    import jinja2
+
+    jinja = jinja2.Environment(
+        loader=jinja2.PackageLoader("nmexport.verification"),
+        autoescape=jinja2.select_autoescape(["html.j2"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    jinja.filters.update(number=number, count=count, percent=percent, size=size, speedup=speedup)
+    return jinja

@@ -1,0 +1,140 @@
+"""The report's plots, as inline SVG; text stays text and takes the page's font."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's colours: told apart by every kind of colour vision, and by lightness in print.
+DENSE = "#5b6470"
+SPARSE = "#0072b2"
+_KINDS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5b6470", "#7a5195")
+_MARKERS = "os^Dv<>P"
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "nmexport",  # element ids of equal plots are equal
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.edgecolor": "#c5cad3",
+    "axes.labelcolor": "#3c4450",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e9ee",
+    "xtick.color": "#5b6470",
+    "ytick.color": "#5b6470",
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+}
+_WIDTH, _HEIGHT = 5.2, 3.3  # inches: legible on a phone, two side by side on a desk
+_LAYER = re.compile(r"\.(\d+)\.(?:.*\.)?([^.]+)$")
+
+
+def layer_place(name: str, index: int) -> tuple[int, str]:
+    """Decoder layer and kind of a linear: `model.layers.3.mlp.up_proj` is 3, `up_proj`.
+
+    A name without a layer number stands at its `index` in the list.
+    """
+    match = _LAYER.search(name)
+    if match is None:
+        return index, name.rpartition(".")[2]
+    return int(match[1]), match[2]
+
+
+def svg_from(draw: Callable[[Axes], None], *, title: str) -> str:
+    """One plot as an `<svg>` element that scales with the page and has an accessible name."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
+        FigureCanvasSVG(figure)
+        draw(figure.add_subplot())
+        stream = io.StringIO()
+        empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(stream, format="svg", metadata=empty)
+    svg = stream.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", svg, count=1)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
+
+
+def _by_layer(
+    axes: Axes, layers: Sequence[dict[str, Any]], figure_of: Callable[[dict[str, Any]], Any]
+) -> None:
+    """One line of points for each kind of linear over the decoder's layers."""
+    kinds: dict[str, list[tuple[int, float]]] = {}
+    for index, layer in enumerate(layers):
+        place, kind = layer_place(layer["name"], index)
+        points = kinds.setdefault(kind, [])  # also where unmeasured: one colour in every plot
+        value = figure_of(layer)
+        if value is not None:
+            points.append((place, value))
+    for number, (kind, points) in enumerate(kinds.items()):
+        axes.plot(
+            [place for place, _ in points],
+            [value for _, value in points],
+            color=_KINDS[number % len(_KINDS)],
+            marker=_MARKERS[number % len(_MARKERS)],
+            markersize=3.5,
+            linewidth=1.1,
+            label=kind,
+        )
+    axes.locator_params(axis="x", integer=True)
+    axes.set_xlabel("decoder layer")
+    if kinds:
+        axes.figure.legend(loc="outside upper left", ncols=4, handlelength=1.4, columnspacing=1.2)
+
+
+def layer_error_svg(layers: Sequence[dict[str, Any]]) -> str:
+    """Relative error of each sparsified linear's output inside the running sparse model."""
+
+    def draw(axes: Axes) -> None:
+        _by_layer(axes, layers, lambda layer: layer["relative_error"])
+        axes.set_ylabel("relative output error")
+        axes.set_ylim(bottom=0)
+
+    return svg_from(draw, title="Relative output error of each sparsified linear, by decoder layer")
+
+
+def layer_sparsity_svg(layers: Sequence[dict[str, Any]]) -> str:
+    """Share of zeros that met each sparsified weight."""
+
+    def draw(axes: Axes) -> None:
+        _by_layer(axes, layers, lambda layer: 100 * layer["achieved"] if layer["total"] else None)
+        axes.set_ylabel("zeros that met the weight, %")
+        low, high = axes.get_ylim()
+        if high - low < 1:  # every layer exactly at the pattern: show that, not rounding
+            axes.set_ylim((low + high) / 2 - 5, (low + high) / 2 + 5)
+
+    return svg_from(draw, title="Achieved sparsity of each sparsified linear, by decoder layer")
+
+
+def latency_svg(latency: dict[str, Any], phase: str) -> str:
+    """Cumulative distribution of a phase's runs, dense and sparse, with the medians marked."""
+
+    def draw(axes: Axes) -> None:
+        for side, colour, dash in (("dense", DENSE, "--"), ("sparse", SPARSE, "-")):
+            figures = latency[side][phase]
+            samples = sorted(figures["samples_ms"])
+            label = f"{side}, median {figures['p50_ms']:.3g} ms"
+            axes.ecdf(samples, color=colour, linestyle=dash, linewidth=1.8, label=label)
+            axes.plot([figures["p50_ms"]], [0.5], "o", color=colour, markersize=5)
+        axes.set_xlabel(f"{phase}, milliseconds")
+        axes.set_ylabel("share of runs within")
+        axes.set_ylim(0, 1.02)
+        axes.figure.legend(loc="outside upper left", ncols=2)
+
+    return svg_from(draw, title=f"Distribution of {phase} latency, dense against sparse")

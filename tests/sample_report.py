@@ -1,0 +1,182 @@
+"""A report with figures as a real model gives them, made up: for what is done with reports."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from nmexport.environment import Environment
+from nmexport.layers import LayerSpec
+from nmexport.models.source import ModelSource
+from nmexport.progress import Silent
+from nmexport.recipe import GatesSection, ModelSection, Recipe
+from nmexport.verification import audit, continuation, latency, parity
+from nmexport.verification.accuracy import PROTOCOL
+from nmexport.verification.memory import PROTOCOL as MEMORY_PROTOCOL
+from nmexport.verification.report import assemble, judge
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+KINDS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj")}
+RECIPE = Recipe(
+    model=ModelSection(id="smollm2"),
+    gates=GatesSection(max_perplexity_ratio=2.05, min_decode_speedup=1.35),
+)
+ENVIRONMENT = Environment(
+    nmexport="0.1.0",
+    python="3.11.7",
+    system="Linux-6.1 x86_64",
+    cpu="A Processor With A Long Name 9999 16-Core",
+    isa=("avx2", "avx512f"),
+    cores=2,
+    memory_bytes=16 << 30,
+    packages={"onnxruntime": "1.32.0", "torch": "2.13.0"},
+)
+
+
+def sample_report(
+    folder: Path, *, layers: int = 30, native: bool = True, recipe: Recipe = RECIPE
+) -> dict[str, Any]:
+    """A whole report; `native` False is a machine without the native op library."""
+    rng = np.random.default_rng(1)
+    specs = _layers(layers, rng)
+    source = ModelSource(
+        id=recipe.model.id, revision=None, folder=folder, gguf_file=None, digest="0" * 64
+    )
+    size = {"peak_rss_bytes": 812_345_678}
+    report = assemble(
+        recipe=recipe,
+        source=source,
+        parameters=134_515_008,
+        target="onnxruntime",
+        environment=ENVIRONMENT,
+        sparsity={"linears": 7 * layers + 1, **_sparsity(specs, rng)},
+        accuracy=_accuracy(rng),
+        parity=_parity(native=native),
+        latency=_latency(rng),
+        memory={
+            **size,
+            "device_bytes": None,
+            "artifact_bytes": 540_000_000,
+            "sparse": size,
+            "dense": {"peak_rss_bytes": None, "why": "the measuring process ended with code -9"},
+            "protocol": MEMORY_PROTOCOL,
+        },
+        notes=[] if native else ["The native op library is not built here."],
+    )
+    return judge(report, recipe)
+
+
+def _layers(count: int, rng: np.random.Generator) -> list[LayerSpec]:
+    return [
+        LayerSpec(
+            name=f"model.layers.{index}.{block}.{kind}",
+            in_features=576,
+            out_features=576,
+            pattern="8:16",
+            criterion="act",
+            relative_error=float(rng.uniform(0.1, 0.3)),
+        )
+        for index in range(count)
+        for block, kinds in {**KINDS, "mlp": (*KINDS["mlp"], "down_proj")}.items()
+        for kind in kinds
+    ]
+
+
+def _sparsity(layers: list[LayerSpec], rng: np.random.Generator) -> dict[str, Any]:
+    total = 576 * 1024
+    kept = {layer.name: (total // 2 - int(rng.integers(50)), total) for layer in layers}
+    errors = {layer.name: float(rng.uniform(0.2, 0.9)) for layer in layers}
+    return audit.sparsity(layers, kept, {**errors, layers[3].name: None})
+
+
+def _accuracy(rng: np.random.Generator) -> dict[str, Any]:
+    sides = {
+        "dense": {"perplexity": 29.61, "nll_mean": 3.388, "window_nll_mean": [3.3, 3.4]},
+        "sparse": {"perplexity": 58.13, "nll_mean": 4.063, "window_nll_mean": [4.0, 4.1]},
+    }
+    told = {
+        "prompts": 8,
+        "prompt_tokens": 32,
+        "generated_tokens": 64,
+        "free_running_agreement": 0.182,
+        "guided_agreement": 0.641,
+        "first_divergence": [3, 9, None, 1, 0, 12, 5, 7],
+        "median_first_divergence": 6.0,
+        "protocol": continuation.PROTOCOL,
+    }
+    return {
+        "dataset": "test.txt",
+        "tokens": 8176,
+        "windows": 16,
+        **sides,
+        "perplexity_ratio": 1.963,
+        "perplexity_ratio_stderr": 0.0312,
+        "kl_mean": 0.7123,
+        "top1_agreement": 0.6124,
+        "continuation": told,
+        "tasks": {},
+        "protocol": PROTOCOL,
+    }
+
+
+def _parity(*, native: bool) -> dict[str, Any]:
+    leg = {
+        "max_abs": 3.4e-5,
+        "top1_agreement": 1.0,
+        "greedy_identical": True,
+        "prompts_diverged": 0,
+        "prompts": 8,
+        "tokens": 768,
+    }
+    engine = leg if native else parity.absent_leg("the native op library is not built here")
+    return {
+        "torch_onnx": leg,
+        "torch_engine": engine,
+        "onnx_engine": {**engine, "greedy_identical": False, "prompts_diverged": 1}
+        if native
+        else engine,
+        "protocol": parity.PROTOCOL,
+    }
+
+
+class Paced:
+    """A session that takes no time; `samples` replace what was timed."""
+
+    threads = 2
+    state = None
+    vocabulary_size = 8
+
+    def restore(self, state: object) -> None:
+        pass
+
+    def prefill(self, ids: np.ndarray) -> np.ndarray:
+        return np.zeros((*ids.shape, 8), np.float32)
+
+    decode_step = prefill
+
+
+def _latency(rng: np.random.Generator) -> dict[str, Any]:
+    ids = np.zeros((1, 128), np.int64)
+    report = latency.compare(
+        Paced(),
+        Paced(),
+        prompt=ids,
+        context=ids,
+        runs=30,
+        warmup=3,
+        device=ENVIRONMENT.cpu,
+        progress=Silent(),
+    )
+    medians = {"prefill": (183.0, 171.0), "decode": (31.2, 20.7)}
+    for phase, pair in medians.items():
+        drawn = [(middle * rng.lognormal(0, 0.04, 30)).tolist() for middle in pair]
+        for side, samples in zip(("dense", "sparse"), drawn, strict=True):
+            tokens = 128 if phase == "prefill" else 1
+            report[side][phase].update(latency.summary(samples, tokens=tokens))
+        report["speedup"][phase] = (
+            report["dense"][phase]["p50_ms"] / report["sparse"][phase]["p50_ms"]
+        )
+        report["speedup"][f"{phase}_interval"] = latency.speedup_interval(*drawn)
+    return report
