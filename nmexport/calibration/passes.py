@@ -30,6 +30,20 @@ if TYPE_CHECKING:
 _LOGITS_KEPT = 32
 
 
+# Free GPU memory that a model is moved into, in sizes of the model: activations need room too.
+_ROOM = 1.25
+
+
+def on_best_device(model: Any) -> Any:
+    """The model, moved to a GPU where there is one that it fits into."""
+    if torch.cuda.is_available():
+        size = sum(parameter.nbytes for parameter in model.parameters())
+        free, _ = torch.cuda.mem_get_info()
+        if free > _ROOM * size:
+            return model.to("cuda")
+    return model
+
+
 class _SharedInput:
     """Sums of the input seen last: the linears of q, k and v are handed the same tensor."""
 

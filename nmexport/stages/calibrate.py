@@ -118,7 +118,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     """
     import torch
 
-    from nmexport.calibration.passes import gather_channel_statistics
+    from nmexport.calibration.passes import gather_channel_statistics, on_best_device
     from nmexport.calibration.self_text import self_text
     from nmexport.models.loader import load_model, load_tokenizer
     from nmexport.sparsity.targets import linears_of, select_targets
@@ -129,6 +129,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     tokenizer = load_tokenizer(inputs.source, trust_remote_code=trusted)
     model = load_model(inputs.source, dtype=torch.float32, trust_remote_code=trusted)
     select_targets(model, recipe.sparsity.targets, recipe.sparsity.pattern)
+    model = on_best_device(model)
     samples = torch.from_numpy(
         load_samples(
             recipe.calibration,

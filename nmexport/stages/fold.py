@@ -84,7 +84,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     """
     import torch
 
-    from nmexport.calibration.passes import gather_errors
+    from nmexport.calibration.passes import gather_errors, on_best_device
     from nmexport.models.loader import load_model
     from nmexport.sparsity.linear import fold
     from nmexport.sparsity.method import behaviour_of
@@ -101,7 +101,10 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     linears = {name: linear for name, linear in linears_of(model).items() if name in set(targets)}
     constants = _constants(recipe, linears, calibrated.statistics())
     samples = calibrated.samples()[:ERROR_SAMPLES]
-    errors = gather_errors(model, linears, constants, behaviour, samples, progress=inputs.progress)
+    errors = gather_errors(
+        on_best_device(model), linears, constants, behaviour, samples, progress=inputs.progress
+    )
+    model.to("cpu")  # folding is the same everywhere
     constants = _with_static_variance(recipe, constants, errors)
 
     dtype = getattr(torch, recipe.model.dtype)
