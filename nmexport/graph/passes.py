@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
@@ -103,6 +104,54 @@ def _drop_empty_inputs(node: ir.Node) -> bool:
     return True
 
 
+class TransposeWeights(ir.passes.InPlacePass):
+    """A matrix that is only ever read transposed is stored transposed.
+
+    1. `Transpose(w, perm=[1, 0])` of an initializer that nothing else reads goes; w is turned when
+       it is written.
+    2. One that something else reads, as tied embeddings are, stays: runtimes fold the Transpose
+       when they load, and the file holds the matrix once.
+
+    Requires: nothing. Ensures: same values bit for bit, no more bytes.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = False
+        for node in model.graph:
+            weight = node.inputs[0] if is_op(node, "Transpose") else None
+            if weight is None or not _is_turned_matrix(node, weight):
+                continue
+            weight.const_value = _transposed(weight.const_value, weight.name)
+            weight.shape = node.outputs[0].shape = ir.Shape(list(weight.shape or ())[::-1])
+            ir.convenience.replace_all_uses_with(node.outputs[0], weight)
+            model.graph.remove(node, safe=True)
+            modified = True
+        return ir.passes.PassResult(model, modified)
+
+
+def _is_turned_matrix(node: ir.Node, weight: ir.Value) -> bool:
+    order = node.attributes.get("perm")
+    return (
+        order is not None
+        and list(order.as_ints()) == [1, 0]
+        and weight.is_initializer()
+        and len(weight.uses()) == 1
+        and not node.outputs[0].is_graph_output()
+    )
+
+
+def _transposed(tensor: ir.TensorProtocol | None, name: str | None) -> ir.LazyTensor:
+    if tensor is None:
+        raise ir.passes.PreconditionError(f"initializer {name} has no value")
+    rows, columns = tensor.shape
+    return ir.LazyTensor(
+        lambda: ir.Tensor(np.ascontiguousarray(tensor.numpy().T), dtype=tensor.dtype, name=name),
+        dtype=tensor.dtype,
+        shape=ir.Shape([columns, rows]),
+        name=name,
+    )
+
+
 def optimise(model: ir.Model) -> None:
     """Clean the traced graph and fuse what pays, in place.
 
@@ -125,6 +174,7 @@ def optimise(model: ir.Model) -> None:
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.DeduplicateInitializersPass(size_limit=_SHARED)(model)
     EliminateNoOps()(model)
+    TransposeWeights()(model)
     common.CommonSubexpressionEliminationPass()(model)
     _rms_normalization.rms_normalization_ruleset.apply_to_model(model)
     FuseRotaryEmbedding()(model)
