@@ -22,7 +22,7 @@ _ROWS = 64
 
 PROTOCOL = (
     "Fixed windows that do not overlap, run as whole prompts with no context from outside the "
-    "window, no token added. A window is scored from its second token. Negative log-likelihoods "
+    "window. A window is scored from its second token. Negative log-likelihoods "
     "are float64 log-softmax of the runtime's logits, averaged over all scored tokens; perplexity "
     "is the exponential of that mean. KL(dense || sparse), in nats, and top-1 agreement are means "
     "over the same tokens. Dense and sparse logits both come from the shipped ONNX files."

@@ -82,7 +82,8 @@ def summary_rows(report: dict[str, Any]) -> list[dict[str, str]]:
             "Perplexity",
             number(accuracy["dense"]["perplexity"]),
             number(accuracy["sparse"]["perplexity"]),
-            change=f"{number(accuracy['perplexity_ratio'], 3)} times",
+            change=f"{number(accuracy['perplexity_ratio'], 3)}x",
+            change_more="as high",
         ),
         _speed_row(report["latency"], "decode", "Decode, batch {batch}, {context} tokens cached"),
         _speed_row(report["latency"], "prefill", "Prefill, {tokens} tokens"),
@@ -102,7 +103,8 @@ def _speed_row(latency: dict[str, Any], phase: str, what: str) -> dict[str, str]
         f"{number(sparse['p50_ms'], 3)} ms",
         dense_more=f"{number(dense['tokens_per_s'], 3)} tokens/s",
         sparse_more=f"{number(sparse['tokens_per_s'], 3)} tokens/s",
-        change=f"{speedup(latency['speedup'][phase])} as fast",
+        change=speedup(latency["speedup"][phase]),
+        change_more="as fast",
     )
 
 
@@ -114,6 +116,7 @@ def _summary_row(
     dense_more: str = "",
     sparse_more: str = "",
     change: str = "",
+    change_more: str = "",
 ) -> dict[str, str]:
     return {
         "what": what,
@@ -122,6 +125,7 @@ def _summary_row(
         "sparse": sparse,
         "sparse_more": sparse_more,
         "change": change,
+        "change_more": change_more,
     }
 
 
