@@ -333,7 +333,7 @@ def _explained(
     """One of pydantic's findings: where, what was given, what is allowed, what to do."""
     at = problem["loc"]
     dotted = ".".join(str(part) for part in at)
-    where = options.get(dotted)
+    where = options.get(dotted) or options.get(dotted.rpartition(".")[0])  # an item of a list
     if where is None:
         line = document.lines.get(at)
         where = f"{source}:{line}: {dotted}" if line else f"{source}: {dotted}"

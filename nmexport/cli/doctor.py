@@ -55,9 +55,7 @@ def doctor_command(ctx: click.Context) -> None:
         ("native ops", diagnosis.library_path() or "not built"),
         *environment.packages.items(),
     ]
-    grid = table(None, ("", ""), rows)
-    grid.columns[1].justify = "left"
-    out.print(grid)
+    out.print(table(None, ("this machine", ""), rows, left=("",)))
     for state in states:
         out.print(f"target {state.target}: {'works' if state.works else 'does not work here'}")
         for one in state.missing:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 import signal
-import sys
 import threading
 import traceback
 from contextlib import contextmanager
@@ -119,14 +117,6 @@ def _sigterm_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _without_warnings() -> None:
-    """Warnings of libraries are for us, not for the person who runs a command."""
-    if not sys.warnoptions and "PYTHONWARNINGS" not in os.environ:
-        import warnings
-
-        warnings.simplefilter("ignore")
 
 
 @click.group(cls=VerbGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -86,7 +86,9 @@ class Request:
         if self.work is not None:
             work = WorkDirectory(self.work)
         elif self.model is not None or self.file is not None:
-            work = self.work_directory(self.recipe())
+            recipe = self.recipe()
+            work = self.work_directory(recipe)
+            work.refuse_other_model(recipe)
         else:
             built = sorted(
                 WORK_ROOT.glob(f"*/{RESOLVED}"), key=lambda path: path.stat().st_mtime_ns

@@ -87,14 +87,22 @@ def console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
-def table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
-    """A table whose first column is text and whose others are set to the right."""
+def table(
+    title: str | None,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    *,
+    left: Sequence[str] = (),
+) -> Table:
+    """A table; its first column and those named in `left` are text, the others figures."""
     from rich import box
     from rich.table import Table
 
     grid = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
-        grid.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        grid.add_column(
+            column, justify="left" if index == 0 or column in left else "right", overflow="fold"
+        )
     for row in rows:
         grid.add_row(*[_plain_cell(cell) for cell in row])
     return grid

@@ -39,10 +39,8 @@ def list_command(ctx: click.Context) -> None:
         )
         return
     rows = [(name, one.model.id, one.sparsity.pattern, about) for name, one, about in found]
-    grid = table(None, ("recipe", "model", "pattern", "about"), rows)
-    for column in grid.columns[1:]:
-        column.justify = "left"
-    console().print(grid)
+    columns = ("recipe", "model", "pattern", "about")
+    console().print(table(None, columns, rows, left=columns))
 
 
 @recipes_command.command("show")

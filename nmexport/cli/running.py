@@ -61,7 +61,7 @@ def show_plan(ctx: click.Context, pipeline: Pipeline, selection: Selection) -> N
         for step in steps
     ]
     out = console()
-    out.print(table(None, ("stage", "action", "size", "why"), rows))
+    out.print(table(None, ("stage", "action", "size", "why"), rows, left=("action", "why")))
     out.print(
         f"Writes about {size(expected.write_bytes)} to {pipeline.work.root} "
         f"({size(expected.free_bytes)} free); peak memory about {size(expected.memory_bytes)} "

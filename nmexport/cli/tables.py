@@ -16,7 +16,7 @@ def show_value(out: Console, value: dict[str, Any], title: str | None = None) ->
     """Print plain values as one table, and every list of rows as a table of its own."""
     plain = [(name, _cell(item)) for name, item in _flat(value) if not _is_rows(item)]
     if plain:
-        out.print(table(title, ("", "value"), plain))
+        out.print(table(title, ("", "value"), plain, left=("value",)))
     for name, item in _flat(value):
         if _is_rows(item):
             columns = list(dict.fromkeys(key for row in item for key in row))
