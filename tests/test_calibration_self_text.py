@@ -1,0 +1,80 @@
+"""Text that a model generates: shape, seed, vocabulary, and what follows an end of text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from nmexport.calibration import self_text as module
+from nmexport.calibration.self_text import self_text
+from nmexport.errors import ModelError
+from nmexport.progress import Silent
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llama: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_llama)
+
+
+@pytest.fixture
+def model(tiny_llama: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
+
+
+def test_the_same_seed_gives_the_same_text_whatever_the_batches(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = self_text(model, tokenizer, progress=Silent())
+    first = generate(5, 20, 7)
+    assert first.shape == (5, 20)
+    assert first.dtype == np.int64
+    assert len({tuple(row) for row in first.tolist()}) == 5
+    np.testing.assert_array_equal(first, generate(5, 20, 7))
+    assert not np.array_equal(first, generate(5, 20, 8))
+    monkeypatch.setattr(module, "_MAX_BATCH", 2)
+    assert generate(5, 20, 7).shape == (5, 20)
+
+
+def test_only_ordinary_tokens_and_ends_of_text(model: Any, tokenizer: Any) -> None:
+    ids = self_text(model, tokenizer, progress=Silent())(8, 40, 0)
+    assert (ids < len(tokenizer)).all()
+    assert not np.isin(ids, [0, 1]).any()  # <pad>, <s>
+    assert (ids[:, 0] != 2).all()
+
+
+def test_the_text_is_what_the_model_says(model: Any, tokenizer: Any) -> None:
+    """With a model that is sure of itself sampling is greedy: so the cache is right."""
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1000.0)
+    ids = torch.from_numpy(self_text(model, tokenizer, progress=Silent())(2, 12, 3))
+    with torch.no_grad():
+        logits = model(ids).logits[:, :-1]
+    logits[..., [0, 1, *range(len(tokenizer), logits.shape[-1])]] = -torch.inf
+    follows = logits.argmax(-1)
+    after_text = ids[:, :-1] != 2
+    assert torch.equal(follows[after_text], ids[:, 1:][after_text])
+
+
+def test_another_text_follows_an_end(model: Any, tokenizer: Any) -> None:
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    model.generation_config.eos_token_id = list(range(2, len(tokenizer)))
+    ids = self_text(model, tokenizer, progress=Silent())(2, 6, 0)
+    assert ids.shape == (2, 6)
+    assert (ids != 2).all()  # every token ends a text, so all are random starts
+
+
+def test_a_broken_model_is_refused(model: Any, tokenizer: Any) -> None:
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(ModelError, match="not finite"):
+        self_text(model, tokenizer, progress=Silent())(1, 8, 0)
