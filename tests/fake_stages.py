@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,6 @@ _READS = {
     "verify": ("fold", "export", "engine"),
     "package": ("export", "engine", "verify"),
 }
-_REPORT = '{"schema": 1, "verdict": "none", "gates": []}\n'
 
 
 @dataclass
@@ -39,6 +39,9 @@ class FakeStage:
     """Changes what is written and nothing of the key: a stage that is not deterministic."""
     pause: float = 0.0
     broken: BaseException | None = None
+    report: dict[str, Any] = field(
+        default_factory=lambda: {"schema": 1, "verdict": "none", "gates": []}
+    )
     UPSTREAM: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -64,7 +67,11 @@ class FakeStage:
             raise self.broken
         (inputs.output / "data.txt").write_text(text)
         if self.name == "verify":
-            for end, contents in (("json", _REPORT), ("md", "# Report\n"), ("html", "<p>")):
+            for end, contents in (
+                ("json", json.dumps(self.report)),
+                ("md", "# Report\n"),
+                ("html", "<p>"),
+            ):
                 (inputs.output / f"report.{end}").write_text(contents)
         return {"lines": text.count("\n"), "not_a_number": float("nan")}
 

@@ -1,9 +1,9 @@
-"""What could hurt: a typo that is ignored, a pattern read as a number, a recipe that reloads other."""
+"""What could hurt: a typo ignored, a pattern read as a number, a recipe that reloads other."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from pathlib import Path  # noqa: TC003  hypothesis resolves annotations
 from typing import Any
 
 import pytest
@@ -181,7 +181,7 @@ def test_options_override_the_recipe_and_name_themselves() -> None:
     assert (str(built.sparsity.pattern), built.calibration.samples) == ("2:4", 4)
     assert built.calibration.length == load(recipe.path_of("smollm2")).calibration.length
     spelled = {"sparsity.criterion": "--criterion"}
-    with pytest.raises(RecipeError, match="^--criterion cannot be"):
+    with pytest.raises(RecipeError, match=r"^--criterion cannot be"):
         resolve("smollm2", {"sparsity.criterion": "best"}, spelled=spelled)
 
 
