@@ -21,10 +21,29 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+WINDOW = 16
+"""Sliding window of the families that have one."""
 _FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
-    "mistral": {"sliding_window": 16},
+    "mistral": {"sliding_window": WINDOW},
+    "qwen2": {},
+    "qwen3": {},
+    # Caps low enough to bend the logits of a tiny model.
+    "gemma2": {
+        "sliding_window": WINDOW,
+        "query_pre_attn_scalar": 16,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 5.0,
+    },
+    "gemma3_text": {
+        "sliding_window": WINDOW,
+        "query_pre_attn_scalar": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "phi3": {},
 }
+FAMILIES = tuple(_FAMILIES)
+"""Every family that export supports, by `model_type`."""
 _TEXT = (
     "The quick brown fox jumps over the lazy dog.",
     "A model reads weights that meet near-zero activations.",
@@ -61,8 +80,12 @@ def save_tiny_model(folder: Path, family: str, *, seed: int = 0, **overrides: An
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # away from the flat logits of the usual init
-            if parameter.ndim > 1:
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:  # away from the flat logits of the usual init
                 parameter.mul_(3.0)
+            elif name.endswith("bias"):  # large, as Qwen2's are: losing one must show
+                parameter.normal_(0.0, 2.0)
+            else:  # norms, so that no two of them are the same
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
     model.save_pretrained(folder)
     save_tokenizer(folder)

@@ -1,0 +1,150 @@
+"""Tiny models exported with a plain fold, and how to run them: what the export tests share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from nmexport.layers import LayerSpec
+from nmexport.models.loader import load_model
+from nmexport.models.source import resolve
+from nmexport.models.swap import replace_linears
+from nmexport.recipe import ModelSection
+from nmexport.sparsity.linear import Behaviour, Constants, FoldedLinear, fold
+from nmexport.sparsity.pattern import NMPattern
+from nmexport.stages.export import write_models
+from torch import nn
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+PATTERN = NMPattern(8, 16)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A folder with `model.onnx` and `dense/model.onnx`, and the torch models they stand for."""
+
+    folder: Path
+    dense: PreTrainedModel
+    sparse: PreTrainedModel
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model.onnx"
+
+    @property
+    def dense_model(self) -> Path:
+        return self.folder / "dense" / "model.onnx"
+
+
+def linears_of(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every linear but the head."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != "lm_head"
+    }
+
+
+def specs_of(model: nn.Module, behaviour: Behaviour) -> list[LayerSpec]:
+    return [
+        LayerSpec(
+            name=name,
+            in_features=linear.in_features,
+            out_features=linear.out_features,
+            pattern=str(behaviour.pattern),
+            criterion="act",
+            phase=behaviour.phase,
+            dynamic_shift=behaviour.dynamic_shift,
+            variance_correction=behaviour.variance_correction,
+            has_bias=linear.bias is not None,
+        )
+        for name, linear in linears_of(model).items()
+    ]
+
+
+def load(folder: Path, dtype: str = "float32", attention: str = "eager") -> PreTrainedModel:
+    return load_model(resolve(ModelSection(id=str(folder))), dtype=dtype, attention=attention)
+
+
+def export_folder(
+    source: Path,
+    output: Path,
+    *,
+    behaviour: Behaviour | None = None,
+    constants: Constants | None = None,
+    dtype: str = "float32",
+) -> Exported:
+    """Export a model folder, every linear folded the same way."""
+    behaviour = behaviour or Behaviour(pattern=PATTERN)
+    dense, sparse = load(source, dtype), load(source, dtype)
+    folded: dict[str, Mapping[str, torch.Tensor]] = {
+        name: fold(linear, behaviour, constants or Constants(), dtype=dense.dtype)
+        for name, linear in linears_of(dense).items()
+    }
+    write_models(dense, specs_of(dense, behaviour), folded.__getitem__, output)
+    replace_linears(
+        sparse, {name: FoldedLinear(behaviour, **tensors) for name, tensors in folded.items()}
+    )
+    return Exported(output, dense, sparse)
+
+
+def onnx_logits(
+    path: Path,
+    input_ids: np.ndarray,
+    attention_mask: np.ndarray,
+    *,
+    prefill: int,
+    library: Path | None = None,
+) -> np.ndarray:
+    """Logits `[B, S, V]` of a file run on the first `prefill` tokens, then token by token."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    if library is not None:
+        options.register_custom_ops_library(str(library))
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    states = {
+        item.name: np.zeros((len(input_ids), item.shape[1], 0, item.shape[3]), np.float32)
+        for item in session.get_inputs()
+        if item.name.startswith("past")
+    }
+    logits = []
+    positions = positions_of(attention_mask)
+    for start, end in [(0, prefill), *((i, i + 1) for i in range(prefill, input_ids.shape[1]))]:
+        tokens = {
+            "input_ids": input_ids[:, start:end],
+            "attention_mask": attention_mask[:, :end],
+            "position_ids": positions[:, start:end],
+        }
+        first, *present = session.run(None, {**tokens, **states})
+        states = dict(zip(states, present, strict=True))
+        logits.append(first)
+    return np.concatenate(logits, axis=1)
+
+
+def torch_logits(
+    model: PreTrainedModel, input_ids: np.ndarray, attention_mask: np.ndarray
+) -> np.ndarray:
+    """Logits `[B, S, V]` of the whole sequence at once, without a cache."""
+    with torch.inference_mode():
+        logits: torch.Tensor = model(
+            input_ids=torch.from_numpy(input_ids),
+            attention_mask=torch.from_numpy(attention_mask),
+            position_ids=torch.from_numpy(positions_of(attention_mask)),
+            use_cache=False,
+        ).logits
+    return logits.float().numpy()
+
+
+def positions_of(attention_mask: np.ndarray) -> np.ndarray:
+    """Position of each token among the real ones; padding has position 0."""
+    return np.maximum(np.cumsum(attention_mask, axis=1) - 1, 0)
