@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nmexport.errors import UserError
+
 _PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 _DECODE_STEPS = 4
 
@@ -52,18 +54,18 @@ def run_in_fresh_process(engine: Path, *, dense: bool, prompt_tokens: int) -> di
     side = "dense" if dense else "sparse"
     paths = [str(_PACKAGE_PARENT), os.environ.get("PYTHONPATH", "")]
     command = [sys.executable, "-m", __name__, str(engine), side, str(prompt_tokens)]
-    answer = subprocess.run(  # noqa: S603 - our own module, no shell
+    done = subprocess.run(  # noqa: S603 - our own module, no shell
         command,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         capture_output=True,
         text=True,
         check=False,
     )
-    if answer.returncode:
-        last = answer.stderr.strip().splitlines()[-1:] or ["no message"]
-        why = f"the measuring process ended with code {answer.returncode}: {last[0]}"
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        why = f"the measuring process ended with code {done.returncode}: {last[0]}"
         return {"peak_rss_bytes": None, "why": why}
-    document: dict[str, Any] = json.loads(answer.stdout)
+    document: dict[str, Any] = json.loads(done.stdout)
     return document
 
 
@@ -116,8 +118,13 @@ def artifact_bytes(folder: Path) -> int:
     )
 
 
+def answer(engine: str, side: str, prompt_tokens: str) -> dict[str, Any]:
+    """What the measuring process says: the figure, or None with `why`."""
+    try:
+        return measure(Path(engine), dense=side == "dense", prompt_tokens=int(prompt_tokens))
+    except UserError as error:
+        return {"peak_rss_bytes": None, "why": error.problem}
+
+
 if __name__ == "__main__":
-    _engine, _side, _tokens = sys.argv[1:]
-    sys.stdout.write(
-        json.dumps(measure(Path(_engine), dense=_side == "dense", prompt_tokens=int(_tokens)))
-    )
+    sys.stdout.write(json.dumps(answer(*sys.argv[1:])))

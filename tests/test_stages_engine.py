@@ -1,0 +1,256 @@
+"""Engine, verify and package on tiny models: what they write, check and refuse."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from nmexport.environment import probe
+from nmexport.errors import ArtifactError, EnvironmentFault
+from nmexport.models.source import ModelSource
+from nmexport.pipeline import Pipeline, Selection
+from nmexport.progress import Silent
+from nmexport.recipe import (
+    CorpusSection,
+    EvaluationSection,
+    GatesSection,
+    LatencySection,
+    ModelSection,
+    Recipe,
+    SparsitySection,
+)
+from nmexport.runtimes.onnxruntime import OrtSession
+from nmexport.stages import engine, package, verify
+from nmexport.stages.inputs import StageInputs
+from nmexport.work_directory import WorkDirectory
+
+from tests.test_report import FIXED, assert_has_keys
+from tests.toy_lm import save_toy_lm
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+RECIPE = Recipe(
+    model=ModelSection(id="tiny"),
+    sparsity=SparsitySection(mitigations=("d-pts",)),
+    calibration=CorpusSection(samples=2, length=16),
+    evaluation=EvaluationSection(windows=3, length=48, prompts=2, generate_tokens=8),
+    latency=LatencySection(prefill_tokens=8, decode_context=8, runs=3, warmup=1, threads=1),
+    gates=GatesSection(max_perplexity_ratio=1e-3),
+)
+
+
+@pytest.fixture
+def no_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without the native op library."""
+    native = types.ModuleType("nmexport.runtimes.native")
+    native.find_library = lambda: None
+    monkeypatch.setitem(sys.modules, native.__name__, native)
+    monkeypatch.setattr(sys.modules["nmexport.runtimes"], "native", native, raising=False)
+
+
+def _inputs(tmp_path: Path, recipe: Recipe = RECIPE, **upstream: Path) -> StageInputs:
+    output = tmp_path / "engine" / "0123456789ab.partial-1"
+    output.mkdir(parents=True, exist_ok=True)
+    source = ModelSource(id="tiny", revision=None, folder=tmp_path, gguf_file=None, digest="0" * 64)
+    return StageInputs(
+        recipe=recipe,
+        source=source,
+        environment=probe(),
+        progress=Silent(),
+        output=output,
+        upstream=upstream,
+    )
+
+
+@pytest.fixture
+def toy_export(tmp_path: Path) -> Path:
+    folder = tmp_path / "export" / "ba9876543210"
+    save_toy_lm(folder / "model.onnx")
+    save_toy_lm(folder / "dense" / "model.onnx")
+    return folder
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
+def test_targets_of_later_versions_say_what_works(tmp_path: Path, target: str) -> None:
+    recipe = Recipe(model=ModelSection(id="tiny"), target=target)
+    with pytest.raises(EnvironmentFault, match="--target onnxruntime"):
+        engine.key_fields(_inputs(tmp_path, recipe))
+
+
+@pytest.mark.usefixtures("no_native")
+def test_engine_survives_the_rename_of_its_folder(tmp_path: Path, toy_export: Path) -> None:
+    inputs = _inputs(tmp_path, export=toy_export)
+    metrics = engine.run(inputs)
+    finished = inputs.output.rename(inputs.output.with_name("0123456789ab"))
+    described = engine.Artifact(finished).engine
+    assert described.model == toy_export / "model.onnx"
+    assert described.library_digest is None
+    assert metrics["why_no_library"]
+    with OrtSession.from_engine(finished) as session:
+        assert np.isfinite(session.prefill(np.array([[1]]))).all()
+
+
+@pytest.mark.usefixtures("no_native")
+def test_engine_is_the_same_bytes_each_time(tmp_path: Path, toy_export: Path) -> None:
+    inputs = _inputs(tmp_path, export=toy_export)
+    texts = []
+    for _ in range(2):
+        engine.run(inputs)
+        texts.append((inputs.output / "engine.json").read_bytes())
+    assert texts[0] == texts[1]
+
+
+def test_key_follows_the_librarys_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = tmp_path / "libnmexport.so"
+    monkeypatch.setattr(engine, "_library", lambda: library)
+    keys = []
+    for contents in (b"one", b"two"):
+        library.write_bytes(contents)
+        keys.append(engine.key_fields(_inputs(tmp_path))["library"]["sha256"])
+    assert keys[0] != keys[1]
+
+
+@pytest.mark.usefixtures("no_native")
+def test_a_model_that_computes_nan_is_refused(tmp_path: Path, toy_export: Path) -> None:
+    import onnx
+
+    model = onnx.load(toy_export / "model.onnx")
+    head = next(one for one in model.graph.initializer if one.name == "head")
+    values = onnx.numpy_helper.to_array(head).copy()
+    values[:] = np.nan
+    head.CopyFrom(onnx.numpy_helper.from_array(values, "head"))
+    onnx.save(model, toy_export / "model.onnx")
+    with pytest.raises(ArtifactError, match="not finite"):
+        engine.run(_inputs(tmp_path, export=toy_export))
+
+
+def test_prompts_are_the_windows_starts_first() -> None:
+    windows = np.arange(2 * 70).reshape(2, 70)
+    prompts = verify.prompts_from(windows, 3)
+    assert prompts.shape == (3, 32)
+    assert prompts[:, 0].tolist() == [0, 70, 32]
+    assert verify.prompts_from(windows[:, :8], 9).shape == (2, 8)
+
+
+def test_latency_tokens_repeat_a_short_text() -> None:
+    section = LatencySection(prefill_tokens=5, decode_context=4)
+    prompt, context = verify.latency_tokens(np.arange(3)[None, :], section)
+    assert prompt.tolist() == [[0, 1, 2, 0, 1]]
+    assert context.tolist() == [[2, 0, 1, 2]]
+
+
+# -- the whole pipeline on a tiny model ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def built(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> WorkDirectory:
+    """A work directory of a machine without the native library."""
+    with pytest.MonkeyPatch.context() as patch:
+        no_native = types.ModuleType("nmexport.runtimes.native")
+        no_native.find_library = lambda: None
+        patch.setitem(sys.modules, no_native.__name__, no_native)
+        import nmexport.runtimes
+
+        patch.setattr(nmexport.runtimes, "native", no_native, raising=False)
+        work = WorkDirectory(tmp_path_factory.mktemp("work") / "w")
+        source = ModelSource(
+            id="tiny", revision=None, folder=tiny_llama, gguf_file=None, digest="1" * 64
+        )
+        Pipeline(
+            recipe=RECIPE, source=source, environment=probe(), work=work, progress=Silent()
+        ).run(Selection())
+    return work
+
+
+def test_report_of_a_real_build(built: WorkDirectory) -> None:
+    report = verify.Artifact(built.require("verify")).report
+    assert_has_keys(report, FIXED)
+    assert report["sparsity"]["sparsified"] == 14
+    assert report["sparsity"]["linears"] == 15
+    assert report["accuracy"]["tokens"] == 3 * 47
+    assert report["latency"]["dense"]["decode"]["runs"] == 3
+    assert report["memory"]["peak_rss_bytes"] > 1e6
+    assert (built.root / "report.html").is_file()
+
+
+def test_sparsity_is_counted_as_the_pattern_says(built: WorkDirectory) -> None:
+    sparsity = verify.Artifact(built.require("verify")).report["sparsity"]
+    tokens = 2 * 48  # the audited windows
+    for layer in sparsity["layers"]:
+        features = 128 if layer["name"].endswith("down_proj") else 64
+        assert layer["total"] == tokens * features
+        assert layer["kept"] == layer["total"] // 2  # random activations: no natural zeros
+        assert 0 < layer["relative_error"] < 2
+    assert sparsity["achieved"] == 0.5
+
+
+def test_parity_of_torch_and_function_bodies(built: WorkDirectory) -> None:
+    parity = verify.Artifact(built.require("verify")).report["parity"]
+    assert parity["torch_onnx"]["greedy_identical"]
+    assert parity["torch_onnx"]["max_abs"] < 1e-3
+    for leg in ("torch_engine", "onnx_engine"):
+        assert parity[leg]["max_abs"] is None
+        assert "not built" in parity[leg]["why"]
+
+
+def test_a_failed_gate_leaves_a_complete_artifact(built: WorkDirectory) -> None:
+    report = verify.Artifact(built.require("verify")).report
+    assert report["verdict"] == "fail"
+    assert report["gates"][0]["name"] == "max_perplexity_ratio"
+    assert not report["gates"][0]["passed"]
+
+
+def test_package_promises_no_serving(built: WorkDirectory) -> None:
+    folder = built.require("package")
+    text = (folder / "README.md").read_text()
+    assert "Serving is not built yet" in text
+    assert not (folder / "model_repository").exists()
+    files = package.Artifact(folder).files
+    names = {row["path"] for row in files}
+    assert {"model.onnx", "model.onnx.data", "tokenizer.json"} <= names
+    assert not any(name.startswith("dense/") for name in names)
+
+
+def test_packages_own_lines_run(built: WorkDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = built.require("package")
+    lines = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(folder)
+    scope: dict[str, Any] = {}
+    exec(lines, scope)  # noqa: S102 - what the README tells people to run
+    assert "logits" in {value.name for value in scope["session"].get_outputs()}
+
+
+@pytest.mark.parametrize(
+    ("artifact", "name", "attribute"),
+    [(verify.Artifact, "report.json", "report"), (package.Artifact, "files.json", "files")],
+)
+@pytest.mark.parametrize("text", [None, "{", '{"schema": 9, "files": []}'])
+def test_damaged_artifacts_are_refused(
+    tmp_path: Path, artifact: Any, name: str, attribute: str, text: str | None
+) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ArtifactError, match=name):
+        getattr(artifact(tmp_path), attribute)
+
+
+def test_torch_stays_out_where_memory_is_short(
+    built: WorkDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import psutil
+
+    described = engine.Artifact(built.require("engine")).engine
+    assert verify._memory_shortage(described) is None
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=1000))
+    assert "need about" in (verify._memory_shortage(described) or "")
+
+
+def test_engine_json_names_no_absolute_path(built: WorkDirectory) -> None:
+    document = json.loads((built.require("engine") / "engine.json").read_text())
+    assert not document["model"].startswith("/")
+    assert str(built.root) not in json.dumps(document)
