@@ -88,7 +88,7 @@ void prefetchBlock(const PanelProduct& p, std::size_t first, std::uint64_t wante
         const T* row = rowOf(w, p.rowStride,
                              p.channelOrder == nullptr ? static_cast<std::int32_t>(position)
                                                        : p.channelOrder[position]);
-        for (std::size_t j = 0; j < p.columns; j += kLINE) Simd::prefetch(row + j);
+        for (std::size_t j = 0; j < p.columns; j += kLINE) Simd::prefetchFar(row + j);
     }
 }
 
@@ -98,25 +98,92 @@ std::uint64_t wantedBlock(const PanelProduct& p, std::size_t block) {
     return wanted;
 }
 
+// One token's kept rows of one packed block, from a mask of those still to add.
+template <int kVECTORS>
+inline void addKept(const float* packed, const float* z, std::uint64_t keep, Simd::F* sum) {
+    constexpr std::size_t kWIDTH = static_cast<std::size_t>(kVECTORS) * Simd::kLANES;
+    for (; keep != 0; keep &= keep - 1) {
+        const std::size_t i = static_cast<std::size_t>(__builtin_ctzll(keep));
+        const Simd::F value = Simd::broadcast(z[i]);
+        const float* row = packed + i * kWIDTH;
+        for (int v = 0; v < kVECTORS; ++v) {
+            sum[v] = Simd::fma(value, Simd::load(row + v * Simd::kLANES), sum[v]);
+        }
+    }
+}
+
+// What comes from the second-level cache for one token: its operands, a row of z apart, its sums.
+template <int kVECTORS>
+inline void prefetchToken(const float* z, const float* sums) {
+    for (std::size_t i = 0; i < kBLOCK; i += 16) Simd::prefetch(z + i);
+    for (int v = 0; v < kVECTORS; ++v) Simd::prefetch(sums + v * Simd::kLANES);
+}
+
+template <int kVECTORS>
+inline void loadSums(const float* sums, Simd::F* sum) {
+    for (int v = 0; v < kVECTORS; ++v) sum[v] = Simd::load(sums + v * Simd::kLANES);
+}
+
+template <int kVECTORS>
+inline void storeSums(float* sums, const Simd::F* sum) {
+    for (int v = 0; v < kVECTORS; ++v) Simd::store(sums + v * Simd::kLANES, sum[v]);
+}
+
+// Two tokens side by side, where there are registers for both: twice the independent chains, so
+// one token's start and end hide behind the other. Each keeps its own order.
+template <int kVECTORS>
+inline void multiplyPair(const float* packed, const float* zA, const float* zB,
+                         std::uint64_t keepA, std::uint64_t keepB, float* sumsA, float* sumsB) {
+    constexpr std::size_t kWIDTH = static_cast<std::size_t>(kVECTORS) * Simd::kLANES;
+    Simd::F a[kVECTORS], b[kVECTORS];
+    loadSums<kVECTORS>(sumsA, a);
+    loadSums<kVECTORS>(sumsB, b);
+    for (; keepA != 0 && keepB != 0; keepA &= keepA - 1, keepB &= keepB - 1) {
+        const std::size_t i = static_cast<std::size_t>(__builtin_ctzll(keepA));
+        const std::size_t j = static_cast<std::size_t>(__builtin_ctzll(keepB));
+        const Simd::F valueA = Simd::broadcast(zA[i]);
+        const Simd::F valueB = Simd::broadcast(zB[j]);
+        const float* rowA = packed + i * kWIDTH;
+        const float* rowB = packed + j * kWIDTH;
+        for (int v = 0; v < kVECTORS; ++v) {
+            a[v] = Simd::fma(valueA, Simd::load(rowA + v * Simd::kLANES), a[v]);
+            b[v] = Simd::fma(valueB, Simd::load(rowB + v * Simd::kLANES), b[v]);
+        }
+    }
+    // Groups that straddle blocks can leave one token a few more kept rows than the other.
+    addKept<kVECTORS>(packed, zA, keepA, a);
+    addKept<kVECTORS>(packed, zB, keepB, b);
+    storeSums<kVECTORS>(sumsA, a);
+    storeSums<kVECTORS>(sumsB, b);
+}
+
 // Each token's kept rows of one packed block; its sums stay in registers meanwhile.
 template <int kVECTORS>
 void multiplyBlock(const PanelProduct& p, std::size_t block, std::size_t sumStride) {
-    constexpr std::size_t kWIDTH = static_cast<std::size_t>(kVECTORS) * Simd::kLANES;
-    const float* packed = p.packed;
-    for (std::size_t t = 0; t < p.tokens; ++t) {
-        const float* z = p.z + t * p.zStride + block * kBLOCK;
-        float* sums = p.sums + t * sumStride;
-        Simd::F sum[kVECTORS];
-        for (int v = 0; v < kVECTORS; ++v) sum[v] = Simd::load(sums + v * Simd::kLANES);
-        for (std::uint64_t keep = p.keep[t * p.keepStride + block]; keep != 0; keep &= keep - 1) {
-            const std::size_t i = static_cast<std::size_t>(__builtin_ctzll(keep));
-            const Simd::F value = Simd::broadcast(z[i]);
-            const float* row = packed + i * kWIDTH;
-            for (int v = 0; v < kVECTORS; ++v) {
-                sum[v] = Simd::fma(value, Simd::load(row + v * Simd::kLANES), sum[v]);
-            }
+    const float* z = p.z + block * kBLOCK;
+    const std::uint64_t* keep = p.keep + block;
+    float* sums = p.sums;
+    std::size_t t = 0;
+    if constexpr (Simd::kREGISTERS > 2 * kPANEL_VECTORS) {
+        for (; t + 2 <= p.tokens; t += 2) {
+            prefetchToken<kVECTORS>(z + 2 * p.zStride, sums + 2 * sumStride);
+            prefetchToken<kVECTORS>(z + 3 * p.zStride, sums + 3 * sumStride);
+            multiplyPair<kVECTORS>(p.packed, z, z + p.zStride, keep[0], keep[p.keepStride], sums,
+                                   sums + sumStride);
+            z += 2 * p.zStride;
+            keep += 2 * p.keepStride;
+            sums += 2 * sumStride;
         }
-        for (int v = 0; v < kVECTORS; ++v) Simd::store(sums + v * Simd::kLANES, sum[v]);
+    }
+    for (; t < p.tokens; ++t) {
+        prefetchToken<kVECTORS>(z + p.zStride, sums + sumStride);
+        Simd::F sum[kVECTORS];
+        loadSums<kVECTORS>(sums, sum);
+        addKept<kVECTORS>(p.packed, z, *keep, sum);
+        storeSums<kVECTORS>(sums, sum);
+        z += p.zStride;
+        keep += p.keepStride;
+        sums += sumStride;
     }
 }
 

@@ -10,6 +10,7 @@ namespace {
 
 struct Simd {
     static constexpr int kLANES = 8;
+    static constexpr std::size_t kREGISTERS = 16;
     using F = __m256;
     using I = __m256i;
 
@@ -78,6 +79,10 @@ struct Simd {
     }
     static void prefetch(const void* address) {
         _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0);
+    }
+    // Into the second-level cache: the first holds what is being worked on.
+    static void prefetchFar(const void* address) {
+        _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T1);
     }
 
   private:

@@ -10,6 +10,7 @@ namespace {
 
 struct Simd {
     static constexpr int kLANES = 4;
+    static constexpr std::size_t kREGISTERS = 32;
     using F = float32x4_t;
     using I = int32x4_t;
 
@@ -71,6 +72,7 @@ struct Simd {
         }
     }
     static void prefetch(const void* address) { __builtin_prefetch(address); }
+    static void prefetchFar(const void* address) { __builtin_prefetch(address, 0, 2); }
 };
 
 }  // namespace

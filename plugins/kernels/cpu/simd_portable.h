@@ -8,6 +8,7 @@ namespace {
 
 struct Simd {
     static constexpr int kLANES = 8;
+    static constexpr std::size_t kREGISTERS = 16;
     struct F {
         float lane[kLANES];
     };
@@ -95,6 +96,7 @@ struct Simd {
         }
     }
     static void prefetch(const void*) {}
+    static void prefetchFar(const void*) {}
 };
 
 }  // namespace

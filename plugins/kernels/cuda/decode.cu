@@ -15,7 +15,7 @@ inline constexpr int kMIN_CTAS = TOKENS > 1 || UNROLL > 8 ? std::max(1, 16 / WAR
 template <typename T, int TOKENS, int GROUP, bool MOMENTS, bool ALIGNED, int LANES, int WARPS, int UNROLL>
 cudaError_t launchShape(DecodeArgs const& args, int cluster, DeviceTraits const& device, cudaStream_t stream)
 {
-    using Shape = DecodeShape<T, TOKENS, GROUP, LANES, WARPS, UNROLL, MOMENTS, ALIGNED>;
+    using Shape = DecodeShape<T, TOKENS, GROUP, LANES, 1, WARPS, UNROLL, true, MOMENTS, ALIGNED>;
     return launchDecodeShape<Shape, MOMENTS ? 1 : kMIN_CTAS<WARPS, UNROLL, TOKENS>>(
         args, cluster, device.computeCapability, stream);
 }

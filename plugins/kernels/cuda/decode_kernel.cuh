@@ -11,23 +11,32 @@ namespace nmexport::cuda
 {
 
 //! Compile-time shape of one decode kernel.
+//! VECTORS: neighbouring 16-byte vectors that a lane reads of each row.
+//! OVERLAP: rank the next batch while one is in flight, at the price of registers.
 //! ALIGNED: rows of W start on 16 bytes, so a lane reads a whole vector at once.
-template <typename T, int TOKENS_, int GROUP_, int LANES_PER_ROW_, int WARPS_, int UNROLL_, bool MOMENTS_, bool ALIGNED_>
+template <typename T, int TOKENS_, int GROUP_, int LANES_PER_ROW_, int VECTORS_, int WARPS_, int UNROLL_, bool OVERLAP_,
+    bool MOMENTS_, bool ALIGNED_>
 struct DecodeShape
 {
     using Element = T;
     static constexpr int TOKENS = TOKENS_;
     static constexpr int GROUP = GROUP_;
     static constexpr int LANES_PER_ROW = LANES_PER_ROW_;
+    static constexpr int VECTORS = VECTORS_;
     static constexpr int WARPS = WARPS_;
     static constexpr int UNROLL = UNROLL_;
+    static constexpr bool OVERLAP = OVERLAP_;
     static constexpr bool MOMENTS = MOMENTS_;
     static constexpr bool ALIGNED = ALIGNED_;
 
     static constexpr int THREADS = WARPS * kWARP;
-    static constexpr int COLUMNS = LANES_PER_ROW * kVECTOR<T>;
+    static constexpr int STRIPE = LANES_PER_ROW * kVECTOR<T>; //!< columns of one load
+    static constexpr int COLUMNS = STRIPE * VECTORS;
+    static constexpr int WIDTH = kVECTOR<T> * VECTORS; //!< columns of one lane
     static constexpr int ROWS_PER_LOAD = kWARP / LANES_PER_ROW;
-    static constexpr int BATCH = UNROLL * ROWS_PER_LOAD;
+    static constexpr int ROW_LOADS = UNROLL / VECTORS;
+    static constexpr int BATCH = ROW_LOADS * ROWS_PER_LOAD;
+    static_assert(UNROLL % VECTORS == 0);
     //! Holds the batch in flight, the one being queued and the overshoot of one chunk.
     static constexpr int RING = BATCH <= 32 ? 128 : 256;
     static_assert(2 * BATCH + kMAX_GROUP <= RING + 1);
@@ -139,71 +148,105 @@ __device__ __forceinline__ uint4 loadRowVector(
     }
 }
 
+//! Where a lane reads in every row.
+template <typename Shape>
+struct LaneColumns
+{
+    typename Shape::Element const* w; //!< W + column
+    int32_t column;                   //!< first column of the lane's first vector
+    int32_t outputs;
+};
+
 //! Issues the row loads of one batch: UNROLL independent vectors per lane.
 template <typename Shape, bool WHOLE>
 __device__ __forceinline__ void loadBatch(uint4 (&raw)[Shape::UNROLL], typename Shape::Scratch const& scratch,
-    typename Shape::Element const* wColumn, int32_t column, int32_t outputs, int32_t head, int32_t count)
+    LaneColumns<Shape> const& lane, int32_t head, int32_t count)
 {
     int const slot = threadIdx.x % kWARP / Shape::LANES_PER_ROW;
 #pragma unroll
-    for (int u = 0; u < Shape::UNROLL; ++u)
+    for (int load = 0; load < Shape::ROW_LOADS; ++load)
     {
-        int const entry = u * Shape::ROWS_PER_LOAD + slot;
-        raw[u] = make_uint4(0, 0, 0, 0);
-        if (WHOLE || entry < count)
+        int const entry = load * Shape::ROWS_PER_LOAD + slot;
+        bool const isThere = WHOLE || entry < count;
+        int64_t const row = isThere ? scratch.queuedChannel[(head + entry) % Shape::RING] : 0;
+        typename Shape::Element const* const address = lane.w + row * lane.outputs;
+#pragma unroll
+        for (int v = 0; v < Shape::VECTORS; ++v)
         {
-            int64_t const row = scratch.queuedChannel[(head + entry) % Shape::RING];
-            raw[u] = loadRowVector<Shape>(wColumn + row * outputs, column, outputs);
+            uint4& target = raw[load * Shape::VECTORS + v];
+            target = make_uint4(0, 0, 0, 0);
+            if (isThere)
+            {
+                // A vector past the last column reads the lane's first one again; its sums are not stored.
+                int32_t const offset = lane.column + v * Shape::STRIPE < lane.outputs ? v * Shape::STRIPE : 0;
+                target = loadRowVector<Shape>(address + offset, lane.column + offset, lane.outputs);
+            }
         }
     }
 }
 
 //! accumulator[token][i] += value * weight over one loaded batch.
 template <typename Shape, bool WHOLE>
-__device__ __forceinline__ void multiplyBatch(float (&accumulator)[Shape::TOKENS][kVECTOR<typename Shape::Element>],
+__device__ __forceinline__ void multiplyBatch(float (&accumulator)[Shape::TOKENS][Shape::WIDTH],
     uint4 const (&raw)[Shape::UNROLL], typename Shape::Scratch const& scratch, int32_t head, int32_t count)
 {
     using T = typename Shape::Element;
     int const slot = threadIdx.x % kWARP / Shape::LANES_PER_ROW;
 #pragma unroll
-    for (int u = 0; u < Shape::UNROLL; ++u)
+    for (int load = 0; load < Shape::ROW_LOADS; ++load)
     {
-        int const entry = u * Shape::ROWS_PER_LOAD + slot;
+        int const entry = load * Shape::ROWS_PER_LOAD + slot;
         bool const isThere = WHOLE || entry < count;
-        Unpacked<T> const weights = unpack(raw[u], static_cast<T const*>(nullptr));
+        float value[Shape::TOKENS];
 #pragma unroll
         for (int token = 0; token < Shape::TOKENS; ++token)
         {
-            float const value = isThere ? scratch.queuedValue[token][(head + entry) % Shape::RING] : 0.0F;
+            value[token] = isThere ? scratch.queuedValue[token][(head + entry) % Shape::RING] : 0.0F;
+        }
 #pragma unroll
-            for (int i = 0; i < kVECTOR<T>; ++i)
+        for (int v = 0; v < Shape::VECTORS; ++v)
+        {
+            Unpacked<T> const weights = unpack(raw[load * Shape::VECTORS + v], static_cast<T const*>(nullptr));
+#pragma unroll
+            for (int token = 0; token < Shape::TOKENS; ++token)
             {
-                accumulator[token][i] = fmaf(value, weights.value[i], accumulator[token][i]);
+#pragma unroll
+                for (int i = 0; i < kVECTOR<T>; ++i)
+                {
+                    float& sum = accumulator[token][v * kVECTOR<T> + i];
+                    sum = fmaf(value[token], weights.value[i], sum);
+                }
             }
         }
     }
 }
 
-//! The warp's whole slice: while a batch is in flight the next one is ranked.
+//! The warp's whole slice; with OVERLAP the next batch is ranked while one is in flight.
 template <typename Shape, typename Selector>
-__device__ __forceinline__ void streamRows(float (&accumulator)[Shape::TOKENS][kVECTOR<typename Shape::Element>],
-    Selector& selector, typename Shape::Scratch const& scratch, typename Shape::Element const* wColumn, int32_t column,
-    int32_t outputs)
+__device__ __forceinline__ void streamRows(float (&accumulator)[Shape::TOKENS][Shape::WIDTH], Selector& selector,
+    typename Shape::Scratch const& scratch, LaneColumns<Shape> const& lane)
 {
     uint4 raw[Shape::UNROLL];
     selector.fill(Shape::BATCH);
     while (selector.tail - selector.head >= Shape::BATCH)
     {
         int32_t const head = selector.head;
-        loadBatch<Shape, true>(raw, scratch, wColumn, column, outputs, head, Shape::BATCH);
+        loadBatch<Shape, true>(raw, scratch, lane, head, Shape::BATCH);
         selector.head += Shape::BATCH;
-        selector.fill(Shape::BATCH);
+        if constexpr (Shape::OVERLAP)
+        {
+            selector.fill(Shape::BATCH);
+        }
         multiplyBatch<Shape, true>(accumulator, raw, scratch, head, Shape::BATCH);
+        if constexpr (!Shape::OVERLAP)
+        {
+            selector.fill(Shape::BATCH);
+        }
     }
     int32_t const rest = selector.tail - selector.head;
     if (rest > 0)
     {
-        loadBatch<Shape, false>(raw, scratch, wColumn, column, outputs, selector.head, rest);
+        loadBatch<Shape, false>(raw, scratch, lane, selector.head, rest);
         multiplyBatch<Shape, false>(accumulator, raw, scratch, selector.head, rest);
     }
 }
@@ -211,16 +254,16 @@ __device__ __forceinline__ void streamRows(float (&accumulator)[Shape::TOKENS][k
 //! Adds the lanes that share columns, then leaves the warp's sums [TOKENS][COLUMNS] in its scratch.
 template <typename Shape>
 __device__ __forceinline__ void storeWarpSums(
-    float (&accumulator)[Shape::TOKENS][kVECTOR<typename Shape::Element>], typename Shape::Scratch* scratch)
+    float (&accumulator)[Shape::TOKENS][Shape::WIDTH], typename Shape::Scratch* scratch)
 {
-    constexpr int kWIDTH = kVECTOR<typename Shape::Element>;
+    constexpr int kVALUES = kVECTOR<typename Shape::Element>;
     int const lane = threadIdx.x % kWARP;
     float* const sums = reinterpret_cast<float*>(scratch);
 #pragma unroll
     for (int token = 0; token < Shape::TOKENS; ++token)
     {
 #pragma unroll
-        for (int i = 0; i < kWIDTH; ++i)
+        for (int i = 0; i < Shape::WIDTH; ++i)
         {
 #pragma unroll
             for (int offset = 16; offset >= Shape::LANES_PER_ROW; offset /= 2)
@@ -236,11 +279,12 @@ __device__ __forceinline__ void storeWarpSums(
         for (int token = 0; token < Shape::TOKENS; ++token)
         {
 #pragma unroll
-            for (int i = 0; i < kWIDTH; i += 4)
+            for (int i = 0; i < Shape::WIDTH; i += 4)
             {
+                int const column = i / kVALUES * Shape::STRIPE + lane * kVALUES + i % kVALUES;
                 float4 const four = make_float4(accumulator[token][i], accumulator[token][i + 1],
                     accumulator[token][i + 2], accumulator[token][i + 3]);
-                *reinterpret_cast<float4*>(sums + token * Shape::COLUMNS + lane * kWIDTH + i) = four;
+                *reinterpret_cast<float4*>(sums + token * Shape::COLUMNS + column) = four;
             }
         }
     }
@@ -341,7 +385,7 @@ __global__ void __launch_bounds__(Shape::THREADS, MIN_CTAS) decodeKernel(DecodeA
     int32_t const column = firstColumn + lane % Shape::LANES_PER_ROW * kVECTOR<T>;
     // A lane past the last column reads the first vector of its tile again and its sums are not stored.
     int32_t const readColumn = column < args.outputs ? column : firstColumn;
-    T const* const wColumn = static_cast<T const*>(args.w) + readColumn;
+    LaneColumns<Shape> const columns{static_cast<T const*>(args.w) + readColumn, readColumn, args.outputs};
 
     int32_t const width = Shape::GROUP == 0 ? chunkWidth(args.selection.m) : kWARP;
     Range const chunks = splitRange(
@@ -355,8 +399,8 @@ __global__ void __launch_bounds__(Shape::THREADS, MIN_CTAS) decodeKernel(DecodeA
     }
     WarpSelector<T, Shape::TOKENS, Shape::GROUP, Shape::RING, Shape::MOMENTS> selector(
         shared.scratch + warp, args.selection, static_cast<T const*>(args.x), args.channels, slice, shared.eta);
-    float accumulator[Shape::TOKENS][kVECTOR<T>] = {};
-    streamRows<Shape>(accumulator, selector, shared.scratch[warp], wColumn, readColumn, args.outputs);
+    float accumulator[Shape::TOKENS][Shape::WIDTH] = {};
+    streamRows<Shape>(accumulator, selector, shared.scratch[warp], columns);
 
     storeWarpSums<Shape>(accumulator, shared.scratch + warp);
     if constexpr (Shape::MOMENTS)

@@ -87,10 +87,13 @@ struct DecodeArgs
 //!   v  ...
 struct DecodePlan
 {
-    int32_t lanesPerRow{16}; //!< 4, 8, 16 or 32
-    int32_t warps{8};        //!< 4, 8 or 16
-    int32_t unroll{8};       //!< 16-byte loads in flight per lane
-    int32_t cluster{1};      //!< 1..8; above 1 needs compute capability 9.0
+    int32_t lanesPerRow{16};   //!< 8, 16 or 32 lanes share a row segment
+    int32_t vectors{1};        //!< 16-byte vectors a lane reads of each row: 1 or 2
+    int32_t warps{8};          //!< per CTA
+    int32_t unroll{8};         //!< 16-byte loads in flight per lane
+    int32_t overlap{0};        //!< 1: rank the next rows while some are in flight
+    int32_t residentWarps{32}; //!< warps per multiprocessor that the register budget leaves room for
+    int32_t cluster{1};        //!< 1..8; above 1 needs compute capability 9.0
 };
 
 //! What is known of the device; fill once with queryDevice and keep.
