@@ -254,3 +254,19 @@ def test_engine_json_names_no_absolute_path(built: WorkDirectory) -> None:
     document = json.loads((built.require("engine") / "engine.json").read_text())
     assert not document["model"].startswith("/")
     assert str(built.root) not in json.dumps(document)
+
+
+def test_native_op_and_function_bodies_choose_the_same_tokens(built: WorkDirectory) -> None:
+    native = pytest.importorskip("nmexport.runtimes.native")
+    library = native.find_library()
+    if library is None:
+        pytest.skip("the native op library is not built here")
+    from nmexport.verification.continuation import greedy
+
+    model = engine.Artifact(built.require("engine")).engine.model
+    prompts = np.random.default_rng(0).integers(3, 384, size=(4, 12))
+    tokens = []
+    for registered in (library, None):
+        with OrtSession(model, library=registered, threads=1) as session:
+            tokens.append(greedy(session, prompts, range(24)))
+    np.testing.assert_array_equal(tokens[0], tokens[1])
