@@ -152,6 +152,8 @@ class Pipeline:
     command: str = "nmexport build"
     """The user's own line, shown to whoever finds the directory locked."""
     stages: Mapping[str, Stage] = field(default_factory=load_stages)
+    _known_fields: dict[str, dict[str, Any]] = field(default_factory=dict, init=False, repr=False)
+    """Each stage's inputs, asked for once: a file changed during a run must not split it."""
 
     def plan(self, selection: Selection) -> list[Step]:
         """What `run` would do now; writes nothing.
@@ -308,7 +310,7 @@ class Pipeline:
         manifest = self.work.current_manifest(stage)
         if manifest is None:
             return "not built yet"
-        lines = changes(manifest.inputs, plain(self._fields(stage)))
+        lines = changes(manifest.inputs, self._fields(stage))
         if not lines:
             return "what it is made from changed upstream"
         more = f", and {len(lines) - 1} more" if len(lines) > 1 else ""
@@ -365,8 +367,11 @@ class Pipeline:
 
     def _fields(self, stage: str) -> dict[str, Any]:
         """The stage's own inputs, as they stand in its manifest."""
-        inputs = self._inputs(self.work.root / stage, {})
-        return {"nmexport": __version__, **self.stages[stage].key_fields(inputs)}
+        if stage not in self._known_fields:
+            inputs = self._inputs(self.work.root / stage, {})
+            fields = self.stages[stage].key_fields(inputs)
+            self._known_fields[stage] = plain({"nmexport": __version__, **fields})
+        return self._known_fields[stage]
 
     def _inputs(self, output: Path, upstream: Mapping[str, Path]) -> StageInputs:
         return StageInputs(

@@ -574,3 +574,15 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     document = json.loads(run("doctor", "--json").stdout)
     assert document["environment"]["packages"]["onnxruntime"]
     assert all(one["mend"] for target in document["targets"] for one in target["missing"])
+
+
+def test_tables_of_nested_values(in_folder: Path) -> None:
+    report = {
+        "verdict": "none",
+        "memory": {"peak_rss_bytes": 1_500_000_000, "why": None},
+        "rows": [{"name": "a", "kept": 0.123456, "of": [{"x": 1}, 2]}, {"name": "b", "extra": {}}],
+    }
+    Path("r.json").write_text(json.dumps(report))
+    shown = run("inspect", "r.json").stdout
+    for text in ("1.5 GB", "0.1235", "x 1, 2", "extra"):
+        assert text in shown

@@ -416,3 +416,18 @@ def test_resolved_recipe_is_ordinary_yaml(tmp_path: Path) -> None:
     fake_pipeline(tmp_path / "w").run(EVERYTHING)
     document = yaml.safe_load((tmp_path / "w/resolved.yaml").read_text())
     assert document["sparsity"]["pattern"] == "8:16"
+
+
+def test_inputs_that_change_during_a_run_do_not_split_it(tmp_path: Path, monkeypatch) -> None:
+    """The manifest must hold what its key was made from, not what a file says minutes later."""
+    stages = fake_stages()
+    fields = stages["fold"].key_fields
+    asked = []
+
+    def drifting(inputs):
+        asked.append(1)
+        return {**fields(inputs), "corpus": len(asked)}
+
+    monkeypatch.setattr(stages["fold"], "key_fields", drifting)
+    fake_pipeline(tmp_path / "w", stages).run(Selection(last="fold"))
+    assert read_manifest(tmp_path / "w/fold/current").inputs["corpus"] == 1

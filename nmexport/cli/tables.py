@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nmexport.cli.output import table
+from nmexport.cli.output import size, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -14,13 +14,13 @@ _DIGITS = 4
 
 def show_value(out: Console, value: dict[str, Any], title: str | None = None) -> None:
     """Print plain values as one table, and every list of rows as a table of its own."""
-    plain = [(name, _cell(item)) for name, item in _flat(value) if not _is_rows(item)]
+    plain = [(name, _cell(name, item)) for name, item in _flat(value) if not _is_rows(item)]
     if plain:
         out.print(table(title, ("", "value"), plain, left=("value",)))
     for name, item in _flat(value):
         if _is_rows(item):
             columns = list(dict.fromkeys(key for row in item for key in row))
-            rows = [[_cell(row.get(column)) for column in columns] for row in item]
+            rows = [[_cell(column, row.get(column)) for column in columns] for row in item]
             out.print(table(name, columns, rows))
 
 
@@ -39,13 +39,16 @@ def _is_rows(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
 
 
-def _cell(value: object) -> str:
+def _cell(name: str, value: object) -> str:
+    """A value on one line; what is named bytes in a unit that can be read."""
     if value is None:
         return "-"
+    if name.endswith("bytes") and isinstance(value, int):
+        return size(value)
     if isinstance(value, float):
         return f"{value:.{_DIGITS}g}"
     if isinstance(value, list):
-        return ", ".join(_cell(item) for item in value) or "-"
+        return ", ".join(_cell("", item) for item in value) or "-"
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_cell(item)}" for name, item in value.items())
+        return ", ".join(f"{key} {_cell(key, item)}" for key, item in value.items())
     return str(value)

@@ -1,0 +1,63 @@
+"""What could hurt: a plan that promises to fit and does not, or fails on a strange weight file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from nmexport.estimate import estimate, parameter_count
+from nmexport.models.source import ModelSource
+from nmexport.pipeline import Step
+from nmexport.recipe import resolve
+from safetensors.numpy import save_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MILLION = 1_000_000
+
+
+def source(folder: Path, gguf: str | None = None) -> ModelSource:
+    return ModelSource(id="x", revision=None, folder=folder, gguf_file=gguf, digest="d")
+
+
+def step(stage: str, action: str = "run", size: int | None = None) -> Step:
+    return Step(stage=stage, key="k" * 64, action=action, reason="", bytes=size)  # type: ignore[arg-type]
+
+
+def test_parameters_are_counted_from_headers_alone(tmp_path: Path) -> None:
+    save_file({"a": np.zeros((3, 4), np.float32)}, tmp_path / "1.safetensors")
+    save_file(
+        {"b": np.zeros(5, np.float16), "c": np.zeros((), np.int8)}, tmp_path / "2.safetensors"
+    )
+    assert parameter_count(source(tmp_path)) == 18
+
+
+@pytest.mark.parametrize("contents", [b"", b"\xff" * 64, b"\x02" + b"\0" * 7 + b"[]", b"{}"])
+def test_strange_weight_files_count_nothing(tmp_path: Path, contents: bytes) -> None:
+    (tmp_path / "1.safetensors").write_bytes(contents)
+    assert parameter_count(source(tmp_path)) == 0
+
+
+def test_bytes_follow_parameters_element_type_and_what_runs(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"\0" * (5 * MILLION // 8))
+    model = source(tmp_path, "m.gguf")
+    steps = [step("calibrate", "cached", 7), step("fold"), step("export")]
+    wide = estimate(resolve("a/b"), model, steps, tmp_path / "not" / "yet")
+    assert wide.parameters == MILLION
+    assert wide.bytes_by_stage["calibrate"] == 7
+    assert wide.bytes_by_stage["export"] - wide.bytes_by_stage["fold"] == 4 * MILLION
+    assert wide.write_bytes == wide.bytes_by_stage["fold"] + wide.bytes_by_stage["export"]
+    narrow = estimate(resolve("a/b", {"model.dtype": "bfloat16"}), model, steps, tmp_path)
+    assert wide.write_bytes - narrow.write_bytes == 6 * MILLION
+    assert wide.memory_bytes >= 14 * MILLION
+    assert wide.free_bytes > 0
+
+
+def test_nothing_to_run_takes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"")
+    idle = estimate(
+        resolve("a/b"), source(tmp_path, "m.gguf"), [step("fold", "cached", 9)], tmp_path
+    )
+    assert (idle.write_bytes, idle.memory_bytes) == (0, 0)
