@@ -85,11 +85,14 @@ class TargetsSection(_Strict):
 
 
 class SparsitySection(_Strict):
-    """What the linears compute."""
+    """What the linears compute.
+
+    Defaults are the most accurate of what needs no training, measured on SmolLM2 at 8:16.
+    """
 
     pattern: Pattern = NMPattern(8, 16)
     criterion: Criterion = "act"
-    mitigations: tuple[Mitigation, ...] = ()
+    mitigations: tuple[Mitigation, ...] = ("var",)
     grouping: Grouping = "balanced"
     phases: Phases = "all"
     targets: TargetsSection = TargetsSection()
