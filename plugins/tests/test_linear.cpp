@@ -166,7 +166,7 @@ std::vector<double> expectedToken(const Case& c, const Data& d, std::size_t toke
         for (std::size_t j = 0; j < kept; ++j) s[group[j]] = static_cast<double>(z[group[j]]);
     }
     double nu = 1;
-    if (c.variance && !c.keepAll) {
+    if (c.variance && !c.keepAll && c.pattern.n != c.pattern.m) {
         nu = std::sqrt(populationVariance(dense) / std::max(populationVariance(s), 1e-12));
     }
     std::vector<double> y(c.outputs, 0.0);

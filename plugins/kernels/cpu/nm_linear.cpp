@@ -61,13 +61,15 @@ void selectPart(const LinearArguments& a, const Variant& variant, const Pass& pa
     SelectionConstants constants = a.constants;
     constants.channelOrder = pass.channelOrder;
     const char* x = columnOf(a, a.x, (pass.first + first) * a.channels);
-    if (a.keepAll || a.pattern.n == a.pattern.m) {
+    const bool dense = a.keepAll || a.pattern.n == a.pattern.m;
+    if (dense) {
         keepTokens(variant, a.type, x, a.channels, count, constants, part);
     } else {
         selectTokens(variant, a.type, x, a.channels, count, a.pattern, constants, part);
     }
     for (std::size_t t = 0; t < count; ++t) {
-        const bool correct = a.varianceCorrection && !a.keepAll;
+        // Where nothing is dropped, there is nothing to correct, not even for a constant token.
+        const bool correct = a.varianceCorrection && !dense;
         pass.nu[first + t] = correct ? varianceRatio(a, variant, part.z + t * part.zStride,
                                                      part.keep + t * part.keepStride)
                                      : 1.0f;

@@ -1,0 +1,152 @@
+"""Build the native library as part of `pip install`, or say why it could not be built.
+
+A machine without a compiler or without ONNX Runtime's headers still gets a working package: the
+exported models run through their function bodies. The reason is left beside the place of the
+library, where `nmexport doctor` reads it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+INCLUDE_VARIABLE = "NMEXPORT_ORT_INCLUDE"
+FAILURE_FILE = "BUILD_FAILED.txt"
+_HEADER = "onnxruntime_c_api.h"
+_SYSTEM_INCLUDES = (
+    "/usr/include/onnxruntime",
+    "/usr/include/onnxruntime/core/session",
+    "/usr/local/include/onnxruntime",
+    "/usr/local/include",
+)
+_COMPILERS = ("c++", "g++", "clang++")
+_TIMEOUT_S = 1200
+
+
+class BuildError(Exception):
+    """The library cannot be built here; the message says why and what would mend it."""
+
+
+class NativeBuildHook(BuildHookInterface):
+    """Configures, builds and installs `plugins/` into `nmexport/_native/`."""
+
+    PLUGIN_NAME = "custom"
+
+    def dependencies(self) -> list[str]:
+        """CMake and Ninja from the package index, where the machine has none."""
+        if self.target_name != "wheel":
+            return []
+        return [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Build for a wheel, editable or not; a source distribution carries the sources only."""
+        del version
+        if self.target_name != "wheel":
+            return
+        root = Path(self.root)
+        native = root / "nmexport" / "_native"
+        try:
+            shutil.rmtree(native, ignore_errors=True)
+            native.mkdir(parents=True)
+            build_library(root, native, str(self.metadata.version))
+        except (BuildError, OSError) as error:
+            self.app.display_warning(
+                f"nmexport: the native library was not built: {error}\n"
+                "Models will run through their ONNX function bodies, which is slower."
+            )
+            if native.is_dir():
+                (native / FAILURE_FILE).write_text(f"{error}\n", encoding="utf-8")
+            return
+        build_data["pure_python"] = False
+        build_data["tag"] = f"py3-none-{_platform_tag()}"
+
+
+def build_library(root: Path, destination: Path, version: str) -> None:
+    """Build `plugins/` and install the library into `destination`.
+
+    Raises:
+        BuildError: if a tool or the headers are missing, or the build fails.
+    """
+    compiler = os.environ.get("CXX")
+    if compiler is None and not any(shutil.which(name) for name in _COMPILERS):
+        raise BuildError("no C++ compiler found; install one (Debian: apt-get install g++)")
+    if shutil.which("cmake") is None:
+        raise BuildError("cmake not found; install it (pip install cmake ninja)")
+    include = find_headers(root)
+    build = root / "build" / "native"
+    # A tree configured by another CMake, or with another compiler, is not worth reusing.
+    shutil.rmtree(build, ignore_errors=True)
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    _run(
+        [
+            "cmake",
+            "-S",
+            str(root / "plugins"),
+            "-B",
+            str(build),
+            *generator,
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DONNXRUNTIME_INCLUDE_DIR={include}",
+            f"-DNMEXPORT_VERSION={version}",
+        ]
+    )
+    _run(["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1)])
+    _run(["cmake", "--install", str(build), "--prefix", str(destination)])
+
+
+def find_headers(root: Path) -> Path:
+    """Folder of ONNX Runtime's C headers: named, installed, or fetched.
+
+    Raises:
+        BuildError: if they are nowhere to be had.
+    """
+    named = os.environ.get(INCLUDE_VARIABLE)
+    if named:
+        if not (Path(named) / _HEADER).is_file():
+            raise BuildError(f"{INCLUDE_VARIABLE}={named} holds no {_HEADER}")
+        return Path(named)
+    for folder in _SYSTEM_INCLUDES:
+        if (Path(folder) / _HEADER).is_file():
+            return Path(folder)
+    fetcher = _load_fetcher(root)
+    try:
+        return Path(fetcher.fetch(root / "build" / "onnxruntime-headers"))
+    except (fetcher.FetchError, OSError) as error:
+        raise BuildError(
+            f"no ONNX Runtime headers ({error}); install them (Debian 13: apt-get install "
+            f"libonnxruntime-dev; elsewhere the include folder of its release archive) and "
+            f"set {INCLUDE_VARIABLE} to their folder"
+        ) from error
+
+
+def _load_fetcher(root: Path) -> Any:
+    path = root / "plugins" / "onnxruntime" / "fetch_headers.py"
+    spec = importlib.util.spec_from_file_location("nmexport_fetch_headers", path)
+    if spec is None or spec.loader is None:
+        raise BuildError(f"{path} is missing")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _platform_tag() -> str:
+    return sysconfig.get_platform().replace("-", "_").replace(".", "_")
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"{command[0]}: {error}") from error
+    if done.returncode != 0:
+        last = (done.stdout + done.stderr).strip().splitlines()[-15:]
+        raise BuildError("`" + " ".join(command) + "` failed:\n" + "\n".join(last))
