@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 # About the making, not about what was made.
-_LEFT_OUT = frozenset({"path", "made"})
+_LEFT_OUT = frozenset({"path", "made", "seconds"})
 
 
 def compare(before: Path, after: Path) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested keys joined by dots; a row stands under its first value."""
     flat: dict[str, Any] = {}
     for name, item in value.items():
-        if not prefix and name in _LEFT_OUT:
+        if name in _LEFT_OUT:
             continue
         where = f"{prefix}{name}"
         if isinstance(item, dict):

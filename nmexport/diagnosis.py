@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from nmexport.errors import EnvironmentFault
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -51,6 +53,16 @@ class TargetState:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class NativeLibrary:
+    """The native op library, as far as it is here."""
+
+    path: str | None = None
+    description: dict[str, Any] | None = None
+    """Its version, its instruction-set variant on this processor, its ops."""
+    why_missing: str | None = None
+
+
 def diagnose(environment: Environment) -> list[TargetState]:
     """State of every target."""
     return [
@@ -69,9 +81,10 @@ def _onnxruntime() -> list[Missing]:
 
 def _native_library() -> list[Missing]:
     """The fast ops; without them the function bodies in the model run."""
-    if library_path() is not None:
+    found = native_library()
+    if found.why_missing is None:
         return []
-    what = "the native op library: models run through their function bodies, slower than dense"
+    what = f"the native op library; without it models run slower than dense. {found.why_missing}"
     if compiler() is None:
         mend = f"install a C++17 compiler (Debian: apt-get install g++), then {_REBUILD}"
     else:
@@ -110,9 +123,14 @@ def compiler(names: Sequence[str] = COMPILERS) -> str | None:
     return next((path for name in names if (path := shutil.which(name))), None)
 
 
-def library_path() -> str | None:
-    """Path of the native op library, or None where it is not built."""
+def native_library() -> NativeLibrary:
+    """Whether the native op library is here and loads, and what it says of itself."""
     from nmexport.runtimes import native
 
-    found = native.find_library()
-    return str(found) if found else None
+    path = native.find_library()
+    if path is None:
+        return NativeLibrary(why_missing=native.why_missing())
+    try:
+        return NativeLibrary(path=str(path), description=native.describe_library(path))
+    except EnvironmentFault as fault:
+        return NativeLibrary(path=str(path), why_missing=fault.problem)

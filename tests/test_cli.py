@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 from nmexport.cli.main import VERBS, Terminated, cli
 from nmexport.cli.options import Request
+from nmexport.diagnosis import NativeLibrary
 from nmexport.errors import GateFailed, InternalError, UserError
 
 from tests.fake_stages import fake_pipeline, fake_stages
@@ -520,6 +521,7 @@ def test_diff_says_what_changed(fakes: dict[str, Any]) -> None:
     run("build", "--model", "some/model", "--work", "b", "--pattern", "2:4")
     run("build", "--model", "some/model", "--work", "c")
     assert "No difference" in run("diff", "a/fold/current", "c/fold/current").stdout
+    assert "No difference" in run("diff", "a", "c").stdout
     document = json.loads(run("diff", "a", "b", "--json").stdout)
     what = {row["what"]: row for row in document["differences"]}
     assert what["recipe.sparsity.pattern"]["after"] == "2:4"
@@ -565,14 +567,25 @@ def test_inspect_onnx_counts_our_nodes_without_reading_weights(in_folder: Path) 
     assert "nmexport::NMLinear" in run("inspect", "m.onnx").stdout
 
 
-def test_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nmexport.diagnosis.library_path", lambda: None)
+@pytest.mark.parametrize(
+    ("library", "says"),
+    [
+        (NativeLibrary(why_missing="no compiler"), "not built"),
+        (NativeLibrary(path="/x.so", why_missing="wrong bits"), "cannot be loaded"),
+        (NativeLibrary(path="/x.so", description={"variant": "avx2"}), "variant avx2"),
+    ],
+)
+def test_doctor(monkeypatch: pytest.MonkeyPatch, library: NativeLibrary, says: str) -> None:
+    monkeypatch.setattr("nmexport.diagnosis.native_library", lambda: library)
     shown = run("doctor").stdout
+    assert says in shown
     assert "target onnxruntime: works" in shown
+    assert ("would be faster with" in shown) == (library.why_missing is not None)
     assert "target tensorrt: does not work here" in shown
     assert "mend: " in shown
     document = json.loads(run("doctor", "--json").stdout)
     assert document["environment"]["packages"]["onnxruntime"]
+    assert document["native_library"]["why_missing"] == library.why_missing
     assert all(one["mend"] for target in document["targets"] for one in target["missing"])
 
 

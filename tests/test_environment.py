@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from nmexport import diagnosis, environment
+from nmexport.diagnosis import NativeLibrary
 from nmexport.environment import Environment, Gpu, gpus_from_query, physical_cores, probe
 from nmexport.progress import Bars, Lines, Silent, duration, on_stream
 
@@ -62,9 +63,12 @@ def test_without_linux_files(monkeypatch) -> None:
 BARE = Environment(nmexport="0", python="3", system="s", cpu="c", isa=(), cores=1, memory_bytes=1)
 
 
+ABSENT = NativeLibrary(why_missing="no compiler was found")
+
+
 def test_every_missing_thing_has_a_mend(monkeypatch) -> None:
     monkeypatch.setattr(diagnosis, "is_installed", lambda module: False)
-    monkeypatch.setattr(diagnosis, "library_path", lambda: None)
+    monkeypatch.setattr(diagnosis, "native_library", lambda: ABSENT)
     states = {state.target: state for state in diagnosis.diagnose(BARE)}
     assert list(states) == ["onnxruntime", "tensorrt", "tensorrt-rtx"]
     assert not any(state.works for state in states.values())
@@ -75,10 +79,11 @@ def test_every_missing_thing_has_a_mend(monkeypatch) -> None:
 
 @pytest.mark.parametrize("compiler", ["/usr/bin/c++", None])
 def test_missing_library_slows_and_does_not_forbid(monkeypatch, compiler: str | None) -> None:
-    monkeypatch.setattr(diagnosis, "library_path", lambda: None)
+    monkeypatch.setattr(diagnosis, "native_library", lambda: ABSENT)
     monkeypatch.setattr(diagnosis, "compiler", lambda: compiler)
     state = diagnosis.diagnose(BARE)[0]
     assert state.works
+    assert "no compiler was found" in state.missing[0].what
     assert ("install a C++17 compiler" in state.missing[0].mend) == (compiler is None)
 
 
@@ -143,3 +148,19 @@ def test_stream_decides() -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_native_library_present_absent_or_broken(monkeypatch, tmp_path: Path) -> None:
+    from nmexport.runtimes import native
+
+    monkeypatch.setattr(native, "find_library", lambda: None)
+    monkeypatch.setattr(native, "why_missing", lambda: "not built")
+    assert diagnosis.native_library() == NativeLibrary(why_missing="not built")
+    path = tmp_path / "libx.so"
+    path.write_bytes(b"no library")
+    monkeypatch.setattr(native, "find_library", lambda: path)
+    broken = diagnosis.native_library()
+    assert broken.path == str(path)
+    assert "cannot be loaded" in str(broken.why_missing)
+    monkeypatch.setattr(native, "describe_library", lambda path: {"variant": "portable"})
+    assert diagnosis.native_library().description == {"variant": "portable"}

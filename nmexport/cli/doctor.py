@@ -19,6 +19,7 @@ from nmexport.cli.output import (
 )
 
 if TYPE_CHECKING:
+    from nmexport.diagnosis import NativeLibrary
     from nmexport.environment import Environment
 
 
@@ -36,13 +37,14 @@ def doctor_command(ctx: click.Context) -> None:
 
     environment = probe()
     states = diagnosis.diagnose(environment)
+    library = diagnosis.native_library()
     free = shutil.disk_usage(Path.cwd()).free
     if wants_json(ctx):
         emit_json(
             {
                 "environment": environment.as_dict(),
                 "compiler": diagnosis.compiler(),
-                "native_library": diagnosis.library_path(),
+                "native_library": vars(library),
                 "free_disk_bytes": free,
                 "targets": [state.as_dict() for state in states],
             }
@@ -52,7 +54,7 @@ def doctor_command(ctx: click.Context) -> None:
     rows = [
         *_machine(environment, free),
         ("C++ compiler", diagnosis.compiler() or "none"),
-        ("native ops", diagnosis.library_path() or "not built"),
+        ("native ops", _library_words(library)),
         *environment.packages.items(),
     ]
     out.print(table(None, ("this machine", ""), rows, left=("",)))
@@ -80,3 +82,9 @@ def _machine(environment: Environment, free: int) -> list[tuple[str, str]]:
         ("free disk here", size(free)),
         ("GPU", "; ".join(gpus) or "none"),
     ]
+
+
+def _library_words(library: NativeLibrary) -> str:
+    if library.description is None:
+        return "not built" if library.path is None else "cannot be loaded"
+    return f"{library.path}, variant {library.description['variant']}"
