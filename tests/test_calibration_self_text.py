@@ -52,16 +52,16 @@ def test_only_ordinary_tokens_and_ends_of_text(model: Any, tokenizer: Any) -> No
 
 
 def test_the_text_is_what_the_model_says(model: Any, tokenizer: Any) -> None:
-    """With a model that is sure of itself sampling is greedy: so the cache is right."""
+    """A model that is sure of itself is sampled greedily: so the cache is right."""
     with torch.no_grad():
-        model.lm_head.weight.mul_(1000.0)
+        model.lm_head.weight.mul_(1e4)
     ids = torch.from_numpy(self_text(model, tokenizer, progress=Silent())(2, 12, 3))
     with torch.no_grad():
         logits = model(ids).logits[:, :-1]
     logits[..., [0, 1, *range(len(tokenizer), logits.shape[-1])]] = -torch.inf
-    follows = logits.argmax(-1)
-    after_text = ids[:, :-1] != 2
-    assert torch.equal(follows[after_text], ids[:, 1:][after_text])
+    chosen = logits.gather(-1, ids[:, 1:, None]).squeeze(-1)
+    behind = (logits.amax(-1) - chosen)[ids[:, :-1] != 2]
+    assert (behind < 20).all()  # unlikely by e^-20 or more, of logits thousands apart
 
 
 def test_another_text_follows_an_end(model: Any, tokenizer: Any) -> None:
