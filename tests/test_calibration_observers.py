@@ -10,7 +10,11 @@ import pytest
 import torch
 from nmexport.calibration.local_error import ErrorObserver, observe_error
 from nmexport.calibration.observers import ChannelObserver, ChannelSums
-from nmexport.calibration.passes import gather_channel_statistics, gather_errors
+from nmexport.calibration.passes import (
+    gather_channel_statistics,
+    gather_errors,
+    on_best_device,
+)
 from nmexport.errors import ModelError
 from nmexport.progress import Silent
 from nmexport.sparsity.linear import Behaviour, Constants, FoldedLinear
@@ -165,3 +169,20 @@ def test_activations_that_overflow_are_refused(tiny_llama: Path) -> None:
     samples = torch.randint(3, 300, (1, 8), generator=torch.Generator().manual_seed(0))
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.down_proj"):
         gather_channel_statistics(model, linears_of(model), samples, progress=Silent())
+
+
+@pytest.mark.parametrize(("free", "device"), [(0, "cpu"), (1 << 40, "cuda")])
+def test_a_model_moves_to_a_gpu_only_where_it_fits(
+    monkeypatch: pytest.MonkeyPatch, free: int, device: str
+) -> None:
+    moved: list[str] = []
+
+    class Model(torch.nn.Linear):
+        def to(self, where: str) -> Model:  # type: ignore[override]
+            moved.append(where)
+            return self
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 1 << 40))
+    on_best_device(Model(4, 4))
+    assert moved == ([] if device == "cpu" else [device])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from nmexport import recipe
-from nmexport.errors import RecipeError
+from nmexport.errors import PatternError, RecipeError
 from nmexport.sparsity.criterion import CRITERIA, score_scale
 from nmexport.sparsity.grouping import GROUPINGS, channel_order
 from nmexport.sparsity.method import behaviour_of, constants_of
@@ -124,3 +124,17 @@ def test_balanced_is_the_same_every_time_and_breaks_ties_by_channel() -> None:
 
 def test_consecutive_needs_no_order() -> None:
     assert channel_order("consecutive", torch.ones(32), PATTERN) is None
+
+
+@pytest.mark.parametrize("text", ["8:0", "17:16", "8-16", "8:65", "", "a:b", "8:16:4", "-1:4"])
+def test_patterns_that_no_executor_could_run(text: str) -> None:
+    with pytest.raises(PatternError) as caught:
+        NMPattern.parse(text)
+    assert "8:16" in (caught.value.allowed or "")
+
+
+@pytest.mark.parametrize("text", ["8:16", "1:1", "64:64", " 3:8 "])
+def test_patterns_read_back(text: str) -> None:
+    pattern = NMPattern.parse(text)
+    assert str(pattern) == text.strip()
+    assert pattern.density + pattern.sparsity == 1.0
