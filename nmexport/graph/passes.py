@@ -143,7 +143,7 @@ def _is_turned_matrix(node: ir.Node, weight: ir.Value) -> bool:
 def _transposed(tensor: ir.TensorProtocol | None, name: str | None) -> ir.LazyTensor:
     if tensor is None:
         raise ir.passes.PreconditionError(f"initializer {name} has no value")
-    rows, columns = tensor.shape
+    rows, columns = tensor.shape.numpy()
     return ir.LazyTensor(
         lambda: ir.Tensor(np.ascontiguousarray(tensor.numpy().T), dtype=tensor.dtype, name=name),
         dtype=tensor.dtype,
