@@ -482,6 +482,26 @@ def test_bench_engines(fakes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -
     assert json.loads(run("bench", "engines", "--work", "w", "--json").stdout)["latency"] == latency
 
 
+def test_bench_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def bench_kernels(shapes: Any, tokens: Any, **options: Any) -> dict[str, Any]:
+        asked.update(shapes=shapes, tokens=tokens, **options)
+        sides = dict.fromkeys(("matmul", "own_dense", "sparse"), {"median_us": 8.5})
+        size = {"in_features": 32, "out_features": 64, "tokens": 1, "runs": 9}
+        settings = dict.fromkeys(("runtime", "variant", "threads", "pattern", "dtype"), "x")
+        return {**settings, "results": [{**size, **sides, "ratio": 1.75, "kept_gb_per_s": 20.0}]}
+
+    monkeypatch.setattr("nmexport.bench.bench_kernels", bench_kernels)
+    assert "1.75" in run("bench", "kernels", "--shape", "32x64", "--tokens", "1").stdout
+    assert (asked["shapes"], asked["tokens"]) == ([(32, 64)], (1,))
+    assert str(asked["pattern"]) == "8:16"
+    assert json.loads(run("bench", "kernels", "--json").stdout)["results"][0]["ratio"] == 1.75
+    assert asked["shapes"][0] == (576, 576)
+    assert "such as 576x1536" in run("bench", "kernels", "--shape", "32", code=1).stderr
+    assert "17:16" in run("bench", "kernels", "--pattern", "17:16", code=1).stderr
+
+
 def test_recipes(in_folder: Path) -> None:
     assert "HuggingFaceTB/SmolLM2-135M-Instruct" in run("recipes", "list").stdout
     text = run("recipes", "show", "smollm2").stdout

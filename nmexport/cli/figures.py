@@ -72,7 +72,7 @@ def _speed_row(report: dict[str, Any], phase: str) -> tuple[object, ...]:
         f"{phase}, {count} {unit}" if count is not None else phase,
         figure(_at(report, "latency", "dense", phase, "p50_ms"), 1, " ms"),
         figure(_at(report, "latency", "sparse", phase, "p50_ms"), 1, " ms"),
-        figure(_at(report, "latency", "speedup", phase), 2, "x faster"),
+        figure(_at(report, "latency", "speedup", phase), 2, "x the speed"),
     )
 
 
