@@ -487,7 +487,7 @@ def test_bench_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def bench_kernels(shapes: Any, tokens: Any, **options: Any) -> dict[str, Any]:
         asked.update(shapes=shapes, tokens=tokens, **options)
-        sides = dict.fromkeys(("matmul", "own_dense", "sparse"), {"median_us": 8.5})
+        sides = {side: {"median_us": 8.5} for side in ("matmul", "own_dense", "sparse")}
         size = {"in_features": 32, "out_features": 64, "tokens": 1, "runs": 9}
         settings = dict.fromkeys(("runtime", "variant", "threads", "pattern", "dtype"), "x")
         return {**settings, "results": [{**size, **sides, "ratio": 1.75, "kept_gb_per_s": 20.0}]}
