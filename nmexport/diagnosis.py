@@ -15,7 +15,6 @@ from nmexport.errors import EnvironmentFault
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from nmexport.environment import Environment
 
 COMPILERS = ("c++", "g++", "clang++")
 _REBUILD = "pip install --force-reinstall --no-deps nmexport (in a source tree: make native)"
@@ -63,12 +62,12 @@ class NativeLibrary:
     why_missing: str | None = None
 
 
-def diagnose(environment: Environment) -> list[TargetState]:
+def diagnose() -> list[TargetState]:
     """State of every target."""
     return [
         TargetState(target="onnxruntime", missing=tuple(_onnxruntime())),
-        TargetState(target="tensorrt", missing=tuple(_tensorrt(environment, "tensorrt"))),
-        TargetState(target="tensorrt-rtx", missing=tuple(_tensorrt(environment, "tensorrt-rtx"))),
+        TargetState(target="tensorrt", missing=tuple(_tensorrt("tensorrt"))),
+        TargetState(target="tensorrt-rtx", missing=tuple(_tensorrt("tensorrt-rtx"))),
     ]
 
 
@@ -92,25 +91,14 @@ def _native_library() -> list[Missing]:
     return [Missing(what=what, mend=mend, needed=False)]
 
 
-def _tensorrt(environment: Environment, package: str) -> list[Missing]:
-    missing = []
-    module = package.replace("-", "_")
-    if not is_installed(module):
-        missing.append(Missing(what=f"the package {package}", mend=f"pip install {package}"))
-    if not environment.gpus:
-        missing.append(
-            Missing(
-                what="an NVIDIA GPU with its driver (nvidia-smi shows none)",
-                mend="run on a machine with one; in a container, start it with --gpus all",
-            )
-        )
-    missing.append(
+def _tensorrt(package: str) -> list[Missing]:
+    """Installing the package would not help yet, so it is not asked for."""
+    return [
         Missing(
-            what=f"engine building for {package} in this version of nmexport",
+            what=f"engine building for {package}, which this version of nmexport does not have",
             mend="nmexport build --target onnxruntime; the ONNX file carries what TensorRT needs",
         )
-    )
-    return missing
+    ]
 
 
 def is_installed(module: str) -> bool:

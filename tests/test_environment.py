@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from nmexport import diagnosis, environment
 from nmexport.diagnosis import NativeLibrary
-from nmexport.environment import Environment, Gpu, gpus_from_query, physical_cores, probe
+from nmexport.environment import Gpu, gpus_from_query, physical_cores, probe
 from nmexport.progress import Bars, Lines, Silent, duration, on_stream
 
 
@@ -60,16 +60,13 @@ def test_without_linux_files(monkeypatch) -> None:
     assert physical_cores() >= 1
 
 
-BARE = Environment(nmexport="0", python="3", system="s", cpu="c", isa=(), cores=1, memory_bytes=1)
-
-
 ABSENT = NativeLibrary(why_missing="no compiler was found")
 
 
 def test_every_missing_thing_has_a_mend(monkeypatch) -> None:
     monkeypatch.setattr(diagnosis, "is_installed", lambda module: False)
     monkeypatch.setattr(diagnosis, "native_library", lambda: ABSENT)
-    states = {state.target: state for state in diagnosis.diagnose(BARE)}
+    states = {state.target: state for state in diagnosis.diagnose()}
     assert list(states) == ["onnxruntime", "tensorrt", "tensorrt-rtx"]
     assert not any(state.works for state in states.values())
     for state in states.values():
@@ -81,7 +78,7 @@ def test_every_missing_thing_has_a_mend(monkeypatch) -> None:
 def test_missing_library_slows_and_does_not_forbid(monkeypatch, compiler: str | None) -> None:
     monkeypatch.setattr(diagnosis, "native_library", lambda: ABSENT)
     monkeypatch.setattr(diagnosis, "compiler", lambda: compiler)
-    state = diagnosis.diagnose(BARE)[0]
+    state = diagnosis.diagnose()[0]
     assert state.works
     assert "no compiler was found" in state.missing[0].what
     assert ("install a C++17 compiler" in state.missing[0].mend) == (compiler is None)

@@ -36,7 +36,7 @@ def doctor_command(ctx: click.Context) -> None:
     from nmexport.environment import probe
 
     environment = probe()
-    states = diagnosis.diagnose(environment)
+    states = diagnosis.diagnose()
     library = diagnosis.native_library()
     free = shutil.disk_usage(Path.cwd()).free
     if wants_json(ctx):

@@ -41,6 +41,17 @@ VERBS: Mapping[str, str] = MappingProxyType(
 )
 """Module of each verb, in the order of `--help`; a module has a command of the verb's name."""
 
+# \b keeps click from joining the lines of a paragraph.
+_HELP = """Turn a Hugging Face LLM into an N:M activation-sparse engine, with proof.
+
+\b
+nmexport build --model smollm2 --pattern 8:16    everything, resumable
+nmexport doctor                                  what works on this machine
+
+Exit codes: 0 ok, 1 your input or this machine (one message says what to do), 2 usage,
+3 a gate failed, 70 a bug, 130 interrupted.
+"""
+
 _REPORT_TO = "This is a bug in nmexport. Please report it with the text above and the command line."
 
 
@@ -119,15 +130,7 @@ def _sigterm_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-@click.group(cls=VerbGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=VerbGroup, help=_HELP, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="nmexport")
 def cli() -> None:
-    r"""Turn a Hugging Face LLM into an N:M activation-sparse engine, with proof.
-
-    \b
-    nmexport build --model smollm2 --pattern 8:16    everything, resumable
-    nmexport doctor                                  what works on this machine
-
-    Exit codes: 0 ok, 1 your input or this machine (one message says what to do), 2 usage,
-    3 a gate failed, 70 a bug, 130 interrupted.
-    """
+    """Hold the verbs; each is a module of its own."""
