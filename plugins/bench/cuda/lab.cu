@@ -22,7 +22,12 @@ cudaError_t sweepUnroll(DecodeArgs const& args, DecodePlan const& plan, cudaStre
     {
     case 4132: return launchSwept<LANES, VECTORS, WARPS, 4, true, 32>(args, plan.cluster, stream);
     case 8124: return launchSwept<LANES, VECTORS, WARPS, 8, true, 24>(args, plan.cluster, stream);
-    case 8032: return launchSwept<LANES, VECTORS, WARPS, 8, false, 32>(args, plan.cluster, stream);
+    case 8032:
+        if constexpr (VECTORS == 1)
+        {
+            return launchSwept<LANES, VECTORS, WARPS, 8, false, 32>(args, plan.cluster, stream);
+        }
+        return cudaErrorInvalidValue;
     case 16116: return launchSwept<LANES, VECTORS, WARPS, 16, true, 16>(args, plan.cluster, stream);
     case 16016: return launchSwept<LANES, VECTORS, WARPS, 16, false, 16>(args, plan.cluster, stream);
     default: return cudaErrorInvalidValue;

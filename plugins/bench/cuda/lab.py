@@ -33,6 +33,7 @@ SHAPES = {
 }
 TARGETS = {"o": 1.60, "qkv": 1.72, "gate": 1.85, "gate_up": 1.92, "down": 1.85, "chain": 1.82}
 FLOORS = {"o": 1.37, "qkv": 1.53, "gate": 1.70, "gate_up": 1.82, "down": 1.67, "chain": 1.65}
+FEW_PLANS = [(32, 1, 16, 16, 0, 16), (32, 1, 16, 8, 0, 32), (16, 1, 16, 8, 0, 32), (16, 1, 8, 8, 0, 32), (32, 1, 8, 8, 0, 32), (32, 1, 8, 8, 1, 24), (32, 2, 8, 8, 1, 24), (16, 1, 8, 4, 1, 32)]
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -87,7 +88,10 @@ class MaskArgs(ctypes.Structure):
 class Plan(ctypes.Structure):
     """Mirror of nmexport::cuda::DecodePlan."""
 
-    _fields_ = [(name, ctypes.c_int32) for name in ("lanes", "vectors", "warps", "unroll", "overlap", "resident", "cluster")]
+    _fields_ = [
+        (name, ctypes.c_int32)
+        for name in ("lanes", "vectors", "warps", "unroll", "overlap", "resident", "cluster")
+    ]
 
     def label(self) -> str:
         return f"L{self.lanes} V{self.vectors} W{self.warps} U{self.unroll} O{self.overlap} R{self.resident} C{self.cluster}"
@@ -111,11 +115,23 @@ def build_library(out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     major, minor = torch.cuda.get_device_capability()
     arch = f"{major}{minor}a" if major >= 9 else f"{major}{minor}"
-    flags = ["-std=c++17", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xcompiler", "-fPIC", f"-I{KERNELS}"]
+    flags = [
+        "-std=c++17",
+        "-O3",
+        f"-gencode=arch=compute_{arch},code=sm_{arch}",
+        "-Xcompiler",
+        "-fPIC",
+        f"-I{KERNELS}",
+    ]
     sources = [HERE / "lab.cu", *sorted(KERNELS.glob("*.cu"))]
     objects = [out / f"{source.stem}.o" for source in sources]
     with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda pair: run(["nvcc", *flags, "-c", str(pair[0]), "-o", str(pair[1])]), zip(sources, objects)))
+        list(
+            pool.map(
+                lambda pair: run(["nvcc", *flags, "-c", str(pair[0]), "-o", str(pair[1])]),
+                zip(sources, objects),
+            )
+        )
     library = out / "liblab.so"
     run(["nvcc", "-shared", "-cudart", "static", "-o", str(library), *map(str, objects)])
     return library
@@ -123,9 +139,18 @@ def build_library(out: Path) -> Path:
 
 def find_cublaslt() -> tuple[Path, Path]:
     """The header's folder and the library, from the toolkit or from PyTorch's own packages."""
-    roots = [Path("/usr/local/cuda"), *[Path(p) / "nvidia" / "cu13" for p in sys.path], *[Path(p) / "nvidia" / "cublas" for p in sys.path]]
+    roots = [
+        Path("/usr/local/cuda"),
+        *[Path(p) / "nvidia" / "cu13" for p in sys.path],
+        *[Path(p) / "nvidia" / "cublas" for p in sys.path],
+    ]
     headers = [root / "include" for root in roots if (root / "include" / "cublasLt.h").exists()]
-    libraries = [lib for root in roots for folder in ("lib64", "lib") for lib in (root / folder).glob("libcublasLt.so*")]
+    libraries = [
+        lib
+        for root in roots
+        for folder in ("lib64", "lib")
+        for lib in (root / folder).glob("libcublasLt.so*")
+    ]
     if not headers or not libraries:
         raise SystemExit("cublasLt.h or libcublasLt.so not found")
     return headers[0], libraries[0]
@@ -135,8 +160,24 @@ def build_blaslt(out: Path) -> ctypes.CDLL:
     include, library = find_cublaslt()
     target = out / "libblaslt.so"
     cuda = "/usr/local/cuda/include"
-    run(["g++", "-std=c++17", "-O2", "-shared", "-fPIC", f"-I{include}", f"-I{cuda}", str(HERE / "blaslt.cpp"), "-o", str(target),
-         str(library), "-L/usr/local/cuda/lib64", "-lcudart", f"-Wl,-rpath,{library.parent}:/usr/local/cuda/lib64"])
+    run(
+        [
+            "g++",
+            "-std=c++17",
+            "-O2",
+            "-shared",
+            "-fPIC",
+            f"-I{include}",
+            f"-I{cuda}",
+            str(HERE / "blaslt.cpp"),
+            "-o",
+            str(target),
+            str(library),
+            "-L/usr/local/cuda/lib64",
+            "-lcudart",
+            f"-Wl,-rpath,{library.parent}:/usr/local/cuda/lib64",
+        ]
+    )
     lib = ctypes.CDLL(str(target))
     lib.ltOpen.restype = ctypes.c_void_p
     lib.ltCount.argtypes = [ctypes.c_void_p]
@@ -173,14 +214,28 @@ class Layer:
 
     def selection(self) -> Selection:
         return Selection(
-            self.n, self.m, pointer(self.score_scale), pointer(self.channel_order), pointer(self.shift),
-            0 if self.shift is None else self.shift.numel(), self.dynamic_shift, self.variance_correction,
+            self.n,
+            self.m,
+            pointer(self.score_scale),
+            pointer(self.channel_order),
+            pointer(self.shift),
+            0 if self.shift is None else self.shift.numel(),
+            self.dynamic_shift,
+            self.variance_correction,
         )
 
     def decode_args(self, y: torch.Tensor) -> DecodeArgs:
         return DecodeArgs(
-            DTYPES[self.x.dtype], self.x.shape[0], self.x.shape[1], self.w.shape[1], self.selection(), self.x.data_ptr(),
-            self.w.data_ptr(), pointer(self.bias), pointer(self.shift_weight), y.data_ptr(),
+            DTYPES[self.x.dtype],
+            self.x.shape[0],
+            self.x.shape[1],
+            self.w.shape[1],
+            self.selection(),
+            self.x.data_ptr(),
+            self.w.data_ptr(),
+            pointer(self.bias),
+            pointer(self.shift_weight),
+            y.data_ptr(),
         )
 
     def reference(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -193,9 +248,15 @@ class Layer:
         if self.shift is not None:
             z = x - self.shift
         score = z.abs() if self.score_scale is None else z.abs() * self.score_scale
-        order = torch.arange(x.shape[1], device=x.device) if self.channel_order is None else self.channel_order.long()
+        order = (
+            torch.arange(x.shape[1], device=x.device)
+            if self.channel_order is None
+            else self.channel_order.long()
+        )
         grouped = torch.nan_to_num(score[:, order], nan=math.inf).double().view(len(x), -1, self.m)
-        grouped = torch.where(score[:, order].isnan().view_as(grouped), 2e300, grouped)  # NaN above infinity
+        grouped = torch.where(
+            score[:, order].isnan().view_as(grouped), 2e300, grouped
+        )  # NaN above infinity
         grouped = torch.where(grouped == math.inf, 1e300, grouped)
         best = torch.sort(grouped, dim=2, descending=True, stable=True).indices[:, :, : self.n]
         flat = torch.zeros_like(grouped, dtype=torch.bool).scatter_(2, best, True).view(len(x), -1)
@@ -204,7 +265,9 @@ class Layer:
         s = torch.where(keep, z, 0.0).double()
         nu = torch.ones_like(s[:, :1])
         if self.variance_correction:
-            nu = (z.double().var(1, correction=0) / s.var(1, correction=0).clamp_min(1e-12)).sqrt()[:, None]
+            nu = (z.double().var(1, correction=0) / s.var(1, correction=0).clamp_min(1e-12)).sqrt()[
+                :, None
+            ]
         y = nu * (s @ self.w.double())
         if self.dynamic_shift:
             y = y + eta.double() * self.shift_weight.double()
@@ -222,12 +285,16 @@ class Lab:
     results: dict = field(default_factory=dict)
 
     def call(self, name: str, *args: object) -> None:
-        status = getattr(self.lib, name)(*[ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in args], stream())
+        status = getattr(self.lib, name)(
+            *[ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in args], stream()
+        )
         if status != 0:
             raise RuntimeError(f"{name} returned cudaError {status}")
 
     def decode(self, layer: Layer, plan: Plan | None = None) -> torch.Tensor:
-        y = torch.full((len(layer.x), layer.w.shape[1]), math.nan, dtype=layer.x.dtype, device="cuda")
+        y = torch.full(
+            (len(layer.x), layer.w.shape[1]), math.nan, dtype=layer.x.dtype, device="cuda"
+        )
         if plan is None:
             self.call("labDecode", layer.decode_args(y))
         else:
@@ -239,7 +306,13 @@ class Lab:
         s = torch.full_like(x, math.nan)
         keep = torch.full(x.shape, 7, dtype=torch.uint8, device="cuda")
         eta, nu = (torch.full((len(x),), math.nan, device="cuda") for _ in range(2))
-        args = MaskArgs(DTYPES[x.dtype], len(x), x.shape[1], layer.selection(), *map(pointer, (x, s, keep, eta, nu)))
+        args = MaskArgs(
+            DTYPES[x.dtype],
+            len(x),
+            x.shape[1],
+            layer.selection(),
+            *map(pointer, (x, s, keep, eta, nu)),
+        )
         self.call("labMask", args)
         return s, keep, eta, nu
 
@@ -260,13 +333,27 @@ def worst_excess(y: torch.Tensor, reference: torch.Tensor, channels: int) -> flo
     return excess if math.isfinite(excess) else math.inf
 
 
-def make_layer(dtype: torch.dtype, tokens: int, channels: int, outputs: int, n: int, m: int, options: str, kind: str) -> Layer:
+def make_layer(
+    dtype: torch.dtype,
+    tokens: int,
+    channels: int,
+    outputs: int,
+    n: int,
+    m: int,
+    options: str,
+    kind: str,
+) -> Layer:
     x = torch.randn(tokens, channels, device="cuda")
     if kind == "ties":
         x = torch.randint(-2, 3, (tokens, channels), device="cuda").float()
     if kind == "outliers":
         x = x * torch.exp(2.0 * torch.randn(channels, device="cuda")) + 0.5
-    layer = Layer(x.to(dtype), (torch.randn(channels, outputs, device="cuda") / math.sqrt(channels)).to(dtype), n, m)
+    layer = Layer(
+        x.to(dtype),
+        (torch.randn(channels, outputs, device="cuda") / math.sqrt(channels)).to(dtype),
+        n,
+        m,
+    )
     if "b" in options:
         layer.bias = torch.randn(outputs, device="cuda").to(dtype)
     if "s" in options:
@@ -290,10 +377,31 @@ def check_cases() -> list[tuple]:
         for tokens in (1, 2, 3, 4):
             for options in ("", "b", "bs", "1w", "bdv", "wo", "dvowb"):
                 cases.append((dtype, tokens, 1024, 768, 8, 16, options, "outliers"))
-        for n, m in ((2, 4), (4, 8), (16, 32), (1, 4), (3, 8), (12, 16), (16, 16), (1, 1), (5, 10), (7, 48), (32, 64), (1, 64)):
+        for n, m in (
+            (2, 4),
+            (4, 8),
+            (16, 32),
+            (1, 4),
+            (3, 8),
+            (12, 16),
+            (16, 16),
+            (1, 1),
+            (5, 10),
+            (7, 48),
+            (32, 64),
+            (1, 64),
+        ):
             cases.append((dtype, 1, m * 24, 264, n, m, "bv", "gauss"))
             cases.append((dtype, 3, m * 24, 264, n, m, "bo", "ties"))
-        for channels, outputs in ((16, 8), (48, 8), (576, 192), (1536, 576), (4096, 1000), (576, 101), (64, 1)):
+        for channels, outputs in (
+            (16, 8),
+            (48, 8),
+            (576, 192),
+            (1536, 576),
+            (4096, 1000),
+            (576, 101),
+            (64, 1),
+        ):
             cases.append((dtype, 1, channels, outputs, 8, 16, "b", "gauss"))
             cases.append((dtype, 4, channels, outputs, 8, 16, "bdv", "gauss"))
     for channels, outputs in [*SHAPES.values(), (4096, 1024)]:
@@ -316,17 +424,30 @@ def check(lab: Lab) -> None:
         worst = max(worst, excess)
         same_bits = torch.equal(y.view(torch.uint8), again.view(torch.uint8))
         mask_off = int((kept.bool() != keep).sum())
-        s_right = torch.equal(s, torch.where(kept.bool(), (layer.x.float() - eta[:, None]) if layer.dynamic_shift else z, 0.0).to(s.dtype))
-        nu_right = not layer.variance_correction or torch.allclose(nu_mask.double(), nu[:, 0], rtol=1e-4)
+        s_right = torch.equal(
+            s,
+            torch.where(
+                kept.bool(), (layer.x.float() - eta[:, None]) if layer.dynamic_shift else z, 0.0
+            ).to(s.dtype),
+        )
+        nu_right = not layer.variance_correction or torch.allclose(
+            nu_mask.double(), nu[:, 0], rtol=1e-4
+        )
         mask_ok = mask_off == 0 or (layer.dynamic_shift and mask_off <= 4)
         if excess > 1 or not same_bits or not mask_ok or not s_right or not nu_right:
-            failures.append(f"{case}: excess {excess:.2f} bits {same_bits} mask off {mask_off} s {s_right} nu {nu_right}")
+            failures.append(
+                f"{case}: excess {excess:.2f} bits {same_bits} mask off {mask_off} s {s_right} nu {nu_right}"
+            )
     special = make_layer(torch.float32, 1, 64, 64, 8, 16, "", "gauss")
-    special.x[0, :20] = torch.tensor([math.nan, -math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-45, -1e-45] + [1.0] * 12)
+    special.x[0, :20] = torch.tensor(
+        [math.nan, -math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-45, -1e-45] + [1.0] * 12
+    )
     if not torch.equal(lab.mask(special)[1].bool(), special.reference()[0]):
         failures.append("special values: mask differs")
     lab.results["check"] = {"cases": len(check_cases()), "worst": worst, "failures": failures}
-    print(f"check: {len(check_cases())} cases, worst error {worst:.3f} of the allowed, {len(failures)} failures")
+    print(
+        f"check: {len(check_cases())} cases, worst error {worst:.3f} of the allowed, {len(failures)} failures"
+    )
     for failure in failures[:12]:
         print("  FAILED", failure)
 
@@ -351,7 +472,9 @@ def capture(launch, launches: int, reset=None) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def time_interleaved(graphs: dict[str, torch.cuda.CUDAGraph], launches: int, rounds: int) -> dict[str, dict[str, float]]:
+def time_interleaved(
+    graphs: dict[str, torch.cuda.CUDAGraph], launches: int, rounds: int
+) -> dict[str, dict[str, float]]:
     """Microseconds per launch: median, p10, p90 over rounds; one replay of each graph per round."""
     events = {name: [] for name in graphs}
     for _ in range(rounds + 2):
@@ -384,11 +507,18 @@ class Bench:
     def __post_init__(self) -> None:
         size = self.channels * self.outputs * 2
         self.copies = max(3, math.ceil(ROTATED_BYTES / size))
-        self.launches = 2 * self.copies * max(1, round(self.budget_us / (size / 3e6) / self.copies / 2))
+        self.launches = (
+            2 * self.copies * max(1, round(self.budget_us / (size / 3e6) / self.copies / 2))
+        )
         scale = 1 / math.sqrt(self.channels)
-        self.w = [(torch.randn(self.channels, self.outputs, device="cuda", dtype=torch.bfloat16) * scale) for _ in range(self.copies)]
+        self.w = [
+            (torch.randn(self.channels, self.outputs, device="cuda", dtype=torch.bfloat16) * scale)
+            for _ in range(self.copies)
+        ]
         longest = max(self.channels, self.outputs)
-        self.buffers = [torch.randn(1, longest, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+        self.buffers = [
+            torch.randn(1, longest, device="cuda", dtype=torch.bfloat16) for _ in range(2)
+        ]
         self.fresh = torch.randn(1, longest, device="cuda", dtype=torch.bfloat16)
         self.x = [b[:, : self.channels] for b in self.buffers]
         self.y = [b[:, : self.outputs] for b in reversed(self.buffers)]
@@ -400,7 +530,10 @@ class Bench:
         return capture(launch, self.launches, self.reset)
 
     def sparse(self, lab: Lab, plan: Plan | None, n: int = 8):
-        arguments = [Layer(self.x[i % 2], self.w[i % self.copies], n, 16).decode_args(self.y[i % 2]) for i in range(2 * self.copies)]
+        arguments = [
+            Layer(self.x[i % 2], self.w[i % self.copies], n, 16).decode_args(self.y[i % 2])
+            for i in range(2 * self.copies)
+        ]
         if plan is None:
             return lambda i: lab.call("labDecode", arguments[i % len(arguments)])
         return lambda i: lab.call("labDecodeSwept", arguments[i % len(arguments)], plan)
@@ -408,7 +541,14 @@ class Bench:
     def blaslt(self, lab: Lab, problem: int, algorithm: int, weights: list[torch.Tensor]):
         def launch(i: int) -> None:
             w = weights[i % self.copies]
-            status = lab.blaslt.ltRun(problem, algorithm, self.x[i % 2].data_ptr(), w.data_ptr(), self.y[i % 2].data_ptr(), stream())
+            status = lab.blaslt.ltRun(
+                problem,
+                algorithm,
+                self.x[i % 2].data_ptr(),
+                w.data_ptr(),
+                self.y[i % 2].data_ptr(),
+                stream(),
+            )
             if status != 0:
                 raise RuntimeError(f"cublasLt {status}")
 
@@ -419,11 +559,23 @@ def sweep_plans(channels: int, outputs: int) -> list[Plan]:
     plans = []
     for lanes, vectors in ((8, 1), (16, 1), (32, 1), (16, 2), (32, 2)):
         for warps in (4, 8, 16):
-            for unroll, overlap, resident in ((4, 1, 32), (8, 1, 24), (8, 0, 32), (16, 1, 16), (16, 0, 16)):
+            for unroll, overlap, resident in (
+                (4, 1, 32),
+                (8, 1, 24),
+                (8, 0, 32),
+                (16, 1, 16),
+                (16, 0, 16),
+            ):
+                if (vectors, resident) == (2, 32) and overlap == 0:
+                    continue
                 for cluster in range(1, 9):
                     plan = Plan(lanes, vectors, warps, unroll, overlap, resident, cluster)
                     all_warps = plan.ctas(outputs) * warps
-                    if plan.ctas(outputs) >= 64 and 1000 <= all_warps <= 132 * 26 and channels // 32 >= cluster * warps:
+                    if (
+                        plan.ctas(outputs) >= 64
+                        and 1000 <= all_warps <= 132 * 26
+                        and channels // 32 >= cluster * warps
+                    ):
                         plans.append(plan)
     return plans
 
@@ -433,7 +585,7 @@ def sweep(lab: Lab, names: list[str], rounds: int) -> None:
     for name in names:
         channels, outputs = SHAPES[name]
         bench = Bench(channels, outputs)
-        layer = Layer(bench.x[0], bench.w[0])
+        layer = Layer(bench.x[0].clone(), bench.w[0])  # the launches overwrite bench.x
         expected = layer.reference()[3]
         graphs, wrong = {}, []
         plans = sweep_plans(channels, outputs)
@@ -444,15 +596,24 @@ def sweep(lab: Lab, names: list[str], rounds: int) -> None:
             graphs[plan.label()] = bench.graph(bench.sparse(lab, plan))
         times = time_interleaved(graphs, bench.launches, rounds)
         ranked = sorted(times, key=lambda k: times[k]["us"])
-        dense = {f"dense {p}": bench.graph(bench.sparse(lab, plan_of(p), n=16)) for p in ranked[:40]}
+        dense = {
+            f"dense {p}": bench.graph(bench.sparse(lab, plan_of(p), n=16)) for p in ranked[:40]
+        }
         times_dense = time_interleaved(dense, bench.launches, max(4, rounds // 2))
         ranked_dense = sorted(times_dense, key=lambda k: times_dense[k]["us"])
-        lab.results.setdefault("sweep", {})[name] = {"sparse": times, "dense": times_dense, "wrong": wrong}
+        lab.results.setdefault("sweep", {})[name] = {
+            "sparse": times,
+            "dense": times_dense,
+            "wrong": wrong,
+        }
         lab.results.setdefault("best", {})[name] = {"sparse": ranked[:3], "dense": ranked_dense[:2]}
         print(f"sweep {name}: {len(times)} plans, wrong {wrong}")
         for label in ranked[:10]:
             print(f"  {label:30s} {times[label]['us']:.2f}")
-        print("  own dense:", ", ".join(f"{k[6:]} {times_dense[k]['us']:.2f}" for k in ranked_dense[:3]))
+        print(
+            "  own dense:",
+            ", ".join(f"{k[6:]} {times_dense[k]['us']:.2f}" for k in ranked_dense[:3]),
+        )
         del bench, graphs, dense
         torch.cuda.empty_cache()
 
@@ -477,7 +638,12 @@ def best_blaslt(lab: Lab, bench: Bench, transposed: list[torch.Tensor]) -> dict[
         times = time_interleaved(graphs, bench.launches, 3)
         best = min(times, key=lambda k: times[k]["us"])
         launchers[f"cublasLt {layout}"] = bench.blaslt(lab, problem, int(best), weights)
-        counts[layout] = {"proposed": count, "best": int(best), "us": times[best]["us"], "first_us": times.get("0", {}).get("us")}
+        counts[layout] = {
+            "proposed": count,
+            "best": int(best),
+            "us": times[best]["us"],
+            "first_us": times.get("0", {}).get("us"),
+        }
     lab.results.setdefault("cublaslt", {})[f"{bench.channels}x{bench.outputs}"] = counts
     return launchers
 
@@ -489,13 +655,21 @@ def shapes(lab: Lab, names: list[str], rounds: int) -> None:
         bench = Bench(channels, outputs)
         transposed = [w.t().contiguous() for w in bench.w]
         best = lab.results.get("best", {}).get(name, {"sparse": [], "dense": []})
-        launchers = {f"sparse {label}": bench.sparse(lab, plan_of(label)) for label in best["sparse"]}
+        launchers = {
+            f"sparse {label}": bench.sparse(lab, plan_of(label)) for label in best["sparse"]
+        }
         launchers["sparse product"] = bench.sparse(lab, None)
         launchers |= {label: bench.sparse(lab, plan_of(label), n=16) for label in best["dense"]}
         launchers |= best_blaslt(lab, bench, transposed)
-        launchers["torch x@W"] = lambda i, b=bench: torch.mm(b.x[i % 2], b.w[i % b.copies], out=b.y[i % 2])
-        launchers["torch linear"] = lambda i, b=bench, t=transposed: torch.mm(b.x[i % 2], t[i % b.copies].t(), out=b.y[i % 2])
-        launchers["torch mv"] = lambda i, b=bench, t=transposed: torch.mv(t[i % b.copies], b.x[i % 2][0], out=b.y[i % 2][0])
+        launchers["torch x@W"] = lambda i, b=bench: torch.mm(
+            b.x[i % 2], b.w[i % b.copies], out=b.y[i % 2]
+        )
+        launchers["torch linear"] = lambda i, b=bench, t=transposed: torch.mm(
+            b.x[i % 2], t[i % b.copies].t(), out=b.y[i % 2]
+        )
+        launchers["torch mv"] = lambda i, b=bench, t=transposed: torch.mv(
+            t[i % b.copies], b.x[i % 2][0], out=b.y[i % 2][0]
+        )
         graphs = {label: bench.graph(launch) for label, launch in launchers.items()}
         times = time_interleaved(graphs, bench.launches, rounds)
         lab.results.setdefault("shapes", {})[name] = times
@@ -506,9 +680,21 @@ def shapes(lab: Lab, names: list[str], rounds: int) -> None:
 def chain(lab: Lab, layers: int, rounds: int) -> None:
     """qkv, o, gate_up, down of distinct layers, each fed by the one before; selection is inside the kernel."""
     order = ["qkv", "o", "gate_up", "down"]
-    weights = [{n: torch.randn(*SHAPES[n], device="cuda", dtype=torch.bfloat16) * (1.0 / math.sqrt(SHAPES[n][0])) for n in order} for _ in range(layers)]
+    weights = [
+        {
+            n: torch.randn(*SHAPES[n], device="cuda", dtype=torch.bfloat16)
+            * (1.0 / math.sqrt(SHAPES[n][0]))
+            for n in order
+        }
+        for _ in range(layers)
+    ]
     buffers = {n: torch.randn(1, SHAPES[n][1], device="cuda", dtype=torch.bfloat16) for n in order}
-    inputs = {"qkv": buffers["down"], "o": buffers["qkv"][:, :4096], "gate_up": buffers["o"], "down": buffers["gate_up"][:, :14336]}
+    inputs = {
+        "qkv": buffers["down"],
+        "o": buffers["qkv"][:, :4096],
+        "gate_up": buffers["o"],
+        "down": buffers["gate_up"][:, :14336],
+    }
     best = lab.results["best"]
 
     def sparse_of(pick):
@@ -517,12 +703,14 @@ def chain(lab: Lab, layers: int, rounds: int) -> None:
             for n in order:
                 args = Layer(inputs[n], layer[n]).decode_args(buffers[n])
                 calls.append((args, pick(n)))
+
         def launch(i: int) -> None:
             args, plan = calls[i % len(calls)]
             if plan is None:
                 lab.call("labDecode", args)
             else:
                 lab.call("labDecodeSwept", args, plan)
+
         return launch
 
     def dense_launcher():
@@ -530,19 +718,42 @@ def chain(lab: Lab, layers: int, rounds: int) -> None:
         for n in order:
             record = lab.results["cublaslt"]["x".join(map(str, SHAPES[n]))]
             layout = min(record, key=lambda k: record[k]["us"])
-            problems[n] = (lab.blaslt.ltOpen(1, *SHAPES[n], int(layout == "OK"), 400), record[layout]["best"], layout)
-        stored = [{n: (layer[n].t().contiguous() if problems[n][2] == "OK" else layer[n]) for n in order} for layer in weights]
+            problems[n] = (
+                lab.blaslt.ltOpen(1, *SHAPES[n], int(layout == "OK"), 400),
+                record[layout]["best"],
+                layout,
+            )
+        stored = [
+            {n: (layer[n].t().contiguous() if problems[n][2] == "OK" else layer[n]) for n in order}
+            for layer in weights
+        ]
+
         def launch(i: int) -> None:
             n = order[i % 4]
             problem, algorithm, _ = problems[n]
             w = stored[i // 4 % layers][n]
-            status = lab.blaslt.ltRun(problem, algorithm, inputs[n].data_ptr(), w.data_ptr(), buffers[n].data_ptr(), stream())
+            status = lab.blaslt.ltRun(
+                problem,
+                algorithm,
+                inputs[n].data_ptr(),
+                w.data_ptr(),
+                buffers[n].data_ptr(),
+                stream(),
+            )
             if status != 0:
                 raise RuntimeError(f"cublasLt {status}")
+
         return launch
 
     def own_dense():
-        calls = [(Layer(inputs[n], layer[n], 16, 16).decode_args(buffers[n]), plan_of(best[n]["dense"][0])) for layer in weights for n in order]
+        calls = [
+            (
+                Layer(inputs[n], layer[n], 16, 16).decode_args(buffers[n]),
+                plan_of(best[n]["dense"][0]),
+            )
+            for layer in weights
+            for n in order
+        ]
         return lambda i: lab.call("labDecodeSwept", *calls[i % len(calls)])
 
     repeats = 6
@@ -571,17 +782,61 @@ def prefill(lab: Lab, rounds: int) -> None:
             x = torch.randn(tokens, channels, device="cuda", dtype=torch.bfloat16)
             s = torch.empty_like(x)
             y = torch.empty(tokens, outputs, device="cuda", dtype=torch.bfloat16)
-            args = MaskArgs(2, tokens, channels, Layer(x, bench.w[0]).selection(), x.data_ptr(), s.data_ptr(), None, None, None)
+            args = MaskArgs(
+                2,
+                tokens,
+                channels,
+                Layer(x, bench.w[0]).selection(),
+                x.data_ptr(),
+                s.data_ptr(),
+                None,
+                None,
+                None,
+            )
+
             def dense(i: int, b=bench) -> None:
                 torch.mm(x, b.w[i % b.copies], out=y)
+
             def masked(i: int, b=bench) -> None:
                 lab.call("labMask", args)
                 torch.mm(s, b.w[i % b.copies], out=y)
-            graphs = {"dense": capture(dense, 8), "masked": capture(masked, 8), "mask": capture(lambda i: lab.call("labMask", args), 8)}
-            rows[f"{name} {tokens}"] = {k: v["us"] for k, v in time_interleaved(graphs, 8, rounds).items()}
+
+            graphs = {
+                "dense": capture(dense, 8),
+                "masked": capture(masked, 8),
+                "mask": capture(lambda i: lab.call("labMask", args), 8),
+            }
+            rows[f"{name} {tokens}"] = {
+                k: v["us"] for k, v in time_interleaved(graphs, 8, rounds).items()
+            }
             del bench, graphs
             torch.cuda.empty_cache()
     lab.results["prefill"] = rows
+
+
+def compare_libraries(lab: Lab, names: list[str], others: list[Path], rounds: int) -> None:
+    """The same plans through other builds of the kernels (experiments, ablations), interleaved with this one."""
+    labs = {"base": lab, **{path.stem.removeprefix("liblab_"): Lab(ctypes.CDLL(str(path))) for path in others}}
+    rows = {}
+    for name in names:
+        bench = Bench(*SHAPES[name])
+        for lanes, vectors, warps, unroll, overlap, resident in FEW_PLANS:
+            plan = Plan(lanes, vectors, warps, unroll, overlap, resident, 1)
+            for cluster in range(1, 9):
+                plan.cluster = cluster
+                ctas = plan.ctas(bench.outputs)
+                if not (1400 <= ctas * warps <= 132 * resident and bench.channels // 32 >= cluster * warps):
+                    continue
+                fixed = Plan(lanes, vectors, warps, unroll, overlap, resident, cluster)
+                graphs = {k: bench.graph(bench.sparse(other, fixed)) for k, other in labs.items()}
+                times = {k: round(v["us"], 2) for k, v in time_interleaved(graphs, bench.launches, rounds).items()}
+                rows[f"{name} {fixed.label()}"] = times
+        best = sorted((k for k in rows if k.startswith(name + " ")), key=lambda k: min(rows[k].values()))
+        for key in best[:8]:
+            print(key, rows[key])
+        del bench
+        torch.cuda.empty_cache()
+    lab.results["libraries"] = rows
 
 
 def fixed_cost(lab: Lab, rounds: int) -> None:
@@ -592,7 +847,9 @@ def fixed_cost(lab: Lab, rounds: int) -> None:
             bench = Bench(channels, 4096, budget_us=1500)
             plan = plan_of(label)
             graphs = {"sparse": bench.graph(bench.sparse(lab, plan))}
-            rows[f"{label} K={channels}"] = time_interleaved(graphs, bench.launches, rounds)["sparse"]["us"]
+            rows[f"{label} K={channels}"] = time_interleaved(graphs, bench.launches, rounds)[
+                "sparse"
+            ]["us"]
     lab.results["fixed_cost"] = rows
     for key, us in rows.items():
         print(f"fixed cost {key} {us:.2f}")
@@ -603,12 +860,23 @@ def roofline(lab: Lab) -> None:
     other = torch.empty_like(data)
     sink = torch.zeros(1, dtype=torch.int32, device="cuda")
     size = data.numel() * 4
+
     def read(i: int) -> None:
-        status = lab.lib.labRead(ctypes.c_void_p(data.data_ptr()), ctypes.c_int64(size), ctypes.c_void_p(sink.data_ptr()), 132 * 4, stream())
+        status = lab.lib.labRead(
+            ctypes.c_void_p(data.data_ptr()),
+            ctypes.c_int64(size),
+            ctypes.c_void_p(sink.data_ptr()),
+            132 * 4,
+            stream(),
+        )
         assert status == 0
+
     graphs = {"copy": capture(lambda i: other.copy_(data), 2), "read": capture(read, 2)}
     times = time_interleaved(graphs, 2, 8)
-    lab.results["roofline"] = {"copy_TBps": 2 * size / times["copy"]["us"] / 1e6, "read_TBps": size / times["read"]["us"] / 1e6}
+    lab.results["roofline"] = {
+        "copy_TBps": 2 * size / times["copy"]["us"] / 1e6,
+        "read_TBps": size / times["read"]["us"] / 1e6,
+    }
     print("roofline", lab.results["roofline"])
 
 
@@ -617,31 +885,46 @@ def roofline(lab: Lab) -> None:
 
 def report(lab: Lab) -> None:
     r = lab.results
-    print(f"{'shape':8s} {'dense us':>9s} {'by':36s} {'sparse us':>9s} {'plan':30s} {'ratio':>6s} {'prod':>6s} {'target':>6s} {'floor':>6s} {'keptTB/s':>8s}")
+    print(
+        f"{'shape':8s} {'dense us':>9s} {'by':36s} {'sparse us':>9s} {'plan':30s} {'ratio':>6s} {'prod':>6s} {'target':>6s} {'floor':>6s} {'keptTB/s':>8s}"
+    )
     for name, times in r.get("shapes", {}).items():
         dense = {k: v for k, v in times.items() if not k.startswith("sparse")}
         sparse = {k: v for k, v in times.items() if k.startswith("sparse")}
         d, s = (min(group, key=lambda k: group[k]["us"]) for group in (dense, sparse))
         kept = SHAPES[name][0] * SHAPES[name][1] / times[s]["us"] / 1e6
-        print(f"{name:8s} {times[d]['us']:9.2f} {d:36s} {times[s]['us']:9.2f} {s[7:]:30s} {times[d]['us'] / times[s]['us']:6.2f} "
-              f"{times[d]['us'] / times['sparse product']['us']:6.2f} {TARGETS[name]:6.2f} {FLOORS[name]:6.2f} {kept:8.2f}")
+        print(
+            f"{name:8s} {times[d]['us']:9.2f} {d:36s} {times[s]['us']:9.2f} {s[7:]:30s} {times[d]['us'] / times[s]['us']:6.2f} "
+            f"{times[d]['us'] / times['sparse product']['us']:6.2f} {TARGETS[name]:6.2f} {FLOORS[name]:6.2f} {kept:8.2f}"
+        )
         print("         ", ", ".join(f"{k} {v['us']:.1f}" for k, v in dense.items()))
     if "chain" in r:
         times = r["chain"]
         d = min(v["us"] for k, v in times.items() if k.startswith("dense"))
-        print("chain us/layer", {k: round(v["us"], 1) for k, v in times.items()}, f"ratio {d / times['sparse best']['us']:.2f}, product {d / times['sparse product']['us']:.2f} (target 1.82, floor 1.65)")
+        print(
+            "chain us/layer",
+            {k: round(v["us"], 1) for k, v in times.items()},
+            f"ratio {d / times['sparse best']['us']:.2f}, product {d / times['sparse product']['us']:.2f} (target 1.82, floor 1.65)",
+        )
     for key, row in r.get("prefill", {}).items():
-        print(f"prefill {key:14s} dense {row['dense']:.1f} masked {row['masked']:.1f} mask {row['mask']:.1f} ratio {row['dense'] / row['masked']:.3f}")
+        print(
+            f"prefill {key:14s} dense {row['dense']:.1f} masked {row['masked']:.1f} mask {row['mask']:.1f} ratio {row['dense'] / row['masked']:.3f}"
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--library", type=Path, help="a built liblab.so; built here when absent")
     parser.add_argument("--stages", default="check,sweep,shapes,chain,prefill")
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--best", type=Path, help="JSON of an earlier run whose best plans are taken over")
+    parser.add_argument(
+        "--best", type=Path, help="JSON of an earlier run whose best plans are taken over"
+    )
+    parser.add_argument("--compare", type=Path, nargs="*", default=[], help="other builds, liblab_NAME.so")
     options = parser.parse_args()
     library = options.library or build_library(options.out / "build")
     lab = Lab(ctypes.CDLL(str(library)))
@@ -662,6 +945,8 @@ def main() -> None:
             shapes(lab, names, options.rounds)
         if "chain" in stages:
             chain(lab, 6, options.rounds)
+        if options.compare:
+            compare_libraries(lab, names, options.compare, 8)
         if "fixed" in stages:
             fixed_cost(lab, 8)
         if "prefill" in stages:
