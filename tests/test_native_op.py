@@ -35,7 +35,13 @@ pytestmark = pytest.mark.skipif(
     native.find_library() is None, reason=f"no native library: {native.why_missing()}"
 )
 
-REFUSALS = (ort_errors.Fail, ort_errors.InvalidArgument, RuntimeError)
+# Session creation and runs through a binding raise different classes for a custom op's status.
+REFUSALS = (
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.RuntimeException,
+    RuntimeError,
+)
 
 
 def native_session(model, *, threads=1):
@@ -319,3 +325,40 @@ def test_two_sessions_share_the_library():
     expected = run_session(first, case.x).tobytes()
     del first
     assert run_session(second, case.x).tobytes() == expected
+
+
+@pytest.mark.parametrize("optional", [(), ("channel_order",)])
+@pytest.mark.parametrize("op_type", ["NMLinear", "NMPrune"])
+def test_shapes_are_inferred_through_the_op(op_type, optional):
+    arrays = {
+        "W": np.zeros((32, 8), np.float32),
+        "channel_order": np.arange(32, dtype=np.int32),
+    }
+    present = {*optional, "W"} if op_type == "NMLinear" else set(optional)
+    make = linear_node if op_type == "NMLinear" else prune_node
+    graph = onnx.helper.make_graph(
+        [make(present, n=8, m=16)],
+        "shapes",
+        [onnx.helper.make_tensor_value_info("X", onnx.TensorProto.FLOAT, ["B", "S", 32])],
+        [onnx.helper.make_tensor_value_info("Y", onnx.TensorProto.FLOAT, None)],
+        [onnx.numpy_helper.from_array(arrays[name], name) for name in sorted(present)],
+    )
+    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("nmexport", 1)]
+    session = native_session(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10))
+    last = 8 if op_type == "NMLinear" else 32
+    assert session.get_outputs()[0].shape == ["B", "S", last]
+
+
+@pytest.mark.parametrize("shape", [None, [None, None, None, 16]])
+def test_what_is_unknown_of_a_shape_stays_unknown(shape):
+    graph = onnx.helper.make_graph(
+        [prune_node(n=8, m=16)],
+        "shapes",
+        [onnx.helper.make_tensor_value_info("X", onnx.TensorProto.FLOAT, shape)],
+        [onnx.helper.make_tensor_value_info("Y", onnx.TensorProto.FLOAT, None)],
+    )
+    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("nmexport", 1)]
+    session = native_session(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10))
+    x = np.arange(64, dtype=np.float32).reshape(1, 2, 2, 16)
+    assert -1 not in session.get_outputs()[0].shape
+    assert session.run(None, {"X": x})[0].shape == x.shape

@@ -6,20 +6,81 @@ namespace {
 
 ONNXTensorElementDataType onnxType(ElementType type) {
     switch (type) {
-        case ElementType::kFLOAT16: return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
-        case ElementType::kBFLOAT16: return ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16;
-        default: return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+        case ElementType::kFLOAT16:
+            return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+        case ElementType::kBFLOAT16:
+            return ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16;
+        default:
+            return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
     }
 }
 
-const CustomOp& self(const OrtCustomOp* op) { return *static_cast<const CustomOp*>(op); }
+const CustomOp& self(const OrtCustomOp* op) {
+    return *static_cast<const CustomOp*>(op);
+}
 
 ONNXTensorElementDataType inputType(const OrtCustomOp* op, std::size_t index) {
     switch (self(op).spec().inputs[index].type) {
-        case InputType::kFLOAT32: return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-        case InputType::kINT32: return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
-        default: return onnxType(self(op).type());
+        case InputType::kFLOAT32:
+            return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+        case InputType::kINT32:
+            return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
+        default:
+            return onnxType(self(op).type());
     }
+}
+
+// Dimensions of an input as the graph knows them; an unknown one is -1, with a name or without.
+struct GraphShape {
+    ONNXTensorElementDataType type;
+    std::vector<std::int64_t> dimensions;
+    std::vector<const char*> names;  // owned by the context
+};
+
+GraphShape inputShape(const OrtApi& api, OrtShapeInferContext* context, std::size_t index) {
+    OrtTensorTypeAndShapeInfo* info = nullptr;  // owned by the context
+    check(api, api.ShapeInferContext_GetInputTypeShape(context, index, &info));
+    std::size_t rank = 0;
+    check(api, api.GetDimensionsCount(info, &rank));
+    GraphShape shape{ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED, std::vector<std::int64_t>(rank),
+                     std::vector<const char*>(rank, "")};
+    check(api, api.GetTensorElementType(info, &shape.type));
+    if (rank == 0) return shape;
+    check(api, api.GetDimensions(info, shape.dimensions.data(), rank));
+    check(api, api.GetSymbolicDimensions(info, shape.names.data(), rank));
+    return shape;
+}
+
+void setOutputShape(const OrtApi& api, OrtShapeInferContext* context, GraphShape& shape) {
+    OrtTensorTypeAndShapeInfo* info = nullptr;
+    check(api, api.CreateTensorTypeAndShapeInfo(&info));
+    const auto release = [&](OrtTensorTypeAndShapeInfo* owned) {
+        api.ReleaseTensorTypeAndShapeInfo(owned);
+    };
+    const std::unique_ptr<OrtTensorTypeAndShapeInfo, decltype(release)> owner(info, release);
+    const std::size_t rank = shape.dimensions.size();
+    check(api, api.SetTensorElementType(info, shape.type));
+    check(api, api.SetDimensions(info, shape.dimensions.data(), rank));
+    check(api, api.SetSymbolicDimensions(info, shape.names.data(), rank));
+    check(api, api.ShapeInferContext_SetOutputTypeShape(context, 0, info));
+}
+
+// X [..., K] gives Y [..., K], or Y [..., O] where there is a W [K, O]; always of X's own type,
+// because ONNX Runtime asks the ops of one name in turn, whichever of them fits the node.
+void inferShape(const OrtApi& api, const CustomOp& op, OrtShapeInferContext* context) {
+    GraphShape shape = inputShape(api, context, 0);
+    if (shape.dimensions.empty()) return;  // the rank is not known
+    if (&op.spec() == &kNMLinear) {
+        const GraphShape w = inputShape(api, context, NMLinearInput::W);
+        const bool known = w.dimensions.size() == 2;
+        shape.dimensions.back() = known ? w.dimensions.back() : -1;
+        shape.names.back() = known ? w.names.back() : "";
+    }
+    for (std::size_t i = 0; i < shape.dimensions.size(); ++i) {
+        // The C API would turn a dimension without size or name into one of size -1.
+        if (shape.dimensions[i] < 0 && *shape.names[i] == '\0') return;
+    }
+    setOutputShape(api, context, shape);
 }
 
 // ONNX Runtime hands the kernel back without its API, so it travels in the kernel's handle.
@@ -30,8 +91,9 @@ struct Handle {
 
 }  // namespace
 
-CustomOp::CustomOp(const OpSpec& spec, ElementType type, KernelFactory factory)
-    : OrtCustomOp{}, mSpec(spec), mType(type), mFactory(factory) {
+CustomOp::CustomOp(const OrtApi* api, const OpSpec& spec, ElementType type, KernelFactory factory,
+                   bool infersShapes)
+    : OrtCustomOp{}, mApi(api), mSpec(spec), mType(type), mFactory(factory) {
     version = ORT_API_VERSION;
     GetName = [](const OrtCustomOp* op) { return self(op).spec().name; };
     GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };  // CPU
@@ -44,9 +106,7 @@ CustomOp::CustomOp(const OpSpec& spec, ElementType type, KernelFactory factory)
     GetInputMemoryType = [](const OrtCustomOp*, std::size_t) { return OrtMemTypeDefault; };
     GetOutputTypeCount = [](const OrtCustomOp*) { return std::size_t{1}; };
     GetOutputType = [](const OrtCustomOp* op, std::size_t) { return onnxType(self(op).type()); };
-    GetOutputCharacteristic = [](const OrtCustomOp*, std::size_t) {
-        return INPUT_OUTPUT_REQUIRED;
-    };
+    GetOutputCharacteristic = [](const OrtCustomOp*, std::size_t) { return INPUT_OUTPUT_REQUIRED; };
     GetVariadicInputMinArity = [](const OrtCustomOp*) { return 1; };
     GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 1; };
     GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };
@@ -55,15 +115,19 @@ CustomOp::CustomOp(const OpSpec& spec, ElementType type, KernelFactory factory)
     GetEndVersion = [](const OrtCustomOp*) { return kOPSET_VERSION; };
     CreateKernelV2 = [](const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info,
                         void** out) -> OrtStatusPtr {
-        return guarded(*api, [&] {
-            *out = new Handle{api, self(op).factory()(*api, info, self(op).type())};
-        });
+        return guarded(
+            *api, [&] { *out = new Handle{api, self(op).factory()(*api, info, self(op).type())}; });
     };
     KernelComputeV2 = [](void* raw, OrtKernelContext* context) -> OrtStatusPtr {
         const Handle* handle = static_cast<const Handle*>(raw);
         return guarded(*handle->api, [&] { handle->kernel->run(context); });
     };
     KernelDestroy = [](void* raw) { delete static_cast<Handle*>(raw); };
+    if (!infersShapes) return;
+    InferOutputShapeFn = [](const OrtCustomOp* op, OrtShapeInferContext* context) -> OrtStatusPtr {
+        const OrtApi& api = *self(op).api();
+        return guarded(api, [&] { inferShape(api, self(op), context); });
+    };
 }
 
 }  // namespace nmexport

@@ -22,13 +22,17 @@ using KernelFactory = std::unique_ptr<Kernel> (*)(const OrtApi& api, const OrtKe
 
 class CustomOp : public OrtCustomOp {
   public:
-    CustomOp(const OpSpec& spec, ElementType type, KernelFactory factory);
+    // `api` may be null where the op is only described.
+    CustomOp(const OrtApi* api, const OpSpec& spec, ElementType type, KernelFactory factory,
+             bool infersShapes);
 
+    const OrtApi* api() const { return mApi; }
     const OpSpec& spec() const { return mSpec; }
     ElementType type() const { return mType; }
     KernelFactory factory() const { return mFactory; }
 
   private:
+    const OrtApi* mApi;
     const OpSpec& mSpec;
     ElementType mType;
     KernelFactory mFactory;

@@ -2,6 +2,9 @@
 #include <onnxruntime_c_api.h>
 
 #include <array>
+#include <cstdio>
+#include <map>
+#include <mutex>
 #include <string>
 
 #include "custom_op.h"
@@ -12,20 +15,42 @@
 namespace nmexport {
 namespace {
 
-// Outlives every session that the process opens.
-const std::array<CustomOp, 6>& customOps() {
-    static const std::array<CustomOp, 6> ops{{
-        {kNMPrune, ElementType::kFLOAT32, makePruneKernel},
-        {kNMPrune, ElementType::kFLOAT16, makePruneKernel},
-        {kNMPrune, ElementType::kBFLOAT16, makePruneKernel},
-        {kNMLinear, ElementType::kFLOAT32, makeLinearKernel},
-        {kNMLinear, ElementType::kFLOAT16, makeLinearKernel},
-        {kNMLinear, ElementType::kBFLOAT16, makeLinearKernel},
-    }};
-    return ops;
+using Ops = std::array<CustomOp, 6>;
+
+Ops makeOps(const OrtApi* api, bool infersShapes) {
+    const auto prune = [&](ElementType type) {
+        return CustomOp(api, kNMPrune, type, makePruneKernel, infersShapes);
+    };
+    const auto linear = [&](ElementType type) {
+        return CustomOp(api, kNMLinear, type, makeLinearKernel, infersShapes);
+    };
+    return {prune(ElementType::kFLOAT32),  prune(ElementType::kFLOAT16),
+            prune(ElementType::kBFLOAT16), linear(ElementType::kFLOAT32),
+            linear(ElementType::kFLOAT16), linear(ElementType::kBFLOAT16)};
 }
 
-std::string quoted(const char* text) { return std::string("\"") + text + "\""; }
+// The ops for one ONNX Runtime, of which a process may hold several; they outlive every session.
+// Shape inference is called back without an API, so the ops carry it. Null: to be described only.
+const Ops& opsFor(const OrtApi* api, bool infersShapes) {
+    static std::mutex mutex;
+    static std::map<const OrtApi*, Ops> known;
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto found = known.find(api);
+    if (found != known.end()) return found->second;
+    return known.emplace(api, makeOps(api, infersShapes)).first->second;
+}
+
+// ONNX Runtime up to 1.23 dereferences the missing type of an absent optional input before it
+// asks a custom op for shapes, and crashes.
+bool survivesShapeInference(const OrtApiBase& base) {
+    int major = 0, minor = 0;
+    if (std::sscanf(base.GetVersionString(), "%d.%d", &major, &minor) != 2) return false;
+    return major > 1 || (major == 1 && minor >= 24);
+}
+
+std::string quoted(const char* text) {
+    return std::string("\"") + text + "\"";
+}
 
 std::string described(const AttributeSpec& attribute) {
     std::string text = "{\"name\": " + quoted(attribute.name) + ", \"type\": ";
@@ -45,11 +70,13 @@ std::string described(const CustomOp& op) {
     std::string text = "{\"name\": " + quoted(op.GetName(&op)) + ", \"inputs\": [";
     for (std::size_t i = 0; i < op.GetInputTypeCount(&op); ++i) {
         const bool optional = op.GetInputCharacteristic(&op, i) == INPUT_OUTPUT_OPTIONAL;
-        text += (i > 0 ? ", " : "") + std::string("{\"name\": ") + quoted(op.spec().inputs[i].name) +
+        text += (i > 0 ? ", " : "") + std::string("{\"name\": ") +
+                quoted(op.spec().inputs[i].name) +
                 ", \"type\": " + std::to_string(op.GetInputType(&op, i)) +
                 ", \"optional\": " + (optional ? "true}" : "false}");
     }
-    text += "], \"output_type\": " + std::to_string(op.GetOutputType(&op, 0)) + ", \"attributes\": [";
+    text +=
+        "], \"output_type\": " + std::to_string(op.GetOutputType(&op, 0)) + ", \"attributes\": [";
     for (std::size_t i = 0; i < op.spec().attributeCount; ++i) {
         text += (i > 0 ? ", " : "") + described(op.spec().attributes[i]);
     }
@@ -61,16 +88,18 @@ std::string describedLibrary() {
                        "\", \"ort_api_version\": " + std::to_string(ORT_API_VERSION) +
                        ", \"domain\": " + quoted(kDOMAIN) +
                        ", \"opset_version\": " + std::to_string(kOPSET_VERSION) + ", \"ops\": [";
-    for (std::size_t i = 0; i < customOps().size(); ++i) {
-        text += (i > 0 ? ", " : "") + described(customOps()[i]);
+    const Ops& ops = opsFor(nullptr, false);
+    for (std::size_t i = 0; i < ops.size(); ++i) {
+        text += (i > 0 ? ", " : "") + described(ops[i]);
     }
     return text + "]}";
 }
 
-void registerOps(const OrtApi& api, OrtSessionOptions* options) {
+void registerOps(const OrtApi& api, bool infersShapes, OrtSessionOptions* options) {
     OrtCustomOpDomain* domain = nullptr;
     check(api, api.CreateCustomOpDomain(kDOMAIN, &domain));
-    for (const CustomOp& op : customOps()) check(api, api.CustomOpDomain_Add(domain, &op));
+    for (const CustomOp& op : opsFor(&api, infersShapes))
+        check(api, api.CustomOpDomain_Add(domain, &op));
     // The session options keep a reference; the domain itself lives as long as the library.
     check(api, api.AddCustomOpDomain(options, domain));
 }
@@ -88,7 +117,9 @@ NMEXPORT_PUBLIC OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* opt
             "nmexport: this ONNX Runtime is older than the headers the library was built on; "
             "upgrade onnxruntime");
     }
-    return nmexport::guarded(*api, [&] { nmexport::registerOps(*api, options); });
+    return nmexport::guarded(*api, [&] {
+        nmexport::registerOps(*api, nmexport::survivesShapeInference(*base), options);
+    });
 }
 
 // The library's version and the ops it registers, as JSON; valid as long as the library.
@@ -98,7 +129,9 @@ NMEXPORT_PUBLIC const char* nmexport_describe() {
 }
 
 // Name of the instruction-set variant in use: portable, avx2, avx512 or neon.
-NMEXPORT_PUBLIC const char* nmexport_variant() { return nmexport::activeVariant().name; }
+NMEXPORT_PUBLIC const char* nmexport_variant() {
+    return nmexport::activeVariant().name;
+}
 
 // Uses another variant from now on; 0 where this processor cannot run it. Results do not change.
 NMEXPORT_PUBLIC int nmexport_use_variant(const char* name) {

@@ -37,8 +37,7 @@ class LinearKernel : public Kernel {
         arguments.x = inputs.data(Input::X);
         arguments.w = inputs.data(Input::W);
         arguments.bias = inputs.vector(Input::bias, w[1]);
-        arguments.shiftWeight =
-            static_cast<const float*>(inputs.vector(Input::shift_weight, w[1]));
+        arguments.shiftWeight = static_cast<const float*>(inputs.vector(Input::shift_weight, w[1]));
         arguments.constants.dynamicShift = mDynamicShift;
         arguments.constants.shift =
             static_cast<const float*>(inputs.vector(Input::shift, x.back(), 1));

@@ -36,10 +36,10 @@ const AttributeSpec& Attributes::find(const char* name) const {
 }
 
 void Attributes::fail(const AttributeSpec& attribute, const std::string& problem) const {
-    const std::string allowed =
-        attribute.isString ? "one of " + joined(attribute.values)
-                           : "an integer from " + std::to_string(attribute.minimum) + " to " +
-                                 std::to_string(attribute.maximum);
+    const std::string allowed = attribute.isString
+                                    ? "one of " + joined(attribute.values)
+                                    : "an integer from " + std::to_string(attribute.minimum) +
+                                          " to " + std::to_string(attribute.maximum);
     throw Fault(std::string(mSpec.name) + ": attribute " + attribute.name + " " + problem +
                 "; allowed: " + allowed);
 }
@@ -136,9 +136,13 @@ const OrtValue* Inputs::value(int input) const {
     return value;
 }
 
-bool Inputs::has(int input) const { return value(input) != nullptr; }
+bool Inputs::has(int input) const {
+    return value(input) != nullptr;
+}
 
-Shape Inputs::shape(int input) const { return mShapes.shape(input, value(input)); }
+Shape Inputs::shape(int input) const {
+    return mShapes.shape(input, value(input));
+}
 
 const void* Inputs::data(int input) const {
     const OrtValue* found = value(input);
@@ -165,9 +169,8 @@ void checkPermutation(const char* op, const std::int32_t* order, std::size_t cha
     for (std::size_t p = 0; p < channels; ++p) {
         const bool inside = order[p] >= 0 && static_cast<std::size_t>(order[p]) < channels;
         if (!inside || seen[static_cast<std::size_t>(order[p])]) {
-            throw Fault(std::string(op) + ": channel_order[" + std::to_string(p) +
-                        "] = " + std::to_string(order[p]) +
-                        (inside ? " occurs twice" : " is out of range") +
+            throw Fault(std::string(op) + ": channel_order[" + std::to_string(p) + "] = " +
+                        std::to_string(order[p]) + (inside ? " occurs twice" : " is out of range") +
                         "; allowed: a permutation of 0 to " + std::to_string(channels - 1));
         }
         seen[static_cast<std::size_t>(order[p])] = true;

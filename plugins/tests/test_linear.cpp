@@ -236,9 +236,9 @@ void linearCases() {
             cases.push_back({tokens, 192, outputs, {8, 16}});
         }
     }
-    for (Pattern pattern : {Pattern{2, 4}, Pattern{16, 32}, Pattern{1, 4}, Pattern{3, 8},
-                            Pattern{12, 16}, Pattern{16, 16}, Pattern{5, 24}, Pattern{1, 1},
-                            Pattern{40, 64}, Pattern{7, 48}}) {
+    for (Pattern pattern :
+         {Pattern{2, 4}, Pattern{16, 32}, Pattern{1, 4}, Pattern{3, 8}, Pattern{12, 16},
+          Pattern{16, 16}, Pattern{5, 24}, Pattern{1, 1}, Pattern{40, 64}, Pattern{7, 48}}) {
         Case c{4, 192, 33, pattern};
         cases.push_back(c);
         c.order = c.scale = c.bias = true;
@@ -282,7 +282,13 @@ void pruneKeepsValuesAndPlaces() {
     for (const Variant* variant : variants()) {
         useVariant(variant->name);
         std::vector<float> y(x.size(), -7.0f);
-        nmPrune({ElementType::kFLOAT32, x.data(), y.data(), kTOKENS, kCHANNELS, {8, 16}, nullptr,
+        nmPrune({ElementType::kFLOAT32,
+                 x.data(),
+                 y.data(),
+                 kTOKENS,
+                 kCHANNELS,
+                 {8, 16},
+                 nullptr,
                  order.data()},
                 kTHREADED);
         for (std::size_t t = 0; t < kTOKENS; ++t) {
@@ -290,8 +296,7 @@ void pruneKeepsValuesAndPlaces() {
                 int kept = 0;
                 float least = 1e30f, greatestDropped = 0.0f;
                 for (std::size_t j = 0; j < 16; ++j) {
-                    const std::size_t i =
-                        t * kCHANNELS + static_cast<std::size_t>(order[g + j]);
+                    const std::size_t i = t * kCHANNELS + static_cast<std::size_t>(order[g + j]);
                     if (y[i] != 0.0f) {
                         EXPECT(y[i] == x[i]);
                         least = std::min(least, std::fabs(x[i]));

@@ -79,9 +79,22 @@ void exhaustiveTies() {
 void extremes() {
     constexpr float kINF = std::numeric_limits<float>::infinity();
     constexpr float kNAN = std::numeric_limits<float>::quiet_NaN();
-    const float special[] = {0.0f,     -0.0f,    1e-45f, -1e-45f, 1e-38f, kINF,  -kINF,
-                             kNAN,     -kNAN,    1.0f,   -1.0f,   3e38f,  -3e38f, floatOf(0x7f800001u),
-                             floatOf(0xffffffffu), floatOf(0x00800000u)};
+    const float special[] = {0.0f,
+                             -0.0f,
+                             1e-45f,
+                             -1e-45f,
+                             1e-38f,
+                             kINF,
+                             -kINF,
+                             kNAN,
+                             -kNAN,
+                             1.0f,
+                             -1.0f,
+                             3e38f,
+                             -3e38f,
+                             floatOf(0x7f800001u),
+                             floatOf(0xffffffffu),
+                             floatOf(0x00800000u)};
     std::mt19937 random(5);
     std::vector<float> z(16 * 5000), scale(z.size());
     for (float& value : z) value = special[random() % 16];

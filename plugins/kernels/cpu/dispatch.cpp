@@ -24,8 +24,12 @@ bool hasAvx512() {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 #else
-bool hasAvx2() { return false; }
-bool hasAvx512() { return false; }
+bool hasAvx2() {
+    return false;
+}
+bool hasAvx512() {
+    return false;
+}
 #endif
 
 const Variant* fastest() {
@@ -42,11 +46,19 @@ std::atomic<const Variant*>& active() {
 
 }  // namespace
 
-const Variant* avx2Variant() { return hasAvx2() ? avx2Table() : nullptr; }
-const Variant* avx512Variant() { return hasAvx512() ? avx512Table() : nullptr; }
-const Variant* neonVariant() { return neonTable(); }
+const Variant* avx2Variant() {
+    return hasAvx2() ? avx2Table() : nullptr;
+}
+const Variant* avx512Variant() {
+    return hasAvx512() ? avx512Table() : nullptr;
+}
+const Variant* neonVariant() {
+    return neonTable();
+}
 
-const Variant& activeVariant() { return *active().load(std::memory_order_relaxed); }
+const Variant& activeVariant() {
+    return *active().load(std::memory_order_relaxed);
+}
 
 bool useVariant(const char* name) {
     for (const Variant* variant :

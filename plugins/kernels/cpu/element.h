@@ -38,7 +38,9 @@ static inline float floatOf(std::uint32_t bits) {
     return value;
 }
 
-static inline float toFloat(float value) { return value; }
+static inline float toFloat(float value) {
+    return value;
+}
 
 static inline float toFloat(BFloat16 value) {
     return floatOf(static_cast<std::uint32_t>(value.bits) << 16);
@@ -60,7 +62,9 @@ static inline float toFloat(Float16 value) {
     return floatOf(sign | ((exponent + 112) << 23) | (fraction << 13));
 }
 
-static inline void fromFloat(float value, float* out) { *out = value; }
+static inline void fromFloat(float value, float* out) {
+    *out = value;
+}
 
 // Round to nearest even; NaN stays NaN and turns quiet.
 static inline void fromFloat(float value, BFloat16* out) {

@@ -24,7 +24,9 @@ constexpr std::size_t kMAX_PANEL_TOKENS = 128;
 // Tasks per thread, so that an interrupted thread does not hold up the others.
 constexpr std::size_t kTASKS_PER_THREAD = 4;
 
-std::size_t divideUp(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
+std::size_t divideUp(std::size_t a, std::size_t b) {
+    return (a + b - 1) / b;
+}
 
 // The tokens of one pass, selected.
 struct Pass {
@@ -109,8 +111,8 @@ void multiplyToken(const LinearArguments& a, const Variant& variant, const Pass&
     for (std::size_t word = 0; word < keepWords(a.channels); ++word) {
         for (std::uint64_t bits = keep[word]; bits != 0; bits &= bits - 1) {
             const std::size_t p = word * 64 + static_cast<std::size_t>(__builtin_ctzll(bits));
-            rows[count] = pass.channelOrder == nullptr ? static_cast<std::int32_t>(p)
-                                                       : pass.channelOrder[p];
+            rows[count] =
+                pass.channelOrder == nullptr ? static_cast<std::int32_t>(p) : pass.channelOrder[p];
             values[count++] = z[p];
         }
     }
@@ -126,8 +128,8 @@ void multiplyToken(const LinearArguments& a, const Variant& variant, const Pass&
         const std::size_t begin = units * tile / tiles * variant.lanes;
         const std::size_t end = std::min(units * (tile + 1) / tiles * variant.lanes, a.outputs);
         float* sums = sumScratch.reserve(end - begin);
-        variant.rowProduct[static_cast<int>(a.type)](RowProduct{
-            columnOf(a, a.w, begin), a.outputs, rows, values, count, end - begin, sums});
+        variant.rowProduct[static_cast<int>(a.type)](
+            RowProduct{columnOf(a, a.w, begin), a.outputs, rows, values, count, end - begin, sums});
         finishColumns(a, variant, pass, token, begin, end - begin, sums);
     });
 }
@@ -139,8 +141,8 @@ void multiplyPanels(const LinearArguments& a, const Variant& variant, const Pass
     const std::size_t units = divideUp(a.outputs, variant.lanes);
     const std::size_t panels = divideUp(units, kPANEL_VECTORS);
     const std::size_t wantedRuns = divideUp(kTASKS_PER_THREAD * pool.threads, panels);
-    const std::size_t runTokens = std::clamp(divideUp(pass.tokens, wantedRuns), kMIN_PANEL_TOKENS,
-                                             kMAX_PANEL_TOKENS);
+    const std::size_t runTokens =
+        std::clamp(divideUp(pass.tokens, wantedRuns), kMIN_PANEL_TOKENS, kMAX_PANEL_TOKENS);
     const std::size_t runs = divideUp(pass.tokens, runTokens);
     parallelFor(pool, panels * runs, [&](std::size_t task) {
         thread_local Scratch<float> packedScratch;
@@ -152,11 +154,11 @@ void multiplyPanels(const LinearArguments& a, const Variant& variant, const Pass
         const std::size_t tokens = std::min(runTokens, pass.tokens - first);
         const SelectedTokens& selected = pass.selected;
         float* sums = sumScratch.reserve(kMAX_PANEL_TOKENS * width);
-        variant.panelProduct[static_cast<int>(a.type)](PanelProduct{
-            columnOf(a, a.w, begin), a.outputs, pass.channelOrder, a.channels,
-            selected.z + first * selected.zStride, selected.zStride,
-            selected.keep + first * selected.keepStride, selected.keepStride, tokens, end - begin,
-            packedScratch.reserve(kBLOCK * width), sums});
+        variant.panelProduct[static_cast<int>(a.type)](
+            PanelProduct{columnOf(a, a.w, begin), a.outputs, pass.channelOrder, a.channels,
+                         selected.z + first * selected.zStride, selected.zStride,
+                         selected.keep + first * selected.keepStride, selected.keepStride, tokens,
+                         end - begin, packedScratch.reserve(kBLOCK * width), sums});
         for (std::size_t t = 0; t < tokens; ++t) {
             finishColumns(a, variant, pass, first + t, begin, end - begin, sums + t * width);
         }

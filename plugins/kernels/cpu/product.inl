@@ -132,8 +132,8 @@ inline void storeSums(float* sums, const Simd::F* sum) {
 // Two tokens side by side, where there are registers for both: twice the independent chains, so
 // one token's start and end hide behind the other. Each keeps its own order.
 template <int kVECTORS>
-inline void multiplyPair(const float* packed, const float* zA, const float* zB,
-                         std::uint64_t keepA, std::uint64_t keepB, float* sumsA, float* sumsB) {
+inline void multiplyPair(const float* packed, const float* zA, const float* zB, std::uint64_t keepA,
+                         std::uint64_t keepB, float* sumsA, float* sumsB) {
     constexpr std::size_t kWIDTH = static_cast<std::size_t>(kVECTORS) * Simd::kLANES;
     Simd::F a[kVECTORS], b[kVECTORS];
     loadSums<kVECTORS>(sumsA, a);
@@ -208,14 +208,22 @@ void panelProductOf(const PanelProduct& p) {
 template <typename T>
 void panelProduct(const PanelProduct& p) {
     switch ((p.columns + Simd::kLANES - 1) / Simd::kLANES) {
-        case 1: return panelProductOf<T, 1>(p);
-        case 2: return panelProductOf<T, 2>(p);
-        case 3: return panelProductOf<T, 3>(p);
-        case 4: return panelProductOf<T, 4>(p);
-        case 5: return panelProductOf<T, 5>(p);
-        case 6: return panelProductOf<T, 6>(p);
-        case 7: return panelProductOf<T, 7>(p);
-        default: return panelProductOf<T, 8>(p);
+        case 1:
+            return panelProductOf<T, 1>(p);
+        case 2:
+            return panelProductOf<T, 2>(p);
+        case 3:
+            return panelProductOf<T, 3>(p);
+        case 4:
+            return panelProductOf<T, 4>(p);
+        case 5:
+            return panelProductOf<T, 5>(p);
+        case 6:
+            return panelProductOf<T, 6>(p);
+        case 7:
+            return panelProductOf<T, 7>(p);
+        default:
+            return panelProductOf<T, 8>(p);
     }
 }
 

@@ -17,7 +17,8 @@ class Scratch {
   public:
     T* reserve(std::size_t count) {
         if (count > mCount) {
-            const std::size_t bytes = (count * sizeof(T) + kALIGNMENT - 1) / kALIGNMENT * kALIGNMENT;
+            const std::size_t bytes =
+                (count * sizeof(T) + kALIGNMENT - 1) / kALIGNMENT * kALIGNMENT;
             mMemory.reset();
             mCount = 0;
             mMemory.reset(static_cast<T*>(std::aligned_alloc(kALIGNMENT, bytes)));

@@ -16,23 +16,25 @@ struct Pattern {
 
 // What selection looks at besides X; every pointer may be null.
 struct SelectionConstants {
-    const float* shift = nullptr;                 // [shiftCount]
-    std::size_t shiftCount = 0;                   // 1 or channels
-    const float* scoreScale = nullptr;            // [channels]
-    const std::int32_t* channelOrder = nullptr;   // [channels]
+    const float* shift = nullptr;                // [shiftCount]
+    std::size_t shiftCount = 0;                  // 1 or channels
+    const float* scoreScale = nullptr;           // [channels]
+    const std::int32_t* channelOrder = nullptr;  // [channels]
     bool dynamicShift = false;
 };
 
 // Where the result goes, for tokens 0 .. count-1.
 struct SelectedTokens {
-    float* z;             // [count, zStride], position order
+    float* z;  // [count, zStride], position order
     std::size_t zStride;
     std::uint64_t* keep;  // [count, keepStride], bit p = position p is kept
     std::size_t keepStride;
-    float* eta;           // [count]
+    float* eta;  // [count]
 };
 
-constexpr std::size_t keepWords(std::size_t channels) { return (channels + 63) / 64; }
+constexpr std::size_t keepWords(std::size_t channels) {
+    return (channels + 63) / 64;
+}
 
 // Selects for `count` tokens whose rows of X start at `x`.
 void selectTokens(const Variant& variant, ElementType type, const void* x, std::size_t channels,

@@ -100,8 +100,8 @@ struct Simd {
         const I odd = _mm512_and_si512(high, broadcastInt(1));
         const I biased = _mm512_add_epi32(bits, _mm512_add_epi32(odd, broadcastInt(0x7fff)));
         const __mmask16 isNan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-        const I rounded = _mm512_mask_or_epi32(_mm512_srli_epi32(biased, 16), isNan, high,
-                                               broadcastInt(0x40));
+        const I rounded =
+            _mm512_mask_or_epi32(_mm512_srli_epi32(biased, 16), isNan, high, broadcastInt(0x40));
         return _mm512_cvtepi32_epi16(rounded);
     }
     // The 16x16 block of keys whose rows start every `stride` elements, columns first.

@@ -87,7 +87,9 @@ struct Simd {
         for (std::int32_t lane : a.lane) equal = equal && lane == value;
         return equal;
     }
-    static void storeInt(std::int32_t* to, I value) { std::memcpy(to, value.lane, sizeof value.lane); }
+    static void storeInt(std::int32_t* to, I value) {
+        std::memcpy(to, value.lane, sizeof value.lane);
+    }
     // out[j] lane g = keys[g * m + j], for j < m <= kSIZE.
     template <int kSIZE>
     static void loadGroups(const std::int32_t* keys, int m, I* out) {

@@ -19,23 +19,23 @@ constexpr std::size_t kPANEL_VECTORS = 8;
 
 // What turns one token's row of X into the operand that is selected from.
 struct TokenInput {
-    const void* x;                      // [channels] T
-    std::size_t channels;               // K
-    const std::int32_t* channelOrder;   // [channels] or null: position -> channel
-    const float* shift;                 // [shiftCount] or null
-    std::size_t shiftCount;             // 1 or channels
-    bool dynamicShift;                  // eta is the token's own mean; excludes shift
+    const void* x;                     // [channels] T
+    std::size_t channels;              // K
+    const std::int32_t* channelOrder;  // [channels] or null: position -> channel
+    const float* shift;                // [shiftCount] or null
+    std::size_t shiftCount;            // 1 or channels
+    bool dynamicShift;                 // eta is the token's own mean; excludes shift
 };
 
 // Rows of W that one token keeps, against a tile of columns.
 struct RowProduct {
-    const void* w;               // first column of the tile in row 0 of W, T
-    std::size_t rowStride;       // O, elements
-    const std::int32_t* rows;    // [count] rows of W, in accumulation order
-    const float* values;         // [count]
+    const void* w;             // first column of the tile in row 0 of W, T
+    std::size_t rowStride;     // O, elements
+    const std::int32_t* rows;  // [count] rows of W, in accumulation order
+    const float* values;       // [count]
     std::size_t count;
-    std::size_t columns;         // columns of the tile
-    float* sums;                 // [columns], written
+    std::size_t columns;  // columns of the tile
+    float* sums;          // [columns], written
 };
 
 // All kept rows of many tokens, against a panel of columns narrow enough for registers.
@@ -46,7 +46,7 @@ struct PanelProduct {
     std::size_t channels;              // K
     const float* z;                    // [tokens, zStride], in position order
     std::size_t zStride;
-    const std::uint64_t* keep;         // [tokens, keepStride], bit p of the row = position p kept
+    const std::uint64_t* keep;  // [tokens, keepStride], bit p of the row = position p kept
     std::size_t keepStride;
     std::size_t tokens;
     std::size_t columns;  // at most kPANEL_VECTORS * lanes

@@ -1,11 +1,11 @@
 // Compiled for the baseline of the architecture.
 #include "variant.h"
 // The parts of a variant, in order of use.
-#include "simd_portable.h"
-#include "select.inl"
-#include "token.inl"
 #include "product.inl"
+#include "select.inl"
+#include "simd_portable.h"
 #include "table.inl"
+#include "token.inl"
 
 namespace nmexport {
 
