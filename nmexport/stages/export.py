@@ -79,6 +79,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
         InternalError: if what was written is not what it should be.
     """
     from nmexport.models.loader import load_model, load_tokenizer
+    from nmexport.models.tokenizer_files import write_tokenizer
 
     section = inputs.recipe.model
     trusted = section.trust_remote_code
@@ -87,7 +88,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     inputs.progress.note(f"export: {model.config.model_type}, {len(folded.layers)} sparse linears")
     metrics = write_models(model, folded.layers, folded.tensors, inputs.output)
     write_configs(model, inputs.output)
-    load_tokenizer(inputs.source, trust_remote_code=trusted).save_pretrained(inputs.output)
+    write_tokenizer(load_tokenizer(inputs.source, trust_remote_code=trusted), inputs.output)
     return metrics
 
 
