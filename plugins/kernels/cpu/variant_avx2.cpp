@@ -1,15 +1,17 @@
 // Compiled with AVX2, FMA and F16C: nothing here may run before dispatch.cpp has asked the
-// processor.
 #include "variant.h"
 
 #ifdef __AVX2__
-// The parts of a variant, in order of use.
-#include "product.inl"
-#include "select.inl"
+// The parts of a variant: each needs those before it.
+// clang-format off
 #include "simd_avx2.h"
-#include "table.inl"
+#include "select.inl"
 #include "token.inl"
+#include "product.inl"
+#include "table.inl"
+// clang-format on
 
+// processor.
 namespace nmexport {
 namespace {
 constexpr Variant kVARIANT = makeVariant("avx2");

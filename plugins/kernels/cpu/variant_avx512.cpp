@@ -2,12 +2,14 @@
 #include "variant.h"
 
 #ifdef __AVX512F__
-// The parts of a variant, in order of use.
-#include "product.inl"
-#include "select.inl"
+// The parts of a variant: each needs those before it.
+// clang-format off
 #include "simd_avx512.h"
-#include "table.inl"
+#include "select.inl"
 #include "token.inl"
+#include "product.inl"
+#include "table.inl"
+// clang-format on
 
 namespace nmexport {
 namespace {

@@ -1,11 +1,14 @@
 // Compiled for the baseline of the architecture.
 #include "variant.h"
-// The parts of a variant, in order of use.
-#include "product.inl"
-#include "select.inl"
+
+// The parts of a variant: each needs those before it.
+// clang-format off
 #include "simd_portable.h"
-#include "table.inl"
+#include "select.inl"
 #include "token.inl"
+#include "product.inl"
+#include "table.inl"
+// clang-format on
 
 namespace nmexport {
 
