@@ -10,7 +10,7 @@ from nmexport.layers import LayerSpec
 from nmexport.models.source import ModelSource
 from nmexport.progress import Silent
 from nmexport.recipe import GatesSection, ModelSection, Recipe
-from nmexport.verification import audit, continuation, latency, parity
+from nmexport.verification import audit, continuation, latency, op_parity, parity
 from nmexport.verification.accuracy import PROTOCOL
 from nmexport.verification.memory import PROTOCOL as MEMORY_PROTOCOL
 from nmexport.verification.report import assemble, judge
@@ -124,11 +124,19 @@ def _accuracy(rng: np.random.Generator) -> dict[str, Any]:
 def _parity(*, native: bool) -> dict[str, Any]:
     leg = {
         "max_abs": 3.4e-5,
+        "median_abs": 1.2e-5,
         "top1_agreement": 1.0,
         "greedy_identical": True,
         "prompts_diverged": 0,
         "prompts": 8,
         "tokens": 768,
+    }
+    linears = {
+        "error_over_tolerance": 0.031,
+        "worst_layer": "model.layers.0.mlp.up_proj",
+        "within_contract": True,
+        "linears": 210,
+        "values": 4_567_890,
     }
     engine = leg if native else parity.absent_leg("the native op library is not built here")
     return {
@@ -137,7 +145,16 @@ def _parity(*, native: bool) -> dict[str, Any]:
         "onnx_engine": {**engine, "greedy_identical": False, "prompts_diverged": 1}
         if native
         else engine,
+        "noise_floor": {**leg, "max_abs": 12.2, "greedy_identical": False, "prompts_diverged": 7},
         "protocol": parity.PROTOCOL,
+        "linears": {
+            "torch": linears,
+            "onnx": linears,
+            "engine": linears
+            if native
+            else {"within_contract": None, "why": "the native op library is not built here"},
+            "protocol": op_parity.PROTOCOL,
+        },
     }
 
 

@@ -157,7 +157,7 @@ def test_markdown_tables_are_whole(page: Path) -> None:
             assert before.count("|") == line.count("|")
         elif line.startswith("|") and before.startswith("|"):
             assert line.count("|") == before.count("|"), line
-    assert tables == 5
+    assert tables == 6
     assert "\n\n\n\n" not in "\n".join(lines)
 
 

@@ -193,6 +193,11 @@ def test_parity_of_torch_and_function_bodies(built: WorkDirectory) -> None:
     parity = verify.Artifact(built.require("verify")).report["parity"]
     assert parity["torch_onnx"]["greedy_identical"]
     assert parity["torch_onnx"]["max_abs"] < 1e-3
+    for executor in ("torch", "onnx"):
+        assert parity["linears"][executor]["within_contract"], parity["linears"]
+        assert parity["linears"][executor]["linears"] == 14
+    assert parity["linears"]["engine"]["within_contract"] is None
+    assert 0 < parity["noise_floor"]["max_abs"] < 1
     for leg in ("torch_engine", "onnx_engine"):
         assert parity[leg]["max_abs"] is None
         assert "not built" in parity[leg]["why"]

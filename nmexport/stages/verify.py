@@ -18,6 +18,8 @@ from nmexport.stages import fold
 from nmexport.stages.engine import NO_LIBRARY, resolve_target
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from nmexport.runtimes.onnxruntime import Engine
     from nmexport.runtimes.session import Session
     from nmexport.stages.inputs import StageInputs
+    from nmexport.verification.reference import TorchSession
 
 UPSTREAM = ("fold", "export", "engine")
 
@@ -241,22 +244,25 @@ def _audit(inputs: StageInputs, engine: Engine, windows: NDArray[np.int64]) -> d
 
 
 def _parity(inputs: StageInputs, engine: Engine, prompts: NDArray[np.int64]) -> dict[str, Any]:
+    """The report's `parity`: whole models in lock step, and each linear against the oracle."""
     from nmexport.runtimes.onnxruntime import OrtSession
     from nmexport.verification import parity
     from nmexport.verification.reference import open_folded
 
+    folded = fold.Artifact(inputs.upstream["fold"])
     why: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         executors: dict[str, Session] = {}
+        torch_session = None
         shortage = _memory_shortage(engine)
         if shortage:
             why[parity.TORCH] = shortage
         else:
-            executors[parity.TORCH] = stack.enter_context(
-                open_folded(
-                    inputs.source, inputs.recipe.model, fold.Artifact(inputs.upstream["fold"])
-                )
+            torch_session = stack.enter_context(
+                open_folded(inputs.source, inputs.recipe.model, folded)
             )
+            executors[parity.TORCH] = torch_session
+            executors[parity.ROUNDED] = torch_session.perturbed()
         executors[parity.ONNX] = stack.enter_context(
             OrtSession(engine.model, threads=engine.threads, config=engine.session_config)
         )
@@ -268,7 +274,44 @@ def _parity(inputs: StageInputs, engine: Engine, prompts: NDArray[np.int64]) -> 
             )
         steps = range(inputs.recipe.evaluation.generate_tokens)
         tracked = inputs.progress.track(steps, label="verify: parity", total=len(steps))
-        return parity.compare(executors, prompts, tracked, why_absent=why)
+        report = parity.compare(executors, prompts, tracked, why_absent=why)
+        return {**report, "linears": _linear_parity(engine, folded, torch_session, prompts[0], why)}
+
+
+def _linear_parity(
+    engine: Engine,
+    folded: fold.Artifact,
+    torch_session: TorchSession | None,
+    prompt: NDArray[np.int64],
+    why: Mapping[str, str],
+) -> dict[str, Any]:
+    """Each executor's linears against the oracle, on one prompt."""
+    from nmexport.runtimes.onnxruntime import engine_library
+    from nmexport.verification import op_parity, parity
+    from nmexport.verification.audit import open_instrumented
+    from nmexport.verification.reference import array_from
+
+    layers = folded.layers
+    graph, outputs = op_parity.instrument(engine.model)
+    libraries: dict[str, Path | None] = {parity.ONNX: None}
+    if parity.ENGINE not in why:
+        libraries[parity.ENGINE] = engine_library(engine)
+
+    def tensors_of(name: str) -> dict[str, NDArray[Any]]:
+        return {kind: array_from(value) for kind, value in folded.tensors(name).items()}
+
+    report: dict[str, Any] = {name: {"within_contract": None, "why": why[name]} for name in why}
+    for name, library in libraries.items():
+        beside = torch_session.linear if torch_session and name == parity.ONNX else None
+        with open_instrumented(
+            graph, engine.model.parent, library=library, threads=engine.threads
+        ) as session:
+            report[name], other = op_parity.check(
+                session, layers, outputs, tensors_of, prompt, beside=beside
+            )
+        if other is not None:
+            report[parity.TORCH] = other
+    return {**report, "protocol": op_parity.PROTOCOL}
 
 
 def _memory_shortage(engine: Engine) -> str | None:

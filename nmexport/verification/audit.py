@@ -19,7 +19,7 @@ from nmexport.graph.functions import function_protos_for
 from nmexport.runtimes.onnxruntime import EXTERNAL_DATA_FOLDER, SESSION_CONFIG, OrtSession
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -165,12 +165,15 @@ def _add_prune_functions(model: onnx.ModelProto, prunes: list[onnx.NodeProto]) -
             model.functions.append(function)
 
 
-def add_layer_outputs(model: onnx.ModelProto, values: Mapping[str, str]) -> dict[str, str]:
+def add_layer_outputs(
+    model: onnx.ModelProto, values: Mapping[str, str], *, kind: str = "output"
+) -> dict[str, str]:
     """Make values of the graph outputs of the model, as float32; in place.
 
     Args:
         model: Dense or sparse.
         values: Name of a value in the graph, by layer.
+        kind: What the values are to the layers; part of the outputs' names.
 
     Returns:
         Name of the output, by layer.
@@ -183,9 +186,9 @@ def add_layer_outputs(model: onnx.ModelProto, values: Mapping[str, str]) -> dict
     for layer, value in values.items():
         if value not in known:
             raise ArtifactError(
-                f"The model has no value {value} for the output of {layer}.", fix="export again"
+                f"The model has no value {value} for the {kind} of {layer}.", fix="export again"
             )
-        outputs[layer] = f"{_PREFIX}{layer}/output"
+        outputs[layer] = f"{_PREFIX}{layer}/{kind}"
         model.graph.node.append(helper.make_node("Cast", [value], [outputs[layer]], to=_FLOAT))
         model.graph.output.append(helper.make_empty_tensor_value_info(outputs[layer]))
     return outputs
@@ -236,7 +239,8 @@ def propagated_errors(
     Memory is bounded: layers are taken in chunks, each chunk runs both models once.
     """
     errors: dict[str, float | None] = {}
-    for chunk in _chunks(layers, tokens=window.size):
+    # Dense and sparse, float32.
+    for chunk in chunks_by_bytes(layers, lambda layer: 2 * 4 * window.size * layer.out_features):
         names = {layer.name: outputs[layer.name] for layer in chunk}
         for session in (dense, sparse):
             session.watch(names.values())
@@ -253,16 +257,18 @@ def relative_error(value: NDArray[Any], reference: NDArray[Any]) -> float | None
     return float(np.linalg.norm(value.astype(np.float64) - reference)) / norm if norm else None
 
 
-def _chunks(layers: Sequence[LayerSpec], *, tokens: int) -> Iterator[list[LayerSpec]]:
+def chunks_by_bytes(
+    layers: Sequence[LayerSpec], bytes_of: Callable[[LayerSpec], int]
+) -> Iterator[list[LayerSpec]]:
+    """The layers in order, so many at a time as may be held together; at least one."""
     chunk: list[LayerSpec] = []
     held = 0
     for layer in layers:
-        size = 2 * 4 * tokens * layer.out_features  # dense and sparse, float32
-        if chunk and held + size > _OUTPUT_BYTES:
+        if chunk and held + bytes_of(layer) > _OUTPUT_BYTES:
             yield chunk
             chunk, held = [], 0
         chunk.append(layer)
-        held += size
+        held += bytes_of(layer)
     if chunk:
         yield chunk
 

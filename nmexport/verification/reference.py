@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
+import ml_dtypes
 import numpy as np
 import torch
 from torch import nn
@@ -14,14 +16,20 @@ from nmexport.models.swap import replace_linears
 from nmexport.sparsity.linear import Behaviour, FoldedLinear
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import TracebackType
 
     from numpy.typing import NDArray
+    from transformers import PreTrainedModel
 
     from nmexport.layers import LayerSpec
     from nmexport.models.source import ModelSource
     from nmexport.recipe import ModelSection
     from nmexport.stages.fold import Artifact as FoldArtifact
+
+
+PERTURBATION = 1e-7
+"""Relative: about one unit in the last place of float32."""
 
 
 class ModelSize(NamedTuple):
@@ -34,9 +42,19 @@ class ModelSize(NamedTuple):
 class TorchSession:
     """A causal LM with its KV cache; implements `runtimes.session.Session`."""
 
-    def __init__(self, model: nn.Module, vocabulary_size: int) -> None:
-        """Run a model in evaluation mode."""
-        self._model: nn.Module | None = model
+    def __init__(
+        self, model: PreTrainedModel, vocabulary_size: int, *, perturbation: float = 0.0
+    ) -> None:
+        """Run a model in evaluation mode.
+
+        Args:
+            model: The model; may be shared by sessions that take turns.
+            vocabulary_size: Width of its logits.
+            perturbation: Relative size of a fixed disturbance of the embeddings: how far a result
+                moves by it is how far rounding may move it.
+        """
+        self._model: PreTrainedModel | None = model
+        self._perturbation = perturbation
         self._vocabulary_size = vocabulary_size
         self._cache: Any = None
 
@@ -44,6 +62,28 @@ class TorchSession:
     def vocabulary_size(self) -> int:
         """Width of the logits."""
         return self._vocabulary_size
+
+    def perturbed(self) -> TorchSession:
+        """Another session on the same model, its embeddings off in their last bits.
+
+        Raises:
+            RuntimeError: if this one is closed.
+        """
+        if self._model is None:
+            raise RuntimeError("the session is closed")
+        return TorchSession(self._model, self._vocabulary_size, perturbation=PERTURBATION)
+
+    def linear(self, layer: LayerSpec, x: NDArray[Any]) -> NDArray[Any]:
+        """What one linear of the model makes of an input: `[..., K] T` -> `[..., O] T`.
+
+        Raises:
+            RuntimeError: if the session is closed.
+        """
+        if self._model is None:
+            raise RuntimeError("the session is closed")
+        with torch.inference_mode():
+            y = self._model.get_submodule(layer.name)(tensor_from(x))
+        return array_from(y)
 
     def prefill(self, input_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """Drop the cache, run whole prompts `[B, S]`, and return logits `[B, S, V]`."""
@@ -74,7 +114,7 @@ class TorchSession:
     def _run(self, input_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         if self._model is None:
             raise RuntimeError("the session is closed")
-        with torch.inference_mode():
+        with torch.inference_mode(), self._disturbed(self._model):
             output = self._model(
                 input_ids=torch.from_numpy(np.ascontiguousarray(input_ids)),
                 past_key_values=self._cache,
@@ -83,6 +123,24 @@ class TorchSession:
         self._cache = output.past_key_values
         logits: NDArray[np.float32] = output.logits.float().numpy()
         return logits
+
+    @contextlib.contextmanager
+    def _disturbed(self, model: PreTrainedModel) -> Iterator[None]:
+        if not self._perturbation:
+            yield
+            return
+
+        def disturb(_: nn.Module, __: Any, embedded: torch.Tensor) -> torch.Tensor:
+            # In float32 whatever the type: a smaller one rounds most of it away, as it should.
+            pattern = torch.linspace(-1.0, 1.0, embedded.shape[-1]).cos()
+            factor = 1.0 + self._perturbation * pattern
+            return (embedded.float() * factor).to(embedded.dtype)
+
+        hook = model.get_input_embeddings().register_forward_hook(disturb)
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 def open_folded(source: ModelSource, section: ModelSection, fold: FoldArtifact) -> TorchSession:
@@ -101,6 +159,22 @@ def open_folded(source: ModelSource, section: ModelSection, fold: FoldArtifact) 
         },
     )
     return TorchSession(model, model.config.get_text_config().vocab_size)
+
+
+def tensor_from(array: NDArray[Any]) -> torch.Tensor:
+    """The same elements in torch; bfloat16 is ml_dtypes' in NumPy."""
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def array_from(tensor: torch.Tensor) -> NDArray[Any]:
+    """The same elements in NumPy."""
+    if tensor.dtype == torch.bfloat16:
+        bits: NDArray[Any] = tensor.contiguous().view(torch.int16).numpy()
+        return bits.view(ml_dtypes.bfloat16)
+    array: NDArray[Any] = tensor.numpy()
+    return array
 
 
 def _behaviour(layer: LayerSpec) -> Behaviour:

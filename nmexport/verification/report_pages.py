@@ -22,6 +22,12 @@ _LEGS = {
     "torch_engine": "PyTorch and native op",
     "onnx_engine": "ONNX function bodies and native op",
 }
+_NOISE = "Noise floor: PyTorch against itself, embeddings off by 1e-7"
+_EXECUTORS = {
+    "torch": "PyTorch",
+    "onnx": "ONNX function bodies",
+    "engine": "Native op",
+}
 _ABSENT = "not measured"
 
 
@@ -131,12 +137,41 @@ def _summary_row(
 
 def parity_rows(report: dict[str, Any]) -> list[dict[str, str]]:
     """One row for each leg."""
-    return [_parity_row(title, report["parity"][leg]) for leg, title in _LEGS.items()]
+    parity = report["parity"]
+    rows = [_parity_row(title, parity[leg]) for leg, title in _LEGS.items()]
+    floor = parity["noise_floor"]
+    return [*rows, _parity_row(_NOISE, floor)] if floor else rows
+
+
+def linear_rows(report: dict[str, Any]) -> list[dict[str, str]]:
+    """One row for each executor whose linears were held against the oracle."""
+    return [
+        _linear_row(title, report["parity"]["linears"][executor])
+        for executor, title in _EXECUTORS.items()
+    ]
+
+
+def _linear_row(title: str, figures: dict[str, Any]) -> dict[str, str]:
+    if figures["within_contract"] is None:
+        return {"executor": title, "share": _ABSENT, "values": "", "why": figures["why"]}
+    return {
+        "executor": title,
+        "share": percent(figures["error_over_tolerance"]),
+        "values": f"{count(figures['values'])}, {figures['linears']} linears",
+        "why": "",
+    }
 
 
 def _parity_row(title: str, leg: dict[str, Any]) -> dict[str, str]:
     if leg["max_abs"] is None:
-        return {"pair": title, "max_abs": _ABSENT, "top1": "", "greedy": "", "why": leg["why"]}
+        return {
+            "pair": title,
+            "max_abs": _ABSENT,
+            "median_abs": "",
+            "top1": "",
+            "greedy": "",
+            "why": leg["why"],
+        }
     greedy = (
         f"identical, {leg['prompts']} prompts"
         if leg["greedy_identical"]
@@ -145,6 +180,7 @@ def _parity_row(title: str, leg: dict[str, Any]) -> dict[str, str]:
     return {
         "pair": title,
         "max_abs": number(leg["max_abs"], 2),
+        "median_abs": number(leg["median_abs"], 2),
         "top1": percent(leg["top1_agreement"], 2),
         "greedy": greedy,
         "why": "",
@@ -186,6 +222,7 @@ def _render(template: str, report: dict[str, Any], **more: Any) -> str:
             method=method(report),
             summary=summary_rows(report),
             parity=parity_rows(report),
+            linears=linear_rows(report),
             recipe=json.dumps(report["recipe"], indent=1),
             **more,
         )

@@ -1,0 +1,206 @@
+"""Each sparsified linear against the float64 oracle, on the inputs it met in a real run.
+
+Whole models cannot tell a wrong executor from a rounding one: where two scores of a group are
+nearly equal, the last bit of a hidden state decides which is kept, and what follows differs
+visibly. Given the same input, though, the op contract leaves no room: the same mask, and values
+within its tolerance. That is what is checked here, linear by linear.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nmexport.oracle import Reference, reference
+from nmexport.verification.audit import (
+    add_layer_outputs,
+    chunks_by_bytes,
+    linear_nodes,
+    read_graph,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    import onnx
+    from numpy.typing import NDArray
+
+    from nmexport.layers import LayerSpec
+    from nmexport.runtimes.onnxruntime import OrtSession
+
+    Tensors = Mapping[str, NDArray[Any]]
+    Compute = Callable[[LayerSpec, NDArray[Any]], NDArray[Any]]
+    TensorsOf = Callable[[str], Tensors]
+
+PROTOCOL = (
+    "Each sparsified linear computes on the input that it met in a run of the model, prompt and "
+    "decode, and is held against a float64 oracle on that same input. The error is given as a "
+    "share of what the op contract allows; a channel kept or dropped wrongly would exceed it by "
+    "orders of magnitude."
+)
+# With a shift computed from the token, scores this close may rank either way (op contract).
+_TIE = 1e-5
+
+
+@dataclass
+class Worst:
+    """The largest error so far, as a share of the contract's tolerance."""
+
+    share: float = 0.0
+    layer: str | None = None
+    linears: set[str] = field(default_factory=set)
+    values: int = 0
+
+    def add(self, layer: str, share: NDArray[np.float64]) -> None:
+        """Count in one linear's outputs: error over tolerance, `[tokens, O]`."""
+        self.linears.add(layer)
+        self.values += share.size
+        largest = float(share.max(initial=0.0))
+        if not largest <= self.share:  # NaN counts as worse than anything
+            self.share, self.layer = largest, layer
+
+    def report(self) -> dict[str, Any]:
+        """The report's form."""
+        return {
+            "error_over_tolerance": self.share,
+            "worst_layer": self.layer,
+            "within_contract": self.share <= 1.0,
+            "linears": len(self.linears),
+            "values": self.values,
+        }
+
+
+def arguments(layer: LayerSpec, tensors: Tensors) -> dict[str, Any]:
+    """The oracle's keyword arguments for a layer and its constants."""
+    optional = {name: value for name, value in tensors.items() if name != "W"}
+    return {
+        "n": layer.nm.n,
+        "m": layer.nm.m,
+        "dynamic_shift": layer.dynamic_shift,
+        "variance_correction": layer.variance_correction,
+        "phase": layer.phase,
+        **optional,
+    }
+
+
+def error_over_tolerance(
+    layer: LayerSpec, tensors: Tensors, x: NDArray[Any], y: NDArray[Any]
+) -> NDArray[np.float64]:
+    """How wrong an executor's output is, as a share of what the contract allows.
+
+    Args:
+        layer: What the linear computes.
+        tensors: Its constants by the contract's names.
+        x: `[..., S, K] T`, its input.
+        y: `[..., S, O] T`, the executor's output.
+
+    Returns:
+        `[tokens, O]`; tokens whose mask the contract leaves open are left out.
+    """
+    expected = reference(x, tensors["W"], **arguments(layer, tensors))
+    bound = np.maximum(expected.bound(x.dtype), np.finfo(np.float64).tiny)
+    share: NDArray[np.float64] = np.abs(y.astype(np.float64) - expected.value) / bound
+    certain = ~_open_masks(layer, tensors, x, expected)
+    return share.reshape(-1, share.shape[-1])[certain.reshape(-1)]
+
+
+def _open_masks(
+    layer: LayerSpec, tensors: Tensors, x: NDArray[Any], expected: Reference
+) -> NDArray[np.bool_]:
+    """Tokens `[...]` with a kept and a dropped score closer than the contract tells apart."""
+    if not layer.dynamic_shift:
+        return np.zeros(x.shape[:-1], dtype=np.bool_)
+    wide = x.astype(np.float64)
+    score = np.abs(wide - wide.mean(axis=-1, keepdims=True)) * tensors.get("score_scale", 1.0)
+    order = tensors.get("channel_order", np.arange(x.shape[-1]))
+    groups = (*x.shape[:-1], -1, layer.nm.m)
+    score = score[..., order].reshape(groups)
+    keep = expected.keep[..., order].reshape(groups)
+    least_kept = np.where(keep, score, np.inf).min(axis=-1)
+    most_dropped = np.where(keep, -np.inf, score).max(axis=-1)
+    near: NDArray[np.bool_] = (least_kept - most_dropped <= _TIE * least_kept).any(axis=-1)
+    return near
+
+
+def instrument(path: Path) -> tuple[onnx.ModelProto, dict[str, tuple[str, str]]]:
+    """A model that also gives out what goes into its linears and what comes out.
+
+    Returns:
+        The model without its weights, and names of input and output by layer.
+
+    Raises:
+        ArtifactError: if the model cannot be read.
+    """
+    model = read_graph(path)
+    nodes = linear_nodes(model)
+    # The graph's own values, so the producer may be any node, or an input shared by linears.
+    given = add_layer_outputs(
+        model, {name: node.input[0] for name, node in nodes.items()}, kind="input"
+    )
+    made = add_layer_outputs(model, {name: node.output[0] for name, node in nodes.items()})
+    return model, {name: (given[name], made[name]) for name in nodes}
+
+
+def met_inputs(
+    session: OrtSession,
+    layers: Sequence[LayerSpec],
+    outputs: Mapping[str, tuple[str, str]],
+    prompt: NDArray[np.int64],
+) -> Iterator[tuple[LayerSpec, NDArray[np.float32], NDArray[np.float32]]]:
+    """Each linear's input `[1, S, K]` and output `[1, S, O]` in a run; prompt first, then decode.
+
+    Args:
+        session: A model that gives out its linears' inputs and outputs.
+        layers: The linears; taken so many at a time that memory stays bounded.
+        outputs: Names of a linear's input and output among the graph's outputs.
+        prompt: Token ids `[P]`; the last one is decoded on the cache of the others.
+    """
+    for chunk in _chunks(layers, tokens=prompt.size):
+        session.watch(name for layer in chunk for name in outputs[layer.name])
+        for run, tokens in ((session.prefill, prompt[:-1]), (session.decode_step, prompt[-1:])):
+            run(tokens[None, :])
+            for layer in chunk:
+                x, y = (session.watched[name] for name in outputs[layer.name])
+                yield layer, x, y
+
+
+def check(
+    session: OrtSession,
+    layers: Sequence[LayerSpec],
+    outputs: Mapping[str, tuple[str, str]],
+    tensors_of: TensorsOf,
+    prompt: NDArray[np.int64],
+    *,
+    beside: Compute | None = None,
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Hold every linear of a running model against the oracle.
+
+    Args:
+        session: See `met_inputs`.
+        layers: See `met_inputs`.
+        outputs: See `met_inputs`.
+        tensors_of: Constants of a layer by the contract's names; W's type is T.
+        prompt: See `met_inputs`.
+        beside: One linear of another executor, held against the oracle on the same inputs.
+
+    Returns:
+        The report of the session, and of the other executor.
+    """
+    running, other = Worst(), Worst()
+    for layer, x32, y32 in met_inputs(session, layers, outputs, prompt):
+        tensors = tensors_of(layer.name)
+        x, y = (value.astype(tensors["W"].dtype) for value in (x32, y32))  # exact: they were T
+        running.add(layer.name, error_over_tolerance(layer, tensors, x, y))
+        if beside is not None:
+            computed = beside(layer, x)
+            other.add(layer.name, error_over_tolerance(layer, tensors, x, computed))
+    return running.report(), None if beside is None else other.report()
+
+
+def _chunks(layers: Sequence[LayerSpec], *, tokens: int) -> Iterator[list[LayerSpec]]:
+    return chunks_by_bytes(
+        layers, lambda layer: 4 * tokens * (layer.in_features + layer.out_features)
+    )
