@@ -137,6 +137,8 @@ def _check_weight(
     path: Path, node: onnx.NodeProto, layer: LayerSpec, shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
     """The node reads its own folded weight `[K, O]`, and the dense one did not travel along."""
+    if node.input[1] != f"{layer.name}.W":
+        raise InternalError(f"{path}: {layer.name} reads {node.input[1]}, not its own weight.")
     if shapes.get(node.input[1]) != (layer.in_features, layer.out_features):
         raise InternalError(
             f"{path}: the weight of {layer.name} has shape {shapes.get(node.input[1])}."

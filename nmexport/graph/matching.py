@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import onnx_ir as ir
-
 if TYPE_CHECKING:
+    import onnx_ir as ir
     from numpy.typing import NDArray
 
 _READABLE = 64
