@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from nmexport.runtimes import native
 
 from tests.exported import Exported, export_folder, load, onnx_logits, torch_logits
 from tests.tiny import FAMILIES, VOCABULARY, WINDOW, save_tiny_model
@@ -53,7 +54,6 @@ def test_sparse_with_no_library(exported: Exported, batch: tuple[np.ndarray, ...
 
 
 def test_sparse_with_native_op(exported: Exported, batch: tuple[np.ndarray, ...]) -> None:
-    native = pytest.importorskip("nmexport.runtimes.native")
     library = native.find_library()
     if library is None:
         pytest.skip("the native library is not built")
