@@ -9,7 +9,7 @@ from nmexport.environment import Environment
 from nmexport.layers import LayerSpec
 from nmexport.models.source import ModelSource
 from nmexport.progress import Silent
-from nmexport.recipe import GatesSection, ModelSection, Recipe
+from nmexport.recipe import GatesSection, ModelSection, Recipe, SparsitySection
 from nmexport.verification import audit, continuation, latency, op_parity, parity
 from nmexport.verification.accuracy import PROTOCOL
 from nmexport.verification.memory import PROTOCOL as MEMORY_PROTOCOL
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 KINDS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj")}
 RECIPE = Recipe(
     model=ModelSection(id="smollm2"),
+    sparsity=SparsitySection(criterion="act", mitigations=(), grouping="balanced"),
     gates=GatesSection(max_perplexity_ratio=2.05, min_decode_speedup=1.35),
 )
 ENVIRONMENT = Environment(

@@ -171,9 +171,7 @@ def test_layer_outputs_are_taken_in_chunks_of_bounded_size() -> None:
     chunks = list(audit.chunks_by_bytes(layers, lambda _: 1 << 26))
     assert [layer.name for chunk in chunks for layer in chunk] == [str(one) for one in range(10)]
     assert max(len(chunk) for chunk in chunks) == 4
-    assert (
-        len(list(audit.chunks_by_bytes(layers, lambda _: 1 << 40))) == 10
-    )  # too large alone: alone
+    assert len(list(audit.chunks_by_bytes(layers, lambda _: 1 << 40))) == 10
 
 
 def test_relative_error_of_nothing_is_unknown() -> None:

@@ -164,14 +164,8 @@ def _linear_row(title: str, figures: dict[str, Any]) -> dict[str, str]:
 
 def _parity_row(title: str, leg: dict[str, Any]) -> dict[str, str]:
     if leg["max_abs"] is None:
-        return {
-            "pair": title,
-            "max_abs": _ABSENT,
-            "median_abs": "",
-            "top1": "",
-            "greedy": "",
-            "why": leg["why"],
-        }
+        empty = dict.fromkeys(("median_abs", "top1", "greedy"), "")
+        return {"pair": title, "max_abs": _ABSENT, **empty, "why": leg["why"]}
     greedy = (
         f"identical, {leg['prompts']} prompts"
         if leg["greedy_identical"]
