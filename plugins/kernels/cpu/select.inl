@@ -112,9 +112,11 @@ void selectLanes(const std::int32_t* keys, int n, int m, std::uint64_t* masks) {
         const std::int32_t bit = static_cast<std::int32_t>(1u << j);
         Simd::countAtLeast(original[j], threshold, bit, &count, &low);
     }
-    for (int j = 32; j < m; ++j) {
-        const std::int32_t bit = static_cast<std::int32_t>(1u << (j - 32));
-        Simd::countAtLeast(original[j], threshold, bit, &count, &high);
+    if constexpr (kSIZE > 32) {
+        for (int j = 32; j < m; ++j) {
+            const std::int32_t bit = static_cast<std::int32_t>(1u << (j - 32));
+            Simd::countAtLeast(original[j], threshold, bit, &count, &high);
+        }
     }
 
     std::int32_t lowBits[Simd::kLANES], highBits[Simd::kLANES];

@@ -1,4 +1,4 @@
-// Compiled with AVX2, FMA and F16C: nothing here may run before dispatch.cpp has asked the
+// Compiled with AVX2, FMA and F16C: dispatch.cpp asks the processor before anything here runs.
 #include "variant.h"
 
 #ifdef __AVX2__
@@ -11,7 +11,6 @@
 #include "table.inl"
 // clang-format on
 
-// processor.
 namespace nmexport {
 namespace {
 constexpr Variant kVARIANT = makeVariant("avx2");

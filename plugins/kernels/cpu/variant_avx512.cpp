@@ -1,4 +1,4 @@
-// Compiled with AVX-512: nothing here may run before dispatch.cpp has asked the processor.
+// Compiled with AVX-512: dispatch.cpp asks the processor before anything here runs.
 #include "variant.h"
 
 #ifdef __AVX512F__
