@@ -242,6 +242,13 @@ def test_model_without_a_key_value_cache(tmp_path: Path) -> None:
     assert "llama" in str(caught.value), "says what can be exported"
 
 
+def test_model_that_ignores_the_cache(tiny_llama: Path, tmp_path: Path) -> None:
+    model = load(tiny_llama)
+    model.forward = lambda **_: None
+    with pytest.raises(ModelError, match=r"'llama' cannot be exported: it keeps no cache"):
+        export.write_models(model, [], dict, tmp_path)
+
+
 def test_model_that_cannot_be_traced(tiny_llama: Path, tmp_path: Path) -> None:
     """What goes wrong inside the tracer names the model type, and the model is as before."""
     model = load(tiny_llama)

@@ -55,7 +55,7 @@ def genai_config(
         "decoder": decoder,
         "eos_token_id": _end_tokens(text.eos_token_id, generation),
         "pad_token_id": _pad_token(text, generation),
-        "type": text.model_type.removesuffix("_text"),
+        "type": text.model_type,
         "vocab_size": text.vocab_size,
     }
     known = {key: value for key, value in model.items() if value is not None}

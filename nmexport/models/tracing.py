@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from nmexport.errors import ModelError
+from nmexport.errors import ModelError, NmexportError
 from nmexport.graph.assembly import LAYER_ATTRIBUTE, LINEAR
 from nmexport.graph.contract import op_contract
 from nmexport.graph.functions import OPSET
@@ -106,12 +106,15 @@ def cache_shapes(model: PreTrainedModel) -> list[CacheShape]:
     try:
         with torch.no_grad():
             model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
-        return [
+        shapes = [
             CacheShape(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3])
             for layer in cache.layers
         ]
     except Exception as error:
         raise _cannot_export(model, "its cache is not one of keys and values", error) from error
+    if not shapes:
+        raise _cannot_export(model, "it keeps no cache", None)
+    return shapes
 
 
 def trace(model: PreTrainedModel, layers: Sequence[str]) -> ir.Model:
@@ -137,7 +140,9 @@ def trace(model: PreTrainedModel, layers: Sequence[str]) -> ir.Model:
     try:
         with _exportable_attention(model), _silence():
             return _export(model, shapes)
-    except Exception as error:
+    except NmexportError:
+        raise
+    except Exception as error:  # the tracer and the model's code raise what they please
         raise _cannot_export(model, "torch.onnx.export failed", error) from error
     finally:
         replace_linears(model, originals)
@@ -281,10 +286,11 @@ def _silence() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _cannot_export(model: PreTrainedModel, what: str, error: Exception) -> ModelError:
-    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _cannot_export(model: PreTrainedModel, what: str, error: Exception | None) -> ModelError:
+    lines = [line for line in str(error or "").splitlines() if line.strip()]
+    reason = f": {lines[0][:300]}" if lines else ""
     return ModelError(
-        f"Models of type {model.config.model_type!r} cannot be exported: {what}: {reason[:300]}",
+        f"Models of type {model.config.model_type!r} cannot be exported: {what}{reason}.",
         allowed="decoder-only causal language models with a key/value cache, such as llama, "
         "mistral, qwen2, qwen3, gemma2, gemma3_text or phi3",
         fix="run again with -v for the traceback",
