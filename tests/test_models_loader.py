@@ -13,6 +13,7 @@ from nmexport.models.loader import load_model, load_tokenizer
 from nmexport.models.source import ModelSource, packaged_gguf, resolve
 from nmexport.models.swap import replace_linears
 from nmexport.recipe import ModelSection
+from tests.tiny import save_tiny_model
 
 
 def source_of(folder: Path, gguf_file: str | None = None) -> ModelSource:
@@ -34,6 +35,17 @@ def test_model(
 def test_tokenizer(tiny_llama: Path) -> None:
     tokenizer = load_tokenizer(source_of(tiny_llama))
     assert tokenizer.decode(tokenizer("The quick fox")["input_ids"]) == "The quick fox"
+
+
+def test_soft_cap_is_not_lost(tmp_path: Path) -> None:
+    """Transformers' sdpa attention ignores it, and every figure would be another model's."""
+    save_tiny_model(tmp_path, "gemma2")
+    tokens = torch.arange(3, 40)[None]
+    by_default, eager = (
+        load_model(source_of(tmp_path), attention=attention)(tokens).logits
+        for attention in ("sdpa", "eager")
+    )
+    torch.testing.assert_close(by_default, eager)
 
 
 def test_unknown_architecture(tiny_llama: Path, tmp_path: Path) -> None:

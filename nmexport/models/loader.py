@@ -35,7 +35,8 @@ def load_model(
         source: Where it lies.
         dtype: Element type of the parameters, whatever they are stored in.
         trust_remote_code: Whether Python files of the model may run.
-        attention: Attention implementation of transformers; models without it get `eager`.
+        attention: Attention implementation of transformers; a model that caps its attention
+            scores gets `eager` instead of `sdpa`, which would ignore the cap.
 
     Raises:
         ModelError: if its architecture is unknown or its files cannot be read.
@@ -54,6 +55,8 @@ def load_model(
             **_format(source),
         )
     _forget_quantization(model)
+    if attention == "sdpa" and getattr(model.config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # sdpa leaves the soft cap out without a word
     return model.eval().requires_grad_(False)
 
 
