@@ -13,6 +13,7 @@ from nmexport.models.loader import load_model, load_tokenizer
 from nmexport.models.source import ModelSource, packaged_gguf, resolve
 from nmexport.models.swap import replace_linears
 from nmexport.recipe import ModelSection
+
 from tests.tiny import save_tiny_model
 
 
@@ -37,8 +38,12 @@ def test_tokenizer(tiny_llama: Path) -> None:
     assert tokenizer.decode(tokenizer("The quick fox")["input_ids"]) == "The quick fox"
 
 
+def test_sdpa_where_it_is_supported(tiny_llama: Path) -> None:
+    assert load_model(source_of(tiny_llama)).config._attn_implementation == "sdpa"
+
+
 def test_soft_cap_is_not_lost(tmp_path: Path) -> None:
-    """Transformers' sdpa attention ignores it, and every figure would be another model's."""
+    """Sdpa attention knows nothing of it, so such a model must neither use it nor be refused."""
     save_tiny_model(tmp_path, "gemma2")
     tokens = torch.arange(3, 40)[None]
     by_default, eager = (

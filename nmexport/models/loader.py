@@ -35,8 +35,8 @@ def load_model(
         source: Where it lies.
         dtype: Element type of the parameters, whatever they are stored in.
         trust_remote_code: Whether Python files of the model may run.
-        attention: Attention implementation of transformers; a model that caps its attention
-            scores gets `eager` instead of `sdpa`, which would ignore the cap.
+        attention: Attention implementation of transformers; `sdpa` becomes `eager` for models
+            that cannot use it, such as Gemma 2, whose soft cap it knows nothing of.
 
     Raises:
         ModelError: if its architecture is unknown or its files cannot be read.
@@ -50,13 +50,12 @@ def load_model(
             source.folder,
             dtype=element_type,
             trust_remote_code=trust_remote_code,
-            attn_implementation=attention,
+            # Asked for by name, sdpa is an error where it is not supported; by default it is not.
+            attn_implementation=None if attention == "sdpa" else attention,
             use_safetensors=True,
             **_format(source),
         )
     _forget_quantization(model)
-    if attention == "sdpa" and getattr(model.config, "attn_logit_softcapping", None):
-        model.set_attn_implementation("eager")  # sdpa leaves the soft cap out without a word
     return model.eval().requires_grad_(False)
 
 
