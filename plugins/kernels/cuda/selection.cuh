@@ -206,4 +206,60 @@ NM_HOST_DEVICE int rankByQuads(uint32_t key, int index, LoadQuad const& loadQuad
     return rank;
 }
 
+//! Two 16-bit floats of one word ranked at once, for groups of 16 spread over 8 lanes, two elements per lane.
+//! Keys are 15-bit magnitudes in each half, NaN canonical; bit 15 of a half is free to catch a borrow.
+NM_HOST_DEVICE uint32_t packedKeys(uint32_t word, uint32_t nanKey)
+{
+    uint32_t const keys = word & 0x7fff7fffU;
+#if defined(__CUDA_ARCH__)
+    return __vminu2(keys, nanKey * 0x00010001U);
+#else
+    return minOf(keys & 0xffffU, nanKey) | minOf(keys >> 16, nanKey) << 16;
+#endif
+}
+
+//! Counts, for the two elements of a lane, the group's elements that do not precede them.
+struct PackedRank
+{
+    uint32_t low;       //!< own low key in both halves, guard bits set
+    uint32_t high;      //!< own high key in both halves, guard bits set
+    uint32_t notBeforeLow{0};
+    uint32_t notBeforeHigh{0};
+
+    NM_HOST_DEVICE explicit PackedRank(uint32_t keys)
+        : low{(keys & 0xffffU) * 0x00010001U | 0x80008000U}
+        , high{(keys >> 16) * 0x00010001U | 0x80008000U}
+    {
+    }
+
+    //! Another lane's keys; `otherIsEarlier` where its elements come first in the group. At most 7 times.
+    NM_HOST_DEVICE void meet(uint32_t otherKeys, bool otherIsEarlier)
+    {
+        uint32_t const bar = otherKeys + (otherIsEarlier ? 0x00010001U : 0U);
+        notBeforeLow = notBeforeLow >> 1 | ((low - bar) & 0x80008000U);
+        notBeforeHigh = notBeforeHigh >> 1 | ((high - bar) & 0x80008000U);
+    }
+
+    //! After meeting all 7: is the low (high) element among the n kept of 16? The low one is the earlier.
+    NM_HOST_DEVICE bool keepsLow(int n) const
+    {
+        return countBits(notBeforeLow) + (low >= high ? 1 : 0) + n >= 16;
+    }
+
+    NM_HOST_DEVICE bool keepsHigh(int n) const
+    {
+        return countBits(notBeforeHigh) + (high > low ? 1 : 0) + n >= 16;
+    }
+
+private:
+    NM_HOST_DEVICE static int countBits(uint32_t bits)
+    {
+#if defined(__CUDA_ARCH__)
+        return __popc(bits);
+#else
+        return __builtin_popcount(bits);
+#endif
+    }
+};
+
 } // namespace nmexport::cuda
