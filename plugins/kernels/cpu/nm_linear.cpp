@@ -21,8 +21,10 @@ constexpr std::size_t kMIN_TASK_BYTES = std::size_t{96} << 10;
 // Prefill: tokens of a task; their sums stay in the second-level cache.
 constexpr std::size_t kMIN_PANEL_TOKENS = 32;
 constexpr std::size_t kMAX_PANEL_TOKENS = 128;
-// Tasks per thread, so that an interrupted thread does not hold up the others.
-constexpr std::size_t kTASKS_PER_THREAD = 4;
+// Tasks per thread at least, so that an interrupted thread does not hold up the others ...
+constexpr std::size_t kTASKS_PER_THREAD = 2;
+// ... and as many as leave no more than this share of the last round idle.
+constexpr double kIDLE = 0.125;
 
 std::size_t divideUp(std::size_t a, std::size_t b) {
     return (a + b - 1) / b;
@@ -134,15 +136,26 @@ void multiplyToken(const LinearArguments& a, const Variant& variant, const Pass&
     });
 }
 
+// Tokens of a task where there are `panels` panels. Fewer, longer runs pack W less often.
+std::size_t tokensOfRun(std::size_t tokens, std::size_t panels, std::size_t threads) {
+    const std::size_t most = divideUp(tokens, kMIN_PANEL_TOKENS);
+    std::size_t runs = divideUp(tokens, kMAX_PANEL_TOKENS);
+    for (; runs < most && threads > 1; ++runs) {
+        const std::size_t tasks = panels * runs;
+        const std::size_t slots = divideUp(tasks, threads) * threads;
+        const double idle = static_cast<double>(slots - tasks) / static_cast<double>(slots);
+        if (tasks >= kTASKS_PER_THREAD * threads && idle <= kIDLE) break;
+    }
+    return divideUp(tokens, runs);
+}
+
 // Prefill. A task owns a panel of columns and a run of tokens.
 void multiplyPanels(const LinearArguments& a, const Variant& variant, const Pass& pass,
                     const ThreadPool& pool) {
     const std::size_t width = kPANEL_VECTORS * variant.lanes;
     const std::size_t units = divideUp(a.outputs, variant.lanes);
     const std::size_t panels = divideUp(units, kPANEL_VECTORS);
-    const std::size_t wantedRuns = divideUp(kTASKS_PER_THREAD * pool.threads, panels);
-    const std::size_t runTokens =
-        std::clamp(divideUp(pass.tokens, wantedRuns), kMIN_PANEL_TOKENS, kMAX_PANEL_TOKENS);
+    const std::size_t runTokens = tokensOfRun(pass.tokens, panels, pool.threads);
     const std::size_t runs = divideUp(pass.tokens, runTokens);
     parallelFor(pool, panels * runs, [&](std::size_t task) {
         thread_local Scratch<float> packedScratch;

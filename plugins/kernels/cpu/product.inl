@@ -9,6 +9,8 @@ namespace {
 
 // Rows multiplied per pass over the tile's sums: one load and one store of a sum per 8 loads of W.
 constexpr std::size_t kROWS_PER_PASS = 8;
+// Up to this many tokens share too few rows for packing to pay (measured).
+constexpr std::size_t kIN_PLACE_TOKENS = 4;
 
 template <typename T>
 inline const T* rowOf(const T* w, std::size_t rowStride, std::int32_t row) {
@@ -58,6 +60,12 @@ void rowProduct(const RowProduct& p) {
     for (; i < p.count; ++i) addRows<T, 1>(p, i);
 }
 
+// Row of W that a position of the operand meets.
+inline std::int32_t rowAt(const PanelProduct& p, std::size_t position) {
+    return p.channelOrder == nullptr ? static_cast<std::int32_t>(position)
+                                     : p.channelOrder[position];
+}
+
 // Rows `first ..` of the panel that any token keeps, as float32, contiguous and padded with zeros.
 template <typename T>
 void packBlock(const PanelProduct& p, std::size_t first, std::uint64_t wanted, std::size_t width) {
@@ -67,9 +75,7 @@ void packBlock(const PanelProduct& p, std::size_t first, std::uint64_t wanted, s
     for (; wanted != 0; wanted &= wanted - 1) {
         const std::size_t i = static_cast<std::size_t>(__builtin_ctzll(wanted));
         const std::size_t position = first + i;
-        const T* row = rowOf(w, p.rowStride,
-                             p.channelOrder == nullptr ? static_cast<std::int32_t>(position)
-                                                       : p.channelOrder[position]);
+        const T* row = rowOf(w, p.rowStride, rowAt(p, position));
         float* to = p.packed + i * width;
         for (std::size_t j = 0; j < whole; j += Simd::kLANES) {
             Simd::store(to + j, Simd::load(row + j));
@@ -85,9 +91,7 @@ void prefetchBlock(const PanelProduct& p, std::size_t first, std::uint64_t wante
     const T* w = static_cast<const T*>(p.w);
     for (; wanted != 0; wanted &= wanted - 1) {
         const std::size_t position = first + static_cast<std::size_t>(__builtin_ctzll(wanted));
-        const T* row = rowOf(w, p.rowStride,
-                             p.channelOrder == nullptr ? static_cast<std::int32_t>(position)
-                                                       : p.channelOrder[position]);
+        const T* row = rowOf(w, p.rowStride, rowAt(p, position));
         for (std::size_t j = 0; j < p.columns; j += kLINE) Simd::prefetchFar(row + j);
     }
 }
@@ -187,21 +191,55 @@ void multiplyBlock(const PanelProduct& p, std::size_t block, std::size_t sumStri
     }
 }
 
-// Many tokens: W is packed block by block into the first-level cache, then met by every token.
+// Few tokens: packing would cost more than it saves, so rows are taken from W where they lie.
+template <typename T, int kVECTORS, bool kWHOLE>
+void multiplyInPlace(const PanelProduct& p, std::size_t block, std::size_t sumStride) {
+    constexpr std::size_t kLANES = Simd::kLANES;
+    const T* w = static_cast<const T*>(p.w);
+    const std::size_t first = block * kBLOCK;
+    const int left = static_cast<int>(p.columns - (kVECTORS - 1) * kLANES);
+    for (std::size_t t = 0; t < p.tokens; ++t) {
+        const float* z = p.z + t * p.zStride + first;
+        Simd::F sum[kVECTORS];
+        loadSums<kVECTORS>(p.sums + t * sumStride, sum);
+        for (std::uint64_t keep = p.keep[t * p.keepStride + block]; keep != 0; keep &= keep - 1) {
+            const std::size_t i = static_cast<std::size_t>(__builtin_ctzll(keep));
+            const T* row = rowOf(w, p.rowStride, rowAt(p, first + i));
+            const Simd::F value = Simd::broadcast(z[i]);
+            for (int v = 0; v + (kWHOLE ? 0 : 1) < kVECTORS; ++v) {
+                sum[v] = Simd::fma(value, Simd::load(row + v * Simd::kLANES), sum[v]);
+            }
+            if constexpr (!kWHOLE) {
+                constexpr int kLAST = kVECTORS - 1;
+                const Simd::F tail = Simd::loadPartial(row + kLAST * Simd::kLANES, left);
+                sum[kLAST] = Simd::fma(value, tail, sum[kLAST]);
+            }
+        }
+        storeSums<kVECTORS>(p.sums + t * sumStride, sum);
+    }
+}
+
 template <typename T, int kVECTORS>
 void panelProductOf(const PanelProduct& p) {
     constexpr std::size_t kWIDTH = static_cast<std::size_t>(kVECTORS) * Simd::kLANES;
     constexpr std::size_t kSUM_STRIDE = kPANEL_VECTORS * Simd::kLANES;
     std::memset(p.sums, 0, p.tokens * kSUM_STRIDE * sizeof *p.sums);
     const std::size_t blocks = (p.channels + kBLOCK - 1) / kBLOCK;
+    const bool inPlace = p.tokens <= kIN_PLACE_TOKENS;
     std::uint64_t wanted = wantedBlock(p, 0);
     for (std::size_t block = 0; block < blocks; ++block) {
-        packBlock<T>(p, block * kBLOCK, wanted, kWIDTH);
+        if (!inPlace) packBlock<T>(p, block * kBLOCK, wanted, kWIDTH);
         if (block + 1 < blocks) {
             wanted = wantedBlock(p, block + 1);
             prefetchBlock<T>(p, (block + 1) * kBLOCK, wanted);
         }
-        multiplyBlock<kVECTORS>(p, block, kSUM_STRIDE);
+        if (!inPlace) {
+            multiplyBlock<kVECTORS>(p, block, kSUM_STRIDE);
+        } else if (p.columns == kWIDTH) {
+            multiplyInPlace<T, kVECTORS, true>(p, block, kSUM_STRIDE);
+        } else {
+            multiplyInPlace<T, kVECTORS, false>(p, block, kSUM_STRIDE);
+        }
     }
 }
 
