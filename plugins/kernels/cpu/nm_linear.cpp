@@ -1,7 +1,6 @@
 #include "nm_linear.h"
 
 #include <algorithm>
-#include <cmath>
 
 namespace nmexport {
 
@@ -43,19 +42,6 @@ const char* columnOf(const LinearArguments& a, const void* base, std::size_t col
     return static_cast<const char*>(base) + column * elementBytes(a.type);
 }
 
-// sqrt(var(z) / var(s)) of one token, over all its channels.
-float varianceRatio(const LinearArguments& a, const Variant& variant, const float* z,
-                    const std::uint64_t* keep) {
-    thread_local Scratch<float> scratch;
-    float* s = scratch.reserve(a.channels);
-    for (std::size_t p = 0; p < a.channels; ++p) {
-        s[p] = (keep[p / 64] >> (p % 64) & 1) != 0 ? z[p] : 0.0f;
-    }
-    const double kept = variant.variance(s, a.channels);
-    const double floored = kept < a.varianceFloor ? a.varianceFloor : kept;  // NaN stays NaN
-    return static_cast<float>(std::sqrt(variant.variance(z, a.channels) / floored));
-}
-
 void selectPart(const LinearArguments& a, const Variant& variant, const Pass& pass,
                 std::size_t first, std::size_t count) {
     SelectedTokens part = pass.selected;
@@ -74,8 +60,9 @@ void selectPart(const LinearArguments& a, const Variant& variant, const Pass& pa
     for (std::size_t t = 0; t < count; ++t) {
         // Where nothing is dropped, there is nothing to correct, not even for a constant token.
         const bool correct = a.varianceCorrection && !dense;
-        pass.nu[first + t] = correct ? varianceRatio(a, variant, part.z + t * part.zStride,
-                                                     part.keep + t * part.keepStride)
+        pass.nu[first + t] = correct ? variant.varianceRatio(part.z + t * part.zStride,
+                                                            part.keep + t * part.keepStride,
+                                                            a.channels, a.varianceFloor)
                                      : 1.0f;
     }
 }

@@ -10,7 +10,7 @@ constexpr Variant makeVariant(const char* name) {
         {loadToken<float>, loadToken<Float16>, loadToken<BFloat16>},
         scoreKeys,
         selectGroups,
-        variance,
+        varianceRatio,
         {rowProduct<float>, rowProduct<Float16>, rowProduct<BFloat16>},
         {panelProduct<float>, panelProduct<Float16>, panelProduct<BFloat16>},
         {epilogue<float>, epilogue<Float16>, epilogue<BFloat16>},

@@ -28,21 +28,77 @@ double mean(const T* values, std::size_t count) {
     return total(partial) / static_cast<double>(count);
 }
 
-double variance(const float* values, std::size_t count) {
-    const double center = mean(values, count);
-    double partial[kPARTIALS] = {};
-    std::size_t k = 0;
-    for (; k + kPARTIALS <= count; k += kPARTIALS) {
-        for (std::size_t i = 0; i < kPARTIALS; ++i) {
-            const double offset = static_cast<double>(values[k + i]) - center;
-            partial[i] += offset * offset;
-        }
+// Vectors that every instruction set has, in one register or several: the compiler splits them, and
+// a lane's additions stay in order.
+using Floats = float __attribute__((vector_size(kPARTIALS * sizeof(float))));
+using Ints = std::int32_t __attribute__((vector_size(kPARTIALS * sizeof(std::int32_t))));
+using Doubles = double __attribute__((vector_size(kPARTIALS * sizeof(double))));
+
+struct Sums {
+    Doubles z{};           // of z
+    Doubles kept{};        // of z where kept, else 0
+    Doubles keptSquare{};  // of its squares, which float64 holds exactly
+};
+
+// Adds kPARTIALS values; bit i of `keep` says whether value i is kept.
+inline void addMoments(const float* z, std::uint32_t keep, Sums* sums) {
+    constexpr Ints kBIT = {1 << 0, 1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
+                           1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
+    Ints bits;
+    std::memcpy(&bits, z, sizeof bits);
+    const Ints keptBits = bits & ((kBIT & static_cast<std::int32_t>(keep)) != 0);
+    Floats value, keptValue;
+    std::memcpy(&value, &bits, sizeof value);
+    std::memcpy(&keptValue, &keptBits, sizeof keptValue);
+    const Doubles kept = __builtin_convertvector(keptValue, Doubles);
+    sums->z += __builtin_convertvector(value, Doubles);
+    sums->kept += kept;
+    sums->keptSquare += kept * kept;
+}
+
+inline void addSquaredOffsets(const float* z, const Doubles& center, Doubles* sum) {
+    Floats value;
+    std::memcpy(&value, z, sizeof value);
+    const Doubles offset = __builtin_convertvector(value, Doubles) - center;
+    *sum += offset * offset;
+}
+
+inline double total(const Doubles& partial) {
+    double sum = 0.0;
+    for (std::size_t i = 0; i < kPARTIALS; ++i) sum += partial[i];
+    return sum;
+}
+
+// sqrt(var(z) / max(var(s), floor)) of one token, s being z where kept and 0 elsewhere; population
+// variances in float64. Of z in two passes, since its mean may dwarf its spread; s is partly zeros,
+// so its second moment cannot drown in the square of its mean.
+float varianceRatio(const float* z, const std::uint64_t* keep, std::size_t count, double floor) {
+    const std::size_t whole = count / kPARTIALS * kPARTIALS;
+    const std::size_t left = count - whole;
+    const auto keepAt = [keep](std::size_t p) {
+        return static_cast<std::uint32_t>(keep[p / 64] >> (p % 64) & 0xffff);
+    };
+    float last[kPARTIALS] = {};
+    if (left != 0) std::memcpy(last, z + whole, left * sizeof *z);
+
+    Sums sums;
+    for (std::size_t p = 0; p < whole; p += kPARTIALS) addMoments(z + p, keepAt(p), &sums);
+    if (left != 0) addMoments(last, keepAt(whole), &sums);
+    const double channels = static_cast<double>(count);
+    const double mean = total(sums.z) / channels;
+    const double keptMean = total(sums.kept) / channels;
+    const double kept = total(sums.keptSquare) / channels - keptMean * keptMean;
+
+    const Doubles center = Doubles{} + mean;
+    Doubles square{};
+    for (std::size_t p = 0; p < whole; p += kPARTIALS) addSquaredOffsets(z + p, center, &square);
+    double squares = total(square);
+    for (std::size_t i = 0; i < left; ++i) {
+        const double offset = static_cast<double>(last[i]) - mean;
+        squares += offset * offset;
     }
-    for (std::size_t i = 0; k + i < count; ++i) {
-        const double offset = static_cast<double>(values[k + i]) - center;
-        partial[i] += offset * offset;
-    }
-    return total(partial) / static_cast<double>(count);
+    const double floored = kept < floor ? floor : kept;  // NaN stays NaN
+    return static_cast<float>(__builtin_sqrt(squares / channels / floored));
 }
 
 template <typename T>

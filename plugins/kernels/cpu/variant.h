@@ -77,8 +77,9 @@ struct Variant {
     // Keep mask of each group: bit j = position j of the group is among the n largest keys.
     void (*selectGroups)(const std::int32_t* keys, std::size_t groups, int n, int m,
                          std::uint64_t* masks);
-    // Population variance of values [count], in float64.
-    double (*variance)(const float* values, std::size_t count);
+    // sqrt(var(z) / max(var(z where kept, else 0), floor)) of one token, z [count] in position order.
+    float (*varianceRatio)(const float* z, const std::uint64_t* keep, std::size_t count,
+                           double floor);
     void (*rowProduct[kELEMENT_TYPES])(const RowProduct& product);
     void (*panelProduct[kELEMENT_TYPES])(const PanelProduct& product);
     void (*epilogue[kELEMENT_TYPES])(const Epilogue& epilogue);
