@@ -1,0 +1,51 @@
+"""Where an interrupted optimisation goes on: one safetensors file, replaced whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import torch
+
+_KEY = "state"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors and a little JSON, valid only for the identity that wrote them."""
+
+    path: Path
+    identity: str
+    """Of everything that the optimisation depends on, such as a digest."""
+
+    def save(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
+        """Write beside, then replace: a kill leaves the previous checkpoint whole."""
+        document = json.dumps({"identity": self.identity, **state})
+        draft = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, draft, metadata={_KEY: document})
+        draft.replace(self.path)
+
+    def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """What was saved last; None where there is nothing, or it belongs to something else."""
+        try:
+            with safe_open(self.path, framework="pt") as stream:
+                state = json.loads((stream.metadata() or {})[_KEY])
+                if state.pop("identity") != self.identity:
+                    return None
+                return {name: stream.get_tensor(name) for name in stream.keys()}, state  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, ValueError):
+            return None  # starting over is always right
+
+    def remove(self) -> None:
+        """Once it is no longer needed."""
+        self.path.unlink(missing_ok=True)

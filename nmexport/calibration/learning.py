@@ -1,0 +1,432 @@
+"""Learns the constants of all sparsified linears together, so that the model predicts as before.
+
+The loss is the divergence of the sparse model's next-token distribution from the dense one's, on
+calibration text; no label is used, and every linear learns on the inputs that the sparse part
+before it really produces. Dense and sparse pass share one model: each linear can compute either.
+
+Everything that a step depends on is a function of the seed and the step's number, so that a run
+that was killed goes on from its checkpoint to the same result, bit for bit on the same machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from nmexport.calibration.sensitivity import activations_carry_gradients
+from nmexport.errors import CorpusError, ModelError
+from nmexport.models.swap import replace_linears
+from nmexport.sparsity.learned import PARTS, Corrections, LearnedLinear, Part, Spread
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from nmexport.calibration.checkpoint import Checkpoint
+    from nmexport.progress import Progress
+    from nmexport.sparsity.linear import Behaviour, Constants
+
+Effort = Literal["fast", "standard", "thorough"]
+
+_BETAS = (0.9, 0.99)
+_WARMUP = 5
+_CHECKPOINT_EVERY = 20
+_HELD_OUT_POINTS = 8
+# Hidden states of the dense model are kept where each chunk is used more than once and all of them
+# fit in this; else the dense model runs in every step.
+_TARGET_BYTES = 1 << 30
+_VOCABULARY_SAMPLE = 8192  # positions that decide which tokens the loss looks at
+_LOGIT_ROWS = 512  # positions whose logits over the whole vocabulary exist at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningSettings:
+    """How long and on what; the defaults are the standard effort."""
+
+    steps: int = 480
+    batch: int = 4
+    """Chunks a step."""
+    length: int = 256
+    """Tokens a chunk; longer samples are cut."""
+    rate: float = 0.003
+    """Largest step of a parameter of size 1, see Spread; warmed up, then falling as a cosine."""
+    seed: int = 0
+    parts: tuple[Part, ...] = PARTS
+    vocabulary: int = 8192
+    """Likeliest tokens that the loss looks at; the output embedding is much of a step's work."""
+    held_out: int = 8
+    """Chunks that are never learned from, and show whether learning carries over."""
+
+
+EFFORTS: Mapping[Effort, LearningSettings] = MappingProxyType(
+    {
+        "fast": LearningSettings(steps=120),
+        "standard": LearningSettings(),
+        "thorough": LearningSettings(steps=1600),
+    }
+)
+
+
+@dataclass
+class LossCurve:
+    """Divergence from the dense model in nats a token."""
+
+    learned: list[float] = field(default_factory=list)
+    """Each step's, on the chunks it learned from."""
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    """(steps done, on the held-out chunks): at the start, now and then, at the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned:
+    """What came out."""
+
+    corrections: dict[str, Corrections]
+    """By linear."""
+    curve: LossCurve
+
+
+def learn(
+    model: Any,
+    linears: Mapping[str, nn.Linear],
+    constants: Mapping[str, Constants],
+    behaviour: Behaviour,
+    samples: torch.Tensor,
+    *,
+    settings: LearningSettings,
+    progress: Progress,
+    checkpoint: Checkpoint | None = None,
+    dtype: torch.dtype | None = None,
+) -> Learned:
+    """Learn corrections on top of calibrated constants.
+
+    Args:
+        model: A dense Hugging Face causal language model in evaluation mode, float32. It is
+            changed while this runs and left as it was.
+        linears: The linears to sparsify, by name.
+        constants: Their calibrated constants: where learning starts.
+        behaviour: What they compute.
+        samples: `[samples, length]` int64 token ids, best of several kinds of text.
+        settings: Steps, rate, parts.
+        progress: Counts steps.
+        checkpoint: Where to go on from and save to; None learns in one go.
+        dtype: Type of the products; None takes bfloat16 where this machine multiplies it fast.
+
+    Raises:
+        CorpusError: if there are too few samples.
+        ModelError: if the loss is not finite.
+    """
+    chunks = split_chunks(samples, settings)
+    dtype = fast_dtype(next(model.parameters()).device) if dtype is None else dtype
+    spreads = _spreads(model, linears, chunks[0][: settings.batch])
+    students = {
+        name: LearnedLinear(
+            linear,
+            behaviour,
+            constants[name],
+            spread=spreads[name],
+            parts=settings.parts,
+            dtype=dtype,
+        )
+        for name, linear in linears.items()
+    }
+    with activations_carry_gradients(model), _in_place(model, students):
+        run = _Run(model, students, chunks, settings=settings, dtype=dtype)
+        curve = run.finish(progress, checkpoint)
+    return Learned(
+        corrections={name: student.corrections() for name, student in students.items()},
+        curve=curve,
+    )
+
+
+def identity_of(
+    model_digest: str,
+    constants: Mapping[str, Constants],
+    behaviour: Behaviour,
+    samples: torch.Tensor,
+    settings: LearningSettings,
+) -> str:
+    """Digest of everything that a run of `learn` depends on: the identity of its checkpoint."""
+    digest = hashlib.sha256(f"{model_digest} {behaviour} {torch.__version__}".encode())
+    digest.update(json.dumps(asdict(settings), sort_keys=True).encode())
+    digest.update(samples.cpu().numpy().tobytes())
+    for name, one in sorted(constants.items()):
+        digest.update(f"{name} {one.nu}".encode())
+        for tensor in (one.score_scale, one.channel_order, one.shift):
+            digest.update(b"-" if tensor is None else tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where products in it are faster than in float32."""
+    if device.type == "cuda":
+        return torch.bfloat16
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # noqa: SLF001
+    return torch.bfloat16 if fast else torch.float32
+
+
+def split_chunks(
+    samples: torch.Tensor, settings: LearningSettings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cut samples into chunks: `([learned from, length], [held out, length])`, seeded.
+
+    Raises:
+        CorpusError: if not even one batch is left to learn from.
+    """
+    length = min(settings.length, samples.shape[1])
+    whole = samples[:, : samples.shape[1] // length * length].reshape(-1, length)
+    generator = torch.Generator().manual_seed(settings.seed)
+    shuffled = whole[torch.randperm(len(whole), generator=generator)]
+    held = min(settings.held_out, len(whole) // 8)
+    if len(whole) - held < settings.batch:
+        raise CorpusError(
+            f"{len(whole)} chunks of {length} tokens are too few to learn from.",
+            allowed=f"at least {settings.batch + held}",
+            fix="use more --calib-samples",
+        )
+    return shuffled[held:], shuffled[:held]
+
+
+def batch_of(step: int, chunks: int, settings: LearningSettings) -> torch.Tensor:
+    """Which chunks a step learns from: `[batch]`; every chunk once before any twice."""
+    places = torch.arange(step * settings.batch, (step + 1) * settings.batch)
+    rows = []
+    for place in places.tolist():
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + place // chunks)
+        rows.append(int(torch.randperm(chunks, generator=generator)[place % chunks]))
+    return torch.tensor(rows)
+
+
+def rate_at(step: int, settings: LearningSettings) -> float:
+    """The learning rate of a step."""
+    warm = min((step + 1) / _WARMUP, 1.0)
+    return settings.rate * warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+
+
+def divergence(
+    student: torch.Tensor, teacher: torch.Tensor, head: torch.Tensor, softcap: float | None
+) -> torch.Tensor:
+    """Mean over positions of KL(teacher || student), over the head's tokens.
+
+    Args:
+        student: `[T, H]` hidden states.
+        teacher: `[T, H]`, without gradient.
+        head: `[V, H]` rows of the output embedding, in the type of the product.
+        softcap: Of the model's logits, or None.
+    """
+
+    def log_probabilities(hidden: torch.Tensor) -> torch.Tensor:
+        logits = (hidden.to(head.dtype) @ head.t()).float()
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        return torch.log_softmax(logits, dim=-1)
+
+    with torch.no_grad():
+        target = log_probabilities(teacher)
+    total = nn.functional.kl_div(
+        log_probabilities(student), target, log_target=True, reduction="sum"
+    )
+    return total / student.shape[0]
+
+
+class _Run:
+    """One optimisation: the students' parameters, Adam over them, and the curve so far."""
+
+    def __init__(
+        self,
+        model: Any,
+        students: Mapping[str, LearnedLinear],
+        chunks: tuple[torch.Tensor, torch.Tensor],
+        *,
+        settings: LearningSettings,
+        dtype: torch.dtype,
+    ) -> None:
+        self._model, self._students, self._settings = model, students, settings
+        self._chunks, self._held_out = chunks
+        self._device = next(model.parameters()).device
+        self._softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        self._parameters = {
+            f"{name}.{part}": parameter
+            for name, student in students.items()
+            for part, parameter in student.learned.items()
+        }
+        self._adam = torch.optim.Adam(
+            self._parameters.values(), lr=settings.rate, betas=_BETAS, foreach=True
+        )
+        self._targets = self._stored_targets()
+        self._head = self._output_rows(dtype)
+        self._curve = LossCurve()
+
+    def finish(self, progress: Progress, checkpoint: Checkpoint | None) -> LossCurve:
+        """From the checkpoint, or the start, to the last step."""
+        steps = self._settings.steps
+        first = self._restore(checkpoint)
+        measured_every = max(1, steps // _HELD_OUT_POINTS)
+        for step in progress.track(
+            range(first, steps), label="fold: learned constants", total=steps - first
+        ):
+            if step % measured_every == 0:
+                self._measure(step, progress)
+            self._step(step)
+            if checkpoint is not None and (step + 1) % _CHECKPOINT_EVERY == 0:
+                self._save(checkpoint, step + 1)
+        self._measure(steps, progress)
+        if checkpoint is not None:
+            self._save(checkpoint, steps)
+        return self._curve
+
+    def _step(self, step: int) -> None:
+        rows = batch_of(step, len(self._chunks), self._settings)
+        teacher = self._teacher(rows)
+        student = self._hidden(self._chunks[rows])
+        loss = divergence(student.flatten(0, 1), teacher.flatten(0, 1), self._head, self._softcap)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise ModelError(
+                f"Learning left the finite numbers in step {step + 1}.",
+                fix="learn with --effort fast, or drop the learned mitigations",
+            )
+        for group in self._adam.param_groups:
+            group["lr"] = rate_at(step, self._settings)
+        self._adam.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._adam.step()
+        self._curve.learned.append(value)
+
+    def _measure(self, step: int, progress: Progress) -> None:
+        """The loss on held-out chunks, one at a time."""
+        done = self._curve.held_out
+        if not len(self._held_out) or (done and done[-1][0] == step):
+            return
+        total = 0.0
+        with torch.no_grad():
+            for chunk in self._held_out:
+                teacher, student = self._dense_hidden(chunk[None]), self._hidden(chunk[None])
+                total += float(divergence(student[0], teacher[0], self._head, self._softcap))
+        done.append((step, total / len(self._held_out)))
+        progress.note(f"after {step} steps: KL {done[-1][1]:.4f} on held-out text")
+
+    def _hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        """Last hidden states `[B, L, H]` of ids `[B, L]`."""
+        output = self._model.base_model(input_ids=ids.to(self._device), use_cache=False)
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden
+
+    def _dense_hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad(), _dense(self._students):
+            return self._hidden(ids)
+
+    def _teacher(self, rows: torch.Tensor) -> torch.Tensor:
+        if self._targets is None:
+            return self._dense_hidden(self._chunks[rows])
+        return self._targets[rows].to(self._device)
+
+    def _stored_targets(self) -> torch.Tensor | None:
+        """`[chunks, length, H]` bfloat16, always computed in the same batches."""
+        chunks, settings = self._chunks, self._settings
+        size = chunks.numel() * self._model.config.get_text_config().hidden_size * 2
+        if settings.steps * settings.batch <= len(chunks) or size > _TARGET_BYTES:
+            return None
+        parts = [
+            self._dense_hidden(ids).bfloat16().cpu() for ids in torch.split(chunks, settings.batch)
+        ]
+        return torch.cat(parts)
+
+    def _output_rows(self, dtype: torch.dtype) -> torch.Tensor:
+        """Rows of the output embedding that the dense model gives most probability to."""
+        weight: torch.Tensor = self._model.get_output_embeddings().weight.detach()
+        if self._settings.vocabulary >= weight.shape[0]:
+            return weight.to(dtype)
+        wide = weight.to(dtype)
+        mass = torch.zeros(weight.shape[0], device=weight.device)
+        chunks = self._chunks[: max(1, _VOCABULARY_SAMPLE // self._chunks.shape[1])]
+        for ids in chunks:
+            for rows in torch.split(self._dense_hidden(ids[None])[0], _LOGIT_ROWS):
+                mass += (rows.to(dtype) @ wide.t()).float().softmax(dim=-1).sum(dim=0)
+        likeliest = mass.topk(self._settings.vocabulary).indices.sort().values
+        return wide[likeliest].contiguous()
+
+    def _save(self, checkpoint: Checkpoint, done: int) -> None:
+        tensors: dict[str, torch.Tensor] = {}
+        for name, parameter in self._parameters.items():
+            state = self._adam.state[parameter]
+            tensors[f"{name}:value"] = parameter.detach().cpu()
+            tensors[f"{name}:mean"] = state["exp_avg"].cpu()
+            tensors[f"{name}:square"] = state["exp_avg_sq"].cpu()
+        checkpoint.save(tensors, {"done": done, "curve": asdict(self._curve)})
+
+    def _restore(self, checkpoint: Checkpoint | None) -> int:
+        """Steps already done."""
+        found = None if checkpoint is None else checkpoint.load()
+        if found is None:
+            return 0
+        tensors, state = found
+        done = int(state["done"])
+        for name, parameter in self._parameters.items():
+            parameter.data.copy_(tensors[f"{name}:value"])
+            self._adam.state[parameter] = {
+                "step": torch.tensor(float(done)),
+                "exp_avg": tensors[f"{name}:mean"].to(self._device),
+                "exp_avg_sq": tensors[f"{name}:square"].to(self._device),
+            }
+        curve = state["curve"]
+        self._curve = LossCurve(curve["learned"], [(at, loss) for at, loss in curve["held_out"]])
+        return done
+
+
+@contextlib.contextmanager
+def _in_place(model: nn.Module, students: Mapping[str, LearnedLinear]) -> Iterator[None]:
+    """The students stand where the dense linears stood."""
+    replaced = replace_linears(model, students)
+    try:
+        yield
+    finally:
+        replace_linears(model, replaced)
+
+
+@contextlib.contextmanager
+def _dense(students: Mapping[str, LearnedLinear]) -> Iterator[None]:
+    for student in students.values():
+        student.sparse = False
+    try:
+        yield
+    finally:
+        for student in students.values():
+            student.sparse = True
+
+
+def _spreads(
+    model: Any, linears: Mapping[str, nn.Linear], chunks: torch.Tensor
+) -> dict[str, Spread]:
+    """Sizes of each linear's input and output, on the dense model."""
+    found: dict[str, Spread] = {}
+
+    def watch(name: str, linear: nn.Linear) -> Any:
+        def hook(module: nn.Module, arguments: tuple[Any, ...], output: torch.Tensor) -> None:
+            del module
+            found[name] = Spread(input_rms=_rms(arguments[0]), output_rms=_rms(output))
+
+        return linear.register_forward_hook(hook)
+
+    handles = [watch(name, linear) for name, linear in linears.items()]
+    try:
+        with torch.no_grad():
+            device = next(model.parameters()).device
+            model.base_model(input_ids=chunks.to(device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _rms(tensor: torch.Tensor) -> torch.Tensor:
+    """Root mean square of each channel `[..., C]` -> `[C]` float32, on the CPU."""
+    flat = tensor.detach().reshape(-1, tensor.shape[-1]).double()
+    return flat.square().mean(dim=0).sqrt().float().cpu()

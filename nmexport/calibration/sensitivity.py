@@ -1,0 +1,97 @@
+"""How much the model's predictions depend on each input channel of each linear.
+
+The square root of the diagonal of the Fisher information: gradients of the log-likelihood of tokens
+drawn from the model's own predictions, so that no label is needed. One forward and one backward
+pass over a few samples.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nmexport.calibration.passes import _hooked
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import nn
+    from torch.utils.hooks import RemovableHandle
+
+    from nmexport.progress import Progress
+
+
+def gather_sensitivities(
+    model: Any,
+    linears: Mapping[str, nn.Module],
+    samples: torch.Tensor,
+    *,
+    progress: Progress,
+    seed: int = 0,
+) -> dict[str, torch.Tensor]:
+    """Root mean square gradient of each input channel.
+
+    Args:
+        model: A dense Hugging Face causal language model in evaluation mode.
+        linears: Its linears to watch, by name.
+        samples: `[samples, length]` int64 token ids.
+        progress: Counts samples.
+        seed: Of the drawn tokens.
+
+    Returns:
+        `[K]` float64 by name; a linear that no token reached is absent.
+    """
+    squares: dict[str, torch.Tensor] = {}
+
+    def watch(name: str, linear: nn.Module) -> RemovableHandle:
+        def gather(gradient: torch.Tensor) -> None:
+            found = gradient.reshape(-1, gradient.shape[-1]).double().square().sum(dim=0).cpu()
+            squares[name] = squares[name] + found if name in squares else found
+
+        def hook(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+            del module
+            # A view of its own: linears that share an input each see their own gradient.
+            tapped = arguments[0].view_as(arguments[0])
+            tapped.register_hook(gather)
+            return (tapped, *arguments[1:])
+
+        return linear.register_forward_pre_hook(hook)
+
+    generator = torch.Generator().manual_seed(seed)
+    with activations_carry_gradients(model), _hooked(watch(*one) for one in linears.items()):
+        for sample in progress.track(samples, label="fold: sensitivities", total=len(samples)):
+            _backward(model, sample, generator)
+    tokens = samples.numel()
+    return {name: (squares[name] / tokens).sqrt() for name in linears if name in squares}
+
+
+@contextlib.contextmanager
+def activations_carry_gradients(model: Any) -> Iterator[None]:
+    """Gradients flow through activations from the first one on; parameters need none."""
+    needed = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in needed:
+        parameter.requires_grad_(False)
+    handle = model.get_input_embeddings().register_forward_hook(_start_gradients)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        handle.remove()
+        for parameter in needed:
+            parameter.requires_grad_(True)
+
+
+def _start_gradients(module: nn.Module, arguments: object, output: torch.Tensor) -> torch.Tensor:
+    del module, arguments
+    return output.detach().requires_grad_(torch.is_grad_enabled())
+
+
+def _backward(model: Any, sample: torch.Tensor, generator: torch.Generator) -> None:
+    device = next(model.parameters()).device
+    logits = model(input_ids=sample.to(device).unsqueeze(0), use_cache=False).logits[0].float()
+    drawn = torch.multinomial(logits.detach().softmax(dim=-1).cpu(), 1, generator=generator)
+    torch.nn.functional.cross_entropy(
+        logits, drawn.squeeze(1).to(device), reduction="sum"
+    ).backward()  # type: ignore[no-untyped-call]

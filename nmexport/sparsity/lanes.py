@@ -1,0 +1,73 @@
+"""The same selection as `mask`, for many tokens at once: tokens along the vector lanes.
+
+Learning selects millions of groups. Channels are moved to rows first, so that ordering them copies
+whole rows, and each comparator of the network works on long vectors; with a channel order that is
+several times as fast as gathering single elements.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from nmexport.sparsity.mask import _selection_network, keep_mask
+
+if TYPE_CHECKING:
+    from nmexport.sparsity.pattern import NMPattern
+
+
+class LaneSelector:
+    """Keep masks of one linear's inputs; equal to `keep_mask`, bit for bit."""
+
+    def __init__(
+        self, pattern: NMPattern, channels: int, channel_order: torch.Tensor | None
+    ) -> None:
+        """Prepare the two row orders.
+
+        Args:
+            pattern: N:M; channels is a multiple of M.
+            channels: K.
+            channel_order: `[K]` integer permutation, or None for consecutive groups.
+        """
+        order = torch.arange(channels) if channel_order is None else channel_order.long()
+        self._pattern = pattern
+        self._channel_order = channel_order
+        # Row j*G + g holds the j-th channel of group g: a slot of all groups is one block of rows.
+        self._to_lanes = order.view(-1, pattern.m).t().reshape(-1)
+        self._from_lanes = torch.argsort(self._to_lanes)
+
+    def __call__(self, scores: torch.Tensor) -> torch.Tensor:
+        """`[T, K]` float32 scores (see `scores_of`) -> bool `[T, K]`, True where kept."""
+        tokens, channels = scores.shape
+        n, m = self._pattern.n, self._pattern.m
+        if n == m:
+            return torch.ones_like(scores, dtype=torch.bool)
+        lanes = scores.t().contiguous().index_select(0, self._to_lanes.to(scores.device))
+        slots = lanes.view(m, -1)
+        threshold = _nth_largest(slots, n)
+        reached = (slots >= threshold).view(channels, tokens)
+        keep = reached.index_select(0, self._from_lanes.to(scores.device)).t().contiguous()
+        # Ties and NaN are rare: only their tokens go the exact way. Minima and maxima hand NaN on,
+        # so that it shows in its group's threshold.
+        undefined = threshold.view(-1, tokens).isnan().any(dim=0)
+        unsettled = undefined | (keep.sum(dim=1) != channels // m * n)
+        open_tokens = unsettled.nonzero().squeeze(1)
+        if open_tokens.numel():
+            order = self._channel_order
+            order = None if order is None else order.to(scores.device)
+            keep[open_tokens] = keep_mask(scores[open_tokens], self._pattern, order)
+        return keep
+
+
+def _nth_largest(slots: torch.Tensor, n: int) -> torch.Tensor:
+    """`[m, L]` -> `[L]`: the n-th largest of the m slots."""
+    m = slots.shape[0]
+    lanes = list(slots.unbind(0))
+    for low, high, keep_low, keep_high in _selection_network(m, m - n):
+        a, b = lanes[low], lanes[high]
+        if keep_low:
+            lanes[low] = torch.minimum(a, b)
+        if keep_high:
+            lanes[high] = torch.maximum(a, b)
+    return lanes[m - n]

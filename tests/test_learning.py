@@ -1,0 +1,263 @@
+"""The optimisation: it learns, repeats, goes on after a kill, and leaves the model as it was."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from nmexport.calibration.checkpoint import Checkpoint
+from nmexport.calibration.learning import (
+    EFFORTS,
+    LearningSettings,
+    batch_of,
+    divergence,
+    fast_dtype,
+    identity_of,
+    learn,
+    rate_at,
+    split_chunks,
+)
+from nmexport.calibration.sensitivity import gather_sensitivities
+from nmexport.errors import CorpusError, ModelError
+from nmexport.models.loader import load_model
+from nmexport.models.source import resolve
+from nmexport.models.swap import replace_linears
+from nmexport.progress import Silent
+from nmexport.recipe import ModelSection
+from nmexport.sparsity.learned import Corrections, fold_learned
+from nmexport.sparsity.linear import Behaviour, Constants, FoldedLinear
+from nmexport.sparsity.pattern import NMPattern
+from nmexport.sparsity.targets import linears_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+BEHAVIOUR = Behaviour(pattern=NMPattern(8, 16))
+SHORT = LearningSettings(steps=45, batch=2, length=16, rate=0.01, vocabulary=256, held_out=2)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama: Path) -> Any:
+    return load_model(resolve(ModelSection(id=str(tiny_llama))), dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def linears(model: Any) -> dict[str, torch.nn.Linear]:
+    return {name: one for name, one in linears_of(model).items() if name != "lm_head"}
+
+
+def some_samples(count: int = 12, length: int = 32) -> torch.Tensor:
+    return torch.randint(3, 384, (count, length), generator=torch.Generator().manual_seed(0))
+
+
+def plain(linears: Iterable[str]) -> dict[str, Constants]:
+    return {name: Constants() for name in linears}
+
+
+def run(model: Any, linears: Any, settings: LearningSettings = SHORT, **options: Any) -> Any:
+    options = {"progress": Silent(), "dtype": torch.float32, **options}
+    samples = options.pop("samples", some_samples())
+    return learn(model, linears, plain(linears), BEHAVIOUR, samples, settings=settings, **options)
+
+
+def same(one: dict[str, Corrections], other: dict[str, Corrections]) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.equal(value, getattr(other[name], part))
+        for name in one
+        for part, value in vars(one[name]).items()
+    )
+
+
+class _Killed(Exception):
+    pass
+
+
+class DiesAfter(Silent):
+    """Stops the loop in the middle, as a kill would."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def track(self, items: Iterable[Any], *, label: str, total: int | None = None) -> Iterator[Any]:
+        for count, item in enumerate(items):
+            if count == self.steps:
+                raise _Killed
+            yield item
+
+
+def test_held_out_loss_falls_and_the_model_is_left_as_it_was(model: Any, linears: Any) -> None:
+    ids = some_samples(2)
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+    settings = replace(SHORT, steps=80, batch=16, rate=0.005, held_out=16)
+    sparser = Behaviour(pattern=NMPattern(2, 8))  # a random model loses little at 8:16
+    learned = run(model, linears, settings, samples=some_samples(256), behaviour=sparser)
+    assert len(learned.curve.learned) == 80
+    (first, start), *_, (last, end) = learned.curve.held_out
+    assert (first, last) == (0, 80)
+    assert end < 0.95 * start
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, before)
+    assert linears_of(model).keys() - {"lm_head"} == linears.keys()
+
+
+def test_same_seed_same_constants(model: Any, linears: Any) -> None:
+    settings = replace(SHORT, steps=6)
+    one, again = (run(model, linears, settings) for _ in range(2))
+    assert same(one.corrections, again.corrections)
+    assert one.curve == again.curve
+    other = run(model, linears, replace(settings, seed=1))
+    assert not same(one.corrections, other.corrections)
+
+
+def test_killed_run_goes_on_to_the_same_result(model: Any, linears: Any, tmp_path: Path) -> None:
+    whole = run(model, linears)
+    checkpoint = Checkpoint(tmp_path / "learning.safetensors", "one")
+    with pytest.raises(_Killed):
+        run(model, linears, checkpoint=checkpoint, progress=DiesAfter(33))
+    resumed = run(model, linears, checkpoint=checkpoint, progress=DiesAfter(30))  # 45 - 20 = 25
+    assert same(resumed.corrections, whole.corrections)
+    assert resumed.curve == whole.curve
+    finished = run(model, linears, checkpoint=checkpoint, progress=DiesAfter(0))  # no step left
+    assert same(finished.corrections, whole.corrections)
+    assert [path.name for path in tmp_path.iterdir()] == ["learning.safetensors"]
+
+
+def test_checkpoint_of_something_else_or_damaged_starts_over(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    checkpoint = Checkpoint(path, "one")
+    assert checkpoint.load() is None
+    checkpoint.save({"a": torch.ones(2)}, {"done": 3})
+    found = checkpoint.load()
+    assert found is not None
+    assert found[1] == {"done": 3}
+    assert torch.equal(found[0]["a"], torch.ones(2))
+    assert Checkpoint(path, "other").load() is None
+    path.write_bytes(path.read_bytes()[:20])
+    assert checkpoint.load() is None
+    checkpoint.remove()
+    checkpoint.remove()
+    assert not path.exists()
+
+
+def test_folded_model_has_the_loss_that_learning_reports(model: Any, linears: Any) -> None:
+    """What is exported is what was learned: the held-out loss, recomputed on folded linears."""
+    settings = replace(SHORT, vocabulary=384)
+    learned = run(model, linears, settings)
+    constants = plain(linears)
+    folded = {
+        name: FoldedLinear.from_tensors(
+            BEHAVIOUR,
+            fold_learned(
+                linear, BEHAVIOUR, constants[name], learned.corrections[name], dtype=torch.float32
+            ),
+        )
+        for name, linear in linears.items()
+    }
+    _, held_out = split_chunks(some_samples(), settings)
+    with torch.no_grad():
+        dense = model(input_ids=held_out).logits.log_softmax(-1)
+        replaced = replace_linears(model, folded)
+        sparse = model(input_ids=held_out).logits.log_softmax(-1)
+    replace_linears(model, replaced)
+    direct = float((dense.exp() * (dense - sparse)).sum(-1).mean())
+    assert learned.curve.held_out[-1][1] == pytest.approx(direct, rel=1e-3)
+
+
+def test_targets_in_store_and_computed_on_the_way_agree(
+    model: Any, linears: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(SHORT, steps=14)  # each chunk more than once: targets are stored
+    stored = run(model, linears, settings)
+    monkeypatch.setattr("nmexport.calibration.learning._TARGET_BYTES", 0)
+    on_the_way = run(model, linears, settings)
+    for one, other in zip(stored.curve.learned, on_the_way.curve.learned, strict=True):
+        assert one == pytest.approx(other, rel=0.05)
+
+
+def test_only_the_parts_asked_for_are_learned(model: Any, linears: Any) -> None:
+    learned = run(model, linears, replace(SHORT, steps=2, parts=("bias",)))
+    for one in learned.corrections.values():
+        assert one.bias is not None
+        assert one.shift is one.input_scale is one.output_scale is None
+
+
+def test_loss_that_is_not_finite_ends_in_words(model: Any, linears: Any) -> None:
+    with pytest.raises(ModelError, match="finite"):
+        run(model, linears, replace(SHORT, rate=float("inf")))
+    assert linears_of(model).keys() - {"lm_head"} == linears.keys()
+
+
+def test_every_chunk_is_learned_from_once_before_any_twice() -> None:
+    chunks, held_out = split_chunks(some_samples(), SHORT)
+    assert len(chunks) + len(held_out) == 24
+    rows = torch.cat([batch_of(step, len(chunks), SHORT) for step in range(len(chunks) // 2)])
+    assert sorted(rows.tolist()) == list(range(len(chunks)))
+    whole = some_samples().reshape(-1, 16).tolist()
+    assert sorted(chunks.tolist() + held_out.tolist()) == sorted(whole)
+
+
+def test_too_few_samples_are_refused() -> None:
+    with pytest.raises(CorpusError, match="too few"):
+        split_chunks(some_samples(1, 16), SHORT)
+
+
+def test_rate_warms_up_and_falls() -> None:
+    rates = [rate_at(step, SHORT) for step in range(SHORT.steps)]
+    assert rates[0] < rates[4] <= SHORT.rate
+    assert rates[-1] < 0.01 * SHORT.rate
+    assert EFFORTS["fast"].steps < EFFORTS["standard"].steps < EFFORTS["thorough"].steps
+
+
+def test_divergence_of_equals_is_zero_and_the_cap_counts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    one, other = torch.randn(2, 5, 8, generator=generator)
+    head = torch.randn(20, 8, generator=generator)
+    assert float(divergence(one, one, head, None)) == pytest.approx(0, abs=1e-6)
+    plain_loss, capped = (float(divergence(one, other, head, cap)) for cap in (None, 1.0))
+    assert 0 < capped < plain_loss
+
+
+def test_identity_names_everything_that_matters() -> None:
+    def identity(**changed: Any) -> str:
+        given = {
+            "model_digest": "m",
+            "constants": {"a": Constants(shift=torch.zeros(1))},
+            "behaviour": BEHAVIOUR,
+            "samples": some_samples(),
+            "settings": SHORT,
+            **changed,
+        }
+        return identity_of(**given)
+
+    assert identity() == identity()
+    others = (
+        identity(model_digest="n"),
+        identity(constants={"a": Constants(shift=torch.ones(1))}),
+        identity(constants={"a": Constants(nu=1.1, shift=torch.zeros(1))}),
+        identity(behaviour=replace(BEHAVIOUR, variance_correction=True)),
+        identity(samples=some_samples(11)),
+        identity(settings=replace(SHORT, seed=1)),
+    )
+    assert len({identity(), *others}) == 7
+
+
+def test_sensitivities_are_gradients_of_the_models_own_predictions(
+    model: Any, linears: Any
+) -> None:
+    samples = some_samples(2)
+    found, again = (
+        gather_sensitivities(model, linears, samples, progress=Silent()) for _ in range(2)
+    )
+    assert found.keys() == linears.keys()
+    for name, one in found.items():
+        assert one.shape == (linears[name].in_features,)
+        assert bool((one > 0).all())
+        assert torch.equal(one, again[name])
+    q, k = ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj")
+    assert not torch.allclose(found[q], found[k])  # one input, two gradients
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+    assert fast_dtype(torch.device("cpu")) in {torch.bfloat16, torch.float32}
