@@ -60,7 +60,8 @@ def plain(linears: Iterable[str]) -> dict[str, Constants]:
 def run(model: Any, linears: Any, settings: LearningSettings = SHORT, **options: Any) -> Any:
     options = {"progress": Silent(), "dtype": torch.float32, **options}
     samples = options.pop("samples", some_samples())
-    return learn(model, linears, plain(linears), BEHAVIOUR, samples, settings=settings, **options)
+    behaviour = options.pop("behaviour", BEHAVIOUR)
+    return learn(model, linears, plain(linears), behaviour, samples, settings=settings, **options)
 
 
 def same(one: dict[str, Corrections], other: dict[str, Corrections]) -> bool:
