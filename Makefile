@@ -24,7 +24,7 @@ demo: $(STAMP) ## the whole job on a real LLM, SmolLM2-135M, in under 15 minutes
 	$(BIN)/nmexport build --model smollm2 --pattern 8:16 --work nmexport-work/demo
 
 test: $(STAMP) lint types native-test ## lints, types, C++ tests, fast Python tests
-	$(PYTEST) -m "not slow" --cov --cov-report=term:skip-covered
+	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" -n 2 --cov --cov-report=term:skip-covered
 
 test-slow: $(STAMP) ## tests on the real model
 	$(PYTEST) -m slow
@@ -38,6 +38,11 @@ types: $(STAMP)
 
 native: $(STAMP) ## rebuild the native library after a change under plugins/
 	$(PIP) install --no-deps --no-build-isolation --editable .
+
+native-test: $(STAMP) ## C++ tests of the kernels
+	$(BIN)/cmake -S plugins -B build/native-test
+	$(BIN)/cmake --build build/native-test --target native_tests --parallel 2
+	$(BIN)/ctest --test-dir build/native-test --output-on-failure
 
 clean: ## remove what the build made; keep the environment
 	rm -rf build dist nmexport/_native nmexport-work .coverage
