@@ -33,7 +33,18 @@ SHAPES = {
 }
 TARGETS = {"o": 1.60, "qkv": 1.72, "gate": 1.85, "gate_up": 1.92, "down": 1.85, "chain": 1.82}
 FLOORS = {"o": 1.37, "qkv": 1.53, "gate": 1.70, "gate_up": 1.82, "down": 1.67, "chain": 1.65}
-FEW_PLANS = [(16, 2, 16, 16, 1, 16), (32, 1, 16, 16, 1, 16), (32, 1, 16, 8, 1, 24), (16, 1, 16, 8, 1, 24), (32, 2, 16, 8, 1, 24), (32, 1, 8, 8, 1, 24), (32, 2, 8, 8, 1, 24), (32, 1, 16, 8, 0, 32), (32, 1, 16, 4, 1, 32), (16, 1, 8, 4, 1, 32)]
+FEW_PLANS = [
+    (16, 2, 16, 16, 1, 16),
+    (32, 1, 16, 16, 1, 16),
+    (32, 1, 16, 8, 1, 24),
+    (16, 1, 16, 8, 1, 24),
+    (32, 2, 16, 8, 1, 24),
+    (32, 1, 8, 8, 1, 24),
+    (32, 2, 8, 8, 1, 24),
+    (32, 1, 16, 8, 0, 32),
+    (32, 1, 16, 4, 1, 32),
+    (16, 1, 8, 4, 1, 32),
+]
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -816,7 +827,10 @@ def prefill(lab: Lab, rounds: int) -> None:
 
 def compare_libraries(lab: Lab, names: list[str], others: list[Path], rounds: int) -> None:
     """The same plans through other builds of the kernels (experiments, ablations), interleaved with this one."""
-    labs = {"base": lab, **{path.stem.removeprefix("liblab_"): Lab(ctypes.CDLL(str(path))) for path in others}}
+    labs = {
+        "base": lab,
+        **{path.stem.removeprefix("liblab_"): Lab(ctypes.CDLL(str(path))) for path in others},
+    }
     rows = {}
     for name in names:
         bench = Bench(*SHAPES[name])
@@ -825,13 +839,21 @@ def compare_libraries(lab: Lab, names: list[str], others: list[Path], rounds: in
             for cluster in range(1, 9):
                 plan.cluster = cluster
                 ctas = plan.ctas(bench.outputs)
-                if not (1400 <= ctas * warps <= 132 * resident and bench.channels // 32 >= cluster * warps):
+                if not (
+                    1400 <= ctas * warps <= 132 * resident
+                    and bench.channels // 32 >= cluster * warps
+                ):
                     continue
                 fixed = Plan(lanes, vectors, warps, unroll, overlap, resident, cluster)
                 graphs = {k: bench.graph(bench.sparse(other, fixed)) for k, other in labs.items()}
-                times = {k: round(v["us"], 2) for k, v in time_interleaved(graphs, bench.launches, rounds).items()}
+                times = {
+                    k: round(v["us"], 2)
+                    for k, v in time_interleaved(graphs, bench.launches, rounds).items()
+                }
                 rows[f"{name} {fixed.label()}"] = times
-        best = sorted((k for k in rows if k.startswith(name + " ")), key=lambda k: min(rows[k].values()))
+        best = sorted(
+            (k for k in rows if k.startswith(name + " ")), key=lambda k: min(rows[k].values())
+        )
         for key in best[:8]:
             print(key, rows[key])
         del bench
@@ -936,7 +958,9 @@ def main() -> None:
     parser.add_argument(
         "--best", type=Path, help="JSON of an earlier run whose best plans are taken over"
     )
-    parser.add_argument("--compare", type=Path, nargs="*", default=[], help="other builds, liblab_NAME.so")
+    parser.add_argument(
+        "--compare", type=Path, nargs="*", default=[], help="other builds, liblab_NAME.so"
+    )
     options = parser.parse_args()
     library = options.library or build_library(options.out / "build")
     lab = Lab(ctypes.CDLL(str(library)))
