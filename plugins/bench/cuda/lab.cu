@@ -10,7 +10,7 @@ namespace
 template <int LANES, int VECTORS, int WARPS, int UNROLL, bool OVERLAP, int RESIDENT>
 cudaError_t launchSwept(DecodeArgs const& args, int cluster, cudaStream_t stream)
 {
-    using Shape = DecodeShape<__nv_bfloat16, 1, 16, LANES, VECTORS, WARPS, UNROLL, OVERLAP, false, true, true>;
+    using Shape = DecodeShape<__nv_bfloat16, 1, 16, LANES, VECTORS, WARPS, UNROLL, OVERLAP, false, true>;
     return launchDecodeShape<Shape, RESIDENT / WARPS>(args, cluster, 90, stream);
 }
 

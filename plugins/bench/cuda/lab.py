@@ -34,15 +34,13 @@ SHAPES = {
 TARGETS = {"o": 1.60, "qkv": 1.72, "gate": 1.85, "gate_up": 1.92, "down": 1.85, "chain": 1.82}
 FLOORS = {"o": 1.37, "qkv": 1.53, "gate": 1.70, "gate_up": 1.82, "down": 1.67, "chain": 1.65}
 FEW_PLANS = [
-    (16, 2, 16, 16, 1, 16),
-    (32, 1, 16, 16, 1, 16),
-    (32, 1, 16, 8, 1, 24),
-    (16, 1, 16, 8, 1, 24),
-    (32, 2, 16, 8, 1, 24),
+    (32, 1, 16, 16, 0, 16),
+    (32, 1, 16, 8, 0, 32),
+    (16, 1, 16, 8, 0, 32),
+    (16, 1, 8, 8, 0, 32),
+    (32, 1, 8, 8, 0, 32),
     (32, 1, 8, 8, 1, 24),
     (32, 2, 8, 8, 1, 24),
-    (32, 1, 16, 8, 0, 32),
-    (32, 1, 16, 4, 1, 32),
     (16, 1, 8, 4, 1, 32),
 ]
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -877,18 +875,6 @@ def fixed_cost(lab: Lab, rounds: int) -> None:
         print(f"fixed cost {key} {us:.2f}")
 
 
-def profile(lab: Lab, names: list[str]) -> None:
-    """A few plain launches for a profiler that reads DRAM counters; kept bytes are what they should show."""
-    for name in names:
-        channels, outputs = SHAPES[name]
-        bench = Bench(channels, outputs)
-        launch = bench.sparse(lab, None)
-        for i in range(4):
-            launch(i)
-        torch.cuda.synchronize()
-        print(f"profile {name}: kept bytes {channels * outputs}")
-
-
 def roofline(lab: Lab) -> None:
     data = torch.randn(1 << 28, device="cuda")
     other = torch.empty_like(data)
@@ -969,9 +955,6 @@ def main() -> None:
     stages, names = options.stages.split(","), options.shapes.split(",")
     lab.results["device"] = torch.cuda.get_device_name()
     torch.manual_seed(1)
-    if "profile" in stages:
-        profile(lab, names)
-        return
     try:
         if "check" in stages:
             check(lab)

@@ -65,14 +65,6 @@ struct Moments
     }
 };
 
-//! A queued row of W and what each token multiplies it with; one shared-memory access up to three tokens.
-template <int TOKENS>
-struct alignas(TOKENS == 1 ? 8 : 16) Kept
-{
-    int32_t channel;
-    float value[TOKENS];
-};
-
 //! One warp's shared memory: a window of channels to rank and a ring of kept ones to multiply.
 template <int TOKENS, int RING>
 struct alignas(16) WarpScratch
@@ -80,7 +72,8 @@ struct alignas(16) WarpScratch
     uint32_t key[TOKENS][kWINDOW];
     float z[TOKENS][kWINDOW];
     int32_t channel[kWINDOW];
-    Kept<TOKENS> queue[RING];
+    int32_t queuedChannel[RING];
+    float queuedValue[TOKENS][RING];
 };
 
 //! Walks one warp's slice of the group order; GROUP is 4, 8, 16, 32, or 0 for a run-time m of any size.
@@ -104,14 +97,8 @@ public:
     {
     }
 
-    //! Loads that do not depend on the activations; call before waiting for the kernel that makes them.
-    __device__ void prepare() {}
-
-    //! First loads of activations; call right after that wait.
-    __device__ void begin() {}
-
     //! Queues kept channels until at least `wanted` are there or the slice is at its end.
-    __device__ void fill(uint32_t wanted)
+    __device__ void fill(int32_t wanted)
     {
         int32_t const width = GROUP == 0 ? chunkWidth(mSelection.m) : kWARP;
         while (tail - head < wanted && mNext < mEnd)
@@ -127,8 +114,8 @@ public:
         __syncwarp();
     }
 
-    uint32_t head{0}; //!< first queued entry, counted from the start of the slice
-    uint32_t tail{0}; //!< one past the last
+    int32_t head{0}; //!< first queued entry, counted from the start of the slice
+    int32_t tail{0}; //!< one past the last
     Moments moments[MOMENTS ? TOKENS : 1];
 
 private:
@@ -228,14 +215,13 @@ private:
             uint32_t const kept = __ballot_sync(kWHOLE_WARP, isKeptByAny);
             if (isKeptByAny)
             {
-                Kept<TOKENS> entry;
-                entry.channel = mScratch->channel[slot];
+                int32_t const place = (tail + __popc(kept & ((1U << lane) - 1U))) % RING;
+                mScratch->queuedChannel[place] = mScratch->channel[slot];
 #pragma unroll
                 for (int token = 0; token < TOKENS; ++token)
                 {
-                    entry.value[token] = isKept[token] ? mScratch->z[token][slot] : 0.0F;
+                    mScratch->queuedValue[token][place] = isKept[token] ? mScratch->z[token][slot] : 0.0F;
                 }
-                mScratch->queue[(tail + __popc(kept & ((1U << lane) - 1U))) % RING] = entry;
             }
             tail += __popc(kept);
         }
@@ -278,168 +264,6 @@ private:
     int32_t mWindowBegin;
     int32_t mWindowEnd;
     float const* mEta;
-};
-
-//! WarpSelector for groups of 16 of a 16-bit type, ranked by bare magnitude: two channels per lane in one word, lane to
-//! lane by shuffles. A third of the instructions, which are what a short slice waits for.
-template <typename T, int TOKENS, int RING, bool MOMENTS>
-class PackedSelector
-{
-public:
-    static_assert(sizeof(T) == 2);
-    using Scratch = WarpScratch<TOKENS, RING>;
-
-    __device__ PackedSelector(
-        Scratch* scratch, Selection const& selection, T const* x, int32_t channels, Range slice, float const*)
-        : mScratch{scratch}
-        , mOrder{selection.channelOrder}
-        , mX{x}
-        , mChannels{channels}
-        , mKeep{selection.n}
-        , mNext{slice.begin}
-        , mEnd{slice.end}
-    {
-    }
-
-    __device__ void prepare()
-    {
-        readOrder();
-    }
-
-    __device__ void begin()
-    {
-        readWords();
-    }
-
-    __device__ void fill(uint32_t wanted)
-    {
-        while (tail - head < wanted && mNext < mEnd)
-        {
-            append();
-        }
-        __syncwarp();
-    }
-
-    uint32_t head{0};
-    uint32_t tail{0};
-    Moments moments[MOMENTS ? TOKENS : 1];
-
-private:
-    static constexpr int32_t kCHUNK = 2 * kWARP;
-
-    __device__ int32_t position() const
-    {
-        return mNext + 2 * static_cast<int32_t>(threadIdx.x % kWARP);
-    }
-
-    //! The lane's two channels of the next chunk.
-    __device__ void readOrder()
-    {
-        mChannel = make_int2(position(), position() + 1);
-        if (mOrder != nullptr && position() < mEnd)
-        {
-            mChannel = make_int2(__ldg(mOrder + position()), __ldg(mOrder + position() + 1));
-        }
-    }
-
-    __device__ void readWords()
-    {
-#pragma unroll
-        for (int token = 0; token < TOKENS; ++token)
-        {
-            T const* const x = mX + static_cast<int64_t>(token) * mChannels;
-            mWord[token] = 0U;
-            if (position() < mEnd)
-            {
-                mWord[token] = mOrder == nullptr
-                    ? loadActivationWord(x + mChannel.x)
-                    : loadActivationBits(x + mChannel.x) | loadActivationBits(x + mChannel.y) << 16;
-            }
-        }
-    }
-
-    __device__ void append()
-    {
-        uint32_t const lane = threadIdx.x % kWARP;
-        bool const isActive = position() < mEnd;
-        bool keepsLow[TOKENS];
-        bool keepsHigh[TOKENS];
-        bool anyLow = false;
-        bool anyHigh = false;
-#pragma unroll
-        for (int token = 0; token < TOKENS; ++token)
-        {
-            uint32_t const keys = packedKeys(mWord[token], kNAN_KEY<T>);
-            PackedRank rank(keys);
-#pragma unroll
-            for (uint32_t step = 1; step < 8; ++step)
-            {
-                uint32_t const topBit = step >= 4 ? 4 : (step >= 2 ? 2 : 1);
-                rank.meet(__shfl_xor_sync(kWHOLE_WARP, keys, step), (lane & topBit) != 0U);
-            }
-            keepsLow[token] = isActive && rank.keepsLow(mKeep);
-            keepsHigh[token] = isActive && rank.keepsHigh(mKeep);
-            anyLow = anyLow || keepsLow[token];
-            anyHigh = anyHigh || keepsHigh[token];
-            if constexpr (MOMENTS)
-            {
-                if (isActive)
-                {
-                    moments[token].add(lowOf(mWord[token]), keepsLow[token]);
-                    moments[token].add(highOf(mWord[token]), keepsHigh[token]);
-                }
-            }
-        }
-        uint32_t const lows = __ballot_sync(kWHOLE_WARP, anyLow);
-        uint32_t const highs = __ballot_sync(kWHOLE_WARP, anyHigh);
-        uint32_t const before = (1U << lane) - 1U;
-        uint32_t const place = tail + __popc(lows & before) + __popc(highs & before);
-        Kept<TOKENS> entry;
-        if (anyLow)
-        {
-            entry.channel = mChannel.x;
-#pragma unroll
-            for (int token = 0; token < TOKENS; ++token)
-            {
-                entry.value[token] = keepsLow[token] ? lowOf(mWord[token]) : 0.0F;
-            }
-            mScratch->queue[place % RING] = entry;
-        }
-        if (anyHigh)
-        {
-            entry.channel = mChannel.y;
-#pragma unroll
-            for (int token = 0; token < TOKENS; ++token)
-            {
-                entry.value[token] = keepsHigh[token] ? highOf(mWord[token]) : 0.0F;
-            }
-            mScratch->queue[(place + (anyLow ? 1U : 0U)) % RING] = entry;
-        }
-        tail += __popc(lows) + __popc(highs);
-        mNext += kCHUNK;
-        readOrder();
-        readWords();
-    }
-
-    __device__ static float lowOf(uint32_t word)
-    {
-        return toFloat(wordHalf<T>(word & 0xffffU));
-    }
-
-    __device__ static float highOf(uint32_t word)
-    {
-        return toFloat(wordHalf<T>(word >> 16));
-    }
-
-    Scratch* mScratch;
-    int32_t const* mOrder;
-    T const* mX;
-    int32_t mChannels;
-    int32_t mKeep;
-    int32_t mNext;
-    int32_t mEnd;
-    int2 mChannel;           //!< of the chunk to append next
-    uint32_t mWord[TOKENS]; //!< its activations
 };
 
 } // namespace nmexport::cuda

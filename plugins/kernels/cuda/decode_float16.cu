@@ -1,9 +1,0 @@
-#include "decode_shapes.cuh"
-
-namespace nmexport::cuda
-{
-
-template cudaError_t launchDecodeOf<__half>(
-    DecodeArgs const&, DecodePlan const&, DeviceTraits const&, cudaStream_t);
-
-} // namespace nmexport::cuda
