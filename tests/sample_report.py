@@ -11,7 +11,7 @@ from nmexport.models.source import ModelSource
 from nmexport.progress import Silent
 from nmexport.recipe import GatesSection, ModelSection, Recipe, SparsitySection
 from nmexport.verification import audit, continuation, latency, op_parity, parity
-from nmexport.verification.accuracy import PROTOCOL
+from nmexport.verification.accuracy import protocol
 from nmexport.verification.memory import PROTOCOL as MEMORY_PROTOCOL
 from nmexport.verification.report import assemble, judge
 
@@ -118,7 +118,7 @@ def _accuracy(rng: np.random.Generator) -> dict[str, Any]:
         "top1_agreement": 0.6124,
         "continuation": told,
         "tasks": {},
-        "protocol": PROTOCOL,
+        "protocol": protocol("all"),
     }
 
 

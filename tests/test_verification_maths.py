@@ -67,6 +67,36 @@ def test_accuracy_against_brute_force() -> None:
     assert report["top1_agreement"] == mean(same)
 
 
+class DecodeOnly(Fixed):
+    """Dense on prompts, sparse on decode steps."""
+
+    def __init__(self, dense: np.ndarray, sparse: np.ndarray) -> None:
+        super().__init__(dense)
+        self.sparse = sparse
+        self.read: list[int] = []
+
+    def prefill(self, input_ids: np.ndarray) -> np.ndarray:
+        self.read = input_ids[0].tolist()
+        return super().prefill(input_ids)
+
+    def decode_step(self, input_ids: np.ndarray) -> np.ndarray:
+        self.read.append(int(input_ids[0, 0]))
+        return self.sparse[input_ids]
+
+
+def test_decode_only_sparsity_is_scored_where_it_acts() -> None:
+    dense, sparse = _table(0), _table(1)
+    window = np.random.default_rng(2).integers(7, size=11)
+    session = DecodeOnly(dense, sparse)
+    report = compare(Fixed(dense), session, [window], phases="decode")
+    assert session.read == window[:-1].tolist()
+    tail = compare(Fixed(dense), Fixed(sparse), [window[5:]])
+    assert report == tail
+    assert report["tokens"] == 5
+    assert report["kl_mean"] > 0
+    assert compare(Fixed(dense), session, [window])["kl_mean"] == 0
+
+
 def test_equal_models_have_ratio_one_and_no_divergence() -> None:
     report = compare(Fixed(_table(0)), Fixed(_table(0)), [np.arange(7)])
     assert report["perplexity_ratio"] == 1.0

@@ -194,7 +194,7 @@ def _dense_against_sparse(
         OrtSession.from_engine(inputs.upstream["engine"]) as sparse,
     ):
         tracked = progress.track(windows, label="verify: perplexity", total=len(windows))
-        scores = accuracy.compare(dense, sparse, tracked)
+        scores = accuracy.compare(dense, sparse, tracked, phases=recipe.sparsity.phases)
         steps = range(evaluation.generate_tokens)
         told = continuation.compare(
             dense,
@@ -217,7 +217,7 @@ def _dense_against_sparse(
         **scores,
         "continuation": told,
         "tasks": {},
-        "protocol": f"{corpus.protocol(evaluation)}. {accuracy.PROTOCOL}",
+        "protocol": f"{corpus.protocol(evaluation)}. {accuracy.protocol(recipe.sparsity.phases)}",
     }
     return document, times
 
