@@ -18,6 +18,9 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 INCLUDE_VARIABLE = "NMEXPORT_ORT_INCLUDE"
+CUDA_VARIABLE = "NMEXPORT_CUDA"
+"""`1` for the CUDA kernels too, for all supported GPUs; or compute capabilities such as `80;90`.
+They take nvcc, many minutes and tens of megabytes, so nobody gets them unasked."""
 FAILURE_FILE = "BUILD_FAILED.txt"
 _HEADER = "onnxruntime_c_api.h"
 _SYSTEM_INCLUDES = (
@@ -53,8 +56,10 @@ class NativeBuildHook(BuildHookInterface):
         root = Path(self.root)
         native = root / "nmexport" / "_native"
         try:
-            shutil.rmtree(native, ignore_errors=True)
-            native.mkdir(parents=True)
+            native.mkdir(parents=True, exist_ok=True)
+            # What this build does not make, such as the TensorRT plugin, stays.
+            for stale in (*native.glob("libnmexport_onnxruntime.*"), native / FAILURE_FILE):
+                stale.unlink(missing_ok=True)
             build_library(root, native, str(self.metadata.version))
         except (BuildError, OSError) as error:
             self.app.display_warning(
@@ -95,10 +100,33 @@ def build_library(root: Path, destination: Path, version: str) -> None:
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DONNXRUNTIME_INCLUDE_DIR={include}",
             f"-DNMEXPORT_VERSION={version}",
+            *cuda_options(os.environ.get(CUDA_VARIABLE, "")),
         ]
     )
     _run(["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1)])
     _run(["cmake", "--install", str(build), "--prefix", str(destination)])
+
+
+def cuda_options(wanted: str) -> list[str]:
+    """CMake's options for the CUDA kernels.
+
+    Args:
+        wanted: Value of `NMEXPORT_CUDA`: empty or 0 for none, 1 for all supported GPUs, or compute
+            capabilities such as `80;90`.
+
+    Raises:
+        BuildError: if they are wanted and there is no nvcc, or the value is none of these.
+    """
+    if wanted in {"", "0"}:
+        return []
+    if wanted != "1" and not all(part.isdigit() for part in wanted.split(";")):
+        raise BuildError(f"{CUDA_VARIABLE}={wanted} is none of 0, 1, or a list such as 80;90")
+    if shutil.which("nvcc") is None and "CUDACXX" not in os.environ:
+        raise BuildError(
+            f"{CUDA_VARIABLE}={wanted} needs nvcc; install the CUDA toolkit or unset the variable"
+        )
+    chosen = [] if wanted == "1" else [f"-DNMEXPORT_CUDA_ARCHITECTURES={wanted}"]
+    return ["-DNMEXPORT_CUDA=ON", *chosen]
 
 
 def find_headers(root: Path) -> Path:

@@ -83,14 +83,20 @@ function(nm_write_contract_header json_file header)
     set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${json_file}")
     string(JSON domain GET "${contract}" domain)
     string(JSON opset GET "${contract}" opset_version)
+    string(JSON plugin_version GET "${contract}" plugin_version)
+    string(JSON plugin_namespace GET "${contract}" plugin_namespace)
     string(JSON max_group GET "${contract}" max_group)
     string(JSON floor GET "${contract}" variance_floor)
+    string(JSON scale_group GET "${contract}" scale_group)
     set(text "// Generated from contract.json.\n#pragma once\n\n#include \"contract_types.h\"\n\n")
     string(APPEND text "namespace nmexport {\n\n"
                        "inline constexpr char kDOMAIN[] = \"${domain}\";\n"
                        "inline constexpr int kOPSET_VERSION = ${opset};\n"
+                       "inline constexpr char kPLUGIN_VERSION[] = \"${plugin_version}\";\n"
+                       "inline constexpr char kPLUGIN_NAMESPACE[] = \"${plugin_namespace}\";\n"
                        "inline constexpr int kMAX_GROUP = ${max_group};\n"
-                       "inline constexpr double kVARIANCE_FLOOR = ${floor};\n\n")
+                       "inline constexpr double kVARIANCE_FLOOR = ${floor};\n"
+                       "inline constexpr int kSCALE_GROUP = ${scale_group};\n\n")
     foreach(op NMPrune NMLinear)
         string(JSON op_json GET "${contract}" ops ${op})
         nm_input_rows(inputs "${op_json}")

@@ -128,6 +128,19 @@ def test_headers_that_cannot_be_had_are_an_error_with_the_mend(hook_module, tmp_
         hook_module.find_headers(tmp_path)
 
 
+def test_cuda_kernels_are_built_only_where_asked_for(hook_module, monkeypatch):
+    monkeypatch.delenv("CUDACXX", raising=False)
+    monkeypatch.setattr(hook_module.shutil, "which", lambda name: f"/bin/{name}")
+    assert hook_module.cuda_options("") == hook_module.cuda_options("0") == []
+    assert hook_module.cuda_options("1") == ["-DNMEXPORT_CUDA=ON"]
+    assert hook_module.cuda_options("80;90")[1] == "-DNMEXPORT_CUDA_ARCHITECTURES=80;90"
+    with pytest.raises(hook_module.BuildError, match="yes is none of 0, 1"):
+        hook_module.cuda_options("yes")
+    monkeypatch.setattr(hook_module.shutil, "which", lambda _: None)
+    with pytest.raises(hook_module.BuildError, match="needs nvcc"):
+        hook_module.cuda_options("1")
+
+
 def test_fetched_headers_are_not_fetched_again(fetcher, tmp_path, monkeypatch):
     include = tmp_path / "usr/include/onnxruntime"
     include.mkdir(parents=True)

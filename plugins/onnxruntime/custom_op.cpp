@@ -20,6 +20,9 @@ const CustomOp& self(const OrtCustomOp* op) {
 }
 
 ONNXTensorElementDataType inputType(const OrtCustomOp* op, std::size_t index) {
+    if (self(op).hasInt8Weights() && index == NMLinearInput::W) {
+        return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8;
+    }
     switch (self(op).spec().inputs[index].type) {
         case InputType::kFLOAT32:
             return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
@@ -92,11 +95,17 @@ struct Handle {
 }  // namespace
 
 CustomOp::CustomOp(const OrtApi* api, const OpSpec& spec, ElementType type, KernelFactory factory,
-                   bool infersShapes)
-    : OrtCustomOp{}, mApi(api), mSpec(spec), mType(type), mFactory(factory) {
+                   bool infersShapes, const char* provider, bool hasInt8Weights)
+    : OrtCustomOp{},
+      mApi(api),
+      mSpec(spec),
+      mType(type),
+      mFactory(factory),
+      mProvider(provider),
+      mHasInt8Weights(hasInt8Weights) {
     version = ORT_API_VERSION;
     GetName = [](const OrtCustomOp* op) { return self(op).spec().name; };
-    GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };  // CPU
+    GetExecutionProviderType = [](const OrtCustomOp* op) { return self(op).provider(); };
     GetInputTypeCount = [](const OrtCustomOp* op) { return self(op).spec().inputCount; };
     GetInputType = inputType;
     GetInputCharacteristic = [](const OrtCustomOp* op, std::size_t index) {

@@ -22,25 +22,40 @@ using KernelFactory = std::unique_ptr<Kernel> (*)(const OrtApi& api, const OrtKe
 
 class CustomOp : public OrtCustomOp {
   public:
-    // `api` may be null where the op is only described.
+    // `api` may be null where the op is only described; `provider` null is the CPU's.
     CustomOp(const OrtApi* api, const OpSpec& spec, ElementType type, KernelFactory factory,
-             bool infersShapes);
+             bool infersShapes, const char* provider = nullptr, bool hasInt8Weights = false);
 
     const OrtApi* api() const { return mApi; }
     const OpSpec& spec() const { return mSpec; }
     ElementType type() const { return mType; }
     KernelFactory factory() const { return mFactory; }
+    const char* provider() const { return mProvider; }
+    bool hasInt8Weights() const { return mHasInt8Weights; }
 
   private:
     const OrtApi* mApi;
     const OpSpec& mSpec;
     ElementType mType;
     KernelFactory mFactory;
+    const char* mProvider;
+    bool mHasInt8Weights;
 };
 
 std::unique_ptr<Kernel> makePruneKernel(const OrtApi& api, const OrtKernelInfo* info,
                                         ElementType type);
 std::unique_ptr<Kernel> makeLinearKernel(const OrtApi& api, const OrtKernelInfo* info,
                                          ElementType type);
+// The same with weights in int8.
+std::unique_ptr<Kernel> makeInt8LinearKernel(const OrtApi& api, const OrtKernelInfo* info,
+                                             ElementType type);
+
+#if defined(NMEXPORT_HAS_CUDA)
+inline constexpr const char* kCUDA_PROVIDER = "CUDAExecutionProvider";
+std::unique_ptr<Kernel> makeCudaPruneKernel(const OrtApi& api, const OrtKernelInfo* info,
+                                            ElementType type);
+std::unique_ptr<Kernel> makeCudaLinearKernel(const OrtApi& api, const OrtKernelInfo* info,
+                                             ElementType type);
+#endif
 
 }  // namespace nmexport

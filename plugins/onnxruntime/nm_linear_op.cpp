@@ -1,7 +1,7 @@
 #include "nm_linear.h"
 
 #include "custom_op.h"
-#include "node.h"
+#include "linear_node.h"
 
 namespace nmexport {
 
@@ -9,36 +9,40 @@ namespace {
 
 namespace Input = NMLinearInput;
 
-enum class Phase { kALL, kPREFILL, kDECODE };
-
-Phase phaseOf(const std::string& name) {
-    if (name == "prefill") return Phase::kPREFILL;
-    return name == "decode" ? Phase::kDECODE : Phase::kALL;
-}
-
 class LinearKernel : public Kernel {
   public:
-    LinearKernel(const OrtApi& api, const OrtKernelInfo* info, ElementType type)
-        : LinearKernel(api, info, type, Attributes(api, info, kNMLinear)) {}
+    LinearKernel(const OrtApi& api, const OrtKernelInfo* info, ElementType type,
+                 bool hasInt8Weights)
+        : mApi(api),
+          mType(type),
+          mHasInt8Weights(hasInt8Weights),
+          mNode(api, info),
+          mShapes(api, info, kNMLinear),
+          mOrder(mShapes, Input::channel_order, kNMLinear) {}
 
     void run(OrtKernelContext* context) const override {
         const Inputs inputs(mApi, context, kNMLinear, mShapes);
         const Shape x = inputs.shape(Input::X);
-        const Rows rows = rowsOf(kNMLinear.name, x, mPattern);
+        const Rows rows = rowsOf(kNMLinear.name, x, mNode.pattern);
         const Shape w = inputs.shape(Input::W);
-        checkShapes(inputs, x, w);
+        mNode.check(inputs, x, w);
 
         LinearArguments arguments;
         arguments.type = mType;
         arguments.tokens = rows.tokens;
         arguments.channels = rows.channels;
         arguments.outputs = static_cast<std::size_t>(w[1]);
-        arguments.pattern = mPattern;
+        arguments.pattern = mNode.pattern;
         arguments.x = inputs.data(Input::X);
         arguments.w = inputs.data(Input::W);
+        if (mHasInt8Weights) {
+            setScales(inputs, w, arguments);
+        } else if (inputs.has(Input::weight_scale)) {
+            throw Fault("NMLinear: input weight_scale goes with an int8 W; this W is of X's type");
+        }
         arguments.bias = inputs.vector(Input::bias, w[1]);
         arguments.shiftWeight = static_cast<const float*>(inputs.vector(Input::shift_weight, w[1]));
-        arguments.constants.dynamicShift = mDynamicShift;
+        arguments.constants.dynamicShift = mNode.dynamicShift;
         arguments.constants.shift =
             static_cast<const float*>(inputs.vector(Input::shift, x.back(), 1));
         if (arguments.constants.shift != nullptr) {
@@ -48,9 +52,9 @@ class LinearKernel : public Kernel {
         arguments.constants.scoreScale =
             static_cast<const float*>(inputs.vector(Input::score_scale, x.back()));
         arguments.constants.channelOrder = mOrder.of(inputs, rows.channels);
-        arguments.varianceCorrection = mVarianceCorrection;
+        arguments.varianceCorrection = mNode.varianceCorrection;
         arguments.varianceFloor = kVARIANCE_FLOOR;
-        arguments.keepAll = isExcluded(x);
+        arguments.keepAll = mNode.isExcluded(x);
 
         Shape y = x;
         y.back() = w[1];
@@ -60,47 +64,26 @@ class LinearKernel : public Kernel {
     }
 
   private:
-    LinearKernel(const OrtApi& api, const OrtKernelInfo* info, ElementType type,
-                 const Attributes& attributes)
-        : mApi(api),
-          mType(type),
-          mPattern(attributes.pattern()),
-          mDynamicShift(attributes.integer("dynamic_shift") != 0),
-          mVarianceCorrection(attributes.integer("variance_correction") != 0),
-          mPhase(phaseOf(attributes.text("phase"))),
-          mShapes(api, info, kNMLinear),
-          mOrder(mShapes, Input::channel_order, kNMLinear) {}
-
-    void checkShapes(const Inputs& inputs, const Shape& x, const Shape& w) const {
-        if (w.size() != 2 || w[0] != x.back()) {
-            throw Fault("NMLinear: input W has shape " + textOf(w) + " and X has shape " +
-                        textOf(x) + "; allowed: X [..., K] with W [K, O], in_features first");
+    // Throws Fault unless the scales are [1, O], or [G, O] with G groups of a multiple of 16 rows.
+    static void setScales(const Inputs& inputs, const Shape& w, LinearArguments& arguments) {
+        const Shape scales = inputs.has(Input::weight_scale) ? inputs.shape(Input::weight_scale)
+                                                             : Shape{};
+        const bool fits = scales.size() == 2 && scales[1] == w[1] && scales[0] >= 1 &&
+                          w[0] % scales[0] == 0 &&
+                          (scales[0] == 1 || w[0] / scales[0] % kSCALE_GROUP == 0);
+        if (!fits) {
+            throw Fault("NMLinear: int8 W has shape " + textOf(w) + " and weight_scale " +
+                        textOf(scales) + "; allowed: [1, O], or [G, O] with K / G a multiple of " +
+                        std::to_string(kSCALE_GROUP));
         }
-        const bool hasShift = inputs.has(Input::shift);
-        if (mDynamicShift && hasShift) {
-            throw Fault(
-                "NMLinear: dynamic_shift = 1 and an input shift exclude each other; drop one");
-        }
-        if (mDynamicShift && !inputs.has(Input::shift_weight)) {
-            throw Fault(
-                "NMLinear: dynamic_shift = 1 needs the input shift_weight [O], the column sums "
-                "of W");
-        }
-    }
-
-    // The sequence length is the second-to-last dimension; a lone token is a sequence of one.
-    bool isExcluded(const Shape& x) const {
-        const std::int64_t sequence = x.size() < 2 ? 1 : x[x.size() - 2];
-        return (mPhase == Phase::kDECODE && sequence != 1) ||
-               (mPhase == Phase::kPREFILL && sequence <= 1);
+        arguments.weightScale = static_cast<const float*>(inputs.data(Input::weight_scale));
+        arguments.scaleGroups = static_cast<std::size_t>(scales[0]);
     }
 
     const OrtApi& mApi;
     ElementType mType;
-    Pattern mPattern;
-    bool mDynamicShift;
-    bool mVarianceCorrection;
-    Phase mPhase;
+    bool mHasInt8Weights;
+    LinearNode mNode;
     InputShapes mShapes;
     ChannelOrder mOrder;
 };
@@ -109,7 +92,12 @@ class LinearKernel : public Kernel {
 
 std::unique_ptr<Kernel> makeLinearKernel(const OrtApi& api, const OrtKernelInfo* info,
                                          ElementType type) {
-    return std::make_unique<LinearKernel>(api, info, type);
+    return std::make_unique<LinearKernel>(api, info, type, false);
+}
+
+std::unique_ptr<Kernel> makeInt8LinearKernel(const OrtApi& api, const OrtKernelInfo* info,
+                                             ElementType type) {
+    return std::make_unique<LinearKernel>(api, info, type, true);
 }
 
 }  // namespace nmexport

@@ -162,8 +162,6 @@ const void* Inputs::vector(int input, std::int64_t size, std::int64_t otherSize)
     return dataOf(mApi, found);
 }
 
-namespace {
-
 void checkPermutation(const char* op, const std::int32_t* order, std::size_t channels) {
     std::vector<bool> seen(channels, false);
     for (std::size_t p = 0; p < channels; ++p) {
@@ -176,8 +174,6 @@ void checkPermutation(const char* op, const std::int32_t* order, std::size_t cha
         seen[static_cast<std::size_t>(order[p])] = true;
     }
 }
-
-}  // namespace
 
 ChannelOrder::ChannelOrder(const InputShapes& shapes, int input, const OpSpec& spec)
     : mInput(input), mSpec(spec), mChecked(shapes.constantData(input) != nullptr) {

@@ -74,6 +74,9 @@ class Inputs {
     std::size_t mCount = 0;
 };
 
+// Throws Fault unless `order` [channels], on the host, is a permutation.
+void checkPermutation(const char* op, const std::int32_t* order, std::size_t channels);
+
 // The input channel_order: checked once where it is constant, at every run where it is not.
 class ChannelOrder {
   public:

@@ -1,32 +1,15 @@
-// The least a test needs: check, report, exit code.
+// What tests of the CPU kernels need beside checks: variants, random values, equal bits.
 #pragma once
 
 #include <cstdint>
-#include <cstdio>
 #include <cstring>
 #include <random>
 #include <vector>
 
+#include "expect.h"
 #include "variant.h"
 
 namespace nmexport::test {
-
-inline int& failures() {
-    static int count = 0;
-    return count;
-}
-
-inline void expect(bool condition, const char* what, const char* file, int line) {
-    if (condition) return;
-    if (++failures() <= 20) std::fprintf(stderr, "%s:%d: %s\n", file, line, what);
-}
-
-#define EXPECT(condition) ::nmexport::test::expect((condition), #condition, __FILE__, __LINE__)
-
-inline int report(const char* name) {
-    std::printf("%s: %d failures\n", name, failures());
-    return failures() == 0 ? 0 : 1;
-}
 
 // Every variant that this processor can run.
 inline std::vector<const Variant*> variants() {

@@ -58,7 +58,8 @@ void variantsAgree(int type) {
             TokenInput token{x.data(), count, nullptr, nullptr, 0, false};
             variant->loadToken[type](token, loaded.data());
             EXPECT(std::memcmp(loaded.data(), expectedLoad.data(), count * 4) == 0);
-            Epilogue epilogue{wide.data(), count, 1.0f, 0.0f, nullptr, nullptr, stored.data()};
+            Epilogue epilogue{wide.data(), count,         1.0f,   0.0f,
+                              nullptr,     nullptr, stored.data(), nullptr};
             variant->epilogue[type](epilogue);
             EXPECT(std::memcmp(stored.data(), expectedStore.data(), count * 2) == 0);
         }

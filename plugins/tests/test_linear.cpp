@@ -20,6 +20,7 @@ struct Case {
     ElementType type = ElementType::kFLOAT32;
     bool order = false, scale = false, bias = false, shift = false, perChannelShift = false;
     bool dynamic = false, variance = false, keepAll = false;
+    std::size_t scaleGroups = 0;  // of int8 weights; 0 has weights of the type
 };
 
 // Inputs of a case, kept as float32 and as T.
@@ -27,7 +28,23 @@ struct Data {
     std::vector<float> x, w, bias, shift, shiftWeight, scale;
     std::vector<std::int32_t> order;
     std::vector<std::uint16_t> x16, w16, bias16;
+    std::vector<std::int8_t> w8;
+    std::vector<float> weightScale;
 };
+
+// Int8 weights and their scales; `w` becomes what they stand for.
+void quantise(const Case& c, Data& d, std::mt19937& random) {
+    d.weightScale = normals(random, c.scaleGroups * c.outputs);
+    d.w8.resize(d.w.size());
+    const std::size_t rows = c.channels / c.scaleGroups;
+    for (std::size_t i = 0; i < d.w.size(); ++i) {
+        const int value = static_cast<int>(d.w[i] * 40.0f);
+        d.w8[i] = static_cast<std::int8_t>(std::min(127, std::max(-127, value)));
+        const std::size_t channel = i / c.outputs;
+        d.w[i] = static_cast<float>(d.w8[i]) *
+                 d.weightScale[channel / rows * c.outputs + i % c.outputs];
+    }
+}
 
 std::vector<std::uint16_t> narrowed(std::vector<float>& values, ElementType type) {
     std::vector<std::uint16_t> bits(values.size());
@@ -66,9 +83,10 @@ Data makeData(const Case& c, unsigned seed) {
     }
     if (c.type != ElementType::kFLOAT32) {
         d.x16 = narrowed(d.x, c.type);
-        d.w16 = narrowed(d.w, c.type);
+        if (c.scaleGroups == 0) d.w16 = narrowed(d.w, c.type);
         d.bias16 = narrowed(d.bias, c.type);
     }
+    if (c.scaleGroups != 0) quantise(c, d, random);
     return d;
 }
 
@@ -108,6 +126,11 @@ Bytes run(const Case& c, const Data& d, const ThreadPool& pool, std::size_t firs
     if (c.bias) {
         a.bias = wide ? static_cast<const void*>(d.bias.data())
                       : static_cast<const void*>(d.bias16.data());
+    }
+    if (c.scaleGroups != 0) {
+        a.w = d.w8.data();
+        a.weightScale = d.weightScale.data();
+        a.scaleGroups = c.scaleGroups;
     }
     a.shiftWeight = c.dynamic ? d.shiftWeight.data() : nullptr;
     a.y = y.data();
@@ -258,6 +281,21 @@ void linearCases() {
             c.variance = flags & 64;
             c.keepAll = flags & 128;
             cases.push_back(c);
+        }
+    }
+    for (ElementType type :
+         {ElementType::kFLOAT32, ElementType::kFLOAT16, ElementType::kBFLOAT16}) {
+        for (std::size_t groups : {1, 2, 4, 6, 12}) {
+            for (std::size_t tokens : {1, 2, 5, 70}) {
+                for (unsigned flags = 0; flags < 4; ++flags) {
+                    Case c{tokens, 192, 150, {8, 16}};
+                    c.type = type;
+                    c.scaleGroups = groups;
+                    c.order = flags & 1;
+                    c.variance = c.bias = c.dynamic = flags & 2;
+                    cases.push_back(c);
+                }
+            }
         }
     }
     cases.push_back({1, 1536, 1000, {8, 16}});

@@ -13,6 +13,9 @@ namespace nmexport {
 enum class ElementType { kFLOAT32 = 0, kFLOAT16 = 1, kBFLOAT16 = 2 };
 
 constexpr int kELEMENT_TYPES = 3;
+// Weights come in the element types, or as Int8: the last index of a table by weight type.
+constexpr int kINT8_WEIGHTS = kELEMENT_TYPES;
+constexpr int kWEIGHT_TYPES = kELEMENT_TYPES + 1;
 
 // Bits of an IEEE binary16 / bfloat16 value; distinct types so that overloads can tell them apart.
 struct Float16 {
@@ -20,6 +23,10 @@ struct Float16 {
 };
 struct BFloat16 {
     std::uint16_t bits;
+};
+// A quantised weight; what it stands for is this times its scale.
+struct Int8 {
+    std::int8_t value;
 };
 
 constexpr std::size_t elementBytes(ElementType type) {
@@ -40,6 +47,10 @@ static inline float floatOf(std::uint32_t bits) {
 
 static inline float toFloat(float value) {
     return value;
+}
+
+static inline float toFloat(Int8 value) {
+    return static_cast<float>(value.value);
 }
 
 static inline float toFloat(BFloat16 value) {

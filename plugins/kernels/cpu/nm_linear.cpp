@@ -19,7 +19,7 @@ constexpr std::size_t kMIN_TILE_COLUMNS = 64;
 constexpr std::size_t kMIN_TASK_BYTES = std::size_t{96} << 10;
 // Prefill: tokens of a task; their sums stay in the second-level cache.
 constexpr std::size_t kMIN_PANEL_TOKENS = 32;
-constexpr std::size_t kMAX_PANEL_TOKENS = 128;
+constexpr std::size_t kMAX_PANEL_TOKENS = 256;
 // Tasks per thread at least, so that an interrupted thread does not hold up the others ...
 constexpr std::size_t kTASKS_PER_THREAD = 2;
 // ... and as many as leave no more than this share of the last round idle.
@@ -35,11 +35,58 @@ struct Pass {
     std::size_t tokens;
     SelectedTokens selected;
     float* nu;                         // [tokens]
-    const std::int32_t* channelOrder;  // of the operand's positions; null where all are kept
+    const std::int32_t* channelOrder;  // of selection's positions; null where all are kept
+    const std::int32_t* rowOrder;      // of the operand's positions, null for ascending channels
 };
+
+bool isInt8(const LinearArguments& a) {
+    return a.weightScale != nullptr;
+}
+
+// Each row of W has scales of its own, which meet it before the sum; else they wait for the end.
+bool hasScaledRows(const LinearArguments& a) {
+    return isInt8(a) && a.scaleGroups > 1;
+}
+
+std::size_t weightType(const LinearArguments& a) {
+    return isInt8(a) ? kINT8_WEIGHTS : static_cast<std::size_t>(a.type);
+}
+
+std::size_t weightBytes(const LinearArguments& a) {
+    return isInt8(a) ? 1 : elementBytes(a.type);
+}
+
+WeightScales scalesFrom(const LinearArguments& a, std::size_t column) {
+    if (!hasScaledRows(a)) return {};
+    return {a.weightScale + column, a.channels / a.scaleGroups};
+}
+
+const char* weightsFrom(const LinearArguments& a, std::size_t column) {
+    return static_cast<const char*>(a.w) + column * weightBytes(a);
+}
 
 const char* columnOf(const LinearArguments& a, const void* base, std::size_t column) {
     return static_cast<const char*>(base) + column * elementBytes(a.type);
+}
+
+// One selected token from position order to channel order, so that rows that share scales follow
+// each other.
+void orderByChannel(const LinearArguments& a, const Pass& pass, std::size_t token) {
+    thread_local Scratch<float> zScratch;
+    thread_local Scratch<std::uint64_t> keepScratch;
+    const std::size_t words = keepWords(a.channels);
+    float* z = zScratch.reserve(a.channels);
+    std::uint64_t* keep = keepScratch.reserve(words);
+    float* given = pass.selected.z + token * pass.selected.zStride;
+    std::uint64_t* kept = pass.selected.keep + token * pass.selected.keepStride;
+    std::fill(keep, keep + words, std::uint64_t{0});
+    for (std::size_t p = 0; p < a.channels; ++p) {
+        const std::size_t channel = static_cast<std::size_t>(pass.channelOrder[p]);
+        z[channel] = given[p];
+        keep[channel / 64] |= (kept[p / 64] >> (p % 64) & 1) << (channel % 64);
+    }
+    std::copy(z, z + a.channels, given);
+    std::copy(keep, keep + words, kept);
 }
 
 void selectPart(const LinearArguments& a, const Variant& variant, const Pass& pass,
@@ -64,6 +111,7 @@ void selectPart(const LinearArguments& a, const Variant& variant, const Pass& pa
                                                             part.keep + t * part.keepStride,
                                                             a.channels, a.varianceFloor)
                                      : 1.0f;
+        if (pass.rowOrder != pass.channelOrder) orderByChannel(a, pass, first + t);
     }
 }
 
@@ -73,6 +121,8 @@ void finishColumns(const LinearArguments& a, const Variant& variant, const Pass&
     const bool shifted = a.constants.dynamicShift && a.shiftWeight != nullptr;
     Epilogue epilogue;
     epilogue.sums = sums;
+    epilogue.weightScale =
+        isInt8(a) && !hasScaledRows(a) ? a.weightScale + firstColumn : nullptr;
     epilogue.columns = columns;
     epilogue.nu = pass.nu[token];
     epilogue.eta = pass.selected.eta[token];
@@ -101,12 +151,12 @@ void multiplyToken(const LinearArguments& a, const Variant& variant, const Pass&
         for (std::uint64_t bits = keep[word]; bits != 0; bits &= bits - 1) {
             const std::size_t p = word * 64 + static_cast<std::size_t>(__builtin_ctzll(bits));
             rows[count] =
-                pass.channelOrder == nullptr ? static_cast<std::int32_t>(p) : pass.channelOrder[p];
+                pass.rowOrder == nullptr ? static_cast<std::int32_t>(p) : pass.rowOrder[p];
             values[count++] = z[p];
         }
     }
 
-    const std::size_t keptBytes = count * a.outputs * elementBytes(a.type);
+    const std::size_t keptBytes = count * a.outputs * weightBytes(a);
     const std::size_t worthwhile =
         std::min({pool.threads, keptBytes / kMIN_TASK_BYTES, a.outputs / kMIN_TILE_COLUMNS});
     const std::size_t fitting = divideUp(a.outputs, kMAX_TILE_COLUMNS);
@@ -117,8 +167,10 @@ void multiplyToken(const LinearArguments& a, const Variant& variant, const Pass&
         const std::size_t begin = units * tile / tiles * variant.lanes;
         const std::size_t end = std::min(units * (tile + 1) / tiles * variant.lanes, a.outputs);
         float* sums = sumScratch.reserve(end - begin);
-        variant.rowProduct[static_cast<int>(a.type)](
-            RowProduct{columnOf(a, a.w, begin), a.outputs, rows, values, count, end - begin, sums});
+        const auto product =
+            hasScaledRows(a) ? variant.scaledRowProduct : variant.rowProduct[weightType(a)];
+        product(RowProduct{weightsFrom(a, begin), a.outputs, rows, values, count, end - begin, sums,
+                           scalesFrom(a, begin)});
         finishColumns(a, variant, pass, token, begin, end - begin, sums);
     });
 }
@@ -154,11 +206,13 @@ void multiplyPanels(const LinearArguments& a, const Variant& variant, const Pass
         const std::size_t tokens = std::min(runTokens, pass.tokens - first);
         const SelectedTokens& selected = pass.selected;
         float* sums = sumScratch.reserve(kMAX_PANEL_TOKENS * width);
-        variant.panelProduct[static_cast<int>(a.type)](
-            PanelProduct{columnOf(a, a.w, begin), a.outputs, pass.channelOrder, a.channels,
-                         selected.z + first * selected.zStride, selected.zStride,
-                         selected.keep + first * selected.keepStride, selected.keepStride, tokens,
-                         end - begin, packedScratch.reserve(kBLOCK * width), sums});
+        const auto product =
+            hasScaledRows(a) ? variant.scaledPanelProduct : variant.panelProduct[weightType(a)];
+        product(PanelProduct{weightsFrom(a, begin), a.outputs, pass.rowOrder, a.channels,
+                             selected.z + first * selected.zStride, selected.zStride,
+                             selected.keep + first * selected.keepStride, selected.keepStride,
+                             tokens, end - begin, packedScratch.reserve(kBLOCK * width), sums,
+                             scalesFrom(a, begin)});
         for (std::size_t t = 0; t < tokens; ++t) {
             finishColumns(a, variant, pass, first + t, begin, end - begin, sums + t * width);
         }
@@ -182,6 +236,7 @@ void runPass(const LinearArguments& a, const Variant& variant, std::size_t first
     pass.nu = nuScratch.reserve(tokens);
     const bool ordered = !a.keepAll && a.pattern.n != a.pattern.m;
     pass.channelOrder = ordered ? a.constants.channelOrder : nullptr;
+    pass.rowOrder = hasScaledRows(a) ? nullptr : pass.channelOrder;
 
     parallelFor(pool, divideUp(tokens, kSELECT_TOKENS), [&](std::size_t task) {
         const std::size_t begin = task * kSELECT_TOKENS;

@@ -14,7 +14,7 @@ namespace nmexport {
 struct LinearArguments {
     ElementType type;
     const void* x;             // [tokens, channels] T
-    const void* w;             // [channels, outputs] T
+    const void* w;             // [channels, outputs] T, or Int8 where there are weight scales
     const void* bias;          // [outputs] T or null
     const float* shiftWeight;  // [outputs] or null; used with constants.dynamicShift only
     void* y;                   // [tokens, outputs] T
@@ -26,6 +26,9 @@ struct LinearArguments {
     bool varianceCorrection;
     double varianceFloor;
     bool keepAll;  // the phase excludes these tokens: the dense linear
+    // Int8 weights: W[k, o] stands for W[k, o] * weightScale[k / (channels / scaleGroups), o].
+    const float* weightScale = nullptr;  // [scaleGroups, outputs] or null
+    std::size_t scaleGroups = 0;         // divides channels; 1 is a scale an output
 };
 
 void nmLinear(const LinearArguments& arguments, const ThreadPool& pool);

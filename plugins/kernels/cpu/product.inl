@@ -17,10 +17,42 @@ inline const T* rowOf(const T* w, std::size_t rowStride, std::int32_t row) {
     return w + static_cast<std::size_t>(row) * rowStride;
 }
 
-template <typename T, std::size_t kROWS>
+// A vector of W as what it stands for. `scale` is the row's scales where they are group-wise.
+template <typename T, bool kSCALED>
+inline Simd::F weight(const T* w, const float* scale) {
+    if constexpr (kSCALED) {
+        return Simd::mul(Simd::load(w), Simd::load(scale));
+    } else {
+        return Simd::load(w);
+    }
+}
+
+template <typename T, bool kSCALED>
+inline Simd::F partialWeight(const T* w, const float* scale, int count) {
+    if constexpr (kSCALED) {
+        return Simd::mul(Simd::loadPartial(w, count), Simd::loadPartial(scale, count));
+    } else {
+        return Simd::loadPartial(w, count);
+    }
+}
+
+template <bool kSCALED>
+inline const float* scaleOf(const WeightScales& scales, std::size_t rowStride, std::size_t row) {
+    if constexpr (kSCALED) return scales.rows + row / scales.channels * rowStride;
+    return nullptr;
+}
+
+// With scales, all the rows are of one group.
+template <typename T, bool kSCALED, std::size_t kROWS>
 inline void addRows(const RowProduct& p, std::size_t first) {
     constexpr std::size_t kLANES = Simd::kLANES;
+    // Vectors of one cache line of W, as far as registers allow: a line is asked for once.
+    constexpr std::size_t kLINE = 64 / (sizeof(T) * kLANES);
+    constexpr std::size_t kVECTORS = kLINE < 1 ? 1 : (kLINE > 4 ? 4 : kLINE);
+    constexpr std::size_t kSTEP = kVECTORS * kLANES;
     const T* w = static_cast<const T*>(p.w);
+    const float* scale =
+        scaleOf<kSCALED>(p.scales, p.rowStride, static_cast<std::size_t>(p.rows[first]));
     const T* row[kROWS];
     const T* next[kROWS];
     Simd::F value[kROWS];
@@ -33,31 +65,59 @@ inline void addRows(const RowProduct& p, std::size_t first) {
         next[r] = rowOf(w, p.rowStride, p.rows[ahead < p.count ? ahead : p.count - 1]);
     }
     std::size_t j = 0;
-    for (; j + kLANES <= p.columns; j += kLANES) {
-        Simd::F sum = Simd::load(p.sums + j);
+    for (; j + kSTEP <= p.columns; j += kSTEP) {
+        Simd::F sum[kVECTORS];
+        for (std::size_t v = 0; v < kVECTORS; ++v) sum[v] = Simd::load(p.sums + j + v * kLANES);
         for (std::size_t r = 0; r < kROWS; ++r) {
             Simd::prefetch(next[r] + j);
-            sum = Simd::fma(value[r], Simd::load(row[r] + j), sum);
+            for (std::size_t v = 0; v < kVECTORS; ++v) {
+                const std::size_t at = j + v * kLANES;
+                sum[v] = Simd::fma(value[r], weight<T, kSCALED>(row[r] + at, scale + at), sum[v]);
+            }
         }
-        Simd::store(p.sums + j, sum);
+        for (std::size_t v = 0; v < kVECTORS; ++v) Simd::store(p.sums + j + v * kLANES, sum[v]);
     }
-    if (j == p.columns) return;
-    const int left = static_cast<int>(p.columns - j);
-    Simd::F sum = Simd::loadPartial(p.sums + j, left);
-    for (std::size_t r = 0; r < kROWS; ++r) {
-        Simd::prefetch(next[r] + j);
-        sum = Simd::fma(value[r], Simd::loadPartial(row[r] + j, left), sum);
+    for (; j < p.columns; j += kLANES) {
+        const std::size_t left = p.columns - j;
+        const int count = static_cast<int>(left < kLANES ? left : kLANES);
+        Simd::F sum = Simd::loadPartial(p.sums + j, count);
+        for (std::size_t r = 0; r < kROWS; ++r) {
+            Simd::prefetch(next[r] + j);
+            sum = Simd::fma(value[r], partialWeight<T, kSCALED>(row[r] + j, scale + j, count), sum);
+        }
+        Simd::storePartial(p.sums + j, sum, count);
     }
-    Simd::storePartial(p.sums + j, sum, left);
+}
+
+// How many of the rows from `first` on have the scales of the first, up to one pass of them.
+template <bool kSCALED>
+inline std::size_t rowsOfPass(const RowProduct& p, std::size_t first) {
+    const std::size_t most = p.count - first < kROWS_PER_PASS ? p.count - first : kROWS_PER_PASS;
+    if constexpr (kSCALED) {
+        const std::size_t group = static_cast<std::size_t>(p.rows[first]) / p.scales.channels;
+        std::size_t same = 1;
+        while (same < most &&
+               static_cast<std::size_t>(p.rows[first + same]) / p.scales.channels == group) {
+            ++same;
+        }
+        return same;
+    }
+    return most;
 }
 
 // One token: W is read from memory, the tile's sums stay in the first-level cache.
-template <typename T>
+template <typename T, bool kSCALED>
 void rowProduct(const RowProduct& p) {
     std::memset(p.sums, 0, p.columns * sizeof *p.sums);
-    std::size_t i = 0;
-    for (; i + kROWS_PER_PASS <= p.count; i += kROWS_PER_PASS) addRows<T, kROWS_PER_PASS>(p, i);
-    for (; i < p.count; ++i) addRows<T, 1>(p, i);
+    for (std::size_t i = 0; i < p.count;) {
+        const std::size_t rows = rowsOfPass<kSCALED>(p, i);
+        if (rows == kROWS_PER_PASS) {
+            addRows<T, kSCALED, kROWS_PER_PASS>(p, i);
+        } else {
+            for (std::size_t r = 0; r < rows; ++r) addRows<T, kSCALED, 1>(p, i + r);
+        }
+        i += rows;
+    }
 }
 
 // Row of W that a position of the operand meets.
@@ -67,34 +127,56 @@ inline std::int32_t rowAt(const PanelProduct& p, std::size_t position) {
 }
 
 // Rows `first ..` of the panel that any token keeps, as float32, contiguous and padded with zeros.
-template <typename T>
+template <typename T, bool kSCALED>
 void packBlock(const PanelProduct& p, std::size_t first, std::uint64_t wanted, std::size_t width) {
     const T* w = static_cast<const T*>(p.w);
     const std::size_t whole = p.columns / Simd::kLANES * Simd::kLANES;
     const int left = static_cast<int>(p.columns - whole);
     for (; wanted != 0; wanted &= wanted - 1) {
         const std::size_t i = static_cast<std::size_t>(__builtin_ctzll(wanted));
-        const std::size_t position = first + i;
-        const T* row = rowOf(w, p.rowStride, rowAt(p, position));
+        const std::int32_t channel = rowAt(p, first + i);
+        const T* row = rowOf(w, p.rowStride, channel);
+        const float* scale =
+            scaleOf<kSCALED>(p.scales, p.rowStride, static_cast<std::size_t>(channel));
         float* to = p.packed + i * width;
         for (std::size_t j = 0; j < whole; j += Simd::kLANES) {
-            Simd::store(to + j, Simd::load(row + j));
+            Simd::store(to + j, weight<T, kSCALED>(row + j, scale + j));
         }
-        if (left != 0) Simd::store(to + whole, Simd::loadPartial(row + whole, left));
+        if (left != 0) {
+            Simd::store(to + whole, partialWeight<T, kSCALED>(row + whole, scale + whole, left));
+        }
     }
 }
 
-// Asks for the panel's part of the block's rows, which lie a whole row of W apart.
+// Asks for the panel's part of rows of a coming block, which lie a whole row of W apart, a few at a
+// time: asked for all at once they would hold up the loads of the block being multiplied.
 template <typename T>
-void prefetchBlock(const PanelProduct& p, std::size_t first, std::uint64_t wanted) {
-    constexpr std::size_t kLINE = 64 / sizeof(T);
-    const T* w = static_cast<const T*>(p.w);
-    for (; wanted != 0; wanted &= wanted - 1) {
-        const std::size_t position = first + static_cast<std::size_t>(__builtin_ctzll(wanted));
-        const T* row = rowOf(w, p.rowStride, rowAt(p, position));
-        for (std::size_t j = 0; j < p.columns; j += kLINE) Simd::prefetchFar(row + j);
+class BlockPrefetcher {
+  public:
+    BlockPrefetcher(const PanelProduct& p, std::size_t first, std::uint64_t wanted,
+                    std::size_t turns)
+        : mProduct(p),
+          mFirst(first),
+          mWanted(wanted),
+          mRows((static_cast<std::size_t>(__builtin_popcountll(wanted)) + turns - 1) / turns) {}
+
+    // Called once a turn.
+    void next() {
+        constexpr std::size_t kLINE = 64 / sizeof(T);
+        const T* w = static_cast<const T*>(mProduct.w);
+        for (std::size_t r = 0; r < mRows && mWanted != 0; ++r, mWanted &= mWanted - 1) {
+            const std::size_t i = static_cast<std::size_t>(__builtin_ctzll(mWanted));
+            const T* row = rowOf(w, mProduct.rowStride, rowAt(mProduct, mFirst + i));
+            for (std::size_t j = 0; j < mProduct.columns; j += kLINE) Simd::prefetch(row + j);
+        }
     }
-}
+
+  private:
+    const PanelProduct& mProduct;
+    std::size_t mFirst;
+    std::uint64_t mWanted;
+    std::size_t mRows;  // a turn
+};
 
 std::uint64_t wantedBlock(const PanelProduct& p, std::size_t block) {
     std::uint64_t wanted = 0;
@@ -162,14 +244,17 @@ inline void multiplyPair(const float* packed, const float* zA, const float* zB, 
 }
 
 // Each token's kept rows of one packed block; its sums stay in registers meanwhile.
-template <int kVECTORS>
-void multiplyBlock(const PanelProduct& p, std::size_t block, std::size_t sumStride) {
+template <typename T, int kVECTORS>
+void multiplyBlock(const PanelProduct& p, std::size_t block, std::size_t sumStride,
+                   std::uint64_t wantedNext) {
+    BlockPrefetcher<T> prefetcher(p, (block + 1) * kBLOCK, wantedNext, p.tokens / 2);
     const float* z = p.z + block * kBLOCK;
     const std::uint64_t* keep = p.keep + block;
     float* sums = p.sums;
     std::size_t t = 0;
     if constexpr (Simd::kREGISTERS > 2 * kPANEL_VECTORS) {
         for (; t + 2 <= p.tokens; t += 2) {
+            prefetcher.next();
             prefetchToken<kVECTORS>(z + 2 * p.zStride, sums + 2 * sumStride);
             prefetchToken<kVECTORS>(z + 3 * p.zStride, sums + 3 * sumStride);
             multiplyPair<kVECTORS>(p.packed, z, z + p.zStride, keep[0], keep[p.keepStride], sums,
@@ -180,6 +265,7 @@ void multiplyBlock(const PanelProduct& p, std::size_t block, std::size_t sumStri
         }
     }
     for (; t < p.tokens; ++t) {
+        prefetcher.next();
         prefetchToken<kVECTORS>(z + p.zStride, sums + sumStride);
         Simd::F sum[kVECTORS];
         loadSums<kVECTORS>(sums, sum);
@@ -192,7 +278,7 @@ void multiplyBlock(const PanelProduct& p, std::size_t block, std::size_t sumStri
 }
 
 // Few tokens: packing would cost more than it saves, so rows are taken from W where they lie.
-template <typename T, int kVECTORS, bool kWHOLE>
+template <typename T, bool kSCALED, int kVECTORS, bool kWHOLE>
 void multiplyInPlace(const PanelProduct& p, std::size_t block, std::size_t sumStride) {
     constexpr std::size_t kLANES = Simd::kLANES;
     const T* w = static_cast<const T*>(p.w);
@@ -204,14 +290,19 @@ void multiplyInPlace(const PanelProduct& p, std::size_t block, std::size_t sumSt
         loadSums<kVECTORS>(p.sums + t * sumStride, sum);
         for (std::uint64_t keep = p.keep[t * p.keepStride + block]; keep != 0; keep &= keep - 1) {
             const std::size_t i = static_cast<std::size_t>(__builtin_ctzll(keep));
-            const T* row = rowOf(w, p.rowStride, rowAt(p, first + i));
+            const std::int32_t channel = rowAt(p, first + i);
+            const T* row = rowOf(w, p.rowStride, channel);
+            const float* scale =
+                scaleOf<kSCALED>(p.scales, p.rowStride, static_cast<std::size_t>(channel));
             const Simd::F value = Simd::broadcast(z[i]);
             for (int v = 0; v + (kWHOLE ? 0 : 1) < kVECTORS; ++v) {
-                sum[v] = Simd::fma(value, Simd::load(row + v * Simd::kLANES), sum[v]);
+                const int at = v * Simd::kLANES;
+                sum[v] = Simd::fma(value, weight<T, kSCALED>(row + at, scale + at), sum[v]);
             }
             if constexpr (!kWHOLE) {
                 constexpr int kLAST = kVECTORS - 1;
-                const Simd::F tail = Simd::loadPartial(row + kLAST * Simd::kLANES, left);
+                constexpr int kAT = kLAST * Simd::kLANES;
+                const Simd::F tail = partialWeight<T, kSCALED>(row + kAT, scale + kAT, left);
                 sum[kLAST] = Simd::fma(value, tail, sum[kLAST]);
             }
         }
@@ -219,7 +310,7 @@ void multiplyInPlace(const PanelProduct& p, std::size_t block, std::size_t sumSt
     }
 }
 
-template <typename T, int kVECTORS>
+template <typename T, bool kSCALED, int kVECTORS>
 void panelProductOf(const PanelProduct& p) {
     constexpr std::size_t kWIDTH = static_cast<std::size_t>(kVECTORS) * Simd::kLANES;
     constexpr std::size_t kSUM_STRIDE = kPANEL_VECTORS * Simd::kLANES;
@@ -228,40 +319,41 @@ void panelProductOf(const PanelProduct& p) {
     const bool inPlace = p.tokens <= kIN_PLACE_TOKENS;
     std::uint64_t wanted = wantedBlock(p, 0);
     for (std::size_t block = 0; block < blocks; ++block) {
-        if (!inPlace) packBlock<T>(p, block * kBLOCK, wanted, kWIDTH);
-        if (block + 1 < blocks) {
-            wanted = wantedBlock(p, block + 1);
-            prefetchBlock<T>(p, (block + 1) * kBLOCK, wanted);
-        }
+        const std::uint64_t next = block + 1 < blocks ? wantedBlock(p, block + 1) : 0;
         if (!inPlace) {
-            multiplyBlock<kVECTORS>(p, block, kSUM_STRIDE);
-        } else if (p.columns == kWIDTH) {
-            multiplyInPlace<T, kVECTORS, true>(p, block, kSUM_STRIDE);
+            packBlock<T, kSCALED>(p, block * kBLOCK, wanted, kWIDTH);
+            multiplyBlock<T, kVECTORS>(p, block, kSUM_STRIDE, next);
         } else {
-            multiplyInPlace<T, kVECTORS, false>(p, block, kSUM_STRIDE);
+            BlockPrefetcher<T>(p, (block + 1) * kBLOCK, next, 1).next();
+            if (p.columns == kWIDTH) {
+                multiplyInPlace<T, kSCALED, kVECTORS, true>(p, block, kSUM_STRIDE);
+            } else {
+                multiplyInPlace<T, kSCALED, kVECTORS, false>(p, block, kSUM_STRIDE);
+            }
         }
+        wanted = next;
     }
 }
 
-template <typename T>
+template <typename T, bool kSCALED>
 void panelProduct(const PanelProduct& p) {
     switch ((p.columns + Simd::kLANES - 1) / Simd::kLANES) {
         case 1:
-            return panelProductOf<T, 1>(p);
+            return panelProductOf<T, kSCALED, 1>(p);
         case 2:
-            return panelProductOf<T, 2>(p);
+            return panelProductOf<T, kSCALED, 2>(p);
         case 3:
-            return panelProductOf<T, 3>(p);
+            return panelProductOf<T, kSCALED, 3>(p);
         case 4:
-            return panelProductOf<T, 4>(p);
+            return panelProductOf<T, kSCALED, 4>(p);
         case 5:
-            return panelProductOf<T, 5>(p);
+            return panelProductOf<T, kSCALED, 5>(p);
         case 6:
-            return panelProductOf<T, 6>(p);
+            return panelProductOf<T, kSCALED, 6>(p);
         case 7:
-            return panelProductOf<T, 7>(p);
+            return panelProductOf<T, kSCALED, 7>(p);
         default:
-            return panelProductOf<T, 8>(p);
+            return panelProductOf<T, kSCALED, 8>(p);
     }
 }
 

@@ -23,6 +23,10 @@ struct Simd {
         const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
     }
+    static F load(const Int8* from) {
+        const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+    }
     template <typename T>
     static F loadPartial(const T* from, int count) {
         T lanes[kLANES] = {};
@@ -44,6 +48,11 @@ struct Simd {
         T lanes[kLANES];
         store(lanes, value);
         std::memcpy(to, lanes, sizeof(T) * static_cast<std::size_t>(count));
+    }
+    static F gather(const float* from, const std::int32_t* index) {
+        // Loads one by one: mitigations have made the instruction slower than that on many.
+        return _mm256_setr_ps(from[index[0]], from[index[1]], from[index[2]], from[index[3]],
+                              from[index[4]], from[index[5]], from[index[6]], from[index[7]]);
     }
     static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
     static F mul(F a, F b) { return _mm256_mul_ps(a, b); }

@@ -22,6 +22,12 @@ struct Simd {
     static F load(const BFloat16* from) {
         return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
     }
+    static F load(const Int8* from) {
+        return widen8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    }
+    static F loadPartial(const Int8* from, int count) {
+        return widen8(_mm_maskz_loadu_epi8(firstLanes(count), from));
+    }
     static F loadPartial(const float* from, int count) {
         return _mm512_maskz_loadu_ps(firstLanes(count), from);
     }
@@ -46,6 +52,9 @@ struct Simd {
     }
     static void storePartial(BFloat16* to, F value, int count) {
         _mm256_mask_storeu_epi16(to, firstLanes(count), narrowToBFloat16(value));
+    }
+    static F gather(const float* from, const std::int32_t* index) {
+        return _mm512_i32gather_ps(_mm512_loadu_si512(index), from, 4);
     }
     static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
     static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
@@ -87,6 +96,7 @@ struct Simd {
 
   private:
     static __mmask16 firstLanes(int count) { return static_cast<__mmask16>((1u << count) - 1u); }
+    static F widen8(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)); }
     static F widen(__m256i bits) {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
     }

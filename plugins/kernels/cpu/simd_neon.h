@@ -24,6 +24,11 @@ struct Simd {
         return vreinterpretq_f32_u32(
             vshll_n_u16(vld1_u16(reinterpret_cast<const std::uint16_t*>(from)), 16));
     }
+    static F load(const Int8* from) {
+        std::int8_t bytes[8] = {};
+        std::memcpy(bytes, from, kLANES);
+        return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vld1_s8(bytes)))));
+    }
     template <typename T>
     static F loadPartial(const T* from, int count) {
         T lanes[kLANES] = {};
@@ -44,6 +49,11 @@ struct Simd {
         T lanes[kLANES];
         store(lanes, value);
         std::memcpy(to, lanes, sizeof(T) * static_cast<std::size_t>(count));
+    }
+    static F gather(const float* from, const std::int32_t* index) {
+        const float lanes[kLANES] = {from[index[0]], from[index[1]], from[index[2]],
+                                     from[index[3]]};
+        return vld1q_f32(lanes);
     }
     static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
     static F mul(F a, F b) { return vmulq_f32(a, b); }

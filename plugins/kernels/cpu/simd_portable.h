@@ -46,6 +46,11 @@ struct Simd {
     static void storePartial(T* to, F value, int count) {
         for (int i = 0; i < count; ++i) fromFloat(value.lane[i], to + i);
     }
+    static F gather(const float* from, const std::int32_t* index) {
+        F out;
+        for (int i = 0; i < kLANES; ++i) out.lane[i] = from[index[i]];
+        return out;
+    }
     static F fma(F a, F b, F c) {
         for (int i = 0; i < kLANES; ++i) {
             c.lane[i] = __builtin_fmaf(a.lane[i], b.lane[i], c.lane[i]);

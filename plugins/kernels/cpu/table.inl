@@ -11,8 +11,12 @@ constexpr Variant makeVariant(const char* name) {
         scoreKeys,
         selectGroups,
         varianceRatio,
-        {rowProduct<float>, rowProduct<Float16>, rowProduct<BFloat16>},
-        {panelProduct<float>, panelProduct<Float16>, panelProduct<BFloat16>},
+        {rowProduct<float, false>, rowProduct<Float16, false>, rowProduct<BFloat16, false>,
+         rowProduct<Int8, false>},
+        {panelProduct<float, false>, panelProduct<Float16, false>, panelProduct<BFloat16, false>,
+         panelProduct<Int8, false>},
+        rowProduct<Int8, true>,
+        panelProduct<Int8, true>,
         {epilogue<float>, epilogue<Float16>, epilogue<BFloat16>},
     };
 }

@@ -35,13 +35,14 @@ using Ints = std::int32_t __attribute__((vector_size(kPARTIALS * sizeof(std::int
 using Doubles = double __attribute__((vector_size(kPARTIALS * sizeof(double))));
 
 struct Sums {
-    Doubles z{};           // of z
-    Doubles kept{};        // of z where kept, else 0
-    Doubles keptSquare{};  // of its squares, which float64 holds exactly
+    Doubles offset{};        // of z - center
+    Doubles offsetSquare{};  // of its squares
+    Doubles kept{};          // of z where kept, else 0
+    Doubles keptSquare{};    // of its squares, which float64 holds exactly
 };
 
 // Adds kPARTIALS values; bit i of `keep` says whether value i is kept.
-inline void addMoments(const float* z, std::uint32_t keep, Sums* sums) {
+inline void addMoments(const float* z, std::uint32_t keep, const Doubles& center, Sums* sums) {
     constexpr Ints kBIT = {1 << 0, 1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
                            1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
     Ints bits;
@@ -50,17 +51,12 @@ inline void addMoments(const float* z, std::uint32_t keep, Sums* sums) {
     Floats value, keptValue;
     std::memcpy(&value, &bits, sizeof value);
     std::memcpy(&keptValue, &keptBits, sizeof keptValue);
+    const Doubles offset = __builtin_convertvector(value, Doubles) - center;
     const Doubles kept = __builtin_convertvector(keptValue, Doubles);
-    sums->z += __builtin_convertvector(value, Doubles);
+    sums->offset += offset;
+    sums->offsetSquare += offset * offset;
     sums->kept += kept;
     sums->keptSquare += kept * kept;
-}
-
-inline void addSquaredOffsets(const float* z, const Doubles& center, Doubles* sum) {
-    Floats value;
-    std::memcpy(&value, z, sizeof value);
-    const Doubles offset = __builtin_convertvector(value, Doubles) - center;
-    *sum += offset * offset;
 }
 
 inline double total(const Doubles& partial) {
@@ -70,35 +66,37 @@ inline double total(const Doubles& partial) {
 }
 
 // sqrt(var(z) / max(var(s), floor)) of one token, s being z where kept and 0 elsewhere; population
-// variances in float64. Of z in two passes, since its mean may dwarf its spread; s is partly zeros,
-// so its second moment cannot drown in the square of its mean.
+// variances in float64, in one pass. The mean of z may dwarf its spread, so its moments are taken
+// about its first value, which lies within sqrt(count) standard deviations of the mean: the square
+// that is subtracted is at most `count` times the variance, and float64 has the digits for that. s
+// is partly zeros, so its second moment cannot drown in the square of its mean.
 float varianceRatio(const float* z, const std::uint64_t* keep, std::size_t count, double floor) {
     const std::size_t whole = count / kPARTIALS * kPARTIALS;
     const std::size_t left = count - whole;
     const auto keepAt = [keep](std::size_t p) {
         return static_cast<std::uint32_t>(keep[p / 64] >> (p % 64) & 0xffff);
     };
-    float last[kPARTIALS] = {};
-    if (left != 0) std::memcpy(last, z + whole, left * sizeof *z);
+    const double center = static_cast<double>(z[0]);
+    const Doubles centers = Doubles{} + center;
 
     Sums sums;
-    for (std::size_t p = 0; p < whole; p += kPARTIALS) addMoments(z + p, keepAt(p), &sums);
-    if (left != 0) addMoments(last, keepAt(whole), &sums);
-    const double channels = static_cast<double>(count);
-    const double mean = total(sums.z) / channels;
-    const double keptMean = total(sums.kept) / channels;
-    const double kept = total(sums.keptSquare) / channels - keptMean * keptMean;
-
-    const Doubles center = Doubles{} + mean;
-    Doubles square{};
-    for (std::size_t p = 0; p < whole; p += kPARTIALS) addSquaredOffsets(z + p, center, &square);
-    double squares = total(square);
-    for (std::size_t i = 0; i < left; ++i) {
-        const double offset = static_cast<double>(last[i]) - mean;
-        squares += offset * offset;
+    for (std::size_t p = 0; p < whole; p += kPARTIALS) {
+        addMoments(z + p, keepAt(p), centers, &sums);
     }
+    if (left != 0) {
+        float last[kPARTIALS];
+        for (std::size_t i = 0; i < kPARTIALS; ++i) last[i] = i < left ? z[whole + i] : z[0];
+        const std::uint32_t present = (1u << left) - 1u;
+        addMoments(last, keepAt(whole) & present, centers, &sums);  // z[0] - center adds nothing
+    }
+    const double channels = static_cast<double>(count);
+    const double offset = total(sums.offset) / channels;
+    const double keptMean = total(sums.kept) / channels;
+    const double variance = total(sums.offsetSquare) / channels - offset * offset;
+    const double kept = total(sums.keptSquare) / channels - keptMean * keptMean;
     const double floored = kept < floor ? floor : kept;  // NaN stays NaN
-    return static_cast<float>(__builtin_sqrt(squares / channels / floored));
+    // A constant token may come out below zero by a rounding error.
+    return static_cast<float>(__builtin_sqrt((variance < 0.0 ? 0.0 : variance) / floored));
 }
 
 template <typename T>
@@ -109,6 +107,17 @@ void convert(const T* from, std::size_t count, float* to) {
     for (; k < count; ++k) to[k] = toFloat(from[k]);
 }
 
+// z[p] = x[order[p]].
+template <typename T>
+void reorder(const T* x, const std::int32_t* order, std::size_t count, float* z) {
+    std::size_t p = 0;
+    if constexpr (std::is_same_v<T, float>) {
+        constexpr std::size_t kLANES = Simd::kLANES;
+        for (; p + kLANES <= count; p += kLANES) Simd::store(z + p, Simd::gather(x, order + p));
+    }
+    for (; p < count; ++p) z[p] = toFloat(x[order[p]]);
+}
+
 template <typename T>
 float loadToken(const TokenInput& token, float* z) {
     const T* x = static_cast<const T*>(token.x);
@@ -116,7 +125,7 @@ float loadToken(const TokenInput& token, float* z) {
     if (order == nullptr) {
         convert(x, token.channels, z);
     } else {
-        for (std::size_t p = 0; p < token.channels; ++p) z[p] = toFloat(x[order[p]]);
+        reorder(x, order, token.channels, z);
     }
 
     if (token.dynamicShift) {
@@ -149,7 +158,9 @@ void epilogue(const Epilogue& e) {
     for (std::size_t j = 0; j < e.columns; j += Simd::kLANES) {
         const std::size_t left = e.columns - j;
         const int count = left < Simd::kLANES ? static_cast<int>(left) : Simd::kLANES;
-        Simd::F sum = Simd::mul(nu, loadUpTo(e.sums + j, count));
+        Simd::F sum = loadUpTo(e.sums + j, count);
+        if (e.weightScale != nullptr) sum = Simd::mul(loadUpTo(e.weightScale + j, count), sum);
+        sum = Simd::mul(nu, sum);
         if (e.shiftWeight != nullptr) {
             sum = Simd::add(sum, Simd::mul(eta, loadUpTo(e.shiftWeight + j, count)));
         }

@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "element.h"
@@ -27,20 +28,27 @@ struct TokenInput {
     bool dynamicShift;                 // eta is the token's own mean; excludes shift
 };
 
+// Group-wise scales of Int8 weights: row k of W is multiplied by row k / channels of `rows`.
+struct WeightScales {
+    const float* rows = nullptr;  // [groups, rowStride of W]; null where W needs none
+    std::size_t channels = 1;     // rows of W that share a scale
+};
+
 // Rows of W that one token keeps, against a tile of columns.
 struct RowProduct {
-    const void* w;             // first column of the tile in row 0 of W, T
+    const void* w;             // first column of the tile in row 0 of W, its type
     std::size_t rowStride;     // O, elements
     const std::int32_t* rows;  // [count] rows of W, in accumulation order
     const float* values;       // [count]
     std::size_t count;
     std::size_t columns;  // columns of the tile
     float* sums;          // [columns], written
+    WeightScales scales;  // of the tile's first column; rows ascend where there are any
 };
 
 // All kept rows of many tokens, against a panel of columns narrow enough for registers.
 struct PanelProduct {
-    const void* w;                     // first column of the panel in row 0 of W, T
+    const void* w;                     // first column of the panel in row 0 of W, its type
     std::size_t rowStride;             // O, elements
     const std::int32_t* channelOrder;  // [channels] or null: position -> row of W
     std::size_t channels;              // K
@@ -52,9 +60,10 @@ struct PanelProduct {
     std::size_t columns;  // at most kPANEL_VECTORS * lanes
     float* packed;        // scratch [kBLOCK * kPANEL_VECTORS * lanes], 64-byte aligned
     float* sums;          // [tokens, kPANEL_VECTORS * lanes], written, 64-byte aligned
+    WeightScales scales;  // of the panel's first column
 };
 
-// y = nu * sums + eta * shiftWeight + bias, rounded once to T.
+// y = nu * (weightScale * sums) + eta * shiftWeight + bias, rounded once to T.
 struct Epilogue {
     const float* sums;
     std::size_t columns;
@@ -63,6 +72,7 @@ struct Epilogue {
     const float* shiftWeight;  // [columns] or null (then eta does not matter)
     const void* bias;          // [columns] T or null
     void* y;                   // [columns] T
+    const float* weightScale;  // [columns] of Int8 weights with a scale a column, or null
 };
 
 struct Variant {
@@ -80,8 +90,11 @@ struct Variant {
     // sqrt(var(z) / max(var(z where kept, else 0), floor)) of one token, z [count] in position order.
     float (*varianceRatio)(const float* z, const std::uint64_t* keep, std::size_t count,
                            double floor);
-    void (*rowProduct[kELEMENT_TYPES])(const RowProduct& product);
-    void (*panelProduct[kELEMENT_TYPES])(const PanelProduct& product);
+    void (*rowProduct[kWEIGHT_TYPES])(const RowProduct& product);
+    void (*panelProduct[kWEIGHT_TYPES])(const PanelProduct& product);
+    // Of Int8 weights with group-wise scales.
+    void (*scaledRowProduct)(const RowProduct& product);
+    void (*scaledPanelProduct)(const PanelProduct& product);
     void (*epilogue[kELEMENT_TYPES])(const Epilogue& epilogue);
 };
 

@@ -7,20 +7,30 @@
 
 #include "warp_selection.cuh"
 
+#include <type_traits>
+
 namespace nmexport::cuda
 {
+
+//! How a warp ranks its channels.
+enum class Ranking
+{
+    kANY,    //!< any m and every option, through shared memory
+    kWIDE,   //!< groups of 16, every option and type
+    kPACKED, //!< groups of 16 of a 16-bit type by bare magnitude
+};
 
 //! Compile-time shape of one decode kernel.
 //! VECTORS: neighbouring 16-byte vectors that a lane reads of each row.
 //! OVERLAP: rank the next batch while one is in flight, at the price of registers.
 //! ALIGNED: rows of W start on 16 bytes, so a lane reads a whole vector at once.
-template <typename T, int TOKENS_, int GROUP_, int LANES_PER_ROW_, int VECTORS_, int WARPS_, int UNROLL_, bool OVERLAP_,
-    bool MOMENTS_, bool ALIGNED_>
+template <typename T, int TOKENS_, Ranking RANKING_, int LANES_PER_ROW_, int VECTORS_, int WARPS_, int UNROLL_,
+    bool OVERLAP_, bool MOMENTS_, bool ALIGNED_>
 struct DecodeShape
 {
     using Element = T;
     static constexpr int TOKENS = TOKENS_;
-    static constexpr int GROUP = GROUP_;
+    static constexpr Ranking RANKING = RANKING_;
     static constexpr int LANES_PER_ROW = LANES_PER_ROW_;
     static constexpr int VECTORS = VECTORS_;
     static constexpr int WARPS = WARPS_;
@@ -39,9 +49,13 @@ struct DecodeShape
     static_assert(UNROLL % VECTORS == 0);
     //! Holds the batch in flight, the one being queued and the overshoot of one chunk.
     static constexpr int RING = BATCH <= 32 ? 128 : 256;
-    static_assert(2 * BATCH + kMAX_GROUP <= RING + 1);
+    static_assert(2 * BATCH + kMAX_GROUP <= RING);
 
     using Scratch = WarpScratch<TOKENS, RING>;
+    using SixteenSelector = std::conditional_t<RANKING == Ranking::kPACKED, PackedSelector<T, TOKENS, RING, MOMENTS>,
+        WideSelector<T, TOKENS, RING, MOMENTS>>;
+    using Selector
+        = std::conditional_t<RANKING == Ranking::kANY, WarpSelector<T, TOKENS, RING, MOMENTS>, SixteenSelector>;
     static_assert(sizeof(Scratch) >= sizeof(float) * TOKENS * COLUMNS, "partial sums reuse a warp's scratch");
 };
 
@@ -49,7 +63,7 @@ struct DecodeShape
 template <typename Shape>
 constexpr size_t decodeSharedBytes(int cluster)
 {
-    return sizeof(typename Shape::Scratch) * Shape::WARPS
+    return sizeof(uint64_t) * 2 + sizeof(typename Shape::Scratch) * Shape::WARPS
         + sizeof(Moments) * Shape::TOKENS * (Shape::WARPS + cluster)
         + sizeof(float) * Shape::TOKENS * Shape::COLUMNS * cluster + sizeof(float) * Shape::TOKENS * (Shape::WARPS + 1);
 }
@@ -59,7 +73,8 @@ template <typename Shape>
 struct DecodeShared
 {
     __device__ explicit DecodeShared(unsigned char* base, int cluster)
-        : scratch{reinterpret_cast<typename Shape::Scratch*>(base)}
+        : mailbox{reinterpret_cast<uint64_t*>(base)}
+        , scratch{reinterpret_cast<typename Shape::Scratch*>(base + 2 * sizeof(uint64_t))}
         , warpMoments{reinterpret_cast<Moments*>(scratch + Shape::WARPS)}
         , rankMoments{warpMoments + Shape::TOKENS * Shape::WARPS}
         , rankSums{reinterpret_cast<float*>(rankMoments + Shape::TOKENS * cluster)}
@@ -68,6 +83,7 @@ struct DecodeShared
     {
     }
 
+    uint64_t* mailbox;                //!< counts what the ranks send, in rank 0
     typename Shape::Scratch* scratch; //!< [WARPS]
     Moments* warpMoments;             //!< [WARPS][TOKENS]
     Moments* rankMoments;             //!< [cluster][TOKENS], filled by the other ranks
@@ -160,15 +176,15 @@ struct LaneColumns
 //! Issues the row loads of one batch: UNROLL independent vectors per lane.
 template <typename Shape, bool WHOLE>
 __device__ __forceinline__ void loadBatch(uint4 (&raw)[Shape::UNROLL], typename Shape::Scratch const& scratch,
-    LaneColumns<Shape> const& lane, int32_t head, int32_t count)
+    LaneColumns<Shape> const& lane, uint32_t head, uint32_t count)
 {
-    int const slot = threadIdx.x % kWARP / Shape::LANES_PER_ROW;
+    uint32_t const slot = threadIdx.x % kWARP / Shape::LANES_PER_ROW;
 #pragma unroll
     for (int load = 0; load < Shape::ROW_LOADS; ++load)
     {
-        int const entry = load * Shape::ROWS_PER_LOAD + slot;
+        uint32_t const entry = load * Shape::ROWS_PER_LOAD + slot;
         bool const isThere = WHOLE || entry < count;
-        int64_t const row = isThere ? scratch.queuedChannel[(head + entry) % Shape::RING] : 0;
+        int64_t const row = isThere ? scratch.queue[(head + entry) % Shape::RING].channel : 0;
         typename Shape::Element const* const address = lane.w + row * lane.outputs;
 #pragma unroll
         for (int v = 0; v < Shape::VECTORS; ++v)
@@ -188,20 +204,20 @@ __device__ __forceinline__ void loadBatch(uint4 (&raw)[Shape::UNROLL], typename 
 //! accumulator[token][i] += value * weight over one loaded batch.
 template <typename Shape, bool WHOLE>
 __device__ __forceinline__ void multiplyBatch(float (&accumulator)[Shape::TOKENS][Shape::WIDTH],
-    uint4 const (&raw)[Shape::UNROLL], typename Shape::Scratch const& scratch, int32_t head, int32_t count)
+    uint4 const (&raw)[Shape::UNROLL], typename Shape::Scratch const& scratch, uint32_t head, uint32_t count)
 {
     using T = typename Shape::Element;
-    int const slot = threadIdx.x % kWARP / Shape::LANES_PER_ROW;
+    uint32_t const slot = threadIdx.x % kWARP / Shape::LANES_PER_ROW;
 #pragma unroll
     for (int load = 0; load < Shape::ROW_LOADS; ++load)
     {
-        int const entry = load * Shape::ROWS_PER_LOAD + slot;
+        uint32_t const entry = load * Shape::ROWS_PER_LOAD + slot;
         bool const isThere = WHOLE || entry < count;
         float value[Shape::TOKENS];
 #pragma unroll
         for (int token = 0; token < Shape::TOKENS; ++token)
         {
-            value[token] = isThere ? scratch.queuedValue[token][(head + entry) % Shape::RING] : 0.0F;
+            value[token] = isThere ? scratch.queue[(head + entry) % Shape::RING].value[token] : 0.0F;
         }
 #pragma unroll
         for (int v = 0; v < Shape::VECTORS; ++v)
@@ -222,15 +238,15 @@ __device__ __forceinline__ void multiplyBatch(float (&accumulator)[Shape::TOKENS
 }
 
 //! The warp's whole slice; with OVERLAP the next batch is ranked while one is in flight.
-template <typename Shape, typename Selector>
-__device__ __forceinline__ void streamRows(float (&accumulator)[Shape::TOKENS][Shape::WIDTH], Selector& selector,
-    typename Shape::Scratch const& scratch, LaneColumns<Shape> const& lane)
+template <typename Shape>
+__device__ __forceinline__ void streamRows(float (&accumulator)[Shape::TOKENS][Shape::WIDTH],
+    typename Shape::Selector& selector, typename Shape::Scratch const& scratch, LaneColumns<Shape> const& lane)
 {
     uint4 raw[Shape::UNROLL];
     selector.fill(Shape::BATCH);
     while (selector.tail - selector.head >= Shape::BATCH)
     {
-        int32_t const head = selector.head;
+        uint32_t const head = selector.head;
         loadBatch<Shape, true>(raw, scratch, lane, head, Shape::BATCH);
         selector.head += Shape::BATCH;
         if constexpr (Shape::OVERLAP)
@@ -243,7 +259,7 @@ __device__ __forceinline__ void streamRows(float (&accumulator)[Shape::TOKENS][S
             selector.fill(Shape::BATCH);
         }
     }
-    int32_t const rest = selector.tail - selector.head;
+    uint32_t const rest = selector.tail - selector.head;
     if (rest > 0)
     {
         loadBatch<Shape, false>(raw, scratch, lane, selector.head, rest);
@@ -290,27 +306,51 @@ __device__ __forceinline__ void storeWarpSums(
     }
 }
 
-//! Sum over the CTA's warps of one of its TOKENS * COLUMNS values.
+//! Sum over the CTA's warps of two neighbouring ones of its TOKENS * COLUMNS values.
 template <typename Shape>
-__device__ __forceinline__ float sumOverWarps(typename Shape::Scratch const* scratch, int index)
+__device__ __forceinline__ float2 sumOverWarps(typename Shape::Scratch const* scratch, int pair)
 {
-    float sum = 0.0F;
+    float2 sum = make_float2(0.0F, 0.0F);
 #pragma unroll
     for (int warp = 0; warp < Shape::WARPS; ++warp)
     {
-        sum += reinterpret_cast<float const*>(scratch + warp)[index];
+        float2 const part = reinterpret_cast<float2 const*>(scratch + warp)[pair];
+        sum.x += part.x;
+        sum.y += part.y;
     }
     return sum;
 }
 
-//! Sends this CTA's sums and moments to rank 0 of its cluster.
+//! Bytes that rank 0 gets from all ranks.
 template <typename Shape>
-__device__ __forceinline__ void sendToRankZero(DecodeShared<Shape> const& shared, uint32_t rank)
+__device__ __forceinline__ uint32_t mailBytes(int cluster)
 {
-    constexpr int kVALUES = Shape::TOKENS * Shape::COLUMNS;
-    for (int index = threadIdx.x; index < kVALUES; index += Shape::THREADS)
+    return static_cast<uint32_t>(cluster)
+        * (sizeof(float) * Shape::TOKENS * Shape::COLUMNS + (Shape::MOMENTS ? sizeof(Moments) * Shape::TOKENS : 0));
+}
+
+//! Sends this CTA's sums and moments to rank 0 of its cluster, or leaves them in place where the CTA is alone.
+template <typename Shape>
+__device__ __forceinline__ void sendSums(DecodeShared<Shape> const& shared, uint32_t rank, bool isAlone)
+{
+    constexpr int kPAIRS = Shape::TOKENS * Shape::COLUMNS / 2;
+    auto const send = [&](uint64_t* local, uint64_t value)
     {
-        storeToRank(shared.rankSums + rank * kVALUES + index, 0, sumOverWarps<Shape>(shared.scratch, index));
+        if (isAlone)
+        {
+            *local = value;
+        }
+        else
+        {
+            sendToRankZero(local, value, shared.mailbox);
+        }
+    };
+    uint64_t* const target = reinterpret_cast<uint64_t*>(shared.rankSums) + rank * kPAIRS;
+    for (int pair = threadIdx.x; pair < kPAIRS; pair += Shape::THREADS)
+    {
+        float2 const sum = sumOverWarps<Shape>(shared.scratch, pair);
+        uint64_t const bits = static_cast<uint64_t>(__float_as_uint(sum.y)) << 32 | __float_as_uint(sum.x);
+        send(target + pair, bits);
     }
     if (Shape::MOMENTS && threadIdx.x < Shape::TOKENS)
     {
@@ -319,11 +359,12 @@ __device__ __forceinline__ void sendToRankZero(DecodeShared<Shape> const& shared
         {
             total.addMoments(shared.warpMoments[warp * Shape::TOKENS + threadIdx.x]);
         }
-        Moments* const target = shared.rankMoments + rank * Shape::TOKENS + threadIdx.x;
-        storeToRank(&target->all, 0, total.all);
-        storeToRank(&target->allSquared, 0, total.allSquared);
-        storeToRank(&target->kept, 0, total.kept);
-        storeToRank(&target->keptSquared, 0, total.keptSquared);
+        uint64_t* const own = reinterpret_cast<uint64_t*>(shared.rankMoments + rank * Shape::TOKENS + threadIdx.x);
+        double const parts[4] = {total.all, total.allSquared, total.kept, total.keptSquared};
+        for (int i = 0; i < 4; ++i)
+        {
+            send(own + i, static_cast<uint64_t>(__double_as_longlong(parts[i])));
+        }
     }
 }
 
@@ -354,7 +395,7 @@ __device__ __forceinline__ void storeOutputs(
             {
                 total.addMoments(shared.rankMoments[rank * Shape::TOKENS + token]);
             }
-            sum *= total.correction(args.channels);
+            sum *= args.selection.varianceCorrection ? total.correction(args.channels) : 1.0F;
         }
         if (args.selection.dynamicShift)
         {
@@ -368,17 +409,38 @@ __device__ __forceinline__ void storeOutputs(
     }
 }
 
+//! Brings what the kernel needs at once after the wait, and at its end, near beforehand: the launch's parameters into
+//! the constant cache, the translations of the pages of x, y and W. The value read from x may be stale; it is dropped.
+template <typename Shape>
+__device__ __forceinline__ void touchAhead(DecodeArgs const& args, LaneColumns<Shape> const& columns)
+{
+    asm volatile("" ::"l"(args.y), "r"(args.selection.n)); // one of each 64-byte line
+    if (threadIdx.x < kWARP)
+    {
+        prefetchToL2(static_cast<typename Shape::Element const*>(args.x) + threadIdx.x);
+        prefetchToL2(columns.w);
+    }
+}
+
 //! grid.x = tiles * cluster; the cluster's ranks are neighbours in x.
 template <typename Shape, int MIN_CTAS>
-__global__ void __launch_bounds__(Shape::THREADS, MIN_CTAS) decodeKernel(DecodeArgs const args)
+__global__ void __launch_bounds__(Shape::THREADS, MIN_CTAS)
+    decodeKernel(DecodeArgs const args, bool const allowsNextLate)
 {
     using T = typename Shape::Element;
     extern __shared__ __align__(16) unsigned char sharedBytes[];
-    allowDependentLaunch();
-    arriveAtCluster(); // rank 0 must have started before anyone writes to it
+    if (!allowsNextLate)
+    {
+        allowDependentLaunch();
+    }
     int const cluster = static_cast<int>(clusterSize());
     uint32_t const rank = clusterRank();
     DecodeShared<Shape> const shared(sharedBytes, cluster);
+    bool const isAlone = cluster == 1;
+    if (!isAlone)
+    {
+        openMailbox(shared.mailbox, rank);
+    }
     int const warp = threadIdx.x / kWARP;
     int const lane = threadIdx.x % kWARP;
     int32_t const firstColumn = static_cast<int32_t>(blockIdx.x / cluster) * Shape::COLUMNS;
@@ -387,20 +449,28 @@ __global__ void __launch_bounds__(Shape::THREADS, MIN_CTAS) decodeKernel(DecodeA
     int32_t const readColumn = column < args.outputs ? column : firstColumn;
     LaneColumns<Shape> const columns{static_cast<T const*>(args.w) + readColumn, readColumn, args.outputs};
 
-    int32_t const width = Shape::GROUP == 0 ? chunkWidth(args.selection.m) : kWARP;
-    Range const chunks = splitRange(
+    // Units of the split: single groups of 16, or chunks of whole groups.
+    int32_t const width = Shape::RANKING == Ranking::kANY ? chunkWidth(args.selection.m) : 16;
+    Range const units = splitRange(
         ceilDivide(args.channels, width), cluster * Shape::WARPS, static_cast<int32_t>(rank) * Shape::WARPS + warp);
-    Range const slice{min(chunks.begin * width, args.channels), min(chunks.end * width, args.channels)};
+    Range const slice{min(units.begin * width, args.channels), min(units.end * width, args.channels)};
+    typename Shape::Selector selector(
+        shared.scratch + warp, args.selection, static_cast<T const*>(args.x), args.channels, slice, shared.eta);
+    selector.prepare();
 
+    touchAhead<Shape>(args, columns);
     waitForPredecessors();
     if (args.selection.dynamicShift)
     {
         meanOfTokens<Shape>(args, shared);
     }
-    WarpSelector<T, Shape::TOKENS, Shape::GROUP, Shape::RING, Shape::MOMENTS> selector(
-        shared.scratch + warp, args.selection, static_cast<T const*>(args.x), args.channels, slice, shared.eta);
+    selector.begin();
     float accumulator[Shape::TOKENS][Shape::WIDTH] = {};
     streamRows<Shape>(accumulator, selector, shared.scratch[warp], columns);
+    if (allowsNextLate)
+    {
+        allowDependentLaunch();
+    }
 
     storeWarpSums<Shape>(accumulator, shared.scratch + warp);
     if constexpr (Shape::MOMENTS)
@@ -416,21 +486,36 @@ __global__ void __launch_bounds__(Shape::THREADS, MIN_CTAS) decodeKernel(DecodeA
         }
     }
     __syncthreads();
-    waitForCluster();
-    sendToRankZero<Shape>(shared, rank);
-    arriveAtCluster();
-    waitForCluster();
-    __syncthreads();
+    if (!isAlone)
+    {
+        if (rank == 0 && threadIdx.x == 0)
+        {
+            expectMail(shared.mailbox, mailBytes<Shape>(cluster));
+        }
+        __syncwarp();
+        waitForOpenMailbox();
+    }
+    sendSums<Shape>(shared, rank, isAlone);
     if (rank == 0)
     {
+        if (isAlone)
+        {
+            __syncthreads();
+        }
+        else
+        {
+            waitForMail(shared.mailbox);
+        }
         storeOutputs<Shape>(args, shared, firstColumn, cluster);
     }
 }
 
 //! Enqueues one decode kernel. `cluster` above 1 and dependent launch need compute capability 9.0.
 template <typename Shape, int MIN_CTAS>
-cudaError_t launchDecodeShape(DecodeArgs const& args, int cluster, int computeCapability, cudaStream_t stream)
+cudaError_t launchDecodeShape(
+    DecodeArgs const& args, DecodePlan const& plan, int computeCapability, cudaStream_t stream)
 {
+    int const cluster = plan.cluster;
     auto* const kernel = &decodeKernel<Shape, MIN_CTAS>;
     size_t const sharedBytes = decodeSharedBytes<Shape>(cluster);
     if (sharedBytes > 48 * 1024)
@@ -457,7 +542,7 @@ cudaError_t launchDecodeShape(DecodeArgs const& args, int cluster, int computeCa
     config.stream = stream;
     config.attrs = attributes;
     config.numAttrs = computeCapability >= 90 ? (cluster > 1 ? 2U : 1U) : 0U;
-    return cudaLaunchKernelEx(&config, kernel, args);
+    return cudaLaunchKernelEx(&config, kernel, args, plan.allowsNextLate != 0);
 }
 
 } // namespace nmexport::cuda

@@ -40,6 +40,11 @@ __device__ __forceinline__ uint4 loadStreaming(void const* address)
     return value;
 }
 
+__device__ __forceinline__ void prefetchToL2(void const* address)
+{
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 //! An activation: written by the kernel before, perhaps while this one was already resident, so never through the
 //! non-coherent path and never from a stale L1 line.
 __device__ __forceinline__ float loadActivation(float const* address)
@@ -49,15 +54,30 @@ __device__ __forceinline__ float loadActivation(float const* address)
     return value;
 }
 
+//! The bits of one 16-bit activation.
 template <typename T>
-__device__ __forceinline__ float loadActivation(T const* address)
+__device__ __forceinline__ uint32_t loadActivationBits(T const* address)
 {
     static_assert(sizeof(T) == 2);
     unsigned short bits;
     asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(bits) : "l"(address));
-    T value;
-    memcpy(&value, &bits, sizeof(value));
-    return toFloat<T>(value);
+    return bits;
+}
+
+//! Two neighbouring 16-bit activations, the first in the low half.
+template <typename T>
+__device__ __forceinline__ uint32_t loadActivationWord(T const* address)
+{
+    static_assert(sizeof(T) == 2);
+    uint32_t word;
+    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(word) : "l"(address));
+    return word;
+}
+
+template <typename T>
+__device__ __forceinline__ float loadActivation(T const* address)
+{
+    return toFloat<T>(wordHalf<T>(loadActivationBits(address)));
 }
 
 __device__ __forceinline__ uint32_t clusterSize()
@@ -82,36 +102,75 @@ __device__ __forceinline__ uint32_t clusterRank()
 #endif
 }
 
-__device__ __forceinline__ void arriveAtCluster()
+//! Makes rank 0's mailbox ready for the other CTAs of the cluster; every thread of every CTA, before the first send.
+//! Costs no fence later: data and signal travel together.
+//! Only in a kernel that was launched with clusters: elsewhere st.async is an illegal instruction.
+__device__ __forceinline__ void openMailbox(uint64_t* mailbox, uint32_t rank)
 {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    if (rank == 0 && threadIdx.x == 0)
+    {
+        uint32_t const address = static_cast<uint32_t>(__cvta_generic_to_shared(mailbox));
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address) : "memory");
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncwarp(); // the barrier below wants whole warps
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 
-__device__ __forceinline__ void waitForCluster()
+//! Waits until the mailbox of rank 0 is open.
+__device__ __forceinline__ void waitForOpenMailbox()
 {
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
 
-//! Writes to the shared memory of another CTA of the cluster; `local` is this CTA's own copy of the target.
-template <typename V>
-__device__ __forceinline__ void storeToRank(V* local, uint32_t rank, V value)
+//! One thread of rank 0, after a barrier of its CTA: what all ranks together send. Some of it may have come already.
+__device__ __forceinline__ void expectMail(uint64_t* mailbox, uint32_t bytes)
 {
 #if __CUDA_ARCH__ >= 900
-    uint32_t const address = static_cast<uint32_t>(__cvta_generic_to_shared(local));
-    uint32_t remote;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-    if constexpr (sizeof(V) == 8)
+    uint32_t const address = static_cast<uint32_t>(__cvta_generic_to_shared(mailbox));
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes) : "memory");
+#endif
+}
+
+//! Rank 0 waits until everything has been sent.
+__device__ __forceinline__ void waitForMail(uint64_t* mailbox)
+{
+#if __CUDA_ARCH__ >= 900
+    uint32_t const address = static_cast<uint32_t>(__cvta_generic_to_shared(mailbox));
+    uint32_t isThere = 0;
+    while (isThere == 0)
     {
-        asm volatile("st.shared::cluster.f64 [%0], %1;" ::"r"(remote), "d"(value) : "memory");
+        asm volatile("{\n"
+                     ".reg .pred done;\n"
+                     "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], 0;\n"
+                     "selp.u32 %0, 1, 0, done;\n"
+                     "}"
+                     : "=r"(isThere)
+                     : "r"(address)
+                     : "memory");
     }
-    else
-    {
-        asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(value) : "memory");
-    }
+#endif
+}
+
+//! Writes 8 bytes to rank 0's shared memory and counts them in its mailbox; `local` is this CTA's copy of the target.
+__device__ __forceinline__ void sendToRankZero(uint64_t* local, uint64_t value, uint64_t* mailbox)
+{
+#if __CUDA_ARCH__ >= 900
+    uint32_t target;
+    uint32_t signal;
+    asm("mapa.shared::cluster.u32 %0, %1, 0;"
+        : "=r"(target)
+        : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(local))));
+    asm("mapa.shared::cluster.u32 %0, %1, 0;"
+        : "=r"(signal)
+        : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(mailbox))));
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(target), "l"(value),
+                 "r"(signal)
+                 : "memory");
 #else
     *local = value;
 #endif

@@ -51,6 +51,24 @@ __device__ __forceinline__ __nv_bfloat16 fromFloat<__nv_bfloat16>(float value)
     return __float2bfloat16_rn(value);
 }
 
+//! The lowest NaN's magnitude bits of a 16-bit type: the one rank key that all its NaNs share.
+template <typename T>
+inline constexpr uint32_t kNAN_KEY = 0;
+template <>
+inline constexpr uint32_t kNAN_KEY<__half> = 0x7c01;
+template <>
+inline constexpr uint32_t kNAN_KEY<__nv_bfloat16> = 0x7f81;
+
+//! A 16-bit float from its bits.
+template <typename T>
+__device__ __forceinline__ T wordHalf(uint32_t bits)
+{
+    unsigned short const half = static_cast<unsigned short>(bits);
+    T value;
+    memcpy(&value, &half, sizeof(value));
+    return value;
+}
+
 //! Elements in 16 bytes.
 template <typename T>
 inline constexpr int kVECTOR = 16 / static_cast<int>(sizeof(T));

@@ -1,6 +1,7 @@
 // The masked activation for prefill (and NMPrune), and the epilogue that follows its dense product.
 #include "warp_selection.cuh"
 
+#include <algorithm>
 #include <type_traits>
 
 namespace nmexport::cuda
@@ -114,6 +115,182 @@ private:
     }
 };
 
+//! Word i of a pair of groups: element i of A in the low half, of B in the high one.
+__device__ __forceinline__ void interleave(uint32_t (&out)[16], uint4 const (&a)[2], uint4 const (&b)[2])
+{
+    uint32_t const wordsA[8] = {a[0].x, a[0].y, a[0].z, a[0].w, a[1].x, a[1].y, a[1].z, a[1].w};
+    uint32_t const wordsB[8] = {b[0].x, b[0].y, b[0].z, b[0].w, b[1].x, b[1].y, b[1].z, b[1].w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+    {
+        out[2 * i] = __byte_perm(wordsA[i], wordsB[i], 0x5410);
+        out[2 * i + 1] = __byte_perm(wordsA[i], wordsB[i], 0x7632);
+    }
+}
+
+//! Zeroes the elements of one word whose bit is not set; `mask` bit 0 is for the low half, bit 1 for the high one.
+__device__ __forceinline__ uint32_t keepHalves(uint32_t word, uint32_t mask)
+{
+    uint32_t const low = 0U - (mask & 1U);
+    uint32_t const high = 0U - (mask >> 1 & 1U);
+    return word & __byte_perm(low, high, 0x5410);
+}
+
+__device__ __forceinline__ uint4 keepElements(uint4 words, uint32_t mask)
+{
+    return make_uint4(keepHalves(words.x, mask), keepHalves(words.y, mask >> 2), keepHalves(words.z, mask >> 4),
+        keepHalves(words.w, mask >> 6));
+}
+
+//! 8 of 16 by bare magnitude, 16-bit types: a thread ranks two groups at once, two keys per word. Tokens play no part:
+//! the activations are one run of pairs of groups.
+template <typename T>
+__global__ void __launch_bounds__(kTHREADS) pairMaskKernel(uint4 const* x, uint4* s, uint8_t* keep, int64_t pairs)
+{
+    int64_t const pair = static_cast<int64_t>(blockIdx.x) * kTHREADS + threadIdx.x;
+    if (pair >= pairs)
+    {
+        return;
+    }
+    uint4 const* const source = x + 4 * pair;
+    uint4 const a[2] = {source[0], source[1]};
+    uint4 const b[2] = {source[2], source[3]};
+    uint32_t keys[16];
+    interleave(keys, a, b);
+#pragma unroll
+    for (uint32_t& key : keys)
+    {
+        key = packedKeys(key, kNAN_KEY<T>);
+    }
+    uint32_t const mask = keepHalfOfPair(keys);
+    uint4* const target = s + 4 * pair;
+    target[0] = keepElements(a[0], mask);
+    target[1] = keepElements(a[1], mask >> 8);
+    target[2] = keepElements(b[0], mask >> 16);
+    target[3] = keepElements(b[1], mask >> 24);
+    if (keep != nullptr)
+    {
+        for (int i = 0; i < 32; ++i)
+        {
+            keep[32 * pair + i] = static_cast<uint8_t>(mask >> i & 1U);
+        }
+    }
+}
+
+//! Groups scattered by a channel order: the token's row lies in shared memory, where gathering is cheap, and leaves it
+//! in one piece. A thread ranks a group of GROUP.
+template <typename T, int GROUP>
+struct ScatteredMasker
+{
+    __device__ static void run(MaskArgs const& args, TokenRow<T> const& row, Moments& moments)
+    {
+        extern __shared__ __align__(16) unsigned char rowBytes[];
+        T* const staged = reinterpret_cast<T*>(rowBytes);
+        Selection const& selection = args.selection;
+        copyRow(staged, row.x, args.channels);
+        __syncthreads();
+        for (int32_t group = threadIdx.x; group < args.channels / GROUP; group += static_cast<int32_t>(blockDim.x))
+        {
+            int32_t channel[GROUP];
+            uint32_t keys[GROUP];
+#pragma unroll
+            for (int i = 0; i < GROUP; ++i)
+            {
+                channel[i] = __ldg(selection.channelOrder + group * GROUP + i);
+                float const z = toFloat<T>(staged[channel[i]]) - shiftOf(selection, row, channel[i]);
+                keys[i] = keyOf(selection, z, channel[i]);
+            }
+            uint32_t const mask = selection.n == GROUP ? 0xffffffffU : keepMask<GROUP>(keys, selection.n);
+#pragma unroll
+            for (int i = 0; i < GROUP; ++i)
+            {
+                bool const isKept = (mask >> i & 1U) != 0U;
+                float const z = toFloat<T>(staged[channel[i]]) - shiftOf(selection, row, channel[i]);
+                staged[channel[i]] = fromFloat<T>(isKept ? z : 0.0F);
+                if (row.keep != nullptr)
+                {
+                    row.keep[channel[i]] = isKept ? 1 : 0;
+                }
+                if (selection.varianceCorrection)
+                {
+                    moments.add(z, isKept);
+                }
+            }
+        }
+        __syncthreads();
+        copyRow(row.s, staged, args.channels);
+    }
+
+private:
+    //! Rows are whole vectors: see the dispatch.
+    __device__ static void copyRow(T* target, T const* source, int32_t channels)
+    {
+        int32_t const vectors = channels * static_cast<int32_t>(sizeof(T)) / 16;
+        for (int32_t i = threadIdx.x; i < vectors; i += static_cast<int32_t>(blockDim.x))
+        {
+            reinterpret_cast<uint4*>(target)[i] = reinterpret_cast<uint4 const*>(source)[i];
+        }
+    }
+};
+
+//! The same by bare magnitude for 8 of 16 of a 16-bit type: two groups per thread and per word. A block per token.
+template <typename T>
+__global__ void __launch_bounds__(kTHREADS)
+    pairScatterKernel(T const* x, T* s, uint8_t* keep, int32_t const* order, int32_t channels)
+{
+    extern __shared__ __align__(16) unsigned char rowBytes[];
+    auto* const staged = reinterpret_cast<uint16_t*>(rowBytes);
+    int64_t const offset = static_cast<int64_t>(blockIdx.x) * channels;
+    int32_t const threads = static_cast<int32_t>(blockDim.x);
+    for (int32_t i = threadIdx.x; i < channels / 8; i += threads)
+    {
+        reinterpret_cast<uint4*>(staged)[i] = reinterpret_cast<uint4 const*>(x + offset)[i];
+    }
+    __syncthreads();
+    for (int32_t pair = threadIdx.x; pair < channels / 32; pair += threads)
+    {
+        int4 const* const places = reinterpret_cast<int4 const*>(order + 32 * pair);
+        uint32_t channel[16]; // of group A in the low half, of B in the high one
+#pragma unroll
+        for (int quad = 0; quad < 4; ++quad)
+        {
+            int4 const a = __ldg(places + quad);
+            int4 const b = __ldg(places + 4 + quad);
+            channel[4 * quad] = static_cast<uint32_t>(a.x | b.x << 16);
+            channel[4 * quad + 1] = static_cast<uint32_t>(a.y | b.y << 16);
+            channel[4 * quad + 2] = static_cast<uint32_t>(a.z | b.z << 16);
+            channel[4 * quad + 3] = static_cast<uint32_t>(a.w | b.w << 16);
+        }
+        uint32_t keys[16];
+#pragma unroll
+        for (int i = 0; i < 16; ++i)
+        {
+            uint32_t const word = staged[channel[i] & 0xffffU] | static_cast<uint32_t>(staged[channel[i] >> 16]) << 16;
+            keys[i] = packedKeys(word, kNAN_KEY<T>);
+        }
+        uint32_t const mask = keepHalfOfPair(keys);
+#pragma unroll
+        for (int i = 0; i < 32; ++i)
+        {
+            uint32_t const place = i < 16 ? channel[i % 16] & 0xffffU : channel[i % 16] >> 16;
+            bool const isKept = (mask >> i & 1U) != 0U;
+            if (!isKept)
+            {
+                staged[place] = 0;
+            }
+            if (keep != nullptr)
+            {
+                keep[offset + place] = isKept ? 1 : 0;
+            }
+        }
+    }
+    __syncthreads();
+    for (int32_t i = threadIdx.x; i < channels / 8; i += threads)
+    {
+        reinterpret_cast<uint4*>(s + offset)[i] = reinterpret_cast<uint4 const*>(staged)[i];
+    }
+}
+
 //! A warp per chunk of whole groups: any m, any channel order.
 template <typename T>
 struct RankMasker
@@ -172,8 +349,9 @@ struct RankMasker
 };
 
 //! grid (tokens, parts): parts is 1 where the token's statistics are needed, since one block must see all of K.
+//! Two blocks a multiprocessor at least: left to itself, ptxas takes 64 registers on sm_100 and spills one.
 template <typename T, typename Masker>
-__global__ void __launch_bounds__(kTHREADS) maskKernel(MaskArgs const args)
+__global__ void __launch_bounds__(kTHREADS, 2) maskKernel(MaskArgs const args)
 {
     __shared__ float perWarp[kWARPS];
     __shared__ Moments perWarpMoments[kWARPS];
@@ -239,13 +417,52 @@ __global__ void __launch_bounds__(kTHREADS) epilogueKernel(EpilogueArgs const ar
     }
 }
 
+//! Statistics are summed by one block: see maskKernel.
+bool needsWholeRow(MaskArgs const& args)
+{
+    return args.selection.dynamicShift || args.selection.varianceCorrection;
+}
+
 template <typename T, typename Masker>
 cudaError_t enqueueMask(MaskArgs const& args, int32_t unitsPerBlock, cudaStream_t stream)
 {
-    bool const needsStatistics = args.selection.dynamicShift || args.selection.varianceCorrection;
     int32_t const units = ceilDivide(args.channels, unitsPerBlock);
-    dim3 const grid(static_cast<unsigned>(args.tokens), needsStatistics ? 1U : static_cast<unsigned>(units));
+    dim3 const grid(static_cast<unsigned>(args.tokens), needsWholeRow(args) ? 1U : static_cast<unsigned>(units));
     maskKernel<T, Masker><<<grid, kTHREADS, 0, stream>>>(args);
+    return cudaGetLastError();
+}
+
+template <typename T>
+cudaError_t enqueuePairs(MaskArgs const& args, cudaStream_t stream)
+{
+    int64_t const pairs = args.tokens * (args.channels / 32);
+    auto const blocks = static_cast<unsigned>((pairs + kTHREADS - 1) / kTHREADS);
+    pairMaskKernel<T><<<blocks, kTHREADS, 0, stream>>>(
+        static_cast<uint4 const*>(args.x), static_cast<uint4*>(args.s), args.keep, pairs);
+    return cudaGetLastError();
+}
+
+//! Rows that leave room for two blocks on every supported multiprocessor.
+constexpr size_t kMAX_STAGED_BYTES = size_t{44} << 10;
+
+template <typename T>
+cudaError_t enqueuePairScatter(MaskArgs const& args, cudaStream_t stream)
+{
+    int32_t const pairs = args.channels / 32;
+    int32_t const threads = std::min(kTHREADS, ceilDivide(pairs, kWARP) * kWARP);
+    pairScatterKernel<T>
+        <<<static_cast<unsigned>(args.tokens), threads, static_cast<size_t>(args.channels) * sizeof(T), stream>>>(
+            static_cast<T const*>(args.x), static_cast<T*>(args.s), args.keep, args.selection.channelOrder,
+            args.channels);
+    return cudaGetLastError();
+}
+
+template <typename T, int GROUP>
+cudaError_t enqueueScattered(MaskArgs const& args, cudaStream_t stream)
+{
+    size_t const rowBytes = static_cast<size_t>(args.channels) * sizeof(T);
+    maskKernel<T, ScatteredMasker<T, GROUP>>
+        <<<static_cast<unsigned>(args.tokens), kTHREADS, rowBytes, stream>>>(args);
     return cudaGetLastError();
 }
 
@@ -254,15 +471,45 @@ cudaError_t enqueueMaskOf(MaskArgs const& args, cudaStream_t stream)
 {
     auto const alignment = reinterpret_cast<uintptr_t>(args.x) | reinterpret_cast<uintptr_t>(args.s)
         | static_cast<uintptr_t>(args.channels * sizeof(T));
-    bool const canUseNetwork = args.selection.channelOrder == nullptr && alignment % 16 == 0;
-    int32_t const m = canUseNetwork ? args.selection.m : 0;
+    Selection const& selection = args.selection;
+    bool const isAligned = alignment % 16 == 0;
+    size_t const rowBytes = static_cast<size_t>(args.channels) * sizeof(T);
+    bool const canStage = isAligned && rowBytes <= kMAX_STAGED_BYTES
+        && reinterpret_cast<uintptr_t>(selection.channelOrder) % 16 == 0;
+    if constexpr (sizeof(T) == 2)
+    {
+        bool const isBareMagnitude
+            = selection.scoreScale == nullptr && selection.shift == nullptr && !needsWholeRow(args);
+        if (isBareMagnitude && isAligned && selection.n == 8 && selection.m == 16 && args.channels % 32 == 0)
+        {
+            if (selection.channelOrder == nullptr)
+            {
+                return enqueuePairs<T>(args, stream);
+            }
+            if (canStage)
+            {
+                return enqueuePairScatter<T>(args, stream);
+            }
+        }
+    }
+    if (selection.channelOrder != nullptr && canStage)
+    {
+        switch (selection.m)
+        {
+        case 4: return enqueueScattered<T, 4>(args, stream);
+        case 8: return enqueueScattered<T, 8>(args, stream);
+        case 16: return enqueueScattered<T, 16>(args, stream);
+        default: break;
+        }
+    }
+    int32_t const m = isAligned && selection.channelOrder == nullptr ? selection.m : 0;
     switch (m)
     {
     case 4: return enqueueMask<T, NetworkMasker<T, 4>>(args, 4 * kTHREADS, stream);
     case 8: return enqueueMask<T, NetworkMasker<T, 8>>(args, 8 * kTHREADS, stream);
     case 16: return enqueueMask<T, NetworkMasker<T, 16>>(args, 16 * kTHREADS, stream);
     case 32: return enqueueMask<T, NetworkMasker<T, 32>>(args, 32 * kTHREADS, stream);
-    default: return enqueueMask<T, RankMasker<T>>(args, 4 * chunkWidth(args.selection.m) * kWARPS, stream);
+    default: return enqueueMask<T, RankMasker<T>>(args, 4 * chunkWidth(selection.m) * kWARPS, stream);
     }
 }
 

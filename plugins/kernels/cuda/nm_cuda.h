@@ -94,6 +94,7 @@ struct DecodePlan
     int32_t overlap{0};        //!< 1: rank the next rows while some are in flight
     int32_t residentWarps{32}; //!< warps per multiprocessor that the register budget leaves room for
     int32_t cluster{1};        //!< 1..8; above 1 needs compute capability 9.0
+    int32_t allowsNextLate{0}; //!< 1: the next kernel may start once all rows are read, 0: at once
 };
 
 //! What is known of the device; fill once with queryDevice and keep.
@@ -107,8 +108,16 @@ struct DeviceTraits
 //! Reads the traits of the current device.
 cudaError_t queryDevice(DeviceTraits* traits);
 
-//! The plan that launchDecode uses for a shape.
-DecodePlan decodePlan(DeviceTraits const& device, DType type, int32_t tokens, int32_t channels, int32_t outputs);
+//! The plan that launchDecode uses for a shape with groups of 16: from the table measured on this chip, or by rule where
+//! there is none. `isGrouped`: with a channel order.
+DecodePlan decodePlan(DeviceTraits const& device, DType type, int32_t tokens, int32_t channels, int32_t outputs,
+    bool isGrouped = false);
+
+//! True where launchDecode is faster than launchMask and a dense product (nm_cuda_product.h) for the same result.
+bool decodeIsFaster(DeviceTraits const& device, DType type, int32_t tokens, int32_t channels, int32_t outputs);
+
+//! Puts measured rows in front of the compiled ones (see plan_table.h for the text form). 0, or the faulty line.
+int setPlanTable(char const* text);
 
 //! Enqueues the masked activation. cudaErrorInvalidValue where an argument breaks a rule stated above.
 cudaError_t launchMask(MaskArgs const& args, cudaStream_t stream);
@@ -118,5 +127,9 @@ cudaError_t launchEpilogue(EpilogueArgs const& args, cudaStream_t stream);
 
 //! Enqueues the decode linear with the plan of decodePlan. Needs no workspace.
 cudaError_t launchDecode(DecodeArgs const& args, DeviceTraits const& device, cudaStream_t stream);
+
+//! The same with a given plan, for benchmarks and autotuners; cudaErrorInvalidValue where it was not compiled.
+cudaError_t launchDecodeWithPlan(
+    DecodeArgs const& args, DecodePlan const& plan, DeviceTraits const& device, cudaStream_t stream);
 
 } // namespace nmexport::cuda

@@ -175,35 +175,174 @@ NM_HOST_DEVICE int rankInGroup(uint32_t const* keys, int m, int index)
     return rank;
 }
 
-//! rankInGroup for m = 4, 8, 16, 32 in the order in which a lane meets aligned quads of keys: quad `own ^ step`, all
-//! of whose elements lie on one side of the lane's own quad, so one threshold serves four comparisons.
-//! `loadQuad(quad, out[4])` reads four consecutive keys of the group.
-template <int COUNT, typename LoadQuad>
-NM_HOST_DEVICE int rankByQuads(uint32_t key, int index, LoadQuad const& loadQuad)
+//! Counts, for the two elements of a lane, the elements of the group that precede them: groups of 16 spread over 8 lanes.
+//! Keys are those of magnitudeKey or orderedKey.
+struct WideRank
 {
-    int const ownQuad = index / 4;
-    int const ownSlot = index % 4;
-    int rank = 0;
-    uint32_t quad[4];
-    loadQuad(ownQuad, quad);
-#pragma unroll
-    for (int slot = 0; slot < 4; ++slot)
+    uint32_t low;  //!< key of the earlier element
+    uint32_t high; //!< key of the later one
+    int beforeLow;
+    int beforeHigh;
+
+    NM_HOST_DEVICE WideRank(uint32_t lowKey, uint32_t highKey)
+        : low{lowKey}
+        , high{highKey}
+        , beforeLow{precedes(highKey, lowKey, false) ? 1 : 0}
+        , beforeHigh{precedes(lowKey, highKey, true) ? 1 : 0}
     {
-        rank += precedes(quad[slot], key, slot < ownSlot) ? 1 : 0;
     }
-#pragma unroll
-    for (int step = 1; step < COUNT / 4; ++step)
+
+    //! Another lane's keys; `otherIsEarlier` where its elements come first in the group.
+    NM_HOST_DEVICE void meet(uint32_t otherLow, uint32_t otherHigh, bool otherIsEarlier)
     {
-        int const other = ownQuad ^ step;
-        uint32_t const bar = key - (other < ownQuad ? 1U : 0U);
-        loadQuad(other, quad);
-#pragma unroll
-        for (int slot = 0; slot < 4; ++slot)
-        {
-            rank += quad[slot] > bar ? 1 : 0;
-        }
+        uint32_t const lowBar = low - (otherIsEarlier ? 1U : 0U);
+        uint32_t const highBar = high - (otherIsEarlier ? 1U : 0U);
+        beforeLow += (otherLow > lowBar ? 1 : 0) + (otherHigh > lowBar ? 1 : 0);
+        beforeHigh += (otherLow > highBar ? 1 : 0) + (otherHigh > highBar ? 1 : 0);
     }
-    return rank;
+};
+
+//! Two 16-bit floats of one word ranked at once, for groups of 16 spread over 8 lanes, two elements per lane.
+//! Keys are 15-bit magnitudes in each half, NaN canonical; bit 15 of a half is free to catch a borrow.
+NM_HOST_DEVICE uint32_t packedKeys(uint32_t word, uint32_t nanKey)
+{
+    uint32_t const keys = word & 0x7fff7fffU;
+#if defined(__CUDA_ARCH__)
+    return __vminu2(keys, nanKey * 0x00010001U);
+#else
+    return minOf(keys & 0xffffU, nanKey) | minOf(keys >> 16, nanKey) << 16;
+#endif
+}
+
+//! Counts, for the two elements of a lane, the group's elements that do not precede them.
+struct PackedRank
+{
+    uint32_t low;       //!< own low key in both halves, guard bits set
+    uint32_t high;      //!< own high key in both halves, guard bits set
+    uint32_t notBeforeLow{0};
+    uint32_t notBeforeHigh{0};
+
+    NM_HOST_DEVICE explicit PackedRank(uint32_t keys)
+        : low{(keys & 0xffffU) * 0x00010001U | 0x80008000U}
+        , high{(keys >> 16) * 0x00010001U | 0x80008000U}
+    {
+    }
+
+    //! Another lane's keys; `otherIsEarlier` where its elements come first in the group. At most 7 times.
+    NM_HOST_DEVICE void meet(uint32_t otherKeys, bool otherIsEarlier)
+    {
+        uint32_t const bar = otherKeys + (otherIsEarlier ? 0x00010001U : 0U);
+        notBeforeLow = notBeforeLow >> 1 | ((low - bar) & 0x80008000U);
+        notBeforeHigh = notBeforeHigh >> 1 | ((high - bar) & 0x80008000U);
+    }
+
+    //! After meeting all 7: is the low (high) element among the n kept of 16? The low one is the earlier.
+    NM_HOST_DEVICE bool keepsLow(int n) const
+    {
+        return countBits(notBeforeLow) + (low >= high ? 1 : 0) + n >= 16;
+    }
+
+    NM_HOST_DEVICE bool keepsHigh(int n) const
+    {
+        return countBits(notBeforeHigh) + (high > low ? 1 : 0) + n >= 16;
+    }
+
+private:
+    NM_HOST_DEVICE static int countBits(uint32_t bits)
+    {
+#if defined(__CUDA_ARCH__)
+        return __popc(bits);
+#else
+        return __builtin_popcount(bits);
+#endif
+    }
+};
+
+NM_HOST_DEVICE uint32_t minOfHalves(uint32_t a, uint32_t b)
+{
+#if defined(__CUDA_ARCH__)
+    return __vminu2(a, b);
+#else
+    return minOf(a & 0xffffU, b & 0xffffU) | minOf(a >> 16, b >> 16) << 16;
+#endif
+}
+
+NM_HOST_DEVICE uint32_t maxOfHalves(uint32_t a, uint32_t b)
+{
+#if defined(__CUDA_ARCH__)
+    return __vmaxu2(a, b);
+#else
+    return maxOf(a & 0xffffU, b & 0xffffU) | maxOf(a >> 16, b >> 16) << 16;
+#endif
+}
+
+//! Batcher's network for 8 keys on both halves of each word at once.
+NM_HOST_DEVICE void sortHalvesAscending(uint32_t (&keys)[8])
+{
+    constexpr int kPAIRS[19][2] = {{0, 1}, {2, 3}, {4, 5}, {6, 7}, {0, 2}, {1, 3}, {4, 6}, {5, 7}, {1, 2}, {5, 6},
+        {0, 4}, {1, 5}, {2, 6}, {3, 7}, {2, 4}, {3, 5}, {1, 2}, {3, 4}, {5, 6}};
+#pragma unroll
+    for (int i = 0; i < 19; ++i)
+    {
+        uint32_t const a = keys[kPAIRS[i][0]];
+        uint32_t const b = keys[kPAIRS[i][1]];
+        keys[kPAIRS[i][0]] = minOfHalves(a, b);
+        keys[kPAIRS[i][1]] = maxOfHalves(a, b);
+    }
+}
+
+//! Of a group's elements at or above the threshold, those kept: all above it, then the first of those at it.
+NM_HOST_DEVICE uint32_t firstTies(uint32_t atOrAbove, uint32_t above, int n)
+{
+#if defined(__CUDA_ARCH__)
+    int extra = __popc(atOrAbove) - n;
+#else
+    int extra = __builtin_popcount(atOrAbove) - n;
+#endif
+    uint32_t ties = atOrAbove & ~above;
+    for (; extra > 0; --extra)
+    {
+#if defined(__CUDA_ARCH__)
+        ties &= ~(0x80000000U >> __clz(static_cast<int>(ties)));
+#else
+        ties &= ~(0x80000000U >> __builtin_clz(ties));
+#endif
+    }
+    return above | ties;
+}
+
+//! 8 of 16, two groups at once: word i holds the packed keys (see packedKeys) of element i of group A (low) and B
+//! (high). Bit i of the low (high) half of the result is set where A (B) keeps element i.
+NM_HOST_DEVICE uint32_t keepHalfOfPair(uint32_t const (&keys)[16])
+{
+    uint32_t left[8];
+    uint32_t right[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+    {
+        left[i] = keys[i];
+        right[i] = keys[8 + i];
+    }
+    sortHalvesAscending(left);
+    sortHalvesAscending(right);
+    uint32_t threshold = 0xffffffffU;
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+    {
+        threshold = minOfHalves(threshold, maxOfHalves(left[i], right[7 - i]));
+    }
+    // Keys have 15 bits: bit 15 of a half, set before a subtraction, survives it where nothing was borrowed.
+    constexpr uint32_t kGUARD = 0x80008000U;
+    uint32_t atOrAbove = 0;
+    uint32_t above = 0;
+#pragma unroll
+    for (int i = 0; i < 16; ++i)
+    {
+        uint32_t const guarded = keys[i] | kGUARD;
+        atOrAbove = atOrAbove >> 1 | ((guarded - threshold) & kGUARD);
+        above = above >> 1 | ((guarded - threshold - 0x00010001U) & kGUARD);
+    }
+    return firstTies(atOrAbove & 0xffffU, above & 0xffffU, 8) | firstTies(atOrAbove >> 16, above >> 16, 8) << 16;
 }
 
 } // namespace nmexport::cuda

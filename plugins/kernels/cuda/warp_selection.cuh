@@ -65,6 +65,14 @@ struct Moments
     }
 };
 
+//! A queued row of W and what each token multiplies it with; one shared-memory access up to three tokens.
+template <int TOKENS>
+struct alignas(TOKENS == 1 ? 8 : 16) Kept
+{
+    int32_t channel;
+    float value[TOKENS];
+};
+
 //! One warp's shared memory: a window of channels to rank and a ring of kept ones to multiply.
 template <int TOKENS, int RING>
 struct alignas(16) WarpScratch
@@ -72,12 +80,11 @@ struct alignas(16) WarpScratch
     uint32_t key[TOKENS][kWINDOW];
     float z[TOKENS][kWINDOW];
     int32_t channel[kWINDOW];
-    int32_t queuedChannel[RING];
-    float queuedValue[TOKENS][RING];
+    Kept<TOKENS> queue[RING];
 };
 
-//! Walks one warp's slice of the group order; GROUP is 4, 8, 16, 32, or 0 for a run-time m of any size.
-template <typename T, int TOKENS, int GROUP, int RING, bool MOMENTS>
+//! Walks one warp's slice of the group order, for any m and every option.
+template <typename T, int TOKENS, int RING, bool MOMENTS>
 class WarpSelector
 {
 public:
@@ -97,10 +104,16 @@ public:
     {
     }
 
+    //! Loads that do not depend on the activations; call before waiting for the kernel that makes them.
+    __device__ void prepare() {}
+
+    //! First loads of activations; call right after that wait.
+    __device__ void begin() {}
+
     //! Queues kept channels until at least `wanted` are there or the slice is at its end.
-    __device__ void fill(int32_t wanted)
+    __device__ void fill(uint32_t wanted)
     {
-        int32_t const width = GROUP == 0 ? chunkWidth(mSelection.m) : kWARP;
+        int32_t const width = chunkWidth(mSelection.m);
         while (tail - head < wanted && mNext < mEnd)
         {
             if (mNext == mWindowEnd)
@@ -114,8 +127,8 @@ public:
         __syncwarp();
     }
 
-    int32_t head{0}; //!< first queued entry, counted from the start of the slice
-    int32_t tail{0}; //!< one past the last
+    uint32_t head{0}; //!< first queued entry, counted from the start of the slice
+    uint32_t tail{0}; //!< one past the last
     Moments moments[MOMENTS ? TOKENS : 1];
 
 private:
@@ -189,7 +202,7 @@ private:
     //! Ranks the next `count` elements of the window and queues those that any token keeps.
     __device__ void append(int32_t count)
     {
-        constexpr int kPER_LANE = GROUP == 0 ? 2 : 1;
+        constexpr int kPER_LANE = kMAX_GROUP / kWARP;
         int const lane = threadIdx.x % kWARP;
 #pragma unroll
         for (int part = 0; part < kPER_LANE; ++part)
@@ -215,13 +228,14 @@ private:
             uint32_t const kept = __ballot_sync(kWHOLE_WARP, isKeptByAny);
             if (isKeptByAny)
             {
-                int32_t const place = (tail + __popc(kept & ((1U << lane) - 1U))) % RING;
-                mScratch->queuedChannel[place] = mScratch->channel[slot];
+                Kept<TOKENS> entry;
+                entry.channel = mScratch->channel[slot];
 #pragma unroll
                 for (int token = 0; token < TOKENS; ++token)
                 {
-                    mScratch->queuedValue[token][place] = isKept[token] ? mScratch->z[token][slot] : 0.0F;
+                    entry.value[token] = isKept[token] ? mScratch->z[token][slot] : 0.0F;
                 }
+                mScratch->queue[(tail + __popc(kept & ((1U << lane) - 1U))) % RING] = entry;
             }
             tail += __popc(kept);
         }
@@ -233,26 +247,8 @@ private:
         {
             return true;
         }
-        uint32_t const* const keys = mScratch->key[token];
-        if constexpr (GROUP == 0)
-        {
-            int32_t const index = element % mSelection.m;
-            return rankInGroup(keys + slot - index, mSelection.m, index) < mSelection.n;
-        }
-        else
-        {
-            int32_t const index = element % GROUP;
-            uint32_t const* const group = keys + (slot - index);
-            auto const loadQuad = [group](int quad, uint32_t(&out)[4])
-            {
-                uint4 const raw = *reinterpret_cast<uint4 const*>(group + 4 * quad);
-                out[0] = raw.x;
-                out[1] = raw.y;
-                out[2] = raw.z;
-                out[3] = raw.w;
-            };
-            return rankByQuads<GROUP>(keys[slot], index, loadQuad) < mSelection.n;
-        }
+        int32_t const index = element % mSelection.m;
+        return rankInGroup(mScratch->key[token] + slot - index, mSelection.m, index) < mSelection.n;
     }
 
     Scratch* mScratch;
@@ -264,6 +260,304 @@ private:
     int32_t mWindowBegin;
     int32_t mWindowEnd;
     float const* mEta;
+};
+
+//! The queue's end after a lane's two channels (x the earlier one) were put in group order behind `tail`, each where
+//! any token keeps it.
+template <int TOKENS, int RING>
+__device__ __forceinline__ uint32_t queuePair(WarpScratch<TOKENS, RING>* scratch, uint32_t tail, int2 channel,
+    bool const (&keeps)[TOKENS][2], float const (&z)[TOKENS][2])
+{
+    bool isKept[2] = {false, false};
+#pragma unroll
+    for (int token = 0; token < TOKENS; ++token)
+    {
+        isKept[0] = isKept[0] || keeps[token][0];
+        isKept[1] = isKept[1] || keeps[token][1];
+    }
+    uint32_t const lows = __ballot_sync(kWHOLE_WARP, isKept[0]);
+    uint32_t const highs = __ballot_sync(kWHOLE_WARP, isKept[1]);
+    uint32_t const before = (1U << (threadIdx.x % kWARP)) - 1U;
+    uint32_t const place = tail + __popc(lows & before) + __popc(highs & before);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+    {
+        if (isKept[half])
+        {
+            Kept<TOKENS> entry;
+            entry.channel = half == 0 ? channel.x : channel.y;
+#pragma unroll
+            for (int token = 0; token < TOKENS; ++token)
+            {
+                entry.value[token] = keeps[token][half] ? z[token][half] : 0.0F;
+            }
+            scratch->queue[(place + (half == 1 && isKept[0] ? 1U : 0U)) % RING] = entry;
+        }
+    }
+    return tail + __popc(lows) + __popc(highs);
+}
+
+//! In which step of a butterfly over 8 lanes the other lane lies before this one: by the topmost bit that differs.
+__device__ __forceinline__ bool otherLaneIsEarlier(uint32_t step)
+{
+    uint32_t const topBit = step >= 4 ? 4 : (step >= 2 ? 2 : 1);
+    return (threadIdx.x & topBit) != 0U;
+}
+
+//! What the two selectors of groups of 16 share: two neighbouring channels of the group order per lane, 64 per step,
+//! keys exchanged by shuffles, no shared memory before the queue.
+template <int TOKENS, int RING, bool MOMENTS>
+struct PairWalk
+{
+    using Scratch = WarpScratch<TOKENS, RING>;
+    static constexpr int32_t kCHUNK = 2 * kWARP;
+
+    uint32_t head{0}; //!< first queued entry, counted from the start of the slice
+    uint32_t tail{0}; //!< one past the last
+    Moments moments[MOMENTS ? TOKENS : 1];
+
+protected:
+    __device__ PairWalk(Scratch* scratch, int32_t const* order, Range slice)
+        : mScratch{scratch}
+        , mOrder{order}
+        , mNext{slice.begin}
+        , mEnd{slice.end}
+    {
+    }
+
+    __device__ int32_t position() const
+    {
+        return mNext + 2 * static_cast<int32_t>(threadIdx.x % kWARP);
+    }
+
+    __device__ bool isActive() const
+    {
+        return position() < mEnd;
+    }
+
+    //! The lane's two channels of the next chunk.
+    __device__ void readOrder()
+    {
+        mChannel = make_int2(position(), position() + 1);
+        if (mOrder != nullptr && isActive())
+        {
+            mChannel = make_int2(__ldg(mOrder + position()), __ldg(mOrder + position() + 1));
+        }
+    }
+
+    __device__ void addMoments(int token, float const (&z)[2], bool const (&keeps)[2])
+    {
+        if (MOMENTS && isActive())
+        {
+            moments[token].add(z[0], keeps[0]);
+            moments[token].add(z[1], keeps[1]);
+        }
+    }
+
+    Scratch* mScratch;
+    int32_t const* mOrder;
+    int32_t mNext;
+    int32_t mEnd;
+    int2 mChannel; //!< of the chunk to append next
+};
+
+//! Groups of 16 of a 16-bit type, ranked by bare magnitude: two keys per word, compared two at a time.
+template <typename T, int TOKENS, int RING, bool MOMENTS>
+class PackedSelector : public PairWalk<TOKENS, RING, MOMENTS>
+{
+public:
+    static_assert(sizeof(T) == 2);
+    using Walk = PairWalk<TOKENS, RING, MOMENTS>;
+    using typename Walk::Scratch;
+
+    __device__ PackedSelector(
+        Scratch* scratch, Selection const& selection, T const* x, int32_t channels, Range slice, float const*)
+        : Walk(scratch, selection.channelOrder, slice)
+        , mX{x}
+        , mChannels{channels}
+        , mKeep{selection.n}
+    {
+    }
+
+    __device__ void prepare()
+    {
+        this->readOrder();
+    }
+
+    __device__ void begin()
+    {
+        readWords();
+    }
+
+    __device__ void fill(uint32_t wanted)
+    {
+        while (this->tail - this->head < wanted && this->mNext < this->mEnd)
+        {
+            append();
+        }
+        __syncwarp();
+    }
+
+private:
+    __device__ void readWords()
+    {
+#pragma unroll
+        for (int token = 0; token < TOKENS; ++token)
+        {
+            T const* const x = mX + static_cast<int64_t>(token) * mChannels;
+            mWord[token] = 0U;
+            if (this->isActive())
+            {
+                mWord[token] = this->mOrder == nullptr
+                    ? loadActivationWord(x + this->mChannel.x)
+                    : loadActivationBits(x + this->mChannel.x) | loadActivationBits(x + this->mChannel.y) << 16;
+            }
+        }
+    }
+
+    __device__ void append()
+    {
+        bool keeps[TOKENS][2];
+        float z[TOKENS][2];
+#pragma unroll
+        for (int token = 0; token < TOKENS; ++token)
+        {
+            uint32_t const keys = packedKeys(mWord[token], kNAN_KEY<T>);
+            PackedRank rank(keys);
+#pragma unroll
+            for (uint32_t step = 1; step < 8; ++step)
+            {
+                rank.meet(__shfl_xor_sync(kWHOLE_WARP, keys, step), otherLaneIsEarlier(step));
+            }
+            keeps[token][0] = this->isActive() && rank.keepsLow(mKeep);
+            keeps[token][1] = this->isActive() && rank.keepsHigh(mKeep);
+            z[token][0] = toFloat(wordHalf<T>(mWord[token] & 0xffffU));
+            z[token][1] = toFloat(wordHalf<T>(mWord[token] >> 16));
+            this->addMoments(token, z[token], keeps[token]);
+        }
+        this->tail = queuePair(this->mScratch, this->tail, this->mChannel, keeps, z);
+        this->mNext += Walk::kCHUNK;
+        this->readOrder();
+        readWords();
+    }
+
+    T const* mX;
+    int32_t mChannels;
+    int32_t mKeep;
+    uint32_t mWord[TOKENS]; //!< the activations of the chunk to append next
+};
+
+//! Groups of 16 with every option and type: float32 keys.
+template <typename T, int TOKENS, int RING, bool MOMENTS>
+class WideSelector : public PairWalk<TOKENS, RING, MOMENTS>
+{
+public:
+    using Walk = PairWalk<TOKENS, RING, MOMENTS>;
+    using typename Walk::Scratch;
+
+    __device__ WideSelector(
+        Scratch* scratch, Selection const& selection, T const* x, int32_t channels, Range slice, float const* eta)
+        : Walk(scratch, selection.channelOrder, slice)
+        , mSelection{selection}
+        , mX{x}
+        , mChannels{channels}
+        , mEta{eta}
+    {
+    }
+
+    __device__ void prepare()
+    {
+        readConstants();
+    }
+
+    __device__ void begin()
+    {
+        readActivations();
+    }
+
+    __device__ void fill(uint32_t wanted)
+    {
+        while (this->tail - this->head < wanted && this->mNext < this->mEnd)
+        {
+            append();
+        }
+        __syncwarp();
+    }
+
+private:
+    //! Order, shifts and scales of the next chunk: nothing that the kernel before could have written.
+    __device__ void readConstants()
+    {
+        this->readOrder();
+        mShift[0] = mShift[1] = 0.0F;
+        mScale[0] = mScale[1] = 1.0F;
+        if (!this->isActive())
+        {
+            return;
+        }
+        if (mSelection.shiftLength > 0)
+        {
+            bool const isScalar = mSelection.shiftLength == 1;
+            mShift[0] = __ldg(mSelection.shift + (isScalar ? 0 : this->mChannel.x));
+            mShift[1] = __ldg(mSelection.shift + (isScalar ? 0 : this->mChannel.y));
+        }
+        if (mSelection.scoreScale != nullptr)
+        {
+            mScale[0] = __ldg(mSelection.scoreScale + this->mChannel.x);
+            mScale[1] = __ldg(mSelection.scoreScale + this->mChannel.y);
+        }
+    }
+
+    __device__ void readActivations()
+    {
+#pragma unroll
+        for (int token = 0; token < TOKENS; ++token)
+        {
+            T const* const x = mX + static_cast<int64_t>(token) * mChannels;
+            mActivation[token][0] = this->isActive() ? loadActivation(x + this->mChannel.x) : 0.0F;
+            mActivation[token][1] = this->isActive() ? loadActivation(x + this->mChannel.y) : 0.0F;
+        }
+    }
+
+    __device__ uint32_t keyOf(float z, float scale) const
+    {
+        return mSelection.scoreScale == nullptr ? magnitudeKey(z) : orderedKey(scaledScore(z, scale));
+    }
+
+    __device__ void append()
+    {
+        bool keeps[TOKENS][2];
+        float z[TOKENS][2];
+#pragma unroll
+        for (int token = 0; token < TOKENS; ++token)
+        {
+            z[token][0] = mActivation[token][0] - (mSelection.dynamicShift ? mEta[token] : mShift[0]);
+            z[token][1] = mActivation[token][1] - (mSelection.dynamicShift ? mEta[token] : mShift[1]);
+            WideRank rank(keyOf(z[token][0], mScale[0]), keyOf(z[token][1], mScale[1]));
+#pragma unroll
+            for (uint32_t step = 1; step < 8; ++step)
+            {
+                uint32_t const low = __shfl_xor_sync(kWHOLE_WARP, rank.low, step);
+                uint32_t const high = __shfl_xor_sync(kWHOLE_WARP, rank.high, step);
+                rank.meet(low, high, otherLaneIsEarlier(step));
+            }
+            keeps[token][0] = this->isActive() && rank.beforeLow < mSelection.n;
+            keeps[token][1] = this->isActive() && rank.beforeHigh < mSelection.n;
+            this->addMoments(token, z[token], keeps[token]);
+        }
+        this->tail = queuePair(this->mScratch, this->tail, this->mChannel, keeps, z);
+        this->mNext += Walk::kCHUNK;
+        readConstants();
+        readActivations();
+    }
+
+    Selection const& mSelection;
+    T const* mX;
+    int32_t mChannels;
+    float const* mEta;
+    float mActivation[TOKENS][2]; //!< of the chunk to append next
+    float mShift[2];
+    float mScale[2];
 };
 
 } // namespace nmexport::cuda

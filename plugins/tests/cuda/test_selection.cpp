@@ -16,10 +16,12 @@ using namespace nmexport::cuda;
 namespace
 {
 
+int checks = 0;
 int failures = 0;
 
 void check(bool ok, char const* what)
 {
+    ++checks;
     if (!ok)
     {
         ++failures;
@@ -56,14 +58,41 @@ uint64_t keepByRank(std::vector<uint32_t> const& keys, int n)
     return mask;
 }
 
-template <int COUNT>
-uint64_t keepByQuads(std::vector<uint32_t> const& keys, int n)
+//! The wide lane-to-lane ranking, played through for the 8 lanes of one group.
+uint64_t keepByWideLanes(uint32_t const* keys, int n)
 {
     uint64_t mask = 0;
-    auto const loadQuad = [&](int quad, uint32_t(&out)[4]) { std::copy_n(keys.begin() + 4 * quad, 4, out); };
-    for (int i = 0; i < COUNT; ++i)
+    for (int lane = 0; lane < 8; ++lane)
     {
-        mask |= rankByQuads<COUNT>(keys[i], i, loadQuad) < n ? uint64_t{1} << i : 0;
+        WideRank rank(keys[2 * lane], keys[2 * lane + 1]);
+        for (int step = 1; step < 8; ++step)
+        {
+            int const other = lane ^ step;
+            rank.meet(keys[2 * other], keys[2 * other + 1], other < lane);
+        }
+        mask |= (rank.beforeLow < n ? 1U : 0U) << (2 * lane) | (rank.beforeHigh < n ? 1U : 0U) << (2 * lane + 1);
+    }
+    return mask;
+}
+
+//! The packed lane-to-lane ranking, played through for the 8 lanes of one group of bfloat16 bits.
+uint64_t keepByPackedLanes(uint16_t const (&bits)[16], int n)
+{
+    uint32_t keys[8];
+    for (int lane = 0; lane < 8; ++lane)
+    {
+        keys[lane] = packedKeys(bits[2 * lane] | static_cast<uint32_t>(bits[2 * lane + 1]) << 16, 0x7f81U);
+    }
+    uint64_t mask = 0;
+    for (int lane = 0; lane < 8; ++lane)
+    {
+        PackedRank rank(keys[lane]);
+        for (int step = 1; step < 8; ++step)
+        {
+            rank.meet(keys[lane ^ step], (lane ^ step) < lane);
+        }
+        mask |= rank.keepsLow(n) ? uint64_t{1} << 2 * lane : 0;
+        mask |= rank.keepsHigh(n) ? uint64_t{2} << 2 * lane : 0;
     }
     return mask;
 }
@@ -89,8 +118,7 @@ bool allAgree(std::vector<float> const& scores, int n)
         magnitudes[i] = std::fabs(scores[i]);
     }
     uint64_t const expected = keepByStableSort(magnitudes, n);
-    return keepByRank(keys, n) == expected && keepByQuads<COUNT>(keys, n) == expected
-        && keepByNetwork<COUNT>(keys, n) == expected && keepByNetwork<COUNT>(signedKeys, n) == expected;
+    return keepByRank(keys, n) == expected && keepByNetwork<COUNT>(keys, n) == expected && keepByNetwork<COUNT>(signedKeys, n) == expected;
 }
 
 void testEveryMaskOfEightOfSixteen()
@@ -112,49 +140,117 @@ void testEveryMaskOfEightOfSixteen()
             scores[i] = i % 3 == 0 ? -size : size;
             keys[i] = magnitudeKey(scores[i]);
         }
-        ok = ok && keepByNetwork<16>(keys, 8) == mask && keepByQuads<16>(keys, 8) == mask && keepByRank(keys, 8) == mask;
+        ok = ok && keepByNetwork<16>(keys, 8) == mask && keepByWideLanes(keys.data(), 8) == mask && keepByRank(keys, 8) == mask;
     }
     check(ok && masks == 12870, "each of the 12870 masks of 8 of 16 is found");
 }
 
-//! All patterns of three score values over m elements, in base 3.
+//! The pattern of three score values whose digits in base 3 are `pattern`'s.
 template <int COUNT>
-void testEveryTiePattern(int n, long stride)
+struct TiePattern
 {
-    long patterns = 1;
-    for (int i = 0; i < COUNT; ++i)
+    uint32_t keys[COUNT];
+    uint32_t places[3]{0, 0, 0}; //!< bit i of places[v]: element i has value v
+
+    explicit TiePattern(long pattern)
     {
-        patterns *= 3;
+        for (int i = 0; i < COUNT; ++i, pattern /= 3)
+        {
+            keys[i] = magnitudeKey(static_cast<float>(pattern % 3));
+            places[pattern % 3] |= 1U << i;
+        }
     }
-    bool ok = true;
-    std::vector<uint32_t> keys(COUNT);
-    std::vector<int> digits(COUNT);
-    for (long pattern = 0; pattern < patterns && ok; pattern += stride)
+};
+
+//! All of the larger values, then the first of the value at the border: by counting, not by ranking.
+uint32_t keepByCounting(uint32_t const (&places)[3], int n)
+{
+    uint32_t mask = 0;
+    for (int value = 2; value >= 0; --value)
     {
-        long rest = pattern;
-        int counts[3] = {0, 0, 0};
-        for (int i = 0; i < COUNT; ++i, rest /= 3)
+        uint32_t rest = places[value];
+        if (__builtin_popcount(rest) <= n)
         {
-            digits[i] = static_cast<int>(rest % 3);
-            keys[i] = magnitudeKey(static_cast<float>(digits[i]));
-            ++counts[digits[i]];
+            mask |= rest;
+            n -= __builtin_popcount(rest);
+            continue;
         }
-        uint64_t expected = 0; // counting: all of the larger values, then the first of the value at the border
-        int left = n;
-        for (int value = 2; value >= 0; --value)
+        for (; n > 0; --n, rest &= rest - 1U)
         {
-            for (int i = 0; i < COUNT; ++i)
-            {
-                if (digits[i] == value && left > 0)
-                {
-                    expected |= uint64_t{1} << i;
-                    --left;
-                }
-            }
+            mask |= rest & -rest;
         }
-        ok = keepByNetwork<COUNT>(keys, n) == expected && keepByQuads<COUNT>(keys, n) == expected;
+        break;
+    }
+    return mask;
+}
+
+//! Every pattern of three values over COUNT <= 8 elements.
+template <int COUNT>
+void testEveryTiePattern(int n)
+{
+    long const patterns = std::lround(std::pow(3.0, COUNT));
+    bool ok = true;
+    for (long index = 0; index < patterns; ++index)
+    {
+        TiePattern<COUNT> const pattern(index);
+        std::vector<uint32_t> const keys(pattern.keys, pattern.keys + COUNT);
+        uint32_t const expected = keepByCounting(pattern.places, n);
+        ok = ok && keepMask<COUNT>(pattern.keys, n) == expected;
     }
     check(ok, "tie patterns over three values");
+}
+
+//! The keys of a tie pattern as bfloat16 magnitudes, one element a half word.
+void packPattern(uint32_t const (&keys)[16], uint16_t (&bits)[16])
+{
+    for (int i = 0; i < 16; ++i)
+    {
+        bits[i] = static_cast<uint16_t>((keys[i] - 1U) >> 16);
+    }
+}
+
+//! Every pattern of three values over 16 elements, put together from two tables of halves: the network of the mask pass
+//! on one group and on two at once (neighbouring patterns), and the packed ranking of the decode kernel.
+void testEveryTiePatternOfSixteen()
+{
+    std::vector<TiePattern<8>> halves;
+    for (long index = 0; index < 6561; ++index)
+    {
+        halves.emplace_back(index);
+    }
+    bool network = true;
+    bool wide = true;
+    bool pairs = true;
+    bool packed = true;
+    uint32_t keys[16];
+    uint16_t bits[16];
+    uint32_t pair[16] = {};
+    uint32_t expectedBefore = 0xff; // of 16 equal elements: the first 8
+    for (TiePattern<8> const& high : halves)
+    {
+        std::copy_n(high.keys, 8, keys + 8);
+        for (TiePattern<8> const& low : halves)
+        {
+            std::copy_n(low.keys, 8, keys);
+            uint32_t const places[3] = {low.places[0] | high.places[0] << 8, low.places[1] | high.places[1] << 8,
+                low.places[2] | high.places[2] << 8};
+            uint32_t const expected = keepByCounting(places, 8);
+            network = network && keepMask<16>(keys, 8) == expected;
+            wide = wide && keepByWideLanes(keys, 8) == expected;
+            packPattern(keys, bits);
+            packed = packed && keepByPackedLanes(bits, 8) == expected;
+            for (int i = 0; i < 16; ++i)
+            {
+                pair[i] = pair[i] >> 16 | static_cast<uint32_t>(bits[i]) << 16;
+            }
+            pairs = pairs && keepHalfOfPair(pair) == (expectedBefore | expected << 16);
+            expectedBefore = expected;
+        }
+    }
+    check(network, "all 3^16 tie patterns of 8 of 16, one group");
+    check(wide, "all 3^16 tie patterns of 8 of 16, wide ranking");
+    check(pairs, "all 3^16 tie patterns of 8 of 16, two groups at once");
+    check(packed, "all 3^16 tie patterns of 8 of 16, packed ranking");
 }
 
 template <int COUNT>
@@ -179,6 +275,45 @@ void testRandomAndSpecial()
     check(ok, "random and special values, networks and ranks against a stable sort");
 }
 
+//! The mask pass over two equal groups of bfloat16 bits; both halves must agree.
+uint64_t keepByPair(uint16_t const (&bits)[16])
+{
+    uint32_t keys[16];
+    for (int i = 0; i < 16; ++i)
+    {
+        keys[i] = packedKeys(bits[i] * 0x00010001U, 0x7f81U);
+    }
+    uint32_t const mask = keepHalfOfPair(keys);
+    return mask >> 16 == (mask & 0xffffU) ? mask >> 16 : ~uint64_t{0};
+}
+
+void testPackedLanes()
+{
+    std::mt19937 random(5);
+    uint16_t const specials[] = {0x0000, 0x8000, 0x0001, 0x8001, 0x3f80, 0xbf80, 0x7f80, 0xff80, 0x7f81, 0xffff, 0x7fff};
+    bool ok = true;
+    for (int trial = 0; trial < 200000; ++trial)
+    {
+        uint16_t bits[16];
+        std::vector<float> magnitudes(16);
+        for (int i = 0; i < 16; ++i)
+        {
+            uint32_t const draw = static_cast<uint32_t>(random());
+            bits[i] = static_cast<uint16_t>(trial % 3 == 0 ? specials[draw % 11] : trial % 3 == 1 ? draw : 0x3f80U + draw % 3);
+            uint32_t const wide = static_cast<uint32_t>(bits[i]) << 16;
+            std::memcpy(&magnitudes[i], &wide, sizeof(wide));
+            magnitudes[i] = std::fabs(magnitudes[i]);
+        }
+        int const n = 1 + trial % 16;
+        ok = ok && keepByPackedLanes(bits, n) == keepByStableSort(magnitudes, n);
+        if (n == 8)
+        {
+            ok = ok && keepByPair(bits) == keepByStableSort(magnitudes, n);
+        }
+    }
+    check(ok, "packed ranking of 16-bit floats against a stable sort");
+}
+
 void testAnyGroupSize()
 {
     std::mt19937 random(11);
@@ -196,6 +331,7 @@ void testAnyGroupSize()
             }
             int const n = 1 + static_cast<int>(random() % m);
             ok = ok && keepByRank(keys, n) == keepByStableSort(scores, n);
+            ok = ok && (m != 16 || keepByWideLanes(keys.data(), n) == keepByStableSort(scores, n));
         }
     }
     check(ok, "group sizes 1 to 64, scores of both signs");
@@ -255,18 +391,18 @@ void testSplitCoversEverything()
 int main()
 {
     testEveryMaskOfEightOfSixteen();
-    testEveryTiePattern<4>(2, 1);
-    testEveryTiePattern<8>(4, 1);
-    testEveryTiePattern<8>(3, 1);
-    testEveryTiePattern<16>(8, 1);
-    testEveryTiePattern<32>(16, 1853020188851L / 50021);
+    testEveryTiePattern<4>(2);
+    testEveryTiePattern<8>(4);
+    testEveryTiePattern<8>(3);
+    testEveryTiePatternOfSixteen();
     testRandomAndSpecial<4>();
     testRandomAndSpecial<8>();
     testRandomAndSpecial<16>();
     testRandomAndSpecial<32>();
+    testPackedLanes();
     testAnyGroupSize();
     testKeysOrderAsFloats();
     testSplitCoversEverything();
-    std::printf("%d passed, %d failed\n", 14 - std::min(failures, 14), failures);
+    std::printf("%d passed, %d failed\n", checks - failures, failures);
     return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }

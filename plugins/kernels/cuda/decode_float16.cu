@@ -1,0 +1,9 @@
+#include "decode_shapes.cuh"
+
+namespace nmexport::cuda
+{
+
+template cudaError_t launchDecodeOf<__half>(
+    DecodeArgs const&, DecodePlan const&, DeviceTraits const&, cudaStream_t);
+
+} // namespace nmexport::cuda

@@ -1,0 +1,175 @@
+#include "plan_table.h"
+
+#include <algorithm>
+#include <cmath>
+#include <iterator>
+#include <mutex>
+#include <sstream>
+
+namespace nmexport::cuda
+{
+namespace
+{
+
+PlanTable compiledTable()
+{
+    return {
+#include "plans_h100.inl"
+    };
+}
+
+std::shared_ptr<PlanTable const>& currentTable()
+{
+    static std::shared_ptr<PlanTable const> table = std::make_shared<PlanTable const>(compiledTable());
+    return table;
+}
+
+std::mutex& tableMutex()
+{
+    static std::mutex mutex;
+    return mutex;
+}
+
+int32_t ceilDivide(int32_t a, int32_t b)
+{
+    return (a + b - 1) / b;
+}
+
+constexpr int kPLAN_FIELDS = 8;
+constexpr int kFIELDS = 7 + kPLAN_FIELDS + 3;
+
+//! Rows of few tokens carry plans by rule, whose unroll follows the token count.
+bool isLaunchable(DecodePlan const& p, int32_t tokens)
+{
+    bool const isTuned = std::any_of(std::begin(kTUNED_SHAPES), std::end(kTUNED_SHAPES),
+        [&](TunedShape const& shape)
+        {
+            return shape.lanesPerRow == p.lanesPerRow && shape.vectors == p.vectors && shape.warps == p.warps
+                && shape.unroll == p.unroll;
+        });
+    bool const isByRule = (p.lanesPerRow == 8 || p.lanesPerRow == 16 || p.lanesPerRow == 32) && p.vectors == 1
+        && p.warps == 8;
+    return p.cluster >= 1 && p.cluster <= 8 && (isTuned || (tokens > 1 && isByRule));
+}
+
+bool parseRow(std::string line, PlanRow* row)
+{
+    std::replace_if(
+        line.begin(), line.end(), [](char c) { return c == '{' || c == '}' || c == ',' || c == 'F'; }, ' ');
+    std::istringstream fields(line);
+    double v[kFIELDS];
+    for (double& value : v)
+    {
+        if (!(fields >> value))
+        {
+            return false;
+        }
+    }
+    std::string rest;
+    if (fields >> rest)
+    {
+        return false;
+    }
+    auto const whole = [&](int i) { return static_cast<int32_t>(v[i]); };
+    *row = {whole(0), whole(1), whole(2), whole(3), whole(4), whole(5), whole(6),
+        {whole(7), whole(8), whole(9), whole(10), whole(11), whole(12), whole(13), whole(14)},
+        static_cast<float>(v[15]), static_cast<float>(v[16]), static_cast<float>(v[17])};
+    return row->channels > 0 && row->outputs > 0 && row->tokens > 0
+        && (isLaunchable(row->plan, row->tokens) || row->elementBytes == 4);
+}
+
+//! How far two sizes are apart, as the logarithm of their quotient.
+double distance(int32_t a, int32_t b)
+{
+    return std::fabs(std::log(static_cast<double>(a) / b));
+}
+
+} // namespace
+
+int parsePlanTable(std::string const& text, PlanTable* table)
+{
+    PlanTable rows;
+    std::istringstream lines(text);
+    std::string line;
+    for (int number = 1; std::getline(lines, line); ++number)
+    {
+        size_t const first = line.find_first_not_of(" \t\r");
+        if (first == std::string::npos || line.compare(first, 2, "//") == 0)
+        {
+            continue;
+        }
+        PlanRow row{};
+        if (!parseRow(line, &row))
+        {
+            return number;
+        }
+        rows.push_back(row);
+    }
+    *table = std::move(rows);
+    return 0;
+}
+
+std::shared_ptr<PlanTable const> activePlanTable()
+{
+    std::lock_guard<std::mutex> const lock(tableMutex());
+    return currentTable();
+}
+
+void usePlanTable(PlanTable table)
+{
+    PlanTable const compiled = compiledTable();
+    table.insert(table.end(), compiled.begin(), compiled.end());
+    std::lock_guard<std::mutex> const lock(tableMutex());
+    currentTable() = std::make_shared<PlanTable const>(std::move(table));
+}
+
+PlanRow const* findPlan(PlanTable const& table, DeviceTraits const& device, PlanRequest const& request)
+{
+    int32_t const elementBytes = request.type == DType::kFLOAT32 ? 4 : 2;
+    double const limit = std::log(1.5);
+    PlanRow const* best = nullptr;
+    double nearest = 0;
+    for (PlanRow const& row : table)
+    {
+        bool const isThisChip = row.computeCapability == device.computeCapability
+            && std::abs(row.multiprocessors - device.multiprocessors) * 10 <= device.multiprocessors;
+        double const k = distance(row.channels, request.channels);
+        double const o = distance(row.outputs, request.outputs);
+        bool const fits = isThisChip && row.elementBytes == elementBytes && row.tokens == request.tokens
+            && (row.grouped != 0) == request.isGrouped && std::max(k, o) <= limit;
+        if (fits && (best == nullptr || k + o < nearest))
+        {
+            best = &row;
+            nearest = k + o;
+        }
+    }
+    return best;
+}
+
+DecodePlan planByRule(DeviceTraits const& device, PlanRequest const& request)
+{
+    int32_t const vector = request.type == DType::kFLOAT32 ? 4 : 8;
+    int32_t const multiprocessors = std::max(device.multiprocessors, 1);
+    int32_t const splits = device.computeCapability >= 90 ? 8 : 1;
+    DecodePlan plan{};
+    plan.unroll = request.tokens > 2 ? 4 : 8;
+    plan.overlap = 1;
+    plan.residentWarps = 24;
+    plan.warps = 8;
+    // With a channel order the widest row segment; else the widest whose tiles, split over K as far as a cluster goes, still occupy most multiprocessors.
+    for (int32_t lanes : {32, 16, 8})
+    {
+        plan.lanesPerRow = lanes;
+        if (request.isGrouped || ceilDivide(request.outputs, lanes * vector) * splits * 3 >= multiprocessors * 2)
+        {
+            break;
+        }
+    }
+    // Up to three CTAs per multiprocessor, all resident at once; a warp should have 32 channels at least.
+    int32_t const tiles = ceilDivide(request.outputs, plan.lanesPerRow * vector);
+    int32_t const useful = std::max(request.channels / (plan.warps * 32), 1);
+    plan.cluster = std::max(1, std::min({splits, useful, multiprocessors * 8 / 3 / tiles}));
+    return plan;
+}
+
+} // namespace nmexport::cuda

@@ -1,0 +1,392 @@
+// NMPrune and NMLinear for ONNX Runtime's CUDA execution provider.
+//
+//   few tokens:  x -> decode kernel over the kept rows of W -> y
+//   many:        x -> mask kernel -> s -> cuBLASLt with W -> product -> epilogue kernel -> y
+#include <cuda_runtime_api.h>
+
+#include <limits>
+#include <mutex>
+
+#include "custom_op.h"
+#include "dense_product.h"
+#include "linear_node.h"
+#include "nm_cuda.h"
+#include "plan_table.h"
+
+namespace nmexport {
+
+namespace {
+
+void checkCuda(cudaError_t status, const char* what) {
+    if (status == cudaSuccess) return;
+    throw Fault(std::string("nmexport: ") + what + " failed: " + cudaGetErrorName(status) + ", " +
+                cudaGetErrorString(status));
+}
+
+cuda::DType elementOf(ElementType type) {
+    switch (type) {
+        case ElementType::kFLOAT16:
+            return cuda::DType::kFLOAT16;
+        case ElementType::kBFLOAT16:
+            return cuda::DType::kBFLOAT16;
+        default:
+            return cuda::DType::kFLOAT32;
+    }
+}
+
+std::size_t bytesOf(ElementType type) {
+    return type == ElementType::kFLOAT32 ? 4 : 2;
+}
+
+// ONNX Runtime sets the device of its provider before it makes or runs a kernel.
+const cuda::DeviceTraits& currentDevice() {
+    static std::mutex mutex;
+    static std::vector<std::unique_ptr<cuda::DeviceTraits>> known;
+    int device = 0;
+    checkCuda(cudaGetDevice(&device), "asking for the current CUDA device");
+    const std::lock_guard<std::mutex> lock(mutex);
+    const std::size_t index = static_cast<std::size_t>(device);
+    if (known.size() <= index) known.resize(index + 1);
+    if (known[index] == nullptr) {
+        auto traits = std::make_unique<cuda::DeviceTraits>();
+        checkCuda(cuda::queryDevice(traits.get()), "asking the CUDA device what it is");
+        known[index] = std::move(traits);
+    }
+    return *known[index];
+}
+
+cudaStream_t streamOf(const OrtApi& api, OrtKernelContext* context) {
+    void* stream = nullptr;
+    check(api, api.KernelContext_GetGPUComputeStream(context, &stream));
+    return static_cast<cudaStream_t>(stream);
+}
+
+std::int32_t asInt(std::size_t value, const char* what) {
+    if (value > static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max())) {
+        throw Fault(std::string("nmexport: ") + what + " is " + std::to_string(value) +
+                    "; allowed: up to 2147483647");
+    }
+    return static_cast<std::int32_t>(value);
+}
+
+// The constant input channel_order: checked once, through a copy where it lies on the device.
+// One that changes from run to run could not be checked without waiting for the device.
+class DeviceOrder {
+  public:
+    DeviceOrder(const OrtApi& api, const OrtKernelInfo* info, const OpSpec& spec, int input)
+        : mInput(input), mSpec(spec) {
+        int isConstant = 0;
+        const OrtValue* value = nullptr;
+        std::size_t count = 0;
+        check(api, api.KernelInfo_GetInputCount(info, &count));
+        const std::size_t index = static_cast<std::size_t>(input);
+        if (index >= count) return;
+        OrtStatus* status = api.KernelInfoGetConstantInput_tensor(info, index, &isConstant, &value);
+        if (!succeeded(api, status) || isConstant == 0 || value == nullptr) return;
+        const Shape shape = shapeOf(api, value);
+        if (shape.size() != 1) return;  // refused by Inputs::vector
+        std::vector<std::int32_t> order(static_cast<std::size_t>(shape[0]));
+        checkCuda(cudaMemcpy(order.data(), dataOf(api, value), order.size() * sizeof(std::int32_t),
+                             cudaMemcpyDefault),
+                  "reading channel_order");
+        checkPermutation(spec.name, order.data(), order.size());
+        mIsChecked = true;
+    }
+
+    const std::int32_t* of(const Inputs& inputs, std::size_t channels) const {
+        const void* order = inputs.vector(mInput, static_cast<std::int64_t>(channels));
+        if (order != nullptr && !mIsChecked) {
+            throw Fault(std::string(mSpec.name) +
+                        ": channel_order must be a constant of the model where the node runs on a "
+                        "GPU; make it an initializer");
+        }
+        return static_cast<const std::int32_t*>(order);
+    }
+
+  private:
+    int mInput;
+    const OpSpec& mSpec;
+    bool mIsChecked{false};
+};
+
+// Device memory of one run, from the session's arena. Given back as soon as the work is enqueued:
+// whoever gets it next is behind in the same stream.
+class Scratch {
+  public:
+    Scratch(OrtAllocator* allocator, std::size_t bytes)
+        : mAllocator(allocator), mData(bytes == 0 ? nullptr : allocator->Alloc(allocator, bytes)) {
+        if (bytes > 0 && mData == nullptr) {
+            throw Fault("nmexport: no " + std::to_string(bytes) + " bytes of device memory left");
+        }
+    }
+    ~Scratch() {
+        if (mData != nullptr) mAllocator->Free(mAllocator, mData);
+    }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+
+    template <typename T = void>
+    T* at(std::size_t offset) const {
+        return reinterpret_cast<T*>(static_cast<char*>(mData) + offset);
+    }
+
+  private:
+    OrtAllocator* mAllocator;
+    void* mData;
+};
+
+class DeviceAllocator {
+  public:
+    DeviceAllocator(const OrtApi& api, const OrtKernelInfo* info) : mApi(api) {
+        check(api, api.KernelInfoGetAllocator(info, OrtMemTypeDefault, &mAllocator));
+    }
+    ~DeviceAllocator() { mApi.ReleaseAllocator(mAllocator); }
+    DeviceAllocator(const DeviceAllocator&) = delete;
+    DeviceAllocator& operator=(const DeviceAllocator&) = delete;
+    OrtAllocator* get() const { return mAllocator; }
+
+  private:
+    const OrtApi& mApi;
+    OrtAllocator* mAllocator = nullptr;
+};
+
+// InputShapes holds host pointers of constants; here they may lie on the device, so only shapes
+// are taken from it.
+class CudaPruneKernel : public Kernel {
+  public:
+    CudaPruneKernel(const OrtApi& api, const OrtKernelInfo* info, ElementType type)
+        : mApi(api),
+          mType(type),
+          mPattern(Attributes(api, info, kNMPrune).pattern()),
+          mShapes(api, info, kNMPrune),
+          mOrder(api, info, kNMPrune, NMPruneInput::channel_order) {}
+
+    void run(OrtKernelContext* context) const override {
+        const Inputs inputs(mApi, context, kNMPrune, mShapes);
+        const Shape shape = inputs.shape(NMPruneInput::X);
+        const Rows rows = rowsOf(kNMPrune.name, shape, mPattern);
+        cuda::MaskArgs args;
+        args.type = elementOf(mType);
+        args.tokens = static_cast<std::int64_t>(rows.tokens);
+        args.channels = asInt(rows.channels, "the last axis of X");
+        args.selection.n = mPattern.n;
+        args.selection.m = mPattern.m;
+        args.selection.scoreScale = static_cast<const float*>(
+            inputs.vector(NMPruneInput::score_scale, shape.back()));
+        args.selection.channelOrder = mOrder.of(inputs, rows.channels);
+        args.x = inputs.data(NMPruneInput::X);
+        args.s = outputData(mApi, context, shape);
+        checkCuda(cuda::launchMask(args, streamOf(mApi, context)), "the mask kernel");
+    }
+
+  private:
+    const OrtApi& mApi;
+    ElementType mType;
+    Pattern mPattern;
+    InputShapes mShapes;
+    DeviceOrder mOrder;
+};
+
+class CudaLinearKernel : public Kernel {
+  public:
+    CudaLinearKernel(const OrtApi& api, const OrtKernelInfo* info, ElementType type)
+        : mApi(api),
+          mType(type),
+          mNode(api, info),
+          mShapes(api, info, kNMLinear),
+          mOrder(api, info, kNMLinear, NMLinearInput::channel_order),
+          mAllocator(api, info) {}
+
+    void run(OrtKernelContext* context) const override {
+        const Inputs inputs(mApi, context, kNMLinear, mShapes);
+        const Shape x = inputs.shape(NMLinearInput::X);
+        const Shape w = inputs.shape(NMLinearInput::W);
+        const Rows rows = rowsOf(kNMLinear.name, x, mNode.pattern);
+        mNode.check(inputs, x, w);
+        if (inputs.has(NMLinearInput::weight_scale)) {
+            throw Fault("NMLinear: input weight_scale goes with an int8 W; this W is of X's type");
+        }
+
+        Task task;
+        task.tokens = static_cast<std::int64_t>(rows.tokens);
+        task.channels = asInt(rows.channels, "the last axis of X");
+        task.outputs = asInt(static_cast<std::size_t>(w[1]), "the last axis of W");
+        task.selection = selectionOf(inputs, x);
+        task.x = inputs.data(NMLinearInput::X);
+        task.w = inputs.data(NMLinearInput::W);
+        task.bias = inputs.vector(NMLinearInput::bias, w[1]);
+        task.shiftWeight =
+            static_cast<const float*>(inputs.vector(NMLinearInput::shift_weight, w[1]));
+        Shape y = x;
+        y.back() = w[1];
+        task.y = outputData(mApi, context, y);
+        if (task.tokens == 0) return;
+
+        const cuda::DeviceTraits& device = currentDevice();
+        const cudaStream_t stream = streamOf(mApi, context);
+        const std::int32_t few =
+            static_cast<std::int32_t>(std::min<std::int64_t>(task.tokens, cuda::kMAX_DECODE_TOKENS + 1));
+        // Where the phase leaves a token dense, all rows of W are read either way.
+        if (cuda::decodeIsFaster(device, elementOf(mType), few, task.channels, task.outputs)) {
+            runDecode(task, device, stream);
+        } else {
+            runProduct(task, stream);
+        }
+    }
+
+  private:
+    struct Task {
+        std::int64_t tokens;
+        std::int32_t channels;
+        std::int32_t outputs;
+        cuda::Selection selection;
+        const void* x;
+        const void* w;
+        const void* bias;
+        const float* shiftWeight;
+        void* y;
+    };
+
+    cuda::Selection selectionOf(const Inputs& inputs, const Shape& x) const {
+        cuda::Selection selection;
+        selection.n = mNode.isExcluded(x) ? mNode.pattern.m : mNode.pattern.n;
+        selection.m = mNode.pattern.m;
+        selection.scoreScale =
+            static_cast<const float*>(inputs.vector(NMLinearInput::score_scale, x.back()));
+        selection.channelOrder = mOrder.of(inputs, static_cast<std::size_t>(x.back()));
+        selection.shift =
+            static_cast<const float*>(inputs.vector(NMLinearInput::shift, x.back(), 1));
+        if (selection.shift != nullptr) {
+            selection.shiftLength =
+                static_cast<std::int32_t>(inputs.shape(NMLinearInput::shift)[0]);
+        }
+        selection.dynamicShift = mNode.dynamicShift;
+        selection.varianceCorrection = mNode.varianceCorrection;
+        return selection;
+    }
+
+    void runDecode(const Task& task, const cuda::DeviceTraits& device, cudaStream_t stream) const {
+        cuda::DecodeArgs args;
+        args.type = elementOf(mType);
+        args.tokens = static_cast<std::int32_t>(task.tokens);
+        args.channels = task.channels;
+        args.outputs = task.outputs;
+        args.selection = task.selection;
+        args.x = task.x;
+        args.w = task.w;
+        args.bias = task.bias;
+        args.shiftWeight = task.shiftWeight;
+        args.y = task.y;
+        checkCuda(cuda::launchDecode(args, device, stream), "the decode kernel");
+    }
+
+    // Scratch: | s [tokens, K] T | eta [tokens] | nu [tokens] | product [tokens, O] | cuBLASLt's |
+    void runProduct(const Task& task, cudaStream_t stream) const {
+        const cuda::Selection& selection = task.selection;
+        const bool isDense = selection.n == selection.m && selection.shiftLength == 0 &&
+                             !selection.dynamicShift && !selection.varianceCorrection;
+        const bool needsEpilogue =
+            selection.dynamicShift || selection.varianceCorrection || task.bias != nullptr;
+        const std::size_t tokens = static_cast<std::size_t>(task.tokens);
+        const std::size_t eta = aligned(isDense ? 0 : tokens * task.channels * bytesOf(mType));
+        const std::size_t nu = eta + aligned(tokens * sizeof(float));
+        const std::size_t product = nu + aligned(tokens * sizeof(float));
+        const std::size_t blas =
+            product + (needsEpilogue ? aligned(tokens * task.outputs * sizeof(float)) : 0);
+        const Scratch scratch(mAllocator.get(), blas + trt::kPRODUCT_WORKSPACE_BYTES);
+
+        float* const etas = selection.dynamicShift ? scratch.at<float>(eta) : nullptr;
+        float* const nus = selection.varianceCorrection ? scratch.at<float>(nu) : nullptr;
+        if (!isDense) {
+            cuda::MaskArgs mask;
+            mask.type = elementOf(mType);
+            mask.tokens = task.tokens;
+            mask.channels = task.channels;
+            mask.selection = selection;
+            mask.x = task.x;
+            mask.s = scratch.at<>(0);
+            mask.eta = etas;
+            mask.nu = nus;
+            checkCuda(cuda::launchMask(mask, stream), "the mask kernel");
+        }
+        void* const result = needsEpilogue ? scratch.at<>(product) : task.y;
+        {
+            const std::lock_guard<std::mutex> lock(mProductMutex);
+            mProduct.enqueue({elementOf(mType), task.tokens, task.channels, task.outputs, needsEpilogue},
+                             isDense ? task.x : scratch.at<>(0), task.w, result, scratch.at<>(blas),
+                             stream);
+        }
+        if (!needsEpilogue) return;
+        cuda::EpilogueArgs epilogue;
+        epilogue.type = elementOf(mType);
+        epilogue.tokens = task.tokens;
+        epilogue.outputs = task.outputs;
+        epilogue.product = static_cast<const float*>(result);
+        epilogue.eta = etas;
+        epilogue.nu = nus;
+        epilogue.shiftWeight = selection.dynamicShift ? task.shiftWeight : nullptr;
+        epilogue.bias = task.bias;
+        epilogue.y = task.y;
+        checkCuda(cuda::launchEpilogue(epilogue, stream), "the epilogue kernel");
+    }
+
+    static std::size_t aligned(std::size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+    const OrtApi& mApi;
+    ElementType mType;
+    LinearNode mNode;
+    InputShapes mShapes;
+    DeviceOrder mOrder;
+    DeviceAllocator mAllocator;
+    mutable std::mutex mProductMutex;  // sessions may run from several threads at once
+    mutable trt::DenseProduct mProduct;
+};
+
+}  // namespace
+
+std::unique_ptr<Kernel> makeCudaPruneKernel(const OrtApi& api, const OrtKernelInfo* info,
+                                            ElementType type) {
+    return std::make_unique<CudaPruneKernel>(api, info, type);
+}
+
+std::unique_ptr<Kernel> makeCudaLinearKernel(const OrtApi& api, const OrtKernelInfo* info,
+                                             ElementType type) {
+    return std::make_unique<CudaLinearKernel>(api, info, type);
+}
+
+}  // namespace nmexport
+
+// The current device as JSON for measurements; empty where there is none.
+extern "C" __attribute__((visibility("default"))) const char* nmexport_cuda_device() {
+    static thread_local std::string text;
+    nmexport::cuda::DeviceTraits traits;
+    text.clear();
+    if (nmexport::cuda::queryDevice(&traits) == cudaSuccess) {
+        text = "{\"compute_capability\": " + std::to_string(traits.computeCapability) +
+               ", \"multiprocessors\": " + std::to_string(traits.multiprocessors) + "}";
+    }
+    return text.c_str();
+}
+
+// The decode shapes to choose plans from, as JSON: [lanes, vectors, warps, unroll, resident warps].
+extern "C" __attribute__((visibility("default"))) const char* nmexport_cuda_shapes() {
+    static const std::string text = [] {
+        std::string list;
+        for (const nmexport::cuda::TunedShape& shape : nmexport::cuda::kTUNED_SHAPES) {
+            list += (list.empty() ? "[" : ", [") + std::to_string(shape.lanesPerRow) + ", " +
+                    std::to_string(shape.vectors) + ", " + std::to_string(shape.warps) + ", " +
+                    std::to_string(shape.unroll) + ", " + std::to_string(shape.residentWarps) + "]";
+        }
+        return "[" + list + "]";
+    }();
+    return text.c_str();
+}
+
+// Puts measured plans in front of the compiled ones (see plan_table.h); 0, or the faulty line.
+extern "C" __attribute__((visibility("default"))) int nmexport_use_cuda_plans(const char* text) {
+    try {
+        return nmexport::cuda::setPlanTable(text);
+    } catch (...) {
+        return -1;
+    }
+}

@@ -1,0 +1,72 @@
+#include "recording_kernels.h"
+
+#include "fault.h"
+
+namespace nmexport::test {
+
+Launches& launches() {
+    static Launches all;
+    return all;
+}
+
+}  // namespace nmexport::test
+
+namespace nmexport::cuda {
+
+using test::launches;
+
+cudaError_t queryDevice(DeviceTraits* traits) {
+    *traits = {89, 128, 99 * 1024};
+    return launches().next;
+}
+
+cudaError_t launchMask(MaskArgs const& args, cudaStream_t) {
+    launches().order.push_back("mask");
+    launches().masks.push_back(args);
+    return launches().next;
+}
+
+cudaError_t launchEpilogue(EpilogueArgs const& args, cudaStream_t) {
+    launches().order.push_back("epilogue");
+    launches().epilogues.push_back(args);
+    return launches().next;
+}
+
+cudaError_t launchDecode(DecodeArgs const& args, DeviceTraits const&, cudaStream_t) {
+    launches().order.push_back("decode");
+    launches().decodes.push_back(args);
+    return launches().next;
+}
+
+}  // namespace nmexport::cuda
+
+namespace nmexport::trt {
+
+using test::launches;
+
+struct DenseProduct::State {};
+DenseProduct::DenseProduct() = default;
+DenseProduct::~DenseProduct() = default;
+
+void DenseProduct::prepare(const ProductShape&) {
+    if (launches().noProduct) throw Fault("cuBLASLt is not found");
+    launches().order.push_back("prepare");
+}
+
+void DenseProduct::enqueue(const ProductShape& shape, const void*, const void*, void* result,
+                           void* workspace, cudaStream_t) {
+    launches().order.push_back("product");
+    launches().products.push_back(shape);
+    launches().productResult = result;
+    launches().productWorkspace = workspace;
+}
+
+}  // namespace nmexport::trt
+
+// The runtime's own text for errors, so that the tests link no CUDA library.
+extern "C" const char* cudaGetErrorName(cudaError_t) {
+    return "cudaErrorTest";
+}
+extern "C" const char* cudaGetErrorString(cudaError_t) {
+    return "as the test wished";
+}

@@ -1,0 +1,26 @@
+// Stand-ins for the CUDA kernels and the product: they note what they were asked for.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "dense_product.h"
+#include "nm_cuda.h"
+
+namespace nmexport::test {
+
+struct Launches {
+    std::vector<std::string> order;  // "mask", "product", "epilogue", "decode", "prepare"
+    std::vector<cuda::MaskArgs> masks;
+    std::vector<cuda::DecodeArgs> decodes;
+    std::vector<cuda::EpilogueArgs> epilogues;
+    std::vector<trt::ProductShape> products;
+    void* productResult{nullptr};
+    void* productWorkspace{nullptr};
+    cudaError_t next{cudaSuccess};  // what the next launch returns
+    bool noProduct{false};          // cuBLASLt is missing
+};
+
+Launches& launches();
+
+}  // namespace nmexport::test
