@@ -1,0 +1,46 @@
+// NMLinear as a TensorRT plugin.
+//
+//   few tokens:  x -> decode kernel over the kept rows of W -> y
+//   many:        x -> mask kernel -> s -> cuBLASLt with W -> product -> epilogue kernel -> y
+#pragma once
+
+#include "dense_product.h"
+#include "plugin.h"
+
+namespace nmexport::trt {
+
+// Numbers of tactics; part of a plan and of the timing cache, so they keep their meaning.
+inline constexpr std::int32_t kTACTIC_BY_TOKENS = 1;  // the decode kernel as far as it goes
+inline constexpr std::int32_t kTACTIC_PRODUCT = 2;    // mask and product even for few tokens
+
+class NmLinearPlugin final : public NmPlugin {
+  public:
+    explicit NmLinearPlugin(Settings settings) : NmPlugin(std::move(settings)) {}
+
+  protected:
+    // A copy starts with no products of its own: they belong to one execution context.
+    NmLinearPlugin(const NmLinearPlugin& other) : NmPlugin(other) {}
+    NmPlugin* copy() const override { return new NmLinearPlugin(*this); }
+    std::size_t workspaceBytes(cuda::DType type, const Shape& x,
+                               std::int64_t outputs) const override;
+    std::vector<std::int32_t> tactics(std::int64_t minTokens) const override;
+    void prepare(cuda::DType type, const Shape& x, std::int64_t outputs) override;
+    void run(cuda::DType type, const Shape& x, std::int64_t outputs, const Tensors& tensors,
+             void* y, void* workspace, cudaStream_t stream) override;
+
+  private:
+    bool usesDecodeKernel(std::int64_t tokens) const;
+    // Whether anything but the product itself makes y.
+    bool needsEpilogue() const;
+    ProductShape productShape(cuda::DType type, const Shape& x, std::int64_t outputs) const;
+    cuda::Selection selection(const Shape& x, const Tensors& tensors) const;
+
+    void runDecode(cuda::DType type, const Shape& x, std::int64_t outputs, const Tensors& tensors,
+                   void* y, cudaStream_t stream) const;
+    void runProduct(cuda::DType type, const Shape& x, std::int64_t outputs, const Tensors& tensors,
+                    void* y, void* workspace, cudaStream_t stream);
+
+    DenseProduct mProduct;
+};
+
+}  // namespace nmexport::trt

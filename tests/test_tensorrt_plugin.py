@@ -1,0 +1,104 @@
+"""The plugin's C++: unit tests under sanitizers, the build script, what the library exports."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+from nmexport import __version__
+from nmexport.errors import EnvironmentFault
+from nmexport.runtimes import tensorrt_library
+
+from tests.plugin_build import ROOT, build_script, built
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_the_plugin_classes_under_sanitizers(tmp_path: Path) -> None:
+    program = built("build_tests", tmp_path)
+    done = subprocess.run([program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 failures" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_library_builds_and_exports_its_entry_points_alone(tmp_path: Path) -> None:
+    script = build_script()
+    try:
+        script.find_headers()
+        script.find_toolkit()
+    except script.BuildError as error:
+        pytest.skip(f"no CUDA toolkit or TensorRT headers: {error}")
+    library = script.build_library(tmp_path / "native", architectures="89-real", jobs=2)
+    described = tensorrt_library.describe_plugin(library)
+    assert described["version"] == __version__
+    assert described["architectures"] == "89-real"
+    names = subprocess.run(
+        ["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True
+    ).stdout
+    assert {line.split()[-1] for line in names.splitlines()} == {
+        "getCreators",
+        "setLoggerFinder",
+        "nmexport_describe_plugin",
+        "nmexport_log_to",
+    }
+    dynamic = subprocess.run(
+        ["readelf", "-d", library], capture_output=True, text=True, check=True
+    ).stdout
+    assert "RPATH" not in dynamic and "RUNPATH" not in dynamic  # noqa: PT018
+    assert "cudart" not in dynamic and "nvinfer" not in dynamic  # noqa: PT018
+
+
+def test_a_library_that_is_not_ours_is_refused(tmp_path: Path) -> None:
+    foreign = tmp_path / "libforeign.so"
+    foreign.write_bytes(b"no library")
+    with pytest.raises(EnvironmentFault, match=r"cannot be loaded.*\n.*\n.*make plugin"):
+        tensorrt_library.describe_plugin(foreign)
+
+
+def test_headers_are_taken_where_they_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = build_script()
+    monkeypatch.setenv("TENSORRT_ROOT", str(tmp_path))
+    with pytest.raises(script.BuildError, match=r"holds no include/NvInferRuntime\.h"):
+        script.find_headers()
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "NvInferRuntime.h").touch()
+    assert script.find_headers() == tmp_path / "include"
+
+
+def test_a_toolkit_is_found_or_its_absence_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = build_script()
+    monkeypatch.setattr(script.shutil, "which", lambda _: None)
+    monkeypatch.setattr(script, "TOOLS", tmp_path / "tools")
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setattr(script.Path, "glob", lambda *_: iter(()))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    for name in ("bin/nvcc", "include/cuda_runtime_api.h"):
+        path = tmp_path / "cuda" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert script.find_toolkit(fetch=False).nvcc == tmp_path / "cuda/bin/nvcc"
+    (tmp_path / "cuda/bin/nvcc").unlink()
+    if not (ROOT / "/usr/local/cuda/bin/nvcc").exists():
+        with pytest.raises(script.BuildError, match="no CUDA toolkit"):
+            script.find_toolkit(fetch=False)
+
+
+def test_a_failed_build_shows_the_compilers_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not shutil.which("cmake"):
+        pytest.skip("no cmake")
+    script = build_script()
+    monkeypatch.setenv("TENSORRT_ROOT", str(tmp_path))
+    with pytest.raises(script.BuildError, match=r"NvInferRuntime\.h"):
+        script.build_tests(tmp_path / "build")
+    with pytest.raises(script.BuildError, match=r"(?s)cmake.*failed"):
+        script._run(["cmake", "-S", str(tmp_path), "-B", str(tmp_path / "b")])
