@@ -1,6 +1,6 @@
 """Kernel lab: builds, checks against float64, then times; needs a GPU, nvcc and PyTorch.
 
-    python3 plugins/bench/cuda/lab.py --out DIR [--stages check,sweep,shapes,chain,prefill] [--library liblab.so]
+    python3 plugins/bench/cuda/lab.py --out DIR [--stages check,sweep,grouped,shapes,chain,prefill,tokens,options,rivals] [--library liblab.so]
 
 Timing protocol: weights rotate through at least 600 MB so that no launch finds its rows in L2; launches are captured
 into a CUDA graph; variants of one shape are interleaved, replay by replay; medians with the 10 % and 90 % quantiles.
@@ -33,16 +33,6 @@ SHAPES = {
 }
 TARGETS = {"o": 1.60, "qkv": 1.72, "gate": 1.85, "gate_up": 1.92, "down": 1.85, "chain": 1.82}
 FLOORS = {"o": 1.37, "qkv": 1.53, "gate": 1.70, "gate_up": 1.82, "down": 1.67, "chain": 1.65}
-FEW_PLANS = [
-    (32, 1, 16, 16, 0, 16),
-    (32, 1, 16, 8, 0, 32),
-    (16, 1, 16, 8, 0, 32),
-    (16, 1, 8, 8, 0, 32),
-    (32, 1, 8, 8, 0, 32),
-    (32, 1, 8, 8, 1, 24),
-    (32, 2, 8, 8, 1, 24),
-    (16, 1, 8, 4, 1, 32),
-]
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -99,11 +89,23 @@ class Plan(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_int32)
-        for name in ("lanes", "vectors", "warps", "unroll", "overlap", "resident", "cluster")
+        for name in (
+            "lanes",
+            "vectors",
+            "warps",
+            "unroll",
+            "overlap",
+            "resident",
+            "cluster",
+            "late",
+        )
     ]
 
     def label(self) -> str:
-        return f"L{self.lanes} V{self.vectors} W{self.warps} U{self.unroll} O{self.overlap} R{self.resident} C{self.cluster}"
+        return f"L{self.lanes} V{self.vectors} W{self.warps} U{self.unroll} O{self.overlap} R{self.resident} C{self.cluster} N{self.late}"
+
+    def values(self) -> list[int]:
+        return [getattr(self, name) for name, _ in self._fields_]
 
     def ctas(self, outputs: int) -> int:
         return -(-outputs // (self.lanes * self.vectors * 8)) * self.cluster
@@ -119,30 +121,44 @@ def run(command: list[str]) -> str:
     return done.stdout + done.stderr
 
 
-def build_library(out: Path) -> Path:
-    """Compiles kernels and lab for this GPU, a source per thread."""
+ROW_WIDTHS = ((8, 1), (16, 1), (32, 1), (16, 2), (32, 2))
+
+
+def build_library(out: Path, with_sweep: bool = True) -> Path:
+    """Compiles kernels and lab for this GPU, a source per thread; the wide sweep's shapes are optional."""
     out.mkdir(parents=True, exist_ok=True)
     major, minor = torch.cuda.get_device_capability()
-    arch = f"{major}{minor}a" if major >= 9 else f"{major}{minor}"
     flags = [
         "-std=c++17",
         "-O3",
-        f"-gencode=arch=compute_{arch},code=sm_{arch}",
+        "--split-compile=0",
+        f"-gencode=arch=compute_{major}{minor},code=sm_{major}{minor}",
         "-Xcompiler",
         "-fPIC",
         f"-I{KERNELS}",
     ]
-    sources = [HERE / "lab.cu", *sorted(KERNELS.glob("*.cu"))]
-    objects = [out / f"{source.stem}.o" for source in sources]
+    jobs = [
+        (source, [], out / f"{source.stem}.o")
+        for source in [HERE / "lab.cu", *sorted(KERNELS.glob("*.cu")), KERNELS / "plan_table.cpp"]
+    ]
+    jobs += (
+        []
+        if not with_sweep
+        else [
+            (
+                HERE / "lab_sweep.cu",
+                [f"-DLAB_LANES={lanes}", f"-DLAB_VECTORS={vectors}"],
+                out / f"sweep_{lanes}_{vectors}.o",
+            )
+            for lanes, vectors in ROW_WIDTHS
+        ]
+    )
     with ThreadPoolExecutor() as pool:
         list(
-            pool.map(
-                lambda pair: run(["nvcc", *flags, "-c", str(pair[0]), "-o", str(pair[1])]),
-                zip(sources, objects),
-            )
+            pool.map(lambda j: run(["nvcc", *flags, *j[1], "-c", str(j[0]), "-o", str(j[2])]), jobs)
         )
     library = out / "liblab.so"
-    run(["nvcc", "-shared", "-cudart", "static", "-o", str(library), *map(str, objects)])
+    run(["nvcc", "-shared", "-cudart", "static", "-o", str(library), *[str(j[2]) for j in jobs]])
     return library
 
 
@@ -285,6 +301,11 @@ class Layer:
         return keep, z, nu, y
 
 
+def sweep_entry(plan: Plan) -> str:
+    """The library's function for the plan's row width."""
+    return f"labSweep_{plan.lanes}_{plan.vectors}"
+
+
 @dataclass
 class Lab:
     """The loaded libraries and everything measured so far."""
@@ -307,7 +328,7 @@ class Lab:
         if plan is None:
             self.call("labDecode", layer.decode_args(y))
         else:
-            self.call("labDecodeSwept", layer.decode_args(y), plan)
+            self.call(sweep_entry(plan), layer.decode_args(y), plan)
         return y
 
     def mask(self, layer: Layer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -417,14 +438,36 @@ def check_cases() -> list[tuple]:
         cases.append((torch.bfloat16, 1, channels, outputs, 8, 16, "", "gauss"))
         cases.append((torch.bfloat16, 1, channels, outputs, 8, 16, "dvwob", "outliers"))
         cases.append((torch.float16, 2, channels, outputs, 8, 16, "b", "ties"))
+        for options in ("o", "ow", "owsb", "bd", "v"):
+            cases.append((torch.bfloat16, 1, channels, outputs, 8, 16, options, "outliers"))
     return cases
 
 
-def check(lab: Lab) -> None:
+def recorded_layers(path: Path) -> list[tuple[str, Layer]]:
+    """Layers whose inputs were recorded from a real model: an .npz of float16 arrays [tokens, K]."""
+    import numpy as np
+
+    layers = []
+    with np.load(path) as arrays:
+        for name in arrays.files:
+            x = torch.from_numpy(arrays[name]).cuda()
+            for dtype in DTYPES:
+                for tokens in (1, 2, 3, 4):
+                    first = 7 * tokens
+                    layer = make_layer(dtype, tokens, x.shape[1], 576, 8, 16, "o", "gauss")
+                    layer.x = x[first : first + tokens].to(dtype).contiguous()
+                    layers.append((f"recorded {name} {dtype} {tokens}", layer))
+    return layers
+
+
+def check(lab: Lab, recorded: Path | None = None) -> None:
     torch.manual_seed(torch.seed())
     worst, failures = 0.0, []
-    for case in check_cases():
-        layer = make_layer(*case)
+    layers = [(str(case), lambda case=case: make_layer(*case)) for case in check_cases()]
+    if recorded is not None:
+        layers += [(name, lambda layer=layer: layer) for name, layer in recorded_layers(recorded)]
+    for case, make in layers:
+        layer = make()
         keep, z, nu, expected = layer.reference()
         y = lab.decode(layer)
         again = lab.decode(layer)
@@ -453,9 +496,9 @@ def check(lab: Lab) -> None:
     )
     if not torch.equal(lab.mask(special)[1].bool(), special.reference()[0]):
         failures.append("special values: mask differs")
-    lab.results["check"] = {"cases": len(check_cases()), "worst": worst, "failures": failures}
+    lab.results["check"] = {"cases": len(layers), "worst": worst, "failures": failures}
     print(
-        f"check: {len(check_cases())} cases, worst error {worst:.3f} of the allowed, {len(failures)} failures"
+        f"check: {len(layers)} cases, worst error {worst:.3f} of the allowed, {len(failures)} failures"
     )
     for failure in failures[:12]:
         print("  FAILED", failure)
@@ -466,6 +509,7 @@ def check(lab: Lab) -> None:
 
 def capture(launch, launches: int, reset=None) -> torch.cuda.CUDAGraph:
     """A graph of `launches` calls; `reset` (one small copy) goes first, so that values stay those of real data."""
+    torch.cuda.synchronize()  # what the launches read may still be in the making on another stream
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         launch(0)
@@ -538,14 +582,19 @@ class Bench:
     def graph(self, launch) -> torch.cuda.CUDAGraph:
         return capture(launch, self.launches, self.reset)
 
-    def sparse(self, lab: Lab, plan: Plan | None, n: int = 8):
+    def sparse(self, lab: Lab, plan: Plan | None, n: int = 8, order: torch.Tensor | None = None):
         arguments = [
-            Layer(self.x[i % 2], self.w[i % self.copies], n, 16).decode_args(self.y[i % 2])
+            Layer(self.x[i % 2], self.w[i % self.copies], n, 16, channel_order=order).decode_args(
+                self.y[i % 2]
+            )
             for i in range(2 * self.copies)
         ]
+        if order is not None:
+            return lambda i: lab.call("labDecodePlan", arguments[i % len(arguments)], plan)
         if plan is None:
             return lambda i: lab.call("labDecode", arguments[i % len(arguments)])
-        return lambda i: lab.call("labDecodeSwept", arguments[i % len(arguments)], plan)
+        name = sweep_entry(plan)
+        return lambda i: lab.call(name, arguments[i % len(arguments)], plan)
 
     def blaslt(self, lab: Lab, problem: int, algorithm: int, weights: list[torch.Tensor]):
         def launch(i: int) -> None:
@@ -566,68 +615,122 @@ class Bench:
 
 def sweep_plans(channels: int, outputs: int) -> list[Plan]:
     plans = []
-    for lanes, vectors in ((8, 1), (16, 1), (32, 1), (16, 2), (32, 2)):
+    for lanes, vectors in ROW_WIDTHS:
         for warps in (4, 8, 16):
-            for unroll, overlap, resident in (
-                (4, 1, 32),
-                (8, 1, 24),
-                (8, 0, 32),
-                (16, 1, 16),
-                (16, 0, 16),
-            ):
-                if (vectors, resident) == (2, 32) and overlap == 0:
-                    continue
+            for unroll, overlap, resident in SWEPT_UNROLLS:
                 for cluster in range(1, 9):
-                    plan = Plan(lanes, vectors, warps, unroll, overlap, resident, cluster)
+                    plan = Plan(lanes, vectors, warps, unroll, overlap, resident, cluster, 0)
                     all_warps = plan.ctas(outputs) * warps
                     if (
                         plan.ctas(outputs) >= 64
-                        and 1000 <= all_warps <= 132 * 26
-                        and channels // 32 >= cluster * warps
+                        and 1000 <= all_warps <= 132 * resident * 1.05
+                        and channels // 16 >= cluster * warps
                     ):
                         plans.append(plan)
     return plans
 
 
+SWEPT_UNROLLS = ((4, 1, 32), (8, 1, 24), (8, 1, 16), (16, 1, 16), (16, 0, 16))
+
+
 def sweep(lab: Lab, names: list[str], rounds: int) -> None:
     """Every plan of every shape, each first checked for agreement with the plain product."""
     for name in names:
-        channels, outputs = SHAPES[name]
-        bench = Bench(channels, outputs)
-        layer = Layer(bench.x[0].clone(), bench.w[0])  # the launches overwrite bench.x
-        expected = layer.reference()[3]
-        graphs, wrong = {}, []
-        plans = sweep_plans(channels, outputs)
+        sweep_shape(lab, name, rounds)
+        torch.cuda.empty_cache()
+
+
+def sweep_shape(lab: Lab, name: str, rounds: int) -> None:
+    channels, outputs = SHAPES[name]
+    bench = Bench(channels, outputs, budget_us=1500)
+    layer = Layer(bench.x[0].clone(), bench.w[0])  # the launches overwrite bench.x
+    expected = layer.reference()[3]
+    wrong: list[str] = []
+    times: dict[str, dict[str, float]] = {}
+
+    def time_plans(plans: list[Plan], how_often: int) -> None:
+        graphs = {}
         for plan in plans:
             if worst_excess(lab.decode(layer, plan), expected, channels) > 1:
                 wrong.append(plan.label())
                 continue
             graphs[plan.label()] = bench.graph(bench.sparse(lab, plan))
+        times.update(time_interleaved(graphs, bench.launches, how_often))
+
+    def ranked() -> list[str]:
+        return sorted(times, key=lambda k: times[k]["us"])
+
+    time_plans(sweep_plans(channels, outputs), max(3, rounds // 2))
+    best = ranked()[:16]
+    varied = [plan_of(label) for label in best]
+    # One CTA on nearly every multiprocessor: even placement may need one of the two switches.
+    # With one CTA on nearly every multiprocessor, even placement may need the next kernel to wait.
+    varied += [
+        p for p in sweep_plans(channels, outputs) if p.warps == 16 and 100 <= p.ctas(outputs) <= 132
+    ]
+    varied += [Plan(*plan.values()[:7], 1) for plan in varied]
+    time_plans(list({plan.label(): plan for plan in varied}.values()), rounds)
+    dense = {f"dense {p}": bench.graph(bench.sparse(lab, plan_of(p), n=16)) for p in ranked()[:24]}
+    times_dense = time_interleaved(dense, bench.launches, max(3, rounds // 2))
+    ranked_dense = sorted(times_dense, key=lambda k: times_dense[k]["us"])
+    lab.results.setdefault("sweep", {})[name] = {
+        "sparse": times,
+        "dense": times_dense,
+        "wrong": wrong,
+    }
+    lab.results.setdefault("best", {})[name] = {
+        "sparse": ranked()[:3],
+        "dense": ranked_dense[:2],
+    }
+    print(f"sweep {name}: {len(times)} plans, wrong {wrong}", flush=True)
+    for label in ranked()[:8]:
+        print(f"  {label:34s} {times[label]['us']:.2f}")
+    print(
+        "  own dense:",
+        ", ".join(f"{k[6:]} {times_dense[k]['us']:.2f}" for k in ranked_dense[:3]),
+    )
+
+
+TUNED_SHAPES = (
+    (8, 1, 8, 8, 1, 24),
+    (8, 1, 16, 8, 1, 16),
+    (16, 1, 4, 4, 1, 32),
+    (16, 1, 8, 8, 1, 24),
+    (16, 1, 16, 8, 1, 16),
+    (32, 1, 8, 4, 1, 32),
+    (32, 1, 8, 8, 1, 16),
+    (32, 1, 8, 16, 1, 16),
+    (32, 1, 16, 8, 1, 16),
+)
+
+
+def sweep_grouped(lab: Lab, names: list[str], rounds: int) -> None:
+    """The product's compiled shapes with a random channel order, whose kept rows lie anywhere."""
+    for name in names:
+        channels, outputs = SHAPES[name]
+        bench = Bench(channels, outputs, budget_us=1500)
+        order = torch.randperm(channels, device="cuda").int()
+        graphs = {}
+        for shape in TUNED_SHAPES:
+            for cluster in range(1, 9):
+                plan = Plan(*shape, cluster, 0)
+                warps = plan.ctas(outputs) * plan.warps
+                if channels // 16 >= cluster * plan.warps and 800 <= warps <= 132 * 34:
+                    graphs[plan.label()] = bench.graph(bench.sparse(lab, plan, order=order))
         times = time_interleaved(graphs, bench.launches, rounds)
+        lab.results.setdefault("grouped", {})[name] = times
         ranked = sorted(times, key=lambda k: times[k]["us"])
-        dense = {
-            f"dense {p}": bench.graph(bench.sparse(lab, plan_of(p), n=16)) for p in ranked[:40]
-        }
-        times_dense = time_interleaved(dense, bench.launches, max(4, rounds // 2))
-        ranked_dense = sorted(times_dense, key=lambda k: times_dense[k]["us"])
-        lab.results.setdefault("sweep", {})[name] = {
-            "sparse": times,
-            "dense": times_dense,
-            "wrong": wrong,
-        }
-        lab.results.setdefault("best", {})[name] = {"sparse": ranked[:3], "dense": ranked_dense[:2]}
-        print(f"sweep {name}: {len(times)} plans, wrong {wrong}")
-        for label in ranked[:10]:
-            print(f"  {label:30s} {times[label]['us']:.2f}")
         print(
-            "  own dense:",
-            ", ".join(f"{k[6:]} {times_dense[k]['us']:.2f}" for k in ranked_dense[:3]),
+            f"grouped {name}:",
+            ", ".join(f"{k} {times[k]['us']:.2f}" for k in ranked[:5]),
+            flush=True,
         )
-        del bench, graphs, dense
+        del bench, graphs
         torch.cuda.empty_cache()
 
 
 def plan_of(label: str) -> Plan:
+    """The plan of a label, such as `L32 V1 W8 U8 O1 R24 C4 N0`."""
     return Plan(*[int(part[1:]) for part in label.removeprefix("dense ").split()])
 
 
@@ -718,7 +821,7 @@ def chain(lab: Lab, layers: int, rounds: int) -> None:
             if plan is None:
                 lab.call("labDecode", args)
             else:
-                lab.call("labDecodeSwept", args, plan)
+                lab.call(sweep_entry(plan), args, plan)
 
         return launch
 
@@ -763,7 +866,8 @@ def chain(lab: Lab, layers: int, rounds: int) -> None:
             for layer in weights
             for n in order
         ]
-        return lambda i: lab.call("labDecodeSwept", *calls[i % len(calls)])
+        name = {id(plan): sweep_entry(plan) for _, plan in calls}
+        return lambda i: lab.call(name[id(calls[i % len(calls)][1])], *calls[i % len(calls)])
 
     repeats = 6
     fresh = torch.randn_like(buffers["down"])
@@ -784,8 +888,8 @@ def chain(lab: Lab, layers: int, rounds: int) -> None:
 def prefill(lab: Lab, rounds: int) -> None:
     """The mask pass before a dense product, against the dense product alone."""
     rows = {}
-    for tokens in (64, 512, 2048):
-        for name in ("qkv", "gate_up", "down"):
+    for tokens in (64, 512, 2048, 4096):
+        for name in ("qkv", "o", "gate_up", "down"):
             channels, outputs = SHAPES[name]
             bench = Bench(channels, outputs)
             x = torch.randn(tokens, channels, device="cuda", dtype=torch.bfloat16)
@@ -810,10 +914,20 @@ def prefill(lab: Lab, rounds: int) -> None:
                 lab.call("labMask", args)
                 torch.mm(s, b.w[i % b.copies], out=y)
 
+            order = torch.randperm(channels, device="cuda").int()
+            grouped = MaskArgs(
+                2,
+                tokens,
+                channels,
+                Layer(x, bench.w[0], channel_order=order).selection(),
+                x.data_ptr(),
+                s.data_ptr(),
+            )
             graphs = {
                 "dense": capture(dense, 8),
                 "masked": capture(masked, 8),
                 "mask": capture(lambda i: lab.call("labMask", args), 8),
+                "grouped": capture(lambda i: lab.call("labMask", grouped), 8),
             }
             rows[f"{name} {tokens}"] = {
                 k: v["us"] for k, v in time_interleaved(graphs, 8, rounds).items()
@@ -823,40 +937,123 @@ def prefill(lab: Lab, rounds: int) -> None:
     lab.results["prefill"] = rows
 
 
-def compare_libraries(lab: Lab, names: list[str], others: list[Path], rounds: int) -> None:
-    """The same plans through other builds of the kernels (experiments, ablations), interleaved with this one."""
-    labs = {
-        "base": lab,
-        **{path.stem.removeprefix("liblab_"): Lab(ctypes.CDLL(str(path))) for path in others},
-    }
-    rows = {}
-    for name in names:
-        bench = Bench(*SHAPES[name])
-        for lanes, vectors, warps, unroll, overlap, resident in FEW_PLANS:
-            plan = Plan(lanes, vectors, warps, unroll, overlap, resident, 1)
-            for cluster in range(1, 9):
-                plan.cluster = cluster
-                ctas = plan.ctas(bench.outputs)
-                if not (
-                    1400 <= ctas * warps <= 132 * resident
-                    and bench.channels // 32 >= cluster * warps
-                ):
-                    continue
-                fixed = Plan(lanes, vectors, warps, unroll, overlap, resident, cluster)
-                graphs = {k: bench.graph(bench.sparse(other, fixed)) for k, other in labs.items()}
-                times = {
-                    k: round(v["us"], 2)
-                    for k, v in time_interleaved(graphs, bench.launches, rounds).items()
+def few_tokens(lab: Lab, names: list[str], rounds: int) -> None:
+    """1 to 4 tokens in every type: the decode kernel, a mask and a dense product, the dense product alone."""
+    rows = lab.results.setdefault("tokens", {})
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for name in names:
+            channels, outputs = SHAPES[name]
+            size = channels * outputs * dtype.itemsize
+            copies = max(3, math.ceil(ROTATED_BYTES / size))
+            weights = [
+                (torch.randn(channels, outputs, device="cuda") / math.sqrt(channels)).to(dtype)
+                for _ in range(copies)
+            ]
+            launches = copies * max(1, round(2000 / (size / 3e6) / copies))
+            for tokens in (1, 2, 3, 4):
+                x = torch.randn(tokens, channels, device="cuda", dtype=dtype)
+                s = torch.empty_like(x)
+                y = torch.empty(tokens, outputs, device="cuda", dtype=dtype)
+                layers = [Layer(x, w) for w in weights]
+                decode = [layer.decode_args(y) for layer in layers]
+                mask = MaskArgs(
+                    DTYPES[dtype],
+                    tokens,
+                    channels,
+                    layers[0].selection(),
+                    x.data_ptr(),
+                    s.data_ptr(),
+                )
+
+                def masked(i: int) -> None:
+                    lab.call("labMask", mask)
+                    torch.mm(s, weights[i % copies], out=y)
+
+                graphs = {
+                    "sparse": capture(
+                        lambda i: lab.call("labDecode", decode[i % copies]), launches
+                    ),
+                    "masked": capture(masked, launches),
+                    "dense": capture(lambda i: torch.mm(x, weights[i % copies], out=y), launches),
                 }
-                rows[f"{name} {fixed.label()}"] = times
-        best = sorted(
-            (k for k in rows if k.startswith(name + " ")), key=lambda k: min(rows[k].values())
-        )
-        for key in best[:8]:
-            print(key, rows[key])
-        del bench
+                rows[f"{str(dtype)[6:]} {name} {tokens}"] = {
+                    k: v["us"] for k, v in time_interleaved(graphs, launches, rounds).items()
+                }
+            torch.cuda.empty_cache()
+    for key, row in rows.items():
+        print(f"tokens {key:18s}", " ".join(f"{k} {v:.2f}" for k, v in row.items()))
+
+
+def options_cost(lab: Lab, names: list[str], rounds: int) -> None:
+    """What each option of the selection adds to one token's product, weights cold."""
+    rows = lab.results.setdefault("options", {})
+    for name in names:
+        channels, outputs = SHAPES[name]
+        copies = max(3, math.ceil(ROTATED_BYTES / (2 * channels * outputs)))
+        weights = [
+            torch.randn(channels, outputs, device="cuda", dtype=torch.bfloat16)
+            for _ in range(copies)
+        ]
+        launches = copies * max(1, round(2000 / (channels * outputs / 1.5e6) / copies))
+        y = torch.empty(1, outputs, device="cuda", dtype=torch.bfloat16)
+        graphs = {}
+        for options in ("", "o", "ow", "owsb", "bd", "v"):
+            layer = make_layer(torch.bfloat16, 1, channels, outputs, 8, 16, options, "gauss")
+            arguments = []
+            for w in weights:
+                layer.w = w
+                arguments.append(layer.decode_args(y))
+            arguments.append(layer)  # keeps the tensors alive
+            graphs[options or "none"] = capture(
+                lambda i, a=arguments: lab.call("labDecode", a[i % copies]), launches
+            )
+            graphs[options or "none"].kept = arguments
+        rows[name] = {k: v["us"] for k, v in time_interleaved(graphs, launches, rounds).items()}
+        print("options", name, " ".join(f"{k} {v:.2f}" for k, v in rows[name].items()), flush=True)
+        del weights, graphs
         torch.cuda.empty_cache()
-    lab.results["libraries"] = rows
+
+
+def table_rows(lab: Lab) -> list[str]:
+    """The measured token counts as rows of a plan table (plan_table.h): 16-bit rows are bfloat16's."""
+    major, minor = torch.cuda.get_device_capability()
+    chip = f"{10 * major + minor}, {torch.cuda.get_device_properties(0).multi_processor_count}"
+    rows = []
+    for key, times in lab.results.get("tokens", {}).items():
+        dtype, name, tokens = key.split()
+        if dtype == "float16":
+            continue
+        code, size = (0, 4) if dtype == "float32" else (2, 2)
+        channels, outputs = SHAPES[name]
+        plan = Plan()
+        lab.lib.labPlan(code, int(tokens), channels, outputs, ctypes.byref(plan))
+        rows.append(
+            f"{{{chip}, {size}, {tokens}, {channels}, {outputs}, 0, "
+            f"{{{', '.join(map(str, plan.values()))}}}, "
+            f"{times['sparse']:.2f}F, {times['masked']:.2f}F, {times['dense']:.2f}F}},"
+        )
+    for name, grouped in lab.results.get("grouped", {}).items():
+        best = min(grouped, key=lambda k: grouped[k]["us"])
+        row = lab.results.get("tokens", {}).get(f"bfloat16 {name} 1", {"masked": 1e3, "dense": 1e3})
+        rows.append(
+            f"{{{chip}, 2, 1, {SHAPES[name][0]}, {SHAPES[name][1]}, 1, "
+            f"{{{', '.join(map(str, plan_of(best).values()))}}}, "
+            f"{grouped[best]['us']:.2f}F, {row['masked']:.2f}F, {row['dense']:.2f}F}},"
+        )
+    return rows
+
+
+def profile(lab: Lab, names: list[str]) -> None:
+    """One launch of each shape, for a hardware profiler around this process."""
+    for name in names:
+        channels, outputs = SHAPES[name]
+        layer = Layer(
+            torch.randn(1, channels, device="cuda", dtype=torch.bfloat16),
+            torch.randn(channels, outputs, device="cuda", dtype=torch.bfloat16),
+        )
+        lab.decode(layer)
+        torch.cuda.synchronize()
+        print(f"profile {name}: kept bytes {channels * outputs}")
 
 
 def fixed_cost(lab: Lab, rounds: int) -> None:
@@ -928,7 +1125,7 @@ def report(lab: Lab) -> None:
         )
     for key, row in r.get("prefill", {}).items():
         print(
-            f"prefill {key:14s} dense {row['dense']:.1f} masked {row['masked']:.1f} mask {row['mask']:.1f} ratio {row['dense'] / row['masked']:.3f}"
+            f"prefill {key:14s} dense {row['dense']:.1f} masked {row['masked']:.1f} mask {row['mask']:.1f} grouped {row['grouped']:.1f} ratio {row['dense'] / row['masked']:.3f}"
         )
 
 
@@ -944,9 +1141,7 @@ def main() -> None:
     parser.add_argument(
         "--best", type=Path, help="JSON of an earlier run whose best plans are taken over"
     )
-    parser.add_argument(
-        "--compare", type=Path, nargs="*", default=[], help="other builds, liblab_NAME.so"
-    )
+    parser.add_argument("--recorded", type=Path, help=".npz of float16 activations [tokens, K]")
     options = parser.parse_args()
     library = options.library or build_library(options.out / "build")
     lab = Lab(ctypes.CDLL(str(library)))
@@ -957,22 +1152,35 @@ def main() -> None:
     torch.manual_seed(1)
     try:
         if "check" in stages:
-            check(lab)
+            check(lab, options.recorded)
+        if "profile" in stages:
+            profile(lab, names)
+            return
         roofline(lab)
         if "sweep" in stages:
             sweep(lab, names, 8)
+        if "grouped" in stages:
+            sweep_grouped(lab, names, 5)
         if "shapes" in stages or "chain" in stages:
             lab.blaslt = build_blaslt(library.parent)
         if "shapes" in stages:
             shapes(lab, names, options.rounds)
         if "chain" in stages:
             chain(lab, 6, options.rounds)
-        if options.compare:
-            compare_libraries(lab, names, options.compare, 8)
         if "fixed" in stages:
             fixed_cost(lab, 8)
         if "prefill" in stages:
             prefill(lab, 10)
+        if "tokens" in stages:
+            few_tokens(lab, names, 8)
+        if "tokens" in stages or "grouped" in stages:
+            (options.out / "plans.inl").write_text("\n".join(table_rows(lab)) + "\n")
+        if "options" in stages:
+            options_cost(lab, names, 8)
+        if "rivals" in stages:
+            import rivals
+
+            lab.results["rivals"] = rivals.measure({n: SHAPES[n] for n in names})
         report(lab)
     finally:
         options.out.mkdir(parents=True, exist_ok=True)
