@@ -1,21 +1,31 @@
 """From one traced graph to two models: sparse with our op, dense with `MatMul`.
 
 Both have the same nodes but for the linears, so a comparison of the two compares the linears.
+
+Linears that read the same value (q, k and v; gate and up) become one node over their columns side
+by side: the sparse one selects once and reads longer rows. They are fused only where they select
+alike: equal pattern, phase, corrections, shift, score scale and channel order.
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx_ir as ir
 
 from nmexport.errors import InternalError
 from nmexport.graph.contract import op_contract
 from nmexport.graph.functions import IR_VERSION, function_protos_for
+from nmexport.graph.initializers import add_initializer
+from nmexport.graph.linears import LINEARS, fused_name
+from nmexport.graph.matching import static_size
+from nmexport.graph.remainder import add_remainder, without_factors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from nmexport.layers import LayerSpec
@@ -24,6 +34,15 @@ LAYER_ATTRIBUTE = "layer"
 """Attribute of a traced NMLinear node that holds the dotted name of its linear."""
 
 LINEAR = "NMLinear"
+
+SELECTION_INPUTS = ("shift", "score_scale", "channel_order")
+"""Constants that decide what a token keeps: equal ones, equal masks."""
+
+_DENSE_COLUMNS_PER_CHANNEL = 4
+"""Up to this many columns a channel, fused MatMuls are faster: beyond, a prompt pays more for the
+Split's copy than a token gains (measured: q/k/v yes, gate/up no)."""
+
+_COLUMN_INPUTS = ("W", "bias", "shift_weight", "weight_scale")  # constants whose last axis is O
 
 ALIGNMENT = 4096  # bytes: a page, so that a runtime can map a weight as it lies in the file
 _ALIGN_FROM = 16384  # bytes: below this, padding would outweigh the constant
@@ -57,19 +76,32 @@ def assemble_sparse(
         InternalError: if nodes and layers do not belong together.
     """
     model = traced.clone()
-    nodes = _linear_nodes(model, layers)
-    for name, node in nodes.items():
-        _attach_constants(model.graph, node, name, constants(name))
-        _attach_attributes(node, layers[name])
+    bare = _linear_nodes(model, layers)
+    tensors = {name: constants(name) for name in bare}
+    for name, node in bare.items():
+        dynamic = layers[name].dynamic_shift
+        add_remainder(model.graph, node, name, tensors[name], dynamic_shift=dynamic)
+    tensors = {name: without_factors(one) for name, one in tensors.items()}
+    nodes = []
+    for site in _sites(bare, lambda name: _selection_key(layers[name], tensors[name])):
+        node = _merged(model.graph, [bare[name] for name in site], site)
+        title = fused_name(site)
+        _attach_constants(model.graph, node, title, _side_by_side([tensors[name] for name in site]))
+        _attach_attributes(node, title, layers[site[0]])
+        nodes.append(node)
     model.graph.opset_imports[op_contract().domain] = op_contract().opset_version
-    _add_functions(model, list(nodes.values()))
+    _add_functions(model, nodes)
     return model
 
 
 def assemble_dense(
-    traced: ir.Model, layers: Mapping[str, LayerSpec], weights: Callable[[str], DenseWeights]
+    traced: ir.Model,
+    layers: Mapping[str, LayerSpec],
+    weights: Callable[[str], DenseWeights],
 ) -> ir.Model:
     """A copy of the traced graph with `MatMul`, and `Add` where there is a bias.
+
+    Linears that share an input are fused here too, where that makes the baseline faster.
 
     Args:
         traced: Graph with one bare NMLinear node for every layer; stays as it is.
@@ -80,8 +112,17 @@ def assemble_dense(
         InternalError: if nodes and layers do not belong together.
     """
     model = traced.clone()
-    for name, node in _linear_nodes(model, layers).items():
-        _replace_by_matmul(model.graph, node, name, weights(name))
+    bare = _linear_nodes(model, layers)
+    for site in _dense_sites(bare, layers):
+        node = _merged(model.graph, [bare[name] for name in site], site)
+        parts = [weights(name) for name in site]
+        columns = _side_by_side(
+            [
+                {"W": part.weight, **({} if part.bias is None else {"bias": part.bias})}
+                for part in parts
+            ]
+        )
+        _replace_by_matmul(model.graph, node, fused_name(site), columns)
     model.graph.opset_imports.pop(op_contract().domain, None)
     model.ir_version = IR_VERSION
     return model
@@ -119,6 +160,110 @@ def _named_linears(model: ir.Model) -> Iterator[tuple[str, ir.Node]]:
             yield node.attributes[LAYER_ATTRIBUTE].as_string(), node
 
 
+def _sites(nodes: Mapping[str, ir.Node], key: Callable[[str], Hashable]) -> list[tuple[str, ...]]:
+    """Names of linears that become one node, by input and key, in graph order."""
+    sites: dict[Hashable, list[str]] = {}
+    for name, node in nodes.items():
+        sites.setdefault((id(node.inputs[0]), key(name)), []).append(name)
+    return [tuple(names) for names in sites.values()]
+
+
+def _dense_sites(
+    nodes: Mapping[str, ir.Node], layers: Mapping[str, LayerSpec]
+) -> list[tuple[str, ...]]:
+    """The sites that a MatMul gains by; of the others, each linear alone."""
+    chosen: list[tuple[str, ...]] = []
+    for site in _sites(nodes, lambda _: None):
+        columns = sum(layers[name].out_features for name in site)
+        whole = columns <= _DENSE_COLUMNS_PER_CHANNEL * layers[site[0]].in_features
+        chosen += [site] if whole else [(name,) for name in site]
+    return chosen
+
+
+def _selection_key(layer: LayerSpec, tensors: Mapping[str, ir.TensorProtocol]) -> Hashable:
+    """Equal for layers that keep the same channels of the same input and correct them alike."""
+    constants = tuple(
+        (name, hashlib.sha256(tensors[name].tobytes()).digest())
+        for name in SELECTION_INPUTS
+        if name in tensors
+    )
+    flags = (layer.nm, layer.phase, layer.dynamic_shift, layer.variance_correction)
+    return (*flags, constants)
+
+
+def _merged(graph: ir.Graph, nodes: Sequence[ir.Node], names: Sequence[str]) -> ir.Node:
+    """One bare node in place of several with the same input, and the Split behind it."""
+    if len(nodes) == 1:
+        return nodes[0]
+    title = fused_name(names)
+    first = nodes[0]
+    merged = ir.Node(first.domain, first.op_type, [first.inputs[0]], name=title)
+    merged.metadata_props[LINEARS] = "\n".join(names)
+    shapes = [list(node.outputs[0].shape or ()) for node in nodes]
+    sizes = [static_size(node.outputs[0], -1) or 0 for node in nodes]
+    product = merged.outputs[0]
+    product.name = f"{title}.product"
+    product.type = first.outputs[0].type
+    product.shape = ir.Shape([*shapes[0][:-1], sum(sizes)])
+    split = ir.Node(
+        "",
+        "Split",
+        [product, _split_sizes(graph, sizes)],
+        [ir.AttrInt64("axis", -1)],
+        num_outputs=len(nodes),
+        name=f"{title}.split",
+    )
+    old = [node.outputs[0] for node in nodes]
+    ir.convenience.replace_nodes_and_values(
+        graph, first, nodes, [merged, split], old, split.outputs
+    )
+    return merged
+
+
+def _split_sizes(graph: ir.Graph, sizes: Sequence[int]) -> ir.Value:
+    """The constant that says where to cut; one for all nodes of the same sizes."""
+    name = "split_sizes_" + "_".join(str(size) for size in sizes)
+    known = graph.initializers.get(name)
+    return known or add_initializer(graph, name, ir.tensor(np.asarray(sizes, np.int64), name=name))
+
+
+def _side_by_side(
+    parts: Sequence[Mapping[str, ir.TensorProtocol]],
+) -> dict[str, ir.TensorProtocol]:
+    """Constants of one node from those of linears that select alike.
+
+    A bias that only some of them have is zero for the others.
+    """
+    if len(parts) == 1:
+        return dict(parts[0])
+    kinds = {kind for part in parts for kind in part}
+    merged = {kind: parts[0][kind] for kind in kinds - {*_COLUMN_INPUTS}}
+    for kind in _COLUMN_INPUTS:
+        if kind in kinds:
+            given = next(part[kind] for part in parts if kind in part)
+            merged[kind] = _joined([part.get(kind) or _zeros(part["W"], given) for part in parts])
+    return merged
+
+
+def _zeros(weight: ir.TensorProtocol, like: ir.TensorProtocol) -> ir.TensorProtocol:
+    """The bias of a linear that has none beside one that has."""
+    return ir.Tensor(np.zeros(weight.shape.numpy()[-1:], like.dtype.numpy()), dtype=like.dtype)
+
+
+def _joined(tensors: Sequence[ir.TensorProtocol]) -> ir.LazyTensor:
+    """Tensors joined along their last axis when they are written, not before."""
+    first = tensors[0]
+    columns = sum(tensor.shape.numpy()[-1] for tensor in tensors)
+
+    def read() -> ir.TensorProtocol:
+        arrays = [tensor.numpy() for tensor in tensors]
+        return ir.Tensor(np.concatenate(arrays, axis=-1), dtype=first.dtype)
+
+    return ir.LazyTensor(
+        read, dtype=first.dtype, shape=ir.Shape([*first.shape.numpy()[:-1], columns])
+    )
+
+
 def _attach_constants(
     graph: ir.Graph, node: ir.Node, name: str, tensors: Mapping[str, ir.TensorProtocol]
 ) -> None:
@@ -132,12 +277,12 @@ def _attach_constants(
     node.resize_inputs(1 + len(known))
     for index, key in enumerate(known, start=1):
         if key in tensors:
-            node.replace_input_with(index, _initializer(graph, f"{name}.{key}", tensors[key]))
+            node.replace_input_with(index, add_initializer(graph, f"{name}.{key}", tensors[key]))
 
 
-def _attach_attributes(node: ir.Node, layer: LayerSpec) -> None:
-    del node.attributes[LAYER_ATTRIBUTE]
-    node.name = layer.name
+def _attach_attributes(node: ir.Node, title: str, layer: LayerSpec) -> None:
+    node.attributes.pop(LAYER_ATTRIBUTE, None)
+    node.name = title
     for attribute in (
         ir.AttrInt64("n", layer.nm.n),
         ir.AttrInt64("m", layer.nm.m),
@@ -159,30 +304,19 @@ def _add_functions(model: ir.Model, nodes: Sequence[ir.Node]) -> None:
     model.ir_version = IR_VERSION
 
 
-def _replace_by_matmul(graph: ir.Graph, node: ir.Node, name: str, weights: DenseWeights) -> None:
-    weight = _initializer(graph, f"{name}.W", weights.weight)
+def _replace_by_matmul(
+    graph: ir.Graph, node: ir.Node, name: str, tensors: Mapping[str, ir.TensorProtocol]
+) -> None:
+    weight = add_initializer(graph, f"{name}.W", tensors["W"])
     product = ir.Node("", "MatMul", [node.inputs[0], weight], name=name)
+    product.metadata_props.update(node.metadata_props)
     nodes = [product]
-    if weights.bias is not None:
-        bias = _initializer(graph, f"{name}.bias", weights.bias)
-        nodes.append(ir.Node("", "Add", [product.outputs[0], bias], name=f"{name}.add_bias"))
-        product.outputs[0].name = f"{name}.product"
-        product.outputs[0].shape, product.outputs[0].type = (
-            node.outputs[0].shape,
-            node.outputs[0].type,
-        )
-    result = nodes[-1].outputs[0]
     old = node.outputs[0]
-    result.name, result.shape, result.type = old.name, old.shape, old.type
-    ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, [old], [result])
-
-
-def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    value = ir.Value(
-        name=name,
-        shape=ir.Shape(list(tensor.shape.numpy())),
-        type=ir.TensorType(tensor.dtype),
-        const_value=tensor,
+    if "bias" in tensors:
+        bias = add_initializer(graph, f"{name}.bias", tensors["bias"])
+        nodes.append(ir.Node("", "Add", [product.outputs[0], bias], name=f"{name}.add_bias"))
+        product.outputs[0].name = f"{name}.unbiased"
+        product.outputs[0].shape, product.outputs[0].type = old.shape, old.type
+    ir.convenience.replace_nodes_and_values(
+        graph, node, [node], nodes, [old], [nodes[-1].outputs[0]]
     )
-    graph.register_initializer(value)
-    return value

@@ -12,6 +12,7 @@ import onnx
 from nmexport.errors import ArtifactError, InternalError
 from nmexport.graph.assembly import ALIGNMENT, LINEAR
 from nmexport.graph.contract import check_node, op_contract
+from nmexport.graph.linears import PlacedLinear, fused_name, linears_of_node, placed_linears
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -35,18 +36,16 @@ def check_sparse(path: Path, layers: Mapping[str, LayerSpec]) -> None:
     """
     model = _checked(path)
     nodes = [node for node in model.graph.node if node.op_type == LINEAR]
-    if sorted(node.name for node in nodes) != sorted(layers):
-        raise InternalError(
-            f"{path} has {len(nodes)} {LINEAR} nodes that do not stand for the {len(layers)} "
-            "sparsified linears one by one."
-        )
+    _check_every_linear(path, nodes, layers)
+    placed = _placed(path, model.graph, LINEAR, op_contract().domain)
     shapes = {item.name: tuple(item.dims) for item in model.graph.initializer}
     for node in nodes:
         try:
             check_node(node)
         except ArtifactError as error:
             raise InternalError(f"{path}: {error}") from error
-        _check_weight(path, node, layers[node.name], shapes)
+        _check_weight(path, node, [layers[name] for name in linears_of_node(node)], shapes)
+    _check_columns(path, model.graph, placed, layers)
     _check_functions(path, model, nodes)
 
 
@@ -57,14 +56,57 @@ def check_dense(path: Path, layers: Mapping[str, LayerSpec]) -> None:
         InternalError: at the first thing that does not hold.
     """
     model = _checked(path)
-    named = {node.name for node in model.graph.node if node.op_type == "MatMul"}
+    named = _placed(path, model.graph, "MatMul", "")
     foreign = sorted({node.domain for node in model.graph.node} - {""})
-    missing = sorted(layers.keys() - named)
+    missing = sorted(layers.keys() - named.keys())
     if foreign or missing or model.functions:
         raise InternalError(
             f"{path} should be standard ONNX with a MatMul for every linear; foreign domains: "
             f"{foreign}; linears without one: {missing[:3]}."
         )
+
+
+def _check_every_linear(
+    path: Path, nodes: Sequence[onnx.NodeProto], layers: Mapping[str, LayerSpec]
+) -> None:
+    """The nodes stand for the layers, each for its own ones, none twice."""
+    found = sorted(name for node in nodes for name in linears_of_node(node))
+    named = all(node.name == fused_name(linears_of_node(node)) for node in nodes)
+    if found != sorted(layers) or not named:
+        raise InternalError(
+            f"{path} has {len(nodes)} {LINEAR} nodes that do not stand for the {len(layers)} "
+            "sparsified linears one by one."
+        )
+
+
+def _placed(
+    path: Path, graph: onnx.GraphProto, op_type: str, domain: str
+) -> dict[str, PlacedLinear]:
+    try:
+        return placed_linears(graph, op_type, domain=domain)
+    except ArtifactError as error:
+        raise InternalError(f"{path}: {error}") from error
+
+
+def _check_columns(
+    path: Path,
+    graph: onnx.GraphProto,
+    placed: Mapping[str, PlacedLinear],
+    layers: Mapping[str, LayerSpec],
+) -> None:
+    """A Split behind a fused node gives each linear as many columns as it has outputs."""
+    constants = {item.name: item for item in graph.initializer}
+    makers = {output: node for node in graph.node for output in node.output}
+    for linear in placed.values():
+        split = makers[linear.output]
+        if split is linear.node:
+            continue
+        sizes = onnx.numpy_helper.to_array(constants[split.input[1]]).tolist()
+        wanted = [layers[name].out_features for name in linears_of_node(linear.node)]
+        if sizes != wanted:
+            raise InternalError(
+                f"{path}: {linear.node.name} is cut into {sizes} columns, not {wanted}."
+            )
 
 
 def _checked(path: Path) -> onnx.ModelProto:
@@ -134,17 +176,22 @@ def _axes(item: onnx.ValueInfoProto) -> tuple[str | int, ...]:
 
 
 def _check_weight(
-    path: Path, node: onnx.NodeProto, layer: LayerSpec, shapes: Mapping[str, tuple[int, ...]]
+    path: Path,
+    node: onnx.NodeProto,
+    members: Sequence[LayerSpec],
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> None:
     """The node reads its own folded weight `[K, O]`, and the dense one did not travel along."""
-    if node.input[1] != f"{layer.name}.W":
-        raise InternalError(f"{path}: {layer.name} reads {node.input[1]}, not its own weight.")
-    if shapes.get(node.input[1]) != (layer.in_features, layer.out_features):
+    if node.input[1] != f"{node.name}.W":
+        raise InternalError(f"{path}: {node.name} reads {node.input[1]}, not its own weight.")
+    columns = sum(layer.out_features for layer in members)
+    if shapes.get(node.input[1]) != (members[0].in_features, columns):
         raise InternalError(
-            f"{path}: the weight of {layer.name} has shape {shapes.get(node.input[1])}."
+            f"{path}: the weight of {node.name} has shape {shapes.get(node.input[1])}."
         )
-    if f"{layer.name}.weight" in shapes:
-        raise InternalError(f"{path}: the dense weight of {layer.name} was left behind.")
+    left = [layer.name for layer in members if f"{layer.name}.weight" in shapes]
+    if left:
+        raise InternalError(f"{path}: the dense weight of {left[0]} was left behind.")
 
 
 def _check_functions(path: Path, model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> None:

@@ -30,8 +30,11 @@ class InputSpec:
     type: str
     """`T`, or the name of a fixed element type."""
     shape: tuple[str, ...]
-    """Symbols: `...` any leading axes, `K` in_features, `O` out_features, `1|K` either."""
+    """Symbols: `...` any leading axes, `K` in_features, `O` out_features, `1|K` either, `G` groups
+    of channels that share a scale."""
     optional: bool = False
+    alternatives: tuple[str, ...] = ()
+    """Element types that the input may have besides."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,8 @@ class OpContract:
     types: tuple[str, ...]
     ops: Mapping[str, OpSchema]
     variance_floor: float
+    scale_group: int
+    """Channels that share a scale of int8 weights are a multiple of this, or all of them."""
     tolerance: Tolerance
 
 
@@ -142,6 +147,7 @@ def contract_from_document(document: dict[str, Any]) -> OpContract:
         types=tuple(document["types"]),
         ops={name: _op_schema(name, entry) for name, entry in document["ops"].items()},
         variance_floor=document["variance_floor"],
+        scale_group=document["scale_group"],
         tolerance=Tolerance(**document["tolerance"]),
     )
 
@@ -259,7 +265,8 @@ def _op_schema(name: str, entry: dict[str, Any]) -> OpSchema:
 
 
 def _input_spec(row: dict[str, Any]) -> InputSpec:
-    return InputSpec(**{**row, "shape": tuple(row["shape"])})
+    tuples = {"shape": tuple(row["shape"]), "alternatives": tuple(row.get("alternatives", ()))}
+    return InputSpec(**{**row, **tuples})
 
 
 def _attribute_spec(row: dict[str, Any]) -> AttributeSpec:

@@ -173,7 +173,7 @@ def _linear_body(signature: Signature) -> list[str]:
     """Y = nu * (s @ W) + eta * shift_weight + bias, on the shifted token z."""
     lines = [
         "x = Cast <to: int = 1> (X)",
-        "w = Cast <to: int = 1> (W)",
+        *_weights(signature),
         "x_shape = Shape (X)",
         "last_axis = Constant <value_ints: ints = [-1]> ()",
         *_shifted(signature),
@@ -190,6 +190,27 @@ def _linear_body(signature: Signature) -> list[str]:
             *_variance_corrected(signature),
         ]
     return lines + _with_additions(signature)
+
+
+def _weights(signature: Signature) -> list[str]:
+    """`W [K, O]` -> `w` float32: int8 weights times the scales of their groups of channels."""
+    if not signature.has("weight_scale"):
+        return ["w = Cast <to: int = 1> (W)"]
+    return [
+        "levels = Cast <to: int = 1> (W)",
+        "w_shape = Shape (W)",
+        "scale_shape = Shape (weight_scale)",
+        "front = Constant <value_ints: ints = [0]> ()",
+        "middle = Constant <value_ints: ints = [1]> ()",
+        "scale_groups = Gather <axis: int = 0> (scale_shape, front)",
+        "columns = Gather <axis: int = 0> (scale_shape, middle)",
+        "rest = Constant <value_ints: ints = [-1]> ()",
+        "group_shape = Concat <axis: int = 0> (scale_groups, rest, columns)",
+        "grouped = Reshape (levels, group_shape)",  # [G, K / G, O]
+        "scales = Unsqueeze (weight_scale, middle)",  # [G, 1, O]
+        "scaled_groups = Mul (grouped, scales)",
+        "w = Reshape (scaled_groups, w_shape)",
+    ]
 
 
 def _shifted(signature: Signature) -> list[str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from nmexport.graph.initializers import add_initializer
 from nmexport.graph.matching import (
     int_attribute,
     integers,
@@ -149,12 +150,7 @@ def _half(table: ir.Value, size: int, halves: dict[ir.Value, ir.Value]) -> ir.Va
 
 
 def _int64_constant(graph: ir.Graph, name: str, item: int) -> ir.Value:
-    tensor = ir.tensor([item], dtype=ir.DataType.INT64, name=name)
-    value = ir.Value(
-        name=name, shape=ir.Shape([1]), type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
-    graph.register_initializer(value)
-    return value
+    return add_initializer(graph, name, ir.tensor([item], dtype=ir.DataType.INT64, name=name))
 
 
 def _replace(graph: ir.Graph, node: ir.Node, fused: ir.Node) -> None:

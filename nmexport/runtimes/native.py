@@ -73,6 +73,32 @@ def describe_library(path: Path) -> dict[str, Any]:
     return {**document, "variant": library.nmexport_variant().decode()}
 
 
+CUDA_PLANS_FILE = "cuda_plans.csv"
+"""Beside the library: plans measured on this machine's GPU by `nmexport bench cuda --save`."""
+
+
+def use_cuda_plans(path: Path) -> bool:
+    """Give the library the plans measured beside it; False where there are none.
+
+    They change speed alone: which kernel shape, and where a dense product is faster.
+
+    Raises:
+        EnvironmentFault: if the file is not such a table.
+    """
+    plans = path.with_name(CUDA_PLANS_FILE)
+    library = _load(path)
+    if not plans.is_file() or not hasattr(library, "nmexport_use_cuda_plans"):
+        return False
+    library.nmexport_use_cuda_plans.argtypes = [ctypes.c_char_p]
+    line = library.nmexport_use_cuda_plans(plans.read_bytes())
+    if line:
+        raise EnvironmentFault(
+            f"Line {line} of {plans} is no row of a table of CUDA plans.",
+            fix="delete the file, or measure again: nmexport bench cuda --save",
+        )
+    return True
+
+
 def use_variant(path: Path, name: str) -> bool:
     """Make this process use an instruction-set variant; False where the processor lacks it.
 
@@ -81,6 +107,17 @@ def use_variant(path: Path, name: str) -> bool:
     library = _load(path)
     library.nmexport_use_variant.argtypes = [ctypes.c_char_p]
     return bool(library.nmexport_use_variant(name.encode()))
+
+
+def read_memory(path: Path, address: int, size: int) -> int:
+    """Read `size` bytes in order, at the full speed of one thread; without the interpreter's lock.
+
+    Returns the exclusive or of whole 256-byte blocks' words: for measurements of bandwidth.
+    """
+    library = _load(path)
+    library.nmexport_read.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    library.nmexport_read.restype = ctypes.c_uint64
+    return int(library.nmexport_read(address, size))
 
 
 def _load(path: Path) -> ctypes.CDLL:

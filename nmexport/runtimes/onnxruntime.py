@@ -1,30 +1,41 @@
-"""One exported model on ONNX Runtime's CPU provider, with its KV cache."""
+"""One exported model on ONNX Runtime, on the CPU or a CUDA GPU, with its KV cache."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
+import ml_dtypes
 import numpy as np
 
 import onnxruntime
 from nmexport.artifact import file_digest
 from nmexport.environment import physical_cores
 from nmexport.errors import ArtifactError, EnvironmentFault
+from nmexport.runtimes.feeds import float32_from, positions_from_mask
+from nmexport.runtimes.session import Closing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from pathlib import Path
-    from types import TracebackType
 
     from numpy.typing import NDArray
 
 ENGINE_SCHEMA = 1
 RUNTIME = f"onnxruntime {onnxruntime.__version__}"
 """What runs the model, as reports name it."""
+# Whatever the engine runs on, its description says how the ONNX files run here.
+_DESCRIBED_FOR = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 _REBUILD = "run `nmexport engine` (or `nmexport build`) on this work directory again"
-_DEVICE = "cpu"
+_HOST = "cpu"
+Provider = Literal["cpu", "cuda"]
+"""Where a session computes; its cache lies there too."""
+_PROVIDERS: Mapping[Provider, list[Any]] = {
+    "cpu": ["CPUExecutionProvider"],
+    # What a device lacks a kernel for falls to the CPU. No TF32: parity is judged in float32.
+    "cuda": [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"],
+}
 _NUMPY_TYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
@@ -63,6 +74,7 @@ class _CacheSlot:
     heads: int
     head_dim: int
     element_type: int
+    element_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +87,13 @@ class Engine:
     """The sparse model."""
     dense_model: Path
     threads: int | None
+    provider: Provider
     session_config: Mapping[str, str]
     library_name: str | None
     """File name of the native op library, or None where the function bodies run."""
     library_digest: str | None
+    bundled_library: Path | None = None
+    """The library beside `engine.json`, where it travels with it."""
 
 
 def read_engine(path: Path) -> Engine:
@@ -93,25 +108,39 @@ def read_engine(path: Path) -> Engine:
     path = path if path.suffix == ".json" else path / "engine.json"
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        if document["schema"] != ENGINE_SCHEMA or document["runtime"] != "onnxruntime":
+        if document["schema"] != ENGINE_SCHEMA or document["runtime"] not in _DESCRIBED_FOR:
             raise ArtifactError(
                 f"{path} has schema {document['schema']} and runtime {document['runtime']}.",
-                allowed=f"schema {ENGINE_SCHEMA}, runtime onnxruntime",
+                allowed=f"schema {ENGINE_SCHEMA}, runtime {', '.join(_DESCRIBED_FOR)}",
                 fix=_REBUILD,
             )
         library = document["library"]
+        provider = document.get("provider", "cpu")
+        if provider not in get_args(Provider):
+            raise ArtifactError(
+                f"{path} names the provider {provider!r}.",
+                allowed=", ".join(get_args(Provider)),
+                fix=_REBUILD,
+            )
         return Engine(
             runtime=document["runtime"],
             runtime_version=document["runtime_version"],
             model=(path.parent / document["model"]).resolve(),
             dense_model=(path.parent / document["dense_model"]).resolve(),
             threads=document["threads"],
+            provider=provider,
             session_config=document["session_config"],
             library_name=library["file"] if library else None,
             library_digest=library["sha256"] if library else None,
+            bundled_library=_bundled(path.parent, library),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path} cannot be read: {error!r}", fix=_REBUILD) from error
+
+
+def _bundled(folder: Path, library: Mapping[str, str] | None) -> Path | None:
+    path = folder / library["file"] if library else None
+    return path if path is not None and path.is_file() else None
 
 
 def engine_library(engine: Engine) -> Path | None:
@@ -125,7 +154,7 @@ def engine_library(engine: Engine) -> Path | None:
         return None
     from nmexport.runtimes.native import require_library
 
-    library = require_library()
+    library = engine.bundled_library or require_library()
     if file_digest(library) != engine.library_digest:
         raise ArtifactError(
             f"The engine was made with another build of {engine.library_name} than {library}.",
@@ -133,6 +162,19 @@ def engine_library(engine: Engine) -> Path | None:
             fix=_REBUILD,
         )
     return library
+
+
+def choose_provider(library: Path | None) -> Provider:
+    """CUDA where ONNX Runtime has it, a GPU is here and the native library carries its kernels.
+
+    Without those kernels each sparse linear would fall back to its function body, op by op.
+    """
+    if library is None or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        return "cpu"
+    from nmexport.environment import probe
+    from nmexport.runtimes.native import describe_library
+
+    return "cuda" if probe().gpus and describe_library(library).get("cuda") else "cpu"
 
 
 def session_options(
@@ -172,21 +214,28 @@ def _register(options: onnxruntime.SessionOptions, library: Path) -> None:
 
 
 def open_session(
-    model: Path | bytes, options: onnxruntime.SessionOptions
+    model: Path | bytes, options: onnxruntime.SessionOptions, provider: Provider = "cpu"
 ) -> onnxruntime.InferenceSession:
     """Open a model file, or a serialised model.
 
     Raises:
         ArtifactError: if the model is missing, corrupt, or not runnable by this runtime.
+        EnvironmentFault: if the provider does not work here.
     """
+    from nmexport.runtimes.native import find_library, use_cuda_plans
+
     name = "An instrumented copy of the model" if isinstance(model, bytes) else str(model)
     if not isinstance(model, bytes) and not model.is_file():
         raise ArtifactError(f"{model} does not exist.", fix="run `nmexport export`")
+    if provider == "cuda":
+        _preload_cuda()
+        if (library := find_library()) is not None:
+            use_cuda_plans(library)
     try:
-        return onnxruntime.InferenceSession(
+        session = onnxruntime.InferenceSession(
             model if isinstance(model, bytes) else str(model),
             options,
-            providers=["CPUExecutionProvider"],
+            providers=_PROVIDERS[provider],
         )
     except Exception as error:  # see _register
         raise ArtifactError(
@@ -194,6 +243,41 @@ def open_session(
             fix="run `nmexport export --force export`; if it stays, the model needs an op or type "
             "that this runtime lacks",
         ) from error
+    wanted = "CUDAExecutionProvider" if provider == "cuda" else "CPUExecutionProvider"
+    if wanted not in session.get_providers():  # ONNX Runtime only warns and goes on without it
+        raise EnvironmentFault(
+            f"ONNX Runtime {onnxruntime.__version__} could not start {wanted}.",
+            allowed=", ".join(onnxruntime.get_available_providers()),
+            fix="install onnxruntime-gpu with the CUDA and cuDNN that it was built for, or build "
+            "the engine again on the CPU",
+        )
+    return session
+
+
+def open_cuda_graph(
+    model: bytes, options: onnxruntime.SessionOptions
+) -> onnxruntime.InferenceSession:
+    """Open a serialised model whose runs, of one shape and one binding, replay a CUDA graph.
+
+    Raises:
+        EnvironmentFault: if the CUDA provider does not work here.
+    """
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise EnvironmentFault(
+            f"ONNX Runtime {onnxruntime.__version__} has no CUDA provider.",
+            allowed=", ".join(onnxruntime.get_available_providers()),
+            fix="install onnxruntime-gpu in place of onnxruntime",
+        )
+    _preload_cuda()
+    provider = ("CUDAExecutionProvider", {"enable_cuda_graph": "1"})
+    return onnxruntime.InferenceSession(model, options, providers=[provider])
+
+
+def _preload_cuda() -> None:
+    """Load CUDA's libraries from Python packages, where ONNX Runtime can do that by itself."""
+    preload = getattr(onnxruntime, "preload_dlls", None)
+    if preload is not None:
+        preload()
 
 
 def _cache_slots(session: onnxruntime.InferenceSession) -> tuple[_CacheSlot, ...]:
@@ -217,30 +301,13 @@ def _cache_slots(session: onnxruntime.InferenceSession) -> tuple[_CacheSlot, ...
                 heads=heads,
                 head_dim=head_dim,
                 element_type=_ONNX_TYPES[value.type],
+                element_bytes=_NUMPY_TYPES[value.type].itemsize,
             )
         )
     return tuple(slots)
 
 
-def _float32_from(buffer: NDArray[Any], onnx_type: str) -> NDArray[np.float32]:
-    if onnx_type == "tensor(bfloat16)":  # the upper half of a float32
-        widened = buffer.astype(np.uint32) << np.uint32(16)
-        return cast("NDArray[np.float32]", widened.view(np.float32))
-    return buffer.astype(np.float32, copy=False)
-
-
-def positions_from_mask(mask: NDArray[np.int64], new_tokens: int) -> NDArray[np.int64]:
-    """Position ids of the last `new_tokens` columns, `[B, S]`, counted from the first real token.
-
-    Args:
-        mask: Attention mask `[B, P + S]`; 0 marks padding on the left.
-        new_tokens: S.
-    """
-    positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
-    return np.ascontiguousarray(positions[:, mask.shape[1] - new_tokens :])
-
-
-class OrtSession:
+class OrtSession(Closing):
     """A model with its KV cache; implements `runtimes.session.Session`.
 
     The cache stays inside ONNX Runtime: what one run gives out is bound as the next run's input,
@@ -254,6 +321,7 @@ class OrtSession:
         library: Path | None = None,
         threads: int | None = None,
         config: Mapping[str, str] = SESSION_CONFIG,
+        provider: Provider = "cpu",
     ) -> None:
         """Open the model.
 
@@ -263,14 +331,17 @@ class OrtSession:
             library: Native op library to register; None runs the function bodies in the file.
             threads: Intra-op threads; None takes the physical cores this process may use.
             config: ONNX Runtime session configuration entries.
+            provider: Where to compute.
 
         Raises:
-            EnvironmentFault: if the library is missing or does not load.
+            EnvironmentFault: if the library is missing or does not load, or the provider does not
+                work here.
             ArtifactError: if the model is missing or corrupt, or its cache has foreign names.
         """
         self.threads = threads or physical_cores()
         options = session_options(library=library, threads=self.threads, config=config)
-        self._session: onnxruntime.InferenceSession | None = open_session(model, options)
+        self._device: Provider = provider
+        self._session: onnxruntime.InferenceSession | None = open_session(model, options, provider)
         self._slots = _cache_slots(self._session)
         self._inputs = {value.name for value in self._session.get_inputs()}
         logits = {value.name: value for value in self._session.get_outputs()}.get("logits")
@@ -301,12 +372,26 @@ class OrtSession:
             library=None if dense else engine_library(engine),
             threads=engine.threads,
             config=engine.session_config,
+            provider=engine.provider,
         )
+
+    @property
+    def runtime(self) -> str:
+        """What runs the model, with its version."""
+        return RUNTIME
 
     @property
     def vocabulary_size(self) -> int:
         """Width of the logits."""
         return self._vocabulary_size
+
+    @property
+    def element_type(self) -> np.dtype[Any]:
+        """T: the type of activations."""
+        if self._logits_type == "tensor(bfloat16)":
+            bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+            return bfloat16
+        return _NUMPY_TYPES[self._logits_type]
 
     @property
     def state(self) -> CacheState:
@@ -345,28 +430,37 @@ class OrtSession:
         mask = np.concatenate([self.state.mask, np.ones_like(input_ids)], axis=1)
         return self._run(input_ids, mask)
 
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """What one token of one sequence takes in a cache."""
+        return sum(slot.heads * slot.head_dim * slot.element_bytes for slot in self._slots)
+
+    def extend(
+        self, cache: CacheState | None, input_ids: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], CacheState]:
+        """Run tokens `[1, S]` of one sequence on its own cache; see `runtimes.session.Extendable`.
+
+        The session's own cache, `state`, is left as it was.
+        """
+        own, watched = self._state, self.watched
+        no_mask = np.ones((input_ids.shape[0], 0), np.int64)
+        before = cache or CacheState(past=self._empty_past(input_ids.shape[0]), mask=no_mask)
+        mask = np.concatenate([before.mask, np.ones_like(input_ids)], axis=1)
+        self._state = before
+        try:
+            return self._run(input_ids, mask), self.state
+        finally:
+            self._state, self.watched = own, watched
+
     def close(self) -> None:
         """Free the model and its cache."""
         self._state = None
         self._session = None
 
-    def __enter__(self) -> Self:
-        """Return self."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close."""
-        self.close()
-
     def _empty_past(self, batch: int) -> tuple[Any, ...]:
         return tuple(
             onnxruntime.OrtValue.ortvalue_from_shape_and_type(
-                [batch, slot.heads, 0, slot.head_dim], slot.element_type, _DEVICE
+                [batch, slot.heads, 0, slot.head_dim], slot.element_type, self._device
             )
             for slot in self._slots
         )
@@ -395,16 +489,16 @@ class OrtSession:
         )
         binding.bind_output(
             "logits",
-            _DEVICE,
+            _HOST,
             0,
             _ONNX_TYPES[self._logits_type],
             list(logits.shape),
             logits.ctypes.data,
         )
         for slot in self._slots:
-            binding.bind_output(slot.present, _DEVICE)
+            binding.bind_output(slot.present, self._device)
         for name in self._watched_names:
-            binding.bind_output(name, _DEVICE)
+            binding.bind_output(name, _HOST)
         session.run_with_iobinding(binding)
         outputs = binding.get_outputs()[1:]
         self._state = CacheState(past=tuple(outputs[: len(self._slots)]), mask=mask)
@@ -412,4 +506,4 @@ class OrtSession:
         self.watched = {
             name: value.numpy() for name, value in zip(self._watched_names, watched, strict=True)
         }
-        return _float32_from(logits, self._logits_type)
+        return float32_from(logits, is_bfloat16=self._logits_type == "tensor(bfloat16)")

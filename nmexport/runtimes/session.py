@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, Self
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeGuard
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     import numpy as np
     from numpy.typing import NDArray
+
+
+class Closing(ABC):
+    """Something that is closed at the end of a `with` block, whatever ended it."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free what is held."""
+
+    def __enter__(self) -> Self:
+        """Return self."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close."""
+        self.close()
 
 
 class Session(Protocol):
@@ -42,4 +64,69 @@ class Session(Protocol):
         trace: TracebackType | None,
     ) -> None:
         """Close."""
+        ...
+
+
+class Resumable(Session, Protocol):
+    """A session whose cache can be handed to another session of the same architecture."""
+
+    @property
+    def state(self) -> Any:
+        """The cache as it stands; later runs do not change it."""
+        ...
+
+    def restore(self, state: Any) -> None:
+        """Continue from a cache."""
+        ...
+
+
+class Timed(Resumable, Protocol):
+    """A session whose runs a report describes."""
+
+    @property
+    def runtime(self) -> str:
+        """What runs the model, with its version."""
+        ...
+
+    @property
+    def threads(self) -> int | None:
+        """Processor threads that it computes with; None where a GPU computes."""
+        ...
+
+
+def is_resumable(session: Session) -> TypeGuard[Resumable]:
+    """Whether a session hands over caches; asks its class, since a new session has no cache."""
+    return hasattr(type(session), "restore")
+
+
+class Extendable(Protocol):
+    """A session that keeps many sequences apart: each has a cache, which the caller holds."""
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Width of the logits."""
+        ...
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """What one token of one sequence takes in a cache."""
+        ...
+
+    def extend(
+        self, cache: Any | None, input_ids: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], Any]:
+        """Run tokens `[1, S]` of one sequence after those in its cache.
+
+        Args:
+            cache: What the call before gave out for this sequence; None begins one. It must not
+                be used again.
+            input_ids: Token ids `[1, S]`.
+
+        Returns:
+            Logits `[1, S, V]`, and the cache with these tokens in it; dropping it frees it.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the model."""
         ...

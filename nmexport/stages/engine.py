@@ -2,7 +2,9 @@
 
 For ONNX Runtime that is a choice of options, the native library pinned by its digest, and a check
 that the model opens and computes. No optimised copy of the graph is kept: the runtime's own passes
-take little of the time that opening takes, and a copy would double the weights on disk.
+take little of the time that opening takes, and a copy would double the weights on disk. For
+TensorRT it is a plan of the sparse model and one of the dense model; `engine.json` describes the
+ONNX files in both cases, as they run wherever the plan does not.
 """
 
 from __future__ import annotations
@@ -14,14 +16,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from nmexport.artifact import file_digest
-from nmexport.errors import ArtifactError, EnvironmentFault
+from nmexport.errors import ArtifactError, EnvironmentFault, RecipeError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from nmexport.recipe import Target
     from nmexport.runtimes.onnxruntime import Engine
+    from nmexport.runtimes.tensorrt_library import TensorRTTarget
     from nmexport.stages.inputs import StageInputs
+
+Runtime = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
+RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
+"""GPUs that TensorRT-RTX runs on."""
 
 UPSTREAM = ("export",)
 FILENAME = "engine.json"
@@ -46,70 +54,142 @@ class Artifact:
         return read_engine(self.path)
 
 
-def resolve_target(target: Target) -> Literal["onnxruntime"]:
+def resolve_target(target: Target) -> Runtime:
     """The runtime that a recipe's target means on this machine.
 
-    Raises:
-        EnvironmentFault: if this version cannot build for the target.
+    `auto` is TensorRT where its package, a GPU and the plugin library are here, TensorRT-RTX where
+    those of its own are, and ONNX Runtime elsewhere.
     """
-    if target in {"auto", "onnxruntime"}:
+    from nmexport.runtimes import tensorrt_library
+
+    if target != "auto":
+        return target
+    if tensorrt_library.find_plugin() is None or not tensorrt_library.gpu_is_usable():
         return "onnxruntime"
-    raise EnvironmentFault(
-        f"Target {target} is not available in this version of nmexport.",
-        allowed="auto, onnxruntime",
-        fix="use --target onnxruntime; the exported ONNX file carries what TensorRT will need",
-    )
+    return next((one for one in tensorrt_library.TARGETS if _loads(one)), "onnxruntime")
+
+
+def _loads(target: TensorRTTarget) -> bool:
+    from nmexport.runtimes import tensorrt_library
+
+    try:
+        tensorrt_library.load(target)
+    except EnvironmentFault:
+        return False
+    return target == "tensorrt" or tensorrt_library.compute_capability() in RTX_CAPABILITIES
 
 
 def key_fields(inputs: StageInputs) -> dict[str, Any]:
     """Everything besides the exported model that decides the engine.
 
     Raises:
-        EnvironmentFault: if this version cannot build for the target.
+        RecipeError: if the target needs the dense baseline, which the recipe leaves out.
     """
-    return {
-        "target": resolve_target(inputs.recipe.target),
+    target = resolve_target(inputs.recipe.target)
+    if target != "onnxruntime" and not inputs.recipe.model.dense_baseline:
+        raise RecipeError(
+            f"Target {target} builds a dense engine too, and there is no dense baseline.",
+            fix="leave out --no-dense-baseline, or use --target onnxruntime",
+        )
+    fields = {
+        "target": target,
         "onnxruntime": inputs.environment.version("onnxruntime"),
         "threads": inputs.recipe.latency.threads,
         "device": inputs.environment.cpu,
         "library": _library_entry(_library()),
     }
+    if target == "onnxruntime":
+        return {**fields, "gpus": [gpu.name for gpu in inputs.environment.gpus]}
+    from nmexport.engines.profiles import limits_from
+    from nmexport.runtimes import tensorrt_library
+
+    return {
+        **fields,
+        target: inputs.environment.version(target),
+        "gpus": [gpu.name for gpu in inputs.environment.gpus],
+        "engine": inputs.recipe.engine.model_dump(mode="json"),
+        "limits": vars(limits_from(inputs.recipe)),
+        "plugin": _library_entry(tensorrt_library.find_plugin()),
+    }
 
 
 def run(inputs: StageInputs) -> dict[str, Any]:
-    """Write `engine.json` and check that what it describes opens and computes.
+    """Write `engine.json` and what it describes, and check that it opens and computes.
 
     Raises:
-        EnvironmentFault: if the target or its runtime does not work here.
-        ArtifactError: if the exported model cannot be opened, or computes no finite logits.
+        EnvironmentFault: if the target, its runtime or its native library does not work here.
+        ArtifactError: if the exported model cannot be opened, computes no finite logits, or is
+            refused by TensorRT.
+        InternalError: if a TensorRT engine is not what was asked for.
     """
-    from nmexport.runtimes.onnxruntime import ENGINE_SCHEMA, SESSION_CONFIG
+    target = resolve_target(inputs.recipe.target)
+    if target == "onnxruntime":
+        return _run_onnxruntime(inputs)
+    return _run_tensorrt(inputs, target)
 
+
+def _run_tensorrt(inputs: StageInputs, target: TensorRTTarget) -> dict[str, Any]:
+    from nmexport.engines.pair import build_pair
+    from nmexport.runtimes.tensorrt_engine import SECTION
+
+    built = build_pair(
+        target=target,
+        recipe=inputs.recipe,
+        environment=inputs.environment,
+        export=inputs.upstream["export"],
+        output=inputs.output,
+        progress=inputs.progress,
+    )
+    document = {
+        **_description(inputs, _library()),
+        "runtime": target,
+        "runtime_version": built.engine.version,
+        SECTION: built.engine.as_dict(),
+    }
+    _write(inputs, document)
+    return built.metrics
+
+
+def _run_onnxruntime(inputs: StageInputs) -> dict[str, Any]:
     library = _library()
     if library is None:
         inputs.progress.note(f"engine: {NO_LIBRARY}")
-    document = {
-        "schema": ENGINE_SCHEMA,
-        "runtime": resolve_target(inputs.recipe.target),
-        "runtime_version": inputs.environment.version("onnxruntime"),
-        "model": _relative(inputs, "model.onnx"),
-        "dense_model": _relative(inputs, "dense/model.onnx"),
-        "threads": inputs.recipe.latency.threads,
-        "session_config": dict(SESSION_CONFIG),
-        "library": _library_entry(library),
-        "why_no_library": None if library else NO_LIBRARY,
-    }
-    text = json.dumps(document, indent=1) + "\n"
-    (inputs.output / FILENAME).write_text(text, encoding="utf-8")
+    document = _description(inputs, library)
+    _write(inputs, document)
     return {
         "target": document["runtime"],
         "library": library.name if library else None,
         "why_no_library": document["why_no_library"],
         "open_seconds": {
             "sparse": _load_check(inputs.output, dense=False),
-            "dense": _load_check(inputs.output, dense=True),
+            "dense": _load_check(inputs.output, dense=True)
+            if inputs.recipe.model.dense_baseline
+            else None,
         },
     }
+
+
+def _description(inputs: StageInputs, library: Path | None) -> dict[str, Any]:
+    """How the ONNX files run on ONNX Runtime."""
+    from nmexport.runtimes.onnxruntime import ENGINE_SCHEMA, SESSION_CONFIG, choose_provider
+
+    return {
+        "schema": ENGINE_SCHEMA,
+        "runtime": "onnxruntime",
+        "runtime_version": inputs.environment.version("onnxruntime"),
+        "model": _relative(inputs, "model.onnx"),
+        "dense_model": _relative(inputs, "dense/model.onnx"),
+        "threads": inputs.recipe.latency.threads,
+        "provider": choose_provider(library),
+        "session_config": dict(SESSION_CONFIG),
+        "library": _library_entry(library),
+        "why_no_library": None if library else NO_LIBRARY,
+    }
+
+
+def _write(inputs: StageInputs, document: Mapping[str, Any]) -> None:
+    text = json.dumps(document, indent=1) + "\n"
+    (inputs.output / FILENAME).write_text(text, encoding="utf-8")
 
 
 def _library() -> Path | None:

@@ -1,0 +1,1 @@
+"""Building TensorRT engines: shapes, profiles, the builder, the audit of what it built."""

@@ -1,0 +1,304 @@
+"""One plan from one ONNX graph: parse, configure, build, with progress, log and a way to stop.
+
+Polygraphy makes the builder configuration, runs the builder, and locks and merges the timing
+cache. It parses files only, and the graph here is in no file, so the parser is called directly.
+"""
+
+from __future__ import annotations
+
+import queue
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from nmexport.errors import ArtifactError, EnvironmentFault, NmexportError
+from nmexport.runtimes import tensorrt_library
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from concurrent.futures import Future
+    from pathlib import Path
+
+    from nmexport.engines.profiles import Profile
+    from nmexport.progress import Progress
+    from nmexport.runtimes.tensorrt_library import TensorRTTarget
+
+_POLL_SECONDS = 0.2
+NO_TIMING_CACHE = "TensorRT-RTX times nothing while it builds: it compiles on the user's GPU"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What to build."""
+
+    target: TensorRTTarget
+    model: bytes
+    """A serialised ONNX graph."""
+    weights_beside: Path
+    """The file that the graph came from; its external data lies beside it."""
+    profiles: Sequence[Profile]
+    compute_capabilities: tuple[str, ...] = ()
+    """None is the GPU of this machine."""
+    plugin: Path | None = None
+    """The plugin library; None where the graph needs none."""
+    embed_plugin: bool = False
+    timing_cache: Path | None = None
+    label: str = "engine"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkLayer:
+    """A layer of the parsed network."""
+
+    name: str
+    kind: str
+    """TensorRT's name of its type, such as `PLUGIN_V3`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the builder made."""
+
+    data: bytes
+    layers: tuple[NetworkLayer, ...]
+    parse_seconds: float
+    build_seconds: float
+    log: tuple[str, ...] = field(repr=False)
+
+
+def build(order: Order, progress: Progress) -> Plan:
+    """Build one plan.
+
+    Raises:
+        EnvironmentFault: if TensorRT, its Python package's partner Polygraphy, or the plugin
+            library is missing here, or no GPU is here and none was named.
+        ArtifactError: if the parser or the builder refuses the graph; names the node where our
+            plugin did.
+    """
+    trt = tensorrt_library.load(order.target)
+    _check_device(order)
+    logger = tensorrt_library.logger_of(order.target)
+    logger.forget()
+    try:
+        with tensorrt_library.quiet():
+            return _build(trt, logger, order, progress)
+    except NmexportError:
+        raise
+    except Exception as error:  # the bindings raise what they please
+        raise _refused("cannot build this", logger.errors or [str(error)]) from error
+
+
+def _build(trt: Any, logger: Any, order: Order, progress: Progress) -> Plan:
+    if order.plugin is not None:
+        tensorrt_library.prepare_parser(order.target)
+    builder = trt.Builder(logger)
+    if order.plugin is not None:
+        tensorrt_library.register_plugin(order.target, order.plugin)
+    # Strong typing is the only typing from version 11 on, where the flag says nothing new.
+    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network = builder.create_network(flags)
+    began = time.monotonic()
+    _parse(trt, logger, network, order)
+    parsed = time.monotonic()
+    monitor = _monitor_of(trt)
+    make = _builder_run(trt, (builder, network), order, monitor)
+    try:
+        data = _followed(make, monitor, order.label, progress)
+    except _polygraphy_exception() as error:
+        raise _refused("does not build the graph", logger.errors or [str(error)]) from error
+    return Plan(
+        data=data,
+        layers=_layers(network),
+        parse_seconds=round(parsed - began, 3),
+        build_seconds=round(time.monotonic() - parsed, 3),
+        log=tuple(logger.lines),
+    )
+
+
+def _check_device(order: Order) -> None:
+    several = order.target == "tensorrt" and order.compute_capabilities
+    if several:
+        raise EnvironmentFault(
+            f"TensorRT builds for the GPU it runs on, not for "
+            f"{', '.join(order.compute_capabilities)}.",
+            allowed="no --compute-capability",
+            fix="--target tensorrt-rtx builds for other GPUs",
+        )
+    if not order.compute_capabilities and not tensorrt_library.gpu_is_usable():
+        raise EnvironmentFault(
+            f"No GPU is here, and target {order.target} was told of none to build for.",
+            allowed="--target tensorrt-rtx with --compute-capability 8.0, 8.6, 8.9 or 12.0",
+            fix="name one, for example --target tensorrt-rtx --compute-capability 8.9",
+        )
+
+
+def _parse(trt: Any, logger: Any, network: Any, order: Order) -> None:
+    parser = trt.OnnxParser(network, logger)
+    if order.plugin is not None:
+        parser.set_flag(trt.OnnxParserFlag.ENABLE_PLUGIN_OVERRIDE)
+    if parser.parse(order.model, str(order.weights_beside)):
+        return
+    faults = [parser.get_error(index) for index in range(parser.num_errors)]
+    told = [f"node {fault.node_name()}: {fault.desc()}" for fault in faults]
+    ours = [line for line in logger.errors if line.startswith("nmexport ")]
+    raise _refused("does not take the graph", [*ours, *told] or logger.errors)
+
+
+def _refused(what: str, errors: Sequence[str]) -> ArtifactError:
+    told = list(tensorrt_library.ours_first(list(errors)))
+    shown = "\n".join(f"  {line}" for line in told[:5]) or "  it gives no reason"
+    return ArtifactError(
+        f"TensorRT {what}:\n{shown}",
+        fix="the whole log is in the message above and in build.log; "
+        "`nmexport doctor` shows versions",
+    )
+
+
+def _layers(network: Any) -> tuple[NetworkLayer, ...]:
+    layers = (network.get_layer(index) for index in range(network.num_layers))
+    return tuple(
+        NetworkLayer(name=layer.name, kind=str(layer.type).rpartition(".")[2]) for layer in layers
+    )
+
+
+# -- Polygraphy -----------------------------------------------------------------------------------
+
+
+def _polygraphy(target: TensorRTTarget) -> Any:
+    """Polygraphy's TensorRT backend, set to the target.
+
+    Raises:
+        EnvironmentFault: if it is missing, or was loaded for the other product before.
+    """
+    is_rtx = target == "tensorrt-rtx"
+    try:
+        from polygraphy import config
+
+        if "polygraphy.backend.trt" in sys.modules and is_rtx != config.USE_TENSORRT_RTX:
+            raise EnvironmentFault(
+                "This process has built for the other TensorRT product already.",
+                fix="build for each target in a process of its own",
+            )
+        config.USE_TENSORRT_RTX = is_rtx
+        from polygraphy.backend import trt as backend
+    except ImportError as error:
+        raise EnvironmentFault(
+            f"Target {target} needs the Python package polygraphy: {error}",
+            fix="pip install polygraphy",
+        ) from error
+    return backend
+
+
+def _polygraphy_exception() -> type[Exception]:
+    from polygraphy.exception import PolygraphyException
+
+    kind: type[Exception] = PolygraphyException
+    return kind
+
+
+def _builder_run(
+    trt: Any, network: tuple[Any, Any], order: Order, monitor: Any
+) -> Callable[[], bytes]:
+    """A function that runs the builder, given `(builder, network)`."""
+    backend = _polygraphy(order.target)
+    from polygraphy.logger import G_LOGGER
+
+    make = backend.EngineBytesFromNetwork(
+        network,
+        config=_configuration(trt, backend, order, monitor),
+        save_timing_cache=None if order.timing_cache is None else str(order.timing_cache),
+    )
+
+    def made() -> bytes:
+        # What matters of its messages comes through our own logger.
+        with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
+            return bytes(make())
+
+    return made
+
+
+def _configuration(trt: Any, backend: Any, order: Order, monitor: Any) -> Any:
+    """A function that makes the builder configuration."""
+    common = {
+        "profiles": [_polygraphy_profile(backend, profile) for profile in order.profiles],
+        "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,
+        "progress_monitor": monitor,
+        "load_timing_cache": None if order.timing_cache is None else str(order.timing_cache),
+    }
+    if order.target == "tensorrt-rtx":
+        from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+
+        pairs = [tuple(map(int, text.split("."))) for text in order.compute_capabilities]
+        config = CreateConfigRTX(
+            compute_capabilities=pairs or None, use_gpu=None if pairs else True, **common
+        )
+    else:
+        config = backend.CreateConfig(**common)
+    if not (order.embed_plugin and order.plugin):
+        return config
+
+    def with_plugin(builder: Any, network: Any) -> Any:
+        made = config(builder, network)
+        made.plugins_to_serialize = [str(order.plugin)]
+        return made
+
+    return with_plugin
+
+
+def _polygraphy_profile(backend: Any, profile: Profile) -> Any:
+    made = backend.Profile()
+    for name, (least, best, largest) in profile.shapes.items():
+        made.add(name, min=least, opt=best, max=largest)
+    return made
+
+
+# -- progress -------------------------------------------------------------------------------------
+
+
+def _monitor_of(trt: Any) -> Any:
+    """A TensorRT progress monitor that queues the steps of the outermost phase."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # a class known at run time only
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: queue.SimpleQueue[int] = queue.SimpleQueue()
+            self.total = 0
+            self.outermost: str | None = None
+            self.stopped = False
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            if parent is None:
+                self.outermost, self.total = name, steps
+
+        def step_complete(self, name: str, step: int) -> bool:
+            if name == self.outermost:
+                self.steps.put(step)
+            return not self.stopped
+
+        def phase_finish(self, name: str) -> None:
+            del name
+
+    return Monitor()
+
+
+def _followed(make: Callable[[], bytes], monitor: Any, label: str, progress: Progress) -> bytes:
+    """Run the builder in a thread of its own and show its steps; an interrupt stops it."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="tensorrt-build") as pool:
+        future: Future[bytes] = pool.submit(make)
+        try:
+            for _ in progress.track(_steps(future, monitor), label=label):
+                pass
+        except BaseException:
+            monitor.stopped = True  # the builder ends at its next step, and the pool waits for it
+            raise
+        return future.result()
+
+
+def _steps(future: Future[bytes], monitor: Any) -> Iterator[int]:
+    while not (future.done() and monitor.steps.empty()):
+        try:
+            yield monitor.steps.get(timeout=_POLL_SECONDS)
+        except queue.Empty:
+            continue

@@ -1,0 +1,378 @@
+"""Engines by the real TensorRT-RTX builder, without a GPU; what it refuses; the audit.
+
+The plugin here is the real adapter on kernels that only take notes: the builder cannot tell.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from nmexport.engines import building, layer_audit, pair
+from nmexport.engines.building import NetworkLayer, Order
+from nmexport.engines.profiles import Limits, Profile, limits_from, profiles_for
+from nmexport.engines.timing_cache import timing_cache_path
+from nmexport.environment import probe
+from nmexport.errors import ArtifactError, EnvironmentFault, InternalError, RecipeError
+from nmexport.graph.tensorrt import for_tensorrt
+from nmexport.models.source import ModelSource
+from nmexport.progress import Silent
+from nmexport.recipe import EngineSection, EvaluationSection, LatencySection, ModelSection, Recipe
+from nmexport.runtimes import opening, tensorrt_engine, tensorrt_library
+from nmexport.stages import engine
+from nmexport.stages.inputs import StageInputs
+from onnx import TensorProto, helper, numpy_helper
+
+from tests.exported import export_folder
+from tests.plugin_build import built
+from tests.tiny import FAMILIES, save_tiny_model
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+RECIPE = Recipe(
+    model=ModelSection(id="tiny", dtype="float16"),
+    target="tensorrt-rtx",
+    evaluation=EvaluationSection(length=32, generate_tokens=8),
+    latency=LatencySection(prefill_tokens=16, decode_context=16),
+    engine=EngineSection(compute_capabilities=("8.9",), max_batch=2, max_context=64),
+)
+
+
+@pytest.fixture(scope="session")
+def recording_plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("tensorrt_rtx", reason="the package tensorrt-rtx is not installed")
+    pytest.importorskip("polygraphy", reason="the package polygraphy is not installed")
+    return built("build_recording_plugin", tmp_path_factory.mktemp("plugin"))
+
+
+@pytest.fixture
+def plugin(recording_plugin: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tensorrt_library, "_FOLDER", recording_plugin.parent)
+    return recording_plugin
+
+
+@pytest.fixture(scope="session")
+def half_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("half-llama")
+    return export_folder(tiny_llama, folder, dtype="float16").folder
+
+
+def stage_inputs(tmp_path: Path, export: Path, recipe: Recipe = RECIPE) -> StageInputs:
+    output = tmp_path / "engine" / "0123456789ab.partial-1"
+    output.mkdir(parents=True)
+    source = ModelSource(id="tiny", revision=None, folder=tmp_path, gguf_file=None, digest="0" * 64)
+    return StageInputs(
+        recipe=recipe,
+        source=source,
+        environment=probe(),
+        progress=Silent(),
+        output=output,
+        upstream={"export": export},
+    )
+
+
+def order_of(model: onnx.ModelProto, folder: Path, plugin: Path | None, **changes: Any) -> Order:
+    shapes = {
+        value.name: tuple((1, tokens, 32) for tokens in (1, 4, 8)) for value in model.graph.input
+    }
+    order = Order(
+        target="tensorrt-rtx",
+        model=model.SerializeToString(),
+        weights_beside=folder / "model.onnx",
+        profiles=[Profile(name="all", shapes=shapes)],
+        compute_capabilities=("8.9",),
+        plugin=plugin,
+    )
+    return replace(order, **changes)
+
+
+def linear(
+    *, w: np.ndarray | None = None, inputs: tuple[str, ...] = ("x", "W"), **attributes: Any
+) -> onnx.ModelProto:
+    """One NMLinear of 32 channels in float16."""
+    w = np.ones((32, 16), np.float16) if w is None else w
+    given = {"n": 8, "m": 16, **attributes}
+    node = helper.make_node("NMLinear", inputs, ["y"], name="block.3", domain="nmexport", **given)
+    tensor, half = helper.make_tensor_value_info, TensorProto.FLOAT16
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [tensor("x", half, ["B", "S", 32])],
+        [tensor("y", half, ["B", "S", 16])],
+        [numpy_helper.from_array(w, "W")],
+    )
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("nmexport", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+# -- the stage --------------------------------------------------------------------------------
+
+
+def test_the_stage_builds_both_engines_and_says_what_they_are(
+    tmp_path: Path, half_llama: Path, plugin: Path
+) -> None:
+    inputs = stage_inputs(tmp_path, half_llama)
+    metrics = engine.run(inputs)
+    for name in ("model.plan", "dense.plan", "layers.json", "build.log", "engine.json"):
+        assert (inputs.output / name).stat().st_size > 0
+    nodes = pair.sparse_nodes(for_tensorrt(half_llama / "model.onnx", capacity=64).model)
+    assert metrics["plugin_layers"] == {"0": len(nodes), "1": len(nodes)}
+    assert (metrics["attention"], metrics["cache"]) == ("fused", "in place")
+    assert metrics["why_no_timing_cache"]
+    layers = json.loads((inputs.output / "layers.json").read_text())
+    assert layers["source"] == "plan"
+    assert (layers["attention_layers"], layers["cache_updates"]) == (2, 4)
+    described = tensorrt_engine.read_tensorrt_engine(inputs.output)
+    assert described.target == "tensorrt-rtx"
+    assert described.compute_capabilities == ("8.9",)
+    assert described.profiles == ("prefill", "decode")
+    assert described.plugin.sha256
+    # The same description still says how the ONNX file runs elsewhere.
+    why = opening.why_not_here(inputs.output)
+    assert why is not None
+    with pytest.raises(EnvironmentFault):
+        opening.open_session(inputs.output)
+    assert opening.runtime_of(inputs.output) == "tensorrt-rtx"
+
+
+def test_what_decides_an_engine_is_in_its_key(
+    tmp_path: Path, half_llama: Path, plugin: Path
+) -> None:
+    inputs = stage_inputs(tmp_path, half_llama)
+    key = engine.key_fields(inputs)
+    assert key["plugin"]["sha256"]
+    assert key["tensorrt-rtx"]
+    other = RECIPE.model_copy(update={"engine": EngineSection(compute_capabilities=("8.0",))})
+    assert engine.key_fields(replace(inputs, recipe=other)) != key
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.slow
+def test_every_family_builds(tmp_path: Path, plugin: Path, family: str, dtype: str) -> None:
+    save_tiny_model(tmp_path / "model", family)
+    export = tmp_path / "export"
+    export.mkdir()
+    export_folder(tmp_path / "model", export, dtype=dtype)
+    model = ModelSection(id="tiny", dtype=dtype)  # type: ignore[arg-type]
+    recipe = RECIPE.model_copy(update={"model": model})
+    metrics = engine.run(stage_inputs(tmp_path, export, recipe))
+    assert metrics["cache"] == "in place"
+    assert metrics["plugin_layers"]["0"] == metrics["plugin_layers"]["1"] > 0
+
+
+def test_the_plugin_travels_inside_the_plan(tmp_path: Path, plugin: Path) -> None:
+    order = order_of(linear(), tmp_path, plugin)
+    bare, carrying = (
+        building.build(replace(order, embed_plugin=embedded), Silent()).data
+        for embedded in (False, True)
+    )
+    library = plugin.read_bytes()
+    assert library[:4096] in carrying
+    assert library[:4096] not in bare
+
+
+def test_one_plan_for_several_gpus(tmp_path: Path, plugin: Path) -> None:
+    order = order_of(linear(), tmp_path, plugin, compute_capabilities=("8.0", "12.0"))
+    plan = building.build(order, Silent())
+    assert layer_audit.planned_plugin_layers(plan.data)
+
+
+def test_the_librarys_description_has_what_readers_expect(recording_plugin: Path) -> None:
+    described = tensorrt_library.describe_plugin(recording_plugin)
+    keys = {"version", "tensorrt_headers", "cuda", "architectures", "plugin_version"}
+    assert set(described) == keys
+    assert described["plugin_version"] == "1"
+
+
+# -- refusals ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (linear(n=0), r'NMLinear "block.3": field n is 0; allowed: an integer from 1 to 64'),
+        (linear(m=24), r'"block.3": input X has 32 channels.*a positive multiple of field m, 24'),
+        (linear(phase="sometimes"), r'"block.3": field phase is "sometimes"; allowed: .*decode'),
+        (linear(w=np.ones((32, 16), np.float32)), r"input W is float32; allowed: float16"),
+        (linear(w=np.ones((16, 32), np.float16)), r"input W has shape \[16, 32\]; allowed: \[K, O"),
+        (linear(dynamic_shift=1), r"dynamic_shift is 1 and input shift_weight is missing"),
+        (linear(present_inputs="X,weights"), r'present_inputs is "X,weights".*"weights" does not'),
+    ],
+)
+def test_a_wrong_node_is_named_with_field_value_and_what_is_allowed(
+    tmp_path: Path, plugin: Path, model: onnx.ModelProto, said: str
+) -> None:
+    with pytest.raises(ArtifactError, match=said):
+        building.build(order_of(model, tmp_path, plugin), Silent())
+    # The process lives on, and builds the next one.
+    assert building.build(order_of(linear(), tmp_path, plugin), Silent()).data
+
+
+def test_an_unknown_gpu_is_refused(tmp_path: Path, plugin: Path) -> None:
+    order = order_of(linear(), tmp_path, plugin, compute_capabilities=("9.0",))
+    with pytest.raises(ArtifactError, match=r"9\.0|SM90"):
+        building.build(order, Silent())
+
+
+def test_without_a_gpu_one_must_be_named(
+    tmp_path: Path, plugin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_library, "gpu_is_usable", lambda: False)
+    order = order_of(linear(), tmp_path, plugin, compute_capabilities=())
+    with pytest.raises(EnvironmentFault, match="--compute-capability"):
+        building.build(order, Silent())
+
+
+def test_full_tensorrt_builds_for_its_own_gpu_alone(tmp_path: Path) -> None:
+    order = order_of(linear(), tmp_path, None, target="tensorrt")
+    with pytest.raises(EnvironmentFault, match="tensorrt"):
+        building.build(order, Silent())
+
+
+def test_without_the_link_the_parser_is_not_tried(
+    tmp_path: Path, plugin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_library, "_is_loaded", lambda _: False)
+    monkeypatch.setattr(tensorrt_library, "NAME_LIBRARY", "libmissing.so")
+    with pytest.raises(EnvironmentFault, match=r"libmissing\.so.*\n.*\n.*make plugin"):
+        building.build(order_of(linear(), tmp_path, plugin), Silent())
+
+
+def test_a_plugin_of_another_version_is_refused(
+    tmp_path: Path, plugin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_library, "__version__", "7.7.7")
+    with pytest.raises(EnvironmentFault, match=r"is version .*\nAllowed: 7\.7\.7"):
+        building.build(order_of(linear(), tmp_path, plugin), Silent())
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tensorrt_library._MODULES, "tensorrt", "nmexport_no_such_module")
+    with pytest.raises(EnvironmentFault, match="pip install tensorrt"):
+        tensorrt_library.load("tensorrt")
+
+
+def test_an_old_package_is_refused(recording_plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tensorrt_library._OLDEST, "tensorrt-rtx", "99.0")
+    with pytest.raises(EnvironmentFault, match=r"99\.0 or later"):
+        tensorrt_library.load("tensorrt-rtx")
+
+
+def test_an_interrupt_stops_the_builder(tmp_path: Path, plugin: Path) -> None:
+    class Interrupting(Silent):
+        def track(self, items: Any, *, label: str, total: int | None = None) -> Any:
+            for _ in items:
+                raise KeyboardInterrupt
+            yield
+
+    with pytest.raises(KeyboardInterrupt):
+        building.build(order_of(linear(), tmp_path, plugin), Interrupting())
+    assert building.build(order_of(linear(), tmp_path, plugin), Silent()).data
+
+
+# -- profiles, audit, description --------------------------------------------------------------
+
+
+def test_profiles_cover_what_the_recipe_measures() -> None:
+    limits = limits_from(Recipe(model=ModelSection(id="m")))
+    assert limits.max_sequence == 512
+    assert limits.max_context >= 512
+    assert limits.max_context % 64 == 0
+    assert limits.best_sequence == 128
+    axes = {
+        "input_ids": ("batch_size", "sequence_length"),
+        "past": ("batch_size", 2, "past_sequence_length", 16),
+        "mask": ("batch_size", "total_sequence_length"),
+    }
+    sizes = Limits(max_batch=4, max_sequence=8, max_context=20, best_sequence=5, best_context=9)
+    prefill, decode = profiles_for(axes, sizes)
+    assert prefill.shapes["input_ids"] == ((1, 1), (1, 5), (4, 8))
+    assert decode.shapes["input_ids"] == ((1, 1), (1, 1), (4, 1))
+    assert decode.shapes["past"] == ((1, 2, 0, 16), (1, 2, 9, 16), (4, 2, 19, 16))
+    assert decode.shapes["mask"] == ((1, 1), (1, 10), (4, 20))
+
+
+def test_a_run_longer_than_the_context_is_refused() -> None:
+    section = EngineSection(max_context=64, max_sequence=128)
+    with pytest.raises(RecipeError, match="at most 64"):
+        limits_from(Recipe(model=ModelSection(id="m"), engine=section))
+
+
+def layers(*names: str) -> list[NetworkLayer]:
+    return [NetworkLayer(name=name, kind="PLUGIN_V3") for name in names]
+
+
+def audited(**changes: Any) -> layer_audit.LayerAudit:
+    given: dict[str, Any] = {
+        "network": layers("a", "b"),
+        "plan": b'custom_layer={ name="a" } custom_layer={ name="b" }',
+        "inspector": None,
+        "nodes": ["a", "b"],
+        "weight_bytes": 1000,
+    }
+    return layer_audit.audit(**{**given, **changes})
+
+
+def test_the_audit_hears_the_best_witness_there_is() -> None:
+    assert audited().source == "plan"
+    assert audited(plan=b"").source == "network"
+    assert "no execution graph" in str(audited(plan=b"").why)
+    told = json.dumps(
+        {
+            "Layers": [
+                {"Name": "a", "LayerType": "PluginV3"},
+                {"Name": "b [profile 1]", "LayerType": "PluginV3"},
+                {"Name": "b", "LayerType": "PluginV3"},
+                {"Name": "a [profile 1]", "LayerType": "PluginV3"},
+                {"Name": "other", "LayerType": "kgen"},
+            ]
+        }
+    )
+    heard = audited(inspector=told)
+    assert (heard.source, heard.why) == ("inspector", None)
+    assert heard.plugin_layers == {"0": 2, "1": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"network": layers("a")}, r"network.*1 plugin layers for 2.*missing b"),
+        ({"network": layers("a", "b", "b")}, r"beyond them b"),
+        ({"plan": b'custom_layer={ name="a" }'}, r"plan, profile 0.*missing b"),
+        ({"plan": bytes(40_000_000)}, r"more than once"),
+    ],
+)
+def test_an_engine_that_is_not_what_was_asked_for_is_refused(
+    changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InternalError, match=said):
+        audited(**changes)
+
+
+def test_timings_are_kept_by_runtime_version_and_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    paths = {
+        timing_cache_path(runtime="tensorrt", version=version, device=device)
+        for version in ("10.14.1", "11.0")
+        for device in ("NVIDIA L4", "NVIDIA H100 80GB")
+    }
+    assert len(paths) == 4
+    assert all(path.parent.is_dir() and path.is_relative_to(tmp_path) for path in paths)
+    assert Counter(path.suffix for path in paths) == {".timing": 4}
+
+
+def test_weights_are_counted_once(half_llama: Path) -> None:
+    model = for_tensorrt(half_llama / "model.onnx", capacity=64).model
+    data = (half_llama / "model.onnx.data").stat().st_size
+    assert 0.9 * data < pair.weight_bytes(model) < 1.1 * data
+    assert isinstance(model, ir.Model)

@@ -1,0 +1,213 @@
+"""The TensorRT session's own logic, on a fake engine that computes with ONNX Runtime."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from nmexport.engines.pair import input_axes
+from nmexport.engines.profiles import Limits, profiles_for
+from nmexport.errors import ArtifactError, UserError
+from nmexport.graph.tensorrt import for_tensorrt
+from nmexport.runtimes.onnxruntime import OrtSession
+from nmexport.runtimes.session import is_resumable
+from nmexport.runtimes.tensorrt import TensorRTSession
+from nmexport.runtimes.tensorrt_engine import PluginRecord, TensorRTEngine
+
+from tests.exported import export_folder
+from tests.fake_tensorrt import HostDevice, fake_module, fake_plan
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LIMITS = Limits(max_batch=3, max_sequence=8, max_context=24, best_sequence=8, best_context=8)
+RNG = np.random.default_rng(0)
+IDS = RNG.integers(3, 300, (2, 20))
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_folder(tiny_llama, tmp_path_factory.mktemp("export")).dense_model
+
+
+@pytest.fixture(params=[True, False], ids=["in place", "concatenated"])
+def session(request: pytest.FixtureRequest, exported: Path) -> TensorRTSession:
+    return open_fake(exported, in_place=request.param)
+
+
+def open_fake(model: Path, *, in_place: bool, device: HostDevice | None = None) -> TensorRTSession:
+    rewritten = for_tensorrt(model, capacity=LIMITS.max_context if in_place else None)
+    assert rewritten.in_place is in_place
+    profiles = [dict(p.shapes) for p in profiles_for(input_axes(rewritten.model), LIMITS)]
+    device = device or HostDevice()
+    return TensorRTSession(
+        trt=fake_module(device),
+        plan=fake_plan(
+            ir.to_proto(rewritten.model).SerializeToString(),
+            model.parent,
+            profiles,
+            in_place=in_place,
+        ),
+        engine=description(in_place=in_place),
+        device=device,
+        logger=SimpleNamespace(errors=[]),
+    )
+
+
+def description(*, in_place: bool) -> TensorRTEngine:
+    return TensorRTEngine(
+        target="tensorrt-rtx",
+        version="99",
+        dtype="float32",
+        compute_capabilities=("8.9",),
+        in_place_cache=in_place,
+        why_not_in_place=None if in_place else "not asked for",
+        attention="fused",
+        max_batch=LIMITS.max_batch,
+        max_sequence=LIMITS.max_sequence,
+        max_context=LIMITS.max_context,
+        profiles=("prefill", "decode"),
+        plugin=PluginRecord(file="x.so", sha256="0" * 64, version="1", embedded=False),
+    )
+
+
+def close(got: np.ndarray, wanted: np.ndarray) -> None:
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prompt_and_its_continuation_are_onnx_runtimes(
+    session: TensorRTSession, exported: Path
+) -> None:
+    with OrtSession(exported, threads=1) as wanted, session:
+        assert session.vocabulary_size == wanted.vocabulary_size
+        close(session.prefill(IDS[:, :7]), wanted.prefill(IDS[:, :7]))
+        for at in range(7, 14):
+            column = IDS[:, at : at + 1]
+            close(session.decode_step(column), wanted.decode_step(column))
+
+
+def test_a_prompt_longer_than_a_run_goes_in_pieces(
+    session: TensorRTSession, exported: Path
+) -> None:
+    with OrtSession(exported, threads=1) as wanted, session:
+        close(session.prefill(IDS), wanted.prefill(IDS))
+        close(session.decode_step(IDS[:, :1]), wanted.decode_step(IDS[:, :1]))
+
+
+def test_padding_on_the_left_counts_for_nothing(session: TensorRTSession, exported: Path) -> None:
+    mask = np.ones((2, 6), np.int64)
+    mask[1, :2] = 0
+    with OrtSession(exported, threads=1) as wanted, session:
+        ours, theirs = session.prefill(IDS[:, :6], mask), wanted.prefill(IDS[:, :6], mask)
+        close(ours[0], theirs[0])
+        close(ours[1, 2:], theirs[1, 2:])
+        close(session.decode_step(IDS[:, 6:7]), wanted.decode_step(IDS[:, 6:7]))
+
+
+def test_a_new_prompt_forgets_the_old_one(session: TensorRTSession) -> None:
+    with session:
+        first = session.prefill(IDS[:, :5])
+        session.prefill(IDS[:, 5:12])
+        close(session.prefill(IDS[:, :5]), first)
+        one = session.prefill(IDS[:1, :5])  # another batch: other buffers
+        close(one, first[:1])
+
+
+def test_a_state_survives_what_follows_and_goes_to_another_session(
+    session: TensorRTSession, exported: Path
+) -> None:
+    in_place = session._described.in_place_cache
+    with session, open_fake(exported, in_place=in_place) as other:
+        assert is_resumable(session)
+        session.prefill(IDS[:, :6])
+        state = session.state
+        wanted = session.decode_step(IDS[:, 6:7])
+        session.prefill(IDS[:, 9:12])
+        session.restore(state)
+        close(session.decode_step(IDS[:, 6:7]), wanted)
+        other.restore(state)
+        close(other.decode_step(IDS[:, 6:7]), wanted)
+        session.restore(state)
+        close(session.decode_step(IDS[:, 6:7]), wanted)
+
+
+def test_decode_steps_are_recorded_once_and_replayed(exported: Path) -> None:
+    device = HostDevice()
+    with open_fake(exported, in_place=True, device=device) as session:
+        session.prefill(IDS[:1, :4])
+        for at in range(4, 9):
+            session.decode_step(IDS[:1, at : at + 1])
+        assert device.launches == 4  # all but the first
+        session.prefill(IDS[:, :4])  # another batch is recorded anew
+        session.decode_step(IDS[:, 4:5])
+        assert device.launches == 4
+
+
+def test_what_cannot_be_recorded_still_runs(exported: Path) -> None:
+    device = HostDevice(capturable=False)
+    with (
+        open_fake(exported, in_place=True, device=device) as session,
+        OrtSession(exported, threads=1) as wanted,
+    ):
+        session.prefill(IDS[:1, :4])
+        wanted.prefill(IDS[:1, :4])
+        for at in range(4, 7):
+            column = IDS[:1, at : at + 1]
+            close(session.decode_step(column), wanted.decode_step(column))
+    assert device.launches == 0
+
+
+def test_more_than_the_engine_holds_is_refused(session: TensorRTSession) -> None:
+    with session:
+        with pytest.raises(UserError, match="at most 3"):
+            session.prefill(np.ones((4, 2), np.int64))
+        with pytest.raises(UserError, match=r"at most 24.*\n.*max_context"):
+            session.prefill(np.ones((1, 25), np.int64))
+        session.prefill(np.ones((1, 24), np.int64))
+        with pytest.raises(UserError, match="25 tokens"):
+            session.decode_step(np.ones((1, 1), np.int64))
+        with pytest.raises(UserError, match="2 sequences go on where 1"):
+            session.decode_step(np.ones((2, 1), np.int64))
+
+
+def test_nothing_decodes_before_a_prompt(session: TensorRTSession) -> None:
+    with session, pytest.raises(RuntimeError, match="before the first prefill"):
+        session.decode_step(IDS[:, :1])
+
+
+def test_closing_frees_the_device(exported: Path) -> None:
+    device = HostDevice()
+    session = open_fake(exported, in_place=True, device=device)
+    session.prefill(IDS[:, :5])
+    state = session.state
+    session.close()
+    del session
+    gc.collect()
+    assert len(device.live) == len(state.buffers)
+    del state
+    gc.collect()
+    assert not device.live
+
+
+def test_a_broken_plan_is_refused_with_the_runtimes_words(exported: Path) -> None:
+    device = HostDevice()
+    with pytest.raises(ArtifactError, match="the plan is broken"):
+        TensorRTSession(
+            trt=fake_module(device),
+            plan=b"broken",
+            engine=description(in_place=True),
+            device=device,
+            logger=SimpleNamespace(errors=[]),
+        )
+
+
+def test_shapes_outside_the_profile_are_told(exported: Path) -> None:
+    session = open_fake(exported, in_place=True)
+    session._described = replace(session._described, max_sequence=16)  # more than was built for
+    with session, pytest.raises(ArtifactError, match=r"input_ids .*\(1, 16\) outside"):
+        session.prefill(IDS[:1, :16])

@@ -1,0 +1,236 @@
+"""Reading a TensorRT engine's description, refusing what cannot run, opening, CUDA's calls."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from nmexport.artifact import file_digest
+from nmexport.errors import ArtifactError, EnvironmentFault
+from nmexport.runtimes import opening, tensorrt_engine, tensorrt_library
+from nmexport.runtimes.cuda_memory import CudaDevice
+from nmexport.stages import engine as engine_stage
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+ENGINE: dict[str, Any] = {
+    "target": "tensorrt-rtx",
+    "version": "1.7.1",
+    "dtype": "float16",
+    "compute_capabilities": ["8.9"],
+    "in_place_cache": True,
+    "why_not_in_place": None,
+    "attention": "fused",
+    "max_batch": 1,
+    "max_sequence": 8,
+    "max_context": 16,
+    "profiles": ["prefill", "decode"],
+    "plugin": {"file": "x.so", "sha256": "0" * 64, "version": "1", "embedded": False},
+}
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    document = {
+        "schema": 1,
+        "runtime": "tensorrt-rtx",
+        "tensorrt": {**ENGINE, **changes.pop("tensorrt", {})},
+        **changes,
+    }
+    (folder / "engine.json").write_text(json.dumps(document))
+    return folder
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A machine that can run the engine; the path of its plugin library."""
+    library = tmp_path / tensorrt_library.PLUGIN
+    library.write_bytes(b"the plugin")
+    monkeypatch.setattr(tensorrt_library, "_FOLDER", tmp_path)
+    monkeypatch.setattr(tensorrt_library, "gpu_is_usable", lambda: True)
+    monkeypatch.setattr(tensorrt_library, "compute_capability", lambda: "8.9")
+    module = SimpleNamespace(__version__="1.7.1")
+    monkeypatch.setattr(tensorrt_library, "load", lambda _: module)
+    return library
+
+
+def plugin(library: Path) -> dict[str, Any]:
+    return {"plugin": {**ENGINE["plugin"], "sha256": file_digest(library)}}
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    read = tensorrt_engine.read_tensorrt_engine(write(tmp_path))
+    assert read.profiles == ("prefill", "decode")
+    assert json.loads(json.dumps(read.as_dict())) == ENGINE
+    assert tensorrt_engine.read_tensorrt_engine(tmp_path / "engine.json") == read
+
+
+@pytest.mark.parametrize(
+    "changes", [{"runtime": "onnxruntime"}, {"tensorrt": {"plugin": 3}}, {"tensorrt": {"odd": 1}}]
+)
+def test_foreign_descriptions_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(ArtifactError, match=r"engine\.json"):
+        tensorrt_engine.read_tensorrt_engine(write(tmp_path, **changes))
+
+
+def test_an_engine_that_fits_the_machine_runs(tmp_path: Path, machine: Path) -> None:
+    assert tensorrt_engine.why_not_runnable(write(tmp_path, tensorrt=plugin(machine))) is None
+    assert opening.why_not_here(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"version": "1.6"}, r"built by tensorrt-rtx 1\.6; installed is 1\.7\.1"),
+        ({"compute_capabilities": ["12.0"]}, r"compute capability 8\.9"),
+        ({}, "another build of x.so"),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    tmp_path: Path, machine: Path, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises((EnvironmentFault, ArtifactError), match=said):
+        tensorrt_engine.check_runnable(
+            tensorrt_engine.read_tensorrt_engine(write(tmp_path, tensorrt=changes))
+        )
+
+
+def test_an_embedded_plugin_needs_no_file(tmp_path: Path, machine: Path) -> None:
+    machine.unlink()
+    embedded = {"plugin": {**ENGINE["plugin"], "embedded": True}}
+    read = tensorrt_engine.read_tensorrt_engine(write(tmp_path, tensorrt=embedded))
+    assert tensorrt_engine.engine_plugin(read) is None
+    plain = tensorrt_engine.read_tensorrt_engine(write(tmp_path))
+    with pytest.raises(EnvironmentFault, match="make plugin"):
+        tensorrt_engine.engine_plugin(plain)
+
+
+def test_opening_says_what_is_wrong_with_the_description(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"engine\.json cannot be read"):
+        opening.open_session(tmp_path)
+
+
+def test_auto_takes_the_fastest_that_works(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert engine_stage.resolve_target("auto") == "tensorrt"
+
+    def only_rtx(target: str) -> Any:
+        if target == "tensorrt":
+            raise EnvironmentFault("not installed")
+        return SimpleNamespace(__version__="1.7.1")
+
+    monkeypatch.setattr(tensorrt_library, "load", only_rtx)
+    assert engine_stage.resolve_target("auto") == "tensorrt-rtx"
+    monkeypatch.setattr(tensorrt_library, "compute_capability", lambda: "9.0")
+    assert engine_stage.resolve_target("auto") == "onnxruntime"
+    monkeypatch.setattr(tensorrt_library, "gpu_is_usable", lambda: False)
+    assert engine_stage.resolve_target("auto") == "onnxruntime"
+    assert engine_stage.resolve_target("tensorrt") == "tensorrt"
+
+
+# -- CUDA's calls -------------------------------------------------------------------------------
+
+
+class FakeRuntime(ModuleType):
+    """cuda.bindings.runtime that notes its calls; `failing` names one that fails."""
+
+    cudaStreamNonBlocking = 1  # noqa: N815 (CUDA's name)
+    cudaMemcpyKind = SimpleNamespace(  # noqa: N815
+        cudaMemcpyHostToDevice="up", cudaMemcpyDeviceToHost="down", cudaMemcpyDeviceToDevice="over"
+    )
+    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)  # noqa: N815
+
+    def __init__(self) -> None:
+        super().__init__("cuda.bindings.runtime")
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+        self.failing = ""
+        self.answers = {
+            "cudaStreamCreateWithFlags": (7,),
+            "cudaMalloc": (4096,),
+            "cudaStreamEndCapture": ("graph",),
+            "cudaGraphInstantiate": ("executable",),
+            "cudaGetErrorString": (b"out of memory",),
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("cuda"):
+            raise AttributeError(name)
+
+        def call(*arguments: Any) -> tuple[Any, ...]:
+            self.calls.append((name, arguments))
+            return (2 if name == self.failing else 0, *self.answers.get(name, ()))
+
+        return call
+
+    def names(self) -> list[str]:
+        return [name for name, _ in self.calls]
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
+    runtime = FakeRuntime()
+    package, bindings = ModuleType("cuda"), ModuleType("cuda.bindings")
+    bindings.runtime = runtime  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cuda", package)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", runtime)
+    return runtime
+
+
+def test_memory_is_zeroed_copied_and_freed(cuda: FakeRuntime) -> None:
+    device = CudaDevice()
+    assert device.stream == 7
+    buffer = device.allocate(64)
+    array = np.zeros(8, np.int64)
+    device.upload(array, buffer)
+    device.download(buffer, array)
+    device.copy(buffer, buffer, 64)
+    copies = [arguments for name, arguments in cuda.calls if name == "cudaMemcpyAsync"]
+    assert [kind for *_, kind, _ in copies] == ["up", "down", "over"]
+    assert copies[0][:3] == (4096, array.ctypes.data, 64)
+    assert ("cudaMemsetAsync", (4096, 0, 64, 7)) in cuda.calls
+    assert cuda.names().count("cudaStreamSynchronize") == 1  # the download waits
+    del buffer
+    assert cuda.calls[-1] == ("cudaFree", (4096,))
+
+
+def test_a_graph_is_recorded_launched_and_destroyed(cuda: FakeRuntime) -> None:
+    device = CudaDevice()
+    graph = device.captured(lambda: cuda.calls.append(("work", ())))
+    begun = cuda.names().index("cudaStreamBeginCapture")
+    assert cuda.names()[begun : begun + 5] == [
+        "cudaStreamBeginCapture",
+        "work",
+        "cudaStreamEndCapture",
+        "cudaGraphInstantiate",
+        "cudaGraphDestroy",
+    ]
+    graph.launch()
+    assert cuda.calls[-1] == ("cudaGraphLaunch", ("executable", 7))
+    del graph
+    assert cuda.calls[-1] == ("cudaGraphExecDestroy", ("executable",))
+
+
+def test_a_capture_ends_whatever_happens(cuda: FakeRuntime) -> None:
+    def broken() -> None:
+        raise ArtifactError("no")
+
+    with pytest.raises(ArtifactError):
+        CudaDevice().captured(broken)
+    assert cuda.names()[-1] == "cudaStreamEndCapture"
+
+
+@pytest.mark.parametrize("call", ["cudaMalloc", "cudaSetDevice"])
+def test_what_cuda_refuses_is_told_in_its_words(cuda: FakeRuntime, call: str) -> None:
+    cuda.failing = call
+    with pytest.raises(EnvironmentFault, match="out of memory"):
+        CudaDevice().allocate(1)
+
+
+def test_without_cuda_python_its_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(EnvironmentFault, match="pip install cuda-bindings"):
+        CudaDevice()
