@@ -13,7 +13,8 @@ an empty line (its rows may be lines of one text). Each window starts with the b
 token where the model's tokenizer puts one before any text (Llama 2 and 3, Mistral, Gemma; not
 SmolLM2 or Qwen), and has the given length with it. Evaluation takes the first windows; calibration
 draws windows at random, without replacement, seeded, and where both name one corpus, from what
-evaluation leaves.
+evaluation leaves. Beside a named corpus, part of the calibration samples is written by the model:
+constants that are learned on one kind of text alone serve others worse.
 
 Arrays here are NumPy's: naming or checking a corpus must not cost an import of torch.
 """
@@ -23,6 +24,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -57,6 +59,18 @@ _POOL = 4
 _CHARACTERS_A_TOKEN = 5
 
 
+@dataclass(frozen=True)
+class Samples:
+    """What calibration reads, `[samples, length]` int64 each, and nothing twice."""
+
+    corpus: TokenIds
+    """Windows of the named corpus; none where that is `self`."""
+    written: TokenIds
+    """What the model wrote itself."""
+    further: TokenIds
+    """Windows of the corpus that only learned constants are learned from."""
+
+
 def load_samples(
     section: CorpusSection,
     tokenizer: Any,
@@ -64,35 +78,45 @@ def load_samples(
     *,
     seed: int,
     reserved_tokens: int = 0,
-) -> TokenIds:
+) -> Samples:
     """Calibration samples.
 
     Args:
-        section: Corpus, how many samples, how long.
+        section: Corpus, how many samples, how long, and the share that the model writes.
         tokenizer: The model's.
-        self_text: Generates text where the corpus is `self`; else not called.
-        seed: Of the draw, or of the generated text.
+        self_text: Generates text; not called where the model's share is none.
+        seed: Of the draw, and of the generated text.
         reserved_tokens: Tokens at the start of the corpus that evaluation uses.
-
-    Returns:
-        `[samples, length]` int64.
 
     Raises:
         CorpusError: if the text is missing, malformed, or too short for that many samples.
         EnvironmentFault: if the hub cannot be reached or the `datasets` package is missing.
     """
-    if section.corpus == SELF:
-        return self_text(section.samples, section.length, _split_seed(seed, "calibration"))
-    wanted = reserved_tokens + _POOL * section.samples * section.length
+    count, length = section.samples, section.length
+    own = count if section.corpus == SELF else round(count * section.self_share)
+    drawn = np.empty((0, length), dtype=np.int64)
+    if own < count:  # first: what is wrong with a corpus is said before the text is generated
+        drawn = _drawn(section, count - own, tokenizer, seed, reserved_tokens)
+    written = drawn[:0]
+    if own:
+        written = self_text(own, length, _split_seed(seed, "calibration"))
+    return Samples(drawn[: count - own], written, drawn[count - own :])
+
+
+def _drawn(
+    section: CorpusSection, needed: int, tokenizer: Any, seed: int, reserved_tokens: int
+) -> TokenIds:
+    """Windows of the corpus in random order, as many as needed or further ones up to a limit."""
+    most = needed + section.learning_samples
+    wanted = reserved_tokens + (_POOL * needed + section.learning_samples) * section.length
     stream = _token_stream(section.corpus, tokenizer, "calibration", wanted)
     windows = _windows(stream[reserved_tokens:], section.length, _prefix(tokenizer))
-    if len(windows) < section.samples:
+    if len(windows) < needed:
         raise _too_short(
-            section.corpus, stream.size, section.samples, section.length, len(windows),
+            section.corpus, stream.size, needed, section.length, len(windows),
             options=("--calib-samples", "--calib-length"), reserved=reserved_tokens,
         )  # fmt: skip
-    drawn = np.random.default_rng(seed).permutation(len(windows))[: section.samples]
-    return windows[drawn]
+    return windows[np.random.default_rng(seed).permutation(len(windows))[:most]]
 
 
 def evaluation_windows(

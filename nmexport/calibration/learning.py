@@ -21,13 +21,21 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from nmexport.calibration.passes import _hooked
 from nmexport.calibration.sensitivity import activations_carry_gradients
 from nmexport.errors import CorpusError, ModelError
-from nmexport.models.swap import replace_linears
-from nmexport.sparsity.learned import PARTS, Corrections, LearnedLinear, Part, Spread
+from nmexport.models.swap import swapped
+from nmexport.sparsity.learned import (
+    RANK,
+    Corrections,
+    InputSite,
+    LearnedLinear,
+    Spread,
+)
+from nmexport.sparsity.parts import PARTS, Part
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from nmexport.calibration.checkpoint import Checkpoint
     from nmexport.progress import Progress
@@ -36,6 +44,7 @@ if TYPE_CHECKING:
 Effort = Literal["fast", "standard", "thorough"]
 
 _BETAS = (0.9, 0.99)
+_SEEDS = 1_000_003  # a prime: seeds of one run never meet those of another
 _WARMUP = 5
 _CHECKPOINT_EVERY = 20
 _HELD_OUT_POINTS = 8
@@ -55,10 +64,12 @@ class LearningSettings:
     """Chunks a step."""
     length: int = 256
     """Tokens a chunk; longer samples are cut."""
-    rate: float = 0.003
+    rate: float = 0.002
     """Largest step of a parameter of size 1, see Spread; warmed up, then falling as a cosine."""
     seed: int = 0
     parts: tuple[Part, ...] = PARTS
+    rank: int = RANK
+    """Of the low-rank compensation."""
     vocabulary: int = 8192
     """Likeliest tokens that the loss looks at; the output embedding is much of a step's work."""
     held_out: int = 8
@@ -67,7 +78,7 @@ class LearningSettings:
 
 EFFORTS: Mapping[Effort, LearningSettings] = MappingProxyType(
     {
-        "fast": LearningSettings(steps=120),
+        "fast": LearningSettings(steps=80),
         "standard": LearningSettings(),
         "thorough": LearningSettings(steps=1600),
     }
@@ -91,17 +102,19 @@ class Learned:
     corrections: dict[str, Corrections]
     """By linear."""
     curve: LossCurve
+    settings: LearningSettings
 
 
 def learn(
     model: Any,
     linears: Mapping[str, nn.Linear],
     constants: Mapping[str, Constants],
-    behaviour: Behaviour,
-    samples: torch.Tensor,
+    behaviours: Mapping[str, Behaviour],
+    samples: Sequence[torch.Tensor],
     *,
     settings: LearningSettings,
     progress: Progress,
+    sites: Iterable[Sequence[str]] = (),
     checkpoint: Checkpoint | None = None,
     dtype: torch.dtype | None = None,
 ) -> Learned:
@@ -112,10 +125,13 @@ def learn(
             changed while this runs and left as it was.
         linears: The linears to sparsify, by name.
         constants: Their calibrated constants: where learning starts.
-        behaviour: What they compute.
-        samples: `[samples, length]` int64 token ids, best of several kinds of text.
+        behaviours: What they compute, by name.
+        samples: `[samples, length]` int64 token ids of each kind of text: each makes up as much
+            of every step, however much there is of it.
         settings: Steps, rate, parts.
         progress: Counts steps.
+        sites: Names of linears that share an input: they learn one shift. A linear that is in
+            none is alone.
         checkpoint: Where to go on from and save to; None learns in one go.
         dtype: Type of the products; None takes bfloat16 where this machine multiplies it fast.
 
@@ -125,40 +141,74 @@ def learn(
     """
     chunks = split_chunks(samples, settings)
     dtype = fast_dtype(next(model.parameters()).device) if dtype is None else dtype
-    spreads = _spreads(model, linears, chunks[0][: settings.batch])
-    students = {
-        name: LearnedLinear(
-            linear,
-            behaviour,
-            constants[name],
-            spread=spreads[name],
-            parts=settings.parts,
-            dtype=dtype,
-        )
-        for name, linear in linears.items()
-    }
-    with activations_carry_gradients(model), _in_place(model, students):
+    first = batch_of(0, chunks.counts, settings)
+    spreads = _spreads(model, linears, chunks.ids[first])
+    students = _students(
+        linears, constants, behaviours, spreads, sites, settings=settings, dtype=dtype
+    )
+    with activations_carry_gradients(model), swapped(model, students):
         run = _Run(model, students, chunks, settings=settings, dtype=dtype)
         curve = run.finish(progress, checkpoint)
     return Learned(
         corrections={name: student.corrections() for name, student in students.items()},
         curve=curve,
+        settings=settings,
     )
+
+
+def _students(
+    linears: Mapping[str, nn.Linear],
+    constants: Mapping[str, Constants],
+    behaviours: Mapping[str, Behaviour],
+    spreads: Mapping[str, Spread],
+    sites: Iterable[Sequence[str]],
+    *,
+    settings: LearningSettings,
+    dtype: torch.dtype,
+) -> dict[str, LearnedLinear]:
+    """Learnable stand-ins, those of one site on one selection."""
+    site_of: dict[str, InputSite] = {}
+    for names in sites:
+        members = [name for name in names if name in linears]
+        for name in members:
+            site_of[name] = site_of.get(members[0]) or InputSite(
+                behaviours[name],
+                constants[name],
+                input_rms=spreads[name].input_rms,
+                members=len(members),
+                learns_shift="shift" in settings.parts,
+                device=linears[name].weight.device,
+            )
+    return {
+        name: LearnedLinear(
+            linear,
+            behaviours[name],
+            constants[name],
+            spread=spreads[name],
+            parts=settings.parts,
+            site=site_of.get(name),
+            rank=settings.rank,
+            seed=settings.seed * _SEEDS + place,
+            dtype=dtype,
+        )
+        for place, (name, linear) in enumerate(linears.items())
+    }
 
 
 def identity_of(
     model_digest: str,
     constants: Mapping[str, Constants],
-    behaviour: Behaviour,
-    samples: torch.Tensor,
+    behaviours: Mapping[str, Behaviour],
+    samples: Sequence[torch.Tensor],
     settings: LearningSettings,
 ) -> str:
     """Digest of everything that a run of `learn` depends on: the identity of its checkpoint."""
-    digest = hashlib.sha256(f"{model_digest} {behaviour} {torch.__version__}".encode())
+    digest = hashlib.sha256(f"{model_digest} {torch.__version__}".encode())
     digest.update(json.dumps(asdict(settings), sort_keys=True).encode())
-    digest.update(samples.cpu().numpy().tobytes())
+    for kind in samples:
+        digest.update(str(tuple(kind.shape)).encode() + kind.cpu().numpy().tobytes())
     for name, one in sorted(constants.items()):
-        digest.update(f"{name} {one.nu}".encode())
+        digest.update(f"{name} {one.nu} {behaviours[name]}".encode())
         for tensor in (one.score_scale, one.channel_order, one.shift):
             digest.update(b"-" if tensor is None else tensor.cpu().numpy().tobytes())
     return digest.hexdigest()
@@ -172,35 +222,62 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def split_chunks(
-    samples: torch.Tensor, settings: LearningSettings
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cut samples into chunks: `([learned from, length], [held out, length])`, seeded.
+@dataclass(frozen=True)
+class Chunks:
+    """Samples cut to the length of a step."""
+
+    ids: torch.Tensor
+    """`[chunks, length]`, learned from; kind by kind."""
+    counts: tuple[int, ...]
+    """How many of each kind."""
+    held_out: torch.Tensor
+    """`[held out, length]`"""
+
+
+def split_chunks(samples: Sequence[torch.Tensor], settings: LearningSettings) -> Chunks:
+    """Cut samples into chunks, seeded, and keep some of each kind back.
 
     Raises:
         CorpusError: if not even one batch is left to learn from.
     """
-    length = min(settings.length, samples.shape[1])
-    whole = samples[:, : samples.shape[1] // length * length].reshape(-1, length)
+    kinds = [one for one in samples if len(one)]
+    length = min([settings.length, *(one.shape[1] for one in kinds)])
     generator = torch.Generator().manual_seed(settings.seed)
-    shuffled = whole[torch.randperm(len(whole), generator=generator)]
-    held = min(settings.held_out, len(whole) // 8)
-    if len(whole) - held < settings.batch:
+    learned, held_out = [], []
+    for kind in kinds:
+        whole = kind[:, : kind.shape[1] // length * length].reshape(-1, length)
+        shuffled = whole[torch.randperm(len(whole), generator=generator)]
+        held = min(settings.held_out // len(kinds), len(whole) // 8)
+        held_out.append(shuffled[:held])
+        learned.append(shuffled[held:])
+    count = sum(len(one) for one in learned)
+    if count < settings.batch:
         raise CorpusError(
-            f"{len(whole)} chunks of {length} tokens are too few to learn from.",
-            allowed=f"at least {settings.batch + held}",
+            f"{count} chunks of {length} tokens are too few to learn from.",
+            allowed=f"at least {settings.batch}, besides those that are held out",
             fix="use more --calib-samples",
         )
-    return shuffled[held:], shuffled[:held]
+    return Chunks(torch.cat(learned), tuple(map(len, learned)), torch.cat(held_out))
 
 
-def batch_of(step: int, chunks: int, settings: LearningSettings) -> torch.Tensor:
-    """Which chunks a step learns from: `[batch]`; every chunk once before any twice."""
-    places = torch.arange(step * settings.batch, (step + 1) * settings.batch)
+def batch_of(step: int, counts: Sequence[int], settings: LearningSettings) -> torch.Tensor:
+    """Which chunks a step learns from: `[batch]`.
+
+    Kinds take turns; of one kind, every chunk comes once before any comes twice.
+
+    Args:
+        step: From 0.
+        counts: Chunks of each kind, which stand one after another.
+        settings: Batch and seed.
+    """
     rows = []
-    for place in places.tolist():
-        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + place // chunks)
-        rows.append(int(torch.randperm(chunks, generator=generator)[place % chunks]))
+    for slot in range(step * settings.batch, (step + 1) * settings.batch):
+        kind, place = slot % len(counts), slot // len(counts)
+        generator = torch.Generator().manual_seed(
+            (settings.seed * len(counts) + kind) * _SEEDS + place // counts[kind]
+        )
+        shuffled = torch.randperm(counts[kind], generator=generator)
+        rows.append(sum(counts[:kind]) + int(shuffled[place % counts[kind]]))
     return torch.tensor(rows)
 
 
@@ -243,20 +320,16 @@ class _Run:
         self,
         model: Any,
         students: Mapping[str, LearnedLinear],
-        chunks: tuple[torch.Tensor, torch.Tensor],
+        chunks: Chunks,
         *,
         settings: LearningSettings,
         dtype: torch.dtype,
     ) -> None:
         self._model, self._students, self._settings = model, students, settings
-        self._chunks, self._held_out = chunks
+        self._chunks, self._counts, self._held_out = chunks.ids, chunks.counts, chunks.held_out
         self._device = next(model.parameters()).device
         self._softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
-        self._parameters = {
-            f"{name}.{part}": parameter
-            for name, student in students.items()
-            for part, parameter in student.learned.items()
-        }
+        self._parameters = _parameters_of(students)
         self._adam = torch.optim.Adam(
             self._parameters.values(), lr=settings.rate, betas=_BETAS, foreach=True
         )
@@ -283,7 +356,7 @@ class _Run:
         return self._curve
 
     def _step(self, step: int) -> None:
-        rows = batch_of(step, len(self._chunks), self._settings)
+        rows = batch_of(step, self._counts, self._settings)
         teacher = self._teacher(rows)
         student = self._hidden(self._chunks[rows])
         loss = divergence(student.flatten(0, 1), teacher.flatten(0, 1), self._head, self._softcap)
@@ -346,8 +419,8 @@ class _Run:
             return weight.to(dtype)
         wide = weight.to(dtype)
         mass = torch.zeros(weight.shape[0], device=weight.device)
-        chunks = self._chunks[: max(1, _VOCABULARY_SAMPLE // self._chunks.shape[1])]
-        for ids in chunks:
+        wanted = max(1, _VOCABULARY_SAMPLE // self._chunks.shape[1])
+        for ids in self._chunks[:: max(1, len(self._chunks) // wanted)]:
             for rows in torch.split(self._dense_hidden(ids[None])[0], _LOGIT_ROWS):
                 mass += (rows.to(dtype) @ wide.t()).float().softmax(dim=-1).sum(dim=0)
         likeliest = mass.topk(self._settings.vocabulary).indices.sort().values
@@ -381,14 +454,16 @@ class _Run:
         return done
 
 
-@contextlib.contextmanager
-def _in_place(model: nn.Module, students: Mapping[str, LearnedLinear]) -> Iterator[None]:
-    """The students stand where the dense linears stood."""
-    replaced = replace_linears(model, students)
-    try:
-        yield
-    finally:
-        replace_linears(model, replaced)
+def _parameters_of(students: Mapping[str, LearnedLinear]) -> dict[str, nn.Parameter]:
+    """What is learned, by name; a site's shift once, under its first linear."""
+    found: dict[str, nn.Parameter] = {}
+    sites: set[int] = set()
+    for name, student in students.items():
+        if student.site.learns_shift and id(student.site) not in sites:
+            sites.add(id(student.site))
+            found[f"{name}.shift"] = student.site.shift
+        found.update({f"{name}.{part}": value for part, value in student.learned.items()})
+    return found
 
 
 @contextlib.contextmanager
@@ -415,14 +490,9 @@ def _spreads(
 
         return linear.register_forward_hook(hook)
 
-    handles = [watch(name, linear) for name, linear in linears.items()]
-    try:
-        with torch.no_grad():
-            device = next(model.parameters()).device
-            model.base_model(input_ids=chunks.to(device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    device = next(model.parameters()).device
+    with _hooked(watch(*one) for one in linears.items()), torch.no_grad():
+        model.base_model(input_ids=chunks.to(device), use_cache=False)
     return found
 
 

@@ -79,6 +79,10 @@ def observe_error(
     nu = variance_ratio(z, kept)
     defined = kept.var(dim=-1, correction=0) > VARIANCE_FLOOR
     weight = linear.weight.detach().to(torch.float32)
+    if constants.remainder is not None:
+        # Both products have the remainder's in common, so it is left out of both.
+        inner, outer = constants.remainder.inner, constants.remainder.outer
+        weight = weight - (inner @ outer).t().to(weight.device)
     sparse = nn.functional.linear(kept, weight)
     if behaviour.variance_correction:
         sparse = nu * sparse

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nmexport.calibration.passes import _forward, _hooked
+from nmexport.calibration.passes import _hooked, run_samples
 from nmexport.sparsity.linear import selection
 from nmexport.sparsity.mask import scores_of
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.utils.hooks import RemovableHandle
 
+    from nmexport.models.layerwise import LayerwiseModel
     from nmexport.progress import Progress
     from nmexport.sparsity.linear import Constants
     from nmexport.sparsity.pattern import NMPattern
@@ -185,6 +186,7 @@ def search_orders(
     progress: Progress,
     seed: int = 0,
     wave_bytes: int = WAVE_BYTES,
+    layerwise: LayerwiseModel | None = None,
 ) -> dict[str, OrderSearch]:
     """Gather co-activations and search, for as many linears at once as fit in memory.
 
@@ -200,6 +202,7 @@ def search_orders(
         progress: Counts samples, then linears.
         seed: Of all searches; the same, so that linears with the same input and scores agree.
         wave_bytes: Memory for statistics.
+        layerwise: Runs the model with one layer in memory at a time; None runs it whole.
     """
     found: dict[str, OrderSearch] = {}
     for names in _waves({name: _channels(linears[name]) for name in linears}, wave_bytes):
@@ -208,8 +211,16 @@ def search_orders(
         def update(name: str, scores: torch.Tensor, seen: dict[str, Coactivation] = seen) -> None:
             seen[name].update(scores, pattern.density)
 
-        _each_input(model, {name: linears[name] for name in names}, constants, samples, update,
-                    progress=progress, label="fold: co-activations")  # fmt: skip
+        _each_input(
+            model,
+            {name: linears[name] for name in names},
+            constants,
+            samples,
+            update,
+            progress=progress,
+            label="fold: co-activations",
+            layerwise=layerwise,
+        )
         for name in progress.track(names, label="fold: channel orders", total=len(names)):
             found[name] = search_order(seen.pop(name), pattern, seed=seed)
     return {name: found[name] for name in linears}
@@ -223,6 +234,7 @@ def grouping_distances(
     samples: torch.Tensor,
     *,
     progress: Progress,
+    layerwise: LayerwiseModel | None = None,
 ) -> dict[str, GroupingDistance]:
     """How close each linear's order (that of its constants) comes to unstructured selection."""
     distances: dict[str, GroupingDistance] = {}
@@ -232,7 +244,8 @@ def grouping_distances(
         distances[name] = distances[name] + one if name in distances else one
 
     _each_input(model, linears, constants, samples, update,
-                progress=progress, label="fold: distance to unstructured")  # fmt: skip
+                progress=progress, label="fold: distance to unstructured",
+                layerwise=layerwise)  # fmt: skip
     return distances
 
 
@@ -245,6 +258,7 @@ def _each_input(
     *,
     progress: Progress,
     label: str,
+    layerwise: LayerwiseModel | None,
 ) -> None:
     """Hand the scores `[T, K]` of every input of every linear to `update`."""
 
@@ -256,8 +270,7 @@ def _each_input(
         return linear.register_forward_pre_hook(hook)
 
     with _hooked(watch(name, linear) for name, linear in linears.items()):
-        for sample in progress.track(samples, label=label, total=len(samples)):
-            _forward(model, sample)
+        run_samples(model, samples, progress=progress, label=label, layerwise=layerwise)
 
 
 def _scores(x: torch.Tensor, constants: Constants) -> torch.Tensor:

@@ -16,11 +16,12 @@ from nmexport.calibration.observers import ChannelObserver, ChannelSums
 from nmexport.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import nn
     from torch.utils.hooks import RemovableHandle
 
+    from nmexport.models.layerwise import LayerwiseModel
     from nmexport.progress import Progress
     from nmexport.sparsity.linear import Behaviour, Constants
     from nmexport.sparsity.statistics import ChannelStatistics
@@ -60,12 +61,42 @@ class _SharedInput:
         self._input = self._sums = None
 
 
+def run_samples(
+    model: nn.Module,
+    samples: torch.Tensor,
+    *,
+    progress: Progress,
+    label: str,
+    layerwise: LayerwiseModel | None = None,
+    after: Callable[[], None] = lambda: None,
+) -> None:
+    """Run a model over samples, for its hooks to see.
+
+    Args:
+        model: A Hugging Face causal language model in evaluation mode.
+        samples: `[samples, length]` int64 token ids.
+        progress: Counts samples, or layers where they run one by one.
+        label: What it counts them under.
+        layerwise: Runs the model with one layer in memory at a time; None runs it whole.
+        after: Called after each sample, and then in each layer.
+    """
+    if layerwise is not None:
+        layerwise.run(
+            samples, progress=progress, label=label, after=after, logits_kept=_LOGITS_KEPT
+        )
+        return
+    for sample in progress.track(samples, label=label, total=len(samples)):
+        _forward(model, sample)
+        after()
+
+
 def gather_channel_statistics(
     model: nn.Module,
     linears: Mapping[str, nn.Linear],
     samples: torch.Tensor,
     *,
     progress: Progress,
+    layerwise: LayerwiseModel | None = None,
 ) -> dict[str, ChannelStatistics]:
     """First pass: what the input channels of each linear look like.
 
@@ -74,6 +105,7 @@ def gather_channel_statistics(
         linears: Its linears to watch, by name.
         samples: `[samples, length]` int64 token ids.
         progress: Counts samples.
+        layerwise: Runs the model with one layer in memory at a time; None runs it whole.
 
     Returns:
         Statistics by name; a linear that no token reached is absent.
@@ -92,9 +124,14 @@ def gather_channel_statistics(
         return linear.register_forward_pre_hook(hook)
 
     with _hooked(watch(name, linear) for name, linear in linears.items()):
-        for sample in progress.track(samples, label="calibrate: statistics", total=len(samples)):
-            _forward(model, sample)
-            shared.forget()
+        run_samples(
+            model,
+            samples,
+            progress=progress,
+            label="calibrate: statistics",
+            layerwise=layerwise,
+            after=shared.forget,
+        )
     found = {name: observer.statistics() for name, observer in observers.items()}
     statistics = {name: one for name, one in found.items() if one is not None}
     _check_finite(statistics)
@@ -105,10 +142,11 @@ def gather_errors(
     model: nn.Module,
     linears: Mapping[str, nn.Linear],
     constants: Mapping[str, Constants],
-    behaviour: Behaviour,
+    behaviours: Mapping[str, Behaviour],
     samples: torch.Tensor,
     *,
     progress: Progress,
+    layerwise: LayerwiseModel | None = None,
 ) -> dict[str, ErrorObserver]:
     """Second pass: what selection costs each linear, and the static variance correction.
 
@@ -116,9 +154,10 @@ def gather_errors(
         model: The dense model.
         linears: Linears to watch, by name.
         constants: Their constants of the first pass, by name.
-        behaviour: What they will compute.
+        behaviours: What they will compute, by name.
         samples: `[samples, length]` int64 token ids.
         progress: Counts samples.
+        layerwise: Runs the model with one layer in memory at a time; None runs it whole.
     """
     observers = {name: ErrorObserver() for name in linears}
 
@@ -126,14 +165,15 @@ def gather_errors(
         def hook(module: nn.Module, arguments: tuple[Any, ...], output: torch.Tensor) -> None:
             del module
             observers[name].merge(
-                observe_error(linear, behaviour, constants[name], arguments[0], output)
+                observe_error(linear, behaviours[name], constants[name], arguments[0], output)
             )
 
         return linear.register_forward_hook(hook)
 
     with _hooked(watch(name, linear) for name, linear in linears.items()):
-        for sample in progress.track(samples, label="fold: local errors", total=len(samples)):
-            _forward(model, sample)
+        run_samples(
+            model, samples, progress=progress, label="fold: local errors", layerwise=layerwise
+        )
     return observers
 
 

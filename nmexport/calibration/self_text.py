@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,26 +12,72 @@ from nmexport.calibration.corpus import text_prefix
 from nmexport.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from nmexport.calibration.corpus import SelfText, TokenIds
     from nmexport.progress import Progress
+
+# Openings of samples that are not prose: code, a list, headed text.
+_OPENINGS = ("```python\nimport", "1. ", "```python\ndef", "# ")
+_MARK = "\N{SYMBOL FOR UNIT SEPARATOR}"  # stands for what is said, in a chat template
 
 # Sequences generated side by side, and what their KV cache may take.
 _MAX_BATCH = 32
 _CACHE_BYTES = 2 << 30
 
 
-def self_text(model: Any, tokenizer: Any, *, progress: Progress) -> SelfText:
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """How a sample begins, and what is said for the model when it stops."""
+
+    name: str
+    start: tuple[int, ...] = ()
+    """Token ids after the tokenizer's prefix; where there are none, a random ordinary token."""
+    turns: tuple[tuple[int, ...], ...] = ()
+    """In place of an end of text, by turns: what a chat template puts between two messages."""
+    prefixed: bool = True
+    """False where the start brings the tokenizer's prefix itself."""
+
+
+PLAIN = Kind(name="plain")
+
+
+class _Row:
+    """One sample being written."""
+
+    def __init__(self, kind: Kind, prefix: Sequence[int], start: int) -> None:
+        self._kind = kind
+        self._turn = 0
+        self._due = [*(prefix if kind.prefixed else ()), *(kind.start or (start,))]
+
+    def say(self, drawn: int, other: int, ends: set[int]) -> int:
+        """The next token: one that is due, or the drawn one; `other` begins another text."""
+        if self._due:
+            return self._due.pop(0)
+        if drawn not in ends:
+            return drawn
+        if not self._kind.turns:
+            self._due = [other]
+            return drawn
+        first, *self._due = self._kind.turns[self._turn % len(self._kind.turns)]
+        self._turn += 1
+        return first
+
+
+def self_text(
+    model: Any, tokenizer: Any, *, progress: Progress, kinds: Sequence[Kind] = (PLAIN,)
+) -> SelfText:
     """A source of samples for `load_samples` and `evaluation_windows`.
 
-    Each sample starts with the tokenizer's own prefix and a random ordinary token, and goes on as
-    the model samples at temperature 1. Where the text ends, another one begins with a random token.
+    A plain sample starts with the tokenizer's own prefix and a random ordinary token, and goes on
+    as the model samples at temperature 1. Where the text ends, another one begins with a random
+    token; in a chat, the other side's turn.
 
     Args:
         model: A dense Hugging Face causal language model in evaluation mode.
         tokenizer: Its tokenizer.
         progress: Counts generated positions.
+        kinds: How samples begin, in turn.
 
     Returns:
         A function of (samples, length, seed) that returns int64 `[samples, length]`: the same on
@@ -40,23 +87,57 @@ def self_text(model: Any, tokenizer: Any, *, progress: Progress) -> SelfText:
     def generate(samples: int, length: int, seed: int) -> TokenIds:
         sampler = _Sampler(model, tokenizer, seed)
         batch = min(_MAX_BATCH, samples, max(1, _CACHE_BYTES // (length * _cache_bytes(model))))
-        counts = [min(batch, samples - first) for first in range(0, samples, batch)]
+        rows = [kinds[row % len(kinds)] for row in range(samples)]
+        batches = [rows[first : first + batch] for first in range(0, samples, batch)]
         done: list[torch.Tensor] = []
 
         def steps() -> Iterator[None]:
-            for count in counts:
+            for kinds_of_batch in batches:
                 columns: list[torch.Tensor] = []
-                for column in sampler.columns(count, length):
+                for column in sampler.columns(kinds_of_batch, length):
                     columns.append(column)
                     yield
                 done.append(torch.cat(columns, dim=1))
 
-        for _ in progress.track(steps(), label="generate text", total=length * len(counts)):
+        for _ in progress.track(steps(), label="generate text", total=length * len(batches)):
             pass
         ids: TokenIds = torch.cat(done).numpy().astype(np.int64)
         return ids
 
     return generate
+
+
+def several_kinds(tokenizer: Any) -> list[Kind]:
+    """Plain text, code and lists, and a chat where the tokenizer has a template for one.
+
+    Constants learned on one kind of text alone serve others worse.
+    """
+    opened = [
+        Kind(name="code", start=tuple(tokenizer(text, add_special_tokens=False).input_ids))
+        for text in _OPENINGS
+    ]
+    chat = _chat(tokenizer)
+    turns = [[PLAIN, one] if chat is None else [PLAIN, chat, one] for one in opened]
+    return [kind for turn in turns for kind in turn]
+
+
+def _chat(tokenizer: Any) -> Kind | None:
+    """The template's own words around a conversation's turns."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    roles = ("user", "assistant", "user")
+    messages = [{"role": role, "content": _MARK} for role in roles]
+    try:
+        rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception:  # noqa: BLE001 - a template is a program of the model's author
+        return None
+    pieces = rendered.split(_MARK)
+    if len(pieces) != len(roles) + 1:
+        return None  # it changes what is said
+    start, answer, question, _ = (
+        tuple(tokenizer(piece, add_special_tokens=False).input_ids) for piece in pieces
+    )
+    return Kind(name="chat", start=start, turns=(answer, question), prefixed=False)
 
 
 class _Sampler:
@@ -69,24 +150,29 @@ class _Sampler:
         special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
         vocabulary = min(len(tokenizer), model.config.get_text_config().vocab_size)
         self._starts = torch.tensor([i for i in range(vocabulary) if i not in special])
-        self._ends = torch.tensor(sorted(_end_ids(model, tokenizer)), dtype=torch.long)
+        self._ends = _end_ids(model, tokenizer)
         self._allowed = torch.zeros(model.config.get_text_config().vocab_size, dtype=torch.bool)
         self._allowed[self._starts] = True
-        self._allowed[self._ends] = True
+        self._allowed[sorted(self._ends)] = True
 
-    def columns(self, count: int, length: int) -> Iterator[torch.Tensor]:
-        """`length` columns `[count, 1]` of token ids of `count` sequences."""
-        prefix = torch.tensor(self._prefix, dtype=torch.long).expand(count, -1)
-        yield from (prefix[:, column : column + 1] for column in range(prefix.shape[1]))
-        token = self._random_starts(count)
-        given, cache = torch.cat([prefix, token], dim=1), None
+    def columns(self, kinds: Sequence[Kind], length: int) -> Iterator[torch.Tensor]:
+        """`length` columns `[rows, 1]` of token ids, one row a kind."""
+        starts = self._random_starts(len(kinds)).flatten().tolist()
+        rows = [_Row(kind, self._prefix, start) for kind, start in zip(kinds, starts, strict=True)]
+        token, cache = self._next(rows, None), None
         yield token
-        for _ in range(length - len(self._prefix) - 1):
-            logits, cache = self._step(given, cache)
-            ended = torch.isin(token, self._ends)
-            token = torch.where(ended, self._random_starts(count), self._sample(logits))
-            given = token
+        for _ in range(length - 1):
+            logits, cache = self._step(token, cache)
+            token = self._next(rows, logits)
             yield token
+
+    def _next(self, rows: Sequence[_Row], logits: torch.Tensor | None) -> torch.Tensor:
+        """What each row says next: what it has to, or what it drew."""
+        sampled = self._random_starts(len(rows)) if logits is None else self._sample(logits)
+        others = self._random_starts(len(rows)).flatten().tolist()
+        drawn = zip(rows, sampled.flatten().tolist(), others, strict=True)
+        said = [row.say(token, other, self._ends) for row, token, other in drawn]
+        return torch.tensor(said).unsqueeze(1)
 
     def _random_starts(self, count: int) -> torch.Tensor:
         drawn = torch.randint(len(self._starts), (count, 1), generator=self._generator)

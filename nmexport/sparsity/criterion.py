@@ -51,7 +51,7 @@ def score_scale(
         ValueError: if the criterion needs statistics and there are none.
     """
     chosen = CRITERIA[criterion]
-    if chosen.needs and statistics is None:
+    if any(getattr(statistics, field, None) is None for field in chosen.needs):
         raise ValueError(f"criterion {criterion} needs calibrated {sorted(chosen.needs)}")
     scale = chosen.rule(weight.detach().to(torch.float32), statistics)
     return None if scale is None else scale.to(torch.float32).contiguous()
@@ -86,6 +86,19 @@ def _standardised_norm(weight: torch.Tensor, statistics: ChannelStatistics | Non
     return norms / norms.min()
 
 
+def _fisher(weight: torch.Tensor, statistics: ChannelStatistics | None) -> torch.Tensor:
+    """How much predictions depend on the channel: square root of its rms gradient, mean 1.
+
+    The diagonal of the Fisher information to the power 1/4: between magnitude (power 0) and what
+    dropping a channel would change by first-order theory (1/2); the best of several powers.
+    """
+    del weight
+    assert statistics is not None  # noqa: S101 - score_scale refused it
+    assert statistics.sensitivity is not None  # noqa: S101 - as above
+    roots = statistics.sensitivity.sqrt()
+    return roots / roots.mean().clamp_min(torch.finfo(torch.float32).tiny)
+
+
 CRITERIA: Mapping[str, Criterion] = MappingProxyType(
     {
         criterion.name: criterion
@@ -94,6 +107,7 @@ CRITERIA: Mapping[str, Criterion] = MappingProxyType(
             Criterion("wina", frozenset(), _weight_norm),
             Criterion("clact", frozenset({"rms"}), _channel_rms),
             Criterion("amber", frozenset(), _standardised_norm),
+            Criterion("fisher", frozenset({"sensitivity"}), _fisher),
         )
     }
 )

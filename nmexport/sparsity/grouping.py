@@ -28,7 +28,7 @@ def channel_order(
         grouping: A name among GROUPINGS.
         mean_score: `[K]`, each channel's score averaged over calibration tokens.
         pattern: N:M; K is a multiple of M.
-        seed: Of the shuffle within `balanced`.
+        seed: Of `random`, and of the shuffle within `balanced`.
 
     Returns:
         `[K]` int32, or None for consecutive groups.
@@ -40,6 +40,13 @@ def channel_order(
 def _consecutive(mean_score: torch.Tensor, m: int, seed: int) -> None:
     """The paper's groups."""
     del mean_score, m, seed
+
+
+def _random(mean_score: torch.Tensor, m: int, seed: int) -> torch.Tensor:
+    """Neighbours rarely meet, and nothing else."""
+    del m
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(mean_score.numel(), generator=generator)
 
 
 def _balanced(mean_score: torch.Tensor, m: int, seed: int) -> torch.Tensor:
@@ -59,5 +66,11 @@ def _balanced(mean_score: torch.Tensor, m: int, seed: int) -> torch.Tensor:
 
 
 GROUPINGS: Mapping[str, Rule] = MappingProxyType(
-    {"consecutive": _consecutive, "balanced": _balanced}
+    {
+        "consecutive": _consecutive,
+        "random": _random,
+        "balanced": _balanced,
+        # Where the search starts: see `nmexport.calibration.order_search`.
+        "exchange": _balanced,
+    }
 )

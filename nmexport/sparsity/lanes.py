@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nmexport.sparsity.mask import _selection_network, keep_mask
+from nmexport.sparsity.mask import keep_mask, nth_largest
 
 if TYPE_CHECKING:
     from nmexport.sparsity.pattern import NMPattern
@@ -36,6 +36,7 @@ class LaneSelector:
         # Row j*G + g holds the j-th channel of group g: a slot of all groups is one block of rows.
         self._to_lanes = order.view(-1, pattern.m).t().reshape(-1)
         self._from_lanes = torch.argsort(self._to_lanes)
+        self._rows: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __call__(self, scores: torch.Tensor) -> torch.Tensor:
         """`[T, K]` float32 scores (see `scores_of`) -> bool `[T, K]`, True where kept."""
@@ -43,9 +44,11 @@ class LaneSelector:
         n, m = self._pattern.n, self._pattern.m
         if n == m:
             return torch.ones_like(scores, dtype=torch.bool)
+        if scores.is_cuda:
+            return self.by_rank(scores)
         lanes = scores.t().contiguous().index_select(0, self._to_lanes.to(scores.device))
         slots = lanes.view(m, -1)
-        threshold = _nth_largest(slots, n)
+        threshold = nth_largest(slots, n)
         reached = (slots >= threshold).view(channels, tokens)
         keep = reached.index_select(0, self._from_lanes.to(scores.device)).t().contiguous()
         # Ties and NaN are rare: only their tokens go the exact way. Minima and maxima hand NaN on,
@@ -59,15 +62,26 @@ class LaneSelector:
             keep[open_tokens] = keep_mask(scores[open_tokens], self._pattern, order)
         return keep
 
+    def by_rank(self, scores: torch.Tensor) -> torch.Tensor:
+        """The same by counting, for each channel, how many of its group come before it.
 
-def _nth_largest(slots: torch.Tensor, n: int) -> torch.Tensor:
-    """`[m, L]` -> `[L]`: the n-th largest of the m slots."""
-    m = slots.shape[0]
-    lanes = list(slots.unbind(0))
-    for low, high, keep_low, keep_high in _selection_network(m, m - n):
-        a, b = lanes[low], lanes[high]
-        if keep_low:
-            lanes[low] = torch.minimum(a, b)
-        if keep_high:
-            lanes[high] = torch.maximum(a, b)
-    return lanes[m - n]
+        More comparisons than a network makes, in a few large steps that wait for nothing: what a
+        GPU likes. Scores are not negative, so their bits order as they do, NaN last of all.
+        """
+        n, m = self._pattern.n, self._pattern.m
+        order, back = self._rows_on(scores.device)
+        bits = scores.masked_fill(scores.isnan(), torch.nan).view(torch.int32)
+        groups = bits.index_select(1, order).view(len(bits), -1, m)
+        here, there = groups.unsqueeze(-1), groups.unsqueeze(-2)  # [T, G, m, 1], [T, G, 1, m]
+        slots = torch.arange(m, device=scores.device)
+        earlier = slots.unsqueeze(0) < slots.unsqueeze(1)  # [m, m]: the other one stands before
+        ahead = (there > here) | ((there == here) & earlier)
+        keep: torch.Tensor = (ahead.sum(dim=-1) < n).flatten(1).index_select(1, back)
+        return keep
+
+    def _rows_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Channels in order of their groups, and the way back; copied to a device once."""
+        if self._rows is None or self._rows[0].device != device:
+            order = self._to_lanes.view(self._pattern.m, -1).t().reshape(-1)
+            self._rows = order.to(device), torch.argsort(order).to(device)
+        return self._rows

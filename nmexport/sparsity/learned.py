@@ -1,20 +1,23 @@
-"""Learned constants of one linear: L-PTS, LS, an output gain and an output bias, learned together.
+"""Learned constants of one linear: L-PTS, LS, an output gain and bias, a low-rank compensation.
 
 With z the shifted input, s its kept values (times nu, where variance is corrected per token), d the
-input scale, o the output gain, b the output bias and W `[O, K]` the dense weight, whose own bias
-is c, the linear computes
+input scale, o the output gain, b the output bias, A `[K, r]` and B `[r, O]` the compensation and
+W `[O, K]` the dense weight, whose own bias is c, the linear computes
 
-    y = o * (W (d * s + eta)) + c + b
+    y = o * (W (d * s + eta)) + B^T A^T s + c + b
 
-All of it folds: rows of W take d, columns take o, and eta, being no longer added back before the
-product, becomes part of the bias (per token: of `shift_weight`). The selection is held constant in
-the gradient: which channels are kept changes only through the shift, step by step.
+All of it folds: rows of W take d, columns take o, A B is added to what came of that, and eta, being
+no longer added back before the product, becomes part of the bias (per token: of `shift_weight`).
+The selection is held constant in the gradient: which channels are kept changes only through the
+shift, step by step.
+
+Linears that share an input share its selection, and so its shift: see `InputSite`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,14 +25,15 @@ from torch import nn
 from nmexport.sparsity.lanes import LaneSelector
 from nmexport.sparsity.linear import bias_of, variance_ratio
 from nmexport.sparsity.mask import scores_of
+from nmexport.sparsity.parts import PARTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from nmexport.sparsity.linear import Behaviour, Constants
+    from nmexport.sparsity.parts import Part
 
-Part = Literal["shift", "input_scale", "output_scale", "bias"]
-PARTS: tuple[Part, ...] = ("shift", "input_scale", "output_scale", "bias")
+RANK = 32
 
 _FLOOR = 1e-6  # least spread that a learned shift or bias is measured in: dead channels
 
@@ -46,6 +50,10 @@ class Corrections:
     """`[O]` float32, o."""
     bias: torch.Tensor | None = None
     """`[O]` float32, b: added to the linear's own bias."""
+    low_rank_in: torch.Tensor | None = None
+    """`[K, r]` float32, A."""
+    low_rank_out: torch.Tensor | None = None
+    """`[r, O]` float32, B."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +64,99 @@ class Spread:
     """`[K]`"""
     output_rms: torch.Tensor
     """`[O]`"""
+
+
+class InputSite(nn.Module):
+    """What linears with one input have in common: the shift and the selection, computed once.
+
+    Which is what lets an executor fuse them, and a third of the time of learning.
+    """
+
+    def __init__(
+        self,
+        behaviour: Behaviour,
+        constants: Constants,
+        *,
+        input_rms: torch.Tensor,
+        members: int = 1,
+        learns_shift: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
+        """Start at the calibrated shift.
+
+        Args:
+            behaviour: Pattern and per-token corrections; the phase is not looked at.
+            constants: Calibrated constants; shift, score scale and channel order are used.
+            input_rms: `[K]`, the size that a learned shift is measured in.
+            members: How many linears share the input.
+            learns_shift: Whether the shift is a parameter.
+            device: Where; None is the CPU.
+
+        Raises:
+            ValueError: if a shift is to be learned beside a per-token one.
+        """
+        super().__init__()
+        if behaviour.dynamic_shift and learns_shift:
+            raise ValueError("a learned shift and a per-token shift exclude each other")
+        self._behaviour, self._members = behaviour, members
+        self._rms = input_rms.float().clamp_min(_FLOOR).to(device)
+        channels = self._rms.numel()
+        self._score_scale = _on(constants.score_scale, device)
+        self._select = LaneSelector(behaviour.pattern, channels, constants.channel_order)
+        start = _on(constants.shift, device)
+        self._fixed = self._rms.new_zeros(1) if start is None else start
+        self.shift = nn.Parameter((self._fixed / self._rms).expand(channels).clone())
+        self.shift.requires_grad_(learns_shift)
+        self._seen: torch.Tensor | None = None
+        self._selected: _Selected | None = None
+        self._left = 0
+
+    @property
+    def learns_shift(self) -> bool:
+        """Whether the shift is a parameter."""
+        return self.shift.requires_grad
+
+    def select(self, x: torch.Tensor) -> _Selected:
+        """Selection on `[..., K]`; of one tensor once, for all linears that are handed it."""
+        if x is not self._seen or self._selected is None:
+            self._seen, self._selected, self._left = x, self._selection_of(x), self._members
+        selected = self._selected
+        self._left -= 1
+        if self._left <= 0:
+            self._seen = self._selected = None
+        return selected
+
+    def learned_shift(self) -> torch.Tensor:
+        """`[K]` float32, on the CPU."""
+        return (self.shift.detach() * self._rms).float().cpu()
+
+    def _selection_of(self, x: torch.Tensor) -> _Selected:
+        tokens = x.reshape(-1, x.shape[-1]).float()
+        eta = self._eta(tokens)
+        with torch.no_grad():
+            z = tokens - eta
+            keep = self._select(scores_of(z, self._score_scale))
+            corrects = self._behaviour.variance_correction
+            nu = variance_ratio(z, z * keep) if corrects else None
+        return _Selected(tokens, eta, keep, nu)
+
+    def _eta(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`[T, 1]` per token, `[K]` learned, `[1]` calibrated or none."""
+        if self._behaviour.dynamic_shift:
+            return tokens.mean(dim=-1, keepdim=True)
+        return self.shift * self._rms if self.learns_shift else self._fixed
+
+
+class _Selected(NamedTuple):
+    """One input and what is kept of it."""
+
+    tokens: torch.Tensor
+    """`[T, K]` float32"""
+    eta: torch.Tensor
+    keep: torch.Tensor
+    """`[T, K]` bool"""
+    nu: torch.Tensor | None
+    """`[T, 1]`"""
 
 
 class LearnedLinear(nn.Module):
@@ -69,9 +170,12 @@ class LearnedLinear(nn.Module):
         *,
         spread: Spread,
         parts: Iterable[Part] = PARTS,
+        site: InputSite | None = None,
+        rank: int = RANK,
+        seed: int = 0,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Start where the calibrated constants are: scales 1, bias 0.
+        """Start where the calibrated constants are: scales 1, bias 0, no compensation.
 
         Args:
             linear: The dense linear; its weight is not copied where the types agree.
@@ -79,6 +183,9 @@ class LearnedLinear(nn.Module):
             constants: Calibrated constants; a static nu is where d starts.
             spread: Of the linear's input and output.
             parts: What to learn.
+            site: Of the input, where other linears share it; None makes one of its own.
+            rank: r of the compensation.
+            seed: Of where A starts; B starts at zero.
             dtype: Type of the products. Selection is always in float32.
 
         Raises:
@@ -86,102 +193,86 @@ class LearnedLinear(nn.Module):
         """
         super().__init__()
         chosen = set(parts)
-        if behaviour.dynamic_shift and "shift" in chosen:
-            raise ValueError("a learned shift and a per-token shift exclude each other")
         self.sparse = True
         """False computes the dense linear: one model is teacher and student."""
-        self._behaviour, self._constants, self._spread = behaviour, constants, _floored(spread)
         device = linear.weight.device
+        self._nu = 1.0 if constants.nu is None else constants.nu
+        self._output_rms = spread.output_rms.float().clamp_min(_FLOOR).to(device)
         self._weight = linear.weight.detach().to(dtype)
         own = bias_of(linear)
         self._own_bias = None if own is None else own.detach().float()
-        self._score_scale = _on(constants.score_scale, device)
-        self._select = LaneSelector(behaviour.pattern, linear.in_features, constants.channel_order)
+        self.site = site or InputSite(
+            behaviour,
+            constants,
+            input_rms=spread.input_rms,
+            learns_shift="shift" in chosen,
+            device=device,
+        )
+        started = self._started(linear, chosen, rank, seed)
         self.learned = nn.ParameterDict(
-            {
-                part: nn.Parameter(self._start(part, linear).to(device))
-                for part in PARTS
-                if part in chosen
-            }
+            {name: nn.Parameter(start.to(device)) for name, start in started.items()}
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., K]` -> `[..., O]`, in the type of x."""
-        tokens = x.reshape(-1, x.shape[-1])
-        y = self._sparse_product(tokens.float()) if self.sparse else self._dense_product(tokens)
+        y = self._sparse_product(x) if self.sparse else self._dense_product(x)
         if self._own_bias is not None:
             y = y + self._own_bias
         return y.reshape(*x.shape[:-1], -1).to(x.dtype)
 
     def corrections(self) -> Corrections:
         """What has been learned so far, on the CPU."""
-        parts: dict[str, torch.Tensor] = {
-            part: (parameter.detach() * self._unit(part, parameter.device)).float().cpu()
-            for part, parameter in self.learned.items()
-        }
-        return Corrections(**parts)
+        found = {name: value.detach().float().cpu() for name, value in self.learned.items()}
+        if "bias" in found:
+            found["bias"] = found["bias"] * self._output_rms.cpu()
+        if self.site.learns_shift:
+            found["shift"] = self.site.learned_shift()
+        return Corrections(**found)
 
-    def _dense_product(self, tokens: torch.Tensor) -> torch.Tensor:
+    def _dense_product(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.reshape(-1, x.shape[-1])
         return nn.functional.linear(tokens.to(self._weight.dtype), self._weight).float()
 
-    def _sparse_product(self, tokens: torch.Tensor) -> torch.Tensor:
-        eta = self._eta(tokens)
-        with torch.no_grad():
-            z = tokens - eta
-            keep = self._select(scores_of(z, self._score_scale))
-            corrects = self._behaviour.variance_correction
-            nu = variance_ratio(z, z * keep) if corrects else None
+    def _sparse_product(self, x: torch.Tensor) -> torch.Tensor:
+        selected = self.site.select(x)
+        one = selected.tokens.new_ones(1)
+        learned = self.learned
         y: torch.Tensor = _SparseProduct.apply(  # type: ignore[no-untyped-call]
-            tokens,
-            eta,
-            self._value("input_scale", tokens.new_tensor(self._nu)),
-            self._value("output_scale", tokens.new_ones(1)),
-            keep,
-            nu,
+            selected.tokens,
+            selected.eta,
+            learned["input_scale"] if "input_scale" in learned else self._nu * one,
+            learned.get("output_scale", one),
+            learned.get("low_rank_in"),
+            learned.get("low_rank_out"),
+            selected.keep,
+            selected.nu,
             self._weight,
         )
-        return y + self._value("bias", tokens.new_zeros(1))
+        return y + learned["bias"] * self._output_rms if "bias" in learned else y
 
-    def _eta(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`[T, 1]` per token, `[K]` learned, `[1]` calibrated or none."""
-        if self._behaviour.dynamic_shift:
-            return tokens.mean(dim=-1, keepdim=True)
-        start = self._constants.shift
-        fixed = tokens.new_zeros(1) if start is None else start.to(tokens.device)
-        return self._value("shift", fixed)
-
-    def _value(self, part: Part, otherwise: torch.Tensor) -> torch.Tensor:
-        if part not in self.learned:
-            return otherwise
-        parameter = self.learned[part]
-        value: torch.Tensor = parameter * self._unit(part, parameter.device)
-        return value
-
-    def _unit(self, part: str, device: torch.device) -> torch.Tensor:
-        """What a parameter of 1 stands for."""
-        units = {"shift": self._spread.input_rms, "bias": self._spread.output_rms}
-        return units[part].to(device) if part in units else torch.ones(1, device=device)
-
-    def _start(self, part: Part, linear: nn.Linear) -> torch.Tensor:
-        match part:
-            case "shift":
-                start = self._constants.shift
-                rms = self._spread.input_rms.cpu()
-                return torch.zeros_like(rms) if start is None else start.cpu() / rms
-            case "input_scale":
-                return torch.full((linear.in_features,), self._nu)
-            case "output_scale":
-                return torch.ones(linear.out_features)
-            case "bias":
-                return torch.zeros(linear.out_features)
-
-    @property
-    def _nu(self) -> float:
-        return 1.0 if self._constants.nu is None else self._constants.nu
+    def _started(
+        self, linear: nn.Linear, chosen: set[Part], rank: int, seed: int
+    ) -> dict[str, torch.Tensor]:
+        """Parameters by name where learning starts, in units that suit one rate."""
+        channels, outputs = linear.in_features, linear.out_features
+        started: dict[str, torch.Tensor] = {}
+        if "input_scale" in chosen:
+            started["input_scale"] = torch.full((channels,), self._nu)
+        if "output_scale" in chosen:
+            started["output_scale"] = torch.ones(outputs)
+        if "bias" in chosen:
+            started["bias"] = torch.zeros(outputs)
+        if "low_rank" in chosen:
+            generator = torch.Generator().manual_seed(seed)
+            rank = min(rank, channels, outputs)
+            drawn = torch.randn(channels, rank, generator=generator)
+            started["low_rank_in"] = drawn / channels**0.5
+            started["low_rank_out"] = torch.zeros(rank, outputs)
+        return started
 
 
 class _SparseProduct(torch.autograd.Function):
-    """`o * (W (d nu s + eta))`, keeping only what its gradient needs in the type of W.
+    """`o * (W (d nu s + eta)) + B^T A^T nu s`, keeping only what its gradient needs, in W's type.
 
     Written out because autograd would hold every intermediate of every linear in float32, which is
     most of the memory and a third of the time of learning on a CPU.
@@ -192,8 +283,10 @@ class _SparseProduct(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,  # [T, K] float32
         eta: torch.Tensor,  # [T, 1], [K] or [1]
-        input_scale: torch.Tensor,  # [K] or []
+        input_scale: torch.Tensor,  # [K] or [1]
         output_scale: torch.Tensor,  # [O] or [1]
+        low_rank_in: torch.Tensor | None,  # [K, r]
+        low_rank_out: torch.Tensor | None,  # [r, O]
         keep: torch.Tensor,  # [T, K] bool
         nu: torch.Tensor | None,  # [T, 1]
         weight: torch.Tensor,  # [O, K]
@@ -204,26 +297,45 @@ class _SparseProduct(torch.autograd.Function):
         operand = torch.addcmul(eta.expand_as(kept), kept, input_scale)
         product = operand.to(weight.dtype) @ weight.t()
         kept = kept.to(weight.dtype)
-        ctx.save_for_backward(kept, keep, nu, product, input_scale, output_scale, weight)
+        y = product * output_scale
+        inner = None
+        if low_rank_in is not None and low_rank_out is not None:
+            low_rank_in = low_rank_in.to(weight.dtype)
+            low_rank_out = low_rank_out.to(weight.dtype)
+            inner = kept @ low_rank_in
+            y = y + inner @ low_rank_out
+        ctx.save_for_backward(
+            kept, keep, nu, product, input_scale, output_scale, weight,
+            low_rank_in, low_rank_out, inner,
+        )  # fmt: skip
         ctx.eta_shape = eta.shape
-        return product * output_scale
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        kept, keep, nu, product, input_scale, output_scale, weight = ctx.saved_tensors
+        (kept, keep, nu, product, input_scale, output_scale, weight,
+         low_rank_in, low_rank_out, inner) = ctx.saved_tensors  # fmt: skip
         (of_y,) = gradients
         needs_scale, needs_gain = ctx.needs_input_grad[2], ctx.needs_input_grad[3]
         of_gain = (of_y * product).sum(dim=0) if needs_gain else None
         of_operand = ((of_y * output_scale).to(weight.dtype) @ weight).float()
         of_scale = (of_operand * kept).sum(dim=0) if needs_scale else None
-        of_x = (of_operand * input_scale).mul_(keep)
+        of_kept = of_operand * input_scale
+        of_in = of_out = None
+        if inner is not None:
+            low_of_y = of_y.to(weight.dtype)
+            of_inner = low_of_y @ low_rank_out.t()
+            of_out = (inner.t() @ low_of_y).float()
+            of_in = (kept.t() @ of_inner).float()
+            of_kept += of_inner @ low_rank_in.t()
+        of_x = of_kept.mul_(keep)
         if nu is not None:
             of_x.mul_(nu)
         of_eta = None
         if ctx.needs_input_grad[1]:
             # eta is added back everywhere and taken away where a value is kept.
             of_eta = (of_operand - of_x).sum_to_size(ctx.eta_shape)
-        return of_x, of_eta, of_scale, of_gain, None, None, None
+        return of_x, of_eta, of_scale, of_gain, of_in, of_out, None, None, None
 
 
 def with_learned(constants: Constants, corrections: Corrections) -> Constants:
@@ -266,7 +378,10 @@ def fold_learned(
     gain = _double(corrections.output_scale, 1.0)  # [O] or []
     scale = _double(corrections.input_scale, 1.0 if constants.nu is None else constants.nu)
     weight = linear.weight.detach().cpu().t().double()  # [K, O]
-    folded = {"W": (scale.reshape(-1, 1) * weight * gain).to(dtype)}
+    product = scale.reshape(-1, 1) * weight * gain
+    if corrections.low_rank_in is not None and corrections.low_rank_out is not None:
+        product += corrections.low_rank_in.double() @ corrections.low_rank_out.double()
+    folded = {"W": product.to(dtype)}
     bias = _folded_bias(linear, weight, gain, constants.shift, corrections.bias)
     if bias is not None:
         folded["bias"] = bias.to(dtype)
@@ -275,13 +390,18 @@ def fold_learned(
     for name in ("shift", "score_scale", "channel_order"):
         value = getattr(constants, name)
         if value is not None:
-            folded[name] = value.cpu()
+            folded[name] = value.cpu().clone()  # linears of one site share theirs
     return {name: tensor.detach().contiguous() for name, tensor in folded.items()}
 
 
 def changes_dense_product(corrections: Corrections) -> bool:
     """Whether the folded linear differs from the dense one even where everything is kept."""
-    changing = (corrections.input_scale, corrections.output_scale, corrections.bias)
+    changing = (
+        corrections.input_scale,
+        corrections.output_scale,
+        corrections.bias,
+        corrections.low_rank_in,
+    )
     return any(tensor is not None for tensor in changing)
 
 
@@ -308,12 +428,5 @@ def _double(tensor: torch.Tensor | None, otherwise: float) -> torch.Tensor:
     return torch.tensor(otherwise, dtype=torch.float64) if tensor is None else tensor.double()
 
 
-def _on(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+def _on(tensor: torch.Tensor | None, device: torch.device | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.to(device)
-
-
-def _floored(spread: Spread) -> Spread:
-    return Spread(
-        input_rms=spread.input_rms.float().clamp_min(_FLOOR),
-        output_rms=spread.output_rms.float().clamp_min(_FLOOR),
-    )

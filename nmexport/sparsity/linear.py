@@ -15,12 +15,15 @@ from torch import nn
 
 from nmexport.sparsity.mask import keep_mask, scores_of
 from nmexport.sparsity.pattern import NMPattern
+from nmexport.sparsity.quantisation import dequantised
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Phase = Literal["all", "prefill", "decode"]
 
+# Rows a thread below which MKL multiplies in another order: 4 on one thread, 8 on two.
+_LEAST_ROWS = 8
 VARIANCE_FLOOR = 1e-12  # op contract: the least variance of the kept values that is divided by
 
 
@@ -32,6 +35,16 @@ class Behaviour:
     dynamic_shift: bool = False
     variance_correction: bool = False
     phase: Phase = "all"
+
+
+@dataclass(frozen=True)
+class Remainder:
+    """R-Sparse (arXiv 2504.19449): A B ~ W^T, applied to all channels beside the kept ones."""
+
+    inner: torch.Tensor
+    """A `[K, r]` float32."""
+    outer: torch.Tensor
+    """B `[r, O]` float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +59,8 @@ class Constants:
     """`[1]` or `[K]` float32, subtracted before selection and added back after it."""
     nu: float | None = None
     """Static variance correction of the kept values."""
+    remainder: Remainder | None = None
+    """Low-rank part of the weight that meets every channel."""
 
 
 def selection(
@@ -75,6 +90,19 @@ def drops_channels(x: torch.Tensor, pattern: NMPattern, phase: Phase) -> bool:
     return phase == "all" or (sequence_length == 1) == (phase == "decode")
 
 
+def token_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`x @ weight`, `[..., K]` and `[K, O]`, with the same bits for a token whatever is beside it.
+
+    A CPU product of few rows goes another way than one of many: zero rows keep it from that.
+    """
+    tokens = x.reshape(-1, x.shape[-1])
+    missing = _LEAST_ROWS * torch.get_num_threads() - tokens.shape[0]
+    if x.is_cuda or missing <= 0:
+        return x @ weight
+    padded = torch.cat([tokens, tokens.new_zeros(missing, tokens.shape[1])])
+    return (padded @ weight)[: tokens.shape[0]].reshape(*x.shape[:-1], weight.shape[1])
+
+
 def bias_of(linear: nn.Linear) -> torch.Tensor | None:
     """The linear's own bias, typed as what it is: torch's stubs forget that it may be absent."""
     return linear.bias
@@ -89,6 +117,9 @@ class FoldedLinear(nn.Module):
     shift_weight: torch.Tensor | None
     score_scale: torch.Tensor | None
     channel_order: torch.Tensor | None
+    weight_scale: torch.Tensor | None
+    remainder_in: torch.Tensor | None
+    remainder_out: torch.Tensor | None
 
     def __init__(
         self,
@@ -100,17 +131,23 @@ class FoldedLinear(nn.Module):
         shift_weight: torch.Tensor | None = None,
         score_scale: torch.Tensor | None = None,
         channel_order: torch.Tensor | None = None,
+        weight_scale: torch.Tensor | None = None,
+        remainder_in: torch.Tensor | None = None,
+        remainder_out: torch.Tensor | None = None,
     ) -> None:
         """Hold the op's attributes and inputs.
 
         Args:
             behaviour: The op's attributes.
-            W: `[K, O]` T, in_features first.
+            W: `[K, O]` T, in_features first; or int8, with `weight_scale`.
             bias: `[O]` T.
             shift: `[1]` or `[K]` float32.
             shift_weight: `[O]` float32, with a dynamic shift.
             score_scale: `[K]` float32.
             channel_order: `[K]` int32.
+            weight_scale: `[G, O]` float32 of an int8 W, whose channels share scales by G groups.
+            remainder_in: `[K, r]` T, and
+            remainder_out: `[r, O]` T: factors of a product of all channels, beside the op.
 
         Raises:
             ValueError: if a static and a dynamic shift meet, or a dynamic one lacks its weight.
@@ -129,6 +166,9 @@ class FoldedLinear(nn.Module):
         self.register_buffer("shift_weight", shift_weight)
         self.register_buffer("score_scale", score_scale)
         self.register_buffer("channel_order", channel_order)
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("remainder_in", remainder_in)
+        self.register_buffer("remainder_out", remainder_out)
 
     @classmethod
     def from_dense(
@@ -161,6 +201,9 @@ class FoldedLinear(nn.Module):
             shift_weight=tensors.get("shift_weight"),
             score_scale=tensors.get("score_scale"),
             channel_order=tensors.get("channel_order"),
+            weight_scale=tensors.get("weight_scale"),
+            remainder_in=tensors.get("remainder_in"),
+            remainder_out=tensors.get("remainder_out"),
         )
 
     @property
@@ -177,13 +220,22 @@ class FoldedLinear(nn.Module):
         return self._select(z if eta is None else z - eta)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., K]` T -> `[..., O]` T, in float32 with one rounding at the end."""
+        """`[..., K]` T -> `[..., O]` T: the op, and beside it the remainder's product."""
+        y = self.op(x)
+        if self.remainder_in is None or self.remainder_out is None:
+            return y
+        eta = self._eta(x.to(torch.float32))
+        z = x if eta is None else x - eta.to(x.dtype)
+        return y + token_product(token_product(z, self.remainder_in), self.remainder_out)
+
+    def op(self, x: torch.Tensor) -> torch.Tensor:
+        """NMLinear alone: `[..., K]` T -> `[..., O]` T, in float32 with one rounding at the end."""
         x32 = x.to(torch.float32)
         eta = self._eta(x32)
         z = x32 if eta is None else x32 - eta
         drops = drops_channels(x, self.pattern, self.phase)
         kept = torch.where(self._select(z), z, 0.0) if drops else z
-        y = kept @ self.W.to(torch.float32)
+        y = token_product(kept, dequantised(self.W, self.weight_scale))
         if drops and self.variance_correction:
             y = variance_ratio(z, kept) * y
         if eta is not None and self.shift_weight is not None:
@@ -224,22 +276,33 @@ class SparseLinear(nn.Module):
         """Same as the constructor, beside `FoldedLinear.from_dense`."""
         return cls(linear, behaviour, constants)
 
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.linear.in_features
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., K]` -> `[..., O]`, in float32, rounded to the type of x."""
-        x32 = x.to(torch.float32)
+        given = operand = x.to(torch.float32)
         if drops_channels(x, self.behaviour.pattern, self.behaviour.phase):
-            x32 = self._sparsified(x32)
+            operand = self._sparsified(given)
         bias = bias_of(self.linear)
-        y = nn.functional.linear(
-            x32, self.linear.weight.to(torch.float32), None if bias is None else bias.float()
-        )
+        weight = self.linear.weight.to(torch.float32)
+        y = nn.functional.linear(operand, weight, None if bias is None else bias.float())
+        if self.constants.remainder is not None:
+            # What was dropped (and what a correction added) meets the low-rank part of W instead.
+            inner, outer = self.constants.remainder.inner, self.constants.remainder.outer
+            y = y + (given - operand) @ inner.to(x.device) @ outer.to(x.device)
         return y.to(x.dtype)
 
     def _sparsified(self, x: torch.Tensor) -> torch.Tensor:
         eta = self._eta(x)
         z = x - eta
-        constants = self.constants
-        keep = selection(z, self.behaviour.pattern, constants.score_scale, constants.channel_order)
+        scale, order = (
+            None if constant is None else constant.to(x.device)
+            for constant in (self.constants.score_scale, self.constants.channel_order)
+        )
+        keep = selection(z, self.behaviour.pattern, scale, order)
         kept = torch.where(keep, z, 0.0)
         return self._nu(z, kept) * kept + eta
 
@@ -247,7 +310,7 @@ class SparseLinear(nn.Module):
         if self.behaviour.dynamic_shift:
             return x.mean(dim=-1, keepdim=True)
         shift = self.constants.shift
-        return x.new_zeros(1) if shift is None else shift
+        return x.new_zeros(1) if shift is None else shift.to(x.device)
 
     def _nu(self, z: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         if self.behaviour.variance_correction:
@@ -271,11 +334,17 @@ def fold(
 
     Returns:
         `W [K, O]` T, and where used `bias [O]` T, `shift` float32, `shift_weight [O]` float32,
-        `score_scale [K]` float32, `channel_order [K]` int32; contiguous.
+        `score_scale [K]` float32, `channel_order [K]` int32, `remainder_in [K, r]` and
+        `remainder_out [r, O]` T; contiguous.
     """
     weight = linear.weight.detach().t().to(torch.float32)  # [K, O]
     gain = 1.0 if constants.nu is None else constants.nu
-    folded = {"W": (weight * gain).to(dtype)}
+    remainder = constants.remainder
+    left = weight if remainder is None else weight - remainder.inner @ remainder.outer
+    folded = {"W": (left * gain).to(dtype)}
+    if remainder is not None:
+        folded["remainder_in"] = remainder.inner.to(dtype)
+        folded["remainder_out"] = remainder.outer.to(dtype)
     bias = _folded_bias(linear, weight, constants.shift)
     if bias is not None:
         folded["bias"] = bias.to(dtype)
@@ -284,7 +353,7 @@ def fold(
     for name in ("shift", "score_scale", "channel_order"):
         value = getattr(constants, name)
         if value is not None:
-            folded[name] = value
+            folded[name] = value.clone()  # linears of one site share theirs
     return {name: tensor.detach().contiguous() for name, tensor in folded.items()}
 
 

@@ -81,15 +81,21 @@ def _keep_in_groups(keys: torch.Tensor, pattern: NMPattern) -> torch.Tensor:
 
 def _nth_largest(keys: torch.Tensor, n: int) -> torch.Tensor:
     """The n-th largest of the last axis: `[..., m]` -> `[...]`."""
-    m = keys.shape[-1]
-    lanes = list(keys.reshape(-1, m).t().contiguous().unbind(0))
+    slots = keys.reshape(-1, keys.shape[-1]).t().contiguous()
+    return nth_largest(slots, n).view(keys.shape[:-1])
+
+
+def nth_largest(slots: torch.Tensor, n: int) -> torch.Tensor:
+    """The n-th largest of the first axis: `[m, L]` -> `[L]`."""
+    m = slots.shape[0]
+    lanes = list(slots.unbind(0))
     for low, high, keep_low, keep_high in _selection_network(m, m - n):
         a, b = lanes[low], lanes[high]
         if keep_low:
             lanes[low] = torch.minimum(a, b)
         if keep_high:
             lanes[high] = torch.maximum(a, b)
-    return lanes[m - n].view(keys.shape[:-1])
+    return lanes[m - n]
 
 
 @functools.cache

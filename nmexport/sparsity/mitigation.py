@@ -7,11 +7,12 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 from nmexport.errors import RecipeError
+from nmexport.sparsity.parts import PARTS, Part
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-Corrects = Literal["shift", "variance"]
+Corrects = Literal["shift", "variance", "scale", "gain", "bias", "compensation", "remainder"]
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,13 @@ class Mitigation:
 
     name: str
     corrects: Corrects
-    """A shift of the input before selection, or the variance lost by it. One of each at most."""
-    per_token: bool
+    """A shift of the input before selection, the variance lost by it, and so on. One of each."""
+    per_token: bool = False
     """Computed from the token at run time (an attribute of the op), else a calibrated constant."""
-    changes_weight: bool = False
-    """The folded W is not the dense weight: then no phase can be left dense."""
+    learns: Part | None = None
+    """The part of `nmexport.sparsity.learned` that is learned for it; None is calibrated."""
+    changes_product: bool = False
+    """The folded linear is not the dense one where all is kept: then no phase can stay dense."""
 
 
 MITIGATIONS: Mapping[str, Mitigation] = MappingProxyType(
@@ -32,9 +35,17 @@ MITIGATIONS: Mapping[str, Mitigation] = MappingProxyType(
         mitigation.name: mitigation
         for mitigation in (
             Mitigation("d-pts", corrects="shift", per_token=True),
-            Mitigation("s-pts", corrects="shift", per_token=False),
+            Mitigation("s-pts", corrects="shift"),
+            Mitigation("l-pts", corrects="shift", learns="shift"),
             Mitigation("var", corrects="variance", per_token=True),
-            Mitigation("s-var", corrects="variance", per_token=False, changes_weight=True),
+            Mitigation("s-var", corrects="variance", changes_product=True),
+            Mitigation("ls", corrects="scale", learns="input_scale", changes_product=True),
+            Mitigation("gain", corrects="gain", learns="output_scale", changes_product=True),
+            Mitigation("bias", corrects="bias", learns="bias", changes_product=True),
+            Mitigation(
+                "low-rank", corrects="compensation", learns="low_rank", changes_product=True
+            ),
+            Mitigation("r-sparse", corrects="remainder", changes_product=True),
         )
     }
 )
@@ -48,17 +59,27 @@ def check_combination(mitigations: Sequence[str], phases: str) -> None:
         phases: `all`, `prefill` or `decode`.
 
     Raises:
-        RecipeError: for an unknown name, two shifts, two variance corrections, or a mitigation
-            that changes W where a phase stays dense.
+        RecipeError: for an unknown name, one twice, two shifts, two variance corrections, a
+            mitigation that changes W where a phase stays dense, or `r-sparse` beside learned ones.
     """
     for name in mitigations:
         if name not in MITIGATIONS:
             raise RecipeError(
                 f"Unknown mitigation {name!r}.", allowed=", ".join(["none", *MITIGATIONS])
             )
+    for name in mitigations:
+        if mitigations.count(name) > 1:
+            raise RecipeError(f"Mitigation {name} is named twice.", fix=f"name {name} once")
     _at_most_one(mitigations, "shift", "shift before selection")
     _at_most_one(mitigations, "variance", "variance correction")
+    _remainder_alone(mitigations)
     _dense_phase_possible(mitigations, phases)
+
+
+def learned_parts(mitigations: Sequence[str]) -> tuple[Part, ...]:
+    """What has to be learned for these mitigations, in the order that learning names it."""
+    wanted = {MITIGATIONS[name].learns for name in mitigations}
+    return tuple(part for part in PARTS if part in wanted)
 
 
 def uses(mitigations: Sequence[str], corrects: Corrects, *, per_token: bool) -> bool:
@@ -77,13 +98,24 @@ def _at_most_one(mitigations: Sequence[str], corrects: Corrects, words: str) -> 
         )
 
 
+def _remainder_alone(mitigations: Sequence[str]) -> None:
+    learned = [name for name in mitigations if MITIGATIONS[name].learns]
+    if "r-sparse" in mitigations and learned:
+        raise RecipeError(
+            f"Mitigations r-sparse and {learned[0]} cannot be combined: constants are learned for "
+            "what the kept channels alone compute, and r-sparse adds a product of all channels.",
+            allowed="r-sparse with d-pts, s-pts, var or s-var",
+            fix=f"drop {', '.join(learned)}, or use low-rank, which costs nothing at run time",
+        )
+
+
 def _dense_phase_possible(mitigations: Sequence[str], phases: str) -> None:
-    given = [name for name in mitigations if MITIGATIONS[name].changes_weight]
+    given = [name for name in mitigations if MITIGATIONS[name].changes_product]
     if given and phases != "all":
         other = "decode" if phases == "prefill" else "prefill"
         raise RecipeError(
-            f"Mitigation {given[0]} cannot be used with phases {phases}: it scales the folded "
-            f"weight, and {other}, which stays dense, needs the weight unscaled.",
+            f"Mitigation {given[0]} cannot be used with phases {phases}: it changes the folded "
+            f"weight or bias, and {other}, which stays dense, needs them as they are.",
             allowed=f"{given[0]} with --phases all",
-            fix=f"drop {given[0]} (var corrects the same per token), or use --phases all",
+            fix=f"drop {', '.join(given)} (var and l-pts remain), or use --phases all",
         )

@@ -21,3 +21,5 @@ class ChannelStatistics:
     """`[K]` float64, square root of the second moment."""
     mean_magnitude: torch.Tensor
     """`[K]` float64, mean of |x|."""
+    sensitivity: torch.Tensor | None = None
+    """`[K]` float64, root mean square gradient of the predictions; None was not measured."""

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from nmexport.calibration.corpus import SELF, corpus_identity, load_samples
-from nmexport.errors import ArtifactError
+from nmexport.errors import ArtifactError, CorpusError
 from nmexport.layers import FILENAME
 
 if TYPE_CHECKING:
@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from nmexport.calibration.corpus import SelfText, TokenIds
+    from nmexport.models.offload import OpenedModel
     from nmexport.recipe import Recipe
     from nmexport.sparsity.statistics import ChannelStatistics
     from nmexport.stages.inputs import StageInputs
 
 UPSTREAM: tuple[str, ...] = ()
-SCHEMA = 1
+SCHEMA = 2
 STATISTICS = "statistics.safetensors"
 SAMPLES = "samples.safetensors"
 _FIELDS = ("mean", "rms", "mean_magnitude")
@@ -70,10 +72,18 @@ class Artifact:
             ) from error
 
     def samples(self) -> torch.Tensor:
-        """Token ids of the calibration samples, `[samples, length]` int64."""
+        """Token ids of the calibration samples, `[samples, length]` int64; any few hold all."""
+        kinds = self.samples_by_kind()
+        return _mixed(kinds["corpus"], kinds["written"])
+
+    def samples_by_kind(self) -> dict[str, torch.Tensor]:
+        """Token ids `[samples, length]` int64 of `corpus`, `written` and `further` samples.
+
+        See `nmexport.calibration.corpus.Samples`.
+        """
         from nmexport.tensors import load_tensors
 
-        return load_tensors(self.path / SAMPLES)["input_ids"].long()
+        return {name: ids.long() for name, ids in load_tensors(self.path / SAMPLES).items()}
 
     def statistics(self) -> dict[str, ChannelStatistics]:
         """Statistics by linear, of those that a token reached."""
@@ -101,6 +111,8 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
         "corpus": corpus_identity(section.corpus),
         "samples": section.samples,
         "length": section.length,
+        "self_share": section.self_share,
+        "learning_samples": section.learning_samples,
         "reserved_tokens": _reserved_tokens(recipe),
         "seed": recipe.seed,
         "versions": {name: inputs.environment.version(name) for name in ("torch", "transformers")},
@@ -119,38 +131,79 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     import torch
 
     from nmexport.calibration.passes import gather_channel_statistics, on_best_device
-    from nmexport.calibration.self_text import self_text
-    from nmexport.models.loader import load_model, load_tokenizer
+    from nmexport.models.loader import load_tokenizer
+    from nmexport.models.offload import check_layerwise, is_placed, open_dense
     from nmexport.sparsity.targets import linears_of, select_targets
     from nmexport.tensors import save_tensors
 
     recipe = inputs.recipe
     trusted = recipe.model.trust_remote_code
     tokenizer = load_tokenizer(inputs.source, trust_remote_code=trusted)
-    model = load_model(inputs.source, dtype=torch.float32, trust_remote_code=trusted)
-    select_targets(model, recipe.sparsity.targets, recipe.sparsity.pattern)
-    model = on_best_device(model)
-    samples = torch.from_numpy(
-        load_samples(
-            recipe.calibration,
-            tokenizer,
-            self_text(model, tokenizer, progress=inputs.progress),
-            seed=recipe.seed,
-            reserved_tokens=_reserved_tokens(recipe),
-        )
+    opened = open_dense(
+        inputs.source,
+        trust_remote_code=trusted,
+        offload=recipe.calibration.offload,
+        progress=inputs.progress,
     )
+    model = opened.model
+    if opened.layerwise is not None:
+        check_layerwise(recipe)
+    select_targets(model, recipe.sparsity.targets, recipe.sparsity.pattern)
+    if opened.layerwise is None and not is_placed(model):
+        model = on_best_device(model)
+    loaded = load_samples(
+        recipe.calibration,
+        tokenizer,
+        _writer(inputs, opened, tokenizer),
+        seed=recipe.seed,
+        reserved_tokens=_reserved_tokens(recipe),
+    )
+    kinds = {name: torch.from_numpy(ids) for name, ids in vars(loaded).items()}
+    samples = _mixed(kinds["corpus"], kinds["written"])
     linears = linears_of(model)
-    statistics = gather_channel_statistics(model, linears, samples, progress=inputs.progress)
+    statistics = gather_channel_statistics(
+        model, linears, samples, progress=inputs.progress, layerwise=opened.layerwise
+    )
 
-    save_tensors(inputs.output / SAMPLES, {"input_ids": samples.int()})
+    save_tensors(inputs.output / SAMPLES, {name: ids.int() for name, ids in kinds.items()})
     save_tensors(inputs.output / STATISTICS, _named(statistics))
     _write_linears(inputs.output, linears, statistics)
     return {
         "samples": samples.shape[0],
         "tokens": samples.numel(),
+        "learning_samples": len(kinds["further"]),
         "linears": len(linears),
         "linears_reached": len(statistics),
     }
+
+
+def _writer(inputs: StageInputs, opened: OpenedModel, tokenizer: Any) -> SelfText:
+    """The model as an author, where it is in memory as a whole."""
+    from nmexport.calibration.self_text import self_text, several_kinds
+
+    if opened.layerwise is None:
+        kinds = several_kinds(tokenizer)
+        return self_text(opened.model, tokenizer, progress=inputs.progress, kinds=kinds)
+
+    def refuse(samples: int, length: int, seed: int) -> TokenIds:
+        del samples, length, seed
+        raise CorpusError(
+            f"{inputs.source.id} does not fit into memory, and a model that runs layer by layer "
+            "cannot write its own text.",
+            allowed="calibration text from elsewhere, all of it",
+            fix="--calib FILE.txt --calib-self-share 0",
+        )
+
+    return refuse
+
+
+def _mixed(corpus: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
+    """Both, spread evenly over each other, so that any first few are of both."""
+    import torch
+
+    places = [(torch.arange(len(one)) + 0.5) / max(len(one), 1) for one in (corpus, written)]
+    order = torch.argsort(torch.cat(places), stable=True)
+    return torch.cat([corpus, written])[order]
 
 
 def _reserved_tokens(recipe: Recipe) -> int:

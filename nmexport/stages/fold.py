@@ -1,32 +1,61 @@
-"""Fold: every constant of the method moved into the weights, biases and inputs of the op."""
+"""Fold: every constant of the method moved into the weights, biases and inputs of the op.
+
+Linears may be given patterns of their own (`allocate`), their constants follow from statistics
+(`derivation`), are corrected by what is learned (`learning`), and become tensors (`sparsity`).
+"""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nmexport.errors import ModelError
 from nmexport.layers import LayerSpec, read_layers, write_layers
-from nmexport.sparsity.mitigation import check_combination
+from nmexport.sparsity.mitigation import check_combination, learned_parts
 from nmexport.stages import calibrate
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     import torch
     from torch import nn
 
+    from nmexport.allocation.choice import Allocation
+    from nmexport.allocation.sites import Site
+    from nmexport.calibration.checkpoint import Checkpoint
+    from nmexport.calibration.derivation import Derived
+    from nmexport.calibration.learning import Learned
     from nmexport.calibration.local_error import ErrorObserver
-    from nmexport.recipe import Recipe
-    from nmexport.sparsity.linear import Behaviour, Constants
+    from nmexport.calibration.order_search import GroupingDistance
+    from nmexport.models.layerwise import LayerwiseModel
+    from nmexport.recipe import SparsitySection
+    from nmexport.sparsity.linear import Constants
     from nmexport.sparsity.statistics import ChannelStatistics
     from nmexport.stages.inputs import StageInputs
 
 UPSTREAM: tuple[str, ...] = ("calibrate",)
 # Local errors and the static variance correction need few tokens: one number a layer.
 ERROR_SAMPLES = 4
-TENSORS = ("W", "bias", "shift", "shift_weight", "score_scale", "channel_order")
+SENSITIVITY_SAMPLES = 16
+ORDER_SAMPLES = 24
+# Where the learned constants' loss curve is kept.
+LEARNING = "learning.json"
+# Of the last samples: not those that orders were searched on.
+DISTANCE_SAMPLES = 2
+TENSORS = (
+    "W",
+    "bias",
+    "shift",
+    "shift_weight",
+    "score_scale",
+    "channel_order",
+    "weight_scale",
+    "remainder_in",
+    "remainder_out",
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +68,17 @@ class Artifact:
     def layers(self) -> list[LayerSpec]:
         """The sparsified linears, in model order."""
         return read_layers(self.path)
+
+    @property
+    def learning(self) -> dict[str, Any] | None:
+        """How the learned constants came about: `settings` and `curve`; None without any."""
+        import json
+
+        try:
+            document: dict[str, Any] = json.loads((self.path / LEARNING).read_text("utf-8"))
+        except FileNotFoundError:
+            return None
+        return document
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """Tensors of one linear by their name in the op contract: `W`, and those it uses.
@@ -57,6 +97,26 @@ class Artifact:
         }
 
 
+class _Given(NamedTuple):
+    """What the steps of this stage work on."""
+
+    inputs: StageInputs
+    model: Any
+    linears: Mapping[str, nn.Linear]
+    """The targets, in model order."""
+    sites: Sequence[Site]
+    statistics: Mapping[str, ChannelStatistics]
+    samples: torch.Tensor
+    """`[samples, length]`, of all kinds."""
+    kinds: Mapping[str, torch.Tensor]
+    layerwise: LayerwiseModel | None
+    """Runs the model where it does not fit into memory."""
+
+    def loaded(self, linear: nn.Linear) -> AbstractContextManager[nn.Linear]:
+        """A linear with its weight in memory, while this lasts."""
+        return nullcontext(linear) if self.layerwise is None else self.layerwise.loaded(linear)
+
+
 def key_fields(inputs: StageInputs) -> dict[str, Any]:
     """What the linears compute, and in which type.
 
@@ -65,96 +125,290 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
     """
     recipe = inputs.recipe
     check_combination(recipe.sparsity.mitigations, recipe.sparsity.phases)
+    if recipe.allocation.budget.limits():
+        for phase in recipe.allocation.phases:
+            check_combination(recipe.sparsity.mitigations, phase)
     return {
         "model": inputs.source.digest,
         "dtype": recipe.model.dtype,
+        "weights": recipe.model.weights,
         "sparsity": recipe.sparsity.model_dump(mode="json"),
+        "allocation": _allocation_key(recipe.allocation),
         "seed": recipe.seed,
-        "error_samples": ERROR_SAMPLES,
+        "samples": [ERROR_SAMPLES, SENSITIVITY_SAMPLES, ORDER_SAMPLES],
+        "versions": {"torch": inputs.environment.version("torch")},
     }
 
 
 def run(inputs: StageInputs) -> dict[str, Any]:
-    """Derive the constants of every target, measure what selection costs it, fold, write.
+    """Choose, derive and learn the constants of every target, fold, write.
 
     Raises:
         TargetError: if the recipe's targets select nothing.
         PatternError: if the pattern does not fit a target.
+        RecipeError: if no allocation keeps the budget.
+        CorpusError: if there is too little text to learn from.
         ModelError: if calibration never reached a target, or a folded weight leaves the type.
     """
-    import torch
+    from nmexport.calibration import derivation
+    from nmexport.calibration.passes import gather_errors
+    from nmexport.models.offload import is_placed
 
-    from nmexport.calibration.passes import gather_errors, on_best_device
-    from nmexport.models.loader import load_model
-    from nmexport.sparsity.linear import fold
-    from nmexport.sparsity.method import behaviour_of
+    given = _given(inputs)
+    allocation = _allocation(given)
+    sections = _sections(given, allocation)
+    seed = inputs.recipe.seed
+    derived = derivation.derive(
+        given.sites, given.linears, given.statistics, sections, seed=seed, loaded=given.loaded
+    )
+    derived, _ = derivation.with_searched_orders(
+        given.model,
+        given.sites,
+        given.linears,
+        derived,
+        given.samples[:ORDER_SAMPLES],
+        progress=inputs.progress,
+        seed=seed,
+        layerwise=given.layerwise,
+    )
+    derived = derivation.with_remainders(derived, given.linears, seed=seed, loaded=given.loaded)
+    sparse = {name: given.linears[name] for name in derived}
+    constants = {name: one.constants for name, one in derived.items()}
+    errors = gather_errors(
+        given.model,
+        sparse,
+        constants,
+        {name: one.behaviour for name, one in derived.items()},
+        given.samples[:ERROR_SAMPLES],
+        progress=inputs.progress,
+        layerwise=given.layerwise,
+    )
+    derived = _with_static_variance(derived, errors)
+    distances = _distances(given, derived)
+    learned = _learned(given, derived)
+    if given.layerwise is None and not is_placed(given.model):
+        given.model.to("cpu")  # folding is the same everywhere
+    _write_tensors(given, derived, learned)
+    specs = [
+        _layer_spec(name, sparse[name], one, errors[name], distances.get(name))
+        for name, one in derived.items()
+    ]
+    write_layers(inputs.output, specs)
+    if allocation is not None:
+        from nmexport.allocation.choice import write_allocation
+
+        write_allocation(inputs.output, allocation)
+    return {
+        "linears": len(specs),
+        "relative_error_mean": _mean([spec.relative_error for spec in specs]),
+        "gap_closed_mean": _mean([spec.gap_closed for spec in specs]),
+        **_written_learning(inputs.output, learned),
+    }
+
+
+def _given(inputs: StageInputs) -> _Given:
+    from nmexport.allocation.sites import input_sites
+    from nmexport.calibration.derivation import with_sensitivities
+    from nmexport.calibration.passes import on_best_device
+    from nmexport.models.offload import check_layerwise, is_placed, open_dense
     from nmexport.sparsity.targets import linears_of, select_targets
-    from nmexport.tensors import ShardedWriter
 
     recipe = inputs.recipe
     calibrated = calibrate.Artifact(inputs.upstream["calibrate"])
-    model = load_model(
-        inputs.source, dtype=torch.float32, trust_remote_code=recipe.model.trust_remote_code
+    opened = open_dense(
+        inputs.source,
+        trust_remote_code=recipe.model.trust_remote_code,
+        offload=recipe.calibration.offload,
+        progress=inputs.progress,
     )
-    behaviour = behaviour_of(recipe.sparsity)
-    targets = select_targets(model, recipe.sparsity.targets, recipe.sparsity.pattern)
-    linears = {name: linear for name, linear in linears_of(model).items() if name in set(targets)}
-    constants = _constants(recipe, linears, calibrated.statistics())
-    samples = calibrated.samples()[:ERROR_SAMPLES]
-    errors = gather_errors(
-        on_best_device(model), linears, constants, behaviour, samples, progress=inputs.progress
+    model, layerwise = opened.model, opened.layerwise
+    if layerwise is not None:
+        check_layerwise(recipe)
+    targets = set(select_targets(model, recipe.sparsity.targets, recipe.sparsity.pattern))
+    linears = {name: linear for name, linear in linears_of(model).items() if name in targets}
+    statistics = calibrated.statistics()
+    _check_reached(linears, statistics)
+    if layerwise is None and not is_placed(model):
+        model = on_best_device(model)
+    samples = calibrated.samples()
+    sites = input_sites(model, linears, samples[0], layerwise=layerwise)
+    statistics = with_sensitivities(
+        model,
+        sites,
+        linears,
+        statistics,
+        samples[:SENSITIVITY_SAMPLES],
+        criteria={recipe.sparsity.criterion, *recipe.allocation.criteria},
+        progress=inputs.progress,
+        seed=recipe.seed,
     )
-    model.to("cpu")  # folding is the same everywhere
-    constants = _with_static_variance(recipe, constants, errors)
-
-    dtype = getattr(torch, recipe.model.dtype)
-    with ShardedWriter(inputs.output) as writer:
-        for name in inputs.progress.track(targets, label="fold: weights", total=len(targets)):
-            folded = fold(linears[name], behaviour, constants[name], dtype=dtype)
-            _check_finite(name, folded, recipe.model.dtype)
-            writer.add({f"{name}.{kind}": tensor for kind, tensor in folded.items()})
-    specs = [
-        _layer_spec(
-            recipe,
-            name,
-            linears[name],
-            behaviour=behaviour,
-            nu=constants[name].nu,
-            error=errors[name],
-        )
-        for name in targets
-    ]
-    write_layers(inputs.output, specs)
-    return {"linears": len(specs), "relative_error_mean": _mean_error(specs)}
+    kinds = calibrated.samples_by_kind()
+    return _Given(inputs, model, linears, sites, statistics, samples, kinds, layerwise)
 
 
-def _constants(
-    recipe: Recipe,
-    linears: Mapping[str, nn.Linear],
-    statistics: Mapping[str, ChannelStatistics],
-) -> dict[str, Constants]:
-    from nmexport.sparsity.method import constants_of
-
+def _check_reached(
+    linears: Mapping[str, nn.Linear], statistics: Mapping[str, ChannelStatistics]
+) -> None:
     unreached = [name for name in linears if name not in statistics]
     if unreached:
         raise ModelError(
             f"No calibration token reached {unreached[0]} ({len(unreached)} such linears).",
             fix="calibrate on more samples, or exclude these linears with --targets",
         )
+
+
+def _allocation_key(section: Any) -> dict[str, Any] | None:
+    """Nothing of it matters without a budget."""
+    return section.model_dump(mode="json") if section.budget.limits() else None
+
+
+def _allocation(given: _Given) -> Allocation | None:
+    """A choice for each linear, where the recipe sets a budget."""
+    import torch
+
+    from nmexport.allocation.allocate import allocate
+    from nmexport.calibration.derivation import site_constants
+
+    recipe = given.inputs.recipe
+    if not recipe.allocation.budget.limits():
+        return None
+
+    def constants_for(site: Site, method: SparsitySection) -> Constants:
+        return site_constants(site, given.linears, given.statistics, method, seed=recipe.seed)
+
+    return allocate(
+        given.model,
+        given.linears,
+        given.samples,
+        sparsity=recipe.sparsity,
+        section=recipe.allocation,
+        constants_for=constants_for,
+        element_bytes=getattr(torch, recipe.model.dtype).itemsize,
+        progress=given.inputs.progress,
+        checkpoint=_checkpoint(given, "allocation"),
+    )
+
+
+def _sections(given: _Given, allocation: Allocation | None) -> dict[str, SparsitySection]:
+    """What each linear that becomes sparse is to compute."""
+    section = given.inputs.recipe.sparsity
+    if allocation is None:
+        return dict.fromkeys(given.linears, section)
+    from nmexport.sparsity.pattern import NMPattern
+
     return {
-        name: constants_of(recipe.sparsity, linear.weight, statistics[name], seed=recipe.seed)
-        for name, linear in linears.items()
+        name: section.model_copy(
+            update={
+                "pattern": NMPattern.parse(choice.pattern),
+                "criterion": choice.criterion,
+                "phases": choice.phase,
+            }
+        )
+        for name, choice in allocation.choices.items()
+        if choice.pattern is not None
     }
 
 
 def _with_static_variance(
-    recipe: Recipe, constants: dict[str, Constants], errors: Mapping[str, ErrorObserver]
-) -> dict[str, Constants]:
+    derived: Mapping[str, Derived], errors: Mapping[str, ErrorObserver]
+) -> dict[str, Derived]:
     from nmexport.sparsity.method import needs_static_variance
 
-    if not needs_static_variance(recipe.sparsity):
-        return constants
-    return {name: replace(one, nu=errors[name].static_nu()) for name, one in constants.items()}
+    return {
+        name: replace(one, constants=replace(one.constants, nu=errors[name].static_nu()))
+        if needs_static_variance(one.section)
+        else one
+        for name, one in derived.items()
+    }
+
+
+def _distances(given: _Given, derived: Mapping[str, Derived]) -> dict[str, GroupingDistance]:
+    """How close each order comes to unstructured selection; of consecutive groups, nothing."""
+    from nmexport.calibration.order_search import grouping_distances
+
+    ordered = {
+        name: one for name, one in derived.items() if one.constants.channel_order is not None
+    }
+    found: dict[str, GroupingDistance] = {}
+    for pattern in sorted({one.behaviour.pattern for one in ordered.values()}, key=str):
+        names = [name for name, one in ordered.items() if one.behaviour.pattern == pattern]
+        found |= grouping_distances(
+            given.model,
+            {name: given.linears[name] for name in names},
+            {name: ordered[name].constants for name in names},
+            pattern,
+            given.samples[-DISTANCE_SAMPLES:],
+            progress=given.inputs.progress,
+            layerwise=given.layerwise,
+        )
+    return found
+
+
+def _learned(given: _Given, derived: Mapping[str, Derived]) -> Learned | None:
+    """Corrections of all linears, learned together; None where the recipe names none."""
+    import torch
+
+    from nmexport.calibration.learning import EFFORTS, learn
+
+    recipe = given.inputs.recipe
+    parts = learned_parts(recipe.sparsity.mitigations)
+    if not parts:
+        return None
+    settings = replace(
+        EFFORTS[recipe.sparsity.effort],
+        parts=parts,
+        rank=recipe.sparsity.rank,
+        seed=recipe.seed,
+    )
+    corpus = [given.kinds["corpus"], given.kinds["further"]]
+    return learn(
+        given.model,
+        {name: given.linears[name] for name in derived},
+        {name: one.constants for name, one in derived.items()},
+        {name: one.behaviour for name, one in derived.items()},
+        [torch.cat(corpus), given.kinds["written"]],
+        settings=settings,
+        sites=[site.names for site in given.sites],
+        progress=given.inputs.progress,
+        checkpoint=_checkpoint(given, "learning"),
+    )
+
+
+def _checkpoint(given: _Given, work: str) -> Checkpoint | None:
+    """Where long work goes on from after a kill; the folder belongs to this stage's key."""
+    from nmexport.calibration.checkpoint import Checkpoint
+
+    folder = given.inputs.resume
+    if folder is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    return Checkpoint(folder / f"{work}.safetensors", identity=folder.name)
+
+
+def _write_tensors(given: _Given, derived: Mapping[str, Derived], learned: Learned | None) -> None:
+    import torch
+
+    from nmexport.sparsity.learned import fold_learned
+    from nmexport.sparsity.linear import fold
+    from nmexport.sparsity.quantisation import quantised
+    from nmexport.tensors import ShardedWriter
+
+    inputs, named = given.inputs, given.inputs.recipe.model.dtype
+    dtype = getattr(torch, named)
+    with ShardedWriter(inputs.output) as writer:
+        tracked = inputs.progress.track(derived.items(), label="fold: weights", total=len(derived))
+        for name, one in tracked:
+            with given.loaded(given.linears[name]) as linear:
+                if learned is None:
+                    folded = fold(linear, one.behaviour, one.constants, dtype=dtype)
+                else:
+                    corrections = learned.corrections[name]
+                    folded = fold_learned(
+                        linear, one.behaviour, one.constants, corrections, dtype=dtype
+                    )
+            _check_finite(name, folded, named)
+            folded = quantised(folded, inputs.recipe.model.weights, name=name)
+            writer.add({f"{name}.{kind}": tensor for kind, tensor in folded.items()})
 
 
 def _check_finite(name: str, folded: Mapping[str, torch.Tensor], dtype: str) -> None:
@@ -169,18 +423,16 @@ def _check_finite(name: str, folded: Mapping[str, torch.Tensor], dtype: str) -> 
 
 
 def _layer_spec(
-    recipe: Recipe,
     name: str,
     linear: nn.Linear,
-    *,
-    behaviour: Behaviour,
-    nu: float | None,
+    derived: Derived,
     error: ErrorObserver,
+    distance: GroupingDistance | None,
 ) -> LayerSpec:
     from nmexport.sparsity.linear import bias_of
 
-    section = recipe.sparsity
-    relative = error.relative_error(1.0 if nu is None else nu)
+    section, behaviour, constants = derived.section, derived.behaviour, derived.constants
+    remainder = constants.remainder
     return LayerSpec(
         name=name,
         in_features=linear.in_features,
@@ -193,11 +445,36 @@ def _layer_spec(
         dynamic_shift=behaviour.dynamic_shift,
         variance_correction=behaviour.variance_correction,
         has_bias=bias_of(linear) is not None,
-        # Six digits: what follows is the summation order of the machine.
-        relative_error=None if relative is None else float(f"{relative:.6g}"),
+        relative_error=_rounded(
+            error.relative_error(1.0 if constants.nu is None else constants.nu)
+        ),
+        gap_closed=None if distance is None else _rounded(distance.closed()),
+        remainder_rank=None if remainder is None else remainder.inner.shape[1],
     )
 
 
-def _mean_error(specs: list[LayerSpec]) -> float | None:
-    known = [spec.relative_error for spec in specs if spec.relative_error is not None]
+def _written_learning(folder: Path, learned: Learned | None) -> dict[str, Any]:
+    """Write the loss curve; the stage's metrics of it."""
+    import json
+    from dataclasses import asdict
+
+    if learned is None:
+        return {}
+    document = {"settings": asdict(learned.settings), "curve": asdict(learned.curve)}
+    (folder / LEARNING).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return {
+        "steps": len(learned.curve.learned),
+        "held_out_kl": [learned.curve.held_out[place][1] for place in (0, -1)]
+        if learned.curve.held_out
+        else None,
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    """Six digits: what follows is the summation order of the machine."""
+    return None if value is None else float(f"{value:.6g}")
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None

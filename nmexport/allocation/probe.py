@@ -1,0 +1,240 @@
+"""How far the model's predictions move when some of its sites are sparse, on a few windows.
+
+One dense model serves for every trial: pre-hooks hand the linears of a site a sparse input. A trial
+on late layers starts there: what the layers before it computed is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nmexport.calibration.passes import _hooked
+from nmexport.errors import ModelError
+from nmexport.sparsity.targets import _decoder_layers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from torch import nn
+    from torch.utils.hooks import RemovableHandle
+
+    from nmexport.allocation.sites import Site
+    from nmexport.allocation.sparse_input import SparseInput
+
+# Log-probabilities of the dense model that are kept, all windows together.
+_REFERENCE_BYTES = 768 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Movement:
+    """What a trial did to the predictions, window by window."""
+
+    kl: tuple[float, ...]
+    """Mean KL(dense || sparse) over a window's scored tokens, in nats."""
+    nll: tuple[float, ...]
+    """Mean rise of the negative log-likelihood of the text's own tokens."""
+
+    @property
+    def kl_mean(self) -> float:
+        """Over all windows, which are of equal length."""
+        return math.fsum(self.kl) / len(self.kl)
+
+    @property
+    def nll_mean(self) -> float:
+        """Over all windows: the logarithm of the perplexity ratio."""
+        return math.fsum(self.nll) / len(self.nll)
+
+    @property
+    def kl_stderr(self) -> float:
+        """Standard error of the mean over windows; 0 for one window."""
+        count = len(self.kl)
+        if count == 1:
+            return 0.0
+        squares = math.fsum((one - self.kl_mean) ** 2 for one in self.kl)
+        return math.sqrt(squares / (count - 1) / count)
+
+
+class Probe:
+    """The dense model on fixed windows, and trials beside it."""
+
+    def __init__(self, model: Any, windows: torch.Tensor, *, prompt: int = 0) -> None:
+        """Run the dense model.
+
+        Args:
+            model: A Hugging Face causal language model in evaluation mode; left as it is.
+            windows: `[W, L]` int64 token ids, L at least 2.
+            prompt: Tokens of a window that count as its prompt and are not scored.
+
+        Raises:
+            ModelError: if the dense model's predictions are not finite.
+        """
+        self._model = model
+        self._windows = windows
+        self._prompt = prompt
+        self._device = next(model.parameters()).device
+        stack, _ = _decoder_layers(model)
+        self._layers: list[nn.Module] = list(model.get_submodule(stack))
+        self._start = 0
+        self._before: list[Any] = []
+        self._resumes = True
+        vocabulary = model.config.get_text_config().vocab_size
+        self._scored = scored_positions(windows, prompt, vocabulary)
+        self._reference = [self._log_probabilities(index) for index in range(len(windows))]
+        if not all(bool(one.isfinite().all()) for one in self._reference):
+            raise ModelError("The dense model's predictions are not finite.")
+
+    @property
+    def tokens(self) -> int:
+        """Scored tokens of a trial."""
+        return len(self._windows) * len(self._scored)
+
+    def start_at(self, layer: int) -> None:
+        """Let trials begin at a decoder layer; nothing before it may be sparse in them.
+
+        Where the model's layers turn out to pass more than their output on, trials keep running
+        whole.
+        """
+        if not self._resumes or layer == self._start:
+            return
+        before = [self._output_before(layer, index) for index in range(len(self._windows))]
+        self._start, self._before = layer, before
+        again = self._log_probabilities(0)
+        if not torch.allclose(again, self._reference[0], rtol=1e-4, atol=1e-4):
+            self._start, self._before, self._resumes = 0, [], False
+
+    def measure(self, inputs: Mapping[Site, SparseInput]) -> Movement:
+        """Run the model with these sites sparse.
+
+        Raises:
+            ValueError: if a site lies before the layer that trials start at.
+        """
+        if any(site.layer < self._start for site in inputs):
+            raise ValueError(f"trials start at layer {self._start}")
+        kl, nll = [], []
+        with self._sparse(inputs):
+            for index, reference in enumerate(self._reference):
+                found = self._log_probabilities(index)
+                kl.append(mean_divergence(reference, found))
+                nll.append(self._rise(index, reference, found))
+        return Movement(kl=tuple(kl), nll=tuple(nll))
+
+    def _rise(self, index: int, reference: torch.Tensor, found: torch.Tensor) -> float:
+        following = self._windows[index, self._scored + 1].to(found.device).unsqueeze(1)
+        return float((reference.gather(1, following) - found.gather(1, following)).double().mean())
+
+    def _log_probabilities(self, index: int) -> torch.Tensor:
+        """`[scored, V]` float32 of one window."""
+        options: dict[str, Any] = {"use_cache": False}
+        if "logits_to_keep" in inspect.signature(self._model.forward).parameters:
+            options["logits_to_keep"] = self._scored.to(self._device)
+        ids = self._windows[index : index + 1].to(self._device)
+        with torch.inference_mode(), self._started(index):
+            logits = self._model(input_ids=ids, **options).logits[0]
+            if logits.shape[0] != len(self._scored):
+                logits = logits[self._scored.to(self._device)]
+            return torch.log_softmax(logits.float(), dim=-1)
+
+    @contextlib.contextmanager
+    def _sparse(self, inputs: Mapping[Site, SparseInput]) -> Iterator[None]:
+        shared = {site: _Shared(one, self._prompt) for site, one in inputs.items()}
+        with _hooked(self._watch(name, one) for site, one in shared.items() for name in site.names):
+            yield
+
+    def _watch(self, name: str, shared: _Shared) -> RemovableHandle:
+        def hook(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+            del module
+            return (shared(arguments[0]), *arguments[1:])
+
+        module: nn.Module = self._model.get_submodule(name)
+        return module.register_forward_pre_hook(hook)
+
+    @contextlib.contextmanager
+    def _started(self, index: int) -> Iterator[None]:
+        """The layers before the start return what the last of them computed."""
+        if not self._start:
+            yield
+            return
+        held = self._before[index]
+        with _replaced_forward(self._layers[: self._start], lambda *_, **__: held):
+            yield
+
+    def _output_before(self, layer: int, index: int) -> Any:
+        """What the decoder layer before this one hands on, of one window."""
+        if layer == 0:
+            return None
+        found: list[Any] = []
+
+        def keep(module: nn.Module, arguments: object, output: Any) -> None:
+            del module, arguments
+            found.append(output)
+
+        with _hooked(one for one in (self._layers[layer - 1].register_forward_hook(keep),)):
+            self._log_probabilities(index)
+        return found[0]
+
+
+class _Shared:
+    """One site's sparse input, computed once for the linears that are handed the same tensor."""
+
+    def __init__(self, sparse: SparseInput, prompt: int) -> None:
+        self._sparse, self._prompt = sparse, prompt
+        self._given: torch.Tensor | None = None
+        self._made: torch.Tensor | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._made is None or x is not self._given:
+            self._given, self._made = x, self._sparse(x, prompt=self._prompt)
+        return self._made
+
+
+@contextlib.contextmanager
+def _replaced_forward(layers: Sequence[nn.Module], forward: Any) -> Iterator[None]:
+    """Another `forward` for a while; one that somebody had set on the instance comes back."""
+    before = [layer.__dict__.get("forward") for layer in layers]
+    try:
+        for layer in layers:
+            layer.forward = forward
+        yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            if own is None:
+                layer.__dict__.pop("forward", None)
+            else:
+                layer.forward = own
+
+
+def scored_positions(windows: torch.Tensor, prompt: int, vocabulary: int) -> torch.Tensor:
+    """Positions whose predictions are compared: all after the prompt, or every k-th of them.
+
+    So many that the dense model's log-probabilities fit in memory.
+    """
+    count, length = windows.shape
+    fitting = max(1, _REFERENCE_BYTES // (4 * vocabulary * count))
+    stride = math.ceil((length - 1 - prompt) / fitting)
+    return torch.arange(prompt, length - 1, stride)
+
+
+def mean_divergence(reference: torch.Tensor, found: torch.Tensor) -> float:
+    """Mean KL(reference || found) of log-probabilities `[T, V]`, in nats."""
+    total = torch.nn.functional.kl_div(found, reference, log_target=True, reduction="none")
+    return max(float(total.sum(dim=-1).double().mean()), 0.0)
+
+
+def spread_windows(samples: torch.Tensor, count: int, length: int, *, part: int) -> torch.Tensor:
+    """Windows from samples spread evenly over all of them: `[count or fewer, length]`.
+
+    Args:
+        samples: `[N, L]` token ids; of several domains, one after the other perhaps.
+        count: Windows wanted.
+        length: Tokens of each; cut from the start of a sample.
+        part: 0 or 1: two sets that have no sample in common, where there are two samples.
+    """
+    mine = samples[part::2] if len(samples) > 1 else samples
+    places = torch.linspace(0, len(mine) - 1, min(count, len(mine))).round().long()
+    return mine[places, : min(length, samples.shape[1])]

@@ -1,0 +1,214 @@
+"""From statistics to the constants of every linear, site by site, before anything is learned.
+
+Linears that read the same tensor get the same score scale, channel order and shift, so that an
+executor can run them as one op: a criterion that looks at the weight sees those of the site side by
+side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nmexport.allocation.sites import concatenated_weight
+from nmexport.calibration.order_search import search_orders
+from nmexport.calibration.sensitivity import gather_sensitivities
+from nmexport.models.swap import swapped
+from nmexport.sparsity.criterion import CRITERIA
+from nmexport.sparsity.linear import SparseLinear
+from nmexport.sparsity.method import behaviour_of, constants_of
+from nmexport.sparsity.remainder import rank_within, remainder_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping, Sequence
+
+    from torch import nn
+
+    from nmexport.allocation.sites import Site
+    from nmexport.calibration.order_search import OrderSearch
+    from nmexport.models.layerwise import LayerwiseModel
+    from nmexport.progress import Progress
+    from nmexport.recipe import SparsitySection
+    from nmexport.sparsity.linear import Behaviour, Constants
+    from nmexport.sparsity.statistics import ChannelStatistics
+
+    Loaded = Callable[[nn.Linear], contextlib.AbstractContextManager[nn.Linear]]
+
+
+@dataclass(frozen=True)
+class Derived:
+    """What one linear computes, and its constants."""
+
+    section: SparsitySection
+    """The recipe's, with this linear's pattern, criterion and phases."""
+    behaviour: Behaviour
+    constants: Constants
+
+
+def with_sensitivities(
+    model: Any,
+    sites: Sequence[Site],
+    linears: Mapping[str, nn.Linear],
+    statistics: Mapping[str, ChannelStatistics],
+    samples: torch.Tensor,
+    *,
+    criteria: Collection[str],
+    progress: Progress,
+    seed: int = 0,
+) -> dict[str, ChannelStatistics]:
+    """Statistics with the sensitivity of each channel, where a criterion needs it.
+
+    Args:
+        model: The dense model, in evaluation mode.
+        sites: Which linears share an input: its gradient is what comes back from all of them.
+        linears: Linears to measure, by name.
+        statistics: Of their inputs.
+        samples: `[samples, length]` int64 token ids.
+        criteria: Names of those in use.
+        progress: Counts samples.
+        seed: Of the tokens drawn from the model's predictions.
+    """
+    if not any("sensitivity" in CRITERIA[name].needs for name in criteria):
+        return dict(statistics)
+    found = gather_sensitivities(model, linears, samples, progress=progress, seed=seed)
+    whole = dict(statistics)
+    for site in sites:
+        squares = torch.stack([found[name].square() for name in site.names]).sum(dim=0)
+        for name in site.names:
+            whole[name] = replace(statistics[name], sensitivity=squares.sqrt())
+    return whole
+
+
+def derive(
+    sites: Sequence[Site],
+    linears: Mapping[str, nn.Linear],
+    statistics: Mapping[str, ChannelStatistics],
+    sections: Mapping[str, SparsitySection],
+    *,
+    seed: int,
+    loaded: Loaded = nullcontext,
+) -> dict[str, Derived]:
+    """Constants of every linear that has a section of its own; the others stay dense.
+
+    Args:
+        sites: Which linears share an input; those of one have equal sections.
+        linears: By name.
+        statistics: Of their inputs.
+        sections: What each linear is to compute, by name.
+        seed: Of the groupings.
+        loaded: Holds a linear's weight in memory, where it is not there all the time.
+    """
+    derived: dict[str, Derived] = {}
+    for site in sites:
+        first = site.names[0]
+        if first not in sections:
+            continue
+        constants = site_constants(
+            site, linears, statistics, sections[first], seed=seed, loaded=loaded
+        )
+        behaviour = behaviour_of(sections[first])
+        for name in site.names:
+            derived[name] = Derived(sections[name], behaviour, constants)
+    return {name: derived[name] for name in linears if name in derived}
+
+
+def site_constants(
+    site: Site,
+    linears: Mapping[str, nn.Linear],
+    statistics: Mapping[str, ChannelStatistics],
+    section: SparsitySection,
+    *,
+    seed: int,
+    loaded: Loaded = nullcontext,
+) -> Constants:
+    """Constants that the linears of a site share under a section; see `derive`."""
+    with contextlib.ExitStack() as stack:
+        held = {name: stack.enter_context(loaded(linears[name])) for name in site.names}
+        weight = concatenated_weight(site, held).cpu()  # beside the statistics
+        return constants_of(section, weight, statistics[site.names[0]], seed=seed)
+
+
+def with_remainders(
+    derived: Mapping[str, Derived],
+    linears: Mapping[str, nn.Linear],
+    *,
+    seed: int,
+    loaded: Loaded = nullcontext,
+) -> dict[str, Derived]:
+    """With the low-rank factors of `r-sparse`, where a linear's section names it."""
+    found = dict(derived)
+    for name, one in derived.items():
+        if "r-sparse" in one.section.mitigations:
+            linear = linears[name]
+            rank = rank_within(one.section.remainder, linear.in_features, linear.out_features)
+            with loaded(linear) as held:
+                factors = remainder_of(held.weight, rank, seed=seed)
+            found[name] = replace(one, constants=replace(one.constants, remainder=factors))
+    return found
+
+
+def with_searched_orders(
+    model: Any,
+    sites: Sequence[Site],
+    linears: Mapping[str, nn.Linear],
+    derived: Mapping[str, Derived],
+    samples: torch.Tensor,
+    *,
+    progress: Progress,
+    seed: int,
+    layerwise: LayerwiseModel | None = None,
+) -> tuple[dict[str, Derived], dict[str, OrderSearch]]:
+    """Orders by exchange for the linears whose grouping asks for it, and how far each came.
+
+    What is looked at are the activations of the model as it will run: its linears select already,
+    in the order that the search starts from. Layer by layer, it is those of the dense model.
+
+    Args:
+        model: The dense model; as before afterwards.
+        sites: Linears that share an input share the search.
+        linears: By name.
+        derived: What each computes so far.
+        samples: `[samples, length]` int64 token ids.
+        progress: Counts samples, then searches.
+        seed: Of the searches.
+        layerwise: Runs the model with one layer in memory at a time; None runs it whole.
+    """
+    firsts = [site.names[0] for site in sites if site.names[0] in derived]
+    sought = [name for name in firsts if derived[name].section.grouping == "exchange"]
+    if not sought:
+        return dict(derived), {}
+    running: dict[str, nn.Module] = dict(linears)
+    if layerwise is None:
+        running = {
+            name: SparseLinear(linears[name], one.behaviour, one.constants)
+            for name, one in derived.items()
+        }
+    found: dict[str, OrderSearch] = {}
+    with swapped(model, running):
+        for pattern in sorted({derived[name].behaviour.pattern for name in sought}, key=str):
+            those = {n: running[n] for n in sought if derived[n].behaviour.pattern == pattern}
+            constants = {name: derived[name].constants for name in those}
+            found |= search_orders(
+                model,
+                those,
+                constants,
+                pattern,
+                samples,
+                progress=progress,
+                seed=seed,
+                layerwise=layerwise,
+            )
+    ordered = dict(derived)
+    searches: dict[str, OrderSearch] = {}
+    for site in sites:
+        search = found.get(site.names[0])
+        for name in site.names if search else ():
+            assert search is not None  # noqa: S101 - for the type checker
+            searches[name] = search
+            constants_of_it = replace(derived[name].constants, channel_order=search.order)
+            ordered[name] = replace(derived[name], constants=constants_of_it)
+    return ordered, searches

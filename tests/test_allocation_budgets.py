@@ -1,0 +1,137 @@
+"""`allocate` under every kind of budget, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from nmexport.allocation.allocate import allocate
+from nmexport.allocation.candidates import before_learning
+from nmexport.allocation.choice import Allocation, as_dict
+from nmexport.allocation.sites import concatenated_weight
+from nmexport.calibration.passes import gather_channel_statistics
+from nmexport.errors import PatternError, RecipeError
+from nmexport.models.loader import load_model
+from nmexport.models.source import resolve
+from nmexport.progress import Silent
+from nmexport.recipe import AllocationSection, ModelSection, SparsitySection
+from nmexport.sparsity.method import constants_of
+from nmexport.sparsity.targets import linears_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+# Only bytes count: on so small a model every overhead would outweigh what sparsity saves.
+FREE = {"dense_overhead_us": 0.0, "sparse_overhead_us": 0.0, "layer_overhead_us": 0.0}
+METHOD = {"criterion": "act", "mitigations": ["var"], "grouping": "balanced"}
+SAMPLES = torch.randint(3, 384, (6, 32), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def run(tiny_llama: Path) -> Callable[..., Allocation]:
+    model = load_model(resolve(ModelSection(id=str(tiny_llama))), dtype=torch.float32)
+    linears = {name: one for name, one in linears_of(model).items() if name != "lm_head"}
+    statistics = gather_channel_statistics(model, linears, SAMPLES, progress=Silent())
+
+    def constants_for(site: Any, method: SparsitySection) -> Any:
+        return constants_of(method, concatenated_weight(site, linears), statistics[site.names[0]])
+
+    def allocated(
+        budget: dict[str, float], method: dict[str, Any] | None = None, **section: Any
+    ) -> Allocation:
+        whole = {"windows": 2, "length": 32, "front": [0.3], "cost": FREE, **section}
+        return allocate(
+            model,
+            linears,
+            SAMPLES,
+            sparsity=SparsitySection.model_validate_json(json.dumps({**METHOD, **(method or {})})),
+            section=AllocationSection.model_validate_json(json.dumps({"budget": budget, **whole})),
+            constants_for=constants_for,
+            element_bytes=4,
+            progress=Silent(),
+        )
+
+    return allocated
+
+
+def test_fewer_bytes_cost_more_and_the_limit_holds(run: Callable[..., Allocation]) -> None:
+    much, little = run({"max_bytes": 0.45}), run({"max_bytes": 0.8})
+    assert much.bytes_saved >= 0.55
+    assert little.bytes_saved >= 0.2
+    assert much.kl > little.kl
+    assert much.decode_speedup > little.decode_speedup > 1
+    assert little.price is not None
+    assert much.price is not None
+    assert much.price > little.price
+
+
+def test_an_accuracy_budget_is_held_and_used(run: Callable[..., Allocation]) -> None:
+    tight, loose = run({"max_kl": 0.004}), run({"max_kl": 0.02})
+    assert 0 < tight.kl <= 0.004
+    assert tight.kl < loose.kl <= 0.02
+    assert loose.kl > 0.5 * 0.02
+    assert loose.bytes_saved > tight.bytes_saved > 0
+    both = run({"max_kl": 0.02, "max_perplexity_ratio": 1.5})
+    assert both.kl <= 0.02
+    assert both.perplexity_ratio <= 1.5
+
+
+def test_a_speed_budget_takes_the_least_divergence(run: Callable[..., Allocation]) -> None:
+    found = run({"min_speedup": 1.2})
+    assert found.decode_speedup >= 1.2
+    assert found.decode_speedup < 1.35  # no further than asked for
+    faster = run({"min_speedup": 1.4})
+    assert faster.kl > found.kl
+
+
+def test_limits_hold_together_or_are_refused(run: Callable[..., Allocation]) -> None:
+    found = run({"max_kl": 0.05, "max_bytes": 0.8})
+    assert found.kl <= 0.05
+    assert found.bytes_saved >= 0.2
+    for impossible in (
+        {"max_kl": 1e-7, "max_bytes": 0.5},
+        {"max_bytes": 0.2},
+        {"min_speedup": 50.0},
+    ):
+        with pytest.raises(RecipeError, match=r"bytes of at least 0\.25.*speed-up of at most"):
+            run(impossible)
+
+
+def test_products_too_small_to_gain_are_named_as_the_reason(run: Callable[..., Allocation]) -> None:
+    costly = {**FREE, "sparse_overhead_us": 50.0}
+    with pytest.raises(RecipeError, match="so small that finding rows takes longer"):
+        run({"min_speedup": 1.1}, cost=costly)
+
+
+def test_the_same_twice_is_the_same(run: Callable[..., Allocation]) -> None:
+    assert as_dict(run({"max_kl": 0.01})) == as_dict(run({"max_kl": 0.01}))
+
+
+def test_patterns_that_fit_no_linear_are_refused(run: Callable[..., Allocation]) -> None:
+    with pytest.raises(PatternError, match="multiple of M"):
+        run({"max_bytes": 0.7}, patterns=["3:7"])
+    partly = run({"max_bytes": 0.9}, patterns=["3:7", "64:64", "48:64"])
+    assert {one.pattern for one in partly.sparse.values()} == {"48:64"}
+
+
+def test_static_corrections_are_calibrated_for_each_candidate(
+    run: Callable[..., Allocation],
+) -> None:
+    found = run({"max_bytes": 0.7}, {"mitigations": ["s-pts", "s-var"]})
+    row = next(row for row in found.ledger if row.choice.pattern)
+    errors = {one.choice.pattern: one.relative_error for one in row.candidates}
+    assert errors["12:16"] < errors["8:16"] < errors["4:16"]
+    chosen = next(one for one in row.candidates if one.choice == row.choice)
+    assert chosen.relative_error == pytest.approx(row.mitigation_errors["s-pts + s-var"], rel=0.02)
+
+
+def test_trials_stand_before_learning() -> None:
+    section = SparsitySection.model_validate_json(
+        json.dumps({"mitigations": ["l-pts", "ls", "gain", "bias"]})
+    )
+    assert before_learning(section).mitigations == ("var",)
+    kept = SparsitySection.model_validate_json(json.dumps({"mitigations": ["l-pts", "s-var"]}))
+    assert before_learning(kept).mitigations == ("s-var",)

@@ -1,0 +1,123 @@
+"""The report of an allocated build: front, ledger and plots are in it, and it stands alone."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from nmexport.allocation.choice import as_dict
+from nmexport.verification import report_allocation, report_pages
+from nmexport.verification.report import MIXED
+
+from tests.sample_allocation import sample_allocation
+from tests.sample_report import sample_report
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture(scope="module")
+def allocation() -> dict[str, Any]:
+    return as_dict(sample_allocation())
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory, allocation: dict[str, Any]) -> dict[str, Any]:
+    found = sample_report(tmp_path_factory.mktemp("model"), layers=6)
+    return {**found, "allocation": allocation, "pattern": MIXED, "phases": "mixed"}
+
+
+class Rows(HTMLParser):
+    """Cells of the tables, row by row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self._inside = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "tr":
+            self.rows.append([])
+        self._inside = self._inside or tag in {"td", "th"}
+        if tag in {"td", "th"}:
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = self._inside and tag not in {"td", "th"}
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            self.rows[-1][-1] += data.strip()
+
+
+def test_every_site_and_linear_has_its_row(report: dict[str, Any]) -> None:
+    page = report_pages.html(report)
+    parser = Rows()
+    parser.feed(page)
+    first = {row[0]: row for row in parser.rows if row}
+    site = first["model.layers.0.self_attn.{q_proj, k_proj, v_proj}"]
+    assert site[1] == "dense"
+    assert site[-1].startswith("Going on to")
+    assert "measured" in site[3]  # 8:16 was tried; 12:16 follows from it
+    assert "measured" not in site[2]
+    for row in report["allocation"]["ledger"]:
+        assert row["name"] in first
+    for ledger in ("Ledger of sites", "Ledger of linears", "Points of the front"):
+        part = page[page.index(f'aria-label="{ledger}"') :]
+        parser = Rows()
+        parser.feed(part[: part.index("</table>")])
+        assert len({len(row) for row in parser.rows}) == 1, ledger
+
+
+def test_plots_are_embedded_and_the_page_needs_nothing_else(report: dict[str, Any]) -> None:
+    page = report_pages.html(report)
+    for title in ("Pareto front", "Share of weight rows that a decoded token reads"):
+        assert re.search(rf'<svg[^>]*aria-label="{title}', page)
+    assert "all linears alike" in page
+    assert not re.search(r"<script|<link|<img|https?://(?!www\.w3\.org)", page)
+    identifiers = re.findall(r'\sid="(layers|allocation|summary)"', page)
+    assert sorted(identifiers) == ["allocation", "layers", "summary"]
+
+
+def test_the_page_says_what_was_asked_for_and_what_came_out(report: dict[str, Any]) -> None:
+    for page in (report_pages.html(report), report_pages.markdown(report)):
+        assert "perplexity ratio at most 1.15, at most 70% of the weight bytes read" in page
+        assert "37.5 %" in page
+        assert "1.31x" in page
+        assert "phases by linear" in page
+        assert MIXED in page
+
+
+def test_markdown_tables_are_whole(report: dict[str, Any]) -> None:
+    text = report_pages.markdown(report)
+    part = text[text.index("## Allocation") : text.index("## Sparsity")]
+    tables = [table.splitlines() for table in re.findall(r"(?:^\|.*\n)+", part, flags=re.MULTILINE)]
+    assert len(tables) == 3
+    for table in tables:
+        assert len({line.count("|") for line in table}) == 1, table[:3]
+    assert len(tables[2]) == 2 + len(report["allocation"]["ledger"])
+
+
+def test_without_a_budget_the_report_has_no_such_part(tmp_path: Path) -> None:
+    plain = sample_report(tmp_path, layers=2)
+    assert plain["allocation"] is None
+    assert 'id="allocation"' not in report_pages.html(plain)
+    assert "## Allocation" not in report_pages.markdown(plain)
+    old = {key: value for key, value in plain.items() if key != "allocation"}
+    assert report_pages.method(old) == report_pages.method(plain)
+
+
+def test_rows_are_in_order_and_count(allocation: dict[str, Any]) -> None:
+    saved = [row["bytes_saved"] for row in report_allocation.front_rows(allocation)]
+    assert saved == sorted(saved)
+    assert report_allocation.columns(allocation) == ["12:16 act", "8:16 act", "4:16 act"]
+    mix = report_allocation.chosen_mix(allocation)
+    assert mix == "12 dense, 14 at 12:16 act, 9 at 8:16 act, 7 at 4:16 act"
+    decode = {"pattern": "8:16", "criterion": "act", "phase": "decode"}
+    assert report_allocation.label(decode) == "8:16 act, decode only"
+    assert len(report_allocation.site_rows(allocation)) == 24
+    shares = report_allocation.read_shares(allocation)
+    assert {one["share"] for one in shares} == {1.0, 0.75, 0.5, 0.25}
+    assert shares[0]["name"] == "model.layers.0.self_attn.q+k+v"

@@ -1,0 +1,130 @@
+"""Constants by site: what linears of one input share, what each has of its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from nmexport.allocation.sites import concatenated_weight, input_sites
+from nmexport.calibration import derivation
+from nmexport.calibration.order_search import grouping_distances
+from nmexport.calibration.passes import gather_channel_statistics
+from nmexport.models.loader import load_model
+from nmexport.models.source import resolve
+from nmexport.progress import Silent
+from nmexport.recipe import ModelSection, SparsitySection
+from nmexport.sparsity.criterion import score_scale
+from nmexport.sparsity.pattern import NMPattern
+from nmexport.sparsity.targets import linears_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+QKV = ("q_proj", "k_proj", "v_proj")
+
+
+@pytest.fixture(scope="module")
+def given(tiny_llama: Path) -> Any:
+    model = load_model(resolve(ModelSection(id=str(tiny_llama))), dtype=torch.float32)
+    linears = {name: one for name, one in linears_of(model).items() if name != "lm_head"}
+    samples = torch.randint(3, 384, (8, 32), generator=torch.Generator().manual_seed(0))
+    statistics = gather_channel_statistics(model, linears, samples, progress=Silent())
+    return model, linears, samples, input_sites(model, linears, samples[0]), statistics
+
+
+def derived_with(given: Any, **changed: Any) -> dict[str, derivation.Derived]:
+    _, linears, _, sites, statistics = given
+    section = SparsitySection.model_validate({"mitigations": (), **changed})
+    return derivation.derive(sites, linears, statistics, dict.fromkeys(linears, section), seed=0)
+
+
+def test_a_criterion_that_looks_at_weights_sees_those_of_the_site(given: Any) -> None:
+    _, linears, _, sites, _ = given
+    derived = derived_with(given, criterion="wina", grouping="balanced")
+    assert list(derived) == list(linears)
+    for site in sites:
+        joint = score_scale("wina", concatenated_weight(site, linears))
+        for name in site.names:
+            assert torch.equal(derived[name].constants.score_scale, joint)
+            assert derived[name].constants is derived[site.names[0]].constants
+
+
+def test_linears_without_a_section_stay_dense(given: Any) -> None:
+    _, linears, _, sites, statistics = given
+    section = SparsitySection(criterion="act", mitigations=())
+    some = dict.fromkeys(sites[0].names, section)
+    assert list(derivation.derive(sites, linears, statistics, some, seed=0)) == list(some)
+
+
+def test_sensitivities_of_a_site_add_up_and_rank_its_channels(given: Any) -> None:
+    model, linears, samples, sites, statistics = given
+
+    def measured(criterion: str) -> dict[str, Any]:
+        return derivation.with_sensitivities(
+            model, sites, linears, statistics, samples[:2], criteria={criterion}, progress=Silent()
+        )
+
+    assert measured("act") == statistics  # not measured where nothing needs them
+    found = measured("fisher")
+    for site in sites:
+        first, *others = (found[name].sensitivity for name in site.names)
+        assert bool((first > 0).all())
+        assert all(torch.equal(first, other) for other in others)
+    derived = derivation.derive(
+        sites,
+        linears,
+        found,
+        dict.fromkeys(linears, SparsitySection(criterion="fisher", mitigations=())),
+        seed=0,
+    )
+    scale = derived[sites[0].names[0]].constants.score_scale
+    assert torch.equal(scale.argsort(), found[sites[0].names[0]].sensitivity.float().argsort())
+    assert float(scale.mean()) == pytest.approx(1.0, rel=1e-3)
+
+
+def test_searched_orders_are_shared_better_and_leave_the_model_alone(given: Any) -> None:
+    model, linears, samples, sites, _ = given
+    derived = derived_with(given, criterion="act", grouping="exchange")
+    with torch.no_grad():
+        before = model(input_ids=samples[:1]).logits
+    ordered, searches = derivation.with_searched_orders(
+        model, sites, linears, derived, samples, progress=Silent(), seed=0
+    )
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=samples[:1]).logits, before)
+    assert searches.keys() == linears.keys()
+    for site in sites:
+        orders = [ordered[name].constants.channel_order for name in site.names]
+        assert all(torch.equal(orders[0], other) for other in orders)
+        assert sorted(orders[0].tolist()) == list(range(site.in_features))
+    assert all(one.found <= one.start for one in searches.values())
+    constants = {name: one.constants for name, one in ordered.items()}
+    pattern = NMPattern(8, 16)
+    distances = grouping_distances(model, linears, constants, pattern, samples, progress=Silent())
+    assert sum(one.ordered for one in distances.values()) < sum(
+        one.consecutive for one in distances.values()
+    )
+
+
+def test_other_groupings_are_not_searched(given: Any) -> None:
+    model, linears, samples, sites, _ = given
+    derived = derived_with(given, criterion="act", grouping="random")
+    ordered, searches = derivation.with_searched_orders(
+        model, sites, linears, derived, samples, progress=Silent(), seed=0
+    )
+    assert (ordered, searches) == (derived, {})
+
+
+def test_each_linear_gets_its_own_remainder(given: Any) -> None:
+    _, linears, _, sites, _ = given
+    derived = derived_with(given, criterion="act", mitigations=("r-sparse",), remainder=0.3)
+    found = derivation.with_remainders(derived, linears, seed=0)
+    for name, one in found.items():
+        remainder, linear = one.constants.remainder, linears[name]
+        size = remainder.inner.numel() + remainder.outer.numel()
+        assert size <= 0.3 * linear.weight.numel()
+        assert remainder.outer.shape[1] == linear.out_features
+        assert replace(one.constants, remainder=None) == derived[name].constants
+    assert len(sites[0].names) == len(QKV)

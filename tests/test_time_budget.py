@@ -1,0 +1,33 @@
+"""How long a person waits before anything happens: processor time, which a busy machine spares."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+
+import pytest
+
+
+def least_cpu_seconds(*arguments: str) -> float:
+    """Of three runs of this Python."""
+
+    def once() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+    return min(once() for _ in range(3))
+
+
+@pytest.mark.parametrize(
+    ("budget", "arguments"),
+    [
+        (0.3, ("-c", "import nmexport.cli.main")),
+        (0.2, ("-m", "nmexport", "--help")),
+    ],
+    ids=["import", "help"],
+)
+def test_the_command_line_is_there_at_once(budget: float, arguments: tuple[str, ...]) -> None:
+    assert least_cpu_seconds(*arguments) < budget
