@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from nmexport.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
     from types import ModuleType
 
@@ -28,6 +28,7 @@ def load_model(
     dtype: str | torch.dtype = "float32",
     trust_remote_code: bool = False,
     attention: str = "sdpa",
+    placing: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Load a causal LM in eval mode, its parameters frozen.
 
@@ -37,6 +38,8 @@ def load_model(
         trust_remote_code: Whether Python files of the model may run.
         attention: Attention implementation of transformers; `sdpa` becomes `eager` for models
             that cannot use it, such as Gemma 2, whose soft cap it knows nothing of.
+        placing: How Accelerate spreads the weights, see `offload.device_map_options`; None puts
+            them into the host's memory.
 
     Raises:
         ModelError: if its architecture is unknown or its files cannot be read.
@@ -54,6 +57,7 @@ def load_model(
             attn_implementation=None if attention == "sdpa" else attention,
             use_safetensors=True,
             **_format(source),
+            **(placing or {}),
         )
     _forget_quantization(model)
     return model.eval().requires_grad_(False)

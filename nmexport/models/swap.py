@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch import nn
 
@@ -25,3 +26,13 @@ def replace_linears(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, module)
     return replaced
+
+
+@contextlib.contextmanager
+def swapped(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """The same while this lasts: the model is as before afterwards, whatever happens."""
+    replaced = replace_linears(model, modules)
+    try:
+        yield
+    finally:
+        replace_linears(model, replaced)

@@ -22,7 +22,7 @@ from nmexport.graph.assembly import LAYER_ATTRIBUTE, LINEAR
 from nmexport.graph.contract import op_contract
 from nmexport.graph.functions import OPSET
 from nmexport.models import attention
-from nmexport.models.swap import replace_linears
+from nmexport.models.swap import swapped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -104,7 +104,7 @@ def cache_shapes(model: PreTrainedModel) -> list[CacheShape]:
 
     cache = DynamicCache()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _fake_mode_of(model):
             model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
         shapes = [
             CacheShape(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3])
@@ -115,6 +115,13 @@ def cache_shapes(model: PreTrainedModel) -> list[CacheShape]:
     if not shapes:
         raise _cannot_export(model, "it keeps no cache", None)
     return shapes
+
+
+def _fake_mode_of(model: PreTrainedModel) -> contextlib.AbstractContextManager[object]:
+    """The mode that the model's parameters were made in, where they are fake."""
+    from torch._guards import detect_fake_mode
+
+    return detect_fake_mode(list(model.parameters())) or contextlib.nullcontext()
 
 
 def trace(model: PreTrainedModel, layers: Sequence[str]) -> ir.Model:
@@ -136,16 +143,14 @@ def trace(model: PreTrainedModel, layers: Sequence[str]) -> ir.Model:
     stand_ins = {
         name: _TracedLinear(name, model.get_submodule(name).out_features) for name in layers
     }
-    originals = replace_linears(model, stand_ins)
-    try:
-        with _exportable_attention(model), _silence():
-            return _export(model, shapes)
-    except NmexportError:
-        raise
-    except Exception as error:  # the tracer and the model's code raise what they please
-        raise _cannot_export(model, "torch.onnx.export failed", error) from error
-    finally:
-        replace_linears(model, originals)
+    with swapped(model, stand_ins):
+        try:
+            with _exportable_attention(model), _silence():
+                return _export(model, shapes)
+        except NmexportError:
+            raise
+        except Exception as error:  # the tracer and the model's code raise what they please
+            raise _cannot_export(model, "torch.onnx.export failed", error) from error
 
 
 def _export(model: PreTrainedModel, shapes: Sequence[CacheShape]) -> ir.Model:

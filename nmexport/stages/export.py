@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nmexport.errors import ArtifactError
+from nmexport.errors import ArtifactError, EnvironmentFault
 from nmexport.stages import fold
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
         "trust_remote_code": section.trust_remote_code,
         "opset": OPSET,
         "ir_version": IR_VERSION,
+        "linears": "fused by input",
+        "dense_baseline": section.dense_baseline,
         "writers": {name: inputs.environment.version(name) for name in _WRITERS},
     }
 
@@ -78,18 +81,53 @@ def run(inputs: StageInputs) -> dict[str, Any]:
         ModelError: if the model cannot be loaded or its architecture cannot be exported.
         InternalError: if what was written is not what it should be.
     """
-    from nmexport.models.loader import load_model, load_tokenizer
+    import torch
+
+    from nmexport.models.loader import load_tokenizer
+    from nmexport.models.streaming import open_for_export
     from nmexport.models.tokenizer_files import write_tokenizer
 
     section = inputs.recipe.model
     trusted = section.trust_remote_code
     folded = fold.Artifact(inputs.upstream["fold"])
-    model = load_model(inputs.source, dtype=section.dtype, trust_remote_code=trusted)
-    inputs.progress.note(f"export: {model.config.model_type}, {len(folded.layers)} sparse linears")
-    metrics = write_models(model, folded.layers, folded.tensors, inputs.output)
+    opened = open_for_export(
+        inputs.source, dtype=getattr(torch, section.dtype), trust_remote_code=trusted
+    )
+    model = opened.model
+    inputs.progress.note(f"export: {model.config.model_type}")
+    _check_disk(inputs, model, len(folded.layers))
+    metrics = write_models(
+        model,
+        folded.layers,
+        folded.tensors,
+        inputs.output,
+        parameter=opened.parameter,
+        dense_baseline=section.dense_baseline,
+    )
     write_configs(model, inputs.output)
     write_tokenizer(load_tokenizer(inputs.source, trust_remote_code=trusted), inputs.output)
     return metrics
+
+
+def _check_disk(inputs: StageInputs, model: PreTrainedModel, linears: int) -> None:
+    """Say what will be written, and refuse where it does not fit.
+
+    Raises:
+        EnvironmentFault: if the disk has too little room.
+    """
+    copies = 2 if inputs.recipe.model.dense_baseline else 1
+    needed = copies * sum(value.numel() * value.element_size() for value in model.parameters())
+    free = shutil.disk_usage(inputs.output).free
+    inputs.progress.note(
+        f"export: {linears} sparse linears; writes up to {needed / 1e9:.2f} GB, "
+        f"{free / 1e9:.0f} GB free"
+    )
+    if needed > free:
+        raise EnvironmentFault(
+            f"Export writes up to {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free in "
+            f"{inputs.output}.",
+            fix="choose another --work, or leave out the dense model with --no-dense-baseline",
+        )
 
 
 def write_models(
@@ -97,6 +135,9 @@ def write_models(
     layers: Sequence[LayerSpec],
     tensors: Callable[[str], Mapping[str, torch.Tensor]],
     output: Path,
+    *,
+    parameter: Callable[[str], torch.Tensor] | None = None,
+    dense_baseline: bool = True,
 ) -> dict[str, Any]:
     """Write `model.onnx` and `dense/model.onnx`, each with its data file, and check both.
 
@@ -105,6 +146,8 @@ def write_models(
         layers: Its sparsified linears.
         tensors: Folded tensors of one linear, by their names in the op contract.
         output: An existing folder.
+        parameter: Reads a parameter of the model, where the model itself holds fake ones.
+        dense_baseline: Whether to write the dense model too.
 
     Returns:
         Metrics: nodes traced and left, bytes of weights.
@@ -119,7 +162,9 @@ def write_models(
     from nmexport.models.tracing import trace
 
     specs = {layer.name: layer for layer in layers}
+    read = parameter or (lambda name: model.get_parameter(name).detach())
     traced = trace(model, list(specs))
+    _attach_parameters(traced, model, read)
     traced_nodes = len(traced.graph)
     optimise(traced)
 
@@ -127,12 +172,13 @@ def write_models(
         return deferred_group(lambda: tensors(name), prefix=name)
 
     path, dense_path = output / MODEL, output / DENSE / MODEL
-    dense_path.parent.mkdir()
     assembly.save(assembly.assemble_sparse(traced, specs, constants), path)
-    weights = functools.partial(_original_weights, model)
-    assembly.save(assembly.assemble_dense(traced, specs, weights), dense_path)
     checks.check_sparse(path, specs)
-    checks.check_dense(dense_path, specs)
+    if dense_baseline:
+        dense_path.parent.mkdir()
+        weights = functools.partial(_original_weights, model, read)
+        assembly.save(assembly.assemble_dense(traced, specs, weights), dense_path)
+        checks.check_dense(dense_path, specs)
     return {
         "traced_nodes": traced_nodes,
         "nodes": len(traced.graph),
@@ -141,16 +187,34 @@ def write_models(
     }
 
 
-def _original_weights(model: PreTrainedModel, name: str) -> DenseWeights:
+def _attach_parameters(
+    traced: ir.Model, model: PreTrainedModel, read: Callable[[str], torch.Tensor]
+) -> None:
+    """Let the graph's parameters be read when they are written, not held."""
+    from nmexport.models.tensors import deferred
+
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, value in traced.graph.initializers.items():
+        if name in parameters:
+            value.const_value = deferred(
+                functools.partial(read, name), like=parameters[name], name=name
+            )
+
+
+def _original_weights(
+    model: PreTrainedModel, read: Callable[[str], torch.Tensor], name: str
+) -> DenseWeights:
     """Weight and bias of a linear as they were, in the order that MatMul reads."""
     from nmexport.graph.assembly import DenseWeights
     from nmexport.models.tensors import deferred
 
-    weight = model.get_parameter(f"{name}.weight").detach().t()  # [K, O], a view
+    weight = model.get_parameter(f"{name}.weight")  # [O, K]
     bias = model.get_submodule(name).bias
     return DenseWeights(
-        weight=deferred(lambda: weight, like=weight, name=f"{name}.W"),
-        bias=None if bias is None else deferred(bias.detach, like=bias, name=f"{name}.bias"),
+        weight=deferred(lambda: read(f"{name}.weight").t(), like=weight.t(), name=f"{name}.W"),
+        bias=None
+        if bias is None
+        else deferred(lambda: read(f"{name}.bias"), like=bias, name=f"{name}.bias"),
     )
 
 

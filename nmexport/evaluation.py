@@ -1,0 +1,208 @@
+"""The folded model against the dense one in torch: accuracy before anything is exported.
+
+Under `accelerate launch` every process scores a share of the windows, on a device of its own; the
+figures are those of one process, bit for bit where the devices are alike. A model that does not fit
+into memory is scored layer by layer, in float32 whatever the recipe's type.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nmexport.calibration import corpus
+from nmexport.errors import UserError
+from nmexport.layers import model_phases
+from nmexport.stages import fold
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from nmexport.layers import ModelPhases
+    from nmexport.models.source import ModelSource
+    from nmexport.progress import Progress
+    from nmexport.recipe import Recipe
+    from nmexport.runtimes.session import Session
+    from nmexport.verification.accuracy import WindowComparison
+    from nmexport.work_directory import WorkDirectory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """Which part of the work this process does."""
+
+    rank: int = 0
+    processes: int = 1
+    device: str = "cpu"
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process tells the outcome."""
+        return self.rank == 0
+
+    def of(self, count: int) -> range:
+        """Its numbers among `count` pieces; neighbours go to different processes."""
+        return range(self.rank, count, self.processes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Subject:
+    """What is scored."""
+
+    recipe: Recipe
+    source: ModelSource
+    folded: fold.Artifact
+
+    @property
+    def phases(self) -> ModelPhases:
+        return model_phases(self.folded.layers)
+
+
+def launched() -> Share:
+    """This process's share, as `accelerate launch` set it up; all of it where nothing did."""
+    import torch
+    from accelerate import PartialState
+
+    # Asked for where there is no GPU, or several processes would not find each other.
+    state = PartialState(cpu=not torch.cuda.is_available())
+    return Share(rank=state.process_index, processes=state.num_processes, device=str(state.device))
+
+
+def evaluate(work: WorkDirectory, share: Share, *, progress: Progress) -> dict[str, Any] | None:
+    """Score the fold artifact in use.
+
+    Args:
+        work: A work directory with a finished fold stage.
+        share: What this process does.
+        progress: Counts windows.
+
+    Returns:
+        The report's `accuracy` figures, in the main process; None in the others.
+
+    Raises:
+        ArtifactError: if nothing was folded here, or what was is damaged.
+        CorpusError: if the evaluation text is missing or too short.
+        ModelError: if the model cannot be loaded.
+        UserError: if the model's phases differ and it does not fit into memory.
+    """
+    from nmexport.models.source import resolve
+    from nmexport.verification import accuracy
+
+    recipe = work.recipe()
+    folded = fold.Artifact(work.require("fold"))
+    subject = _Subject(recipe=recipe, source=resolve(recipe.model), folded=folded)
+    phases = subject.phases
+    windows = _windows(subject, progress)
+    mine = share.of(len(windows))
+    with _sessions(subject, windows[list(mine)], share, progress) as (dense, sparse):
+        tracked = progress.track(mine, label="evaluate: perplexity", total=len(mine))
+        scores = [
+            (number, accuracy.score_window(dense, sparse, windows[number], phases=phases))
+            for number in tracked
+        ]
+    everywhere = _gathered(scores, share)
+    if not share.is_main:
+        return None
+    ordered = [score for _, score in sorted(everywhere, key=lambda pair: pair[0])]
+    return {
+        "dataset": recipe.evaluation.corpus,
+        **accuracy.figures(ordered, phases=phases),
+        "phases": phases,
+        "processes": share.processes,
+    }
+
+
+@contextlib.contextmanager
+def _sessions(
+    subject: _Subject, windows: NDArray[np.int64], share: Share, progress: Progress
+) -> Iterator[tuple[Session, Session]]:
+    """The dense and the folded model, whole on a device, or layer by layer."""
+    from nmexport.models.layerwise import skeleton
+    from nmexport.models.offload import free_memory, parameter_count, placement
+
+    source, section = subject.source, subject.recipe.model
+    offload = subject.recipe.calibration.offload
+    parameters = 0
+    if offload == "auto" and source.gguf_file is None:
+        empty = skeleton(source, trust_remote_code=section.trust_remote_code)
+        parameters = 2 * share.processes * parameter_count(empty)  # two models in every process
+    if placement(source, offload, parameters, free_memory()) == "layerwise":
+        with _layerwise_sessions(subject, windows, progress) as pair:
+            yield pair
+        return
+    from nmexport.verification.reference import open_dense, open_folded
+
+    with (
+        open_dense(source, section, device=share.device) as dense,
+        open_folded(source, section, subject.folded, device=share.device) as sparse,
+    ):
+        yield dense, sparse
+
+
+@contextlib.contextmanager
+def _layerwise_sessions(
+    subject: _Subject, windows: NDArray[np.int64], progress: Progress
+) -> Iterator[tuple[Session, Session]]:
+    from functools import partial
+
+    from nmexport.models.layerwise import LayerwiseModel
+    from nmexport.verification.precomputed import Precomputed
+    from nmexport.verification.reference import folded_linear
+
+    _refuse_stepwise(subject)
+    folded, trust = subject.folded, subject.recipe.model.trust_remote_code
+    model = LayerwiseModel(subject.source, trust_remote_code=trust)
+    substitutes = {layer.name: partial(folded_linear, layer, folded) for layer in folded.layers}
+    with (
+        Precomputed(model, windows, progress=progress, label="evaluate: dense layers") as dense,
+        Precomputed(
+            model,
+            windows,
+            progress=progress,
+            label="evaluate: sparse layers",
+            substitutes=substitutes,
+        ) as sparse,
+    ):
+        yield dense, sparse
+
+
+def _refuse_stepwise(subject: _Subject) -> None:
+    if subject.phases != "all":
+        raise UserError(
+            f"{subject.source.id} runs layer by layer, and a model whose phases differ is scored "
+            "token by token, through a cache.",
+            allowed="phases all, or a model that fits into memory",
+            fix="--offload never where there is memory for two copies of the model",
+        )
+
+
+def _windows(subject: _Subject, progress: Progress) -> NDArray[np.int64]:
+    from nmexport.models.loader import load_model, load_tokenizer
+
+    recipe, source = subject.recipe, subject.source
+    trust = recipe.model.trust_remote_code
+    tokenizer = load_tokenizer(source, trust_remote_code=trust)
+
+    def written(samples: int, length: int, seed: int) -> NDArray[np.int64]:
+        from nmexport.calibration.self_text import self_text
+
+        model = load_model(source, dtype="float32", trust_remote_code=trust)
+        return self_text(model, tokenizer, progress=progress)(samples, length, seed)
+
+    return corpus.evaluation_windows(recipe.evaluation, tokenizer, written, seed=recipe.seed)
+
+
+def _gathered(
+    scores: list[tuple[int, WindowComparison]], share: Share
+) -> list[tuple[int, WindowComparison]]:
+    """Scores of all processes."""
+    if share.processes == 1:
+        return scores
+    from accelerate.utils import gather_object
+
+    everywhere: list[tuple[int, WindowComparison]] = gather_object(scores)
+    return everywhere

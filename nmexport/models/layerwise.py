@@ -1,0 +1,341 @@
+"""A forward pass with one decoder layer in memory at a time, for models larger than the memory.
+
+The weights stay in their safetensors files, which are mapped, not read. Hidden states of all
+samples wait in a file between layers. Each layer computes exactly what it computes in the whole
+model, in the same order of samples: results are the same bits.
+
+The model's own forward is run twice with its layers stubbed: first to embed the samples and to
+learn what each layer is called with (masks, rotary embeddings: the same for every sample, since
+samples have one length and no padding), last to take the final hidden states to the logits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import nn
+
+from nmexport.errors import ArtifactError, ModelError
+from nmexport.tensors import TensorReader
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from transformers import PreTrainedModel
+
+    from nmexport.models.source import ModelSource
+    from nmexport.progress import Progress
+
+_WHOLE = "use --offload never on a machine with more memory, or place the model on a GPU"
+
+
+class _LayersDone(Exception):
+    """All layers were called."""
+
+
+def skeleton(
+    source: ModelSource, *, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """The model without weights: parameters on the meta device, buffers real.
+
+    Args:
+        source: Where its configuration lies.
+        trust_remote_code: Whether Python files of the model may run.
+        dtype: Element type of the parameters.
+
+    Raises:
+        ModelError: if its configuration cannot be read.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    form = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
+    try:
+        config = AutoConfig.from_pretrained(
+            source.folder, trust_remote_code=trust_remote_code, local_files_only=True, **form
+        )
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"The configuration of {source.id} cannot be read: {error}") from error
+    return model.eval().requires_grad_(False)
+
+
+class LayerwiseModel:
+    """A causal LM in float32 that is run layer by layer."""
+
+    def __init__(self, source: ModelSource, *, trust_remote_code: bool = False) -> None:
+        """Build the skeleton and find every weight; read none.
+
+        Args:
+            source: A model in safetensors files.
+            trust_remote_code: Whether Python files of the model may run.
+
+        Raises:
+            ModelError: if it is stored in another format, its weights are stored under names of
+                their own, or it has no list of decoder layers.
+        """
+        if source.gguf_file is not None:
+            raise ModelError(
+                f"{source.id} is a .gguf, which cannot be read layer by layer.",
+                allowed="a model in safetensors files",
+                fix=_WHOLE,
+            )
+        self.model = skeleton(source, trust_remote_code=trust_remote_code)
+        self._backbone_name, self._layers = _decoder_layers(self.model)
+        self._weights = _Weights(source, self.model)
+
+    def run(
+        self,
+        samples: torch.Tensor,
+        *,
+        progress: Progress,
+        label: str,
+        after: Callable[[], None] = lambda: None,
+        logits_kept: int = 1,
+        use_logits: Callable[[int, torch.Tensor], None] | None = None,
+        substitutes: Mapping[str, Callable[[], nn.Module]] | None = None,
+    ) -> None:
+        """Run samples through all layers; hooks on the model's modules see what they always see.
+
+        Args:
+            samples: `[samples, length]` int64 token ids.
+            progress: Counts layers.
+            label: What it counts them under.
+            after: Called after each sample in each layer.
+            logits_kept: Positions at the end of a sample whose logits are computed; 0 is all.
+            use_logits: Given each sample's index and logits `[kept, V]`.
+            substitutes: Modules that stand in for linears of decoder layers, by name: made when
+                their layer runs and dropped after it.
+
+        Raises:
+            ModelError: if the layers of this architecture are not called as a list of layers is.
+            ArtifactError: if a weight cannot be read.
+        """
+        with torch.inference_mode(), _Spool(samples, self._width) as spool:
+            calls = self._embed(samples, spool)
+            layers = list(enumerate(self._layers))
+            for index, layer in progress.track(layers, label=label, total=len(layers)):
+                name = f"{self._backbone_name}.{index}"
+                with self._weights.loaded(name, layer), _substituted(layer, name, substitutes):
+                    arguments, options = calls[index]
+                    for number in range(len(samples)):
+                        spool[number] = _hidden(layer(spool[number], *arguments, **options))
+                        after()
+            self._finish(samples, spool, after, logits_kept, use_logits)
+
+    @contextlib.contextmanager
+    def loaded(self, linear: nn.Linear) -> Iterator[nn.Linear]:
+        """One linear of the skeleton with its weight in memory, while this lasts.
+
+        Raises:
+            ArtifactError: if it cannot be read.
+        """
+        name = next(name for name, module in self.model.named_modules() if module is linear)
+        with self._weights.loaded(name, linear):
+            yield linear
+
+    @property
+    def _width(self) -> int:
+        width: int = self.model.config.get_text_config().hidden_size
+        return width
+
+    def _embed(
+        self, samples: torch.Tensor, spool: _Spool
+    ) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Fill the spool with what the first layer is given; return how each layer is called."""
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        last = len(self._layers) - 1
+
+        def stub(index: int, hidden: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+            if index == 0:
+                spool[number] = hidden
+            if len(calls) <= index:
+                calls.append((arguments, options))
+            if index == last:
+                raise _LayersDone
+            return hidden
+
+        embedding = self.model.get_input_embeddings()
+        name = next(name for name, one in self.model.named_modules() if one is embedding)
+        with self._weights.loaded(name, embedding), self._stubbed(stub):
+            for number, sample in enumerate(samples):  # noqa: B007 - the stub reads it
+                with contextlib.suppress(_LayersDone):
+                    self.model(input_ids=sample.unsqueeze(0), use_cache=False)
+        if len(calls) != len(self._layers):
+            raise ModelError(
+                f"{len(calls)} of {len(self._layers)} layers of {self.model.config.model_type} "
+                "were called.",
+                fix=_WHOLE,
+            )
+        return calls
+
+    def _finish(
+        self,
+        samples: torch.Tensor,
+        spool: _Spool,
+        after: Callable[[], None],
+        logits_kept: int,
+        use_logits: Callable[[int, torch.Tensor], None] | None,
+    ) -> None:
+        """From the final hidden states to the logits, as the model's own forward goes."""
+        options: dict[str, Any] = {"use_cache": False}
+        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+            options["logits_to_keep"] = logits_kept
+
+        def stub(index: int, hidden: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            return spool[number] if index == 0 else hidden
+
+        with contextlib.ExitStack() as stack:
+            for name, module in self._after_layers():
+                stack.enter_context(self._weights.loaded(name, module))
+            stack.enter_context(self._stubbed(stub))
+            for number in range(len(samples)):
+                # Whatever is embedded here, the first layer gives out the final hidden states.
+                logits = self.model(inputs_embeds=spool[number], **options).logits[0]
+                after()
+                if use_logits is not None:
+                    use_logits(number, logits)
+
+    def _after_layers(self) -> Iterator[tuple[str, nn.Module]]:
+        """Modules with weights of their own that are neither embedding nor decoder layer."""
+        embedding = self.model.get_input_embeddings()
+        for name, module in self.model.named_modules():
+            own = any(True for _ in module.parameters(recurse=False))
+            inside = name.startswith(f"{self._backbone_name}.")
+            if own and not inside and module is not embedding:
+                yield name, module
+
+    @contextlib.contextmanager
+    def _stubbed(self, stub: Callable[..., torch.Tensor]) -> Iterator[None]:
+        """Layers that call `stub(index, hidden, ...)` in place of computing."""
+        try:
+            for index, layer in enumerate(self._layers):
+                layer.forward = functools.partial(stub, index)
+            yield
+        finally:
+            for layer in self._layers:
+                del layer.forward
+
+
+class _Weights:
+    """Puts weights into modules of a skeleton and takes them out again."""
+
+    def __init__(self, source: ModelSource, model: PreTrainedModel) -> None:
+        try:
+            self._reader = TensorReader(source.folder)
+        except ArtifactError as error:
+            raise ModelError(error.problem, fix=_WHOLE) from error
+        self._stored = stored_names(model, set(self._reader.names))
+
+    @contextlib.contextmanager
+    def loaded(self, name: str, module: nn.Module) -> Iterator[None]:
+        """A module with its weights, in float32, while this lasts."""
+        from accelerate.utils import set_module_tensor_to_device
+
+        names = [own for own, _ in module.named_parameters()]
+        try:
+            for own in names:
+                stored = self._reader.read(self._stored[f"{name}.{own}"])
+                # A copy, also of float32: a mapped file's alignment may change a product's bits.
+                value = torch.empty(stored.shape, dtype=torch.float32).copy_(stored)
+                set_module_tensor_to_device(module, own, "cpu", value=value)
+                del stored, value
+            yield
+        finally:
+            for own in names:
+                set_module_tensor_to_device(module, own, "meta")
+
+
+class _Spool:
+    """Hidden states of all samples in a file of their own, `[samples, 1, length, width]`."""
+
+    def __init__(self, samples: torch.Tensor, width: int) -> None:
+        self._shape = (*samples.shape[:1], 1, *samples.shape[1:], width)
+
+    def __enter__(self) -> Self:
+        self._folder = tempfile.TemporaryDirectory(prefix="nmexport-")
+        size = torch.Size(self._shape).numel()
+        path = Path(self._folder.name) / "hidden"
+        self._states = torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(
+            self._shape
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self._states
+        self._folder.cleanup()
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        return self._states[number].clone()
+
+    def __setitem__(self, number: int, hidden: torch.Tensor) -> None:
+        self._states[number].copy_(hidden)
+
+
+def _decoder_layers(model: PreTrainedModel) -> tuple[str, Sequence[nn.Module]]:
+    """Name and modules of the list of decoder layers."""
+    layers = getattr(model.get_decoder(), "layers", None)
+    for name, module in model.named_modules():
+        if module is layers and isinstance(module, nn.ModuleList) and len(module):
+            return name, list(module)
+    raise ModelError(
+        f"Model type {model.config.model_type} has no list of decoder layers to go through.",
+        fix=_WHOLE,
+    )
+
+
+def stored_names(model: PreTrainedModel, stored: set[str]) -> dict[str, str]:
+    """Name in the files of each of the model's parameters.
+
+    Raises:
+        ModelError: if one has none.
+    """
+    prefix = f"{model.base_model_prefix}."
+    output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    by_module = {id(module): name for name, module in model.named_modules()}
+    tied = {f"{by_module.get(id(output))}.weight": f"{by_module.get(id(embedding))}.weight"}
+    found: dict[str, str] = {}
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        same = (name, tied.get(name, name))
+        forms = [form for one in same for form in (one, one.removeprefix(prefix))]
+        place = next((form for form in forms if form in stored), None)
+        if place is None:
+            raise ModelError(
+                f"The files of this {model.config.model_type} hold no {name}: its weights are "
+                "stored in a form that only transformers' own loading converts.",
+                fix=_WHOLE,
+            )
+        found[name] = place
+    return found
+
+
+@contextlib.contextmanager
+def _substituted(
+    layer: nn.Module, name: str, substitutes: Mapping[str, Callable[[], nn.Module]] | None
+) -> Iterator[None]:
+    """The layer with modules of its own exchanged."""
+    from nmexport.models.swap import swapped
+
+    inside = f"{name}."
+    made = {
+        linear.removeprefix(inside): make()
+        for linear, make in (substitutes or {}).items()
+        if linear.startswith(inside)
+    }
+    with swapped(layer, made):
+        yield
+
+
+def _hidden(output: Any) -> torch.Tensor:
+    """Hidden states among what a layer returns."""
+    found: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return found

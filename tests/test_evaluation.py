@@ -1,0 +1,188 @@
+"""The folded model scored in torch: whole, layer by layer, and by several processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from nmexport import evaluation
+from nmexport.cli.main import cli
+from nmexport.errors import ArtifactError, UserError
+from nmexport.evaluation import Share, evaluate
+from nmexport.models.offload import Memory
+from nmexport.progress import Silent
+from nmexport.work_directory import WorkDirectory
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+WINDOWS = 5
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("Keep the largest scores of every group, per token.\n" * 60, "utf-8")
+    return path
+
+
+def fold(model: Path, work: Path, text: Path, *more: str) -> WorkDirectory:
+    done = CliRunner().invoke(
+        cli,
+        [
+            "build", "--to", "fold", "--model", str(model), "--work", str(work),
+            "--calib", str(text), "--calib-samples", "2", "--calib-length", "24",
+            "--calib-self-share", "0", "--eval-data", str(text), "--eval-windows", str(WINDOWS),
+            "--eval-length", "24", "--criterion", "act", "--mitigation", "var",
+            "--grouping", "balanced", *more,
+        ],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    return WorkDirectory(work)
+
+
+@pytest.fixture(scope="module")
+def work(tiny_llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> WorkDirectory:
+    return fold(tiny_llama, tmp_path_factory.mktemp("work") / "w", text)
+
+
+@pytest.fixture(scope="module")
+def alone(work: WorkDirectory) -> dict[str, Any]:
+    found = evaluate(work, Share(), progress=Silent())
+    assert found is not None
+    return found
+
+
+def test_it_is_the_dense_and_the_folded_model(alone: dict[str, Any], work: WorkDirectory) -> None:
+    import torch
+    from nmexport.generation import load_tokenizer
+    from nmexport.models.source import resolve
+    from nmexport.stages.fold import Artifact
+    from nmexport.verification.reference import open_folded
+
+    recipe = work.recipe()
+    source = resolve(recipe.model)
+    with open(recipe.evaluation.corpus, encoding="utf-8") as stream:  # noqa: PTH123
+        ids = load_tokenizer(source.folder)(stream.read(), add_special_tokens=False)["input_ids"]
+    windows = np.array(ids[: WINDOWS * 24]).reshape(WINDOWS, 24)
+    with open_folded(source, recipe.model, Artifact(work.require("fold"))) as session:
+        logits = torch.from_numpy(session.prefill(windows)).double()
+    targets = torch.from_numpy(windows[:, 1:]).flatten()
+    nll = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets)
+    assert alone["sparse"]["perplexity"] == pytest.approx(float(nll.exp()), rel=1e-5)
+    assert alone["sparse"]["perplexity"] != pytest.approx(alone["dense"]["perplexity"], rel=1e-4)
+    assert alone["tokens"] == WINDOWS * 23
+    assert alone["phases"] == "all"
+
+
+@pytest.mark.parametrize("processes", [2, 3, 7])
+def test_several_processes_find_what_one_finds(
+    processes: int, alone: dict[str, Any], work: WorkDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More processes than windows as well: then some have nothing to do."""
+    gathered: list[Any] = []
+
+    def collect(scores: list[Any], share: Share) -> list[Any]:
+        gathered.extend(scores)
+        return gathered if share.is_main else []
+
+    monkeypatch.setattr(evaluation, "_gathered", collect)
+    for rank in reversed(range(processes)):  # the main process last, as if it had waited
+        found = evaluate(work, Share(rank=rank, processes=processes), progress=Silent())
+        assert (found is None) == (rank != 0)
+    assert {**found, "processes": 1} == alone
+
+
+def test_layer_by_layer_gives_the_same_figures(
+    alone: dict[str, Any], work: WorkDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nmexport.models.offload.free_memory", lambda: Memory(host=100_000))
+    assert evaluate(work, Share(), progress=Silent()) == alone
+
+
+def test_layer_by_layer_cannot_decode(
+    tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoding = fold(tiny_llama, tmp_path / "w", text, "--phases", "decode")
+    assert evaluate(decoding, Share(), progress=Silent())["phases"] == "decode"
+    monkeypatch.setattr("nmexport.models.offload.free_memory", lambda: Memory(host=100_000))
+    with pytest.raises(UserError, match="token by token"):
+        evaluate(decoding, Share(), progress=Silent())
+
+
+def test_a_precomputed_model_answers_its_windows_only(tiny_llama: Path) -> None:
+    from nmexport.models.layerwise import LayerwiseModel
+    from nmexport.models.source import resolve
+    from nmexport.recipe import ModelSection
+    from nmexport.verification.precomputed import Precomputed
+
+    model = LayerwiseModel(resolve(ModelSection(id=str(tiny_llama))))
+    windows = np.arange(3, 27).reshape(2, 12)
+    with Precomputed(model, windows, progress=Silent(), label="") as session:
+        assert session.prefill(windows[1:]).shape == (1, 12, session.vocabulary_size)
+        with pytest.raises(RuntimeError, match="no cache"):
+            session.decode_step(windows[:1, :1])
+    with pytest.raises(KeyError):
+        session.prefill(windows[1:])
+
+
+def test_nothing_folded_is_said(tmp_path: Path, work: WorkDirectory) -> None:
+    (tmp_path / "resolved.yaml").write_bytes((work.root / "resolved.yaml").read_bytes())
+    with pytest.raises(ArtifactError, match="no finished fold"):
+        evaluate(WorkDirectory(tmp_path), Share(), progress=Silent())
+
+
+def test_the_verb_prints_figures(work: WorkDirectory, alone: dict[str, Any]) -> None:
+    done = CliRunner().invoke(cli, ["evaluate", "--work", str(work.root), "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["accuracy"] == alone
+    done = CliRunner().invoke(cli, ["evaluate", "--work", str(work.root)])
+    assert f"{alone['perplexity_ratio']:.3f}x" in done.stdout
+
+
+def test_the_other_processes_stay_silent(
+    work: WorkDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "launched", lambda: Share(rank=1, processes=2))
+    monkeypatch.setattr(evaluation, "_gathered", lambda scores, share: scores)
+    done = CliRunner().invoke(cli, ["evaluate", "--work", str(work.root)])
+    assert (done.exit_code, done.stdout) == (0, "")
+
+
+@pytest.mark.slow
+def test_launched_processes_score_in_parallel(work: WorkDirectory, alone: dict[str, Any]) -> None:
+    """By the launcher that `accelerate launch` starts for GPUs; on CPUs it starts none itself."""
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+            "-m", "nmexport", "evaluate", "--work", str(work.root), "--json",
+        ],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["accuracy"]
+    assert found["processes"] == 2
+    # A process with fewer threads may sum in another order.
+    for name in ("perplexity_ratio", "kl_mean"):
+        assert found[name] == pytest.approx(alone[name], rel=1e-5)
+    assert found["tokens"] == alone["tokens"]
+
+
+@pytest.mark.slow
+def test_accelerate_launches_the_verb(work: WorkDirectory, alone: dict[str, Any]) -> None:
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1",
+            "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+            "-m", "nmexport", "evaluate", "--work", str(work.root), "--json",
+        ],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["accuracy"]
+    assert found["perplexity_ratio"] == pytest.approx(alone["perplexity_ratio"], rel=1e-5)

@@ -1,0 +1,168 @@
+"""Export without the weights in memory: the same files, and a peak that the model does not set."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from nmexport.layers import LayerSpec, write_layers
+from nmexport.models.source import resolve
+from nmexport.models.streaming import open_for_export
+from nmexport.recipe import ModelSection
+from nmexport.sparsity.linear import Behaviour, Constants, fold
+from nmexport.stages.export import write_configs, write_models
+from nmexport.tensors import ShardedWriter, TensorReader
+
+from tests.exported import PATTERN, linears_of, load, specs_of
+from tests.large import SHAPES, save_large_model
+from tests.tiny import save_tiny_model
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from nmexport.models.source import ModelSource
+
+
+def source_of(folder: Path) -> ModelSource:
+    return resolve(ModelSection(id=str(folder)))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("llama", {}), ("qwen2", {}), ("llama", {"tie_word_embeddings": True})],
+    ids=["llama", "biases", "tied"],
+)
+def test_streamed_files_are_those_of_the_loaded_model(
+    tmp_path: Path, family: str, options: dict[str, object]
+) -> None:
+    source = tmp_path / "model"
+    source.mkdir()
+    save_tiny_model(source, family, **options)
+    loaded, opened = (
+        load(source, attention="sdpa"),
+        open_for_export(source_of(source), dtype=torch.float32, trust_remote_code=False),
+    )
+    assert opened.streamed
+    behaviour = Behaviour(pattern=PATTERN)
+    folded = {
+        name: fold(linear, behaviour, Constants(), dtype=torch.float32)
+        for name, linear in linears_of(loaded).items()
+    }
+    for name, model, parameter in (
+        ("loaded", loaded, None),
+        ("streamed", opened.model, opened.parameter),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        specs = specs_of(loaded, behaviour)
+        write_models(model, specs, folded.__getitem__, folder, parameter=parameter)
+        write_configs(model, folder)
+    assert digests(tmp_path / "streamed") == digests(tmp_path / "loaded")
+
+
+def test_names_that_the_files_do_not_hold_are_loaded_by_transformers(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
+    reader = TensorReader(tiny_llama)
+    with ShardedWriter(tmp_path) as writer:  # as transformers stores a bare decoder
+        for name in reader.names:
+            writer.add({name.replace("model.", "decoder."): reader.read(name)})
+    opened = open_for_export(source_of(tmp_path), dtype=torch.float32, trust_remote_code=False)
+    assert not opened.streamed
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert opened.parameter(name).shape == opened.model.get_parameter(name).shape
+
+
+# -- at scale --------------------------------------------------------------------------------------
+
+_LINEARS = (
+    ("self_attn.q_proj", "hidden_size", 2048),
+    ("self_attn.k_proj", "hidden_size", 512),
+    ("self_attn.v_proj", "hidden_size", 512),
+    ("self_attn.o_proj", "hidden_size", 2048),
+    ("mlp.gate_proj", "hidden_size", 8192),
+    ("mlp.up_proj", "hidden_size", 8192),
+    ("mlp.down_proj", "intermediate_size", 2048),
+)
+_EXPORT = """
+import json, resource, sys, torch
+from pathlib import Path
+from nmexport.models.source import resolve
+from nmexport.models.streaming import open_for_export
+from nmexport.recipe import ModelSection
+from nmexport.stages import fold
+from nmexport.stages.export import write_models
+
+source, folded, output = map(Path, sys.argv[1:4])
+opened = open_for_export(
+    resolve(ModelSection(id=str(source))), dtype=torch.bfloat16, trust_remote_code=False
+)
+artifact = fold.Artifact(folded)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+write_models(
+    opened.model, artifact.layers, artifact.tensors, output, parameter=opened.parameter
+)
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps({"before": before * 1024, "after": after * 1024}))
+"""
+
+
+def write_large_fold(source: Path, folder: Path) -> None:
+    """Weights turned, and nothing else: what export reads is of the size it has in life."""
+    reader = TensorReader(source)
+    layers = []
+    with ShardedWriter(folder, shard_bytes=1 << 29) as writer:
+        for index in range(SHAPES["num_hidden_layers"]):
+            for part, width, outputs in _LINEARS:
+                name = f"model.layers.{index}.{part}"
+                weight = reader.read(f"{name}.weight").t().contiguous()
+                writer.add({f"{name}.W": weight})
+                layers.append(
+                    LayerSpec(
+                        name=name,
+                        in_features=SHAPES[width],
+                        out_features=outputs,
+                        pattern="8:16",
+                        criterion="act",
+                    )
+                )
+    write_layers(folder, layers)
+
+
+@pytest.mark.slow
+def test_peak_memory_at_1b_scale(tmp_path: Path) -> None:
+    """A copy of the weights would be 2 bytes a parameter, on top of 0.7 GB of libraries.
+
+    What is mapped counts while it is: the largest fused matrix and its parts, some 200 MB here.
+    """
+    source, folded, output = (tmp_path / name for name in ("model", "fold", "out"))
+    for folder in (source, folded, output):
+        folder.mkdir()
+    parameters = save_large_model(source)
+    assert parameters > 1e9
+    write_large_fold(source, folded)
+    done = subprocess.run(
+        [sys.executable, "-c", _EXPORT, str(source), str(folded), str(output)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    peak = json.loads(done.stdout.splitlines()[-1])
+    assert peak["after"] / parameters < 1.8
+    assert peak["after"] - peak["before"] < 1.2e9
