@@ -1,34 +1,30 @@
-"""Stage `package`: say how to run what was built.
+"""Stage `package`: a Triton model repository that starts on the first try, wherever it is copied.
 
-Serving is not built yet: there is no model repository and no launch script here, and nothing that
-pretends to be one. What is written runs today: a README with the lines that open the model in ONNX
-Runtime, and a list of the files that make it up.
+A model whose report says `fail` is not packaged unless the recipe asks for it. What is packaged has
+run once from the package itself: the logits that it must give at every start come from there.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nmexport.artifact import read_manifest
-from nmexport.errors import ArtifactError
+from nmexport.errors import ArtifactError, GateFailed
+from nmexport.stages import verify
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from nmexport.artifact import FileRecord
-    from nmexport.runtimes.onnxruntime import Engine
+    from nmexport.runtimes.tensorrt_engine import TensorRTEngine
+    from nmexport.serving.bundle import Bundle
+    from nmexport.serving.repository import TextModel
     from nmexport.stages.inputs import StageInputs
 
-UPSTREAM = ("export", "engine")
-SCHEMA = 1
-FILES = "files.json"
-README = "README.md"
-NOT_BUILT = (
-    "Serving is not built yet by this version of nmexport: there is no model repository here."
-)
+UPSTREAM = ("export", "engine", "verify")
+SCHEMA = 3
+_AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -38,120 +34,154 @@ class Artifact:
     path: Path
 
     @property
-    def files(self) -> list[dict[str, Any]]:
-        """The files that make up the model: `path` relative to the export, `bytes`, `sha256`.
+    def repository(self) -> Path:
+        """What Triton is given."""
+        return self.path / "model_repository"
+
+    @property
+    def bundle(self) -> Bundle:
+        """The text model's own record.
 
         Raises:
-            ArtifactError: if the list is missing or of another schema.
+            ArtifactError: if there is none that can be read.
         """
-        path = self.path / FILES
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-            schema = document["schema"]
-            files: list[dict[str, Any]] = document["files"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        from nmexport.serving.bundle import FILENAME, read_bundle
+
+        found = sorted(self.repository.glob(f"*/1/{FILENAME}"))
+        if not found:
             raise ArtifactError(
-                f"{path} cannot be read: {error!r}", fix="run `nmexport package --force`"
-            ) from error
-        if schema != SCHEMA:
-            raise ArtifactError(f"{path} has schema {schema}.", allowed=f"schema {SCHEMA}")
-        return files
+                f"{self.path} holds no text model.", fix="run `nmexport package --force`"
+            )
+        return read_bundle(found[0].parent)
 
 
 def key_fields(inputs: StageInputs) -> dict[str, Any]:
-    """What the text is made of, besides upstream."""
+    """What the package is made of, besides upstream."""
     return {
         "schema": SCHEMA,
         "model": inputs.source.id,
         "pattern": str(inputs.recipe.sparsity.pattern),
+        "serving": inputs.recipe.serving.model_dump(mode="json"),
     }
 
 
 def run(inputs: StageInputs) -> dict[str, Any]:
-    """Write `README.md` and `files.json`.
+    """Write `model_repository/`, `launch.sh`, `README.md`, `NOTICE.md` and `SHA256SUMS`.
 
     Raises:
-        ArtifactError: if the engine cannot be read.
+        GateFailed: if the report's verdict is `fail` and the recipe does not allow that.
+        ArtifactError: if an upstream artifact cannot be read, or cannot be served.
+        EnvironmentFault: if this machine lacks what it needs.
     """
-    from nmexport.runtimes.onnxruntime import read_engine
+    from nmexport.serving import repository
 
-    export = inputs.upstream["export"].resolve()
-    engine = read_engine(inputs.upstream["engine"])
-    records = shipped_files(export)
-    document = {"schema": SCHEMA, "serving": NOT_BUILT, "files": [vars(one) for one in records]}
-    (inputs.output / FILES).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    where = os.path.relpath(export, inputs.output.resolve()).replace(os.sep, "/")
-    text = readme(
+    report = verify.Artifact(inputs.upstream["verify"]).report
+    refuse_failed(report, allowed=inputs.recipe.serving.allow_failed)
+    source = text_model(inputs, verdict=report["verdict"])
+    inputs.progress.note(f"package: {source.name}, {len(source.files)} files of the export")
+    bundle = repository.write_text_model(inputs.output, source)
+    plugins, why_no_engine = _write_engine(inputs, f"{source.name}_engine")
+    if why_no_engine is not None:
+        inputs.progress.note(f"package: no {source.name}_engine: {why_no_engine}")
+    repository.write_words(inputs.output, source=source, plugins=plugins)
+    return {
+        "why_no_engine": why_no_engine,
+        "name": source.name,
+        "verdict": source.verdict,
+        "library": source.library.name if source.library else None,
+        "bundle_bytes": sum(path.stat().st_size for path in bundle.iterdir() if path.is_file()),
+    }
+
+
+def _write_engine(inputs: StageInputs, name: str) -> tuple[list[str], str | None]:
+    """Write the raw engine beside the text model, where Triton can run it.
+
+    Returns:
+        Plugin libraries that a server must load, relative to the package; and why there is no raw
+        engine, where there is none.
+    """
+    from nmexport.runtimes import tensorrt_library
+    from nmexport.runtimes.tensorrt_engine import PLAN, engine_plugin, read_tensorrt_engine
+    from nmexport.serving import repository
+    from nmexport.serving.triton_config import signature_of
+
+    folder = inputs.upstream["engine"]
+    document = json.loads((folder / "engine.json").read_text(encoding="utf-8"))
+    if document["runtime"] not in tensorrt_library.TARGETS:
+        return [], "the target is not TensorRT"
+    engine = read_tensorrt_engine(folder)
+    why = why_not_raw(engine)
+    if why is not None:
+        return [], why
+    repository.write_engine_model(
+        inputs.output,
+        name=name,
+        plan=folder / PLAN,
+        signature=signature_of(inputs.upstream["export"] / "model.onnx"),
+        max_batch_size=engine.max_batch,
+        profiles=len(engine.profiles),
+    )
+    plugin = engine_plugin(engine)
+    return ([] if plugin is None else [repository.write_plugin(inputs.output, plugin)]), None
+
+
+def why_not_raw(engine: TensorRTEngine) -> str | None:
+    """Why Triton's TensorRT backend cannot run an engine; None where it can."""
+    if engine.target != "tensorrt":
+        return "Triton's TensorRT backend runs plans of TensorRT, not of TensorRT-RTX"
+    if engine.in_place_cache:
+        return (
+            "the engine updates its cache in place: past and present must be one buffer, and "
+            "Triton gives each input and output a buffer of its own"
+        )
+    return None
+
+
+def refuse_failed(report: dict[str, Any], *, allowed: bool) -> None:
+    """Raise where the verification failed and that is not allowed.
+
+    Raises:
+        GateFailed: naming the gates.
+    """
+    if report["verdict"] != "fail" or allowed:
+        return
+    failed = [gate["name"] for gate in report.get("gates", []) if not gate["passed"]]
+    raise GateFailed(
+        f"not packaged: the verdict of the verification is fail ({', '.join(failed)}).\n"
+        "Next: build a better model, change the gates, or package it with --allow-failed"
+    )
+
+
+def text_model(inputs: StageInputs, *, verdict: str) -> TextModel:
+    """What the text model is made from.
+
+    Raises:
+        ArtifactError: if the export or the engine cannot be read.
+        EnvironmentFault: if the native library of the engine is missing.
+    """
+    from nmexport.recipe import short_name
+    from nmexport.runtimes.onnxruntime import engine_library, read_engine
+    from nmexport.serving.repository import TextModel
+
+    serving = inputs.recipe.serving
+    engine_folder = inputs.upstream["engine"]
+    engine = read_engine(engine_folder)
+    records = read_manifest(inputs.upstream["export"]).files
+    return TextModel(
+        name=serving.name or short_name(inputs.source.id),
         model=inputs.source.id,
         pattern=str(inputs.recipe.sparsity.pattern),
-        export=where,
-        engine=engine,
-        records=records,
+        verdict=verdict,
+        export=inputs.upstream["export"],
+        files=tuple(one.path for one in records if not one.path.startswith("dense/")),
+        engine=json.loads((engine_folder / "engine.json").read_text(encoding="utf-8")),
+        library=engine_library(engine),
+        settings={
+            "slots": str(serving.slots),
+            "queue": str(serving.queue),
+            "prefill_chunk": str(serving.prefill_chunk),
+            "default_max_tokens": str(serving.max_tokens),
+            "context_tokens": _AUTO,
+            "cache_bytes": _AUTO,
+        },
     )
-    (inputs.output / README).write_text(text, encoding="utf-8")
-    inputs.progress.note(f"package: {NOT_BUILT}")
-    return {"serving": NOT_BUILT, "files": len(records), "bytes": sum(one.bytes for one in records)}
-
-
-def shipped_files(export: Path) -> list[FileRecord]:
-    """What a model is shipped as: everything exported but the dense baseline.
-
-    Raises:
-        ArtifactError: if the export is not finished.
-    """
-    return [one for one in read_manifest(export).files if not one.path.startswith("dense/")]
-
-
-def readme(
-    *, model: str, pattern: str, export: str, engine: Engine, records: list[FileRecord]
-) -> str:
-    """The text that goes with the package."""
-    files = "\n".join(f"| {one.path} | {one.bytes:,} | `{one.sha256[:12]}` |" for one in records)
-    if engine.library_digest is None:
-        library = (
-            "No native op library was there when this was built. The model runs without one, by "
-            "the function bodies it carries, and slower."
-        )
-        register = ""
-    else:
-        library = (
-            f"The native op library `{engine.library_name}` (sha256 `{engine.library_digest[:12]}`)"
-            " makes the sparse linears fast. Without it the model gives the same results by the "
-            "function bodies it carries, and slower."
-        )
-        register = (
-            "\nfrom nmexport.runtimes.native import require_library\n"
-            "options.register_custom_ops_library(str(require_library()))"
-        )
-    return f"""# {model} at {pattern}
-
-{NOT_BUILT} The model runs in ONNX Runtime, as below.
-
-## Text, from the command line
-
-    nmexport generate --work DIR "The capital of France is"
-
-## In your own program
-
-```python
-import onnxruntime
-
-options = onnxruntime.SessionOptions(){register}
-session = onnxruntime.InferenceSession("{export}/model.onnx", options)
-```
-
-Inputs are `input_ids`, `attention_mask`, `position_ids` and `past_key_values.{{i}}.key|value`;
-outputs are `logits` and `present.{{i}}.key|value`. The first run takes a past of length 0, each
-later one the `present` of the run before. The tokenizer lies beside the model. Paths are relative
-to this file.
-
-{library}
-
-## Files
-
-In `{export}`:
-
-| file | bytes | sha256 |
-|---|---:|---|
-{files}
-"""

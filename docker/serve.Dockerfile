@@ -1,0 +1,54 @@
+# Triton with what the text model needs. The model is no part of the image: mount its repository.
+#
+#   docker build -f docker/serve.Dockerfile -t nmexport-serve .
+#   docker run --rm -p 127.0.0.1:8000:8000 -v "$PWD/work/package/current:/package:ro" nmexport-serve
+#
+# 24.11 is the first release with Python 3.12 (24.10 has 3.10, too old for nmexport).
+ARG TRITON_VERSION=25.03
+FROM nvcr.io/nvidia/tritonserver:${TRITON_VERSION}-py3 AS base
+
+COPY docker/serve-requirements.txt /tmp/serve-requirements.txt
+# An environment of its own: the image's Python belongs to its distribution.
+RUN python3 -m venv --without-pip /opt/nmexport \
+    && python3 -m pip --python /opt/nmexport/bin/python3 install --no-cache-dir --no-deps \
+        -r /tmp/serve-requirements.txt \
+    && rm /tmp/serve-requirements.txt
+
+COPY pyproject.toml README.md LICENSE /src/
+COPY nmexport /src/nmexport
+COPY plugins /src/plugins
+COPY recipes /src/recipes
+# The native library travels with each model: a package that failed to build one here is no fault.
+RUN python3 -m pip --python /opt/nmexport/bin/python3 install --no-cache-dir --no-deps /src \
+    && rm -r /src
+
+RUN useradd --uid 10001 --create-home serve
+# Triton's Python backend takes its environment from the first python3 on PATH.
+ENV PATH=/opt/nmexport/bin:$PATH
+
+# OpenAI's API, by Triton's own front end with the server inside (port 9000):
+#   docker build -f docker/serve.Dockerfile --target openai -t nmexport-openai .
+FROM base AS openai
+WORKDIR /opt/tritonserver/python/openai
+# Its requirements are the image's own file, of the image's own version.
+RUN PIP_BREAK_SYSTEM_PACKAGES=1 /usr/bin/python3 -m pip install --no-cache-dir \
+        /opt/tritonserver/python/triton*.whl -r requirements.txt
+USER 10001
+EXPOSE 9000
+HEALTHCHECK --interval=10s --timeout=3s --start-period=120s \
+    CMD ["curl", "--fail", "--silent", "http://127.0.0.1:9000/health/ready"]
+# The chat template and the tokenizer are the package's: the folder with bundle.json in it.
+ENTRYPOINT ["/usr/bin/python3", "openai_frontend/main.py", \
+            "--host=0.0.0.0", "--openai-port=9000", "--model-repository=/package/model_repository"]
+CMD ["--tokenizer=/package/model_repository/model/1"]
+
+FROM base AS serve
+USER 10001
+EXPOSE 8000 8001 8002
+HEALTHCHECK --interval=10s --timeout=3s --start-period=120s \
+    CMD ["curl", "--fail", "--silent", "http://127.0.0.1:8000/v2/health/ready"]
+# In a container 0.0.0.0 is the container's own network; what is published is the caller's choice.
+# For a package with a TensorRT engine add: --backend-config=tensorrt,plugins=/package/plugins/NAME.so
+CMD ["tritonserver", "--model-repository=/package/model_repository", \
+     "--disable-auto-complete-config", "--exit-timeout-secs=30", \
+     "--http-address=0.0.0.0", "--grpc-address=0.0.0.0", "--metrics-address=0.0.0.0"]

@@ -1,0 +1,67 @@
+"""`nmexport client`: a first request to a server, streamed."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nmexport.cli.output import emit_json, json_option, verbose_option, wants_json
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@click.command("client", short_help="Send a prompt to a server, streamed.")
+@click.argument("prompt", required=False)
+@click.option("--url", default="http://127.0.0.1:8000", show_default=True)
+@click.option("--name", help="Model on the server.  [default: the only one]")
+@click.option("--max-tokens", type=int, default=128, show_default=True, metavar="COUNT")
+@click.option("--temperature", type=float, help="0 is greedy.  [default: the model's]")
+@click.option("--top-p", type=float)
+@click.option("--top-k", type=int, help="0 is no limit.")
+@click.option("--repetition-penalty", type=float)
+@click.option("--seed", type=int, help="[default: a new one]")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. Repeatable.")
+@click.option("--chat", is_flag=True, help="Put the prompt through the model's chat template.")
+@click.option("--timeout", type=float, default=600.0, show_default=True, metavar="SECONDS")
+@json_option
+@verbose_option
+@click.pass_context
+def client_command(
+    ctx: click.Context,
+    /,
+    *,
+    prompt: str | None,
+    url: str,
+    name: str | None,
+    stop: tuple[str, ...],
+    timeout: float,
+    **options: Any,
+) -> None:
+    """Send PROMPT to a server and print its text as it comes; without one, read it from stdin."""
+    from nmexport.serving import client
+
+    text = prompt if prompt is not None else sys.stdin.read()
+    server = url.rstrip("/")
+    fields = {key: value for key, value in options.items() if value is not None}
+    if stop:
+        fields["stop_words"] = list(stop)
+    model = name or client.text_model(server)
+    responses = client.stream(server, model, {"text_input": text, **fields}, timeout=timeout)
+    if wants_json(ctx):
+        emit_json({"url": server, "model": model, "prompt": text, **_gathered(responses)})
+        return
+    for response in responses:
+        click.echo(response["text_output"], nl=False)
+    click.echo()
+
+
+def _gathered(responses: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    """All of the text, and what the last response counts."""
+    text, last = "", {}
+    for last in responses:
+        text += last["text_output"]
+    counts = {key: last.get(key) for key in ("finish_reason", "prompt_tokens", "completion_tokens")}
+    return {"text": text, **counts}

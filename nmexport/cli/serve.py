@@ -1,0 +1,93 @@
+"""`nmexport serve`: a local tritonserver on what was packaged, until it is told to stop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from nmexport.cli.options import reading_options, request
+from nmexport.cli.output import emit_json, wants_json
+
+if TYPE_CHECKING:
+    from nmexport.serving.launch import Addresses
+
+
+@click.command("serve", short_help="Start Triton on what was packaged.")
+@click.argument("folder", required=False, type=click.Path(path_type=Path, exists=True))
+@click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 is the network.")
+@click.option("--http-port", type=click.IntRange(1, 65535), default=8000, show_default=True)
+@click.option("--grpc-port", type=click.IntRange(1, 65535), default=8001, show_default=True)
+@click.option("--metrics-port", type=click.IntRange(1, 65535), default=8002, show_default=True)
+@click.option(
+    "--server",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="tritonserver to start.  [default: on PATH, /opt/tritonserver, the nvidia-pytriton wheel]",
+)
+@click.option(
+    "--env",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Virtual environment that the model runs in.  [default: this one]",
+)
+@click.option(
+    "--drain-seconds",
+    type=click.IntRange(0),
+    default=30,
+    show_default=True,
+    help="How long requests in flight may take once the server is told to stop.",
+)
+@reading_options
+@click.pass_context
+def serve_command(
+    ctx: click.Context,
+    *,
+    folder: Path | None,
+    host: str,
+    http_port: int,
+    grpc_port: int,
+    metrics_port: int,
+    server: Path | None,
+    env: Path | None,
+    drain_seconds: int,
+) -> None:
+    """Serve FOLDER, a work directory or a package, with a tritonserver of this machine.
+
+    Says when it is ready. Ctrl-C and SIGTERM let requests in flight end, then stop it.
+    """
+    from nmexport.serving import launch
+    from nmexport.serving.repository import REPOSITORY
+
+    package = launch.package_folder(folder or request(ctx).existing_work().root)
+    addresses = launch.Addresses(
+        host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port
+    )
+    with launch.Server.start(
+        package / REPOSITORY,
+        addresses=addresses,
+        installation=launch.find_server(server),
+        env=env,
+        drain_seconds=drain_seconds,
+        plugins=launch.plugins_of(package),
+    ) as running:
+        try:
+            seconds = running.wait_ready()
+            _say_ready(ctx, package, addresses, seconds)
+            code = running.process.wait()
+        except KeyboardInterrupt:
+            code = running.stop()
+    if code:
+        from nmexport.errors import EnvironmentFault
+
+        raise EnvironmentFault(
+            f"tritonserver ended with code {code}.", fix="see its messages above"
+        )
+
+
+def _say_ready(ctx: click.Context, package: Path, where: Addresses, seconds: float) -> None:
+    urls = {"http": where.http, "grpc": where.grpc, "metrics": where.metrics}
+    if wants_json(ctx):
+        emit_json({"package": str(package), "ready_seconds": round(seconds, 3), **urls})
+        return
+    click.echo(f"Ready after {seconds:.1f} s: {where.http} (gRPC {where.grpc})")
+    click.echo(f'Try it: nmexport client --url {where.http} "The capital of France is"')

@@ -1,0 +1,413 @@
+"""A local tritonserver: which one, in what environment, with which flags; start, wait, stop.
+
+The server is found on PATH, where NVIDIA's containers have it, or in the `nvidia-pytriton` wheel.
+The wheel's is Triton 24.10: its backend has to be laid out first, and its Python stub corrupts
+tensors of NumPy 2, so that it gets an environment of its own: this one, with NumPy 1 in front.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from nmexport.errors import ArtifactError, EnvironmentFault
+from nmexport.serving.repository import PLUGINS, REPOSITORY
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+
+_CONTAINER = Path("/opt/tritonserver/bin/tritonserver")
+_WHEEL = "pytriton"
+_WHEEL_LIBRARIES = "nvidia_pytriton.libs"
+NUMPY_1 = "numpy==1.26.4"
+_POLL_SECONDS = 0.05
+_STDERR = 2
+_KILL_SECONDS = 15.0
+_INSTALL = "pip install --no-deps nvidia-pytriton==0.7.0 (Triton 24.10 without a GPU)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Installation:
+    """A tritonserver on this machine."""
+
+    server: Path
+    wheel: Path | None = None
+    """The folder of the wheel's package; None for a server that is installed whole."""
+
+
+def find_server(given: Path | None = None) -> Installation:
+    """The server to start.
+
+    Args:
+        given: A tritonserver to take; None looks for one.
+
+    Raises:
+        EnvironmentFault: if there is none.
+    """
+    if given is not None:
+        if not given.is_file():
+            raise EnvironmentFault(f"There is no tritonserver {given}.")
+        return Installation(server=given, wheel=_wheel_of(given))
+    on_path = shutil.which("tritonserver")
+    if on_path is not None:
+        return Installation(server=Path(on_path))
+    if _CONTAINER.is_file():
+        return Installation(server=_CONTAINER)
+    found = importlib.util.find_spec(_WHEEL)
+    for folder in (found.submodule_search_locations or ()) if found else ():
+        server = Path(folder) / "tritonserver" / "bin" / "tritonserver"
+        if server.is_file():
+            return Installation(server=server, wheel=Path(folder))
+    raise EnvironmentFault(
+        "There is no tritonserver on this machine.",
+        allowed="on PATH, in /opt/tritonserver (NVIDIA's containers), in the nvidia-pytriton wheel",
+        fix=f"{_INSTALL}, or serve the package in a container: docker/compose.yaml",
+    )
+
+
+def _wheel_of(server: Path) -> Path | None:
+    """The wheel's package that a server belongs to."""
+    folder = server.parent.parent.parent
+    return folder if (folder.parent / _WHEEL_LIBRARIES).is_dir() else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Addresses:
+    """Where a server listens."""
+
+    host: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_port: int = 8001
+    metrics_port: int = 8002
+
+    @property
+    def http(self) -> str:
+        """URL of the HTTP endpoint, for a client on this machine."""
+        return f"http://{self._reachable}:{self.http_port}"
+
+    @property
+    def grpc(self) -> str:
+        """Host and port of the gRPC endpoint."""
+        return f"{self._reachable}:{self.grpc_port}"
+
+    @property
+    def metrics(self) -> str:
+        """URL of the metrics."""
+        return f"http://{self._reachable}:{self.metrics_port}/metrics"
+
+    @property
+    def _reachable(self) -> str:
+        return "127.0.0.1" if self.host in {"0.0.0.0", "::"} else self.host  # noqa: S104
+
+
+def package_folder(given: Path) -> Path:
+    """The package in a folder: a work directory, a package, or a copy of one.
+
+    Raises:
+        ArtifactError: if there is none.
+    """
+    for folder in (given / "package" / "current", given):
+        if (folder / REPOSITORY).is_dir():
+            return folder.resolve()
+    raise ArtifactError(
+        f"{given} holds no {REPOSITORY}.",
+        allowed="a work directory whose package stage is complete, or a package",
+        fix="run `nmexport package`",
+    )
+
+
+def plugins_of(package: Path) -> list[Path]:
+    """TensorRT plugin libraries of a package."""
+    return sorted((package / PLUGINS).glob("*.so"))
+
+
+def backend_folder(installation: Installation, scratch: Path) -> Path | None:
+    """The backends of a wheel's server, laid out as the server wants them; None where it knows.
+
+    Raises:
+        EnvironmentFault: if the wheel has no stub for this Python.
+    """
+    if installation.wheel is None:
+        return None
+    root = installation.wheel / "tritonserver"
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    stub = root / "python_backend_stubs" / version / "triton_python_backend_stub"
+    if not stub.is_file():
+        has = sorted(path.name for path in (root / "python_backend_stubs").glob("*"))
+        raise EnvironmentFault(
+            f"The wheel's tritonserver has no stub for Python {version}.",
+            allowed=", ".join(has),
+        )
+    folder = scratch / "backends" / "python"
+    folder.mkdir(parents=True)
+    backend = root / "backends" / "python"
+    for path in (
+        backend / "libtriton_python.so",
+        backend / "triton_python_backend_utils.py",
+        stub,
+    ):
+        shutil.copy(path, folder / path.name)
+    return folder.parent
+
+
+def python_environment(installation: Installation, given: Path | None = None) -> Path:
+    """The environment whose `python3` the server's Python models run in.
+
+    Args:
+        installation: The server.
+        given: A virtual environment to take; None takes this one where it fits.
+
+    Returns:
+        A folder with `bin/python3`.
+
+    Raises:
+        EnvironmentFault: if there is none, or one has to be made and cannot be.
+    """
+    if given is not None:
+        if not (given / "bin" / "python3").exists():
+            raise EnvironmentFault(f"{given} is no environment: it has no bin/python3.")
+        return given
+    import numpy as np
+
+    if installation.wheel is None or np.lib.NumpyVersion(np.__version__) < "2.0.0":
+        return Path(sys.prefix)
+    return _with_numpy_1()
+
+
+def _with_numpy_1() -> Path:
+    """This environment with NumPy 1 in front of its own; made once, then kept in the cache.
+
+    Raises:
+        EnvironmentFault: if NumPy 1 cannot be installed.
+    """
+    from filelock import FileLock
+
+    seen = [path for path in sys.path if path and Path(path).is_dir()]
+    identity = "\n".join([sys.version, sys.prefix, NUMPY_1, *seen])
+    name = f"triton-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nmexport"
+    folder, done = root / name, root / name / "complete"
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f"{name}.lock"):
+        if not done.is_file():
+            logging.getLogger(__name__).warning(
+                "making %s for this Triton's Python stub: %s in front of this environment",
+                folder,
+                NUMPY_1,
+            )
+            shutil.rmtree(folder, ignore_errors=True)
+            make_environment(folder, seen, packages=(NUMPY_1,))
+            done.touch()
+    return folder
+
+
+def make_environment(folder: Path, seen: Sequence[str], *, packages: Sequence[str]) -> None:
+    """Make a virtual environment that has packages of its own and otherwise sees folders.
+
+    Raises:
+        EnvironmentFault: if the packages cannot be installed.
+    """
+    import venv
+
+    venv.create(folder, with_pip=False, symlinks=True)
+    own = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    if packages:
+        done = subprocess.run(  # noqa: S603  fixed words
+            [*command, "--no-deps", "--target", str(own), *packages],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise EnvironmentFault(
+                f"{', '.join(packages)} cannot be installed for this Triton's Python stub: "
+                f"{done.stderr.strip()}",
+                fix="make a virtual environment with nmexport, onnxruntime, tokenizers, jinja2, "
+                "psutil and NumPy 1, and name it with --env",
+            )
+    # A .pth line is how Python is told at its start; it appends, so that what is installed wins.
+    lines = [f"import site; site.addsitedir({path!r})\n" for path in seen]
+    (own / "nmexport_parent.pth").write_text("".join(lines), encoding="utf-8")
+
+
+def server_command(
+    installation: Installation,
+    repository: Path,
+    addresses: Addresses,
+    *,
+    backends: Path | None,
+    drain_seconds: int,
+    plugins: Sequence[Path] = (),
+) -> list[str]:
+    """The command line of a server that shows nothing to the network unless asked."""
+    flags = [
+        f"--model-repository={repository}",
+        "--disable-auto-complete-config",
+        f"--http-address={addresses.host}",
+        f"--grpc-address={addresses.host}",
+        f"--metrics-address={addresses.host}",
+        f"--http-port={addresses.http_port}",
+        f"--grpc-port={addresses.grpc_port}",
+        f"--metrics-port={addresses.metrics_port}",
+        f"--exit-timeout-secs={drain_seconds}",
+    ]
+    if backends is not None:
+        flags.append(f"--backend-directory={backends}")
+    if plugins:
+        flags.append(f"--backend-config=tensorrt,plugins={';'.join(map(str, plugins))}")
+    return [str(installation.server), *flags]
+
+
+def server_environment(installation: Installation, python: Path) -> dict[str, str]:
+    """The server's environment variables: `python3` and libraries are found by them."""
+    variables = dict(os.environ)
+    variables["PATH"] = f"{python / 'bin'}{os.pathsep}{variables.get('PATH', '')}"
+    libraries = [sysconfig.get_config_var("LIBDIR") or ""]
+    if installation.wheel is not None:
+        libraries.insert(0, str(installation.wheel.parent / _WHEEL_LIBRARIES))
+    known = variables.get("LD_LIBRARY_PATH", "")
+    variables["LD_LIBRARY_PATH"] = os.pathsep.join(path for path in (*libraries, known) if path)
+    for name in ("PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV"):
+        variables.pop(name, None)  # they name another environment than the one on PATH
+    return variables
+
+
+@dataclass(kw_only=True)
+class Server:
+    """A running tritonserver; leaving its `with` block stops it."""
+
+    process: subprocess.Popen[bytes]
+    addresses: Addresses
+    drain_seconds: int
+    _cleanup: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    @classmethod
+    def start(
+        cls,
+        repository: Path,
+        *,
+        addresses: Addresses | None = None,
+        installation: Installation | None = None,
+        env: Path | None = None,
+        drain_seconds: int = 30,
+        plugins: Sequence[Path] = (),
+        backends: Path | None = None,
+        output: Any = None,
+    ) -> Self:
+        """Start a server on a model repository.
+
+        Args:
+            repository: The folder of models.
+            addresses: Where to listen.
+            installation: Which server; None looks for one.
+            env: Environment of the Python models; None takes this one, or makes one.
+            drain_seconds: How long requests in flight may take once it is told to stop.
+            plugins: TensorRT plugin libraries.
+            backends: Backend folder, in place of the one made for a wheel.
+            output: File that takes what the server prints; None is this process's stderr.
+
+        Raises:
+            EnvironmentFault: if there is no server, or no environment for it.
+        """
+        where = addresses or Addresses()
+        found = installation or find_server()
+        with contextlib.ExitStack() as stack:
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nmexport-")))
+            command = server_command(
+                found,
+                repository,
+                where,
+                backends=backends or backend_folder(found, scratch),
+                drain_seconds=drain_seconds,
+                plugins=plugins,
+            )
+            variables = server_environment(found, python_environment(found, env))
+            logging.getLogger(__name__).info("%s", " ".join(command))
+            process = subprocess.Popen(  # noqa: S603  the server that was looked up
+                command,
+                env=variables,
+                stdin=subprocess.DEVNULL,
+                stdout=_STDERR if output is None else output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is ours to pass on, once
+            )
+            return cls(
+                process=process,
+                addresses=where,
+                drain_seconds=drain_seconds,
+                _cleanup=stack.pop_all(),
+            )
+
+    def wait_ready(self, timeout: float = 600.0) -> float:
+        """Wait until every model is ready.
+
+        Returns:
+            Seconds that it took.
+
+        Raises:
+            EnvironmentFault: if the server ends, or is not ready in time.
+        """
+        began = time.monotonic()
+        while not is_ready(self.addresses.http):
+            if self.process.poll() is not None:
+                raise EnvironmentFault(
+                    f"tritonserver ended with code {self.process.returncode} before it was ready.",
+                    fix="its own messages, above, say why; often a port is taken or a model "
+                    "cannot be loaded",
+                )
+            if time.monotonic() - began > timeout:
+                raise EnvironmentFault(f"tritonserver is not ready after {timeout:.0f} s.")
+            time.sleep(_POLL_SECONDS)
+        return time.monotonic() - began
+
+    def stop(self) -> int:
+        """Let requests in flight end, stop the server, and return its exit code."""
+        try:
+            if self.process.poll() is None:
+                self.process.send_signal(signal.SIGTERM)
+            return self.process.wait(self.drain_seconds + _KILL_SECONDS)
+        except subprocess.TimeoutExpired:
+            logging.getLogger(__name__).warning("tritonserver does not stop; killing it")
+            self.process.kill()
+            return self.process.wait()
+        finally:
+            self._cleanup.close()
+
+    def __enter__(self) -> Self:
+        """Return self."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop."""
+        self.stop()
+
+
+def is_ready(url: str) -> bool:
+    """Whether a server is there with all its models ready."""
+    try:
+        with urllib.request.urlopen(f"{url}/v2/health/ready", timeout=2) as answer:  # noqa: S310
+            return bool(answer.status == 200)  # noqa: PLR2004  HTTP's OK
+    except (urllib.error.URLError, OSError):
+        return False

@@ -1,0 +1,94 @@
+"""What a server tells about itself: names, units and buckets; how they leave is the caller's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+Kind = Literal["counter", "gauge", "histogram"]
+
+_MILLISECONDS = (1.0, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1e3, 2.5e3, 5e3, 1e4, 3e4, 6e4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricSpec:
+    """One metric."""
+
+    name: str
+    kind: Kind
+    about: str
+    buckets: tuple[float, ...] = ()
+    """Upper bounds of a histogram's buckets."""
+
+
+QUEUE_TIME = "nmexport_queue_time_ms"
+FIRST_WAIT = "nmexport_time_to_first_token_ms"
+NEXT_WAIT = "nmexport_inter_token_latency_ms"
+PROMPT_TOKENS = "nmexport_prompt_tokens_total"
+GENERATED_TOKENS = "nmexport_generated_tokens_total"
+FINISHED = "nmexport_requests_finished_total"
+REJECTED = "nmexport_requests_rejected_total"
+CANCELLED = "nmexport_requests_cancelled_total"
+FAILED = "nmexport_requests_failed_total"
+RUNNING = "nmexport_running_requests"
+WAITING = "nmexport_waiting_requests"
+CACHE_BYTES = "nmexport_cache_reserved_bytes"
+
+METRICS = (
+    MetricSpec(
+        name=QUEUE_TIME,
+        kind="histogram",
+        about="Milliseconds a request waited for a slot",
+        buckets=_MILLISECONDS,
+    ),
+    MetricSpec(
+        name=FIRST_WAIT,
+        kind="histogram",
+        about="Milliseconds from a request's arrival to its first token",
+        buckets=_MILLISECONDS,
+    ),
+    MetricSpec(
+        name=NEXT_WAIT,
+        kind="histogram",
+        about="Milliseconds between two tokens of a request",
+        buckets=_MILLISECONDS,
+    ),
+    MetricSpec(name=PROMPT_TOKENS, kind="counter", about="Prompt tokens processed"),
+    MetricSpec(name=GENERATED_TOKENS, kind="counter", about="Tokens generated"),
+    MetricSpec(name=FINISHED, kind="counter", about="Requests that ran to their end"),
+    MetricSpec(name=REJECTED, kind="counter", about="Requests refused: malformed or over a limit"),
+    MetricSpec(name=CANCELLED, kind="counter", about="Requests whose client went away"),
+    MetricSpec(name=FAILED, kind="counter", about="Requests that failed inside"),
+    MetricSpec(name=RUNNING, kind="gauge", about="Requests in a slot"),
+    MetricSpec(name=WAITING, kind="gauge", about="Requests waiting for a slot"),
+    MetricSpec(name=CACHE_BYTES, kind="gauge", about="Cache memory reserved by requests in a slot"),
+)
+
+
+class Metrics(Protocol):
+    """Where measurements go."""
+
+    def add(self, name: str, amount: float = 1.0) -> None:
+        """Count up."""
+        ...
+
+    def set(self, name: str, value: float) -> None:
+        """Say how things stand."""
+        ...
+
+    def observe(self, name: str, value: float) -> None:
+        """Add one observation to a histogram."""
+        ...
+
+
+class NoMetrics:
+    """Measurements go nowhere."""
+
+    def add(self, name: str, amount: float = 1.0) -> None:
+        """Nothing."""
+
+    def set(self, name: str, value: float) -> None:
+        """Nothing."""
+
+    def observe(self, name: str, value: float) -> None:
+        """Nothing."""

@@ -1,0 +1,208 @@
+"""Writes a Triton model repository: folders, configurations, launch script, and words with it.
+
+<output>/model_repository/<name>/config.pbtxt
+<output>/model_repository/<name>/1/model.py         imports `nmexport.serving.triton_model`
+<output>/model_repository/<name>/1/bundle.json ...  model, library, tokenizer, reference
+<output>/launch.sh  README.md  NOTICE.md  SHA256SUMS
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nmexport.artifact import record_files
+from nmexport.errors import ArtifactError
+from nmexport.serving import bundle as bundles
+from nmexport.serving import triton_config
+from nmexport.serving.options import GenerationOptions, options_from
+from nmexport.serving.tokenizer import ServingTokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+REPOSITORY = "model_repository"
+PLUGINS = "plugins"
+"""Folder of TensorRT plugin libraries, beside the repository."""
+VERSION = "1"
+LAUNCH = "launch.sh"
+SUMS = "SHA256SUMS"
+_ENGINE = "engine.json"
+_TEMPLATES = ("README.md", "NOTICE.md", LAUNCH)
+_MODEL_PY = '''"""Triton's entry; the environment of the server's python3 must have nmexport."""
+
+from nmexport.serving.triton_model import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
+'''
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextModel:
+    """What the text model of a repository is made from."""
+
+    name: str
+    model: str
+    """Id of the model that was built."""
+    pattern: str
+    verdict: str
+    export: Path
+    """The folder of the exported model."""
+    files: tuple[str, ...]
+    """Of the export: what is served, relative to it."""
+    engine: Mapping[str, Any]
+    """`engine.json` of the engine, as it is in its own folder."""
+    library: Path | None
+    settings: Mapping[str, str]
+
+
+def write_text_model(output: Path, source: TextModel) -> Path:
+    """Write the model that takes and streams text, and ask it for its reference.
+
+    Returns:
+        The bundle's folder.
+
+    Raises:
+        ArtifactError: if the exported model lacks what serving needs, or does not run.
+        EnvironmentFault: if this machine lacks what it needs to run.
+    """
+    from nmexport.generation import end_tokens
+
+    model_folder = output / REPOSITORY / source.name
+    folder = model_folder / VERSION
+    folder.mkdir(parents=True)
+    for name in source.files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        # Copies, not links: onnx refuses weights with a second link as a possible attack.
+        shutil.copyfile(source.export / name, folder / name)
+    if source.library is not None:
+        shutil.copyfile(source.library, folder / source.library.name)
+    (folder / _ENGINE).write_text(_relocated(source.engine), encoding="utf-8")
+    (folder / "model.py").write_text(_MODEL_PY, encoding="utf-8")
+    tokenizer = ServingTokenizer(folder)
+    tokens = [tokenizer.encode(text) for text in bundles.REFERENCE_TEXTS]
+    _write_reference(folder, tokens)
+    bundles.write_bundle(
+        folder,
+        name=source.name,
+        model=source.model,
+        pattern=source.pattern,
+        verdict=source.verdict,
+        context_tokens=context_length(folder),
+        end_tokens=end_tokens(folder, tokenizer),
+        defaults=generation_defaults(folder),
+        reference_tokens=tokens,
+        files=record_files(folder),
+    )
+    config = triton_config.text_config(source.name, source.settings)
+    (model_folder / triton_config.CONFIG).write_text(triton_config.to_text(config), "utf-8")
+    return folder
+
+
+def write_engine_model(
+    output: Path,
+    *,
+    name: str,
+    plan: Path,
+    signature: triton_config.Signature,
+    max_batch_size: int,
+    profiles: int,
+) -> Path:
+    """Write the model that hands a TensorRT plan to Triton as it is; return its folder."""
+    folder = output / REPOSITORY / name
+    (folder / VERSION).mkdir(parents=True)
+    shutil.copyfile(plan, folder / VERSION / triton_config.PLAN)
+    config = triton_config.engine_config(
+        name, signature, max_batch_size=max_batch_size, profiles=profiles
+    )
+    (folder / triton_config.CONFIG).write_text(triton_config.to_text(config), encoding="utf-8")
+    return folder
+
+
+def write_plugin(output: Path, library: Path) -> str:
+    """Copy a TensorRT plugin library into the package; return its path there."""
+    (output / PLUGINS).mkdir(exist_ok=True)
+    shutil.copyfile(library, output / PLUGINS / library.name)
+    return f"{PLUGINS}/{library.name}"
+
+
+def write_words(output: Path, *, source: TextModel, plugins: Iterable[str] = ()) -> None:
+    """Write launch script, README and notices, then the sums of all that is there.
+
+    Args:
+        output: The package's folder, its repository complete.
+        source: What it was made from.
+        plugins: TensorRT plugin libraries, relative to `output`.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        autoescape=False,  # noqa: S701  a shell script and Markdown
+    )
+    for name in _TEMPLATES:
+        text = environment.get_template(f"{name}.j2").render(source=source, plugins=list(plugins))
+        (output / name).write_text(text, encoding="utf-8")
+    (output / LAUNCH).chmod(0o755)
+    lines = [f"{record.sha256}  {record.path}\n" for record in record_files(output)]
+    (output / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def context_length(folder: Path) -> int:
+    """Tokens that the model was made for.
+
+    Raises:
+        ArtifactError: if the export does not say.
+    """
+    path = folder / "genai_config.json"
+    try:
+        length: int = json.loads(path.read_text(encoding="utf-8"))["model"]["context_length"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"{path} does not say the model's context length: {error!r}",
+            fix="run `nmexport export --force`",
+        ) from error
+    return length
+
+
+def generation_defaults(folder: Path) -> GenerationOptions:
+    """How the model's authors draw from it; greedy where they do not say that they draw."""
+    try:
+        document = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return GenerationOptions()
+    names = ["repetition_penalty"]
+    if document.get("do_sample"):
+        document.setdefault("temperature", 1.0)
+        names += ["temperature", "top_p", "top_k"]
+    return options_from({name: document[name] for name in names if document.get(name) is not None})
+
+
+def _relocated(engine: Mapping[str, Any]) -> str:
+    """`engine.json` for the folder that holds everything it names."""
+    known = {name: value for name, value in engine.items() if not isinstance(value, dict)}
+    document = {
+        **known,
+        "library": engine["library"],
+        "session_config": engine["session_config"],
+        # The text model keeps its caches in ONNX Runtime, whatever else was built.
+        "runtime": "onnxruntime",
+        "model": "model.onnx",
+        "dense_model": "dense/model.onnx",
+    }
+    return json.dumps(document, indent=1) + "\n"
+
+
+def _write_reference(folder: Path, tokens: list[list[int]]) -> None:
+    import numpy as np
+
+    from nmexport.runtimes.onnxruntime import OrtSession
+
+    with OrtSession.from_engine(folder) as session:
+        np.save(folder / bundles.REFERENCE, bundles.first_logits(session, tokens))

@@ -1,0 +1,110 @@
+"""The choice of the next token, in NumPy.
+
+Neither transformers' logits processors nor onnxruntime-genai's search is used. The first compute
+on torch tensors, which would put torch into the server's loop and image. The second owns model,
+cache and loop in one object: it takes no custom-op library per session, and its draws depend on a
+generator that a batch shares. One request has one generator here, so its text is the same
+whatever runs beside it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+
+class Sampler:
+    """Chooses one sequence's next token from logits `[V]`."""
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        prompt: Sequence[int] = (),
+    ) -> None:
+        """Start with the prompt's tokens seen, and none drawn.
+
+        Args:
+            temperature: 0 takes the likeliest token (the first of equals).
+            top_p: Draw from the likeliest tokens that together hold this probability.
+            top_k: Draw from this many likeliest tokens; 0 is no limit.
+            seed: Of the draws.
+            repetition_penalty: Divides positive and multiplies negative logits of tokens seen, in
+                prompt or output (CTRL, arXiv 1909.05858); 1 changes nothing.
+            presence_penalty: Taken once from the logit of a token drawn before, as in OpenAI's API.
+            frequency_penalty: Taken for each time it was drawn.
+            prompt: Token ids.
+        """
+        self._temperature = temperature
+        self._top_p = top_p
+        self._top_k = top_k
+        self._repetition = repetition_penalty
+        self._presence = presence_penalty
+        self._frequency = frequency_penalty
+        self._seen = set(prompt)
+        self._drawn: dict[int, int] = {}
+        self._rng = np.random.default_rng(seed)
+
+    def __call__(self, logits: NDArray[np.float32]) -> int:
+        """One token id; it counts as drawn."""
+        token = self._choose(self._penalised(logits))
+        self._seen.add(token)
+        self._drawn[token] = self._drawn.get(token, 0) + 1
+        return token
+
+    def _choose(self, logits: NDArray[np.float32]) -> int:
+        if self._temperature == 0:
+            return int(logits.argmax())
+        tokens, probabilities = self._candidates(logits)
+        return int(self._rng.choice(tokens, p=probabilities))
+
+    def _penalised(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Logits less the penalties; the argument itself where there are none."""
+        if self._repetition != 1.0 and self._seen:
+            logits = logits.copy()
+            seen = np.fromiter(self._seen, np.int64)
+            values = logits[seen]
+            logits[seen] = np.where(
+                values > 0, values / self._repetition, values * self._repetition
+            )
+        if (self._presence or self._frequency) and self._drawn:
+            logits = logits.copy()
+            drawn = np.fromiter(self._drawn.keys(), np.int64)
+            counts = np.fromiter(self._drawn.values(), np.float32)
+            logits[drawn] -= self._presence + self._frequency * counts
+        return logits
+
+    def _candidates(
+        self, logits: NDArray[np.float32]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Token ids that may be drawn, likeliest first, and their probabilities."""
+        order = _likeliest(logits, self._top_k)
+        scaled = logits[order].astype(np.float64) / self._temperature
+        probabilities = np.exp(scaled - scaled[0])
+        probabilities /= probabilities.sum()
+        # A token stays as long as those before it do not hold top_p yet: the first always does.
+        before = np.cumsum(probabilities) - probabilities
+        kept = probabilities[before < self._top_p]
+        return order[: kept.size], kept / kept.sum()
+
+
+def _likeliest(logits: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """Ids of the `count` largest logits (0: of all), largest first, equals by lower id."""
+    if not 0 < count < logits.size:
+        return np.argsort(-logits, kind="stable")
+    # Sorting a whole vocabulary takes milliseconds: find the last that stays, sort from it up.
+    least = np.partition(logits, logits.size - count)[logits.size - count]
+    ids = np.flatnonzero(logits >= least)
+    return ids[np.argsort(-logits[ids], kind="stable")][:count]

@@ -1,0 +1,410 @@
+"""Continuous batching: requests share one session, step by step, and come and go at any step.
+
+A step takes every running request one token further and the oldest new one a chunk of its prompt
+further. So a long prompt holds the others up by a chunk, not by its length.
+
+Each request is run as a batch of its own, on its own cache. Measured on SmolLM2: sequences of
+unequal length, padded into one batch, get other bits than alone, since attention then sums over
+padding too; a mask near a tie flips, and logits move by up to 3. A batch of one is exact by
+construction, and batch 1 is where sparse decode gains (two tokens together meet three quarters of
+the rows, four nearly all of them). Chunks of a prompt give the same bits as the whole prompt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+
+from nmexport.errors import RequestError
+from nmexport.serving import metrics as names
+from nmexport.serving.metrics import Metrics, NoMetrics
+from nmexport.serving.sampling import Sampler
+from nmexport.serving.text import StopFilter, TextStream
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    from nmexport.runtimes.session import Extendable
+    from nmexport.serving.options import GenerationOptions
+
+FinishReason = Literal["stop", "length"]
+
+DEFAULT_MAX_TOKENS = 256
+SHUTTING_DOWN = "the server is shutting down"
+_LEAST = {"queue": 0, "prefill_chunk": 2}
+_SWEEP_SECONDS = 0.25
+"""How often waiting requests are asked whether their client is still there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How much a server takes on."""
+
+    context_tokens: int
+    """Prompt and output of one request together: the model's context length."""
+    cache_bytes: int
+    """Of the caches of all running requests."""
+    slots: int = 8
+    """Requests that run at a time."""
+    queue: int = 128
+    """Requests that may wait for a slot."""
+    prefill_chunk: int = 64
+    """Tokens of a prompt in one step: what a new request may hold the running ones up by."""
+
+    def __post_init__(self) -> None:
+        """Refuse limits under which nothing could run.
+
+        Raises:
+            RequestError: naming the limit.
+        """
+        for name, value in vars(self).items():
+            least = _LEAST.get(name, 1)
+            if value < least:
+                raise RequestError(f"The limit {name} is {value}.", allowed=f"at least {least}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a request ended."""
+
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Sink(Protocol):
+    """Where one request's text goes; called from the scheduler's thread alone."""
+
+    def text(self, piece: str) -> None:
+        """One more piece, not empty."""
+        ...
+
+    def done(self, outcome: Outcome) -> None:
+        """The end."""
+        ...
+
+    def failed(self, problem: str) -> None:
+        """The end, too."""
+        ...
+
+    def is_cancelled(self) -> bool:
+        """Whether nobody waits for the text any more."""
+        ...
+
+    def abandoned(self) -> None:
+        """The end of a request that was cancelled."""
+        ...
+
+
+@dataclass(kw_only=True, eq=False)
+class _Request:
+    """One request, from its arrival to its end."""
+
+    prompt: NDArray[np.int64]
+    """`[1, S]`."""
+    max_tokens: int
+    sampler: Sampler
+    text: TextStream
+    stop: StopFilter
+    sink: Sink
+    reserved_bytes: int
+    arrived: float
+    prefilled: int = 0
+    produced: int = 0
+    cache: Any = None
+    last_token: int = -1
+    last_time: float = field(default=0.0)
+
+    @property
+    def is_decoding(self) -> bool:
+        return self.prefilled == int(self.prompt.shape[1])
+
+
+class Scheduler:
+    """Runs requests on a session; `submit` from any thread, `step` from one."""
+
+    def __init__(
+        self,
+        session: Extendable,
+        *,
+        decode: Callable[[Sequence[int]], str],
+        end_tokens: frozenset[int],
+        limits: Limits,
+        default_max_tokens: int = DEFAULT_MAX_TOKENS,
+        metrics: Metrics | None = None,
+    ) -> None:
+        """Take over a session.
+
+        Args:
+            session: Nobody else may run it.
+            decode: Token ids to text, special tokens left out.
+            end_tokens: Tokens that end a text.
+            limits: How much to take on.
+            default_max_tokens: For requests that do not say.
+            metrics: Where measurements go.
+        """
+        self._session = session
+        self._decode = decode
+        self._ends = end_tokens
+        self.limits = limits
+        self._default_max_tokens = default_max_tokens
+        self._metrics: Metrics = metrics or NoMetrics()
+        self._waiting: deque[_Request] = deque()
+        self._running: list[_Request] = []
+        self._reserved = 0
+        self._closing = False
+        self._aborting = False
+        self._swept = 0.0
+        self._changed = threading.Condition()
+
+    # -- from any thread -------------------------------------------------------------------------
+
+    @property
+    def running(self) -> int:
+        """Requests in a slot."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Requests without one."""
+        return len(self._waiting)
+
+    def submit(self, prompt: Sequence[int], options: GenerationOptions, sink: Sink) -> None:
+        """Queue a request.
+
+        Raises:
+            RequestError: if it is over a limit, or the server takes no more.
+        """
+        try:
+            self._enqueue(self._admissible(prompt, options, sink))
+        except RequestError:
+            self._metrics.add(names.REJECTED)
+            raise
+
+    def _enqueue(self, request: _Request) -> None:
+        with self._changed:
+            if self._closing:
+                raise RequestError(f"No request is taken: {SHUTTING_DOWN}.")
+            full = len(self._running) >= self.limits.slots
+            if full and len(self._waiting) >= self.limits.queue:
+                raise RequestError(
+                    f"The queue is full: {len(self._waiting)} requests wait.",
+                    fix="try again later, or raise the server's limit `queue`",
+                )
+            self._waiting.append(request)
+            self._metrics.set(names.WAITING, len(self._waiting))
+            self._changed.notify()
+
+    def _admissible(
+        self, prompt: Sequence[int], options: GenerationOptions, sink: Sink
+    ) -> _Request:
+        if not prompt:
+            raise RequestError("The prompt is empty.", allowed="at least one token")
+        room = self.limits.context_tokens - len(prompt)
+        max_tokens = options.max_tokens
+        if max_tokens is None:
+            max_tokens = max(1, min(self._default_max_tokens, room))
+        if max_tokens > room:
+            raise RequestError(
+                f"Too long: {len(prompt)} prompt tokens and max_tokens {max_tokens} together.",
+                allowed=f"{self.limits.context_tokens} tokens, the model's context",
+                fix="shorten the prompt or ask for fewer tokens",
+            )
+        reserved = (len(prompt) + max_tokens) * self._session.cache_bytes_per_token
+        if reserved > self.limits.cache_bytes:
+            raise RequestError(
+                f"Too long: the request's cache would take {reserved / 1e6:.0f} MB.",
+                allowed=f"{self.limits.cache_bytes / 1e6:.0f} MB, all that the server has",
+                fix="ask for fewer tokens, or raise the server's limit `cache_bytes`",
+            )
+        return _Request(
+            prompt=np.asarray([prompt], dtype=np.int64),
+            max_tokens=max_tokens,
+            sampler=Sampler(
+                temperature=options.temperature,
+                top_p=options.top_p,
+                top_k=options.top_k,
+                seed=options.seed_or_new,
+                repetition_penalty=options.repetition_penalty,
+                presence_penalty=options.presence_penalty,
+                frequency_penalty=options.frequency_penalty,
+                prompt=prompt,
+            ),
+            text=TextStream(self._decode),
+            stop=StopFilter(options.stop),
+            sink=sink,
+            reserved_bytes=reserved,
+            arrived=time.monotonic(),
+        )
+
+    def close(self) -> None:
+        """Take no more requests; `serve` returns once those in flight have ended."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+
+    def abort(self) -> None:
+        """Take no more, and end everything in flight with an error after this step."""
+        with self._changed:
+            self._closing = self._aborting = True
+            self._changed.notify()
+
+    # -- the scheduler's thread ------------------------------------------------------------------
+
+    def serve(self) -> None:
+        """Step until `close`, sleeping while there is nothing to do."""
+        while True:
+            with self._changed:
+                while not (self._running or self._waiting or self._closing):
+                    self._changed.wait()
+                if self._closing and not (self._running or self._waiting):
+                    return
+                left = [*self._running, *self._waiting] if self._aborting else []
+                if self._aborting:
+                    self._waiting.clear()
+            for request in left:
+                self._fail(request, SHUTTING_DOWN)
+            if not left:
+                self.step()
+
+    def step(self) -> None:
+        """Drop who went away, let in who fits, decode one token each, prefill one chunk."""
+        self._drop_cancelled()
+        self._admit()
+        decoding = [request for request in self._running if request.is_decoding]
+        for request in decoding:
+            self._advance(request, self._decode_one)
+        prefilling = next((one for one in self._running if not one.is_decoding), None)
+        if prefilling is not None:
+            self._advance(prefilling, self._prefill_chunk)
+
+    def _drop_cancelled(self) -> None:
+        for request in list(self._running):
+            if request.sink.is_cancelled():
+                self._abandon(request)
+        now = time.monotonic()
+        if now - self._swept < _SWEEP_SECONDS:
+            return
+        self._swept = now
+        gone = [request for request in list(self._waiting) if request.sink.is_cancelled()]
+        with self._changed:
+            for request in gone:
+                self._waiting.remove(request)
+        for request in gone:
+            self._abandon(request)
+
+    def _admit(self) -> None:
+        """Give slots to those who waited longest; none overtakes one that is too large for now."""
+        now = time.monotonic()
+        with self._changed:
+            while self._waiting and len(self._running) < self.limits.slots:
+                request = self._waiting[0]
+                if self._reserved + request.reserved_bytes > self.limits.cache_bytes:
+                    break
+                self._waiting.popleft()
+                self._running.append(request)
+                self._reserved += request.reserved_bytes
+                self._metrics.observe(names.QUEUE_TIME, (now - request.arrived) * 1e3)
+        self._show()
+
+    def _advance(self, request: _Request, work: Callable[[_Request], None]) -> None:
+        """Do a request's part of a step; what goes wrong there ends this request alone."""
+        try:
+            work(request)
+        except Exception:
+            logging.getLogger(__name__).exception("a request failed")
+            self._fail(request, "the model failed on this request; the server's log says why")
+
+    def _prefill_chunk(self, request: _Request) -> None:
+        start = request.prefilled
+        end = chunk_end(start, request.prompt.shape[1], self.limits.prefill_chunk)
+        logits, request.cache = self._session.extend(request.cache, request.prompt[:, start:end])
+        request.prefilled = end
+        self._metrics.add(names.PROMPT_TOKENS, end - start)
+        if request.is_decoding:
+            self._accept(request, logits[0, -1])
+
+    def _decode_one(self, request: _Request) -> None:
+        token = np.asarray([[request.last_token]], dtype=np.int64)
+        logits, request.cache = self._session.extend(request.cache, token)
+        self._accept(request, logits[0, -1])
+
+    def _accept(self, request: _Request, logits: NDArray[np.float32]) -> None:
+        """Draw a request's next token from logits `[V]`, and give out the text it completes."""
+        token = request.sampler(logits)
+        now = time.monotonic()
+        if request.last_token < 0:
+            self._metrics.observe(names.FIRST_WAIT, (now - request.arrived) * 1e3)
+        else:
+            self._metrics.observe(names.NEXT_WAIT, (now - request.last_time) * 1e3)
+        request.last_token, request.last_time = token, now
+        if token in self._ends:
+            self._finish(request, "stop")
+            return
+        request.produced += 1
+        self._metrics.add(names.GENERATED_TOKENS)
+        piece = request.stop.push(request.text.push(token))
+        if piece:
+            request.sink.text(piece)
+        if request.stop.stopped:
+            self._finish(request, "stop")
+        elif request.produced == request.max_tokens:
+            self._finish(request, "length")
+
+    def _finish(self, request: _Request, reason: FinishReason) -> None:
+        rest = request.stop.push(request.text.flush()) + request.stop.flush()
+        if rest:
+            request.sink.text(rest)
+        # The slot is free before the client learns of the end, and may ask for the next.
+        self._leave(request, names.FINISHED)
+        request.sink.done(
+            Outcome(
+                finish_reason="stop" if request.stop.stopped else reason,
+                prompt_tokens=request.prompt.shape[1],
+                completion_tokens=request.produced,
+            )
+        )
+
+    def _fail(self, request: _Request, problem: str) -> None:
+        self._leave(request, names.FAILED)
+        with contextlib.suppress(Exception):  # whoever waits may be what failed
+            request.sink.failed(problem)
+
+    def _abandon(self, request: _Request) -> None:
+        self._leave(request, names.CANCELLED)
+        with contextlib.suppress(Exception):  # nobody is there
+            request.sink.abandoned()
+
+    def _leave(self, request: _Request, how: str) -> None:
+        """Free what a request held."""
+        with self._changed:
+            if request in self._running:
+                self._running.remove(request)
+                self._reserved -= request.reserved_bytes
+        request.cache = None
+        self._metrics.add(how)
+        self._show()
+
+    def _show(self) -> None:
+        self._metrics.set(names.RUNNING, len(self._running))
+        self._metrics.set(names.WAITING, len(self._waiting))
+        self._metrics.set(names.CACHE_BYTES, self._reserved)
+
+
+def chunk_end(start: int, total: int, chunk: int) -> int:
+    """Where the chunk of a prompt that begins at `start` ends.
+
+    No chunk but a whole prompt is one token long: models whose decode is another computation than
+    their prefill tell the two apart by that, and a prompt's last token belongs to prefill.
+    """
+    end = min(start + chunk, total)
+    return total if total - end == 1 else end

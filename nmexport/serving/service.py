@@ -1,0 +1,204 @@
+"""Text in, text out: a bundle, opened and checked, behind a scheduler with a thread of its own."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from nmexport.errors import RequestError
+from nmexport.runtimes.session import Closing
+from nmexport.serving import bundle as bundles
+from nmexport.serving.options import options_from
+from nmexport.serving.scheduler import DEFAULT_MAX_TOKENS, Limits, Scheduler
+from nmexport.serving.tokenizer import ServingTokenizer, messages_from
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from nmexport.runtimes.session import Extendable
+    from nmexport.serving.bundle import Bundle
+    from nmexport.serving.metrics import Metrics
+    from nmexport.serving.scheduler import Sink
+
+_MEMORY_SHARE = 0.5
+"""Of the memory that is free once the model is open, for caches; a step needs some beside them."""
+_DRAIN_SECONDS = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRequest:
+    """What a client asks for; either `text` or `messages`."""
+
+    text: str | None = None
+    messages: str | None = None
+    """JSON of a chat."""
+    chat: bool = False
+    """Put `text` through the chat template, as one message of the user."""
+    add_special_tokens: bool = True
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """Generation options by name."""
+
+
+class TextService(Closing):
+    """An open bundle that answers requests until it is closed."""
+
+    def __init__(
+        self,
+        session: Extendable,
+        tokenizer: ServingTokenizer,
+        bundle: Bundle,
+        *,
+        limits: Limits,
+        default_max_tokens: int = DEFAULT_MAX_TOKENS,
+        metrics: Metrics | None = None,
+    ) -> None:
+        """Start to serve.
+
+        Args:
+            session: Taken over: only this service runs it from now on.
+            tokenizer: The model's.
+            bundle: What is served.
+            limits: How much to take on.
+            default_max_tokens: For requests that do not say.
+            metrics: Where measurements go.
+        """
+        self._session = session
+        self._tokenizer = tokenizer
+        self.bundle = bundle
+        self.scheduler = Scheduler(
+            session,
+            decode=tokenizer.decode,
+            end_tokens=bundle.end_tokens,
+            limits=limits,
+            default_max_tokens=default_max_tokens,
+            metrics=metrics,
+        )
+        self._thread = threading.Thread(
+            target=self.scheduler.serve, name="nmexport-scheduler", daemon=True
+        )
+        self._thread.start()
+
+    @classmethod
+    def open(
+        cls, folder: Path, settings: Mapping[str, str], *, metrics: Metrics | None = None
+    ) -> Self:
+        """Open a bundle, check that it computes what it computed when it was made, and serve.
+
+        Args:
+            folder: The bundle's.
+            settings: Of the server, by name; see `SETTINGS`.
+            metrics: Where measurements go.
+
+        Raises:
+            ArtifactError: if the bundle is damaged, or computes something else here.
+            EnvironmentFault: if this machine lacks what it needs.
+            RequestError: if a setting makes no sense.
+        """
+        from nmexport.runtimes.onnxruntime import OrtSession
+
+        bundle = bundles.read_bundle(folder)
+        bundle.check_files()
+        tokenizer = ServingTokenizer(folder)
+        session = OrtSession.from_engine(folder)
+        difference = bundles.smoke_check(session, bundle)
+        logging.getLogger(__name__).info(
+            "%s at %s: reference logits differ by %.2g", bundle.model, bundle.pattern, difference
+        )
+        numbers = numbers_from(settings)
+        default_max_tokens = numbers.pop("default_max_tokens", DEFAULT_MAX_TOKENS)
+        numbers["context_tokens"] = min(
+            numbers.get("context_tokens", bundle.context_tokens), bundle.context_tokens
+        )
+        numbers.setdefault("cache_bytes", int(free_memory() * _MEMORY_SHARE))
+        return cls(
+            session,
+            tokenizer,
+            bundle,
+            limits=Limits(**numbers),
+            default_max_tokens=default_max_tokens,
+            metrics=metrics,
+        )
+
+    def submit(self, request: TextRequest, sink: Sink) -> None:
+        """Queue a request; its text goes to the sink.
+
+        Raises:
+            RequestError: if it is malformed or over a limit.
+        """
+        options = options_from(request.values, self.bundle.defaults)
+        self.scheduler.submit(self._tokens(request), options, sink)
+
+    def _tokens(self, request: TextRequest) -> list[int]:
+        if (request.text is None) == (request.messages is None):
+            raise RequestError(
+                "The request names no text, or too much of it.",
+                allowed="either text_input or messages",
+            )
+        if request.messages is not None:
+            messages = messages_from(request.messages)
+        elif not request.text:
+            raise RequestError("text_input is empty.", allowed="at least one character")
+        elif request.chat:
+            messages = [{"role": "user", "content": request.text}]
+        else:
+            return self._tokenizer.encode(
+                request.text, add_special_tokens=request.add_special_tokens
+            )
+        return self._tokenizer.encode(self._tokenizer.render(messages), add_special_tokens=False)
+
+    def close(self, timeout: float = _DRAIN_SECONDS) -> None:
+        """Take no more and wait for what is in flight; end what takes over `timeout` seconds."""
+        self.scheduler.close()
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            self.scheduler.abort()
+            self._thread.join()
+        self._session.close()
+
+
+SETTINGS = (
+    "slots",
+    "queue",
+    "prefill_chunk",
+    "context_tokens",
+    "cache_bytes",
+    "default_max_tokens",
+)
+"""What the operator of a server may set, as text: whole numbers, or `auto` (as if left out)."""
+
+
+def numbers_from(settings: Mapping[str, str]) -> dict[str, int]:
+    """Settings that were set.
+
+    Raises:
+        RequestError: if one is unknown or no whole number.
+    """
+    numbers = {}
+    for name, text in settings.items():
+        if name not in SETTINGS:
+            raise RequestError(f"Unknown setting {name!r}.", allowed=", ".join(SETTINGS))
+        if text == "auto":
+            continue
+        if not text.isascii() or not text.isdigit():
+            raise RequestError(
+                f"The setting {name} cannot be {text!r}.", allowed="a whole number, or auto"
+            )
+        numbers[name] = int(text)
+    return numbers
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take: the machine's, or its container's where less."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text(encoding="utf-8").strip()
+        used = (group / "memory.current").read_text(encoding="utf-8").strip()
+    except OSError:
+        return free
+    return max(0, min(free, int(limit) - int(used))) if limit.isdigit() else free

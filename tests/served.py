@@ -1,0 +1,126 @@
+"""Tiny packaged models and the servers they run in: what the serving tests share."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+from typing import TYPE_CHECKING
+
+import pytest
+from nmexport.errors import EnvironmentFault
+from nmexport.runtimes.onnxruntime import SESSION_CONFIG
+from nmexport.serving import launch
+from nmexport.serving.repository import TextModel, write_text_model, write_words
+
+from tests.exported import export_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+NAME = "tiny"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'] }}\n"
+    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+SETTINGS = {
+    "slots": "4",
+    "queue": "64",
+    "prefill_chunk": "8",
+    "default_max_tokens": "16",
+    "context_tokens": "auto",
+    "cache_bytes": "auto",
+}
+
+
+def save_export(source: Path, output: Path) -> Path:
+    """Export a tiny model with all that lies beside it."""
+    output.mkdir(parents=True)
+    exported = export_folder(source, output)
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        (output / name).write_bytes((source / name).read_bytes())
+    (output / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    length = exported.dense.config.max_position_embeddings
+    (output / "genai_config.json").write_text(json.dumps({"model": {"context_length": length}}))
+    return output
+
+
+def engine_document() -> dict[str, object]:
+    return {
+        "schema": 1,
+        "runtime": "onnxruntime",
+        "runtime_version": "1",
+        "model": "../../export/current/model.onnx",
+        "dense_model": "../../export/current/dense/model.onnx",
+        "threads": 1,
+        "session_config": dict(SESSION_CONFIG),
+        "library": None,
+    }
+
+
+def text_model(export: Path, **changes: object) -> TextModel:
+    """What a package of an export is made from."""
+    fields: dict[str, object] = {
+        "name": NAME,
+        "model": "some/tiny",
+        "pattern": "8:16",
+        "verdict": "none",
+        "export": export,
+        "files": tuple(
+            str(path.relative_to(export))
+            for path in sorted(export.rglob("*"))
+            if path.is_file() and "dense" not in path.parts
+        ),
+        "engine": engine_document(),
+        "library": None,
+        "settings": SETTINGS,
+    }
+    return TextModel(**{**fields, **changes})
+
+
+def save_package(export: Path, output: Path, **changes: object) -> Path:
+    """Package an export; returns the bundle's folder."""
+    output.mkdir(parents=True, exist_ok=True)
+    source = text_model(export, **changes)
+    bundle = write_text_model(output, source)
+    write_words(output, source=source)
+    return bundle
+
+
+def addresses() -> launch.Addresses:
+    """Three ports that were free a moment ago."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        http, grpc, metrics = (one.getsockname()[1] for one in sockets)
+    return launch.Addresses(http_port=http, grpc_port=grpc, metrics_port=metrics)
+
+
+def require_tritonserver() -> launch.Installation:
+    """The server, or a skip that says what is missing."""
+    try:
+        installation = launch.find_server()
+        launch.python_environment(installation)
+    except EnvironmentFault as error:
+        pytest.skip(str(error))
+    return installation
+
+
+@contextlib.contextmanager
+def triton(repository: Path, log: Path, **options: object) -> Iterator[launch.Server]:
+    """A ready server on a repository; its messages go to a file."""
+    installation = require_tritonserver()
+    with (
+        log.open("wb") as output,
+        launch.Server.start(
+            repository,
+            installation=installation,
+            addresses=addresses(),
+            output=output,
+            **options,
+        ) as server,
+    ):
+        server.wait_ready(60)
+        yield server
