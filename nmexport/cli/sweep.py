@@ -1,0 +1,156 @@
+"""`nmexport sweep`: many recipes and baselines side by side, from one file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nmexport.cli.output import (
+    console,
+    emit_json,
+    json_option,
+    progress,
+    table,
+    verbose_option,
+    wants_json,
+)
+
+if TYPE_CHECKING:
+    from nmexport.sweep.measure import Job
+    from nmexport.sweep.plan import Sweep
+
+_ROOT = Path("nmexport-work")
+
+
+@click.command("sweep", short_help="Measure patterns, criteria, models and baselines side by side.")
+@click.argument("sweep", metavar="FILE|NAME")
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Where results go.  [default: nmexport-work/sweep-NAME]",
+)
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="A recipe key for every cell, such as evaluation.corpus=test.txt. Repeatable.",
+)
+@click.option(
+    "--ray",
+    "address",
+    metavar="ADDRESS",
+    help="Run on a Ray cluster, a model a task: auto, HOST:PORT, or local. Every node must see "
+    "the work directory.",
+)
+@click.option("--dry-run", is_flag=True, help="List the cells; run nothing.")
+@json_option
+@verbose_option
+@click.pass_context
+def sweep_command(
+    ctx: click.Context,
+    *,
+    sweep: str,
+    work: Path | None,
+    settings: tuple[str, ...],
+    address: str | None,
+    dry_run: bool,
+) -> None:
+    """Measure every cell of a sweep file: recipes over models, and baselines.
+
+    What is measured is kept: the same command goes on where it stopped. Writes sweep.json,
+    sweep.md and a plot for each model.
+    """
+    from nmexport.sweep import plan
+
+    planned = plan.load(plan.find(sweep), _overrides(settings))
+    root = work or _ROOT / f"sweep-{planned.name}"
+    jobs = _jobs(planned, root)
+    if dry_run:
+        _show_plan(ctx, jobs)
+        return
+    found = _run(planned, jobs, root, address)
+    if wants_json(ctx):
+        emit_json(found)
+        return
+    _show(found, root)
+
+
+def _overrides(settings: tuple[str, ...]) -> dict[str, Any]:
+    """`--set` as recipe keys; values are YAML, so that 3 is a number and [var] a list."""
+    from nmexport import strict_yaml
+    from nmexport.errors import RecipeError
+
+    values = {}
+    for setting in settings:
+        key, given, value = setting.partition("=")
+        if not given or not key:
+            raise RecipeError(f"--set cannot be {setting!r}.", allowed="KEY=VALUE")
+        values[key] = strict_yaml.read(f"value: {value}", f"--set {key}").value["value"]
+    return values
+
+
+def _jobs(planned: Sweep, root: Path) -> list[Job]:
+    from nmexport.sweep.measure import Job
+    from nmexport.sweep.plan import folders
+
+    return [
+        Job(
+            model=model,
+            folder=(root / name).absolute(),
+            cells=planned.cells[model],
+            measure=planned.measure,
+        )
+        for model, name in folders(planned).items()
+    ]
+
+
+def _run(planned: Sweep, jobs: list[Job], root: Path, address: str | None) -> dict[str, Any]:
+    """Run the jobs; what is known is written after each."""
+    from nmexport.environment import probe
+    from nmexport.sweep import outcome
+    from nmexport.sweep.cluster import RayCluster, ThisMachine
+    from nmexport.sweep.plan import folders
+
+    cluster = ThisMachine(progress()) if address is None else RayCluster(address)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, Any] = {}
+    root.mkdir(parents=True, exist_ok=True)
+    for job, measured in cluster.run(jobs):
+        rows[job.model] = measured
+        in_order = [row for model in planned.cells for row in rows.get(model, [])]
+        found = outcome.document(planned, in_order, probe())
+        outcome.write(found, folders(planned), root)
+    return found
+
+
+def _show_plan(ctx: click.Context, jobs: list[Job]) -> None:
+    rows = [
+        {
+            "model": job.model,
+            "pattern": None if cell.baseline else str(cell.recipe.sparsity.pattern),
+            "cell": cell.label,
+            "refused": cell.refused,
+        }
+        for job in jobs
+        for cell in job.cells
+    ]
+    if wants_json(ctx):
+        emit_json({"cells": rows})
+        return
+    names = ("model", "pattern", "cell", "refused")
+    listed = [[row[name] for name in names] for row in rows]
+    console().print(table(f"{len(rows)} cells", names, listed, left=names))
+
+
+def _show(found: dict[str, Any], root: Path) -> None:
+    from nmexport.sweep.outcome import HEADINGS, columns
+
+    out = console()
+    for model in found["models"]:
+        rows = [columns(row) for row in found["rows"] if row["model"] == model]
+        out.print(table(model, HEADINGS, rows, left=("pattern",)))
+    out.print(f"In {root}: sweep.md, sweep.json", soft_wrap=True, markup=False)

@@ -1,0 +1,1 @@
+"""Many recipes measured side by side, from one file."""

@@ -1,0 +1,324 @@
+"""Measures the cells of one model: what they share is computed once, what is done stays done.
+
+<root>/<model>/work/                    a work directory: calibration is shared by its keys
+<root>/<model>/windows-<key12>.safetensors    evaluation text as token ids
+<root>/<model>/cells/<key12>.json       a measured cell
+
+A cell that measures accuracy runs calibrate and fold, and scores the folded model in torch: what
+every exported file is held against. Its folded weights are removed once it is measured.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nmexport.artifact import KEY_CHARS, canonical_json, digest_of
+from nmexport.calibration import corpus
+from nmexport.environment import probe
+from nmexport.errors import UserError, WorkDirectoryError
+from nmexport.layers import model_phases
+from nmexport.models import source as models
+from nmexport.pipeline import Pipeline, Selection
+from nmexport.stages import fold
+from nmexport.sweep.replay import Replay
+from nmexport.work_directory import WorkDirectory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from nmexport.layers import ModelPhases
+    from nmexport.models.source import ModelSource
+    from nmexport.progress import Progress
+    from nmexport.recipe import Recipe
+    from nmexport.sweep.plan import Baseline, Cell, Measure
+    from nmexport.verification.reference import TorchSession
+
+SCHEMA = 1
+_VERSIONS = ("torch", "transformers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """All cells of one model; what one machine does at a time."""
+
+    model: str
+    folder: Path
+    cells: tuple[Cell, ...]
+    measure: Measure
+
+
+def run(job: Job, progress: Progress) -> list[dict[str, Any]]:
+    """Measure what is not measured yet; one row for each cell, in their order.
+
+    A combination that cannot be built is a row with the reason, and the others go on.
+
+    Raises:
+        WorkDirectoryError: if another sweep holds the folder, or the disk refuses.
+    """
+    with _held(job.folder):
+        bench = _Bench(job, progress)
+        rows = []
+        try:
+            for number, cell in enumerate(job.cells, start=1):
+                progress.note(f"{job.model}, {number} of {len(job.cells)}: {_said(cell)}")
+                rows.append({**_identity(job, cell), **bench.measured(cell)})
+        finally:
+            bench.close()
+        return rows
+
+
+class _Bench:
+    """What the cells of a model share while they are measured."""
+
+    def __init__(self, job: Job, progress: Progress) -> None:
+        self._job = job
+        self._progress = progress
+        self._environment = probe()
+        self._work = WorkDirectory(job.folder / "work")
+        self._find_model = functools.cache(models.resolve)
+        self._dense: tuple[str, Replay] | None = None
+
+    def close(self) -> None:
+        """Free what the cells shared."""
+        if self._dense is not None:
+            self._dense[1].forget()
+
+    def measured(self, cell: Cell) -> dict[str, Any]:
+        """A cell's figures: from its file, or measured now and kept there."""
+        if cell.refused is not None:
+            return {"refused": cell.refused}
+        try:
+            key = digest_of(self._key_fields(cell))
+            path = self._job.folder / "cells" / f"{key[:KEY_CHARS]}.json"
+            if path.is_file():
+                row: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+                return row
+            began = time.monotonic()
+            figures = self._figures(cell)
+        except WorkDirectoryError:
+            raise
+        except UserError as error:
+            return {"refused": error.problem}
+        row = {**figures, "seconds": round(time.monotonic() - began, 1)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with self._work.disk_faults():
+            self._work.replace(path, (json.dumps(row, indent=1) + "\n").encode())
+        return row
+
+    def _key_fields(self, cell: Cell) -> dict[str, Any]:
+        """Everything that can change a cell's figures."""
+        recipe = cell.recipe
+        shared: dict[str, Any] = {
+            "schema": SCHEMA,
+            "measure": self._job.measure,
+            "model": self._find_model(recipe.model).digest,
+            "evaluation": _evaluation_fields(recipe),
+            "versions": {name: self._environment.version(name) for name in _VERSIONS},
+        }
+        if cell.baseline is not None:
+            return {
+                **shared,
+                "baseline": str(cell.baseline),
+                "dtype": recipe.model.dtype,
+                "targets": recipe.sparsity.targets.model_dump(mode="json"),
+            }
+        last = "fold" if self._job.measure == "accuracy" else "verify"
+        return {**shared, "stage": self._pipeline(recipe).keys(last)[last]}
+
+    def _figures(self, cell: Cell) -> dict[str, Any]:
+        if cell.baseline is not None:
+            return self._baseline_figures(cell.recipe, cell.baseline)
+        if self._job.measure == "build":
+            return self._build_figures(cell.recipe)
+        return self._fold_figures(cell.recipe)
+
+    def _fold_figures(self, recipe: Recipe) -> dict[str, Any]:
+        """Fold, score in torch, and forget the folded weights."""
+        from nmexport.verification.reference import open_folded
+
+        pipeline = self._pipeline(recipe)
+        pipeline.run(Selection(last="fold"))
+        key = pipeline.keys("fold")["fold"]
+        folded = fold.Artifact(self._work.folder("fold", key))
+        source = self._find_model(recipe.model)
+        phases = model_phases(folded.layers)
+        figures = self._scored(recipe, lambda: open_folded(source, recipe.model, folded), phases)
+        with self._work.lock(pipeline.command):
+            self._work.discard("fold", key)
+        return figures
+
+    def _build_figures(self, recipe: Recipe) -> dict[str, Any]:
+        """Run all stages and take what the report says."""
+        self._pipeline(recipe).run(Selection(last="verify"))
+        path = self._work.require("verify") / "report.json"
+        report = json.loads(path.read_text(encoding="utf-8"))
+        speedup = report["latency"]["speedup"]
+        return {
+            **_accuracy_figures(report["accuracy"]),
+            "speedup": {phase: speedup[phase] for phase in ("prefill", "decode")},
+        }
+
+    def _baseline_figures(self, recipe: Recipe, baseline: Baseline) -> dict[str, Any]:
+        return self._scored(recipe, lambda: self._baseline_session(recipe, baseline), "all")
+
+    def _baseline_session(self, recipe: Recipe, baseline: Baseline) -> TorchSession:
+        from nmexport.models.swap import replace_linears
+        from nmexport.sparsity.pattern import NMPattern
+        from nmexport.sparsity.targets import linears_of, select_targets
+        from nmexport.sweep.baselines import replacement
+
+        session, model = self._loaded(recipe)
+        groups = baseline.pattern or NMPattern(1, 1)
+        chosen = set(select_targets(model, recipe.sparsity.targets, groups))
+        replaced: dict[str, nn.Module] = {
+            name: replacement(linear, baseline)
+            for name, linear in linears_of(model).items()
+            if name in chosen
+        }
+        replace_linears(model, replaced)
+        return session
+
+    def _scored(
+        self, recipe: Recipe, opened: Callable[[], TorchSession], phases: ModelPhases
+    ) -> dict[str, Any]:
+        """Both models on the evaluation windows."""
+        from nmexport.verification import accuracy
+
+        windows = self._windows(recipe)
+        with self._dense_session(recipe, len(windows)) as dense, opened() as sparse:
+            tracked = self._progress.track(windows, label="sweep: perplexity", total=len(windows))
+            return _accuracy_figures(accuracy.compare(dense, sparse, tracked, phases=phases))
+
+    def _dense_session(self, recipe: Recipe, windows: int) -> Replay:
+        """The dense model's answers, computed by the first cell that needs them."""
+        fields = {
+            "model": canonical_json(recipe.model.model_dump(mode="json")),
+            "evaluation": _evaluation_fields(recipe),
+        }
+        key = digest_of(fields)
+        if self._dense is None or self._dense[0] != key:
+            if self._dense is not None:
+                self._dense[1].forget()
+            answers = Replay(lambda: self._loaded(recipe)[0], windows, self._job.folder)
+            self._dense = (key, answers)
+        return self._dense[1]
+
+    def _loaded(self, recipe: Recipe) -> tuple[TorchSession, nn.Module]:
+        from nmexport.models.loader import load_model
+        from nmexport.verification.reference import TorchSession
+
+        section = recipe.model
+        model = load_model(
+            self._find_model(section),
+            dtype=section.dtype,
+            trust_remote_code=section.trust_remote_code,
+        )
+        return TorchSession(model, model.config.get_text_config().vocab_size), model
+
+    def _windows(self, recipe: Recipe) -> NDArray[np.int64]:
+        """Evaluation text, made or read once for all cells that share it."""
+        import torch
+
+        from nmexport.tensors import load_tensors, save_tensors
+
+        fields = {"model": self._find_model(recipe.model).digest, **_evaluation_fields(recipe)}
+        path = self._job.folder / f"windows-{digest_of(fields)[:KEY_CHARS]}.safetensors"
+        if not path.is_file():
+            beside = path.with_suffix(".new")
+            ids = torch.from_numpy(self._made_windows(recipe)).int()
+            with self._work.disk_faults():
+                save_tensors(beside, {"input_ids": ids})
+                beside.replace(path)
+        stored: torch.Tensor = load_tensors(path)["input_ids"]
+        return stored.long().numpy()
+
+    def _made_windows(self, recipe: Recipe) -> NDArray[np.int64]:
+        from nmexport.models.loader import load_model, load_tokenizer
+
+        source = self._find_model(recipe.model)
+        trust = recipe.model.trust_remote_code
+        tokenizer = load_tokenizer(source, trust_remote_code=trust)
+
+        def written(samples: int, length: int, seed: int) -> NDArray[np.int64]:
+            from nmexport.calibration.self_text import self_text
+
+            model = load_model(source, dtype="float32", trust_remote_code=trust)
+            return self_text(model, tokenizer, progress=self._progress)(samples, length, seed)
+
+        return corpus.evaluation_windows(recipe.evaluation, tokenizer, written, seed=recipe.seed)
+
+    def _pipeline(self, recipe: Recipe) -> Pipeline:
+        source: ModelSource = self._find_model(recipe.model)
+        return Pipeline(
+            recipe=recipe,
+            source=source,
+            environment=self._environment,
+            work=self._work,
+            progress=self._progress,
+            command=f"nmexport sweep, model {self._job.model}",
+        )
+
+
+def _evaluation_fields(recipe: Recipe) -> dict[str, Any]:
+    evaluation = recipe.evaluation
+    return {
+        "corpus": corpus.corpus_identity(evaluation.corpus),
+        "windows": evaluation.windows,
+        "length": evaluation.length,
+        "seed": recipe.seed,
+    }
+
+
+def _accuracy_figures(accuracy: dict[str, Any]) -> dict[str, Any]:
+    """What a sweep keeps of a report's `accuracy`."""
+    kept = ("tokens", "perplexity_ratio", "perplexity_ratio_stderr", "kl_mean", "top1_agreement")
+    sides = {side: accuracy[side]["perplexity"] for side in ("dense", "sparse")}
+    return {"perplexity": sides, **{name: accuracy[name] for name in kept}}
+
+
+def _identity(job: Job, cell: Cell) -> dict[str, Any]:
+    """What a row is about."""
+    section = cell.recipe.sparsity
+    own = cell.baseline is None and cell.refused is None
+    return {
+        "model": job.model,
+        "label": cell.label,
+        "baseline": None if cell.baseline is None else str(cell.baseline),
+        "pattern": str(section.pattern) if own else None,
+        "criterion": section.criterion if own else None,
+        "mitigations": list(section.mitigations) if own else None,
+        "grouping": section.grouping if own else None,
+        "phases": section.phases if own else None,
+        "settings": dict(cell.more),
+    }
+
+
+def _said(cell: Cell) -> str:
+    return cell.label if cell.baseline else f"{cell.recipe.sparsity.pattern}, {cell.label}"
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Keep a second sweep out of a model's folder."""
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise WorkDirectoryError(
+            f"{folder} is held by another sweep.",
+            fix="wait for it to end, or name another folder with --work DIR",
+        ) from None

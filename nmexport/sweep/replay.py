@@ -1,0 +1,92 @@
+"""A dense model's logits, computed once and read back by every cell that is compared with them."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nmexport.runtimes.session import Closing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from nmexport.runtimes.session import Session
+
+# What may be kept on disk: 16 windows of 512 tokens of SmolLM2 are 1.6 GB.
+_KEPT_BYTES = 4 << 30
+
+
+class Replay(Closing):
+    """A session that opens the model only for prompts that it has not seen.
+
+    Answers lie in a file that goes with the process; those beyond its size are computed anew.
+    """
+
+    def __init__(self, opened: Callable[[], Session], prompts: int, folder: Path) -> None:
+        """Keep answers in a folder.
+
+        Args:
+            opened: Opens the model.
+            prompts: How many different prompts to expect, all of one length.
+            folder: On a disk with room.
+        """
+        self._opened = opened
+        self._prompts = prompts
+        self._folder = folder
+        self._session: Session | None = None
+        self._answers: NDArray[np.float32] | None = None
+        self._places: dict[bytes, int] = {}
+        self._width = 0
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Width of the logits."""
+        return self._width or self._model().vocabulary_size
+
+    def prefill(self, input_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Logits `[1, S, V]` of a prompt `[1, S]`."""
+        place = self._places.get(input_ids.tobytes())
+        if place is not None and self._answers is not None:
+            return np.array(self._answers[place : place + 1])
+        logits = self._model().prefill(input_ids)
+        self._keep(input_ids, logits)
+        return logits
+
+    def decode_step(self, input_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Run one more token on the cache of the last prompt that the model really ran."""
+        return self._model().decode_step(input_ids)
+
+    def close(self) -> None:
+        """Free the model; its answers stay."""
+        if self._session is not None:
+            self._session.close()
+        self._session = None
+
+    def forget(self) -> None:
+        """Free the model and its answers."""
+        self.close()
+        self._answers, self._places = None, {}
+
+    def _model(self) -> Session:
+        if self._session is None:
+            self._session = self._opened()
+            self._width = self._session.vocabulary_size
+        return self._session
+
+    def _keep(self, input_ids: NDArray[np.int64], logits: NDArray[np.float32]) -> None:
+        if self._answers is None:
+            shape = (self._prompts, *logits.shape[1:])
+            if 4 * int(np.prod(shape)) > _KEPT_BYTES:
+                return
+            # Unlinked at once: it goes when the process does, however that ends.
+            with tempfile.TemporaryFile(dir=self._folder) as file:
+                self._answers = np.memmap(file, np.float32, "w+", shape=shape)
+        place = len(self._places)
+        if place < self._prompts and logits.shape[1:] == self._answers.shape[1:]:
+            self._answers[place] = logits[0]
+            self._places[input_ids.tobytes()] = place
