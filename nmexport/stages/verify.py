@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nmexport.calibration import corpus
-from nmexport.errors import ArtifactError
+from nmexport.errors import ArtifactError, RecipeError
+from nmexport.layers import model_phases
 from nmexport.stages import fold
 from nmexport.stages.engine import NO_LIBRARY, resolve_target
+from nmexport.verification import tasks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from nmexport.layers import ModelPhases
     from nmexport.recipe import EvaluationSection, LatencySection
     from nmexport.runtimes.onnxruntime import Engine
     from nmexport.runtimes.session import Session
@@ -36,6 +39,11 @@ PROMPT_TOKENS = 32
 # on: the counts hardly move after the first, and outputs of all layers are many.
 _AUDIT_WINDOWS = 2
 _ERROR_TOKENS = 128
+# A batch's logits in decode-only scoring; of SmolLM2's, a thousand tokens.
+_LOGITS_BYTES = 256 << 20
+# Said by content in place of by name.
+_NOT_KEYS = {"corpus", "tasks", "tasks_path", "task_limit", "task_fewshot"}
+_NO_INNER_VALUES = "a TensorRT engine gives out nothing but logits and cache"
 # Torch's weights, and those two sessions map and repack, against the size of the artifact.
 _PARITY_MEMORY = 4
 
@@ -69,11 +77,21 @@ class Artifact:
 
 
 def key_fields(inputs: StageInputs) -> dict[str, Any]:
-    """How it is measured, on what, and where."""
+    """How it is measured, on what, and where.
+
+    Raises:
+        RecipeError: if the recipe leaves out the dense baseline: said before anything runs.
+    """
     recipe, environment = inputs.recipe, inputs.environment
+    if not recipe.model.dense_baseline:
+        raise RecipeError(
+            "Nothing can be verified without the dense baseline.",
+            fix="end with --to engine, or leave out --no-dense-baseline",
+        )
     return {
         "target": resolve_target(recipe.target),
-        "evaluation": recipe.evaluation.model_dump(mode="json", exclude={"corpus"}),
+        "evaluation": recipe.evaluation.model_dump(mode="json", exclude=_NOT_KEYS),
+        "suite": tasks.identity(tasks.Suite.of(recipe.evaluation)),
         "corpus": corpus.corpus_identity(recipe.evaluation.corpus),
         "latency": recipe.latency.model_dump(mode="json"),
         "gates": recipe.gates.model_dump(mode="json"),
@@ -93,6 +111,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
         EnvironmentFault: if the engine's native library is missing here.
     """
     from nmexport.runtimes.onnxruntime import read_engine
+    from nmexport.runtimes.opening import why_not_here
     from nmexport.verification import memory, report_pages
     from nmexport.verification.reference import model_size
     from nmexport.verification.report import assemble, judge
@@ -118,7 +137,10 @@ def run(inputs: StageInputs) -> dict[str, Any]:
             export=engine.model.parent,
             prompt_tokens=recipe.latency.prefill_tokens,
         ),
-        notes=_notes(engine),
+        notes=_notes(engine, why_not_here(inputs.upstream["engine"])),
+        allocation=_allocation(inputs),
+        calibration=_calibration(inputs),
+        phases=_phases(inputs),
     )
     report = judge(report, recipe)
     report_pages.write(report, inputs.output)
@@ -183,18 +205,20 @@ def _dense_against_sparse(
     inputs: StageInputs, windows: NDArray[np.int64], prompts: NDArray[np.int64]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The report's `accuracy` and `latency`."""
-    from nmexport.runtimes.onnxruntime import OrtSession
+    from nmexport.environment import device_name
+    from nmexport.runtimes.opening import open_session
     from nmexport.verification import accuracy, continuation, latency
 
     recipe, progress = inputs.recipe, inputs.progress
     evaluation, timing = recipe.evaluation, recipe.latency
     prompt, context = latency_tokens(windows, timing)
+    phases = _phases(inputs)
     with (
-        OrtSession.from_engine(inputs.upstream["engine"], dense=True) as dense,
-        OrtSession.from_engine(inputs.upstream["engine"]) as sparse,
+        open_session(inputs.upstream["engine"], dense=True, elsewhere=True) as dense,
+        open_session(inputs.upstream["engine"], elsewhere=True) as sparse,
     ):
         tracked = progress.track(windows, label="verify: perplexity", total=len(windows))
-        scores = accuracy.compare(dense, sparse, tracked, phases=recipe.sparsity.phases)
+        scores = accuracy.compare(dense, sparse, tracked, phases=phases)
         steps = range(evaluation.generate_tokens)
         told = continuation.compare(
             dense,
@@ -202,6 +226,8 @@ def _dense_against_sparse(
             prompts,
             progress.track(steps, label="verify: continuation", total=len(steps)),
         )
+        decoded = _decode_only(inputs, dense, sparse, windows)
+        scored = _tasks(inputs, dense, sparse)
         times = latency.compare(
             dense,
             sparse,
@@ -209,17 +235,61 @@ def _dense_against_sparse(
             context=context,
             runs=timing.runs,
             warmup=timing.warmup,
-            device=inputs.environment.cpu,
+            device=device_name(inputs.environment, on_gpu=sparse.threads is None),
             progress=progress,
         )
     document = {
         "dataset": _dataset(evaluation),
         **scores,
         "continuation": told,
-        "tasks": {},
-        "protocol": f"{corpus.protocol(evaluation)}. {accuracy.protocol(recipe.sparsity.phases)}",
+        "decode_only": decoded,
+        **scored,
+        "protocol": f"{corpus.protocol(evaluation)}. {accuracy.protocol(phases)}",
     }
     return document, times
+
+
+def _phases(inputs: StageInputs) -> ModelPhases:
+    """When the model is sparse: the recipe's phases, unless its linears got phases of their own."""
+    return model_phases(fold.Artifact(inputs.upstream["fold"]).layers)
+
+
+def _decode_only(
+    inputs: StageInputs, dense: Session, sparse: Session, windows: NDArray[np.int64]
+) -> dict[str, Any] | None:
+    """The report's `accuracy.decode_only`; None where nobody asked or it says nothing new."""
+    from nmexport.verification import accuracy
+
+    if not inputs.recipe.evaluation.decode_only or _phases(inputs) != "all":
+        return None
+    each = 4 * sparse.vocabulary_size * windows.shape[1]
+    batch = min(max(1, _LOGITS_BYTES // each), inputs.recipe.engine.max_batch)
+    batches = [windows[start : start + batch] for start in range(0, len(windows), batch)]
+    label = "verify: decode-only sparsity"
+    tracked = inputs.progress.track(batches, label=label, total=len(batches))
+    return accuracy.decode_only(dense, sparse, tracked)
+
+
+def _tasks(inputs: StageInputs, dense: Session, sparse: Session) -> dict[str, Any]:
+    """The report's `accuracy.tasks`, and how they were scored."""
+    from nmexport.generation import load_tokenizer
+
+    suite = tasks.Suite.of(inputs.recipe.evaluation)
+    if suite is None:
+        return {"tasks": {}, "tasks_protocol": None}
+    folder = inputs.upstream["export"]
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    phases = _phases(inputs)
+    scored = tasks.compare(
+        dense,
+        sparse,
+        tasks.text_side(load_tokenizer(folder), config),
+        suite,
+        phases=phases,
+        seed=inputs.recipe.seed,
+        progress=inputs.progress,
+    )
+    return {"tasks": scored, "tasks_protocol": tasks.protocol(phases)}
 
 
 def _dataset(section: EvaluationSection) -> str:
@@ -246,6 +316,7 @@ def _audit(inputs: StageInputs, engine: Engine, windows: NDArray[np.int64]) -> d
 def _parity(inputs: StageInputs, engine: Engine, prompts: NDArray[np.int64]) -> dict[str, Any]:
     """The report's `parity`: whole models in lock step, and each linear against the oracle."""
     from nmexport.runtimes.onnxruntime import OrtSession
+    from nmexport.runtimes.opening import open_session, why_not_here
     from nmexport.verification import parity
     from nmexport.verification.reference import open_folded
 
@@ -266,12 +337,11 @@ def _parity(inputs: StageInputs, engine: Engine, prompts: NDArray[np.int64]) -> 
         executors[parity.ONNX] = stack.enter_context(
             OrtSession(engine.model, threads=engine.threads, config=engine.session_config)
         )
-        if engine.library_digest is None:
-            why[parity.ENGINE] = NO_LIBRARY
+        absent = why_not_here(inputs.upstream["engine"]) or _no_library(engine)
+        if absent:
+            why[parity.ENGINE] = absent
         else:
-            executors[parity.ENGINE] = stack.enter_context(
-                OrtSession.from_engine(inputs.upstream["engine"])
-            )
+            executors[parity.ENGINE] = stack.enter_context(open_session(inputs.upstream["engine"]))
         steps = range(inputs.recipe.evaluation.generate_tokens)
         tracked = inputs.progress.track(steps, label="verify: parity", total=len(steps))
         report = parity.compare(executors, prompts, tracked, why_absent=why)
@@ -294,7 +364,9 @@ def _linear_parity(
     layers = folded.layers
     graph, outputs = op_parity.instrument(engine.model)
     libraries: dict[str, Path | None] = {parity.ONNX: None}
-    if parity.ENGINE not in why:
+    if engine.runtime != "onnxruntime":
+        why = {**why, parity.ENGINE: why.get(parity.ENGINE, _NO_INNER_VALUES)}
+    elif parity.ENGINE not in why:
         libraries[parity.ENGINE] = engine_library(engine)
 
     def tensors_of(name: str) -> dict[str, NDArray[Any]]:
@@ -330,7 +402,34 @@ def _memory_shortage(engine: Engine) -> str | None:
     )
 
 
-def _notes(engine: Engine) -> list[str]:
-    if engine.library_digest is not None:
+def _calibration(inputs: StageInputs) -> dict[str, Any]:
+    """The report's `calibration`."""
+    from dataclasses import asdict
+
+    from nmexport.verification import report_learning
+
+    folded = fold.Artifact(inputs.upstream["fold"])
+    return report_learning.section(folded.learning, [asdict(layer) for layer in folded.layers])
+
+
+def _allocation(inputs: StageInputs) -> dict[str, Any] | None:
+    """The report's `allocation`; None where the recipe sets no budget."""
+    from nmexport.allocation.choice import as_dict, read_allocation
+
+    allocation = read_allocation(inputs.upstream["fold"])
+    return None if allocation is None else as_dict(allocation)
+
+
+def _no_library(engine: Engine) -> str | None:
+    """Why ONNX Runtime has no engine of its own, where it has none."""
+    needs_one = engine.runtime == "onnxruntime" and engine.library_digest is None
+    return NO_LIBRARY if needs_one else None
+
+
+def _notes(engine: Engine, absent: str | None) -> list[str]:
+    if absent:
+        told = f"The {engine.runtime} engine was built and does not run here: {absent}"
+        return [f"{told} Accuracy and latency are of its ONNX file on ONNX Runtime."]
+    if _no_library(engine) is None:
         return []
     return [f"{NO_LIBRARY.capitalize()}: the latency below is theirs, not the native op's."]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nmexport.runtimes.session import is_resumable
 from nmexport.verification.divergence import DivergenceSum
 from nmexport.verification.perplexity import NllSum, log_softmax, ratio_stderr, token_nll
 
@@ -15,11 +16,13 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from nmexport.layers import Phases
+    from nmexport.layers import ModelPhases
     from nmexport.runtimes.session import Session
 
 # Rows of logits that become float64 at once: 64 x 150k tokens x 8 bytes is 77 MB a copy.
 _ROWS = 64
+# Phases whose models are scored on what they decode.
+_STEPWISE = ("decode", "mixed")
 
 _WHOLE = (
     "Fixed windows that do not overlap, run as whole prompts with no context from outside the "
@@ -30,6 +33,11 @@ _DECODED = (
     "of a window is the prompt, which runs dense; the sparse model reads the rest token by token "
     "through its cache, and what it predicts from there is scored, for both models. "
 )
+_MIXED = (
+    "Fixed windows that do not overlap, with no context from outside the window. The first half "
+    "of a window is the prompt, where some linears are dense; the sparse model reads the rest "
+    "token by token through its cache, and what it predicts from there is scored, for both models. "
+)
 _FIGURES = (
     "Negative log-likelihoods are float64 log-softmax of the runtime's logits, averaged over all "
     "scored tokens; perplexity is the exponential of that mean. KL(dense || sparse), in nats, and "
@@ -38,13 +46,27 @@ _FIGURES = (
 )
 
 
-class _WindowComparison:
-    """Accumulators for one dense and one sparse model."""
+_HANDED_OVER = (
+    "The same windows. The dense model reads the first half of a window as a prompt; the sparse "
+    "model takes over its cache and reads the rest token by token, and what it predicts from there "
+    "is scored. `second_half` has the figures of sparsity in all phases on the same tokens."
+)
+
+
+class WindowComparison:
+    """Accumulators for one dense and one sparse model; those of disjoint windows merge."""
 
     def __init__(self) -> None:
         self.dense = NllSum()
         self.sparse = NllSum()
         self.divergence = DivergenceSum()
+        self.late_dense = NllSum()
+        self.late_sparse = NllSum()
+
+    def merge(self, other: WindowComparison) -> None:
+        """Count in another's windows, after these."""
+        for name in ("dense", "sparse", "late_dense", "late_sparse", "divergence"):
+            getattr(self, name).merge(getattr(other, name))
 
     def add(
         self, window: NDArray[np.int64], dense: NDArray[np.float32], sparse: NDArray[np.float32]
@@ -58,13 +80,25 @@ class _WindowComparison:
             dense_nll.append(token_nll(dense_rows, targets[rows]))
             sparse_nll.append(token_nll(sparse_rows, targets[rows]))
             self.divergence.add(dense_rows, sparse_rows)
-        self.dense.add(np.concatenate(dense_nll))
-        self.sparse.add(np.concatenate(sparse_nll))
+        late = slice(prompt_length(window), None)
+        for all_of_it, end, nll in (
+            (self.dense, self.late_dense, np.concatenate(dense_nll)),
+            (self.sparse, self.late_sparse, np.concatenate(sparse_nll)),
+        ):
+            all_of_it.add(nll)
+            if nll[late].size:
+                end.add(nll[late])
 
 
-def protocol(phases: Phases) -> str:
+def prompt_length(window: NDArray[np.int64]) -> int:
+    """Tokens of a window `[L]` that are its prompt where decoding is scored."""
+    return len(window) // 2
+
+
+def protocol(phases: ModelPhases) -> str:
     """How the figures of `compare` come about, in words."""
-    return (_DECODED if phases == "decode" else _WHOLE) + _FIGURES
+    windows = {"decode": _DECODED, "mixed": _MIXED}.get(phases, _WHOLE)
+    return windows + _FIGURES
 
 
 def compare(
@@ -72,24 +106,79 @@ def compare(
     sparse: Session,
     windows: Iterable[NDArray[np.int64]],
     *,
-    phases: Phases = "all",
+    phases: ModelPhases = "all",
 ) -> dict[str, Any]:
     """Score both models on windows `[L]` of token ids, L at least 2.
 
-    A model that is sparse in decode only is dense on a prompt: it is scored on the second half of
-    each window, read token by token.
+    A model that is sparse in decode only is dense on a prompt, and one whose linears differ is
+    another than in decode: such a model is scored on the second half of each window, read token by
+    token.
 
     Returns:
         The report's `accuracy` figures, without the data set's name.
     """
-    sums = _WindowComparison()
-    for window in windows:
-        logits = dense.prefill(window[None, :])[0]
-        if phases == "decode":
-            prompt = len(window) // 2
-            sums.add(window[prompt:], logits[prompt:], _teacher_forced(sparse, window, prompt))
-        else:
-            sums.add(window, logits, sparse.prefill(window[None, :])[0])
+    scores = (score_window(dense, sparse, window, phases=phases) for window in windows)
+    return figures(scores, phases=phases)
+
+
+def score_window(
+    dense: Session, sparse: Session, window: NDArray[np.int64], *, phases: ModelPhases = "all"
+) -> WindowComparison:
+    """Score both models on one window `[L]`; see `compare`."""
+    score = WindowComparison()
+    logits = dense.prefill(window[None, :])[0]
+    if phases in _STEPWISE:
+        prompt = prompt_length(window)
+        score.add(window[prompt:], logits[prompt:], _teacher_forced(sparse, window, prompt))
+    else:
+        score.add(window, logits, sparse.prefill(window[None, :])[0])
+    return score
+
+
+def figures(scores: Iterable[WindowComparison], *, phases: ModelPhases = "all") -> dict[str, Any]:
+    """The report's `accuracy` figures of windows that were scored one by one."""
+    sums = WindowComparison()
+    for score in scores:
+        sums.merge(score)
+    return {
+        **_figures(sums),
+        "second_half": None if phases in _STEPWISE else _second_half(sums),
+    }
+
+
+def decode_only(
+    dense: Session, sparse: Session, windows: Iterable[NDArray[np.int64]]
+) -> dict[str, Any]:
+    """Score sparsity in decode only, with a model that is sparse in all phases.
+
+    The dense model reads each batch's prompts, the sparse one goes on from the dense cache, token
+    by token: what a server gets that runs prompts dense.
+
+    Args:
+        dense: The baseline.
+        sparse: The sparse model.
+        windows: Batches `[B, L]` of windows of token ids.
+
+    Returns:
+        The report's `accuracy.decode_only`; figures are None, with `why`, where caches cannot be
+        handed over.
+    """
+    if not (is_resumable(dense) and is_resumable(sparse)):
+        return {"perplexity_ratio": None, "why": "this runtime's caches cannot be handed over"}
+    sums = WindowComparison()
+    for batch in windows:
+        prompt = prompt_length(batch[0])
+        dense_logits = dense.prefill(batch)[:, prompt:]
+        dense.prefill(batch[:, :prompt])
+        sparse.restore(dense.state)
+        columns = (batch[:, at : at + 1] for at in range(prompt, batch.shape[1] - 1))
+        sparse_logits = np.concatenate([sparse.decode_step(column) for column in columns], axis=1)
+        for row, dense_rows, sparse_rows in zip(batch, dense_logits, sparse_logits, strict=True):
+            sums.add(row[prompt:], dense_rows, sparse_rows)
+    return {**_figures(sums), "protocol": _HANDED_OVER}
+
+
+def _figures(sums: WindowComparison) -> dict[str, Any]:
     return {
         "tokens": sums.dense.tokens,
         "windows": len(sums.dense.window_tokens),
@@ -99,6 +188,20 @@ def compare(
         "perplexity_ratio_stderr": ratio_stderr(sums.dense, sums.sparse),
         "kl_mean": sums.divergence.kl_mean,
         "top1_agreement": sums.divergence.top1_agreement,
+    }
+
+
+def _second_half(sums: WindowComparison) -> dict[str, Any] | None:
+    """The tokens that `decode_only` scores, so that the two can be compared."""
+    dense, sparse = sums.late_dense, sums.late_sparse
+    if not dense.tokens:
+        return None
+    return {
+        "tokens": dense.tokens,
+        "dense": {"perplexity": dense.perplexity},
+        "sparse": {"perplexity": sparse.perplexity},
+        "perplexity_ratio": math.exp(sparse.mean - dense.mean),
+        "perplexity_ratio_stderr": ratio_stderr(dense, sparse),
     }
 
 

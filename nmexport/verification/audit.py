@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 from nmexport.errors import ArtifactError
 from nmexport.graph.contract import attribute_values, op_contract, present_inputs
 from nmexport.graph.functions import function_protos_for
+from nmexport.graph.linears import PlacedLinear, placed_linears
 from nmexport.runtimes.onnxruntime import EXTERNAL_DATA_FOLDER, SESSION_CONFIG, OrtSession
 
 if TYPE_CHECKING:
@@ -69,18 +70,15 @@ def read_graph(path: Path) -> onnx.ModelProto:
         raise ArtifactError(f"{path} cannot be read: {error}", fix="export again") from error
 
 
-def linear_nodes(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
-    """The NMLinear nodes by the name of their layer, in graph order."""
-    domain = op_contract().domain
-    return {
-        node.name: node
-        for node in model.graph.node
-        if node.domain == domain and node.op_type == "NMLinear"
-    }
+def sparse_linears(model: onnx.ModelProto) -> dict[str, PlacedLinear]:
+    """The sparsified linears by name, in graph order; fused ones share a node."""
+    return placed_linears(model.graph, "NMLinear", domain=op_contract().domain)
 
 
 def add_counters(model: onnx.ModelProto, layers: Sequence[LayerSpec]) -> list[Counter]:
     """Give each sparsified linear an output that counts the elements it keeps; in place.
+
+    Linears that are fused keep the same elements, and share the output.
 
     Args:
         model: The exported sparse model.
@@ -89,27 +87,34 @@ def add_counters(model: onnx.ModelProto, layers: Sequence[LayerSpec]) -> list[Co
     Raises:
         ArtifactError: if the model lacks a node for one of the layers.
     """
-    nodes = linear_nodes(model)
-    missing = [layer.name for layer in layers if layer.name not in nodes]
+    linears = sparse_linears(model)
+    missing = [layer.name for layer in layers if layer.name not in linears]
     if missing:
         raise ArtifactError(
             f"The model has no NMLinear node for {missing[0]} ({len(missing)} such linears).",
             fix="export again: model and layers.json are not of one build",
         )
-    counters, prunes = [], []
-    for layer in layers:
-        node = nodes[layer.name]
+    nodes = {linears[layer.name].node.name: linears[layer.name].node for layer in layers}
+    outputs: dict[str, str] = {}
+    prunes = []
+    for name, node in nodes.items():
         added = list(_counting_nodes(node))
         prunes += [one for one in added if one.op_type == "NMPrune"]
         model.graph.node.extend(added)
-        output = added[-1].output[0]
-        model.graph.output.append(helper.make_tensor_value_info(output, TensorProto.INT64, []))
-        phase = str(attribute_values(node)["phase"])
-        counters.append(
-            Counter(layer=layer.name, output=output, channels=layer.in_features, phase=phase)
+        outputs[name] = added[-1].output[0]
+        model.graph.output.append(
+            helper.make_tensor_value_info(outputs[name], TensorProto.INT64, [])
         )
     _add_prune_functions(model, prunes)
-    return counters
+    return [
+        Counter(
+            layer=layer.name,
+            output=outputs[linears[layer.name].node.name],
+            channels=layer.in_features,
+            phase=str(attribute_values(linears[layer.name].node)["phase"]),
+        )
+        for layer in layers
+    ]
 
 
 def _counting_nodes(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
@@ -206,7 +211,7 @@ def count_kept(
     session: OrtSession, counters: Sequence[Counter], windows: Iterable[NDArray[np.int64]]
 ) -> dict[str, tuple[int, int]]:
     """(kept, total) elements by layer over windows `[L]`, their last tokens decoded one by one."""
-    session.watch(counter.output for counter in counters)
+    session.watch(dict.fromkeys(counter.output for counter in counters))
     sums = {counter.layer: (0, 0) for counter in counters}
 
     def add(new_tokens: int) -> None:
@@ -295,7 +300,7 @@ def audit(
         error_window: Token ids `[L]` to compare layer outputs over.
     """
     sparse_graph = read_graph(sparse_path)
-    values = {name: node.output[0] for name, node in linear_nodes(sparse_graph).items()}
+    values = {name: linear.output for name, linear in sparse_linears(sparse_graph).items()}
     counters = add_counters(sparse_graph, layers)
     outputs = add_layer_outputs(sparse_graph, values)
     options: dict[str, Any] = {"library": library, "threads": threads}

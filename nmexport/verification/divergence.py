@@ -37,6 +37,12 @@ class DivergenceSum:
         self.agreeing += int((dense.argmax(axis=-1) == sparse.argmax(axis=-1)).sum())
         self.tokens += dense.shape[0]
 
+    def merge(self, other: DivergenceSum) -> None:
+        """Add another's tokens."""
+        self.kl_sums += other.kl_sums
+        self.agreeing += other.agreeing
+        self.tokens += other.tokens
+
     @property
     def kl_mean(self) -> float:
         """Mean KL(dense || sparse) a token, in nats."""

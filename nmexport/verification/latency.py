@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nmexport.runtimes.onnxruntime import RUNTIME
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from numpy.typing import NDArray
 
     from nmexport.progress import Progress
-    from nmexport.runtimes.onnxruntime import OrtSession
+    from nmexport.runtimes.session import Timed
 
 PROTOCOL = (
     "Dense and sparse run in one process, turn and turn about, and who goes first alternates. "
@@ -62,7 +60,7 @@ class _Side:
     """One model with a cache to decode from."""
 
     def __init__(
-        self, session: OrtSession, prompt: NDArray[np.int64], context: NDArray[np.int64]
+        self, session: Timed, prompt: NDArray[np.int64], context: NDArray[np.int64]
     ) -> None:
         self.session = session
         self.prompt = prompt
@@ -112,8 +110,8 @@ def interleave(
 
 
 def compare(
-    dense: OrtSession,
-    sparse: OrtSession,
+    dense: Timed,
+    sparse: Timed,
     *,
     prompt: NDArray[np.int64],
     context: NDArray[np.int64],
@@ -159,7 +157,7 @@ def compare(
         }
 
     return {
-        "runtime": RUNTIME,
+        "runtime": sparse.runtime,
         "device": device,
         "threads": sparse.threads,
         "runs": runs,

@@ -73,9 +73,9 @@ def measure(engine: Path, *, dense: bool, prompt_tokens: int) -> dict[str, Any]:
     """Run one model in this process and say what it took."""
     import numpy as np
 
-    from nmexport.runtimes.onnxruntime import OrtSession
+    from nmexport.runtimes.opening import open_session
 
-    with OrtSession.from_engine(engine, dense=dense) as session:
+    with open_session(engine, dense=dense, elsewhere=True) as session:
         rng = np.random.default_rng(0)
         session.prefill(rng.integers(session.vocabulary_size, size=(1, prompt_tokens)))
         for _ in range(_DECODE_STEPS):

@@ -17,8 +17,8 @@ from nmexport.oracle import Reference, reference
 from nmexport.verification.audit import (
     add_layer_outputs,
     chunks_by_bytes,
-    linear_nodes,
     read_graph,
+    sparse_linears,
 )
 
 if TYPE_CHECKING:
@@ -135,13 +135,13 @@ def instrument(path: Path) -> tuple[onnx.ModelProto, dict[str, tuple[str, str]]]
         ArtifactError: if the model cannot be read.
     """
     model = read_graph(path)
-    nodes = linear_nodes(model)
+    linears = sparse_linears(model)
     # The graph's own values, so the producer may be any node, or an input shared by linears.
     given = add_layer_outputs(
-        model, {name: node.input[0] for name, node in nodes.items()}, kind="input"
+        model, {name: linear.node.input[0] for name, linear in linears.items()}, kind="input"
     )
-    made = add_layer_outputs(model, {name: node.output[0] for name, node in nodes.items()})
-    return model, {name: (given[name], made[name]) for name in nodes}
+    made = add_layer_outputs(model, {name: linear.output for name, linear in linears.items()})
+    return model, {name: (given[name], made[name]) for name in linears}
 
 
 def met_inputs(
@@ -192,7 +192,9 @@ def check(
     running, other = Worst(), Worst()
     for layer, x32, y32 in met_inputs(session, layers, outputs, prompt):
         tensors = tensors_of(layer.name)
-        x, y = (value.astype(tensors["W"].dtype) for value in (x32, y32))  # exact: they were T
+        weight = tensors["W"].dtype
+        element = session.element_type if weight == np.int8 else weight
+        x, y = (value.astype(element) for value in (x32, y32))  # exact: they were T
         running.add(layer.name, error_over_tolerance(layer, tensors, x, y))
         if beside is not None:
             computed = beside(layer, x)

@@ -44,6 +44,11 @@ class NllSum:
         self.window_sums.append(math.fsum(nll.tolist()))
         self.window_tokens.append(int(nll.size))
 
+    def merge(self, other: NllSum) -> None:
+        """Add another's windows after these."""
+        self.window_sums += other.window_sums
+        self.window_tokens += other.window_tokens
+
     @property
     def tokens(self) -> int:
         """Scored tokens so far."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -13,11 +13,11 @@ from torch import nn
 from nmexport.errors import ModelError
 from nmexport.models.loader import load_model
 from nmexport.models.swap import replace_linears
+from nmexport.runtimes.session import Closing
 from nmexport.sparsity.linear import Behaviour, FoldedLinear
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from types import TracebackType
 
     from numpy.typing import NDArray
     from transformers import PreTrainedModel
@@ -39,7 +39,7 @@ class ModelSize(NamedTuple):
     linears: int
 
 
-class TorchSession:
+class TorchSession(Closing):
     """A causal LM with its KV cache; implements `runtimes.session.Session`."""
 
     def __init__(
@@ -74,7 +74,7 @@ class TorchSession:
         return TorchSession(self._model, self._vocabulary_size, perturbation=PERTURBATION)
 
     def linear(self, layer: LayerSpec, x: NDArray[Any]) -> NDArray[Any]:
-        """What one linear of the model makes of an input: `[..., K] T` -> `[..., O] T`.
+        """What the op of one linear makes of an input: `[..., K] T` -> `[..., O] T`.
 
         Raises:
             RuntimeError: if the session is closed.
@@ -82,7 +82,7 @@ class TorchSession:
         if self._model is None:
             raise RuntimeError("the session is closed")
         with torch.inference_mode():
-            y = self._model.get_submodule(layer.name)(tensor_from(x))
+            y = self._model.get_submodule(layer.name).op(tensor_from(x))
         return array_from(y)
 
     def prefill(self, input_ids: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -98,30 +98,18 @@ class TorchSession:
         """Free the model and its cache."""
         self._model = self._cache = None
 
-    def __enter__(self) -> Self:
-        """Return self."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close."""
-        self.close()
-
     def _run(self, input_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         if self._model is None:
             raise RuntimeError("the session is closed")
         with torch.inference_mode(), self._disturbed(self._model):
+            ids = torch.from_numpy(np.ascontiguousarray(input_ids))
             output = self._model(
-                input_ids=torch.from_numpy(np.ascontiguousarray(input_ids)),
+                input_ids=ids.to(self._model.get_input_embeddings().weight.device),
                 past_key_values=self._cache,
                 use_cache=True,
             )
         self._cache = output.past_key_values
-        logits: NDArray[np.float32] = output.logits.float().numpy()
+        logits: NDArray[np.float32] = output.logits.float().cpu().numpy()
         return logits
 
     @contextlib.contextmanager
@@ -143,7 +131,20 @@ class TorchSession:
             hook.remove()
 
 
-def open_folded(source: ModelSource, section: ModelSection, fold: FoldArtifact) -> TorchSession:
+def open_dense(source: ModelSource, section: ModelSection, *, device: str = "cpu") -> TorchSession:
+    """The dense model, in the recipe's type.
+
+    Raises:
+        ModelError: if the model cannot be loaded.
+    """
+    model = load_model(source, dtype=section.dtype, trust_remote_code=section.trust_remote_code)
+    model.to(device)
+    return TorchSession(model, model.config.get_text_config().vocab_size)
+
+
+def open_folded(
+    source: ModelSource, section: ModelSection, fold: FoldArtifact, *, device: str = "cpu"
+) -> TorchSession:
     """The model with its target linears replaced by folded ones, as every executor computes them.
 
     Raises:
@@ -153,12 +154,19 @@ def open_folded(source: ModelSource, section: ModelSection, fold: FoldArtifact) 
     model = load_model(source, dtype=section.dtype, trust_remote_code=section.trust_remote_code)
     replace_linears(
         model,
-        {
-            layer.name: FoldedLinear.from_tensors(_behaviour(layer), fold.tensors(layer.name))
-            for layer in fold.layers
-        },
+        {layer.name: folded_linear(layer, fold) for layer in fold.layers},
     )
+    model.to(device)
     return TorchSession(model, model.config.get_text_config().vocab_size)
+
+
+def folded_linear(layer: LayerSpec, fold: FoldArtifact) -> FoldedLinear:
+    """One linear of a fold artifact.
+
+    Raises:
+        ArtifactError: if the artifact is damaged.
+    """
+    return FoldedLinear.from_tensors(_behaviour(layer), fold.tensors(layer.name))
 
 
 def tensor_from(array: NDArray[Any]) -> torch.Tensor:

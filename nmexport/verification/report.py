@@ -5,15 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from nmexport.artifact import plain
+from nmexport.verification import report_learning
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from nmexport.environment import Environment
+    from nmexport.layers import ModelPhases
     from nmexport.models.source import ModelSource
     from nmexport.recipe import Recipe
 
 SCHEMA = 1
+MIXED = "mixed patterns"
+"""`pattern` of a report whose linears have patterns of their own: see its `allocation`."""
 
 
 def assemble(
@@ -29,6 +33,9 @@ def assemble(
     latency: Mapping[str, Any],
     memory: Mapping[str, Any],
     notes: list[str],
+    allocation: Mapping[str, Any] | None = None,
+    calibration: Mapping[str, Any] | None = None,
+    phases: ModelPhases | None = None,
 ) -> dict[str, Any]:
     """Put the sections in their order, with no gate judged yet (see `judge`).
 
@@ -44,19 +51,24 @@ def assemble(
         latency: See `latency.compare`.
         memory: `peak_rss_bytes`, `device_bytes`, `artifact_bytes`.
         notes: What a reader must know beside the figures.
+        allocation: See `nmexport.allocation.choice.as_dict`; None where all linears are alike.
+        calibration: See `report_learning.section`.
+        phases: When the model is sparse; None is as the recipe says.
     """
     report: dict[str, Any] = {
         "schema": SCHEMA,
         "model": {"id": source.id, "revision": source.revision, "parameters": parameters},
-        "pattern": str(recipe.sparsity.pattern),
+        "pattern": str(recipe.sparsity.pattern) if allocation is None else MIXED,
         "criterion": recipe.sparsity.criterion,
         "mitigations": list(recipe.sparsity.mitigations),
         "grouping": recipe.sparsity.grouping,
-        "phases": recipe.sparsity.phases,
+        "phases": phases or recipe.sparsity.phases,
         "target": target,
         "verdict": "none",
         "gates": [],
         "sparsity": sparsity,
+        "allocation": allocation,
+        "calibration": calibration or report_learning.section(None, []),
         "accuracy": accuracy,
         "parity": parity,
         "latency": latency,

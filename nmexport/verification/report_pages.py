@@ -5,7 +5,14 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from nmexport.verification.report_plots import latency_svg, layer_error_svg, layer_sparsity_svg
+from nmexport.verification import report_allocation, report_learning
+from nmexport.verification.report_plots import (
+    front_svg,
+    latency_svg,
+    layer_error_svg,
+    layer_sparsity_svg,
+    read_share_svg,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -73,9 +80,16 @@ def speedup(value: float | None) -> str:
 
 def method(report: dict[str, Any]) -> str:
     """The method in one line."""
-    parts = [report["pattern"], report["criterion"].upper(), f"{report['grouping']} groups"]
+    parts = [f"{report['grouping']} groups"]
+    allocation = report.get("allocation")
+    if allocation is None:
+        parts = [report["pattern"], report["criterion"].upper(), *parts]
+    else:
+        parts = [report_allocation.chosen_mix(allocation), *parts]
     parts.append(" + ".join(report["mitigations"]) or "no mitigation")
-    if report["phases"] != "all":
+    if report["phases"] == "mixed":
+        parts.append("phases by linear")
+    elif report["phases"] != "all":
         parts.append(f"{report['phases']} only")
     return ", ".join(parts)
 
@@ -181,6 +195,43 @@ def _parity_row(title: str, leg: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def task_rows(report: dict[str, Any]) -> list[dict[str, str]]:
+    """One row for each task: both models' scores, the difference, and their standard errors."""
+    return [
+        {
+            "task": name,
+            "metric": entry["metric"],
+            "n": count(entry["n"]),
+            "dense": number(entry["dense"]),
+            "dense_error": _error(entry["dense_stderr"]),
+            "sparse": number(entry["sparse"]),
+            "sparse_error": _error(entry["sparse_stderr"]),
+            "difference": number(entry["sparse"] - entry["dense"]),
+            "difference_error": _error(entry["difference_stderr"]),
+        }
+        for name, entry in report["accuracy"]["tasks"].items()
+    ]
+
+
+def _error(stderr: float | None) -> str:
+    return "" if stderr is None else f"± {number(stderr, 2)}"
+
+
+def decode_only_line(report: dict[str, Any]) -> str | None:
+    """Decode-only sparsity beside sparsity in all phases, in one line; None where not asked for."""
+    decoded, whole = report["accuracy"]["decode_only"], report["accuracy"]["second_half"]
+    if decoded is None:
+        return None
+    if decoded["perplexity_ratio"] is None:
+        return f"{_ABSENT}: {decoded['why']}"
+    beside = "" if whole is None else f"; in all phases {number(whole['perplexity_ratio'])}"
+    return (
+        f"perplexity ratio {number(decoded['perplexity_ratio'])}, mean KL "
+        f"{number(decoded['kl_mean'])} nats{beside} (the second half of each window, "
+        f"{count(decoded['tokens'])} tokens)"
+    )
+
+
 def markdown(report: dict[str, Any]) -> str:
     """The report as Markdown."""
     return _render("report.md.j2", report)
@@ -195,6 +246,10 @@ def html(report: dict[str, Any]) -> str:
         "prefill": latency_svg(report["latency"], "prefill"),
         "decode": latency_svg(report["latency"], "decode"),
     }
+    allocation = report.get("allocation")
+    if allocation is not None:
+        plots["front"] = front_svg(allocation["front"])
+        plots["shares"] = read_share_svg(report_allocation.read_shares(allocation))
     return _render("report.html.j2", report, plots=plots)
 
 
@@ -204,6 +259,17 @@ def write(report: dict[str, Any], folder: Path) -> None:
     (folder / "report.json").write_text(text, encoding="utf-8")
     (folder / "report.md").write_text(markdown(report), encoding="utf-8")
     (folder / "report.html").write_text(html(report), encoding="utf-8")
+
+
+def _calibration(report: dict[str, Any]) -> dict[str, Any] | None:
+    """What the part on calibration prints; None where it would be empty."""
+    document = report.get("calibration")
+    if document is None:
+        return None
+    words = report_learning.words(document)
+    return (
+        {"words": words, "plots": report_learning.plots(document)} if any(words.values()) else None
+    )
 
 
 def _render(template: str, report: dict[str, Any], **more: Any) -> str:
@@ -217,6 +283,10 @@ def _render(template: str, report: dict[str, Any], **more: Any) -> str:
             summary=summary_rows(report),
             parity=parity_rows(report),
             linears=linear_rows(report),
+            tasks=task_rows(report),
+            decode_only=decode_only_line(report),
+            allocation=report_allocation.rows(report.get("allocation")),
+            calibration=_calibration(report),
             recipe=json.dumps(report["recipe"], indent=1),
             **more,
         )

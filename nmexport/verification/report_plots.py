@@ -138,3 +138,50 @@ def latency_svg(latency: dict[str, Any], phase: str) -> str:
         axes.figure.legend(loc="outside upper left", ncols=2)
 
     return svg_from(draw, title=f"Distribution of {phase} latency, dense against sparse")
+
+
+def front_svg(points: Sequence[dict[str, Any]]) -> str:
+    """Perplexity ratio against weight bytes saved: the front, uniform choices, the chosen one."""
+    from matplotlib.ticker import MaxNLocator, NullLocator
+
+    def draw(axes: Axes) -> None:
+        kinds = {
+            "front": ("allocated", SPARSE, "o", "-"),
+            "uniform": ("all linears alike", _KINDS[1], "s", ""),
+            "chosen": ("chosen", _KINDS[2], "*", ""),
+        }
+        for kind, (words, colour, marker, line) in kinds.items():
+            mine = sorted(
+                (100 * point["bytes_saved"], point["perplexity_ratio"])
+                for point in points
+                if point["kind"] == kind
+            )
+            axes.plot(
+                [saved for saved, _ in mine],
+                [ratio for _, ratio in mine],
+                color=colour,
+                marker=marker,
+                markersize=12 if kind == "chosen" else 5,
+                linestyle=line or "none",
+                label=words,
+            )
+        axes.set_xlabel("weight bytes saved a decoded token, %")
+        axes.set_ylabel("perplexity ratio to dense")
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 2.5, 5, 10]))
+        axes.yaxis.set_major_formatter("{x:.4g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.figure.legend(loc="outside upper left", ncols=3)
+
+    return svg_from(draw, title="Pareto front: perplexity ratio against weight bytes saved")
+
+
+def read_share_svg(shares: Sequence[dict[str, Any]]) -> str:
+    """Share of each site's weight rows that a decoded token reads."""
+
+    def draw(axes: Axes) -> None:
+        _by_layer(axes, shares, lambda one: 100 * one["share"])
+        axes.set_ylabel("weight rows read, %")
+        axes.set_ylim(0, 104)
+
+    return svg_from(draw, title="Share of weight rows that a decoded token reads, by decoder layer")

@@ -1,0 +1,87 @@
+"""Logits of whole windows from a model that runs layer by layer, served like a session."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from nmexport.runtimes.session import Closing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from nmexport.models.layerwise import LayerwiseModel
+    from nmexport.progress import Progress
+
+
+class Precomputed(Closing):
+    """Answers for the windows that it was made with, each as a whole prompt; nothing else.
+
+    All windows go through a layer before the next one is read from disk, so the answers of all are
+    computed at once and lie in a file, `[windows, L, V]` float32.
+    """
+
+    def __init__(
+        self,
+        model: LayerwiseModel,
+        windows: NDArray[np.int64],
+        *,
+        progress: Progress,
+        label: str,
+        substitutes: Mapping[str, Callable[[], nn.Module]] | None = None,
+    ) -> None:
+        """Run all windows `[W, L]` through the model.
+
+        Args:
+            model: The dense model.
+            windows: Token ids.
+            progress: Counts layers.
+            label: What it counts them under.
+            substitutes: Modules in place of linears, see `LayerwiseModel.run`.
+        """
+        self.vocabulary_size: int = model.model.config.get_text_config().vocab_size
+        shape = (*windows.shape, self.vocabulary_size)
+        # Unlinked at once: it goes when the process does, however that ends.
+        with tempfile.TemporaryFile(prefix="nmexport-") as file:
+            self._logits = np.memmap(file, np.float32, "w+", shape=shape)
+        self._places = {window.tobytes(): place for place, window in enumerate(windows)}
+
+        def keep(number: int, logits: torch.Tensor) -> None:
+            self._logits[number] = logits.float().numpy()
+
+        model.run(
+            torch.from_numpy(windows),
+            progress=progress,
+            label=label,
+            logits_kept=0,
+            use_logits=keep,
+            substitutes=substitutes,
+        )
+
+    def prefill(self, input_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Logits `[1, L, V]` of one of the windows `[1, L]`.
+
+        Raises:
+            KeyError: if it is none of them.
+        """
+        place = self._places[input_ids.tobytes()]
+        return np.array(self._logits[place : place + 1])
+
+    def decode_step(self, input_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Refuse: there is no cache to go on from.
+
+        Raises:
+            RuntimeError: always.
+        """
+        del input_ids
+        raise RuntimeError("a model that runs layer by layer has no cache to decode with")
+
+    def close(self) -> None:
+        """Free the answers."""
+        self._places = {}

@@ -1,0 +1,161 @@
+"""The report's part on allocation: the front, what was chosen, and the ledger, as rows of text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_LIMITS = {
+    "max_perplexity_ratio": "perplexity ratio at most {:g}",
+    "max_kl": "KL at most {:g} nats",
+    "min_speedup": "decode at least {:g}x as fast",
+    "max_bytes": "at most {:.0%} of the weight bytes read",
+}
+_DENSE = "dense"
+
+
+def label(choice: dict[str, Any]) -> str:
+    """A choice in words: `dense`, `8:16 act`, `8:16 act, decode only`."""
+    if choice["pattern"] is None:
+        return _DENSE
+    words = f"{choice['pattern']} {choice['criterion']}"
+    return words if choice["phase"] == "all" else f"{words}, {choice['phase']} only"
+
+
+def budget(allocation: dict[str, Any]) -> str:
+    """What was asked for, in words."""
+    return ", ".join(_LIMITS[name].format(value) for name, value in allocation["budget"].items())
+
+
+def mix(counts: dict[str, int]) -> str:
+    """`60 dense, 150 at 8:16 act`."""
+    return ", ".join(
+        f"{count} {name}" if name == _DENSE else f"{count} at {name}"
+        for name, count in counts.items()
+    )
+
+
+def chosen_mix(allocation: dict[str, Any]) -> str:
+    """How many linears got what."""
+    counts: dict[str, int] = {}
+    for row in sorted(allocation["ledger"], key=lambda row: -_share(row)):
+        name = label(row["choice"])
+        counts[name] = counts.get(name, 0) + 1
+    return mix(counts)
+
+
+def rows(allocation: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Everything that the pages print; None where there was no allocation."""
+    if allocation is None:
+        return None
+    return {
+        "budget": budget(allocation),
+        "front": front_rows(allocation),
+        "columns": columns(allocation),
+        "mitigations": mitigations(allocation),
+        "sites": site_rows(allocation),
+        "linears": linear_rows(allocation),
+    }
+
+
+def front_rows(allocation: dict[str, Any]) -> list[dict[str, Any]]:
+    """The front and the uniform choices, in order of bytes saved; the chosen one marked."""
+    ordered = sorted(allocation["front"], key=lambda point: point["bytes_saved"])
+    names = {"front": "front", "uniform": "all alike", "chosen": "chosen"}
+    return [
+        {**point, "name": names[point["kind"]], "mix": mix(point["linears"])} for point in ordered
+    ]
+
+
+def columns(allocation: dict[str, Any]) -> list[str]:
+    """Labels of all sparse candidates of any linear, densest first."""
+    found: dict[str, float] = {}
+    for row in allocation["ledger"]:
+        for candidate in row["candidates"]:
+            found.setdefault(label(candidate["choice"]), candidate["bytes_saved"])
+    found.pop(_DENSE, None)
+    return sorted(found, key=lambda name: found[name])
+
+
+def mitigations(allocation: dict[str, Any]) -> list[str]:
+    """Names of the mitigations whose errors the ledger holds."""
+    return list(
+        dict.fromkeys(name for row in allocation["ledger"] for name in row["mitigation_errors"])
+    )
+
+
+def site_rows(allocation: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row for each site: its linears, choice, the divergence of each candidate, and why."""
+    wanted = columns(allocation)
+    rows, seen = [], set()
+    for row in allocation["ledger"]:
+        site = tuple(row["site"])
+        if site in seen:
+            continue
+        seen.add(site)
+        by_label = {label(one["choice"]): one for one in row["candidates"]}
+        rows.append(
+            {
+                "names": _joined(site),
+                "choice": label(row["choice"]),
+                "why": row["why"],
+                "kl": [_candidate(by_label.get(name), row) for name in wanted],
+            }
+        )
+    return rows
+
+
+def linear_rows(allocation: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row for each linear: its error with each candidate and with each mitigation."""
+    wanted, mended = columns(allocation), mitigations(allocation)
+    rows = []
+    for row in allocation["ledger"]:
+        by_label = {label(one["choice"]): one["relative_error"] for one in row["candidates"]}
+        rows.append(
+            {
+                "name": row["name"],
+                "choice": label(row["choice"]),
+                "errors": [by_label.get(name) for name in wanted],
+                "pattern": row["mitigation_pattern"],
+                "mitigations": [row["mitigation_errors"].get(name) for name in mended],
+            }
+        )
+    return rows
+
+
+def read_shares(allocation: dict[str, Any]) -> list[dict[str, Any]]:
+    """Share of weight rows that a decoded token reads, by site: for a plot."""
+    sites = {tuple(row["site"]): row for row in allocation["ledger"]}
+    return [{"name": _plotted(site), "share": _share(row)} for site, row in sites.items()]
+
+
+def _plotted(site: tuple[str, ...]) -> str:
+    """`model.layers.0.mlp.gate+up`: what a plot tells layer and kind from."""
+    parent = site[0].rpartition(".")[0]
+    kinds = [name.rpartition(".")[2].removesuffix("_proj") for name in site]
+    return f"{parent}.{'+'.join(kinds)}"
+
+
+def _share(row: dict[str, Any]) -> float:
+    chosen = label(row["choice"])
+    saved: float = next(
+        one["bytes_saved"] for one in row["candidates"] if label(one["choice"]) == chosen
+    )
+    return 1 - saved
+
+
+def _candidate(one: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any]:
+    if one is None:
+        return {"kl": None, "measured": False, "chosen": False}
+    return {
+        "kl": 1000 * one["kl"],
+        "measured": one["kl_stderr"] is not None,
+        "chosen": label(one["choice"]) == label(row["choice"]),
+    }
+
+
+def _joined(names: tuple[str, ...]) -> str:
+    """`model.layers.0.self_attn.{q_proj, k_proj, v_proj}`, or the names as they are."""
+    parents = {name.rpartition(".")[0] for name in names}
+    if len(names) == 1 or len(parents) > 1:
+        return ", ".join(names)
+    return f"{parents.pop()}.{{{', '.join(name.rpartition('.')[2] for name in names)}}}"

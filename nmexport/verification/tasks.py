@@ -1,0 +1,390 @@
+"""Benchmark tasks through lm-evaluation-harness, dense beside sparse, on the built artifact.
+
+The harness is an optional package. Tasks of a local folder need no network: paths in their YAML
+are relative to that folder. A task whose data lies on the hub says so before it is fetched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nmexport.errors import EnvironmentFault, RecipeError, UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from nmexport.layers import ModelPhases
+    from nmexport.progress import Progress
+    from nmexport.recipe import EvaluationSection
+    from nmexport.runtimes.session import Session
+
+PROTOCOL = (
+    "lm-evaluation-harness {version} asks both models the same requests; dense and sparse answers "
+    "come from the shipped model files. A score is the task's first metric. Standard errors are "
+    "over documents; that of the difference is paired, document by document."
+)
+_STEPWISE = (
+    " The model's phases differ, so contexts run as prompts and continuations token by token."
+)
+# Bootstrap draws of the standard errors that have no formula; the harness's default takes minutes.
+_BOOTSTRAP = 1000
+_WINDOW_KEYS = ("n_positions", "max_position_embeddings", "n_ctx")
+_DEFAULT_WINDOW = 2048
+_NO_LIMIT = 1 << 30
+# Builders of `datasets` that read files, whatever the network.
+_FILE_BUILDERS = frozenset({"json", "csv", "parquet", "text", "arrow"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSide:
+    """What a model knows of text: its tokenizer, and how many tokens fit into its window."""
+
+    tokenizer: Any
+    max_length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """Which tasks, from where, and how much of them."""
+
+    names: tuple[str, ...]
+    """Tasks, groups or tags; empty is all of the folder."""
+    folder: Path | None = None
+    """Local task files, searched before the harness's own."""
+    limit: int | None = None
+    """Documents a task; None is all."""
+    fewshot: int | None = None
+    """Examples before each question; None is what the task says."""
+
+    @classmethod
+    def of(cls, section: EvaluationSection) -> Suite | None:
+        """What a recipe asks for; None where it asks for no task."""
+        if not section.tasks and section.tasks_path is None:
+            return None
+        return cls(
+            names=section.tasks,
+            folder=None if section.tasks_path is None else Path(section.tasks_path),
+            limit=section.task_limit,
+            fewshot=section.task_fewshot,
+        )
+
+
+def identity(suite: Suite | None) -> dict[str, Any] | None:
+    """What identifies a suite in an artifact's key: names, local files, the harness's version.
+
+    Raises:
+        EnvironmentFault: if the harness is not installed.
+        RecipeError: if the folder is missing.
+    """
+    if suite is None:
+        return None
+    return {
+        "names": list(suite.names),
+        "limit": suite.limit,
+        "fewshot": suite.fewshot,
+        "harness": harness_version(),
+        "files": _folder_digest(suite.folder),
+    }
+
+
+def harness_version() -> str:
+    """Version of lm-evaluation-harness.
+
+    Raises:
+        EnvironmentFault: if it is not installed.
+    """
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("lm_eval")
+    except PackageNotFoundError as error:
+        raise EnvironmentFault(
+            "Tasks need lm-evaluation-harness, which is not installed.",
+            fix="pip install 'nmexport[tasks]', or leave --tasks out",
+        ) from error
+
+
+def compare(
+    dense: Session,
+    sparse: Session,
+    text: TextSide,
+    suite: Suite,
+    *,
+    phases: ModelPhases = "all",
+    seed: int = 0,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Score both models on every task.
+
+    Args:
+        dense: The baseline.
+        sparse: The model that was built.
+        text: Tokenizer and window of both.
+        suite: Which tasks.
+        phases: When the sparse model is sparse; where that is not always, it is scored token by
+            token.
+        seed: Of few-shot examples and draws.
+        progress: Counts requests.
+
+    Returns:
+        The report's `tasks`: figures by task.
+
+    Raises:
+        EnvironmentFault: if the harness is not installed, or a task's data cannot be reached.
+        RecipeError: if a task is not known.
+    """
+    harness_version()
+    sides = {}
+    for side, session in (("dense", dense), ("sparse", sparse)):
+        stepwise = side == "sparse" and phases != "all"
+        sides[side] = _results(
+            session, text, suite, stepwise=stepwise, seed=seed, progress=progress, side=side
+        )
+    return {name: _figures(sides["dense"][name], sides["sparse"][name]) for name in sides["dense"]}
+
+
+def protocol(phases: ModelPhases) -> str:
+    """How the figures of `compare` come about, in words."""
+    return PROTOCOL.format(version=harness_version()) + ("" if phases == "all" else _STEPWISE)
+
+
+def text_side(tokenizer: Any, config: Mapping[str, Any]) -> TextSide:
+    """Tokenizer and window of a model, from its `config.json`, as the harness finds them."""
+    inner = config.get("text_config") or config
+    known = [inner[key] for key in _WINDOW_KEYS if inner.get(key) is not None]
+    told = getattr(tokenizer, "model_max_length", None)
+    if not known and told is not None and told < _NO_LIMIT:
+        known = [told]
+    return TextSide(tokenizer=tokenizer, max_length=int(known[0]) if known else _DEFAULT_WINDOW)
+
+
+# -- the harness -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TaskResult:
+    """One task on one model."""
+
+    metrics: Mapping[str, tuple[float, float | None]]
+    """Value and standard error by metric, the task's first metric first."""
+    documents: int
+    by_document: Mapping[str, list[float]]
+    """Values by metric, where a document has one: what a paired difference is made of."""
+
+
+def _results(
+    session: Session,
+    text: TextSide,
+    suite: Suite,
+    *,
+    stepwise: bool,
+    seed: int,
+    progress: Progress,
+    side: str,
+) -> dict[str, _TaskResult]:
+    """Score one model; tasks are loaded anew, since they keep what was answered."""
+    from lm_eval.evaluator import evaluate
+
+    from nmexport.verification.tasks_adapter import SessionLM
+
+    with _inside(suite.folder), _quiet():
+        loaded = _loaded(suite, seed, progress if side == "dense" else None)
+        model = SessionLM(
+            session,
+            text,
+            stepwise=stepwise,
+            progress=progress,
+            label=f"verify: tasks, {side}",
+            seed=seed,
+        )
+        found = evaluate(lm=model, task_dict=loaded, limit=suite.limit, bootstrap_iters=_BOOTSTRAP)
+    return {name: _task_result(found, name) for name in loaded["tasks"]}
+
+
+def _loaded(suite: Suite, seed: int, progress: Progress | None) -> Any:
+    """The suite's tasks, with few-shot counts and seeds set."""
+    manager, names = _manager(suite)
+    try:
+        loaded = manager.load(names)
+    except (OSError, ValueError, KeyError) as error:
+        raise _load_fault(names, error) from error
+    for name, task in loaded["tasks"].items():
+        if suite.fewshot is not None and task.get_config("num_fewshot") != 0:
+            task.set_config(key="num_fewshot", value=suite.fewshot)
+        elif task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=seed)
+        source = task.get_config("dataset_path")
+        if progress is not None and source and source not in _FILE_BUILDERS:
+            progress.note(f"verify: task {name} reads {source} through the datasets package")
+    return loaded
+
+
+def _manager(suite: Suite) -> tuple[Any, list[str]]:
+    """The harness's index and the names to load from it.
+
+    The harness's own index takes seconds to read: it is left out where the folder has all names.
+
+    Raises:
+        RecipeError: if a name is in neither.
+    """
+    from lm_eval.tasks import TaskManager
+
+    # `_inside` stands in the folder already.
+    local = TaskManager(include_path=".", include_defaults=False) if suite.folder else None
+    if local is not None:
+        if not local.all_tasks:
+            raise RecipeError(
+                f"{suite.folder} holds no task.",
+                allowed="YAML files with `task: NAME` as lm-evaluation-harness reads them",
+            )
+        names = list(suite.names) or local.all_subtasks
+        if set(names) <= set(local.all_tasks):
+            return local, names
+    every = TaskManager(include_path="." if suite.folder else None)
+    unknown = [name for name in suite.names if name not in every.task_index]
+    if unknown:
+        import difflib
+
+        close = difflib.get_close_matches(unknown[0], every.all_tasks, n=3, cutoff=0.6)
+        raise RecipeError(
+            f"There is no task {unknown[0]!r}.",
+            allowed="a task, group or tag of lm-evaluation-harness, or of the folder that "
+            "--tasks-path names",
+            fix=f"did you mean {' or '.join(close)}?" if close else None,
+        )
+    return every, list(suite.names)
+
+
+def _load_fault(names: Sequence[str], error: Exception) -> UserError:
+    reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+    fix = (
+        "check the network, or keep the data beside a task file of your own: dataset_path: json, "
+        "dataset_kwargs: {data_files: {test: FILE.jsonl}}, and --tasks-path FOLDER"
+    )
+    if isinstance(error, OSError):
+        return EnvironmentFault(f"The data of {', '.join(names)} cannot be read: {reason}", fix=fix)
+    return RecipeError(f"{', '.join(names)} cannot be loaded: {reason}", fix=fix)
+
+
+@contextlib.contextmanager
+def _inside(folder: Path | None) -> Iterator[None]:
+    """Stand in the folder of the task files: their relative paths mean files beside them."""
+    if folder is None:
+        yield
+        return
+    _require_folder(folder)
+    with contextlib.chdir(folder):
+        yield
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Deprecations and bars inside the harness are not ours to show: requests are counted here."""
+    from lm_eval.api import task
+
+    shown = task.tqdm
+    task.tqdm = functools.partial(shown, disable=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        task.tqdm = shown
+
+
+def _require_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise RecipeError(
+            f"--tasks-path {folder} is not a folder.",
+            allowed="a folder with task files (YAML) and their data",
+        )
+
+
+def _folder_digest(folder: Path | None) -> str | None:
+    """sha256 over names and contents of the files of a task folder."""
+    if folder is None:
+        return None
+    _require_folder(folder)
+    total = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        total.update(f"{path.relative_to(folder).as_posix()} {digest}\n".encode())
+    return total.hexdigest()
+
+
+# -- figures -----------------------------------------------------------------------------------
+
+
+def _task_result(found: Mapping[str, Any], name: str) -> _TaskResult:
+    """Pick one task out of the harness's answer, whose keys read `acc,none`, `acc_stderr,none`."""
+    row = found["results"][name]
+    metrics: dict[str, tuple[float, float | None]] = {}
+    for key, value in row.items():
+        metric, comma, kind = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        stderr = row.get(f"{metric}_stderr,{kind}")
+        label = metric if kind == "none" else key
+        metrics[label] = (float(value), _number(stderr))
+    samples = found["samples"][name]
+    return _TaskResult(
+        metrics=metrics,
+        documents=int(found["n-samples"][name]["effective"]),
+        by_document={metric: _by_document(samples, metric) for metric in metrics},
+    )
+
+
+def _by_document(samples: Sequence[Mapping[str, Any]], label: str) -> list[float]:
+    """A metric's value on each document, in order of documents; empty where it has no such."""
+    metric, _, kind = label.partition(",")
+    rows = [row for row in samples if row.get("filter", "none") == (kind or "none")]
+    values = [row.get(metric) for row in sorted(rows, key=lambda row: row["doc_id"])]
+    numbers = [float(value) for value in values if isinstance(value, int | float)]
+    return numbers if len(numbers) == len(values) else []
+
+
+def _figures(dense: _TaskResult, sparse: _TaskResult) -> dict[str, Any]:
+    """A task's entry in the report; `dense`, `sparse`, `stderr` and `n` are its fixed keys."""
+    every = {
+        metric: {
+            "dense": dense.metrics[metric][0],
+            "sparse": sparse.metrics[metric][0],
+            "dense_stderr": dense.metrics[metric][1],
+            "sparse_stderr": sparse.metrics[metric][1],
+            "difference_stderr": paired_stderr(
+                dense.by_document[metric], sparse.by_document[metric]
+            ),
+        }
+        for metric in dense.metrics
+    }
+    first = next(iter(every))
+    return {
+        **every[first],
+        "stderr": every[first]["sparse_stderr"],
+        "n": sparse.documents,
+        "metric": first,
+        "metrics": every,
+    }
+
+
+def paired_stderr(dense: Sequence[float], sparse: Sequence[float]) -> float | None:
+    """Standard error of the mean of `sparse - dense`; None for fewer than two pairs."""
+    if len(dense) != len(sparse) or len(dense) < 2:  # noqa: PLR2004 - one value has no spread
+        return None
+    differences = [after - before for before, after in zip(dense, sparse, strict=True)]
+    mean = math.fsum(differences) / len(differences)
+    squares = math.fsum((value - mean) ** 2 for value in differences)
+    return math.sqrt(squares / (len(differences) - 1) / len(differences))
+
+
+def _number(value: object) -> float | None:
+    """A standard error; the harness writes `N/A` where it has none."""
+    return float(value) if isinstance(value, int | float) else None
