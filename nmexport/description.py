@@ -16,6 +16,7 @@ from nmexport.pipeline import STAGES
 from nmexport.work_directory import RESOLVED, WorkDirectory
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     import onnx
@@ -57,11 +58,21 @@ def _work_directory(path: Path) -> dict[str, Any]:
         "kind": "work directory",
         "recipe": recipe.model_dump(mode="json", by_alias=True),
         "bytes": sum(manifest.bytes for manifest in manifests.values() if manifest),
-        "stages": [_stage_row(stage, manifest) for stage, manifest in manifests.items()],
+        "stages": _stage_rows(manifests),
     }
     if (path / "report.json").is_file():
         found["report"] = _report(path / "report.json")["report"]
     return found
+
+
+def _stage_rows(manifests: Mapping[str, Manifest | None]) -> list[dict[str, Any]]:
+    """The stages with their share of the time that all of them took."""
+    rows = [_stage_row(stage, manifest) for stage, manifest in manifests.items()]
+    total = sum(row["seconds"] or 0.0 for row in rows)
+    for row in rows:
+        known = row["seconds"] is not None and total > 0
+        row["share"] = round(row["seconds"] / total, 3) if known else None
+    return rows
 
 
 def _stage_row(stage: str, manifest: Manifest | None) -> dict[str, Any]:
@@ -100,6 +111,7 @@ def _artifact(path: Path) -> dict[str, Any]:
                 "name": layer.name,
                 "shape": f"{layer.in_features} x {layer.out_features}",
                 "pattern": layer.pattern,
+                "phase": layer.phase,
                 "criterion": layer.criterion,
                 "mitigations": list(layer.mitigations),
                 "grouping": layer.grouping,

@@ -15,6 +15,8 @@ from nmexport.errors import EnvironmentFault
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from nmexport.runtimes.tensorrt_library import TensorRTTarget
+
 
 COMPILERS = ("c++", "g++", "clang++")
 _REBUILD = "pip install --force-reinstall --no-deps nmexport (in a source tree: make native)"
@@ -91,19 +93,49 @@ def _native_library() -> list[Missing]:
     return [Missing(what=what, mend=mend, needed=False)]
 
 
-def _tensorrt(package: str) -> list[Missing]:
-    """Installing the package would not help yet, so it is not asked for."""
-    return [
-        Missing(
-            what=f"engine building for {package}, which this version of nmexport does not have",
-            mend="nmexport build --target onnxruntime; the ONNX file carries what TensorRT needs",
+def _tensorrt(target: TensorRTTarget) -> list[Missing]:
+    """What building an engine takes, then what running it takes."""
+    from nmexport.runtimes import tensorrt_library
+
+    needs = [
+        Missing(what=f"the package {package}", mend=f"pip install {package}")
+        for package, module in (
+            (target, target.replace("-", "_")),
+            ("polygraphy", "polygraphy"),
         )
+        if not is_installed(module)
     ]
+    if tensorrt_library.find_plugin() is None:
+        needs.append(Missing(what="the TensorRT plugin library", mend=tensorrt_library.MEND_PLUGIN))
+    if not tensorrt_library.gpu_is_usable():
+        builds_without = target == "tensorrt-rtx"
+        needs.append(
+            Missing(
+                what="an NVIDIA GPU with its driver"
+                + (" to run an engine; it is built without one" if builds_without else ""),
+                mend="--compute-capability names the GPU to build for"
+                if builds_without
+                else "a machine with one; here: --target tensorrt-rtx or onnxruntime",
+                needed=not builds_without,
+            )
+        )
+    elif not is_installed("cuda.bindings"):
+        needs.append(
+            Missing(
+                what="the package cuda-bindings, to run an engine",
+                mend="pip install cuda-bindings",
+                needed=False,
+            )
+        )
+    return needs
 
 
 def is_installed(module: str) -> bool:
     """Whether a module could be imported."""
-    return find_spec(module) is not None
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that would hold it
+        return False
 
 
 def compiler(names: Sequence[str] = COMPILERS) -> str | None:

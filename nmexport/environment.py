@@ -33,6 +33,7 @@ PACKAGES = (
     "onnxruntime-gpu",
     "onnxscript",
     "optimum-onnx",
+    "polygraphy",
     "safetensors",
     "tensorrt",
     "tensorrt-rtx",
@@ -97,6 +98,13 @@ def probe() -> Environment:
         packages=_package_versions(),
         gpus=_gpus(),
     )
+
+
+def device_name(environment: Environment, *, on_gpu: bool) -> str:
+    """What computes: the first GPU, or the processor."""
+    if on_gpu and environment.gpus:
+        return environment.gpus[0].name
+    return environment.cpu
 
 
 def physical_cores() -> int:

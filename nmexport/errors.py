@@ -9,7 +9,8 @@ NmexportError
 │   ├── CorpusError         calibration or evaluation text is missing, empty or too short
 │   ├── WorkDirectoryError  a work directory is locked, unwritable, full, or not ours
 │   ├── ArtifactError       an artifact is missing, corrupt or of another schema
-│   └── EnvironmentFault    something this machine lacks: a library, a compiler, a device
+│   ├── EnvironmentFault    something this machine lacks: a library, a compiler, a device
+│   └── RequestError        a request to the server is malformed, or over one of its limits
 ├── GateFailed              exit 3: everything ran, a threshold did not hold
 └── InternalError           exit 70: a bug of ours: traceback, and where to report it
 """
@@ -92,6 +93,10 @@ class ArtifactError(UserError):
 
 class EnvironmentFault(UserError):
     """Something this machine lacks: a library, a compiler, a device."""
+
+
+class RequestError(UserError):
+    """A request to the server is malformed, or over one of its limits."""
 
 
 class GateFailed(NmexportError):

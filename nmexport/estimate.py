@@ -25,11 +25,21 @@ _WORKING_BYTES = 4  # calibration and verification compute in float32
 _GGUF_BITS = 5  # a 4-bit GGUF keeps scales and some tensors wider
 _SMALL = 2_000_000  # statistics, reports, tokenizer files
 # Copies of the weights that are in memory at once: calibration holds the model; folding holds
-# the model and one folded shard; export the traced model and both graphs; verification the
-# torch model and both sessions.
-_COPIES = {"calibrate": 1.3, "fold": 2.0, "export": 3.5, "engine": 1.0, "verify": 3.5}
-# Copies of the weights that a stage writes: the folded linears; the sparse and dense ONNX.
-_WRITTEN = {"fold": 1.0, "export": 2.0}
+# the model and one folded shard; export a few matrices, and of a .gguf the model; verification
+# the torch model and both sessions.
+_COPIES = {
+    "calibrate": 1.3,
+    "fold": 2.0,
+    "export": 0.2,
+    "engine": 1.0,
+    "verify": 3.5,
+    "package": 1.0,
+}
+# Copies of the weights that a stage writes: the folded linears; the sparse and dense ONNX; what is
+# served.
+_WRITTEN = {"fold": 1.0, "export": 2.0, "package": 1.0}
+# A TensorRT engine: the parser's copy, the network's and the plan's; two plans are written.
+_TENSORRT_COPIES, _TENSORRT_PLANS = 3.0, 2.0
 _RUNTIME_BYTES = 700_000_000  # the interpreter with its libraries loaded
 
 
@@ -53,14 +63,23 @@ def estimate(recipe: Recipe, source: ModelSource, steps: Sequence[Step], work: P
     """What the steps that run will write to disk and hold in memory."""
     parameters = parameter_count(source)
     element = _ELEMENT_BYTES[recipe.model.dtype]
+    written = dict(_WRITTEN)
+    if not recipe.model.dense_baseline:
+        written["export"] -= 1.0
+    copies_of = dict(_COPIES)
+    if source.gguf_file is not None:
+        copies_of["export"] += 1.0
+    if recipe.target in {"tensorrt", "tensorrt-rtx"}:
+        written["engine"] = _TENSORRT_PLANS
+        copies_of["engine"] = _TENSORRT_COPIES
     sizes = {
         step.stage: step.bytes
         if step.bytes is not None
-        else int(_WRITTEN.get(step.stage, 0) * parameters * element) + _SMALL
+        else int(written.get(step.stage, 0) * parameters * element) + _SMALL
         for step in steps
     }
     runs = [step.stage for step in steps if step.action != "cached"]
-    copies = max((_COPIES.get(stage, 0.0) for stage in runs), default=0.0)
+    copies = max((copies_of.get(stage, 0.0) for stage in runs), default=0.0)
     holds = int(copies * parameters * _WORKING_BYTES)
     nearest = next(path for path in (work.absolute(), *work.absolute().parents) if path.exists())
     return Estimate(

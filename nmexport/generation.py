@@ -6,18 +6,15 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ArtifactError, UserError
+from nmexport.serving.sampling import Sampler
+from nmexport.serving.text import StopFilter, TextStream
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
-    import numpy as np
-    from numpy.typing import NDArray
-
     from nmexport.progress import Progress
     from nmexport.runtimes.session import Session
-
-_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 def generate(
@@ -56,13 +53,14 @@ def generate(
         EnvironmentFault: if the engine needs a native library that is missing here.
     """
     _check_options(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
-    from nmexport.runtimes.onnxruntime import OrtSession, read_engine
+    from nmexport.runtimes.onnxruntime import read_engine
+    from nmexport.runtimes.opening import open_session
 
     engine_folder = work / "engine" / "current"
     folder = read_engine(engine_folder).model.parent
     tokenizer = load_tokenizer(folder)
     prompt_ids = encode_prompt(tokenizer, prompt, chat=chat)
-    session = OrtSession.from_engine(engine_folder, dense=dense)
+    session = open_session(engine_folder, dense=dense)
     sampler = Sampler(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     ends = end_tokens(folder, tokenizer)
 
@@ -141,44 +139,6 @@ def end_tokens(folder: Path, tokenizer: Any) -> frozenset[int]:
     return frozenset(token for token in ends if isinstance(token, int))
 
 
-class Sampler:
-    """Chooses the next token from logits `[V]`."""
-
-    def __init__(
-        self, *, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int = 0
-    ) -> None:
-        """See `generate`."""
-        import numpy as np
-
-        self._temperature = temperature
-        self._top_p = top_p
-        self._top_k = top_k
-        self._rng = np.random.default_rng(seed)
-
-    def __call__(self, logits: NDArray[np.float32]) -> int:
-        """One token id."""
-        if self._temperature == 0:
-            return int(logits.argmax())
-        tokens, probabilities = self._candidates(logits)
-        return int(self._rng.choice(tokens, p=probabilities))
-
-    def _candidates(
-        self, logits: NDArray[np.float32]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Token ids that may be drawn, likeliest first, and their probabilities."""
-        import numpy as np
-
-        order = np.argsort(-logits, kind="stable")
-        order = order[: self._top_k] if self._top_k else order
-        scaled = logits[order].astype(np.float64) / self._temperature
-        probabilities = np.exp(scaled - scaled[0])
-        probabilities /= probabilities.sum()
-        # A token stays as long as those before it do not hold top_p yet: the first always does.
-        before = np.cumsum(probabilities) - probabilities
-        kept = probabilities[before < self._top_p]
-        return order[: kept.size], kept / kept.sum()
-
-
 def continuation(
     session: Session,
     prompt: Sequence[int],
@@ -201,53 +161,31 @@ def continuation(
 
 
 def text_pieces(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
-    """Text of tokens as they come, never half a character.
+    """Text of tokens as they come, never half a character; see `TextStream`."""
 
-    A character may take several tokens, and a token's text may depend on the one before it (a
-    leading space): so a window of tokens is decoded with and without the new ones, and the
-    difference is given out once it ends in a whole character.
-    """
-    seen: list[int] = []
-    start, given = 0, 0  # the window begins at `start`; text up to token `given` is out
-
-    def decoded(end: int | None = None) -> str:
-        text: str = tokenizer.decode(seen[start:end], skip_special_tokens=True)
+    def decoded(ids: Sequence[int]) -> str:
+        text: str = tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
-    for token in tokens:
-        seen.append(token)
-        before, now = decoded(given), decoded()
-        if len(now) > len(before) and not now.endswith(_INCOMPLETE):
-            yield now[len(before) :]
-            start, given = given, len(seen)
-    rest = decoded()[len(decoded(given)) :]
-    if rest:  # the text ends inside a character, or really with a replacement character
+    stream = TextStream(decoded)
+    yield from (piece for piece in map(stream.push, tokens) if piece)
+    rest = stream.flush()
+    if rest:
         yield rest
 
 
 def until_stop(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
     """Pieces up to the first of the stop texts; what might begin one is held back."""
-    stops = [text for text in stop if text]
-    held = ""
+    kept = StopFilter(stop)
     for piece in pieces:
-        held += piece
-        found = [at for at in (held.find(text) for text in stops) if at >= 0]
-        if found:
-            if held[: min(found)]:
-                yield held[: min(found)]
+        given = kept.push(piece)
+        if given:
+            yield given
+        if kept.stopped:
             return
-        safe = len(held) - max((_overlap(held, text) for text in stops), default=0)
-        if safe:
-            yield held[:safe]
-            held = held[safe:]
-    if held:
-        yield held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    longest = min(len(text), len(stop) - 1)
-    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
+    rest = kept.flush()
+    if rest:
+        yield rest
 
 
 def bench_engines(
@@ -282,14 +220,14 @@ def bench_engines(
     """
     import numpy as np
 
-    from nmexport.environment import probe
-    from nmexport.runtimes.onnxruntime import OrtSession
+    from nmexport.environment import device_name, probe
+    from nmexport.runtimes.opening import open_session
     from nmexport.verification import latency
 
     engine = work / "engine" / "current"
     with (
-        OrtSession.from_engine(engine, dense=True) as dense,
-        OrtSession.from_engine(engine) as sparse,
+        open_session(engine, dense=True, elsewhere=True) as dense,
+        open_session(engine, elsewhere=True) as sparse,
     ):
         rng = np.random.default_rng(seed)
         return latency.compare(
@@ -299,6 +237,6 @@ def bench_engines(
             context=rng.integers(sparse.vocabulary_size, size=(batch, decode_context)),
             runs=runs,
             warmup=warmup,
-            device=probe().cpu,
+            device=device_name(probe(), on_gpu=sparse.threads is None),
             progress=progress,
         )

@@ -10,12 +10,15 @@ from nmexport.errors import ArtifactError
 from nmexport.sparsity.pattern import NMPattern
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 SCHEMA = 1
 FILENAME = "layers.json"
 
 Phases = Literal["all", "prefill", "decode"]
+ModelPhases = Literal["all", "prefill", "decode", "mixed"]
+"""Of a whole model: `mixed` where its linears differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +45,24 @@ class LayerSpec:
     has_bias: bool = False
     """The dense linear has a bias of its own."""
     relative_error: float | None = None
-    """Calibrated `||y_sparse - y_dense|| / ||y_dense||` on the dense model's activations."""
+    """Calibrated `||y_sparse - y_dense|| / ||y_dense||` on the dense model's activations, before
+    anything is learned."""
+    gap_closed: float | None = None
+    """Of the score energy that consecutive groups drop beyond unstructured selection of as many
+    channels, the share that this linear's order saves; 1 is unstructured. None was not measured."""
+    remainder_rank: int | None = None
+    """Rank of the low-rank product beside the op (`r-sparse`)."""
 
     @property
     def nm(self) -> NMPattern:
         """The parsed pattern."""
         return NMPattern.parse(self.pattern)
+
+
+def model_phases(layers: Iterable[LayerSpec]) -> ModelPhases:
+    """When a model is sparse, by when its linears are."""
+    found = {layer.phase for layer in layers}
+    return found.pop() if len(found) == 1 else "mixed"
 
 
 def write_layers(folder: Path, layers: list[LayerSpec]) -> None:

@@ -35,6 +35,7 @@ PHASES: tuple[Phase, ...] = ("all", "prefill", "decode")
 VARIANCE_FLOOR = 1e-12
 FLOAT32_RTOL_PER_SQRT_K = 1e-5
 HALF_ULPS = 2
+SCALE_GROUP = 16
 TYPES: tuple[np.dtype[Any], ...] = (
     np.dtype(np.float32),
     np.dtype(np.float16),
@@ -138,6 +139,7 @@ def nm_linear(
     shift_weight: _Array | None = None,
     score_scale: _Array | None = None,
     channel_order: _Array | None = None,
+    weight_scale: _Array | None = None,
     dynamic_shift: bool = False,
     variance_correction: bool = False,
     phase: Phase = "all",
@@ -153,6 +155,7 @@ def nm_linear(
         shift_weight=shift_weight,
         score_scale=score_scale,
         channel_order=channel_order,
+        weight_scale=weight_scale,
         dynamic_shift=dynamic_shift,
         variance_correction=variance_correction,
         phase=phase,
@@ -170,6 +173,7 @@ def reference(
     shift_weight: _Array | None = None,
     score_scale: _Array | None = None,
     channel_order: _Array | None = None,
+    weight_scale: _Array | None = None,
     dynamic_shift: bool = False,
     variance_correction: bool = False,
     phase: Phase = "all",
@@ -178,7 +182,7 @@ def reference(
 
     Args:
         x: `[..., K] T`.
-        w: `[K, O] T`, in_features first.
+        w: `[K, O] T`, in_features first; or int8, with `weight_scale`.
         n: How many channels of a group are kept.
         m: Channels in a group.
         bias: `[O] T`.
@@ -186,6 +190,8 @@ def reference(
         shift_weight: `[O] float32`, what a unit of dynamic shift adds back; needed by it.
         score_scale: `[K] float32`.
         channel_order: `[K]`, a permutation.
+        weight_scale: `[G, O] float32` of an int8 w: `w[k, o]` stands for
+            `w[k, o] * weight_scale[k // (K / G), o]`. G is 1, or K / G a multiple of 16.
         dynamic_shift: Subtract each token's own mean.
         variance_correction: Scale the product so that the token's variance is kept.
         phase: Which tokens are sparsified: `decode` those of sequences of length 1, `prefill`
@@ -197,7 +203,8 @@ def reference(
     """
     _check_input(x, n, m)
     _check_linear(x, w, bias, shift, shift_weight, dynamic_shift=dynamic_shift, phase=phase)
-    x64, w64 = x.astype(np.float64), w.astype(np.float64)
+    _check_scales(w, weight_scale)
+    x64, w64 = x.astype(np.float64), _scaled_weights(w, weight_scale)
 
     with np.errstate(over="ignore", invalid="ignore"):
         eta: _Float64 = np.zeros(1)
@@ -334,6 +341,29 @@ def _check_order(channel_order: _Array | None, in_features: int) -> NDArray[np.i
     return channel_order.astype(np.intp)
 
 
+def _scaled_weights(w: _Array, weight_scale: _Array | None) -> _Float64:
+    """What W stands for, `[K, O]`."""
+    wide: _Float64 = w.astype(np.float64)
+    if weight_scale is None:
+        return wide
+    return wide * np.repeat(weight_scale.astype(np.float64), len(w) // len(weight_scale), axis=0)
+
+
+def _check_scales(w: _Array, weight_scale: _Array | None) -> None:
+    if (weight_scale is None) != (w.dtype != np.int8):
+        raise ValueError(f"W is {w.dtype}; an int8 W needs weight_scale, and no other takes one")
+    if weight_scale is None:
+        return
+    in_features, out_features = w.shape
+    groups = len(weight_scale)
+    _check_vector("weight_scale", weight_scale, (groups, out_features), np.dtype(np.float32))
+    if groups != 1 and (in_features % groups or in_features // groups % SCALE_GROUP):
+        raise ValueError(
+            f"weight_scale has {groups} groups for {in_features} channels; a group has all of "
+            f"them or a multiple of {SCALE_GROUP}"
+        )
+
+
 def _check_linear(
     x: _Array,
     w: _Array,
@@ -345,7 +375,7 @@ def _check_linear(
     phase: str,
 ) -> None:
     in_features = x.shape[-1]
-    if w.ndim != 2 or w.shape[0] != in_features or w.dtype != x.dtype:  # noqa: PLR2004
+    if w.ndim != 2 or w.shape[0] != in_features or w.dtype not in (x.dtype, np.int8):  # noqa: PLR2004
         raise ValueError(f"W is {w.dtype} {list(w.shape)}; it must be {x.dtype} [{in_features}, O]")
     out_features = w.shape[1]
     float32 = np.dtype(np.float32)

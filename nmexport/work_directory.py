@@ -3,6 +3,7 @@
 <work>/resolved.yaml            the recipe of the last run
 <work>/<stage>/<key12>/         a finished artifact: its manifest.json was written last
 <work>/<stage>/<key12>.partial-<pid>    one being written; nothing ever loads it
+<work>/<stage>/<key12>.resume   where a killed run of it goes on from
 <work>/<stage>/current          link to the artifact in use
 <work>/report.{json,md,html}    copies of the last verification
 """
@@ -188,6 +189,15 @@ class WorkDirectory:
         finished = self.folder(stage, key)
         return finished.with_name(f"{finished.name}.partial-{os.getpid()}")
 
+    def resume_path(self, stage: str, key: str) -> Path:
+        """Where long work of this key saves what a later run goes on from."""
+        finished = self.folder(stage, key)
+        return finished.with_name(f"{finished.name}.resume")
+
+    def forget_resume(self, stage: str, key: str) -> None:
+        """Remove what no later run needs, once the artifact is complete."""
+        shutil.rmtree(self.resume_path(stage, key), ignore_errors=True)
+
     def commit(self, partial: Path, manifest: Manifest) -> Path:
         """Write the manifest, last, and move the folder to its place.
 
@@ -217,6 +227,17 @@ class WorkDirectory:
             beside.unlink(missing_ok=True)
             beside.symlink_to(target, target_is_directory=True)
             beside.replace(link)
+
+    def discard(self, stage: str, key: str) -> None:
+        """Remove a finished artifact that nothing will read again; the caller holds the lock."""
+        folder = self.folder(stage, key)
+        aside = folder.with_name(f"{folder.name}.old-{os.getpid()}")
+        if folder.exists():
+            link = folder.parent / CURRENT
+            if link.is_symlink() and link.readlink() == Path(folder.name):
+                link.unlink()
+            folder.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
     def publish_reports(self) -> None:
         """Copy the reports of the verification in use to the top."""

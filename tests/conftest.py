@@ -18,3 +18,11 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny-llama")
     save_tiny_model(folder, "llama")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_export(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the tiny Llama exported, with all that a package takes from there."""
+    from tests.served import save_export
+
+    return save_export(tiny_llama, tmp_path_factory.mktemp("tiny-export") / "model")

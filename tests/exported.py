@@ -18,7 +18,7 @@ from nmexport.stages.export import write_models
 from torch import nn
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from transformers import PreTrainedModel
@@ -78,14 +78,19 @@ def export_folder(
     output: Path,
     *,
     behaviour: Behaviour | None = None,
-    constants: Constants | None = None,
+    constants: Constants | Callable[[torch.nn.Linear], Constants] | None = None,
     dtype: str = "float32",
 ) -> Exported:
-    """Export a model folder, every linear folded the same way."""
+    """Export a model folder, every linear folded the same way, or with constants of its own."""
     behaviour = behaviour or Behaviour(pattern=PATTERN)
     dense, sparse = load(source, dtype), load(source, dtype)
     folded: dict[str, Mapping[str, torch.Tensor]] = {
-        name: fold(linear, behaviour, constants or Constants(), dtype=dense.dtype)
+        name: fold(
+            linear,
+            behaviour,
+            constants(linear) if callable(constants) else constants or Constants(),
+            dtype=dense.dtype,
+        )
         for name, linear in linears_of(dense).items()
     }
     write_models(dense, specs_of(dense, behaviour), folded.__getitem__, output)

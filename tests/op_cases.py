@@ -32,8 +32,18 @@ _ONNX_TYPES = {
     FLOAT16: onnx.TensorProto.FLOAT16,
     BFLOAT16: onnx.TensorProto.BFLOAT16,
     np.dtype(np.int32): onnx.TensorProto.INT32,
+    np.dtype(np.int8): onnx.TensorProto.INT8,
 }
-_LINEAR_INPUTS = ("X", "W", "bias", "shift", "shift_weight", "score_scale", "channel_order")
+_LINEAR_INPUTS = (
+    "X",
+    "W",
+    "bias",
+    "shift",
+    "shift_weight",
+    "score_scale",
+    "channel_order",
+    "weight_scale",
+)
 _PRUNE_INPUTS = ("X", "score_scale", "channel_order")
 
 
@@ -92,10 +102,11 @@ def linear_case(
     out_features: int = 24,
     dtype: np.dtype[Any] = FLOAT32,
     optional: tuple[str, ...] = (),
+    scale_groups: int = 0,
     seed: int = 0,
     **attributes: Any,
 ) -> LinearCase:
-    """A random call with the optional inputs named."""
+    """A random call with the optional inputs named; with scale groups, of int8 weights."""
     rng = np.random.default_rng(seed)
     in_features = shape[-1]
     w = (rng.standard_normal((in_features, out_features)) / np.sqrt(in_features)).astype(dtype)
@@ -106,10 +117,15 @@ def linear_case(
         "score_scale": np.exp(rng.standard_normal(in_features)).astype(np.float32),
         "channel_order": rng.permutation(in_features).astype(np.int32),
     }
+    arrays = {"W": w, **{name: made[name] for name in optional}}
+    if scale_groups:
+        arrays["W"] = rng.integers(-127, 128, w.shape).astype(np.int8)
+        scales = np.exp(rng.standard_normal((scale_groups, out_features))) / 127
+        arrays["weight_scale"] = (scales / np.sqrt(in_features)).astype(np.float32)
     return LinearCase(
         x=random_activations(rng, shape, dtype) + np.array(0.5, dtype=dtype),
         attributes={"n": 8, "m": 16, **attributes},
-        arrays={"W": w, **{name: made[name] for name in optional}},
+        arrays=arrays,
     )
 
 

@@ -10,7 +10,7 @@ from nmexport.layers import LayerSpec
 from nmexport.models.source import ModelSource
 from nmexport.progress import Silent
 from nmexport.recipe import GatesSection, ModelSection, Recipe, SparsitySection
-from nmexport.verification import audit, continuation, latency, op_parity, parity
+from nmexport.verification import audit, continuation, latency, op_parity, parity, report_learning
 from nmexport.verification.accuracy import protocol
 from nmexport.verification.memory import PROTOCOL as MEMORY_PROTOCOL
 from nmexport.verification.report import assemble, judge
@@ -36,6 +36,20 @@ ENVIRONMENT = Environment(
 )
 
 
+def _calibration(specs: list[Any]) -> dict[str, Any]:
+    """A loss that falls, orders that help by layer."""
+    learned = [0.6 * 0.99**step + 0.02 * (step % 7) for step in range(120)]
+    held_out = [(step, 0.62 * 0.992**step) for step in range(0, 121, 15)]
+    layers = [
+        {"name": spec.name, "gap_closed": 0.3 + 0.004 * place} for place, spec in enumerate(specs)
+    ]
+    learning = {
+        "settings": {"steps": 120, "batch": 4, "length": 256},
+        "curve": {"learned": learned, "held_out": held_out},
+    }
+    return report_learning.section(learning, layers)
+
+
 def sample_report(
     folder: Path, *, layers: int = 30, native: bool = True, recipe: Recipe = RECIPE
 ) -> dict[str, Any]:
@@ -54,6 +68,7 @@ def sample_report(
         environment=ENVIRONMENT,
         sparsity={"linears": 7 * layers + 1, **_sparsity(specs, rng)},
         accuracy=_accuracy(rng),
+        calibration=_calibration(specs),
         parity=_parity(native=native),
         latency=_latency(rng),
         memory={
@@ -92,6 +107,19 @@ def _sparsity(layers: list[LayerSpec], rng: np.random.Generator) -> dict[str, An
     return audit.sparsity(layers, kept, {**errors, layers[3].name: None})
 
 
+def _task(metric: str, dense: float, sparse: float) -> dict[str, Any]:
+    error = None if metric == "bits" else 0.02
+    figures = {
+        "dense": dense,
+        "sparse": sparse,
+        "dense_stderr": error,
+        "sparse_stderr": error,
+        "difference_stderr": error and error / 2,
+    }
+    more = {"stderr": error, "n": 1200, "metric": metric, "metrics": {metric: figures}}
+    return {**figures, **more}
+
+
 def _accuracy(rng: np.random.Generator) -> dict[str, Any]:
     sides = {
         "dense": {"perplexity": 29.61, "nll_mean": 3.388, "window_nll_mean": [3.3, 3.4]},
@@ -117,7 +145,25 @@ def _accuracy(rng: np.random.Generator) -> dict[str, Any]:
         "kl_mean": 0.7123,
         "top1_agreement": 0.6124,
         "continuation": told,
-        "tasks": {},
+        "second_half": {
+            "tokens": 4080,
+            "dense": {"perplexity": 24.9},
+            "sparse": {"perplexity": 48.2},
+            "perplexity_ratio": 1.936,
+            "perplexity_ratio_stderr": 0.02,
+        },
+        "decode_only": {
+            "tokens": 4080,
+            "windows": 16,
+            **sides,
+            "perplexity_ratio": 1.612,
+            "perplexity_ratio_stderr": 0.02,
+            "kl_mean": 0.412,
+            "top1_agreement": 0.701,
+            "protocol": "",
+        },
+        "tasks": {"local_choice": _task("acc", 0.52, 0.47), "texts": _task("bits", 1.2, 1.4)},
+        "tasks_protocol": "Both models answer the same requests.",
         "protocol": protocol("all"),
     }
 
@@ -163,6 +209,7 @@ class Paced:
     """A session that takes no time; `samples` replace what was timed."""
 
     threads = 2
+    runtime = "onnxruntime 1.32"
     state = None
     vocabulary_size = 8
 

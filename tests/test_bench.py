@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from nmexport.bench import Timing, bench_kernels, interleave
 from nmexport.errors import RecipeError
@@ -15,14 +16,14 @@ needs_library = pytest.mark.skipif(
 )
 
 
-def test_sides_take_turns_after_one_unmeasured_run_each():
+def test_sides_take_turns_and_who_begins_moves_on():
     calls: list[str] = []
     durations = interleave(
         {"matmul": lambda: calls.append("a"), "sparse": lambda: calls.append("b")},
         seconds=0.0,
         min_runs=3,
     )
-    assert "".join(calls) == "ab" * 4
+    assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
     assert [len(values) for values in durations.values()] == [3, 3]
 
 
@@ -33,11 +34,13 @@ def test_timing_is_quantiles():
 
 @needs_library
 @pytest.mark.parametrize("grouped", [False, True])
-def test_result_is_json_with_a_row_for_each_shape_and_token_count(grouped: bool):
+def test_result_is_json_with_a_row_for_each_shape_thread_and_token_count(grouped: bool):
     outcome = bench_kernels(
         [(32, 48), (64, 16)],
         [1, 3],
+        threads=[1, 2],
         pattern=NMPattern(2, 4),
+        dtypes=("float32", "bfloat16", "int8"),
         grouped=grouped,
         seconds=0.0,
         min_runs=3,
@@ -45,26 +48,40 @@ def test_result_is_json_with_a_row_for_each_shape_and_token_count(grouped: bool)
     )
     assert json.loads(json.dumps(outcome)) == outcome
     rows = outcome["results"]
-    assert [(r["in_features"], r["out_features"], r["tokens"]) for r in rows] == [
-        (32, 48, 1),
-        (32, 48, 3),
-        (64, 16, 1),
-        (64, 16, 3),
+    assert [(r["in_features"], r["out_features"], r["threads"], r["tokens"]) for r in rows] == [
+        (k, o, threads, tokens)
+        for k, o in ((32, 48), (64, 16))
+        for threads in (1, 2)
+        for tokens in (1, 3)
     ]
+    ours = {f"{kind}_{t}" for kind in ("dense", "sparse") for t in ("float32", "bfloat16", "int8")}
     for row in rows:
         assert row["runs"] == 3
-        assert row["ratio"] == pytest.approx(
-            row["matmul"]["median_us"] / row["sparse"]["median_us"]
-        )
-        assert row["kept_gb_per_s"] > 0
+        assert set(row["sides"]) == {*ours, "matmul", "nbits8", "nbits4", "select", "read"}
+        medians = {side: timing["median_us"] for side, timing in row["sides"].items()}
+        dense = min(medians["matmul"], medians["dense_float32"])
+        assert row["float32"]["ratio"] == pytest.approx(dense / medians["sparse_float32"])
+        assert row["int8"]["ratio"] == pytest.approx(medians["dense_int8"] / medians["sparse_int8"])
+        kept = row["in_features"] * row["out_features"] / 2 / medians["sparse_int8"] / 1e3
+        assert row["int8"]["kept_gb_per_s"] == pytest.approx(kept)
+        assert row["read_gb_per_s"] > 0
 
 
 @needs_library
 def test_rotation_holds_more_weights_than_asked_bytes():
     outcome = bench_kernels(
-        [(16, 16)], [1], dtype="float16", seconds=0.0, min_runs=1, rotated_bytes=5 * 512
+        [(16, 16)], [1], dtypes=["float16"], seconds=0.0, min_runs=1, rotated_bytes=5 * 512
     )
-    assert outcome["results"][0]["weights"] == 6
+    row = outcome["results"][0]
+    assert row["weights"] == 6
+    assert "nbits4" not in row["sides"], "16 channels hold no group of 32"
+
+
+@needs_library
+def test_reading_reads_everything():
+    words = np.arange(1, 1025, dtype=np.uint64)
+    found = native.read_memory(native.require_library(), words.ctypes.data, words.nbytes)
+    assert found == np.bitwise_xor.reduce(words)
 
 
 def test_a_shape_that_does_not_fit_the_pattern_is_refused():
@@ -75,3 +92,5 @@ def test_a_shape_that_does_not_fit_the_pattern_is_refused():
 def test_no_tokens_are_refused():
     with pytest.raises(RecipeError, match="1 or more"):
         bench_kernels([(16, 8)], [0])
+    with pytest.raises(RecipeError, match="1 or more"):
+        bench_kernels([(16, 8)], [1], threads=[0])

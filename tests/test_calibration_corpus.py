@@ -51,7 +51,8 @@ def ids_of(tokenizer: Any, text: str) -> list[int]:
 
 
 def section(corpus: object, samples: int = 4, length: int = 16) -> CorpusSection:
-    return CorpusSection(corpus=str(corpus), samples=samples, length=length)
+    return CorpusSection(corpus=str(corpus), samples=samples, length=length,
+                         self_share=0.0, learning_samples=0)  # fmt: skip
 
 
 def evaluation(corpus: object, windows: int = 4, length: int = 16) -> EvaluationSection:
@@ -69,19 +70,49 @@ def test_evaluation_takes_the_first_windows_of_the_text_as_it_stands(
 def test_calibration_draws_windows_without_replacement_by_seed(
     tokenizer: Any, text_file: Path
 ) -> None:
-    first = load_samples(section(text_file, 9), tokenizer, never, seed=0)
-    again = load_samples(section(text_file, 9), tokenizer, never, seed=0)
-    other = load_samples(section(text_file, 9), tokenizer, never, seed=1)
+    first = load_samples(section(text_file, 9), tokenizer, never, seed=0).corpus
+    again = load_samples(section(text_file, 9), tokenizer, never, seed=0).corpus
+    other = load_samples(section(text_file, 9), tokenizer, never, seed=1).corpus
     assert first.shape == (9, 16)
     assert len({tuple(row) for row in first.tolist()}) == 9
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
 
 
+def test_the_model_writes_its_share_and_learning_gets_what_is_left(
+    tokenizer: Any, text_file: Path
+) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def write(samples: int, length: int, seed: int) -> NDArray[np.int64]:
+        del seed
+        asked.append((samples, length))
+        return np.full((samples, length), 7)
+
+    shared = section(text_file, 9).model_copy(update={"self_share": 0.4, "learning_samples": 3})
+    loaded = load_samples(shared, tokenizer, write, seed=0)
+    assert asked == [(4, 16)]
+    assert (loaded.corpus.shape, loaded.written.shape) == ((5, 16), (4, 16))
+    alone = load_samples(section(text_file, 8), tokenizer, never, seed=0).corpus
+    np.testing.assert_array_equal(np.concatenate([loaded.corpus, loaded.further]), alone)
+    everything = shared.model_copy(update={"learning_samples": 10_000})
+    further = load_samples(everything, tokenizer, write, seed=0).further
+    assert len(further) == len(ids_of(tokenizer, TEXT)) // 16 - 5
+
+
+def test_a_corpus_that_is_too_short_is_refused_before_the_model_writes(
+    tokenizer: Any, text_file: Path
+) -> None:
+    shared = section(text_file, 10_000).model_copy(update={"self_share": 0.5})
+    with pytest.raises(CorpusError, match="5000 are needed"):
+        load_samples(shared, tokenizer, never, seed=0)
+
+
 def test_calibration_leaves_reserved_tokens_to_evaluation(tokenizer: Any, text_file: Path) -> None:
     total = len(ids_of(tokenizer, TEXT))
     count = (total - 160) // 16
-    drawn = load_samples(section(text_file, count), tokenizer, never, seed=0, reserved_tokens=160)
+    loaded = load_samples(section(text_file, count), tokenizer, never, seed=0, reserved_tokens=160)
+    drawn = loaded.corpus
     used = evaluation_windows(evaluation(text_file, 10), tokenizer, never, seed=0)
     assert not {tuple(row) for row in drawn.tolist()} & {tuple(row) for row in used.tolist()}
     with pytest.raises(CorpusError, match="evaluation uses the first 160"):

@@ -153,7 +153,8 @@ def test_passes_see_what_the_linears_are_given_and_leave_no_hooks(tiny_llama: Pa
         )
     behaviour = Behaviour(pattern=NMPattern(8, 16))
     constants = dict.fromkeys(linears, Constants())
-    errors = gather_errors(model, linears, constants, behaviour, samples, progress=Silent())
+    behaviours = dict.fromkeys(linears, behaviour)
+    errors = gather_errors(model, linears, constants, behaviours, samples, progress=Silent())
     assert all(0 < (one.relative_error() or 0) < 1 for one in errors.values())
     assert all(
         not linear._forward_pre_hooks and not linear._forward_hooks for linear in linears.values()

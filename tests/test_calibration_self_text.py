@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from nmexport.calibration import self_text as module
-from nmexport.calibration.self_text import self_text
+from nmexport.calibration.self_text import self_text, several_kinds
 from nmexport.errors import ModelError
 from nmexport.progress import Silent
 
@@ -78,3 +78,40 @@ def test_a_broken_model_is_refused(model: Any, tokenizer: Any) -> None:
         model.lm_head.weight.fill_(torch.nan)
     with pytest.raises(ModelError, match="not finite"):
         self_text(model, tokenizer, progress=Silent())(1, 8, 0)
+
+
+CHAT = "{% for message in messages %}<s>{{ message.role }}:{{ message.content }}</s>{% endfor %}"
+
+
+def test_several_kinds_begin_as_they_should_and_chats_take_turns(
+    model: Any, tokenizer: Any
+) -> None:
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    # Every word ends a turn, so that a chat is nothing but turns.
+    model.generation_config.eos_token_id = list(range(2, len(tokenizer)))
+    talking = type(tokenizer).from_pretrained(tokenizer.name_or_path)
+    talking.chat_template = CHAT
+    kinds = several_kinds(talking)
+    assert [kind.name for kind in kinds[:3]] == ["plain", "chat", "code"]
+    assert len({kind.start for kind in kinds if kind.name == "code"}) == 4
+    ids = self_text(model, talking, progress=Silent(), kinds=kinds)(3, 60, 0).tolist()
+
+    def text_of(part: str) -> list[int]:
+        return list(talking(part, add_special_tokens=False).input_ids)
+
+    chat, code = ids[1], ids[2]
+    whole = text_of("<s>user:") + (text_of("</s><s>assistant:") + text_of("</s><s>user:")) * 10
+    assert chat == whole[:60]
+    begun = text_of("```python\nimport")
+    assert code[: len(begun)] == begun
+    assert ids[0][0] not in talking.all_special_ids
+
+
+def test_without_a_template_there_is_no_chat(tokenizer: Any) -> None:
+    assert {kind.name for kind in several_kinds(tokenizer)} == {"plain", "code"}
+    broken = type(tokenizer).from_pretrained(tokenizer.name_or_path)
+    broken.chat_template = "{{ raise_exception('system first') }}"
+    assert {kind.name for kind in several_kinds(broken)} == {"plain", "code"}
+    broken.chat_template = "{% for message in messages %}{{ message.role }}{% endfor %}"
+    assert {kind.name for kind in several_kinds(broken)} == {"plain", "code"}

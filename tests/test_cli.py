@@ -114,7 +114,11 @@ def test_verbs_are_pinned() -> None:
         "package",
         "gate",
         "bench",
+        "sweep",
+        "evaluate",
         "generate",
+        "serve",
+        "client",
         "inspect",
         "diff",
         "recipes",
@@ -186,8 +190,12 @@ def test_every_option_reaches_its_key() -> None:
     built = recipe_of(
         *("--model", "a/b", "--revision", "main", "--pattern", "2:4", "--criterion", "wina"),
         *("--mitigation", "d-pts", "--mitigation", "var", "--grouping", "consecutive"),
+        *("--effort", "fast"),
         *("--targets", "*.mlp.*", "--targets", "!layer:0-1", "--phases", "decode"),
         *("--calib", "c.txt", "--calib-samples", "3", "--calib-length", "33"),
+        *("--calib-self-share", "0.25", "--offload", "layerwise"),
+        *("--tasks", "a,b", "--tasks", "c", "--tasks-path", "suite"),
+        *("--task-limit", "7", "--task-fewshot", "2"),
         *("--eval-data", "e.jsonl", "--eval-windows", "5", "--eval-length", "55", "--seed", "9"),
         *("--dtype", "bfloat16", "--target", "onnxruntime", "--trust-remote-code"),
     )
@@ -197,7 +205,9 @@ def test_every_option_reaches_its_key() -> None:
         "revision": "main",
         "trust_remote_code": True,
         "dtype": "bfloat16",
+        "weights": "float",
         "package": None,
+        "dense_baseline": True,
     }
     assert document["sparsity"] == {
         "pattern": "2:4",
@@ -206,8 +216,21 @@ def test_every_option_reaches_its_key() -> None:
         "grouping": "consecutive",
         "phases": "decode",
         "targets": {"include": ["*.mlp.*"], "exclude": ["lm_head", "layer:0-1"]},
+        "effort": "fast",
+        "rank": 32,
+        "remainder": 0.05,
     }
-    assert document["calibration"] == {"corpus": "c.txt", "samples": 3, "length": 33}
+    assert document["calibration"] == {
+        "corpus": "c.txt",
+        "samples": 3,
+        "length": 33,
+        "self_share": 0.25,
+        "learning_samples": 384,
+        "offload": "layerwise",
+    }
+    assert built.evaluation.tasks == ("a", "b", "c")
+    assert (built.evaluation.tasks_path, built.evaluation.task_limit) == ("suite", 7)
+    assert built.evaluation.task_fewshot == 2
     assert (built.evaluation.corpus, built.evaluation.windows, built.evaluation.length) == (
         "e.jsonl",
         5,
@@ -357,7 +380,7 @@ def test_each_failure_has_its_code(fakes: dict[str, Any], error: BaseException, 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_end_with_130_and_leave_nothing(tmp_path: Path, number: signal.Signals) -> None:
     code = f"""
-import os, sys, threading, time
+import os, signal, sys, threading, time
 from pathlib import Path
 from nmexport.cli.main import cli
 from nmexport.cli.options import Request
@@ -369,6 +392,8 @@ def strike():
     while not list(Path({str(tmp_path / "w")!r}).glob("export/*.partial-*/deep/part.bin")):
         time.sleep(0.01)
     os.kill(os.getpid(), {int(number)})
+# A suite that runs in the background has SIGINT ignored, and so would this process.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 threading.Thread(target=strike, daemon=True).start()
 cli(["build", "--model", "some/model"])
 """
@@ -487,17 +512,24 @@ def test_bench_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def bench_kernels(shapes: Any, tokens: Any, **options: Any) -> dict[str, Any]:
         asked.update(shapes=shapes, tokens=tokens, **options)
-        sides = {side: {"median_us": 8.5} for side in ("matmul", "own_dense", "sparse")}
-        size = {"in_features": 32, "out_features": 64, "tokens": 1, "runs": 9}
-        settings = dict.fromkeys(("runtime", "variant", "threads", "pattern", "dtype"), "x")
-        return {**settings, "results": [{**size, **sides, "ratio": 1.75, "kept_gb_per_s": 20.0}]}
+        sides = {side: {"median_us": 8.5} for side in ("matmul", "dense_int8", "sparse_int8")}
+        size = {"in_features": 32, "out_features": 64, "tokens": 1, "threads": 1, "runs": 9}
+        own = {"ratio": 1.75, "kept_gb_per_s": 20.0, "share_of_read": 0.5}
+        row = {**size, "sides": sides, "selection_share": 0.03}
+        settings = dict.fromkeys(("runtime", "variant", "pattern"), "x")
+        return {**settings, "results": [{**row, **dict.fromkeys(options["dtypes"], own)}]}
 
     monkeypatch.setattr("nmexport.bench.bench_kernels", bench_kernels)
     assert "1.75" in run("bench", "kernels", "--shape", "32x64", "--tokens", "1").stdout
     assert (asked["shapes"], asked["tokens"]) == ([(32, 64)], (1,))
     assert str(asked["pattern"]) == "8:16"
-    assert json.loads(run("bench", "kernels", "--json").stdout)["results"][0]["ratio"] == 1.75
-    assert asked["shapes"][0] == (576, 576)
+    options = ("--dtype", "int8", "--threads", "2", "--llm")
+    row = json.loads(run("bench", "kernels", *options, "--json").stdout)["results"][0]
+    assert row["int8"]["ratio"] == 1.75
+    assert (asked["shapes"][0], asked["threads"]) == ((4096, 6144), (2,))
+    assert "50%" in run("bench", "kernels", *options).stdout
+    run("bench", "kernels")
+    assert asked["shapes"][0] == (576, 960)
     assert "such as 576x1536" in run("bench", "kernels", "--shape", "32", code=1).stderr
     assert "17:16" in run("bench", "kernels", "--pattern", "17:16", code=1).stderr
 
@@ -600,7 +632,7 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch, library: NativeLibrary, says: s
     shown = run("doctor").stdout
     assert says in shown
     assert "target onnxruntime: works" in shown
-    assert ("would be faster with" in shown) == (library.why_missing is not None)
+    assert ("native op library" in shown) == (library.why_missing is not None)
     assert "target tensorrt: does not work here" in shown
     assert "mend: " in shown
     document = json.loads(run("doctor", "--json").stdout)

@@ -148,6 +148,33 @@ def test_masks_are_the_oracles_bit_for_bit(run, pattern, dtype, tokens):
 
 
 @executors
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("scale_groups", [1, 3, 12])
+@pytest.mark.parametrize("tokens", [1, 3, 9])
+def test_int8_weights_are_within_contract(run, dtype, scale_groups, tokens):
+    case = linear_case(
+        shape=(tokens, 192),
+        dtype=dtype,
+        scale_groups=scale_groups,
+        optional=("bias", "shift_weight", "channel_order"),
+        dynamic_shift=1,
+        variance_correction=1,
+    )
+    assert_within_contract(case, run(case))
+
+
+@executors
+def test_masks_over_int8_weights_are_the_oracles(run):
+    case = linear_case(
+        shape=(4, 192), out_features=192, scale_groups=4, optional=("channel_order",)
+    )
+    case.arrays["W"][:] = np.eye(192)
+    case.arrays["weight_scale"][:] = 2.0
+    expected = oracle.nm_linear(case.x, case.arrays["W"], **case.oracle_arguments())
+    assert np.array_equal(run(case).astype(np.float64), expected)
+
+
+@executors
 def test_float32_denormals_are_ranked_not_flushed(run):
     x = np.array([[1e-45, 3e-45, 0, 4e-45]], dtype=np.float32)
     case = LinearCase(x=x, attributes={"n": 1, "m": 4}, arrays={"W": np.eye(4, dtype=FLOAT32)})

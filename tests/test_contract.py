@@ -19,6 +19,7 @@ from nmexport.graph.contract import (
     violations,
 )
 from nmexport.resources import resource_path
+from nmexport.sparsity import quantisation
 from nmexport.sparsity.pattern import MAX_GROUP
 
 from tests.op_cases import linear_node, prune_node
@@ -43,8 +44,10 @@ def test_names_that_files_in_the_field_depend_on():
             "shift_weight",
             "score_scale",
             "channel_order",
+            "weight_scale",
         ],
     }
+    assert contract.ops["NMLinear"].inputs[1].alternatives == ("int8",)
     linear = contract.ops["NMLinear"]
     assert {a.name: a.default for a in linear.attributes} == {
         "n": None,
@@ -64,6 +67,7 @@ def test_the_oracle_and_the_pattern_say_what_the_contract_says():
     assert phase.values == typing.get_args(layers.Phases)
     assert tuple(str(t) for t in oracle.TYPES) == contract.types
     assert contract.variance_floor == oracle.VARIANCE_FLOOR
+    assert contract.scale_group == oracle.SCALE_GROUP == quantisation.GROUP
     assert contract.tolerance.float32_rtol_per_sqrt_k == oracle.FLOAT32_RTOL_PER_SQRT_K
     assert contract.tolerance.half_ulps == oracle.HALF_ULPS
     assert contract.max_group == MAX_GROUP

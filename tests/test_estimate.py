@@ -55,6 +55,15 @@ def test_bytes_follow_parameters_element_type_and_what_runs(tmp_path: Path) -> N
     assert wide.free_bytes > 0
 
 
+def test_a_tensorrt_engine_writes_two_plans(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"\0" * (5 * MILLION // 8))
+    model, steps = source(tmp_path, "m.gguf"), [step("engine")]
+    plain = estimate(resolve("a/b"), model, steps, tmp_path)
+    plans = estimate(resolve("a/b", {"target": "tensorrt-rtx"}), model, steps, tmp_path)
+    assert plans.write_bytes - plain.write_bytes == 8 * MILLION
+    assert plans.memory_bytes > plain.memory_bytes
+
+
 def test_nothing_to_run_takes_nothing(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"")
     idle = estimate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +14,17 @@ import onnx
 import pytest
 import torch
 from nmexport.environment import probe
-from nmexport.errors import ArtifactError, ModelError
+from nmexport.errors import ArtifactError, EnvironmentFault, ModelError, RecipeError
+from nmexport.graph import checks
+from nmexport.graph.linears import linears_of_node
 from nmexport.layers import write_layers
 from nmexport.models.source import resolve
 from nmexport.models.tracing import cache_shapes
 from nmexport.progress import Silent
 from nmexport.recipe import ModelSection, Recipe
 from nmexport.sparsity.linear import Behaviour, Constants, fold
-from nmexport.stages import export
+from nmexport.sparsity.remainder import remainder_of
+from nmexport.stages import export, verify
 from nmexport.stages.inputs import StageInputs
 from nmexport.tensors import ShardedWriter
 
@@ -36,6 +40,7 @@ from tests.exported import (
 from tests.tiny import VOCABULARY, save_tiny_model
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 BIASED = Constants(
@@ -43,6 +48,8 @@ BIASED = Constants(
     channel_order=torch.arange(64, dtype=torch.int32).reshape(4, 16).t().reshape(-1),
     shift=torch.full((1,), 0.1),
 )
+
+DYNAMIC = Behaviour(pattern=PATTERN, dynamic_shift=True, variance_correction=True)
 
 
 def constants_for(linear: torch.nn.Linear) -> Constants:
@@ -110,6 +117,31 @@ def test_files(run: SimpleNamespace) -> None:
     assert run.metrics["nodes"] < run.metrics["traced_nodes"] / 4
 
 
+def test_without_the_baseline_only_the_sparse_model_is_written(
+    run: SimpleNamespace, tmp_path: Path
+) -> None:
+    section = run.inputs.recipe.model.model_copy(update={"dense_baseline": False})
+    recipe = run.inputs.recipe.model_copy(update={"model": section})
+    (tmp_path / "alone").mkdir()
+    inputs = replace(run.inputs, recipe=recipe, output=tmp_path / "alone")
+    export.run(inputs)
+    alone, both = digests(tmp_path / "alone"), digests(run.root / "first")
+    assert alone == {name: digest for name, digest in both.items() if not name.startswith("dense/")}
+    assert export.key_fields(inputs) != export.key_fields(run.inputs)
+    with pytest.raises(RecipeError, match="without the dense baseline"):
+        verify.key_fields(inputs)
+
+
+def test_a_full_disk_is_refused_before_anything_is_written(
+    run: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    inputs = replace(run.inputs, output=tmp_path)
+    with pytest.raises(EnvironmentFault, match="no-dense-baseline"):
+        export.run(inputs)
+    assert not list(tmp_path.iterdir())
+
+
 def test_same_bytes_twice_and_from_another_place(
     run: SimpleNamespace, tiny_llama: Path, tmp_path: Path
 ) -> None:
@@ -162,11 +194,63 @@ def test_nodes_carry_their_layer(run: SimpleNamespace) -> None:
     model = onnx.load(run.root / "first" / "model.onnx", load_external_data=False)
     names = {item.name for item in model.graph.initializer}
     nodes = [node for node in model.graph.node if node.op_type == "NMLinear"]
-    assert len(nodes) == 14
-    for node in nodes:
-        assert node.input[1] == f"{node.name}.W"
-        assert f"{node.name}.weight" not in names
+    assert [node.name.rpartition(".")[2] for node in nodes[:4]] == [
+        "q_proj+k_proj+v_proj",
+        "o_proj",
+        "gate_proj+up_proj",
+        "down_proj",
+    ]
+    linears = [name for node in nodes for name in linears_of_node(node)]
+    assert linears == list(linears_of(load(run.inputs.source.folder)))
+    assert all(node.input[1] == f"{node.name}.W" for node in nodes)
+    assert not names & {f"{name}.weight" for name in linears}
     assert len({node.overload for node in nodes}) == len(model.functions) == 2
+
+
+def fold_each(source: Path, output: Path, change: Callable[[str], Constants]) -> onnx.ModelProto:
+    """Export with constants of every linear's own."""
+    model = load(source)
+    behaviour = Behaviour(pattern=PATTERN)
+    folded = {
+        name: fold(linear, behaviour, change(name), dtype=torch.float32)
+        for name, linear in linears_of(model).items()
+    }
+    export.write_models(model, specs_of(model, behaviour), folded.__getitem__, output)
+    return onnx.load(output / "model.onnx", load_external_data=False)
+
+
+def test_only_linears_that_select_alike_are_fused(tiny_llama: Path, tmp_path: Path) -> None:
+    """v scores channels otherwise than q and k, so it stays alone; the result is still torch's."""
+
+    def constants(name: str) -> Constants:
+        return BIASED if name.endswith("v_proj") else Constants()
+
+    model = fold_each(tiny_llama, tmp_path, constants)
+    names = [node.name.rpartition(".")[2] for node in model.graph.node if node.domain]
+    assert names[:3] == ["q_proj+k_proj", "v_proj", "o_proj"]
+    checks.check_sparse(
+        tmp_path / "model.onnx",
+        {spec.name: spec for spec in specs_of(load(tiny_llama), Behaviour(pattern=PATTERN))},
+    )
+
+
+def test_a_bias_that_only_some_fused_linears_have(tiny_llama: Path, tmp_path: Path) -> None:
+    bias_of_k = {"bias": torch.full((32,), 3.0)}
+    model = load(tiny_llama)
+    behaviour = Behaviour(pattern=PATTERN)
+    folded = {
+        name: fold(linear, behaviour, Constants(), dtype=torch.float32)
+        | (bias_of_k if name.endswith("k_proj") else {})
+        for name, linear in linears_of(model).items()
+    }
+    export.write_models(model, specs_of(model, behaviour), folded.__getitem__, tmp_path)
+    exported = onnx.load(tmp_path / "model.onnx")
+    bias = next(
+        onnx.numpy_helper.to_array(item)
+        for item in exported.graph.initializer
+        if item.name == "model.layers.1.self_attn.q_proj+k_proj+v_proj.bias"
+    )
+    np.testing.assert_array_equal(bias, [0.0] * 64 + [3.0] * 32 + [0.0] * 32)
 
 
 def test_genai_config(run: SimpleNamespace) -> None:
@@ -206,7 +290,7 @@ def test_behaviours(tiny_llama: Path, tmp_path: Path, behaviour: Behaviour) -> N
 def test_half_types_pass_the_checks(tiny_llama: Path, tmp_path: Path, dtype: str) -> None:
     exported = export_folder(tiny_llama, tmp_path, dtype=dtype)
     model = onnx.load(exported.model, load_external_data=False)
-    weight = next(item for item in model.graph.initializer if item.name.endswith("q_proj.W"))
+    weight = next(item for item in model.graph.initializer if item.name.endswith("v_proj.W"))
     assert onnx.TensorProto.DataType.Name(weight.data_type) == dtype.upper()
     assert model.graph.output[0].type.tensor_type.elem_type == weight.data_type
 
@@ -267,3 +351,21 @@ def test_model_that_cannot_be_traced(tiny_llama: Path, tmp_path: Path) -> None:
     assert model.config._attn_implementation == attention
     assert all(isinstance(module, torch.nn.Linear) for module in linears_of(model).values())
     assert cache_shapes(model) == shapes
+
+
+@pytest.mark.parametrize("behaviour", [Behaviour(pattern=PATTERN), DYNAMIC], ids=["plain", "d-pts"])
+def test_a_remainder_is_exported_beside_the_op(
+    tiny_llama: Path, tmp_path: Path, behaviour: Behaviour
+) -> None:
+    def constants(linear: torch.nn.Linear) -> Constants:
+        fixed = None if behaviour.dynamic_shift else torch.full((1,), 0.1)
+        return Constants(shift=fixed, remainder=remainder_of(linear.weight, 8))
+
+    exported = export_folder(tiny_llama, tmp_path, behaviour=behaviour, constants=constants)
+    ids = np.random.default_rng(2).integers(3, VOCABULARY, (2, 10))
+    mask = np.ones_like(ids)
+    actual = onnx_logits(exported.model, ids, mask, prefill=9)
+    sparse = torch_logits(exported.sparse, ids, mask)
+    assert np.abs(actual - sparse).max() < 1e-3
+    ops = [node.op_type for node in onnx.load(exported.model, load_external_data=False).graph.node]
+    assert ops.count("NMLinear") == 8  # q/k/v and gate/up fused all the same

@@ -31,12 +31,21 @@ ENVIRONMENT = Environment(
     nmexport="0", python="3.11", system="test", cpu="test", isa=(), cores=1, memory_bytes=1 << 30
 )
 
+UNTRAINED = {"criterion": "act", "mitigations": ("var",), "grouping": "balanced"}
+
 
 def recipe_of(folder: Path, **sections: Any) -> Recipe:
     model_section = {"id": str(folder), **sections.pop("model", {})}
-    calibration = {"samples": 3, "length": 24, **sections.pop("calibration", {})}
+    calibration = {"samples": 5, "length": 24, **sections.pop("calibration", {})}
+    sparsity = {**UNTRAINED, **sections.pop("sparsity", {})}
     return Recipe.model_validate(
-        {"schema": 1, "model": model_section, "calibration": calibration, **sections}
+        {
+            "schema": 1,
+            "model": model_section,
+            "calibration": calibration,
+            "sparsity": sparsity,
+            **sections,
+        }
     )
 
 
@@ -91,13 +100,13 @@ def test_the_same_inputs_give_the_same_bytes(
 
 def test_calibration_reads_back_typed(tiny_llama: Path, calibration: Path) -> None:
     artifact = calibrate.Artifact(calibration)
-    assert artifact.samples().shape == (3, 24)
+    assert artifact.samples().shape == (5, 24)
     names = [linear.name for linear in artifact.linears]
     model = load_model(resolve(recipe_of(tiny_llama).model))
     assert names == list(linears_of(model))
     statistics = artifact.statistics()
     assert statistics["model.layers.0.mlp.down_proj"].rms.shape == (128,)
-    assert statistics["model.layers.0.mlp.down_proj"].tokens == 72
+    assert statistics["model.layers.0.mlp.down_proj"].tokens == 120
 
 
 def test_calibration_does_not_depend_on_what_is_computed_with_it(tiny_llama: Path) -> None:
@@ -133,6 +142,9 @@ def test_a_text_used_for_both_is_divided(tiny_llama: Path, tmp_path: Path) -> No
         ((), {"W"}),
         (("d-pts", "var"), {"W", "shift_weight"}),
         (("s-pts", "s-var"), {"W", "bias", "shift"}),
+        (("r-sparse", "var"), {"W", "remainder_in", "remainder_out"}),
+        (("l-pts", "ls", "gain", "bias", "low-rank"), {"W", "bias", "shift"}),
+        (("l-pts", "var"), {"W", "bias", "shift"}),
     ],
 )
 def test_folded_layers_run_in_the_model(
@@ -145,7 +157,8 @@ def test_folded_layers_run_in_the_model(
     section = {
         "criterion": "wina",
         "mitigations": mitigations,
-        "grouping": "balanced",
+        "grouping": "exchange",
+        "effort": "fast",
         "targets": {"exclude": ("lm_head", "layer:0")},
     }
     recipe = recipe_of(tiny_llama, sparsity=section)
@@ -300,3 +313,47 @@ def test_damaged_tensors_are_said_so(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ArtifactError, match="index"):
         TensorReader(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"criterion": "wina", "grouping": "balanced", "mitigations": ("s-pts", "s-var")},
+        {"criterion": "act", "grouping": "balanced", "mitigations": ("var", "r-sparse")},
+    ],
+    ids=["wina", "r-sparse"],
+)
+def test_folding_layer_by_layer_writes_the_same_bytes(
+    tiny_llama: Path, calibration: Path, tmp_path: Path, section: dict[str, Any]
+) -> None:
+    whole = folded(recipe_of(tiny_llama, sparsity=section), tmp_path / "whole", calibration)
+    layered = recipe_of(tiny_llama, sparsity=section, calibration={"offload": "layerwise"})
+    assert digests(folded(layered, tmp_path / "layers", calibration)) == digests(whole)
+
+
+def test_orders_are_searched_layer_by_layer(
+    tiny_llama: Path, calibration: Path, tmp_path: Path
+) -> None:
+    layered = recipe_of(
+        tiny_llama, sparsity={"grouping": "exchange"}, calibration={"offload": "layerwise"}
+    )
+    artifact = fold.Artifact(folded(layered, tmp_path, calibration))
+    orders = [artifact.tensors(spec.name)["channel_order"] for spec in artifact.layers]
+    assert all(sorted(order.tolist()) == list(range(len(order))) for order in orders)
+    assert all(torch.equal(orders[0], other) for other in orders[1:3])  # q, k and v
+
+
+@pytest.mark.parametrize(
+    ("section", "named"),
+    [
+        ({"mitigations": ("ls", "var")}, "ls cannot"),
+        ({"criterion": "fisher"}, "fisher cannot"),
+    ],
+)
+def test_what_needs_the_whole_model_is_refused_layer_by_layer(
+    tiny_llama: Path, calibration: Path, tmp_path: Path, section: dict[str, Any], named: str
+) -> None:
+    layered = recipe_of(tiny_llama, sparsity=section, calibration={"offload": "layerwise"})
+    with pytest.raises(ModelError, match=named) as caught:
+        folded(layered, tmp_path, calibration)
+    assert "--mitigation var" in (caught.value.fix or "")

@@ -53,9 +53,28 @@ def drop_an_attribute(model: onnx.ModelProto) -> None:
 
 
 def swap_weights(model: onnx.ModelProto) -> None:
-    nodes = {node.name.split(".")[-1]: node for node in linears(model)}
-    up, gate = nodes["up_proj"], nodes["gate_proj"]
-    up.input[1], gate.input[1] = gate.input[1], up.input[1]
+    first, second = (node for node in linears(model) if node.name.endswith("gate_proj+up_proj"))
+    first.input[1], second.input[1] = second.input[1], first.input[1]
+
+
+def forget_what_was_fused(model: onnx.ModelProto) -> None:
+    del linears(model)[0].metadata_props[:]
+
+
+def swap_fused_linears(model: onnx.ModelProto) -> None:
+    node = linears(model)[0]
+    names = node.metadata_props[0].value.split("\n")
+    node.metadata_props[0].value = "\n".join([names[0], *names[:0:-1]])
+
+
+def cut_elsewhere(model: onnx.ModelProto) -> None:
+    sizes = next(item for item in model.graph.initializer if item.name == "split_sizes_64_32_32")
+    sizes.CopyFrom(onnx.numpy_helper.from_array(np.array([32, 64, 32]), sizes.name))
+
+
+def leave_a_fused_result_whole(model: onnx.ModelProto) -> None:
+    split = next(node for node in model.graph.node if node.op_type == "Split")
+    split.op_type = "SplitToSequence"
 
 
 def change_a_shape(model: onnx.ModelProto) -> None:
@@ -65,7 +84,7 @@ def change_a_shape(model: onnx.ModelProto) -> None:
 
 
 def leave_the_dense_weight(model: onnx.ModelProto) -> None:
-    name = f"{linears(model)[0].name}.weight"
+    name = "model.layers.0.self_attn.k_proj.weight"
     rename(model, "model.norm.weight", name)
     next(item for item in model.graph.initializer if item.name == "model.norm.weight").name = name
 
@@ -128,6 +147,10 @@ def test_intact(intact: tuple[Path, dict[str, LayerSpec]]) -> None:
     ("damage", "words"),
     [
         (rename_a_node, "one by one"),
+        (forget_what_was_fused, "one by one"),
+        (swap_fused_linears, "one by one"),
+        (cut_elsewhere, r"cut into \[32, 64, 32\] columns, not \[64, 32, 32\]"),
+        (leave_a_fused_result_whole, "no Split|checker"),
         (drop_an_attribute, "op contract"),
         (swap_weights, "its own weight"),
         (change_a_shape, "has shape"),

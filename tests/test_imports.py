@@ -36,14 +36,26 @@ ABOVE = {
     "nmexport.pipeline": ("nmexport.cli",),
     "nmexport.stages": ("nmexport.cli", "nmexport.pipeline"),
 }
-LOWER_LAYERS = ("sparsity", "calibration", "graph", "models", "runtimes", "verification", "oracle")
+LOWER_LAYERS = (
+    "engines",
+    "sparsity",
+    "allocation",
+    "calibration",
+    "graph",
+    "models",
+    "runtimes",
+    "verification",
+    "oracle",
+)
 ABOVE |= {
     f"nmexport.{name}": ("nmexport.cli", "nmexport.pipeline", "nmexport.stages")
     for name in LOWER_LAYERS
 }
 OF_ONE_RUNTIME = {
-    "onnxruntime": ("nmexport.runtimes", "nmexport.bench"),
-    "tensorrt": ("nmexport.runtimes", "nmexport.bench"),
+    "onnxruntime": ("nmexport.runtimes", "nmexport.bench", "nmexport.cuda_bench"),
+    "tensorrt": ("nmexport.runtimes", "nmexport.engines", "nmexport.bench"),
+    "tensorrt_rtx": ("nmexport.runtimes", "nmexport.engines", "nmexport.bench"),
+    "polygraphy": ("nmexport.engines",),
 }
 
 

@@ -10,6 +10,7 @@ from nmexport.sparsity.lanes import LaneSelector
 from nmexport.sparsity.learned import (
     PARTS,
     Corrections,
+    InputSite,
     LearnedLinear,
     Spread,
     changes_dense_product,
@@ -54,7 +55,7 @@ def parts_of(behaviour: Behaviour) -> tuple[str, ...]:
 def disturbed(module: LearnedLinear) -> LearnedLinear:
     """Parameters away from where they start."""
     generator = torch.Generator().manual_seed(2)
-    for parameter in module.learned.values():
+    for parameter in module.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         parameter.data += 0.3 * noise
     return module
@@ -83,7 +84,10 @@ def test_lanes_select_exactly_what_the_contract_says(
         scores[3, 5] = float("nan")
     order = torch.randperm(K, generator=generator).int() if ordered else None
     chosen = NMPattern.parse(pattern)
-    assert torch.equal(LaneSelector(chosen, K, order)(scores), keep_mask(scores, chosen, order))
+    expected = keep_mask(scores, chosen, order)
+    select = LaneSelector(chosen, K, order)
+    assert torch.equal(select(scores), expected)
+    assert torch.equal(select.by_rank(scores), expected)
 
 
 @pytest.mark.parametrize("name", BEHAVIOURS)
@@ -133,25 +137,30 @@ def test_gradient_is_that_of_the_formula_with_the_selection_held(name: str) -> N
     x = inputs().requires_grad_()
     weights = torch.randn(T, O, generator=torch.Generator().manual_seed(4))
     (module(x) * weights).sum().backward()
-    found = {part: parameter.grad for part, parameter in module.learned.items()}
+    found = {part: parameter.grad for part, parameter in module.named_parameters()}
     found["x"], x.grad = x.grad, None
     module.zero_grad()
 
     expected = by_formula(module, behaviour, x, linear)
     (expected * weights).sum().backward()
-    wanted = {part: parameter.grad for part, parameter in module.learned.items()}
+    wanted = {part: parameter.grad for part, parameter in module.named_parameters()}
     wanted["x"] = x.grad
+    assert (wanted["site.shift"] is None) == behaviour.dynamic_shift
     for part, gradient in wanted.items():
+        if gradient is None:
+            assert found[part] is None
+            continue
         torch.testing.assert_close(found[part], gradient, rtol=2e-5, atol=2e-5, msg=part)
 
 
 def by_formula(
     module: LearnedLinear, behaviour: Behaviour, x: torch.Tensor, linear: nn.Linear
 ) -> torch.Tensor:
-    value = {part: module._value(part, x.new_tensor(1.0)) for part in module.learned}
-    eta = x.mean(-1, keepdim=True) if behaviour.dynamic_shift else value["shift"]
+    value = module.learned
+    constants = calibrated(behaviour)
+    shift = module.site.shift * SPREAD.input_rms
+    eta = x.mean(-1, keepdim=True) if behaviour.dynamic_shift else shift
     z = x - eta
-    constants = module._constants
     keep = keep_mask(
         z.detach().abs() * constants.score_scale, behaviour.pattern, constants.channel_order
     )
@@ -160,7 +169,34 @@ def by_formula(
     if behaviour.variance_correction:
         nu = (z.var(-1, correction=0) / kept.var(-1, correction=0)).sqrt()[:, None].detach()
     operand = value["input_scale"] * nu * kept + eta
-    return value["output_scale"] * (operand @ linear.weight.t()) + linear.bias + value["bias"]
+    compensation = (nu * kept) @ value["low_rank_in"] @ value["low_rank_out"]
+    bias = linear.bias + value["bias"] * SPREAD.output_rms
+    return value["output_scale"] * (operand @ linear.weight.t()) + compensation + bias
+
+
+def test_linears_of_one_input_select_once_and_share_their_shift() -> None:
+    behaviour = BEHAVIOURS["plain"]
+    site = InputSite(
+        behaviour, calibrated(behaviour), input_rms=SPREAD.input_rms, members=2, learns_shift=True
+    )
+    alone, first, second = (
+        disturbed(
+            LearnedLinear(
+                dense_linear(seed=seed), behaviour, calibrated(behaviour), spread=SPREAD, site=at
+            )
+        )
+        for seed, at in ((1, None), (1, site), (2, site))
+    )
+    site.shift.data.copy_(alone.site.shift.data)
+    x = inputs()
+    assert site.select(x) is site.select(x)
+    torch.testing.assert_close(first(x), alone(x))
+    (first(x).sum() + second(x).sum()).backward()
+    assert torch.equal(first.corrections().shift, second.corrections().shift)
+    # A member that was not called leaves nothing behind that a later input could be handed.
+    other = x + 1
+    torch.testing.assert_close(first(other), alone(other))
+    torch.testing.assert_close(first(x.clone()), alone(x))
 
 
 def test_dense_mode_is_the_dense_linear() -> None:
@@ -210,4 +246,6 @@ def test_dead_channels_do_not_divide_by_zero() -> None:
     dead = Spread(input_rms=torch.zeros(K), output_rms=torch.zeros(O))
     behaviour = BEHAVIOURS["plain"]
     module = LearnedLinear(dense_linear(), behaviour, calibrated(behaviour), spread=dead)
-    assert all(bool(one.isfinite().all()) for one in vars(module.corrections()).values())
+    found = [one for one in vars(module.corrections()).values() if one is not None]
+    assert found
+    assert all(bool(one.isfinite().all()) for one in found)

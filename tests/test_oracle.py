@@ -405,3 +405,34 @@ def test_agrees_matches_what_is_not_finite_exactly():
     actual = np.array([np.nan, np.inf, np.inf, 1.0, np.nan], dtype=np.float32)
     bound = np.full(5, np.inf)
     assert oracle.agrees(actual, value, bound).tolist() == [True, True, False, True, False]
+
+
+def test_int8_weights_are_their_levels_times_their_scales():
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((3, 64)).astype(np.float32)
+    levels = rng.integers(-127, 128, (64, 5)).astype(np.int8)
+    for groups in (1, 2, 4):
+        scale = np.exp(rng.standard_normal((groups, 5))).astype(np.float32)
+        rows = [scale[k * groups // 64].astype(np.float64) for k in range(64)]
+        wide = levels * np.array(rows)
+        keep = oracle.keep_mask(x, 8, 16)
+        expected = np.where(keep, x, 0).astype(np.float64) @ wide
+        actual = oracle.nm_linear(x, levels, n=8, m=16, weight_scale=scale)
+        np.testing.assert_allclose(actual, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale", "words"),
+    [
+        (np.int8, None, "needs weight_scale"),
+        (np.float32, np.ones((1, 5), np.float32), "no other takes one"),
+        (np.int8, np.ones((1, 4), np.float32), "weight_scale is"),
+        (np.int8, np.ones((3, 5), np.float32), "3 groups for 64 channels"),
+        (np.int8, np.ones((8, 5), np.float32), "multiple of 16"),
+    ],
+)
+def test_scales_that_do_not_fit_are_refused(weight, scale, words):
+    with pytest.raises(ValueError, match=words):
+        oracle.nm_linear(
+            np.ones((1, 64), np.float32), np.ones((64, 5), weight), n=8, m=16, weight_scale=scale
+        )

@@ -32,7 +32,7 @@ def test_unknown_key_names_file_line_and_nearest(tmp_path: Path) -> None:
     said = refusal(tmp_path, "model:\n  id: a/b\nsparsity:\n  patern: 8:16\n")
     assert "r.yaml:4: sparsity.patern is not a key" in said
     assert "did you mean 'pattern'?" in said
-    assert "criterion, mitigations" in said
+    assert "criterion, phases, mitigations" in said
 
 
 def test_unknown_key_at_the_top(tmp_path: Path) -> None:

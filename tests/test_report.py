@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from nmexport.recipe import GatesSection, ModelSection, Recipe
-from nmexport.verification import report_pages
+from nmexport.verification import report_learning, report_pages
 from nmexport.verification.report_plots import layer_place
 
 from tests.sample_report import sample_report
@@ -131,7 +131,7 @@ def test_page_is_self_contained(page: Path) -> None:
     text = page.read_text()
     assert not re.search(r"""(?:src|href)\s*=\s*["'](?!#)""", text)
     assert not re.search(r"@import|<script|<link|<iframe|url\((?!#)", text)
-    assert text.count("<svg ") == 4
+    assert text.count("<svg ") == 6
     assert len(set(re.findall(r'aria-label="([^"]+)"', text))) >= 5
 
 
@@ -157,7 +157,7 @@ def test_markdown_tables_are_whole(page: Path) -> None:
             assert before.count("|") == line.count("|")
         elif line.startswith("|") and before.startswith("|"):
             assert line.count("|") == before.count("|"), line
-    assert tables == 6
+    assert tables == 7
     assert "\n\n\n\n" not in "\n".join(lines)
 
 
@@ -289,3 +289,39 @@ def test_the_picture_shows_the_page(page: Path, tmp_path: Path) -> None:
     assert 0.005 < ink.mean() < 0.2  # text, and neither a blank nor a black page
     bands = ink.reshape(24, 100, 1200).any(axis=(1, 2))
     assert bands.sum() >= 20  # from top to bottom
+
+
+def test_tasks_and_decode_only_stand_beside_the_perplexity(tmp_path: Path) -> None:
+    report = sample_report(tmp_path)
+    assert "| local_choice, acc | 1,200 | 0.52 ± 0.02 | 0.47 ± 0.02 | -0.05 ± 0.01 |" in (
+        report_pages.markdown(report)
+    )
+    assert "<td>-0.05<small>± 0.01</small></td>" in report_pages.html(report)
+    for page in (report_pages.markdown(report), report_pages.html(report)):
+        assert "1.612" in page
+        assert "in all phases 1.936" in page
+
+
+def test_a_decode_only_figure_that_is_missing_says_why(tmp_path: Path) -> None:
+    report = sample_report(tmp_path)
+    report["accuracy"]["decode_only"] = {"perplexity_ratio": None, "why": "no cache"}
+    assert "not measured: no cache" in report_pages.markdown(report)
+    report["accuracy"]["decode_only"] = None
+    report["accuracy"]["tasks"] = {}
+    page = report_pages.html(report)
+    assert "decode only" not in page
+    assert "documents" not in page
+
+
+def test_calibration_says_what_learning_and_grouping_did(tmp_path: Path) -> None:
+    report = sample_report(tmp_path)
+    for page in (report_pages.html(report), report_pages.markdown(report)):
+        assert "Constants learned in 120 steps of 4 x 256 tokens" in page
+        assert "the divergence fell from 0.620 to 0.236" in page
+        assert "distance from consecutive groups" in page
+    assert "Loss of the learned constants by step" in report_pages.html(report)
+    bare = {**report, "calibration": report_learning.section(None, [])}
+    assert "Calibration</h2>" not in report_pages.html(bare)
+    assert "## Calibration" not in report_pages.markdown(bare)
+    older = {key: value for key, value in report.items() if key != "calibration"}
+    assert "Calibration</h2>" not in report_pages.html(older)

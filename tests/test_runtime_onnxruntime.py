@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import TYPE_CHECKING
 
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 from nmexport.artifact import file_digest
 from nmexport.errors import ArtifactError, EnvironmentFault
+from nmexport.runtimes.feeds import positions_from_mask
 from nmexport.runtimes.onnxruntime import (
     SESSION_CONFIG,
     OrtSession,
+    choose_provider,
     engine_library,
-    positions_from_mask,
     read_engine,
 )
 from onnx import TensorProto
@@ -144,7 +146,7 @@ def test_engine_opens_relative_to_itself(toy: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"schema": 9}, {"runtime": "tensorrt"}, {"library": 3}, {"model": None}]
+    "changes", [{"schema": 9}, {"runtime": "openvino"}, {"library": 3}, {"model": None}]
 )
 def test_foreign_engine_descriptions_are_refused(tmp_path: Path, changes: dict) -> None:
     with pytest.raises(ArtifactError, match=r"engine\.json"):
@@ -163,3 +165,55 @@ def test_engine_refuses_another_library(tmp_path: Path, monkeypatch: pytest.Monk
     library.write_bytes(b"another build")
     with pytest.raises(ArtifactError, match="another build"):
         engine_library(engine)
+
+
+def test_cuda_is_chosen_only_where_all_three_parts_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nmexport import environment
+    from nmexport.runtimes import native
+
+    import onnxruntime
+
+    library = tmp_path / "library.so"
+    gpu = environment.Gpu(name="a GPU", driver="1", compute_capability="9.0", memory_bytes=1)
+    machine = environment.probe()
+    carried = {"cuda": "90"}
+    assert choose_provider(None) == "cpu"
+    assert choose_provider(library) == "cpu"  # the CPU's onnxruntime
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(native, "describe_library", lambda _: carried)
+    assert choose_provider(library) == "cpu"  # no GPU
+    monkeypatch.setattr(environment, "probe", lambda: dataclasses.replace(machine, gpus=(gpu,)))
+    assert choose_provider(library) == "cuda"
+    carried["cuda"] = ""
+    assert choose_provider(library) == "cpu"  # the library carries no kernels for it
+
+
+def test_a_provider_that_does_not_start_is_no_silent_cpu(toy: Path) -> None:
+    with (
+        pytest.warns(UserWarning, match="CUDAExecutionProvider"),
+        pytest.raises(EnvironmentFault, match="could not start CUDAExecutionProvider"),
+    ):
+        OrtSession(toy, threads=1, provider="cuda")
+
+
+def test_an_unknown_provider_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "engine.json"
+    path.write_text(
+        json.dumps(
+            {
+                "schema": 1,
+                "runtime": "onnxruntime",
+                "runtime_version": "1",
+                "model": "m",
+                "dense_model": "d",
+                "threads": 1,
+                "provider": "tpu",
+                "session_config": {},
+                "library": None,
+            }
+        )
+    )
+    with pytest.raises(ArtifactError, match="tpu"):
+        read_engine(path)

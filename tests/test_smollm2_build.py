@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -120,3 +121,50 @@ def test_text_comes_from_the_built_model(work: Path) -> None:
     )
     assert first == second
     assert first.strip()
+
+
+# -- served ---------------------------------------------------------------------------------------
+
+PROMPTS = (
+    "The capital of France is",
+    "Once upon a time, in a village by the sea,",
+    "Water boils at",
+    "Here is a list of three things that every gardener should know about roses: " * 8,
+)
+
+
+def request_of(index: int) -> dict[str, Any]:
+    """One of 32 requests of mixed lengths, half of them drawn."""
+    return {
+        "text_input": f"{index}. {PROMPTS[index % len(PROMPTS)]}",
+        "max_tokens": 2 + 5 * (index % 5),
+        "temperature": 0.8 * (index % 2),
+        "seed": index,
+    }
+
+
+def test_the_package_serves_what_generate_writes(work: Path, tmp_path: Path) -> None:
+    from nmexport.generation import generate
+    from nmexport.serving import client, launch
+
+    from tests.served import require_tritonserver, triton
+
+    require_tritonserver()
+    expected = ["".join(generate(work, prompt, max_tokens=16)) for prompt in PROMPTS]
+    before = time.monotonic()
+    with triton(launch.package_folder(work) / "model_repository", tmp_path / "log") as server:
+        ready_seconds = time.monotonic() - before
+        url = server.addresses.http
+        name = client.text_model(url)
+
+        def text(fields: dict[str, Any]) -> str:
+            return "".join(one["text_output"] for one in client.stream(url, name, fields))
+
+        assert [text({"text_input": one, "max_tokens": 16}) for one in PROMPTS] == expected
+        alone = [text(request_of(index)) for index in range(32)]
+        with ThreadPoolExecutor(32) as pool:
+            together = list(pool.map(text, map(request_of, range(32))))
+        assert together == alone
+        assert len(set(alone)) > 16
+    assert server.process.returncode == 0
+    assert ready_seconds < 10

@@ -14,6 +14,7 @@ from nmexport.recipe import SparsitySection
 from nmexport.sparsity.linear import Behaviour, Constants, FoldedLinear, SparseLinear, fold
 from nmexport.sparsity.method import behaviour_of, constants_of, needs_static_variance
 from nmexport.sparsity.pattern import NMPattern
+from nmexport.sparsity.remainder import rank_within, remainder_of
 from nmexport.sparsity.statistics import ChannelStatistics
 
 from tests.op_cases import TYPES
@@ -113,6 +114,38 @@ def test_folding_changes_nothing(
     folded = FoldedLinear.from_dense(linear, behaviour, constants)(x)
     torch.testing.assert_close(folded, unfolded, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(folded, linear(x), atol=1e-2)  # it did drop something
+
+
+@pytest.mark.parametrize("mitigations", MITIGATIONS, ids="+".join)
+def test_a_remainder_meets_every_channel(mitigations: tuple[str, ...]) -> None:
+    linear = dense()
+    behaviour, constants = derived(linear, "wina", mitigations, "balanced")
+    x = inputs(3, 7)
+    plain = SparseLinear(linear, behaviour, constants)(x)
+    rank = rank_within(0.5, K, N_OUT)
+    constants = replace(constants, remainder=remainder_of(linear.weight, rank))
+    unfolded = SparseLinear(linear, behaviour, constants)(x)
+    folded = FoldedLinear.from_dense(linear, behaviour, constants)
+    torch.testing.assert_close(folded(x), unfolded, rtol=1e-4, atol=1e-4)
+    exact = linear(x)
+    assert (unfolded - exact).norm() < (plain - exact).norm()
+    whole = replace(constants, remainder=remainder_of(linear.weight, min(K, N_OUT)), nu=None)
+    # Of full rank, nothing that is dropped is lost.
+    complete = SparseLinear(linear, Behaviour(pattern=behaviour.pattern), whole)(x)
+    torch.testing.assert_close(complete, exact, rtol=1e-3, atol=1e-3)
+
+
+def test_rank_keeps_the_factors_within_their_share() -> None:
+    for share in (0.01, 0.05, 0.3):
+        rank = rank_within(share, 576, 1536)
+        assert rank * (576 + 1536) <= share * 576 * 1536 < (rank + 1) * (576 + 1536)
+    assert rank_within(1e-6, 64, 64) == 1
+    weight = dense().weight
+    one, other = remainder_of(weight, 3, seed=1), remainder_of(weight, 3, seed=1)
+    assert torch.equal(one.inner @ one.outer, other.inner @ other.outer)
+    left, sizes, right = torch.linalg.svd(weight.detach().t(), full_matrices=False)
+    best = left[:, :3] * sizes[:3] @ right[:3]
+    torch.testing.assert_close(one.inner @ one.outer, best, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("mitigations", MITIGATIONS, ids="+".join)

@@ -12,7 +12,7 @@ from nmexport.errors import PatternError, RecipeError
 from nmexport.sparsity.criterion import CRITERIA, score_scale
 from nmexport.sparsity.grouping import GROUPINGS, channel_order
 from nmexport.sparsity.method import behaviour_of, constants_of
-from nmexport.sparsity.mitigation import MITIGATIONS, check_combination
+from nmexport.sparsity.mitigation import MITIGATIONS, check_combination, learned_parts
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.sparsity.statistics import ChannelStatistics
 
@@ -67,10 +67,15 @@ def test_a_shift_goes_with_a_variance_correction(mitigations: tuple[str, ...]) -
     [
         (("d-pts", "s-pts"), "all", "one shift"),
         (("var", "s-var"), "all", "one variance correction"),
-        (("var", "var"), "all", "one variance correction"),
+        (("var", "var"), "all", "named twice"),
+        (("l-pts", "d-pts"), "all", "one shift"),
+        (("r-sparse", "low-rank"), "all", "r-sparse and low-rank cannot be combined"),
+        (("ls",), "decode", "prefill, which stays dense"),
+        (("l-pts", "bias"), "prefill", "decode, which stays dense"),
+        (("var", "r-sparse"), "decode", "prefill, which stays dense"),
         (("s-var",), "decode", "prefill, which stays dense"),
         (("s-var",), "prefill", "decode, which stays dense"),
-        (("l-pts",), "all", "Unknown mitigation 'l-pts'"),
+        (("pts",), "all", "Unknown mitigation 'pts'"),
     ],
 )
 def test_other_combinations_are_refused_with_the_reason(
@@ -78,7 +83,20 @@ def test_other_combinations_are_refused_with_the_reason(
 ) -> None:
     with pytest.raises(RecipeError, match=said) as caught:
         check_combination(mitigations, phases)
-    assert caught.value.allowed
+    assert caught.value.allowed or caught.value.fix
+
+
+def test_learned_parts_follow_the_names_and_leave_a_dense_phase_alone() -> None:
+    assert learned_parts(("bias", "ls", "var")) == ("input_scale", "bias")
+    assert learned_parts(("s-pts", "s-var", "r-sparse")) == ()
+    check_combination(("l-pts", "var"), "decode")  # folds into shift and bias alone
+
+
+def test_a_phase_that_stays_dense_changes_the_default() -> None:
+    assert recipe.SparsitySection(phases="decode").mitigations == ("var",)
+    assert learned_parts(recipe.SparsitySection().mitigations)
+    chosen = recipe.SparsitySection(phases="decode", mitigations=("l-pts",))
+    assert chosen.mitigations == ("l-pts",)
 
 
 def test_behaviour_and_constants_follow_the_section() -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import types
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from nmexport.artifact import file_digest
 from nmexport.environment import probe
-from nmexport.errors import ArtifactError, EnvironmentFault
+from nmexport.errors import ArtifactError, EnvironmentFault, GateFailed
 from nmexport.models.source import ModelSource
 from nmexport.pipeline import Pipeline, Selection
 from nmexport.progress import Silent
@@ -21,9 +22,12 @@ from nmexport.recipe import (
     LatencySection,
     ModelSection,
     Recipe,
+    ServingSection,
     SparsitySection,
 )
+from nmexport.runtimes import tensorrt_library
 from nmexport.runtimes.onnxruntime import OrtSession
+from nmexport.serving.triton_config import from_text
 from nmexport.stages import engine, package, verify
 from nmexport.stages.inputs import StageInputs
 from nmexport.work_directory import WorkDirectory
@@ -41,6 +45,7 @@ RECIPE = Recipe(
     evaluation=EvaluationSection(windows=3, length=48, prompts=2, generate_tokens=8),
     latency=LatencySection(prefill_tokens=8, decode_context=8, runs=3, warmup=1, threads=1),
     gates=GatesSection(max_perplexity_ratio=1e-3),
+    serving=ServingSection(allow_failed=True, slots=3),
 )
 
 
@@ -49,6 +54,7 @@ def no_native(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without the native op library."""
     native = types.ModuleType("nmexport.runtimes.native")
     native.find_library = lambda: None
+    native.use_cuda_plans = lambda *_: None
     monkeypatch.setitem(sys.modules, native.__name__, native)
     monkeypatch.setattr(sys.modules["nmexport.runtimes"], "native", native, raising=False)
 
@@ -76,10 +82,13 @@ def toy_export(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])
-def test_targets_of_later_versions_say_what_works(tmp_path: Path, target: str) -> None:
+def test_a_tensorrt_target_without_its_plugin_says_how_to_get_it(
+    tmp_path: Path, toy_export: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    monkeypatch.setattr(tensorrt_library, "_FOLDER", tmp_path)
     recipe = Recipe(model=ModelSection(id="tiny"), target=target)
-    with pytest.raises(EnvironmentFault, match="--target onnxruntime"):
-        engine.key_fields(_inputs(tmp_path, recipe))
+    with pytest.raises(EnvironmentFault, match="make plugin"):
+        engine.run(_inputs(tmp_path, recipe, export=toy_export))
 
 
 @pytest.mark.usefixtures("no_native")
@@ -153,6 +162,7 @@ def built(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> WorkDir
     with pytest.MonkeyPatch.context() as patch:
         no_native = types.ModuleType("nmexport.runtimes.native")
         no_native.find_library = lambda: None
+        no_native.use_cuda_plans = lambda *_: None
         patch.setitem(sys.modules, no_native.__name__, no_native)
         import nmexport.runtimes
 
@@ -210,38 +220,55 @@ def test_a_failed_gate_leaves_a_complete_artifact(built: WorkDirectory) -> None:
     assert not report["gates"][0]["passed"]
 
 
-def test_package_promises_no_serving(built: WorkDirectory) -> None:
+def test_a_failed_model_is_not_packaged_unasked(built: WorkDirectory) -> None:
+    recipe = RECIPE.model_copy(update={"serving": ServingSection()})
+    upstream = {name: built.require(name) for name in package.UPSTREAM}
+    inputs = _inputs(built.root / "elsewhere", recipe, **upstream)
+    with pytest.raises(GateFailed, match=r"max_perplexity_ratio.*\n.*--allow-failed"):
+        package.run(inputs)
+    assert list(inputs.output.iterdir()) == []
+
+
+def test_package_is_whole_and_knows_no_place(built: WorkDirectory) -> None:
     folder = built.require("package")
-    text = (folder / "README.md").read_text()
-    assert "Serving is not built yet" in text
-    assert not (folder / "model_repository").exists()
-    files = package.Artifact(folder).files
-    names = {row["path"] for row in files}
-    assert {"model.onnx", "model.onnx.data", "tokenizer.json"} <= names
+    bundle = package.Artifact(folder).bundle
+    assert (bundle.name, bundle.verdict, bundle.context_tokens) == ("tiny", "fail", 256)
+    assert bundle.end_tokens == {2}
+    names = {record["path"] for record in bundle.files}
+    assert {"model.onnx", "model.onnx.data", "tokenizer.json", "model.py", "engine.json"} <= names
     assert not any(name.startswith("dense/") for name in names)
+    bundle.check_files()
+    for path in folder.rglob("*"):
+        if path.suffix in {".json", ".md", ".sh", ".py", ".pbtxt"} and path.name != "manifest.json":
+            assert str(built.root) not in path.read_text("utf-8"), path
+    config = from_text((folder / "model_repository" / "tiny" / "config.pbtxt").read_text("utf-8"))
+    assert config.parameters["slots"].string_value == "3"
 
 
-def test_packages_own_lines_run(built: WorkDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_cover_every_file_of_a_package(built: WorkDirectory) -> None:
     folder = built.require("package")
-    lines = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    monkeypatch.chdir(folder)
-    scope: dict[str, Any] = {}
-    exec(lines, scope)  # noqa: S102 - what the README tells people to run
-    assert "logits" in {value.name for value in scope["session"].get_outputs()}
+    lines = (folder / "SHA256SUMS").read_text("utf-8").splitlines()
+    sums = {name: digest for digest, name in (line.split("  ") for line in lines)}
+    files = {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name not in {"SHA256SUMS", "manifest.json", "recipe.yaml"}
+    }
+    assert set(sums) == files
+    assert all(file_digest(folder / name) == digest for name, digest in sums.items())
 
 
-@pytest.mark.parametrize(
-    ("artifact", "name", "attribute"),
-    [(verify.Artifact, "report.json", "report"), (package.Artifact, "files.json", "files")],
-)
-@pytest.mark.parametrize("text", [None, "{", '{"schema": 9, "files": []}'])
-def test_damaged_artifacts_are_refused(
-    tmp_path: Path, artifact: Any, name: str, attribute: str, text: str | None
-) -> None:
+def test_a_folder_without_a_package_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no text model"):
+        _ = package.Artifact(tmp_path).bundle
+
+
+@pytest.mark.parametrize("text", [None, "{", '{"schema": 9}'])
+def test_damaged_reports_are_refused(tmp_path: Path, text: str | None) -> None:
     if text is not None:
-        (tmp_path / name).write_text(text)
-    with pytest.raises(ArtifactError, match=name):
-        getattr(artifact(tmp_path), attribute)
+        (tmp_path / "report.json").write_text(text)
+    with pytest.raises(ArtifactError, match=r"report\.json"):
+        _ = verify.Artifact(tmp_path).report
 
 
 def test_torch_stays_out_where_memory_is_short(

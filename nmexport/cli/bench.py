@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
@@ -82,6 +82,69 @@ def engines_command(
     )
 
 
+@bench_command.command("serve", short_help="Dense against sparse model under a server's load.")
+@click.option(
+    "--clients",
+    multiple=True,
+    type=click.IntRange(1),
+    default=(1, 4),
+    show_default=True,
+    help="That ask at a time, each again once it is answered. Repeatable.",
+)
+@click.option("--requests", type=click.IntRange(1), default=8, show_default=True, help="A round.")
+@click.option("--prompt-tokens", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--output-tokens", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@reading_options
+@click.pass_context
+def serve_command(
+    ctx: click.Context,
+    *,
+    clients: tuple[int, ...],
+    requests: int,
+    prompt_tokens: int,
+    output_tokens: int,
+    rounds: int,
+) -> None:
+    """Put a server's load on the dense and the sparse model of a work directory, in turns."""
+    from nmexport.environment import probe
+    from nmexport.serving.load import Load, bench_serve
+
+    work = request(ctx).existing_work()
+    work.require("engine")
+    loads = [
+        Load(
+            concurrency=count,
+            requests=max(requests, count),
+            prompt_tokens=prompt_tokens,
+            output_tokens=output_tokens,
+        )
+        for count in clients
+    ]
+    results = bench_serve(work.root, loads=loads, rounds=rounds, progress=progress())
+    device = probe().cpu
+    if wants_json(ctx):
+        emit_json({"work": str(work.root), "device": device, "results": results})
+        return
+    rows = [
+        (
+            f"{row['concurrency']} clients, {side}",
+            figure(row[side]["tokens_per_s"], 1),
+            *(figure(row[side]["ttft"][rank], 1) for rank in ("p50_ms", "p99_ms")),
+            *(figure(row[side]["itl"][rank], 1) for rank in ("p50_ms", "p99_ms")),
+            figure(row["speedup"], 2, "x") if side == "sparse" else None,
+        )
+        for row in results
+        for side in ("dense", "sparse")
+    ]
+    title = (
+        f"{prompt_tokens} prompt and {output_tokens} output tokens, {rounds} rounds each, "
+        f"interleaved, on {device}"
+    )
+    columns = ("", "tokens/s", "TTFT p50 ms", "p99 ms", "ITL p50 ms", "p99 ms", "speed")
+    console().print(table(title, columns, rows))
+
+
 @bench_command.command("kernels", short_help="Native kernels against dense products.")
 @click.option(
     "--shape",
@@ -91,6 +154,12 @@ def engines_command(
     help="in_features x out_features, such as 576x1536. Repeatable.  [default: SmolLM2's]",
 )
 @click.option(
+    "--device", type=click.Choice(["cpu"]), default="cpu", show_default=True, help="Where to run."
+)
+@click.option(
+    "--llm", "all_shapes", is_flag=True, help="The shapes of 1B to 8B models; takes gigabytes."
+)
+@click.option(
     "--tokens",
     multiple=True,
     type=int,
@@ -98,12 +167,26 @@ def engines_command(
     show_default=True,
     help="1 is decode, many are prefill. Repeatable.",
 )
-@click.option("--threads", type=int, default=1, show_default=True)
+@click.option(
+    "--threads", multiple=True, type=int, default=(1,), show_default=True, help="Repeatable."
+)
 @click.option("--pattern", default="8:16", show_default=True, metavar="N:M")
 @click.option(
-    "--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True
+    "--dtype",
+    "dtypes",
+    multiple=True,
+    type=click.Choice(["float32", "float16", "bfloat16", "int8"]),
+    default=("float32",),
+    show_default=True,
+    help="Of the weights. Repeatable.",
 )
 @click.option("--grouped", is_flag=True, help="With a channel order, as balanced grouping has.")
+@click.option(
+    "--rivals/--no-rivals",
+    default=True,
+    show_default=True,
+    help="Time dense int8 and int4 weights (MatMulNBits) too.",
+)
 @click.option(
     "--seconds", type=float, default=2.0, show_default=True, help="Least time for each row."
 )
@@ -114,48 +197,86 @@ def kernels_command(
     ctx: click.Context,
     *,
     shapes: tuple[str, ...],
+    device: str,
+    all_shapes: bool,
     tokens: tuple[int, ...],
-    threads: int,
+    threads: tuple[int, ...],
     pattern: str,
-    dtype: Literal["float32", "float16"],
+    dtypes: tuple[Literal["float32", "float16", "bfloat16", "int8"], ...],
     grouped: bool,
+    rivals: bool,
     seconds: float,
 ) -> None:
     """Time the native kernels against dense products, with the bandwidth they reach."""
-    from nmexport.bench import SMOLLM2_SHAPES, bench_kernels
+    from nmexport.bench import LLM_SHAPES, SMOLLM2_SHAPES, bench_kernels
     from nmexport.sparsity.pattern import NMPattern
 
+    del device  # one so far
     outcome = bench_kernels(
-        [_shape(text) for text in shapes] or SMOLLM2_SHAPES,
+        [shape_from(text) for text in shapes] or (LLM_SHAPES if all_shapes else SMOLLM2_SHAPES),
         tokens,
         threads=threads,
         pattern=NMPattern.parse(pattern),
-        dtype=dtype,
+        dtypes=dtypes,
         grouped=grouped,
+        rivals=rivals,
         seconds=seconds,
     )
     if wants_json(ctx):
         emit_json(outcome)
         return
-    rows = [
-        (
-            f"{row['in_features']}x{row['out_features']}, {row['tokens']} tokens",
-            *(figure(row[side]["median_us"], 1) for side in ("matmul", "own_dense", "sparse")),
-            figure(row["ratio"], 2, "x"),
-            figure(row["kept_gb_per_s"], 1),
-            row["runs"],
+    out = console()
+    for dtype in dtypes:
+        title = (
+            f"{outcome['runtime']}, {outcome['variant']}, {outcome['pattern']}, {dtype} weights; "
+            "medians in microseconds, interleaved, weights out of cache"
         )
-        for row in outcome["results"]
-    ]
-    title = (
-        f"{outcome['runtime']}, {outcome['variant']}, {outcome['threads']} threads, "
-        f"{outcome['pattern']}, {outcome['dtype']}; medians in microseconds, interleaved"
+        out.print(table(title, _KERNEL_COLUMNS, [_row(row, dtype) for row in outcome["results"]]))
+    out.print(
+        "speed: over the faster dense product of the same weights; read: of what a loop reads"
     )
-    columns = ("linear", "MatMul", "ours dense", "sparse", "speed", "kept GB/s", "runs")
-    console().print(table(title, columns, rows))
 
 
-def _shape(text: str) -> tuple[int, int]:
+_KERNEL_COLUMNS = (
+    "linear",
+    "tokens",
+    "threads",
+    "MatMul f32",
+    "dense int8",
+    "dense int4",
+    "ours dense",
+    "sparse",
+    "speed",
+    "GB/s",
+    "of read",
+    "select",
+    "runs",
+)
+
+
+def _row(row: dict[str, Any], dtype: str) -> tuple[str | int, ...]:
+    def median(side: str) -> str:
+        timing = row["sides"].get(side)
+        return figure(timing["median_us"] if timing else None, 1)
+
+    own = row[dtype]
+    return (
+        f"{row['in_features']}x{row['out_features']}",
+        row["tokens"],
+        row["threads"],
+        *(
+            median(side)
+            for side in ("matmul", "nbits8", "nbits4", f"dense_{dtype}", f"sparse_{dtype}")
+        ),
+        figure(own["ratio"], 2, "x"),
+        figure(own["kept_gb_per_s"], 1),
+        f"{own['share_of_read']:.0%}",
+        f"{row['selection_share']:.1%}",
+        row["runs"],
+    )
+
+
+def shape_from(text: str) -> tuple[int, int]:
     """Read `576x1536`.
 
     Raises:
@@ -167,3 +288,12 @@ def _shape(text: str) -> tuple[int, int]:
 
         raise RecipeError(f"--shape cannot be {text!r}.", allowed="KxO, such as 576x1536")
     return int(match[1]), int(match[2])
+
+
+def _add_cuda_command() -> None:
+    from nmexport.cli.bench_cuda import cuda_command
+
+    bench_command.add_command(cuda_command)
+
+
+_add_cuda_command()

@@ -45,6 +45,7 @@ def doctor_command(ctx: click.Context) -> None:
                 "environment": environment.as_dict(),
                 "compiler": diagnosis.compiler(),
                 "native_library": vars(library),
+                "tritonserver": _tritonserver(),
                 "free_disk_bytes": free,
                 "targets": [state.as_dict() for state in states],
             }
@@ -55,13 +56,14 @@ def doctor_command(ctx: click.Context) -> None:
         *_machine(environment, free),
         ("C++ compiler", diagnosis.compiler() or "none"),
         ("native ops", _library_words(library)),
+        ("tritonserver", _tritonserver() or "none: pip install --no-deps nvidia-pytriton==0.7.0"),
         *environment.packages.items(),
     ]
     out.print(table(None, ("this machine", ""), rows, left=("",)))
     for state in states:
         out.print(f"target {state.target}: {'works' if state.works else 'does not work here'}")
         for one in state.missing:
-            verb = "needs" if one.needed else "would be faster with"
+            verb = "needs" if one.needed else "lacks, and works without,"
             out.print(f"  {verb} {one.what}", soft_wrap=True, markup=False)
             out.print(f"    mend: {one.mend}", soft_wrap=True, markup=False)
 
@@ -88,3 +90,14 @@ def _library_words(library: NativeLibrary) -> str:
     if library.description is None:
         return "not built" if library.path is None else "cannot be loaded"
     return f"{library.path}, variant {library.description['variant']}"
+
+
+def _tritonserver() -> str | None:
+    """The server that `nmexport serve` would start."""
+    from nmexport.errors import EnvironmentFault
+    from nmexport.serving.launch import find_server
+
+    try:
+        return str(find_server().server)
+    except EnvironmentFault:
+        return None

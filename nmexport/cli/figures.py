@@ -57,11 +57,45 @@ def _rows(report: dict[str, Any]) -> list[tuple[object, ...]]:
             figure(_at(accuracy, "sparse", "perplexity")),
             figure(accuracy.get("perplexity_ratio"), 3, "x"),
         ),
+        *_decode_only_row(accuracy),
         ("KL to dense, mean", "", figure(accuracy.get("kl_mean"), 4), ""),
         ("top-1 agreement", "", figure(_percent(accuracy.get("top1_agreement")), 1, " %"), ""),
+        *_task_rows(accuracy),
         _speed_row(report, "prefill"),
         _speed_row(report, "decode"),
     ]
+
+
+def _decode_only_row(accuracy: dict[str, Any]) -> list[tuple[object, ...]]:
+    """Perplexity with dense prompts; nothing where it was not measured."""
+    decoded = accuracy.get("decode_only")
+    if not decoded or decoded.get("perplexity_ratio") is None:
+        return []
+    return [
+        (
+            "  sparse in decode only",
+            figure(_at(decoded, "dense", "perplexity")),
+            figure(_at(decoded, "sparse", "perplexity")),
+            figure(decoded["perplexity_ratio"], 3, "x"),
+        )
+    ]
+
+
+def _task_rows(accuracy: dict[str, Any]) -> list[tuple[object, ...]]:
+    """Scores with their standard errors."""
+    return [
+        (
+            f"{name}, {entry['metric']}, {entry['n']} documents",
+            _with_error(entry["dense"], entry["dense_stderr"]),
+            _with_error(entry["sparse"], entry["sparse_stderr"]),
+            _with_error(entry["sparse"] - entry["dense"], entry["difference_stderr"]),
+        )
+        for name, entry in (accuracy.get("tasks") or {}).items()
+    ]
+
+
+def _with_error(value: float, stderr: float | None) -> str:
+    return figure(value, 3) if stderr is None else f"{value:.3f} ± {stderr:.3f}"
 
 
 def _speed_row(report: dict[str, Any], phase: str) -> tuple[object, ...]:

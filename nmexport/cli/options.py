@@ -25,6 +25,12 @@ WORK_ROOT = Path("nmexport-work")
 _REQUEST = "nmexport.request"
 _NONE = "none"
 _NOT = "!"
+_BUDGETS = {
+    "ppl": "max_perplexity_ratio",
+    "kl": "max_kl",
+    "speedup": "min_speedup",
+    "bytes": "max_bytes",
+}
 
 
 @dataclass
@@ -174,6 +180,14 @@ def _keep_mitigations(ctx: click.Context, parameter: click.Parameter, value: tup
         request(ctx).spelled["sparsity.mitigations"] = "--mitigation"
 
 
+def _keep_tasks(ctx: click.Context, parameter: click.Parameter, value: tuple[str]) -> None:
+    del parameter
+    names = [name.strip() for text in value for name in text.split(",") if name.strip()]
+    if names:
+        request(ctx).overrides["evaluation.tasks"] = names
+        request(ctx).spelled["evaluation.tasks"] = "--tasks"
+
+
 def _keep_targets(ctx: click.Context, parameter: click.Parameter, value: tuple[str]) -> None:
     del parameter
     include = [pattern for pattern in value if not pattern.startswith(_NOT)]
@@ -183,6 +197,25 @@ def _keep_targets(ctx: click.Context, parameter: click.Parameter, value: tuple[s
     request(ctx).excludes = [
         pattern.removeprefix(_NOT) for pattern in value if pattern.startswith(_NOT)
     ]
+
+
+def _keep_budget(ctx: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> None:
+    """`NAME=VALUE`s, together in place of the recipe's budget; `none` takes that away."""
+    if not value:
+        return
+    budget: dict[str, float] = {}
+    for text in () if value == (_NONE,) else value:
+        name, _, number = text.partition("=")
+        try:
+            budget[_BUDGETS[name]] = float(number)
+        except (KeyError, ValueError):
+            raise click.BadParameter(
+                f"{text!r} is not NAME=NUMBER with a NAME among {', '.join(_BUDGETS)}.",
+                ctx,
+                parameter,
+            ) from None
+    request(ctx).overrides["allocation.budget"] = budget
+    request(ctx).spelled["allocation.budget"] = "--budget"
 
 
 model_option = click.option(
@@ -218,21 +251,28 @@ _RECIPE_OPTIONS = (
         "--criterion",
         "sparsity.criterion",
         "What ranks the channels of a group.",
-        metavar="act|wina|clact|amber",
+        metavar="act|wina|clact|amber|fisher",
     ),
     click.option(
         "--mitigation",
         multiple=True,
         callback=_keep_mitigations,
         expose_value=False,
-        metavar="none|d-pts|s-pts|var|s-var",
-        help="Correction of the error; repeat it for a shift and a variance correction.",
+        metavar="none|d-pts|s-pts|l-pts|var|s-var|ls|gain|bias|low-rank|r-sparse",
+        help="Correction of the error; repeat it for several. Learned: l-pts (shift), ls (scale), "
+        "gain, bias, low-rank. Calibrated: s-pts, s-var, r-sparse. Per token: d-pts, var.",
+    ),
+    _option(
+        "--effort",
+        "sparsity.effort",
+        "How long learned corrections learn.",
+        metavar="fast|standard|thorough",
     ),
     _option(
         "--grouping",
         "sparsity.grouping",
-        "Which channels compete: neighbours, or a calibrated permutation.",
-        metavar="consecutive|balanced",
+        "Which channels compete: neighbours, or those of a permutation.",
+        metavar="consecutive|random|balanced|exchange",
     ),
     click.option(
         "--targets",
@@ -249,6 +289,15 @@ _RECIPE_OPTIONS = (
         "When to sparsify.",
         metavar="all|prefill|decode",
     ),
+    click.option(
+        "--budget",
+        multiple=True,
+        callback=_keep_budget,
+        expose_value=False,
+        metavar="ppl|kl|speedup|bytes=NUMBER",
+        help="Choose pattern by pattern for each linear within a limit: perplexity ratio or KL at "
+        "most, decode speed-up at least, or share of weight bytes read at most. Repeatable.",
+    ),
     _option(
         "--calib",
         "calibration.corpus",
@@ -257,9 +306,44 @@ _RECIPE_OPTIONS = (
     ),
     _option("--calib-samples", "calibration.samples", "Samples.", type=int, metavar="COUNT"),
     _option("--calib-length", "calibration.length", "Tokens a sample.", type=int, metavar="TOKENS"),
+    _option(
+        "--calib-self-share",
+        "calibration.self_share",
+        "Share of the samples that the model writes itself, beside a named corpus.",
+        type=float,
+        metavar="SHARE",
+    ),
+    _option(
+        "--offload",
+        "calibration.offload",
+        "Calibrate layer by layer, weights mapped from disk: when memory is short, or always.",
+        metavar="auto|never|layerwise",
+    ),
     _option("--eval-data", "evaluation.corpus", "Evaluation text, same forms.", metavar="CORPUS"),
     _option("--eval-windows", "evaluation.windows", "Windows.", type=int, metavar="COUNT"),
     _option("--eval-length", "evaluation.length", "Tokens a window.", type=int, metavar="TOKENS"),
+    click.option(
+        "--tasks",
+        multiple=True,
+        callback=_keep_tasks,
+        expose_value=False,
+        metavar="NAME[,NAME...]",
+        help="Score tasks of lm-evaluation-harness, dense beside sparse. Repeatable.",
+    ),
+    _option(
+        "--tasks-path",
+        "evaluation.tasks_path",
+        "Folder of local task files; alone, all of its tasks are scored.",
+        metavar="DIR",
+    ),
+    _option("--task-limit", "evaluation.task_limit", "Documents.", type=int, metavar="COUNT"),
+    _option(
+        "--task-fewshot",
+        "evaluation.task_fewshot",
+        "Examples before each question, where the task leaves it open.",
+        type=int,
+        metavar="COUNT",
+    ),
     _option("--seed", "seed", "Of everything drawn at random.", type=int, metavar="NUMBER"),
     _option(
         "--dtype",
@@ -268,10 +352,47 @@ _RECIPE_OPTIONS = (
         metavar="float32|float16|bfloat16",
     ),
     _option(
+        "--weights",
+        "model.weights",
+        "How sparsified weights are stored: int8 with a scale an output, or so many channels.",
+        metavar="float|int8|int8:CHANNELS",
+    ),
+    _option(
+        "--no-dense-baseline",
+        "model.dense_baseline",
+        "Export no dense model: half the disk, and nothing to verify against.",
+        is_flag=True,
+        flag_value=False,
+        default=None,
+    ),
+    _option(
         "--target",
         "target",
         "Runtime to build for.",
         metavar="auto|onnxruntime|tensorrt|tensorrt-rtx",
+    ),
+    _option(
+        "--allow-failed",
+        "serving.allow_failed",
+        "Package although a gate failed.",
+        is_flag=True,
+        flag_value=True,
+        default=None,
+    ),
+    _option(
+        "--compute-capability",
+        "engine.compute_capabilities",
+        "GPU to build a TensorRT engine for. Repeatable with tensorrt-rtx.  [default: this one]",
+        multiple=True,
+        metavar="X.Y",
+    ),
+    _option(
+        "--embed-plugin",
+        "engine.embed_plugin",
+        "Put the TensorRT plugin library into the plan.",
+        is_flag=True,
+        flag_value=True,
+        default=None,
     ),
     _option(
         "--trust-remote-code",

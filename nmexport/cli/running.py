@@ -23,7 +23,11 @@ def run(ctx: click.Context, pipeline: Pipeline, selection: Selection) -> None:
     Raises:
         GateFailed: if the verification's verdict is `fail`; after everything was shown.
     """
-    steps = pipeline.run(selection)
+    refusal: GateFailed | None = None
+    try:
+        steps = pipeline.run(selection)
+    except GateFailed as error:  # packaging refuses what failed: the figures say why it did
+        refusal, steps = error, pipeline.plan(selection)
     report = _report(pipeline.work.root) if "verify" in selection.stages else None
     if wants_json(ctx):
         emit_json(
@@ -36,6 +40,8 @@ def run(ctx: click.Context, pipeline: Pipeline, selection: Selection) -> None:
         )
     else:
         _show_outcome(pipeline, steps, report)
+    if refusal is not None:
+        raise refusal
     if report is not None and report.get("verdict") == "fail":
         failed = [gate["name"] for gate in report.get("gates", []) if not gate["passed"]]
         raise GateFailed(f"failed: {', '.join(failed)}")

@@ -25,5 +25,8 @@ class StageInputs:
     progress: Progress
     output: Path
     """The artifact folder to fill (a `.partial-<pid>` one: the pipeline renames it)."""
+    resume: Path | None = None
+    """A folder that outlives a killed run: what long work saves, to go on from. It may not exist
+    yet, and is removed once the stage is complete."""
     upstream: Mapping[str, Path] = field(default_factory=dict)
     """Finished artifact folders of the stages named in `UPSTREAM`."""

@@ -1,0 +1,92 @@
+"""`nmexport bench cuda`: kernels on a GPU, and the table of plans that they choose by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from nmexport.cli.output import (
+    console,
+    emit_json,
+    figure,
+    json_option,
+    progress,
+    table,
+    verbose_option,
+    wants_json,
+)
+
+
+@click.command("cuda", short_help="CUDA kernels; regenerates the break-even table.")
+@click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    metavar="KxO",
+    help="in_features x out_features, such as 4096x6144. Repeatable.  [default: Mistral-7B's]",
+)
+@click.option(
+    "--tokens", multiple=True, type=int, default=(1, 2, 3, 4), show_default=True, help="Repeatable."
+)
+@click.option(
+    "--dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True
+)
+@click.option("--rounds", type=click.IntRange(1), default=15, show_default=True)
+@click.option(
+    "--table",
+    "table_file",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    help="Write the fastest plans and break-even times here, as rows of a table of plans.",
+)
+@click.option(
+    "--save",
+    is_flag=True,
+    help="Use what was measured from now on, in place of the table built in.",
+)
+@json_option
+@verbose_option
+@click.pass_context
+def cuda_command(
+    ctx: click.Context,
+    *,
+    shapes: tuple[str, ...],
+    tokens: tuple[int, ...],
+    dtype: Literal["float16", "float32"],
+    rounds: int,
+    table_file: Path | None,
+    save: bool,
+) -> None:
+    """Time the CUDA kernels through ONNX Runtime, dense beside sparse, on this machine's GPU."""
+    from nmexport.cli.bench import shape_from
+    from nmexport.cuda_bench import MISTRAL_SHAPES, SIDES, bench_cuda
+
+    outcome = bench_cuda(
+        [shape_from(text) for text in shapes] or MISTRAL_SHAPES,
+        tokens,
+        dtype=dtype,
+        rounds=rounds,
+        note=progress().note,
+    )
+    rows_text = "\n".join(outcome["table"]) + "\n"
+    if table_file is not None:
+        table_file.write_text(rows_text, encoding="utf-8")
+    if save:
+        from nmexport.runtimes.native import CUDA_PLANS_FILE, require_library
+
+        require_library().with_name(CUDA_PLANS_FILE).write_text(rows_text, encoding="utf-8")
+    if wants_json(ctx):
+        emit_json(outcome)
+        return
+    rows = [
+        (
+            f"{row['in_features']}x{row['out_features']}, {row['tokens']} tokens",
+            *(figure(row["us"][side], 1) for side in SIDES),
+            figure(row["ratio"], 2, "x"),
+        )
+        for row in outcome["results"]
+    ]
+    title = f"{outcome['dtype']}, 8:16; medians in microseconds, weights cold, CUDA graphs"
+    columns = ("linear", "MatMul", "ours dense", "sparse", "mask + product", "speed")
+    console().print(table(title, columns, rows))

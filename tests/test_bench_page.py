@@ -1,0 +1,86 @@
+"""The page of CPU measurements: every figure that was taken is on it, losses too."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+from nmexport.bench import bench_kernels
+from nmexport.runtimes import native
+
+SCRIPT = Path(__file__).resolve().parent.parent / "plugins" / "bench" / "page.py"
+
+
+@pytest.fixture(scope="module")
+def page() -> Any:
+    spec = importlib.util.spec_from_file_location("bench_page", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def latency(prompt: int, speed: float) -> dict[str, Any]:
+    side = {
+        "prefill": {"tokens": prompt, "p50_ms": 10.0 * prompt},
+        "decode": {"context": 128, "p50_ms": 7.0},
+    }
+    interval = [speed - 0.02, speed + 0.02]
+    return {
+        "dense": side,
+        "sparse": side,
+        "speedup": {
+            "prefill": speed,
+            "decode": 1.5,
+            "prefill_interval": interval,
+            "decode_interval": interval,
+        },
+    }
+
+
+@pytest.mark.skipif(native.find_library() is None, reason="no native library")
+def test_every_figure_is_on_the_page(page: Any) -> None:
+    kernels = bench_kernels(
+        [(64, 48), (32, 32)],
+        (1, 2, 3, 4),
+        threads=(1, 2),
+        dtypes=page.DTYPES,
+        seconds=0.0,
+        min_runs=3,
+        rotated_bytes=1,
+    )
+    for row in kernels["results"]:
+        row["float32"]["ratio"] = 0.42  # a loss
+    prompts = bench_kernels(
+        [(64, 48)], (5,), rivals=False, seconds=0.0, min_runs=3, rotated_bytes=1
+    )
+    text = page.page(
+        {
+            "date": "2026-01-01",
+            "cpu": "a processor",
+            "cores": 2,
+            "runtime": kernels["runtime"],
+            "variant": kernels["variant"],
+            "kernels": kernels["results"],
+            "prompts": prompts["results"],
+            "engines": [latency(128, 1.1), latency(512, 0.9)],
+        }
+    )
+    assert "a processor, 2 cores" in text
+    lines = text.splitlines()
+    decode = [line for line in lines if line.startswith("| 64 x 48 | ") and "GB/s" in line]
+    assert [line.split(" | ")[1] for line in decode] == [*page.DTYPES] * 2
+    assert "| 32 x 32 | 2 | 0.42x | 0.42x | 0.42x | 0.42x |" in lines
+    assert any(line.startswith("32 x 32 float32") and line.endswith("0.42") for line in lines)
+    assert any(line.startswith("| 64 x 48 | 5 | ") for line in lines)
+    assert "| prompt of 512 | 5120.00 | 5120.00 | 0.90x | 0.88 to 0.92 |" in lines
+    assert "| token after 128 | 7.00 | 7.00 | 1.50x | 1.08 to 1.12 |" in lines
+
+
+def test_without_a_model_there_is_no_table_of_models(page: Any) -> None:
+    figures = {"date": "", "cpu": "", "cores": 1, "runtime": "", "variant": ""}
+    text = page.page({**figures, "kernels": [], "prompts": [], "engines": []})
+    assert "Whole models" not in text

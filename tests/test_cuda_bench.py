@@ -1,0 +1,188 @@
+"""The CUDA benchmark as far as it goes without a GPU: tables, graphs, choices, refusals."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import onnx
+import pytest
+from nmexport import cuda_bench
+from nmexport.cuda_bench import Device, Plan, PlanLibrary, Problem, bench_cuda, product_graph
+from nmexport.errors import EnvironmentFault, RecipeError
+from nmexport.runtimes import native, onnxruntime
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+PROBLEM = Problem(in_features=64, out_features=32, tokens=1, dtype="float16")
+PLAN = Plan(lanes=32, vectors=1, warps=8, unroll=8, resident=16, cluster=4)
+
+
+def test_a_row_has_the_fields_of_the_table_in_order():
+    row = cuda_bench.table_row(
+        Device(90, 132), PROBLEM, PLAN, sparse_us=1.234, masked_us=5, dense_us=4
+    )
+    assert row == "90, 132, 2, 1, 64, 32, 0, 32, 1, 8, 8, 1, 16, 4, 0, 1.23, 5.00, 4.00"
+
+
+@pytest.mark.parametrize(
+    ("side", "kept"), [("matmul", None), ("dense", 16), ("sparse", 8), ("masked", 8)]
+)
+def test_graphs_hold_a_product_for_each_weight(side: Any, kept: int | None):
+    model = onnx.load_from_string(product_graph(side, PROBLEM, 3))
+    assert [node.op_type for node in model.graph.node] == [
+        "MatMul" if kept is None else "NMLinear"
+    ] * 3
+    attributes = {a.name: a.i for a in model.graph.node[0].attribute}
+    assert attributes == ({} if kept is None else {"n": kept, "m": 16})
+
+
+def test_enough_copies_to_leave_the_cache():
+    assert PROBLEM.copies(10 * 64 * 32 * 2) == 11
+    assert PROBLEM.copies(1) == 3
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens", "message"),
+    [((60, 32), 1, "60x32"), ((64, 0), 1, "64x0"), ((64, 32), 5, "5 tokens"), ((64, 32), 0, "0")],
+)
+def test_what_the_kernel_does_not_take_is_refused(
+    shape: tuple[int, int], tokens: int, message: str
+):
+    with pytest.raises(RecipeError, match=message):
+        bench_cuda([shape], [tokens])
+
+
+@pytest.mark.skipif(native.find_library() is None, reason="no native library")
+def test_without_kernels_or_gpu_it_says_so():
+    with pytest.raises(EnvironmentFault, match=r"no CUDA kernels|no CUDA GPU"):
+        PlanLibrary(native.require_library())
+
+
+def test_without_the_provider_it_says_so():
+    with pytest.raises(EnvironmentFault, match="no CUDA provider"):
+        onnxruntime.open_cuda_graph(b"", onnxruntime.session_options(library=None, threads=1))
+
+
+class FakeLibrary:
+    """Plans of a GPU that is not there; remembers the tables it was given."""
+
+    device = Device(90, 132)
+
+    def __init__(self, _: Path) -> None:
+        self.tables: list[str] = []
+
+    def plans(self, _: int) -> list[Plan]:
+        return [PLAN, Plan(16, 1, 8, 8, 24, 2)]
+
+    def use(self, rows: list[str]) -> None:
+        self.tables += rows
+
+
+class FakeSession:
+    """Counts runs; the slower, the later in `us`."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+
+    def io_binding(self) -> FakeSession:
+        return self
+
+    def bind_ortvalue_input(self, *_: object) -> None: ...
+
+    def bind_ortvalue_output(self, *_: object) -> None: ...
+
+    def get_outputs(self) -> list[Any]:
+        return []
+
+    def run_with_iobinding(self, _: object) -> None:
+        self.runs += 1
+
+
+@pytest.fixture
+def fake_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[FakeSession]]:
+    """No GPU, but all that the benchmark does around it."""
+    sessions: list[FakeSession] = []
+
+    def opened(*_: object) -> FakeSession:
+        sessions.append(FakeSession())
+        return sessions[-1]
+
+    monkeypatch.setattr(cuda_bench, "PlanLibrary", FakeLibrary)
+    monkeypatch.setattr(cuda_bench._Bench, "_device_value", lambda *_: None)
+    monkeypatch.setattr("nmexport.runtimes.onnxruntime.open_cuda_graph", opened)
+    import onnxruntime as runtime
+
+    class Options:
+        log_severity_level = 0
+
+        def register_custom_ops_library(self, _: str) -> None: ...
+
+    monkeypatch.setattr(runtime, "SessionOptions", Options)
+    monkeypatch.setattr(native, "require_library", lambda: tmp_path / "library.so")
+    return lambda: sessions
+
+
+def test_every_plan_is_tried_and_every_side_timed(fake_gpu: Callable[[], list[FakeSession]]):
+    notes: list[str] = []
+    outcome = bench_cuda([(64, 32)], [1, 2], rounds=4, rotated_bytes=1, note=notes.append)
+    assert len(fake_gpu()) == 2 + 4 + 4  # two plans for one token, then four sides each
+    assert [session.runs for session in fake_gpu()] == [6, 6] + [7] * 8
+    assert [row["tokens"] for row in outcome["results"]] == [1, 2]
+    assert [line.split(", ")[:6] for line in outcome["table"]] == [
+        ["90", "132", "2", str(tokens), "64", "32"] for tokens in (1, 2)
+    ]
+    assert all(set(row["us"]) == set(cuda_bench.SIDES) for row in outcome["results"])
+    assert notes == ["64x32, 1 tokens", "64x32, 2 tokens"]
+
+
+def test_the_command_writes_the_table(fake_gpu: Callable[[], list[FakeSession]], tmp_path: Path):
+    from click.testing import CliRunner
+    from nmexport.cli.main import cli
+
+    table = tmp_path / "plans.csv"
+    arguments = ["bench", "cuda", "--shape", "64x32", "--tokens", "1", "--rounds", "1"]
+    done = CliRunner().invoke(cli, [*arguments, "--table", str(table), "--save"])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / native.CUDA_PLANS_FILE).read_text() == table.read_text()
+    assert table.read_text().startswith("90, 132, 2, 1, 64, 32, 0, ")
+    assert len(fake_gpu()) == 6
+
+
+class FakeNative:
+    """The library's entry for plans; takes a table of one line."""
+
+    def __init__(self) -> None:
+        self.given: list[bytes] = []
+        self.nmexport_use_cuda_plans = self._use
+
+    def _use(self, text: bytes) -> int:
+        self.given.append(text)
+        return 0 if text.count(b"\n") == 1 else 2
+
+
+class _Entry:
+    """A ctypes function: callable, and takes attributes."""
+
+    def __init__(self, call: Callable[[bytes], int]) -> None:
+        self.call = call
+        self.argtypes: list[type] = []
+
+    def __call__(self, text: bytes) -> int:
+        return self.call(text)
+
+
+def test_plans_beside_the_library_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    fake = FakeNative()
+    fake.nmexport_use_cuda_plans = _Entry(fake._use)  # type: ignore[assignment]
+    monkeypatch.setattr(native, "_load", lambda _: fake)
+    library = tmp_path / "library.so"
+    assert not native.use_cuda_plans(library)
+    plans = tmp_path / native.CUDA_PLANS_FILE
+    plans.write_text("a row\n")
+    assert native.use_cuda_plans(library)
+    assert fake.given == [b"a row\n"]
+    plans.write_text("a row\nnonsense\n")
+    with pytest.raises(EnvironmentFault, match="Line 2 of"):
+        native.use_cuda_plans(library)
