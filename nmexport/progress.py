@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TextIO, TypeVar
 
 if TYPE_CHECKING:
@@ -141,11 +142,18 @@ def length_of(items: object) -> int | None:
 
 
 def peak_rss_bytes() -> int:
-    """Most memory this process ever held."""
+    """Most memory this process ever held.
+
+    On Linux not `ru_maxrss`: a child inherits its parent's through fork and exec.
+    """
     import resource
 
-    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts kibibytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def duration(seconds: float) -> str:

@@ -100,10 +100,11 @@ _LINEARS = (
     ("mlp.down_proj", "intermediate_size", 2048),
 )
 _EXPORT = """
-import json, resource, sys, torch
+import json, sys, torch
 from pathlib import Path
 from nmexport.models.source import resolve
 from nmexport.models.streaming import open_for_export
+from nmexport.progress import peak_rss_bytes
 from nmexport.recipe import ModelSection
 from nmexport.stages import fold
 from nmexport.stages.export import write_models
@@ -113,12 +114,12 @@ opened = open_for_export(
     resolve(ModelSection(id=str(source))), dtype=torch.bfloat16, trust_remote_code=False
 )
 artifact = fold.Artifact(folded)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_rss_bytes()
 write_models(
     opened.model, artifact.layers, artifact.tensors, output, parameter=opened.parameter
 )
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"before": before * 1024, "after": after * 1024}))
+after = peak_rss_bytes()
+print(json.dumps({"before": before, "after": after}))
 """
 
 

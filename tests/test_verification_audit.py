@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +14,7 @@ from nmexport.errors import ArtifactError
 from nmexport.graph.functions import function_protos_for
 from nmexport.layers import LayerSpec
 from nmexport.oracle import nm_prune
+from nmexport.progress import peak_rss_bytes
 from nmexport.verification import audit, memory
 from nmexport.verification.reference import TorchSession
 from onnx import TensorProto, helper, numpy_helper
@@ -189,13 +192,18 @@ def test_no_counted_token_is_no_sparsity() -> None:
 
 
 def test_own_peak_memory_grows_and_is_plausible() -> None:
-    before = memory.peak_rss_bytes()
+    before = peak_rss_bytes()
     held = np.ones(30_000_000 // 8)
-    after = memory.peak_rss_bytes()
-    assert before is not None
-    assert after is not None
     assert held.sum() > 0
-    assert before <= after < 1 << 40
+    assert before <= peak_rss_bytes() < 1 << 40
+
+
+def test_a_child_does_not_count_its_parents_memory() -> None:
+    held = np.ones(400_000_000 // 8)
+    code = "from nmexport.progress import peak_rss_bytes; print(peak_rss_bytes())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert held.sum() > 0
+    assert int(done.stdout) < 2e8
 
 
 def test_a_model_that_cannot_be_opened_says_why(tmp_path: Path) -> None:

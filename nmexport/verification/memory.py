@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nmexport.errors import UserError
+from nmexport.progress import peak_rss_bytes
 
 _PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 _DECODE_STEPS = 4
@@ -23,21 +24,6 @@ PROTOCOL = (
     "and reports its own peak resident set. Weights are mapped from the artifact's files, so "
     "pages that were read count."
 )
-
-
-def peak_rss_bytes() -> int | None:
-    """Highest resident set of this process so far; None where the system does not tell.
-
-    Not `ru_maxrss`: a child inherits its parent's high-water mark through fork and exec.
-    """
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return None
 
 
 def run_in_fresh_process(engine: Path, *, dense: bool, prompt_tokens: int) -> dict[str, Any]:
@@ -80,10 +66,7 @@ def measure(engine: Path, *, dense: bool, prompt_tokens: int) -> dict[str, Any]:
         session.prefill(rng.integers(session.vocabulary_size, size=(1, prompt_tokens)))
         for _ in range(_DECODE_STEPS):
             session.decode_step(np.zeros((1, 1), np.int64))
-    peak = peak_rss_bytes()
-    if peak is None:
-        return {"peak_rss_bytes": None, "why": "this system does not tell a process's peak memory"}
-    return {"peak_rss_bytes": peak}
+    return {"peak_rss_bytes": peak_rss_bytes()}
 
 
 def measure_engine(engine: Path, *, export: Path, prompt_tokens: int) -> dict[str, Any]:
