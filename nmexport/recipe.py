@@ -251,6 +251,9 @@ class EngineSection(_Strict):
     """Tokens in the cache and new ones together. None is what those measurements need."""
     embed_plugin: bool = False
     """Put the plugin library into the plan."""
+    in_place_cache: Literal["auto", "off"] = "auto"
+    """`auto` updates the cache in place where the graph allows it; `off` never does, and Triton can
+    serve the plan: in place, past and present are one buffer, which Triton does not give."""
 
 
 class GatesSection(_Strict):

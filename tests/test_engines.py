@@ -25,6 +25,7 @@ from nmexport.models.source import ModelSource
 from nmexport.progress import Silent
 from nmexport.recipe import EngineSection, EvaluationSection, LatencySection, ModelSection, Recipe
 from nmexport.runtimes import opening, tensorrt_engine, tensorrt_library
+from nmexport.serving import triton_config
 from nmexport.stages import engine
 from nmexport.stages.inputs import StageInputs
 from onnx import TensorProto, helper, numpy_helper
@@ -140,6 +141,19 @@ def test_the_stage_builds_both_engines_and_says_what_they_are(
     with pytest.raises(EnvironmentFault):
         opening.open_session(inputs.output)
     assert opening.runtime_of(inputs.output) == "tensorrt-rtx"
+
+
+def test_an_engine_for_triton_keeps_the_exports_signature(
+    tmp_path: Path, half_llama: Path, plugin: Path
+) -> None:
+    section = RECIPE.engine.model_copy(update={"in_place_cache": "off"})
+    inputs = stage_inputs(tmp_path, half_llama, RECIPE.model_copy(update={"engine": section}))
+    metrics = engine.run(inputs)
+    assert (metrics["cache"], metrics["why_not_in_place"]) == ("concatenated", "not asked for")
+    described = tensorrt_engine.read_tensorrt_engine(inputs.output)
+    assert triton_config.signature_of_engine(described) == triton_config.signature_of(
+        half_llama / "model.onnx"
+    )
 
 
 def test_what_decides_an_engine_is_in_its_key(

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from nmexport.artifact import file_digest
 from nmexport.errors import ArtifactError, EnvironmentFault, RequestError
+from nmexport.runtimes.tensorrt_engine import EngineTensor, PluginRecord
 from nmexport.serving import bundle as bundles
 from nmexport.serving import repository, triton_config
 from nmexport.serving.metrics import METRICS
 from nmexport.serving.options import NAMES
 from nmexport.serving.service import SETTINGS, TextRequest, TextService, free_memory, numbers_from
-from nmexport.serving.triton_config import TensorSpec, from_text, to_text
+from nmexport.serving.triton_config import Signature, TensorSpec, from_text, to_text
 from nmexport.serving.triton_model import TritonPythonModel, require_whole_tensors
 from nmexport.stages import package as package_stage
 
@@ -581,12 +582,26 @@ def test_the_servers_side_needs_no_torch(package: Path, banned: str) -> None:
 # -- the raw engine of a package ------------------------------------------------------------------
 
 
+def engine_tensors(signature: Signature) -> tuple[EngineTensor, ...]:
+    """What a builder records of a plan."""
+    names = {"FLOAT16": "HALF", "BFLOAT16": "BF16"}
+    return tuple(
+        EngineTensor(
+            name=spec.name,
+            element=names.get(spec.element, spec.element),
+            shape=tuple(-1 if size is None else size for size in spec.shape),
+            is_input=spec in signature.inputs,
+        )
+        for spec in (*signature.inputs, *signature.outputs)
+    )
+
+
 def tensorrt_inputs(
     export: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any
 ) -> Any:
     """Stage inputs with an engine of TensorRT, as its stage describes one."""
     from nmexport.runtimes import tensorrt_library
-    from nmexport.runtimes.tensorrt_engine import PluginRecord, TensorRTEngine
+    from nmexport.runtimes.tensorrt_engine import TensorRTEngine
 
     plugin = folder / "libnmexport_tensorrt.so"
     plugin.write_bytes(b"a plugin")
@@ -603,6 +618,7 @@ def tensorrt_inputs(
         "max_sequence": 64,
         "max_context": 128,
         "profiles": ("prefill", "decode"),
+        "tensors": engine_tensors(triton_config.signature_of(export / "model.onnx")),
         "plugin": PluginRecord(
             file=plugin.name, sha256=file_digest(plugin), version="1", embedded=False
         ),
@@ -628,8 +644,33 @@ def test_a_tensorrt_engine_is_packaged_with_its_plugin(
     assert (inputs.output / plugins[0]).read_bytes() == b"a plugin"
     folder = inputs.output / "model_repository" / "tiny_engine"
     config = from_text((folder / "config.pbtxt").read_text("utf-8"))
+    signature = triton_config.signature_of(tiny_export / "model.onnx")
+    assert config == triton_config.engine_config(
+        "tiny_engine", signature, max_batch_size=4, profiles=2
+    )
     assert (config.max_batch_size, list(config.instance_group[0].profile)) == (4, ["0", "1"])
     assert (folder / "1" / config.default_model_filename).read_bytes() == b"a plan"
+
+
+def test_the_configuration_is_the_plans_not_the_graphs(
+    tiny_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensor = EngineTensor(name="only", element="BF16", shape=(-1, 7), is_input=True)
+    inputs = tensorrt_inputs(tiny_export, tmp_path, monkeypatch, tensors=(tensor,))
+    package_stage._write_engine(inputs, "e")
+    path = inputs.output / "model_repository" / "e" / "config.pbtxt"
+    config = from_text(path.read_text("utf-8"))
+    assert [(one.name, one.data_type, list(one.dims)) for one in config.input] == [
+        ("only", triton_config._messages().DataType.Value("TYPE_BF16"), [7])
+    ]
+
+
+def test_an_engine_that_does_not_say_its_tensors_is_built_again(
+    tiny_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = tensorrt_inputs(tiny_export, tmp_path, monkeypatch, tensors=())
+    with pytest.raises(ArtifactError, match="nmexport engine --force"):
+        package_stage._write_engine(inputs, "e")
 
 
 @pytest.mark.parametrize(
@@ -653,8 +694,6 @@ def test_engines_that_triton_cannot_run_are_left_out(
 def test_an_embedded_plugin_needs_no_file(
     tiny_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nmexport.runtimes.tensorrt_engine import PluginRecord
-
     record = PluginRecord(file="x.so", sha256="0", version="1", embedded=True)
     inputs = tensorrt_inputs(tiny_export, tmp_path, monkeypatch, plugin=record)
     assert package_stage._write_engine(inputs, "tiny_engine") == ([], None)

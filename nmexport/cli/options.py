@@ -395,6 +395,12 @@ _RECIPE_OPTIONS = (
         default=None,
     ),
     _option(
+        "--in-place-cache",
+        "engine.in_place_cache",
+        "off: copy a TensorRT engine's cache each step, so that Triton can serve the engine.",
+        metavar="auto|off",
+    ),
+    _option(
         "--trust-remote-code",
         "model.trust_remote_code",
         "Run Python code that the model's author wrote.",

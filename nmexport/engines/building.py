@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ArtifactError, EnvironmentFault, NmexportError
 from nmexport.runtimes import tensorrt_library
+from nmexport.runtimes.tensorrt_engine import EngineTensor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -63,6 +64,8 @@ class Plan:
 
     data: bytes
     layers: tuple[NetworkLayer, ...]
+    tensors: tuple[EngineTensor, ...]
+    """What it takes and gives, as the parsed network has it."""
     parse_seconds: float
     build_seconds: float
     log: tuple[str, ...] = field(repr=False)
@@ -111,6 +114,7 @@ def _build(trt: Any, logger: Any, order: Order, progress: Progress) -> Plan:
     return Plan(
         data=data,
         layers=_layers(network),
+        tensors=_tensors(network),
         parse_seconds=round(parsed - began, 3),
         build_seconds=round(time.monotonic() - parsed, 3),
         log=tuple(logger.lines),
@@ -160,6 +164,20 @@ def _layers(network: Any) -> tuple[NetworkLayer, ...]:
     layers = (network.get_layer(index) for index in range(network.num_layers))
     return tuple(
         NetworkLayer(name=layer.name, kind=str(layer.type).rpartition(".")[2]) for layer in layers
+    )
+
+
+def _tensors(network: Any) -> tuple[EngineTensor, ...]:
+    inputs = [(network.get_input(index), True) for index in range(network.num_inputs)]
+    outputs = [(network.get_output(index), False) for index in range(network.num_outputs)]
+    return tuple(
+        EngineTensor(
+            name=tensor.name,
+            element=str(tensor.dtype).rpartition(".")[2],
+            shape=tuple(tensor.shape),
+            is_input=is_input,
+        )
+        for tensor, is_input in (*inputs, *outputs)
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -81,8 +82,10 @@ def build_pair(
     if target == "tensorrt":  # NO_TIMING_CACHE says why not for the other
         device = environment.gpus[0].name if environment.gpus else "no gpu"
         cache = timing_cache_path(runtime=target, version=module.__version__, device=device)
-    sparse = for_tensorrt(export / "model.onnx", capacity=limits.max_context)
-    dense = for_tensorrt(export / "dense" / "model.onnx", capacity=limits.max_context)
+    in_place = recipe.engine.in_place_cache == "auto"
+    rewritten = functools.partial(for_tensorrt, capacity=limits.max_context if in_place else None)
+    sparse = rewritten(export / "model.onnx")
+    dense = rewritten(export / "dense" / "model.onnx")
     weights = weight_bytes(sparse.model)
     progress.note(_announcement(target, recipe, weights))
 
@@ -136,6 +139,7 @@ def build_pair(
             version=tensorrt_library.describe_plugin(plugin)["version"],
             embedded=recipe.engine.embed_plugin,
         ),
+        tensors=plan.tensors,
     )
     metrics = {
         **_metrics(engine, audited, plan, dense_plan),

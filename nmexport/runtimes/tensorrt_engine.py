@@ -34,6 +34,18 @@ class PluginRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EngineTensor:
+    """An input or output of a plan."""
+
+    name: str
+    element: str
+    """TensorRT's name of its type, such as `HALF`."""
+    shape: tuple[int, ...]
+    """-1 is a dynamic axis."""
+    is_input: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class TensorRTEngine:
     """The part of `engine.json` that a TensorRT session reads."""
 
@@ -55,6 +67,8 @@ class TensorRTEngine:
     profiles: tuple[str, ...]
     """What each optimisation profile is for, in the plan's order."""
     plugin: PluginRecord
+    tensors: tuple[EngineTensor, ...] = ()
+    """Of `model.plan`, as the builder saw them; none where an older build did not say."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -69,6 +83,9 @@ def from_document(document: Mapping[str, Any]) -> TensorRTEngine:
     """
     section = dict(document[SECTION])
     section["plugin"] = PluginRecord(**section["plugin"])
+    section["tensors"] = tuple(
+        EngineTensor(**{**one, "shape": tuple(one["shape"])}) for one in section.get("tensors", ())
+    )
     for name in ("compute_capabilities", "profiles"):
         section[name] = tuple(section[name])
     return TensorRTEngine(**section)

@@ -13,6 +13,8 @@ from nmexport.errors import ArtifactError, EnvironmentFault
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from nmexport.runtimes.tensorrt_engine import EngineTensor, TensorRTEngine
+
 CONFIG = "config.pbtxt"
 PLAN = "model.plan"
 _MESSAGES = "tritonclient.grpc.model_config_pb2"
@@ -51,6 +53,10 @@ _TRITON_TYPES = {
     "INT32": "TYPE_INT32",
     "BOOL": "TYPE_BOOL",
 }
+
+
+# TensorRT's names of element types where they are not ONNX's.
+_ONNX_TYPES = {"HALF": "FLOAT16", "BF16": "BFLOAT16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +158,32 @@ def signature_of(model: Path) -> Signature:
     return Signature(
         inputs=tuple(_spec(value) for value in graph.input),
         outputs=tuple(_spec(value) for value in graph.output),
+    )
+
+
+def signature_of_engine(engine: TensorRTEngine) -> Signature:
+    """Inputs and outputs of a plan, as its builder recorded them.
+
+    Raises:
+        ArtifactError: if an older build recorded none.
+    """
+    if not engine.tensors:
+        raise ArtifactError(
+            "engine.json does not say what the plan takes and gives.",
+            fix="run `nmexport engine --force`",
+        )
+
+    def specs(*, is_input: bool) -> tuple[TensorSpec, ...]:
+        return tuple(_planned(one) for one in engine.tensors if one.is_input == is_input)
+
+    return Signature(inputs=specs(is_input=True), outputs=specs(is_input=False))
+
+
+def _planned(tensor: EngineTensor) -> TensorSpec:
+    return TensorSpec(
+        name=tensor.name,
+        element=_ONNX_TYPES.get(tensor.element, tensor.element),
+        shape=tuple(None if size < 0 else size for size in tensor.shape),
     )
 
 

@@ -103,7 +103,7 @@ def _write_engine(inputs: StageInputs, name: str) -> tuple[list[str], str | None
     from nmexport.runtimes import tensorrt_library
     from nmexport.runtimes.tensorrt_engine import PLAN, engine_plugin, read_tensorrt_engine
     from nmexport.serving import repository
-    from nmexport.serving.triton_config import signature_of
+    from nmexport.serving.triton_config import signature_of_engine
 
     folder = inputs.upstream["engine"]
     document = json.loads((folder / "engine.json").read_text(encoding="utf-8"))
@@ -117,7 +117,7 @@ def _write_engine(inputs: StageInputs, name: str) -> tuple[list[str], str | None
         inputs.output,
         name=name,
         plan=folder / PLAN,
-        signature=signature_of(inputs.upstream["export"] / "model.onnx"),
+        signature=signature_of_engine(engine),
         max_batch_size=engine.max_batch,
         profiles=len(engine.profiles),
     )
@@ -132,7 +132,8 @@ def why_not_raw(engine: TensorRTEngine) -> str | None:
     if engine.in_place_cache:
         return (
             "the engine updates its cache in place: past and present must be one buffer, and "
-            "Triton gives each input and output a buffer of its own"
+            "Triton gives each input and output a buffer of its own (build it with "
+            "--in-place-cache off)"
         )
     return None
 
