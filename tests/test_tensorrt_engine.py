@@ -31,6 +31,7 @@ ENGINE: dict[str, Any] = {
     "max_context": 16,
     "profiles": ["prefill", "decode"],
     "plugin": {"file": "x.so", "sha256": "0" * 64, "version": "1", "embedded": False},
+    "tensors": [{"name": "ids", "element": "INT64", "shape": [-1, -1], "is_input": True}],
 }
 
 
@@ -67,6 +68,14 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert read.profiles == ("prefill", "decode")
     assert json.loads(json.dumps(read.as_dict())) == ENGINE
     assert tensorrt_engine.read_tensorrt_engine(tmp_path / "engine.json") == read
+
+
+def test_a_description_without_tensors_is_read(tmp_path: Path) -> None:
+    known = {name: value for name, value in ENGINE.items() if name != "tensors"}
+    (tmp_path / "engine.json").write_text(
+        json.dumps({"runtime": "tensorrt-rtx", "tensorrt": known})
+    )
+    assert tensorrt_engine.read_tensorrt_engine(tmp_path).tensors == ()
 
 
 @pytest.mark.parametrize(
