@@ -95,6 +95,18 @@ def test_cost_counts_kept_rows_and_one_product_a_site() -> None:
     assert replace(COST, rest_seconds=1e-6).other_seconds == pytest.approx(3e-6)
 
 
+@pytest.mark.parametrize(
+    ("weights", "scales"), [("int8", 4 * 96), ("int8:16", 4 * 96 * 4), ("int8:32", 4 * 96 * 2)]
+)
+def test_weights_in_int8_are_counted_with_their_scales(weights: str, scales: int) -> None:
+    cost = replace(COST, sparse_weights=weights)
+    assert cost.read_bytes(SITE, DENSE) == 64 * 96 * 4  # what stays dense stays as it is
+    assert cost.read_bytes(SITE, HALF) == 64 * 96 / 2 + scales
+    prefill = replace(HALF, phase="prefill")
+    assert cost.read_bytes(SITE, prefill) == 64 * 96 + scales  # decoded whole, out of int8
+    assert cost.seconds(SITE, HALF) < COST.seconds(SITE, HALF)
+
+
 # -- the programme ---------------------------------------------------------------------------------
 
 

@@ -10,13 +10,16 @@ import torch
 from nmexport.allocation.allocate import allocate
 from nmexport.allocation.candidates import before_learning
 from nmexport.allocation.choice import Allocation, as_dict
+from nmexport.allocation.probe import spread_windows
 from nmexport.allocation.sites import concatenated_weight
 from nmexport.calibration.passes import gather_channel_statistics
 from nmexport.errors import PatternError, RecipeError
 from nmexport.models.loader import load_model
 from nmexport.models.source import resolve
+from nmexport.models.swap import replace_linears
 from nmexport.progress import Silent
 from nmexport.recipe import AllocationSection, ModelSection, SparsitySection
+from nmexport.sparsity.linear import Behaviour, Constants, FoldedLinear
 from nmexport.sparsity.method import constants_of
 from nmexport.sparsity.targets import linears_of
 
@@ -40,7 +43,10 @@ def run(tiny_llama: Path) -> Callable[..., Allocation]:
         return constants_of(method, concatenated_weight(site, linears), statistics[site.names[0]])
 
     def allocated(
-        budget: dict[str, float], method: dict[str, Any] | None = None, **section: Any
+        budget: dict[str, float],
+        method: dict[str, Any] | None = None,
+        weights: str = "float",
+        **section: Any,
     ) -> Allocation:
         whole = {"windows": 2, "length": 32, "front": [0.3], "cost": FREE, **section}
         return allocate(
@@ -51,6 +57,7 @@ def run(tiny_llama: Path) -> Callable[..., Allocation]:
             section=AllocationSection.model_validate_json(json.dumps({"budget": budget, **whole})),
             constants_for=constants_for,
             element_bytes=4,
+            weights=weights,
             progress=Silent(),
         )
 
@@ -128,10 +135,59 @@ def test_static_corrections_are_calibrated_for_each_candidate(
     assert chosen.relative_error == pytest.approx(row.mitigation_errors["s-pts + s-var"], rel=0.02)
 
 
-def test_trials_stand_before_learning() -> None:
-    section = SparsitySection.model_validate_json(
-        json.dumps({"mitigations": ["l-pts", "ls", "gain", "bias"]})
-    )
-    assert before_learning(section).mitigations == ("var",)
-    kept = SparsitySection.model_validate_json(json.dumps({"mitigations": ["l-pts", "s-var"]}))
-    assert before_learning(kept).mitigations == ("s-var",)
+def test_int8_saves_more_of_the_same_rows(run: Callable[..., Allocation]) -> None:
+    half = {"max_bytes": 0.55}
+    floats, int8 = run(half, patterns=["8:16"]), run(half, patterns=["8:16"], weights="int8")
+    uniform = {one.kind: one for one in int8.front}["uniform"]
+    assert uniform.bytes_saved > 0.8  # half of the rows in a quarter of the bytes, and scales
+    assert len(int8.sparse) < len(floats.sparse)
+    row = next(row for row in int8.ledger if row.choice.pattern)
+    saved = {one.choice.label: one.bytes_saved for one in row.candidates}
+    assert saved["dense"] == 0.0
+    assert saved["8:16 act"] == pytest.approx(uniform.bytes_saved, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("mitigations", "tried"),
+    [
+        ([], ()),
+        (["s-pts"], ("s-pts",)),
+        (["d-pts", "s-var"], ("d-pts", "s-var")),
+        (["l-pts"], ()),
+        (["l-pts", "bias"], ()),
+        (["l-pts", "ls", "gain", "bias"], ("var",)),
+        (["s-pts", "low-rank"], ("s-pts", "var")),
+        (["l-pts", "ls", "s-var"], ("s-var",)),
+    ],
+)
+def test_trials_have_what_is_built_and_a_stand_in_for_learned_scales_alone(
+    mitigations: list[str], tried: tuple[str, ...]
+) -> None:
+    section = SparsitySection.model_validate_json(json.dumps({"mitigations": mitigations}))
+    assert before_learning(section).mitigations == tried
+
+
+def test_without_mitigations_the_plain_model_keeps_the_budget(
+    run: Callable[..., Allocation], tiny_llama: Path
+) -> None:
+    found = run({"max_kl": 0.01}, {"mitigations": [], "grouping": "consecutive"})
+    model = load_model(resolve(ModelSection(id=str(tiny_llama))), dtype=torch.float32)
+    linears = linears_of(model)
+    windows = spread_windows(SAMPLES, 2, 32, part=1)
+    with torch.no_grad():
+        dense = model(input_ids=windows).logits[:, :-1].log_softmax(-1)
+        for name, choice in found.sparse.items():
+            assert choice.nm is not None
+            folded = FoldedLinear.from_dense(
+                linears[name], Behaviour(pattern=choice.nm), Constants()
+            )
+            replace_linears(model, {name: folded})
+        sparse = model(input_ids=windows).logits[:, :-1].log_softmax(-1)
+    built = float((dense.exp() * (dense - sparse)).sum(-1).mean())
+    assert built == pytest.approx(found.kl, rel=1e-2)
+    assert built <= 0.01
+
+
+def test_r_sparse_is_refused_with_a_budget(run: Callable[..., Allocation]) -> None:
+    with pytest.raises(RecipeError, match="adds a product of all channels"):
+        run({"max_kl": 0.01}, {"mitigations": ["var", "r-sparse"]})

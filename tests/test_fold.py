@@ -246,9 +246,26 @@ def test_refusals_come_before_the_work(tiny_llama: Path, tmp_path: Path) -> None
     pair = recipe_of(tiny_llama, sparsity={"mitigations": ("var", "s-var")})
     with pytest.raises(RecipeError, match="variance correction"):
         fold.key_fields(inputs_of(pair, tmp_path))
+    remainder = recipe_of(
+        tiny_llama,
+        sparsity={"mitigations": ("var", "r-sparse")},
+        allocation={"budget": {"max_kl": 0.1}},
+    )
+    with pytest.raises(RecipeError, match="r-sparse cannot be used with --budget") as caught:
+        fold.key_fields(inputs_of(remainder, tmp_path))
+    assert "low-rank" in (caught.value.fix or "")
     missing = recipe_of(tiny_llama, calibration={"corpus": "missing.txt"})
     with pytest.raises(CorpusError, match=r"missing\.txt"):
         calibrate.key_fields(inputs_of(missing, tmp_path))
+
+
+def test_scales_that_do_not_fit_are_refused_before_anything_is_learned(
+    tiny_llama: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fold, "_learned", lambda *_: pytest.fail("it learned first"))
+    recipe = recipe_of(tiny_llama, model={"weights": "int8:128"})
+    with pytest.raises(RecipeError, match=r"q_proj: its 64 channels are no multiple of 128"):
+        folded(recipe, tmp_path, calibration)
 
 
 def test_a_target_that_no_token_reached_is_named(

@@ -54,6 +54,7 @@ def allocate(
     section: AllocationSection,
     constants_for: candidates.ConstantsFor,
     element_bytes: int,
+    weights: str = "float",
     progress: Progress,
     checkpoint: Checkpoint | None = None,
 ) -> Allocation:
@@ -67,7 +68,8 @@ def allocate(
         sparsity: The recipe's method: mitigations, grouping, and whatever the section leaves open.
         section: Budget, candidates, cost model.
         constants_for: Calibrated constants of a site under a method.
-        element_bytes: Of an exported weight.
+        element_bytes: Of an exported weight that stays dense.
+        weights: How sparse ones are stored, as `nmexport.sparsity.quantisation.FORMS` says.
         progress: Counts what is done.
         checkpoint: Where the trials of sites, the long part, go on from and save to.
 
@@ -88,7 +90,8 @@ def allocate(
         progress=progress,
     )
     measured = _measured(task, input_sites(model, linears, samples[0]), checkpoint)
-    study = _study(task, measured, element_bytes)
+    cost = cost_model(model, linears, section, element_bytes=element_bytes, weights=weights)
+    study = _study(task, measured, cost)
     points = [
         *front.uniform_points(study, progress),
         *front.front_points(study, section.front, progress),
@@ -170,14 +173,14 @@ def _measured(task: _Task, sites: Sequence[Site], checkpoint: Checkpoint | None)
     return _Measured(variants=variants, observed=observed, moved=moved)
 
 
-def _study(task: _Task, measured: _Measured, element_bytes: int) -> Study:
+def _study(task: _Task, measured: _Measured, cost: CostModel) -> Study:
     return Study.of(
         measured.variants,
         {
             site: _estimated(site, choices, measured.moved[site], measured.observed)
             for site, choices in measured.variants.items()
         },
-        cost=cost_model(task.model, task.linears, task.section, element_bytes=element_bytes),
+        cost=cost,
         probe=Probe(task.model, task.held_out, prompt=task.prompt),
         prefill_weight=task.section.cost.prefill_weight,
     )
@@ -217,6 +220,7 @@ def cost_model(
     section: AllocationSection,
     *,
     element_bytes: int,
+    weights: str = "float",
 ) -> CostModel:
     """The section's constants, and what a decoded token reads outside of the targeted linears."""
     targeted = {id(linear.weight) for linear in linears.values()}
@@ -234,6 +238,7 @@ def cost_model(
         dense_overhead_seconds=section.cost.dense_overhead_us * 1e-6,
         sparse_overhead_seconds=section.cost.sparse_overhead_us * 1e-6,
         element_bytes=element_bytes,
+        sparse_weights=weights,
         other_bytes=other * element_bytes,
         rest_seconds=section.cost.layer_overhead_us * 1e-6 * _decoder_layers(model)[1],
     )

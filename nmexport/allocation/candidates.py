@@ -10,7 +10,7 @@ from nmexport.allocation.local_errors import Variant
 from nmexport.allocation.sparse_input import SparseInput
 from nmexport.errors import PatternError
 from nmexport.sparsity.method import behaviour_of, needs_static_variance
-from nmexport.sparsity.mitigation import MITIGATIONS, check_combination
+from nmexport.sparsity.mitigation import MITIGATIONS, check_allocatable, check_combination
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -26,13 +26,17 @@ if TYPE_CHECKING:
 
 Variants = dict["Site", dict[Choice, Variant]]
 
+# Learned corrections that make up for the variance that selection takes away.
+_SCALES = {"scale", "gain", "compensation"}
+
 
 def check_candidates(sparsity: SparsitySection, section: AllocationSection) -> None:
-    """Refuse what cannot be folded, before anything runs.
+    """Refuse what cannot be folded or tried, before anything runs.
 
     Raises:
-        RecipeError: if a mitigation does not go with one of the phases.
+        RecipeError: if a mitigation does not go with one of the phases, or with a budget.
     """
+    check_allocatable(sparsity.mitigations)
     for phase in phases_of(sparsity, section):
         check_combination(sparsity.mitigations, phase)
 
@@ -43,13 +47,15 @@ def phases_of(sparsity: SparsitySection, section: AllocationSection) -> Sequence
 
 
 def before_learning(sparsity: SparsitySection) -> SparsitySection:
-    """The method that trials use: what is not learned, with the variance corrected per token.
+    """The method that trials use: what is not learned, and what stands for what is.
 
     Constants are learned once the choice is made. Until then a per-token variance correction
-    stands for the learned scales, which mend the same.
+    stands for learned scales, which mend the same; where none is learned, nothing is added, so
+    that the budget is measured on what is built.
     """
     left = tuple(one for one in sparsity.mitigations if not MITIGATIONS[one].learns)
-    if not any(MITIGATIONS[one].corrects == "variance" for one in left):
+    scales = any(MITIGATIONS[one].corrects in _SCALES for one in sparsity.mitigations)
+    if scales and not any(MITIGATIONS[one].corrects == "variance" for one in left):
         left = (*left, "var")
     return sparsity.model_copy(update={"mitigations": left})
 

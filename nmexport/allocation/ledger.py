@@ -136,6 +136,7 @@ def _candidates(
     observed: Mapping[str, ErrorObserver],
 ) -> list[Candidate]:
     found = []
+    whole = study.cost.weight_bytes(study.sites[place])
     for choice, option in zip(study.choices[place], study.options[place], strict=True):
         nu = 1.0
         if choice != DENSE:
@@ -149,7 +150,7 @@ def _candidates(
                 relative_error=0.0
                 if choice == DENSE
                 else observed[selection_key(choice)].relative_error(nu),
-                bytes_saved=1 - choice.decode_density,
+                bytes_saved=1 - option.bytes / whole,
             )
         )
     return found

@@ -76,6 +76,23 @@ def check_combination(mitigations: Sequence[str], phases: str) -> None:
     _dense_phase_possible(mitigations, phases)
 
 
+def check_allocatable(mitigations: Sequence[str]) -> None:
+    """Refuse what no budget can be held with.
+
+    Raises:
+        RecipeError: for `r-sparse`: its product meets every channel, so that neither the trials of
+            an allocation nor its count of bytes would be those of what is built.
+    """
+    if "r-sparse" in mitigations:
+        raise RecipeError(
+            "Mitigation r-sparse cannot be used with --budget: an allocation tries linears on "
+            "sparse inputs and counts the rows that are kept, and r-sparse adds a product of all "
+            "channels that it neither tries nor counts.",
+            allowed="r-sparse with one --pattern for all linears; under a budget, any other",
+            fix="drop --budget, or use low-rank, which costs nothing at run time",
+        )
+
+
 def learned_parts(mitigations: Sequence[str]) -> tuple[Part, ...]:
     """What has to be learned for these mitigations, in the order that learning names it."""
     wanted = {MITIGATIONS[name].learns for name in mitigations}

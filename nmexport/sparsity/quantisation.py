@@ -46,9 +46,26 @@ def quantised(folded: dict[str, torch.Tensor], form: str, *, name: str) -> dict[
     Raises:
         RecipeError: if the form is none, or its groups do not divide K.
     """
-    if check_form(form) == "float":
+    groups = scale_groups(form, folded["W"].shape[0], name=name)
+    if groups is None:
         return folded
-    channels = folded["W"].shape[0]
+    levels, scale = quantise(folded["W"].float(), groups)
+    return {**folded, "W": levels, "weight_scale": scale}
+
+
+def scale_groups(form: str, channels: int, *, name: str) -> int | None:
+    """How many scales each output of a linear has; None for `float`.
+
+    Args:
+        form: See `FORMS`.
+        channels: K of the linear.
+        name: Of the linear, for the message.
+
+    Raises:
+        RecipeError: if the form is none, or its groups do not divide K.
+    """
+    if check_form(form) == "float":
+        return None
     group = int(form.partition(":")[2] or channels)
     if channels % group:
         raise RecipeError(
@@ -56,8 +73,7 @@ def quantised(folded: dict[str, torch.Tensor], form: str, *, name: str) -> dict[
             f"{group}.",
             allowed=FORMS,
         )
-    levels, scale = quantise(folded["W"].float(), channels // group)
-    return {**folded, "W": levels, "weight_scale": scale}
+    return channels // group
 
 
 def quantise(weight: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:

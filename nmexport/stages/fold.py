@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nmexport.errors import ModelError
 from nmexport.layers import LayerSpec, read_layers, write_layers
-from nmexport.sparsity.mitigation import check_combination, learned_parts
+from nmexport.sparsity.mitigation import check_allocatable, check_combination, learned_parts
 from nmexport.stages import calibrate
 
 if TYPE_CHECKING:
@@ -121,13 +121,16 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
     """What the linears compute, and in which type.
 
     Raises:
-        RecipeError: if the mitigations do not go together: said before anything runs.
+        RecipeError: if the mitigations do not go together, or not with a budget: said before
+            anything runs.
     """
     recipe = inputs.recipe
-    check_combination(recipe.sparsity.mitigations, recipe.sparsity.phases)
+    mitigations = recipe.sparsity.mitigations
+    check_combination(mitigations, recipe.sparsity.phases)
     if recipe.allocation.budget.limits():
+        check_allocatable(mitigations)
         for phase in recipe.allocation.phases:
-            check_combination(recipe.sparsity.mitigations, phase)
+            check_combination(mitigations, phase)
     return {
         "model": inputs.source.digest,
         "dtype": recipe.model.dtype,
@@ -211,6 +214,7 @@ def _given(inputs: StageInputs) -> _Given:
     from nmexport.calibration.derivation import with_sensitivities
     from nmexport.calibration.passes import on_best_device
     from nmexport.models.offload import check_layerwise, is_placed, open_dense
+    from nmexport.sparsity.quantisation import scale_groups
     from nmexport.sparsity.targets import linears_of, select_targets
 
     recipe = inputs.recipe
@@ -228,6 +232,8 @@ def _given(inputs: StageInputs) -> _Given:
     linears = {name: linear for name, linear in linears_of(model).items() if name in targets}
     statistics = calibrated.statistics()
     _check_reached(linears, statistics)
+    for name, linear in linears.items():
+        scale_groups(recipe.model.weights, linear.in_features, name=name)  # refused now, or late
     if layerwise is None and not is_placed(model):
         model = on_best_device(model)
     samples = calibrated.samples()
@@ -284,6 +290,7 @@ def _allocation(given: _Given) -> Allocation | None:
         section=recipe.allocation,
         constants_for=constants_for,
         element_bytes=getattr(torch, recipe.model.dtype).itemsize,
+        weights=recipe.model.weights,
         progress=given.inputs.progress,
         checkpoint=_checkpoint(given, "allocation"),
     )

@@ -136,11 +136,12 @@ def _plotted(site: tuple[str, ...]) -> str:
 
 
 def _share(row: dict[str, Any]) -> float:
-    chosen = label(row["choice"])
-    saved: float = next(
-        one["bytes_saved"] for one in row["candidates"] if label(one["choice"]) == chosen
-    )
-    return 1 - saved
+    """Of its weight rows, what a decoded token reads."""
+    choice = row["choice"]
+    if choice["pattern"] is None or choice["phase"] == "prefill":
+        return 1.0
+    kept, _, group = choice["pattern"].partition(":")
+    return int(kept) / int(group)
 
 
 def _candidate(one: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any]:
