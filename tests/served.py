@@ -12,6 +12,7 @@ from nmexport.errors import EnvironmentFault
 from nmexport.runtimes.onnxruntime import SESSION_CONFIG
 from nmexport.serving import launch
 from nmexport.serving.repository import TextModel, write_text_model, write_words
+from nmexport.serving.stub_environment import python_environment
 
 from tests.exported import export_folder
 
@@ -102,7 +103,7 @@ def require_tritonserver() -> launch.Installation:
     """The server, or a skip that says what is missing."""
     try:
         installation = launch.find_server()
-        launch.python_environment(installation)
+        python_environment(old_stub=installation.wheel is not None)
     except EnvironmentFault as error:
         pytest.skip(str(error))
     return installation

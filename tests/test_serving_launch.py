@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
+import os
+import socket
 import sys
 import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +18,11 @@ import pytest
 from click.testing import CliRunner
 from nmexport.cli.main import cli
 from nmexport.errors import ArtifactError, EnvironmentFault, RequestError
-from nmexport.serving import client, launch
+from nmexport.runtimes import tensorrt_library
+from nmexport.serving import client, launch, stub_environment
 from nmexport.serving.launch import Addresses, Installation, Server
+from nmexport.serving.server_output import ServerOutput
+from nmexport.serving.stub_environment import python_environment
 
 from tests.served import addresses
 
@@ -127,11 +135,10 @@ def test_a_wheels_backend_is_laid_out(tmp_path: Path) -> None:
 
 
 def test_environment_is_the_named_one_or_this_one(tmp_path: Path) -> None:
-    installed = Installation(server=tmp_path / "s")
-    assert launch.python_environment(installed) == Path(sys.prefix)
+    assert python_environment(old_stub=False) == Path(sys.prefix)
     with pytest.raises(EnvironmentFault, match="bin/python3"):
-        launch.python_environment(installed, tmp_path)
-    assert launch.python_environment(installed, Path(sys.prefix)) == Path(sys.prefix)
+        python_environment(tmp_path, old_stub=False)
+    assert python_environment(Path(sys.prefix), old_stub=True) == Path(sys.prefix)
 
 
 def test_an_old_stub_gets_an_environment_with_numpy_1_once(
@@ -147,19 +154,20 @@ def test_an_old_stub_gets_an_environment_with_numpy_1_once(
         made.append(packages)
         folder.mkdir()
 
-    monkeypatch.setattr(launch, "make_environment", make)
-    wheel = Installation(server=tmp_path / "s", wheel=tmp_path)
-    first, second = launch.python_environment(wheel), launch.python_environment(wheel)
+    monkeypatch.setattr(stub_environment, "make_environment", make)
+    first, second = python_environment(old_stub=True), python_environment(old_stub=True)
     assert first == second
     assert first.is_relative_to(tmp_path)
-    assert made == [(launch.NUMPY_1,)]
+    assert made == [(stub_environment.NUMPY_1,)]
     monkeypatch.setattr(np, "__version__", "1.26.4")
-    assert launch.python_environment(wheel) == Path(sys.prefix)
+    assert python_environment(old_stub=True) == Path(sys.prefix)
 
 
 def test_an_environment_that_cannot_be_made_says_so(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentFault, match="--env"):
-        launch.make_environment(tmp_path / "env", [], packages=(str(tmp_path / "absent.whl"),))
+        stub_environment.make_environment(
+            tmp_path / "env", [], packages=(str(tmp_path / "absent.whl"),)
+        )
 
 
 def test_a_server_hears_nobody_else_unless_asked(tmp_path: Path) -> None:
@@ -212,20 +220,129 @@ def test_a_server_is_waited_for_and_stopped(fake_server: Path, tmp_path: Path) -
 def test_a_server_that_ends_early_is_told(fake_server: Path, tmp_path: Path) -> None:
     with (
         start(fake_server, "/broken", tmp_path / "log") as server,
-        pytest.raises(EnvironmentFault, match="ended with code 1"),
+        pytest.raises(EnvironmentFault, match="ended with code 1") as caught,
     ):
         server.wait_ready(20)
+    assert "  no model can be loaded" in str(caught.value)
 
 
 def test_a_server_that_is_never_ready_is_told(tmp_path: Path) -> None:
     slow = tmp_path / "slow"
-    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    slow.write_text("#!/bin/sh\necho loading\nexec sleep 60\n")
     slow.chmod(0o755)
-    with (
-        start(slow, "/models", tmp_path / "log") as server,
-        pytest.raises(EnvironmentFault, match="not ready after"),
-    ):
-        server.wait_ready(0.2)
+    with start(slow, "/models", tmp_path / "log") as server:
+        while "loading" not in server.output.last_lines():
+            time.sleep(0.01)
+        told = r"not ready after 0\.2 s\..*\n  loading\n.*--ready-seconds"
+        with pytest.raises(EnvironmentFault, match=told):
+            server.wait_ready(0.2)
+
+
+@contextlib.contextmanager
+def occupied() -> Iterator[int]:
+    """A port of 127.0.0.1 with a listener that greets as no HTTP server does."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def greet() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    with connection:
+                        connection.recv(1024)
+                        connection.sendall(b"220 mail.example ESMTP\r\n")
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        yield listener.getsockname()[1]
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+@pytest.mark.parametrize("name", ["http", "grpc", "metrics"])
+def test_a_taken_port_is_named_before_the_start(tmp_path: Path, name: str) -> None:
+    with occupied() as port:
+        where = replace(addresses(), **{f"{name}_port": port})
+        with pytest.raises(EnvironmentFault, match=rf"{port}: .*\n.*--{name}-port"):
+            Server.start(
+                tmp_path, installation=Installation(server=tmp_path / "none"), addresses=where
+            )
+
+
+def test_ports_must_differ_and_hosts_exist() -> None:
+    with pytest.raises(EnvironmentFault, match="one port twice"):
+        Addresses(http_port=5, grpc_port=5).require_free()
+    with pytest.raises(EnvironmentFault, match=r"cannot listen on 203\.0\.113\.1 port"):
+        replace(addresses(), host="203.0.113.1").require_free()
+
+
+def test_a_listener_that_speaks_no_http_is_not_ready() -> None:
+    with occupied() as port:
+        assert not launch.is_ready(f"http://127.0.0.1:{port}")
+
+
+def test_a_server_that_ended_is_not_ready_whoever_answers(
+    fake_server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "is_ready", lambda _: True)
+    with start(fake_server, "/broken", tmp_path / "log") as server:
+        server.process.wait(20)
+        with pytest.raises(EnvironmentFault, match="ended with code 1"):
+            server.wait_ready(20)
+
+
+def test_what_a_server_prints_outlives_its_reader(tmp_path: Path) -> None:
+    for reader in ("kept", "gone"):
+        back, front = os.pipe()
+        target_back, target_front = os.pipe()
+        output = ServerOutput(os.fdopen(back, "rb"), target_front)
+        os.close(target_front)
+        if reader == "gone":
+            os.close(target_back)
+        os.write(front, b"".join(b"line %d\n" % index for index in range(30)))
+        os.close(front)
+        output.finish()
+        assert output.last_lines().splitlines()[-1] == "  line 29"
+        assert len(output.last_lines().splitlines()) < 30
+        if reader == "kept":
+            with os.fdopen(target_back, "rb") as passed_on:
+                assert passed_on.read().count(b"\n") == 30
+
+
+def test_a_server_without_tensorrt_serves_the_text_alone(
+    fake_server: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("m", "m_engine"):
+        folder = tmp_path / "model_repository" / name
+        (folder / "1").mkdir(parents=True)
+        (folder / "config.pbtxt").touch()
+    (tmp_path / "model_repository" / "m_engine" / "1" / "model.plan").touch()
+    models = launch.models_of(tmp_path / "model_repository")
+    assert models == {"m": False, "m_engine": True}
+    bare = Installation(server=fake_server)
+    assert launch.why_no_plans(bare) == "this tritonserver has no TensorRT backend"
+    whole = Installation(server=tmp_path / "bin" / "tritonserver")
+    (tmp_path / "backends" / "tensorrt").mkdir(parents=True)
+    monkeypatch.setattr(tensorrt_library, "gpu_is_usable", lambda: False)
+    assert "no NVIDIA GPU" in str(launch.why_no_plans(whole))
+    monkeypatch.setattr(tensorrt_library, "gpu_is_usable", lambda: True)
+    assert launch.why_no_plans(whole) is None
+    # The fake ends at once and prints its flags, which come back as its last words.
+    fake_server.write_text('#!/bin/sh\necho "$@"\nexit 3\n')
+    result = CliRunner().invoke(cli, serve_words(tmp_path, fake_server))
+    assert result.exit_code == 1
+    assert "m_engine is not served: this tritonserver has no TensorRT backend" in result.stderr
+    assert "--model-control-mode=explicit --load-model=m\n" in result.stderr
+    (tmp_path / "model_repository" / "m_engine" / "config.pbtxt").unlink()
+    result = CliRunner().invoke(cli, serve_words(tmp_path, fake_server))
+    assert "explicit" not in result.stderr
+
+
+def serve_words(folder: Path, server: Path) -> list[str]:
+    """The command line of `nmexport serve` on ports that are free."""
+    where = addresses()
+    words = ["serve", str(folder), "--server", str(server), "--drain-seconds", "0"]
+    words += ["--http-port", str(where.http_port), "--grpc-port", str(where.grpc_port)]
+    return [*words, "--metrics-port", str(where.metrics_port)]
 
 
 def test_a_server_that_does_not_stop_is_killed(
@@ -239,13 +356,20 @@ def test_a_server_that_does_not_stop_is_killed(
 
 def test_serve_tells_a_server_that_fails(fake_server: Path, tmp_path: Path) -> None:
     (tmp_path / "model_repository").mkdir()
-    ports = addresses()
-    words = ["serve", str(tmp_path), "--server", str(fake_server)]
-    words += ["--http-port", str(ports.http_port), "--drain-seconds", "0"]
-    fake_server.write_text("#!/bin/sh\nexit 3\n")
-    result = CliRunner().invoke(cli, words)
+    fake_server.write_text("#!/bin/sh\necho no model can be loaded\nexit 3\n")
+    result = CliRunner().invoke(cli, serve_words(tmp_path, fake_server))
     assert result.exit_code == 1
     assert "ended with code 3" in result.output
+    assert "\n  no model can be loaded\n" in result.output
+
+
+def test_serve_waits_as_long_as_it_is_told(fake_server: Path, tmp_path: Path) -> None:
+    (tmp_path / "model_repository").mkdir()
+    fake_server.write_text("#!/bin/sh\nexec sleep 60\n")
+    words = [*serve_words(tmp_path, fake_server), "--ready-seconds", "1"]
+    result = CliRunner().invoke(cli, words)
+    assert result.exit_code == 1
+    assert "not ready after 1 s" in result.output
 
 
 def test_doctor_names_the_server(
@@ -304,7 +428,7 @@ def triton() -> Iterator[tuple[str, type[FakeTriton]]]:
         "Handler", (FakeTriton,), {"asked": [], "models": ["m", "m_engine"], "error": None}
     )
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}", handler
         server.shutdown()

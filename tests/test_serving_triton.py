@@ -22,6 +22,7 @@ from nmexport.errors import EnvironmentFault, RequestError
 from nmexport.generation import generate
 from nmexport.serving import client, launch
 from nmexport.serving.bundle import REFERENCE
+from nmexport.serving.stub_environment import make_environment
 from nmexport.serving.triton_config import CONFIG, PLAN, engine_config, signature_of, to_text
 
 from tests.served import (
@@ -372,7 +373,7 @@ def test_a_stub_that_corrupts_tensors_is_refused(work: Path, tmp_path: Path) -> 
     if np.lib.NumpyVersion(np.__version__) < "2.0.0" or require_tritonserver().wheel is None:
         pytest.skip("needs NumPy 2 and the wheel's old stub")
     folder = tmp_path / "env"
-    launch.make_environment(folder, [path for path in sys.path if path], packages=())
+    make_environment(folder, [path for path in sys.path if path], packages=())
     with (
         pytest.raises(EnvironmentFault, match="before it was ready"),
         triton(work / "package" / "current" / "model_repository", tmp_path / "log", env=folder),

@@ -11,7 +11,7 @@ from nmexport.cli.options import reading_options, request
 from nmexport.cli.output import emit_json, wants_json
 
 if TYPE_CHECKING:
-    from nmexport.serving.launch import Addresses
+    from nmexport.serving.launch import Addresses, Installation
 
 
 @click.command("serve", short_help="Start Triton on what was packaged.")
@@ -29,6 +29,13 @@ if TYPE_CHECKING:
     "--env",
     type=click.Path(path_type=Path, file_okay=False),
     help="Virtual environment that the model runs in.  [default: this one]",
+)
+@click.option(
+    "--ready-seconds",
+    type=click.IntRange(1),
+    default=600,
+    show_default=True,
+    help="How long the server may take to be ready.",
 )
 @click.option(
     "--drain-seconds",
@@ -49,11 +56,14 @@ def serve_command(
     metrics_port: int,
     server: Path | None,
     env: Path | None,
+    ready_seconds: int,
     drain_seconds: int,
 ) -> None:
     """Serve FOLDER, a work directory or a package, with a tritonserver of this machine.
 
     Says when it is ready. Ctrl-C and SIGTERM let requests in flight end, then stop it.
+
+    Gates hold when a model is packaged; `nmexport gate` on a report afterwards changes no package.
     """
     from nmexport.serving import launch
     from nmexport.serving.repository import REPOSITORY
@@ -62,16 +72,18 @@ def serve_command(
     addresses = launch.Addresses(
         host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port
     )
+    installation = launch.find_server(server)
     with launch.Server.start(
         package / REPOSITORY,
         addresses=addresses,
-        installation=launch.find_server(server),
+        installation=installation,
+        models=_servable(package / REPOSITORY, installation),
         env=env,
         drain_seconds=drain_seconds,
         plugins=launch.plugins_of(package),
     ) as running:
         try:
-            seconds = running.wait_ready()
+            seconds = running.wait_ready(ready_seconds)
             _say_ready(ctx, package, addresses, seconds)
             code = running.process.wait()
         except KeyboardInterrupt:
@@ -82,6 +94,19 @@ def serve_command(
         raise EnvironmentFault(
             f"tritonserver ended with code {code}.", fix="see its messages above"
         )
+
+
+def _servable(repository: Path, installation: Installation) -> list[str]:
+    """Models to load by name, where not all can be: a plan is no reason to serve no text."""
+    from nmexport.serving import launch
+
+    models = launch.models_of(repository)
+    plans = [name for name, is_plan in models.items() if is_plan]
+    why = launch.why_no_plans(installation) if plans else None
+    if why is None:
+        return []
+    click.echo(f"nmexport: {', '.join(plans)} is not served: {why}", err=True)
+    return [name for name, is_plan in models.items() if not is_plan]
 
 
 def _say_ready(ctx: click.Context, package: Path, where: Addresses, seconds: float) -> None:

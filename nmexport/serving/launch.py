@@ -1,32 +1,35 @@
-"""A local tritonserver: which one, in what environment, with which flags; start, wait, stop.
+"""A local tritonserver: which one, with which flags and models; start, wait, stop.
 
 The server is found on PATH, where NVIDIA's containers have it, or in the `nvidia-pytriton` wheel.
-The wheel's is Triton 24.10: its backend has to be laid out first, and its Python stub corrupts
-tensors of NumPy 2, so that it gets an environment of its own: this one, with NumPy 1 in front.
+The wheel's is Triton 24.10: its backend has to be laid out first, and its Python models need an
+environment of their own, see `stub_environment`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import http.client
 import importlib.util
 import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from nmexport.errors import ArtifactError, EnvironmentFault
-from nmexport.serving.repository import PLUGINS, REPOSITORY
+from nmexport.serving.repository import PLUGINS, REPOSITORY, VERSION
+from nmexport.serving.server_output import ServerOutput
+from nmexport.serving.stub_environment import python_environment
+from nmexport.serving.triton_config import PLAN
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,7 +38,6 @@ if TYPE_CHECKING:
 _CONTAINER = Path("/opt/tritonserver/bin/tritonserver")
 _WHEEL = "pytriton"
 _WHEEL_LIBRARIES = "nvidia_pytriton.libs"
-NUMPY_1 = "numpy==1.26.4"
 _POLL_SECONDS = 0.05
 _STDERR = 2
 _KILL_SECONDS = 15.0
@@ -111,9 +113,45 @@ class Addresses:
         """URL of the metrics."""
         return f"http://{self._reachable}:{self.metrics_port}/metrics"
 
+    def require_free(self) -> None:
+        """Refuse ports that the server could not listen on.
+
+        It would say so itself, and whoever is there would be taken for it meanwhile.
+
+        Raises:
+            EnvironmentFault: naming the first such port.
+        """
+        ports = {"http": self.http_port, "grpc": self.grpc_port, "metrics": self.metrics_port}
+        if len(set(ports.values())) < len(ports):
+            raise EnvironmentFault(
+                f"The server cannot have one port twice: {', '.join(map(str, ports.values()))}.",
+                allowed="three ports",
+            )
+        for name, port in ports.items():
+            problem = _why_not_free(self.host, port)
+            if problem is not None:
+                raise EnvironmentFault(
+                    f"The server cannot listen on {self.host} port {port}: {problem}.",
+                    fix=f"end what listens there, or choose another with --{name}-port",
+                )
+
     @property
     def _reachable(self) -> str:
         return "127.0.0.1" if self.host in {"0.0.0.0", "::"} else self.host  # noqa: S104
+
+
+def _why_not_free(host: str, port: int) -> str | None:
+    try:
+        (family, kind, _, _, address), *_ = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        with socket.socket(family, kind) as one:
+            # A port that was in use a moment ago counts as free, as it does for the server.
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            one.bind(address)
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def package_folder(given: Path) -> Path:
@@ -135,6 +173,24 @@ def package_folder(given: Path) -> Path:
 def plugins_of(package: Path) -> list[Path]:
     """TensorRT plugin libraries of a package."""
     return sorted((package / PLUGINS).glob("*.so"))
+
+
+def models_of(repository: Path) -> dict[str, bool]:
+    """Models of a repository by name, and whether each is a TensorRT plan."""
+    return {
+        path.parent.name: (path.parent / VERSION / PLAN).is_file()
+        for path in sorted(repository.glob("*/config.pbtxt"))
+    }
+
+
+def why_no_plans(installation: Installation) -> str | None:
+    """Why a server cannot run TensorRT plans on this machine; None where it can."""
+    from nmexport.runtimes.tensorrt_library import gpu_is_usable
+
+    root = installation.server.resolve().parent.parent
+    if not (root / "backends" / "tensorrt").is_dir():
+        return "this tritonserver has no TensorRT backend"
+    return None if gpu_is_usable() else "no NVIDIA GPU with its driver is here"
 
 
 def backend_folder(installation: Installation, scratch: Path) -> Path | None:
@@ -166,87 +222,6 @@ def backend_folder(installation: Installation, scratch: Path) -> Path | None:
     return folder.parent
 
 
-def python_environment(installation: Installation, given: Path | None = None) -> Path:
-    """The environment whose `python3` the server's Python models run in.
-
-    Args:
-        installation: The server.
-        given: A virtual environment to take; None takes this one where it fits.
-
-    Returns:
-        A folder with `bin/python3`.
-
-    Raises:
-        EnvironmentFault: if there is none, or one has to be made and cannot be.
-    """
-    if given is not None:
-        if not (given / "bin" / "python3").exists():
-            raise EnvironmentFault(f"{given} is no environment: it has no bin/python3.")
-        return given
-    import numpy as np
-
-    if installation.wheel is None or np.lib.NumpyVersion(np.__version__) < "2.0.0":
-        return Path(sys.prefix)
-    return _with_numpy_1()
-
-
-def _with_numpy_1() -> Path:
-    """This environment with NumPy 1 in front of its own; made once, then kept in the cache.
-
-    Raises:
-        EnvironmentFault: if NumPy 1 cannot be installed.
-    """
-    from filelock import FileLock
-
-    seen = [path for path in sys.path if path and Path(path).is_dir()]
-    identity = "\n".join([sys.version, sys.prefix, NUMPY_1, *seen])
-    name = f"triton-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nmexport"
-    folder, done = root / name, root / name / "complete"
-    root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / f"{name}.lock"):
-        if not done.is_file():
-            logging.getLogger(__name__).warning(
-                "making %s for this Triton's Python stub: %s in front of this environment",
-                folder,
-                NUMPY_1,
-            )
-            shutil.rmtree(folder, ignore_errors=True)
-            make_environment(folder, seen, packages=(NUMPY_1,))
-            done.touch()
-    return folder
-
-
-def make_environment(folder: Path, seen: Sequence[str], *, packages: Sequence[str]) -> None:
-    """Make a virtual environment that has packages of its own and otherwise sees folders.
-
-    Raises:
-        EnvironmentFault: if the packages cannot be installed.
-    """
-    import venv
-
-    venv.create(folder, with_pip=False, symlinks=True)
-    own = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-    if packages:
-        done = subprocess.run(  # noqa: S603  fixed words
-            [*command, "--no-deps", "--target", str(own), *packages],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise EnvironmentFault(
-                f"{', '.join(packages)} cannot be installed for this Triton's Python stub: "
-                f"{done.stderr.strip()}",
-                fix="make a virtual environment with nmexport, onnxruntime, tokenizers, jinja2, "
-                "psutil and NumPy 1, and name it with --env",
-            )
-    # A .pth line is how Python is told at its start; it appends, so that what is installed wins.
-    lines = [f"import site; site.addsitedir({path!r})\n" for path in seen]
-    (own / "nmexport_parent.pth").write_text("".join(lines), encoding="utf-8")
-
-
 def server_command(
     installation: Installation,
     repository: Path,
@@ -255,6 +230,7 @@ def server_command(
     backends: Path | None,
     drain_seconds: int,
     plugins: Sequence[Path] = (),
+    models: Sequence[str] = (),
 ) -> list[str]:
     """The command line of a server that shows nothing to the network unless asked."""
     flags = [
@@ -272,6 +248,8 @@ def server_command(
         flags.append(f"--backend-directory={backends}")
     if plugins:
         flags.append(f"--backend-config=tensorrt,plugins={';'.join(map(str, plugins))}")
+    if models:
+        flags += ["--model-control-mode=explicit", *(f"--load-model={name}" for name in models)]
     return [str(installation.server), *flags]
 
 
@@ -294,6 +272,7 @@ class Server:
     """A running tritonserver; leaving its `with` block stops it."""
 
     process: subprocess.Popen[bytes]
+    output: ServerOutput
     addresses: Addresses
     drain_seconds: int
     _cleanup: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -308,6 +287,7 @@ class Server:
         env: Path | None = None,
         drain_seconds: int = 30,
         plugins: Sequence[Path] = (),
+        models: Sequence[str] = (),
         backends: Path | None = None,
         output: Any = None,
     ) -> Self:
@@ -320,14 +300,16 @@ class Server:
             env: Environment of the Python models; None takes this one, or makes one.
             drain_seconds: How long requests in flight may take once it is told to stop.
             plugins: TensorRT plugin libraries.
+            models: Names of those to load; none loads all.
             backends: Backend folder, in place of the one made for a wheel.
             output: File that takes what the server prints; None is this process's stderr.
 
         Raises:
-            EnvironmentFault: if there is no server, or no environment for it.
+            EnvironmentFault: if there is no server, no environment for it, or a port is taken.
         """
         where = addresses or Addresses()
         found = installation or find_server()
+        where.require_free()
         with contextlib.ExitStack() as stack:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nmexport-")))
             command = server_command(
@@ -337,19 +319,24 @@ class Server:
                 backends=backends or backend_folder(found, scratch),
                 drain_seconds=drain_seconds,
                 plugins=plugins,
+                models=models,
             )
-            variables = server_environment(found, python_environment(found, env))
+            python = python_environment(env, old_stub=found.wheel is not None)
+            variables = server_environment(found, python)
             logging.getLogger(__name__).info("%s", " ".join(command))
             process = subprocess.Popen(  # noqa: S603  the server that was looked up
                 command,
                 env=variables,
                 stdin=subprocess.DEVNULL,
-                stdout=_STDERR if output is None else output,
+                stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is ours to pass on, once
             )
+            if process.stdout is None:
+                raise RuntimeError("a pipe was asked for")
             return cls(
                 process=process,
+                output=ServerOutput(process.stdout, _STDERR if output is None else output.fileno()),
                 addresses=where,
                 drain_seconds=drain_seconds,
                 _cleanup=stack.pop_all(),
@@ -365,17 +352,23 @@ class Server:
             EnvironmentFault: if the server ends, or is not ready in time.
         """
         began = time.monotonic()
-        while not is_ready(self.addresses.http):
+        while True:
             if self.process.poll() is not None:
+                self.output.finish()
                 raise EnvironmentFault(
-                    f"tritonserver ended with code {self.process.returncode} before it was ready.",
-                    fix="its own messages, above, say why; often a port is taken or a model "
-                    "cannot be loaded",
+                    f"tritonserver ended with code {self.process.returncode} before it was ready. "
+                    f"It said last:\n{self.output.last_lines()}",
+                    fix="often a model cannot be loaded, or a port was taken meanwhile",
                 )
+            if is_ready(self.addresses.http):
+                return time.monotonic() - began
             if time.monotonic() - began > timeout:
-                raise EnvironmentFault(f"tritonserver is not ready after {timeout:.0f} s.")
+                raise EnvironmentFault(
+                    f"tritonserver is not ready after {timeout:g} s. "
+                    f"It said last:\n{self.output.last_lines()}",
+                    fix="give a large model longer (--ready-seconds)",
+                )
             time.sleep(_POLL_SECONDS)
-        return time.monotonic() - began
 
     def stop(self) -> int:
         """Let requests in flight end, stop the server, and return its exit code."""
@@ -388,6 +381,7 @@ class Server:
             self.process.kill()
             return self.process.wait()
         finally:
+            self.output.finish()
             self._cleanup.close()
 
     def __enter__(self) -> Self:
@@ -409,5 +403,5 @@ def is_ready(url: str) -> bool:
     try:
         with urllib.request.urlopen(f"{url}/v2/health/ready", timeout=2) as answer:  # noqa: S310
             return bool(answer.status == 200)  # noqa: PLR2004  HTTP's OK
-    except (urllib.error.URLError, OSError):
+    except (OSError, http.client.HTTPException):  # nobody, or somebody who speaks no HTTP
         return False
