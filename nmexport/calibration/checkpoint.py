@@ -45,7 +45,3 @@ class Checkpoint:
                 return {name: stream.get_tensor(name) for name in stream.keys()}, state  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, ValueError):
             return None  # starting over is always right
-
-    def remove(self) -> None:
-        """Once it is no longer needed."""
-        self.path.unlink(missing_ok=True)

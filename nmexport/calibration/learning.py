@@ -11,8 +11,6 @@ that was killed goes on from its checkpoint to the same result, bit for bit on t
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import math
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
@@ -21,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from nmexport.calibration.output_head import OutputHead, check_head
 from nmexport.calibration.passes import _hooked
 from nmexport.calibration.sensitivity import activations_carry_gradients
 from nmexport.errors import CorpusError, ModelError
@@ -195,25 +194,6 @@ def _students(
     }
 
 
-def identity_of(
-    model_digest: str,
-    constants: Mapping[str, Constants],
-    behaviours: Mapping[str, Behaviour],
-    samples: Sequence[torch.Tensor],
-    settings: LearningSettings,
-) -> str:
-    """Digest of everything that a run of `learn` depends on: the identity of its checkpoint."""
-    digest = hashlib.sha256(f"{model_digest} {torch.__version__}".encode())
-    digest.update(json.dumps(asdict(settings), sort_keys=True).encode())
-    for kind in samples:
-        digest.update(str(tuple(kind.shape)).encode() + kind.cpu().numpy().tobytes())
-    for name, one in sorted(constants.items()):
-        digest.update(f"{name} {one.nu} {behaviours[name]}".encode())
-        for tensor in (one.score_scale, one.channel_order, one.shift):
-            digest.update(b"-" if tensor is None else tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def fast_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where products in it are faster than in float32."""
     if device.type == "cuda":
@@ -287,29 +267,18 @@ def rate_at(step: int, settings: LearningSettings) -> float:
     return settings.rate * warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
 
 
-def divergence(
-    student: torch.Tensor, teacher: torch.Tensor, head: torch.Tensor, softcap: float | None
-) -> torch.Tensor:
+def divergence(student: torch.Tensor, teacher: torch.Tensor, head: OutputHead) -> torch.Tensor:
     """Mean over positions of KL(teacher || student), over the head's tokens.
 
     Args:
         student: `[T, H]` hidden states.
         teacher: `[T, H]`, without gradient.
-        head: `[V, H]` rows of the output embedding, in the type of the product.
-        softcap: Of the model's logits, or None.
+        head: Of the tokens that are looked at.
     """
-
-    def log_probabilities(hidden: torch.Tensor) -> torch.Tensor:
-        logits = (hidden.to(head.dtype) @ head.t()).float()
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        return torch.log_softmax(logits, dim=-1)
-
     with torch.no_grad():
-        target = log_probabilities(teacher)
-    total = nn.functional.kl_div(
-        log_probabilities(student), target, log_target=True, reduction="sum"
-    )
+        target = torch.log_softmax(head.logits(teacher), dim=-1)
+    found = torch.log_softmax(head.logits(student), dim=-1)
+    total = nn.functional.kl_div(found, target, log_target=True, reduction="sum")
     return total / student.shape[0]
 
 
@@ -328,13 +297,12 @@ class _Run:
         self._model, self._students, self._settings = model, students, settings
         self._chunks, self._counts, self._held_out = chunks.ids, chunks.counts, chunks.held_out
         self._device = next(model.parameters()).device
-        self._softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         self._parameters = _parameters_of(students)
         self._adam = torch.optim.Adam(
             self._parameters.values(), lr=settings.rate, betas=_BETAS, foreach=True
         )
+        self._head = self._likeliest(self._checked_head().to(dtype))
         self._targets = self._stored_targets()
-        self._head = self._output_rows(dtype)
         self._curve = LossCurve()
 
     def finish(self, progress: Progress, checkpoint: Checkpoint | None) -> LossCurve:
@@ -359,7 +327,7 @@ class _Run:
         rows = batch_of(step, self._counts, self._settings)
         teacher = self._teacher(rows)
         student = self._hidden(self._chunks[rows])
-        loss = divergence(student.flatten(0, 1), teacher.flatten(0, 1), self._head, self._softcap)
+        loss = divergence(student.flatten(0, 1), teacher.flatten(0, 1), self._head)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise ModelError(
@@ -382,7 +350,7 @@ class _Run:
         with torch.no_grad():
             for chunk in self._held_out:
                 teacher, student = self._dense_hidden(chunk[None]), self._hidden(chunk[None])
-                total += float(divergence(student[0], teacher[0], self._head, self._softcap))
+                total += float(divergence(student[0], teacher[0], self._head))
         done.append((step, total / len(self._held_out)))
         progress.note(f"after {step} steps: KL {done[-1][1]:.4f} on held-out text")
 
@@ -412,19 +380,28 @@ class _Run:
         ]
         return torch.cat(parts)
 
-    def _output_rows(self, dtype: torch.dtype) -> torch.Tensor:
-        """Rows of the output embedding that the dense model gives most probability to."""
-        weight: torch.Tensor = self._model.get_output_embeddings().weight.detach()
-        if self._settings.vocabulary >= weight.shape[0]:
-            return weight.to(dtype)
-        wide = weight.to(dtype)
-        mass = torch.zeros(weight.shape[0], device=weight.device)
+    def _checked_head(self) -> OutputHead:
+        """The model's output head over its whole vocabulary.
+
+        Raises:
+            ModelError: if the model's logits are not what it makes.
+        """
+        head = OutputHead.of(self._model)
+        with _dense(self._students):
+            check_head(self._model, head, self._hidden)
+        return head
+
+    def _likeliest(self, head: OutputHead) -> OutputHead:
+        """The head over the tokens that the dense model gives most probability to."""
+        vocabulary = head.weight.shape[0]
+        if self._settings.vocabulary >= vocabulary:
+            return head
+        mass = torch.zeros(vocabulary, device=head.weight.device)
         wanted = max(1, _VOCABULARY_SAMPLE // self._chunks.shape[1])
         for ids in self._chunks[:: max(1, len(self._chunks) // wanted)]:
             for rows in torch.split(self._dense_hidden(ids[None])[0], _LOGIT_ROWS):
-                mass += (rows.to(dtype) @ wide.t()).float().softmax(dim=-1).sum(dim=0)
-        likeliest = mass.topk(self._settings.vocabulary).indices.sort().values
-        return wide[likeliest].contiguous()
+                mass += head.logits(rows).softmax(dim=-1).sum(dim=0)
+        return head.rows(mass.topk(self._settings.vocabulary).indices.sort().values)
 
     def _save(self, checkpoint: Checkpoint, done: int) -> None:
         tensors: dict[str, torch.Tensor] = {}

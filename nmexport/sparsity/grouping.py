@@ -70,7 +70,8 @@ GROUPINGS: Mapping[str, Rule] = MappingProxyType(
         "consecutive": _consecutive,
         "random": _random,
         "balanced": _balanced,
-        # Where the search starts: see `nmexport.calibration.order_search`.
+        # What the model selects by while activations are gathered for the search, which itself
+        # starts from a random order: see `nmexport.calibration.order_search`.
         "exchange": _balanced,
     }
 )
