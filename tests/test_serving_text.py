@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from nmexport.errors import ArtifactError, RequestError
 from nmexport.serving.options import GenerationOptions, options_from
-from nmexport.serving.sampling import Sampler
+from nmexport.serving.sampling import Sampler, _likeliest
 from nmexport.serving.tokenizer import ServingTokenizer, messages_from
 
 from tests.served import CHAT_TEMPLATE
@@ -42,9 +42,15 @@ def test_options_take_defaults_aliases_and_whole_numbers_for_fractions() -> None
         ({"temperature": float("nan")}, "temperature nan"),
         ({"temperature": float("inf")}, "temperature inf"),
         ({"temperature": -1}, "temperature -1"),
+        ({"temperature": 1e-310}, r"temperature 1e-310 \(allowed: 0, or 0.001 to 100\)"),
+        ({"temperature": 1e300}, "temperature 1e\\+300"),
         ({"top_p": 0}, "top_p 0"),
         ({"top_k": -1}, "top_k -1"),
         ({"repetition_penalty": 0}, "repetition_penalty 0"),
+        ({"repetition_penalty": 1e-44}, r"repetition_penalty 1e-44 \(allowed: 0.1 to 10\)"),
+        ({"repetition_penalty": 1e300}, "repetition_penalty 1e\\+300"),
+        ({"presence_penalty": -1e300}, r"presence_penalty -1e\+300 \(allowed: -100 to 100\)"),
+        ({"frequency_penalty": 1e38}, r"frequency_penalty 1e\+38 \(allowed: -100 to 100\)"),
         ({"presence_penalty": float("nan")}, "presence_penalty nan"),
         ({"seed": -1}, "seed -1"),
         ({"seed": 2**64}, "seed"),
@@ -56,6 +62,31 @@ def test_options_take_defaults_aliases_and_whole_numbers_for_fractions() -> None
 def test_wrong_options_are_named(values: dict[str, Any], words: str) -> None:
     with pytest.raises(RequestError, match=words):
         options_from(values)
+
+
+@pytest.mark.parametrize("temperature", [0.001, 100.0])
+@pytest.mark.parametrize("repetition", [0.1, 10.0])
+@pytest.mark.parametrize("penalty", [-100.0, 100.0])
+def test_whatever_is_allowed_can_be_drawn_from(
+    temperature: float, repetition: float, penalty: float
+) -> None:
+    sent = {
+        "temperature": temperature,
+        "repetition_penalty": repetition,
+        "presence_penalty": penalty,
+        "frequency_penalty": penalty,
+    }
+    # As clients send them: the bounds are met in float32, too.
+    options = options_from({name: float(np.float32(value)) for name, value in sent.items()})
+    draw = Sampler(
+        temperature=options.temperature,
+        repetition_penalty=options.repetition_penalty,
+        presence_penalty=options.presence_penalty,
+        frequency_penalty=options.frequency_penalty,
+        prompt=range(30),
+    )
+    logits = np.random.default_rng(0).normal(scale=1e4, size=64).astype(np.float32)
+    assert all(0 <= draw(logits) < 64 for _ in range(50))
 
 
 def test_a_seed_that_nobody_chose_is_new_each_time() -> None:
@@ -82,6 +113,41 @@ def test_few_likeliest_are_those_of_a_full_sort(count: int) -> None:
     order = np.argsort(-logits, kind="stable")
     tokens, _ = Sampler(temperature=1.0, top_k=count)._candidates(logits)
     np.testing.assert_array_equal(tokens, order[: count or None])
+
+
+def hard_to_order(size: int) -> np.ndarray:
+    """Many equals, both zeros, the smallest and largest there are, and what a mask leaves."""
+    rng = np.random.default_rng(3)
+    logits = rng.normal(scale=5, size=size).astype(np.float32)
+    logits[rng.integers(size, size=size // 2)] = rng.integers(-3, 3, size // 2)
+    for value in (0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38, -np.inf):
+        logits[rng.integers(size, size=5)] = value
+    return logits
+
+
+@pytest.mark.parametrize("size", [1, 2, 300, 49_152, 70_000])
+def test_a_whole_vocabulary_is_in_the_order_of_a_stable_sort(size: int) -> None:
+    logits = hard_to_order(size)
+    np.testing.assert_array_equal(_likeliest(logits, 0), np.argsort(-logits, kind="stable"))
+
+
+def drawn_by_a_full_sort(logits: np.ndarray, *, temperature: float, top_p: float, seed: int) -> int:
+    """The plain formula, with NumPy's own stable sort."""
+    order = np.argsort(-logits, kind="stable")
+    scaled = logits[order].astype(np.float64) / temperature
+    probabilities = np.exp(scaled - scaled[0])
+    probabilities /= probabilities.sum()
+    kept = probabilities[np.cumsum(probabilities) - probabilities < top_p]
+    return int(np.random.default_rng(seed).choice(order[: kept.size], p=kept / kept.sum()))
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9), (30.0, 0.999)])
+def test_draws_are_those_of_a_full_sort(temperature: float, top_p: float) -> None:
+    logits = np.random.default_rng(1).normal(scale=2, size=49_152).astype(np.float32)
+    for seed in range(10):
+        one = Sampler(temperature=temperature, top_p=top_p, seed=seed)
+        expected = drawn_by_a_full_sort(logits, temperature=temperature, top_p=top_p, seed=seed)
+        assert one(logits) == expected
 
 
 # -- tokenizer ------------------------------------------------------------------------------------

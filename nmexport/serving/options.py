@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,11 @@ from nmexport.errors import RequestError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+# Wider than anybody draws, and far from where float32 or the exponential overflows. Each bound is
+# met by the float32 that is nearest to it: clients send those.
+_TEMPERATURES = (0.001, 100.0)
+_REPETITION = (0.1, 10.0)
+_LARGEST_PENALTY = 100.0
 _MOST_STOPS = 16
 _LONGEST_STOP = 256
 _SEEDS = 2**64
@@ -43,14 +47,23 @@ class GenerationOptions:
             RequestError: naming every such value and what is allowed.
         """
         longest = max(map(len, self.stop), default=0)
+        penalties = f"-{_LARGEST_PENALTY:g} to {_LARGEST_PENALTY:g}"
         rules = (
             ("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
+            (
+                "temperature",
+                self.temperature == 0 or _is_within(self.temperature, *_TEMPERATURES),
+                "0, or {:g} to {:g}".format(*_TEMPERATURES),
+            ),
             ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
             ("top_k", self.top_k >= 0, "0 or more"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
-            ("presence_penalty", math.isfinite(self.presence_penalty), "a finite number"),
-            ("frequency_penalty", math.isfinite(self.frequency_penalty), "a finite number"),
+            (
+                "repetition_penalty",
+                _is_within(self.repetition_penalty, *_REPETITION),
+                "{:g} to {:g}".format(*_REPETITION),
+            ),
+            ("presence_penalty", abs(self.presence_penalty) <= _LARGEST_PENALTY, penalties),
+            ("frequency_penalty", abs(self.frequency_penalty) <= _LARGEST_PENALTY, penalties),
             ("seed", self.seed is None or 0 <= self.seed < _SEEDS, "0 to 2^64 - 1"),
             (
                 "stop",
@@ -72,6 +85,10 @@ class GenerationOptions:
         import secrets
 
         return secrets.randbits(63) if self.seed is None else self.seed
+
+
+def _is_within(value: float, least: float, most: float) -> bool:
+    return least <= value <= most
 
 
 _KINDS: Mapping[str, tuple[type, ...]] = {

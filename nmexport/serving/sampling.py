@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+_SIGN = np.uint32(1 << 31)
+
 
 class Sampler:
     """Chooses one sequence's next token from logits `[V]`."""
@@ -103,8 +105,23 @@ class Sampler:
 def _likeliest(logits: NDArray[np.float32], count: int) -> NDArray[np.int64]:
     """Ids of the `count` largest logits (0: of all), largest first, equals by lower id."""
     if not 0 < count < logits.size:
-        return np.argsort(-logits, kind="stable")
-    # Sorting a whole vocabulary takes milliseconds: find the last that stays, sort from it up.
+        return _descending(logits)
+    # Few of a whole vocabulary: find the last that stays, sort from it up.
     least = np.partition(logits, logits.size - count)[logits.size - count]
     ids = np.flatnonzero(logits >= least)
     return ids[np.argsort(-logits[ids], kind="stable")][:count]
+
+
+def _descending(logits: NDArray[np.float32]) -> NDArray[np.int64]:
+    """The order of `np.argsort(-logits, kind="stable")`, several times faster.
+
+    The bits of positive floats, read as whole numbers, are in their order, those of negative ones
+    in the reverse. NumPy sorts 16-bit numbers by counting: here by the low halves first, and then,
+    which keeps the order among equals, by the high ones.
+    """
+    # + 0 makes zero of minus zero: they are equal.
+    bits = (-logits.astype(np.float32, copy=False) + np.float32(0)).view(np.uint32)
+    keys = np.where(bits >= _SIGN, ~bits, bits | _SIGN)
+    by_low = np.argsort(keys.astype(np.uint16), kind="stable")
+    by_high = np.argsort((keys >> 16).astype(np.uint16)[by_low], kind="stable")
+    return by_low[by_high]
