@@ -1,6 +1,7 @@
-// The public decode functions: what is legal, the plan of a shape, the dispatch by element type.
+// The public decode functions: what is legal, the dispatch by element type.
 #include "decode_dispatch.cuh"
 
+#include "device.h"
 #include "plan_table.h"
 
 namespace nmexport::cuda
@@ -8,8 +9,7 @@ namespace nmexport::cuda
 namespace
 {
 
-//! Most tokens that the decode kernel is given where nothing was measured.
-constexpr int32_t kBREAK_EVEN_TOKENS = 2;
+__global__ void probeKernel() {}
 
 bool isValid(DecodeArgs const& args)
 {
@@ -24,56 +24,9 @@ bool isValid(DecodeArgs const& args)
 
 } // namespace
 
-cudaError_t queryDevice(DeviceTraits* traits)
+void const* architectureProbe()
 {
-    int device = 0;
-    int major = 0;
-    int minor = 0;
-    cudaError_t status = cudaGetDevice(&device);
-    auto const read = [&](int* target, cudaDeviceAttr attribute)
-    {
-        if (status == cudaSuccess)
-        {
-            status = cudaDeviceGetAttribute(target, attribute, device);
-        }
-    };
-    read(&major, cudaDevAttrComputeCapabilityMajor);
-    read(&minor, cudaDevAttrComputeCapabilityMinor);
-    read(&traits->multiprocessors, cudaDevAttrMultiProcessorCount);
-    read(&traits->sharedBytesPerBlock, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    traits->computeCapability = 10 * major + minor;
-    return status;
-}
-
-DecodePlan decodePlan(
-    DeviceTraits const& device, DType type, int32_t tokens, int32_t channels, int32_t outputs, bool isGrouped)
-{
-    PlanRequest const request{type, tokens, channels, outputs, isGrouped};
-    std::shared_ptr<PlanTable const> const table = activePlanTable();
-    PlanRow const* const row = findPlan(*table, device, request);
-    return row == nullptr ? planByRule(device, request) : row->plan;
-}
-
-bool decodeIsFaster(DeviceTraits const& device, DType type, int32_t tokens, int32_t channels, int32_t outputs)
-{
-    if (tokens > kMAX_DECODE_TOKENS)
-    {
-        return false;
-    }
-    std::shared_ptr<PlanTable const> const table = activePlanTable();
-    PlanRow const* const row = findPlan(*table, device, {type, tokens, channels, outputs, false});
-    return row == nullptr ? tokens <= kBREAK_EVEN_TOKENS : row->sparseUs <= row->maskedUs;
-}
-
-int setPlanTable(char const* text)
-{
-    PlanTable table;
-    int const fault = parsePlanTable(text, &table);
-    if (fault == 0)
-    {
-        usePlanTable(std::move(table));
-    }
-    return fault;
+    return reinterpret_cast<void const*>(&probeKernel);
 }
 
 cudaError_t launchDecode(DecodeArgs const& args, DeviceTraits const& device, cudaStream_t stream)

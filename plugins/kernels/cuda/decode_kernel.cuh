@@ -47,9 +47,9 @@ struct DecodeShape
     static constexpr int ROW_LOADS = UNROLL / VECTORS;
     static constexpr int BATCH = ROW_LOADS * ROWS_PER_LOAD;
     static_assert(UNROLL % VECTORS == 0);
-    //! Holds the batch in flight, the one being queued and the overshoot of one chunk.
-    static constexpr int RING = BATCH <= 32 ? 128 : 256;
+    static constexpr int RING = ringEntries(BATCH);
     static_assert(2 * BATCH + kMAX_GROUP <= RING);
+    static constexpr DecodeFootprint FOOTPRINT{TOKENS, COLUMNS, WARPS, BATCH};
 
     using Scratch = WarpScratch<TOKENS, RING>;
     using SixteenSelector = std::conditional_t<RANKING == Ranking::kPACKED, PackedSelector<T, TOKENS, RING, MOMENTS>,
@@ -57,18 +57,11 @@ struct DecodeShape
     using Selector
         = std::conditional_t<RANKING == Ranking::kANY, WarpSelector<T, TOKENS, RING, MOMENTS>, SixteenSelector>;
     static_assert(sizeof(Scratch) >= sizeof(float) * TOKENS * COLUMNS, "partial sums reuse a warp's scratch");
+    static_assert(sizeof(Scratch) == warpScratchBytes(TOKENS, BATCH) && sizeof(Moments) == kMOMENTS_BYTES,
+        "the host's arithmetic is that of the kernel");
 };
 
-//! Shared memory of one CTA, in bytes; `cluster` CTAs send their sums to rank 0.
-template <typename Shape>
-constexpr size_t decodeSharedBytes(int cluster)
-{
-    return sizeof(uint64_t) * 2 + sizeof(typename Shape::Scratch) * Shape::WARPS
-        + sizeof(Moments) * Shape::TOKENS * (Shape::WARPS + cluster)
-        + sizeof(float) * Shape::TOKENS * Shape::COLUMNS * cluster + sizeof(float) * Shape::TOKENS * (Shape::WARPS + 1);
-}
-
-//! The pieces of a CTA's shared memory.
+//! The pieces of a CTA's shared memory; their sum is decodeSharedBytes.
 template <typename Shape>
 struct DecodeShared
 {
@@ -510,14 +503,20 @@ __global__ void __launch_bounds__(Shape::THREADS, MIN_CTAS)
     }
 }
 
-//! Enqueues one decode kernel. `cluster` above 1 and dependent launch need compute capability 9.0.
+//! Enqueues one decode kernel, with as much of the plan's cluster as the code and the chip's shared memory allow.
 template <typename Shape, int MIN_CTAS>
 cudaError_t launchDecodeShape(
-    DecodeArgs const& args, DecodePlan const& plan, int computeCapability, cudaStream_t stream)
+    DecodeArgs const& args, DecodePlan const& plan, DeviceTraits const& device, cudaStream_t stream)
 {
-    int const cluster = plan.cluster;
+    bool const hasClusters = device.computeCapability >= 90; // and dependent launch
+    int const cluster
+        = fittingCluster(Shape::FOOTPRINT, hasClusters ? plan.cluster : 1, device.sharedBytesPerBlock);
+    if (cluster < 1)
+    {
+        return cudaErrorInvalidConfiguration;
+    }
     auto* const kernel = &decodeKernel<Shape, MIN_CTAS>;
-    size_t const sharedBytes = decodeSharedBytes<Shape>(cluster);
+    size_t const sharedBytes = decodeSharedBytes(Shape::FOOTPRINT, cluster);
     if (sharedBytes > 48 * 1024)
     {
         cudaError_t const raised = cudaFuncSetAttribute(
@@ -541,7 +540,7 @@ cudaError_t launchDecodeShape(
     config.dynamicSmemBytes = sharedBytes;
     config.stream = stream;
     config.attrs = attributes;
-    config.numAttrs = computeCapability >= 90 ? (cluster > 1 ? 2U : 1U) : 0U;
+    config.numAttrs = hasClusters ? (cluster > 1 ? 2U : 1U) : 0U;
     return cudaLaunchKernelEx(&config, kernel, args, plan.allowsNextLate != 0);
 }
 

@@ -25,7 +25,7 @@ cudaError_t launchCompiled(
 {
     using Shape = DecodeShape<typename Task::T, Task::TOKENS, Task::RANKING, LANES, VECTORS, WARPS, UNROLL, true,
         Task::MOMENTS, ALIGNED>;
-    return launchDecodeShape<Shape, MIN_CTAS>(args, plan, device.computeCapability, stream);
+    return launchDecodeShape<Shape, MIN_CTAS>(args, plan, device, stream);
 }
 
 //! A digit for each of lanes / 8, vectors, warps / 4, unroll / 4.

@@ -23,7 +23,9 @@ inline constexpr int32_t kMAX_GROUP = 64;
 //! Most tokens that the decode kernel takes; above it: launchMask, a dense product, launchEpilogue.
 inline constexpr int32_t kMAX_DECODE_TOKENS = 4;
 
-//! How one group is ranked. All pointers are device pointers; null where the option is unused.
+//! How one group is ranked. All pointers are device pointers; null where the option is unused. The arrays are
+//! constants: launchDecode reads them while the kernel before it may still run, so nothing in the stream may write
+//! them, and channelOrder must be a permutation of 0 .. K-1, which no kernel checks.
 struct Selection
 {
     int32_t n{8};                         //!< kept per group, 1 <= n <= m; n == m keeps everything (dense)
@@ -93,27 +95,27 @@ struct DecodePlan
     int32_t unroll{8};         //!< 16-byte loads in flight per lane
     int32_t overlap{0};        //!< 1: rank the next rows while some are in flight
     int32_t residentWarps{32}; //!< warps per multiprocessor that the register budget leaves room for
-    int32_t cluster{1};        //!< 1..8; above 1 needs compute capability 9.0
+    int32_t cluster{1};        //!< 1..8; above 1 needs compute capability 9.0; cut down to what shared memory holds
     int32_t allowsNextLate{0}; //!< 1: the next kernel may start once all rows are read, 0: at once
 };
 
 //! What is known of the device; fill once with queryDevice and keep.
 struct DeviceTraits
 {
-    int32_t computeCapability{0}; //!< 10 * major + minor
+    int32_t computeCapability{0}; //!< 10 * major + minor of the chip, or of the code where that is older
     int32_t multiprocessors{0};
     int32_t sharedBytesPerBlock{0}; //!< with opt-in
 };
 
-//! Reads the traits of the current device.
+//! Reads the traits of the current device. An error where the library has no code for it.
 cudaError_t queryDevice(DeviceTraits* traits);
 
-//! The plan that launchDecode uses for a shape with groups of 16: from the table measured on this chip, or by rule where
-//! there is none. `isGrouped`: with a channel order.
+//! The plan that launchDecode uses for a shape with groups of 16: from the table measured on this chip, or by rule
+//! where there is none. `isGrouped`: with a channel order. Cluster 0: too little shared memory for so many tokens.
 DecodePlan decodePlan(DeviceTraits const& device, DType type, int32_t tokens, int32_t channels, int32_t outputs,
     bool isGrouped = false);
 
-//! True where launchDecode is faster than launchMask and a dense product (nm_cuda_product.h) for the same result.
+//! True where launchDecode runs on this chip and is faster than launchMask and a dense product for the same result.
 bool decodeIsFaster(DeviceTraits const& device, DType type, int32_t tokens, int32_t channels, int32_t outputs);
 
 //! Puts measured rows in front of the compiled ones (see plan_table.h for the text form). 0, or the faulty line.
@@ -125,7 +127,8 @@ cudaError_t launchMask(MaskArgs const& args, cudaStream_t stream);
 //! Enqueues the epilogue of a dense product.
 cudaError_t launchEpilogue(EpilogueArgs const& args, cudaStream_t stream);
 
-//! Enqueues the decode linear with the plan of decodePlan. Needs no workspace.
+//! Enqueues the decode linear with the plan of decodePlan. Needs no workspace. cudaErrorInvalidConfiguration where the
+//! chip has too little shared memory: four tokens on compute capability 7.5.
 cudaError_t launchDecode(DecodeArgs const& args, DeviceTraits const& device, cudaStream_t stream);
 
 //! The same with a given plan, for benchmarks and autotuners; cudaErrorInvalidValue where it was not compiled.

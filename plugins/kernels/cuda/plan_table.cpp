@@ -1,5 +1,7 @@
 #include "plan_table.h"
 
+#include "decode_memory.h"
+
 #include <algorithm>
 #include <cmath>
 #include <iterator>
@@ -10,6 +12,9 @@ namespace nmexport::cuda
 {
 namespace
 {
+
+//! Most tokens that the decode kernel is given where nothing was measured.
+constexpr int32_t kBREAK_EVEN_TOKENS = 2;
 
 PlanTable compiledTable()
 {
@@ -78,6 +83,14 @@ bool parseRow(std::string line, PlanRow* row)
         && (isLaunchable(row->plan, row->tokens) || row->elementBytes == 4);
 }
 
+//! Whether a lone CTA of the widest shape that several tokens run with fits the chip.
+bool fits(DeviceTraits const& device, DType type, int32_t tokens)
+{
+    DecodePlan widest{};
+    widest.lanesPerRow = 32;
+    return fittingCluster(footprintOf(widest, type, tokens), 1, device.sharedBytesPerBlock) == 1;
+}
+
 //! How far two sizes are apart, as the logarithm of their quotient.
 double distance(int32_t a, int32_t b)
 {
@@ -133,11 +146,15 @@ PlanRow const* findPlan(PlanTable const& table, DeviceTraits const& device, Plan
     {
         bool const isThisChip = row.computeCapability == device.computeCapability
             && std::abs(row.multiprocessors - device.multiprocessors) * 10 <= device.multiprocessors;
+        bool const isThisTask = row.elementBytes == elementBytes && row.tokens == request.tokens
+            && (row.grouped != 0) == request.isGrouped;
+        if (!isThisChip || !isThisTask)
+        {
+            continue; // before the logarithms: this runs at every launch
+        }
         double const k = distance(row.channels, request.channels);
         double const o = distance(row.outputs, request.outputs);
-        bool const fits = isThisChip && row.elementBytes == elementBytes && row.tokens == request.tokens
-            && (row.grouped != 0) == request.isGrouped && std::max(k, o) <= limit;
-        if (fits && (best == nullptr || k + o < nearest))
+        if (std::max(k, o) <= limit && (best == nullptr || k + o < nearest))
         {
             best = &row;
             nearest = k + o;
@@ -156,7 +173,8 @@ DecodePlan planByRule(DeviceTraits const& device, PlanRequest const& request)
     plan.overlap = 1;
     plan.residentWarps = 24;
     plan.warps = 8;
-    // With a channel order the widest row segment; else the widest whose tiles, split over K as far as a cluster goes, still occupy most multiprocessors.
+    // With a channel order the widest row segment; else the widest whose tiles, split over K as far as a cluster goes,
+    // still occupy most multiprocessors.
     for (int32_t lanes : {32, 16, 8})
     {
         plan.lanesPerRow = lanes;
@@ -170,6 +188,39 @@ DecodePlan planByRule(DeviceTraits const& device, PlanRequest const& request)
     int32_t const useful = std::max(request.channels / (plan.warps * 32), 1);
     plan.cluster = std::max(1, std::min({splits, useful, multiprocessors * 8 / 3 / tiles}));
     return plan;
+}
+
+DecodePlan decodePlan(
+    DeviceTraits const& device, DType type, int32_t tokens, int32_t channels, int32_t outputs, bool isGrouped)
+{
+    PlanRequest const request{type, tokens, channels, outputs, isGrouped};
+    std::shared_ptr<PlanTable const> const table = activePlanTable();
+    PlanRow const* const row = findPlan(*table, device, request);
+    DecodePlan plan = row == nullptr ? planByRule(device, request) : row->plan;
+    plan.cluster = fittingCluster(footprintOf(plan, type, tokens), plan.cluster, device.sharedBytesPerBlock);
+    return plan;
+}
+
+bool decodeIsFaster(DeviceTraits const& device, DType type, int32_t tokens, int32_t channels, int32_t outputs)
+{
+    if (tokens < 1 || tokens > kMAX_DECODE_TOKENS || !fits(device, type, tokens))
+    {
+        return false;
+    }
+    std::shared_ptr<PlanTable const> const table = activePlanTable();
+    PlanRow const* const row = findPlan(*table, device, {type, tokens, channels, outputs, false});
+    return row == nullptr ? tokens <= kBREAK_EVEN_TOKENS : row->sparseUs <= row->maskedUs;
+}
+
+int setPlanTable(char const* text)
+{
+    PlanTable table;
+    int const fault = parsePlanTable(text, &table);
+    if (fault == 0)
+    {
+        usePlanTable(std::move(table));
+    }
+    return fault;
 }
 
 } // namespace nmexport::cuda

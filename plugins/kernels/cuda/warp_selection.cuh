@@ -1,6 +1,7 @@
 // A warp ranks its own slice of channels and queues the kept ones, without waiting for any other warp.
 #pragma once
 
+#include "decode_memory.h"
 #include "device_primitives.cuh"
 #include "nm_cuda.h"
 #include "selection.cuh"
@@ -11,9 +12,6 @@ namespace nmexport::cuda
 
 inline constexpr int kWARP = 32;
 inline constexpr uint32_t kWHOLE_WARP = 0xffffffffU;
-
-//! Channels that a warp holds ready to rank in shared memory at a time: four loads in flight per lane and token.
-inline constexpr int kWINDOW = 128;
 
 //! Sums of which the variance correction is made, in float64: the mean may dwarf the deviation.
 struct Moments
@@ -104,7 +102,7 @@ public:
     {
     }
 
-    //! Loads that do not depend on the activations; call before waiting for the kernel that makes them.
+    //! Loads of constants (see Selection); call before waiting for the kernel that makes the activations.
     __device__ void prepare() {}
 
     //! First loads of activations; call right after that wait.
@@ -485,7 +483,7 @@ public:
     }
 
 private:
-    //! Order, shifts and scales of the next chunk: nothing that the kernel before could have written.
+    //! Order, shifts and scales of the next chunk: constants (see Selection), so none that the kernel before writes.
     __device__ void readConstants()
     {
         this->readOrder();
