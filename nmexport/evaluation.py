@@ -53,6 +53,7 @@ class Share:
 class _Subject:
     """What is scored."""
 
+    work: WorkDirectory
     recipe: Recipe
     source: ModelSource
     folded: fold.Artifact
@@ -87,6 +88,7 @@ def evaluate(work: WorkDirectory, share: Share, *, progress: Progress) -> dict[s
         ArtifactError: if nothing was folded here, or what was is damaged.
         CorpusError: if the evaluation text is missing or too short.
         ModelError: if the model cannot be loaded.
+        WorkDirectoryError: if the work directory's disk has no room for a model's answers.
         UserError: if the model's phases differ and it does not fit into memory.
     """
     from nmexport.models.source import resolve
@@ -94,7 +96,7 @@ def evaluate(work: WorkDirectory, share: Share, *, progress: Progress) -> dict[s
 
     recipe = work.recipe()
     folded = fold.Artifact(work.require("fold"))
-    subject = _Subject(recipe=recipe, source=resolve(recipe.model), folded=folded)
+    subject = _Subject(work=work, recipe=recipe, source=resolve(recipe.model), folded=folded)
     phases = subject.phases
     windows = _windows(subject, progress)
     mine = share.of(len(windows))
@@ -155,17 +157,15 @@ def _layerwise_sessions(
 
     _refuse_stepwise(subject)
     folded, trust = subject.folded, subject.recipe.model.trust_remote_code
-    model = LayerwiseModel(subject.source, trust_remote_code=trust)
+    # Not in the system's folder for temporary files, which may be small, or in memory.
+    folder = subject.work.root
+    model = LayerwiseModel(subject.source, trust_remote_code=trust, folder=folder)
     substitutes = {layer.name: partial(folded_linear, layer, folded) for layer in folded.layers}
+    answers = partial(Precomputed, model, windows, progress=progress, folder=folder)
     with (
-        Precomputed(model, windows, progress=progress, label="evaluate: dense layers") as dense,
-        Precomputed(
-            model,
-            windows,
-            progress=progress,
-            label="evaluate: sparse layers",
-            substitutes=substitutes,
-        ) as sparse,
+        subject.work.disk_faults(),
+        answers(label="evaluate: dense layers") as dense,
+        answers(label="evaluate: sparse layers", substitutes=substitutes) as sparse,
     ):
         yield dense, sparse
 

@@ -11,12 +11,12 @@ from nmexport.allocation.sites import concatenated_weight, input_sites
 from nmexport.calibration import derivation
 from nmexport.calibration.order_search import grouping_distances
 from nmexport.calibration.passes import gather_channel_statistics
+from nmexport.errors import ModelError
 from nmexport.models.loader import load_model
 from nmexport.models.source import resolve
 from nmexport.progress import Silent
 from nmexport.recipe import ModelSection, SparsitySection
 from nmexport.sparsity.criterion import score_scale
-from nmexport.sparsity.pattern import NMPattern
 from nmexport.sparsity.targets import linears_of
 
 if TYPE_CHECKING:
@@ -84,6 +84,35 @@ def test_sensitivities_of_a_site_add_up_and_rank_its_channels(given: Any) -> Non
     assert float(scale.mean()) == pytest.approx(1.0, rel=1e-3)
 
 
+def test_a_linear_that_no_prediction_depends_on_is_named(
+    given: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, linears, samples, sites, statistics = given
+    gathered = derivation.gather_sensitivities
+    missing: list[str] = []
+
+    def some(*arguments: Any, **options: Any) -> dict[str, torch.Tensor]:
+        found = gathered(*arguments, **options)
+        return {name: one for name, one in found.items() if name not in missing}
+
+    monkeypatch.setattr(derivation, "gather_sensitivities", some)
+
+    def measured() -> dict[str, Any]:
+        return derivation.with_sensitivities(
+            model, sites, linears, statistics, samples[:2], criteria={"fisher"}, progress=Silent()
+        )
+
+    whole = measured()
+    first, second, *_ = sites[0].names
+    missing.append(second)  # the others of its site tell of their input
+    part = measured()[second].sensitivity
+    assert bool((part <= whole[second].sensitivity).all())
+    missing.extend(sites[0].names)
+    with pytest.raises(ModelError, match=f"depends on {first}") as caught:
+        measured()
+    assert f"--targets '!{first}'" in str(caught.value.fix)
+
+
 def test_searched_orders_are_shared_better_and_leave_the_model_alone(given: Any) -> None:
     model, linears, samples, sites, _ = given
     derived = derived_with(given, criterion="act", grouping="exchange")
@@ -101,8 +130,10 @@ def test_searched_orders_are_shared_better_and_leave_the_model_alone(given: Any)
         assert sorted(orders[0].tolist()) == list(range(site.in_features))
     assert all(one.found <= one.start for one in searches.values())
     constants = {name: one.constants for name, one in ordered.items()}
-    pattern = NMPattern(8, 16)
-    distances = grouping_distances(model, linears, constants, pattern, samples, progress=Silent())
+    behaviours = {name: one.behaviour for name, one in ordered.items()}
+    distances = grouping_distances(
+        model, linears, constants, behaviours, samples, progress=Silent()
+    )
     assert sum(one.ordered for one in distances.values()) < sum(
         one.consecutive for one in distances.values()
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -12,10 +13,11 @@ import pytest
 from click.testing import CliRunner
 from nmexport import evaluation
 from nmexport.cli.main import cli
-from nmexport.errors import ArtifactError, UserError
+from nmexport.errors import ArtifactError, UserError, WorkDirectoryError
 from nmexport.evaluation import Share, evaluate
 from nmexport.models.offload import Memory
 from nmexport.progress import Silent
+from nmexport.scratch import scratch_array
 from nmexport.work_directory import WorkDirectory
 
 if TYPE_CHECKING:
@@ -103,6 +105,37 @@ def test_layer_by_layer_gives_the_same_figures(
 ) -> None:
     monkeypatch.setattr("nmexport.models.offload.free_memory", lambda: Memory(host=100_000))
     assert evaluate(work, Share(), progress=Silent()) == alone
+
+
+def test_layer_by_layer_scores_a_sparse_head(
+    tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sparse = fold(tiny_llama, tmp_path / "w", text, "--targets", "lm_head")
+    whole = evaluate(sparse, Share(), progress=Silent())
+    assert whole["kl_mean"] > 1e-3
+    monkeypatch.setattr("nmexport.models.offload.free_memory", lambda: Memory(host=100_000))
+    assert evaluate(sparse, Share(), progress=Silent()) == whole
+
+
+def test_answers_wait_in_the_work_directory_and_leave_nothing(
+    work: WorkDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sorted(work.root.iterdir())
+    used: list[Path | None] = []
+
+    def full(shape: tuple[int, ...], folder: Path | None) -> Any:
+        used.append(folder)
+        if len(used) > 2:  # hidden states and the dense model's answers had room
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return scratch_array(shape, folder)
+
+    monkeypatch.setattr("nmexport.models.offload.free_memory", lambda: Memory(host=100_000))
+    for user in ("models.layerwise", "verification.precomputed"):
+        monkeypatch.setattr(f"nmexport.{user}.scratch_array", full)
+    with pytest.raises(WorkDirectoryError, match="is full"):
+        evaluate(work, Share(), progress=Silent())
+    assert used == [work.root] * 3
+    assert sorted(work.root.iterdir()) == before
 
 
 def test_layer_by_layer_cannot_decode(

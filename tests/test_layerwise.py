@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -9,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from nmexport.calibration.order_search import search_orders
 from nmexport.environment import probe
-from nmexport.errors import CorpusError, ModelError
-from nmexport.models.layerwise import LayerwiseModel
+from nmexport.errors import CorpusError, ModelError, WorkDirectoryError
+from nmexport.models.layerwise import LayerwiseModel, skeleton
 from nmexport.models.loader import load_model
 from nmexport.models.offload import (
     Memory,
-    device_map_options,
+    device_map,
     free_memory,
     is_placed,
-    open_dense,
     parameter_count,
     placement,
 )
@@ -28,6 +29,7 @@ from nmexport.pipeline import Pipeline, Selection
 from nmexport.progress import Silent
 from nmexport.recipe import ModelSection
 from nmexport.recipe import resolve as resolve_recipe
+from nmexport.scratch import scratch_array
 from nmexport.sparsity.linear import Behaviour, Constants, FoldedLinear
 from nmexport.sparsity.targets import linears_of
 from nmexport.stages import calibrate
@@ -125,10 +127,12 @@ def test_only_one_layer_is_in_memory(tiny_llama: Path) -> None:
     assert all(parameter.is_meta for parameter in layered.model.parameters())
 
 
-def test_substitutes_are_the_model_with_those_modules(tiny_llama: Path) -> None:
-    source = source_of(tiny_llama)
+@pytest.mark.parametrize("head", ["dense", "tied", "untied"])
+def test_substitutes_are_the_model_with_those_modules(head: str, tmp_path: Path) -> None:
+    save_tiny_model(tmp_path, "llama", tie_word_embeddings=head != "untied")
+    source = source_of(tmp_path)
     sparse = load_model(source)
-    names = [name for name in linears_of(sparse) if name != "lm_head"]
+    names = [name for name in linears_of(sparse) if head != "dense" or name != "lm_head"]
     folded = {
         name: FoldedLinear.from_dense(
             sparse.get_submodule(name), Behaviour(pattern=PATTERN), Constants()
@@ -174,7 +178,8 @@ def test_weights_under_other_names_are_refused(tiny_llama: Path, tmp_path: Path)
         ("never", None, Memory(host=1), "whole"),
         ("auto", None, Memory(host=5000), "whole"),
         ("auto", None, Memory(host=4000), "layerwise"),
-        ("auto", None, Memory(host=2000, devices=(2000, 2000)), "mapped"),
+        ("auto", None, Memory(host=100, devices=(2500, 2500)), "mapped"),
+        ("auto", None, Memory(host=4000, devices=(2000, 2000)), "layerwise"),
         ("auto", None, Memory(host=100, devices=(200,)), "layerwise"),
         ("auto", "m.gguf", Memory(host=4000), "whole"),  # all that can be tried
         ("layerwise", None, Memory(host=10**12), "layerwise"),
@@ -192,19 +197,18 @@ def test_a_skeleton_counts_what_the_model_holds(tiny_llama: Path) -> None:
     assert parameter_count(LayerwiseModel(source).model) == parameter_count(load_model(source))
 
 
-def test_accelerate_spreads_a_model_that_then_computes_the_same(
-    tiny_llama: Path, tmp_path: Path
-) -> None:
-    whole = load_model(source_of(tiny_llama))
-    options = device_map_options(Memory(host=500_000))
-    placed = load_model(source_of(tiny_llama), placing={**options, "offload_folder": str(tmp_path)})
-    assert set(placed.hf_device_map.values()) == {"cpu", "disk"}
-    assert is_placed(placed)
-    assert not is_placed(whole)
-    seen = seen_inputs(placed)
-    for mine, other in zip(whole_logits(placed), whole_logits(whole), strict=True):
-        assert torch.equal(mine, other)
-    assert all(len(inputs) == len(SAMPLES) for inputs in seen.values())
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gpus_share_a_model_by_whole_layers(family: str, tmp_path: Path) -> None:
+    save_tiny_model(tmp_path, family)
+    model = skeleton(source_of(tmp_path))
+    size = 4 * parameter_count(model)
+    placed = device_map(model, (size, size))
+    assert set(placed.values()) == {0, 1}
+    for name, _ in model.named_parameters():
+        assert sum(name == part or name.startswith(f"{part}.") for part in placed) == 1, name
+    assert not any(".self_attn" in part or ".mlp" in part for part in placed)
+    assert device_map(model, (size // 4, size // 4)) is None
+    assert set(device_map(model, (2 * size,)).values()) == {0}
 
 
 @pytest.fixture
@@ -268,24 +272,134 @@ def test_a_model_layer_by_layer_writes_no_text(tiny_llama: Path, tmp_path: Path)
     assert "--calib-self-share 0" in str(caught.value.fix)
 
 
-def test_a_model_for_several_gpus_is_placed_by_accelerate(
-    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: dict[str, Any] = {}
-
-    def load(*_: object, placing: dict[str, Any], **__: object) -> str:
-        asked.update(placing)
-        return "a model"
-
-    memory = Memory(host=100_000, devices=(300_000, 300_000))
-    monkeypatch.setattr("nmexport.models.offload.free_memory", lambda: memory)
-    monkeypatch.setattr("nmexport.models.loader.load_model", load)
-    opened = open_dense(
-        source_of(tiny_llama), trust_remote_code=False, offload="auto", progress=Silent()
+def built(model: Path, work: Path, text: Path, **dotted: Any) -> Path:
+    """The fold artifact of a model."""
+    options = {
+        "calibration.corpus": str(text),
+        "calibration.samples": 3,
+        "calibration.length": 24,
+        "calibration.self_share": 0,
+        "sparsity.criterion": "act",
+        "sparsity.mitigations": ["var", "r-sparse"],
+        "sparsity.grouping": "balanced",
+        **dotted,
+    }
+    recipe = resolve_recipe(str(model), options)
+    pipeline = Pipeline(
+        recipe=recipe,
+        source=resolve(recipe.model),
+        environment=probe(),
+        work=WorkDirectory(work),
+        progress=Silent(),
     )
-    assert opened.model == "a model"
-    assert asked["device_map"] == "auto"
-    assert set(asked["max_memory"]) == {0, 1, "cpu"}
+    pipeline.run(Selection(last="fold"))
+    return pipeline.work.require("fold")
+
+
+def same_fold(one: Path, other: Path) -> bool:
+    return all(
+        (one / file).read_bytes() == (other / file).read_bytes()
+        for file in ("model.safetensors", "layers.json")
+    )
+
+
+def test_a_model_with_a_part_that_no_gpu_holds_is_folded_layer_by_layer(
+    tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Together the GPUs have room; Accelerate would keep a part on the host all the same."""
+    expected = built(tiny_llama, tmp_path / "whole", text)
+    size = 4 * parameter_count(skeleton(source_of(tiny_llama)))
+    memory = Memory(host=size, devices=(size // 8,) * 12)
+    monkeypatch.setattr("nmexport.models.offload.free_memory", lambda: memory)
+    assert placement(source_of(tiny_llama), "auto", size // 4, memory) == "mapped"
+    assert same_fold(built(tiny_llama, tmp_path / "work", text), expected)
+
+
+@pytest.mark.parametrize("mitigations", [["var", "r-sparse"], ["l-pts", "bias"]])
+def test_a_model_that_accelerate_places_is_folded_where_it_is(
+    tiny_llama: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mitigations: list[str],
+) -> None:
+    """Dispatched as over GPUs, with hooks around every layer, to this machine's only device."""
+    from accelerate import dispatch_model
+
+    changes = {
+        "sparsity.mitigations": mitigations,
+        "sparsity.grouping": "exchange",
+        "calibration.samples": 8,
+        "calibration.length": 32,
+        "sparsity.effort": "fast",
+    }
+    expected = built(tiny_llama, tmp_path / "whole", text, **changes)
+    memory = Memory(host=100_000, devices=(500_000, 500_000))
+    asked: list[dict[str, int]] = []
+
+    def dispatched(source: ModelSource, *, placing: dict[str, Any], **options: Any) -> Any:
+        asked.append(placing["device_map"])
+        parts = dict.fromkeys(placing["device_map"], "cpu")
+        model = dispatch_model(load_model(source, **options), parts, force_hooks=True)
+        assert is_placed(model)
+        return model
+
+    monkeypatch.setattr("nmexport.models.offload.free_memory", lambda: memory)
+    monkeypatch.setattr("nmexport.models.loader.load_model", dispatched)
+    assert same_fold(built(tiny_llama, tmp_path / "work", text, **changes), expected)
+    assert [set(placed.values()) for placed in asked] == [{0, 1}] * 2  # calibrate and fold
+
+
+def test_hidden_states_wait_where_the_stage_writes_and_leave_nothing(
+    tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[Path] = []
+
+    def seen(shape: tuple[int, ...], folder: Path | None) -> Any:
+        used.append(folder)
+        array = scratch_array(shape, folder)
+        assert list(folder.iterdir()) == []  # a file without a name
+        return array
+
+    monkeypatch.setattr("nmexport.models.layerwise.scratch_array", seen)
+    calibrated(tiny_llama, tmp_path / "w", corpus=str(text), offload="layerwise")
+    assert {folder.parent for folder in used} == {tmp_path / "w" / "calibrate"}
+
+
+def test_a_disk_without_room_is_said_before_the_work(
+    tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(WorkDirectoryError, match="is full"):
+        calibrated(tiny_llama, tmp_path / "w", corpus=str(text), offload="layerwise")
+
+
+def test_a_layer_is_searched_once_it_is_done(tiny_llama: Path) -> None:
+    """In one pass over the model, whatever the memory for statistics, and to the same orders."""
+    layered = LayerwiseModel(source_of(tiny_llama))
+    behaviour = Behaviour(pattern=PATTERN)
+
+    def orders(model: Any, **options: Any) -> dict[str, list[int]]:
+        linears = {name: one for name, one in linears_of(model).items() if name != "lm_head"}
+        found = search_orders(
+            model,
+            linears,
+            dict.fromkeys(linears, Constants()),
+            dict.fromkeys(linears, behaviour),
+            SAMPLES,
+            progress=Silent(),
+            wave_bytes=1,
+            **options,
+        )
+        return {name: search.order.tolist() for name, search in found.items()}
+
+    whole = load_model(source_of(tiny_llama))
+    passes = seen_inputs(layered.model)
+    assert orders(layered.model, layerwise=layered) == orders(whole)
+    assert {len(inputs) for inputs in passes.values()} == {len(SAMPLES)}
 
 
 def test_free_memory_is_that_of_this_machine() -> None:
@@ -298,7 +412,7 @@ _MEASURE = """
 import json, sys
 from pathlib import Path
 import torch
-from nmexport.models.layerwise import LayerwiseModel
+from nmexport.models.layerwise import LayerwiseModel, skeleton
 from nmexport.models.offload import parameter_count
 from nmexport.models.source import ModelSource
 from nmexport.progress import Silent

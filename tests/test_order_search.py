@@ -19,7 +19,7 @@ from nmexport.models.loader import load_model
 from nmexport.models.source import resolve
 from nmexport.progress import Silent
 from nmexport.recipe import ModelSection
-from nmexport.sparsity.linear import Constants
+from nmexport.sparsity.linear import Behaviour, Constants
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.sparsity.targets import linears_of
 
@@ -99,6 +99,30 @@ def test_coactivations_merge_and_searches_repeat() -> None:
     assert torch.equal(once.order, again.order)
 
 
+def test_rows_at_a_time_are_the_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = together(150)
+    whole = seen(scores)
+    mean = whole.total / whole.tokens
+    off = mean - mean.mean()
+    covariance = whole.products.double() / whole.tokens - torch.outer(mean, mean)
+    expected = (covariance + torch.outer(off, off)).float()
+    monkeypatch.setattr(order_search, "_ROWS", 24)
+    blocked = seen(scores)
+    torch.testing.assert_close(blocked.products, whole.products)
+    blocked.products = whole.products
+    assert torch.equal(blocked.deviations(), expected)
+
+
+def test_costs_to_groups_are_the_same_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    cost = seen(together(100)).deviations()
+    group_of = torch.randperm(K, generator=torch.Generator().manual_seed(1)) // 16
+    few = order_search._costs_to_groups(cost[:10], group_of)
+    monkeypatch.setattr(order_search, "SWEEP_CHANNELS", 24)
+    torch.testing.assert_close(order_search._costs_to_groups(cost[:10], group_of), few)
+    one, other = cost[3, group_of == 2].sum(), few[3, 2]
+    torch.testing.assert_close(one, other)
+
+
 def test_wide_inputs_are_compared_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(order_search, "SWEEP_CHANNELS", 24)
     found = search_order(seen(together()), PATTERN, sweeps=60)
@@ -111,11 +135,12 @@ def test_waves_and_whole_find_the_same_on_a_model(tiny_llama: Path) -> None:
     model = load_model(resolve(ModelSection(id=str(tiny_llama))), dtype=torch.float32)
     linears = {name: one for name, one in linears_of(model).items() if name != "lm_head"}
     constants = {name: Constants() for name in linears}
+    behaviours = dict.fromkeys(linears, Behaviour(pattern=PATTERN))
     samples = torch.randint(3, 384, (3, 32), generator=torch.Generator().manual_seed(0))
 
     def search(wave_bytes: int) -> dict[str, list[int]]:
         found = search_orders(
-            model, linears, constants, PATTERN, samples,
+            model, linears, constants, behaviours, samples,
             progress=Silent(), wave_bytes=wave_bytes,
         )  # fmt: skip
         return {name: one.order.tolist() for name, one in found.items()}
@@ -126,10 +151,67 @@ def test_waves_and_whole_find_the_same_on_a_model(tiny_llama: Path) -> None:
     ordered = {
         name: Constants(channel_order=torch.tensor(order)) for name, order in at_once.items()
     }
-    distances = grouping_distances(model, linears, ordered, PATTERN, samples, progress=Silent())
+    distances = grouping_distances(model, linears, ordered, behaviours, samples, progress=Silent())
     for distance in distances.values():
         assert distance.unstructured <= distance.ordered <= distance.total
     assert sum(one.ordered for one in distances.values()) < sum(
         one.consecutive for one in distances.values()
     )
     assert not any(module._forward_pre_hooks for module in linears.values())
+
+
+def test_what_is_ranked_is_what_the_linear_ranks(tiny_llama: Path) -> None:
+    """A shift per token moves the scores, and with them the order and how close it comes."""
+    model = load_model(resolve(ModelSection(id=str(tiny_llama))), dtype=torch.float32)
+    name = "model.layers.0.mlp.down_proj"
+    linears = {name: model.get_submodule(name)}
+    samples = torch.randint(3, 384, (2, 32), generator=torch.Generator().manual_seed(0))
+    inputs: list[torch.Tensor] = []
+    hook = linears[name].register_forward_pre_hook(
+        lambda _, arguments: inputs.append(arguments[0][0].clone() + 3.0)
+    )
+    shifted = linears[name].register_forward_pre_hook(lambda _, given: (given[0] + 3.0,))
+    with torch.inference_mode():
+        for sample in samples:
+            model(input_ids=sample[None])
+    hook.remove()
+    order = torch.randperm(128, generator=torch.Generator().manual_seed(2)).int()
+    constants = {name: Constants(channel_order=order)}
+    for dynamic in (False, True):
+        behaviours = {name: Behaviour(pattern=PATTERN, dynamic_shift=dynamic)}
+        tokens = torch.cat(inputs)
+        scores = (tokens - tokens.mean(dim=1, keepdim=True) if dynamic else tokens).abs()
+        expected = search_order(seen_by(scores), PATTERN).order
+        found = search_orders(
+            model, linears, {name: Constants()}, behaviours, samples, progress=Silent()
+        )
+        assert torch.equal(found[name].order, expected)
+        one = grouping_distance(scores, PATTERN, order)
+        distance = grouping_distances(
+            model, linears, constants, behaviours, samples, progress=Silent()
+        )[name]
+        assert distance.ordered == pytest.approx(one.ordered, rel=1e-6)
+    shifted.remove()
+
+
+def seen_by(scores: torch.Tensor) -> Coactivation:
+    """Gathered sample by sample, as a model's inputs are."""
+    coactivation = Coactivation.empty(scores.shape[1])
+    for sample in scores.chunk(2):
+        coactivation.update(sample, PATTERN.density)
+    return coactivation
+
+
+def test_a_linear_that_nothing_reached_has_no_order(tiny_llama: Path) -> None:
+    model = load_model(resolve(ModelSection(id=str(tiny_llama))), dtype=torch.float32)
+    name = "model.layers.0.mlp.down_proj"
+    linears = {name: model.get_submodule(name), "expert": torch.nn.Linear(64, 64)}
+    found = search_orders(
+        model,
+        linears,
+        dict.fromkeys(linears, Constants()),
+        dict.fromkeys(linears, Behaviour(pattern=PATTERN)),
+        torch.randint(3, 384, (1, 16)),
+        progress=Silent(),
+    )
+    assert list(found) == [name]

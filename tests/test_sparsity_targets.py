@@ -111,6 +111,14 @@ def test_exclude_wins_and_the_order_is_the_models(llama: nn.Module) -> None:
     ]
 
 
+def test_what_is_included_by_name_is_not_excluded_by_that_name(llama: nn.Module) -> None:
+    assert chosen(llama, include=("lm_head",)) == ["lm_head"]
+    assert len(chosen(llama, include=("*", "lm_head"))) == len(chosen(llama)) + 1
+    assert "lm_head" not in chosen(llama, include=("*", "type:Linear"))
+    names = chosen(llama, include=("lm_head", "q_proj"), exclude=("lm_head", "layer:0-2"))
+    assert names == ["model.layers.3.self_attn.q_proj", "lm_head"]
+
+
 @pytest.mark.parametrize(
     ("pattern", "said"),
     [
@@ -136,8 +144,9 @@ def test_bad_layer_ranges(llama: nn.Module, pattern: str) -> None:
 
 
 def test_nothing_left_is_an_error(llama: nn.Module) -> None:
-    with pytest.raises(TargetError, match="Nothing is left"):
-        chosen(llama, include=("lm_head",))
+    with pytest.raises(TargetError, match="Nothing is left") as caught:
+        chosen(llama, include=("lm_h*",))
+    assert "--targets lm_head" in str(caught.value.fix)
     with pytest.raises(TargetError, match="Nothing is left"):
         chosen(llama, include=())
 

@@ -17,6 +17,7 @@ import torch
 from nmexport.allocation.sites import concatenated_weight
 from nmexport.calibration.order_search import search_orders
 from nmexport.calibration.sensitivity import gather_sensitivities
+from nmexport.errors import ModelError
 from nmexport.models.swap import swapped
 from nmexport.sparsity.criterion import CRITERIA
 from nmexport.sparsity.linear import SparseLinear
@@ -71,16 +72,31 @@ def with_sensitivities(
         criteria: Names of those in use.
         progress: Counts samples.
         seed: Of the tokens drawn from the model's predictions.
+
+    Raises:
+        ModelError: if no prediction depends on a linear.
     """
     if not any("sensitivity" in CRITERIA[name].needs for name in criteria):
         return dict(statistics)
     found = gather_sensitivities(model, linears, samples, progress=progress, seed=seed)
     whole = dict(statistics)
     for site in sites:
-        squares = torch.stack([found[name].square() for name in site.names]).sum(dim=0)
+        reached = [found[name].square() for name in site.names if name in found]
+        if not reached:
+            raise _insensitive(site.names[0], len(samples))
+        squares = torch.stack(reached).sum(dim=0)
         for name in site.names:
             whole[name] = replace(statistics[name], sensitivity=squares.sqrt())
     return whole
+
+
+def _insensitive(name: str, samples: int) -> ModelError:
+    return ModelError(
+        f"No prediction on the first {samples} calibration samples depends on {name}, so criterion "
+        "fisher cannot rank its channels.",
+        allowed="linears that those samples reach (an expert may be too rare)",
+        fix=f"--criterion act, more tokens a sample with --calib-length, or --targets '!{name}'",
+    )
 
 
 def derive(
@@ -187,21 +203,17 @@ def with_searched_orders(
             name: SparseLinear(linears[name], one.behaviour, one.constants)
             for name, one in derived.items()
         }
-    found: dict[str, OrderSearch] = {}
     with swapped(model, running):
-        for pattern in sorted({derived[name].behaviour.pattern for name in sought}, key=str):
-            those = {n: running[n] for n in sought if derived[n].behaviour.pattern == pattern}
-            constants = {name: derived[name].constants for name in those}
-            found |= search_orders(
-                model,
-                those,
-                constants,
-                pattern,
-                samples,
-                progress=progress,
-                seed=seed,
-                layerwise=layerwise,
-            )
+        found = search_orders(
+            model,
+            {name: running[name] for name in sought},
+            {name: derived[name].constants for name in sought},
+            {name: derived[name].behaviour for name in sought},
+            samples,
+            progress=progress,
+            seed=seed,
+            layerwise=layerwise,
+        )
     ordered = dict(derived)
     searches: dict[str, OrderSearch] = {}
     for site in sites:

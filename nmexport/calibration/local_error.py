@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from nmexport.sparsity.linear import VARIANCE_FLOOR, selection, variance_ratio
+from nmexport.sparsity.linear import VARIANCE_FLOOR, selection, shift_of, variance_ratio
 
 if TYPE_CHECKING:
     from nmexport.sparsity.linear import Behaviour, Constants
@@ -70,7 +70,7 @@ def observe_error(
         y: The linear's dense output `[..., O]`.
     """
     tokens = x.detach().reshape(-1, x.shape[-1]).to(torch.float32)
-    z = tokens - _eta(tokens, behaviour, constants)
+    z = tokens - shift_of(tokens, behaviour, constants)
     scale, order = (
         None if constant is None else constant.to(z.device)
         for constant in (constants.score_scale, constants.channel_order)
@@ -96,13 +96,6 @@ def observe_error(
         dense_squares=_inner(dense, dense),
         output_squares=_inner(y, y),
     )
-
-
-def _eta(tokens: torch.Tensor, behaviour: Behaviour, constants: Constants) -> torch.Tensor:
-    if behaviour.dynamic_shift:
-        return tokens.mean(dim=-1, keepdim=True)
-    shift = constants.shift
-    return tokens.new_zeros(1) if shift is None else shift.to(tokens.device)
 
 
 def _inner(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nmexport.calibration.passes import _hooked, run_samples
-from nmexport.sparsity.linear import selection
+from nmexport.sparsity.linear import selection, shift_of
 from nmexport.sparsity.mask import scores_of
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from nmexport.models.layerwise import LayerwiseModel
     from nmexport.progress import Progress
-    from nmexport.sparsity.linear import Constants
+    from nmexport.sparsity.linear import Behaviour, Constants
     from nmexport.sparsity.pattern import NMPattern
 
 MAX_SWEEPS = 200
@@ -37,6 +37,8 @@ MAX_SWEEPS = 200
 WAVE_BYTES = 2 << 30
 # Channels compared with each other in one sweep: beyond, a sweep takes as many at random.
 SWEEP_CHANNELS = 2048
+# Rows of a K x K matrix that are worked on at a time: what a step needs beside it stays small.
+_ROWS = 2048
 _LEAST_GAIN = 1e-5
 _TINY = 1e-30
 
@@ -62,7 +64,8 @@ class Coactivation:
         want = wanted(scores, density)
         self.tokens += want.shape[0]
         self.total += want.sum(dim=0, dtype=torch.float64).cpu()
-        self.products += (want.t() @ want).cpu()
+        for rows in _rows(want.shape[1]):
+            self.products[rows] += (want[:, rows].t() @ want).cpu()
 
     def merge(self, other: Coactivation) -> None:
         """Count in what another observer saw."""
@@ -77,8 +80,11 @@ class Coactivation:
         """
         mean = self.total / self.tokens
         off = mean - mean.mean()
-        covariance = self.products.double() / self.tokens - torch.outer(mean, mean)
-        return (covariance + torch.outer(off, off)).float()
+        found = torch.empty_like(self.products)
+        for rows in _rows(mean.numel()):
+            covariance = self.products[rows].double() / self.tokens - torch.outer(mean[rows], mean)
+            found[rows] = covariance + torch.outer(off[rows], off)
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +186,7 @@ def search_orders(
     model: nn.Module,
     linears: Mapping[str, nn.Module],
     constants: Mapping[str, Constants],
-    pattern: NMPattern,
+    behaviours: Mapping[str, Behaviour],
     samples: torch.Tensor,
     *,
     progress: Progress,
@@ -191,46 +197,60 @@ def search_orders(
     """Gather co-activations and search, for as many linears at once as fit in memory.
 
     Whatever the model computes is what is looked at: a dense model gives dense activations, one
-    whose linears are already sparse gives those that it will really meet.
+    whose linears are already sparse gives those that it will really meet. Layer by layer, the
+    linears of a layer are searched as soon as it is done, in one pass over the model.
 
     Args:
         model: A Hugging Face causal language model in evaluation mode.
         linears: Its modules to find orders for, by name.
         constants: Their score scale and shift, by name.
-        pattern: N:M.
+        behaviours: Their pattern and shift, by name.
         samples: `[samples, length]` int64 token ids.
-        progress: Counts samples, then linears.
+        progress: Counts samples, then linears; or layers.
         seed: Of all searches; the same, so that linears with the same input and scores agree.
-        wave_bytes: Memory for statistics.
+        wave_bytes: Memory for statistics, where the model runs whole.
         layerwise: Runs the model with one layer in memory at a time; None runs it whole.
+
+    Returns:
+        Searches by name; a linear that no token reached is absent.
     """
     found: dict[str, OrderSearch] = {}
-    for names in _waves({name: _channels(linears[name]) for name in linears}, wave_bytes):
-        seen = {name: Coactivation.empty(_channels(linears[name])) for name in names}
+    channels = {name: _channels(linear) for name, linear in linears.items()}
+    for names in [list(linears)] if layerwise else _waves(channels, wave_bytes):
+        seen: dict[str, Coactivation] = {}
 
         def update(name: str, scores: torch.Tensor, seen: dict[str, Coactivation] = seen) -> None:
-            seen[name].update(scores, pattern.density)
+            if name not in seen:
+                seen[name] = Coactivation.empty(channels[name])
+            seen[name].update(scores, behaviours[name].pattern.density)
+
+        def search(seen: dict[str, Coactivation] = seen) -> None:
+            for name in list(seen):
+                pattern = behaviours[name].pattern
+                found[name] = search_order(seen.pop(name), pattern, seed=seed)
 
         _each_input(
             model,
             {name: linears[name] for name in names},
             constants,
+            behaviours,
             samples,
-            update,
+            update=update,
             progress=progress,
-            label="fold: co-activations",
+            label="fold: channel orders" if layerwise else "fold: co-activations",
             layerwise=layerwise,
+            after_layer=search,
         )
-        for name in progress.track(names, label="fold: channel orders", total=len(names)):
-            found[name] = search_order(seen.pop(name), pattern, seed=seed)
-    return {name: found[name] for name in linears}
+        for _ in progress.track(list(seen), label="fold: channel orders", total=len(seen)):
+            search()
+    return {name: found[name] for name in linears if name in found}
 
 
 def grouping_distances(
     model: nn.Module,
-    linears: Mapping[str, nn.Module],
+    linears: Mapping[str, nn.Linear],
     constants: Mapping[str, Constants],
-    pattern: NMPattern,
+    behaviours: Mapping[str, Behaviour],
     samples: torch.Tensor,
     *,
     progress: Progress,
@@ -240,12 +260,21 @@ def grouping_distances(
     distances: dict[str, GroupingDistance] = {}
 
     def update(name: str, scores: torch.Tensor) -> None:
-        one = grouping_distance(scores, pattern, constants[name].channel_order)
+        pattern, order = behaviours[name].pattern, constants[name].channel_order
+        one = grouping_distance(scores, pattern, order)
         distances[name] = distances[name] + one if name in distances else one
 
-    _each_input(model, linears, constants, samples, update,
-                progress=progress, label="fold: distance to unstructured",
-                layerwise=layerwise)  # fmt: skip
+    _each_input(
+        model,
+        linears,
+        constants,
+        behaviours,
+        samples,
+        update=update,
+        progress=progress,
+        label="fold: distance to unstructured",
+        layerwise=layerwise,
+    )
     return distances
 
 
@@ -253,30 +282,40 @@ def _each_input(
     model: nn.Module,
     linears: Mapping[str, nn.Module],
     constants: Mapping[str, Constants],
+    behaviours: Mapping[str, Behaviour],
     samples: torch.Tensor,
-    update: Callable[[str, torch.Tensor], None],
     *,
+    update: Callable[[str, torch.Tensor], None],
     progress: Progress,
     label: str,
     layerwise: LayerwiseModel | None,
+    after_layer: Callable[[], None] = lambda: None,
 ) -> None:
     """Hand the scores `[T, K]` of every input of every linear to `update`."""
 
     def watch(name: str, linear: nn.Module) -> RemovableHandle:
         def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
             del module
-            update(name, _scores(arguments[0], constants[name]))
+            update(name, _scores(arguments[0], behaviours[name], constants[name]))
 
         return linear.register_forward_pre_hook(hook)
 
     with _hooked(watch(name, linear) for name, linear in linears.items()):
-        run_samples(model, samples, progress=progress, label=label, layerwise=layerwise)
+        run_samples(
+            model,
+            samples,
+            progress=progress,
+            label=label,
+            layerwise=layerwise,
+            after_layer=after_layer,
+        )
 
 
-def _scores(x: torch.Tensor, constants: Constants) -> torch.Tensor:
+def _scores(x: torch.Tensor, behaviour: Behaviour, constants: Constants) -> torch.Tensor:
+    """`[T, K]` of an input `[..., K]`: those that its selection ranks."""
     tokens = x.detach().reshape(-1, x.shape[-1]).float()
-    shift, scale = constants.shift, constants.score_scale
-    z = tokens if shift is None else tokens - shift.to(tokens.device)
+    scale = constants.score_scale
+    z = tokens - shift_of(tokens, behaviour, constants)
     return scores_of(z, None if scale is None else scale.to(tokens.device))
 
 
@@ -302,6 +341,12 @@ def _waves(channels: Mapping[str, int], wave_bytes: int) -> Iterator[list[str]]:
         yield wave
 
 
+def _rows(channels: int) -> Iterator[slice]:
+    """All rows of a K x K matrix, block by block."""
+    for start in range(0, channels, _ROWS):
+        yield slice(start, start + _ROWS)
+
+
 def _thresholds(squares: torch.Tensor, density: float) -> torch.Tensor:
     """`[T, 1]`: the largest value of each row that unstructured selection drops."""
     channels = squares.shape[-1]
@@ -317,8 +362,25 @@ def _compared(channels: int, generator: torch.Generator) -> torch.Tensor:
 
 def _within(cost: torch.Tensor, group_of: torch.Tensor) -> float:
     """Sum of the costs of all pairs that share a group, a channel with itself included."""
-    together = group_of.unsqueeze(0) == group_of.unsqueeze(1)
-    return float(cost[together].sum(dtype=torch.float64))
+    return float(cost.gather(1, _members(group_of)[group_of]).sum(dtype=torch.float64))
+
+
+def _members(group_of: torch.Tensor) -> torch.Tensor:
+    """`[G, m]`: the channels of each group, ascending."""
+    groups = int(group_of.max()) + 1
+    return torch.argsort(group_of, stable=True).view(groups, -1)
+
+
+def _costs_to_groups(costs: torch.Tensor, group_of: torch.Tensor) -> torch.Tensor:
+    """Summed costs with all of a group: `[A, K]` -> `[A, G]`.
+
+    Of few channels a product with their memberships is fastest; of many, most of it is zeros.
+    """
+    members = _members(group_of)
+    if costs.shape[1] > SWEEP_CHANNELS:
+        return costs.index_select(1, members.flatten()).view(-1, *members.shape).sum(dim=2)
+    membership = torch.nn.functional.one_hot(group_of, len(members)).to(costs.dtype)  # [K, G]
+    return costs @ membership
 
 
 def _best_exchanges(
@@ -332,14 +394,14 @@ def _best_exchanges(
         2 (S[j,a] + S[i,b] - S[i,a] - S[j,b]) - 4 cost[i,j] + 2 (cost[i,i] + cost[j,j]).
     """
     groups = int(group_of.max()) + 1
-    membership = torch.nn.functional.one_hot(group_of, groups).to(cost.dtype)  # [K, G]
     own = group_of[among]
-    towards = (cost[among] @ membership).t()[own]  # [j, i]: channel i with the group of j
+    costs = cost.index_select(0, among)  # [A, K]
+    towards = _costs_to_groups(costs, group_of).t()[own]  # [j, i]: channel i with the group of j
     stay = towards.diagonal() - cost.diagonal()[among]
     change = towards + towards.t()
     change -= stay.unsqueeze(0)
     change -= stay.unsqueeze(1)
-    change -= 2 * (cost if among.numel() == cost.shape[0] else cost[among][:, among])
+    change -= 2 * costs.index_select(1, among)
     change.masked_fill_(own.unsqueeze(0) == own.unsqueeze(1), 0.0)
     gain, partner = change.min(dim=1)
     best_first = torch.argsort(gain, stable=True)[: 4 * groups].tolist()

@@ -14,18 +14,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import tempfile
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from nmexport.errors import ArtifactError, ModelError
+from nmexport.models.swap import swapped
+from nmexport.scratch import scratch_array
 from nmexport.tensors import TensorReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from transformers import PreTrainedModel
 
@@ -72,12 +73,15 @@ def skeleton(
 class LayerwiseModel:
     """A causal LM in float32 that is run layer by layer."""
 
-    def __init__(self, source: ModelSource, *, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self, source: ModelSource, *, trust_remote_code: bool = False, folder: Path | None = None
+    ) -> None:
         """Build the skeleton and find every weight; read none.
 
         Args:
             source: A model in safetensors files.
             trust_remote_code: Whether Python files of the model may run.
+            folder: On a disk with room for the hidden states of all samples; None is the system's.
 
         Raises:
             ModelError: if it is stored in another format, its weights are stored under names of
@@ -92,6 +96,7 @@ class LayerwiseModel:
         self.model = skeleton(source, trust_remote_code=trust_remote_code)
         self._backbone_name, self._layers = _decoder_layers(self.model)
         self._weights = _Weights(source, self.model)
+        self._folder = folder
 
     def run(
         self,
@@ -100,6 +105,7 @@ class LayerwiseModel:
         progress: Progress,
         label: str,
         after: Callable[[], None] = lambda: None,
+        after_layer: Callable[[], None] = lambda: None,
         logits_kept: int = 1,
         use_logits: Callable[[int, torch.Tensor], None] | None = None,
         substitutes: Mapping[str, Callable[[], nn.Module]] | None = None,
@@ -111,26 +117,32 @@ class LayerwiseModel:
             progress: Counts layers.
             label: What it counts them under.
             after: Called after each sample in each layer.
+            after_layer: Called after each layer, its weights gone.
             logits_kept: Positions at the end of a sample whose logits are computed; 0 is all.
             use_logits: Given each sample's index and logits `[kept, V]`.
-            substitutes: Modules that stand in for linears of decoder layers, by name: made when
-                their layer runs and dropped after it.
+            substitutes: Modules that stand in for linears, by name: made when their layer runs,
+                or what follows the layers, and dropped after it.
 
         Raises:
             ModelError: if the layers of this architecture are not called as a list of layers is.
             ArtifactError: if a weight cannot be read.
+            OSError: if the disk has no room for the hidden states.
         """
-        with torch.inference_mode(), _Spool(samples, self._width) as spool:
+        made = substitutes or {}
+        spool = _Spool(samples, self._width, self._folder)
+        with torch.inference_mode():
             calls = self._embed(samples, spool)
             layers = list(enumerate(self._layers))
             for index, layer in progress.track(layers, label=label, total=len(layers)):
                 name = f"{self._backbone_name}.{index}"
-                with self._weights.loaded(name, layer), _substituted(layer, name, substitutes):
+                with self._weights.loaded(name, layer), _substituted(layer, name, made):
                     arguments, options = calls[index]
                     for number in range(len(samples)):
                         spool[number] = _hidden(layer(spool[number], *arguments, **options))
                         after()
-            self._finish(samples, spool, after, logits_kept, use_logits)
+                after_layer()
+            with self._substituted_outside(made):
+                self._finish(samples, spool, after, logits_kept, use_logits)
 
     @contextlib.contextmanager
     def loaded(self, linear: nn.Linear) -> Iterator[nn.Linear]:
@@ -206,13 +218,25 @@ class LayerwiseModel:
                     use_logits(number, logits)
 
     def _after_layers(self) -> Iterator[tuple[str, nn.Module]]:
-        """Modules with weights of their own that are neither embedding nor decoder layer."""
+        """Modules whose weights are to be read, neither embedding nor decoder layer."""
         embedding = self.model.get_input_embeddings()
         for name, module in self.model.named_modules():
-            own = any(True for _ in module.parameters(recurse=False))
-            inside = name.startswith(f"{self._backbone_name}.")
-            if own and not inside and module is not embedding:
+            read = any(parameter.is_meta for parameter in module.parameters(recurse=False))
+            if read and not self._is_inside(name) and module is not embedding:
                 yield name, module
+
+    def _is_inside(self, name: str) -> bool:
+        """Whether a module is part of a decoder layer."""
+        return name.startswith(f"{self._backbone_name}.")
+
+    @contextlib.contextmanager
+    def _substituted_outside(
+        self, substitutes: Mapping[str, Callable[[], nn.Module]]
+    ) -> Iterator[None]:
+        """The model with modules outside of its decoder layers exchanged, such as its head."""
+        made = {name: make() for name, make in substitutes.items() if not self._is_inside(name)}
+        with swapped(self.model, made):
+            yield
 
     @contextlib.contextmanager
     def _stubbed(self, stub: Callable[..., torch.Tensor]) -> Iterator[None]:
@@ -258,21 +282,9 @@ class _Weights:
 class _Spool:
     """Hidden states of all samples in a file of their own, `[samples, 1, length, width]`."""
 
-    def __init__(self, samples: torch.Tensor, width: int) -> None:
-        self._shape = (*samples.shape[:1], 1, *samples.shape[1:], width)
-
-    def __enter__(self) -> Self:
-        self._folder = tempfile.TemporaryDirectory(prefix="nmexport-")
-        size = torch.Size(self._shape).numel()
-        path = Path(self._folder.name) / "hidden"
-        self._states = torch.from_file(str(path), shared=True, size=size, dtype=torch.float32).view(
-            self._shape
-        )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        del self._states
-        self._folder.cleanup()
+    def __init__(self, samples: torch.Tensor, width: int, folder: Path | None) -> None:
+        count, length = samples.shape
+        self._states = torch.from_numpy(scratch_array((count, 1, length, width), folder))
 
     def __getitem__(self, number: int) -> torch.Tensor:
         return self._states[number].clone()
@@ -320,15 +332,13 @@ def stored_names(model: PreTrainedModel, stored: set[str]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _substituted(
-    layer: nn.Module, name: str, substitutes: Mapping[str, Callable[[], nn.Module]] | None
+    layer: nn.Module, name: str, substitutes: Mapping[str, Callable[[], nn.Module]]
 ) -> Iterator[None]:
     """The layer with modules of its own exchanged."""
-    from nmexport.models.swap import swapped
-
     inside = f"{name}."
     made = {
         linear.removeprefix(inside): make()
-        for linear, make in (substitutes or {}).items()
+        for linear, make in substitutes.items()
         if linear.startswith(inside)
     }
     with swapped(layer, made):

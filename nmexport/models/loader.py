@@ -38,8 +38,8 @@ def load_model(
         trust_remote_code: Whether Python files of the model may run.
         attention: Attention implementation of transformers; `sdpa` becomes `eager` for models
             that cannot use it, such as Gemma 2, whose soft cap it knows nothing of.
-        placing: How Accelerate spreads the weights, see `offload.device_map_options`; None puts
-            them into the host's memory.
+        placing: How Accelerate spreads the weights, see `offload.device_map`; None puts them into
+            the host's memory.
 
     Raises:
         ModelError: if its architecture is unknown or its files cannot be read.

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from nmexport.errors import ModelError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
     from torch import nn
 
     from nmexport.models.layerwise import LayerwiseModel
@@ -42,9 +45,21 @@ class OpenedModel:
 
 
 def open_dense(
-    source: ModelSource, *, trust_remote_code: bool, offload: Offload, progress: Progress
+    source: ModelSource,
+    *,
+    trust_remote_code: bool,
+    offload: Offload,
+    progress: Progress,
+    folder: Path | None = None,
 ) -> OpenedModel:
     """Load a dense model in float32 where it fits, as `placement` says; notes where that is.
+
+    Args:
+        source: Where the model lies.
+        trust_remote_code: Whether Python files of the model may run.
+        offload: What the user asks for.
+        progress: Told where the model is.
+        folder: On a disk with room, for what waits between layers; None is the system's.
 
     Raises:
         ModelError: if it cannot be loaded, or not in the way that is asked for.
@@ -55,21 +70,22 @@ def open_dense(
     from nmexport.models.loader import load_model
 
     memory = free_memory()
-    parameters = 0
+    empty: Any = None
     if offload == "auto" and source.gguf_file is None:
-        parameters = parameter_count(skeleton(source, trust_remote_code=trust_remote_code))
-    chosen = placement(source, offload, parameters, memory)
-    if chosen == "layerwise":
+        empty = skeleton(source, trust_remote_code=trust_remote_code)
+    chosen = placement(source, offload, parameter_count(empty) if empty else 0, memory)
+    placed = device_map(empty, memory.devices) if chosen == "mapped" else None
+    if chosen == "layerwise" or (chosen == "mapped" and placed is None):
         progress.note(f"{source.id} runs layer by layer, its weights mapped from disk")
-        layered = LayerwiseModel(source, trust_remote_code=trust_remote_code)
+        layered = LayerwiseModel(source, trust_remote_code=trust_remote_code, folder=folder)
         return OpenedModel(model=layered.model, layerwise=layered)
-    if chosen == "mapped":
-        progress.note(f"{source.id} is spread over {len(memory.devices)} GPUs and the host")
+    if placed is not None:
+        progress.note(f"{source.id} is spread over {len(set(placed.values()))} GPUs")
     model = load_model(
         source,
         dtype=torch.float32,
         trust_remote_code=trust_remote_code,
-        placing=device_map_options(memory) if chosen == "mapped" else None,
+        placing=None if placed is None else {"device_map": placed},
     )
     return OpenedModel(model=model)
 
@@ -117,8 +133,10 @@ def free_memory() -> Memory:
 def placement(source: ModelSource, offload: Offload, parameters: int, memory: Memory) -> Placement:
     """How to run a model of so many parameters in float32.
 
-    `whole` is in the host's memory, or moved to one GPU; `mapped` is spread over GPUs and host by
-    Accelerate; `layerwise` keeps one decoder layer in memory.
+    `whole` is in the host's memory, or moved to one GPU; `mapped` is spread over GPUs by
+    Accelerate; `layerwise` keeps one decoder layer in memory. Nothing is spread over GPUs and the
+    host: what Accelerate keeps on the host is in memory only while its module runs, and folding
+    reads weights at other times.
 
     Raises:
         ModelError: if layer by layer is asked for and the model's format does not allow it.
@@ -133,7 +151,7 @@ def placement(source: ModelSource, offload: Offload, parameters: int, memory: Me
     needed = round(_ROOM * _FLOAT32 * parameters)
     if offload == "never" or needed <= memory.host:
         return "whole"
-    if memory.devices and needed <= sum(memory.devices) + memory.host:
+    if memory.devices and needed <= sum(memory.devices):
         return "mapped"
     return "whole" if source.gguf_file is not None else "layerwise"
 
@@ -143,9 +161,24 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def device_map_options(memory: Memory) -> dict[str, Any]:
-    """Options of `from_pretrained` that let Accelerate spread a model over GPUs, then the host."""
+def device_map(model: Any, devices: Sequence[int]) -> dict[str, int] | None:
+    """Which GPU each part of a model goes to in float32; None where a part finds no room.
+
+    Args:
+        model: The model or its skeleton, in float32.
+        devices: Free memory of each GPU, in bytes.
+    """
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
     limits: dict[int | str, int] = {
-        index: round(free / _ROOM) for index, free in enumerate(memory.devices)
+        index: round(free / _ROOM) for index, free in enumerate(devices)
     }
-    return {"device_map": "auto", "max_memory": {**limits, "cpu": round(memory.host / _ROOM)}}
+    # A decoder layer stays in one piece: its residual connections do not cross GPUs.
+    whole = list(model._no_split_modules)  # noqa: SLF001 - its only name
+    balanced = get_balanced_memory(
+        model, max_memory={**limits, "cpu": 0}, no_split_module_classes=whole
+    )
+    placed = infer_auto_device_map(model, max_memory=balanced, no_split_module_classes=whole)
+    on_gpus = {name: place for name, place in placed.items() if isinstance(place, int)}
+    return on_gpus if len(on_gpus) == len(placed) else None

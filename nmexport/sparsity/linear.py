@@ -73,6 +73,14 @@ def selection(
     return keep_mask(scores_of(z, score_scale), pattern, channel_order)
 
 
+def shift_of(x: torch.Tensor, behaviour: Behaviour, constants: Constants) -> torch.Tensor:
+    """What is subtracted before selection: of `[..., K]` float32, `[..., 1]`, `[K]` or `[1]`."""
+    if behaviour.dynamic_shift:
+        return x.mean(dim=-1, keepdim=True)
+    shift = constants.shift
+    return x.new_zeros(1) if shift is None else shift.to(x.device)
+
+
 def variance_ratio(z: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """`nu = sqrt(var(z) / var(kept))` over K: `[..., K]` float32 twice -> `[..., 1]`."""
     lost = kept.var(dim=-1, correction=0, keepdim=True).clamp_min(VARIANCE_FLOOR)
@@ -296,7 +304,7 @@ class SparseLinear(nn.Module):
         return y.to(x.dtype)
 
     def _sparsified(self, x: torch.Tensor) -> torch.Tensor:
-        eta = self._eta(x)
+        eta = shift_of(x, self.behaviour, self.constants)
         z = x - eta
         scale, order = (
             None if constant is None else constant.to(x.device)
@@ -305,12 +313,6 @@ class SparseLinear(nn.Module):
         keep = selection(z, self.behaviour.pattern, scale, order)
         kept = torch.where(keep, z, 0.0)
         return self._nu(z, kept) * kept + eta
-
-    def _eta(self, x: torch.Tensor) -> torch.Tensor:
-        if self.behaviour.dynamic_shift:
-            return x.mean(dim=-1, keepdim=True)
-        shift = self.constants.shift
-        return x.new_zeros(1) if shift is None else shift.to(x.device)
 
     def _nu(self, z: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         if self.behaviour.variance_correction:
@@ -337,7 +339,7 @@ def fold(
         `score_scale [K]` float32, `channel_order [K]` int32, `remainder_in [K, r]` and
         `remainder_out [r, O]` T; contiguous.
     """
-    weight = linear.weight.detach().t().to(torch.float32)  # [K, O]
+    weight = linear.weight.detach().t().to("cpu", torch.float32)  # [K, O]; constants lie there
     gain = 1.0 if constants.nu is None else constants.nu
     remainder = constants.remainder
     left = weight if remainder is None else weight - remainder.inner @ remainder.outer
@@ -362,7 +364,7 @@ def _folded_bias(
 ) -> torch.Tensor | None:
     """`bias + shift @ W`: what adding the shift back after selection comes to."""
     own = bias_of(linear)
-    bias = None if own is None else own.detach().double()
+    bias = None if own is None else own.detach().cpu().double()
     if shift is None:
         return bias
     moved = shift.double().expand(weight.shape[0]) @ weight.double()

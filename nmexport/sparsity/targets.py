@@ -5,7 +5,8 @@ A pattern is one of
 - `type:CLASS`, the class of the module or one of its bases (`type:Linear`);
 - `layer:A` or `layer:A-B`, decoder layers by index, both ends included, negative from the end
   (`layer:0-1`, `layer:-2--1`).
-`lm_head` also names the output embedding of a model that calls it otherwise.
+`lm_head` also names the output embedding of a model that calls it otherwise. It is excluded unless
+it is included by that very name: what a pattern includes word for word, none excludes.
 """
 
 from __future__ import annotations
@@ -52,13 +53,14 @@ def select_targets(model: nn.Module, section: TargetsSection, pattern: NMPattern
             allowed="a causal language model built of torch.nn.Linear",
         )
     included = _matching(model, linears, section.include, "include")
-    excluded = _matching(model, linears, section.exclude, "exclude")
+    exclude = [pattern for pattern in section.exclude if pattern not in section.include]
+    excluded = _matching(model, linears, exclude, "exclude")
     chosen = [name for name in linears if name in included and name not in excluded]
     if not chosen:
         raise TargetError(
             f"Nothing is left to sparsify: exclude {_listed(section.exclude)} takes away all that "
             f"include {_listed(section.include)} selects.",
-            fix="narrow the exclude patterns (an empty list excludes nothing)",
+            fix="include by name what is excluded, such as --targets lm_head, or exclude less",
         )
     _check_fits({name: linears[name] for name in chosen}, pattern)
     return chosen

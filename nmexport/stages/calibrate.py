@@ -144,6 +144,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
         trust_remote_code=trusted,
         offload=recipe.calibration.offload,
         progress=inputs.progress,
+        folder=inputs.output,
     )
     model = opened.model
     if opened.layerwise is not None:

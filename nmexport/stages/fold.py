@@ -224,6 +224,7 @@ def _given(inputs: StageInputs) -> _Given:
         trust_remote_code=recipe.model.trust_remote_code,
         offload=recipe.calibration.offload,
         progress=inputs.progress,
+        folder=inputs.output,
     )
     model, layerwise = opened.model, opened.layerwise
     if layerwise is not None:
@@ -336,19 +337,15 @@ def _distances(given: _Given, derived: Mapping[str, Derived]) -> dict[str, Group
     ordered = {
         name: one for name, one in derived.items() if one.constants.channel_order is not None
     }
-    found: dict[str, GroupingDistance] = {}
-    for pattern in sorted({one.behaviour.pattern for one in ordered.values()}, key=str):
-        names = [name for name, one in ordered.items() if one.behaviour.pattern == pattern]
-        found |= grouping_distances(
-            given.model,
-            {name: given.linears[name] for name in names},
-            {name: ordered[name].constants for name in names},
-            pattern,
-            given.samples[-DISTANCE_SAMPLES:],
-            progress=given.inputs.progress,
-            layerwise=given.layerwise,
-        )
-    return found
+    return grouping_distances(
+        given.model,
+        {name: given.linears[name] for name in ordered},
+        {name: one.constants for name, one in ordered.items()},
+        {name: one.behaviour for name, one in ordered.items()},
+        given.samples[-DISTANCE_SAMPLES:],
+        progress=given.inputs.progress,
+        layerwise=given.layerwise,
+    )
 
 
 def _learned(given: _Given, derived: Mapping[str, Derived]) -> Learned | None:

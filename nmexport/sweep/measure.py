@@ -196,7 +196,11 @@ class _Bench:
         from nmexport.verification import accuracy
 
         windows = self._windows(recipe)
-        with self._dense_session(recipe, len(windows)) as dense, opened() as sparse:
+        with (
+            self._work.disk_faults(),
+            self._dense_session(recipe, len(windows)) as dense,
+            opened() as sparse,
+        ):
             tracked = self._progress.track(windows, label="sweep: perplexity", total=len(windows))
             return _accuracy_figures(accuracy.compare(dense, sparse, tracked, phases=phases))
 

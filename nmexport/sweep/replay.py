@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nmexport.runtimes.session import Closing
+from nmexport.scratch import scratch_array
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,9 +83,7 @@ class Replay(Closing):
             shape = (self._prompts, *logits.shape[1:])
             if 4 * int(np.prod(shape)) > _KEPT_BYTES:
                 return
-            # Unlinked at once: it goes when the process does, however that ends.
-            with tempfile.TemporaryFile(dir=self._folder) as file:
-                self._answers = np.memmap(file, np.float32, "w+", shape=shape)
+            self._answers = scratch_array(shape, self._folder)
         place = len(self._places)
         if place < self._prompts and logits.shape[1:] == self._answers.shape[1:]:
             self._answers[place] = logits[0]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import tempfile
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from nmexport.runtimes.session import Closing
+from nmexport.scratch import scratch_array
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     from numpy.typing import NDArray
     from torch import nn
@@ -34,6 +35,7 @@ class Precomputed(Closing):
         *,
         progress: Progress,
         label: str,
+        folder: Path | None = None,
         substitutes: Mapping[str, Callable[[], nn.Module]] | None = None,
     ) -> None:
         """Run all windows `[W, L]` through the model.
@@ -43,13 +45,14 @@ class Precomputed(Closing):
             windows: Token ids.
             progress: Counts layers.
             label: What it counts them under.
+            folder: On a disk with room for the answers; None is the system's.
             substitutes: Modules in place of linears, see `LayerwiseModel.run`.
+
+        Raises:
+            OSError: if the disk has no room.
         """
         self.vocabulary_size: int = model.model.config.get_text_config().vocab_size
-        shape = (*windows.shape, self.vocabulary_size)
-        # Unlinked at once: it goes when the process does, however that ends.
-        with tempfile.TemporaryFile(prefix="nmexport-") as file:
-            self._logits = np.memmap(file, np.float32, "w+", shape=shape)
+        self._logits = scratch_array((*windows.shape, self.vocabulary_size), folder)
         self._places = {window.tobytes(): place for place, window in enumerate(windows)}
 
         def keep(number: int, logits: torch.Tensor) -> None:
@@ -85,3 +88,4 @@ class Precomputed(Closing):
     def close(self) -> None:
         """Free the answers."""
         self._places = {}
+        self._logits = np.empty((0, 0, 0), np.float32)
