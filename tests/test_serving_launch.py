@@ -394,6 +394,9 @@ class FakeTriton(http.server.BaseHTTPRequestHandler):
     asked: list[tuple[str, Any]]
     models: list[str]
     error: str | None
+    cut: int | None
+    """Bytes of an answer after which the server is gone."""
+    chunked: bool
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -414,9 +417,17 @@ class FakeTriton(http.server.BaseHTTPRequestHandler):
             self.answer(200, "".join(f"data: {json.dumps(event)}\n\n" for event in events))
 
     def answer(self, code: int, text: str) -> None:
+        body = text.encode()
         self.send_response(code)
+        if self.chunked:
+            self.send_header("Transfer-Encoding", "chunked")
+        elif self.cut is not None:
+            self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(text.encode())
+        if self.chunked:  # as Triton does: one event a chunk, and none of length 0 once it is gone
+            body = b"%x\r\n%b\r\n" % (self.cut or len(body), body[: self.cut])
+        self.wfile.write(body if self.chunked else body[: self.cut])
+        self.close_connection = True
 
     def log_message(self, *words: object) -> None:
         pass
@@ -424,9 +435,8 @@ class FakeTriton(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def triton() -> Iterator[tuple[str, type[FakeTriton]]]:
-    handler = type(
-        "Handler", (FakeTriton,), {"asked": [], "models": ["m", "m_engine"], "error": None}
-    )
+    state = {"asked": [], "models": ["m", "m_engine"], "error": None, "cut": None, "chunked": False}
+    handler = type("Handler", (FakeTriton,), {**state, "protocol_version": "HTTP/1.1"})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
@@ -481,6 +491,66 @@ def test_client_says_what_the_server_said(
 def test_client_tells_an_error_amid_the_stream(triton: tuple[str, type[FakeTriton]]) -> None:
     with pytest.raises(RequestError, match="the model failed"):
         list(client.stream(triton[0], "m", {"text_input": "late error"}))
+
+
+FIRST_EVENT = len('data: {"text_output": "one "}\n\n')
+
+
+@pytest.mark.parametrize(
+    ("chunked", "cut"),
+    [(False, 5), (False, FIRST_EVENT), (True, FIRST_EVENT), (True, 5)],
+    ids=["amid an event", "between events", "between chunks", "amid a chunk"],
+)
+def test_client_tells_an_answer_that_was_cut_off(
+    triton: tuple[str, type[FakeTriton]], cut: int, *, chunked: bool
+) -> None:
+    url, handler = triton
+    handler.cut, handler.chunked = cut, chunked
+    words = ["client", "--url", url, "--name", "m", "hi"]
+    result = CliRunner().invoke(cli, words)
+    assert result.exit_code == 1
+    assert result.stdout == ("one \n" if cut == FIRST_EVENT else "")
+    assert "went away before the answer was complete" in result.stderr
+    assert "Traceback" not in result.stderr
+    document = json.loads(CliRunner().invoke(cli, [*words, "--json"]).stdout)
+    assert "went away" in document["error"]["problem"]
+    if not chunked and cut < FIRST_EVENT:
+        with pytest.raises(EnvironmentFault, match="went away"):
+            client.generate(url, "m", {"text_input": "x"})
+
+
+@pytest.mark.parametrize("answer", ["<html>", "[3]", '{"a": 1}', "\udcff"])
+def test_client_tells_what_is_not_triton(
+    triton: tuple[str, type[FakeTriton]], monkeypatch: pytest.MonkeyPatch, answer: str
+) -> None:
+    url, handler = triton
+
+    def write(self: FakeTriton, code: int, text: str) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(answer.encode("utf-8", "surrogateescape"))
+        self.close_connection = True
+
+    monkeypatch.setattr(handler, "answer", write)
+    with pytest.raises(EnvironmentFault, match="is not Triton"):
+        client.models(url)
+    result = CliRunner().invoke(cli, ["client", "--url", url, "hi"])
+    assert (result.exit_code, result.stdout) == (1, "")
+
+
+def test_client_tells_a_model_without_text_and_a_listener_without_http(
+    triton: tuple[str, type[FakeTriton]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, handler = triton
+
+    def write(self: FakeTriton, code: int, text: str) -> None:
+        FakeTriton.answer(self, 200, 'data: {"logits": [0.5]}\n\n')
+
+    monkeypatch.setattr(handler, "answer", write)
+    with pytest.raises(RequestError, match="no text_output"):
+        list(client.stream(url, "m_engine", {"text_input": "x"}))
+    with occupied() as port, pytest.raises(EnvironmentFault, match="No server answers"):
+        client.models(f"http://127.0.0.1:{port}")
 
 
 def test_client_needs_one_model_and_a_server(triton: tuple[str, type[FakeTriton]]) -> None:

@@ -53,9 +53,18 @@ def client_command(
     if wants_json(ctx):
         emit_json({"url": server, "model": model, "prompt": text, **_gathered(responses)})
         return
-    for response in responses:
-        click.echo(response["text_output"], nl=False)
-    click.echo()
+    _show(responses)
+
+
+def _show(responses: Iterator[dict[str, Any]]) -> None:
+    """Print text as it comes; an error begins on a line of its own."""
+    shown = False
+    try:
+        for response in responses:
+            click.echo(response["text_output"], nl=False)
+            shown = True
+    finally:
+        click.echo(nl=shown)
 
 
 def _gathered(responses: Iterator[dict[str, Any]]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -13,16 +15,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 _EVENT = "data:"
+_AT_FAULT = (OSError, http.client.HTTPException)
+"""What a connection raises when the other side is not there, or goes away."""
 
 
 def models(url: str, *, timeout: float = 10.0) -> list[str]:
     """Names of the models that a server has ready.
 
     Raises:
-        EnvironmentFault: if no server answers.
+        EnvironmentFault: if no server answers, or one that is not Triton.
         RequestError: if it answers with an error.
     """
-    with _open(f"{url}/v2/repository/index", {"ready": True}, timeout) as answer:
+    with _open(f"{url}/v2/repository/index", {"ready": True}, timeout) as answer, _reading(url):
         return [entry["name"] for entry in json.load(answer)]
 
 
@@ -30,7 +34,7 @@ def text_model(url: str, *, timeout: float = 10.0) -> str:
     """The one model of a server that takes text.
 
     Raises:
-        EnvironmentFault: if no server answers.
+        EnvironmentFault: if no server answers, or one that is not Triton.
         RequestError: if it has none, or several.
     """
     names = [name for name in models(url, timeout=timeout) if not name.endswith("_engine")]
@@ -58,10 +62,10 @@ def generate(
         The model's outputs by name.
 
     Raises:
-        EnvironmentFault: if no server answers.
+        EnvironmentFault: if no server answers, it goes away, or it is not Triton.
         RequestError: if it answers with an error.
     """
-    with _open(f"{url}/v2/models/{model}/generate", fields, timeout) as answer:
+    with _open(f"{url}/v2/models/{model}/generate", fields, timeout) as answer, _reading(url):
         outputs: dict[str, Any] = json.load(answer)
     return outputs
 
@@ -72,19 +76,31 @@ def stream(
     """Responses as they come, the last with a `finish_reason`; arguments as in `generate`.
 
     Raises:
-        EnvironmentFault: if no server answers, or it goes away.
+        EnvironmentFault: if no server answers, it goes away before the last response, or it is not
+            Triton.
         RequestError: if it answers with an error.
     """
     whole = {**fields, "stream": True}
-    with _open(f"{url}/v2/models/{model}/generate_stream", whole, timeout) as answer:
+    finished = False
+    where = f"{url}/v2/models/{model}/generate_stream"
+    with _open(where, whole, timeout) as answer, _reading(url):
         for line in answer:
+            if not line.endswith(b"\n"):
+                break  # a connection that was cut looks like one that was closed
             text = line.decode().strip()
             if not text.startswith(_EVENT):
                 continue
             response = json.loads(text.removeprefix(_EVENT))
             if "error" in response:
                 raise RequestError(f"The server refuses: {response['error']}")
+            if "text_output" not in response:
+                raise RequestError(
+                    f"The model {model} gives no text_output.", allowed="a text model of nmexport"
+                )
+            finished = bool(response.get("finish_reason"))
             yield response
+    if not finished:
+        raise _gone(url, "the stream has no last response")
 
 
 def _open(url: str, document: Mapping[str, Any], timeout: float) -> Any:
@@ -96,11 +112,35 @@ def _open(url: str, document: Mapping[str, Any], timeout: float) -> Any:
     try:
         return urllib.request.urlopen(request, timeout=timeout)  # noqa: S310
     except urllib.error.HTTPError as error:
-        raise RequestError(f"The server refuses: {_said(error)}") from error
-    except OSError as error:
+        with _reading(url):
+            said = _said(error)
+        raise RequestError(f"The server refuses: {said}") from error
+    except _AT_FAULT as error:
         raise EnvironmentFault(
             f"No server answers at {url}: {error}", fix="start one with `nmexport serve WORK`"
         ) from error
+
+
+@contextlib.contextmanager
+def _reading(url: str) -> Iterator[None]:
+    """Turn what may go wrong with an answer into what it means."""
+    try:
+        yield
+    except _AT_FAULT as error:
+        raise _gone(url, str(error) or type(error).__name__) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EnvironmentFault(
+            f"What answers at {url} is not Triton: {error!r}",
+            allowed="Triton's HTTP endpoint",
+            fix="check --url; `nmexport serve` says where it listens",
+        ) from error
+
+
+def _gone(url: str, how: str) -> EnvironmentFault:
+    return EnvironmentFault(
+        f"The server at {url} went away before the answer was complete: {how}",
+        fix="see its own messages, and ask again",
+    )
 
 
 def _said(error: urllib.error.HTTPError) -> str:
