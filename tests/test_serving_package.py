@@ -57,9 +57,9 @@ def test_text_configuration_survives_its_text() -> None:
     assert again.model_transaction_policy.decoupled
     assert again.max_batch_size == 1
     names = {one.name for one in again.input}
-    assert names == {"text_input", "messages", "chat", "add_special_tokens", "stream"} | (
-        set(NAMES) - {"stop"}
-    )
+    flags = {"chat", "add_special_tokens", "stream"}
+    flags |= {"return_num_input_tokens", "return_num_output_tokens"}
+    assert names == {"text_input", "messages"} | flags | (set(NAMES) - {"stop"})
     assert all(one.optional for one in again.input)
     assert set(again.parameters) == set(SETTINGS)
 
@@ -314,6 +314,34 @@ def test_text_and_messages_reach_the_model(service: TextService) -> None:
 
 
 @pytest.mark.parametrize(
+    "fields",
+    [
+        {"text": "a" * 10**6},
+        {"text": "é" * 10**6},
+        {"text": "a" * 10**6, "chat": True},
+        {"messages": json.dumps([{"role": "user", "content": "a" * 5000}])},
+        {"messages": "[" * 10**6},
+    ],
+)
+def test_what_cannot_fit_is_refused_before_it_is_tokenised(
+    service: TextService, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(service._tokenizer, "encode", lambda *_, **__: pytest.fail("tokenised"))
+    with pytest.raises(RequestError, match=r"Too long: .* bytes") as caught:
+        service.submit(TextRequest(**fields), ListSink())
+    assert "the model's context is 100 tokens" in str(caught.value)
+
+
+def test_the_longest_text_that_may_fit_is_tokenised(service: TextService) -> None:
+    longest = service._tokenizer.longest_token
+    assert longest > 4
+    with pytest.raises(RequestError, match=r"Too long: \d+ prompt tokens"):
+        service.submit(TextRequest(text="a" * 100 * longest), ListSink())
+    with pytest.raises(RequestError, match="Too long: text_input"):
+        service.submit(TextRequest(text="a" * (100 * longest + 1)), ListSink())
+
+
+@pytest.mark.parametrize(
     ("settings", "words"),
     [({"slot": "1"}, "slot"), ({"slots": "-1"}, "-1"), ({"slots": "²"}, "slots")],
 )
@@ -479,11 +507,34 @@ def test_whole_and_streamed_answers_are_the_same_text(model: TritonPythonModel) 
     assert whole.tensors["finish_reason"].item() == b"length"
     assert whole.tensors["completion_tokens"].item() == 9
     assert {name: array.shape for name, array in whole.tensors.items()} == {
-        name: (1, 1) for name, _ in triton_config.TEXT_OUTPUTS
+        name: (1, 1) for name, _ in triton_config.TEXT_OUTPUTS if not name.startswith("num_")
     }
     kind, waits = model._backend.MetricFamily.made["nmexport_time_to_first_token_ms"]
     assert kind == "h"
     assert len(waits.seen) == 2
+
+
+def test_tokens_are_counted_for_who_asks(model: TritonPythonModel) -> None:
+    yes = np.array([[True]])
+    asked = {"return_num_input_tokens": yes, "return_num_output_tokens": yes}
+    inputs = {"text_input": texts("The quick"), "max_tokens": np.array([[9]], np.int32)}
+    ((whole, _),) = call(model, **inputs, **asked).sent
+    streamed = [one.tensors for one, _ in call(model, **inputs, **asked, stream=yes).sent]
+    assert whole.tensors.keys() == {name for name, _ in triton_config.TEXT_OUTPUTS}
+    assert whole.tensors["num_output_tokens"].item() == 9
+    prompt_tokens = whole.tensors["prompt_tokens"].item()
+    assert {one["num_input_tokens"].item() for one in streamed} == {prompt_tokens}
+    news = [one["num_output_tokens"].item() for one in streamed]
+    assert sum(news) == 9
+    assert len(news) > 2
+    assert {one["num_output_tokens"].dtype for one in streamed} == {np.dtype(np.uint32)}
+    one_of_them = call(model, **inputs, return_num_output_tokens=yes).sent[0][0].tensors
+    assert "num_input_tokens" not in one_of_them
+
+
+def counted(model: TritonPythonModel, name: str) -> float:
+    _, metric = model._backend.MetricFamily.made[name]
+    return metric.value
 
 
 @pytest.mark.parametrize(
@@ -497,6 +548,8 @@ def test_whole_and_streamed_answers_are_the_same_text(model: TritonPythonModel) 
         ({}, '{"text_input": 3}', "text_input cannot be 3"),
         ({"text_input": texts("a")}, '{"what": 1}', "Unknown parameter"),
         ({"text_input": texts("a"), "temperature": np.array([[-1]], np.float32)}, "", "-1.0"),
+        ({"messages": texts("[" * 200_000)}, "", "Too long: messages"),
+        ({"messages": texts("[" * 10_000)}, "", "nested too deeply"),
     ],
 )
 def test_refusals_are_the_clients_fault(
@@ -506,6 +559,34 @@ def test_refusals_are_the_clients_fault(
     assert words in str(response.error)
     assert response.error.code == FakeError.INVALID_ARG
     assert flags == 1
+    assert counted(model, "nmexport_requests_rejected_total") == 1
+
+
+def raise_index_error(*_: object, **__: object) -> None:
+    raise IndexError
+
+
+def test_whatever_goes_wrong_is_answered_and_the_server_goes_on(
+    model: TritonPythonModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(model._service, "submit", raise_index_error)
+    ((response, flags),) = call(model, text_input=texts("a")).sent
+    assert "the server failed on this request" in str(response.error)
+    assert (response.error.code, flags) == ("internal", 1)
+    assert "IndexError" in caplog.text
+    assert counted(model, "nmexport_requests_failed_total") == 1
+    monkeypatch.undo()
+    assert call(model, text_input=texts("a")).sent[-1][0].error is None
+
+
+def test_a_refusal_that_cannot_be_sent_hurts_nobody(
+    model: TritonPythonModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong, right = FakeRequest({}), FakeRequest({"text_input": texts("a")})
+    monkeypatch.setattr(wrong.sender, "send", raise_index_error)
+    model.execute([wrong, right])
+    assert right.sender.final.wait(20)
+    assert right.sender.sent[-1][0].error is None
 
 
 def test_parameters_of_triton_and_empty_stop_words_pass(model: TritonPythonModel) -> None:

@@ -12,7 +12,7 @@ from nmexport.errors import RequestError
 from nmexport.runtimes.onnxruntime import OrtSession
 from nmexport.serving import metrics as names
 from nmexport.serving.options import GenerationOptions
-from nmexport.serving.scheduler import Limits, Outcome, Scheduler, chunk_end
+from nmexport.serving.scheduler import Limits, Outcome, Scheduler, Usage, chunk_end
 
 from tests.toy_lm import VOCABULARY, expected_logits, save_toy_lm
 
@@ -49,15 +49,17 @@ class ListSink:
 
     def __init__(self) -> None:
         self.pieces: list[str] = []
+        self.usages: list[Usage] = []
         self.outcome: Outcome | None = None
         self.problem: str | None = None
         self.cancelled = False
         self.was_abandoned = False
         self.ended = threading.Event()
 
-    def text(self, piece: str) -> None:
+    def text(self, piece: str, usage: Usage) -> None:
         assert piece
         self.pieces.append(piece)
+        self.usages.append(usage)
 
     def done(self, outcome: Outcome) -> None:
         assert not self.ended.is_set()
@@ -136,8 +138,9 @@ def run(one: Scheduler, steps: int = 200) -> None:
 
 
 def recorded(one: Scheduler) -> Recorder:
-    assert isinstance(one._metrics, Recorder)
-    return one._metrics
+    recorder = one._metrics._metrics  # type: ignore[attr-defined]
+    assert isinstance(recorder, Recorder)
+    return recorder
 
 
 # -- one request ----------------------------------------------------------------------------------
@@ -149,6 +152,9 @@ def test_text_ends_at_the_end_token_and_counts() -> None:
     run(one)
     assert sink.pieces == ["f", "g", "h", "i"]
     assert sink.outcome == Outcome(finish_reason="stop", prompt_tokens=2, completion_tokens=4)
+    assert sink.usages == [
+        Usage(prompt_tokens=2, completion_tokens=count) for count in (1, 2, 3, 4)
+    ]
     counts = recorded(one).counts
     assert counts[names.PROMPT_TOKENS] == 2
     assert counts[names.GENERATED_TOKENS] == 4
@@ -337,13 +343,53 @@ def test_a_failure_ends_one_request_alone() -> None:
     assert one._reserved == 0
 
 
-def test_a_sink_that_breaks_ends_its_request_alone() -> None:
+def broken(*_: object) -> Any:
+    raise ValueError("broken")
+
+
+@pytest.mark.parametrize(
+    ("method", "how"),
+    [("text", names.FAILED), ("done", names.FINISHED), ("is_cancelled", names.FAILED)],
+)
+def test_a_sink_that_breaks_ends_its_request_alone_and_once(
+    monkeypatch: pytest.MonkeyPatch, method: str, how: str
+) -> None:
     one = scheduler()
-    broken, well = submit(one, [0]), submit(one, [6], max_tokens=2)
-    broken.text = lambda piece: 1 / 0  # type: ignore[assignment,return-value]
+    bad, well = submit(one, [0]), submit(one, [6], max_tokens=2)
+    monkeypatch.setattr(bad, method, broken)
     run(one)
-    assert broken.problem
+    assert bad.problem
     assert well.all_text == "hi"
+    counts = recorded(one).counts
+    assert counts[how] == (2 if how == names.FINISHED else 1)
+    assert counts.get(names.FINISHED, 0) + counts.get(names.FAILED, 0) == 2
+    assert one._reserved == 0
+
+
+def test_a_waiting_client_that_cannot_be_asked_leaves_the_queue(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = scheduler(slots=1)
+    first, bad = submit(one, [0], max_tokens=2), submit(one, [5])
+    monkeypatch.setattr(bad, "is_cancelled", broken)
+    one.step()
+    assert bad.problem is not None
+    assert "way to the client" in bad.problem
+    assert one.waiting == 0
+    run(one)
+    assert first.all_text == "bc"
+
+
+def test_metrics_that_break_are_told_once_and_cost_no_request(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = scheduler()
+    for method in ("add", "set", "observe"):
+        monkeypatch.setattr(recorded(one), method, broken)
+    sink = submit(one, [0], max_tokens=3)
+    run(one)
+    assert sink.all_text == "bcd"
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize(
@@ -359,7 +405,6 @@ def test_over_a_limit(prompt: list[int], options: dict[str, Any], words: str) ->
     one = scheduler(cache_bytes=4000 if "cache" in words else 10_000)
     with pytest.raises(RequestError, match=words):
         submit(one, prompt, **options)
-    assert recorded(one).counts[names.REJECTED] == 1
     assert one.waiting == 0
 
 
@@ -376,6 +421,19 @@ def test_a_full_queue_refuses_and_takes_again() -> None:
     sinks.append(submit(one, [0], max_tokens=1))
     run(one)
     assert all(sink.outcome for sink in sinks)
+
+
+def test_a_burst_is_no_way_around_the_limits() -> None:
+    one = scheduler(slots=2, queue=2)
+    for _ in range(4):
+        submit(one, [0], max_tokens=3)
+    with pytest.raises(RequestError, match="0 requests run, 4 wait"):
+        submit(one, [0])
+    one.step()
+    with pytest.raises(RequestError, match="2 requests run, 2 wait"):
+        submit(one, [0])
+    run(one)
+    submit(one, [0])
 
 
 @pytest.mark.parametrize("name", ["slots", "prefill_chunk", "context_tokens", "cache_bytes"])
@@ -428,3 +486,25 @@ def test_aborting_ends_what_is_in_flight() -> None:
     thread.join(10)
     assert not thread.is_alive()
     assert all(sink.problem is not None and "shutting down" in sink.problem for sink in sinks)
+
+
+def test_a_step_that_fails_ends_what_is_in_flight_and_the_server_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = scheduler(slots=1)
+    monkeypatch.setattr(one, "step", broken)
+    lost = [submit(one, [0]) for _ in range(2)]
+    thread = threading.Thread(target=one.serve)
+    thread.start()
+    assert all(sink.ended.wait(10) for sink in lost)
+    assert all(sink.problem is not None and "failed on a step" in sink.problem for sink in lost)
+    monkeypatch.undo()
+    next_one = submit(one, [0], max_tokens=2)
+    assert next_one.ended.wait(10)
+    one.close()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert next_one.all_text == "bc"
+    assert recorded(one).counts == {
+        names.FAILED: 2, names.FINISHED: 1, names.PROMPT_TOKENS: 1, names.GENERATED_TOKENS: 2,
+    }  # fmt: skip

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from nmexport.progress import Progress
     from nmexport.runtimes.session import Extendable
-    from nmexport.serving.scheduler import Outcome
+    from nmexport.serving.scheduler import Outcome, Usage
 
 SIDES = ("dense", "sparse")
 
@@ -66,7 +66,7 @@ class _Client:
     is_done: bool = False
     problem: str | None = None
 
-    def text(self, piece: str) -> None:
+    def text(self, piece: str, usage: Usage) -> None:
         """Read it."""
 
     def done(self, outcome: Outcome) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 Kind = Literal["counter", "gauge", "histogram"]
 
@@ -92,3 +97,36 @@ class NoMetrics:
 
     def observe(self, name: str, value: float) -> None:
         """Nothing."""
+
+
+class Harmless:
+    """Measurements that raise nothing: one that is lost is not worth a request."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        """Hand everything on to other metrics."""
+        self._metrics = metrics
+        self._has_told = False
+
+    def add(self, name: str, amount: float = 1.0) -> None:
+        """Count up."""
+        with self._caught():
+            self._metrics.add(name, amount)
+
+    def set(self, name: str, value: float) -> None:
+        """Say how things stand."""
+        with self._caught():
+            self._metrics.set(name, value)
+
+    def observe(self, name: str, value: float) -> None:
+        """Add one observation to a histogram."""
+        with self._caught():
+            self._metrics.observe(name, value)
+
+    @contextlib.contextmanager
+    def _caught(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            if not self._has_told:  # once: the next step would say it again
+                logging.getLogger(__name__).exception("a measurement is lost; so may be others")
+            self._has_told = True

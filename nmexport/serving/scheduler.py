@@ -24,7 +24,7 @@ import numpy as np
 
 from nmexport.errors import RequestError
 from nmexport.serving import metrics as names
-from nmexport.serving.metrics import Metrics, NoMetrics
+from nmexport.serving.metrics import Harmless, Metrics, NoMetrics
 from nmexport.serving.sampling import Sampler
 from nmexport.serving.text import StopFilter, TextStream
 
@@ -40,6 +40,7 @@ FinishReason = Literal["stop", "length"]
 
 DEFAULT_MAX_TOKENS = 256
 SHUTTING_DOWN = "the server is shutting down"
+_SEE_LOG = "the server's log says why"
 _LEAST = {"queue": 0, "prefill_chunk": 2}
 _SWEEP_SECONDS = 0.25
 """How often waiting requests are asked whether their client is still there."""
@@ -73,19 +74,25 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class Usage:
+    """Tokens of a request so far."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome(Usage):
     """How a request ended."""
 
     finish_reason: FinishReason
-    prompt_tokens: int
-    completion_tokens: int
 
 
 class Sink(Protocol):
     """Where one request's text goes; called from the scheduler's thread alone."""
 
-    def text(self, piece: str) -> None:
-        """One more piece, not empty."""
+    def text(self, piece: str, usage: Usage) -> None:
+        """One more piece, not empty, and what it took to get here."""
         ...
 
     def done(self, outcome: Outcome) -> None:
@@ -123,10 +130,20 @@ class _Request:
     cache: Any = None
     last_token: int = -1
     last_time: float = field(default=0.0)
+    is_counted: bool = False
+    """Whether its end is in the metrics: it has one, whatever its sink does then."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        return int(self.prompt.shape[1])
 
     @property
     def is_decoding(self) -> bool:
-        return self.prefilled == int(self.prompt.shape[1])
+        return self.prefilled == self.prompt_tokens
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(prompt_tokens=self.prompt_tokens, completion_tokens=self.produced)
 
 
 class Scheduler:
@@ -157,7 +174,7 @@ class Scheduler:
         self._ends = end_tokens
         self.limits = limits
         self._default_max_tokens = default_max_tokens
-        self._metrics: Metrics = metrics or NoMetrics()
+        self._metrics: Metrics = Harmless(metrics or NoMetrics())
         self._waiting: deque[_Request] = deque()
         self._running: list[_Request] = []
         self._reserved = 0
@@ -184,20 +201,16 @@ class Scheduler:
         Raises:
             RequestError: if it is over a limit, or the server takes no more.
         """
-        try:
-            self._enqueue(self._admissible(prompt, options, sink))
-        except RequestError:
-            self._metrics.add(names.REJECTED)
-            raise
-
-    def _enqueue(self, request: _Request) -> None:
+        request = self._admissible(prompt, options, sink)
         with self._changed:
             if self._closing:
                 raise RequestError(f"No request is taken: {SHUTTING_DOWN}.")
-            full = len(self._running) >= self.limits.slots
-            if full and len(self._waiting) >= self.limits.queue:
+            # Together: a slot that is free now goes to one who waits at the next step.
+            if len(self._running) + len(self._waiting) >= self.limits.slots + self.limits.queue:
                 raise RequestError(
-                    f"The queue is full: {len(self._waiting)} requests wait.",
+                    f"The queue is full: {len(self._running)} requests run, "
+                    f"{len(self._waiting)} wait.",
+                    allowed=f"{self.limits.slots} that run, {self.limits.queue} that wait",
                     fix="try again later, or raise the server's limit `queue`",
                 )
             self._waiting.append(request)
@@ -261,20 +274,26 @@ class Scheduler:
     # -- the scheduler's thread ------------------------------------------------------------------
 
     def serve(self) -> None:
-        """Step until `close`, sleeping while there is nothing to do."""
-        while True:
-            with self._changed:
-                while not (self._running or self._waiting or self._closing):
-                    self._changed.wait()
-                if self._closing and not (self._running or self._waiting):
-                    return
-                left = [*self._running, *self._waiting] if self._aborting else []
+        """Step until `close`, sleeping while there is nothing to do.
+
+        A step that fails ends what is in flight: this thread is the only one that could answer.
+        """
+        while self._wait_for_work():
+            try:
                 if self._aborting:
-                    self._waiting.clear()
-            for request in left:
-                self._fail(request, SHUTTING_DOWN)
-            if not left:
-                self.step()
+                    self._fail_all(SHUTTING_DOWN)
+                else:
+                    self.step()
+            except Exception:
+                logging.getLogger(__name__).exception("a step failed")
+                self._fail_all(f"the server failed on a step; {_SEE_LOG}")
+
+    def _wait_for_work(self) -> bool:
+        """Sleep until there is some; False where there will be no more."""
+        with self._changed:
+            while not (self._running or self._waiting or self._closing):
+                self._changed.wait()
+            return bool(self._running or self._waiting)
 
     def step(self) -> None:
         """Drop who went away, let in who fits, decode one token each, prefill one chunk."""
@@ -289,18 +308,25 @@ class Scheduler:
 
     def _drop_cancelled(self) -> None:
         for request in list(self._running):
-            if request.sink.is_cancelled():
-                self._abandon(request)
+            self._drop_if_cancelled(request)
         now = time.monotonic()
         if now - self._swept < _SWEEP_SECONDS:
             return
         self._swept = now
-        gone = [request for request in list(self._waiting) if request.sink.is_cancelled()]
         with self._changed:
-            for request in gone:
-                self._waiting.remove(request)
-        for request in gone:
-            self._abandon(request)
+            waiting = list(self._waiting)
+        for request in waiting:
+            self._drop_if_cancelled(request)
+
+    def _drop_if_cancelled(self, request: _Request) -> None:
+        try:
+            is_cancelled = request.sink.is_cancelled()
+        except Exception:
+            logging.getLogger(__name__).exception("a client cannot be asked whether it waits")
+            self._fail(request, f"the way to the client failed; {_SEE_LOG}")
+        else:
+            if is_cancelled:
+                self._abandon(request)
 
     def _admit(self) -> None:
         """Give slots to those who waited longest; none overtakes one that is too large for now."""
@@ -322,11 +348,11 @@ class Scheduler:
             work(request)
         except Exception:
             logging.getLogger(__name__).exception("a request failed")
-            self._fail(request, "the model failed on this request; the server's log says why")
+            self._fail(request, f"the model failed on this request; {_SEE_LOG}")
 
     def _prefill_chunk(self, request: _Request) -> None:
         start = request.prefilled
-        end = chunk_end(start, request.prompt.shape[1], self.limits.prefill_chunk)
+        end = chunk_end(start, request.prompt_tokens, self.limits.prefill_chunk)
         logits, request.cache = self._session.extend(request.cache, request.prompt[:, start:end])
         request.prefilled = end
         self._metrics.add(names.PROMPT_TOKENS, end - start)
@@ -354,7 +380,7 @@ class Scheduler:
         self._metrics.add(names.GENERATED_TOKENS)
         piece = request.stop.push(request.text.push(token))
         if piece:
-            request.sink.text(piece)
+            request.sink.text(piece, request.usage)
         if request.stop.stopped:
             self._finish(request, "stop")
         elif request.produced == request.max_tokens:
@@ -363,16 +389,22 @@ class Scheduler:
     def _finish(self, request: _Request, reason: FinishReason) -> None:
         rest = request.stop.push(request.text.flush()) + request.stop.flush()
         if rest:
-            request.sink.text(rest)
+            request.sink.text(rest, request.usage)
         # The slot is free before the client learns of the end, and may ask for the next.
         self._leave(request, names.FINISHED)
         request.sink.done(
             Outcome(
                 finish_reason="stop" if request.stop.stopped else reason,
-                prompt_tokens=request.prompt.shape[1],
+                prompt_tokens=request.prompt_tokens,
                 completion_tokens=request.produced,
             )
         )
+
+    def _fail_all(self, problem: str) -> None:
+        with self._changed:
+            left = [*self._running, *self._waiting]
+        for request in left:
+            self._fail(request, problem)
 
     def _fail(self, request: _Request, problem: str) -> None:
         self._leave(request, names.FAILED)
@@ -385,13 +417,17 @@ class Scheduler:
             request.sink.abandoned()
 
     def _leave(self, request: _Request, how: str) -> None:
-        """Free what a request held."""
+        """Free what a request held, and count its end."""
         with self._changed:
             if request in self._running:
                 self._running.remove(request)
                 self._reserved -= request.reserved_bytes
+            elif request in self._waiting:
+                self._waiting.remove(request)
         request.cache = None
-        self._metrics.add(how)
+        if not request.is_counted:
+            request.is_counted = True
+            self._metrics.add(how)
         self._show()
 
     def _show(self) -> None:

@@ -13,6 +13,7 @@ from nmexport.runtimes.session import Closing
 from nmexport.serving import bundle as bundles
 from nmexport.serving.options import options_from
 from nmexport.serving.scheduler import DEFAULT_MAX_TOKENS, Limits, Scheduler
+from nmexport.serving.stopping import DRAIN_SECONDS
 from nmexport.serving.tokenizer import ServingTokenizer, messages_from
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 _MEMORY_SHARE = 0.5
 """Of the memory that is free once the model is open, for caches; a step needs some beside them."""
-_DRAIN_SECONDS = 30.0
+# A character of JSON may be written as six: \\u0041.
+_JSON_EXPANSION = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,7 @@ class TextService(Closing):
         limits: Limits,
         default_max_tokens: int = DEFAULT_MAX_TOKENS,
         metrics: Metrics | None = None,
+        drain_seconds: float = DRAIN_SECONDS,
     ) -> None:
         """Start to serve.
 
@@ -64,6 +67,7 @@ class TextService(Closing):
             limits: How much to take on.
             default_max_tokens: For requests that do not say.
             metrics: Where measurements go.
+            drain_seconds: How long requests in flight may take once it is told to stop.
         """
         self._session = session
         self._tokenizer = tokenizer
@@ -76,6 +80,10 @@ class TextService(Closing):
             default_max_tokens=default_max_tokens,
             metrics=metrics,
         )
+        self._most_bytes = limits.context_tokens * tokenizer.longest_token
+        self._abort = threading.Timer(drain_seconds, self.scheduler.abort)
+        self._abort.daemon = True
+        self._is_draining = threading.Lock()
         self._thread = threading.Thread(
             target=self.scheduler.serve, name="nmexport-scheduler", daemon=True
         )
@@ -83,7 +91,12 @@ class TextService(Closing):
 
     @classmethod
     def open(
-        cls, folder: Path, settings: Mapping[str, str], *, metrics: Metrics | None = None
+        cls,
+        folder: Path,
+        settings: Mapping[str, str],
+        *,
+        metrics: Metrics | None = None,
+        drain_seconds: float = DRAIN_SECONDS,
     ) -> Self:
         """Open a bundle, check that it computes what it computed when it was made, and serve.
 
@@ -91,6 +104,7 @@ class TextService(Closing):
             folder: The bundle's.
             settings: Of the server, by name; see `SETTINGS`.
             metrics: Where measurements go.
+            drain_seconds: How long requests in flight may take once it is told to stop.
 
         Raises:
             ArtifactError: if the bundle is damaged, or computes something else here.
@@ -120,6 +134,7 @@ class TextService(Closing):
             limits=Limits(**numbers),
             default_max_tokens=default_max_tokens,
             metrics=metrics,
+            drain_seconds=drain_seconds,
         )
 
     def submit(self, request: TextRequest, sink: Sink) -> None:
@@ -138,24 +153,49 @@ class TextService(Closing):
                 allowed="either text_input or messages",
             )
         if request.messages is not None:
+            self._check_size("messages", request.messages, self._most_bytes * _JSON_EXPANSION)
             messages = messages_from(request.messages)
         elif not request.text:
             raise RequestError("text_input is empty.", allowed="at least one character")
         elif request.chat:
             messages = [{"role": "user", "content": request.text}]
         else:
+            self._check_size("text_input", request.text, self._most_bytes)
             return self._tokenizer.encode(
                 request.text, add_special_tokens=request.add_special_tokens
             )
-        return self._tokenizer.encode(self._tokenizer.render(messages), add_special_tokens=False)
+        prompt = self._tokenizer.render(messages)
+        self._check_size("The chat", prompt, self._most_bytes)
+        return self._tokenizer.encode(prompt, add_special_tokens=False)
 
-    def close(self, timeout: float = _DRAIN_SECONDS) -> None:
-        """Take no more and wait for what is in flight; end what takes over `timeout` seconds."""
+    def _check_size(self, what: str, text: str, most_bytes: int) -> None:
+        """Refuse what cannot fit before it is worked on: tokenising megabytes takes seconds.
+
+        Raises:
+            RequestError: if it has more bytes than the longest tokens could carry.
+        """
+        size = len(text.encode())
+        if size > most_bytes:
+            raise RequestError(
+                f"Too long: {what} has {size} bytes.",
+                allowed=f"{most_bytes} bytes: the model's context is "
+                f"{self.scheduler.limits.context_tokens} tokens, its longest token "
+                f"{self._tokenizer.longest_token} bytes",
+                fix="shorten the prompt",
+            )
+
+    def drain(self) -> None:
+        """Take no more; in `drain_seconds` from the first call, end what is still in flight."""
         self.scheduler.close()
-        self._thread.join(timeout)
-        if self._thread.is_alive():
-            self.scheduler.abort()
-            self._thread.join()
+        if self._is_draining.acquire(blocking=False):
+            self._abort.start()
+
+    def close(self) -> None:
+        """Drain, and wait for the end of it."""
+        self.drain()
+        self._thread.join()
+        self._abort.cancel()
+        self._abort.join()
         self._session.close()
 
 

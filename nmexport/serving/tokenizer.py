@@ -50,6 +50,8 @@ class ServingTokenizer:
             raise ArtifactError(f"{path} cannot be read: {error}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        self.longest_token = max(len(token.encode()) for token in self._tokenizer.get_vocab())
+        """Bytes of the longest entry, at least as many as of the text that it stands for."""
         self._config = _json(folder / "tokenizer_config.json")
         self._template = _template(folder, self._config)
 
@@ -72,7 +74,10 @@ class ServingTokenizer:
         """
         begin = self._special("bos_token")
         begun = begin is not None and text.startswith(begin)
-        encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens and not begun)
+        # A batch of one: unlike `encode` it lets other threads run, and streams go on meanwhile.
+        (encoding,) = self._tokenizer.encode_batch_fast(
+            [text], add_special_tokens=add_special_tokens and not begun
+        )
         ids: list[int] = encoding.ids
         return ids
 
@@ -127,6 +132,8 @@ def messages_from(text: str) -> list[dict[str, Any]]:
         messages = json.loads(text)
     except ValueError as error:
         raise RequestError(f"messages is no JSON: {error}", allowed=allowed) from error
+    except RecursionError as error:
+        raise RequestError("messages is nested too deeply.", allowed=allowed) from error
     if not isinstance(messages, list) or not messages:
         raise RequestError("messages is not a list of messages.", allowed=allowed)
     for message in messages:

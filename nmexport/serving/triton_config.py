@@ -37,12 +37,17 @@ TEXT_INPUTS = (
     ("seed", "TYPE_UINT64", 1),
     ("random_seed", "TYPE_UINT64", 1),
     ("stop_words", "TYPE_STRING", -1),
+    ("return_num_input_tokens", "TYPE_BOOL", 1),
+    ("return_num_output_tokens", "TYPE_BOOL", 1),
 )
 TEXT_OUTPUTS = (
     ("text_output", "TYPE_STRING"),
     ("finish_reason", "TYPE_STRING"),
     ("prompt_tokens", "TYPE_INT32"),
     ("completion_tokens", "TYPE_INT32"),
+    # Only where they are asked for, as Triton's OpenAI front end does.
+    ("num_input_tokens", "TYPE_UINT32"),
+    ("num_output_tokens", "TYPE_UINT32"),
 )
 # ONNX element types, as their enumeration spells them, in Triton's words.
 _TRITON_TYPES = {

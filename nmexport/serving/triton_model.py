@@ -6,8 +6,12 @@ Triton calls `initialize`, `execute` and `finalize` of `TritonPythonModel`; the 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import logging
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,20 +19,33 @@ import numpy as np
 
 from nmexport.errors import EnvironmentFault, RequestError
 from nmexport.serving import metrics as names
+from nmexport.serving.metrics import Harmless
 from nmexport.serving.options import NAMES
 from nmexport.serving.service import SETTINGS, TextRequest, TextService
+from nmexport.serving.stopping import StopSignals, drain_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from nmexport.serving.scheduler import Outcome
+    from nmexport.serving.scheduler import Outcome, Usage
 
 _BACKEND = "triton_python_backend_utils"
 _TEXTS = ("text_input", "messages")
-_FLAGS = ("stream", "chat", "add_special_tokens")
+_REPLY_FLAGS = ("stream", "return_num_input_tokens", "return_num_output_tokens")
+_FLAGS = ("chat", "add_special_tokens", *_REPLY_FLAGS)
 # What Triton or its own clients put among a request's parameters.
 _NOT_OURS = ("triton_", "sequence_", "priority", "timeout", "binary_data_output")
 _UNSEEN = np.array([3, 1, 4, 1], dtype=np.int32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What a client wants to be sent."""
+
+    stream: bool = False
+    """A response for each piece of text, in place of one for all of it."""
+    return_num_input_tokens: bool = False
+    return_num_output_tokens: bool = False
 
 
 class TritonPythonModel:
@@ -50,27 +67,45 @@ class TritonPythonModel:
         settings = {
             name: value["string_value"] for name, value in parameters.items() if name in SETTINGS
         }
+        self._metrics = Harmless(TritonMetrics(self._backend, args["model_name"]))
         self._service = TextService.open(
             Path(args["model_repository"]) / args["model_version"],
             settings,
-            metrics=TritonMetrics(self._backend, args["model_name"]),
+            metrics=self._metrics,
+            drain_seconds=drain_seconds(os.environ),
         )
+        self._signals = StopSignals(self._service.drain)
 
     def execute(self, requests: Sequence[Any]) -> None:
         """Take requests; their responses follow from the scheduler's thread."""
         for request in requests:
             sender = request.get_response_sender()
-            try:
-                values, stream = read_request(self._backend, request)
-                self._service.submit(values, TritonSink(self._backend, sender, stream=stream))
-            except RequestError as error:
-                refuse(self._backend, sender, str(error))
+            error = self._take(request, sender)
+            if error is not None:
+                with contextlib.suppress(Exception):  # the others do not suffer for its client
+                    end_with(self._backend, sender, error)
+
+    def _take(self, request: Any, sender: Any) -> Any | None:
+        """Queue a request; the error that it ends with where that cannot be done."""
+        errors = self._backend.TritonError
+        try:
+            values, reply = read_request(self._backend, request)
+            self._service.submit(values, TritonSink(self._backend, sender, reply))
+        except RequestError as error:
+            self._metrics.add(names.REJECTED)
+            return errors(str(error), errors.INVALID_ARG)
+        except Exception:
+            logging.getLogger(__name__).exception("a request could not be taken")
+            self._metrics.add(names.FAILED)
+            return errors("the server failed on this request; its log says why")
+        return None
 
     def finalize(self) -> None:
         """Drain."""
-        service = getattr(self, "_service", None)
-        if service is not None:
-            service.close()
+        for name in ("_signals", "_service"):
+            part = getattr(self, name, None)
+            if part is not None:
+                part.close()
 
 
 def require_whole_tensors(backend: Any) -> None:
@@ -95,8 +130,8 @@ def require_whole_tensors(backend: Any) -> None:
         )
 
 
-def read_request(backend: Any, request: Any) -> tuple[TextRequest, bool]:
-    """What a Triton request asks for, from its inputs and its parameters, and whether to stream.
+def read_request(backend: Any, request: Any) -> tuple[TextRequest, Reply]:
+    """What a Triton request asks for, from its inputs and its parameters.
 
     Raises:
         RequestError: if a parameter is unknown or given twice, or a text is not UTF-8.
@@ -109,12 +144,12 @@ def read_request(backend: Any, request: Any) -> tuple[TextRequest, bool]:
             values[name] = value
     flags = {name: _flag(name, values.pop(name)) for name in _FLAGS if name in values}
     texts = {name: _text(name, values.pop(name)) for name in _TEXTS if name in values}
-    stream = flags.pop("stream", False)
+    reply = Reply(**{name: flags.pop(name) for name in _REPLY_FLAGS if name in flags})
     return (
         TextRequest(
             text=texts.get("text_input"), messages=texts.get("messages"), **flags, values=values
         ),
-        stream,
+        reply,
     )
 
 
@@ -156,9 +191,8 @@ def _text(name: str, value: Any) -> str:
     return value
 
 
-def refuse(backend: Any, sender: Any, problem: str) -> None:
-    """End a request with an error that is the client's."""
-    error = backend.TritonError(problem, backend.TritonError.INVALID_ARG)
+def end_with(backend: Any, sender: Any, error: Any) -> None:
+    """End a request with an error."""
     sender.send(
         backend.InferenceResponse(error=error),
         flags=backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL,
@@ -168,36 +202,30 @@ def refuse(backend: Any, sender: Any, problem: str) -> None:
 class TritonSink:
     """One request's responses: one for each piece of text, or one for all of it."""
 
-    def __init__(self, backend: Any, sender: Any, *, stream: bool) -> None:
+    def __init__(self, backend: Any, sender: Any, reply: Reply) -> None:
         """Answer through a response sender."""
         self._backend = backend
         self._sender = sender
-        self._stream = stream
+        self._reply = reply
         self._pieces: list[str] = []
+        self._reported = 0
+        """Output tokens that earlier responses reported."""
 
-    def text(self, piece: str) -> None:
+    def text(self, piece: str, usage: Usage) -> None:
         """Send a piece, or keep it."""
-        if self._stream:
-            self._sender.send(self._response(piece))
+        if self._reply.stream:
+            self._sender.send(self._response(piece, usage))
         else:
             self._pieces.append(piece)
 
     def done(self, outcome: Outcome) -> None:
         """Send the last response, with the counts."""
-        response = self._response(
-            "".join(self._pieces),
-            outcome.finish_reason,
-            outcome.prompt_tokens,
-            outcome.completion_tokens,
-        )
+        response = self._response("".join(self._pieces), outcome, outcome)
         self._sender.send(response, flags=self._backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def failed(self, problem: str) -> None:
         """Send an error that is the server's."""
-        self._sender.send(
-            self._backend.InferenceResponse(error=self._backend.TritonError(problem)),
-            flags=self._backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL,
-        )
+        end_with(self._backend, self._sender, self._backend.TritonError(problem))
 
     def is_cancelled(self) -> bool:
         """Whether the client went away."""
@@ -205,26 +233,32 @@ class TritonSink:
 
     def abandoned(self) -> None:
         """Tell Triton that this request is over; nobody reads it."""
-        cancelled = self._backend.TritonError("cancelled", self._backend.TritonError.CANCELLED)
-        self._sender.send(
-            self._backend.InferenceResponse(error=cancelled),
-            flags=self._backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL,
-        )
+        errors = self._backend.TritonError
+        end_with(self._backend, self._sender, errors("cancelled", errors.CANCELLED))
 
-    def _response(
-        self, text: str, reason: str = "", prompt_tokens: int = 0, completion_tokens: int = 0
-    ) -> Any:
-        texts = {"text_output": text, "finish_reason": reason}
-        counts = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
+    def _response(self, text: str, usage: Usage, outcome: Outcome | None = None) -> Any:
+        """One response; `outcome` is the last one's."""
+        reason = outcome.finish_reason if outcome else ""
         tensors = [
-            self._backend.Tensor(name, np.array([[value.encode()]], dtype=np.object_))
-            for name, value in texts.items()
+            self._tensor("text_output", text.encode(), np.object_),
+            self._tensor("finish_reason", reason.encode(), np.object_),
+            self._tensor("prompt_tokens", outcome.prompt_tokens if outcome else 0, np.int32),
+            self._tensor(
+                "completion_tokens", outcome.completion_tokens if outcome else 0, np.int32
+            ),
         ]
-        tensors += [
-            self._backend.Tensor(name, np.array([[value]], dtype=np.int32))
-            for name, value in counts.items()
-        ]
+        # As vLLM's backend counts for the OpenAI front end: all of the prompt in every response,
+        # of the output what is new in this one; the front end sums.
+        if self._reply.return_num_input_tokens:
+            tensors.append(self._tensor("num_input_tokens", usage.prompt_tokens, np.uint32))
+        if self._reply.return_num_output_tokens:
+            new = usage.completion_tokens - self._reported
+            self._reported = usage.completion_tokens
+            tensors.append(self._tensor("num_output_tokens", new, np.uint32))
         return self._backend.InferenceResponse(output_tensors=tensors)
+
+    def _tensor(self, name: str, value: bytes | int, dtype: type[np.generic]) -> Any:
+        return self._backend.Tensor(name, np.array([[value]], dtype=dtype))
 
 
 class TritonMetrics:
