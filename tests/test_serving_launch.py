@@ -183,7 +183,7 @@ def test_a_server_hears_nobody_else_unless_asked(tmp_path: Path) -> None:
     for kind in ("http", "grpc", "metrics"):
         assert f"--{kind}-address=127.0.0.1" in command
     assert f"--backend-config=tensorrt,plugins={tmp_path}/a.so;{tmp_path}/b.so" in command
-    assert "--exit-timeout-secs=7" in command
+    assert "--exit-timeout-secs=12" in command
     variables = launch.server_environment(installation, tmp_path / "env")
     assert variables["PATH"].startswith(f"{tmp_path}/env/bin:")
     assert variables["LD_LIBRARY_PATH"].startswith(f"{tmp_path}/site/nvidia_pytriton.libs")

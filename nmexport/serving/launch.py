@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Self
 from nmexport.errors import ArtifactError, EnvironmentFault
 from nmexport.serving.repository import PLUGINS, REPOSITORY, VERSION
 from nmexport.serving.server_output import ServerOutput
+from nmexport.serving.stopping import DRAIN_VARIABLE, UNLOAD_SECONDS
 from nmexport.serving.stub_environment import python_environment
 from nmexport.serving.triton_config import PLAN
 
@@ -242,7 +243,7 @@ def server_command(
         f"--http-port={addresses.http_port}",
         f"--grpc-port={addresses.grpc_port}",
         f"--metrics-port={addresses.metrics_port}",
-        f"--exit-timeout-secs={drain_seconds}",
+        f"--exit-timeout-secs={drain_seconds + UNLOAD_SECONDS}",
     ]
     if backends is not None:
         flags.append(f"--backend-directory={backends}")
@@ -323,6 +324,7 @@ class Server:
             )
             python = python_environment(env, old_stub=found.wheel is not None)
             variables = server_environment(found, python)
+            variables[DRAIN_VARIABLE] = str(drain_seconds)
             logging.getLogger(__name__).info("%s", " ".join(command))
             process = subprocess.Popen(  # noqa: S603  the server that was looked up
                 command,
@@ -374,8 +376,9 @@ class Server:
         """Let requests in flight end, stop the server, and return its exit code."""
         try:
             if self.process.poll() is None:
-                self.process.send_signal(signal.SIGTERM)
-            return self.process.wait(self.drain_seconds + _KILL_SECONDS)
+                # To its models, too: Triton itself tells them nothing, see `stopping`.
+                os.killpg(self.process.pid, signal.SIGTERM)
+            return self.process.wait(self.drain_seconds + UNLOAD_SECONDS + _KILL_SECONDS)
         except subprocess.TimeoutExpired:
             logging.getLogger(__name__).warning("tritonserver does not stop; killing it")
             self.process.kill()
