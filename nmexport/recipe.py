@@ -182,6 +182,9 @@ class AllocationSection(_Strict):
     """To choose among; none is the recipe's own."""
     phases: tuple[Phases, ...] = ()
     """To choose among; none is the recipe's own."""
+    count_learned: bool = False
+    """Hold a budget of accuracy by the model as built, learned constants and all, rather than
+    before anything is learned: chooses and learns up to three times."""
     windows: int = Field(default=4, ge=1)
     """Calibration windows that each trial runs on."""
     length: int = Field(default=256, ge=8)
@@ -204,7 +207,8 @@ class CorpusSection(_Strict):
     learning_samples: int = Field(default=384, ge=0)
     """Further samples of a named corpus, as many as there are, for learned constants alone."""
     offload: Offload = "auto"
-    """Whether a model that does not fit into memory is run layer by layer; changes no result."""
+    """Whether a model that does not fit into memory is run layer by layer. It changes no result but
+    the orders of grouping `exchange`, which are then searched on the dense model's activations."""
 
 
 class EvaluationSection(_Strict):

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from nmexport.allocation.choice import DENSE, Allocation, Candidate, Choice, FrontPoint, LedgerRow
+from nmexport.allocation.choice import (
+    DENSE,
+    Allocation,
+    Built,
+    Candidate,
+    Choice,
+    FrontPoint,
+    LedgerRow,
+)
 
 SITES = {
     "self_attn": (("q_proj", "k_proj", "v_proj"), ("o_proj",)),
@@ -40,6 +48,8 @@ def sample_allocation(layers: int = 6) -> Allocation:
             _point("chosen", "chosen", 0.375, 0.1234),
         ),
         ledger=ledger,
+        budget_used=0.985,
+        built=Built(kl=0.0456, perplexity_ratio=1.0512, budget_used=0.357),
         protocol={"words": "Measured so and so.", "windows": 4, "length": 256},
     )  # fmt: skip
 
@@ -77,7 +87,7 @@ def _row(prefix: str, site: tuple[str, ...], *, place: int) -> list[LedgerRow]:
             choice=CHOICES[place % 4],
             why="Going on to 4:16 act would cost 0.01 nats; elsewhere a percent costs 0.0061.",
             candidates=offered,
-            mitigation_errors={"none": 0.31, "var": 0.29, "s-var": None},
+            mitigation_errors={"none": 0.31, "var": 0.29, "s-var": None, "as built": 0.24},
             mitigation_pattern="8:16",
         )
         for name in names

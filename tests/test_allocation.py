@@ -216,6 +216,18 @@ def test_an_allocation_reads_back_as_it_was(tmp_path: Path) -> None:
     assert read_allocation(tmp_path) == found
 
 
+def test_an_allocation_of_before_it_was_measured_as_built_reads(tmp_path: Path) -> None:
+    from tests.sample_allocation import sample_allocation
+
+    document = as_dict(sample_allocation())
+    del document["built"], document["budget_used"]
+    (tmp_path / FILENAME).write_text(json.dumps(document), encoding="utf-8")
+    found = read_allocation(tmp_path)
+    assert found is not None
+    assert found.built is None
+    assert found.budget_used is None
+
+
 def test_no_budget_no_file_and_damage_is_said_so(tmp_path: Path) -> None:
     assert read_allocation(tmp_path) is None
     for content in ("", "{}", json.dumps({"schema": 99}), json.dumps({"schema": 1, "front": 3})):

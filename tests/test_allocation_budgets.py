@@ -1,4 +1,4 @@
-"""`allocate` under every kind of budget, on a tiny model."""
+"""Allocation under every kind of budget, on a tiny model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from nmexport.allocation.allocate import allocate
+from nmexport.allocation.allocate import prepare
 from nmexport.allocation.candidates import before_learning
 from nmexport.allocation.choice import Allocation, as_dict
 from nmexport.allocation.probe import spread_windows
@@ -49,7 +49,7 @@ def run(tiny_llama: Path) -> Callable[..., Allocation]:
         **section: Any,
     ) -> Allocation:
         whole = {"windows": 2, "length": 32, "front": [0.3], "cost": FREE, **section}
-        return allocate(
+        return prepare(
             model,
             linears,
             SAMPLES,
@@ -59,7 +59,7 @@ def run(tiny_llama: Path) -> Callable[..., Allocation]:
             element_bytes=4,
             weights=weights,
             progress=Silent(),
-        )
+        ).allocation()
 
     return allocated
 

@@ -169,6 +169,37 @@ def test_the_command_line_replaces_the_budget(
     assert plan("--budget", "kl=0.02", "--budget", "speedup=1.1")["fold"] == "run"
 
 
+@pytest.mark.parametrize(
+    ("options", "same"),
+    [
+        (("--budget-pattern", "8:16", "--budget-pattern", "2:4"), False),
+        (("--budget-criterion", "act", "--budget-criterion", "wina"), True),
+        (("--budget-criterion", "act", "--budget-criterion", "clact"), False),
+        (("--budget-phases", "all", "--budget-phases", "decode"), True),
+        (("--budget-phases", "decode"), False),
+        (("--budget-count-learned",), False),
+    ],
+)
+def test_the_command_line_says_what_a_budget_may_choose(
+    built: Path, tiny_llama: Path, tmp_path: Path, options: tuple[str, ...], same: bool
+) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama)
+    done = run("build", "--recipe", recipe, "--work", built, "--dry-run", "--json", *options)
+    assert done.exit_code == 0, done.output
+    actions = {step["stage"]: step["action"] for step in json.loads(done.stdout)["stages"]}
+    assert (actions["fold"] == "cached") == same
+
+
+def test_candidates_without_a_budget_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama)
+    done = run("build", "--recipe", recipe, "--budget", "none", "--budget-pattern", "2:4")
+    assert done.exit_code == 1
+    assert "--budget-pattern says what a budget may choose, and there is none" in done.output
+    done = run("build", "--recipe", recipe, "--budget-pattern", "3-4", "--dry-run")
+    assert done.exit_code == 1
+    assert "'3-4' is not an N:M pattern" in done.output
+
+
 def test_what_cannot_be_is_refused_before_the_work(tiny_llama: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, tiny_llama)
     for wrong, words in (("bytes", "NAME=NUMBER"), ("size=3", "ppl, kl, speedup, bytes")):

@@ -90,6 +90,24 @@ def test_the_page_says_what_was_asked_for_and_what_came_out(report: dict[str, An
         assert MIXED in page
 
 
+def test_the_page_says_what_the_choice_came_to(report: dict[str, Any]) -> None:
+    said = "As built, all constants folded: perplexity ratio 1.051 and mean KL 0.046 nats"
+    for page in (report_pages.html(report), report_pages.markdown(report)):
+        assert "before anything is learned" in page
+        assert f"{said} on the same text, 36% of the budget of accuracy." in page
+        assert "as built" in page  # a column of the ledger
+
+
+def test_a_budget_that_is_broken_as_built_is_said_so(allocation: dict[str, Any]) -> None:
+    broken = {**allocation, "built": {**allocation["built"], "budget_used": 1.2}}
+    words = report_allocation.built(broken)
+    assert words is not None
+    assert words.endswith("120% of the budget of accuracy: it is broken.")
+    free = {**allocation, "built": {**allocation["built"], "budget_used": None}}
+    assert (report_allocation.built(free) or "").endswith("on the same text.")
+    assert report_allocation.built({**allocation, "built": None}) is None
+
+
 def test_markdown_tables_are_whole(report: dict[str, Any]) -> None:
     text = report_pages.markdown(report)
     part = text[text.index("## Allocation") : text.index("## Sparsity")]

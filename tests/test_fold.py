@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from nmexport.allocation.choice import read_allocation
+from nmexport.allocation.probe import spread_windows
+from nmexport.calibration import learning
 from nmexport.environment import Environment
 from nmexport.errors import ArtifactError, CorpusError, ModelError, PatternError, RecipeError
 from nmexport.models.loader import load_model
@@ -285,6 +288,106 @@ def test_damaged_calibration_is_said_so(tmp_path: Path, content: str) -> None:
     (tmp_path / "layers.json").write_text(content, encoding="utf-8")
     with pytest.raises(ArtifactError, match=r"layers\.json"):
         _ = calibrate.Artifact(tmp_path).linears
+
+
+BUDGET = {
+    "budget": {"max_kl": 0.02},
+    "patterns": ("8:16", "4:16"),
+    "windows": 2,
+    "length": 24,
+    "front": (),
+    # Only bytes count: on so small a model every overhead would outweigh what sparsity saves.
+    "cost": {"dense_overhead_us": 0.0, "sparse_overhead_us": 0.0, "layer_overhead_us": 0.0},
+}
+
+
+def budgeted(folder: Path, **allocation: Any) -> Recipe:
+    return recipe_of(
+        folder,
+        calibration={"samples": 24, "length": 48},
+        sparsity={"mitigations": ("ls", "bias"), "effort": "fast"},
+        allocation={**BUDGET, **allocation},
+    )
+
+
+@pytest.fixture(scope="module")
+def longer_calibration(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return calibrated(budgeted(tiny_llama), tmp_path_factory.mktemp("longer"))
+
+
+def kl_of_folded(recipe: Recipe, artifact: fold.Artifact, windows: torch.Tensor) -> float:
+    model = load_model(resolve(recipe.model))
+    with torch.no_grad():
+        dense = model(windows).logits[:, :-1].log_softmax(-1)
+        replace_linears(
+            model,
+            {
+                spec.name: FoldedLinear.from_tensors(
+                    Behaviour(pattern=spec.nm), artifact.tensors(spec.name)
+                )
+                for spec in artifact.layers
+            },
+        )
+        sparse = model(windows).logits[:, :-1].log_softmax(-1)
+    return float((dense.exp() * (dense - sparse)).sum(-1).mean())
+
+
+def test_an_allocation_says_what_it_came_to_as_built(
+    tiny_llama: Path, longer_calibration: Path, tmp_path: Path
+) -> None:
+    recipe = budgeted(tiny_llama)
+    output = folded(recipe, tmp_path, longer_calibration)
+    allocation = read_allocation(output)
+    assert allocation is not None
+    assert allocation.built is not None
+    samples = calibrate.Artifact(longer_calibration).samples()
+    held_out = spread_windows(samples, 2, 24, part=1)
+    found = kl_of_folded(recipe, fold.Artifact(output), held_out)
+    assert allocation.built.kl == pytest.approx(found, rel=1e-3)
+    assert allocation.built.budget_used == pytest.approx(found / 0.02, rel=1e-3)
+    assert allocation.budget_used == pytest.approx(allocation.kl / 0.02, rel=1e-3)
+    for row in allocation.ledger:
+        errors = row.mitigation_errors
+        assert errors.keys() >= {"none", "var", "r-sparse", "r-sparse + var", "as built"}
+        assert (errors["as built"] is None) == (row.choice.pattern is None)
+        assert errors["r-sparse"] < errors["none"]
+
+
+def test_nothing_is_learned_from_what_measures_it(
+    tiny_llama: Path, longer_calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Seen(Exception):
+        pass
+
+    def watch(*given: Any, **_: Any) -> None:
+        raise Seen(given[4])
+
+    monkeypatch.setattr(learning, "learn", watch)
+    with pytest.raises(Seen) as caught:
+        folded(budgeted(tiny_llama), tmp_path, longer_calibration)
+    learned = {tuple(row[:24]) for kind in caught.value.args[0] for row in kind.tolist()}
+    samples = calibrate.Artifact(longer_calibration).samples()
+    measuring = [spread_windows(samples, 2, 24, part=part) for part in (0, 1)]
+    assert len(learned) == 24 - 4
+    assert not learned & {tuple(row) for windows in measuring for row in windows.tolist()}
+
+
+def test_what_learning_wins_back_is_spent_where_it_counts(
+    tiny_llama: Path, longer_calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = learning.LearningSettings(steps=30, batch=2, length=24, rate=0.005, vocabulary=384)
+    monkeypatch.setattr(learning, "EFFORTS", {"fast": short})
+    plain = read_allocation(folded(budgeted(tiny_llama), tmp_path / "plain", longer_calibration))
+    counting = budgeted(tiny_llama, count_learned=True)
+    counted = read_allocation(folded(counting, tmp_path / "counted", longer_calibration))
+    assert plain is not None
+    assert plain.built is not None
+    assert counted is not None
+    assert counted.built is not None
+    assert plain.built.kl < plain.kl
+    assert counted.kl > plain.kl  # before learning it breaks the budget
+    assert counted.built.kl <= 0.02
+    assert counted.decode_speedup > plain.decode_speedup
 
 
 # -- tensors on disk -------------------------------------------------------------------------

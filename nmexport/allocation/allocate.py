@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from nmexport.allocation import candidates, front, ledger
-from nmexport.allocation.choice import Allocation
+from nmexport.allocation.as_built import BuiltLinear, errors_as_built
+from nmexport.allocation.choice import Allocation, Built
 from nmexport.allocation.cost import CostModel
 from nmexport.allocation.estimates import inferred
 from nmexport.allocation.local_errors import observe_variants
@@ -19,17 +23,17 @@ from nmexport.allocation.study import Study
 from nmexport.sparsity.targets import _decoder_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-    import torch
     from torch import nn
 
-    from nmexport.allocation.choice import Choice, LedgerRow
+    from nmexport.allocation.choice import Choice, FrontPoint, LedgerRow
     from nmexport.allocation.probe import Movement
     from nmexport.calibration.checkpoint import Checkpoint
     from nmexport.calibration.local_error import ErrorObserver
     from nmexport.progress import Progress
     from nmexport.recipe import AllocationSection, SparsitySection
+    from nmexport.sparsity.linear import Behaviour
 
 # Local errors are one number a linear and choice: few tokens tell it.
 _ERROR_WINDOWS = 2
@@ -40,12 +44,13 @@ PROTOCOL = (
     "{windows} calibration windows of {length} tokens; patterns that were not tried follow from "
     "those that were, through the squared error of the site's outputs. An integer programme picks "
     "one choice for every site. Joint models are then run on {held_out} other calibration windows: "
-    "these are the divergences and perplexity ratios shown here, before any learned constant. "
+    "these are the divergences and perplexity ratios of the front, before any learned constant. "
+    "What is built is measured on the same windows, and has learned from none of them. "
     "Speed is predicted from the bytes that a decoded token reads and an overhead for each product."
 )
 
 
-def allocate(
+def prepare(
     model: Any,
     linears: Mapping[str, nn.Linear],
     samples: torch.Tensor,
@@ -57,8 +62,8 @@ def allocate(
     weights: str = "float",
     progress: Progress,
     checkpoint: Checkpoint | None = None,
-) -> Allocation:
-    """Choose for every linear among dense and the section's candidates.
+) -> Prepared:
+    """Measure every site and the Pareto front: all that a choice stands on.
 
     Args:
         model: A dense Hugging Face causal language model in evaluation mode; left as it is.
@@ -74,7 +79,7 @@ def allocate(
         checkpoint: Where the trials of sites, the long part, go on from and save to.
 
     Raises:
-        RecipeError: if no choice keeps the budget, or only the dense model does.
+        RecipeError: if the method does not go with a budget.
         PatternError: if no candidate fits any linear.
         ModelError: if the dense model's predictions are not finite.
     """
@@ -92,26 +97,125 @@ def allocate(
     measured = _measured(task, input_sites(model, linears, samples[0]), checkpoint)
     cost = cost_model(model, linears, section, element_bytes=element_bytes, weights=weights)
     study = _study(task, measured, cost)
-    points = [
+    points = (
         *front.uniform_points(study, progress),
         *front.front_points(study, section.front, progress),
-    ]
-    picked = front.choose(study, section.budget)
-    last_byte = price(study.options, max_bytes=study.total(picked).bytes)
-    rows = {row.name: row for row in _ledger(task, study, measured, picked, last_byte)}
-    result = study.point("chosen", "chosen", picked)
-    return Allocation(
-        choices={name: rows[name].choice for name in linears},
-        budget=section.budget.limits(),
-        bytes_saved=result.bytes_saved,
-        decode_speedup=result.decode_speedup,
-        kl=result.kl,
-        perplexity_ratio=result.perplexity_ratio,
-        price=None if last_byte is None else last_byte * study.dense.bytes / 100,
-        front=(*points, result),
-        ledger=tuple(rows[name] for name in linears),
-        protocol=_protocol(task, study),
     )
+    return Prepared(task, measured, study, points)
+
+
+class Prepared:
+    """Everything measured; choices cost no more than the joint models they try."""
+
+    def __init__(
+        self, task: _Task, measured: _Measured, study: Study, points: Sequence[FrontPoint]
+    ) -> None:
+        """Hold what `prepare` found."""
+        self._task, self._measured, self._study, self._points = task, measured, study, points
+
+    @property
+    def unlearned(self) -> torch.Tensor:
+        """`[W, L]` windows that measure what is built: nothing may be learned from them."""
+        return torch.cat([self._task.held_out, self._error_windows])
+
+    def allocation(self, relief: float = 1.0) -> Allocation:
+        """Choose for every linear among dense and the section's candidates.
+
+        Args:
+            relief: What the budget of accuracy is multiplied by, where learned constants are known
+                to win back so much.
+
+        Raises:
+            RecipeError: if no choice keeps the budget, or only the dense model does.
+        """
+        task, study = self._task, self._study
+        picked = front.choose(study, task.section.budget, relief=relief)
+        last_byte = price(study.options, max_bytes=study.total(picked).bytes)
+        rows = {row.name: row for row in self._ledger(picked, last_byte)}
+        result = study.point("chosen", "chosen", picked)
+        return Allocation(
+            choices={name: rows[name].choice for name in task.linears},
+            budget=task.section.budget.limits(),
+            bytes_saved=result.bytes_saved,
+            decode_speedup=result.decode_speedup,
+            kl=result.kl,
+            perplexity_ratio=result.perplexity_ratio,
+            price=None if last_byte is None else last_byte * study.dense.bytes / 100,
+            front=(*self._points, result),
+            ledger=tuple(rows[name] for name in task.linears),
+            budget_used=front.share_used(
+                task.section.budget, kl=result.kl, nll=math.log(result.perplexity_ratio)
+            ),
+            protocol=_protocol(task, study),
+        )
+
+    def as_built(
+        self,
+        allocation: Allocation,
+        behaviours: Mapping[str, Behaviour],
+        folded: Callable[[str], Mapping[str, torch.Tensor]],
+    ) -> Allocation:
+        """The same with what it came to: the built model and each of its linears measured.
+
+        Args:
+            allocation: What was built.
+            behaviours: Of the linears that became sparse, by name.
+            folded: Makes the tensors of one of them, by its name.
+        """
+        task = self._task
+        modules = {
+            name: BuiltLinear(one, partial(folded, name), prompt=task.prompt)
+            for name, one in behaviours.items()
+        }
+        moved = self._study.probe.measure_modules(modules)
+        alone = {
+            name: BuiltLinear(replace(one, phase="all"), partial(folded, name))
+            for name, one in behaviours.items()
+        }
+        errors = errors_as_built(
+            task.model,
+            {name: task.linears[name] for name in behaviours},
+            alone,
+            self._error_windows,
+            progress=task.progress,
+        )
+        return replace(
+            allocation,
+            ledger=tuple(ledger.with_built(row, errors.get(row.name)) for row in allocation.ledger),
+            built=Built(
+                kl=moved.kl_mean,
+                perplexity_ratio=math.exp(moved.nll_mean),
+                budget_used=front.share_used(
+                    task.section.budget, kl=moved.kl_mean, nll=moved.nll_mean
+                ),
+            ),
+        )
+
+    @property
+    def _error_windows(self) -> torch.Tensor:
+        return self._task.windows[:_ERROR_WINDOWS]
+
+    def _ledger(self, picked: Sequence[int], last_byte: float | None) -> list[LedgerRow]:
+        task, study, measured = self._task, self._study, self._measured
+        chosen = study.chosen(picked)
+        mitigations = ledger.mitigation_errors(
+            task.model,
+            task.linears,
+            chosen,
+            self._error_windows,
+            method=task.method,
+            constants_for=task.constants_for,
+            progress=task.progress,
+        )
+        return ledger.rows(
+            study,
+            chosen,
+            moved=measured.moved,
+            observed=measured.observed,
+            mitigations=mitigations,
+            method=task.method,
+            price=last_byte,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,34 +287,6 @@ def _study(task: _Task, measured: _Measured, cost: CostModel) -> Study:
         cost=cost,
         probe=Probe(task.model, task.held_out, prompt=task.prompt),
         prefill_weight=task.section.cost.prefill_weight,
-    )
-
-
-def _ledger(
-    task: _Task,
-    study: Study,
-    measured: _Measured,
-    picked: Sequence[int],
-    last_byte: float | None,
-) -> list[LedgerRow]:
-    chosen = study.chosen(picked)
-    mitigations = ledger.mitigation_errors(
-        task.model,
-        task.linears,
-        chosen,
-        task.windows[:_ERROR_WINDOWS],
-        method=task.method,
-        constants_for=task.constants_for,
-        progress=task.progress,
-    )
-    return ledger.rows(
-        study,
-        chosen,
-        moved=measured.moved,
-        observed=measured.observed,
-        mitigations=mitigations,
-        method=task.method,
-        price=last_byte,
     )
 
 

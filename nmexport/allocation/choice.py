@@ -102,8 +102,21 @@ class LedgerRow:
     why: str
     candidates: tuple[Candidate, ...]
     mitigation_errors: dict[str, float | None]
-    """Relative output error of this linear alone with each mitigation, at `mitigation_pattern`."""
+    """Relative output error of this linear alone with each mitigation, at `mitigation_pattern`;
+    `as built` is that of all that it was given, learned constants among them."""
     mitigation_pattern: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """What a choice came to once it was built: learned constants, rounding and all."""
+
+    kl: float
+    """Of the built model, on the held-out windows that the choice was measured on; none of them was
+    learned from."""
+    perplexity_ratio: float
+    budget_used: float | None
+    """The share of the budget of accuracy that it takes: beyond 1 it is broken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +138,10 @@ class Allocation:
     """Nats that one more percent of the targeted linears' bytes costs at this point."""
     front: tuple[FrontPoint, ...]
     ledger: tuple[LedgerRow, ...]
+    budget_used: float | None = None
+    """Of the budget of accuracy, the share that the joint model takes; None without."""
+    built: Built | None = None
+    """None until it is built."""
     protocol: dict[str, Any] = field(default_factory=dict)
     """How it was measured: windows, tokens, cost model, fit, in words and numbers."""
 
@@ -152,12 +169,14 @@ def from_dict(document: dict[str, Any]) -> Allocation:
     if document["schema"] != SCHEMA:
         raise ValueError(f"schema {document['schema']} instead of {SCHEMA}")
     fields = {key: value for key, value in document.items() if key != "schema"}
+    built = document.get("built")
     return Allocation(
         **{
             **fields,
             "choices": {name: Choice(**one) for name, one in document["choices"].items()},
             "front": tuple(FrontPoint(**one) for one in document["front"]),
             "ledger": tuple(_row(one) for one in document["ledger"]),
+            "built": Built(**built) if built is not None else None,
         }
     )
 

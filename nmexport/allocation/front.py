@@ -43,11 +43,16 @@ def front_points(study: Study, shares: Sequence[float], progress: Progress) -> l
     return found
 
 
-def choose(study: Study, budget: BudgetSection) -> list[int]:
+def choose(study: Study, budget: BudgetSection, *, relief: float = 1.0) -> list[int]:
     """An option for every site under the budget.
 
     A budget of accuracy is held by the joint model as measured on the held-out windows, not merely
     as predicted; the fastest such choice is taken. Without one, the least divergence is.
+
+    Args:
+        study: What was measured.
+        budget: Limits.
+        relief: What limits of accuracy, in nats, are multiplied by.
 
     Raises:
         RecipeError: if no choice keeps the budget, or only the dense model does.
@@ -60,23 +65,24 @@ def choose(study: Study, budget: BudgetSection) -> list[int]:
     if budget.max_kl is None and budget.max_perplexity_ratio is None:
         picked = solve(study.options, minimise="kl", limits=limits)
     else:
-        picked = _most_within(study, budget, limits)
+        picked = _most_within(study, budget, limits, relief)
     if picked is None or not any(picked):
         raise _out_of_reach(study, budget)
     return picked
 
 
 def _most_within(
-    study: Study, budget: BudgetSection, limits: dict[Measure, float]
+    study: Study, budget: BudgetSection, limits: dict[Measure, float], relief: float
 ) -> list[int] | None:
     """The fastest choice whose joint model keeps the accuracy budget."""
     best: list[int] | None = None
     for _ in range(_ROUNDS):
-        target = _summed_limit(study, budget)
+        target = _summed_limit(study, budget, relief)
         picked = solve(study.options, minimise="worth", limits={**limits, "kl": target})
         if picked is None or picked == best:
             break
-        share = _used(study, budget, picked)
+        moved = study.run(picked)
+        share = (share_used(budget, kl=moved.kl_mean, nll=moved.nll_mean) or 0.0) / relief
         if share <= 1 and (best is None or _worth(study, picked) < _worth(study, best)):
             best = picked
         if _NEAR <= share <= 1:
@@ -84,25 +90,30 @@ def _most_within(
     return best
 
 
-def _summed_limit(study: Study, budget: BudgetSection) -> float:
+def share_used(budget: BudgetSection, *, kl: float, nll: float) -> float | None:
+    """How much of the accuracy budget a model takes; more than 1 breaks it, None is no such budget.
+
+    Args:
+        budget: Limits.
+        kl: The model's divergence, nats a token.
+        nll: The logarithm of its perplexity ratio.
+    """
+    shares = []
+    if budget.max_kl is not None:
+        shares.append(kl / budget.max_kl)
+    if budget.max_perplexity_ratio is not None:
+        shares.append(nll / math.log(budget.max_perplexity_ratio))
+    return max(shares) if shares else None
+
+
+def _summed_limit(study: Study, budget: BudgetSection, relief: float) -> float:
     """The sum of single divergences that the joint budget comes to, as far as is known."""
     limits = []
     if budget.max_kl is not None:
-        limits.append(study.kl.summed(budget.max_kl))
+        limits.append(study.kl.summed(relief * budget.max_kl))
     if budget.max_perplexity_ratio is not None:
-        limits.append(study.nll.summed(math.log(budget.max_perplexity_ratio)))
+        limits.append(study.nll.summed(relief * math.log(budget.max_perplexity_ratio)))
     return min(limits)
-
-
-def _used(study: Study, budget: BudgetSection, picked: Sequence[int]) -> float:
-    """How much of the accuracy budget a choice uses up, measured; more than 1 breaks it."""
-    moved = study.run(picked)
-    shares = []
-    if budget.max_kl is not None:
-        shares.append(moved.kl_mean / budget.max_kl)
-    if budget.max_perplexity_ratio is not None:
-        shares.append(moved.nll_mean / math.log(budget.max_perplexity_ratio))
-    return max(shares)
 
 
 def _worth(study: Study, picked: Sequence[int]) -> float:

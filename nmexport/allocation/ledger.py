@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from nmexport.allocation.candidates import selection_key
 from nmexport.allocation.choice import DENSE, Candidate, Choice, LedgerRow
 from nmexport.allocation.local_errors import Variant, observe_variants
 from nmexport.sparsity.method import behaviour_of
+from nmexport.sparsity.remainder import rank_within, remainder_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,8 +25,8 @@ if TYPE_CHECKING:
     from nmexport.progress import Progress
     from nmexport.recipe import SparsitySection
 
-# Every legal combination that is not learned; static variance is read off its per-token sibling's
-# observation, so that five runs of a linear show seven.
+# What is not learned; static variance is read off its per-token sibling's observation, so that
+# eight runs of a linear show eleven.
 _OBSERVED: dict[str, tuple[str, ...]] = {
     "none": (),
     "var": ("var",),
@@ -32,7 +34,10 @@ _OBSERVED: dict[str, tuple[str, ...]] = {
     "s-pts + var": ("s-pts", "var"),
     "d-pts": ("d-pts",),
     "d-pts + var": ("d-pts", "var"),
+    "r-sparse": ("r-sparse",),
+    "r-sparse + var": ("r-sparse", "var"),
 }
+AS_BUILT = "as built"
 _STATIC = {"s-var": "none", "s-pts + s-var": "s-pts", "d-pts + s-var": "d-pts"}
 
 
@@ -59,7 +64,8 @@ def mitigation_errors(
             for words, names in _OBSERVED.items()
             if fits
         }
-        variants |= dict.fromkeys(site.names, mine)
+        for name in site.names:
+            variants[name] = _with_remainder(mine, linears[name], method.remainder)
     seen = observe_variants(
         model, linears, variants, windows, progress=progress, label="fold: errors by mitigation"
     )
@@ -107,6 +113,11 @@ def rows(
     return found
 
 
+def with_built(row: LedgerRow, error: float | None) -> LedgerRow:
+    """The row with the error of what was built; of a linear that stays dense there is none."""
+    return replace(row, mitigation_errors={**row.mitigation_errors, AS_BUILT: error})
+
+
 def _selection(choice: Choice) -> dict[str, object]:
     if choice == DENSE:
         return {"phases": "all"}
@@ -118,6 +129,22 @@ def _variant(
 ) -> Variant:
     mitigated = method.model_copy(update={"mitigations": names})
     return Variant(behaviour=behaviour_of(mitigated), constants=constants_for(site, mitigated))
+
+
+def _with_remainder(
+    variants: Mapping[str, Variant], linear: nn.Linear, share: float
+) -> dict[str, Variant]:
+    """A site's variants for one of its linears, which has factors of its own for `r-sparse`."""
+    if not variants:
+        return {}
+    rank = rank_within(share, linear.in_features, linear.out_features)
+    factors = remainder_of(linear.weight, rank)
+    return {
+        words: replace(one, constants=replace(one.constants, remainder=factors))
+        if "r-sparse" in _OBSERVED[words]
+        else one
+        for words, one in variants.items()
+    }
 
 
 def _errors(observers: Mapping[str, ErrorObserver]) -> dict[str, float | None]:

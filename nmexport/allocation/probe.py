@@ -16,6 +16,7 @@ import torch
 
 from nmexport.calibration.passes import _hooked
 from nmexport.errors import ModelError
+from nmexport.models.swap import swapped
 from nmexport.sparsity.targets import _decoder_layers
 
 if TYPE_CHECKING:
@@ -116,12 +117,22 @@ class Probe:
         """
         if any(site.layer < self._start for site in inputs):
             raise ValueError(f"trials start at layer {self._start}")
-        kl, nll = [], []
         with self._sparse(inputs):
-            for index, reference in enumerate(self._reference):
-                found = self._log_probabilities(index)
-                kl.append(mean_divergence(reference, found))
-                nll.append(self._rise(index, reference, found))
+            return self._moved()
+
+    def measure_modules(self, modules: Mapping[str, nn.Module]) -> Movement:
+        """Run the whole model with these modules in place of its own, by name."""
+        self.start_at(0)
+        with swapped(self._model, modules):
+            return self._moved()
+
+    def _moved(self) -> Movement:
+        """What the model, as it is now, makes of the windows, beside the dense one."""
+        kl, nll = [], []
+        for index, reference in enumerate(self._reference):
+            found = self._log_probabilities(index)
+            kl.append(mean_divergence(reference, found))
+            nll.append(self._rise(index, reference, found))
         return Movement(kl=tuple(kl), nll=tuple(nll))
 
     def _rise(self, index: int, reference: torch.Tensor, found: torch.Tensor) -> float:

@@ -240,6 +240,12 @@ def split_chunks(samples: Sequence[torch.Tensor], settings: LearningSettings) ->
     return Chunks(torch.cat(learned), tuple(map(len, learned)), torch.cat(held_out))
 
 
+def without(samples: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
+    """Samples `[N, L]` but for those that begin with one of the windows `[W, l]`."""
+    starts = samples[:, None, : windows.shape[1]]
+    return samples[~(starts == windows[None]).all(dim=2).any(dim=1)]
+
+
 def batch_of(step: int, counts: Sequence[int], settings: LearningSettings) -> torch.Tensor:
     """Which chunks a step learns from: `[batch]`.
 

@@ -65,7 +65,20 @@ class Request:
         if self.excludes:
             base = resolve(self.model, file=file).sparsity.targets.exclude
             overrides["sparsity.targets.exclude"] = [*base, *self.excludes]
-        return resolve(self.model, overrides, file=file, spelled=self.spelled)
+        recipe = resolve(self.model, overrides, file=file, spelled=self.spelled)
+        self._refuse_candidates_without_budget(recipe)
+        return recipe
+
+    def _refuse_candidates_without_budget(self, recipe: Recipe) -> None:
+        from nmexport.errors import RecipeError
+
+        idle = [spelled for spelled in self.spelled.values() if spelled.startswith("--budget-")]
+        if idle and not recipe.allocation.budget.limits():
+            raise RecipeError(
+                f"{idle[0]} says what a budget may choose, and there is none.",
+                allowed=f"{idle[0]} with --budget, or with a budget in the recipe",
+                fix="add --budget bytes=0.6, say; for one pattern for all linears, --pattern",
+            )
 
     def work_directory(self, recipe: Recipe) -> WorkDirectory:
         """`--work`, or a folder named after model and pattern."""
@@ -295,8 +308,39 @@ _RECIPE_OPTIONS = (
         callback=_keep_budget,
         expose_value=False,
         metavar="ppl|kl|speedup|bytes=NUMBER",
-        help="Choose pattern by pattern for each linear within a limit: perplexity ratio or KL at "
-        "most, decode speed-up at least, or share of weight bytes read at most. Repeatable.",
+        help="Choose for each linear within a limit: perplexity ratio or KL at most, decode "
+        "speed-up at least, or share of weight bytes read at most. Repeatable.",
+    ),
+    _option(
+        "--budget-pattern",
+        "allocation.patterns",
+        "Pattern that --budget may choose, beside dense. Repeatable.  [default: 12, 10, 8, 6 and 4 "
+        "of 16]",
+        multiple=True,
+        metavar="N:M",
+    ),
+    _option(
+        "--budget-criterion",
+        "allocation.criteria",
+        "Criterion that --budget may choose. Repeatable.  [default: --criterion alone]",
+        multiple=True,
+        metavar="act|wina|clact|amber|fisher",
+    ),
+    _option(
+        "--budget-phases",
+        "allocation.phases",
+        "Phases that --budget may choose. Repeatable.  [default: --phases alone]",
+        multiple=True,
+        metavar="all|prefill|decode",
+    ),
+    _option(
+        "--budget-count-learned",
+        "allocation.count_learned",
+        "Hold ppl or kl by the model as built, learned corrections and all: chooses and learns up "
+        "to three times.",
+        is_flag=True,
+        flag_value=True,
+        default=None,
     ),
     _option(
         "--calib",

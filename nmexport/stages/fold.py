@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nmexport.errors import ModelError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from nmexport.allocation.allocate import Prepared
     from nmexport.allocation.choice import Allocation
     from nmexport.allocation.sites import Site
     from nmexport.calibration.checkpoint import Checkpoint
@@ -117,6 +119,15 @@ class _Given(NamedTuple):
         return nullcontext(linear) if self.layerwise is None else self.layerwise.loaded(linear)
 
 
+class _Made(NamedTuple):
+    """Constants of the linears that become sparse."""
+
+    derived: Mapping[str, Derived]
+    errors: Mapping[str, ErrorObserver]
+    distances: Mapping[str, GroupingDistance]
+    learned: Learned | None
+
+
 def key_fields(inputs: StageInputs) -> dict[str, Any]:
     """What the linears compute, and in which type.
 
@@ -153,49 +164,15 @@ def run(inputs: StageInputs) -> dict[str, Any]:
         CorpusError: if there is too little text to learn from.
         ModelError: if calibration never reached a target, or a folded weight leaves the type.
     """
-    from nmexport.calibration import derivation
-    from nmexport.calibration.passes import gather_errors
-    from nmexport.models.offload import is_placed
-
     given = _given(inputs)
-    allocation = _allocation(given)
-    sections = _sections(given, allocation)
-    seed = inputs.recipe.seed
-    derived = derivation.derive(
-        given.sites, given.linears, given.statistics, sections, seed=seed, loaded=given.loaded
-    )
-    derived, _ = derivation.with_searched_orders(
-        given.model,
-        given.sites,
-        given.linears,
-        derived,
-        given.samples[:ORDER_SAMPLES],
-        progress=inputs.progress,
-        seed=seed,
-        layerwise=given.layerwise,
-    )
-    derived = derivation.with_remainders(derived, given.linears, seed=seed, loaded=given.loaded)
-    sparse = {name: given.linears[name] for name in derived}
-    constants = {name: one.constants for name, one in derived.items()}
-    errors = gather_errors(
-        given.model,
-        sparse,
-        constants,
-        {name: one.behaviour for name, one in derived.items()},
-        given.samples[:ERROR_SAMPLES],
-        progress=inputs.progress,
-        layerwise=given.layerwise,
-    )
-    derived = _with_static_variance(derived, errors)
-    distances = _distances(given, derived)
-    learned = _learned(given, derived)
-    if given.layerwise is None and not is_placed(given.model):
-        given.model.to("cpu")  # folding is the same everywhere
-    _write_tensors(given, derived, learned)
-    specs = [
-        _layer_spec(name, sparse[name], one, errors[name], distances.get(name))
-        for name, one in derived.items()
-    ]
+    prepared = _prepared(given)
+    allocation = None
+    if prepared is None:
+        made = _made(given, dict.fromkeys(given.linears, inputs.recipe.sparsity))
+    else:
+        made, allocation = _made_within_budget(given, prepared)
+    _write_tensors(given, made)
+    specs = [_layer_spec(name, given.linears[name], made) for name in made.derived]
     write_layers(inputs.output, specs)
     if allocation is not None:
         from nmexport.allocation.choice import write_allocation
@@ -205,8 +182,78 @@ def run(inputs: StageInputs) -> dict[str, Any]:
         "linears": len(specs),
         "relative_error_mean": _mean([spec.relative_error for spec in specs]),
         "gap_closed_mean": _mean([spec.gap_closed for spec in specs]),
-        **_written_learning(inputs.output, learned),
+        **_written_learning(inputs.output, made.learned),
     }
+
+
+def _made_within_budget(given: _Given, prepared: Prepared) -> tuple[_Made, Allocation]:
+    from nmexport.allocation.counted import built_within
+
+    def build(allocation: Allocation, attempt: int) -> tuple[_Made, Allocation]:
+        made = _made(
+            given,
+            _sections(given, allocation),
+            unlearned=prepared.unlearned,
+            learning="learning" if attempt == 0 else f"learning-{attempt}",
+        )
+        behaviours = {name: one.behaviour for name, one in made.derived.items()}
+        return made, prepared.as_built(allocation, behaviours, partial(_folded, given, made))
+
+    made, allocation = built_within(
+        prepared.allocation, build, counts_learned=given.inputs.recipe.allocation.count_learned
+    )
+    used = None if allocation.built is None else allocation.built.budget_used
+    if used is not None and used > 1:
+        given.inputs.progress.note(f"as built, the model takes {used:.0%} of its budget")
+    return made, allocation
+
+
+def _made(
+    given: _Given,
+    sections: Mapping[str, SparsitySection],
+    *,
+    unlearned: torch.Tensor | None = None,
+    learning: str = "learning",
+) -> _Made:
+    """Constants of the linears that have sections.
+
+    Args:
+        given: Model, statistics, text.
+        sections: What each sparse linear is to compute.
+        unlearned: Windows that nothing may be learned from.
+        learning: Names the checkpoint.
+    """
+    from nmexport.calibration import derivation
+    from nmexport.calibration.passes import gather_errors
+
+    seed = given.inputs.recipe.seed
+    derived = derivation.derive(
+        given.sites, given.linears, given.statistics, sections, seed=seed, loaded=given.loaded
+    )
+    derived, _ = derivation.with_searched_orders(
+        given.model,
+        given.sites,
+        given.linears,
+        derived,
+        given.samples[:ORDER_SAMPLES],
+        progress=given.inputs.progress,
+        seed=seed,
+        layerwise=given.layerwise,
+    )
+    derived = derivation.with_remainders(derived, given.linears, seed=seed, loaded=given.loaded)
+    errors = gather_errors(
+        given.model,
+        {name: given.linears[name] for name in derived},
+        {name: one.constants for name, one in derived.items()},
+        {name: one.behaviour for name, one in derived.items()},
+        given.samples[:ERROR_SAMPLES],
+        progress=given.inputs.progress,
+        layerwise=given.layerwise,
+    )
+    derived = _with_static_variance(derived, errors)
+    distances = _distances(given, derived)
+    learned = _learned(given, derived, unlearned, checkpoint=learning)
+    return _Made(derived, errors, distances, learned)
 
 
 def _given(inputs: StageInputs) -> _Given:
@@ -269,11 +316,11 @@ def _allocation_key(section: Any) -> dict[str, Any] | None:
     return section.model_dump(mode="json") if section.budget.limits() else None
 
 
-def _allocation(given: _Given) -> Allocation | None:
-    """A choice for each linear, where the recipe sets a budget."""
+def _prepared(given: _Given) -> Prepared | None:
+    """What a choice for each linear stands on, where the recipe sets a budget."""
     import torch
 
-    from nmexport.allocation.allocate import allocate
+    from nmexport.allocation.allocate import prepare
     from nmexport.calibration.derivation import site_constants
 
     recipe = given.inputs.recipe
@@ -283,7 +330,7 @@ def _allocation(given: _Given) -> Allocation | None:
     def constants_for(site: Site, method: SparsitySection) -> Constants:
         return site_constants(site, given.linears, given.statistics, method, seed=recipe.seed)
 
-    return allocate(
+    return prepare(
         given.model,
         given.linears,
         given.samples,
@@ -297,13 +344,11 @@ def _allocation(given: _Given) -> Allocation | None:
     )
 
 
-def _sections(given: _Given, allocation: Allocation | None) -> dict[str, SparsitySection]:
+def _sections(given: _Given, allocation: Allocation) -> dict[str, SparsitySection]:
     """What each linear that becomes sparse is to compute."""
-    section = given.inputs.recipe.sparsity
-    if allocation is None:
-        return dict.fromkeys(given.linears, section)
     from nmexport.sparsity.pattern import NMPattern
 
+    section = given.inputs.recipe.sparsity
     return {
         name: section.model_copy(
             update={
@@ -337,6 +382,8 @@ def _distances(given: _Given, derived: Mapping[str, Derived]) -> dict[str, Group
     ordered = {
         name: one for name, one in derived.items() if one.constants.channel_order is not None
     }
+    if not ordered:
+        return {}
     return grouping_distances(
         given.model,
         {name: given.linears[name] for name in ordered},
@@ -348,11 +395,17 @@ def _distances(given: _Given, derived: Mapping[str, Derived]) -> dict[str, Group
     )
 
 
-def _learned(given: _Given, derived: Mapping[str, Derived]) -> Learned | None:
+def _learned(
+    given: _Given,
+    derived: Mapping[str, Derived],
+    unlearned: torch.Tensor | None,
+    *,
+    checkpoint: str,
+) -> Learned | None:
     """Corrections of all linears, learned together; None where the recipe names none."""
     import torch
 
-    from nmexport.calibration.learning import EFFORTS, learn
+    from nmexport.calibration.learning import EFFORTS, learn, without
 
     recipe = given.inputs.recipe
     parts = learned_parts(recipe.sparsity.mitigations)
@@ -364,17 +417,19 @@ def _learned(given: _Given, derived: Mapping[str, Derived]) -> Learned | None:
         rank=recipe.sparsity.rank,
         seed=recipe.seed,
     )
-    corpus = [given.kinds["corpus"], given.kinds["further"]]
+    kinds = [torch.cat([given.kinds["corpus"], given.kinds["further"]]), given.kinds["written"]]
+    if unlearned is not None:
+        kinds = [without(kind, unlearned) for kind in kinds]
     return learn(
         given.model,
         {name: given.linears[name] for name in derived},
         {name: one.constants for name, one in derived.items()},
         {name: one.behaviour for name, one in derived.items()},
-        [torch.cat(corpus), given.kinds["written"]],
+        kinds,
         settings=settings,
         sites=[site.names for site in given.sites],
         progress=given.inputs.progress,
-        checkpoint=_checkpoint(given, "learning"),
+        checkpoint=_checkpoint(given, checkpoint),
     )
 
 
@@ -389,29 +444,43 @@ def _checkpoint(given: _Given, work: str) -> Checkpoint | None:
     return Checkpoint(folder / f"{work}.safetensors", identity=folder.name)
 
 
-def _write_tensors(given: _Given, derived: Mapping[str, Derived], learned: Learned | None) -> None:
+def _folded(given: _Given, made: _Made, name: str) -> dict[str, torch.Tensor]:
+    """Tensors of one linear, as they are written; folding is the same everywhere: on the CPU."""
     import torch
 
     from nmexport.sparsity.learned import fold_learned
     from nmexport.sparsity.linear import fold
     from nmexport.sparsity.quantisation import quantised
+
+    section = given.inputs.recipe.model
+    dtype, one = getattr(torch, section.dtype), made.derived[name]
+    with given.loaded(given.linears[name]) as loaded:
+        linear = _on_cpu(loaded)
+        if made.learned is None:
+            folded = fold(linear, one.behaviour, one.constants, dtype=dtype)
+        else:
+            corrections = made.learned.corrections[name]
+            folded = fold_learned(linear, one.behaviour, one.constants, corrections, dtype=dtype)
+    _check_finite(name, folded, section.dtype)
+    return quantised(folded, section.weights, name=name)
+
+
+def _on_cpu(linear: nn.Linear) -> nn.Linear:
+    """The linear itself, or a copy of one that is elsewhere."""
+    from copy import deepcopy
+
+    return linear if linear.weight.device.type == "cpu" else deepcopy(linear).to("cpu")
+
+
+def _write_tensors(given: _Given, made: _Made) -> None:
     from nmexport.tensors import ShardedWriter
 
-    inputs, named = given.inputs, given.inputs.recipe.model.dtype
-    dtype = getattr(torch, named)
+    inputs = given.inputs
     with ShardedWriter(inputs.output) as writer:
-        tracked = inputs.progress.track(derived.items(), label="fold: weights", total=len(derived))
-        for name, one in tracked:
-            with given.loaded(given.linears[name]) as linear:
-                if learned is None:
-                    folded = fold(linear, one.behaviour, one.constants, dtype=dtype)
-                else:
-                    corrections = learned.corrections[name]
-                    folded = fold_learned(
-                        linear, one.behaviour, one.constants, corrections, dtype=dtype
-                    )
-            _check_finite(name, folded, named)
-            folded = quantised(folded, inputs.recipe.model.weights, name=name)
+        for name in inputs.progress.track(
+            made.derived, label="fold: weights", total=len(made.derived)
+        ):
+            folded = _folded(given, made, name)
             writer.add({f"{name}.{kind}": tensor for kind, tensor in folded.items()})
 
 
@@ -426,15 +495,10 @@ def _check_finite(name: str, folded: Mapping[str, torch.Tensor], dtype: str) -> 
             )
 
 
-def _layer_spec(
-    name: str,
-    linear: nn.Linear,
-    derived: Derived,
-    error: ErrorObserver,
-    distance: GroupingDistance | None,
-) -> LayerSpec:
+def _layer_spec(name: str, linear: nn.Linear, made: _Made) -> LayerSpec:
     from nmexport.sparsity.linear import bias_of
 
+    derived, error, distance = made.derived[name], made.errors[name], made.distances.get(name)
     section, behaviour, constants = derived.section, derived.behaviour, derived.constants
     remainder = constants.remainder
     return LayerSpec(

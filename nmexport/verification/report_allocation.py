@@ -26,6 +26,22 @@ def budget(allocation: dict[str, Any]) -> str:
     return ", ".join(_LIMITS[name].format(value) for name, value in allocation["budget"].items())
 
 
+def built(allocation: dict[str, Any]) -> str | None:
+    """What the choice came to once it was built, in words; None where that was not measured."""
+    found = allocation.get("built")
+    if found is None:
+        return None
+    words = (
+        f"As built, all constants folded: perplexity ratio {found['perplexity_ratio']:.3f} and "
+        f"mean KL {found['kl']:.3f} nats on the same text"
+    )
+    used = found["budget_used"]
+    if used is None:
+        return f"{words}."
+    share = f"{words}, {used:.0%} of the budget of accuracy"
+    return f"{share}." if used <= 1 else f"{share}: it is broken."
+
+
 def mix(counts: dict[str, int]) -> str:
     """`60 dense, 150 at 8:16 act`."""
     return ", ".join(
@@ -49,6 +65,7 @@ def rows(allocation: dict[str, Any] | None) -> dict[str, Any] | None:
         return None
     return {
         "budget": budget(allocation),
+        "built": built(allocation),
         "front": front_rows(allocation),
         "columns": columns(allocation),
         "mitigations": mitigations(allocation),
