@@ -6,6 +6,7 @@ The same tensors give the same bytes: names are sorted within a file, and nothin
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,13 +16,14 @@ from safetensors.torch import save_file
 from nmexport.errors import ArtifactError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Iterator
     from types import TracebackType
     from typing import Self
 
     import torch
 
-SHARD_BYTES = 4 << 30
+SHARD_BYTES = 1 << 30
+"""What a writer holds in memory at most, but for a larger single group of tensors."""
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -134,6 +136,10 @@ class TensorReader:
         """All tensor names, sorted."""
         return sorted(self._places)
 
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a tensor of that name."""
+        return name in self._places
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor.
 
@@ -149,6 +155,38 @@ class TensorReader:
                 return tensor
         except (OSError, SafetensorError) as error:
             raise _unreadable(path, error) from error
+
+
+class StoredGroup(Mapping[str, "torch.Tensor"]):
+    """Tensors whose names begin alike, by the rest of their names; each read when asked for."""
+
+    def __init__(self, reader: TensorReader, prefix: str, kinds: Iterable[str]) -> None:
+        """Name them; read none.
+
+        Args:
+            reader: Where they are.
+            prefix: The beginning of their names, before a dot.
+            kinds: The rests of their names.
+        """
+        self._reader, self._prefix, self._kinds = reader, prefix, tuple(kinds)
+
+    def __getitem__(self, kind: str) -> torch.Tensor:
+        """Read one tensor.
+
+        Raises:
+            ArtifactError: if its file is damaged.
+        """
+        if kind not in self._kinds:
+            raise KeyError(kind)
+        return self._reader.read(f"{self._prefix}.{kind}")
+
+    def __iter__(self) -> Iterator[str]:
+        """The rests of the names."""
+        return iter(self._kinds)
+
+    def __len__(self) -> int:
+        """How many tensors."""
+        return len(self._kinds)
 
 
 def _index_name(stem: str) -> str:

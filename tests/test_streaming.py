@@ -7,15 +7,18 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from nmexport import tensors as tensors_module
 from nmexport.layers import LayerSpec, write_layers
 from nmexport.models.source import resolve
 from nmexport.models.streaming import open_for_export
 from nmexport.recipe import ModelSection
 from nmexport.sparsity.linear import Behaviour, Constants, fold
+from nmexport.stages import fold as fold_stage
 from nmexport.stages.export import write_configs, write_models
 from nmexport.tensors import ShardedWriter, TensorReader
 
@@ -86,6 +89,36 @@ def test_names_that_the_files_do_not_hold_are_loaded_by_transformers(
     assert not opened.streamed
     name = "model.layers.0.mlp.up_proj.weight"
     assert opened.parameter(name).shape == opened.model.get_parameter(name).shape
+
+
+def test_constants_of_a_fold_are_read_one_by_one(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(tiny_llama, attention="sdpa")
+    behaviour = Behaviour(pattern=PATTERN, dynamic_shift=True)
+    folded, output = tmp_path / "fold", tmp_path / "out"
+    folded.mkdir()
+    output.mkdir()
+    specs = specs_of(model, behaviour)
+    with ShardedWriter(folded, shard_bytes=1 << 12) as writer:
+        for name, linear in linears_of(model).items():
+            tensors = fold(linear, behaviour, Constants(), dtype=torch.float32)
+            writer.add({f"{name}.{kind}": tensor for kind, tensor in tensors.items()})
+    write_layers(folded, list(specs))
+    opened, reads = [], Counter[str]()
+    places, read = tensors_module._places, TensorReader.read
+    monkeypatch.setattr(
+        tensors_module, "_places", lambda *given: opened.append(given) or places(*given)
+    )
+    monkeypatch.setattr(
+        TensorReader, "read", lambda self, name: reads.update([name]) or read(self, name)
+    )
+    artifact = fold_stage.Artifact(folded)
+    write_models(model, artifact.layers, artifact.tensors, output, dense_baseline=False)
+    assert len(opened) == 1
+    names = {f"{layer.name}.{kind}" for layer in specs for kind in artifact.tensors(layer.name)}
+    assert set(reads) == names
+    assert max(reads.values()) <= 2  # its shape, then its elements
 
 
 # -- at scale --------------------------------------------------------------------------------------

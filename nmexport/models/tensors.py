@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -29,15 +30,11 @@ def deferred(read: Callable[[], torch.Tensor], *, like: torch.Tensor, name: str)
     )
 
 
-def deferred_group(
-    read: Callable[[], Mapping[str, torch.Tensor]], *, prefix: str
-) -> dict[str, ir.LazyTensor]:
-    """A group of tensors that are read together, each deferred; read once now for their shapes."""
-
-    def one(kind: str) -> Callable[[], torch.Tensor]:
-        return lambda: read()[kind]
-
+def deferred_group(tensors: Mapping[str, torch.Tensor], *, prefix: str) -> dict[str, ir.LazyTensor]:
+    """Tensors of a mapping that may read them as they are asked for: each is asked for again."""
     return {
-        kind: deferred(one(kind), like=tensor, name=f"{prefix}.{kind}")
-        for kind, tensor in read().items()
+        kind: deferred(
+            functools.partial(tensors.__getitem__, kind), like=tensor, name=f"{prefix}.{kind}"
+        )
+        for kind, tensor in tensors.items()
     }

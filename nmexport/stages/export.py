@@ -169,7 +169,7 @@ def write_models(
     optimise(traced)
 
     def constants(name: str) -> Mapping[str, ir.TensorProtocol]:
-        return deferred_group(lambda: tensors(name), prefix=name)
+        return deferred_group(tensors(name), prefix=name)
 
     path, dense_path = output / MODEL, output / DENSE / MODEL
     assembly.save(assembly.assemble_sparse(traced, specs, constants), path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nmexport.errors import ModelError
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from nmexport.sparsity.linear import Constants
     from nmexport.sparsity.statistics import ChannelStatistics
     from nmexport.stages.inputs import StageInputs
+    from nmexport.tensors import TensorReader
 
 UPSTREAM: tuple[str, ...] = ("calibrate",)
 # Local errors and the static variance correction need few tokens: one number a layer.
@@ -82,21 +83,26 @@ class Artifact:
             return None
         return document
 
-    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+    def tensors(self, name: str) -> Mapping[str, torch.Tensor]:
         """Tensors of one linear by their name in the op contract: `W`, and those it uses.
+
+        Each is read when it is asked for, and not kept.
 
         Raises:
             ArtifactError: if the file is damaged, or does not hold this linear.
         """
+        from nmexport.tensors import StoredGroup
+
+        reader = self._reader
+        held = [kind for kind in TENSORS if kind == "W" or f"{name}.{kind}" in reader]
+        return StoredGroup(reader, name, held)
+
+    @cached_property
+    def _reader(self) -> TensorReader:
+        """Of all linears: the index is long, and is read once."""
         from nmexport.tensors import TensorReader
 
-        reader = TensorReader(self.path)
-        held = set(reader.names)
-        return {
-            kind: reader.read(f"{name}.{kind}")
-            for kind in TENSORS
-            if kind == "W" or f"{name}.{kind}" in held
-        }
+        return TensorReader(self.path)
 
 
 class _Given(NamedTuple):
@@ -134,6 +140,7 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
     Raises:
         RecipeError: if the mitigations do not go together, or not with a budget: said before
             anything runs.
+        ModelError: if a model is to run layer by layer whose format does not allow it.
     """
     recipe = inputs.recipe
     mitigations = recipe.sparsity.mitigations
@@ -148,6 +155,7 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
         "weights": recipe.model.weights,
         "sparsity": recipe.sparsity.model_dump(mode="json"),
         "allocation": _allocation_key(recipe.allocation),
+        "placement": _placement(inputs),
         "seed": recipe.seed,
         "samples": [ERROR_SAMPLES, SENSITIVITY_SAMPLES, ORDER_SAMPLES],
         "versions": {"torch": inputs.environment.version("torch")},
@@ -309,6 +317,26 @@ def _check_reached(
             f"No calibration token reached {unreached[0]} ({len(unreached)} such linears).",
             fix="calibrate on more samples, or exclude these linears with --targets",
         )
+
+
+def _placement(inputs: StageInputs) -> str | None:
+    """How the model runs, where bytes depend on it: orders are searched on what linears meet.
+
+    Layer by layer, that is the dense model's activations: see `derivation.with_searched_orders`.
+    """
+    from nmexport.models.offload import needs_whole, runs_layerwise
+
+    recipe = inputs.recipe
+    if recipe.sparsity.grouping != "exchange":
+        return None
+    if needs_whole(recipe):
+        return "whole"  # or refused
+    layered = runs_layerwise(
+        inputs.source,
+        trust_remote_code=recipe.model.trust_remote_code,
+        offload=recipe.calibration.offload,
+    )
+    return "layerwise" if layered else "whole"
 
 
 def _allocation_key(section: Any) -> dict[str, Any] | None:
