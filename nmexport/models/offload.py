@@ -66,16 +66,11 @@ def open_dense(
     """
     import torch
 
-    from nmexport.models.layerwise import LayerwiseModel, skeleton
+    from nmexport.models.layerwise import LayerwiseModel
     from nmexport.models.loader import load_model
 
-    memory = free_memory()
-    empty: Any = None
-    if offload == "auto" and source.gguf_file is None:
-        empty = skeleton(source, trust_remote_code=trust_remote_code)
-    chosen = placement(source, offload, parameter_count(empty) if empty else 0, memory)
-    placed = device_map(empty, memory.devices) if chosen == "mapped" else None
-    if chosen == "layerwise" or (chosen == "mapped" and placed is None):
+    chosen, placed = _placed(source, trust_remote_code=trust_remote_code, offload=offload)
+    if chosen == "layerwise":
         progress.note(f"{source.id} runs layer by layer, its weights mapped from disk")
         layered = LayerwiseModel(source, trust_remote_code=trust_remote_code, folder=folder)
         return OpenedModel(model=layered.model, layerwise=layered)
@@ -90,12 +85,18 @@ def open_dense(
     return OpenedModel(model=model)
 
 
-def check_layerwise(recipe: Recipe) -> None:
-    """Refuse what needs the whole model in memory: said before the long work.
+def runs_layerwise(source: ModelSource, *, trust_remote_code: bool, offload: Offload) -> bool:
+    """Whether `open_dense` would run the model layer by layer now.
 
     Raises:
-        ModelError: if something has to be learned, or measured through gradients or many trials.
+        ModelError: if layer by layer is asked for and the model's format does not allow it.
     """
+    chosen, _ = _placed(source, trust_remote_code=trust_remote_code, offload=offload)
+    return chosen == "layerwise"
+
+
+def needs_whole(recipe: Recipe) -> list[str]:
+    """What of a recipe has to be learned, or measured through gradients or many trials."""
     from nmexport.sparsity.criterion import CRITERIA
     from nmexport.sparsity.mitigation import learned_parts
 
@@ -105,6 +106,16 @@ def check_layerwise(recipe: Recipe) -> None:
         whole.append(sparsity.criterion)
     if recipe.allocation.budget.limits():
         whole.append("--budget")
+    return whole
+
+
+def check_layerwise(recipe: Recipe) -> None:
+    """Refuse what needs the whole model in memory: said before the long work.
+
+    Raises:
+        ModelError: if something has to be learned, or measured through gradients or many trials.
+    """
+    whole = needs_whole(recipe)
     if whole:
         raise ModelError(
             f"{recipe.model.id} runs layer by layer, and {', '.join(whole)} cannot: gradients and "
@@ -114,6 +125,23 @@ def check_layerwise(recipe: Recipe) -> None:
             fix="--criterion act --mitigation var, or a GPU or host with room for the model in "
             "float32",
         )
+
+
+def _placed(
+    source: ModelSource, *, trust_remote_code: bool, offload: Offload
+) -> tuple[Placement, dict[str, int] | None]:
+    """How to run a model here and now; of `mapped`, which GPU each part goes to."""
+    from nmexport.models.layerwise import skeleton
+
+    memory = free_memory()
+    empty: Any = None
+    if offload == "auto" and source.gguf_file is None:
+        empty = skeleton(source, trust_remote_code=trust_remote_code)
+    chosen = placement(source, offload, parameter_count(empty) if empty else 0, memory)
+    if chosen != "mapped":
+        return chosen, None
+    placed = device_map(empty, memory.devices)
+    return ("layerwise", None) if placed is None else (chosen, placed)
 
 
 def is_placed(model: Any) -> bool:
