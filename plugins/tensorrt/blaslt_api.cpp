@@ -7,7 +7,6 @@
 #include <string>
 
 #include "fault.h"
-#include "nm_cuda.h"
 
 namespace nmexport::trt::blaslt {
 
@@ -36,10 +35,9 @@ Api load() {
     void* library = openLibrary();
     if (library == nullptr) {
         throw Fault(
-            "cuBLASLt, which multiplies prompts of more than " +
-            std::to_string(cuda::kMAX_DECODE_TOKENS) +
-            " tokens, is not found: libcublasLt.so.13 or libcublasLt.so.12 must be on the library "
-            "path (pip install nvidia-cublas, or CUDA's own)");
+            "cuBLASLt, which multiplies prompts and batches of more than one or two tokens, is not "
+            "found: libcublasLt.so.13 or libcublasLt.so.12 must be on the library path "
+            "(pip install nvidia-cublas, or CUDA's own)");
     }
     Api api{};
     find(library, "cublasLtCreate", api.create);

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <cstdio>
+#include <string>
 
 namespace nmexport::trt {
 
@@ -66,7 +67,7 @@ void log(nvinfer1::ILogger::Severity severity, const char* message) noexcept {
     std::fprintf(stderr, "%s\n", message);
 }
 
-void logError(const char* op, const std::string& node, const char* message) noexcept {
+void logError(const char* op, const char* node, const char* message) noexcept {
     try {
         const std::string text = std::string("nmexport ") + op + " \"" + node + "\": " + message;
         log(nvinfer1::ILogger::Severity::kERROR, text.c_str());

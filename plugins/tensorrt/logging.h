@@ -5,7 +5,6 @@
 
 #include <cstdint>
 #include <exception>
-#include <string>
 
 namespace nmexport::trt {
 
@@ -20,13 +19,13 @@ void setSink(Sink sink) noexcept;
 void log(nvinfer1::ILogger::Severity severity, const char* message) noexcept;
 
 // "nmexport NMLinear "node": message" as an error.
-void logError(const char* op, const std::string& node, const char* message) noexcept;
+void logError(const char* op, const char* node, const char* message) noexcept;
 
 // body(), or `fallback` after the message of what it threw: the methods that TensorRT calls are
-// noexcept, and an exception that left one would end the process.
+// noexcept, and an exception that left one would end the process. Plain text, since a string made
+// from it for the call would allocate outside of the fence.
 template <typename Result, typename Body>
-Result guarded(const char* op, const std::string& node, Result fallback,
-               const Body& body) noexcept {
+Result guarded(const char* op, const char* node, Result fallback, const Body& body) noexcept {
     try {
         return body();
     } catch (const std::exception& error) {

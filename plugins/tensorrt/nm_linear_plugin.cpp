@@ -15,6 +15,8 @@ std::size_t aligned(std::size_t bytes) {
 // Where the parts of the workspace lie:
 //
 //   | s [tokens, K] T | eta [tokens] | nu [tokens] | product [tokens, O] float32 | cuBLASLt's |
+//
+// The product only where an epilogue reads it: else it is y itself.
 struct WorkspacePlan {
     std::size_t eta;
     std::size_t nu;
@@ -22,13 +24,13 @@ struct WorkspacePlan {
     std::size_t blas;
     std::size_t bytes;
 
-    WorkspacePlan(cuda::DType type, std::int64_t tokens, std::int64_t channels,
-                  std::int64_t outputs) {
-        const auto count = static_cast<std::size_t>(tokens);
-        eta = aligned(count * static_cast<std::size_t>(channels) * elementBytes(type));
+    explicit WorkspacePlan(const ProductShape& shape) {
+        const auto count = static_cast<std::size_t>(shape.tokens);
+        const auto outputs = static_cast<std::size_t>(shape.floatResult ? shape.outputs : 0);
+        eta = aligned(count * static_cast<std::size_t>(shape.channels) * elementBytes(shape.type));
         nu = eta + aligned(count * sizeof(float));
         product = nu + aligned(count * sizeof(float));
-        blas = product + aligned(count * static_cast<std::size_t>(outputs) * sizeof(float));
+        blas = product + aligned(count * outputs * sizeof(float));
         bytes = blas + kPRODUCT_WORKSPACE_BYTES;
     }
 };
@@ -42,7 +44,7 @@ T* at(void* workspace, std::size_t offset) {
 
 std::size_t NmLinearPlugin::workspaceBytes(cuda::DType type, const Shape& x,
                                            std::int64_t outputs) const {
-    return WorkspacePlan(type, tokensOf(x), x.back(), outputs).bytes;
+    return WorkspacePlan(productShape(type, x, outputs)).bytes;
 }
 
 std::vector<std::int32_t> NmLinearPlugin::tactics(std::int64_t minTokens) const {
@@ -50,8 +52,13 @@ std::vector<std::int32_t> NmLinearPlugin::tactics(std::int64_t minTokens) const 
     return {kTACTIC_BY_TOKENS, kTACTIC_PRODUCT};
 }
 
-bool NmLinearPlugin::usesDecodeKernel(std::int64_t tokens) const {
-    return tactic() != kTACTIC_PRODUCT && tokens <= cuda::kMAX_DECODE_TOKENS;
+bool NmLinearPlugin::usesDecodeKernel(cuda::DType type, const Shape& x,
+                                      std::int64_t outputs) const {
+    const std::int64_t tokens = tokensOf(x);
+    return tactic() != kTACTIC_PRODUCT && tokens <= cuda::kMAX_DECODE_TOKENS &&
+           cuda::decodeIsFaster(device(), type, static_cast<std::int32_t>(tokens),
+                                static_cast<std::int32_t>(x.back()),
+                                static_cast<std::int32_t>(outputs));
 }
 
 bool NmLinearPlugin::needsEpilogue() const {
@@ -65,13 +72,13 @@ ProductShape NmLinearPlugin::productShape(cuda::DType type, const Shape& x,
 }
 
 void NmLinearPlugin::prepare(cuda::DType type, const Shape& x, std::int64_t outputs) {
-    const std::int64_t tokens = tokensOf(x);
-    if (tokens > 0 && !usesDecodeKernel(tokens)) mProduct.prepare(productShape(type, x, outputs));
+    if (tokensOf(x) == 0 || usesDecodeKernel(type, x, outputs)) return;
+    mProduct.prepare(productShape(type, x, outputs));
 }
 
 void NmLinearPlugin::run(cuda::DType type, const Shape& x, std::int64_t outputs,
                          const Tensors& tensors, void* y, void* workspace, cudaStream_t stream) {
-    if (usesDecodeKernel(tokensOf(x))) {
+    if (usesDecodeKernel(type, x, outputs)) {
         runDecode(type, x, outputs, tensors, y, stream);
     } else {
         runProduct(type, x, outputs, tensors, y, workspace, stream);
@@ -112,7 +119,8 @@ void NmLinearPlugin::runProduct(cuda::DType type, const Shape& x, std::int64_t o
                                 const Tensors& tensors, void* y, void* workspace,
                                 cudaStream_t stream) {
     const std::int64_t tokens = tokensOf(x);
-    const WorkspacePlan plan(type, tokens, x.back(), outputs);
+    const ProductShape shape = productShape(type, x, outputs);
+    const WorkspacePlan plan(shape);
     cuda::MaskArgs mask;
     mask.type = type;
     mask.tokens = tokens;
@@ -125,8 +133,8 @@ void NmLinearPlugin::runProduct(cuda::DType type, const Shape& x, std::int64_t o
     checkCuda(cuda::launchMask(mask, stream), "the mask kernel");
 
     void* const product = needsEpilogue() ? at<>(workspace, plan.product) : y;
-    mProduct.enqueue(productShape(type, x, outputs), workspace, tensors.data(Input::W), product,
-                     at<>(workspace, plan.blas), stream);
+    mProduct.enqueue(shape, workspace, tensors.data(Input::W), product, at<>(workspace, plan.blas),
+                     stream);
     if (!needsEpilogue()) return;
 
     cuda::EpilogueArgs epilogue;

@@ -10,7 +10,7 @@
 namespace nmexport::trt {
 
 // Numbers of tactics; part of a plan and of the timing cache, so they keep their meaning.
-inline constexpr std::int32_t kTACTIC_BY_TOKENS = 1;  // the decode kernel as far as it goes
+inline constexpr std::int32_t kTACTIC_BY_TOKENS = 1;  // the decode kernel where it is faster
 inline constexpr std::int32_t kTACTIC_PRODUCT = 2;    // mask and product even for few tokens
 
 class NmLinearPlugin final : public NmPlugin {
@@ -29,7 +29,7 @@ class NmLinearPlugin final : public NmPlugin {
              void* y, void* workspace, cudaStream_t stream) override;
 
   private:
-    bool usesDecodeKernel(std::int64_t tokens) const;
+    bool usesDecodeKernel(cuda::DType type, const Shape& x, std::int64_t outputs) const;
     // Whether anything but the product itself makes y.
     bool needsEpilogue() const;
     ProductShape productShape(cuda::DType type, const Shape& x, std::int64_t outputs) const;

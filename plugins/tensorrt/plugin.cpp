@@ -1,6 +1,7 @@
 #include "plugin.h"
 
 #include <algorithm>
+#include <memory>
 
 #include "fault.h"
 #include "logging.h"
@@ -38,9 +39,14 @@ void checkCuda(cudaError_t status, const char* what) {
     }
 }
 
+template <typename Result, typename Body>
+Result NmPlugin::fenced(Result fallback, const Body& body) const noexcept {
+    return guarded(mSettings.spec->name, mSettings.node.c_str(), fallback, body);
+}
+
 template <typename Body>
 std::int32_t NmPlugin::succeeds(const Body& body) const noexcept {
-    return guarded(mSettings.spec->name, mSettings.node, std::int32_t{-1}, [&] {
+    return fenced(std::int32_t{-1}, [&] {
         body();
         return std::int32_t{0};
     });
@@ -61,8 +67,8 @@ IPluginCapability* NmPlugin::getCapabilityInterface(PluginCapabilityType type) n
 }
 
 IPluginV3* NmPlugin::clone() noexcept {
-    return guarded(mSettings.spec->name, mSettings.node, static_cast<IPluginV3*>(nullptr),
-                   [&] { return static_cast<IPluginV3*>(copy()); });
+    return fenced(static_cast<IPluginV3*>(nullptr),
+                  [&] { return static_cast<IPluginV3*>(copy()); });
 }
 
 AsciiChar const* NmPlugin::getPluginName() const noexcept {
@@ -109,7 +115,7 @@ std::int32_t NmPlugin::getOutputShapes(DimsExprs const* inputs, std::int32_t inp
 bool NmPlugin::supportsFormatCombination(std::int32_t position,
                                          DynamicPluginTensorDesc const* tensors,
                                          std::int32_t inputCount, std::int32_t) noexcept {
-    return guarded(mSettings.spec->name, mSettings.node, false, [&] {
+    return fenced(false, [&] {
         if (static_cast<std::size_t>(inputCount) != mSettings.inputs.size()) return false;
         const PluginTensorDesc& asked = tensors[position].desc;
         if (asked.format != TensorFormat::kLINEAR) return false;
@@ -131,15 +137,15 @@ std::int32_t NmPlugin::configurePlugin(DynamicPluginTensorDesc const* inputs,
 std::size_t NmPlugin::getWorkspaceSize(DynamicPluginTensorDesc const* inputs,
                                        std::int32_t inputCount, DynamicPluginTensorDesc const*,
                                        std::int32_t) const noexcept {
-    return guarded(mSettings.spec->name, mSettings.node, std::size_t{0}, [&] {
+    return fenced(std::size_t{0}, [&] {
         const std::vector<Shape> shapes = maximumShapes(inputs, inputCount);
         return workspaceBytes(elementType(inputs[0].desc.type), shapes.at(0), outputsOf(shapes));
     });
 }
 
 std::int32_t NmPlugin::getNbTactics() noexcept {
-    return guarded(mSettings.spec->name, mSettings.node, std::int32_t{0},
-                   [&] { return static_cast<std::int32_t>(tactics(mMinTokens).size()); });
+    return fenced(std::int32_t{0},
+                  [&] { return static_cast<std::int32_t>(tactics(mMinTokens).size()); });
 }
 
 std::int32_t NmPlugin::getValidTactics(std::int32_t* valid, std::int32_t count) noexcept {
@@ -154,7 +160,7 @@ std::int32_t NmPlugin::getValidTactics(std::int32_t* valid, std::int32_t count) 
 }
 
 char const* NmPlugin::getTimingCacheID() noexcept {
-    return guarded(mSettings.spec->name, mSettings.node, static_cast<char const*>(nullptr), [&] {
+    return fenced(static_cast<char const*>(nullptr), [&] {
         mTimingCacheId = mSettings.signature();
         return mTimingCacheId.c_str();
     });
@@ -174,6 +180,7 @@ std::int32_t NmPlugin::onShapeChange(PluginTensorDesc const* inputs, std::int32_
         std::vector<DataType> types;
         for (std::int32_t i = 0; i < inputCount; ++i) types.push_back(inputs[i].type);
         settleInputs(mSettings, types, shapes);
+        if (mDevice.computeCapability == 0) learnDevice();  // timed without a context by a builder
         prepare(elementType(inputs[0].type), shapes.at(0), outputsOf(shapes));
     });
 }
@@ -191,19 +198,22 @@ std::int32_t NmPlugin::enqueue(PluginTensorDesc const* inputs, PluginTensorDesc 
 }
 
 IPluginV3* NmPlugin::attachToContext(IPluginResourceContext*) noexcept {
-    return guarded(mSettings.spec->name, mSettings.node, static_cast<IPluginV3*>(nullptr), [&] {
-        cuda::DeviceTraits traits;
-        checkCuda(cuda::queryDevice(&traits), "the device cannot be asked what it is");
-        NmPlugin* attached = copy();
-        attached->mDevice = traits;
-        return static_cast<IPluginV3*>(attached);
+    return fenced(static_cast<IPluginV3*>(nullptr), [&] {
+        std::unique_ptr<NmPlugin> attached(copy());
+        attached->learnDevice();
+        return static_cast<IPluginV3*>(attached.release());
     });
 }
 
 PluginFieldCollection const* NmPlugin::getFieldsToSerialize() noexcept {
-    return guarded(mSettings.spec->name, mSettings.node,
-                   static_cast<PluginFieldCollection const*>(nullptr),
-                   [&] { return mPlanFields.write(mSettings); });
+    return fenced(static_cast<PluginFieldCollection const*>(nullptr),
+                  [&] { return mPlanFields.write(mSettings); });
+}
+
+void NmPlugin::learnDevice() {
+    cuda::DeviceTraits traits;
+    checkCuda(cuda::queryDevice(&traits), "the device cannot be asked what it is");
+    mDevice = traits;
 }
 
 std::int64_t NmPlugin::outputsOf(const std::vector<Shape>& shapes) const {

@@ -37,6 +37,11 @@ class Tensors {
 };
 
 // One node. TensorRT owns it: made with new, ended by its own virtual destructor.
+//
+// shift, score_scale and channel_order must be constants of the network, the last a permutation
+// (see Selection in nm_cuda.h). TensorRT shows a plugin types and shapes, never whether an input is
+// constant, and values only as device memory at enqueue, where reading them would wait for the
+// device: so the writer of the ONNX file answers for both, and nothing is checked here.
 class NmPlugin : public nvinfer1::IPluginV3,
                  public nvinfer1::IPluginV3OneCore,
                  public nvinfer1::IPluginV3OneBuild,
@@ -115,9 +120,14 @@ class NmPlugin : public nvinfer1::IPluginV3,
                      void* y, void* workspace, cudaStream_t stream) = 0;
 
   private:
-    // Runs a body of a method that TensorRT calls; 0, or -1 after a message.
+    // What a body of a method that TensorRT calls returns; the fallback after a message.
+    template <typename Result, typename Body>
+    Result fenced(Result fallback, const Body& body) const noexcept;
+    // Runs such a body; 0, or -1 after a message.
     template <typename Body>
     std::int32_t succeeds(const Body& body) const noexcept;
+    // Fills mDevice with what the current device is. Throws Fault.
+    void learnDevice();
     // O, or K for an op without W.
     std::int64_t outputsOf(const std::vector<Shape>& shapes) const;
 

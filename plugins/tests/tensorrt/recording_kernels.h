@@ -17,6 +17,7 @@ struct Launches {
     std::vector<trt::ProductShape> products;
     void* productResult{nullptr};
     void* productWorkspace{nullptr};
+    cuda::DeviceTraits device{89, 128, 99 << 10};
     cudaError_t next{cudaSuccess};  // what the next launch returns
     bool noProduct{false};          // cuBLASLt is missing
 };

@@ -4,8 +4,10 @@
 #include "builder_side.h"
 #include "creators.h"
 #include "../expect.h"
+#include "failing_memory.h"
 #include "logging.h"
 #include "nm_linear_plugin.h"
+#include "plan_table.h"
 #include "recording_kernels.h"
 
 extern "C" nvinfer1::IPluginCreatorInterface* const* getCreators(std::int32_t& count);
@@ -293,9 +295,15 @@ void workspaceHoldsTheMostTokens() {
                                               describe({{32, 48}, kHALF}, 32, 32)};
     EXPECT(build(*plugin).configurePlugin(inputs, 2, nullptr, 1) == 0);
     const std::size_t bytes = build(*plugin).getWorkspaceSize(inputs, 2, nullptr, 1);
-    const std::size_t tensors = 100 * 32 * 2 + 2 * 100 * 4 + 100 * 48 * 4;
+    const std::size_t tensors = 100 * 32 * 2 + 2 * 100 * 4;
     EXPECT(bytes >= tensors + trt::kPRODUCT_WORKSPACE_BYTES);
     EXPECT(bytes < tensors + trt::kPRODUCT_WORKSPACE_BYTES + 5 * 256);
+    // The float32 product is held where an epilogue follows, and nowhere else.
+    Fields corrected = pattern(8, 16).integer("variance_correction", 1);
+    Plugin other = make("NMLinear", corrected);
+    EXPECT(build(*other).configurePlugin(inputs, 2, nullptr, 1) == 0);
+    const std::size_t more = build(*other).getWorkspaceSize(inputs, 2, nullptr, 1);
+    EXPECT(more >= bytes + 100 * 48 * 4 && more < bytes + 100 * 48 * 4 + 256);
 }
 
 void timingCacheIdsTellNodesApart() {
@@ -363,6 +371,45 @@ void fewTokensTakeTheDecodeKernel() {
     EXPECT(args.shiftWeight == nullptr);
 }
 
+// The last launch for so many tokens of K 32 and O 48.
+std::string pathOf(std::int64_t tokens) {
+    Fields fields = pattern(8, 16);
+    Plugin plugin = make("NMLinear", fields);
+    const Run done = run(*plugin, {{{tokens, 32}, kHALF}, {{32, 48}, kHALF}}, {{tokens, 48}, kHALF});
+    EXPECT(done.status == 0);
+    return launches().order.back();
+}
+
+void theBreakEvenTableDecides() {
+    Session session;
+    EXPECT(pathOf(1) == "decode" && pathOf(2) == "decode");
+    EXPECT(pathOf(3) == "product" && pathOf(4) == "product" && pathOf(5) == "product");
+    // What a user measured on this chip, and on one whose shared memory four tokens do not fit.
+    EXPECT(cuda::setPlanTable("89, 128, 2, 2, 32, 48, 0, 32, 1, 8, 8, 1, 24, 1, 0, 3, 2, 2\n"
+                              "89, 128, 2, 4, 32, 48, 0, 32, 1, 8, 4, 1, 24, 1, 0, 1, 2, 2\n"
+                              "75, 40, 2, 4, 32, 48, 0, 32, 1, 8, 4, 1, 24, 1, 0, 1, 2, 2\n") == 0);
+    EXPECT(pathOf(2) == "product" && pathOf(4) == "decode");
+    launches().device = {75, 40, 64 << 10};
+    EXPECT(pathOf(4) == "product");
+    cuda::usePlanTable({});
+}
+
+// A builder times a plugin that no context was attached to.
+void aPluginOutsideOfAContextLearnsTheDevice() {
+    Session session;
+    Fields fields = pattern(8, 16);
+    Plugin plugin = make("NMLinear", fields);
+    const std::vector<PluginTensorDesc> inputs{describe({{1, 32}, kHALF}),
+                                               describe({{32, 48}, kHALF})};
+    const PluginTensorDesc output = describe({{1, 48}, kHALF});
+    const void* data[] = {nullptr, nullptr};
+    void* outputs[] = {nullptr};
+    IPluginV3OneRuntime& side = runtime(*plugin);
+    EXPECT(side.onShapeChange(inputs.data(), 2, &output, 1) == 0);
+    EXPECT(side.enqueue(inputs.data(), &output, data, outputs, nullptr, nullptr) == 0);
+    EXPECT((launches().order == std::vector<std::string>{"decode"}));
+}
+
 void manyTokensTakeMaskProductAndEpilogue() {
     Session session;
     Fields fields = pattern(8, 16)
@@ -416,7 +463,7 @@ void phasesKeepOtherTokensDense() {
         Session session;
         Fields fields = pattern(8, 16).text("phase", phase);
         Plugin plugin = make("NMLinear", fields);
-        EXPECT(run(*plugin, {{{3, 1, 32}, kHALF}, w}, {{3, 1, 48}, kHALF}).status == 0);
+        EXPECT(run(*plugin, {{{2, 1, 32}, kHALF}, w}, {{2, 1, 48}, kHALF}).status == 0);
         EXPECT(run(*plugin, {{{1, 9, 32}, kHALF}, w}, {{1, 9, 48}, kHALF}).status == 0);
         const std::int32_t decode = launches().decodes.at(0).selection.n;
         const std::int32_t prefill = launches().masks.at(0).selection.n;
@@ -485,6 +532,53 @@ void hostsWithoutAFinderHaveASink() {
     EXPECT(sunk().size() == 1);
 }
 
+// Counts, so that it needs no memory of its own.
+class CountingLogger : public ILogger {
+  public:
+    void log(Severity, AsciiChar const*) noexcept override { ++count; }
+    int count{0};
+};
+
+// Calls with ever more memory until one succeeds; how many failed, each after one message.
+template <typename Call>
+int failuresBefore(const Call& succeeds) {
+    CountingLogger logger;
+    Finder finder{logger};
+    setLoggerFinder(&finder);
+    int allowed = 0;
+    for (bool done = false; !done && allowed < 1000; ++allowed) {
+        const FailingMemory memory(allowed);
+        done = succeeds();
+    }
+    setLoggerFinder(nullptr);
+    EXPECT(logger.count == allowed - 1);
+    return allowed - 1;
+}
+
+void runningOutOfMemoryIsToldAndSurvived() {
+    launches() = {};
+    Fields fields = pattern(8, 16).text("present_inputs", "X,W");
+    const PluginFieldCollection* collection = fields.collection();
+    IPluginCreatorV3One& creator = creatorOf("NMLinear");
+    const char* name = "a name of a node that is too long to be kept inside of a std::string itself";
+    IPluginV3* plugin = nullptr;
+    EXPECT(failuresBefore([&] {
+               plugin = creator.createPlugin(name, collection, TensorRTPhase::kBUILD);
+               return plugin != nullptr;
+           }) > 2);
+    const Plugin owner(plugin);
+    IPluginV3* copied = nullptr;
+    EXPECT(failuresBefore([&] { return (copied = plugin->clone()) != nullptr; }) > 1);
+    const Plugin ownerOfCopy(copied);
+    IPluginV3* attached = nullptr;
+    EXPECT(failuresBefore([&] {
+               return (attached = runtime(*plugin).attachToContext(nullptr)) != nullptr;
+           }) > 1);
+    const Plugin ownerOfAttached(attached);
+    EXPECT(failuresBefore([&] { return runtime(*plugin).getFieldsToSerialize() != nullptr; }) > 1);
+    EXPECT(failuresBefore([&] { return build(*plugin).getTimingCacheID() != nullptr; }) > 1);
+}
+
 void noTokensIsNoWork() {
     Session session;
     Fields fields = pattern(8, 16);
@@ -510,12 +604,15 @@ int main() {
     timingCacheIdsTellNodesApart();
     plansCarryEverything();
     fewTokensTakeTheDecodeKernel();
+    theBreakEvenTableDecides();
+    aPluginOutsideOfAContextLearnsTheDevice();
     manyTokensTakeMaskProductAndEpilogue();
     aBareProductIsRoundedOnce();
     theProductTacticTakesOneTokenToo();
     phasesKeepOtherTokensDense();
     pruneTakesTheMaskKernelInPlace();
     failuresAreToldAndSurvived();
+    runningOutOfMemoryIsToldAndSurvived();
     noTokensIsNoWork();
     hostsWithoutAFinderHaveASink();
     return report("tensorrt plugin");
