@@ -24,7 +24,7 @@ from nmexport.serving.triton_config import Signature, TensorSpec, from_text, to_
 from nmexport.serving.triton_model import TritonPythonModel, require_whole_tensors
 from nmexport.stages import package as package_stage
 
-from tests.served import NAME, engine_document, save_package
+from tests.served import NAME, save_package
 from tests.served import SETTINGS as PACKAGED_SETTINGS
 from tests.test_serving_scheduler import ListSink
 
@@ -151,7 +151,7 @@ def test_without_tritonclient_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -
 # -- packages -------------------------------------------------------------------------------------
 
 
-def test_words_of_a_package(package: Path, tmp_path: Path) -> None:
+def test_words_of_a_package(package: Path) -> None:
     readme = (package / "README.md").read_text("utf-8")
     assert "| `slots` | 4 |" in readme
     for name, *_ in triton_config.TEXT_INPUTS:
@@ -159,33 +159,6 @@ def test_words_of_a_package(package: Path, tmp_path: Path) -> None:
     assert "plugins" not in readme
     assert "although the engine" not in readme
     assert "some/tiny" in (package / "NOTICE.md").read_text("utf-8")
-    # The launch line is a shell's: ask one, with a server that prints what it is given.
-    fake = tmp_path / "tritonserver"
-    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-    fake.chmod(0o755)
-    shown = subprocess.run(
-        [package / "launch.sh", "--http-port=1"],
-        env={"TRITONSERVER": str(fake), "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.splitlines()
-    assert f"--model-repository={package}/model_repository" in shown
-    assert "--http-address=127.0.0.1" in shown
-    assert shown[-1] == "--http-port=1"
-
-
-def test_launch_line_names_the_plugins(tiny_export: Path, tmp_path: Path) -> None:
-    from tests.served import text_model
-
-    source = text_model(tiny_export, engine={**engine_document(), "runtime": "tensorrt"})
-    repository.write_words(tmp_path, source=source, plugins=["plugins/a.so", "b.so"])
-    script = (tmp_path / "launch.sh").read_text("utf-8")
-    assert "plugins=$here/plugins/a.so;$here/b.so\n" in script
-    assert '--backend-config="tensorrt,plugins=$plugins"' in script
-    readme = (tmp_path / "README.md").read_text("utf-8")
-    assert 'plugins="plugins/a.so;b.so"' in readme
-    assert "although the engine that was built is one of\ntensorrt" in readme
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,8 @@ _SIDE_FILES = (
     "vocab.txt",
     "merges.txt",
 )
-_DOWNLOADED = (*_SIDE_FILES, _INDEX, "*.safetensors")
+_LICENCES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
+_DOWNLOADED = (*_SIDE_FILES, *_LICENCES, _INDEX, "*.safetensors")
 _NOT_DOWNLOADED = ("*/*", "consolidated*")  # other formats' copies of the same weights
 
 
@@ -186,6 +187,12 @@ def _weight_files(folder: Path) -> list[Path]:
         allowed=f"{_WHOLE}, or {_INDEX} with every file it lists",
         fix="complete the download",
     )
+
+
+def licence_files(folder: Path) -> tuple[Path, ...]:
+    """Files of a model's folder that say what may be done with it."""
+    found = {path for name in _LICENCES for path in folder.glob(name) if path.is_file()}
+    return tuple(sorted(found))
 
 
 def digest_of(files: list[Path]) -> str:

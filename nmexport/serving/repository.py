@@ -3,6 +3,7 @@
 <output>/model_repository/<name>/config.pbtxt
 <output>/model_repository/<name>/1/model.py         imports `nmexport.serving.triton_model`
 <output>/model_repository/<name>/1/bundle.json ...  model, library, tokenizer, reference
+<output>/model_licence/...                          the model's own, where it lay beside its weights
 <output>/launch.sh  README.md  NOTICE.md  SHA256SUMS
 """
 
@@ -29,6 +30,8 @@ PLUGINS = "plugins"
 """Folder of TensorRT plugin libraries, beside the repository."""
 VERSION = "1"
 LAUNCH = "launch.sh"
+LICENCES = "model_licence"
+"""Folder of the model's own licence files, as they lay beside its weights."""
 SUMS = "SHA256SUMS"
 _ENGINE = "engine.json"
 _TEMPLATES = ("README.md", "NOTICE.md", LAUNCH)
@@ -57,6 +60,8 @@ class TextModel:
     """`engine.json` of the engine, as it is in its own folder."""
     library: Path | None
     settings: Mapping[str, str]
+    licences: tuple[Path, ...] = ()
+    """Licence files that lie beside the model's weights."""
 
 
 def write_text_model(output: Path, source: TextModel) -> Path:
@@ -129,13 +134,20 @@ def write_plugin(output: Path, library: Path) -> str:
     return f"{PLUGINS}/{library.name}"
 
 
-def write_words(output: Path, *, source: TextModel, plugins: Iterable[str] = ()) -> None:
-    """Write launch script, README and notices, then the sums of all that is there.
+def write_words(
+    output: Path,
+    *,
+    source: TextModel,
+    engine: str | None = None,
+    plugins: Iterable[str] = (),
+) -> None:
+    """Write launch script, README, licences and notices, then the sums of all that is there.
 
     Args:
         output: The package's folder, its repository complete.
         source: What it was made from.
-        plugins: TensorRT plugin libraries, relative to `output`.
+        engine: Name of the model that is the raw engine, where there is one.
+        plugins: TensorRT plugin libraries that it needs, relative to `output`.
     """
     import jinja2
 
@@ -146,8 +158,17 @@ def write_words(output: Path, *, source: TextModel, plugins: Iterable[str] = ())
         trim_blocks=True,
         autoescape=False,  # noqa: S701  a shell script and Markdown
     )
+    for path in source.licences:
+        (output / LICENCES).mkdir(exist_ok=True)
+        shutil.copyfile(path, output / LICENCES / path.name)
+    given = {
+        "source": source,
+        "engine": engine,
+        "plugins": list(plugins),
+        "licences": [f"{LICENCES}/{path.name}" for path in source.licences],
+    }
     for name in _TEMPLATES:
-        text = environment.get_template(f"{name}.j2").render(source=source, plugins=list(plugins))
+        text = environment.get_template(f"{name}.j2").render(given)
         (output / name).write_text(text, encoding="utf-8")
     (output / LAUNCH).chmod(0o755)
     lines = [f"{record.sha256}  {record.path}\n" for record in record_files(output)]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from nmexport.stages.inputs import StageInputs
 
 UPSTREAM = ("export", "engine", "verify")
-SCHEMA = 3
+SCHEMA = 4
 _AUTO = "auto"
 
 
@@ -66,7 +66,7 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
 
 
 def run(inputs: StageInputs) -> dict[str, Any]:
-    """Write `model_repository/`, `launch.sh`, `README.md`, `NOTICE.md` and `SHA256SUMS`.
+    """Write `model_repository/`, `launch.sh`, `README.md`, notices, licences and `SHA256SUMS`.
 
     Raises:
         GateFailed: if the report's verdict is `fail` and the recipe does not allow that.
@@ -80,10 +80,16 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     source = text_model(inputs, verdict=report["verdict"])
     inputs.progress.note(f"package: {source.name}, {len(source.files)} files of the export")
     bundle = repository.write_text_model(inputs.output, source)
-    plugins, why_no_engine = _write_engine(inputs, f"{source.name}_engine")
+    engine = f"{source.name}_engine"
+    plugins, why_no_engine = _write_engine(inputs, engine)
     if why_no_engine is not None:
-        inputs.progress.note(f"package: no {source.name}_engine: {why_no_engine}")
-    repository.write_words(inputs.output, source=source, plugins=plugins)
+        inputs.progress.note(f"package: no {engine}: {why_no_engine}")
+    repository.write_words(
+        inputs.output,
+        source=source,
+        engine=engine if why_no_engine is None else None,
+        plugins=plugins,
+    )
     return {
         "why_no_engine": why_no_engine,
         "name": source.name,
@@ -160,6 +166,7 @@ def text_model(inputs: StageInputs, *, verdict: str) -> TextModel:
         ArtifactError: if the export or the engine cannot be read.
         EnvironmentFault: if the native library of the engine is missing.
     """
+    from nmexport.models.source import licence_files
     from nmexport.recipe import short_name
     from nmexport.runtimes.onnxruntime import engine_library, read_engine
     from nmexport.serving.repository import TextModel
@@ -185,4 +192,5 @@ def text_model(inputs: StageInputs, *, verdict: str) -> TextModel:
             "context_tokens": _AUTO,
             "cache_bytes": _AUTO,
         },
+        licences=licence_files(inputs.source.folder),
     )
