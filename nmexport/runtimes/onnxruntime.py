@@ -85,7 +85,8 @@ class Engine:
     runtime_version: str
     model: Path
     """The sparse model."""
-    dense_model: Path
+    dense_model: Path | None
+    """The baseline; None where the recipe leaves it out."""
     threads: int | None
     provider: Provider
     session_config: Mapping[str, str]
@@ -126,7 +127,9 @@ def read_engine(path: Path) -> Engine:
             runtime=document["runtime"],
             runtime_version=document["runtime_version"],
             model=(path.parent / document["model"]).resolve(),
-            dense_model=(path.parent / document["dense_model"]).resolve(),
+            dense_model=(path.parent / document["dense_model"]).resolve()
+            if document["dense_model"]
+            else None,
             threads=document["threads"],
             provider=provider,
             session_config=document["session_config"],
@@ -367,8 +370,13 @@ class OrtSession(Closing):
             EnvironmentFault: if the native library that the engine needs is missing here.
         """
         engine = read_engine(path)
+        model = engine.dense_model if dense else engine.model
+        if model is None:
+            raise ArtifactError(
+                f"{path} has no dense model.", fix="build it again without --no-dense-baseline"
+            )
         return cls(
-            engine.dense_model if dense else engine.model,
+            model,
             library=None if dense else engine_library(engine),
             threads=engine.threads,
             config=engine.session_config,

@@ -28,11 +28,17 @@ if TYPE_CHECKING:
     from nmexport.stages.inputs import StageInputs
 
 Runtime = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
-RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
-"""GPUs that TensorRT-RTX runs on."""
-
 UPSTREAM = ("export",)
 FILENAME = "engine.json"
+# What `engine.json` says of a TensorRT build beside what a session reads.
+_BUILD_RECORD = (
+    "attention_layers",
+    "attention_kernels",
+    "plan_bytes",
+    "weight_bytes",
+    "timing_cache",
+    "why_no_timing_cache",
+)
 NO_LIBRARY = "the native op library is not built here; the function bodies in the model run"
 
 
@@ -76,14 +82,20 @@ def _loads(target: TensorRTTarget) -> bool:
         tensorrt_library.load(target)
     except EnvironmentFault:
         return False
-    return target == "tensorrt" or tensorrt_library.compute_capability() in RTX_CAPABILITIES
+    here = tensorrt_library.compute_capability()
+    return target == "tensorrt" or here in tensorrt_library.RTX_CAPABILITIES
 
 
 def key_fields(inputs: StageInputs) -> dict[str, Any]:
     """Everything besides the exported model that decides the engine.
 
+    What a TensorRT engine needs is asked for here, as this is called before the first stage runs:
+    hours of calibration later is late to hear that a package is missing.
+
     Raises:
-        RecipeError: if the target needs the dense baseline, which the recipe leaves out.
+        RecipeError: if the target needs the dense baseline, which the recipe leaves out, or does
+            not build for the recipe's GPUs.
+        EnvironmentFault: see `engines.requirements.check`.
     """
     target = resolve_target(inputs.recipe.target)
     if target != "onnxruntime" and not inputs.recipe.model.dense_baseline:
@@ -100,9 +112,11 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
     }
     if target == "onnxruntime":
         return {**fields, "gpus": [gpu.name for gpu in inputs.environment.gpus]}
+    from nmexport.engines import requirements
     from nmexport.engines.profiles import limits_from
     from nmexport.runtimes import tensorrt_library
 
+    requirements.check(target, inputs.recipe.engine.compute_capabilities)
     return {
         **fields,
         target: inputs.environment.version(target),
@@ -129,7 +143,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
 
 
 def _run_tensorrt(inputs: StageInputs, target: TensorRTTarget) -> dict[str, Any]:
-    from nmexport.engines.pair import build_pair
+    from nmexport.engines.pair import LOG, build_pair
     from nmexport.runtimes.tensorrt_engine import SECTION
 
     built = build_pair(
@@ -138,6 +152,7 @@ def _run_tensorrt(inputs: StageInputs, target: TensorRTTarget) -> dict[str, Any]
         environment=inputs.environment,
         export=inputs.upstream["export"],
         output=inputs.output,
+        log=(inputs.resume or inputs.output) / LOG,  # a failed build's folder is removed
         progress=inputs.progress,
     )
     document = {
@@ -145,6 +160,7 @@ def _run_tensorrt(inputs: StageInputs, target: TensorRTTarget) -> dict[str, Any]
         "runtime": target,
         "runtime_version": built.engine.version,
         SECTION: built.engine.as_dict(),
+        "build": {name: built.metrics[name] for name in _BUILD_RECORD},
     }
     _write(inputs, document)
     return built.metrics
@@ -178,7 +194,9 @@ def _description(inputs: StageInputs, library: Path | None) -> dict[str, Any]:
         "runtime": "onnxruntime",
         "runtime_version": inputs.environment.version("onnxruntime"),
         "model": _relative(inputs, "model.onnx"),
-        "dense_model": _relative(inputs, "dense/model.onnx"),
+        "dense_model": _relative(inputs, "dense/model.onnx")
+        if inputs.recipe.model.dense_baseline
+        else None,
         "threads": inputs.recipe.latency.threads,
         "provider": choose_provider(library),
         "session_config": dict(SESSION_CONFIG),

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from nmexport.layers import ModelPhases
-    from nmexport.recipe import EvaluationSection, LatencySection
+    from nmexport.recipe import EvaluationSection, LatencySection, Recipe
     from nmexport.runtimes.onnxruntime import Engine
     from nmexport.runtimes.session import Session
     from nmexport.stages.inputs import StageInputs
@@ -80,14 +80,11 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
     """How it is measured, on what, and where.
 
     Raises:
-        RecipeError: if the recipe leaves out the dense baseline: said before anything runs.
+        RecipeError: if a gate or task needs the dense baseline, which the recipe leaves out: said
+            before anything runs.
     """
     recipe, environment = inputs.recipe, inputs.environment
-    if not recipe.model.dense_baseline:
-        raise RecipeError(
-            "Nothing can be verified without the dense baseline.",
-            fix="end with --to engine, or leave out --no-dense-baseline",
-        )
+    _check_comparable(recipe)
     return {
         "target": resolve_target(recipe.target),
         "evaluation": recipe.evaluation.model_dump(mode="json", exclude=_NOT_KEYS),
@@ -102,6 +99,21 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
     }
 
 
+def _check_comparable(recipe: Recipe) -> None:
+    needs = [
+        name.replace("_", "-")
+        for name, limit in recipe.gates
+        if limit is not None and name != "max_peak_rss_bytes"
+    ]
+    if recipe.evaluation.tasks or recipe.evaluation.tasks_path:
+        needs.append("tasks")
+    if needs and not recipe.model.dense_baseline:
+        raise RecipeError(
+            f"Without the dense baseline there is nothing to hold {', '.join(needs)} against.",
+            fix="leave out --no-dense-baseline, or the gates and tasks",
+        )
+
+
 def run(inputs: StageInputs) -> dict[str, Any]:
     """Measure everything and write `report.json`, `report.md` and `report.html`.
 
@@ -112,7 +124,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     """
     from nmexport.runtimes.onnxruntime import read_engine
     from nmexport.runtimes.opening import why_not_here
-    from nmexport.verification import memory, report_pages
+    from nmexport.verification import alone, memory, report_pages
     from nmexport.verification.reference import model_size
     from nmexport.verification.report import assemble, judge
 
@@ -121,7 +133,9 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     windows = _windows(inputs)
     prompts = prompts_from(windows, recipe.evaluation.prompts)
     size = model_size(inputs.source, trust_remote_code=recipe.model.trust_remote_code)
-    accuracy, latency = _dense_against_sparse(inputs, windows, prompts)
+    compared = engine.dense_model is not None
+    measure = _dense_against_sparse if compared else _sparse_alone
+    accuracy, latency = measure(inputs, windows, prompts)
     report = assemble(
         recipe=recipe,
         source=inputs.source,
@@ -136,6 +150,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
             inputs.upstream["engine"] / "engine.json",
             export=engine.model.parent,
             prompt_tokens=recipe.latency.prefill_tokens,
+            why_no_dense=None if compared else alone.WHY,
         ),
         notes=_notes(engine, why_not_here(inputs.upstream["engine"])),
         allocation=_allocation(inputs),
@@ -244,6 +259,42 @@ def _dense_against_sparse(
         "continuation": told,
         "decode_only": decoded,
         **scored,
+        "protocol": f"{corpus.protocol(evaluation)}. {accuracy.protocol(phases)}",
+    }
+    return document, times
+
+
+def _sparse_alone(
+    inputs: StageInputs, windows: NDArray[np.int64], prompts: NDArray[np.int64]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The report's `accuracy` and `latency` where there is no dense baseline."""
+    from nmexport.environment import device_name
+    from nmexport.runtimes.opening import open_session
+    from nmexport.verification import accuracy, alone
+
+    recipe, progress = inputs.recipe, inputs.progress
+    evaluation, timing = recipe.evaluation, recipe.latency
+    prompt, context = latency_tokens(windows, timing)
+    phases = _phases(inputs)
+    with open_session(inputs.upstream["engine"], elsewhere=True) as sparse:
+        tracked = progress.track(windows, label="verify: perplexity", total=len(windows))
+        scores = alone.score(sparse, tracked, phases=phases)
+        times = alone.time(
+            sparse,
+            prompt=prompt,
+            context=context,
+            runs=timing.runs,
+            warmup=timing.warmup,
+            device=device_name(inputs.environment, on_gpu=sparse.threads is None),
+            progress=progress,
+        )
+    document = {
+        "dataset": _dataset(evaluation),
+        **scores,
+        "continuation": alone.no_continuation(prompts),
+        "decode_only": None,
+        "tasks": {},
+        "tasks_protocol": None,
         "protocol": f"{corpus.protocol(evaluation)}. {accuracy.protocol(phases)}",
     }
     return document, times
@@ -427,9 +478,14 @@ def _no_library(engine: Engine) -> str | None:
 
 
 def _notes(engine: Engine, absent: str | None) -> list[str]:
+    from nmexport.verification import alone
+
+    notes = [alone.NOTE] if engine.dense_model is None else []
     if absent:
         told = f"The {engine.runtime} engine was built and does not run here: {absent}"
-        return [f"{told} Accuracy and latency are of its ONNX file on ONNX Runtime."]
-    if _no_library(engine) is None:
-        return []
-    return [f"{NO_LIBRARY.capitalize()}: the latency below is theirs, not the native op's."]
+        notes.append(f"{told} Accuracy and latency are of its ONNX file on ONNX Runtime.")
+    elif _no_library(engine) is not None:
+        notes.append(
+            f"{NO_LIBRARY.capitalize()}: the latency below is theirs, not the native op's."
+        )
+    return notes

@@ -127,12 +127,20 @@ def score_window(
     """Score both models on one window `[L]`; see `compare`."""
     score = WindowComparison()
     logits = dense.prefill(window[None, :])[0]
-    if phases in _STEPWISE:
-        prompt = prompt_length(window)
-        score.add(window[prompt:], logits[prompt:], _teacher_forced(sparse, window, prompt))
-    else:
-        score.add(window, logits, sparse.prefill(window[None, :])[0])
+    targets, sparse_logits = scored(sparse, window, phases=phases)
+    prompt = len(window) - 1 - len(targets)
+    score.add(window[prompt:], logits[prompt:], sparse_logits)
     return score
+
+
+def scored(
+    sparse: Session, window: NDArray[np.int64], *, phases: ModelPhases
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Tokens of a window `[L]` that are scored, `[T]`, and logits `[T or T + 1, V]` for them."""
+    if phases not in _STEPWISE:
+        return window[1:], sparse.prefill(window[None, :])[0]
+    prompt = prompt_length(window)
+    return window[prompt + 1 :], _teacher_forced(sparse, window, prompt)
 
 
 def figures(scores: Iterable[WindowComparison], *, phases: ModelPhases = "all") -> dict[str, Any]:
@@ -182,8 +190,8 @@ def _figures(sums: WindowComparison) -> dict[str, Any]:
     return {
         "tokens": sums.dense.tokens,
         "windows": len(sums.dense.window_tokens),
-        "dense": _side(sums.dense),
-        "sparse": _side(sums.sparse),
+        "dense": side_of(sums.dense),
+        "sparse": side_of(sums.sparse),
         "perplexity_ratio": math.exp(sums.sparse.mean - sums.dense.mean),
         "perplexity_ratio_stderr": ratio_stderr(sums.dense, sums.sparse),
         "kl_mean": sums.divergence.kl_mean,
@@ -214,7 +222,8 @@ def _teacher_forced(
     return np.stack(steps)
 
 
-def _side(sums: NllSum) -> dict[str, Any]:
+def side_of(sums: NllSum) -> dict[str, Any]:
+    """One model's figures."""
     return {
         "perplexity": sums.perplexity,
         "nll_mean": sums.mean,

@@ -280,7 +280,7 @@ def chunks_by_bytes(
 
 def audit(
     sparse_path: Path,
-    dense_path: Path,
+    dense_path: Path | None,
     layers: Sequence[LayerSpec],
     *,
     library: Path | None,
@@ -292,7 +292,7 @@ def audit(
 
     Args:
         sparse_path: The exported sparse model.
-        dense_path: The baseline beside it.
+        dense_path: The baseline beside it; None where there is none to compare outputs with.
         layers: The sparsified linears.
         library: Native op library, or None for the function bodies.
         threads: Intra-op threads.
@@ -306,6 +306,8 @@ def audit(
     options: dict[str, Any] = {"library": library, "threads": threads}
     with open_instrumented(sparse_graph, sparse_path.parent, **options) as sparse:
         kept = count_kept(sparse, counters, windows)
+        if dense_path is None:
+            return sparsity(layers, kept, dict.fromkeys(kept))
         dense_graph = read_graph(dense_path)
         add_layer_outputs(dense_graph, values)
         options["library"] = None

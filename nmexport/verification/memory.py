@@ -69,18 +69,21 @@ def measure(engine: Path, *, dense: bool, prompt_tokens: int) -> dict[str, Any]:
     return {"peak_rss_bytes": peak_rss_bytes()}
 
 
-def measure_engine(engine: Path, *, export: Path, prompt_tokens: int) -> dict[str, Any]:
+def measure_engine(
+    engine: Path, *, export: Path, prompt_tokens: int, why_no_dense: str | None = None
+) -> dict[str, Any]:
     """The report's `memory`.
 
     Args:
         engine: `engine.json`.
         export: Folder of the exported model.
         prompt_tokens: Length of the prompt that is run.
+        why_no_dense: Why there is no baseline; None where there is one.
     """
-    sparse, dense = (
-        run_in_fresh_process(engine, dense=dense, prompt_tokens=prompt_tokens)
-        for dense in (False, True)
-    )
+    sparse = run_in_fresh_process(engine, dense=False, prompt_tokens=prompt_tokens)
+    dense: dict[str, Any] = {"peak_rss_bytes": None, "why": why_no_dense}
+    if why_no_dense is None:
+        dense = run_in_fresh_process(engine, dense=True, prompt_tokens=prompt_tokens)
     return {
         **sparse,
         "device_bytes": None,

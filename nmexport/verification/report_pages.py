@@ -15,6 +15,7 @@ from nmexport.verification.report_plots import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from jinja2 import Environment as Jinja
@@ -78,6 +79,31 @@ def speedup(value: float | None) -> str:
     return _ABSENT if value is None else f"{value:.2f}x"
 
 
+def times(value: float | None) -> str:
+    """`1.6x`."""
+    return _ABSENT if value is None else f"{number(value, 3)}x"
+
+
+def interval(ends: Sequence[float] | None) -> str:
+    """` (1.41x to 1.53x)`; nothing where it was not measured."""
+    return "" if ends is None else f" ({speedup(ends[0])} to {speedup(ends[1])})"
+
+
+def milliseconds(value: float | None) -> str:
+    """`7.12 ms`."""
+    return _ABSENT if value is None else f"{number(value, 3)} ms"
+
+
+def rate(value: float | None) -> str:
+    """`140 tokens/s`; nothing where it was not measured: the time says so."""
+    return "" if value is None else f"{number(value, 3)} tokens/s"
+
+
+def compared(words: str, value: float | None) -> str:
+    """What a ratio's words are; none where there is no ratio."""
+    return "" if value is None else words
+
+
 def method(report: dict[str, Any]) -> str:
     """The method in one line."""
     parts = [f"{report['grouping']} groups"]
@@ -102,8 +128,8 @@ def summary_rows(report: dict[str, Any]) -> list[dict[str, str]]:
             "Perplexity",
             number(accuracy["dense"]["perplexity"]),
             number(accuracy["sparse"]["perplexity"]),
-            change=f"{number(accuracy['perplexity_ratio'], 3)}x",
-            change_more="as high",
+            change=times(accuracy["perplexity_ratio"]),
+            change_more=compared("as high", accuracy["perplexity_ratio"]),
         ),
         _speed_row(report["latency"], "decode", "Decode, batch {batch}, {context} tokens cached"),
         _speed_row(report["latency"], "prefill", "Prefill, {tokens} tokens"),
@@ -119,12 +145,12 @@ def _speed_row(latency: dict[str, Any], phase: str, what: str) -> dict[str, str]
     dense, sparse = latency["dense"][phase], latency["sparse"][phase]
     return _summary_row(
         what.format(**dense),
-        f"{number(dense['p50_ms'], 3)} ms",
-        f"{number(sparse['p50_ms'], 3)} ms",
-        dense_more=f"{number(dense['tokens_per_s'], 3)} tokens/s",
-        sparse_more=f"{number(sparse['tokens_per_s'], 3)} tokens/s",
+        milliseconds(dense["p50_ms"]),
+        milliseconds(sparse["p50_ms"]),
+        dense_more=rate(dense["tokens_per_s"]),
+        sparse_more=rate(sparse["tokens_per_s"]),
         change=speedup(latency["speedup"][phase]),
-        change_more="as fast",
+        change_more=compared("as fast", latency["speedup"][phase]),
     )
 
 
@@ -278,6 +304,10 @@ def _render(template: str, report: dict[str, Any], **more: Any) -> str:
         .get_template(template)
         .render(
             report=report,
+            intervals={
+                phase: interval(report["latency"]["speedup"][f"{phase}_interval"])
+                for phase in ("prefill", "decode")
+            },
             verdict=VERDICTS[report["verdict"]],
             method=method(report),
             summary=summary_rows(report),

@@ -129,6 +129,8 @@ def latency_svg(latency: dict[str, Any], phase: str) -> str:
         for side, colour, dash in (("dense", DENSE, "--"), ("sparse", SPARSE, "-")):
             figures = latency[side][phase]
             samples = sorted(figures["samples_ms"])
+            if not samples:
+                continue
             label = f"{side}, median {figures['p50_ms']:.3g} ms"
             axes.ecdf(samples, color=colour, linestyle=dash, linewidth=1.8, label=label)
             axes.plot([figures["p50_ms"]], [0.5], "o", color=colour, markersize=5)

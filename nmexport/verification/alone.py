@@ -1,0 +1,102 @@
+"""A sparse model with no dense baseline beside it: its own figures, and null where two compare."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nmexport.verification import accuracy, continuation, latency
+from nmexport.verification.perplexity import NllSum, log_softmax, token_nll
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from nmexport.layers import ModelPhases
+    from nmexport.progress import Progress
+    from nmexport.runtimes.session import Session, Timed
+
+WHY = "the recipe leaves out the dense baseline (--no-dense-baseline)"
+NOTE = (
+    "There is no dense baseline, so nothing here says what sparsity costs or gains: perplexity "
+    "and times are the sparse model's alone."
+)
+_NO_PERPLEXITY = {"perplexity": None, "nll_mean": None, "window_nll_mean": None, "why": WHY}
+
+
+def score(
+    sparse: Session, windows: Iterable[NDArray[np.int64]], *, phases: ModelPhases = "all"
+) -> dict[str, Any]:
+    """The report's `accuracy`, without the data set's name; see `accuracy.compare`."""
+    sums = NllSum()
+    for window in windows:
+        targets, logits = accuracy.scored(sparse, window, phases=phases)
+        sums.add(token_nll(log_softmax(logits[: len(targets)]), targets))
+    return {
+        "why": WHY,
+        "tokens": sums.tokens,
+        "windows": len(sums.window_tokens),
+        "dense": _NO_PERPLEXITY,
+        "sparse": accuracy.side_of(sums),
+        **dict.fromkeys(
+            ("perplexity_ratio", "perplexity_ratio_stderr", "kl_mean", "top1_agreement")
+        ),
+        "second_half": None,
+    }
+
+
+def no_continuation(prompts: NDArray[np.int64]) -> dict[str, Any]:
+    """The report's `accuracy.continuation`, which compares."""
+    return {
+        "why": WHY,
+        "prompts": int(prompts.shape[0]),
+        "prompt_tokens": int(prompts.shape[1]),
+        "generated_tokens": 0,
+        **dict.fromkeys(
+            (
+                "free_running_agreement",
+                "guided_agreement",
+                "first_divergence",
+                "median_first_divergence",
+            )
+        ),
+        "protocol": continuation.PROTOCOL,
+    }
+
+
+def time(
+    sparse: Timed,
+    *,
+    prompt: NDArray[np.int64],
+    context: NDArray[np.int64],
+    runs: int,
+    warmup: int,
+    device: str,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The report's `latency`; see `latency.compare`."""
+    measured = latency.compare(
+        sparse,
+        sparse,
+        prompt=prompt,
+        context=context,
+        runs=runs,
+        warmup=warmup,
+        device=device,
+        progress=progress,
+    )
+    figures = ("p50_ms", "p90_ms", "p99_ms", "tokens_per_s")
+    absent: dict[str, Any] = {**dict.fromkeys(figures), "runs": 0, "samples_ms": []}
+    return {
+        **measured,
+        "why": WHY,
+        "dense": {phase: {**measured["dense"][phase], **absent} for phase in ("prefill", "decode")},
+        "speedup": {
+            "prefill": None,
+            "decode": None,
+            "prefill_interval": None,
+            "decode_interval": None,
+            "why": WHY,
+        },
+    }
