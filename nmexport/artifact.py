@@ -87,6 +87,10 @@ class Manifest:
     seconds: float
     command: str
     """The line that rebuilds just this stage."""
+    peak_memory_bytes: int | None = None
+    """Most that the process held while the stage ran, mapped files included."""
+    share: float | None = None
+    """Of the seconds that all stages of the build took; None until the build is through."""
 
     @property
     def digest(self) -> str:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 # About the making, not about what was made.
-_LEFT_OUT = frozenset({"path", "made", "seconds", "share"})
+_LEFT_OUT = frozenset({"path", "made", "seconds", "share", "peak_memory_bytes"})
 
 
 def compare(before: Path, after: Path) -> dict[str, Any]:

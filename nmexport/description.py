@@ -69,7 +69,7 @@ def _stage_rows(manifests: Mapping[str, Manifest | None]) -> list[dict[str, Any]
     """The stages with their share of the time that all of them took."""
     rows = [_stage_row(stage, manifest) for stage, manifest in manifests.items()]
     total = sum(row["seconds"] or 0.0 for row in rows)
-    for row in rows:
+    for row in rows:  # of what is in use now, which need not be one build
         known = row["seconds"] is not None and total > 0
         row["share"] = round(row["seconds"] / total, 3) if known else None
     return rows
@@ -77,13 +77,15 @@ def _stage_rows(manifests: Mapping[str, Manifest | None]) -> list[dict[str, Any]
 
 def _stage_row(stage: str, manifest: Manifest | None) -> dict[str, Any]:
     if manifest is None:
-        return {"stage": stage, "key": None, "digest": None, "bytes": None, "seconds": None}
+        absent = ("key", "digest", "bytes", "seconds", "peak_memory_bytes")
+        return {"stage": stage, **dict.fromkeys(absent)}
     return {
         "stage": stage,
         "key": manifest.key[:KEY_CHARS],
         "digest": manifest.digest[:KEY_CHARS],
         "bytes": manifest.bytes,
         "seconds": manifest.seconds,
+        "peak_memory_bytes": manifest.peak_memory_bytes,
     }
 
 
@@ -97,6 +99,8 @@ def _artifact(path: Path) -> dict[str, Any]:
         "made": {
             "started": manifest.started,
             "seconds": manifest.seconds,
+            "share": manifest.share,
+            "peak_memory_bytes": manifest.peak_memory_bytes,
             "command": manifest.command,
         },
         "inputs": manifest.inputs,

@@ -31,6 +31,7 @@ from nmexport.artifact import (
     record_files,
 )
 from nmexport.errors import ArtifactError, RecipeError
+from nmexport.progress import peak_rss_bytes, reset_peak_rss
 from nmexport.recipe import dump
 from nmexport.stages.inputs import StageInputs
 
@@ -134,6 +135,8 @@ class Step:
     """Size of the finished artifact; None where there is none yet."""
     seconds: float | None = None
     """How long it took, where it ran."""
+    peak_memory_bytes: int | None = None
+    """Most that the process held meanwhile, where it ran."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -207,6 +210,7 @@ class Pipeline:
                 self._do(stage, keys, selection, full=selection.check or stage in read)
                 for stage in selection.stages
             ]
+            self.work.note_shares(keys)
             if "verify" in selection.stages:
                 self.work.publish_reports()
             return steps
@@ -243,6 +247,7 @@ class Pipeline:
         module, key = self.stages[stage], keys[stage]
         upstream = {name: self.work.folder(name, keys[name]) for name in module.UPSTREAM}
         started, began = datetime.now(UTC), time.monotonic()
+        reset_peak_rss()
         with self.work.partial(stage, key) as output:
             resume = self.work.resume_path(stage, key)
             metrics = module.run(self._inputs(output, upstream, resume))
@@ -257,6 +262,7 @@ class Pipeline:
                 metrics=plain(metrics),
                 started=started.isoformat(timespec="seconds"),
                 seconds=round(time.monotonic() - began, 3),
+                peak_memory_bytes=peak_rss_bytes(),
                 command=self._rebuild_line(stage, key),
             )
             self.work.commit(output, manifest)
@@ -268,6 +274,7 @@ class Pipeline:
             reason=reason,
             bytes=manifest.bytes,
             seconds=manifest.seconds,
+            peak_memory_bytes=manifest.peak_memory_bytes,
         )
 
     def _assess(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from contextlib import contextmanager
@@ -142,7 +143,7 @@ def length_of(items: object) -> int | None:
 
 
 def peak_rss_bytes() -> int:
-    """Most memory this process ever held.
+    """Most memory this process held, ever or since `reset_peak_rss`.
 
     On Linux not `ru_maxrss`: a child inherits its parent's through fork and exec.
     """
@@ -154,6 +155,12 @@ def peak_rss_bytes() -> int:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
+def reset_peak_rss() -> None:
+    """Begin `peak_rss_bytes` anew, where the kernel lets us; elsewhere it stays the process's."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # see proc(5)
 
 
 def duration(seconds: float) -> str:

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,7 @@ from nmexport.artifact import (
 from nmexport.errors import ArtifactError, UserError, WorkDirectoryError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from nmexport.recipe import Recipe
 
@@ -215,6 +215,23 @@ class WorkDirectory:
         _flush_folder(finished.parent)
         shutil.rmtree(aside, ignore_errors=True)
         return finished
+
+    def note_shares(self, keys: Mapping[str, str]) -> None:
+        """Write into each finished stage's manifest what part of the whole time it took.
+
+        A manifest keeps its time: whether a file was written after it still shows.
+        """
+        found = [self.find(stage, key) for stage, key in keys.items()]
+        manifests = [manifest for manifest in found if manifest is not None]
+        total = sum(manifest.seconds for manifest in manifests)
+        for manifest in manifests:
+            share = round(manifest.seconds / total, 4) if total else None
+            if share == manifest.share:
+                continue
+            path = self.folder(manifest.stage, manifest.key) / MANIFEST
+            times = path.stat()
+            self.replace(path, replace(manifest, share=share).to_json().encode())
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
     def use(self, stage: str, key: str) -> None:
         """Point `current` at an artifact, in one step."""

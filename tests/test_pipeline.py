@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -11,13 +12,24 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import click
 import pytest
 import yaml
 from nmexport.artifact import MANIFEST, read_manifest
-from nmexport.errors import ArtifactError, InternalError, RecipeError, WorkDirectoryError
+from nmexport.cli import running
+from nmexport.errors import (
+    ArtifactError,
+    EnvironmentFault,
+    InternalError,
+    RecipeError,
+    WorkDirectoryError,
+)
 from nmexport.pipeline import STAGES, Selection
+from nmexport.progress import Lines
 from nmexport.recipe import load
 
 from tests.fake_stages import ORDER, fake_pipeline, fake_stages
@@ -63,13 +75,45 @@ def test_layout_and_manifest_are_the_contract(tmp_path: Path) -> None:
         "started",
         "seconds",
         "command",
+        "peak_memory_bytes",
+        "share",
     ]
+    assert document["peak_memory_bytes"] > 1e6
     assert (work / "fold/current").resolve().name == document["key"][:12]
     assert [set(row) for row in document["files"]] == [{"path", "bytes", "sha256"}] * 2
     assert document["metrics"] == {"lines": 2, "not_a_number": None}
     words = document["command"].split()
     assert words[:2] == ["nmexport", "fold"]
     assert load(Path(words[words.index("--recipe") + 1])) == load(work / "resolved.yaml")
+
+
+def test_shares_of_a_build_are_in_its_manifests(tmp_path: Path) -> None:
+    work = tmp_path / "w"
+    stages = fake_stages()
+    stages["fold"].pause = 0.3
+    fake_pipeline(work, stages).run(EVERYTHING)
+    manifests = {stage: read_manifest(work / stage / "current") for stage in ORDER}
+    assert sum(one.share for one in manifests.values()) == pytest.approx(1, abs=1e-3)
+    assert max(ORDER, key=lambda stage: manifests[stage].share) == "fold"
+    assert set(actions(fake_pipeline(work)).values()) == {"cached"}
+
+
+def test_memory_of_a_stage_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage after a large one is not told the large one's peak."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("the kernel keeps one mark for all of a process's life")
+    stages = fake_stages()
+    run = stages["calibrate"].run
+
+    def large(inputs):
+        block = bytearray(300 << 20)
+        block[:: 1 << 12] = b"x" * len(block[:: 1 << 12])
+        return run(inputs)
+
+    monkeypatch.setattr(stages["calibrate"], "run", large)
+    steps = fake_pipeline(tmp_path / "w", stages).run(EVERYTHING)
+    first, second, *_ = (step.peak_memory_bytes for step in steps)
+    assert first - second > 200 << 20
 
 
 def test_plan_says_which_input_changed_and_runs_only_what_follows(tmp_path: Path) -> None:
@@ -211,6 +255,31 @@ def test_missing_copy_of_the_report_comes_back(tmp_path: Path) -> None:
     (work / "report.html").unlink()
     fake_pipeline(work).run(EVERYTHING)
     assert (work / "report.html").exists()
+
+
+def test_build_that_does_not_fit_the_disk_is_refused_before_its_first_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[str] = []
+    pipeline = fake_pipeline(tmp_path / "w", fake_stages(log))
+    context = click.Context(click.Command("build"))
+    monkeypatch.setattr("nmexport.estimate.shutil.disk_usage", lambda _: SimpleNamespace(free=9))
+    with pytest.raises(EnvironmentFault, match="9 B are free") as caught:
+        running.run(context, pipeline, EVERYTHING)
+    assert "--no-dense-baseline" in str(caught.value)
+    assert log == []
+
+
+def test_build_says_first_what_it_will_take(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    pipeline = replace(fake_pipeline(tmp_path / "w"), progress=Lines(stream))
+    with click.Context(click.Command("build")):
+        running.run(click.get_current_context(), pipeline, EVERYTHING)
+        first, *_ = stream.getvalue().splitlines()
+        assert first.startswith("Writes about ")
+        stream.truncate(0)
+        running.run(click.get_current_context(), pipeline, EVERYTHING)
+    assert "Writes about" not in stream.getvalue()
 
 
 # -- failures -----------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from nmexport.cli.output import console, emit_json, size, table, wants_json
-from nmexport.errors import GateFailed
+from nmexport.errors import EnvironmentFault, GateFailed
 from nmexport.progress import duration
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     import click
 
+    from nmexport.estimate import Estimate
     from nmexport.pipeline import Pipeline, Selection, Step
 
 
@@ -24,6 +25,7 @@ def run(ctx: click.Context, pipeline: Pipeline, selection: Selection) -> None:
         GateFailed: if the verification's verdict is `fail`; after everything was shown.
     """
     refusal: GateFailed | None = None
+    _check_room(pipeline, selection)
     try:
         steps = pipeline.run(selection)
     except GateFailed as error:  # packaging refuses what failed: the figures say why it did
@@ -47,6 +49,36 @@ def run(ctx: click.Context, pipeline: Pipeline, selection: Selection) -> None:
         raise GateFailed(f"failed: {', '.join(failed)}")
 
 
+def _check_room(pipeline: Pipeline, selection: Selection) -> None:
+    """Say what the stages will take, before the first one runs; nothing where none does.
+
+    Raises:
+        EnvironmentFault: if the disk has too little room for all of them.
+    """
+    from nmexport.estimate import estimate
+
+    steps = pipeline.plan(selection)
+    if all(step.action == "cached" for step in steps):
+        return
+    expected = estimate(pipeline.recipe, pipeline.source, steps, pipeline.work.root)
+    pipeline.progress.note(_in_words(expected, pipeline))
+    if expected.write_bytes > expected.free_bytes:
+        raise EnvironmentFault(
+            f"The build writes about {size(expected.write_bytes)}, and "
+            f"{size(expected.free_bytes)} are free where {pipeline.work.root} is to be.",
+            fix="choose another --work, end sooner with --to, or leave out the dense model with "
+            "--no-dense-baseline",
+        )
+
+
+def _in_words(expected: Estimate, pipeline: Pipeline) -> str:
+    return (
+        f"Writes about {size(expected.write_bytes)} to {pipeline.work.root} "
+        f"({size(expected.free_bytes)} free); peak memory about {size(expected.memory_bytes)} "
+        f"({size(pipeline.environment.memory_bytes)} here)."
+    )
+
+
 def show_plan(ctx: click.Context, pipeline: Pipeline, selection: Selection) -> None:
     """Say what is cached, what runs and why, and what it will take."""
     from nmexport.estimate import estimate
@@ -68,12 +100,7 @@ def show_plan(ctx: click.Context, pipeline: Pipeline, selection: Selection) -> N
     ]
     out = console()
     out.print(table(None, ("stage", "action", "size", "why"), rows, left=("action", "why")))
-    out.print(
-        f"Writes about {size(expected.write_bytes)} to {pipeline.work.root} "
-        f"({size(expected.free_bytes)} free); peak memory about {size(expected.memory_bytes)} "
-        f"({size(pipeline.environment.memory_bytes)} here).",
-        soft_wrap=True,
-    )
+    out.print(_in_words(expected, pipeline), soft_wrap=True)
 
 
 def _report(work: Path) -> dict[str, Any] | None:
@@ -86,18 +113,20 @@ def _report(work: Path) -> dict[str, Any] | None:
 
 def _show_outcome(pipeline: Pipeline, steps: list[Step], report: dict[str, Any] | None) -> None:
     out = console()
-    ran = [step for step in steps if step.action == "run"]
-    if ran:
+    seconds = sum(step.seconds or 0.0 for step in steps)
+    if any(step.action == "run" for step in steps):
         rows = [
             (
                 step.stage,
                 "up to date" if step.seconds is None else duration(step.seconds),
+                None if step.seconds is None else f"{step.seconds / max(seconds, 1e-9):.0%}",
+                size(step.peak_memory_bytes),
                 size(step.bytes),
                 step.key[:12],
             )
             for step in steps
         ]
-        out.print(table(None, ("stage", "took", "size", "key"), rows))
+        out.print(table(None, ("stage", "took", "share", "memory", "size", "key"), rows))
     else:
         out.print(f"Everything is up to date in {pipeline.work.root}.", soft_wrap=True)
     if report is not None:
