@@ -11,6 +11,10 @@ from typing import Any
 
 from nmexport.errors import EnvironmentFault
 
+THREADS_ENTRY = "custom_op.nmexport.threads"
+"""Session configuration entry that tells the library how many threads the session has, which ONNX
+Runtime does not; set before the library is registered. It changes speed, never a result."""
+
 _FOLDER = Path(__file__).resolve().parent.parent / "_native"
 _FAILURE_FILE = "BUILD_FAILED.txt"  # written by plugins/build_hook.py
 _MEND = "python -m pip install --no-deps --force-reinstall --editable . (with a C++ compiler)"

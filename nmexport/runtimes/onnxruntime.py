@@ -14,6 +14,7 @@ from nmexport.artifact import file_digest
 from nmexport.environment import physical_cores
 from nmexport.errors import ArtifactError, EnvironmentFault
 from nmexport.runtimes.feeds import float32_from, positions_from_mask
+from nmexport.runtimes.native import THREADS_ENTRY
 from nmexport.runtimes.session import Closing
 
 if TYPE_CHECKING:
@@ -198,6 +199,7 @@ def session_options(
     for key, value in config.items():
         options.add_session_config_entry(key, value)
     if library is not None:
+        options.add_session_config_entry(THREADS_ENTRY, str(options.intra_op_num_threads))
         _register(options, library)
     return options
 

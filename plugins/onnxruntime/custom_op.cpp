@@ -100,7 +100,7 @@ CustomOp::CustomOp(const OrtApi* api, const OpSpec& spec, ElementType type, Kern
       mApi(api),
       mSpec(spec),
       mType(type),
-      mFactory(factory),
+      mFactory(std::move(factory)),
       mProvider(provider),
       mHasInt8Weights(hasInt8Weights) {
     version = ORT_API_VERSION;

@@ -1,6 +1,7 @@
 // An op of the contract for one element type, as ONNX Runtime wants it described.
 #pragma once
 
+#include <functional>
 #include <memory>
 
 #include "contract.h"
@@ -17,8 +18,8 @@ class Kernel {
     virtual void run(OrtKernelContext* context) const = 0;
 };
 
-using KernelFactory = std::unique_ptr<Kernel> (*)(const OrtApi& api, const OrtKernelInfo* info,
-                                                  ElementType type);
+using KernelFactory = std::function<std::unique_ptr<Kernel>(
+    const OrtApi& api, const OrtKernelInfo* info, ElementType type)>;
 
 class CustomOp : public OrtCustomOp {
   public:
@@ -29,7 +30,7 @@ class CustomOp : public OrtCustomOp {
     const OrtApi* api() const { return mApi; }
     const OpSpec& spec() const { return mSpec; }
     ElementType type() const { return mType; }
-    KernelFactory factory() const { return mFactory; }
+    const KernelFactory& factory() const { return mFactory; }
     const char* provider() const { return mProvider; }
     bool hasInt8Weights() const { return mHasInt8Weights; }
 
@@ -42,13 +43,14 @@ class CustomOp : public OrtCustomOp {
     bool mHasInt8Weights;
 };
 
+// `threads` are those of the session.
 std::unique_ptr<Kernel> makePruneKernel(const OrtApi& api, const OrtKernelInfo* info,
-                                        ElementType type);
+                                        ElementType type, std::size_t threads);
 std::unique_ptr<Kernel> makeLinearKernel(const OrtApi& api, const OrtKernelInfo* info,
-                                         ElementType type);
+                                         ElementType type, std::size_t threads);
 // The same with weights in int8.
 std::unique_ptr<Kernel> makeInt8LinearKernel(const OrtApi& api, const OrtKernelInfo* info,
-                                             ElementType type);
+                                             ElementType type, std::size_t threads);
 
 #if defined(NMEXPORT_HAS_CUDA)
 inline constexpr const char* kCUDA_PROVIDER = "CUDAExecutionProvider";

@@ -2,11 +2,18 @@
 #include <onnxruntime_c_api.h>
 
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <mutex>
 #include <string>
+#include <thread>
+#include <utility>
 #include <vector>
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
 
 #include "custom_op.h"
 #include "variant.h"
@@ -21,14 +28,23 @@ using Ops = std::vector<CustomOp>;
 constexpr ElementType kTYPES[] = {ElementType::kFLOAT32, ElementType::kFLOAT16,
                                   ElementType::kBFLOAT16};
 
-Ops makeOps(const OrtApi* api, bool infersShapes) {
+using CpuFactory = std::unique_ptr<Kernel> (*)(const OrtApi&, const OrtKernelInfo*, ElementType,
+                                               std::size_t threads);
+
+Ops makeOps(const OrtApi* api, bool infersShapes, std::size_t threads) {
+    const auto with = [threads](CpuFactory factory) -> KernelFactory {
+        return [factory, threads](const OrtApi& of, const OrtKernelInfo* info, ElementType type) {
+            return factory(of, info, type, threads);
+        };
+    };
     Ops ops;
     for (const ElementType type : kTYPES)
-        ops.emplace_back(api, kNMPrune, type, makePruneKernel, infersShapes);
+        ops.emplace_back(api, kNMPrune, type, with(makePruneKernel), infersShapes);
     for (const ElementType type : kTYPES)
-        ops.emplace_back(api, kNMLinear, type, makeLinearKernel, infersShapes);
+        ops.emplace_back(api, kNMLinear, type, with(makeLinearKernel), infersShapes);
     for (const ElementType type : kTYPES)
-        ops.emplace_back(api, kNMLinear, type, makeInt8LinearKernel, infersShapes, nullptr, true);
+        ops.emplace_back(api, kNMLinear, type, with(makeInt8LinearKernel), infersShapes, nullptr,
+                         true);
     return ops;
 }
 
@@ -42,19 +58,55 @@ void addCudaOps(const OrtApi* api, bool infersShapes, Ops& ops) {
 }
 #endif
 
-// The ops for one ONNX Runtime, of which a process may hold several; they outlive every session.
-// Shape inference is called back without an API, so the ops carry it. Null: to be described only.
-const Ops& opsFor(const OrtApi* api, bool infersShapes) {
+// The ops for one ONNX Runtime, of which a process may hold several, and sessions of so many
+// threads; they outlive every session. Shape inference is called back without an API, so the ops
+// carry it. Null: to be described only.
+const Ops& opsFor(const OrtApi* api, bool infersShapes, std::size_t threads) {
     static std::mutex mutex;
-    static std::map<const OrtApi*, Ops> known;
+    static std::map<std::pair<const OrtApi*, std::size_t>, Ops> known;
     const std::lock_guard<std::mutex> lock(mutex);
-    const auto found = known.find(api);
+    const auto found = known.find({api, threads});
     if (found != known.end()) return found->second;
-    Ops ops = makeOps(api, infersShapes);
+    Ops ops = makeOps(api, infersShapes, threads);
 #if defined(NMEXPORT_HAS_CUDA)
     if (api != nullptr) addCudaOps(api, infersShapes, ops);
 #endif
-    return known.emplace(api, std::move(ops)).first->second;
+    return known.emplace(std::pair{api, threads}, std::move(ops)).first->second;
+}
+
+std::size_t availableThreads() {
+#if defined(__linux__)
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) {
+        return static_cast<std::size_t>(CPU_COUNT(&set));
+    }
+#endif
+    const unsigned threads = std::thread::hardware_concurrency();
+    return threads == 0 ? 1 : threads;
+}
+
+// A custom op is not told how many intra-op threads its session has, so whoever opens the session
+// says so in this configuration entry; without it, as many as the process has processors.
+constexpr const char* kTHREADS_ENTRY = "custom_op.nmexport.threads";
+constexpr long kMOST_THREADS = 1024;
+
+std::size_t threadsOf(const OrtApi& api, const OrtSessionOptions* options) {
+    int isThere = 0;
+    check(api, api.HasSessionConfigEntry(options, kTHREADS_ENTRY, &isThere));
+    if (isThere == 0) return availableThreads();
+    char text[32] = {};
+    std::size_t size = sizeof text;
+    char* end = text;
+    long threads = 0;
+    if (succeeded(api, api.GetSessionConfigEntry(options, kTHREADS_ENTRY, text, &size))) {
+        threads = std::strtol(text, &end, 10);
+    }
+    if (end == text || *end != '\0' || threads < 1 || threads > kMOST_THREADS) {
+        throw Fault(std::string("session configuration entry ") + kTHREADS_ENTRY + " is \"" +
+                    text + "\"; allowed: an integer from 1 to " +
+                    std::to_string(kMOST_THREADS));
+    }
+    return static_cast<std::size_t>(threads);
 }
 
 // ONNX Runtime up to 1.23 dereferences the missing type of an absent optional input before it
@@ -106,7 +158,7 @@ std::string describedLibrary() {
                        ", \"domain\": " + quoted(kDOMAIN) +
                        ", \"opset_version\": " + std::to_string(kOPSET_VERSION) +
                        ", \"cuda\": " + quoted(NMEXPORT_CUDA_ARCHITECTURES) + ", \"ops\": [";
-    const Ops& ops = opsFor(nullptr, false);
+    const Ops& ops = opsFor(nullptr, false, 1);
     for (std::size_t i = 0; i < ops.size(); ++i) {
         text += (i > 0 ? ", " : "") + described(ops[i]);
     }
@@ -116,7 +168,7 @@ std::string describedLibrary() {
 void registerOps(const OrtApi& api, bool infersShapes, OrtSessionOptions* options) {
     OrtCustomOpDomain* domain = nullptr;
     check(api, api.CreateCustomOpDomain(kDOMAIN, &domain));
-    for (const CustomOp& op : opsFor(&api, infersShapes))
+    for (const CustomOp& op : opsFor(&api, infersShapes, threadsOf(api, options)))
         check(api, api.CustomOpDomain_Add(domain, &op));
     // The session options keep a reference; the domain itself lives as long as the library.
     check(api, api.AddCustomOpDomain(options, domain));

@@ -1,5 +1,8 @@
 #include "nm_linear.h"
 
+#include <memory>
+#include <mutex>
+
 #include "custom_op.h"
 #include "linear_node.h"
 
@@ -9,13 +12,21 @@ namespace {
 
 namespace Input = NMLinearInput;
 
+// All that a run takes from the node, checked and laid out; what varies from run to run is not set.
+struct Prepared {
+    LinearArguments arguments;
+    OrderedConstants ordered;
+    Shape w;
+};
+
 class LinearKernel : public Kernel {
   public:
     LinearKernel(const OrtApi& api, const OrtKernelInfo* info, ElementType type,
-                 bool hasInt8Weights)
+                 bool hasInt8Weights, std::size_t threads)
         : mApi(api),
           mType(type),
           mHasInt8Weights(hasInt8Weights),
+          mThreads(threads),
           mNode(api, info),
           mShapes(api, info, kNMLinear),
           mOrder(mShapes, Input::channel_order, kNMLinear) {}
@@ -23,17 +34,43 @@ class LinearKernel : public Kernel {
     void run(OrtKernelContext* context) const override {
         const Inputs inputs(mApi, context, kNMLinear, mShapes);
         const Shape x = inputs.shape(Input::X);
+        std::call_once(mLookedAt, [&] { prepareConstants(inputs, x); });
+        if (mConstant != nullptr && !x.empty() && x.back() == mConstant->w[0]) {
+            mConstant->ordered.prefetch();
+            return multiply(context, inputs, x, *mConstant);
+        }
+        Prepared prepared;
+        prepare(inputs, x, prepared);
+        multiply(context, inputs, x, prepared);
+    }
+
+  private:
+    // Where nothing but X can change, the rest is looked at once, in the first run.
+    void prepareConstants(const Inputs& inputs, const Shape& x) const {
+        for (std::size_t i = 0; i < kNMLinear.inputCount; ++i) {
+            const int input = static_cast<int>(i);
+            if (input == Input::X || !inputs.has(input)) continue;
+            if (mShapes.constantData(input) == nullptr) return;
+        }
+        auto prepared = std::make_unique<Prepared>();
+        prepare(inputs, x, *prepared);
+        prepared->ordered.assign(prepared->arguments.constants, prepared->arguments.channels);
+        prepared->arguments.ordered = &prepared->ordered;
+        mConstant = std::move(prepared);
+    }
+
+    // Throws Fault where inputs do not fit each other.
+    void prepare(const Inputs& inputs, const Shape& x, Prepared& prepared) const {
         const Rows rows = rowsOf(kNMLinear.name, x, mNode.pattern);
-        const Shape w = inputs.shape(Input::W);
+        prepared.w = inputs.shape(Input::W);
+        const Shape& w = prepared.w;
         mNode.check(inputs, x, w);
 
-        LinearArguments arguments;
+        LinearArguments& arguments = prepared.arguments;
         arguments.type = mType;
-        arguments.tokens = rows.tokens;
         arguments.channels = rows.channels;
         arguments.outputs = static_cast<std::size_t>(w[1]);
         arguments.pattern = mNode.pattern;
-        arguments.x = inputs.data(Input::X);
         arguments.w = inputs.data(Input::W);
         if (mHasInt8Weights) {
             setScales(inputs, w, arguments);
@@ -54,16 +91,21 @@ class LinearKernel : public Kernel {
         arguments.constants.channelOrder = mOrder.of(inputs, rows.channels);
         arguments.varianceCorrection = mNode.varianceCorrection;
         arguments.varianceFloor = kVARIANCE_FLOOR;
-        arguments.keepAll = mNode.isExcluded(x);
+    }
 
+    void multiply(OrtKernelContext* context, const Inputs& inputs, const Shape& x,
+                  const Prepared& prepared) const {
+        LinearArguments arguments = prepared.arguments;
+        arguments.x = inputs.data(Input::X);
+        arguments.tokens = rowsOf(kNMLinear.name, x, mNode.pattern).tokens;
+        arguments.keepAll = mNode.isExcluded(x);
         Shape y = x;
-        y.back() = w[1];
+        y.back() = prepared.w[1];
         arguments.y = outputData(mApi, context, y);
-        Pool pool(mApi, context);
+        Pool pool(mApi, context, mThreads);
         nmLinear(arguments, pool.threads());
     }
 
-  private:
     // Throws Fault unless the scales are [1, O], or [G, O] with G groups of a multiple of 16 rows.
     static void setScales(const Inputs& inputs, const Shape& w, LinearArguments& arguments) {
         const Shape scales = inputs.has(Input::weight_scale) ? inputs.shape(Input::weight_scale)
@@ -83,21 +125,24 @@ class LinearKernel : public Kernel {
     const OrtApi& mApi;
     ElementType mType;
     bool mHasInt8Weights;
+    std::size_t mThreads;
     LinearNode mNode;
     InputShapes mShapes;
     ChannelOrder mOrder;
+    mutable std::once_flag mLookedAt;
+    mutable std::unique_ptr<const Prepared> mConstant;  // null where more than X can change
 };
 
 }  // namespace
 
 std::unique_ptr<Kernel> makeLinearKernel(const OrtApi& api, const OrtKernelInfo* info,
-                                         ElementType type) {
-    return std::make_unique<LinearKernel>(api, info, type, false);
+                                         ElementType type, std::size_t threads) {
+    return std::make_unique<LinearKernel>(api, info, type, false, threads);
 }
 
 std::unique_ptr<Kernel> makeInt8LinearKernel(const OrtApi& api, const OrtKernelInfo* info,
-                                             ElementType type) {
-    return std::make_unique<LinearKernel>(api, info, type, true);
+                                             ElementType type, std::size_t threads) {
+    return std::make_unique<LinearKernel>(api, info, type, true, threads);
 }
 
 }  // namespace nmexport

@@ -11,9 +11,11 @@ namespace Input = NMPruneInput;
 
 class PruneKernel : public Kernel {
   public:
-    PruneKernel(const OrtApi& api, const OrtKernelInfo* info, ElementType type)
+    PruneKernel(const OrtApi& api, const OrtKernelInfo* info, ElementType type,
+                std::size_t threads)
         : mApi(api),
           mType(type),
+          mThreads(threads),
           mPattern(Attributes(api, info, kNMPrune).pattern()),
           mShapes(api, info, kNMPrune),
           mOrder(mShapes, Input::channel_order, kNMPrune) {}
@@ -33,13 +35,14 @@ class PruneKernel : public Kernel {
         arguments.scoreScale =
             static_cast<const float*>(inputs.vector(Input::score_scale, shape.back()));
         arguments.channelOrder = mOrder.of(inputs, rows.channels);
-        Pool pool(mApi, context);
+        Pool pool(mApi, context, mThreads);
         nmPrune(arguments, pool.threads());
     }
 
   private:
     const OrtApi& mApi;
     ElementType mType;
+    std::size_t mThreads;
     Pattern mPattern;
     InputShapes mShapes;
     ChannelOrder mOrder;
@@ -48,8 +51,8 @@ class PruneKernel : public Kernel {
 }  // namespace
 
 std::unique_ptr<Kernel> makePruneKernel(const OrtApi& api, const OrtKernelInfo* info,
-                                        ElementType type) {
-    return std::make_unique<PruneKernel>(api, info, type);
+                                        ElementType type, std::size_t threads) {
+    return std::make_unique<PruneKernel>(api, info, type, threads);
 }
 
 }  // namespace nmexport

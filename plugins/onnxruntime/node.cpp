@@ -1,11 +1,5 @@
 #include "node.h"
 
-#include <thread>
-
-#if defined(__linux__)
-#include <sched.h>
-#endif
-
 namespace nmexport {
 
 namespace {
@@ -201,31 +195,13 @@ Rows rowsOf(const char* op, const Shape& x, Pattern pattern) {
     return rows;
 }
 
-namespace {
-
-std::size_t availableThreads() {
-#if defined(__linux__)
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0) {
-        return static_cast<std::size_t>(CPU_COUNT(&set));
-    }
-#endif
-    const unsigned threads = std::thread::hardware_concurrency();
-    return threads == 0 ? 1 : threads;
-}
-
-}  // namespace
-
 void Pool::run(void* raw, std::size_t tasks, void (*task)(void*, std::size_t), void* state) {
     const Pool* pool = static_cast<const Pool*>(raw);
     check(pool->mApi, pool->mApi.KernelContext_ParallelFor(pool->mContext, task, tasks, 0, state));
 }
 
 ThreadPool Pool::threads() {
-    // The session does not tell a custom op how many threads it has; this only sets how finely
-    // work is cut, never a result.
-    static const std::size_t kTHREADS = availableThreads();
-    return ThreadPool{Pool::run, this, kTHREADS};
+    return ThreadPool{Pool::run, this, mThreads};
 }
 
 void* outputData(const OrtApi& api, OrtKernelContext* context, const Shape& shape) {

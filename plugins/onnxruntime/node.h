@@ -103,7 +103,9 @@ std::string textOf(const Shape& shape);
 // ONNX Runtime's own intra-op threads, for the time of one run.
 class Pool {
   public:
-    Pool(const OrtApi& api, OrtKernelContext* context) : mApi(api), mContext(context) {}
+    // `threads` only set how finely work is cut, never a result.
+    Pool(const OrtApi& api, OrtKernelContext* context, std::size_t threads)
+        : mApi(api), mContext(context), mThreads(threads) {}
     // Valid as long as this object.
     ThreadPool threads();
 
@@ -112,6 +114,7 @@ class Pool {
 
     const OrtApi& mApi;
     OrtKernelContext* mContext;
+    std::size_t mThreads;
 };
 
 // Allocates the output and returns its data.

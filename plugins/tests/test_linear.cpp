@@ -146,6 +146,9 @@ Bytes run(const Case& c, const Data& d, const ThreadPool& pool, std::size_t firs
     a.varianceCorrection = c.variance;
     a.varianceFloor = 1e-12;
     a.keepAll = c.keepAll;
+    OrderedConstants ordered;  // every other token as a session does it, the rest ordered at once
+    ordered.assign(a.constants, a.channels);
+    if (firstToken % 2 == 0) a.ordered = &ordered;
     nmLinear(a, pool);
     return y;
 }
@@ -298,6 +301,16 @@ void linearCases() {
             }
         }
     }
+    // Parts of a row longer than what is asked for ahead, and passes of fewer rows.
+    for (std::size_t outputs : {400, 1030, 2600}) {
+        for (Pattern pattern : {Pattern{8, 16}, Pattern{5, 24}, Pattern{13, 16}}) {
+            Case c{1, 240, outputs, pattern};
+            c.order = true;
+            cases.push_back(c);
+            c.scaleGroups = 5;
+            cases.push_back(c);
+        }
+    }
     cases.push_back({1, 1536, 1000, {8, 16}});
     cases.push_back({9, 1536, 1000, {8, 16}});
     cases.push_back({1, 64, 9000, {8, 16}});  // more columns than a tile holds
@@ -317,6 +330,8 @@ void pruneKeepsValuesAndPlaces() {
     std::vector<std::int32_t> order(kCHANNELS);
     std::iota(order.begin(), order.end(), 0);
     std::shuffle(order.begin(), order.end(), random);
+    OrderedConstants ordered;
+    ordered.assign({nullptr, 0, nullptr, order.data(), false}, kCHANNELS);
     for (const Variant* variant : variants()) {
         useVariant(variant->name);
         std::vector<float> y(x.size(), -7.0f);
@@ -327,7 +342,8 @@ void pruneKeepsValuesAndPlaces() {
                  kCHANNELS,
                  {8, 16},
                  nullptr,
-                 order.data()},
+                 order.data(),
+                 variant == variants().front() ? nullptr : &ordered},
                 kTHREADED);
         for (std::size_t t = 0; t < kTOKENS; ++t) {
             for (std::size_t g = 0; g < kCHANNELS; g += 16) {

@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "check.h"
+#include "selection.h"
 
 using namespace nmexport;
 using namespace nmexport::test;
@@ -26,15 +27,13 @@ std::uint64_t expectedMask(const float* scores, int n, int m) {
     return mask;
 }
 
-// z of any number of groups through every variant; scale and order may be empty.
-void compare(const std::vector<float>& z, const std::vector<float>& scale,
-             const std::vector<std::int32_t>& order, int n, int m) {
+// z of any number of groups through every variant; scale, by position, may be empty.
+void compare(const std::vector<float>& z, const std::vector<float>& scale, int n, int m) {
     const std::size_t groups = z.size() / static_cast<std::size_t>(m);
     std::vector<float> scores(z.size());
     for (std::size_t p = 0; p < z.size(); ++p) {
-        const std::size_t channel = order.empty() ? p : static_cast<std::size_t>(order[p]);
         scores[p] = std::fabs(z[p]);
-        if (!scale.empty()) scores[p] *= scale[channel];
+        if (!scale.empty()) scores[p] *= scale[p];
     }
     std::vector<std::int32_t> keys(z.size());
     std::vector<std::uint64_t> masks(groups), expected(groups);
@@ -42,8 +41,8 @@ void compare(const std::vector<float>& z, const std::vector<float>& scale,
         expected[g] = expectedMask(scores.data() + g * static_cast<std::size_t>(m), n, m);
     }
     for (const Variant* variant : variants()) {
-        variant->scoreKeys(z.data(), order.empty() ? nullptr : order.data(),
-                           scale.empty() ? nullptr : scale.data(), z.size(), keys.data());
+        variant->scoreKeys(z.data(), scale.empty() ? nullptr : scale.data(), z.size(),
+                           keys.data());
         variant->selectGroups(keys.data(), groups, n, m, masks.data());
         EXPECT(sameBits(masks, expected));
     }
@@ -53,10 +52,10 @@ void everyPattern() {
     std::mt19937 random(3);
     for (int m = 1; m <= 64; ++m) {
         for (int n = 1; n <= m; n += m > 16 ? 5 : 1) {
-            compare(normals(random, static_cast<std::size_t>(m) * 37), {}, {}, n, m);
+            compare(normals(random, static_cast<std::size_t>(m) * 37), {}, n, m);
             std::vector<float> ties(static_cast<std::size_t>(m) * 35);
             for (float& value : ties) value = static_cast<float>(random() % 3) - 1.0f;
-            compare(ties, {}, {}, n, m);
+            compare(ties, {}, n, m);
         }
     }
 }
@@ -69,11 +68,11 @@ void exhaustiveTies() {
             all.push_back(static_cast<float>(rest % 3));
         }
     }
-    for (int n = 1; n <= 8; ++n) compare(all, {}, {}, n, 8);
+    for (int n = 1; n <= 8; ++n) compare(all, {}, n, 8);
     std::mt19937 random(4);
     std::vector<float> sample(16 * 20000);
     for (float& value : sample) value = static_cast<float>(random() % 3);
-    for (int n : {1, 4, 8, 12, 15, 16}) compare(sample, {}, {}, n, 16);
+    for (int n : {1, 4, 8, 12, 15, 16}) compare(sample, {}, n, 16);
 }
 
 void extremes() {
@@ -101,20 +100,78 @@ void extremes() {
     const float scales[] = {1.0f, 0.0f, -1.0f, kINF, 0.5f, kNAN, 1e-45f, 1e38f};
     for (float& value : scale) value = scales[random() % 8];
     for (int n : {1, 8, 15}) {
-        compare(z, {}, {}, n, 16);
-        compare(z, scale, {}, n, 16);
+        compare(z, {}, n, 16);
+        compare(z, scale, n, 16);
     }
 }
 
-void scoresFollowTheOrder() {
+void scoresAreScaled() {
     std::mt19937 random(6);
-    std::vector<std::int32_t> order(960);
+    std::vector<float> scale = normals(random, 960);
+    for (float& value : scale) value = std::fabs(value);
+    compare(normals(random, scale.size()), scale, 8, 16);
+    compare(normals(random, scale.size()), scale, 3, 24);
+}
+
+// Every constant lies at its position's place, in memory of its own.
+void constantsAreOrdered() {
+    std::mt19937 random(7);
+    constexpr std::size_t kCHANNELS = 48;
+    std::vector<std::int32_t> order(kCHANNELS);
     std::iota(order.begin(), order.end(), 0);
     std::shuffle(order.begin(), order.end(), random);
-    std::vector<float> scale = normals(random, order.size());
-    for (float& value : scale) value = std::fabs(value);
-    compare(normals(random, order.size()), scale, order, 8, 16);
-    compare(normals(random, order.size()), scale, order, 3, 24);
+    const std::vector<float> shift = normals(random, kCHANNELS);
+    const std::vector<float> scale = normals(random, kCHANNELS);
+    const SelectionConstants byChannel{shift.data(), kCHANNELS, scale.data(), order.data(), false};
+    OrderedConstants ordered;
+    for (int again = 0; again < 2; ++again) {
+        ordered.assign(byChannel, kCHANNELS);
+        ordered.prefetch();
+        const SelectionConstants& found = ordered.byPosition();
+        EXPECT(found.channelOrder != order.data() && found.shiftCount == kCHANNELS);
+        for (std::size_t p = 0; p < kCHANNELS; ++p) {
+            const std::size_t channel = static_cast<std::size_t>(order[p]);
+            EXPECT(found.channelOrder[p] == order[p]);
+            EXPECT(found.shift[p] == shift[channel] && found.scoreScale[p] == scale[channel]);
+        }
+    }
+    ordered.assign({shift.data(), 1, nullptr, order.data(), false}, kCHANNELS);
+    EXPECT(ordered.byPosition().shift[0] == shift[0]);
+    EXPECT(ordered.byPosition().scoreScale == nullptr);
+}
+
+// The list says what the bits say, whatever the number of channels.
+void keptIsListed() {
+    std::mt19937 random(8);
+    for (const Variant* variant : variants()) {
+        for (std::size_t channels : {1, 16, 24, 63, 64, 72, 200, 576}) {
+            const std::vector<float> z = normals(random, channels);
+            std::vector<std::int32_t> order(channels);
+            std::iota(order.begin(), order.end(), 0);
+            std::shuffle(order.begin(), order.end(), random);
+            std::vector<std::uint64_t> keep(keepWords(channels));
+            for (std::size_t p = 0; p < channels; ++p) {
+                keep[p / 64] |= std::uint64_t{random() % 2} << (p % 64);
+            }
+            for (const std::int32_t* rowOrder :
+                 {static_cast<const std::int32_t*>(nullptr),
+                  static_cast<const std::int32_t*>(order.data())}) {
+                std::vector<std::int32_t> rows(channels + variant->lanes);
+                std::vector<float> values(channels + variant->lanes);
+                const std::size_t count = variant->listKept(
+                    {z.data(), keep.data(), rowOrder, channels, rows.data(), values.data()});
+                std::size_t expected = 0;
+                for (std::size_t p = 0; p < channels; ++p) {
+                    if ((keep[p / 64] >> (p % 64) & 1) == 0) continue;
+                    const std::int32_t row =
+                        rowOrder == nullptr ? static_cast<std::int32_t>(p) : order[p];
+                    EXPECT(rows[expected] == row && values[expected] == z[p]);
+                    ++expected;
+                }
+                EXPECT(count == expected);
+            }
+        }
+    }
 }
 
 }  // namespace
@@ -123,6 +180,8 @@ int main() {
     everyPattern();
     exhaustiveTies();
     extremes();
-    scoresFollowTheOrder();
+    scoresAreScaled();
+    constantsAreOrdered();
+    keptIsListed();
     return report("select");
 }

@@ -34,10 +34,14 @@ struct Pass {
     std::size_t first;
     std::size_t tokens;
     SelectedTokens selected;
-    float* nu;                         // [tokens]
-    const std::int32_t* channelOrder;  // of selection's positions; null where all are kept
-    const std::int32_t* rowOrder;      // of the operand's positions, null for ascending channels
+    float* nu;                     // [tokens]
+    SelectionConstants constants;  // by position; without an order where all are kept
+    const std::int32_t* rowOrder;  // of the operand's positions, null for ascending channels
 };
+
+bool keepsAll(const LinearArguments& a) {
+    return a.keepAll || a.pattern.n == a.pattern.m;
+}
 
 bool isInt8(const LinearArguments& a) {
     return a.weightScale != nullptr;
@@ -81,7 +85,7 @@ void orderByChannel(const LinearArguments& a, const Pass& pass, std::size_t toke
     std::uint64_t* kept = pass.selected.keep + token * pass.selected.keepStride;
     std::fill(keep, keep + words, std::uint64_t{0});
     for (std::size_t p = 0; p < a.channels; ++p) {
-        const std::size_t channel = static_cast<std::size_t>(pass.channelOrder[p]);
+        const std::size_t channel = static_cast<std::size_t>(pass.constants.channelOrder[p]);
         z[channel] = given[p];
         keep[channel / 64] |= (kept[p / 64] >> (p % 64) & 1) << (channel % 64);
     }
@@ -95,14 +99,12 @@ void selectPart(const LinearArguments& a, const Variant& variant, const Pass& pa
     part.z += first * part.zStride;
     part.keep += first * part.keepStride;
     part.eta += first;
-    SelectionConstants constants = a.constants;
-    constants.channelOrder = pass.channelOrder;
     const char* x = columnOf(a, a.x, (pass.first + first) * a.channels);
-    const bool dense = a.keepAll || a.pattern.n == a.pattern.m;
+    const bool dense = keepsAll(a);
     if (dense) {
-        keepTokens(variant, a.type, x, a.channels, count, constants, part);
+        keepTokens(variant, a.type, x, a.channels, count, pass.constants, part);
     } else {
-        selectTokens(variant, a.type, x, a.channels, count, a.pattern, constants, part);
+        selectTokens(variant, a.type, x, a.channels, count, a.pattern, pass.constants, part);
     }
     for (std::size_t t = 0; t < count; ++t) {
         // Where nothing is dropped, there is nothing to correct, not even for a constant token.
@@ -111,7 +113,7 @@ void selectPart(const LinearArguments& a, const Variant& variant, const Pass& pa
                                                             part.keep + t * part.keepStride,
                                                             a.channels, a.varianceFloor)
                                      : 1.0f;
-        if (pass.rowOrder != pass.channelOrder) orderByChannel(a, pass, first + t);
+        if (pass.rowOrder != pass.constants.channelOrder) orderByChannel(a, pass, first + t);
     }
 }
 
@@ -133,6 +135,15 @@ void finishColumns(const LinearArguments& a, const Variant& variant, const Pass&
     variant.epilogue[static_cast<int>(a.type)](epilogue);
 }
 
+// The bias arrives while the rows are multiplied.
+void prefetchBias(const LinearArguments& a, std::size_t begin, std::size_t end) {
+    if (a.bias == nullptr) return;
+    const char* last = columnOf(a, a.bias, end);
+    for (const char* at = columnOf(a, a.bias, begin); at < last; at += kALIGNMENT) {
+        __builtin_prefetch(at, 0, 2);  // the first-level cache has the sums to hold
+    }
+}
+
 // Decode. A task owns a tile of columns and reads its part of every kept row:
 //
 //              columns 0 .. O
@@ -142,19 +153,12 @@ void multiplyToken(const LinearArguments& a, const Variant& variant, const Pass&
                    std::size_t token, const ThreadPool& pool) {
     thread_local Scratch<std::int32_t> rowScratch;
     thread_local Scratch<float> valueScratch;
-    std::int32_t* rows = rowScratch.reserve(a.channels);
-    float* values = valueScratch.reserve(a.channels);
-    const float* z = pass.selected.z + token * pass.selected.zStride;
-    const std::uint64_t* keep = pass.selected.keep + token * pass.selected.keepStride;
-    std::size_t count = 0;
-    for (std::size_t word = 0; word < keepWords(a.channels); ++word) {
-        for (std::uint64_t bits = keep[word]; bits != 0; bits &= bits - 1) {
-            const std::size_t p = word * 64 + static_cast<std::size_t>(__builtin_ctzll(bits));
-            rows[count] =
-                pass.rowOrder == nullptr ? static_cast<std::int32_t>(p) : pass.rowOrder[p];
-            values[count++] = z[p];
-        }
-    }
+    std::int32_t* rows = rowScratch.reserve(a.channels + variant.lanes);
+    float* values = valueScratch.reserve(a.channels + variant.lanes);
+    const std::size_t count = variant.listKept(
+        {pass.selected.z + token * pass.selected.zStride,
+         pass.selected.keep + token * pass.selected.keepStride, pass.rowOrder, a.channels, rows,
+         values});
 
     const std::size_t keptBytes = count * a.outputs * weightBytes(a);
     const std::size_t worthwhile =
@@ -167,6 +171,7 @@ void multiplyToken(const LinearArguments& a, const Variant& variant, const Pass&
         const std::size_t begin = units * tile / tiles * variant.lanes;
         const std::size_t end = std::min(units * (tile + 1) / tiles * variant.lanes, a.outputs);
         float* sums = sumScratch.reserve(end - begin);
+        prefetchBias(a, begin, end);
         const auto product =
             hasScaledRows(a) ? variant.scaledRowProduct : variant.rowProduct[weightType(a)];
         product(RowProduct{weightsFrom(a, begin), a.outputs, rows, values, count, end - begin, sums,
@@ -219,8 +224,8 @@ void multiplyPanels(const LinearArguments& a, const Variant& variant, const Pass
     });
 }
 
-void runPass(const LinearArguments& a, const Variant& variant, std::size_t first,
-             std::size_t tokens, const ThreadPool& pool) {
+void runPass(const LinearArguments& a, const Variant& variant, const SelectionConstants& constants,
+             std::size_t first, std::size_t tokens, const ThreadPool& pool) {
     thread_local Scratch<float> zScratch;
     thread_local Scratch<std::uint64_t> keepScratch;
     thread_local Scratch<float> etaScratch;
@@ -234,9 +239,8 @@ void runPass(const LinearArguments& a, const Variant& variant, std::size_t first
     pass.selected.keep = keepScratch.reserve(tokens * pass.selected.keepStride);
     pass.selected.eta = etaScratch.reserve(tokens);
     pass.nu = nuScratch.reserve(tokens);
-    const bool ordered = !a.keepAll && a.pattern.n != a.pattern.m;
-    pass.channelOrder = ordered ? a.constants.channelOrder : nullptr;
-    pass.rowOrder = hasScaledRows(a) ? nullptr : pass.channelOrder;
+    pass.constants = constants;
+    pass.rowOrder = hasScaledRows(a) ? nullptr : constants.channelOrder;
 
     parallelFor(pool, divideUp(tokens, kSELECT_TOKENS), [&](std::size_t task) {
         const std::size_t begin = task * kSELECT_TOKENS;
@@ -249,15 +253,26 @@ void runPass(const LinearArguments& a, const Variant& variant, std::size_t first
     }
 }
 
+// Where all channels are kept their order is of no account.
+SelectionConstants constantsByPosition(const LinearArguments& a) {
+    if (keepsAll(a)) {
+        SelectionConstants natural = a.constants;
+        natural.channelOrder = nullptr;
+        return natural;
+    }
+    return orderedConstants(a.constants, a.ordered, a.channels);
+}
+
 }  // namespace
 
 void nmLinear(const LinearArguments& a, const ThreadPool& pool) {
     if (a.outputs == 0) return;
     const Variant& variant = activeVariant();
+    const SelectionConstants constants = constantsByPosition(a);
     const std::size_t fitting = kPASS_BYTES / (a.channels * sizeof(float));
     const std::size_t passTokens = std::max(fitting, kMIN_PASS_TOKENS);
     for (std::size_t first = 0; first < a.tokens; first += passTokens) {
-        runPass(a, variant, first, std::min(passTokens, a.tokens - first), pool);
+        runPass(a, variant, constants, first, std::min(passTokens, a.tokens - first), pool);
     }
 }
 

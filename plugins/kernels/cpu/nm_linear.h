@@ -29,6 +29,7 @@ struct LinearArguments {
     // Int8 weights: W[k, o] stands for W[k, o] * weightScale[k / (channels / scaleGroups), o].
     const float* weightScale = nullptr;  // [scaleGroups, outputs] or null
     std::size_t scaleGroups = 0;         // divides channels; 1 is a scale an output
+    const OrderedConstants* ordered = nullptr;  // of `constants`; null: they are ordered each time
 };
 
 void nmLinear(const LinearArguments& arguments, const ThreadPool& pool);

@@ -19,17 +19,14 @@ void writeKept(const PruneArguments& a, std::size_t token, const std::uint64_t* 
     }
 }
 
-void pruneTokens(const Variant& variant, const PruneArguments& a, std::size_t first,
-                 std::size_t count) {
+void pruneTokens(const Variant& variant, const PruneArguments& a,
+                 const SelectionConstants& constants, std::size_t first, std::size_t count) {
     thread_local Scratch<float> zScratch;
     thread_local Scratch<std::uint64_t> keepScratch;
     float eta[kTOKENS_PER_TASK];
     const std::size_t words = keepWords(a.channels);
     const SelectedTokens selected{zScratch.reserve(count * a.channels), a.channels,
                                   keepScratch.reserve(count * words), words, eta};
-    SelectionConstants constants;
-    constants.scoreScale = a.scoreScale;
-    constants.channelOrder = a.channelOrder;
     const char* x = static_cast<const char*>(a.x) + first * a.channels * elementBytes(a.type);
     selectTokens(variant, a.type, x, a.channels, count, a.pattern, constants, selected);
     for (std::size_t t = 0; t < count; ++t) {
@@ -46,10 +43,14 @@ void pruneTokens(const Variant& variant, const PruneArguments& a, std::size_t fi
 
 void nmPrune(const PruneArguments& a, const ThreadPool& pool) {
     const Variant& variant = activeVariant();
+    SelectionConstants byChannel;
+    byChannel.scoreScale = a.scoreScale;
+    byChannel.channelOrder = a.channelOrder;
+    const SelectionConstants constants = orderedConstants(byChannel, a.ordered, a.channels);
     const std::size_t tasks = (a.tokens + kTOKENS_PER_TASK - 1) / kTOKENS_PER_TASK;
     parallelFor(pool, tasks, [&](std::size_t task) {
         const std::size_t first = task * kTOKENS_PER_TASK;
-        pruneTokens(variant, a, first, std::min(kTOKENS_PER_TASK, a.tokens - first));
+        pruneTokens(variant, a, constants, first, std::min(kTOKENS_PER_TASK, a.tokens - first));
     });
 }
 

@@ -15,6 +15,7 @@ struct PruneArguments {
     Pattern pattern;
     const float* scoreScale;           // [channels] or null
     const std::int32_t* channelOrder;  // [channels], a permutation, or null
+    const OrderedConstants* ordered = nullptr;  // of these two; null: they are ordered each time
 };
 
 void nmPrune(const PruneArguments& arguments, const ThreadPool& pool);

@@ -7,117 +7,157 @@
 namespace nmexport {
 namespace {
 
-// Rows multiplied per pass over the tile's sums: one load and one store of a sum per 8 loads of W.
-constexpr std::size_t kROWS_PER_PASS = 8;
 // Up to this many tokens share too few rows for packing to pay (measured).
 constexpr std::size_t kIN_PLACE_TOKENS = 4;
+// Decode: rows multiplied per pass over the tile's sums. More rows let a short part of a row last
+// until the next rows arrive; fewer keep the streams of a long part within what a core tracks ...
+constexpr std::size_t kSHORT_PART_ROWS = 16;
+constexpr std::size_t kLONG_PART_ROWS = 8;
+constexpr std::size_t kSHORT_PART_BYTES = 4096;
+// ... and cache lines asked for before their turn, over the rows of a pass: what one core's
+// bandwidth holds in flight. All three are measured.
+constexpr std::size_t kLINES_AHEAD = 80;
+constexpr std::size_t kLINE_BYTES = 64;
 
 template <typename T>
 inline const T* rowOf(const T* w, std::size_t rowStride, std::int32_t row) {
     return w + static_cast<std::size_t>(row) * rowStride;
 }
 
-// A vector of W as what it stands for. `scale` is the row's scales where they are group-wise.
+// A vector of W as what it stands for. `scale` is the row's scales where they are group-wise, else
+// null.
 template <typename T, bool kSCALED>
-inline Simd::F weight(const T* w, const float* scale) {
+inline Simd::F weight(const T* w, const float* scale, std::size_t at) {
     if constexpr (kSCALED) {
-        return Simd::mul(Simd::load(w), Simd::load(scale));
+        return Simd::mul(Simd::load(w + at), Simd::load(scale + at));
     } else {
-        return Simd::load(w);
+        return Simd::load(w + at);
     }
 }
 
 template <typename T, bool kSCALED>
-inline Simd::F partialWeight(const T* w, const float* scale, int count) {
+inline Simd::F partialWeight(const T* w, const float* scale, std::size_t at, int count) {
     if constexpr (kSCALED) {
-        return Simd::mul(Simd::loadPartial(w, count), Simd::loadPartial(scale, count));
+        return Simd::mul(Simd::loadPartial(w + at, count), Simd::loadPartial(scale + at, count));
     } else {
-        return Simd::loadPartial(w, count);
+        return Simd::loadPartial(w + at, count);
     }
 }
 
 template <bool kSCALED>
-inline const float* scaleOf(const WeightScales& scales, std::size_t rowStride, std::size_t row) {
-    if constexpr (kSCALED) return scales.rows + row / scales.channels * rowStride;
+inline const float* scaleOf(const WeightScales& scales, std::size_t rowStride, std::int32_t row) {
+    if constexpr (kSCALED) {
+        return scales.rows + static_cast<std::size_t>(row) / scales.channels * rowStride;
+    }
     return nullptr;
 }
 
-// With scales, all the rows are of one group.
+// Some rows of W against the tile, and what to ask for meanwhile: the addresses depend on the
+// token, so the hardware cannot guess the rows of the next pass.
+//
+//   row[r]   | multiplied ...      | asked for ... |
+//   next[r]  | asked for, once the end of row[r] has been |
 template <typename T, bool kSCALED, std::size_t kROWS>
-inline void addRows(const RowProduct& p, std::size_t first) {
-    constexpr std::size_t kLANES = Simd::kLANES;
-    // Vectors of one cache line of W, as far as registers allow: a line is asked for once.
-    constexpr std::size_t kLINE = 64 / (sizeof(T) * kLANES);
-    constexpr std::size_t kVECTORS = kLINE < 1 ? 1 : (kLINE > 4 ? 4 : kLINE);
-    constexpr std::size_t kSTEP = kVECTORS * kLANES;
-    const T* w = static_cast<const T*>(p.w);
-    const float* scale =
-        scaleOf<kSCALED>(p.scales, p.rowStride, static_cast<std::size_t>(p.rows[first]));
-    const T* row[kROWS];
-    const T* next[kROWS];
-    Simd::F value[kROWS];
-    for (std::size_t r = 0; r < kROWS; ++r) {
-        row[r] = rowOf(w, p.rowStride, p.rows[first + r]);
-        value[r] = Simd::broadcast(p.values[first + r]);
-        // The addresses depend on the token, so the hardware cannot guess the rows of the next
-        // pass; past the end, the last row is asked for again, which costs nothing.
-        const std::size_t ahead = first + kROWS + r;
-        next[r] = rowOf(w, p.rowStride, p.rows[ahead < p.count ? ahead : p.count - 1]);
-    }
-    std::size_t j = 0;
-    for (; j + kSTEP <= p.columns; j += kSTEP) {
-        Simd::F sum[kVECTORS];
-        for (std::size_t v = 0; v < kVECTORS; ++v) sum[v] = Simd::load(p.sums + j + v * kLANES);
+class RowPass {
+  public:
+    RowPass(const RowProduct& p, std::size_t first) : mProduct(p) {
+        const T* w = static_cast<const T*>(p.w);
         for (std::size_t r = 0; r < kROWS; ++r) {
-            Simd::prefetch(next[r] + j);
-            for (std::size_t v = 0; v < kVECTORS; ++v) {
-                const std::size_t at = j + v * kLANES;
-                sum[v] = Simd::fma(value[r], weight<T, kSCALED>(row[r] + at, scale + at), sum[v]);
-            }
+            mRow[r] = rowOf(w, p.rowStride, p.rows[first + r]);
+            mScale[r] = scaleOf<kSCALED>(p.scales, p.rowStride, p.rows[first + r]);
+            mValue[r] = Simd::broadcast(p.values[first + r]);
+            // Past the end the last row is asked for again, which costs nothing.
+            const std::size_t ahead = first + kROWS + r;
+            mNext[r] = rowOf(w, p.rowStride, p.rows[ahead < p.count ? ahead : p.count - 1]);
         }
-        for (std::size_t v = 0; v < kVECTORS; ++v) Simd::store(p.sums + j + v * kLANES, sum[v]);
     }
-    for (; j < p.columns; j += kLANES) {
-        const std::size_t left = p.columns - j;
-        const int count = static_cast<int>(left < kLANES ? left : kLANES);
-        Simd::F sum = Simd::loadPartial(p.sums + j, count);
-        for (std::size_t r = 0; r < kROWS; ++r) {
-            Simd::prefetch(next[r] + j);
-            sum = Simd::fma(value[r], partialWeight<T, kSCALED>(row[r] + j, scale + j, count), sum);
-        }
-        Simd::storePartial(p.sums + j, sum, count);
-    }
-}
 
-// How many of the rows from `first` on have the scales of the first, up to one pass of them.
-template <bool kSCALED>
-inline std::size_t rowsOfPass(const RowProduct& p, std::size_t first) {
-    const std::size_t most = p.count - first < kROWS_PER_PASS ? p.count - first : kROWS_PER_PASS;
-    if constexpr (kSCALED) {
-        const std::size_t group = static_cast<std::size_t>(p.rows[first]) / p.scales.channels;
-        std::size_t same = 1;
-        while (same < most &&
-               static_cast<std::size_t>(p.rows[first + same]) / p.scales.channels == group) {
-            ++same;
+    // Nothing has been asked for yet.
+    void prefetchStart() const {
+        for (std::size_t j = 0; j < kAHEAD && j < mProduct.columns; j += kLINE_BYTES / sizeof(T)) {
+            for (std::size_t r = 0; r < kROWS; ++r) Simd::prefetchOnce(mRow[r] + j);
         }
-        return same;
     }
-    return most;
+
+    void add() const {
+        const std::size_t whole = mProduct.columns / kSTEP * kSTEP;
+        const std::size_t turn = whole > kAHEAD ? whole - kAHEAD : 0;
+        addSpan(0, turn, mRow, kAHEAD);
+        addSpan(turn, whole, mNext, std::size_t{0} - turn);
+        for (std::size_t j = whole; j < mProduct.columns; j += Simd::kLANES) addTail(j, turn);
+    }
+
+  private:
+    // Vectors of one cache line of W, as far as registers allow: a line is asked for once.
+    static constexpr std::size_t kLINE = kLINE_BYTES / (sizeof(T) * Simd::kLANES);
+    static constexpr std::size_t kVECTORS = kLINE < 1 ? 1 : (kLINE > 4 ? 4 : kLINE);
+    static constexpr std::size_t kSTEP = kVECTORS * Simd::kLANES;
+    static constexpr std::size_t kAHEAD = kLINES_AHEAD / kROWS * (kLINE_BYTES / sizeof(T));
+    static_assert(kAHEAD % kSTEP == 0, "the spans of a pass are whole steps");
+
+    // Columns begin .. end - 1; `offset` is from a column to the one to ask for in `ahead`.
+    inline __attribute__((always_inline)) void addSpan(std::size_t begin, std::size_t end,
+                                                       const T* const* ahead,
+                                                       std::size_t offset) const {
+        for (std::size_t j = begin; j < end; j += kSTEP) {
+            float* to = mProduct.sums + j;
+            Simd::F sum[kVECTORS];
+            for (std::size_t v = 0; v < kVECTORS; ++v) sum[v] = Simd::load(to + v * Simd::kLANES);
+            // Unrolled, so that addresses and values stay in registers.
+#pragma GCC unroll 16
+            for (std::size_t r = 0; r < kROWS; ++r) {
+                Simd::prefetchOnce(ahead[r] + (j + offset));
+                for (std::size_t v = 0; v < kVECTORS; ++v) {
+                    const std::size_t at = j + v * Simd::kLANES;
+                    sum[v] =
+                        Simd::fma(mValue[r], weight<T, kSCALED>(mRow[r], mScale[r], at), sum[v]);
+                }
+            }
+            for (std::size_t v = 0; v < kVECTORS; ++v) Simd::store(to + v * Simd::kLANES, sum[v]);
+        }
+    }
+
+    void addTail(std::size_t j, std::size_t turn) const {
+        constexpr std::size_t kLANES = Simd::kLANES;
+        const std::size_t left = mProduct.columns - j;
+        const int count = static_cast<int>(left < kLANES ? left : kLANES);
+        Simd::F sum = Simd::loadPartial(mProduct.sums + j, count);
+        for (std::size_t r = 0; r < kROWS; ++r) {
+            Simd::prefetchOnce(mNext[r] + (j - turn));
+            const Simd::F w = partialWeight<T, kSCALED>(mRow[r], mScale[r], j, count);
+            sum = Simd::fma(mValue[r], w, sum);
+        }
+        Simd::storePartial(mProduct.sums + j, sum, count);
+    }
+
+    const RowProduct& mProduct;
+    const T* mRow[kROWS];
+    const T* mNext[kROWS];
+    const float* mScale[kROWS];
+    Simd::F mValue[kROWS];
+};
+
+// Passes of kROWS rows from `first` on, as many as there are; the row after them.
+template <typename T, bool kSCALED, std::size_t kROWS>
+inline std::size_t addRows(const RowProduct& p, std::size_t first) {
+    for (; first + kROWS <= p.count; first += kROWS) {
+        const RowPass<T, kSCALED, kROWS> pass(p, first);
+        if (first == 0) pass.prefetchStart();
+        pass.add();
+    }
+    return first;
 }
 
 // One token: W is read from memory, the tile's sums stay in the first-level cache.
 template <typename T, bool kSCALED>
 void rowProduct(const RowProduct& p) {
     std::memset(p.sums, 0, p.columns * sizeof *p.sums);
-    for (std::size_t i = 0; i < p.count;) {
-        const std::size_t rows = rowsOfPass<kSCALED>(p, i);
-        if (rows == kROWS_PER_PASS) {
-            addRows<T, kSCALED, kROWS_PER_PASS>(p, i);
-        } else {
-            for (std::size_t r = 0; r < rows; ++r) addRows<T, kSCALED, 1>(p, i + r);
-        }
-        i += rows;
+    std::size_t done = 0;
+    if (p.columns * sizeof(T) <= kSHORT_PART_BYTES) {
+        done = addRows<T, kSCALED, kSHORT_PART_ROWS>(p, done);
     }
+    done = addRows<T, kSCALED, kLONG_PART_ROWS>(p, done);
+    addRows<T, kSCALED, 1>(p, done);
 }
 
 // Row of W that a position of the operand meets.
@@ -136,14 +176,13 @@ void packBlock(const PanelProduct& p, std::size_t first, std::uint64_t wanted, s
         const std::size_t i = static_cast<std::size_t>(__builtin_ctzll(wanted));
         const std::int32_t channel = rowAt(p, first + i);
         const T* row = rowOf(w, p.rowStride, channel);
-        const float* scale =
-            scaleOf<kSCALED>(p.scales, p.rowStride, static_cast<std::size_t>(channel));
+        const float* scale = scaleOf<kSCALED>(p.scales, p.rowStride, channel);
         float* to = p.packed + i * width;
         for (std::size_t j = 0; j < whole; j += Simd::kLANES) {
-            Simd::store(to + j, weight<T, kSCALED>(row + j, scale + j));
+            Simd::store(to + j, weight<T, kSCALED>(row, scale, j));
         }
         if (left != 0) {
-            Simd::store(to + whole, partialWeight<T, kSCALED>(row + whole, scale + whole, left));
+            Simd::store(to + whole, partialWeight<T, kSCALED>(row, scale, whole, left));
         }
     }
 }
@@ -162,7 +201,7 @@ class BlockPrefetcher {
 
     // Called once a turn.
     void next() {
-        constexpr std::size_t kLINE = 64 / sizeof(T);
+        constexpr std::size_t kLINE = kLINE_BYTES / sizeof(T);
         const T* w = static_cast<const T*>(mProduct.w);
         for (std::size_t r = 0; r < mRows && mWanted != 0; ++r, mWanted &= mWanted - 1) {
             const std::size_t i = static_cast<std::size_t>(__builtin_ctzll(mWanted));
@@ -292,17 +331,16 @@ void multiplyInPlace(const PanelProduct& p, std::size_t block, std::size_t sumSt
             const std::size_t i = static_cast<std::size_t>(__builtin_ctzll(keep));
             const std::int32_t channel = rowAt(p, first + i);
             const T* row = rowOf(w, p.rowStride, channel);
-            const float* scale =
-                scaleOf<kSCALED>(p.scales, p.rowStride, static_cast<std::size_t>(channel));
+            const float* scale = scaleOf<kSCALED>(p.scales, p.rowStride, channel);
             const Simd::F value = Simd::broadcast(z[i]);
             for (int v = 0; v + (kWHOLE ? 0 : 1) < kVECTORS; ++v) {
-                const int at = v * Simd::kLANES;
-                sum[v] = Simd::fma(value, weight<T, kSCALED>(row + at, scale + at), sum[v]);
+                const std::size_t at = static_cast<std::size_t>(v) * Simd::kLANES;
+                sum[v] = Simd::fma(value, weight<T, kSCALED>(row, scale, at), sum[v]);
             }
             if constexpr (!kWHOLE) {
                 constexpr int kLAST = kVECTORS - 1;
-                constexpr int kAT = kLAST * Simd::kLANES;
-                const Simd::F tail = partialWeight<T, kSCALED>(row + kAT, scale + kAT, left);
+                constexpr std::size_t kAT = static_cast<std::size_t>(kLAST) * Simd::kLANES;
+                const Simd::F tail = partialWeight<T, kSCALED>(row, scale, kAT, left);
                 sum[kLAST] = Simd::fma(value, tail, sum[kLAST]);
             }
         }

@@ -28,6 +28,8 @@ class Scratch {
         return mMemory.get();
     }
 
+    T* data() const { return mMemory.get(); }
+
   private:
     struct Free {
         void operator()(T* memory) const { std::free(memory); }

@@ -170,19 +170,43 @@ inline std::int32_t keyOf(float score) {
     return score != score ? kNAN_KEY : ordered;
 }
 
-void scoreKeys(const float* z, const std::int32_t* channelOrder, const float* scoreScale,
-               std::size_t channels, std::int32_t* keys) {
+void scoreKeys(const float* z, const float* scoreScale, std::size_t channels, std::int32_t* keys) {
     if (scoreScale == nullptr) {
         for (std::size_t p = 0; p < channels; ++p) keys[p] = keyOf(__builtin_fabsf(z[p]));
-    } else if (channelOrder == nullptr) {
+    } else {
         for (std::size_t p = 0; p < channels; ++p) {
             keys[p] = keyOf(__builtin_fabsf(z[p]) * scoreScale[p]);
         }
-    } else {
-        for (std::size_t p = 0; p < channels; ++p) {
-            keys[p] = keyOf(__builtin_fabsf(z[p]) * scoreScale[channelOrder[p]]);
+    }
+}
+
+// A template, so that a variant without the instruction does not have to name it.
+template <typename Lanes>
+std::size_t listKept(const KeptRows& kept) {
+    std::size_t count = 0;
+    if constexpr (Lanes::kCOMPRESSES) {
+        for (std::size_t p = 0; p < kept.channels; p += Lanes::kLANES) {
+            const std::uint32_t mask =
+                static_cast<std::uint32_t>(kept.keep[p / 64] >> (p % 64) & 0xffff);
+            Lanes::compress(kept.z + p, mask, kept.values + count);
+            if (kept.rowOrder == nullptr) {
+                Lanes::compressIndex(static_cast<std::int32_t>(p), mask, kept.rows + count);
+            } else {
+                Lanes::compress(kept.rowOrder + p, mask, kept.rows + count);
+            }
+            count += static_cast<std::size_t>(__builtin_popcount(mask));
+        }
+        return count;
+    }
+    for (std::size_t first = 0; first < kept.channels; first += 64) {
+        for (std::uint64_t bits = kept.keep[first / 64]; bits != 0; bits &= bits - 1) {
+            const std::size_t p = first + static_cast<std::size_t>(__builtin_ctzll(bits));
+            kept.rows[count] =
+                kept.rowOrder == nullptr ? static_cast<std::int32_t>(p) : kept.rowOrder[p];
+            kept.values[count++] = kept.z[p];
         }
     }
+    return count;
 }
 
 }  // namespace

@@ -10,6 +10,7 @@ namespace {
 
 struct Simd {
     static constexpr int kLANES = 8;
+    static constexpr bool kCOMPRESSES = false;
     static constexpr std::size_t kREGISTERS = 16;
     using F = __m256;
     using I = __m256i;
@@ -86,12 +87,13 @@ struct Simd {
         const I offsets = _mm256_mullo_epi32(lane, broadcastInt(m));
         for (int j = 0; j < m; ++j) out[j] = _mm256_i32gather_epi32(keys + j, offsets, 4);
     }
-    static void prefetch(const void* address) {
+    // Prefetches are always inlined: a call that only prefetches counts as dead code otherwise.
+    static inline __attribute__((always_inline)) void prefetch(const void* address) {
         _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0);
     }
-    // Into the second-level cache: the first holds what is being worked on.
-    static void prefetchFar(const void* address) {
-        _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T1);
+    // Of what is read once: it passes by the outer caches and leaves them to what comes back.
+    static inline __attribute__((always_inline)) void prefetchOnce(const void* address) {
+        _mm_prefetch(static_cast<const char*>(address), _MM_HINT_NTA);
     }
 
   private:

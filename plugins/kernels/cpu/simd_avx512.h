@@ -10,6 +10,7 @@ namespace {
 
 struct Simd {
     static constexpr int kLANES = 16;
+    static constexpr bool kCOMPRESSES = true;
     static constexpr std::size_t kREGISTERS = 32;
     using F = __m512;
     using I = __m512i;
@@ -82,19 +83,37 @@ struct Simd {
                 return;
             }
         }
-        const I lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        const I offsets = _mm512_mullo_epi32(lane, broadcastInt(m));
+        const I offsets = _mm512_mullo_epi32(lanes(), broadcastInt(m));
         for (int j = 0; j < m; ++j) out[j] = _mm512_i32gather_epi32(offsets, keys + j, 4);
     }
-    static void prefetch(const void* address) {
+    // The values at the set bits of `mask`, one after the other; nothing else is read. A whole
+    // vector is written.
+    static void compress(const float* from, std::uint32_t mask, float* to) {
+        const __mmask16 lanes = static_cast<__mmask16>(mask);
+        store(to, _mm512_maskz_compress_ps(lanes, _mm512_maskz_loadu_ps(lanes, from)));
+    }
+    static void compress(const std::int32_t* from, std::uint32_t mask, std::int32_t* to) {
+        const __mmask16 lanes = static_cast<__mmask16>(mask);
+        storeInt(to, _mm512_maskz_compress_epi32(lanes, _mm512_maskz_loadu_epi32(lanes, from)));
+    }
+    // first + i at the set bits i.
+    static void compressIndex(std::int32_t first, std::uint32_t mask, std::int32_t* to) {
+        const I index = _mm512_add_epi32(lanes(), broadcastInt(first));
+        storeInt(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(mask), index));
+    }
+    // Prefetches are always inlined: a call that only prefetches counts as dead code otherwise.
+    static inline __attribute__((always_inline)) void prefetch(const void* address) {
         _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0);
     }
-    // Into the second-level cache: the first holds what is being worked on.
-    static void prefetchFar(const void* address) {
-        _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T1);
+    // Of what is read once: it passes by the outer caches and leaves them to what comes back.
+    static inline __attribute__((always_inline)) void prefetchOnce(const void* address) {
+        _mm_prefetch(static_cast<const char*>(address), _MM_HINT_NTA);
     }
 
   private:
+    static I lanes() {
+        return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    }
     static __mmask16 firstLanes(int count) { return static_cast<__mmask16>((1u << count) - 1u); }
     static F widen8(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)); }
     static F widen(__m256i bits) {

@@ -10,6 +10,7 @@ namespace {
 
 struct Simd {
     static constexpr int kLANES = 4;
+    static constexpr bool kCOMPRESSES = false;
     static constexpr std::size_t kREGISTERS = 32;
     using F = float32x4_t;
     using I = int32x4_t;
@@ -81,8 +82,14 @@ struct Simd {
             out[j] = vld1q_s32(lanes);
         }
     }
-    static void prefetch(const void* address) { __builtin_prefetch(address); }
-    static void prefetchFar(const void* address) { __builtin_prefetch(address, 0, 2); }
+    // Prefetches are always inlined: a call that only prefetches counts as dead code otherwise.
+    static inline __attribute__((always_inline)) void prefetch(const void* address) {
+        __builtin_prefetch(address);
+    }
+    // Of what is read once: it passes by the outer caches and leaves them to what comes back.
+    static inline __attribute__((always_inline)) void prefetchOnce(const void* address) {
+        __builtin_prefetch(address, 0, 0);
+    }
 };
 
 }  // namespace

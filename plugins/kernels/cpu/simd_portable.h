@@ -8,6 +8,7 @@ namespace {
 
 struct Simd {
     static constexpr int kLANES = 8;
+    static constexpr bool kCOMPRESSES = false;
     static constexpr std::size_t kREGISTERS = 16;
     struct F {
         float lane[kLANES];
@@ -102,8 +103,8 @@ struct Simd {
             for (int g = 0; g < kLANES; ++g) out[j].lane[g] = keys[g * m + j];
         }
     }
-    static void prefetch(const void*) {}
-    static void prefetchFar(const void*) {}
+    static inline __attribute__((always_inline)) void prefetch(const void*) {}
+    static inline __attribute__((always_inline)) void prefetchOnce(const void*) {}
 };
 
 }  // namespace

@@ -11,6 +11,7 @@ constexpr Variant makeVariant(const char* name) {
         scoreKeys,
         selectGroups,
         varianceRatio,
+        listKept<Simd>,
         {rowProduct<float, false>, rowProduct<Float16, false>, rowProduct<BFloat16, false>,
          rowProduct<Int8, false>},
         {panelProduct<float, false>, panelProduct<Float16, false>, panelProduct<BFloat16, false>,

@@ -136,10 +136,8 @@ float loadToken(const TokenInput& token, float* z) {
     if (token.shift == nullptr) return 0.0f;
     if (token.shiftCount == 1) {
         for (std::size_t p = 0; p < token.channels; ++p) z[p] -= token.shift[0];
-    } else if (order == nullptr) {
-        for (std::size_t p = 0; p < token.channels; ++p) z[p] -= token.shift[p];
     } else {
-        for (std::size_t p = 0; p < token.channels; ++p) z[p] -= token.shift[order[p]];
+        for (std::size_t p = 0; p < token.channels; ++p) z[p] -= token.shift[p];
     }
     return 0.0f;
 }

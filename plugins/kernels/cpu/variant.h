@@ -23,9 +23,19 @@ struct TokenInput {
     const void* x;                     // [channels] T
     std::size_t channels;              // K
     const std::int32_t* channelOrder;  // [channels] or null: position -> channel
-    const float* shift;                // [shiftCount] or null
+    const float* shift;                // [shiftCount] or null, by position
     std::size_t shiftCount;            // 1 or channels
     bool dynamicShift;                 // eta is the token's own mean; excludes shift
+};
+
+// What one token keeps, by ascending position: as bits, and as a list.
+struct KeptRows {
+    const float* z;                // [channels]
+    const std::uint64_t* keep;     // bit p = position p is kept
+    const std::int32_t* rowOrder;  // [channels] or null: position -> row of W
+    std::size_t channels;
+    std::int32_t* rows;  // written; there is room for a vector more than are kept
+    float* values;       // the same
 };
 
 // Group-wise scales of Int8 weights: row k of W is multiplied by row k / channels of `rows`.
@@ -43,7 +53,7 @@ struct RowProduct {
     std::size_t count;
     std::size_t columns;  // columns of the tile
     float* sums;          // [columns], written
-    WeightScales scales;  // of the tile's first column; rows ascend where there are any
+    WeightScales scales;  // of the tile's first column
 };
 
 // All kept rows of many tokens, against a panel of columns narrow enough for registers.
@@ -81,15 +91,18 @@ struct Variant {
 
     // z [channels] in position order and the token's eta (0 without a dynamic shift).
     float (*loadToken[kELEMENT_TYPES])(const TokenInput& token, float* z);
-    // Integer keys [channels] that order as the scores |z| * scale do: NaN on top, -0 as +0.
-    void (*scoreKeys)(const float* z, const std::int32_t* channelOrder, const float* scoreScale,
-                      std::size_t channels, std::int32_t* keys);
+    // Integer keys [channels] that order as the scores |z| * scale do: NaN on top, -0 as +0. The
+    // scale is by position, or null.
+    void (*scoreKeys)(const float* z, const float* scoreScale, std::size_t channels,
+                      std::int32_t* keys);
     // Keep mask of each group: bit j = position j of the group is among the n largest keys.
     void (*selectGroups)(const std::int32_t* keys, std::size_t groups, int n, int m,
                          std::uint64_t* masks);
     // sqrt(var(z) / max(var(z where kept, else 0), floor)) of one token, z [count] in position order.
     float (*varianceRatio)(const float* z, const std::uint64_t* keep, std::size_t count,
                            double floor);
+    // Lists what one token keeps; how many that is.
+    std::size_t (*listKept)(const KeptRows& kept);
     void (*rowProduct[kWEIGHT_TYPES])(const RowProduct& product);
     void (*panelProduct[kWEIGHT_TYPES])(const PanelProduct& product);
     // Of Int8 weights with group-wise scales.
