@@ -1,4 +1,4 @@
-"""A random model with the shapes of Llama-3.2-1B, written shard by shard: for memory tests."""
+"""Random models of real shapes, written shard by shard: for memory tests."""
 
 from __future__ import annotations
 
@@ -18,6 +18,16 @@ SHAPES: dict[str, Any] = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 2048,
 }
+"""Of Llama-3.2-1B."""
+WIDE: dict[str, Any] = {
+    **SHAPES,
+    "vocab_size": 2048,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 2,
+    "head_dim": 128,
+}
+"""Two layers as wide as those of Mistral 7B."""
 
 
 def save_large_model(folder: Path, *, shard_bytes: int = 1 << 29, **shapes: Any) -> int:

@@ -36,7 +36,7 @@ from nmexport.stages import calibrate
 from nmexport.work_directory import WorkDirectory
 
 from tests.exported import PATTERN
-from tests.tiny import FAMILIES, VOCABULARY, save_tiny_model
+from tests.tiny import FAMILIES, VOCABULARY, save_tiny_model, save_tokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -408,43 +408,61 @@ def test_free_memory_is_that_of_this_machine() -> None:
     assert len(memory.devices) == torch.cuda.device_count()
 
 
-_MEASURE = """
-import json, sys
+_WATCHED = """
+import functools, json, sys, threading, time
 from pathlib import Path
-import torch
-from nmexport.models.layerwise import LayerwiseModel, skeleton
-from nmexport.models.offload import parameter_count
-from nmexport.models.source import ModelSource
-from nmexport.progress import Silent
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
-    rows = (line.split() for line in lines if line.startswith(("Rss", "VmHWM")))
-    return {row[0].rstrip(":"): int(row[1]) << 10 for row in rows}
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
 
-peak = {}
-def look():
-    for name, value in anonymous().items():
-        peak[name] = max(peak.get(name, 0), value)
+peak = 0
+def watch():
+    global peak
+    while True:
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
+
+import torch
+before = anonymous()
+threading.Thread(target=watch, daemon=True).start()
+"""
+_RUN = """
+from nmexport.models.layerwise import LayerwiseModel
+from nmexport.models.source import ModelSource
+from nmexport.progress import Silent
 
 source = ModelSource(id="m", revision=None, folder=Path(sys.argv[1]), gguf_file=None, digest="0")
-samples = torch.randint(3, 999, (int(sys.argv[2]), int(sys.argv[3])))
-look()
-before = peak["RssAnon"]
-model = LayerwiseModel(source)
-model.run(samples, progress=Silent(), label="", after=look)
-print(json.dumps({**peak, "before": before, "parameters": parameter_count(model.model)}))
+LayerwiseModel(source).run(torch.randint(3, 999, (4, 64)), progress=Silent(), label="")
+"""
+_BUILD = """
+from nmexport.calibration import order_search
+from nmexport.cli.main import cli
+
+# As much memory as to the end, in a part of the time.
+order_search.search_order = functools.partial(order_search.search_order, sweeps=2)
+cli(
+    ["build", "--to", "fold", "--model", sys.argv[1], "--work", sys.argv[2], "--calib", sys.argv[3],
+     "--calib-samples", "1", "--calib-length", "32", "--calib-self-share", "0",
+     "--offload", "layerwise", "--dtype", "bfloat16", "--criterion", "act", "--mitigation", "var",
+     "--grouping", "exchange"],
+    standalone_mode=False,
+)
+"""
+_TELL = """
+print(json.dumps(peak - before))
 """
 
 
-def measured(folder: Path, samples: int, length: int) -> dict[str, int]:
+def anonymous_peak(program: str, *arguments: Path) -> int:
+    """Memory that a program took which no file backs, at most, in bytes."""
     done = subprocess.run(
-        [sys.executable, "-c", _MEASURE, str(folder), str(samples), str(length)],
+        [sys.executable, "-c", _WATCHED + program + _TELL, *map(str, arguments)],
         capture_output=True,
         text=True,
         check=True,
     )
-    return json.loads(done.stdout.splitlines()[-1])
+    return int(json.loads(done.stdout.splitlines()[-1]))
 
 
 @pytest.mark.slow
@@ -452,10 +470,21 @@ def test_a_billion_parameters_take_the_memory_of_a_layer(tmp_path: Path) -> None
     from tests.large import save_large_model
 
     parameters = save_large_model(tmp_path)
-    peak = measured(tmp_path, samples=4, length=64)
-    assert peak["parameters"] == parameters > 1_000_000_000
+    assert parameters > 1_000_000_000
     # The whole model in float32 would take 4 bytes a parameter.
-    assert peak["RssAnon"] - peak["before"] < 0.25 * 4 * parameters
+    assert anonymous_peak(_RUN, tmp_path) < 0.25 * 4 * parameters
+
+
+@pytest.mark.slow
+def test_layers_as_wide_as_a_7b_are_calibrated_and_folded_in_little_memory(
+    text: Path, tmp_path: Path
+) -> None:
+    """What a 7B takes beyond this is its output embedding, 0.5 GB; deeper takes no more."""
+    from tests.large import WIDE, save_large_model
+
+    save_large_model(tmp_path / "model", **WIDE)
+    save_tokenizer(tmp_path / "model")
+    assert anonymous_peak(_BUILD, tmp_path / "model", tmp_path / "work", text) < 3.5e9
 
 
 def test_what_has_to_be_learned_is_refused_before_calibration(
