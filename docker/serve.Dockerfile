@@ -1,18 +1,24 @@
-# Triton with what the text model needs. The model is no part of the image: mount its repository.
+# Triton with what the text model needs. The model is no part of the image: mount its package.
 #
 #   docker build -f docker/serve.Dockerfile -t nmexport-serve .
 #   docker run --rm -p 127.0.0.1:8000:8000 -v "$PWD/work/package/current:/package:ro" nmexport-serve
 #
-# 24.11 is the first release with Python 3.12 (24.10 has 3.10, too old for nmexport).
-ARG TRITON_VERSION=25.03
+# For a package that was made on a GPU, and computes there:
+#   docker build -f docker/serve.Dockerfile --build-arg DEVICE=gpu -t nmexport-serve-gpu .
+#   docker run --rm --gpus all -p ... -v ... nmexport-serve-gpu
+#
+# The release of build.Dockerfile: a plan runs with the TensorRT that built it, 10.14 in 25.11.
+ARG TRITON_VERSION=25.11
 FROM nvcr.io/nvidia/tritonserver:${TRITON_VERSION}-py3 AS base
 
-COPY docker/serve-requirements.txt /tmp/serve-requirements.txt
+# cpu or gpu: which build of ONNX Runtime is installed.
+ARG DEVICE=cpu
+COPY docker/serve-requirements.txt docker/serve-${DEVICE}-requirements.txt /tmp/
 # An environment of its own: the image's Python belongs to its distribution.
 RUN python3 -m venv --without-pip /opt/nmexport \
     && python3 -m pip --python /opt/nmexport/bin/python3 install --no-cache-dir --no-deps \
-        -r /tmp/serve-requirements.txt \
-    && rm /tmp/serve-requirements.txt
+        -r /tmp/serve-requirements.txt -r "/tmp/serve-${DEVICE}-requirements.txt" \
+    && rm /tmp/serve-*requirements.txt
 
 COPY pyproject.toml README.md LICENSE /src/
 COPY nmexport /src/nmexport
@@ -37,10 +43,9 @@ USER 10001
 EXPOSE 9000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=120s \
     CMD ["curl", "--fail", "--silent", "http://127.0.0.1:9000/health/ready"]
-# The chat template and the tokenizer are the package's: the folder with bundle.json in it.
-ENTRYPOINT ["/usr/bin/python3", "openai_frontend/main.py", \
-            "--host=0.0.0.0", "--openai-port=9000", "--model-repository=/package/model_repository"]
-CMD ["--tokenizer=/package/model_repository/model/1"]
+# The chat template and the tokenizer are the package's: the folder with bundle.json in it. A package
+# with a raw engine needs a GPU here, and its plugin library in LD_PRELOAD where it has one.
+ENTRYPOINT ["/bin/sh", "-c", "exec /usr/bin/python3 openai_frontend/main.py --host=0.0.0.0 --openai-port=9000 --model-repository=/package/model_repository --tokenizer=\"$(dirname /package/model_repository/*/1/bundle.json)\" \"$@\"", "openai"]
 
 FROM base AS serve
 USER 10001
@@ -48,7 +53,6 @@ EXPOSE 8000 8001 8002
 HEALTHCHECK --interval=10s --timeout=3s --start-period=120s \
     CMD ["curl", "--fail", "--silent", "http://127.0.0.1:8000/v2/health/ready"]
 # In a container 0.0.0.0 is the container's own network; what is published is the caller's choice.
-# For a package with a TensorRT engine add: --backend-config=tensorrt,plugins=/package/plugins/NAME.so
-CMD ["tritonserver", "--model-repository=/package/model_repository", \
-     "--disable-auto-complete-config", "--exit-timeout-secs=30", \
-     "--http-address=0.0.0.0", "--grpc-address=0.0.0.0", "--metrics-address=0.0.0.0"]
+ENV BIND=0.0.0.0
+# The package's own launch line: it names the plugins of an engine, and leaves out what cannot run.
+CMD ["/bin/sh", "/package/launch.sh"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -11,10 +12,13 @@ from typing import Any
 
 import pytest
 import yaml
+from nmexport.serving.bundle import FILENAME
 from nmexport.serving.metrics import METRICS, QUEUE_TIME
+from nmexport.serving.repository import LAUNCH
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCKER = ROOT / "docker"
+LAUNCH_TEMPLATE = ROOT / "nmexport" / "serving" / "templates" / f"{LAUNCH}.j2"
 MANIFESTS = sorted(
     path for path in (DOCKER / "kubernetes").glob("*.yaml") if path.stem != "kustomization"
 )
@@ -66,15 +70,79 @@ def test_a_kustomization_names_every_manifest() -> None:
     assert "memory" in at  # the patch adds beside what is there
 
 
+def requirements(device: str) -> dict[str, str]:
+    """Versions by package, of both files that an image is made from."""
+    texts = [
+        (DOCKER / name).read_text("utf-8")
+        for name in ("serve-requirements.txt", f"serve-{device}-requirements.txt")
+    ]
+    lines = [line for text in texts for line in text.splitlines() if not line.startswith("#")]
+    return dict(line.split("==") for line in lines)
+
+
 def test_a_server_installs_what_was_tested() -> None:
     locked = set((ROOT / "requirements.lock").read_text("utf-8").lower().split())
-    wanted = [
-        line
-        for line in (DOCKER / "serve-requirements.txt").read_text("utf-8").splitlines()
-        if not line.startswith("#")
-    ]
-    assert {line.split("==")[0] for line in wanted} >= {"onnxruntime", "tokenizers", "jinja2"}
-    assert set(wanted) <= locked
+    wanted = requirements("cpu")
+    assert set(wanted) >= {"onnxruntime", "tokenizers", "jinja2"}
+    assert {f"{name}=={version}" for name, version in wanted.items()} <= locked
+
+
+def test_a_gpu_server_has_one_onnxruntime_and_else_the_same() -> None:
+    cpu, gpu = requirements("cpu"), requirements("gpu")
+    assert cpu.keys() - gpu.keys() == {"onnxruntime"}
+    assert gpu.keys() - cpu.keys() == {"onnxruntime-gpu"}
+    assert all(gpu[name] == cpu[name] for name in cpu.keys() & gpu.keys())
+    ignored = (DOCKER / "serve.Dockerfile.dockerignore").read_text("utf-8")
+    for name in ("serve-requirements", "serve-cpu-requirements", "serve-gpu-requirements"):
+        assert f"!docker/{name}.txt" in ignored
+    services = document(DOCKER / "compose.yaml")["services"]
+    assert services["server-gpu"]["build"]["args"] == {"DEVICE": "gpu"}
+    assert services["server-gpu"]["image"] != services["server"]["image"]
+    (image,) = document(DOCKER / "kubernetes" / "gpu" / "kustomization.yaml")["images"]
+    assert image["newName"] == services["server-gpu"]["image"]
+    pod = document(DOCKER / "kubernetes" / "deployment.yaml")["spec"]["template"]["spec"]
+    assert pod["containers"][0]["image"] == f"{image['name']}:latest"
+
+
+def test_engines_are_served_by_the_tensorrt_that_builds_them() -> None:
+    releases = {
+        name: re.search(
+            r"^ARG \w+_VERSION=(\S+)$", (DOCKER / name).read_text("utf-8"), re.MULTILINE
+        )
+        for name in ("build.Dockerfile", "serve.Dockerfile")
+    }
+    assert all(releases.values())
+    assert len({found[1] for found in releases.values() if found}) == 1
+
+
+def test_a_container_runs_the_packages_own_launch_line() -> None:
+    text = (DOCKER / "serve.Dockerfile").read_text("utf-8")
+    stage = text[text.index("AS serve") :]
+    assert f'CMD ["/bin/sh", "/package/{LAUNCH}"]' in stage
+    assert "ENV BIND=0.0.0.0" in stage
+    assert "${BIND:-" in LAUNCH_TEMPLATE.read_text("utf-8")
+
+
+def test_the_openai_front_end_finds_the_model_by_itself(tmp_path: Path) -> None:
+    text = (DOCKER / "serve.Dockerfile").read_text("utf-8")
+    line = next(one for one in text.splitlines() if one.startswith("ENTRYPOINT"))
+    shell, option, script, name = json.loads(line.removeprefix("ENTRYPOINT "))
+    bundle = tmp_path / "package" / "model_repository" / "a model" / "1" / FILENAME
+    bundle.parent.mkdir(parents=True)
+    bundle.touch()
+    (tmp_path / "package" / "model_repository" / "a model_engine" / "1").mkdir(parents=True)
+    script = script.replace("/usr/bin/python3", "printf '%s\\n'").replace(
+        "/package", f"{tmp_path}/package"
+    )
+    shown = subprocess.run(
+        [shell, option, script.replace("exec ", ""), name, "--more"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert f"--tokenizer={bundle.parent}" in shown
+    assert shown[-1] == "--more"
+    assert "MODEL" not in (DOCKER / "compose.yaml").read_text("utf-8")
 
 
 def test_what_is_scraped_and_scaled_on_exists() -> None:
@@ -87,12 +155,30 @@ def test_what_is_scraped_and_scaled_on_exists() -> None:
     scaler = document(DOCKER / "kubernetes" / "autoscaler.yaml")
     assert made
     assert scaler["spec"]["metrics"][0]["pods"]["metric"]["name"] == made[1]
+    # Without requests the mean is nothing; the other arm has a value wherever there is a pod.
+    query = yaml.safe_load(rule)["rules"][0]["metricsQuery"]
+    mean, _, idle = query.partition(" or ")
+    assert "> 0)" in mean
+    assert re.fullmatch(rf"sum\(rate\({QUEUE_TIME}_count.*\) by \(<<\.GroupBy>>\) \* 0", idle)
+
+
+def test_alerts_are_loaded_and_ask_for_metrics_that_exist() -> None:
+    (name,) = document(DOCKER / "prometheus.yaml")["rule_files"]
+    assert any(
+        volume.startswith(f"./{name}:") for volume in prometheus()["volumes"] if "yaml" in volume
+    )
+    (group,) = document(DOCKER / name)["groups"]
+    asked = set(re.findall(r"nmexport_\w+?(?=_sum|_count|\[)", str(group["rules"])))
+    assert len(asked) == 3
+    assert asked <= {spec.name for spec in METRICS}
+
+
+def prometheus() -> Any:
+    return document(DOCKER / "compose.yaml")["services"]["prometheus"]
 
 
 def test_requests_in_flight_end_before_a_server_is_killed() -> None:
-    drain = re.search(
-        r"--exit-timeout-secs=(\d+)", (DOCKER / "serve.Dockerfile").read_text("utf-8")
-    )
+    drain = re.search(r"--exit-timeout-secs=(\d+)", LAUNCH_TEMPLATE.read_text("utf-8"))
     assert drain
     compose = document(DOCKER / "compose.yaml")["services"]["server"]
     assert int(compose["stop_grace_period"].rstrip("s")) > int(drain[1])
