@@ -10,29 +10,32 @@ moves on. All outputs share one buffer, as activations do in a model.
 | `nbits8`, `nbits4` | ONNX Runtime's MatMulNBits: dense weights in int8 and int4 |
 | `dense_T` | our own kernel over all rows, weights in T |
 | `sparse_T` | our kernel over the kept rows, weights in T |
-| `select` | NMPrune alone: the selection of `sparse_T`, and a write |
+| `select` | NMPrune alone, in float32: the selection of `sparse_T`, and a write |
 | `read` | the same memory read in order and nothing else: the ceiling |
 """
 
 from __future__ import annotations
 
+import math
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from nmexport.errors import RecipeError
 from nmexport.sparsity.pattern import NMPattern
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
     import onnx
     from numpy.typing import NDArray
 
-Dtype = Literal["float32", "float16", "bfloat16", "int8"]
-"""Of the weights; activations are float32 where weights are int8, else the same."""
+Dtype = Literal["float32", "float16", "bfloat16", "int8", "int8:128"]
+"""Of the weights; activations are float32 where weights are int8, else the same. `int8` has a scale
+an output, `int8:128` one for every 128 channels too, or for fewer where 128 does not divide K."""
 
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 SMOLLM2_SHAPES: tuple[tuple[int, int], ...] = ((576, 960), (576, 576), (576, 3072), (1536, 576))
@@ -47,13 +50,23 @@ LLM_SHAPES: tuple[tuple[int, int], ...] = (
 )
 """Linears of 1B to 8B models, and one of SmolLM2's."""
 DEFAULT_PATTERN = NMPattern(8, 16)
-ROTATED_BYTES = 96 << 20
-"""Weights of one side together; three times a last-level cache of 32 MiB."""
+CACHE_BYTES = 32 << 20
+"""A last-level cache, where the system does not tell its size."""
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_TIMES_CACHE = 3  # weights of one side together, of the last-level cache
+_SELECT_NODES = 64  # selections of one run, so that the run's own cost does not count as theirs
 SCALE_GROUP = 128
 """Channels that share a scale in MatMulNBits, where they divide K; else 32."""
 _SMALL_GROUP = 32
 _MAX_COPIES = 256
-_ITEM_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+_ITEM_BYTES: Mapping[str, int] = {
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "int8": 1,
+    "int8:128": 1,
+}
+_UNIT = 16  # channels that share a scale of NMLinear are a multiple of this
 _NBITS: Mapping[str, int] = {"nbits8": 8, "nbits4": 4}
 _DOMAINS: Mapping[str, tuple[str, int]] = {
     "MatMul": ("", 20),
@@ -91,7 +104,7 @@ def bench_kernels(
     rivals: bool = True,
     seconds: float = 2.0,
     min_runs: int = 5,
-    rotated_bytes: int = ROTATED_BYTES,
+    rotated_bytes: int | None = None,
     library: Path | None = None,
 ) -> dict[str, Any]:
     """Time all sides on every shape, token count and thread count.
@@ -107,14 +120,15 @@ def bench_kernels(
         seconds: Least time for each row.
         min_runs: Least runs of each side.
         rotated_bytes: Weights of one side together; above the last-level cache they are cold.
+            Default three times that cache.
         library: The native library; default the installed one.
 
     Returns:
         JSON values: the settings, and `results`, one row a shape, thread and token count, with
-        `sides` (p10, median and p90 in microseconds), `read_gb_per_s`, `selection_share` of the
-        first dtype's sparse side, and by dtype `ratio` (the faster dense side of the same weights
-        over sparse, medians; in float32 that is MatMul or ours), `ratio_own_dense`,
-        `kept_gb_per_s`, the rate at which kept weights are read, and `share_of_read`.
+        `sides` (p10, median and p90 in microseconds), `read_gb_per_s`, and by dtype `ratio` (the
+        faster dense side of the same weights over sparse, medians; MatMul counts as float32 and
+        MatMulNBits as int8), `ratio_own_dense`, `kept_gb_per_s`, the rate at which kept weights are
+        read, `share_of_read`, and `selection_share` of the sparse side's time.
 
     Raises:
         RecipeError: if a shape does not fit the pattern or a number is out of range.
@@ -126,6 +140,7 @@ def bench_kernels(
 
     _check(shapes, tokens, threads, pattern)
     path = library or native.require_library()
+    rotated = _TIMES_CACHE * last_level_cache() if rotated_bytes is None else rotated_bytes
     rows = []
     for in_features, out_features in shapes:
         for count in threads:
@@ -137,11 +152,11 @@ def bench_kernels(
                 dtypes=tuple(dtypes),
                 grouped=grouped,
                 rivals=rivals,
-                rotated_bytes=rotated_bytes,
+                rotated_bytes=rotated,
                 library=path,
             )
-            sides = _Sides(problem)
-            rows += [sides.row(one, seconds=seconds, min_runs=min_runs) for one in tokens]
+            with _Sides(problem) as sides:
+                rows += [sides.row(one, seconds=seconds, min_runs=min_runs) for one in tokens]
     return {
         "runtime": f"onnxruntime {onnxruntime.__version__}",
         "variant": native.describe_library(path)["variant"],
@@ -149,9 +164,19 @@ def bench_kernels(
         "pattern": str(pattern),
         "dtypes": list(dtypes),
         "grouped": grouped,
-        "rotated_bytes": rotated_bytes,
+        "rotated_bytes": rotated,
         "results": rows,
     }
+
+
+def last_level_cache(folder: Path = _CACHES) -> int:
+    """Bytes of the largest cache that the system tells of; `CACHE_BYTES` where it tells of none."""
+    units = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    sizes = [
+        re.fullmatch(r"(\d+)([KMG]?)", path.read_text(encoding="ascii").strip())
+        for path in folder.glob("index*/size")
+    ]
+    return max((int(size[1]) * units[size[2]] for size in sizes if size), default=CACHE_BYTES)
 
 
 def interleave(
@@ -217,7 +242,7 @@ def _check(
 
 
 class _Sides:
-    """All sides of one shape and thread count, opened once for all token counts."""
+    """All sides of one shape and thread count, opened once for all token counts; close them."""
 
     def __init__(self, problem: _Problem) -> None:
         self._problem = problem
@@ -226,10 +251,18 @@ class _Sides:
         self._memory = _weights("float32", problem, problem.copies(4))
         self._readers = ThreadPoolExecutor(problem.threads)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._readers.shutdown()
+        self._sessions.clear()  # gigabytes, which the next shape needs
+        self._memory.clear()
+
     def _graph(self, name: str) -> onnx.ModelProto:
         problem = self._problem
         item = _NBITS[name] / 8 if name in _NBITS else _ITEM_BYTES.get(name.partition("_")[2], 4)
-        self._copies[name] = 1 if name == "select" else problem.copies(item)
+        self._copies[name] = _SELECT_NODES if name == "select" else problem.copies(item)
         return _model(name, problem, self._copies[name])
 
     def row(self, tokens: int, *, seconds: float, min_runs: int) -> dict[str, Any]:
@@ -254,7 +287,6 @@ class _Sides:
             "runs": len(durations["read"]),
             "sides": {name: vars(timing) for name, timing in timings.items()},
             "read_gb_per_s": read,
-            "selection_share": medians["select"] / medians[f"sparse_{problem.dtypes[0]}"],
             **{dtype: _figures(dtype, problem, medians, read) for dtype in problem.dtypes},
         }
 
@@ -276,7 +308,8 @@ def _figures(
     dtype: str, problem: _Problem, medians: Mapping[str, float], read: float
 ) -> dict[str, float]:
     sparse, own = medians[f"sparse_{dtype}"], medians[f"dense_{dtype}"]
-    dense = min(own, medians["matmul"]) if dtype == "float32" else own
+    rival = {"float32": "matmul", "int8": "nbits8", "int8:128": "nbits8"}.get(dtype)
+    dense = min(own, medians.get(rival, own)) if rival else own
     kept = problem.weight_bytes(dtype) * problem.pattern.density / sparse / 1e3
     return {
         "ratio": dense / sparse,
@@ -284,6 +317,7 @@ def _figures(
         "ratio_matmul_float32": medians["matmul"] / sparse,
         "kept_gb_per_s": kept,
         "share_of_read": kept / read,
+        "selection_share": medians["select"] / sparse,
     }
 
 
@@ -298,7 +332,7 @@ def _model(name: str, problem: _Problem, copies: int) -> onnx.ModelProto:
     from onnx import helper
 
     kind, _, dtype = name.partition("_")
-    element = _element("float32" if dtype in {"", "int8"} else dtype)
+    element = _element("float32" if not dtype or dtype.startswith("int8") else dtype)
     nodes, initializers = _parts(kind, dtype or "float32", problem, copies)
     columns = problem.in_features if kind == "select" else problem.out_features
     graph = helper.make_graph(
@@ -325,26 +359,29 @@ def _parts(
     if kind == "select":
         order, constants = _order(problem)
         inputs = ["X", "", order] if order else ["X"]
-        node = helper.make_node(
-            "NMPrune",
-            inputs,
-            ["Y0"],
-            domain="nmexport",
-            n=problem.pattern.n,
-            m=problem.pattern.m,
-        )
-        return [node], constants
+        nodes = [
+            helper.make_node(
+                "NMPrune",
+                inputs,
+                [f"Y{i}"],
+                domain="nmexport",
+                n=problem.pattern.n,
+                m=problem.pattern.m,
+            )
+            for i in range(copies)
+        ]
+        return nodes, constants
     if kind in _NBITS:
         return _nbits_parts(_NBITS[kind], problem, copies)
     weights = [
-        _tensor(f"W{i}", _element(dtype), array)
+        _tensor(f"W{i}", _element(dtype.partition(":")[0]), array)
         for i, array in enumerate(_weights(dtype, problem, copies))
     ]
     if kind == "matmul":
         nodes = [helper.make_node("MatMul", ["X", f"W{i}"], [f"Y{i}"]) for i in range(copies)]
         return nodes, weights
     order, constants = _order(problem) if kind == "sparse" else ("", [])
-    scale = _scales(problem) if dtype == "int8" else []
+    scale = _scales(dtype, problem) if dtype.startswith("int8") else []
     absent = ["", "", "", ""]  # bias, shift, shift_weight, score_scale
     rest = [*absent, order, "scale" if scale else ""]
     while rest and not rest[-1]:
@@ -408,19 +445,22 @@ def _weights(dtype: str, problem: _Problem, copies: int) -> list[NDArray[Any]]:
     random = np.random.default_rng(0)
     shape = (problem.in_features, problem.out_features)
     some = random.standard_normal(1 << 16, dtype=np.float32) / np.sqrt(shape[0], dtype=np.float32)
-    if dtype == "int8":
+    if dtype.startswith("int8"):
         typed: NDArray[Any] = random.integers(-127, 128, some.size).astype(np.int8)
     else:
         typed = some.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     return [np.resize(np.roll(typed, index), shape) for index in range(copies)]
 
 
-def _scales(problem: _Problem) -> list[onnx.TensorProto]:
-    """One scale an output."""
+def _scales(dtype: str, problem: _Problem) -> list[onnx.TensorProto]:
+    """One scale an output, or an output and group of channels."""
     import numpy as np
     from onnx import numpy_helper
 
-    return [numpy_helper.from_array(np.full((1, problem.out_features), 1e-3, "f4"), "scale")]
+    _, _, group = dtype.partition(":")
+    rows = math.gcd(int(group), problem.in_features) if group else problem.in_features
+    groups = problem.in_features // rows if rows % _UNIT == 0 else 1
+    return [numpy_helper.from_array(np.full((groups, problem.out_features), 1e-3, "f4"), "scale")]
 
 
 def _order(problem: _Problem) -> tuple[str, list[onnx.TensorProto]]:
@@ -457,18 +497,13 @@ class _Session:
 
 def _open(model: onnx.ModelProto, problem: _Problem) -> _Session:
     import tempfile
-    from pathlib import Path
 
     import onnx
 
     import onnxruntime
-    from nmexport.runtimes.onnxruntime import SESSION_CONFIG
+    from nmexport.runtimes.onnxruntime import session_options
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = problem.threads
-    for key, value in SESSION_CONFIG.items():
-        options.add_session_config_entry(key, value)
-    options.register_custom_ops_library(str(problem.library))
+    options = session_options(library=problem.library, threads=problem.threads)
     with tempfile.TemporaryDirectory() as folder:
         # Weights beside the model: together they may exceed what protobuf holds.
         path = Path(folder) / "model.onnx"

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from nmexport.bench import Timing, bench_kernels, interleave
+from nmexport.bench import CACHE_BYTES, Timing, bench_kernels, interleave, last_level_cache
 from nmexport.errors import RecipeError
 from nmexport.runtimes import native
 from nmexport.sparsity.pattern import NMPattern
@@ -40,7 +40,7 @@ def test_result_is_json_with_a_row_for_each_shape_thread_and_token_count(grouped
         [1, 3],
         threads=[1, 2],
         pattern=NMPattern(2, 4),
-        dtypes=("float32", "bfloat16", "int8"),
+        dtypes=("float32", "bfloat16", "int8", "int8:128"),
         grouped=grouped,
         seconds=0.0,
         min_runs=3,
@@ -54,14 +54,19 @@ def test_result_is_json_with_a_row_for_each_shape_thread_and_token_count(grouped
         for threads in (1, 2)
         for tokens in (1, 3)
     ]
-    ours = {f"{kind}_{t}" for kind in ("dense", "sparse") for t in ("float32", "bfloat16", "int8")}
+    ours = {f"{kind}_{dtype}" for kind in ("dense", "sparse") for dtype in outcome["dtypes"]}
     for row in rows:
         assert row["runs"] == 3
         assert set(row["sides"]) == {*ours, "matmul", "nbits8", "nbits4", "select", "read"}
         medians = {side: timing["median_us"] for side, timing in row["sides"].items()}
         dense = min(medians["matmul"], medians["dense_float32"])
         assert row["float32"]["ratio"] == pytest.approx(dense / medians["sparse_float32"])
-        assert row["int8"]["ratio"] == pytest.approx(medians["dense_int8"] / medians["sparse_int8"])
+        for dtype in ("int8", "int8:128"):
+            dense = min(medians["nbits8"], medians[f"dense_{dtype}"])
+            assert row[dtype]["ratio"] == pytest.approx(dense / medians[f"sparse_{dtype}"])
+        for dtype in outcome["dtypes"]:
+            share = medians["select"] / medians[f"sparse_{dtype}"]
+            assert row[dtype]["selection_share"] == pytest.approx(share)
         kept = row["in_features"] * row["out_features"] / 2 / medians["sparse_int8"] / 1e3
         assert row["int8"]["kept_gb_per_s"] == pytest.approx(kept)
         assert row["read_gb_per_s"] > 0
@@ -75,6 +80,40 @@ def test_rotation_holds_more_weights_than_asked_bytes():
     row = outcome["results"][0]
     assert row["weights"] == 6
     assert "nbits4" not in row["sides"], "16 channels hold no group of 32"
+
+
+def test_weights_pass_through_more_than_the_cache_that_the_system_tells_of(tmp_path):
+    for index, size in (("index0", "48K"), ("index3", "32M\n"), ("index2", "unknown")):
+        (tmp_path / index).mkdir()
+        (tmp_path / index / "size").write_text(size)
+    assert last_level_cache(tmp_path) == 32 << 20
+    assert last_level_cache(tmp_path / "none") == CACHE_BYTES
+    outcome = bench_kernels([], rotated_bytes=None)
+    assert outcome["rotated_bytes"] == 3 * last_level_cache()
+
+
+@needs_library
+def test_a_shape_is_let_go_before_the_next_is_opened(monkeypatch):
+    from nmexport import bench
+
+    alive: list[int] = []
+    opened = bench._Sides.__init__
+    left = bench._Sides.__exit__
+
+    def enter(self, problem):
+        opened(self, problem)
+        alive.append(len(self._sessions))
+
+    def leave(self, *args):
+        left(self, *args)
+        assert not self._sessions
+        assert self._readers._shutdown
+        alive.pop()
+        assert not alive
+
+    monkeypatch.setattr(bench._Sides, "__init__", enter)
+    monkeypatch.setattr(bench._Sides, "__exit__", leave)
+    bench_kernels([(16, 16), (32, 16)], [1], seconds=0.0, min_runs=1, rotated_bytes=1)
 
 
 @needs_library

@@ -514,8 +514,9 @@ def test_bench_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.update(shapes=shapes, tokens=tokens, **options)
         sides = {side: {"median_us": 8.5} for side in ("matmul", "dense_int8", "sparse_int8")}
         size = {"in_features": 32, "out_features": 64, "tokens": 1, "threads": 1, "runs": 9}
-        own = {"ratio": 1.75, "kept_gb_per_s": 20.0, "share_of_read": 0.5}
-        row = {**size, "sides": sides, "selection_share": 0.03}
+        shares = {"share_of_read": 0.5, "selection_share": 0.03}
+        own = {"ratio": 1.75, "kept_gb_per_s": 20.0, **shares}
+        row = {**size, "sides": sides}
         settings = dict.fromkeys(("runtime", "variant", "pattern"), "x")
         return {**settings, "results": [{**row, **dict.fromkeys(options["dtypes"], own)}]}
 
@@ -528,8 +529,12 @@ def test_bench_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["int8"]["ratio"] == 1.75
     assert (asked["shapes"][0], asked["threads"]) == ((4096, 6144), (2,))
     assert "50%" in run("bench", "kernels", *options).stdout
+    assert asked["tokens"] == (1, 2, 3, 4)
+    run("bench", "kernels", "--llm")
+    assert (asked["threads"], asked["dtypes"]) == ((1, 2), ("float32", "bfloat16", "int8"))
     run("bench", "kernels")
     assert asked["shapes"][0] == (576, 960)
+    assert (asked["tokens"], asked["threads"], asked["dtypes"]) == ((1, 128), (1,), ("float32",))
     assert "such as 576x1536" in run("bench", "kernels", "--shape", "32", code=1).stderr
     assert "17:16" in run("bench", "kernels", "--pattern", "17:16", code=1).stderr
 

@@ -44,10 +44,13 @@ REFUSALS = (
 )
 
 
-def native_session(model, *, threads=1):
+def native_session(model, *, threads=1, told=None):
+    """A session; `told` is what its configuration says of its threads, where it says anything."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
+    if told is not None:
+        options.add_session_config_entry(native.THREADS_ENTRY, told)
     options.register_custom_ops_library(str(native.require_library()))
     return onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
@@ -136,6 +139,39 @@ def test_a_token_has_the_same_bits_whatever_surrounds_it(optional):
     poisoned = case.x.copy()
     poisoned[0, 1:] = np.nan
     assert run_session(session, poisoned)[0, 0].tobytes() == whole[0].tobytes()
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_told_threads_change_no_bit(tokens):
+    case = linear_case(shape=(tokens, 576), out_features=1000, optional=("bias", "channel_order"))
+    model = one_node_model(case.node(), case.x, case.arrays)
+    untold = run_session(native_session(model), case.x).tobytes()
+    for threads, told in ((1, "1"), (2, "2"), (3, "7")):
+        assert run_session(native_session(model, threads=threads, told=told), case.x).tobytes() == (
+            untold
+        )
+
+
+@pytest.mark.parametrize("told", ["0", "two", "", "4 ", "99999", "1" * 40])
+def test_threads_that_are_no_number_are_refused(told):
+    case = linear_case(shape=(1, 32), out_features=8)
+    model = one_node_model(case.node(), case.x, case.arrays)
+    with pytest.raises(REFUSALS, match="allowed: an integer from 1 to 1024"):
+        native_session(model, told=told)
+
+
+def test_a_refused_run_leaves_the_next_one_right():
+    case = linear_case(shape=(2, 48), out_features=8, optional=("shift", "channel_order"))
+    model = one_node_model(case.node(), case.x, case.arrays)
+    model.graph.input[0].CopyFrom(
+        onnx.helper.make_tensor_value_info("X", onnx.TensorProto.FLOAT, ["S", "K"])
+    )
+    session = native_session(model)
+    narrow = case.x[:, :32]
+    for _ in range(2):
+        with pytest.raises(REFUSALS, match="W has shape"):
+            session.run(None, {"X": narrow})
+        assert_right(case, run_session(session, case.x))
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

@@ -163,22 +163,22 @@ def serve_command(
     "--tokens",
     multiple=True,
     type=int,
-    default=(1, 128),
-    show_default=True,
-    help="1 is decode, many are prefill. Repeatable.",
+    help="1 is decode, many are prefill. Repeatable.  [default: 1, 128; 1 to 4 with --llm]",
 )
 @click.option(
-    "--threads", multiple=True, type=int, default=(1,), show_default=True, help="Repeatable."
+    "--threads",
+    multiple=True,
+    type=int,
+    help="Repeatable.  [default: 1; 1 and 2 with --llm]",
 )
 @click.option("--pattern", default="8:16", show_default=True, metavar="N:M")
 @click.option(
     "--dtype",
     "dtypes",
     multiple=True,
-    type=click.Choice(["float32", "float16", "bfloat16", "int8"]),
-    default=("float32",),
-    show_default=True,
-    help="Of the weights. Repeatable.",
+    type=click.Choice(["float32", "float16", "bfloat16", "int8", "int8:128"]),
+    help="Of the weights; int8:128 has scales of 128 channels. Repeatable.  [default: float32; "
+    "bfloat16 and int8 too with --llm]",
 )
 @click.option("--grouped", is_flag=True, help="With a channel order, as balanced grouping has.")
 @click.option(
@@ -202,7 +202,7 @@ def kernels_command(
     tokens: tuple[int, ...],
     threads: tuple[int, ...],
     pattern: str,
-    dtypes: tuple[Literal["float32", "float16", "bfloat16", "int8"], ...],
+    dtypes: tuple[Literal["float32", "float16", "bfloat16", "int8", "int8:128"], ...],
     grouped: bool,
     rivals: bool,
     seconds: float,
@@ -212,6 +212,9 @@ def kernels_command(
     from nmexport.sparsity.pattern import NMPattern
 
     del device  # one so far
+    tokens = tokens or ((1, 2, 3, 4) if all_shapes else (1, 128))
+    threads = threads or ((1, 2) if all_shapes else (1,))
+    dtypes = dtypes or (("float32", "bfloat16", "int8") if all_shapes else ("float32",))
     outcome = bench_kernels(
         [shape_from(text) for text in shapes] or (LLM_SHAPES if all_shapes else SMOLLM2_SHAPES),
         tokens,
@@ -271,7 +274,7 @@ def _row(row: dict[str, Any], dtype: str) -> tuple[str | int, ...]:
         figure(own["ratio"], 2, "x"),
         figure(own["kept_gb_per_s"], 1),
         f"{own['share_of_read']:.0%}",
-        f"{row['selection_share']:.1%}",
+        f"{own['selection_share']:.1%}",
         row["runs"],
     )
 
