@@ -12,6 +12,7 @@ below the threshold costs next to nothing.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from nmexport.sparsity.linear import selection, shift_of
 from nmexport.sparsity.mask import scores_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import nn
     from torch.utils.hooks import RemovableHandle
@@ -216,6 +217,11 @@ def search_orders(
     """
     found: dict[str, OrderSearch] = {}
     channels = {name: _channels(linear) for name, linear in linears.items()}
+
+    def search(seen: dict[str, Coactivation], names: Iterable[str] | None = None) -> None:
+        for name in names or list(seen):
+            found[name] = search_order(seen.pop(name), behaviours[name].pattern, seed=seed)
+
     for names in [list(linears)] if layerwise else _waves(channels, wave_bytes):
         seen: dict[str, Coactivation] = {}
 
@@ -223,11 +229,6 @@ def search_orders(
             if name not in seen:
                 seen[name] = Coactivation.empty(channels[name])
             seen[name].update(scores, behaviours[name].pattern.density)
-
-        def search(seen: dict[str, Coactivation] = seen) -> None:
-            for name in list(seen):
-                pattern = behaviours[name].pattern
-                found[name] = search_order(seen.pop(name), pattern, seed=seed)
 
         _each_input(
             model,
@@ -239,10 +240,9 @@ def search_orders(
             progress=progress,
             label="fold: channel orders" if layerwise else "fold: co-activations",
             layerwise=layerwise,
-            after_layer=search,
+            after_layer=functools.partial(search, seen),
         )
-        for _ in progress.track(list(seen), label="fold: channel orders", total=len(seen)):
-            search()
+        search(seen, progress.track(list(seen), label="fold: channel orders", total=len(seen)))
     return {name: found[name] for name in linears if name in found}
 
 
