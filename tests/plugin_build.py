@@ -1,11 +1,13 @@
-"""The plugin's build script, and what it builds for the tests."""
+"""The plugin's build script, and what it builds for the tests: each library once, and checked."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 import shutil
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
+ENTRY_POINTS = {"getCreators", "setLoggerFinder", "nmexport_describe_plugin", "nmexport_log_to"}
 
 
 @functools.cache
@@ -30,6 +33,42 @@ def build_script() -> ModuleType:
 
 def built(what: str, folder: Path) -> Path:
     """Call a build function; skip the test where compiler or headers cannot be had."""
+    _skip_unless_buildable()
+    path: Path = getattr(build_script(), what)(folder)
+    if path.suffix == ".so":
+        check_linkage(path)
+    return path
+
+
+@functools.cache
+def whole_library() -> tuple[Path, str]:
+    """The plugin for all supported GPUs, and what the compilers said.
+
+    Takes minutes, so the tests of the library and those of the compilers' report share it.
+    """
+    _skip_unless_buildable()
+    folder = Path(tempfile.mkdtemp(prefix="nmexport-plugin-"))
+    try:
+        library = build_script().build_library(folder / "native", jobs=2, folder=folder / "build")
+        log = (folder / "build" / "build.log").read_text(encoding="utf-8")
+    finally:
+        shutil.rmtree(folder / "build", ignore_errors=True)
+    return library, log
+
+
+def check_linkage(library: Path) -> None:
+    """The library exports its entry points alone and takes nothing from a fixed folder.
+
+    Of CUDA and TensorRT it needs no library: one is linked in, the other has loaded it.
+    """
+    names = _said("nm", "-D", "--defined-only", str(library))
+    assert {line.split()[-1] for line in names.splitlines()} == ENTRY_POINTS
+    dynamic = _said("readelf", "-d", str(library))
+    for absent in ("RPATH", "RUNPATH", "cudart", "nvinfer"):
+        assert absent not in dynamic
+
+
+def _skip_unless_buildable() -> None:
     script = build_script()
     if not script.find_tool("cmake") or not shutil.which("c++"):
         pytest.skip("no cmake or no C++ compiler")
@@ -38,5 +77,7 @@ def built(what: str, folder: Path) -> Path:
         script.find_toolkit()
     except script.BuildError as error:
         pytest.skip(f"no TensorRT or CUDA headers: {error}")
-    path: Path = getattr(script, what)(folder)
-    return path
+
+
+def _said(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,71 +1,125 @@
-"""What nvcc says of the CUDA kernels: they compile for every supported GPU, and none spills."""
+"""The CUDA kernels without a GPU: what nvcc says of them, and the ops that launch them.
+
+They compile for every supported GPU and none spills; the ops run on kernels that only take notes.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import re
 import shutil
 import subprocess
-from pathlib import Path
+from collections import Counter
+from typing import TYPE_CHECKING
 
 import pytest
 
-KERNELS = Path(__file__).resolve().parent.parent / "plugins" / "kernels" / "cuda"
+from tests.plugin_build import ROOT, build_script, whole_library
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import ModuleType
+
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+KERNELS = ("decodeKernel", "maskKernel", "epilogueKernel")
+TYPES = ("float", "__half", "__nv_bfloat16")
 _SPILL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(sm_\d+)'")
+# In a mangled name: the kernel's own, and the element type where its templates begin with one.
+_KERNEL = re.compile(
+    r"\d([a-z][A-Za-z]*Kernel)(?:I(?:NS\w?_11DecodeShapeI)?(?:(f)|6(__half)|13(__nv_bfloat16)))?"
+)
 
 
-def spilling_kernels(report: str) -> tuple[dict[str, int], list[str]]:
+def kind_of(mangled: str) -> str:
+    """`decodeKernel __half` of its mangled name."""
+    found = _KERNEL.search(mangled)
+    if found is None:
+        return mangled
+    types = ["float" if name == "f" else name for name in found.groups()[1:] if name]
+    return " ".join([found[1], *types])
+
+
+def spilling_kernels(report: str) -> tuple[dict[str, Counter[str]], list[str]]:
     """Kernels compiled for each architecture, and those that spill, from `ptxas -v`."""
-    counts: dict[str, int] = {}
+    counts: dict[str, Counter[str]] = {}
     spilling = []
     entry = ("", "")
     for line in report.splitlines():
         if found := _ENTRY.search(line):
             entry = (found[1], found[2])
-            counts[entry[1]] = counts.get(entry[1], 0) + 1
+            counts.setdefault(entry[1], Counter())[kind_of(entry[0])] += 1
         elif (found := _SPILL.search(line)) and (int(found[2]) or int(found[3])):
             spilling.append(f"{entry[1]} {entry[0]}: {found[0]}")
     return counts, spilling
 
 
+@functools.cache
+def hook() -> ModuleType:
+    pytest.importorskip("hatchling")
+    path = ROOT / "plugins" / "build_hook.py"
+    spec = importlib.util.spec_from_file_location("nmexport_build_hook", path)
+    assert spec is not None and spec.loader is not None  # noqa: PT018
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(*command: Path | str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
 def test_the_report_is_read():
     report = """
-ptxas info    : Compiling entry function '_Za' for 'sm_80'
+ptxas info    : Compiling entry function '_ZN4cuda3_G_8_mask_cu10maskKernelIfNS1_4RankIfEEEEv' for 'sm_80'
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-ptxas info    : Compiling entry function '_Zb' for 'sm_90'
+ptxas info    : Compiling entry function '_ZN4cuda12decodeKernelINS0_11DecodeShapeI6__halfLi4EEE' for 'sm_90'
     8 bytes stack frame, 4 bytes spill stores, 0 bytes spill loads
-"""
+ptxas info    : Compiling entry function '_ZN4cuda3_G_9_decode_cu11probeKernelEv' for 'sm_90'
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+"""  # noqa: E501 (lines of ptxas)
     counts, spilling = spilling_kernels(report)
-    assert counts == {"sm_80": 1, "sm_90": 1}
-    assert spilling == ["sm_90 _Zb: 8 bytes stack frame, 4 bytes spill stores, 0 bytes spill loads"]
+    assert counts == {
+        "sm_80": {"maskKernel float": 1},
+        "sm_90": {"decodeKernel __half": 1, "probeKernel": 1},
+    }
+    assert len(spilling) == 1
+    assert spilling[0].startswith("sm_90 _ZN4cuda12decodeKernel")
+    assert spilling[0].endswith("8 bytes stack frame, 4 bytes spill stores, 0 bytes spill loads")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-@pytest.mark.parametrize("source", ["mask.cu", "decode_bfloat16.cu"])
-def test_no_kernel_spills_on_any_supported_gpu(source: str, tmp_path: Path):
-    """The decode kernels of float16 and float32 are the same templates."""
-    done = subprocess.run(
-        [
-            "nvcc",
-            "-std=c++17",
-            "-O3",
-            "--threads=2",
-            "-Xptxas=-v",
-            *(f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES),
-            f"-I{KERNELS}",
-            "-c",
-            str(KERNELS / source),
-            "-o",
-            str(tmp_path / "kernels.o"),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    counts, spilling = spilling_kernels(done.stdout + done.stderr)
+def test_no_kernel_spills_on_any_supported_gpu():
+    _, report = whole_library()
+    counts, spilling = spilling_kernels(report)
     assert sorted(counts) == sorted(f"sm_{a}" for a in ARCHITECTURES)
-    assert len(set(counts.values())) == 1, counts
+    assert len({tuple(sorted(kinds.items())) for kinds in counts.values()}) == 1, counts
+    # The masks, the epilogue and the decode kernels of every type are among them.
+    assert counts["sm_90"].keys() >= {f"{kernel} {t}" for kernel in KERNELS for t in TYPES}
     assert spilling == []
+
+
+def test_the_ops_of_the_cuda_provider_under_sanitizers(tmp_path: Path):
+    """On kernels and a runtime that only take notes: no GPU, no session."""
+    script = build_script()
+    cmake = script.find_tool("cmake")
+    if cmake is None or shutil.which("c++") is None:
+        pytest.skip("no cmake or no C++ compiler")
+    ninja = script.find_tool("ninja")
+    try:
+        options = {
+            "ONNXRUNTIME_INCLUDE_DIR": hook().find_headers(ROOT),
+            "cuda_include": script.find_toolkit().include,
+            "CMAKE_BUILD_TYPE": "Debug",
+            "NMEXPORT_SANITIZE": "ON",
+        }
+    except (script.BuildError, hook().BuildError) as error:
+        pytest.skip(f"no headers of ONNX Runtime or CUDA: {error}")
+    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+    defined = [f"-D{name}={value}" for name, value in options.items()]
+    run(cmake, "-S", ROOT / "plugins", "-B", tmp_path, *generator, *defined)
+    run(cmake, "--build", tmp_path, "--target", "test_cuda_ops", "--parallel", "2")
+    assert "0 failures" in run(tmp_path / "test_cuda_ops")

@@ -11,7 +11,7 @@ from nmexport import __version__
 from nmexport.errors import EnvironmentFault
 from nmexport.runtimes import tensorrt_library
 
-from tests.plugin_build import ROOT, build_script, built
+from tests.plugin_build import ROOT, build_script, built, check_linkage, whole_library
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,31 +25,24 @@ def test_the_plugin_classes_under_sanitizers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_library_builds_and_exports_its_entry_points_alone(tmp_path: Path) -> None:
-    script = build_script()
-    try:
-        script.find_headers()
-        script.find_toolkit()
-    except script.BuildError as error:
-        pytest.skip(f"no CUDA toolkit or TensorRT headers: {error}")
-    library = script.build_library(tmp_path / "native", architectures="89-real", jobs=2)
+def test_the_library_builds_and_exports_its_entry_points_alone() -> None:
+    """Fast tests check the same of the library on recording kernels: see `built`."""
+    library, _ = whole_library()
     described = tensorrt_library.describe_plugin(library)
     assert described["version"] == __version__
-    assert described["architectures"] == "89-real"
-    names = subprocess.run(
-        ["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True
-    ).stdout
-    assert {line.split()[-1] for line in names.splitlines()} == {
-        "getCreators",
-        "setLoggerFinder",
-        "nmexport_describe_plugin",
-        "nmexport_log_to",
-    }
-    dynamic = subprocess.run(
-        ["readelf", "-d", library], capture_output=True, text=True, check=True
-    ).stdout
-    assert "RPATH" not in dynamic and "RUNPATH" not in dynamic  # noqa: PT018
-    assert "cudart" not in dynamic and "nvinfer" not in dynamic  # noqa: PT018
+    assert described["architectures"] == build_script().ARCHITECTURES
+    check_linkage(library)
+
+
+def test_a_library_that_exports_more_is_noticed(tmp_path: Path) -> None:
+    if not shutil.which("c++"):
+        pytest.skip("no C++ compiler")
+    library = tmp_path / "libleaky.so"
+    source = tmp_path / "leaky.cpp"
+    source.write_text('extern "C" void getCreators() {}\nvoid leaked() {}\n')
+    subprocess.run(["c++", "-shared", "-fPIC", source, "-o", library], check=True)
+    with pytest.raises(AssertionError):
+        check_linkage(library)
 
 
 def test_a_library_that_is_not_ours_is_refused(tmp_path: Path) -> None:

@@ -69,52 +69,55 @@ std::int32_t asInt(std::size_t value, const char* what) {
     return static_cast<std::int32_t>(value);
 }
 
+// A constant of the selection, or null. The decode kernel reads these while the kernel before it may
+// still run (see cuda::Selection), so none may be made by another node.
+template <typename T>
+const T* constantVector(const Inputs& inputs, const InputShapes& shapes, const OpSpec& spec,
+                        int input, std::int64_t size, std::int64_t otherSize = -1) {
+    const void* data = inputs.vector(input, size, otherSize);
+    if (data != nullptr && shapes.constantShape(input) == nullptr) {
+        throw Fault(std::string(spec.name) + ": input " + spec.inputs[input].name +
+                    " must be a constant of the model where the node runs on a GPU; make it an "
+                    "initializer");
+    }
+    return static_cast<const T*>(data);
+}
+
 // The constant input channel_order: checked once, through a copy where it lies on the device.
-// One that changes from run to run could not be checked without waiting for the device.
 class DeviceOrder {
   public:
-    DeviceOrder(const OrtApi& api, const OrtKernelInfo* info, const OpSpec& spec, int input)
-        : mInput(input), mSpec(spec) {
-        int isConstant = 0;
-        const OrtValue* value = nullptr;
-        std::size_t count = 0;
-        check(api, api.KernelInfo_GetInputCount(info, &count));
-        const std::size_t index = static_cast<std::size_t>(input);
-        if (index >= count) return;
-        OrtStatus* status = api.KernelInfoGetConstantInput_tensor(info, index, &isConstant, &value);
-        if (!succeeded(api, status) || isConstant == 0 || value == nullptr) return;
-        const Shape shape = shapeOf(api, value);
-        if (shape.size() != 1) return;  // refused by Inputs::vector
-        std::vector<std::int32_t> order(static_cast<std::size_t>(shape[0]));
-        checkCuda(cudaMemcpy(order.data(), dataOf(api, value), order.size() * sizeof(std::int32_t),
-                             cudaMemcpyDefault),
+    DeviceOrder(const InputShapes& shapes, const OpSpec& spec, int input)
+        : mShapes(shapes), mSpec(spec), mInput(input) {
+        const Shape* shape = shapes.constantShape(input);
+        if (shape == nullptr || shape->size() != 1) return;  // refused at the run
+        std::vector<std::int32_t> order(static_cast<std::size_t>(shape->front()));
+        checkCuda(cudaMemcpy(order.data(), shapes.constantData(input),
+                             order.size() * sizeof(std::int32_t), cudaMemcpyDefault),
                   "reading channel_order");
         checkPermutation(spec.name, order.data(), order.size());
-        mIsChecked = true;
     }
 
-    const std::int32_t* of(const Inputs& inputs, std::size_t channels) const {
-        const void* order = inputs.vector(mInput, static_cast<std::int64_t>(channels));
-        if (order != nullptr && !mIsChecked) {
-            throw Fault(std::string(mSpec.name) +
-                        ": channel_order must be a constant of the model where the node runs on a "
-                        "GPU; make it an initializer");
-        }
-        return static_cast<const std::int32_t*>(order);
+    const std::int32_t* of(const Inputs& inputs, std::int64_t channels) const {
+        return constantVector<std::int32_t>(inputs, mShapes, mSpec, mInput, channels);
     }
 
   private:
-    int mInput;
+    const InputShapes& mShapes;
     const OpSpec& mSpec;
-    bool mIsChecked{false};
+    int mInput;
 };
 
-// Device memory of one run, from the session's arena. Given back as soon as the work is enqueued:
-// whoever gets it next is behind in the same stream.
+// Device memory of one run, from the session's arena in the name of the run's stream. Given back as
+// soon as the work is enqueued: the arena hands it to work of the same stream, which is behind, and
+// to another stream once that has waited for this one. What OrtAllocator::Alloc gives belongs to no
+// stream, and another run of the session could get it while the kernels here still use it.
 class Scratch {
   public:
-    Scratch(OrtAllocator* allocator, std::size_t bytes)
-        : mAllocator(allocator), mData(bytes == 0 ? nullptr : allocator->Alloc(allocator, bytes)) {
+    Scratch(const OrtApi& api, OrtKernelContext* context, OrtAllocator* allocator,
+            std::size_t bytes)
+        : mAllocator(allocator) {
+        check(api, api.KernelContext_GetScratchBuffer(context, allocator->Info(allocator), bytes,
+                                                      &mData));
         if (bytes > 0 && mData == nullptr) {
             throw Fault("nmexport: no " + std::to_string(bytes) + " bytes of device memory left");
         }
@@ -132,7 +135,7 @@ class Scratch {
 
   private:
     OrtAllocator* mAllocator;
-    void* mData;
+    void* mData = nullptr;
 };
 
 class DeviceAllocator {
@@ -150,8 +153,7 @@ class DeviceAllocator {
     OrtAllocator* mAllocator = nullptr;
 };
 
-// InputShapes holds host pointers of constants; here they may lie on the device, so only shapes
-// are taken from it.
+// What InputShapes calls a constant's data may lie on the device here.
 class CudaPruneKernel : public Kernel {
   public:
     CudaPruneKernel(const OrtApi& api, const OrtKernelInfo* info, ElementType type)
@@ -159,7 +161,7 @@ class CudaPruneKernel : public Kernel {
           mType(type),
           mPattern(Attributes(api, info, kNMPrune).pattern()),
           mShapes(api, info, kNMPrune),
-          mOrder(api, info, kNMPrune, NMPruneInput::channel_order) {}
+          mOrder(mShapes, kNMPrune, NMPruneInput::channel_order) {}
 
     void run(OrtKernelContext* context) const override {
         const Inputs inputs(mApi, context, kNMPrune, mShapes);
@@ -173,7 +175,7 @@ class CudaPruneKernel : public Kernel {
         args.selection.m = mPattern.m;
         args.selection.scoreScale = static_cast<const float*>(
             inputs.vector(NMPruneInput::score_scale, shape.back()));
-        args.selection.channelOrder = mOrder.of(inputs, rows.channels);
+        args.selection.channelOrder = mOrder.of(inputs, shape.back());
         args.x = inputs.data(NMPruneInput::X);
         args.s = outputData(mApi, context, shape);
         checkCuda(cuda::launchMask(args, streamOf(mApi, context)), "the mask kernel");
@@ -194,7 +196,7 @@ class CudaLinearKernel : public Kernel {
           mType(type),
           mNode(api, info),
           mShapes(api, info, kNMLinear),
-          mOrder(api, info, kNMLinear, NMLinearInput::channel_order),
+          mOrder(mShapes, kNMLinear, NMLinearInput::channel_order),
           mAllocator(api, info) {}
 
     void run(OrtKernelContext* context) const override {
@@ -230,7 +232,7 @@ class CudaLinearKernel : public Kernel {
         if (cuda::decodeIsFaster(device, elementOf(mType), few, task.channels, task.outputs)) {
             runDecode(task, device, stream);
         } else {
-            runProduct(task, stream);
+            runProduct(task, context, stream);
         }
     }
 
@@ -251,11 +253,11 @@ class CudaLinearKernel : public Kernel {
         cuda::Selection selection;
         selection.n = mNode.isExcluded(x) ? mNode.pattern.m : mNode.pattern.n;
         selection.m = mNode.pattern.m;
-        selection.scoreScale =
-            static_cast<const float*>(inputs.vector(NMLinearInput::score_scale, x.back()));
-        selection.channelOrder = mOrder.of(inputs, static_cast<std::size_t>(x.back()));
-        selection.shift =
-            static_cast<const float*>(inputs.vector(NMLinearInput::shift, x.back(), 1));
+        selection.scoreScale = constantVector<float>(inputs, mShapes, kNMLinear,
+                                                     NMLinearInput::score_scale, x.back());
+        selection.channelOrder = mOrder.of(inputs, x.back());
+        selection.shift = constantVector<float>(inputs, mShapes, kNMLinear, NMLinearInput::shift,
+                                                x.back(), 1);
         if (selection.shift != nullptr) {
             selection.shiftLength =
                 static_cast<std::int32_t>(inputs.shape(NMLinearInput::shift)[0]);
@@ -281,7 +283,7 @@ class CudaLinearKernel : public Kernel {
     }
 
     // Scratch: | s [tokens, K] T | eta [tokens] | nu [tokens] | product [tokens, O] | cuBLASLt's |
-    void runProduct(const Task& task, cudaStream_t stream) const {
+    void runProduct(const Task& task, OrtKernelContext* context, cudaStream_t stream) const {
         const cuda::Selection& selection = task.selection;
         const bool isDense = selection.n == selection.m && selection.shiftLength == 0 &&
                              !selection.dynamicShift && !selection.varianceCorrection;
@@ -293,7 +295,8 @@ class CudaLinearKernel : public Kernel {
         const std::size_t product = nu + aligned(tokens * sizeof(float));
         const std::size_t blas =
             product + (needsEpilogue ? aligned(tokens * task.outputs * sizeof(float)) : 0);
-        const Scratch scratch(mAllocator.get(), blas + trt::kPRODUCT_WORKSPACE_BYTES);
+        const Scratch scratch(mApi, context, mAllocator.get(),
+                              blas + trt::kPRODUCT_WORKSPACE_BYTES);
 
         float* const etas = selection.dynamicShift ? scratch.at<float>(eta) : nullptr;
         float* const nus = selection.varianceCorrection ? scratch.at<float>(nu) : nullptr;

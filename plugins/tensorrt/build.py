@@ -116,15 +116,27 @@ def find_toolkit(*, fetch: bool = True) -> Toolkit:
 
 
 def build_library(
-    destination: Path, *, architectures: str = ARCHITECTURES, jobs: int | None = None
+    destination: Path,
+    *,
+    architectures: str = ARCHITECTURES,
+    jobs: int | None = None,
+    folder: Path = TOOLS / "library",
 ) -> Path:
     """Build the plugin and install it with the library that helps TensorRT-RTX's parser.
+
+    What the compilers said, registers and spills of every kernel among it, is in `build.log` of
+    the build's folder.
+
+    Args:
+        destination: Where to install.
+        architectures: Compute capabilities, as CMake names them.
+        jobs: Compilers at a time; all processors where None.
+        folder: Where to build; what an earlier build left there is used again.
 
     Raises:
         BuildError: if a tool or the headers are missing, or the build fails.
     """
     headers, toolkit = find_headers(), find_toolkit()
-    folder = TOOLS / "library"
     _configure(
         folder,
         f"-DTENSORRT_INCLUDE_DIR={headers}",
@@ -133,7 +145,9 @@ def build_library(
         f"-DCUDA_INCLUDE_DIR={toolkit.include}",
         f"-DNMEXPORT_CUDA_ARCHITECTURES={architectures}",
     )
-    _run([_cmake(), "--build", str(folder), "--parallel", str(jobs or os.cpu_count() or 1)])
+    parallel = str(jobs or os.cpu_count() or 1)
+    log = _run([_cmake(), "--build", str(folder), "--parallel", parallel])
+    (folder / "build.log").write_text(log, encoding="utf-8")
     _run([_cmake(), "--install", str(folder), "--prefix", str(destination)])
     return destination / LIBRARY
 
@@ -230,7 +244,8 @@ def _pip(*arguments: str) -> None:
         ) from error
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str]) -> str:
+    """What the command printed."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
@@ -241,6 +256,7 @@ def _run(command: list[str]) -> None:
         lines = (done.stdout + done.stderr).strip().splitlines()
         faults = [line for line in lines if "rror" in line] or lines
         raise BuildError("`" + " ".join(command) + "` failed:\n" + "\n".join(faults[-15:]))
+    return done.stdout + done.stderr
 
 
 def main() -> int:

@@ -1,0 +1,198 @@
+// NMLinear and NMPrune of ONNX Runtime's CUDA provider, on kernels and a runtime that only take notes.
+#include <cuda_runtime_api.h>
+
+#include <cstring>
+#include <numeric>
+
+#include "../expect.h"
+#include "../tensorrt/recording_kernels.h"
+#include "custom_op.h"
+#include "fake_runtime.h"
+
+extern "C" cudaError_t cudaGetDevice(int* device) {
+    *device = 0;
+    return cudaSuccess;
+}
+
+extern "C" cudaError_t cudaMemcpy(void* target, const void* source, std::size_t size,
+                                  cudaMemcpyKind) {
+    std::memcpy(target, source, size);
+    return cudaSuccess;
+}
+
+namespace nmexport::test {
+
+namespace {
+
+constexpr std::int64_t kK = 32;
+constexpr std::int64_t kO = 48;
+
+void reset() {
+    launches() = {};
+    memory() = {};
+    noteMemory([](const char* event) { launches().order.push_back(event); });
+}
+
+FakeTensor orderOf(bool isPermutation) {
+    FakeTensor order = tensor({kK});
+    std::vector<std::int32_t> channels(kK);
+    std::iota(channels.begin(), channels.end(), isPermutation ? 0 : 1);
+    std::memcpy(order.bytes.data(), channels.data(), order.bytes.size());
+    return order;
+}
+
+// An NMLinear of float32 with every constant of the selection.
+struct Linear {
+    explicit Linear(std::int64_t tokens) : x(tensor({1, tokens, kK}, false)) {
+        node.attributes = {{"n", 8}, {"m", 16}, {"dynamic_shift", 0}, {"variance_correction", 0}};
+        node.inputs = {&x, &w, nullptr, &shift, nullptr, &scale, &order};
+    }
+    std::unique_ptr<Kernel> kernel() const {
+        return makeCudaLinearKernel(fakeApi(), node.info(), ElementType::kFLOAT32);
+    }
+
+    FakeTensor x;
+    FakeTensor w{tensor({kK, kO})};
+    FakeTensor bias{tensor({kO})};
+    FakeTensor shift{tensor({kK})};
+    FakeTensor scale{tensor({kK})};
+    FakeTensor order{orderOf(true)};
+    FakeNode node;
+};
+
+// What the node says where it cannot be made or run; empty where it can.
+template <typename Made>
+std::string refusal(const Made& made) {
+    try {
+        FakeRun run(made.node);
+        made.kernel()->run(run.context());
+    } catch (const Fault& fault) {
+        return fault.what();
+    }
+    return "";
+}
+
+bool says(const std::string& text, const char* part) {
+    return text.find(part) != std::string::npos;
+}
+
+void fewTokensNeedNoScratch() {
+    reset();
+    const Linear linear(1);
+    EXPECT(refusal(linear).empty());
+    EXPECT((launches().order == std::vector<std::string>{"decode"}));
+    const cuda::Selection& selection = launches().decodes.at(0).selection;
+    EXPECT(selection.scoreScale != nullptr && selection.channelOrder != nullptr);
+    EXPECT(selection.shiftLength == kK && selection.n == 8);
+}
+
+// Memory of the run's stream: what OrtAllocator::Alloc gives may go to another run at once.
+void scratchBelongsToTheRunsStream() {
+    reset();
+    Linear linear(7);
+    linear.node.inputs[2] = &linear.bias;
+    const std::unique_ptr<Kernel> kernel = linear.kernel();
+    FakeRun first(linear.node);
+    FakeRun second(linear.node);
+    kernel->run(first.context());
+    kernel->run(second.context());
+    EXPECT((memory().runs == std::vector<OrtKernelContext*>{first.context(), second.context()}));
+    EXPECT(memory().allocations == 0);
+    EXPECT(memory().held.empty());
+    const std::vector<std::string> one{"scratch", "mask", "product", "epilogue", "free"};
+    std::vector<std::string> both = one;
+    both.insert(both.end(), one.begin(), one.end());
+    EXPECT(launches().order == both);
+    EXPECT((first.output.shape == Shape{1, 7, kO}));
+}
+
+void aFailedLaunchGivesScratchBack() {
+    reset();
+    const Linear linear(7);
+    launches().next = static_cast<cudaError_t>(700);
+    EXPECT(says(refusal(linear), "cudaErrorTest"));
+    launches().next = cudaSuccess;
+    const std::unique_ptr<Kernel> kernel = linear.kernel();
+    FakeRun run(linear.node);
+    launches().next = static_cast<cudaError_t>(700);
+    std::string said;
+    try {
+        kernel->run(run.context());
+    } catch (const Fault& fault) {
+        said = fault.what();
+    }
+    EXPECT(says(said, "the mask kernel failed: cudaErrorTest"));
+    EXPECT(memory().held.empty());
+}
+
+void missingScratchIsTold() {
+    reset();
+    const Linear linear(7);
+    memory().isSpent = true;
+    EXPECT(says(refusal(linear), "no memory left"));
+    EXPECT(launches().order.empty());
+}
+
+// The decode kernel reads these before the kernel ahead of it has ended.
+void constantsOfTheSelectionMustBeConstant() {
+    for (const std::int64_t tokens : {1, 7}) {
+        for (const char* name : {"shift", "score_scale", "channel_order"}) {
+            reset();
+            Linear linear(tokens);
+            FakeTensor& made = std::strcmp(name, "shift") == 0         ? linear.shift
+                               : std::strcmp(name, "score_scale") == 0 ? linear.scale
+                                                                       : linear.order;
+            made.isConstant = false;
+            const std::string said = refusal(linear);
+            EXPECT(says(said, name) && says(said, "must be a constant of the model"));
+            EXPECT(launches().order.empty());
+        }
+    }
+    reset();
+    Linear linear(1);
+    linear.w.isConstant = false;  // read after the wait
+    EXPECT(refusal(linear).empty());
+}
+
+void anOrderMustBeAPermutation() {
+    reset();
+    Linear linear(1);
+    linear.order = orderOf(false);
+    EXPECT(says(refusal(linear), "channel_order[31] = 32 is out of range"));
+    linear.order = tensor({kK, 1});
+    EXPECT(says(refusal(linear), "channel_order has shape [32, 1]; allowed: [32]"));
+}
+
+struct Prune {
+    FakeTensor x{tensor({5, kK}, false)};
+    FakeTensor scale{tensor({kK}, false)};
+    FakeNode node{{{"n", 2}, {"m", 4}}, {&x, &scale}};
+    std::unique_ptr<Kernel> kernel() const {
+        return makeCudaPruneKernel(fakeApi(), node.info(), ElementType::kFLOAT32);
+    }
+};
+
+// The mask kernel waits as any kernel does, so scales of NMPrune may change from run to run.
+void pruneTakesScalesThatChange() {
+    reset();
+    const Prune prune;
+    EXPECT(refusal(prune).empty());
+    EXPECT((launches().order == std::vector<std::string>{"mask"}));
+    EXPECT(launches().masks.at(0).selection.scoreScale != nullptr);
+}
+
+}  // namespace
+
+}  // namespace nmexport::test
+
+int main() {
+    using namespace nmexport::test;
+    fewTokensNeedNoScratch();
+    scratchBelongsToTheRunsStream();
+    aFailedLaunchGivesScratchBack();
+    missingScratchIsTold();
+    constantsOfTheSelectionMustBeConstant();
+    anOrderMustBeAPermutation();
+    pruneTakesScalesThatChange();
+    return report("ops of the CUDA provider");
+}
