@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import types
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from nmexport.artifact import file_digest
 from nmexport.environment import probe
-from nmexport.errors import ArtifactError, EnvironmentFault, GateFailed
+from nmexport.errors import ArtifactError, EnvironmentFault, GateFailed, RecipeError
 from nmexport.models.source import ModelSource
 from nmexport.pipeline import Pipeline, Selection
 from nmexport.progress import Silent
@@ -89,6 +90,14 @@ def test_a_tensorrt_target_without_its_plugin_says_how_to_get_it(
     recipe = Recipe(model=ModelSection(id="tiny"), target=target)
     with pytest.raises(EnvironmentFault, match="make plugin"):
         engine.run(_inputs(tmp_path, recipe, export=toy_export))
+
+
+def test_bfloat16_on_a_processor_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    recipe = Recipe(model=ModelSection(id="tiny", dtype="bfloat16"), target="onnxruntime")
+    inputs = _inputs(tmp_path, recipe)
+    alone = replace(inputs, environment=replace(inputs.environment, gpus=()))
+    with pytest.raises(RecipeError, match="bfloat16 kernels"):
+        engine.key_fields(alone)
 
 
 @pytest.mark.usefixtures("no_native")
