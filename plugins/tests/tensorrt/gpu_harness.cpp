@@ -2,9 +2,9 @@
 //
 //   gpu_harness libnmexport_tensorrt.so
 //
-// Each case is made by the creator, serialised, made again from its plan fields, attached, run, run
-// once more, and captured into a CUDA graph and replayed: all three runs must give the same bits,
-// and values within the op contract's tolerance of the CPU's.
+// Each case is made by the creator, cloned, serialised, made again from its plan fields, cloned,
+// attached, run, run once more, captured into a CUDA graph and replayed, and run by a clone: all four
+// runs must give the same bits, and values within the op contract's tolerance of the CPU's.
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 
@@ -248,6 +248,13 @@ IPluginV3OneRuntime& runtime(IPluginV3& plugin) {
         plugin.getCapabilityInterface(PluginCapabilityType::kRUNTIME));
 }
 
+// The original is gone before its clone is used.
+Plugin cloneOf(Plugin original) {
+    Plugin copied(original->clone());
+    if (copied == nullptr) std::exit(2);
+    return copied;
+}
+
 // Made by fields, configured, and made again from the plan.
 Plugin pluginOf(const Options& o, const Problem& problem, std::size_t& workspace) {
     Fields fields;
@@ -268,6 +275,7 @@ Plugin pluginOf(const Options& o, const Problem& problem, std::size_t& workspace
     IPluginCreatorV3One& creator = creatorOf(o.op);
     Plugin built(creator.createPlugin("case", fields.collection(), TensorRTPhase::kBUILD));
     if (built == nullptr) std::exit(2);
+    built = cloneOf(std::move(built));
     auto& build = *static_cast<IPluginV3OneBuild*>(
         built->getCapabilityInterface(PluginCapabilityType::kBUILD));
     const auto count = static_cast<std::int32_t>(dynamic.size());
@@ -276,6 +284,7 @@ Plugin pluginOf(const Options& o, const Problem& problem, std::size_t& workspace
     const SerialisedFields plan(*runtime(*built).getFieldsToSerialize());
     Plugin loaded(creator.createPlugin("case", plan.collection(), TensorRTPhase::kRUNTIME));
     if (loaded == nullptr) std::exit(2);
+    loaded = cloneOf(std::move(loaded));
     Plugin attached(runtime(*loaded).attachToContext(nullptr));
     if (attached == nullptr) std::exit(2);
     return attached;
@@ -316,29 +325,35 @@ void check(const Options& o, std::int32_t tactic, std::mt19937& random) {
     EXPECT(side.onShapeChange(descriptions.data(), count, &output, 1) == 0);
     cudaStream_t stream = nullptr;
     require(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "a stream");
-    const auto enqueue = [&] {
-        EXPECT(side.enqueue(descriptions.data(), &output, data.data(), outputs, workspace.data(),
-                            stream) == 0);
+    const auto enqueue = [&](IPluginV3OneRuntime& by) {
+        EXPECT(by.enqueue(descriptions.data(), &output, data.data(), outputs, workspace.data(),
+                          stream) == 0);
     };
     std::vector<std::vector<std::uint8_t>> runs;
     for (int i = 0; i < 2; ++i) {
         y.clear();
-        enqueue();
+        enqueue(side);
         require(cudaStreamSynchronize(stream), "a run");
         runs.push_back(y.bytes());
     }
     cudaGraph_t graph = nullptr;
     cudaGraphExec_t executable = nullptr;
     require(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
-    enqueue();
+    enqueue(side);
     require(cudaStreamEndCapture(stream, &graph), "the end of a capture");
     require(cudaGraphInstantiate(&executable, graph, 0), "a graph");
     y.clear();
     require(cudaGraphLaunch(executable, stream), "a graph's launch");
     require(cudaStreamSynchronize(stream), "a graph's run");
     runs.push_back(y.bytes());
-    EXPECT(runs[0] == runs[1]);
-    EXPECT(runs[0] == runs[2]);
+    const Plugin copied(plugin->clone());
+    EXPECT(copied != nullptr);
+    EXPECT(runtime(*copied).onShapeChange(descriptions.data(), count, &output, 1) == 0);
+    y.clear();
+    enqueue(runtime(*copied));
+    require(cudaStreamSynchronize(stream), "a clone's run");
+    runs.push_back(y.bytes());
+    for (std::size_t i = 1; i < runs.size(); ++i) EXPECT(runs[0] == runs[i]);
     cudaGraphExecDestroy(executable);
     cudaGraphDestroy(graph);
     cudaStreamDestroy(stream);
