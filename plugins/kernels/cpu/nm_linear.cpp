@@ -144,39 +144,94 @@ void prefetchBias(const LinearArguments& a, std::size_t begin, std::size_t end) 
     }
 }
 
-// Decode. A task owns a tile of columns and reads its part of every kept row:
+// Scratch of this thread for a pass, nothing selected yet.
+Pass passOf(const LinearArguments& a, const Variant& variant, const SelectionConstants& constants,
+            std::size_t first, std::size_t tokens) {
+    thread_local Scratch<float> zScratch;
+    thread_local Scratch<std::uint64_t> keepScratch;
+    thread_local Scratch<float> etaScratch;
+    thread_local Scratch<float> nuScratch;
+    Pass pass;
+    pass.first = first;
+    pass.tokens = tokens;
+    pass.selected.zStride = divideUp(a.channels, variant.lanes) * variant.lanes;
+    pass.selected.z = zScratch.reserve(tokens * pass.selected.zStride);
+    pass.selected.keepStride = keepWords(a.channels);
+    pass.selected.keep = keepScratch.reserve(tokens * pass.selected.keepStride);
+    pass.selected.eta = etaScratch.reserve(tokens);
+    pass.nu = nuScratch.reserve(tokens);
+    pass.constants = constants;
+    pass.rowOrder = hasScaledRows(a) ? nullptr : constants.channelOrder;
+    return pass;
+}
+
+void multiplyTile(const LinearArguments& a, const Variant& variant, const Pass& pass,
+                  RowProduct product, std::size_t begin, std::size_t end) {
+    thread_local Scratch<float> sumScratch;
+    product.w = weightsFrom(a, begin);
+    product.columns = end - begin;
+    product.sums = sumScratch.reserve(end - begin);
+    product.scales = scalesFrom(a, begin);
+    prefetchBias(a, begin, end);
+    if (hasScaledRows(a)) {
+        variant.scaledRowProduct(product);
+    } else {
+        variant.rowProduct[weightType(a)](product);
+    }
+    finishColumns(a, variant, pass, 0, begin, end - begin, product.sums);
+}
+
+// How the columns of a lone token are cut: each task takes tiles of its own.
+struct Cut {
+    std::size_t tasks;
+    std::size_t tiles;  // a multiple of the tasks
+};
+
+Cut cutOf(const LinearArguments& a, const ThreadPool& pool) {
+    const std::size_t groups = a.channels / static_cast<std::size_t>(a.pattern.m);
+    const std::size_t kept =
+        keepsAll(a) ? a.channels : groups * static_cast<std::size_t>(a.pattern.n);
+    const std::size_t keptBytes = kept * a.outputs * weightBytes(a);
+    const std::size_t worthwhile =
+        std::min({pool.threads, keptBytes / kMIN_TASK_BYTES, a.outputs / kMIN_TILE_COLUMNS});
+    const std::size_t tasks = std::max(worthwhile, std::size_t{1});
+    const std::size_t fitting = divideUp(a.outputs, kMAX_TILE_COLUMNS);
+    return {tasks, divideUp(fitting, tasks) * tasks};
+}
+
+// Decode. A task owns tiles of columns and reads their part of every kept row:
 //
 //              columns 0 .. O
 //   kept row | tile 0 | tile 1 |      no sum is shared, so no reduction and no order to fix
 //   kept row | tile 0 | tile 1 |
-void multiplyToken(const LinearArguments& a, const Variant& variant, const Pass& pass,
-                   std::size_t token, const ThreadPool& pool) {
-    thread_local Scratch<std::int32_t> rowScratch;
-    thread_local Scratch<float> valueScratch;
-    std::int32_t* rows = rowScratch.reserve(a.channels + variant.lanes);
-    float* values = valueScratch.reserve(a.channels + variant.lanes);
-    const std::size_t count = variant.listKept(
-        {pass.selected.z + token * pass.selected.zStride,
-         pass.selected.keep + token * pass.selected.keepStride, pass.rowOrder, a.channels, rows,
-         values});
-
-    const std::size_t keptBytes = count * a.outputs * weightBytes(a);
-    const std::size_t worthwhile =
-        std::min({pool.threads, keptBytes / kMIN_TASK_BYTES, a.outputs / kMIN_TILE_COLUMNS});
-    const std::size_t fitting = divideUp(a.outputs, kMAX_TILE_COLUMNS);
-    const std::size_t tiles = std::max({worthwhile, fitting, std::size_t{1}});
+//
+// Each task selects for itself: that takes no longer than waiting for another to do it, and the
+// threads start together.
+void multiplyToken(const LinearArguments& a, const Variant& variant,
+                   const SelectionConstants& constants, std::size_t token,
+                   const ThreadPool& pool) {
+    const Cut cut = cutOf(a, pool);
     const std::size_t units = divideUp(a.outputs, variant.lanes);
-    parallelFor(pool, tiles, [&](std::size_t tile) {
-        thread_local Scratch<float> sumScratch;
-        const std::size_t begin = units * tile / tiles * variant.lanes;
-        const std::size_t end = std::min(units * (tile + 1) / tiles * variant.lanes, a.outputs);
-        float* sums = sumScratch.reserve(end - begin);
-        prefetchBias(a, begin, end);
-        const auto product =
-            hasScaledRows(a) ? variant.scaledRowProduct : variant.rowProduct[weightType(a)];
-        product(RowProduct{weightsFrom(a, begin), a.outputs, rows, values, count, end - begin, sums,
-                           scalesFrom(a, begin)});
-        finishColumns(a, variant, pass, token, begin, end - begin, sums);
+    parallelFor(pool, cut.tasks, [&](std::size_t task) {
+        thread_local Scratch<std::int32_t> rowScratch;
+        thread_local Scratch<float> valueScratch;
+        const Pass pass = passOf(a, variant, constants, token, 1);
+        selectPart(a, variant, pass, 0, 1);
+        std::int32_t* rows = rowScratch.reserve(a.channels + variant.lanes);
+        float* values = valueScratch.reserve(a.channels + variant.lanes);
+        RowProduct product{};
+        product.rowStride = a.outputs;
+        product.rows = rows;
+        product.values = values;
+        product.count = variant.listKept(
+            {pass.selected.z, pass.selected.keep, pass.rowOrder, a.channels, rows, values});
+        const std::size_t last = cut.tiles * (task + 1) / cut.tasks;
+        for (std::size_t tile = cut.tiles * task / cut.tasks; tile < last; ++tile) {
+            const std::size_t begin = units * tile / cut.tiles * variant.lanes;
+            const std::size_t end =
+                std::min(units * (tile + 1) / cut.tiles * variant.lanes, a.outputs);
+            if (begin < end) multiplyTile(a, variant, pass, product, begin, end);
+        }
     });
 }
 
@@ -224,33 +279,15 @@ void multiplyPanels(const LinearArguments& a, const Variant& variant, const Pass
     });
 }
 
-void runPass(const LinearArguments& a, const Variant& variant, const SelectionConstants& constants,
-             std::size_t first, std::size_t tokens, const ThreadPool& pool) {
-    thread_local Scratch<float> zScratch;
-    thread_local Scratch<std::uint64_t> keepScratch;
-    thread_local Scratch<float> etaScratch;
-    thread_local Scratch<float> nuScratch;
-    Pass pass;
-    pass.first = first;
-    pass.tokens = tokens;
-    pass.selected.zStride = divideUp(a.channels, variant.lanes) * variant.lanes;
-    pass.selected.z = zScratch.reserve(tokens * pass.selected.zStride);
-    pass.selected.keepStride = keepWords(a.channels);
-    pass.selected.keep = keepScratch.reserve(tokens * pass.selected.keepStride);
-    pass.selected.eta = etaScratch.reserve(tokens);
-    pass.nu = nuScratch.reserve(tokens);
-    pass.constants = constants;
-    pass.rowOrder = hasScaledRows(a) ? nullptr : constants.channelOrder;
-
+void multiplyTokens(const LinearArguments& a, const Variant& variant,
+                    const SelectionConstants& constants, std::size_t first, std::size_t tokens,
+                    const ThreadPool& pool) {
+    const Pass pass = passOf(a, variant, constants, first, tokens);
     parallelFor(pool, divideUp(tokens, kSELECT_TOKENS), [&](std::size_t task) {
         const std::size_t begin = task * kSELECT_TOKENS;
         selectPart(a, variant, pass, begin, std::min(kSELECT_TOKENS, tokens - begin));
     });
-    if (tokens == 1) {
-        multiplyToken(a, variant, pass, 0, pool);
-    } else {
-        multiplyPanels(a, variant, pass, pool);
-    }
+    multiplyPanels(a, variant, pass, pool);
 }
 
 // Where all channels are kept their order is of no account.
@@ -272,7 +309,12 @@ void nmLinear(const LinearArguments& a, const ThreadPool& pool) {
     const std::size_t fitting = kPASS_BYTES / (a.channels * sizeof(float));
     const std::size_t passTokens = std::max(fitting, kMIN_PASS_TOKENS);
     for (std::size_t first = 0; first < a.tokens; first += passTokens) {
-        runPass(a, variant, constants, first, std::min(passTokens, a.tokens - first), pool);
+        const std::size_t tokens = std::min(passTokens, a.tokens - first);
+        if (tokens == 1) {
+            multiplyToken(a, variant, constants, first, pool);
+        } else {
+            multiplyTokens(a, variant, constants, first, tokens, pool);
+        }
     }
 }
 
