@@ -19,8 +19,9 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 INCLUDE_VARIABLE = "NMEXPORT_ORT_INCLUDE"
 CUDA_VARIABLE = "NMEXPORT_CUDA"
-"""`1` for the CUDA kernels too, for all supported GPUs; or compute capabilities such as `80;90`.
-They take nvcc, many minutes and tens of megabytes, so nobody gets them unasked."""
+"""`1` for the CUDA kernels too, for all supported GPUs; `native` for those of this machine; or
+compute capabilities such as `80;90`. They take nvcc, many minutes and tens of megabytes, so nobody
+gets them unasked."""
 FAILURE_FILE = "BUILD_FAILED.txt"
 _HEADER = "onnxruntime_c_api.h"
 _SYSTEM_INCLUDES = (
@@ -31,6 +32,8 @@ _SYSTEM_INCLUDES = (
 )
 _COMPILERS = ("c++", "g++", "clang++")
 _TIMEOUT_S = 1200
+# The kernels for all GPUs take ten minutes of processor time and more: room for one slow processor.
+_CUDA_TIMEOUT_S = 7200
 
 
 class BuildError(Exception):
@@ -84,6 +87,7 @@ def build_library(root: Path, destination: Path, version: str) -> None:
         raise BuildError("no C++ compiler found; install one (Debian: apt-get install g++)")
     if shutil.which("cmake") is None:
         raise BuildError("cmake not found; install it (pip install cmake ninja)")
+    cuda = cuda_options(os.environ.get(CUDA_VARIABLE, ""))
     include = find_headers(root)
     build = root / "build" / "native"
     # A tree configured by another CMake, or with another compiler, is not worth reusing.
@@ -100,10 +104,13 @@ def build_library(root: Path, destination: Path, version: str) -> None:
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DONNXRUNTIME_INCLUDE_DIR={include}",
             f"-DNMEXPORT_VERSION={version}",
-            *cuda_options(os.environ.get(CUDA_VARIABLE, "")),
+            *cuda,
         ]
     )
-    _run(["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1)])
+    _run(
+        ["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1)],
+        timeout_s=_CUDA_TIMEOUT_S if cuda else _TIMEOUT_S,
+    )
     _run(["cmake", "--install", str(build), "--prefix", str(destination)])
 
 
@@ -111,16 +118,18 @@ def cuda_options(wanted: str) -> list[str]:
     """CMake's options for the CUDA kernels.
 
     Args:
-        wanted: Value of `NMEXPORT_CUDA`: empty or 0 for none, 1 for all supported GPUs, or compute
-            capabilities such as `80;90`.
+        wanted: Value of `NMEXPORT_CUDA`: empty or 0 for none, 1 for all supported GPUs, `native`
+            for the GPUs of this machine, or compute capabilities such as `80;90`.
 
     Raises:
         BuildError: if they are wanted and there is no nvcc, or the value is none of these.
     """
     if wanted in {"", "0"}:
         return []
-    if wanted != "1" and not all(part.isdigit() for part in wanted.split(";")):
-        raise BuildError(f"{CUDA_VARIABLE}={wanted} is none of 0, 1, or a list such as 80;90")
+    if wanted not in {"1", "native"} and not all(part.isdigit() for part in wanted.split(";")):
+        raise BuildError(
+            f"{CUDA_VARIABLE}={wanted} is none of 0, 1, native, or a list such as 80;90"
+        )
     if shutil.which("nvcc") is None and "CUDACXX" not in os.environ:
         raise BuildError(
             f"{CUDA_VARIABLE}={wanted} needs nvcc; install the CUDA toolkit or unset the variable"
@@ -168,10 +177,10 @@ def _platform_tag() -> str:
     return sysconfig.get_platform().replace("-", "_").replace(".", "_")
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str], timeout_s: int = _TIMEOUT_S) -> None:
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+            command, capture_output=True, text=True, timeout=timeout_s, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{command[0]}: {error}") from error

@@ -14,6 +14,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 import pytest
+from nmexport.runtimes import tensorrt_library
 
 from tests.plugin_build import ROOT, build_script, whole_library
 
@@ -100,6 +101,30 @@ def test_no_kernel_spills_on_any_supported_gpu():
     # The masks, the epilogue and the decode kernels of every type are among them.
     assert counts["sm_90"].keys() >= {f"{kernel} {t}" for kernel in KERNELS for t in TYPES}
     assert spilling == []
+
+
+@pytest.mark.slow
+def test_kernels_for_this_machines_gpus_need_a_gpu(tmp_path: Path):
+    """Without one nvcc would take its oldest architecture for `native`, and say nothing."""
+    script = build_script()
+    cmake = script.find_tool("cmake")
+    if cmake is None or tensorrt_library.gpu_is_usable():
+        pytest.skip("no cmake, or there is a GPU")
+    try:
+        compiler = f"-DCMAKE_CUDA_COMPILER={script.find_toolkit().nvcc}"
+    except script.BuildError as error:
+        pytest.skip(f"no CUDA toolkit: {error}")
+    kernels = ROOT / "plugins" / "kernels" / "cuda"
+    options = [compiler, "-DNMEXPORT_CUDA_ARCHITECTURES=native"]
+    done = subprocess.run(
+        [cmake, "-S", kernels, "-B", tmp_path, *options],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    told = " ".join(done.stderr.split())
+    assert "no GPU is found here; name compute capabilities instead, such as 80;90" in told
 
 
 def test_the_ops_of_the_cuda_provider_under_sanitizers(tmp_path: Path):

@@ -133,12 +133,31 @@ def test_cuda_kernels_are_built_only_where_asked_for(hook_module, monkeypatch):
     monkeypatch.setattr(hook_module.shutil, "which", lambda name: f"/bin/{name}")
     assert hook_module.cuda_options("") == hook_module.cuda_options("0") == []
     assert hook_module.cuda_options("1") == ["-DNMEXPORT_CUDA=ON"]
-    assert hook_module.cuda_options("80;90")[1] == "-DNMEXPORT_CUDA_ARCHITECTURES=80;90"
+    for wanted in ("80;90", "native"):
+        assert hook_module.cuda_options(wanted)[1] == f"-DNMEXPORT_CUDA_ARCHITECTURES={wanted}"
     with pytest.raises(hook_module.BuildError, match="yes is none of 0, 1"):
         hook_module.cuda_options("yes")
     monkeypatch.setattr(hook_module.shutil, "which", lambda _: None)
     with pytest.raises(hook_module.BuildError, match="needs nvcc"):
         hook_module.cuda_options("1")
+
+
+@pytest.mark.parametrize(("wanted", "minutes"), [("", 20), ("1", 120)])
+def test_cuda_kernels_have_the_time_that_they_take(
+    hook_module, tmp_path, monkeypatch, wanted, minutes
+):
+    limits = {}
+
+    def run(command, *, timeout, **_):
+        limits[command[1]] = timeout
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setenv(hook_module.CUDA_VARIABLE, wanted)
+    monkeypatch.setattr(hook_module.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(hook_module.subprocess, "run", run)
+    monkeypatch.setattr(hook_module, "find_headers", lambda root: root)
+    hook_module.build_library(tmp_path, tmp_path / "native", "1.2.3")
+    assert limits == {"-S": 1200, "--build": 60 * minutes, "--install": 1200}
 
 
 def test_fetched_headers_are_not_fetched_again(fetcher, tmp_path, monkeypatch):
