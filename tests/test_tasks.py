@@ -12,7 +12,9 @@ from nmexport.errors import EnvironmentFault, RecipeError, UserError
 from nmexport.generation import load_tokenizer
 from nmexport.progress import Silent
 from nmexport.recipe import EvaluationSection
+from nmexport.runtimes import native
 from nmexport.runtimes.onnxruntime import OrtSession
+from nmexport.runtimes.session import Limits
 from nmexport.verification import tasks
 from nmexport.verification.likelihood import ScoredText, scores
 from nmexport.verification.reference import TorchSession
@@ -22,7 +24,7 @@ from tests.task_suite import CHOICE, CONTINUE, ROLLING, write_suite
 from tests.tiny import VOCABULARY
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 pytest.importorskip("lm_eval", reason="the optional package of `nmexport[tasks]`")
@@ -57,11 +59,41 @@ def text(tiny_llama: Path) -> tasks.TextSide:
     return tasks.text_side(load_tokenizer(tiny_llama), config)
 
 
-@pytest.fixture(scope="module")
-def scored(exported: Exported, text: tasks.TextSide, suite_folder: Path) -> dict[str, Any]:
-    with OrtSession(exported.dense_model) as dense, OrtSession(exported.model) as sparse:
+@pytest.fixture(scope="module", params=["function bodies", "native op"])
+def scored(
+    exported: Exported, text: tasks.TextSide, suite_folder: Path, request: pytest.FixtureRequest
+) -> dict[str, Any]:
+    library = None
+    if request.param == "native op":
+        if native.find_library() is None:
+            pytest.skip(f"no native library: {native.why_missing()}")
+        library = native.require_library()
+    with (
+        OrtSession(exported.dense_model) as dense,
+        OrtSession(exported.model, library=library) as sparse,
+    ):
         suite = tasks.Suite(names=(), folder=suite_folder)
         return tasks.compare(dense, sparse, text, suite, progress=Silent())
+
+
+class Small(TorchSession):
+    """A session built for little, as a TensorRT engine is: more than that is an error."""
+
+    limits = Limits(batch=3, tokens=40)
+
+    def prefill(self, input_ids: np.ndarray) -> np.ndarray:
+        self.length = 0
+        return self._checked(input_ids, super().prefill)
+
+    def decode_step(self, input_ids: np.ndarray) -> np.ndarray:
+        return self._checked(input_ids, super().decode_step)
+
+    def _checked(self, input_ids: np.ndarray, run: Callable[[np.ndarray], np.ndarray]) -> Any:
+        self.length += input_ids.shape[1]
+        assert len(input_ids) <= self.limits.batch
+        assert self.length <= self.limits.tokens
+        self.largest = max(getattr(self, "largest", 0), len(input_ids))
+        return run(input_ids)
 
 
 def harness_scores(model: Any, tokenizer: Any, folder: Path) -> dict[str, Any]:
@@ -191,6 +223,96 @@ def test_step_by_step_is_the_same_where_phases_do_not_differ(
         stepwise = tasks.compare(dense, sparse, text, suite, phases="decode", progress=Silent())
     for task in (ROLLING, CHOICE):
         assert stepwise[task]["sparse"] == pytest.approx(scored[task]["sparse"], rel=TIGHT)
+
+
+@pytest.mark.parametrize("phases", ["all", "decode"])
+def test_both_models_are_asked_what_the_engine_was_built_for(
+    exported: Exported, text: tasks.TextSide, suite_folder: Path, phases: Any
+) -> None:
+    suite = tasks.Suite(names=(), folder=suite_folder)
+    with (
+        TorchSession(exported.dense, VOCABULARY) as dense,
+        Small(exported.dense, VOCABULARY) as sparse,
+    ):
+        found = tasks.compare(dense, sparse, text, suite, phases=phases, progress=Silent())
+        assert sparse.largest == 3
+        told = tasks.protocol(phases, text, dense, sparse)
+        assert "holds 40 tokens, fewer than the model's 256" in told
+        assert "holds" not in tasks.protocol(phases, text, dense)
+    for entry in found.values():  # one model, read in the same pieces
+        assert entry["sparse"] == pytest.approx(entry["dense"], rel=TIGHT)
+
+
+def test_what_an_engine_is_too_small_for_names_the_engine(
+    exported: Exported, text: tasks.TextSide
+) -> None:
+    from lm_eval.api.instance import Instance
+    from nmexport.verification.tasks_adapter import SessionLM
+
+    greedy = {"until": [], "max_gen_toks": 60}
+    with Small(exported.dense, VOCABULARY) as session:
+        model = SessionLM(session, text, stepwise=False, progress=Silent(), label="")
+        with pytest.raises(UserError, match="a window of 40") as caught:
+            model.generate_until([Instance("generate_until", {}, ("x", greedy), 0)])
+        assert "engine.max_context" in str(caught.value.fix)
+        long = Instance("loglikelihood", {}, ("x", " per token" * 50), 0)
+        with pytest.raises(UserError, match="window of 40") as caught:
+            model.loglikelihood([long])
+        assert "engine.max_context" in str(caught.value.fix)
+
+
+class Notes(Silent):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+def test_what_is_fetched_is_said_before_it_is(
+    tmp_path: Path, exported: Exported, text: tasks.TextSide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_suite(tmp_path / "suite")
+    away = (folder / f"{CHOICE}.yaml").read_text("utf-8")
+    away = away.replace("dataset_path: json", "dataset_path: some/benchmark\ntag: tagged")
+    for number in range(4):
+        (folder / f"away{number}.yaml").write_text(away.replace(CHOICE, f"away{number}"), "utf-8")
+    remote = (
+        "task: remote\ndataset_path: json\ndataset_kwargs: {data_files: {test: 'https://a/b'}}\n"
+    )
+    (folder / "remote.yaml").write_text(remote, "utf-8")
+    (folder / "code.yaml").write_text("task: code\nclass: any.Thing\n", "utf-8")
+    members = f"[{CHOICE}, tagged, {{task: {ROLLING}, dataset_path: other/data}}, remote, code]"
+    (folder / "group.yaml").write_text(f"group: all_of_it\ntask: {members}\n", "utf-8")
+    progress, said = Notes(), []
+
+    def load(*_: object) -> None:
+        said.extend(progress.notes)
+        raise OSError("no network")
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager.load", load)
+    suite = tasks.Suite(names=("all_of_it",), folder=folder)
+    with (
+        TorchSession(exported.dense, VOCABULARY) as dense,
+        pytest.raises(EnvironmentFault, match="no network"),
+    ):
+        tasks.compare(dense, dense, text, suite, progress=progress)
+    assert [note.removeprefix("verify: ").partition(", which")[0] for note in said] == [
+        "away0, away1, away2 and 1 more will read some/benchmark",
+        f"{ROLLING} will read other/data",
+        "remote will read https://a/b",
+        "code will read what its own code asks for",
+    ]
+
+
+def test_local_data_is_nothing_to_say(
+    exported: Exported, text: tasks.TextSide, suite_folder: Path
+) -> None:
+    progress = Notes()
+    with TorchSession(exported.dense, VOCABULARY) as dense:
+        suite = tasks.Suite(names=(CHOICE,), folder=suite_folder, limit=1)
+        tasks.compare(dense, dense, text, suite, progress=progress)
+    assert progress.notes == []
 
 
 def test_limit_and_fewshot_reach_the_harness(

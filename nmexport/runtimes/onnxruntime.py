@@ -15,7 +15,7 @@ from nmexport.environment import physical_cores
 from nmexport.errors import ArtifactError, EnvironmentFault
 from nmexport.runtimes.feeds import float32_from, positions_from_mask
 from nmexport.runtimes.native import THREADS_ENTRY
-from nmexport.runtimes.session import Closing
+from nmexport.runtimes.session import Closing, Limits
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -318,6 +318,8 @@ class OrtSession(Closing):
     The cache stays inside ONNX Runtime: what one run gives out is bound as the next run's input,
     never passing through NumPy. Not shared between threads.
     """
+
+    limits = Limits()
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeGuard
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -33,12 +33,26 @@ class Closing(ABC):
         self.close()
 
 
+class Limits(NamedTuple):
+    """The largest inputs that a session takes; None is any."""
+
+    batch: int | None = None
+    """Sequences at a time."""
+    tokens: int | None = None
+    """Tokens of a sequence, cached and new ones together."""
+
+
 class Session(Protocol):
     """One model on one runtime with its KV cache; not shared between threads."""
 
     @property
     def vocabulary_size(self) -> int:
         """Width of the logits."""
+        ...
+
+    @property
+    def limits(self) -> Limits:
+        """What the runtime was built for; the model's own window is not among it."""
         ...
 
     def prefill(self, input_ids: NDArray[np.int64]) -> NDArray[np.float32]:

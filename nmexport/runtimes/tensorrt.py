@@ -21,7 +21,7 @@ from nmexport.errors import ArtifactError, EnvironmentFault, UserError
 from nmexport.runtimes import tensorrt_library
 from nmexport.runtimes.cuda_memory import CudaDevice
 from nmexport.runtimes.feeds import float32_from, positions_from_mask
-from nmexport.runtimes.session import Closing
+from nmexport.runtimes.session import Closing, Limits
 from nmexport.runtimes.tensorrt_engine import (
     DENSE_PLAN,
     PLAN,
@@ -165,6 +165,11 @@ class TensorRTSession(Closing):
     def vocabulary_size(self) -> int:
         """Width of the logits."""
         return self._vocabulary_size
+
+    @property
+    def limits(self) -> Limits:
+        """Those of its optimization profiles."""
+        return Limits(batch=self._described.max_batch, tokens=self._described.max_context)
 
     @property
     def state(self) -> CacheState:

@@ -331,16 +331,17 @@ def _tasks(inputs: StageInputs, dense: Session, sparse: Session) -> dict[str, An
     folder = inputs.upstream["export"]
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     phases = _phases(inputs)
+    text = tasks.text_side(load_tokenizer(folder), config)
     scored = tasks.compare(
         dense,
         sparse,
-        tasks.text_side(load_tokenizer(folder), config),
+        text,
         suite,
         phases=phases,
         seed=inputs.recipe.seed,
         progress=inputs.progress,
     )
-    return {"tasks": scored, "tasks_protocol": tasks.protocol(phases)}
+    return {"tasks": scored, "tasks_protocol": tasks.protocol(phases, text, dense, sparse)}
 
 
 def _dataset(section: EvaluationSection) -> str:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nmexport.runtimes.session import Closing
+from nmexport.runtimes.session import Closing, Limits
 from nmexport.scratch import scratch_array
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ class Replay(Closing):
 
     Answers lie in a file that goes with the process; those beyond its size are computed anew.
     """
+
+    limits = Limits(batch=1)
 
     def __init__(self, opened: Callable[[], Session], prompts: int, folder: Path) -> None:
         """Keep answers in a folder.

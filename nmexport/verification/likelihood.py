@@ -162,6 +162,6 @@ def _batches(
 
 
 def _batch_size(session: Session, tokens: int) -> int:
-    """Sequences of that many tokens whose logits fit."""
+    """Sequences of that many tokens whose logits fit, and that the session takes."""
     each = 4 * session.vocabulary_size * tokens
-    return max(1, min(_MAX_BATCH, _LOGITS_BYTES // each))
+    return max(1, min(session.limits.batch or _MAX_BATCH, _MAX_BATCH, _LOGITS_BYTES // each))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from nmexport.runtimes.session import Closing
+from nmexport.runtimes.session import Closing, Limits
 from nmexport.scratch import scratch_array
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ class Precomputed(Closing):
     All windows go through a layer before the next one is read from disk, so the answers of all are
     computed at once and lie in a file, `[windows, L, V]` float32.
     """
+
+    limits = Limits(batch=1)
 
     def __init__(
         self,

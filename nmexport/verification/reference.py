@@ -13,7 +13,7 @@ from torch import nn
 from nmexport.errors import ModelError
 from nmexport.models.loader import load_model
 from nmexport.models.swap import replace_linears
-from nmexport.runtimes.session import Closing
+from nmexport.runtimes.session import Closing, Limits
 from nmexport.sparsity.linear import Behaviour, FoldedLinear
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ class ModelSize(NamedTuple):
 
 class TorchSession(Closing):
     """A causal LM with its KV cache; implements `runtimes.session.Session`."""
+
+    limits = Limits()
 
     def __init__(
         self, model: PreTrainedModel, vocabulary_size: int, *, perturbation: float = 0.0

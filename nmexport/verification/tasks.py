@@ -11,7 +11,7 @@ import functools
 import hashlib
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from nmexport.layers import ModelPhases
     from nmexport.progress import Progress
     from nmexport.recipe import EvaluationSection
-    from nmexport.runtimes.session import Session
+    from nmexport.runtimes.session import Limits, Session
 
 PROTOCOL = (
     "lm-evaluation-harness {version} asks both models the same requests; dense and sparse answers "
@@ -33,13 +33,22 @@ PROTOCOL = (
 _STEPWISE = (
     " The model's phases differ, so contexts run as prompts and continuations token by token."
 )
+_CUT = (
+    " The engine holds {window} tokens, fewer than the model's {model}: for both models, longer "
+    "texts are cut to them, from the left or into pieces."
+)
 # Bootstrap draws of the standard errors that have no formula; the harness's default takes minutes.
 _BOOTSTRAP = 1000
 _WINDOW_KEYS = ("n_positions", "max_position_embeddings", "n_ctx")
 _DEFAULT_WINDOW = 2048
 _NO_LIMIT = 1 << 30
+# Tasks that a note names; a benchmark like MMLU has 57 of one source.
+_NAMED = 3
 # Builders of `datasets` that read files, whatever the network.
 _FILE_BUILDERS = frozenset({"json", "csv", "parquet", "text", "arrow"})
+# Keys of tasks that come by their data in Python.
+_CODE_KEYS = frozenset({"class", "custom_dataset"})
+_CODE = "what its own code asks for"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +57,10 @@ class TextSide:
 
     tokenizer: Any
     max_length: int
+
+    def within(self, limits: Limits) -> TextSide:
+        """The same with the window of a session that takes no more."""
+        return replace(self, max_length=min(self.max_length, limits.tokens or self.max_length))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +154,7 @@ def compare(
         RecipeError: if a task is not known.
     """
     harness_version()
+    text = _window(text, dense, sparse)
     sides = {}
     for side, session in (("dense", dense), ("sparse", sparse)):
         stepwise = side == "sparse" and phases != "all"
@@ -150,9 +164,18 @@ def compare(
     return {name: _figures(sides["dense"][name], sides["sparse"][name]) for name in sides["dense"]}
 
 
-def protocol(phases: ModelPhases) -> str:
-    """How the figures of `compare` come about, in words."""
-    return PROTOCOL.format(version=harness_version()) + ("" if phases == "all" else _STEPWISE)
+def protocol(phases: ModelPhases, text: TextSide, *sessions: Session) -> str:
+    """How the figures of `compare` come about, in words.
+
+    Args:
+        phases: When the sparse model is sparse.
+        text: The model's window.
+        sessions: What was scored.
+    """
+    told = PROTOCOL.format(version=harness_version()) + ("" if phases == "all" else _STEPWISE)
+    window = _window(text, *sessions).max_length
+    cut = _CUT.format(window=window, model=text.max_length) if window < text.max_length else ""
+    return told + cut
 
 
 def text_side(tokenizer: Any, config: Mapping[str, Any]) -> TextSide:
@@ -163,6 +186,11 @@ def text_side(tokenizer: Any, config: Mapping[str, Any]) -> TextSide:
     if not known and told is not None and told < _NO_LIMIT:
         known = [told]
     return TextSide(tokenizer=tokenizer, max_length=int(known[0]) if known else _DEFAULT_WINDOW)
+
+
+def _window(text: TextSide, *sessions: Session) -> TextSide:
+    """What all sessions take: both models read the same."""
+    return functools.reduce(lambda side, one: side.within(one.limits), sessions, text)
 
 
 # -- the harness -------------------------------------------------------------------------------
@@ -211,20 +239,72 @@ def _results(
 def _loaded(suite: Suite, seed: int, progress: Progress | None) -> Any:
     """The suite's tasks, with few-shot counts and seeds set."""
     manager, names = _manager(suite)
+    if progress is not None:
+        _announce(manager.task_index, names, progress)
     try:
         loaded = manager.load(names)
     except (OSError, ValueError, KeyError) as error:
         raise _load_fault(names, error) from error
-    for name, task in loaded["tasks"].items():
+    for task in loaded["tasks"].values():
         if suite.fewshot is not None and task.get_config("num_fewshot") != 0:
             task.set_config(key="num_fewshot", value=suite.fewshot)
         elif task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=seed)
-        source = task.get_config("dataset_path")
-        if progress is not None and source and source not in _FILE_BUILDERS:
-            progress.note(f"verify: task {name} reads {source} through the datasets package")
     return loaded
+
+
+def _announce(index: Mapping[str, Any], names: Sequence[str], progress: Progress) -> None:
+    """Say which tasks may fetch their data, before loading them does: from their files alone."""
+    readers: dict[str, list[str]] = {}
+    for given in names:
+        for name, source in _sources(index, given):
+            if source and source not in _FILE_BUILDERS and not Path(source).exists():
+                readers.setdefault(source, []).append(name)
+    for source, tasks in readers.items():
+        more = f" and {len(tasks) - _NAMED} more" if len(tasks) > _NAMED else ""
+        progress.note(
+            f"verify: {', '.join(tasks[:_NAMED])}{more} will read {source}, which is fetched where "
+            "it is not here yet"
+        )
+
+
+def _sources(
+    index: Mapping[str, Any], member: Any, said: str | None = None
+) -> Iterator[tuple[str, str | None]]:
+    """The tasks that a name stands for, each with what it reads.
+
+    Args:
+        index: The harness's: what the file of each task, group and tag says.
+        member: A name, or what a group's file says of a member.
+        said: What the group says that its tasks read.
+    """
+    own = member if isinstance(member, dict) else {"task": member}
+    name = str(own.get("group") or own.get("task"))
+    entry = index.get(name)
+    config = own if entry is None else entry.cfg or {}
+    said = own.get("dataset_path") or said
+    if entry is not None and entry.kind.name == "TAG":
+        members: Any = sorted(entry.tags)
+    else:
+        members = config.get("task")
+        said = said or _source(config)
+    if not isinstance(members, list):
+        yield name, said
+        return
+    for one in members:
+        yield from _sources(index, one, said)
+
+
+def _source(config: Mapping[str, Any]) -> str | None:
+    """What a task's file says that it reads; None where that lies beside it."""
+    if _CODE_KEYS & config.keys():
+        return _CODE
+    source = config.get("dataset_path")
+    if source in _FILE_BUILDERS:
+        files = str((config.get("dataset_kwargs") or {}).get("data_files"))
+        return next((word.strip("'\",[]{}") for word in files.split() if "://" in word), None)
+    return source
 
 
 def _manager(suite: Suite) -> tuple[Any, list[str]]:

@@ -54,7 +54,7 @@ class SessionLM(TemplateLM):  # type: ignore[misc]  # the harness ships no types
 
         Args:
             session: The model.
-            text: Its tokenizer and window.
+            text: Its tokenizer and window; what the session takes may be less.
             stepwise: See `likelihood.scores`.
             progress: Counts requests.
             label: What it counts them under.
@@ -62,7 +62,7 @@ class SessionLM(TemplateLM):  # type: ignore[misc]  # the harness ships no types
         """
         super().__init__()
         self.tokenizer = text.tokenizer
-        self.max_length = text.max_length
+        self.max_length = text.within(session.limits).max_length
         self._session = session
         self._stepwise = stepwise
         self._progress = progress
@@ -119,10 +119,11 @@ class SessionLM(TemplateLM):  # type: ignore[misc]  # the harness ships no types
             wanted = normalize_gen_kwargs(options, _MAX_NEW_TOKENS)
             context = self._context(given, wanted["max_gen_toks"])
             groups.setdefault((repr(options), len(context)), []).append((index, context, wanted))
+        size = min(self._session.limits.batch or _GENERATION_BATCH, _GENERATION_BATCH)
         batches = [
-            rows[start : start + _GENERATION_BATCH]
+            rows[start : start + size]
             for rows in groups.values()
-            for start in range(0, len(rows), _GENERATION_BATCH)
+            for start in range(0, len(rows), size)
         ]
         texts = [""] * len(requests)
         for batch in self._progress.track(batches, label=self._label, total=len(batches)):
@@ -142,7 +143,10 @@ class SessionLM(TemplateLM):  # type: ignore[misc]  # the harness ships no types
             try:
                 texts.append(ScoredText.fitted(context, continuation, self.max_length))
             except ValueError as error:
-                raise UserError(f"A task's request does not fit the model: {error}.") from error
+                raise UserError(
+                    f"A task's request does not fit the model: {error}.",
+                    fix=self._larger_window,
+                ) from error
         bar = iter(self._progress.track(texts, label=self._label, total=len(texts)))
         found = scores(
             self._session, texts, stepwise=self._stepwise, advance=lambda: next(bar, None)
@@ -166,9 +170,16 @@ class SessionLM(TemplateLM):  # type: ignore[misc]  # the harness ships no types
             raise UserError(
                 f"A task asks for {new_tokens} new tokens of a model with a window of "
                 f"{self.max_length}.",
-                fix="lower max_gen_toks in the task's generation_kwargs",
+                fix="lower max_gen_toks in the task's generation_kwargs"
+                + (f", or {self._larger_window}" if self._larger_window else ""),
             )
         return (self.tok_encode(text) or [self.prefix_token_id])[-room:]
+
+    @property
+    def _larger_window(self) -> str | None:
+        """How to get one, where the runtime and not the model ends it."""
+        built = self._session.limits.tokens == self.max_length
+        return "build the engine with a larger engine.max_context" if built else None
 
     def _continued(self, contexts: Sequence[list[int]], wanted: dict[str, Any]) -> list[str]:
         """Text that follows each context; all contexts have one length."""
