@@ -178,6 +178,12 @@ def test_the_verb_prints_figures(work: WorkDirectory, alone: dict[str, Any]) -> 
     assert f"{alone['perplexity_ratio']:.3f}x" in done.stdout
 
 
+def test_the_help_shows_the_command_for_several_gpus() -> None:
+    told = CliRunner().invoke(cli, ["evaluate", "--help"]).stdout
+    assert "\n  accelerate launch -m nmexport evaluate --work DIR\n" in told
+    assert "\\b" not in told
+
+
 def test_the_other_processes_stay_silent(
     work: WorkDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,17 +8,20 @@ from nmexport.cli.options import reading_options, request
 from nmexport.cli.output import console, emit_json, figure, progress, table, wants_json
 
 
-@click.command("evaluate", short_help="Score the folded model in torch, before export.")
+# \b keeps click from joining the lines of a paragraph.
+_HELP = """Score the folded model of a work directory against the dense one, in torch.
+
+Needs `nmexport build --to fold`. For several GPUs or machines:
+
+\b
+accelerate launch -m nmexport evaluate --work DIR
+"""
+
+
+@click.command("evaluate", short_help="Score the folded model in torch, before export.", help=_HELP)
 @reading_options
 @click.pass_context
 def evaluate_command(ctx: click.Context) -> None:
-    r"""Score the folded model of a work directory against the dense one, in torch.
-
-    Needs `nmexport build --to fold`. For several GPUs or machines:
-
-    \b
-    accelerate launch -m nmexport evaluate --work DIR
-    """
     from nmexport.evaluation import evaluate, launched
     from nmexport.progress import Silent
 
