@@ -7,7 +7,6 @@ import importlib.util
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,19 +40,15 @@ def built(what: str, folder: Path) -> Path:
 
 
 @functools.cache
-def whole_library() -> tuple[Path, str]:
+def whole_library(factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The plugin for all supported GPUs, and what the compilers said.
 
     Takes minutes, so the tests of the library and those of the compilers' report share it.
     """
     _skip_unless_buildable()
-    folder = Path(tempfile.mkdtemp(prefix="nmexport-plugin-"))
-    try:
-        library = build_script().build_library(folder / "native", jobs=2, folder=folder / "build")
-        log = (folder / "build" / "build.log").read_text(encoding="utf-8")
-    finally:
-        shutil.rmtree(folder / "build", ignore_errors=True)
-    return library, log
+    folder = factory.mktemp("plugin")
+    library = build_script().build_library(folder / "native", jobs=2, folder=folder)
+    return library, (folder / "build.log").read_text(encoding="utf-8")
 
 
 def check_linkage(library: Path) -> None:

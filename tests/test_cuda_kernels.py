@@ -93,8 +93,8 @@ ptxas info    : Compiling entry function '_ZN4cuda3_G_9_decode_cu11probeKernelEv
 
 
 @pytest.mark.slow
-def test_no_kernel_spills_on_any_supported_gpu():
-    _, report = whole_library()
+def test_no_kernel_spills_on_any_supported_gpu(tmp_path_factory: pytest.TempPathFactory):
+    _, report = whole_library(tmp_path_factory)
     counts, spilling = spilling_kernels(report)
     assert sorted(counts) == sorted(f"sm_{a}" for a in ARCHITECTURES)
     assert len({tuple(sorted(kinds.items())) for kinds in counts.values()}) == 1, counts

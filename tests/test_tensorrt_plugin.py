@@ -25,9 +25,11 @@ def test_the_plugin_classes_under_sanitizers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_library_builds_and_exports_its_entry_points_alone() -> None:
+def test_the_library_builds_and_exports_its_entry_points_alone(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
     """Fast tests check the same of the library on recording kernels: see `built`."""
-    library, _ = whole_library()
+    library, _ = whole_library(tmp_path_factory)
     described = tensorrt_library.describe_plugin(library)
     assert described["version"] == __version__
     assert described["architectures"] == build_script().ARCHITECTURES
