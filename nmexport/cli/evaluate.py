@@ -7,7 +7,6 @@ import click
 from nmexport.cli.options import reading_options, request
 from nmexport.cli.output import console, emit_json, figure, progress, table, wants_json
 
-
 # \b keeps click from joining the lines of a paragraph.
 _HELP = """Score the folded model of a work directory against the dense one, in torch.
 
