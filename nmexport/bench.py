@@ -245,10 +245,14 @@ class _Sides:
     """All sides of one shape and thread count, opened once for all token counts; close them."""
 
     def __init__(self, problem: _Problem) -> None:
+        import numpy as np
+
         self._problem = problem
         self._copies: dict[str, int] = {}
         self._sessions = {name: _open(self._graph(name), problem) for name in _side_names(problem)}
-        self._memory = _weights("float32", problem, problem.copies(4))
+        # One piece for each thread: the loop is to be timed, not what starts it.
+        size = problem.copies(4) * int(problem.weight_bytes("float32")) // problem.threads
+        self._memory = [np.ones(size, np.uint8) for _ in range(problem.threads)]
         self._readers = ThreadPoolExecutor(problem.threads)
 
     def __enter__(self) -> Self:
@@ -293,15 +297,10 @@ class _Sides:
     def _read(self) -> None:
         from nmexport.runtimes import native
 
-        threads = self._problem.threads
+        def share(part: NDArray[Any]) -> None:
+            native.read_memory(self._problem.library, part.ctypes.data, part.nbytes)
 
-        def share(index: int) -> None:
-            for part in self._memory:
-                size = part.nbytes // threads
-                address = part.ctypes.data + index * size
-                native.read_memory(self._problem.library, address, size)
-
-        list(self._readers.map(share, range(threads)))
+        list(self._readers.map(share, self._memory))
 
 
 def _figures(

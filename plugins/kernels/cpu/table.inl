@@ -19,6 +19,7 @@ constexpr Variant makeVariant(const char* name) {
         rowProduct<Int8, true>,
         panelProduct<Int8, true>,
         {epilogue<float>, epilogue<Float16>, epilogue<BFloat16>},
+        readWords,
     };
 }
 

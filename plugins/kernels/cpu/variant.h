@@ -109,6 +109,8 @@ struct Variant {
     void (*scaledRowProduct)(const RowProduct& product);
     void (*scaledPanelProduct)(const PanelProduct& product);
     void (*epilogue[kELEMENT_TYPES])(const Epilogue& epilogue);
+    // Reads memory in order, as fast as one thread can.
+    std::uint64_t (*readWords)(const void* data, std::size_t bytes);
 };
 
 const Variant& portableVariant();

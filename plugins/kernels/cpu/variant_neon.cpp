@@ -8,6 +8,7 @@
 #include "select.inl"
 #include "token.inl"
 #include "product.inl"
+#include "read.inl"
 #include "table.inl"
 // clang-format on
 
