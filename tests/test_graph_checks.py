@@ -83,6 +83,13 @@ def change_a_shape(model: onnx.ModelProto) -> None:
     weight.dims[:] = [32, 128]
 
 
+def make_a_scale(model: onnx.ModelProto) -> None:
+    node = onnx.helper.make_node("Cos", ["model.norm.weight"], ["made"], name="maker")
+    model.graph.node.insert(0, node)
+    reader = linears(model)[0]
+    reader.input.extend([""] * (5 - len(reader.input)) + ["made"])
+
+
 def leave_the_dense_weight(model: onnx.ModelProto) -> None:
     name = "model.layers.0.self_attn.k_proj.weight"
     rename(model, "model.norm.weight", name)
@@ -154,6 +161,7 @@ def test_intact(intact: tuple[Path, dict[str, LayerSpec]]) -> None:
         (drop_an_attribute, "op contract"),
         (swap_weights, "its own weight"),
         (change_a_shape, "has shape"),
+        (make_a_scale, "reads made, which is no initializer"),
         (leave_the_dense_weight, "left behind"),
         (leave_a_constant, "without use"),
         (leave_a_node, "without use"),

@@ -45,6 +45,7 @@ def check_sparse(path: Path, layers: Mapping[str, LayerSpec]) -> None:
         except ArtifactError as error:
             raise InternalError(f"{path}: {error}") from error
         _check_weight(path, node, [layers[name] for name in linears_of_node(node)], shapes)
+        _check_constants(path, node, shapes)
     _check_columns(path, model.graph, placed, layers)
     _check_functions(path, model, nodes)
 
@@ -192,6 +193,19 @@ def _check_weight(
     left = [layer.name for layer in members if f"{layer.name}.weight" in shapes]
     if left:
         raise InternalError(f"{path}: the dense weight of {left[0]} was left behind.")
+
+
+def _check_constants(
+    path: Path, node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """All that a node reads beside X is a constant of the model.
+
+    GPU kernels read shifts, scales and orders before the kernel ahead of them has ended, and
+    TensorRT does not tell a plugin which inputs are constants.
+    """
+    made = sorted({name for name in node.input[1:] if name} - shapes.keys())
+    if made:
+        raise InternalError(f"{path}: {node.name} reads {made[0]}, which is no initializer.")
 
 
 def _check_functions(path: Path, model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> None:
