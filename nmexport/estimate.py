@@ -1,19 +1,21 @@
 """What a build will take, before it runs: file sizes known, the rest from the model's size.
 
 Estimates, said as such: a dense copy of the weights is counted once for each place that holds
-one. Sizes come from safetensors headers or from the weight files; no tensor is read.
+one; where the model runs layer by layer, a layer of it. Sizes come from safetensors headers or from
+the weight files; no tensor is read.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from nmexport.models.source import ModelSource
@@ -41,6 +43,11 @@ _WRITTEN = {"fold": 1.0, "export": 2.0, "package": 1.0}
 # A TensorRT engine: the parser's copy, the network's and the plan's; two plans are written.
 _TENSORRT_COPIES, _TENSORRT_PLANS = 3.0, 2.0
 _RUNTIME_BYTES = 700_000_000  # the interpreter with its libraries loaded
+# Layer by layer: K x K matrices that the search for orders holds of a layer's widest input, all
+# else included; copies of a linear while it is folded, in float64.
+_SEARCH_MATRICES, _FOLD_COPIES = 2.5, 6.0
+_LAYER = re.compile(r"(.*\.\d+)\.")
+_MATRIX = 2  # dimensions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +59,9 @@ class Estimate:
     """Size of each stage's artifact: measured where it is there, estimated where not."""
     write_bytes: int
     memory_bytes: int
+    """Of the stage that takes most."""
+    memory_by_stage: dict[str, int]
+    """Of the stages that run."""
     free_bytes: int
 
     def as_dict(self) -> dict[str, Any]:
@@ -66,12 +76,8 @@ def estimate(recipe: Recipe, source: ModelSource, steps: Sequence[Step], work: P
     written = dict(_WRITTEN)
     if not recipe.model.dense_baseline:
         written["export"] -= 1.0
-    copies_of = dict(_COPIES)
-    if source.gguf_file is not None:
-        copies_of["export"] += 1.0
     if recipe.target in {"tensorrt", "tensorrt-rtx"}:
         written["engine"] = _TENSORRT_PLANS
-        copies_of["engine"] = _TENSORRT_COPIES
     sizes = {
         step.stage: step.bytes
         if step.bytes is not None
@@ -79,35 +85,78 @@ def estimate(recipe: Recipe, source: ModelSource, steps: Sequence[Step], work: P
         for step in steps
     }
     runs = [step.stage for step in steps if step.action != "cached"]
-    copies = max((copies_of.get(stage, 0.0) for stage in runs), default=0.0)
-    holds = int(copies * parameters * _WORKING_BYTES)
+    holds = _memory(recipe, source, parameters)
+    held = {stage: holds.get(stage, 0) + _RUNTIME_BYTES for stage in runs}
     nearest = next(path for path in (work.absolute(), *work.absolute().parents) if path.exists())
     return Estimate(
         parameters=parameters,
         bytes_by_stage=sizes,
         write_bytes=sum(sizes[stage] for stage in runs),
-        memory_bytes=holds + _RUNTIME_BYTES if runs else 0,
+        memory_bytes=max(held.values(), default=0),
+        memory_by_stage=held,
         free_bytes=shutil.disk_usage(nearest).free,
     )
+
+
+def _memory(recipe: Recipe, source: ModelSource, parameters: int) -> dict[str, int]:
+    """Bytes that each stage holds of the weights."""
+    copies = dict(_COPIES)
+    if source.gguf_file is not None:
+        copies["export"] += 1.0
+    if recipe.target in {"tensorrt", "tensorrt-rtx"}:
+        copies["engine"] = _TENSORRT_COPIES
+    held = {stage: int(count * parameters * _WORKING_BYTES) for stage, count in copies.items()}
+    return {**held, **(_layerwise_memory(source) if _runs_layerwise(recipe, source) else {})}
+
+
+def _runs_layerwise(recipe: Recipe, source: ModelSource) -> bool:
+    from nmexport.models.offload import free_memory, placement
+
+    offload = recipe.calibration.offload
+    if source.gguf_file is not None or offload == "never":
+        return False
+    return placement(source, offload, parameter_count(source), free_memory()) == "layerwise"
+
+
+def _layerwise_memory(source: ModelSource) -> dict[str, int]:
+    """Bytes that calibrate and fold hold where one decoder layer is in memory at a time."""
+    from nmexport.tensors import SHARD_BYTES
+
+    parts: dict[str, int] = {}
+    widest, largest = 0, 0
+    for name, shape in _shapes(source):
+        found = _LAYER.match(name)
+        part = found[1] if found else name
+        parts[part] = parts.get(part, 0) + math.prod(shape)
+        if found and len(shape) == _MATRIX:
+            widest, largest = max(widest, shape[1]), max(largest, math.prod(shape))
+    layer = _WORKING_BYTES * max(parts.values(), default=0)
+    searching = layer + int(_SEARCH_MATRICES * _WORKING_BYTES * widest**2)
+    writing = SHARD_BYTES + int(_FOLD_COPIES * _WORKING_BYTES * largest)
+    return {"calibrate": layer, "fold": max(searching, writing)}
 
 
 def parameter_count(source: ModelSource) -> int:
     """Elements of a model's weights: exact for safetensors, from the file size for a GGUF."""
     if source.gguf_file is not None:
         return (source.folder / source.gguf_file).stat().st_size * 8 // _GGUF_BITS
-    files = sorted(source.folder.glob("*.safetensors"))
-    return sum(_elements(path) for path in files)
+    return sum(math.prod(shape) for _, shape in _shapes(source))
 
 
-def _elements(path: Path) -> int:
-    """Elements that a safetensors file's header counts; 0 for a file with no readable header."""
+def _shapes(source: ModelSource) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Tensors of the safetensors files by their headers; none of one that cannot be read."""
+    for path in sorted(source.folder.glob("*.safetensors")):
+        yield from _header(path)
+
+
+def _header(path: Path) -> list[tuple[str, tuple[int, ...]]]:
     prefix = 8  # the header's length, little-endian
     try:
         with path.open("rb") as stream:
             length = int.from_bytes(stream.read(prefix), "little")
             if length > path.stat().st_size:
-                return 0
+                return []
             header = json.loads(stream.read(length))
-        return sum(math.prod(row["shape"]) for name, row in header.items() if "shape" in row)
+        return [(name, tuple(row["shape"])) for name, row in header.items() if "shape" in row]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return 0  # the loader will say what is wrong with it
+        return []  # the loader will say what is wrong with it

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from nmexport.estimate import estimate, parameter_count
+from nmexport.models.offload import Memory
 from nmexport.models.source import ModelSource
 from nmexport.pipeline import Step
 from nmexport.recipe import resolve
@@ -70,3 +72,57 @@ def test_nothing_to_run_takes_nothing(tmp_path: Path) -> None:
         resolve("a/b"), source(tmp_path, "m.gguf"), [step("fold", "cached", 9)], tmp_path
     )
     assert (idle.write_bytes, idle.memory_bytes) == (0, 0)
+
+
+def write_header(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """A file of which only the header is there: more is not to be read."""
+    header = {
+        name: {"dtype": "BF16", "shape": shape, "data_offsets": [0, 0]}
+        for name, shape in shapes.items()
+    }
+    text = json.dumps({"__metadata__": {}, **header}).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+
+
+@pytest.fixture
+def mistral(tmp_path: Path) -> ModelSource:
+    """Its shapes, in two files."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (32000, 4096),
+        "lm_head.weight": (32000, 4096),
+    }
+    for index in range(32):
+        for name, size in (("q_proj", 4096), ("k_proj", 1024), ("v_proj", 1024), ("o_proj", 4096)):
+            shapes[f"model.layers.{index}.self_attn.{name}.weight"] = (size, 4096)
+        for name in ("gate_proj", "up_proj"):
+            shapes[f"model.layers.{index}.mlp.{name}.weight"] = (14336, 4096)
+        shapes[f"model.layers.{index}.mlp.down_proj.weight"] = (4096, 14336)
+        shapes[f"model.layers.{index}.input_layernorm.weight"] = (4096,)
+    names = list(shapes)
+    for file, part in (("1", names[:99]), ("2", names[99:])):
+        write_header(tmp_path / f"{file}.safetensors", {name: shapes[name] for name in part})
+    return source(tmp_path)
+
+
+def memory_of(model: ModelSource, offload: str) -> dict[str, int]:
+    steps = [step("calibrate"), step("fold"), step("export")]
+    recipe = resolve("a/b", {"calibration.offload": offload})
+    return estimate(recipe, model, steps, model.folder).memory_by_stage
+
+
+def test_layer_by_layer_holds_a_layer(
+    mistral: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, layered = memory_of(mistral, "never"), memory_of(mistral, "layerwise")
+    assert parameter_count(mistral) == pytest.approx(7.24e9, rel=0.01)
+    assert whole["calibrate"] > 4 * 7.2e9
+    layer = 4 * 218_000_000
+    assert layer < layered["calibrate"] < 2 * layer
+    # Measured at these widths: 3.0 GB, the interpreter included.
+    assert 3.0e9 < layered["fold"] < 4.5e9
+    assert layered["export"] == whole["export"]
+
+    for host, expected in ((20 << 30, layered), (80 << 30, whole)):
+        memory = Memory(host=host)
+        monkeypatch.setattr("nmexport.models.offload.free_memory", lambda memory=memory: memory)
+        assert memory_of(mistral, "auto") == expected
