@@ -90,6 +90,13 @@ def make_a_scale(model: onnx.ModelProto) -> None:
     reader.input.extend([""] * (5 - len(reader.input)) + ["made"])
 
 
+def repeat_a_channel(model: onnx.ModelProto) -> None:
+    order = np.array([0, 1, 1, *range(3, 64)], np.int32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(order, "order"))
+    reader = linears(model)[0]
+    reader.input.extend([""] * (6 - len(reader.input)) + ["order"])
+
+
 def leave_the_dense_weight(model: onnx.ModelProto) -> None:
     name = "model.layers.0.self_attn.k_proj.weight"
     rename(model, "model.norm.weight", name)
@@ -162,6 +169,7 @@ def test_intact(intact: tuple[Path, dict[str, LayerSpec]]) -> None:
         (swap_weights, "its own weight"),
         (change_a_shape, "has shape"),
         (make_a_scale, "reads made, which is no initializer"),
+        (repeat_a_channel, "order is no permutation of 0 to 63"),
         (leave_the_dense_weight, "left behind"),
         (leave_a_constant, "without use"),
         (leave_a_node, "without use"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx
 
 from nmexport.errors import ArtifactError, InternalError
@@ -38,14 +39,15 @@ def check_sparse(path: Path, layers: Mapping[str, LayerSpec]) -> None:
     nodes = [node for node in model.graph.node if node.op_type == LINEAR]
     _check_every_linear(path, nodes, layers)
     placed = _placed(path, model.graph, LINEAR, op_contract().domain)
-    shapes = {item.name: tuple(item.dims) for item in model.graph.initializer}
+    constants = {item.name: item for item in model.graph.initializer}
+    shapes = {name: tuple(item.dims) for name, item in constants.items()}
     for node in nodes:
         try:
             check_node(node)
         except ArtifactError as error:
             raise InternalError(f"{path}: {error}") from error
         _check_weight(path, node, [layers[name] for name in linears_of_node(node)], shapes)
-        _check_constants(path, node, shapes)
+        _check_constants(path, node, constants)
     _check_columns(path, model.graph, placed, layers)
     _check_functions(path, model, nodes)
 
@@ -196,16 +198,23 @@ def _check_weight(
 
 
 def _check_constants(
-    path: Path, node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]
+    path: Path, node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]
 ) -> None:
-    """All that a node reads beside X is a constant of the model.
+    """All that a node reads beside X is a constant of the model, and its order a permutation.
 
-    GPU kernels read shifts, scales and orders before the kernel ahead of them has ended, and
-    TensorRT does not tell a plugin which inputs are constants.
+    GPU kernels read shifts, scales and orders before the kernel ahead of them has ended, and rows
+    of W where the order says; TensorRT does not let a plugin check either.
     """
-    made = sorted({name for name in node.input[1:] if name} - shapes.keys())
+    made = sorted({name for name in node.input[1:] if name} - constants.keys())
     if made:
         raise InternalError(f"{path}: {node.name} reads {made[0]}, which is no initializer.")
+    names = [spec.name for spec in op_contract().ops[LINEAR].inputs]
+    name = dict(zip(names, node.input, strict=False)).get("channel_order")
+    if not name:
+        return
+    order = onnx.numpy_helper.to_array(constants[name], str(path.parent))
+    if not np.array_equal(np.sort(order), np.arange(order.size)):
+        raise InternalError(f"{path}: {name} is no permutation of 0 to {order.size - 1}.")
 
 
 def _check_functions(path: Path, model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> None:

@@ -41,7 +41,7 @@ class Tensors {
 // shift, score_scale and channel_order must be constants of the network, the last a permutation
 // (see Selection in nm_cuda.h). TensorRT shows a plugin types and shapes, never whether an input is
 // constant, and values only as device memory at enqueue, where reading them would wait for the
-// device: so the writer of the ONNX file answers for both, and nothing is checked here.
+// device. So the export checks its files (nmexport/graph/checks.py), and nothing is checked here.
 class NmPlugin : public nvinfer1::IPluginV3,
                  public nvinfer1::IPluginV3OneCore,
                  public nvinfer1::IPluginV3OneBuild,
