@@ -98,7 +98,7 @@ struct Variant {
     // Keep mask of each group: bit j = position j of the group is among the n largest keys.
     void (*selectGroups)(const std::int32_t* keys, std::size_t groups, int n, int m,
                          std::uint64_t* masks);
-    // sqrt(var(z) / max(var(z where kept, else 0), floor)) of one token, z [count] in position order.
+    // sqrt(var(z) / max(var(z where kept, else 0), floor)) of one token, z [count] by position.
     float (*varianceRatio)(const float* z, const std::uint64_t* keep, std::size_t count,
                            double floor);
     // Lists what one token keeps; how many that is.
