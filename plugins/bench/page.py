@@ -1,9 +1,11 @@
 """Writes the page of CPU measurements beside this file: one command measures and writes.
 
-    python plugins/bench/page.py --work WORK
+    python plugins/bench/page.py --work SmolLM2=WORK --work "Llama 1B=FOLDER/work"
 
-`WORK` is a work directory whose engine is built; without it only kernels are measured. Everything
-that is measured is written, losses too. `--from FILE` writes the page again from kept figures.
+`WORK` is a work directory whose engine is built (for a random model of 1 billion parameters, see
+`plugins/bench/scale.py`); without any only kernels are measured. Everything that is measured is
+written, losses too. Each part is kept once it is measured: a run that was cut off goes on after it,
+on the same machine with the same library. `--from FILE` writes the page again from kept figures.
 """
 
 from __future__ import annotations
@@ -11,38 +13,90 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nmexport.artifact import file_digest
 from nmexport.bench import LLM_SHAPES, SMOLLM2_SHAPES, bench_kernels
 from nmexport.environment import probe
 from nmexport.generation import bench_engines
-from nmexport.progress import Silent
+from nmexport.progress import Silent, on_stream
+from nmexport.runtimes.native import require_library
+from nmexport.runtimes.onnxruntime import engine_library, read_engine
+from nmexport.verification.report_plots import svg_from
+from nmexport.work_directory import WorkDirectory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from matplotlib.axes import Axes
 
 HERE = Path(__file__).resolve().parent
-PAGE, FIGURES = HERE / "README.md", HERE / "cpu.json"
+PAGE, FIGURES, CHART = HERE / "README.md", HERE / "cpu.json", HERE / "cpu.svg"
+KEPT = HERE / "cpu.partial.json"
 DTYPES = ("float32", "bfloat16", "int8")
-BAR = 24  # characters of the longest bar
+COLOURS = {"float32": "#0072b2", "bfloat16": "#009e73", "int8": "#d55e00"}
+PROMPTS = (128, 512)
+# Timed runs of each model and phase; of a model beyond this size, fewer: a prompt takes seconds.
+RUNS, FEW_RUNS = 30, 8
+LARGE_BYTES = 1_000_000_000
+
+
+class Kept:
+    """Parts of a measurement in a file, so that none is taken twice."""
+
+    def __init__(self, path: Path, identity: Mapping[str, str]) -> None:
+        """Go on from the file where it is of this machine and library."""
+        self._path, self._identity = path, dict(identity)
+        self._parts: dict[str, Any] = {}
+        if path.is_file():
+            document = json.loads(path.read_text(encoding="utf-8"))
+            if document["identity"] == self._identity:
+                self._parts = document["parts"]
+
+    def part(self, name: str, measured: Callable[[], Any]) -> Any:
+        """A part from the file, or measured now and kept."""
+        if name not in self._parts:
+            self._parts[name] = measured()
+            document = {"identity": self._identity, "parts": self._parts}
+            self._path.write_text(json.dumps(document), encoding="utf-8")
+        return self._parts[name]
 
 
 def measure(
-    work: Path | None, *, seconds: float, shapes: Sequence[tuple[int, int]]
+    works: Mapping[str, Path], *, seconds: float, shapes: Sequence[tuple[int, int]], kept: Path
 ) -> dict[str, Any]:
-    """All figures of the page; takes about half an hour with the shapes of large models."""
+    """All figures of the page; a quarter of an hour with the shapes of large models."""
+    for work in works.values():  # of another build of the library: better said now than last
+        engine_library(read_engine(work / "engine" / "current"))
     environment = probe()
+    identity = {
+        "cpu": environment.cpu,
+        "library": file_digest(require_library()),
+        "seconds": str(seconds),
+    }
+    parts = Kept(kept, identity)
     kernels = [
-        bench_kernels([shape], (1, 2, 3, 4), threads=(1, 2), dtypes=DTYPES, seconds=seconds)
-        for shape in shapes
+        parts.part(
+            f"kernels {shape}",
+            lambda shape=shape: bench_kernels(
+                [shape], (1, 2, 3, 4), threads=(1, 2), dtypes=DTYPES, seconds=seconds
+            ),
+        )
+        for shape in on_stream(sys.stderr).track(shapes, label="kernels", total=len(shapes))
     ]
-    prompts = bench_kernels(
-        SMOLLM2_SHAPES, (128, 512), threads=(2,), grouped=True, rivals=False, seconds=seconds
+    prompts = parts.part(
+        "prompts",
+        lambda: bench_kernels(
+            SMOLLM2_SHAPES, PROMPTS, threads=(2,), grouped=True, rivals=False, seconds=seconds
+        ),
     )
-    engines = [
-        bench_engines(work, prefill_tokens=tokens, progress=Silent())
-        for tokens in ((128, 512) if work else ())
+    models = [
+        parts.part(f"model {name} {path}", lambda name=name, path=path: measure_model(name, path))
+        for name, path in on_stream(sys.stderr).track(
+            works.items(), label="models", total=len(works)
+        )
     ]
     return {
         "date": dt.datetime.now(tz=dt.UTC).date().isoformat(),
@@ -52,7 +106,28 @@ def measure(
         "variant": prompts["variant"],
         "kernels": [row for outcome in kernels for row in outcome["results"]],
         "prompts": prompts["results"],
-        "engines": engines,
+        "models": models,
+    }
+
+
+def measure_model(name: str, work: Path) -> dict[str, Any]:
+    """`nmexport bench engines` at each prompt length, and what it was measured on."""
+    recipe = WorkDirectory(work).recipe()
+    model = read_engine(work / "engine" / "current").model
+    size = model.with_name(f"{model.name}.data").stat().st_size
+    runs = FEW_RUNS if size > LARGE_BYTES else RUNS
+    return {
+        "name": name,
+        "dtype": recipe.model.dtype,
+        "weights": recipe.model.weights,
+        "pattern": str(recipe.sparsity.pattern),
+        "mitigations": list(recipe.sparsity.mitigations),
+        "bytes": size,
+        "runs": runs,
+        "latency": [
+            bench_engines(work, prefill_tokens=tokens, runs=runs, progress=Silent())
+            for tokens in PROMPTS
+        ],
     }
 
 
@@ -62,24 +137,29 @@ def page(figures: dict[str, Any]) -> str:
         [
             "# CPU measurements",
             "",
-            "Written by `python plugins/bench/page.py --work WORK`; the figures themselves are in",
-            "[cpu.json](cpu.json). The kernels' are those of `nmexport bench kernels --llm",
-            "--tokens 1 --tokens 2 --tokens 3 --tokens 4 --threads 1 --threads 2 --dtype float32",
-            "--dtype bfloat16 --dtype int8 --json`, the models' those of `nmexport bench engines",
-            "--work WORK --json`.",
+            f"**{figures['cpu']}**, {figures['cores']} cores; kernels in {figures['variant']};",
+            f"{figures['runtime']}; {figures['date']}.",
             "",
-            f"{figures['date']}, {figures['cpu']}, {figures['cores']} cores.",
-            f"Kernels in {figures['variant']}, {figures['runtime']}.",
+            "```sh",
+            "python plugins/bench/page.py --work NAME=WORK",
+            "```",
+            "",
+            "writes this page, its chart and all figures ([cpu.json](cpu.json)). By hand they are",
+            "`nmexport bench kernels --llm --tokens 1 --tokens 2 --tokens 3 --tokens 4 --threads 1",
+            "--threads 2 --dtype float32 --dtype bfloat16 --dtype int8 --json` and, for each",
+            "model, `nmexport bench engines --work WORK --json`.",
+            "",
+            "![Speed of 8:16 over dense, one token, by shape and type of weights](cpu.svg)",
             "",
             "Medians in microseconds, 10th and 90th percentile in brackets. All sides of a row",
             "take turns in one run, each on so many weights that they come from memory. *Speed* is",
             "the faster dense product of the same weights over 8:16; *read* is the rate at which",
             "kept weights are read, and its share of what a loop reads that does nothing else.",
             "",
+            *_models(figures["models"]),
             *_decode(figures["kernels"]),
             *_tokens(figures["kernels"]),
             *_prompts(figures["prompts"]),
-            *_models(figures["engines"]),
             "",
         ]
     )
@@ -98,11 +178,7 @@ def _decode(rows: Sequence[dict[str, Any]]) -> Iterable[str]:
         for row in chosen:
             for dtype in DTYPES:
                 yield _decode_row(row, dtype)
-        yield from ("", "Speed of 8:16 over the faster dense product:", "", "```")
-        yield from _bars(
-            (f"{_shape(row)} {dtype}", row[dtype]["ratio"]) for row in chosen for dtype in DTYPES
-        )
-        yield from ("```", "")
+        yield ""
 
 
 def _decode_row(row: dict[str, Any], dtype: str) -> str:
@@ -114,7 +190,7 @@ def _decode_row(row: dict[str, Any], dtype: str) -> str:
         _time(row, f"sparse_{dtype}"),
         f"{own['ratio']:.2f}x",
         f"{own['kept_gb_per_s']:.1f} GB/s, {own['share_of_read']:.0%}",
-        f"{row['sides']['select']['median_us'] / row['sides'][f'sparse_{dtype}']['median_us']:.1%}",
+        f"{own['selection_share']:.1%}",
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -155,37 +231,65 @@ def _prompts(rows: Sequence[dict[str, Any]]) -> Iterable[str]:
     yield ""
 
 
-def _models(engines: Sequence[dict[str, Any]]) -> Iterable[str]:
-    if not engines:
+def _models(models: Sequence[dict[str, Any]]) -> Iterable[str]:
+    if not models:
         return
     yield from (
         "## Whole models",
         "",
-        "Milliseconds a step; the interval holds 95 % of resamples.",
+        "Milliseconds a step, all layers and the output head; the interval holds 95 % of",
+        "resamples. The dense side is always a float model in the type beside it: a row of int8",
+        "weights shows what both together gain, not sparsity alone.",
         "",
     )
-    yield "| | dense | 8:16 | speed | interval |"
-    yield "|---|---:|---:|---:|---:|"
-    for latency in engines:
-        yield _model_row(latency, "prefill", f"prompt of {latency['dense']['prefill']['tokens']}")
-    yield _model_row(
-        engines[0], "decode", f"token after {engines[0]['dense']['decode']['context']}"
-    )
+    yield "| model | weights, dense and sparse | step | dense | sparse | speed | interval |"
+    yield "|---|---|---|---:|---:|---:|---:|"
+    for model in models:
+        short, *_ = model["latency"]
+        context = short["dense"]["decode"]["context"]
+        yield _model_row(model, short, "decode", f"token after {context}")
+        for latency in model["latency"]:
+            tokens = latency["dense"]["prefill"]["tokens"]
+            yield _model_row(model, latency, "prefill", f"prompt of {tokens}")
+    yield ""
+    for model in models:
+        parts = " + ".join(model["mitigations"]) or "no mitigation"
+        yield f"- {model['name']}: {model['pattern']}, {parts}; {model['runs']} runs of each side"
+    yield ""
 
 
-def _model_row(latency: dict[str, Any], phase: str, title: str) -> str:
+def _model_row(model: dict[str, Any], latency: dict[str, Any], phase: str, step: str) -> str:
     low, high = latency["speedup"][f"{phase}_interval"]
     dense, sparse = (latency[side][phase]["p50_ms"] for side in ("dense", "sparse"))
     speed = latency["speedup"][phase]
-    return f"| {title} | {dense:.2f} | {sparse:.2f} | {speed:.2f}x | {low:.2f} to {high:.2f} |"
+    sides = model["dtype"]
+    sides += f", {model['weights'] if model['weights'] != 'float' else model['dtype']}"
+    return (
+        f"| {model['name']} | {sides} | {step} | {dense:.2f} | {sparse:.2f} | {speed:.2f}x "
+        f"| {low:.2f} to {high:.2f} |"
+    )
 
 
-def _bars(rows: Iterable[tuple[str, float]]) -> Iterable[str]:
-    pairs = list(rows)
-    longest = max((value for _, value in pairs), default=1.0)
-    width = max((len(title) for title, _ in pairs), default=0)
-    for title, value in pairs:
-        yield f"{title:<{width}} {'#' * round(BAR * value / longest):<{BAR}} {value:.2f}"
+def chart(rows: Sequence[dict[str, Any]]) -> str:
+    """Speeds of one token as bars from the line where nothing is gained: losses go left."""
+    chosen = [row for row in rows if row["tokens"] == 1]
+    names = [f"{_shape(row)}, {row['threads']} thr." for row in chosen]
+    height = 0.8 / len(DTYPES)
+
+    def draw(axes: Axes) -> None:
+        for place, dtype in enumerate(DTYPES):
+            lines = [index + (place - 1) * height for index in range(len(chosen))]
+            gains = [row[dtype]["ratio"] - 1 for row in chosen]
+            axes.barh(lines, gains, height, left=1, color=COLOURS[dtype], label=dtype)
+        axes.axvline(1, color="#1c2430", linewidth=1)
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set_xlabel("speed of 8:16 over the faster dense product of the same weights")
+        axes.figure.legend(loc="outside upper left", ncols=len(DTYPES))
+        axes.figure.set_size_inches(7.5, 1.2 + 0.42 * max(len(chosen), 1))
+        axes.figure.set_facecolor("white")
+
+    return svg_from(draw, title="Speed of 8:16 over dense, one token")
 
 
 def _shape(row: dict[str, Any]) -> str:
@@ -199,21 +303,41 @@ def _time(row: dict[str, Any], side: str) -> str:
     return f"{timing['median_us']:.0f} ({timing['p10_us']:.0f} to {timing['p90_us']:.0f})"
 
 
-def main() -> None:
-    """Measure, or take kept figures, and write both files."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, or take kept figures, and write all three files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, help="a work directory with an engine")
-    parser.add_argument("--seconds", type=float, default=2.0, help="least time for each row")
+    parser.add_argument(
+        "--work",
+        action="append",
+        default=[],
+        metavar="[NAME=]DIR",
+        help="a work directory with an engine; repeatable",
+    )
+    parser.add_argument("--seconds", type=float, default=1.0, help="least time for each row")
     parser.add_argument("--small", action="store_true", help="SmolLM2's shapes alone")
     parser.add_argument("--from", dest="kept", type=Path, help="figures to write the page from")
-    options = parser.parse_args()
+    parser.add_argument("--into", type=Path, default=HERE, help="folder of the files")
+    options = parser.parse_args(arguments)
+    into = {path.name: options.into / path.name for path in (PAGE, FIGURES, CHART, KEPT)}
     if options.kept:
         figures = json.loads(options.kept.read_text(encoding="utf-8"))
     else:
         shapes = SMOLLM2_SHAPES if options.small else LLM_SHAPES
-        figures = measure(options.work, seconds=options.seconds, shapes=shapes)
-    FIGURES.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    PAGE.write_text(page(figures), encoding="utf-8")
+        figures = measure(
+            dict(map(_named_work, options.work)),
+            seconds=options.seconds,
+            shapes=shapes,
+            kept=into[KEPT.name],
+        )
+    into[FIGURES.name].write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    into[CHART.name].write_text(chart(figures["kernels"]) + "\n", encoding="utf-8")
+    into[PAGE.name].write_text(page(figures), encoding="utf-8")
+    into[KEPT.name].unlink(missing_ok=True)
+
+
+def _named_work(text: str) -> tuple[str, Path]:
+    name, _, folder = text.rpartition("=")
+    return name or Path(folder).name, Path(folder)
 
 
 if __name__ == "__main__":
