@@ -20,7 +20,7 @@ from nmexport.progress import Silent
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.sweep import measure, outcome, plan
 from nmexport.sweep.baselines import TopKLinear, kept_count, largest, pruned_weight, replacement
-from nmexport.sweep.cluster import RayCluster, ThisMachine
+from nmexport.sweep.cluster import RayCluster, ThisMachine, reservation
 from nmexport.sweep.plan import Baseline
 from nmexport.sweep.replay import Replay
 from torch import nn
@@ -404,17 +404,24 @@ def _jobs(sweep_file: Path, root: Path) -> list[measure.Job]:
 class FakeRay(types.ModuleType):
     """Ray's few functions that we call, tasks ending in reverse order."""
 
-    def __init__(self, fault: Exception | None = None) -> None:
+    def __init__(self, fault: Exception | None = None, nodes: Any = ({"CPU": 4.0},)) -> None:
         super().__init__("ray")
         self.log: list[str] = []
         self.fault = fault
+        self.resources = nodes
+        self.reserved: dict[str, object] = {}
+
+    def nodes(self) -> list[dict[str, Any]]:
+        dead = {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 9.0}}
+        return [dead, *({"Alive": True, "Resources": one} for one in self.resources)]
 
     def init(self, *, address: str, **_: object) -> None:
         if self.fault:
             raise self.fault
         self.log.append(address)
 
-    def remote(self, **_: object) -> Callable[..., Any]:
+    def remote(self, **options: object) -> Callable[..., Any]:
+        self.reserved = options
         return lambda function: types.SimpleNamespace(remote=lambda job: (function, job))
 
     def wait(self, refs: list[Any], *, num_returns: int) -> tuple[list[Any], list[Any]]:
@@ -422,7 +429,12 @@ class FakeRay(types.ModuleType):
 
     def get(self, ref: Any) -> Any:
         function, job = ref
-        return function(job)
+        try:
+            return function(job)
+        except Exception as error:
+            raised = RuntimeError("a task failed")
+            raised.cause = error
+            raise raised from error
 
     def shutdown(self) -> None:
         self.log.append("shutdown")
@@ -444,6 +456,67 @@ def test_a_cluster_yields_what_this_machine_yields(
     assert [job.model for job, _ in there] == ["c", "b", "a"]
     assert sorted(there, key=lambda pair: pair[0].model) == here
     assert ray.log == ["somewhere:1", "shutdown"]
+    assert ray.reserved == {"max_retries": 1, "num_cpus": 4, "num_gpus": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "said", "expected"),
+    [
+        ([{"CPU": 8.0}, {"CPU": 8.0}], {}, (8, 0)),  # a node a task
+        ([{"CPU": 2.0}, {"CPU": 64.0}], {}, (64, 0)),  # a head node is left alone
+        ([{"CPU": 32.0, "GPU": 4.0}], {}, (8, 1)),
+        ([{"CPU": 96.0}, {"CPU": 32.0, "GPU": 2.0}], {}, (16, 1)),
+        ([{"CPU": 32.0, "GPU": 1.0}], {"gpus": 0.25}, (8, 0.25)),
+        ([{"CPU": 32.0, "GPU": 1.0}], {"gpus": 0}, (32, 0)),
+        ([{"CPU": 32.0}], {"cpus": 4}, (4, 0)),
+        ([{"CPU": 2.0, "GPU": 8.0}], {}, (1, 1)),
+    ],
+)
+def test_a_task_reserves_a_gpu_and_its_part_of_a_node(
+    nodes: Any, said: dict[str, Any], expected: tuple[int, float]
+) -> None:
+    found = reservation(nodes, **said)
+    assert (found["num_cpus"], found["num_gpus"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("nodes", "said"),
+    [
+        ([{"CPU": 8.0}], {"cpus": 9}),
+        ([{"CPU": 8.0}], {"gpus": 1}),
+        ([{"CPU": 8.0}, {"CPU": 2.0, "GPU": 1.0}], {"cpus": 4, "gpus": 1}),
+        ([], {}),
+    ],
+)
+def test_what_no_node_has_is_refused(nodes: Any, said: dict[str, Any]) -> None:
+    with pytest.raises(EnvironmentFault, match="No node of the cluster"):
+        reservation(nodes, **said)
+
+
+def test_options_of_a_cluster_reach_it(
+    sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = FakeRay(nodes=({"CPU": 8.0, "GPU": 2.0},))
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(measure, "run", lambda job, progress: [])
+    arguments = ["--ray", "auto", "--ray-cpus", "3", "--ray-gpus", "0.5"]
+    assert run(sweep_file, "--work", tmp_path / "out", *arguments)["rows"] == []
+    assert (ray.reserved["num_cpus"], ray.reserved["num_gpus"]) == (3, 0.5)
+    done = CliRunner().invoke(cli, ["sweep", str(sweep_file), "--ray-gpus", "1"])
+    assert done.exit_code == 2
+    assert "need --ray" in done.output
+
+
+def test_what_ends_a_task_ends_the_sweep_with_its_message(
+    sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def held(*_: object) -> None:
+        raise WorkDirectoryError("held by another sweep")
+
+    monkeypatch.setitem(sys.modules, "ray", FakeRay())
+    monkeypatch.setattr(measure, "run", held)
+    with pytest.raises(WorkDirectoryError, match="held by another"):
+        list(RayCluster("auto").run(_jobs(sweep_file, tmp_path)))
 
 
 def test_no_ray_and_no_cluster_are_the_environments_fault(

@@ -18,6 +18,7 @@ from nmexport.cli.output import (
 )
 
 if TYPE_CHECKING:
+    from nmexport.sweep.cluster import Cluster
     from nmexport.sweep.measure import Job
     from nmexport.sweep.plan import Sweep
 
@@ -46,6 +47,20 @@ _ROOT = Path("nmexport-work")
     help="Run on a Ray cluster, a model a task: auto, HOST:PORT, or local. Every node must see "
     "the work directory.",
 )
+@click.option(
+    "--ray-cpus",
+    "cpus",
+    type=click.IntRange(min=1),
+    metavar="COUNT",
+    help="Processors of a node for a task.  [default: a node's, shared by its GPUs]",
+)
+@click.option(
+    "--ray-gpus",
+    "gpus",
+    type=click.FloatRange(min=0),
+    metavar="COUNT",
+    help="GPUs for a task; below 1, tasks share one.  [default: 1 where there are any]",
+)
 @click.option("--dry-run", is_flag=True, help="List the cells; run nothing.")
 @json_option
 @verbose_option
@@ -57,6 +72,8 @@ def sweep_command(
     work: Path | None,
     settings: tuple[str, ...],
     address: str | None,
+    cpus: int | None,
+    gpus: float | None,
     dry_run: bool,
 ) -> None:
     """Measure every cell of a sweep file: recipes over models, and baselines.
@@ -66,13 +83,15 @@ def sweep_command(
     """
     from nmexport.sweep import plan
 
+    if address is None and (cpus is not None or gpus is not None):
+        raise click.UsageError("--ray-cpus and --ray-gpus need --ray ADDRESS.", ctx)
     planned = plan.load(plan.find(sweep), _overrides(settings))
     root = work or _ROOT / f"sweep-{planned.name}"
     jobs = _jobs(planned, root)
     if dry_run:
         _show_plan(ctx, jobs)
         return
-    found = _run(planned, jobs, root, address)
+    found = _run(planned, jobs, root, _cluster(address, cpus, gpus))
     if wants_json(ctx):
         emit_json(found)
         return
@@ -108,14 +127,20 @@ def _jobs(planned: Sweep, root: Path) -> list[Job]:
     ]
 
 
-def _run(planned: Sweep, jobs: list[Job], root: Path, address: str | None) -> dict[str, Any]:
+def _cluster(address: str | None, cpus: int | None, gpus: float | None) -> Cluster:
+    from nmexport.sweep.cluster import RayCluster, ThisMachine
+
+    if address is None:
+        return ThisMachine(progress())
+    return RayCluster(address, cpus=cpus, gpus=gpus)
+
+
+def _run(planned: Sweep, jobs: list[Job], root: Path, cluster: Cluster) -> dict[str, Any]:
     """Run the jobs; what is known is written after each."""
     from nmexport.environment import probe
     from nmexport.sweep import outcome
-    from nmexport.sweep.cluster import RayCluster, ThisMachine
     from nmexport.sweep.plan import folders
 
-    cluster = ThisMachine(progress()) if address is None else RayCluster(address)
     rows: dict[str, list[dict[str, Any]]] = {}
     found: dict[str, Any] = {}
     root.mkdir(parents=True, exist_ok=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any, Protocol
 
-from nmexport.errors import EnvironmentFault
+from nmexport.errors import EnvironmentFault, UserError
 from nmexport.progress import on_stream
 from nmexport.sweep import measure
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from nmexport.progress import Progress
     from nmexport.sweep.measure import Job
@@ -42,20 +42,25 @@ class ThisMachine:
 class RayCluster:
     """One task a model; the sweep's folder must be one that every node sees."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, cpus: int | None = None, gpus: float | None = None) -> None:
         """Connect when jobs are run.
 
         Args:
             address: As `ray.init` takes it: `auto`, `HOST:PORT`, `ray://HOST:PORT`, or `local`
                 for a cluster that lives as long as the sweep.
+            cpus: Processors that a task reserves and computes with; None see `reservation`.
+            gpus: GPUs that it reserves and sees; None likewise.
         """
         self._address = address
+        self._cpus, self._gpus = cpus, gpus
 
     def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Rows]]:
         """Yield each job with its rows as it ends.
 
         Raises:
-            EnvironmentFault: if Ray is not installed, or there is no cluster at the address.
+            EnvironmentFault: if Ray is not installed, there is no cluster at the address, or none
+                of its nodes has what a task reserves.
+            UserError: whatever ended a task.
         """
         try:
             import ray
@@ -72,13 +77,61 @@ class RayCluster:
                 fix="start one with `ray start --head`, or leave --ray out",
             ) from error
         try:
-            task = ray.remote(max_retries=1)(_on_a_node)
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            reserved = reservation(nodes, cpus=self._cpus, gpus=self._gpus)
+            task = ray.remote(max_retries=1, **reserved)(_on_a_node)
             waiting = {task.remote(job): job for job in jobs}
             while waiting:
                 done, _ = ray.wait(list(waiting), num_returns=1)
-                yield waiting.pop(done[0]), ray.get(done[0])
+                yield waiting.pop(done[0]), _outcome(ray, done[0])
         finally:
             ray.shutdown()
+
+
+def reservation(
+    nodes: Sequence[Mapping[str, float]], *, cpus: int | None = None, gpus: float | None = None
+) -> dict[str, float]:
+    """What a task reserves, so that it gets a GPU and no two crowd a node.
+
+    By default a GPU where the cluster has any; and of the processors of the largest node with
+    enough of them an equal part for each task that its GPUs have room for, without GPUs all.
+
+    Args:
+        nodes: The resources of each node, as Ray names them.
+        cpus: Processors, if said.
+        gpus: GPUs, if said; a part of one lets tasks share it.
+
+    Raises:
+        EnvironmentFault: if no node has that much: Ray would wait for one forever.
+    """
+    has_gpus = any(node.get("GPU", 0) >= 1 for node in nodes)
+    wanted = (1.0 if has_gpus else 0.0) if gpus is None else gpus
+    able = [node for node in nodes if node.get("GPU", 0) >= wanted and node.get("CPU", 0) >= 1]
+    largest = max((node["CPU"] for node in able), default=0)
+    if largest < (cpus or 1):
+        raise EnvironmentFault(
+            f"No node of the cluster has {cpus or 1} processors and {wanted:g} GPUs.",
+            allowed="; ".join(
+                f"{node.get('CPU', 0):g} processors, {node.get('GPU', 0):g} GPUs" for node in nodes
+            ),
+            fix="ask for less with --ray-cpus and --ray-gpus",
+        )
+    if cpus is None:
+        tasks = max(node.get("GPU", 0) // wanted for node in able) if wanted else 1
+        cpus = max(1, int(largest // max(tasks, 1)))
+    return {"num_cpus": cpus, "num_gpus": wanted}
+
+
+def _outcome(ray: Any, task: Any) -> Rows:
+    """A task's rows, or what it raised: Ray wraps that in an error of its own."""
+    try:
+        rows: Rows = ray.get(task)
+    except Exception as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, UserError):
+            raise cause from None
+        raise
+    return rows
 
 
 def _on_a_node(job: Job) -> Rows:
