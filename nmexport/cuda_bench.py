@@ -1,7 +1,8 @@
 """Speed of NMLinear on a CUDA GPU, and the break-even table that its kernels choose by.
 
-Everything runs through ONNX Runtime's CUDA provider: a graph of as many products as their weights
-exceed the L2 cache, captured as a CUDA graph and replayed, the sides in turn, timed by the clock.
+Everything runs through ONNX Runtime's CUDA provider: a graph of products over weights that together
+exceed the L2 cache, each in its turn, captured as a CUDA graph and replayed, the sides in turn,
+timed by the clock. It has so many products that starting the replay does not count.
 
 | side | what it is |
 |---|---|
@@ -9,22 +10,30 @@ exceed the L2 cache, captured as a CUDA graph and replayed, the sides in turn, t
 | `dense` | our decode kernel with all rows kept |
 | `sparse` | our decode kernel, 8 of 16, with the fastest plan found |
 | `masked` | a mask, then cuBLASLt: the other way to what `sparse` computes |
+
+Each shape is measured with a channel order and without: kernels look up either kind of row.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import os
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from nmexport.errors import EnvironmentFault, RecipeError
+from nmexport.graph.contract import op_contract
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
+
+    import numpy as np
+    import onnx
+    from numpy.typing import NDArray
 
 Dtype = Literal["float16", "float32"]
 """bfloat16 reads the same bytes as float16 and shares its rows."""
@@ -41,7 +50,12 @@ _CLUSTERS_SINCE = 90
 _ITEM_BYTES = {"float16": 2, "float32": 4}
 _ONNX_TYPES = {"float32": 1, "float16": 10}
 _KEEP, _GROUP = 8, 16
+_ORDER = "channel_order"
 _MIN_COPIES, _MAX_COPIES = 3, 64
+_MIN_LAUNCHES = 32
+"""Of a replay, whose start costs tens of microseconds: as much as one large product."""
+_KEY_FIELDS, _ROW_FIELDS = 7, 18
+"""Of a table row: those that say what was measured, which come first, and all."""
 
 
 @dataclass(frozen=True)
@@ -132,11 +146,81 @@ def table_row(
     dense_us: float,
 ) -> str:
     """One line of a table of plans, as plan_table.h reads it."""
-    # 0: bare magnitude without a channel order
-    shape = (problem.item_bytes, problem.tokens, problem.in_features, problem.out_features, 0)
-    numbers = (device.compute_capability, device.multiprocessors, *shape, *plan.fields())
+    shape = (problem.item_bytes, problem.tokens, problem.in_features, problem.out_features)
+    measured = (device.compute_capability, device.multiprocessors, *shape, int(problem.grouped))
+    numbers = (*measured, *plan.fields())
     times = (f"{value:.2f}" for value in (sparse_us, masked_us, dense_us))
     return ", ".join([*map(str, numbers), *times])
+
+
+def merged_table(old: str, rows: Sequence[str]) -> list[str]:
+    """The lines of a table with rows added, each in place of one that measured the same before.
+
+    Raises:
+        RecipeError: if a line is no row.
+    """
+    measured = {_key_of(row): row for row in rows}
+    kept = []
+    for number, line in enumerate(old.splitlines(), start=1):
+        if not line.strip() or line.lstrip().startswith("//"):
+            kept.append(line)
+            continue
+        try:
+            key = _key_of(line)
+        except ValueError as error:
+            raise RecipeError(f"Line {number} is no row of a table of CUDA plans.") from error
+        if key not in measured:
+            kept.append(line)
+    return [*kept, *measured.values()]
+
+
+def _key_of(row: str) -> tuple[int, ...]:
+    fields = row.split(",")
+    if len(fields) != _ROW_FIELDS:
+        raise ValueError(row)
+    return tuple(int(field) for field in fields[:_KEY_FIELDS])
+
+
+def check_savable(library: Path) -> None:
+    """Refuse before minutes of measuring what could not be saved after.
+
+    Raises:
+        EnvironmentFault: if the folder of the native library cannot be written.
+    """
+    if not os.access(library.parent, os.W_OK):
+        raise _unsavable(library, "the folder is not yours to write")
+
+
+def save_plans(library: Path, rows: Sequence[str]) -> Path:
+    """Add rows to the table beside the native library, which every later session reads.
+
+    Raises:
+        EnvironmentFault: if the folder cannot be written, or the file there is no such table.
+    """
+    from nmexport.runtimes.native import CUDA_PLANS_FILE
+
+    path = library.with_name(CUDA_PLANS_FILE)
+    try:
+        old = path.read_text(encoding="utf-8") if path.is_file() else ""
+        text = "\n".join(merged_table(old, rows)) + "\n"
+        beside = path.with_name(f"{path.name}.{os.getpid()}")
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except RecipeError as error:
+        raise EnvironmentFault(
+            f"{path}: {error.problem}", fix="delete the file, and measure again with --save"
+        ) from error
+    except OSError as error:
+        raise _unsavable(library, str(error)) from error
+    return path
+
+
+def _unsavable(library: Path, why: str) -> EnvironmentFault:
+    return EnvironmentFault(
+        f"What is measured cannot be saved in {library.parent}: {why}.",
+        allowed="a writable installation, such as a virtual environment of your own",
+        fix="install nmexport there; --table FILE writes the rows elsewhere, for the record",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +231,8 @@ class Problem:
     out_features: int
     tokens: int
     dtype: Dtype
+    grouped: bool = False
+    """With a channel order: kept rows lie anywhere."""
 
     @property
     def item_bytes(self) -> int:
@@ -157,6 +243,11 @@ class Problem:
         """Weights that together exceed the cache."""
         wanted = rotated_bytes // (self.in_features * self.out_features * self.item_bytes) + 1
         return min(max(wanted, _MIN_COPIES), _MAX_COPIES)
+
+    def __str__(self) -> str:
+        """Such as `4096x6144, 2 tokens, channel order`."""
+        order = ", channel order" if self.grouped else ""
+        return f"{self.in_features}x{self.out_features}, {self.tokens} tokens{order}"
 
 
 def bench_cuda(
@@ -191,9 +282,10 @@ def bench_cuda(
     from nmexport.runtimes import native
 
     problems = [
-        Problem(in_features=k, out_features=o, tokens=count, dtype=dtype)
+        Problem(in_features=k, out_features=o, tokens=count, dtype=dtype, grouped=grouped)
         for k, o in shapes
         for count in tokens
+        for grouped in (False, True)
     ]
     for problem in problems:
         _check(problem)
@@ -201,7 +293,7 @@ def bench_cuda(
     plans = PlanLibrary(path)
     rows = []
     for problem in problems:
-        note(f"{problem.in_features}x{problem.out_features}, {problem.tokens} tokens")
+        note(str(problem))
         bench = _Bench(problem, path, plans, rotated_bytes)
         rows.append(bench.measure(rounds))
     return {
@@ -234,14 +326,17 @@ class _Bench:
         self._problem = problem
         self._library = library
         self._plans = plans
-        self._copies = problem.copies(rotated_bytes)
+        copies = problem.copies(rotated_bytes)
+        self._rounds = -(-_MIN_LAUNCHES // copies)
+        self._launches = copies * self._rounds
         self._element = _ONNX_TYPES[problem.dtype]
         scale = problem.in_features**-0.5
         self._weights = [
             self._device_value((problem.in_features, problem.out_features), scale, seed)
-            for seed in range(self._copies)
+            for seed in range(copies)
         ]
-        self._x = self._device_value((1, problem.tokens, problem.in_features), 1.0, 77)
+        x_shape = (1, problem.tokens, problem.in_features)
+        self._x = [self._device_value(x_shape, 1.0, 1000 + i) for i in range(self._rounds)]
 
     def measure(self, rounds: int) -> dict[str, Any]:
         """The best plan, then all sides in turn."""
@@ -258,6 +353,8 @@ class _Bench:
         )
         return {
             **vars(self._problem),
+            "label": str(self._problem),
+            "launches": self._launches,
             "plan": vars(plan),
             "us": us,
             "ratio": min(us["matmul"], us["dense"]) / us["sparse"],
@@ -284,7 +381,7 @@ class _Bench:
                 run()
                 seconds[key].append(time.perf_counter() - began)
         return {
-            key: statistics.median(times) / self._copies * 1e6 for key, times in seconds.items()
+            key: statistics.median(times) / self._launches * 1e6 for key, times in seconds.items()
         }
 
     def _runner(self, side: Side, plan: Plan) -> Callable[[], None]:
@@ -293,21 +390,26 @@ class _Bench:
         from nmexport.runtimes.onnxruntime import open_cuda_graph
 
         forced = 0.0 if side in {"dense", "sparse"} else 1.0
-        row = table_row(
-            self._plans.device,
-            self._problem,
-            plan,
-            sparse_us=forced,
-            masked_us=1.0 - forced,
-            dense_us=1.0,
-        )
-        self._plans.use([row])
+        rows = [
+            table_row(
+                self._plans.device,
+                replace(self._problem, grouped=grouped),
+                plan,
+                sparse_us=forced,
+                masked_us=1.0 - forced,
+                dense_us=1.0,
+            )
+            for grouped in (False, True)
+        ]
+        self._plans.use(rows)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         options.register_custom_ops_library(str(self._library))
-        session = open_cuda_graph(product_graph(side, self._problem, self._copies), options)
+        graph = product_graph(side, self._problem, len(self._weights), self._rounds)
+        session = open_cuda_graph(graph, options)
         binding = session.io_binding()
-        binding.bind_ortvalue_input("X", self._x)
+        for index, x in enumerate(self._x):
+            binding.bind_ortvalue_input(f"X{index}", x)
         for index, weight in enumerate(self._weights):
             binding.bind_ortvalue_input(f"W{index}", weight)
         for output in session.get_outputs():
@@ -334,32 +436,53 @@ class _Bench:
         return onnxruntime.OrtValue.ortvalue_from_numpy(values, "cuda", 0)
 
 
-def product_graph(side: Side, problem: Problem, copies: int) -> bytes:
-    """A model with one product for each weight, all of the same input; the weights are inputs."""
-    from onnx import helper
+def product_graph(side: Side, problem: Problem, copies: int, rounds: int = 1) -> bytes:
+    """A model that multiplies by each of so many weights, in turn, so many times over.
+
+    Weights are inputs. Each round has an input of its own: of two equal products ONNX Runtime would
+    compute one.
+    """
+    from onnx import helper, numpy_helper
 
     element = _ONNX_TYPES[problem.dtype]
-    shape = [problem.in_features, problem.out_features]
-    kept = _GROUP if side == "dense" else _KEEP
-    nodes = [
-        helper.make_node("MatMul", ["X", f"W{i}"], [f"Y{i}"])
-        if side == "matmul"
-        else helper.make_node(
-            "NMLinear", ["X", f"W{i}"], [f"Y{i}"], domain="nmexport", n=kept, m=_GROUP
-        )
-        for i in range(copies)
-    ]
+    products = [(f"X{i}", f"W{j}", f"Y{i}.{j}") for i in range(rounds) for j in range(copies)]
     x_shape = [1, problem.tokens, problem.in_features]
+    w_shape = [problem.in_features, problem.out_features]
     y_shape = [1, problem.tokens, problem.out_features]
+    info = helper.make_tensor_value_info
+    has_order = problem.grouped and side != "matmul"
     graph = helper.make_graph(
-        nodes,
+        [_product(side, names, has_order=has_order) for names in products],
         "bench",
         [
-            helper.make_tensor_value_info("X", element, x_shape),
-            *(helper.make_tensor_value_info(f"W{i}", element, shape) for i in range(copies)),
+            *(info(f"X{i}", element, x_shape) for i in range(rounds)),
+            *(info(f"W{j}", element, w_shape) for j in range(copies)),
         ],
-        [helper.make_tensor_value_info(f"Y{i}", element, y_shape) for i in range(copies)],
+        [info(y, element, y_shape) for _, _, y in products],
+        [numpy_helper.from_array(_order(problem), _ORDER)] if has_order else [],
     )
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("nmexport", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     return bytes(model.SerializeToString())
+
+
+def _product(side: Side, names: tuple[str, str, str], *, has_order: bool) -> onnx.NodeProto:
+    from onnx import helper
+
+    x, w, y = names
+    if side == "matmul":
+        return helper.make_node("MatMul", [x, w], [y])
+    inputs = [x, w]
+    if has_order:
+        names_of = [entry.name for entry in op_contract().ops["NMLinear"].inputs]
+        absent = names_of.index(_ORDER) - len(inputs)
+        inputs += [""] * absent + [_ORDER]
+    kept = _GROUP if side == "dense" else _KEEP
+    return helper.make_node("NMLinear", inputs, [y], domain="nmexport", n=kept, m=_GROUP)
+
+
+def _order(problem: Problem) -> NDArray[np.int32]:
+    """A channel order without any order in it."""
+    import numpy as np
+
+    return np.random.default_rng(0).permutation(problem.in_features).astype(np.int32)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 from nmexport import cuda_bench
+from nmexport.cli.main import cli
 from nmexport.cuda_bench import Device, Plan, PlanLibrary, Problem, bench_cuda, product_graph
 from nmexport.errors import EnvironmentFault, RecipeError
 from nmexport.runtimes import native, onnxruntime
@@ -16,6 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PROBLEM = Problem(in_features=64, out_features=32, tokens=1, dtype="float16")
+GROUPED = Problem(in_features=64, out_features=32, tokens=1, dtype="float16", grouped=True)
 PLAN = Plan(lanes=32, vectors=1, warps=8, unroll=8, resident=16, cluster=4)
 
 
@@ -24,6 +29,10 @@ def test_a_row_has_the_fields_of_the_table_in_order():
         Device(90, 132), PROBLEM, PLAN, sparse_us=1.234, masked_us=5, dense_us=4
     )
     assert row == "90, 132, 2, 1, 64, 32, 0, 32, 1, 8, 8, 1, 16, 4, 0, 1.23, 5.00, 4.00"
+    grouped = cuda_bench.table_row(
+        Device(90, 132), GROUPED, PLAN, sparse_us=1.234, masked_us=5, dense_us=4
+    )
+    assert grouped == row.replace("32, 0, 32", "32, 1, 32")
 
 
 @pytest.mark.parametrize(
@@ -38,9 +47,41 @@ def test_graphs_hold_a_product_for_each_weight(side: Any, kept: int | None):
     assert attributes == ({} if kept is None else {"n": kept, "m": 16})
 
 
+@pytest.mark.skipif(native.find_library() is None, reason="no native library")
+@pytest.mark.parametrize("problem", [PROBLEM, GROUPED], ids=str)
+def test_a_graph_multiplies_by_every_weight_in_every_round(problem: Problem):
+    problem = replace(problem, dtype="float32")
+    graph = product_graph("sparse", problem, copies=2, rounds=3)
+    session = onnxruntime.open_session(
+        graph, onnxruntime.session_options(library=native.find_library(), threads=1), "cpu"
+    )
+    random = np.random.default_rng(0)
+    feeds = {
+        value.name: random.standard_normal(value.shape, dtype=np.float32)
+        for value in session.get_inputs()
+    }
+    assert sorted(feeds) == ["W0", "W1", "X0", "X1", "X2"]
+    outputs = session.run(None, feeds)
+    assert len(outputs) == 6
+    order = cuda_bench._order(problem) if problem.grouped else np.arange(64)
+    x = feeds["X2"][0, 0, order].reshape(-1, 16)
+    weakest = np.argsort(np.abs(x), axis=1)[:, :8]
+    np.put_along_axis(x, weakest, 0, axis=1)
+    wanted = x.reshape(-1) @ feeds["W1"][order]
+    np.testing.assert_allclose(outputs[5][0, 0], wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_enough_copies_to_leave_the_cache():
     assert PROBLEM.copies(10 * 64 * 32 * 2) == 11
     assert PROBLEM.copies(1) == 3
+
+
+@pytest.mark.parametrize(("copies", "launches"), [(1, 33), (100 * 64 * 32 * 2, 64)])
+def test_a_replay_is_long_whatever_the_size(
+    fake_gpu: Callable[[], list[FakeSession]], copies: int, launches: int
+):
+    outcome = bench_cuda([(64, 32)], [1], rounds=1, rotated_bytes=copies)
+    assert {row["launches"] for row in outcome["results"]} == {launches}
 
 
 @pytest.mark.parametrize(
@@ -127,27 +168,73 @@ def fake_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], li
 def test_every_plan_is_tried_and_every_side_timed(fake_gpu: Callable[[], list[FakeSession]]):
     notes: list[str] = []
     outcome = bench_cuda([(64, 32)], [1, 2], rounds=4, rotated_bytes=1, note=notes.append)
-    assert len(fake_gpu()) == 2 + 4 + 4  # two plans for one token, then four sides each
-    assert [session.runs for session in fake_gpu()] == [6, 6] + [7] * 8
-    assert [row["tokens"] for row in outcome["results"]] == [1, 2]
-    assert [line.split(", ")[:6] for line in outcome["table"]] == [
-        ["90", "132", "2", str(tokens), "64", "32"] for tokens in (1, 2)
+    # With and without an order: two plans for one token, then four sides each.
+    assert len(fake_gpu()) == 2 * (2 + 4 + 4)
+    assert [session.runs for session in fake_gpu()] == 2 * ([6] * 2 + [7] * 4) + [7] * 8
+    assert [row["tokens"] for row in outcome["results"]] == [1, 1, 2, 2]
+    assert [line.split(", ")[:7] for line in outcome["table"]] == [
+        ["90", "132", "2", str(tokens), "64", "32", str(grouped)]
+        for tokens in (1, 2)
+        for grouped in (0, 1)
     ]
     assert all(set(row["us"]) == set(cuda_bench.SIDES) for row in outcome["results"])
-    assert notes == ["64x32, 1 tokens", "64x32, 2 tokens"]
+    assert notes == [
+        f"64x32, {tokens} tokens{order}" for tokens in (1, 2) for order in ("", ", channel order")
+    ]
+
+
+SAVE = ("bench", "cuda", "--shape", "64x32", "--tokens", "1", "--rounds", "1", "--save")
 
 
 def test_the_command_writes_the_table(fake_gpu: Callable[[], list[FakeSession]], tmp_path: Path):
-    from click.testing import CliRunner
-    from nmexport.cli.main import cli
-
     table = tmp_path / "plans.csv"
-    arguments = ["bench", "cuda", "--shape", "64x32", "--tokens", "1", "--rounds", "1"]
-    done = CliRunner().invoke(cli, [*arguments, "--table", str(table), "--save"])
+    done = CliRunner().invoke(cli, [*SAVE, "--table", str(table)])
     assert done.exit_code == 0, done.output
     assert (tmp_path / native.CUDA_PLANS_FILE).read_text() == table.read_text()
-    assert table.read_text().startswith("90, 132, 2, 1, 64, 32, 0, ")
-    assert len(fake_gpu()) == 6
+    rows = table.read_text().splitlines()
+    assert [row[:25] for row in rows] == [f"90, 132, 2, 1, 64, 32, {i}, " for i in (0, 1)]
+    assert len(fake_gpu()) == 2 * 6
+
+
+def test_what_was_saved_before_stays(fake_gpu: Callable[[], list[FakeSession]], tmp_path: Path):
+    saved = tmp_path / native.CUDA_PLANS_FILE
+    rest = "1, 8, 8, 1, 16, 4, 0, 1.23, 5.00, 4.00"
+    other, same = (f"90, 132, {size}, 1, 64, 32, 0, 32, {rest}" for size in (4, 2))
+    saved.write_text(f"// by hand\n{other}\n\n{same}\n")
+    for _ in range(2):
+        done = CliRunner().invoke(cli, SAVE)
+        assert done.exit_code == 0, done.output
+    lines = saved.read_text().splitlines()
+    assert lines[:3] == ["// by hand", other, ""]
+    assert len(lines) == 5
+    assert same not in lines
+
+
+def test_a_table_that_is_none_is_not_written_over(
+    fake_gpu: Callable[[], list[FakeSession]], tmp_path: Path
+):
+    saved = tmp_path / native.CUDA_PLANS_FILE
+    saved.write_text("// fine\nnonsense\n")
+    done = CliRunner().invoke(cli, SAVE)
+    assert done.exit_code == 1
+    assert "Line 2 is no row" in done.output
+    assert saved.read_text() == "// fine\nnonsense\n"
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_measuring(
+    fake_gpu: Callable[[], list[FakeSession]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(cuda_bench.os, "access", lambda *_: False)
+    done = CliRunner().invoke(cli, SAVE)
+    assert done.exit_code == 1
+    assert "cannot be saved in" in done.output
+    assert "virtual environment" in done.output
+    assert fake_gpu() == []
+
+
+def test_a_disk_that_fills_up_meanwhile_is_told(tmp_path: Path):
+    with pytest.raises(EnvironmentFault, match="cannot be saved"):
+        cuda_bench.save_plans(tmp_path / "gone" / "library.so", [])
 
 
 class FakeNative:

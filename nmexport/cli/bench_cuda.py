@@ -43,7 +43,8 @@ from nmexport.cli.output import (
 @click.option(
     "--save",
     is_flag=True,
-    help="Use what was measured from now on, in place of the table built in.",
+    help="Use what was measured from now on, before the table built in; measured again, it is "
+    "replaced.",
 )
 @json_option
 @verbose_option
@@ -60,28 +61,30 @@ def cuda_command(
 ) -> None:
     """Time the CUDA kernels through ONNX Runtime, dense beside sparse, on this machine's GPU."""
     from nmexport.cli.bench import shape_from
-    from nmexport.cuda_bench import MISTRAL_SHAPES, SIDES, bench_cuda
+    from nmexport.cuda_bench import MISTRAL_SHAPES, SIDES, bench_cuda, check_savable, save_plans
+    from nmexport.runtimes.native import require_library
 
+    library = require_library()
+    if save:
+        check_savable(library)
     outcome = bench_cuda(
         [shape_from(text) for text in shapes] or MISTRAL_SHAPES,
         tokens,
         dtype=dtype,
         rounds=rounds,
+        library=library,
         note=progress().note,
     )
-    rows_text = "\n".join(outcome["table"]) + "\n"
     if table_file is not None:
-        table_file.write_text(rows_text, encoding="utf-8")
+        table_file.write_text("\n".join(outcome["table"]) + "\n", encoding="utf-8")
     if save:
-        from nmexport.runtimes.native import CUDA_PLANS_FILE, require_library
-
-        require_library().with_name(CUDA_PLANS_FILE).write_text(rows_text, encoding="utf-8")
+        progress().note(f"saved in {save_plans(library, outcome['table'])}")
     if wants_json(ctx):
         emit_json(outcome)
         return
     rows = [
         (
-            f"{row['in_features']}x{row['out_features']}, {row['tokens']} tokens",
+            row["label"],
             *(figure(row["us"][side], 1) for side in SIDES),
             figure(row["ratio"], 2, "x"),
         )
