@@ -192,7 +192,7 @@ def test_the_command_writes_the_table(fake_gpu: Callable[[], list[FakeSession]],
     assert done.exit_code == 0, done.output
     assert (tmp_path / native.CUDA_PLANS_FILE).read_text() == table.read_text()
     rows = table.read_text().splitlines()
-    assert [row[:25] for row in rows] == [f"90, 132, 2, 1, 64, 32, {i}, " for i in (0, 1)]
+    assert [row[:26] for row in rows] == [f"90, 132, 2, 1, 64, 32, {i}, " for i in (0, 1)]
     assert len(fake_gpu()) == 2 * 6
 
 
