@@ -36,11 +36,13 @@ class HostDevice:
 
     stream = 7
 
-    def __init__(self, *, capturable: bool = True) -> None:
+    def __init__(self, *, capturable: bool = True, capturable_engine: bool = True) -> None:
         self.live: dict[int, Any] = {}
         self.launches = 0
         self.capturing: list[Callable[[], None]] | None = None
         self.capturable = capturable
+        self.capturable_engine = capturable_engine
+        self.captures = 0
 
     def allocate(self, size: int) -> Buffer:
         memory = (ctypes.c_char * max(size, 1))()
@@ -65,11 +67,14 @@ class HostDevice:
         pass
 
     def captured(self, work: Callable[[], None]) -> Any:
+        self.captures += 1
         if not self.capturable:
             raise EnvironmentFault("the stream cannot be captured")
         self.capturing = []
-        work()
-        recorded, self.capturing = self.capturing, None
+        try:
+            work()
+        finally:
+            recorded, self.capturing = self.capturing, None
 
         def launch() -> None:
             self.launches += 1
@@ -79,11 +84,43 @@ class HostDevice:
         return SimpleNamespace(launch=launch)
 
 
+class RuntimeCache:
+    """What TensorRT-RTX compiled; refuses what another machine wrote."""
+
+    def __init__(self) -> None:
+        self.kernels: set[str] = set()
+
+    def serialize(self) -> bytes:
+        return ("ours\n" + "\n".join(sorted(self.kernels))).encode()
+
+    def deserialize(self, kept: bytes) -> bool:
+        owner, *kernels = kept.decode().split("\n")
+        self.kernels |= set(kernels) if owner == "ours" else set()
+        return owner == "ours"
+
+
+class RuntimeConfig:
+    """How an execution context of TensorRT-RTX is made."""
+
+    def __init__(self) -> None:
+        self.cuda_graph_strategy = "disabled"
+        self.dynamic_shapes_kernel_specialization_strategy = "lazy"
+        self.cache: RuntimeCache | None = None
+
+    def create_runtime_cache(self) -> RuntimeCache:
+        return RuntimeCache()
+
+    def set_runtime_cache(self, cache: RuntimeCache) -> bool:
+        self.cache = cache
+        return True
+
+
 class Context:
     """An execution context of a fake engine."""
 
-    def __init__(self, engine: FakeEngine) -> None:
+    def __init__(self, engine: FakeEngine, config: RuntimeConfig | None = None) -> None:
         self.engine = engine
+        self.config = config
         self.profile = -1
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
@@ -96,7 +133,8 @@ class Context:
         least, _, most = self.engine.profiles[self.profile][name]
         inside = all(a <= s <= b for a, s, b in zip(least, shape, most, strict=True))
         if not inside:
-            self.engine.logger.errors.append(f"{name} {shape} outside of {least} to {most}")
+            told = f"{name} {shape} outside of {least} to {most}"
+            self.engine.logger.add(told, error=told)
         self.shapes[name] = tuple(shape)
         return inside
 
@@ -107,10 +145,13 @@ class Context:
     def execute_async_v3(self, stream: int) -> bool:
         assert stream == HostDevice.stream
         device = self.engine.device
-        if device.capturing is not None:
-            device.capturing.append(self.run)
-            return True
-        return self.run()
+        if device.capturing is None:
+            return self.run()
+        if not device.capturable_engine:
+            self.engine.logger.add("ERROR: not capturable", error="not capturable")
+            return False
+        device.capturing.append(self.run)
+        return True
 
     def run(self) -> bool:
         engine = self.engine
@@ -133,6 +174,7 @@ class FakeEngine:
         self.profiles = described["profiles"]
         self.in_place = described["in_place"]
         self.device, self.logger = device, logger
+        self.contexts: list[Context] = []
         graph = onnx.load_from_string(model).graph
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
@@ -174,8 +216,15 @@ class FakeEngine:
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return self.shapes[name]
 
-    def create_execution_context(self) -> Context:
-        return Context(self)
+    def create_execution_context(self, config: RuntimeConfig | None = None) -> Context:
+        made = Context(self, config)
+        self.contexts.append(made)
+        if config is not None and config.cache is not None:
+            config.cache.kernels.add(f"profile {len(self.contexts)}")
+        return made
+
+    def create_runtime_config(self) -> RuntimeConfig:
+        return RuntimeConfig()
 
 
 def fake_module(device: HostDevice) -> Any:
@@ -187,11 +236,16 @@ def fake_module(device: HostDevice) -> Any:
 
         def deserialize_cuda_engine(self, plan: bytes) -> FakeEngine | None:
             if plan.startswith(b"broken"):
-                self.logger.errors.append("the plan is broken")
+                self.logger.add("ERROR: the plan is broken", error="the plan is broken")
                 return None
             return FakeEngine(plan, device, self.logger)
 
-    return SimpleNamespace(Runtime=Runtime, __version__="99")
+    return SimpleNamespace(
+        Runtime=Runtime,
+        CudaGraphStrategy=SimpleNamespace(WHOLE_GRAPH_CAPTURE="whole"),
+        DynamicShapesKernelSpecializationStrategy=SimpleNamespace(EAGER="eager"),
+        __version__="99",
+    )
 
 
 def fake_plan(

@@ -6,6 +6,7 @@ The plugin here is the real adapter on kernels that only take notes: the builder
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,14 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from nmexport.engines import building, layer_audit, pair
+from nmexport.engines import (
+    build_progress,
+    building,
+    layer_audit,
+    pair,
+    requirements,
+    weight_copies,
+)
 from nmexport.engines.building import NetworkLayer, Order
 from nmexport.engines.profiles import Limits, Profile, limits_from, profiles_for
 from nmexport.engines.timing_cache import timing_cache_path
@@ -126,10 +134,18 @@ def test_the_stage_builds_both_engines_and_says_what_they_are(
     nodes = pair.sparse_nodes(for_tensorrt(half_llama / "model.onnx", capacity=64).model)
     assert metrics["plugin_layers"] == {"0": len(nodes), "1": len(nodes)}
     assert (metrics["attention"], metrics["cache"]) == ("fused", "in place")
-    assert metrics["why_no_timing_cache"]
     layers = json.loads((inputs.output / "layers.json").read_text())
     assert layers["source"] == "plan"
     assert (layers["attention_layers"], layers["cache_updates"]) == (2, 4)
+    assert sum(layers["attention_kernels"].values()) == 2 * 2  # in both profiles
+    assert layers["weights_found"] >= len(nodes)
+    log = (inputs.output / "build.log").read_text()
+    assert "[engine: sparse] INFO: " in log
+    assert "[engine: dense] INFO: " in log
+    record = json.loads((inputs.output / "engine.json").read_text())["build"]
+    assert record["timing_cache"] is None
+    assert "times nothing" in record["why_no_timing_cache"]
+    assert record["attention_layers"] == 2
     described = tensorrt_engine.read_tensorrt_engine(inputs.output)
     assert described.target == "tensorrt-rtx"
     assert described.compute_capabilities == ("8.9",)
@@ -230,25 +246,122 @@ def test_a_wrong_node_is_named_with_field_value_and_what_is_allowed(
     assert building.build(order_of(linear(), tmp_path, plugin), Silent()).data
 
 
-def test_an_unknown_gpu_is_refused(tmp_path: Path, plugin: Path) -> None:
-    order = order_of(linear(), tmp_path, plugin, compute_capabilities=("9.0",))
-    with pytest.raises(ArtifactError, match=r"9\.0|SM90"):
-        building.build(order, Silent())
-
-
-def test_without_a_gpu_one_must_be_named(
-    tmp_path: Path, plugin: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("ask", [requirements.check_gpus, requirements.check])
+@pytest.mark.parametrize(
+    ("target", "capabilities", "said"),
+    [
+        ("tensorrt-rtx", ("8.9", "9.0"), r"compute capability 9\.0\.\nAllowed: 8\.0, 8\.6"),
+        ("tensorrt", ("8.9",), r"for the GPU it runs on, not for 8\.9"),
+        ("tensorrt-rtx", (), r"No GPU is here(.|\n)*--compute-capability 8\.9"),
+    ],
+)
+def test_gpus_that_a_target_does_not_build_for_are_refused(
+    ask: Any,
+    target: Any,
+    capabilities: tuple[str, ...],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(tensorrt_library, "load", lambda _: None)
     monkeypatch.setattr(tensorrt_library, "gpu_is_usable", lambda: False)
-    order = order_of(linear(), tmp_path, plugin, compute_capabilities=())
-    with pytest.raises(EnvironmentFault, match="--compute-capability"):
-        building.build(order, Silent())
+    with pytest.raises((RecipeError, EnvironmentFault), match=said):
+        ask(target, capabilities)
 
 
-def test_full_tensorrt_builds_for_its_own_gpu_alone(tmp_path: Path) -> None:
-    order = order_of(linear(), tmp_path, None, target="tensorrt")
-    with pytest.raises(EnvironmentFault, match="tensorrt"):
-        building.build(order, Silent())
+def test_the_gpu_here_must_be_one_of_the_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt_library, "gpu_is_usable", lambda: True)
+    monkeypatch.setattr(tensorrt_library, "compute_capability", lambda: "9.0")
+    with pytest.raises(EnvironmentFault, match=r"compute capability 9\.0(.|\n)*--target tensorrt"):
+        requirements.check_gpus("tensorrt-rtx", ())
+    requirements.check_gpus("tensorrt", ())
+
+
+def test_what_is_missing_is_said_before_anything_runs(
+    tmp_path: Path, half_llama: Path, plugin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = stage_inputs(tmp_path, half_llama)
+    monkeypatch.setattr(requirements, "find_spec", lambda _: None)
+    with pytest.raises(EnvironmentFault, match="pip install polygraphy"):
+        engine.key_fields(inputs)
+    monkeypatch.undo()
+    monkeypatch.setattr(tensorrt_library, "_FOLDER", tmp_path)
+    with pytest.raises(EnvironmentFault, match="make plugin"):
+        engine.key_fields(inputs)
+
+
+def test_without_the_operator_the_cache_is_copied(
+    half_llama: Path, plugin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT 10.14 parses attention, and no cache update."""
+    monkeypatch.setattr(building, "parser_takes", lambda _, op: op != "TensorScatter")
+    for side in pair._sides("tensorrt-rtx", RECIPE, half_llama, limits_from(RECIPE)):
+        assert not side.rewritten.in_place
+        why = str(side.rewritten.why_not_in_place)
+        assert re.fullmatch(r"the ONNX parser of tensorrt-rtx \S+ has no TensorScatter", why)
+        assert not any(node.op_type == "TensorScatter" for node in side.rewritten.model.graph)
+
+
+def test_without_attention_the_version_to_install_is_said(
+    half_llama: Path, plugin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building, "parser_takes", lambda *_: False)
+    with pytest.raises(EnvironmentFault, match=r"2 Attention nodes(.|\n)*10\.14 or later"):
+        pair._sides("tensorrt-rtx", RECIPE, half_llama, limits_from(RECIPE))
+
+
+def test_the_parser_is_asked_what_it_knows(plugin: Path) -> None:
+    known = {
+        op: building.parser_takes("tensorrt-rtx", op) for op in ("Attention", "TensorScatter", "No")
+    }
+    assert known == {"Attention": True, "TensorScatter": True, "No": False}
+
+
+def test_both_engines_have_one_kind_of_cache(
+    half_llama: Path, plugin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One session reads both by one description."""
+
+    def only_sparse(path: Path, *, capacity: int | None, why_no_capacity: str = "") -> Any:
+        if path.parent.name == "dense" and capacity is not None:
+            return for_tensorrt(path, capacity=None, why_no_capacity="a dense reason")
+        return for_tensorrt(path, capacity=capacity, why_no_capacity=why_no_capacity)
+
+    monkeypatch.setattr(pair, "for_tensorrt", only_sparse)
+    sides = pair._sides("tensorrt-rtx", RECIPE, half_llama, limits_from(RECIPE))
+    found = {(side.rewritten.in_place, side.rewritten.why_not_in_place) for side in sides}
+    assert found == {(False, "a dense reason")}
+
+
+def test_an_update_that_is_not_in_place_is_noticed(half_llama: Path) -> None:
+    rewritten = for_tensorrt(half_llama / "model.onnx", capacity=64)
+    side = pair._Side(half_llama, "model.plan", "engine: sparse", rewritten)
+    plan = building.Plan(data=b"", layers=(), tensors=(), parse_seconds=0, build_seconds=0)
+    with pytest.raises(InternalError, match="0 in-place cache updates where the graph has 4"):
+        pair._check_cache(side, plan)
+
+
+def test_a_failed_build_leaves_its_log(
+    tmp_path: Path, half_llama: Path, plugin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(path: Path, **options: Any) -> Any:
+        rewritten = for_tensorrt(path, **options)
+        for node in rewritten.model.graph:
+            if node.op_type == "NMLinear":
+                node.attributes["n"] = ir.AttrInt64("n", 0)
+        return rewritten
+
+    monkeypatch.setattr(pair, "for_tensorrt", broken)
+    inputs = replace(stage_inputs(tmp_path, half_llama), resume=tmp_path / "kept")
+    with pytest.raises(ArtifactError, match="field n is 0") as refused:
+        engine.run(inputs)
+    log = tmp_path / "kept" / "build.log"
+    assert f"the whole log is in {log}" in str(refused.value)
+    assert "field n is 0" in log.read_text()
+    monkeypatch.undo()
+    monkeypatch.setattr(tensorrt_library, "_FOLDER", plugin.parent)
+    engine.run(inputs)  # a later one that succeeds takes its own log with it
+    assert not log.exists()
+    assert "field n is 0" not in (inputs.output / "build.log").read_text()
 
 
 def test_without_the_link_the_parser_is_not_tried(
@@ -324,13 +437,25 @@ def layers(*names: str) -> list[NetworkLayer]:
     return [NetworkLayer(name=name, kind="PLUGIN_V3") for name in names]
 
 
+def weight(name: str, *, size: int = 1000) -> weight_copies.Weight:
+    """A weight, with a sample of its own."""
+    sample = np.random.default_rng(list(name.encode())).bytes(64)
+    return weight_copies.Weight(name=name, size=size, sample=sample)
+
+
+def sample_of(name: str) -> bytes:
+    sample = weight(name).sample
+    assert sample is not None
+    return sample
+
+
 def audited(**changes: Any) -> layer_audit.LayerAudit:
     given: dict[str, Any] = {
         "network": layers("a", "b"),
         "plan": b'custom_layer={ name="a" } custom_layer={ name="b" }',
         "inspector": None,
         "nodes": ["a", "b"],
-        "weight_bytes": 1000,
+        "weights": [weight("W")],
     }
     return layer_audit.audit(**{**given, **changes})
 
@@ -361,7 +486,8 @@ def test_the_audit_hears_the_best_witness_there_is() -> None:
         ({"network": layers("a")}, r"network.*1 plugin layers for 2.*missing b"),
         ({"network": layers("a", "b", "b")}, r"beyond them b"),
         ({"plan": b'custom_layer={ name="a" }'}, r"plan, profile 0.*missing b"),
-        ({"plan": bytes(40_000_000)}, r"more than once"),
+        ({"plan": bytes(30_000)}, r"30000 bytes for 1000 bytes of weights"),
+        ({"plan": sample_of("W") + b"odd" + sample_of("W")}, r"1 weights more than once: W"),
     ],
 )
 def test_an_engine_that_is_not_what_was_asked_for_is_refused(
@@ -369,6 +495,114 @@ def test_an_engine_that_is_not_what_was_asked_for_is_refused(
 ) -> None:
     with pytest.raises(InternalError, match=said):
         audited(**changes)
+
+
+def test_what_a_plan_may_hold_beside_weights_grows_with_what_is_in_it() -> None:
+    plan = bytes(80_000)
+    with pytest.raises(InternalError, match="bytes of weights"):
+        audited(plan=plan)
+    assert audited(plan=plan, network=[*layers("a", "b"), *other_layers(6)]).plan_bytes == 80_000
+    assert audited(plan=plan, profiles=4).plan_bytes == 80_000
+    assert audited(plan=plan, plugin_bytes=60_000).plan_bytes == 80_000
+    assert audited(plan=plan, compiled=True).plan_bytes == 80_000
+
+
+def other_layers(count: int) -> list[NetworkLayer]:
+    return [NetworkLayer(name=f"other{index}", kind="SHUFFLE") for index in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("kernels", "said"),
+    [(4, "fused"), (3, "attention layers"), (0, "attention layers")],
+)
+def test_attention_is_called_fused_where_every_layer_has_a_kernel(kernels: int, said: str) -> None:
+    network = [*layers("a"), *(NetworkLayer(name=x, kind="ATTENTION_INPUT") for x in "cd")]
+    plan = b'custom_layer={ name="a" } custom_layer={ name="a [profile 1]" } '
+    plan += b"function={ name=_gemm_mha_v2 fqn=x " * kernels
+    found = audited(network=network, plan=plan, nodes=["a"])
+    assert found.attention == said
+    assert found.attention_kernels == ({"gemm_mha_v2": kernels} if kernels else {})
+    assert audited(plan=plan, network=layers("a"), nodes=["a"]).attention == "elementary"
+
+
+def test_the_inspector_names_attention_kernels() -> None:
+    names = ("_gemm_mha_v2_myl0_3", "_gemv_mha_v1_myl1_5 [profile 1]", "__myl_Mul")
+    records = [{"Name": name, "LayerType": "kgen"} for name in names]
+    records += [{"Name": name, "LayerType": "PluginV3"} for name in "ab"]
+    found = audited(inspector=json.dumps({"Layers": records}))
+    assert found.attention_kernels == {"gemm_mha_v2": 1, "gemv_mha_v1": 1}
+
+
+@pytest.mark.parametrize("chunk", [1 << 26, 64])
+@pytest.mark.parametrize("gap", range(5))
+def test_copies_are_found_wherever_they_lie(
+    monkeypatch: pytest.MonkeyPatch, chunk: int, gap: int
+) -> None:
+    monkeypatch.setattr(weight_copies, "_CHUNK", chunk)
+    one, two = sample_of("one"), sample_of("two")
+    plan = bytes(57 + gap) + one + bytes(gap) + two + bytes(99) + one + one[:40]
+    weights = [weight("one"), weight("two"), weight("three"), replace(weight("two"), name="tied")]
+    counted = weight_copies.copies(plan, weights)
+    assert counted == {"one": 2, "two": 1, "tied": 1, "three": 0}
+    assert weight_copies.repeated(counted) == ["one"]
+    assert weight_copies.copies(b"", weights)["one"] == 0
+
+
+def test_weights_without_a_face_are_not_looked_for() -> None:
+    values = {
+        "zeros": np.zeros((64, 64), np.float16),
+        "small": np.arange(8, dtype=np.float32),
+        "plain": np.random.default_rng(0).standard_normal((64, 64)).astype(np.float16),
+    }
+    graph = ir.Graph(
+        [],
+        [],
+        nodes=[],
+        initializers=[
+            ir.Value(name=name, const_value=ir.tensor(array)) for name, array in values.items()
+        ],
+    )
+    found = {one.name: one for one in weight_copies.weights_of(ir.Model(graph, ir_version=10))}
+    assert {name: one.size for name, one in found.items()} == {
+        name: array.nbytes for name, array in values.items()
+    }
+    assert [name for name, one in found.items() if one.sample] == ["plain"]
+    assert (found["plain"].sample or b"none") in values["plain"].tobytes()
+
+
+def test_progress_counts_what_runs_inside() -> None:
+    ticks: list[int] = []
+    meter = build_progress.Meter(ticks.append)
+    meter.start("build", None, 4)
+    meter.step("build")
+    assert ticks[-1] == 25
+    meter.start("tactics", "build", 10)
+    for _ in range(5):
+        meter.step("tactics")
+    assert ticks[-1] == 37
+    meter.start("again", "tactics", 0)
+    meter.step("again")
+    assert ticks[-1] == 40
+    for phase in ("again", "tactics", "unknown"):
+        meter.finish(phase)
+        meter.step(phase)
+    meter.step("build")
+    assert ticks[-1] == 50
+    meter.finish("build")
+    assert ticks == list(range(1, 101))
+
+
+def test_a_build_is_shown_from_nothing_to_all_of_it(tmp_path: Path, plugin: Path) -> None:
+    shown: list[tuple[int, int | None]] = []
+
+    class Counting(Silent):
+        def track(self, items: Any, *, label: str, total: int | None = None) -> Any:
+            for count, item in enumerate(items, start=1):
+                shown.append((count, total))
+                yield item
+
+    building.build(order_of(linear(), tmp_path, plugin), Counting())
+    assert shown == [(count, 100) for count in range(1, 101)]
 
 
 def test_timings_are_kept_by_runtime_version_and_gpu(
@@ -388,5 +622,6 @@ def test_timings_are_kept_by_runtime_version_and_gpu(
 def test_weights_are_counted_once(half_llama: Path) -> None:
     model = for_tensorrt(half_llama / "model.onnx", capacity=64).model
     data = (half_llama / "model.onnx.data").stat().st_size
-    assert 0.9 * data < pair.weight_bytes(model) < 1.1 * data
+    size = sum(weight.size for weight in weight_copies.weights_of(model))
+    assert 0.9 * data < size < 1.1 * data
     assert isinstance(model, ir.Model)

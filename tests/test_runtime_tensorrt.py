@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
+import logging
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,12 +18,16 @@ from nmexport.runtimes.onnxruntime import OrtSession
 from nmexport.runtimes.session import is_resumable
 from nmexport.runtimes.tensorrt import TensorRTSession
 from nmexport.runtimes.tensorrt_engine import PluginRecord, TensorRTEngine
+from nmexport.runtimes.tensorrt_kernels import KernelCache, kernel_cache_path
+from nmexport.runtimes.tensorrt_library import Messages
 
 from tests.exported import export_folder
 from tests.fake_tensorrt import HostDevice, fake_module, fake_plan
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from nmexport.runtimes.tensorrt_library import TensorRTTarget
 
 LIMITS = Limits(max_batch=3, max_sequence=8, max_context=24, best_sequence=8, best_context=8)
 RNG = np.random.default_rng(0)
@@ -40,7 +44,15 @@ def session(request: pytest.FixtureRequest, exported: Path) -> TensorRTSession:
     return open_fake(exported, in_place=request.param)
 
 
-def open_fake(model: Path, *, in_place: bool, device: HostDevice | None = None) -> TensorRTSession:
+def open_fake(
+    model: Path,
+    *,
+    in_place: bool,
+    device: HostDevice | None = None,
+    target: TensorRTTarget = "tensorrt",
+    kernels: KernelCache | None = None,
+    logger: Messages | None = None,
+) -> TensorRTSession:
     rewritten = for_tensorrt(model, capacity=LIMITS.max_context if in_place else None)
     assert rewritten.in_place is in_place
     profiles = [dict(p.shapes) for p in profiles_for(input_axes(rewritten.model), LIMITS)]
@@ -53,15 +65,16 @@ def open_fake(model: Path, *, in_place: bool, device: HostDevice | None = None) 
             profiles,
             in_place=in_place,
         ),
-        engine=description(in_place=in_place),
+        engine=description(in_place=in_place, target=target),
         device=device,
-        logger=SimpleNamespace(errors=[]),
+        logger=logger or Messages(),
+        kernels=kernels,
     )
 
 
-def description(*, in_place: bool) -> TensorRTEngine:
+def description(*, in_place: bool, target: TensorRTTarget = "tensorrt") -> TensorRTEngine:
     return TensorRTEngine(
-        target="tensorrt-rtx",
+        target=target,
         version="99",
         dtype="float32",
         compute_capabilities=("8.9",),
@@ -149,18 +162,99 @@ def test_decode_steps_are_recorded_once_and_replayed(exported: Path) -> None:
         assert device.launches == 4
 
 
-def test_what_cannot_be_recorded_still_runs(exported: Path) -> None:
-    device = HostDevice(capturable=False)
+@pytest.mark.parametrize("refusing", ["capturable", "capturable_engine"])
+def test_what_cannot_be_recorded_still_runs_and_is_not_tried_again(
+    exported: Path, refusing: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    device = HostDevice(**{refusing: False})
     with (
+        caplog.at_level(logging.WARNING),
         open_fake(exported, in_place=True, device=device) as session,
         OrtSession(exported, threads=1) as wanted,
     ):
         session.prefill(IDS[:1, :4])
         wanted.prefill(IDS[:1, :4])
-        for at in range(4, 7):
+        for at in range(4, 8):
             column = IDS[:1, at : at + 1]
             close(session.decode_step(column), wanted.decode_step(column))
-    assert device.launches == 0
+    assert (device.launches, device.captures) == (0, 1)
+    (record,) = caplog.records
+    assert "without a CUDA graph" in record.getMessage()
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_tensorrt_rtx_records_decode_steps_itself_where_their_shape_is_fixed(
+    exported: Path, *, in_place: bool
+) -> None:
+    device = HostDevice()
+    with open_fake(exported, in_place=in_place, device=device, target="tensorrt-rtx") as session:
+        configs = [context.config for context in session._engine.contexts]
+        session.prefill(IDS[:1, :4])
+        for at in range(4, 7):
+            session.decode_step(IDS[:1, at : at + 1])
+    assert device.captures == 0
+    assert [config.cuda_graph_strategy for config in configs] == [
+        "disabled",
+        "whole" if in_place else "disabled",
+    ]
+    assert [config.dynamic_shapes_kernel_specialization_strategy for config in configs] == [
+        "lazy",
+        "eager" if in_place else "lazy",
+    ]
+
+
+def test_compiled_kernels_are_kept_for_the_next_process(exported: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cache" / "x.kernels"
+
+    def run() -> KernelCache:
+        kept = KernelCache(path)
+        with open_fake(exported, in_place=True, target="tensorrt-rtx", kernels=kept) as session:
+            configs = [context.config for context in session._engine.contexts]
+            assert configs[0].cache is configs[1].cache
+            session.prefill(IDS[:1, :4])
+        return kept
+
+    run()
+    assert path.read_bytes() == b"ours\nprofile 1\nprofile 2"
+    path.write_bytes(b"ours\nolder")
+    assert run()._cache.kernels == {"older", "profile 1", "profile 2"}
+    before = path.stat().st_mtime_ns
+    run()  # nothing new
+    assert path.stat().st_mtime_ns == before
+    path.write_bytes(b"another machine's\nolder")
+    run()
+    assert path.read_bytes() == b"ours\nprofile 1\nprofile 2"
+    assert sorted(one.name for one in path.parent.iterdir() if one.suffix != ".lock") == [path.name]
+
+
+def test_a_cache_that_cannot_be_written_costs_no_more_than_time(
+    exported: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    kept = KernelCache(tmp_path / "file" / "x.kernels")
+    with open_fake(exported, in_place=True, target="tensorrt-rtx", kernels=kept) as session:
+        session.prefill(IDS[:1, :4])
+    assert "kernels are not kept" in caplog.text
+
+
+def test_kernels_are_kept_by_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    engine = description(in_place=True, target="tensorrt-rtx")
+    long = bytes(1 << 18)
+    paths = {kernel_cache_path(engine, plan) for plan in (b"a", b"b", long, long + b"\0")}
+    assert len(paths) == 4
+    assert all(path.parent == tmp_path / "nmexport" for path in paths)
+    assert kernel_cache_path(engine, b"a") in paths
+
+
+def test_a_refusal_is_not_told_with_the_errors_of_another_day(exported: Path) -> None:
+    logger = Messages()
+    logger.add("ERROR: long ago", error="long ago")
+    session = open_fake(exported, in_place=True, logger=logger)
+    session._described = replace(session._described, max_sequence=16)
+    with session, pytest.raises(ArtifactError) as refused:
+        session.prefill(IDS[:1, :16])
+    assert "long ago" not in str(refused.value)
 
 
 def test_more_than_the_engine_holds_is_refused(session: TensorRTSession) -> None:
@@ -203,7 +297,7 @@ def test_a_broken_plan_is_refused_with_the_runtimes_words(exported: Path) -> Non
             plan=b"broken",
             engine=description(in_place=True),
             device=device,
-            logger=SimpleNamespace(errors=[]),
+            logger=Messages(),
         )
 
 

@@ -118,6 +118,24 @@ def test_an_embedded_plugin_needs_no_file(tmp_path: Path, machine: Path) -> None
         tensorrt_engine.engine_plugin(plain)
 
 
+def test_of_all_that_is_said_errors_are_kept_and_lines_go_to_listeners() -> None:
+    messages, heard = tensorrt_library.Messages(), []
+    messages.add("INFO: before")
+    with messages.heard_by(heard.append):
+        messages.add("INFO: one")
+        messages.add("ERROR: two", error="two")
+    messages.add("INFO: after")
+    assert heard == ["INFO: one", "ERROR: two"]
+    assert messages.errors_since(0) == ["two"]
+    mark = messages.mark()
+    assert messages.errors_since(mark) == []
+    for number in range(1000):
+        messages.add("ERROR", error=str(number))
+    told = messages.errors_since(mark)
+    assert (len(told), told[-1]) == (tensorrt_library._KEPT_ERRORS, "999")
+    assert messages.errors_since(messages.mark() - 1) == ["999"]
+
+
 def test_opening_says_what_is_wrong_with_the_description(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"engine\.json cannot be read"):
         opening.open_session(tmp_path)
@@ -223,13 +241,27 @@ def test_a_graph_is_recorded_launched_and_destroyed(cuda: FakeRuntime) -> None:
     assert cuda.calls[-1] == ("cudaGraphExecDestroy", ("executable",))
 
 
-def test_a_capture_ends_whatever_happens(cuda: FakeRuntime) -> None:
+@pytest.mark.parametrize(
+    ("failing", "last"),
+    [("", "cudaGraphDestroy"), ("cudaStreamEndCapture", "cudaGetLastError")],
+)
+def test_a_capture_ends_whatever_happens(cuda: FakeRuntime, failing: str, last: str) -> None:
     def broken() -> None:
         raise ArtifactError("no")
 
+    device = CudaDevice()
+    cuda.failing = failing
     with pytest.raises(ArtifactError):
-        CudaDevice().captured(broken)
-    assert cuda.names()[-1] == "cudaStreamEndCapture"
+        device.captured(broken)
+    assert cuda.names()[-2:] == ["cudaStreamEndCapture", last]
+
+
+def test_a_graph_that_cannot_be_instantiated_is_destroyed(cuda: FakeRuntime) -> None:
+    device = CudaDevice()
+    cuda.failing = "cudaGraphInstantiate"
+    with pytest.raises(EnvironmentFault, match="out of memory"):
+        device.captured(lambda: None)
+    assert cuda.names()[-1] == "cudaGraphDestroy"
 
 
 @pytest.mark.parametrize("call", ["cudaMalloc", "cudaSetDevice"])

@@ -6,13 +6,16 @@ cache. It parses files only, and the graph here is in no file, so the parser is 
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from nmexport.engines.build_progress import PERCENT, Meter
+from nmexport.engines.requirements import check_gpus
 from nmexport.errors import ArtifactError, EnvironmentFault, NmexportError
 from nmexport.runtimes import tensorrt_library
 from nmexport.runtimes.tensorrt_engine import EngineTensor
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 
     from nmexport.engines.profiles import Profile
     from nmexport.progress import Progress
-    from nmexport.runtimes.tensorrt_library import TensorRTTarget
+    from nmexport.runtimes.tensorrt_library import Messages, TensorRTTarget
 
 _POLL_SECONDS = 0.2
 NO_TIMING_CACHE = "TensorRT-RTX times nothing while it builds: it compiles on the user's GPU"
@@ -46,6 +49,8 @@ class Order:
     """The plugin library; None where the graph needs none."""
     embed_plugin: bool = False
     timing_cache: Path | None = None
+    log: Path | None = None
+    """Every line of TensorRT and the plugin is added to this file, as it comes."""
     label: str = "engine"
 
 
@@ -68,29 +73,52 @@ class Plan:
     """What it takes and gives, as the parsed network has it."""
     parse_seconds: float
     build_seconds: float
-    log: tuple[str, ...] = field(repr=False)
 
 
 def build(order: Order, progress: Progress) -> Plan:
     """Build one plan.
 
     Raises:
+        RecipeError: if the target does not build for such GPUs.
         EnvironmentFault: if TensorRT, its Python package's partner Polygraphy, or the plugin
             library is missing here, or no GPU is here and none was named.
         ArtifactError: if the parser or the builder refuses the graph; names the node where our
             plugin did.
     """
     trt = tensorrt_library.load(order.target)
-    _check_device(order)
+    check_gpus(order.target, order.compute_capabilities)
     logger = tensorrt_library.logger_of(order.target)
-    logger.forget()
+    mark = logger.mark()
     try:
-        with tensorrt_library.quiet():
+        with tensorrt_library.quiet(), _kept(logger, order):
             return _build(trt, logger, order, progress)
     except NmexportError:
         raise
     except Exception as error:  # the bindings raise what they please
-        raise _refused("cannot build this", logger.errors or [str(error)]) from error
+        told = logger.errors_since(mark) or [str(error)]
+        raise _refused("cannot build this", told, order) from error
+
+
+def parser_takes(target: TensorRTTarget, op: str) -> bool:
+    """Whether the parser knows an ONNX operator; where it does, it may still refuse a node."""
+    trt = tensorrt_library.load(target)
+    logger = tensorrt_library.logger_of(target)
+    with tensorrt_library.quiet():
+        network = _empty_network(trt, trt.Builder(logger))
+        return bool(trt.OnnxParser(network, logger).supports_operator(op))
+
+
+@contextlib.contextmanager
+def _kept(logger: Messages, order: Order) -> Iterator[None]:
+    """Write the log of a build while it runs: it is there whatever ends the process."""
+    if order.log is None:
+        yield
+        return
+    with (
+        order.log.open("a", encoding="utf-8", buffering=1) as stream,
+        logger.heard_by(lambda line: stream.write(f"[{order.label}] {line}\n")),
+    ):
+        yield
 
 
 def _build(trt: Any, logger: Any, order: Order, progress: Progress) -> Plan:
@@ -99,46 +127,34 @@ def _build(trt: Any, logger: Any, order: Order, progress: Progress) -> Plan:
     builder = trt.Builder(logger)
     if order.plugin is not None:
         tensorrt_library.register_plugin(order.target, order.plugin)
-    # Strong typing is the only typing from version 11 on, where the flag says nothing new.
-    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-    network = builder.create_network(flags)
+    network = _empty_network(trt, builder)
     began = time.monotonic()
     _parse(trt, logger, network, order)
     parsed = time.monotonic()
+    mark = logger.mark()
     monitor = _monitor_of(trt)
     make = _builder_run(trt, (builder, network), order, monitor)
     try:
         data = _followed(make, monitor, order.label, progress)
     except _polygraphy_exception() as error:
-        raise _refused("does not build the graph", logger.errors or [str(error)]) from error
+        told = logger.errors_since(mark) or [str(error)]
+        raise _refused("does not build the graph", told, order) from error
     return Plan(
         data=data,
         layers=_layers(network),
         tensors=_tensors(network),
         parse_seconds=round(parsed - began, 3),
         build_seconds=round(time.monotonic() - parsed, 3),
-        log=tuple(logger.lines),
     )
 
 
-def _check_device(order: Order) -> None:
-    several = order.target == "tensorrt" and order.compute_capabilities
-    if several:
-        raise EnvironmentFault(
-            f"TensorRT builds for the GPU it runs on, not for "
-            f"{', '.join(order.compute_capabilities)}.",
-            allowed="no --compute-capability",
-            fix="--target tensorrt-rtx builds for other GPUs",
-        )
-    if not order.compute_capabilities and not tensorrt_library.gpu_is_usable():
-        raise EnvironmentFault(
-            f"No GPU is here, and target {order.target} was told of none to build for.",
-            allowed="--target tensorrt-rtx with --compute-capability 8.0, 8.6, 8.9 or 12.0",
-            fix="name one, for example --target tensorrt-rtx --compute-capability 8.9",
-        )
+def _empty_network(trt: Any, builder: Any) -> Any:
+    # Strong typing is the only typing from version 11 on, where the flag says nothing new.
+    return builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
 
 
 def _parse(trt: Any, logger: Any, network: Any, order: Order) -> None:
+    mark = logger.mark()
     parser = trt.OnnxParser(network, logger)
     if order.plugin is not None:
         parser.set_flag(trt.OnnxParserFlag.ENABLE_PLUGIN_OVERRIDE)
@@ -146,17 +162,17 @@ def _parse(trt: Any, logger: Any, network: Any, order: Order) -> None:
         return
     faults = [parser.get_error(index) for index in range(parser.num_errors)]
     told = [f"node {fault.node_name()}: {fault.desc()}" for fault in faults]
-    ours = [line for line in logger.errors if line.startswith("nmexport ")]
-    raise _refused("does not take the graph", [*ours, *told] or logger.errors)
+    logged = logger.errors_since(mark)
+    ours = [line for line in logged if line.startswith("nmexport ")]
+    raise _refused("does not take the graph", [*ours, *told] or logged, order)
 
 
-def _refused(what: str, errors: Sequence[str]) -> ArtifactError:
-    told = list(tensorrt_library.ours_first(list(errors)))
+def _refused(what: str, errors: Sequence[str], order: Order) -> ArtifactError:
+    told = list(tensorrt_library.ours_first(errors))
     shown = "\n".join(f"  {line}" for line in told[:5]) or "  it gives no reason"
+    whole = "" if order.log is None else f"the whole log is in {order.log}; "
     return ArtifactError(
-        f"TensorRT {what}:\n{shown}",
-        fix="the whole log is in the message above and in build.log; "
-        "`nmexport doctor` shows versions",
+        f"TensorRT {what}:\n{shown}", fix=f"{whole}`nmexport doctor` shows versions"
     )
 
 
@@ -276,37 +292,35 @@ def _polygraphy_profile(backend: Any, profile: Profile) -> Any:
 
 
 def _monitor_of(trt: Any) -> Any:
-    """A TensorRT progress monitor that queues the steps of the outermost phase."""
+    """A TensorRT progress monitor that queues every hundredth part of the build."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # a class known at run time only
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
-            self.steps: queue.SimpleQueue[int] = queue.SimpleQueue()
-            self.total = 0
-            self.outermost: str | None = None
+            self.ticks: queue.SimpleQueue[int] = queue.SimpleQueue()
+            self.meter = Meter(self.ticks.put)
             self.stopped = False
 
         def phase_start(self, name: str, parent: str | None, steps: int) -> None:
-            if parent is None:
-                self.outermost, self.total = name, steps
+            self.meter.start(name, parent, steps)
 
         def step_complete(self, name: str, step: int) -> bool:
-            if name == self.outermost:
-                self.steps.put(step)
+            del step
+            self.meter.step(name)
             return not self.stopped
 
         def phase_finish(self, name: str) -> None:
-            del name
+            self.meter.finish(name)
 
     return Monitor()
 
 
 def _followed(make: Callable[[], bytes], monitor: Any, label: str, progress: Progress) -> bytes:
-    """Run the builder in a thread of its own and show its steps; an interrupt stops it."""
+    """Run the builder in a thread of its own and show how far it is; an interrupt stops it."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="tensorrt-build") as pool:
         future: Future[bytes] = pool.submit(make)
         try:
-            for _ in progress.track(_steps(future, monitor), label=label):
+            for _ in progress.track(_ticks(future, monitor), label=label, total=PERCENT):
                 pass
         except BaseException:
             monitor.stopped = True  # the builder ends at its next step, and the pool waits for it
@@ -314,9 +328,9 @@ def _followed(make: Callable[[], bytes], monitor: Any, label: str, progress: Pro
         return future.result()
 
 
-def _steps(future: Future[bytes], monitor: Any) -> Iterator[int]:
-    while not (future.done() and monitor.steps.empty()):
+def _ticks(future: Future[bytes], monitor: Any) -> Iterator[int]:
+    while not (future.done() and monitor.ticks.empty()):
         try:
-            yield monitor.steps.get(timeout=_POLL_SECONDS)
+            yield monitor.ticks.get(timeout=_POLL_SECONDS)
         except queue.Empty:
             continue

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import json
+import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
 from nmexport.artifact import file_digest
-from nmexport.engines import building, layer_audit
-from nmexport.engines.profiles import limits_from, profiles_for
+from nmexport.engines import building, layer_audit, requirements, weight_copies
+from nmexport.engines.profiles import PROFILES, limits_from, profiles_for
 from nmexport.engines.timing_cache import timing_cache_path
+from nmexport.errors import EnvironmentFault, InternalError
 from nmexport.graph.contract import op_contract
-from nmexport.graph.tensorrt import for_tensorrt
+from nmexport.graph.matching import is_op
+from nmexport.graph.tensorrt import ATTENTION_OP, SCATTER_OP, for_tensorrt
 from nmexport.progress import duration
 from nmexport.runtimes import tensorrt_library
 from nmexport.runtimes.tensorrt_engine import (
@@ -27,7 +29,8 @@ from nmexport.runtimes.tensorrt_engine import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from nmexport.engines.building import Order, Plan
+    from nmexport.engines.building import Plan
+    from nmexport.engines.profiles import Limits
     from nmexport.environment import Environment
     from nmexport.graph.tensorrt import Rewritten
     from nmexport.progress import Progress
@@ -37,8 +40,9 @@ if TYPE_CHECKING:
 LAYERS = "layers.json"
 LOG = "build.log"
 # Measured with TensorRT-RTX 1.7 on two cores of 2.9 GHz: SmolLM2-135M, float16, two profiles.
-_SECONDS = 10.0
-_SECONDS_PER_PARAMETER = 1.5e-7
+# For four kinds of GPU it takes no longer than for one.
+_SECONDS = 2.0
+_SECONDS_PER_PARAMETER = 8e-8
 _COPIES = 3.0
 """Of the weights in memory at once: read by the parser, held by the network, put into the plan."""
 
@@ -51,6 +55,16 @@ class Built:
     metrics: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class _Side:
+    """One of the two models."""
+
+    source: Path
+    plan_name: str
+    label: str
+    rewritten: Rewritten
+
+
 def build_pair(
     *,
     target: TensorRTTarget,
@@ -58,6 +72,7 @@ def build_pair(
     environment: Environment,
     export: Path,
     output: Path,
+    log: Path,
     progress: Progress,
 ) -> Built:
     """Build both engines and write plans, layer list and log.
@@ -68,71 +83,72 @@ def build_pair(
         environment: Which GPU is here, for the timing cache.
         export: Folder of the exported models.
         output: An existing folder for `model.plan`, `dense.plan`, `layers.json` and `build.log`.
+        log: Where the log is written meanwhile, and stays if the build fails.
         progress: Where to count.
 
     Raises:
-        EnvironmentFault: if TensorRT, Polygraphy, the plugin library or a GPU is missing here.
+        RecipeError: if the target does not build for the recipe's GPUs.
+        EnvironmentFault: if TensorRT, Polygraphy, the plugin library or a GPU is missing here, or
+            this TensorRT lacks an operator of the graph.
         ArtifactError: if TensorRT refuses a graph.
         InternalError: if an engine is not what was asked for.
     """
+    requirements.check(target, recipe.engine.compute_capabilities)
     limits = limits_from(recipe)
     plugin = tensorrt_library.require_plugin()
-    module = tensorrt_library.load(target)
-    cache = None
-    if target == "tensorrt":  # NO_TIMING_CACHE says why not for the other
-        device = environment.gpus[0].name if environment.gpus else "no gpu"
-        cache = timing_cache_path(runtime=target, version=module.__version__, device=device)
-    in_place = recipe.engine.in_place_cache == "auto"
-    rewritten = functools.partial(for_tensorrt, capacity=limits.max_context if in_place else None)
-    sparse = rewritten(export / "model.onnx")
-    dense = rewritten(export / "dense" / "model.onnx")
-    weights = weight_bytes(sparse.model)
-    progress.note(_announcement(target, recipe, weights))
+    cache = _timing_cache(target, environment)
+    sparse, dense = _sides(target, recipe, export, limits)
+    weights = weight_copies.weights_of(sparse.rewritten.model)
+    size = sum(weight.size for weight in weights)
+    progress.note(_announcement(target, recipe, size))
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.unlink(missing_ok=True)
 
-    def order(rewritten: Rewritten, source: Path, label: str, *, with_plugin: bool) -> Order:
-        return building.Order(
+    def build(side: _Side, *, with_plugin: bool) -> Plan:
+        order = building.Order(
             target=target,
-            model=ir.to_proto(rewritten.model).SerializeToString(),
-            weights_beside=source,
-            profiles=profiles_for(input_axes(rewritten.model), limits),
+            model=ir.to_proto(side.rewritten.model).SerializeToString(),
+            weights_beside=side.source,
+            profiles=profiles_for(input_axes(side.rewritten.model), limits),
             compute_capabilities=recipe.engine.compute_capabilities,
             plugin=plugin if with_plugin else None,
             embed_plugin=with_plugin and recipe.engine.embed_plugin,
             timing_cache=cache,
-            label=label,
+            log=log,
+            label=side.label,
         )
+        plan = building.build(order, progress)
+        _check_cache(side, plan)
+        (output / side.plan_name).write_bytes(plan.data)
+        return plan
 
-    plan = building.build(
-        order(sparse, export / "model.onnx", "engine: sparse", with_plugin=True), progress
-    )
-    (output / PLAN).write_bytes(plan.data)
+    plan = build(sparse, with_plugin=True)
     audited = layer_audit.audit(
         network=plan.layers,
         plan=plan.data,
         inspector=inspect(target, plan.data),
-        nodes=sparse_nodes(sparse.model),
-        weight_bytes=weights,
-        devices=max(1, len(recipe.engine.compute_capabilities)),
+        nodes=sparse_nodes(sparse.rewritten.model),
+        weights=weights,
+        profiles=len(PROFILES),
         plugin_bytes=plugin.stat().st_size if recipe.engine.embed_plugin else 0,
+        compiled=target == "tensorrt",
     )
     (output / LAYERS).write_text(json.dumps(audited.as_dict(), indent=1) + "\n", encoding="utf-8")
-    dense_plan = building.build(
-        order(dense, export / "dense" / "model.onnx", "engine: dense", with_plugin=False), progress
-    )
-    (output / DENSE_PLAN).write_bytes(dense_plan.data)
-    _write_log(output / LOG, sparse=plan, dense=dense_plan)
+    dense_plan = build(dense, with_plugin=False)
+    if log.is_file():
+        shutil.move(log, output / LOG)
     engine = TensorRTEngine(
         target=target,
-        version=module.__version__,
+        version=tensorrt_library.load(target).__version__,
         dtype=recipe.model.dtype,
         compute_capabilities=recipe.engine.compute_capabilities,
-        in_place_cache=sparse.in_place,
-        why_not_in_place=sparse.why_not_in_place,
-        attention="fused" if sparse.fused_attention else "elementary",
+        in_place_cache=sparse.rewritten.in_place,
+        why_not_in_place=sparse.rewritten.why_not_in_place,
+        attention=audited.attention,
         max_batch=limits.max_batch,
         max_sequence=limits.max_sequence,
         max_context=limits.max_context,
-        profiles=tuple(p.name for p in profiles_for(input_axes(sparse.model), limits)),
+        profiles=PROFILES,
         plugin=PluginRecord(
             file=plugin.name,
             sha256=file_digest(plugin),
@@ -150,6 +166,76 @@ def build_pair(
     return Built(engine=engine, metrics=metrics)
 
 
+def _timing_cache(target: TensorRTTarget, environment: Environment) -> Path | None:
+    if target != "tensorrt":  # NO_TIMING_CACHE says why
+        return None
+    device = environment.gpus[0].name if environment.gpus else "no gpu"
+    version = tensorrt_library.load(target).__version__
+    return timing_cache_path(runtime=target, version=version, device=device)
+
+
+def _sides(
+    target: TensorRTTarget, recipe: Recipe, export: Path, limits: Limits
+) -> tuple[_Side, _Side]:
+    """The sparse model and the dense one, with one kind of cache: one session reads both.
+
+    Raises:
+        EnvironmentFault: if this TensorRT has no attention.
+    """
+    sources = (export / "model.onnx", export / "dense" / "model.onnx")
+    capacity, why = _cache_wanted(target, recipe, limits)
+    rewritten = [for_tensorrt(path, capacity=capacity, why_no_capacity=why) for path in sources]
+    refusing = [str(one.why_not_in_place) for one in rewritten if not one.in_place]
+    if capacity is not None and refusing:
+        rewritten = [
+            for_tensorrt(path, capacity=None, why_no_capacity=refusing[0]) for path in sources
+        ]
+    _check_attention(target, rewritten[0])
+    return (
+        _Side(sources[0], PLAN, "engine: sparse", rewritten[0]),
+        _Side(sources[1], DENSE_PLAN, "engine: dense", rewritten[1]),
+    )
+
+
+def _cache_wanted(target: TensorRTTarget, recipe: Recipe, limits: Limits) -> tuple[int | None, str]:
+    """Tokens that an in-place cache is to hold; None, and why, where there is to be none."""
+    if recipe.engine.in_place_cache == "off":
+        return None, "not asked for"
+    if not building.parser_takes(target, SCATTER_OP):
+        version = tensorrt_library.load(target).__version__
+        return None, f"the ONNX parser of {target} {version} has no {SCATTER_OP}"
+    return limits.max_context, ""
+
+
+def _check_attention(target: TensorRTTarget, rewritten: Rewritten) -> None:
+    if not rewritten.fused_attention or building.parser_takes(target, ATTENTION_OP):
+        return
+    version = tensorrt_library.load(target).__version__
+    raise EnvironmentFault(
+        f"The model has {rewritten.fused_attention} {ATTENTION_OP} nodes, which the ONNX parser of "
+        f"{target} {version} does not know.",
+        allowed="TensorRT 10.14 or later; a cache updated in place needs 10.15 or later",
+        fix=f"pip install --upgrade {target}, or take --target onnxruntime",
+    )
+
+
+def _check_cache(side: _Side, plan: Plan) -> None:
+    """The session gives an in-place cache one buffer for past and present: it must be one.
+
+    Raises:
+        InternalError: if the parser made something else of the graph's updates.
+    """
+    if not side.rewritten.in_place:
+        return
+    wanted = sum(is_op(node, SCATTER_OP) for node in side.rewritten.model.graph)
+    found = sum(layer.kind == layer_audit.CACHE_KIND for layer in plan.layers)
+    if wanted != found:
+        raise InternalError(
+            f"{side.label}: the network has {found} in-place cache updates where the graph has "
+            f"{wanted}."
+        )
+
+
 def _metrics(
     engine: TensorRTEngine, audited: layer_audit.LayerAudit, sparse: Plan, dense: Plan
 ) -> dict[str, Any]:
@@ -159,11 +245,14 @@ def _metrics(
         "compute_capabilities": list(engine.compute_capabilities),
         "plan_bytes": {"sparse": len(sparse.data), "dense": len(dense.data)},
         "weight_bytes": audited.weight_bytes,
+        "weights_found": audited.weights_found,
         "parse_seconds": {"sparse": sparse.parse_seconds, "dense": dense.parse_seconds},
         "build_seconds": {"sparse": sparse.build_seconds, "dense": dense.build_seconds},
         "plugin_layers": dict(audited.plugin_layers),
         "layers_from": audited.source,
         "attention": engine.attention,
+        "attention_layers": audited.attention_layers,
+        "attention_kernels": dict(audited.attention_kernels),
         "cache": "in place" if engine.in_place_cache else "concatenated",
         "why_not_in_place": engine.why_not_in_place,
     }
@@ -185,12 +274,6 @@ def sparse_nodes(model: ir.Model) -> list[str]:
     return [str(node.name) for node in model.graph if node.domain == domain]
 
 
-def weight_bytes(model: ir.Model) -> int:
-    """Bytes of the initializers, each once."""
-    values = model.graph.initializers.values()
-    return sum(value.const_value.nbytes for value in values if value.const_value is not None)
-
-
 def inspect(target: TensorRTTarget, plan: bytes) -> str | None:
     """The inspector's JSON on a plan; None where it cannot be opened here."""
     if not tensorrt_library.gpu_is_usable():
@@ -208,14 +291,9 @@ def inspect(target: TensorRTTarget, plan: bytes) -> str | None:
 def _announcement(target: TensorRTTarget, recipe: Recipe, weights: int) -> str:
     element = 4 if recipe.model.dtype == "float32" else 2
     capabilities = recipe.engine.compute_capabilities
-    seconds = _SECONDS + _SECONDS_PER_PARAMETER * weights / element * max(1, len(capabilities))
+    seconds = _SECONDS + _SECONDS_PER_PARAMETER * weights / element
     devices = ", ".join(capabilities) or "the GPU here"
     return (
         f"engine: {target} for {devices}, sparse and dense, about {duration(2 * seconds)} and "
         f"{_COPIES * weights / 1e9:.1f} GB of memory"
     )
-
-
-def _write_log(path: Path, **plans: Plan) -> None:
-    lines = [f"[{name}] {line}" for name, plan in plans.items() for line in plan.log]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")

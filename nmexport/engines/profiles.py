@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
     from nmexport.recipe import Recipe
 
-PREFILL, DECODE = "prefill", "decode"
+PREFILL, DECODE = PROFILES = ("prefill", "decode")
+"""In the plan's order."""
 _PARITY_PROMPT = 32  # tokens of the prompts that verification continues
 _SPARE_STEPS = 64  # decode steps after the timed context, for warm-up and generation
 _ROUNDING = 64  # capacities are multiples of this, so that near recipes share an engine

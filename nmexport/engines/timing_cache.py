@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import re
-from pathlib import Path
+from typing import TYPE_CHECKING
 
+from nmexport.runtimes.tensorrt_kernels import cache_file
 
-def cache_folder() -> Path:
-    """The user's cache folder of this program."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "nmexport"
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def timing_cache_path(*, runtime: str, version: str, device: str) -> Path:
@@ -21,7 +18,6 @@ def timing_cache_path(*, runtime: str, version: str, device: str) -> Path:
         version: Of the runtime: timings of another are of no use to it.
         device: The GPU's name.
     """
-    folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^a-z0-9.]+", "-", f"{runtime}-{version}-{device}".lower()).strip("-")
-    return folder / f"{name}.timing"
+    path = cache_file(runtime, version, device, suffix="timing")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 PRESENT_INPUTS = "present_inputs"
 """Attribute of our nodes, for TensorRT alone: names of the inputs they have."""
+SCATTER_OP, ATTENTION_OP = "TensorScatter", "Attention"
+"""Operators that not every version's parser knows."""
 WRITE_INDICES = "write_indices"
 """Graph input `[batch_size] int64`: tokens in the cache before this run, one number for all."""
 _PAST = "past_key_values."
@@ -80,7 +82,7 @@ def for_tensorrt(path: Path, *, capacity: int | None, why_no_capacity: str = "")
     for one in passes:
         one(model)
     model.functions.clear()  # the plugin runs in their place
-    attention = sum(is_op(node, "Attention") for node in model.graph)
+    attention = sum(is_op(node, ATTENTION_OP) for node in model.graph)
     return Rewritten(model, why is None, why, attention)
 
 
@@ -169,7 +171,7 @@ class CacheInPlace(ir.passes.InPlacePass):
         self._replace_lengths(graph, past, written)
 
         def scatter(cache: ir.Value, new: ir.Value) -> ir.Node:
-            return ir.node("TensorScatter", [cache, new, written], {"axis": _CACHE_AXIS})
+            return ir.node(SCATTER_OP, [cache, new, written], {"axis": _CACHE_AXIS})
 
         _replace_concats(model, past, scatter)
         _separate_cache(model, scatter)
@@ -287,7 +289,7 @@ def _check_past_uses(past: Iterable[ir.Value]) -> None:
         others = {
             usage.node.op_type
             for usage in value.uses()
-            if usage.node.op_type not in {"TensorScatter", "Shape"}
+            if usage.node.op_type not in {SCATTER_OP, "Shape"}
         }
         if others:
             raise ir.passes.PreconditionError(f"{value.name} is used by {', '.join(others)}")
@@ -308,7 +310,7 @@ def _check_static_shapes(written: ir.Value) -> None:
                 raise ir.passes.PreconditionError(
                     f"{node.op_type} {node.name} makes a shape from the number of cached tokens"
                 )
-            stops = {"LessOrEqual", "Less", "Greater", "GreaterOrEqual", "TensorScatter"}
+            stops = {"LessOrEqual", "Less", "Greater", "GreaterOrEqual", SCATTER_OP}
             if node.op_type not in stops and id(node) not in seen:
                 seen.add(id(node))
                 waiting.extend(node.outputs)
@@ -318,7 +320,7 @@ def _separate_cache(model: ir.Model, update: _Update) -> bool:
     """Attention nodes hand their cache to `update(past, new)` nodes before them."""
     modified = False
     for node in model.graph:
-        if is_op(node, "Attention") and len(node.inputs) > _PAST_VALUE:
+        if is_op(node, ATTENTION_OP) and len(node.inputs) > _PAST_VALUE:
             _separate_one(model.graph, node, update)
             modified = True
     return modified
@@ -357,7 +359,7 @@ def _separate_one(graph: ir.Graph, node: ir.Node, update: _Update) -> None:
     attributes = {k: v for k, v in node.attributes.items() if not k.endswith("_num_heads")}
     attributes["scale"] = ir.AttrFloat32("scale", 1.0)
     mask = node.inputs[_ATTENTION_MASK]
-    attention = ir.node("Attention", [query, *present, mask], name=node.name)
+    attention = ir.node(ATTENTION_OP, [query, *present, mask], name=node.name)
     attention.attributes.update(attributes)
     graph.insert_before(node, attention)
     result = attention.outputs[0]

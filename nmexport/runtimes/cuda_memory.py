@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from nmexport.errors import EnvironmentFault
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from numpy.typing import NDArray
 
@@ -138,22 +137,25 @@ class CudaDevice:
         runtime = self._runtime
         mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._check(runtime.cudaStreamBeginCapture(self._stream, mode))
-        with self._capture_ended() as graphs:
+        try:
             work()
-        (executable,) = self._check(runtime.cudaGraphInstantiate(graphs[0], 0), wanted=1)
-        self._check(runtime.cudaGraphDestroy(graphs[0]))
+        except BaseException:
+            self._abandon_capture()
+            raise
+        (graph,) = self._check(runtime.cudaStreamEndCapture(self._stream), wanted=1)
+        try:
+            (executable,) = self._check(runtime.cudaGraphInstantiate(graph, 0), wanted=1)
+        finally:
+            runtime.cudaGraphDestroy(graph)
         return CudaGraph(self, executable)
 
-    @contextmanager
-    def _capture_ended(self) -> Iterator[list[Any]]:
-        """End the capture whatever happens, so that the stream stays usable."""
-        graphs: list[Any] = []
-        try:
-            yield graphs
-        finally:
-            status, graph = self._runtime.cudaStreamEndCapture(self._stream)
-            graphs.append(graph)
-        self._check((status,))
+    def _abandon_capture(self) -> None:
+        """End a capture whose work failed, so that the stream stays usable."""
+        status, graph = self._runtime.cudaStreamEndCapture(self._stream)
+        if int(status) == 0:
+            self._runtime.cudaGraphDestroy(graph)
+        else:
+            self._runtime.cudaGetLastError()  # or who asks next takes it for a fault of his own
 
     def launch(self, executable: Any) -> None:
         """Enqueue an instantiated graph."""
@@ -174,6 +176,7 @@ class CudaDevice:
         """
         status, *values = answer
         if int(status) != 0:
+            self._runtime.cudaGetLastError()  # or who asks next takes it for a fault of his own
             _, text = self._runtime.cudaGetErrorString(status)
             told = text.decode() if isinstance(text, bytes) else str(text)
             raise EnvironmentFault(

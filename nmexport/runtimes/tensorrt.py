@@ -11,7 +11,7 @@ engine concatenates, two buffers that take turns.
 
 from __future__ import annotations
 
-import contextlib
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -29,6 +29,7 @@ from nmexport.runtimes.tensorrt_engine import (
     engine_plugin,
     read_tensorrt_engine,
 )
+from nmexport.runtimes.tensorrt_kernels import KernelCache, kernel_cache_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
     from nmexport.runtimes.cuda_memory import Buffer, Device, Graph
     from nmexport.runtimes.tensorrt_engine import TensorRTEngine
+    from nmexport.runtimes.tensorrt_library import Messages
 
 _PAST, _PRESENT = "past_key_values.", "present."
 _CACHE_RANK = 4
@@ -93,7 +95,8 @@ class TensorRTSession(Closing):
         plan: bytes,
         engine: TensorRTEngine,
         device: Device,
-        logger: Any,
+        logger: Messages,
+        kernels: KernelCache | None = None,
     ) -> None:
         """Open a plan.
 
@@ -103,18 +106,22 @@ class TensorRTSession(Closing):
             engine: Its description.
             device: Where it runs.
             logger: Of that module.
+            kernels: Where TensorRT-RTX keeps what it compiles.
 
         Raises:
             ArtifactError: if TensorRT refuses the plan, or its cache has foreign names.
         """
+        self._trt = trt
         self._described = engine
         self._device = device
         self._logger = logger
+        self._kernels = kernels
         self.runtime = f"{engine.target} {engine.version}"
+        mark = logger.mark()
         self._runtime = trt.Runtime(logger)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
-            told = "; ".join(tensorrt_library.ours_first(logger.errors)) or "it gives no reason"
+            told = self._told_since(mark)
             raise ArtifactError(
                 f"{engine.target} cannot open the engine: {told}",
                 fix="run `nmexport engine --force` on this machine",
@@ -123,12 +130,17 @@ class TensorRTSession(Closing):
         self._slots = self._cache_slots()
         self._logits_type = _NUMPY[self._types["logits"]]
         self._vocabulary_size = int(self._engine.get_tensor_shape("logits")[2])
-        self._contexts = {name: self._context(index) for index, name in enumerate(engine.profiles)}
+        # TensorRT-RTX replaces kernels while it runs, and records its graphs when it has done so.
+        self._records_itself = False
+        self._contexts = {
+            name: self._context(index, name) for index, name in enumerate(engine.profiles)
+        }
         self._batch = 0
         self._mask: NDArray[np.int64] | None = None  # [B, P]
         self._caches: list[tuple[Buffer, ...]] = []  # one set in place, two that take turns
         self._buffers: dict[str, Buffer] = {}
         self._graph: Graph | None = None
+        self._cannot_record = False
         self._decoded_shape: tuple[int, ...] | None = None
 
     @classmethod
@@ -157,7 +169,8 @@ class TensorRTSession(Closing):
             plan = (folder / (DENSE_PLAN if dense else PLAN)).read_bytes()
         except OSError as error:
             raise ArtifactError(f"The plan cannot be read: {error}") from error
-        return cls(trt=trt, plan=plan, engine=engine, device=device, logger=logger)
+        kernels = KernelCache(kernel_cache_path(engine, plan))
+        return cls(trt=trt, plan=plan, engine=engine, device=device, logger=logger, kernels=kernels)
 
     # -- the interface ----------------------------------------------------------------------------
 
@@ -230,6 +243,8 @@ class TensorRTSession(Closing):
     def close(self) -> None:
         """Free the engine and its cache."""
         self._device.wait()
+        if self._kernels is not None:
+            self._kernels.save()
         self._graph = None
         self._contexts.clear()
         self._caches.clear()
@@ -282,17 +297,19 @@ class TensorRTSession(Closing):
     def _enqueue(self, profile: str, sizes: tuple[int, int, int]) -> None:
         """Bind shapes and addresses, and run; `sizes` are batch, cached and new tokens."""
         context = self._contexts[profile]
+        mark = self._logger.mark()
         for name, shape in self._input_shapes(*sizes).items():
             if not context.set_input_shape(name, shape):
-                raise self._failed(f"input {name} of shape {shape}")
+                raise self._failed(f"input {name} of shape {shape}", mark)
         for name, buffer in self._bindings().items():
             if not context.set_tensor_address(name, buffer.address):
-                raise self._failed(f"the buffer of {name}")
+                raise self._failed(f"the buffer of {name}", mark)
         self._execute(profile)
 
     def _execute(self, profile: str) -> None:
+        mark = self._logger.mark()
         if not self._contexts[profile].execute_async_v3(self._device.stream):
-            raise self._failed("a run")
+            raise self._failed("a run", mark)
 
     def _replay_decode(self, sizes: tuple[int, int, int]) -> None:
         """Run a decode step: bound and run once for a batch, then recorded, then replayed.
@@ -306,14 +323,24 @@ class TensorRTSession(Closing):
             self._enqueue("decode", sizes)
             self._decoded_shape = shape
             return
-        if self._graph is None:
-            self._device.wait()
-            with contextlib.suppress(EnvironmentFault):  # what cannot be recorded runs as before
-                self._graph = self._device.captured(lambda: self._execute("decode"))
+        if self._graph is None and not self._records_itself and not self._cannot_record:
+            self._graph = self._recorded_decode()
         if self._graph is None:
             self._execute("decode")
         else:
             self._graph.launch()
+
+    def _recorded_decode(self) -> Graph | None:
+        """A decode step as a CUDA graph; None where it cannot be recorded, and runs as before."""
+        self._device.wait()
+        try:
+            return self._device.captured(lambda: self._execute("decode"))
+        except (EnvironmentFault, ArtifactError) as fault:
+            self._cannot_record = True
+            logging.getLogger(__name__).warning(
+                "decode steps run without a CUDA graph: %s", fault.problem
+            )
+            return None
 
     # -- shapes and memory ------------------------------------------------------------------------
 
@@ -414,20 +441,41 @@ class TensorRTSession(Closing):
             )
         return tuple(slots)
 
-    def _context(self, profile: int) -> Any:
-        context = self._engine.create_execution_context()
+    def _context(self, index: int, profile: str) -> Any:
+        mark = self._logger.mark()
+        context = self._new_context(profile)
         if context is None or not context.set_optimization_profile_async(
-            profile, self._device.stream
+            index, self._device.stream
         ):
-            raise self._failed("an execution context")
+            raise self._failed("an execution context", mark)
         return context
 
-    def _failed(self, what: str) -> ArtifactError:
-        told = list(tensorrt_library.ours_first(self._logger.errors))[-3:]
+    def _new_context(self, profile: str) -> Any:
+        """An execution context; TensorRT-RTX's compiles its kernels, and keeps them in a cache."""
+        if self._described.target != "tensorrt-rtx":
+            return self._engine.create_execution_context()
+        config = self._engine.create_runtime_config()
+        if self._kernels is not None:
+            self._kernels.attach(config)
+        if profile == "decode" and self._described.in_place_cache:
+            # One shape for good: compiled for it at the first step, and recorded by the runtime,
+            # which alone knows when no kernel will be exchanged for a better one any more.
+            specialised = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            config.dynamic_shapes_kernel_specialization_strategy = specialised
+            config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            self._records_itself = True
+        return self._engine.create_execution_context(config)
+
+    def _failed(self, what: str, mark: int) -> ArtifactError:
         return ArtifactError(
-            f"TensorRT refuses {what}: {'; '.join(told) or 'it gives no reason'}",
+            f"TensorRT refuses {what}: {self._told_since(mark)}",
             fix="run `nmexport engine --force`; `nmexport doctor` shows what this machine lacks",
         )
+
+    def _told_since(self, mark: int) -> str:
+        """What TensorRT gave as a reason after a mark in its log."""
+        told = list(tensorrt_library.ours_first(self._logger.errors_since(mark)))
+        return "; ".join(told[-3:]) or "it gives no reason"
 
 
 def _tensor_types(engine: Any) -> dict[str, str]:

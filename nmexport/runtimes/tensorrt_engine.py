@@ -60,7 +60,9 @@ class TensorRTEngine:
     a longer one in every run."""
     why_not_in_place: str | None
     attention: str
-    """`fused`: the runtime's own attention; `elementary`: products and a softmax."""
+    """`fused`: the engine has a fused kernel for every attention layer; `attention layers`: the
+    runtime was given such layers, and what it made of them could not be read; `elementary`:
+    products and a softmax."""
     max_batch: int
     max_sequence: int
     max_context: int

@@ -14,6 +14,7 @@ import ctypes
 import importlib
 import json
 import warnings
+from collections import deque
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,7 +25,7 @@ from nmexport import __version__
 from nmexport.errors import EnvironmentFault
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 TensorRTTarget = Literal["tensorrt", "tensorrt-rtx"]
 TARGETS: tuple[TensorRTTarget, ...] = ("tensorrt", "tensorrt-rtx")
@@ -33,8 +34,11 @@ PLUGIN = "libnmexport_tensorrt.so"
 NAME_LIBRARY = "libnmexport_rtx_name.so"
 PLUGIN_OPS = ("NMPrune", "NMLinear")
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
+"""GPUs that TensorRT-RTX runs on."""
 _OLDEST = {"tensorrt": "10.13", "tensorrt-rtx": "1.7"}
 _FOLDER = Path(__file__).resolve().parent.parent / "_native"
+_KEPT_ERRORS = 64
 MEND_PLUGIN = "make plugin (in a source tree; fetches nvcc and TensorRT's headers where missing)"
 
 
@@ -103,12 +107,11 @@ def describe_plugin(path: Path) -> dict[str, Any]:
     return document
 
 
-def register_plugin(target: TensorRTTarget, path: Path) -> None:
-    """Make the ops of the plugin library known to TensorRT; its messages go to our logger.
+def check_plugin(path: Path) -> None:
+    """Refuse a library of another version.
 
     Raises:
-        EnvironmentFault: if the library cannot be loaded, or is of another version than this
-            package.
+        EnvironmentFault: if it is one, or cannot be loaded.
     """
     version = describe_plugin(path)["version"]
     if version != __version__:
@@ -117,6 +120,16 @@ def register_plugin(target: TensorRTTarget, path: Path) -> None:
             allowed=__version__,
             fix=MEND_PLUGIN,
         )
+
+
+def register_plugin(target: TensorRTTarget, path: Path) -> None:
+    """Make the ops of the plugin library known to TensorRT; its messages go to our logger.
+
+    Raises:
+        EnvironmentFault: if the library cannot be loaded, or is of another version than this
+            package.
+    """
+    check_plugin(path)
     _log_through(target, path)
     registry = load(target).get_plugin_registry()
     if not _has_ops(registry):
@@ -147,7 +160,9 @@ def _log_through(target: TensorRTTarget, path: Path) -> Any:
 
 
 def _has_ops(registry: Any) -> bool:
-    return all(registry.get_creator(op, "1", "") is not None for op in PLUGIN_OPS)
+    # Asked by name, the registry would log an error for each that it lacks.
+    known = {creator.name for creator in registry.all_creators}
+    return known.issuperset(PLUGIN_OPS)
 
 
 def prepare_parser(target: TensorRTTarget) -> None:
@@ -193,38 +208,67 @@ def gpu_is_usable() -> bool:
     )
 
 
+class Messages:
+    """What TensorRT and the plugin say: the last errors, and every line while somebody listens."""
+
+    def __init__(self) -> None:
+        """Hold nothing yet."""
+        self._errors: deque[str] = deque(maxlen=_KEPT_ERRORS)
+        self._count = 0
+        self._listeners: list[Callable[[str], object]] = []
+
+    def add(self, line: str, *, error: str | None = None) -> None:
+        """Take a line as the log shows it; `error` is its bare text where it is one."""
+        if error is not None:
+            self._count += 1
+            self._errors.append(error)
+        for listener in tuple(self._listeners):
+            listener(line)
+
+    def mark(self) -> int:
+        """A point in time for `errors_since`."""
+        return self._count
+
+    def errors_since(self, mark: int) -> list[str]:
+        """The errors after a mark, the oldest first; of very many the last."""
+        fresh = min(self._count - mark, len(self._errors))
+        return list(self._errors)[len(self._errors) - fresh :]
+
+    @contextlib.contextmanager
+    def heard_by(self, listener: Callable[[str], object]) -> Iterator[None]:
+        """Hand every line to a listener meanwhile."""
+        self._listeners.append(listener)
+        try:
+            yield
+        finally:
+            self._listeners.remove(listener)
+
+
 @cache
 def logger_of(target: TensorRTTarget) -> Any:
-    """The one logger of a target's module: `lines` holds everything from INFO on, `errors` errors.
+    """The one logger of a target's module, which is a `Messages` too; from INFO on.
 
-    One for the life of the process: TensorRT's plugin registry keeps the first it was given. Empty
-    it with `forget` before work whose lines are wanted.
+    One for the life of the process: TensorRT's plugin registry keeps the first it was given.
 
     Raises:
         EnvironmentFault: see `load`.
     """
     trt = load(target)
 
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]  # a class known at run time only
+    class Logger(Messages, trt.ILogger):  # type: ignore[misc, name-defined]  # known at run time
         def __init__(self) -> None:
+            Messages.__init__(self)
             trt.ILogger.__init__(self)
-            self.lines: list[str] = []
-            self.errors: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.INFO:
-                self.lines.append(f"{str(severity).rpartition('.')[2]}: {message}")
-            if severity <= trt.ILogger.ERROR:
-                self.errors.append(message)
-
-        def forget(self) -> None:
-            self.lines.clear()
-            self.errors.clear()
+                line = f"{str(severity).rpartition('.')[2]}: {message}"
+                self.add(line, error=message if severity <= trt.ILogger.ERROR else None)
 
     return Logger()
 
 
-def ours_first(errors: list[str]) -> Iterator[str]:
+def ours_first(errors: Sequence[str]) -> Iterator[str]:
     """Errors that our plugin reported, which name node, field and value, before TensorRT's own."""
     ours = [line for line in errors if line.startswith("nmexport ")]
     yield from ours or errors

@@ -45,7 +45,7 @@ def target() -> str:
         except EnvironmentFault:
             continue
         capability = tensorrt_library.compute_capability()
-        if one == "tensorrt" or capability in engine.RTX_CAPABILITIES:
+        if one == "tensorrt" or capability in tensorrt_library.RTX_CAPABILITIES:
             return one
     pytest.skip("no TensorRT here runs on this GPU")
 
