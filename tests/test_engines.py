@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,6 @@ from nmexport.engines import (
 )
 from nmexport.engines.building import NetworkLayer, Order
 from nmexport.engines.profiles import Limits, Profile, limits_from, profiles_for
-from nmexport.engines.timing_cache import timing_cache_path
 from nmexport.environment import probe
 from nmexport.errors import ArtifactError, EnvironmentFault, InternalError, RecipeError
 from nmexport.graph.tensorrt import for_tensorrt
@@ -603,20 +601,6 @@ def test_a_build_is_shown_from_nothing_to_all_of_it(tmp_path: Path, plugin: Path
 
     building.build(order_of(linear(), tmp_path, plugin), Counting())
     assert shown == [(count, 100) for count in range(1, 101)]
-
-
-def test_timings_are_kept_by_runtime_version_and_gpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    paths = {
-        timing_cache_path(runtime="tensorrt", version=version, device=device)
-        for version in ("10.14.1", "11.0")
-        for device in ("NVIDIA L4", "NVIDIA H100 80GB")
-    }
-    assert len(paths) == 4
-    assert all(path.parent.is_dir() and path.is_relative_to(tmp_path) for path in paths)
-    assert Counter(path.suffix for path in paths) == {".timing": 4}
 
 
 def test_weights_are_counted_once(half_llama: Path) -> None:

@@ -237,20 +237,26 @@ def _builder_run(
 ) -> Callable[[], bytes]:
     """A function that runs the builder, given `(builder, network)`."""
     backend = _polygraphy(order.target)
-    from polygraphy.logger import G_LOGGER
-
-    make = backend.EngineBytesFromNetwork(
-        network,
-        config=_configuration(trt, backend, order, monitor),
-        save_timing_cache=None if order.timing_cache is None else str(order.timing_cache),
-    )
+    with _muted():
+        make = backend.EngineBytesFromNetwork(
+            network,
+            config=_configuration(trt, backend, order, monitor),
+            save_timing_cache=None if order.timing_cache is None else str(order.timing_cache),
+        )
 
     def made() -> bytes:
-        # What matters of its messages comes through our own logger.
-        with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
+        with _muted():
             return bytes(make())
 
     return made
+
+
+def _muted() -> contextlib.AbstractContextManager[Any]:
+    """Keep Polygraphy's messages off stdout: what matters of them comes through our own logger."""
+    from polygraphy.logger import G_LOGGER
+
+    muted: contextlib.AbstractContextManager[Any] = G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1)
+    return muted
 
 
 def _configuration(trt: Any, backend: Any, order: Order, monitor: Any) -> Any:

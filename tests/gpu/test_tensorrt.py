@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from typing import TYPE_CHECKING
 
@@ -119,11 +118,12 @@ def test_a_replayed_step_gives_the_same_bits(built: Path) -> None:
     assert all(np.array_equal(run, runs[0]) for run in runs)
 
 
-def test_a_timing_cache_is_filled_and_used_again(built: Path) -> None:
+def test_a_build_leaves_timings_for_the_next(built: Path) -> None:
     if target() != "tensorrt":
         pytest.skip("TensorRT-RTX times nothing while it builds")
-    from nmexport.engines.timing_cache import cache_folder
+    from nmexport.engines.timing_cache import timing_cache_path
 
-    caches = list(cache_folder().glob("tensorrt-*.timing"))
-    assert any(path.stat().st_size > 0 for path in caches)
-    assert shutil.which("nvidia-smi")
+    version = tensorrt_library.load("tensorrt").__version__
+    device = probe().gpus[0].name
+    path = timing_cache_path(runtime="tensorrt", version=version, device=device)
+    assert path.stat().st_size > 0
