@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from nmexport.recipe import GatesSection, ModelSection, Recipe
 from nmexport.verification import report_learning, report_pages
+from nmexport.verification.report import weights_note
 from nmexport.verification.report_plots import layer_place
 
 from tests.sample_report import sample_report
@@ -120,6 +121,21 @@ def test_verdict(tmp_path: Path, limit: float | None, verdict: str, words: str) 
     assert report["verdict"] == verdict
     assert words in report_pages.html(report)
     assert words in report_pages.markdown(report)
+
+
+def test_pages_say_in_what_the_weights_are_stored(tmp_path: Path) -> None:
+    recipe = Recipe(model=ModelSection(id="smollm2", weights="int8:64"))
+    report = sample_report(tmp_path, layers=2, recipe=recipe)
+    assert report["weights"] == {"dense": "float32", "sparse": "int8:64"}
+    for text in (report_pages.html(report), report_pages.markdown(report)):
+        assert "int8:64 weights against dense float32" in text
+    note = weights_note(recipe)
+    assert note is not None
+    assert "sparsity and quantisation together" in note
+    alike = sample_report(tmp_path, layers=2)
+    assert alike["weights"] == {"dense": "float32", "sparse": "float32"}
+    assert "weights against" not in report_pages.html(alike)
+    assert weights_note(Recipe(model=ModelSection(id="smollm2"))) is None
 
 
 def test_equal_reports_make_equal_pages(tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
             prompt_tokens=recipe.latency.prefill_tokens,
             why_no_dense=None if compared else alone.WHY,
         ),
-        notes=_notes(engine, why_not_here(inputs.upstream["engine"])),
+        notes=_notes(engine, why_not_here(inputs.upstream["engine"]), recipe),
         allocation=_allocation(inputs),
         calibration=_calibration(inputs),
         phases=_phases(inputs),
@@ -478,10 +478,13 @@ def _no_library(engine: Engine) -> str | None:
     return NO_LIBRARY if needs_one else None
 
 
-def _notes(engine: Engine, absent: str | None) -> list[str]:
+def _notes(engine: Engine, absent: str | None, recipe: Recipe) -> list[str]:
     from nmexport.verification import alone
+    from nmexport.verification.report import weights_note
 
+    mixed = weights_note(recipe) if engine.dense_model is not None else None
     notes = [alone.NOTE] if engine.dense_model is None else []
+    notes += [mixed] if mixed else []
     if absent:
         told = f"The {engine.runtime} engine was built and does not run here: {absent}"
         notes.append(f"{told} Accuracy and latency are of its ONNX file on ONNX Runtime.")

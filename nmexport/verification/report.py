@@ -63,6 +63,7 @@ def assemble(
         "mitigations": list(recipe.sparsity.mitigations),
         "grouping": recipe.sparsity.grouping,
         "phases": phases or recipe.sparsity.phases,
+        "weights": {"dense": recipe.model.dtype, "sparse": sparse_weights(recipe)},
         "target": target,
         "verdict": "none",
         "gates": [],
@@ -80,6 +81,23 @@ def assemble(
     }
     finite: dict[str, Any] = plain(report)
     return finite
+
+
+def sparse_weights(recipe: Recipe) -> str:
+    """How the sparsified linears' weights are stored."""
+    form = recipe.model.weights
+    return recipe.model.dtype if form == "float" else form
+
+
+def weights_note(recipe: Recipe) -> str | None:
+    """What a reader must know where the two models' weights are stored in two ways."""
+    if recipe.model.weights == "float":
+        return None
+    return (
+        f"Sparsified weights are {recipe.model.weights}, the dense model's {recipe.model.dtype}: "
+        "accuracy, speed and memory compare sparsity and quantisation together with neither. "
+        "Built with --weights float, the same recipe shows sparsity alone."
+    )
 
 
 def judge(report: dict[str, Any], recipe: Recipe) -> dict[str, Any]:

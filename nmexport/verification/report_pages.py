@@ -113,6 +113,9 @@ def method(report: dict[str, Any]) -> str:
     else:
         parts = [report_allocation.chosen_mix(allocation), *parts]
     parts.append(" + ".join(report["mitigations"]) or "no mitigation")
+    weights = report["weights"]
+    if weights["dense"] != weights["sparse"]:
+        parts.append(f"{weights['sparse']} weights against dense {weights['dense']}")
     if report["phases"] == "mixed":
         parts.append("phases by linear")
     elif report["phases"] != "all":
