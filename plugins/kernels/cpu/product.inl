@@ -15,8 +15,10 @@ constexpr std::size_t kSHORT_PART_ROWS = 16;
 constexpr std::size_t kLONG_PART_ROWS = 8;
 constexpr std::size_t kSHORT_PART_BYTES = 4096;
 // ... and cache lines asked for before their turn, over the rows of a pass: what one core's
-// bandwidth holds in flight. All three are measured.
-constexpr std::size_t kLINES_AHEAD = 80;
+// bandwidth holds in flight; of bytes more, because widening them fills the core's window with
+// few lines. All are measured.
+template <typename T>
+constexpr std::size_t kLINES_AHEAD = sizeof(T) > 1 ? 80 : 320;
 constexpr std::size_t kLINE_BYTES = 64;
 
 template <typename T>
@@ -92,7 +94,7 @@ class RowPass {
     static constexpr std::size_t kLINE = kLINE_BYTES / (sizeof(T) * Simd::kLANES);
     static constexpr std::size_t kVECTORS = kLINE < 1 ? 1 : (kLINE > 4 ? 4 : kLINE);
     static constexpr std::size_t kSTEP = kVECTORS * Simd::kLANES;
-    static constexpr std::size_t kAHEAD = kLINES_AHEAD / kROWS * (kLINE_BYTES / sizeof(T));
+    static constexpr std::size_t kAHEAD = kLINES_AHEAD<T> / kROWS * (kLINE_BYTES / sizeof(T));
     static_assert(kAHEAD % kSTEP == 0, "the spans of a pass are whole steps");
 
     // Columns begin .. end - 1; `offset` is from a column to the one to ask for in `ahead`.
@@ -153,7 +155,9 @@ template <typename T, bool kSCALED>
 void rowProduct(const RowProduct& p) {
     std::memset(p.sums, 0, p.columns * sizeof *p.sums);
     std::size_t done = 0;
-    if (p.columns * sizeof(T) <= kSHORT_PART_BYTES) {
+    // Widening bytes takes the registers that so many rows would need.
+    constexpr bool kROOM = Simd::kREGISTERS > kSHORT_PART_ROWS || sizeof(T) > 1;
+    if (kROOM && p.columns * sizeof(T) <= kSHORT_PART_BYTES) {
         done = addRows<T, kSCALED, kSHORT_PART_ROWS>(p, done);
     }
     done = addRows<T, kSCALED, kLONG_PART_ROWS>(p, done);

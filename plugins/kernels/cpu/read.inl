@@ -6,8 +6,8 @@ namespace {
 
 // The exclusive or of all words of whole 256-byte blocks, so that nothing is left out.
 std::uint64_t readWords(const void* data, std::size_t bytes) {
-    using Words = std::uint64_t __attribute__((vector_size(64)));
-    constexpr std::size_t kCHAINS = 4;
+    using Words = std::uint64_t __attribute__((vector_size(Simd::kLANES * sizeof(float))));
+    constexpr std::size_t kCHAINS = 256 / sizeof(Words);
     constexpr std::size_t kAHEAD = 4096;  // bytes asked for early: the hardware alone reads slower
     Words sums[kCHAINS] = {};
     const char* from = static_cast<const char*>(data);
