@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from nmexport.allocation.choice import read_allocation
+from nmexport.allocation.choice import Built, read_allocation
 from nmexport.allocation.probe import spread_windows
 from nmexport.calibration import learning
 from nmexport.environment import Environment
@@ -26,6 +26,7 @@ from nmexport.stages import calibrate, fold
 from nmexport.stages.inputs import StageInputs
 from nmexport.tensors import ShardedWriter, TensorReader, load_tensors
 
+from tests.sample_allocation import sample_allocation
 from tests.tiny import save_tiny_model
 
 if TYPE_CHECKING:
@@ -389,6 +390,16 @@ def test_what_learning_wins_back_is_spent_where_it_counts(
     assert counted.kl > plain.kl  # before learning it breaks the budget
     assert counted.built.kl <= 0.02
     assert counted.decode_speedup > plain.decode_speedup
+
+
+@pytest.mark.parametrize(("used", "said"), [(0.4, "1.100 as built"), (1.2, "breaks the budget")])
+def test_what_became_of_a_choice_is_said(used: float, said: str) -> None:
+    allocation = replace(
+        sample_allocation(), built=Built(kl=0.1, perplexity_ratio=1.1, budget_used=used)
+    )
+    words = fold._came_to(allocation)
+    assert words.startswith("38% of the bytes saved: perplexity ratio 1.147 as chosen, ")
+    assert words.endswith(said)
 
 
 # -- tensors on disk -------------------------------------------------------------------------

@@ -205,15 +205,26 @@ def _made_within_budget(given: _Given, prepared: Prepared) -> tuple[_Made, Alloc
             learning="learning" if attempt == 0 else f"learning-{attempt}",
         )
         behaviours = {name: one.behaviour for name, one in made.derived.items()}
-        return made, prepared.as_built(allocation, behaviours, partial(_folded, given, made))
+        measured = prepared.as_built(allocation, behaviours, partial(_folded, given, made))
+        given.inputs.progress.note(_came_to(measured))
+        return made, measured
 
     made, allocation = built_within(
         prepared.allocation, build, counts_learned=given.inputs.recipe.allocation.count_learned
     )
-    used = None if allocation.built is None else allocation.built.budget_used
-    if used is not None and used > 1:
-        given.inputs.progress.note(f"as built, the model takes {used:.0%} of its budget")
     return made, allocation
+
+
+def _came_to(allocation: Allocation) -> str:
+    """What was chosen and what became of it, in a line."""
+    built = allocation.built
+    assert built is not None  # noqa: S101 - for the type checker
+    words = (
+        f"{allocation.bytes_saved:.0%} of the bytes saved: perplexity ratio "
+        f"{allocation.perplexity_ratio:.3f} as chosen, {built.perplexity_ratio:.3f} as built"
+    )
+    broken = built.budget_used is not None and built.budget_used > 1
+    return f"{words}, which breaks the budget" if broken else words
 
 
 def _made(
@@ -393,6 +404,11 @@ def _sections(given: _Given, allocation: Allocation) -> dict[str, SparsitySectio
 def _with_static_variance(
     derived: Mapping[str, Derived], errors: Mapping[str, ErrorObserver]
 ) -> dict[str, Derived]:
+    """With nu, where a section asks for it, from the dense model's activations.
+
+    Those of the model that is sparse already change no result: on SmolLM2 at 8:16 each nu was the
+    same within half a percent, and perplexity within the noise of what near ties decide.
+    """
     from nmexport.sparsity.method import needs_static_variance
 
     return {
