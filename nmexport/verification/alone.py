@@ -8,7 +8,7 @@ from nmexport.verification import accuracy, continuation, latency
 from nmexport.verification.perplexity import NllSum, log_softmax, token_nll
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     import numpy as np
     from numpy.typing import NDArray
@@ -21,6 +21,12 @@ WHY = "the recipe leaves out the dense baseline (--no-dense-baseline)"
 NOTE = (
     "There is no dense baseline, so nothing here says what sparsity costs or gains: perplexity "
     "and times are the sparse model's alone."
+)
+_TIMES = ("p50_ms", "p90_ms", "p99_ms", "tokens_per_s")
+_PROTOCOL = (
+    "The sparse model runs alone. Prefill: one prompt, all logits, empty cache. Decode: one token "
+    "on the cache that a prefill of `context` tokens left, every run from that same cache. Warm-up "
+    "runs are not counted. Times are wall time of a whole step as a caller sees it."
 )
 _NO_PERPLEXITY = {"perplexity": None, "nll_mean": None, "window_nll_mean": None, "why": WHY}
 
@@ -76,27 +82,34 @@ def time(
     progress: Progress,
 ) -> dict[str, Any]:
     """The report's `latency`; see `latency.compare`."""
-    measured = latency.compare(
-        sparse,
-        sparse,
-        prompt=prompt,
-        context=context,
-        runs=runs,
-        warmup=warmup,
-        device=device,
-        progress=progress,
-    )
-    figures = ("p50_ms", "p90_ms", "p99_ms", "tokens_per_s")
-    absent: dict[str, Any] = {**dict.fromkeys(figures), "runs": 0, "samples_ms": []}
+    side = latency.Side(sparse, prompt, context)
+
+    def samples(once: Callable[[], float], label: str) -> list[float]:
+        for _ in range(warmup):
+            once()
+        return [once() for _ in progress.track(range(runs), label=label, total=runs)]
+
+    timed = {
+        "prefill": samples(side.prefill_ms, "prefill timing"),
+        "decode": samples(side.decode_ms, "decode timing"),
+    }
+    tokens, (batch, length) = int(prompt.size), context.shape
+    sizes = {"prefill": {"tokens": tokens}, "decode": {"batch": batch, "context": length}}
+    processed = {"prefill": tokens, "decode": batch}
+    absent: dict[str, Any] = {**dict.fromkeys(_TIMES), "runs": 0, "samples_ms": []}
+    ratios = dict.fromkeys(("prefill", "decode", "prefill_interval", "decode_interval"))
     return {
-        **measured,
+        "runtime": sparse.runtime,
+        "device": device,
+        "threads": sparse.threads,
+        "runs": runs,
+        "warmup": warmup,
         "why": WHY,
-        "dense": {phase: {**measured["dense"][phase], **absent} for phase in ("prefill", "decode")},
-        "speedup": {
-            "prefill": None,
-            "decode": None,
-            "prefill_interval": None,
-            "decode_interval": None,
-            "why": WHY,
+        "dense": {phase: {**sizes[phase], **absent} for phase in timed},
+        "sparse": {
+            phase: {**sizes[phase], **latency.summary(found, tokens=processed[phase])}
+            for phase, found in timed.items()
         },
+        "speedup": {**ratios, "why": WHY},
+        "protocol": _PROTOCOL,
     }

@@ -56,7 +56,7 @@ def speedup_interval(
     return [float(low), float(high)]
 
 
-class _Side:
+class Side:
     """One model with a cache to decode from."""
 
     def __init__(
@@ -69,9 +69,11 @@ class _Side:
         self.cache = session.state
 
     def prefill_ms(self) -> float:
+        """Time one prompt."""
         return _timed(lambda: self.session.prefill(self.prompt))
 
     def decode_ms(self) -> float:
+        """Time one token on the cache."""
         self.session.restore(self.cache)
         return _timed(lambda: self.session.decode_step(self.next_token))
 
@@ -132,7 +134,7 @@ def compare(
         device: Name of the processor, for the report.
         progress: Where to count.
     """
-    sides = _Side(dense, prompt, context), _Side(sparse, prompt, context)
+    sides = Side(dense, prompt, context), Side(sparse, prompt, context)
 
     def tracked(label: str) -> Iterable[int]:
         return progress.track(range(runs), label=label, total=runs)
