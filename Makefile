@@ -13,9 +13,14 @@ SERVER_STAMP := $(VENV)/.server
 # TensorRT-RTX builds engines on a machine without a GPU; where it cannot be had its tests skip.
 TEST_ENGINES := tensorrt-rtx==1.7.1.116 polygraphy==0.53.6 cuda-bindings==13.5.0
 ENGINES_STAMP := $(VENV)/.engines
+# Tests on a GPU have an environment of their own: onnxruntime and onnxruntime-gpu are one module.
+TEST_GPU := onnxruntime-gpu[cuda,cudnn]==1.31.1
+GPU_VENV ?= .venv-gpu
+GPU_STAMP := $(GPU_VENV)/.installed
+GPU_PIP := $(GPU_VENV)/bin/python -m pip --quiet --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help demo test test-slow test-gpu lint types native plugin native-test lock clean
+.PHONY: help demo test test-slow test-gpu gpu-here lint types native plugin native-test lock clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -27,12 +32,22 @@ $(STAMP): requirements.lock pyproject.toml plugins/build_hook.py
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	touch $@
 
+# What could not be installed is tried again the next time.
 $(SERVER_STAMP): $(STAMP)
-	$(PIP) install --no-deps $(TEST_SERVER) || echo "no tritonserver here: its tests will skip"
-	touch $@
+	@if $(PIP) install --no-deps $(TEST_SERVER); then touch $@; \
+	else echo "no tritonserver here: its tests will skip"; fi
 
 $(ENGINES_STAMP): $(STAMP)
-	$(PIP) install $(TEST_ENGINES) || echo "no TensorRT-RTX here: its tests will skip"
+	@if $(PIP) install $(TEST_ENGINES); then touch $@; \
+	else echo "no TensorRT-RTX here: its tests will skip"; fi
+
+# The full TensorRT comes from NVIDIA's own index, which not every machine reaches.
+$(GPU_STAMP): requirements.lock pyproject.toml plugins/build_hook.py
+	$(PYTHON) -m venv $(GPU_VENV)
+	$(GPU_PIP) install -r requirements.lock $(TEST_ENGINES)
+	$(GPU_PIP) install tensorrt || echo "no full TensorRT here"
+	$(GPU_PIP) uninstall --yes onnxruntime
+	$(GPU_PIP) install "$(TEST_GPU)"
 	touch $@
 
 demo: $(STAMP) ## the whole job on a real LLM, SmolLM2-135M, in under 15 minutes on 2 cores
@@ -44,8 +59,15 @@ test: $(STAMP) $(SERVER_STAMP) $(ENGINES_STAMP) lint types native-test ## lints,
 test-slow: $(STAMP) $(SERVER_STAMP) $(ENGINES_STAMP) ## tests on the real model
 	$(PYTEST) -m slow
 
-test-gpu: $(STAMP) $(ENGINES_STAMP) ## tests that need an NVIDIA GPU; elsewhere they skip
-	$(PYTEST) tests/gpu
+# Both libraries are rebuilt first: what is not built would be skipped, and a skip is a failure here.
+test-gpu: gpu-here $(GPU_STAMP) ## all that needs an NVIDIA GPU: kernels, plugin, ONNX Runtime CUDA, TensorRT
+	$(GPU_VENV)/bin/python plugins/tensorrt/build.py
+	CUDACXX=$$($(GPU_VENV)/bin/python plugins/tensorrt/build.py --nvcc) NMEXPORT_CUDA=native \
+	  $(GPU_PIP) install --no-deps --no-build-isolation --editable .
+	$(GPU_VENV)/bin/python -m pytest tests/gpu --no-skips
+
+gpu-here:
+	@command -v nvidia-smi >/dev/null || { echo "test-gpu needs an NVIDIA GPU with its driver"; exit 1; }
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check
@@ -57,7 +79,7 @@ types: $(STAMP)
 native: $(STAMP) ## rebuild the native library after a change under plugins/
 	$(PIP) install --no-deps --no-build-isolation --editable .
 
-plugin: $(STAMP) ## the TensorRT plugin; fetches nvcc and TensorRT's headers where missing
+plugin: $(STAMP) ## the TensorRT plugin, in ten minutes or more; fetches nvcc and headers where missing
 	$(BIN)/python plugins/tensorrt/build.py
 
 native-test: $(STAMP) ## C++ tests of the kernels

@@ -4,13 +4,14 @@ TensorRT's headers come from TENSORRT_ROOT, from the system, or from a small pac
 them; nvcc and CUDA's headers from CUDA_HOME, PATH, /usr/local, or NVIDIA's packages. What is
 fetched stays under `build/plugin`; nothing is installed.
 
-Usage: python plugins/tensorrt/build.py [--architectures "80;89"] [--tests]
+Usage: python plugins/tensorrt/build.py [--architectures "80;89"] [--tests | --nvcc]
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -47,6 +48,7 @@ _CUDA_PACKAGES = (
 )
 _CUDA_FOLDER = "nvidia/cu13"
 _TIMEOUT_S = 3600
+_STEP = re.compile(r"\[ *\d+(/\d+|%)\] ")  # as Ninja and Make count
 
 
 class BuildError(Exception):
@@ -146,7 +148,7 @@ def build_library(
         f"-DNMEXPORT_CUDA_ARCHITECTURES={architectures}",
     )
     parallel = str(jobs or os.cpu_count() or 1)
-    log = _run([_cmake(), "--build", str(folder), "--parallel", parallel])
+    log = _run_shown([_cmake(), "--build", str(folder), "--parallel", parallel])
     (folder / "build.log").write_text(log, encoding="utf-8")
     _run([_cmake(), "--install", str(folder), "--prefix", str(destination)])
     return destination / LIBRARY
@@ -252,11 +254,32 @@ def _run(command: list[str]) -> str:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{command[0]}: {error}") from error
-    if done.returncode != 0:
-        lines = (done.stdout + done.stderr).strip().splitlines()
+    return _checked(command, done.returncode, done.stdout + done.stderr)
+
+
+def _run_shown(command: list[str]) -> str:
+    """Like `_run`, for what takes minutes: the steps are counted on stderr."""
+    lines = []
+    try:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process:
+            for line in process.stdout or ():
+                lines.append(line)
+                if _STEP.match(line):
+                    sys.stderr.write(line)
+                    sys.stderr.flush()
+    except OSError as error:
+        raise BuildError(f"{command[0]}: {error}") from error
+    return _checked(command, process.returncode, "".join(lines))
+
+
+def _checked(command: list[str], code: int, told: str) -> str:
+    if code != 0:
+        lines = told.strip().splitlines()
         faults = [line for line in lines if "rror" in line] or lines
         raise BuildError("`" + " ".join(command) + "` failed:\n" + "\n".join(faults[-15:]))
-    return done.stdout + done.stderr
+    return told
 
 
 def main() -> int:
@@ -266,8 +289,12 @@ def main() -> int:
     parser.add_argument("--destination", type=Path, default=DESTINATION)
     parser.add_argument("--jobs", type=int, default=None)
     parser.add_argument("--tests", action="store_true", help="build and run the unit tests")
+    parser.add_argument("--nvcc", action="store_true", help="print where the compiler is")
     options = parser.parse_args()
     try:
+        if options.nvcc:
+            sys.stdout.write(f"{find_toolkit().nvcc}\n")
+            return 0
         if options.tests:
             program = build_tests(TOOLS / "tests")
             return subprocess.run([program], check=False).returncode

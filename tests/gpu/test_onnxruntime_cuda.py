@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -14,25 +12,37 @@ from nmexport.runtimes import native, tensorrt_library
 from nmexport.runtimes.onnxruntime import choose_provider, open_session, session_options
 
 from tests.op_cases import FLOAT16, FLOAT32, one_node_model, run_session
+from tests.plugin_build import ROOT, build_script
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = pytest.mark.skipif(
     not tensorrt_library.gpu_is_usable(), reason="no NVIDIA GPU with its driver is here"
 )
-KERNELS = Path(__file__).resolve().parents[2] / "plugins" / "kernels" / "cuda"
+KERNELS = ROOT / "plugins" / "kernels" / "cuda"
 
 
-@pytest.mark.skipif(
-    shutil.which("nvcc") is None or shutil.which("cmake") is None, reason="no nvcc or cmake"
-)
 def test_kernels_agree_with_their_reference(tmp_path: Path):
+    script = build_script()
+    cmake, ctest = (script.find_tool(name) for name in ("cmake", "ctest"))
+    if cmake is None or ctest is None:
+        pytest.skip("no cmake")
+
     def run(*command: str) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
-    options = ("-DNMEXPORT_CUDA_ARCHITECTURES=native", "-DBUILD_TESTING=ON")
-    run("cmake", "-S", str(KERNELS), "-B", str(tmp_path), *options)
-    run("cmake", "--build", str(tmp_path), "--parallel")
-    run("ctest", "--test-dir", str(tmp_path), "--output-on-failure")
+    toolkit = script.find_toolkit()
+    options = (
+        "-DNMEXPORT_CUDA_ARCHITECTURES=native",
+        "-DBUILD_TESTING=ON",
+        f"-DCMAKE_CUDA_COMPILER={toolkit.nvcc}",
+        f"-DCUDAToolkit_ROOT={toolkit.root}",
+    )
+    run(cmake, "-S", str(KERNELS), "-B", str(tmp_path), *options)
+    run(cmake, "--build", str(tmp_path), "--parallel")
+    run(ctest, "--test-dir", str(tmp_path), "--output-on-failure")
 
 
 def outputs(
