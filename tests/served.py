@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import http.server
 import json
-import socket
+import threading
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -91,12 +93,42 @@ def save_package(export: Path, output: Path, **changes: object) -> Path:
 
 def addresses() -> launch.Addresses:
     """Three ports that were free a moment ago."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        http, grpc, metrics = (one.getsockname()[1] for one in sockets)
-    return launch.Addresses(http_port=http, grpc_port=grpc, metrics_port=metrics)
+    return launch.Addresses.unused()
+
+
+@contextlib.contextmanager
+def streaming(
+    pieces: int, *, finishes: bool = True
+) -> Iterator[tuple[str, list[dict[str, object]]]]:
+    """The URL of a server that streams a piece a millisecond, and what it is asked."""
+    asked: list[dict[str, object]] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            length = int(self.headers["Content-Length"])
+            asked.append(json.loads(self.rfile.read(length)))
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):  # the client went away
+                for _ in range(pieces):
+                    time.sleep(0.001)
+                    self.send({"text_output": "piece "})
+                if finishes:
+                    end = {"finish_reason": "length", "completion_tokens": pieces}
+                    self.send({"text_output": "", **end})
+
+        def send(self, event: dict[str, object]) -> None:
+            self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+        thread.join()
 
 
 def require_tritonserver() -> launch.Installation:

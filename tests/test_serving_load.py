@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from click.testing import CliRunner
 from nmexport.cli.main import cli
+from nmexport.environment import Gpu, probe
 from nmexport.progress import Silent
+from nmexport.runtimes.onnxruntime import RUNTIME, OrtSession, read_engine
 from nmexport.serving import load as loads
 from nmexport.serving.load import Load, compare
+from nmexport.serving.tokenizer import ServingTokenizer
 
-from tests.served import engine_document
+from tests.served import engine_document, streaming
 from tests.test_serving_scheduler import CountingSession, letters
 
 if TYPE_CHECKING:
@@ -23,9 +27,13 @@ if TYPE_CHECKING:
 LOAD = Load(concurrency=3, requests=7, prompt_tokens=5, output_tokens=4, prefill_chunk=2)
 
 
+def within(**sessions: CountingSession) -> dict[str, Any]:
+    return {side: loads._within(session, letters) for side, session in sessions.items()}
+
+
 def test_both_sides_get_the_same_load_and_answer_all_of_it() -> None:
     sessions = {side: CountingSession() for side in loads.SIDES}
-    row = compare(sessions, LOAD, decode=letters, rounds=2, seed=3, progress=Silent())
+    row = compare(within(**sessions), LOAD, rounds=2, seed=3, progress=Silent())
     dense, sparse = (sorted(sessions[side].calls) for side in loads.SIDES)
     assert dense == sparse
     tokens = sum(len(call) for call in dense)
@@ -46,8 +54,8 @@ def test_a_slower_side_shows() -> None:
             sum(range(20_000))
             return super().extend(cache, input_ids)
 
-    sessions = {"dense": Slow(), "sparse": CountingSession()}
-    row = compare(sessions, LOAD, decode=letters, rounds=3, seed=0, progress=Silent())
+    sides = within(dense=Slow(), sparse=CountingSession())
+    row = compare(sides, LOAD, rounds=3, seed=0, progress=Silent())
     assert row["speedup"] > 1.5
     assert row["dense"]["itl"]["p50_ms"] > row["sparse"]["itl"]["p50_ms"]
 
@@ -55,12 +63,14 @@ def test_a_slower_side_shows() -> None:
 def test_a_failing_model_measures_nothing() -> None:
     broken = CountingSession()
     broken.extend = lambda *_: 1 / 0  # type: ignore[method-assign,assignment,return-value]
-    sessions = {"dense": broken, "sparse": CountingSession()}
+    sides = within(dense=broken, sparse=CountingSession())
     with pytest.raises(RuntimeError, match="failed"):
-        compare(sessions, LOAD, decode=letters, rounds=1, seed=0, progress=Silent())
+        compare(sides, LOAD, rounds=1, seed=0, progress=Silent())
 
 
-def test_bench_serve_shows_a_table_and_json(tiny_export: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def work(tiny_export: Path, tmp_path: Path) -> Path:
+    """A work directory with an engine and a report."""
     (tmp_path / "resolved.yaml").write_text("model:\n  id: tiny\n")
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "current").symlink_to(tiny_export, target_is_directory=True)
@@ -68,12 +78,64 @@ def test_bench_serve_shows_a_table_and_json(tiny_export: Path, tmp_path: Path) -
     engine.mkdir(parents=True)
     (engine / "engine.json").write_text(json.dumps(engine_document()))
     (engine / "manifest.json").write_text("{}")
-    words = ["bench", "serve", "--work", str(tmp_path), "--clients", "2", "--requests", "2"]
-    words += ["--prompt-tokens", "4", "--output-tokens", "3", "--rounds", "1"]
-    shown = CliRunner().invoke(cli, words)
+    accuracy = {"dense": {"perplexity": 12.25}, "sparse": {"perplexity": 13.75}}
+    report = {"accuracy": {"dataset": "some text", **accuracy}}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    return tmp_path
+
+
+def serve_words(work: Path) -> list[str]:
+    words = ["bench", "serve", "--work", str(work), "--clients", "2", "--requests", "2"]
+    return [*words, "--prompt-tokens", "4", "--output-tokens", "3", "--rounds", "1"]
+
+
+def test_bench_serve_shows_a_table_and_json(work: Path) -> None:
+    shown = CliRunner().invoke(cli, serve_words(work))
     assert shown.exit_code == 0, shown.output
     assert "2 clients, sparse" in shown.stdout
-    document = json.loads(CliRunner().invoke(cli, [*words, "--json"]).stdout)
+    assert f"{RUNTIME} on {probe().cpu}" in " ".join(shown.stdout.split())
+    dense, sparse = (line for line in shown.stdout.splitlines() if "2 clients" in line)
+    assert dense.rstrip().endswith("12.2")
+    assert sparse.rstrip().endswith("13.8")
+    assert "on some text" in shown.stdout
+    document = json.loads(CliRunner().invoke(cli, [*serve_words(work), "--json"]).stdout)
     (row,) = document["results"]
     assert row["concurrency"] == 2
     assert row["sparse"]["tokens_per_s"] > 0
+    assert document["perplexity"]["sparse"] == 13.75
+    (work / "report.json").unlink()
+    bare = CliRunner().invoke(cli, serve_words(work))
+    assert bare.exit_code == 0
+    assert "some text" not in bare.stdout
+
+
+def test_a_run_on_the_gpu_is_called_one(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = {**engine_document(), "provider": "cuda"}
+    (work / "engine" / "current" / "engine.json").write_text(json.dumps(document))
+
+    def on_the_processor(path: Path, *, dense: bool = False) -> OrtSession:
+        engine = read_engine(path)
+        return OrtSession(engine.dense_model if dense else engine.model, threads=1)
+
+    gpu = Gpu(name="Some GPU", driver="1", compute_capability="9.0", memory_bytes=1)
+    here = replace(probe(), gpus=(gpu,))
+    monkeypatch.setattr(OrtSession, "from_engine", on_the_processor)
+    monkeypatch.setattr("nmexport.environment.probe", lambda: here)
+    shown = CliRunner().invoke(cli, [*serve_words(work), "--json"])
+    assert json.loads(shown.stdout)["device"] == "Some GPU"
+
+
+def test_a_servers_clients_are_a_side(work: Path) -> None:
+    tokenizer = ServingTokenizer(work / "export" / "current")
+    with streaming(pieces=4) as (url, seen):
+        sides = within(dense=CountingSession(), sparse=CountingSession())
+        sides[loads.THROUGH] = loads._through(loads.Through(url=url, model="m"), tokenizer)
+        load = Load(concurrency=2, requests=5, prompt_tokens=40, output_tokens=4)
+        row = compare(sides, load, rounds=2, seed=0, progress=Silent())
+    assert len(seen) == 3 * 5
+    assert {(one["max_tokens"], one["temperature"]) for one in seen} == {(4, 0.0)}
+    assert len(tokenizer.encode(seen[0]["text_input"])) == pytest.approx(40, abs=4)
+    times = row[loads.THROUGH]
+    assert times["itl"]["p50_ms"] >= 1
+    assert 0 < times["tokens_per_s"] < 2 * 4 * 1000 / 4
+    assert row["speedup"] > 0

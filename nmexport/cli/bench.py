@@ -82,69 +82,6 @@ def engines_command(
     )
 
 
-@bench_command.command("serve", short_help="Dense against sparse model under a server's load.")
-@click.option(
-    "--clients",
-    multiple=True,
-    type=click.IntRange(1),
-    default=(1, 4),
-    show_default=True,
-    help="That ask at a time, each again once it is answered. Repeatable.",
-)
-@click.option("--requests", type=click.IntRange(1), default=8, show_default=True, help="A round.")
-@click.option("--prompt-tokens", type=click.IntRange(1), default=64, show_default=True)
-@click.option("--output-tokens", type=click.IntRange(1), default=32, show_default=True)
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
-@reading_options
-@click.pass_context
-def serve_command(
-    ctx: click.Context,
-    *,
-    clients: tuple[int, ...],
-    requests: int,
-    prompt_tokens: int,
-    output_tokens: int,
-    rounds: int,
-) -> None:
-    """Put a server's load on the dense and the sparse model of a work directory, in turns."""
-    from nmexport.environment import probe
-    from nmexport.serving.load import Load, bench_serve
-
-    work = request(ctx).existing_work()
-    work.require("engine")
-    loads = [
-        Load(
-            concurrency=count,
-            requests=max(requests, count),
-            prompt_tokens=prompt_tokens,
-            output_tokens=output_tokens,
-        )
-        for count in clients
-    ]
-    results = bench_serve(work.root, loads=loads, rounds=rounds, progress=progress())
-    device = probe().cpu
-    if wants_json(ctx):
-        emit_json({"work": str(work.root), "device": device, "results": results})
-        return
-    rows = [
-        (
-            f"{row['concurrency']} clients, {side}",
-            figure(row[side]["tokens_per_s"], 1),
-            *(figure(row[side]["ttft"][rank], 1) for rank in ("p50_ms", "p99_ms")),
-            *(figure(row[side]["itl"][rank], 1) for rank in ("p50_ms", "p99_ms")),
-            figure(row["speedup"], 2, "x") if side == "sparse" else None,
-        )
-        for row in results
-        for side in ("dense", "sparse")
-    ]
-    title = (
-        f"{prompt_tokens} prompt and {output_tokens} output tokens, {rounds} rounds each, "
-        f"interleaved, on {device}"
-    )
-    columns = ("", "tokens/s", "TTFT p50 ms", "p99 ms", "ITL p50 ms", "p99 ms", "speed")
-    console().print(table(title, columns, rows))
-
-
 @bench_command.command("kernels", short_help="Native kernels against dense products.")
 @click.option(
     "--shape",
@@ -293,10 +230,12 @@ def shape_from(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _add_cuda_command() -> None:
+def _add_other_commands() -> None:
     from nmexport.cli.bench_cuda import cuda_command
+    from nmexport.cli.bench_serving import serve_command, soak_command
 
-    bench_command.add_command(cuda_command)
+    for command in (serve_command, soak_command, cuda_command):
+        bench_command.add_command(command)
 
 
-_add_cuda_command()
+_add_other_commands()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from nmexport.errors import EnvironmentFault, RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Generator, Iterator, Mapping
 
 _EVENT = "data:"
 _AT_FAULT = (OSError, http.client.HTTPException)
@@ -72,8 +72,10 @@ def generate(
 
 def stream(
     url: str, model: str, fields: Mapping[str, Any], *, timeout: float = 600.0
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """Responses as they come, the last with a `finish_reason`; arguments as in `generate`.
+
+    Closing the generator closes the connection, and the server ends the request.
 
     Raises:
         EnvironmentFault: if no server answers, it goes away before the last response, or it is not

@@ -53,6 +53,11 @@ class Installation:
     wheel: Path | None = None
     """The folder of the wheel's package; None for a server that is installed whole."""
 
+    @property
+    def libraries(self) -> Path | None:
+        """Shared libraries that the wheel brings; None where the system has them."""
+        return self.wheel.parent / _WHEEL_LIBRARIES if self.wheel else None
+
 
 def find_server(given: Path | None = None) -> Installation:
     """The server to start.
@@ -98,6 +103,16 @@ class Addresses:
     http_port: int = 8000
     grpc_port: int = 8001
     metrics_port: int = 8002
+
+    @classmethod
+    def unused(cls) -> Self:
+        """Ports of this machine that were free a moment ago."""
+        with contextlib.ExitStack() as stack:
+            sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
+            for one in sockets:
+                one.bind((cls.host, 0))
+            http_port, grpc_port, metrics_port = (one.getsockname()[1] for one in sockets)
+        return cls(http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port)
 
     @property
     def http(self) -> str:
@@ -259,8 +274,8 @@ def server_environment(installation: Installation, python: Path) -> dict[str, st
     variables = dict(os.environ)
     variables["PATH"] = f"{python / 'bin'}{os.pathsep}{variables.get('PATH', '')}"
     libraries = [sysconfig.get_config_var("LIBDIR") or ""]
-    if installation.wheel is not None:
-        libraries.insert(0, str(installation.wheel.parent / _WHEEL_LIBRARIES))
+    if installation.libraries is not None:
+        libraries.insert(0, str(installation.libraries))
     known = variables.get("LD_LIBRARY_PATH", "")
     variables["LD_LIBRARY_PATH"] = os.pathsep.join(path for path in (*libraries, known) if path)
     for name in ("PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV"):
@@ -355,13 +370,7 @@ class Server:
         """
         began = time.monotonic()
         while True:
-            if self.process.poll() is not None:
-                self.output.finish()
-                raise EnvironmentFault(
-                    f"tritonserver ended with code {self.process.returncode} before it was ready. "
-                    f"It said last:\n{self.output.last_lines()}",
-                    fix="often a model cannot be loaded, or a port was taken meanwhile",
-                )
+            self.check("before it was ready")
             if is_ready(self.addresses.http):
                 return time.monotonic() - began
             if time.monotonic() - began > timeout:
@@ -371,6 +380,21 @@ class Server:
                     fix="give a large model longer (--ready-seconds)",
                 )
             time.sleep(_POLL_SECONDS)
+
+    def check(self, when: str = "by itself") -> None:
+        """Raise where the server has ended.
+
+        Raises:
+            EnvironmentFault: with what it said last.
+        """
+        if self.process.poll() is None:
+            return
+        self.output.finish()
+        raise EnvironmentFault(
+            f"tritonserver ended with code {self.process.returncode} {when}. "
+            f"It said last:\n{self.output.last_lines()}",
+            fix="often a model cannot be loaded, or a port was taken meanwhile",
+        )
 
     def stop(self) -> int:
         """Let requests in flight end, stop the server, and return its exit code."""
