@@ -243,6 +243,21 @@ def test_one_text_that_a_near_tie_moved_is_no_other_model(moved: Path) -> None:
     TextService.open(moved, {}).close()
 
 
+def test_a_package_of_a_gpu_is_served_without_one(
+    moved: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = moved / "engine.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "provider": "cuda"}))
+    record = json.loads((moved / "bundle.json").read_text())
+    for one in record["files"]:
+        if one["path"] == path.name:
+            one["bytes"] = path.stat().st_size
+    (moved / "bundle.json").write_text(json.dumps(record))
+    with TextService.open(moved, {}) as service:
+        assert ask(service, text="The quick", values={"max_tokens": 2}).outcome is not None
+    assert "it runs on the processor; install onnxruntime-gpu" in caplog.text
+
+
 # -- service --------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
@@ -18,7 +19,7 @@ from nmexport.runtimes.native import THREADS_ENTRY
 from nmexport.runtimes.session import Closing, Limits
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -278,6 +279,17 @@ def open_cuda_graph(
     return onnxruntime.InferenceSession(model, options, providers=[provider])
 
 
+def _provider_here(provider: Provider) -> Provider:
+    if provider == "cpu" or "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        return provider
+    logging.getLogger(__name__).warning(
+        "the model was made for a GPU, and ONNX Runtime %s has no CUDA provider: it runs on the "
+        "processor; install onnxruntime-gpu in place of onnxruntime for the GPU",
+        onnxruntime.__version__,
+    )
+    return "cpu"
+
+
 def _preload_cuda() -> None:
     """Load CUDA's libraries from Python packages, where ONNX Runtime can do that by itself."""
     preload = getattr(onnxruntime, "preload_dlls", None)
@@ -362,12 +374,14 @@ class OrtSession(Closing):
         self._watched_names: tuple[str, ...] = ()
 
     @classmethod
-    def from_engine(cls, path: Path, *, dense: bool = False) -> Self:
+    def from_engine(cls, path: Path, *, dense: bool = False, elsewhere: bool = False) -> Self:
         """Open what `engine.json` describes.
 
         Args:
             path: `engine.json`, or the folder that holds it.
             dense: Open the dense baseline in place of the sparse model.
+            elsewhere: Where this ONNX Runtime was built without the provider that the engine
+                names, compute on the processor; a warning says so.
 
         Raises:
             ArtifactError: see `read_engine`, `engine_library`.
@@ -384,7 +398,7 @@ class OrtSession(Closing):
             library=None if dense else engine_library(engine),
             threads=engine.threads,
             config=engine.session_config,
-            provider=engine.provider,
+            provider=_provider_here(engine.provider) if elsewhere else engine.provider,
         )
 
     @property
@@ -419,6 +433,12 @@ class OrtSession(Closing):
     def restore(self, state: CacheState) -> None:
         """Continue from a state that this session gave out before."""
         self._state = state
+
+    def cache_values(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
+        """Keys and values `[B, H, P, D]` under their outputs' names, layer by layer."""
+        is_bfloat16 = self._logits_type == "tensor(bfloat16)"
+        for slot, value in zip(self._slots, self.state.past, strict=True):
+            yield slot.present, float32_from(value.numpy(), is_bfloat16=is_bfloat16)
 
     def watch(self, names: Iterable[str]) -> None:
         """From now on keep these outputs of each run in `watched`, beside logits and cache."""

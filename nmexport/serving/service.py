@@ -116,7 +116,7 @@ class TextService(Closing):
         bundle = bundles.read_bundle(folder)
         bundle.check_files()
         tokenizer = ServingTokenizer(folder)
-        session = OrtSession.from_engine(folder)
+        session = OrtSession.from_engine(folder, elsewhere=True)
         difference = bundles.smoke_check(session, bundle)
         logging.getLogger(__name__).info(
             "%s at %s: reference logits differ by %.2g", bundle.model, bundle.pattern, difference
