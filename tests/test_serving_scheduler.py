@@ -287,6 +287,24 @@ def test_neighbours_change_nothing_on_a_real_session(toy: Path) -> None:
         assert ord(alone[0][0]) - 65 == greedy % VOCABULARY
 
 
+def test_padding_changes_bits_and_so_requests_are_not_padded_into_a_batch(
+    tiny_export: Path,
+) -> None:
+    lengths = (5, 6, 8, 11, 17)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 300, size=size) for size in lengths]
+    ids, mask = np.zeros((2, len(prompts), max(lengths)), np.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, -len(prompt) :] = prompt
+        mask[row, -len(prompt) :] = 1
+    # The dense model: no channel is chosen there, the difference is the runtime's attention alone.
+    with OrtSession(tiny_export / "dense" / "model.onnx", threads=1) as session:
+        alone = np.stack([session.prefill(prompt[None])[0, -1] for prompt in prompts])
+        together = session.prefill(ids, mask)[:, -1]
+    np.testing.assert_allclose(together, alone, atol=1e-4)  # the mask works
+    assert (together != alone).any()
+
+
 def test_extending_leaves_the_sessions_own_cache_alone(toy: Path) -> None:
     with OrtSession(toy, threads=1) as session:
         session.prefill(np.array([[1, 2, 3]]))

@@ -3,11 +3,13 @@
 A step takes every running request one token further and the oldest new one a chunk of its prompt
 further. So a long prompt holds the others up by a chunk, not by its length.
 
-Each request is run as a batch of its own, on its own cache. Measured on SmolLM2: sequences of
-unequal length, padded into one batch, get other bits than alone, since attention then sums over
-padding too; a mask near a tie flips, and logits move by up to 3. A batch of one is exact by
-construction, and batch 1 is where sparse decode gains (two tokens together meet three quarters of
-the rows, four nearly all of them). Chunks of a prompt give the same bits as the whole prompt.
+Each request is run as a batch of its own, on its own cache. Sequences of unequal length, padded
+into one batch, get other bits than alone, since the runtime's attention then sums over padding too;
+a mask near a tie flips, and logits move as far as `test_padding_moves_logits` says. Sequences of
+equal length would be exact, but those of requests that come and go hardly ever are. A batch of one
+is exact by construction, and batch 1 is where sparse decode gains (two tokens together meet three
+quarters of the rows, four nearly all of them). Chunks of a prompt give the same bits as the whole
+prompt.
 """
 
 from __future__ import annotations
