@@ -229,8 +229,9 @@ def _show_soak(outcome: dict[str, Any]) -> None:
         ("mean ITL ms", figure(outcome["mean_itl_ms"], 1)),
         ("held after the load", f"{outcome['left_over']['requests']} requests"),
     ]
-    title = (
+    out = console()
+    out.print(
         f"{load['clients']} clients of {outcome['by']} for {outcome['seconds']:.0f} s, "
         f"after {load['warmup_seconds']:.0f} s of warm-up"
     )
-    console().print(table(title, ("", ""), rows))
+    out.print(table(None, ("", ""), rows))
