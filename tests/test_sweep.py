@@ -227,6 +227,40 @@ def test_nothing_measured_is_no_plot() -> None:
     assert outcome.plot([{"refused": "no", "baseline": None}], "m") is None
 
 
+def row_of(label: str, pattern: str | None, ratio: float) -> dict[str, Any]:
+    return {
+        "label": label,
+        "baseline": None if pattern else label,
+        "pattern": pattern,
+        "perplexity_ratio": ratio,
+        "perplexity_ratio_stderr": 0.01,
+    }
+
+
+def test_a_plot_ranks_combinations_at_their_common_pattern() -> None:
+    rows = [
+        row_of("first", "8:16", 1.3),
+        row_of("second", "8:16", 1.5),
+        row_of("second", "16:32", 1.1),
+        row_of("third", "8:16", 1.6),
+        row_of("weights 50%", None, 1.2),
+    ]
+    assert outcome._ranked(rows[:4], "label") == ["first", "second", "third"]
+    words = list(ET.fromstring(outcome.plot(rows, "m")).itertext())  # noqa: S314 - ours
+    places = [words.index(label) for label in ("first", "second", "third", "weights 50%")]
+    assert places == sorted(places)
+
+
+def test_a_baseline_far_off_is_told_and_presses_nothing_together() -> None:
+    near = [row_of("one", "8:16", 1.3), row_of("weights 50%", None, 1.2)]
+    far = [*near, row_of("weights 2:4", None, 987.0)]
+    pictures = [ET.fromstring(outcome.plot(rows, "m")) for rows in (near, far)]  # noqa: S314
+    assert "987 \N{RIGHTWARDS ARROW}" in "".join(pictures[1].itertext())
+    ticks = [{"1", "1.2"} <= set(picture.itertext()) for picture in pictures]
+    assert ticks == [True, True]
+    assert "1000" not in set(pictures[1].itertext())
+
+
 def test_a_dry_run_lists_the_cells(sweep_file: Path, tmp_path: Path) -> None:
     arguments = ["sweep", str(sweep_file), "--work", str(tmp_path / "out"), "--dry-run"]
     done = CliRunner().invoke(cli, arguments)
@@ -243,8 +277,12 @@ def test_the_sweeps_that_travel_with_the_package_are_whole() -> None:
     for path in plan.find("paper").parent.glob("*.yaml"):
         planned = plan.load(path)
         assert all(cell.refused is None for cells in planned.cells.values() for cell in cells)
-    said = {str(cell.baseline) for cell in plan.load(plan.find("paper")).cells["smollm2"]}
+    cells = plan.load(plan.find("paper")).cells["smollm2"]
+    said = {str(cell.baseline) for cell in cells}
     assert {"activations 50%", "weights 50%", "weights 8:16", "weights 2:4"} <= said
+    corrected = {cell.recipe.sparsity.mitigations for cell in cells}
+    every = [("d-pts",), ("s-pts",), ("l-pts",), ("var",), ("ls",), ("r-sparse",)]
+    assert corrected.issuperset(every)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +28,13 @@ PROTOCOL = (
 )
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#5b6470")
 _MARKERS = "os^Dv<>P"
-_DASHES = ("--", ":", "-.", (0, (8, 3)), (0, (3, 1, 1, 1, 1, 1)))
 _GREY = "#5b6470"
+_PLOT_WIDTH, _PLOT_HEAD, _PLOT_LINE = 6.6, 1.1, 0.24  # inches
+# How far right of the largest ratio the axis ends.
+_ROOM = 1.15
+# Ticks of the ratio's logarithmic axis: those that it reaches.
+_FINE_TICKS = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7, 10)
+_TICKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10_000, 100_000)
 
 
 def document(
@@ -65,48 +71,44 @@ def markdown(found: Mapping[str, Any], plots: Mapping[str, str]) -> str:
 
 
 def plot(rows: Sequence[Mapping[str, Any]], model: str) -> str | None:
-    """Perplexity ratios over patterns, baselines as lines; None where nothing was measured."""
+    """A row of points for each combination, best first, baselines below; None of nothing."""
     measured = [row for row in rows if "refused" not in row]
     if not measured:
         return None
     sparse = [row for row in measured if row["baseline"] is None]
     patterns = sorted({row["pattern"] for row in sparse}, key=_order)
-    places = {pattern: place for place, pattern in enumerate(patterns)}
+    lines = [*_ranked(sparse, "label"), *_ranked(_baselines(measured), "baseline")]
+    # A baseline far off (weights pruned 2:4, in small models) must not press all else together.
+    end = _ROOM * max(row["perplexity_ratio"] for row in sparse or measured)
 
     def draw(axes: Axes) -> None:
-        variants = list(dict.fromkeys(row["label"] for row in sparse))
-        for index, label in enumerate(variants):
-            points = sorted(
-                (places[row["pattern"]], row["perplexity_ratio"])
-                for row in sparse
-                if row["label"] == label
-            )
-            axes.plot(
-                [x for x, _ in points],
-                [y for _, y in points],
+        places = {label: place for place, label in enumerate(lines)}
+        for index, pattern in enumerate(patterns):
+            _points(
+                axes,
+                [(row, places[row["label"]]) for row in sparse if row["pattern"] == pattern],
                 color=_COLOURS[index % len(_COLOURS)],
                 marker=_MARKERS[index % len(_MARKERS)],
-                markersize=4.5,
-                linewidth=1.2,
-                label=label,
+                label=pattern,
             )
-        for index, row in enumerate(row for row in measured if row["baseline"]):
-            axes.axhline(
-                row["perplexity_ratio"],
-                color=_GREY,
-                linewidth=1.2,
-                linestyle=_DASHES[index % len(_DASHES)],
-                label=row["baseline"],
-            )
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
-        axes.set_ylabel("perplexity, times dense")
-        if patterns:
-            axes.set_xticks(range(len(patterns)), patterns)
-        axes.figure.legend(loc="outside upper left", ncols=2, handlelength=2.2, fontsize=7.5)
+        own = [(row, places[row["baseline"]]) for row in _baselines(measured)]
+        _points(axes, own, color=_GREY, marker="x", label="baseline")
+        for row, place in own:
+            if row["perplexity_ratio"] > end:
+                beyond = f"{number(row['perplexity_ratio'])} \N{RIGHTWARDS ARROW}"
+                axes.annotate(beyond, (end, place), ha="right", va="center", color=_GREY)
+        axes.set_yticks(range(len(lines)), lines)
+        axes.set_ylim(len(lines) - 0.4, -0.6)
+        axes.set_xscale("log")
+        _set_range(axes, min(1.0, *(row["perplexity_ratio"] for row in measured)), end)
+        axes.set_xlabel("perplexity, times dense")
+        axes.figure.legend(loc="outside upper left", ncols=len(patterns) + 1, handletextpad=0.2)
 
-    return svg_from(draw, title=f"Perplexity ratio of each pattern on {model}")
+    return svg_from(
+        draw,
+        title=f"Perplexity ratio of each combination on {model}",
+        size=(_PLOT_WIDTH, _PLOT_HEAD + _PLOT_LINE * len(lines)),
+    )
 
 
 def write(found: Mapping[str, Any], names: Mapping[str, str], folder: Path) -> list[Path]:
@@ -167,6 +169,41 @@ def _dense_line(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         f"Dense perplexity {number(first['perplexity']['dense'])}, {first['tokens']:,} tokens.",
         "",
     ]
+
+
+def _baselines(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [row for row in rows if row["baseline"] is not None]
+
+
+def _ranked(rows: Sequence[Mapping[str, Any]], key: str) -> list[str]:
+    """Labels, the one with the lowest ratio first: at the pattern that most rows have."""
+    patterns = collections.Counter(row["pattern"] for row in rows)
+    best: dict[str, tuple[int, float]] = {}
+    for row in rows:
+        rank = (patterns[row["pattern"]], -row["perplexity_ratio"])
+        best[row[key]] = max(rank, best.get(row[key], rank))
+    return sorted(best, key=lambda label: -best[label][1])
+
+
+def _points(axes: Axes, placed: Sequence[tuple[Mapping[str, Any], int]], **style: Any) -> None:
+    """Ratios with their standard errors, each at the place of its line."""
+    axes.errorbar(
+        [row["perplexity_ratio"] for row, _ in placed],
+        [place for _, place in placed],
+        xerr=[row["perplexity_ratio_stderr"] or 0.0 for row, _ in placed],
+        linestyle="none",
+        markersize=5,
+        elinewidth=1,
+        **style,
+    )
+
+
+def _set_range(axes: Axes, low: float, high: float) -> None:
+    ticks = _FINE_TICKS if high < _FINE_TICKS[-1] else _TICKS
+    axes.set_xlim(low / 1.02, high)
+    axes.set_xticks([tick for tick in ticks if low <= tick <= high])
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
 
 
 def _order(pattern: str) -> tuple[float, int]:

@@ -50,14 +50,16 @@ def layer_place(name: str, index: int) -> tuple[int, str]:
     return int(match[1]), match[2]
 
 
-def svg_from(draw: Callable[[Axes], None], *, title: str) -> str:
+def svg_from(
+    draw: Callable[[Axes], None], *, title: str, size: tuple[float, float] = (_WIDTH, _HEIGHT)
+) -> str:
     """One plot as an `<svg>` element that scales with the page and has an accessible name."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         FigureCanvasSVG(figure)
         draw(figure.add_subplot())
         stream = io.StringIO()
