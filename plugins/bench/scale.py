@@ -120,7 +120,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--calib", type=Path, required=True, help="a text file")
     parser.add_argument("--to", dest="last", choices=STAGES, default="export", help="last stage")
     options, more = parser.parse_known_args(arguments)
-    report = measure(options, more)
+    try:
+        report = measure(options, more)
+    except subprocess.CalledProcessError as error:  # the stage has said why
+        sys.exit(error.returncode)
     for stage, row in report["stages"].items():
         rss, anonymous = (row[f"peak_{kind}_bytes"] / 1e9 for kind in ("rss", "anonymous"))
         sys.stdout.write(
