@@ -10,7 +10,15 @@ from nmexport.layers import LayerSpec
 from nmexport.models.source import ModelSource
 from nmexport.progress import Silent
 from nmexport.recipe import GatesSection, ModelSection, Recipe, SparsitySection
-from nmexport.verification import audit, continuation, latency, op_parity, parity, report_learning
+from nmexport.verification import (
+    audit,
+    cache_parity,
+    continuation,
+    latency,
+    op_parity,
+    parity,
+    report_learning,
+)
 from nmexport.verification.accuracy import protocol
 from nmexport.verification.memory import PROTOCOL as MEMORY_PROTOCOL
 from nmexport.verification.report import assemble, judge
@@ -194,6 +202,9 @@ def _parity(*, native: bool) -> dict[str, Any]:
         else engine,
         "noise_floor": {**leg, "max_abs": 12.2, "greedy_identical": False, "prompts_diverged": 7},
         "protocol": parity.PROTOCOL,
+        "caches": _caches()
+        if native
+        else cache_parity.absent("the native op library is not built here"),
         "linears": {
             "torch": linears,
             "onnx": linears,
@@ -203,6 +214,15 @@ def _parity(*, native: bool) -> dict[str, Any]:
             "protocol": op_parity.PROTOCOL,
         },
     }
+
+
+def _caches() -> dict[str, Any]:
+    places = [(layer, tensor) for layer in range(3) for tensor in ("key", "value")]
+    layers = [
+        {"layer": layer, "tensor": tensor, "relative_error": 1e-6 * 4**layer}
+        for layer, tensor in places
+    ]
+    return {"layers": layers, "first_diverging": None, "tolerance": 1e-3}
 
 
 class Paced:

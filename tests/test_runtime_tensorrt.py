@@ -15,7 +15,7 @@ from nmexport.engines.profiles import Limits, profiles_for
 from nmexport.errors import ArtifactError, UserError
 from nmexport.graph.tensorrt import for_tensorrt
 from nmexport.runtimes.onnxruntime import OrtSession
-from nmexport.runtimes.session import is_resumable
+from nmexport.runtimes.session import is_readable, is_resumable
 from nmexport.runtimes.tensorrt import TensorRTSession
 from nmexport.runtimes.tensorrt_engine import PluginRecord, TensorRTEngine
 from nmexport.runtimes.tensorrt_kernels import KernelCache, kernel_cache_path
@@ -148,6 +148,20 @@ def test_a_state_survives_what_follows_and_goes_to_another_session(
         close(other.decode_step(IDS[:, 6:7]), wanted)
         session.restore(state)
         close(session.decode_step(IDS[:, 6:7]), wanted)
+
+
+def test_the_cache_is_read_as_onnx_runtime_has_it(session: TensorRTSession, exported: Path) -> None:
+    with OrtSession(exported, threads=1) as wanted, session:
+        for one in (session, wanted):
+            assert is_readable(one)
+            one.prefill(IDS[:, :7])
+            one.decode_step(IDS[:, 7:8])
+        pairs = list(zip(session.cache_values(), wanted.cache_values(), strict=True))
+        for (name, ours), (other, theirs) in pairs:
+            assert name == other
+            assert ours.shape == theirs.shape == (2, 2, 8, 16)
+            close(ours, theirs)
+        assert [name for (name, _), _ in pairs[:2]] == ["present.0.key", "present.0.value"]
 
 
 def test_decode_steps_are_recorded_once_and_replayed(exported: Path) -> None:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self, TypeGuard
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import TracebackType
 
     import numpy as np
@@ -111,6 +112,23 @@ class Timed(Resumable, Protocol):
 def is_resumable(session: Session) -> TypeGuard[Resumable]:
     """Whether a session hands over caches; asks its class, since a new session has no cache."""
     return hasattr(type(session), "restore")
+
+
+class Readable(Session, Protocol):
+    """A session whose cache can be read, for comparison with another's."""
+
+    def cache_values(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
+        """Keys and values `[B, H, P, D]` under their outputs' names, layer by layer.
+
+        Raises:
+            RuntimeError: if nothing has run yet.
+        """
+        ...
+
+
+def is_readable(session: Session) -> TypeGuard[Readable]:
+    """Whether a session's cache can be read."""
+    return hasattr(type(session), "cache_values")
 
 
 class Extendable(Protocol):

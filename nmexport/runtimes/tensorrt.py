@@ -32,7 +32,7 @@ from nmexport.runtimes.tensorrt_engine import (
 from nmexport.runtimes.tensorrt_kernels import KernelCache, kernel_cache_path
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -207,6 +207,18 @@ class TensorRTSession(Closing):
         for slot, source, buffer in zip(self._slots, state.buffers, self._caches[0], strict=True):
             self._device.copy(source, buffer, slot.bytes_of(self._batch, self._cache_tokens()))
         self._device.wait()
+
+    def cache_values(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
+        """Keys and values `[B, H, P, D]` under their outputs' names, layer by layer."""
+        cached = self._cached_mask().shape[1]
+        for slot, buffer in zip(self._slots, self._caches[0], strict=True):
+            kind = self._types[slot.past]
+            whole = np.empty(slot.shape(self._batch, self._cache_tokens()), _NUMPY[kind])
+            self._device.download(buffer, whole)
+            yield (
+                slot.present,
+                float32_from(whole[:, :, :cached], is_bfloat16=kind == "BF16"),
+            )
 
     def prefill(
         self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None

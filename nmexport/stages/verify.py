@@ -124,7 +124,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     """
     from nmexport.runtimes.onnxruntime import read_engine
     from nmexport.runtimes.opening import why_not_here
-    from nmexport.verification import alone, memory, report_pages
+    from nmexport.verification import alone, memory, report_engine, report_pages
     from nmexport.verification.reference import model_size
     from nmexport.verification.report import assemble, judge
 
@@ -133,6 +133,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     windows = _windows(inputs)
     prompts = prompts_from(windows, recipe.evaluation.prompts)
     size = model_size(inputs.source, trust_remote_code=recipe.model.trust_remote_code)
+    built = report_engine.section(inputs.upstream["engine"])
     compared = engine.dense_model is not None
     measure = _dense_against_sparse if compared else _sparse_alone
     accuracy, latency = measure(inputs, windows, prompts)
@@ -152,7 +153,11 @@ def run(inputs: StageInputs) -> dict[str, Any]:
             prompt_tokens=recipe.latency.prefill_tokens,
             why_no_dense=None if compared else alone.WHY,
         ),
-        notes=_notes(engine, why_not_here(inputs.upstream["engine"]), recipe),
+        notes=[
+            *_notes(engine, why_not_here(inputs.upstream["engine"]), recipe),
+            *report_engine.words(built),
+        ],
+        engine=built,
         allocation=_allocation(inputs),
         calibration=_calibration(inputs),
         phases=_phases(inputs),
@@ -369,7 +374,7 @@ def _parity(inputs: StageInputs, engine: Engine, prompts: NDArray[np.int64]) -> 
     """The report's `parity`: whole models in lock step, and each linear against the oracle."""
     from nmexport.runtimes.onnxruntime import OrtSession
     from nmexport.runtimes.opening import open_session, why_not_here
-    from nmexport.verification import parity
+    from nmexport.verification import cache_parity, parity
     from nmexport.verification.reference import open_folded
 
     folded = fold.Artifact(inputs.upstream["fold"])
@@ -397,7 +402,13 @@ def _parity(inputs: StageInputs, engine: Engine, prompts: NDArray[np.int64]) -> 
         steps = range(inputs.recipe.evaluation.generate_tokens)
         tracked = inputs.progress.track(steps, label="verify: parity", total=len(steps))
         report = parity.compare(executors, prompts, tracked, why_absent=why)
-        return {**report, "linears": _linear_parity(engine, folded, torch_session, prompts[0], why)}
+        return {
+            **report,
+            "caches": cache_parity.compare_where_possible(
+                executors, (parity.ONNX, parity.ENGINE), why, dtype=inputs.recipe.model.dtype
+            ),
+            "linears": _linear_parity(engine, folded, torch_session, prompts[0], why),
+        }
 
 
 def _linear_parity(

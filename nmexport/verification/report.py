@@ -33,6 +33,7 @@ def assemble(
     latency: Mapping[str, Any],
     memory: Mapping[str, Any],
     notes: list[str],
+    engine: Mapping[str, Any] | None = None,
     allocation: Mapping[str, Any] | None = None,
     calibration: Mapping[str, Any] | None = None,
     phases: ModelPhases | None = None,
@@ -51,6 +52,7 @@ def assemble(
         latency: See `latency.compare`.
         memory: `peak_rss_bytes`, `device_bytes`, `artifact_bytes`.
         notes: What a reader must know beside the figures.
+        engine: See `report_engine.section`; None where ONNX Runtime runs the model.
         allocation: See `nmexport.allocation.choice.as_dict`; None where all linears are alike.
         calibration: See `report_learning.section`.
         phases: When the model is sparse; None is as the recipe says.
@@ -74,6 +76,7 @@ def assemble(
         "parity": parity,
         "latency": latency,
         "memory": memory,
+        "engine": engine,
         "notes": notes,
         "environment": environment.as_dict(),
         "recipe": recipe.model_dump(mode="json", by_alias=True),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from nmexport.verification import report_allocation, report_learning
+from nmexport.verification import cache_parity, report_allocation, report_learning
 from nmexport.verification.report_plots import (
     front_svg,
     latency_svg,
@@ -316,6 +316,8 @@ def _render(template: str, report: dict[str, Any], **more: Any) -> str:
             summary=summary_rows(report),
             parity=parity_rows(report),
             linears=linear_rows(report),
+            caches=cache_parity.line(report["parity"].get("caches")),
+            cache_protocol=cache_parity.PROTOCOL,
             tasks=task_rows(report),
             decode_only=decode_only_line(report),
             allocation=report_allocation.rows(report.get("allocation")),

@@ -1,0 +1,102 @@
+"""Where two executors part: their caches compared layer by layer.
+
+An engine gives out nothing but logits and cache; a layer's keys and values are made of what the
+layers before it computed, so the first that differ point at the place.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from nmexport.runtimes.session import Readable, Session
+
+TOLERANCES = {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.2}
+"""What rounding alone may make of a token's keys or values, by the type they are computed in."""
+PROTOCOL = (
+    "After the last step, the keys and the values of each layer are held against each other: of "
+    "each token the norm of the difference over the norm, of all tokens the median, so that a "
+    "single choice between nearly equal scores counts for little. The first beyond the tolerance "
+    "was computed by what lies before it: layer 0's inputs are the embeddings, layer 5's are what "
+    "layer 4 gave."
+)
+_NAME = re.compile(r"present\.(\d+)\.(key|value)")
+
+
+def absent(why: str) -> dict[str, Any]:
+    """The report's form where nothing could be compared."""
+    return {"layers": [], "first_diverging": None, "why": why}
+
+
+def compare(left: Readable, right: Readable, *, dtype: str) -> dict[str, Any]:
+    """The report's `parity.caches` of two sessions that read the same tokens.
+
+    Args:
+        left: What is relied on.
+        right: What is held against it.
+        dtype: The type that they compute in.
+    """
+    tolerance = TOLERANCES[dtype]
+    layers = [
+        {**_place(name), "relative_error": relative_error(wanted, got)}
+        for (name, wanted), (_, got) in zip(left.cache_values(), right.cache_values(), strict=True)
+    ]
+    # Not a comparison that holds for what is not a number.
+    beyond = (layer for layer in layers if not layer["relative_error"] <= tolerance)
+    return {"layers": layers, "first_diverging": next(beyond, None), "tolerance": tolerance}
+
+
+def compare_where_possible(
+    executors: Mapping[str, Session], pair: tuple[str, str], why: Mapping[str, str], *, dtype: str
+) -> dict[str, Any]:
+    """`compare` two of the executors, or say why not."""
+    from nmexport.runtimes.session import is_readable
+
+    missing = next((name for name in pair if name not in executors), None)
+    if missing is not None:
+        return absent(why[missing])
+    left, right = (executors[name] for name in pair)
+    if not (is_readable(left) and is_readable(right)):
+        return absent("one of them keeps its cache to itself")
+    return compare(left, right, dtype=dtype)
+
+
+def relative_error(wanted: NDArray[np.float32], got: NDArray[np.float32]) -> float:
+    """Median over tokens of the difference's norm over the norm; both `[B, H, P, D]`."""
+    axes = (1, 3)
+    difference = np.linalg.norm(wanted.astype(np.float64) - got, axis=axes)
+    size = np.linalg.norm(wanted.astype(np.float64), axis=axes)
+    return float(np.median(difference / np.maximum(size, np.finfo(np.float32).tiny)))
+
+
+def line(caches: Mapping[str, Any] | None) -> str | None:
+    """The outcome in a sentence; None of a report that knows nothing of caches."""
+    if caches is None:
+        return None
+    if not caches["layers"]:
+        return f"not compared: {caches['why']}"
+    allowed = f"{100 * caches['tolerance']:.3g} %"
+    first = caches["first_diverging"]
+    if first is None:
+        worst = max(caches["layers"], key=lambda layer: layer["relative_error"])
+        return f"all layers agree within {allowed}; the largest difference is {_told(worst)}"
+    return f"the first to differ by more than {allowed} is {_told(first)}"
+
+
+def _told(layer: Mapping[str, Any]) -> str:
+    error = layer["relative_error"]
+    by = "whose values are no numbers" if error is None else f"by {100 * error:.2g} %"
+    return f"layer {layer['layer']}'s {layer['tensor']}, {by}"
+
+
+def _place(name: str) -> dict[str, Any]:
+    match = _NAME.fullmatch(name)
+    layer, tensor = match.groups() if match else ("-1", name)
+    return {"layer": int(layer), "tensor": tensor}
