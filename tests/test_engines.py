@@ -28,12 +28,14 @@ from nmexport.environment import probe
 from nmexport.errors import ArtifactError, EnvironmentFault, InternalError, RecipeError
 from nmexport.graph.tensorrt import for_tensorrt
 from nmexport.models.source import ModelSource
+from nmexport.pipeline import Pipeline, Selection
 from nmexport.progress import Silent
 from nmexport.recipe import EngineSection, EvaluationSection, LatencySection, ModelSection, Recipe
 from nmexport.runtimes import opening, tensorrt_engine, tensorrt_library
 from nmexport.serving import triton_config
 from nmexport.stages import engine
 from nmexport.stages.inputs import StageInputs
+from nmexport.work_directory import WorkDirectory
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.exported import export_folder
@@ -285,6 +287,25 @@ def test_what_is_missing_is_said_before_anything_runs(
     monkeypatch.setattr(tensorrt_library, "_FOLDER", tmp_path)
     with pytest.raises(EnvironmentFault, match="make plugin"):
         engine.key_fields(inputs)
+
+
+def test_a_plan_of_what_would_run_says_it_too(
+    tmp_path: Path, tiny_llama: Path, plugin: Path
+) -> None:
+    section = EngineSection(compute_capabilities=("9.0",))
+    source = ModelSource(
+        id="tiny", revision=None, folder=tiny_llama, gguf_file=None, digest="1" * 64
+    )
+    pipeline = Pipeline(
+        recipe=RECIPE.model_copy(update={"engine": section}),
+        source=source,
+        environment=probe(),
+        work=WorkDirectory(tmp_path / "w"),
+        progress=Silent(),
+    )
+    with pytest.raises(RecipeError, match="does not run on compute capability 9"):
+        pipeline.plan(Selection(last="engine"))
+    assert not (tmp_path / "w").exists()
 
 
 def test_without_the_operator_the_cache_is_copied(

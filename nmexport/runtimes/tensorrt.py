@@ -132,6 +132,7 @@ class TensorRTSession(Closing):
         self._vocabulary_size = int(self._engine.get_tensor_shape("logits")[2])
         # TensorRT-RTX replaces kernels while it runs, and records its graphs when it has done so.
         self._records_itself = False
+        self._configs: list[Any] = []  # as long as their contexts
         self._contexts = {
             name: self._context(index, name) for index, name in enumerate(engine.profiles)
         }
@@ -259,6 +260,7 @@ class TensorRTSession(Closing):
             self._kernels.save()
         self._graph = None
         self._contexts.clear()
+        self._configs.clear()
         self._caches.clear()
         self._buffers.clear()
         self._engine = None
@@ -467,6 +469,7 @@ class TensorRTSession(Closing):
         if self._described.target != "tensorrt-rtx":
             return self._engine.create_execution_context()
         config = self._engine.create_runtime_config()
+        self._configs.append(config)
         if self._kernels is not None:
             self._kernels.attach(config)
         if profile == "decode" and self._described.in_place_cache:
