@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from nmexport.layers import ModelPhases
+    from nmexport.models.offload import Memory
     from nmexport.models.source import ModelSource
     from nmexport.progress import Progress
     from nmexport.recipe import Recipe
@@ -124,25 +125,37 @@ def _sessions(
 ) -> Iterator[tuple[Session, Session]]:
     """The dense and the folded model, whole on a device, or layer by layer."""
     from nmexport.models.layerwise import skeleton
-    from nmexport.models.offload import free_memory, parameter_count, placement
+    from nmexport.models.offload import Memory, free_memory, parameter_count, placement
 
     source, section = subject.source, subject.recipe.model
-    offload = subject.recipe.calibration.offload
+    offload, memory = subject.recipe.calibration.offload, free_memory()
     parameters = 0
     if offload == "auto" and source.gguf_file is None:
         empty = skeleton(source, trust_remote_code=section.trust_remote_code)
-        parameters = 2 * share.processes * parameter_count(empty)  # two models in every process
-    if placement(source, offload, parameters, free_memory()) == "layerwise":
+        parameters = 2 * parameter_count(empty)
+    device = _device(share, parameters, memory)
+    on_host = share.processes * parameters if device == "cpu" else 0
+    if placement(source, offload, on_host, Memory(host=memory.host)) == "layerwise":
         with _layerwise_sessions(subject, windows, progress) as pair:
             yield pair
         return
     from nmexport.verification.reference import open_dense, open_folded
 
     with (
-        open_dense(source, section, device=share.device) as dense,
-        open_folded(source, section, subject.folded, device=share.device) as sparse,
+        open_dense(source, section, device=device) as dense,
+        open_folded(source, section, subject.folded, device=device) as sparse,
     ):
         yield dense, sparse
+
+
+def _device(share: Share, parameters: int, memory: Memory) -> str:
+    """The process's own GPU, where so many parameters find room in it; else the host."""
+    from nmexport.models.offload import bytes_needed
+
+    kind, _, index = share.device.partition(":")
+    if kind != "cuda":
+        return share.device
+    return share.device if bytes_needed(parameters) <= memory.devices[int(index or 0)] else "cpu"
 
 
 @contextlib.contextmanager

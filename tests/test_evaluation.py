@@ -107,6 +107,17 @@ def test_layer_by_layer_gives_the_same_figures(
     assert evaluate(work, Share(), progress=Silent()) == alone
 
 
+@pytest.mark.parametrize(
+    ("device", "free", "expected"),
+    [("cpu", (), "cpu"), ("cuda:1", (0, 5000), "cuda:1"), ("cuda:1", (5000, 4000), "cpu")],
+)
+def test_a_gpu_without_room_for_both_models_is_left_alone(
+    device: str, free: tuple[int, ...], expected: str
+) -> None:
+    memory = Memory(host=10_000, devices=free)
+    assert evaluation._device(Share(device=device), 1000, memory) == expected
+
+
 def test_layer_by_layer_scores_a_sparse_head(
     tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

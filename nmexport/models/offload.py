@@ -176,12 +176,17 @@ def placement(source: ModelSource, offload: Offload, parameters: int, memory: Me
                 allowed="a model in safetensors files",
             )
         return "layerwise"
-    needed = round(_ROOM * _FLOAT32 * parameters)
+    needed = bytes_needed(parameters)
     if offload == "never" or needed <= memory.host:
         return "whole"
     if memory.devices and needed <= sum(memory.devices):
         return "mapped"
     return "whole" if source.gguf_file is not None else "layerwise"
+
+
+def bytes_needed(parameters: int) -> int:
+    """Memory to run so many parameters in float32."""
+    return round(_ROOM * _FLOAT32 * parameters)
 
 
 def parameter_count(model: nn.Module) -> int:
