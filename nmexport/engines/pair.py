@@ -27,10 +27,12 @@ from nmexport.runtimes.tensorrt_engine import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from nmexport.engines.building import Plan
     from nmexport.engines.profiles import Limits
+    from nmexport.engines.weight_copies import Weight
     from nmexport.environment import Environment
     from nmexport.graph.tensorrt import Rewritten
     from nmexport.progress import Progress
@@ -95,75 +97,129 @@ def build_pair(
     """
     requirements.check(target, recipe.engine.compute_capabilities)
     limits = limits_from(recipe)
-    plugin = tensorrt_library.require_plugin()
-    cache = _timing_cache(target, environment)
     sparse, dense = _sides(target, recipe, export, limits)
     weights = weight_copies.weights_of(sparse.rewritten.model)
-    size = sum(weight.size for weight in weights)
-    progress.note(_announcement(target, recipe, size))
+    progress.note(_announcement(target, recipe, sum(weight.size for weight in weights)))
     log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
-
-    def build(side: _Side, *, with_plugin: bool) -> Plan:
-        order = building.Order(
-            target=target,
-            model=ir.to_proto(side.rewritten.model).SerializeToString(),
-            weights_beside=side.source,
-            profiles=profiles_for(input_axes(side.rewritten.model), limits),
-            compute_capabilities=recipe.engine.compute_capabilities,
-            plugin=plugin if with_plugin else None,
-            embed_plugin=with_plugin and recipe.engine.embed_plugin,
-            timing_cache=cache,
-            log=log,
-            label=side.label,
-        )
-        plan = building.build(order, progress)
-        _check_cache(side, plan)
-        (output / side.plan_name).write_bytes(plan.data)
-        return plan
-
-    plan = build(sparse, with_plugin=True)
-    audited = layer_audit.audit(
-        network=plan.layers,
-        plan=plan.data,
-        inspector=inspect(target, plan.data),
-        nodes=sparse_nodes(sparse.rewritten.model),
-        weights=weights,
-        profiles=len(PROFILES),
-        plugin_bytes=plugin.stat().st_size if recipe.engine.embed_plugin else 0,
-        compiled=target == "tensorrt",
+    maker = _Maker(
+        target=target,
+        recipe=recipe,
+        limits=limits,
+        plugin=tensorrt_library.require_plugin(),
+        timing_cache=_timing_cache(target, environment),
+        output=output,
+        log=log,
+        progress=progress,
     )
-    (output / LAYERS).write_text(json.dumps(audited.as_dict(), indent=1) + "\n", encoding="utf-8")
-    dense_plan = build(dense, with_plugin=False)
+    plan = maker.build(sparse, with_plugin=True)
+    audited = maker.audit(plan, sparse, weights)
+    dense_plan = maker.build(dense, with_plugin=False)
     if log.is_file():
         shutil.move(log, output / LOG)
-    engine = TensorRTEngine(
-        target=target,
-        version=tensorrt_library.load(target).__version__,
-        dtype=recipe.model.dtype,
-        compute_capabilities=recipe.engine.compute_capabilities,
-        in_place_cache=sparse.rewritten.in_place,
-        why_not_in_place=sparse.rewritten.why_not_in_place,
-        attention=audited.attention,
-        max_batch=limits.max_batch,
-        max_sequence=limits.max_sequence,
-        max_context=limits.max_context,
-        profiles=PROFILES,
-        plugin=PluginRecord(
-            file=plugin.name,
-            sha256=file_digest(plugin),
-            version=tensorrt_library.describe_plugin(plugin)["version"],
-            embedded=recipe.engine.embed_plugin,
-        ),
-        tensors=plan.tensors,
-    )
-    metrics = {
-        **_metrics(engine, audited, plan, dense_plan),
-        "limits": vars(limits),
-        "timing_cache": None if cache is None else cache.name,
-        "why_no_timing_cache": building.NO_TIMING_CACHE if cache is None else None,
-    }
-    return Built(engine=engine, metrics=metrics)
+    engine = maker.describe(plan, sparse, audited)
+    return Built(engine=engine, metrics=maker.metrics(engine, audited, plan, dense_plan))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Maker:
+    """What both builds share."""
+
+    target: TensorRTTarget
+    recipe: Recipe
+    limits: Limits
+    plugin: Path
+    timing_cache: Path | None
+    output: Path
+    log: Path
+    progress: Progress
+
+    def build(self, side: _Side, *, with_plugin: bool) -> Plan:
+        """Build a plan and write it."""
+        section = self.recipe.engine
+        order = building.Order(
+            target=self.target,
+            model=ir.to_proto(side.rewritten.model).SerializeToString(),
+            weights_beside=side.source,
+            profiles=profiles_for(input_axes(side.rewritten.model), self.limits),
+            compute_capabilities=section.compute_capabilities,
+            plugin=self.plugin if with_plugin else None,
+            embed_plugin=with_plugin and section.embed_plugin,
+            timing_cache=self.timing_cache,
+            log=self.log,
+            label=side.label,
+        )
+        plan = building.build(order, self.progress)
+        _check_cache(side, plan)
+        (self.output / side.plan_name).write_bytes(plan.data)
+        return plan
+
+    def audit(self, plan: Plan, side: _Side, weights: Sequence[Weight]) -> layer_audit.LayerAudit:
+        """Check the sparse plan and write what was found."""
+        embeds = self.recipe.engine.embed_plugin
+        audited = layer_audit.audit(
+            network=plan.layers,
+            plan=plan.data,
+            inspector=inspect(self.target, plan.data),
+            nodes=sparse_nodes(side.rewritten.model),
+            weights=weights,
+            profiles=len(PROFILES),
+            plugin_bytes=self.plugin.stat().st_size if embeds else 0,
+            compiled=self.target == "tensorrt",
+        )
+        text = json.dumps(audited.as_dict(), indent=1) + "\n"
+        (self.output / LAYERS).write_text(text, encoding="utf-8")
+        return audited
+
+    def describe(self, plan: Plan, side: _Side, audited: layer_audit.LayerAudit) -> TensorRTEngine:
+        """What a session must know of the sparse plan, and of the dense one built alike."""
+        recipe, limits = self.recipe, self.limits
+        return TensorRTEngine(
+            target=self.target,
+            version=tensorrt_library.load(self.target).__version__,
+            dtype=recipe.model.dtype,
+            compute_capabilities=recipe.engine.compute_capabilities,
+            in_place_cache=side.rewritten.in_place,
+            why_not_in_place=side.rewritten.why_not_in_place,
+            attention=audited.attention,
+            max_batch=limits.max_batch,
+            max_sequence=limits.max_sequence,
+            max_context=limits.max_context,
+            profiles=PROFILES,
+            plugin=PluginRecord(
+                file=self.plugin.name,
+                sha256=file_digest(self.plugin),
+                version=tensorrt_library.describe_plugin(self.plugin)["version"],
+                embedded=recipe.engine.embed_plugin,
+            ),
+            tensors=plan.tensors,
+        )
+
+    def metrics(
+        self, engine: TensorRTEngine, audited: layer_audit.LayerAudit, sparse: Plan, dense: Plan
+    ) -> dict[str, Any]:
+        """The stage's metrics."""
+        cache = self.timing_cache
+        return {
+            "target": engine.target,
+            "version": engine.version,
+            "compute_capabilities": list(engine.compute_capabilities),
+            "plan_bytes": {"sparse": len(sparse.data), "dense": len(dense.data)},
+            "weight_bytes": audited.weight_bytes,
+            "weights_found": audited.weights_found,
+            "parse_seconds": {"sparse": sparse.parse_seconds, "dense": dense.parse_seconds},
+            "build_seconds": {"sparse": sparse.build_seconds, "dense": dense.build_seconds},
+            "plugin_layers": dict(audited.plugin_layers),
+            "layers_from": audited.source,
+            "attention": engine.attention,
+            "attention_layers": audited.attention_layers,
+            "attention_kernels": dict(audited.attention_kernels),
+            "cache": "in place" if engine.in_place_cache else "concatenated",
+            "why_not_in_place": engine.why_not_in_place,
+            "limits": vars(self.limits),
+            "timing_cache": None if cache is None else cache.name,
+            "why_no_timing_cache": building.NO_TIMING_CACHE if cache is None else None,
+        }
 
 
 def _timing_cache(target: TensorRTTarget, environment: Environment) -> Path | None:
@@ -234,28 +290,6 @@ def _check_cache(side: _Side, plan: Plan) -> None:
             f"{side.label}: the network has {found} in-place cache updates where the graph has "
             f"{wanted}."
         )
-
-
-def _metrics(
-    engine: TensorRTEngine, audited: layer_audit.LayerAudit, sparse: Plan, dense: Plan
-) -> dict[str, Any]:
-    return {
-        "target": engine.target,
-        "version": engine.version,
-        "compute_capabilities": list(engine.compute_capabilities),
-        "plan_bytes": {"sparse": len(sparse.data), "dense": len(dense.data)},
-        "weight_bytes": audited.weight_bytes,
-        "weights_found": audited.weights_found,
-        "parse_seconds": {"sparse": sparse.parse_seconds, "dense": dense.parse_seconds},
-        "build_seconds": {"sparse": sparse.build_seconds, "dense": dense.build_seconds},
-        "plugin_layers": dict(audited.plugin_layers),
-        "layers_from": audited.source,
-        "attention": engine.attention,
-        "attention_layers": audited.attention_layers,
-        "attention_kernels": dict(audited.attention_kernels),
-        "cache": "in place" if engine.in_place_cache else "concatenated",
-        "why_not_in_place": engine.why_not_in_place,
-    }
 
 
 def input_axes(model: ir.Model) -> dict[str, tuple[int | str | None, ...]]:
