@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from nmexport.artifact import file_digest
+from nmexport.engines import requirements
 from nmexport.environment import probe
 from nmexport.errors import ArtifactError, EnvironmentFault, GateFailed, RecipeError
 from nmexport.models.source import ModelSource
@@ -86,7 +87,10 @@ def toy_export(tmp_path: Path) -> Path:
 def test_a_tensorrt_target_without_its_plugin_says_how_to_get_it(
     tmp_path: Path, toy_export: Path, monkeypatch: pytest.MonkeyPatch, target: str
 ) -> None:
+    pytest.importorskip("polygraphy")
     monkeypatch.setattr(tensorrt_library, "_FOLDER", tmp_path)
+    monkeypatch.setattr(tensorrt_library, "load", lambda _: None)
+    monkeypatch.setattr(requirements, "check_gpus", lambda *_: None)
     recipe = Recipe(model=ModelSection(id="tiny"), target=target)
     with pytest.raises(EnvironmentFault, match="make plugin"):
         engine.run(_inputs(tmp_path, recipe, export=toy_export))
