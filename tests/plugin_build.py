@@ -39,14 +39,9 @@ def built(what: str, folder: Path) -> Path:
     return path
 
 
-@functools.cache
-def whole_library(factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The plugin for all supported GPUs, and what the compilers said.
-
-    Takes minutes, so the tests of the library and those of the compilers' report share it.
-    """
+def build_whole_library(folder: Path) -> tuple[Path, str]:
+    """The plugin for all supported GPUs, and what the compilers said."""
     _skip_unless_buildable()
-    folder = factory.mktemp("plugin")
     library = build_script().build_library(folder / "native", jobs=2, folder=folder)
     return library, (folder / "build.log").read_text(encoding="utf-8")
 

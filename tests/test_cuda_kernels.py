@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 from nmexport.runtimes import tensorrt_library
 
-from tests.plugin_build import ROOT, build_script, whole_library
+from tests.plugin_build import ROOT, build_script
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -93,8 +93,8 @@ ptxas info    : Compiling entry function '_ZN4cuda3_G_9_decode_cu11probeKernelEv
 
 
 @pytest.mark.slow
-def test_no_kernel_spills_on_any_supported_gpu(tmp_path_factory: pytest.TempPathFactory):
-    _, report = whole_library(tmp_path_factory)
+def test_no_kernel_spills_on_any_supported_gpu(whole_plugin: tuple[Path, str]):
+    _, report = whole_plugin
     counts, spilling = spilling_kernels(report)
     assert sorted(counts) == sorted(f"sm_{a}" for a in ARCHITECTURES)
     assert len({tuple(sorted(kinds.items())) for kinds in counts.values()}) == 1, counts
