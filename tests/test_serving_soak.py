@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 from click.testing import CliRunner
 from nmexport.cli import bench_serving
@@ -79,7 +81,8 @@ def test_all_processes_count_and_shared_pages_once() -> None:
         process.stdout.readline()
         whole = soak.memory_of(process.pid)
         alone = soak._share_of(process.pid)
-        subprocess.run(["pkill", "-P", str(process.pid)], check=True)
+        for below in psutil.Process(process.pid).children():
+            below.kill()
         process.kill()
     assert whole - alone > 40 * MEGABYTE
     assert 20 * MEGABYTE < alone < 60 * MEGABYTE
@@ -184,8 +187,6 @@ def outcome(growth: float, held: int) -> dict[str, Any]:
 def test_growth_and_what_is_held_fail_a_soak(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, growth: float, held: int, words: str | None
 ) -> None:
-    import contextlib
-
     server = tmp_path / "tritonserver"
     server.touch()
     monkeypatch.setattr(
