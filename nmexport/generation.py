@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ArtifactError, UserError
+from nmexport.serving.options import GenerationOptions
 from nmexport.serving.sampling import Sampler
 from nmexport.serving.text import StopFilter, TextStream
 
@@ -52,7 +53,10 @@ def generate(
         ArtifactError: if the work directory holds no engine, or one that cannot be opened.
         EnvironmentFault: if the engine needs a native library that is missing here.
     """
-    _check_options(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
+    # What a server refuses, this refuses.
+    GenerationOptions(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
+    )
     from nmexport.runtimes.onnxruntime import read_engine
     from nmexport.runtimes.opening import open_session
 
@@ -70,21 +74,6 @@ def generate(
             yield from until_stop(text_pieces(tokenizer, tokens), stop)
 
     return pieces()
-
-
-def _check_options(*, max_tokens: int, temperature: float, top_p: float, top_k: int) -> None:
-    wrong = [
-        f"{name} {value} (allowed: {allowed})"
-        for name, value, allowed, holds in (
-            ("max_tokens", max_tokens, "at least 1", max_tokens >= 1),
-            ("temperature", temperature, "0 or more", temperature >= 0),
-            ("top_p", top_p, "above 0, at most 1", 0 < top_p <= 1),
-            ("top_k", top_k, "0 or more", top_k >= 0),
-        )
-        if not holds
-    ]
-    if wrong:
-        raise UserError(f"Out of range: {', '.join(wrong)}.")
 
 
 def load_tokenizer(folder: Path) -> Any:

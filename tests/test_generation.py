@@ -156,7 +156,15 @@ def test_generate_is_greedy_on_the_real_cache(work: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"max_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}]
+    "options",
+    [
+        {"max_tokens": 0},
+        {"temperature": -1.0},
+        {"temperature": 1e-310},
+        {"top_p": 0.0},
+        {"top_k": -1},
+        {"seed": -1},
+    ],
 )
 def test_options_out_of_range(work: Path, options: dict) -> None:
     with pytest.raises(UserError, match=next(iter(options))):
