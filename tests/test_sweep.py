@@ -576,6 +576,7 @@ def test_two_sweeps_do_not_share_a_folder(sweep_file: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ray leaves files open
 def test_a_real_ray_measures_the_same(
     sweep_file: Path, tmp_path: Path, swept: tuple[Path, Any]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import TYPE_CHECKING, Any, Protocol
 
 from nmexport.errors import EnvironmentFault, UserError
@@ -69,7 +70,9 @@ class RayCluster:
                 "--ray needs Ray, which is not installed.", fix="pip install 'nmexport[ray]'"
             ) from error
         try:
-            ray.init(address=self._address, include_dashboard=False, configure_logging=False)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # its tips are for who writes programs on it
+                ray.init(address=self._address, include_dashboard=False, configure_logging=False)
         except (ConnectionError, ValueError, RuntimeError, OSError) as error:
             raise EnvironmentFault(
                 f"There is no Ray cluster at {self._address}: {error}",
