@@ -6,14 +6,11 @@ import json
 import queue
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,9 +18,8 @@ import pytest
 from nmexport.errors import EnvironmentFault, RequestError
 from nmexport.generation import generate
 from nmexport.serving import client, launch
-from nmexport.serving.bundle import REFERENCE
+from nmexport.serving.bundle import FILENAME, REFERENCE
 from nmexport.serving.stub_environment import make_environment
-from nmexport.serving.triton_config import CONFIG, PLAN, engine_config, signature_of, to_text
 
 from tests.served import (
     NAME,
@@ -32,15 +28,28 @@ from tests.served import (
     save_package,
     triton,
 )
+from tests.triton_clients import (
+    grpc_cancelled,
+    grpc_client,
+    grpc_stream,
+    http_client,
+    http_generate,
+    metrics_of,
+    regions_left,
+    regions_of,
+    text_of,
+    wait_for,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
-grpc_client = pytest.importorskip("tritonclient.grpc", reason="the client library is not installed")
-http_client = pytest.importorskip("tritonclient.http", reason="the client library is not installed")
 
 PROMPT = "The quick brown"
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  where the python backend keeps its regions
+CONTEXT = 4096
+LONG = CONTEXT - 16
+"""Tokens of a text that takes seconds: the tiny model makes one in well under a millisecond."""
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +61,11 @@ def work(tiny_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     engine = root / "engine" / "current"
     engine.mkdir(parents=True)
     (engine / "engine.json").write_text(json.dumps(engine_document()))
-    save_package(root / "export" / "current", root / "package" / "current")
+    bundle = save_package(root / "export" / "current", root / "package" / "current")
+    # Its positions have no end, and neither have its texts without an end token.
+    path = bundle / FILENAME
+    changed = {"context_tokens": CONTEXT, "end_tokens": []}
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **changed}))
     return root
 
 
@@ -63,77 +76,12 @@ def server(work: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[lau
         yield running
 
 
-@pytest.fixture
-def grpc(server: launch.Server) -> Iterator[Any]:
-    with grpc_client.InferenceServerClient(server.addresses.grpc) as connection:
-        yield connection
+def metrics(server: launch.Server) -> dict[str, float]:
+    return metrics_of(server, NAME)
 
 
-def metric(server: launch.Server, name: str) -> float:
-    with urllib.request.urlopen(server.addresses.metrics) as answer:  # noqa: S310  our own server
-        text = answer.read().decode()
-    found = re.search(rf'^{name}{{model="{NAME}"}} (\S+)$', text, re.MULTILINE)
-    assert found, name
-    return float(found[1])
-
-
-def wait_for(holds: Any, seconds: float = 10.0) -> None:
-    until = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < until, "it never came true"
-        time.sleep(0.01)
-
-
-def tensors(**values: Any) -> list[Any]:
-    """Inputs for tritonclient."""
-    kinds = {
-        "text_input": ("BYTES", np.object_),
-        "messages": ("BYTES", np.object_),
-        "stop_words": ("BYTES", np.object_),
-        "stream": ("BOOL", np.bool_),
-        "chat": ("BOOL", np.bool_),
-        "max_tokens": ("INT32", np.int32),
-        "temperature": ("FP32", np.float32),
-        "top_p": ("FP32", np.float32),
-        "frequency_penalty": ("FP32", np.float32),
-        "presence_penalty": ("FP32", np.float32),
-        "seed": ("UINT64", np.uint64),
-    }
-    inputs = []
-    for name, value in values.items():
-        kind, dtype = kinds[name]
-        array = np.array([np.atleast_1d(np.array(value, dtype=dtype))], dtype=dtype)
-        one = grpc_client.InferInput(name, list(array.shape), kind)
-        one.set_data_from_numpy(array)
-        inputs.append(one)
-    return inputs
-
-
-def grpc_stream(address: str, **values: Any) -> list[dict[str, Any]]:
-    """All responses to one request, over a connection of its own."""
-    answers: queue.Queue[Any] = queue.Queue()
-    responses = []
-    with grpc_client.InferenceServerClient(address) as connection:
-        connection.start_stream(lambda result, error: answers.put((result, error)))
-        parameters = values.pop("parameters", None)
-        connection.async_stream_infer(
-            NAME, tensors(**values), parameters=parameters, enable_empty_final_response=True
-        )
-        while True:
-            result, error = answers.get(timeout=30)
-            if error is not None:
-                raise RequestError(str(error))
-            response = result.get_response()
-            if response.outputs:
-                names = [output.name for output in response.outputs]
-                responses.append({name: result.as_numpy(name).item() for name in names})
-            if response.parameters["triton_final_response"].bool_param:
-                return responses
-
-
-def text_of(responses: list[dict[str, Any]]) -> str:
-    pieces = [response["text_output"] for response in responses]
-    return "".join(piece.decode() if isinstance(piece, bytes) else piece for piece in pieces)
+def gained(server: launch.Server, before: dict[str, float]) -> dict[str, float]:
+    return {name: value - before[name] for name, value in metrics(server).items()}
 
 
 # -- text -----------------------------------------------------------------------------------------
@@ -146,7 +94,7 @@ def test_greedy_text_is_that_of_generate(server: launch.Server, work: Path) -> N
     whole = client.generate(server.addresses.http, NAME, fields)
     streamed = list(client.stream(server.addresses.http, NAME, fields))
     over_grpc = grpc_stream(
-        server.addresses.grpc, text_input=PROMPT.encode(), max_tokens=24, stream=True
+        server.addresses.grpc, NAME, text_input=PROMPT.encode(), max_tokens=24, stream=True
     )
     assert whole["text_output"] == text_of(streamed) == text_of(over_grpc) == expected
     assert len(streamed) > 5
@@ -167,13 +115,8 @@ def test_tritonclient_over_http_sees_a_ready_and_complete_model(server: launch.S
         config = connection.get_model_config(NAME)
         assert {one["name"] for one in metadata["inputs"]} >= {"text_input", "stream", "max_tokens"}
         assert config["model_transaction_policy"]["decoupled"] is True
-        asked = connection._post(  # what its users call for generate, which it does not wrap
-            f"v2/models/{NAME}/generate",
-            json.dumps({"text_input": PROMPT, "max_tokens": 3}),
-            headers=None,
-            query_params=None,
-        )
-        assert json.loads(asked.read())["completion_tokens"] <= 3
+    answer = http_generate(server.addresses.http, NAME, {"text_input": PROMPT, "max_tokens": 3})
+    assert answer["completion_tokens"] == 3
 
 
 def test_options_come_as_inputs_or_as_parameters(server: launch.Server) -> None:
@@ -185,7 +128,7 @@ def test_options_come_as_inputs_or_as_parameters(server: launch.Server) -> None:
     other = client.generate(url, NAME, {"text_input": PROMPT, **options, "seed": 8})
     assert other["text_output"] != flat["text_output"]
     over_grpc = grpc_stream(
-        server.addresses.grpc, text_input=PROMPT.encode(), parameters={"max_tokens": 3}
+        server.addresses.grpc, NAME, text_input=PROMPT.encode(), parameters={"max_tokens": 3}
     )
     assert over_grpc[-1]["completion_tokens"] <= 3
 
@@ -206,12 +149,16 @@ def test_stop_words_chat_and_text_beyond_ascii(server: launch.Server) -> None:
     )
 
 
-def test_the_request_of_tritons_openai_front_end_is_taken(server: launch.Server) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_request_of_tritons_openai_front_end_is_taken(
+    server: launch.Server, stream: bool
+) -> None:
     # The names, types and shapes that it sends to every model that is not vLLM's.
-    (answer,) = grpc_stream(
+    answers = grpc_stream(
         server.addresses.grpc,
+        NAME,
         text_input=PROMPT.encode(),
-        stream=False,
+        stream=stream,
         max_tokens=5,
         stop_words=[b"never", b"there"],
         top_p=1.0,
@@ -219,9 +166,15 @@ def test_the_request_of_tritons_openai_front_end_is_taken(server: launch.Server)
         presence_penalty=0.0,
         seed=3,
         temperature=1.0,
+        return_num_input_tokens=True,
+        return_num_output_tokens=True,
     )
-    assert answer["completion_tokens"] <= 5
-    assert answer["text_output"]
+    # What it makes of the answers: the first one's prompt, and the sum of the outputs.
+    assert len(answers) == 1 or stream
+    assert answers[0]["num_input_tokens"] == answers[-1]["prompt_tokens"] > 0
+    assert sum(answer["num_output_tokens"] for answer in answers) == 5
+    assert answers[-1]["completion_tokens"] == 5
+    assert text_of(answers)
 
 
 # -- many -----------------------------------------------------------------------------------------
@@ -248,37 +201,61 @@ def test_32_concurrent_streams_equal_their_solo_runs(server: launch.Server) -> N
     assert len(set(solo)) > 16
 
 
-def cancelled_over_grpc(server: launch.Server) -> None:
-    arrived = threading.Event()
-    with grpc_client.InferenceServerClient(server.addresses.grpc) as connection:
-        connection.start_stream(lambda result, error: arrived.set())
-        connection.async_stream_infer(
-            NAME, tensors(text_input=PROMPT.encode(), max_tokens=200, stream=True)
-        )
-        assert arrived.wait(10)
-        connection.stop_stream(cancel_requests=True)
+def cancelled_over_grpc(server: launch.Server) -> int:
+    return grpc_cancelled(server.addresses.grpc, NAME, text_input=PROMPT, max_tokens=LONG)
 
 
-def gone_from_http(server: launch.Server) -> None:
-    body = json.dumps({"text_input": PROMPT, "max_tokens": 200, "stream": True}).encode()
-    head = (
-        f"POST /v2/models/{NAME}/generate_stream HTTP/1.1\r\nHost: x\r\n"
-        f"Content-Length: {len(body)}\r\n\r\n"
-    )
-    with socket.create_connection(("127.0.0.1", server.addresses.http_port)) as connection:
-        connection.sendall(head.encode() + body)
-        assert b"200 OK" in connection.recv(64)
+def gone_from_http(server: launch.Server) -> int:
+    fields = {"text_input": PROMPT, "max_tokens": LONG, "return_num_output_tokens": True}
+    responses = client.stream(server.addresses.http, NAME, fields, timeout=60)
+    tokens: int = next(responses)["num_output_tokens"]
+    responses.close()
+    return tokens
 
 
 @pytest.mark.parametrize("leave", [cancelled_over_grpc, gone_from_http])
 def test_a_client_that_goes_away_frees_its_slot(server: launch.Server, leave: Any) -> None:
-    before = metric(server, "nmexport_requests_cancelled_total")
-    for _ in range(10):  # the tiny model may be done before a busy machine hears of the client
-        leave(server)
-        wait_for(lambda: metric(server, "nmexport_running_requests") == 0)
-        if metric(server, "nmexport_requests_cancelled_total") > before:
-            break
-    assert metric(server, "nmexport_requests_cancelled_total") > before
+    def tokens_for_nobody() -> float:
+        before = metrics(server)
+        read = leave(server)
+        wait_for(lambda: metrics(server)["running_requests"] == 0)
+        after = gained(server, before)
+        assert after["requests_cancelled_total"] == 1
+        assert after["requests_finished_total"] == 0
+        assert after["cache_reserved_bytes"] == 0
+        return after["generated_tokens_total"] - read
+
+    # Until a busy machine hears of it the model goes on; once it has, not one token is made.
+    fewest = min(tokens_for_nobody() for _ in range(3))
+    assert 0 <= fewest < LONG / 8
+
+
+def test_the_metrics_page_tells_waits_and_tokens(server: launch.Server) -> None:
+    before, began = metrics(server), time.monotonic()
+    fields = {"text_input": PROMPT, "max_tokens": 20}
+    with ThreadPoolExecutor(6) as pool:  # four have slots
+        asked = [
+            pool.submit(client.generate, server.addresses.http, NAME, {**fields, "seed": seed})
+            for seed in range(6)
+        ]
+        answers = [one.result() for one in asked]
+    with pytest.raises(RequestError, match="Unknown parameter"):
+        client.generate(server.addresses.http, NAME, {**fields, "surprise": 1})
+    took_ms = (time.monotonic() - began) * 1e3
+    after = gained(server, before)
+    assert after["requests_finished_total"] == 6
+    assert after["requests_rejected_total"] == 1
+    assert after["requests_cancelled_total"] == after["requests_failed_total"] == 0
+    assert after["prompt_tokens_total"] == sum(one["prompt_tokens"] for one in answers)
+    assert after["generated_tokens_total"] == 6 * 20
+    counts = {"queue_time_ms": 6, "time_to_first_token_ms": 6, "inter_token_latency_ms": 6 * 19}
+    for name, count in counts.items():
+        assert after[f"{name}_count"] == count
+        assert 0 < after[f"{name}_sum"] < 6 * took_ms
+    # A request waits for a slot, then for its first token, then between the others.
+    assert after["queue_time_ms_sum"] < after["time_to_first_token_ms_sum"]
+    for name in ("running_requests", "waiting_requests", "cache_reserved_bytes"):
+        assert metrics(server)[name] == 0
 
 
 # -- wrong requests -------------------------------------------------------------------------------
@@ -291,10 +268,15 @@ def test_a_client_that_goes_away_frees_its_slot(server: launch.Server, leave: An
         ({"max_tokens": 3}, "names no text"),
         ({"text_input": "a", "messages": "[]"}, "names no text"),
         ({"messages": "no json"}, "messages is no JSON"),
-        ({"text_input": "a" * 3000}, "Too long"),
-        ({"text_input": "a", "max_tokens": 300}, "Too long"),
+        ({"messages": "[" * 200_000}, "messages is nested too deeply"),
+        ({"text_input": "a" * 5000}, "Too long: 5000 prompt tokens"),
+        ({"text_input": "a" * 1_000_000}, "Too long: text_input has 1000000 bytes"),
+        ({"text_input": "a", "max_tokens": 5000}, "Too long"),
         ({"text_input": "a", "max_tokens": 0}, "max_tokens 0"),
         ({"text_input": "a", "temperature": -0.5}, "temperature -0.5"),
+        ({"text_input": "a", "temperature": 1e-30}, "temperature 1.0000000031710769e-30"),
+        ({"text_input": "a", "presence_penalty": -1e30}, "presence_penalty"),
+        ({"text_input": "a", "repetition_penalty": 1e-44}, "repetition_penalty"),
         ({"text_input": "a", "top_p": 1.5}, "top_p 1.5"),
         ({"text_input": "a", "surprise": 1}, "Unknown parameter 'surprise'"),
         ({"text_input": "a", "parameters": {"seed": "x"}}, "Unable to parse"),
@@ -316,7 +298,7 @@ def test_a_wrong_request_is_told_why_and_hurts_nobody(
 def test_wrong_type_and_broken_utf8_over_grpc(server: launch.Server) -> None:
     address = server.addresses.grpc
     with pytest.raises(RequestError, match="not UTF-8"):
-        grpc_stream(address, text_input=b"\xff\xfe broken")
+        grpc_stream(address, NAME, text_input=b"\xff\xfe broken")
     wrong = grpc_client.InferInput("text_input", [1, 1], "INT32")
     wrong.set_data_from_numpy(np.array([[1]], dtype=np.int32))
     answers: queue.Queue[Any] = queue.Queue()
@@ -324,14 +306,10 @@ def test_wrong_type_and_broken_utf8_over_grpc(server: launch.Server) -> None:
         connection.start_stream(lambda result, error: answers.put(error))
         connection.async_stream_infer(NAME, [wrong])
         assert "data-type" in str(answers.get(timeout=10))
-    assert text_of(grpc_stream(address, text_input=PROMPT.encode(), max_tokens=2))
+    assert text_of(grpc_stream(address, NAME, text_input=PROMPT.encode(), max_tokens=2))
 
 
 # -- beginning and end ----------------------------------------------------------------------------
-
-
-def shared_memory() -> set[str]:
-    return {path.name for path in SHARED_MEMORY.iterdir() if "triton" in path.name}
 
 
 def test_sigterm_lets_streams_end_and_leaves_nothing(
@@ -339,11 +317,11 @@ def test_sigterm_lets_streams_end_and_leaves_nothing(
 ) -> None:
     fields = {"text_input": PROMPT, "max_tokens": 150}
     expected = client.generate(server.addresses.http, NAME, fields)["text_output"]
-    before = shared_memory()
     # Copied elsewhere: a package knows no path of where it was made.
     moved = shutil.copytree(work / "package" / "current", tmp_path / "moved", symlinks=True)
     with triton(moved / "model_repository", tmp_path / "log") as other:
-        assert shared_memory() > before
+        regions = regions_of(other)
+        assert regions_left(regions) == regions != set()
         responses = client.stream(other.addresses.http, NAME, fields)
         text = next(responses)["text_output"]
         stopping = threading.Thread(target=other.stop)
@@ -352,7 +330,46 @@ def test_sigterm_lets_streams_end_and_leaves_nothing(
         stopping.join(30)
         assert other.process.returncode == 0
     assert text == expected
-    assert shared_memory() == before
+    assert regions_left(regions) == set()
+
+
+def test_what_outlasts_the_draining_is_told_so_and_leaves_nothing(
+    work: Path, tmp_path: Path
+) -> None:
+    repository = launch.package_folder(work) / "model_repository"
+    with (
+        triton(repository, tmp_path / "log", drain_seconds=1) as server,
+        ThreadPoolExecutor(9) as pool,
+    ):
+        # Four at a time, seconds each: some run and some wait when it is told to stop.
+        over_http = [
+            client.stream(
+                server.addresses.http, NAME, {"text_input": PROMPT, "max_tokens": LONG}, timeout=60
+            )
+            for _ in range(4)
+        ]
+        for responses in over_http:
+            next(responses)
+        told = [pool.submit(list, responses) for responses in over_http]
+        told += [
+            pool.submit(
+                grpc_stream,
+                server.addresses.grpc,
+                NAME,
+                text_input=PROMPT.encode(),
+                max_tokens=LONG,
+                stream=True,
+            )
+            for _ in range(4)
+        ]
+        wait_for(lambda: metrics(server)["waiting_requests"] == 4)
+        regions = regions_of(server)
+        assert server.stop() == 0
+        for one in told:
+            with pytest.raises(RequestError, match="shutting down"):
+                one.result(30)
+    assert regions
+    assert regions_left(regions) == set()
 
 
 def test_other_logits_than_the_reference_mark_the_model_unready(work: Path, tmp_path: Path) -> None:
@@ -404,84 +421,3 @@ def test_nmexport_serve_starts_waits_and_stops_at_sigterm(work: Path) -> None:
         run.terminate()
         run.communicate(timeout=30)
     assert run.returncode == 0
-
-
-# -- the raw engine -------------------------------------------------------------------------------
-
-# Stands in for Triton's TensorRT backend: it gives zeros of the shapes that the engine would.
-STAND_IN = """
-import numpy as np
-import triton_python_backend_utils as backend
-
-
-class TritonPythonModel:
-    @staticmethod
-    def auto_complete_config(config):
-        return config
-
-    def initialize(self, args):
-        import json
-
-        self.outputs = json.loads(args["model_config"])["output"]
-
-    def execute(self, requests):
-        answers = []
-        for request in requests:
-            given = {one.name(): one.as_numpy() for one in request.inputs()}
-            batch, tokens = given["input_ids"].shape
-            total = given["attention_mask"].shape[1]
-            tensors = []
-            for output in self.outputs:
-                dims = [int(size) for size in output["dims"]]
-                free = tokens if output["name"] == "logits" else total
-                shape = [batch, *[free if size < 0 else size for size in dims]]
-                dtype = backend.triton_string_to_numpy(output["data_type"])
-                tensors.append(backend.Tensor(output["name"], np.zeros(shape, dtype)))
-            answers.append(backend.InferenceResponse(output_tensors=tensors))
-        return answers
-"""
-
-
-@pytest.mark.slow
-def test_the_raw_engines_configuration_is_served_as_it_is(work: Path, tmp_path: Path) -> None:
-    signature = signature_of(work / "export" / "current" / "model.onnx")
-    folder = tmp_path / "repository" / "tiny_engine"
-    (folder / "1").mkdir(parents=True)
-    (folder / "1" / PLAN).write_bytes(b"a plan")
-    config = engine_config("tiny_engine", signature, max_batch_size=4, profiles=2)
-    (folder / CONFIG).write_text(to_text(config))
-    installation = require_tritonserver()
-    backends = launch.backend_folder(installation, tmp_path)
-    if backends is None:
-        pytest.skip("an installed server has backends of its own")
-    (backends / "tensorrt").mkdir()
-    (backends / "tensorrt" / "model.py").write_text(STAND_IN)
-    with (
-        triton(tmp_path / "repository", tmp_path / "log", backends=backends) as server,
-        grpc_client.InferenceServerClient(server.addresses.grpc) as connection,
-    ):
-        served = connection.get_model_config("tiny_engine").config
-        assert [one.name for one in served.input] == [one.name for one in signature.inputs]
-        assert served.max_batch_size == 4
-        for past in (0, 5):
-            logits = run_engine(connection, signature, batch=2, tokens=3, past=past)
-            assert logits.shape == (2, 3, 384)
-
-
-def run_engine(
-    connection: Any, signature: Any, *, batch: int, tokens: int, past: int
-) -> np.ndarray:
-    """One step of the raw engine, through the public names."""
-    sizes = {"attention_mask": past + tokens}
-    inputs = []
-    for spec in signature.inputs:
-        free = past if spec.name.startswith("past") else sizes.get(spec.name, tokens)
-        shape = [batch, *[free if size is None else size for size in spec.shape[1:]]]
-        dtype = np.int64 if spec.element == "INT64" else np.float32
-        kind = "INT64" if spec.element == "INT64" else "FP32"
-        one = grpc_client.InferInput(spec.name, shape, kind)
-        one.set_data_from_numpy(np.ones(shape, dtype))
-        inputs.append(one)
-    result = connection.infer("tiny_engine", inputs)
-    assert result.as_numpy("present.1.value").shape[2] == past + tokens
-    return result.as_numpy("logits")
