@@ -225,9 +225,9 @@ def test_a_client_that_goes_away_frees_its_slot(server: launch.Server, leave: An
         assert after["cache_reserved_bytes"] == 0
         return after["generated_tokens_total"] - read
 
-    # Until a busy machine hears of it the model goes on; once it has, not one token is made.
-    fewest = min(tokens_for_nobody() for _ in range(3))
-    assert 0 <= fewest < LONG / 8
+    # Until the server hears of it the model goes on, on a busy machine for longer; after that
+    # not one token is made.
+    assert any(tokens_for_nobody() <= 2 for _ in range(10))
 
 
 def test_the_metrics_page_tells_waits_and_tokens(server: launch.Server) -> None:
