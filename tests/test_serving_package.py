@@ -536,6 +536,11 @@ def counted(model: TritonPythonModel, name: str) -> float:
         ({}, '{"text_input": 3}', "text_input cannot be 3"),
         ({"text_input": texts("a")}, '{"what": 1}', "Unknown parameter"),
         ({"text_input": texts("a"), "temperature": np.array([[-1]], np.float32)}, "", "-1.0"),
+        (
+            {"messages": texts('[{"role": "user", "content": "\\ud83d"}]')},
+            "",
+            "The chat is no text",
+        ),
         ({"messages": texts("[" * 200_000)}, "", "Too long: messages"),
         ({"messages": texts("[" * 10_000)}, "", "nested too deeply"),
     ],

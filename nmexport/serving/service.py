@@ -172,9 +172,13 @@ class TextService(Closing):
         """Refuse what cannot fit before it is worked on: tokenising megabytes takes seconds.
 
         Raises:
-            RequestError: if it has more bytes than the longest tokens could carry.
+            RequestError: if it has more bytes than the longest tokens could carry, or no UTF-8 has
+                it: JSON can spell half a character.
         """
-        size = len(text.encode())
+        try:
+            size = len(text.encode())
+        except UnicodeEncodeError as error:
+            raise RequestError(f"{what} is no text: {error}", allowed="whole characters") from error
         if size > most_bytes:
             raise RequestError(
                 f"Too long: {what} has {size} bytes.",
