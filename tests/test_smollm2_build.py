@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import time
@@ -10,11 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 from nmexport.runtimes import native
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from nmexport.serving.launch import Server
 
 pytestmark = [
     pytest.mark.slow,
@@ -140,6 +144,7 @@ def request_of(index: int) -> dict[str, Any]:
         "max_tokens": 2 + 5 * (index % 5),
         "temperature": 0.8 * (index % 2),
         "seed": index,
+        "stream": True,
     }
 
 
@@ -148,23 +153,102 @@ def test_the_package_serves_what_generate_writes(work: Path, tmp_path: Path) -> 
     from nmexport.serving import client, launch
 
     from tests.served import require_tritonserver, triton
+    from tests.triton_clients import grpc_stream, http_generate, regions_left, regions_of, text_of
 
     require_tritonserver()
     expected = ["".join(generate(work, prompt, max_tokens=16)) for prompt in PROMPTS]
     before = time.monotonic()
     with triton(launch.package_folder(work) / "model_repository", tmp_path / "log") as server:
         ready_seconds = time.monotonic() - before
-        url = server.addresses.http
+        url, address = server.addresses.http, server.addresses.grpc
         name = client.text_model(url)
 
-        def text(fields: dict[str, Any]) -> str:
-            return "".join(one["text_output"] for one in client.stream(url, name, fields))
+        def over_http(fields: dict[str, Any]) -> str:
+            return text_of(list(client.stream(url, name, fields)))
 
-        assert [text({"text_input": one, "max_tokens": 16}) for one in PROMPTS] == expected
-        alone = [text(request_of(index)) for index in range(32)]
+        def over_grpc(fields: dict[str, Any]) -> str:
+            return text_of(grpc_stream(address, name, **fields))
+
+        asked = [{"text_input": prompt, "max_tokens": 16, "stream": True} for prompt in PROMPTS]
+        assert [over_grpc(fields) for fields in asked] == expected
+        assert [over_http(fields) for fields in asked] == expected
+        whole = http_generate(url, name, {**asked[0], "stream": False})
+        assert whole["text_output"] == expected[0]
+        alone = [over_http(request_of(index)) for index in range(32)]
         with ThreadPoolExecutor(32) as pool:
-            together = list(pool.map(text, map(request_of, range(32))))
+            ways = [over_grpc if index % 3 else over_http for index in range(32)]
+            asking = [pool.submit(way, request_of(index)) for index, way in enumerate(ways)]
+            together = [one.result() for one in asking]
         assert together == alone
         assert len(set(alone)) > 16
-    assert server.process.returncode == 0
+        cancelled_streams_free_their_slot(server, name)
+        regions = regions_of(server)
+        last = client.stream(url, name, request_of(4))
+        text = next(last)["text_output"]
+        with ThreadPoolExecutor(1) as pool:
+            stopping = pool.submit(server.stop)
+            text += text_of(list(last))
+            assert stopping.result() == 0
+    assert text == alone[4]
+    assert regions
+    assert regions_left(regions) == set()
     assert ready_seconds < 10
+
+
+def cancelled_streams_free_their_slot(server: Server, name: str) -> None:
+    from tests.triton_clients import grpc_cancelled, metrics_of, wait_for
+
+    def tokens_for_nobody() -> float:
+        before = metrics_of(server, name)
+        read = grpc_cancelled(
+            server.addresses.grpc, name, text_input=PROMPTS[1], max_tokens=200, temperature=1.0
+        )
+        wait_for(lambda: metrics_of(server, name)["running_requests"] == 0)
+        after = metrics_of(server, name)
+        counts = "requests_cancelled_total", "generated_tokens_total"
+        cancelled, made = (after[one] - before[one] for one in counts)
+        assert cancelled == 1
+        return made - read
+
+    # A step takes tens of milliseconds: the server hears of it in the first or the second.
+    assert any(tokens_for_nobody() <= 2 for _ in range(3))
+
+
+# -- why requests are not padded into one batch ---------------------------------------------------
+
+
+def test_padding_moves_logits(work: Path) -> None:
+    """By how much: `pytest -m slow -k padding_moves --log-cli-level INFO <this file>`."""
+    from nmexport.runtimes.onnxruntime import OrtSession
+
+    rng = np.random.default_rng(0)
+    moved: list[float] = []
+    with OrtSession.from_engine(work / "engine" / "current") as session:
+
+        def differences(prompts: list[np.ndarray]) -> list[float]:
+            alone = [session.prefill(prompt[None])[0, -1] for prompt in prompts]
+            together = session.prefill(*padded(prompts))[:, -1]
+            return np.abs(together - np.stack(alone)).max(axis=1).tolist()
+
+        def prompts(*lengths: int) -> list[np.ndarray]:
+            return [rng.integers(3, session.vocabulary_size, size=size) for size in lengths]
+
+        for _ in range(4):
+            moved += differences(prompts(5, 17, 40, 64))
+        same_length = differences(prompts(20, 20, 20, 20))
+    logging.getLogger(__name__).info(
+        "padded: %d of %d prompts have other logits, by up to %.2g; of equal length: %d of %d",
+        np.count_nonzero(moved), len(moved), max(moved),
+        np.count_nonzero(same_length), len(same_length),
+    )  # fmt: skip
+    assert np.count_nonzero(moved) > 0
+
+
+def padded(prompts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts in one batch, padded on the left, and its mask."""
+    longest = max(map(len, prompts))
+    ids, mask = np.zeros((2, len(prompts), longest), np.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = prompt
+        mask[row, longest - len(prompt) :] = 1
+    return ids, mask
