@@ -74,13 +74,16 @@ def launched() -> Share:
     return Share(rank=state.process_index, processes=state.num_processes, device=str(state.device))
 
 
-def evaluate(work: WorkDirectory, share: Share, *, progress: Progress) -> dict[str, Any] | None:
+def evaluate(
+    work: WorkDirectory, share: Share, *, progress: Progress, recipe: Recipe | None = None
+) -> dict[str, Any] | None:
     """Score the fold artifact in use.
 
     Args:
         work: A work directory with a finished fold stage.
         share: What this process does.
         progress: Counts windows.
+        recipe: Says on which text; None takes what was built there.
 
     Returns:
         The report's `accuracy` figures, in the main process; None in the others.
@@ -95,7 +98,7 @@ def evaluate(work: WorkDirectory, share: Share, *, progress: Progress) -> dict[s
     from nmexport.models.source import resolve
     from nmexport.verification import accuracy
 
-    recipe = work.recipe()
+    recipe = recipe or work.recipe()
     folded = fold.Artifact(work.require("fold"))
     subject = _Subject(work=work, recipe=recipe, source=resolve(recipe.model), folded=folded)
     phases = subject.phases

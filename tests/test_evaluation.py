@@ -236,3 +236,26 @@ def test_accelerate_launches_the_verb(work: WorkDirectory, alone: dict[str, Any]
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["accuracy"]
     assert found["perplexity_ratio"] == pytest.approx(alone["perplexity_ratio"], rel=1e-5)
+
+
+def test_another_text_is_scored_on_demand(
+    work: WorkDirectory, alone: dict[str, Any], tmp_path: Path
+) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("A queue of requests, each with a deadline of its own.\n" * 60, "utf-8")
+    before = (work.root / "resolved.yaml").read_bytes()
+    options = ["--eval-data", str(other), "--eval-windows", "2", "--eval-length", "16"]
+    done = CliRunner().invoke(cli, ["evaluate", "--work", str(work.root), "--json", *options])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)["accuracy"]
+    assert found["dataset"] == str(other)
+    assert found["tokens"] == 2 * 15
+    assert found["dense"]["perplexity"] != alone["dense"]["perplexity"]
+    assert (work.root / "resolved.yaml").read_bytes() == before
+
+
+def test_a_text_that_is_not_there_is_said(work: WorkDirectory, tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing.txt")
+    done = CliRunner().invoke(cli, ["evaluate", "--work", str(work.root), "--eval-data", missing])
+    assert done.exit_code == 1
+    assert "missing.txt" in done.output

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import click
 
-from nmexport.cli.options import reading_options, request
+from nmexport.cli.options import evaluation_text_options, reading_options, request
 from nmexport.cli.output import console, emit_json, figure, progress, table, wants_json
 
 # \b keeps click from joining the lines of a paragraph.
 _HELP = """Score the folded model of a work directory against the dense one, in torch.
 
-Needs `nmexport build --to fold`. For several GPUs or machines:
+Needs `nmexport build --to fold`. The text is what the recipe names, or another: a model that was
+calibrated on one kind of text should be looked at on others. For several GPUs or machines:
 
 \b
 accelerate launch -m nmexport evaluate --work DIR
@@ -19,14 +20,17 @@ accelerate launch -m nmexport evaluate --work DIR
 
 @click.command("evaluate", short_help="Score the folded model in torch, before export.", help=_HELP)
 @reading_options
+@evaluation_text_options
 @click.pass_context
 def evaluate_command(ctx: click.Context) -> None:
     from nmexport.evaluation import evaluate, launched
     from nmexport.progress import Silent
 
     work = request(ctx).existing_work()
+    recipe = request(ctx).recipe_on(work)
     share = launched()
-    found = evaluate(work, share, progress=progress() if share.is_main else Silent())
+    shown = progress() if share.is_main else Silent()
+    found = evaluate(work, share, progress=shown, recipe=recipe)
     if found is None:
         return
     if wants_json(ctx):

@@ -69,6 +69,20 @@ class Request:
         self._refuse_candidates_without_budget(recipe)
         return recipe
 
+    def recipe_on(self, work: WorkDirectory) -> Recipe:
+        """The recipe of what is built there, scored on what the options say.
+
+        Raises:
+            UserError: whatever is wrong with it.
+        """
+        from nmexport.recipe import resolve
+        from nmexport.work_directory import RESOLVED
+
+        work.recipe()  # says what is wrong where there is none
+        file = work.root / RESOLVED
+        text = {key: value for key, value in self.overrides.items() if _scores(key)}
+        return resolve(None, text, file=file, spelled=self.spelled)
+
     def _refuse_candidates_without_budget(self, recipe: Recipe) -> None:
         from nmexport.errors import RecipeError
 
@@ -142,6 +156,11 @@ class Request:
             progress=progress(),
             command=shlex.join(["nmexport", *sys.argv[1:]]),
         )
+
+
+def _scores(dotted: str) -> bool:
+    """Whether a recipe key changes how something built is scored, and nothing built."""
+    return dotted.startswith("evaluation.")
 
 
 def request(ctx: click.Context) -> Request:
@@ -256,6 +275,12 @@ recipe_option = click.option(
     help="Recipe in YAML; options override its keys.",
 )
 
+_EVALUATION_TEXT = (
+    _option("--eval-data", "evaluation.corpus", "Evaluation text, same forms.", metavar="CORPUS"),
+    _option("--eval-windows", "evaluation.windows", "Windows.", type=int, metavar="COUNT"),
+    _option("--eval-length", "evaluation.length", "Tokens a window.", type=int, metavar="TOKENS"),
+)
+
 _RECIPE_OPTIONS = (
     model_option,
     _option("--revision", "model.revision", "Hub branch, tag or commit.", metavar="REV"),
@@ -363,9 +388,7 @@ _RECIPE_OPTIONS = (
         "Calibrate layer by layer, weights mapped from disk: when memory is short, or always.",
         metavar="auto|never|layerwise",
     ),
-    _option("--eval-data", "evaluation.corpus", "Evaluation text, same forms.", metavar="CORPUS"),
-    _option("--eval-windows", "evaluation.windows", "Windows.", type=int, metavar="COUNT"),
-    _option("--eval-length", "evaluation.length", "Tokens a window.", type=int, metavar="TOKENS"),
+    *_EVALUATION_TEXT,
     click.option(
         "--tasks",
         multiple=True,
@@ -469,6 +492,13 @@ def recipe_options(command: F) -> F:
 def reading_options(command: F) -> F:
     """Options of the verbs that read a work directory: which one, and how to answer."""
     for option in (verbose_option, json_option, work_option, recipe_option, _PATTERN, model_option):
+        command = option(command)
+    return command
+
+
+def evaluation_text_options(command: F) -> F:
+    """Options of the verbs that may score another text than what was built with."""
+    for option in reversed(_EVALUATION_TEXT):
         command = option(command)
     return command
 

@@ -139,7 +139,7 @@ def build_library(out: Path, with_sweep: bool = True) -> Path:
     ]
     jobs = [
         (source, [], out / f"{source.stem}.o")
-        for source in [HERE / "lab.cu", *sorted(KERNELS.glob("*.cu")), KERNELS / "plan_table.cpp"]
+        for source in [HERE / "lab.cu", *sorted(KERNELS.glob("*.cu")), *sorted(KERNELS.glob("*.cpp"))]
     ]
     jobs += (
         []
