@@ -13,6 +13,7 @@ from nmexport.calibration.learning import (
     LearningSettings,
     batch_of,
     divergence,
+    divergence_with_gradient,
     fast_dtype,
     learn,
     rate_at,
@@ -250,6 +251,20 @@ def test_divergence_of_equals_is_zero_and_cap_and_factor_count() -> None:
     assert float(divergence(one, other, doubled)) == pytest.approx(
         float(divergence(one, other, replace(head, factor=2.0)))
     )
+
+
+def test_the_gradient_in_parts_is_that_of_the_whole() -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 600, 8, generator=generator)  # two parts and a rest
+    head = OutputHead(weight=torch.randn(20, 8, generator=generator), softcap=2.0)
+    value, gradient = divergence_with_gradient(student, teacher, head)
+    leaf = student.clone().requires_grad_()
+    whole = divergence(leaf, teacher, head)
+    whole.backward()  # type: ignore[no-untyped-call]
+    assert value == pytest.approx(float(whole.detach()), rel=1e-5)
+    assert leaf.grad is not None
+    assert torch.allclose(gradient, leaf.grad, rtol=1e-4, atol=1e-8)
+    assert not student.requires_grad
 
 
 SCALED: dict[str, dict[str, Any]] = {

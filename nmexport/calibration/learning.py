@@ -47,10 +47,12 @@ _SEEDS = 1_000_003  # a prime: seeds of one run never meet those of another
 _WARMUP = 5
 _CHECKPOINT_EVERY = 20
 _HELD_OUT_POINTS = 8
+_HELD_OUT_STEPS = 20  # at least so many between two measurements, each of which is worth a step
 # Hidden states of the dense model are kept where each chunk is used more than once and all of them
 # fit in this; else the dense model runs in every step.
 _TARGET_BYTES = 1 << 30
 _VOCABULARY_SAMPLE = 8192  # positions that decide which tokens the loss looks at
+_LOSS_ROWS = 256  # positions whose logits the loss looks at together
 _LOGIT_ROWS = 512  # positions whose logits over the whole vocabulary exist at a time
 
 
@@ -288,6 +290,23 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor, head: OutputHead) -
     return total / student.shape[0]
 
 
+def divergence_with_gradient(
+    student: torch.Tensor, teacher: torch.Tensor, head: OutputHead
+) -> tuple[float, torch.Tensor]:
+    """The same and its gradient `[T, H]` by the student, a few positions at a time.
+
+    Logits of all positions together are the largest tensors of a step, and memory that goes back
+    to the system in every step has to be got from it again, page by page.
+    """
+    total, gradients = 0.0, []
+    for rows, targets in zip(student.split(_LOSS_ROWS), teacher.split(_LOSS_ROWS), strict=True):
+        leaf = rows.requires_grad_()
+        loss = divergence(leaf, targets, head) * (len(rows) / len(student))
+        gradients += torch.autograd.grad(loss, leaf)
+        total += float(loss.detach())
+    return total, torch.cat(gradients)
+
+
 class _Run:
     """One optimisation: the students' parameters, Adam over them, and the curve so far."""
 
@@ -308,14 +327,17 @@ class _Run:
             self._parameters.values(), lr=settings.rate, betas=_BETAS, foreach=True
         )
         self._head = self._likeliest(self._checked_head().to(dtype))
-        self._targets = self._stored_targets()
+        self._targets: torch.Tensor | None = None
+        self._held_out_targets: torch.Tensor | None = None
         self._curve = LossCurve()
 
     def finish(self, progress: Progress, checkpoint: Checkpoint | None) -> LossCurve:
         """From the checkpoint, or the start, to the last step."""
         steps = self._settings.steps
         first = self._restore(checkpoint)
-        measured_every = max(1, steps // _HELD_OUT_POINTS)
+        if first < steps:
+            self._targets = self._stored_targets(progress)
+        measured_every = max(_HELD_OUT_STEPS, steps // _HELD_OUT_POINTS)
         for step in progress.track(
             range(first, steps), label="fold: learned constants", total=steps - first
         ):
@@ -333,8 +355,9 @@ class _Run:
         rows = batch_of(step, self._counts, self._settings)
         teacher = self._teacher(rows)
         student = self._hidden(self._chunks[rows])
-        loss = divergence(student.flatten(0, 1), teacher.flatten(0, 1), self._head)
-        value = float(loss.detach())
+        value, gradient = divergence_with_gradient(
+            student.detach().flatten(0, 1), teacher.flatten(0, 1), self._head
+        )
         if not math.isfinite(value):
             raise ModelError(
                 f"Learning left the finite numbers in step {step + 1}.",
@@ -343,7 +366,7 @@ class _Run:
         for group in self._adam.param_groups:
             group["lr"] = rate_at(step, self._settings)
         self._adam.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        student.backward(gradient.view_as(student))  # type: ignore[no-untyped-call]
         self._adam.step()
         self._curve.learned.append(value)
 
@@ -354,9 +377,11 @@ class _Run:
             return
         total = 0.0
         with torch.no_grad():
-            for chunk in self._held_out:
-                teacher, student = self._dense_hidden(chunk[None]), self._hidden(chunk[None])
-                total += float(divergence(student[0], teacher[0], self._head))
+            if self._held_out_targets is None:
+                dense = [self._dense_hidden(chunk[None])[0] for chunk in self._held_out]
+                self._held_out_targets = torch.stack(dense)
+            for chunk, teacher in zip(self._held_out, self._held_out_targets, strict=True):
+                total += float(divergence(self._hidden(chunk[None])[0], teacher, self._head))
         done.append((step, total / len(self._held_out)))
         progress.note(f"after {step} steps: KL {done[-1][1]:.4f} on held-out text")
 
@@ -375,16 +400,15 @@ class _Run:
             return self._dense_hidden(self._chunks[rows])
         return self._targets[rows].to(self._device)
 
-    def _stored_targets(self) -> torch.Tensor | None:
+    def _stored_targets(self, progress: Progress) -> torch.Tensor | None:
         """`[chunks, length, H]` bfloat16, always computed in the same batches."""
         chunks, settings = self._chunks, self._settings
         size = chunks.numel() * self._model.config.get_text_config().hidden_size * 2
         if settings.steps * settings.batch <= len(chunks) or size > _TARGET_BYTES:
             return None
-        parts = [
-            self._dense_hidden(ids).bfloat16().cpu() for ids in torch.split(chunks, settings.batch)
-        ]
-        return torch.cat(parts)
+        batches = torch.split(chunks, settings.batch)
+        tracked = progress.track(batches, label="fold: dense targets", total=len(batches))
+        return torch.cat([self._dense_hidden(ids).bfloat16().cpu() for ids in tracked])
 
     def _checked_head(self) -> OutputHead:
         """The model's output head over its whole vocabulary.

@@ -139,7 +139,11 @@ def build_library(out: Path, with_sweep: bool = True) -> Path:
     ]
     jobs = [
         (source, [], out / f"{source.stem}.o")
-        for source in [HERE / "lab.cu", *sorted(KERNELS.glob("*.cu")), *sorted(KERNELS.glob("*.cpp"))]
+        for source in [
+            HERE / "lab.cu",
+            *sorted(KERNELS.glob("*.cu")),
+            *sorted(KERNELS.glob("*.cpp")),
+        ]
     ]
     jobs += (
         []
@@ -1148,6 +1152,8 @@ def main() -> None:
     if options.best is not None:
         lab.results["best"] = json.loads(options.best.read_text())["best"]
     stages, names = options.stages.split(","), options.shapes.split(",")
+    if "chain" in stages and "sweep" not in stages and options.best is None:
+        raise SystemExit("chain compares with the sweep's plans: add the stage sweep, or --best")
     lab.results["device"] = torch.cuda.get_device_name()
     torch.manual_seed(1)
     try:
