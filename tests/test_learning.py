@@ -14,12 +14,12 @@ from nmexport.calibration.learning import (
     batch_of,
     divergence,
     divergence_with_gradient,
-    fast_dtype,
     learn,
     rate_at,
     split_chunks,
 )
 from nmexport.calibration.output_head import OutputHead
+from nmexport.calibration.products import fast_dtype
 from nmexport.calibration.sensitivity import gather_sensitivities
 from nmexport.errors import CorpusError, ModelError
 from nmexport.models.loader import load_model

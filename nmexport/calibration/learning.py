@@ -21,6 +21,7 @@ from torch import nn
 
 from nmexport.calibration.output_head import OutputHead, check_head
 from nmexport.calibration.passes import _hooked
+from nmexport.calibration.products import fast_dtype
 from nmexport.calibration.sensitivity import activations_carry_gradients
 from nmexport.errors import CorpusError, ModelError
 from nmexport.models.swap import swapped
@@ -194,14 +195,6 @@ def _students(
         )
         for place, (name, linear) in enumerate(linears.items())
     }
-
-
-def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where products in it are faster than in float32."""
-    if device.type == "cuda":
-        return torch.bfloat16
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # noqa: SLF001
-    return torch.bfloat16 if fast else torch.float32
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from nmexport.calibration.corpus import text_prefix
+from nmexport.calibration.products import fast_products
 from nmexport.errors import ModelError
 
 if TYPE_CHECKING:
@@ -99,8 +100,10 @@ def self_text(
                     yield
                 done.append(torch.cat(columns, dim=1))
 
-        for _ in progress.track(steps(), label="generate text", total=length * len(batches)):
-            pass
+        tracked = progress.track(steps(), label="generate text", total=length * len(batches))
+        with fast_products(model):
+            for _ in tracked:
+                pass
         ids: TokenIds = torch.cat(done).numpy().astype(np.int64)
         return ids
 
