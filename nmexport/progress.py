@@ -18,6 +18,7 @@ T = TypeVar("T")
 
 LINE_SECONDS = 5.0
 """How often a log that nobody watches live gets a line."""
+_GB = 1_000_000_000
 
 
 class Progress(Protocol):
@@ -175,7 +176,8 @@ def duration(seconds: float) -> str:
 
 
 def _peak() -> str:
-    return f"peak {peak_rss_bytes() / 1e9:.1f} GB"
+    peak = peak_rss_bytes()
+    return f"peak {peak / 1e9:.1f} GB" if peak >= _GB / 10 else f"peak {peak / 1e6:.0f} MB"
 
 
 def _counted(count: int, size: int | None) -> str:
