@@ -292,7 +292,8 @@ def divergence_with_gradient(
     to the system in every step has to be got from it again, page by page.
     """
     total, gradients = 0.0, []
-    for rows, targets in zip(student.split(_LOSS_ROWS), teacher.split(_LOSS_ROWS), strict=True):
+    pieces = (torch.split(one, _LOSS_ROWS) for one in (student, teacher))
+    for rows, targets in zip(*pieces, strict=True):
         leaf = rows.requires_grad_()
         loss = divergence(leaf, targets, head) * (len(rows) / len(student))
         gradients += torch.autograd.grad(loss, leaf)
