@@ -55,6 +55,13 @@ def test_a_bias_is_added(model: Any) -> None:
     assert float(found.mean()) == pytest.approx(3.0, abs=0.5)
 
 
+def test_large_models_are_not_copied(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = linears_of(model)
+    monkeypatch.setattr(products, "_MOST_PARAMETERS", 1000)
+    with fast_products(model, least_parameters=1):
+        assert linears_of(model) == modules
+
+
 def test_small_models_and_placed_ones_and_other_types_are_left_alone(model: Any) -> None:
     modules = linears_of(model)
     with fast_products(model):  # far below the least size

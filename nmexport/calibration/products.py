@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Below, a model's products are no work, and a copy of its weights is for nothing.
 _LEAST_PARAMETERS = 1_000_000
+# Beyond, that copy is more memory than was counted on: 4 GB.
+_MOST_PARAMETERS = 2_000_000_000
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
@@ -53,7 +55,8 @@ def fast_products(model: Any, *, least_parameters: int = _LEAST_PARAMETERS) -> I
     Args:
         model: A Hugging Face causal language model; one that Accelerate placed is left alone, its
             weights may be elsewhere.
-        least_parameters: Of its linears; smaller models are left alone.
+        least_parameters: Of its linears; smaller models are left alone, and so are large ones,
+            whose weights there may be no memory for twice.
     """
     if is_placed(model) or model.dtype != torch.float32:
         yield
@@ -62,7 +65,7 @@ def fast_products(model: Any, *, least_parameters: int = _LEAST_PARAMETERS) -> I
     linears = {name: one for name, one in linears_of(model).items() if one is not head}
     dtype = fast_dtype(model.device)
     size = sum(one.weight.numel() for one in linears.values())
-    if dtype == torch.float32 or size < least_parameters:
+    if dtype == torch.float32 or not least_parameters <= size <= _MOST_PARAMETERS:
         yield
         return
     with swapped(model, {name: _FastLinear(one, dtype) for name, one in linears.items()}):
