@@ -18,7 +18,6 @@ T = TypeVar("T")
 
 LINE_SECONDS = 5.0
 """How often a log that nobody watches live gets a line."""
-_GB = 1_000_000_000
 
 
 class Progress(Protocol):
@@ -175,9 +174,17 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def size(count: float) -> str:
+    """Bytes for a person: `1.2 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:  # noqa: PLR2004  SI steps
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
 def _peak() -> str:
-    peak = peak_rss_bytes()
-    return f"peak {peak / 1e9:.1f} GB" if peak >= _GB / 10 else f"peak {peak / 1e6:.0f} MB"
+    return f"peak {size(peak_rss_bytes())}"
 
 
 def _counted(count: int, size: int | None) -> str:

@@ -70,18 +70,18 @@ class Request:
         return recipe
 
     def recipe_on(self, work: WorkDirectory) -> Recipe:
-        """The recipe of what is built there, scored on what the options say.
+        """The recipe of an `existing_work`, scored on the text that the options say.
 
         Raises:
-            UserError: whatever is wrong with it.
+            UserError: whatever is wrong with them.
         """
         from nmexport.recipe import resolve
         from nmexport.work_directory import RESOLVED
 
-        work.recipe()  # says what is wrong where there is none
-        file = work.root / RESOLVED
-        text = {key: value for key, value in self.overrides.items() if _scores(key)}
-        return resolve(None, text, file=file, spelled=self.spelled)
+        text = {
+            key: value for key, value in self.overrides.items() if key.startswith("evaluation.")
+        }
+        return resolve(None, text, file=work.root / RESOLVED, spelled=self.spelled)
 
     def _refuse_candidates_without_budget(self, recipe: Recipe) -> None:
         from nmexport.errors import RecipeError
@@ -156,11 +156,6 @@ class Request:
             progress=progress(),
             command=shlex.join(["nmexport", *sys.argv[1:]]),
         )
-
-
-def _scores(dotted: str) -> bool:
-    """Whether a recipe key changes how something built is scored, and nothing built."""
-    return dotted.startswith("evaluation.")
 
 
 def request(ctx: click.Context) -> Request:

@@ -122,14 +122,10 @@ def progress() -> Progress:
 
 
 def size(count: float | None) -> str:
-    """Bytes for a person: `1.2 GB`."""
-    if count is None:
-        return "-"
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:  # noqa: PLR2004  SI steps
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+    """Bytes for a person, or a dash where nothing was measured."""
+    from nmexport.progress import size as spelled
+
+    return "-" if count is None else spelled(count)
 
 
 def figure(value: float | None, digits: int = 2, suffix: str = "") -> str:
