@@ -73,6 +73,26 @@ def test_another_text_follows_an_end(model: Any, tokenizer: Any) -> None:
     assert (ids != 2).all()  # every token ends a text, so all are random starts
 
 
+def test_tokens_are_drawn_as_the_model_says(model: Any, tokenizer: Any) -> None:
+    sampler, count = module._Sampler(model, tokenizer, 5), 40_000
+    logits = torch.linspace(-3, 3, model.config.vocab_size)
+    drawn = sampler._sample(logits.expand(count, -1)).flatten()
+    allowed = sampler._allowed
+    expected = torch.where(allowed, logits.exp(), 0.0)
+    expected /= expected.sum()
+    found = torch.bincount(drawn, minlength=len(logits)) / count
+    assert (found[~allowed] == 0).all()
+    assert (found - expected).abs().max() < 5 * (expected.max() / count).sqrt()
+
+
+def test_the_only_token_with_probability_is_drawn(model: Any, tokenizer: Any) -> None:
+    sampler = module._Sampler(model, tokenizer, 0)
+    chosen = sampler._starts[-1]  # behind it, the distribution function stays where it is
+    logits = torch.full((500, model.config.vocab_size), -1e9)
+    logits[:, chosen] = 0.0
+    assert (sampler._sample(logits) == chosen).all()
+
+
 def test_a_broken_model_is_refused(model: Any, tokenizer: Any) -> None:
     with torch.no_grad():
         model.lm_head.weight.fill_(torch.nan)

@@ -36,7 +36,7 @@ def test_products_are_near_and_the_model_is_left_as_it_was(model: Any) -> None:
     before, modules = logits(model), linears_of(model)
     with fast_products(model, least_parameters=1):
         near = logits(model)
-        assert set(linears_of(model)) == {"lm_head"}
+        assert not linears_of(model)
     assert near.dtype == torch.float32
     assert 0 < float((near - before).abs().max()) < 0.05 * float(before.abs().max())
     assert linears_of(model) == modules

@@ -45,6 +45,7 @@ FORMS = (
 )
 
 Split = Literal["calibration", "evaluation"]
+Purpose = Literal["calibration", "evaluation", "learning"]
 TokenIds = NDArray[np.int64]
 SelfText = Callable[[int, int, int], TokenIds]
 """(samples, length, seed) -> `[samples, length]`, see `nmexport.calibration.self_text`."""
@@ -99,7 +100,7 @@ def load_samples(
         drawn = _drawn(section, count - own, tokenizer, seed, reserved_tokens)
     written = drawn[:0]
     if own:
-        written = self_text(own, length, _split_seed(seed, "calibration"))
+        written = self_text(own, length, text_seed(seed, "calibration"))
     return Samples(drawn[: count - own], written, drawn[count - own :])
 
 
@@ -140,7 +141,7 @@ def evaluation_windows(
         EnvironmentFault: if the hub cannot be reached or the `datasets` package is missing.
     """
     if section.corpus == SELF:
-        return self_text(section.windows, section.length, _split_seed(seed, "evaluation"))
+        return self_text(section.windows, section.length, text_seed(seed, "evaluation"))
     stream = _token_stream(
         section.corpus, tokenizer, "evaluation", section.windows * section.length
     )
@@ -201,9 +202,9 @@ def _prefix(tokenizer: Any) -> TokenIds:
     return np.array(text_prefix(tokenizer), dtype=np.int64)
 
 
-def _split_seed(seed: int, split: Split) -> int:
-    """Seeds that no two splits share, whatever the seeds."""
-    return int.from_bytes(hashlib.sha256(f"{split}:{seed}".encode()).digest()[:6], "big")
+def text_seed(seed: int, purpose: Purpose) -> int:
+    """Seeds of generated text that no two purposes share, whatever the seeds."""
+    return int.from_bytes(hashlib.sha256(f"{purpose}:{seed}".encode()).digest()[:6], "big")
 
 
 def _windows(stream: TokenIds, length: int, prefix: TokenIds) -> TokenIds:

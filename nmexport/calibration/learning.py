@@ -61,12 +61,12 @@ _LOGIT_ROWS = 512  # positions whose logits over the whole vocabulary exist at a
 class LearningSettings:
     """How long and on what; the defaults are the standard effort."""
 
-    steps: int = 480
+    steps: int = 240
     batch: int = 4
     """Chunks a step."""
     length: int = 256
     """Tokens a chunk; longer samples are cut."""
-    rate: float = 0.002
+    rate: float = 0.001
     """Largest step of a parameter of size 1, see Spread; warmed up, then falling as a cosine."""
     seed: int = 0
     parts: tuple[Part, ...] = PARTS
@@ -76,13 +76,15 @@ class LearningSettings:
     """Likeliest tokens that the loss looks at; the output embedding is much of a step's work."""
     held_out: int = 8
     """Chunks that are never learned from, and show whether learning carries over."""
+    written: int = 512
+    """Most chunks that the model writes for learning alone, rather than learn from some again."""
 
 
 EFFORTS: Mapping[Effort, LearningSettings] = MappingProxyType(
     {
-        "fast": LearningSettings(steps=80),
+        "fast": LearningSettings(steps=80, rate=0.0015, written=64),
         "standard": LearningSettings(),
-        "thorough": LearningSettings(steps=1600),
+        "thorough": LearningSettings(steps=1600, written=2048),
     }
 )
 
@@ -216,11 +218,11 @@ def split_chunks(samples: Sequence[torch.Tensor], settings: LearningSettings) ->
         CorpusError: if not even one batch is left to learn from.
     """
     kinds = [one for one in samples if len(one)]
-    length = min([settings.length, *(one.shape[1] for one in kinds)])
+    length = chunk_length(kinds, settings)
     generator = torch.Generator().manual_seed(settings.seed)
     learned, held_out = [], []
     for kind in kinds:
-        whole = kind[:, : kind.shape[1] // length * length].reshape(-1, length)
+        whole = cut(kind, length)
         shuffled = whole[torch.randperm(len(whole), generator=generator)]
         held = min(settings.held_out // len(kinds), len(whole) // 8)
         held_out.append(shuffled[:held])
@@ -233,6 +235,16 @@ def split_chunks(samples: Sequence[torch.Tensor], settings: LearningSettings) ->
             fix="use more --calib-samples",
         )
     return Chunks(torch.cat(learned), tuple(map(len, learned)), torch.cat(held_out))
+
+
+def chunk_length(samples: Sequence[torch.Tensor], settings: LearningSettings) -> int:
+    """Tokens of a chunk: the settings', or the length of the shortest kind of samples."""
+    return min([settings.length, *(one.shape[1] for one in samples if len(one))])
+
+
+def cut(samples: torch.Tensor, length: int) -> torch.Tensor:
+    """`[samples, L]` -> `[chunks, length]`; what is left of a sample is not used."""
+    return samples[:, : samples.shape[1] // length * length].reshape(-1, length)
 
 
 def without(samples: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:

@@ -50,7 +50,7 @@ class _FastLinear(nn.Module):
 
 @contextlib.contextmanager
 def fast_products(model: Any, *, least_parameters: int = _LEAST_PARAMETERS) -> Iterator[None]:
-    """The linears of a float32 model on faster products while this lasts; its output head not.
+    """The linears of a float32 model on faster products while this lasts.
 
     Args:
         model: A Hugging Face causal language model; one that Accelerate placed is left alone, its
@@ -61,8 +61,7 @@ def fast_products(model: Any, *, least_parameters: int = _LEAST_PARAMETERS) -> I
     if is_placed(model) or model.dtype != torch.float32:
         yield
         return
-    head = model.get_output_embeddings()
-    linears = {name: one for name, one in linears_of(model).items() if one is not head}
+    linears = linears_of(model)
     dtype = fast_dtype(model.device)
     size = sum(one.weight.numel() for one in linears.values())
     if dtype == torch.float32 or not least_parameters <= size <= _MOST_PARAMETERS:

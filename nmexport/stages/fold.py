@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from nmexport.allocation.choice import Allocation
     from nmexport.allocation.sites import Site
     from nmexport.calibration.checkpoint import Checkpoint
+    from nmexport.calibration.corpus import SelfText
     from nmexport.calibration.derivation import Derived
     from nmexport.calibration.learning import Learned
     from nmexport.calibration.local_error import ErrorObserver
@@ -447,9 +448,9 @@ def _learned(
     checkpoint: str,
 ) -> Learned | None:
     """Corrections of all linears, learned together; None where the recipe names none."""
-    import torch
-
-    from nmexport.calibration.learning import EFFORTS, learn, without
+    from nmexport.calibration.corpus import text_seed
+    from nmexport.calibration.learning import EFFORTS, learn
+    from nmexport.calibration.learning_text import with_more_written
 
     recipe = given.inputs.recipe
     parts = learned_parts(recipe.sparsity.mitigations)
@@ -461,20 +462,57 @@ def _learned(
         rank=recipe.sparsity.rank,
         seed=recipe.seed,
     )
-    kinds = [torch.cat([given.kinds["corpus"], given.kinds["further"]]), given.kinds["written"]]
-    if unlearned is not None:
-        kinds = [without(kind, unlearned) for kind in kinds]
+    corpus, own = _learning_samples(given, unlearned)
+    own = with_more_written(
+        corpus,
+        own,
+        _writer(given),
+        settings=settings,
+        seed=text_seed(recipe.seed, "learning"),
+        checkpoint=_checkpoint(given, "text"),
+    )
     return learn(
         given.model,
         {name: given.linears[name] for name in derived},
         {name: one.constants for name, one in derived.items()},
         {name: one.behaviour for name, one in derived.items()},
-        kinds,
+        [corpus, own],
         settings=settings,
         sites=[site.names for site in given.sites],
         progress=given.inputs.progress,
         checkpoint=_checkpoint(given, checkpoint),
     )
+
+
+def _learning_samples(
+    given: _Given, unlearned: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Samples of the corpus and of the model's own text, without windows not to learn from."""
+    import torch
+
+    from nmexport.calibration.learning import without
+
+    kinds = given.kinds
+    corpus, own = torch.cat([kinds["corpus"], kinds["further"]]), kinds["written"]
+    return (
+        (corpus, own)
+        if unlearned is None
+        else (
+            without(corpus, unlearned),
+            without(own, unlearned),
+        )
+    )
+
+
+def _writer(given: _Given) -> SelfText:
+    """The model as an author."""
+    from nmexport.calibration.self_text import self_text, several_kinds
+    from nmexport.models.loader import load_tokenizer
+
+    trusted = given.inputs.recipe.model.trust_remote_code
+    tokenizer = load_tokenizer(given.inputs.source, trust_remote_code=trusted)
+    kinds = several_kinds(tokenizer)
+    return self_text(given.model, tokenizer, progress=given.inputs.progress, kinds=kinds)
 
 
 def _checkpoint(given: _Given, work: str) -> Checkpoint | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from nmexport import progress
 from nmexport.verification import cache_parity, report_allocation, report_learning
 from nmexport.verification.report_plots import (
     front_svg,
@@ -64,14 +65,7 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 def size(value: int | None) -> str:
     """Bytes in the unit people think in."""
-    if value is None:
-        return _ABSENT
-    scaled, unit = float(value), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if scaled < 1000:  # noqa: PLR2004 - SI
-            break
-        scaled, unit = scaled / 1000, larger
-    return f"{scaled:.3g} {unit}"
+    return _ABSENT if value is None else progress.size(value)
 
 
 def speedup(value: float | None) -> str:
