@@ -480,7 +480,7 @@ def _learned(
         settings=settings,
         sites=[site.names for site in given.sites],
         progress=given.inputs.progress,
-        checkpoint=_checkpoint(given, checkpoint),
+        checkpoint=_checkpoint(given, checkpoint, of=str(settings)),
     )
 
 
@@ -515,15 +515,21 @@ def _writer(given: _Given) -> SelfText:
     return self_text(given.model, tokenizer, progress=given.inputs.progress, kinds=kinds)
 
 
-def _checkpoint(given: _Given, work: str) -> Checkpoint | None:
-    """Where long work goes on from after a kill; the folder belongs to this stage's key."""
+def _checkpoint(given: _Given, work: str, *, of: str = "") -> Checkpoint | None:
+    """Where long work goes on from after a kill; the folder belongs to this stage's key.
+
+    Args:
+        given: Names the folder.
+        work: Which work.
+        of: What it depends on beside the key, such as what an effort means in this version.
+    """
     from nmexport.calibration.checkpoint import Checkpoint
 
     folder = given.inputs.resume
     if folder is None:
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    return Checkpoint(folder / f"{work}.safetensors", identity=folder.name)
+    return Checkpoint(folder / f"{work}.safetensors", identity=f"{folder.name} {of}".strip())
 
 
 def _folded(given: _Given, made: _Made, name: str) -> dict[str, torch.Tensor]:
