@@ -129,8 +129,8 @@ def test_attention_and_cache_are_told_as_they_were_built(tmp_path: Path) -> None
     text = words_of(tmp_path, engine_document())
     assert text == (
         "tensorrt-rtx 1.7.1: all 30 attention layers run as fused kernels (gemm_mha_v2 30, "
-        "gemv_mha_v1 30). The KV cache is updated in place. The dense plan takes 495 MB for "
-        "269 MB of weights: each profile may hold weights in a layout of its own."
+        "gemv_mha_v1 30). The KV cache is updated in place. The dense plan takes 495.0 MB for "
+        "269.0 MB of weights: each profile may hold weights in a layout of its own."
     )
     unread = words_of(tmp_path, engine_document(attention="attention layers"))
     assert "30 attention layers were given to the runtime" in unread

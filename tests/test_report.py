@@ -194,7 +194,7 @@ def test_numbers_for_people(value: float | None, digits: int, text: str) -> None
 
 def test_sizes_and_counts_for_people() -> None:
     assert report_pages.size(999) == "999 B"
-    assert report_pages.size(812_345_678) == "812 MB"
+    assert report_pages.size(812_345_678) == "812.3 MB"
     assert report_pages.size(None) == "not measured"
     assert report_pages.count(134_515_008) == "134.5 million"
     assert report_pages.count(7_241_732_096) == "7.242 billion"
