@@ -127,7 +127,7 @@ class SparsitySection(_Strict):
     grouping: Grouping = "exchange"
     targets: TargetsSection = TargetsSection()
     effort: Effort = "standard"
-    """How long learned mitigations learn."""
+    """How long learned mitigations learn, and how much text the model writes for that alone."""
     rank: int = Field(default=32, ge=1)
     """Of the mitigation `low-rank`."""
     remainder: float = Field(default=0.05, gt=0, le=1)
