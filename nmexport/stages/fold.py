@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from nmexport.allocation.choice import Allocation
     from nmexport.allocation.sites import Site
     from nmexport.calibration.checkpoint import Checkpoint
-    from nmexport.calibration.corpus import SelfText
+    from nmexport.calibration.corpus import TokenIds
     from nmexport.calibration.derivation import Derived
     from nmexport.calibration.learning import Learned
     from nmexport.calibration.local_error import ErrorObserver
@@ -466,7 +466,7 @@ def _learned(
     own = with_more_written(
         corpus,
         own,
-        _writer(given),
+        partial(_write, given),
         settings=settings,
         seed=text_seed(recipe.seed, "learning"),
         checkpoint=_checkpoint(given, "text"),
@@ -494,25 +494,21 @@ def _learning_samples(
 
     kinds = given.kinds
     corpus, own = torch.cat([kinds["corpus"], kinds["further"]]), kinds["written"]
-    return (
-        (corpus, own)
-        if unlearned is None
-        else (
-            without(corpus, unlearned),
-            without(own, unlearned),
-        )
-    )
+    if unlearned is None:
+        return corpus, own
+    return without(corpus, unlearned), without(own, unlearned)
 
 
-def _writer(given: _Given) -> SelfText:
-    """The model as an author."""
+def _write(given: _Given, samples: int, length: int, seed: int) -> TokenIds:
+    """The model as an author; its tokenizer is read only where something is to be written."""
     from nmexport.calibration.self_text import self_text, several_kinds
     from nmexport.models.loader import load_tokenizer
 
     trusted = given.inputs.recipe.model.trust_remote_code
     tokenizer = load_tokenizer(given.inputs.source, trust_remote_code=trusted)
     kinds = several_kinds(tokenizer)
-    return self_text(given.model, tokenizer, progress=given.inputs.progress, kinds=kinds)
+    generate = self_text(given.model, tokenizer, progress=given.inputs.progress, kinds=kinds)
+    return generate(samples, length, seed)
 
 
 def _checkpoint(given: _Given, work: str, *, of: str = "") -> Checkpoint | None:
@@ -529,7 +525,7 @@ def _checkpoint(given: _Given, work: str, *, of: str = "") -> Checkpoint | None:
     if folder is None:
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    return Checkpoint(folder / f"{work}.safetensors", identity=f"{folder.name} {of}".strip())
+    return Checkpoint(folder / f"{work}.safetensors", identity=folder.name + of)
 
 
 def _folded(given: _Given, made: _Made, name: str) -> dict[str, torch.Tensor]:
