@@ -18,7 +18,7 @@ from nmexport.calibration.learning import (
     rate_at,
     split_chunks,
 )
-from nmexport.calibration.output_head import OutputHead
+from nmexport.calibration.output_head import OutputHead, SampledHead
 from nmexport.calibration.products import fast_dtype
 from nmexport.calibration.sensitivity import gather_sensitivities
 from nmexport.errors import CorpusError, ModelError
@@ -303,6 +303,33 @@ def test_tokens_that_are_looked_at_keep_their_bias() -> None:
     head = OutputHead(weight=weight, bias=bias, factor=0.5, softcap=2.0)
     few = torch.tensor([3, 7, 11])
     torch.testing.assert_close(head.rows(few).logits(hidden), head.logits(hidden)[:, few])
+
+
+def test_few_tokens_stand_for_all_of_them() -> None:
+    """Over steps, sums over what is looked at are those over the vocabulary; each step differs."""
+    generator = torch.Generator().manual_seed(0)
+    weight, hidden = (torch.randn(*shape, generator=generator) for shape in ((60, 4), (3, 4)))
+    head = OutputHead(weight=weight)
+    mass = head.logits(hidden).softmax(dim=-1).sum(dim=0)
+    sampled = SampledHead(head, mass, likeliest=20, drawn=10, seed=7)
+    sums = [sampled.of_step(step).logits(hidden).exp().sum(dim=-1) for step in range(400)]
+    assert not torch.equal(sums[0], sums[1])
+    assert torch.equal(sums[3], sampled.of_step(3).logits(hidden).exp().sum(dim=-1))
+    exact = head.logits(hidden).exp().sum(dim=-1)
+    torch.testing.assert_close(torch.stack(sums).mean(dim=0), exact, rtol=0.02, atol=0.0)
+    always = mass.topk(20).indices.sort().values
+    torch.testing.assert_close(
+        sampled.of_step(0).logits(hidden)[:, :20], head.rows(always).logits(hidden)
+    )
+
+
+@pytest.mark.parametrize("likeliest", [60, 12])
+def test_where_nothing_is_drawn_the_loss_sees_the_likeliest(likeliest: int) -> None:
+    weight = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    head = OutputHead(weight=weight)
+    sampled = SampledHead(head, torch.arange(60.0), likeliest=likeliest, drawn=0, seed=0)
+    assert sampled.of_step(5).log_counts is None
+    assert torch.equal(sampled.of_step(5).weight, weight[60 - likeliest :])
 
 
 def test_logits_that_come_about_otherwise_are_refused(

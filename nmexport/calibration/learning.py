@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from nmexport.calibration.output_head import OutputHead, check_head
+from nmexport.calibration.output_head import OutputHead, SampledHead, check_head
 from nmexport.calibration.passes import _hooked
 from nmexport.calibration.products import fast_dtype
 from nmexport.calibration.sensitivity import activations_carry_gradients
@@ -52,6 +52,7 @@ _HELD_OUT_STEPS = 20  # at least so many between two measurements, each of which
 # Hidden states of the dense model are kept where each chunk is used more than once and all of them
 # fit in this; else the dense model runs in every step.
 _TARGET_BYTES = 1 << 30
+_DRAWN_PART = 4  # one in so many of the tokens that the loss looks at is drawn anew in each step
 _VOCABULARY_SAMPLE = 8192  # positions that decide which tokens the loss looks at
 _LOSS_ROWS = 256  # positions whose logits the loss looks at together
 _LOGIT_ROWS = 512  # positions whose logits over the whole vocabulary exist at a time
@@ -73,7 +74,8 @@ class LearningSettings:
     rank: int = RANK
     """Of the low-rank compensation."""
     vocabulary: int = 8192
-    """Likeliest tokens that the loss looks at; the output embedding is much of a step's work."""
+    """Tokens that the loss looks at in a step, three quarters of them the likeliest, the others
+    drawn; the output embedding is much of a step's work."""
     held_out: int = 8
     """Chunks that are never learned from, and show whether learning carries over."""
     written: int = 512
@@ -332,7 +334,7 @@ class _Run:
         self._adam = torch.optim.Adam(
             self._parameters.values(), lr=settings.rate, betas=_BETAS, foreach=True
         )
-        self._head = self._likeliest(self._checked_head().to(dtype))
+        self._heads = self._sampled(self._checked_head().to(dtype))
         self._targets: torch.Tensor | None = None
         self._held_out_targets: torch.Tensor | None = None
         self._curve = LossCurve()
@@ -362,7 +364,7 @@ class _Run:
         teacher = self._teacher(rows)
         student = self._hidden(self._chunks[rows])
         value, gradient = divergence_with_gradient(
-            student.detach().flatten(0, 1), teacher.flatten(0, 1), self._head
+            student.detach().flatten(0, 1), teacher.flatten(0, 1), self._heads.of_step(step)
         )
         if not math.isfinite(value):
             raise ModelError(
@@ -381,13 +383,13 @@ class _Run:
         done = self._curve.held_out
         if not len(self._held_out) or (done and done[-1][0] == step):
             return
-        total = 0.0
+        total, head = 0.0, self._heads.of_step(0)  # the same tokens each time
         with torch.no_grad():
             if self._held_out_targets is None:
                 dense = [self._dense_hidden(chunk[None])[0] for chunk in self._held_out]
                 self._held_out_targets = torch.stack(dense)
             for chunk, teacher in zip(self._held_out, self._held_out_targets, strict=True):
-                total += float(divergence(self._hidden(chunk[None])[0], teacher, self._head))
+                total += float(divergence(self._hidden(chunk[None])[0], teacher, head))
         done.append((step, total / len(self._held_out)))
         progress.note(f"after {step} steps: KL {done[-1][1]:.4f} on held-out text")
 
@@ -427,17 +429,17 @@ class _Run:
             check_head(self._model, head, self._hidden)
         return head
 
-    def _likeliest(self, head: OutputHead) -> OutputHead:
-        """The head over the tokens that the dense model gives most probability to."""
-        vocabulary = head.weight.shape[0]
-        if self._settings.vocabulary >= vocabulary:
-            return head
-        mass = torch.zeros(vocabulary, device=head.weight.device)
+    def _sampled(self, head: OutputHead) -> SampledHead:
+        """The head over the tokens that the dense model gives most probability to, and others."""
+        whole = head.weight.shape[0]
+        looked_at, mass = self._settings.vocabulary, torch.zeros(whole, device=head.weight.device)
+        drawn = 0 if looked_at >= whole else looked_at // _DRAWN_PART
         wanted = max(1, _VOCABULARY_SAMPLE // self._chunks.shape[1])
-        for ids in self._chunks[:: max(1, len(self._chunks) // wanted)]:
+        for ids in self._chunks[:: max(1, len(self._chunks) // wanted)] if drawn else ():
             for rows in torch.split(self._dense_hidden(ids[None])[0], _LOGIT_ROWS):
                 mass += head.logits(rows).softmax(dim=-1).sum(dim=0)
-        return head.rows(mass.topk(self._settings.vocabulary).indices.sort().values)
+        likeliest, seed = min(looked_at, whole) - drawn, self._settings.seed * _SEEDS
+        return SampledHead(head, mass, likeliest=likeliest, drawn=drawn, seed=seed)
 
     def _save(self, checkpoint: Checkpoint, done: int) -> None:
         tensors: dict[str, torch.Tensor] = {}

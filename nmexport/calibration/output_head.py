@@ -6,6 +6,7 @@ own logits once, so that a family that does something else is refused rather tha
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -31,6 +32,8 @@ class OutputHead:
     factor: float = 1.0
     softcap: float | None = None
     """Logits x become `softcap * tanh(x / softcap)`."""
+    log_counts: torch.Tensor | None = None
+    """`[V]` float32, added to the logits: how many tokens each one stands for, as a logarithm."""
 
     @classmethod
     def of(cls, model: Any) -> Self:
@@ -70,7 +73,48 @@ class OutputHead:
             logits = self.factor * logits
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
+        if self.log_counts is not None:
+            logits = logits + self.log_counts
         return logits
+
+
+class SampledHead:
+    """A head over the likeliest tokens and, other ones in each step, a few of the rest.
+
+    A sparse model errs by giving probability to tokens that the dense one never thinks of. Where a
+    loss looks at likely tokens alone that goes unseen, and all the more on text of other kinds than
+    what was learned from. Each of the few stands for as many tokens as it was drawn from, so that
+    sums over them estimate those over the whole vocabulary.
+    """
+
+    def __init__(
+        self, head: OutputHead, mass: torch.Tensor, *, likeliest: int, drawn: int, seed: int
+    ) -> None:
+        """Decide which tokens are always there.
+
+        Args:
+            head: Over the whole vocabulary.
+            mass: `[V]`, how much probability the dense model gives each token.
+            likeliest: How many tokens are always there.
+            drawn: How many of the others are, in each step.
+            seed: Of the draw.
+        """
+        self._head, self._seed = head, seed
+        order = mass.argsort(descending=True, stable=True)
+        self._always = order[:likeliest].sort().values
+        self._others = order[likeliest:].sort().values
+        self._drawn = min(drawn, len(self._others))
+
+    def of_step(self, step: int) -> OutputHead:
+        """Over the tokens of one step."""
+        if not self._drawn:
+            return self._head.rows(self._always)
+        generator = torch.Generator().manual_seed(self._seed + step)
+        chosen = torch.randperm(len(self._others), generator=generator)[: self._drawn]
+        tokens = torch.cat([self._always, self._others[chosen.to(self._others.device)]])
+        log_counts = torch.zeros(len(tokens), device=tokens.device)
+        log_counts[len(self._always) :] = math.log(len(self._others) / self._drawn)
+        return replace(self._head.rows(tokens), log_counts=log_counts)
 
 
 def check_head(

@@ -301,9 +301,9 @@ class _SparseProduct(torch.autograd.Function):
         inner = None
         if low_rank_in is not None and low_rank_out is not None:
             low_rank_in = low_rank_in.to(weight.dtype)
-            low_rank_out = low_rank_out.to(weight.dtype)
             inner = kept @ low_rank_in
-            y = y + inner @ low_rank_out
+            # In float32, and in place: adding a tensor of another type takes longer than that.
+            y = y.float().addmm_(inner.float(), low_rank_out)
         ctx.save_for_backward(
             kept, keep, nu, product, input_scale, output_scale, weight,
             low_rank_in, low_rank_out, inner,
@@ -317,17 +317,18 @@ class _SparseProduct(torch.autograd.Function):
          low_rank_in, low_rank_out, inner) = ctx.saved_tensors  # fmt: skip
         (of_y,) = gradients
         needs_scale, needs_gain = ctx.needs_input_grad[2], ctx.needs_input_grad[3]
-        of_gain = (of_y * product).sum(dim=0) if needs_gain else None
-        of_operand = ((of_y * output_scale).to(weight.dtype) @ weight).float()
-        of_scale = (of_operand * kept).sum(dim=0) if needs_scale else None
+        low_of_y = of_y.to(weight.dtype)
+        of_gain = _sum_of_products(low_of_y, product) if needs_gain else None
+        low_of_operand = (of_y * output_scale).to(weight.dtype) @ weight
+        of_scale = _sum_of_products(low_of_operand, kept) if needs_scale else None
+        of_operand = low_of_operand.float()
         of_kept = of_operand * input_scale
         of_in = of_out = None
         if inner is not None:
-            low_of_y = of_y.to(weight.dtype)
-            of_inner = low_of_y @ low_rank_out.t()
+            of_inner = low_of_y @ low_rank_out.to(weight.dtype).t()
             of_out = (inner.t() @ low_of_y).float()
             of_in = (kept.t() @ of_inner).float()
-            of_kept += of_inner @ low_rank_in.t()
+            of_kept.addmm_(of_inner.float(), low_rank_in.float().t())
         of_x = of_kept.mul_(keep)
         if nu is not None:
             of_x.mul_(nu)
@@ -336,6 +337,11 @@ class _SparseProduct(torch.autograd.Function):
             # eta is added back everywhere and taken away where a value is kept.
             of_eta = (of_operand - of_x).sum_to_size(ctx.eta_shape)
         return of_x, of_eta, of_scale, of_gain, of_in, of_out, None, None, None
+
+
+def _sum_of_products(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """`[T, C]` twice, of one type -> `[C]` float32, summed in float32 over tokens."""
+    return (one * other).sum(dim=0, dtype=torch.float32)
 
 
 def with_learned(constants: Constants, corrections: Corrections) -> Constants:
