@@ -1,8 +1,8 @@
 """What a build will take, before it runs: file sizes known, the rest from the model's size.
 
 Estimates, said as such: a dense copy of the weights is counted once for each place that holds
-one; where the model runs layer by layer, a layer of it. Sizes come from safetensors headers or from
-the weight files; no tensor is read.
+one; where the model runs layer by layer, a layer of it; activations by what a small model took.
+Sizes come from safetensors headers or from the weight files; no tensor is read.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import re
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from nmexport.calibration.corpus import SELF
+from nmexport.sparsity.mitigation import learned_parts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -42,6 +45,12 @@ _COPIES = {
 _WRITTEN = {"fold": 1.0, "export": 2.0, "package": 1.0}
 # A TensorRT engine: the parser's copy, the network's and the plan's; two plans are written.
 _TENSORRT_COPIES, _TENSORRT_PLANS = 3.0, 2.0
+# Beside the weights, where a model is not run layer by layer, measured on 135 million parameters
+# (SmolLM2): what grows with a model's width and depth, so about as the root of its parameters.
+_MEASURED_PARAMETERS = 135_000_000
+_WRITING_BYTES = 2_100_000_000  # the cache of samples that the model writes, at most as much
+_LEARNING_BYTES = 2_500_000_000  # activations of a step of learning, kept for its gradient
+_COMPARING_BYTES = 2_400_000_000  # logits of both sides, and inputs of linears that are audited
 _RUNTIME_BYTES = 700_000_000  # the interpreter with its libraries loaded
 # Layer by layer: K x K matrices that the search for orders holds of a layer's widest input, all
 # else included; copies of a linear while it is folded, in float64.
@@ -106,7 +115,23 @@ def _memory(recipe: Recipe, source: ModelSource, parameters: int) -> dict[str, i
     if recipe.target in {"tensorrt", "tensorrt-rtx"}:
         copies["engine"] = _TENSORRT_COPIES
     held = {stage: int(count * parameters * _WORKING_BYTES) for stage, count in copies.items()}
-    return {**held, **(_layerwise_memory(source) if _runs_layerwise(recipe, source) else {})}
+    if _runs_layerwise(recipe, source):
+        return {**held, **_layerwise_memory(source)}
+    beside = _beside_weights(recipe, parameters)
+    return {stage: count + beside.get(stage, 0) for stage, count in held.items()}
+
+
+def _beside_weights(recipe: Recipe, parameters: int) -> dict[str, int]:
+    """Bytes that stages hold of activations, caches and logits."""
+    growth = math.sqrt(parameters / _MEASURED_PARAMETERS)
+    section = recipe.calibration
+    writes = section.corpus == SELF or section.self_share > 0
+    learns = bool(learned_parts(recipe.sparsity.mitigations))
+    return {
+        "calibrate": int(writes * min(growth, 1.0) * _WRITING_BYTES),
+        "fold": int(learns * growth * _LEARNING_BYTES),
+        "verify": int(growth * _COMPARING_BYTES),
+    }
 
 
 def _runs_layerwise(recipe: Recipe, source: ModelSource) -> bool:

@@ -62,7 +62,7 @@ _LOGIT_ROWS = 512  # positions whose logits over the whole vocabulary exist at a
 class LearningSettings:
     """How long and on what; the defaults are the standard effort."""
 
-    steps: int = 240
+    steps: int = 280
     batch: int = 4
     """Chunks a step."""
     length: int = 256
