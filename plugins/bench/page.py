@@ -239,8 +239,8 @@ def _models(models: Sequence[dict[str, Any]]) -> Iterable[str]:
         "",
         "Milliseconds a step, all layers and the output head; the interval holds 95 % of",
         "resamples. The dense side is always a float model in the type beside it: a row of int8",
-        "weights shows what both together gain, not sparsity alone; one of 16:16, which keeps every",
-        "channel, what int8 gains by itself.",
+        "weights shows what both together gain, not sparsity alone; one of 16:16, which keeps",
+        "every channel, what int8 gains by itself.",
         "",
     )
     yield "| model | weights, dense and sparse | step | dense | sparse | speed | interval |"
