@@ -377,7 +377,7 @@ def test_nothing_is_learned_from_what_measures_it(
 def test_what_learning_wins_back_is_spent_where_it_counts(
     tiny_llama: Path, longer_calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    short = learning.LearningSettings(steps=30, batch=2, length=24, rate=0.005, vocabulary=384)
+    short = learning.LearningSettings(steps=30, batch=2, length=24, rate=0.01, vocabulary=384)
     monkeypatch.setattr(learning, "EFFORTS", {"fast": short})
     plain = read_allocation(folded(budgeted(tiny_llama), tmp_path / "plain", longer_calibration))
     counting = budgeted(tiny_llama, count_learned=True)
