@@ -432,14 +432,20 @@ class _Run:
     def _sampled(self, head: OutputHead) -> SampledHead:
         """The head over the tokens that the dense model gives most probability to, and others."""
         whole = head.weight.shape[0]
-        looked_at, mass = self._settings.vocabulary, torch.zeros(whole, device=head.weight.device)
-        drawn = 0 if looked_at >= whole else looked_at // _DRAWN_PART
+        looked_at = min(self._settings.vocabulary, whole)
+        drawn = looked_at // _DRAWN_PART if looked_at < whole else 0
+        mass = self._mass(head) if drawn else torch.zeros(whole, device=head.weight.device)
+        seed = self._settings.seed * _SEEDS
+        return SampledHead(head, mass, likeliest=looked_at - drawn, drawn=drawn, seed=seed)
+
+    def _mass(self, head: OutputHead) -> torch.Tensor:
+        """How much probability the dense model gives each token, on some of the chunks: `[V]`."""
+        mass = torch.zeros(head.weight.shape[0], device=head.weight.device)
         wanted = max(1, _VOCABULARY_SAMPLE // self._chunks.shape[1])
-        for ids in self._chunks[:: max(1, len(self._chunks) // wanted)] if drawn else ():
+        for ids in self._chunks[:: max(1, len(self._chunks) // wanted)]:
             for rows in torch.split(self._dense_hidden(ids[None])[0], _LOGIT_ROWS):
                 mass += head.logits(rows).softmax(dim=-1).sum(dim=0)
-        likeliest, seed = min(looked_at, whole) - drawn, self._settings.seed * _SEEDS
-        return SampledHead(head, mass, likeliest=likeliest, drawn=drawn, seed=seed)
+        return mass
 
     def _save(self, checkpoint: Checkpoint, done: int) -> None:
         tensors: dict[str, torch.Tensor] = {}

@@ -104,11 +104,12 @@ class SampledHead:
         self._always = order[:likeliest].sort().values
         self._others = order[likeliest:].sort().values
         self._drawn = min(drawn, len(self._others))
+        self._fixed = None if self._drawn else head.rows(self._always)
 
     def of_step(self, step: int) -> OutputHead:
         """Over the tokens of one step."""
-        if not self._drawn:
-            return self._head.rows(self._always)
+        if self._fixed is not None:
+            return self._fixed
         generator = torch.Generator().manual_seed(self._seed + step)
         chosen = torch.randperm(len(self._others), generator=generator)[: self._drawn]
         tokens = torch.cat([self._always, self._others[chosen.to(self._others.device)]])
