@@ -4,6 +4,11 @@ The loss is the divergence of the sparse model's next-token distribution from th
 calibration text; no label is used, and every linear learns on the inputs that the sparse part
 before it really produces. Dense and sparse pass share one model: each linear can compute either.
 
+Two things make what is learned carry over to other text. Each token counts by the root of its
+divergence, so that a few tokens that no constant repairs do not rule every step. And in each step
+scores are multiplied by random factors near 1, so that nothing relies on which of two nearly equal
+channels is kept.
+
 Everything that a step depends on is a function of the seed and the step's number, so that a run
 that was killed goes on from its checkpoint to the same result, bit for bit on the same machine.
 """
@@ -54,6 +59,7 @@ _HELD_OUT_STEPS = 20  # at least so many between two measurements, each of which
 _TARGET_BYTES = 1 << 30
 _DRAWN_PART = 4  # one in so many of the tokens that the loss looks at is drawn anew in each step
 _VOCABULARY_SAMPLE = 8192  # positions that decide which tokens the loss looks at
+_LEAST_DIVERGENCE = 1e-6  # nats a token
 _LOSS_ROWS = 256  # positions whose logits the loss looks at together
 _LOGIT_ROWS = 512  # positions whose logits over the whole vocabulary exist at a time
 
@@ -62,7 +68,7 @@ _LOGIT_ROWS = 512  # positions whose logits over the whole vocabulary exist at a
 class LearningSettings:
     """How long and on what; the defaults are the standard effort."""
 
-    steps: int = 280
+    steps: int = 300
     batch: int = 4
     """Chunks a step."""
     length: int = 256
@@ -76,6 +82,8 @@ class LearningSettings:
     vocabulary: int = 8192
     """Tokens that the loss looks at in a step, three quarters of them the likeliest, the others
     drawn; the output embedding is much of a step's work."""
+    disturbance: float = 0.2
+    """Standard deviation of the logarithm of the factors that scores are multiplied by."""
     held_out: int = 8
     """Chunks that are never learned from, and show whether learning carries over."""
     written: int = 512
@@ -96,7 +104,7 @@ class LossCurve:
     """Divergence from the dense model in nats a token."""
 
     learned: list[float] = field(default_factory=list)
-    """Each step's, on the chunks it learned from."""
+    """Each step's, on the chunks it learned from, with its scores disturbed."""
     held_out: list[tuple[int, float]] = field(default_factory=list)
     """(steps done, on the held-out chunks): at the start, now and then, at the end."""
 
@@ -282,8 +290,8 @@ def rate_at(step: int, settings: LearningSettings) -> float:
     return settings.rate * warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
 
 
-def divergence(student: torch.Tensor, teacher: torch.Tensor, head: OutputHead) -> torch.Tensor:
-    """Mean over positions of KL(teacher || student), over the head's tokens.
+def divergences(student: torch.Tensor, teacher: torch.Tensor, head: OutputHead) -> torch.Tensor:
+    """KL(teacher || student) of each position `[T]`, over the head's tokens.
 
     Args:
         student: `[T, H]` hidden states.
@@ -293,14 +301,19 @@ def divergence(student: torch.Tensor, teacher: torch.Tensor, head: OutputHead) -
     with torch.no_grad():
         target = torch.log_softmax(head.logits(teacher), dim=-1)
     found = torch.log_softmax(head.logits(student), dim=-1)
-    total = nn.functional.kl_div(found, target, log_target=True, reduction="sum")
-    return total / student.shape[0]
+    return nn.functional.kl_div(found, target, log_target=True, reduction="none").sum(dim=-1)
+
+
+def loss_of(found: torch.Tensor) -> torch.Tensor:
+    """What learning makes small, of divergences `[T]`: the sum of their roots."""
+    # A root's slope has no end at zero; below the floor there is nothing to learn.
+    return found.clamp_min(_LEAST_DIVERGENCE).sqrt().sum()
 
 
 def divergence_with_gradient(
     student: torch.Tensor, teacher: torch.Tensor, head: OutputHead
 ) -> tuple[float, torch.Tensor]:
-    """The same and its gradient `[T, H]` by the student, a few positions at a time.
+    """Mean divergence, and the loss's gradient a position `[T, H]`, a few positions at a time.
 
     Logits of all positions together are the largest tensors of a step, and memory that goes back
     to the system in every step has to be got from it again, page by page.
@@ -309,10 +322,10 @@ def divergence_with_gradient(
     pieces = (torch.split(one, _LOSS_ROWS) for one in (student, teacher))
     for rows, targets in zip(*pieces, strict=True):
         leaf = rows.requires_grad_()
-        loss = divergence(leaf, targets, head) * (len(rows) / len(student))
-        gradients += torch.autograd.grad(loss, leaf)
-        total += float(loss.detach())
-    return total, torch.cat(gradients)
+        found = divergences(leaf, targets, head)
+        gradients += torch.autograd.grad(loss_of(found) / len(student), leaf)
+        total += float(found.detach().sum())
+    return total / len(student), torch.cat(gradients)
 
 
 class _Run:
@@ -330,6 +343,7 @@ class _Run:
         self._model, self._students, self._settings = model, students, settings
         self._chunks, self._counts, self._held_out = chunks.ids, chunks.counts, chunks.held_out
         self._device = next(model.parameters()).device
+        self._sites = list(dict.fromkeys(one.site for one in students.values()))
         self._parameters = _parameters_of(students)
         self._adam = torch.optim.Adam(
             self._parameters.values(), lr=settings.rate, betas=_BETAS, foreach=True
@@ -362,7 +376,8 @@ class _Run:
     def _step(self, step: int) -> None:
         rows = batch_of(step, self._counts, self._settings)
         teacher = self._teacher(rows)
-        student = self._hidden(self._chunks[rows])
+        with self._disturbed(step):
+            student = self._hidden(self._chunks[rows])
         value, gradient = divergence_with_gradient(
             student.detach().flatten(0, 1), teacher.flatten(0, 1), self._heads.of_step(step)
         )
@@ -378,6 +393,19 @@ class _Run:
         self._adam.step()
         self._curve.learned.append(value)
 
+    @contextlib.contextmanager
+    def _disturbed(self, step: int) -> Iterator[None]:
+        """Scores of all sites times the step's factors."""
+        generator = torch.Generator().manual_seed(self._settings.seed * _SEEDS + step)
+        for site in self._sites:
+            drawn = torch.randn(site.channels, generator=generator)
+            site.disturbance = (self._settings.disturbance * drawn).exp().to(self._device)
+        try:
+            yield
+        finally:
+            for site in self._sites:
+                site.disturbance = None
+
     def _measure(self, step: int, progress: Progress) -> None:
         """The loss on held-out chunks, one at a time."""
         done = self._curve.held_out
@@ -389,7 +417,7 @@ class _Run:
                 dense = [self._dense_hidden(chunk[None])[0] for chunk in self._held_out]
                 self._held_out_targets = torch.stack(dense)
             for chunk, teacher in zip(self._held_out, self._held_out_targets, strict=True):
-                total += float(divergence(self._hidden(chunk[None])[0], teacher, head))
+                total += float(divergences(self._hidden(chunk[None])[0], teacher, head).mean())
         done.append((step, total / len(self._held_out)))
         progress.note(f"after {step} steps: KL {done[-1][1]:.4f} on held-out text")
 

@@ -100,13 +100,15 @@ class InputSite(nn.Module):
             raise ValueError("a learned shift and a per-token shift exclude each other")
         self._behaviour, self._members = behaviour, members
         self._rms = input_rms.float().clamp_min(_FLOOR).to(device)
-        channels = self._rms.numel()
+        self.channels = channels = self._rms.numel()
         self._score_scale = _on(constants.score_scale, device)
         self._select = LaneSelector(behaviour.pattern, channels, constants.channel_order)
         start = _on(constants.shift, device)
         self._fixed = self._rms.new_zeros(1) if start is None else start
         self.shift = nn.Parameter((self._fixed / self._rms).expand(channels).clone())
         self.shift.requires_grad_(learns_shift)
+        self.disturbance: torch.Tensor | None = None
+        """`[K]` factors of the scores while a step is learned from; None ranks as the op does."""
         self._seen: torch.Tensor | None = None
         self._selected: _Selected | None = None
         self._left = 0
@@ -135,10 +137,16 @@ class InputSite(nn.Module):
         eta = self._eta(tokens)
         with torch.no_grad():
             z = tokens - eta
-            keep = self._select(scores_of(z, self._score_scale)).view(torch.uint8)
+            keep = self._select(scores_of(z, self._ranking_scale())).view(torch.uint8)
             corrects = self._behaviour.variance_correction
             nu = variance_ratio(z, z * keep) if corrects else None
         return _Selected(tokens, eta, keep, nu)
+
+    def _ranking_scale(self) -> torch.Tensor | None:
+        """`[K]` float32 that scores are multiplied by; None leaves magnitudes alone."""
+        if self.disturbance is None or self._score_scale is None:
+            return self._score_scale if self.disturbance is None else self.disturbance
+        return self._score_scale * self.disturbance
 
     def _eta(self, tokens: torch.Tensor) -> torch.Tensor:
         """`[T, 1]` per token, `[K]` learned, `[1]` calibrated or none."""
