@@ -301,6 +301,18 @@ void linearCases() {
             }
         }
     }
+    // Dense blocks, whole and cut off, beside rests of tokens and of columns.
+    for (std::size_t tokens : {5, 8, 71}) {
+        for (std::size_t outputs : {5, 17, 50, 100, 130, 576}) {
+            for (std::size_t channels : {32, 208}) {
+                Case c{tokens, channels, outputs, {16, 16}};
+                cases.push_back(c);
+                c.order = true;
+                c.scaleGroups = channels / 16;
+                cases.push_back(c);
+            }
+        }
+    }
     // Parts of a row longer than what is asked for ahead, and passes of fewer rows.
     for (std::size_t outputs : {400, 1030, 2600}) {
         for (Pattern pattern : {Pattern{8, 16}, Pattern{5, 24}, Pattern{13, 16}}) {

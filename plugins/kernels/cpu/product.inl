@@ -9,6 +9,9 @@ namespace {
 
 // Up to this many tokens share too few rows for packing to pay (measured).
 constexpr std::size_t kIN_PLACE_TOKENS = 4;
+// Dense blocks: tokens and vectors of a tile whose sums, with a row's vectors, fit the registers.
+constexpr std::size_t kTILE_TOKENS = 4;
+constexpr int kTILE_VECTORS = Simd::kREGISTERS > 16 ? 4 : 2;
 // Decode: rows multiplied per pass over the tile's sums. More rows let a short part of a row last
 // until the next rows arrive; fewer keep the streams of a long part within what a core tracks ...
 constexpr std::size_t kSHORT_PART_ROWS = 16;
@@ -221,10 +224,27 @@ class BlockPrefetcher {
     std::size_t mRows;  // a turn
 };
 
-std::uint64_t wantedBlock(const PanelProduct& p, std::size_t block) {
-    std::uint64_t wanted = 0;
-    for (std::size_t t = 0; t < p.tokens; ++t) wanted |= p.keep[t * p.keepStride + block];
-    return wanted;
+// What the tokens keep of a block of channels, a bit for each.
+struct BlockKeep {
+    std::uint64_t any;  // token keeps it: the rows to pack
+    std::uint64_t all;  // tokens keep it
+};
+
+BlockKeep keepOfBlock(const PanelProduct& p, std::size_t block) {
+    BlockKeep keep{0, ~std::uint64_t{0}};
+    for (std::size_t t = 0; t < p.tokens; ++t) {
+        keep.any |= p.keep[t * p.keepStride + block];
+        keep.all &= p.keep[t * p.keepStride + block];
+    }
+    return keep;
+}
+
+// Whether every token keeps every channel of a block.
+bool isWhole(const PanelProduct& p, std::size_t block, const BlockKeep& keep) {
+    const std::size_t channels = p.channels - block * kBLOCK;
+    const std::uint64_t every =
+        channels < kBLOCK ? (std::uint64_t{1} << channels) - 1 : ~std::uint64_t{0};
+    return keep.all == every;
 }
 
 // One token's kept rows of one packed block, from a mask of those still to add.
@@ -320,6 +340,67 @@ void multiplyBlock(const PanelProduct& p, std::size_t block, std::size_t sumStri
     }
 }
 
+// A dense tile: several tokens share each vector of W that is loaded. Per sum the same chain as
+// above, so the same bits.
+template <std::size_t kTOKENS, int kVECTORS>
+inline void multiplyTileOfAll(const float* packed, std::size_t width, std::size_t rows,
+                              const float* z, std::size_t zStride, float* sums,
+                              std::size_t sumStride) {
+    Simd::F sum[kTOKENS][kVECTORS];
+    for (std::size_t t = 0; t < kTOKENS; ++t) loadSums<kVECTORS>(sums + t * sumStride, sum[t]);
+    for (std::size_t i = 0; i < rows; ++i, packed += width) {
+        Simd::F w[kVECTORS];
+        for (int v = 0; v < kVECTORS; ++v) w[v] = Simd::load(packed + v * Simd::kLANES);
+        for (std::size_t t = 0; t < kTOKENS; ++t) {
+            const Simd::F value = Simd::broadcast(z[t * zStride + i]);
+            for (int v = 0; v < kVECTORS; ++v) sum[t][v] = Simd::fma(value, w[v], sum[t][v]);
+        }
+    }
+    for (std::size_t t = 0; t < kTOKENS; ++t) storeSums<kVECTORS>(sums + t * sumStride, sum[t]);
+}
+
+// Tiles of some tokens across the panel.
+template <std::size_t kTOKENS, int kVECTORS>
+inline void multiplyAcross(const float* packed, std::size_t rows, const float* z,
+                           std::size_t zStride, float* sums, std::size_t sumStride) {
+    constexpr std::size_t kWIDTH = static_cast<std::size_t>(kVECTORS) * Simd::kLANES;
+    constexpr int kREST = kVECTORS % kTILE_VECTORS;
+    for (int v = 0; v + kTILE_VECTORS <= kVECTORS; v += kTILE_VECTORS) {
+        const std::size_t at = static_cast<std::size_t>(v) * Simd::kLANES;
+        multiplyTileOfAll<kTOKENS, kTILE_VECTORS>(packed + at, kWIDTH, rows, z, zStride, sums + at,
+                                                  sumStride);
+    }
+    if constexpr (kREST != 0) {
+        constexpr std::size_t kAT = static_cast<std::size_t>(kVECTORS - kREST) * Simd::kLANES;
+        multiplyTileOfAll<kTOKENS, kREST>(packed + kAT, kWIDTH, rows, z, zStride, sums + kAT,
+                                          sumStride);
+    }
+}
+
+// A block of which every token keeps everything: a dense product, as in prompts where only decode
+// is sparse, or where N is M.
+template <typename T, int kVECTORS>
+void multiplyWholeBlock(const PanelProduct& p, std::size_t block, std::size_t sumStride,
+                        std::uint64_t wantedNext) {
+    const std::size_t turns = (p.tokens + kTILE_TOKENS - 1) / kTILE_TOKENS;
+    BlockPrefetcher<T> prefetcher(p, (block + 1) * kBLOCK, wantedNext, turns);
+    const std::size_t left = p.channels - block * kBLOCK;
+    const std::size_t rows = left < kBLOCK ? left : kBLOCK;
+    const float* z = p.z + block * kBLOCK;
+    float* sums = p.sums;
+    std::size_t t = 0;
+    for (; t + kTILE_TOKENS <= p.tokens; t += kTILE_TOKENS) {
+        prefetcher.next();
+        multiplyAcross<kTILE_TOKENS, kVECTORS>(p.packed, rows, z, p.zStride, sums, sumStride);
+        z += kTILE_TOKENS * p.zStride;
+        sums += kTILE_TOKENS * sumStride;
+    }
+    for (; t < p.tokens; ++t, z += p.zStride, sums += sumStride) {
+        prefetcher.next();
+        multiplyAcross<1, kVECTORS>(p.packed, rows, z, p.zStride, sums, sumStride);
+    }
+}
+
 // Few tokens: packing would cost more than it saves, so rows are taken from W where they lie.
 template <typename T, bool kSCALED, int kVECTORS, bool kWHOLE>
 void multiplyInPlace(const PanelProduct& p, std::size_t block, std::size_t sumStride) {
@@ -359,21 +440,25 @@ void panelProductOf(const PanelProduct& p) {
     std::memset(p.sums, 0, p.tokens * kSUM_STRIDE * sizeof *p.sums);
     const std::size_t blocks = (p.channels + kBLOCK - 1) / kBLOCK;
     const bool inPlace = p.tokens <= kIN_PLACE_TOKENS;
-    std::uint64_t wanted = wantedBlock(p, 0);
+    BlockKeep keep = keepOfBlock(p, 0);
     for (std::size_t block = 0; block < blocks; ++block) {
-        const std::uint64_t next = block + 1 < blocks ? wantedBlock(p, block + 1) : 0;
+        const BlockKeep next = block + 1 < blocks ? keepOfBlock(p, block + 1) : BlockKeep{0, 0};
         if (!inPlace) {
-            packBlock<T, kSCALED>(p, block * kBLOCK, wanted, kWIDTH);
-            multiplyBlock<T, kVECTORS>(p, block, kSUM_STRIDE, next);
+            packBlock<T, kSCALED>(p, block * kBLOCK, keep.any, kWIDTH);
+            if (isWhole(p, block, keep)) {
+                multiplyWholeBlock<T, kVECTORS>(p, block, kSUM_STRIDE, next.any);
+            } else {
+                multiplyBlock<T, kVECTORS>(p, block, kSUM_STRIDE, next.any);
+            }
         } else {
-            BlockPrefetcher<T>(p, (block + 1) * kBLOCK, next, 1).next();
+            BlockPrefetcher<T>(p, (block + 1) * kBLOCK, next.any, 1).next();
             if (p.columns == kWIDTH) {
                 multiplyInPlace<T, kSCALED, kVECTORS, true>(p, block, kSUM_STRIDE);
             } else {
                 multiplyInPlace<T, kSCALED, kVECTORS, false>(p, block, kSUM_STRIDE);
             }
         }
-        wanted = next;
+        keep = next;
     }
 }
 
