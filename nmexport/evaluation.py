@@ -207,7 +207,8 @@ def _windows(subject: _Subject, progress: Progress) -> NDArray[np.int64]:
         from nmexport.calibration.self_text import self_text
 
         model = load_model(source, dtype="float32", trust_remote_code=trust)
-        return self_text(model, tokenizer, progress=progress)(samples, length, seed)
+        generate = self_text(model, tokenizer, progress=progress, label="evaluate: own text")
+        return generate(samples, length, seed)
 
     return corpus.evaluation_windows(recipe.evaluation, tokenizer, written, seed=recipe.seed)
 

@@ -33,7 +33,7 @@ def model(tiny_llama: Path) -> Any:
 def test_the_same_seed_gives_the_same_text_whatever_the_batches(
     model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generate = self_text(model, tokenizer, progress=Silent())
+    generate = self_text(model, tokenizer, progress=Silent(), label="")
     first = generate(5, 20, 7)
     assert first.shape == (5, 20)
     assert first.dtype == np.int64
@@ -45,7 +45,7 @@ def test_the_same_seed_gives_the_same_text_whatever_the_batches(
 
 
 def test_only_ordinary_tokens_and_ends_of_text(model: Any, tokenizer: Any) -> None:
-    ids = self_text(model, tokenizer, progress=Silent())(8, 40, 0)
+    ids = self_text(model, tokenizer, progress=Silent(), label="")(8, 40, 0)
     assert (ids < len(tokenizer)).all()
     assert not np.isin(ids, [0, 1]).any()  # <pad>, <s>
     assert (ids[:, 0] != 2).all()
@@ -55,7 +55,7 @@ def test_the_text_is_what_the_model_says(model: Any, tokenizer: Any) -> None:
     """A model that is sure of itself is sampled greedily: so the cache is right."""
     with torch.no_grad():
         model.lm_head.weight.mul_(1e4)
-    ids = torch.from_numpy(self_text(model, tokenizer, progress=Silent())(2, 12, 3))
+    ids = torch.from_numpy(self_text(model, tokenizer, progress=Silent(), label="")(2, 12, 3))
     with torch.no_grad():
         logits = model(ids).logits[:, :-1]
     logits[..., [0, 1, *range(len(tokenizer), logits.shape[-1])]] = -torch.inf
@@ -68,7 +68,7 @@ def test_another_text_follows_an_end(model: Any, tokenizer: Any) -> None:
     with torch.no_grad():
         model.lm_head.weight.zero_()
     model.generation_config.eos_token_id = list(range(2, len(tokenizer)))
-    ids = self_text(model, tokenizer, progress=Silent())(2, 6, 0)
+    ids = self_text(model, tokenizer, progress=Silent(), label="")(2, 6, 0)
     assert ids.shape == (2, 6)
     assert (ids != 2).all()  # every token ends a text, so all are random starts
 
@@ -97,7 +97,7 @@ def test_a_broken_model_is_refused(model: Any, tokenizer: Any) -> None:
     with torch.no_grad():
         model.lm_head.weight.fill_(torch.nan)
     with pytest.raises(ModelError, match="not finite"):
-        self_text(model, tokenizer, progress=Silent())(1, 8, 0)
+        self_text(model, tokenizer, progress=Silent(), label="")(1, 8, 0)
 
 
 CHAT = "{% for message in messages %}<s>{{ message.role }}:{{ message.content }}</s>{% endfor %}"
@@ -115,7 +115,7 @@ def test_several_kinds_begin_as_they_should_and_chats_take_turns(
     kinds = several_kinds(talking)
     assert [kind.name for kind in kinds[:3]] == ["plain", "chat", "code"]
     assert len({kind.start for kind in kinds if kind.name == "code"}) == 4
-    ids = self_text(model, talking, progress=Silent(), kinds=kinds)(3, 60, 0).tolist()
+    ids = self_text(model, talking, progress=Silent(), label="", kinds=kinds)(3, 60, 0).tolist()
 
     def text_of(part: str) -> list[int]:
         return list(talking(part, add_special_tokens=False).input_ids)

@@ -66,7 +66,12 @@ class _Row:
 
 
 def self_text(
-    model: Any, tokenizer: Any, *, progress: Progress, kinds: Sequence[Kind] = (PLAIN,)
+    model: Any,
+    tokenizer: Any,
+    *,
+    progress: Progress,
+    label: str,
+    kinds: Sequence[Kind] = (PLAIN,),
 ) -> SelfText:
     """A source of samples for `load_samples` and `evaluation_windows`.
 
@@ -78,6 +83,7 @@ def self_text(
         model: A dense Hugging Face causal language model in evaluation mode.
         tokenizer: Its tokenizer.
         progress: Counts generated positions.
+        label: What it counts them under.
         kinds: How samples begin, in turn.
 
     Returns:
@@ -100,7 +106,7 @@ def self_text(
                     yield
                 done.append(torch.cat(columns, dim=1))
 
-        tracked = progress.track(steps(), label="generate text", total=length * len(batches))
+        tracked = progress.track(steps(), label=label, total=length * len(batches))
         with fast_products(model):
             for _ in tracked:
                 pass
@@ -108,6 +114,19 @@ def self_text(
         return ids
 
     return generate
+
+
+def mixed_self_text(model: Any, tokenizer: Any, *, progress: Progress, label: str) -> SelfText:
+    """The same of several kinds in turn: what to calibrate on.
+
+    Args:
+        model: As in `self_text`.
+        tokenizer: Its tokenizer.
+        progress: Counts generated positions.
+        label: What it counts them under.
+    """
+    kinds = several_kinds(tokenizer)
+    return self_text(model, tokenizer, progress=progress, label=label, kinds=kinds)
 
 
 def several_kinds(tokenizer: Any) -> list[Kind]:

@@ -180,11 +180,11 @@ def run(inputs: StageInputs) -> dict[str, Any]:
 
 def _writer(inputs: StageInputs, opened: OpenedModel, tokenizer: Any) -> SelfText:
     """The model as an author, where it is in memory as a whole."""
-    from nmexport.calibration.self_text import self_text, several_kinds
+    from nmexport.calibration.self_text import mixed_self_text
 
     if opened.layerwise is None:
-        kinds = several_kinds(tokenizer)
-        return self_text(opened.model, tokenizer, progress=inputs.progress, kinds=kinds)
+        label = "calibrate: own text"
+        return mixed_self_text(opened.model, tokenizer, progress=inputs.progress, label=label)
 
     def refuse(samples: int, length: int, seed: int) -> TokenIds:
         del samples, length, seed

@@ -501,13 +501,14 @@ def _learning_samples(
 
 def _write(given: _Given, samples: int, length: int, seed: int) -> TokenIds:
     """The model as an author; its tokenizer is read only where something is to be written."""
-    from nmexport.calibration.self_text import self_text, several_kinds
+    from nmexport.calibration.self_text import mixed_self_text
     from nmexport.models.loader import load_tokenizer
 
     trusted = given.inputs.recipe.model.trust_remote_code
     tokenizer = load_tokenizer(given.inputs.source, trust_remote_code=trusted)
-    kinds = several_kinds(tokenizer)
-    generate = self_text(given.model, tokenizer, progress=given.inputs.progress, kinds=kinds)
+    generate = mixed_self_text(
+        given.model, tokenizer, progress=given.inputs.progress, label="fold: own text"
+    )
     return generate(samples, length, seed)
 
 

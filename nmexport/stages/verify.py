@@ -215,7 +215,7 @@ def _windows(inputs: StageInputs) -> NDArray[np.int64]:
         from nmexport.calibration.self_text import self_text
 
         model = load_model(inputs.source, dtype="float32", trust_remote_code=trust)
-        generate = self_text(model, tokenizer, progress=inputs.progress)
+        generate = self_text(model, tokenizer, progress=inputs.progress, label="verify: own text")
         return generate(samples, length, seed)
 
     return corpus.evaluation_windows(recipe.evaluation, tokenizer, self_text, seed=recipe.seed)

@@ -258,7 +258,8 @@ class _Bench:
             from nmexport.calibration.self_text import self_text
 
             model = load_model(source, dtype="float32", trust_remote_code=trust)
-            return self_text(model, tokenizer, progress=self._progress)(samples, length, seed)
+            generate = self_text(model, tokenizer, progress=self._progress, label="sweep: own text")
+            return generate(samples, length, seed)
 
         return corpus.evaluation_windows(recipe.evaluation, tokenizer, written, seed=recipe.seed)
 
