@@ -48,7 +48,7 @@ def plots(calibration: Mapping[str, Any]) -> dict[str, str]:
     """`loss` and `grouping`, where there is something to draw."""
     drawn = {}
     if calibration["learning"] is not None:
-        drawn["loss"] = _loss_svg(calibration["learning"]["curve"])
+        drawn["loss"] = _loss_svg(calibration["learning"])
     if calibration["grouping"]:
         drawn["grouping"] = _grouping_svg(calibration["grouping"])
     return drawn
@@ -82,8 +82,10 @@ def _grouping_words(grouping: Sequence[Mapping[str, Any]]) -> str | None:
     )
 
 
-def _loss_svg(curve: Mapping[str, Any]) -> str:
+def _loss_svg(learning: Mapping[str, Any]) -> str:
+    curve = learning["curve"]
     learned = curve["learned"]
+    disturbed = learning["settings"].get("disturbance", 0.0) > 0.0
     window = max(1, min(_SMOOTH, len(learned) // 5))
     smooth = [
         sum(learned[max(0, end - window) : end]) / (end - max(0, end - window))
@@ -91,9 +93,8 @@ def _loss_svg(curve: Mapping[str, Any]) -> str:
     ]
 
     def draw(axes: Axes) -> None:
-        axes.plot(
-            range(1, len(smooth) + 1), smooth, color=DENSE, linewidth=1.2, label="learned from"
-        )
+        said = "learned from, scores disturbed" if disturbed else "learned from"
+        axes.plot(range(1, len(smooth) + 1), smooth, color=DENSE, linewidth=1.2, label=said)
         if curve["held_out"]:
             steps, losses = zip(*curve["held_out"], strict=True)
             axes.plot(steps, losses, "o-", color=SPARSE, markersize=4, label="held out")
