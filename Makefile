@@ -50,7 +50,7 @@ $(GPU_STAMP): requirements.lock pyproject.toml plugins/build_hook.py
 	$(GPU_PIP) install "$(TEST_GPU)"
 	touch $@
 
-demo: $(STAMP) ## the whole job on a real LLM, SmolLM2-135M, in under 15 minutes on 2 cores
+demo: $(STAMP) ## the whole job on a real LLM, SmolLM2-135M, in some 15 minutes on 2 cores
 	$(BIN)/nmexport build --model smollm2 --pattern 8:16 --work nmexport-work/demo
 
 test: $(STAMP) $(SERVER_STAMP) $(ENGINES_STAMP) lint types native-test ## lints, types, C++ tests, fast Python tests
