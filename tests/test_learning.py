@@ -173,12 +173,15 @@ def test_folded_model_has_the_loss_that_learning_reports(model: Any, linears: An
 def test_targets_in_store_and_computed_on_the_way_agree(
     model: Any, linears: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = replace(SHORT, steps=14)  # each chunk more than once: targets are stored
-    stored = run(model, linears, settings)
+    # Each chunk more than once: targets are stored. Small steps, and a pattern that loses enough
+    # for rounding to be small beside it: a root weighs small divergences most.
+    settings = replace(SHORT, steps=14, rate=0.002)
+    sparser = Behaviour(pattern=NMPattern(2, 8))
+    stored = run(model, linears, settings, behaviour=sparser)
     monkeypatch.setattr("nmexport.calibration.learning._TARGET_BYTES", 0)
-    on_the_way = run(model, linears, settings)
+    on_the_way = run(model, linears, settings, behaviour=sparser)
     # A store in half precision: later steps magnify its rounding.
-    pairs = zip(stored.curve.learned[:3], on_the_way.curve.learned[:3], strict=True)
+    pairs = zip(stored.curve.learned[:5], on_the_way.curve.learned[:5], strict=True)
     for one, other in pairs:
         assert one == pytest.approx(other, rel=0.05)
 

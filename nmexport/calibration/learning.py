@@ -343,8 +343,8 @@ class _Run:
         self._model, self._students, self._settings = model, students, settings
         self._chunks, self._counts, self._held_out = chunks.ids, chunks.counts, chunks.held_out
         self._device = next(model.parameters()).device
-        self._sites = list(dict.fromkeys(one.site for one in students.values()))
-        self._parameters = _parameters_of(students)
+        self._sites = _sites_of(students)
+        self._parameters = _parameters_of(students, self._sites)
         self._adam = torch.optim.Adam(
             self._parameters.values(), lr=settings.rate, betas=_BETAS, foreach=True
         )
@@ -503,13 +503,21 @@ class _Run:
         return done
 
 
-def _parameters_of(students: Mapping[str, LearnedLinear]) -> dict[str, nn.Parameter]:
+def _sites_of(students: Mapping[str, LearnedLinear]) -> dict[InputSite, str]:
+    """Each site once, with the name of its first linear."""
+    found: dict[InputSite, str] = {}
+    for name, student in students.items():
+        found.setdefault(student.site, name)
+    return found
+
+
+def _parameters_of(
+    students: Mapping[str, LearnedLinear], sites: Mapping[InputSite, str]
+) -> dict[str, nn.Parameter]:
     """What is learned, by name; a site's shift once, under its first linear."""
     found: dict[str, nn.Parameter] = {}
-    sites: set[int] = set()
     for name, student in students.items():
-        if student.site.learns_shift and id(student.site) not in sites:
-            sites.add(id(student.site))
+        if student.site.learns_shift and sites[student.site] == name:
             found[f"{name}.shift"] = student.site.shift
         found.update({f"{name}.{part}": value for part, value in student.learned.items()})
     return found

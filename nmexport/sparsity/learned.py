@@ -144,8 +144,10 @@ class InputSite(nn.Module):
 
     def _ranking_scale(self) -> torch.Tensor | None:
         """`[K]` float32 that scores are multiplied by; None leaves magnitudes alone."""
-        if self.disturbance is None or self._score_scale is None:
-            return self._score_scale if self.disturbance is None else self.disturbance
+        if self.disturbance is None:
+            return self._score_scale
+        if self._score_scale is None:
+            return self.disturbance
         return self._score_scale * self.disturbance
 
     def _eta(self, tokens: torch.Tensor) -> torch.Tensor:

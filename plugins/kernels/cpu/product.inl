@@ -239,12 +239,14 @@ BlockKeep keepOfBlock(const PanelProduct& p, std::size_t block) {
     return keep;
 }
 
+std::size_t channelsOfBlock(const PanelProduct& p, std::size_t block) {
+    const std::size_t left = p.channels - block * kBLOCK;
+    return left < kBLOCK ? left : kBLOCK;
+}
+
 // Whether every token keeps every channel of a block.
 bool isWhole(const PanelProduct& p, std::size_t block, const BlockKeep& keep) {
-    const std::size_t channels = p.channels - block * kBLOCK;
-    const std::uint64_t every =
-        channels < kBLOCK ? (std::uint64_t{1} << channels) - 1 : ~std::uint64_t{0};
-    return keep.all == every;
+    return keep.all == ~std::uint64_t{0} >> (kBLOCK - channelsOfBlock(p, block));
 }
 
 // One token's kept rows of one packed block, from a mask of those still to add.
@@ -384,8 +386,7 @@ void multiplyWholeBlock(const PanelProduct& p, std::size_t block, std::size_t su
                         std::uint64_t wantedNext) {
     const std::size_t turns = (p.tokens + kTILE_TOKENS - 1) / kTILE_TOKENS;
     BlockPrefetcher<T> prefetcher(p, (block + 1) * kBLOCK, wantedNext, turns);
-    const std::size_t left = p.channels - block * kBLOCK;
-    const std::size_t rows = left < kBLOCK ? left : kBLOCK;
+    const std::size_t rows = channelsOfBlock(p, block);
     const float* z = p.z + block * kBLOCK;
     float* sums = p.sums;
     std::size_t t = 0;
