@@ -11,7 +11,7 @@ import pytest
 import torch
 from nmexport.allocation.choice import Built, read_allocation
 from nmexport.allocation.probe import spread_windows
-from nmexport.calibration import learning
+from nmexport.calibration import effort, learning
 from nmexport.environment import Environment
 from nmexport.errors import ArtifactError, CorpusError, ModelError, PatternError, RecipeError
 from nmexport.models import offload
@@ -370,15 +370,15 @@ def test_nothing_is_learned_from_what_measures_it(
     learned = {tuple(row[:24]) for kind in caught.value.args[0] for row in kind.tolist()}
     samples = calibrate.Artifact(longer_calibration).samples()
     measuring = [spread_windows(samples, 2, 24, part=part) for part in (0, 1)]
-    assert len(learned) == 24 - 4 + learning.EFFORTS["fast"].written
+    assert len(learned) == 24 - 4 + effort.EFFORTS["fast"].written
     assert not learned & {tuple(row) for windows in measuring for row in windows.tolist()}
 
 
 def test_what_learning_wins_back_is_spent_where_it_counts(
     tiny_llama: Path, longer_calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    short = learning.LearningSettings(steps=30, batch=2, length=24, rate=0.01, vocabulary=384)
-    monkeypatch.setattr(learning, "EFFORTS", {"fast": short})
+    short = effort.LearningSettings(steps=30, batch=2, length=24, rate=0.01, vocabulary=384)
+    monkeypatch.setattr(effort, "EFFORTS", {"fast": short})
     plain = read_allocation(folded(budgeted(tiny_llama), tmp_path / "plain", longer_calibration))
     counting = budgeted(tiny_llama, count_learned=True)
     counted = read_allocation(folded(counting, tmp_path / "counted", longer_calibration))
@@ -506,3 +506,19 @@ def test_what_needs_the_whole_model_is_refused_layer_by_layer(
     with pytest.raises(ModelError, match=named) as caught:
         folded(layered, tmp_path, calibration)
     assert "--mitigation var" in (caught.value.fix or "")
+
+
+def test_work_of_another_effort_is_not_up_to_date(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = budgeted(tiny_llama)
+    inputs = inputs_of(recipe, tmp_path)
+    before = fold.key_fields(inputs)
+    assert fold.key_fields(inputs) == before
+    changed = replace(effort.EFFORTS["fast"], disturbance=0.5)
+    monkeypatch.setattr(effort, "EFFORTS", {**effort.EFFORTS, "fast": changed})
+    assert fold.key_fields(inputs) != before
+
+
+def test_where_nothing_is_learned_no_effort_is_in_the_key(tiny_llama: Path, tmp_path: Path) -> None:
+    assert fold.key_fields(inputs_of(recipe_of(tiny_llama), tmp_path))["learning"] is None

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from nmexport.calibration.checkpoint import Checkpoint
+from nmexport.calibration.effort import EFFORTS, LearningSettings
 from nmexport.calibration.learning import (
-    EFFORTS,
-    LearningSettings,
     batch_of,
     divergence_with_gradient,
     divergences,

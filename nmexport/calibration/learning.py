@@ -18,8 +18,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import asdict, dataclass, field
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -30,23 +29,15 @@ from nmexport.calibration.products import fast_dtype
 from nmexport.calibration.sensitivity import activations_carry_gradients
 from nmexport.errors import CorpusError, ModelError
 from nmexport.models.swap import swapped
-from nmexport.sparsity.learned import (
-    RANK,
-    Corrections,
-    InputSite,
-    LearnedLinear,
-    Spread,
-)
-from nmexport.sparsity.parts import PARTS, Part
+from nmexport.sparsity.learned import Corrections, InputSite, LearnedLinear, Spread
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from nmexport.calibration.checkpoint import Checkpoint
+    from nmexport.calibration.effort import LearningSettings
     from nmexport.progress import Progress
     from nmexport.sparsity.linear import Behaviour, Constants
-
-Effort = Literal["fast", "standard", "thorough"]
 
 _BETAS = (0.9, 0.99)
 _SEEDS = 1_000_003  # a prime: seeds of one run never meet those of another
@@ -62,41 +53,6 @@ _VOCABULARY_SAMPLE = 8192  # positions that decide which tokens the loss looks a
 _LEAST_DIVERGENCE = 1e-6  # nats a token
 _LOSS_ROWS = 256  # positions whose logits the loss looks at together
 _LOGIT_ROWS = 512  # positions whose logits over the whole vocabulary exist at a time
-
-
-@dataclass(frozen=True, kw_only=True)
-class LearningSettings:
-    """How long and on what; the defaults are the standard effort."""
-
-    steps: int = 300
-    batch: int = 4
-    """Chunks a step."""
-    length: int = 256
-    """Tokens a chunk; longer samples are cut."""
-    rate: float = 0.001
-    """Largest step of a parameter of size 1, see Spread; warmed up, then falling as a cosine."""
-    seed: int = 0
-    parts: tuple[Part, ...] = PARTS
-    rank: int = RANK
-    """Of the low-rank compensation."""
-    vocabulary: int = 8192
-    """Tokens that the loss looks at in a step, three quarters of them the likeliest, the others
-    drawn; the output embedding is much of a step's work."""
-    disturbance: float = 0.2
-    """Standard deviation of the logarithm of the factors that scores are multiplied by."""
-    held_out: int = 8
-    """Chunks that are never learned from, and show whether learning carries over."""
-    written: int = 512
-    """Most chunks that the model writes for learning alone, rather than learn from some again."""
-
-
-EFFORTS: Mapping[Effort, LearningSettings] = MappingProxyType(
-    {
-        "fast": LearningSettings(steps=80, rate=0.0015, written=64),
-        "standard": LearningSettings(),
-        "thorough": LearningSettings(steps=1600, written=2048),
-    }
-)
 
 
 @dataclass

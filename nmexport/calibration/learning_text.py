@@ -16,7 +16,7 @@ from nmexport.calibration.learning import chunk_length, cut
 if TYPE_CHECKING:
     from nmexport.calibration.checkpoint import Checkpoint
     from nmexport.calibration.corpus import SelfText
-    from nmexport.calibration.learning import LearningSettings
+    from nmexport.calibration.effort import LearningSettings
 
 _IDS = "ids"
 

@@ -25,15 +25,13 @@ from torch import nn
 from nmexport.sparsity.lanes import LaneSelector
 from nmexport.sparsity.linear import bias_of, variance_ratio
 from nmexport.sparsity.mask import scores_of
-from nmexport.sparsity.parts import PARTS
+from nmexport.sparsity.parts import PARTS, RANK
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from nmexport.sparsity.linear import Behaviour, Constants
     from nmexport.sparsity.parts import Part
-
-RANK = 32
 
 _FLOOR = 1e-6  # least spread that a learned shift or bias is measured in: dead channels
 

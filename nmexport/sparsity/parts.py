@@ -6,3 +6,6 @@ from typing import Literal
 
 Part = Literal["shift", "input_scale", "output_scale", "bias", "low_rank"]
 PARTS: tuple[Part, ...] = ("shift", "input_scale", "output_scale", "bias", "low_rank")
+
+RANK = 32
+"""Of the low-rank compensation, where nobody says otherwise."""

@@ -7,13 +7,14 @@ Linears may be given patterns of their own (`allocate`), their constants follow 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from nmexport.calibration.effort import learning_settings
 from nmexport.errors import ModelError
 from nmexport.layers import LayerSpec, read_layers, write_layers
-from nmexport.sparsity.mitigation import check_allocatable, check_combination, learned_parts
+from nmexport.sparsity.mitigation import check_allocatable, check_combination
 from nmexport.stages import calibrate
 
 if TYPE_CHECKING:
@@ -150,6 +151,7 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
         check_allocatable(mitigations)
         for phase in recipe.allocation.phases:
             check_combination(mitigations, phase)
+    settings = learning_settings(recipe.sparsity, recipe.seed)
     return {
         "model": inputs.source.digest,
         "dtype": recipe.model.dtype,
@@ -159,6 +161,7 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
         "placement": _placement(inputs),
         "seed": recipe.seed,
         "samples": [ERROR_SAMPLES, SENSITIVITY_SAMPLES, ORDER_SAMPLES],
+        "learning": None if settings is None else asdict(settings),
         "versions": {"torch": inputs.environment.version("torch")},
     }
 
@@ -449,19 +452,13 @@ def _learned(
 ) -> Learned | None:
     """Corrections of all linears, learned together; None where the recipe names none."""
     from nmexport.calibration.corpus import text_seed
-    from nmexport.calibration.learning import EFFORTS, learn
+    from nmexport.calibration.learning import learn
     from nmexport.calibration.learning_text import with_more_written
 
     recipe = given.inputs.recipe
-    parts = learned_parts(recipe.sparsity.mitigations)
-    if not parts:
+    settings = learning_settings(recipe.sparsity, recipe.seed)
+    if settings is None:
         return None
-    settings = replace(
-        EFFORTS[recipe.sparsity.effort],
-        parts=parts,
-        rank=recipe.sparsity.rank,
-        seed=recipe.seed,
-    )
     corpus, own = _learning_samples(given, unlearned)
     own = with_more_written(
         corpus,
