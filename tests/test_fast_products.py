@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from nmexport.calibration import products
+from nmexport.calibration import passes, products
+from nmexport.calibration.passes import gather_channel_statistics
 from nmexport.calibration.products import fast_products
 from nmexport.models.loader import load_model
 from nmexport.models.source import resolve
+from nmexport.progress import Silent
 from nmexport.recipe import ModelSection
 from nmexport.sparsity.targets import linears_of
 
@@ -73,3 +76,19 @@ def test_small_models_and_placed_ones_and_other_types_are_left_alone(model: Any)
     half = model.to(torch.float16)
     with fast_products(half, least_parameters=1):
         assert linears_of(half) == modules
+
+
+def test_statistics_are_those_of_float32_within_what_averages_leave(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = torch.randint(3, 300, (8, 48), generator=torch.Generator().manual_seed(0))
+    linears = linears_of(model)
+    exact = gather_channel_statistics(model, linears, samples, progress=Silent())
+    monkeypatch.setattr(passes, "fast_products", partial(fast_products, least_parameters=1))
+    near = gather_channel_statistics(model, linears, samples, progress=Silent())
+    for name in linears:
+        assert near[name].tokens == exact[name].tokens
+        error = (near[name].rms - exact[name].rms).abs() / exact[name].rms
+        assert float(error.max()) < 0.01
+    assert any(not torch.equal(near[name].rms, exact[name].rms) for name in linears)
+    assert linears_of(model) == linears

@@ -11,6 +11,8 @@ import torch
 
 from nmexport.sparsity.statistics import ChannelStatistics
 
+_BLOCK = 64  # tokens that are wide at once: a wide copy of them all leaves the processor's caches
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelSums:
@@ -24,13 +26,15 @@ class ChannelSums:
     @classmethod
     def of(cls, x: torch.Tensor) -> ChannelSums:
         """Sums of a batch of inputs `[..., K]` of any floating type."""
-        tokens = x.detach().reshape(-1, x.shape[-1]).to(torch.float64)
-        return cls(
-            tokens=tokens.shape[0],
-            total=tokens.sum(dim=0).cpu(),
-            squares=tokens.square().sum(dim=0).cpu(),
-            magnitudes=tokens.abs().sum(dim=0).cpu(),
-        )
+        tokens = x.detach().reshape(-1, x.shape[-1])
+        sums = torch.zeros(3, tokens.shape[1], dtype=torch.float64, device=tokens.device)
+        for block in torch.split(tokens, _BLOCK):
+            wide = block.to(torch.float64)
+            sums[0] += wide.sum(dim=0)
+            sums[1] += wide.square().sum(dim=0)
+            sums[2] += wide.abs().sum(dim=0)
+        total, squares, magnitudes = sums.cpu()
+        return cls(tokens=tokens.shape[0], total=total, squares=squares, magnitudes=magnitudes)
 
     def __add__(self, other: ChannelSums) -> ChannelSums:
         """Sums over both sets of tokens."""

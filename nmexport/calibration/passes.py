@@ -13,6 +13,7 @@ import torch
 
 from nmexport.calibration.local_error import ErrorObserver, observe_error
 from nmexport.calibration.observers import ChannelObserver, ChannelSums
+from nmexport.calibration.products import fast_products
 from nmexport.errors import ModelError
 
 if TYPE_CHECKING:
@@ -123,14 +124,16 @@ def gather_channel_statistics(
     observers = {name: ChannelObserver() for name in linears}
     shared = _SharedInput()
 
-    def watch(name: str, linear: nn.Linear) -> RemovableHandle:
+    def watch(name: str) -> RemovableHandle:
         def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
             del module
             observers[name].update(shared.sums(arguments[0]))
 
-        return linear.register_forward_pre_hook(hook)
+        return model.get_submodule(name).register_forward_pre_hook(hook)
 
-    with _hooked(watch(name, linear) for name, linear in linears.items()):
+    # What averages over so many tokens needs no float32 products.
+    products = fast_products(model) if layerwise is None else contextlib.nullcontext()
+    with products, _hooked(watch(name) for name in linears):
         run_samples(
             model,
             samples,

@@ -1,7 +1,7 @@
 """Products in bfloat16 where this machine multiplies it fast: for what needs no float32.
 
-Learning's gradients and text that a model writes are of that kind; statistics, errors and scores
-are not.
+Learning's gradients, text that a model writes and averages over many tokens are of that kind;
+errors and scores are not.
 """
 
 from __future__ import annotations

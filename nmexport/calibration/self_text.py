@@ -11,9 +11,12 @@ import torch
 from nmexport.calibration.corpus import text_prefix
 from nmexport.calibration.products import fast_products
 from nmexport.errors import ModelError
+from nmexport.models.growing_cache import growing_cache
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from transformers.cache_utils import DynamicCache
 
     from nmexport.calibration.corpus import SelfText, TokenIds
     from nmexport.progress import Progress
@@ -181,10 +184,10 @@ class _Sampler:
         """`length` columns `[rows, 1]` of token ids, one row a kind."""
         starts = self._random_starts(len(kinds)).flatten().tolist()
         rows = [_Row(kind, self._prefix, start) for kind, start in zip(kinds, starts, strict=True)]
-        token, cache = self._next(rows, None), None
+        token, cache = self._next(rows, None), growing_cache(self._model, length)
         yield token
         for _ in range(length - 1):
-            logits, cache = self._step(token, cache)
+            logits = self._step(token, cache)
             token = self._next(rows, logits)
             yield token
 
@@ -200,13 +203,14 @@ class _Sampler:
         drawn = torch.randint(len(self._starts), (count, 1), generator=self._generator)
         return self._starts[drawn]
 
-    def _step(self, ids: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
-        """Logits `[count, V]` float32 of the last position, and the grown cache."""
+    def _step(self, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        """Logits `[count, V]` float32 of the last position; the cache grows."""
         with torch.inference_mode():
             output = self._model(
                 input_ids=ids.to(self._model.device), past_key_values=cache, use_cache=True
             )
-        return output.logits[:, -1].float().cpu(), output.past_key_values
+        logits: torch.Tensor = output.logits[:, -1].float().cpu()
+        return logits
 
     def _sample(self, logits: torch.Tensor) -> torch.Tensor:
         """A token a row of `[rows, V]`, by the inverse of the distribution function.

@@ -39,8 +39,8 @@ PROMPT_TOKENS = 32
 # on: the counts hardly move after the first, and outputs of all layers are many.
 _AUDIT_WINDOWS = 2
 _ERROR_TOKENS = 128
-# A batch's logits in decode-only scoring; of SmolLM2's, a thousand tokens.
-_LOGITS_BYTES = 256 << 20
+# Both models' logits of a batch in decode-only scoring: of SmolLM2, ten windows of 512 tokens.
+_LOGITS_BYTES = 1 << 30
 # Said by content in place of by name.
 _NOT_KEYS = {"corpus", "tasks", "tasks_path", "task_limit", "task_fewshot"}
 _NO_INNER_VALUES = "a TensorRT engine gives out nothing but logits and cache"
