@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from nmexport.layers import ModelPhases
     from nmexport.runtimes.session import Session
 
-# Rows of logits that become float64 at once: 64 x 150k tokens x 8 bytes is 77 MB a copy.
-_ROWS = 64
+# Rows of logits that become float64 at once: few stay in the processor's caches.
+_ROWS = 8
 # Phases whose models are scored on what they decode.
 _STEPWISE = ("decode", "mixed")
 
