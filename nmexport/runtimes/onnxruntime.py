@@ -15,6 +15,7 @@ from nmexport.artifact import file_digest
 from nmexport.environment import physical_cores
 from nmexport.errors import ArtifactError, EnvironmentFault
 from nmexport.runtimes.feeds import float32_from, positions_from_mask
+from nmexport.runtimes.model_types import needs_widening
 from nmexport.runtimes.native import THREADS_ENTRY
 from nmexport.runtimes.session import Closing, Limits
 
@@ -224,6 +225,9 @@ def open_session(
 ) -> onnxruntime.InferenceSession:
     """Open a model file, or a serialised model.
 
+    On a processor, a bfloat16 model computes in float32 between its weights: see
+    `onnxruntime_bfloat16`. The options are then told the model's folder: they serve this one.
+
     Raises:
         ArtifactError: if the model is missing, corrupt, or not runnable by this runtime.
         EnvironmentFault: if the provider does not work here.
@@ -233,6 +237,8 @@ def open_session(
     name = "An instrumented copy of the model" if isinstance(model, bytes) else str(model)
     if not isinstance(model, bytes) and not model.is_file():
         raise ArtifactError(f"{model} does not exist.", fix="run `nmexport export`")
+    if provider == "cpu" and needs_widening(model):
+        model = _widened(model, options)
     if provider == "cuda":
         _preload_cuda()
         if (library := find_library()) is not None:
@@ -258,6 +264,23 @@ def open_session(
             "the engine again on the CPU",
         )
     return session
+
+
+def _widened(model: Path | bytes, options: onnxruntime.SessionOptions) -> bytes:
+    from nmexport.runtimes import onnxruntime_bfloat16
+
+    if not isinstance(model, bytes):
+        options.add_session_config_entry(EXTERNAL_DATA_FOLDER, str(model.parent))
+    return onnxruntime_bfloat16.widened(model, has_native_ops=_has_native_ops(options))
+
+
+def _has_native_ops(options: onnxruntime.SessionOptions) -> bool:
+    """Whether `session_options` registered our library: only then it set this entry."""
+    try:
+        options.get_session_config_entry(THREADS_ENTRY)
+    except RuntimeError:
+        return False
+    return True
 
 
 def open_cuda_graph(
@@ -395,7 +418,7 @@ class OrtSession(Closing):
             )
         return cls(
             model,
-            library=None if dense else engine_library(engine),
+            library=engine_library(engine),  # the baseline's too: see `onnxruntime_bfloat16`
             threads=engine.threads,
             config=engine.session_config,
             provider=_provider_here(engine.provider) if elsewhere else engine.provider,
