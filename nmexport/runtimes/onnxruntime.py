@@ -98,6 +98,14 @@ class Engine:
     library_digest: str | None
     bundled_library: Path | None = None
     """The library beside `engine.json`, where it travels with it."""
+    cpu_model: Path | None = None
+    """The sparse model as a processor takes it, where a package has it ready."""
+
+    def model_for(self, provider: Provider, *, dense: bool) -> Path | None:
+        """The file to open; None of a baseline that was not built."""
+        if dense:
+            return self.dense_model
+        return self.cpu_model if provider == "cpu" and self.cpu_model else self.model
 
 
 def read_engine(path: Path) -> Engine:
@@ -139,6 +147,7 @@ def read_engine(path: Path) -> Engine:
             library_name=library["file"] if library else None,
             library_digest=library["sha256"] if library else None,
             bundled_library=_bundled(path.parent, library),
+            cpu_model=path.parent / document["cpu_model"] if document.get("cpu_model") else None,
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path} cannot be read: {error!r}", fix=_REBUILD) from error
@@ -411,7 +420,8 @@ class OrtSession(Closing):
             EnvironmentFault: if the native library that the engine needs is missing here.
         """
         engine = read_engine(path)
-        model = engine.dense_model if dense else engine.model
+        provider = _provider_here(engine.provider) if elsewhere else engine.provider
+        model = engine.model_for(provider, dense=dense)
         if model is None:
             raise ArtifactError(
                 f"{path} has no dense model.", fix="build it again without --no-dense-baseline"
@@ -421,7 +431,7 @@ class OrtSession(Closing):
             library=engine_library(engine),  # the baseline's too: see `onnxruntime_bfloat16`
             threads=engine.threads,
             config=engine.session_config,
-            provider=_provider_here(engine.provider) if elsewhere else engine.provider,
+            provider=provider,
         )
 
     @property

@@ -62,7 +62,7 @@ def widened(model: Path | bytes, *, has_native_ops: bool) -> bytes:
     except Exception as error:  # protobuf's own errors, by backend
         raise ArtifactError(f"The model cannot be read: {error}", fix="export again") from error
     widen(proto, has_native_ops=has_native_ops)
-    return proto.SerializeToString()
+    return bytes(proto.SerializeToString())
 
 
 def widen(model: onnx.ModelProto, *, has_native_ops: bool) -> None:
@@ -93,9 +93,7 @@ class _Widening:
         self._model = model
         self._has_native_ops = has_native_ops
         self._floats = _float32_values(model)
-        self._weights = {
-            one.name: one for one in graph.initializer if one.data_type == _NARROW
-        }
+        self._weights = {one.name: one for one in graph.initializer if one.data_type == _NARROW}
         self._turned: dict[str, str] = {}
         """The initializer behind each `Transpose` of one."""
         self._given = {value.name for value in graph.output if _is_narrow(value)}
@@ -152,7 +150,7 @@ class _Widening:
         stored = self._weights.get(self._turned.get(name, name))
         if stored is None or len(stored.dims) != _MATRIX:
             return None
-        return stored.dims[1 if name in self._turned else 0]
+        return int(stored.dims[1 if name in self._turned else 0])
 
     def _replace_by_linear(self, node: onnx.NodeProto) -> None:
         """`x @ W`, with the bias behind it: so a sparse linear has it, and rounds once."""
