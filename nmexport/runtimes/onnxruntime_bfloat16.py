@@ -42,6 +42,7 @@ _DOMAIN = "nmexport"
 _OPSET = 1
 # Attributes that name the type of a result or of the arithmetic.
 _TYPE_ATTRIBUTES = frozenset({"to", "dtype", "output_dtype", "stash_type", "softmax_precision"})
+_PIECES = frozenset({"Split", "Reshape", "Transpose"})  # of input 0: what makes values of a linear
 _KEYS, _VALUES, _PAST_KEYS = 1, 2, 4  # places of Attention's inputs
 _GROUP = 16  # channels of a group that is kept whole: no result depends on it
 _MATRIX = 2  # axes
@@ -103,6 +104,8 @@ class _Widening:
         """Products that became one node with the Add of their bias."""
         self._made: set[str] = set()
         """Second forms of values that are there already."""
+        self._exact: set[str] = set()
+        """Float32 values whose elements are bfloat16's: widened ones, and pieces of those."""
 
     def rewrite(self, node: onnx.NodeProto) -> None:
         """Add to `nodes` what computes the node's values."""
@@ -188,6 +191,8 @@ class _Widening:
         for attribute in node.attribute:
             _widen_attribute(attribute)
         self.nodes.append(node)
+        if node.op_type in _PIECES and node.input[0] in self._exact:
+            self._exact.update(node.output)
         for place, name in enumerate(node.output):
             if name in self._given:
                 node.output[place] = f"{name}/computed"
@@ -199,7 +204,7 @@ class _Widening:
 
     def _as_cached(self, name: str) -> str:
         """A value with the elements that a cache will hold, in float32."""
-        if name in self._narrow:
+        if name in self._narrow or name in self._exact:
             return name
         return self._once(self._as_narrow(name), f"{name}/rounded", TensorProto.FLOAT)
 
@@ -215,6 +220,7 @@ class _Widening:
             return name
         wide, tensor = f"{name}/float32", self._weights.get(name)
         if tensor is None or tensor.data_location == TensorProto.EXTERNAL:
+            self._exact.add(wide)
             # Of a constant, the runtime computes the Cast when it loads.
             return self._once(name, wide, TensorProto.FLOAT)
         if wide not in self._made:
