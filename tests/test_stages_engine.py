@@ -295,9 +295,10 @@ def test_torch_stays_out_where_memory_is_short(
     import psutil
 
     described = engine.Artifact(built.require("engine")).engine
-    assert verify._memory_shortage(described) is None
+    assert verify._memory_shortage(described, "float32") is None
     monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=1000))
-    assert "need about" in (verify._memory_shortage(described) or "")
+    for dtype in ("float32", "bfloat16"):
+        assert "need about" in (verify._memory_shortage(described, dtype) or "")
 
 
 def test_engine_json_names_no_absolute_path(built: WorkDirectory) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
@@ -356,6 +358,13 @@ def _cache_slots(session: onnxruntime.InferenceSession) -> tuple[_CacheSlot, ...
     return tuple(slots)
 
 
+def _bits(value: Any) -> NDArray[np.uint16]:
+    """What an OrtValue on the host holds, which has bfloat16 and gives NumPy none of it."""
+    count = math.prod(value.shape())
+    held = (ctypes.c_uint16 * count).from_address(value.data_ptr())
+    return np.ctypeslib.as_array(held).reshape(value.shape())
+
+
 class OrtSession(Closing):
     """A model with its KV cache; implements `runtimes.session.Session`.
 
@@ -469,9 +478,10 @@ class OrtSession(Closing):
 
     def cache_values(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
         """Keys and values `[B, H, P, D]` under their outputs' names, layer by layer."""
-        is_bfloat16 = self._logits_type == "tensor(bfloat16)"
         for slot, value in zip(self._slots, self.state.past, strict=True):
-            yield slot.present, float32_from(value.numpy(), is_bfloat16=is_bfloat16)
+            is_bfloat16 = slot.element_type == _ONNX_TYPES["tensor(bfloat16)"]
+            elements = _bits(value) if is_bfloat16 and self._device == "cpu" else value.numpy()
+            yield slot.present, float32_from(elements, is_bfloat16=is_bfloat16)
 
     def watch(self, names: Iterable[str]) -> None:
         """From now on keep these outputs of each run in `watched`, beside logits and cache."""
