@@ -8,17 +8,25 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx
 import pytest
+from nmexport.environment import probe
+from nmexport.models.source import ModelSource
+from nmexport.pipeline import Pipeline, Selection
+from nmexport.progress import Silent
+from nmexport.recipe import GatesSection, ModelSection
 from nmexport.runtimes import native, onnxruntime_bfloat16
 from nmexport.runtimes.model_types import needs_widening
 from nmexport.runtimes.onnxruntime import OrtSession
 from nmexport.runtimes.onnxruntime_bfloat16 import widened
 from nmexport.sparsity.linear import Behaviour
 from nmexport.sparsity.pattern import NMPattern
+from nmexport.stages import package, verify
 from nmexport.verification import audit, op_parity
 from nmexport.verification.reference import array_from
+from nmexport.work_directory import WorkDirectory
 from onnx import TensorProto
 
 from tests.exported import PATTERN, Exported, export_folder, load, specs_of, torch_logits
+from tests.test_stages_engine import RECIPE
 from tests.tiny import VOCABULARY, save_tiny_model
 from tests.toy_lm import save_toy_lm
 
@@ -295,3 +303,31 @@ def test_what_is_cut_off_is_no_model(tmp_path: Path) -> None:
     empty.touch()
     assert not needs_widening(empty)
     assert not needs_widening(b"\xff" * 64)
+
+
+# -- the whole job --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dense_baseline", [True, False])
+def test_a_build_goes_through_every_stage(
+    tiny_llama: Path, tmp_path: Path, dense_baseline: bool
+) -> None:
+    gates = None if dense_baseline else GatesSection(max_peak_rss_bytes=1 << 40)
+    section = ModelSection(id="tiny", dtype="bfloat16", dense_baseline=dense_baseline)
+    recipe = RECIPE.model_copy(
+        update={"model": section, "target": "onnxruntime", "gates": gates or RECIPE.gates}
+    )
+    source = ModelSource(
+        id="tiny", revision=None, folder=tiny_llama, gguf_file=None, digest="1" * 64
+    )
+    work = WorkDirectory(tmp_path / "w")
+    Pipeline(recipe=recipe, source=source, environment=probe(), work=work, progress=Silent()).run(
+        Selection()
+    )
+    report = verify.Artifact(work.require("verify")).report
+    assert report["accuracy"]["sparse"]["perplexity"] > 1
+    parity = report["parity"]
+    executors = [name for name in ("torch", "onnx", "engine") if parity["linears"][name]]
+    assert all(parity["linears"][name]["within_contract"] for name in executors)
+    assert parity["caches"]["first_diverging"] is None
+    assert package.Artifact(work.require("package")).bundle.pattern == str(recipe.sparsity.pattern)
