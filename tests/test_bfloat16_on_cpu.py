@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
 import pytest
+from nmexport import runtimes
 from nmexport.environment import probe
+from nmexport.errors import ArtifactError, EnvironmentFault
 from nmexport.models.source import ModelSource
 from nmexport.pipeline import Pipeline, Selection
 from nmexport.progress import Silent
@@ -292,6 +295,21 @@ def test_a_bfloat16_model_is_told_by_its_bytes(model: tuple[Path, Exported]) -> 
         assert needs_widening(path)
         assert needs_widening(path.read_bytes())
         assert not needs_widening(widened(path, has_native_ops=True)), "never twice"
+
+
+def test_without_onnx_the_message_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_toy_lm(tmp_path / "model.onnx", dtype=BFLOAT16)
+    monkeypatch.setitem(sys.modules, "nmexport.runtimes.onnxruntime_bfloat16", None)
+    monkeypatch.delattr(runtimes, "onnxruntime_bfloat16")
+    with pytest.raises(EnvironmentFault, match="needs the package onnx"):
+        OrtSession(path)
+
+
+def test_a_model_that_onnx_cannot_read_is_the_artifacts_fault() -> None:
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        widened(b"\xff" * 64, has_native_ops=True)
 
 
 def test_what_is_cut_off_is_no_model(tmp_path: Path) -> None:

@@ -278,8 +278,13 @@ def open_session(
 
 
 def _widened(model: Path | bytes, options: onnxruntime.SessionOptions) -> bytes:
-    from nmexport.runtimes import onnxruntime_bfloat16
-
+    try:
+        from nmexport.runtimes import onnxruntime_bfloat16
+    except ImportError as error:
+        raise EnvironmentFault(
+            f"A bfloat16 model is rewritten for a processor, which needs the package onnx: {error}",
+            fix="pip install onnx, or serve a package that this version of nmexport made",
+        ) from error
     if not isinstance(model, bytes):
         options.add_session_config_entry(EXTERNAL_DATA_FOLDER, str(model.parent))
     return onnxruntime_bfloat16.widened(model, has_native_ops=_has_native_ops(options))
