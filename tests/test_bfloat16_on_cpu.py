@@ -326,12 +326,17 @@ def test_what_is_cut_off_is_no_model(tmp_path: Path) -> None:
 # -- the whole job --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dense_baseline", [True, False])
+@pytest.mark.parametrize(
+    ("dense_baseline", "weights"),
+    [(True, "float"), (False, "float"), pytest.param(True, "int8", marks=pytest.mark.slow)],
+)
 def test_a_build_goes_through_every_stage(
-    tiny_llama: Path, tmp_path: Path, dense_baseline: bool
+    tiny_llama: Path, tmp_path: Path, dense_baseline: bool, weights: str
 ) -> None:
     gates = None if dense_baseline else GatesSection(max_peak_rss_bytes=1 << 40)
-    section = ModelSection(id="tiny", dtype="bfloat16", dense_baseline=dense_baseline)
+    section = ModelSection(
+        id="tiny", dtype="bfloat16", dense_baseline=dense_baseline, weights=weights
+    )
     recipe = RECIPE.model_copy(
         update={"model": section, "target": "onnxruntime", "gates": gates or RECIPE.gates}
     )
