@@ -37,10 +37,10 @@ SETTINGS = {
 }
 
 
-def save_export(source: Path, output: Path) -> Path:
+def save_export(source: Path, output: Path, *, dtype: str = "float32") -> Path:
     """Export a tiny model with all that lies beside it."""
     output.mkdir(parents=True)
-    exported = export_folder(source, output)
+    exported = export_folder(source, output, dtype=dtype)
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
         (output / name).write_bytes((source / name).read_bytes())
     (output / "chat_template.jinja").write_text(CHAT_TEMPLATE)

@@ -79,8 +79,13 @@ def test_half_precision_caches_and_logits(tmp_path: Path, dtype: int, rtol: floa
     with OrtSession(path, threads=1) as session:
         session.prefill(IDS[:, :-1])
         logits = session.decode_step(IDS[:, -1:])
+        cached = dict(session.cache_values())
     assert logits.dtype == np.float32
     np.testing.assert_allclose(logits, expected_logits(IDS)[:, -1:], rtol=rtol, atol=20 * rtol)
+    with OrtSession(save_toy_lm(tmp_path / "float32.onnx"), threads=1) as session:
+        session.prefill(IDS)
+        for name, wanted in session.cache_values():
+            np.testing.assert_allclose(cached[name], wanted, rtol=rtol, atol=rtol)
 
 
 def test_positions_count_from_the_first_real_token() -> None:

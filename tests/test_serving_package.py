@@ -24,7 +24,7 @@ from nmexport.serving.triton_config import Signature, TensorSpec, from_text, to_
 from nmexport.serving.triton_model import TritonPythonModel, require_whole_tensors
 from nmexport.stages import package as package_stage
 
-from tests.served import NAME, save_package
+from tests.served import NAME, save_export, save_package
 from tests.served import SETTINGS as PACKAGED_SETTINGS
 from tests.test_serving_scheduler import ListSink
 
@@ -644,6 +644,24 @@ def test_the_servers_side_needs_no_torch(package: Path, banned: str) -> None:
         f"import sys; sys.modules[{banned!r}] = None\n"
         "from pathlib import Path\n"
         "import nmexport.serving.triton_model\n"
+        "from nmexport.serving.service import TextService\n"
+        f"TextService.open(Path({str(bundle)!r}), {{}}).close()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_bfloat16_package_needs_no_onnx_either(tiny_llama: Path, tmp_path: Path) -> None:
+    """What a processor takes lies ready in it; the exported file is there too, for GPUs."""
+    export = save_export(tiny_llama, tmp_path / "export", dtype="bfloat16")
+    bundle = save_package(export, tmp_path / "package")
+    assert (bundle / "model.onnx").read_bytes() == (export / "model.onnx").read_bytes()
+    assert json.loads((bundle / "engine.json").read_text())["cpu_model"] == "model.cpu.onnx"
+    program = (
+        "import sys; sys.modules['onnx'] = None\n"
+        "from pathlib import Path\n"
         "from nmexport.serving.service import TextService\n"
         f"TextService.open(Path({str(bundle)!r}), {{}}).close()\n"
     )

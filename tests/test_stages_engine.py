@@ -13,7 +13,7 @@ import pytest
 from nmexport.artifact import file_digest
 from nmexport.engines import requirements
 from nmexport.environment import probe
-from nmexport.errors import ArtifactError, EnvironmentFault, GateFailed, RecipeError
+from nmexport.errors import ArtifactError, EnvironmentFault, GateFailed
 from nmexport.models.source import ModelSource
 from nmexport.pipeline import Pipeline, Selection
 from nmexport.progress import Silent
@@ -33,6 +33,7 @@ from nmexport.serving.triton_config import from_text
 from nmexport.stages import engine, package, verify
 from nmexport.stages.inputs import StageInputs
 from nmexport.work_directory import WorkDirectory
+from onnx import TensorProto
 
 from tests.test_report import FIXED, assert_has_keys
 from tests.toy_lm import save_toy_lm
@@ -96,12 +97,16 @@ def test_a_tensorrt_target_without_its_plugin_says_how_to_get_it(
         engine.run(_inputs(tmp_path, recipe, export=toy_export))
 
 
-def test_bfloat16_on_a_processor_is_refused_before_anything_runs(tmp_path: Path) -> None:
+def test_bfloat16_runs_on_a_processor(tmp_path: Path) -> None:
     recipe = Recipe(model=ModelSection(id="tiny", dtype="bfloat16"), target="onnxruntime")
-    inputs = _inputs(tmp_path, recipe)
+    export = tmp_path / "narrow"
+    (export / "dense").mkdir(parents=True)
+    for folder in (export, export / "dense"):
+        save_toy_lm(folder / "model.onnx", dtype=TensorProto.BFLOAT16)
+    inputs = _inputs(tmp_path, recipe, export=export)
     alone = replace(inputs, environment=replace(inputs.environment, gpus=()))
-    with pytest.raises(RecipeError, match="bfloat16 kernels"):
-        engine.key_fields(alone)
+    assert engine.key_fields(alone)["target"] == "onnxruntime"
+    assert engine.run(alone)["open_seconds"].keys() == {"sparse", "dense"}
 
 
 @pytest.mark.usefixtures("no_native")
@@ -290,9 +295,10 @@ def test_torch_stays_out_where_memory_is_short(
     import psutil
 
     described = engine.Artifact(built.require("engine")).engine
-    assert verify._memory_shortage(described) is None
+    assert verify._memory_shortage(described, "float32") is None
     monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=1000))
-    assert "need about" in (verify._memory_shortage(described) or "")
+    for dtype in ("float32", "bfloat16"):
+        assert "need about" in (verify._memory_shortage(described, dtype) or "")
 
 
 def test_engine_json_names_no_absolute_path(built: WorkDirectory) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
@@ -15,6 +17,7 @@ from nmexport.artifact import file_digest
 from nmexport.environment import physical_cores
 from nmexport.errors import ArtifactError, EnvironmentFault
 from nmexport.runtimes.feeds import float32_from, positions_from_mask
+from nmexport.runtimes.model_types import needs_widening
 from nmexport.runtimes.native import THREADS_ENTRY
 from nmexport.runtimes.session import Closing, Limits
 
@@ -97,6 +100,14 @@ class Engine:
     library_digest: str | None
     bundled_library: Path | None = None
     """The library beside `engine.json`, where it travels with it."""
+    cpu_model: Path | None = None
+    """The sparse model as a processor takes it, where a package has it ready."""
+
+    def model_for(self, provider: Provider, *, dense: bool) -> Path | None:
+        """The file to open; None of a baseline that was not built."""
+        if dense:
+            return self.dense_model
+        return self.cpu_model if provider == "cpu" and self.cpu_model else self.model
 
 
 def read_engine(path: Path) -> Engine:
@@ -138,6 +149,7 @@ def read_engine(path: Path) -> Engine:
             library_name=library["file"] if library else None,
             library_digest=library["sha256"] if library else None,
             bundled_library=_bundled(path.parent, library),
+            cpu_model=path.parent / document["cpu_model"] if document.get("cpu_model") else None,
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path} cannot be read: {error!r}", fix=_REBUILD) from error
@@ -224,6 +236,9 @@ def open_session(
 ) -> onnxruntime.InferenceSession:
     """Open a model file, or a serialised model.
 
+    On a processor, a bfloat16 model computes in float32 between its weights: see
+    `onnxruntime_bfloat16`. The options are then told the model's folder: they serve this one.
+
     Raises:
         ArtifactError: if the model is missing, corrupt, or not runnable by this runtime.
         EnvironmentFault: if the provider does not work here.
@@ -233,6 +248,8 @@ def open_session(
     name = "An instrumented copy of the model" if isinstance(model, bytes) else str(model)
     if not isinstance(model, bytes) and not model.is_file():
         raise ArtifactError(f"{model} does not exist.", fix="run `nmexport export`")
+    if provider == "cpu" and needs_widening(model):
+        model = _widened(model, options)
     if provider == "cuda":
         _preload_cuda()
         if (library := find_library()) is not None:
@@ -258,6 +275,28 @@ def open_session(
             "the engine again on the CPU",
         )
     return session
+
+
+def _widened(model: Path | bytes, options: onnxruntime.SessionOptions) -> bytes:
+    try:
+        from nmexport.runtimes import onnxruntime_bfloat16
+    except ImportError as error:
+        raise EnvironmentFault(
+            f"A bfloat16 model is rewritten for a processor, which needs the package onnx: {error}",
+            fix="pip install onnx, or serve a package that this version of nmexport made",
+        ) from error
+    if not isinstance(model, bytes):
+        options.add_session_config_entry(EXTERNAL_DATA_FOLDER, str(model.parent))
+    return onnxruntime_bfloat16.widened(model, has_native_ops=_has_native_ops(options))
+
+
+def _has_native_ops(options: onnxruntime.SessionOptions) -> bool:
+    """Whether `session_options` registered our library: only then it set this entry."""
+    try:
+        options.get_session_config_entry(THREADS_ENTRY)
+    except RuntimeError:
+        return False
+    return True
 
 
 def open_cuda_graph(
@@ -324,6 +363,13 @@ def _cache_slots(session: onnxruntime.InferenceSession) -> tuple[_CacheSlot, ...
     return tuple(slots)
 
 
+def _bits(value: Any) -> NDArray[np.uint16]:
+    """What an OrtValue on the host holds, which has bfloat16 and gives NumPy none of it."""
+    count = math.prod(value.shape())
+    held = (ctypes.c_uint16 * count).from_address(value.data_ptr())
+    return np.ctypeslib.as_array(held).reshape(value.shape())
+
+
 class OrtSession(Closing):
     """A model with its KV cache; implements `runtimes.session.Session`.
 
@@ -388,17 +434,18 @@ class OrtSession(Closing):
             EnvironmentFault: if the native library that the engine needs is missing here.
         """
         engine = read_engine(path)
-        model = engine.dense_model if dense else engine.model
+        provider = _provider_here(engine.provider) if elsewhere else engine.provider
+        model = engine.model_for(provider, dense=dense)
         if model is None:
             raise ArtifactError(
                 f"{path} has no dense model.", fix="build it again without --no-dense-baseline"
             )
         return cls(
             model,
-            library=None if dense else engine_library(engine),
+            library=engine_library(engine),  # the baseline's too: see `onnxruntime_bfloat16`
             threads=engine.threads,
             config=engine.session_config,
-            provider=_provider_here(engine.provider) if elsewhere else engine.provider,
+            provider=provider,
         )
 
     @property
@@ -436,9 +483,10 @@ class OrtSession(Closing):
 
     def cache_values(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
         """Keys and values `[B, H, P, D]` under their outputs' names, layer by layer."""
-        is_bfloat16 = self._logits_type == "tensor(bfloat16)"
         for slot, value in zip(self._slots, self.state.past, strict=True):
-            yield slot.present, float32_from(value.numpy(), is_bfloat16=is_bfloat16)
+            is_bfloat16 = slot.element_type == _ONNX_TYPES["tensor(bfloat16)"]
+            elements = _bits(value) if is_bfloat16 and self._device == "cpu" else value.numpy()
+            yield slot.present, float32_from(elements, is_bfloat16=is_bfloat16)
 
     def watch(self, names: Iterable[str]) -> None:
         """From now on keep these outputs of each run in `watched`, beside logits and cache."""

@@ -34,6 +34,8 @@ LICENCES = "model_licence"
 """Folder of the model's own licence files, as they lay beside its weights."""
 SUMS = "SHA256SUMS"
 _ENGINE = "engine.json"
+_MODEL = "model.onnx"
+_CPU_MODEL = "model.cpu.onnx"
 _TEMPLATES = ("README.md", "NOTICE.md", LAUNCH)
 _MODEL_PY = '''"""Triton's entry; the environment of the server's python3 must have nmexport."""
 
@@ -85,7 +87,8 @@ def write_text_model(output: Path, source: TextModel) -> Path:
         shutil.copyfile(source.export / name, folder / name)
     if source.library is not None:
         shutil.copyfile(source.library, folder / source.library.name)
-    (folder / _ENGINE).write_text(_relocated(source.engine), encoding="utf-8")
+    cpu_model = _write_cpu_model(folder, has_native_ops=source.library is not None)
+    (folder / _ENGINE).write_text(_relocated(source.engine, cpu_model), encoding="utf-8")
     (folder / "model.py").write_text(_MODEL_PY, encoding="utf-8")
     tokenizer = ServingTokenizer(folder)
     tokens = [tokenizer.encode(text) for text in bundles.REFERENCE_TEXTS]
@@ -205,7 +208,24 @@ def generation_defaults(folder: Path) -> GenerationOptions:
     return options_from({name: document[name] for name in names if document.get(name) is not None})
 
 
-def _relocated(engine: Mapping[str, Any]) -> str:
+def _write_cpu_model(folder: Path, *, has_native_ops: bool) -> str | None:
+    """Write a bfloat16 graph as a processor takes it: a server has no `onnx` to rewrite it with.
+
+    Returns:
+        The file's name; None where the model itself will do.
+    """
+    from nmexport.runtimes.model_types import needs_widening
+
+    model = folder / _MODEL
+    if not needs_widening(model):
+        return None
+    from nmexport.runtimes.onnxruntime_bfloat16 import widened
+
+    (folder / _CPU_MODEL).write_bytes(widened(model, has_native_ops=has_native_ops))
+    return _CPU_MODEL
+
+
+def _relocated(engine: Mapping[str, Any], cpu_model: str | None) -> str:
     """`engine.json` for the folder that holds everything it names."""
     known = {name: value for name, value in engine.items() if not isinstance(value, dict)}
     document = {
@@ -214,7 +234,8 @@ def _relocated(engine: Mapping[str, Any]) -> str:
         "session_config": engine["session_config"],
         # The text model keeps its caches in ONNX Runtime, whatever else was built.
         "runtime": "onnxruntime",
-        "model": "model.onnx",
+        "model": _MODEL,
+        **({} if cpu_model is None else {"cpu_model": cpu_model}),
         "dense_model": "dense/model.onnx",
     }
     return json.dumps(document, indent=1) + "\n"

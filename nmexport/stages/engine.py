@@ -94,7 +94,7 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
 
     Raises:
         RecipeError: if the target needs the dense baseline, which the recipe leaves out, or does
-            not build for the recipe's GPUs, or cannot compute in the recipe's type.
+            not build for the recipe's GPUs.
         EnvironmentFault: see `engines.requirements.check`.
     """
     target = resolve_target(inputs.recipe.target)
@@ -103,8 +103,6 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
             f"Target {target} builds a dense engine too, and there is no dense baseline.",
             fix="leave out --no-dense-baseline, or use --target onnxruntime",
         )
-    if target == "onnxruntime":
-        _check_type(inputs)
     fields = {
         "target": target,
         "onnxruntime": inputs.environment.version("onnxruntime"),
@@ -127,16 +125,6 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
         "limits": vars(limits_from(inputs.recipe)),
         "plugin": _library_entry(tensorrt_library.find_plugin()),
     }
-
-
-def _check_type(inputs: StageInputs) -> None:
-    """Refuse what the runtime has no kernels for: said before anything runs."""
-    if inputs.recipe.model.dtype == "bfloat16" and not inputs.environment.gpus:
-        raise RecipeError(
-            "ONNX Runtime has no bfloat16 kernels for a processor, not even of Where.",
-            allowed="--dtype float32 or float16; bfloat16 with --to export, or on a GPU",
-            fix="--dtype float32, with --weights int8 where that is too large",
-        )
 
 
 def run(inputs: StageInputs) -> dict[str, Any]:

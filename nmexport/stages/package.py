@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from nmexport.stages.inputs import StageInputs
 
 UPSTREAM = ("export", "engine", "verify")
-SCHEMA = 4
+SCHEMA = 5
 _AUTO = "auto"
 
 

@@ -46,6 +46,8 @@ _NOT_KEYS = {"corpus", "tasks", "tasks_path", "task_limit", "task_fewshot"}
 _NO_INNER_VALUES = "a TensorRT engine gives out nothing but logits and cache"
 # Torch's weights, and those two sessions map and repack, against the size of the artifact.
 _PARITY_MEMORY = 4
+# In bfloat16 the session without the native library holds its weights once more, as float32.
+_PARITY_MEMORY_BFLOAT16 = 5
 
 
 @dataclass(frozen=True)
@@ -382,7 +384,7 @@ def _parity(inputs: StageInputs, engine: Engine, prompts: NDArray[np.int64]) -> 
     with contextlib.ExitStack() as stack:
         executors: dict[str, Session] = {}
         torch_session = None
-        shortage = _memory_shortage(engine)
+        shortage = _memory_shortage(engine, inputs.recipe.model.dtype)
         if shortage:
             why[parity.TORCH] = shortage
         else:
@@ -449,13 +451,14 @@ def _linear_parity(
     return {**report, "protocol": op_parity.PROTOCOL}
 
 
-def _memory_shortage(engine: Engine) -> str | None:
+def _memory_shortage(engine: Engine, dtype: str) -> str | None:
     """Why torch's copy of the model would not fit beside the sessions; None where it does."""
     import psutil
 
     from nmexport.verification.memory import artifact_bytes
 
-    needed = _PARITY_MEMORY * artifact_bytes(engine.model.parent)
+    copies = _PARITY_MEMORY_BFLOAT16 if dtype == "bfloat16" else _PARITY_MEMORY
+    needed = copies * artifact_bytes(engine.model.parent)
     free = psutil.virtual_memory().available
     if needed <= free:
         return None

@@ -310,7 +310,6 @@ def audit(
             return sparsity(layers, kept, dict.fromkeys(kept))
         dense_graph = read_graph(dense_path)
         add_layer_outputs(dense_graph, values)
-        options["library"] = None
         with open_instrumented(dense_graph, dense_path.parent, **options) as dense:
             errors = propagated_errors(dense, sparse, outputs, layers, error_window)
     return sparsity(layers, kept, errors)
