@@ -32,6 +32,7 @@ from nmexport.runtimes.onnxruntime import OrtSession
 from nmexport.serving.triton_config import from_text
 from nmexport.stages import engine, package, verify
 from nmexport.stages.inputs import StageInputs
+from nmexport.verification.memory import artifact_bytes
 from nmexport.work_directory import WorkDirectory
 from onnx import TensorProto
 
@@ -289,16 +290,40 @@ def test_damaged_reports_are_refused(tmp_path: Path, text: str | None) -> None:
         _ = verify.Artifact(tmp_path).report
 
 
-def test_torch_stays_out_where_memory_is_short(
-    built: WorkDirectory, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_executors_stay_out_where_memory_is_short(
+    dtype: str, built: WorkDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import psutil
 
     described = engine.Artifact(built.require("engine")).engine
-    assert verify._memory_shortage(described, "float32") is None
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=1000))
-    for dtype in ("float32", "bfloat16"):
-        assert "need about" in (verify._memory_shortage(described, dtype) or "")
+    size = artifact_bytes(described.model.parent)
+    out = []
+    for sizes in (0, 4, 9):
+        free = types.SimpleNamespace(available=sizes * size)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: free)
+        out.append(verify._too_large(described, dtype))
+    assert [list(one) for one in out] == [["torch", "onnx"], ["torch"] * (dtype != "float32"), []]
+    assert all("of memory, and 0 GB are free" in why for why in out[0].values())
+
+
+def test_a_report_stands_without_executors_that_are_too_large(
+    built: WorkDirectory, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        verify, "_too_large", lambda *_: {"torch": "too large", "onnx": "too large"}
+    )
+    upstream = {name: built.require(name) for name in verify.UPSTREAM}
+    inputs = _inputs(tmp_path, **upstream)
+    inputs = replace(inputs, source=replace(inputs.source, folder=tiny_llama))
+    verify.run(inputs)
+    parity = verify.Artifact(inputs.output).report["parity"]
+    for leg in ("torch_onnx", "torch_engine", "onnx_engine"):
+        assert parity[leg]["max_abs"] is None
+        assert parity[leg]["why"] == "too large"
+    assert parity["caches"]["why"] == "too large"
+    for executor in ("torch", "onnx", "engine"):
+        assert parity["linears"][executor]["within_contract"] is None
 
 
 def test_engine_json_names_no_absolute_path(built: WorkDirectory) -> None:

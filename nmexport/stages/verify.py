@@ -44,10 +44,11 @@ _LOGITS_BYTES = 1 << 30
 # Said by content in place of by name.
 _NOT_KEYS = {"corpus", "tasks", "tasks_path", "task_limit", "task_fewshot"}
 _NO_INNER_VALUES = "a TensorRT engine gives out nothing but logits and cache"
-# Torch's weights, and those two sessions map and repack, against the size of the artifact.
-_PARITY_MEMORY = 4
-# In bfloat16 the session without the native library holds its weights once more, as float32.
-_PARITY_MEMORY_BFLOAT16 = 5
+# What parity takes of memory, against the size of the artifact. Torch's weights and those that two
+# sessions map and repack; a session without the native library, which in narrow types holds all
+# weights once more, as float32.
+_PARITY_MEMORY = {"float32": 4, "float16": 5, "bfloat16": 5}
+_BODIES_MEMORY = {"float32": 2, "float16": 4, "bfloat16": 4}
 
 
 @dataclass(frozen=True)
@@ -380,22 +381,21 @@ def _parity(inputs: StageInputs, engine: Engine, prompts: NDArray[np.int64]) -> 
     from nmexport.verification.reference import open_folded
 
     folded = fold.Artifact(inputs.upstream["fold"])
-    why: dict[str, str] = {}
+    dtype = inputs.recipe.model.dtype
+    why = _too_large(engine, dtype)
     with contextlib.ExitStack() as stack:
         executors: dict[str, Session] = {}
         torch_session = None
-        shortage = _memory_shortage(engine, inputs.recipe.model.dtype)
-        if shortage:
-            why[parity.TORCH] = shortage
-        else:
+        if parity.TORCH not in why:
             torch_session = stack.enter_context(
                 open_folded(inputs.source, inputs.recipe.model, folded)
             )
             executors[parity.TORCH] = torch_session
             executors[parity.ROUNDED] = torch_session.perturbed()
-        executors[parity.ONNX] = stack.enter_context(
-            OrtSession(engine.model, threads=engine.threads, config=engine.session_config)
-        )
+        if parity.ONNX not in why:
+            executors[parity.ONNX] = stack.enter_context(
+                OrtSession(engine.model, threads=engine.threads, config=engine.session_config)
+            )
         absent = why_not_here(inputs.upstream["engine"]) or _no_library(engine)
         if absent:
             why[parity.ENGINE] = absent
@@ -407,7 +407,7 @@ def _parity(inputs: StageInputs, engine: Engine, prompts: NDArray[np.int64]) -> 
         return {
             **report,
             "caches": cache_parity.compare_where_possible(
-                executors, (parity.ONNX, parity.ENGINE), why, dtype=inputs.recipe.model.dtype
+                executors, (parity.ONNX, parity.ENGINE), why, dtype=dtype
             ),
             "linears": _linear_parity(engine, folded, torch_session, prompts[0], why),
         }
@@ -428,7 +428,7 @@ def _linear_parity(
 
     layers = folded.layers
     graph, outputs = op_parity.instrument(engine.model)
-    libraries: dict[str, Path | None] = {parity.ONNX: None}
+    libraries: dict[str, Path | None] = {} if parity.ONNX in why else {parity.ONNX: None}
     if engine.runtime != "onnxruntime":
         why = {**why, parity.ENGINE: why.get(parity.ENGINE, _NO_INNER_VALUES)}
     elif parity.ENGINE not in why:
@@ -451,21 +451,23 @@ def _linear_parity(
     return {**report, "protocol": op_parity.PROTOCOL}
 
 
-def _memory_shortage(engine: Engine, dtype: str) -> str | None:
-    """Why torch's copy of the model would not fit beside the sessions; None where it does."""
+def _too_large(engine: Engine, dtype: str) -> dict[str, str]:
+    """Why executors do not fit into memory, by name: torch before the function bodies alone."""
     import psutil
 
+    from nmexport.verification import parity
     from nmexport.verification.memory import artifact_bytes
 
-    copies = _PARITY_MEMORY_BFLOAT16 if dtype == "bfloat16" else _PARITY_MEMORY
-    needed = copies * artifact_bytes(engine.model.parent)
-    free = psutil.virtual_memory().available
-    if needed <= free:
-        return None
-    return (
-        f"three copies of the model need about {needed / 1e9:.0f} GB of memory, and "
+    size, free = artifact_bytes(engine.model.parent), psutil.virtual_memory().available
+    return {
+        name: f"{what} would take about {copies[dtype] * size / 1e9:.0f} GB of memory, and "
         f"{free / 1e9:.0f} GB are free"
-    )
+        for name, what, copies in (
+            (parity.TORCH, "three copies of the model", _PARITY_MEMORY),
+            (parity.ONNX, "the model without its native op", _BODIES_MEMORY),
+        )
+        if copies[dtype] * size > free
+    }
 
 
 def _calibration(inputs: StageInputs) -> dict[str, Any]:
