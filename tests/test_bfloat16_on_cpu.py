@@ -24,7 +24,7 @@ from nmexport.sparsity.linear import Behaviour
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.stages import package, verify
 from nmexport.verification import audit, op_parity
-from nmexport.verification.reference import array_from
+from nmexport.verification.reference import TorchSession, array_from
 from nmexport.work_directory import WorkDirectory
 from onnx import TensorProto
 
@@ -165,6 +165,13 @@ def test_a_linear_that_keeps_everything_is_the_dense_one(name: str, tmp_path: Pa
         with OrtSession(path, library=native_library(), threads=1) as session:
             results.append(stepwise(session, IDS))
     np.testing.assert_array_equal(*results)
+
+
+def test_the_noise_floor_is_not_rounded_away(model: tuple[Path, Exported]) -> None:
+    """One part in ten million is: the report would call every difference of executors an error."""
+    session = TorchSession(model[1].dense, VOCABULARY)
+    difference = np.abs(session.perturbed().prefill(IDS) - session.prefill(IDS))
+    assert 0 < difference.mean() < 8 / 128
 
 
 # -- what the graph is ----------------------------------------------------------------------------

@@ -442,7 +442,8 @@ class OrtSession(Closing):
             )
         return cls(
             model,
-            library=engine_library(engine),  # the baseline's too: see `onnxruntime_bfloat16`
+            # A baseline needs none, unless it is in bfloat16: see `onnxruntime_bfloat16`.
+            library=engine_library(engine) if not dense or needs_widening(model) else None,
             threads=engine.threads,
             config=engine.session_config,
             provider=provider,

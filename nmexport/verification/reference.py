@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 PERTURBATION = 1e-7
-"""Relative: about one unit in the last place of float32."""
+"""Relative: about one unit in the last place of float32; of a smaller type it is half of one."""
 
 
 class ModelSize(NamedTuple):
@@ -73,7 +73,9 @@ class TorchSession(Closing):
         """
         if self._model is None:
             raise RuntimeError("the session is closed")
-        return TorchSession(self._model, self._vocabulary_size, perturbation=PERTURBATION)
+        half_a_unit = torch.finfo(self._model.dtype).eps / 2
+        size = max(PERTURBATION, half_a_unit)  # what is less, bfloat16 rounds away without a trace
+        return TorchSession(self._model, self._vocabulary_size, perturbation=size)
 
     def linear(self, layer: LayerSpec, x: NDArray[Any]) -> NDArray[Any]:
         """What the op of one linear makes of an input: `[..., K] T` -> `[..., O] T`.
@@ -121,7 +123,7 @@ class TorchSession(Closing):
             return
 
         def disturb(_: nn.Module, __: Any, embedded: torch.Tensor) -> torch.Tensor:
-            # In float32 whatever the type: a smaller one rounds most of it away, as it should.
+            # In float32 whatever the type: a smaller one rounds it away or up to its last place.
             pattern = torch.linspace(-1.0, 1.0, embedded.shape[-1]).cos()
             factor = 1.0 + self._perturbation * pattern
             return (embedded.float() * factor).to(embedded.dtype)
