@@ -637,7 +637,7 @@ def test_finalizing_what_never_opened_is_no_error() -> None:
     TritonPythonModel().finalize()
 
 
-@pytest.mark.parametrize("banned", ["torch", "transformers", "onnx", "pydantic"])
+@pytest.mark.parametrize("banned", ["torch", "transformers", "onnx", "pydantic", "ml_dtypes"])
 def test_the_servers_side_needs_no_torch(package: Path, banned: str) -> None:
     bundle = package / "model_repository" / NAME / "1"
     program = (
@@ -660,7 +660,7 @@ def test_a_bfloat16_package_needs_no_onnx_either(tiny_llama: Path, tmp_path: Pat
     assert (bundle / "model.onnx").read_bytes() == (export / "model.onnx").read_bytes()
     assert json.loads((bundle / "engine.json").read_text())["cpu_model"] == "model.cpu.onnx"
     program = (
-        "import sys; sys.modules['onnx'] = None\n"
+        "import sys; sys.modules['onnx'] = sys.modules['ml_dtypes'] = None\n"
         "from pathlib import Path\n"
         "from nmexport.serving.service import TextService\n"
         f"TextService.open(Path({str(bundle)!r}), {{}}).close()\n"

@@ -9,7 +9,6 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
-import ml_dtypes
 import numpy as np
 
 import onnxruntime
@@ -463,6 +462,8 @@ class OrtSession(Closing):
     def element_type(self) -> np.dtype[Any]:
         """T: the type of activations."""
         if self._logits_type == "tensor(bfloat16)":
+            import ml_dtypes  # which a server does without
+
             bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
             return bfloat16
         return _NUMPY_TYPES[self._logits_type]
@@ -507,7 +508,7 @@ class OrtSession(Closing):
         return self._run(input_ids, mask.astype(np.int64, copy=False))
 
     def decode_step(self, input_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Run one more token a sequence, `[B, 1]`, on the cache, and return logits `[B, 1, V]`."""
+        """Run more tokens, `[B, S]`, on the cache, and return their logits `[B, S, V]`."""
         mask = np.concatenate([self.state.mask, np.ones_like(input_ids)], axis=1)
         return self._run(input_ids, mask)
 

@@ -183,7 +183,8 @@ class TensorRTSession(Closing):
     @property
     def limits(self) -> Limits:
         """Those of its optimization profiles."""
-        return Limits(batch=self._described.max_batch, tokens=self._described.max_context)
+        described = self._described
+        return Limits(batch=described.max_batch, tokens=described.max_context, step=1)
 
     @property
     def state(self) -> CacheState:
