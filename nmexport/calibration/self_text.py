@@ -179,6 +179,7 @@ class _Sampler:
         self._allowed = torch.zeros(model.config.get_text_config().vocab_size, dtype=torch.bool)
         self._allowed[self._starts] = True
         self._allowed[sorted(self._ends)] = True
+        self._buffers = torch.empty(0), torch.empty(0)
 
     def columns(self, kinds: Sequence[Kind], length: int) -> Iterator[torch.Tensor]:
         """`length` columns `[rows, 1]` of token ids, one row a kind."""
@@ -218,8 +219,7 @@ class _Sampler:
         One random number a row: `torch.multinomial` draws one for every token of the vocabulary,
         which takes as long as the model's own work.
         """
-        allowed = logits.masked_fill(~self._allowed[: logits.shape[-1]], -torch.inf)
-        cumulative = allowed.softmax(dim=-1).cumsum(dim=-1)
+        cumulative = self._cumulative(logits)
         total = cumulative[:, -1:]
         if not bool(torch.isfinite(total).all()):
             raise ModelError(
@@ -229,6 +229,19 @@ class _Sampler:
         drawn = total * torch.rand(len(logits), 1, generator=self._generator)
         below = torch.nextafter(total, torch.zeros_like(total))  # the product may round to total
         return torch.searchsorted(cumulative, torch.minimum(drawn, below), right=True)
+
+    def _cumulative(self, logits: torch.Tensor) -> torch.Tensor:
+        """Distribution functions `[rows, V]` of what is allowed; they last until the next call.
+
+        In the same memory each time: new memory of this size comes from the system page by page,
+        which takes longer than what is computed in it.
+        """
+        if self._buffers[0].shape != logits.shape:
+            self._buffers = torch.empty_like(logits), torch.empty_like(logits)
+        first, second = self._buffers
+        first.copy_(logits).masked_fill_(~self._allowed[: logits.shape[-1]], -torch.inf)
+        torch.softmax(first, dim=-1, out=second)
+        return torch.cumsum(second, dim=-1, out=first)
 
 
 def _end_ids(model: Any, tokenizer: Any) -> set[int]:
