@@ -98,7 +98,7 @@ def test_a_prompt_and_its_continuation_are_onnx_runtimes(
 ) -> None:
     with OrtSession(exported, threads=1) as wanted, session:
         assert session.vocabulary_size == wanted.vocabulary_size
-        assert session.limits == (LIMITS.max_batch, LIMITS.max_context, 1)
+        assert session.limits == (LIMITS.max_batch, LIMITS.max_context)
         close(session.prefill(IDS[:, :7]), wanted.prefill(IDS[:, :7]))
         for at in range(7, 14):
             column = IDS[:, at : at + 1]

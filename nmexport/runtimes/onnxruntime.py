@@ -508,7 +508,7 @@ class OrtSession(Closing):
         return self._run(input_ids, mask.astype(np.int64, copy=False))
 
     def decode_step(self, input_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Run more tokens, `[B, S]`, on the cache, and return their logits `[B, S, V]`."""
+        """Run one more token a sequence, `[B, 1]`, on the cache, and return logits `[B, 1, V]`."""
         mask = np.concatenate([self.state.mask, np.ones_like(input_ids)], axis=1)
         return self._run(input_ids, mask)
 

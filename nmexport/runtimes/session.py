@@ -41,8 +41,6 @@ class Limits(NamedTuple):
     """Sequences at a time."""
     tokens: int | None = None
     """Tokens of a sequence, cached and new ones together."""
-    step: int | None = None
-    """New tokens of a sequence in a decode step."""
 
 
 class Session(Protocol):
@@ -63,10 +61,7 @@ class Session(Protocol):
         ...
 
     def decode_step(self, input_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Run more tokens, `[B, S]`, on the cache, and return their logits `[B, S, V]`.
-
-        S is 1, or up to `limits.step`.
-        """
+        """Run one more token a sequence, `[B, 1]`, on the cache, and return logits `[B, 1, V]`."""
         ...
 
     def close(self) -> None:

@@ -183,8 +183,7 @@ class TensorRTSession(Closing):
     @property
     def limits(self) -> Limits:
         """Those of its optimization profiles."""
-        described = self._described
-        return Limits(batch=described.max_batch, tokens=described.max_context, step=1)
+        return Limits(batch=self._described.max_batch, tokens=self._described.max_context)
 
     @property
     def state(self) -> CacheState:
