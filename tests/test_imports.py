@@ -246,3 +246,21 @@ def test_help_loads_no_heavy_library(arguments):
     loaded = set(json.loads(done.stderr))
     assert "click" in loaded
     assert loaded.isdisjoint(HEAVY)
+
+
+def test_what_a_key_asks_of_the_method_needs_no_torch():
+    """A build with nothing to do would wait for its import longer than for all else."""
+    program = (
+        "import sys\n"
+        "from nmexport.calibration.effort import learning_settings\n"
+        "from nmexport.models.offload import needs_whole\n"
+        "from nmexport.recipe import resolve\n"
+        "from nmexport.stages import calibrate, engine, export, fold, package, verify\n"
+        "recipe = resolve('smollm2')\n"
+        "assert needs_whole(recipe) and learning_settings(recipe.sparsity, recipe.seed)\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

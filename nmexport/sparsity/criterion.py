@@ -1,7 +1,8 @@
 """Criteria: how channels are ranked, as one constant per channel that multiplies |x|.
 
 A criterion may use the weight and calibrated statistics, never the tokens of the running batch:
-then a token's mask would depend on its neighbours.
+then a token's mask would depend on its neighbours. What a criterion needs is asked before anything
+runs, so torch is not imported with this.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 if TYPE_CHECKING:
+    import torch
+
     from nmexport.sparsity.statistics import ChannelStatistics
 
-ScaleRule = Callable[[torch.Tensor, "ChannelStatistics | None"], "torch.Tensor | None"]
+ScaleRule = Callable[["torch.Tensor", "ChannelStatistics | None"], "torch.Tensor | None"]
 
 # Amber Pruner (arXiv 2508.02128): outliers of W stay out of its mean and deviation.
 _AMBER_QUANTILES = (0.005, 0.995)
@@ -53,8 +55,8 @@ def score_scale(
     chosen = CRITERIA[criterion]
     if any(getattr(statistics, field, None) is None for field in chosen.needs):
         raise ValueError(f"criterion {criterion} needs calibrated {sorted(chosen.needs)}")
-    scale = chosen.rule(weight.detach().to(torch.float32), statistics)
-    return None if scale is None else scale.to(torch.float32).contiguous()
+    scale = chosen.rule(weight.detach().float(), statistics)
+    return None if scale is None else scale.float().contiguous()
 
 
 def _magnitude(weight: torch.Tensor, statistics: ChannelStatistics | None) -> None:
@@ -64,6 +66,8 @@ def _magnitude(weight: torch.Tensor, statistics: ChannelStatistics | None) -> No
 
 def _weight_norm(weight: torch.Tensor, statistics: ChannelStatistics | None) -> torch.Tensor:
     """WINA (arXiv 2505.19427): norm of the weights that channel j meets."""
+    import torch
+
     del statistics
     norms: torch.Tensor = torch.linalg.vector_norm(weight, dim=0)
     return norms
@@ -78,6 +82,8 @@ def _channel_rms(weight: torch.Tensor, statistics: ChannelStatistics | None) -> 
 
 def _standardised_norm(weight: torch.Tensor, statistics: ChannelStatistics | None) -> torch.Tensor:
     """Amber: norm of the standardised weights that channel j meets, over the smallest such norm."""
+    import torch
+
     del statistics
     low, high = np.quantile(weight.cpu().numpy(), _AMBER_QUANTILES)
     inside = weight[(weight >= float(low)) & (weight <= float(high))].double()
@@ -96,7 +102,7 @@ def _fisher(weight: torch.Tensor, statistics: ChannelStatistics | None) -> torch
     assert statistics is not None  # noqa: S101 - score_scale refused it
     assert statistics.sensitivity is not None  # noqa: S101 - as above
     roots = statistics.sensitivity.sqrt()
-    return roots / roots.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    return roots / roots.mean().clamp_min(float(np.finfo(np.float32).tiny))
 
 
 CRITERIA: Mapping[str, Criterion] = MappingProxyType(
