@@ -17,11 +17,11 @@ constexpr int kTILE_VECTORS = Simd::kREGISTERS > 16 ? 4 : 2;
 constexpr std::size_t kSHORT_PART_ROWS = 16;
 constexpr std::size_t kLONG_PART_ROWS = 8;
 constexpr std::size_t kSHORT_PART_BYTES = 4096;
-// ... and cache lines asked for before their turn, over the rows of a pass: what one core's
-// bandwidth holds in flight; of bytes more, because widening them fills the core's window with
-// few lines. All are measured.
+// ... and cache lines asked for before their turn, over the rows of a pass: what one core's share
+// of the bandwidth holds in flight, and to spare; of bytes more, because widening them fills the
+// core's window with few lines. All are measured.
 template <typename T>
-constexpr std::size_t kLINES_AHEAD = sizeof(T) > 1 ? 80 : 320;
+constexpr std::size_t kLINES_AHEAD = sizeof(T) > 1 ? 160 : 320;
 constexpr std::size_t kLINE_BYTES = 64;
 
 template <typename T>
@@ -80,7 +80,7 @@ class RowPass {
     // Nothing has been asked for yet.
     void prefetchStart() const {
         for (std::size_t j = 0; j < kAHEAD && j < mProduct.columns; j += kLINE_BYTES / sizeof(T)) {
-            for (std::size_t r = 0; r < kROWS; ++r) Simd::prefetchOnce(mRow[r] + j);
+            for (std::size_t r = 0; r < kROWS; ++r) Simd::prefetchFar(mRow[r] + j);
         }
     }
 
@@ -111,7 +111,7 @@ class RowPass {
             // Unrolled, so that addresses and values stay in registers.
 #pragma GCC unroll 16
             for (std::size_t r = 0; r < kROWS; ++r) {
-                Simd::prefetchOnce(ahead[r] + (j + offset));
+                Simd::prefetchFar(ahead[r] + (j + offset));
                 for (std::size_t v = 0; v < kVECTORS; ++v) {
                     const std::size_t at = j + v * Simd::kLANES;
                     sum[v] =
@@ -128,7 +128,7 @@ class RowPass {
         const int count = static_cast<int>(left < kLANES ? left : kLANES);
         Simd::F sum = Simd::loadPartial(mProduct.sums + j, count);
         for (std::size_t r = 0; r < kROWS; ++r) {
-            Simd::prefetchOnce(mNext[r] + (j - turn));
+            Simd::prefetchFar(mNext[r] + (j - turn));
             const Simd::F w = partialWeight<T, kSCALED>(mRow[r], mScale[r], j, count);
             sum = Simd::fma(mValue[r], w, sum);
         }

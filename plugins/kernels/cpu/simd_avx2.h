@@ -91,9 +91,9 @@ struct Simd {
     static inline __attribute__((always_inline)) void prefetch(const void* address) {
         _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0);
     }
-    // Of what is read once: it passes by the outer caches and leaves them to what comes back.
-    static inline __attribute__((always_inline)) void prefetchOnce(const void* address) {
-        _mm_prefetch(static_cast<const char*>(address), _MM_HINT_NTA);
+    // Into the second-level cache, which can wait for more lines at a time than the first.
+    static inline __attribute__((always_inline)) void prefetchFar(const void* address) {
+        _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T1);
     }
 
   private:

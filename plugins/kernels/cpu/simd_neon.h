@@ -87,7 +87,7 @@ struct Simd {
         __builtin_prefetch(address);
     }
     // Of what is read once: it passes by the outer caches and leaves them to what comes back.
-    static inline __attribute__((always_inline)) void prefetchOnce(const void* address) {
+    static inline __attribute__((always_inline)) void prefetchFar(const void* address) {
         __builtin_prefetch(address, 0, 0);
     }
 };

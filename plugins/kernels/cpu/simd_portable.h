@@ -104,7 +104,7 @@ struct Simd {
         }
     }
     static inline __attribute__((always_inline)) void prefetch(const void*) {}
-    static inline __attribute__((always_inline)) void prefetchOnce(const void*) {}
+    static inline __attribute__((always_inline)) void prefetchFar(const void*) {}
 };
 
 }  // namespace
