@@ -257,7 +257,7 @@ void isTheSameEverywhere(const Case& c, const Data& d, const Bytes& y) {
 
 void linearCases() {
     std::vector<Case> cases;
-    for (std::size_t tokens : {1, 2, 3, 5, 17, 150}) {
+    for (std::size_t tokens : {1, 2, 3, 6, 7, 17, 150}) {
         for (std::size_t outputs : {1, 3, 17, 130, 576}) {
             cases.push_back({tokens, 192, outputs, {8, 16}});
         }
@@ -265,15 +265,18 @@ void linearCases() {
     for (Pattern pattern :
          {Pattern{2, 4}, Pattern{16, 32}, Pattern{1, 4}, Pattern{3, 8}, Pattern{12, 16},
           Pattern{16, 16}, Pattern{5, 24}, Pattern{1, 1}, Pattern{40, 64}, Pattern{7, 48}}) {
-        Case c{4, 192, 33, pattern};
-        cases.push_back(c);
-        c.order = c.scale = c.bias = true;
-        cases.push_back(c);
+        for (std::size_t tokens : {4, 9}) {
+            Case c{tokens, 192, 33, pattern};
+            cases.push_back(c);
+            c.order = c.scale = c.bias = true;
+            cases.push_back(c);
+        }
     }
     for (ElementType type :
          {ElementType::kFLOAT32, ElementType::kFLOAT16, ElementType::kBFLOAT16}) {
         for (unsigned flags = 0; flags < 256; ++flags) {
-            Case c{flags % 3 == 0 ? std::size_t{1} : std::size_t{6}, 96, 50, {8, 16}};
+            constexpr std::size_t kTOKENS[] = {1, 5, 8};  // alone, few, many
+            Case c{kTOKENS[flags % 3], 96, 50, {8, 16}};
             c.type = type;
             c.order = flags & 1;
             c.scale = flags & 2;
@@ -289,7 +292,7 @@ void linearCases() {
     for (ElementType type :
          {ElementType::kFLOAT32, ElementType::kFLOAT16, ElementType::kBFLOAT16}) {
         for (std::size_t groups : {1, 2, 4, 6, 12}) {
-            for (std::size_t tokens : {1, 2, 5, 70}) {
+            for (std::size_t tokens : {1, 2, 7, 70}) {
                 for (unsigned flags = 0; flags < 4; ++flags) {
                     Case c{tokens, 192, 150, {8, 16}};
                     c.type = type;
@@ -302,7 +305,7 @@ void linearCases() {
         }
     }
     // Dense blocks, whole and cut off, beside rests of tokens and of columns.
-    for (std::size_t tokens : {5, 8, 71}) {
+    for (std::size_t tokens : {5, 10, 71}) {
         for (std::size_t outputs : {5, 17, 50, 100, 130, 576}) {
             for (std::size_t channels : {32, 208}) {
                 Case c{tokens, channels, outputs, {16, 16}};
@@ -316,16 +319,19 @@ void linearCases() {
     // Parts of a row longer than what is asked for ahead, and passes of fewer rows.
     for (std::size_t outputs : {400, 1030, 2600}) {
         for (Pattern pattern : {Pattern{8, 16}, Pattern{5, 24}, Pattern{13, 16}}) {
-            Case c{1, 240, outputs, pattern};
-            c.order = true;
-            cases.push_back(c);
-            c.scaleGroups = 5;
-            cases.push_back(c);
+            for (std::size_t tokens : {1, 3}) {
+                Case c{tokens, 240, outputs, pattern};
+                c.order = true;
+                cases.push_back(c);
+                c.scaleGroups = 5;
+                cases.push_back(c);
+            }
         }
     }
     cases.push_back({1, 1536, 1000, {8, 16}});
     cases.push_back({9, 1536, 1000, {8, 16}});
     cases.push_back({1, 64, 9000, {8, 16}});  // more columns than a tile holds
+    cases.push_back({5, 64, 9000, {8, 16}});
     unsigned seed = 100;
     for (const Case& c : cases) {
         const Data d = makeData(c, ++seed);

@@ -11,8 +11,10 @@ constexpr std::size_t kPASS_BYTES = std::size_t{8} << 20;
 constexpr std::size_t kMIN_PASS_TOKENS = 64;
 // Tokens selected together by one task; their groups share vectors.
 constexpr std::size_t kSELECT_TOKENS = 8;
-// Decode: sums of a tile take at most 16 KiB of the first-level cache ...
-constexpr std::size_t kMAX_TILE_COLUMNS = 4096;
+// Decode, with up to this many tokens (measured): sums of a tile take at most 16 KiB of the
+// first-level cache ...
+constexpr std::size_t kFEW_TOKENS = 6;
+constexpr std::size_t kMAX_TILE_SUMS = 4096;
 // ... a row's part in a tile is at least four cache lines ...
 constexpr std::size_t kMIN_TILE_COLUMNS = 64;
 // ... and waking another thread pays from about this many kept bytes on.
@@ -165,41 +167,93 @@ Pass passOf(const LinearArguments& a, const Variant& variant, const SelectionCon
     return pass;
 }
 
-void multiplyTile(const LinearArguments& a, const Variant& variant, const Pass& pass,
-                  RowProduct product, std::size_t begin, std::size_t end) {
-    thread_local Scratch<float> sumScratch;
-    product.w = weightsFrom(a, begin);
-    product.columns = end - begin;
-    product.sums = sumScratch.reserve(end - begin);
-    product.scales = scalesFrom(a, begin);
-    prefetchBias(a, begin, end);
-    if (hasScaledRows(a)) {
-        variant.scaledRowProduct(product);
-    } else {
-        variant.rowProduct[weightType(a)](product);
+// What each token of a pass keeps, as lists that are multiplied a slice at a time.
+struct KeptLists {
+    std::int32_t* rows;  // [tokens, stride]
+    float* values;       // the same
+    std::size_t stride;
+    std::size_t* ends;  // [tokens, slices]: rows kept up to the end of each slice
+    std::size_t slices;
+};
+
+// A slice's part of a tile comes from memory for the first token that keeps it, and to the others
+// from the second-level cache. A lone token has nothing to share.
+KeptLists listKept(const LinearArguments& a, const Variant& variant, const Pass& pass) {
+    thread_local Scratch<std::int32_t> rowScratch;
+    thread_local Scratch<float> valueScratch;
+    thread_local Scratch<std::size_t> endScratch;
+    KeptLists lists;
+    lists.stride = a.channels + variant.lanes;
+    lists.rows = rowScratch.reserve(pass.tokens * lists.stride);
+    lists.values = valueScratch.reserve(pass.tokens * lists.stride);
+    lists.slices = pass.tokens == 1 ? 1 : keepWords(a.channels);
+    lists.ends = endScratch.reserve(pass.tokens * lists.slices);
+    for (std::size_t t = 0; t < pass.tokens; ++t) {
+        const std::uint64_t* keep = pass.selected.keep + t * pass.selected.keepStride;
+        std::size_t* ends = lists.ends + t * lists.slices;
+        const std::size_t count = variant.listKept(
+            {pass.selected.z + t * pass.selected.zStride, keep, pass.rowOrder, a.channels,
+             lists.rows + t * lists.stride, lists.values + t * lists.stride});
+        std::size_t end = 0;
+        for (std::size_t slice = 0; slice + 1 < lists.slices; ++slice) {
+            end += static_cast<std::size_t>(__builtin_popcountll(keep[slice]));
+            ends[slice] = end;
+        }
+        ends[lists.slices - 1] = count;
     }
-    finishColumns(a, variant, pass, 0, begin, end - begin, product.sums);
+    return lists;
 }
 
-// How the columns of a lone token are cut: each task takes tiles of its own.
+void multiplyTile(const LinearArguments& a, const Variant& variant, const Pass& pass,
+                  const KeptLists& lists, std::size_t begin, std::size_t end) {
+    thread_local Scratch<float> sumScratch;
+    const std::size_t columns = end - begin;
+    const std::size_t stride = divideUp(columns, variant.lanes) * variant.lanes;
+    float* sums = sumScratch.reserve(pass.tokens * stride);
+    const auto multiply = hasScaledRows(a) ? variant.scaledRowProduct
+                                           : variant.rowProduct[weightType(a)];
+    RowProduct product{};
+    product.w = weightsFrom(a, begin);
+    product.rowStride = a.outputs;
+    product.columns = columns;
+    product.scales = scalesFrom(a, begin);
+    prefetchBias(a, begin, end);
+    for (std::size_t slice = 0; slice < lists.slices; ++slice) {
+        for (std::size_t t = 0; t < pass.tokens; ++t) {
+            const std::size_t* ends = lists.ends + t * lists.slices;
+            product.rows = lists.rows + t * lists.stride;
+            product.values = lists.values + t * lists.stride;
+            product.count = ends[lists.slices - 1];
+            product.begin = slice == 0 ? 0 : ends[slice - 1];
+            product.end = ends[slice];
+            product.sums = sums + t * stride;
+            multiply(product);
+        }
+    }
+    for (std::size_t t = 0; t < pass.tokens; ++t) {
+        finishColumns(a, variant, pass, t, begin, columns, sums + t * stride);
+    }
+}
+
+// How the columns of a few tokens are cut: each task takes tiles of its own.
 struct Cut {
     std::size_t tasks;
     std::size_t tiles;  // a multiple of the tasks
 };
 
-Cut cutOf(const LinearArguments& a, const ThreadPool& pool) {
+Cut cutOf(const LinearArguments& a, std::size_t tokens, const ThreadPool& pool) {
     const std::size_t groups = a.channels / static_cast<std::size_t>(a.pattern.m);
     const std::size_t kept =
         keepsAll(a) ? a.channels : groups * static_cast<std::size_t>(a.pattern.n);
-    const std::size_t keptBytes = kept * a.outputs * weightBytes(a);
+    const std::size_t keptBytes = tokens * kept * a.outputs * weightBytes(a);
     const std::size_t worthwhile =
         std::min({pool.threads, keptBytes / kMIN_TASK_BYTES, a.outputs / kMIN_TILE_COLUMNS});
     const std::size_t tasks = std::max(worthwhile, std::size_t{1});
-    const std::size_t fitting = divideUp(a.outputs, kMAX_TILE_COLUMNS);
+    const std::size_t fitting = divideUp(tokens * a.outputs, kMAX_TILE_SUMS);
     return {tasks, divideUp(fitting, tasks) * tasks};
 }
 
-// Decode. A task owns tiles of columns and reads their part of every kept row:
+// Decode. A task owns tiles of columns and reads their part of every row that a token keeps:
 //
 //              columns 0 .. O
 //   kept row | tile 0 | tile 1 |      no sum is shared, so no reduction and no order to fix
@@ -207,30 +261,21 @@ Cut cutOf(const LinearArguments& a, const ThreadPool& pool) {
 //
 // Each task selects for itself: that takes no longer than waiting for another to do it, and the
 // threads start together.
-void multiplyToken(const LinearArguments& a, const Variant& variant,
-                   const SelectionConstants& constants, std::size_t token,
-                   const ThreadPool& pool) {
-    const Cut cut = cutOf(a, pool);
+void multiplyFew(const LinearArguments& a, const Variant& variant,
+                 const SelectionConstants& constants, std::size_t first, std::size_t tokens,
+                 const ThreadPool& pool) {
+    const Cut cut = cutOf(a, tokens, pool);
     const std::size_t units = divideUp(a.outputs, variant.lanes);
     parallelFor(pool, cut.tasks, [&](std::size_t task) {
-        thread_local Scratch<std::int32_t> rowScratch;
-        thread_local Scratch<float> valueScratch;
-        const Pass pass = passOf(a, variant, constants, token, 1);
-        selectPart(a, variant, pass, 0, 1);
-        std::int32_t* rows = rowScratch.reserve(a.channels + variant.lanes);
-        float* values = valueScratch.reserve(a.channels + variant.lanes);
-        RowProduct product{};
-        product.rowStride = a.outputs;
-        product.rows = rows;
-        product.values = values;
-        product.count = variant.listKept(
-            {pass.selected.z, pass.selected.keep, pass.rowOrder, a.channels, rows, values});
+        const Pass pass = passOf(a, variant, constants, first, tokens);
+        selectPart(a, variant, pass, 0, tokens);
+        const KeptLists lists = listKept(a, variant, pass);
         const std::size_t last = cut.tiles * (task + 1) / cut.tasks;
         for (std::size_t tile = cut.tiles * task / cut.tasks; tile < last; ++tile) {
             const std::size_t begin = units * tile / cut.tiles * variant.lanes;
             const std::size_t end =
                 std::min(units * (tile + 1) / cut.tiles * variant.lanes, a.outputs);
-            if (begin < end) multiplyTile(a, variant, pass, product, begin, end);
+            if (begin < end) multiplyTile(a, variant, pass, lists, begin, end);
         }
     });
 }
@@ -310,8 +355,8 @@ void nmLinear(const LinearArguments& a, const ThreadPool& pool) {
     const std::size_t passTokens = std::max(fitting, kMIN_PASS_TOKENS);
     for (std::size_t first = 0; first < a.tokens; first += passTokens) {
         const std::size_t tokens = std::min(passTokens, a.tokens - first);
-        if (tokens == 1) {
-            multiplyToken(a, variant, constants, first, pool);
+        if (tokens <= kFEW_TOKENS) {
+            multiplyFew(a, variant, constants, first, tokens, pool);
         } else {
             multiplyTokens(a, variant, constants, first, tokens, pool);
         }

@@ -7,8 +7,6 @@
 namespace nmexport {
 namespace {
 
-// Up to this many tokens share too few rows for packing to pay (measured).
-constexpr std::size_t kIN_PLACE_TOKENS = 4;
 // Dense blocks: tokens and vectors of a tile whose sums, with a row's vectors, fit the registers.
 constexpr std::size_t kTILE_TOKENS = 4;
 constexpr int kTILE_VECTORS = Simd::kREGISTERS > 16 ? 4 : 2;
@@ -145,7 +143,7 @@ class RowPass {
 // Passes of kROWS rows from `first` on, as many as there are; the row after them.
 template <typename T, bool kSCALED, std::size_t kROWS>
 inline std::size_t addRows(const RowProduct& p, std::size_t first) {
-    for (; first + kROWS <= p.count; first += kROWS) {
+    for (; first + kROWS <= p.end; first += kROWS) {
         const RowPass<T, kSCALED, kROWS> pass(p, first);
         if (first == 0) pass.prefetchStart();
         pass.add();
@@ -156,8 +154,8 @@ inline std::size_t addRows(const RowProduct& p, std::size_t first) {
 // One token: W is read from memory, the tile's sums stay in the first-level cache.
 template <typename T, bool kSCALED>
 void rowProduct(const RowProduct& p) {
-    std::memset(p.sums, 0, p.columns * sizeof *p.sums);
-    std::size_t done = 0;
+    if (p.begin == 0) std::memset(p.sums, 0, p.columns * sizeof *p.sums);
+    std::size_t done = p.begin;
     // Widening bytes takes the registers that so many rows would need.
     constexpr bool kROOM = Simd::kREGISTERS > kSHORT_PART_ROWS || sizeof(T) > 1;
     if (kROOM && p.columns * sizeof(T) <= kSHORT_PART_BYTES) {
@@ -312,7 +310,7 @@ inline void multiplyPair(const float* packed, const float* zA, const float* zB, 
 template <typename T, int kVECTORS>
 void multiplyBlock(const PanelProduct& p, std::size_t block, std::size_t sumStride,
                    std::uint64_t wantedNext) {
-    BlockPrefetcher<T> prefetcher(p, (block + 1) * kBLOCK, wantedNext, p.tokens / 2);
+    BlockPrefetcher<T> prefetcher(p, (block + 1) * kBLOCK, wantedNext, (p.tokens + 1) / 2);
     const float* z = p.z + block * kBLOCK;
     const std::uint64_t* keep = p.keep + block;
     float* sums = p.sums;
@@ -402,62 +400,20 @@ void multiplyWholeBlock(const PanelProduct& p, std::size_t block, std::size_t su
     }
 }
 
-// Few tokens: packing would cost more than it saves, so rows are taken from W where they lie.
-template <typename T, bool kSCALED, int kVECTORS, bool kWHOLE>
-void multiplyInPlace(const PanelProduct& p, std::size_t block, std::size_t sumStride) {
-    constexpr std::size_t kLANES = Simd::kLANES;
-    const T* w = static_cast<const T*>(p.w);
-    const std::size_t first = block * kBLOCK;
-    const int left = static_cast<int>(p.columns - (kVECTORS - 1) * kLANES);
-    for (std::size_t t = 0; t < p.tokens; ++t) {
-        const float* z = p.z + t * p.zStride + first;
-        Simd::F sum[kVECTORS];
-        loadSums<kVECTORS>(p.sums + t * sumStride, sum);
-        for (std::uint64_t keep = p.keep[t * p.keepStride + block]; keep != 0; keep &= keep - 1) {
-            const std::size_t i = static_cast<std::size_t>(__builtin_ctzll(keep));
-            const std::int32_t channel = rowAt(p, first + i);
-            const T* row = rowOf(w, p.rowStride, channel);
-            const float* scale = scaleOf<kSCALED>(p.scales, p.rowStride, channel);
-            const Simd::F value = Simd::broadcast(z[i]);
-            for (int v = 0; v + (kWHOLE ? 0 : 1) < kVECTORS; ++v) {
-                const std::size_t at = static_cast<std::size_t>(v) * Simd::kLANES;
-                sum[v] = Simd::fma(value, weight<T, kSCALED>(row, scale, at), sum[v]);
-            }
-            if constexpr (!kWHOLE) {
-                constexpr int kLAST = kVECTORS - 1;
-                constexpr std::size_t kAT = static_cast<std::size_t>(kLAST) * Simd::kLANES;
-                const Simd::F tail = partialWeight<T, kSCALED>(row, scale, kAT, left);
-                sum[kLAST] = Simd::fma(value, tail, sum[kLAST]);
-            }
-        }
-        storeSums<kVECTORS>(p.sums + t * sumStride, sum);
-    }
-}
-
 template <typename T, bool kSCALED, int kVECTORS>
 void panelProductOf(const PanelProduct& p) {
     constexpr std::size_t kWIDTH = static_cast<std::size_t>(kVECTORS) * Simd::kLANES;
     constexpr std::size_t kSUM_STRIDE = kPANEL_VECTORS * Simd::kLANES;
     std::memset(p.sums, 0, p.tokens * kSUM_STRIDE * sizeof *p.sums);
     const std::size_t blocks = (p.channels + kBLOCK - 1) / kBLOCK;
-    const bool inPlace = p.tokens <= kIN_PLACE_TOKENS;
     BlockKeep keep = keepOfBlock(p, 0);
     for (std::size_t block = 0; block < blocks; ++block) {
         const BlockKeep next = block + 1 < blocks ? keepOfBlock(p, block + 1) : BlockKeep{0, 0};
-        if (!inPlace) {
-            packBlock<T, kSCALED>(p, block * kBLOCK, keep.any, kWIDTH);
-            if (isWhole(p, block, keep)) {
-                multiplyWholeBlock<T, kVECTORS>(p, block, kSUM_STRIDE, next.any);
-            } else {
-                multiplyBlock<T, kVECTORS>(p, block, kSUM_STRIDE, next.any);
-            }
+        packBlock<T, kSCALED>(p, block * kBLOCK, keep.any, kWIDTH);
+        if (isWhole(p, block, keep)) {
+            multiplyWholeBlock<T, kVECTORS>(p, block, kSUM_STRIDE, next.any);
         } else {
-            BlockPrefetcher<T>(p, (block + 1) * kBLOCK, next.any, 1).next();
-            if (p.columns == kWIDTH) {
-                multiplyInPlace<T, kSCALED, kVECTORS, true>(p, block, kSUM_STRIDE);
-            } else {
-                multiplyInPlace<T, kSCALED, kVECTORS, false>(p, block, kSUM_STRIDE);
-            }
+            multiplyBlock<T, kVECTORS>(p, block, kSUM_STRIDE, next.any);
         }
         keep = next;
     }
