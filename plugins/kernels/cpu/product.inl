@@ -151,7 +151,7 @@ inline std::size_t addRows(const RowProduct& p, std::size_t first) {
     return first;
 }
 
-// One token: W is read from memory, the tile's sums stay in the first-level cache.
+// Some of one token's rows: W is read from memory, the tile's sums stay in the first-level cache.
 template <typename T, bool kSCALED>
 void rowProduct(const RowProduct& p) {
     if (p.begin == 0) std::memset(p.sums, 0, p.columns * sizeof *p.sums);
