@@ -192,6 +192,26 @@ def test_parity_in_lock_step() -> None:
     assert torch.calls == ["prefill", *["decode"] * 4]
 
 
+class Disturbed(Fixed):
+    """Its logits are off in the latter half of each batch."""
+
+    def prefill(self, input_ids: np.ndarray) -> np.ndarray:
+        logits = super().prefill(input_ids).copy()
+        logits[len(logits) // 2 :] += 0.5
+        return logits
+
+    decode_step = prefill
+
+
+def test_the_noise_floor_of_parity_is_the_latter_half_of_a_batch() -> None:
+    executors = {"torch": Disturbed(_table(0)), "onnx": Fixed(_table(0))}
+    prompts = np.array([[0, 1, 2], [3, 4, 5]])
+    report = compare_executors(executors, prompts, range(4), why_absent={"engine": ""}, twins=True)
+    assert report["torch_onnx"]["max_abs"] == 0.0
+    assert report["noise_floor"]["max_abs"] == pytest.approx(0.5, rel=1e-5)
+    assert report["noise_floor"]["tokens"] == report["torch_onnx"]["tokens"] == 2 * (3 + 4)
+
+
 def test_parity_sees_one_prompt_that_diverges() -> None:
     left, right = np.eye(5), np.eye(5)
     right[4] = [1, 0, 0, 0, 0]

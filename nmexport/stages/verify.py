@@ -391,8 +391,7 @@ def _parity(inputs: StageInputs, engine: Engine, prompts: NDArray[np.int64]) -> 
             torch_session = stack.enter_context(
                 open_folded(inputs.source, inputs.recipe.model, folded)
             )
-            executors[parity.TORCH] = torch_session
-            executors[parity.ROUNDED] = torch_session.perturbed()
+            executors[parity.TORCH] = torch_session.with_twins()
         if parity.ONNX not in why:
             executors[parity.ONNX] = stack.enter_context(
                 OrtSession(engine.model, threads=engine.threads, config=engine.session_config)
@@ -404,7 +403,9 @@ def _parity(inputs: StageInputs, engine: Engine, prompts: NDArray[np.int64]) -> 
             executors[parity.ENGINE] = stack.enter_context(open_session(inputs.upstream["engine"]))
         steps = range(inputs.recipe.evaluation.generate_tokens)
         tracked = inputs.progress.track(steps, label="verify: parity", total=len(steps))
-        report = parity.compare(executors, prompts, tracked, why_absent=why)
+        report = parity.compare(
+            executors, prompts, tracked, why_absent=why, twins=parity.TORCH in executors
+        )
         return {
             **report,
             "caches": cache_parity.compare_where_possible(

@@ -52,8 +52,8 @@ class TorchSession(Closing):
         Args:
             model: The model; may be shared by sessions that take turns.
             vocabulary_size: Width of its logits.
-            perturbation: Relative size of a fixed disturbance of the embeddings: how far a result
-                moves by it is how far rounding may move it.
+            perturbation: Relative size of a fixed disturbance of the embeddings in the latter half
+                of each batch: how far a result moves by it is how far rounding may move it.
         """
         self._model: PreTrainedModel | None = model
         self._perturbation = perturbation
@@ -65,8 +65,8 @@ class TorchSession(Closing):
         """Width of the logits."""
         return self._vocabulary_size
 
-    def perturbed(self) -> TorchSession:
-        """Another session on the same model, its embeddings off in their last bits.
+    def with_twins(self) -> TorchSession:
+        """Another session on the same model, the latter half of each batch off in its last bits.
 
         Raises:
             RuntimeError: if this one is closed.
@@ -126,7 +126,8 @@ class TorchSession(Closing):
             # In float32 whatever the type: a smaller one rounds it away or up to its last place.
             pattern = torch.linspace(-1.0, 1.0, embedded.shape[-1]).cos()
             factor = 1.0 + self._perturbation * pattern
-            return (embedded.float() * factor).to(embedded.dtype)
+            exact, twins = embedded.chunk(2)
+            return torch.cat([exact, (twins.float() * factor).to(embedded.dtype)])
 
         hook = model.get_input_embeddings().register_forward_hook(disturb)
         try:
