@@ -236,12 +236,17 @@ void isRight(const Case& c, const Data& d, const Bytes& y) {
     }
 }
 
-// The same bits from every variant, thread count and split of the batch.
+// The same bits from every variant, cache, thread count and split of the batch.
 void isTheSameEverywhere(const Case& c, const Data& d, const Bytes& y) {
     const std::size_t rowBytes = c.outputs * elementBytes(c.type);
+    const Cache chosen = cacheAhead();
     for (const Variant* variant : variants()) {
         useVariant(variant->name);
-        EXPECT(run(c, d, kSERIAL, 0, c.tokens) == y);
+        for (Cache cache : {Cache::kFIRST_LEVEL, Cache::kSECOND_LEVEL}) {
+            useCacheAhead(cache);
+            EXPECT(run(c, d, kSERIAL, 0, c.tokens) == y);
+        }
+        useCacheAhead(chosen);
         EXPECT(run(c, d, kTHREADED, 0, c.tokens) == y);
         for (std::size_t token : {std::size_t{0}, c.tokens / 2, c.tokens - 1}) {
             const Bytes alone = run(c, d, kSERIAL, token, 1);

@@ -23,11 +23,17 @@ bool hasAvx512() {
     return hasAvx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+bool isIntel() {
+    return __builtin_cpu_is("intel");
+}
 #else
 bool hasAvx2() {
     return false;
 }
 bool hasAvx512() {
+    return false;
+}
+bool isIntel() {
     return false;
 }
 #endif
@@ -37,6 +43,13 @@ const Variant* fastest() {
         if (variant != nullptr) return variant;
     }
     return &portableVariant();
+}
+
+// Elsewhere more lines can be on their way to the second level than to the first. On Intel's cores
+// that gains nothing, and what lies there takes longer to load (both measured).
+std::atomic<Cache>& ahead() {
+    static std::atomic<Cache> cache{isIntel() ? Cache::kFIRST_LEVEL : Cache::kSECOND_LEVEL};
+    return cache;
 }
 
 std::atomic<const Variant*>& active() {
@@ -58,6 +71,14 @@ const Variant* neonVariant() {
 
 const Variant& activeVariant() {
     return *active().load(std::memory_order_relaxed);
+}
+
+Cache cacheAhead() {
+    return ahead().load(std::memory_order_relaxed);
+}
+
+void useCacheAhead(Cache cache) {
+    ahead().store(cache, std::memory_order_relaxed);
 }
 
 bool useVariant(const char* name) {

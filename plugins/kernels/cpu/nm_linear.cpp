@@ -217,6 +217,7 @@ void multiplyTile(const LinearArguments& a, const Variant& variant, const Pass& 
     product.rowStride = a.outputs;
     product.columns = columns;
     product.scales = scalesFrom(a, begin);
+    product.ahead = cacheAhead();
     prefetchBias(a, begin, end);
     for (std::size_t slice = 0; slice < lists.slices; ++slice) {
         for (std::size_t t = 0; t < pass.tokens; ++t) {

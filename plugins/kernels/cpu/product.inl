@@ -60,7 +60,7 @@ inline const float* scaleOf(const WeightScales& scales, std::size_t rowStride, s
 //
 //   row[r]   | multiplied ...      | asked for ... |
 //   next[r]  | asked for, once the end of row[r] has been |
-template <typename T, bool kSCALED, std::size_t kROWS>
+template <typename T, bool kSCALED, Cache kCACHE, std::size_t kROWS>
 class RowPass {
   public:
     RowPass(const RowProduct& p, std::size_t first) : mProduct(p) {
@@ -78,7 +78,7 @@ class RowPass {
     // Nothing has been asked for yet.
     void prefetchStart() const {
         for (std::size_t j = 0; j < kAHEAD && j < mProduct.columns; j += kLINE_BYTES / sizeof(T)) {
-            for (std::size_t r = 0; r < kROWS; ++r) Simd::prefetchFar(mRow[r] + j);
+            for (std::size_t r = 0; r < kROWS; ++r) ask(mRow[r] + j);
         }
     }
 
@@ -98,6 +98,14 @@ class RowPass {
     static constexpr std::size_t kAHEAD = kLINES_AHEAD<T> / kROWS * (kLINE_BYTES / sizeof(T));
     static_assert(kAHEAD % kSTEP == 0, "the spans of a pass are whole steps");
 
+    static inline __attribute__((always_inline)) void ask(const T* address) {
+        if constexpr (kCACHE == Cache::kFIRST_LEVEL) {
+            Simd::prefetch(address);
+        } else {
+            Simd::prefetchFar(address);
+        }
+    }
+
     // Columns begin .. end - 1; `offset` is from a column to the one to ask for in `ahead`.
     inline __attribute__((always_inline)) void addSpan(std::size_t begin, std::size_t end,
                                                        const T* const* ahead,
@@ -109,7 +117,7 @@ class RowPass {
             // Unrolled, so that addresses and values stay in registers.
 #pragma GCC unroll 16
             for (std::size_t r = 0; r < kROWS; ++r) {
-                Simd::prefetchFar(ahead[r] + (j + offset));
+                ask(ahead[r] + (j + offset));
                 for (std::size_t v = 0; v < kVECTORS; ++v) {
                     const std::size_t at = j + v * Simd::kLANES;
                     sum[v] =
@@ -126,7 +134,7 @@ class RowPass {
         const int count = static_cast<int>(left < kLANES ? left : kLANES);
         Simd::F sum = Simd::loadPartial(mProduct.sums + j, count);
         for (std::size_t r = 0; r < kROWS; ++r) {
-            Simd::prefetchFar(mNext[r] + (j - turn));
+            ask(mNext[r] + (j - turn));
             const Simd::F w = partialWeight<T, kSCALED>(mRow[r], mScale[r], j, count);
             sum = Simd::fma(mValue[r], w, sum);
         }
@@ -141,28 +149,37 @@ class RowPass {
 };
 
 // Passes of kROWS rows from `first` on, as many as there are; the row after them.
-template <typename T, bool kSCALED, std::size_t kROWS>
+template <typename T, bool kSCALED, Cache kCACHE, std::size_t kROWS>
 inline std::size_t addRows(const RowProduct& p, std::size_t first) {
     for (; first + kROWS <= p.end; first += kROWS) {
-        const RowPass<T, kSCALED, kROWS> pass(p, first);
+        const RowPass<T, kSCALED, kCACHE, kROWS> pass(p, first);
         if (first == 0) pass.prefetchStart();
         pass.add();
     }
     return first;
 }
 
-// Some of one token's rows: W is read from memory, the tile's sums stay in the first-level cache.
-template <typename T, bool kSCALED>
-void rowProduct(const RowProduct& p) {
-    if (p.begin == 0) std::memset(p.sums, 0, p.columns * sizeof *p.sums);
+template <typename T, bool kSCALED, Cache kCACHE>
+void addAllRows(const RowProduct& p) {
     std::size_t done = p.begin;
     // Widening bytes takes the registers that so many rows would need.
     constexpr bool kROOM = Simd::kREGISTERS > kSHORT_PART_ROWS || sizeof(T) > 1;
     if (kROOM && p.columns * sizeof(T) <= kSHORT_PART_BYTES) {
-        done = addRows<T, kSCALED, kSHORT_PART_ROWS>(p, done);
+        done = addRows<T, kSCALED, kCACHE, kSHORT_PART_ROWS>(p, done);
     }
-    done = addRows<T, kSCALED, kLONG_PART_ROWS>(p, done);
-    addRows<T, kSCALED, 1>(p, done);
+    done = addRows<T, kSCALED, kCACHE, kLONG_PART_ROWS>(p, done);
+    addRows<T, kSCALED, kCACHE, 1>(p, done);
+}
+
+// Some of one token's rows: W is read from memory, the tile's sums stay in the first-level cache.
+template <typename T, bool kSCALED>
+void rowProduct(const RowProduct& p) {
+    if (p.begin == 0) std::memset(p.sums, 0, p.columns * sizeof *p.sums);
+    if (p.ahead == Cache::kFIRST_LEVEL) {
+        addAllRows<T, kSCALED, Cache::kFIRST_LEVEL>(p);
+    } else {
+        addAllRows<T, kSCALED, Cache::kSECOND_LEVEL>(p);
+    }
 }
 
 // Row of W that a position of the operand meets.

@@ -91,7 +91,7 @@ struct Simd {
     static inline __attribute__((always_inline)) void prefetch(const void* address) {
         _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0);
     }
-    // Into the second-level cache, which can wait for more lines at a time than the first.
+    // Into the second-level cache.
     static inline __attribute__((always_inline)) void prefetchFar(const void* address) {
         _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T1);
     }

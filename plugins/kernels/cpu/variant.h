@@ -44,6 +44,9 @@ struct WeightScales {
     std::size_t channels = 1;     // rows of W that share a scale
 };
 
+// Where rows of W are brought ahead of their turn.
+enum class Cache { kFIRST_LEVEL, kSECOND_LEVEL };
+
 // Rows of W that one token keeps, against a tile of columns.
 struct RowProduct {
     const void* w;             // first column of the tile in row 0 of W, its type
@@ -56,6 +59,7 @@ struct RowProduct {
     std::size_t columns;  // columns of the tile
     float* sums;          // [columns], set where begin is 0, else added to
     WeightScales scales;  // of the tile's first column
+    Cache ahead;
 };
 
 // All kept rows of many tokens, against a panel of columns narrow enough for registers.
@@ -125,5 +129,9 @@ const Variant* neonVariant();
 const Variant& activeVariant();
 // Chooses a variant by name, for tests and measurements; false where it cannot run here.
 bool useVariant(const char* name);
+
+// The cache that this processor multiplies the fastest from, or the one that useCacheAhead chose.
+Cache cacheAhead();
+void useCacheAhead(Cache cache);
 
 }  // namespace nmexport
