@@ -210,7 +210,8 @@ void packBlock(const PanelProduct& p, std::size_t first, std::uint64_t wanted, s
 }
 
 // Asks for the panel's part of rows of a coming block, which lie a whole row of W apart, a few at a
-// time: asked for all at once they would hold up the loads of the block being multiplied.
+// time: asked for all at once they would hold up the loads of the block being multiplied. They go to
+// the second-level cache: the first is full of that block.
 template <typename T>
 class BlockPrefetcher {
   public:
@@ -228,7 +229,7 @@ class BlockPrefetcher {
         for (std::size_t r = 0; r < mRows && mWanted != 0; ++r, mWanted &= mWanted - 1) {
             const std::size_t i = static_cast<std::size_t>(__builtin_ctzll(mWanted));
             const T* row = rowOf(w, mProduct.rowStride, rowAt(mProduct, mFirst + i));
-            for (std::size_t j = 0; j < mProduct.columns; j += kLINE) Simd::prefetch(row + j);
+            for (std::size_t j = 0; j < mProduct.columns; j += kLINE) Simd::prefetchFar(row + j);
         }
     }
 
