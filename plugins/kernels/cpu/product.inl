@@ -210,8 +210,8 @@ void packBlock(const PanelProduct& p, std::size_t first, std::uint64_t wanted, s
 }
 
 // Asks for the panel's part of rows of a coming block, which lie a whole row of W apart, a few at a
-// time: asked for all at once they would hold up the loads of the block being multiplied. They go to
-// the second-level cache: the first is full of that block.
+// time: asked for all at once they would hold up the loads of the block being multiplied. They go
+// to the second-level cache: the first is full of that block.
 template <typename T>
 class BlockPrefetcher {
   public:
