@@ -49,7 +49,9 @@ class _FastLinear(nn.Module):
 
 
 @contextlib.contextmanager
-def fast_products(model: Any, *, least_parameters: int = _LEAST_PARAMETERS) -> Iterator[None]:
+def fast_products(
+    model: Any, *, least_parameters: int = _LEAST_PARAMETERS
+) -> Iterator[torch.dtype]:
     """The linears of a float32 model on faster products while this lasts.
 
     Args:
@@ -57,15 +59,18 @@ def fast_products(model: Any, *, least_parameters: int = _LEAST_PARAMETERS) -> I
             weights may be elsewhere.
         least_parameters: Of its linears; smaller models are left alone, and so are large ones,
             whose weights there may be no memory for twice.
+
+    Yields:
+        The type of the products.
     """
     if is_placed(model) or model.dtype != torch.float32:
-        yield
+        yield model.dtype
         return
     linears = linears_of(model)
     dtype = fast_dtype(model.device)
     size = sum(one.weight.numel() for one in linears.values())
     if dtype == torch.float32 or not least_parameters <= size <= _MOST_PARAMETERS:
-        yield
+        yield model.dtype
         return
     with swapped(model, {name: _FastLinear(one, dtype) for name, one in linears.items()}):
-        yield
+        yield dtype

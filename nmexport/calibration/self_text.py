@@ -11,6 +11,7 @@ import torch
 from nmexport.calibration.corpus import text_prefix
 from nmexport.calibration.products import fast_products
 from nmexport.errors import ModelError
+from nmexport.models.grouped_attention import grouped_attention
 from nmexport.models.growing_cache import growing_cache
 
 if TYPE_CHECKING:
@@ -96,22 +97,25 @@ def self_text(
 
     def generate(samples: int, length: int, seed: int) -> TokenIds:
         sampler = _Sampler(model, tokenizer, seed)
-        batch = min(_MAX_BATCH, samples, max(1, _CACHE_BYTES // (length * _cache_bytes(model))))
         rows = [kinds[row % len(kinds)] for row in range(samples)]
-        batches = [rows[first : first + batch] for first in range(0, samples, batch)]
         done: list[torch.Tensor] = []
 
-        def steps() -> Iterator[None]:
+        def steps(batches: Sequence[Sequence[Kind]], dtype: torch.dtype) -> Iterator[None]:
             for kinds_of_batch in batches:
                 columns: list[torch.Tensor] = []
-                for column in sampler.columns(kinds_of_batch, length):
+                for column in sampler.columns(kinds_of_batch, length, dtype):
                     columns.append(column)
                     yield
                 done.append(torch.cat(columns, dim=1))
 
-        tracked = progress.track(steps(), label=label, total=length * len(batches))
-        with fast_products(model):
-            for _ in tracked:
+        with fast_products(model) as fast, grouped_attention(model) as in_any_type:
+            # Text needs no more digits in what is attended to than in products.
+            dtype = fast if in_any_type else model.dtype
+            fitting = max(1, _CACHE_BYTES // (length * _cache_bytes(model, dtype)))
+            batch = min(_MAX_BATCH, samples, fitting)
+            batches = [rows[first : first + batch] for first in range(0, samples, batch)]
+            total = length * len(batches)
+            for _ in progress.track(steps(batches, dtype), label=label, total=total):
                 pass
         ids: TokenIds = torch.cat(done).numpy().astype(np.int64)
         return ids
@@ -181,11 +185,13 @@ class _Sampler:
         self._allowed[sorted(self._ends)] = True
         self._buffers = torch.empty(0), torch.empty(0)
 
-    def columns(self, kinds: Sequence[Kind], length: int) -> Iterator[torch.Tensor]:
-        """`length` columns `[rows, 1]` of token ids, one row a kind."""
+    def columns(
+        self, kinds: Sequence[Kind], length: int, dtype: torch.dtype
+    ) -> Iterator[torch.Tensor]:
+        """`length` columns `[rows, 1]` of token ids, one row a kind; the cache is in `dtype`."""
         starts = self._random_starts(len(kinds)).flatten().tolist()
         rows = [_Row(kind, self._prefix, start) for kind, start in zip(kinds, starts, strict=True)]
-        token, cache = self._next(rows, None), growing_cache(self._model, length)
+        token, cache = self._next(rows, None), growing_cache(self._model, length, dtype=dtype)
         yield token
         for _ in range(length - 1):
             logits = self._step(token, cache)
@@ -251,9 +257,9 @@ def _end_ids(model: Any, tokenizer: Any) -> set[int]:
     return {int(one) for one in (*listed, tokenizer.eos_token_id) if one is not None}
 
 
-def _cache_bytes(model: Any) -> int:
+def _cache_bytes(model: Any, dtype: torch.dtype) -> int:
     """Bytes of KV cache a token."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * width * model.dtype.itemsize)
+    return int(2 * config.num_hidden_layers * heads * width * dtype.itemsize)

@@ -14,16 +14,19 @@ if TYPE_CHECKING:
     import torch
 
 
-def growing_cache(model: Any, length: int) -> DynamicCache:
+def growing_cache(model: Any, length: int, *, dtype: torch.dtype | None = None) -> DynamicCache:
     """An empty cache for a model; layers that keep a window or a state of their own stay as such.
 
     Args:
         model: A Hugging Face causal language model.
         length: Most tokens that a sequence will have.
+        dtype: What keys and values are rounded to; None keeps the model's own. The model's
+            attention must take it: see `grouped_attention`.
     """
     cache = DynamicCache(config=model.config)
     cache.layers = [
-        _GrowingLayer(length) if type(layer) is DynamicLayer else layer for layer in cache.layers
+        _GrowingLayer(length, dtype) if type(layer) is DynamicLayer else layer
+        for layer in cache.layers
     ]
     return cache
 
@@ -31,9 +34,10 @@ def growing_cache(model: Any, length: int) -> DynamicCache:
 class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values `[B, H, P, D]`: views of buffers `[B, H, length, D]`."""
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int, dtype: torch.dtype | None) -> None:
         super().__init__()
         self._length = length
+        self._dtype = dtype
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(
@@ -59,4 +63,4 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
     def _buffer(self, states: torch.Tensor) -> torch.Tensor:
         batch, heads, _, width = states.shape
-        return states.new_empty(batch, heads, self._length, width)
+        return states.new_empty(batch, heads, self._length, width, dtype=self._dtype)
