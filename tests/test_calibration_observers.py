@@ -74,6 +74,14 @@ def test_half_inputs_are_summed_in_float64() -> None:
     assert statistics.mean.item() == pytest.approx(float(x[0, 0]), rel=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_inputs_are_left_as_they_were(dtype: torch.dtype) -> None:
+    x = torch.linspace(-1, 1, 6, dtype=dtype).reshape(2, 3)
+    before = x.clone()
+    ChannelSums.of(x)
+    assert torch.equal(x, before)
+
+
 def test_nothing_seen_is_nothing_known() -> None:
     assert ChannelObserver().statistics() is None
     assert ErrorObserver().relative_error() is None

@@ -11,7 +11,9 @@ import torch
 
 from nmexport.sparsity.statistics import ChannelStatistics
 
-_BLOCK = 64  # tokens that are wide at once: a wide copy of them all leaves the processor's caches
+# Tokens that are wide at once: a wide copy of them all leaves the processor's caches, and so would
+# more than one copy of a block.
+_BLOCK = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +31,10 @@ class ChannelSums:
         tokens = x.detach().reshape(-1, x.shape[-1])
         sums = torch.zeros(3, tokens.shape[1], dtype=torch.float64, device=tokens.device)
         for block in torch.split(tokens, _BLOCK):
-            wide = block.to(torch.float64)
+            wide = block.to(torch.float64, copy=True)
             sums[0] += wide.sum(dim=0)
-            sums[1] += wide.square().sum(dim=0)
-            sums[2] += wide.abs().sum(dim=0)
+            sums[2] += wide.abs_().sum(dim=0)
+            sums[1] += wide.mul_(wide).sum(dim=0)
         total, squares, magnitudes = sums.cpu()
         return cls(tokens=tokens.shape[0], total=total, squares=squares, magnitudes=magnitudes)
 
