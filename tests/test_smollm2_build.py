@@ -27,9 +27,10 @@ pytestmark = [
 ]
 
 STAGES = ("calibrate", "fold", "export", "engine", "verify", "package")
-# Small enough for a test; accuracy has a test of its own.
+# Small enough for a test; accuracy has a test of its own, and so has learning.
 SIZES = (
     "--calib-samples", "4", "--calib-length", "64", "--eval-windows", "2", "--eval-length", "64",
+    "--effort", "fast",
 )  # fmt: skip
 
 
