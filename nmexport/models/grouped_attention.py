@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from nmexport.models.swap import swapped_attention
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -36,11 +38,8 @@ def grouped_attention(model: Any) -> Iterator[bool]:
         return
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
-    try:
+    with swapped_attention(model, NAME):
         yield True
-    finally:
-        model.set_attn_implementation(_REPLACED)
 
 
 def attention(

@@ -1,9 +1,9 @@
-"""Exchanging the linears of a model, by dotted name."""
+"""Exchanging parts of a model: linears by dotted name, and its attention."""
 
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -36,3 +36,19 @@ def swapped(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None
         yield
     finally:
         replace_linears(model, replaced)
+
+
+@contextlib.contextmanager
+def swapped_attention(model: Any, name: str) -> Iterator[None]:
+    """A model on another of transformers' registered attentions while this lasts.
+
+    Args:
+        model: A Hugging Face model that supports attention backends.
+        name: Of the attention and its mask, as they are registered.
+    """
+    before = model.config._attn_implementation  # noqa: SLF001 (transformers has no public getter)
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

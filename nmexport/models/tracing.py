@@ -23,7 +23,7 @@ from nmexport.graph.assembly import LAYER_ATTRIBUTE, LINEAR
 from nmexport.graph.contract import op_contract
 from nmexport.graph.functions import OPSET
 from nmexport.models import attention
-from nmexport.models.swap import swapped
+from nmexport.models.swap import swapped, swapped_attention
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -267,15 +267,11 @@ def _named_axis(size: int | ir.SymbolicDim, symbols: Mapping[str, str]) -> int |
 @contextlib.contextmanager
 def _exportable_attention(model: PreTrainedModel) -> Iterator[None]:
     """Swap the model's attention for the one that exports well, where it lets itself."""
-    before = model.config._attn_implementation  # noqa: SLF001 (transformers has no public getter)
     if not getattr(model, "_supports_attention_backend", False):
         yield
         return
-    model.set_attn_implementation(attention.register())
-    try:
+    with swapped_attention(model, attention.register()):
         yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 @contextlib.contextmanager
