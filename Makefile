@@ -56,9 +56,9 @@ demo: $(STAMP) ## the whole job on a real LLM, SmolLM2-135M, in some 15 minutes 
 test: $(STAMP) $(SERVER_STAMP) $(ENGINES_STAMP) lint types native-test ## lints, types, C++ tests, fast Python tests
 	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" -n 2 --cov --cov-report=term:skip-covered
 
-# By file: what a file's tests share is built once.
+# By file: what a file's tests share is built once. In the order that conftest.py gives.
 test-slow: $(STAMP) $(SERVER_STAMP) $(ENGINES_STAMP) ## tests on the real model
-	OMP_NUM_THREADS=1 $(PYTEST) -m slow -n 2 --dist loadfile --durations=20
+	OMP_NUM_THREADS=1 $(PYTEST) -m slow -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 
 # Both libraries are rebuilt first: what is not built would be skipped, and a skip is a failure here.
 test-gpu: gpu-here $(GPU_STAMP) ## all that needs an NVIDIA GPU: kernels, plugin, ONNX Runtime CUDA, TensorRT

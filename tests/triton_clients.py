@@ -24,6 +24,8 @@ grpc_client = pytest.importorskip("tritonclient.grpc", reason="the client librar
 http_client = pytest.importorskip("tritonclient.http", reason="the client library is not installed")
 
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  where the python backend keeps its regions
+_PATIENCE_SECONDS = 600
+"""For an answer; a guard against a server that hangs, not a bar on one that shares its cores."""
 _KINDS = {
     "text_input": ("BYTES", np.object_),
     "messages": ("BYTES", np.object_),
@@ -65,7 +67,7 @@ def grpc_stream(
             model, tensors(**values), parameters=parameters, enable_empty_final_response=True
         )
         while True:
-            result, error = answers.get(timeout=60)
+            result, error = answers.get(timeout=_PATIENCE_SECONDS)
             if error is not None:
                 raise RequestError(str(error))
             response = result.get_response()
@@ -94,7 +96,7 @@ def grpc_cancelled(address: str, model: str, **values: Any) -> int:
     with grpc_client.InferenceServerClient(address) as connection:
         connection.start_stream(lambda result, error: answers.put((result, error)))
         connection.async_stream_infer(model, inputs)
-        first, error = answers.get(timeout=60)
+        first, error = answers.get(timeout=_PATIENCE_SECONDS)
         assert error is None
         connection.stop_stream(cancel_requests=True)
     read = [first, *(result for result, _ in list(answers.queue) if result is not None)]
@@ -115,7 +117,7 @@ def metrics_of(server: launch.Server, model: str) -> dict[str, float]:
     return {name: float(value) for name, value in lines}
 
 
-def wait_for(holds: Callable[[], bool], seconds: float = 30.0) -> None:
+def wait_for(holds: Callable[[], bool], seconds: float = 60.0) -> None:
     """Wait until something holds."""
     until = time.monotonic() + seconds
     while not holds():
