@@ -165,6 +165,25 @@ def _memory_bytes() -> int:
     return min(total, int(limit)) if limit.isdigit() else total
 
 
+def free_memory() -> int:
+    """Bytes that this process may still take: the machine's, or its container's where less."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text(encoding="utf-8").strip()
+        used = int((group / "memory.current").read_text(encoding="utf-8"))
+        kinds = (group / "memory.stat").read_text(encoding="utf-8")
+    except OSError:
+        return free
+    if not limit.isdigit():
+        return free
+    # Pages of files that nobody reads any more count as used, and are given up when asked for.
+    idle = next((line for line in kinds.splitlines() if line.startswith("inactive_file ")), "x 0")
+    return max(0, min(free, int(limit) - used + int(idle.split()[1])))
+
+
 def _package_versions() -> dict[str, str]:
     versions = {}
     for package in PACKAGES:

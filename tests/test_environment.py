@@ -161,3 +161,16 @@ def test_native_library_present_absent_or_broken(monkeypatch, tmp_path: Path) ->
     assert "cannot be loaded" in str(broken.why_missing)
     monkeypatch.setattr(native, "describe_library", lambda path: {"variant": "portable"})
     assert diagnosis.native_library().description == {"variant": "portable"}
+
+
+def test_free_memory_heeds_the_containers_limit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert environment.free_memory() > 0
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("2000\n")
+    (tmp_path / "memory.stat").write_text("anon 1000\ninactive_file 700\nactive_file 300\n")
+    monkeypatch.setattr(environment, "Path", lambda _: tmp_path)
+    assert environment.free_memory() == 3700
+    (tmp_path / "memory.max").write_text("max\n")
+    assert environment.free_memory() > 3700

@@ -44,13 +44,15 @@ REFUSALS = (
 )
 
 
-def native_session(model, *, threads=1, told=None):
+def native_session(model, *, threads=1, told=None, huge_pages=None):
     """A session; `told` is what its configuration says of its threads, where it says anything."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
     if told is not None:
         options.add_session_config_entry(native.THREADS_ENTRY, told)
+    if huge_pages is not None:
+        options.add_session_config_entry(native.HUGE_PAGES_ENTRY, huge_pages)
     options.register_custom_ops_library(str(native.require_library()))
     return onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
@@ -158,6 +160,47 @@ def test_threads_that_are_no_number_are_refused(told):
     model = one_node_model(case.node(), case.x, case.arrays)
     with pytest.raises(REFUSALS, match="allowed: an integer from 1 to 1024"):
         native_session(model, told=told)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("scale_groups", [0, 1, 4])
+@pytest.mark.parametrize("optional", [(), ("bias", "channel_order")])
+@pytest.mark.parametrize("phase", ["all", "decode"])  # which leaves longer inputs dense
+def test_weights_in_huge_pages_change_no_bit(dtype, scale_groups, optional, phase):
+    case = linear_case(
+        shape=(1, 40, 576),
+        out_features=150,
+        dtype=dtype,
+        optional=optional,
+        scale_groups=scale_groups,
+        phase=phase,
+    )
+    model = one_node_model(case.node(), case.x, case.arrays)
+    told_nothing, mapped, other, copied = (
+        native_session(model, huge_pages=told) for told in (None, "0", "1", "1")
+    )
+    del other  # which gives up its part of pages that `copied` goes on reading
+    for tokens in (1, 3, 40):
+        x = case.x[:, :tokens]
+        expected = run_session(told_nothing, x).tobytes()
+        assert run_session(mapped, x).tobytes() == expected
+        assert run_session(copied, x).tobytes() == expected
+
+
+@pytest.mark.parametrize("told", ["2", "-1", "yes", ""])
+def test_huge_pages_are_asked_for_or_not(told):
+    case = linear_case(shape=(1, 32), out_features=8)
+    model = one_node_model(case.node(), case.x, case.arrays)
+    with pytest.raises(REFUSALS, match=r"huge_pages is .*allowed: an integer from 0 to 1"):
+        native_session(model, huge_pages=told)
+
+
+def test_an_order_of_the_wrong_length_is_refused_as_ever():
+    case = linear_case(shape=(1, 64), out_features=8, optional=("channel_order",))
+    case.arrays["channel_order"] = np.arange(32, dtype=np.int32)
+    session = native_session(one_node_model(case.node(), case.x, case.arrays), huge_pages="1")
+    with pytest.raises(REFUSALS, match="channel_order"):
+        run_session(session, case.x)
 
 
 def test_a_refused_run_leaves_the_next_one_right():

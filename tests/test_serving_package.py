@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from nmexport.artifact import file_digest
+from nmexport.environment import free_memory
 from nmexport.errors import ArtifactError, EnvironmentFault, RequestError
 from nmexport.runtimes.tensorrt_engine import EngineTensor, PluginRecord
 from nmexport.serving import bundle as bundles
 from nmexport.serving import repository, triton_config
 from nmexport.serving.metrics import METRICS
 from nmexport.serving.options import NAMES
-from nmexport.serving.service import SETTINGS, TextRequest, TextService, free_memory, numbers_from
+from nmexport.serving.service import SETTINGS, TextRequest, TextService, numbers_from
 from nmexport.serving.triton_config import Signature, TensorSpec, from_text, to_text
 from nmexport.serving.triton_model import TritonPythonModel, require_whole_tensors
 from nmexport.stages import package as package_stage
@@ -336,21 +337,6 @@ def test_the_longest_text_that_may_fit_is_tokenised(service: TextService) -> Non
 def test_wrong_settings_are_named(settings: dict[str, str], words: str) -> None:
     with pytest.raises(RequestError, match=words):
         numbers_from(settings)
-
-
-def test_free_memory_heeds_the_containers_limit(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    import nmexport.serving.service as module
-
-    machine = free_memory()
-    assert machine > 0
-    (tmp_path / "memory.max").write_text("5000\n")
-    (tmp_path / "memory.current").write_text("2000\n")
-    monkeypatch.setattr(module, "Path", lambda _: tmp_path)
-    assert free_memory() == 3000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert free_memory() > 3000
 
 
 # -- the shell ------------------------------------------------------------------------------------

@@ -151,11 +151,12 @@ def is_placed(model: Any) -> bool:
 
 def free_memory() -> Memory:
     """What is free now."""
-    import psutil
     import torch
 
+    from nmexport import environment
+
     devices = tuple(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
-    return Memory(host=psutil.virtual_memory().available, devices=devices)
+    return Memory(host=environment.free_memory(), devices=devices)
 
 
 def placement(source: ModelSource, offload: Offload, parameters: int, memory: Memory) -> Placement:

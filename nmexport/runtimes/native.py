@@ -15,6 +15,10 @@ THREADS_ENTRY = "custom_op.nmexport.threads"
 """Session configuration entry that tells the library how many threads the session has, which ONNX
 Runtime does not; set before the library is registered. It changes speed, never a result."""
 
+HUGE_PAGES_ENTRY = "custom_op.nmexport.huge_pages"
+"""Session configuration entry: "1" has the library copy constant weights into huge pages, "0"
+leaves them in the mapped file. The same."""
+
 _FOLDER = Path(__file__).resolve().parent.parent / "_native"
 _FAILURE_FILE = "BUILD_FAILED.txt"  # written by plugins/build_hook.py
 _MEND = "python -m pip install --no-deps --force-reinstall --editable . (with a C++ compiler)"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from nmexport.environment import free_memory
 from nmexport.errors import RequestError
 from nmexport.runtimes.session import Closing
 from nmexport.serving import bundle as bundles
@@ -18,6 +18,7 @@ from nmexport.serving.tokenizer import ServingTokenizer, messages_from
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from nmexport.runtimes.session import Extendable
     from nmexport.serving.bundle import Bundle
@@ -232,17 +233,3 @@ def numbers_from(settings: Mapping[str, str]) -> dict[str, int]:
             )
         numbers[name] = int(text)
     return numbers
-
-
-def free_memory() -> int:
-    """Bytes that this process may still take: the machine's, or its container's where less."""
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = (group / "memory.max").read_text(encoding="utf-8").strip()
-        used = (group / "memory.current").read_text(encoding="utf-8").strip()
-    except OSError:
-        return free
-    return max(0, min(free, int(limit) - int(used))) if limit.isdigit() else free

@@ -3,6 +3,7 @@
 
 #include <functional>
 #include <memory>
+#include <tuple>
 
 #include "contract.h"
 #include "element.h"
@@ -43,14 +44,23 @@ class CustomOp : public OrtCustomOp {
     bool mHasInt8Weights;
 };
 
-// `threads` are those of the session.
+// What a session says of itself in its configuration.
+struct SessionSettings {
+    std::size_t threads;
+    bool hugePages;  // weights are copied into them
+
+    friend bool operator<(const SessionSettings& a, const SessionSettings& b) {
+        return std::tie(a.threads, a.hugePages) < std::tie(b.threads, b.hugePages);
+    }
+};
+
 std::unique_ptr<Kernel> makePruneKernel(const OrtApi& api, const OrtKernelInfo* info,
-                                        ElementType type, std::size_t threads);
+                                        ElementType type, const SessionSettings& settings);
 std::unique_ptr<Kernel> makeLinearKernel(const OrtApi& api, const OrtKernelInfo* info,
-                                         ElementType type, std::size_t threads);
+                                         ElementType type, const SessionSettings& settings);
 // The same with weights in int8.
 std::unique_ptr<Kernel> makeInt8LinearKernel(const OrtApi& api, const OrtKernelInfo* info,
-                                             ElementType type, std::size_t threads);
+                                             ElementType type, const SessionSettings& settings);
 
 #if defined(NMEXPORT_HAS_CUDA)
 inline constexpr const char* kCUDA_PROVIDER = "CUDAExecutionProvider";

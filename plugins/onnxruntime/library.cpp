@@ -29,12 +29,12 @@ constexpr ElementType kTYPES[] = {ElementType::kFLOAT32, ElementType::kFLOAT16,
                                   ElementType::kBFLOAT16};
 
 using CpuFactory = std::unique_ptr<Kernel> (*)(const OrtApi&, const OrtKernelInfo*, ElementType,
-                                               std::size_t threads);
+                                               const SessionSettings& settings);
 
-Ops makeOps(const OrtApi* api, bool infersShapes, std::size_t threads) {
-    const auto with = [threads](CpuFactory factory) -> KernelFactory {
-        return [factory, threads](const OrtApi& of, const OrtKernelInfo* info, ElementType type) {
-            return factory(of, info, type, threads);
+Ops makeOps(const OrtApi* api, bool infersShapes, const SessionSettings& settings) {
+    const auto with = [settings](CpuFactory factory) -> KernelFactory {
+        return [factory, settings](const OrtApi& of, const OrtKernelInfo* info, ElementType type) {
+            return factory(of, info, type, settings);
         };
     };
     Ops ops;
@@ -58,20 +58,20 @@ void addCudaOps(const OrtApi* api, bool infersShapes, Ops& ops) {
 }
 #endif
 
-// The ops for one ONNX Runtime, of which a process may hold several, and sessions of so many
-// threads; they outlive every session. Shape inference is called back without an API, so the ops
+// The ops for one ONNX Runtime, of which a process may hold several, and sessions of such
+// settings; they outlive every session. Shape inference is called back without an API, so the ops
 // carry it. Null: to be described only.
-const Ops& opsFor(const OrtApi* api, bool infersShapes, std::size_t threads) {
+const Ops& opsFor(const OrtApi* api, bool infersShapes, const SessionSettings& settings) {
     static std::mutex mutex;
-    static std::map<std::pair<const OrtApi*, std::size_t>, Ops> known;
+    static std::map<std::pair<const OrtApi*, SessionSettings>, Ops> known;
     const std::lock_guard<std::mutex> lock(mutex);
-    const auto found = known.find({api, threads});
+    const auto found = known.find({api, settings});
     if (found != known.end()) return found->second;
-    Ops ops = makeOps(api, infersShapes, threads);
+    Ops ops = makeOps(api, infersShapes, settings);
 #if defined(NMEXPORT_HAS_CUDA)
     if (api != nullptr) addCudaOps(api, infersShapes, ops);
 #endif
-    return known.emplace(std::pair{api, threads}, std::move(ops)).first->second;
+    return known.emplace(std::pair{api, settings}, std::move(ops)).first->second;
 }
 
 std::size_t availableThreads() {
@@ -89,24 +89,36 @@ std::size_t availableThreads() {
 // says so in this configuration entry; without it, as many as the process has processors.
 constexpr const char* kTHREADS_ENTRY = "custom_op.nmexport.threads";
 constexpr long kMOST_THREADS = 1024;
+// 1: constant weights are copied into huge pages. Without it they stay where the session has them,
+// in the mapped file as a rule, which processes share.
+constexpr const char* kHUGE_PAGES_ENTRY = "custom_op.nmexport.huge_pages";
 
-std::size_t threadsOf(const OrtApi& api, const OrtSessionOptions* options) {
+// An integer in the session's configuration, or `otherwise` where it says nothing.
+long configured(const OrtApi& api, const OrtSessionOptions* options, const char* entry,
+                long least, long most, long otherwise) {
     int isThere = 0;
-    check(api, api.HasSessionConfigEntry(options, kTHREADS_ENTRY, &isThere));
-    if (isThere == 0) return availableThreads();
+    check(api, api.HasSessionConfigEntry(options, entry, &isThere));
+    if (isThere == 0) return otherwise;
     char text[32] = {};
     std::size_t size = sizeof text;
     char* end = text;
-    long threads = 0;
-    if (succeeded(api, api.GetSessionConfigEntry(options, kTHREADS_ENTRY, text, &size))) {
-        threads = std::strtol(text, &end, 10);
+    long value = 0;
+    if (succeeded(api, api.GetSessionConfigEntry(options, entry, text, &size))) {
+        value = std::strtol(text, &end, 10);
     }
-    if (end == text || *end != '\0' || threads < 1 || threads > kMOST_THREADS) {
-        throw Fault(std::string("session configuration entry ") + kTHREADS_ENTRY + " is \"" +
-                    text + "\"; allowed: an integer from 1 to " +
-                    std::to_string(kMOST_THREADS));
+    if (end == text || *end != '\0' || value < least || value > most) {
+        throw Fault(std::string("session configuration entry ") + entry + " is \"" + text +
+                    "\"; allowed: an integer from " + std::to_string(least) + " to " +
+                    std::to_string(most));
     }
-    return static_cast<std::size_t>(threads);
+    return value;
+}
+
+SessionSettings settingsOf(const OrtApi& api, const OrtSessionOptions* options) {
+    const long here = static_cast<long>(availableThreads());
+    const long threads = configured(api, options, kTHREADS_ENTRY, 1, kMOST_THREADS, here);
+    const bool hugePages = configured(api, options, kHUGE_PAGES_ENTRY, 0, 1, 0) == 1;
+    return {static_cast<std::size_t>(threads), hugePages};
 }
 
 // ONNX Runtime up to 1.23 dereferences the missing type of an absent optional input before it
@@ -158,7 +170,7 @@ std::string describedLibrary() {
                        ", \"domain\": " + quoted(kDOMAIN) +
                        ", \"opset_version\": " + std::to_string(kOPSET_VERSION) +
                        ", \"cuda\": " + quoted(NMEXPORT_CUDA_ARCHITECTURES) + ", \"ops\": [";
-    const Ops& ops = opsFor(nullptr, false, 1);
+    const Ops& ops = opsFor(nullptr, false, {1, false});
     for (std::size_t i = 0; i < ops.size(); ++i) {
         text += (i > 0 ? ", " : "") + described(ops[i]);
     }
@@ -168,7 +180,7 @@ std::string describedLibrary() {
 void registerOps(const OrtApi& api, bool infersShapes, OrtSessionOptions* options) {
     OrtCustomOpDomain* domain = nullptr;
     check(api, api.CreateCustomOpDomain(kDOMAIN, &domain));
-    for (const CustomOp& op : opsFor(&api, infersShapes, threadsOf(api, options)))
+    for (const CustomOp& op : opsFor(&api, infersShapes, settingsOf(api, options)))
         check(api, api.CustomOpDomain_Add(domain, &op));
     // The session options keep a reference; the domain itself lives as long as the library.
     check(api, api.AddCustomOpDomain(options, domain));

@@ -2,9 +2,11 @@
 
 #include <memory>
 #include <mutex>
+#include <optional>
 
 #include "custom_op.h"
 #include "linear_node.h"
+#include "weight_copy.h"
 
 namespace nmexport {
 
@@ -22,14 +24,16 @@ struct Prepared {
 class LinearKernel : public Kernel {
   public:
     LinearKernel(const OrtApi& api, const OrtKernelInfo* info, ElementType type,
-                 bool hasInt8Weights, std::size_t threads)
+                 bool hasInt8Weights, const SessionSettings& settings)
         : mApi(api),
           mType(type),
           mHasInt8Weights(hasInt8Weights),
-          mThreads(threads),
+          mThreads(settings.threads),
           mNode(api, info),
           mShapes(api, info, kNMLinear),
-          mOrder(mShapes, Input::channel_order, kNMLinear) {}
+          mOrder(mShapes, Input::channel_order, kNMLinear) {
+        if (settings.hugePages) mCopy.emplace(mShapes, hasInt8Weights ? 1 : elementBytes(type));
+    }
 
     void run(OrtKernelContext* context) const override {
         const Inputs inputs(mApi, context, kNMLinear, mShapes);
@@ -56,6 +60,7 @@ class LinearKernel : public Kernel {
         prepare(inputs, x, *prepared);
         prepared->ordered.assign(prepared->arguments.constants, prepared->arguments.channels);
         prepared->arguments.ordered = &prepared->ordered;
+        if (mCopy.has_value()) mCopy->place(prepared->arguments);
         mConstant = std::move(prepared);
     }
 
@@ -129,6 +134,7 @@ class LinearKernel : public Kernel {
     LinearNode mNode;
     InputShapes mShapes;
     ChannelOrder mOrder;
+    std::optional<WeightCopy> mCopy;  // read by mConstant alone
     mutable std::once_flag mLookedAt;
     mutable std::unique_ptr<const Prepared> mConstant;  // null where more than X can change
 };
@@ -136,13 +142,13 @@ class LinearKernel : public Kernel {
 }  // namespace
 
 std::unique_ptr<Kernel> makeLinearKernel(const OrtApi& api, const OrtKernelInfo* info,
-                                         ElementType type, std::size_t threads) {
-    return std::make_unique<LinearKernel>(api, info, type, false, threads);
+                                         ElementType type, const SessionSettings& settings) {
+    return std::make_unique<LinearKernel>(api, info, type, false, settings);
 }
 
 std::unique_ptr<Kernel> makeInt8LinearKernel(const OrtApi& api, const OrtKernelInfo* info,
-                                             ElementType type, std::size_t threads) {
-    return std::make_unique<LinearKernel>(api, info, type, true, threads);
+                                             ElementType type, const SessionSettings& settings) {
+    return std::make_unique<LinearKernel>(api, info, type, true, settings);
 }
 
 }  // namespace nmexport

@@ -51,8 +51,8 @@ class PruneKernel : public Kernel {
 }  // namespace
 
 std::unique_ptr<Kernel> makePruneKernel(const OrtApi& api, const OrtKernelInfo* info,
-                                        ElementType type, std::size_t threads) {
-    return std::make_unique<PruneKernel>(api, info, type, threads);
+                                        ElementType type, const SessionSettings& settings) {
+    return std::make_unique<PruneKernel>(api, info, type, settings.threads);
 }
 
 }  // namespace nmexport

@@ -26,7 +26,7 @@ struct Case {
 // Inputs of a case, kept as float32 and as T.
 struct Data {
     std::vector<float> x, w, bias, shift, shiftWeight, scale;
-    std::vector<std::int32_t> order;
+    std::vector<std::int32_t> order, positions;
     std::vector<std::uint16_t> x16, w16, bias16;
     std::vector<std::int8_t> w8;
     std::vector<float> weightScale;
@@ -132,6 +132,7 @@ Bytes run(const Case& c, const Data& d, const ThreadPool& pool, std::size_t firs
         a.weightScale = d.weightScale.data();
         a.scaleGroups = c.scaleGroups;
     }
+    a.positions = d.positions.empty() ? nullptr : d.positions.data();
     a.shiftWeight = c.dynamic ? d.shiftWeight.data() : nullptr;
     a.y = y.data();
     a.tokens = tokens;
@@ -151,6 +152,23 @@ Bytes run(const Case& c, const Data& d, const ThreadPool& pool, std::size_t firs
     if (firstToken % 2 == 0) a.ordered = &ordered;
     nmLinear(a, pool);
     return y;
+}
+
+// The same from rows of W that lie by position, as a session copies them.
+Bytes runByPosition(const Case& c, const Data& given, const ThreadPool& pool) {
+    Data d = given;
+    d.positions.resize(c.channels);
+    const auto move = [&](const auto& from, auto& to) {
+        for (std::size_t p = 0; !from.empty() && p < c.channels; ++p) {
+            const std::size_t channel = static_cast<std::size_t>(d.order[p]);
+            std::copy_n(from.data() + channel * c.outputs, c.outputs, to.data() + p * c.outputs);
+            d.positions[channel] = static_cast<std::int32_t>(p);
+        }
+    };
+    move(given.w, d.w);
+    move(given.w16, d.w16);
+    move(given.w8, d.w8);
+    return run(c, d, pool, 0, c.tokens);
 }
 
 double populationVariance(const std::vector<double>& values) {
@@ -236,7 +254,7 @@ void isRight(const Case& c, const Data& d, const Bytes& y) {
     }
 }
 
-// The same bits from every variant, cache, thread count and split of the batch.
+// The same bits from every variant, cache, order of rows, thread count and split of the batch.
 void isTheSameEverywhere(const Case& c, const Data& d, const Bytes& y) {
     const std::size_t rowBytes = c.outputs * elementBytes(c.type);
     const Cache chosen = cacheAhead();
@@ -248,6 +266,7 @@ void isTheSameEverywhere(const Case& c, const Data& d, const Bytes& y) {
         }
         useCacheAhead(chosen);
         EXPECT(run(c, d, kTHREADED, 0, c.tokens) == y);
+        if (c.order && c.scaleGroups <= 1) EXPECT(runByPosition(c, d, kTHREADED) == y);
         for (std::size_t token : {std::size_t{0}, c.tokens / 2, c.tokens - 1}) {
             const Bytes alone = run(c, d, kSERIAL, token, 1);
             EXPECT(std::memcmp(alone.data(), y.data() + token * rowBytes, rowBytes) == 0);

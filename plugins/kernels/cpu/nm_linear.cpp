@@ -38,7 +38,7 @@ struct Pass {
     SelectedTokens selected;
     float* nu;                     // [tokens]
     SelectionConstants constants;  // by position; without an order where all are kept
-    const std::int32_t* rowOrder;  // of the operand's positions, null for ascending channels
+    const std::int32_t* rowOrder;  // rows of W that the operand meets, null for ascending ones
 };
 
 bool keepsAll(const LinearArguments& a) {
@@ -115,7 +115,9 @@ void selectPart(const LinearArguments& a, const Variant& variant, const Pass& pa
                                                             part.keep + t * part.keepStride,
                                                             a.channels, a.varianceFloor)
                                      : 1.0f;
-        if (pass.rowOrder != pass.constants.channelOrder) orderByChannel(a, pass, first + t);
+        if (hasScaledRows(a) && pass.constants.channelOrder != nullptr) {
+            orderByChannel(a, pass, first + t);
+        }
     }
 }
 
@@ -146,6 +148,14 @@ void prefetchBias(const LinearArguments& a, std::size_t begin, std::size_t end) 
     }
 }
 
+// An operand by channel, as where all are kept, meets rows by position out of their order, and an
+// operand by position rows by channel.
+const std::int32_t* rowOrderOf(const LinearArguments& a, const SelectionConstants& constants) {
+    if (hasScaledRows(a)) return nullptr;  // see orderByChannel
+    if (a.positions == nullptr) return constants.channelOrder;
+    return constants.channelOrder == nullptr ? a.positions : nullptr;
+}
+
 // Scratch of this thread for a pass, nothing selected yet.
 Pass passOf(const LinearArguments& a, const Variant& variant, const SelectionConstants& constants,
             std::size_t first, std::size_t tokens) {
@@ -163,7 +173,7 @@ Pass passOf(const LinearArguments& a, const Variant& variant, const SelectionCon
     pass.selected.eta = etaScratch.reserve(tokens);
     pass.nu = nuScratch.reserve(tokens);
     pass.constants = constants;
-    pass.rowOrder = hasScaledRows(a) ? nullptr : constants.channelOrder;
+    pass.rowOrder = rowOrderOf(a, constants);
     return pass;
 }
 

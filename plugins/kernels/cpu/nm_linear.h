@@ -29,6 +29,9 @@ struct LinearArguments {
     // Int8 weights: W[k, o] stands for W[k, o] * weightScale[k / (channels / scaleGroups), o].
     const float* weightScale = nullptr;  // [scaleGroups, outputs] or null
     std::size_t scaleGroups = 0;         // divides channels; 1 is a scale an output
+    // Position of each channel, [channels], where the rows of W are in the order of positions and
+    // have no scales of their own; null where they are in the order of channels.
+    const std::int32_t* positions = nullptr;
     const OrderedConstants* ordered = nullptr;  // of `constants`; null: they are ordered each time
 };
 
