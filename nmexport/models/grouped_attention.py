@@ -74,8 +74,8 @@ def attention(
             module, queries, key, value, attention_mask, scaling=scaling, **arguments
         )
         return output.to(query.dtype), None
-    # A new token sees all keys: query heads of a group stand side by side like positions.
-    grouped = queries.reshape(len(queries), key.shape[1], -1, queries.shape[-1])
-    seen = nn.functional.scaled_dot_product_attention(grouped, key, value, scale=scaling)
-    heads = seen.reshape(len(queries), 1, query.shape[1], value.shape[-1])
-    return heads.to(query.dtype), None
+    # A new token sees all keys.
+    heads = nn.functional.scaled_dot_product_attention(
+        queries, key, value, scale=scaling, enable_gqa=True
+    )
+    return heads.transpose(1, 2).to(query.dtype), None

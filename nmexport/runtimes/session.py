@@ -162,3 +162,8 @@ class Extendable(Protocol):
     def close(self) -> None:
         """Free the model."""
         ...
+
+
+def is_extendable(session: Any) -> TypeGuard[Extendable]:
+    """Whether a session keeps sequences apart."""
+    return hasattr(type(session), "extend")

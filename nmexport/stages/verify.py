@@ -39,9 +39,10 @@ PROMPT_TOKENS = 32
 # on: the counts hardly move after the first, and outputs of all layers are many.
 _AUDIT_WINDOWS = 2
 _ERROR_TOKENS = 128
-# A batch's logits in decode-only scoring; of SmolLM2's, two thousand tokens: the native op is at
-# its best with a few sequences at a time.
-_LOGITS_BYTES = 448 << 20
+# What decode-only scoring holds of a batch's dense logits, and of its caches: a step's past and
+# present. More sequences at a time share more of the weights that a step reads.
+_LOGITS_BYTES = 832 << 20
+_CACHE_BYTES = 1 << 30
 # Said by content in place of by name.
 _NOT_KEYS = {"corpus", "tasks", "tasks_path", "task_limit", "task_fewshot"}
 _NO_INNER_VALUES = "a TensorRT engine gives out nothing but logits and cache"
@@ -322,12 +323,26 @@ def _decode_only(
 
     if not inputs.recipe.evaluation.decode_only or _phases(inputs) != "all":
         return None
-    each = 4 * sparse.vocabulary_size * windows.shape[1]
-    batch = min(max(1, _LOGITS_BYTES // each), inputs.recipe.engine.max_batch)
+    batch = _decoded_together(sparse, windows)
     batches = [windows[start : start + batch] for start in range(0, len(windows), batch)]
     label = "verify: decode-only sparsity"
     tracked = inputs.progress.track(batches, label=label, total=len(batches))
     return accuracy.decode_only(dense, sparse, tracked)
+
+
+def _decoded_together(sparse: Session, windows: NDArray[np.int64]) -> int:
+    """Windows that decode-only scoring decodes side by side, of `[W, L]`."""
+    from nmexport.runtimes.session import is_extendable
+    from nmexport.verification import accuracy
+
+    count, length = windows.shape
+    scored = length - accuracy.prompt_length(windows[0])
+    most: list[int] = [count, _LOGITS_BYTES // (4 * sparse.vocabulary_size * scored)]
+    if is_extendable(sparse):
+        most.append(_CACHE_BYTES // (2 * length * sparse.cache_bytes_per_token))
+    if sparse.limits.batch is not None:
+        most.append(sparse.limits.batch)
+    return max(1, min(most))
 
 
 def _tasks(inputs: StageInputs, dense: Session, sparse: Session) -> dict[str, Any]:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from nmexport.environment import physical_cores
 from nmexport.runtimes.session import is_resumable
 from nmexport.verification.divergence import DivergenceSum
 from nmexport.verification.perplexity import NllSum, log_softmax, ratio_stderr, token_nll
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
     from nmexport.layers import ModelPhases
-    from nmexport.runtimes.session import Session
+    from nmexport.runtimes.session import Resumable, Session
 
 # Rows of logits that become float64 at once: few stay in the processor's caches.
 _ROWS = 8
@@ -73,21 +76,50 @@ class WindowComparison:
     ) -> None:
         """Add a window `[L]` with both models' logits `[L, V]`."""
         targets = window[1:]
-        dense_nll, sparse_nll = [], []
-        for start in range(0, len(targets), _ROWS):
+
+        def block(start: int) -> _Block:
             rows = slice(start, min(start + _ROWS, len(targets)))
-            dense_rows, sparse_rows = log_softmax(dense[rows]), log_softmax(sparse[rows])
-            dense_nll.append(token_nll(dense_rows, targets[rows]))
-            sparse_nll.append(token_nll(sparse_rows, targets[rows]))
-            self.divergence.add(dense_rows, sparse_rows)
-        late = slice(prompt_length(window), None)
+            return _Block.of(targets[rows], dense[rows], sparse[rows])
+
+        # NumPy computes a block on one thread, and lets others compute meanwhile.
+        with ThreadPoolExecutor(physical_cores()) as pool:
+            blocks = list(pool.map(block, range(0, len(targets), _ROWS)))
+        self.add_blocks(blocks, late=prompt_length(window))
+
+    def add_blocks(self, blocks: Sequence[_Block], *, late: int) -> None:
+        """Add one window, block by block; from its token `late` on it is the second half."""
+        for block in blocks:
+            self.divergence.merge(block.divergence)
         for all_of_it, end, nll in (
-            (self.dense, self.late_dense, np.concatenate(dense_nll)),
-            (self.sparse, self.late_sparse, np.concatenate(sparse_nll)),
+            (self.dense, self.late_dense, np.concatenate([one.dense_nll for one in blocks])),
+            (self.sparse, self.late_sparse, np.concatenate([one.sparse_nll for one in blocks])),
         ):
             all_of_it.add(nll)
-            if nll[late].size:
-                end.add(nll[late])
+            if nll[late:].size:
+                end.add(nll[late:])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Block:
+    """Some consecutive tokens of a window, scored."""
+
+    dense_nll: NDArray[np.float64]
+    sparse_nll: NDArray[np.float64]
+    divergence: DivergenceSum
+
+    @classmethod
+    def of(
+        cls, targets: NDArray[np.int64], dense: NDArray[np.float32], sparse: NDArray[np.float32]
+    ) -> Self:
+        """Score tokens `[T]` by both models' logits `[T, V]`."""
+        dense_rows, sparse_rows = log_softmax(dense), log_softmax(sparse)
+        divergence = DivergenceSum()
+        divergence.add(dense_rows, sparse_rows)
+        return cls(
+            dense_nll=token_nll(dense_rows, targets),
+            sparse_nll=token_nll(sparse_rows, targets),
+            divergence=divergence,
+        )
 
 
 def prompt_length(window: NDArray[np.int64]) -> int:
@@ -176,15 +208,35 @@ def decode_only(
         return {"perplexity_ratio": None, "why": "this runtime's caches cannot be handed over"}
     sums = WindowComparison()
     for batch in windows:
-        prompt = prompt_length(batch[0])
-        dense_logits = dense.prefill(batch)[:, prompt:]
-        dense.prefill(batch[:, :prompt])
-        sparse.restore(dense.state)
-        columns = (batch[:, at : at + 1] for at in range(prompt, batch.shape[1] - 1))
-        sparse_logits = np.concatenate([sparse.decode_step(column) for column in columns], axis=1)
-        for row, dense_rows, sparse_rows in zip(batch, dense_logits, sparse_logits, strict=True):
-            sums.add(row[prompt:], dense_rows, sparse_rows)
+        _add_decoded(sums, dense, sparse, batch)
     return {**_figures(sums), "protocol": _HANDED_OVER}
+
+
+def _add_decoded(
+    sums: WindowComparison, dense: Resumable, sparse: Resumable, batch: NDArray[np.int64]
+) -> None:
+    """Score a batch of windows `[B, L]` on their second halves."""
+    prompt = prompt_length(batch[0])
+    # Logits are most of the memory: dense ones are kept of what is scored, sparse ones until then.
+    dense_logits = [dense.prefill(window[None])[0, prompt:].copy() for window in batch]
+    dense.prefill(batch[:, :prompt])
+    sparse.restore(dense.state)
+    targets = batch[:, prompt + 1 :]
+    blocks: list[list[_Block]] = [[] for _ in batch]
+    with ThreadPoolExecutor(physical_cores()) as pool:
+        for start in range(0, targets.shape[1], _ROWS):
+            rows = slice(start, min(start + _ROWS, targets.shape[1]))
+            columns = (batch[:, prompt + at, None] for at in range(rows.start, rows.stop))
+            sparse_logits = np.concatenate(
+                [sparse.decode_step(column) for column in columns], axis=1
+            )
+            scored = pool.map(
+                _Block.of, targets[:, rows], (one[rows] for one in dense_logits), sparse_logits
+            )
+            for block, so_far in zip(scored, blocks, strict=True):
+                so_far.append(block)
+    for window in blocks:
+        sums.add_blocks(window, late=targets.shape[1])
 
 
 def _figures(sums: WindowComparison) -> dict[str, Any]:
