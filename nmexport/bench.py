@@ -500,9 +500,11 @@ def _open(model: onnx.ModelProto, problem: _Problem) -> _Session:
     import onnx
 
     import onnxruntime
-    from nmexport.runtimes.onnxruntime import session_options
+    from nmexport.runtimes.native import HUGE_PAGES_ENTRY
+    from nmexport.runtimes.onnxruntime import SESSION_CONFIG, session_options
 
-    options = session_options(library=problem.library, threads=problem.threads)
+    config = {**SESSION_CONFIG, HUGE_PAGES_ENTRY: "1"}  # as whole models open where they fit
+    options = session_options(library=problem.library, threads=problem.threads, config=config)
     with tempfile.TemporaryDirectory() as folder:
         # Weights beside the model: together they may exceed what protobuf holds.
         path = Path(folder) / "model.onnx"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from nmexport.progress import Silent
 from nmexport.runtimes.onnxruntime import OrtSession
 from nmexport.sparsity.linear import Behaviour
 from nmexport.verification.accuracy import compare, decode_only
@@ -47,7 +48,9 @@ def test_it_equals_a_model_that_was_built_decode_only(
         OrtSession(decoding.model) as built,
     ):
         expected = compare(dense, built, WINDOWS, phases="decode")
-        handed = decode_only(dense, sparse, [WINDOWS[:3], WINDOWS[3:]])
+        handed = decode_only(
+            dense, sparse, [WINDOWS[:3], WINDOWS[3:]], progress=Silent(), label="decode-only"
+        )
         whole = compare(dense, sparse, WINDOWS)
     for figure in ("tokens", "windows", "perplexity_ratio", "kl_mean", "top1_agreement"):
         assert handed[figure] == pytest.approx(expected[figure], rel=1e-5), figure
@@ -64,6 +67,6 @@ def test_it_equals_a_model_that_was_built_decode_only(
 
 def test_a_runtime_that_hands_nothing_over_says_so(everywhere: Exported) -> None:
     with TorchSession(everywhere.sparse, VOCABULARY) as session:
-        figures = decode_only(session, session, [WINDOWS])
+        figures = decode_only(session, session, [WINDOWS], progress=Silent(), label="decode-only")
     assert figures["perplexity_ratio"] is None
     assert "handed over" in figures["why"]

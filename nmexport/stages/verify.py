@@ -325,9 +325,9 @@ def _decode_only(
         return None
     batch = _decoded_together(sparse, windows)
     batches = [windows[start : start + batch] for start in range(0, len(windows), batch)]
-    label = "verify: decode-only sparsity"
-    tracked = inputs.progress.track(batches, label=label, total=len(batches))
-    return accuracy.decode_only(dense, sparse, tracked)
+    return accuracy.decode_only(
+        dense, sparse, batches, progress=inputs.progress, label="verify: decode-only sparsity"
+    )
 
 
 def _decoded_together(sparse: Session, windows: NDArray[np.int64]) -> int:

@@ -15,11 +15,12 @@ from nmexport.verification.divergence import DivergenceSum
 from nmexport.verification.perplexity import NllSum, log_softmax, ratio_stderr, token_nll
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
     from nmexport.layers import ModelPhases
+    from nmexport.progress import Progress
     from nmexport.runtimes.session import Resumable, Session
 
 # Rows of logits that become float64 at once: few stay in the processor's caches.
@@ -187,7 +188,12 @@ def figures(scores: Iterable[WindowComparison], *, phases: ModelPhases = "all") 
 
 
 def decode_only(
-    dense: Session, sparse: Session, windows: Iterable[NDArray[np.int64]]
+    dense: Session,
+    sparse: Session,
+    windows: Sequence[NDArray[np.int64]],
+    *,
+    progress: Progress,
+    label: str,
 ) -> dict[str, Any]:
     """Score sparsity in decode only, with a model that is sparse in all phases.
 
@@ -199,6 +205,8 @@ def decode_only(
         dense: The baseline.
         sparse: The sparse model.
         windows: Batches `[B, L]` of windows of token ids.
+        progress: Counts decode steps.
+        label: What it counts them under.
 
     Returns:
         The report's `accuracy.decode_only`; figures are None, with `why`, where caches cannot be
@@ -207,15 +215,17 @@ def decode_only(
     if not (is_resumable(dense) and is_resumable(sparse)):
         return {"perplexity_ratio": None, "why": "this runtime's caches cannot be handed over"}
     sums = WindowComparison()
-    for batch in windows:
-        _add_decoded(sums, dense, sparse, batch)
+    total = sum(batch.shape[1] - 1 - prompt_length(batch[0]) for batch in windows)
+    steps = (step for batch in windows for step in _add_decoded(sums, dense, sparse, batch))
+    for _ in progress.track(steps, label=label, total=total):
+        pass
     return {**_figures(sums), "protocol": _HANDED_OVER}
 
 
 def _add_decoded(
     sums: WindowComparison, dense: Resumable, sparse: Resumable, batch: NDArray[np.int64]
-) -> None:
-    """Score a batch of windows `[B, L]` on their second halves."""
+) -> Iterator[None]:
+    """Score a batch of windows `[B, L]` on their second halves, a step at a time."""
     prompt = prompt_length(batch[0])
     # Logits are most of the memory: dense ones are kept of what is scored, sparse ones until then.
     dense_logits = [dense.prefill(window[None])[0, prompt:].copy() for window in batch]
@@ -226,10 +236,11 @@ def _add_decoded(
     with ThreadPoolExecutor(physical_cores()) as pool:
         for start in range(0, targets.shape[1], _ROWS):
             rows = slice(start, min(start + _ROWS, targets.shape[1]))
-            columns = (batch[:, prompt + at, None] for at in range(rows.start, rows.stop))
-            sparse_logits = np.concatenate(
-                [sparse.decode_step(column) for column in columns], axis=1
-            )
+            decoded = []
+            for at in range(rows.start, rows.stop):
+                decoded.append(sparse.decode_step(batch[:, prompt + at, None]))
+                yield
+            sparse_logits = np.concatenate(decoded, axis=1)
             scored = pool.map(
                 _Block.of, targets[:, rows], (one[rows] for one in dense_logits), sparse_logits
             )
