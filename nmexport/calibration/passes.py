@@ -204,7 +204,9 @@ def _forward(model: nn.Module, sample: torch.Tensor) -> None:
     device = next(model.parameters()).device
     options: dict[str, Any] = {"use_cache": False}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        options["logits_to_keep"] = _LOGITS_KEPT
+        # By index: of a slice of positions, torch would multiply a copy of the whole embedding.
+        length = len(sample)
+        options["logits_to_keep"] = torch.arange(max(0, length - _LOGITS_KEPT), length)
     with torch.inference_mode():
         model(input_ids=sample.to(device).unsqueeze(0), **options)
 
