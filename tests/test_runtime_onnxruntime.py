@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from nmexport.artifact import file_digest
 from nmexport.errors import ArtifactError, EnvironmentFault
+from nmexport.runtimes import onnxruntime as runtime
 from nmexport.runtimes.feeds import positions_from_mask
+from nmexport.runtimes.native import HUGE_PAGES_ENTRY
 from nmexport.runtimes.onnxruntime import (
     SESSION_CONFIG,
     OrtSession,
@@ -23,6 +25,7 @@ from onnx import TensorProto
 from tests.toy_lm import VOCABULARY, expected_logits, save_toy_lm
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 IDS = np.array([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
@@ -99,6 +102,46 @@ def test_decode_before_prefill_is_our_bug(toy: Path) -> None:
         session.decode_step(IDS[:, :1])
     with pytest.raises(RuntimeError, match="closed"):
         session.prefill(IDS)
+
+
+@pytest.fixture
+def entries(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, str]]:
+    """What sessions are told from now on, session by session."""
+    seen: list[Mapping[str, str]] = []
+    real = runtime.session_options
+
+    def watched(*, config: Mapping[str, str], **others: Any) -> Any:
+        seen.append(config)
+        return real(config=config, **others)
+
+    monkeypatch.setattr(runtime, "session_options", watched)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("share_of_free", "told", "expected"),
+    [(0.2, {}, "1"), (0.3, {}, "0"), (0.3, {HUGE_PAGES_ENTRY: "1"}, "1")],
+)
+def test_weights_are_copied_where_there_is_room(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    entries: list[Mapping[str, str]],
+    *,
+    share_of_free: float,
+    told: dict[str, str],
+    expected: str,
+) -> None:
+    model = save_toy_lm(tmp_path / "model.onnx")
+    with (tmp_path / "model.onnx.data").open("wb") as weights:
+        weights.truncate(1_000_000)
+    monkeypatch.setattr(runtime, "free_memory", lambda: 1_000_000 / share_of_free)
+    OrtSession(model, config={**SESSION_CONFIG, **told}).close()
+    assert entries[0][HUGE_PAGES_ENTRY] == expected
+
+
+def test_an_instrumented_copy_runs_too_briefly(toy: Path, entries: list[Mapping[str, str]]) -> None:
+    OrtSession(toy.read_bytes()).close()
+    assert entries[0][HUGE_PAGES_ENTRY] == "0"
 
 
 def test_missing_library_is_the_machines_fault(toy: Path, tmp_path: Path) -> None:
