@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from nmexport.progress import Silent
 from nmexport.runtimes.onnxruntime import OrtSession
 from nmexport.sparsity.linear import Behaviour
-from nmexport.verification.accuracy import compare, decode_only
+from nmexport.verification.accuracy import LateLogits, compare, decode_only
 from nmexport.verification.reference import TorchSession
 
 from tests.exported import PATTERN, Exported, export_folder
@@ -17,6 +17,8 @@ from tests.tiny import VOCABULARY
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from nmexport.runtimes.session import Session
 
 WINDOWS = np.random.default_rng(3).integers(3, VOCABULARY, size=(4, 24))
 
@@ -39,6 +41,11 @@ def decoding(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Expo
     )
 
 
+def scored(dense: Session, sparse: Session, late: LateLogits) -> dict[str, Any]:
+    batches = [WINDOWS[:3], WINDOWS[3:]]
+    return decode_only(dense, sparse, batches, late=late, progress=Silent(), label="decode-only")
+
+
 def test_it_equals_a_model_that_was_built_decode_only(
     everywhere: Exported, decoding: Exported
 ) -> None:
@@ -48,10 +55,11 @@ def test_it_equals_a_model_that_was_built_decode_only(
         OrtSession(decoding.model) as built,
     ):
         expected = compare(dense, built, WINDOWS, phases="decode")
-        handed = decode_only(
-            dense, sparse, [WINDOWS[:3], WINDOWS[3:]], progress=Silent(), label="decode-only"
-        )
-        whole = compare(dense, sparse, WINDOWS)
+        handed = scored(dense, sparse, LateLogits(0))
+        late = LateLogits(3 * 4 * VOCABULARY * (WINDOWS.shape[1] // 2))  # of three windows
+        whole = compare(dense, sparse, WINDOWS, late=late)
+        assert scored(dense, sparse, late) == handed
+        assert late.take(WINDOWS[0]) is None
     for figure in ("tokens", "windows", "perplexity_ratio", "kl_mean", "top1_agreement"):
         assert handed[figure] == pytest.approx(expected[figure], rel=1e-5), figure
     assert expected["second_half"] is None
@@ -67,6 +75,6 @@ def test_it_equals_a_model_that_was_built_decode_only(
 
 def test_a_runtime_that_hands_nothing_over_says_so(everywhere: Exported) -> None:
     with TorchSession(everywhere.sparse, VOCABULARY) as session:
-        figures = decode_only(session, session, [WINDOWS], progress=Silent(), label="decode-only")
+        figures = scored(session, session, LateLogits(0))
     assert figures["perplexity_ratio"] is None
     assert "handed over" in figures["why"]

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from nmexport.runtimes.onnxruntime import Engine
     from nmexport.runtimes.session import Session
     from nmexport.stages.inputs import StageInputs
+    from nmexport.verification.accuracy import LateLogits
     from nmexport.verification.reference import TorchSession
 
 UPSTREAM = ("fold", "export", "engine")
@@ -243,7 +244,9 @@ def _dense_against_sparse(
         open_session(inputs.upstream["engine"], elsewhere=True) as sparse,
     ):
         tracked = progress.track(windows, label="verify: perplexity", total=len(windows))
-        scores = accuracy.compare(dense, sparse, tracked, phases=phases)
+        wanted = _scores_decode_only(inputs)
+        late = accuracy.LateLogits(_LOGITS_BYTES if wanted else 0)
+        scores = accuracy.compare(dense, sparse, tracked, phases=phases, late=late)
         steps = range(evaluation.generate_tokens)
         told = continuation.compare(
             dense,
@@ -251,7 +254,7 @@ def _dense_against_sparse(
             prompts,
             progress.track(steps, label="verify: continuation", total=len(steps)),
         )
-        decoded = _decode_only(inputs, dense, sparse, windows)
+        decoded = _decode_only(inputs, dense, sparse, windows, late) if wanted else None
         scored = _tasks(inputs, dense, sparse)
         times = latency.compare(
             dense,
@@ -315,18 +318,30 @@ def _phases(inputs: StageInputs) -> ModelPhases:
     return model_phases(fold.Artifact(inputs.upstream["fold"]).layers)
 
 
+def _scores_decode_only(inputs: StageInputs) -> bool:
+    """Whether decode-only sparsity was asked for and says something new."""
+    return inputs.recipe.evaluation.decode_only and _phases(inputs) == "all"
+
+
 def _decode_only(
-    inputs: StageInputs, dense: Session, sparse: Session, windows: NDArray[np.int64]
-) -> dict[str, Any] | None:
-    """The report's `accuracy.decode_only`; None where nobody asked or it says nothing new."""
+    inputs: StageInputs,
+    dense: Session,
+    sparse: Session,
+    windows: NDArray[np.int64],
+    late: LateLogits,
+) -> dict[str, Any]:
+    """The report's `accuracy.decode_only`."""
     from nmexport.verification import accuracy
 
-    if not inputs.recipe.evaluation.decode_only or _phases(inputs) != "all":
-        return None
     batch = _decoded_together(sparse, windows)
     batches = [windows[start : start + batch] for start in range(0, len(windows), batch)]
     return accuracy.decode_only(
-        dense, sparse, batches, progress=inputs.progress, label="verify: decode-only sparsity"
+        dense,
+        sparse,
+        batches,
+        late=late,
+        progress=inputs.progress,
+        label="verify: decode-only sparsity",
     )
 
 

@@ -123,6 +123,28 @@ class _Block:
         )
 
 
+class LateLogits:
+    """Dense logits of second halves of windows, kept from one scoring for the next."""
+
+    def __init__(self, most_bytes: int) -> None:
+        """Keep nothing yet, and never more than so many bytes."""
+        self._free = most_bytes
+        self._kept: dict[bytes, NDArray[np.float32]] = {}
+
+    def offer(self, window: NDArray[np.int64], logits: NDArray[np.float32]) -> None:
+        """Keep what belongs to the second half of a window `[L]`, of `[L, V]`, if there is room."""
+        late = logits[prompt_length(window) :]
+        if late.nbytes <= self._free:
+            self._free -= late.nbytes
+            self._kept[window.tobytes()] = late.copy()
+
+    def take(self, window: NDArray[np.int64]) -> NDArray[np.float32] | None:
+        """Logits `[L - L // 2, V]` of a window `[L]`; None where they were not kept."""
+        late = self._kept.pop(window.tobytes(), None)
+        self._free += 0 if late is None else late.nbytes
+        return late
+
+
 def prompt_length(window: NDArray[np.int64]) -> int:
     """Tokens of a window `[L]` that are its prompt where decoding is scored."""
     return len(window) // 2
@@ -140,6 +162,7 @@ def compare(
     windows: Iterable[NDArray[np.int64]],
     *,
     phases: ModelPhases = "all",
+    late: LateLogits | None = None,
 ) -> dict[str, Any]:
     """Score both models on windows `[L]` of token ids, L at least 2.
 
@@ -147,19 +170,33 @@ def compare(
     another than in decode: such a model is scored on the second half of each window, read token by
     token.
 
+    Args:
+        dense: The baseline.
+        sparse: The sparse model.
+        windows: Windows of token ids.
+        phases: When the sparse model is sparse.
+        late: Keeps dense logits for `decode_only`.
+
     Returns:
         The report's `accuracy` figures, without the data set's name.
     """
-    scores = (score_window(dense, sparse, window, phases=phases) for window in windows)
+    scores = (score_window(dense, sparse, window, phases=phases, late=late) for window in windows)
     return figures(scores, phases=phases)
 
 
 def score_window(
-    dense: Session, sparse: Session, window: NDArray[np.int64], *, phases: ModelPhases = "all"
+    dense: Session,
+    sparse: Session,
+    window: NDArray[np.int64],
+    *,
+    phases: ModelPhases = "all",
+    late: LateLogits | None = None,
 ) -> WindowComparison:
     """Score both models on one window `[L]`; see `compare`."""
     score = WindowComparison()
     logits = dense.prefill(window[None, :])[0]
+    if late is not None:
+        late.offer(window, logits)
     targets, sparse_logits = scored(sparse, window, phases=phases)
     prompt = len(window) - 1 - len(targets)
     score.add(window[prompt:], logits[prompt:], sparse_logits)
@@ -192,6 +229,7 @@ def decode_only(
     sparse: Session,
     windows: Sequence[NDArray[np.int64]],
     *,
+    late: LateLogits,
     progress: Progress,
     label: str,
 ) -> dict[str, Any]:
@@ -205,6 +243,7 @@ def decode_only(
         dense: The baseline.
         sparse: The sparse model.
         windows: Batches `[B, L]` of windows of token ids.
+        late: Dense logits that `compare` kept of these windows; the rest is computed again.
         progress: Counts decode steps.
         label: What it counts them under.
 
@@ -216,19 +255,23 @@ def decode_only(
         return {"perplexity_ratio": None, "why": "this runtime's caches cannot be handed over"}
     sums = WindowComparison()
     total = sum(batch.shape[1] - 1 - prompt_length(batch[0]) for batch in windows)
-    steps = (step for batch in windows for step in _add_decoded(sums, dense, sparse, batch))
+    steps = (step for batch in windows for step in _add_decoded(sums, dense, sparse, batch, late))
     for _ in progress.track(steps, label=label, total=total):
         pass
     return {**_figures(sums), "protocol": _HANDED_OVER}
 
 
 def _add_decoded(
-    sums: WindowComparison, dense: Resumable, sparse: Resumable, batch: NDArray[np.int64]
+    sums: WindowComparison,
+    dense: Resumable,
+    sparse: Resumable,
+    batch: NDArray[np.int64],
+    late: LateLogits,
 ) -> Iterator[None]:
     """Score a batch of windows `[B, L]` on their second halves, a step at a time."""
     prompt = prompt_length(batch[0])
     # Logits are most of the memory: dense ones are kept of what is scored, sparse ones until then.
-    dense_logits = [dense.prefill(window[None])[0, prompt:].copy() for window in batch]
+    dense_logits = [_late_logits(dense, window, late) for window in batch]
     dense.prefill(batch[:, :prompt])
     sparse.restore(dense.state)
     targets = batch[:, prompt + 1 :]
@@ -248,6 +291,13 @@ def _add_decoded(
                 so_far.append(block)
     for window in blocks:
         sums.add_blocks(window, late=targets.shape[1])
+
+
+def _late_logits(
+    dense: Session, window: NDArray[np.int64], late: LateLogits
+) -> NDArray[np.float32]:
+    kept = late.take(window)
+    return dense.prefill(window[None])[0, prompt_length(window) :].copy() if kept is None else kept
 
 
 def _figures(sums: WindowComparison) -> dict[str, Any]:
