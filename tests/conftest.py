@@ -33,14 +33,3 @@ def tiny_export(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     from tests.served import save_export
 
     return save_export(tiny_llama, tmp_path_factory.mktemp("tiny-export") / "model")
-
-
-@pytest.fixture(scope="session")
-def whole_plugin(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The TensorRT plugin for all supported GPUs, and what the compilers said.
-
-    Takes minutes, so the tests of the library and those of the compilers' report share it.
-    """
-    from tests.plugin_build import build_whole_library
-
-    return build_whole_library(tmp_path_factory.mktemp("plugin"))

@@ -1,6 +1,7 @@
 """The CUDA kernels without a GPU: what nvcc says of them, and the ops that launch them.
 
-They compile for every supported GPU and none spills; the ops run on kernels that only take notes.
+They compile for every supported GPU and none spills, and the TensorRT plugin that carries them
+exports its entry points; the ops run on kernels that only take notes.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 import pytest
+from nmexport import __version__
 from nmexport.runtimes import tensorrt_library
 
-from tests.plugin_build import ROOT, build_script
+from tests.plugin_build import ROOT, build_script, build_whole_library, check_linkage
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -90,6 +92,24 @@ ptxas info    : Compiling entry function '_ZN4cuda3_G_9_decode_cu11probeKernelEv
     assert len(spilling) == 1
     assert spilling[0].startswith("sm_90 _ZN4cuda12decodeKernel")
     assert spilling[0].endswith("8 bytes stack frame, 4 bytes spill stores, 0 bytes spill loads")
+
+
+@pytest.fixture(scope="module")
+def whole_plugin(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The TensorRT plugin for all supported GPUs, and what the compilers said, in minutes."""
+    return build_whole_library(tmp_path_factory.mktemp("plugin"))
+
+
+@pytest.mark.slow
+def test_the_library_builds_and_exports_its_entry_points_alone(
+    whole_plugin: tuple[Path, str],
+) -> None:
+    """Fast tests check the same of the library on recording kernels: see `built`."""
+    library, _ = whole_plugin
+    described = tensorrt_library.describe_plugin(library)
+    assert described["version"] == __version__
+    assert described["architectures"] == build_script().ARCHITECTURES.replace(";", ",")
+    check_linkage(library)
 
 
 @pytest.mark.slow

@@ -7,7 +7,6 @@ import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
-from nmexport import __version__
 from nmexport.errors import EnvironmentFault
 from nmexport.runtimes import tensorrt_library
 
@@ -22,18 +21,6 @@ def test_the_plugin_classes_under_sanitizers(tmp_path: Path) -> None:
     done = subprocess.run([program], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 failures" in done.stdout
-
-
-@pytest.mark.slow
-def test_the_library_builds_and_exports_its_entry_points_alone(
-    whole_plugin: tuple[Path, str],
-) -> None:
-    """Fast tests check the same of the library on recording kernels: see `built`."""
-    library, _ = whole_plugin
-    described = tensorrt_library.describe_plugin(library)
-    assert described["version"] == __version__
-    assert described["architectures"] == build_script().ARCHITECTURES.replace(";", ",")
-    check_linkage(library)
 
 
 def test_a_library_that_exports_more_is_noticed(tmp_path: Path) -> None:
