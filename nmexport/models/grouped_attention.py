@@ -18,10 +18,10 @@ _REPLACED = "sdpa"
 
 @contextlib.contextmanager
 def grouped_attention(model: Any) -> Iterator[bool]:
-    """While this lasts a model attends in the type of its cache, reading each key once a token.
+    """While this lasts a model attends in the type of its cache, where query heads share keys.
 
-    Transformers' own reads the keys of a group once for each of its query heads, and wants queries
-    and cache in one type.
+    Transformers' own wants queries and cache in one type, and keys that each query head has to
+    itself.
 
     Args:
         model: A Hugging Face causal language model; left alone where its attention is not `sdpa`.

@@ -133,10 +133,10 @@ class LateLogits:
 
     def offer(self, window: NDArray[np.int64], logits: NDArray[np.float32]) -> None:
         """Keep what belongs to the second half of a window `[L]`, of `[L, V]`, if there is room."""
-        late = logits[prompt_length(window) :]
-        if late.nbytes <= self._free:
+        late, key = logits[prompt_length(window) :], window.tobytes()
+        if late.nbytes <= self._free and key not in self._kept:
             self._free -= late.nbytes
-            self._kept[window.tobytes()] = late.copy()
+            self._kept[key] = late.copy()
 
     def take(self, window: NDArray[np.int64]) -> NDArray[np.float32] | None:
         """Logits `[L - L // 2, V]` of a window `[L]`; None where they were not kept."""
