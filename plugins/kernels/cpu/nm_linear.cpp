@@ -21,7 +21,7 @@ constexpr std::size_t kMIN_TILE_COLUMNS = 64;
 constexpr std::size_t kMIN_TASK_BYTES = std::size_t{96} << 10;
 // Prefill: tokens of a task; their sums stay in the second-level cache.
 constexpr std::size_t kMIN_PANEL_TOKENS = 32;
-constexpr std::size_t kMAX_PANEL_TOKENS = 256;
+constexpr std::size_t kMAX_PANEL_TOKENS = 512;
 // Tasks per thread at least, so that an interrupted thread does not hold up the others ...
 constexpr std::size_t kTASKS_PER_THREAD = 2;
 // ... and as many as leave no more than this share of the last round idle.
@@ -291,16 +291,25 @@ void multiplyFew(const LinearArguments& a, const Variant& variant,
     });
 }
 
+// Whether threads take equal shares of so many tasks, or nearly.
+bool isEven(std::size_t tasks, std::size_t threads) {
+    const std::size_t slots = divideUp(tasks, threads) * threads;
+    const double idle = static_cast<double>(slots - tasks) / static_cast<double>(slots);
+    return tasks >= kTASKS_PER_THREAD * threads && idle <= kIDLE;
+}
+
+// Panels of equal width, or nearly. One more than there must be costs less than shorter runs.
+std::size_t panelsOf(std::size_t units, std::size_t threads) {
+    const std::size_t least = divideUp(units, kPANEL_VECTORS);
+    const bool evens = threads > 1 && !isEven(least, threads) && isEven(least + 1, threads);
+    return evens && least < units ? least + 1 : least;
+}
+
 // Tokens of a task where there are `panels` panels. Fewer, longer runs pack W less often.
 std::size_t tokensOfRun(std::size_t tokens, std::size_t panels, std::size_t threads) {
     const std::size_t most = divideUp(tokens, kMIN_PANEL_TOKENS);
     std::size_t runs = divideUp(tokens, kMAX_PANEL_TOKENS);
-    for (; runs < most && threads > 1; ++runs) {
-        const std::size_t tasks = panels * runs;
-        const std::size_t slots = divideUp(tasks, threads) * threads;
-        const double idle = static_cast<double>(slots - tasks) / static_cast<double>(slots);
-        if (tasks >= kTASKS_PER_THREAD * threads && idle <= kIDLE) break;
-    }
+    while (runs < most && threads > 1 && !isEven(panels * runs, threads)) ++runs;
     return divideUp(tokens, runs);
 }
 
@@ -309,7 +318,7 @@ void multiplyPanels(const LinearArguments& a, const Variant& variant, const Pass
                     const ThreadPool& pool) {
     const std::size_t width = kPANEL_VECTORS * variant.lanes;
     const std::size_t units = divideUp(a.outputs, variant.lanes);
-    const std::size_t panels = divideUp(units, kPANEL_VECTORS);
+    const std::size_t panels = panelsOf(units, pool.threads);
     const std::size_t runTokens = tokensOfRun(pass.tokens, panels, pool.threads);
     const std::size_t runs = divideUp(pass.tokens, runTokens);
     parallelFor(pool, panels * runs, [&](std::size_t task) {
