@@ -45,6 +45,7 @@ PACKAGES = (
 ISA_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd")
 _GPU_QUERY = "name,driver_version,compute_cap,memory.total"
 _MEBIBYTE = 2**20
+_CONTROL_GROUP = "/sys/fs/cgroup"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,31 +158,35 @@ def _memory_bytes() -> int:
     """Memory this process may use: the machine's, or its container's limit where that is less."""
     import psutil
 
-    total = int(psutil.virtual_memory().total)
+    total, limit = int(psutil.virtual_memory().total), _container_limit()
+    return total if limit is None else min(total, limit)
+
+
+def _container_limit() -> int | None:
+    """Bytes that the container may take; None where there is no limit."""
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8").strip()
+        limit = (Path(_CONTROL_GROUP) / "memory.max").read_text(encoding="utf-8").strip()
     except OSError:
-        return total
-    return min(total, int(limit)) if limit.isdigit() else total
+        return None
+    return int(limit) if limit.isdigit() else None
 
 
 def free_memory() -> int:
     """Bytes that this process may still take: the machine's, or its container's where less."""
     import psutil
 
-    free = int(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")
+    free, limit = int(psutil.virtual_memory().available), _container_limit()
+    if limit is None:
+        return free
+    group = Path(_CONTROL_GROUP)
     try:
-        limit = (group / "memory.max").read_text(encoding="utf-8").strip()
         used = int((group / "memory.current").read_text(encoding="utf-8"))
         kinds = (group / "memory.stat").read_text(encoding="utf-8")
     except OSError:
         return free
-    if not limit.isdigit():
-        return free
     # Pages of files that nobody reads any more count as used, and are given up when asked for.
     idle = next((line for line in kinds.splitlines() if line.startswith("inactive_file ")), "x 0")
-    return max(0, min(free, int(limit) - used + int(idle.split()[1])))
+    return max(0, min(free, limit - used + int(idle.split()[1])))
 
 
 def _package_versions() -> dict[str, str]:

@@ -6,7 +6,6 @@ One batch of activations lives at a time: hooks reduce each input to sums as it 
 from __future__ import annotations
 
 import contextlib
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +14,7 @@ from nmexport.calibration.local_error import ErrorObserver, observe_error
 from nmexport.calibration.observers import ChannelObserver, ChannelSums
 from nmexport.calibration.products import fast_products
 from nmexport.errors import ModelError
+from nmexport.models.last_logits import last_logits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from nmexport.sparsity.linear import Behaviour, Constants
     from nmexport.sparsity.statistics import ChannelStatistics
 
-# Positions of a sample whose logits are computed. The output embedding is a fifth of a small
-# model's work, and its input needs no more than this to be known.
+# Positions of a sample whose logits are computed: the output embedding's input needs no more than
+# this to be known.
 _LOGITS_KEPT = 32
 
 
@@ -202,13 +202,9 @@ def _hooked(handles: Iterator[RemovableHandle]) -> Iterator[None]:
 def _forward(model: nn.Module, sample: torch.Tensor) -> None:
     """Run one sample `[length]` through the model, without a cache."""
     device = next(model.parameters()).device
-    options: dict[str, Any] = {"use_cache": False}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        # By index: of a slice of positions, torch would multiply a copy of the whole embedding.
-        length = len(sample)
-        options["logits_to_keep"] = torch.arange(max(0, length - _LOGITS_KEPT), length)
+    options = last_logits(model, _LOGITS_KEPT, len(sample))
     with torch.inference_mode():
-        model(input_ids=sample.to(device).unsqueeze(0), **options)
+        model(input_ids=sample.to(device).unsqueeze(0), use_cache=False, **options)
 
 
 def _check_finite(statistics: Mapping[str, ChannelStatistics]) -> None:

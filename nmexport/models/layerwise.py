@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from nmexport.errors import ArtifactError, ModelError
+from nmexport.models.last_logits import last_logits
 from nmexport.models.swap import swapped
 from nmexport.scratch import scratch_array
 from nmexport.tensors import TensorReader
@@ -199,9 +199,8 @@ class LayerwiseModel:
         use_logits: Callable[[int, torch.Tensor], None] | None,
     ) -> None:
         """From the final hidden states to the logits, as the model's own forward goes."""
-        options: dict[str, Any] = {"use_cache": False}
-        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
-            options["logits_to_keep"] = logits_kept
+        options = last_logits(self.model, logits_kept, samples.shape[1])
+        options["use_cache"] = False
 
         def stub(index: int, hidden: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
             return spool[number] if index == 0 else hidden

@@ -1,0 +1,25 @@
+"""Logits of the last positions alone: the output embedding is much of a small model's work."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def last_logits(model: nn.Module, kept: int, length: int) -> dict[str, Any]:
+    """What to call a model with; nothing where it computes all logits whatever it is asked.
+
+    Args:
+        model: A Hugging Face causal language model.
+        kept: Positions at the end whose logits are computed; 0 is all.
+        length: Positions of the input.
+    """
+    if kept == 0 or "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return {}
+    # By index: of a slice of positions, torch would multiply a copy of the whole embedding.
+    return {"logits_to_keep": torch.arange(max(0, length - kept), length)}
