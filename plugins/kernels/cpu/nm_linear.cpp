@@ -95,48 +95,42 @@ void orderByChannel(const LinearArguments& a, const Pass& pass, std::size_t toke
     std::copy(keep, keep + words, kept);
 }
 
-void selectPart(const LinearArguments& a, const Variant& variant, const Pass& pass,
-                std::size_t first, std::size_t count) {
-    SelectedTokens part = pass.selected;
-    part.z += first * part.zStride;
-    part.keep += first * part.keepStride;
-    part.eta += first;
-    const char* x = columnOf(a, a.x, (pass.first + first) * a.channels);
+void select(const LinearArguments& a, const Variant& variant, const Pass& pass) {
+    const char* x = columnOf(a, a.x, pass.first * a.channels);
+    const SelectedTokens& selected = pass.selected;
     const bool dense = keepsAll(a);
     if (dense) {
-        keepTokens(variant, a.type, x, a.channels, count, pass.constants, part);
+        keepTokens(variant, a.type, x, a.channels, pass.tokens, pass.constants, selected);
     } else {
-        selectTokens(variant, a.type, x, a.channels, count, a.pattern, pass.constants, part);
+        selectTokens(variant, a.type, x, a.channels, pass.tokens, a.pattern, pass.constants,
+                     selected);
     }
-    for (std::size_t t = 0; t < count; ++t) {
+    for (std::size_t t = 0; t < pass.tokens; ++t) {
         // Where nothing is dropped, there is nothing to correct, not even for a constant token.
         const bool correct = a.varianceCorrection && !dense;
-        pass.nu[first + t] = correct ? variant.varianceRatio(part.z + t * part.zStride,
-                                                            part.keep + t * part.keepStride,
-                                                            a.channels, a.varianceFloor)
-                                     : 1.0f;
+        pass.nu[t] = correct ? variant.varianceRatio(selected.z + t * selected.zStride,
+                                                    selected.keep + t * selected.keepStride,
+                                                    a.channels, a.varianceFloor)
+                             : 1.0f;
         if (hasScaledRows(a) && pass.constants.channelOrder != nullptr) {
-            orderByChannel(a, pass, first + t);
+            orderByChannel(a, pass, t);
         }
     }
 }
 
-void finishColumns(const LinearArguments& a, const Variant& variant, const Pass& pass,
-                   std::size_t token, std::size_t firstColumn, std::size_t columns,
-                   const float* sums) {
+// Of some columns from a token on, without its sums and factors.
+Epilogue epilogueOf(const LinearArguments& a, std::size_t token, std::size_t firstColumn,
+                    std::size_t columns) {
     const bool shifted = a.constants.dynamicShift && a.shiftWeight != nullptr;
-    Epilogue epilogue;
-    epilogue.sums = sums;
+    Epilogue epilogue{};
     epilogue.weightScale =
         isInt8(a) && !hasScaledRows(a) ? a.weightScale + firstColumn : nullptr;
     epilogue.columns = columns;
-    epilogue.nu = pass.nu[token];
-    epilogue.eta = pass.selected.eta[token];
     epilogue.shiftWeight = shifted ? a.shiftWeight + firstColumn : nullptr;
     epilogue.bias = a.bias == nullptr ? nullptr : columnOf(a, a.bias, firstColumn);
-    epilogue.y = static_cast<char*>(a.y) +
-                 ((pass.first + token) * a.outputs + firstColumn) * elementBytes(a.type);
-    variant.epilogue[static_cast<int>(a.type)](epilogue);
+    epilogue.y =
+        static_cast<char*>(a.y) + (token * a.outputs + firstColumn) * elementBytes(a.type);
+    return epilogue;
 }
 
 // The bias arrives while the rows are multiplied.
@@ -242,7 +236,10 @@ void multiplyTile(const LinearArguments& a, const Variant& variant, const Pass& 
         }
     }
     for (std::size_t t = 0; t < pass.tokens; ++t) {
-        finishColumns(a, variant, pass, t, begin, columns, sums + t * stride);
+        Epilogue epilogue = epilogueOf(a, pass.first + t, begin, columns);
+        epilogue.sums = sums + t * stride;
+        epilogue.factors = {pass.nu[t], pass.selected.eta[t]};
+        variant.epilogue[static_cast<int>(a.type)](epilogue);
     }
 }
 
@@ -279,7 +276,7 @@ void multiplyFew(const LinearArguments& a, const Variant& variant,
     const std::size_t units = divideUp(a.outputs, variant.lanes);
     parallelFor(pool, cut.tasks, [&](std::size_t task) {
         const Pass pass = passOf(a, variant, constants, first, tokens);
-        selectPart(a, variant, pass, 0, tokens);
+        select(a, variant, pass);
         const KeptLists lists = listKept(a, variant, pass);
         const std::size_t last = cut.tiles * (task + 1) / cut.tasks;
         for (std::size_t tile = cut.tiles * task / cut.tasks; tile < last; ++tile) {
@@ -313,14 +310,67 @@ std::size_t tokensOfRun(std::size_t tokens, std::size_t panels, std::size_t thre
     return divideUp(tokens, runs);
 }
 
+// What the tokens of a prompt keep, for all threads to read.
+struct Prompt {
+    std::size_t first;
+    std::size_t tokens;
+    const std::int32_t* rowOrder;  // see Pass
+    float* kept;                   // see PanelProduct
+    std::size_t keptStride;
+    std::uint64_t* keep;
+    TokenFactors* factors;  // [tokens]
+};
+
+// Room for what a token keeps of a block, in whole vectors. A block meets the ends of two groups at
+// most besides whole ones, unless a token is brought to channel order.
+std::size_t keptStrideOf(const LinearArguments& a, const Variant& variant) {
+    if (keepsAll(a) || hasScaledRows(a)) return kBLOCK;
+    const std::size_t m = static_cast<std::size_t>(a.pattern.m);
+    const std::size_t groups = kBLOCK / m + (kBLOCK % m == 0 ? 0 : 2);
+    const std::size_t most = std::min(groups * static_cast<std::size_t>(a.pattern.n), kBLOCK);
+    return divideUp(most, variant.lanes) * variant.lanes;
+}
+
+// Scratch of this thread for a prompt.
+Prompt promptOf(const LinearArguments& a, const Variant& variant,
+                const SelectionConstants& constants, std::size_t first, std::size_t tokens) {
+    thread_local Scratch<float> keptScratch;
+    thread_local Scratch<std::uint64_t> keepScratch;
+    thread_local Scratch<TokenFactors> factorScratch;
+    const std::size_t blocks = keepWords(a.channels);
+    Prompt prompt;
+    prompt.first = first;
+    prompt.tokens = tokens;
+    prompt.rowOrder = rowOrderOf(a, constants);
+    prompt.keptStride = keptStrideOf(a, variant);
+    prompt.kept = keptScratch.reserve(blocks * tokens * prompt.keptStride);
+    prompt.keep = keepScratch.reserve(blocks * tokens);
+    prompt.factors = factorScratch.reserve(tokens);
+    return prompt;
+}
+
+// Selects for some tokens of the prompt.
+void selectOf(const LinearArguments& a, const Variant& variant, const Prompt& prompt,
+              const SelectionConstants& constants, std::size_t begin, std::size_t count) {
+    const Pass pass = passOf(a, variant, constants, prompt.first + begin, count);
+    select(a, variant, pass);
+    for (std::size_t t = 0; t < count; ++t) {
+        prompt.factors[begin + t] = {pass.nu[t], pass.selected.eta[t]};
+        variant.cutKept({pass.selected.z + t * pass.selected.zStride,
+                         pass.selected.keep + t * pass.selected.keepStride, a.channels,
+                         prompt.keptStride, prompt.kept + (begin + t) * prompt.keptStride, prompt.keep + begin + t,
+                         prompt.tokens * prompt.keptStride, prompt.tokens});
+    }
+}
+
 // Prefill. A task owns a panel of columns and a run of tokens.
-void multiplyPanels(const LinearArguments& a, const Variant& variant, const Pass& pass,
+void multiplyPanels(const LinearArguments& a, const Variant& variant, const Prompt& prompt,
                     const ThreadPool& pool) {
     const std::size_t width = kPANEL_VECTORS * variant.lanes;
     const std::size_t units = divideUp(a.outputs, variant.lanes);
     const std::size_t panels = panelsOf(units, pool.threads);
-    const std::size_t runTokens = tokensOfRun(pass.tokens, panels, pool.threads);
-    const std::size_t runs = divideUp(pass.tokens, runTokens);
+    const std::size_t runTokens = tokensOfRun(prompt.tokens, panels, pool.threads);
+    const std::size_t runs = divideUp(prompt.tokens, runTokens);
     parallelFor(pool, panels * runs, [&](std::size_t task) {
         thread_local Scratch<float> packedScratch;
         thread_local Scratch<float> sumScratch;
@@ -328,31 +378,40 @@ void multiplyPanels(const LinearArguments& a, const Variant& variant, const Pass
         const std::size_t begin = units * panel / panels * variant.lanes;
         const std::size_t end = std::min(units * (panel + 1) / panels * variant.lanes, a.outputs);
         const std::size_t first = task % runs * runTokens;
-        const std::size_t tokens = std::min(runTokens, pass.tokens - first);
-        const SelectedTokens& selected = pass.selected;
-        float* sums = sumScratch.reserve(kMAX_PANEL_TOKENS * width);
-        const auto product =
+        PanelProduct product;
+        product.w = weightsFrom(a, begin);
+        product.rowStride = a.outputs;
+        product.channelOrder = prompt.rowOrder;
+        product.channels = a.channels;
+        product.kept = prompt.kept + first * prompt.keptStride;
+        product.keptStride = prompt.keptStride;
+        product.keep = prompt.keep + first;
+        product.blockTokens = prompt.tokens;
+        product.tokens = std::min(runTokens, prompt.tokens - first);
+        product.columns = end - begin;
+        product.packed = packedScratch.reserve(kBLOCK * width);
+        product.sums = sumScratch.reserve(kMAX_PANEL_TOKENS * width);
+        product.scales = scalesFrom(a, begin);
+        product.finish = variant.epilogue[static_cast<int>(a.type)];
+        product.epilogue = epilogueOf(a, prompt.first + first, begin, end - begin);
+        product.factors = prompt.factors + first;
+        product.yStride = a.outputs * elementBytes(a.type);
+        product.yBytes = product.columns * elementBytes(a.type);
+        const auto multiply =
             hasScaledRows(a) ? variant.scaledPanelProduct : variant.panelProduct[weightType(a)];
-        product(PanelProduct{weightsFrom(a, begin), a.outputs, pass.rowOrder, a.channels,
-                             selected.z + first * selected.zStride, selected.zStride,
-                             selected.keep + first * selected.keepStride, selected.keepStride,
-                             tokens, end - begin, packedScratch.reserve(kBLOCK * width), sums,
-                             scalesFrom(a, begin)});
-        for (std::size_t t = 0; t < tokens; ++t) {
-            finishColumns(a, variant, pass, first + t, begin, end - begin, sums + t * width);
-        }
+        multiply(product);
     });
 }
 
 void multiplyTokens(const LinearArguments& a, const Variant& variant,
                     const SelectionConstants& constants, std::size_t first, std::size_t tokens,
                     const ThreadPool& pool) {
-    const Pass pass = passOf(a, variant, constants, first, tokens);
+    const Prompt prompt = promptOf(a, variant, constants, first, tokens);
     parallelFor(pool, divideUp(tokens, kSELECT_TOKENS), [&](std::size_t task) {
         const std::size_t begin = task * kSELECT_TOKENS;
-        selectPart(a, variant, pass, begin, std::min(kSELECT_TOKENS, tokens - begin));
+        selectOf(a, variant, prompt, constants, begin, std::min(kSELECT_TOKENS, tokens - begin));
     });
-    multiplyPanels(a, variant, pass, pool);
+    multiplyPanels(a, variant, prompt, pool);
 }
 
 // Where all channels are kept their order is of no account.

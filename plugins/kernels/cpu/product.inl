@@ -182,6 +182,9 @@ void rowProduct(const RowProduct& p) {
     }
 }
 
+// From a token's sums to the next one's.
+constexpr std::size_t kSUM_STRIDE = kPANEL_VECTORS * Simd::kLANES;
+
 // Row of W that a position of the operand meets.
 inline std::int32_t rowAt(const PanelProduct& p, std::size_t position) {
     return p.channelOrder == nullptr ? static_cast<std::int32_t>(position)
@@ -209,35 +212,43 @@ void packBlock(const PanelProduct& p, std::size_t first, std::uint64_t wanted, s
     }
 }
 
-// Asks for the panel's part of rows of a coming block, which lie a whole row of W apart, a few at a
-// time: asked for all at once they would hold up the loads of the block being multiplied. They go
-// to the second-level cache: the first is full of that block.
+// Asks for the panel's part of rows of the next block, which lie a whole row of W apart, a few lines
+// at a time: asked for all at once they would hold up the loads of the block being multiplied. They
+// go to the second-level cache: the first is full of that block.
 template <typename T>
 class BlockPrefetcher {
   public:
-    BlockPrefetcher(const PanelProduct& p, std::size_t first, std::uint64_t wanted,
+    BlockPrefetcher(const PanelProduct& p, std::size_t block, std::uint64_t wanted,
                     std::size_t turns)
-        : mProduct(p),
-          mFirst(first),
-          mWanted(wanted),
-          mRows((static_cast<std::size_t>(__builtin_popcountll(wanted)) + turns - 1) / turns) {}
+        : mProduct(p), mFirst((block + 1) * kBLOCK), mWanted(wanted) {
+        const std::size_t rows = static_cast<std::size_t>(__builtin_popcountll(wanted));
+        const std::size_t lines = (p.columns + kLINE - 1) / kLINE;
+        mLines = (rows * lines + turns - 1) / turns;
+    }
 
     // Called once a turn.
     void next() {
-        constexpr std::size_t kLINE = kLINE_BYTES / sizeof(T);
-        const T* w = static_cast<const T*>(mProduct.w);
-        for (std::size_t r = 0; r < mRows && mWanted != 0; ++r, mWanted &= mWanted - 1) {
+        for (std::size_t line = 0; mWanted != 0 && line < mLines; ++line) {
             const std::size_t i = static_cast<std::size_t>(__builtin_ctzll(mWanted));
+            const T* w = static_cast<const T*>(mProduct.w);
             const T* row = rowOf(w, mProduct.rowStride, rowAt(mProduct, mFirst + i));
-            for (std::size_t j = 0; j < mProduct.columns; j += kLINE) Simd::prefetchFar(row + j);
+            Simd::prefetchFar(row + mColumn);
+            mColumn += kLINE;
+            if (mColumn >= mProduct.columns) {
+                mColumn = 0;
+                mWanted &= mWanted - 1;
+            }
         }
     }
 
   private:
+    static constexpr std::size_t kLINE = kLINE_BYTES / sizeof(T);
+
     const PanelProduct& mProduct;
     std::size_t mFirst;
     std::uint64_t mWanted;
-    std::size_t mRows;  // a turn
+    std::size_t mLines;       // a turn
+    std::size_t mColumn = 0;  // of the first row that is wanted
 };
 
 // What the tokens keep of a block of channels, a bit for each.
@@ -248,9 +259,10 @@ struct BlockKeep {
 
 BlockKeep keepOfBlock(const PanelProduct& p, std::size_t block) {
     BlockKeep keep{0, ~std::uint64_t{0}};
+    const std::uint64_t* masks = p.keep + block * p.blockTokens;
     for (std::size_t t = 0; t < p.tokens; ++t) {
-        keep.any |= p.keep[t * p.keepStride + block];
-        keep.all &= p.keep[t * p.keepStride + block];
+        keep.any |= masks[t];
+        keep.all &= masks[t];
     }
     return keep;
 }
@@ -265,25 +277,33 @@ bool isWhole(const PanelProduct& p, std::size_t block, const BlockKeep& keep) {
     return keep.all == ~std::uint64_t{0} >> (kBLOCK - channelsOfBlock(p, block));
 }
 
-// One token's kept rows of one packed block, from a mask of those still to add.
+// A packed row. The address is computed on its own: folded into each multiply-add as base and index
+// it would take Intel cores an instruction more every time.
 template <int kVECTORS>
-inline void addKept(const float* packed, const float* z, std::uint64_t keep, Simd::F* sum) {
+inline __attribute__((always_inline)) const float* packedRow(const float* packed,
+                                                             std::uint64_t keep) {
     constexpr std::size_t kWIDTH = static_cast<std::size_t>(kVECTORS) * Simd::kLANES;
+    const float* row = packed + static_cast<std::size_t>(__builtin_ctzll(keep)) * kWIDTH;
+    __asm__("" : "+r"(row));
+    return row;
+}
+
+// One token's kept rows of one packed block, from a mask of those still to add and their values.
+template <int kVECTORS>
+inline __attribute__((always_inline)) void addKept(const float* packed, const float* values,
+                                                   std::uint64_t keep, Simd::F* sum) {
     for (; keep != 0; keep &= keep - 1) {
-        const std::size_t i = static_cast<std::size_t>(__builtin_ctzll(keep));
-        const Simd::F value = Simd::broadcast(z[i]);
-        const float* row = packed + i * kWIDTH;
+        const Simd::F value = Simd::broadcast(*values++);
+        const float* row = packedRow<kVECTORS>(packed, keep);
         for (int v = 0; v < kVECTORS; ++v) {
             sum[v] = Simd::fma(value, Simd::load(row + v * Simd::kLANES), sum[v]);
         }
     }
 }
 
-// What comes from the second-level cache for one token: its operands, a row of z apart, its sums.
 template <int kVECTORS>
-inline void prefetchToken(const float* z, const float* sums) {
-    for (std::size_t i = 0; i < kBLOCK; i += 16) Simd::prefetch(z + i);
-    for (int v = 0; v < kVECTORS; ++v) Simd::prefetch(sums + v * Simd::kLANES);
+inline void clearSums(float* sums) {
+    for (int v = 0; v < kVECTORS; ++v) Simd::store(sums + v * Simd::kLANES, Simd::broadcast(0.0f));
 }
 
 template <int kVECTORS>
@@ -299,62 +319,109 @@ inline void storeSums(float* sums, const Simd::F* sum) {
 // Two tokens side by side, where there are registers for both: twice the independent chains, so
 // one token's start and end hide behind the other. Each keeps its own order.
 template <int kVECTORS>
-inline void multiplyPair(const float* packed, const float* zA, const float* zB, std::uint64_t keepA,
-                         std::uint64_t keepB, float* sumsA, float* sumsB) {
-    constexpr std::size_t kWIDTH = static_cast<std::size_t>(kVECTORS) * Simd::kLANES;
+inline __attribute__((always_inline)) void multiplyPair(const float* packed, const float* valuesA,
+                                                        const float* valuesB, std::uint64_t keepA,
+                                                        std::uint64_t keepB, float* sumsA,
+                                                        float* sumsB) {
     Simd::F a[kVECTORS], b[kVECTORS];
     loadSums<kVECTORS>(sumsA, a);
     loadSums<kVECTORS>(sumsB, b);
     for (; keepA != 0 && keepB != 0; keepA &= keepA - 1, keepB &= keepB - 1) {
-        const std::size_t i = static_cast<std::size_t>(__builtin_ctzll(keepA));
-        const std::size_t j = static_cast<std::size_t>(__builtin_ctzll(keepB));
-        const Simd::F valueA = Simd::broadcast(zA[i]);
-        const Simd::F valueB = Simd::broadcast(zB[j]);
-        const float* rowA = packed + i * kWIDTH;
-        const float* rowB = packed + j * kWIDTH;
+        const Simd::F valueA = Simd::broadcast(*valuesA++);
+        const Simd::F valueB = Simd::broadcast(*valuesB++);
+        const float* rowA = packedRow<kVECTORS>(packed, keepA);
+        const float* rowB = packedRow<kVECTORS>(packed, keepB);
         for (int v = 0; v < kVECTORS; ++v) {
             a[v] = Simd::fma(valueA, Simd::load(rowA + v * Simd::kLANES), a[v]);
             b[v] = Simd::fma(valueB, Simd::load(rowB + v * Simd::kLANES), b[v]);
         }
     }
     // Groups that straddle blocks can leave one token a few more kept rows than the other.
-    addKept<kVECTORS>(packed, zA, keepA, a);
-    addKept<kVECTORS>(packed, zB, keepB, b);
+    addKept<kVECTORS>(packed, valuesA, keepA, a);
+    addKept<kVECTORS>(packed, valuesB, keepB, b);
     storeSums<kVECTORS>(sumsA, a);
     storeSums<kVECTORS>(sumsB, b);
 }
 
+// Some tokens of a panel, from one block to the next: their sums begin at zero and end as results.
+class PanelTokens {
+  public:
+    PanelTokens(const PanelProduct& p, std::size_t block)
+        : mProduct(p),
+          mIsFirst(block == 0),
+          mIsLast((block + 1) * kBLOCK >= p.channels),
+          mKept(p.kept + block * p.blockTokens * p.keptStride),
+          mKeep(p.keep + block * p.blockTokens) {}
+
+    const float* kept(std::size_t token) const { return mKept + token * mProduct.keptStride; }
+    std::uint64_t keep(std::size_t token) const { return mKeep[token]; }
+    float* sums(std::size_t token) const { return mProduct.sums + token * kSUM_STRIDE; }
+
+    // What comes from the second-level cache and the hardware does not guess, and the lines that
+    // results go to.
+    inline __attribute__((always_inline)) void prefetch(std::size_t token) const {
+        if (token >= mProduct.tokens) return;
+        const float* values = kept(token);
+        for (std::size_t i = 0; i < mProduct.keptStride; i += 16) Simd::prefetch(values + i);
+        if (!mIsLast) return;
+        const char* y = static_cast<const char*>(mProduct.epilogue.y) + token * mProduct.yStride;
+        for (std::size_t at = 0; at < mProduct.yBytes; at += kLINE_BYTES) {
+            Simd::prefetchWrite(y + at);
+        }
+    }
+
+    template <int kVECTORS>
+    void begin(std::size_t first, std::size_t count) const {
+        for (std::size_t t = first; mIsFirst && t < first + count; ++t) {
+            clearSums<kVECTORS>(sums(t));
+        }
+    }
+
+    void end(std::size_t first, std::size_t count) const {
+        if (!mIsLast) return;
+        Epilogue epilogue = mProduct.epilogue;
+        for (std::size_t t = first; t < first + count; ++t) {
+            epilogue.sums = sums(t);
+            epilogue.factors = mProduct.factors[t];
+            epilogue.y = static_cast<char*>(mProduct.epilogue.y) + t * mProduct.yStride;
+            mProduct.finish(epilogue);
+        }
+    }
+
+  private:
+    const PanelProduct& mProduct;
+    bool mIsFirst;
+    bool mIsLast;
+    const float* mKept;
+    const std::uint64_t* mKeep;
+};
+
 // Each token's kept rows of one packed block; its sums stay in registers meanwhile.
 template <typename T, int kVECTORS>
-void multiplyBlock(const PanelProduct& p, std::size_t block, std::size_t sumStride,
-                   std::uint64_t wantedNext) {
-    BlockPrefetcher<T> prefetcher(p, (block + 1) * kBLOCK, wantedNext, (p.tokens + 1) / 2);
-    const float* z = p.z + block * kBLOCK;
-    const std::uint64_t* keep = p.keep + block;
-    float* sums = p.sums;
+void multiplyBlock(const PanelProduct& p, std::size_t block, std::uint64_t wantedNext) {
+    BlockPrefetcher<T> prefetcher(p, block, wantedNext, (p.tokens + 1) / 2);
+    const PanelTokens tokens(p, block);
     std::size_t t = 0;
     if constexpr (Simd::kREGISTERS > 2 * kPANEL_VECTORS) {
         for (; t + 2 <= p.tokens; t += 2) {
             prefetcher.next();
-            prefetchToken<kVECTORS>(z + 2 * p.zStride, sums + 2 * sumStride);
-            prefetchToken<kVECTORS>(z + 3 * p.zStride, sums + 3 * sumStride);
-            multiplyPair<kVECTORS>(p.packed, z, z + p.zStride, keep[0], keep[p.keepStride], sums,
-                                   sums + sumStride);
-            z += 2 * p.zStride;
-            keep += 2 * p.keepStride;
-            sums += 2 * sumStride;
+            tokens.prefetch(t + 2);
+            tokens.prefetch(t + 3);
+            tokens.begin<kVECTORS>(t, 2);
+            multiplyPair<kVECTORS>(p.packed, tokens.kept(t), tokens.kept(t + 1), tokens.keep(t),
+                                   tokens.keep(t + 1), tokens.sums(t), tokens.sums(t + 1));
+            tokens.end(t, 2);
         }
     }
     for (; t < p.tokens; ++t) {
         prefetcher.next();
-        prefetchToken<kVECTORS>(z + p.zStride, sums + sumStride);
+        tokens.prefetch(t + 1);
+        tokens.begin<kVECTORS>(t, 1);
         Simd::F sum[kVECTORS];
-        loadSums<kVECTORS>(sums, sum);
-        addKept<kVECTORS>(p.packed, z, *keep, sum);
-        storeSums<kVECTORS>(sums, sum);
-        z += p.zStride;
-        keep += p.keepStride;
-        sums += sumStride;
+        loadSums<kVECTORS>(tokens.sums(t), sum);
+        addKept<kVECTORS>(p.packed, tokens.kept(t), tokens.keep(t), sum);
+        storeSums<kVECTORS>(tokens.sums(t), sum);
+        tokens.end(t, 1);
     }
 }
 
@@ -362,10 +429,9 @@ void multiplyBlock(const PanelProduct& p, std::size_t block, std::size_t sumStri
 // above, so the same bits.
 template <std::size_t kTOKENS, int kVECTORS>
 inline void multiplyTileOfAll(const float* packed, std::size_t width, std::size_t rows,
-                              const float* z, std::size_t zStride, float* sums,
-                              std::size_t sumStride) {
+                              const float* z, std::size_t zStride, float* sums) {
     Simd::F sum[kTOKENS][kVECTORS];
-    for (std::size_t t = 0; t < kTOKENS; ++t) loadSums<kVECTORS>(sums + t * sumStride, sum[t]);
+    for (std::size_t t = 0; t < kTOKENS; ++t) loadSums<kVECTORS>(sums + t * kSUM_STRIDE, sum[t]);
     for (std::size_t i = 0; i < rows; ++i, packed += width) {
         Simd::F w[kVECTORS];
         for (int v = 0; v < kVECTORS; ++v) w[v] = Simd::load(packed + v * Simd::kLANES);
@@ -374,64 +440,62 @@ inline void multiplyTileOfAll(const float* packed, std::size_t width, std::size_
             for (int v = 0; v < kVECTORS; ++v) sum[t][v] = Simd::fma(value, w[v], sum[t][v]);
         }
     }
-    for (std::size_t t = 0; t < kTOKENS; ++t) storeSums<kVECTORS>(sums + t * sumStride, sum[t]);
+    for (std::size_t t = 0; t < kTOKENS; ++t) storeSums<kVECTORS>(sums + t * kSUM_STRIDE, sum[t]);
 }
 
 // Tiles of some tokens across the panel.
 template <std::size_t kTOKENS, int kVECTORS>
 inline void multiplyAcross(const float* packed, std::size_t rows, const float* z,
-                           std::size_t zStride, float* sums, std::size_t sumStride) {
+                           std::size_t zStride, float* sums) {
     constexpr std::size_t kWIDTH = static_cast<std::size_t>(kVECTORS) * Simd::kLANES;
     constexpr int kREST = kVECTORS % kTILE_VECTORS;
     for (int v = 0; v + kTILE_VECTORS <= kVECTORS; v += kTILE_VECTORS) {
         const std::size_t at = static_cast<std::size_t>(v) * Simd::kLANES;
-        multiplyTileOfAll<kTOKENS, kTILE_VECTORS>(packed + at, kWIDTH, rows, z, zStride, sums + at,
-                                                  sumStride);
+        multiplyTileOfAll<kTOKENS, kTILE_VECTORS>(packed + at, kWIDTH, rows, z, zStride, sums + at);
     }
     if constexpr (kREST != 0) {
         constexpr std::size_t kAT = static_cast<std::size_t>(kVECTORS - kREST) * Simd::kLANES;
-        multiplyTileOfAll<kTOKENS, kREST>(packed + kAT, kWIDTH, rows, z, zStride, sums + kAT,
-                                          sumStride);
+        multiplyTileOfAll<kTOKENS, kREST>(packed + kAT, kWIDTH, rows, z, zStride, sums + kAT);
     }
 }
 
 // A block of which every token keeps everything: a dense product, as in prompts where only decode
 // is sparse, or where N is M.
 template <typename T, int kVECTORS>
-void multiplyWholeBlock(const PanelProduct& p, std::size_t block, std::size_t sumStride,
-                        std::uint64_t wantedNext) {
+void multiplyWholeBlock(const PanelProduct& p, std::size_t block, std::uint64_t wantedNext) {
     const std::size_t turns = (p.tokens + kTILE_TOKENS - 1) / kTILE_TOKENS;
-    BlockPrefetcher<T> prefetcher(p, (block + 1) * kBLOCK, wantedNext, turns);
+    BlockPrefetcher<T> prefetcher(p, block, wantedNext, turns);
+    const PanelTokens tokens(p, block);
     const std::size_t rows = channelsOfBlock(p, block);
-    const float* z = p.z + block * kBLOCK;
-    float* sums = p.sums;
     std::size_t t = 0;
     for (; t + kTILE_TOKENS <= p.tokens; t += kTILE_TOKENS) {
         prefetcher.next();
-        multiplyAcross<kTILE_TOKENS, kVECTORS>(p.packed, rows, z, p.zStride, sums, sumStride);
-        z += kTILE_TOKENS * p.zStride;
-        sums += kTILE_TOKENS * sumStride;
+        tokens.begin<kVECTORS>(t, kTILE_TOKENS);
+        multiplyAcross<kTILE_TOKENS, kVECTORS>(p.packed, rows, tokens.kept(t), p.keptStride,
+                                               tokens.sums(t));
+        tokens.end(t, kTILE_TOKENS);
     }
-    for (; t < p.tokens; ++t, z += p.zStride, sums += sumStride) {
+    for (; t < p.tokens; ++t) {
         prefetcher.next();
-        multiplyAcross<1, kVECTORS>(p.packed, rows, z, p.zStride, sums, sumStride);
+        tokens.begin<kVECTORS>(t, 1);
+        multiplyAcross<1, kVECTORS>(p.packed, rows, tokens.kept(t), p.keptStride, tokens.sums(t));
+        tokens.end(t, 1);
     }
 }
 
 template <typename T, bool kSCALED, int kVECTORS>
 void panelProductOf(const PanelProduct& p) {
     constexpr std::size_t kWIDTH = static_cast<std::size_t>(kVECTORS) * Simd::kLANES;
-    constexpr std::size_t kSUM_STRIDE = kPANEL_VECTORS * Simd::kLANES;
-    std::memset(p.sums, 0, p.tokens * kSUM_STRIDE * sizeof *p.sums);
     const std::size_t blocks = (p.channels + kBLOCK - 1) / kBLOCK;
     BlockKeep keep = keepOfBlock(p, 0);
     for (std::size_t block = 0; block < blocks; ++block) {
-        const BlockKeep next = block + 1 < blocks ? keepOfBlock(p, block + 1) : BlockKeep{0, 0};
+        const bool isLast = block + 1 == blocks;
+        const BlockKeep next = isLast ? BlockKeep{0, 0} : keepOfBlock(p, block + 1);
         packBlock<T, kSCALED>(p, block * kBLOCK, keep.any, kWIDTH);
         if (isWhole(p, block, keep)) {
-            multiplyWholeBlock<T, kVECTORS>(p, block, kSUM_STRIDE, next.any);
+            multiplyWholeBlock<T, kVECTORS>(p, block, next.any);
         } else {
-            multiplyBlock<T, kVECTORS>(p, block, kSUM_STRIDE, next.any);
+            multiplyBlock<T, kVECTORS>(p, block, next.any);
         }
         keep = next;
     }

@@ -209,5 +209,33 @@ std::size_t listKept(const KeptRows& kept) {
     return count;
 }
 
+template <typename Lanes>
+void cutKept(const KeptBlocks& kept) {
+    // A vector is written whole, but the neighbour's room may be another thread's.
+    alignas(64) float values[kBLOCK + Lanes::kLANES];
+    float* to = kept.values;
+    for (std::size_t block = 0; block * kBLOCK < kept.channels; ++block) {
+        const std::uint64_t keep = kept.keep[block];
+        const float* z = kept.z + block * kBLOCK;
+        kept.masks[block * kept.nextMask] = keep;
+        std::size_t count = 0;
+        if constexpr (Lanes::kCOMPRESSES) {
+            for (std::size_t i = 0; i < kBLOCK; i += Lanes::kLANES) {
+                const std::uint32_t mask = static_cast<std::uint32_t>(keep >> i & 0xffff);
+                Lanes::compress(z + i, mask, values + count);
+                count += static_cast<std::size_t>(__builtin_popcount(mask));
+            }
+        } else {
+            for (std::uint64_t bits = keep; bits != 0; bits &= bits - 1) {
+                values[count++] = z[__builtin_ctzll(bits)];
+            }
+        }
+        for (std::size_t i = 0; i < kept.stride; i += Lanes::kLANES) {
+            Lanes::store(to + i, Lanes::load(values + i));
+        }
+        to += kept.nextValues;
+    }
+}
+
 }  // namespace
 }  // namespace nmexport

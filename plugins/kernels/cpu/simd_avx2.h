@@ -91,6 +91,10 @@ struct Simd {
     static inline __attribute__((always_inline)) void prefetch(const void* address) {
         _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0);
     }
+    // Of what is to be written.
+    static inline __attribute__((always_inline)) void prefetchWrite(const void* address) {
+        __builtin_prefetch(address, 1);
+    }
     // Into the second-level cache.
     static inline __attribute__((always_inline)) void prefetchFar(const void* address) {
         _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T1);

@@ -86,6 +86,10 @@ struct Simd {
     static inline __attribute__((always_inline)) void prefetch(const void* address) {
         __builtin_prefetch(address);
     }
+    // Of what is to be written.
+    static inline __attribute__((always_inline)) void prefetchWrite(const void* address) {
+        __builtin_prefetch(address, 1);
+    }
     // Of what is read once: it passes by the outer caches and leaves them to what comes back.
     static inline __attribute__((always_inline)) void prefetchFar(const void* address) {
         __builtin_prefetch(address, 0, 0);

@@ -104,6 +104,7 @@ struct Simd {
         }
     }
     static inline __attribute__((always_inline)) void prefetch(const void*) {}
+    static inline __attribute__((always_inline)) void prefetchWrite(const void*) {}
     static inline __attribute__((always_inline)) void prefetchFar(const void*) {}
 };
 

@@ -151,8 +151,8 @@ template <typename T>
 void epilogue(const Epilogue& e) {
     const T* bias = static_cast<const T*>(e.bias);
     T* y = static_cast<T*>(e.y);
-    const Simd::F nu = Simd::broadcast(e.nu);
-    const Simd::F eta = Simd::broadcast(e.eta);
+    const Simd::F nu = Simd::broadcast(e.factors.nu);
+    const Simd::F eta = Simd::broadcast(e.factors.eta);
     for (std::size_t j = 0; j < e.columns; j += Simd::kLANES) {
         const std::size_t left = e.columns - j;
         const int count = left < Simd::kLANES ? static_cast<int>(left) : Simd::kLANES;

@@ -38,6 +38,19 @@ struct KeptRows {
     float* values;       // the same
 };
 
+// What one token keeps, cut into blocks of kBLOCK positions: the values of a block, ascending, and a
+// bit for each of its positions.
+struct KeptBlocks {
+    const float* z;             // [channels], by position
+    const std::uint64_t* keep;  // bit p = position p is kept
+    std::size_t channels;
+    std::size_t stride;         // values written for a block, whole vectors, the last ones idle
+    float* values;              // of the first block, written
+    std::uint64_t* masks;       // the same
+    std::size_t nextValues;     // from one block to the next
+    std::size_t nextMask;
+};
+
 // Group-wise scales of Int8 weights: row k of W is multiplied by row k / channels of `rows`.
 struct WeightScales {
     const float* rows = nullptr;  // [groups, rowStride of W]; null where W needs none
@@ -62,33 +75,44 @@ struct RowProduct {
     Cache ahead;
 };
 
-// All kept rows of many tokens, against a panel of columns narrow enough for registers.
-struct PanelProduct {
-    const void* w;                     // first column of the panel in row 0 of W, its type
-    std::size_t rowStride;             // O, elements
-    const std::int32_t* channelOrder;  // [channels] or null: position -> row of W
-    std::size_t channels;              // K
-    const float* z;                    // [tokens, zStride], in position order
-    std::size_t zStride;
-    const std::uint64_t* keep;  // [tokens, keepStride], bit p of the row = position p kept
-    std::size_t keepStride;
-    std::size_t tokens;
-    std::size_t columns;  // at most kPANEL_VECTORS * lanes
-    float* packed;        // scratch [kBLOCK * kPANEL_VECTORS * lanes], 64-byte aligned
-    float* sums;          // [tokens, kPANEL_VECTORS * lanes], written, 64-byte aligned
-    WeightScales scales;  // of the panel's first column
+// What scales and shifts a token's sums.
+struct TokenFactors {
+    float nu;
+    float eta;
 };
 
 // y = nu * (weightScale * sums) + eta * shiftWeight + bias, rounded once to T.
 struct Epilogue {
     const float* sums;
     std::size_t columns;
-    float nu;
-    float eta;
+    TokenFactors factors;
     const float* shiftWeight;  // [columns] or null (then eta does not matter)
     const void* bias;          // [columns] T or null
     void* y;                   // [columns] T
     const float* weightScale;  // [columns] of Int8 weights with a scale a column, or null
+};
+
+// All kept rows of many tokens, against a panel of columns narrow enough for registers.
+struct PanelProduct {
+    const void* w;                     // first column of the panel in row 0 of W, its type
+    std::size_t rowStride;             // O, elements
+    const std::int32_t* channelOrder;  // [channels] or null: position -> row of W
+    std::size_t channels;              // K
+    const float* kept;                 // [blocks, blockTokens, keptStride], see KeptBlocks
+    std::size_t keptStride;
+    const std::uint64_t* keep;  // [blocks, blockTokens], bit i = position i of the block is kept
+    std::size_t blockTokens;    // at least `tokens`: those of the run follow each other
+    std::size_t tokens;
+    std::size_t columns;  // at most kPANEL_VECTORS * lanes
+    float* packed;        // scratch [kBLOCK * kPANEL_VECTORS * lanes], 64-byte aligned
+    float* sums;          // scratch [tokens, kPANEL_VECTORS * lanes], 64-byte aligned
+    WeightScales scales;  // of the panel's first column
+    // Called with a token's sums as soon as they are complete.
+    void (*finish)(const Epilogue& epilogue);
+    Epilogue epilogue;            // without sums and factors; y is of the first token
+    const TokenFactors* factors;  // [tokens]
+    std::size_t yStride;          // bytes from a token's results to the next one's
+    std::size_t yBytes;           // of a token's results
 };
 
 struct Variant {
@@ -109,6 +133,7 @@ struct Variant {
                            double floor);
     // Lists what one token keeps; how many that is.
     std::size_t (*listKept)(const KeptRows& kept);
+    void (*cutKept)(const KeptBlocks& kept);
     void (*rowProduct[kWEIGHT_TYPES])(const RowProduct& product);
     void (*panelProduct[kWEIGHT_TYPES])(const PanelProduct& product);
     // Of Int8 weights with group-wise scales.
