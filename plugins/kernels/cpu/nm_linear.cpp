@@ -358,8 +358,9 @@ void selectOf(const LinearArguments& a, const Variant& variant, const Prompt& pr
         prompt.factors[begin + t] = {pass.nu[t], pass.selected.eta[t]};
         variant.cutKept({pass.selected.z + t * pass.selected.zStride,
                          pass.selected.keep + t * pass.selected.keepStride, a.channels,
-                         prompt.keptStride, prompt.kept + (begin + t) * prompt.keptStride, prompt.keep + begin + t,
-                         prompt.tokens * prompt.keptStride, prompt.tokens});
+                         prompt.keptStride, prompt.kept + (begin + t) * prompt.keptStride,
+                         prompt.keep + begin + t, prompt.tokens * prompt.keptStride,
+                         prompt.tokens});
     }
 }
 

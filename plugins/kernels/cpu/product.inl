@@ -212,9 +212,9 @@ void packBlock(const PanelProduct& p, std::size_t first, std::uint64_t wanted, s
     }
 }
 
-// Asks for the panel's part of rows of the next block, which lie a whole row of W apart, a few lines
-// at a time: asked for all at once they would hold up the loads of the block being multiplied. They
-// go to the second-level cache: the first is full of that block.
+// Asks for the panel's part of rows of the next block, which lie a whole row of W apart, a few
+// lines at a time: asked for all at once they would hold up the loads of the block being
+// multiplied. They go to the second-level cache: the first is full of that block.
 template <typename T>
 class BlockPrefetcher {
   public:

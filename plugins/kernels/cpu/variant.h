@@ -38,8 +38,8 @@ struct KeptRows {
     float* values;       // the same
 };
 
-// What one token keeps, cut into blocks of kBLOCK positions: the values of a block, ascending, and a
-// bit for each of its positions.
+// What one token keeps, cut into blocks of kBLOCK positions: the values of a block, ascending, and
+// a bit for each of its positions.
 struct KeptBlocks {
     const float* z;             // [channels], by position
     const std::uint64_t* keep;  // bit p = position p is kept
@@ -133,6 +133,7 @@ struct Variant {
                            double floor);
     // Lists what one token keeps; how many that is.
     std::size_t (*listKept)(const KeptRows& kept);
+    // Cuts what one token keeps into blocks.
     void (*cutKept)(const KeptBlocks& kept);
     void (*rowProduct[kWEIGHT_TYPES])(const RowProduct& product);
     void (*panelProduct[kWEIGHT_TYPES])(const PanelProduct& product);
