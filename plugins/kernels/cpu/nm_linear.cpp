@@ -358,9 +358,8 @@ void selectOf(const LinearArguments& a, const Variant& variant, const Prompt& pr
         prompt.factors[begin + t] = {pass.nu[t], pass.selected.eta[t]};
         variant.cutKept({pass.selected.z + t * pass.selected.zStride,
                          pass.selected.keep + t * pass.selected.keepStride, a.channels,
-                         prompt.keptStride, prompt.kept + (begin + t) * prompt.keptStride,
-                         prompt.keep + begin + t, prompt.tokens * prompt.keptStride,
-                         prompt.tokens});
+                         prompt.kept + (begin + t) * prompt.keptStride, prompt.keptStride,
+                         prompt.keep + begin + t, prompt.tokens});
     }
 }
 

@@ -362,7 +362,9 @@ class PanelTokens {
     inline __attribute__((always_inline)) void prefetch(std::size_t token) const {
         if (token >= mProduct.tokens) return;
         const float* values = kept(token);
-        for (std::size_t i = 0; i < mProduct.keptStride; i += 16) Simd::prefetch(values + i);
+        for (std::size_t i = 0; i < mProduct.keptStride; i += kLINE_BYTES / sizeof *values) {
+            Simd::prefetch(values + i);
+        }
         if (!mIsLast) return;
         const char* y = static_cast<const char*>(mProduct.epilogue.y) + token * mProduct.yStride;
         for (std::size_t at = 0; at < mProduct.yBytes; at += kLINE_BYTES) {
@@ -372,9 +374,8 @@ class PanelTokens {
 
     template <int kVECTORS>
     void begin(std::size_t first, std::size_t count) const {
-        for (std::size_t t = first; mIsFirst && t < first + count; ++t) {
-            clearSums<kVECTORS>(sums(t));
-        }
+        if (!mIsFirst) return;
+        for (std::size_t t = first; t < first + count; ++t) clearSums<kVECTORS>(sums(t));
     }
 
     void end(std::size_t first, std::size_t count) const {
@@ -489,8 +490,7 @@ void panelProductOf(const PanelProduct& p) {
     const std::size_t blocks = (p.channels + kBLOCK - 1) / kBLOCK;
     BlockKeep keep = keepOfBlock(p, 0);
     for (std::size_t block = 0; block < blocks; ++block) {
-        const bool isLast = block + 1 == blocks;
-        const BlockKeep next = isLast ? BlockKeep{0, 0} : keepOfBlock(p, block + 1);
+        const BlockKeep next = block + 1 < blocks ? keepOfBlock(p, block + 1) : BlockKeep{0, 0};
         packBlock<T, kSCALED>(p, block * kBLOCK, keep.any, kWIDTH);
         if (isWhole(p, block, keep)) {
             multiplyWholeBlock<T, kVECTORS>(p, block, next.any);

@@ -213,11 +213,10 @@ template <typename Lanes>
 void cutKept(const KeptBlocks& kept) {
     // A vector is written whole, but the neighbour's room may be another thread's.
     alignas(64) float values[kBLOCK + Lanes::kLANES];
-    float* to = kept.values;
     for (std::size_t block = 0; block * kBLOCK < kept.channels; ++block) {
         const std::uint64_t keep = kept.keep[block];
         const float* z = kept.z + block * kBLOCK;
-        kept.masks[block * kept.nextMask] = keep;
+        kept.masks[block * kept.blockTokens] = keep;
         std::size_t count = 0;
         if constexpr (Lanes::kCOMPRESSES) {
             for (std::size_t i = 0; i < kBLOCK; i += Lanes::kLANES) {
@@ -230,10 +229,10 @@ void cutKept(const KeptBlocks& kept) {
                 values[count++] = z[__builtin_ctzll(bits)];
             }
         }
+        float* to = kept.values + block * kept.blockTokens * kept.stride;
         for (std::size_t i = 0; i < kept.stride; i += Lanes::kLANES) {
             Lanes::store(to + i, Lanes::load(values + i));
         }
-        to += kept.nextValues;
     }
 }
 

@@ -44,11 +44,10 @@ struct KeptBlocks {
     const float* z;             // [channels], by position
     const std::uint64_t* keep;  // bit p = position p is kept
     std::size_t channels;
-    std::size_t stride;         // values written for a block, whole vectors, the last ones idle
-    float* values;              // of the first block, written
-    std::uint64_t* masks;       // the same
-    std::size_t nextValues;     // from one block to the next
-    std::size_t nextMask;
+    float* values;         // [blocks, blockTokens, stride] from this token on, written
+    std::size_t stride;    // room for a block's values: whole vectors, the last ones idle
+    std::uint64_t* masks;  // [blocks, blockTokens] from this token on, written
+    std::size_t blockTokens;
 };
 
 // Group-wise scales of Int8 weights: row k of W is multiplied by row k / channels of `rows`.
