@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from nmexport.graph.contract import op_contract
 from nmexport.graph.functions import IR_VERSION, OPSET, function_protos_for
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ _LINEAR_INPUTS = (
     "score_scale",
     "channel_order",
     "weight_scale",
+    "value_scale",
 )
 _PRUNE_INPUTS = ("X", "score_scale", "channel_order")
 
@@ -116,6 +118,7 @@ def linear_case(
         "shift_weight": w.astype(np.float64).sum(axis=0).astype(np.float32),
         "score_scale": np.exp(rng.standard_normal(in_features)).astype(np.float32),
         "channel_order": rng.permutation(in_features).astype(np.int32),
+        "value_scale": (1 + 0.3 * rng.standard_normal(in_features)).astype(np.float32),
     }
     arrays = {"W": w, **{name: made[name] for name in optional}}
     if scale_groups:
@@ -178,7 +181,7 @@ def one_node_model(
         functions=function_protos_for([node], opset=opset),
         opset_imports=[
             onnx.helper.make_opsetid("", opset),
-            onnx.helper.make_opsetid("nmexport", 1),
+            onnx.helper.make_opsetid("nmexport", op_contract().opset_version),
         ],
         ir_version=IR_VERSION,
     )

@@ -31,8 +31,8 @@ def document():
 
 def test_names_that_files_in_the_field_depend_on():
     contract = op_contract()
-    assert (contract.domain, contract.opset_version) == ("nmexport", 1)
-    assert (contract.plugin_version, contract.plugin_namespace) == ("1", "")
+    assert (contract.domain, contract.opset_version) == ("nmexport", 2)
+    assert (contract.plugin_version, contract.plugin_namespace) == ("2", "")
     assert contract.types == ("float32", "float16", "bfloat16")
     assert {name: [i.name for i in op.inputs] for name, op in contract.ops.items()} == {
         "NMPrune": ["X", "score_scale", "channel_order"],
@@ -45,6 +45,7 @@ def test_names_that_files_in_the_field_depend_on():
             "score_scale",
             "channel_order",
             "weight_scale",
+            "value_scale",
         ],
     }
     assert contract.ops["NMLinear"].inputs[1].alternatives == ("int8",)

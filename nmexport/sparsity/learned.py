@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from nmexport.sparsity.lanes import LaneSelector
-from nmexport.sparsity.linear import bias_of, variance_ratio
+from nmexport.sparsity.linear import bias_of, gathered, variance_ratio
 from nmexport.sparsity.mask import scores_of
 from nmexport.sparsity.parts import PARTS, RANK
 
@@ -405,7 +405,7 @@ def fold_learned(
         value = getattr(constants, name)
         if value is not None:
             folded[name] = value.cpu().clone()  # linears of one site share theirs
-    return {name: tensor.detach().contiguous() for name, tensor in folded.items()}
+    return {name: tensor.detach().contiguous() for name, tensor in gathered(folded).items()}
 
 
 def changes_dense_product(corrections: Corrections) -> bool:

@@ -24,6 +24,7 @@ Phase = Literal["all", "prefill", "decode"]
 
 # Rows a thread below which MKL multiplies in another order: 4 on one thread, 8 on two.
 _LEAST_ROWS = 8
+_ALONG_CHANNELS = ("W", "shift", "score_scale", "value_scale")
 VARIANCE_FLOOR = 1e-12  # op contract: the least variance of the kept values that is divided by
 
 
@@ -126,6 +127,7 @@ class FoldedLinear(nn.Module):
     score_scale: torch.Tensor | None
     channel_order: torch.Tensor | None
     weight_scale: torch.Tensor | None
+    value_scale: torch.Tensor | None
     remainder_in: torch.Tensor | None
     remainder_out: torch.Tensor | None
 
@@ -140,6 +142,7 @@ class FoldedLinear(nn.Module):
         score_scale: torch.Tensor | None = None,
         channel_order: torch.Tensor | None = None,
         weight_scale: torch.Tensor | None = None,
+        value_scale: torch.Tensor | None = None,
         remainder_in: torch.Tensor | None = None,
         remainder_out: torch.Tensor | None = None,
     ) -> None:
@@ -154,7 +157,8 @@ class FoldedLinear(nn.Module):
             score_scale: `[K]` float32.
             channel_order: `[K]` int32.
             weight_scale: `[G, O]` float32 of an int8 W, whose channels share scales by G groups.
-            remainder_in: `[K, r]` T, and
+            value_scale: `[K]` float32.
+            remainder_in: `[K, r]` T, in X's own channel order, and
             remainder_out: `[r, O]` T: factors of a product of all channels, beside the op.
 
         Raises:
@@ -175,6 +179,7 @@ class FoldedLinear(nn.Module):
         self.register_buffer("score_scale", score_scale)
         self.register_buffer("channel_order", channel_order)
         self.register_buffer("weight_scale", weight_scale)
+        self.register_buffer("value_scale", value_scale)
         self.register_buffer("remainder_in", remainder_in)
         self.register_buffer("remainder_out", remainder_out)
 
@@ -210,6 +215,7 @@ class FoldedLinear(nn.Module):
             score_scale=tensors.get("score_scale"),
             channel_order=tensors.get("channel_order"),
             weight_scale=tensors.get("weight_scale"),
+            value_scale=tensors.get("value_scale"),
             remainder_in=tensors.get("remainder_in"),
             remainder_out=tensors.get("remainder_out"),
         )
@@ -220,12 +226,12 @@ class FoldedLinear(nn.Module):
         return NMPattern(self.n, self.m)
 
     def keep_mask(self, x: torch.Tensor) -> torch.Tensor:
-        """Which channels of an input `[..., K]` are kept: bool `[..., K]`."""
+        """Which channels of an input `[..., K]` are kept: bool `[..., K]`, in its own order."""
         if not drops_channels(x, self.pattern, self.phase):
             return torch.ones_like(x, dtype=torch.bool)
-        z = x.to(torch.float32)
-        eta = self._eta(z)
-        return self._select(z if eta is None else z - eta)
+        z, _ = self._shifted(x)
+        keep = self._select(z)
+        return keep if self.channel_order is None else keep[..., inverse_of(self.channel_order)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., K]` T -> `[..., O]` T: the op, and beside it the remainder's product."""
@@ -233,17 +239,18 @@ class FoldedLinear(nn.Module):
         if self.remainder_in is None or self.remainder_out is None:
             return y
         eta = self._eta(x.to(torch.float32))
+        if eta is not None and eta.shape[-1] > 1 and self.channel_order is not None:
+            eta = eta[..., inverse_of(self.channel_order)]
         z = x if eta is None else x - eta.to(x.dtype)
         return y + token_product(token_product(z, self.remainder_in), self.remainder_out)
 
     def op(self, x: torch.Tensor) -> torch.Tensor:
         """NMLinear alone: `[..., K]` T -> `[..., O]` T, in float32 with one rounding at the end."""
-        x32 = x.to(torch.float32)
-        eta = self._eta(x32)
-        z = x32 if eta is None else x32 - eta
+        z, eta = self._shifted(x)
         drops = drops_channels(x, self.pattern, self.phase)
         kept = torch.where(self._select(z), z, 0.0) if drops else z
-        y = token_product(kept, dequantised(self.W, self.weight_scale))
+        operand = kept if self.value_scale is None else kept * self.value_scale
+        y = token_product(operand, dequantised(self.W, self.weight_scale))
         if drops and self.variance_correction:
             y = variance_ratio(z, kept) * y
         if eta is not None and self.shift_weight is not None:
@@ -256,11 +263,18 @@ class FoldedLinear(nn.Module):
         """What `print(model)` shows."""
         return f"{self.in_features}, {self.out_features}, {self.pattern}, phase={self.phase}"
 
+    def _shifted(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """z in gathered order, float32, and what was subtracted."""
+        gathered = x if self.channel_order is None else x[..., self.channel_order.long()]
+        gathered = gathered.to(torch.float32)
+        eta = self._eta(gathered)
+        return (gathered if eta is None else gathered - eta), eta
+
     def _eta(self, x32: torch.Tensor) -> torch.Tensor | None:
         return x32.mean(dim=-1, keepdim=True) if self.dynamic_shift else self.shift
 
     def _select(self, z: torch.Tensor) -> torch.Tensor:
-        return selection(z, self.pattern, self.score_scale, self.channel_order)
+        return selection(z, self.pattern, self.score_scale, None)
 
 
 class SparseLinear(nn.Module):
@@ -356,7 +370,26 @@ def fold(
         value = getattr(constants, name)
         if value is not None:
             folded[name] = value.clone()  # linears of one site share theirs
-    return {name: tensor.detach().contiguous() for name, tensor in folded.items()}
+    return {name: tensor.detach().contiguous() for name, tensor in gathered(folded).items()}
+
+
+def gathered(folded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The op's inputs with all that lies along K in gathered order, by its `channel_order`."""
+    if "channel_order" not in folded:
+        return folded
+    order = folded["channel_order"].long()
+    channels = order.numel()
+    along = {
+        name: tensor[order]
+        for name, tensor in folded.items()
+        if name in _ALONG_CHANNELS and tensor.shape[0] == channels  # a shift [1] is for all
+    }
+    return {**folded, **along}
+
+
+def inverse_of(channel_order: torch.Tensor) -> torch.Tensor:
+    """What puts gathered channels back where they came from: `[K]` int64."""
+    return torch.argsort(channel_order.long())
 
 
 def _folded_bias(
