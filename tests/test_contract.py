@@ -13,12 +13,14 @@ from nmexport.graph import contract as contract_module
 from nmexport.graph.contract import (
     attribute_values,
     check_node,
+    check_version,
     contract_from_document,
     op_contract,
     present_inputs,
     violations,
 )
 from nmexport.resources import resource_path
+from nmexport.runtimes import onnxruntime_bfloat16
 from nmexport.sparsity import quantisation
 from nmexport.sparsity.pattern import MAX_GROUP
 
@@ -72,6 +74,7 @@ def test_the_oracle_and_the_pattern_say_what_the_contract_says():
     assert contract.tolerance.float32_rtol_per_sqrt_k == oracle.FLOAT32_RTOL_PER_SQRT_K
     assert contract.tolerance.half_ulps == oracle.HALF_ULPS
     assert contract.max_group == MAX_GROUP
+    assert contract.opset_version == onnxruntime_bfloat16._OPSET
     for op in contract.ops.values():
         for name in ("n", "m"):
             attribute = op.attribute(name)
@@ -170,3 +173,13 @@ def test_every_fault_is_listed_at_once():
 def test_a_node_of_another_kind_or_arity_is_refused(node, says):
     with pytest.raises(ArtifactError, match=says):
         check_node(node)
+
+
+def test_a_model_of_another_version_is_refused_in_one_sentence():
+    check_version({"": 23}, "a dense model")
+    check_version({"": 23, "nmexport": 2}, "model.onnx")
+    with pytest.raises(ArtifactError) as refusal:
+        check_version({"": 23, "nmexport": 1}, "model.onnx")
+    assert str(refusal.value).startswith("model.onnx holds nmexport ops of version 1.")
+    assert refusal.value.allowed == "version 2"
+    assert "export the model again" in str(refusal.value.fix)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 _NARROW = TensorProto.BFLOAT16
 _DOMAIN = "nmexport"
-_OPSET = 1
+_OPSET = 2
 # Attributes that name the type of a result or of the arithmetic.
 _TYPE_ATTRIBUTES = frozenset({"to", "dtype", "output_dtype", "stash_type", "softmax_precision"})
 _PIECES = frozenset({"Split", "Reshape", "Transpose"})  # of input 0: what makes values of a linear

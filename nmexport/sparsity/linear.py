@@ -264,7 +264,7 @@ class FoldedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.pattern}, phase={self.phase}"
 
     def _shifted(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """z in gathered order, float32, and what was subtracted."""
+        """Z in gathered order, float32, and what was subtracted."""
         gathered = x if self.channel_order is None else x[..., self.channel_order.long()]
         gathered = gathered.to(torch.float32)
         eta = self._eta(gathered)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nmexport.calibration.effort import learning_settings
 from nmexport.errors import ModelError
-from nmexport.layers import LayerSpec, read_layers, write_layers
+from nmexport.layers import SCHEMA, LayerSpec, read_layers, write_layers
 from nmexport.sparsity.mitigation import check_allocatable, check_combination
 from nmexport.stages import calibrate
 
@@ -153,6 +153,7 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
             check_combination(mitigations, phase)
     settings = learning_settings(recipe.sparsity, recipe.seed)
     return {
+        "schema": SCHEMA,
         "model": inputs.source.digest,
         "dtype": recipe.model.dtype,
         "weights": recipe.model.weights,
