@@ -501,7 +501,7 @@ def test_bench_engines(fakes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -
         "sparse": side,
         "speedup": {"prefill": 1.0, "decode": 1.5},
     }
-    monkeypatch.setattr("nmexport.generation.bench_engines", lambda work, **options: latency)
+    monkeypatch.setattr("nmexport.bench.engines.bench_engines", lambda work, **options: latency)
     run("build", "--model", "some/model", "--work", "w")
     assert "1.50x in decode" in run("bench", "engines", "--work", "w").stdout
     assert json.loads(run("bench", "engines", "--work", "w", "--json").stdout)["latency"] == latency
@@ -520,7 +520,7 @@ def test_bench_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         settings = dict.fromkeys(("runtime", "variant", "pattern"), "x")
         return {**settings, "results": [{**row, **dict.fromkeys(options["dtypes"], own)}]}
 
-    monkeypatch.setattr("nmexport.bench.bench_kernels", bench_kernels)
+    monkeypatch.setattr("nmexport.bench.kernels.bench_kernels", bench_kernels)
     assert "1.75" in run("bench", "kernels", "--shape", "32x64", "--tokens", "1").stdout
     assert (asked["shapes"], asked["tokens"]) == ([(32, 64)], (1,))
     assert str(asked["pattern"]) == "8:16"

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from nmexport.bench.engines import bench_engines
 from nmexport.errors import ArtifactError, UserError
 from nmexport.generation import (
     Sampler,
-    bench_engines,
     continuation,
     encode_prompt,
     end_tokens,
@@ -20,7 +20,7 @@ from nmexport.generation import (
     until_stop,
 )
 from nmexport.progress import Silent
-from nmexport.runtimes.onnxruntime import SESSION_CONFIG
+from nmexport.runtimes.onnxruntime_session import SESSION_CONFIG
 
 from tests.tiny import save_tokenizer
 from tests.toy_lm import VOCABULARY, expected_logits, save_toy_lm

@@ -19,7 +19,6 @@ from types import SimpleNamespace
 import click
 import pytest
 import yaml
-from nmexport.artifact import MANIFEST, read_manifest
 from nmexport.cli import running
 from nmexport.errors import (
     ArtifactError,
@@ -31,6 +30,7 @@ from nmexport.errors import (
 from nmexport.pipeline import STAGES, Selection
 from nmexport.progress import Lines
 from nmexport.recipe import load
+from nmexport.store.artifact import MANIFEST, read_manifest
 
 from tests.fake_stages import ORDER, fake_pipeline, fake_stages
 

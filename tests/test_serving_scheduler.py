@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from nmexport.errors import RequestError
-from nmexport.runtimes.onnxruntime import OrtSession
+from nmexport.runtimes.onnxruntime_session import OrtSession
 from nmexport.serving import metrics as names
 from nmexport.serving.options import GenerationOptions
 from nmexport.serving.scheduler import Limits, Outcome, Scheduler, Usage, chunk_end

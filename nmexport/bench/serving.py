@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nmexport.bench.http_load import Ask, drive
+from nmexport.bench.soak import text_of
 from nmexport.serving import metrics as names
-from nmexport.serving.http_load import Ask, drive
 from nmexport.serving.options import GenerationOptions
 from nmexport.serving.scheduler import Limits, Scheduler
-from nmexport.serving.soak import text_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -152,7 +152,7 @@ def bench_serve(
         EnvironmentFault: if the engine needs a native library that is missing here.
     """
     from nmexport.environment import device_name, probe
-    from nmexport.runtimes.onnxruntime import OrtSession, read_engine
+    from nmexport.runtimes.onnxruntime_session import OrtSession, read_engine
     from nmexport.serving.tokenizer import ServingTokenizer
 
     folder = work / "engine" / "current"

@@ -1,0 +1,1 @@
+"""Stage artifacts on disk: folders, manifests, tensors, the list of sparse linears."""
