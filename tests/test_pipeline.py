@@ -263,7 +263,8 @@ def test_build_that_does_not_fit_the_disk_is_refused_before_its_first_stage(
     log: list[str] = []
     pipeline = fake_pipeline(tmp_path / "w", fake_stages(log))
     context = click.Context(click.Command("build"))
-    monkeypatch.setattr("nmexport.estimate.shutil.disk_usage", lambda _: SimpleNamespace(free=9))
+    disk = "nmexport.inspect.estimate.shutil.disk_usage"
+    monkeypatch.setattr(disk, lambda _: SimpleNamespace(free=9))
     with pytest.raises(EnvironmentFault, match="9 B are free") as caught:
         running.run(context, pipeline, EVERYTHING)
     assert "--no-dense-baseline" in str(caught.value)

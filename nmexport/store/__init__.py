@@ -1,1 +1,1 @@
-"""Stage artifacts on disk: folders, manifests, tensors, the list of sparse linears."""
+"""What lies on disk: artifacts and their manifests, the work directory, tensors, `layers.json`."""
