@@ -14,8 +14,8 @@ import pytest
 from click.testing import CliRunner, Result
 from nmexport.cli.main import VERBS, Terminated, cli
 from nmexport.cli.options import Request
-from nmexport.diagnosis import NativeLibrary
 from nmexport.errors import GateFailed, InternalError, UserError
+from nmexport.inspect.doctor import NativeLibrary
 
 from tests.fake_stages import fake_pipeline, fake_stages
 
@@ -635,7 +635,7 @@ def test_inspect_onnx_counts_our_nodes_without_reading_weights(in_folder: Path) 
     ],
 )
 def test_doctor(monkeypatch: pytest.MonkeyPatch, library: NativeLibrary, says: str) -> None:
-    monkeypatch.setattr("nmexport.diagnosis.native_library", lambda: library)
+    monkeypatch.setattr("nmexport.inspect.doctor.native_library", lambda: library)
     shown = run("doctor").stdout
     assert says in shown
     assert "target onnxruntime: works" in shown

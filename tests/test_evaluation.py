@@ -17,8 +17,8 @@ from nmexport.errors import ArtifactError, UserError, WorkDirectoryError
 from nmexport.evaluation import Share, evaluate
 from nmexport.models.offload import Memory
 from nmexport.progress import Silent
-from nmexport.scratch import scratch_array
-from nmexport.work_directory import WorkDirectory
+from nmexport.store.scratch import scratch_array
+from nmexport.store.work_directory import WorkDirectory
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -29,7 +29,7 @@ FORBIDDEN = {
     "nmexport.runtimes": ("torch", "transformers", "nmexport.graph", "nmexport.verification"),
     "nmexport.generation": ("torch", "nmexport.serving", "nmexport.verification"),
     "nmexport.errors": ("nmexport",),
-    "nmexport.layers": ("torch", "onnx", "numpy"),
+    "nmexport.store.layers": ("torch", "onnx", "numpy"),
 }
 # Every layer -> the layers above it, which it must not know.
 ABOVE = {

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from nmexport.artifact import file_digest
 from nmexport.environment import free_memory
 from nmexport.errors import ArtifactError, EnvironmentFault, RequestError
 from nmexport.generation.options import NAMES
@@ -24,6 +23,7 @@ from nmexport.serving.service import SETTINGS, TextRequest, TextService, numbers
 from nmexport.serving.triton_config import Signature, TensorSpec, from_text, to_text
 from nmexport.serving.triton_model import TritonPythonModel, require_whole_tensors
 from nmexport.stages import package as package_stage
+from nmexport.store.artifact import file_digest
 
 from tests.served import NAME, save_export, save_package
 from tests.served import SETTINGS as PACKAGED_SETTINGS

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from nmexport.artifact import FileRecord
     from nmexport.runtimes.session import Extendable
+    from nmexport.store.artifact import FileRecord
 
 SCHEMA = 1
 FILENAME = "bundle.json"

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nmexport.artifact import record_files
 from nmexport.errors import ArtifactError
 from nmexport.generation.options import GenerationOptions, options_from
 from nmexport.generation.tokenizer import ServingTokenizer
 from nmexport.serving import bundle as bundles
 from nmexport.serving import triton_config
+from nmexport.store.artifact import record_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
