@@ -476,7 +476,7 @@ def test_generate_streams_and_answers_in_json(
         asked.update(work=work, prompt=prompt, **options)
         return iter(["Par", "is."])
 
-    monkeypatch.setattr("nmexport.generation.generate", generate)
+    monkeypatch.setattr("nmexport.generation.loop.generate", generate)
     assert "no work directory under" in run("generate", "Hello", code=1).stderr
     run("build", "--model", "some/model", "--to", "export")
     assert "no finished engine artifact" in run("generate", "Hello", code=1).stderr
@@ -520,7 +520,7 @@ def test_bench_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         settings = dict.fromkeys(("runtime", "variant", "pattern"), "x")
         return {**settings, "results": [{**row, **dict.fromkeys(options["dtypes"], own)}]}
 
-    monkeypatch.setattr("nmexport.bench.kernels.bench_kernels", bench_kernels)
+    monkeypatch.setattr("nmexport.bench.bench_kernels", bench_kernels)
     assert "1.75" in run("bench", "kernels", "--shape", "32x64", "--tokens", "1").stdout
     assert (asked["shapes"], asked["tokens"]) == ([(32, 64)], (1,))
     assert str(asked["pattern"]) == "8:16"

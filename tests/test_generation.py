@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from nmexport.bench.engines import bench_engines
 from nmexport.errors import ArtifactError, UserError
-from nmexport.generation import (
-    Sampler,
+from nmexport.generation.loop import (
     continuation,
     encode_prompt,
     end_tokens,
@@ -19,6 +18,7 @@ from nmexport.generation import (
     text_pieces,
     until_stop,
 )
+from nmexport.generation.sampler import Sampler
 from nmexport.progress import Silent
 from nmexport.runtimes.onnxruntime_session import SESSION_CONFIG
 

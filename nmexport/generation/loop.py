@@ -6,9 +6,12 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ArtifactError, UserError
-from nmexport.serving.options import GenerationOptions
-from nmexport.serving.sampling import Sampler
-from nmexport.serving.text import StopFilter, TextStream
+from nmexport.generation.options import GenerationOptions
+from nmexport.generation.sampler import Sampler
+from nmexport.generation.stopping import StopFilter
+from nmexport.generation.text_stream import TextStream
+from nmexport.runtimes.onnxruntime_session import read_engine
+from nmexport.runtimes.opening import open_session
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -56,9 +59,6 @@ def generate(
     GenerationOptions(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
     )
-    from nmexport.runtimes.onnxruntime_session import read_engine
-    from nmexport.runtimes.opening import open_session
-
     engine_folder = work / "engine" / "current"
     folder = read_engine(engine_folder).model.parent
     tokenizer = load_tokenizer(folder)
