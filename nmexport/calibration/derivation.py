@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nmexport.allocation.sites import concatenated_weight
+from nmexport.calibration.method import behaviour_of, constants_of
 from nmexport.calibration.order_search import search_orders
 from nmexport.calibration.sensitivity import gather_sensitivities
+from nmexport.calibration.sites import concatenated_weight
 from nmexport.errors import ModelError
 from nmexport.models.swap import swapped
 from nmexport.sparsity.criterion import CRITERIA
 from nmexport.sparsity.linear import SparseLinear
-from nmexport.sparsity.method import behaviour_of, constants_of
 from nmexport.sparsity.remainder import rank_within, remainder_of
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from nmexport.allocation.sites import Site
     from nmexport.calibration.order_search import OrderSearch
+    from nmexport.calibration.sites import Site
     from nmexport.models.layerwise import LayerwiseModel
     from nmexport.progress import Progress
     from nmexport.recipe import SparsitySection
