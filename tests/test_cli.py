@@ -476,7 +476,7 @@ def test_generate_streams_and_answers_in_json(
         asked.update(work=work, prompt=prompt, **options)
         return iter(["Par", "is."])
 
-    monkeypatch.setattr("nmexport.generation.generate", generate)
+    monkeypatch.setattr("nmexport.generation.loop.generate", generate)
     assert "no work directory under" in run("generate", "Hello", code=1).stderr
     run("build", "--model", "some/model", "--to", "export")
     assert "no finished engine artifact" in run("generate", "Hello", code=1).stderr
@@ -501,7 +501,9 @@ def test_bench_engines(fakes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -
         "sparse": side,
         "speedup": {"prefill": 1.0, "decode": 1.5},
     }
-    monkeypatch.setattr("nmexport.generation.bench_engines", lambda work, **options: latency)
+    monkeypatch.setattr(
+        "nmexport.verification.latency.bench_engines", lambda work, **options: latency
+    )
     run("build", "--model", "some/model", "--work", "w")
     assert "1.50x in decode" in run("bench", "engines", "--work", "w").stdout
     assert json.loads(run("bench", "engines", "--work", "w", "--json").stdout)["latency"] == latency

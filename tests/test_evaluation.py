@@ -62,7 +62,7 @@ def alone(work: WorkDirectory) -> dict[str, Any]:
 
 def test_it_is_the_dense_and_the_folded_model(alone: dict[str, Any], work: WorkDirectory) -> None:
     import torch
-    from nmexport.generation import load_tokenizer
+    from nmexport.generation.loop import load_tokenizer
     from nmexport.models.source import resolve
     from nmexport.stages.fold import Artifact
     from nmexport.verification.reference import open_folded

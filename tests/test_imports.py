@@ -27,6 +27,7 @@ FORBIDDEN = {
     "nmexport.graph": ("torch", "transformers", "onnxruntime", "nmexport.models"),
     "nmexport.oracle": ("torch", "onnx", "onnxruntime", "nmexport.graph"),
     "nmexport.runtimes": ("torch", "transformers", "nmexport.graph", "nmexport.verification"),
+    "nmexport.generation": ("torch", "nmexport.serving", "nmexport.verification"),
     "nmexport.errors": ("nmexport",),
     "nmexport.store.layers": ("torch", "onnx", "numpy"),
 }

@@ -362,7 +362,7 @@ def _decoded_together(sparse: Session, windows: NDArray[np.int64]) -> int:
 
 def _tasks(inputs: StageInputs, dense: Session, sparse: Session) -> dict[str, Any]:
     """The report's `accuracy.tasks`, and how they were scored."""
-    from nmexport.generation import load_tokenizer
+    from nmexport.generation.loop import load_tokenizer
 
     suite = tasks.Suite.of(inputs.recipe.evaluation)
     if suite is None:
