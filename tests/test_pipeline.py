@@ -20,7 +20,6 @@ from typing import Any
 import click
 import pytest
 import yaml
-from nmexport.artifact import MANIFEST, read_manifest
 from nmexport.cli import running
 from nmexport.errors import (
     ArtifactError,
@@ -34,7 +33,8 @@ from nmexport.errors import (
 from nmexport.pipeline import STAGES, Selection, StageRefused
 from nmexport.progress import Lines
 from nmexport.recipe import load
-from nmexport.work_directory import WorkDirectory
+from nmexport.store.artifact import MANIFEST, read_manifest
+from nmexport.store.work_directory import WorkDirectory
 
 from tests.fake_stages import ORDER, fake_pipeline, fake_stages
 
@@ -267,7 +267,8 @@ def test_build_that_does_not_fit_the_disk_is_refused_before_its_first_stage(
     log: list[str] = []
     pipeline = fake_pipeline(tmp_path / "w", fake_stages(log))
     context = click.Context(click.Command("build"))
-    monkeypatch.setattr("nmexport.estimate.shutil.disk_usage", lambda _: SimpleNamespace(free=9))
+    disk = "nmexport.inspect.estimate.shutil.disk_usage"
+    monkeypatch.setattr(disk, lambda _: SimpleNamespace(free=9))
     with pytest.raises(EnvironmentFault, match="9 B are free") as caught:
         running.run(context, pipeline, EVERYTHING)
     assert "--no-dense-baseline" in str(caught.value)

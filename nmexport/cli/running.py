@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from nmexport.artifact import KEY_CHARS
 from nmexport.cli.figures import show_report
 from nmexport.cli.output import console, emit_json, size, table, wants_json
 from nmexport.errors import EnvironmentFault, GateFailed
-from nmexport.estimate import estimate
+from nmexport.inspect.estimate import estimate
 from nmexport.pipeline import StageRefused
 from nmexport.progress import duration
+from nmexport.store.artifact import KEY_CHARS
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import click
 
-    from nmexport.estimate import Estimate
+    from nmexport.inspect.estimate import Estimate
     from nmexport.pipeline import Pipeline, Selection, Step
 
 _NOT_RUN = {"cached": "up to date", "refused": "refused"}

@@ -22,15 +22,15 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from nmexport.artifact import (
+from nmexport.errors import ArtifactError, UserError, WorkDirectoryError
+from nmexport.recipe import dump, load
+from nmexport.store.artifact import (
     KEY_CHARS,
     MANIFEST,
     Manifest,
     flush_to_disk,
     read_manifest,
 )
-from nmexport.errors import ArtifactError, UserError, WorkDirectoryError
-from nmexport.recipe import dump, load
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -251,10 +251,9 @@ class WorkDirectory:
             WorkDirectoryError: if the disk is full or cannot be written.
         """
         files = {self.root / RESOLVED: dump(recipe).encode()}
-        for name in REPORTS if report is not None else ():
-            source = report / name
-            if source.is_file():
-                files[self.root / name] = source.read_bytes()
+        if report is not None:
+            reports = [report / name for name in REPORTS if (report / name).is_file()]
+            files |= {self.root / path.name: path.read_bytes() for path in reports}
         with self.disk_faults(), contextlib.ExitStack() as written:
             ready = [
                 (written.enter_context(_beside(path, contents)), path)
