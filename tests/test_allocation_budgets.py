@@ -12,7 +12,7 @@ from nmexport.allocation.candidates import before_learning
 from nmexport.allocation.choice import Allocation, as_dict
 from nmexport.allocation.probe import spread_windows
 from nmexport.allocation.sites import concatenated_weight
-from nmexport.calibration.passes import gather_channel_statistics
+from nmexport.calibration.forward_passes import gather_channel_statistics
 from nmexport.errors import PatternError, RecipeError
 from nmexport.models.loader import load_model
 from nmexport.models.source import resolve

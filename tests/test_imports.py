@@ -26,7 +26,7 @@ FORBIDDEN = {
     ),
     "nmexport.graph": ("torch", "transformers", "onnxruntime", "nmexport.models"),
     "nmexport.oracle": ("torch", "onnx", "onnxruntime", "nmexport.graph"),
-    "nmexport.runtimes": ("torch", "transformers", "nmexport.graph", "nmexport.verification"),
+    "nmexport.runtimes": ("torch", "transformers", "nmexport.verification"),
     "nmexport.generation": ("torch", "nmexport.serving", "nmexport.verification"),
     "nmexport.errors": ("nmexport",),
     "nmexport.store.layers": ("torch", "onnx", "numpy"),
@@ -38,7 +38,6 @@ ABOVE = {
     "nmexport.stages": ("nmexport.cli", "nmexport.pipeline"),
 }
 LOWER_LAYERS = (
-    "engines",
     "sparsity",
     "allocation",
     "calibration",
@@ -53,10 +52,10 @@ ABOVE |= {
     for name in LOWER_LAYERS
 }
 OF_ONE_RUNTIME = {
-    "onnxruntime": ("nmexport.runtimes", "nmexport.bench", "nmexport.cuda_bench"),
-    "tensorrt": ("nmexport.runtimes", "nmexport.engines", "nmexport.bench"),
-    "tensorrt_rtx": ("nmexport.runtimes", "nmexport.engines", "nmexport.bench"),
-    "polygraphy": ("nmexport.engines",),
+    "onnxruntime": ("nmexport.runtimes", "nmexport.bench"),
+    "tensorrt": ("nmexport.runtimes",),
+    "tensorrt_rtx": ("nmexport.runtimes",),
+    "polygraphy": ("nmexport.runtimes.tensorrt",),
 }
 
 

@@ -247,7 +247,7 @@ def _made(
         learning: Names the checkpoint.
     """
     from nmexport.calibration import derivation
-    from nmexport.calibration.passes import gather_errors
+    from nmexport.calibration.forward_passes import gather_errors
 
     seed = given.inputs.recipe.seed
     derived = derivation.derive(
@@ -282,7 +282,7 @@ def _made(
 def _given(inputs: StageInputs) -> _Given:
     from nmexport.allocation.sites import input_sites
     from nmexport.calibration.derivation import with_sensitivities
-    from nmexport.calibration.passes import on_best_device
+    from nmexport.calibration.forward_passes import on_best_device
     from nmexport.models.offload import check_layerwise, is_placed, open_dense
     from nmexport.sparsity.quantisation import scale_groups
     from nmexport.sparsity.targets import linears_of, select_targets
