@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 from nmexport.cli.figures import show_report
 from nmexport.cli.output import console, emit_json, size, table, wants_json
 from nmexport.errors import EnvironmentFault, GateFailed
-from nmexport.inspect.estimate import estimate
-from nmexport.pipeline import StageRefused
 from nmexport.progress import duration
 from nmexport.store.artifact import KEY_CHARS
 
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
     import click
 
     from nmexport.inspect.estimate import Estimate
-    from nmexport.pipeline import Pipeline, Selection, Step
+    from nmexport.pipeline import Pipeline, Selection, StageRefused, Step
 
 _NOT_RUN = {"cached": "up to date", "refused": "refused"}
 
@@ -30,6 +28,8 @@ def run(ctx: click.Context, pipeline: Pipeline, selection: Selection) -> None:
     Raises:
         GateFailed: if the verification's verdict is `fail`; after everything was shown.
     """
+    from nmexport.pipeline import StageRefused
+
     refusal: StageRefused | None = None
     _check_room(pipeline, selection)
     try:
@@ -61,6 +61,8 @@ def _check_room(pipeline: Pipeline, selection: Selection) -> None:
     Raises:
         EnvironmentFault: if the disk has too little room for all of them.
     """
+    from nmexport.inspect.estimate import estimate
+
     steps = pipeline.plan(selection)
     if all(step.action == "cached" for step in steps):
         return
@@ -85,6 +87,8 @@ def _in_words(expected: Estimate, pipeline: Pipeline) -> str:
 
 def show_plan(ctx: click.Context, pipeline: Pipeline, selection: Selection) -> None:
     """Say what is cached, what runs and why, and what it will take."""
+    from nmexport.inspect.estimate import estimate
+
     steps = pipeline.plan(selection)
     expected = estimate(pipeline.recipe, pipeline.source, steps, pipeline.work.root)
     if wants_json(ctx):
