@@ -11,8 +11,8 @@ from nmexport.allocation.allocate import prepare
 from nmexport.allocation.candidates import before_learning
 from nmexport.allocation.choice import Allocation, as_dict
 from nmexport.allocation.probe import spread_windows
+from nmexport.calibration.forward_passes import gather_channel_statistics
 from nmexport.calibration.method import constants_of
-from nmexport.calibration.passes import gather_channel_statistics
 from nmexport.calibration.sites import concatenated_weight
 from nmexport.errors import PatternError, RecipeError
 from nmexport.models.loader import load_model

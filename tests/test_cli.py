@@ -501,9 +501,7 @@ def test_bench_engines(fakes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -
         "sparse": side,
         "speedup": {"prefill": 1.0, "decode": 1.5},
     }
-    monkeypatch.setattr(
-        "nmexport.verification.latency.bench_engines", lambda work, **options: latency
-    )
+    monkeypatch.setattr("nmexport.bench.engines.bench_engines", lambda work, **options: latency)
     run("build", "--model", "some/model", "--work", "w")
     assert "1.50x in decode" in run("bench", "engines", "--work", "w").stdout
     assert json.loads(run("bench", "engines", "--work", "w", "--json").stdout)["latency"] == latency

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from nmexport.calibration.corpus import evaluation_windows, load_samples
+from nmexport.calibration.forward_passes import gather_channel_statistics
 from nmexport.calibration.method import behaviour_of, constants_of
-from nmexport.calibration.passes import gather_channel_statistics
 from nmexport.models.loader import load_model, load_tokenizer
 from nmexport.models.source import packaged_gguf, resolve
 from nmexport.models.swap import replace_linears

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nmexport.calibration.passes import _hooked
+from nmexport.calibration.forward_passes import _hooked
 from nmexport.errors import ModelError
 from nmexport.models.swap import swapped
 from nmexport.sparsity.targets import _decoder_layers

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nmexport.calibration.passes import _hooked, run_samples
+from nmexport.calibration.forward_passes import _hooked, run_samples
 from nmexport.sparsity.linear import selection, shift_of
 from nmexport.sparsity.mask import scores_of
 

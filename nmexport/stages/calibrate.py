@@ -130,7 +130,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     """
     import torch
 
-    from nmexport.calibration.passes import gather_channel_statistics, on_best_device
+    from nmexport.calibration.forward_passes import gather_channel_statistics, on_best_device
     from nmexport.models.loader import load_tokenizer
     from nmexport.models.offload import check_layerwise, is_placed, open_dense
     from nmexport.sparsity.targets import linears_of, select_targets

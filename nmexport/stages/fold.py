@@ -191,7 +191,7 @@ def _made(
         learning: Names the checkpoint.
     """
     from nmexport.calibration import derivation
-    from nmexport.calibration.passes import gather_errors
+    from nmexport.calibration.forward_passes import gather_errors
 
     seed = given.inputs.recipe.seed
     derived = derivation.derive(
@@ -225,7 +225,7 @@ def _made(
 
 def _given(inputs: StageInputs) -> _Given:
     from nmexport.calibration.derivation import with_sensitivities
-    from nmexport.calibration.passes import on_best_device
+    from nmexport.calibration.forward_passes import on_best_device
     from nmexport.calibration.sites import input_sites
     from nmexport.models.offload import check_layerwise, is_placed, open_dense
     from nmexport.sparsity.quantisation import scale_groups
