@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from nmexport.allocation.sites import concatenated_weight, input_sites
 from nmexport.calibration import derivation
 from nmexport.calibration.forward_passes import gather_channel_statistics
+from nmexport.calibration.sites import concatenated_weight, input_sites
 from nmexport.errors import ModelError
 from nmexport.models.loader import load_model
 from nmexport.models.source import resolve

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nmexport.allocation.sites import concatenated_weight
+from nmexport.calibration.method import behaviour_of, constants_of
 from nmexport.calibration.sensitivity import gather_sensitivities
+from nmexport.calibration.sites import concatenated_weight
 from nmexport.errors import ModelError
 from nmexport.sparsity.criterion import CRITERIA
-from nmexport.sparsity.method import behaviour_of, constants_of
 from nmexport.sparsity.remainder import rank_within, remainder_of
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from nmexport.allocation.sites import Site
+    from nmexport.calibration.sites import Site
     from nmexport.progress import Progress
     from nmexport.recipe import SparsitySection
     from nmexport.sparsity.linear import Behaviour, Constants
