@@ -305,7 +305,7 @@ _RECIPE_OPTIONS = (
         "--grouping",
         "sparsity.grouping",
         "Which channels compete: neighbours, or those of a permutation.",
-        metavar="consecutive|random|balanced|exchange",
+        metavar="consecutive|random|balanced",
     ),
     click.option(
         "--targets",
