@@ -7,7 +7,7 @@ import onnx
 import pytest
 import torch
 from nmexport import oracle
-from nmexport.sparsity.linear import Behaviour, FoldedLinear
+from nmexport.sparsity.linear import Behaviour, SparseLinear
 from nmexport.sparsity.pattern import NMPattern
 
 from tests.op_cases import (
@@ -53,7 +53,7 @@ def run_torch(case: LinearCase):
         phase=attributes.get("phase", "all"),
     )
     tensors = {name: tensor_from(array) for name, array in case.arrays.items()}
-    module = FoldedLinear.from_tensors(behaviour, tensors)
+    module = SparseLinear(behaviour, tensors)
     with torch.no_grad():
         return array_from(module(tensor_from(case.x)))
 

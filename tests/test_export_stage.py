@@ -21,7 +21,8 @@ from nmexport.models.source import resolve
 from nmexport.models.tracing import cache_shapes
 from nmexport.progress import Silent
 from nmexport.recipe import GatesSection, ModelSection, Recipe
-from nmexport.sparsity.linear import Behaviour, Constants, fold
+from nmexport.sparsity.fold import fold
+from nmexport.sparsity.linear import Behaviour, Constants, SparseLinear
 from nmexport.sparsity.remainder import remainder_of
 from nmexport.stages import export, verify
 from nmexport.stages.inputs import StageInputs
@@ -175,12 +176,11 @@ def test_artifact(run: SimpleNamespace, tmp_path: Path) -> None:
 def test_all_constants_arrive(run: SimpleNamespace) -> None:
     """Shifts, scales and orders change the result, and it is torch's."""
     from nmexport.models.swap import replace_linears
-    from nmexport.sparsity.linear import FoldedLinear
 
     model = load(run.inputs.source.folder)
     behaviour = Behaviour(pattern=PATTERN)
     stand_ins = {
-        name: FoldedLinear(
+        name: SparseLinear(
             behaviour, **fold(linear, behaviour, constants_for(linear), dtype=torch.float32)
         )
         for name, linear in linears_of(model).items()

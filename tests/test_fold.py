@@ -19,7 +19,7 @@ from nmexport.models.source import resolve
 from nmexport.models.swap import replace_linears
 from nmexport.progress import Silent
 from nmexport.recipe import Recipe
-from nmexport.sparsity.linear import Behaviour, FoldedLinear
+from nmexport.sparsity.linear import Behaviour, SparseLinear
 from nmexport.sparsity.targets import linears_of
 from nmexport.stages import calibrate, fold
 from nmexport.stages.inputs import StageInputs
@@ -182,7 +182,7 @@ def test_folded_layers_run_in_the_model(
             variance_correction=spec.variance_correction,
             phase=spec.phase,
         )
-        modules[spec.name] = FoldedLinear.from_tensors(behaviour, tensors)
+        modules[spec.name] = SparseLinear(behaviour, tensors)
     model = load_model(resolve(recipe.model))
     tokens = calibrate.Artifact(calibration).samples()
     with torch.no_grad():
@@ -323,9 +323,7 @@ def kl_of_folded(recipe: Recipe, artifact: fold.Artifact, windows: torch.Tensor)
         replace_linears(
             model,
             {
-                spec.name: FoldedLinear.from_tensors(
-                    Behaviour(pattern=spec.nm), artifact.tensors(spec.name)
-                )
+                spec.name: SparseLinear(Behaviour(pattern=spec.nm), artifact.tensors(spec.name))
                 for spec in artifact.layers
             },
         )

@@ -446,28 +446,22 @@ def _folded(given: _Given, made: _Made, name: str) -> dict[str, torch.Tensor]:
     """Tensors of one linear, as they are written; folding is the same everywhere: on the CPU."""
     import torch
 
-    from nmexport.sparsity.learned import fold_learned
-    from nmexport.sparsity.linear import fold
+    from nmexport.sparsity.fold import NOTHING_LEARNED, fold
     from nmexport.sparsity.quantisation import quantised
 
     section = given.inputs.recipe.model
-    dtype, one = getattr(torch, section.dtype), made.derived[name]
-    with given.loaded(given.linears[name]) as loaded:
-        linear = _on_cpu(loaded)
-        if made.learned is None:
-            folded = fold(linear, one.behaviour, one.constants, dtype=dtype)
-        else:
-            corrections = made.learned.corrections[name]
-            folded = fold_learned(linear, one.behaviour, one.constants, corrections, dtype=dtype)
+    derived = made.derived[name]
+    corrections = NOTHING_LEARNED if made.learned is None else made.learned.corrections[name]
+    with given.loaded(given.linears[name]) as linear:
+        folded = fold(
+            linear,
+            derived.behaviour,
+            derived.constants,
+            corrections,
+            dtype=getattr(torch, section.dtype),
+        )
     _check_finite(name, folded, section.dtype)
     return quantised(folded, section.weights, name=name)
-
-
-def _on_cpu(linear: nn.Linear) -> nn.Linear:
-    """The linear itself, or a copy of one that is elsewhere."""
-    from copy import deepcopy
-
-    return linear if linear.weight.device.type == "cpu" else deepcopy(linear).to("cpu")
 
 
 def _write_tensors(given: _Given, made: _Made) -> None:
