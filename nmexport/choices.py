@@ -8,7 +8,7 @@ Criterion = Literal["act", "wina", "clact", "amber", "fisher"]
 Mitigation = Literal[
     "d-pts", "s-pts", "l-pts", "var", "s-var", "ls", "gain", "bias", "low-rank", "r-sparse"
 ]
-Grouping = Literal["consecutive", "random", "balanced", "exchange"]
+Grouping = Literal["consecutive", "random", "balanced"]
 Effort = Literal["fast", "standard", "thorough"]
 Offload = Literal["auto", "never", "layerwise"]
 Phases = Literal["all", "prefill", "decode"]

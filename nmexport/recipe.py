@@ -135,7 +135,7 @@ class SparsitySection(_Strict):
     criterion: Criterion = "fisher"
     phases: Phases = "all"
     mitigations: tuple[Mitigation, ...] = Field(default_factory=_default_mitigations)
-    grouping: Grouping = "exchange"
+    grouping: Grouping = "balanced"
     targets: TargetsSection = TargetsSection()
     effort: Effort = "standard"
     """How long learned mitigations learn, and how much text the model writes for that alone."""
@@ -218,8 +218,7 @@ class CorpusSection(_Strict):
     learning_samples: int = Field(default=384, ge=0)
     """Further samples of a named corpus, as many as there are, for learned constants alone."""
     offload: Offload = "auto"
-    """Whether a model that does not fit into memory is run layer by layer. It changes no result but
-    the orders of grouping `exchange`, which are then searched on the dense model's activations."""
+    """Whether a model that does not fit into memory is run layer by layer. It changes no result."""
 
 
 class EvaluationSection(_Strict):
@@ -470,6 +469,11 @@ _KINDS = {
     "model_type": "a section of keys",
     "dict_type": "a section of keys",
 }
+# What became of choices that older recipes may name.
+_REMOVED = {
+    ("sparsity.grouping", "exchange"): "use balanced: the search by exchange was removed, as it "
+    "gains nothing once constants are learned",
+}
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 
 
@@ -516,10 +520,11 @@ def _explained(
             return RecipeError(f"{where} is missing.", allowed=f"{dotted}: VALUE")
         case "literal_error":
             choices = _literal_choices(problem)
+            value = str(problem["input"])
             return RecipeError(
                 f"{where} cannot be {given}.",
                 allowed=_joined(choices),
-                fix=_nearest(str(problem["input"]), choices),
+                fix=_REMOVED.get((dotted, value)) or _nearest(value, choices),
             )
         case kind:
             return RecipeError(f"{where} cannot be {given}.", allowed=_allowed(kind, problem))

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from nmexport.cli.output import console, emit_json, json_option, table, verbose_option, wants_json
-from nmexport.cli.verb import VerbFamily
+from nmexport.cli.verb import VerbFamily, Words, recipe_names
 
 
 @click.group("recipes", cls=VerbFamily)

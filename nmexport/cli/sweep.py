@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 _ROOT = Path("nmexport-work")
 
 
+def _sweep_names() -> list[str]:
+    from nmexport.sweep.plan import names
+
+    return names()
+
+
 @click.command(
     "sweep", cls=Verb, short_help="Measure patterns, criteria, models and baselines side by side."
 )
