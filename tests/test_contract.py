@@ -10,6 +10,7 @@ import pytest
 from nmexport import oracle
 from nmexport.errors import ArtifactError, InternalError
 from nmexport.graph import contract as contract_module
+from nmexport.graph import cpu
 from nmexport.graph.contract import (
     attribute_values,
     check_node,
@@ -20,7 +21,6 @@ from nmexport.graph.contract import (
     violations,
 )
 from nmexport.resources import resource_path
-from nmexport.runtimes import onnxruntime_bfloat16
 from nmexport.sparsity import quantisation
 from nmexport.sparsity.pattern import MAX_GROUP
 from nmexport.store import layers
@@ -75,7 +75,7 @@ def test_the_oracle_and_the_pattern_say_what_the_contract_says():
     assert contract.tolerance.float32_rtol_per_sqrt_k == oracle.FLOAT32_RTOL_PER_SQRT_K
     assert contract.tolerance.half_ulps == oracle.HALF_ULPS
     assert contract.max_group == MAX_GROUP
-    assert contract.opset_version == onnxruntime_bfloat16._OPSET
+    assert contract.opset_version == cpu._OPSET
     for op in contract.ops.values():
         for name in ("n", "m"):
             attribute = op.attribute(name)

@@ -266,7 +266,7 @@ def test_refusals_come_before_the_work(tiny_llama: Path, tmp_path: Path) -> None
 def test_scales_that_do_not_fit_are_refused_before_anything_is_learned(
     tiny_llama: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fold, "_learned", lambda *_: pytest.fail("it learned first"))
+    monkeypatch.setattr(sparse_constants, "learn", lambda *_, **__: pytest.fail("it learned first"))
     recipe = recipe_of(tiny_llama, model={"weights": "int8:128"})
     with pytest.raises(RecipeError, match=r"q_proj: its 64 channels are no multiple of 128"):
         folded(recipe, tmp_path, calibration)
@@ -389,12 +389,12 @@ def test_what_learning_wins_back_is_spent_where_it_counts(
     assert counted.decode_speedup > plain.decode_speedup
 
 
-@pytest.mark.parametrize(("used", "said"), [(0.4, "1.100 as built"), (1.2, "breaks the budget")])
+@pytest.mark.parametrize(("used", "said"), [(0.4, "1.100 as built"), (1.2, "budget exceeded")])
 def test_what_became_of_a_choice_is_said(used: float, said: str) -> None:
     allocation = replace(
         sample_allocation(), built=Built(kl=0.1, perplexity_ratio=1.1, budget_used=used)
     )
-    words = fold._came_to(allocation)
+    words = fold._summary(allocation)
     assert words.startswith("38% of the bytes saved: perplexity ratio 1.147 as chosen, ")
     assert words.endswith(said)
 
