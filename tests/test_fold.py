@@ -11,7 +11,7 @@ import pytest
 import torch
 from nmexport.allocation.choice import Built, read_allocation
 from nmexport.allocation.probe import spread_windows
-from nmexport.calibration import effort, learning
+from nmexport.calibration import effort, learning, sparse_constants
 from nmexport.environment import Environment
 from nmexport.errors import ArtifactError, CorpusError, ModelError, PatternError, RecipeError
 from nmexport.models.loader import load_model
