@@ -132,6 +132,26 @@ def linear_case(
     )
 
 
+@st.composite
+def linear_calls(draw: st.DrawFn) -> LinearCase:
+    """A random call with an order and any of the inputs and attributes that go together."""
+    n, m = draw(st.sampled_from(PATTERNS))
+    shift = draw(st.sampled_from([(), ("shift",), ("shift_weight",)]))
+    more = draw(st.sets(st.sampled_from(("bias", "score_scale", "value_scale"))))
+    return linear_case(
+        shape=(draw(st.integers(1, 3)), 3 * m),
+        out_features=5,
+        dtype=draw(st.sampled_from(TYPES)),
+        optional=(*shift, *sorted(more), "channel_order"),
+        dynamic_shift=int("shift_weight" in shift),
+        variance_correction=draw(st.integers(0, 1)),
+        phase=draw(st.sampled_from(("all", "prefill", "decode"))),
+        n=n,
+        m=m,
+        seed=draw(st.integers(0, 1000)),
+    )
+
+
 def linear_node(present: set[str], **attributes: Any) -> onnx.NodeProto:
     """An NMLinear node with the inputs named in `present` besides X."""
     return _node("NMLinear", _LINEAR_INPUTS, present, attributes)

@@ -246,28 +246,7 @@ def test_linear_equals_brute_force(dtype, shift, variance_correction, phase, seq
             assert given_[batch, position] == pytest.approx(expected, rel=1e-11, abs=1e-12)
 
 
-@st.composite
-def linear_calls(draw):
-    """A random NMLinear call with any of the inputs and attributes that go together."""
-    n, m = draw(patterns)
-    shift = draw(st.sampled_from(SHIFTS))
-    names = ("bias", "score_scale", "value_scale")
-    given = draw(st.sets(st.sampled_from(names)))
-    return op_cases.linear_case(
-        shape=(draw(st.integers(1, 3)), 3 * m),
-        out_features=5,
-        dtype=draw(types),
-        optional=(*shift.get("optional", ()), *sorted(given), "channel_order"),
-        dynamic_shift=shift.get("dynamic_shift", 0),
-        variance_correction=draw(st.integers(0, 1)),
-        phase=draw(st.sampled_from(oracle.PHASES)),
-        n=n,
-        m=m,
-        seed=draw(st.integers(0, 1000)),
-    )
-
-
-@given(linear_calls(), st.booleans())
+@given(op_cases.linear_calls(), st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_an_order_means_the_gathered_input(case, ties):
     """By definition, bit for bit; ties among the scores go by gathered position as well."""
@@ -290,7 +269,7 @@ def test_ties_of_a_linear_go_by_gathered_position():
     assert np.flatnonzero(result.value).tolist() == [0, 1]  # rows of W lie in gathered order
 
 
-@given(linear_calls())
+@given(op_cases.linear_calls())
 @settings(max_examples=30, deadline=None)
 def test_a_value_scale_is_a_scale_of_the_rows(case):
     """The mask and nu do not see it: the same product comes from scaled rows of W."""
