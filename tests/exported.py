@@ -34,6 +34,8 @@ class Exported:
     folder: Path
     dense: PreTrainedModel
     sparse: PreTrainedModel
+    tensors: Mapping[str, Mapping[str, torch.Tensor]]
+    """Inputs of each op, by the name of the linear."""
 
     @property
     def model(self) -> Path:
@@ -98,7 +100,7 @@ def export_folder(
     replace_linears(
         sparse, {name: SparseLinear(behaviour, tensors) for name, tensors in folded.items()}
     )
-    return Exported(output, dense, sparse)
+    return Exported(output, dense, sparse, folded)
 
 
 def onnx_logits(
