@@ -514,7 +514,7 @@ def _calibration(inputs: StageInputs) -> dict[str, Any]:
 
 def _allocation(inputs: StageInputs) -> dict[str, Any] | None:
     """The report's `allocation`; None where the recipe sets no budget."""
-    from nmexport.allocation.choice import as_dict, read_allocation
+    from nmexport.store.allocation import as_dict, read_allocation
 
     allocation = read_allocation(inputs.upstream["fold"])
     return None if allocation is None else as_dict(allocation)
