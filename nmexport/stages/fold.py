@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from nmexport.calibration.checkpoint import Checkpoint
     from nmexport.calibration.corpus import TokenIds
     from nmexport.calibration.derivation import Derived
+    from nmexport.calibration.grouping_distance import GroupingDistance
     from nmexport.calibration.learning import Learned
     from nmexport.calibration.local_error import ErrorObserver
-    from nmexport.calibration.order_search import GroupingDistance
     from nmexport.calibration.sites import Site
     from nmexport.models.layerwise import LayerwiseModel
     from nmexport.recipe import SparsitySection
@@ -45,8 +45,6 @@ UPSTREAM: tuple[str, ...] = ("calibrate",)
 # Local errors and the static variance correction need few tokens: one number a layer.
 ERROR_SAMPLES = 4
 SENSITIVITY_SAMPLES = 16
-ORDER_SAMPLES = 24
-# Of the last samples: not those that orders were searched on.
 DISTANCE_SAMPLES = 2
 Artifact = FoldedModel
 
@@ -86,7 +84,6 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
     Raises:
         RecipeError: if the mitigations do not go together, or not with a budget: said before
             anything runs.
-        ModelError: if a model is to run layer by layer whose format does not allow it.
     """
     recipe = inputs.recipe
     mitigations = recipe.sparsity.mitigations
@@ -102,9 +99,8 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
         "weights": recipe.model.weights,
         "sparsity": recipe.sparsity.model_dump(mode="json"),
         "allocation": _allocation_key(recipe.allocation),
-        "placement": _placement(inputs),
         "seed": recipe.seed,
-        "samples": [ERROR_SAMPLES, SENSITIVITY_SAMPLES, ORDER_SAMPLES],
+        "samples": [ERROR_SAMPLES, SENSITIVITY_SAMPLES],
         "learning": None if settings is None else asdict(settings),
         "versions": {"torch": inputs.environment.version("torch")},
     }
@@ -197,16 +193,6 @@ def _made(
     derived = derivation.derive(
         given.sites, given.linears, given.statistics, sections, seed=seed, loaded=given.loaded
     )
-    derived, _ = derivation.with_searched_orders(
-        given.model,
-        given.sites,
-        given.linears,
-        derived,
-        given.samples[:ORDER_SAMPLES],
-        progress=given.inputs.progress,
-        seed=seed,
-        layerwise=given.layerwise,
-    )
     derived = derivation.with_remainders(derived, given.linears, seed=seed, loaded=given.loaded)
     errors = gather_errors(
         given.model,
@@ -283,26 +269,6 @@ def _check_reached(
         )
 
 
-def _placement(inputs: StageInputs) -> str | None:
-    """How the model runs, where bytes depend on it: orders are searched on what linears meet.
-
-    Layer by layer, that is the dense model's activations: see `derivation.with_searched_orders`.
-    """
-    from nmexport.models.offload import needs_whole, runs_layerwise
-
-    recipe = inputs.recipe
-    if recipe.sparsity.grouping != "exchange":
-        return None
-    if needs_whole(recipe):
-        return "whole"  # or refused
-    layered = runs_layerwise(
-        inputs.source,
-        trust_remote_code=recipe.model.trust_remote_code,
-        offload=recipe.calibration.offload,
-    )
-    return "layerwise" if layered else "whole"
-
-
 def _allocation_key(section: Any) -> dict[str, Any] | None:
     """Nothing of it matters without a budget."""
     return section.model_dump(mode="json") if section.budget.limits() else None
@@ -371,7 +337,7 @@ def _with_static_variance(
 
 def _distances(given: _Given, derived: Mapping[str, Derived]) -> dict[str, GroupingDistance]:
     """How close each order comes to unstructured selection; of consecutive groups, nothing."""
-    from nmexport.calibration.order_search import grouping_distances
+    from nmexport.calibration.grouping_distance import grouping_distances
 
     ordered = {
         name: one for name, one in derived.items() if one.constants.channel_order is not None
