@@ -18,7 +18,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from nmexport import __version__
-from nmexport.artifact import (
+from nmexport.errors import ArtifactError, RecipeError
+from nmexport.progress import peak_rss_bytes, reset_peak_rss
+from nmexport.recipe import dump
+from nmexport.stages.inputs import StageInputs
+from nmexport.store.artifact import (
     KEY_CHARS,
     RECIPE,
     SCHEMA,
@@ -30,10 +34,6 @@ from nmexport.artifact import (
     plain,
     record_files,
 )
-from nmexport.errors import ArtifactError, RecipeError
-from nmexport.progress import peak_rss_bytes, reset_peak_rss
-from nmexport.recipe import dump
-from nmexport.stages.inputs import StageInputs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from nmexport.models.source import ModelSource
     from nmexport.progress import Progress
     from nmexport.recipe import Recipe
-    from nmexport.work_directory import WorkDirectory
+    from nmexport.store.work_directory import WorkDirectory
 
 STAGES: Mapping[str, str] = MappingProxyType(
     {

@@ -23,9 +23,9 @@ from nmexport.runtimes.onnxruntime_bfloat16 import widened
 from nmexport.sparsity.linear import Behaviour
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.stages import package, verify
+from nmexport.store.work_directory import WorkDirectory
 from nmexport.verification import audit, op_parity
 from nmexport.verification.reference import TorchSession, array_from
-from nmexport.work_directory import WorkDirectory
 from onnx import TensorProto
 
 from tests.exported import PATTERN, Exported, export_folder, load, specs_of, torch_logits

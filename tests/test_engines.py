@@ -35,7 +35,7 @@ from nmexport.runtimes import opening, tensorrt_engine, tensorrt_library
 from nmexport.serving import triton_config
 from nmexport.stages import engine
 from nmexport.stages.inputs import StageInputs
-from nmexport.work_directory import WorkDirectory
+from nmexport.store.work_directory import WorkDirectory
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.exported import export_folder

@@ -24,7 +24,7 @@ from nmexport.sparsity.linear import Behaviour, FoldedLinear
 from nmexport.sparsity.targets import linears_of
 from nmexport.stages import calibrate, fold
 from nmexport.stages.inputs import StageInputs
-from nmexport.tensors import ShardedWriter, TensorReader, load_tensors
+from nmexport.store.tensors import ShardedWriter, TensorReader, load_tensors
 
 from tests.sample_allocation import sample_allocation
 from tests.tiny import save_tiny_model

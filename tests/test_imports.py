@@ -27,8 +27,9 @@ FORBIDDEN = {
     "nmexport.graph": ("torch", "transformers", "onnxruntime", "nmexport.models"),
     "nmexport.oracle": ("torch", "onnx", "onnxruntime", "nmexport.graph"),
     "nmexport.runtimes": ("torch", "transformers", "nmexport.graph", "nmexport.verification"),
+    "nmexport.generation": ("torch", "nmexport.serving", "nmexport.verification"),
     "nmexport.errors": ("nmexport",),
-    "nmexport.layers": ("torch", "onnx", "numpy"),
+    "nmexport.store.layers": ("torch", "onnx", "numpy"),
 }
 # Every layer -> the layers above it, which it must not know.
 ABOVE = {

@@ -29,11 +29,11 @@ from nmexport.pipeline import Pipeline, Selection
 from nmexport.progress import Silent
 from nmexport.recipe import ModelSection
 from nmexport.recipe import resolve as resolve_recipe
-from nmexport.scratch import scratch_array
 from nmexport.sparsity.linear import Behaviour, Constants, FoldedLinear
 from nmexport.sparsity.targets import linears_of
 from nmexport.stages import calibrate
-from nmexport.work_directory import WorkDirectory
+from nmexport.store.scratch import scratch_array
+from nmexport.store.work_directory import WorkDirectory
 
 from tests.exported import PATTERN
 from tests.tiny import FAMILIES, VOCABULARY, save_tiny_model, save_tokenizer

@@ -19,7 +19,6 @@ from types import SimpleNamespace
 import click
 import pytest
 import yaml
-from nmexport.artifact import MANIFEST, read_manifest
 from nmexport.cli import running
 from nmexport.errors import (
     ArtifactError,
@@ -31,6 +30,7 @@ from nmexport.errors import (
 from nmexport.pipeline import STAGES, Selection
 from nmexport.progress import Lines
 from nmexport.recipe import load
+from nmexport.store.artifact import MANIFEST, read_manifest
 
 from tests.fake_stages import ORDER, fake_pipeline, fake_stages
 
@@ -263,7 +263,8 @@ def test_build_that_does_not_fit_the_disk_is_refused_before_its_first_stage(
     log: list[str] = []
     pipeline = fake_pipeline(tmp_path / "w", fake_stages(log))
     context = click.Context(click.Command("build"))
-    monkeypatch.setattr("nmexport.estimate.shutil.disk_usage", lambda _: SimpleNamespace(free=9))
+    disk = "nmexport.inspect.estimate.shutil.disk_usage"
+    monkeypatch.setattr(disk, lambda _: SimpleNamespace(free=9))
     with pytest.raises(EnvironmentFault, match="9 B are free") as caught:
         running.run(context, pipeline, EVERYTHING)
     assert "--no-dense-baseline" in str(caught.value)

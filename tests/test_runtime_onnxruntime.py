@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from nmexport.artifact import file_digest
 from nmexport.errors import ArtifactError, EnvironmentFault
 from nmexport.runtimes import onnxruntime as runtime
 from nmexport.runtimes.feeds import positions_from_mask
@@ -20,6 +19,7 @@ from nmexport.runtimes.onnxruntime import (
     engine_library,
     read_engine,
 )
+from nmexport.store.artifact import file_digest
 from onnx import TensorProto
 
 from tests.toy_lm import VOCABULARY, expected_logits, save_toy_lm

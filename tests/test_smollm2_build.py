@@ -154,7 +154,7 @@ def request_of(index: int) -> dict[str, Any]:
 
 
 def test_the_package_serves_what_generate_writes(work: Path, tmp_path: Path) -> None:
-    from nmexport.generation import generate
+    from nmexport.generation.loop import generate
     from nmexport.serving import client, launch
 
     from tests.served import require_tritonserver, triton

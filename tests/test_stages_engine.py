@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from nmexport.artifact import file_digest
 from nmexport.engines import requirements
 from nmexport.environment import probe
 from nmexport.errors import ArtifactError, EnvironmentFault, GateFailed
@@ -32,8 +31,9 @@ from nmexport.runtimes.onnxruntime import OrtSession
 from nmexport.serving.triton_config import from_text
 from nmexport.stages import engine, package, verify
 from nmexport.stages.inputs import StageInputs
+from nmexport.store.artifact import file_digest
+from nmexport.store.work_directory import WorkDirectory
 from nmexport.verification.memory import artifact_bytes
-from nmexport.work_directory import WorkDirectory
 from onnx import TensorProto
 
 from tests.test_report import FIXED, assert_has_keys

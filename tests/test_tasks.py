@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from nmexport.errors import EnvironmentFault, RecipeError, UserError
-from nmexport.generation import load_tokenizer
+from nmexport.generation.loop import load_tokenizer
 from nmexport.progress import Silent
 from nmexport.recipe import EvaluationSection
 from nmexport.runtimes import native

@@ -12,9 +12,9 @@ import onnx
 import pytest
 from nmexport.errors import ArtifactError
 from nmexport.graph.functions import function_protos_for
-from nmexport.layers import LayerSpec
 from nmexport.oracle import nm_prune
 from nmexport.progress import peak_rss_bytes
+from nmexport.store.layers import LayerSpec
 from nmexport.verification import audit, memory
 from nmexport.verification.reference import TorchSession
 from onnx import TensorProto, helper, numpy_helper

@@ -43,7 +43,7 @@ def engines_command(
     warmup: int,
 ) -> None:
     """Time the dense and the sparse engine of a work directory."""
-    from nmexport.generation import bench_engines
+    from nmexport.verification.latency import bench_engines
 
     work = request(ctx).existing_work()
     work.require("engine")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     import click
 
-    from nmexport.estimate import Estimate
+    from nmexport.inspect.estimate import Estimate
     from nmexport.pipeline import Pipeline, Selection, Step
 
 
@@ -55,7 +55,7 @@ def _check_room(pipeline: Pipeline, selection: Selection) -> None:
     Raises:
         EnvironmentFault: if the disk has too little room for all of them.
     """
-    from nmexport.estimate import estimate
+    from nmexport.inspect.estimate import estimate
 
     steps = pipeline.plan(selection)
     if all(step.action == "cached" for step in steps):
@@ -81,7 +81,7 @@ def _in_words(expected: Estimate, pipeline: Pipeline) -> str:
 
 def show_plan(ctx: click.Context, pipeline: Pipeline, selection: Selection) -> None:
     """Say what is cached, what runs and why, and what it will take."""
-    from nmexport.estimate import estimate
+    from nmexport.inspect.estimate import estimate
 
     steps = pipeline.plan(selection)
     expected = estimate(pipeline.recipe, pipeline.source, steps, pipeline.work.root)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from nmexport.artifact import file_digest
 from nmexport.engines import building, layer_audit, requirements, weight_copies
 from nmexport.engines.profiles import PROFILES, limits_from, profiles_for
 from nmexport.engines.timing_cache import timing_cache_path
@@ -25,6 +24,7 @@ from nmexport.runtimes.tensorrt_engine import (
     PluginRecord,
     TensorRTEngine,
 )
+from nmexport.store.artifact import file_digest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from nmexport.layers import LayerSpec
+    from nmexport.store.layers import LayerSpec
 
 LAYER_ATTRIBUTE = "layer"
 """Attribute of a traced NMLinear node that holds the dotted name of its linear."""

@@ -21,8 +21,8 @@ from torch import nn
 from nmexport.errors import ArtifactError, ModelError
 from nmexport.models.last_logits import last_logits
 from nmexport.models.swap import swapped
-from nmexport.scratch import scratch_array
-from nmexport.tensors import TensorReader
+from nmexport.store.scratch import scratch_array
+from nmexport.store.tensors import TensorReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 import numpy as np
 
 import onnxruntime
-from nmexport.artifact import file_digest
 from nmexport.environment import free_memory, physical_cores
 from nmexport.errors import ArtifactError, EnvironmentFault
 from nmexport.runtimes.feeds import float32_from, positions_from_mask
 from nmexport.runtimes.model_types import needs_widening
 from nmexport.runtimes.native import HUGE_PAGES_ENTRY, THREADS_ENTRY
 from nmexport.runtimes.session import Closing, Limits
+from nmexport.store.artifact import file_digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

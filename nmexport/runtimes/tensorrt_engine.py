@@ -6,9 +6,9 @@ import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from nmexport.artifact import file_digest
 from nmexport.errors import ArtifactError, EnvironmentFault
 from nmexport.runtimes import tensorrt_library
+from nmexport.store.artifact import file_digest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

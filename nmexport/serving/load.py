@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nmexport.generation.options import GenerationOptions
 from nmexport.serving import metrics as names
 from nmexport.serving.http_load import Ask, drive
-from nmexport.serving.options import GenerationOptions
 from nmexport.serving.scheduler import Limits, Scheduler
 from nmexport.serving.soak import text_of
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from nmexport.generation.tokenizer import ServingTokenizer
     from nmexport.progress import Progress
     from nmexport.runtimes.session import Extendable
     from nmexport.serving.scheduler import Outcome, Usage
-    from nmexport.serving.tokenizer import ServingTokenizer
 
 SIDES = ("dense", "sparse")
 THROUGH = "sparse through Triton"
@@ -152,8 +152,8 @@ def bench_serve(
         EnvironmentFault: if the engine needs a native library that is missing here.
     """
     from nmexport.environment import device_name, probe
+    from nmexport.generation.tokenizer import ServingTokenizer
     from nmexport.runtimes.onnxruntime import OrtSession, read_engine
-    from nmexport.serving.tokenizer import ServingTokenizer
 
     folder = work / "engine" / "current"
     engine = read_engine(folder)

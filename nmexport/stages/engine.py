@@ -15,8 +15,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from nmexport.artifact import file_digest
 from nmexport.errors import ArtifactError, EnvironmentFault, RecipeError
+from nmexport.store.artifact import file_digest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

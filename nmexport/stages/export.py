@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from nmexport.graph.assembly import DenseWeights
-    from nmexport.layers import LayerSpec
     from nmexport.stages.inputs import StageInputs
+    from nmexport.store.layers import LayerSpec
 
 UPSTREAM: tuple[str, ...] = ("fold",)
 

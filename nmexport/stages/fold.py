@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nmexport.calibration.effort import learning_settings
 from nmexport.errors import ModelError
-from nmexport.layers import LayerSpec, read_layers, write_layers
 from nmexport.sparsity.mitigation import check_allocatable, check_combination
 from nmexport.stages import calibrate
+from nmexport.store.layers import LayerSpec, read_layers, write_layers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from nmexport.sparsity.linear import Constants
     from nmexport.sparsity.statistics import ChannelStatistics
     from nmexport.stages.inputs import StageInputs
-    from nmexport.tensors import TensorReader
+    from nmexport.store.tensors import TensorReader
 
 UPSTREAM: tuple[str, ...] = ("calibrate",)
 # Local errors and the static variance correction need few tokens: one number a layer.
@@ -93,7 +93,7 @@ class Artifact:
         Raises:
             ArtifactError: if the file is damaged, or does not hold this linear.
         """
-        from nmexport.tensors import StoredGroup
+        from nmexport.store.tensors import StoredGroup
 
         reader = self._reader
         held = [kind for kind in TENSORS if kind == "W" or f"{name}.{kind}" in reader]
@@ -102,7 +102,7 @@ class Artifact:
     @cached_property
     def _reader(self) -> TensorReader:
         """Of all linears: the index is long, and is read once."""
-        from nmexport.tensors import TensorReader
+        from nmexport.store.tensors import TensorReader
 
         return TensorReader(self.path)
 
@@ -555,7 +555,7 @@ def _on_cpu(linear: nn.Linear) -> nn.Linear:
 
 
 def _write_tensors(given: _Given, made: _Made) -> None:
-    from nmexport.tensors import ShardedWriter
+    from nmexport.store.tensors import ShardedWriter
 
     inputs = given.inputs
     with ShardedWriter(inputs.output) as writer:

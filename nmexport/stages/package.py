@@ -10,9 +10,9 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nmexport.artifact import read_manifest
 from nmexport.errors import ArtifactError, GateFailed
 from nmexport.stages import verify
+from nmexport.store.artifact import read_manifest
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from nmexport.calibration import corpus
 from nmexport.errors import ArtifactError, RecipeError
-from nmexport.layers import model_phases
 from nmexport.stages import fold
 from nmexport.stages.engine import NO_LIBRARY, resolve_target
+from nmexport.store.layers import model_phases
 from nmexport.verification import tasks
 
 if TYPE_CHECKING:
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from nmexport.layers import ModelPhases
     from nmexport.recipe import EvaluationSection, LatencySection, Recipe
     from nmexport.runtimes.onnxruntime import Engine
     from nmexport.runtimes.session import Session
     from nmexport.stages.inputs import StageInputs
+    from nmexport.store.layers import ModelPhases
     from nmexport.verification.accuracy import LateLogits
     from nmexport.verification.reference import TorchSession
 
@@ -362,7 +362,7 @@ def _decoded_together(sparse: Session, windows: NDArray[np.int64]) -> int:
 
 def _tasks(inputs: StageInputs, dense: Session, sparse: Session) -> dict[str, Any]:
     """The report's `accuracy.tasks`, and how they were scored."""
-    from nmexport.generation import load_tokenizer
+    from nmexport.generation.loop import load_tokenizer
 
     suite = tasks.Suite.of(inputs.recipe.evaluation)
     if suite is None:

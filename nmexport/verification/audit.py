@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from nmexport.layers import LayerSpec
+    from nmexport.store.layers import LayerSpec
 
 PROTOCOL = (
     "Counted by the runtime inside the shipped model: each sparsified linear's input, less its "

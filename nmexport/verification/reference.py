@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
-    from nmexport.layers import LayerSpec
     from nmexport.models.source import ModelSource
     from nmexport.recipe import ModelSection
     from nmexport.stages.fold import Artifact as FoldArtifact
+    from nmexport.store.layers import LayerSpec
 
 
 PERTURBATION = 1e-7

@@ -89,7 +89,7 @@ def _memory_of(pid: int) -> dict[str, int]:
 
 def measure(options: argparse.Namespace, more: Sequence[str]) -> dict[str, Any]:
     """Run every stage up to the last one asked for."""
-    from nmexport.estimate import parameter_count
+    from nmexport.inspect.estimate import parameter_count
     from nmexport.models.source import resolve as find
     from nmexport.recipe import ModelSection
 

@@ -145,7 +145,7 @@ def _runs_layerwise(recipe: Recipe, source: ModelSource) -> bool:
 
 def _layerwise_memory(source: ModelSource) -> dict[str, int]:
     """Bytes that calibrate and fold hold where one decoder layer is in memory at a time."""
-    from nmexport.tensors import SHARD_BYTES
+    from nmexport.store.tensors import SHARD_BYTES
 
     parts: dict[str, int] = {}
     widest, largest = 0, 0

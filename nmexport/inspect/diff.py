@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nmexport.description import describe
 from nmexport.errors import UserError
+from nmexport.inspect.describe import describe
 
 if TYPE_CHECKING:
     from pathlib import Path

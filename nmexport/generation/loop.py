@@ -6,15 +6,17 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ArtifactError, UserError
-from nmexport.serving.options import GenerationOptions
-from nmexport.serving.sampling import Sampler
-from nmexport.serving.text import StopFilter, TextStream
+from nmexport.generation.options import GenerationOptions
+from nmexport.generation.sampler import Sampler
+from nmexport.generation.stopping import StopFilter
+from nmexport.generation.text_stream import TextStream
+from nmexport.runtimes.onnxruntime import read_engine
+from nmexport.runtimes.opening import open_session
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
-    from nmexport.progress import Progress
     from nmexport.runtimes.session import Session
 
 
@@ -57,9 +59,6 @@ def generate(
     GenerationOptions(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
     )
-    from nmexport.runtimes.onnxruntime import read_engine
-    from nmexport.runtimes.opening import open_session
-
     engine_folder = work / "engine" / "current"
     folder = read_engine(engine_folder).model.parent
     tokenizer = load_tokenizer(folder)
@@ -175,57 +174,3 @@ def until_stop(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
     rest = kept.flush()
     if rest:
         yield rest
-
-
-def bench_engines(
-    work: Path,
-    *,
-    prefill_tokens: int = 128,
-    decode_context: int = 128,
-    batch: int = 1,
-    runs: int = 30,
-    warmup: int = 3,
-    seed: int = 0,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Time the dense and the sparse model of a work directory, interleaved.
-
-    Args:
-        work: The work directory.
-        prefill_tokens: Tokens of the timed prompt.
-        decode_context: Tokens in the cache of the timed decode step.
-        batch: Sequences of the timed decode step.
-        runs: Counted runs of each model and phase.
-        warmup: Uncounted runs before.
-        seed: Of the random tokens.
-        progress: Where to count.
-
-    Returns:
-        The report's `latency`.
-
-    Raises:
-        ArtifactError: if the work directory holds no engine, or one that cannot be opened.
-        EnvironmentFault: if the engine needs a native library that is missing here.
-    """
-    import numpy as np
-
-    from nmexport.environment import device_name, probe
-    from nmexport.runtimes.opening import open_session
-    from nmexport.verification import latency
-
-    engine = work / "engine" / "current"
-    with (
-        open_session(engine, dense=True, elsewhere=True) as dense,
-        open_session(engine, elsewhere=True) as sparse,
-    ):
-        rng = np.random.default_rng(seed)
-        return latency.compare(
-            dense,
-            sparse,
-            prompt=rng.integers(sparse.vocabulary_size, size=(1, prefill_tokens)),
-            context=rng.integers(sparse.vocabulary_size, size=(batch, decode_context)),
-            runs=runs,
-            warmup=warmup,
-            device=device_name(probe(), on_gpu=sparse.threads is None),
-            progress=progress,
-        )

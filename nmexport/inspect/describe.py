@@ -9,11 +9,11 @@ import json
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from nmexport.artifact import KEY_CHARS, MANIFEST, Manifest, read_manifest
 from nmexport.errors import ArtifactError, UserError
-from nmexport.layers import FILENAME, read_layers
 from nmexport.pipeline import STAGES
-from nmexport.work_directory import RESOLVED, WorkDirectory
+from nmexport.store.artifact import KEY_CHARS, MANIFEST, Manifest, read_manifest
+from nmexport.store.layers import FILENAME, read_layers
+from nmexport.store.work_directory import RESOLVED, WorkDirectory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

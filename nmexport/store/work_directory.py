@@ -20,14 +20,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nmexport.artifact import (
+from nmexport.errors import ArtifactError, UserError, WorkDirectoryError
+from nmexport.store.artifact import (
     KEY_CHARS,
     MANIFEST,
     Manifest,
     flush_to_disk,
     read_manifest,
 )
-from nmexport.errors import ArtifactError, UserError, WorkDirectoryError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
