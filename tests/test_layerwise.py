@@ -13,7 +13,7 @@ import torch
 from nmexport.calibration.order_search import search_orders
 from nmexport.environment import probe
 from nmexport.errors import CorpusError, ModelError, WorkDirectoryError
-from nmexport.models.layerwise import LayerwiseModel, skeleton
+from nmexport.models.layerwise import LayerwiseModel
 from nmexport.models.loader import load_model
 from nmexport.models.offload import (
     Memory,
@@ -23,6 +23,7 @@ from nmexport.models.offload import (
     parameter_count,
     placement,
 )
+from nmexport.models.skeleton import skeleton
 from nmexport.models.source import ModelSource, resolve
 from nmexport.models.swap import replace_linears
 from nmexport.pipeline import Pipeline, Selection

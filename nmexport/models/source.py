@@ -30,7 +30,7 @@ from nmexport.models.unsupported import (
     refuse_quantised_config,
     refuse_quantised_tensors,
 )
-from nmexport.models.weight_files import CONFIG, INDEX, read_config, stored_tensors, weight_files
+from nmexport.models.weight_files import CONFIG, read_config, stored_tensors, weight_files
 
 if TYPE_CHECKING:
     from nmexport.recipe import ModelSection
@@ -75,6 +75,23 @@ class ModelSource:
     """Name of the `.gguf` file in the folder, where that is the format."""
     digest: str
     """sha256 over the names and contents of the files that the model is loaded from."""
+    unpacked: Path | None = None
+    """Folder that holds a `.gguf`'s model as safetensors, see `nmexport.models.unpacked`."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether weights have to be dequantised from a `.gguf` each time they are loaded."""
+        return self.gguf_file is not None and self.unpacked is None
+
+    @property
+    def weights_folder(self) -> Path:
+        """Where config and weights are read from."""
+        return self.unpacked or self.folder
+
+    @property
+    def gguf_option(self) -> dict[str, str]:
+        """Option by which transformers is told of a `.gguf` in the weights' folder."""
+        return {"gguf_file": str(self.gguf_file)} if self.packed else {}
 
 
 def resolve(section: ModelSection) -> ModelSource:
