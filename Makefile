@@ -84,7 +84,7 @@ plugin: $(STAMP) ## the TensorRT plugin, in ten minutes or more; fetches nvcc an
 	$(BIN)/python plugins/tensorrt/build.py
 
 native-test: $(STAMP) ## C++ tests of the kernels
-	$(BIN)/cmake -S plugins -B build/native-test
+	$(BIN)/cmake -S plugins -B build/native-test -DNMEXPORT_WARNINGS_AS_ERRORS=ON
 	$(BIN)/cmake --build build/native-test --target native_tests --parallel 2
 	$(BIN)/ctest --test-dir build/native-test --output-on-failure
 

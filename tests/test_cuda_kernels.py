@@ -160,6 +160,7 @@ def test_the_ops_of_the_cuda_provider_under_sanitizers(tmp_path: Path):
             "cuda_include": script.find_toolkit().include,
             "CMAKE_BUILD_TYPE": "Debug",
             "NMEXPORT_SANITIZE": "ON",
+            "NMEXPORT_WARNINGS_AS_ERRORS": "ON",
         }
     except (script.BuildError, hook().BuildError) as error:
         pytest.skip(f"no headers of ONNX Runtime or CUDA: {error}")

@@ -210,6 +210,6 @@ def test_kernels_pass_their_own_tests(tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
-    run("cmake", "-S", str(PLUGINS), "-B", str(tmp_path))
+    run("cmake", "-S", str(PLUGINS), "-B", str(tmp_path), "-DNMEXPORT_WARNINGS_AS_ERRORS=ON")
     run("cmake", "--build", str(tmp_path), "--target", "native_tests")
     run("ctest", "--test-dir", str(tmp_path), "--output-on-failure")

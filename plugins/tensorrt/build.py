@@ -166,6 +166,7 @@ def build_tests(folder: Path) -> Path:
         f"-DCUDA_INCLUDE_DIR={find_toolkit().include}",
         "-DNMEXPORT_PLUGIN_TESTS_ONLY=ON",
         "-DNMEXPORT_SANITIZE=ON",
+        "-DNMEXPORT_WARNINGS_AS_ERRORS=ON",
         build_type="Debug",
     )
     _run([_cmake(), "--build", str(folder), "--target", "test_plugin", "--parallel", "2"])
