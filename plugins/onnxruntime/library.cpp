@@ -94,8 +94,8 @@ constexpr long kMOST_THREADS = 1024;
 constexpr const char* kHUGE_PAGES_ENTRY = "custom_op.nmexport.huge_pages";
 
 // An integer in the session's configuration, or `otherwise` where it says nothing.
-long configured(const OrtApi& api, const OrtSessionOptions* options, const char* entry,
-                long least, long most, long otherwise) {
+long configured(const OrtApi& api, const OrtSessionOptions* options, const char* entry, long least,
+                long most, long otherwise) {
     int isThere = 0;
     check(api, api.HasSessionConfigEntry(options, entry, &isThere));
     if (isThere == 0) return otherwise;
