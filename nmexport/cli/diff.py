@@ -7,9 +7,10 @@ from pathlib import Path
 import click
 
 from nmexport.cli.output import console, emit_json, json_option, verbose_option, wants_json
+from nmexport.cli.verb import Verb
 
 
-@click.command("diff", short_help="What changed between two of them.")
+@click.command("diff", cls=Verb, short_help="What changed between two of them.")
 @click.argument("before", type=click.Path(path_type=Path))
 @click.argument("after", type=click.Path(path_type=Path))
 @json_option
@@ -21,7 +22,7 @@ def diff_command(ctx: click.Context, before: Path, after: Path) -> None:
     Both are work directories, artifacts of one stage, ONNX files, or reports.
     """
     from nmexport.cli.tables import show_value
-    from nmexport.comparison import compare
+    from nmexport.inspect.diff import compare
 
     outcome = compare(before, after)
     if wants_json(ctx):
