@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from nmexport.errors import ModelError
 from nmexport.models.source import resolve
 from nmexport.models.streaming import open_for_export
 from nmexport.recipe import ModelSection
@@ -132,6 +133,7 @@ _LINEARS = (
 _EXPORT = """
 import json, sys, torch
 from pathlib import Path
+from nmexport.errors import ModelError
 from nmexport.models.source import resolve
 from nmexport.models.streaming import open_for_export
 from nmexport.progress import peak_rss_bytes
