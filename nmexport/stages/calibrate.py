@@ -147,7 +147,8 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     model = opened.model
     if opened.layerwise is not None:
         check_layerwise(recipe)
-    select_targets(model, recipe.sparsity.targets, recipe.sparsity.pattern)
+    targets = recipe.sparsity.targets
+    select_targets(model, recipe.sparsity.pattern, include=targets.include, exclude=targets.exclude)
     if opened.layerwise is None and not is_placed(model):
         model = on_best_device(model)
     loaded = load_samples(

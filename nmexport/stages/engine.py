@@ -24,7 +24,7 @@ from nmexport.store.artifact import file_digest
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from nmexport.recipe import Target
+    from nmexport.choices import Target
     from nmexport.runtimes.engine import Runtime, TensorRTTarget
     from nmexport.stages.inputs import StageInputs
 
