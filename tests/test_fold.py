@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from nmexport.allocation.choice import Built, read_allocation
 from nmexport.allocation.probe import spread_windows
 from nmexport.calibration import effort, learning, sparse_constants
 from nmexport.environment import Environment
@@ -23,6 +22,7 @@ from nmexport.sparsity.linear import Behaviour, SparseLinear
 from nmexport.sparsity.targets import linears_of
 from nmexport.stages import calibrate, fold
 from nmexport.stages.inputs import StageInputs
+from nmexport.store.allocation import Built, read_allocation
 from nmexport.store.tensors import ShardedWriter, TensorReader, load_tensors
 
 from tests.sample_allocation import sample_allocation
@@ -389,7 +389,7 @@ def test_what_learning_wins_back_is_spent_where_it_counts(
     assert counted.decode_speedup > plain.decode_speedup
 
 
-@pytest.mark.parametrize(("used", "said"), [(0.4, "1.100 as built"), (1.2, "budget exceeded")])
+@pytest.mark.parametrize(("used", "said"), [(0.4, "1.100 as built"), (1.2, "exceeds the budget")])
 def test_what_became_of_a_choice_is_said(used: float, said: str) -> None:
     allocation = replace(
         sample_allocation(), built=Built(kl=0.1, perplexity_ratio=1.1, budget_used=used)

@@ -14,6 +14,7 @@ from nmexport.calibration.effort import ERROR_SAMPLES, SENSITIVITY_SAMPLES, lear
 from nmexport.errors import ModelError
 from nmexport.sparsity.mitigation import check_allocatable, check_combination
 from nmexport.stages import calibrate
+from nmexport.store.allocation import write_allocation
 from nmexport.store.folded import FoldedModel, write_learning
 from nmexport.store.layers import SCHEMA, LayerSpec, write_layers
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from nmexport.allocation.allocate import Prepared
-    from nmexport.allocation.choice import Allocation
     from nmexport.calibration.corpus import TokenIds
     from nmexport.calibration.learning import Learned
     from nmexport.calibration.sites import Site
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from nmexport.sparsity.linear import Constants
     from nmexport.sparsity.statistics import ChannelStatistics
     from nmexport.stages.inputs import StageInputs
+    from nmexport.store.allocation import Allocation
 
 UPSTREAM: tuple[str, ...] = ("calibrate",)
 Artifact = FoldedModel
@@ -197,8 +198,7 @@ def _within_budget(
     inputs: StageInputs, dense: DenseModel, learning: Learning | None
 ) -> SparseConstants:
     """Choose for every linear under the recipe's budget, and write down what was chosen."""
-    from nmexport.allocation.choice import write_allocation
-    from nmexport.allocation.counted import built_within
+    from nmexport.allocation.built import built_within
     from nmexport.calibration.sparse_constants import make_constants
 
     prepared = _prepared(inputs, dense)
@@ -215,6 +215,8 @@ def _within_budget(
         folded = partial(_folded, inputs, dense, constants)
         measured = prepared.as_built(allocation, behaviours, folded)
         inputs.progress.note(_summary(measured))
+        if measured.remark is not None:
+            inputs.progress.note(measured.remark)
         return constants, measured
 
     constants, allocation = built_within(
@@ -253,18 +255,15 @@ def _prepared(inputs: StageInputs, dense: DenseModel) -> Prepared:
 
 def _sections(section: SparsitySection, allocation: Allocation) -> dict[str, SparsitySection]:
     """What each linear that becomes sparse is to compute."""
-    from nmexport.sparsity.pattern import NMPattern
-
     return {
         name: section.model_copy(
             update={
-                "pattern": NMPattern.parse(choice.pattern),
+                "pattern": choice.pattern,
                 "criterion": choice.criterion,
                 "phases": choice.phase,
             }
         )
-        for name, choice in allocation.choices.items()
-        if choice.pattern is not None
+        for name, choice in allocation.sparse.items()
     }
 
 
@@ -277,7 +276,7 @@ def _summary(allocation: Allocation) -> str:
         f"{allocation.perplexity_ratio:.3f} as chosen, {built.perplexity_ratio:.3f} as built"
     )
     exceeded = built.budget_used is not None and built.budget_used > 1
-    return f"{words}: budget exceeded" if exceeded else words
+    return f"{words}, which exceeds the budget" if exceeded else words
 
 
 def _folded(
