@@ -20,8 +20,10 @@ from nmexport.models.source import resolve
 from nmexport.models.swap import replace_linears
 from nmexport.progress import Silent
 from nmexport.recipe import AllocationSection, ModelSection, SparsitySection
-from nmexport.sparsity.linear import Behaviour, Constants, FoldedLinear
+from nmexport.sparsity.linear import Behaviour, Constants
 from nmexport.sparsity.targets import linears_of
+
+from tests.unfolded import folded_linear
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -178,9 +180,7 @@ def test_without_mitigations_the_plain_model_keeps_the_budget(
         dense = model(input_ids=windows).logits[:, :-1].log_softmax(-1)
         for name, choice in found.sparse.items():
             assert choice.nm is not None
-            folded = FoldedLinear.from_dense(
-                linears[name], Behaviour(pattern=choice.nm), Constants()
-            )
+            folded = folded_linear(linears[name], Behaviour(pattern=choice.nm), Constants())
             replace_linears(model, {name: folded})
         sparse = model(input_ids=windows).logits[:, :-1].log_softmax(-1)
     built = float((dense.exp() * (dense - sparse)).sum(-1).mean())

@@ -11,7 +11,7 @@ import pytest
 import torch
 from nmexport.allocation.choice import Built, read_allocation
 from nmexport.allocation.probe import spread_windows
-from nmexport.calibration import effort, learning
+from nmexport.calibration import effort, learning, sparse_constants
 from nmexport.environment import Environment
 from nmexport.errors import ArtifactError, CorpusError, ModelError, PatternError, RecipeError
 from nmexport.models.loader import load_model
@@ -19,7 +19,7 @@ from nmexport.models.source import resolve
 from nmexport.models.swap import replace_linears
 from nmexport.progress import Silent
 from nmexport.recipe import Recipe
-from nmexport.sparsity.linear import Behaviour, FoldedLinear
+from nmexport.sparsity.linear import Behaviour, SparseLinear
 from nmexport.sparsity.targets import linears_of
 from nmexport.stages import calibrate, fold
 from nmexport.stages.inputs import StageInputs
@@ -182,7 +182,7 @@ def test_folded_layers_run_in_the_model(
             variance_correction=spec.variance_correction,
             phase=spec.phase,
         )
-        modules[spec.name] = FoldedLinear.from_tensors(behaviour, tensors)
+        modules[spec.name] = SparseLinear(behaviour, tensors)
     model = load_model(resolve(recipe.model))
     tokens = calibrate.Artifact(calibration).samples()
     with torch.no_grad():
@@ -266,7 +266,7 @@ def test_refusals_come_before_the_work(tiny_llama: Path, tmp_path: Path) -> None
 def test_scales_that_do_not_fit_are_refused_before_anything_is_learned(
     tiny_llama: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fold, "_learned", lambda *_: pytest.fail("it learned first"))
+    monkeypatch.setattr(sparse_constants, "learn", lambda *_, **__: pytest.fail("it learned first"))
     recipe = recipe_of(tiny_llama, model={"weights": "int8:128"})
     with pytest.raises(RecipeError, match=r"q_proj: its 64 channels are no multiple of 128"):
         folded(recipe, tmp_path, calibration)
@@ -323,9 +323,7 @@ def kl_of_folded(recipe: Recipe, artifact: fold.Artifact, windows: torch.Tensor)
         replace_linears(
             model,
             {
-                spec.name: FoldedLinear.from_tensors(
-                    Behaviour(pattern=spec.nm), artifact.tensors(spec.name)
-                )
+                spec.name: SparseLinear(Behaviour(pattern=spec.nm), artifact.tensors(spec.name))
                 for spec in artifact.layers
             },
         )
@@ -391,12 +389,12 @@ def test_what_learning_wins_back_is_spent_where_it_counts(
     assert counted.decode_speedup > plain.decode_speedup
 
 
-@pytest.mark.parametrize(("used", "said"), [(0.4, "1.100 as built"), (1.2, "breaks the budget")])
+@pytest.mark.parametrize(("used", "said"), [(0.4, "1.100 as built"), (1.2, "budget exceeded")])
 def test_what_became_of_a_choice_is_said(used: float, said: str) -> None:
     allocation = replace(
         sample_allocation(), built=Built(kl=0.1, perplexity_ratio=1.1, budget_used=used)
     )
-    words = fold._came_to(allocation)
+    words = fold._summary(allocation)
     assert words.startswith("38% of the bytes saved: perplexity ratio 1.147 as chosen, ")
     assert words.endswith(said)
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from nmexport.errors import RecipeError
+from nmexport.graph.contract import op_contract
 from nmexport.sparsity.pattern import NMPattern
 
 if TYPE_CHECKING:
@@ -71,8 +72,6 @@ _NBITS: Mapping[str, int] = {"nbits8": 8, "nbits4": 4}
 _DOMAINS: Mapping[str, tuple[str, int]] = {
     "MatMul": ("", 20),
     "MatMulNBits": ("com.microsoft", 1),
-    "NMLinear": ("nmexport", 1),
-    "NMPrune": ("nmexport", 1),
 }
 
 
@@ -344,7 +343,9 @@ def _model(name: str, problem: _Problem, copies: int) -> onnx.ModelProto:
         ],
         initializers,
     )
-    used = {_DOMAINS[node.op_type] for node in nodes} | {("", 20)}
+    contract = op_contract()
+    ours = (contract.domain, contract.opset_version)
+    used = {_DOMAINS.get(node.op_type, ours) for node in nodes} | {("", 20)}
     opsets = [helper.make_opsetid(*entry) for entry in sorted(used)]
     model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     return model

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-SCHEMA = 1
+SCHEMA = 2
 FILENAME = "layers.json"
 
 Phases = Literal["all", "prefill", "decode"]
@@ -27,7 +27,8 @@ class LayerSpec:
 
     Which optional inputs a node has is read from the fold artifact: `<name>.W [K, O]`,
     and where present `<name>.bias [O]`, `<name>.shift [1] or [K]`, `<name>.shift_weight [O]`,
-    `<name>.score_scale [K]`, `<name>.channel_order [K]`.
+    `<name>.score_scale [K]`, `<name>.channel_order [K]`, `<name>.weight_scale [G, O]`,
+    `<name>.value_scale [K]`. All that lies along K is in the order of `channel_order`.
     """
 
     name: str
@@ -82,7 +83,10 @@ def read_layers(folder: Path) -> list[LayerSpec]:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["schema"] != SCHEMA:
             raise ArtifactError(
-                f"{path} has schema {document['schema']}.", allowed=f"schema {SCHEMA}"
+                f"{path} was written by another version of nmexport: it has schema "
+                f"{document['schema']}.",
+                allowed=f"schema {SCHEMA}",
+                fix="build again: stages of an older version are rebuilt",
             )
         return [
             LayerSpec(**{**row, "mitigations": tuple(row["mitigations"])})
