@@ -51,8 +51,8 @@ class Selection(ctypes.Structure):
     ]
 
 
-class DecodeArgs(ctypes.Structure):
-    """Mirror of nmexport::cuda::DecodeArgs."""
+class LinearArgs(ctypes.Structure):
+    """Mirror of nmexport::cuda::LinearArgs."""
 
     _fields_ = [
         ("type", ctypes.c_int32),
@@ -253,8 +253,8 @@ class Layer:
             self.variance_correction,
         )
 
-    def decode_args(self, y: torch.Tensor) -> DecodeArgs:
-        return DecodeArgs(
+    def decode_args(self, y: torch.Tensor) -> LinearArgs:
+        return LinearArgs(
             DTYPES[self.x.dtype],
             self.x.shape[0],
             self.x.shape[1],
