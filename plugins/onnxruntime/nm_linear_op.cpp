@@ -17,6 +17,7 @@ namespace Input = NMLinearInput;
 // All that a run takes from the node, checked; what varies from run to run is not set.
 struct Prepared {
     LinearArguments arguments;
+    ConstantsCopy copy;  // of the arguments', where nothing but X can change
     Shape w;
 };
 
@@ -39,7 +40,7 @@ class LinearKernel : public Kernel {
         const Shape x = inputs.shape(Input::X);
         std::call_once(mLookedAt, [&] { prepareConstants(inputs, x); });
         if (mConstant != nullptr && !x.empty() && x.back() == mConstant->w[0]) {
-            prefetchConstants(mConstant->arguments);
+            mConstant->copy.prefetch();
             return multiply(context, inputs, x, *mConstant);
         }
         Prepared prepared;
@@ -57,6 +58,7 @@ class LinearKernel : public Kernel {
         }
         auto prepared = std::make_unique<Prepared>();
         prepare(inputs, x, *prepared);
+        prepared->copy.place(prepared->arguments);
         if (mCopy.has_value()) prepared->arguments.w = mCopy->rows(prepared->arguments.w);
         mConstant = std::move(prepared);
     }

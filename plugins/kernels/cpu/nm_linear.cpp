@@ -1,6 +1,7 @@
 #include "nm_linear.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace nmexport {
 
@@ -376,20 +377,32 @@ void multiplyTokens(const LinearArguments& a, const Variant& variant, std::size_
 
 }  // namespace
 
-void prefetchConstants(const LinearArguments& a) {
+template <typename T>
+const T* ConstantsCopy::append(const T* values, std::size_t count) {
+    static_assert(sizeof(T) == sizeof(std::uint32_t), "they share memory");
+    if (values == nullptr) return nullptr;
+    std::uint32_t* to = mMemory.data() + mUsed;
+    std::memcpy(to, values, count * sizeof(T));
+    mUsed += divideUp(count * sizeof(T), kALIGNMENT) * kALIGNMENT / sizeof(T);
+    return reinterpret_cast<const T*>(to);
+}
+
+void ConstantsCopy::place(LinearArguments& a) {
+    mUsed = 0;
+    mMemory.reserve(4 * divideUp(a.channels * sizeof(float), kALIGNMENT) * kALIGNMENT /
+                    sizeof(float));
+    a.constants.channelOrder = append(a.constants.channelOrder, a.channels);
+    a.constants.shift = append(a.constants.shift, a.constants.shiftCount);
+    a.constants.scoreScale = append(a.constants.scoreScale, a.channels);
+    a.valueScale = append(a.valueScale, a.channels);
+}
+
+void ConstantsCopy::prefetch() const {
     // More than this would push out of the first-level cache what it brings into it.
-    std::size_t left = std::size_t{16} << 10;
-    const auto fetch = [&left](const void* array, std::size_t count) {
-        const std::size_t bytes = std::min(array == nullptr ? 0 : count * sizeof(float), left);
-        for (std::size_t at = 0; at < bytes; at += kALIGNMENT) {
-            __builtin_prefetch(static_cast<const char*>(array) + at);
-        }
-        left -= bytes;
-    };
-    fetch(a.constants.channelOrder, a.channels);
-    fetch(a.constants.shift, a.constants.shiftCount);
-    fetch(a.constants.scoreScale, a.channels);
-    fetch(a.valueScale, a.channels);
+    constexpr std::size_t kMOST = 16 << 10;
+    const char* from = reinterpret_cast<const char*>(mMemory.data());
+    const std::size_t bytes = std::min(mUsed * sizeof(std::uint32_t), kMOST);
+    for (std::size_t at = 0; at < bytes; at += kALIGNMENT) __builtin_prefetch(from + at);
 }
 
 void nmLinear(const LinearArguments& a, const ThreadPool& pool) {

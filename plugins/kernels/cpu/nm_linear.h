@@ -36,8 +36,23 @@ struct LinearArguments {
 
 void nmLinear(const LinearArguments& arguments, const ThreadPool& pool);
 
-// Starts to fetch the constants of selection before the token is known: a decode step comes back to
-// them after all other weights have passed through the caches.
-void prefetchConstants(const LinearArguments& arguments);
+// A copy, side by side, of the constants that selection reads: a decode step comes back to them
+// after all other weights have passed through the caches, and then reads them in one go.
+//
+//   | channelOrder | shift | scoreScale | valueScale |     each from a cache line on, where given
+class ConstantsCopy {
+  public:
+    // Lets the arguments point to the copy, which must outlive them.
+    void place(LinearArguments& arguments);
+    // Starts to fetch it, before the token to select for is known.
+    void prefetch() const;
+
+  private:
+    template <typename T>
+    const T* append(const T* values, std::size_t count);
+
+    Scratch<std::uint32_t> mMemory;
+    std::size_t mUsed = 0;
+};
 
 }  // namespace nmexport
