@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from nmexport.allocation.probe import spread_windows
-from nmexport.calibration import effort, learning, sparse_constants
+from nmexport.calibration import effort, sparse_constants
 from nmexport.environment import Environment
 from nmexport.errors import ArtifactError, CorpusError, ModelError, PatternError, RecipeError
 from nmexport.models.loader import load_model
@@ -361,7 +361,7 @@ def test_nothing_is_learned_from_what_measures_it(
     def watch(*given: Any, **_: Any) -> None:
         raise Seen(given[4])
 
-    monkeypatch.setattr(learning, "learn", watch)
+    monkeypatch.setattr(sparse_constants, "learn", watch)
     with pytest.raises(Seen) as caught:
         folded(budgeted(tiny_llama), tmp_path, longer_calibration)
     learned = {tuple(row[:24]) for kind in caught.value.args[0] for row in kind.tolist()}
@@ -394,7 +394,7 @@ def test_what_became_of_a_choice_is_said(used: float, said: str) -> None:
     allocation = replace(
         sample_allocation(), built=Built(kl=0.1, perplexity_ratio=1.1, budget_used=used)
     )
-    words = fold._summary(allocation)
+    words = allocation.summary()
     assert words.startswith("38% of the bytes saved: perplexity ratio 1.147 as chosen, ")
     assert words.endswith(said)
 
