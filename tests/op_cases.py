@@ -118,7 +118,10 @@ def linear_case(
         "shift_weight": w.astype(np.float64).sum(axis=0).astype(np.float32),
         "score_scale": np.exp(rng.standard_normal(in_features)).astype(np.float32),
         "channel_order": rng.permutation(in_features).astype(np.int32),
-        "value_scale": (1 + 0.3 * rng.standard_normal(in_features)).astype(np.float32),
+        # Of numbers of its own: the other draws stay what they were without it.
+        "value_scale": np.exp(
+            0.3 * np.random.default_rng(seed + 1).standard_normal(in_features)
+        ).astype(np.float32),
     }
     arrays = {"W": w, **{name: made[name] for name in optional}}
     if scale_groups:
