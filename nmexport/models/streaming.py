@@ -72,11 +72,11 @@ def _streamed(
 
     _give_generation_config(model, source)
     model.tie_weights()  # what the skeleton has twice, transformers has once
-    _fake_parameters(model)
+    fake_parameters(model)
     return ExportModel(model, parameter, streamed=True)
 
 
-def _fake_parameters(model: nn.Module) -> None:
+def fake_parameters(model: nn.Module) -> None:
     """Exchange parameters on the meta device for fake ones on the CPU; shared ones stay shared."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
