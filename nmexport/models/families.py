@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from nmexport.errors import ModelError
+from nmexport.models.integrity import read_json
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedConfig, PreTrainedModel
 
 ALLOWED = (
@@ -44,6 +47,7 @@ _TEXT_NAMES = re.compile(
 )
 _RECURRENT_LAYERS = frozenset({"conv", "linear_attention", "hybrid", "hybrid_sliding"})
 _RECURRENT_MODULES = re.compile(r"mamba|rwkv|xlstm|recurrent|deltanet|shortconv", re.IGNORECASE)
+_CROSS_ATTENTION = frozenset({"encoder_attn", "cross_attn", "crossattention"})
 _EXPERTS = frozenset({"experts", "router", "router_gate", "block_sparse_moe"})
 
 
@@ -90,6 +94,12 @@ def text_name(stored: str) -> str | None:
     return head or f"model.{match['inner'] or match['plain']}"
 
 
+def is_text_part(config: PreTrainedConfig, folder: Path) -> bool:
+    """Whether a model is the text part of the multimodal one that a folder holds."""
+    document = read_json(folder / "config.json")
+    return "text_config" in document and document.get("model_type") != config.model_type
+
+
 def refuse_kind(model: PreTrainedModel) -> None:
     """Refuse a model of a kind that calibration, folding or export has no place for.
 
@@ -106,6 +116,16 @@ def refuse_kind(model: PreTrainedModel) -> None:
             model.config,
             "is a mixture of experts: experts are stored as one tensor and chosen token by token, "
             "which nmexport does not sparsify yet",
+        )
+    if parts & _CROSS_ATTENTION:
+        raise refused(
+            model.config,
+            "is the decoder of an encoder-decoder: its layers attend to another text",
+        )
+    if any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules()):
+        raise refused(
+            model.config,
+            "numbers its positions from its padding token on, which an exported model does not",
         )
     if _is_recurrent(model):
         raise refused(

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from nmexport.errors import ArtifactError
 
@@ -28,6 +27,8 @@ SHARD_BYTES = 1 << 30
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write one file."""
+    from safetensors.torch import save_file  # brings torch, which readers of names alone need not
+
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
