@@ -69,9 +69,8 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
             raise refused(config, "has no causal language model in transformers")
         return config
     plain = _with_causal_class(config, inner)
-    plain.tie_word_embeddings = bool(
-        getattr(config, "tie_word_embeddings", False) or inner.tie_word_embeddings
-    )
+    # As the whole model takes it: what its text part says of itself does not count.
+    plain.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", False))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(plain, name, None) is None:
             setattr(plain, name, getattr(config, name, None))

@@ -23,6 +23,7 @@ from nmexport.graph.assembly import LAYER_ATTRIBUTE, LINEAR
 from nmexport.graph.contract import op_contract
 from nmexport.graph.functions import OPSET
 from nmexport.models import attention, families
+from nmexport.models.rotary import frequencies_from_positions
 from nmexport.models.swap import swapped, swapped_attention
 
 if TYPE_CHECKING:
@@ -154,7 +155,12 @@ def trace(model: PreTrainedModel, layers: Sequence[str]) -> ir.Model:
     }
     with swapped(model, stand_ins):
         try:
-            with _exportable_attention(model), _silence(), _uncollected():
+            with (
+                _exportable_attention(model),
+                frequencies_from_positions(model),
+                _silence(),
+                _uncollected(),
+            ):
                 return _export(model, shapes)
         except NmexportError:
             raise
