@@ -113,6 +113,18 @@ def test_products_too_small_to_gain_are_named_as_the_reason(run: Callable[..., A
         run({"min_speedup": 1.1}, cost=costly)
 
 
+def test_accuracy_budget_is_kept_where_the_cost_model_sees_no_gain(
+    run: Callable[..., Allocation],
+) -> None:
+    costly = {**FREE, "sparse_overhead_us": 50.0}
+    found = run({"max_kl": 0.02}, cost=costly)
+    assert found.sparse
+    assert 0 < found.kl <= 0.02
+    assert found.decode_speedup < 1
+    assert "no faster than dense" in found.protocol["words"]
+    assert "no faster" not in run({"max_kl": 0.02}).protocol["words"]
+
+
 def test_the_same_twice_is_the_same(run: Callable[..., Allocation]) -> None:
     assert as_dict(run({"max_kl": 0.01})) == as_dict(run({"max_kl": 0.01}))
 

@@ -133,6 +133,8 @@ class Prepared:
         last_byte = price(study.options, max_bytes=study.total(picked).bytes)
         rows = {row.name: row for row in self._ledger(picked, last_byte)}
         result = study.point("chosen", "chosen", picked)
+        if result.decode_speedup <= 1:
+            task.progress.note(f"fold: {_no_gain(result)}")
         return Allocation(
             choices={name: rows[name].choice for name in task.linears},
             budget=task.section.budget.limits(),
@@ -146,7 +148,7 @@ class Prepared:
             budget_used=front.share_used(
                 task.section.budget, kl=result.kl, nll=math.log(result.perplexity_ratio)
             ),
-            protocol=_protocol(task, study),
+            protocol=_protocol(task, study, result),
         )
 
     def as_built(
@@ -364,7 +366,14 @@ def _squared_error(
     return math.fsum(one * one for one in errors if one is not None)
 
 
-def _protocol(task: _Task, study: Study) -> dict[str, Any]:
+def _no_gain(result: FrontPoint) -> str:
+    return (
+        f"By the cost model this choice is no faster than dense ({result.decode_speedup:.2f}x): "
+        "on linears of this size, finding rows takes longer than reading all of them."
+    )
+
+
+def _protocol(task: _Task, study: Study, result: FrontPoint) -> dict[str, Any]:
     length = task.windows.shape[1]
     words = PROTOCOL.format(windows=len(task.windows), length=length, held_out=len(task.held_out))
     if task.prompt:
@@ -372,6 +381,8 @@ def _protocol(task: _Task, study: Study) -> dict[str, Any]:
             f" The first {task.prompt} tokens of a window are its prompt and are not scored; the "
             "rest count as decoded."
         )
+    if result.decode_speedup <= 1:
+        words += f" {_no_gain(result)}"
     return {
         "words": words,
         "sites": len(study.sites),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from nmexport.allocation.choice import DENSE, Choice
 from nmexport.allocation.programme import Measure, solve
@@ -47,7 +47,9 @@ def choose(study: Study, budget: BudgetSection, *, relief: float = 1.0) -> list[
     """An option for every site under the budget.
 
     A budget of accuracy is held by the joint model as measured on the held-out windows, not merely
-    as predicted; the fastest such choice is taken. Without one, the least divergence is.
+    as predicted; the fastest such choice is taken. Where the cost model sees no choice that is
+    faster than dense, the one that reads the fewest bytes is. Without such a budget, the least
+    divergence is taken.
 
     Args:
         study: What was measured.
@@ -65,25 +67,34 @@ def choose(study: Study, budget: BudgetSection, *, relief: float = 1.0) -> list[
     if budget.max_kl is None and budget.max_perplexity_ratio is None:
         picked = solve(study.options, minimise="kl", limits=limits)
     else:
-        picked = _most_within(study, budget, limits, relief)
+        picked = _most_within(study, budget, limits, relief, minimise="worth")
+        if picked is None or not any(picked):
+            picked = _most_within(study, budget, limits, relief, minimise="bytes")
     if picked is None or not any(picked):
         raise _out_of_reach(study, budget)
     return picked
 
 
 def _most_within(
-    study: Study, budget: BudgetSection, limits: dict[Measure, float], relief: float
+    study: Study,
+    budget: BudgetSection,
+    limits: dict[Measure, float],
+    relief: float,
+    *,
+    minimise: Literal["worth", "bytes"],
 ) -> list[int] | None:
-    """The fastest choice whose joint model keeps the accuracy budget."""
+    """Find the choice with least of something whose joint model keeps the accuracy budget."""
     best: list[int] | None = None
     for _ in range(_ROUNDS):
         target = _summed_limit(study, budget, relief)
-        picked = solve(study.options, minimise="worth", limits={**limits, "kl": target})
+        picked = solve(study.options, minimise=minimise, limits={**limits, "kl": target})
         if picked is None or picked == best:
             break
         moved = study.run(picked)
         share = (share_used(budget, kl=moved.kl_mean, nll=moved.nll_mean) or 0.0) / relief
-        if share <= 1 and (best is None or _worth(study, picked) < _worth(study, best)):
+        if share <= 1 and (
+            best is None or _sum(study, picked, minimise) < _sum(study, best, minimise)
+        ):
             best = picked
         if _NEAR <= share <= 1:
             break
@@ -116,8 +127,9 @@ def _summed_limit(study: Study, budget: BudgetSection, relief: float) -> float:
     return min(limits)
 
 
-def _worth(study: Study, picked: Sequence[int]) -> float:
-    return study.total(picked).worth
+def _sum(study: Study, picked: Sequence[int], measure: Measure) -> float:
+    total: float = getattr(study.total(picked), measure)
+    return total
 
 
 def _uniform(study: Study, choice: Choice) -> list[int]:

@@ -40,7 +40,7 @@ class Option:
 def solve(
     options: Sequence[Sequence[Option]],
     *,
-    minimise: Literal["kl", "worth"],
+    minimise: Literal["kl", "worth", "bytes"],
     limits: Mapping[Measure, float],
 ) -> list[int] | None:
     """Which option every site takes; None where no choice keeps the limits.
