@@ -126,7 +126,7 @@ def check(inputs: StageInputs) -> None:
     Raises:
         UserError: see `fitting.check_fit`.
     """
-    check_fit(inputs)
+    check_fit(inputs.recipe, inputs.source)
 
 
 def run(inputs: StageInputs) -> dict[str, Any]:

@@ -8,11 +8,18 @@ from typing import TYPE_CHECKING
 from nmexport.errors import ModelError
 
 if TYPE_CHECKING:
-    from nmexport.stages.inputs import StageInputs
+    from nmexport.models.source import ModelSource
+    from nmexport.recipe import Recipe
+    from nmexport.sparsity.pattern import NMPattern
 
 
-def check_fit(inputs: StageInputs) -> None:
+def check_fit(recipe: Recipe, source: ModelSource, pattern: NMPattern | None = None) -> None:
     """Refuse targets, patterns and groups of scales that do not fit the model.
+
+    Args:
+        recipe: What is to be built.
+        source: The model.
+        pattern: In place of the recipe's.
 
     Raises:
         TargetError: if a pattern of the targets matches nothing, or nothing is left.
@@ -23,15 +30,14 @@ def check_fit(inputs: StageInputs) -> None:
     from nmexport.sparsity.quantisation import scale_groups
     from nmexport.sparsity.targets import linears_of, select_targets
 
-    recipe = inputs.recipe
     try:
-        model = skeleton(inputs.source, trust_remote_code=recipe.model.trust_remote_code)
+        model = skeleton(source, trust_remote_code=recipe.model.trust_remote_code)
     except (ModelError, KeyError, TypeError, AttributeError, ImportError) as error:
         # Loading the model says what is wrong with it, in its own terms.
         logging.getLogger(__name__).info("shapes are not checked beforehand: %s", error)
         return
     linears, targets = linears_of(model), recipe.sparsity.targets
     for name in select_targets(
-        model, recipe.sparsity.pattern, include=targets.include, exclude=targets.exclude
+        model, pattern or recipe.sparsity.pattern, include=targets.include, exclude=targets.exclude
     ):
         scale_groups(recipe.model.weights, linears[name].in_features, name=name)
