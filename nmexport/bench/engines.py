@@ -8,7 +8,7 @@ import numpy as np
 
 from nmexport.bench.context import check_context
 from nmexport.environment import device_name, probe
-from nmexport.runtimes.onnxruntime_session import read_engine
+from nmexport.runtimes.engine import read_engine
 from nmexport.runtimes.opening import open_session
 from nmexport.verification import latency
 

@@ -26,7 +26,7 @@ def check_fit(recipe: Recipe, source: ModelSource, pattern: NMPattern | None = N
         PatternError: if the pattern does not fit a target.
         RecipeError: if the weights' groups do not fit a target.
     """
-    from nmexport.models.layerwise import skeleton
+    from nmexport.models.skeleton import skeleton
     from nmexport.sparsity.quantisation import scale_groups
     from nmexport.sparsity.targets import linears_of, select_targets
 
