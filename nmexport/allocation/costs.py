@@ -14,7 +14,7 @@ from nmexport.errors import PatternError
 from nmexport.sparsity.mitigation import MITIGATIONS, check_allocatable, check_combination
 from nmexport.sparsity.quantisation import scale_groups
 from nmexport.sparsity.targets import _decoder_layers
-from nmexport.store.allocation import DENSE, Choice, Phases
+from nmexport.store.allocation import DENSE, Choice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from nmexport.calibration.checkpoint import Checkpoint
     from nmexport.calibration.sites import Site
+    from nmexport.choices import Phases
     from nmexport.progress import Progress
     from nmexport.recipe import AllocationSection, SparsitySection
     from nmexport.sparsity.linear import Behaviour, Constants

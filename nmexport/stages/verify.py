@@ -16,7 +16,7 @@ from nmexport.calibration import corpus
 from nmexport.errors import RecipeError
 from nmexport.stages import fold
 from nmexport.stages.engine import NO_LIBRARY, resolve_target
-from nmexport.store.layers import model_phases
+from nmexport.store.layers import as_row, model_phases
 from nmexport.verification import tasks
 
 if TYPE_CHECKING:
@@ -494,12 +494,10 @@ def _too_large(engine: Engine, dtype: str) -> dict[str, str]:
 
 def _calibration(inputs: StageInputs) -> dict[str, Any]:
     """The report's `calibration`."""
-    from dataclasses import asdict
-
     from nmexport.verification import report_learning
 
     folded = fold.Artifact(inputs.upstream["fold"])
-    return report_learning.section(folded.learning, [asdict(layer) for layer in folded.layers])
+    return report_learning.section(folded.learning, [as_row(layer) for layer in folded.layers])
 
 
 def _allocation(inputs: StageInputs) -> dict[str, Any] | None:

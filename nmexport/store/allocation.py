@@ -12,10 +12,10 @@ from nmexport.sparsity.pattern import NMPattern
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from nmexport.choices import Phases
+
 SCHEMA = 1
 FILENAME = "allocation.json"
-
-Phases = Literal["all", "prefill", "decode"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from nmexport.errors import ArtifactError
+from nmexport.errors import ArtifactError, PatternError
 from nmexport.sparsity.pattern import NMPattern
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
+    from nmexport.choices import Phases
+
 SCHEMA = 1
 FILENAME = "layers.json"
 
-Phases = Literal["all", "prefill", "decode"]
 ModelPhases = Literal["all", "prefill", "decode", "mixed"]
 """Of a whole model: `mixed` where its linears differ."""
 
@@ -34,8 +35,7 @@ class LayerSpec:
     """Dotted module name in the Hugging Face model."""
     in_features: int
     out_features: int
-    pattern: str
-    """N:M."""
+    pattern: NMPattern
     criterion: str
     mitigations: tuple[str, ...] = ()
     grouping: str = "consecutive"
@@ -53,11 +53,6 @@ class LayerSpec:
     remainder_rank: int | None = None
     """Rank of the low-rank product beside the op (`r-sparse`)."""
 
-    @property
-    def nm(self) -> NMPattern:
-        """The parsed pattern."""
-        return NMPattern.parse(self.pattern)
-
 
 def model_phases(layers: Iterable[LayerSpec]) -> ModelPhases:
     """When a model is sparse, by when its linears are."""
@@ -65,9 +60,24 @@ def model_phases(layers: Iterable[LayerSpec]) -> ModelPhases:
     return found.pop() if len(found) == 1 else "mixed"
 
 
+def as_row(layer: LayerSpec) -> dict[str, Any]:
+    """Convert to JSON values."""
+    return {**asdict(layer), "pattern": str(layer.pattern)}
+
+
+def from_row(row: dict[str, Any]) -> LayerSpec:
+    """Reverse `as_row`.
+
+    Raises:
+        KeyError, TypeError, PatternError: if it is no layer.
+    """
+    pattern = NMPattern.parse(row["pattern"])
+    return LayerSpec(**{**row, "pattern": pattern, "mitigations": tuple(row["mitigations"])})
+
+
 def write_layers(folder: Path, layers: list[LayerSpec]) -> None:
     """Write `layers.json`."""
-    document = {"schema": SCHEMA, "layers": [asdict(layer) for layer in layers]}
+    document = {"schema": SCHEMA, "layers": [as_row(layer) for layer in layers]}
     (folder / FILENAME).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
@@ -84,11 +94,8 @@ def read_layers(folder: Path) -> list[LayerSpec]:
             raise ArtifactError(
                 f"{path} has schema {document['schema']}.", allowed=f"schema {SCHEMA}"
             )
-        return [
-            LayerSpec(**{**row, "mitigations": tuple(row["mitigations"])})
-            for row in document["layers"]
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [from_row(row) for row in document["layers"]]
+    except (OSError, ValueError, KeyError, TypeError, PatternError) as error:
         raise ArtifactError(
             f"{path} cannot be read: {error}", fix="rebuild the stage with --force"
         ) from error
