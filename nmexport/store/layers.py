@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
-from nmexport.errors import ArtifactError, PatternError
-from nmexport.sparsity.pattern import NMPattern
+from nmexport.choices import Phases  # noqa: TC001  records are read by their annotations
+from nmexport.sparsity.pattern import NMPattern  # noqa: TC001
+from nmexport.store.records import read_record, write_record
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
-
-    from nmexport.choices import Phases
 
 SCHEMA = 1
 FILENAME = "layers.json"
@@ -54,31 +52,22 @@ class LayerSpec:
     """Rank of the low-rank product beside the op (`r-sparse`)."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Layers:
+    """The file."""
+
+    layers: tuple[LayerSpec, ...]
+
+
 def model_phases(layers: Iterable[LayerSpec]) -> ModelPhases:
     """When a model is sparse, by when its linears are."""
     found = {layer.phase for layer in layers}
     return found.pop() if len(found) == 1 else "mixed"
 
 
-def as_row(layer: LayerSpec) -> dict[str, Any]:
-    """Convert to JSON values."""
-    return {**asdict(layer), "pattern": str(layer.pattern)}
-
-
-def from_row(row: dict[str, Any]) -> LayerSpec:
-    """Reverse `as_row`.
-
-    Raises:
-        KeyError, TypeError, PatternError: if it is no layer.
-    """
-    pattern = NMPattern.parse(row["pattern"])
-    return LayerSpec(**{**row, "pattern": pattern, "mitigations": tuple(row["mitigations"])})
-
-
 def write_layers(folder: Path, layers: list[LayerSpec]) -> None:
     """Write `layers.json`."""
-    document = {"schema": SCHEMA, "layers": [as_row(layer) for layer in layers]}
-    (folder / FILENAME).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_record(_Layers(layers=tuple(layers)), folder / FILENAME, schema=SCHEMA)
 
 
 def read_layers(folder: Path) -> list[LayerSpec]:
@@ -88,14 +77,5 @@ def read_layers(folder: Path) -> list[LayerSpec]:
         ArtifactError: if it is missing, malformed, or of another schema.
     """
     path = folder / FILENAME
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if document["schema"] != SCHEMA:
-            raise ArtifactError(
-                f"{path} has schema {document['schema']}.", allowed=f"schema {SCHEMA}"
-            )
-        return [from_row(row) for row in document["layers"]]
-    except (OSError, ValueError, KeyError, TypeError, PatternError) as error:
-        raise ArtifactError(
-            f"{path} cannot be read: {error}", fix="rebuild the stage with --force"
-        ) from error
+    fix = "rebuild the stage with --force"
+    return list(read_record(_Layers, path, schema=SCHEMA, fix=fix).layers)
