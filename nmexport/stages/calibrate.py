@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nmexport.calibration.corpus import SELF, corpus_identity, load_samples
 from nmexport.errors import CorpusError
+from nmexport.stages.fitting import check_fit
 from nmexport.store.layers import FILENAME
 from nmexport.store.records import read_record, write_record
 
@@ -115,6 +116,15 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
         "seed": recipe.seed,
         "versions": {name: inputs.environment.version(name) for name in ("torch", "transformers")},
     }
+
+
+def check(inputs: StageInputs) -> None:
+    """Refuse what does not fit the model, before anything runs.
+
+    Raises:
+        UserError: see `fitting.check_fit`.
+    """
+    check_fit(inputs.recipe, inputs.source)
 
 
 def run(inputs: StageInputs) -> dict[str, Any]:

@@ -112,6 +112,18 @@ def _check_comparable(recipe: Recipe) -> None:
         )
 
 
+def check(inputs: StageInputs) -> None:
+    """Refuse tasks that are not known, or whose data is out of reach, before anything runs.
+
+    Raises:
+        EnvironmentFault: if a task's data cannot be reached.
+        RecipeError: if a task is not known, or its file cannot be read.
+    """
+    suite = tasks.Suite.of(inputs.recipe.evaluation)
+    if suite is not None:
+        tasks.check(suite, inputs.progress)
+
+
 def run(inputs: StageInputs) -> dict[str, Any]:
     """Measure everything and write `report.json`, `report.md` and `report.html`.
 
