@@ -509,7 +509,7 @@ def _layer_spec(name: str, linear: nn.Linear, made: _Made) -> LayerSpec:
         name=name,
         in_features=linear.in_features,
         out_features=linear.out_features,
-        pattern=str(section.pattern),
+        pattern=section.pattern,
         criterion=section.criterion,
         mitigations=section.mitigations,
         grouping=section.grouping,

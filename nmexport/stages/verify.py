@@ -18,6 +18,7 @@ from nmexport.runtimes.engine import read_engine
 from nmexport.stages import fold
 from nmexport.stages.engine import NO_LIBRARY, resolve_target
 from nmexport.store.layers import model_phases
+from nmexport.store.records import json_from
 from nmexport.verification import tasks
 
 if TYPE_CHECKING:
@@ -511,12 +512,10 @@ def _too_large(engine: Engine, dtype: str) -> dict[str, str]:
 
 def _calibration(inputs: StageInputs) -> dict[str, Any]:
     """The report's `calibration`."""
-    from dataclasses import asdict
-
     from nmexport.verification import report_learning
 
     folded = fold.Artifact(inputs.upstream["fold"])
-    return report_learning.section(folded.learning, [asdict(layer) for layer in folded.layers])
+    return report_learning.section(folded.learning, [json_from(layer) for layer in folded.layers])
 
 
 def _allocation(inputs: StageInputs) -> dict[str, Any] | None:
