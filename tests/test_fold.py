@@ -177,7 +177,7 @@ def test_folded_layers_run_in_the_model(
         assert spec.relative_error is not None
         assert 0 < spec.relative_error < 1
         behaviour = Behaviour(
-            pattern=spec.nm,
+            pattern=spec.pattern,
             dynamic_shift=spec.dynamic_shift,
             variance_correction=spec.variance_correction,
             phase=spec.phase,
@@ -323,7 +323,9 @@ def kl_of_folded(recipe: Recipe, artifact: fold.Artifact, windows: torch.Tensor)
         replace_linears(
             model,
             {
-                spec.name: SparseLinear(Behaviour(pattern=spec.nm), artifact.tensors(spec.name))
+                spec.name: SparseLinear(
+                    Behaviour(pattern=spec.pattern), artifact.tensors(spec.name)
+                )
                 for spec in artifact.layers
             },
         )

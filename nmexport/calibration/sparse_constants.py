@@ -106,7 +106,7 @@ class SparseConstants:
             name=name,
             in_features=linear.in_features,
             out_features=linear.out_features,
-            pattern=str(section.pattern),
+            pattern=section.pattern,
             criterion=section.criterion,
             mitigations=section.mitigations,
             grouping=section.grouping,

@@ -14,6 +14,7 @@ from nmexport.calibration.effort import ERROR_SAMPLES, SENSITIVITY_SAMPLES, lear
 from nmexport.errors import ModelError
 from nmexport.sparsity.mitigation import check_allocatable, check_combination
 from nmexport.stages import calibrate
+from nmexport.stages.fitting import check_fit
 from nmexport.store.allocation import write_allocation
 from nmexport.store.folded import FoldedModel, write_learning
 from nmexport.store.layers import SCHEMA, write_layers
@@ -68,6 +69,15 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
         "learning": None if settings is None else asdict(settings),
         "versions": {"torch": inputs.environment.version("torch")},
     }
+
+
+def check(inputs: StageInputs) -> None:
+    """Refuse what does not fit the model, before anything runs.
+
+    Raises:
+        UserError: see `fitting.check_fit`.
+    """
+    check_fit(inputs.recipe, inputs.source)
 
 
 def run(inputs: StageInputs) -> dict[str, Any]:
