@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from nmexport.allocation.probe import spread_windows
-from nmexport.calibration import effort, learning, sparse_constants
+from nmexport.calibration import effort, sparse_constants
 from nmexport.environment import Environment
 from nmexport.errors import ArtifactError, CorpusError, ModelError, PatternError, RecipeError
 from nmexport.models.loader import load_model
@@ -177,7 +177,7 @@ def test_folded_layers_run_in_the_model(
         assert spec.relative_error is not None
         assert 0 < spec.relative_error < 1
         behaviour = Behaviour(
-            pattern=spec.nm,
+            pattern=spec.pattern,
             dynamic_shift=spec.dynamic_shift,
             variance_correction=spec.variance_correction,
             phase=spec.phase,
@@ -323,7 +323,9 @@ def kl_of_folded(recipe: Recipe, artifact: fold.Artifact, windows: torch.Tensor)
         replace_linears(
             model,
             {
-                spec.name: SparseLinear(Behaviour(pattern=spec.nm), artifact.tensors(spec.name))
+                spec.name: SparseLinear(
+                    Behaviour(pattern=spec.pattern), artifact.tensors(spec.name)
+                )
                 for spec in artifact.layers
             },
         )
@@ -361,7 +363,7 @@ def test_nothing_is_learned_from_what_measures_it(
     def watch(*given: Any, **_: Any) -> None:
         raise Seen(given[4])
 
-    monkeypatch.setattr(learning, "learn", watch)
+    monkeypatch.setattr(sparse_constants, "learn", watch)
     with pytest.raises(Seen) as caught:
         folded(budgeted(tiny_llama), tmp_path, longer_calibration)
     learned = {tuple(row[:24]) for kind in caught.value.args[0] for row in kind.tolist()}
@@ -394,7 +396,7 @@ def test_what_became_of_a_choice_is_said(used: float, said: str) -> None:
     allocation = replace(
         sample_allocation(), built=Built(kl=0.1, perplexity_ratio=1.1, budget_used=used)
     )
-    words = fold._summary(allocation)
+    words = allocation.summary()
     assert words.startswith("38% of the bytes saved: perplexity ratio 1.147 as chosen, ")
     assert words.endswith(said)
 

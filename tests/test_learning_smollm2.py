@@ -97,7 +97,7 @@ def test_the_default_method_learned_the_fast_way(tmp_path: Path) -> None:
     replace_linears(
         model,
         {
-            layer.name: SparseLinear(Behaviour(pattern=layer.nm), artifact.tensors(layer.name))
+            layer.name: SparseLinear(Behaviour(pattern=layer.pattern), artifact.tensors(layer.name))
             for layer in artifact.layers
         },
     )

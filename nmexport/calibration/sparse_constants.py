@@ -20,6 +20,8 @@ from nmexport.calibration.learning import learn, without
 from nmexport.calibration.learning_text import with_more_written
 from nmexport.calibration.method import needs_static_variance
 from nmexport.sparsity.fold import NOTHING_LEARNED, fold
+from nmexport.sparsity.linear import bias_of
+from nmexport.store.layers import LayerSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -93,6 +95,29 @@ class SparseConstants:
         learned = NOTHING_LEARNED if self.learned is None else self.learned.corrections[name]
         with dense.loaded(dense.linears[name]) as linear:
             return fold(linear, derived.behaviour, derived.constants, learned, dtype=dtype)
+
+    def layer(self, name: str, linear: nn.Linear) -> LayerSpec:
+        """The record of one linear in `layers.json`."""
+        derived, distance = self.derived[name], self.distances.get(name)
+        section, behaviour, constants = derived.section, derived.behaviour, derived.constants
+        nu = 1.0 if constants.nu is None else constants.nu
+        remainder = constants.remainder
+        return LayerSpec(
+            name=name,
+            in_features=linear.in_features,
+            out_features=linear.out_features,
+            pattern=section.pattern,
+            criterion=section.criterion,
+            mitigations=section.mitigations,
+            grouping=section.grouping,
+            phase=section.phases,
+            dynamic_shift=behaviour.dynamic_shift,
+            variance_correction=behaviour.variance_correction,
+            has_bias=bias_of(linear) is not None,
+            relative_error=_rounded(self.errors[name].relative_error(nu)),
+            gap_closed=None if distance is None else _rounded(distance.closed()),
+            remainder_rank=None if remainder is None else remainder.inner.shape[1],
+        )
 
 
 def make_constants(
@@ -207,3 +232,8 @@ def _learn(
         progress=dense.progress,
         checkpoint=kept.named(checkpoint, of=str(settings)),
     )
+
+
+def _rounded(value: float | None) -> float | None:
+    """Six digits: what follows is the summation order of the machine."""
+    return None if value is None else float(f"{value:.6g}")

@@ -209,13 +209,16 @@ class SparseLinear(nn.Module):
 
     def op(self, x: torch.Tensor) -> torch.Tensor:
         """NMLinear alone: `[..., K]` T -> `[..., O]` T, in float32 with one rounding at the end."""
-        if self.prompt is None:
+        if self.prompt is None or self.behaviour.phase == "all":
             return self._op(x, sparse=self._drops(x))
-        pieces: tuple[tuple[Phase, torch.Tensor], ...] = (
-            ("prefill", x[..., : self.prompt, :]),
-            ("decode", x[..., self.prompt :, :]),
+        head, tail = x[..., : self.prompt, :], x[..., self.prompt :, :]
+        return torch.cat(
+            [
+                self._op(head, sparse=self._drops_in("prefill")),
+                self._op(tail, sparse=self._drops_in("decode")),
+            ],
+            dim=-2,
         )
-        return torch.cat([self._op(piece, sparse=self._drops_in(at)) for at, piece in pieces], -2)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

@@ -14,9 +14,10 @@ from nmexport.calibration.effort import ERROR_SAMPLES, SENSITIVITY_SAMPLES, lear
 from nmexport.errors import ModelError
 from nmexport.sparsity.mitigation import check_allocatable, check_combination
 from nmexport.stages import calibrate
+from nmexport.stages.fitting import check_fit
 from nmexport.store.allocation import write_allocation
 from nmexport.store.folded import FoldedModel, write_learning
-from nmexport.store.layers import SCHEMA, LayerSpec, write_layers
+from nmexport.store.layers import SCHEMA, write_layers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -70,6 +71,15 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
     }
 
 
+def check(inputs: StageInputs) -> None:
+    """Refuse what does not fit the model, before anything runs.
+
+    Raises:
+        UserError: see `fitting.check_fit`.
+    """
+    check_fit(inputs.recipe, inputs.source)
+
+
 def run(inputs: StageInputs) -> dict[str, Any]:
     """Choose, derive and learn the constants of every target, fold, write.
 
@@ -90,7 +100,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
         sections = dict.fromkeys(dense.linears, inputs.recipe.sparsity)
         constants = make_constants(dense, sections, learning=learning)
     _write_tensors(inputs, dense, constants)
-    specs = [_layer_spec(name, dense.linears[name], constants) for name in constants.derived]
+    specs = [constants.layer(name, dense.linears[name]) for name in constants.derived]
     write_layers(inputs.output, specs)
     return {
         "linears": len(specs),
@@ -214,7 +224,7 @@ def _within_budget(
         behaviours = {name: linear.behaviour for name, linear in constants.derived.items()}
         folded = partial(_folded, inputs, dense, constants)
         measured = prepared.as_built(allocation, behaviours, folded)
-        inputs.progress.note(_summary(measured))
+        inputs.progress.note(measured.summary())
         if measured.remark is not None:
             inputs.progress.note(measured.remark)
         return constants, measured
@@ -267,18 +277,6 @@ def _sections(section: SparsitySection, allocation: Allocation) -> dict[str, Spa
     }
 
 
-def _summary(allocation: Allocation) -> str:
-    """What was chosen and how it turned out, in a line."""
-    built = allocation.built
-    assert built is not None  # noqa: S101 - for the type checker
-    words = (
-        f"{allocation.bytes_saved:.0%} of the bytes saved: perplexity ratio "
-        f"{allocation.perplexity_ratio:.3f} as chosen, {built.perplexity_ratio:.3f} as built"
-    )
-    exceeded = built.budget_used is not None and built.budget_used > 1
-    return f"{words}, which exceeds the budget" if exceeded else words
-
-
 def _folded(
     inputs: StageInputs, dense: DenseModel, constants: SparseConstants, name: str
 ) -> dict[str, torch.Tensor]:
@@ -314,32 +312,6 @@ def _write_tensors(inputs: StageInputs, dense: DenseModel, constants: SparseCons
             writer.add({f"{name}.{kind}": tensor for kind, tensor in folded.items()})
 
 
-def _layer_spec(name: str, linear: nn.Linear, made: SparseConstants) -> LayerSpec:
-    from nmexport.sparsity.linear import bias_of
-
-    derived, error, distance = made.derived[name], made.errors[name], made.distances.get(name)
-    section, behaviour, constants = derived.section, derived.behaviour, derived.constants
-    remainder = constants.remainder
-    return LayerSpec(
-        name=name,
-        in_features=linear.in_features,
-        out_features=linear.out_features,
-        pattern=str(section.pattern),
-        criterion=section.criterion,
-        mitigations=section.mitigations,
-        grouping=section.grouping,
-        phase=section.phases,
-        dynamic_shift=behaviour.dynamic_shift,
-        variance_correction=behaviour.variance_correction,
-        has_bias=bias_of(linear) is not None,
-        relative_error=_rounded(
-            error.relative_error(1.0 if constants.nu is None else constants.nu)
-        ),
-        gap_closed=None if distance is None else _rounded(distance.closed()),
-        remainder_rank=None if remainder is None else remainder.inner.shape[1],
-    )
-
-
 def _write_learning(inputs: StageInputs, learned: Learned | None) -> dict[str, Any]:
     """Write the loss curve; return the stage's metrics of it."""
     if learned is None:
@@ -348,11 +320,6 @@ def _write_learning(inputs: StageInputs, learned: Learned | None) -> dict[str, A
     write_learning(inputs.output, settings=asdict(learned.settings), curve=asdict(curve))
     ends = [curve.held_out[place][1] for place in (0, -1)] if curve.held_out else None
     return {"steps": len(curve.learned), "held_out_kl": ends}
-
-
-def _rounded(value: float | None) -> float | None:
-    """Six digits: what follows is the summation order of the machine."""
-    return None if value is None else float(f"{value:.6g}")
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
