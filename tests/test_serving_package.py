@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from nmexport.environment import free_memory
-from nmexport.errors import ArtifactError, EnvironmentFault, RequestError
+from nmexport.errors import ArtifactError, EnvironmentFault, RequestError, ServerBusyError
 from nmexport.generation.options import NAMES
 from nmexport.runtimes.tensorrt_engine import EngineTensor, PluginRecord
 from nmexport.serving import bundle as bundles
@@ -359,6 +359,7 @@ class FakeTensor:
 
 class FakeError(Exception):
     INVALID_ARG, CANCELLED = "invalid", "cancelled"
+    UNAVAILABLE, INTERNAL = "unavailable", "internal"
 
     def __init__(self, words: str, code: str = "internal") -> None:
         super().__init__(words)
@@ -538,6 +539,18 @@ def test_refusals_are_the_clients_fault(
     assert words in str(response.error)
     assert response.error.code == FakeError.INVALID_ARG
     assert flags == 1
+    assert counted(model, "nmexport_requests_rejected_total") == 1
+
+
+def test_a_full_queue_asks_the_client_to_come_back(
+    model: TritonPythonModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ServerBusyError("The queue is full.")
+
+    monkeypatch.setattr(model._service, "submit", refuse)
+    ((response, flags),) = call(model, text_input=texts("a")).sent
+    assert (response.error.code, flags) == (FakeError.UNAVAILABLE, 1)
     assert counted(model, "nmexport_requests_rejected_total") == 1
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from nmexport.errors import RequestError
+from nmexport.errors import RequestError, ServerBusyError
 from nmexport.generation.options import GenerationOptions
 from nmexport.runtimes.onnxruntime import OrtSession
 from nmexport.serving import metrics as names
@@ -433,7 +433,7 @@ def test_a_full_queue_refuses_and_takes_again() -> None:
     sinks = [submit(one, [0], max_tokens=3)]
     one.step()
     sinks.append(submit(one, [0], max_tokens=1))
-    with pytest.raises(RequestError, match="queue is full"):
+    with pytest.raises(ServerBusyError, match="queue is full"):
         submit(one, [0])
     run(one)
     sinks.append(submit(one, [0], max_tokens=1))

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -293,6 +295,45 @@ def test_a_wrong_request_is_told_why_and_hurts_nobody(
     with pytest.raises(RequestError, match=re.escape(words)):
         list(client.stream(url, NAME, fields))
     assert client.generate(url, NAME, {"text_input": PROMPT, "max_tokens": 2})["text_output"]
+
+
+def test_a_full_queue_is_503_and_the_server_takes_requests_again(
+    work: Path, tmp_path: Path
+) -> None:
+    """Clients try these again, and nothing else."""
+    repository = tmp_path / "model_repository"
+    shutil.copytree(launch.package_folder(work) / "model_repository", repository)
+    config = repository / NAME / "config.pbtxt"
+    text = config.read_text("utf-8")
+    for name in ("slots", "queue"):
+        value = {"slots": "1", "queue": "0"}[name]
+        pattern = rf'(key: "{name}"\s+value {{\s+string_value: )"\d+"'
+        text, count = re.subn(pattern, rf'\g<1>"{value}"', text)
+        assert count == 1, text
+    config.write_text(text, "utf-8")
+    fields = {"text_input": PROMPT, "max_tokens": LONG}
+    with triton(repository, tmp_path / "server.log") as server:
+        url = server.addresses.http
+        running = client.stream(url, NAME, fields, timeout=60)
+        next(running)
+        codes = [http_status(f"{url}/v2/models/{NAME}/{way}", fields) for way in WAYS]
+        with pytest.raises(RequestError, match="queue is full"):
+            grpc_stream(server.addresses.grpc, NAME, text_input=PROMPT.encode())
+        running.close()
+        assert codes == [503, 503]
+        wait_for(lambda: metrics(server)["running_requests"] == 0)
+        assert client.generate(url, NAME, {**fields, "max_tokens": 2})["text_output"]
+
+
+WAYS = ("generate", "generate_stream")
+
+
+def http_status(url: str, fields: dict[str, Any]) -> int:
+    try:
+        with urllib.request.urlopen(url, json.dumps(fields).encode(), timeout=30) as answer:  # noqa: S310
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
 
 
 def test_wrong_type_and_broken_utf8_over_grpc(server: launch.Server) -> None:

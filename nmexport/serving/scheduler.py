@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from nmexport.errors import RequestError
+from nmexport.errors import RequestError, ServerBusyError
 from nmexport.generation.sampler import Sampler
 from nmexport.generation.stopping import StopFilter
 from nmexport.generation.text_stream import TextStream
@@ -202,15 +202,16 @@ class Scheduler:
         """Queue a request.
 
         Raises:
-            RequestError: if it is over a limit, or the server takes no more.
+            RequestError: if it is over a limit.
+            ServerBusyError: if the queue is full, or the server is shutting down.
         """
         request = self._admissible(prompt, options, sink)
         with self._changed:
             if self._closing:
-                raise RequestError(f"No request is taken: {SHUTTING_DOWN}.")
+                raise ServerBusyError(f"No request is taken: {SHUTTING_DOWN}.")
             # Together: a slot that is free now goes to one who waits at the next step.
             if len(self._running) + len(self._waiting) >= self.limits.slots + self.limits.queue:
-                raise RequestError(
+                raise ServerBusyError(
                     f"The queue is full: {len(self._running)} requests run, "
                     f"{len(self._waiting)} wait.",
                     allowed=f"{self.limits.slots} that run, {self.limits.queue} that wait",

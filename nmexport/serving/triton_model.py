@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nmexport.errors import EnvironmentFault, RequestError
+from nmexport.errors import EnvironmentFault, RequestError, ServerBusyError
 from nmexport.generation.options import NAMES
 from nmexport.serving import metrics as names
 from nmexport.serving.metrics import Harmless
+from nmexport.serving.scheduler import SHUTTING_DOWN
 from nmexport.serving.service import SETTINGS, TextRequest, TextService
 from nmexport.serving.stopping import StopSignals, drain_seconds
 
@@ -91,6 +92,9 @@ class TritonPythonModel:
         try:
             values, reply = read_request(self._backend, request)
             self._service.submit(values, TritonSink(self._backend, sender, reply))
+        except ServerBusyError as error:  # 503 over HTTP: clients try again
+            self._metrics.add(names.REJECTED)
+            return errors(str(error), errors.UNAVAILABLE)
         except RequestError as error:
             self._metrics.add(names.REJECTED)
             return errors(str(error), errors.INVALID_ARG)
@@ -225,7 +229,9 @@ class TritonSink:
 
     def failed(self, problem: str) -> None:
         """Send an error that is the server's."""
-        end_with(self._backend, self._sender, self._backend.TritonError(problem))
+        errors = self._backend.TritonError
+        code = errors.UNAVAILABLE if problem == SHUTTING_DOWN else errors.INTERNAL
+        end_with(self._backend, self._sender, errors(problem, code))
 
     def is_cancelled(self) -> bool:
         """Whether the client went away."""
