@@ -63,6 +63,13 @@ def test_text_configuration_survives_its_text() -> None:
     assert names == {"text_input", "messages"} | flags | (set(NAMES) - {"stop"})
     assert all(one.optional for one in again.input)
     assert set(again.parameters) == set(SETTINGS)
+    assert again.dynamic_batching.default_queue_policy.max_queue_size == 32
+
+
+@pytest.mark.parametrize(("queue", "in_triton"), [("0", 1), ("1", 1), ("2", 1), ("128", 64)])
+def test_a_queue_always_has_an_end_in_triton(queue: str, in_triton: int) -> None:
+    config = triton_config.text_config("a-model", {**PACKAGED_SETTINGS, "queue": queue})
+    assert config.dynamic_batching.default_queue_policy.max_queue_size == in_triton
 
 
 def test_engine_configuration_is_that_of_the_exported_model(tiny_export: Path) -> None:
@@ -545,7 +552,7 @@ def test_refusals_are_the_clients_fault(
 def test_a_full_queue_asks_the_client_to_come_back(
     model: TritonPythonModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise ServerBusyError("The queue is full.")
 
     monkeypatch.setattr(model._service, "submit", refuse)
