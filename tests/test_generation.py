@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from nmexport.bench.engines import bench_engines
 from nmexport.errors import ArtifactError, UserError
 from nmexport.generation.loop import (
     continuation,
@@ -19,8 +20,7 @@ from nmexport.generation.loop import (
 )
 from nmexport.generation.sampler import Sampler
 from nmexport.progress import Silent
-from nmexport.runtimes.onnxruntime import SESSION_CONFIG
-from nmexport.verification.latency import bench_engines
+from nmexport.runtimes.onnxruntime_session import SESSION_CONFIG
 
 from tests.tiny import save_tokenizer
 from tests.toy_lm import VOCABULARY, expected_logits, save_toy_lm

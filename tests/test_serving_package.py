@@ -15,7 +15,7 @@ import pytest
 from nmexport.environment import free_memory
 from nmexport.errors import ArtifactError, EnvironmentFault, RequestError, ServerBusyError
 from nmexport.generation.options import NAMES
-from nmexport.runtimes.tensorrt_engine import EngineTensor, PluginRecord
+from nmexport.runtimes.tensorrt.description import EngineTensor, PluginRecord
 from nmexport.serving import bundle as bundles
 from nmexport.serving import repository, triton_config
 from nmexport.serving.metrics import METRICS
@@ -693,8 +693,8 @@ def tensorrt_inputs(
     export: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any
 ) -> Any:
     """Stage inputs with an engine of TensorRT, as its stage describes one."""
-    from nmexport.runtimes import tensorrt_library
-    from nmexport.runtimes.tensorrt_engine import TensorRTEngine
+    from nmexport.runtimes.tensorrt import library as tensorrt_library
+    from nmexport.runtimes.tensorrt.description import TensorRTEngine
 
     plugin = folder / "libnmexport_tensorrt.so"
     plugin.write_bytes(b"a plugin")

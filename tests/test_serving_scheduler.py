@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from nmexport.errors import RequestError, ServerBusyError
 from nmexport.generation.options import GenerationOptions
-from nmexport.runtimes.onnxruntime import OrtSession
+from nmexport.runtimes.onnxruntime_session import OrtSession
 from nmexport.serving import metrics as names
 from nmexport.serving.scheduler import SHUTTING_DOWN, Limits, Outcome, Scheduler, Usage, chunk_end
 

@@ -224,7 +224,7 @@ def cancelled_streams_free_their_slot(server: Server, name: str) -> None:
 
 def test_padding_moves_logits(work: Path) -> None:
     """By how much: `pytest -m slow -k padding_moves --log-cli-level INFO <this file>`."""
-    from nmexport.runtimes.onnxruntime import OrtSession
+    from nmexport.runtimes.onnxruntime_session import OrtSession
 
     rng = np.random.default_rng(0)
     moved: list[float] = []

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from nmexport.engines import requirements
 from nmexport.environment import probe
 from nmexport.errors import ArtifactError, EnvironmentFault, GateFailed
 from nmexport.models.source import ModelSource
@@ -26,8 +25,9 @@ from nmexport.recipe import (
     ServingSection,
     SparsitySection,
 )
-from nmexport.runtimes import tensorrt_library
-from nmexport.runtimes.onnxruntime import OrtSession
+from nmexport.runtimes.onnxruntime_session import OrtSession
+from nmexport.runtimes.tensorrt import library as tensorrt_library
+from nmexport.runtimes.tensorrt import requirements
 from nmexport.serving.triton_config import from_text
 from nmexport.stages import engine, package, verify
 from nmexport.stages.inputs import StageInputs

@@ -13,7 +13,7 @@ from nmexport.generation.loop import load_tokenizer
 from nmexport.progress import Silent
 from nmexport.recipe import EvaluationSection
 from nmexport.runtimes import native
-from nmexport.runtimes.onnxruntime import OrtSession
+from nmexport.runtimes.onnxruntime_session import OrtSession
 from nmexport.runtimes.session import Limits
 from nmexport.verification import tasks
 from nmexport.verification.likelihood import ScoredText, scores

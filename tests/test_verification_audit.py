@@ -113,7 +113,7 @@ def test_errors_are_those_of_the_linears_output(tmp_path: Path) -> None:
 
 
 def test_the_original_graph_still_computes_the_same(tmp_path: Path) -> None:
-    from nmexport.runtimes.onnxruntime import OrtSession
+    from nmexport.runtimes.onnxruntime_session import OrtSession
 
     path = _sparse(tmp_path / "model.onnx", extras=True)
     graph = audit.read_graph(path)

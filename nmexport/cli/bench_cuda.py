@@ -17,9 +17,10 @@ from nmexport.cli.output import (
     verbose_option,
     wants_json,
 )
+from nmexport.cli.verb import Verb
 
 
-@click.command("cuda", short_help="CUDA kernels; regenerates the break-even table.")
+@click.command("cuda", cls=Verb, short_help="CUDA kernels; regenerates the break-even table.")
 @click.option(
     "--shape",
     "shapes",
@@ -60,8 +61,8 @@ def cuda_command(
     save: bool,
 ) -> None:
     """Time the CUDA kernels through ONNX Runtime, dense beside sparse, on this machine's GPU."""
+    from nmexport.bench.cuda import MISTRAL_SHAPES, SIDES, bench_cuda, check_savable, save_plans
     from nmexport.cli.bench import shape_from
-    from nmexport.cuda_bench import MISTRAL_SHAPES, SIDES, bench_cuda, check_savable, save_plans
     from nmexport.runtimes.native import require_library
 
     library = require_library()

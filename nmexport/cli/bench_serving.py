@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nmexport.cli.options import reading_options, request
+from nmexport.cli.options import Request, takes
 from nmexport.cli.output import console, emit_json, figure, progress, size, table, wants_json
+from nmexport.cli.verb import Verb
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from nmexport.bench.serving import Through
     from nmexport.serving.launch import Installation, Server
-    from nmexport.serving.load import Through
 
 _server_option = click.option(
     "--server",
@@ -25,7 +26,7 @@ _server_option = click.option(
 )
 
 
-@click.command("serve", short_help="Dense against sparse model under a server's load.")
+@click.command("serve", cls=Verb, short_help="Dense against sparse model under a server's load.")
 @click.option(
     "--clients",
     multiple=True,
@@ -42,11 +43,12 @@ _server_option = click.option(
     "--through-triton", is_flag=True, help="The packaged model in a server, too, over HTTP."
 )
 @_server_option
-@reading_options
+@takes()
 @click.pass_context
 def serve_command(
     ctx: click.Context,
     *,
+    asked: Request,
     clients: tuple[int, ...],
     requests: int,
     prompt_tokens: int,
@@ -60,9 +62,9 @@ def serve_command(
     The load goes to the scheduler that the packaged model runs, within this process; with
     --through-triton also to a server, whose clients see what Triton and HTTP add.
     """
-    from nmexport.serving.load import Load, bench_serve
+    from nmexport.bench.serving import Load, bench_serve
 
-    work = request(ctx).existing_work()
+    work = asked.existing_work()
     work.require("engine")
     loads = [
         Load(
@@ -111,8 +113,8 @@ def _row(row: dict[str, Any], side: str, cost: dict[str, Any] | None) -> tuple[o
 
 @contextlib.contextmanager
 def _through(folder: Path, given: Path | None) -> Iterator[Through]:
+    from nmexport.bench.serving import Through
     from nmexport.serving import launch
-    from nmexport.serving.load import Through
 
     with _started(folder, launch.find_server(given)) as (server, model):
         yield Through(url=server.addresses.http, model=model)
@@ -141,7 +143,7 @@ def _started(folder: Path, installation: Installation) -> Iterator[tuple[Server,
         yield server, texts[0]
 
 
-@click.command("soak", short_help="A server's memory under a long load.")
+@click.command("soak", cls=Verb, short_help="A server's memory under a long load.")
 @click.argument("folder", required=False, type=click.Path(path_type=Path, exists=True))
 @click.option("--seconds", type=click.IntRange(10), default=300, show_default=True)
 @click.option(
@@ -172,11 +174,12 @@ def _started(folder: Path, installation: Installation) -> Iterator[tuple[Server,
     help="Let this program make the load, over gRPC; one client that always leaves comes beside.",
 )
 @_server_option
-@reading_options
+@takes()
 @click.pass_context
 def soak_command(
     ctx: click.Context,
     *,
+    asked: Request,
     folder: Path | None,
     seconds: int,
     warmup_seconds: int,
@@ -191,12 +194,12 @@ def soak_command(
     All processes of the server count. Compared are the medians of the first and the last tenth of
     the time.
     """
+    from nmexport.bench.perf_analyzer import PerfAnalyzer
+    from nmexport.bench.soak import Soak, soak
     from nmexport.errors import GateFailed
     from nmexport.serving import launch
-    from nmexport.serving.perf_analyzer import PerfAnalyzer
-    from nmexport.serving.soak import Soak, soak
 
-    where = folder or request(ctx).existing_work().root
+    where = folder or asked.existing_work().root
     installation = launch.find_server(server)
     analyzer = PerfAnalyzer(perf_analyzer, installation) if perf_analyzer else None
     load = Soak(

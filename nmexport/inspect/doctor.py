@@ -15,7 +15,7 @@ from nmexport.errors import EnvironmentFault
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from nmexport.runtimes.tensorrt_library import TensorRTTarget
+    from nmexport.runtimes.tensorrt.library import TensorRTTarget
 
 
 COMPILERS = ("c++", "g++", "clang++")
@@ -95,7 +95,7 @@ def _native_library() -> list[Missing]:
 
 def _tensorrt(target: TensorRTTarget) -> list[Missing]:
     """What building an engine takes, then what running it takes."""
-    from nmexport.runtimes import tensorrt_library
+    from nmexport.runtimes.tensorrt import library as tensorrt_library
 
     needs = [
         Missing(what=f"the package {package}", mend=f"pip install {package}")

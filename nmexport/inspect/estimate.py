@@ -52,9 +52,7 @@ _WRITING_BYTES = 2_100_000_000  # the cache of samples that the model writes, at
 _LEARNING_BYTES = 2_500_000_000  # activations of a step of learning, kept for its gradient
 _COMPARING_BYTES = 2_400_000_000  # logits of both sides, and inputs of linears that are audited
 _RUNTIME_BYTES = 700_000_000  # the interpreter with its libraries loaded
-# Layer by layer: K x K matrices that the search for orders holds of a layer's widest input, all
-# else included; copies of a linear while it is folded, in float64.
-_SEARCH_MATRICES, _FOLD_COPIES = 2.5, 6.0
+_FOLD_COPIES = 6.0  # layer by layer: copies of a linear while it is folded, in float64
 _LAYER = re.compile(r"(.*\.\d+)\.")
 _MATRIX = 2  # dimensions
 
@@ -148,17 +146,16 @@ def _layerwise_memory(source: ModelSource) -> dict[str, int]:
     from nmexport.store.tensors import SHARD_BYTES
 
     parts: dict[str, int] = {}
-    widest, largest = 0, 0
+    largest = 0
     for name, shape in _shapes(source):
         found = _LAYER.match(name)
         part = found[1] if found else name
         parts[part] = parts.get(part, 0) + math.prod(shape)
         if found and len(shape) == _MATRIX:
-            widest, largest = max(widest, shape[1]), max(largest, math.prod(shape))
+            largest = max(largest, math.prod(shape))
     layer = _WORKING_BYTES * max(parts.values(), default=0)
-    searching = layer + int(_SEARCH_MATRICES * _WORKING_BYTES * widest**2)
     writing = SHARD_BYTES + int(_FOLD_COPIES * _WORKING_BYTES * largest)
-    return {"calibrate": layer, "fold": max(searching, writing)}
+    return {"calibrate": layer, "fold": max(layer, writing)}
 
 
 def parameter_count(source: ModelSource) -> int:

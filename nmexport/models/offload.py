@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from nmexport.choices import Offload
     from nmexport.models.layerwise import LayerwiseModel
     from nmexport.models.source import ModelSource
     from nmexport.progress import Progress
-    from nmexport.recipe import Offload, Recipe
+    from nmexport.recipe import Recipe
 
 Placement = Literal["whole", "mapped", "layerwise"]
 
@@ -83,16 +84,6 @@ def open_dense(
         placing=None if placed is None else {"device_map": placed},
     )
     return OpenedModel(model=model)
-
-
-def runs_layerwise(source: ModelSource, *, trust_remote_code: bool, offload: Offload) -> bool:
-    """Whether `open_dense` would run the model layer by layer now.
-
-    Raises:
-        ModelError: if layer by layer is asked for and the model's format does not allow it.
-    """
-    chosen, _ = _placed(source, trust_remote_code=trust_remote_code, offload=offload)
-    return chosen == "layerwise"
 
 
 def needs_whole(recipe: Recipe) -> list[str]:

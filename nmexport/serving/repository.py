@@ -219,7 +219,7 @@ def _write_cpu_model(folder: Path, *, has_native_ops: bool) -> str | None:
     model = folder / _MODEL
     if not needs_widening(model):
         return None
-    from nmexport.runtimes.onnxruntime_bfloat16 import widened
+    from nmexport.graph.cpu import widened
 
     (folder / _CPU_MODEL).write_bytes(widened(model, has_native_ops=has_native_ops))
     return _CPU_MODEL
@@ -244,7 +244,7 @@ def _relocated(engine: Mapping[str, Any], cpu_model: str | None) -> str:
 def _write_reference(folder: Path, tokens: list[list[int]]) -> None:
     import numpy as np
 
-    from nmexport.runtimes.onnxruntime import OrtSession
+    from nmexport.runtimes.onnxruntime_session import OrtSession
 
     with OrtSession.from_engine(folder) as session:
         np.save(folder / bundles.REFERENCE, bundles.first_logits(session, tokens))

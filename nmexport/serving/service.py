@@ -114,7 +114,7 @@ class TextService(Closing):
             EnvironmentFault: if this machine lacks what it needs.
             RequestError: if a setting makes no sense.
         """
-        from nmexport.runtimes.onnxruntime import OrtSession
+        from nmexport.runtimes.onnxruntime_session import OrtSession
 
         bundle = bundles.read_bundle(folder)
         bundle.check_files()

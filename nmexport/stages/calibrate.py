@@ -130,7 +130,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     """
     import torch
 
-    from nmexport.calibration.passes import gather_channel_statistics, on_best_device
+    from nmexport.calibration.forward_passes import gather_channel_statistics, on_best_device
     from nmexport.models.loader import load_tokenizer
     from nmexport.models.offload import check_layerwise, is_placed, open_dense
     from nmexport.sparsity.targets import linears_of, select_targets
@@ -149,7 +149,8 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     model = opened.model
     if opened.layerwise is not None:
         check_layerwise(recipe)
-    select_targets(model, recipe.sparsity.targets, recipe.sparsity.pattern)
+    targets = recipe.sparsity.targets
+    select_targets(model, recipe.sparsity.pattern, include=targets.include, exclude=targets.exclude)
     if opened.layerwise is None and not is_placed(model):
         model = on_best_device(model)
     loaded = load_samples(

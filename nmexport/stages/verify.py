@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nmexport.calibration import corpus
-from nmexport.errors import ArtifactError, RecipeError
+from nmexport.errors import RecipeError
 from nmexport.stages import fold
 from nmexport.stages.engine import NO_LIBRARY, resolve_target
 from nmexport.store.layers import model_phases
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from nmexport.recipe import EvaluationSection, LatencySection, Recipe
-    from nmexport.runtimes.onnxruntime import Engine
+    from nmexport.runtimes.onnxruntime_session import Engine
     from nmexport.runtimes.session import Session
     from nmexport.stages.inputs import StageInputs
     from nmexport.store.layers import ModelPhases
@@ -67,19 +67,9 @@ class Artifact:
         Raises:
             ArtifactError: if it is missing or not a report of this schema.
         """
-        from nmexport.verification.report import SCHEMA
+        from nmexport.verification.report import read_report
 
-        path = self.path / "report.json"
-        try:
-            report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            schema = report["schema"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ArtifactError(
-                f"{path} cannot be read: {error!r}", fix="run `nmexport verify --force`"
-            ) from error
-        if schema != SCHEMA:
-            raise ArtifactError(f"{path} has schema {schema}.", allowed=f"schema {SCHEMA}")
-        return report
+        return read_report(self.path / "report.json")
 
 
 def key_fields(inputs: StageInputs) -> dict[str, Any]:
@@ -128,7 +118,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
         ArtifactError: if an upstream artifact cannot be read.
         EnvironmentFault: if the engine's native library is missing here.
     """
-    from nmexport.runtimes.onnxruntime import read_engine
+    from nmexport.runtimes.onnxruntime_session import read_engine
     from nmexport.runtimes.opening import why_not_here
     from nmexport.verification import alone, memory, report_engine, report_pages
     from nmexport.verification.reference import model_size
@@ -389,7 +379,7 @@ def _dataset(section: EvaluationSection) -> str:
 
 
 def _audit(inputs: StageInputs, engine: Engine, windows: NDArray[np.int64]) -> dict[str, Any]:
-    from nmexport.runtimes.onnxruntime import engine_library
+    from nmexport.runtimes.onnxruntime_session import engine_library
     from nmexport.verification import audit
 
     counted = windows[:_AUDIT_WINDOWS]
@@ -406,7 +396,7 @@ def _audit(inputs: StageInputs, engine: Engine, windows: NDArray[np.int64]) -> d
 
 def _parity(inputs: StageInputs, engine: Engine, prompts: NDArray[np.int64]) -> dict[str, Any]:
     """The report's `parity`: whole models in lock step, and each linear against the oracle."""
-    from nmexport.runtimes.onnxruntime import OrtSession
+    from nmexport.runtimes.onnxruntime_session import OrtSession
     from nmexport.runtimes.opening import open_session, why_not_here
     from nmexport.verification import cache_parity, parity
     from nmexport.verification.reference import open_folded
@@ -453,7 +443,7 @@ def _linear_parity(
     why: Mapping[str, str],
 ) -> dict[str, Any]:
     """Each executor's linears against the oracle, on one prompt."""
-    from nmexport.runtimes.onnxruntime import engine_library
+    from nmexport.runtimes.onnxruntime_session import engine_library
     from nmexport.verification import op_parity, parity
     from nmexport.verification.audit import open_instrumented
     from nmexport.verification.reference import array_from

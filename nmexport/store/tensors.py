@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from nmexport.errors import ArtifactError
 
@@ -33,6 +32,8 @@ def save_tensors(
 
     safetensors moves a temporary file into place, which only its owner may read.
     """
+    from safetensors.torch import save_file  # brings torch, which readers of names alone need not
+
     path.touch()
     mode = path.stat().st_mode
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}

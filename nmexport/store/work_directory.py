@@ -1,6 +1,6 @@
 """The folder of one model's builds: who holds it, whose it is, and how artifacts get into it.
 
-<work>/resolved.yaml            the recipe of the last run
+<work>/resolved.yaml            the recipe of the last run that succeeded
 <work>/<stage>/<key12>/         a finished artifact: its manifest.json was written last
 <work>/<stage>/<key12>.partial-<pid>    one being written; nothing ever loads it
 <work>/<stage>/<key12>.resume   where a killed run of it goes on from
@@ -20,7 +20,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from filelock import FileLock, Timeout
+
 from nmexport.errors import ArtifactError, UserError, WorkDirectoryError
+from nmexport.recipe import dump, load
 from nmexport.store.artifact import (
     KEY_CHARS,
     MANIFEST,
@@ -39,6 +42,8 @@ REPORTS = ("report.json", "report.md", "report.html")
 CURRENT = "current"
 _LOCK = ".lock"
 _HOLDER = ".holder.json"
+_UNFINISHED_BUILD = ".unfinished.json"
+"""In a directory where no run has succeeded yet: the command line of the last one."""
 _UNFINISHED = re.compile(r"\.(partial|old|link|new)-\d+$")
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _UNWRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
@@ -95,15 +100,19 @@ class WorkDirectory:
         return folder
 
     def recipe(self) -> Recipe:
-        """The recipe of the last run here.
+        """The recipe of the last run here that succeeded.
 
         Raises:
-            WorkDirectoryError: if this is not a work directory.
+            WorkDirectoryError: if this is not a work directory, or no run here has succeeded.
         """
-        from nmexport.recipe import load
-
         path = self.root / RESOLVED
         if not path.is_file():
+            command = self._unfinished_command()
+            if command is not None:
+                raise WorkDirectoryError(
+                    f"{self.root} holds an unfinished build: no run has succeeded in it yet.",
+                    fix=f"go on with it: {command}",
+                )
             raise WorkDirectoryError(
                 f"{self.root} is not a work directory: there is no {RESOLVED} in it.",
                 fix="name one with --work DIR, or make one with `nmexport build --model NAME`",
@@ -119,8 +128,6 @@ class WorkDirectory:
         Raises:
             WorkDirectoryError: if another run holds it, or it cannot be written.
         """
-        from filelock import FileLock, Timeout
-
         with self.disk_faults():
             self.root.mkdir(parents=True, exist_ok=True)
             self._refuse_foreign()
@@ -138,17 +145,12 @@ class WorkDirectory:
             (self.root / _HOLDER).unlink(missing_ok=True)
             lock.release()
 
-    def claim(self, recipe: Recipe) -> None:
-        """Make the directory this recipe's: other options are welcome, another model is not.
-
-        Raises:
-            WorkDirectoryError: if it was built from another model.
-        """
-        from nmexport.recipe import dump
-
-        self.refuse_other_model(recipe)
-        with self.disk_faults():
-            self.replace(self.root / RESOLVED, dump(recipe).encode())
+    def claim(self, command: str) -> None:
+        """Mark a new directory as ours, so that an unfinished build can go on in it."""
+        if not (self.root / RESOLVED).is_file():
+            with self.disk_faults():
+                text = json.dumps({"command": command})
+                self.replace(self.root / _UNFINISHED_BUILD, text.encode())
 
     def refuse_other_model(self, recipe: Recipe) -> None:
         """Raise where the directory was built from another model than the recipe's.
@@ -233,6 +235,36 @@ class WorkDirectory:
             self.replace(path, replace(manifest, share=share).to_json().encode())
             os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
+    def put_in_use(
+        self, recipe: Recipe, keys: Mapping[str, str], *, report: Path | None = None
+    ) -> None:
+        """Make artifacts current, and their recipe and report those of the directory.
+
+        Everything is written beside its place first: a full disk changes nothing.
+
+        Args:
+            recipe: What was built.
+            keys: Keys by stage.
+            report: Folder whose reports are copied to the top.
+
+        Raises:
+            WorkDirectoryError: if the disk is full or cannot be written.
+        """
+        files = {self.root / RESOLVED: dump(recipe).encode()}
+        if report is not None:
+            reports = [report / name for name in REPORTS if (report / name).is_file()]
+            files |= {self.root / path.name: path.read_bytes() for path in reports}
+        with self.disk_faults(), contextlib.ExitStack() as written:
+            ready = [
+                (written.enter_context(_beside(path, contents)), path)
+                for path, contents in files.items()
+            ]
+            for stage, key in keys.items():
+                self.use(stage, key)
+            for beside, path in ready:
+                beside.replace(path)
+            (self.root / _UNFINISHED_BUILD).unlink(missing_ok=True)
+
     def use(self, stage: str, key: str) -> None:
         """Point `current` at an artifact, in one step."""
         link = self.root / stage / CURRENT
@@ -256,17 +288,6 @@ class WorkDirectory:
             folder.rename(aside)
         shutil.rmtree(aside, ignore_errors=True)
 
-    def publish_reports(self) -> None:
-        """Copy the reports of the verification in use to the top."""
-        folder = self.require("verify")
-        with self.disk_faults():
-            for name in REPORTS:
-                if (folder / name).is_file():
-                    contents = (folder / name).read_bytes()
-                    top = self.root / name
-                    if not top.is_file() or top.read_bytes() != contents:
-                        self.replace(top, contents)
-
     def withdraw_reports(self) -> None:
         """Remove the copies at the top: what they speak of is no longer what is here."""
         with self.disk_faults():
@@ -276,15 +297,8 @@ class WorkDirectory:
     @staticmethod
     def replace(path: Path, contents: bytes) -> None:
         """Write a file beside, flush it, then put it in place: readers see all or nothing."""
-        beside = path.with_name(f"{path.name}.new-{os.getpid()}")
-        try:
-            with beside.open("wb") as stream:
-                stream.write(contents)
-                stream.flush()
-                os.fsync(stream.fileno())
+        with _beside(path, contents) as beside:
             beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def disk_faults(self) -> Iterator[None]:
@@ -344,13 +358,21 @@ class WorkDirectory:
             for path in self.root.iterdir()
             if not path.name.startswith(".") and not _UNFINISHED.search(path.name)
         }
-        if names and RESOLVED not in names:
+        if names and RESOLVED not in names and self._unfinished_command() is None:
             raise WorkDirectoryError(
                 f"{self.root} is not empty and not a work directory: "
                 f"it holds {', '.join(sorted(names)[:4])}.",
                 allowed="a new or empty folder, or one that nmexport made",
                 fix="name another with --work DIR",
             )
+
+    def _unfinished_command(self) -> str | None:
+        """The command line of a build that has not succeeded yet; None where there is none."""
+        try:
+            document = json.loads((self.root / _UNFINISHED_BUILD).read_text(encoding="utf-8"))
+            return str(document["command"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def _held(self) -> WorkDirectoryError:
         try:
@@ -390,6 +412,20 @@ def _existing(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
+
+
+@contextlib.contextmanager
+def _beside(path: Path, contents: bytes) -> Iterator[Path]:
+    """Write a file beside its place and flush it; what is not moved from there is removed."""
+    beside = path.with_name(f"{path.name}.new-{os.getpid()}")
+    try:
+        with beside.open("wb") as stream:
+            stream.write(contents)
+            stream.flush()
+            os.fsync(stream.fileno())
+        yield beside
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _flush_folder(folder: Path) -> None:

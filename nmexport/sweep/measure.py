@@ -180,7 +180,10 @@ class _Bench:
 
         session, model = self._loaded(recipe)
         groups = baseline.pattern or NMPattern(1, 1)
-        chosen = set(select_targets(model, recipe.sparsity.targets, groups))
+        targets = recipe.sparsity.targets
+        chosen = set(
+            select_targets(model, groups, include=targets.include, exclude=targets.exclude)
+        )
         replaced: dict[str, nn.Module] = {
             name: replacement(linear, baseline)
             for name, linear in linears_of(model).items()

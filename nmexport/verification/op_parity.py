@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import onnx
     from numpy.typing import NDArray
 
-    from nmexport.runtimes.onnxruntime import OrtSession
+    from nmexport.runtimes.onnxruntime_session import OrtSession
     from nmexport.store.layers import LayerSpec
 
     Tensors = Mapping[str, NDArray[Any]]

@@ -70,7 +70,6 @@ def run_samples(
     label: str,
     layerwise: LayerwiseModel | None = None,
     after: Callable[[], None] = lambda: None,
-    after_layer: Callable[[], None] = lambda: None,
 ) -> None:
     """Run a model over samples, for its hooks to see.
 
@@ -81,7 +80,6 @@ def run_samples(
         label: What it counts them under.
         layerwise: Runs the model with one layer in memory at a time; None runs it whole.
         after: Called after each sample, and then in each layer.
-        after_layer: Called after each layer, where they run one by one: its hooks have seen all.
     """
     if layerwise is not None:
         layerwise.run(
@@ -89,7 +87,6 @@ def run_samples(
             progress=progress,
             label=label,
             after=after,
-            after_layer=after_layer,
             logits_kept=_LOGITS_KEPT,
         )
         return

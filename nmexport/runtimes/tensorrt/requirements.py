@@ -6,12 +6,12 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from nmexport.errors import EnvironmentFault, RecipeError
-from nmexport.runtimes import tensorrt_library
+from nmexport.runtimes.tensorrt import library as tensorrt_library
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from nmexport.runtimes.tensorrt_library import TensorRTTarget
+    from nmexport.runtimes.tensorrt.library import TensorRTTarget
 
 _RTX = ", ".join(tensorrt_library.RTX_CAPABILITIES)
 

@@ -19,7 +19,7 @@ A node that needs the other type reads a Cast, one for all such nodes. So what i
 read on is read as it was given out: a token's keys are the same to the step that makes them as to
 those that find them in the cache, and a prompt in pieces gives the bits of the whole prompt.
 
-Weights are never read here. The module is not in `nmexport.graph`, which no runtime may know.
+Weights are never read here.
 """
 
 from __future__ import annotations

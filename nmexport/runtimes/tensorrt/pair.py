@@ -9,35 +9,35 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from nmexport.engines import building, layer_audit, requirements, weight_copies
-from nmexport.engines.profiles import PROFILES, limits_from, profiles_for
-from nmexport.engines.timing_cache import timing_cache_path
 from nmexport.errors import EnvironmentFault, InternalError
 from nmexport.graph.contract import op_contract
 from nmexport.graph.matching import is_op
 from nmexport.graph.tensorrt import ATTENTION_OP, SCATTER_OP, for_tensorrt
 from nmexport.progress import duration
-from nmexport.runtimes import tensorrt_library
-from nmexport.runtimes.tensorrt_engine import (
+from nmexport.runtimes.tensorrt import building, layer_audit, requirements, weight_copies
+from nmexport.runtimes.tensorrt import library as tensorrt_library
+from nmexport.runtimes.tensorrt.description import (
     DENSE_PLAN,
     PLAN,
     PluginRecord,
     TensorRTEngine,
 )
+from nmexport.runtimes.tensorrt.profiles import PROFILES, limits_from, profiles_for
+from nmexport.runtimes.tensorrt.timing_cache import timing_cache_path
 from nmexport.store.artifact import file_digest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from nmexport.engines.building import Plan
-    from nmexport.engines.profiles import Limits
-    from nmexport.engines.weight_copies import Weight
     from nmexport.environment import Environment
     from nmexport.graph.tensorrt import Rewritten
     from nmexport.progress import Progress
     from nmexport.recipe import Recipe
-    from nmexport.runtimes.tensorrt_library import TensorRTTarget
+    from nmexport.runtimes.tensorrt.building import Plan
+    from nmexport.runtimes.tensorrt.library import TensorRTTarget
+    from nmexport.runtimes.tensorrt.profiles import Limits
+    from nmexport.runtimes.tensorrt.weight_copies import Weight
 
 LAYERS = "layers.json"
 LOG = "build.log"

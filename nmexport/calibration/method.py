@@ -1,4 +1,4 @@
-"""From a recipe's sparsity section and calibrated statistics to what each linear computes."""
+"""Reads a recipe's sparsity section: what each linear computes, and with which constants."""
 
 from __future__ import annotations
 

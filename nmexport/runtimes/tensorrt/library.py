@@ -16,16 +16,17 @@ import json
 import warnings
 from collections import deque
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from packaging.version import Version
 
 from nmexport import __version__
 from nmexport.errors import EnvironmentFault
+from nmexport.resources import NATIVE_FOLDER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
 TensorRTTarget = Literal["tensorrt", "tensorrt-rtx"]
 TARGETS: tuple[TensorRTTarget, ...] = ("tensorrt", "tensorrt-rtx")
@@ -37,7 +38,7 @@ _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
 """GPUs that TensorRT-RTX runs on."""
 _OLDEST = {"tensorrt": "10.13", "tensorrt-rtx": "1.7"}
-_FOLDER = Path(__file__).resolve().parent.parent / "_native"
+_FOLDER = NATIVE_FOLDER
 _KEPT_ERRORS = 64
 MEND_PLUGIN = "make plugin (in a source tree; fetches nvcc and TensorRT's headers where missing)"
 

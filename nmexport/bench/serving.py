@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nmexport.bench.http_load import Ask, drive
+from nmexport.bench.soak import text_of
 from nmexport.generation.options import GenerationOptions
 from nmexport.serving import metrics as names
-from nmexport.serving.http_load import Ask, drive
 from nmexport.serving.scheduler import Limits, Scheduler
-from nmexport.serving.soak import text_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -153,7 +153,7 @@ def bench_serve(
     """
     from nmexport.environment import device_name, probe
     from nmexport.generation.tokenizer import ServingTokenizer
-    from nmexport.runtimes.onnxruntime import OrtSession, read_engine
+    from nmexport.runtimes.onnxruntime_session import OrtSession, read_engine
 
     folder = work / "engine" / "current"
     engine = read_engine(folder)

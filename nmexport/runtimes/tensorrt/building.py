@@ -14,20 +14,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nmexport.engines.build_progress import PERCENT, Meter
-from nmexport.engines.requirements import check_gpus
 from nmexport.errors import ArtifactError, EnvironmentFault, NmexportError
-from nmexport.runtimes import tensorrt_library
-from nmexport.runtimes.tensorrt_engine import EngineTensor
+from nmexport.runtimes.tensorrt import library as tensorrt_library
+from nmexport.runtimes.tensorrt.build_progress import PERCENT, Meter
+from nmexport.runtimes.tensorrt.description import EngineTensor
+from nmexport.runtimes.tensorrt.requirements import check_gpus
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from concurrent.futures import Future
     from pathlib import Path
 
-    from nmexport.engines.profiles import Profile
     from nmexport.progress import Progress
-    from nmexport.runtimes.tensorrt_library import Messages, TensorRTTarget
+    from nmexport.runtimes.tensorrt.library import Messages, TensorRTTarget
+    from nmexport.runtimes.tensorrt.profiles import Profile
 
 _POLL_SECONDS = 0.2
 NO_TIMING_CACHE = "TensorRT-RTX times nothing while it builds: it compiles on the user's GPU"

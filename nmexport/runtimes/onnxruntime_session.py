@@ -240,7 +240,7 @@ def open_session(
     """Open a model file, or a serialised model.
 
     On a processor, a bfloat16 model computes in float32 between its weights: see
-    `onnxruntime_bfloat16`. The options are then told the model's folder: they serve this one.
+    `graph.cpu`. The options are then told the model's folder: they serve this one.
 
     Raises:
         ArtifactError: if the model is missing, corrupt, or not runnable by this runtime.
@@ -282,7 +282,7 @@ def open_session(
 
 def _widened(model: Path | bytes, options: onnxruntime.SessionOptions) -> bytes:
     try:
-        from nmexport.runtimes import onnxruntime_bfloat16
+        from nmexport.graph.cpu import widened
     except ImportError as error:
         raise EnvironmentFault(
             f"A bfloat16 model is rewritten for a processor, which needs the package onnx: {error}",
@@ -290,7 +290,7 @@ def _widened(model: Path | bytes, options: onnxruntime.SessionOptions) -> bytes:
         ) from error
     if not isinstance(model, bytes):
         options.add_session_config_entry(EXTERNAL_DATA_FOLDER, str(model.parent))
-    return onnxruntime_bfloat16.widened(model, has_native_ops=_has_native_ops(options))
+    return widened(model, has_native_ops=_has_native_ops(options))
 
 
 def _has_native_ops(options: onnxruntime.SessionOptions) -> bool:
@@ -456,7 +456,7 @@ class OrtSession(Closing):
             )
         return cls(
             model,
-            # A baseline needs none, unless it is in bfloat16: see `onnxruntime_bfloat16`.
+            # A baseline needs none, unless it is in bfloat16: see `graph.cpu`.
             library=engine_library(engine) if not dense or needs_widening(model) else None,
             threads=engine.threads,
             config=engine.session_config,

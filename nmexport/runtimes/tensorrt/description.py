@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ArtifactError, EnvironmentFault
-from nmexport.runtimes import tensorrt_library
+from nmexport.runtimes.tensorrt import library as tensorrt_library
 from nmexport.store.artifact import file_digest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from nmexport.runtimes.tensorrt_library import TensorRTTarget
+    from nmexport.runtimes.tensorrt.library import TensorRTTarget
 
 FILENAME = "engine.json"
 SECTION = "tensorrt"

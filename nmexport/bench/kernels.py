@@ -501,7 +501,7 @@ def _open(model: onnx.ModelProto, problem: _Problem) -> _Session:
 
     import onnxruntime
     from nmexport.runtimes.native import HUGE_PAGES_ENTRY
-    from nmexport.runtimes.onnxruntime import SESSION_CONFIG, session_options
+    from nmexport.runtimes.onnxruntime_session import SESSION_CONFIG, session_options
 
     config = {**SESSION_CONFIG, HUGE_PAGES_ENTRY: "1"}  # as whole models open where they fit
     options = session_options(library=problem.library, threads=problem.threads, config=config)

@@ -17,15 +17,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from nmexport.bench.http_load import Ask, drive
 from nmexport.serving import metrics as names
-from nmexport.serving.http_load import Ask, drive
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from nmexport.bench.perf_analyzer import PerfAnalyzer
     from nmexport.progress import Progress
     from nmexport.serving.launch import Server
-    from nmexport.serving.perf_analyzer import PerfAnalyzer
 
 _SAMPLE_SECONDS = 1.0
 _COMPARED_SHARE = 0.1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nmexport.runtimes.tensorrt_kernels import cache_file
+from nmexport.runtimes.tensorrt.kernel_cache import cache_file
 
 if TYPE_CHECKING:
     from pathlib import Path

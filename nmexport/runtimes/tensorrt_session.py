@@ -18,18 +18,18 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from nmexport.errors import ArtifactError, EnvironmentFault, UserError
-from nmexport.runtimes import tensorrt_library
-from nmexport.runtimes.cuda_memory import CudaDevice
 from nmexport.runtimes.feeds import float32_from, positions_from_mask
 from nmexport.runtimes.session import Closing, Limits
-from nmexport.runtimes.tensorrt_engine import (
+from nmexport.runtimes.tensorrt import library as tensorrt_library
+from nmexport.runtimes.tensorrt.cuda_memory import CudaDevice
+from nmexport.runtimes.tensorrt.description import (
     DENSE_PLAN,
     PLAN,
     check_runnable,
     engine_plugin,
     read_tensorrt_engine,
 )
-from nmexport.runtimes.tensorrt_kernels import KernelCache, kernel_cache_path
+from nmexport.runtimes.tensorrt.kernel_cache import KernelCache, kernel_cache_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from nmexport.runtimes.cuda_memory import Buffer, Device, Graph
-    from nmexport.runtimes.tensorrt_engine import TensorRTEngine
-    from nmexport.runtimes.tensorrt_library import Messages
+    from nmexport.runtimes.tensorrt.cuda_memory import Buffer, Device, Graph
+    from nmexport.runtimes.tensorrt.description import TensorRTEngine
+    from nmexport.runtimes.tensorrt.library import Messages
 
 _PAST, _PRESENT = "past_key_values.", "present."
 _CACHE_RANK = 4

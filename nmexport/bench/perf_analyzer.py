@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from nmexport.errors import EnvironmentFault
 
 if TYPE_CHECKING:
+    from nmexport.bench.soak import Soak
     from nmexport.serving.launch import Installation
-    from nmexport.serving.soak import Soak
 
 # Libraries that it wants by these names; the wheel of the server has them under others.
 _BORROWED = {"libb64.so.0d": "libb64-*.so.0d", "libcudart.so.12": "libcudart-*.so.12*"}

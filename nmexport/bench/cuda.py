@@ -387,7 +387,7 @@ class _Bench:
     def _runner(self, side: Side, plan: Plan) -> Callable[[], None]:
         """A call that replays the side's graph, captured under a table that forces its path."""
         import onnxruntime
-        from nmexport.runtimes.onnxruntime import open_cuda_graph
+        from nmexport.runtimes.onnxruntime_session import open_cuda_graph
 
         forced = 0.0 if side in {"dense", "sparse"} else 1.0
         rows = [

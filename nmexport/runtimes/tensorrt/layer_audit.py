@@ -13,14 +13,14 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from nmexport.engines import weight_copies
 from nmexport.errors import InternalError
+from nmexport.runtimes.tensorrt import weight_copies
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from nmexport.engines.building import NetworkLayer
-    from nmexport.engines.weight_copies import Weight
+    from nmexport.runtimes.tensorrt.building import NetworkLayer
+    from nmexport.runtimes.tensorrt.weight_copies import Weight
 
 PLUGIN_KIND = "PLUGIN_V3"
 CACHE_KIND = "KV_CACHE_UPDATE"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nmexport.calibration.passes import _hooked, run_samples
+from nmexport.calibration.forward_passes import _hooked, run_samples
 from nmexport.progress import Silent
 from nmexport.sparsity.targets import _decoder_layers
 
