@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from nmexport.environment import free_memory
 from nmexport.errors import ArtifactError, EnvironmentFault, RequestError, ServerBusyError
-from nmexport.generation.options import NAMES
+from nmexport.generation.defaults import generation_defaults
+from nmexport.generation.options import NAMES, GenerationOptions
 from nmexport.runtimes.tensorrt.description import EngineTensor, PluginRecord
 from nmexport.serving import bundle as bundles
 from nmexport.serving import repository, triton_config
@@ -185,9 +186,9 @@ def test_defaults_are_the_authors(
     tmp_path: Path, document: dict[str, Any], expected: dict[str, Any]
 ) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps(document))
-    found = repository.generation_defaults(tmp_path)
+    found = generation_defaults(tmp_path)
     assert found == repository.options_from(expected)
-    assert repository.generation_defaults(tmp_path / "absent") == repository.options_from({})
+    assert generation_defaults(tmp_path / "absent") == GenerationOptions()
 
 
 def test_a_model_without_a_context_length_is_refused(tmp_path: Path) -> None:

@@ -324,7 +324,7 @@ def test_a_full_queue_is_503_and_the_server_takes_requests_again(
         running.close()
         codes = [one.result() for one in asked]
         assert set(codes) == {200, 503}
-        assert codes.count(503) in {5, 6}
+        assert codes.count(503) >= 5
         assert client.generate(server.addresses.http, NAME, short)["text_output"]
 
 

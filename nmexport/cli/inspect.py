@@ -8,11 +8,11 @@ import click
 
 from nmexport.cli.options import Request, takes
 from nmexport.cli.output import console, emit_json, wants_json
-from nmexport.cli.verb import Verb
+from nmexport.cli.verb import UserPath, Verb
 
 
 @click.command("inspect", cls=Verb, short_help="An artifact, ONNX file or work directory in words.")
-@click.argument("path", required=False, type=click.Path(path_type=Path))
+@click.argument("path", required=False, type=UserPath(path_type=Path))
 @takes()
 @click.pass_context
 def inspect_command(ctx: click.Context, *, asked: Request, path: Path | None) -> None:

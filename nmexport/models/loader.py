@@ -10,6 +10,11 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ModelError
+from nmexport.models.text_files import (
+    check_text_files,
+    check_tokenizer_files,
+    explain_unreadable,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -69,14 +74,20 @@ def load_tokenizer(
     """Load the tokenizer that belongs to the model.
 
     Raises:
-        ModelError: if there is none or it cannot be read.
+        ModelError: if there is none, it cannot be read, or what belongs to it (chat template,
+            sampling defaults, special tokens) makes no sense.
     """
     from transformers import AutoTokenizer
 
-    with _quiet(), _one_message(source):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            source.folder, trust_remote_code=trust_remote_code, **_format(source)
-        )
+    check_tokenizer_files(source)
+    try:
+        with _quiet(), _one_message(source):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                source.folder, trust_remote_code=trust_remote_code, **_format(source)
+            )
+    except ModelError as error:
+        raise (explain_unreadable(source) or error) from error
+    check_text_files(source, tokenizer)
     return tokenizer
 
 

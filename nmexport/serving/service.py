@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from nmexport.environment import free_memory
 from nmexport.errors import RequestError
+from nmexport.generation.chat import messages_from
 from nmexport.generation.options import options_from
-from nmexport.generation.tokenizer import ServingTokenizer, messages_from
+from nmexport.generation.tokenizer import Tokenizer
 from nmexport.runtimes.session import Closing
 from nmexport.serving import bundle as bundles
 from nmexport.serving.scheduler import DEFAULT_MAX_TOKENS, Limits, Scheduler
@@ -51,7 +52,7 @@ class TextService(Closing):
     def __init__(
         self,
         session: Extendable,
-        tokenizer: ServingTokenizer,
+        tokenizer: Tokenizer,
         bundle: Bundle,
         *,
         limits: Limits,
@@ -118,7 +119,7 @@ class TextService(Closing):
 
         bundle = bundles.read_bundle(folder)
         bundle.check_files()
-        tokenizer = ServingTokenizer(folder)
+        tokenizer = Tokenizer(folder)
         session = OrtSession.from_engine(folder, elsewhere=True)
         difference = bundles.smoke_check(session, bundle)
         logging.getLogger(__name__).info(

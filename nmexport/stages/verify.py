@@ -202,6 +202,7 @@ def latency_tokens(
 
 def _windows(inputs: StageInputs) -> NDArray[np.int64]:
     from nmexport.models.loader import load_model, load_tokenizer
+    from nmexport.models.text_files import known_tokens
 
     recipe = inputs.recipe
     trust = recipe.model.trust_remote_code
@@ -214,7 +215,13 @@ def _windows(inputs: StageInputs) -> NDArray[np.int64]:
         generate = self_text(model, tokenizer, progress=inputs.progress, label="verify: own text")
         return generate(samples, length, seed)
 
-    return corpus.evaluation_windows(recipe.evaluation, tokenizer, self_text, seed=recipe.seed)
+    return corpus.evaluation_windows(
+        recipe.evaluation,
+        tokenizer,
+        self_text,
+        seed=recipe.seed,
+        vocabulary=known_tokens(inputs.source),
+    )
 
 
 def _dense_against_sparse(
@@ -352,7 +359,7 @@ def _decoded_together(sparse: Session, windows: NDArray[np.int64]) -> int:
 
 def _tasks(inputs: StageInputs, dense: Session, sparse: Session) -> dict[str, Any]:
     """The report's `accuracy.tasks`, and how they were scored."""
-    from nmexport.generation.loop import load_tokenizer
+    from nmexport.generation.tokenizer import Tokenizer
 
     suite = tasks.Suite.of(inputs.recipe.evaluation)
     if suite is None:
@@ -360,7 +367,7 @@ def _tasks(inputs: StageInputs, dense: Session, sparse: Session) -> dict[str, An
     folder = inputs.upstream["export"]
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     phases = _phases(inputs)
-    text = tasks.text_side(load_tokenizer(folder), config)
+    text = tasks.text_side(Tokenizer(folder), config)
     scored = tasks.compare(
         dense,
         sparse,
