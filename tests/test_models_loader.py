@@ -178,7 +178,7 @@ def test_a_tokenizer_may_know_more_than_the_model_but_not_begin_texts_so(
     tokenizer.add_tokens([f"<extra{number}>" for number in range(400)])
     tokenizer.save_pretrained(folder)
     assert len(load_tokenizer(source_of(folder))) > 384
-    tokenizer.eos_token = "<extra399>"
+    tokenizer.eos_token = "<extra399>"  # noqa: S105
     tokenizer.save_pretrained(folder)
     with pytest.raises(ModelError, match=r"eos_token '<extra399>'.*384 rows"):
         load_tokenizer(source_of(folder))
