@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import click
+import sys
 
 from nmexport.errors import UserError
 
@@ -15,8 +15,7 @@ def read_prompt(given: str | None) -> str:
     """
     try:
         if given is None:
-            piped: bytes = click.get_binary_stream("stdin").read()
-            return piped.decode()
+            return sys.stdin.buffer.read().decode()
         given.encode()  # fails where a word of the command line has stray bytes in it
     except UnicodeError as error:
         raise UserError(

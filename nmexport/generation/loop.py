@@ -11,7 +11,7 @@ from nmexport.generation.sampler import Sampler
 from nmexport.generation.stopping import StopFilter
 from nmexport.generation.text_stream import TextStream
 from nmexport.generation.tokenizer import Tokenizer
-from nmexport.runtimes.onnxruntime_session import read_engine
+from nmexport.runtimes.engine import read_engine
 from nmexport.runtimes.opening import open_session
 
 if TYPE_CHECKING:
