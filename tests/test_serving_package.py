@@ -15,7 +15,7 @@ import pytest
 from nmexport.environment import free_memory
 from nmexport.errors import ArtifactError, EnvironmentFault, RequestError, ServerBusyError
 from nmexport.generation.defaults import generation_defaults
-from nmexport.generation.options import NAMES, GenerationOptions
+from nmexport.generation.options import NAMES, GenerationOptions, options_from
 from nmexport.runtimes.engine import EngineTensor, PluginRecord, TensorRTEngine, write_engine
 from nmexport.serving import bundle as bundles
 from nmexport.serving import repository, triton_config
@@ -188,7 +188,7 @@ def test_defaults_are_the_authors(
 ) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps(document))
     found = generation_defaults(tmp_path)
-    assert found == repository.options_from(expected)
+    assert found == options_from(expected)
     assert generation_defaults(tmp_path / "absent") == GenerationOptions()
 
 
