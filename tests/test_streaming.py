@@ -17,6 +17,7 @@ from nmexport.models.source import resolve
 from nmexport.models.streaming import open_for_export
 from nmexport.recipe import ModelSection
 from nmexport.sparsity.linear import Behaviour, Constants, fold
+from nmexport.sparsity.pattern import NMPattern
 from nmexport.stages import fold as fold_stage
 from nmexport.stages.export import write_configs, write_models
 from nmexport.store import tensors as tensors_module
@@ -170,7 +171,7 @@ def write_large_fold(source: Path, folder: Path) -> None:
                         name=name,
                         in_features=SHAPES[width],
                         out_features=outputs,
-                        pattern="8:16",
+                        pattern=NMPattern(8, 16),
                         criterion="act",
                     )
                 )

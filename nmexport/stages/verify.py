@@ -18,6 +18,7 @@ from nmexport.runtimes.engine import read_engine
 from nmexport.stages import fold
 from nmexport.stages.engine import NO_LIBRARY, resolve_target
 from nmexport.store.layers import model_phases
+from nmexport.store.records import json_from
 from nmexport.verification import tasks
 
 if TYPE_CHECKING:
@@ -109,6 +110,18 @@ def _check_comparable(recipe: Recipe) -> None:
             f"Without the dense baseline there is nothing to hold {', '.join(needs)} against.",
             fix="leave out --no-dense-baseline, or the gates and tasks",
         )
+
+
+def check(inputs: StageInputs) -> None:
+    """Refuse tasks that are not known, or whose data is out of reach, before anything runs.
+
+    Raises:
+        EnvironmentFault: if a task's data cannot be reached.
+        RecipeError: if a task is not known, or its file cannot be read.
+    """
+    suite = tasks.Suite.of(inputs.recipe.evaluation)
+    if suite is not None:
+        tasks.check(suite, inputs.progress)
 
 
 def run(inputs: StageInputs) -> dict[str, Any]:
@@ -506,12 +519,10 @@ def _too_large(engine: Engine, dtype: str) -> dict[str, str]:
 
 def _calibration(inputs: StageInputs) -> dict[str, Any]:
     """The report's `calibration`."""
-    from dataclasses import asdict
-
     from nmexport.verification import report_learning
 
     folded = fold.Artifact(inputs.upstream["fold"])
-    return report_learning.section(folded.learning, [asdict(layer) for layer in folded.layers])
+    return report_learning.section(folded.learning, [json_from(layer) for layer in folded.layers])
 
 
 def _allocation(inputs: StageInputs) -> dict[str, Any] | None:

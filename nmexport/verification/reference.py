@@ -192,7 +192,7 @@ def array_from(tensor: torch.Tensor) -> NDArray[Any]:
 
 def _behaviour(layer: LayerSpec) -> Behaviour:
     return Behaviour(
-        pattern=layer.nm,
+        pattern=layer.pattern,
         dynamic_shift=layer.dynamic_shift,
         variance_correction=layer.variance_correction,
         phase=layer.phase,
