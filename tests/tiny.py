@@ -91,34 +91,37 @@ def save_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-
-            {"Sequence": {"id": "A", "type_id": 0}},
-            {"SpecialToken": {"id": "<s>", "type_id": 0}},
-        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-        "single": [
-        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
-        "type": "TemplateProcessing",
-        ],
-        for name, value in sizes.items()
-        if (name in own or name in aliases) and name not in doubled
-        name: value
-    """Fields of a tiny configuration, as the family calls them."""
+def begin_every_text(folder: Path) -> None:
     """Let the saved tokenizer put <s> before every text, as Llama's and Gemma's do."""
-    # What two names say is said once, by the common name.
-    aliases = dict(kind.attribute_map)
+    path = folder / "tokenizer.json"
     document = json.loads(path.read_text(encoding="utf-8"))
     document["post_processor"] = {
-    doubled = {aliases[name] for name in _SIZES if name in aliases}
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": "<s>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
+    path.write_text(json.dumps(document), encoding="utf-8")
+
+
+def tiny_config(family: str) -> dict[str, Any]:
+    """Fields of a tiny configuration, as the family calls them."""
     from transformers import CONFIG_MAPPING
+
     kind = CONFIG_MAPPING[family]
     own = {field.name for field in dataclasses.fields(kind)}
-    path = folder / "tokenizer.json"
-    path.write_text(json.dumps(document), encoding="utf-8")
-    return {
+    aliases = dict(kind.attribute_map)
     sizes = {**_SIZES, **_OTHER_SIZES, **_FAMILIES.get(family, {})}
+    # What two names say is said once, by the common name.
+    doubled = {aliases[name] for name in _SIZES if name in aliases}
+    return {
+        name: value
+        for name, value in sizes.items()
+        if (name in own or name in aliases) and name not in doubled
     }
-def begin_every_text(folder: Path) -> None:
-def tiny_config(family: str) -> dict[str, Any]:
 
 
 def save_tiny_model(folder: Path, family: str, *, seed: int = 0, **overrides: Any) -> None:
