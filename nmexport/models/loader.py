@@ -7,9 +7,10 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ModelError
+from nmexport.models.families import is_text_part
 from nmexport.models.guard import quiet, reading
 from nmexport.models.integrity import check_gguf
-from nmexport.models.skeleton import skeleton
+from nmexport.models.skeleton import give_generation_config, skeleton
 from nmexport.models.weight_files import shortened
 from nmexport.models.weights import WeightTable, is_finite, not_finite
 
@@ -48,7 +49,12 @@ def load_model(
 
     element_type = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if not source.packed:  # said before anything is read
-        WeightTable(skeleton(source), source.weights_folder)
+        empty = skeleton(source)
+        table = WeightTable(empty, source.weights_folder)
+        if is_text_part(empty.config, source.weights_folder):
+            return _text_part(
+                source, table, dtype=element_type, attention=attention, placing=placing or {}
+            )
     with quiet(), reading(source), _gguf_read_once() as mappings:
         model, told = AutoModelForCausalLM.from_pretrained(
             source.weights_folder,
@@ -67,6 +73,30 @@ def load_model(
     _check_loaded(source, model, told)
     _check_nothing_ignored(source, mappings)
     return model
+
+
+def _text_part(
+    source: ModelSource,
+    table: WeightTable,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    placing: Mapping[str, Any],
+) -> PreTrainedModel:
+    """Load the text part of a multimodal model, tensor by tensor."""
+    from accelerate import dispatch_model
+    from accelerate.utils import set_module_tensor_to_device
+
+    implementation = None if attention == "sdpa" else attention
+    model = skeleton(source, dtype=dtype, attention=implementation)
+    give_generation_config(model, source)
+    table.fill_buffers(model)
+    for name, _ in model.named_parameters():
+        set_module_tensor_to_device(model, name, "cpu", value=table.read(name).to(dtype))
+    model.tie_weights()
+    _check_loaded(source, model, {})
+    devices = placing.get("device_map")
+    return model if devices is None else dispatch_model(model, device_map=devices)
 
 
 def _check_loaded(source: ModelSource, model: PreTrainedModel, told: Mapping[str, Any]) -> None:

@@ -139,6 +139,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     import torch
 
     from nmexport.calibration.forward_passes import gather_channel_statistics, on_best_device
+    from nmexport.models.exportable import check_exportable
     from nmexport.models.loader import load_tokenizer
     from nmexport.models.offload import check_layerwise, is_placed, open_dense
     from nmexport.sparsity.targets import linears_of, select_targets
@@ -146,6 +147,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
 
     recipe = inputs.recipe
     tokenizer = load_tokenizer(inputs.source)
+    check_exportable(inputs.source, dtype=getattr(torch, recipe.model.dtype))
     opened = open_dense(
         inputs.source,
         offload=recipe.calibration.offload,
