@@ -146,14 +146,10 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     from nmexport.store.tensors import save_tensors
 
     recipe = inputs.recipe
-    trusted = recipe.model.trust_remote_code
-    tokenizer = load_tokenizer(inputs.source, trust_remote_code=trusted)
-    check_exportable(
-        inputs.source, dtype=getattr(torch, recipe.model.dtype), trust_remote_code=trusted
-    )
+    tokenizer = load_tokenizer(inputs.source)
+    check_exportable(inputs.source, dtype=getattr(torch, recipe.model.dtype))
     opened = open_dense(
         inputs.source,
-        trust_remote_code=trusted,
         offload=recipe.calibration.offload,
         progress=inputs.progress,
         folder=inputs.output,

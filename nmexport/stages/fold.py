@@ -231,7 +231,6 @@ def _given(inputs: StageInputs) -> _Given:
     calibrated = calibrate.Artifact(inputs.upstream["calibrate"])
     opened = open_dense(
         inputs.source,
-        trust_remote_code=recipe.model.trust_remote_code,
         offload=recipe.calibration.offload,
         progress=inputs.progress,
         folder=inputs.output,
@@ -423,8 +422,7 @@ def _write(given: _Given, samples: int, length: int, seed: int) -> TokenIds:
     from nmexport.calibration.self_text import mixed_self_text
     from nmexport.models.loader import load_tokenizer
 
-    trusted = given.inputs.recipe.model.trust_remote_code
-    tokenizer = load_tokenizer(given.inputs.source, trust_remote_code=trusted)
+    tokenizer = load_tokenizer(given.inputs.source)
     generate = mixed_self_text(
         given.model, tokenizer, progress=given.inputs.progress, label="fold: own text"
     )

@@ -141,7 +141,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     engine = read_engine(inputs.upstream["engine"])
     windows = _windows(inputs)
     prompts = prompts_from(windows, recipe.evaluation.prompts)
-    size = model_size(inputs.source, trust_remote_code=recipe.model.trust_remote_code)
+    size = model_size(inputs.source)
     built = report_engine.section(engine)
     compared = engine.dense_model is not None
     measure = _dense_against_sparse if compared else _sparse_alone
@@ -218,13 +218,12 @@ def _windows(inputs: StageInputs) -> NDArray[np.int64]:
     from nmexport.models.text_files import known_tokens
 
     recipe = inputs.recipe
-    trust = recipe.model.trust_remote_code
-    tokenizer = load_tokenizer(inputs.source, trust_remote_code=trust)
+    tokenizer = load_tokenizer(inputs.source)
 
     def self_text(samples: int, length: int, seed: int) -> NDArray[np.int64]:
         from nmexport.calibration.self_text import self_text
 
-        model = load_model(inputs.source, dtype="float32", trust_remote_code=trust)
+        model = load_model(inputs.source, dtype="float32")
         generate = self_text(model, tokenizer, progress=inputs.progress, label="verify: own text")
         return generate(samples, length, seed)
 
