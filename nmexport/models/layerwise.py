@@ -44,14 +44,11 @@ class _LayersDone(Exception):
 class LayerwiseModel:
     """A causal LM in float32 that is run layer by layer."""
 
-    def __init__(
-        self, source: ModelSource, *, trust_remote_code: bool = False, folder: Path | None = None
-    ) -> None:
+    def __init__(self, source: ModelSource, *, folder: Path | None = None) -> None:
         """Build the skeleton and find every weight; read none.
 
         Args:
             source: A model in safetensors files.
-            trust_remote_code: Whether Python files of the model may run.
             folder: On a disk with room for the hidden states of all samples; None is the system's.
 
         Raises:
@@ -64,7 +61,7 @@ class LayerwiseModel:
                 allowed="a model in safetensors files",
                 fix=_WHOLE,
             )
-        self.model = skeleton(source, trust_remote_code=trust_remote_code)
+        self.model = skeleton(source)
         self._backbone_name, self._layers = _decoder_layers(self.model)
         self._weights = _Weights(WeightTable(self.model, source.weights_folder))
         self._weights.table.fill_buffers(self.model)

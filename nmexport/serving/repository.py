@@ -170,6 +170,7 @@ def write_words(
         "source": source,
         "engine": engine,
         "plugins": list(plugins),
+        "chats": ServingTokenizer(source.export).has_chat_template,
         "licences": [f"{LICENCES}/{path.name}" for path in source.licences],
     }
     for name in _TEMPLATES:

@@ -88,11 +88,8 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     from nmexport.models.tokenizer_files import write_tokenizer
 
     section = inputs.recipe.model
-    trusted = section.trust_remote_code
     folded = fold.Artifact(inputs.upstream["fold"])
-    opened = open_for_export(
-        inputs.source, dtype=getattr(torch, section.dtype), trust_remote_code=trusted
-    )
+    opened = open_for_export(inputs.source, dtype=getattr(torch, section.dtype))
     model = opened.model
     inputs.progress.note(f"export: {model.config.model_type}")
     _check_disk(inputs, model, len(folded.layers))
@@ -105,7 +102,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
         dense_baseline=section.dense_baseline,
     )
     write_configs(model, inputs.output)
-    write_tokenizer(load_tokenizer(inputs.source, trust_remote_code=trusted), inputs.output)
+    write_tokenizer(load_tokenizer(inputs.source), inputs.output)
     return metrics
 
 

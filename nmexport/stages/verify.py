@@ -18,6 +18,7 @@ from nmexport.runtimes.engine import read_engine
 from nmexport.stages import fold
 from nmexport.stages.engine import NO_LIBRARY, resolve_target
 from nmexport.store.layers import model_phases
+from nmexport.store.records import json_from
 from nmexport.verification import tasks
 
 if TYPE_CHECKING:
@@ -111,6 +112,18 @@ def _check_comparable(recipe: Recipe) -> None:
         )
 
 
+def check(inputs: StageInputs) -> None:
+    """Refuse tasks that are not known, or whose data is out of reach, before anything runs.
+
+    Raises:
+        EnvironmentFault: if a task's data cannot be reached.
+        RecipeError: if a task is not known, or its file cannot be read.
+    """
+    suite = tasks.Suite.of(inputs.recipe.evaluation)
+    if suite is not None:
+        tasks.check(suite, inputs.progress)
+
+
 def run(inputs: StageInputs) -> dict[str, Any]:
     """Measure everything and write `report.json`, `report.md` and `report.html`.
 
@@ -128,7 +141,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     engine = read_engine(inputs.upstream["engine"])
     windows = _windows(inputs)
     prompts = prompts_from(windows, recipe.evaluation.prompts)
-    size = model_size(inputs.source, trust_remote_code=recipe.model.trust_remote_code)
+    size = model_size(inputs.source)
     built = report_engine.section(engine)
     compared = engine.dense_model is not None
     measure = _dense_against_sparse if compared else _sparse_alone
@@ -204,13 +217,12 @@ def _windows(inputs: StageInputs) -> NDArray[np.int64]:
     from nmexport.models.loader import load_model, load_tokenizer
 
     recipe = inputs.recipe
-    trust = recipe.model.trust_remote_code
-    tokenizer = load_tokenizer(inputs.source, trust_remote_code=trust)
+    tokenizer = load_tokenizer(inputs.source)
 
     def self_text(samples: int, length: int, seed: int) -> NDArray[np.int64]:
         from nmexport.calibration.self_text import self_text
 
-        model = load_model(inputs.source, dtype="float32", trust_remote_code=trust)
+        model = load_model(inputs.source, dtype="float32")
         generate = self_text(model, tokenizer, progress=inputs.progress, label="verify: own text")
         return generate(samples, length, seed)
 
@@ -498,12 +510,10 @@ def _too_large(engine: Engine, dtype: str) -> dict[str, str]:
 
 def _calibration(inputs: StageInputs) -> dict[str, Any]:
     """The report's `calibration`."""
-    from dataclasses import asdict
-
     from nmexport.verification import report_learning
 
     folded = fold.Artifact(inputs.upstream["fold"])
-    return report_learning.section(folded.learning, [asdict(layer) for layer in folded.layers])
+    return report_learning.section(folded.learning, [json_from(layer) for layer in folded.layers])
 
 
 def _allocation(inputs: StageInputs) -> dict[str, Any] | None:
