@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from nmexport.generation.tokenizer import Tokenizer
     from nmexport.progress import Progress
-    from nmexport.runtimes.session import Extendable
+    from nmexport.runtimes.session import Session
     from nmexport.serving.scheduler import Outcome, Usage
 
 SIDES = ("dense", "sparse")
@@ -217,7 +217,7 @@ def compare(
     return {**vars(load), "rounds": rounds, **row, "speedup": round(speedup, 3)}
 
 
-def _within(session: Extendable, decode: Callable[[Sequence[int]], str]) -> _Side:
+def _within(session: Session, decode: Callable[[Sequence[int]], str]) -> _Side:
     """A scheduler of this process."""
 
     def run(load: Load, seed: int) -> tuple[float, int, dict[str, list[float]]]:
@@ -263,7 +263,7 @@ def _text_of(tokenizer: Tokenizer, tokens: int) -> str:
 
 
 def _round(
-    session: Extendable, load: Load, decode: Callable[[Sequence[int]], str], seed: int
+    session: Session, load: Load, decode: Callable[[Sequence[int]], str], seed: int
 ) -> tuple[float, _Timings]:
     """Run all requests once; seconds and every wait."""
     rng = np.random.default_rng(seed)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from nmexport.generation.options import GenerationOptions
-    from nmexport.runtimes.session import Extendable
+    from nmexport.runtimes.session import Session
 
 FinishReason = Literal["stop", "length"]
 
@@ -154,7 +154,7 @@ class Scheduler:
 
     def __init__(
         self,
-        session: Extendable,
+        session: Session,
         *,
         decode: Callable[[Sequence[int]], str],
         end_tokens: frozenset[int],

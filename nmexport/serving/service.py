@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from nmexport.runtimes.session import Extendable
+    from nmexport.runtimes.session import Session
     from nmexport.serving.bundle import Bundle
     from nmexport.serving.metrics import Metrics
     from nmexport.serving.scheduler import Sink
@@ -51,7 +51,7 @@ class TextService(Closing):
 
     def __init__(
         self,
-        session: Extendable,
+        session: Session,
         tokenizer: Tokenizer,
         bundle: Bundle,
         *,

@@ -356,13 +356,12 @@ def _decode_only(
 
 def _decoded_together(sparse: Session, windows: NDArray[np.int64]) -> int:
     """Windows that decode-only scoring decodes side by side, of `[W, L]`."""
-    from nmexport.runtimes.session import is_extendable
     from nmexport.verification import accuracy
 
     count, length = windows.shape
     scored = length - accuracy.prompt_length(windows[0])
     most: list[int] = [count, _LOGITS_BYTES // (4 * sparse.vocabulary_size * scored)]
-    if is_extendable(sparse):
+    if sparse.exposes_cache:
         most.append(_CACHE_BYTES // (2 * length * sparse.cache_bytes_per_token))
     if sparse.limits.batch is not None:
         most.append(sparse.limits.batch)
