@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ArtifactError, EnvironmentFault
+from nmexport.progress import busy
 from nmexport.stages import fold
 
 if TYPE_CHECKING:
@@ -89,18 +90,20 @@ def run(inputs: StageInputs) -> dict[str, Any]:
 
     section = inputs.recipe.model
     folded = fold.Artifact(inputs.upstream["fold"])
-    opened = open_for_export(inputs.source, dtype=getattr(torch, section.dtype))
+    with busy(inputs.progress, "export: load the model"):
+        opened = open_for_export(inputs.source, dtype=getattr(torch, section.dtype))
     model = opened.model
     inputs.progress.note(f"export: {model.config.model_type}")
     _check_disk(inputs, model, len(folded.layers))
-    metrics = write_models(
-        model,
-        folded.layers,
-        folded.tensors,
-        inputs.output,
-        parameter=opened.parameter,
-        dense_baseline=section.dense_baseline,
-    )
+    with busy(inputs.progress, "export: trace and write"):
+        metrics = write_models(
+            model,
+            folded.layers,
+            folded.tensors,
+            inputs.output,
+            parameter=opened.parameter,
+            dense_baseline=section.dense_baseline,
+        )
     write_configs(model, inputs.output)
     write_tokenizer(load_tokenizer(inputs.source), inputs.output)
     return metrics
