@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from nmexport.calibration import corpus
 from nmexport.errors import RecipeError
-from nmexport.stages import fold
+from nmexport.stages import export, fold
 from nmexport.stages.engine import NO_LIBRARY, resolve_target
 from nmexport.store.layers import model_phases
 from nmexport.verification import tasks
@@ -120,7 +120,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     """
     from nmexport.runtimes.onnxruntime_session import read_engine
     from nmexport.runtimes.opening import why_not_here
-    from nmexport.verification import alone, memory, report_engine, report_pages
+    from nmexport.verification import alone, memory, parity, report_engine, report_pages
     from nmexport.verification.reference import model_size
     from nmexport.verification.report import assemble, judge
 
@@ -133,6 +133,10 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     compared = engine.dense_model is not None
     measure = _dense_against_sparse if compared else _sparse_alone
     accuracy, latency = measure(inputs, windows, prompts)
+    compared_parity = {
+        **_parity(inputs, engine, prompts),
+        "dense": export.Artifact(inputs.upstream["export"]).dense_check,
+    }
     report = assemble(
         recipe=recipe,
         source=inputs.source,
@@ -141,7 +145,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
         environment=inputs.environment,
         sparsity={"linears": size.linears, **_audit(inputs, engine, windows)},
         accuracy=accuracy,
-        parity=_parity(inputs, engine, prompts),
+        parity=compared_parity,
         latency=latency,
         memory=memory.measure_engine(
             inputs.upstream["engine"] / "engine.json",
@@ -150,6 +154,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
             why_no_dense=None if compared else alone.WHY,
         ),
         notes=[
+            *parity.concerns(compared_parity),
             *_notes(engine, why_not_here(inputs.upstream["engine"]), recipe),
             *report_engine.words(built),
         ],
