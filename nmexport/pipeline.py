@@ -64,7 +64,11 @@ Action = Literal["cached", "run", "depends", "refused"]
 
 
 class Stage(Protocol):
-    """A stage module; see `nmexport.stages`."""
+    """A stage module; see `nmexport.stages`.
+
+    It may have a function `check(inputs)`, which is called before the first stage runs wherever
+    this one is going to: what it can refuse then is not refused after hours.
+    """
 
     @property
     def UPSTREAM(self) -> Sequence[str]:  # noqa: N802  a constant of the module
@@ -225,6 +229,7 @@ class Pipeline:
                 for name in self.stages[step.stage].UPSTREAM
             }
             self._check_earlier(selection, keys, read)
+            self._check_first(plan)
             steps: list[Step] = []
             for stage in selection.stages:
                 full = selection.check or stage in read
@@ -253,6 +258,13 @@ class Pipeline:
                 }
             )
         return keys
+
+    def _check_first(self, plan: Sequence[Step]) -> None:
+        """Let every stage that is going to run refuse what it cannot do."""
+        for step in plan:
+            check = getattr(self.stages[step.stage], "check", None)
+            if check is not None and step.action != "cached":
+                check(self._inputs(self.work.root / step.stage, {}))
 
     # -- one stage -------------------------------------------------------------------------------
 

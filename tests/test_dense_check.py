@@ -35,7 +35,6 @@ def torch_model(folder: Path, scratch: Path, **options: Any) -> TorchModel:
         source=resolve(ModelSection(id=str(folder))),
         **{
             "dtype": "float32",
-            "trust_remote_code": False,
             "offload": "never",
             "folder": scratch,
             **options,

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+import textwrap
 import types
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree as ET
@@ -322,6 +323,45 @@ def test_one_wrong_key_in_the_only_cell_ends_the_sweep(tmp_path: Path) -> None:
     path.write_text("schema: 1\nmodels: [smollm2]\ncells: [{sparsity.patern: 1}]\n", "utf-8")
     with pytest.raises(RecipeError, match="patern"):
         plan.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("criterion: act", "criterion: wima"), "wima"),
+        (('["2:4", "8:16"]', '["2:4", "17:16"]'), "17:16"),
+        (("grid:", "grid:\n  sparsity.criterion: [act, wima]"), "wima"),
+        (('["2:4", "8:16"]', '["2:4", "4:7"]'), "Pattern 4:7 does not fit"),
+        (("weights 8:16", "weights 4:7"), "Pattern 4:7 does not fit"),
+        (("grid:", "grid:\n  model.weights: [int8:48]"), "int8:48"),
+        (("grid:", "grid:\n  sparsity.targets.include: [[nothing]]"), "matches no linear"),
+    ],
+)
+def test_cells_that_cannot_be_measured_end_the_sweep_before_it_runs(
+    change: tuple[str, str], message: str, sweep_file: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(sweep_file.read_text("utf-8").replace(*change), "utf-8")
+    done = CliRunner().invoke(cli, ["sweep", str(path), "--work", str(tmp_path / "out")])
+    assert done.exit_code == 1, done.output
+    assert message in done.stderr
+    assert not list((tmp_path / "out").glob("*/cells"))
+
+
+def test_sweep_that_measures_nothing_is_a_failure(sweep_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "none.yaml"
+    head = sweep_file.read_text("utf-8").partition("grid:")[0]
+    path.write_text(head + "cells: [{sparsity.mitigations: [d-pts, s-pts]}]\n", "utf-8")
+    done = CliRunner().invoke(cli, ["sweep", str(path), "--work", str(tmp_path / "out")])
+    assert done.exit_code == 1
+    assert "Nothing was measured" in done.stderr
+
+
+def test_help_shows_a_file_that_loads(tmp_path: Path) -> None:
+    shown = CliRunner().invoke(cli, ["sweep", "--help"]).stdout
+    lines = shown.partition("A file, in YAML:\n")[2].partition("\nOptions:")[0]
+    (tmp_path / "s.yaml").write_text(textwrap.dedent(lines), "utf-8")
+    assert len(plan.load(tmp_path / "s.yaml").cells["smollm2"]) == 8
 
 
 def test_settings_are_yaml_and_wrong_ones_are_said(sweep_file: Path) -> None:

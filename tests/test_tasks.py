@@ -353,6 +353,45 @@ def test_a_folder_without_tasks_is_refused(
         tasks.compare(dense, dense, text, tasks.Suite(names=(), folder=folder), progress=Silent())
 
 
+def test_broken_yaml_names_file_and_line(tmp_path: Path) -> None:
+    folder = write_suite(tmp_path / "suite")
+    (folder / "deep").mkdir()
+    (folder / "deep" / "broken.yaml").write_text("task: x\nmetric_list: [\n  - {metric: acc\n")
+    with pytest.raises(RecipeError, match=r"deep/broken\.yaml:\d: not YAML"):
+        tasks.check(tasks.Suite(names=(), folder=folder), Silent())
+    tasks.check(tasks.Suite(names=(), folder=write_suite(tmp_path / "sound")), Silent())
+
+
+def test_hub_that_does_not_answer_is_asked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its library would retry each file for half a minute, and log each try twice."""
+    from huggingface_hub import constants
+
+    asked = []
+
+    def refuse(url: str, timeout: float) -> None:
+        asked.append(url)
+        raise OSError("no route")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    tasks._hub_answers.cache_clear()
+    (tmp_path / "far.yaml").write_text(
+        "task: far\ndataset_path: nobody/nothing\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: a\ndoc_to_target: b\ndoc_to_choice: [a]\n"
+    )
+    suite = tasks.Suite(names=("far",), folder=tmp_path)
+    try:
+        with pytest.raises(EnvironmentFault, match="far") as caught:
+            tasks.check(suite, Silent())
+    finally:
+        tasks._hub_answers.cache_clear()
+    assert len(asked) == 1
+    assert "etry" not in capfd.readouterr().err
+    assert "check the network" in str(caught.value)
+
+
 def test_data_out_of_reach_is_the_environments_fault(
     tmp_path: Path, exported: Exported, text: tasks.TextSide
 ) -> None:

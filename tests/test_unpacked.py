@@ -84,7 +84,7 @@ def test_it_is_dequantised_once(
         assert torch.equal(logits(load_model(opened, dtype=dtype)), expected)
     assert len(loads) == 1
     assert opened.digest == source.digest
-    assert open_for_export(opened, dtype=torch.float32, trust_remote_code=False).streamed
+    assert open_for_export(opened, dtype=torch.float32).streamed
     LayerwiseModel(opened).run(IDS, progress=Silent(), label="")
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nmexport.bench.context import check_context
 from nmexport.bench.http_load import Ask, drive
 from nmexport.bench.soak import text_of
 from nmexport.generation.options import GenerationOptions
@@ -153,10 +154,15 @@ def bench_serve(
     """
     from nmexport.environment import device_name, probe
     from nmexport.generation.tokenizer import ServingTokenizer
-    from nmexport.runtimes.onnxruntime_session import OrtSession, read_engine
+    from nmexport.runtimes.engine import read_engine
+    from nmexport.runtimes.onnxruntime_session import OrtSession
 
     folder = work / "engine" / "current"
     engine = read_engine(folder)
+    longest = max(load.prompt_tokens + load.output_tokens for load in loads)
+    check_context(
+        engine.model.parent, longest, options="--prompt-tokens and --output-tokens together"
+    )
     tokenizer = ServingTokenizer(engine.model.parent)
     with (
         OrtSession.from_engine(folder, dense=True) as dense,

@@ -48,7 +48,6 @@ class LayerwiseModel:
         self,
         source: ModelSource,
         *,
-        trust_remote_code: bool = False,
         folder: Path | None = None,
         rounded: torch.dtype = torch.float32,
     ) -> None:
@@ -56,7 +55,6 @@ class LayerwiseModel:
 
         Args:
             source: A model in safetensors files.
-            trust_remote_code: Whether Python files of the model may run.
             folder: On a disk with room for the hidden states of all samples; None is the system's.
             rounded: Type that weights are rounded to before they are computed with in float32.
 
@@ -70,7 +68,7 @@ class LayerwiseModel:
                 allowed="a model in safetensors files",
                 fix=_WHOLE,
             )
-        self.model = skeleton(source, trust_remote_code=trust_remote_code)
+        self.model = skeleton(source)
         self._backbone_name, self._layers = _decoder_layers(self.model)
         self._weights = _Weights(WeightTable(self.model, source.weights_folder), rounded)
         self._weights.table.fill_buffers(self.model)

@@ -107,11 +107,8 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     from nmexport.models.tokenizer_files import write_tokenizer
 
     section = inputs.recipe.model
-    trusted = section.trust_remote_code
     folded = fold.Artifact(inputs.upstream["fold"])
-    opened = open_for_export(
-        inputs.source, dtype=getattr(torch, section.dtype), trust_remote_code=trusted
-    )
+    opened = open_for_export(inputs.source, dtype=getattr(torch, section.dtype))
     model = opened.model
     inputs.progress.note(f"export: {model.config.model_type}")
     _check_disk(inputs, model, len(folded.layers))
@@ -130,7 +127,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     text = json.dumps(metrics["dense_check"], indent=1) + "\n"
     (inputs.output / DENSE_CHECK).write_text(text, encoding="utf-8")
     write_configs(model, inputs.output)
-    write_tokenizer(load_tokenizer(inputs.source, trust_remote_code=trusted), inputs.output)
+    write_tokenizer(load_tokenizer(inputs.source), inputs.output)
     return metrics
 
 
@@ -178,7 +175,6 @@ def _check_dense(inputs: StageInputs, model: PreTrainedModel) -> dict[str, Any]:
         TorchModel(
             source=inputs.source,
             dtype=section.dtype,
-            trust_remote_code=section.trust_remote_code,
             offload=inputs.recipe.calibration.offload,
             folder=inputs.output,
         ),

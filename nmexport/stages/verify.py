@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from nmexport.calibration import corpus
 from nmexport.errors import RecipeError
+from nmexport.runtimes.engine import read_engine
 from nmexport.stages import export, fold
 from nmexport.stages.engine import NO_LIBRARY, resolve_target
 from nmexport.store.layers import model_phases
+from nmexport.store.records import json_from
 from nmexport.verification import tasks
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from nmexport.recipe import EvaluationSection, LatencySection, Recipe
-    from nmexport.runtimes.onnxruntime_session import Engine
+    from nmexport.runtimes.engine import Engine
     from nmexport.runtimes.session import Session
     from nmexport.stages.inputs import StageInputs
     from nmexport.store.layers import ModelPhases
@@ -110,6 +112,18 @@ def _check_comparable(recipe: Recipe) -> None:
         )
 
 
+def check(inputs: StageInputs) -> None:
+    """Refuse tasks that are not known, or whose data is out of reach, before anything runs.
+
+    Raises:
+        EnvironmentFault: if a task's data cannot be reached.
+        RecipeError: if a task is not known, or its file cannot be read.
+    """
+    suite = tasks.Suite.of(inputs.recipe.evaluation)
+    if suite is not None:
+        tasks.check(suite, inputs.progress)
+
+
 def run(inputs: StageInputs) -> dict[str, Any]:
     """Measure everything and write `report.json`, `report.md` and `report.html`.
 
@@ -118,7 +132,6 @@ def run(inputs: StageInputs) -> dict[str, Any]:
         ArtifactError: if an upstream artifact cannot be read.
         EnvironmentFault: if the engine's native library is missing here.
     """
-    from nmexport.runtimes.onnxruntime_session import read_engine
     from nmexport.runtimes.opening import why_not_here
     from nmexport.verification import alone, memory, parity, report_engine, report_pages
     from nmexport.verification.reference import model_size
@@ -128,8 +141,8 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     engine = read_engine(inputs.upstream["engine"])
     windows = _windows(inputs)
     prompts = prompts_from(windows, recipe.evaluation.prompts)
-    size = model_size(inputs.source, trust_remote_code=recipe.model.trust_remote_code)
-    built = report_engine.section(inputs.upstream["engine"])
+    size = model_size(inputs.source)
+    built = report_engine.section(engine)
     compared = engine.dense_model is not None
     measure = _dense_against_sparse if compared else _sparse_alone
     accuracy, latency = measure(inputs, windows, prompts)
@@ -209,13 +222,12 @@ def _windows(inputs: StageInputs) -> NDArray[np.int64]:
     from nmexport.models.loader import load_model, load_tokenizer
 
     recipe = inputs.recipe
-    trust = recipe.model.trust_remote_code
-    tokenizer = load_tokenizer(inputs.source, trust_remote_code=trust)
+    tokenizer = load_tokenizer(inputs.source)
 
     def self_text(samples: int, length: int, seed: int) -> NDArray[np.int64]:
         from nmexport.calibration.self_text import self_text
 
-        model = load_model(inputs.source, dtype="float32", trust_remote_code=trust)
+        model = load_model(inputs.source, dtype="float32")
         generate = self_text(model, tokenizer, progress=inputs.progress, label="verify: own text")
         return generate(samples, length, seed)
 
@@ -419,7 +431,12 @@ def _parity(inputs: StageInputs, engine: Engine, prompts: NDArray[np.int64]) -> 
             executors[parity.TORCH] = torch_session.with_twins()
         if parity.ONNX not in why:
             executors[parity.ONNX] = stack.enter_context(
-                OrtSession(engine.model, threads=engine.threads, config=engine.session_config)
+                OrtSession(
+                    engine.model,
+                    threads=engine.threads,
+                    config=engine.session_config,
+                    bfloat16=engine.needs_rewrite("cpu", dense=False),
+                )
             )
         absent = why_not_here(inputs.upstream["engine"]) or _no_library(engine)
         if absent:
@@ -499,17 +516,15 @@ def _too_large(engine: Engine, dtype: str) -> dict[str, str]:
 
 def _calibration(inputs: StageInputs) -> dict[str, Any]:
     """The report's `calibration`."""
-    from dataclasses import asdict
-
     from nmexport.verification import report_learning
 
     folded = fold.Artifact(inputs.upstream["fold"])
-    return report_learning.section(folded.learning, [asdict(layer) for layer in folded.layers])
+    return report_learning.section(folded.learning, [json_from(layer) for layer in folded.layers])
 
 
 def _allocation(inputs: StageInputs) -> dict[str, Any] | None:
     """The report's `allocation`; None where the recipe sets no budget."""
-    from nmexport.allocation.choice import as_dict, read_allocation
+    from nmexport.store.allocation import as_dict, read_allocation
 
     allocation = read_allocation(inputs.upstream["fold"])
     return None if allocation is None else as_dict(allocation)
@@ -517,7 +532,7 @@ def _allocation(inputs: StageInputs) -> dict[str, Any] | None:
 
 def _no_library(engine: Engine) -> str | None:
     """Why ONNX Runtime has no engine of its own, where it has none."""
-    needs_one = engine.runtime == "onnxruntime" and engine.library_digest is None
+    needs_one = engine.runtime == "onnxruntime" and engine.library is None
     return NO_LIBRARY if needs_one else None
 
 

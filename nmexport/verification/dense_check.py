@@ -81,7 +81,6 @@ class TorchModel:
 
     source: ModelSource
     dtype: str
-    trust_remote_code: bool
     offload: Offload
     folder: Path
     """On a disk with room for hidden states."""
@@ -92,15 +91,11 @@ class TorchModel:
         Raises:
             ModelError: if the model cannot be loaded.
         """
-        whole = fits_host(
-            self.source, trust_remote_code=self.trust_remote_code, offload=self.offload
-        )
+        whole = fits_host(self.source, offload=self.offload)
         return (self._whole if whole else self._layer_by_layer)(ids, names, progress)
 
     def _whole(self, ids: NDArray[np.int64], names: Sequence[str], _: Progress) -> Outputs:
-        model: Any = load_model(
-            self.source, dtype=self.dtype, trust_remote_code=self.trust_remote_code
-        ).float()
+        model: Any = load_model(self.source, dtype=self.dtype).float()
         outputs: Outputs = {}
         with torch.inference_mode(), _recorded(model, names, outputs):
             logits = model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0]
@@ -112,7 +107,6 @@ class TorchModel:
     ) -> Outputs:
         layered = LayerwiseModel(
             self.source,
-            trust_remote_code=self.trust_remote_code,
             folder=self.folder,
             rounded=getattr(torch, self.dtype),
         )

@@ -27,18 +27,15 @@ _INTERVAL = (2.5, 97.5)  # percentiles that hold 95 %
 
 
 def percentile(samples: Iterable[float], rank: float) -> float:
-    """The value below which `rank` percent of the samples lie, linear between neighbours.
+    """Return the value below which `rank` percent of the samples lie, linear between neighbours.
 
     Raises:
         ValueError: if there is no sample or the rank is outside 0 to 100.
     """
-    ordered = sorted(samples)
-    if not ordered or not 0 <= rank <= 100:  # noqa: PLR2004 - percent
-        raise ValueError(f"percentile {rank} of {len(ordered)} samples")
-    place = (len(ordered) - 1) * rank / 100
-    below = int(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+    values = np.fromiter(samples, dtype=np.float64)
+    if not values.size or not 0 <= rank <= 100:  # noqa: PLR2004 - percent
+        raise ValueError(f"percentile {rank} of {values.size} samples")
+    return float(np.percentile(values, rank))
 
 
 def speedup_interval(

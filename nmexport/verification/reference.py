@@ -142,7 +142,7 @@ def open_dense(source: ModelSource, section: ModelSection, *, device: str = "cpu
     Raises:
         ModelError: if the model cannot be loaded.
     """
-    model = load_model(source, dtype=section.dtype, trust_remote_code=section.trust_remote_code)
+    model = load_model(source, dtype=section.dtype)
     model.to(device)
     return TorchSession(model, model.config.get_text_config().vocab_size)
 
@@ -156,7 +156,7 @@ def open_folded(
         ModelError: if the model cannot be loaded.
         ArtifactError: if the fold artifact is damaged.
     """
-    model = load_model(source, dtype=section.dtype, trust_remote_code=section.trust_remote_code)
+    model = load_model(source, dtype=section.dtype)
     replace_linears(
         model,
         {layer.name: folded_linear(layer, fold) for layer in fold.layers},
@@ -192,14 +192,14 @@ def array_from(tensor: torch.Tensor) -> NDArray[Any]:
 
 def _behaviour(layer: LayerSpec) -> Behaviour:
     return Behaviour(
-        pattern=layer.nm,
+        pattern=layer.pattern,
         dynamic_shift=layer.dynamic_shift,
         variance_correction=layer.variance_correction,
         phase=layer.phase,
     )
 
 
-def model_size(source: ModelSource, *, trust_remote_code: bool = False) -> ModelSize:
+def model_size(source: ModelSource) -> ModelSize:
     """Count without loading a weight; tied parameters count once.
 
     Raises:
@@ -207,15 +207,17 @@ def model_size(source: ModelSource, *, trust_remote_code: bool = False) -> Model
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    form = {} if not source.packed else {"gguf_file": source.gguf_file}
     try:
         config = AutoConfig.from_pretrained(
-            source.folder, trust_remote_code=trust_remote_code, local_files_only=True, **form
+            source.weights_folder,
+            trust_remote_code=source.trust_remote_code,
+            local_files_only=True,
+            **source.gguf_option,
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"The configuration of {source.id} cannot be read: {error}") from error
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
     return ModelSize(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         linears=sum(isinstance(module, nn.Linear) for module in model.modules()),

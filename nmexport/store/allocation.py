@@ -1,13 +1,14 @@
-"""What allocation decides, as data: `allocation.json`."""
+"""A choice for every linear and the figures it stands on: `allocation.json`."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from nmexport.errors import ArtifactError
-from nmexport.sparsity.pattern import NMPattern
+from nmexport.choices import Phases  # noqa: TC001  records are read by their annotations
+from nmexport.sparsity.pattern import NMPattern  # noqa: TC001
+from nmexport.store.records import json_from, read_record
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -15,32 +16,24 @@ if TYPE_CHECKING:
 SCHEMA = 1
 FILENAME = "allocation.json"
 
-Phases = Literal["all", "prefill", "decode"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
     """What one linear becomes; dense where there is no pattern."""
 
-    pattern: str | None = None
-    """N:M."""
+    pattern: NMPattern | None = None
     criterion: str | None = None
     phase: Phases = "all"
 
     @property
-    def nm(self) -> NMPattern | None:
-        """The parsed pattern; None where dense."""
-        return None if self.pattern is None else NMPattern.parse(self.pattern)
-
-    @property
     def decode_density(self) -> float:
         """Share of weight rows that a decoded token reads."""
-        return 1.0 if self.nm is None or self.phase == "prefill" else self.nm.density
+        return 1.0 if self.pattern is None or self.phase == "prefill" else self.pattern.density
 
     @property
     def prefill_density(self) -> float:
         """Share of multiply-adds that a prompt's token needs."""
-        return 1.0 if self.nm is None or self.phase == "decode" else self.nm.density
+        return 1.0 if self.pattern is None or self.phase == "decode" else self.pattern.density
 
     @property
     def label(self) -> str:
@@ -67,7 +60,7 @@ class FrontPoint:
     summed_kl: float
     """Sum of the divergences that each site causes alone, nats a token."""
     kl: float
-    """Of the joint model, measured on held-out calibration windows."""
+    """Divergence of the joint model, measured on held-out calibration windows."""
     perplexity_ratio: float
     """The same model's, on the same windows."""
     linears: dict[str, int]
@@ -87,7 +80,7 @@ class Candidate:
     relative_error: float | None
     """`||y_sparse - y_dense|| / ||y_dense||` of this linear alone, on dense activations."""
     bytes_saved: float
-    """Of the linear's own bytes a decoded token."""
+    """Share of the linear's own bytes that a decoded token no longer reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +97,7 @@ class LedgerRow:
     mitigation_errors: dict[str, float | None]
     """Relative output error of this linear alone with each mitigation, at `mitigation_pattern`;
     `as built` is that of all that it was given, learned constants among them."""
-    mitigation_pattern: str
+    mitigation_pattern: NMPattern
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +105,50 @@ class Built:
     """What a choice came to once it was built: learned constants, rounding and all."""
 
     kl: float
-    """Of the built model, on the held-out windows that the choice was measured on; none of them was
-    learned from."""
+    """Divergence of the built model, on the held-out windows that the choice was measured on; none
+    of them was learned from."""
     perplexity_ratio: float
     budget_used: float | None
-    """The share of the budget of accuracy that it takes: beyond 1 it is broken."""
+    """Share of the budget of accuracy that it takes: beyond 1, the budget is exceeded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostConstants:
+    """Constants of the cost model: a decoded token's time at batch 1."""
+
+    bytes_per_second: float
+    """Speed at which a decoded token's weights stream in."""
+    dense_overhead_seconds: float
+    """A dense product's time beyond reading its weight; linears that share an input are one."""
+    sparse_overhead_seconds: float
+    """The same of a sparse product, with finding the rows."""
+    element_bytes: int
+    """Size of a weight that stays dense."""
+    sparse_weights: str = "float"
+    """How linears that become sparse are stored: see `nmexport.sparsity.quantisation.FORMS`."""
+    other_bytes: int = 0
+    """Weights outside the targeted linears that every decoded token reads."""
+    rest_seconds: float = 0.0
+    """A decoded token's time in attention, norms, dispatch: all that multiplies no weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How a choice was measured."""
+
+    words: str
+    sites: int
+    windows: int
+    """Windows on which sites were tried alone."""
+    held_out_windows: int
+    """Windows on which joint models were run."""
+    length: int
+    """Tokens of a window."""
+    prompt: int
+    """Tokens of a window that are not scored."""
+    joint_over_sum: float | None
+    """Divergence of joint models over the sum of their sites', geometric mean."""
+    cost: CostConstants
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,54 +163,34 @@ class Allocation:
     decode_speedup: float
     """Predicted."""
     kl: float
-    """Of the joint model, measured on held-out calibration windows."""
+    """Divergence of the joint model, measured on held-out calibration windows."""
     perplexity_ratio: float
-    """The same."""
+    """The same model's, on the same windows."""
     price: float | None
     """Nats that one more percent of the targeted linears' bytes costs at this point."""
     front: tuple[FrontPoint, ...]
     ledger: tuple[LedgerRow, ...]
     budget_used: float | None = None
-    """Of the budget of accuracy, the share that the joint model takes; None without."""
+    """Share of the budget of accuracy that the joint model takes; None without such a budget."""
     built: Built | None = None
     """None until it is built."""
-    protocol: dict[str, Any] = field(default_factory=dict)
-    """How it was measured: windows, tokens, cost model, fit, in words and numbers."""
+    remark: str | None = None
+    """Said where the cost model sees no gain in the choice."""
+    protocol: Protocol | None = None
+    """How it was measured; None where it is not told."""
 
     @property
     def sparse(self) -> dict[str, Choice]:
         """Choices of the linears that are not left dense."""
-        return {name: one for name, one in self.choices.items() if one.pattern is not None}
+        return {name: choice for name, choice in self.choices.items() if choice != DENSE}
 
 
 def as_dict(allocation: Allocation) -> dict[str, Any]:
-    """JSON values, with the schema; floats with six significant digits.
+    """Convert to JSON values, with the schema; floats with six significant digits.
 
     What follows the sixth digit is the summation order of the machine.
     """
-    document: dict[str, Any] = _rounded({"schema": SCHEMA, **asdict(allocation)})
-    return document
-
-
-def from_dict(document: dict[str, Any]) -> Allocation:
-    """The reverse of `as_dict`.
-
-    Raises:
-        KeyError, TypeError, ValueError: if it is none.
-    """
-    if document["schema"] != SCHEMA:
-        raise ValueError(f"schema {document['schema']} instead of {SCHEMA}")
-    fields = {key: value for key, value in document.items() if key != "schema"}
-    built = document.get("built")
-    return Allocation(
-        **{
-            **fields,
-            "choices": {name: Choice(**one) for name, one in document["choices"].items()},
-            "front": tuple(FrontPoint(**one) for one in document["front"]),
-            "ledger": tuple(_row(one) for one in document["ledger"]),
-            "built": Built(**built) if built is not None else None,
-        }
-    )
+    return {"schema": SCHEMA, **_rounded(json_from(allocation))}
 
 
 def write_allocation(folder: Path, allocation: Allocation) -> None:
@@ -194,35 +206,16 @@ def read_allocation(folder: Path) -> Allocation | None:
         ArtifactError: if it is malformed, or of another schema.
     """
     path = folder / FILENAME
-    try:
-        return from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(
-            f"{path} cannot be read: {error}", fix="rebuild the stage with --force"
-        ) from error
-
-
-def _row(document: dict[str, Any]) -> LedgerRow:
-    candidates = tuple(
-        Candidate(**{**one, "choice": Choice(**one["choice"])}) for one in document["candidates"]
-    )
-    return LedgerRow(
-        **{
-            **document,
-            "site": tuple(document["site"]),
-            "choice": Choice(**document["choice"]),
-            "candidates": candidates,
-        }
-    )
+    return read_record(Allocation, path, schema=SCHEMA, fix="rebuild the stage with --force")
 
 
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
-        return {key: _rounded(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(one) for one in value]
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
     return value
