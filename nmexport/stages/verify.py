@@ -220,6 +220,7 @@ def latency_tokens(
 
 def _windows(inputs: StageInputs) -> NDArray[np.int64]:
     from nmexport.models.loader import load_model, load_tokenizer
+    from nmexport.models.text_files import known_tokens
 
     recipe = inputs.recipe
     tokenizer = load_tokenizer(inputs.source)
@@ -231,7 +232,13 @@ def _windows(inputs: StageInputs) -> NDArray[np.int64]:
         generate = self_text(model, tokenizer, progress=inputs.progress, label="verify: own text")
         return generate(samples, length, seed)
 
-    return corpus.evaluation_windows(recipe.evaluation, tokenizer, self_text, seed=recipe.seed)
+    return corpus.evaluation_windows(
+        recipe.evaluation,
+        tokenizer,
+        self_text,
+        seed=recipe.seed,
+        vocabulary=known_tokens(inputs.source),
+    )
 
 
 def _dense_against_sparse(
@@ -354,13 +361,12 @@ def _decode_only(
 
 def _decoded_together(sparse: Session, windows: NDArray[np.int64]) -> int:
     """Windows that decode-only scoring decodes side by side, of `[W, L]`."""
-    from nmexport.runtimes.session import is_extendable
     from nmexport.verification import accuracy
 
     count, length = windows.shape
     scored = length - accuracy.prompt_length(windows[0])
     most: list[int] = [count, _LOGITS_BYTES // (4 * sparse.vocabulary_size * scored)]
-    if is_extendable(sparse):
+    if sparse.exposes_cache:
         most.append(_CACHE_BYTES // (2 * length * sparse.cache_bytes_per_token))
     if sparse.limits.batch is not None:
         most.append(sparse.limits.batch)
@@ -369,7 +375,7 @@ def _decoded_together(sparse: Session, windows: NDArray[np.int64]) -> int:
 
 def _tasks(inputs: StageInputs, dense: Session, sparse: Session) -> dict[str, Any]:
     """The report's `accuracy.tasks`, and how they were scored."""
-    from nmexport.generation.loop import load_tokenizer
+    from nmexport.generation.tokenizer import Tokenizer
 
     suite = tasks.Suite.of(inputs.recipe.evaluation)
     if suite is None:
@@ -377,7 +383,7 @@ def _tasks(inputs: StageInputs, dense: Session, sparse: Session) -> dict[str, An
     folder = inputs.upstream["export"]
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     phases = _phases(inputs)
-    text = tasks.text_side(load_tokenizer(folder), config)
+    text = tasks.text_side(Tokenizer(folder), config)
     scored = tasks.compare(
         dense,
         sparse,
