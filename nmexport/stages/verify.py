@@ -16,7 +16,7 @@ from nmexport.calibration import corpus
 from nmexport.errors import RecipeError
 from nmexport.progress import busy
 from nmexport.runtimes.engine import read_engine
-from nmexport.stages import fold
+from nmexport.stages import export, fold
 from nmexport.stages.engine import NO_LIBRARY, resolve_target
 from nmexport.store.layers import model_phases
 from nmexport.store.records import json_from
@@ -134,7 +134,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
         EnvironmentFault: if the engine's native library is missing here.
     """
     from nmexport.runtimes.opening import why_not_here
-    from nmexport.verification import alone, memory, report_engine, report_pages
+    from nmexport.verification import alone, memory, parity, report_engine, report_pages
     from nmexport.verification.reference import model_size
     from nmexport.verification.report import assemble, judge
 
@@ -154,6 +154,10 @@ def run(inputs: StageInputs) -> dict[str, Any]:
             prompt_tokens=recipe.latency.prefill_tokens,
             why_no_dense=None if compared else alone.WHY,
         )
+    compared_parity = {
+        **_parity(inputs, engine, prompts),
+        "dense": export.Artifact(inputs.upstream["export"]).dense_check,
+    }
     report = assemble(
         recipe=recipe,
         source=inputs.source,
@@ -162,10 +166,11 @@ def run(inputs: StageInputs) -> dict[str, Any]:
         environment=inputs.environment,
         sparsity={"linears": size.linears, **_audit(inputs, engine, windows)},
         accuracy=accuracy,
-        parity=_parity(inputs, engine, prompts),
+        parity=compared_parity,
         latency=latency,
         memory=measured,
         notes=[
+            *parity.concerns(compared_parity),
             *_notes(engine, why_not_here(inputs.upstream["engine"]), recipe),
             *report_engine.words(built),
         ],
