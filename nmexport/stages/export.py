@@ -124,7 +124,8 @@ def run(inputs: StageInputs) -> dict[str, Any]:
             parameter=opened.parameter,
             dense_baseline=checked,
         )
-    metrics["dense_check"] = _check_dense(inputs, model) if checked else unchecked(_NO_ROOM)
+    with busy(inputs.progress, "export: hold the dense model against torch"):
+        metrics["dense_check"] = _check_dense(inputs, model) if checked else unchecked(_NO_ROOM)
     if checked and not section.dense_baseline:
         shutil.rmtree(inputs.output / DENSE)
     text = json.dumps(metrics["dense_check"], indent=1) + "\n"
