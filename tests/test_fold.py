@@ -386,7 +386,7 @@ def test_what_learning_wins_back_is_spent_where_it_counts(
     assert counted is not None
     assert counted.built is not None
     assert plain.built.kl < plain.kl
-    assert counted.kl > plain.kl  # before learning it breaks the budget
+    assert counted.kl > plain.kl  # before learning it exceeds the budget
     assert counted.built.kl <= 0.02
     assert counted.decode_speedup > plain.decode_speedup
 

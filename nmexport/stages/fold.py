@@ -124,7 +124,6 @@ def _dense_model(inputs: StageInputs) -> DenseModel:
     calibrated = calibrate.Artifact(inputs.upstream["calibrate"])
     opened = open_dense(
         inputs.source,
-        trust_remote_code=recipe.model.trust_remote_code,
         offload=recipe.calibration.offload,
         progress=inputs.progress,
         folder=inputs.output,
@@ -194,8 +193,7 @@ def _learning(inputs: StageInputs, dense: DenseModel) -> Learning | None:
 
     def write(samples: int, length: int, seed: int) -> TokenIds:
         # The tokenizer is read only where something is to be written.
-        trusted = inputs.recipe.model.trust_remote_code
-        tokenizer = load_tokenizer(inputs.source, trust_remote_code=trusted)
+        tokenizer = load_tokenizer(inputs.source)
         generate = mixed_self_text(
             dense.model, tokenizer, progress=inputs.progress, label="fold: own text"
         )
@@ -241,6 +239,7 @@ def _prepared(inputs: StageInputs, dense: DenseModel) -> Prepared:
     import torch
 
     from nmexport.allocation.allocate import prepare
+    from nmexport.allocation.costs import Problem
     from nmexport.calibration.checkpoint import Checkpoints
     from nmexport.calibration.derivation import site_constants
 
@@ -249,18 +248,18 @@ def _prepared(inputs: StageInputs, dense: DenseModel) -> Prepared:
     def constants_for(site: Site, method: SparsitySection) -> Constants:
         return site_constants(site, dense.linears, dense.statistics, method, seed=recipe.seed)
 
-    return prepare(
-        dense.model,
-        dense.linears,
-        dense.samples,
+    problem = Problem(
+        model=dense.model,
+        linears=dense.linears,
+        samples=dense.samples,
         sparsity=recipe.sparsity,
         section=recipe.allocation,
         constants_for=constants_for,
         element_bytes=getattr(torch, recipe.model.dtype).itemsize,
         weights=recipe.model.weights,
         progress=inputs.progress,
-        checkpoint=Checkpoints(inputs.resume).named("allocation"),
     )
+    return prepare(problem, Checkpoints(inputs.resume).named("allocation"))
 
 
 def _sections(section: SparsitySection, allocation: Allocation) -> dict[str, SparsitySection]:
