@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 TEXT = "naïve façade, 日本語, 👩🏽‍🚀 and ∑; spaces  too"
 
+CONTEXT = 512
+
 
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -45,6 +47,8 @@ def work(tmp_path: Path, tokenizer_folder: Path) -> Path:
     save_toy_lm(export / "model.onnx")
     for file in tokenizer_folder.iterdir():
         (export / file.name).write_bytes(file.read_bytes())
+    context = {"model": {"context_length": CONTEXT}}
+    (export / "genai_config.json").write_text(json.dumps(context))
     engine = tmp_path / "engine" / "current"
     engine.mkdir(parents=True)
     models = dict.fromkeys(("model", "dense_model"), "../../export/model.onnx")
@@ -202,3 +206,15 @@ def test_bench_times_both_sides(work: Path) -> None:
     assert len(report["dense"]["decode"]["samples_ms"]) == 5
     low, high = report["speedup"]["decode_interval"]
     assert 0 < low <= report["speedup"]["decode"] <= high
+
+
+def test_generate_ends_where_the_context_does(work: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = load_tokenizer(work / "export")
+    (work / "export" / "genai_config.json").write_text('{"model": {"context_length": 8}}')
+    prompt = len(tokenizer("abc")["input_ids"])
+    assert prompt < 7
+    text = "".join(generate(work, "abc", max_tokens=50))
+    assert len(tokenizer(text)["input_ids"]) <= 8 - prompt
+    assert "context of 8 tokens is full" in caplog.text
+    with pytest.raises(UserError, match="the model's context is 8"):
+        generate(work, "abcdefghijklmnop")

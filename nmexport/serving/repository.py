@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nmexport.environment import probe
-from nmexport.errors import ArtifactError
+from nmexport.generation.context import context_length, length_switch
 from nmexport.generation.options import GenerationOptions, options_from
 from nmexport.generation.tokenizer import ServingTokenizer
 from nmexport.runtimes.engine import Engine, write_engine
@@ -101,7 +101,7 @@ def write_text_model(output: Path, source: TextModel) -> Path:
         model=source.model,
         pattern=source.pattern,
         verdict=source.verdict,
-        context_tokens=context_length(folder),
+        context_tokens=_served_context(folder),
         end_tokens=end_tokens(folder, tokenizer),
         defaults=generation_defaults(folder),
         reference_tokens=tokens,
@@ -181,21 +181,9 @@ def write_words(
     (output / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
-def context_length(folder: Path) -> int:
-    """Tokens that the model was made for.
-
-    Raises:
-        ArtifactError: if the export does not say.
-    """
-    path = folder / "genai_config.json"
-    try:
-        length: int = json.loads(path.read_text(encoding="utf-8"))["model"]["context_length"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(
-            f"{path} does not say the model's context length: {error!r}",
-            fix="run `nmexport export --force`",
-        ) from error
-    return length
+def _served_context(folder: Path) -> int:
+    """Tokens that a request may have: prompts come in chunks, so all on one set of frequencies."""
+    return min(context_length(folder), length_switch(folder) or context_length(folder))
 
 
 def generation_defaults(folder: Path) -> GenerationOptions:

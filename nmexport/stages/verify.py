@@ -129,15 +129,18 @@ def run(inputs: StageInputs) -> dict[str, Any]:
 
     Raises:
         CorpusError: if the evaluation text is missing or too short.
+        RecipeError: if windows are longer than the model's context.
         ArtifactError: if an upstream artifact cannot be read.
         EnvironmentFault: if the engine's native library is missing here.
     """
+    from nmexport.models.exportable import check_lengths
     from nmexport.runtimes.opening import why_not_here
     from nmexport.verification import alone, memory, report_engine, report_pages
     from nmexport.verification.reference import model_size
     from nmexport.verification.report import assemble, judge
 
     recipe = inputs.recipe
+    check_lengths(inputs.source, recipe)
     engine = read_engine(inputs.upstream["engine"])
     windows = _windows(inputs)
     prompts = prompts_from(windows, recipe.evaluation.prompts)
