@@ -11,8 +11,7 @@ from nmexport.errors import RecipeError
 from nmexport.generation import loop
 from nmexport.generation.context import length_switch
 from nmexport.generation.sampler import Sampler
-from nmexport.models.exportable import check_lengths
-from nmexport.models.families import context_of
+from nmexport.models.context import check_lengths, context_of
 from nmexport.models.genai_config import genai_config
 from nmexport.models.source import resolve
 from nmexport.models.tracing import CacheShape
@@ -32,14 +31,16 @@ def test_lengths_beyond_the_context_are_refused_with_what_to_type(
     save_tiny_model(tmp_path, family)  # of 256 positions
     source = resolve(ModelSection(id=str(tmp_path)))
     with pytest.raises(RecipeError, match="context of 256 tokens") as caught:
-        check_lengths(source, resolve_recipe(str(tmp_path)))
+        check_lengths(source, resolve_recipe(str(tmp_path)), measured=True)
     assert "--calib-length 512" in caught.value.problem
     assert caught.value.fix == "--calib-length 256 --eval-length 256"
     fitting = {"calibration.length": 256, "evaluation.length": 256}
-    check_lengths(source, resolve_recipe(str(tmp_path), fitting))
+    check_lengths(source, resolve_recipe(str(tmp_path), fitting), measured=True)
     with pytest.raises(RecipeError, match=r"latency\.decode_context 256") as caught:
         check_lengths(
-            source, resolve_recipe(str(tmp_path), {**fitting, "latency.decode_context": 256})
+            source,
+            resolve_recipe(str(tmp_path), {**fitting, "latency.decode_context": 256}),
+            measured=True,
         )
     assert "latency.decode_context: 255" in str(caught.value.fix)
 

@@ -210,11 +210,11 @@ def test_bench_times_both_sides(work: Path) -> None:
 
 def test_generate_ends_where_the_context_does(work: Path, caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = load_tokenizer(work / "export")
-    (work / "export" / "genai_config.json").write_text('{"model": {"context_length": 8}}')
-    prompt = len(tokenizer("abc")["input_ids"])
-    assert prompt < 7
-    text = "".join(generate(work, "abc", max_tokens=50))
-    assert len(tokenizer(text)["input_ids"]) <= 8 - prompt
-    assert "context of 8 tokens is full" in caplog.text
-    with pytest.raises(UserError, match="the model's context is 8"):
-        generate(work, "abcdefghijklmnop")
+    prompt = tokenizer.decode([7, 8])
+    assert len(tokenizer(prompt)["input_ids"]) == 2
+    (work / "export" / "genai_config.json").write_text('{"model": {"context_length": 6}}')
+    ended = "".join(generate(work, prompt, max_tokens=50))
+    assert "context of 6 tokens is full" in caplog.text
+    assert ended == "".join(generate(work, prompt, max_tokens=4))
+    with pytest.raises(UserError, match="the model's context is 6"):
+        generate(work, prompt * 3)

@@ -1,7 +1,4 @@
-"""What export cannot take is refused before calibration, with no weight read.
-
-So are sequences that are longer than the model's context.
-"""
+"""What export cannot take is refused before calibration, with no weight read."""
 
 from __future__ import annotations
 
@@ -10,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from nmexport.errors import RecipeError
-from nmexport.models.families import EXPORTED, context_of, refuse_kind, refused
+from nmexport.models.families import EXPORTED, refuse_kind, refused
 from nmexport.models.skeleton import skeleton
 from nmexport.models.streaming import fake_parameters
 from nmexport.models.tracing import cache_shapes, trace
@@ -22,9 +18,6 @@ if TYPE_CHECKING:
     import torch
 
     from nmexport.models.source import ModelSource
-    from nmexport.recipe import Recipe
-
-_PARITY_PROMPT = 32  # tokens of the prompts that verification continues
 
 
 def check_exportable(
@@ -61,40 +54,6 @@ def check_exportable(
         )
     if model.config.model_type not in EXPORTED:
         trace(model, linears)
-
-
-def check_lengths(source: ModelSource, recipe: Recipe) -> None:
-    """Refuse samples, windows and timings that are longer than the model's context.
-
-    Raises:
-        RecipeError: naming every option that asks for more, and what to type.
-    """
-    config = skeleton(source, trust_remote_code=recipe.model.trust_remote_code).config
-    context = context_of(config)
-    evaluation, latency = recipe.evaluation, recipe.latency
-    # What an option asks for, and what beside it has to fit.
-    asked = {
-        "--calib-length": (recipe.calibration.length, 0),
-        "--eval-length": (evaluation.length, 0),
-        "evaluation.generate_tokens": (evaluation.generate_tokens, _PARITY_PROMPT),
-        "latency.prefill_tokens": (latency.prefill_tokens, 0),
-        "latency.decode_context": (latency.decode_context, 1),
-    }
-    long = {name: both for name, both in asked.items() if context and sum(both) > context}
-    if not context or not long:
-        return
-    given = ", ".join(f"{name} {length}" for name, (length, _) in long.items())
-    options = " ".join(
-        f"{name} {context - more}" for name, (_, more) in long.items() if name.startswith("--")
-    )
-    keys = ", ".join(
-        f"{name}: {context - more}" for name, (_, more) in long.items() if name[0] != "-"
-    )
-    raise RecipeError(
-        f"{source.id} has a context of {context} tokens, and longer ones are asked for: {given}.",
-        allowed=f"sequences of at most {context} tokens",
-        fix="; ".join(part for part in (options, keys and f"in the recipe {keys}") if part),
-    )
 
 
 @contextlib.contextmanager

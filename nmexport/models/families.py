@@ -145,16 +145,6 @@ def refuse_kind(model: PreTrainedModel) -> None:
         )
 
 
-def context_of(config: PreTrainedConfig) -> int | None:
-    """Tokens that a model was made for; None where its positions have no end (ALiBi)."""
-    text = config.get_text_config()
-    for name in ("max_position_embeddings", "max_seq_len", "seq_length"):
-        length = getattr(text, name, None)
-        if isinstance(length, int) and length > 0:
-            return length
-    return None
-
-
 def refused(config: Any, reason: str) -> ModelError:
     """Build the error that says why a family cannot be built."""
     return ModelError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nmexport.models.families import context_of
+from nmexport.models.context import context_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nmexport.calibration.corpus import SELF, corpus_identity, load_samples
 from nmexport.errors import CorpusError
+from nmexport.models.context import check_lengths
 from nmexport.stages.fitting import check_fit
 from nmexport.store.layers import FILENAME
 from nmexport.store.records import read_record, write_record
@@ -143,7 +144,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
 
     from nmexport.calibration.forward_passes import gather_channel_statistics, on_best_device
     from nmexport.calibration.overflow import refuse_overflow
-    from nmexport.models.exportable import check_exportable, check_lengths
+    from nmexport.models.exportable import check_exportable
     from nmexport.models.loader import load_tokenizer
     from nmexport.models.offload import check_layerwise, is_placed, open_dense
     from nmexport.sparsity.targets import linears_of, select_targets
@@ -152,7 +153,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     recipe = inputs.recipe
     trusted = recipe.model.trust_remote_code
     tokenizer = load_tokenizer(inputs.source, trust_remote_code=trusted)
-    check_lengths(inputs.source, recipe)
+    check_lengths(inputs.source, recipe, measured=False)
     check_exportable(
         inputs.source, dtype=getattr(torch, recipe.model.dtype), trust_remote_code=trusted
     )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from nmexport.calibration import corpus
 from nmexport.errors import RecipeError
+from nmexport.models.context import check_lengths
 from nmexport.runtimes.engine import read_engine
 from nmexport.stages import fold
 from nmexport.stages.engine import NO_LIBRARY, resolve_target
@@ -78,11 +79,12 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
     """How it is measured, on what, and where.
 
     Raises:
-        RecipeError: if a gate or task needs the dense baseline, which the recipe leaves out: said
-            before anything runs.
+        RecipeError: if a gate or task needs the dense baseline, which the recipe leaves out, or
+            something is longer than the model's context: said before anything runs.
     """
     recipe, environment = inputs.recipe, inputs.environment
     _check_comparable(recipe)
+    check_lengths(inputs.source, recipe, measured=True)
     return {
         "target": resolve_target(recipe.target),
         "evaluation": recipe.evaluation.model_dump(mode="json", exclude=_NOT_KEYS),
@@ -129,18 +131,15 @@ def run(inputs: StageInputs) -> dict[str, Any]:
 
     Raises:
         CorpusError: if the evaluation text is missing or too short.
-        RecipeError: if windows are longer than the model's context.
         ArtifactError: if an upstream artifact cannot be read.
         EnvironmentFault: if the engine's native library is missing here.
     """
-    from nmexport.models.exportable import check_lengths
     from nmexport.runtimes.opening import why_not_here
     from nmexport.verification import alone, memory, report_engine, report_pages
     from nmexport.verification.reference import model_size
     from nmexport.verification.report import assemble, judge
 
     recipe = inputs.recipe
-    check_lengths(inputs.source, recipe)
     engine = read_engine(inputs.upstream["engine"])
     windows = _windows(inputs)
     prompts = prompts_from(windows, recipe.evaluation.prompts)
