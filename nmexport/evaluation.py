@@ -198,6 +198,7 @@ def _refuse_stepwise(subject: _Subject) -> None:
 
 def _windows(subject: _Subject, progress: Progress) -> NDArray[np.int64]:
     from nmexport.models.loader import load_model, load_tokenizer
+    from nmexport.models.text_files import known_tokens
 
     recipe, source = subject.recipe, subject.source
     tokenizer = load_tokenizer(source)
@@ -209,7 +210,9 @@ def _windows(subject: _Subject, progress: Progress) -> NDArray[np.int64]:
         generate = self_text(model, tokenizer, progress=progress, label="evaluate: own text")
         return generate(samples, length, seed)
 
-    return corpus.evaluation_windows(recipe.evaluation, tokenizer, written, seed=recipe.seed)
+    return corpus.evaluation_windows(
+        recipe.evaluation, tokenizer, written, seed=recipe.seed, vocabulary=known_tokens(source)
+    )
 
 
 def _gathered(

@@ -11,6 +11,11 @@ from nmexport.models.families import is_text_part
 from nmexport.models.guard import quiet, reading
 from nmexport.models.integrity import check_gguf
 from nmexport.models.skeleton import give_generation_config, skeleton
+from nmexport.models.text_files import (
+    check_text_files,
+    check_tokenizer_files,
+    explain_unreadable,
+)
 from nmexport.models.weight_files import shortened
 from nmexport.models.weights import WeightTable, is_finite, not_finite
 
@@ -157,15 +162,24 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to the model.
 
     Raises:
-        ModelError: if there is none or it cannot be read.
+        ModelError: if there is none, it cannot be read, or what belongs to it (chat template,
+            sampling defaults, special tokens) makes no sense.
     """
     from transformers import AutoTokenizer
 
     form = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
-    with quiet(), reading(source):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            source.folder, trust_remote_code=source.trust_remote_code, local_files_only=True, **form
-        )
+    check_tokenizer_files(source)
+    try:
+        with quiet(), reading(source):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                source.folder,
+                trust_remote_code=source.trust_remote_code,
+                local_files_only=True,
+                **form,
+            )
+    except ModelError as error:
+        raise (explain_unreadable(source) or error) from error
+    check_text_files(source, tokenizer)
     return tokenizer
 
 

@@ -83,6 +83,16 @@ def open_dense(
     return OpenedModel(model=model)
 
 
+def fits_host(source: ModelSource, *, offload: Offload) -> bool:
+    """Whether the dense model in float32 is loaded whole into the host's memory now.
+
+    Raises:
+        ModelError: if layer by layer is asked for and the model's format does not allow it.
+    """
+    chosen, _ = _placed(source, offload=offload)
+    return chosen == "whole"
+
+
 def needs_whole(recipe: Recipe) -> list[str]:
     """What of a recipe has to be learned, or measured through gradients or many trials."""
     from nmexport.sparsity.criterion import CRITERIA

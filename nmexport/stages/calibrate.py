@@ -167,6 +167,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
         _writer(inputs, opened, tokenizer),
         seed=recipe.seed,
         reserved_tokens=_reserved_tokens(recipe),
+        vocabulary=model.config.get_text_config().vocab_size,
     )
     kinds = {name: torch.from_numpy(ids) for name, ids in vars(loaded).items()}
     samples = _mixed(kinds["corpus"], kinds["written"])

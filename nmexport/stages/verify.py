@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from nmexport.calibration import corpus
 from nmexport.errors import RecipeError
 from nmexport.runtimes.engine import read_engine
-from nmexport.stages import fold
+from nmexport.stages import export, fold
 from nmexport.stages.engine import NO_LIBRARY, resolve_target
 from nmexport.store.layers import model_phases
 from nmexport.store.records import json_from
@@ -133,7 +133,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
         EnvironmentFault: if the engine's native library is missing here.
     """
     from nmexport.runtimes.opening import why_not_here
-    from nmexport.verification import alone, memory, report_engine, report_pages
+    from nmexport.verification import alone, memory, parity, report_engine, report_pages
     from nmexport.verification.reference import model_size
     from nmexport.verification.report import assemble, judge
 
@@ -146,6 +146,10 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     compared = engine.dense_model is not None
     measure = _dense_against_sparse if compared else _sparse_alone
     accuracy, latency = measure(inputs, windows, prompts)
+    compared_parity = {
+        **_parity(inputs, engine, prompts),
+        "dense": export.Artifact(inputs.upstream["export"]).dense_check,
+    }
     report = assemble(
         recipe=recipe,
         source=inputs.source,
@@ -154,7 +158,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
         environment=inputs.environment,
         sparsity={"linears": size.linears, **_audit(inputs, engine, windows)},
         accuracy=accuracy,
-        parity=_parity(inputs, engine, prompts),
+        parity=compared_parity,
         latency=latency,
         memory=memory.measure_engine(
             inputs.upstream["engine"] / "engine.json",
@@ -163,6 +167,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
             why_no_dense=None if compared else alone.WHY,
         ),
         notes=[
+            *parity.concerns(compared_parity),
             *_notes(engine, why_not_here(inputs.upstream["engine"]), recipe),
             *report_engine.words(built),
         ],
@@ -215,6 +220,7 @@ def latency_tokens(
 
 def _windows(inputs: StageInputs) -> NDArray[np.int64]:
     from nmexport.models.loader import load_model, load_tokenizer
+    from nmexport.models.text_files import known_tokens
 
     recipe = inputs.recipe
     tokenizer = load_tokenizer(inputs.source)
@@ -226,7 +232,13 @@ def _windows(inputs: StageInputs) -> NDArray[np.int64]:
         generate = self_text(model, tokenizer, progress=inputs.progress, label="verify: own text")
         return generate(samples, length, seed)
 
-    return corpus.evaluation_windows(recipe.evaluation, tokenizer, self_text, seed=recipe.seed)
+    return corpus.evaluation_windows(
+        recipe.evaluation,
+        tokenizer,
+        self_text,
+        seed=recipe.seed,
+        vocabulary=known_tokens(inputs.source),
+    )
 
 
 def _dense_against_sparse(
@@ -363,7 +375,7 @@ def _decoded_together(sparse: Session, windows: NDArray[np.int64]) -> int:
 
 def _tasks(inputs: StageInputs, dense: Session, sparse: Session) -> dict[str, Any]:
     """The report's `accuracy.tasks`, and how they were scored."""
-    from nmexport.generation.loop import load_tokenizer
+    from nmexport.generation.tokenizer import Tokenizer
 
     suite = tasks.Suite.of(inputs.recipe.evaluation)
     if suite is None:
@@ -371,7 +383,7 @@ def _tasks(inputs: StageInputs, dense: Session, sparse: Session) -> dict[str, An
     folder = inputs.upstream["export"]
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     phases = _phases(inputs)
-    text = tasks.text_side(load_tokenizer(folder), config)
+    text = tasks.text_side(Tokenizer(folder), config)
     scored = tasks.compare(
         dense,
         sparse,

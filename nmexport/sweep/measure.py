@@ -272,6 +272,7 @@ class _Bench:
 
     def _made_windows(self, recipe: Recipe) -> NDArray[np.int64]:
         from nmexport.models.loader import load_model, load_tokenizer
+        from nmexport.models.text_files import known_tokens
 
         source = self._find_model(recipe.model)
         tokenizer = load_tokenizer(source)
@@ -283,7 +284,9 @@ class _Bench:
             generate = self_text(model, tokenizer, progress=self._progress, label="sweep: own text")
             return generate(samples, length, seed)
 
-        return corpus.evaluation_windows(recipe.evaluation, tokenizer, written, seed=recipe.seed)
+        return corpus.evaluation_windows(
+            recipe.evaluation, tokenizer, written, seed=recipe.seed, vocabulary=known_tokens(source)
+        )
 
     def _pipeline(self, recipe: Recipe) -> Pipeline:
         source: ModelSource = self._find_model(recipe.model)

@@ -201,10 +201,12 @@ def model_size(source: ModelSource) -> ModelSize:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    form = {} if not source.packed else {"gguf_file": source.gguf_file}
     try:
         config = AutoConfig.from_pretrained(
-            source.folder, trust_remote_code=source.trust_remote_code, local_files_only=True, **form
+            source.weights_folder,
+            trust_remote_code=source.trust_remote_code,
+            local_files_only=True,
+            **source.gguf_option,
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"The configuration of {source.id} cannot be read: {error}") from error
