@@ -231,11 +231,13 @@ class Paced:
 
     threads = 2
     runtime = "onnxruntime 1.32"
-    state = None
+    cache = None
     vocabulary_size = 8
 
-    def restore(self, state: object) -> None:
-        pass
+    def keep(self, cache: object) -> object:
+        return cache
+
+    resume = keep
 
     def prefill(self, ids: np.ndarray) -> np.ndarray:
         return np.zeros((*ids.shape, 8), np.float32)

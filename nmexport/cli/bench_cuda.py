@@ -17,7 +17,7 @@ from nmexport.cli.output import (
     verbose_option,
     wants_json,
 )
-from nmexport.cli.verb import Verb
+from nmexport.cli.verb import UserPath, Verb
 
 
 @click.command("cuda", cls=Verb, short_help="CUDA kernels; regenerates the break-even table.")
@@ -38,7 +38,7 @@ from nmexport.cli.verb import Verb
 @click.option(
     "--table",
     "table_file",
-    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    type=UserPath(dir_okay=False, writable=True, path_type=Path),
     help="Write the fastest plans and break-even times here, as rows of a table of plans.",
 )
 @click.option(
@@ -91,6 +91,7 @@ def cuda_command(
         )
         for row in outcome["results"]
     ]
-    title = f"{outcome['dtype']}, 8:16; medians in microseconds, weights cold, CUDA graphs"
+    what = f"{outcome['dtype']}, 8:16; medians in microseconds, weights cold, CUDA graphs"
+    title = f"{outcome['gpu']}; {what}"
     columns = ("linear", "MatMul", "ours dense", "sparse", "mask + product", "speed")
     console().print(table(title, columns, rows))

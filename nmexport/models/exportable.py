@@ -20,21 +20,18 @@ if TYPE_CHECKING:
     from nmexport.models.source import ModelSource
 
 
-def check_exportable(
-    source: ModelSource, *, dtype: torch.dtype, trust_remote_code: bool = False
-) -> None:
+def check_exportable(source: ModelSource, *, dtype: torch.dtype) -> None:
     """Refuse a model that export cannot take.
 
     Args:
         source: Where its configuration lies.
         dtype: Element type to export in.
-        trust_remote_code: Whether Python files of the model may run.
 
     Raises:
         ModelError: if its kind is not supported, it keeps another cache than one of keys and
             values, its attention takes unknown arguments, or its family cannot be traced.
     """
-    model = skeleton(source, trust_remote_code=trust_remote_code, dtype=dtype)
+    model = skeleton(source, dtype=dtype)
     refuse_kind(model)
     fake_parameters(model)
     with _reached(model) as reached:

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 def skeleton(
     source: ModelSource,
     *,
-    trust_remote_code: bool = False,
     dtype: torch.dtype = torch.float32,
     attention: str | None = None,
 ) -> PreTrainedModel:
@@ -28,7 +27,6 @@ def skeleton(
 
     Args:
         source: Where its configuration lies.
-        trust_remote_code: Whether Python files of the model may run.
         dtype: Element type of the parameters.
         attention: Attention implementation of transformers; None is its own choice.
 
@@ -41,7 +39,7 @@ def skeleton(
     with quiet(), reading(source):
         config = AutoConfig.from_pretrained(
             source.weights_folder,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=source.trust_remote_code,
             local_files_only=True,
             **source.gguf_option,
         )
@@ -49,7 +47,7 @@ def skeleton(
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 text_config(config),
                 dtype=dtype,
-                trust_remote_code=trust_remote_code,
+                trust_remote_code=source.trust_remote_code,
                 attn_implementation=attention,
             )
     return model.eval().requires_grad_(False)

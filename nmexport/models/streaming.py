@@ -36,18 +36,16 @@ class ExportModel:
     """Whether weights are read from the files each time; else they are in memory."""
 
 
-def open_for_export(
-    source: ModelSource, *, dtype: torch.dtype, trust_remote_code: bool
-) -> ExportModel:
+def open_for_export(source: ModelSource, *, dtype: torch.dtype) -> ExportModel:
     """Open a model without its weights; a `.gguf` that is not unpacked is loaded.
 
     Raises:
         ModelError: if the model cannot be loaded, or its files do not make it.
     """
     if source.packed:
-        model = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = load_model(source, dtype=dtype)
         return ExportModel(model, lambda name: model.get_parameter(name).detach(), streamed=False)
-    empty = skeleton(source, trust_remote_code=trust_remote_code, dtype=dtype)
+    empty = skeleton(source, dtype=dtype)
     table = WeightTable(empty, source.weights_folder)
     table.fill_buffers(empty)
 
