@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ArtifactError, EnvironmentFault
+from nmexport.graph.versions import IR_VERSION, OPSET
 from nmexport.stages import fold
 
 if TYPE_CHECKING:
@@ -59,8 +60,6 @@ class Artifact:
 
 def key_fields(inputs: StageInputs) -> dict[str, Any]:
     """The model and what writes it."""
-    from nmexport.graph.functions import IR_VERSION, OPSET
-
     section = inputs.recipe.model
     return {
         "model": inputs.source.digest,
