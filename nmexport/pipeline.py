@@ -12,7 +12,7 @@ import importlib
 import logging
 import shlex
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
@@ -56,6 +56,8 @@ STAGES: Mapping[str, str] = MappingProxyType(
     }
 )
 """Modules by stage, in order of running; imported only when a build needs them."""
+
+_READ_WEIGHTS = frozenset({"calibrate", "fold", "export", "verify"})
 
 Action = Literal["cached", "run", "depends", "refused"]
 """`depends`: an upstream runs, and what it writes decides. `refused`: a gate failed before it."""
@@ -303,7 +305,8 @@ class Pipeline:
         reset_peak_rss()
         with self.work.partial(stage, key) as output:
             resume = self.work.resume_path(stage, key)
-            metrics = module.run(self._inputs(output, upstream, resume))
+            inputs = self._inputs(output, upstream, resume)
+            metrics = module.run(replace(inputs, source=self._source_for(stage)))
             (output / RECIPE).write_text(dump(self.recipe), encoding="utf-8")
             manifest = Manifest(
                 stage=stage,
@@ -425,6 +428,14 @@ class Pipeline:
             fields = self.stages[stage].key_fields(inputs)
             self._known_fields[stage] = plain({"nmexport": __version__, **fields})
         return self._known_fields[stage]
+
+    def _source_for(self, stage: str) -> ModelSource:
+        """The model as a stage reads it: a `.gguf` dequantised once for all of them."""
+        if not self.source.packed or stage not in _READ_WEIGHTS:
+            return self.source
+        from nmexport.models.unpacked import unpack  # torch: only where a stage runs
+
+        return unpack(self.source, self.work.root, self.progress)
 
     def _inputs(
         self, output: Path, upstream: Mapping[str, Path], resume: Path | None = None

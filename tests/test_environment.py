@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from nmexport import environment
 from nmexport.environment import Gpu, gpus_from_query, physical_cores, probe
 from nmexport.inspect import doctor
 from nmexport.inspect.doctor import NativeLibrary
-from nmexport.progress import Bars, Lines, Silent, duration, on_stream
+from nmexport.progress import Bars, Lines, Silent, busy, duration, on_stream
 
 
 def test_probe_is_json_and_knows_this_machine() -> None:
@@ -97,6 +99,26 @@ def test_lines_count_estimate_and_end() -> None:
     assert said[-1].startswith("layers: 4/4 in 15 s, peak ")
 
 
+def test_whoever_stops_early_has_a_last_line_too() -> None:
+    stream, ticks = io.StringIO(), iter(range(0, 100, 3))
+    lines = Lines(stream, every=50, clock=lambda: float(next(ticks)))
+    for item in lines.track(range(2048), label="own text"):
+        if item == 3:
+            break
+    assert stream.getvalue().startswith("own text: 4/2048 in 12 s, peak ")
+
+
+def test_a_long_step_shows_while_it_runs_and_says_how_long_it_took() -> None:
+    stream, ticks = io.StringIO(), iter((0, 40, 40, 40))
+    with busy(Lines(stream, clock=lambda: float(next(ticks))), "load the model"):
+        pass
+    assert stream.getvalue().startswith("load the model: 1/1 in 40 s, peak ")
+    shown = Bars(io.StringIO())
+    with busy(shown, "load the model"):
+        assert shown._bars is not None
+    assert shown._bars is None
+
+
 def test_lines_without_a_known_length() -> None:
     stream, ticks = io.StringIO(), iter(range(0, 100, 6))
     lines = Lines(stream, every=5, clock=lambda: float(next(ticks)))
@@ -175,3 +197,22 @@ def test_free_memory_heeds_the_containers_limit(
     assert environment.free_memory() == 3700
     (tmp_path / "memory.max").write_text("max\n")
     assert environment.free_memory() > 3700
+
+
+def test_onnxruntime_sends_and_says_nothing_where_home_cannot_be_written() -> None:
+    program = (
+        "import nmexport.runtimes.onnxruntime_session, os, onnxruntime\n"
+        "assert os.environ['ORT_DISABLE_TELEMETRY'] == '1'\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != _TELEMETRY}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**environment, "HOME": "/proc/no-such-home", "XDG_CACHE_HOME": "/proc/none"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+_TELEMETRY = "ORT_DISABLE_TELEMETRY"

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from nmexport.cli.main import cli
 from nmexport.errors import EnvironmentFault, RecipeError, WorkDirectoryError
 from nmexport.progress import Silent
+from nmexport.runtimes.session import Session
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.sweep import measure, outcome, plan
 from nmexport.sweep.baselines import TopKLinear, kept_count, largest, pruned_weight, replacement
@@ -422,18 +423,17 @@ def test_equal_scores_keep_the_earlier() -> None:
 # -- replayed answers --------------------------------------------------------------------------
 
 
-class Counting:
+class Counting(Session):
     vocabulary_size = 5
 
     def __init__(self) -> None:
         self.calls = 0
+        self.read: list[list[int]] = []
 
-    def prefill(self, input_ids: np.ndarray) -> np.ndarray:
+    def extend(self, cache: Any, input_ids: np.ndarray) -> tuple[np.ndarray, Any]:
         self.calls += 1
-        return np.repeat(input_ids[..., None], 5, axis=-1).astype(np.float32)
-
-    def decode_step(self, input_ids: np.ndarray) -> np.ndarray:
-        return self.prefill(input_ids)
+        self.read.append([*(cache or []), *input_ids[0].tolist()])
+        return np.repeat(input_ids[..., None], 5, axis=-1).astype(np.float32), self.read[-1]
 
     def close(self) -> None:
         self.calls += 100
@@ -452,6 +452,10 @@ def test_answers_are_computed_once_and_survive_the_model(tmp_path: Path) -> None
     for before, after in zip(first, again, strict=True):
         assert np.array_equal(before, after)
     assert replay.decode_step(prompts[0]).shape == (1, 4, 5)
+    assert model.read[-1] == [8, 9, 10, 11, 0, 1, 2, 3]
+    replay.prefill(prompts[0])  # looked up: what goes on from it reads it first
+    replay.decode_step(prompts[2][:, :1])
+    assert model.read[-2:] == [[0, 1, 2, 3], [0, 1, 2, 3, 8]]
     replay.forget()
     replay.prefill(prompts[0])
     assert list(tmp_path.iterdir()) == []  # the file has no name from the start

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from nmexport.allocation.probe import Movement, Probe, SparseInput, measure_alone
+from nmexport.allocation.probe import Movement, Probe, SparseInput, measure_alone, spread_windows
 from nmexport.calibration.forward_passes import _forward, _hooked
 from nmexport.calibration.local_error import ErrorObserver, observe_error
 from nmexport.calibration.method import behaviour_of, needs_static_variance
@@ -14,7 +15,7 @@ from nmexport.errors import PatternError
 from nmexport.sparsity.mitigation import MITIGATIONS, check_allocatable, check_combination
 from nmexport.sparsity.quantisation import scale_groups
 from nmexport.sparsity.targets import _decoder_layers
-from nmexport.store.allocation import DENSE, Choice, Phases
+from nmexport.store.allocation import DENSE, Choice, CostConstants
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from nmexport.calibration.checkpoint import Checkpoint
     from nmexport.calibration.sites import Site
+    from nmexport.choices import Phases
     from nmexport.progress import Progress
     from nmexport.recipe import AllocationSection, SparsitySection
     from nmexport.sparsity.linear import Behaviour, Constants
@@ -43,23 +45,42 @@ _SCALE_BYTES = 4  # float32, beside weights of one byte
 _LEAST_SQUARE = 1e-12
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Problem:
     """A dense model, what its linears may become, and the text that tells what it costs."""
 
     model: Any
-    """A Hugging Face causal language model in evaluation mode."""
+    """A Hugging Face causal language model in evaluation mode; it is left as it is."""
     linears: Mapping[str, nn.Linear]
     """The targets by name, in model order."""
-    method: SparsitySection
-    """The method of trials: see `before_learning`."""
+    samples: torch.Tensor
+    """`[N, L]` int64 token ids of calibration text: one half of them to try sites alone, the other
+    to run joint models."""
+    sparsity: SparsitySection
+    """The recipe's method: mitigations, grouping, and whatever the section leaves open."""
     section: AllocationSection
-    windows: torch.Tensor
-    """`[W, L]` token ids on which sites are tried alone."""
-    held_out: torch.Tensor
-    """`[W, L]` token ids on which joint models are run."""
+    """Budget, candidates, cost model."""
     constants_for: ConstantsFor
+    element_bytes: int
+    """Size of an exported weight that stays dense."""
+    weights: str = "float"
+    """How sparse ones are stored, as `nmexport.sparsity.quantisation.FORMS` says."""
     progress: Progress
+
+    @cached_property
+    def method(self) -> SparsitySection:
+        """The method of trials."""
+        return before_learning(self.sparsity)
+
+    @cached_property
+    def windows(self) -> torch.Tensor:
+        """`[W, L]` token ids on which sites are tried alone."""
+        return spread_windows(self.samples, self.section.windows, self.section.length, part=0)
+
+    @cached_property
+    def held_out(self) -> torch.Tensor:
+        """`[W, L]` token ids on which joint models are run."""
+        return spread_windows(self.samples, self.section.windows, self.section.length, part=1)
 
     @property
     def prompt(self) -> int:
@@ -87,15 +108,16 @@ class Variant:
 Variants = dict["Site", dict[Choice, Variant]]
 
 
-def check_candidates(sparsity: SparsitySection, section: AllocationSection) -> None:
+def check_candidates(problem: Problem) -> None:
     """Refuse what cannot be folded or tried, before anything runs.
 
     Raises:
         RecipeError: if a mitigation does not go with one of the phases, or with a budget.
     """
-    check_allocatable(sparsity.mitigations)
-    for phase in phases_of(sparsity, section):
-        check_combination(sparsity.mitigations, phase)
+    mitigations = problem.sparsity.mitigations
+    check_allocatable(mitigations)
+    for phase in phases_of(problem.sparsity, problem.section):
+        check_combination(mitigations, phase)
 
 
 def phases_of(sparsity: SparsitySection, section: AllocationSection) -> Sequence[Phases]:
@@ -320,26 +342,11 @@ def _with_static_variance(
 
 
 @dataclass(frozen=True, kw_only=True)
-class CostModel:
-    """Predicts a decoded token's time at batch 1 from the weight rows it reads and the ops it runs.
+class CostModel(CostConstants):
+    """Predicts a decoded token's time from the weight rows it reads and the ops it runs.
 
     Each weight row that the token keeps is read once from memory.
     """
-
-    bytes_per_second: float
-    """Speed at which a decoded token's weights stream in."""
-    dense_overhead_seconds: float
-    """A dense product's time beyond reading its weight; linears that share an input are one."""
-    sparse_overhead_seconds: float
-    """The same of a sparse product, with finding the rows."""
-    element_bytes: int
-    """Size of a weight that stays dense."""
-    sparse_weights: str = "float"
-    """How linears that become sparse are stored: see `nmexport.sparsity.quantisation.FORMS`."""
-    other_bytes: int = 0
-    """Weights outside the targeted linears that every decoded token reads."""
-    rest_seconds: float = 0.0
-    """A decoded token's time in attention, norms, dispatch: all that multiplies no weights."""
 
     def weight_bytes(self, site: Site) -> int:
         """Size of all of a site's weights, dense."""
@@ -367,7 +374,7 @@ class CostModel:
         return self.other_bytes / self.bytes_per_second + self.rest_seconds
 
 
-def cost_model(problem: Problem, *, element_bytes: int, weights: str) -> CostModel:
+def cost_model(problem: Problem) -> CostModel:
     """Take the section's constants, and count the weights outside of the targeted linears."""
     model, constants = problem.model, problem.section.cost
     targeted = {id(linear.weight) for linear in problem.linears.values()}
@@ -384,8 +391,8 @@ def cost_model(problem: Problem, *, element_bytes: int, weights: str) -> CostMod
         bytes_per_second=constants.gigabytes_per_second * 1e9,
         dense_overhead_seconds=constants.dense_overhead_us * 1e-6,
         sparse_overhead_seconds=constants.sparse_overhead_us * 1e-6,
-        element_bytes=element_bytes,
-        sparse_weights=weights,
-        other_bytes=other * element_bytes,
+        element_bytes=problem.element_bytes,
+        sparse_weights=problem.weights,
+        other_bytes=other * problem.element_bytes,
         rest_seconds=constants.layer_overhead_us * 1e-6 * _decoder_layers(model)[1],
     )

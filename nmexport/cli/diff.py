@@ -15,12 +15,12 @@ from nmexport.cli.output import (
     wants_json,
 )
 from nmexport.cli.tables import show_value
-from nmexport.cli.verb import Verb
+from nmexport.cli.verb import UserPath, Verb
 
 
 @click.command("diff", cls=Verb, short_help="What changed between two of them.")
-@click.argument("before", type=click.Path(path_type=Path))
-@click.argument("after", type=click.Path(path_type=Path))
+@click.argument("before", type=UserPath(path_type=Path))
+@click.argument("after", type=UserPath(path_type=Path))
 @json_option
 @verbose_option
 @click.pass_context

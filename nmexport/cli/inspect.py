@@ -11,7 +11,7 @@ from nmexport.cli.figures import show_report
 from nmexport.cli.options import Request, takes
 from nmexport.cli.output import console, emit_json, is_verbose, wants_json
 from nmexport.cli.tables import show_value
-from nmexport.cli.verb import Verb
+from nmexport.cli.verb import UserPath, Verb
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,7 +21,7 @@ _LONG = frozenset({"recipe", "report", "inputs", "environment"})
 
 
 @click.command("inspect", cls=Verb, short_help="An artifact, ONNX file or work directory in words.")
-@click.argument("path", required=False, type=click.Path(path_type=Path))
+@click.argument("path", required=False, type=UserPath(path_type=Path))
 @takes()
 @click.pass_context
 def inspect_command(ctx: click.Context, *, asked: Request, path: Path | None) -> None:

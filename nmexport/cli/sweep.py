@@ -16,7 +16,7 @@ from nmexport.cli.output import (
     verbose_option,
     wants_json,
 )
-from nmexport.cli.verb import Verb, Words
+from nmexport.cli.verb import UserPath, Verb, Words
 from nmexport.errors import UserError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ A file, in YAML:
 @click.argument("sweep", metavar="FILE|NAME", type=Words(_sweep_names, files=True))
 @click.option(
     "--work",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=UserPath(path_type=Path, file_okay=False),
     metavar="DIR",
     help="Where results go.  [default: nmexport-work/sweep-NAME]",
 )

@@ -31,7 +31,7 @@ def check_fit(recipe: Recipe, source: ModelSource, pattern: NMPattern | None = N
     from nmexport.sparsity.targets import linears_of, select_targets
 
     try:
-        model = skeleton(source, trust_remote_code=recipe.model.trust_remote_code)
+        model = skeleton(source)
     except (ModelError, KeyError, TypeError, AttributeError, ImportError) as error:
         # Loading the model says what is wrong with it, in its own terms.
         logging.getLogger(__name__).info("shapes are not checked beforehand: %s", error)

@@ -231,7 +231,6 @@ def _given(inputs: StageInputs) -> _Given:
     calibrated = calibrate.Artifact(inputs.upstream["calibrate"])
     opened = open_dense(
         inputs.source,
-        trust_remote_code=recipe.model.trust_remote_code,
         offload=recipe.calibration.offload,
         progress=inputs.progress,
         folder=inputs.output,
@@ -289,6 +288,7 @@ def _prepared(given: _Given) -> Prepared | None:
     import torch
 
     from nmexport.allocation.allocate import prepare
+    from nmexport.allocation.costs import Problem
     from nmexport.calibration.derivation import site_constants
 
     recipe = given.inputs.recipe
@@ -298,18 +298,18 @@ def _prepared(given: _Given) -> Prepared | None:
     def constants_for(site: Site, method: SparsitySection) -> Constants:
         return site_constants(site, given.linears, given.statistics, method, seed=recipe.seed)
 
-    return prepare(
-        given.model,
-        given.linears,
-        given.samples,
+    problem = Problem(
+        model=given.model,
+        linears=given.linears,
+        samples=given.samples,
         sparsity=recipe.sparsity,
         section=recipe.allocation,
         constants_for=constants_for,
         element_bytes=getattr(torch, recipe.model.dtype).itemsize,
         weights=recipe.model.weights,
         progress=given.inputs.progress,
-        checkpoint=_checkpoint(given, "allocation"),
     )
+    return prepare(problem, _checkpoint(given, "allocation"))
 
 
 def _sections(given: _Given, allocation: Allocation) -> dict[str, SparsitySection]:
@@ -423,8 +423,7 @@ def _write(given: _Given, samples: int, length: int, seed: int) -> TokenIds:
     from nmexport.calibration.self_text import mixed_self_text
     from nmexport.models.loader import load_tokenizer
 
-    trusted = given.inputs.recipe.model.trust_remote_code
-    tokenizer = load_tokenizer(given.inputs.source, trust_remote_code=trusted)
+    tokenizer = load_tokenizer(given.inputs.source)
     generate = mixed_self_text(
         given.model, tokenizer, progress=given.inputs.progress, label="fold: own text"
     )
@@ -509,7 +508,7 @@ def _layer_spec(name: str, linear: nn.Linear, made: _Made) -> LayerSpec:
         name=name,
         in_features=linear.in_features,
         out_features=linear.out_features,
-        pattern=str(section.pattern),
+        pattern=section.pattern,
         criterion=section.criterion,
         mitigations=section.mitigations,
         grouping=section.grouping,

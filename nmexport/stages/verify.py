@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from nmexport.calibration import corpus
 from nmexport.errors import RecipeError
+from nmexport.progress import busy
 from nmexport.runtimes.engine import read_engine
-from nmexport.stages import fold
+from nmexport.stages import export, fold
 from nmexport.stages.engine import NO_LIBRARY, resolve_target
 from nmexport.store.layers import model_phases
+from nmexport.store.records import json_from
 from nmexport.verification import tasks
 
 if TYPE_CHECKING:
@@ -132,7 +134,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
         EnvironmentFault: if the engine's native library is missing here.
     """
     from nmexport.runtimes.opening import why_not_here
-    from nmexport.verification import alone, memory, report_engine, report_pages
+    from nmexport.verification import alone, memory, parity, report_engine, report_pages
     from nmexport.verification.reference import model_size
     from nmexport.verification.report import assemble, judge
 
@@ -140,11 +142,22 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     engine = read_engine(inputs.upstream["engine"])
     windows = _windows(inputs)
     prompts = prompts_from(windows, recipe.evaluation.prompts)
-    size = model_size(inputs.source, trust_remote_code=recipe.model.trust_remote_code)
+    size = model_size(inputs.source)
     built = report_engine.section(engine)
     compared = engine.dense_model is not None
     measure = _dense_against_sparse if compared else _sparse_alone
     accuracy, latency = measure(inputs, windows, prompts)
+    with busy(inputs.progress, "verify: memory, each model in a process of its own"):
+        measured = memory.measure_engine(
+            inputs.upstream["engine"] / "engine.json",
+            export=engine.model.parent,
+            prompt_tokens=recipe.latency.prefill_tokens,
+            why_no_dense=None if compared else alone.WHY,
+        )
+    compared_parity = {
+        **_parity(inputs, engine, prompts),
+        "dense": export.Artifact(inputs.upstream["export"]).dense_check,
+    }
     report = assemble(
         recipe=recipe,
         source=inputs.source,
@@ -153,15 +166,11 @@ def run(inputs: StageInputs) -> dict[str, Any]:
         environment=inputs.environment,
         sparsity={"linears": size.linears, **_audit(inputs, engine, windows)},
         accuracy=accuracy,
-        parity=_parity(inputs, engine, prompts),
+        parity=compared_parity,
         latency=latency,
-        memory=memory.measure_engine(
-            inputs.upstream["engine"] / "engine.json",
-            export=engine.model.parent,
-            prompt_tokens=recipe.latency.prefill_tokens,
-            why_no_dense=None if compared else alone.WHY,
-        ),
+        memory=measured,
         notes=[
+            *parity.concerns(compared_parity),
             *_notes(engine, why_not_here(inputs.upstream["engine"]), recipe),
             *report_engine.words(built),
         ],
@@ -171,7 +180,8 @@ def run(inputs: StageInputs) -> dict[str, Any]:
         phases=_phases(inputs),
     )
     report = judge(report, recipe)
-    report_pages.write(report, inputs.output)
+    with busy(inputs.progress, "verify: write the report"):
+        report_pages.write(report, inputs.output)
     return {
         "verdict": report["verdict"],
         "perplexity_ratio": report["accuracy"]["perplexity_ratio"],
@@ -214,19 +224,26 @@ def latency_tokens(
 
 def _windows(inputs: StageInputs) -> NDArray[np.int64]:
     from nmexport.models.loader import load_model, load_tokenizer
+    from nmexport.models.text_files import known_tokens
 
     recipe = inputs.recipe
-    trust = recipe.model.trust_remote_code
-    tokenizer = load_tokenizer(inputs.source, trust_remote_code=trust)
+    tokenizer = load_tokenizer(inputs.source)
 
     def self_text(samples: int, length: int, seed: int) -> NDArray[np.int64]:
         from nmexport.calibration.self_text import self_text
 
-        model = load_model(inputs.source, dtype="float32", trust_remote_code=trust)
+        with busy(inputs.progress, "verify: load the model"):
+            model = load_model(inputs.source, dtype="float32")
         generate = self_text(model, tokenizer, progress=inputs.progress, label="verify: own text")
         return generate(samples, length, seed)
 
-    return corpus.evaluation_windows(recipe.evaluation, tokenizer, self_text, seed=recipe.seed)
+    return corpus.evaluation_windows(
+        recipe.evaluation,
+        tokenizer,
+        self_text,
+        seed=recipe.seed,
+        vocabulary=known_tokens(inputs.source),
+    )
 
 
 def _dense_against_sparse(
@@ -241,10 +258,11 @@ def _dense_against_sparse(
     evaluation, timing = recipe.evaluation, recipe.latency
     prompt, context = latency_tokens(windows, timing)
     phases = _phases(inputs)
-    with (
-        open_session(inputs.upstream["engine"], dense=True, elsewhere=True) as dense,
-        open_session(inputs.upstream["engine"], elsewhere=True) as sparse,
-    ):
+    with contextlib.ExitStack() as stack:
+        with busy(progress, "verify: open the models"):
+            engine = inputs.upstream["engine"]
+            dense = stack.enter_context(open_session(engine, dense=True, elsewhere=True))
+            sparse = stack.enter_context(open_session(engine, elsewhere=True))
         tracked = progress.track(windows, label="verify: perplexity", total=len(windows))
         wanted = _scores_decode_only(inputs)
         late = accuracy.LateLogits(_LOGITS_BYTES if wanted else 0)
@@ -349,13 +367,12 @@ def _decode_only(
 
 def _decoded_together(sparse: Session, windows: NDArray[np.int64]) -> int:
     """Windows that decode-only scoring decodes side by side, of `[W, L]`."""
-    from nmexport.runtimes.session import is_extendable
     from nmexport.verification import accuracy
 
     count, length = windows.shape
     scored = length - accuracy.prompt_length(windows[0])
     most: list[int] = [count, _LOGITS_BYTES // (4 * sparse.vocabulary_size * scored)]
-    if is_extendable(sparse):
+    if sparse.exposes_cache:
         most.append(_CACHE_BYTES // (2 * length * sparse.cache_bytes_per_token))
     if sparse.limits.batch is not None:
         most.append(sparse.limits.batch)
@@ -364,7 +381,7 @@ def _decoded_together(sparse: Session, windows: NDArray[np.int64]) -> int:
 
 def _tasks(inputs: StageInputs, dense: Session, sparse: Session) -> dict[str, Any]:
     """The report's `accuracy.tasks`, and how they were scored."""
-    from nmexport.generation.loop import load_tokenizer
+    from nmexport.generation.tokenizer import Tokenizer
 
     suite = tasks.Suite.of(inputs.recipe.evaluation)
     if suite is None:
@@ -372,7 +389,7 @@ def _tasks(inputs: StageInputs, dense: Session, sparse: Session) -> dict[str, An
     folder = inputs.upstream["export"]
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     phases = _phases(inputs)
-    text = tasks.text_side(load_tokenizer(folder), config)
+    text = tasks.text_side(Tokenizer(folder), config)
     scored = tasks.compare(
         dense,
         sparse,
@@ -401,7 +418,7 @@ def _audit(inputs: StageInputs, engine: Engine, windows: NDArray[np.int64]) -> d
         fold.Artifact(inputs.upstream["fold"]).layers,
         library=engine_library(engine),
         threads=engine.threads,
-        windows=list(inputs.progress.track(counted, label="verify: audit", total=len(counted))),
+        windows=inputs.progress.track(counted, label="verify: audit", total=len(counted)),
         error_window=windows[0, :_ERROR_TOKENS],
     )
 
@@ -420,9 +437,10 @@ def _parity(inputs: StageInputs, engine: Engine, prompts: NDArray[np.int64]) -> 
         executors: dict[str, Session] = {}
         torch_session = None
         if parity.TORCH not in why:
-            torch_session = stack.enter_context(
-                open_folded(inputs.source, inputs.recipe.model, folded)
-            )
+            with busy(inputs.progress, "verify: parity: open the torch model"):
+                torch_session = stack.enter_context(
+                    open_folded(inputs.source, inputs.recipe.model, folded)
+                )
             executors[parity.TORCH] = torch_session.with_twins()
         if parity.ONNX not in why:
             executors[parity.ONNX] = stack.enter_context(
@@ -443,13 +461,13 @@ def _parity(inputs: StageInputs, engine: Engine, prompts: NDArray[np.int64]) -> 
         report = parity.compare(
             executors, prompts, tracked, why_absent=why, twins=parity.TORCH in executors
         )
-        return {
-            **report,
-            "caches": cache_parity.compare_where_possible(
+        with busy(inputs.progress, "verify: parity: caches"):
+            caches = cache_parity.compare_where_possible(
                 executors, (parity.ONNX, parity.ENGINE), why, dtype=dtype
-            ),
-            "linears": _linear_parity(engine, folded, torch_session, prompts[0], why),
-        }
+            )
+        with busy(inputs.progress, "verify: parity: each linear against the oracle"):
+            linears = _linear_parity(engine, folded, torch_session, prompts[0], why)
+        return {**report, "caches": caches, "linears": linears}
 
 
 def _linear_parity(
@@ -511,12 +529,10 @@ def _too_large(engine: Engine, dtype: str) -> dict[str, str]:
 
 def _calibration(inputs: StageInputs) -> dict[str, Any]:
     """The report's `calibration`."""
-    from dataclasses import asdict
-
     from nmexport.verification import report_learning
 
     folded = fold.Artifact(inputs.upstream["fold"])
-    return report_learning.section(folded.learning, [asdict(layer) for layer in folded.layers])
+    return report_learning.section(folded.learning, [json_from(layer) for layer in folded.layers])
 
 
 def _allocation(inputs: StageInputs) -> dict[str, Any] | None:

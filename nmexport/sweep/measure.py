@@ -250,7 +250,6 @@ class _Bench:
         model = load_model(
             self._find_model(section),
             dtype=section.dtype,
-            trust_remote_code=section.trust_remote_code,
         )
         return TorchSession(model, model.config.get_text_config().vocab_size), model
 
@@ -273,19 +272,21 @@ class _Bench:
 
     def _made_windows(self, recipe: Recipe) -> NDArray[np.int64]:
         from nmexport.models.loader import load_model, load_tokenizer
+        from nmexport.models.text_files import known_tokens
 
         source = self._find_model(recipe.model)
-        trust = recipe.model.trust_remote_code
-        tokenizer = load_tokenizer(source, trust_remote_code=trust)
+        tokenizer = load_tokenizer(source)
 
         def written(samples: int, length: int, seed: int) -> NDArray[np.int64]:
             from nmexport.calibration.self_text import self_text
 
-            model = load_model(source, dtype="float32", trust_remote_code=trust)
+            model = load_model(source, dtype="float32")
             generate = self_text(model, tokenizer, progress=self._progress, label="sweep: own text")
             return generate(samples, length, seed)
 
-        return corpus.evaluation_windows(recipe.evaluation, tokenizer, written, seed=recipe.seed)
+        return corpus.evaluation_windows(
+            recipe.evaluation, tokenizer, written, seed=recipe.seed, vocabulary=known_tokens(source)
+        )
 
     def _pipeline(self, recipe: Recipe) -> Pipeline:
         source: ModelSource = self._find_model(recipe.model)
