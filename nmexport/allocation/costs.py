@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from nmexport.calibration.checkpoint import Checkpoint
     from nmexport.calibration.sites import Site
-    from nmexport.choices import Phases
+    from nmexport.choices import Phase
     from nmexport.progress import Progress
     from nmexport.recipe import AllocationSection, SparsitySection
     from nmexport.sparsity.linear import Behaviour, Constants
@@ -120,7 +120,7 @@ def check_candidates(problem: Problem) -> None:
         check_combination(mitigations, phase)
 
 
-def phases_of(sparsity: SparsitySection, section: AllocationSection) -> Sequence[Phases]:
+def phases_of(sparsity: SparsitySection, section: AllocationSection) -> Sequence[Phase]:
     """Return the phases to choose among: the section's, or the recipe's own."""
     return section.phases or (sparsity.phases,)
 

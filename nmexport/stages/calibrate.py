@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nmexport.calibration.corpus import SELF, corpus_identity, load_samples
 from nmexport.errors import CorpusError
+from nmexport.progress import busy
 from nmexport.stages.fitting import check_fit
 from nmexport.store.layers import FILENAME
 from nmexport.store.records import read_record, write_record
@@ -148,12 +149,13 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     recipe = inputs.recipe
     tokenizer = load_tokenizer(inputs.source)
     check_exportable(inputs.source, dtype=getattr(torch, recipe.model.dtype))
-    opened = open_dense(
-        inputs.source,
-        offload=recipe.calibration.offload,
-        progress=inputs.progress,
-        folder=inputs.output,
-    )
+    with busy(inputs.progress, "calibrate: load the model"):
+        opened = open_dense(
+            inputs.source,
+            offload=recipe.calibration.offload,
+            progress=inputs.progress,
+            folder=inputs.output,
+        )
     model = opened.model
     if opened.layerwise is not None:
         check_layerwise(recipe)
