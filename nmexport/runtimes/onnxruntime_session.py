@@ -343,6 +343,7 @@ class OrtSession(Session):
         pages = {HUGE_PAGES_ENTRY: "1" if _fits_huge_pages(model) else "0"}
         options = session_options(library=library, threads=self.threads, config={**pages, **config})
         self._device: Provider = provider
+        self.on_gpu = provider == "cuda"
         self._session: onnxruntime.InferenceSession | None = open_session(
             model, options, provider, bfloat16=bfloat16
         )

@@ -283,7 +283,7 @@ def _dense_against_sparse(
             context=context,
             runs=timing.runs,
             warmup=timing.warmup,
-            device=device_name(inputs.environment, on_gpu=sparse.threads is None),
+            device=device_name(inputs.environment, on_gpu=sparse.on_gpu),
             progress=progress,
         )
     document = {
@@ -318,7 +318,7 @@ def _sparse_alone(
             context=context,
             runs=timing.runs,
             warmup=timing.warmup,
-            device=device_name(inputs.environment, on_gpu=sparse.threads is None),
+            device=device_name(inputs.environment, on_gpu=sparse.on_gpu),
             progress=progress,
         )
     document = {
