@@ -16,6 +16,7 @@ from nmexport.calibration import corpus
 from nmexport.errors import RecipeError
 from nmexport.progress import busy
 from nmexport.runtimes.engine import read_engine
+from nmexport.runtimes.native import engine_library
 from nmexport.stages import export, fold
 from nmexport.stages.engine import NO_LIBRARY, resolve_target
 from nmexport.store.layers import model_phases
@@ -408,7 +409,6 @@ def _dataset(section: EvaluationSection) -> str:
 
 
 def _audit(inputs: StageInputs, engine: Engine, windows: NDArray[np.int64]) -> dict[str, Any]:
-    from nmexport.runtimes.onnxruntime_session import engine_library
     from nmexport.verification import audit
 
     counted = windows[:_AUDIT_WINDOWS]
@@ -478,7 +478,6 @@ def _linear_parity(
     why: Mapping[str, str],
 ) -> dict[str, Any]:
     """Each executor's linears against the oracle, on one prompt."""
-    from nmexport.runtimes.onnxruntime_session import engine_library
     from nmexport.verification import op_parity, parity
     from nmexport.verification.audit import open_instrumented
     from nmexport.verification.reference import array_from
