@@ -165,7 +165,7 @@ def open_session(
     except Exception as error:  # see _register
         raise ArtifactError(
             f"{name} cannot be opened by ONNX Runtime {onnxruntime.__version__}: {error}",
-            fix="run `nmexport export --force export`; if it stays, the model needs an op or type "
+            fix="run `nmexport export --force`; if it stays, the model needs an op or type "
             "that this runtime lacks",
         ) from error
     wanted = "CUDAExecutionProvider" if provider == "cuda" else "CPUExecutionProvider"
