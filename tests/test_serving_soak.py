@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 from click.testing import CliRunner
-from nmexport.bench import server as servers
 from nmexport.bench import soak
 from nmexport.bench.http_load import Ask, drive
 from nmexport.bench.perf_analyzer import PerfAnalyzer
 from nmexport.bench.soak import Soak
+from nmexport.cli import bench_serving
 from nmexport.cli.main import cli
 from nmexport.errors import EnvironmentFault
 from nmexport.progress import Silent
@@ -190,7 +190,9 @@ def test_growth_and_what_is_held_fail_a_soak(
 ) -> None:
     server = tmp_path / "tritonserver"
     server.touch()
-    monkeypatch.setattr(servers, "started", lambda *_: contextlib.nullcontext((object(), "m")))
+    monkeypatch.setattr(
+        bench_serving, "_started", lambda *_: contextlib.nullcontext((object(), "m"))
+    )
     monkeypatch.setattr(soak, "soak", lambda *_, **__: outcome(growth, held))
     result = CliRunner().invoke(
         cli, ["bench", "soak", str(tmp_path), "--server", str(server), "--max-growth", "0.02"]

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from nmexport.cli.options import Request, takes
 from nmexport.cli.output import console, emit_json, figure, progress, size, table, wants_json
 from nmexport.cli.verb import UserPath, Verb
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from nmexport.bench.serving import Through
+    from nmexport.serving.launch import Installation, Server
 
 _server_option = click.option(
     "--server",
@@ -55,9 +62,7 @@ def serve_command(
     The load goes to the scheduler that the packaged model runs, within this process; with
     --through-triton also to a server, whose clients see what Triton and HTTP add.
     """
-    from nmexport.bench import server as servers
-    from nmexport.bench.serving import Load, Through, bench_serve
-    from nmexport.serving.launch import find_server
+    from nmexport.bench.serving import Load, bench_serve
 
     work = asked.existing_work()
     work.require("engine")
@@ -70,11 +75,7 @@ def serve_command(
         )
         for count in clients
     ]
-    with contextlib.ExitStack() as stack:
-        through = None
-        if through_triton:
-            running, model = stack.enter_context(servers.started(work.root, find_server(server)))
-            through = Through(url=running.addresses.http, model=model)
+    with _through(work.root, server) if through_triton else contextlib.nullcontext() as through:
         outcome = bench_serve(
             work.root, loads=loads, rounds=rounds, through=through, progress=progress()
         )
@@ -108,6 +109,38 @@ def _row(row: dict[str, Any], side: str, cost: dict[str, Any] | None) -> tuple[o
         figure(row["speedup"], 2, "x") if side == "sparse" else None,
         figure(cost[side], 1) if cost and side in cost else None,
     )
+
+
+@contextlib.contextmanager
+def _through(folder: Path, given: Path | None) -> Iterator[Through]:
+    from nmexport.bench.serving import Through
+    from nmexport.serving import launch
+
+    with _started(folder, launch.find_server(given)) as (server, model):
+        yield Through(url=server.addresses.http, model=model)
+
+
+@contextlib.contextmanager
+def _started(folder: Path, installation: Installation) -> Iterator[tuple[Server, str]]:
+    """A ready server on the text model of a package, its messages kept for an error alone."""
+    from nmexport.serving import launch
+    from nmexport.serving.repository import REPOSITORY
+
+    package = launch.package_folder(folder)
+    models = launch.models_of(package / REPOSITORY)
+    texts = [name for name, is_plan in models.items() if not is_plan]
+    with (
+        tempfile.TemporaryFile() as log,
+        launch.Server.start(
+            package / REPOSITORY,
+            addresses=launch.Addresses.unused(),
+            installation=installation,
+            models=texts,
+            output=log,
+        ) as server,
+    ):
+        server.wait_ready()
+        yield server, texts[0]
 
 
 @click.command("soak", cls=Verb, short_help="A server's memory under a long load.")
@@ -161,7 +194,6 @@ def soak_command(
     All processes of the server count. Compared are the medians of the first and the last tenth of
     the time.
     """
-    from nmexport.bench import server as servers
     from nmexport.bench.perf_analyzer import PerfAnalyzer
     from nmexport.bench.soak import Soak, soak
     from nmexport.errors import GateFailed
@@ -173,7 +205,7 @@ def soak_command(
     load = Soak(
         seconds=seconds, warmup_seconds=warmup_seconds, clients=clients, cancel_every=cancel_every
     )
-    with servers.started(where, installation) as (running, model):
+    with _started(where, installation) as (running, model):
         outcome = soak(running, model, load, analyzer=analyzer, progress=progress())
     if wants_json(ctx):
         emit_json({"folder": str(where), "model": model, **outcome})
