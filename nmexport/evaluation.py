@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from nmexport.calibration import corpus
 from nmexport.errors import UserError
-from nmexport.layers import model_phases
 from nmexport.stages import fold
+from nmexport.store.layers import model_phases
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from nmexport.layers import ModelPhases
     from nmexport.models.offload import Memory
     from nmexport.models.source import ModelSource
     from nmexport.progress import Progress
     from nmexport.recipe import Recipe
     from nmexport.runtimes.session import Session
+    from nmexport.store.layers import ModelPhases
+    from nmexport.store.work_directory import WorkDirectory
     from nmexport.verification.accuracy import WindowComparison
-    from nmexport.work_directory import WorkDirectory
 
 
 @dataclass(frozen=True, kw_only=True)

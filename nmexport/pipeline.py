@@ -18,7 +18,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from nmexport import __version__
-from nmexport.artifact import (
+from nmexport.errors import ArtifactError, GateFailed, RecipeError
+from nmexport.progress import peak_rss_bytes, reset_peak_rss
+from nmexport.recipe import dump
+from nmexport.stages.inputs import StageInputs
+from nmexport.store.artifact import (
     KEY_CHARS,
     RECIPE,
     SCHEMA,
@@ -30,10 +34,6 @@ from nmexport.artifact import (
     plain,
     record_files,
 )
-from nmexport.errors import ArtifactError, RecipeError
-from nmexport.progress import peak_rss_bytes, reset_peak_rss
-from nmexport.recipe import dump
-from nmexport.stages.inputs import StageInputs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from nmexport.models.source import ModelSource
     from nmexport.progress import Progress
     from nmexport.recipe import Recipe
-    from nmexport.work_directory import WorkDirectory
+    from nmexport.store.work_directory import WorkDirectory
 
 STAGES: Mapping[str, str] = MappingProxyType(
     {
@@ -57,8 +57,8 @@ STAGES: Mapping[str, str] = MappingProxyType(
 )
 """Modules by stage, in order of running; imported only when a build needs them."""
 
-Action = Literal["cached", "run", "depends"]
-"""`depends`: an upstream runs, and what it writes decides."""
+Action = Literal["cached", "run", "depends", "refused"]
+"""`depends`: an upstream runs, and what it writes decides. `refused`: a gate failed before it."""
 
 
 class Stage(Protocol):
@@ -143,6 +143,20 @@ class Step:
         return {**vars(self), "key": self.key[:KEY_CHARS]}
 
 
+class StageRefused(GateFailed):
+    """A failed gate kept a stage from running; the stages before it are finished and in use."""
+
+    def __init__(self, problem: str, steps: list[Step]) -> None:
+        """Keep what ran beside the reason.
+
+        Args:
+            problem: Which gate failed.
+            steps: What was done about each stage, the refused one last.
+        """
+        super().__init__(problem)
+        self.steps = steps
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pipeline:
     """A recipe, the model it is about, and the work directory it is built in."""
@@ -187,17 +201,20 @@ class Pipeline:
         return steps
 
     def run(self, selection: Selection) -> list[Step]:
-        """Build what is missing, in order; killed at any moment, the next run goes on from there.
+        """Build what is missing, in order, and put it in use once all of it is finished.
+
+        A run that fails changes neither the recipe, nor the report, nor the artifacts in use.
+        Stages that it finished are kept, and the next run of the same recipe goes on from them.
 
         Raises:
             UserError: whatever a stage says the user or the machine got wrong.
             WorkDirectoryError: if the directory is held, full, unwritable or another model's.
+            StageRefused: if a gate keeps a stage from running. What ran before it is in use: a
+                failed gate is an outcome, and its report can be read.
         """
         with self.work.lock(self.command):
             plan = self.plan(selection)
-            self.work.claim(self.recipe)
-            if any(self._outdates_report(step) for step in plan):
-                self.work.withdraw_reports()
+            self.work.claim(self.command)
             keys = self.keys(selection.last)
             read = {
                 name
@@ -206,13 +223,18 @@ class Pipeline:
                 for name in self.stages[step.stage].UPSTREAM
             }
             self._check_earlier(selection, keys, read)
-            steps = [
-                self._do(stage, keys, selection, full=selection.check or stage in read)
-                for stage in selection.stages
-            ]
-            self.work.note_shares(keys)
-            if "verify" in selection.stages:
-                self.work.publish_reports()
+            steps: list[Step] = []
+            for stage in selection.stages:
+                full = selection.check or stage in read
+                try:
+                    steps.append(self._do(stage, keys, selection, full=full))
+                except GateFailed as refusal:
+                    self._put_in_use(steps, keys)
+                    refused = Step(
+                        stage=stage, key=keys[stage], action="refused", reason=str(refusal)
+                    )
+                    raise StageRefused(str(refusal), [*steps, refused]) from refusal
+            self._put_in_use(steps, keys)
             return steps
 
     def keys(self, last: str) -> dict[str, str]:
@@ -233,15 +255,34 @@ class Pipeline:
     # -- one stage -------------------------------------------------------------------------------
 
     def _do(self, stage: str, keys: Mapping[str, str], selection: Selection, *, full: bool) -> Step:
-        """Run the stage unless its artifact is there and whole; either way it becomes current."""
+        """Run the stage unless its artifact is there and whole."""
         step = self._assess(stage, keys, selection, full=full)
         if step.action == "cached":
             logging.getLogger(__name__).info("%s: %s", stage, step.reason)
         else:
             self.progress.note(f"{stage}: {step.reason}")
             step = self._build(stage, keys, step.reason)
-        self.work.use(stage, keys[stage])
         return step
+
+    def _put_in_use(self, steps: Sequence[Step], keys: Mapping[str, str]) -> None:
+        """Make what ran current, with its recipe and its report."""
+        self.work.note_shares(keys)
+        links = {step.stage: step.key for step in steps}
+        report = self.work.folder("verify", links["verify"]) if "verify" in links else None
+        self.work.put_in_use(self.recipe, links, report=report)
+        if report is None and not self._is_consistent("verify"):
+            self.work.withdraw_reports()
+
+    def _is_consistent(self, stage: str) -> bool:
+        """Tell whether the artifact in use was made from the upstream artifacts in use."""
+        manifest = self.work.current_manifest(stage)
+        if manifest is None:
+            return False
+        for name, record in manifest.upstream.items():
+            upstream = self.work.current_manifest(name)
+            if upstream is None or (upstream.key, upstream.digest) != (record.key, record.digest):
+                return False
+        return all(self._is_consistent(name) for name in manifest.upstream)
 
     def _build(self, stage: str, keys: Mapping[str, str], reason: str) -> Step:
         module, key = self.stages[stage], keys[stage]
@@ -364,15 +405,6 @@ class Pipeline:
                 )
 
     # -- parts -------------------------------------------------------------------------------------
-
-    def _outdates_report(self, step: Step) -> bool:
-        """Whether after this step the report at the top would speak of another build."""
-        if step.stage not in list(STAGES)[: list(STAGES).index("verify") + 1]:
-            return False
-        current = self.work.current(step.stage)
-        return (
-            step.action != "cached" or current != self.work.folder(step.stage, step.key).resolve()
-        )
 
     def _fields(self, stage: str) -> dict[str, Any]:
         """The stage's own inputs, as they stand in its manifest."""

@@ -38,7 +38,7 @@ Criterion = Literal["act", "wina", "clact", "amber", "fisher"]
 Mitigation = Literal[
     "d-pts", "s-pts", "l-pts", "var", "s-var", "ls", "gain", "bias", "low-rank", "r-sparse"
 ]
-Grouping = Literal["consecutive", "random", "balanced", "exchange"]
+Grouping = Literal["consecutive", "random", "balanced"]
 Effort = Literal["fast", "standard", "thorough"]
 Offload = Literal["auto", "never", "layerwise"]
 Phases = Literal["all", "prefill", "decode"]
@@ -124,7 +124,7 @@ class SparsitySection(_Strict):
     criterion: Criterion = "fisher"
     phases: Phases = "all"
     mitigations: tuple[Mitigation, ...] = Field(default_factory=_default_mitigations)
-    grouping: Grouping = "exchange"
+    grouping: Grouping = "balanced"
     targets: TargetsSection = TargetsSection()
     effort: Effort = "standard"
     """How long learned mitigations learn, and how much text the model writes for that alone."""
@@ -207,8 +207,7 @@ class CorpusSection(_Strict):
     learning_samples: int = Field(default=384, ge=0)
     """Further samples of a named corpus, as many as there are, for learned constants alone."""
     offload: Offload = "auto"
-    """Whether a model that does not fit into memory is run layer by layer. It changes no result but
-    the orders of grouping `exchange`, which are then searched on the dense model's activations."""
+    """Whether a model that does not fit into memory is run layer by layer. It changes no result."""
 
 
 class EvaluationSection(_Strict):
@@ -459,6 +458,11 @@ _KINDS = {
     "model_type": "a section of keys",
     "dict_type": "a section of keys",
 }
+# What became of choices that older recipes may name.
+_REMOVED = {
+    ("sparsity.grouping", "exchange"): "use balanced: the search by exchange was removed, as it "
+    "gains nothing once constants are learned",
+}
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 
 
@@ -505,10 +509,11 @@ def _explained(
             return RecipeError(f"{where} is missing.", allowed=f"{dotted}: VALUE")
         case "literal_error":
             choices = _literal_choices(problem)
+            value = str(problem["input"])
             return RecipeError(
                 f"{where} cannot be {given}.",
                 allowed=_joined(choices),
-                fix=_nearest(str(problem["input"]), choices),
+                fix=_REMOVED.get((dotted, value)) or _nearest(value, choices),
             )
         case kind:
             return RecipeError(f"{where} cannot be {given}.", allowed=_allowed(kind, problem))

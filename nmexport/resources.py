@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
+NATIVE_FOLDER = _PACKAGE / "_native"
+"""Libraries that were compiled when the package was installed."""
 # An installed package carries its data inside; a source tree keeps it where people look.
 _INSTALLED = _PACKAGE / "_resources"
 _SOURCE = {"recipes": "recipes", "contract.json": "plugins/contract.json"}

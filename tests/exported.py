@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from nmexport.layers import LayerSpec
 from nmexport.models.loader import load_model
 from nmexport.models.source import resolve
 from nmexport.models.swap import replace_linears
@@ -15,6 +14,7 @@ from nmexport.recipe import ModelSection
 from nmexport.sparsity.linear import Behaviour, Constants, FoldedLinear, fold
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.stages.export import write_models
+from nmexport.store.layers import LayerSpec
 from torch import nn
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from nmexport.models.source import ModelSource
 from nmexport.pipeline import Pipeline
 from nmexport.progress import Silent
 from nmexport.recipe import Recipe, resolve
-from nmexport.work_directory import WorkDirectory
+from nmexport.store.work_directory import WorkDirectory
 
 if TYPE_CHECKING:
     from pathlib import Path

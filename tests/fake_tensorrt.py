@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 from nmexport.errors import EnvironmentFault
-from nmexport.runtimes.cuda_memory import Buffer
+from nmexport.runtimes.tensorrt.cuda_memory import Buffer
 
 import onnxruntime
 

@@ -34,7 +34,7 @@ def save_large_model(folder: Path, *, shard_bytes: int = 1 << 29, **shapes: Any)
     """Write config and bfloat16 weights, at most one shard in memory; returns the parameters."""
     import torch
     from accelerate import init_empty_weights
-    from nmexport.tensors import ShardedWriter
+    from nmexport.store.tensors import ShardedWriter
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(**{**SHAPES, **shapes})

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from nmexport.environment import Environment
-from nmexport.layers import LayerSpec
 from nmexport.models.source import ModelSource
 from nmexport.progress import Silent
 from nmexport.recipe import GatesSection, ModelSection, Recipe, SparsitySection
+from nmexport.store.layers import LayerSpec
 from nmexport.verification import (
     audit,
     cache_parity,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from nmexport.errors import EnvironmentFault
-from nmexport.runtimes.onnxruntime import SESSION_CONFIG
+from nmexport.runtimes.onnxruntime_session import SESSION_CONFIG
 from nmexport.serving import launch
 from nmexport.serving.repository import TextModel, write_text_model, write_words
 from nmexport.serving.stub_environment import python_environment

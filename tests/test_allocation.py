@@ -25,7 +25,7 @@ from nmexport.allocation.choice import (
 from nmexport.allocation.cost import CostModel
 from nmexport.allocation.estimates import inferred
 from nmexport.allocation.programme import Option, _no_native_output, price, solve, sums
-from nmexport.allocation.sites import Site
+from nmexport.calibration.sites import Site
 from nmexport.errors import ArtifactError
 
 if TYPE_CHECKING:

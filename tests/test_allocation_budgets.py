@@ -11,8 +11,9 @@ from nmexport.allocation.allocate import prepare
 from nmexport.allocation.candidates import before_learning
 from nmexport.allocation.choice import Allocation, as_dict
 from nmexport.allocation.probe import spread_windows
-from nmexport.allocation.sites import concatenated_weight
-from nmexport.calibration.passes import gather_channel_statistics
+from nmexport.calibration.forward_passes import gather_channel_statistics
+from nmexport.calibration.method import constants_of
+from nmexport.calibration.sites import concatenated_weight
 from nmexport.errors import PatternError, RecipeError
 from nmexport.models.loader import load_model
 from nmexport.models.source import resolve
@@ -20,7 +21,6 @@ from nmexport.models.swap import replace_linears
 from nmexport.progress import Silent
 from nmexport.recipe import AllocationSection, ModelSection, SparsitySection
 from nmexport.sparsity.linear import Behaviour, Constants, FoldedLinear
-from nmexport.sparsity.method import constants_of
 from nmexport.sparsity.targets import linears_of
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ import yaml
 from click.testing import CliRunner
 from nmexport.allocation.choice import FILENAME, read_allocation
 from nmexport.cli.main import cli
-from nmexport.description import describe
-from nmexport.layers import LayerSpec, model_phases, read_layers
+from nmexport.inspect.describe import describe
 from nmexport.stages import fold
-from nmexport.work_directory import WorkDirectory
+from nmexport.store.layers import LayerSpec, model_phases, read_layers
+from nmexport.store.work_directory import WorkDirectory
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,8 +11,8 @@ from nmexport.allocation.as_built import BuiltLinear, errors_as_built
 from nmexport.allocation.choice import Allocation, Built, Choice
 from nmexport.allocation.counted import ATTEMPTS, built_within
 from nmexport.allocation.probe import Probe
-from nmexport.allocation.sites import Site
 from nmexport.allocation.sparse_input import SparseInput
+from nmexport.calibration.sites import Site
 from nmexport.errors import RecipeError
 from nmexport.models.loader import load_model
 from nmexport.models.source import resolve

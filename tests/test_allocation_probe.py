@@ -17,9 +17,9 @@ from nmexport.allocation.probe import (
     spread_windows,
 )
 from nmexport.allocation.sensitivities import measure_alone
-from nmexport.allocation.sites import Site, concatenated_weight, input_sites
 from nmexport.allocation.sparse_input import SparseInput
 from nmexport.calibration.checkpoint import Checkpoint
+from nmexport.calibration.sites import Site, concatenated_weight, input_sites
 from nmexport.errors import ModelError
 from nmexport.models.loader import load_model
 from nmexport.models.source import resolve

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from nmexport.artifact import (
+from nmexport.errors import ArtifactError, InternalError, WorkDirectoryError
+from nmexport.store.artifact import (
     MANIFEST,
     FileRecord,
     Manifest,
@@ -22,8 +23,7 @@ from nmexport.artifact import (
     read_manifest,
     record_files,
 )
-from nmexport.errors import ArtifactError, InternalError, WorkDirectoryError
-from nmexport.work_directory import WorkDirectory
+from nmexport.store.work_directory import WorkDirectory
 
 JSON = st.recursive(
     st.none()

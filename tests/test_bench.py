@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from nmexport.bench import CACHE_BYTES, Timing, bench_kernels, interleave, last_level_cache
+from nmexport.bench.kernels import CACHE_BYTES, Timing, bench_kernels, interleave, last_level_cache
 from nmexport.errors import RecipeError
 from nmexport.runtimes import native
 from nmexport.sparsity.pattern import NMPattern
@@ -94,7 +94,7 @@ def test_weights_pass_through_more_than_the_cache_that_the_system_tells_of(tmp_p
 
 @needs_library
 def test_a_shape_is_let_go_before_the_next_is_opened(monkeypatch):
-    from nmexport import bench
+    from nmexport.bench import kernels as bench
 
     alive: list[int] = []
     opened = bench._Sides.__init__

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nmexport.bench import bench_kernels
+from nmexport.bench.kernels import bench_kernels
 from nmexport.runtimes import native
 
 SCRIPT = Path(__file__).resolve().parent.parent / "plugins" / "bench" / "page.py"

@@ -9,23 +9,24 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx
 import pytest
-from nmexport import runtimes
+from nmexport import graph
 from nmexport.environment import probe
 from nmexport.errors import ArtifactError, EnvironmentFault
+from nmexport.graph import cpu
+from nmexport.graph.cpu import widened
 from nmexport.models.source import ModelSource
 from nmexport.pipeline import Pipeline, Selection
 from nmexport.progress import Silent
 from nmexport.recipe import GatesSection, ModelSection
-from nmexport.runtimes import native, onnxruntime_bfloat16
+from nmexport.runtimes import native
 from nmexport.runtimes.model_types import needs_widening
-from nmexport.runtimes.onnxruntime import OrtSession
-from nmexport.runtimes.onnxruntime_bfloat16 import widened
+from nmexport.runtimes.onnxruntime_session import OrtSession
 from nmexport.sparsity.linear import Behaviour
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.stages import package, verify
+from nmexport.store.work_directory import WorkDirectory
 from nmexport.verification import audit, op_parity
 from nmexport.verification.reference import TorchSession, array_from
-from nmexport.work_directory import WorkDirectory
 from onnx import TensorProto
 
 from tests.exported import PATTERN, Exported, export_folder, load, specs_of, torch_logits
@@ -291,7 +292,7 @@ def test_other_models_are_opened_as_they_are(
     def never(*_: object, **__: object) -> bytes:
         raise AssertionError("rewritten")
 
-    monkeypatch.setattr(onnxruntime_bfloat16, "widened", never)
+    monkeypatch.setattr(cpu, "widened", never)
     half = save_toy_lm(tmp_path / "half.onnx", dtype=TensorProto.FLOAT16)
     for path in (tiny_export / "model.onnx", tiny_export / "dense" / "model.onnx", half):
         assert not needs_widening(path)
@@ -311,8 +312,8 @@ def test_without_onnx_the_message_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = save_toy_lm(tmp_path / "model.onnx", dtype=BFLOAT16)
-    monkeypatch.setitem(sys.modules, "nmexport.runtimes.onnxruntime_bfloat16", None)
-    monkeypatch.delattr(runtimes, "onnxruntime_bfloat16")
+    monkeypatch.setitem(sys.modules, "nmexport.graph.cpu", None)
+    monkeypatch.delattr(graph, "cpu")
     with pytest.raises(EnvironmentFault, match="needs the package onnx"):
         OrtSession(path)
 

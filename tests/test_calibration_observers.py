@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
-from nmexport.calibration.local_error import ErrorObserver, observe_error
-from nmexport.calibration.observers import ChannelObserver, ChannelSums
-from nmexport.calibration.passes import (
+from nmexport.calibration.forward_passes import (
     gather_channel_statistics,
     gather_errors,
     on_best_device,
 )
+from nmexport.calibration.local_error import ErrorObserver, observe_error
+from nmexport.calibration.observers import ChannelObserver, ChannelSums
 from nmexport.errors import ModelError
 from nmexport.progress import Silent
 from nmexport.sparsity.linear import Behaviour, Constants, FoldedLinear

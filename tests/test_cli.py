@@ -14,8 +14,8 @@ import pytest
 from click.testing import CliRunner, Result
 from nmexport.cli.main import VERBS, Terminated, cli
 from nmexport.cli.options import Request
-from nmexport.diagnosis import NativeLibrary
 from nmexport.errors import GateFailed, InternalError, UserError
+from nmexport.inspect.doctor import NativeLibrary
 
 from tests.fake_stages import fake_pipeline, fake_stages
 
@@ -476,7 +476,7 @@ def test_generate_streams_and_answers_in_json(
         asked.update(work=work, prompt=prompt, **options)
         return iter(["Par", "is."])
 
-    monkeypatch.setattr("nmexport.generation.generate", generate)
+    monkeypatch.setattr("nmexport.generation.loop.generate", generate)
     assert "no work directory under" in run("generate", "Hello", code=1).stderr
     run("build", "--model", "some/model", "--to", "export")
     assert "no finished engine artifact" in run("generate", "Hello", code=1).stderr
@@ -501,7 +501,7 @@ def test_bench_engines(fakes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -
         "sparse": side,
         "speedup": {"prefill": 1.0, "decode": 1.5},
     }
-    monkeypatch.setattr("nmexport.generation.bench_engines", lambda work, **options: latency)
+    monkeypatch.setattr("nmexport.bench.engines.bench_engines", lambda work, **options: latency)
     run("build", "--model", "some/model", "--work", "w")
     assert "1.50x in decode" in run("bench", "engines", "--work", "w").stdout
     assert json.loads(run("bench", "engines", "--work", "w", "--json").stdout)["latency"] == latency
@@ -633,7 +633,7 @@ def test_inspect_onnx_counts_our_nodes_without_reading_weights(in_folder: Path) 
     ],
 )
 def test_doctor(monkeypatch: pytest.MonkeyPatch, library: NativeLibrary, says: str) -> None:
-    monkeypatch.setattr("nmexport.diagnosis.native_library", lambda: library)
+    monkeypatch.setattr("nmexport.inspect.doctor.native_library", lambda: library)
     shown = run("doctor").stdout
     assert says in shown
     assert "target onnxruntime: works" in shown

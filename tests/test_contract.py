@@ -7,7 +7,7 @@ import typing
 
 import onnx
 import pytest
-from nmexport import layers, oracle
+from nmexport import oracle
 from nmexport.errors import ArtifactError, InternalError
 from nmexport.graph import contract as contract_module
 from nmexport.graph.contract import (
@@ -21,6 +21,7 @@ from nmexport.graph.contract import (
 from nmexport.resources import resource_path
 from nmexport.sparsity import quantisation
 from nmexport.sparsity.pattern import MAX_GROUP
+from nmexport.store import layers
 
 from tests.op_cases import linear_node, prune_node
 

@@ -9,11 +9,12 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
-from nmexport import cuda_bench
+from nmexport.bench import cuda as cuda_bench
+from nmexport.bench.cuda import Device, Plan, PlanLibrary, Problem, bench_cuda, product_graph
 from nmexport.cli.main import cli
-from nmexport.cuda_bench import Device, Plan, PlanLibrary, Problem, bench_cuda, product_graph
 from nmexport.errors import EnvironmentFault, RecipeError
-from nmexport.runtimes import native, onnxruntime
+from nmexport.runtimes import native
+from nmexport.runtimes import onnxruntime_session as onnxruntime
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -152,7 +153,7 @@ def fake_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], li
 
     monkeypatch.setattr(cuda_bench, "PlanLibrary", FakeLibrary)
     monkeypatch.setattr(cuda_bench._Bench, "_device_value", lambda *_: None)
-    monkeypatch.setattr("nmexport.runtimes.onnxruntime.open_cuda_graph", opened)
+    monkeypatch.setattr("nmexport.runtimes.onnxruntime_session.open_cuda_graph", opened)
     import onnxruntime as runtime
 
     class Options:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from nmexport import __version__
-from nmexport.runtimes import tensorrt_library
+from nmexport.runtimes.tensorrt import library as tensorrt_library
 
 from tests.plugin_build import ROOT, build_script, build_whole_library, check_linkage
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from nmexport.progress import Silent
-from nmexport.runtimes.onnxruntime import OrtSession
+from nmexport.runtimes.onnxruntime_session import OrtSession
 from nmexport.sparsity.linear import Behaviour
 from nmexport.verification.accuracy import LateLogits, compare, decode_only
 from nmexport.verification.reference import TorchSession

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from nmexport.allocation.sites import concatenated_weight, input_sites
 from nmexport.calibration import derivation
-from nmexport.calibration.order_search import grouping_distances
-from nmexport.calibration.passes import gather_channel_statistics
+from nmexport.calibration.forward_passes import gather_channel_statistics
+from nmexport.calibration.sites import concatenated_weight, input_sites
 from nmexport.errors import ModelError
 from nmexport.models.loader import load_model
 from nmexport.models.source import resolve
@@ -111,51 +109,3 @@ def test_a_linear_that_no_prediction_depends_on_is_named(
     with pytest.raises(ModelError, match=f"depends on {first}") as caught:
         measured()
     assert f"--targets '!{first}'" in str(caught.value.fix)
-
-
-def test_searched_orders_are_shared_better_and_leave_the_model_alone(given: Any) -> None:
-    model, linears, samples, sites, _ = given
-    derived = derived_with(given, criterion="act", grouping="exchange")
-    with torch.no_grad():
-        before = model(input_ids=samples[:1]).logits
-    ordered, searches = derivation.with_searched_orders(
-        model, sites, linears, derived, samples, progress=Silent(), seed=0
-    )
-    with torch.no_grad():
-        assert torch.equal(model(input_ids=samples[:1]).logits, before)
-    assert searches.keys() == linears.keys()
-    for site in sites:
-        orders = [ordered[name].constants.channel_order for name in site.names]
-        assert all(torch.equal(orders[0], other) for other in orders)
-        assert sorted(orders[0].tolist()) == list(range(site.in_features))
-    assert all(one.found <= one.start for one in searches.values())
-    constants = {name: one.constants for name, one in ordered.items()}
-    behaviours = {name: one.behaviour for name, one in ordered.items()}
-    distances = grouping_distances(
-        model, linears, constants, behaviours, samples, progress=Silent()
-    )
-    assert sum(one.ordered for one in distances.values()) < sum(
-        one.consecutive for one in distances.values()
-    )
-
-
-def test_other_groupings_are_not_searched(given: Any) -> None:
-    model, linears, samples, sites, _ = given
-    derived = derived_with(given, criterion="act", grouping="random")
-    ordered, searches = derivation.with_searched_orders(
-        model, sites, linears, derived, samples, progress=Silent(), seed=0
-    )
-    assert (ordered, searches) == (derived, {})
-
-
-def test_each_linear_gets_its_own_remainder(given: Any) -> None:
-    _, linears, _, sites, _ = given
-    derived = derived_with(given, criterion="act", mitigations=("r-sparse",), remainder=0.3)
-    found = derivation.with_remainders(derived, linears, seed=0)
-    for name, one in found.items():
-        remainder, linear = one.constants.remainder, linears[name]
-        size = remainder.inner.numel() + remainder.outer.numel()
-        assert size <= 0.3 * linear.weight.numel()
-        assert remainder.outer.shape[1] == linear.out_features
-        assert replace(one.constants, remainder=None) == derived[name].constants
-    assert len(sites[0].names) == len(QKV)

@@ -14,16 +14,6 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from nmexport.engines import (
-    build_progress,
-    building,
-    layer_audit,
-    pair,
-    requirements,
-    weight_copies,
-)
-from nmexport.engines.building import NetworkLayer, Order
-from nmexport.engines.profiles import Limits, Profile, limits_from, profiles_for
 from nmexport.environment import probe
 from nmexport.errors import ArtifactError, EnvironmentFault, InternalError, RecipeError
 from nmexport.graph.tensorrt import for_tensorrt
@@ -31,11 +21,23 @@ from nmexport.models.source import ModelSource
 from nmexport.pipeline import Pipeline, Selection
 from nmexport.progress import Silent
 from nmexport.recipe import EngineSection, EvaluationSection, LatencySection, ModelSection, Recipe
-from nmexport.runtimes import opening, tensorrt_engine, tensorrt_library
+from nmexport.runtimes import opening
+from nmexport.runtimes.tensorrt import (
+    build_progress,
+    building,
+    layer_audit,
+    pair,
+    requirements,
+    weight_copies,
+)
+from nmexport.runtimes.tensorrt import description as tensorrt_engine
+from nmexport.runtimes.tensorrt import library as tensorrt_library
+from nmexport.runtimes.tensorrt.building import NetworkLayer, Order
+from nmexport.runtimes.tensorrt.profiles import Limits, Profile, limits_from, profiles_for
 from nmexport.serving import triton_config
 from nmexport.stages import engine
 from nmexport.stages.inputs import StageInputs
-from nmexport.work_directory import WorkDirectory
+from nmexport.store.work_directory import WorkDirectory
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.exported import export_folder

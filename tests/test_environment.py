@@ -8,9 +8,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from nmexport import diagnosis, environment
-from nmexport.diagnosis import NativeLibrary
+from nmexport import environment
 from nmexport.environment import Gpu, gpus_from_query, physical_cores, probe
+from nmexport.inspect import doctor
+from nmexport.inspect.doctor import NativeLibrary
 from nmexport.progress import Bars, Lines, Silent, duration, on_stream
 
 
@@ -64,9 +65,9 @@ ABSENT = NativeLibrary(why_missing="no compiler was found")
 
 
 def test_every_missing_thing_has_a_mend(monkeypatch) -> None:
-    monkeypatch.setattr(diagnosis, "is_installed", lambda module: False)
-    monkeypatch.setattr(diagnosis, "native_library", lambda: ABSENT)
-    states = {state.target: state for state in diagnosis.diagnose()}
+    monkeypatch.setattr(doctor, "is_installed", lambda module: False)
+    monkeypatch.setattr(doctor, "native_library", lambda: ABSENT)
+    states = {state.target: state for state in doctor.diagnose()}
     assert list(states) == ["onnxruntime", "tensorrt", "tensorrt-rtx"]
     assert not any(state.works for state in states.values())
     for state in states.values():
@@ -76,9 +77,9 @@ def test_every_missing_thing_has_a_mend(monkeypatch) -> None:
 
 @pytest.mark.parametrize("compiler", ["/usr/bin/c++", None])
 def test_missing_library_slows_and_does_not_forbid(monkeypatch, compiler: str | None) -> None:
-    monkeypatch.setattr(diagnosis, "native_library", lambda: ABSENT)
-    monkeypatch.setattr(diagnosis, "compiler", lambda: compiler)
-    state = diagnosis.diagnose()[0]
+    monkeypatch.setattr(doctor, "native_library", lambda: ABSENT)
+    monkeypatch.setattr(doctor, "compiler", lambda: compiler)
+    state = doctor.diagnose()[0]
     assert state.works
     assert "no compiler was found" in state.missing[0].what
     assert ("install a C++17 compiler" in state.missing[0].mend) == (compiler is None)
@@ -152,15 +153,15 @@ def test_native_library_present_absent_or_broken(monkeypatch, tmp_path: Path) ->
 
     monkeypatch.setattr(native, "find_library", lambda: None)
     monkeypatch.setattr(native, "why_missing", lambda: "not built")
-    assert diagnosis.native_library() == NativeLibrary(why_missing="not built")
+    assert doctor.native_library() == NativeLibrary(why_missing="not built")
     path = tmp_path / "libx.so"
     path.write_bytes(b"no library")
     monkeypatch.setattr(native, "find_library", lambda: path)
-    broken = diagnosis.native_library()
+    broken = doctor.native_library()
     assert broken.path == str(path)
     assert "cannot be loaded" in str(broken.why_missing)
     monkeypatch.setattr(native, "describe_library", lambda path: {"variant": "portable"})
-    assert diagnosis.native_library().description == {"variant": "portable"}
+    assert doctor.native_library().description == {"variant": "portable"}
 
 
 def test_free_memory_heeds_the_containers_limit(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from nmexport.estimate import estimate, parameter_count
+from nmexport.inspect.estimate import estimate, parameter_count
 from nmexport.models.offload import Memory
 from nmexport.models.source import ModelSource
 from nmexport.pipeline import Step

@@ -17,8 +17,8 @@ from nmexport.errors import ArtifactError, UserError, WorkDirectoryError
 from nmexport.evaluation import Share, evaluate
 from nmexport.models.offload import Memory
 from nmexport.progress import Silent
-from nmexport.scratch import scratch_array
-from nmexport.work_directory import WorkDirectory
+from nmexport.store.scratch import scratch_array
+from nmexport.store.work_directory import WorkDirectory
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,7 +62,7 @@ def alone(work: WorkDirectory) -> dict[str, Any]:
 
 def test_it_is_the_dense_and_the_folded_model(alone: dict[str, Any], work: WorkDirectory) -> None:
     import torch
-    from nmexport.generation import load_tokenizer
+    from nmexport.generation.loop import load_tokenizer
     from nmexport.models.source import resolve
     from nmexport.stages.fold import Artifact
     from nmexport.verification.reference import open_folded

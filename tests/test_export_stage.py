@@ -17,7 +17,6 @@ from nmexport.environment import probe
 from nmexport.errors import ArtifactError, EnvironmentFault, ModelError, RecipeError
 from nmexport.graph import checks
 from nmexport.graph.linears import linears_of_node
-from nmexport.layers import write_layers
 from nmexport.models.source import resolve
 from nmexport.models.tracing import cache_shapes
 from nmexport.progress import Silent
@@ -26,7 +25,8 @@ from nmexport.sparsity.linear import Behaviour, Constants, fold
 from nmexport.sparsity.remainder import remainder_of
 from nmexport.stages import export, verify
 from nmexport.stages.inputs import StageInputs
-from nmexport.tensors import ShardedWriter
+from nmexport.store.layers import write_layers
+from nmexport.store.tensors import ShardedWriter
 
 from tests.exported import (
     PATTERN,

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from nmexport.calibration import passes, products
-from nmexport.calibration.passes import gather_channel_statistics
+from nmexport.calibration import forward_passes as passes
+from nmexport.calibration import products
+from nmexport.calibration.forward_passes import gather_channel_statistics
 from nmexport.calibration.products import fast_products
 from nmexport.models.loader import load_model
 from nmexport.models.source import resolve

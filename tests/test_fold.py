@@ -14,7 +14,6 @@ from nmexport.allocation.probe import spread_windows
 from nmexport.calibration import effort, learning
 from nmexport.environment import Environment
 from nmexport.errors import ArtifactError, CorpusError, ModelError, PatternError, RecipeError
-from nmexport.models import offload
 from nmexport.models.loader import load_model
 from nmexport.models.source import resolve
 from nmexport.models.swap import replace_linears
@@ -24,7 +23,7 @@ from nmexport.sparsity.linear import Behaviour, FoldedLinear
 from nmexport.sparsity.targets import linears_of
 from nmexport.stages import calibrate, fold
 from nmexport.stages.inputs import StageInputs
-from nmexport.tensors import ShardedWriter, TensorReader, load_tensors
+from nmexport.store.tensors import ShardedWriter, TensorReader, load_tensors
 
 from tests.sample_allocation import sample_allocation
 from tests.tiny import save_tiny_model
@@ -162,7 +161,7 @@ def test_folded_layers_run_in_the_model(
     section = {
         "criterion": "wina",
         "mitigations": mitigations,
-        "grouping": "exchange",
+        "grouping": "balanced",
         "effort": "fast",
         "targets": {"exclude": ("lm_head", "layer:0")},
     }
@@ -461,35 +460,6 @@ def test_folding_layer_by_layer_writes_the_same_bytes(
     whole = folded(recipe_of(tiny_llama, sparsity=section), tmp_path / "whole", calibration)
     layered = recipe_of(tiny_llama, sparsity=section, calibration={"offload": "layerwise"})
     assert digests(folded(layered, tmp_path / "layers", calibration)) == digests(whole)
-
-
-def test_orders_are_searched_layer_by_layer(
-    tiny_llama: Path, calibration: Path, tmp_path: Path
-) -> None:
-    layered = recipe_of(
-        tiny_llama, sparsity={"grouping": "exchange"}, calibration={"offload": "layerwise"}
-    )
-    artifact = fold.Artifact(folded(layered, tmp_path, calibration))
-    orders = [artifact.tensors(spec.name)["channel_order"] for spec in artifact.layers]
-    assert all(sorted(order.tolist()) == list(range(len(order))) for order in orders)
-    assert all(torch.equal(orders[0], other) for other in orders[1:3])  # q, k and v
-
-
-def test_how_the_model_runs_is_in_the_key_where_it_changes_an_order(
-    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def placement(asked: str = "auto", **section: Any) -> Any:
-        recipe = recipe_of(tiny_llama, sparsity=section, calibration={"offload": asked})
-        return fold.key_fields(inputs_of(recipe, tiny_llama))["placement"]
-
-    assert placement(grouping="exchange") == "whole"
-    assert placement("layerwise", grouping="exchange") == "layerwise"
-    monkeypatch.setattr(offload, "free_memory", lambda: offload.Memory(host=1000))
-    assert placement(grouping="exchange") == "layerwise"
-    assert placement("never", grouping="exchange") == "whole"
-    # The same bytes either way: what is in use now must not make a build run again.
-    assert placement(grouping="balanced") is None
-    assert placement(grouping="exchange", mitigations=("ls",)) == "whole"
 
 
 @pytest.mark.parametrize(

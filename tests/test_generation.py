@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+from nmexport.bench.engines import bench_engines
 from nmexport.errors import ArtifactError, UserError
-from nmexport.generation import (
-    Sampler,
-    bench_engines,
+from nmexport.generation.loop import (
     continuation,
     encode_prompt,
     end_tokens,
@@ -19,8 +18,9 @@ from nmexport.generation import (
     text_pieces,
     until_stop,
 )
+from nmexport.generation.sampler import Sampler
 from nmexport.progress import Silent
-from nmexport.runtimes.onnxruntime import SESSION_CONFIG
+from nmexport.runtimes.onnxruntime_session import SESSION_CONFIG
 
 from tests.tiny import save_tokenizer
 from tests.toy_lm import VOCABULARY, expected_logits, save_toy_lm

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from nmexport.layers import LayerSpec
+    from nmexport.store.layers import LayerSpec
 
 HEAD = 64
 

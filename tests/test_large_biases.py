@@ -9,7 +9,7 @@ import pytest
 import torch
 from nmexport.oracle import nm_linear
 from nmexport.runtimes import native
-from nmexport.runtimes.onnxruntime import OrtSession
+from nmexport.runtimes.onnxruntime_session import OrtSession
 from nmexport.sparsity.linear import Behaviour, Constants, fold
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.verification.audit import open_instrumented

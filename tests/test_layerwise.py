@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from nmexport.calibration.order_search import search_orders
 from nmexport.environment import probe
 from nmexport.errors import CorpusError, ModelError, WorkDirectoryError
 from nmexport.models.layerwise import LayerwiseModel, skeleton
@@ -29,11 +28,11 @@ from nmexport.pipeline import Pipeline, Selection
 from nmexport.progress import Silent
 from nmexport.recipe import ModelSection
 from nmexport.recipe import resolve as resolve_recipe
-from nmexport.scratch import scratch_array
 from nmexport.sparsity.linear import Behaviour, Constants, FoldedLinear
 from nmexport.sparsity.targets import linears_of
 from nmexport.stages import calibrate
-from nmexport.work_directory import WorkDirectory
+from nmexport.store.scratch import scratch_array
+from nmexport.store.work_directory import WorkDirectory
 
 from tests.exported import PATTERN
 from tests.tiny import FAMILIES, VOCABULARY, save_tiny_model, save_tokenizer
@@ -328,7 +327,7 @@ def test_a_model_that_accelerate_places_is_folded_where_it_is(
 
     changes = {
         "sparsity.mitigations": mitigations,
-        "sparsity.grouping": "exchange",
+        "sparsity.grouping": "balanced",
         "calibration.samples": 8,
         "calibration.length": 32,
         "sparsity.effort": "fast",
@@ -377,31 +376,6 @@ def test_a_disk_without_room_is_said_before_the_work(
         calibrated(tiny_llama, tmp_path / "w", corpus=str(text), offload="layerwise")
 
 
-def test_a_layer_is_searched_once_it_is_done(tiny_llama: Path) -> None:
-    """In one pass over the model, whatever the memory for statistics, and to the same orders."""
-    layered = LayerwiseModel(source_of(tiny_llama))
-    behaviour = Behaviour(pattern=PATTERN)
-
-    def orders(model: Any, **options: Any) -> dict[str, list[int]]:
-        linears = {name: one for name, one in linears_of(model).items() if name != "lm_head"}
-        found = search_orders(
-            model,
-            linears,
-            dict.fromkeys(linears, Constants()),
-            dict.fromkeys(linears, behaviour),
-            SAMPLES,
-            progress=Silent(),
-            wave_bytes=1,
-            **options,
-        )
-        return {name: search.order.tolist() for name, search in found.items()}
-
-    whole = load_model(source_of(tiny_llama))
-    passes = seen_inputs(layered.model)
-    assert orders(layered.model, layerwise=layered) == orders(whole)
-    assert {len(inputs) for inputs in passes.values()} == {len(SAMPLES)}
-
-
 def test_free_memory_is_that_of_this_machine() -> None:
     memory = free_memory()
     assert memory.host > 1 << 20
@@ -409,7 +383,7 @@ def test_free_memory_is_that_of_this_machine() -> None:
 
 
 _WATCHED = """
-import functools, json, sys, threading, time
+import json, sys, threading, time
 from pathlib import Path
 
 def anonymous():
@@ -436,16 +410,13 @@ source = ModelSource(id="m", revision=None, folder=Path(sys.argv[1]), gguf_file=
 LayerwiseModel(source).run(torch.randint(3, 999, (4, 64)), progress=Silent(), label="")
 """
 _BUILD = """
-from nmexport.calibration import order_search
 from nmexport.cli.main import cli
 
-# As much memory as to the end, in a part of the time.
-order_search.search_order = functools.partial(order_search.search_order, sweeps=2)
 cli(
     ["build", "--to", "fold", "--model", sys.argv[1], "--work", sys.argv[2], "--calib", sys.argv[3],
      "--calib-samples", "1", "--calib-length", "32", "--calib-self-share", "0",
      "--offload", "layerwise", "--dtype", "bfloat16", "--criterion", "act", "--mitigation", "var",
-     "--grouping", "exchange"],
+     "--grouping", "balanced"],
     standalone_mode=False,
 )
 """

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from nmexport.calibration.method import behaviour_of, constants_of, needs_static_variance
 from nmexport.errors import RecipeError
 from nmexport.recipe import SparsitySection
 from nmexport.sparsity.learned import LearnedLinear, Spread, fold_learned
 from nmexport.sparsity.linear import Behaviour, Constants, FoldedLinear, SparseLinear, fold
-from nmexport.sparsity.method import behaviour_of, constants_of, needs_static_variance
 from nmexport.sparsity.mitigation import MITIGATIONS, check_combination, learned_parts
 from nmexport.sparsity.remainder import remainder_of
 from nmexport.sparsity.statistics import ChannelStatistics

@@ -14,8 +14,8 @@ from nmexport.progress import Silent
 from nmexport.recipe import GatesSection, ModelSection
 from nmexport.runtimes.opening import open_session
 from nmexport.stages import package, verify
+from nmexport.store.work_directory import WorkDirectory
 from nmexport.verification import alone
-from nmexport.work_directory import WorkDirectory
 
 from tests.test_report import FIXED, assert_has_keys
 from tests.test_stages_engine import RECIPE

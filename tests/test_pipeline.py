@@ -15,22 +15,26 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import click
 import pytest
 import yaml
-from nmexport.artifact import MANIFEST, read_manifest
 from nmexport.cli import running
 from nmexport.errors import (
     ArtifactError,
     EnvironmentFault,
+    GateFailed,
     InternalError,
     RecipeError,
+    UserError,
     WorkDirectoryError,
 )
-from nmexport.pipeline import STAGES, Selection
+from nmexport.pipeline import STAGES, Selection, StageRefused
 from nmexport.progress import Lines
 from nmexport.recipe import load
+from nmexport.store.artifact import MANIFEST, read_manifest
+from nmexport.store.work_directory import WorkDirectory
 
 from tests.fake_stages import ORDER, fake_pipeline, fake_stages
 
@@ -263,7 +267,8 @@ def test_build_that_does_not_fit_the_disk_is_refused_before_its_first_stage(
     log: list[str] = []
     pipeline = fake_pipeline(tmp_path / "w", fake_stages(log))
     context = click.Context(click.Command("build"))
-    monkeypatch.setattr("nmexport.estimate.shutil.disk_usage", lambda _: SimpleNamespace(free=9))
+    disk = "nmexport.inspect.estimate.shutil.disk_usage"
+    monkeypatch.setattr(disk, lambda _: SimpleNamespace(free=9))
     with pytest.raises(EnvironmentFault, match="9 B are free") as caught:
         running.run(context, pipeline, EVERYTHING)
     assert "--no-dense-baseline" in str(caught.value)
@@ -283,6 +288,89 @@ def test_build_says_first_what_it_will_take(tmp_path: Path) -> None:
 
 
 # -- failures -----------------------------------------------------------------------------------
+
+
+def top_of(work: Path) -> dict[str, Any]:
+    """What a later command reads: recipe, report, and the artifacts in use."""
+    links = {stage: (work / stage / "current").resolve().name for stage in ORDER}
+    files = {path.name: path.read_text() for path in work.iterdir() if path.is_file()}
+    return {**files, **links, "digests": digests(work)}
+
+
+@pytest.mark.parametrize("stage", ORDER)
+@pytest.mark.parametrize("error", [UserError("no"), ValueError("ours"), KeyboardInterrupt()])
+def test_run_that_fails_changes_nothing_that_a_later_command_reads(
+    tmp_path: Path, stage: str, error: BaseException
+) -> None:
+    work = tmp_path / "w"
+    fake_pipeline(work).run(EVERYTHING)
+    before = top_of(work)
+    stages = fake_stages()
+    stages[stage].broken = error
+    other = {"sparsity__pattern": "2:4", "evaluation__windows": 3, "digest": "d1"}
+    with pytest.raises(type(error)):
+        fake_pipeline(work, stages, **other).run(EVERYTHING)
+    assert top_of(work) == before
+    assert set(actions(fake_pipeline(work)).values()) == {"cached"}
+    log: list[str] = []
+    fake_pipeline(work, fake_stages(log), **other).run(EVERYTHING)
+    assert log == list(ORDER[ORDER.index(stage) :])  # what was finished is kept
+
+
+def test_disk_that_fills_up_at_the_very_end_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "w"
+    fake_pipeline(work).run(EVERYTHING)
+    before = top_of(work)
+    opened = Path.open
+
+    def full(self: Path, *args: Any, **kwargs: Any) -> Any:
+        if self.name.startswith("report.md.new"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return opened(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        with pytest.raises(WorkDirectoryError, match="is full"):
+            fake_pipeline(work, sparsity__pattern="2:4").run(EVERYTHING)
+    assert top_of(work) == before
+
+
+def test_failed_gate_leaves_its_report_and_keeps_the_package_before_it(tmp_path: Path) -> None:
+    work = tmp_path / "w"
+    fake_pipeline(work).run(EVERYTHING)
+    package = (work / "package/current").resolve()
+    stages = fake_stages()
+    stages["verify"].report = {"schema": 1, "verdict": "fail", "gates": []}
+    stages["package"].broken = GateFailed("too far from dense")
+    with pytest.raises(StageRefused, match="too far") as caught:
+        fake_pipeline(work, stages, sparsity__pattern="2:4").run(EVERYTHING)
+    assert [step.action for step in caught.value.steps] == ["cached", *["run"] * 4, "refused"]
+    assert json.loads((work / "report.json").read_text())["verdict"] == "fail"
+    assert "2:4" in (work / "resolved.yaml").read_text()
+    assert (work / "package/current").resolve() == package
+
+
+def test_unfinished_first_build_says_how_it_goes_on(tmp_path: Path) -> None:
+    work = tmp_path / "w"
+    stages = fake_stages()
+    stages["export"].broken = UserError("no")
+    with pytest.raises(UserError, match="no"):
+        fake_pipeline(work, stages).run(EVERYTHING)
+    with pytest.raises(WorkDirectoryError, match="unfinished build") as caught:
+        WorkDirectory(work).recipe()
+    assert "nmexport build" in str(caught.value)
+    fake_pipeline(work).run(EVERYTHING)
+    assert WorkDirectory(work).recipe().model.id == "some/model"
+    assert sorted(path.name for path in work.glob(".*")) in ([], [".lock"])
+
+
+def test_report_stays_where_what_it_speaks_of_is_still_in_use(tmp_path: Path) -> None:
+    work = tmp_path / "w"
+    fake_pipeline(work).run(EVERYTHING)
+    fake_pipeline(work).run(Selection(last="export", force=frozenset({"export"})))
+    assert (work / "report.json").exists()
 
 
 @pytest.mark.parametrize(

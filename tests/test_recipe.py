@@ -285,3 +285,15 @@ def _choices(known: str, literal: Any) -> list[str]:
     choices = list(literal.__args__)
     assert known in choices
     return choices
+
+
+def test_the_removed_search_for_orders_is_named_in_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "old.yaml"
+    path.write_text("schema: 1\nmodel: {id: a/b}\nsparsity:\n  grouping: exchange\n")
+    with pytest.raises(RecipeError) as refusal:
+        recipe.load(path)
+    assert 'old.yaml:4: sparsity.grouping cannot be "exchange".' in str(refusal.value)
+    assert refusal.value.allowed == "consecutive, random, balanced"
+    assert str(refusal.value.fix).startswith("use balanced: the search by exchange was removed")
+    with pytest.raises(RecipeError, match="exchange"):
+        recipe.resolve("a/b", {"sparsity.grouping": "exchange"})

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from nmexport.artifact import file_digest
 from nmexport.errors import ArtifactError, EnvironmentFault
-from nmexport.runtimes import onnxruntime as runtime
+from nmexport.runtimes import onnxruntime_session as runtime
 from nmexport.runtimes.feeds import positions_from_mask
 from nmexport.runtimes.native import HUGE_PAGES_ENTRY
-from nmexport.runtimes.onnxruntime import (
+from nmexport.runtimes.onnxruntime_session import (
     SESSION_CONFIG,
     OrtSession,
     choose_provider,
     engine_library,
     read_engine,
 )
+from nmexport.store.artifact import file_digest
 from onnx import TensorProto
 
 from tests.toy_lm import VOCABULARY, expected_logits, save_toy_lm

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 import pytest
-from nmexport.engines.pair import input_axes
-from nmexport.engines.profiles import Limits, profiles_for
 from nmexport.errors import ArtifactError, UserError
 from nmexport.graph.tensorrt import for_tensorrt
-from nmexport.runtimes.onnxruntime import OrtSession
+from nmexport.runtimes.onnxruntime_session import OrtSession
 from nmexport.runtimes.session import is_readable, is_resumable
-from nmexport.runtimes.tensorrt import TensorRTSession
-from nmexport.runtimes.tensorrt_engine import PluginRecord, TensorRTEngine
-from nmexport.runtimes.tensorrt_kernels import KernelCache, kernel_cache_path
-from nmexport.runtimes.tensorrt_library import Messages
+from nmexport.runtimes.tensorrt.description import PluginRecord, TensorRTEngine
+from nmexport.runtimes.tensorrt.kernel_cache import KernelCache, kernel_cache_path
+from nmexport.runtimes.tensorrt.library import Messages
+from nmexport.runtimes.tensorrt.pair import input_axes
+from nmexport.runtimes.tensorrt.profiles import Limits, profiles_for
+from nmexport.runtimes.tensorrt_session import TensorRTSession
 
 from tests.exported import export_folder
 from tests.fake_tensorrt import HostDevice, fake_module, fake_plan
@@ -27,7 +27,7 @@ from tests.fake_tensorrt import HostDevice, fake_module, fake_plan
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from nmexport.runtimes.tensorrt_library import TensorRTTarget
+    from nmexport.runtimes.tensorrt.library import TensorRTTarget
 
 LIMITS = Limits(max_batch=3, max_sequence=8, max_context=24, best_sequence=8, best_context=8)
 RNG = np.random.default_rng(0)

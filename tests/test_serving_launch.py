@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner
 from nmexport.cli.main import cli
 from nmexport.errors import ArtifactError, EnvironmentFault, RequestError
-from nmexport.runtimes import tensorrt_library
+from nmexport.runtimes.tensorrt import library as tensorrt_library
 from nmexport.serving import client, launch, stub_environment
 from nmexport.serving.launch import Addresses, Installation, Server
 from nmexport.serving.server_output import ServerOutput

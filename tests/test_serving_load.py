@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from click.testing import CliRunner
+from nmexport.bench import serving as loads
+from nmexport.bench.serving import Load, compare
 from nmexport.cli.main import cli
 from nmexport.environment import Gpu, probe
+from nmexport.generation.tokenizer import ServingTokenizer
 from nmexport.progress import Silent
-from nmexport.runtimes.onnxruntime import RUNTIME, OrtSession, read_engine
-from nmexport.serving import load as loads
-from nmexport.serving.load import Load, compare
-from nmexport.serving.tokenizer import ServingTokenizer
+from nmexport.runtimes.onnxruntime_session import RUNTIME, OrtSession, read_engine
 
 from tests.served import engine_document, streaming
 from tests.test_serving_scheduler import CountingSession, letters

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from nmexport.artifact import file_digest
 from nmexport.environment import free_memory
 from nmexport.errors import ArtifactError, EnvironmentFault, RequestError
-from nmexport.runtimes.tensorrt_engine import EngineTensor, PluginRecord
+from nmexport.generation.options import NAMES
+from nmexport.runtimes.tensorrt.description import EngineTensor, PluginRecord
 from nmexport.serving import bundle as bundles
 from nmexport.serving import repository, triton_config
 from nmexport.serving.metrics import METRICS
-from nmexport.serving.options import NAMES
 from nmexport.serving.service import SETTINGS, TextRequest, TextService, numbers_from
 from nmexport.serving.triton_config import Signature, TensorSpec, from_text, to_text
 from nmexport.serving.triton_model import TritonPythonModel, require_whole_tensors
 from nmexport.stages import package as package_stage
+from nmexport.store.artifact import file_digest
 
 from tests.served import NAME, save_export, save_package
 from tests.served import SETTINGS as PACKAGED_SETTINGS
@@ -673,8 +673,8 @@ def tensorrt_inputs(
     export: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any
 ) -> Any:
     """Stage inputs with an engine of TensorRT, as its stage describes one."""
-    from nmexport.runtimes import tensorrt_library
-    from nmexport.runtimes.tensorrt_engine import TensorRTEngine
+    from nmexport.runtimes.tensorrt import library as tensorrt_library
+    from nmexport.runtimes.tensorrt.description import TensorRTEngine
 
     plugin = folder / "libnmexport_tensorrt.so"
     plugin.write_bytes(b"a plugin")

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from nmexport.errors import RequestError
-from nmexport.runtimes.onnxruntime import OrtSession
+from nmexport.generation.options import GenerationOptions
+from nmexport.runtimes.onnxruntime_session import OrtSession
 from nmexport.serving import metrics as names
-from nmexport.serving.options import GenerationOptions
 from nmexport.serving.scheduler import Limits, Outcome, Scheduler, Usage, chunk_end
 
 from tests.toy_lm import VOCABULARY, expected_logits, save_toy_lm

@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 from click.testing import CliRunner
+from nmexport.bench import soak
+from nmexport.bench.http_load import Ask, drive
+from nmexport.bench.perf_analyzer import PerfAnalyzer
+from nmexport.bench.soak import Soak
 from nmexport.cli import bench_serving
 from nmexport.cli.main import cli
 from nmexport.errors import EnvironmentFault
 from nmexport.progress import Silent
-from nmexport.serving import launch, soak
-from nmexport.serving.http_load import Ask, drive
+from nmexport.serving import launch
 from nmexport.serving.launch import Installation
-from nmexport.serving.perf_analyzer import PerfAnalyzer
-from nmexport.serving.soak import Soak
 
 from tests.served import NAME, require_tritonserver, save_package, streaming, triton
 

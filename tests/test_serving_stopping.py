@@ -99,7 +99,7 @@ class Letters:
 def service(request: pytest.FixtureRequest) -> Iterator[TextService]:
     import types
 
-    from nmexport.serving.options import GenerationOptions
+    from nmexport.generation.options import GenerationOptions
 
     bundle: Any = types.SimpleNamespace(end_tokens=frozenset(), defaults=GenerationOptions())
     tokenizer: Any = Letters()

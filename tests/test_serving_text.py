@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from nmexport.errors import ArtifactError, RequestError
-from nmexport.serving.options import GenerationOptions, options_from
-from nmexport.serving.sampling import Sampler, _likeliest
-from nmexport.serving.tokenizer import ServingTokenizer, messages_from
+from nmexport.generation.options import GenerationOptions, options_from
+from nmexport.generation.sampler import Sampler, _likeliest
+from nmexport.generation.tokenizer import ServingTokenizer, messages_from
 
 from tests.served import CHAT_TEMPLATE
 from tests.tiny import save_tokenizer

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from nmexport.errors import EnvironmentFault, RequestError
-from nmexport.generation import generate
+from nmexport.generation.loop import generate
 from nmexport.serving import client, launch
 from nmexport.serving.bundle import FILENAME, REFERENCE
 from nmexport.serving.stub_environment import make_environment

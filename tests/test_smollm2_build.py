@@ -154,7 +154,7 @@ def request_of(index: int) -> dict[str, Any]:
 
 
 def test_the_package_serves_what_generate_writes(work: Path, tmp_path: Path) -> None:
-    from nmexport.generation import generate
+    from nmexport.generation.loop import generate
     from nmexport.serving import client, launch
 
     from tests.served import require_tritonserver, triton
@@ -224,7 +224,7 @@ def cancelled_streams_free_their_slot(server: Server, name: str) -> None:
 
 def test_padding_moves_logits(work: Path) -> None:
     """By how much: `pytest -m slow -k padding_moves --log-cli-level INFO <this file>`."""
-    from nmexport.runtimes.onnxruntime import OrtSession
+    from nmexport.runtimes.onnxruntime_session import OrtSession
 
     rng = np.random.default_rng(0)
     moved: list[float] = []

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 import pytest
-from nmexport.engines import building, layer_audit, pair, weight_copies
-from nmexport.engines.profiles import PROFILES, Limits, profiles_for
 from nmexport.graph.tensorrt import for_tensorrt
 from nmexport.models.source import packaged_gguf
 from nmexport.progress import Silent
-from nmexport.runtimes import tensorrt_library
+from nmexport.runtimes.tensorrt import building, layer_audit, pair, weight_copies
+from nmexport.runtimes.tensorrt import library as tensorrt_library
+from nmexport.runtimes.tensorrt.profiles import PROFILES, Limits, profiles_for
 
 from tests.exported import export_folder
 from tests.plugin_build import built

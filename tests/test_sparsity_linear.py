@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from nmexport import oracle
+from nmexport.calibration.method import behaviour_of, constants_of, needs_static_variance
 from nmexport.recipe import SparsitySection
 from nmexport.sparsity.linear import Behaviour, Constants, FoldedLinear, SparseLinear, fold
-from nmexport.sparsity.method import behaviour_of, constants_of, needs_static_variance
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.sparsity.remainder import rank_within, remainder_of
 from nmexport.sparsity.statistics import ChannelStatistics

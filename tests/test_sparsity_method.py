@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from nmexport import recipe
+from nmexport.calibration.method import behaviour_of, constants_of
 from nmexport.errors import PatternError, RecipeError
 from nmexport.sparsity.criterion import CRITERIA, score_scale
 from nmexport.sparsity.grouping import GROUPINGS, channel_order
-from nmexport.sparsity.method import behaviour_of, constants_of
 from nmexport.sparsity.mitigation import MITIGATIONS, check_combination, learned_parts
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.sparsity.statistics import ChannelStatistics

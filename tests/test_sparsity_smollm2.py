@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from nmexport.calibration.corpus import evaluation_windows, load_samples
-from nmexport.calibration.passes import gather_channel_statistics
+from nmexport.calibration.forward_passes import gather_channel_statistics
+from nmexport.calibration.method import behaviour_of, constants_of
 from nmexport.models.loader import load_model, load_tokenizer
 from nmexport.models.source import packaged_gguf, resolve
 from nmexport.models.swap import replace_linears
 from nmexport.progress import Silent
 from nmexport.recipe import CorpusSection, EvaluationSection, ModelSection, SparsitySection
 from nmexport.sparsity.linear import FoldedLinear
-from nmexport.sparsity.method import behaviour_of, constants_of
 from nmexport.sparsity.targets import linears_of, select_targets
 
 if TYPE_CHECKING:
@@ -81,7 +81,12 @@ class Bench:
                 behaviour,
                 constants_of(section, linears[name].weight, self.statistics[name]),
             )
-            for name in select_targets(self.model, section.targets, section.pattern)
+            for name in select_targets(
+                self.model,
+                section.pattern,
+                include=section.targets.include,
+                exclude=section.targets.exclude,
+            )
         }
         assert len(modules) == 210
         replaced = replace_linears(self.model, modules)

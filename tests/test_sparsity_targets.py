@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from nmexport.errors import PatternError, TargetError
-from nmexport.recipe import TargetsSection
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.sparsity.targets import fitting_patterns, linears_of, select_targets
 from torch import nn
@@ -40,8 +39,7 @@ def llama() -> nn.Module:
 
 
 def chosen(model: nn.Module, *, include: Any = ("*",), exclude: Any = ("lm_head",)) -> list[str]:
-    section = TargetsSection(include=include, exclude=exclude)
-    return select_targets(model, section, PATTERN)
+    return select_targets(model, PATTERN, include=include, exclude=exclude)
 
 
 def test_default_is_every_linear_but_the_output_embedding(llama: nn.Module) -> None:

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from nmexport.artifact import file_digest
-from nmexport.engines import requirements
 from nmexport.environment import probe
 from nmexport.errors import ArtifactError, EnvironmentFault, GateFailed
 from nmexport.models.source import ModelSource
@@ -27,13 +25,15 @@ from nmexport.recipe import (
     ServingSection,
     SparsitySection,
 )
-from nmexport.runtimes import tensorrt_library
-from nmexport.runtimes.onnxruntime import OrtSession
+from nmexport.runtimes.onnxruntime_session import OrtSession
+from nmexport.runtimes.tensorrt import library as tensorrt_library
+from nmexport.runtimes.tensorrt import requirements
 from nmexport.serving.triton_config import from_text
 from nmexport.stages import engine, package, verify
 from nmexport.stages.inputs import StageInputs
+from nmexport.store.artifact import file_digest
+from nmexport.store.work_directory import WorkDirectory
 from nmexport.verification.memory import artifact_bytes
-from nmexport.work_directory import WorkDirectory
 from onnx import TensorProto
 
 from tests.test_report import FIXED, assert_has_keys

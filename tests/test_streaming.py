@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from nmexport import tensors as tensors_module
-from nmexport.layers import LayerSpec, write_layers
 from nmexport.models.source import resolve
 from nmexport.models.streaming import open_for_export
 from nmexport.recipe import ModelSection
 from nmexport.sparsity.linear import Behaviour, Constants, fold
 from nmexport.stages import fold as fold_stage
 from nmexport.stages.export import write_configs, write_models
-from nmexport.tensors import ShardedWriter, TensorReader
+from nmexport.store import tensors as tensors_module
+from nmexport.store.layers import LayerSpec, write_layers
+from nmexport.store.tensors import ShardedWriter, TensorReader
 
 from tests.exported import PATTERN, linears_of, load, specs_of
 from tests.large import SHAPES, save_large_model

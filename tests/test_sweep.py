@@ -108,7 +108,7 @@ def test_a_cell_is_what_verification_would_say(swept: tuple[Path, Any], sweep_fi
     from nmexport.models.swap import replace_linears
     from nmexport.sparsity.linear import Behaviour, Constants, FoldedLinear
     from nmexport.sparsity.targets import linears_of
-    from nmexport.tensors import load_tensors
+    from nmexport.store.tensors import load_tensors
 
     recipe = plan.load(sweep_file).cells
     source = resolve(next(iter(recipe.values()))[0].recipe.model)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from nmexport.errors import EnvironmentFault, RecipeError, UserError
-from nmexport.generation import load_tokenizer
+from nmexport.generation.loop import load_tokenizer
 from nmexport.progress import Silent
 from nmexport.recipe import EvaluationSection
 from nmexport.runtimes import native
-from nmexport.runtimes.onnxruntime import OrtSession
+from nmexport.runtimes.onnxruntime_session import OrtSession
 from nmexport.runtimes.session import Limits
 from nmexport.verification import tasks
 from nmexport.verification.likelihood import ScoredText, scores

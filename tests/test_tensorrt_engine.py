@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from nmexport.artifact import file_digest
 from nmexport.errors import ArtifactError, EnvironmentFault
-from nmexport.runtimes import opening, tensorrt_engine, tensorrt_library
-from nmexport.runtimes.cuda_memory import CudaDevice
+from nmexport.runtimes import opening
+from nmexport.runtimes.tensorrt import description as tensorrt_engine
+from nmexport.runtimes.tensorrt import library as tensorrt_library
+from nmexport.runtimes.tensorrt.cuda_memory import CudaDevice
 from nmexport.stages import engine as engine_stage
+from nmexport.store.artifact import file_digest
 
 if TYPE_CHECKING:
     from pathlib import Path

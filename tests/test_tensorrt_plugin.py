@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from nmexport.errors import EnvironmentFault
-from nmexport.runtimes import tensorrt_library
+from nmexport.runtimes.tensorrt import library as tensorrt_library
 
 from tests.plugin_build import ROOT, build_script, built, check_linkage
 

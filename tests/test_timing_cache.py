@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from nmexport.engines.timing_cache import timing_cache_path
+from nmexport.runtimes.tensorrt.timing_cache import timing_cache_path
 
 from tests.plugin_build import ROOT
 

@@ -12,9 +12,9 @@ import onnx
 import pytest
 from nmexport.errors import ArtifactError
 from nmexport.graph.functions import function_protos_for
-from nmexport.layers import LayerSpec
 from nmexport.oracle import nm_prune
 from nmexport.progress import peak_rss_bytes
+from nmexport.store.layers import LayerSpec
 from nmexport.verification import audit, memory
 from nmexport.verification.reference import TorchSession
 from onnx import TensorProto, helper, numpy_helper
@@ -113,7 +113,7 @@ def test_errors_are_those_of_the_linears_output(tmp_path: Path) -> None:
 
 
 def test_the_original_graph_still_computes_the_same(tmp_path: Path) -> None:
-    from nmexport.runtimes.onnxruntime import OrtSession
+    from nmexport.runtimes.onnxruntime_session import OrtSession
 
     path = _sparse(tmp_path / "model.onnx", extras=True)
     graph = audit.read_graph(path)

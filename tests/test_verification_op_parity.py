@@ -6,8 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from nmexport.layers import LayerSpec
 from nmexport.oracle import nm_linear
+from nmexport.store.layers import LayerSpec
 from nmexport.verification.op_parity import Worst, arguments, error_over_tolerance
 from nmexport.verification.reference import array_from, tensor_from
 

@@ -117,10 +117,10 @@ def fake_tensorrt() -> ModuleType:
 def main() -> None:
     """Build twice; while the second build runs, another process saves a timing of its own."""
     sys.modules["tensorrt"] = fake_tensorrt()
-    from nmexport.engines import building
-    from nmexport.engines.profiles import Profile
     from nmexport.progress import Silent
-    from nmexport.runtimes import tensorrt_library
+    from nmexport.runtimes.tensorrt import building
+    from nmexport.runtimes.tensorrt import library as tensorrt_library
+    from nmexport.runtimes.tensorrt.profiles import Profile
     from polygraphy import util
 
     tensorrt_library.gpu_is_usable = lambda: True

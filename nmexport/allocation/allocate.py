@@ -18,8 +18,8 @@ from nmexport.allocation.local_errors import observe_variants
 from nmexport.allocation.probe import Probe, spread_windows
 from nmexport.allocation.programme import price
 from nmexport.allocation.sensitivities import measure_alone
-from nmexport.allocation.sites import Site, input_sites
 from nmexport.allocation.study import Study
+from nmexport.calibration.sites import Site, input_sites
 from nmexport.sparsity.targets import _decoder_layers
 
 if TYPE_CHECKING:

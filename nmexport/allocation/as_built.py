@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from nmexport.calibration.passes import _forward, _hooked
+from nmexport.calibration.forward_passes import _forward, _hooked
 from nmexport.sparsity.linear import FoldedLinear
 from nmexport.sparsity.pattern import NMPattern
 

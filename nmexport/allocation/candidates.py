@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 from nmexport.allocation.choice import Choice, Phases
 from nmexport.allocation.local_errors import Variant
 from nmexport.allocation.sparse_input import SparseInput
+from nmexport.calibration.method import behaviour_of, needs_static_variance
 from nmexport.errors import PatternError
-from nmexport.sparsity.method import behaviour_of, needs_static_variance
 from nmexport.sparsity.mitigation import MITIGATIONS, check_allocatable, check_combination
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from nmexport.allocation.sites import Site
     from nmexport.calibration.local_error import ErrorObserver
+    from nmexport.calibration.sites import Site
     from nmexport.recipe import AllocationSection, SparsitySection
     from nmexport.sparsity.linear import Constants
     from nmexport.sparsity.pattern import NMPattern

@@ -9,7 +9,7 @@ from nmexport.sparsity.quantisation import scale_groups
 
 if TYPE_CHECKING:
     from nmexport.allocation.choice import Choice
-    from nmexport.allocation.sites import Site
+    from nmexport.calibration.sites import Site
 
 _SCALE_BYTES = 4  # float32, beside weights of one byte
 

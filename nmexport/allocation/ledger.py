@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from nmexport.allocation.candidates import selection_key
 from nmexport.allocation.choice import DENSE, Candidate, Choice, LedgerRow
 from nmexport.allocation.local_errors import Variant, observe_variants
-from nmexport.sparsity.method import behaviour_of
+from nmexport.calibration.method import behaviour_of
 from nmexport.sparsity.remainder import rank_within, remainder_of
 
 if TYPE_CHECKING:
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from nmexport.allocation.candidates import ConstantsFor
     from nmexport.allocation.probe import Movement
-    from nmexport.allocation.sites import Site
     from nmexport.allocation.study import Study
     from nmexport.calibration.local_error import ErrorObserver
+    from nmexport.calibration.sites import Site
     from nmexport.progress import Progress
     from nmexport.recipe import SparsitySection
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from nmexport.calibration.forward_passes import _forward, _hooked
 from nmexport.calibration.local_error import ErrorObserver, observe_error
-from nmexport.calibration.passes import _forward, _hooked
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nmexport.calibration.passes import _hooked
+from nmexport.calibration.forward_passes import _hooked
 from nmexport.errors import ModelError
 from nmexport.models.swap import swapped
 from nmexport.sparsity.targets import _decoder_layers
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.utils.hooks import RemovableHandle
 
-    from nmexport.allocation.sites import Site
     from nmexport.allocation.sparse_input import SparseInput
+    from nmexport.calibration.sites import Site
 
 # Log-probabilities of the dense model that are kept, all windows together.
 _REFERENCE_BYTES = 768 << 20

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
     from nmexport.allocation.choice import Choice
     from nmexport.allocation.probe import Probe
-    from nmexport.allocation.sites import Site
     from nmexport.allocation.sparse_input import SparseInput
     from nmexport.calibration.checkpoint import Checkpoint
+    from nmexport.calibration.sites import Site
     from nmexport.progress import Progress
 
 

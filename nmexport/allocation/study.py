@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nmexport.allocation.candidates import Variants
     from nmexport.allocation.cost import CostModel
     from nmexport.allocation.probe import Movement, Probe
-    from nmexport.allocation.sites import Site
+    from nmexport.calibration.sites import Site
 
 
 @dataclass

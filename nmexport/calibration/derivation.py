@@ -14,14 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nmexport.allocation.sites import concatenated_weight
-from nmexport.calibration.order_search import search_orders
+from nmexport.calibration.method import behaviour_of, constants_of
 from nmexport.calibration.sensitivity import gather_sensitivities
+from nmexport.calibration.sites import concatenated_weight
 from nmexport.errors import ModelError
-from nmexport.models.swap import swapped
 from nmexport.sparsity.criterion import CRITERIA
-from nmexport.sparsity.linear import SparseLinear
-from nmexport.sparsity.method import behaviour_of, constants_of
 from nmexport.sparsity.remainder import rank_within, remainder_of
 
 if TYPE_CHECKING:
@@ -29,9 +26,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from nmexport.allocation.sites import Site
-    from nmexport.calibration.order_search import OrderSearch
-    from nmexport.models.layerwise import LayerwiseModel
+    from nmexport.calibration.sites import Site
     from nmexport.progress import Progress
     from nmexport.recipe import SparsitySection
     from nmexport.sparsity.linear import Behaviour, Constants
@@ -165,62 +160,3 @@ def with_remainders(
                 factors = remainder_of(held.weight, rank, seed=seed)
             found[name] = replace(one, constants=replace(one.constants, remainder=factors))
     return found
-
-
-def with_searched_orders(
-    model: Any,
-    sites: Sequence[Site],
-    linears: Mapping[str, nn.Linear],
-    derived: Mapping[str, Derived],
-    samples: torch.Tensor,
-    *,
-    progress: Progress,
-    seed: int,
-    layerwise: LayerwiseModel | None = None,
-) -> tuple[dict[str, Derived], dict[str, OrderSearch]]:
-    """Orders by exchange for the linears whose grouping asks for it, and how far each came.
-
-    What is looked at are the activations of the model as it will run: its linears select already,
-    in the order that the search starts from. Layer by layer, it is those of the dense model.
-
-    Args:
-        model: The dense model; as before afterwards.
-        sites: Linears that share an input share the search.
-        linears: By name.
-        derived: What each computes so far.
-        samples: `[samples, length]` int64 token ids.
-        progress: Counts samples, then searches.
-        seed: Of the searches.
-        layerwise: Runs the model with one layer in memory at a time; None runs it whole.
-    """
-    firsts = [site.names[0] for site in sites if site.names[0] in derived]
-    sought = [name for name in firsts if derived[name].section.grouping == "exchange"]
-    if not sought:
-        return dict(derived), {}
-    running: dict[str, nn.Module] = dict(linears)
-    if layerwise is None:
-        running = {
-            name: SparseLinear(linears[name], one.behaviour, one.constants)
-            for name, one in derived.items()
-        }
-    with swapped(model, running):
-        found = search_orders(
-            model,
-            {name: running[name] for name in sought},
-            {name: derived[name].constants for name in sought},
-            {name: derived[name].behaviour for name in sought},
-            samples,
-            progress=progress,
-            seed=seed,
-            layerwise=layerwise,
-        )
-    ordered = dict(derived)
-    searches: dict[str, OrderSearch] = {}
-    for site in sites:
-        search = found.get(site.names[0])
-        for name in site.names if search else ():
-            assert search is not None  # noqa: S101 - for the type checker
-            searches[name] = search
-            constants_of_it = replace(derived[name].constants, channel_order=search.order)
-            ordered[name] = replace(derived[name], constants=constants_of_it)
-    return ordered, searches

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from nmexport.calibration.forward_passes import _hooked
 from nmexport.calibration.output_head import OutputHead, SampledHead, check_head
-from nmexport.calibration.passes import _hooked
 from nmexport.calibration.products import fast_dtype
 from nmexport.calibration.sensitivity import activations_carry_gradients
 from nmexport.errors import CorpusError, ModelError

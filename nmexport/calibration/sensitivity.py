@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nmexport.calibration.passes import _hooked
+from nmexport.calibration.forward_passes import _hooked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -43,7 +43,7 @@ def engines_command(
     warmup: int,
 ) -> None:
     """Time the dense and the sparse engine of a work directory."""
-    from nmexport.generation import bench_engines
+    from nmexport.bench.engines import bench_engines
 
     work = request(ctx).existing_work()
     work.require("engine")
@@ -145,7 +145,7 @@ def kernels_command(
     seconds: float,
 ) -> None:
     """Time the native kernels against dense products, with the bandwidth they reach."""
-    from nmexport.bench import LLM_SHAPES, SMOLLM2_SHAPES, bench_kernels
+    from nmexport.bench.kernels import LLM_SHAPES, SMOLLM2_SHAPES, bench_kernels
     from nmexport.sparsity.pattern import NMPattern
 
     del device  # one so far

@@ -60,8 +60,8 @@ def cuda_command(
     save: bool,
 ) -> None:
     """Time the CUDA kernels through ONNX Runtime, dense beside sparse, on this machine's GPU."""
+    from nmexport.bench.cuda import MISTRAL_SHAPES, SIDES, bench_cuda, check_savable, save_plans
     from nmexport.cli.bench import shape_from
-    from nmexport.cuda_bench import MISTRAL_SHAPES, SIDES, bench_cuda, check_savable, save_plans
     from nmexport.runtimes.native import require_library
 
     library = require_library()

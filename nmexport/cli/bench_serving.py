@@ -15,8 +15,8 @@ from nmexport.cli.output import console, emit_json, figure, progress, size, tabl
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from nmexport.bench.serving import Through
     from nmexport.serving.launch import Installation, Server
-    from nmexport.serving.load import Through
 
 _server_option = click.option(
     "--server",
@@ -60,7 +60,7 @@ def serve_command(
     The load goes to the scheduler that the packaged model runs, within this process; with
     --through-triton also to a server, whose clients see what Triton and HTTP add.
     """
-    from nmexport.serving.load import Load, bench_serve
+    from nmexport.bench.serving import Load, bench_serve
 
     work = request(ctx).existing_work()
     work.require("engine")
@@ -111,8 +111,8 @@ def _row(row: dict[str, Any], side: str, cost: dict[str, Any] | None) -> tuple[o
 
 @contextlib.contextmanager
 def _through(folder: Path, given: Path | None) -> Iterator[Through]:
+    from nmexport.bench.serving import Through
     from nmexport.serving import launch
-    from nmexport.serving.load import Through
 
     with _started(folder, launch.find_server(given)) as (server, model):
         yield Through(url=server.addresses.http, model=model)
@@ -191,10 +191,10 @@ def soak_command(
     All processes of the server count. Compared are the medians of the first and the last tenth of
     the time.
     """
+    from nmexport.bench.perf_analyzer import PerfAnalyzer
+    from nmexport.bench.soak import Soak, soak
     from nmexport.errors import GateFailed
     from nmexport.serving import launch
-    from nmexport.serving.perf_analyzer import PerfAnalyzer
-    from nmexport.serving.soak import Soak, soak
 
     where = folder or request(ctx).existing_work().root
     installation = launch.find_server(server)

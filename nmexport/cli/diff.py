@@ -21,7 +21,7 @@ def diff_command(ctx: click.Context, before: Path, after: Path) -> None:
     Both are work directories, artifacts of one stage, ONNX files, or reports.
     """
     from nmexport.cli.tables import show_value
-    from nmexport.comparison import compare
+    from nmexport.inspect.diff import compare
 
     outcome = compare(before, after)
     if wants_json(ctx):

@@ -19,8 +19,8 @@ from nmexport.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from nmexport.diagnosis import NativeLibrary
     from nmexport.environment import Environment
+    from nmexport.inspect.doctor import NativeLibrary
 
 
 @click.command("doctor", short_help="What works on this machine, and what mends the rest.")
@@ -32,18 +32,18 @@ def doctor_command(ctx: click.Context) -> None:
 
     For each target that does not: what is missing, and the command that mends it.
     """
-    from nmexport import diagnosis
     from nmexport.environment import probe
+    from nmexport.inspect import doctor
 
     environment = probe()
-    states = diagnosis.diagnose()
-    library = diagnosis.native_library()
+    states = doctor.diagnose()
+    library = doctor.native_library()
     free = shutil.disk_usage(Path.cwd()).free
     if wants_json(ctx):
         emit_json(
             {
                 "environment": environment.as_dict(),
-                "compiler": diagnosis.compiler(),
+                "compiler": doctor.compiler(),
                 "native_library": vars(library),
                 "tritonserver": _tritonserver(),
                 "free_disk_bytes": free,
@@ -54,7 +54,7 @@ def doctor_command(ctx: click.Context) -> None:
     out = console()
     rows = [
         *_machine(environment, free),
-        ("C++ compiler", diagnosis.compiler() or "none"),
+        ("C++ compiler", doctor.compiler() or "none"),
         ("native ops", _library_words(library)),
         ("tritonserver", _tritonserver() or "none: pip install --no-deps nvidia-pytriton==0.7.0"),
         *environment.packages.items(),

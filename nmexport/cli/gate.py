@@ -109,8 +109,8 @@ def _read_report(path: Path) -> dict[str, Any]:
 def _limits(ctx: click.Context, report: Path) -> Any:
     """The gates in force: those given as options, else the recipe's."""
     from nmexport.recipe import GatesSection, load
+    from nmexport.store.work_directory import RESOLVED
     from nmexport.verification.gates import limits_from
-    from nmexport.work_directory import RESOLVED
 
     given = ctx.meta.get(_LIMITS)
     if given:

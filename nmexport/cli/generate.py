@@ -36,7 +36,7 @@ def generate_command(
     dense: bool,
 ) -> None:
     """Continue PROMPT with the built model, streamed; without one, read it from stdin."""
-    from nmexport.generation import generate
+    from nmexport.generation.loop import generate
 
     work = request(ctx).existing_work()
     work.require("engine")

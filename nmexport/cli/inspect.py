@@ -20,7 +20,7 @@ def inspect_command(ctx: click.Context, path: Path | None) -> None:
     Without PATH, the work directory that --work or --model names, or the last one built.
     """
     from nmexport.cli.tables import show_value
-    from nmexport.description import describe
+    from nmexport.inspect.describe import describe
 
     found = describe(path if path is not None else request(ctx).existing_work().root)
     if wants_json(ctx):

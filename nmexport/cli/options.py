@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from nmexport.pipeline import Pipeline
     from nmexport.recipe import Recipe
-    from nmexport.work_directory import WorkDirectory
+    from nmexport.store.work_directory import WorkDirectory
 
 F = TypeVar("F", bound="Callable[..., Any]")
 
@@ -57,7 +57,7 @@ class Request:
 
         file = self.file
         if file is None and self.model is None and self.work is not None:
-            from nmexport.work_directory import RESOLVED, WorkDirectory
+            from nmexport.store.work_directory import RESOLVED, WorkDirectory
 
             WorkDirectory(self.work).recipe()  # says what is wrong where there is none
             file = self.work / RESOLVED
@@ -76,7 +76,7 @@ class Request:
             UserError: whatever is wrong with them.
         """
         from nmexport.recipe import resolve
-        from nmexport.work_directory import RESOLVED
+        from nmexport.store.work_directory import RESOLVED
 
         text = {
             key: value for key, value in self.overrides.items() if key.startswith("evaluation.")
@@ -96,7 +96,7 @@ class Request:
 
     def work_directory(self, recipe: Recipe) -> WorkDirectory:
         """`--work`, or a folder named after model and pattern."""
-        from nmexport.work_directory import WorkDirectory
+        from nmexport.store.work_directory import WorkDirectory
 
         return WorkDirectory(self.work or self._default_work(recipe))
 
@@ -114,7 +114,7 @@ class Request:
             UserError: if there is none.
         """
         from nmexport.errors import WorkDirectoryError
-        from nmexport.work_directory import RESOLVED, WorkDirectory
+        from nmexport.store.work_directory import RESOLVED, WorkDirectory
 
         if self.work is not None:
             work = WorkDirectory(self.work)
@@ -305,7 +305,7 @@ _RECIPE_OPTIONS = (
         "--grouping",
         "sparsity.grouping",
         "Which channels compete: neighbours, or those of a permutation.",
-        metavar="consecutive|random|balanced|exchange",
+        metavar="consecutive|random|balanced",
     ),
     click.option(
         "--targets",

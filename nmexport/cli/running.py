@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from nmexport.cli.figures import show_report
 from nmexport.cli.output import console, emit_json, size, table, wants_json
 from nmexport.errors import EnvironmentFault, GateFailed
 from nmexport.progress import duration
+from nmexport.store.artifact import KEY_CHARS
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import click
 
-    from nmexport.estimate import Estimate
-    from nmexport.pipeline import Pipeline, Selection, Step
+    from nmexport.inspect.estimate import Estimate
+    from nmexport.pipeline import Pipeline, Selection, StageRefused, Step
+
+_NOT_RUN = {"cached": "up to date", "refused": "refused"}
 
 
 def run(ctx: click.Context, pipeline: Pipeline, selection: Selection) -> None:
@@ -24,12 +28,14 @@ def run(ctx: click.Context, pipeline: Pipeline, selection: Selection) -> None:
     Raises:
         GateFailed: if the verification's verdict is `fail`; after everything was shown.
     """
-    refusal: GateFailed | None = None
+    from nmexport.pipeline import StageRefused
+
+    refusal: StageRefused | None = None
     _check_room(pipeline, selection)
     try:
         steps = pipeline.run(selection)
-    except GateFailed as error:  # packaging refuses what failed: the figures say why it did
-        refusal, steps = error, pipeline.plan(selection)
+    except StageRefused as error:  # shown with the figures that say why
+        refusal, steps = error, error.steps
     report = _report(pipeline.work.root) if "verify" in selection.stages else None
     if wants_json(ctx):
         emit_json(
@@ -55,7 +61,7 @@ def _check_room(pipeline: Pipeline, selection: Selection) -> None:
     Raises:
         EnvironmentFault: if the disk has too little room for all of them.
     """
-    from nmexport.estimate import estimate
+    from nmexport.inspect.estimate import estimate
 
     steps = pipeline.plan(selection)
     if all(step.action == "cached" for step in steps):
@@ -81,7 +87,7 @@ def _in_words(expected: Estimate, pipeline: Pipeline) -> str:
 
 def show_plan(ctx: click.Context, pipeline: Pipeline, selection: Selection) -> None:
     """Say what is cached, what runs and why, and what it will take."""
-    from nmexport.estimate import estimate
+    from nmexport.inspect.estimate import estimate
 
     steps = pipeline.plan(selection)
     expected = estimate(pipeline.recipe, pipeline.source, steps, pipeline.work.root)
@@ -114,24 +120,24 @@ def _report(work: Path) -> dict[str, Any] | None:
 def _show_outcome(pipeline: Pipeline, steps: list[Step], report: dict[str, Any] | None) -> None:
     out = console()
     seconds = sum(step.seconds or 0.0 for step in steps)
-    if any(step.action == "run" for step in steps):
-        rows = [
-            (
-                step.stage,
-                "up to date" if step.seconds is None else duration(step.seconds),
-                None if step.seconds is None else f"{step.seconds / max(seconds, 1e-9):.0%}",
-                size(step.peak_memory_bytes),
-                size(step.bytes),
-                step.key[:12],
-            )
-            for step in steps
-        ]
-        out.print(table(None, ("stage", "took", "share", "memory", "size", "key"), rows))
-    else:
+    if all(step.action == "cached" for step in steps):
         out.print(f"Everything is up to date in {pipeline.work.root}.", soft_wrap=True)
+    else:
+        columns = ("stage", "took", "share", "memory", "size", "key")
+        out.print(table(None, columns, [_outcome_row(step, seconds) for step in steps]))
     if report is not None:
-        from nmexport.cli.figures import show_report
-
         show_report(out, report, pipeline.work.root)
     else:
         out.print(f"In {pipeline.work.root}", soft_wrap=True)
+
+
+def _outcome_row(step: Step, seconds: float) -> tuple[object, ...]:
+    ran = step.seconds is not None
+    return (
+        step.stage,
+        duration(step.seconds or 0.0) if ran else _NOT_RUN[step.action],
+        f"{(step.seconds or 0.0) / max(seconds, 1e-9):.0%}" if ran else None,
+        size(step.peak_memory_bytes),
+        size(step.bytes),
+        step.key[:KEY_CHARS],
+    )

@@ -21,14 +21,14 @@ from nmexport.graph.contract import op_contract
 from nmexport.graph.functions import IR_VERSION, function_protos_for
 from nmexport.graph.initializers import add_initializer
 from nmexport.graph.linears import LINEARS, fused_name
+from nmexport.graph.low_rank import add_remainder, without_factors
 from nmexport.graph.matching import static_size
-from nmexport.graph.remainder import add_remainder, without_factors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from nmexport.layers import LayerSpec
+    from nmexport.store.layers import LayerSpec
 
 LAYER_ATTRIBUTE = "layer"
 """Attribute of a traced NMLinear node that holds the dotted name of its linear."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from nmexport.layers import LayerSpec
+    from nmexport.store.layers import LayerSpec
 
 _TOKEN_INPUTS: Mapping[str, tuple[str, str]] = {
     "input_ids": ("batch_size", "sequence_length"),

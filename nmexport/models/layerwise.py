@@ -21,8 +21,8 @@ from torch import nn
 from nmexport.errors import ArtifactError, ModelError
 from nmexport.models.last_logits import last_logits
 from nmexport.models.swap import swapped
-from nmexport.scratch import scratch_array
-from nmexport.tensors import TensorReader
+from nmexport.store.scratch import scratch_array
+from nmexport.store.tensors import TensorReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -105,7 +105,6 @@ class LayerwiseModel:
         progress: Progress,
         label: str,
         after: Callable[[], None] = lambda: None,
-        after_layer: Callable[[], None] = lambda: None,
         logits_kept: int = 1,
         use_logits: Callable[[int, torch.Tensor], None] | None = None,
         substitutes: Mapping[str, Callable[[], nn.Module]] | None = None,
@@ -117,7 +116,6 @@ class LayerwiseModel:
             progress: Counts layers.
             label: What it counts them under.
             after: Called after each sample in each layer.
-            after_layer: Called after each layer, its weights gone.
             logits_kept: Positions at the end of a sample whose logits are computed; 0 is all.
             use_logits: Given each sample's index and logits `[kept, V]`.
             substitutes: Modules that stand in for linears, by name: made when their layer runs,
@@ -140,7 +138,6 @@ class LayerwiseModel:
                     for number in range(len(samples)):
                         spool[number] = _hidden(layer(spool[number], *arguments, **options))
                         after()
-                after_layer()
             with self._substituted_outside(made):
                 self._finish(samples, spool, after, logits_kept, use_logits)
 

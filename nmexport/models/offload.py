@@ -85,16 +85,6 @@ def open_dense(
     return OpenedModel(model=model)
 
 
-def runs_layerwise(source: ModelSource, *, trust_remote_code: bool, offload: Offload) -> bool:
-    """Whether `open_dense` would run the model layer by layer now.
-
-    Raises:
-        ModelError: if layer by layer is asked for and the model's format does not allow it.
-    """
-    chosen, _ = _placed(source, trust_remote_code=trust_remote_code, offload=offload)
-    return chosen == "layerwise"
-
-
 def needs_whole(recipe: Recipe) -> list[str]:
     """What of a recipe has to be learned, or measured through gradients or many trials."""
     from nmexport.sparsity.criterion import CRITERIA

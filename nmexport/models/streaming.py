@@ -17,7 +17,7 @@ from torch import nn
 from nmexport.errors import ArtifactError, ModelError
 from nmexport.models.layerwise import skeleton, stored_names
 from nmexport.models.loader import load_model
-from nmexport.tensors import TensorReader
+from nmexport.store.tensors import TensorReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable

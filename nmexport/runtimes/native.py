@@ -6,10 +6,13 @@ import ctypes
 import hashlib
 import json
 import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import EnvironmentFault
+from nmexport.resources import NATIVE_FOLDER
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 THREADS_ENTRY = "custom_op.nmexport.threads"
 """Session configuration entry that tells the library how many threads the session has, which ONNX
@@ -19,7 +22,7 @@ HUGE_PAGES_ENTRY = "custom_op.nmexport.huge_pages"
 """Session configuration entry: "1" has the library copy constant weights into huge pages, "0"
 leaves them in the mapped file. The same."""
 
-_FOLDER = Path(__file__).resolve().parent.parent / "_native"
+_FOLDER = NATIVE_FOLDER
 _FAILURE_FILE = "BUILD_FAILED.txt"  # written by plugins/build_hook.py
 _MEND = "python -m pip install --no-deps --force-reinstall --editable . (with a C++ compiler)"
 

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from nmexport.errors import ArtifactError
-from nmexport.runtimes.tensorrt_library import TARGETS
+from nmexport.runtimes.tensorrt.library import TARGETS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,10 +30,10 @@ def open_session(engine: Path, *, dense: bool = False, elsewhere: bool = False) 
         EnvironmentFault: if this machine cannot run it.
     """
     if runtime_of(engine) in TARGETS and not (elsewhere and why_not_here(engine)):
-        from nmexport.runtimes.tensorrt import TensorRTSession
+        from nmexport.runtimes.tensorrt_session import TensorRTSession
 
         return TensorRTSession.from_engine(engine, dense=dense)
-    from nmexport.runtimes.onnxruntime import OrtSession
+    from nmexport.runtimes.onnxruntime_session import OrtSession
 
     return OrtSession.from_engine(engine, dense=dense)
 
@@ -59,6 +59,6 @@ def why_not_here(engine: Path) -> str | None:
     """
     if runtime_of(engine) not in TARGETS:
         return None
-    from nmexport.runtimes.tensorrt_engine import why_not_runnable
+    from nmexport.runtimes.tensorrt.description import why_not_runnable
 
     return why_not_runnable(engine)

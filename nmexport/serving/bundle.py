@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nmexport.errors import ArtifactError
-from nmexport.serving.options import GenerationOptions, options_from
+from nmexport.generation.options import GenerationOptions, options_from
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from nmexport.artifact import FileRecord
     from nmexport.runtimes.session import Extendable
+    from nmexport.store.artifact import FileRecord
 
 SCHEMA = 1
 FILENAME = "bundle.json"

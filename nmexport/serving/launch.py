@@ -201,7 +201,7 @@ def models_of(repository: Path) -> dict[str, bool]:
 
 def why_no_plans(installation: Installation) -> str | None:
     """Why a server cannot run TensorRT plans on this machine; None where it can."""
-    from nmexport.runtimes.tensorrt_library import gpu_is_usable
+    from nmexport.runtimes.tensorrt.library import gpu_is_usable
 
     root = installation.server.resolve().parent.parent
     if not (root / "backends" / "tensorrt").is_dir():

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nmexport.artifact import record_files
 from nmexport.errors import ArtifactError
+from nmexport.generation.options import GenerationOptions, options_from
+from nmexport.generation.tokenizer import ServingTokenizer
 from nmexport.serving import bundle as bundles
 from nmexport.serving import triton_config
-from nmexport.serving.options import GenerationOptions, options_from
-from nmexport.serving.tokenizer import ServingTokenizer
+from nmexport.store.artifact import record_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -76,7 +76,7 @@ def write_text_model(output: Path, source: TextModel) -> Path:
         ArtifactError: if the exported model lacks what serving needs, or does not run.
         EnvironmentFault: if this machine lacks what it needs to run.
     """
-    from nmexport.generation import end_tokens
+    from nmexport.generation.loop import end_tokens
 
     model_folder = output / REPOSITORY / source.name
     folder = model_folder / VERSION
@@ -219,7 +219,7 @@ def _write_cpu_model(folder: Path, *, has_native_ops: bool) -> str | None:
     model = folder / _MODEL
     if not needs_widening(model):
         return None
-    from nmexport.runtimes.onnxruntime_bfloat16 import widened
+    from nmexport.graph.cpu import widened
 
     (folder / _CPU_MODEL).write_bytes(widened(model, has_native_ops=has_native_ops))
     return _CPU_MODEL
@@ -244,7 +244,7 @@ def _relocated(engine: Mapping[str, Any], cpu_model: str | None) -> str:
 def _write_reference(folder: Path, tokens: list[list[int]]) -> None:
     import numpy as np
 
-    from nmexport.runtimes.onnxruntime import OrtSession
+    from nmexport.runtimes.onnxruntime_session import OrtSession
 
     with OrtSession.from_engine(folder) as session:
         np.save(folder / bundles.REFERENCE, bundles.first_logits(session, tokens))

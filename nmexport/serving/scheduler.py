@@ -25,18 +25,19 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from nmexport.errors import RequestError
+from nmexport.generation.sampler import Sampler
+from nmexport.generation.stopping import StopFilter
+from nmexport.generation.text_stream import TextStream
 from nmexport.serving import metrics as names
 from nmexport.serving.metrics import Harmless, Metrics, NoMetrics
-from nmexport.serving.sampling import Sampler
-from nmexport.serving.text import StopFilter, TextStream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
+    from nmexport.generation.options import GenerationOptions
     from nmexport.runtimes.session import Extendable
-    from nmexport.serving.options import GenerationOptions
 
 FinishReason = Literal["stop", "length"]
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 from nmexport.environment import free_memory
 from nmexport.errors import RequestError
+from nmexport.generation.options import options_from
+from nmexport.generation.tokenizer import ServingTokenizer, messages_from
 from nmexport.runtimes.session import Closing
 from nmexport.serving import bundle as bundles
-from nmexport.serving.options import options_from
 from nmexport.serving.scheduler import DEFAULT_MAX_TOKENS, Limits, Scheduler
 from nmexport.serving.stopping import DRAIN_SECONDS
-from nmexport.serving.tokenizer import ServingTokenizer, messages_from
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -112,7 +112,7 @@ class TextService(Closing):
             EnvironmentFault: if this machine lacks what it needs.
             RequestError: if a setting makes no sense.
         """
-        from nmexport.runtimes.onnxruntime import OrtSession
+        from nmexport.runtimes.onnxruntime_session import OrtSession
 
         bundle = bundles.read_bundle(folder)
         bundle.check_files()

@@ -13,7 +13,7 @@ from nmexport.errors import ArtifactError, EnvironmentFault
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from nmexport.runtimes.tensorrt_engine import EngineTensor, TensorRTEngine
+    from nmexport.runtimes.tensorrt.description import EngineTensor, TensorRTEngine
 
 CONFIG = "config.pbtxt"
 PLAN = "model.plan"

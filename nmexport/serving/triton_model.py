@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nmexport.errors import EnvironmentFault, RequestError
+from nmexport.generation.options import NAMES
 from nmexport.serving import metrics as names
 from nmexport.serving.metrics import Harmless
-from nmexport.serving.options import NAMES
 from nmexport.serving.service import SETTINGS, TextRequest, TextService
 from nmexport.serving.stopping import StopSignals, drain_seconds
 

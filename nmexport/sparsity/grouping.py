@@ -70,8 +70,5 @@ GROUPINGS: Mapping[str, Rule] = MappingProxyType(
         "consecutive": _consecutive,
         "random": _random,
         "balanced": _balanced,
-        # What the model selects by while activations are gathered for the search, which itself
-        # starts from a random order: see `nmexport.calibration.order_search`.
-        "exchange": _balanced,
     }
 )

@@ -24,20 +24,22 @@ from nmexport.sparsity.pattern import MAX_GROUP, NMPattern
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from nmexport.recipe import TargetsSection
 
 OUTPUT_EMBEDDING = "lm_head"
 _FORMS = "a glob such as q_proj or model.layers.*.mlp.*, type:CLASS, layer:A or layer:A-B"
 _LAYER_RANGE = re.compile(r"(-?\d+)(?:-(-?\d+))?")
 
 
-def select_targets(model: nn.Module, section: TargetsSection, pattern: NMPattern) -> list[str]:
+def select_targets(
+    model: nn.Module, pattern: NMPattern, *, include: Sequence[str], exclude: Sequence[str]
+) -> list[str]:
     """Names of the linears to sparsify.
 
     Args:
         model: A causal language model.
-        section: Include and exclude patterns.
         pattern: N:M that every selected linear must fit.
+        include: Patterns of names to sparsify.
+        exclude: Patterns of names to leave dense.
 
     Returns:
         Dotted names of `nn.Linear` modules, in model order.
@@ -52,14 +54,14 @@ def select_targets(model: nn.Module, section: TargetsSection, pattern: NMPattern
             f"{type(model).__name__} has no torch.nn.Linear to sparsify.",
             allowed="a causal language model built of torch.nn.Linear",
         )
-    included = _matching(model, linears, section.include, "include")
-    exclude = [pattern for pattern in section.exclude if pattern not in section.include]
-    excluded = _matching(model, linears, exclude, "exclude")
+    included = _matching(model, linears, include, "include")
+    unnamed = [one for one in exclude if one not in include]
+    excluded = _matching(model, linears, unnamed, "exclude")
     chosen = [name for name in linears if name in included and name not in excluded]
     if not chosen:
         raise TargetError(
-            f"Nothing is left to sparsify: exclude {_listed(section.exclude)} takes away all that "
-            f"include {_listed(section.include)} selects.",
+            f"Nothing is left to sparsify: exclude {_listed(exclude)} takes away all that "
+            f"include {_listed(include)} selects.",
             fix="include by name what is excluded, such as --targets lm_head, or exclude less",
         )
     _check_fits({name: linears[name] for name in chosen}, pattern)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from nmexport.calibration.corpus import SELF, corpus_identity, load_samples
 from nmexport.errors import ArtifactError, CorpusError
-from nmexport.layers import FILENAME
+from nmexport.store.layers import FILENAME
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -81,14 +81,14 @@ class Artifact:
 
         See `nmexport.calibration.corpus.Samples`.
         """
-        from nmexport.tensors import load_tensors
+        from nmexport.store.tensors import load_tensors
 
         return {name: ids.long() for name, ids in load_tensors(self.path / SAMPLES).items()}
 
     def statistics(self) -> dict[str, ChannelStatistics]:
         """Statistics by linear, of those that a token reached."""
         from nmexport.sparsity.statistics import ChannelStatistics
-        from nmexport.tensors import load_tensors
+        from nmexport.store.tensors import load_tensors
 
         tensors = load_tensors(self.path / STATISTICS)
         return {
@@ -130,11 +130,11 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     """
     import torch
 
-    from nmexport.calibration.passes import gather_channel_statistics, on_best_device
+    from nmexport.calibration.forward_passes import gather_channel_statistics, on_best_device
     from nmexport.models.loader import load_tokenizer
     from nmexport.models.offload import check_layerwise, is_placed, open_dense
     from nmexport.sparsity.targets import linears_of, select_targets
-    from nmexport.tensors import save_tensors
+    from nmexport.store.tensors import save_tensors
 
     recipe = inputs.recipe
     trusted = recipe.model.trust_remote_code
@@ -149,7 +149,8 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     model = opened.model
     if opened.layerwise is not None:
         check_layerwise(recipe)
-    select_targets(model, recipe.sparsity.targets, recipe.sparsity.pattern)
+    targets = recipe.sparsity.targets
+    select_targets(model, recipe.sparsity.pattern, include=targets.include, exclude=targets.exclude)
     if opened.layerwise is None and not is_placed(model):
         model = on_best_device(model)
     loaded = load_samples(

@@ -15,16 +15,16 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from nmexport.artifact import file_digest
 from nmexport.errors import ArtifactError, EnvironmentFault, RecipeError
+from nmexport.store.artifact import file_digest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from nmexport.recipe import Target
-    from nmexport.runtimes.onnxruntime import Engine
-    from nmexport.runtimes.tensorrt_library import TensorRTTarget
+    from nmexport.runtimes.onnxruntime_session import Engine
+    from nmexport.runtimes.tensorrt.library import TensorRTTarget
     from nmexport.stages.inputs import StageInputs
 
 Runtime = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
@@ -55,7 +55,7 @@ class Artifact:
         Raises:
             ArtifactError: if `engine.json` is missing or not of this schema.
         """
-        from nmexport.runtimes.onnxruntime import read_engine
+        from nmexport.runtimes.onnxruntime_session import read_engine
 
         return read_engine(self.path)
 
@@ -66,7 +66,7 @@ def resolve_target(target: Target) -> Runtime:
     `auto` is TensorRT where its package, a GPU and the plugin library are here, TensorRT-RTX where
     those of its own are, and ONNX Runtime elsewhere.
     """
-    from nmexport.runtimes import tensorrt_library
+    from nmexport.runtimes.tensorrt import library as tensorrt_library
 
     if target != "auto":
         return target
@@ -76,7 +76,7 @@ def resolve_target(target: Target) -> Runtime:
 
 
 def _loads(target: TensorRTTarget) -> bool:
-    from nmexport.runtimes import tensorrt_library
+    from nmexport.runtimes.tensorrt import library as tensorrt_library
 
     try:
         tensorrt_library.load(target)
@@ -112,9 +112,9 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
     }
     if target == "onnxruntime":
         return {**fields, "gpus": [gpu.name for gpu in inputs.environment.gpus]}
-    from nmexport.engines import requirements
-    from nmexport.engines.profiles import limits_from
-    from nmexport.runtimes import tensorrt_library
+    from nmexport.runtimes.tensorrt import library as tensorrt_library
+    from nmexport.runtimes.tensorrt import requirements
+    from nmexport.runtimes.tensorrt.profiles import limits_from
 
     requirements.check(target, inputs.recipe.engine.compute_capabilities)
     return {
@@ -143,8 +143,8 @@ def run(inputs: StageInputs) -> dict[str, Any]:
 
 
 def _run_tensorrt(inputs: StageInputs, target: TensorRTTarget) -> dict[str, Any]:
-    from nmexport.engines.pair import LOG, build_pair
-    from nmexport.runtimes.tensorrt_engine import SECTION
+    from nmexport.runtimes.tensorrt.description import SECTION
+    from nmexport.runtimes.tensorrt.pair import LOG, build_pair
 
     built = build_pair(
         target=target,
@@ -187,7 +187,7 @@ def _run_onnxruntime(inputs: StageInputs) -> dict[str, Any]:
 
 def _description(inputs: StageInputs, library: Path | None) -> dict[str, Any]:
     """How the ONNX files run on ONNX Runtime."""
-    from nmexport.runtimes.onnxruntime import ENGINE_SCHEMA, SESSION_CONFIG, choose_provider
+    from nmexport.runtimes.onnxruntime_session import ENGINE_SCHEMA, SESSION_CONFIG, choose_provider
 
     return {
         "schema": ENGINE_SCHEMA,
@@ -231,7 +231,7 @@ def _load_check(folder: Path, *, dense: bool) -> float:
     """Open a model, run one token, and return the seconds that opening took."""
     import numpy as np
 
-    from nmexport.runtimes.onnxruntime import OrtSession
+    from nmexport.runtimes.onnxruntime_session import OrtSession
 
     began = time.monotonic()
     with OrtSession.from_engine(folder, dense=dense) as session:

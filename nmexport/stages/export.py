@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from nmexport.graph.assembly import DenseWeights
-    from nmexport.layers import LayerSpec
     from nmexport.stages.inputs import StageInputs
+    from nmexport.store.layers import LayerSpec
 
 UPSTREAM: tuple[str, ...] = ("fold",)
 
@@ -158,7 +158,7 @@ def write_models(
     """
     from nmexport.graph import assembly, checks
     from nmexport.graph.passes import optimise
-    from nmexport.models.tensors import deferred_group
+    from nmexport.models.lazy_tensors import deferred_group
     from nmexport.models.tracing import trace
 
     specs = {layer.name: layer for layer in layers}
@@ -191,7 +191,7 @@ def _attach_parameters(
     traced: ir.Model, model: PreTrainedModel, read: Callable[[str], torch.Tensor]
 ) -> None:
     """Let the graph's parameters be read when they are written, not held."""
-    from nmexport.models.tensors import deferred
+    from nmexport.models.lazy_tensors import deferred
 
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, value in traced.graph.initializers.items():
@@ -206,7 +206,7 @@ def _original_weights(
 ) -> DenseWeights:
     """Weight and bias of a linear as they were, in the order that MatMul reads."""
     from nmexport.graph.assembly import DenseWeights
-    from nmexport.models.tensors import deferred
+    from nmexport.models.lazy_tensors import deferred
 
     weight = model.get_parameter(f"{name}.weight")  # [O, K]
     bias = model.get_submodule(name).bias

@@ -7,15 +7,16 @@ Linears may be given patterns of their own (`allocate`), their constants follow 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nmexport.calibration.effort import learning_settings
 from nmexport.errors import ModelError
-from nmexport.layers import LayerSpec, read_layers, write_layers
 from nmexport.sparsity.mitigation import check_allocatable, check_combination
 from nmexport.stages import calibrate
+from nmexport.store.folded import LEARNING, FoldedModel
+from nmexport.store.layers import LayerSpec, write_layers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -27,84 +28,25 @@ if TYPE_CHECKING:
 
     from nmexport.allocation.allocate import Prepared
     from nmexport.allocation.choice import Allocation
-    from nmexport.allocation.sites import Site
     from nmexport.calibration.checkpoint import Checkpoint
     from nmexport.calibration.corpus import TokenIds
     from nmexport.calibration.derivation import Derived
+    from nmexport.calibration.grouping_distance import GroupingDistance
     from nmexport.calibration.learning import Learned
     from nmexport.calibration.local_error import ErrorObserver
-    from nmexport.calibration.order_search import GroupingDistance
+    from nmexport.calibration.sites import Site
     from nmexport.models.layerwise import LayerwiseModel
     from nmexport.recipe import SparsitySection
     from nmexport.sparsity.linear import Constants
     from nmexport.sparsity.statistics import ChannelStatistics
     from nmexport.stages.inputs import StageInputs
-    from nmexport.tensors import TensorReader
 
 UPSTREAM: tuple[str, ...] = ("calibrate",)
 # Local errors and the static variance correction need few tokens: one number a layer.
 ERROR_SAMPLES = 4
 SENSITIVITY_SAMPLES = 16
-ORDER_SAMPLES = 24
-# Where the learned constants' loss curve is kept.
-LEARNING = "learning.json"
-# Of the last samples: not those that orders were searched on.
 DISTANCE_SAMPLES = 2
-TENSORS = (
-    "W",
-    "bias",
-    "shift",
-    "shift_weight",
-    "score_scale",
-    "channel_order",
-    "weight_scale",
-    "remainder_in",
-    "remainder_out",
-)
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A finished fold."""
-
-    path: Path
-
-    @property
-    def layers(self) -> list[LayerSpec]:
-        """The sparsified linears, in model order."""
-        return read_layers(self.path)
-
-    @property
-    def learning(self) -> dict[str, Any] | None:
-        """How the learned constants came about: `settings` and `curve`; None without any."""
-        import json
-
-        try:
-            document: dict[str, Any] = json.loads((self.path / LEARNING).read_text("utf-8"))
-        except FileNotFoundError:
-            return None
-        return document
-
-    def tensors(self, name: str) -> Mapping[str, torch.Tensor]:
-        """Tensors of one linear by their name in the op contract: `W`, and those it uses.
-
-        Each is read when it is asked for, and not kept.
-
-        Raises:
-            ArtifactError: if the file is damaged, or does not hold this linear.
-        """
-        from nmexport.tensors import StoredGroup
-
-        reader = self._reader
-        held = [kind for kind in TENSORS if kind == "W" or f"{name}.{kind}" in reader]
-        return StoredGroup(reader, name, held)
-
-    @cached_property
-    def _reader(self) -> TensorReader:
-        """Of all linears: the index is long, and is read once."""
-        from nmexport.tensors import TensorReader
-
-        return TensorReader(self.path)
+Artifact = FoldedModel
 
 
 class _Given(NamedTuple):
@@ -142,7 +84,6 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
     Raises:
         RecipeError: if the mitigations do not go together, or not with a budget: said before
             anything runs.
-        ModelError: if a model is to run layer by layer whose format does not allow it.
     """
     recipe = inputs.recipe
     mitigations = recipe.sparsity.mitigations
@@ -158,9 +99,8 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
         "weights": recipe.model.weights,
         "sparsity": recipe.sparsity.model_dump(mode="json"),
         "allocation": _allocation_key(recipe.allocation),
-        "placement": _placement(inputs),
         "seed": recipe.seed,
-        "samples": [ERROR_SAMPLES, SENSITIVITY_SAMPLES, ORDER_SAMPLES],
+        "samples": [ERROR_SAMPLES, SENSITIVITY_SAMPLES],
         "learning": None if settings is None else asdict(settings),
         "versions": {"torch": inputs.environment.version("torch")},
     }
@@ -247,21 +187,11 @@ def _made(
         learning: Names the checkpoint.
     """
     from nmexport.calibration import derivation
-    from nmexport.calibration.passes import gather_errors
+    from nmexport.calibration.forward_passes import gather_errors
 
     seed = given.inputs.recipe.seed
     derived = derivation.derive(
         given.sites, given.linears, given.statistics, sections, seed=seed, loaded=given.loaded
-    )
-    derived, _ = derivation.with_searched_orders(
-        given.model,
-        given.sites,
-        given.linears,
-        derived,
-        given.samples[:ORDER_SAMPLES],
-        progress=given.inputs.progress,
-        seed=seed,
-        layerwise=given.layerwise,
     )
     derived = derivation.with_remainders(derived, given.linears, seed=seed, loaded=given.loaded)
     errors = gather_errors(
@@ -280,9 +210,9 @@ def _made(
 
 
 def _given(inputs: StageInputs) -> _Given:
-    from nmexport.allocation.sites import input_sites
     from nmexport.calibration.derivation import with_sensitivities
-    from nmexport.calibration.passes import on_best_device
+    from nmexport.calibration.forward_passes import on_best_device
+    from nmexport.calibration.sites import input_sites
     from nmexport.models.offload import check_layerwise, is_placed, open_dense
     from nmexport.sparsity.quantisation import scale_groups
     from nmexport.sparsity.targets import linears_of, select_targets
@@ -299,8 +229,13 @@ def _given(inputs: StageInputs) -> _Given:
     model, layerwise = opened.model, opened.layerwise
     if layerwise is not None:
         check_layerwise(recipe)
-    targets = set(select_targets(model, recipe.sparsity.targets, recipe.sparsity.pattern))
-    linears = {name: linear for name, linear in linears_of(model).items() if name in targets}
+    targets = recipe.sparsity.targets
+    selected = set(
+        select_targets(
+            model, recipe.sparsity.pattern, include=targets.include, exclude=targets.exclude
+        )
+    )
+    linears = {name: linear for name, linear in linears_of(model).items() if name in selected}
     statistics = calibrated.statistics()
     _check_reached(linears, statistics)
     for name, linear in linears.items():
@@ -332,26 +267,6 @@ def _check_reached(
             f"No calibration token reached {unreached[0]} ({len(unreached)} such linears).",
             fix="calibrate on more samples, or exclude these linears with --targets",
         )
-
-
-def _placement(inputs: StageInputs) -> str | None:
-    """How the model runs, where bytes depend on it: orders are searched on what linears meet.
-
-    Layer by layer, that is the dense model's activations: see `derivation.with_searched_orders`.
-    """
-    from nmexport.models.offload import needs_whole, runs_layerwise
-
-    recipe = inputs.recipe
-    if recipe.sparsity.grouping != "exchange":
-        return None
-    if needs_whole(recipe):
-        return "whole"  # or refused
-    layered = runs_layerwise(
-        inputs.source,
-        trust_remote_code=recipe.model.trust_remote_code,
-        offload=recipe.calibration.offload,
-    )
-    return "layerwise" if layered else "whole"
 
 
 def _allocation_key(section: Any) -> dict[str, Any] | None:
@@ -413,7 +328,7 @@ def _with_static_variance(
     Those of the model that is sparse already change no result: on SmolLM2 at 8:16 each nu was the
     same within half a percent, and perplexity within the noise of what near ties decide.
     """
-    from nmexport.sparsity.method import needs_static_variance
+    from nmexport.calibration.method import needs_static_variance
 
     return {
         name: replace(one, constants=replace(one.constants, nu=errors[name].static_nu()))
@@ -425,7 +340,7 @@ def _with_static_variance(
 
 def _distances(given: _Given, derived: Mapping[str, Derived]) -> dict[str, GroupingDistance]:
     """How close each order comes to unstructured selection; of consecutive groups, nothing."""
-    from nmexport.calibration.order_search import grouping_distances
+    from nmexport.calibration.grouping_distance import grouping_distances
 
     ordered = {
         name: one for name, one in derived.items() if one.constants.channel_order is not None
@@ -555,7 +470,7 @@ def _on_cpu(linear: nn.Linear) -> nn.Linear:
 
 
 def _write_tensors(given: _Given, made: _Made) -> None:
-    from nmexport.tensors import ShardedWriter
+    from nmexport.store.tensors import ShardedWriter
 
     inputs = given.inputs
     with ShardedWriter(inputs.output) as writer:

@@ -10,14 +10,14 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nmexport.artifact import read_manifest
 from nmexport.errors import ArtifactError, GateFailed
 from nmexport.stages import verify
+from nmexport.store.artifact import read_manifest
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from nmexport.runtimes.tensorrt_engine import TensorRTEngine
+    from nmexport.runtimes.tensorrt.description import TensorRTEngine
     from nmexport.serving.bundle import Bundle
     from nmexport.serving.repository import TextModel
     from nmexport.stages.inputs import StageInputs
@@ -106,8 +106,8 @@ def _write_engine(inputs: StageInputs, name: str) -> tuple[list[str], str | None
         Plugin libraries that a server must load, relative to the package; and why there is no raw
         engine, where there is none.
     """
-    from nmexport.runtimes import tensorrt_library
-    from nmexport.runtimes.tensorrt_engine import PLAN, engine_plugin, read_tensorrt_engine
+    from nmexport.runtimes.tensorrt import library as tensorrt_library
+    from nmexport.runtimes.tensorrt.description import PLAN, engine_plugin, read_tensorrt_engine
     from nmexport.serving import repository
     from nmexport.serving.triton_config import signature_of_engine
 
@@ -168,7 +168,7 @@ def text_model(inputs: StageInputs, *, verdict: str) -> TextModel:
     """
     from nmexport.models.source import licence_files
     from nmexport.recipe import short_name
-    from nmexport.runtimes.onnxruntime import engine_library, read_engine
+    from nmexport.runtimes.onnxruntime_session import engine_library, read_engine
     from nmexport.serving.repository import TextModel
 
     serving = inputs.recipe.serving

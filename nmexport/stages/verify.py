@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from nmexport.calibration import corpus
 from nmexport.errors import ArtifactError, RecipeError
-from nmexport.layers import model_phases
 from nmexport.stages import fold
 from nmexport.stages.engine import NO_LIBRARY, resolve_target
+from nmexport.store.layers import model_phases
 from nmexport.verification import tasks
 
 if TYPE_CHECKING:
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from nmexport.layers import ModelPhases
     from nmexport.recipe import EvaluationSection, LatencySection, Recipe
-    from nmexport.runtimes.onnxruntime import Engine
+    from nmexport.runtimes.onnxruntime_session import Engine
     from nmexport.runtimes.session import Session
     from nmexport.stages.inputs import StageInputs
+    from nmexport.store.layers import ModelPhases
     from nmexport.verification.accuracy import LateLogits
     from nmexport.verification.reference import TorchSession
 
@@ -128,7 +128,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
         ArtifactError: if an upstream artifact cannot be read.
         EnvironmentFault: if the engine's native library is missing here.
     """
-    from nmexport.runtimes.onnxruntime import read_engine
+    from nmexport.runtimes.onnxruntime_session import read_engine
     from nmexport.runtimes.opening import why_not_here
     from nmexport.verification import alone, memory, report_engine, report_pages
     from nmexport.verification.reference import model_size
@@ -362,7 +362,7 @@ def _decoded_together(sparse: Session, windows: NDArray[np.int64]) -> int:
 
 def _tasks(inputs: StageInputs, dense: Session, sparse: Session) -> dict[str, Any]:
     """The report's `accuracy.tasks`, and how they were scored."""
-    from nmexport.generation import load_tokenizer
+    from nmexport.generation.loop import load_tokenizer
 
     suite = tasks.Suite.of(inputs.recipe.evaluation)
     if suite is None:
@@ -389,7 +389,7 @@ def _dataset(section: EvaluationSection) -> str:
 
 
 def _audit(inputs: StageInputs, engine: Engine, windows: NDArray[np.int64]) -> dict[str, Any]:
-    from nmexport.runtimes.onnxruntime import engine_library
+    from nmexport.runtimes.onnxruntime_session import engine_library
     from nmexport.verification import audit
 
     counted = windows[:_AUDIT_WINDOWS]
@@ -406,7 +406,7 @@ def _audit(inputs: StageInputs, engine: Engine, windows: NDArray[np.int64]) -> d
 
 def _parity(inputs: StageInputs, engine: Engine, prompts: NDArray[np.int64]) -> dict[str, Any]:
     """The report's `parity`: whole models in lock step, and each linear against the oracle."""
-    from nmexport.runtimes.onnxruntime import OrtSession
+    from nmexport.runtimes.onnxruntime_session import OrtSession
     from nmexport.runtimes.opening import open_session, why_not_here
     from nmexport.verification import cache_parity, parity
     from nmexport.verification.reference import open_folded
@@ -453,7 +453,7 @@ def _linear_parity(
     why: Mapping[str, str],
 ) -> dict[str, Any]:
     """Each executor's linears against the oracle, on one prompt."""
-    from nmexport.runtimes.onnxruntime import engine_library
+    from nmexport.runtimes.onnxruntime_session import engine_library
     from nmexport.verification import op_parity, parity
     from nmexport.verification.audit import open_instrumented
     from nmexport.verification.reference import array_from

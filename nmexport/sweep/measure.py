@@ -17,16 +17,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nmexport.artifact import KEY_CHARS, canonical_json, digest_of
 from nmexport.calibration import corpus
 from nmexport.environment import probe
 from nmexport.errors import UserError, WorkDirectoryError
-from nmexport.layers import model_phases
 from nmexport.models import source as models
 from nmexport.pipeline import Pipeline, Selection
 from nmexport.stages import fold
+from nmexport.store.artifact import KEY_CHARS, canonical_json, digest_of
+from nmexport.store.layers import model_phases
+from nmexport.store.work_directory import WorkDirectory
 from nmexport.sweep.replay import Replay
-from nmexport.work_directory import WorkDirectory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
-    from nmexport.layers import ModelPhases
     from nmexport.models.source import ModelSource
     from nmexport.progress import Progress
     from nmexport.recipe import Recipe
+    from nmexport.store.layers import ModelPhases
     from nmexport.sweep.plan import Baseline, Cell, Measure
     from nmexport.verification.reference import TorchSession
 
@@ -180,7 +180,10 @@ class _Bench:
 
         session, model = self._loaded(recipe)
         groups = baseline.pattern or NMPattern(1, 1)
-        chosen = set(select_targets(model, recipe.sparsity.targets, groups))
+        targets = recipe.sparsity.targets
+        chosen = set(
+            select_targets(model, groups, include=targets.include, exclude=targets.exclude)
+        )
         replaced: dict[str, nn.Module] = {
             name: replacement(linear, baseline)
             for name, linear in linears_of(model).items()
@@ -234,7 +237,7 @@ class _Bench:
         """Evaluation text, made or read once for all cells that share it."""
         import torch
 
-        from nmexport.tensors import load_tensors, save_tensors
+        from nmexport.store.tensors import load_tensors, save_tensors
 
         fields = {"model": self._find_model(recipe.model).digest, **_evaluation_fields(recipe)}
         path = self._job.folder / f"windows-{digest_of(fields)[:KEY_CHARS]}.safetensors"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nmexport.runtimes.session import Closing, Limits
-from nmexport.scratch import scratch_array
+from nmexport.store.scratch import scratch_array
 
 if TYPE_CHECKING:
     from collections.abc import Callable

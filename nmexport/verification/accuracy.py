@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from nmexport.layers import ModelPhases
     from nmexport.progress import Progress
     from nmexport.runtimes.session import Resumable, Session
+    from nmexport.store.layers import ModelPhases
 
 # Rows of logits that become float64 at once: few stay in the processor's caches.
 _ROWS = 8

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from nmexport.layers import ModelPhases
     from nmexport.progress import Progress
     from nmexport.runtimes.session import Session, Timed
+    from nmexport.store.layers import ModelPhases
 
 WHY = "the recipe leaves out the dense baseline (--no-dense-baseline)"
 NOTE = (

@@ -17,7 +17,7 @@ from nmexport.errors import ArtifactError
 from nmexport.graph.contract import attribute_values, op_contract, present_inputs
 from nmexport.graph.functions import function_protos_for
 from nmexport.graph.linears import PlacedLinear, placed_linears
-from nmexport.runtimes.onnxruntime import EXTERNAL_DATA_FOLDER, SESSION_CONFIG, OrtSession
+from nmexport.runtimes.onnxruntime_session import EXTERNAL_DATA_FOLDER, SESSION_CONFIG, OrtSession
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from nmexport.layers import LayerSpec
+    from nmexport.store.layers import LayerSpec
 
 PROTOCOL = (
     "Counted by the runtime inside the shipped model: each sparsified linear's input, less its "

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     import onnx
     from numpy.typing import NDArray
 
-    from nmexport.layers import LayerSpec
-    from nmexport.runtimes.onnxruntime import OrtSession
+    from nmexport.runtimes.onnxruntime_session import OrtSession
+    from nmexport.store.layers import LayerSpec
 
     Tensors = Mapping[str, NDArray[Any]]
     Compute = Callable[[LayerSpec, NDArray[Any]], NDArray[Any]]

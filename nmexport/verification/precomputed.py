@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from nmexport.runtimes.session import Closing, Limits
-from nmexport.scratch import scratch_array
+from nmexport.store.scratch import scratch_array
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

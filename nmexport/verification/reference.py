@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
-    from nmexport.layers import LayerSpec
     from nmexport.models.source import ModelSource
     from nmexport.recipe import ModelSection
-    from nmexport.stages.fold import Artifact as FoldArtifact
+    from nmexport.store.folded import FoldedModel
+    from nmexport.store.layers import LayerSpec
 
 
 PERTURBATION = 1e-7
@@ -148,7 +148,7 @@ def open_dense(source: ModelSource, section: ModelSection, *, device: str = "cpu
 
 
 def open_folded(
-    source: ModelSource, section: ModelSection, fold: FoldArtifact, *, device: str = "cpu"
+    source: ModelSource, section: ModelSection, fold: FoldedModel, *, device: str = "cpu"
 ) -> TorchSession:
     """The model with its target linears replaced by folded ones, as every executor computes them.
 
@@ -165,7 +165,7 @@ def open_folded(
     return TorchSession(model, model.config.get_text_config().vocab_size)
 
 
-def folded_linear(layer: LayerSpec, fold: FoldArtifact) -> FoldedLinear:
+def folded_linear(layer: LayerSpec, fold: FoldedModel) -> FoldedLinear:
     """One linear of a fold artifact.
 
     Raises:

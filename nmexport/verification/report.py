@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nmexport.artifact import plain
+from nmexport.store.artifact import plain
 from nmexport.verification import report_learning
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from nmexport.environment import Environment
-    from nmexport.layers import ModelPhases
     from nmexport.models.source import ModelSource
     from nmexport.recipe import Recipe
+    from nmexport.store.layers import ModelPhases
 
 SCHEMA = 1
 MIXED = "mixed patterns"

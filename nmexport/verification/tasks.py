@@ -20,10 +20,10 @@ from nmexport.errors import EnvironmentFault, RecipeError, UserError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from nmexport.layers import ModelPhases
     from nmexport.progress import Progress
     from nmexport.recipe import EvaluationSection
     from nmexport.runtimes.session import Limits, Session
+    from nmexport.store.layers import ModelPhases
 
 PROTOCOL = (
     "lm-evaluation-harness {version} asks both models the same requests; dense and sparse answers "

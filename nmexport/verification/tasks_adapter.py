@@ -18,7 +18,7 @@ from lm_eval.models.utils import (
 )
 
 from nmexport.errors import UserError
-from nmexport.serving.sampling import Sampler
+from nmexport.generation.sampler import Sampler
 from nmexport.verification.likelihood import ScoredText, scores
 
 if TYPE_CHECKING:

@@ -17,15 +17,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nmexport.artifact import file_digest
-from nmexport.bench import LLM_SHAPES, SMOLLM2_SHAPES, bench_kernels
+from nmexport.bench.engines import bench_engines
+from nmexport.bench.kernels import LLM_SHAPES, SMOLLM2_SHAPES, bench_kernels
 from nmexport.environment import probe
-from nmexport.generation import bench_engines
 from nmexport.progress import Silent, on_stream
 from nmexport.runtimes.native import require_library
-from nmexport.runtimes.onnxruntime import engine_library, read_engine
+from nmexport.runtimes.onnxruntime_session import engine_library, read_engine
+from nmexport.store.artifact import file_digest
+from nmexport.store.work_directory import WorkDirectory
 from nmexport.verification.report_plots import svg_from
-from nmexport.work_directory import WorkDirectory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -29,7 +29,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "7b": {**WIDE, "num_hidden_layers": 32, "tie_word_embeddings": False},
 }
 STAGES = ("calibrate", "fold", "export", "engine", "verify", "package")
-# What runs layer by layer; orders are searched, since that takes most.
+# What runs layer by layer.
 METHOD = ("--criterion", "act", "--mitigation", "var", "--grouping", "balanced")
 SAMPLES = ("--calib-self-share", "0", "--calib-samples", "2", "--calib-length", "64")
 _ROUND = 64  # vocabularies are multiples of this
@@ -89,7 +89,7 @@ def _memory_of(pid: int) -> dict[str, int]:
 
 def measure(options: argparse.Namespace, more: Sequence[str]) -> dict[str, Any]:
     """Run every stage up to the last one asked for."""
-    from nmexport.estimate import parameter_count
+    from nmexport.inspect.estimate import parameter_count
     from nmexport.models.source import resolve as find
     from nmexport.recipe import ModelSection
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from nmexport.runtimes import tensorrt_library
+from nmexport.runtimes.tensorrt import library as tensorrt_library
 
 if TYPE_CHECKING:
     from collections.abc import Generator

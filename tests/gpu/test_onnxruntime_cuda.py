@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 import pytest
-from nmexport.runtimes import native, tensorrt_library
-from nmexport.runtimes.onnxruntime import choose_provider, open_session, session_options
+from nmexport.runtimes import native
+from nmexport.runtimes.onnxruntime_session import choose_provider, open_session, session_options
+from nmexport.runtimes.tensorrt import library as tensorrt_library
 
 from tests.op_cases import FLOAT16, FLOAT32, one_node_model, run_session
 from tests.plugin_build import ROOT, build_script

@@ -12,9 +12,9 @@ from nmexport.errors import EnvironmentFault
 from nmexport.models.source import ModelSource
 from nmexport.progress import Silent
 from nmexport.recipe import EngineSection, EvaluationSection, LatencySection, ModelSection, Recipe
-from nmexport.runtimes import tensorrt_library
-from nmexport.runtimes.onnxruntime import OrtSession
-from nmexport.runtimes.tensorrt import TensorRTSession
+from nmexport.runtimes.onnxruntime_session import OrtSession
+from nmexport.runtimes.tensorrt import library as tensorrt_library
+from nmexport.runtimes.tensorrt_session import TensorRTSession
 from nmexport.stages import engine
 from nmexport.stages.inputs import StageInputs
 
@@ -121,7 +121,7 @@ def test_a_replayed_step_gives_the_same_bits(built: Path) -> None:
 def test_a_build_leaves_timings_for_the_next(built: Path) -> None:
     if target() != "tensorrt":
         pytest.skip("TensorRT-RTX times nothing while it builds")
-    from nmexport.engines.timing_cache import timing_cache_path
+    from nmexport.runtimes.tensorrt.timing_cache import timing_cache_path
 
     version = tensorrt_library.load("tensorrt").__version__
     device = probe().gpus[0].name

@@ -1,0 +1,1 @@
+"""Measurements of speed: kernels, engines, and a server under load."""

@@ -1,0 +1,64 @@
+"""Latency of a work directory's engine, sparse against dense, outside of a build."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nmexport.environment import device_name, probe
+from nmexport.runtimes.opening import open_session
+from nmexport.verification import latency
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from nmexport.progress import Progress
+
+
+def bench_engines(
+    work: Path,
+    *,
+    prefill_tokens: int = 128,
+    decode_context: int = 128,
+    batch: int = 1,
+    runs: int = 30,
+    warmup: int = 3,
+    seed: int = 0,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Time the dense and the sparse model of a work directory, interleaved.
+
+    Args:
+        work: The work directory.
+        prefill_tokens: Tokens of the timed prompt.
+        decode_context: Tokens in the cache of the timed decode step.
+        batch: Sequences of the timed decode step.
+        runs: Counted runs of each model and phase.
+        warmup: Uncounted runs before.
+        seed: Of the random tokens.
+        progress: Where to count.
+
+    Returns:
+        The report's `latency`.
+
+    Raises:
+        ArtifactError: if the work directory holds no engine, or one that cannot be opened.
+        EnvironmentFault: if the engine needs a native library that is missing here.
+    """
+    engine = work / "engine" / "current"
+    with (
+        open_session(engine, dense=True, elsewhere=True) as dense,
+        open_session(engine, elsewhere=True) as sparse,
+    ):
+        rng = np.random.default_rng(seed)
+        return latency.compare(
+            dense,
+            sparse,
+            prompt=rng.integers(sparse.vocabulary_size, size=(1, prefill_tokens)),
+            context=rng.integers(sparse.vocabulary_size, size=(batch, decode_context)),
+            runs=runs,
+            warmup=warmup,
+            device=device_name(probe(), on_gpu=sparse.threads is None),
+            progress=progress,
+        )

@@ -1,0 +1,537 @@
+"""Speed of the native NMLinear on a CPU beside every dense product that it has to beat.
+
+One graph a side, each holding as many different weights as exceed the last-level cache, so that
+weights come from memory as they do in a model; the sides take turns within one run, and who begins
+moves on. All outputs share one buffer, as activations do in a model.
+
+| side | what it is |
+|---|---|
+| `matmul` | ONNX Runtime's MatMul in float32, its weights prepacked |
+| `nbits8`, `nbits4` | ONNX Runtime's MatMulNBits: dense weights in int8 and int4 |
+| `dense_T` | our own kernel over all rows, weights in T |
+| `sparse_T` | our kernel over the kept rows, weights in T |
+| `select` | NMPrune alone, in float32: the selection of `sparse_T`, and a write |
+| `read` | the same memory read in order and nothing else: the ceiling |
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+
+from nmexport.errors import RecipeError
+from nmexport.sparsity.pattern import NMPattern
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    import onnx
+    from numpy.typing import NDArray
+
+Dtype = Literal["float32", "float16", "bfloat16", "int8", "int8:128"]
+"""Of the weights; activations are float32 where weights are int8, else the same. `int8` has a scale
+an output, `int8:128` one for every 128 channels too, or for fewer where 128 does not divide K."""
+
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+SMOLLM2_SHAPES: tuple[tuple[int, int], ...] = ((576, 960), (576, 576), (576, 3072), (1536, 576))
+"""(in_features, out_features) of SmolLM2-135M's linears, fused as they are exported."""
+LLM_SHAPES: tuple[tuple[int, int], ...] = (
+    (4096, 6144),
+    (4096, 4096),
+    (4096, 28672),
+    (14336, 4096),
+    (2048, 8192),
+    (576, 1536),
+)
+"""Linears of 1B to 8B models, and one of SmolLM2's."""
+DEFAULT_PATTERN = NMPattern(8, 16)
+CACHE_BYTES = 32 << 20
+"""A last-level cache, where the system does not tell its size."""
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_TIMES_CACHE = 3  # weights of one side together, of the last-level cache
+_SELECT_NODES = 64  # selections of one run, so that the run's own cost does not count as theirs
+SCALE_GROUP = 128
+"""Channels that share a scale in MatMulNBits, where they divide K; else 32."""
+_SMALL_GROUP = 32
+_MAX_COPIES = 256
+_ITEM_BYTES: Mapping[str, int] = {
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "int8": 1,
+    "int8:128": 1,
+}
+_UNIT = 16  # channels that share a scale of NMLinear are a multiple of this
+_NBITS: Mapping[str, int] = {"nbits8": 8, "nbits4": 4}
+_DOMAINS: Mapping[str, tuple[str, int]] = {
+    "MatMul": ("", 20),
+    "MatMulNBits": ("com.microsoft", 1),
+    "NMLinear": ("nmexport", 1),
+    "NMPrune": ("nmexport", 1),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Durations of one node, in microseconds."""
+
+    p10_us: float
+    median_us: float
+    p90_us: float
+
+    @classmethod
+    def of(cls, durations_us: Sequence[float]) -> Timing:
+        """Quantiles of the runs."""
+        import numpy as np
+
+        low, middle, high = np.percentile(np.asarray(durations_us), [10, 50, 90])
+        return cls(p10_us=float(low), median_us=float(middle), p90_us=float(high))
+
+
+def bench_kernels(
+    shapes: Sequence[tuple[int, int]] = SMOLLM2_SHAPES,
+    tokens: Sequence[int] = (1, 128),
+    *,
+    threads: Sequence[int] = (1,),
+    pattern: NMPattern = DEFAULT_PATTERN,
+    dtypes: Sequence[Dtype] = ("float32",),
+    grouped: bool = False,
+    rivals: bool = True,
+    seconds: float = 2.0,
+    min_runs: int = 5,
+    rotated_bytes: int | None = None,
+    library: Path | None = None,
+) -> dict[str, Any]:
+    """Time all sides on every shape, token count and thread count.
+
+    Args:
+        shapes: (in_features, out_features) pairs; in_features a multiple of the group size.
+        tokens: Tokens of a run: 1 is decode, many are prefill.
+        threads: Intra-op threads of each session.
+        pattern: N:M of the sparse sides.
+        dtypes: Of the weights.
+        grouped: Give the sparse sides a `channel_order`.
+        rivals: Time MatMulNBits too.
+        seconds: Least time for each row.
+        min_runs: Least runs of each side.
+        rotated_bytes: Weights of one side together; above the last-level cache they are cold.
+            Default three times that cache.
+        library: The native library; default the installed one.
+
+    Returns:
+        JSON values: the settings, and `results`, one row a shape, thread and token count, with
+        `sides` (p10, median and p90 in microseconds), `read_gb_per_s`, and by dtype `ratio` (the
+        faster dense side of the same weights over sparse, medians; MatMul counts as float32 and
+        MatMulNBits as int8), `ratio_own_dense`, `kept_gb_per_s`, the rate at which kept weights are
+        read, `share_of_read`, and `selection_share` of the sparse side's time.
+
+    Raises:
+        RecipeError: if a shape does not fit the pattern or a number is out of range.
+        EnvironmentFault: if the native library is missing.
+    """
+    import onnxruntime
+    from nmexport.environment import probe
+    from nmexport.runtimes import native
+
+    _check(shapes, tokens, threads, pattern)
+    path = library or native.require_library()
+    rotated = _TIMES_CACHE * last_level_cache() if rotated_bytes is None else rotated_bytes
+    rows = []
+    for in_features, out_features in shapes:
+        for count in threads:
+            problem = _Problem(
+                in_features=in_features,
+                out_features=out_features,
+                threads=count,
+                pattern=pattern,
+                dtypes=tuple(dtypes),
+                grouped=grouped,
+                rivals=rivals,
+                rotated_bytes=rotated,
+                library=path,
+            )
+            with _Sides(problem) as sides:
+                rows += [sides.row(one, seconds=seconds, min_runs=min_runs) for one in tokens]
+    return {
+        "runtime": f"onnxruntime {onnxruntime.__version__}",
+        "variant": native.describe_library(path)["variant"],
+        "device": probe().cpu,
+        "pattern": str(pattern),
+        "dtypes": list(dtypes),
+        "grouped": grouped,
+        "rotated_bytes": rotated,
+        "results": rows,
+    }
+
+
+def last_level_cache(folder: Path = _CACHES) -> int:
+    """Bytes of the largest cache that the system tells of; `CACHE_BYTES` where it tells of none."""
+    units = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    sizes = [
+        re.fullmatch(r"(\d+)([KMG]?)", path.read_text(encoding="ascii").strip())
+        for path in folder.glob("index*/size")
+    ]
+    return max((int(size[1]) * units[size[2]] for size in sizes if size), default=CACHE_BYTES)
+
+
+def interleave(
+    sides: Mapping[str, Callable[[], None]], *, seconds: float, min_runs: int
+) -> dict[str, list[float]]:
+    """Run the sides in turn until both limits are met; durations in microseconds.
+
+    Every side runs once beforehand, unmeasured; each round begins with the next side.
+    """
+    durations: dict[str, list[float]] = {side: [] for side in sides}
+    order = list(sides.items())
+    for _, run in order:
+        run()
+    end = time.perf_counter() + seconds
+    runs = 0
+    while runs < min_runs or time.perf_counter() < end:
+        for side, run in order:
+            start = time.perf_counter()
+            run()
+            durations[side].append((time.perf_counter() - start) * 1e6)
+        order.append(order.pop(0))
+        runs += 1
+    return durations
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Problem:
+    in_features: int
+    out_features: int
+    threads: int
+    pattern: NMPattern
+    dtypes: tuple[Dtype, ...]
+    grouped: bool
+    rivals: bool
+    rotated_bytes: int
+    library: Path
+
+    def weight_bytes(self, dtype: str) -> float:
+        return self.in_features * self.out_features * _ITEM_BYTES[dtype]
+
+    def copies(self, item_bytes: float) -> int:
+        size = self.in_features * self.out_features * item_bytes
+        return min(max(int(self.rotated_bytes / size) + 1, 1), _MAX_COPIES)
+
+
+def _check(
+    shapes: Sequence[tuple[int, int]],
+    tokens: Sequence[int],
+    threads: Sequence[int],
+    pattern: NMPattern,
+) -> None:
+    for in_features, out_features in shapes:
+        if in_features < 1 or out_features < 1 or in_features % pattern.m:
+            raise RecipeError(
+                f"Shape {in_features}x{out_features} does not fit {pattern}.",
+                allowed=f"in_features a multiple of {pattern.m}, both positive",
+            )
+    if any(count < 1 for count in (*threads, *tokens)):
+        raise RecipeError(
+            f"threads {list(threads)} and tokens {list(tokens)} cannot be measured.",
+            allowed="1 or more of each",
+        )
+
+
+class _Sides:
+    """All sides of one shape and thread count, opened once for all token counts; close them."""
+
+    def __init__(self, problem: _Problem) -> None:
+        import numpy as np
+
+        self._problem = problem
+        self._copies: dict[str, int] = {}
+        self._sessions = {name: _open(self._graph(name), problem) for name in _side_names(problem)}
+        # One piece for each thread: the loop is to be timed, not what starts it.
+        size = problem.copies(4) * int(problem.weight_bytes("float32")) // problem.threads
+        self._memory = [np.ones(size, np.uint8) for _ in range(problem.threads)]
+        self._readers = ThreadPoolExecutor(problem.threads)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._readers.shutdown()
+        self._sessions.clear()  # gigabytes, which the next shape needs
+        self._memory.clear()
+
+    def _graph(self, name: str) -> onnx.ModelProto:
+        problem = self._problem
+        item = _NBITS[name] / 8 if name in _NBITS else _ITEM_BYTES.get(name.partition("_")[2], 4)
+        self._copies[name] = _SELECT_NODES if name == "select" else problem.copies(item)
+        return _model(name, problem, self._copies[name])
+
+    def row(self, tokens: int, *, seconds: float, min_runs: int) -> dict[str, Any]:
+        """Measure one token count."""
+        problem = self._problem
+        runs: dict[str, Callable[[], None]] = {
+            name: _runner(session, tokens, problem) for name, session in self._sessions.items()
+        }
+        durations = interleave({**runs, "read": self._read}, seconds=seconds, min_runs=min_runs)
+        timings = {
+            name: Timing.of([one / self._copies.get(name, 1) for one in values])
+            for name, values in durations.items()
+        }
+        read = sum(part.nbytes for part in self._memory) / timings["read"].median_us / 1e3
+        medians = {name: timing.median_us for name, timing in timings.items()}
+        return {
+            "in_features": problem.in_features,
+            "out_features": problem.out_features,
+            "tokens": tokens,
+            "threads": problem.threads,
+            "weights": self._copies[f"sparse_{problem.dtypes[0]}"],
+            "runs": len(durations["read"]),
+            "sides": {name: vars(timing) for name, timing in timings.items()},
+            "read_gb_per_s": read,
+            **{dtype: _figures(dtype, problem, medians, read) for dtype in problem.dtypes},
+        }
+
+    def _read(self) -> None:
+        from nmexport.runtimes import native
+
+        def share(part: NDArray[Any]) -> None:
+            native.read_memory(self._problem.library, part.ctypes.data, part.nbytes)
+
+        list(self._readers.map(share, self._memory))
+
+
+def _figures(
+    dtype: str, problem: _Problem, medians: Mapping[str, float], read: float
+) -> dict[str, float]:
+    sparse, own = medians[f"sparse_{dtype}"], medians[f"dense_{dtype}"]
+    rival = {"float32": "matmul", "int8": "nbits8", "int8:128": "nbits8"}.get(dtype)
+    dense = min(own, medians.get(rival, own)) if rival else own
+    kept = problem.weight_bytes(dtype) * problem.pattern.density / sparse / 1e3
+    return {
+        "ratio": dense / sparse,
+        "ratio_own_dense": own / sparse,
+        "ratio_matmul_float32": medians["matmul"] / sparse,
+        "kept_gb_per_s": kept,
+        "share_of_read": kept / read,
+        "selection_share": medians["select"] / sparse,
+    }
+
+
+def _side_names(problem: _Problem) -> list[str]:
+    ours = [f"{kind}_{dtype}" for dtype in problem.dtypes for kind in ("dense", "sparse")]
+    fits = problem.rivals and problem.in_features % _SMALL_GROUP == 0
+    return ["matmul", *(_NBITS if fits else ()), *ours, "select"]
+
+
+def _model(name: str, problem: _Problem, copies: int) -> onnx.ModelProto:
+    """A model with one product for each weight, all of the same input."""
+    from onnx import helper
+
+    kind, _, dtype = name.partition("_")
+    element = _element("float32" if not dtype or dtype.startswith("int8") else dtype)
+    nodes, initializers = _parts(kind, dtype or "float32", problem, copies)
+    columns = problem.in_features if kind == "select" else problem.out_features
+    graph = helper.make_graph(
+        nodes,
+        "bench",
+        [helper.make_tensor_value_info("X", element, [1, "tokens", problem.in_features])],
+        [
+            helper.make_tensor_value_info(f"Y{i}", element, [1, "tokens", columns])
+            for i in range(copies)
+        ],
+        initializers,
+    )
+    used = {_DOMAINS[node.op_type] for node in nodes} | {("", 20)}
+    opsets = [helper.make_opsetid(*entry) for entry in sorted(used)]
+    model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    return model
+
+
+def _parts(
+    kind: str, dtype: str, problem: _Problem, copies: int
+) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+    from onnx import helper
+
+    if kind == "select":
+        order, constants = _order(problem)
+        inputs = ["X", "", order] if order else ["X"]
+        nodes = [
+            helper.make_node(
+                "NMPrune",
+                inputs,
+                [f"Y{i}"],
+                domain="nmexport",
+                n=problem.pattern.n,
+                m=problem.pattern.m,
+            )
+            for i in range(copies)
+        ]
+        return nodes, constants
+    if kind in _NBITS:
+        return _nbits_parts(_NBITS[kind], problem, copies)
+    weights = [
+        _tensor(f"W{i}", _element(dtype.partition(":")[0]), array)
+        for i, array in enumerate(_weights(dtype, problem, copies))
+    ]
+    if kind == "matmul":
+        nodes = [helper.make_node("MatMul", ["X", f"W{i}"], [f"Y{i}"]) for i in range(copies)]
+        return nodes, weights
+    order, constants = _order(problem) if kind == "sparse" else ("", [])
+    scale = _scales(dtype, problem) if dtype.startswith("int8") else []
+    absent = ["", "", "", ""]  # bias, shift, shift_weight, score_scale
+    rest = [*absent, order, "scale" if scale else ""]
+    while rest and not rest[-1]:
+        rest.pop()
+    kept = problem.pattern.n if kind == "sparse" else problem.pattern.m
+    nodes = [
+        helper.make_node(
+            "NMLinear",
+            ["X", f"W{i}", *rest],
+            [f"Y{i}"],
+            domain="nmexport",
+            n=kept,
+            m=problem.pattern.m,
+        )
+        for i in range(copies)
+    ]
+    return nodes, [*weights, *constants, *scale]
+
+
+def _nbits_parts(
+    bits: int, problem: _Problem, copies: int
+) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+    """MatMulNBits with random weights; its layout is [O, groups, bytes of a group]."""
+    import numpy as np
+    from onnx import helper, numpy_helper
+
+    group = SCALE_GROUP if problem.in_features % SCALE_GROUP == 0 else _SMALL_GROUP
+    groups = problem.in_features // group
+    shape = (problem.out_features, groups, group * bits // 8)
+    random = np.random.default_rng(0)
+    scale = np.full(problem.out_features * groups, 1e-3, np.float32)
+    tensors = [numpy_helper.from_array(scale, "scale")]
+    tensors += [
+        _tensor(f"W{i}", _element("uint8"), np.frombuffer(random.bytes(int(np.prod(shape))), "u1"))
+        for i in range(copies)
+    ]
+    for tensor in tensors[1:]:
+        tensor.dims[:] = shape
+    nodes = [
+        helper.make_node(
+            "MatMulNBits",
+            ["X", f"W{i}", "scale"],
+            [f"Y{i}"],
+            domain="com.microsoft",
+            block_size=group,
+            accuracy_level=4,  # int8 dot products: the fastest
+            K=problem.in_features,
+            N=problem.out_features,
+            bits=bits,
+        )
+        for i in range(copies)
+    ]
+    return nodes, tensors
+
+
+def _weights(dtype: str, problem: _Problem, copies: int) -> list[NDArray[Any]]:
+    """`copies` arrays `[K, O]` at addresses of their own; their values repeat."""
+    import ml_dtypes
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    shape = (problem.in_features, problem.out_features)
+    some = random.standard_normal(1 << 16, dtype=np.float32) / np.sqrt(shape[0], dtype=np.float32)
+    if dtype.startswith("int8"):
+        typed: NDArray[Any] = random.integers(-127, 128, some.size).astype(np.int8)
+    else:
+        typed = some.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    return [np.resize(np.roll(typed, index), shape) for index in range(copies)]
+
+
+def _scales(dtype: str, problem: _Problem) -> list[onnx.TensorProto]:
+    """One scale an output, or an output and group of channels."""
+    import numpy as np
+    from onnx import numpy_helper
+
+    _, _, group = dtype.partition(":")
+    rows = math.gcd(int(group), problem.in_features) if group else problem.in_features
+    groups = problem.in_features // rows if rows % _UNIT == 0 else 1
+    return [numpy_helper.from_array(np.full((groups, problem.out_features), 1e-3, "f4"), "scale")]
+
+
+def _order(problem: _Problem) -> tuple[str, list[onnx.TensorProto]]:
+    import numpy as np
+    from onnx import numpy_helper
+
+    if not problem.grouped:
+        return "", []
+    order = np.random.default_rng(1).permutation(problem.in_features).astype(np.int32)
+    return "order", [numpy_helper.from_array(order, "order")]
+
+
+def _element(dtype: str) -> int:
+    import onnx
+
+    names = {"float32": "FLOAT"}
+    return int(onnx.TensorProto.DataType.Value(names.get(dtype, dtype.upper())))
+
+
+def _tensor(name: str, element: int, array: NDArray[Any]) -> onnx.TensorProto:
+    import onnx
+
+    tensor = onnx.TensorProto(name=name, data_type=element, dims=array.shape)
+    tensor.raw_data = array.tobytes()
+    return tensor
+
+
+@dataclass(frozen=True)
+class _Session:
+    session: Any
+    element: int
+    columns: int
+
+
+def _open(model: onnx.ModelProto, problem: _Problem) -> _Session:
+    import tempfile
+
+    import onnx
+
+    import onnxruntime
+    from nmexport.runtimes.native import HUGE_PAGES_ENTRY
+    from nmexport.runtimes.onnxruntime_session import SESSION_CONFIG, session_options
+
+    config = {**SESSION_CONFIG, HUGE_PAGES_ENTRY: "1"}  # as whole models open where they fit
+    options = session_options(library=problem.library, threads=problem.threads, config=config)
+    with tempfile.TemporaryDirectory() as folder:
+        # Weights beside the model: together they may exceed what protobuf holds.
+        path = Path(folder) / "model.onnx"
+        onnx.save(model, path, save_as_external_data=True, location="weights")
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    output = model.graph.output[0].type.tensor_type
+    return _Session(session, output.elem_type, output.shape.dim[2].dim_value)
+
+
+def _runner(opened: _Session, tokens: int, problem: _Problem) -> Callable[[], None]:
+    """A call that runs the whole model once, without allocating."""
+    import ml_dtypes
+    import numpy as np
+    from onnx import helper
+
+    dtype = helper.tensor_dtype_to_np_dtype(opened.element)
+    random = np.random.default_rng(2)
+    x = random.standard_normal((1, tokens, problem.in_features), dtype=np.float32)
+    x = x.astype(ml_dtypes.bfloat16 if dtype.itemsize == 2 and dtype.kind != "f" else dtype)  # noqa: PLR2004
+    y = np.zeros((1, tokens, opened.columns), dtype=x.dtype)
+    binding = opened.session.io_binding()
+    binding.bind_input("X", "cpu", 0, opened.element, x.shape, x.ctypes.data)
+    for output in opened.session.get_outputs():
+        binding.bind_output(output.name, "cpu", 0, opened.element, y.shape, y.ctypes.data)
+
+    def run(_alive: tuple[NDArray[Any], NDArray[Any]] = (x, y)) -> None:
+        # The binding holds addresses only: the arrays live as long as this function.
+        opened.session.run_with_iobinding(binding)
+
+    return run

@@ -1,0 +1,307 @@
+"""Serving throughput and latency, dense beside sparse: the same load on both, in turns.
+
+The load goes to the scheduler that a server runs, within this process, so that dense and sparse
+differ in nothing else. What Triton and the network add is a side of its own: the packaged sparse
+model in a real server, asked over HTTP, in turns with the others.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nmexport.bench.http_load import Ask, drive
+from nmexport.bench.soak import text_of
+from nmexport.generation.options import GenerationOptions
+from nmexport.serving import metrics as names
+from nmexport.serving.scheduler import Limits, Scheduler
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from nmexport.generation.tokenizer import ServingTokenizer
+    from nmexport.progress import Progress
+    from nmexport.runtimes.session import Extendable
+    from nmexport.serving.scheduler import Outcome, Usage
+
+SIDES = ("dense", "sparse")
+THROUGH = "sparse through Triton"
+"""The side whose clients ask a server; its waits are those between pieces of text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What the clients ask, all the same way."""
+
+    concurrency: int
+    """Clients; each asks again as soon as it is answered."""
+    requests: int
+    """Of all clients together, in one round."""
+    prompt_tokens: int
+    output_tokens: int
+    prefill_chunk: int = 64
+
+
+class _Timings:
+    """Metrics that keep every observation."""
+
+    def __init__(self) -> None:
+        self.observed: dict[str, list[float]] = {names.FIRST_WAIT: [], names.NEXT_WAIT: []}
+
+    def add(self, name: str, amount: float = 1.0) -> None:
+        """Counters are not wanted."""
+
+    def set(self, name: str, value: float) -> None:
+        """Gauges neither."""
+
+    def observe(self, name: str, value: float) -> None:
+        """Keep what is timed."""
+        if name in self.observed:
+            self.observed[name].append(value)
+
+
+@dataclass(eq=False)
+class _Client:
+    """Waits for one answer."""
+
+    is_done: bool = False
+    problem: str | None = None
+
+    def text(self, piece: str, usage: Usage) -> None:
+        """Read it."""
+
+    def done(self, outcome: Outcome) -> None:
+        """Ask again, soon."""
+        del outcome
+        self.is_done = True
+
+    def failed(self, problem: str) -> None:
+        """Keep why."""
+        self.problem = problem
+
+    def is_cancelled(self) -> bool:
+        """Never."""
+        return False
+
+    def abandoned(self) -> None:
+        """Never called."""
+
+
+@dataclass
+class _Rounds:
+    """What the rounds of one side gave."""
+
+    tokens_per_s: list[float] = field(default_factory=list)
+    first_ms: list[float] = field(default_factory=list)
+    next_ms: list[float] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "tokens_per_s": round(statistics.median(self.tokens_per_s), 2),
+            "ttft": _percentiles(self.first_ms),
+            "itl": _percentiles(self.next_ms),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Through:
+    """A ready server on the packaged model."""
+
+    url: str
+    model: str
+
+
+_Side = Callable[[Load, int], tuple[float, int, dict[str, list[float]]]]
+"""Runs a load with a seed once: seconds, tokens, and every wait in ms by the metric's name."""
+
+
+def bench_serve(
+    work: Path,
+    *,
+    loads: Sequence[Load],
+    rounds: int = 5,
+    seed: int = 0,
+    through: Through | None = None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Put each load on the dense and the sparse model of a work directory, in turns.
+
+    Args:
+        work: The work directory.
+        loads: What to ask.
+        rounds: Counted rounds of each load and side; one more warms up.
+        seed: Of the random prompts.
+        through: A server whose clients are a side, too.
+        progress: Where to count.
+
+    Returns:
+        `runtime` and `device`; `perplexity` of both sides with its `dataset`, where the work
+        directory has a report; and `results`, one row a load: the load, `rounds`, and for each side
+        `tokens_per_s` (median of the rounds), `ttft` and `itl` (`p50_ms`, `p90_ms`, `p99_ms` over
+        all requests), and `speedup`.
+
+    Raises:
+        ArtifactError: if the work directory holds no engine, or one that cannot be opened.
+        EnvironmentFault: if the engine needs a native library that is missing here.
+    """
+    from nmexport.environment import device_name, probe
+    from nmexport.generation.tokenizer import ServingTokenizer
+    from nmexport.runtimes.onnxruntime_session import OrtSession, read_engine
+
+    folder = work / "engine" / "current"
+    engine = read_engine(folder)
+    tokenizer = ServingTokenizer(engine.model.parent)
+    with (
+        OrtSession.from_engine(folder, dense=True) as dense,
+        OrtSession.from_engine(folder) as sparse,
+    ):
+        sides = {
+            "dense": _within(dense, tokenizer.decode),
+            "sparse": _within(sparse, tokenizer.decode),
+        }
+        if through is not None:
+            sides[THROUGH] = _through(through, tokenizer)
+        return {
+            "runtime": sparse.runtime,
+            "device": device_name(probe(), on_gpu=engine.provider == "cuda"),
+            "perplexity": _perplexity(work / "report.json"),
+            "results": [
+                compare(sides, load, rounds=rounds, seed=seed, progress=progress) for load in loads
+            ],
+        }
+
+
+def _perplexity(report: Path) -> dict[str, Any] | None:
+    """What the speed costs, as the report has it."""
+    try:
+        accuracy = json.loads(report.read_text(encoding="utf-8"))["accuracy"]
+        return {
+            "dataset": accuracy["dataset"],
+            **{side: accuracy[side]["perplexity"] for side in SIDES},
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # verify has not run, or measured other things
+
+
+def compare(
+    sides: Mapping[str, _Side], load: Load, *, rounds: int, seed: int, progress: Progress
+) -> dict[str, Any]:
+    """One row of `bench_serve`: warm-up, then rounds in turns, each side first in its turn."""
+    measured = {side: _Rounds() for side in sides}
+    for run in sides.values():
+        run(load, seed)
+    label = f"serve: {load.concurrency} clients"
+    order = list(sides)
+    for index in progress.track(range(rounds), label=label, total=rounds):
+        for side in order:
+            seconds, tokens, waits = sides[side](load, seed + 1 + index)
+            measured[side].tokens_per_s.append(tokens / seconds)
+            measured[side].first_ms += waits[names.FIRST_WAIT]
+            measured[side].next_ms += waits[names.NEXT_WAIT]
+        order.append(order.pop(0))
+    row: dict[str, Any] = {side: measured[side].as_dict() for side in sides}
+    speedup = row["sparse"]["tokens_per_s"] / row["dense"]["tokens_per_s"]
+    return {**vars(load), "rounds": rounds, **row, "speedup": round(speedup, 3)}
+
+
+def _within(session: Extendable, decode: Callable[[Sequence[int]], str]) -> _Side:
+    """A scheduler of this process."""
+
+    def run(load: Load, seed: int) -> tuple[float, int, dict[str, list[float]]]:
+        seconds, timings = _round(session, load, decode, seed)
+        return seconds, load.requests * load.output_tokens, timings.observed
+
+    return run
+
+
+def _through(server: Through, tokenizer: ServingTokenizer) -> _Side:
+    """A server's clients; an answer may end before it is as long as the others'."""
+
+    def run(load: Load, seed: int) -> tuple[float, int, dict[str, list[float]]]:
+        del seed  # what a prompt says makes no difference to the time
+        fields = {
+            "text_input": _text_of(tokenizer, load.prompt_tokens),
+            "max_tokens": load.output_tokens,
+            "temperature": 0.0,
+        }
+        began = time.perf_counter()
+        answers = drive(
+            server.url,
+            server.model,
+            [Ask(fields=fields)] * load.requests,
+            clients=load.concurrency,
+        )
+        seconds = time.perf_counter() - began
+        waits = {
+            names.FIRST_WAIT: [one.first_ms for one in answers],
+            names.NEXT_WAIT: [wait for one in answers for wait in one.next_ms],
+        }
+        return seconds, sum(one.tokens for one in answers), waits
+
+    return run
+
+
+def _text_of(tokenizer: ServingTokenizer, tokens: int) -> str:
+    """A text of so many tokens, or of as few more as there is one."""
+    words = 1
+    while len(tokenizer.encode(text_of(words))) < tokens:
+        words += 1
+    return text_of(words)
+
+
+def _round(
+    session: Extendable, load: Load, decode: Callable[[Sequence[int]], str], seed: int
+) -> tuple[float, _Timings]:
+    """Run all requests once; seconds and every wait."""
+    rng = np.random.default_rng(seed)
+    timings = _Timings()
+    context = load.prompt_tokens + load.output_tokens
+    scheduler = Scheduler(
+        session,
+        decode=decode,
+        end_tokens=frozenset(),  # every answer is equally long
+        limits=Limits(
+            context_tokens=context,
+            cache_bytes=context * load.concurrency * session.cache_bytes_per_token,
+            slots=load.concurrency,
+            prefill_chunk=load.prefill_chunk,
+        ),
+        metrics=timings,
+    )
+    options = GenerationOptions(max_tokens=load.output_tokens)
+
+    def ask() -> _Client:
+        client = _Client()
+        prompt = rng.integers(session.vocabulary_size, size=load.prompt_tokens).tolist()
+        scheduler.submit(prompt, options, client)
+        return client
+
+    began = time.perf_counter()
+    asked = min(load.concurrency, load.requests)
+    clients = [ask() for _ in range(asked)]
+    while clients:
+        scheduler.step()
+        failed = next((client.problem for client in clients if client.problem), None)
+        if failed is not None:
+            raise RuntimeError(failed)  # a load that fails measures nothing
+        done = [client for client in clients if client.is_done]
+        for client in done:
+            clients.remove(client)
+            if asked < load.requests:
+                clients.append(ask())
+                asked += 1
+    return time.perf_counter() - began, timings
+
+
+def _percentiles(times_ms: Sequence[float]) -> dict[str, float]:
+    return {
+        f"p{rank}_ms": round(float(np.percentile(times_ms, rank)), 3) if times_ms else 0.0
+        for rank in (50, 90, 99)
+    }

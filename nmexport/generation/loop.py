@@ -1,0 +1,176 @@
+"""Text from a built artifact: prompt in, pieces of text out as they come; no torch."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from nmexport.errors import ArtifactError, UserError
+from nmexport.generation.options import GenerationOptions
+from nmexport.generation.sampler import Sampler
+from nmexport.generation.stopping import StopFilter
+from nmexport.generation.text_stream import TextStream
+from nmexport.runtimes.onnxruntime_session import read_engine
+from nmexport.runtimes.opening import open_session
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
+
+    from nmexport.runtimes.session import Session
+
+
+def generate(
+    work: Path,
+    prompt: str,
+    *,
+    max_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    chat: bool = False,
+    dense: bool = False,
+) -> Iterator[str]:
+    """Continue a prompt with the model that was built in a work directory.
+
+    Args:
+        work: The work directory.
+        prompt: Text to continue, or the user's message where `chat` is set.
+        max_tokens: At most this many tokens; the model's end-of-text token ends it sooner.
+        temperature: 0 takes the likeliest token; higher draws more freely.
+        top_p: Draw from the likeliest tokens that together hold this probability.
+        top_k: Draw from this many likeliest tokens; 0 is no limit.
+        seed: Of the draws.
+        stop: Texts that end the continuation; not part of it.
+        chat: Put the prompt through the model's chat template.
+        dense: Run the dense baseline in place of the sparse model.
+
+    Returns:
+        Pieces of text, each whole characters; joined they are the continuation.
+
+    Raises:
+        UserError: if an option is out of range or the prompt has no tokens.
+        ArtifactError: if the work directory holds no engine, or one that cannot be opened.
+        EnvironmentFault: if the engine needs a native library that is missing here.
+    """
+    # What a server refuses, this refuses.
+    GenerationOptions(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
+    )
+    engine_folder = work / "engine" / "current"
+    folder = read_engine(engine_folder).model.parent
+    tokenizer = load_tokenizer(folder)
+    prompt_ids = encode_prompt(tokenizer, prompt, chat=chat)
+    session = open_session(engine_folder, dense=dense)
+    sampler = Sampler(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    ends = end_tokens(folder, tokenizer)
+
+    def pieces() -> Iterator[str]:
+        with session:
+            tokens = continuation(session, prompt_ids, sampler, max_tokens=max_tokens, ends=ends)
+            yield from until_stop(text_pieces(tokenizer, tokens), stop)
+
+    return pieces()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer that was exported with a model.
+
+    Raises:
+        ArtifactError: if it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"{folder} holds no tokenizer that can be read: {error}", fix="run `nmexport export`"
+        ) from error
+
+
+def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool) -> list[int]:
+    """Token ids of a prompt.
+
+    Raises:
+        UserError: if it has no tokens, or a chat template is asked for and there is none.
+    """
+    if chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise UserError(
+                "This model has no chat template.", fix="leave out the chat option: plain text"
+            )
+        messages = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        ids = tokenizer(prompt)["input_ids"]
+    if not ids and tokenizer.bos_token_id is not None:
+        ids = [tokenizer.bos_token_id]
+    if not ids:
+        raise UserError(f"The prompt {prompt!r} has no tokens.", fix="give some text")
+    return ids
+
+
+def end_tokens(folder: Path, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end a text: the configuration's and the tokenizer's."""
+    ends = {tokenizer.eos_token_id}
+    for name in ("generation_config.json", "config.json"):
+        try:
+            document = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        value = document.get("eos_token_id")
+        ends |= set(value) if isinstance(value, list) else {value}
+    return frozenset(token for token in ends if isinstance(token, int))
+
+
+def continuation(
+    session: Session,
+    prompt: Sequence[int],
+    sampler: Sampler,
+    *,
+    max_tokens: int,
+    ends: frozenset[int],
+) -> Iterator[int]:
+    """Tokens that follow a prompt, until one of `ends` (not yielded) or `max_tokens`."""
+    import numpy as np
+
+    logits = session.prefill(np.asarray([prompt], dtype=np.int64))
+    for made in range(max_tokens):
+        token = sampler(logits[0, -1])
+        if token in ends:
+            return
+        yield token
+        if made + 1 < max_tokens:
+            logits = session.decode_step(np.asarray([[token]], dtype=np.int64))
+
+
+def text_pieces(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
+    """Text of tokens as they come, never half a character; see `TextStream`."""
+
+    def decoded(ids: Sequence[int]) -> str:
+        text: str = tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    stream = TextStream(decoded)
+    yield from (piece for piece in map(stream.push, tokens) if piece)
+    rest = stream.flush()
+    if rest:
+        yield rest
+
+
+def until_stop(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
+    """Pieces up to the first of the stop texts; what might begin one is held back."""
+    kept = StopFilter(stop)
+    for piece in pieces:
+        given = kept.push(piece)
+        if given:
+            yield given
+        if kept.stopped:
+            return
+    rest = kept.flush()
+    if rest:
+        yield rest

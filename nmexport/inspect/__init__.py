@@ -1,0 +1,1 @@
+"""Read-only answers about a machine, an artifact or a planned build."""  # noqa: A005

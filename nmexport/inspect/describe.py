@@ -1,0 +1,223 @@
+"""What a path holds, as data: a work directory, an artifact, an ONNX file, or a report.
+
+Rows are dictionaries whose first value names the row; so two descriptions can be compared.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from nmexport.errors import ArtifactError, UserError
+from nmexport.pipeline import STAGES
+from nmexport.store.artifact import KEY_CHARS, MANIFEST, Manifest, read_manifest
+from nmexport.store.layers import FILENAME, read_layers
+from nmexport.store.work_directory import RESOLVED, WorkDirectory
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import onnx
+
+DOMAIN = "nmexport"
+KINDS = (
+    "a work directory, an artifact folder (such as WORK/export/current), an .onnx file, "
+    "or a report.json"
+)
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Say what a path holds; `kind` and `path` first.
+
+    Raises:
+        UserError: if it is nothing that can be described.
+        ArtifactError: if it cannot be read.
+    """
+    if (path / MANIFEST).is_file():
+        found = _artifact(path)
+    elif (path / RESOLVED).is_file():
+        found = _work_directory(path)
+    elif path.is_file() and path.suffix == ".onnx":
+        found = _onnx_model(path)
+    elif path.is_file() and path.suffix == ".json":
+        found = _report(path)
+    elif not path.exists():
+        raise UserError(f"There is no {path}.", allowed=KINDS)
+    else:
+        raise UserError(f"{path} is nothing that can be inspected.", allowed=KINDS)
+    return {"path": str(path), **found}
+
+
+def _work_directory(path: Path) -> dict[str, Any]:
+    work = WorkDirectory(path)
+    recipe = work.recipe()
+    manifests = {stage: work.current_manifest(stage) for stage in STAGES}
+    found: dict[str, Any] = {
+        "kind": "work directory",
+        "recipe": recipe.model_dump(mode="json", by_alias=True),
+        "bytes": sum(manifest.bytes for manifest in manifests.values() if manifest),
+        "stages": _stage_rows(manifests),
+    }
+    if (path / "report.json").is_file():
+        found["report"] = _report(path / "report.json")["report"]
+    return found
+
+
+def _stage_rows(manifests: Mapping[str, Manifest | None]) -> list[dict[str, Any]]:
+    """The stages with their share of the time that all of them took."""
+    rows = [_stage_row(stage, manifest) for stage, manifest in manifests.items()]
+    total = sum(row["seconds"] or 0.0 for row in rows)
+    for row in rows:  # of what is in use now, which need not be one build
+        known = row["seconds"] is not None and total > 0
+        row["share"] = round(row["seconds"] / total, 3) if known else None
+    return rows
+
+
+def _stage_row(stage: str, manifest: Manifest | None) -> dict[str, Any]:
+    if manifest is None:
+        absent = ("key", "digest", "bytes", "seconds", "peak_memory_bytes")
+        return {"stage": stage, **dict.fromkeys(absent)}
+    return {
+        "stage": stage,
+        "key": manifest.key[:KEY_CHARS],
+        "digest": manifest.digest[:KEY_CHARS],
+        "bytes": manifest.bytes,
+        "seconds": manifest.seconds,
+        "peak_memory_bytes": manifest.peak_memory_bytes,
+    }
+
+
+def _artifact(path: Path) -> dict[str, Any]:
+    manifest = read_manifest(path)
+    found: dict[str, Any] = {
+        "kind": f"{manifest.stage} artifact",
+        "key": manifest.key,
+        "digest": manifest.digest,
+        "bytes": manifest.bytes,
+        "made": {
+            "started": manifest.started,
+            "seconds": manifest.seconds,
+            "share": manifest.share,
+            "peak_memory_bytes": manifest.peak_memory_bytes,
+            "command": manifest.command,
+        },
+        "inputs": manifest.inputs,
+        "upstream": {name: record.digest for name, record in manifest.upstream.items()},
+        "metrics": manifest.metrics,
+        "environment": manifest.environment,
+        "files": [vars(record) for record in manifest.files],
+    }
+    if (path / FILENAME).is_file() and manifest.stage in {"calibrate", "fold"}:
+        found["layers"] = [
+            {
+                "name": layer.name,
+                "shape": f"{layer.in_features} x {layer.out_features}",
+                "pattern": layer.pattern,
+                "phase": layer.phase,
+                "criterion": layer.criterion,
+                "mitigations": list(layer.mitigations),
+                "grouping": layer.grouping,
+                "relative_error": layer.relative_error,
+            }
+            for layer in read_layers(path)
+        ]
+    return found
+
+
+def _report(path: Path) -> dict[str, Any]:
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}", allowed=KINDS) from error
+    if not isinstance(report, dict) or "verdict" not in report:
+        raise UserError(f"{path} is JSON, and no report.", allowed=KINDS)
+    return {"kind": "report", "report": report}
+
+
+# -- ONNX ---------------------------------------------------------------------------------------
+
+
+def _onnx_model(path: Path) -> dict[str, Any]:
+    """Graph facts; weights stay on disk."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except (OSError, DecodeError) as error:
+        raise ArtifactError(f"{path} is no ONNX file that can be read: {error}") from error
+    graph = model.graph
+    return {
+        "kind": "ONNX model",
+        "ir_version": model.ir_version,
+        "producer": f"{model.producer_name} {model.producer_version}".strip(),
+        "opsets": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
+        "functions": [
+            {
+                "function": f"{body.domain}::{body.name}",
+                "overload": body.overload,
+                "nodes": len(body.node),
+            }
+            for body in model.functions
+        ],
+        "inputs": [_tensor_row(value) for value in graph.input],
+        "outputs": [_tensor_row(value) for value in graph.output],
+        "nodes": dict(Counter(_op_name(node) for node in graph.node).most_common()),
+        "sparse_nodes": _sparse_rows(graph),
+        "weights": len(graph.initializer),
+        "weight_bytes": sum(_weight_bytes(weight) for weight in graph.initializer),
+        "external_files": sorted(_external_files(graph)),
+    }
+
+
+def _op_name(node: onnx.NodeProto) -> str:
+    return f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+
+
+def _tensor_row(value: onnx.ValueInfoProto) -> dict[str, Any]:
+    import onnx
+
+    tensor = value.type.tensor_type
+    shape = [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
+    return {
+        "name": value.name,
+        "type": onnx.TensorProto.DataType.Name(tensor.elem_type).lower(),
+        "shape": shape,
+    }
+
+
+def _sparse_rows(graph: onnx.GraphProto) -> list[dict[str, Any]]:
+    """Our nodes, counted by what their attributes say."""
+    import onnx
+
+    counts: Counter[tuple[str, str, str]] = Counter()
+    for node in graph.node:
+        if node.domain == DOMAIN:
+            values = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
+            phase = values.get("phase", b"all")
+            phase = phase.decode() if isinstance(phase, bytes) else str(phase)
+            counts[(node.op_type, f"{values.get('n')}:{values.get('m')}", phase)] += 1
+    return [
+        {"op": op, "pattern": pattern, "phase": phase, "count": count}
+        for (op, pattern, phase), count in counts.most_common()
+    ]
+
+
+def _weight_bytes(weight: onnx.TensorProto) -> int:
+    import onnx
+
+    elements = 1
+    for dim in weight.dims:
+        elements *= dim
+    return elements * int(onnx.helper.tensor_dtype_to_np_dtype(weight.data_type).itemsize)
+
+
+def _external_files(graph: onnx.GraphProto) -> set[str]:
+    return {
+        entry.value
+        for weight in graph.initializer
+        for entry in weight.external_data
+        if entry.key == "location"
+    }

@@ -1,0 +1,78 @@
+"""What differs between two descriptions of one kind."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nmexport.errors import UserError
+from nmexport.inspect.describe import describe
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# About the making, not about what was made.
+_LEFT_OUT = frozenset({"path", "made", "seconds", "share", "peak_memory_bytes"})
+
+
+def compare(before: Path, after: Path) -> dict[str, Any]:
+    """What changed from one path to the other.
+
+    Returns:
+        `kind`, `before` and `after` (the paths), `same`, and `differences`: rows of `what`
+        (dotted), `before`, `after`, and `ratio` (after / before) of two numbers.
+
+    Raises:
+        UserError: if they are of two kinds, or one cannot be described.
+    """
+    old, new = describe(before), describe(after)
+    if old["kind"] != new["kind"]:
+        raise UserError(
+            f"{before} is a {old['kind']}, {after} is a {new['kind']}.",
+            allowed="two paths of one kind",
+        )
+    differences = differences_of(_flat(old), _flat(new))
+    return {
+        "kind": old["kind"],
+        "before": str(before),
+        "after": str(after),
+        "same": not differences,
+        "differences": differences,
+    }
+
+
+def differences_of(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of what differs between two flat descriptions."""
+    rows = []
+    for what in [*before, *(name for name in after if name not in before)]:
+        old, new = before.get(what), after.get(what)
+        if old != new:
+            rows.append({"what": what, "before": old, "after": new, "ratio": _ratio(old, new)})
+    return rows
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys joined by dots; a row stands under its first value."""
+    flat: dict[str, Any] = {}
+    for name, item in value.items():
+        if name in _LEFT_OUT:
+            continue
+        where = f"{prefix}{name}"
+        if isinstance(item, dict):
+            flat.update(_flat(item, f"{where}."))
+        elif isinstance(item, list) and item and all(isinstance(row, dict) for row in item):
+            for row in item:
+                first, *rest = row.items()
+                flat.update(_flat(dict(rest), f"{where}[{first[1]}]."))
+        else:
+            flat[where] = item
+    return flat
+
+
+def _ratio(before: object, after: object) -> float | None:
+    """After over before, where both are numbers and that says something."""
+    for value in (before, after):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return None
+    if not isinstance(before, int | float) or not isinstance(after, int | float) or before == 0:
+        return None
+    return after / before

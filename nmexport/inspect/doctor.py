@@ -1,0 +1,156 @@
+"""Which targets work on this machine and, for each that does not, what is missing and its mend.
+
+Nothing heavy is imported: packages are looked up, not loaded.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from nmexport.errors import EnvironmentFault
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from nmexport.runtimes.tensorrt.library import TensorRTTarget
+
+
+COMPILERS = ("c++", "g++", "clang++")
+_REBUILD = "pip install --force-reinstall --no-deps nmexport (in a source tree: make native)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Missing:
+    """One thing that is not here."""
+
+    what: str
+    mend: str
+    """A command, or what to do."""
+    needed: bool = True
+    """Without it the target does not work; otherwise it works less well."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetState:
+    """Whether a target works here."""
+
+    target: str
+    missing: tuple[Missing, ...] = ()
+
+    @property
+    def works(self) -> bool:
+        """Nothing needed is missing."""
+        return not any(one.needed for one in self.missing)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "target": self.target,
+            "works": self.works,
+            "missing": [vars(one) for one in self.missing],
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class NativeLibrary:
+    """The native op library, as far as it is here."""
+
+    path: str | None = None
+    description: dict[str, Any] | None = None
+    """Its version, its instruction-set variant on this processor, its ops."""
+    why_missing: str | None = None
+
+
+def diagnose() -> list[TargetState]:
+    """State of every target."""
+    return [
+        TargetState(target="onnxruntime", missing=tuple(_onnxruntime())),
+        TargetState(target="tensorrt", missing=tuple(_tensorrt("tensorrt"))),
+        TargetState(target="tensorrt-rtx", missing=tuple(_tensorrt("tensorrt-rtx"))),
+    ]
+
+
+def _onnxruntime() -> list[Missing]:
+    missing = []
+    if not is_installed("onnxruntime"):
+        missing.append(Missing(what="the package onnxruntime", mend="pip install onnxruntime"))
+    return [*missing, *_native_library()]
+
+
+def _native_library() -> list[Missing]:
+    """The fast ops; without them the function bodies in the model run."""
+    found = native_library()
+    if found.why_missing is None:
+        return []
+    what = f"the native op library; without it models run slower than dense. {found.why_missing}"
+    if compiler() is None:
+        mend = f"install a C++17 compiler (Debian: apt-get install g++), then {_REBUILD}"
+    else:
+        mend = _REBUILD
+    return [Missing(what=what, mend=mend, needed=False)]
+
+
+def _tensorrt(target: TensorRTTarget) -> list[Missing]:
+    """What building an engine takes, then what running it takes."""
+    from nmexport.runtimes.tensorrt import library as tensorrt_library
+
+    needs = [
+        Missing(what=f"the package {package}", mend=f"pip install {package}")
+        for package, module in (
+            (target, target.replace("-", "_")),
+            ("polygraphy", "polygraphy"),
+        )
+        if not is_installed(module)
+    ]
+    if tensorrt_library.find_plugin() is None:
+        needs.append(Missing(what="the TensorRT plugin library", mend=tensorrt_library.MEND_PLUGIN))
+    if not tensorrt_library.gpu_is_usable():
+        builds_without = target == "tensorrt-rtx"
+        needs.append(
+            Missing(
+                what="an NVIDIA GPU with its driver"
+                + (" to run an engine; it is built without one" if builds_without else ""),
+                mend="--compute-capability names the GPU to build for"
+                if builds_without
+                else "a machine with one; here: --target tensorrt-rtx or onnxruntime",
+                needed=not builds_without,
+            )
+        )
+    elif not is_installed("cuda.bindings"):
+        needs.append(
+            Missing(
+                what="the package cuda-bindings, to run an engine",
+                mend="pip install cuda-bindings",
+                needed=False,
+            )
+        )
+    return needs
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module could be imported."""
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that would hold it
+        return False
+
+
+def compiler(names: Sequence[str] = COMPILERS) -> str | None:
+    """Path of a C++ compiler, or None."""
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def native_library() -> NativeLibrary:
+    """Whether the native op library is here and loads, and what it says of itself."""
+    from nmexport.runtimes import native
+
+    path = native.find_library()
+    if path is None:
+        return NativeLibrary(why_missing=native.why_missing())
+    try:
+        return NativeLibrary(path=str(path), description=native.describe_library(path))
+    except EnvironmentFault as fault:
+        return NativeLibrary(path=str(path), why_missing=fault.problem)

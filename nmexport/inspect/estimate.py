@@ -1,0 +1,184 @@
+"""What a build will take, before it runs: file sizes known, the rest from the model's size.
+
+Estimates, said as such: a dense copy of the weights is counted once for each place that holds
+one; where the model runs layer by layer, a layer of it; activations by what a small model took.
+Sizes come from safetensors headers or from the weight files; no tensor is read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nmexport.calibration.corpus import SELF
+from nmexport.sparsity.mitigation import learned_parts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from nmexport.models.source import ModelSource
+    from nmexport.pipeline import Step
+    from nmexport.recipe import Recipe
+
+_ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_WORKING_BYTES = 4  # calibration and verification compute in float32
+_GGUF_BITS = 5  # a 4-bit GGUF keeps scales and some tensors wider
+_SMALL = 2_000_000  # statistics, reports, tokenizer files
+# Copies of the weights that are in memory at once: calibration holds the model; folding holds
+# the model and one folded shard; export a few matrices, and of a .gguf the model; verification
+# the torch model and both sessions.
+_COPIES = {
+    "calibrate": 1.3,
+    "fold": 2.0,
+    "export": 0.2,
+    "engine": 1.0,
+    "verify": 3.5,
+    "package": 1.0,
+}
+# Copies of the weights that a stage writes: the folded linears; the sparse and dense ONNX; what is
+# served.
+_WRITTEN = {"fold": 1.0, "export": 2.0, "package": 1.0}
+# A TensorRT engine: the parser's copy, the network's and the plan's; two plans are written.
+_TENSORRT_COPIES, _TENSORRT_PLANS = 3.0, 2.0
+# Beside the weights, where a model is not run layer by layer, measured on 135 million parameters
+# (SmolLM2): what grows with a model's width and depth, so about as the root of its parameters.
+_MEASURED_PARAMETERS = 135_000_000
+_WRITING_BYTES = 2_100_000_000  # the cache of samples that the model writes, at most as much
+_LEARNING_BYTES = 2_500_000_000  # activations of a step of learning, kept for its gradient
+_COMPARING_BYTES = 2_400_000_000  # logits of both sides, and inputs of linears that are audited
+_RUNTIME_BYTES = 700_000_000  # the interpreter with its libraries loaded
+_FOLD_COPIES = 6.0  # layer by layer: copies of a linear while it is folded, in float64
+_LAYER = re.compile(r"(.*\.\d+)\.")
+_MATRIX = 2  # dimensions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Bytes that a build writes and holds."""
+
+    parameters: int
+    bytes_by_stage: dict[str, int]
+    """Size of each stage's artifact: measured where it is there, estimated where not."""
+    write_bytes: int
+    memory_bytes: int
+    """Of the stage that takes most."""
+    memory_by_stage: dict[str, int]
+    """Of the stages that run."""
+    free_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return dict(vars(self))
+
+
+def estimate(recipe: Recipe, source: ModelSource, steps: Sequence[Step], work: Path) -> Estimate:
+    """What the steps that run will write to disk and hold in memory."""
+    parameters = parameter_count(source)
+    element = _ELEMENT_BYTES[recipe.model.dtype]
+    written = dict(_WRITTEN)
+    if not recipe.model.dense_baseline:
+        written["export"] -= 1.0
+    if recipe.target in {"tensorrt", "tensorrt-rtx"}:
+        written["engine"] = _TENSORRT_PLANS
+    sizes = {
+        step.stage: step.bytes
+        if step.bytes is not None
+        else int(written.get(step.stage, 0) * parameters * element) + _SMALL
+        for step in steps
+    }
+    runs = [step.stage for step in steps if step.action != "cached"]
+    holds = _memory(recipe, source, parameters)
+    held = {stage: holds.get(stage, 0) + _RUNTIME_BYTES for stage in runs}
+    nearest = next(path for path in (work.absolute(), *work.absolute().parents) if path.exists())
+    return Estimate(
+        parameters=parameters,
+        bytes_by_stage=sizes,
+        write_bytes=sum(sizes[stage] for stage in runs),
+        memory_bytes=max(held.values(), default=0),
+        memory_by_stage=held,
+        free_bytes=shutil.disk_usage(nearest).free,
+    )
+
+
+def _memory(recipe: Recipe, source: ModelSource, parameters: int) -> dict[str, int]:
+    """Bytes that each stage holds of the weights."""
+    copies = dict(_COPIES)
+    if source.gguf_file is not None:
+        copies["export"] += 1.0
+    if recipe.target in {"tensorrt", "tensorrt-rtx"}:
+        copies["engine"] = _TENSORRT_COPIES
+    held = {stage: int(count * parameters * _WORKING_BYTES) for stage, count in copies.items()}
+    if _runs_layerwise(recipe, source):
+        return {**held, **_layerwise_memory(source)}
+    beside = _beside_weights(recipe, parameters)
+    return {stage: count + beside.get(stage, 0) for stage, count in held.items()}
+
+
+def _beside_weights(recipe: Recipe, parameters: int) -> dict[str, int]:
+    """Bytes that stages hold of activations, caches and logits."""
+    growth = math.sqrt(parameters / _MEASURED_PARAMETERS)
+    section = recipe.calibration
+    writes = section.corpus == SELF or section.self_share > 0
+    learns = bool(learned_parts(recipe.sparsity.mitigations))
+    return {
+        "calibrate": int(writes * min(growth, 1.0) * _WRITING_BYTES),
+        "fold": int(learns * growth * _LEARNING_BYTES),
+        "verify": int(growth * _COMPARING_BYTES),
+    }
+
+
+def _runs_layerwise(recipe: Recipe, source: ModelSource) -> bool:
+    from nmexport.models.offload import free_memory, placement
+
+    offload = recipe.calibration.offload
+    if source.gguf_file is not None or offload == "never":
+        return False
+    return placement(source, offload, parameter_count(source), free_memory()) == "layerwise"
+
+
+def _layerwise_memory(source: ModelSource) -> dict[str, int]:
+    """Bytes that calibrate and fold hold where one decoder layer is in memory at a time."""
+    from nmexport.store.tensors import SHARD_BYTES
+
+    parts: dict[str, int] = {}
+    largest = 0
+    for name, shape in _shapes(source):
+        found = _LAYER.match(name)
+        part = found[1] if found else name
+        parts[part] = parts.get(part, 0) + math.prod(shape)
+        if found and len(shape) == _MATRIX:
+            largest = max(largest, math.prod(shape))
+    layer = _WORKING_BYTES * max(parts.values(), default=0)
+    writing = SHARD_BYTES + int(_FOLD_COPIES * _WORKING_BYTES * largest)
+    return {"calibrate": layer, "fold": max(layer, writing)}
+
+
+def parameter_count(source: ModelSource) -> int:
+    """Elements of a model's weights: exact for safetensors, from the file size for a GGUF."""
+    if source.gguf_file is not None:
+        return (source.folder / source.gguf_file).stat().st_size * 8 // _GGUF_BITS
+    return sum(math.prod(shape) for _, shape in _shapes(source))
+
+
+def _shapes(source: ModelSource) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Tensors of the safetensors files by their headers; none of one that cannot be read."""
+    for path in sorted(source.folder.glob("*.safetensors")):
+        yield from _header(path)
+
+
+def _header(path: Path) -> list[tuple[str, tuple[int, ...]]]:
+    prefix = 8  # the header's length, little-endian
+    try:
+        with path.open("rb") as stream:
+            length = int.from_bytes(stream.read(prefix), "little")
+            if length > path.stat().st_size:
+                return []
+            header = json.loads(stream.read(length))
+        return [(name, tuple(row["shape"])) for name, row in header.items() if "shape" in row]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []  # the loader will say what is wrong with it

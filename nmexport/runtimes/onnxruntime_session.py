@@ -1,0 +1,606 @@
+"""One exported model on ONNX Runtime, on the CPU or a CUDA GPU, with its KV cache."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+
+import numpy as np
+
+import onnxruntime
+from nmexport.environment import free_memory, physical_cores
+from nmexport.errors import ArtifactError, EnvironmentFault
+from nmexport.runtimes.feeds import float32_from, positions_from_mask
+from nmexport.runtimes.model_types import needs_widening
+from nmexport.runtimes.native import HUGE_PAGES_ENTRY, THREADS_ENTRY
+from nmexport.runtimes.session import Closing, Limits
+from nmexport.store.artifact import file_digest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+ENGINE_SCHEMA = 1
+RUNTIME = f"onnxruntime {onnxruntime.__version__}"
+"""What runs the model, as reports name it."""
+# Whatever the engine runs on, its description says how the ONNX files run here.
+_DESCRIBED_FOR = ("onnxruntime", "tensorrt", "tensorrt-rtx")
+_REBUILD = "run `nmexport engine` (or `nmexport build`) on this work directory again"
+_HOST = "cpu"
+Provider = Literal["cpu", "cuda"]
+"""Where a session computes; its cache lies there too."""
+_PROVIDERS: Mapping[Provider, list[Any]] = {
+    "cpu": ["CPUExecutionProvider"],
+    # What a device lacks a kernel for falls to the CPU. No TF32: parity is judged in float32.
+    "cuda": [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"],
+}
+_NUMPY_TYPES: dict[str, np.dtype[Any]] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(bfloat16)": np.dtype(np.uint16),  # NumPy has no name for it: the bits
+}
+# Element types as ONNX numbers them.
+_ONNX_TYPES = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}
+_FATAL_ONLY = 4  # the runtime raises what goes wrong; its own log lines would say it twice
+
+EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
+"""Configuration entry that says where the weights of a model given as bytes lie."""
+
+SESSION_CONFIG: Mapping[str, str] = {
+    # Dense and sparse sessions share the cores when they are measured side by side: a pool that
+    # went on spinning after its run would be timed as the other one's slowness.
+    "session.force_spinning_stop": "1",
+}
+
+HUGE_PAGES_SHARE = 0.25
+"""Of the free memory, which weights copied into huge pages may take. Larger models stay mapped: a
+copy in memory cannot be dropped and read again as pages of a file can."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheState:
+    """A KV cache as it stood after a run; holds references, copies nothing."""
+
+    past: tuple[Any, ...]
+    """One OrtValue `[B, H, P, D]` for each past input."""
+    mask: NDArray[np.int64]
+    """Attention mask `[B, P]`; 0 where a sequence is padded on the left."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CacheSlot:
+    """One past input and the present output that follows it."""
+
+    past: str
+    present: str
+    heads: int
+    head_dim: int
+    element_type: int
+    element_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """`engine.json`, read back: what to open and how."""
+
+    runtime: str
+    runtime_version: str
+    model: Path
+    """The sparse model."""
+    dense_model: Path | None
+    """The baseline; None where the recipe leaves it out."""
+    threads: int | None
+    provider: Provider
+    session_config: Mapping[str, str]
+    library_name: str | None
+    """File name of the native op library, or None where the function bodies run."""
+    library_digest: str | None
+    bundled_library: Path | None = None
+    """The library beside `engine.json`, where it travels with it."""
+    cpu_model: Path | None = None
+    """The sparse model as a processor takes it, where a package has it ready."""
+
+    def model_for(self, provider: Provider, *, dense: bool) -> Path | None:
+        """The file to open; None of a baseline that was not built."""
+        if dense:
+            return self.dense_model
+        return self.cpu_model if provider == "cpu" and self.cpu_model else self.model
+
+
+def read_engine(path: Path) -> Engine:
+    """Read an engine description.
+
+    Args:
+        path: `engine.json`, or the folder that holds it.
+
+    Raises:
+        ArtifactError: if it is missing, malformed, of another schema, or names another runtime.
+    """
+    path = path if path.suffix == ".json" else path / "engine.json"
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["schema"] != ENGINE_SCHEMA or document["runtime"] not in _DESCRIBED_FOR:
+            raise ArtifactError(
+                f"{path} has schema {document['schema']} and runtime {document['runtime']}.",
+                allowed=f"schema {ENGINE_SCHEMA}, runtime {', '.join(_DESCRIBED_FOR)}",
+                fix=_REBUILD,
+            )
+        library = document["library"]
+        provider = document.get("provider", "cpu")
+        if provider not in get_args(Provider):
+            raise ArtifactError(
+                f"{path} names the provider {provider!r}.",
+                allowed=", ".join(get_args(Provider)),
+                fix=_REBUILD,
+            )
+        return Engine(
+            runtime=document["runtime"],
+            runtime_version=document["runtime_version"],
+            model=(path.parent / document["model"]).resolve(),
+            dense_model=(path.parent / document["dense_model"]).resolve()
+            if document["dense_model"]
+            else None,
+            threads=document["threads"],
+            provider=provider,
+            session_config=document["session_config"],
+            library_name=library["file"] if library else None,
+            library_digest=library["sha256"] if library else None,
+            bundled_library=_bundled(path.parent, library),
+            cpu_model=path.parent / document["cpu_model"] if document.get("cpu_model") else None,
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error!r}", fix=_REBUILD) from error
+
+
+def _bundled(folder: Path, library: Mapping[str, str] | None) -> Path | None:
+    path = folder / library["file"] if library else None
+    return path if path is not None and path.is_file() else None
+
+
+def engine_library(engine: Engine) -> Path | None:
+    """The native library that an engine was made with.
+
+    Raises:
+        EnvironmentFault: if this machine has no native library and the engine needs it.
+        ArtifactError: if the library found is another one.
+    """
+    if engine.library_digest is None:
+        return None
+    from nmexport.runtimes.native import require_library
+
+    library = engine.bundled_library or require_library()
+    if file_digest(library) != engine.library_digest:
+        raise ArtifactError(
+            f"The engine was made with another build of {engine.library_name} than {library}.",
+            allowed=f"sha256 {engine.library_digest}",
+            fix=_REBUILD,
+        )
+    return library
+
+
+def choose_provider(library: Path | None) -> Provider:
+    """CUDA where ONNX Runtime has it, a GPU is here and the native library carries its kernels.
+
+    Without those kernels each sparse linear would fall back to its function body, op by op.
+    """
+    if library is None or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        return "cpu"
+    from nmexport.environment import probe
+    from nmexport.runtimes.native import describe_library
+
+    return "cuda" if probe().gpus and describe_library(library).get("cuda") else "cpu"
+
+
+def session_options(
+    *, library: Path | None, threads: int | None, config: Mapping[str, str] = SESSION_CONFIG
+) -> onnxruntime.SessionOptions:
+    """Options that every session here opens with: quiet, deterministic, own pool.
+
+    Raises:
+        EnvironmentFault: if the native op library is missing or does not load.
+    """
+    # Device discovery warns on the process-wide logger before any session exists.
+    onnxruntime.set_default_logger_severity(_FATAL_ONLY)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _FATAL_ONLY
+    options.intra_op_num_threads = threads or physical_cores()
+    options.inter_op_num_threads = 1
+    options.use_deterministic_compute = True
+    for key, value in config.items():
+        options.add_session_config_entry(key, value)
+    if library is not None:
+        options.add_session_config_entry(THREADS_ENTRY, str(options.intra_op_num_threads))
+        _register(options, library)
+    return options
+
+
+def _register(options: onnxruntime.SessionOptions, library: Path) -> None:
+    fix = "`nmexport doctor` says how to build it; without it the function bodies run (slower)"
+    if not library.is_file():
+        raise EnvironmentFault(f"Native op library {library} does not exist.", fix=fix)
+    try:
+        options.register_custom_ops_library(str(library))
+    except Exception as error:  # the binding raises its own classes, outside any public module
+        raise EnvironmentFault(
+            f"Native op library {library} does not load in ONNX Runtime "
+            f"{onnxruntime.__version__}: {error}",
+            fix=fix,
+        ) from error
+
+
+def open_session(
+    model: Path | bytes, options: onnxruntime.SessionOptions, provider: Provider = "cpu"
+) -> onnxruntime.InferenceSession:
+    """Open a model file, or a serialised model.
+
+    On a processor, a bfloat16 model computes in float32 between its weights: see
+    `graph.cpu`. The options are then told the model's folder: they serve this one.
+
+    Raises:
+        ArtifactError: if the model is missing, corrupt, or not runnable by this runtime.
+        EnvironmentFault: if the provider does not work here.
+    """
+    from nmexport.runtimes.native import find_library, use_cuda_plans
+
+    name = "An instrumented copy of the model" if isinstance(model, bytes) else str(model)
+    if not isinstance(model, bytes) and not model.is_file():
+        raise ArtifactError(f"{model} does not exist.", fix="run `nmexport export`")
+    if provider == "cpu" and needs_widening(model):
+        model = _widened(model, options)
+    if provider == "cuda":
+        _preload_cuda()
+        if (library := find_library()) is not None:
+            use_cuda_plans(library)
+    try:
+        session = onnxruntime.InferenceSession(
+            model if isinstance(model, bytes) else str(model),
+            options,
+            providers=_PROVIDERS[provider],
+        )
+    except Exception as error:  # see _register
+        raise ArtifactError(
+            f"{name} cannot be opened by ONNX Runtime {onnxruntime.__version__}: {error}",
+            fix="run `nmexport export --force export`; if it stays, the model needs an op or type "
+            "that this runtime lacks",
+        ) from error
+    wanted = "CUDAExecutionProvider" if provider == "cuda" else "CPUExecutionProvider"
+    if wanted not in session.get_providers():  # ONNX Runtime only warns and goes on without it
+        raise EnvironmentFault(
+            f"ONNX Runtime {onnxruntime.__version__} could not start {wanted}.",
+            allowed=", ".join(onnxruntime.get_available_providers()),
+            fix="install onnxruntime-gpu with the CUDA and cuDNN that it was built for, or build "
+            "the engine again on the CPU",
+        )
+    return session
+
+
+def _widened(model: Path | bytes, options: onnxruntime.SessionOptions) -> bytes:
+    try:
+        from nmexport.graph.cpu import widened
+    except ImportError as error:
+        raise EnvironmentFault(
+            f"A bfloat16 model is rewritten for a processor, which needs the package onnx: {error}",
+            fix="pip install onnx, or serve a package that this version of nmexport made",
+        ) from error
+    if not isinstance(model, bytes):
+        options.add_session_config_entry(EXTERNAL_DATA_FOLDER, str(model.parent))
+    return widened(model, has_native_ops=_has_native_ops(options))
+
+
+def _has_native_ops(options: onnxruntime.SessionOptions) -> bool:
+    """Whether `session_options` registered our library: only then it set this entry."""
+    try:
+        options.get_session_config_entry(THREADS_ENTRY)
+    except RuntimeError:
+        return False
+    return True
+
+
+def open_cuda_graph(
+    model: bytes, options: onnxruntime.SessionOptions
+) -> onnxruntime.InferenceSession:
+    """Open a serialised model whose runs, of one shape and one binding, replay a CUDA graph.
+
+    Raises:
+        EnvironmentFault: if the CUDA provider does not work here.
+    """
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise EnvironmentFault(
+            f"ONNX Runtime {onnxruntime.__version__} has no CUDA provider.",
+            allowed=", ".join(onnxruntime.get_available_providers()),
+            fix="install onnxruntime-gpu in place of onnxruntime",
+        )
+    _preload_cuda()
+    provider = ("CUDAExecutionProvider", {"enable_cuda_graph": "1"})
+    return onnxruntime.InferenceSession(model, options, providers=[provider])
+
+
+def _provider_here(provider: Provider) -> Provider:
+    if provider == "cpu" or "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        return provider
+    logging.getLogger(__name__).warning(
+        "the model was made for a GPU, and ONNX Runtime %s has no CUDA provider: it runs on the "
+        "processor; install onnxruntime-gpu in place of onnxruntime for the GPU",
+        onnxruntime.__version__,
+    )
+    return "cpu"
+
+
+def _preload_cuda() -> None:
+    """Load CUDA's libraries from Python packages, where ONNX Runtime can do that by itself."""
+    preload = getattr(onnxruntime, "preload_dlls", None)
+    if preload is not None:
+        preload()
+
+
+def _cache_slots(session: onnxruntime.InferenceSession) -> tuple[_CacheSlot, ...]:
+    outputs = {value.name for value in session.get_outputs()}
+    slots = []
+    for value in session.get_inputs():
+        if not value.name.startswith("past_key_values."):
+            continue
+        present = value.name.replace("past_key_values.", "present.", 1)
+        heads, head_dim = value.shape[1], value.shape[3]
+        if present not in outputs or not isinstance(heads, int) or not isinstance(head_dim, int):
+            raise ArtifactError(
+                f"Cache input {value.name} has shape {value.shape} and no match among the outputs.",
+                allowed="past_key_values.{i}.key|value [batch, heads, past, head_dim] with "
+                "present.{i}.key|value",
+            )
+        slots.append(
+            _CacheSlot(
+                past=value.name,
+                present=present,
+                heads=heads,
+                head_dim=head_dim,
+                element_type=_ONNX_TYPES[value.type],
+                element_bytes=_NUMPY_TYPES[value.type].itemsize,
+            )
+        )
+    return tuple(slots)
+
+
+def _bits(value: Any) -> NDArray[np.uint16]:
+    """What an OrtValue on the host holds, which has bfloat16 and gives NumPy none of it."""
+    count = math.prod(value.shape())
+    held = (ctypes.c_uint16 * count).from_address(value.data_ptr())
+    return np.ctypeslib.as_array(held).reshape(value.shape())
+
+
+def _fits_huge_pages(model: Path | bytes) -> bool:
+    """Whether a model's weights may be copied; an instrumented model runs too briefly to gain."""
+    if isinstance(model, bytes):
+        return False
+    weights = sum(file.stat().st_size for file in model.parent.glob("*.data"))
+    return weights <= HUGE_PAGES_SHARE * free_memory()
+
+
+class OrtSession(Closing):
+    """A model with its KV cache; implements `runtimes.session.Session`.
+
+    The cache stays inside ONNX Runtime: what one run gives out is bound as the next run's input,
+    never passing through NumPy. Not shared between threads.
+    """
+
+    limits = Limits()
+
+    def __init__(
+        self,
+        model: Path | bytes,
+        *,
+        library: Path | None = None,
+        threads: int | None = None,
+        config: Mapping[str, str] = SESSION_CONFIG,
+        provider: Provider = "cpu",
+    ) -> None:
+        """Open the model.
+
+        Args:
+            model: The ONNX file, its external data beside it; or a serialised model, whose external
+                data lies in the folder that `config` names under `EXTERNAL_DATA_FOLDER`.
+            library: Native op library to register; None runs the function bodies in the file.
+            threads: Intra-op threads; None takes the physical cores this process may use.
+            config: ONNX Runtime session configuration entries. Without one about huge pages, the
+                native library copies weights into them where they take a quarter of the free
+                memory at most.
+            provider: Where to compute.
+
+        Raises:
+            EnvironmentFault: if the library is missing or does not load, or the provider does not
+                work here.
+            ArtifactError: if the model is missing or corrupt, or its cache has foreign names.
+        """
+        self.threads = threads or physical_cores()
+        pages = {HUGE_PAGES_ENTRY: "1" if _fits_huge_pages(model) else "0"}
+        options = session_options(library=library, threads=self.threads, config={**pages, **config})
+        self._device: Provider = provider
+        self._session: onnxruntime.InferenceSession | None = open_session(model, options, provider)
+        self._slots = _cache_slots(self._session)
+        self._inputs = {value.name for value in self._session.get_inputs()}
+        logits = {value.name: value for value in self._session.get_outputs()}.get("logits")
+        if logits is None or not isinstance(logits.shape[2], int):
+            raise ArtifactError("The model has no output logits [batch, sequence, vocabulary].")
+        self._logits_type: str = logits.type
+        self._vocabulary_size: int = logits.shape[2]
+        self._state: CacheState | None = None
+        self.watched: dict[str, NDArray[Any]] = {}
+        """Outputs that `watch` asked for, from the last run."""
+        self._watched_names: tuple[str, ...] = ()
+
+    @classmethod
+    def from_engine(cls, path: Path, *, dense: bool = False, elsewhere: bool = False) -> Self:
+        """Open what `engine.json` describes.
+
+        Args:
+            path: `engine.json`, or the folder that holds it.
+            dense: Open the dense baseline in place of the sparse model.
+            elsewhere: Where this ONNX Runtime was built without the provider that the engine
+                names, compute on the processor; a warning says so.
+
+        Raises:
+            ArtifactError: see `read_engine`, `engine_library`.
+            EnvironmentFault: if the native library that the engine needs is missing here.
+        """
+        engine = read_engine(path)
+        provider = _provider_here(engine.provider) if elsewhere else engine.provider
+        model = engine.model_for(provider, dense=dense)
+        if model is None:
+            raise ArtifactError(
+                f"{path} has no dense model.", fix="build it again without --no-dense-baseline"
+            )
+        return cls(
+            model,
+            # A baseline needs none, unless it is in bfloat16: see `graph.cpu`.
+            library=engine_library(engine) if not dense or needs_widening(model) else None,
+            threads=engine.threads,
+            config=engine.session_config,
+            provider=provider,
+        )
+
+    @property
+    def runtime(self) -> str:
+        """What runs the model, with its version."""
+        return RUNTIME
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Width of the logits."""
+        return self._vocabulary_size
+
+    @property
+    def element_type(self) -> np.dtype[Any]:
+        """T: the type of activations."""
+        if self._logits_type == "tensor(bfloat16)":
+            import ml_dtypes  # which a server does without
+
+            bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+            return bfloat16
+        return _NUMPY_TYPES[self._logits_type]
+
+    @property
+    def state(self) -> CacheState:
+        """The cache as it stands; give it to `restore` to decode from here again.
+
+        Raises:
+            RuntimeError: if nothing has run yet.
+        """
+        if self._state is None:
+            raise RuntimeError("decode_step or state before the first prefill")
+        return self._state
+
+    def restore(self, state: CacheState) -> None:
+        """Continue from a state that this session gave out before."""
+        self._state = state
+
+    def cache_values(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
+        """Keys and values `[B, H, P, D]` under their outputs' names, layer by layer."""
+        for slot, value in zip(self._slots, self.state.past, strict=True):
+            is_bfloat16 = slot.element_type == _ONNX_TYPES["tensor(bfloat16)"]
+            elements = _bits(value) if is_bfloat16 and self._device == "cpu" else value.numpy()
+            yield slot.present, float32_from(elements, is_bfloat16=is_bfloat16)
+
+    def watch(self, names: Iterable[str]) -> None:
+        """From now on keep these outputs of each run in `watched`, beside logits and cache."""
+        self._watched_names = tuple(names)
+
+    def prefill(
+        self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
+        """Drop the cache, run whole prompts, and return logits `[B, S, V]`.
+
+        Args:
+            input_ids: Token ids `[B, S]`, shorter prompts padded on the left.
+            attention_mask: 1 for a token, 0 for padding, `[B, S]`; None is all tokens.
+        """
+        mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
+        self._state = CacheState(past=self._empty_past(input_ids.shape[0]), mask=mask[:, :0])
+        return self._run(input_ids, mask.astype(np.int64, copy=False))
+
+    def decode_step(self, input_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Run one more token a sequence, `[B, 1]`, on the cache, and return logits `[B, 1, V]`."""
+        mask = np.concatenate([self.state.mask, np.ones_like(input_ids)], axis=1)
+        return self._run(input_ids, mask)
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """What one token of one sequence takes in a cache."""
+        return sum(slot.heads * slot.head_dim * slot.element_bytes for slot in self._slots)
+
+    def extend(
+        self, cache: CacheState | None, input_ids: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], CacheState]:
+        """Run tokens `[1, S]` of one sequence on its own cache; see `runtimes.session.Extendable`.
+
+        The session's own cache, `state`, is left as it was.
+        """
+        own, watched = self._state, self.watched
+        no_mask = np.ones((input_ids.shape[0], 0), np.int64)
+        before = cache or CacheState(past=self._empty_past(input_ids.shape[0]), mask=no_mask)
+        mask = np.concatenate([before.mask, np.ones_like(input_ids)], axis=1)
+        self._state = before
+        try:
+            return self._run(input_ids, mask), self.state
+        finally:
+            self._state, self.watched = own, watched
+
+    def close(self) -> None:
+        """Free the model and its cache."""
+        self._state = None
+        self._session = None
+
+    def _empty_past(self, batch: int) -> tuple[Any, ...]:
+        return tuple(
+            onnxruntime.OrtValue.ortvalue_from_shape_and_type(
+                [batch, slot.heads, 0, slot.head_dim], slot.element_type, self._device
+            )
+            for slot in self._slots
+        )
+
+    def _run(self, input_ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Run S new tokens after the cached ones; `mask` `[B, P + S]` covers both."""
+        session = self._session
+        if session is None:
+            raise RuntimeError("the session is closed")
+        batch, new_tokens = input_ids.shape
+        feeds = {
+            "input_ids": np.ascontiguousarray(input_ids, dtype=np.int64),
+            "attention_mask": np.ascontiguousarray(mask),
+            "position_ids": positions_from_mask(mask, new_tokens),
+        }
+        binding = session.io_binding()
+        for name, array in feeds.items():
+            if name in self._inputs:  # a model without positions of its own has no such input
+                binding.bind_cpu_input(name, array)
+        for slot, past in zip(self._slots, self.state.past, strict=True):
+            binding.bind_ortvalue_input(slot.past, past)
+        # The runtime writes the logits straight into our array: a prompt's are tens of megabytes.
+        logits = np.empty(
+            (batch, new_tokens, self._vocabulary_size),
+            _NUMPY_TYPES[self._logits_type],
+        )
+        binding.bind_output(
+            "logits",
+            _HOST,
+            0,
+            _ONNX_TYPES[self._logits_type],
+            list(logits.shape),
+            logits.ctypes.data,
+        )
+        for slot in self._slots:
+            binding.bind_output(slot.present, self._device)
+        for name in self._watched_names:
+            binding.bind_output(name, _HOST)
+        session.run_with_iobinding(binding)
+        outputs = binding.get_outputs()[1:]
+        self._state = CacheState(past=tuple(outputs[: len(self._slots)]), mask=mask)
+        watched = outputs[len(self._slots) :]
+        self.watched = {
+            name: value.numpy() for name, value in zip(self._watched_names, watched, strict=True)
+        }
+        return float32_from(logits, is_bfloat16=self._logits_type == "tensor(bfloat16)")

@@ -1,0 +1,499 @@
+"""One TensorRT engine with its KV cache on the device; no torch.
+
+    host                              device
+    ids, mask, positions  --upload->  inputs      one execution context for each profile:
+                                      caches  <-> prefill: whole prompts, in pieces where long
+    logits              <-download--  logits      decode:  one token, replayed as a CUDA graph
+
+The cache is one buffer for each past input, which the engine writes new tokens into; or, where the
+engine concatenates, two buffers that take turns.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from nmexport.errors import ArtifactError, EnvironmentFault, UserError
+from nmexport.runtimes.feeds import float32_from, positions_from_mask
+from nmexport.runtimes.session import Closing, Limits
+from nmexport.runtimes.tensorrt import library as tensorrt_library
+from nmexport.runtimes.tensorrt.cuda_memory import CudaDevice
+from nmexport.runtimes.tensorrt.description import (
+    DENSE_PLAN,
+    PLAN,
+    check_runnable,
+    engine_plugin,
+    read_tensorrt_engine,
+)
+from nmexport.runtimes.tensorrt.kernel_cache import KernelCache, kernel_cache_path
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from nmexport.runtimes.tensorrt.cuda_memory import Buffer, Device, Graph
+    from nmexport.runtimes.tensorrt.description import TensorRTEngine
+    from nmexport.runtimes.tensorrt.library import Messages
+
+_PAST, _PRESENT = "past_key_values.", "present."
+_CACHE_RANK = 4
+# TensorRT's names of element types, and NumPy's; bfloat16 has none there: the bits.
+_NUMPY: dict[str, np.dtype[Any]] = {
+    "FLOAT": np.dtype(np.float32),
+    "HALF": np.dtype(np.float16),
+    "BF16": np.dtype(np.uint16),
+    "INT32": np.dtype(np.int32),
+    "INT64": np.dtype(np.int64),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Slot:
+    """One past input and the present output that follows it."""
+
+    past: str
+    present: str
+    heads: int
+    head_size: int
+    itemsize: int
+
+    def bytes_of(self, batch: int, tokens: int) -> int:
+        return batch * self.heads * tokens * self.head_size * self.itemsize
+
+    def shape(self, batch: int, tokens: int) -> tuple[int, int, int, int]:
+        return batch, self.heads, tokens, self.head_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheState:
+    """A copy of a KV cache on the device; later runs do not change it."""
+
+    buffers: tuple[Buffer, ...]
+    mask: NDArray[np.int64]
+    """`[B, P]`; 0 where a sequence is padded on the left."""
+
+
+class TensorRTSession(Closing):
+    """An engine with its KV cache; implements `runtimes.session.Resumable`.
+
+    Not shared between threads.
+    """
+
+    threads: int | None = None
+    """The host does nothing but wait."""
+
+    def __init__(
+        self,
+        *,
+        trt: Any,
+        plan: bytes,
+        engine: TensorRTEngine,
+        device: Device,
+        logger: Messages,
+        kernels: KernelCache | None = None,
+    ) -> None:
+        """Open a plan.
+
+        Args:
+            trt: The TensorRT module.
+            plan: The plan's bytes.
+            engine: Its description.
+            device: Where it runs.
+            logger: Of that module.
+            kernels: Where TensorRT-RTX keeps what it compiles.
+
+        Raises:
+            ArtifactError: if TensorRT refuses the plan, or its cache has foreign names.
+        """
+        self._trt = trt
+        self._described = engine
+        self._device = device
+        self._logger = logger
+        self._kernels = kernels
+        self.runtime = f"{engine.target} {engine.version}"
+        mark = logger.mark()
+        self._runtime = trt.Runtime(logger)
+        self._engine = self._runtime.deserialize_cuda_engine(plan)
+        if self._engine is None:
+            told = self._told_since(mark)
+            raise ArtifactError(
+                f"{engine.target} cannot open the engine: {told}",
+                fix="run `nmexport engine --force` on this machine",
+            )
+        self._types = _tensor_types(self._engine)
+        self._slots = self._cache_slots()
+        self._logits_type = _NUMPY[self._types["logits"]]
+        self._vocabulary_size = int(self._engine.get_tensor_shape("logits")[2])
+        # TensorRT-RTX replaces kernels while it runs, and records its graphs when it has done so.
+        self._records_itself = False
+        self._configs: list[Any] = []  # as long as their contexts
+        self._contexts = {
+            name: self._context(index, name) for index, name in enumerate(engine.profiles)
+        }
+        self._batch = 0
+        self._mask: NDArray[np.int64] | None = None  # [B, P]
+        self._caches: list[tuple[Buffer, ...]] = []  # one set in place, two that take turns
+        self._buffers: dict[str, Buffer] = {}
+        self._graph: Graph | None = None
+        self._cannot_record = False
+        self._decoded_shape: tuple[int, ...] | None = None
+
+    @classmethod
+    def from_engine(cls, path: Path, *, dense: bool = False) -> Self:
+        """Open what `engine.json` describes.
+
+        Args:
+            path: `engine.json`, or the folder that holds it.
+            dense: Open the dense baseline in place of the sparse model.
+
+        Raises:
+            EnvironmentFault: if this machine cannot run the engine; says why.
+            ArtifactError: if the engine or its plugin library is not the one described.
+        """
+        engine = read_tensorrt_engine(path)
+        check_runnable(engine)
+        folder = path.parent if path.suffix == ".json" else path
+        trt = tensorrt_library.load(engine.target)
+        logger = tensorrt_library.logger_of(engine.target)
+        device = CudaDevice()
+        plugin = None if dense else engine_plugin(engine)
+        if plugin is not None:
+            tensorrt_library.register_plugin(engine.target, plugin)
+        tensorrt_library.preload_cublaslt()
+        try:
+            plan = (folder / (DENSE_PLAN if dense else PLAN)).read_bytes()
+        except OSError as error:
+            raise ArtifactError(f"The plan cannot be read: {error}") from error
+        kernels = KernelCache(kernel_cache_path(engine, plan))
+        return cls(trt=trt, plan=plan, engine=engine, device=device, logger=logger, kernels=kernels)
+
+    # -- the interface ----------------------------------------------------------------------------
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Width of the logits."""
+        return self._vocabulary_size
+
+    @property
+    def limits(self) -> Limits:
+        """Those of its optimization profiles."""
+        return Limits(batch=self._described.max_batch, tokens=self._described.max_context)
+
+    @property
+    def state(self) -> CacheState:
+        """A copy of the cache as it stands; give it to `restore` to decode from here again.
+
+        Raises:
+            RuntimeError: if nothing has run yet.
+        """
+        mask = self._cached_mask()
+        copies = []
+        for slot, buffer in zip(self._slots, self._caches[0], strict=True):
+            size = slot.bytes_of(self._batch, self._cache_tokens())
+            copied = self._device.allocate(size)
+            self._device.copy(buffer, copied, size)
+            copies.append(copied)
+        return CacheState(buffers=tuple(copies), mask=mask)
+
+    def restore(self, state: CacheState) -> None:
+        """Continue from a state that this session gave out, or one of the same architecture."""
+        self._begin(state.mask.shape[0])
+        self._mask = state.mask
+        for slot, source, buffer in zip(self._slots, state.buffers, self._caches[0], strict=True):
+            self._device.copy(source, buffer, slot.bytes_of(self._batch, self._cache_tokens()))
+        self._device.wait()
+
+    def cache_values(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
+        """Keys and values `[B, H, P, D]` under their outputs' names, layer by layer."""
+        cached = self._cached_mask().shape[1]
+        for slot, buffer in zip(self._slots, self._caches[0], strict=True):
+            kind = self._types[slot.past]
+            whole = np.empty(slot.shape(self._batch, self._cache_tokens()), _NUMPY[kind])
+            self._device.download(buffer, whole)
+            yield (
+                slot.present,
+                float32_from(whole[:, :, :cached], is_bfloat16=kind == "BF16"),
+            )
+
+    def prefill(
+        self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float32]:
+        """Drop the cache, run whole prompts, and return logits `[B, S, V]`.
+
+        Args:
+            input_ids: Token ids `[B, S]`, shorter prompts padded on the left.
+            attention_mask: 1 for a token, 0 for padding, `[B, S]`; None is all tokens.
+
+        Raises:
+            UserError: if batch or prompt is larger than the engine was built for.
+        """
+        mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
+        self._begin(input_ids.shape[0])
+        self._mask = np.ascontiguousarray(mask[:, :0], dtype=np.int64)
+        pieces = []
+        step = self._described.max_sequence
+        for start in range(0, input_ids.shape[1], step):
+            end = min(start + step, input_ids.shape[1])
+            pieces.append(self._run("prefill", input_ids[:, start:end], mask[:, start:end]))
+        return np.concatenate(pieces, axis=1)
+
+    def decode_step(self, input_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Run one more token a sequence, `[B, 1]`, on the cache, and return logits `[B, 1, V]`.
+
+        Raises:
+            UserError: if the cache is full.
+            RuntimeError: if nothing has run yet.
+        """
+        self._cached_mask()
+        return self._run("decode", input_ids, np.ones_like(input_ids))
+
+    def close(self) -> None:
+        """Free the engine and its cache."""
+        self._device.wait()
+        if self._kernels is not None:
+            self._kernels.save()
+        self._graph = None
+        self._contexts.clear()
+        self._configs.clear()
+        self._caches.clear()
+        self._buffers.clear()
+        self._engine = None
+        self._runtime = None
+
+    # -- one run ----------------------------------------------------------------------------------
+
+    def _run(
+        self, profile: str, input_ids: NDArray[np.int64], new_mask: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """Run S new tokens after the cached ones."""
+        cached = self._cached_mask()
+        batch, new_tokens = input_ids.shape
+        self._check_room(batch, cached.shape[1] + new_tokens)
+        mask = np.concatenate([cached, new_mask.astype(np.int64, copy=False)], axis=1)
+        for name, array in self._feeds(input_ids, mask, cached.shape[1]).items():
+            self._device.upload(array, self._buffer(name, array.nbytes))
+        logits = np.empty((batch, new_tokens, self._vocabulary_size), self._logits_type)
+        buffer = self._buffer("logits", logits.nbytes)
+        if profile == "decode" and self._described.in_place_cache:
+            self._replay_decode((batch, cached.shape[1], new_tokens))
+        else:
+            self._enqueue(profile, (batch, cached.shape[1], new_tokens))
+        self._device.download(buffer, logits)
+        self._mask = mask
+        if not self._described.in_place_cache:
+            self._caches.reverse()  # what was written is what is read next
+        return float32_from(logits, is_bfloat16=self._types["logits"] == "BF16")
+
+    def _feeds(
+        self, input_ids: NDArray[np.int64], mask: NDArray[np.int64], cached: int
+    ) -> dict[str, NDArray[np.int64]]:
+        """Inputs besides the cache, by name."""
+        batch, new_tokens = input_ids.shape
+        feeds = {
+            "input_ids": np.ascontiguousarray(input_ids, dtype=np.int64),
+            "attention_mask": mask,
+            "position_ids": positions_from_mask(mask, new_tokens),
+        }
+        if self._described.in_place_cache:
+            whole = np.zeros((batch, self._described.max_context), np.int64)
+            whole[:, : mask.shape[1]] = mask
+            feeds["attention_mask"] = whole
+            feeds["write_indices"] = np.full(batch, cached, np.int64)
+        # A model without positions of its own has no such input.
+        return {name: array for name, array in feeds.items() if name in self._types}
+
+    def _enqueue(self, profile: str, sizes: tuple[int, int, int]) -> None:
+        """Bind shapes and addresses, and run; `sizes` are batch, cached and new tokens."""
+        context = self._contexts[profile]
+        mark = self._logger.mark()
+        for name, shape in self._input_shapes(*sizes).items():
+            if not context.set_input_shape(name, shape):
+                raise self._failed(f"input {name} of shape {shape}", mark)
+        for name, buffer in self._bindings().items():
+            if not context.set_tensor_address(name, buffer.address):
+                raise self._failed(f"the buffer of {name}", mark)
+        self._execute(profile)
+
+    def _execute(self, profile: str) -> None:
+        mark = self._logger.mark()
+        if not self._contexts[profile].execute_async_v3(self._device.stream):
+            raise self._failed("a run", mark)
+
+    def _replay_decode(self, sizes: tuple[int, int, int]) -> None:
+        """Run a decode step: bound and run once for a batch, then recorded, then replayed.
+
+        With the cache in place, nothing that the driver records changes from step to step: shapes,
+        addresses and kernels are the same, and the number of cached tokens is data.
+        """
+        shape = (sizes[0],)
+        if self._decoded_shape != shape:
+            self._graph = None
+            self._enqueue("decode", sizes)
+            self._decoded_shape = shape
+            return
+        if self._graph is None and not self._records_itself and not self._cannot_record:
+            self._graph = self._recorded_decode()
+        if self._graph is None:
+            self._execute("decode")
+        else:
+            self._graph.launch()
+
+    def _recorded_decode(self) -> Graph | None:
+        """A decode step as a CUDA graph; None where it cannot be recorded, and runs as before."""
+        self._device.wait()
+        try:
+            return self._device.captured(lambda: self._execute("decode"))
+        except (EnvironmentFault, ArtifactError) as fault:
+            self._cannot_record = True
+            logging.getLogger(__name__).warning(
+                "decode steps run without a CUDA graph: %s", fault.problem
+            )
+            return None
+
+    # -- shapes and memory ------------------------------------------------------------------------
+
+    def _input_shapes(self, batch: int, cached: int, new_tokens: int) -> dict[str, tuple[int, ...]]:
+        in_place = self._described.in_place_cache
+        total = self._described.max_context if in_place else cached + new_tokens
+        shapes: dict[str, tuple[int, ...]] = {
+            "input_ids": (batch, new_tokens),
+            "attention_mask": (batch, total),
+            "position_ids": (batch, new_tokens),
+            "write_indices": (batch,),
+        }
+        past = self._described.max_context if in_place else cached
+        shapes |= {slot.past: slot.shape(batch, past) for slot in self._slots}
+        return {name: shape for name, shape in shapes.items() if name in self._types}
+
+    def _bindings(self) -> Mapping[str, Buffer]:
+        """Buffers of all inputs and outputs by name."""
+        bindings = {name: self._buffers[name] for name in self._buffers if name in self._types}
+        for index, slot in enumerate(self._slots):
+            bindings[slot.past] = self._caches[0][index]
+            bindings[slot.present] = self._caches[-1][index]
+        return bindings
+
+    def _begin(self, batch: int) -> None:
+        """Make caches for a batch; those of the same batch are used again."""
+        if batch > self._described.max_batch:
+            raise UserError(
+                f"The batch has {batch} sequences.",
+                allowed=f"at most {self._described.max_batch}",
+                fix="build the engine with a larger engine.max_batch",
+            )
+        if batch == self._batch:
+            return
+        self._caches.clear()
+        self._decoded_shape = self._graph = None
+        sets = 1 if self._described.in_place_cache else 2
+        capacity = self._described.max_context
+        for _ in range(sets):
+            self._caches.append(
+                tuple(self._device.allocate(slot.bytes_of(batch, capacity)) for slot in self._slots)
+            )
+        self._batch = batch
+
+    def _buffer(self, name: str, size: int) -> Buffer:
+        """The buffer of an input or of the logits, large enough."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.size < size:
+            self._device.wait()
+            buffer = self._buffers[name] = self._device.allocate(size)
+            self._decoded_shape = self._graph = None  # it knew the old address
+        return buffer
+
+    def _check_room(self, batch: int, total: int) -> None:
+        if batch != self._batch:
+            raise UserError(
+                f"{batch} sequences go on where {self._batch} were prefilled.",
+                allowed=str(self._batch),
+            )
+        if total > self._described.max_context:
+            raise UserError(
+                f"{total} tokens do not fit into the engine's context.",
+                allowed=f"at most {self._described.max_context}, prompt and new tokens together",
+                fix="build the engine with a larger engine.max_context",
+            )
+
+    def _cached_mask(self) -> NDArray[np.int64]:
+        if self._mask is None:
+            raise RuntimeError("decode_step or state before the first prefill")
+        return self._mask
+
+    def _cache_tokens(self) -> int:
+        """Tokens that a cache buffer is laid out for."""
+        if self._described.in_place_cache:
+            return self._described.max_context
+        return int(self._cached_mask().shape[1])
+
+    def _cache_slots(self) -> tuple[_Slot, ...]:
+        slots = []
+        for name, kind in self._types.items():
+            if not name.startswith(_PAST):
+                continue
+            present = name.replace(_PAST, _PRESENT, 1)
+            shape = tuple(self._engine.get_tensor_shape(name))
+            if present not in self._types or len(shape) != _CACHE_RANK:
+                raise ArtifactError(
+                    f"Cache input {name} has shape {shape} and no match among the outputs.",
+                    allowed=f"{_PAST}N.key|value [batch, heads, tokens, size] with {present}",
+                )
+            slots.append(
+                _Slot(
+                    past=name,
+                    present=present,
+                    heads=int(shape[1]),
+                    head_size=int(shape[3]),
+                    itemsize=_NUMPY[kind].itemsize,
+                )
+            )
+        return tuple(slots)
+
+    def _context(self, index: int, profile: str) -> Any:
+        mark = self._logger.mark()
+        context = self._new_context(profile)
+        if context is None or not context.set_optimization_profile_async(
+            index, self._device.stream
+        ):
+            raise self._failed("an execution context", mark)
+        return context
+
+    def _new_context(self, profile: str) -> Any:
+        """An execution context; TensorRT-RTX's compiles its kernels, and keeps them in a cache."""
+        if self._described.target != "tensorrt-rtx":
+            return self._engine.create_execution_context()
+        config = self._engine.create_runtime_config()
+        self._configs.append(config)
+        if self._kernels is not None:
+            self._kernels.attach(config)
+        if profile == "decode" and self._described.in_place_cache:
+            # One shape for good: compiled for it at the first step, and recorded by the runtime,
+            # which alone knows when no kernel will be exchanged for a better one any more.
+            specialised = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            config.dynamic_shapes_kernel_specialization_strategy = specialised
+            config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            self._records_itself = True
+        return self._engine.create_execution_context(config)
+
+    def _failed(self, what: str, mark: int) -> ArtifactError:
+        return ArtifactError(
+            f"TensorRT refuses {what}: {self._told_since(mark)}",
+            fix="run `nmexport engine --force`; `nmexport doctor` shows what this machine lacks",
+        )
+
+    def _told_since(self, mark: int) -> str:
+        """What TensorRT gave as a reason after a mark in its log."""
+        told = list(tensorrt_library.ours_first(self._logger.errors_since(mark)))
+        return "; ".join(told[-3:]) or "it gives no reason"
+
+
+def _tensor_types(engine: Any) -> dict[str, str]:
+    """TensorRT's name of the element type of every input and output."""
+    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    return {name: str(engine.get_tensor_dtype(name)).rpartition(".")[2] for name in names}

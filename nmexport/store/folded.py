@@ -1,0 +1,68 @@
+"""A folded model on disk: its sparse linears, their tensors, and how its constants were learned."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from nmexport.store.layers import LayerSpec, read_layers
+from nmexport.store.tensors import StoredGroup, TensorReader
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import torch
+
+LEARNING = "learning.json"
+"""The learned constants' settings and loss curve."""
+TENSORS = (
+    "W",
+    "bias",
+    "shift",
+    "shift_weight",
+    "score_scale",
+    "channel_order",
+    "weight_scale",
+    "remainder_in",
+    "remainder_out",
+)
+
+
+@dataclass(frozen=True)
+class FoldedModel:
+    """The artifact of the stage `fold`."""
+
+    path: Path
+
+    @property
+    def layers(self) -> list[LayerSpec]:
+        """The sparse linears, in model order."""
+        return read_layers(self.path)
+
+    @property
+    def learning(self) -> dict[str, Any] | None:
+        """How the learned constants came about: `settings` and `curve`; None without any."""
+        try:
+            document: dict[str, Any] = json.loads((self.path / LEARNING).read_text("utf-8"))
+        except FileNotFoundError:
+            return None
+        return document
+
+    def tensors(self, name: str) -> Mapping[str, torch.Tensor]:
+        """Tensors of one linear by their name in the op contract: `W`, and those it uses.
+
+        Each is read when it is asked for, and not kept.
+
+        Raises:
+            ArtifactError: if the file is damaged, or does not hold this linear.
+        """
+        stored = [kind for kind in TENSORS if kind == "W" or f"{name}.{kind}" in self._reader]
+        return StoredGroup(self._reader, name, stored)
+
+    @cached_property
+    def _reader(self) -> TensorReader:
+        """Reads the index once: it is long, and serves all linears."""
+        return TensorReader(self.path)
