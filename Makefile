@@ -19,8 +19,9 @@ GPU_VENV ?= .venv-gpu
 GPU_STAMP := $(GPU_VENV)/.installed
 GPU_PIP := $(GPU_VENV)/bin/python -m pip --quiet --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest
+CPP_FILES := -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh'
 
-.PHONY: help demo test test-slow test-gpu gpu-here lint types native plugin native-test lock clean
+.PHONY: help demo test test-slow test-gpu gpu-here lint format types native plugin native-test lock clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -73,6 +74,11 @@ gpu-here:
 lint: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
+	find plugins \( $(CPP_FILES) \) -exec $(BIN)/clang-format --dry-run --Werror {} +
+
+format: $(STAMP) ## write Python and C++ as `make lint` wants them
+	$(BIN)/ruff format
+	find plugins \( $(CPP_FILES) \) -exec $(BIN)/clang-format -i {} +
 
 types: $(STAMP)
 	$(BIN)/mypy
@@ -84,7 +90,7 @@ plugin: $(STAMP) ## the TensorRT plugin, in ten minutes or more; fetches nvcc an
 	$(BIN)/python plugins/tensorrt/build.py
 
 native-test: $(STAMP) ## C++ tests of the kernels
-	$(BIN)/cmake -S plugins -B build/native-test
+	$(BIN)/cmake -S plugins -B build/native-test -DNMEXPORT_WARNINGS_AS_ERRORS=ON
 	$(BIN)/cmake --build build/native-test --target native_tests --parallel 2
 	$(BIN)/ctest --test-dir build/native-test --output-on-failure
 

@@ -23,6 +23,17 @@ from pydantic import (
 )
 
 from nmexport import strict_yaml
+from nmexport.choices import (
+    Criterion,
+    Dtype,
+    Effort,
+    Grouping,
+    InPlaceCache,
+    Mitigation,
+    Offload,
+    Phases,
+    Target,
+)
 from nmexport.errors import ModelError, RecipeError
 from nmexport.resources import resource_path
 from nmexport.sparsity.pattern import NMPattern
@@ -34,17 +45,6 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 
-Criterion = Literal["act", "wina", "clact", "amber", "fisher"]
-Mitigation = Literal[
-    "d-pts", "s-pts", "l-pts", "var", "s-var", "ls", "gain", "bias", "low-rank", "r-sparse"
-]
-Grouping = Literal["consecutive", "random", "balanced"]
-Effort = Literal["fast", "standard", "thorough"]
-Offload = Literal["auto", "never", "layerwise"]
-Phases = Literal["all", "prefill", "decode"]
-Dtype = Literal["float32", "float16", "bfloat16"]
-Target = Literal["auto", "onnxruntime", "tensorrt", "tensorrt-rtx"]
-
 
 def _capability_from(value: object) -> object:
     if isinstance(value, str) and re.fullmatch(r"\d{1,2}\.\d", value):
@@ -54,6 +54,17 @@ def _capability_from(value: object) -> object:
 
 ComputeCapability = Annotated[str, BeforeValidator(_capability_from)]
 """Of a GPU."""
+
+
+def _weights_from(value: object) -> object:
+    """Read how weights are stored; see `nmexport.sparsity.quantisation`, which needs torch."""
+    match = re.fullmatch(r"float|int8(?::(\d{1,6}))?", value) if isinstance(value, str) else None
+    if match is None or (match[1] is not None and (int(match[1]) < 1 or int(match[1]) % 16)):
+        raise ValueError(
+            "float, int8 (one scale for each output), or int8:CHANNELS (one scale for that many "
+            "channels of each output) with CHANNELS a multiple of 16"
+        )
+    return value
 
 
 def _pattern_from(value: object) -> object:
@@ -89,7 +100,7 @@ class ModelSection(_Strict):
     trust_remote_code: bool = False
     dtype: Dtype = "float32"
     """Element type of the exported weights and activations."""
-    weights: Annotated[str, Field(pattern=r"^(float|int8(:\d+)?)$")] = "float"
+    weights: Annotated[str, BeforeValidator(_weights_from)] = "float"
     """How sparsified weights are stored: `float` as dtype says, `int8` with a scale an output, or
     `int8:CHANNELS` with one for so many channels of each output, a multiple of 16."""
     dense_baseline: bool = True
@@ -254,7 +265,7 @@ class EngineSection(_Strict):
     """Tokens in the cache and new ones together. None is what those measurements need."""
     embed_plugin: bool = False
     """Put the plugin library into the plan."""
-    in_place_cache: Literal["auto", "off"] = "auto"
+    in_place_cache: InPlaceCache = "auto"
     """`auto` updates the cache in place where the graph allows it; `off` never does, and Triton can
     serve the plan: in place, past and present are one buffer, which Triton does not give."""
 

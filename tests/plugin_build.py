@@ -30,6 +30,45 @@ def build_script() -> ModuleType:
     return module
 
 
+@functools.cache
+def build_hook() -> ModuleType:
+    """The wheel's build hook, which finds ONNX Runtime's headers."""
+    pytest.importorskip("hatchling")
+    path = ROOT / "plugins" / "build_hook.py"
+    spec = importlib.util.spec_from_file_location("nmexport_build_hook", path)
+    assert spec is not None and spec.loader is not None  # noqa: PT018
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def cmake_tool(name: str = "cmake") -> str:
+    """Path of cmake or ctest; skip the test where there is none."""
+    tool = build_script().find_tool(name)
+    if tool is None:
+        pytest.skip(f"no {name}")
+    return str(tool)
+
+
+def configure(source: Path, folder: Path, *options: str) -> None:
+    """Run CMake, with Ninja where it can be had."""
+    ninja = build_script().find_tool("ninja")
+    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+    run_tool(cmake_tool(), "-S", source, "-B", folder, *generator, *options)
+
+
+def build(folder: Path, *targets: str) -> None:
+    """Build targets of a configured folder."""
+    run_tool(cmake_tool(), "--build", folder, "--parallel", "2", "--target", *targets)
+
+
+def run_tool(*command: Path | str, timeout_s: int = 3600) -> str:
+    """Run a command that must succeed; return what it printed."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    return done.stdout
+
+
 def built(what: str, folder: Path) -> Path:
     """Call a build function; skip the test where compiler or headers cannot be had."""
     _skip_unless_buildable()
@@ -42,7 +81,7 @@ def built(what: str, folder: Path) -> Path:
 def build_whole_library(folder: Path) -> tuple[Path, str]:
     """The plugin for all supported GPUs, and what the compilers said."""
     _skip_unless_buildable()
-    library = build_script().build_library(folder / "native", jobs=2, folder=folder)
+    library = build_script().build_library(folder / "native", jobs=2, folder=folder, strict=True)
     return library, (folder / "build.log").read_text(encoding="utf-8")
 
 

@@ -6,8 +6,6 @@ exports its entry points; the ops run on kernels that only take notes.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import re
 import shutil
 import subprocess
@@ -18,11 +16,19 @@ import pytest
 from nmexport import __version__
 from nmexport.runtimes.tensorrt import library as tensorrt_library
 
-from tests.plugin_build import ROOT, build_script, build_whole_library, check_linkage
+from tests.plugin_build import (
+    ROOT,
+    build,
+    build_hook,
+    build_script,
+    build_whole_library,
+    check_linkage,
+    configure,
+    run_tool,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from types import ModuleType
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 KERNELS = ("decodeKernel", "maskKernel", "epilogueKernel")
@@ -56,23 +62,6 @@ def spilling_kernels(report: str) -> tuple[dict[str, Counter[str]], list[str]]:
         elif (found := _SPILL.search(line)) and (int(found[2]) or int(found[3])):
             spilling.append(f"{entry[1]} {entry[0]}: {found[0]}")
     return counts, spilling
-
-
-@functools.cache
-def hook() -> ModuleType:
-    pytest.importorskip("hatchling")
-    path = ROOT / "plugins" / "build_hook.py"
-    spec = importlib.util.spec_from_file_location("nmexport_build_hook", path)
-    assert spec is not None and spec.loader is not None  # noqa: PT018
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def run(*command: Path | str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done.stdout
 
 
 def test_the_report_is_read():
@@ -149,22 +138,19 @@ def test_kernels_for_this_machines_gpus_need_a_gpu(tmp_path: Path):
 
 def test_the_ops_of_the_cuda_provider_under_sanitizers(tmp_path: Path):
     """On kernels and a runtime that only take notes: no GPU, no session."""
-    script = build_script()
-    cmake = script.find_tool("cmake")
-    if cmake is None or shutil.which("c++") is None:
-        pytest.skip("no cmake or no C++ compiler")
-    ninja = script.find_tool("ninja")
+    script, hook = build_script(), build_hook()
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler")
     try:
         options = {
-            "ONNXRUNTIME_INCLUDE_DIR": hook().find_headers(ROOT),
+            "ONNXRUNTIME_INCLUDE_DIR": hook.find_headers(ROOT),
             "cuda_include": script.find_toolkit().include,
             "CMAKE_BUILD_TYPE": "Debug",
             "NMEXPORT_SANITIZE": "ON",
+            "NMEXPORT_WARNINGS_AS_ERRORS": "ON",
         }
-    except (script.BuildError, hook().BuildError) as error:
+    except (script.BuildError, hook.BuildError) as error:
         pytest.skip(f"no headers of ONNX Runtime or CUDA: {error}")
-    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
-    defined = [f"-D{name}={value}" for name, value in options.items()]
-    run(cmake, "-S", ROOT / "plugins", "-B", tmp_path, *generator, *defined)
-    run(cmake, "--build", tmp_path, "--target", "test_cuda_ops", "--parallel", "2")
-    assert "0 failures" in run(tmp_path / "test_cuda_ops")
+    configure(ROOT / "plugins", tmp_path, *(f"-D{name}={value}" for name, value in options.items()))
+    build(tmp_path, "test_cuda_ops")
+    assert "0 failures" in run_tool(tmp_path / "test_cuda_ops")

@@ -49,6 +49,15 @@ def test_gpu_tests_build_both_libraries_and_refuse_skips(tmp_path: Path) -> None
     assert "tests/gpu --no-skips" in dry
 
 
+@needs_make
+def test_lint_checks_the_format_of_python_and_all_cpp() -> None:
+    dry = make("--dry-run", "lint").stdout
+    assert "ruff format --check" in dry
+    assert "clang-format --dry-run --Werror" in dry
+    for suffix in ("cpp", "h", "inl", "cu", "cuh"):
+        assert f"-name '*.{suffix}'" in dry
+
+
 @pytest.mark.parametrize("reason", [("file.py", 3, "Skipped: no plugin"), "no plugin"])
 def test_a_skip_becomes_a_failure_that_says_why(reason: object) -> None:
     report = pytest.TestReport(

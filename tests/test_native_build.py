@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,10 +13,6 @@ from nmexport.runtimes import native
 
 ROOT = Path(__file__).resolve().parent.parent
 PLUGINS = ROOT / "plugins"
-
-needs_compiler = pytest.mark.skipif(
-    not all(shutil.which(tool) for tool in ("cmake", "c++")), reason="no cmake or no C++ compiler"
-)
 
 
 def load(path):
@@ -201,15 +196,3 @@ def test_what_is_no_library_of_ours_is_refused(tmp_path):
     assert native.library_digest(tmp_path) is not None
     with pytest.raises(EnvironmentFault, match="cannot be loaded"):
         native.describe_library(path)
-
-
-@pytest.mark.slow
-@needs_compiler
-def test_kernels_pass_their_own_tests(tmp_path):
-    def run(*command):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-
-    run("cmake", "-S", str(PLUGINS), "-B", str(tmp_path))
-    run("cmake", "--build", str(tmp_path), "--target", "native_tests")
-    run("ctest", "--test-dir", str(tmp_path), "--output-on-failure")

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nmexport import recipe, strict_yaml
-from nmexport.cli.options import _RECIPE_OPTIONS
 from nmexport.errors import ModelError, PatternError, RecipeError, UserError
 from nmexport.recipe import Recipe, dump, load, resolve
 from nmexport.sparsity.pattern import NMPattern
@@ -256,35 +255,6 @@ def test_recipe_of_no_name() -> None:
 )
 def test_short_names_are_fit_for_folders(model: str, short: str) -> None:
     assert recipe.short_name(model) == short
-
-
-def test_help_lists_exactly_what_the_recipe_allows() -> None:
-    """The command line spells choices out without importing the recipe: here they are compared."""
-    shown = _metavars()
-    assert shown["--criterion"] == _choices("act", recipe.Criterion)
-    assert shown["--mitigation"] == ["none", *_choices("var", recipe.Mitigation)]
-    assert shown["--grouping"] == _choices("balanced", recipe.Grouping)
-    assert shown["--phases"] == _choices("all", recipe.Phases)
-    assert shown["--dtype"] == _choices("float32", recipe.Dtype)
-    assert shown["--target"] == _choices("auto", recipe.Target)
-
-
-def _metavars() -> dict[str, list[str]]:
-    def bare() -> None:
-        """No verb."""
-
-    for option in _RECIPE_OPTIONS:
-        option(bare)
-    return {
-        one.opts[0]: (one.metavar or "").split("|")
-        for one in bare.__click_params__  # type: ignore[attr-defined]
-    }
-
-
-def _choices(known: str, literal: Any) -> list[str]:
-    choices = list(literal.__args__)
-    assert known in choices
-    return choices
 
 
 def test_the_removed_search_for_orders_is_named_in_one_sentence(tmp_path: Path) -> None:

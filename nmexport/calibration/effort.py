@@ -16,7 +16,8 @@ from nmexport.sparsity.parts import PARTS, RANK, Part
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from nmexport.recipe import Effort, SparsitySection
+    from nmexport.choices import Effort
+    from nmexport.recipe import SparsitySection
 
 
 @dataclass(frozen=True, kw_only=True)

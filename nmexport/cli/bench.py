@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import click
 
-from nmexport.cli.options import reading_options, request
+from nmexport.cli.options import Request, takes
 from nmexport.cli.output import (
     console,
     emit_json,
@@ -18,9 +18,10 @@ from nmexport.cli.output import (
     verbose_option,
     wants_json,
 )
+from nmexport.cli.verb import VerbFamily
 
 
-@click.group("bench", short_help="Time kernels or engines, dense against sparse.")
+@click.group("bench", cls=VerbFamily, short_help="Time kernels or engines, dense against sparse.")
 def bench_command() -> None:
     """Time kernels or engines, dense against sparse, interleaved in one run."""
 
@@ -31,11 +32,12 @@ def bench_command() -> None:
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Of decode.")
 @click.option("--runs", type=click.IntRange(3), default=30, show_default=True)
 @click.option("--warmup", type=click.IntRange(0), default=3, show_default=True)
-@reading_options
+@takes()
 @click.pass_context
 def engines_command(
     ctx: click.Context,
     *,
+    asked: Request,
     prefill_tokens: int,
     decode_context: int,
     batch: int,
@@ -45,7 +47,7 @@ def engines_command(
     """Time the dense and the sparse engine of a work directory."""
     from nmexport.bench.engines import bench_engines
 
-    work = request(ctx).existing_work()
+    work = asked.existing_work()
     work.require("engine")
     latency = bench_engines(
         work.root,

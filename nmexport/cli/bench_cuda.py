@@ -17,9 +17,10 @@ from nmexport.cli.output import (
     verbose_option,
     wants_json,
 )
+from nmexport.cli.verb import Verb
 
 
-@click.command("cuda", short_help="CUDA kernels; regenerates the break-even table.")
+@click.command("cuda", cls=Verb, short_help="CUDA kernels; regenerates the break-even table.")
 @click.option(
     "--shape",
     "shapes",

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nmexport.cli.options import reading_options, request
+from nmexport.cli.options import Request, takes
 from nmexport.cli.output import console, emit_json, figure, progress, size, table, wants_json
+from nmexport.cli.verb import Verb
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,7 +26,7 @@ _server_option = click.option(
 )
 
 
-@click.command("serve", short_help="Dense against sparse model under a server's load.")
+@click.command("serve", cls=Verb, short_help="Dense against sparse model under a server's load.")
 @click.option(
     "--clients",
     multiple=True,
@@ -42,11 +43,12 @@ _server_option = click.option(
     "--through-triton", is_flag=True, help="The packaged model in a server, too, over HTTP."
 )
 @_server_option
-@reading_options
+@takes()
 @click.pass_context
 def serve_command(
     ctx: click.Context,
     *,
+    asked: Request,
     clients: tuple[int, ...],
     requests: int,
     prompt_tokens: int,
@@ -62,7 +64,7 @@ def serve_command(
     """
     from nmexport.bench.serving import Load, bench_serve
 
-    work = request(ctx).existing_work()
+    work = asked.existing_work()
     work.require("engine")
     loads = [
         Load(
@@ -141,7 +143,7 @@ def _started(folder: Path, installation: Installation) -> Iterator[tuple[Server,
         yield server, texts[0]
 
 
-@click.command("soak", short_help="A server's memory under a long load.")
+@click.command("soak", cls=Verb, short_help="A server's memory under a long load.")
 @click.argument("folder", required=False, type=click.Path(path_type=Path, exists=True))
 @click.option("--seconds", type=click.IntRange(10), default=300, show_default=True)
 @click.option(
@@ -172,11 +174,12 @@ def _started(folder: Path, installation: Installation) -> Iterator[tuple[Server,
     help="Let this program make the load, over gRPC; one client that always leaves comes beside.",
 )
 @_server_option
-@reading_options
+@takes()
 @click.pass_context
 def soak_command(
     ctx: click.Context,
     *,
+    asked: Request,
     folder: Path | None,
     seconds: int,
     warmup_seconds: int,
@@ -196,7 +199,7 @@ def soak_command(
     from nmexport.errors import GateFailed
     from nmexport.serving import launch
 
-    where = folder or request(ctx).existing_work().root
+    where = folder or asked.existing_work().root
     installation = launch.find_server(server)
     analyzer = PerfAnalyzer(perf_analyzer, installation) if perf_analyzer else None
     load = Soak(

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import click
 
-from nmexport.cli.options import recipe_options, request
+from nmexport.choices import Stage
+from nmexport.cli.options import BUILD, Request, takes
+from nmexport.cli.verb import OneOf, Verb
 
 
-@click.command("build", short_help="Run all stages that are not up to date.")
-@click.option("--from", "first", metavar="STAGE", help="Start here; earlier stages must be there.")
-@click.option("--to", "last", metavar="STAGE", help="Stop after this stage.")
+@click.command("build", cls=Verb, short_help="Run all stages that are not up to date.")
 @click.option(
-    "--force", multiple=True, metavar="STAGE", help="Run it although it is complete. Repeatable."
+    "--from", "first", type=OneOf(Stage), help="Start here; earlier stages must be there."
+)
+@click.option("--to", "last", type=OneOf(Stage), help="Stop after this stage.")
+@click.option(
+    "--force",
+    type=OneOf(Stage),
+    multiple=True,
+    help="Run it although it is complete. Repeatable.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would run and why; write nothing.")
 @click.option("--check", is_flag=True, help="Compare every cached file with its digest.")
-@recipe_options
+@takes(*BUILD, continues=False)
 @click.pass_context
 def build_command(
     ctx: click.Context,
     *,
+    asked: Request,
     first: str | None,
     last: str | None,
     force: tuple[str, ...],
@@ -38,6 +46,6 @@ def build_command(
         first=first or order[0], last=last or order[-1], force=frozenset(force), check=check
     )
     if dry_run:
-        running.show_plan(ctx, request(ctx).pipeline(), selection)
+        running.show_plan(ctx, asked.pipeline(), selection)
     else:
-        running.run(ctx, request(ctx).pipeline(), selection)
+        running.run(ctx, asked.pipeline(), selection)

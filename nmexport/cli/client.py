@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nmexport.cli.output import emit_json, json_option, verbose_option, wants_json
+from nmexport.cli.verb import Verb
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-@click.command("client", short_help="Send a prompt to a server, streamed.")
+@click.command("client", cls=Verb, short_help="Send a prompt to a server, streamed.")
 @click.argument("prompt", required=False)
 @click.option("--url", default="http://127.0.0.1:8000", show_default=True)
 @click.option("--name", help="Model on the server.  [default: the only one]")

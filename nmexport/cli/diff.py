@@ -7,9 +7,10 @@ from pathlib import Path
 import click
 
 from nmexport.cli.output import console, emit_json, json_option, verbose_option, wants_json
+from nmexport.cli.verb import Verb
 
 
-@click.command("diff", short_help="What changed between two of them.")
+@click.command("diff", cls=Verb, short_help="What changed between two of them.")
 @click.argument("before", type=click.Path(path_type=Path))
 @click.argument("after", type=click.Path(path_type=Path))
 @json_option

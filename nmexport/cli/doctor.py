@@ -17,13 +17,16 @@ from nmexport.cli.output import (
     verbose_option,
     wants_json,
 )
+from nmexport.cli.verb import Verb
 
 if TYPE_CHECKING:
     from nmexport.environment import Environment
     from nmexport.inspect.doctor import NativeLibrary
 
 
-@click.command("doctor", short_help="What works on this machine, and what mends the rest.")
+@click.command(
+    "doctor", cls=Verb, short_help="What works on this machine, and what mends the rest."
+)
 @json_option
 @verbose_option
 @click.pass_context

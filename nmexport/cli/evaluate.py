@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import click
 
-from nmexport.cli.options import evaluation_text_options, reading_options, request
+from nmexport.cli.options import EVALUATION_TEXT, Request, takes
 from nmexport.cli.output import console, emit_json, figure, progress, table, wants_json
+from nmexport.cli.verb import Verb
 
 # \b keeps click from joining the lines of a paragraph.
 _HELP = """Score the folded model of a work directory against the dense one, in torch.
@@ -18,16 +19,17 @@ accelerate launch -m nmexport evaluate --work DIR
 """
 
 
-@click.command("evaluate", short_help="Score the folded model in torch, before export.", help=_HELP)
-@reading_options
-@evaluation_text_options
+@click.command(
+    "evaluate", cls=Verb, short_help="Score the folded model in torch, before export.", help=_HELP
+)
+@takes(*EVALUATION_TEXT)
 @click.pass_context
-def evaluate_command(ctx: click.Context) -> None:
+def evaluate_command(ctx: click.Context, *, asked: Request) -> None:
     from nmexport.evaluation import evaluate, launched
     from nmexport.progress import Silent
 
-    work = request(ctx).existing_work()
-    recipe = request(ctx).recipe_on(work)
+    work = asked.existing_work()
+    recipe = asked.recipe_on(work)
     share = launched()
     shown = progress() if share.is_main else Silent()
     found = evaluate(work, share, progress=shown, recipe=recipe)

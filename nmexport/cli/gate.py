@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import functools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from nmexport.cli.options import reading_options, request
+from nmexport.cli.options import Request, takes
 from nmexport.cli.output import console, emit_json, figure, table, wants_json
+from nmexport.cli.verb import Verb
+from nmexport.errors import GateFailed, UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from nmexport.recipe import GatesSection
+    from nmexport.verification.gates import GateResult
 
 _THRESHOLDS = {
     "max_perplexity_ratio": "Perplexity, sparse over dense, at most.",
@@ -19,43 +27,55 @@ _THRESHOLDS = {
     "min_prefill_speedup": "Prefill speed, sparse over dense, at least.",
     "max_peak_rss_bytes": "Peak memory in bytes, at most.",
 }
-_LIMITS = "nmexport.limits"
+_NOT_GATED = "not gated: no threshold is set"
 
 
-def _threshold_options(command: Any) -> Any:
-    def keep(ctx: click.Context, parameter: click.Parameter, value: float | None) -> None:
-        if value is not None:
-            ctx.meta.setdefault(_LIMITS, {})[parameter.name] = value
+def _takes_thresholds(function: Callable[..., Any]) -> Any:
+    """Add an option for each threshold; the function gets those given as `limits`."""
 
+    @functools.wraps(function)
+    def command(**parameters: Any) -> Any:
+        given = {name: parameters.pop(name) for name in _THRESHOLDS}
+        limits = {name: value for name, value in given.items() if value is not None}
+        return function(limits=limits, **parameters)
+
+    declared: Any = command
     for name, about in reversed(_THRESHOLDS.items()):
-        spelled = f"--{name.replace('_', '-')}"
         kind = click.INT if name.endswith("bytes") else click.FLOAT
-        command = click.option(
-            spelled, name, type=kind, callback=keep, expose_value=False, help=about
-        )(command)
-    return command
+        spelled = f"--{name.replace('_', '-')}"
+        declared = click.option(spelled, name, type=kind, help=about)(declared)
+    return declared
 
 
-@click.command("gate", short_help="Hold a report against thresholds.")
+@click.command("gate", cls=Verb, short_help="Hold a report against thresholds.")
 @click.argument("report", required=False, type=click.Path(path_type=Path))
-@_threshold_options
+@_takes_thresholds
+@click.option("--strict", is_flag=True, help="Exit 3 where no threshold is set at all.")
 @click.option("--junit", type=click.Path(path_type=Path), help="Write JUnit XML here.")
 @click.option("--markdown", type=click.Path(path_type=Path), help="Write a Markdown summary here.")
-@reading_options
+@takes()
 @click.pass_context
 def gate_command(
-    ctx: click.Context, *, report: Path | None, junit: Path | None, markdown: Path | None
+    ctx: click.Context,
+    *,
+    asked: Request,
+    report: Path | None,
+    limits: dict[str, float],
+    strict: bool,
+    junit: Path | None,
+    markdown: Path | None,
 ) -> None:
     """Apply thresholds to REPORT (report.json or a work directory); exit 3 where one fails.
 
-    Thresholds given here replace the recipe's; where none is given, those of --recipe or of
-    the work directory's recipe hold.
+    Thresholds given here replace all others. Without any, those of --recipe hold; else those of the
+    work directory's recipe; else those that the report was made with.
     """
-    from nmexport.errors import GateFailed
     from nmexport.verification import gates
+    from nmexport.verification.report import read_report
 
-    path = _report_path(ctx, report)
-    results = gates.evaluate(_read_report(path), _limits(ctx, path))
+    path = _report_path(asked, report)
+    document = read_report(path)
+    results = gates.evaluate(document, _limits(asked, path, document, limits))
     _write(junit, gates.junit_xml(results))
     _write(markdown, gates.markdown(results))
     verdict = gates.verdict(results)
@@ -68,62 +88,52 @@ def gate_command(
             }
         )
     else:
-        rows = [
-            (one.name, f"{one.limit:g}", figure(one.value, 4), "pass" if one.passed else "FAIL")
-            for one in results
-        ]
-        out = console()
-        if rows:
-            out.print(table(None, ("gate", "limit", "value", ""), rows))
-        out.print(f"Verdict: {verdict}" + ("" if results else " (no gate is set)"))
+        _show(results, verdict)
     if verdict == "fail":
-        raise GateFailed("; ".join(one.why or one.name for one in results if not one.passed))
+        raise GateFailed("; ".join(gate.why or gate.name for gate in results if not gate.passed))
+    if not results and strict:
+        raise GateFailed(_NOT_GATED)
 
 
-def _report_path(ctx: click.Context, given: Path | None) -> Path:
-    root = given if given is not None else request(ctx).existing_work().root
+def _show(results: Sequence[GateResult], verdict: str) -> None:
+    rows = [
+        (gate.name, f"{gate.limit:g}", figure(gate.value, 4), "pass" if gate.passed else "FAIL")
+        for gate in results
+    ]
+    out = console()
+    if rows:
+        out.print(table(None, ("gate", "limit", "value", ""), rows))
+    out.print(f"Verdict: {verdict}" + ("" if results else f" ({_NOT_GATED})"))
+
+
+def _report_path(asked: Request, given: Path | None) -> Path:
+    if given is not None and asked.work is not None:
+        raise click.UsageError("REPORT and --work name two reports; give one of them.")
+    root = given if given is not None else asked.existing_work().root
     return root / "report.json" if root.is_dir() else root
 
 
-def _read_report(path: Path) -> dict[str, Any]:
-    """Read `report.json`.
-
-    Raises:
-        ArtifactError: if it is missing or not a report of schema 1.
-    """
-    from nmexport.errors import ArtifactError
-
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        if report["schema"] != 1:
-            raise ArtifactError(f"{path} has schema {report['schema']}.", allowed="schema 1")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(
-            f"{path} is no report that can be read: {error}",
-            fix="make one with `nmexport build` or `nmexport verify`",
-        ) from error
-    result: dict[str, Any] = report
-    return result
-
-
-def _limits(ctx: click.Context, report: Path) -> Any:
-    """The gates in force: those given as options, else the recipe's."""
-    from nmexport.recipe import GatesSection, load
+def _limits(
+    asked: Request, path: Path, report: Mapping[str, Any], given: Mapping[str, float]
+) -> GatesSection:
+    """The gates in force: those given as options, or the recipe's, or the report's own."""
+    from nmexport.recipe import load
     from nmexport.store.work_directory import RESOLVED
-    from nmexport.verification.gates import limits_from
+    from nmexport.verification.gates import limits_from, limits_of_report
 
-    given = ctx.meta.get(_LIMITS)
     if given:
         return limits_from(given)
-    if request(ctx).file is not None:
-        return request(ctx).recipe().gates
-    beside = report.parent / RESOLVED
-    return load(beside).gates if beside.is_file() else GatesSection()
+    if asked.file is not None:
+        return load(asked.file).gates
+    beside = path.parent / RESOLVED
+    if beside.is_file():
+        gates = load(beside).gates
+        if any(limit is not None for _, limit in gates):
+            return gates
+    return limits_of_report(report)
 
 
 def _write(path: Path | None, text: str) -> None:
-    from nmexport.errors import UserError
-
     if path is None:
         return
     try:

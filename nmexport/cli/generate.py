@@ -6,11 +6,12 @@ import sys
 
 import click
 
-from nmexport.cli.options import reading_options, request
+from nmexport.cli.options import Request, takes
 from nmexport.cli.output import emit_json, wants_json
+from nmexport.cli.verb import Verb
 
 
-@click.command("generate", short_help="Continue a prompt with the built model.")
+@click.command("generate", cls=Verb, short_help="Continue a prompt with the built model.")
 @click.argument("prompt", required=False)
 @click.option("--max-tokens", type=int, default=128, show_default=True, metavar="COUNT")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
@@ -20,11 +21,12 @@ from nmexport.cli.output import emit_json, wants_json
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. Repeatable.")
 @click.option("--chat", is_flag=True, help="Put the prompt through the model's chat template.")
 @click.option("--dense", is_flag=True, help="Run the dense baseline instead.")
-@reading_options
+@takes()
 @click.pass_context
 def generate_command(
     ctx: click.Context,
     *,
+    asked: Request,
     prompt: str | None,
     max_tokens: int,
     temperature: float,
@@ -38,7 +40,7 @@ def generate_command(
     """Continue PROMPT with the built model, streamed; without one, read it from stdin."""
     from nmexport.generation.loop import generate
 
-    work = request(ctx).existing_work()
+    work = asked.existing_work()
     work.require("engine")
     text = prompt if prompt is not None else sys.stdin.read()
     pieces = generate(

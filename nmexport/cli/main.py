@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nmexport import __version__
+from nmexport.choices import STAGE_NAMES
 from nmexport.cli.output import emit_json, has_emitted, wants_json
 from nmexport.errors import ExitCode, NmexportError, UserError
 
@@ -56,6 +57,8 @@ Exit codes: 0 ok, 1 your input or this machine (one message says what to do), 2 
 3 a gate failed, 70 a bug, 130 interrupted.
 """
 
+_RESUMABLE = frozenset({"build", *STAGE_NAMES, "sweep"})
+"""Verbs that go on where they stopped."""
 _REPORT_TO = "This is a bug in nmexport. Please report it with the text above and the command line."
 
 
@@ -82,20 +85,36 @@ class VerbGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the verb; exits with the code of what went wrong."""
+        # Parsing takes the words away, and may fail before it has read them all.
+        words = [*ctx._protected_args, *ctx.args]  # noqa: SLF001  click's public name warns
         try:
             with _sigterm_interrupts():
                 return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+        except (click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except click.ClickException as error:
+            if "--json" in words and not has_emitted(ctx):
+                _emit_error(error, error.format_message(), code=error.exit_code)
             raise
         except KeyboardInterrupt as interrupt:
-            by = "terminated" if isinstance(interrupt, Terminated) else "interrupted"
-            click.echo(f"nmexport: {by}; the same command goes on from here", err=True)
-            ctx.exit(ExitCode.INTERRUPTED)
+            ctx.exit(_say_interrupted(ctx, interrupt, words))
         except Exception as error:  # noqa: BLE001  the last place before the shell
-            ctx.exit(_tell(ctx, error))
+            ctx.exit(_say_error(ctx, error))
 
 
-def _tell(ctx: click.Context, error: Exception) -> ExitCode:
+def _say_interrupted(
+    ctx: click.Context, interrupt: KeyboardInterrupt, words: list[str]
+) -> ExitCode:
+    """Say that the verb was ended from outside, and what that means for its work."""
+    by = "terminated" if isinstance(interrupt, Terminated) else "interrupted"
+    fix = "the same command goes on from here" if words and words[0] in _RESUMABLE else None
+    click.echo(f"nmexport: {by}" + (f"; {fix}" if fix else ""), err=True)
+    if wants_json(ctx) and not has_emitted(ctx):
+        _emit_error(interrupt, by, fix=fix, code=ExitCode.INTERRUPTED)
+    return ExitCode.INTERRUPTED
+
+
+def _say_error(ctx: click.Context, error: Exception) -> ExitCode:
     """Say what went wrong, on stderr, and as JSON on stdout where JSON was asked for."""
     code = error.exit_code if isinstance(error, NmexportError) else ExitCode.INTERNAL
     if code is ExitCode.INTERNAL:
@@ -105,15 +124,23 @@ def _tell(ctx: click.Context, error: Exception) -> ExitCode:
         click.echo(f"nmexport: {error}", err=True)
         logging.getLogger(__name__).debug("what raised it", exc_info=error)
     if wants_json(ctx) and not has_emitted(ctx):
-        emit_json({"error": _error_fields(error), "exit_code": int(code)})
+        if isinstance(error, UserError):
+            _emit_error(error, error.problem, allowed=error.allowed, fix=error.fix, code=code)
+        else:
+            _emit_error(error, str(error), code=code)
     return code
 
 
-def _error_fields(error: Exception) -> dict[str, str | None]:
-    fields: dict[str, str | None] = {"type": type(error).__name__, "problem": str(error)}
-    if isinstance(error, UserError):
-        fields.update(problem=error.problem, allowed=error.allowed, fix=error.fix)
-    return fields
+def _emit_error(
+    error: BaseException,
+    problem: str,
+    *,
+    allowed: str | None = None,
+    fix: str | None = None,
+    code: int,
+) -> None:
+    fields = {"type": type(error).__name__, "problem": problem, "allowed": allowed, "fix": fix}
+    emit_json({"error": fields, "exit_code": int(code)})
 
 
 @contextmanager

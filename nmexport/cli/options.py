@@ -1,30 +1,47 @@
-"""The options that builds share: each sets one key of the recipe."""
+"""The options that verbs share. A verb names those it takes, and is handed a `Request`.
+
+An option of a build sets one key of the recipe. `build` takes all of them, a stage's own verb those
+that change what the stage does; the rest of its recipe is the work directory's.
+"""
 
 from __future__ import annotations
 
+import functools
 import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from nmexport.choices import (
+    Criterion,
+    Dtype,
+    Effort,
+    Grouping,
+    InPlaceCache,
+    Mitigation,
+    Offload,
+    Phases,
+    Target,
+)
 from nmexport.cli.output import json_option, progress, verbose_option
+from nmexport.cli.verb import OneOf, Words, recipe_names
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from nmexport.choices import Stage
     from nmexport.pipeline import Pipeline
     from nmexport.recipe import Recipe
     from nmexport.store.work_directory import WorkDirectory
 
-F = TypeVar("F", bound="Callable[..., Any]")
-
+_SPELLED = {"sparsity.pattern": "--pattern"}
 WORK_ROOT = Path("nmexport-work")
-_REQUEST = "nmexport.request"
 _NONE = "none"
 _NOT = "!"
+_HEAD = "lm_head"
 _BUDGETS = {
     "ppl": "max_perplexity_ratio",
     "kl": "max_kl",
@@ -33,18 +50,469 @@ _BUDGETS = {
 }
 
 
-@dataclass
+# -- values that need reading ----------------------------------------------------------------------
+
+
+def _mitigations(values: tuple[str, ...]) -> list[str]:
+    if _NONE in values and len(set(values)) > 1:
+        raise click.BadParameter("none goes with no other.", param_hint="'--mitigation'")
+    return [] if _NONE in values else list(dict.fromkeys(values))
+
+
+def _tasks(values: tuple[str, ...]) -> list[str]:
+    names = [name.strip() for text in values for name in text.split(",")]
+    if not all(names):
+        raise click.BadParameter(
+            f"{','.join(values)!r} holds an empty name.", param_hint="'--tasks'"
+        )
+    return list(dict.fromkeys(names))
+
+
+def _budget(values: tuple[str, ...]) -> dict[str, float]:
+    """`NAME=VALUE`s, together in place of the recipe's budget; `none` takes that away."""
+    hint = "'--budget'"
+    if _NONE in values:
+        if len(values) > 1:
+            raise click.BadParameter("none goes with no other.", param_hint=hint)
+        return {}
+    budget: dict[str, float] = {}
+    for text in values:
+        name, _, number = text.partition("=")
+        try:
+            limit = float(number)
+            key = _BUDGETS[name]
+        except (KeyError, ValueError):
+            raise click.BadParameter(
+                f"{text!r} is not NAME=NUMBER with a NAME among {', '.join(_BUDGETS)}.",
+                param_hint=hint,
+            ) from None
+        if key in budget:
+            raise click.BadParameter(f"{name} is given twice.", param_hint=hint)
+        budget[key] = limit
+    return budget
+
+
+def _include(values: tuple[str, ...]) -> list[str] | None:
+    return [pattern for pattern in values if not pattern.startswith(_NOT)] or None
+
+
+def _exclude(values: tuple[str, ...]) -> list[str]:
+    return [pattern.removeprefix(_NOT) for pattern in values if pattern.startswith(_NOT)]
+
+
+# -- declarations ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOption:
+    """An option that sets one key of the recipe."""
+
+    spelled: str
+    key: str
+    """Dotted."""
+    help: str
+    kind: click.ParamType[Any] | type = str
+    metavar: str | None = None
+    multiple: bool = False
+    sets: bool | None = None
+    """What a flag sets; None where the option takes a value."""
+    read: Callable[[Any], Any] | None = None
+    """Makes the recipe's value of what was given."""
+
+    @property
+    def parameter(self) -> str:
+        """Name of the parameter that holds what was given."""
+        return self.spelled.removeprefix("--").replace("-", "_")
+
+    def declare(self, command: Any) -> Any:
+        """Add the option to a command."""
+        if self.sets is not None:
+            made = click.option(self.spelled, self.parameter, is_flag=True, help=self.help)
+        else:
+            made = click.option(
+                self.spelled,
+                self.parameter,
+                type=self.kind,
+                metavar=self.metavar,
+                multiple=self.multiple,
+                help=self.help,
+            )
+        return made(command)
+
+    def value(self, given: Any) -> Any:
+        """The recipe's value; None where the option was not given."""
+        if given is None or given is False or given == ():
+            return None
+        if self.sets is not None:
+            return self.sets
+        if self.read is not None:
+            return self.read(given)
+        return list(given) if self.multiple else given
+
+
+_PATTERN = RecipeOption(
+    spelled="--pattern", key="sparsity.pattern", metavar="N:M", help="Keep N of every M channels."
+)
+_TARGETS = RecipeOption(
+    spelled="--targets",
+    key="sparsity.targets.include",
+    metavar="[!]PATTERN",
+    multiple=True,
+    read=_include,
+    help="Linears to sparsify: a glob over module names, type:CLASS, or layer:A-B; with ! "
+    "before it, linears to leave dense. Repeatable.",
+)
+_SEED = RecipeOption(spelled="--seed", key="seed", kind=int, metavar="NUMBER", help="Random seed.")
+_DTYPE = RecipeOption(
+    spelled="--dtype",
+    key="model.dtype",
+    kind=OneOf(Dtype),
+    help="Element type of exported weights and activations.",
+)
+_OFFLOAD = RecipeOption(
+    spelled="--offload",
+    key="calibration.offload",
+    kind=OneOf(Offload),
+    help="Calibrate layer by layer, weights mapped from disk: when memory is short, or always.",
+)
+_MODEL = (
+    RecipeOption(
+        spelled="--revision",
+        key="model.revision",
+        metavar="REV",
+        help="Hub branch, tag or commit.",
+    ),
+    RecipeOption(
+        spelled="--trust-remote-code",
+        key="model.trust_remote_code",
+        sets=True,
+        help="Run Python code that the model's author wrote.",
+    ),
+)
+_METHOD = (
+    _PATTERN,
+    RecipeOption(
+        spelled="--criterion",
+        key="sparsity.criterion",
+        kind=OneOf(Criterion),
+        help="What ranks the channels of a group.",
+    ),
+    RecipeOption(
+        spelled="--mitigation",
+        key="sparsity.mitigations",
+        kind=OneOf(Mitigation, _NONE),
+        multiple=True,
+        read=_mitigations,
+        help="Correction of the error; repeat it for several. Learned: l-pts (shift), ls (scale), "
+        "gain, bias, low-rank. Calibrated: s-pts, s-var, r-sparse. Per token: d-pts, var.",
+    ),
+    RecipeOption(
+        spelled="--effort",
+        key="sparsity.effort",
+        kind=OneOf(Effort),
+        help="How long learned corrections learn.",
+    ),
+    RecipeOption(
+        spelled="--grouping",
+        key="sparsity.grouping",
+        kind=OneOf(Grouping),
+        help="Which channels compete: neighbours, or those of a permutation.",
+    ),
+    _TARGETS,
+    RecipeOption(
+        spelled="--phases",
+        key="sparsity.phases",
+        kind=OneOf(Phases),
+        help="When to sparsify.",
+    ),
+)
+_BUDGET = (
+    RecipeOption(
+        spelled="--budget",
+        key="allocation.budget",
+        kind=Words(lambda: [*(f"{name}=" for name in _BUDGETS), _NONE]),
+        metavar="ppl|kl|speedup|bytes=NUMBER",
+        multiple=True,
+        read=_budget,
+        help="Choose for each linear within a limit: perplexity ratio or KL at most, decode "
+        "speed-up at least, or share of weight bytes read at most. Repeatable.",
+    ),
+    RecipeOption(
+        spelled="--budget-pattern",
+        key="allocation.patterns",
+        metavar="N:M",
+        multiple=True,
+        help="Pattern that --budget may choose, beside dense. Repeatable.  [default: 12, 10, 8, 6 "
+        "and 4 of 16]",
+    ),
+    RecipeOption(
+        spelled="--budget-criterion",
+        key="allocation.criteria",
+        kind=OneOf(Criterion),
+        multiple=True,
+        help="Criterion that --budget may choose. Repeatable.  [default: --criterion alone]",
+    ),
+    RecipeOption(
+        spelled="--budget-phases",
+        key="allocation.phases",
+        kind=OneOf(Phases),
+        multiple=True,
+        help="Phases that --budget may choose. Repeatable.  [default: --phases alone]",
+    ),
+    RecipeOption(
+        spelled="--budget-count-learned",
+        key="allocation.count_learned",
+        sets=True,
+        help="Hold ppl or kl by the model as built, learned corrections and all: chooses and "
+        "learns up to three times.",
+    ),
+)
+_CALIBRATION = (
+    RecipeOption(
+        spelled="--calib",
+        key="calibration.corpus",
+        metavar="CORPUS",
+        help="Calibration text: Hub data set, .txt, .jsonl, or `self` (the model writes it).",
+    ),
+    RecipeOption(
+        spelled="--calib-samples",
+        key="calibration.samples",
+        kind=int,
+        metavar="COUNT",
+        help="Number of samples.",
+    ),
+    RecipeOption(
+        spelled="--calib-length",
+        key="calibration.length",
+        kind=int,
+        metavar="TOKENS",
+        help="Tokens in a sample.",
+    ),
+    RecipeOption(
+        spelled="--calib-self-share",
+        key="calibration.self_share",
+        kind=float,
+        metavar="SHARE",
+        help="Share of the samples that the model writes itself, beside a named corpus.",
+    ),
+    _OFFLOAD,
+)
+_EVALUATION_TEXT = (
+    RecipeOption(
+        spelled="--eval-data",
+        key="evaluation.corpus",
+        metavar="CORPUS",
+        help="Evaluation text, in the same forms as --calib.",
+    ),
+    RecipeOption(
+        spelled="--eval-windows",
+        key="evaluation.windows",
+        kind=int,
+        metavar="COUNT",
+        help="Number of windows.",
+    ),
+    RecipeOption(
+        spelled="--eval-length",
+        key="evaluation.length",
+        kind=int,
+        metavar="TOKENS",
+        help="Tokens in a window.",
+    ),
+)
+_TASKS = (
+    RecipeOption(
+        spelled="--tasks",
+        key="evaluation.tasks",
+        metavar="NAME[,NAME...]",
+        multiple=True,
+        read=_tasks,
+        help="Score tasks of lm-evaluation-harness, dense beside sparse. Repeatable.",
+    ),
+    RecipeOption(
+        spelled="--tasks-path",
+        key="evaluation.tasks_path",
+        kind=click.Path(),
+        metavar="DIR",
+        help="Folder of local task files; alone, all of its tasks are scored.",
+    ),
+    RecipeOption(
+        spelled="--task-limit",
+        key="evaluation.task_limit",
+        kind=int,
+        metavar="COUNT",
+        help="Number of documents.",
+    ),
+    RecipeOption(
+        spelled="--task-fewshot",
+        key="evaluation.task_fewshot",
+        kind=int,
+        metavar="COUNT",
+        help="Examples before each question, where the task leaves it open.",
+    ),
+)
+_WEIGHTS = RecipeOption(
+    spelled="--weights",
+    key="model.weights",
+    kind=Words(lambda: ["float", "int8", "int8:128"]),
+    metavar="float|int8|int8:CHANNELS",
+    help="How sparsified weights are stored: int8 with a scale an output, or so many channels.",
+)
+_NO_DENSE_BASELINE = RecipeOption(
+    spelled="--no-dense-baseline",
+    key="model.dense_baseline",
+    sets=False,
+    help="Export no dense model: half the disk, and nothing to verify against.",
+)
+_ENGINE = (
+    RecipeOption(
+        spelled="--target", key="target", kind=OneOf(Target), help="Runtime to build for."
+    ),
+    RecipeOption(
+        spelled="--compute-capability",
+        key="engine.compute_capabilities",
+        metavar="X.Y",
+        multiple=True,
+        help="GPU to build a TensorRT engine for. Repeatable with tensorrt-rtx.  [default: this "
+        "one]",
+    ),
+    RecipeOption(
+        spelled="--embed-plugin",
+        key="engine.embed_plugin",
+        sets=True,
+        help="Put the TensorRT plugin library into the plan.",
+    ),
+    RecipeOption(
+        spelled="--in-place-cache",
+        key="engine.in_place_cache",
+        kind=OneOf(InPlaceCache),
+        help="off: copy a TensorRT engine's cache each step, so that Triton can serve the engine.",
+    ),
+)
+_ALLOW_FAILED = RecipeOption(
+    spelled="--allow-failed",
+    key="serving.allow_failed",
+    sets=True,
+    help="Package although a gate failed.",
+)
+
+BUILD: tuple[RecipeOption, ...] = (
+    *_MODEL,
+    *_METHOD,
+    *_BUDGET,
+    *_CALIBRATION,
+    *_EVALUATION_TEXT,
+    *_TASKS,
+    _SEED,
+    _DTYPE,
+    _WEIGHTS,
+    _NO_DENSE_BASELINE,
+    *_ENGINE,
+    _ALLOW_FAILED,
+)
+"""All of them."""
+OF_STAGE: dict[Stage, tuple[RecipeOption, ...]] = {
+    # The method is checked against the model before the long part; text that both name is cut so
+    # that evaluation gets its own.
+    "calibrate": (*_MODEL, *_METHOD, *_CALIBRATION, *_EVALUATION_TEXT, _SEED),
+    "fold": (*_METHOD, *_BUDGET, _OFFLOAD, _DTYPE, _WEIGHTS),
+    "export": (_NO_DENSE_BASELINE,),
+    "engine": _ENGINE,
+    "verify": (*_EVALUATION_TEXT, *_TASKS),
+    "package": (_ALLOW_FAILED,),
+}
+"""What changes a stage, and nothing before it."""
+EVALUATION_TEXT = _EVALUATION_TEXT
+
+_LOCATORS = (
+    click.option(
+        "--model",
+        "-m",
+        type=Words(recipe_names, files=True),
+        metavar="NAME|ID|DIR|FILE",
+        help="Recipe name (see `nmexport recipes list`), Hub id, local folder, or .gguf file.",
+    ),
+    click.option(
+        "--recipe",
+        "recipe_file",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Recipe in YAML; options override its keys.",
+    ),
+    click.option(
+        "--work",
+        type=click.Path(path_type=Path, file_okay=False),
+        metavar="DIR",
+        help="Work directory.  [default: nmexport-work/MODEL-NofM]",
+    ),
+)
+_OUTPUT = (json_option, verbose_option)
+
+
+def takes(*options: RecipeOption, continues: bool = True) -> Callable[[Any], Any]:
+    """Give a verb the options that say which build is meant, and some keys of its recipe.
+
+    The verb's function gets all of them as its parameter `asked`. Where a pattern is none of the
+    keys, `--pattern` helps to find the work directory, and sets nothing.
+
+    Args:
+        options: Those that set keys.
+        continues: The recipe is the work directory's, where there is one, whatever the model.
+    """
+    finds = _PATTERN not in options
+
+    def decorate(function: Any) -> Any:
+        @functools.wraps(function)
+        def command(**parameters: Any) -> Any:
+            given = {option: parameters.pop(option.parameter) for option in options}
+            values = {option: option.value(value) for option, value in given.items()}
+            targets = next((value for option, value in given.items() if option is _TARGETS), ())
+            asked = Request(
+                model=parameters.pop("model"),
+                file=parameters.pop("recipe_file"),
+                work=parameters.pop("work"),
+                pattern=parameters.pop(_PATTERN.parameter) if finds else None,
+                continues=continues,
+                overrides={
+                    option.key: value for option, value in values.items() if value is not None
+                },
+                spelled={
+                    option.key: option.spelled
+                    for option, value in values.items()
+                    if value is not None
+                },
+                excludes=_exclude(targets),
+            )
+            return function(asked=asked, **parameters)
+
+        declared: Any = command
+        for shared in (*reversed(_OUTPUT), *reversed(_LOCATORS)):
+            declared = shared(declared)
+        for one in reversed((*options, *((_PATTERN,) if finds else ()))):
+            declared = one.declare(declared)
+        return declared
+
+    return decorate
+
+
+# -- what was asked for ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
-    """What the options of one command line ask for; filled while they are parsed."""
+    """Which build a command line is about, and what it changes of its recipe."""
 
     model: str | None = None
     file: Path | None = None
     work: Path | None = None
+    pattern: str | None = None
+    """Helps to find the work directory; changes nothing."""
+    continues: bool = False
+    """The work directory's recipe comes before the model's own."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Values by dotted recipe key."""
     spelled: dict[str, str] = field(default_factory=dict)
     """The option that set each."""
-    excludes: list[str] = field(default_factory=list)
+    excludes: Sequence[str] = ()
     """`--targets '!PATTERN'`: on top of what the recipe excludes."""
 
     def recipe(self) -> Recipe:
@@ -55,18 +523,14 @@ class Request:
         """
         from nmexport.recipe import resolve
 
-        file = self.file
-        if file is None and self.model is None and self.work is not None:
-            from nmexport.store.work_directory import RESOLVED, WorkDirectory
-
-            WorkDirectory(self.work).recipe()  # says what is wrong where there is none
-            file = self.work / RESOLVED
+        model, file = self._base()
         overrides = dict(self.overrides)
         if self.excludes:
-            base = resolve(self.model, file=file).sparsity.targets.exclude
-            overrides["sparsity.targets.exclude"] = [*base, *self.excludes]
-        recipe = resolve(self.model, overrides, file=file, spelled=self.spelled)
-        self._refuse_candidates_without_budget(recipe)
+            base = resolve(model, file=file).sparsity.targets.exclude
+            self._refuse_both(overrides.get("sparsity.targets.include", ()))
+            overrides["sparsity.targets.exclude"] = list(dict.fromkeys([*base, *self.excludes]))
+        recipe = resolve(model, overrides, file=file, spelled=self.spelled)
+        self._refuse_idle_options(recipe)
         return recipe
 
     def recipe_on(self, work: WorkDirectory) -> Recipe:
@@ -83,29 +547,11 @@ class Request:
         }
         return resolve(None, text, file=work.root / RESOLVED, spelled=self.spelled)
 
-    def _refuse_candidates_without_budget(self, recipe: Recipe) -> None:
-        from nmexport.errors import RecipeError
-
-        idle = [spelled for spelled in self.spelled.values() if spelled.startswith("--budget-")]
-        if idle and not recipe.allocation.budget.limits():
-            raise RecipeError(
-                f"{idle[0]} says what a budget may choose, and there is none.",
-                allowed=f"{idle[0]} with --budget, or with a budget in the recipe",
-                fix="add --budget bytes=0.6, say; for one pattern for all linears, --pattern",
-            )
-
     def work_directory(self, recipe: Recipe) -> WorkDirectory:
         """`--work`, or a folder named after model and pattern."""
         from nmexport.store.work_directory import WorkDirectory
 
         return WorkDirectory(self.work or self._default_work(recipe))
-
-    def _default_work(self, recipe: Recipe) -> Path:
-        from nmexport.recipe import short_name
-
-        pattern = recipe.sparsity.pattern
-        name = short_name(self.model or recipe.model.id)
-        return WORK_ROOT / f"{name}-{pattern.n}of{pattern.m}"
 
     def existing_work(self) -> WorkDirectory:
         """The work directory to read: `--work`, or the model's, or the one last built in.
@@ -114,14 +560,19 @@ class Request:
             UserError: if there is none.
         """
         from nmexport.errors import WorkDirectoryError
+        from nmexport.recipe import resolve
         from nmexport.store.work_directory import RESOLVED, WorkDirectory
 
+        named = self.model is not None or self.file is not None
+        wanted = (
+            resolve(self.model, self._locating(), file=self.file, spelled=_SPELLED)
+            if named
+            else None
+        )
         if self.work is not None:
             work = WorkDirectory(self.work)
-        elif self.model is not None or self.file is not None:
-            recipe = self.recipe()
-            work = self.work_directory(recipe)
-            work.refuse_other_model(recipe)
+        elif wanted is not None:
+            work = WorkDirectory(self._default_work(wanted))
         else:
             built = sorted(
                 WORK_ROOT.glob(f"*/{RESOLVED}"), key=lambda path: path.stat().st_mtime_ns
@@ -132,7 +583,9 @@ class Request:
                     fix="name one with --work DIR, or make one with `nmexport build --model NAME`",
                 )
             work = WorkDirectory(built[-1].parent)
-        work.recipe()
+        self._refuse_other_pattern(work)
+        if wanted is not None:
+            work.refuse_other_model(wanted)
         return work
 
     def pipeline(self) -> Pipeline:
@@ -157,345 +610,75 @@ class Request:
             command=shlex.join(["nmexport", *sys.argv[1:]]),
         )
 
+    def _base(self) -> tuple[str | None, Path | None]:
+        """Model and file that the recipe starts from."""
+        from nmexport.recipe import resolve
+        from nmexport.store.work_directory import RESOLVED, WorkDirectory
 
-def request(ctx: click.Context) -> Request:
-    """What the options of this command line ask for."""
-    found: Request = ctx.meta.setdefault(_REQUEST, Request())
-    return found
+        if self.file is not None or (self.model is not None and not self.continues):
+            return self.model, self.file
+        if self.model is None:
+            if self.work is None:
+                return None, None
+            self._refuse_other_pattern(WorkDirectory(self.work))
+            return None, self.work / RESOLVED
+        wanted = resolve(self.model, self._locating(), spelled=_SPELLED)
+        work = self.work_directory(wanted)
+        if not (work.root / RESOLVED).is_file():
+            return self.model, None
+        work.refuse_other_model(wanted)
+        self._refuse_other_pattern(work)
+        return None, work.root / RESOLVED
 
+    def _locating(self) -> dict[str, Any]:
+        """What names the work directory of a model, beside the model."""
+        pattern = self.pattern or self.overrides.get(_PATTERN.key)
+        return {} if pattern is None else {_PATTERN.key: pattern}
 
-def _option(spelled: str, dotted: str, help_text: str, **attributes: Any) -> Callable[[F], F]:
-    """An option that sets one recipe key."""
+    def _default_work(self, recipe: Recipe) -> Path:
+        from nmexport.recipe import short_name
 
-    def keep(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:
-        del parameter
-        if value is None or value == ():
-            return
-        request(ctx).overrides[dotted] = value
-        request(ctx).spelled[dotted] = spelled
+        pattern = recipe.sparsity.pattern
+        name = short_name(self.model or recipe.model.id)
+        return WORK_ROOT / f"{name}-{pattern.n}of{pattern.m}"
 
-    return click.option(
-        spelled,
-        f"recipe_{dotted.replace('.', '_')}",
-        expose_value=False,
-        callback=keep,
-        help=help_text,
-        **attributes,
-    )
+    def _refuse_other_pattern(self, work: WorkDirectory) -> None:
+        """Raise where the directory is none, or `--pattern` speaks of another build."""
+        from nmexport.errors import RecipeError
+        from nmexport.sparsity.pattern import NMPattern
 
+        held = work.recipe().sparsity.pattern
+        if self.pattern is not None and NMPattern.parse(self.pattern) != held:
+            raise RecipeError(
+                f"{work.root} was built with the pattern {held}, not {self.pattern}.",
+                fix="leave out --pattern, or name another work directory with --work DIR",
+            )
 
-def _keep_model(ctx: click.Context, parameter: click.Parameter, value: str | None) -> None:
-    del parameter
-    request(ctx).model = value
+    def _refuse_both(self, included: Sequence[str]) -> None:
+        """The one name that an include takes out of the excludes cannot be in both."""
+        from nmexport.errors import RecipeError
 
+        if _HEAD in self.excludes and _HEAD in included:
+            raise RecipeError(
+                f"--targets both includes and excludes {_HEAD}.", fix="keep one of them"
+            )
 
-def _keep_file(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> None:
-    del parameter
-    request(ctx).file = value
+    def _refuse_idle_options(self, recipe: Recipe) -> None:
+        """Refuse options that the rest of the recipe leaves without a meaning."""
+        from nmexport.errors import RecipeError
 
-
-def _keep_work(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> None:
-    del parameter
-    request(ctx).work = value
-
-
-def _keep_mitigations(ctx: click.Context, parameter: click.Parameter, value: tuple[str]) -> None:
-    """`none` among others is a contradiction that the recipe's validation names."""
-    del parameter
-    if value:
-        request(ctx).overrides["sparsity.mitigations"] = [] if value == (_NONE,) else list(value)
-        request(ctx).spelled["sparsity.mitigations"] = "--mitigation"
-
-
-def _keep_tasks(ctx: click.Context, parameter: click.Parameter, value: tuple[str]) -> None:
-    del parameter
-    names = [name.strip() for text in value for name in text.split(",") if name.strip()]
-    if names:
-        request(ctx).overrides["evaluation.tasks"] = names
-        request(ctx).spelled["evaluation.tasks"] = "--tasks"
-
-
-def _keep_targets(ctx: click.Context, parameter: click.Parameter, value: tuple[str]) -> None:
-    del parameter
-    include = [pattern for pattern in value if not pattern.startswith(_NOT)]
-    if include:
-        request(ctx).overrides["sparsity.targets.include"] = include
-        request(ctx).spelled["sparsity.targets.include"] = "--targets"
-    request(ctx).excludes = [
-        pattern.removeprefix(_NOT) for pattern in value if pattern.startswith(_NOT)
-    ]
-
-
-def _keep_budget(ctx: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> None:
-    """`NAME=VALUE`s, together in place of the recipe's budget; `none` takes that away."""
-    if not value:
-        return
-    budget: dict[str, float] = {}
-    for text in () if value == (_NONE,) else value:
-        name, _, number = text.partition("=")
-        try:
-            budget[_BUDGETS[name]] = float(number)
-        except (KeyError, ValueError):
-            raise click.BadParameter(
-                f"{text!r} is not NAME=NUMBER with a NAME among {', '.join(_BUDGETS)}.",
-                ctx,
-                parameter,
-            ) from None
-    request(ctx).overrides["allocation.budget"] = budget
-    request(ctx).spelled["allocation.budget"] = "--budget"
-
-
-model_option = click.option(
-    "--model",
-    "-m",
-    callback=_keep_model,
-    expose_value=False,
-    metavar="NAME|ID|DIR|FILE",
-    help="Recipe name (see `nmexport recipes list`), Hub id, local folder, or .gguf file.",
-)
-work_option = click.option(
-    "--work",
-    type=click.Path(path_type=Path, file_okay=False),
-    callback=_keep_work,
-    expose_value=False,
-    metavar="DIR",
-    help="Work directory.  [default: nmexport-work/MODEL-NofM]",
-)
-recipe_option = click.option(
-    "--recipe",
-    type=click.Path(path_type=Path),
-    callback=_keep_file,
-    expose_value=False,
-    metavar="FILE",
-    help="Recipe in YAML; options override its keys.",
-)
-
-_EVALUATION_TEXT = (
-    _option("--eval-data", "evaluation.corpus", "Evaluation text, same forms.", metavar="CORPUS"),
-    _option("--eval-windows", "evaluation.windows", "Windows.", type=int, metavar="COUNT"),
-    _option("--eval-length", "evaluation.length", "Tokens a window.", type=int, metavar="TOKENS"),
-)
-
-_RECIPE_OPTIONS = (
-    model_option,
-    _option("--revision", "model.revision", "Hub branch, tag or commit.", metavar="REV"),
-    _option("--pattern", "sparsity.pattern", "Keep N of every M channels.", metavar="N:M"),
-    _option(
-        "--criterion",
-        "sparsity.criterion",
-        "What ranks the channels of a group.",
-        metavar="act|wina|clact|amber|fisher",
-    ),
-    click.option(
-        "--mitigation",
-        multiple=True,
-        callback=_keep_mitigations,
-        expose_value=False,
-        metavar="none|d-pts|s-pts|l-pts|var|s-var|ls|gain|bias|low-rank|r-sparse",
-        help="Correction of the error; repeat it for several. Learned: l-pts (shift), ls (scale), "
-        "gain, bias, low-rank. Calibrated: s-pts, s-var, r-sparse. Per token: d-pts, var.",
-    ),
-    _option(
-        "--effort",
-        "sparsity.effort",
-        "How long learned corrections learn.",
-        metavar="fast|standard|thorough",
-    ),
-    _option(
-        "--grouping",
-        "sparsity.grouping",
-        "Which channels compete: neighbours, or those of a permutation.",
-        metavar="consecutive|random|balanced",
-    ),
-    click.option(
-        "--targets",
-        multiple=True,
-        callback=_keep_targets,
-        expose_value=False,
-        metavar="[!]PATTERN",
-        help="Linears to sparsify: a glob over module names, type:CLASS, or layer:A-B; with ! "
-        "before it, linears to leave dense. Repeatable.",
-    ),
-    _option(
-        "--phases",
-        "sparsity.phases",
-        "When to sparsify.",
-        metavar="all|prefill|decode",
-    ),
-    click.option(
-        "--budget",
-        multiple=True,
-        callback=_keep_budget,
-        expose_value=False,
-        metavar="ppl|kl|speedup|bytes=NUMBER",
-        help="Choose for each linear within a limit: perplexity ratio or KL at most, decode "
-        "speed-up at least, or share of weight bytes read at most. Repeatable.",
-    ),
-    _option(
-        "--budget-pattern",
-        "allocation.patterns",
-        "Pattern that --budget may choose, beside dense. Repeatable.  [default: 12, 10, 8, 6 and 4 "
-        "of 16]",
-        multiple=True,
-        metavar="N:M",
-    ),
-    _option(
-        "--budget-criterion",
-        "allocation.criteria",
-        "Criterion that --budget may choose. Repeatable.  [default: --criterion alone]",
-        multiple=True,
-        metavar="act|wina|clact|amber|fisher",
-    ),
-    _option(
-        "--budget-phases",
-        "allocation.phases",
-        "Phases that --budget may choose. Repeatable.  [default: --phases alone]",
-        multiple=True,
-        metavar="all|prefill|decode",
-    ),
-    _option(
-        "--budget-count-learned",
-        "allocation.count_learned",
-        "Hold ppl or kl by the model as built, learned corrections and all: chooses and learns up "
-        "to three times.",
-        is_flag=True,
-        flag_value=True,
-        default=None,
-    ),
-    _option(
-        "--calib",
-        "calibration.corpus",
-        "Calibration text: Hub data set, .txt, .jsonl, or `self` (the model writes it).",
-        metavar="CORPUS",
-    ),
-    _option("--calib-samples", "calibration.samples", "Samples.", type=int, metavar="COUNT"),
-    _option("--calib-length", "calibration.length", "Tokens a sample.", type=int, metavar="TOKENS"),
-    _option(
-        "--calib-self-share",
-        "calibration.self_share",
-        "Share of the samples that the model writes itself, beside a named corpus.",
-        type=float,
-        metavar="SHARE",
-    ),
-    _option(
-        "--offload",
-        "calibration.offload",
-        "Calibrate layer by layer, weights mapped from disk: when memory is short, or always.",
-        metavar="auto|never|layerwise",
-    ),
-    *_EVALUATION_TEXT,
-    click.option(
-        "--tasks",
-        multiple=True,
-        callback=_keep_tasks,
-        expose_value=False,
-        metavar="NAME[,NAME...]",
-        help="Score tasks of lm-evaluation-harness, dense beside sparse. Repeatable.",
-    ),
-    _option(
-        "--tasks-path",
-        "evaluation.tasks_path",
-        "Folder of local task files; alone, all of its tasks are scored.",
-        metavar="DIR",
-    ),
-    _option("--task-limit", "evaluation.task_limit", "Documents.", type=int, metavar="COUNT"),
-    _option(
-        "--task-fewshot",
-        "evaluation.task_fewshot",
-        "Examples before each question, where the task leaves it open.",
-        type=int,
-        metavar="COUNT",
-    ),
-    _option("--seed", "seed", "Of everything drawn at random.", type=int, metavar="NUMBER"),
-    _option(
-        "--dtype",
-        "model.dtype",
-        "Element type of exported weights and activations.",
-        metavar="float32|float16|bfloat16",
-    ),
-    _option(
-        "--weights",
-        "model.weights",
-        "How sparsified weights are stored: int8 with a scale an output, or so many channels.",
-        metavar="float|int8|int8:CHANNELS",
-    ),
-    _option(
-        "--no-dense-baseline",
-        "model.dense_baseline",
-        "Export no dense model: half the disk, and nothing to verify against.",
-        is_flag=True,
-        flag_value=False,
-        default=None,
-    ),
-    _option(
-        "--target",
-        "target",
-        "Runtime to build for.",
-        metavar="auto|onnxruntime|tensorrt|tensorrt-rtx",
-    ),
-    _option(
-        "--allow-failed",
-        "serving.allow_failed",
-        "Package although a gate failed.",
-        is_flag=True,
-        flag_value=True,
-        default=None,
-    ),
-    _option(
-        "--compute-capability",
-        "engine.compute_capabilities",
-        "GPU to build a TensorRT engine for. Repeatable with tensorrt-rtx.  [default: this one]",
-        multiple=True,
-        metavar="X.Y",
-    ),
-    _option(
-        "--embed-plugin",
-        "engine.embed_plugin",
-        "Put the TensorRT plugin library into the plan.",
-        is_flag=True,
-        flag_value=True,
-        default=None,
-    ),
-    _option(
-        "--in-place-cache",
-        "engine.in_place_cache",
-        "off: copy a TensorRT engine's cache each step, so that Triton can serve the engine.",
-        metavar="auto|off",
-    ),
-    _option(
-        "--trust-remote-code",
-        "model.trust_remote_code",
-        "Run Python code that the model's author wrote.",
-        is_flag=True,
-        flag_value=True,
-        default=None,
-    ),
-    recipe_option,
-    work_option,
-    json_option,
-    verbose_option,
-)
-
-
-def recipe_options(command: F) -> F:
-    """All options that builds share; read them with `request`."""
-    for option in reversed(_RECIPE_OPTIONS):
-        command = option(command)
-    return command
-
-
-def reading_options(command: F) -> F:
-    """Options of the verbs that read a work directory: which one, and how to answer."""
-    for option in (verbose_option, json_option, work_option, recipe_option, _PATTERN, model_option):
-        command = option(command)
-    return command
-
-
-def evaluation_text_options(command: F) -> F:
-    """Options of the verbs that may score another text than what was built with."""
-    for option in reversed(_EVALUATION_TEXT):
-        command = option(command)
-    return command
-
-
-_PATTERN = _RECIPE_OPTIONS[2]
+        given = [spelled for spelled in self.spelled.values() if spelled.startswith("--budget-")]
+        budget = recipe.allocation.budget.limits()
+        if given and not budget:
+            raise RecipeError(
+                f"{given[0]} says what a budget may choose, and there is none.",
+                allowed=f"{given[0]} with --budget, or with a budget in the recipe",
+                fix="add --budget bytes=0.6, say; for one pattern for all linears, --pattern",
+            )
+        if budget and "--pattern" in self.spelled.values():
+            raise RecipeError(
+                "--pattern gives all linears one pattern, and a budget chooses one for each.",
+                allowed="--budget with --budget-pattern, or --pattern alone",
+                fix="replace --pattern with --budget-pattern, or add --budget none where the "
+                "recipe has one",
+            )

@@ -7,9 +7,10 @@ from pathlib import Path
 import click
 
 from nmexport.cli.output import console, emit_json, json_option, table, verbose_option, wants_json
+from nmexport.cli.verb import VerbFamily, Words, recipe_names
 
 
-@click.group("recipes")
+@click.group("recipes", cls=VerbFamily)
 def recipes_command() -> None:
     """List and show recipes; validate a file."""
 
@@ -44,7 +45,7 @@ def list_command(ctx: click.Context) -> None:
 
 
 @recipes_command.command("show")
-@click.argument("name")
+@click.argument("name", type=Words(recipe_names))
 @json_option
 @verbose_option
 @click.pass_context

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nmexport.cli.options import reading_options, request
+from nmexport.cli.options import Request, takes
 from nmexport.cli.output import emit_json, wants_json
+from nmexport.cli.verb import Verb
 
 if TYPE_CHECKING:
     from nmexport.serving.launch import Addresses, Installation
 
 
-@click.command("serve", short_help="Start Triton on what was packaged.")
+@click.command("serve", cls=Verb, short_help="Start Triton on what was packaged.")
 @click.argument("folder", required=False, type=click.Path(path_type=Path, exists=True))
 @click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 is the network.")
 @click.option("--http-port", type=click.IntRange(1, 65535), default=8000, show_default=True)
@@ -44,11 +45,12 @@ if TYPE_CHECKING:
     show_default=True,
     help="How long requests in flight may take once the server is told to stop.",
 )
-@reading_options
+@takes()
 @click.pass_context
 def serve_command(
     ctx: click.Context,
     *,
+    asked: Request,
     folder: Path | None,
     host: str,
     http_port: int,
@@ -68,7 +70,7 @@ def serve_command(
     from nmexport.serving import launch
     from nmexport.serving.repository import REPOSITORY
 
-    package = launch.package_folder(folder or request(ctx).existing_work().root)
+    package = launch.package_folder(folder or asked.existing_work().root)
     addresses = launch.Addresses(
         host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port
     )

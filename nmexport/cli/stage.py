@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from nmexport.cli.options import recipe_options, request
+from nmexport.cli.options import OF_STAGE, Request, takes
+from nmexport.cli.verb import Verb
 
-_ABOUT = {
+if TYPE_CHECKING:
+    from nmexport.choices import Stage
+
+_ABOUT: dict[Stage, str] = {
     "calibrate": "Gather statistics of the linears on calibration text.",
     "fold": "Turn statistics into weights and constants.",
     "export": "Write the ONNX model, sparse and dense.",
@@ -16,26 +22,27 @@ _ABOUT = {
 }
 
 
-def _command_of(stage: str) -> click.Command:
+def _command_of(stage: Stage) -> click.Command:
     @click.command(
         stage,
+        cls=Verb,
         short_help=_ABOUT[stage],
         help=f"{_ABOUT[stage]}\n\nThe stages before it must be complete.",
     )
     @click.option("--force", is_flag=True, help="Run although the stage is complete.")
     @click.option("--dry-run", is_flag=True, help="Say what would run and why; write nothing.")
-    @recipe_options
+    @takes(*OF_STAGE[stage], continues=stage != "calibrate")
     @click.pass_context
-    def command(ctx: click.Context, *, force: bool, dry_run: bool) -> None:
+    def command(ctx: click.Context, *, asked: Request, force: bool, dry_run: bool) -> None:
         from nmexport.cli import running
         from nmexport.pipeline import Selection
 
         forced = frozenset({stage} if force else ())
         selection = Selection(first=stage, last=stage, force=forced)
         if dry_run:
-            running.show_plan(ctx, request(ctx).pipeline(), selection)
+            running.show_plan(ctx, asked.pipeline(), selection)
         else:
-            running.run(ctx, request(ctx).pipeline(), selection)
+            running.run(ctx, asked.pipeline(), selection)
 
     return command
 

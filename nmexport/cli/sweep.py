@@ -16,6 +16,7 @@ from nmexport.cli.output import (
     verbose_option,
     wants_json,
 )
+from nmexport.cli.verb import Verb, Words
 
 if TYPE_CHECKING:
     from nmexport.sweep.cluster import Cluster
@@ -25,8 +26,16 @@ if TYPE_CHECKING:
 _ROOT = Path("nmexport-work")
 
 
-@click.command("sweep", short_help="Measure patterns, criteria, models and baselines side by side.")
-@click.argument("sweep", metavar="FILE|NAME")
+def _sweep_names() -> list[str]:
+    from nmexport.sweep.plan import names
+
+    return names()
+
+
+@click.command(
+    "sweep", cls=Verb, short_help="Measure patterns, criteria, models and baselines side by side."
+)
+@click.argument("sweep", metavar="FILE|NAME", type=Words(_sweep_names, files=True))
 @click.option(
     "--work",
     type=click.Path(path_type=Path, file_okay=False),

@@ -5,7 +5,6 @@ Rows are dictionaries whose first value names the row; so two descriptions can b
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from nmexport.pipeline import STAGES
 from nmexport.store.artifact import KEY_CHARS, MANIFEST, Manifest, read_manifest
 from nmexport.store.layers import FILENAME, read_layers
 from nmexport.store.work_directory import RESOLVED, WorkDirectory
+from nmexport.verification.report import read_report
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -127,13 +127,7 @@ def _artifact(path: Path) -> dict[str, Any]:
 
 
 def _report(path: Path) -> dict[str, Any]:
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}", allowed=KINDS) from error
-    if not isinstance(report, dict) or "verdict" not in report:
-        raise UserError(f"{path} is JSON, and no report.", allowed=KINDS)
-    return {"kind": "report", "report": report}
+    return {"kind": "report", "report": read_report(path)}
 
 
 # -- ONNX ---------------------------------------------------------------------------------------

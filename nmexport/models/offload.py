@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from nmexport.choices import Offload
     from nmexport.models.layerwise import LayerwiseModel
     from nmexport.models.source import ModelSource
     from nmexport.progress import Progress
-    from nmexport.recipe import Offload, Recipe
+    from nmexport.recipe import Recipe
 
 Placement = Literal["whole", "mapped", "layerwise"]
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from nmexport.recipe import Target
+    from nmexport.choices import Target
     from nmexport.runtimes.onnxruntime_session import Engine
     from nmexport.runtimes.tensorrt.library import TensorRTTarget
     from nmexport.stages.inputs import StageInputs

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nmexport.calibration import corpus
-from nmexport.errors import ArtifactError, RecipeError
+from nmexport.errors import RecipeError
 from nmexport.stages import fold
 from nmexport.stages.engine import NO_LIBRARY, resolve_target
 from nmexport.store.layers import model_phases
@@ -67,19 +67,9 @@ class Artifact:
         Raises:
             ArtifactError: if it is missing or not a report of this schema.
         """
-        from nmexport.verification.report import SCHEMA
+        from nmexport.verification.report import read_report
 
-        path = self.path / "report.json"
-        try:
-            report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            schema = report["schema"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ArtifactError(
-                f"{path} cannot be read: {error!r}", fix="run `nmexport verify --force`"
-            ) from error
-        if schema != SCHEMA:
-            raise ArtifactError(f"{path} has schema {schema}.", allowed=f"schema {SCHEMA}")
-        return report
+        return read_report(self.path / "report.json")
 
 
 def key_fields(inputs: StageInputs) -> dict[str, Any]:

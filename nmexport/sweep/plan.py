@@ -40,6 +40,7 @@ _BASELINE_FORMS = (
     "the 8 largest stay)"
 )
 _ALL = 100.0
+_SHIPPED = resource_path("recipes") / "sweeps"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,13 +137,17 @@ def find(name: str) -> Path:
     Raises:
         RecipeError: if it is neither.
     """
-    path = Path(name)
-    shipped = resource_path("recipes") / "sweeps" / f"{name}.yaml"
-    for found in (path, shipped):
-        if found.is_file():
-            return found
-    known = sorted(one.stem for one in shipped.parent.glob("*.yaml"))
-    raise RecipeError(f"There is no sweep {name!r}.", allowed=f"a YAML file, or {', '.join(known)}")
+    for path in (Path(name), _SHIPPED / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    raise RecipeError(
+        f"There is no sweep {name!r}.", allowed=f"a YAML file, or {', '.join(names())}"
+    )
+
+
+def names() -> list[str]:
+    """Sweeps that travel with the package."""
+    return sorted(path.stem for path in _SHIPPED.glob("*.yaml"))
 
 
 def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Sweep:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 from xml.etree import ElementTree as ET
 
-from nmexport.errors import RecipeError
+from nmexport.errors import ArtifactError, RecipeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -82,6 +82,25 @@ def limits_from(limits: Mapping[str, float]) -> GatesSection:
         first = error.errors()[0]
         name = str(first["loc"][0]).replace("_", "-")
         raise RecipeError(f"--{name} cannot be {first['input']}.", allowed=first["msg"]) from None
+
+
+def limits_of_report(report: Mapping[str, Any]) -> GatesSection:
+    """The gates that a report was made with.
+
+    Raises:
+        ArtifactError: if the report says that a gate failed, and not which.
+    """
+    rows = report.get("gates") or []
+    try:
+        limits = {row["name"]: row["limit"] for row in rows}
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"The report's gates cannot be read: {error!r}.") from error
+    if not limits and report.get("verdict") == "fail":
+        raise ArtifactError(
+            "The report's verdict is fail, and it does not say which gate failed.",
+            fix="make it again with `nmexport verify`, or give thresholds",
+        )
+    return limits_from(limits)
 
 
 def verdict(results: Sequence[GateResult]) -> Verdict:

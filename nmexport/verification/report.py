@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
+from nmexport.errors import ArtifactError
 from nmexport.store.artifact import plain
 from nmexport.verification import report_learning
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from nmexport.environment import Environment
     from nmexport.models.source import ModelSource
@@ -18,6 +21,32 @@ if TYPE_CHECKING:
 SCHEMA = 1
 MIXED = "mixed patterns"
 """`pattern` of a report whose linears have patterns of their own: see its `allocation`."""
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """Read `report.json`.
+
+    Raises:
+        ArtifactError: if there is none, or it is no report of this schema.
+    """
+    fix = "make one with `nmexport build` or `nmexport verify`"
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArtifactError(
+            f"The report {path} cannot be read: {error.strerror}.", fix=fix
+        ) from error
+    except ValueError as error:
+        raise ArtifactError(f"{path} is no report: it is not JSON ({error}).", fix=fix) from error
+    if not isinstance(report, dict) or not {"schema", "verdict"} <= report.keys():
+        raise ArtifactError(
+            f"{path} is no report: it is other JSON.", allowed="a report.json of nmexport", fix=fix
+        )
+    if report["schema"] != SCHEMA:
+        raise ArtifactError(
+            f"{path} has schema {report['schema']}.", allowed=f"schema {SCHEMA}", fix=fix
+        )
+    return report
 
 
 def assemble(

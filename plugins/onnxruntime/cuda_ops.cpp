@@ -69,8 +69,8 @@ std::int32_t asInt(std::size_t value, const char* what) {
     return static_cast<std::int32_t>(value);
 }
 
-// A constant of the selection, or null. The decode kernel reads these while the kernel before it may
-// still run (see cuda::Selection), so none may be made by another node.
+// A constant of the selection, or null. The decode kernel reads these while the kernel before it
+// may still run (see cuda::Selection), so none may be made by another node.
 template <typename T>
 const T* constantVector(const Inputs& inputs, const InputShapes& shapes, const OpSpec& spec,
                         int input, std::int64_t size, std::int64_t otherSize = -1) {
@@ -173,8 +173,8 @@ class CudaPruneKernel : public Kernel {
         args.channels = asInt(rows.channels, "the last axis of X");
         args.selection.n = mPattern.n;
         args.selection.m = mPattern.m;
-        args.selection.scoreScale = static_cast<const float*>(
-            inputs.vector(NMPruneInput::score_scale, shape.back()));
+        args.selection.scoreScale =
+            static_cast<const float*>(inputs.vector(NMPruneInput::score_scale, shape.back()));
         args.selection.channelOrder = mOrder.of(inputs, shape.back());
         args.x = inputs.data(NMPruneInput::X);
         args.s = outputData(mApi, context, shape);
@@ -226,8 +226,8 @@ class CudaLinearKernel : public Kernel {
 
         const cuda::DeviceTraits& device = currentDevice();
         const cudaStream_t stream = streamOf(mApi, context);
-        const std::int32_t few =
-            static_cast<std::int32_t>(std::min<std::int64_t>(task.tokens, cuda::kMAX_DECODE_TOKENS + 1));
+        const std::int32_t few = static_cast<std::int32_t>(
+            std::min<std::int64_t>(task.tokens, cuda::kMAX_DECODE_TOKENS + 1));
         // Where the phase leaves a token dense, all rows of W are read either way.
         if (cuda::decodeIsFaster(device, elementOf(mType), few, task.channels, task.outputs)) {
             runDecode(task, device, stream);
@@ -253,11 +253,11 @@ class CudaLinearKernel : public Kernel {
         cuda::Selection selection;
         selection.n = mNode.isExcluded(x) ? mNode.pattern.m : mNode.pattern.n;
         selection.m = mNode.pattern.m;
-        selection.scoreScale = constantVector<float>(inputs, mShapes, kNMLinear,
-                                                     NMLinearInput::score_scale, x.back());
+        selection.scoreScale =
+            constantVector<float>(inputs, mShapes, kNMLinear, NMLinearInput::score_scale, x.back());
         selection.channelOrder = mOrder.of(inputs, x.back());
-        selection.shift = constantVector<float>(inputs, mShapes, kNMLinear, NMLinearInput::shift,
-                                                x.back(), 1);
+        selection.shift =
+            constantVector<float>(inputs, mShapes, kNMLinear, NMLinearInput::shift, x.back(), 1);
         if (selection.shift != nullptr) {
             selection.shiftLength =
                 static_cast<std::int32_t>(inputs.shape(NMLinearInput::shift)[0]);
@@ -315,9 +315,9 @@ class CudaLinearKernel : public Kernel {
         void* const result = needsEpilogue ? scratch.at<>(product) : task.y;
         {
             const std::lock_guard<std::mutex> lock(mProductMutex);
-            mProduct.enqueue({elementOf(mType), task.tokens, task.channels, task.outputs, needsEpilogue},
-                             isDense ? task.x : scratch.at<>(0), task.w, result, scratch.at<>(blas),
-                             stream);
+            mProduct.enqueue(
+                {elementOf(mType), task.tokens, task.channels, task.outputs, needsEpilogue},
+                isDense ? task.x : scratch.at<>(0), task.w, result, scratch.at<>(blas), stream);
         }
         if (!needsEpilogue) return;
         cuda::EpilogueArgs epilogue;

@@ -31,7 +31,7 @@ constexpr ElementType kTYPES[] = {ElementType::kFLOAT32, ElementType::kFLOAT16,
 using CpuFactory = std::unique_ptr<Kernel> (*)(const OrtApi&, const OrtKernelInfo*, ElementType,
                                                const SessionSettings& settings);
 
-Ops makeOps(const OrtApi* api, bool infersShapes, const SessionSettings& settings) {
+Ops makeOps(const OrtApi* api, bool infersShapes, SessionSettings settings) {
     const auto with = [settings](CpuFactory factory) -> KernelFactory {
         return [factory, settings](const OrtApi& of, const OrtKernelInfo* info, ElementType type) {
             return factory(of, info, type, settings);
@@ -61,7 +61,7 @@ void addCudaOps(const OrtApi* api, bool infersShapes, Ops& ops) {
 // The ops for one ONNX Runtime, of which a process may hold several, and sessions of such
 // settings; they outlive every session. Shape inference is called back without an API, so the ops
 // carry it. Null: to be described only.
-const Ops& opsFor(const OrtApi* api, bool infersShapes, const SessionSettings& settings) {
+const Ops& opsFor(const OrtApi* api, bool infersShapes, SessionSettings settings) {
     static std::mutex mutex;
     static std::map<std::pair<const OrtApi*, SessionSettings>, Ops> known;
     const std::lock_guard<std::mutex> lock(mutex);
@@ -94,8 +94,8 @@ constexpr long kMOST_THREADS = 1024;
 constexpr const char* kHUGE_PAGES_ENTRY = "custom_op.nmexport.huge_pages";
 
 // An integer in the session's configuration, or `otherwise` where it says nothing.
-long configured(const OrtApi& api, const OrtSessionOptions* options, const char* entry,
-                long least, long most, long otherwise) {
+long configured(const OrtApi& api, const OrtSessionOptions* options, const char* entry, long least,
+                long most, long otherwise) {
     int isThere = 0;
     check(api, api.HasSessionConfigEntry(options, entry, &isThere));
     if (isThere == 0) return otherwise;

@@ -113,8 +113,8 @@ class LinearKernel : public Kernel {
 
     // Throws Fault unless the scales are [1, O], or [G, O] with G groups of a multiple of 16 rows.
     static void setScales(const Inputs& inputs, const Shape& w, LinearArguments& arguments) {
-        const Shape scales = inputs.has(Input::weight_scale) ? inputs.shape(Input::weight_scale)
-                                                             : Shape{};
+        const Shape scales =
+            inputs.has(Input::weight_scale) ? inputs.shape(Input::weight_scale) : Shape{};
         const bool fits = scales.size() == 2 && scales[1] == w[1] && scales[0] >= 1 &&
                           w[0] % scales[0] == 0 &&
                           (scales[0] == 1 || w[0] / scales[0] % kSCALE_GROUP == 0);

@@ -11,8 +11,7 @@ namespace Input = NMPruneInput;
 
 class PruneKernel : public Kernel {
   public:
-    PruneKernel(const OrtApi& api, const OrtKernelInfo* info, ElementType type,
-                std::size_t threads)
+    PruneKernel(const OrtApi& api, const OrtKernelInfo* info, ElementType type, std::size_t threads)
         : mApi(api),
           mType(type),
           mThreads(threads),

@@ -13,9 +13,9 @@
 namespace nmexport::trt::blaslt {
 
 using Status = int;
-inline constexpr Status kSUCCESS = 0;      // CUBLAS_STATUS_SUCCESS
-inline constexpr int kCOMPUTE_32F = 68;    // CUBLAS_COMPUTE_32F: float32 throughout, no TF32
-inline constexpr int kMAX_WORKSPACE = 1;   // CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES
+inline constexpr Status kSUCCESS = 0;     // CUBLAS_STATUS_SUCCESS
+inline constexpr int kCOMPUTE_32F = 68;   // CUBLAS_COMPUTE_32F: float32 throughout, no TF32
+inline constexpr int kMAX_WORKSPACE = 1;  // CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES
 
 struct Algorithm {  // cublasLtMatmulAlgo_t
     std::uint64_t data[8];

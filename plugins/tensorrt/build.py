@@ -123,6 +123,7 @@ def build_library(
     architectures: str = ARCHITECTURES,
     jobs: int | None = None,
     folder: Path = TOOLS / "library",
+    strict: bool = False,
 ) -> Path:
     """Build the plugin and install it with the library that helps TensorRT-RTX's parser.
 
@@ -134,6 +135,7 @@ def build_library(
         architectures: Compute capabilities, as CMake names them.
         jobs: Compilers at a time; all processors where None.
         folder: Where to build; what an earlier build left there is used again.
+        strict: Fail on a compiler warning; for our own tests.
 
     Raises:
         BuildError: if a tool or the headers are missing, or the build fails.
@@ -146,6 +148,7 @@ def build_library(
         f"-DCUDAToolkit_ROOT={toolkit.root}",
         f"-DCUDA_INCLUDE_DIR={toolkit.include}",
         f"-DNMEXPORT_CUDA_ARCHITECTURES={architectures}",
+        f"-DNMEXPORT_WARNINGS_AS_ERRORS={'ON' if strict else 'OFF'}",
     )
     parallel = str(jobs or os.cpu_count() or 1)
     log = _run_shown([_cmake(), "--build", str(folder), "--parallel", parallel])
@@ -166,6 +169,7 @@ def build_tests(folder: Path) -> Path:
         f"-DCUDA_INCLUDE_DIR={find_toolkit().include}",
         "-DNMEXPORT_PLUGIN_TESTS_ONLY=ON",
         "-DNMEXPORT_SANITIZE=ON",
+        "-DNMEXPORT_WARNINGS_AS_ERRORS=ON",
         build_type="Debug",
     )
     _run([_cmake(), "--build", str(folder), "--target", "test_plugin", "--parallel", "2"])

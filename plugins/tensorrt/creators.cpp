@@ -12,9 +12,9 @@ using namespace nvinfer1;
 NmPluginCreator::NmPluginCreator(const OpSpec& spec) : mSpec(spec) {
     for (std::size_t i = 0; i < spec.attributeCount; ++i) {
         const AttributeSpec& attribute = spec.attributes[i];
-        mFields.emplace_back(
-            attribute.name, nullptr,
-            attribute.isString ? PluginFieldType::kCHAR : PluginFieldType::kINT32, 1);
+        mFields.emplace_back(attribute.name, nullptr,
+                             attribute.isString ? PluginFieldType::kCHAR : PluginFieldType::kINT32,
+                             1);
     }
     mFields.emplace_back(kINPUTS_FIELD, nullptr, PluginFieldType::kCHAR, 1);
     mCollection = {static_cast<std::int32_t>(mFields.size()), mFields.data()};
@@ -24,8 +24,9 @@ IPluginV3* NmPluginCreator::createPlugin(AsciiChar const* name, PluginFieldColle
                                          TensorRTPhase phase) noexcept {
     const char* node = name == nullptr ? "" : name;
     return guarded(mSpec.name, node, static_cast<IPluginV3*>(nullptr), [&]() -> IPluginV3* {
-        Settings settings = phase == TensorRTPhase::kRUNTIME ? settingsFromPlan(mSpec, node, fields)
-                                                             : settingsFromNode(mSpec, node, fields);
+        Settings settings = phase == TensorRTPhase::kRUNTIME
+                                ? settingsFromPlan(mSpec, node, fields)
+                                : settingsFromNode(mSpec, node, fields);
         if (&mSpec == &kNMPrune) return new NmPrunePlugin(std::move(settings));
         return new NmLinearPlugin(std::move(settings));
     });

@@ -17,8 +17,8 @@ std::string description() {
     return std::string("{\"version\": \"") + NMEXPORT_VERSION + "\", \"tensorrt_headers\": \"" +
            std::to_string(NV_TENSORRT_MAJOR) + "." + std::to_string(NV_TENSORRT_MINOR) +
            "\", \"cuda\": " + std::to_string(CUDART_VERSION) + ", \"architectures\": \"" +
-           NMEXPORT_CUDA_ARCHITECTURES + "\", \"plugin_version\": \"" +
-           nmexport::kPLUGIN_VERSION + "\"}";
+           NMEXPORT_CUDA_ARCHITECTURES + "\", \"plugin_version\": \"" + nmexport::kPLUGIN_VERSION +
+           "\"}";
 }
 
 }  // namespace

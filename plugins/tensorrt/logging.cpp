@@ -23,9 +23,8 @@ std::atomic<Sink>& hostSink() {
 // The logger of whichever TensorRT is in this process, where it has one of its own.
 nvinfer1::ILogger* loggerOfProcess() {
     using GetLogger = nvinfer1::ILogger* (*)();
-    for (const char* name :
-         {"libtensorrt_rtx.so.1", "libnvinfer.so.11", "libnvinfer.so.10", "libnvinfer_lean.so.11",
-          "libnvinfer_lean.so.10"}) {
+    for (const char* name : {"libtensorrt_rtx.so.1", "libnvinfer.so.11", "libnvinfer.so.10",
+                             "libnvinfer_lean.so.11", "libnvinfer_lean.so.10"}) {
         void* library = dlopen(name, RTLD_LAZY | RTLD_NOLOAD);
         if (library == nullptr) continue;
         const auto getLogger = reinterpret_cast<GetLogger>(dlsym(library, "getLogger"));

@@ -90,14 +90,15 @@ class NmPlugin : public nvinfer1::IPluginV3,
                          nvinfer1::PluginTensorDesc const* outputs, void const* const* inputData,
                          void* const* outputData, void* workspace,
                          cudaStream_t stream) noexcept final;
-    nvinfer1::IPluginV3* attachToContext(
-        nvinfer1::IPluginResourceContext* context) noexcept final;
+    nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext* context) noexcept final;
     nvinfer1::PluginFieldCollection const* getFieldsToSerialize() noexcept final;
 
   protected:
     explicit NmPlugin(Settings settings) : mSettings(std::move(settings)) {}
     NmPlugin(const NmPlugin& other)
-        : mSettings(other.mSettings), mTactic(other.mTactic), mMinTokens(other.mMinTokens),
+        : mSettings(other.mSettings),
+          mTactic(other.mTactic),
+          mMinTokens(other.mMinTokens),
           mDevice(other.mDevice) {}
     NmPlugin& operator=(const NmPlugin&) = delete;
 

@@ -63,10 +63,9 @@ class FieldReader {
     }
 
     const PluginField* find(const char* name) const {
-        const auto found =
-            std::find_if(mFields.begin(), mFields.end(), [&](const PluginField& field) {
-                return std::strcmp(field.name, name) == 0;
-            });
+        const auto found = std::find_if(
+            mFields.begin(), mFields.end(),
+            [&](const PluginField& field) { return std::strcmp(field.name, name) == 0; });
         return found == mFields.end() || found->data == nullptr ? nullptr : &*found;
     }
 
@@ -118,8 +117,9 @@ class FieldReader {
     // Text as a parser hands it over, with or without a terminator.
     static std::string textOf(const PluginField& field) {
         const char* begin = static_cast<const char*>(field.data);
-        return std::string(begin, strnlen(begin, static_cast<std::size_t>(std::max(
-                                                     field.length, std::int32_t{0}))));
+        return std::string(
+            begin,
+            strnlen(begin, static_cast<std::size_t>(std::max(field.length, std::int32_t{0}))));
     }
 
     static std::optional<std::int64_t> valueOf(const PluginField& field) {
@@ -154,10 +154,9 @@ class FieldReader {
 
     const AttributeSpec* attributeNamed(const char* name) const {
         const AttributeSpec* end = mSpec.attributes + mSpec.attributeCount;
-        const AttributeSpec* found =
-            std::find_if(mSpec.attributes, end, [&](const AttributeSpec& attribute) {
-                return std::strcmp(attribute.name, name) == 0;
-            });
+        const AttributeSpec* found = std::find_if(
+            mSpec.attributes, end,
+            [&](const AttributeSpec& attribute) { return std::strcmp(attribute.name, name) == 0; });
         return found == end ? nullptr : found;
     }
 
@@ -255,9 +254,9 @@ bool Settings::sparsifies(std::int64_t sequence) const {
 }
 
 std::string Settings::signature() const {
-    std::string text = std::string(spec->name) + ";" + std::to_string(n) + ":" +
-                       std::to_string(m) + ";" + (dynamicShift ? "d" : "") +
-                       (varianceCorrection ? "v" : "") + ";" + nameOf(phase) + ";";
+    std::string text = std::string(spec->name) + ";" + std::to_string(n) + ":" + std::to_string(m) +
+                       ";" + (dynamicShift ? "d" : "") + (varianceCorrection ? "v" : "") + ";" +
+                       nameOf(phase) + ";";
     for (const int input : inputs) text += std::to_string(input) + ",";
     return text + ";" + NMEXPORT_VERSION;
 }

@@ -50,8 +50,8 @@ void checkVector(const char* name, const Shape& shape, std::int64_t size, bool o
     const bool fits =
         shape.size() == 1 && (agrees(shape[0], size) || (orOne && agrees(shape[0], 1)));
     if (!fits) {
-        throw Fault(std::string("input ") + name + " has shape " + textOf(shape) + "; allowed: " +
-                    (orOne ? "[1] or " : "") + textOf({size}));
+        throw Fault(std::string("input ") + name + " has shape " + textOf(shape) +
+                    "; allowed: " + (orOne ? "[1] or " : "") + textOf({size}));
     }
 }
 
@@ -163,19 +163,21 @@ namespace {
 void checkPresence(const Settings& settings, std::size_t tensorCount) {
     const OpSpec& spec = *settings.spec;
     if (settings.inputs.size() != tensorCount) {
-        throw Fault("the node has " + std::to_string(tensorCount) + " inputs; allowed: " +
-                    std::to_string(settings.inputs.size()) + ", " +
+        throw Fault("the node has " + std::to_string(tensorCount) +
+                    " inputs; allowed: " + std::to_string(settings.inputs.size()) + ", " +
                     inputNames(spec, settings.inputs));
     }
     for (std::size_t i = 0; i < spec.inputCount; ++i) {
         if (!spec.inputs[i].optional && settings.tensorOf(static_cast<int>(i)) < 0) {
-            throw Fault(std::string("input ") + spec.inputs[i].name + " is missing; it is required");
+            throw Fault(std::string("input ") + spec.inputs[i].name +
+                        " is missing; it is required");
         }
     }
     if (&spec != &kNMLinear) return;
     if (settings.tensorOf(NMLinearInput::weight_scale) >= 0) {
         throw Fault(
-            "input weight_scale is given, which an int8 W has; allowed on a GPU: W of X's own type");
+            "input weight_scale is given, which an int8 W has; allowed on a GPU: W of X's own "
+            "type");
     }
     if (!settings.dynamicShift) return;
     if (settings.tensorOf(NMLinearInput::shift) >= 0) {

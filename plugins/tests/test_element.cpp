@@ -58,8 +58,11 @@ void variantsAgree(int type) {
             TokenInput token{x.data(), count, nullptr, nullptr, 0, false};
             variant->loadToken[type](token, loaded.data());
             EXPECT(std::memcmp(loaded.data(), expectedLoad.data(), count * 4) == 0);
-            Epilogue epilogue{wide.data(), count,         1.0f,   0.0f,
-                              nullptr,     nullptr, stored.data(), nullptr};
+            Epilogue epilogue{};
+            epilogue.sums = wide.data();
+            epilogue.columns = count;
+            epilogue.factors = {1.0f, 0.0f};
+            epilogue.y = stored.data();
             variant->epilogue[type](epilogue);
             EXPECT(std::memcmp(stored.data(), expectedStore.data(), count * 2) == 0);
         }

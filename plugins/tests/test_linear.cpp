@@ -41,8 +41,8 @@ void quantise(const Case& c, Data& d, std::mt19937& random) {
         const int value = static_cast<int>(d.w[i] * 40.0f);
         d.w8[i] = static_cast<std::int8_t>(std::min(127, std::max(-127, value)));
         const std::size_t channel = i / c.outputs;
-        d.w[i] = static_cast<float>(d.w8[i]) *
-                 d.weightScale[channel / rows * c.outputs + i % c.outputs];
+        d.w[i] =
+            static_cast<float>(d.w8[i]) * d.weightScale[channel / rows * c.outputs + i % c.outputs];
     }
 }
 

@@ -41,8 +41,7 @@ void compare(const std::vector<float>& z, const std::vector<float>& scale, int n
         expected[g] = expectedMask(scores.data() + g * static_cast<std::size_t>(m), n, m);
     }
     for (const Variant* variant : variants()) {
-        variant->scoreKeys(z.data(), scale.empty() ? nullptr : scale.data(), z.size(),
-                           keys.data());
+        variant->scoreKeys(z.data(), scale.empty() ? nullptr : scale.data(), z.size(), keys.data());
         variant->selectGroups(keys.data(), groups, n, m, masks.data());
         EXPECT(sameBits(masks, expected));
     }
@@ -153,9 +152,8 @@ void keptIsListed() {
             for (std::size_t p = 0; p < channels; ++p) {
                 keep[p / 64] |= std::uint64_t{random() % 2} << (p % 64);
             }
-            for (const std::int32_t* rowOrder :
-                 {static_cast<const std::int32_t*>(nullptr),
-                  static_cast<const std::int32_t*>(order.data())}) {
+            for (const std::int32_t* rowOrder : {static_cast<const std::int32_t*>(nullptr),
+                                                 static_cast<const std::int32_t*>(order.data())}) {
                 std::vector<std::int32_t> rows(channels + variant->lanes);
                 std::vector<float> values(channels + variant->lanes);
                 const std::size_t count = variant->listKept(

@@ -109,8 +109,8 @@ void select(const LinearArguments& a, const Variant& variant, const Pass& pass) 
         // Where nothing is dropped, there is nothing to correct, not even for a constant token.
         const bool correct = a.varianceCorrection && !dense;
         pass.nu[t] = correct ? variant.varianceRatio(selected.z + t * selected.zStride,
-                                                    selected.keep + t * selected.keepStride,
-                                                    a.channels, a.varianceFloor)
+                                                     selected.keep + t * selected.keepStride,
+                                                     a.channels, a.varianceFloor)
                              : 1.0f;
         if (hasScaledRows(a) && pass.constants.channelOrder != nullptr) {
             orderByChannel(a, pass, t);
@@ -123,13 +123,11 @@ Epilogue epilogueOf(const LinearArguments& a, std::size_t token, std::size_t fir
                     std::size_t columns) {
     const bool shifted = a.constants.dynamicShift && a.shiftWeight != nullptr;
     Epilogue epilogue{};
-    epilogue.weightScale =
-        isInt8(a) && !hasScaledRows(a) ? a.weightScale + firstColumn : nullptr;
+    epilogue.weightScale = isInt8(a) && !hasScaledRows(a) ? a.weightScale + firstColumn : nullptr;
     epilogue.columns = columns;
     epilogue.shiftWeight = shifted ? a.shiftWeight + firstColumn : nullptr;
     epilogue.bias = a.bias == nullptr ? nullptr : columnOf(a, a.bias, firstColumn);
-    epilogue.y =
-        static_cast<char*>(a.y) + (token * a.outputs + firstColumn) * elementBytes(a.type);
+    epilogue.y = static_cast<char*>(a.y) + (token * a.outputs + firstColumn) * elementBytes(a.type);
     return epilogue;
 }
 
@@ -214,8 +212,8 @@ void multiplyTile(const LinearArguments& a, const Variant& variant, const Pass& 
     const std::size_t columns = end - begin;
     const std::size_t stride = divideUp(columns, variant.lanes) * variant.lanes;
     float* sums = sumScratch.reserve(pass.tokens * stride);
-    const auto multiply = hasScaledRows(a) ? variant.scaledRowProduct
-                                           : variant.rowProduct[weightType(a)];
+    const auto multiply =
+        hasScaledRows(a) ? variant.scaledRowProduct : variant.rowProduct[weightType(a)];
     RowProduct product{};
     product.w = weightsFrom(a, begin);
     product.rowStride = a.outputs;

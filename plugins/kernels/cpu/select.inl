@@ -3,8 +3,7 @@
 // Lanes are groups: one vector holds position j of kLANES groups, so a sorting network over
 // vectors sorts kLANES groups at once, without a branch. Only the n-th largest key is needed:
 //
-//   keys of a group   [ first half | second half ]     (padded to a power of two with the least
-//   key)
+//   keys of a group   [ first half | second half ]     (padded to a power of two, least key)
 //                          sort          sort           Batcher's odd-even merge sort, descending
 //   n-th largest of both = max over i of min(first[i-1], second[n-i-1])
 //

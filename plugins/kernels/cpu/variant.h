@@ -66,7 +66,7 @@ struct RowProduct {
     const std::int32_t* rows;  // [count] rows of W, in accumulation order
     const float* values;       // [count]
     std::size_t count;
-    std::size_t begin;    // the rows to add now; those up to the end of the list follow later
+    std::size_t begin;  // the rows to add now; those up to the end of the list follow later
     std::size_t end;
     std::size_t columns;  // columns of the tile
     float* sums;          // [columns], set where begin is 0, else added to

@@ -4,55 +4,53 @@
 #include "device.h"
 #include "plan_table.h"
 
-namespace nmexport::cuda
-{
-namespace
-{
+namespace nmexport::cuda {
+namespace {
 
 __global__ void probeKernel() {}
 
-bool isValid(DecodeArgs const& args)
-{
+bool isValid(DecodeArgs const& args) {
     Selection const& s = args.selection;
-    bool const hasPattern = s.m >= 1 && s.m <= kMAX_GROUP && s.n >= 1 && s.n <= s.m && args.channels >= s.m
-        && args.channels % s.m == 0;
-    bool const hasShift = (s.shiftLength == 0 || s.shiftLength == 1 || s.shiftLength == args.channels)
-        && (s.shiftLength == 0) == (s.shift == nullptr) && !(s.dynamicShift && s.shift != nullptr)
-        && (!s.dynamicShift || args.shiftWeight != nullptr);
-    return hasPattern && hasShift && args.outputs >= 1 && args.x != nullptr && args.w != nullptr && args.y != nullptr;
+    bool const hasPattern = s.m >= 1 && s.m <= kMAX_GROUP && s.n >= 1 && s.n <= s.m &&
+                            args.channels >= s.m && args.channels % s.m == 0;
+    bool const hasShift =
+        (s.shiftLength == 0 || s.shiftLength == 1 || s.shiftLength == args.channels) &&
+        (s.shiftLength == 0) == (s.shift == nullptr) && !(s.dynamicShift && s.shift != nullptr) &&
+        (!s.dynamicShift || args.shiftWeight != nullptr);
+    return hasPattern && hasShift && args.outputs >= 1 && args.x != nullptr && args.w != nullptr &&
+           args.y != nullptr;
 }
 
-} // namespace
+}  // namespace
 
-void const* architectureProbe()
-{
+void const* architectureProbe() {
     return reinterpret_cast<void const*>(&probeKernel);
 }
 
-cudaError_t launchDecode(DecodeArgs const& args, DeviceTraits const& device, cudaStream_t stream)
-{
-    PlanRequest const request{
-        args.type, args.tokens, args.channels, args.outputs, args.selection.channelOrder != nullptr};
+cudaError_t launchDecode(DecodeArgs const& args, DeviceTraits const& device, cudaStream_t stream) {
+    PlanRequest const request{args.type, args.tokens, args.channels, args.outputs,
+                              args.selection.channelOrder != nullptr};
     DecodePlan const plan = isTuned(args)
-        ? decodePlan(device, args.type, args.tokens, args.channels, args.outputs, request.isGrouped)
-        : planByRule(device, request);
+                                ? decodePlan(device, args.type, args.tokens, args.channels,
+                                             args.outputs, request.isGrouped)
+                                : planByRule(device, request);
     return launchDecodeWithPlan(args, plan, device, stream);
 }
 
-cudaError_t launchDecodeWithPlan(
-    DecodeArgs const& args, DecodePlan const& plan, DeviceTraits const& device, cudaStream_t stream)
-{
-    if (!isValid(args))
-    {
+cudaError_t launchDecodeWithPlan(DecodeArgs const& args, DecodePlan const& plan,
+                                 DeviceTraits const& device, cudaStream_t stream) {
+    if (!isValid(args)) {
         return cudaErrorInvalidValue;
     }
-    switch (args.type)
-    {
-    case DType::kFLOAT32: return launchDecodeOf<float>(args, plan, device, stream);
-    case DType::kFLOAT16: return launchDecodeOf<__half>(args, plan, device, stream);
-    case DType::kBFLOAT16: return launchDecodeOf<__nv_bfloat16>(args, plan, device, stream);
+    switch (args.type) {
+        case DType::kFLOAT32:
+            return launchDecodeOf<float>(args, plan, device, stream);
+        case DType::kFLOAT16:
+            return launchDecodeOf<__half>(args, plan, device, stream);
+        case DType::kBFLOAT16:
+            return launchDecodeOf<__nv_bfloat16>(args, plan, device, stream);
     }
     return cudaErrorInvalidValue;
 }
 
-} // namespace nmexport::cuda
+}  // namespace nmexport::cuda

@@ -1,33 +1,32 @@
-// NMLinear for a few tokens: y = nu * (s @ W) + eta * shiftWeight + bias, reading only the kept rows of W.
+// NMLinear for a few tokens: y = nu * (s @ W) + eta * shiftWeight + bias, reading only the kept
+// rows of W.
 //
-// A warp ranks its own channels, queues the kept ones and streams their row segments; it waits for no other warp
-// until the end. Partial sums meet in shared memory, then over the cluster through distributed shared memory, always
-// in index order: no atomics, no workspace, bit-equal from run to run.
+// A warp ranks its own channels, queues the kept ones and streams their row segments; it waits for
+// no other warp until the end. Partial sums meet in shared memory, then over the cluster through
+// distributed shared memory, always in index order: no atomics, no workspace, bit-equal from run to
+// run.
 #pragma once
 
 #include "warp_selection.cuh"
 
 #include <type_traits>
 
-namespace nmexport::cuda
-{
+namespace nmexport::cuda {
 
 //! How a warp ranks its channels.
-enum class Ranking
-{
-    kANY,    //!< any m and every option, through shared memory
-    kWIDE,   //!< groups of 16, every option and type
-    kPACKED, //!< groups of 16 of a 16-bit type by bare magnitude
+enum class Ranking {
+    kANY,     //!< any m and every option, through shared memory
+    kWIDE,    //!< groups of 16, every option and type
+    kPACKED,  //!< groups of 16 of a 16-bit type by bare magnitude
 };
 
 //! Compile-time shape of one decode kernel.
 //! VECTORS: neighbouring 16-byte vectors that a lane reads of each row.
 //! OVERLAP: rank the next batch while one is in flight, at the price of registers.
 //! ALIGNED: rows of W start on 16 bytes, so a lane reads a whole vector at once.
-template <typename T, int TOKENS_, Ranking RANKING_, int LANES_PER_ROW_, int VECTORS_, int WARPS_, int UNROLL_,
-    bool OVERLAP_, bool MOMENTS_, bool ALIGNED_>
-struct DecodeShape
-{
+template <typename T, int TOKENS_, Ranking RANKING_, int LANES_PER_ROW_, int VECTORS_, int WARPS_,
+          int UNROLL_, bool OVERLAP_, bool MOMENTS_, bool ALIGNED_>
+struct DecodeShape {
     using Element = T;
     static constexpr int TOKENS = TOKENS_;
     static constexpr Ranking RANKING = RANKING_;
@@ -40,9 +39,9 @@ struct DecodeShape
     static constexpr bool ALIGNED = ALIGNED_;
 
     static constexpr int THREADS = WARPS * kWARP;
-    static constexpr int STRIPE = LANES_PER_ROW * kVECTOR<T>; //!< columns of one load
+    static constexpr int STRIPE = LANES_PER_ROW * kVECTOR<T>;  //!< columns of one load
     static constexpr int COLUMNS = STRIPE * VECTORS;
-    static constexpr int WIDTH = kVECTOR<T> * VECTORS; //!< columns of one lane
+    static constexpr int WIDTH = kVECTOR<T> * VECTORS;  //!< columns of one lane
     static constexpr int ROWS_PER_LOAD = kWARP / LANES_PER_ROW;
     static constexpr int ROW_LOADS = UNROLL / VECTORS;
     static constexpr int BATCH = ROW_LOADS * ROWS_PER_LOAD;
@@ -52,71 +51,65 @@ struct DecodeShape
     static constexpr DecodeFootprint FOOTPRINT{TOKENS, COLUMNS, WARPS, BATCH};
 
     using Scratch = WarpScratch<TOKENS, RING>;
-    using SixteenSelector = std::conditional_t<RANKING == Ranking::kPACKED, PackedSelector<T, TOKENS, RING, MOMENTS>,
-        WideSelector<T, TOKENS, RING, MOMENTS>>;
-    using Selector
-        = std::conditional_t<RANKING == Ranking::kANY, WarpSelector<T, TOKENS, RING, MOMENTS>, SixteenSelector>;
-    static_assert(sizeof(Scratch) >= sizeof(float) * TOKENS * COLUMNS, "partial sums reuse a warp's scratch");
-    static_assert(sizeof(Scratch) == warpScratchBytes(TOKENS, BATCH) && sizeof(Moments) == kMOMENTS_BYTES,
-        "the host's arithmetic is that of the kernel");
+    using SixteenSelector =
+        std::conditional_t<RANKING == Ranking::kPACKED, PackedSelector<T, TOKENS, RING, MOMENTS>,
+                           WideSelector<T, TOKENS, RING, MOMENTS>>;
+    using Selector = std::conditional_t<RANKING == Ranking::kANY,
+                                        WarpSelector<T, TOKENS, RING, MOMENTS>, SixteenSelector>;
+    static_assert(sizeof(Scratch) >= sizeof(float) * TOKENS * COLUMNS,
+                  "partial sums reuse a warp's scratch");
+    static_assert(sizeof(Scratch) == warpScratchBytes(TOKENS, BATCH) &&
+                      sizeof(Moments) == kMOMENTS_BYTES,
+                  "the host's arithmetic is that of the kernel");
 };
 
 //! The pieces of a CTA's shared memory; their sum is decodeSharedBytes.
 template <typename Shape>
-struct DecodeShared
-{
+struct DecodeShared {
     __device__ explicit DecodeShared(unsigned char* base, int cluster)
-        : mailbox{reinterpret_cast<uint64_t*>(base)}
-        , scratch{reinterpret_cast<typename Shape::Scratch*>(base + 2 * sizeof(uint64_t))}
-        , warpMoments{reinterpret_cast<Moments*>(scratch + Shape::WARPS)}
-        , rankMoments{warpMoments + Shape::TOKENS * Shape::WARPS}
-        , rankSums{reinterpret_cast<float*>(rankMoments + Shape::TOKENS * cluster)}
-        , eta{rankSums + Shape::TOKENS * Shape::COLUMNS * cluster}
-        , warpMeans{eta + Shape::TOKENS}
-    {
-    }
+        : mailbox{reinterpret_cast<uint64_t*>(base)},
+          scratch{reinterpret_cast<typename Shape::Scratch*>(base + 2 * sizeof(uint64_t))},
+          warpMoments{reinterpret_cast<Moments*>(scratch + Shape::WARPS)},
+          rankMoments{warpMoments + Shape::TOKENS * Shape::WARPS},
+          rankSums{reinterpret_cast<float*>(rankMoments + Shape::TOKENS * cluster)},
+          eta{rankSums + Shape::TOKENS * Shape::COLUMNS * cluster},
+          warpMeans{eta + Shape::TOKENS} {}
 
-    uint64_t* mailbox;                //!< counts what the ranks send, in rank 0
-    typename Shape::Scratch* scratch; //!< [WARPS]
-    Moments* warpMoments;             //!< [WARPS][TOKENS]
-    Moments* rankMoments;             //!< [cluster][TOKENS], filled by the other ranks
-    float* rankSums;                  //!< [cluster][TOKENS][COLUMNS], filled by the other ranks
-    float* eta;                       //!< [TOKENS]
-    float* warpMeans;                 //!< [WARPS][TOKENS]
+    uint64_t* mailbox;                 //!< counts what the ranks send, in rank 0
+    typename Shape::Scratch* scratch;  //!< [WARPS]
+    Moments* warpMoments;              //!< [WARPS][TOKENS]
+    Moments* rankMoments;              //!< [cluster][TOKENS], filled by the other ranks
+    float* rankSums;                   //!< [cluster][TOKENS][COLUMNS], filled by the other ranks
+    float* eta;                        //!< [TOKENS]
+    float* warpMeans;                  //!< [WARPS][TOKENS]
 };
 
 //! eta[token] = mean of the token's K activations, by every CTA for itself, in a fixed order.
 template <typename Shape>
-__device__ void meanOfTokens(DecodeArgs const& args, DecodeShared<Shape> const& shared)
-{
+__device__ void meanOfTokens(DecodeArgs const& args, DecodeShared<Shape> const& shared) {
     using T = typename Shape::Element;
     int const warp = threadIdx.x / kWARP;
     int const lane = threadIdx.x % kWARP;
-    for (int token = 0; token < Shape::TOKENS; ++token)
-    {
-        T const* const x = static_cast<T const*>(args.x) + static_cast<int64_t>(token) * args.channels;
+    for (int token = 0; token < Shape::TOKENS; ++token) {
+        T const* const x =
+            static_cast<T const*>(args.x) + static_cast<int64_t>(token) * args.channels;
         float sum = 0.0F;
 #pragma unroll 8
-        for (int32_t channel = threadIdx.x; channel < args.channels; channel += Shape::THREADS)
-        {
+        for (int32_t channel = threadIdx.x; channel < args.channels; channel += Shape::THREADS) {
             sum += loadActivation(x + channel);
         }
 #pragma unroll
-        for (int offset = 16; offset > 0; offset /= 2)
-        {
+        for (int offset = 16; offset > 0; offset /= 2) {
             sum += __shfl_xor_sync(kWHOLE_WARP, sum, offset);
         }
-        if (lane == 0)
-        {
+        if (lane == 0) {
             shared.warpMeans[warp * Shape::TOKENS + token] = sum;
         }
     }
     __syncthreads();
-    if (threadIdx.x < Shape::TOKENS)
-    {
+    if (threadIdx.x < Shape::TOKENS) {
         float sum = 0.0F;
-        for (int w = 0; w < Shape::WARPS; ++w)
-        {
+        for (int w = 0; w < Shape::WARPS; ++w) {
             sum += shared.warpMeans[w * Shape::TOKENS + threadIdx.x];
         }
         shared.eta[threadIdx.x] = sum / static_cast<float>(args.channels);
@@ -124,20 +117,16 @@ __device__ void meanOfTokens(DecodeArgs const& args, DecodeShared<Shape> const& 
     __syncthreads();
 }
 
-//! One vector of a row; single elements where rows are unaligned or the vector passes the last column.
+//! One vector of a row; single elements where rows are unaligned or the vector passes the last
+//! column.
 template <typename Shape>
-__device__ __forceinline__ uint4 loadRowVector(
-    typename Shape::Element const* address, int32_t column, int32_t outputs)
-{
-    if constexpr (Shape::ALIGNED)
-    {
+__device__ __forceinline__ uint4 loadRowVector(typename Shape::Element const* address,
+                                               int32_t column, int32_t outputs) {
+    if constexpr (Shape::ALIGNED) {
         return loadStreaming(address);
-    }
-    else
-    {
+    } else {
         using T = typename Shape::Element;
-        union
-        {
+        union {
             uint4 raw;
             unsigned char bytes[16];
         } vector;
@@ -145,10 +134,8 @@ __device__ __forceinline__ uint4 loadRowVector(
         T elements[kVECTOR<T>];
         memcpy(elements, &vector.raw, sizeof(elements));
 #pragma unroll
-        for (int i = 0; i < kVECTOR<T>; ++i)
-        {
-            if (column + i < outputs)
-            {
+        for (int i = 0; i < kVECTOR<T>; ++i) {
+            if (column + i < outputs) {
                 elements[i] = address[i];
             }
         }
@@ -159,35 +146,34 @@ __device__ __forceinline__ uint4 loadRowVector(
 
 //! Where a lane reads in every row.
 template <typename Shape>
-struct LaneColumns
-{
-    typename Shape::Element const* w; //!< W + column
-    int32_t column;                   //!< first column of the lane's first vector
+struct LaneColumns {
+    typename Shape::Element const* w;  //!< W + column
+    int32_t column;                    //!< first column of the lane's first vector
     int32_t outputs;
 };
 
 //! Issues the row loads of one batch: UNROLL independent vectors per lane.
 template <typename Shape, bool WHOLE>
-__device__ __forceinline__ void loadBatch(uint4 (&raw)[Shape::UNROLL], typename Shape::Scratch const& scratch,
-    LaneColumns<Shape> const& lane, uint32_t head, uint32_t count)
-{
+__device__ __forceinline__ void loadBatch(uint4 (&raw)[Shape::UNROLL],
+                                          typename Shape::Scratch const& scratch,
+                                          LaneColumns<Shape> const& lane, uint32_t head,
+                                          uint32_t count) {
     uint32_t const slot = threadIdx.x % kWARP / Shape::LANES_PER_ROW;
 #pragma unroll
-    for (int load = 0; load < Shape::ROW_LOADS; ++load)
-    {
+    for (int load = 0; load < Shape::ROW_LOADS; ++load) {
         uint32_t const entry = load * Shape::ROWS_PER_LOAD + slot;
         bool const isThere = WHOLE || entry < count;
         int64_t const row = isThere ? scratch.queue[(head + entry) % Shape::RING].channel : 0;
         typename Shape::Element const* const address = lane.w + row * lane.outputs;
 #pragma unroll
-        for (int v = 0; v < Shape::VECTORS; ++v)
-        {
+        for (int v = 0; v < Shape::VECTORS; ++v) {
             uint4& target = raw[load * Shape::VECTORS + v];
             target = make_uint4(0, 0, 0, 0);
-            if (isThere)
-            {
-                // A vector past the last column reads the lane's first one again; its sums are not stored.
-                int32_t const offset = lane.column + v * Shape::STRIPE < lane.outputs ? v * Shape::STRIPE : 0;
+            if (isThere) {
+                // A vector past the last column reads the lane's first one again; its sums are not
+                // stored.
+                int32_t const offset =
+                    lane.column + v * Shape::STRIPE < lane.outputs ? v * Shape::STRIPE : 0;
                 target = loadRowVector<Shape>(address + offset, lane.column + offset, lane.outputs);
             }
         }
@@ -197,31 +183,29 @@ __device__ __forceinline__ void loadBatch(uint4 (&raw)[Shape::UNROLL], typename 
 //! accumulator[token][i] += value * weight over one loaded batch.
 template <typename Shape, bool WHOLE>
 __device__ __forceinline__ void multiplyBatch(float (&accumulator)[Shape::TOKENS][Shape::WIDTH],
-    uint4 const (&raw)[Shape::UNROLL], typename Shape::Scratch const& scratch, uint32_t head, uint32_t count)
-{
+                                              uint4 const (&raw)[Shape::UNROLL],
+                                              typename Shape::Scratch const& scratch, uint32_t head,
+                                              uint32_t count) {
     using T = typename Shape::Element;
     uint32_t const slot = threadIdx.x % kWARP / Shape::LANES_PER_ROW;
 #pragma unroll
-    for (int load = 0; load < Shape::ROW_LOADS; ++load)
-    {
+    for (int load = 0; load < Shape::ROW_LOADS; ++load) {
         uint32_t const entry = load * Shape::ROWS_PER_LOAD + slot;
         bool const isThere = WHOLE || entry < count;
         float value[Shape::TOKENS];
 #pragma unroll
-        for (int token = 0; token < Shape::TOKENS; ++token)
-        {
-            value[token] = isThere ? scratch.queue[(head + entry) % Shape::RING].value[token] : 0.0F;
+        for (int token = 0; token < Shape::TOKENS; ++token) {
+            value[token] =
+                isThere ? scratch.queue[(head + entry) % Shape::RING].value[token] : 0.0F;
         }
 #pragma unroll
-        for (int v = 0; v < Shape::VECTORS; ++v)
-        {
-            Unpacked<T> const weights = unpack(raw[load * Shape::VECTORS + v], static_cast<T const*>(nullptr));
+        for (int v = 0; v < Shape::VECTORS; ++v) {
+            Unpacked<T> const weights =
+                unpack(raw[load * Shape::VECTORS + v], static_cast<T const*>(nullptr));
 #pragma unroll
-            for (int token = 0; token < Shape::TOKENS; ++token)
-            {
+            for (int token = 0; token < Shape::TOKENS; ++token) {
 #pragma unroll
-                for (int i = 0; i < kVECTOR<T>; ++i)
-                {
+                for (int i = 0; i < kVECTOR<T>; ++i) {
                     float& sum = accumulator[token][v * kVECTOR<T> + i];
                     sum = fmaf(value[token], weights.value[i], sum);
                 }
@@ -233,28 +217,25 @@ __device__ __forceinline__ void multiplyBatch(float (&accumulator)[Shape::TOKENS
 //! The warp's whole slice; with OVERLAP the next batch is ranked while one is in flight.
 template <typename Shape>
 __device__ __forceinline__ void streamRows(float (&accumulator)[Shape::TOKENS][Shape::WIDTH],
-    typename Shape::Selector& selector, typename Shape::Scratch const& scratch, LaneColumns<Shape> const& lane)
-{
+                                           typename Shape::Selector& selector,
+                                           typename Shape::Scratch const& scratch,
+                                           LaneColumns<Shape> const& lane) {
     uint4 raw[Shape::UNROLL];
     selector.fill(Shape::BATCH);
-    while (selector.tail - selector.head >= Shape::BATCH)
-    {
+    while (selector.tail - selector.head >= Shape::BATCH) {
         uint32_t const head = selector.head;
         loadBatch<Shape, true>(raw, scratch, lane, head, Shape::BATCH);
         selector.head += Shape::BATCH;
-        if constexpr (Shape::OVERLAP)
-        {
+        if constexpr (Shape::OVERLAP) {
             selector.fill(Shape::BATCH);
         }
         multiplyBatch<Shape, true>(accumulator, raw, scratch, head, Shape::BATCH);
-        if constexpr (!Shape::OVERLAP)
-        {
+        if constexpr (!Shape::OVERLAP) {
             selector.fill(Shape::BATCH);
         }
     }
     uint32_t const rest = selector.tail - selector.head;
-    if (rest > 0)
-    {
+    if (rest > 0) {
         loadBatch<Shape, false>(raw, scratch, lane, selector.head, rest);
         multiplyBatch<Shape, false>(accumulator, raw, scratch, selector.head, rest);
     }
@@ -262,37 +243,32 @@ __device__ __forceinline__ void streamRows(float (&accumulator)[Shape::TOKENS][S
 
 //! Adds the lanes that share columns, then leaves the warp's sums [TOKENS][COLUMNS] in its scratch.
 template <typename Shape>
-__device__ __forceinline__ void storeWarpSums(
-    float (&accumulator)[Shape::TOKENS][Shape::WIDTH], typename Shape::Scratch* scratch)
-{
+__device__ __forceinline__ void storeWarpSums(float (&accumulator)[Shape::TOKENS][Shape::WIDTH],
+                                              typename Shape::Scratch* scratch) {
     constexpr int kVALUES = kVECTOR<typename Shape::Element>;
     int const lane = threadIdx.x % kWARP;
     float* const sums = reinterpret_cast<float*>(scratch);
 #pragma unroll
-    for (int token = 0; token < Shape::TOKENS; ++token)
-    {
+    for (int token = 0; token < Shape::TOKENS; ++token) {
 #pragma unroll
-        for (int i = 0; i < Shape::WIDTH; ++i)
-        {
+        for (int i = 0; i < Shape::WIDTH; ++i) {
 #pragma unroll
-            for (int offset = 16; offset >= Shape::LANES_PER_ROW; offset /= 2)
-            {
-                accumulator[token][i] += __shfl_xor_sync(kWHOLE_WARP, accumulator[token][i], offset);
+            for (int offset = 16; offset >= Shape::LANES_PER_ROW; offset /= 2) {
+                accumulator[token][i] +=
+                    __shfl_xor_sync(kWHOLE_WARP, accumulator[token][i], offset);
             }
         }
     }
-    __syncwarp(); // every lane is done with the queue
-    if (lane < Shape::LANES_PER_ROW)
-    {
+    __syncwarp();  // every lane is done with the queue
+    if (lane < Shape::LANES_PER_ROW) {
 #pragma unroll
-        for (int token = 0; token < Shape::TOKENS; ++token)
-        {
+        for (int token = 0; token < Shape::TOKENS; ++token) {
 #pragma unroll
-            for (int i = 0; i < Shape::WIDTH; i += 4)
-            {
+            for (int i = 0; i < Shape::WIDTH; i += 4) {
                 int const column = i / kVALUES * Shape::STRIPE + lane * kVALUES + i % kVALUES;
-                float4 const four = make_float4(accumulator[token][i], accumulator[token][i + 1],
-                    accumulator[token][i + 2], accumulator[token][i + 3]);
+                float4 const four =
+                    make_float4(accumulator[token][i], accumulator[token][i + 1],
+                                accumulator[token][i + 2], accumulator[token][i + 3]);
                 *reinterpret_cast<float4*>(sums + token * Shape::COLUMNS + column) = four;
             }
         }
@@ -301,12 +277,10 @@ __device__ __forceinline__ void storeWarpSums(
 
 //! Sum over the CTA's warps of two neighbouring ones of its TOKENS * COLUMNS values.
 template <typename Shape>
-__device__ __forceinline__ float2 sumOverWarps(typename Shape::Scratch const* scratch, int pair)
-{
+__device__ __forceinline__ float2 sumOverWarps(typename Shape::Scratch const* scratch, int pair) {
     float2 sum = make_float2(0.0F, 0.0F);
 #pragma unroll
-    for (int warp = 0; warp < Shape::WARPS; ++warp)
-    {
+    for (int warp = 0; warp < Shape::WARPS; ++warp) {
         float2 const part = reinterpret_cast<float2 const*>(scratch + warp)[pair];
         sum.x += part.x;
         sum.y += part.y;
@@ -316,46 +290,41 @@ __device__ __forceinline__ float2 sumOverWarps(typename Shape::Scratch const* sc
 
 //! Bytes that rank 0 gets from all ranks.
 template <typename Shape>
-__device__ __forceinline__ uint32_t mailBytes(int cluster)
-{
-    return static_cast<uint32_t>(cluster)
-        * (sizeof(float) * Shape::TOKENS * Shape::COLUMNS + (Shape::MOMENTS ? sizeof(Moments) * Shape::TOKENS : 0));
+__device__ __forceinline__ uint32_t mailBytes(int cluster) {
+    return static_cast<uint32_t>(cluster) *
+           (sizeof(float) * Shape::TOKENS * Shape::COLUMNS +
+            (Shape::MOMENTS ? sizeof(Moments) * Shape::TOKENS : 0));
 }
 
-//! Sends this CTA's sums and moments to rank 0 of its cluster, or leaves them in place where the CTA is alone.
+//! Sends this CTA's sums and moments to rank 0 of its cluster, or leaves them in place where the
+//! CTA is alone.
 template <typename Shape>
-__device__ __forceinline__ void sendSums(DecodeShared<Shape> const& shared, uint32_t rank, bool isAlone)
-{
+__device__ __forceinline__ void sendSums(DecodeShared<Shape> const& shared, uint32_t rank,
+                                         bool isAlone) {
     constexpr int kPAIRS = Shape::TOKENS * Shape::COLUMNS / 2;
-    auto const send = [&](uint64_t* local, uint64_t value)
-    {
-        if (isAlone)
-        {
+    auto const send = [&](uint64_t* local, uint64_t value) {
+        if (isAlone) {
             *local = value;
-        }
-        else
-        {
+        } else {
             sendToRankZero(local, value, shared.mailbox);
         }
     };
     uint64_t* const target = reinterpret_cast<uint64_t*>(shared.rankSums) + rank * kPAIRS;
-    for (int pair = threadIdx.x; pair < kPAIRS; pair += Shape::THREADS)
-    {
+    for (int pair = threadIdx.x; pair < kPAIRS; pair += Shape::THREADS) {
         float2 const sum = sumOverWarps<Shape>(shared.scratch, pair);
-        uint64_t const bits = static_cast<uint64_t>(__float_as_uint(sum.y)) << 32 | __float_as_uint(sum.x);
+        uint64_t const bits =
+            static_cast<uint64_t>(__float_as_uint(sum.y)) << 32 | __float_as_uint(sum.x);
         send(target + pair, bits);
     }
-    if (Shape::MOMENTS && threadIdx.x < Shape::TOKENS)
-    {
+    if (Shape::MOMENTS && threadIdx.x < Shape::TOKENS) {
         Moments total;
-        for (int warp = 0; warp < Shape::WARPS; ++warp)
-        {
+        for (int warp = 0; warp < Shape::WARPS; ++warp) {
             total.addMoments(shared.warpMoments[warp * Shape::TOKENS + threadIdx.x]);
         }
-        uint64_t* const own = reinterpret_cast<uint64_t*>(shared.rankMoments + rank * Shape::TOKENS + threadIdx.x);
+        uint64_t* const own =
+            reinterpret_cast<uint64_t*>(shared.rankMoments + rank * Shape::TOKENS + threadIdx.x);
         double const parts[4] = {total.all, total.allSquared, total.kept, total.keptSquared};
-        for (int i = 0; i < 4; ++i)
-        {
+        for (int i = 0; i < 4; ++i) {
             send(own + i, static_cast<uint64_t>(__double_as_longlong(parts[i])));
         }
     }
@@ -363,53 +332,47 @@ __device__ __forceinline__ void sendSums(DecodeShared<Shape> const& shared, uint
 
 //! Rank 0: adds the ranks in order, corrects, rounds once, stores.
 template <typename Shape>
-__device__ __forceinline__ void storeOutputs(
-    DecodeArgs const& args, DecodeShared<Shape> const& shared, int32_t firstColumn, int cluster)
-{
+__device__ __forceinline__ void storeOutputs(DecodeArgs const& args,
+                                             DecodeShared<Shape> const& shared, int32_t firstColumn,
+                                             int cluster) {
     using T = typename Shape::Element;
     constexpr int kVALUES = Shape::TOKENS * Shape::COLUMNS;
-    for (int index = threadIdx.x; index < kVALUES; index += Shape::THREADS)
-    {
+    for (int index = threadIdx.x; index < kVALUES; index += Shape::THREADS) {
         int const token = index / Shape::COLUMNS;
         int32_t const column = firstColumn + index % Shape::COLUMNS;
-        if (column >= args.outputs)
-        {
+        if (column >= args.outputs) {
             continue;
         }
         float sum = 0.0F;
-        for (int rank = 0; rank < cluster; ++rank)
-        {
+        for (int rank = 0; rank < cluster; ++rank) {
             sum += shared.rankSums[rank * kVALUES + index];
         }
-        if constexpr (Shape::MOMENTS)
-        {
+        if constexpr (Shape::MOMENTS) {
             Moments total;
-            for (int rank = 0; rank < cluster; ++rank)
-            {
+            for (int rank = 0; rank < cluster; ++rank) {
                 total.addMoments(shared.rankMoments[rank * Shape::TOKENS + token]);
             }
             sum *= args.selection.varianceCorrection ? total.correction(args.channels) : 1.0F;
         }
-        if (args.selection.dynamicShift)
-        {
+        if (args.selection.dynamicShift) {
             sum = fmaf(shared.eta[token], __ldg(args.shiftWeight + column), sum);
         }
-        if (args.bias != nullptr)
-        {
+        if (args.bias != nullptr) {
             sum += toFloat<T>(static_cast<T const*>(args.bias)[column]);
         }
-        static_cast<T*>(args.y)[static_cast<int64_t>(token) * args.outputs + column] = fromFloat<T>(sum);
+        static_cast<T*>(args.y)[static_cast<int64_t>(token) * args.outputs + column] =
+            fromFloat<T>(sum);
     }
 }
 
-//! Brings what the kernel needs at once after the wait, and at its end, near beforehand: the launch's parameters into
-//! the constant cache, the translations of the pages of x, y and W. The value read from x may be stale; it is dropped.
+//! Brings what the kernel needs at once after the wait, and at its end, near beforehand: the
+//! launch's parameters into the constant cache, the translations of the pages of x, y and W. The
+//! value read from x may be stale; it is dropped.
 template <typename Shape>
-__device__ __forceinline__ void touchAhead(DecodeArgs const& args, LaneColumns<Shape> const& columns)
-{
-    asm volatile("" ::"l"(args.y), "r"(args.selection.n)); // one of each 64-byte line
-    if (threadIdx.x < kWARP)
-    {
+__device__ __forceinline__ void touchAhead(DecodeArgs const& args,
+                                           LaneColumns<Shape> const& columns) {
+    asm volatile("" ::"l"(args.y), "r"(args.selection.n));  // one of each 64-byte line
+    if (threadIdx.x < kWARP) {
         prefetchToL2(static_cast<typename Shape::Element const*>(args.x) + threadIdx.x);
         prefetchToL2(columns.w);
     }
@@ -418,111 +381,98 @@ __device__ __forceinline__ void touchAhead(DecodeArgs const& args, LaneColumns<S
 //! grid.x = tiles * cluster; the cluster's ranks are neighbours in x.
 template <typename Shape, int MIN_CTAS>
 __global__ void __launch_bounds__(Shape::THREADS, MIN_CTAS)
-    decodeKernel(DecodeArgs const args, bool const allowsNextLate)
-{
+    decodeKernel(DecodeArgs const args, bool const allowsNextLate) {
     using T = typename Shape::Element;
     extern __shared__ __align__(16) unsigned char sharedBytes[];
-    if (!allowsNextLate)
-    {
+    if (!allowsNextLate) {
         allowDependentLaunch();
     }
     int const cluster = static_cast<int>(clusterSize());
     uint32_t const rank = clusterRank();
     DecodeShared<Shape> const shared(sharedBytes, cluster);
     bool const isAlone = cluster == 1;
-    if (!isAlone)
-    {
+    if (!isAlone) {
         openMailbox(shared.mailbox, rank);
     }
     int const warp = threadIdx.x / kWARP;
     int const lane = threadIdx.x % kWARP;
     int32_t const firstColumn = static_cast<int32_t>(blockIdx.x / cluster) * Shape::COLUMNS;
     int32_t const column = firstColumn + lane % Shape::LANES_PER_ROW * kVECTOR<T>;
-    // A lane past the last column reads the first vector of its tile again and its sums are not stored.
+    // A lane past the last column reads the first vector of its tile again and its sums are not
+    // stored.
     int32_t const readColumn = column < args.outputs ? column : firstColumn;
-    LaneColumns<Shape> const columns{static_cast<T const*>(args.w) + readColumn, readColumn, args.outputs};
+    LaneColumns<Shape> const columns{static_cast<T const*>(args.w) + readColumn, readColumn,
+                                     args.outputs};
 
     // Units of the split: single groups of 16, or chunks of whole groups.
     int32_t const width = Shape::RANKING == Ranking::kANY ? chunkWidth(args.selection.m) : 16;
-    Range const units = splitRange(
-        ceilDivide(args.channels, width), cluster * Shape::WARPS, static_cast<int32_t>(rank) * Shape::WARPS + warp);
-    Range const slice{min(units.begin * width, args.channels), min(units.end * width, args.channels)};
-    typename Shape::Selector selector(
-        shared.scratch + warp, args.selection, static_cast<T const*>(args.x), args.channels, slice, shared.eta);
+    Range const units = splitRange(ceilDivide(args.channels, width), cluster * Shape::WARPS,
+                                   static_cast<int32_t>(rank) * Shape::WARPS + warp);
+    Range const slice{min(units.begin * width, args.channels),
+                      min(units.end * width, args.channels)};
+    typename Shape::Selector selector(shared.scratch + warp, args.selection,
+                                      static_cast<T const*>(args.x), args.channels, slice,
+                                      shared.eta);
     selector.prepare();
 
     touchAhead<Shape>(args, columns);
     waitForPredecessors();
-    if (args.selection.dynamicShift)
-    {
+    if (args.selection.dynamicShift) {
         meanOfTokens<Shape>(args, shared);
     }
     selector.begin();
     float accumulator[Shape::TOKENS][Shape::WIDTH] = {};
     streamRows<Shape>(accumulator, selector, shared.scratch[warp], columns);
-    if (allowsNextLate)
-    {
+    if (allowsNextLate) {
         allowDependentLaunch();
     }
 
     storeWarpSums<Shape>(accumulator, shared.scratch + warp);
-    if constexpr (Shape::MOMENTS)
-    {
+    if constexpr (Shape::MOMENTS) {
 #pragma unroll
-        for (int token = 0; token < Shape::TOKENS; ++token)
-        {
+        for (int token = 0; token < Shape::TOKENS; ++token) {
             selector.moments[token].reduceOverWarp();
-            if (lane == 0)
-            {
+            if (lane == 0) {
                 shared.warpMoments[warp * Shape::TOKENS + token] = selector.moments[token];
             }
         }
     }
     __syncthreads();
-    if (!isAlone)
-    {
-        if (rank == 0 && threadIdx.x == 0)
-        {
+    if (!isAlone) {
+        if (rank == 0 && threadIdx.x == 0) {
             expectMail(shared.mailbox, mailBytes<Shape>(cluster));
         }
         __syncwarp();
         waitForOpenMailbox();
     }
     sendSums<Shape>(shared, rank, isAlone);
-    if (rank == 0)
-    {
-        if (isAlone)
-        {
+    if (rank == 0) {
+        if (isAlone) {
             __syncthreads();
-        }
-        else
-        {
+        } else {
             waitForMail(shared.mailbox);
         }
         storeOutputs<Shape>(args, shared, firstColumn, cluster);
     }
 }
 
-//! Enqueues one decode kernel, with as much of the plan's cluster as the code and the chip's shared memory allow.
+//! Enqueues one decode kernel, with as much of the plan's cluster as the code and the chip's shared
+//! memory allow.
 template <typename Shape, int MIN_CTAS>
-cudaError_t launchDecodeShape(
-    DecodeArgs const& args, DecodePlan const& plan, DeviceTraits const& device, cudaStream_t stream)
-{
-    bool const hasClusters = device.computeCapability >= 90; // and dependent launch
-    int const cluster
-        = fittingCluster(Shape::FOOTPRINT, hasClusters ? plan.cluster : 1, device.sharedBytesPerBlock);
-    if (cluster < 1)
-    {
+cudaError_t launchDecodeShape(DecodeArgs const& args, DecodePlan const& plan,
+                              DeviceTraits const& device, cudaStream_t stream) {
+    bool const hasClusters = device.computeCapability >= 90;  // and dependent launch
+    int const cluster = fittingCluster(Shape::FOOTPRINT, hasClusters ? plan.cluster : 1,
+                                       device.sharedBytesPerBlock);
+    if (cluster < 1) {
         return cudaErrorInvalidConfiguration;
     }
     auto* const kernel = &decodeKernel<Shape, MIN_CTAS>;
     size_t const sharedBytes = decodeSharedBytes(Shape::FOOTPRINT, cluster);
-    if (sharedBytes > 48 * 1024)
-    {
+    if (sharedBytes > 48 * 1024) {
         cudaError_t const raised = cudaFuncSetAttribute(
             kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(sharedBytes));
-        if (raised != cudaSuccess)
-        {
+        if (raised != cudaSuccess) {
             return raised;
         }
     }
@@ -544,4 +494,4 @@ cudaError_t launchDecodeShape(
     return cudaLaunchKernelEx(&config, kernel, args, plan.allowsNextLate != 0);
 }
 
-} // namespace nmexport::cuda
+}  // namespace nmexport::cuda

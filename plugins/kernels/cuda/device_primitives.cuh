@@ -1,32 +1,29 @@
-// The few PTX instructions that the kernels use, each a no-op or a plain equivalent where the target lacks it.
+// The few PTX instructions that the kernels use, each a no-op or a plain equivalent where the
+// target lacks it.
 #pragma once
 
 #include "element.cuh"
 
 #include <cstdint>
 
-namespace nmexport::cuda
-{
+namespace nmexport::cuda {
 
 //! Lets the next kernel of the stream be scheduled now (programmatic dependent launch).
-__device__ __forceinline__ void allowDependentLaunch()
-{
+__device__ __forceinline__ void allowDependentLaunch() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 
 //! Waits until the kernels before this one have finished and their writes are visible.
-__device__ __forceinline__ void waitForPredecessors()
-{
+__device__ __forceinline__ void waitForPredecessors() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
 //! 16 bytes of a weight row: read once, so kept out of L1.
-__device__ __forceinline__ uint4 loadStreaming(void const* address)
-{
+__device__ __forceinline__ uint4 loadStreaming(void const* address) {
     uint4 value;
 #if __CUDA_ARCH__ >= 800
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -40,15 +37,13 @@ __device__ __forceinline__ uint4 loadStreaming(void const* address)
     return value;
 }
 
-__device__ __forceinline__ void prefetchToL2(void const* address)
-{
+__device__ __forceinline__ void prefetchToL2(void const* address) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
 
-//! An activation: written by the kernel before, perhaps while this one was already resident, so never through the
-//! non-coherent path and never from a stale L1 line.
-__device__ __forceinline__ float loadActivation(float const* address)
-{
+//! An activation: written by the kernel before, perhaps while this one was already resident, so
+//! never through the non-coherent path and never from a stale L1 line.
+__device__ __forceinline__ float loadActivation(float const* address) {
     float value;
     asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(address));
     return value;
@@ -56,8 +51,7 @@ __device__ __forceinline__ float loadActivation(float const* address)
 
 //! The bits of one 16-bit activation.
 template <typename T>
-__device__ __forceinline__ uint32_t loadActivationBits(T const* address)
-{
+__device__ __forceinline__ uint32_t loadActivationBits(T const* address) {
     static_assert(sizeof(T) == 2);
     unsigned short bits;
     asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(bits) : "l"(address));
@@ -66,8 +60,7 @@ __device__ __forceinline__ uint32_t loadActivationBits(T const* address)
 
 //! Two neighbouring 16-bit activations, the first in the low half.
 template <typename T>
-__device__ __forceinline__ uint32_t loadActivationWord(T const* address)
-{
+__device__ __forceinline__ uint32_t loadActivationWord(T const* address) {
     static_assert(sizeof(T) == 2);
     uint32_t word;
     asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(word) : "l"(address));
@@ -75,13 +68,11 @@ __device__ __forceinline__ uint32_t loadActivationWord(T const* address)
 }
 
 template <typename T>
-__device__ __forceinline__ float loadActivation(T const* address)
-{
+__device__ __forceinline__ float loadActivation(T const* address) {
     return toFloat<T>(wordHalf<T>(loadActivationBits(address)));
 }
 
-__device__ __forceinline__ uint32_t clusterSize()
-{
+__device__ __forceinline__ uint32_t clusterSize() {
 #if __CUDA_ARCH__ >= 900
     uint32_t size;
     asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(size));
@@ -91,8 +82,7 @@ __device__ __forceinline__ uint32_t clusterSize()
 #endif
 }
 
-__device__ __forceinline__ uint32_t clusterRank()
-{
+__device__ __forceinline__ uint32_t clusterRank() {
 #if __CUDA_ARCH__ >= 900
     uint32_t rank;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -102,63 +92,60 @@ __device__ __forceinline__ uint32_t clusterRank()
 #endif
 }
 
-//! Makes rank 0's mailbox ready for the other CTAs of the cluster; every thread of every CTA, before the first send.
-//! Costs no fence later: data and signal travel together.
-//! Only in a kernel that was launched with clusters: elsewhere st.async is an illegal instruction.
-__device__ __forceinline__ void openMailbox(uint64_t* mailbox, uint32_t rank)
-{
+//! Makes rank 0's mailbox ready for the other CTAs of the cluster; every thread of every CTA,
+//! before the first send. Costs no fence later: data and signal travel together. Only in a kernel
+//! that was launched with clusters: elsewhere st.async is an illegal instruction.
+__device__ __forceinline__ void openMailbox(uint64_t* mailbox, uint32_t rank) {
 #if __CUDA_ARCH__ >= 900
-    if (rank == 0 && threadIdx.x == 0)
-    {
+    if (rank == 0 && threadIdx.x == 0) {
         uint32_t const address = static_cast<uint32_t>(__cvta_generic_to_shared(mailbox));
         asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address) : "memory");
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
-    __syncwarp(); // the barrier below wants whole warps
+    __syncwarp();  // the barrier below wants whole warps
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 
 //! Waits until the mailbox of rank 0 is open.
-__device__ __forceinline__ void waitForOpenMailbox()
-{
+__device__ __forceinline__ void waitForOpenMailbox() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
 
-//! One thread of rank 0, after a barrier of its CTA: what all ranks together send. Some of it may have come already.
-__device__ __forceinline__ void expectMail(uint64_t* mailbox, uint32_t bytes)
-{
+//! One thread of rank 0, after a barrier of its CTA: what all ranks together send. Some of it may
+//! have come already.
+__device__ __forceinline__ void expectMail(uint64_t* mailbox, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
     uint32_t const address = static_cast<uint32_t>(__cvta_generic_to_shared(mailbox));
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes)
+                 : "memory");
 #endif
 }
 
 //! Rank 0 waits until everything has been sent.
-__device__ __forceinline__ void waitForMail(uint64_t* mailbox)
-{
+__device__ __forceinline__ void waitForMail(uint64_t* mailbox) {
 #if __CUDA_ARCH__ >= 900
     uint32_t const address = static_cast<uint32_t>(__cvta_generic_to_shared(mailbox));
     uint32_t isThere = 0;
-    while (isThere == 0)
-    {
-        asm volatile("{\n"
-                     ".reg .pred done;\n"
-                     "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], 0;\n"
-                     "selp.u32 %0, 1, 0, done;\n"
-                     "}"
-                     : "=r"(isThere)
-                     : "r"(address)
-                     : "memory");
+    while (isThere == 0) {
+        asm volatile(
+            "{\n"
+            ".reg .pred done;\n"
+            "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], 0;\n"
+            "selp.u32 %0, 1, 0, done;\n"
+            "}"
+            : "=r"(isThere)
+            : "r"(address)
+            : "memory");
     }
 #endif
 }
 
-//! Writes 8 bytes to rank 0's shared memory and counts them in its mailbox; `local` is this CTA's copy of the target.
-__device__ __forceinline__ void sendToRankZero(uint64_t* local, uint64_t value, uint64_t* mailbox)
-{
+//! Writes 8 bytes to rank 0's shared memory and counts them in its mailbox; `local` is this CTA's
+//! copy of the target.
+__device__ __forceinline__ void sendToRankZero(uint64_t* local, uint64_t value, uint64_t* mailbox) {
 #if __CUDA_ARCH__ >= 900
     uint32_t target;
     uint32_t signal;
@@ -168,12 +155,13 @@ __device__ __forceinline__ void sendToRankZero(uint64_t* local, uint64_t value, 
     asm("mapa.shared::cluster.u32 %0, %1, 0;"
         : "=r"(signal)
         : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(mailbox))));
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(target), "l"(value),
-                 "r"(signal)
-                 : "memory");
+    asm volatile(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(target),
+        "l"(value), "r"(signal)
+        : "memory");
 #else
     *local = value;
 #endif
 }
 
-} // namespace nmexport::cuda
+}  // namespace nmexport::cuda

@@ -4,30 +4,24 @@
 #include <algorithm>
 #include <type_traits>
 
-namespace nmexport::cuda
-{
-namespace
-{
+namespace nmexport::cuda {
+namespace {
 
 constexpr int kTHREADS = 256;
 constexpr int kWARPS = kTHREADS / kWARP;
 
 //! Sum over the block in a fixed order; every thread gets it.
-__device__ float sumOverBlock(float value, float* perWarp)
-{
+__device__ float sumOverBlock(float value, float* perWarp) {
 #pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2)
-    {
+    for (int offset = 16; offset > 0; offset /= 2) {
         value += __shfl_xor_sync(kWHOLE_WARP, value, offset);
     }
-    if (threadIdx.x % kWARP == 0)
-    {
+    if (threadIdx.x % kWARP == 0) {
         perWarp[threadIdx.x / kWARP] = value;
     }
     __syncthreads();
     float sum = 0.0F;
-    for (int warp = 0; warp < kWARPS; ++warp)
-    {
+    for (int warp = 0; warp < kWARPS; ++warp) {
         sum += perWarp[warp];
     }
     __syncthreads();
@@ -36,8 +30,7 @@ __device__ float sumOverBlock(float value, float* perWarp)
 
 //! One token's view of the arguments.
 template <typename T>
-struct TokenRow
-{
+struct TokenRow {
     T const* x;
     T* s;
     uint8_t* keep;
@@ -45,55 +38,49 @@ struct TokenRow
 };
 
 template <typename T>
-__device__ float shiftOf(Selection const& selection, TokenRow<T> const& row, int32_t channel)
-{
-    if (selection.dynamicShift)
-    {
+__device__ float shiftOf(Selection const& selection, TokenRow<T> const& row, int32_t channel) {
+    if (selection.dynamicShift) {
         return row.eta;
     }
-    return selection.shiftLength == 0 ? 0.0F : selection.shift[selection.shiftLength == 1 ? 0 : channel];
+    return selection.shiftLength == 0 ? 0.0F
+                                      : selection.shift[selection.shiftLength == 1 ? 0 : channel];
 }
 
-__device__ uint32_t keyOf(Selection const& selection, float z, int32_t channel)
-{
-    return selection.scoreScale == nullptr ? magnitudeKey(z)
-                                           : orderedKey(scaledScore(z, selection.scoreScale[channel]));
+__device__ uint32_t keyOf(Selection const& selection, float z, int32_t channel) {
+    return selection.scoreScale == nullptr
+               ? magnitudeKey(z)
+               : orderedKey(scaledScore(z, selection.scoreScale[channel]));
 }
 
 //! A thread per group: GROUP consecutive channels ranked by a register network.
 template <typename T, int GROUP>
-struct NetworkMasker
-{
-    __device__ static void run(MaskArgs const& args, TokenRow<T> const& row, Moments& moments)
-    {
+struct NetworkMasker {
+    __device__ static void run(MaskArgs const& args, TokenRow<T> const& row, Moments& moments) {
         Selection const& selection = args.selection;
         int32_t const groups = args.channels / GROUP;
         int32_t const stride = static_cast<int32_t>(gridDim.y) * kTHREADS;
-        for (int32_t group = static_cast<int32_t>(blockIdx.y) * kTHREADS + threadIdx.x; group < groups; group += stride)
-        {
+        for (int32_t group = static_cast<int32_t>(blockIdx.y) * kTHREADS + threadIdx.x;
+             group < groups; group += stride) {
             int32_t const first = group * GROUP;
             alignas(16) T elements[GROUP];
             copyGroup(elements, row.x + first);
             float z[GROUP];
             uint32_t keys[GROUP];
 #pragma unroll
-            for (int i = 0; i < GROUP; ++i)
-            {
+            for (int i = 0; i < GROUP; ++i) {
                 z[i] = toFloat<T>(elements[i]) - shiftOf(selection, row, first + i);
                 keys[i] = keyOf(selection, z[i], first + i);
             }
-            uint32_t const mask = selection.n == GROUP ? 0xffffffffU : keepMask<GROUP>(keys, selection.n);
+            uint32_t const mask =
+                selection.n == GROUP ? 0xffffffffU : keepMask<GROUP>(keys, selection.n);
 #pragma unroll
-            for (int i = 0; i < GROUP; ++i)
-            {
+            for (int i = 0; i < GROUP; ++i) {
                 bool const isKept = (mask >> i & 1U) != 0U;
                 elements[i] = fromFloat<T>(isKept ? z[i] : 0.0F);
-                if (row.keep != nullptr)
-                {
+                if (row.keep != nullptr) {
                     row.keep[first + i] = isKept ? 1 : 0;
                 }
-                if (selection.varianceCorrection)
-                {
+                if (selection.varianceCorrection) {
                     moments.add(z[i], isKept);
                 }
             }
@@ -101,55 +88,50 @@ struct NetworkMasker
         }
     }
 
-private:
+  private:
     //! One group in the widest pieces its size allows.
-    __device__ static void copyGroup(T* target, T const* source)
-    {
+    __device__ static void copyGroup(T* target, T const* source) {
         using Piece = std::conditional_t<GROUP * sizeof(T) % 16 == 0, uint4, uint2>;
         constexpr int kPIECES = static_cast<int>(GROUP * sizeof(T) / sizeof(Piece));
 #pragma unroll
-        for (int i = 0; i < kPIECES; ++i)
-        {
+        for (int i = 0; i < kPIECES; ++i) {
             reinterpret_cast<Piece*>(target)[i] = reinterpret_cast<Piece const*>(source)[i];
         }
     }
 };
 
 //! Word i of a pair of groups: element i of A in the low half, of B in the high one.
-__device__ __forceinline__ void interleave(uint32_t (&out)[16], uint4 const (&a)[2], uint4 const (&b)[2])
-{
+__device__ __forceinline__ void interleave(uint32_t (&out)[16], uint4 const (&a)[2],
+                                           uint4 const (&b)[2]) {
     uint32_t const wordsA[8] = {a[0].x, a[0].y, a[0].z, a[0].w, a[1].x, a[1].y, a[1].z, a[1].w};
     uint32_t const wordsB[8] = {b[0].x, b[0].y, b[0].z, b[0].w, b[1].x, b[1].y, b[1].z, b[1].w};
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-    {
+    for (int i = 0; i < 8; ++i) {
         out[2 * i] = __byte_perm(wordsA[i], wordsB[i], 0x5410);
         out[2 * i + 1] = __byte_perm(wordsA[i], wordsB[i], 0x7632);
     }
 }
 
-//! Zeroes the elements of one word whose bit is not set; `mask` bit 0 is for the low half, bit 1 for the high one.
-__device__ __forceinline__ uint32_t keepHalves(uint32_t word, uint32_t mask)
-{
+//! Zeroes the elements of one word whose bit is not set; `mask` bit 0 is for the low half, bit 1
+//! for the high one.
+__device__ __forceinline__ uint32_t keepHalves(uint32_t word, uint32_t mask) {
     uint32_t const low = 0U - (mask & 1U);
     uint32_t const high = 0U - (mask >> 1 & 1U);
     return word & __byte_perm(low, high, 0x5410);
 }
 
-__device__ __forceinline__ uint4 keepElements(uint4 words, uint32_t mask)
-{
-    return make_uint4(keepHalves(words.x, mask), keepHalves(words.y, mask >> 2), keepHalves(words.z, mask >> 4),
-        keepHalves(words.w, mask >> 6));
+__device__ __forceinline__ uint4 keepElements(uint4 words, uint32_t mask) {
+    return make_uint4(keepHalves(words.x, mask), keepHalves(words.y, mask >> 2),
+                      keepHalves(words.z, mask >> 4), keepHalves(words.w, mask >> 6));
 }
 
-//! 8 of 16 by bare magnitude, 16-bit types: a thread ranks two groups at once, two keys per word. Tokens play no part:
-//! the activations are one run of pairs of groups.
+//! 8 of 16 by bare magnitude, 16-bit types: a thread ranks two groups at once, two keys per word.
+//! Tokens play no part: the activations are one run of pairs of groups.
 template <typename T>
-__global__ void __launch_bounds__(kTHREADS) pairMaskKernel(uint4 const* x, uint4* s, uint8_t* keep, int64_t pairs)
-{
+__global__ void __launch_bounds__(kTHREADS)
+    pairMaskKernel(uint4 const* x, uint4* s, uint8_t* keep, int64_t pairs) {
     int64_t const pair = static_cast<int64_t>(blockIdx.x) * kTHREADS + threadIdx.x;
-    if (pair >= pairs)
-    {
+    if (pair >= pairs) {
         return;
     }
     uint4 const* const source = x + 4 * pair;
@@ -158,8 +140,7 @@ __global__ void __launch_bounds__(kTHREADS) pairMaskKernel(uint4 const* x, uint4
     uint32_t keys[16];
     interleave(keys, a, b);
 #pragma unroll
-    for (uint32_t& key : keys)
-    {
+    for (uint32_t& key : keys) {
         key = packedKeys(key, kNAN_KEY<T>);
     }
     uint32_t const mask = keepHalfOfPair(keys);
@@ -168,51 +149,46 @@ __global__ void __launch_bounds__(kTHREADS) pairMaskKernel(uint4 const* x, uint4
     target[1] = keepElements(a[1], mask >> 8);
     target[2] = keepElements(b[0], mask >> 16);
     target[3] = keepElements(b[1], mask >> 24);
-    if (keep != nullptr)
-    {
-        for (int i = 0; i < 32; ++i)
-        {
+    if (keep != nullptr) {
+        for (int i = 0; i < 32; ++i) {
             keep[32 * pair + i] = static_cast<uint8_t>(mask >> i & 1U);
         }
     }
 }
 
-//! Groups scattered by a channel order: the token's row lies in shared memory, where gathering is cheap, and leaves it
-//! in one piece. A thread ranks a group of GROUP.
+//! Groups scattered by a channel order: the token's row lies in shared memory, where gathering is
+//! cheap, and leaves it in one piece. A thread ranks a group of GROUP.
 template <typename T, int GROUP>
-struct ScatteredMasker
-{
-    __device__ static void run(MaskArgs const& args, TokenRow<T> const& row, Moments& moments)
-    {
+struct ScatteredMasker {
+    __device__ static void run(MaskArgs const& args, TokenRow<T> const& row, Moments& moments) {
         extern __shared__ __align__(16) unsigned char rowBytes[];
         T* const staged = reinterpret_cast<T*>(rowBytes);
         Selection const& selection = args.selection;
         copyRow(staged, row.x, args.channels);
         __syncthreads();
-        for (int32_t group = threadIdx.x; group < args.channels / GROUP; group += static_cast<int32_t>(blockDim.x))
-        {
+        for (int32_t group = threadIdx.x; group < args.channels / GROUP;
+             group += static_cast<int32_t>(blockDim.x)) {
             int32_t channel[GROUP];
             uint32_t keys[GROUP];
 #pragma unroll
-            for (int i = 0; i < GROUP; ++i)
-            {
+            for (int i = 0; i < GROUP; ++i) {
                 channel[i] = __ldg(selection.channelOrder + group * GROUP + i);
-                float const z = toFloat<T>(staged[channel[i]]) - shiftOf(selection, row, channel[i]);
+                float const z =
+                    toFloat<T>(staged[channel[i]]) - shiftOf(selection, row, channel[i]);
                 keys[i] = keyOf(selection, z, channel[i]);
             }
-            uint32_t const mask = selection.n == GROUP ? 0xffffffffU : keepMask<GROUP>(keys, selection.n);
+            uint32_t const mask =
+                selection.n == GROUP ? 0xffffffffU : keepMask<GROUP>(keys, selection.n);
 #pragma unroll
-            for (int i = 0; i < GROUP; ++i)
-            {
+            for (int i = 0; i < GROUP; ++i) {
                 bool const isKept = (mask >> i & 1U) != 0U;
-                float const z = toFloat<T>(staged[channel[i]]) - shiftOf(selection, row, channel[i]);
+                float const z =
+                    toFloat<T>(staged[channel[i]]) - shiftOf(selection, row, channel[i]);
                 staged[channel[i]] = fromFloat<T>(isKept ? z : 0.0F);
-                if (row.keep != nullptr)
-                {
+                if (row.keep != nullptr) {
                     row.keep[channel[i]] = isKept ? 1 : 0;
                 }
-                if (selection.varianceCorrection)
-                {
+                if (selection.varianceCorrection) {
                     moments.add(z, isKept);
                 }
             }
@@ -221,39 +197,34 @@ struct ScatteredMasker
         copyRow(row.s, staged, args.channels);
     }
 
-private:
+  private:
     //! Rows are whole vectors: see the dispatch.
-    __device__ static void copyRow(T* target, T const* source, int32_t channels)
-    {
+    __device__ static void copyRow(T* target, T const* source, int32_t channels) {
         int32_t const vectors = channels * static_cast<int32_t>(sizeof(T)) / 16;
-        for (int32_t i = threadIdx.x; i < vectors; i += static_cast<int32_t>(blockDim.x))
-        {
+        for (int32_t i = threadIdx.x; i < vectors; i += static_cast<int32_t>(blockDim.x)) {
             reinterpret_cast<uint4*>(target)[i] = reinterpret_cast<uint4 const*>(source)[i];
         }
     }
 };
 
-//! The same by bare magnitude for 8 of 16 of a 16-bit type: two groups per thread and per word. A block per token.
+//! The same by bare magnitude for 8 of 16 of a 16-bit type: two groups per thread and per word. A
+//! block per token.
 template <typename T>
 __global__ void __launch_bounds__(kTHREADS)
-    pairScatterKernel(T const* x, T* s, uint8_t* keep, int32_t const* order, int32_t channels)
-{
+    pairScatterKernel(T const* x, T* s, uint8_t* keep, int32_t const* order, int32_t channels) {
     extern __shared__ __align__(16) unsigned char rowBytes[];
     auto* const staged = reinterpret_cast<uint16_t*>(rowBytes);
     int64_t const offset = static_cast<int64_t>(blockIdx.x) * channels;
     int32_t const threads = static_cast<int32_t>(blockDim.x);
-    for (int32_t i = threadIdx.x; i < channels / 8; i += threads)
-    {
+    for (int32_t i = threadIdx.x; i < channels / 8; i += threads) {
         reinterpret_cast<uint4*>(staged)[i] = reinterpret_cast<uint4 const*>(x + offset)[i];
     }
     __syncthreads();
-    for (int32_t pair = threadIdx.x; pair < channels / 32; pair += threads)
-    {
+    for (int32_t pair = threadIdx.x; pair < channels / 32; pair += threads) {
         int4 const* const places = reinterpret_cast<int4 const*>(order + 32 * pair);
-        uint32_t channel[16]; // of group A in the low half, of B in the high one
+        uint32_t channel[16];  // of group A in the low half, of B in the high one
 #pragma unroll
-        for (int quad = 0; quad < 4; ++quad)
-        {
+        for (int quad = 0; quad < 4; ++quad) {
             int4 const a = __ldg(places + quad);
             int4 const b = __ldg(places + 4 + quad);
             channel[4 * quad] = static_cast<uint32_t>(a.x | b.x << 16);
@@ -263,40 +234,34 @@ __global__ void __launch_bounds__(kTHREADS)
         }
         uint32_t keys[16];
 #pragma unroll
-        for (int i = 0; i < 16; ++i)
-        {
-            uint32_t const word = staged[channel[i] & 0xffffU] | static_cast<uint32_t>(staged[channel[i] >> 16]) << 16;
+        for (int i = 0; i < 16; ++i) {
+            uint32_t const word = staged[channel[i] & 0xffffU] |
+                                  static_cast<uint32_t>(staged[channel[i] >> 16]) << 16;
             keys[i] = packedKeys(word, kNAN_KEY<T>);
         }
         uint32_t const mask = keepHalfOfPair(keys);
 #pragma unroll
-        for (int i = 0; i < 32; ++i)
-        {
+        for (int i = 0; i < 32; ++i) {
             uint32_t const place = i < 16 ? channel[i % 16] & 0xffffU : channel[i % 16] >> 16;
             bool const isKept = (mask >> i & 1U) != 0U;
-            if (!isKept)
-            {
+            if (!isKept) {
                 staged[place] = 0;
             }
-            if (keep != nullptr)
-            {
+            if (keep != nullptr) {
                 keep[offset + place] = isKept ? 1 : 0;
             }
         }
     }
     __syncthreads();
-    for (int32_t i = threadIdx.x; i < channels / 8; i += threads)
-    {
+    for (int32_t i = threadIdx.x; i < channels / 8; i += threads) {
         reinterpret_cast<uint4*>(s + offset)[i] = reinterpret_cast<uint4 const*>(staged)[i];
     }
 }
 
 //! A warp per chunk of whole groups: any m, any channel order.
 template <typename T>
-struct RankMasker
-{
-    __device__ static void run(MaskArgs const& args, TokenRow<T> const& row, Moments& moments)
-    {
+struct RankMasker {
+    __device__ static void run(MaskArgs const& args, TokenRow<T> const& row, Moments& moments) {
         __shared__ uint32_t keysOfWarps[kWARPS][kMAX_GROUP];
         Selection const& selection = args.selection;
         uint32_t* const keys = keysOfWarps[threadIdx.x / kWARP];
@@ -304,42 +269,38 @@ struct RankMasker
         int32_t const width = chunkWidth(selection.m);
         int32_t const chunks = ceilDivide(args.channels, width);
         int32_t const stride = static_cast<int32_t>(gridDim.y) * kWARPS;
-        for (int32_t chunk = static_cast<int32_t>(blockIdx.y) * kWARPS + threadIdx.x / kWARP; chunk < chunks;
-             chunk += stride)
-        {
+        for (int32_t chunk = static_cast<int32_t>(blockIdx.y) * kWARPS + threadIdx.x / kWARP;
+             chunk < chunks; chunk += stride) {
             int32_t const first = chunk * width;
             int32_t const count = min(width, args.channels - first);
             int32_t channel[2];
             float z[2];
-            __syncwarp(); // the chunk before is ranked
+            __syncwarp();  // the chunk before is ranked
 #pragma unroll
-            for (int part = 0; part < 2; ++part)
-            {
+            for (int part = 0; part < 2; ++part) {
                 int32_t const element = part * kWARP + lane;
-                if (element < count)
-                {
-                    channel[part] = selection.channelOrder == nullptr ? first + element
-                                                                      : selection.channelOrder[first + element];
-                    z[part] = toFloat<T>(row.x[channel[part]]) - shiftOf(selection, row, channel[part]);
+                if (element < count) {
+                    channel[part] = selection.channelOrder == nullptr
+                                        ? first + element
+                                        : selection.channelOrder[first + element];
+                    z[part] =
+                        toFloat<T>(row.x[channel[part]]) - shiftOf(selection, row, channel[part]);
                     keys[element] = keyOf(selection, z[part], channel[part]);
                 }
             }
             __syncwarp();
 #pragma unroll
-            for (int part = 0; part < 2; ++part)
-            {
+            for (int part = 0; part < 2; ++part) {
                 int32_t const element = part * kWARP + lane;
-                if (element < count)
-                {
+                if (element < count) {
                     int32_t const index = element % selection.m;
-                    bool const isKept = rankInGroup(keys + element - index, selection.m, index) < selection.n;
+                    bool const isKept =
+                        rankInGroup(keys + element - index, selection.m, index) < selection.n;
                     row.s[channel[part]] = fromFloat<T>(isKept ? z[part] : 0.0F);
-                    if (row.keep != nullptr)
-                    {
+                    if (row.keep != nullptr) {
                         row.keep[channel[part]] = isKept ? 1 : 0;
                     }
-                    if (selection.varianceCorrection)
-                    {
+                    if (selection.varianceCorrection) {
                         moments.add(z[part], isKept);
                     }
                 }
@@ -348,45 +309,38 @@ struct RankMasker
     }
 };
 
-//! grid (tokens, parts): parts is 1 where the token's statistics are needed, since one block must see all of K.
-//! Two blocks a multiprocessor at least: left to itself, ptxas takes 64 registers on sm_100 and spills one.
+//! grid (tokens, parts): parts is 1 where the token's statistics are needed, since one block must
+//! see all of K. Two blocks a multiprocessor at least: left to itself, ptxas takes 64 registers on
+//! sm_100 and spills one.
 template <typename T, typename Masker>
-__global__ void __launch_bounds__(kTHREADS, 2) maskKernel(MaskArgs const args)
-{
+__global__ void __launch_bounds__(kTHREADS, 2) maskKernel(MaskArgs const args) {
     __shared__ float perWarp[kWARPS];
     __shared__ Moments perWarpMoments[kWARPS];
     int64_t const token = blockIdx.x;
     int64_t const offset = token * args.channels;
     TokenRow<T> row{static_cast<T const*>(args.x) + offset, static_cast<T*>(args.s) + offset,
-        args.keep == nullptr ? nullptr : args.keep + offset, 0.0F};
-    if (args.selection.dynamicShift)
-    {
+                    args.keep == nullptr ? nullptr : args.keep + offset, 0.0F};
+    if (args.selection.dynamicShift) {
         float sum = 0.0F;
-        for (int32_t channel = threadIdx.x; channel < args.channels; channel += kTHREADS)
-        {
+        for (int32_t channel = threadIdx.x; channel < args.channels; channel += kTHREADS) {
             sum += toFloat<T>(row.x[channel]);
         }
         row.eta = sumOverBlock(sum, perWarp) / static_cast<float>(args.channels);
-        if (threadIdx.x == 0)
-        {
+        if (threadIdx.x == 0) {
             args.eta[token] = row.eta;
         }
     }
     Moments moments;
     Masker::run(args, row, moments);
-    if (args.selection.varianceCorrection)
-    {
+    if (args.selection.varianceCorrection) {
         moments.reduceOverWarp();
-        if (threadIdx.x % kWARP == 0)
-        {
+        if (threadIdx.x % kWARP == 0) {
             perWarpMoments[threadIdx.x / kWARP] = moments;
         }
         __syncthreads();
-        if (threadIdx.x == 0)
-        {
+        if (threadIdx.x == 0) {
             Moments total;
-            for (int warp = 0; warp < kWARPS; ++warp)
-            {
+            for (int warp = 0; warp < kWARPS; ++warp) {
                 total.addMoments(perWarpMoments[warp]);
             }
             args.nu[token] = total.correction(args.channels);
@@ -395,22 +349,18 @@ __global__ void __launch_bounds__(kTHREADS, 2) maskKernel(MaskArgs const args)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kTHREADS) epilogueKernel(EpilogueArgs const args)
-{
+__global__ void __launch_bounds__(kTHREADS) epilogueKernel(EpilogueArgs const args) {
     int64_t const token = blockIdx.x;
     float const nu = args.nu == nullptr ? 1.0F : args.nu[token];
     float const eta = args.eta == nullptr ? 0.0F : args.eta[token];
     int32_t const stride = static_cast<int32_t>(gridDim.y) * kTHREADS;
-    for (int32_t column = static_cast<int32_t>(blockIdx.y) * kTHREADS + threadIdx.x; column < args.outputs;
-         column += stride)
-    {
+    for (int32_t column = static_cast<int32_t>(blockIdx.y) * kTHREADS + threadIdx.x;
+         column < args.outputs; column += stride) {
         float sum = nu * args.product[token * args.outputs + column];
-        if (args.eta != nullptr)
-        {
+        if (args.eta != nullptr) {
             sum = fmaf(eta, args.shiftWeight[column], sum);
         }
-        if (args.bias != nullptr)
-        {
+        if (args.bias != nullptr) {
             sum += toFloat<T>(static_cast<T const*>(args.bias)[column]);
         }
         static_cast<T*>(args.y)[token * args.outputs + column] = fromFloat<T>(sum);
@@ -418,23 +368,21 @@ __global__ void __launch_bounds__(kTHREADS) epilogueKernel(EpilogueArgs const ar
 }
 
 //! Statistics are summed by one block: see maskKernel.
-bool needsWholeRow(MaskArgs const& args)
-{
+bool needsWholeRow(MaskArgs const& args) {
     return args.selection.dynamicShift || args.selection.varianceCorrection;
 }
 
 template <typename T, typename Masker>
-cudaError_t enqueueMask(MaskArgs const& args, int32_t unitsPerBlock, cudaStream_t stream)
-{
+cudaError_t enqueueMask(MaskArgs const& args, int32_t unitsPerBlock, cudaStream_t stream) {
     int32_t const units = ceilDivide(args.channels, unitsPerBlock);
-    dim3 const grid(static_cast<unsigned>(args.tokens), needsWholeRow(args) ? 1U : static_cast<unsigned>(units));
+    dim3 const grid(static_cast<unsigned>(args.tokens),
+                    needsWholeRow(args) ? 1U : static_cast<unsigned>(units));
     maskKernel<T, Masker><<<grid, kTHREADS, 0, stream>>>(args);
     return cudaGetLastError();
 }
 
 template <typename T>
-cudaError_t enqueuePairs(MaskArgs const& args, cudaStream_t stream)
-{
+cudaError_t enqueuePairs(MaskArgs const& args, cudaStream_t stream) {
     int64_t const pairs = args.tokens * (args.channels / 32);
     auto const blocks = static_cast<unsigned>((pairs + kTHREADS - 1) / kTHREADS);
     pairMaskKernel<T><<<blocks, kTHREADS, 0, stream>>>(
@@ -446,20 +394,18 @@ cudaError_t enqueuePairs(MaskArgs const& args, cudaStream_t stream)
 constexpr size_t kMAX_STAGED_BYTES = size_t{44} << 10;
 
 template <typename T>
-cudaError_t enqueuePairScatter(MaskArgs const& args, cudaStream_t stream)
-{
+cudaError_t enqueuePairScatter(MaskArgs const& args, cudaStream_t stream) {
     int32_t const pairs = args.channels / 32;
     int32_t const threads = std::min(kTHREADS, ceilDivide(pairs, kWARP) * kWARP);
-    pairScatterKernel<T>
-        <<<static_cast<unsigned>(args.tokens), threads, static_cast<size_t>(args.channels) * sizeof(T), stream>>>(
-            static_cast<T const*>(args.x), static_cast<T*>(args.s), args.keep, args.selection.channelOrder,
-            args.channels);
+    pairScatterKernel<T><<<static_cast<unsigned>(args.tokens), threads,
+                           static_cast<size_t>(args.channels) * sizeof(T), stream>>>(
+        static_cast<T const*>(args.x), static_cast<T*>(args.s), args.keep,
+        args.selection.channelOrder, args.channels);
     return cudaGetLastError();
 }
 
 template <typename T, int GROUP>
-cudaError_t enqueueScattered(MaskArgs const& args, cudaStream_t stream)
-{
+cudaError_t enqueueScattered(MaskArgs const& args, cudaStream_t stream) {
     size_t const rowBytes = static_cast<size_t>(args.channels) * sizeof(T);
     maskKernel<T, ScatteredMasker<T, GROUP>>
         <<<static_cast<unsigned>(args.tokens), kTHREADS, rowBytes, stream>>>(args);
@@ -467,107 +413,115 @@ cudaError_t enqueueScattered(MaskArgs const& args, cudaStream_t stream)
 }
 
 template <typename T>
-cudaError_t enqueueMaskOf(MaskArgs const& args, cudaStream_t stream)
-{
-    auto const alignment = reinterpret_cast<uintptr_t>(args.x) | reinterpret_cast<uintptr_t>(args.s)
-        | static_cast<uintptr_t>(args.channels * sizeof(T));
+cudaError_t enqueueMaskOf(MaskArgs const& args, cudaStream_t stream) {
+    auto const alignment = reinterpret_cast<uintptr_t>(args.x) |
+                           reinterpret_cast<uintptr_t>(args.s) |
+                           static_cast<uintptr_t>(args.channels * sizeof(T));
     Selection const& selection = args.selection;
     bool const isAligned = alignment % 16 == 0;
     size_t const rowBytes = static_cast<size_t>(args.channels) * sizeof(T);
-    bool const canStage = isAligned && rowBytes <= kMAX_STAGED_BYTES
-        && reinterpret_cast<uintptr_t>(selection.channelOrder) % 16 == 0;
-    if constexpr (sizeof(T) == 2)
-    {
-        bool const isBareMagnitude
-            = selection.scoreScale == nullptr && selection.shift == nullptr && !needsWholeRow(args);
-        if (isBareMagnitude && isAligned && selection.n == 8 && selection.m == 16 && args.channels % 32 == 0)
-        {
-            if (selection.channelOrder == nullptr)
-            {
+    bool const canStage = isAligned && rowBytes <= kMAX_STAGED_BYTES &&
+                          reinterpret_cast<uintptr_t>(selection.channelOrder) % 16 == 0;
+    if constexpr (sizeof(T) == 2) {
+        bool const isBareMagnitude =
+            selection.scoreScale == nullptr && selection.shift == nullptr && !needsWholeRow(args);
+        if (isBareMagnitude && isAligned && selection.n == 8 && selection.m == 16 &&
+            args.channels % 32 == 0) {
+            if (selection.channelOrder == nullptr) {
                 return enqueuePairs<T>(args, stream);
             }
-            if (canStage)
-            {
+            if (canStage) {
                 return enqueuePairScatter<T>(args, stream);
             }
         }
     }
-    if (selection.channelOrder != nullptr && canStage)
-    {
-        switch (selection.m)
-        {
-        case 4: return enqueueScattered<T, 4>(args, stream);
-        case 8: return enqueueScattered<T, 8>(args, stream);
-        case 16: return enqueueScattered<T, 16>(args, stream);
-        default: break;
+    if (selection.channelOrder != nullptr && canStage) {
+        switch (selection.m) {
+            case 4:
+                return enqueueScattered<T, 4>(args, stream);
+            case 8:
+                return enqueueScattered<T, 8>(args, stream);
+            case 16:
+                return enqueueScattered<T, 16>(args, stream);
+            default:
+                break;
         }
     }
     int32_t const m = isAligned && selection.channelOrder == nullptr ? selection.m : 0;
-    switch (m)
-    {
-    case 4: return enqueueMask<T, NetworkMasker<T, 4>>(args, 4 * kTHREADS, stream);
-    case 8: return enqueueMask<T, NetworkMasker<T, 8>>(args, 8 * kTHREADS, stream);
-    case 16: return enqueueMask<T, NetworkMasker<T, 16>>(args, 16 * kTHREADS, stream);
-    case 32: return enqueueMask<T, NetworkMasker<T, 32>>(args, 32 * kTHREADS, stream);
-    default: return enqueueMask<T, RankMasker<T>>(args, 4 * chunkWidth(selection.m) * kWARPS, stream);
+    switch (m) {
+        case 4:
+            return enqueueMask<T, NetworkMasker<T, 4>>(args, 4 * kTHREADS, stream);
+        case 8:
+            return enqueueMask<T, NetworkMasker<T, 8>>(args, 8 * kTHREADS, stream);
+        case 16:
+            return enqueueMask<T, NetworkMasker<T, 16>>(args, 16 * kTHREADS, stream);
+        case 32:
+            return enqueueMask<T, NetworkMasker<T, 32>>(args, 32 * kTHREADS, stream);
+        default:
+            return enqueueMask<T, RankMasker<T>>(args, 4 * chunkWidth(selection.m) * kWARPS,
+                                                 stream);
     }
 }
 
-bool isValid(MaskArgs const& args)
-{
+bool isValid(MaskArgs const& args) {
     Selection const& s = args.selection;
-    bool const hasPattern = s.m >= 1 && s.m <= kMAX_GROUP && s.n >= 1 && s.n <= s.m && args.channels >= s.m
-        && args.channels % s.m == 0;
-    bool const hasShift = (s.shiftLength == 0 || s.shiftLength == 1 || s.shiftLength == args.channels)
-        && (s.shiftLength == 0) == (s.shift == nullptr) && !(s.dynamicShift && s.shift != nullptr);
-    bool const hasOutputs = (!s.dynamicShift || args.eta != nullptr) && (!s.varianceCorrection || args.nu != nullptr);
-    return hasPattern && hasShift && hasOutputs && args.tokens >= 0 && args.tokens <= 0x7fffffff && args.x != nullptr
-        && args.s != nullptr;
+    bool const hasPattern = s.m >= 1 && s.m <= kMAX_GROUP && s.n >= 1 && s.n <= s.m &&
+                            args.channels >= s.m && args.channels % s.m == 0;
+    bool const hasShift =
+        (s.shiftLength == 0 || s.shiftLength == 1 || s.shiftLength == args.channels) &&
+        (s.shiftLength == 0) == (s.shift == nullptr) && !(s.dynamicShift && s.shift != nullptr);
+    bool const hasOutputs =
+        (!s.dynamicShift || args.eta != nullptr) && (!s.varianceCorrection || args.nu != nullptr);
+    return hasPattern && hasShift && hasOutputs && args.tokens >= 0 && args.tokens <= 0x7fffffff &&
+           args.x != nullptr && args.s != nullptr;
 }
 
-} // namespace
+}  // namespace
 
-cudaError_t launchMask(MaskArgs const& args, cudaStream_t stream)
-{
-    if (!isValid(args))
-    {
+cudaError_t launchMask(MaskArgs const& args, cudaStream_t stream) {
+    if (!isValid(args)) {
         return cudaErrorInvalidValue;
     }
-    if (args.tokens == 0)
-    {
+    if (args.tokens == 0) {
         return cudaSuccess;
     }
-    switch (args.type)
-    {
-    case DType::kFLOAT32: return enqueueMaskOf<float>(args, stream);
-    case DType::kFLOAT16: return enqueueMaskOf<__half>(args, stream);
-    case DType::kBFLOAT16: return enqueueMaskOf<__nv_bfloat16>(args, stream);
+    switch (args.type) {
+        case DType::kFLOAT32:
+            return enqueueMaskOf<float>(args, stream);
+        case DType::kFLOAT16:
+            return enqueueMaskOf<__half>(args, stream);
+        case DType::kBFLOAT16:
+            return enqueueMaskOf<__nv_bfloat16>(args, stream);
     }
     return cudaErrorInvalidValue;
 }
 
-cudaError_t launchEpilogue(EpilogueArgs const& args, cudaStream_t stream)
-{
-    bool const isWhole = args.product != nullptr && args.y != nullptr && args.outputs > 0 && args.tokens >= 0
-        && args.tokens <= 0x7fffffff && (args.eta == nullptr || args.shiftWeight != nullptr);
-    if (!isWhole)
-    {
+cudaError_t launchEpilogue(EpilogueArgs const& args, cudaStream_t stream) {
+    bool const isWhole = args.product != nullptr && args.y != nullptr && args.outputs > 0 &&
+                         args.tokens >= 0 && args.tokens <= 0x7fffffff &&
+                         (args.eta == nullptr || args.shiftWeight != nullptr);
+    if (!isWhole) {
         return cudaErrorInvalidValue;
     }
-    if (args.tokens == 0)
-    {
+    if (args.tokens == 0) {
         return cudaSuccess;
     }
     unsigned const parts = static_cast<unsigned>(ceilDivide(args.outputs, 4 * kTHREADS));
     dim3 const grid(static_cast<unsigned>(args.tokens), parts);
-    switch (args.type)
-    {
-    case DType::kFLOAT32: epilogueKernel<float><<<grid, kTHREADS, 0, stream>>>(args); break;
-    case DType::kFLOAT16: epilogueKernel<__half><<<grid, kTHREADS, 0, stream>>>(args); break;
-    case DType::kBFLOAT16: epilogueKernel<__nv_bfloat16><<<grid, kTHREADS, 0, stream>>>(args); break;
-    default: return cudaErrorInvalidValue;
+    switch (args.type) {
+        case DType::kFLOAT32:
+            epilogueKernel<float><<<grid, kTHREADS, 0, stream>>>(args);
+            break;
+        case DType::kFLOAT16:
+            epilogueKernel<__half><<<grid, kTHREADS, 0, stream>>>(args);
+            break;
+        case DType::kBFLOAT16:
+            epilogueKernel<__nv_bfloat16><<<grid, kTHREADS, 0, stream>>>(args);
+            break;
+        default:
+            return cudaErrorInvalidValue;
     }
     return cudaGetLastError();
 }
 
-} // namespace nmexport::cuda
+}  // namespace nmexport::cuda

@@ -1,4 +1,5 @@
-// A warp ranks its own slice of channels and queues the kept ones, without waiting for any other warp.
+// A warp ranks its own slice of channels and queues the kept ones, without waiting for any other
+// warp.
 #pragma once
 
 #include "decode_memory.h"
@@ -7,22 +8,19 @@
 #include "selection.cuh"
 #include "work_split.h"
 
-namespace nmexport::cuda
-{
+namespace nmexport::cuda {
 
 inline constexpr int kWARP = 32;
 inline constexpr uint32_t kWHOLE_WARP = 0xffffffffU;
 
 //! Sums of which the variance correction is made, in float64: the mean may dwarf the deviation.
-struct Moments
-{
+struct Moments {
     double all{0};
     double allSquared{0};
     double kept{0};
     double keptSquared{0};
 
-    __device__ void add(float z, bool isKept)
-    {
+    __device__ void add(float z, bool isKept) {
         double const value = z;
         all += value;
         allSquared += value * value;
@@ -30,8 +28,7 @@ struct Moments
         keptSquared += isKept ? value * value : 0.0;
     }
 
-    __device__ void addMoments(Moments const& other)
-    {
+    __device__ void addMoments(Moments const& other) {
         all += other.all;
         allSquared += other.allSquared;
         kept += other.kept;
@@ -39,11 +36,9 @@ struct Moments
     }
 
     //! Over the warp, in a fixed order; every lane gets the sum.
-    __device__ void reduceOverWarp()
-    {
+    __device__ void reduceOverWarp() {
 #pragma unroll
-        for (int offset = 16; offset > 0; offset /= 2)
-        {
+        for (int offset = 16; offset > 0; offset /= 2) {
             all += __shfl_xor_sync(kWHOLE_WARP, all, offset);
             allSquared += __shfl_xor_sync(kWHOLE_WARP, allSquared, offset);
             kept += __shfl_xor_sync(kWHOLE_WARP, kept, offset);
@@ -52,29 +47,28 @@ struct Moments
     }
 
     //! nu of the op contract.
-    __device__ float correction(int32_t channels) const
-    {
+    __device__ float correction(int32_t channels) const {
         double const meanAll = all / channels;
         double const meanKept = kept / channels;
         double const varAll = fmax(allSquared / channels - meanAll * meanAll, 0.0);
         double const varKept = fmax(keptSquared / channels - meanKept * meanKept, 0.0);
         bool const isPoisoned = isnan(allSquared) || isnan(keptSquared);
-        return isPoisoned ? __int_as_float(0x7fffffff) : static_cast<float>(sqrt(varAll / fmax(varKept, 1e-12)));
+        return isPoisoned ? __int_as_float(0x7fffffff)
+                          : static_cast<float>(sqrt(varAll / fmax(varKept, 1e-12)));
     }
 };
 
-//! A queued row of W and what each token multiplies it with; one shared-memory access up to three tokens.
+//! A queued row of W and what each token multiplies it with; one shared-memory access up to three
+//! tokens.
 template <int TOKENS>
-struct alignas(TOKENS == 1 ? 8 : 16) Kept
-{
+struct alignas(TOKENS == 1 ? 8 : 16) Kept {
     int32_t channel;
     float value[TOKENS];
 };
 
 //! One warp's shared memory: a window of channels to rank and a ring of kept ones to multiply.
 template <int TOKENS, int RING>
-struct alignas(16) WarpScratch
-{
+struct alignas(16) WarpScratch {
     uint32_t key[TOKENS][kWINDOW];
     float z[TOKENS][kWINDOW];
     int32_t channel[kWINDOW];
@@ -83,39 +77,34 @@ struct alignas(16) WarpScratch
 
 //! Walks one warp's slice of the group order, for any m and every option.
 template <typename T, int TOKENS, int RING, bool MOMENTS>
-class WarpSelector
-{
-public:
+class WarpSelector {
+  public:
     using Scratch = WarpScratch<TOKENS, RING>;
 
-    __device__ WarpSelector(
-        Scratch* scratch, Selection const& selection, T const* x, int32_t channels, Range slice, float const* eta)
-        : mScratch{scratch}
-        , mSelection{selection}
-        , mX{x}
-        , mChannels{channels}
-        , mNext{slice.begin}
-        , mEnd{slice.end}
-        , mWindowBegin{slice.begin}
-        , mWindowEnd{slice.begin}
-        , mEta{eta}
-    {
-    }
+    __device__ WarpSelector(Scratch* scratch, Selection const& selection, T const* x,
+                            int32_t channels, Range slice, float const* eta)
+        : mScratch{scratch},
+          mSelection{selection},
+          mX{x},
+          mChannels{channels},
+          mNext{slice.begin},
+          mEnd{slice.end},
+          mWindowBegin{slice.begin},
+          mWindowEnd{slice.begin},
+          mEta{eta} {}
 
-    //! Loads of constants (see Selection); call before waiting for the kernel that makes the activations.
+    //! Loads of constants (see Selection); call before waiting for the kernel that makes the
+    //! activations.
     __device__ void prepare() {}
 
     //! First loads of activations; call right after that wait.
     __device__ void begin() {}
 
     //! Queues kept channels until at least `wanted` are there or the slice is at its end.
-    __device__ void fill(uint32_t wanted)
-    {
+    __device__ void fill(uint32_t wanted) {
         int32_t const width = chunkWidth(mSelection.m);
-        while (tail - head < wanted && mNext < mEnd)
-        {
-            if (mNext == mWindowEnd)
-            {
+        while (tail - head < wanted && mNext < mEnd) {
+            if (mNext == mWindowEnd) {
                 stage(width);
             }
             int32_t const count = min(width, mWindowEnd - mNext);
@@ -125,14 +114,13 @@ public:
         __syncwarp();
     }
 
-    uint32_t head{0}; //!< first queued entry, counted from the start of the slice
-    uint32_t tail{0}; //!< one past the last
+    uint32_t head{0};  //!< first queued entry, counted from the start of the slice
+    uint32_t tail{0};  //!< one past the last
     Moments moments[MOMENTS ? TOKENS : 1];
 
-private:
+  private:
     //! Reads the next window: z and its rank key, in group order.
-    __device__ void stage(int32_t width)
-    {
+    __device__ void stage(int32_t width) {
         constexpr int kSTEPS = kWINDOW / kWARP;
         int const lane = threadIdx.x % kWARP;
         mWindowBegin = mNext;
@@ -141,31 +129,28 @@ private:
         int32_t channel[kSTEPS];
         float z[TOKENS][kSTEPS];
 #pragma unroll
-        for (int step = 0; step < kSTEPS; ++step)
-        {
+        for (int step = 0; step < kSTEPS; ++step) {
             int32_t const position = mWindowBegin + min(step * kWARP + lane, count - 1);
-            channel[step] = mSelection.channelOrder == nullptr ? position : __ldg(mSelection.channelOrder + position);
+            channel[step] = mSelection.channelOrder == nullptr
+                                ? position
+                                : __ldg(mSelection.channelOrder + position);
 #pragma unroll
-            for (int token = 0; token < TOKENS; ++token)
-            {
-                z[token][step] = loadActivation(mX + static_cast<int64_t>(token) * mChannels + channel[step]);
+            for (int token = 0; token < TOKENS; ++token) {
+                z[token][step] =
+                    loadActivation(mX + static_cast<int64_t>(token) * mChannels + channel[step]);
             }
-            if ((step + 1) * kWARP >= count)
-            {
+            if ((step + 1) * kWARP >= count) {
                 break;
             }
         }
-        __syncwarp(); // the window's last readers are done
+        __syncwarp();  // the window's last readers are done
 #pragma unroll
-        for (int step = 0; step < kSTEPS; ++step)
-        {
+        for (int step = 0; step < kSTEPS; ++step) {
             int32_t const slot = step * kWARP + lane;
-            if (slot < count)
-            {
+            if (slot < count) {
                 mScratch->channel[slot] = channel[step];
 #pragma unroll
-                for (int token = 0; token < TOKENS; ++token)
-                {
+                for (int token = 0; token < TOKENS; ++token) {
                     float const shifted = z[token][step] - shiftOf(token, channel[step]);
                     mScratch->z[token][slot] = shifted;
                     mScratch->key[token][slot] = keyOf(shifted, channel[step]);
@@ -175,62 +160,50 @@ private:
         __syncwarp();
     }
 
-    __device__ float shiftOf(int token, int32_t channel) const
-    {
-        if (mSelection.dynamicShift)
-        {
+    __device__ float shiftOf(int token, int32_t channel) const {
+        if (mSelection.dynamicShift) {
             return mEta[token];
         }
-        if (mSelection.shiftLength == 0)
-        {
+        if (mSelection.shiftLength == 0) {
             return 0.0F;
         }
         return __ldg(mSelection.shift + (mSelection.shiftLength == 1 ? 0 : channel));
     }
 
-    __device__ uint32_t keyOf(float z, int32_t channel) const
-    {
-        if (mSelection.scoreScale == nullptr)
-        {
+    __device__ uint32_t keyOf(float z, int32_t channel) const {
+        if (mSelection.scoreScale == nullptr) {
             return magnitudeKey(z);
         }
         return orderedKey(scaledScore(z, __ldg(mSelection.scoreScale + channel)));
     }
 
     //! Ranks the next `count` elements of the window and queues those that any token keeps.
-    __device__ void append(int32_t count)
-    {
+    __device__ void append(int32_t count) {
         constexpr int kPER_LANE = kMAX_GROUP / kWARP;
         int const lane = threadIdx.x % kWARP;
 #pragma unroll
-        for (int part = 0; part < kPER_LANE; ++part)
-        {
+        for (int part = 0; part < kPER_LANE; ++part) {
             int32_t const element = part * kWARP + lane;
             int32_t const slot = mNext - mWindowBegin + element;
             bool const isActive = element < count;
             bool isKept[TOKENS];
             bool isKeptByAny = false;
 #pragma unroll
-            for (int token = 0; token < TOKENS; ++token)
-            {
+            for (int token = 0; token < TOKENS; ++token) {
                 isKept[token] = isActive && keeps(token, slot, element);
                 isKeptByAny = isKeptByAny || isKept[token];
-                if constexpr (MOMENTS)
-                {
-                    if (isActive)
-                    {
+                if constexpr (MOMENTS) {
+                    if (isActive) {
                         moments[token].add(mScratch->z[token][slot], isKept[token]);
                     }
                 }
             }
             uint32_t const kept = __ballot_sync(kWHOLE_WARP, isKeptByAny);
-            if (isKeptByAny)
-            {
+            if (isKeptByAny) {
                 Kept<TOKENS> entry;
                 entry.channel = mScratch->channel[slot];
 #pragma unroll
-                for (int token = 0; token < TOKENS; ++token)
-                {
+                for (int token = 0; token < TOKENS; ++token) {
                     entry.value[token] = isKept[token] ? mScratch->z[token][slot] : 0.0F;
                 }
                 mScratch->queue[(tail + __popc(kept & ((1U << lane) - 1U))) % RING] = entry;
@@ -239,10 +212,8 @@ private:
         }
     }
 
-    __device__ bool keeps(int token, int32_t slot, int32_t element) const
-    {
-        if (mSelection.n == mSelection.m)
-        {
+    __device__ bool keeps(int token, int32_t slot, int32_t element) const {
+        if (mSelection.n == mSelection.m) {
             return true;
         }
         int32_t const index = element % mSelection.m;
@@ -260,16 +231,15 @@ private:
     float const* mEta;
 };
 
-//! The queue's end after a lane's two channels (x the earlier one) were put in group order behind `tail`, each where
-//! any token keeps it.
+//! The queue's end after a lane's two channels (x the earlier one) were put in group order behind
+//! `tail`, each where any token keeps it.
 template <int TOKENS, int RING>
-__device__ __forceinline__ uint32_t queuePair(WarpScratch<TOKENS, RING>* scratch, uint32_t tail, int2 channel,
-    bool const (&keeps)[TOKENS][2], float const (&z)[TOKENS][2])
-{
+__device__ __forceinline__ uint32_t queuePair(WarpScratch<TOKENS, RING>* scratch, uint32_t tail,
+                                              int2 channel, bool const (&keeps)[TOKENS][2],
+                                              float const (&z)[TOKENS][2]) {
     bool isKept[2] = {false, false};
 #pragma unroll
-    for (int token = 0; token < TOKENS; ++token)
-    {
+    for (int token = 0; token < TOKENS; ++token) {
         isKept[0] = isKept[0] || keeps[token][0];
         isKept[1] = isKept[1] || keeps[token][1];
     }
@@ -278,15 +248,12 @@ __device__ __forceinline__ uint32_t queuePair(WarpScratch<TOKENS, RING>* scratch
     uint32_t const before = (1U << (threadIdx.x % kWARP)) - 1U;
     uint32_t const place = tail + __popc(lows & before) + __popc(highs & before);
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-    {
-        if (isKept[half])
-        {
+    for (int half = 0; half < 2; ++half) {
+        if (isKept[half]) {
             Kept<TOKENS> entry;
             entry.channel = half == 0 ? channel.x : channel.y;
 #pragma unroll
-            for (int token = 0; token < TOKENS; ++token)
-            {
+            for (int token = 0; token < TOKENS; ++token) {
                 entry.value[token] = keeps[token][half] ? z[token][half] : 0.0F;
             }
             scratch->queue[(place + (half == 1 && isKept[0] ? 1U : 0U)) % RING] = entry;
@@ -295,58 +262,44 @@ __device__ __forceinline__ uint32_t queuePair(WarpScratch<TOKENS, RING>* scratch
     return tail + __popc(lows) + __popc(highs);
 }
 
-//! In which step of a butterfly over 8 lanes the other lane lies before this one: by the topmost bit that differs.
-__device__ __forceinline__ bool otherLaneIsEarlier(uint32_t step)
-{
+//! In which step of a butterfly over 8 lanes the other lane lies before this one: by the topmost
+//! bit that differs.
+__device__ __forceinline__ bool otherLaneIsEarlier(uint32_t step) {
     uint32_t const topBit = step >= 4 ? 4 : (step >= 2 ? 2 : 1);
     return (threadIdx.x & topBit) != 0U;
 }
 
-//! What the two selectors of groups of 16 share: two neighbouring channels of the group order per lane, 64 per step,
-//! keys exchanged by shuffles, no shared memory before the queue.
+//! What the two selectors of groups of 16 share: two neighbouring channels of the group order per
+//! lane, 64 per step, keys exchanged by shuffles, no shared memory before the queue.
 template <int TOKENS, int RING, bool MOMENTS>
-struct PairWalk
-{
+struct PairWalk {
     using Scratch = WarpScratch<TOKENS, RING>;
     static constexpr int32_t kCHUNK = 2 * kWARP;
 
-    uint32_t head{0}; //!< first queued entry, counted from the start of the slice
-    uint32_t tail{0}; //!< one past the last
+    uint32_t head{0};  //!< first queued entry, counted from the start of the slice
+    uint32_t tail{0};  //!< one past the last
     Moments moments[MOMENTS ? TOKENS : 1];
 
-protected:
+  protected:
     __device__ PairWalk(Scratch* scratch, int32_t const* order, Range slice)
-        : mScratch{scratch}
-        , mOrder{order}
-        , mNext{slice.begin}
-        , mEnd{slice.end}
-    {
-    }
+        : mScratch{scratch}, mOrder{order}, mNext{slice.begin}, mEnd{slice.end} {}
 
-    __device__ int32_t position() const
-    {
+    __device__ int32_t position() const {
         return mNext + 2 * static_cast<int32_t>(threadIdx.x % kWARP);
     }
 
-    __device__ bool isActive() const
-    {
-        return position() < mEnd;
-    }
+    __device__ bool isActive() const { return position() < mEnd; }
 
     //! The lane's two channels of the next chunk.
-    __device__ void readOrder()
-    {
+    __device__ void readOrder() {
         mChannel = make_int2(position(), position() + 1);
-        if (mOrder != nullptr && isActive())
-        {
+        if (mOrder != nullptr && isActive()) {
             mChannel = make_int2(__ldg(mOrder + position()), __ldg(mOrder + position() + 1));
         }
     }
 
-    __device__ void addMoments(int token, float const (&z)[2], bool const (&keeps)[2])
-    {
-        if (MOMENTS && isActive())
-        {
+    __device__ void addMoments(int token, float const (&z)[2], bool const (&keeps)[2]) {
+        if (MOMENTS && isActive()) {
             moments[token].add(z[0], keeps[0]);
             moments[token].add(z[1], keeps[1]);
         }
@@ -356,75 +309,60 @@ protected:
     int32_t const* mOrder;
     int32_t mNext;
     int32_t mEnd;
-    int2 mChannel; //!< of the chunk to append next
+    int2 mChannel;  //!< of the chunk to append next
 };
 
-//! Groups of 16 of a 16-bit type, ranked by bare magnitude: two keys per word, compared two at a time.
+//! Groups of 16 of a 16-bit type, ranked by bare magnitude: two keys per word, compared two at a
+//! time.
 template <typename T, int TOKENS, int RING, bool MOMENTS>
-class PackedSelector : public PairWalk<TOKENS, RING, MOMENTS>
-{
-public:
+class PackedSelector : public PairWalk<TOKENS, RING, MOMENTS> {
+  public:
     static_assert(sizeof(T) == 2);
     using Walk = PairWalk<TOKENS, RING, MOMENTS>;
     using typename Walk::Scratch;
 
-    __device__ PackedSelector(
-        Scratch* scratch, Selection const& selection, T const* x, int32_t channels, Range slice, float const*)
-        : Walk(scratch, selection.channelOrder, slice)
-        , mX{x}
-        , mChannels{channels}
-        , mKeep{selection.n}
-    {
-    }
+    __device__ PackedSelector(Scratch* scratch, Selection const& selection, T const* x,
+                              int32_t channels, Range slice, float const*)
+        : Walk(scratch, selection.channelOrder, slice),
+          mX{x},
+          mChannels{channels},
+          mKeep{selection.n} {}
 
-    __device__ void prepare()
-    {
-        this->readOrder();
-    }
+    __device__ void prepare() { this->readOrder(); }
 
-    __device__ void begin()
-    {
-        readWords();
-    }
+    __device__ void begin() { readWords(); }
 
-    __device__ void fill(uint32_t wanted)
-    {
-        while (this->tail - this->head < wanted && this->mNext < this->mEnd)
-        {
+    __device__ void fill(uint32_t wanted) {
+        while (this->tail - this->head < wanted && this->mNext < this->mEnd) {
             append();
         }
         __syncwarp();
     }
 
-private:
-    __device__ void readWords()
-    {
+  private:
+    __device__ void readWords() {
 #pragma unroll
-        for (int token = 0; token < TOKENS; ++token)
-        {
+        for (int token = 0; token < TOKENS; ++token) {
             T const* const x = mX + static_cast<int64_t>(token) * mChannels;
             mWord[token] = 0U;
-            if (this->isActive())
-            {
+            if (this->isActive()) {
                 mWord[token] = this->mOrder == nullptr
-                    ? loadActivationWord(x + this->mChannel.x)
-                    : loadActivationBits(x + this->mChannel.x) | loadActivationBits(x + this->mChannel.y) << 16;
+                                   ? loadActivationWord(x + this->mChannel.x)
+                                   : loadActivationBits(x + this->mChannel.x) |
+                                         loadActivationBits(x + this->mChannel.y) << 16;
             }
         }
     }
 
-    __device__ void append()
-    {
+    __device__ void append() {
         bool keeps[TOKENS][2];
         float z[TOKENS][2];
 #pragma unroll
-        for (int token = 0; token < TOKENS; ++token)
-        {
+        for (int token = 0; token < TOKENS; ++token) {
             uint32_t const keys = packedKeys(mWord[token], kNAN_KEY<T>);
             PackedRank rank(keys);
 #pragma unroll
-            for (uint32_t step = 1; step < 8; ++step)
-            {
+            for (uint32_t step = 1; step < 8; ++step) {
                 rank.meet(__shfl_xor_sync(kWHOLE_WARP, keys, step), otherLaneIsEarlier(step));
             }
             keeps[token][0] = this->isActive() && rank.keepsLow(mKeep);
@@ -442,99 +380,82 @@ private:
     T const* mX;
     int32_t mChannels;
     int32_t mKeep;
-    uint32_t mWord[TOKENS]; //!< the activations of the chunk to append next
+    uint32_t mWord[TOKENS];  //!< the activations of the chunk to append next
 };
 
 //! Groups of 16 with every option and type: float32 keys.
 template <typename T, int TOKENS, int RING, bool MOMENTS>
-class WideSelector : public PairWalk<TOKENS, RING, MOMENTS>
-{
-public:
+class WideSelector : public PairWalk<TOKENS, RING, MOMENTS> {
+  public:
     using Walk = PairWalk<TOKENS, RING, MOMENTS>;
     using typename Walk::Scratch;
 
-    __device__ WideSelector(
-        Scratch* scratch, Selection const& selection, T const* x, int32_t channels, Range slice, float const* eta)
-        : Walk(scratch, selection.channelOrder, slice)
-        , mSelection{selection}
-        , mX{x}
-        , mChannels{channels}
-        , mEta{eta}
-    {
-    }
+    __device__ WideSelector(Scratch* scratch, Selection const& selection, T const* x,
+                            int32_t channels, Range slice, float const* eta)
+        : Walk(scratch, selection.channelOrder, slice),
+          mSelection{selection},
+          mX{x},
+          mChannels{channels},
+          mEta{eta} {}
 
-    __device__ void prepare()
-    {
-        readConstants();
-    }
+    __device__ void prepare() { readConstants(); }
 
-    __device__ void begin()
-    {
-        readActivations();
-    }
+    __device__ void begin() { readActivations(); }
 
-    __device__ void fill(uint32_t wanted)
-    {
-        while (this->tail - this->head < wanted && this->mNext < this->mEnd)
-        {
+    __device__ void fill(uint32_t wanted) {
+        while (this->tail - this->head < wanted && this->mNext < this->mEnd) {
             append();
         }
         __syncwarp();
     }
 
-private:
-    //! Order, shifts and scales of the next chunk: constants (see Selection), so none that the kernel before writes.
-    __device__ void readConstants()
-    {
+  private:
+    //! Order, shifts and scales of the next chunk: constants (see Selection), so none that the
+    //! kernel before writes.
+    __device__ void readConstants() {
         this->readOrder();
         mShift[0] = mShift[1] = 0.0F;
         mScale[0] = mScale[1] = 1.0F;
-        if (!this->isActive())
-        {
+        if (!this->isActive()) {
             return;
         }
-        if (mSelection.shiftLength > 0)
-        {
+        if (mSelection.shiftLength > 0) {
             bool const isScalar = mSelection.shiftLength == 1;
             mShift[0] = __ldg(mSelection.shift + (isScalar ? 0 : this->mChannel.x));
             mShift[1] = __ldg(mSelection.shift + (isScalar ? 0 : this->mChannel.y));
         }
-        if (mSelection.scoreScale != nullptr)
-        {
+        if (mSelection.scoreScale != nullptr) {
             mScale[0] = __ldg(mSelection.scoreScale + this->mChannel.x);
             mScale[1] = __ldg(mSelection.scoreScale + this->mChannel.y);
         }
     }
 
-    __device__ void readActivations()
-    {
+    __device__ void readActivations() {
 #pragma unroll
-        for (int token = 0; token < TOKENS; ++token)
-        {
+        for (int token = 0; token < TOKENS; ++token) {
             T const* const x = mX + static_cast<int64_t>(token) * mChannels;
             mActivation[token][0] = this->isActive() ? loadActivation(x + this->mChannel.x) : 0.0F;
             mActivation[token][1] = this->isActive() ? loadActivation(x + this->mChannel.y) : 0.0F;
         }
     }
 
-    __device__ uint32_t keyOf(float z, float scale) const
-    {
-        return mSelection.scoreScale == nullptr ? magnitudeKey(z) : orderedKey(scaledScore(z, scale));
+    __device__ uint32_t keyOf(float z, float scale) const {
+        return mSelection.scoreScale == nullptr ? magnitudeKey(z)
+                                                : orderedKey(scaledScore(z, scale));
     }
 
-    __device__ void append()
-    {
+    __device__ void append() {
         bool keeps[TOKENS][2];
         float z[TOKENS][2];
 #pragma unroll
-        for (int token = 0; token < TOKENS; ++token)
-        {
-            z[token][0] = mActivation[token][0] - (mSelection.dynamicShift ? mEta[token] : mShift[0]);
-            z[token][1] = mActivation[token][1] - (mSelection.dynamicShift ? mEta[token] : mShift[1]);
+        for (int token = 0; token < TOKENS; ++token) {
+            z[token][0] =
+                mActivation[token][0] - (mSelection.dynamicShift ? mEta[token] : mShift[0]);
+            z[token][1] =
+                mActivation[token][1] - (mSelection.dynamicShift ? mEta[token] : mShift[1]);
             WideRank rank(keyOf(z[token][0], mScale[0]), keyOf(z[token][1], mScale[1]));
 #pragma unroll
-            for (uint32_t step = 1; step < 8; ++step)
-            {
+            for (uint32_t step = 1; step < 8; ++step) {
                 uint32_t const low = __shfl_xor_sync(kWHOLE_WARP, rank.low, step);
                 uint32_t const high = __shfl_xor_sync(kWHOLE_WARP, rank.high, step);
                 rank.meet(low, high, otherLaneIsEarlier(step));
@@ -553,9 +474,9 @@ private:
     T const* mX;
     int32_t mChannels;
     float const* mEta;
-    float mActivation[TOKENS][2]; //!< of the chunk to append next
+    float mActivation[TOKENS][2];  //!< of the chunk to append next
     float mShift[2];
     float mScale[2];
 };
 
-} // namespace nmexport::cuda
+}  // namespace nmexport::cuda

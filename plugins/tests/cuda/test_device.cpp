@@ -4,23 +4,19 @@
 #include <cstdio>
 #include <cstdlib>
 
-namespace
-{
+namespace {
 
 int failures = 0;
 
-void check(bool ok, char const* what)
-{
-    if (!ok)
-    {
+void check(bool ok, char const* what) {
+    if (!ok) {
         ++failures;
         std::printf("FAILED %s\n", what);
     }
 }
 
 //! The chip and code that the stand-ins below tell of.
-struct Machine
-{
+struct Machine {
     int major;
     int minor;
     int compiledFor;
@@ -31,48 +27,50 @@ struct Machine
 Machine machine{};
 char const probe = 0;
 
-} // namespace
+}  // namespace
 
-extern "C" cudaError_t cudaGetDevice(int* device)
-{
+extern "C" cudaError_t cudaGetDevice(int* device) {
     *device = 3;
     return cudaSuccess;
 }
 
-extern "C" cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device)
-{
+extern "C" cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
     check(device == 3, "the current device is asked");
-    switch (attribute)
-    {
-    case cudaDevAttrComputeCapabilityMajor: *value = machine.major; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = machine.minor; break;
-    case cudaDevAttrMultiProcessorCount: *value = 132; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = 232448; break;
-    default: check(false, "an attribute that the test does not know");
+    switch (attribute) {
+        case cudaDevAttrComputeCapabilityMajor:
+            *value = machine.major;
+            break;
+        case cudaDevAttrComputeCapabilityMinor:
+            *value = machine.minor;
+            break;
+        case cudaDevAttrMultiProcessorCount:
+            *value = 132;
+            break;
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+            *value = 232448;
+            break;
+        default:
+            check(false, "an attribute that the test does not know");
     }
     return machine.attributes;
 }
 
-extern "C" cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void const* function)
-{
+extern "C" cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void const* function) {
     check(function == &probe, "the library's own code is asked for");
     attributes->ptxVersion = machine.compiledFor;
     attributes->binaryVersion = 10 * machine.major + machine.minor;
     return machine.function;
 }
 
-namespace nmexport::cuda
-{
+namespace nmexport::cuda {
 
-void const* architectureProbe()
-{
+void const* architectureProbe() {
     return &probe;
 }
 
-} // namespace nmexport::cuda
+}  // namespace nmexport::cuda
 
-int main()
-{
+int main() {
     using namespace nmexport::cuda;
     DeviceTraits traits{};
     machine = {9, 0, 90};
@@ -81,11 +79,14 @@ int main()
     check(traits.sharedBytesPerBlock == 232448, "shared memory");
 
     machine = {9, 0, 80};
-    check(queryDevice(&traits) == cudaSuccess && traits.computeCapability == 80, "code from older PTX: no clusters");
+    check(queryDevice(&traits) == cudaSuccess && traits.computeCapability == 80,
+          "code from older PTX: no clusters");
     machine = {8, 9, 86};
-    check(queryDevice(&traits) == cudaSuccess && traits.computeCapability == 86, "code of the same generation");
+    check(queryDevice(&traits) == cudaSuccess && traits.computeCapability == 86,
+          "code of the same generation");
     machine = {12, 1, 120};
-    check(queryDevice(&traits) == cudaSuccess && traits.computeCapability == 120, "a chip newer than the code");
+    check(queryDevice(&traits) == cudaSuccess && traits.computeCapability == 120,
+          "a chip newer than the code");
 
     machine = {9, 0, 90, cudaSuccess, cudaErrorNoKernelImageForDevice};
     check(queryDevice(&traits) == cudaErrorNoKernelImageForDevice, "no code for this chip");

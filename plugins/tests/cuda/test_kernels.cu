@@ -1,5 +1,5 @@
-// The kernels on a GPU against float64 sums over an independently sorted mask. Small shapes, so that it also runs under
-// compute-sanitizer. Exit code 77 where there is no GPU.
+// The kernels on a GPU against float64 sums over an independently sorted mask. Small shapes, so
+// that it also runs under compute-sanitizer. Exit code 77 where there is no GPU.
 #include "element.cuh"
 #include "nm_cuda.h"
 
@@ -16,47 +16,35 @@
 
 using namespace nmexport::cuda;
 
-namespace
-{
+namespace {
 
-#define CHECK_CUDA(call)                                                                                               \
-    do                                                                                                                 \
-    {                                                                                                                  \
-        cudaError_t const outcome = (call);                                                                            \
-        if (outcome != cudaSuccess)                                                                                    \
-        {                                                                                                              \
-            std::printf("%s: %s\n", #call, cudaGetErrorString(outcome));                                               \
-            std::exit(EXIT_FAILURE);                                                                                   \
-        }                                                                                                              \
+#define CHECK_CUDA(call)                                                 \
+    do {                                                                 \
+        cudaError_t const outcome = (call);                              \
+        if (outcome != cudaSuccess) {                                    \
+            std::printf("%s: %s\n", #call, cudaGetErrorString(outcome)); \
+            std::exit(EXIT_FAILURE);                                     \
+        }                                                                \
     } while (false)
 
 //! Device memory that starts as NaN bytes, so that an unwritten element shows.
 template <typename T>
-struct DeviceArray
-{
-    explicit DeviceArray(size_t count)
-        : count{count}
-    {
+struct DeviceArray {
+    explicit DeviceArray(size_t count) : count{count} {
         CHECK_CUDA(cudaMalloc(&data, std::max<size_t>(count, 1) * sizeof(T)));
         CHECK_CUDA(cudaMemset(data, 0xff, std::max<size_t>(count, 1) * sizeof(T)));
     }
 
-    explicit DeviceArray(std::vector<T> const& host)
-        : DeviceArray(host.size())
-    {
+    explicit DeviceArray(std::vector<T> const& host) : DeviceArray(host.size()) {
         CHECK_CUDA(cudaMemcpy(data, host.data(), count * sizeof(T), cudaMemcpyHostToDevice));
     }
 
     DeviceArray(DeviceArray const&) = delete;
     DeviceArray& operator=(DeviceArray const&) = delete;
 
-    ~DeviceArray()
-    {
-        cudaFree(data);
-    }
+    ~DeviceArray() { cudaFree(data); }
 
-    std::vector<T> read() const
-    {
+    std::vector<T> read() const {
         std::vector<T> host(count);
         CHECK_CUDA(cudaMemcpy(host.data(), data, count * sizeof(T), cudaMemcpyDeviceToHost));
         return host;
@@ -67,54 +55,40 @@ struct DeviceArray
 };
 
 template <typename T>
-float widen(T value)
-{
-    if constexpr (std::is_same_v<T, float>)
-    {
+float widen(T value) {
+    if constexpr (std::is_same_v<T, float>) {
         return value;
-    }
-    else if constexpr (std::is_same_v<T, __half>)
-    {
+    } else if constexpr (std::is_same_v<T, __half>) {
         return __half2float(value);
-    }
-    else
-    {
+    } else {
         return __bfloat162float(value);
     }
 }
 
 template <typename T>
-T narrow(float value)
-{
-    if constexpr (std::is_same_v<T, float>)
-    {
+T narrow(float value) {
+    if constexpr (std::is_same_v<T, float>) {
         return value;
-    }
-    else if constexpr (std::is_same_v<T, __half>)
-    {
+    } else if constexpr (std::is_same_v<T, __half>) {
         return __float2half(value);
-    }
-    else
-    {
+    } else {
         return __float2bfloat16(value);
     }
 }
 
 template <typename T>
-constexpr DType kTYPE = std::is_same_v<T, float> ? DType::kFLOAT32
-    : std::is_same_v<T, __half>                  ? DType::kFLOAT16
-                                                 : DType::kBFLOAT16;
+constexpr DType kTYPE = std::is_same_v<T, float>    ? DType::kFLOAT32
+                        : std::is_same_v<T, __half> ? DType::kFLOAT16
+                                                    : DType::kBFLOAT16;
 
-enum class Options
-{
+enum class Options {
     kNONE,
-    kSTATIC,  //!< order, scale, a shift per channel, bias, variance correction
-    kSCALAR,  //!< one shift for all channels, bias
-    kDYNAMIC, //!< the token's own shift, its weight, bias, variance correction
+    kSTATIC,   //!< order, scale, a shift per channel, bias, variance correction
+    kSCALAR,   //!< one shift for all channels, bias
+    kDYNAMIC,  //!< the token's own shift, its weight, bias, variance correction
 };
 
-struct Case
-{
+struct Case {
     int tokens;
     int channels;
     int outputs;
@@ -123,65 +97,56 @@ struct Case
     Options options;
     bool hasTies;
 
-    bool is(Options wanted) const
-    {
-        return options == wanted;
-    }
+    bool is(Options wanted) const { return options == wanted; }
 
-    bool correctsVariance() const
-    {
-        return is(Options::kSTATIC) || is(Options::kDYNAMIC);
-    }
+    bool correctsVariance() const { return is(Options::kSTATIC) || is(Options::kDYNAMIC); }
 };
 
 //! What a case is made of, on the host.
 template <typename T>
-struct Problem
-{
+struct Problem {
     std::vector<T> x;
     std::vector<T> w;
     std::vector<T> bias;
-    std::vector<float> shift; //!< [K], or [1]
+    std::vector<float> shift;  //!< [K], or [1]
     std::vector<float> shiftWeight;
     std::vector<float> scale;
     std::vector<int32_t> order;
-    std::vector<float> product; //!< what an epilogue is given
+    std::vector<float> product;  //!< what an epilogue is given
 };
 
 template <typename T>
-Problem<T> problemOf(Case const& c)
-{
+Problem<T> problemOf(Case const& c) {
     std::mt19937 random(static_cast<unsigned>(c.tokens * 131 + c.channels * 7 + c.outputs + c.n));
     std::normal_distribution<float> normal;
-    auto const floats = [&](int count, auto const& value)
-    {
+    auto const floats = [&](int count, auto const& value) {
         std::vector<float> values(count);
         std::generate(values.begin(), values.end(), value);
         return values;
     };
-    auto const elements = [&](int count, auto const& value)
-    {
+    auto const elements = [&](int count, auto const& value) {
         std::vector<T> values(count);
         std::generate(values.begin(), values.end(), [&] { return narrow<T>(value()); });
         return values;
     };
-    // A dynamic shift is a mean. Sixteenths that every type holds exactly have one sum in whatever order, so that all
-    // kernels rank by the same shift and masks can be compared bit by bit.
-    auto const sixteenths = [&] { return std::clamp(std::round(16 * normal(random)) / 16, -7.0F, 7.0F); };
+    // A dynamic shift is a mean. Sixteenths that every type holds exactly have one sum in whatever
+    // order, so that all kernels rank by the same shift and masks can be compared bit by bit.
+    auto const sixteenths = [&] {
+        return std::clamp(std::round(16 * normal(random)) / 16, -7.0F, 7.0F);
+    };
     Problem<T> p;
     int const count = c.tokens * c.channels;
-    if (c.hasTies)
-    {
+    if (c.hasTies) {
         p.x = elements(count, [&] { return static_cast<float>(random() % 5) - 2.0F; });
-    }
-    else
-    {
-        p.x = c.is(Options::kDYNAMIC) ? elements(count, sixteenths) : elements(count, [&] { return normal(random); });
+    } else {
+        p.x = c.is(Options::kDYNAMIC) ? elements(count, sixteenths)
+                                      : elements(count, [&] { return normal(random); });
     }
     float const deviation = 1.0F / std::sqrt(static_cast<float>(c.channels));
     p.w = elements(c.channels * c.outputs, [&] { return deviation * normal(random); });
     p.bias = elements(c.outputs, [&] { return normal(random); });
-    p.shift = floats(c.is(Options::kSCALAR) ? 1 : c.channels, [&] { return 0.1F * normal(random); });
+    p.shift =
+        floats(c.is(Options::kSCALAR) ? 1 : c.channels, [&] { return 0.1F * normal(random); });
     p.shiftWeight = floats(c.outputs, [&] { return normal(random); });
     p.scale = floats(c.channels, [&] { return 0.5F + std::fabs(normal(random)); });
     p.product = floats(c.tokens * c.outputs, [&] { return normal(random); });
@@ -192,30 +157,28 @@ Problem<T> problemOf(Case const& c)
 }
 
 //! What the contract says of one token.
-struct Expected
-{
+struct Expected {
     float eta{0};
     double nu{1};
     std::vector<float> z;
     std::vector<bool> keep;
     std::vector<double> y;
-    std::vector<double> epilogue; //!< of the problem's product
+    std::vector<double> epilogue;  //!< of the problem's product
 };
 
-//! The channels of each group in order of their scores; of equal ones the earlier in the group first.
-std::vector<bool> keepOf(Case const& c, std::vector<float> const& score, std::vector<int32_t> const& order)
-{
+//! The channels of each group in order of their scores; of equal ones the earlier in the group
+//! first.
+std::vector<bool> keepOf(Case const& c, std::vector<float> const& score,
+                         std::vector<int32_t> const& order) {
     std::vector<bool> keep(c.channels);
-    for (int first = 0; first < c.channels; first += c.m)
-    {
+    for (int first = 0; first < c.channels; first += c.m) {
         std::vector<int> group(c.m);
-        for (int i = 0; i < c.m; ++i)
-        {
+        for (int i = 0; i < c.m; ++i) {
             group[i] = c.is(Options::kSTATIC) ? order[first + i] : first + i;
         }
-        std::stable_sort(group.begin(), group.end(), [&](int a, int b) { return score[a] > score[b]; });
-        for (int i = 0; i < c.n; ++i)
-        {
+        std::stable_sort(group.begin(), group.end(),
+                         [&](int a, int b) { return score[a] > score[b]; });
+        for (int i = 0; i < c.n; ++i) {
             keep[group[i]] = true;
         }
     }
@@ -223,11 +186,9 @@ std::vector<bool> keepOf(Case const& c, std::vector<float> const& score, std::ve
 }
 
 //! sqrt(var(z) / var(s)).
-double correctionOf(std::vector<float> const& z, std::vector<bool> const& keep)
-{
+double correctionOf(std::vector<float> const& z, std::vector<bool> const& keep) {
     double sums[4] = {};
-    for (size_t k = 0; k < z.size(); ++k)
-    {
+    for (size_t k = 0; k < z.size(); ++k) {
         double const s = keep[k] ? z[k] : 0.0;
         sums[0] += z[k];
         sums[1] += static_cast<double>(z[k]) * z[k];
@@ -241,104 +202,112 @@ double correctionOf(std::vector<float> const& z, std::vector<bool> const& keep)
 }
 
 template <typename T>
-Expected expect(Case const& c, Problem<T> const& p, int token)
-{
+Expected expect(Case const& c, Problem<T> const& p, int token) {
     Expected out;
     T const* const x = p.x.data() + static_cast<size_t>(token) * c.channels;
-    if (c.is(Options::kDYNAMIC))
-    {
-        out.eta = std::accumulate(x, x + c.channels, 0.0F, [](float sum, T value) { return sum + widen(value); })
-            / static_cast<float>(c.channels);
+    if (c.is(Options::kDYNAMIC)) {
+        out.eta = std::accumulate(x, x + c.channels, 0.0F,
+                                  [](float sum, T value) { return sum + widen(value); }) /
+                  static_cast<float>(c.channels);
     }
     std::vector<float> score(c.channels);
-    for (int k = 0; k < c.channels; ++k)
-    {
+    for (int k = 0; k < c.channels; ++k) {
         bool const hasShift = c.is(Options::kSTATIC) || c.is(Options::kSCALAR);
         float const shift = hasShift ? p.shift[c.is(Options::kSCALAR) ? 0 : k] : out.eta;
         out.z.push_back(widen(x[k]) - shift);
-        float volatile const product = std::fabs(out.z[k]) * (c.is(Options::kSTATIC) ? p.scale[k] : 1.0F);
+        float volatile const product =
+            std::fabs(out.z[k]) * (c.is(Options::kSTATIC) ? p.scale[k] : 1.0F);
         score[k] = product;
     }
     out.keep = keepOf(c, score, p.order);
     out.nu = c.correctsVariance() ? correctionOf(out.z, out.keep) : 1.0;
-    for (int o = 0; o < c.outputs; ++o)
-    {
+    for (int o = 0; o < c.outputs; ++o) {
         double sum = 0;
-        for (int k = 0; k < c.channels; ++k)
-        {
+        for (int k = 0; k < c.channels; ++k) {
             double const weight = widen(p.w[static_cast<size_t>(k) * c.outputs + o]);
             sum += out.keep[k] ? out.z[k] * weight : 0.0;
         }
-        double const added = (c.is(Options::kDYNAMIC) ? static_cast<double>(out.eta) * p.shiftWeight[o] : 0.0)
-            + (c.is(Options::kNONE) ? 0.0 : widen(p.bias[o]));
+        double const added =
+            (c.is(Options::kDYNAMIC) ? static_cast<double>(out.eta) * p.shiftWeight[o] : 0.0) +
+            (c.is(Options::kNONE) ? 0.0 : widen(p.bias[o]));
         out.y.push_back(out.nu * sum + added);
-        out.epilogue.push_back(out.nu * p.product[static_cast<size_t>(token) * c.outputs + o] + added);
+        out.epilogue.push_back(out.nu * p.product[static_cast<size_t>(token) * c.outputs + o] +
+                               added);
     }
     return out;
 }
 
 //! Two units in the last place of T, and a float32 term relative to the values' size.
 template <typename T>
-bool isClose(T const* values, std::vector<double> const& expected, double relative)
-{
+bool isClose(T const* values, std::vector<double> const& expected, double relative) {
     double square = 0;
-    for (double const value : expected)
-    {
+    for (double const value : expected) {
         square += value * value / static_cast<double>(expected.size());
     }
     bool ok = true;
-    for (size_t i = 0; i < expected.size(); ++i)
-    {
+    for (size_t i = 0; i < expected.size(); ++i) {
         double const magnitude = std::fabs(expected[i]);
         int const bits = std::is_same_v<T, __half> ? 10 : 7;
         double const ulp = std::exp2(std::floor(std::log2(std::max(magnitude, 6e-5))) - bits);
         double const rounding = std::is_same_v<T, float> ? 0.0 : 2 * ulp;
         double const allowed = relative * std::max(magnitude, std::sqrt(square)) + rounding;
-        ok = ok && std::fabs(widen(values[i]) - expected[i]) <= allowed; // false for NaN
+        ok = ok && std::fabs(widen(values[i]) - expected[i]) <= allowed;  // false for NaN
     }
     return ok;
 }
 
 //! The problem on the device, and what its kernels are given.
 template <typename T>
-struct Launches
-{
+struct Launches {
     explicit Launches(Case const& c, Problem<T> const& p)
-        : x(p.x)
-        , w(p.w)
-        , bias(p.bias)
-        , shift(p.shift)
-        , shiftWeight(p.shiftWeight)
-        , scale(p.scale)
-        , product(p.product)
-        , order(p.order)
-        , y(static_cast<size_t>(c.tokens) * c.outputs)
-        , epilogue(y.count)
-        , s(p.x.size())
-        , keep(p.x.size())
-        , eta(c.tokens)
-        , nu(c.tokens)
-    {
+        : x(p.x),
+          w(p.w),
+          bias(p.bias),
+          shift(p.shift),
+          shiftWeight(p.shiftWeight),
+          scale(p.scale),
+          product(p.product),
+          order(p.order),
+          y(static_cast<size_t>(c.tokens) * c.outputs),
+          epilogue(y.count),
+          s(p.x.size()),
+          keep(p.x.size()),
+          eta(c.tokens),
+          nu(c.tokens) {
         Selection selection{};
         selection.n = c.n;
         selection.m = c.m;
         selection.dynamicShift = c.is(Options::kDYNAMIC);
         selection.varianceCorrection = c.correctsVariance();
-        if (c.is(Options::kSTATIC) || c.is(Options::kSCALAR))
-        {
+        if (c.is(Options::kSTATIC) || c.is(Options::kSCALAR)) {
             selection.shift = shift.data;
             selection.shiftLength = static_cast<int32_t>(shift.count);
         }
-        if (c.is(Options::kSTATIC))
-        {
+        if (c.is(Options::kSTATIC)) {
             selection.scoreScale = scale.data;
             selection.channelOrder = order.data;
         }
-        decodeArgs = {kTYPE<T>, c.tokens, c.channels, c.outputs, selection, x.data, w.data,
-            c.is(Options::kNONE) ? nullptr : bias.data, selection.dynamicShift ? shiftWeight.data : nullptr, y.data};
-        maskArgs = {kTYPE<T>, c.tokens, c.channels, selection, x.data, s.data, keep.data, eta.data, nu.data};
-        epilogueArgs = {kTYPE<T>, c.tokens, c.outputs, product.data, selection.dynamicShift ? eta.data : nullptr,
-            selection.varianceCorrection ? nu.data : nullptr, decodeArgs.shiftWeight, decodeArgs.bias, epilogue.data};
+        decodeArgs = {kTYPE<T>,
+                      c.tokens,
+                      c.channels,
+                      c.outputs,
+                      selection,
+                      x.data,
+                      w.data,
+                      c.is(Options::kNONE) ? nullptr : bias.data,
+                      selection.dynamicShift ? shiftWeight.data : nullptr,
+                      y.data};
+        maskArgs = {kTYPE<T>, c.tokens,  c.channels, selection, x.data,
+                    s.data,   keep.data, eta.data,   nu.data};
+        epilogueArgs = {kTYPE<T>,
+                        c.tokens,
+                        c.outputs,
+                        product.data,
+                        selection.dynamicShift ? eta.data : nullptr,
+                        selection.varianceCorrection ? nu.data : nullptr,
+                        decodeArgs.shiftWeight,
+                        decodeArgs.bias,
+                        epilogue.data};
     }
 
     DeviceArray<T> x, w, bias;
@@ -354,8 +323,7 @@ struct Launches
 
 //! The mask, s, eta and nu of launchMask, and the epilogue that reads them.
 template <typename T>
-bool checkMask(Case const& c, Launches<T>& on, std::vector<Expected> const& expected)
-{
+bool checkMask(Case const& c, Launches<T>& on, std::vector<Expected> const& expected) {
     CHECK_CUDA(launchMask(on.maskArgs, nullptr));
     CHECK_CUDA(launchEpilogue(on.epilogueArgs, nullptr));
     CHECK_CUDA(cudaDeviceSynchronize());
@@ -365,34 +333,31 @@ bool checkMask(Case const& c, Launches<T>& on, std::vector<Expected> const& expe
     std::vector<float> const eta = on.eta.read();
     std::vector<float> const nu = on.nu.read();
     bool ok = true;
-    for (int token = 0; token < c.tokens; ++token)
-    {
+    for (int token = 0; token < c.tokens; ++token) {
         Expected const& e = expected[token];
-        for (int k = 0; k < c.channels; ++k)
-        {
+        for (int k = 0; k < c.channels; ++k) {
             size_t const at = static_cast<size_t>(token) * c.channels + k;
             ok = ok && keep[at] == (e.keep[k] ? 1 : 0);
             ok = ok && widen(s[at]) == (e.keep[k] ? widen(narrow<T>(e.z[k])) : 0.0F);
         }
         ok = ok && (!c.is(Options::kDYNAMIC) || eta[token] == e.eta);
         ok = ok && (!c.correctsVariance() || std::fabs(nu[token] - e.nu) <= 1e-5 * e.nu);
-        ok = ok && isClose(epilogue.data() + static_cast<size_t>(token) * c.outputs, e.epilogue, 1e-5);
+        ok = ok &&
+             isClose(epilogue.data() + static_cast<size_t>(token) * c.outputs, e.epilogue, 1e-5);
     }
     return ok;
 }
 
 //! y of launchDecode, twice the same, on a device with these traits.
 template <typename T>
-bool checkDecode(Case const& c, Launches<T>& on, std::vector<Expected> const& expected, DeviceTraits const& device)
-{
+bool checkDecode(Case const& c, Launches<T>& on, std::vector<Expected> const& expected,
+                 DeviceTraits const& device) {
     bool const fits = decodePlan(device, kTYPE<T>, c.tokens, c.channels, c.outputs).cluster > 0;
-    if (!fits)
-    {
+    if (!fits) {
         return launchDecode(on.decodeArgs, device, nullptr) == cudaErrorInvalidConfiguration;
     }
     std::vector<T> runs[2];
-    for (std::vector<T>& run : runs)
-    {
+    for (std::vector<T>& run : runs) {
         CHECK_CUDA(cudaMemset(on.y.data, 0xff, on.y.count * sizeof(T)));
         CHECK_CUDA(launchDecode(on.decodeArgs, device, nullptr));
         CHECK_CUDA(cudaDeviceSynchronize());
@@ -400,17 +365,16 @@ bool checkDecode(Case const& c, Launches<T>& on, std::vector<Expected> const& ex
     }
     bool ok = std::memcmp(runs[0].data(), runs[1].data(), runs[0].size() * sizeof(T)) == 0;
     double const relative = 1e-5 * std::sqrt(static_cast<double>(c.channels));
-    for (int token = 0; token < c.tokens; ++token)
-    {
-        ok = ok && isClose(runs[0].data() + static_cast<size_t>(token) * c.outputs, expected[token].y, relative);
+    for (int token = 0; token < c.tokens; ++token) {
+        ok = ok && isClose(runs[0].data() + static_cast<size_t>(token) * c.outputs,
+                           expected[token].y, relative);
     }
     return ok;
 }
 
-//! This device; with the shared memory of the smaller chips of its generation, where clusters shrink; without clusters
-//! and dependent launch, as code of an older architecture runs.
-std::array<DeviceTraits, 3> devicesLike(DeviceTraits const& device)
-{
+//! This device; with the shared memory of the smaller chips of its generation, where clusters
+//! shrink; without clusters and dependent launch, as code of an older architecture runs.
+std::array<DeviceTraits, 3> devicesLike(DeviceTraits const& device) {
     DeviceTraits small = device;
     small.sharedBytesPerBlock = std::min(device.sharedBytesPerBlock, 99 << 10);
     DeviceTraits old = device;
@@ -419,36 +383,31 @@ std::array<DeviceTraits, 3> devicesLike(DeviceTraits const& device)
 }
 
 template <typename T>
-bool runCase(Case const& c, DeviceTraits const& device)
-{
+bool runCase(Case const& c, DeviceTraits const& device) {
     Problem<T> const problem = problemOf<T>(c);
     std::vector<Expected> expected;
-    for (int token = 0; token < c.tokens; ++token)
-    {
+    for (int token = 0; token < c.tokens; ++token) {
         expected.push_back(expect(c, problem, token));
     }
     Launches<T> on(c, problem);
     bool ok = checkMask(c, on, expected);
-    for (DeviceTraits const& like : devicesLike(device))
-    {
+    for (DeviceTraits const& like : devicesLike(device)) {
         ok = checkDecode(c, on, expected, like) && ok;
     }
-    if (!ok)
-    {
-        std::printf("FAILED tokens %d K %d O %d %d:%d options %d ties %d type %d\n", c.tokens, c.channels, c.outputs,
-            c.n, c.m, static_cast<int>(c.options), c.hasTies, static_cast<int>(kTYPE<T>));
+    if (!ok) {
+        std::printf("FAILED tokens %d K %d O %d %d:%d options %d ties %d type %d\n", c.tokens,
+                    c.channels, c.outputs, c.n, c.m, static_cast<int>(c.options), c.hasTies,
+                    static_cast<int>(kTYPE<T>));
     }
     return ok;
 }
 
-} // namespace
+}  // namespace
 
-int main()
-{
+int main() {
     DeviceTraits device{};
     cudaError_t const status = queryDevice(&device);
-    if (status == cudaErrorNoDevice || status == cudaErrorInsufficientDriver)
-    {
+    if (status == cudaErrorNoDevice || status == cudaErrorInsufficientDriver) {
         std::puts("no GPU: skipped");
         return 77;
     }
@@ -456,10 +415,9 @@ int main()
     int passed = 0;
     int failed = 0;
     std::vector<Case> cases;
-    for (int tokens = 1; tokens <= kMAX_DECODE_TOKENS; ++tokens)
-    {
-        for (Options const options : {Options::kNONE, Options::kSTATIC, Options::kSCALAR, Options::kDYNAMIC})
-        {
+    for (int tokens = 1; tokens <= kMAX_DECODE_TOKENS; ++tokens) {
+        for (Options const options :
+             {Options::kNONE, Options::kSTATIC, Options::kSCALAR, Options::kDYNAMIC}) {
             cases.push_back({tokens, 512, 256, 8, 16, options, false});
             cases.push_back({tokens, 192, 72, 8, 16, options, true});
             cases.push_back({tokens, 96, 40, 2, 4, options, true});
@@ -468,10 +426,9 @@ int main()
             cases.push_back({tokens, 256, 24, 20, 64, options, true});
         }
     }
-    for (Case const& c : cases)
-    {
-        for (bool const ok : {runCase<float>(c, device), runCase<__half>(c, device), runCase<__nv_bfloat16>(c, device)})
-        {
+    for (Case const& c : cases) {
+        for (bool const ok : {runCase<float>(c, device), runCase<__half>(c, device),
+                              runCase<__nv_bfloat16>(c, device)}) {
             ++(ok ? passed : failed);
         }
     }

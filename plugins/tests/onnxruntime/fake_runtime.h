@@ -1,4 +1,5 @@
-// As much of ONNX Runtime's C API as the ops call, on tensors that a test makes. No session, no GPU.
+// As much of ONNX Runtime's C API as the ops call, on tensors that a test makes. No session, no
+// GPU.
 #pragma once
 
 #include <cstdint>
@@ -37,10 +38,10 @@ struct FakeRun {
 
 // What happened to the session's device memory.
 struct FakeMemory {
-    int allocations{0};                     // by OrtAllocator::Alloc, which knows no stream
-    std::vector<OrtKernelContext*> runs;    // that asked for scratch memory
-    std::vector<void*> held;                // scratch memory that was not given back
-    bool isSpent{false};                    // no scratch memory is left
+    int allocations{0};                   // by OrtAllocator::Alloc, which knows no stream
+    std::vector<OrtKernelContext*> runs;  // that asked for scratch memory
+    std::vector<void*> held;              // scratch memory that was not given back
+    bool isSpent{false};                  // no scratch memory is left
 };
 
 FakeMemory& memory();

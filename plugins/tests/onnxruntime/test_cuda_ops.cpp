@@ -1,4 +1,5 @@
-// NMLinear and NMPrune of ONNX Runtime's CUDA provider, on kernels and a runtime that only take notes.
+// NMLinear and NMPrune of ONNX Runtime's CUDA provider, on kernels and a runtime that only take
+// notes.
 #include <cuda_runtime_api.h>
 
 #include <cstring>

@@ -3,8 +3,8 @@
 //   gpu_harness libnmexport_tensorrt.so
 //
 // Each case is made by the creator, cloned, serialised, made again from its plan fields, cloned,
-// attached, run, run once more, captured into a CUDA graph and replayed, and run by a clone: all four
-// runs must give the same bits, and values within the op contract's tolerance of the CPU's.
+// attached, run, run once more, captured into a CUDA graph and replayed, and run by a clone: all
+// four runs must give the same bits, and values within the op contract's tolerance of the CPU's.
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 
@@ -14,9 +14,9 @@
 #include <memory>
 #include <random>
 
+#include "../expect.h"
 #include "builder_side.h"
 #include "element.h"
-#include "../expect.h"
 #include "nm_linear.h"
 #include "nm_prune.h"
 
@@ -148,8 +148,8 @@ Problem problemOf(const Options& o, std::mt19937& random) {
     const auto addT = [&](const char* name, std::vector<std::int64_t> sizes, float deviation) {
         std::int64_t count = 1;
         for (const std::int64_t size : sizes) count *= size;
-        problem.inputs.push_back({name, {sizes, trtType(o.type)},
-                                  elements(normals(random, count, deviation), o.type)});
+        problem.inputs.push_back(
+            {name, {sizes, trtType(o.type)}, elements(normals(random, count, deviation), o.type)});
     };
     const auto addFloats = [&](const char* name, const std::vector<float>& values) {
         problem.inputs.push_back({name,
@@ -172,7 +172,8 @@ Problem problemOf(const Options& o, std::mt19937& random) {
         std::vector<std::int32_t> order(static_cast<std::size_t>(o.channels));
         for (std::size_t i = 0; i < order.size(); ++i) order[i] = static_cast<std::int32_t>(i);
         std::shuffle(order.begin(), order.end(), random);
-        problem.inputs.push_back({"channel_order", {{o.channels}, DataType::kINT32},
+        problem.inputs.push_back({"channel_order",
+                                  {{o.channels}, DataType::kINT32},
                                   raw(order.data(), order.size() * 4)});
     }
     return problem;
@@ -384,11 +385,11 @@ int runAll() {
     for (const ElementType type :
          {ElementType::kFLOAT32, ElementType::kFLOAT16, ElementType::kBFLOAT16}) {
         for (const std::int64_t tokens : {1, 2, 4, 5, 33, 128}) {
-            for (const Pattern pattern : {Pattern{8, 16}, Pattern{2, 4}, Pattern{3, 8},
-                                          Pattern{16, 32}, Pattern{16, 16}}) {
+            for (const Pattern pattern :
+                 {Pattern{8, 16}, Pattern{2, 4}, Pattern{3, 8}, Pattern{16, 32}, Pattern{16, 16}}) {
                 for (int options = 0; options < 12; ++options) {
-                    Options o{"NMLinear", type, tokens, 576, 192, pattern, false, false, false,
-                              false, false, false, false, "all"};
+                    Options o{"NMLinear", type,  tokens, 576,   192,   pattern, false,
+                              false,      false, false,  false, false, false,   "all"};
                     o.bias = options % 2 == 1;
                     o.scale = options % 3 == 1;
                     o.order = options % 4 == 2;
@@ -402,8 +403,9 @@ int runAll() {
                     if (tokens <= 4) check(o, 2, random);
                     ++cases;
                 }
-                Options prune{"NMPrune", type, tokens, 576, 0, pattern, false, false, false,
-                              false, false, tokens % 2 == 1, tokens % 4 == 0, "all"};
+                Options prune{"NMPrune",       type,  tokens, 576,   0,     pattern,
+                              false,           false, false,  false, false, tokens % 2 == 1,
+                              tokens % 4 == 0, "all"};
                 check(prune, 0, random);
                 ++cases;
             }

@@ -1,9 +1,9 @@
 // The plugin classes driven as TensorRT drives them, without TensorRT and without a GPU.
 #include <memory>
 
+#include "../expect.h"
 #include "builder_side.h"
 #include "creators.h"
-#include "../expect.h"
 #include "failing_memory.h"
 #include "logging.h"
 #include "nm_linear_plugin.h"
@@ -196,20 +196,25 @@ void wrongTensorsAreRefused() {
     std::vector<Case> cases;
     cases.push_back({pattern(8, 24), {x, w}, "a positive multiple of field m, 24"});
     cases.push_back({pattern(8, 16), {x, {{48, 32}, kHALF}}, "input W has shape [48, 32]"});
-    cases.push_back({pattern(8, 16), {x, {{32, 48}, kFLOAT}}, "input W is float32; allowed: float16"});
+    cases.push_back(
+        {pattern(8, 16), {x, {{32, 48}, kFLOAT}}, "input W is float32; allowed: float16"});
     cases.push_back({pattern(8, 16), {{{-1, 32}, DataType::kINT8}, w}, "input X is int8"});
     cases.push_back({pattern(8, 16), {x}, "input W is missing"});
-    cases.push_back({pattern(8, 16), {x, w, {{47}, kHALF}}, "input bias has shape [47]; allowed: [48]"});
+    cases.push_back(
+        {pattern(8, 16), {x, w, {{47}, kHALF}}, "input bias has shape [47]; allowed: [48]"});
     cases.push_back({pattern(8, 16).text("present_inputs", "X,W,score_scale"),
                      {x, w, {{31}, kFLOAT}},
                      "input score_scale has shape [31]"});
     cases.push_back({pattern(8, 16).text("present_inputs", "X,W,channel_order"),
                      {x, w, {{32}, kFLOAT}},
                      "input channel_order is float32; allowed: int32"});
-    cases.push_back({pattern(8, 16).text("present_inputs", "X,W"), {x, w, w}, "the node has 3 inputs"});
-    cases.push_back({pattern(8, 16).integer("dynamic_shift", 1), {x, w}, "shift_weight is missing"});
-    cases.push_back({pattern(8, 16).integer("dynamic_shift", 1).text(
-                         "present_inputs", "X,W,shift,shift_weight"),
+    cases.push_back(
+        {pattern(8, 16).text("present_inputs", "X,W"), {x, w, w}, "the node has 3 inputs"});
+    cases.push_back(
+        {pattern(8, 16).integer("dynamic_shift", 1), {x, w}, "shift_weight is missing"});
+    cases.push_back({pattern(8, 16)
+                         .integer("dynamic_shift", 1)
+                         .text("present_inputs", "X,W,shift,shift_weight"),
                      {x, w, {{1}, kFLOAT}, {{48}, kFLOAT}},
                      "input shift is given"});
     cases.push_back({pattern(8, 16), {{{}, kHALF}, w}, "input X is a scalar"});
@@ -267,8 +272,7 @@ std::vector<std::int32_t> tacticsFor(std::int64_t least, std::int64_t most) {
     const DynamicPluginTensorDesc inputs[] = {describe({{1, 32}, kHALF}, least, most),
                                               describe({{32, 48}, kHALF}, 32, 32)};
     EXPECT(build(*plugin).configurePlugin(inputs, 2, nullptr, 1) == 0);
-    std::vector<std::int32_t> tactics(
-        static_cast<std::size_t>(build(*plugin).getNbTactics()));
+    std::vector<std::int32_t> tactics(static_cast<std::size_t>(build(*plugin).getNbTactics()));
     EXPECT(build(*plugin).getValidTactics(tactics.data(),
                                           static_cast<std::int32_t>(tactics.size())) == 0);
     return tactics;
@@ -375,7 +379,8 @@ void fewTokensTakeTheDecodeKernel() {
 std::string pathOf(std::int64_t tokens) {
     Fields fields = pattern(8, 16);
     Plugin plugin = make("NMLinear", fields);
-    const Run done = run(*plugin, {{{tokens, 32}, kHALF}, {{32, 48}, kHALF}}, {{tokens, 48}, kHALF});
+    const Run done =
+        run(*plugin, {{{tokens, 32}, kHALF}, {{32, 48}, kHALF}}, {{tokens, 48}, kHALF});
     EXPECT(done.status == 0);
     return launches().order.back();
 }
@@ -417,11 +422,10 @@ void manyTokensTakeMaskProductAndEpilogue() {
                         .integer("variance_correction", 1)
                         .text("present_inputs", "X,W,shift_weight");
     Plugin plugin = make("NMLinear", fields);
-    const std::vector<Tensor> tensors{
-        {{1, 7, 32}, kHALF}, {{32, 48}, kHALF}, {{48}, kFLOAT}};
+    const std::vector<Tensor> tensors{{{1, 7, 32}, kHALF}, {{32, 48}, kHALF}, {{48}, kFLOAT}};
     EXPECT(run(*plugin, tensors, {{1, 7, 48}, kHALF}).status == 0);
-    EXPECT((launches().order ==
-            std::vector<std::string>{"prepare", "mask", "product", "epilogue"}));
+    EXPECT(
+        (launches().order == std::vector<std::string>{"prepare", "mask", "product", "epilogue"}));
     const cuda::MaskArgs& mask = launches().masks.at(0);
     EXPECT(mask.tokens == 7 && mask.eta != nullptr && mask.nu != nullptr);
     EXPECT(mask.selection.dynamicShift && mask.selection.varianceCorrection);
@@ -560,7 +564,8 @@ void runningOutOfMemoryIsToldAndSurvived() {
     Fields fields = pattern(8, 16).text("present_inputs", "X,W");
     const PluginFieldCollection* collection = fields.collection();
     IPluginCreatorV3One& creator = creatorOf("NMLinear");
-    const char* name = "a name of a node that is too long to be kept inside of a std::string itself";
+    const char* name =
+        "a name of a node that is too long to be kept inside of a std::string itself";
     IPluginV3* plugin = nullptr;
     EXPECT(failuresBefore([&] {
                plugin = creator.createPlugin(name, collection, TensorRTPhase::kBUILD);

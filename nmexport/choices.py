@@ -1,0 +1,21 @@
+"""Values that the keys of a recipe choose from; no imports, so that `--help` can show them."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+Criterion = Literal["act", "wina", "clact", "amber", "fisher"]
+Mitigation = Literal[
+    "d-pts", "s-pts", "l-pts", "var", "s-var", "ls", "gain", "bias", "low-rank", "r-sparse"
+]
+Grouping = Literal["consecutive", "random", "balanced"]
+Effort = Literal["fast", "standard", "thorough"]
+Offload = Literal["auto", "never", "layerwise"]
+Phases = Literal["all", "prefill", "decode"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+Target = Literal["auto", "onnxruntime", "tensorrt", "tensorrt-rtx"]
+InPlaceCache = Literal["auto", "off"]
+Stage = Literal["calibrate", "fold", "export", "engine", "verify", "package"]
+
+STAGE_NAMES: tuple[Stage, ...] = get_args(Stage)
+"""In order of running."""
