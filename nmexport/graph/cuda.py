@@ -31,6 +31,7 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 from onnx_ir.passes import common
 
+from nmexport.graph.contract import op_contract
 from nmexport.graph.initializers import add_initializer
 from nmexport.graph.matching import (
     int_attribute,
@@ -59,6 +60,23 @@ _MASK, _PAST_KEYS, _PAST_VALUES = 3, 4, 5  # places of Attention's inputs
 _HEAD_UNIT = 8
 """The provider's attention kernels want head sizes that are multiples of this."""
 _LARGEST_HEAD = 256
+_DOMAIN = op_contract().domain
+_GROUP = 16
+"""Channels of a group that is kept whole: no result depends on it."""
+_VECTOR = 8
+"""Elements that our kernels read at a time."""
+_GATED_SILU = f"""<opset_import: ["" : 23], domain: "{FUSED}">
+GatedSilu (X) => (Y) {{
+    g, u = Split <axis: int = -1, num_outputs: int = 2> (X)
+    weight = Sigmoid (g)
+    active = Mul (g, weight)
+    Y = Mul (active, u)
+}}"""
+_RESIDUAL_NORM = f"""<opset_import: ["" : 23], domain: "{FUSED}">
+ResidualNorm <epsilon> (X, skip, weight) => (Y, sum) {{
+    sum = Add (X, skip)
+    Y = RMSNormalization <axis: int = -1, epsilon: float = @epsilon> (sum, weight)
+}}"""
 _SWAP = [0, 2, 1, 3]
 """Between `[B, S, H, D]` and `[B, H, S, D]`."""
 
@@ -81,6 +99,7 @@ def rewrite_for_cuda(model: ir.Model, *, positions: int) -> None:
     FuseResidualNorm()(model)
     FuseGatedSilu()(model)
     GatherBeforeHead()(model)
+    UseOurLinears()(model)
     common.RemoveUnusedNodesPass()(model)
     _drop_unused_inputs(model.graph)
     common.RemoveUnusedOpsetsPass()(model)
@@ -317,59 +336,54 @@ def _position_tables(
     graph: ir.Graph, cosine: ir.Value, sine: ir.Value, positions: int
 ) -> tuple[ir.Value, ir.Value]:
     """Cosines and sines `[positions, D/2]`, computed by the model's own nodes."""
-    tensors = _computed_from_positions(graph, (cosine, sine), positions)
-    made = [
-        add_initializer(graph, f"{value.name}.by_position", tensor)
-        for value, tensor in zip((cosine, sine), tensors, strict=True)
-    ]
+    values = (cosine, sine)
+    arrays = _computed_from_positions(graph, values, positions)
+    shorter = _computed_from_positions(graph, values, positions // 2)
+    made = []
+    for value, array, part in zip(values, arrays, shorter, strict=True):
+        if not np.array_equal(array[: positions // 2], part):
+            raise NotRewritableError("rotary embeddings that depend on the length")
+        made.append(add_initializer(graph, f"{value.name}.by_position", _tensor(array, value)))
     return made[0], made[1]
 
 
 def _computed_from_positions(
     graph: ir.Graph, values: tuple[ir.Value, ...], positions: int
-) -> list[ir.Tensor[Any]]:
-    ids = next((value for value in graph.inputs if value.name == "position_ids"), None)
-    if ids is None:
-        raise NotRewritableError("rotary embeddings without positions")
-    nodes = _nodes_between(ids, values)
-    constants = {
-        value.name: value.const_value
-        for node in nodes
-        for value in node.inputs
-        if value is not None and value.const_value is not None
-    }
-    known = {ids, *(output for node in nodes for output in node.outputs)}
-    for node in nodes:
-        for value in node.inputs:
-            if value is not None and value not in known and value.const_value is None:
-                raise NotRewritableError("rotary embeddings that depend on more than positions")
-    proto = _model_of(nodes, ids, values, constants)
-    feed = np.arange(positions, dtype=np.int64)[None]
-    results = ReferenceEvaluator(proto).run(None, {"position_ids": feed})
-    return [_tensor(result[0], value) for result, value in zip(results, values, strict=True)]
+) -> list[NDArray[np.float32]]:
+    """What the nodes give for one sequence of so many tokens and no cache."""
+    nodes = _ancestors(values)
+    used = {value for node in nodes for value in node.inputs if value is not None}
+    inputs = [value for value in graph.inputs if value in used]
+    proto = _model_of(nodes, inputs, values)
+    results = ReferenceEvaluator(proto).run(
+        None, {str(value.name): _example_of(value, positions) for value in inputs}
+    )
+    return [result[0] for result in results]
 
 
-def _nodes_between(start: ir.Value, ends: tuple[ir.Value, ...]) -> list[ir.Node]:
-    """What the ends are computed by, in graph order, not further up than `start`."""
+def _example_of(value: ir.Value, positions: int) -> NDArray[Any]:
+    if value.name == "position_ids":
+        return np.arange(positions, dtype=np.int64)[None]
+    if value.dtype == ir.DataType.INT64:  # token ids, attention mask
+        return np.ones((1, positions), np.int64)
+    heads, size = (static_size(value, axis) or 0 for axis in (1, 3))
+    return np.zeros((1, heads, 0, size), np.float32)  # a cache: its sizes alone are read
+
+
+def _ancestors(ends: tuple[ir.Value, ...]) -> list[ir.Node]:
+    """The nodes that compute these values, in graph order."""
     needed: set[ir.Node] = set()
     waiting = list(ends)
     while waiting:
-        value = waiting.pop()
-        node = value.producer()
-        if value is start or node is None or node in needed:
-            continue
-        needed.add(node)
-        waiting += [item for item in node.inputs if item is not None]
+        node = waiting.pop().producer()
+        if node is not None and node not in needed:
+            needed.add(node)
+            waiting += [item for item in node.inputs if item is not None]
     graph = next(iter(needed)).graph
     return [node for node in graph or () if node in needed]
 
 
-def _model_of(
-    nodes: list[ir.Node],
-    ids: ir.Value,
-    values: tuple[ir.Value, ...],
-    constants: Mapping[str | None, ir.TensorProtocol | None],
-) -> bytes:
+def _model_of(nodes: list[ir.Node], inputs: list[ir.Value], values: tuple[ir.Value, ...]) -> bytes:
     """A serialised model of these nodes alone; half types become float32."""
     halves = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
     protos = [ir.serde.serialize_node(node) for node in nodes]
@@ -377,20 +391,24 @@ def _model_of(
         for attribute in proto.attribute:
             if attribute.name == "to" and attribute.i in halves:
                 attribute.i = TensorProto.FLOAT
-    tensors = []
-    for name, tensor in constants.items():
-        if name is not None and tensor is not None:
-            array = tensor.numpy()
-            is_half = array.dtype.itemsize == np.dtype(np.float16).itemsize
-            tensors.append(
-                onnx.numpy_helper.from_array(array.astype(np.float32) if is_half else array, name)
-            )
+    tensors = {}
+    for value in (item for node in nodes for item in node.inputs if item is not None):
+        if value.const_value is not None:
+            array = value.const_value.numpy()
+            is_half = value.dtype in {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+            tensors[str(value.name)] = array.astype(np.float32) if is_half else array
+    integer, real = TensorProto.INT64, TensorProto.FLOAT
     graph = helper.make_graph(
         protos,
         "positions",
-        [helper.make_tensor_value_info(str(ids.name), TensorProto.INT64, [1, "S"])],
-        [helper.make_tensor_value_info(str(v.name), TensorProto.FLOAT, None) for v in values],
-        tensors,
+        [
+            helper.make_tensor_value_info(
+                str(v.name), integer if v.dtype == ir.DataType.INT64 else real, None
+            )
+            for v in inputs
+        ],
+        [helper.make_tensor_value_info(str(v.name), real, None) for v in values],
+        [onnx.numpy_helper.from_array(array, name) for name, array in tensors.items()],
     )
     opsets = [helper.make_opsetid("", 23)]
     return bytes(helper.make_model(graph, opset_imports=opsets).SerializeToString())
@@ -404,8 +422,8 @@ def _tensor(array: NDArray[np.float32], value: ir.Value) -> ir.Tensor[Any]:
 class FuseResidualNorm(ir.passes.InPlacePass):
     """Norms become the provider's own kernels, with the residual sum inside where there is one.
 
-    1. `RMSNormalization(a + b)` becomes `SkipSimplifiedLayerNormalization(a, b)`, which also gives
-       the sum, for tensors `[B, S, D]`.
+    1. `RMSNormalization(a + b)` becomes our `ResidualNorm(a, b)`, which also gives the sum, for
+       tensors `[B, S, D]`, D a multiple of 8.
     2. Any other over the last axis becomes `SimplifiedLayerNormalization`.
 
     Requires: nothing. Ensures: same values within rounding.
@@ -423,13 +441,14 @@ class FuseResidualNorm(ir.passes.InPlacePass):
                 _fuse_norm(model.graph, total, node)
             modified = True
         if modified:
-            model.graph.opset_imports[CONTRIB] = 1
+            _add_function(model, _RESIDUAL_NORM)
         return ir.passes.PassResult(model, modified)
 
 
 def _is_residual(total: ir.Node) -> bool:
-    shapes = [value.shape for value in total.inputs if value is not None]
-    return len(shapes) == 2 and all(shape is not None and len(shape) == 3 for shape in shapes)  # noqa: PLR2004 ([B, S, D])
+    ranks = [rank(value) for value in total.inputs if value is not None]
+    width = static_size(total.outputs[0], -1)
+    return ranks == [3, 3] and width is not None and width % _VECTOR == 0
 
 
 def _epsilon(node: ir.Node) -> ir.Attr:
@@ -451,19 +470,17 @@ def _use_simple_norm(graph: ir.Graph, node: ir.Node) -> None:
 
 def _fuse_norm(graph: ir.Graph, total: ir.Node, node: ir.Node) -> None:
     fused = ir.Node(
-        CONTRIB,
-        "SkipSimplifiedLayerNormalization",
+        FUSED,
+        "ResidualNorm",
         [*total.inputs, node.inputs[1]],
         [_epsilon(node)],
-        num_outputs=4,
+        num_outputs=2,
         name=node.name,
     )
-    for output in fused.outputs[1:3]:
-        output.name = ""
     # The sum's other readers may stand between the Add and the norm, so the pair takes the
     # place of the Add; the graph is sorted at the end.
     old = [node.outputs[0], total.outputs[0]]
-    new = [fused.outputs[0], fused.outputs[3]]
+    new = list(fused.outputs)
     for before, after in zip(old, new, strict=True):
         after.name, after.shape, after.type = before.name, before.shape, before.type
     ir.convenience.replace_nodes_and_values(graph, total, [node, total], [fused], old, new)
@@ -486,9 +503,7 @@ class FuseGatedSilu(ir.passes.InPlacePass):
             _take_place(model.graph, [node], fused, node.outputs)
             modified = True
         if modified:
-            model.graph.opset_imports[FUSED] = 1
-            function = ir.serde.deserialize_function(_gated_silu_function())
-            model.functions[function.identifier()] = function
+            _add_function(model, _GATED_SILU)
         return ir.passes.PassResult(model, modified)
 
 
@@ -520,17 +535,11 @@ def _halves(split: ir.Node) -> bool:
     return is_last and sizes is not None and len(sizes) == 2 and sizes[0] == sizes[1]  # noqa: PLR2004
 
 
-def _gated_silu_function() -> onnx.FunctionProto:
-
-    return onnx.parser.parse_function(
-        f'<opset_import: ["" : 23], domain: "{FUSED}">\n'
-        "GatedSilu (X) => (Y) {\n"
-        "g, u = Split <axis: int = -1, num_outputs: int = 2> (X)\n"
-        "weight = Sigmoid (g)\n"
-        "active = Mul (g, weight)\n"
-        "Y = Mul (active, u)\n"
-        "}"
-    )
+def _add_function(model: ir.Model, text: str) -> None:
+    """Give the model the body of an op of ours, for providers that have no kernel for it."""
+    function = ir.serde.deserialize_function(onnx.parser.parse_function(text))
+    model.functions[function.identifier()] = function
+    model.graph.opset_imports[FUSED] = 1
 
 
 class GatherBeforeHead(ir.passes.InPlacePass):
@@ -573,6 +582,55 @@ def _head_of(value: ir.Value | None) -> ir.Node | None:
         source = next((v for v in node.inputs if v is not None and v.producer() is not None), None)
         node = None if source is None else source.producer()
     return node if node is not None and node.op_type in {"MatMul", "NMLinear"} else None
+
+
+class UseOurLinears(ir.passes.InPlacePass):
+    """Dense linears become `NMLinear` that keeps every channel.
+
+    `x @ W`, with the `Add` of a bias where one follows, on a constant W of a half type. At one
+    token our kernel over all rows is the fastest dense one on most shapes, and it is launched
+    before the kernel ahead of it ends; at many tokens it is the same product as the runtime's.
+
+    Requires: opset of domain `nmexport` imported or free. Ensures: same values within rounding.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = False
+        for node in list(model.graph):
+            weight = node.inputs[1] if is_op(node, "MatMul") else None
+            if weight is None or not _is_our_kind(weight):
+                continue
+            bias = _bias_after(node)
+            inputs = [*node.inputs, *([bias[1]] if bias else [])]
+            pattern = [ir.AttrInt64(name, _GROUP) for name in ("n", "m")]
+            fused = ir.Node(_DOMAIN, "NMLinear", inputs, pattern, name=node.name)
+            fused.metadata_props.update(node.metadata_props)
+            end = bias[0] if bias else node
+            _take_place(model.graph, [node, *([end] if bias else [])][::-1], fused, end.outputs)
+            modified = True
+        if modified:
+            model.graph.opset_imports.setdefault(_DOMAIN, op_contract().opset_version)
+        return ir.passes.PassResult(model, modified)
+
+
+def _is_our_kind(weight: ir.Value) -> bool:
+    rows = static_size(weight, 0)
+    return (
+        weight.is_initializer()
+        and rank(weight) == 2  # noqa: PLR2004
+        and weight.dtype in {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+        and rows is not None
+        and rows % _GROUP == 0
+    )
+
+
+def _bias_after(node: ir.Node) -> tuple[ir.Node, ir.Value] | None:
+    """The `Add` of a constant vector that alone reads the product, and the vector."""
+    add = only_use(node.outputs[0], "Add")
+    if add is None:
+        return None
+    bias = next((value for value in add.inputs if value is not node.outputs[0]), None)
+    return (add, bias) if bias is not None and bias.is_initializer() and rank(bias) == 1 else None
 
 
 def _take_place(
