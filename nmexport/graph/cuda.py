@@ -45,7 +45,7 @@ from nmexport.graph.matching import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -355,7 +355,7 @@ def _computed_from_positions(
     used = {value for node in nodes for value in node.inputs if value is not None}
     inputs = [value for value in graph.inputs if value in used]
     proto = _model_of(nodes, inputs, values)
-    results = ReferenceEvaluator(proto).run(
+    results: Sequence[Any] = ReferenceEvaluator(proto).run(
         None, {str(value.name): _example_of(value, positions) for value in inputs}
     )
     return [result[0] for result in results]
