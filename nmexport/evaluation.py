@@ -127,13 +127,13 @@ def _sessions(
     subject: _Subject, windows: NDArray[np.int64], share: Share, progress: Progress
 ) -> Iterator[tuple[Session, Session]]:
     """The dense and the folded model, whole on a device, or layer by layer."""
-    from nmexport.models.layerwise import skeleton
     from nmexport.models.offload import Memory, free_memory, parameter_count, placement
+    from nmexport.models.skeleton import skeleton
 
     source, section = subject.source, subject.recipe.model
     offload, memory = subject.recipe.calibration.offload, free_memory()
     parameters = 0
-    if offload == "auto" and source.gguf_file is None:
+    if offload == "auto" and not source.packed:
         empty = skeleton(source, trust_remote_code=section.trust_remote_code)
         parameters = 2 * parameter_count(empty)
     device = _device(share, parameters, memory)

@@ -390,7 +390,7 @@ def about(name: str) -> str:
 
 def short_name(model: str) -> str:
     """A model's name fit for a folder: `smollm2`, `qwen2.5-7b`, `model-q4`."""
-    last = Path(model.rstrip("/")).name.removesuffix(".gguf").lower()
+    last = Path(model.rstrip("/")).name.lower().removesuffix(".gguf")
     return re.sub(r"[^a-z0-9._-]+", "-", last).strip("-.") or "model"
 
 
@@ -423,7 +423,7 @@ def _check_model_name(model: str) -> None:
         if Path(model).suffix in {".yaml", ".yml"}:
             raise ModelError(f"{model} is a recipe, not a model.", fix=f"--recipe {model}")
         return
-    if model.startswith((".", "/", "~")) or model.endswith(".gguf"):
+    if model.startswith((".", "/", "~")) or model.lower().endswith(".gguf"):
         raise ModelError(f"There is no file or folder {model}.", allowed=allowed)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         raise ModelError(f"Unknown model {model!r}.", allowed=allowed, fix=_nearest(model, names()))

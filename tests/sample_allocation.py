@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from nmexport.allocation.choice import (
+from nmexport.sparsity.pattern import NMPattern
+from nmexport.store.allocation import (
     DENSE,
     Allocation,
     Built,
@@ -10,6 +11,7 @@ from nmexport.allocation.choice import (
     Choice,
     FrontPoint,
     LedgerRow,
+    Protocol,
 )
 
 SITES = {
@@ -18,7 +20,7 @@ SITES = {
 }
 CHOICES = (
     DENSE,
-    *(Choice(pattern=pattern, criterion="act") for pattern in ("12:16", "8:16", "4:16")),
+    *(Choice(pattern=NMPattern(kept, 16), criterion="act") for kept in (12, 8, 4)),
 )
 _SAVED = (0.0, 0.25, 0.5, 0.75)
 
@@ -50,7 +52,16 @@ def sample_allocation(layers: int = 6) -> Allocation:
         ledger=ledger,
         budget_used=0.985,
         built=Built(kl=0.0456, perplexity_ratio=1.0512, budget_used=0.357),
-        protocol={"words": "Measured so and so.", "windows": 4, "length": 256},
+        protocol=Protocol(
+            words="Measured so and so.",
+            sites=4 * layers,
+            windows=4,
+            held_out_windows=4,
+            length=256,
+            prompt=0,
+            joint_over_sum=1.1,
+            cost={"bytes_per_second": 35e9},
+        ),
     )  # fmt: skip
 
 
@@ -73,7 +84,7 @@ def _row(prefix: str, site: tuple[str, ...], *, place: int) -> list[LedgerRow]:
         Candidate(
             choice=one,
             kl=0.04 * saved**2,
-            kl_stderr=None if one.pattern == "12:16" else 0.001,
+            kl_stderr=None if one.pattern == NMPattern(12, 16) else 0.001,
             relative_error=0.4 * saved,
             bytes_saved=saved,
         )
@@ -88,7 +99,7 @@ def _row(prefix: str, site: tuple[str, ...], *, place: int) -> list[LedgerRow]:
             why="Going on to 4:16 act would cost 0.01 nats; elsewhere a percent costs 0.0061.",
             candidates=offered,
             mitigation_errors={"none": 0.31, "var": 0.29, "s-var": None, "as built": 0.24},
-            mitigation_pattern="8:16",
+            mitigation_pattern=NMPattern(8, 16),
         )
         for name in names
     ]

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 from nmexport.errors import EnvironmentFault
+from nmexport.runtimes.engine import SCHEMA, Engine
 from nmexport.runtimes.onnxruntime_session import SESSION_CONFIG
 from nmexport.serving import launch
 from nmexport.serving.repository import TextModel, write_text_model, write_words
 from nmexport.serving.stub_environment import python_environment
+from nmexport.store.records import record_from
 
 from tests.exported import export_folder
 
@@ -49,17 +51,56 @@ def save_export(source: Path, output: Path, *, dtype: str = "float32") -> Path:
     return output
 
 
-def engine_document() -> dict[str, object]:
+def engine_document(**changes: object) -> dict[str, object]:
+    """`engine.json` of an export, for ONNX Runtime."""
     return {
-        "schema": 1,
+        "schema": SCHEMA,
         "runtime": "onnxruntime",
         "runtime_version": "1",
         "model": "../../export/current/model.onnx",
         "dense_model": "../../export/current/dense/model.onnx",
         "threads": 1,
+        "element_type": "float32",
+        "provider": "cpu",
         "session_config": dict(SESSION_CONFIG),
         "library": None,
+        **changes,
     }
+
+
+TENSORRT_SECTION: dict[str, object] = {
+    "target": "tensorrt-rtx",
+    "version": "1.7.1",
+    "dtype": "float16",
+    "compute_capabilities": ["8.9"],
+    "in_place_cache": True,
+    "why_not_in_place": None,
+    "attention": "fused",
+    "max_batch": 1,
+    "max_sequence": 8,
+    "max_context": 16,
+    "profiles": ["prefill", "decode"],
+    "plugin": {"file": "x.so", "sha256": "0" * 64, "version": "1", "embedded": False},
+    "tensors": [{"name": "ids", "element": "INT64", "shape": [-1, -1], "is_input": True}],
+}
+"""What `engine.json` says of a plan."""
+
+
+def tensorrt_document(**changes: object) -> dict[str, object]:
+    """The entries of `engine.json` that make it one of TensorRT-RTX, or the target named."""
+    section = {**TENSORRT_SECTION, **changes}
+    return {
+        "runtime": section["target"],
+        "runtime_version": section["version"],
+        "tensorrt": section,
+    }
+
+
+def engine_of(folder: Path, **changes: object) -> Engine:
+    """The engine that such a document in a folder describes."""
+    document = engine_document(**changes)
+    del document["schema"]
+    return record_from(Engine, document, folder=folder)
 
 
 def text_model(export: Path, **changes: object) -> TextModel:
@@ -75,7 +116,7 @@ def text_model(export: Path, **changes: object) -> TextModel:
             for path in sorted(export.rglob("*"))
             if path.is_file() and "dense" not in path.parts
         ),
-        "engine": engine_document(),
+        "engine": engine_of(export),
         "library": None,
         "settings": SETTINGS,
     }

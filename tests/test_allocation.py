@@ -11,8 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from nmexport.allocation.additivity import Additivity
-from nmexport.allocation.choice import (
+from nmexport.allocation.costs import CostModel, inferred
+from nmexport.allocation.solve import NOTHING, Option, _no_native_output, price, solve
+from nmexport.allocation.study import Additivity
+from nmexport.calibration.sites import Site
+from nmexport.errors import ArtifactError
+from nmexport.sparsity.pattern import NMPattern
+from nmexport.store.allocation import (
     DENSE,
     FILENAME,
     Allocation,
@@ -22,16 +27,12 @@ from nmexport.allocation.choice import (
     read_allocation,
     write_allocation,
 )
-from nmexport.allocation.cost import CostModel
-from nmexport.allocation.estimates import inferred
-from nmexport.allocation.programme import Option, _no_native_output, price, solve, sums
-from nmexport.calibration.sites import Site
-from nmexport.errors import ArtifactError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
-HALF = Choice(pattern="8:16", criterion="act")
+HALF = Choice(pattern=NMPattern(8, 16), criterion="act")
 SITE = Site(names=("q", "k"), in_features=64, out_features=(64, 32), layer=0)
 COST = CostModel(
     bytes_per_second=1e9,
@@ -44,7 +45,11 @@ COST = CostModel(
 
 def option(kl: float, read: float, seconds: float | None = None) -> Option:
     seconds = read if seconds is None else seconds
-    return Option(kl=kl, bytes=read, seconds=seconds, worth=seconds)
+    return Option(kl=kl, bytes=read, seconds=seconds, worth=seconds, work=read)
+
+
+def sums(rows: Sequence[Sequence[Option]], picked: Sequence[int]) -> Option:
+    return sum((row[index] for row, index in zip(rows, picked, strict=True)), NOTHING)
 
 
 def some_options(sites: int, seed: int = 0) -> list[list[Option]]:
@@ -71,9 +76,9 @@ def some_options(sites: int, seed: int = 0) -> list[list[Option]]:
     [
         (DENSE, 1.0, 1.0, "dense"),
         (HALF, 0.5, 0.5, "8:16 act"),
-        (Choice(pattern="4:16", criterion="wina", phase="decode"), 0.25, 1.0,
+        (Choice(pattern=NMPattern(4, 16), criterion="wina", phase="decode"), 0.25, 1.0,
          "4:16 wina, decode only"),
-        (Choice(pattern="4:16", criterion="wina", phase="prefill"), 1.0, 0.25,
+        (Choice(pattern=NMPattern(4, 16), criterion="wina", phase="prefill"), 1.0, 0.25,
          "4:16 wina, prefill only"),
     ],
 )  # fmt: skip
@@ -89,7 +94,7 @@ def test_cost_counts_kept_rows_and_one_product_a_site() -> None:
     assert COST.read_bytes(SITE, HALF) == whole / 2
     assert COST.seconds(SITE, DENSE) == pytest.approx(whole / 1e9 + 1e-6)
     assert COST.seconds(SITE, HALF) == pytest.approx(whole / 2e9 + 3e-6)
-    prefill = Choice(pattern="8:16", criterion="act", phase="prefill")
+    prefill = Choice(pattern=NMPattern(8, 16), criterion="act", phase="prefill")
     assert COST.seconds(SITE, prefill) == COST.seconds(SITE, DENSE)
     assert COST.other_seconds == pytest.approx(2e-6)
     assert replace(COST, rest_seconds=1e-6).other_seconds == pytest.approx(3e-6)
@@ -210,7 +215,8 @@ def test_an_allocation_reads_back_as_it_was(tmp_path: Path) -> None:
     assert found.choices == allocation.choices
     assert list(found.choices) == list(allocation.choices)
     assert found.ledger[0].candidates[0].choice == DENSE
-    assert {one.pattern for one in found.sparse.values()} == {"8:16", "12:16", "4:16"}
+    patterns = {choice.pattern for choice in found.sparse.values()}
+    assert patterns == {NMPattern(kept, 16) for kept in (4, 8, 12)}
     assert math.isclose(found.kl, allocation.kl, rel_tol=1e-5)
     write_allocation(tmp_path / ".", found)
     assert read_allocation(tmp_path) == found

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from nmexport.allocation.allocate import prepare
-from nmexport.allocation.candidates import before_learning
-from nmexport.allocation.choice import Allocation, as_dict
+from nmexport.allocation.costs import before_learning
 from nmexport.allocation.probe import spread_windows
 from nmexport.calibration.forward_passes import gather_channel_statistics
 from nmexport.calibration.method import constants_of
@@ -21,7 +20,9 @@ from nmexport.models.swap import replace_linears
 from nmexport.progress import Silent
 from nmexport.recipe import AllocationSection, ModelSection, SparsitySection
 from nmexport.sparsity.linear import Behaviour, Constants, FoldedLinear
+from nmexport.sparsity.pattern import NMPattern
 from nmexport.sparsity.targets import linears_of
+from nmexport.store.allocation import Allocation, as_dict
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -113,6 +114,37 @@ def test_products_too_small_to_gain_are_named_as_the_reason(run: Callable[..., A
         run({"min_speedup": 1.1}, cost=costly)
 
 
+def test_a_budget_of_accuracy_has_a_choice_where_nothing_gains_speed(
+    run: Callable[..., Allocation],
+) -> None:
+    """The cost model of a large machine says so; it is no reason to refuse the budget."""
+    costly = {**FREE, "sparse_overhead_us": 50.0}
+    loose = run({"max_perplexity_ratio": 1.2}, cost=costly)
+    assert len(loose.sparse) == len(loose.choices)
+    assert loose.bytes_saved == pytest.approx(0.75)
+    assert loose.perplexity_ratio <= 1.2
+    assert loose.decode_speedup < 1
+    assert loose.remark is not None
+    assert "sees no gain" in loose.remark
+    tight = run({"max_kl": 0.004}, cost=costly)
+    assert 0 < tight.kl <= 0.004
+    assert 0 < tight.bytes_saved < loose.bytes_saved
+    assert run({"max_perplexity_ratio": 1.2}).remark is None
+
+
+def test_sparse_prompts_alone_can_be_chosen(run: Callable[..., Allocation]) -> None:
+    chosen = run({"max_kl": 0.02}, {"phases": "prefill", "mitigations": []})
+    assert {choice.phase for choice in chosen.sparse.values()} == {"prefill"}
+    assert 0 < chosen.kl <= 0.02
+    assert chosen.bytes_saved == 0
+    assert chosen.remark is not None
+    assert "No choice reads fewer bytes." in {row.why for row in chosen.ledger}
+    worth = run({"max_kl": 0.02}, {"phases": "prefill", "mitigations": []},
+                cost={**FREE, "prefill_weight": 1.0})  # fmt: skip
+    assert worth.sparse
+    assert worth.remark is None
+
+
 def test_the_same_twice_is_the_same(run: Callable[..., Allocation]) -> None:
     assert as_dict(run({"max_kl": 0.01})) == as_dict(run({"max_kl": 0.01}))
 
@@ -121,7 +153,7 @@ def test_patterns_that_fit_no_linear_are_refused(run: Callable[..., Allocation])
     with pytest.raises(PatternError, match="multiple of M"):
         run({"max_bytes": 0.7}, patterns=["3:7"])
     partly = run({"max_bytes": 0.9}, patterns=["3:7", "64:64", "48:64"])
-    assert {one.pattern for one in partly.sparse.values()} == {"48:64"}
+    assert {one.pattern for one in partly.sparse.values()} == {NMPattern(48, 64)}
 
 
 def test_static_corrections_are_calibrated_for_each_candidate(
@@ -129,7 +161,7 @@ def test_static_corrections_are_calibrated_for_each_candidate(
 ) -> None:
     found = run({"max_bytes": 0.7}, {"mitigations": ["s-pts", "s-var"]})
     row = next(row for row in found.ledger if row.choice.pattern)
-    errors = {one.choice.pattern: one.relative_error for one in row.candidates}
+    errors = {str(one.choice.pattern): one.relative_error for one in row.candidates}
     assert errors["12:16"] < errors["8:16"] < errors["4:16"]
     chosen = next(one for one in row.candidates if one.choice == row.choice)
     assert chosen.relative_error == pytest.approx(row.mitigation_errors["s-pts + s-var"], rel=0.02)
@@ -177,9 +209,9 @@ def test_without_mitigations_the_plain_model_keeps_the_budget(
     with torch.no_grad():
         dense = model(input_ids=windows).logits[:, :-1].log_softmax(-1)
         for name, choice in found.sparse.items():
-            assert choice.nm is not None
+            assert choice.pattern is not None
             folded = FoldedLinear.from_dense(
-                linears[name], Behaviour(pattern=choice.nm), Constants()
+                linears[name], Behaviour(pattern=choice.pattern), Constants()
             )
             replace_linears(model, {name: folded})
         sparse = model(input_ids=windows).logits[:, :-1].log_softmax(-1)

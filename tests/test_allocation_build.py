@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 from click.testing import CliRunner
-from nmexport.allocation.choice import FILENAME, read_allocation
 from nmexport.cli.main import cli
 from nmexport.inspect.describe import describe
 from nmexport.stages import fold
+from nmexport.store.allocation import FILENAME, read_allocation
 from nmexport.store.layers import LayerSpec, model_phases, read_layers
 from nmexport.store.work_directory import WorkDirectory
 

@@ -7,11 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from nmexport.allocation.as_built import BuiltLinear, errors_as_built
-from nmexport.allocation.choice import Allocation, Built, Choice
-from nmexport.allocation.counted import ATTEMPTS, built_within
-from nmexport.allocation.probe import Probe
-from nmexport.allocation.sparse_input import SparseInput
+from nmexport.allocation.built import ATTEMPTS, BuiltLinear, built_within, errors_as_built
+from nmexport.allocation.probe import Probe, SparseInput
 from nmexport.calibration.sites import Site
 from nmexport.errors import RecipeError
 from nmexport.models.loader import load_model
@@ -21,6 +18,7 @@ from nmexport.recipe import ModelSection
 from nmexport.sparsity.linear import Behaviour, Constants, fold
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.sparsity.targets import linears_of
+from nmexport.store.allocation import Allocation, Built, Choice
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -97,7 +95,7 @@ def test_errors_are_those_of_each_linear_alone(model: Any) -> None:
 def chosen(relief: float, *, speedup: float | None = None) -> Allocation:
     """A choice that takes all that it may of the budget, and is the faster for it."""
     return Allocation(
-        choices={"a": Choice(pattern="8:16", criterion=f"{relief:.3f}")},
+        choices={"a": Choice(pattern=NMPattern(8, 16), criterion=f"{relief:.3f}")},
         budget={"max_kl": 0.1},
         bytes_saved=0.0,
         decode_speedup=1 + relief / 10 if speedup is None else speedup,

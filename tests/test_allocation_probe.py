@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from nmexport.allocation.choice import Choice
 from nmexport.allocation.probe import (
     Movement,
     Probe,
+    SparseInput,
     mean_divergence,
+    measure_alone,
     scored_positions,
     spread_windows,
 )
-from nmexport.allocation.sensitivities import measure_alone
-from nmexport.allocation.sparse_input import SparseInput
 from nmexport.calibration.checkpoint import Checkpoint
 from nmexport.calibration.sites import Site, concatenated_weight, input_sites
 from nmexport.errors import ModelError
@@ -29,6 +28,7 @@ from nmexport.recipe import ModelSection
 from nmexport.sparsity.linear import Behaviour, Constants, FoldedLinear, SparseLinear
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.sparsity.targets import linears_of
+from nmexport.store.allocation import Choice
 
 from tests.tiny import FAMILIES, save_tiny_model
 
@@ -299,7 +299,7 @@ class DiesAfter(Silent):
 def test_killed_trials_go_on_to_the_same_figures(
     model: Any, sites: list[Site], tmp_path: Path
 ) -> None:
-    choice = Choice(pattern="8:16", criterion="act")
+    choice = Choice(pattern=NMPattern(8, 16), criterion="act")
     trials: dict[Site, dict[Choice, SparseInput]] = {site: {choice: half(site)} for site in sites}
     trials[sites[2]] = {}
     whole = measure_alone(Probe(model, windows_of(2)), trials, progress=Silent())

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from nmexport.allocation.choice import as_dict
+from nmexport.store.allocation import as_dict
 from nmexport.verification import report_allocation, report_pages
 from nmexport.verification.report import MIXED
 

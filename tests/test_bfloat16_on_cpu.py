@@ -13,13 +13,12 @@ from nmexport import graph
 from nmexport.environment import probe
 from nmexport.errors import ArtifactError, EnvironmentFault
 from nmexport.graph import cpu
-from nmexport.graph.cpu import widened
+from nmexport.graph.cpu import is_bfloat16, widened
 from nmexport.models.source import ModelSource
 from nmexport.pipeline import Pipeline, Selection
 from nmexport.progress import Silent
 from nmexport.recipe import GatesSection, ModelSection
 from nmexport.runtimes import native
-from nmexport.runtimes.model_types import needs_widening
 from nmexport.runtimes.onnxruntime_session import OrtSession
 from nmexport.sparsity.linear import Behaviour
 from nmexport.sparsity.pattern import NMPattern
@@ -30,6 +29,7 @@ from nmexport.verification.reference import TorchSession, array_from
 from onnx import TensorProto
 
 from tests.exported import PATTERN, Exported, export_folder, load, specs_of, torch_logits
+from tests.served import engine_of
 from tests.test_stages_engine import RECIPE
 from tests.tiny import VOCABULARY, save_tiny_model
 from tests.toy_lm import save_toy_lm
@@ -98,7 +98,7 @@ def test_the_dense_model_is_nearer_to_float32_than_torch_in_bfloat16(
     source, exported = model
     wanted = torch_logits(load(source, "bfloat16").float(), IDS, np.ones_like(IDS))
     in_torch = torch_logits(exported.dense, IDS, np.ones_like(IDS))
-    with OrtSession(exported.dense_model, library=library, threads=1) as session:
+    with OrtSession(exported.dense_model, library=library, threads=1, bfloat16=True) as session:
         got = stepwise(session, IDS)
     assert np.abs(got - wanted).max() < 4 / 128
     assert np.abs(got - wanted).mean() < np.abs(in_torch - wanted).mean()
@@ -140,7 +140,7 @@ def test_a_prompt_in_pieces_gives_the_bits_of_the_whole(model: tuple[Path, Expor
     """A token's keys, rounded in the cache, are the ones that its own step saw."""
     _, exported = model
     for path in (exported.model, exported.dense_model):
-        with OrtSession(path, library=native_library(), threads=1) as session:
+        with OrtSession(path, library=native_library(), threads=1, bfloat16=True) as session:
             whole = session.prefill(IDS[:1])
             first, cache = session.extend(None, IDS[:1, :PREFILL])
             rest, _ = session.extend(cache, IDS[:1, PREFILL:])
@@ -152,7 +152,7 @@ def test_a_prompt_in_pieces_gives_the_bits_of_the_whole(model: tuple[Path, Expor
 def test_neighbours_in_the_batch_change_no_bit(model: tuple[Path, Exported]) -> None:
     _, exported = model
     for path in (exported.model, exported.dense_model):
-        with OrtSession(path, library=native_library(), threads=2) as session:
+        with OrtSession(path, library=native_library(), threads=2, bfloat16=True) as session:
             alone = stepwise(session, IDS[:1])
             for batch in (IDS[:2], IDS[[0, 2]], IDS):
                 np.testing.assert_array_equal(stepwise(session, batch)[:1], alone)
@@ -163,7 +163,7 @@ def test_a_linear_that_keeps_everything_is_the_dense_one(name: str, tmp_path: Pa
     _, exported = export(name, tmp_path, behaviour=Behaviour(pattern=NMPattern(16, 16)))
     results = []
     for path in (exported.model, exported.dense_model):
-        with OrtSession(path, library=native_library(), threads=1) as session:
+        with OrtSession(path, library=native_library(), threads=1, bfloat16=True) as session:
             results.append(stepwise(session, IDS))
     np.testing.assert_array_equal(*results)
 
@@ -295,17 +295,30 @@ def test_other_models_are_opened_as_they_are(
     monkeypatch.setattr(cpu, "widened", never)
     half = save_toy_lm(tmp_path / "half.onnx", dtype=TensorProto.FLOAT16)
     for path in (tiny_export / "model.onnx", tiny_export / "dense" / "model.onnx", half):
-        assert not needs_widening(path)
-        assert not needs_widening(path.read_bytes())
+        assert not is_bfloat16(onnx.load(path, load_external_data=False))
         with OrtSession(path, threads=1) as session:
             session.prefill(IDS[:1] % session.vocabulary_size)
 
 
-def test_a_bfloat16_model_is_told_by_its_bytes(model: tuple[Path, Exported]) -> None:
+def test_a_bfloat16_model_is_rewritten_once(model: tuple[Path, Exported]) -> None:
     for path in (model[1].model, model[1].dense_model):
-        assert needs_widening(path)
-        assert needs_widening(path.read_bytes())
-        assert not needs_widening(widened(path, has_native_ops=True)), "never twice"
+        assert is_bfloat16(onnx.load(path, load_external_data=False))
+        rewritten = widened(path, has_native_ops=True)
+        assert rewritten != path.read_bytes()
+        assert widened(rewritten, has_native_ops=True) == rewritten, "never twice"
+
+
+@pytest.mark.parametrize("element_type", ["float32", "float16", "bfloat16"])
+def test_an_engine_says_what_is_rewritten(tmp_path: Path, element_type: str) -> None:
+    """bfloat16 models on a CPU, but for the one that a package has ready."""
+    engine = engine_of(tmp_path, element_type=element_type)
+    packaged = engine_of(tmp_path, element_type=element_type, cpu_model="model.cpu.onnx")
+    is_bfloat16 = element_type == "bfloat16"
+    for dense in (False, True):
+        assert engine.needs_rewrite("cpu", dense=dense) == is_bfloat16
+        assert not engine.needs_rewrite("cuda", dense=dense)
+    assert not packaged.needs_rewrite("cpu", dense=False)
+    assert packaged.needs_rewrite("cpu", dense=True) == is_bfloat16
 
 
 def test_without_onnx_the_message_says_what_to_do(
@@ -315,7 +328,7 @@ def test_without_onnx_the_message_says_what_to_do(
     monkeypatch.setitem(sys.modules, "nmexport.graph.cpu", None)
     monkeypatch.delattr(graph, "cpu")
     with pytest.raises(EnvironmentFault, match="needs the package onnx"):
-        OrtSession(path)
+        OrtSession(path, bfloat16=True)
 
 
 def test_a_model_that_onnx_cannot_read_is_the_artifacts_fault() -> None:
@@ -325,13 +338,12 @@ def test_a_model_that_onnx_cannot_read_is_the_artifacts_fault() -> None:
 
 def test_what_is_cut_off_is_no_model(tmp_path: Path) -> None:
     whole = save_toy_lm(tmp_path / "model.onnx", dtype=BFLOAT16).read_bytes()
-    assert needs_widening(whole)
-    for size in range(0, len(whole), 7):
-        needs_widening(whole[:size])  # says yes or no, and raises nothing
     empty = tmp_path / "empty.onnx"
     empty.touch()
-    assert not needs_widening(empty)
-    assert not needs_widening(b"\xff" * 64)
+    cut = [whole[:size] for size in range(0, len(whole), len(whole) // 20)]
+    for model in (*cut, empty, b"\xff" * 64):
+        with pytest.raises(ArtifactError):
+            OrtSession(model, bfloat16=True)
 
 
 # -- the whole job --------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 from nmexport.verification import cache_parity, parity, report_engine, report_pages
 
 from tests.sample_report import sample_report
+from tests.served import engine_of, tensorrt_document
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -105,24 +105,11 @@ def engine_document(**changes: Any) -> dict[str, Any]:
         "timing_cache": None,
         "why_no_timing_cache": "no need",
     }
-    section = {
-        "compute_capabilities": ["8.9"],
-        "attention": "fused",
-        "in_place_cache": True,
-        "why_not_in_place": None,
-        **changes,
-    }
-    return {
-        "runtime": "tensorrt-rtx",
-        "runtime_version": "1.7.1",
-        "tensorrt": section,
-        "build": build,
-    }
+    return {**tensorrt_document(**changes), "build": build}
 
 
 def words_of(folder: Path, document: dict[str, Any]) -> str:
-    (folder / "engine.json").write_text(json.dumps(document))
-    return " ".join(report_engine.words(report_engine.section(folder)))
+    return " ".join(report_engine.words(report_engine.section(engine_of(folder, **document))))
 
 
 def test_attention_and_cache_are_told_as_they_were_built(tmp_path: Path) -> None:

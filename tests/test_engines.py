@@ -22,6 +22,7 @@ from nmexport.pipeline import Pipeline, Selection
 from nmexport.progress import Silent
 from nmexport.recipe import EngineSection, EvaluationSection, LatencySection, ModelSection, Recipe
 from nmexport.runtimes import opening
+from nmexport.runtimes.engine import read_engine
 from nmexport.runtimes.tensorrt import (
     build_progress,
     building,
@@ -30,7 +31,6 @@ from nmexport.runtimes.tensorrt import (
     requirements,
     weight_copies,
 )
-from nmexport.runtimes.tensorrt import description as tensorrt_engine
 from nmexport.runtimes.tensorrt import library as tensorrt_library
 from nmexport.runtimes.tensorrt.building import NetworkLayer, Order
 from nmexport.runtimes.tensorrt.profiles import Limits, Profile, limits_from, profiles_for
@@ -148,7 +148,8 @@ def test_the_stage_builds_both_engines_and_says_what_they_are(
     assert record["timing_cache"] is None
     assert "times nothing" in record["why_no_timing_cache"]
     assert record["attention_layers"] == 2
-    described = tensorrt_engine.read_tensorrt_engine(inputs.output)
+    described = read_engine(inputs.output).tensorrt
+    assert described is not None
     assert described.target == "tensorrt-rtx"
     assert described.compute_capabilities == ("8.9",)
     assert described.profiles == ("prefill", "decode")
@@ -158,7 +159,7 @@ def test_the_stage_builds_both_engines_and_says_what_they_are(
     assert why is not None
     with pytest.raises(EnvironmentFault):
         opening.open_session(inputs.output)
-    assert opening.runtime_of(inputs.output) == "tensorrt-rtx"
+    assert read_engine(inputs.output).runtime == "tensorrt-rtx"
 
 
 def test_an_engine_for_triton_keeps_the_exports_signature(
@@ -168,7 +169,8 @@ def test_an_engine_for_triton_keeps_the_exports_signature(
     inputs = stage_inputs(tmp_path, half_llama, RECIPE.model_copy(update={"engine": section}))
     metrics = engine.run(inputs)
     assert (metrics["cache"], metrics["why_not_in_place"]) == ("concatenated", "not asked for")
-    described = tensorrt_engine.read_tensorrt_engine(inputs.output)
+    described = read_engine(inputs.output).tensorrt
+    assert described is not None
     assert triton_config.signature_of_engine(described) == triton_config.signature_of(
         half_llama / "model.onnx"
     )

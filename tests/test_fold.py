@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from nmexport.allocation.choice import Built, read_allocation
 from nmexport.allocation.probe import spread_windows
 from nmexport.calibration import effort, learning
 from nmexport.environment import Environment
@@ -23,6 +22,7 @@ from nmexport.sparsity.linear import Behaviour, FoldedLinear
 from nmexport.sparsity.targets import linears_of
 from nmexport.stages import calibrate, fold
 from nmexport.stages.inputs import StageInputs
+from nmexport.store.allocation import Built, read_allocation
 from nmexport.store.tensors import ShardedWriter, TensorReader, load_tensors
 
 from tests.sample_allocation import sample_allocation

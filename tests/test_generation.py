@@ -20,8 +20,8 @@ from nmexport.generation.loop import (
 )
 from nmexport.generation.sampler import Sampler
 from nmexport.progress import Silent
-from nmexport.runtimes.onnxruntime_session import SESSION_CONFIG
 
+from tests.served import engine_document
 from tests.tiny import save_tokenizer
 from tests.toy_lm import VOCABULARY, expected_logits, save_toy_lm
 
@@ -47,16 +47,8 @@ def work(tmp_path: Path, tokenizer_folder: Path) -> Path:
         (export / file.name).write_bytes(file.read_bytes())
     engine = tmp_path / "engine" / "current"
     engine.mkdir(parents=True)
-    document = {
-        "schema": 1,
-        "runtime": "onnxruntime",
-        "runtime_version": "1",
-        "model": "../../export/model.onnx",
-        "dense_model": "../../export/model.onnx",
-        "threads": 1,
-        "session_config": dict(SESSION_CONFIG),
-        "library": None,
-    }
+    models = dict.fromkeys(("model", "dense_model"), "../../export/model.onnx")
+    document = engine_document(**models)
     (engine / "engine.json").write_text(json.dumps(document))
     return tmp_path
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from nmexport.environment import probe
 from nmexport.errors import CorpusError, ModelError, WorkDirectoryError
-from nmexport.models.layerwise import LayerwiseModel, skeleton
+from nmexport.models.layerwise import LayerwiseModel
 from nmexport.models.loader import load_model
 from nmexport.models.offload import (
     Memory,
@@ -22,6 +22,7 @@ from nmexport.models.offload import (
     parameter_count,
     placement,
 )
+from nmexport.models.skeleton import skeleton
 from nmexport.models.source import ModelSource, resolve
 from nmexport.models.swap import replace_linears
 from nmexport.pipeline import Pipeline, Selection

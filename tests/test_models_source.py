@@ -14,6 +14,8 @@ from nmexport.models import source as module
 from nmexport.models.source import packaged_gguf, resolve
 from nmexport.recipe import ModelSection
 
+from tests.tiny import EMPTY_GGUF
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -41,7 +43,7 @@ def package_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('imported')\n")
     for name in names:
-        (package / name).write_bytes(b"GGUF and more")
+        (package / name).write_bytes(EMPTY_GGUF)
     monkeypatch.syspath_prepend(str(package.parent))
     return package.name
 
@@ -162,7 +164,7 @@ def test_damaged_safetensors(folder: Path, damage: object) -> None:
 
 def test_gguf_file(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
-    path.write_bytes(b"GGUF and more")
+    path.write_bytes(EMPTY_GGUF)
     source = resolve(ModelSection(id=str(path)))
     assert (source.folder, source.gguf_file) == (tmp_path, "model.gguf")
     path.write_bytes(b"something else")
@@ -219,10 +221,11 @@ def test_download(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: None)
     assert resolve(ModelSection(id="someone/model")).folder == snapshot
-    patterns = asked[0]["allow_patterns"]
+    assert asked[0]["allow_patterns"] == ["config.json", "adapter_config.json"], "looked at first"
+    patterns = asked[1]["allow_patterns"]
     assert "*.safetensors" in patterns
     assert not any(pattern.endswith((".bin", ".py", ".pt")) for pattern in patterns)
-    assert "consolidated*" in asked[0]["ignore_patterns"]
+    assert "consolidated*" in asked[1]["ignore_patterns"]
 
 
 @pytest.mark.parametrize(

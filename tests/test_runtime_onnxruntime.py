@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from nmexport.errors import ArtifactError, EnvironmentFault
 from nmexport.runtimes import onnxruntime_session as runtime
+from nmexport.runtimes.engine import read_engine
 from nmexport.runtimes.feeds import positions_from_mask
 from nmexport.runtimes.native import HUGE_PAGES_ENTRY
 from nmexport.runtimes.onnxruntime_session import (
@@ -17,11 +18,11 @@ from nmexport.runtimes.onnxruntime_session import (
     OrtSession,
     choose_provider,
     engine_library,
-    read_engine,
 )
 from nmexport.store.artifact import file_digest
 from onnx import TensorProto
 
+from tests.served import engine_document
 from tests.toy_lm import VOCABULARY, expected_logits, save_toy_lm
 
 if TYPE_CHECKING:
@@ -171,17 +172,9 @@ def test_corrupt_and_missing_models(
 
 
 def _engine(folder: Path, **changes: object) -> Path:
-    document = {
-        "schema": 1,
-        "runtime": "onnxruntime",
-        "runtime_version": "1",
-        "model": "../model.onnx",
-        "dense_model": "../model.onnx",
-        "threads": 1,
-        "session_config": dict(SESSION_CONFIG),
-        "library": None,
-        **changes,
-    }
+    document = engine_document(
+        **{"model": "../model.onnx", "dense_model": "../model.onnx", **changes}
+    )
     folder.mkdir()
     (folder / "engine.json").write_text(json.dumps(document))
     return folder
@@ -247,21 +240,5 @@ def test_a_provider_that_does_not_start_is_no_silent_cpu(toy: Path) -> None:
 
 
 def test_an_unknown_provider_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "engine.json"
-    path.write_text(
-        json.dumps(
-            {
-                "schema": 1,
-                "runtime": "onnxruntime",
-                "runtime_version": "1",
-                "model": "m",
-                "dense_model": "d",
-                "threads": 1,
-                "provider": "tpu",
-                "session_config": {},
-                "library": None,
-            }
-        )
-    )
-    with pytest.raises(ArtifactError, match="tpu"):
-        read_engine(path)
+    with pytest.raises(ArtifactError, match=r"provider is 'tpu', not one of cpu, cuda"):
+        read_engine(_engine(tmp_path / "engine", provider="tpu"))

@@ -12,9 +12,9 @@ import onnx_ir as ir
 import pytest
 from nmexport.errors import ArtifactError, UserError
 from nmexport.graph.tensorrt import for_tensorrt
+from nmexport.runtimes.engine import PluginRecord, TensorRTEngine
 from nmexport.runtimes.onnxruntime_session import OrtSession
 from nmexport.runtimes.session import is_readable, is_resumable
-from nmexport.runtimes.tensorrt.description import PluginRecord, TensorRTEngine
 from nmexport.runtimes.tensorrt.kernel_cache import KernelCache, kernel_cache_path
 from nmexport.runtimes.tensorrt.library import Messages
 from nmexport.runtimes.tensorrt.pair import input_axes

@@ -14,7 +14,8 @@ from nmexport.cli.main import cli
 from nmexport.environment import Gpu, probe
 from nmexport.generation.tokenizer import ServingTokenizer
 from nmexport.progress import Silent
-from nmexport.runtimes.onnxruntime_session import RUNTIME, OrtSession, read_engine
+from nmexport.runtimes.engine import read_engine
+from nmexport.runtimes.onnxruntime_session import RUNTIME, OrtSession
 
 from tests.served import engine_document, streaming
 from tests.test_serving_scheduler import CountingSession, letters
@@ -110,7 +111,7 @@ def test_bench_serve_shows_a_table_and_json(work: Path) -> None:
 
 
 def test_a_run_on_the_gpu_is_called_one(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    document = {**engine_document(), "provider": "cuda"}
+    document = engine_document(provider="cuda")
     (work / "engine" / "current" / "engine.json").write_text(json.dumps(document))
 
     def on_the_processor(path: Path, *, dense: bool = False) -> OrtSession:

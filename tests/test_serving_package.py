@@ -15,7 +15,7 @@ import pytest
 from nmexport.environment import free_memory
 from nmexport.errors import ArtifactError, EnvironmentFault, RequestError
 from nmexport.generation.options import NAMES
-from nmexport.runtimes.tensorrt.description import EngineTensor, PluginRecord
+from nmexport.runtimes.engine import EngineTensor, PluginRecord, TensorRTEngine, write_engine
 from nmexport.serving import bundle as bundles
 from nmexport.serving import repository, triton_config
 from nmexport.serving.metrics import METRICS
@@ -24,8 +24,9 @@ from nmexport.serving.triton_config import Signature, TensorSpec, from_text, to_
 from nmexport.serving.triton_model import TritonPythonModel, require_whole_tensors
 from nmexport.stages import package as package_stage
 from nmexport.store.artifact import file_digest
+from nmexport.store.records import json_from
 
-from tests.served import NAME, save_export, save_package
+from tests.served import NAME, engine_of, save_export, save_package
 from tests.served import SETTINGS as PACKAGED_SETTINGS
 from tests.test_serving_scheduler import ListSink
 
@@ -646,7 +647,8 @@ def test_the_servers_side_needs_no_torch(package: Path, banned: str) -> None:
 def test_a_bfloat16_package_needs_no_onnx_either(tiny_llama: Path, tmp_path: Path) -> None:
     """What a processor takes lies ready in it; the exported file is there too, for GPUs."""
     export = save_export(tiny_llama, tmp_path / "export", dtype="bfloat16")
-    bundle = save_package(export, tmp_path / "package")
+    engine = engine_of(export, element_type="bfloat16")
+    bundle = save_package(export, tmp_path / "package", engine=engine)
     assert (bundle / "model.onnx").read_bytes() == (export / "model.onnx").read_bytes()
     assert json.loads((bundle / "engine.json").read_text())["cpu_model"] == "model.cpu.onnx"
     opens_without(bundle, "onnx", "ml_dtypes")
@@ -674,7 +676,6 @@ def tensorrt_inputs(
 ) -> Any:
     """Stage inputs with an engine of TensorRT, as its stage describes one."""
     from nmexport.runtimes.tensorrt import library as tensorrt_library
-    from nmexport.runtimes.tensorrt.description import TensorRTEngine
 
     plugin = folder / "libnmexport_tensorrt.so"
     plugin.write_bytes(b"a plugin")
@@ -699,8 +700,8 @@ def tensorrt_inputs(
     fields |= changes
     (folder / "engine").mkdir()
     (folder / "engine" / "model.plan").write_bytes(b"a plan")
-    document = {"runtime": fields["target"], "tensorrt": TensorRTEngine(**fields).as_dict()}
-    (folder / "engine" / "engine.json").write_text(json.dumps(document))
+    target = {"runtime": fields["target"], "tensorrt": json_from(TensorRTEngine(**fields))}
+    write_engine(engine_of(folder / "engine", **target), folder / "engine")
     (folder / "output").mkdir()
     return types.SimpleNamespace(
         upstream={"engine": folder / "engine", "export": export}, output=folder / "output"

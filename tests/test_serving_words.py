@@ -11,7 +11,7 @@ import pytest
 from nmexport.models.source import licence_files
 from nmexport.serving import repository
 
-from tests.served import engine_document, text_model
+from tests.served import engine_of, tensorrt_document, text_model
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,8 +30,10 @@ def program(path: Path, text: str = PRINTS) -> Path:
 def words(export: Path, output: Path, **options: object) -> Path:
     """A package's words, in a folder that a shell has to quote."""
     output.mkdir(parents=True)
-    engine = {**engine_document(), "runtime": "tensorrt", "runtime_version": "10.14"}
-    source = text_model(export, engine=engine if "engine" in options else engine_document())
+    target = {}
+    if "engine" in options:
+        target = tensorrt_document(target="tensorrt", version="10.14")
+    source = text_model(export, engine=engine_of(export, **target))
     repository.write_words(output, source=source, **options)
     return output
 
@@ -171,7 +173,7 @@ def test_a_readme_says_what_runs_where(tiny_export: Path, tmp_path: Path) -> Non
     plain = (words(tiny_export, tmp_path / "q") / "README.md").read_text("utf-8")
     assert "TensorRT 10" not in plain
     assert "onnxruntime-gpu" not in plain
-    on_gpu = text_model(tiny_export, engine={**engine_document(), "provider": "cuda"})
+    on_gpu = text_model(tiny_export, engine=engine_of(tiny_export, provider="cuda"))
     repository.write_words(tmp_path / "q", source=on_gpu)
     assert "onnxruntime-gpu" in (tmp_path / "q" / "README.md").read_text("utf-8")
 

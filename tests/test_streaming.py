@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from nmexport.errors import ModelError
 from nmexport.models.source import resolve
 from nmexport.models.streaming import open_for_export
 from nmexport.recipe import ModelSection
@@ -77,18 +78,15 @@ def test_streamed_files_are_those_of_the_loaded_model(
     assert digests(tmp_path / "streamed") == digests(tmp_path / "loaded")
 
 
-def test_names_that_the_files_do_not_hold_are_loaded_by_transformers(
-    tiny_llama: Path, tmp_path: Path
-) -> None:
+def test_names_that_the_model_does_not_have_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    """Transformers would load them as well: with random weights, and a warning."""
     (tmp_path / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
     reader = TensorReader(tiny_llama)
-    with ShardedWriter(tmp_path) as writer:  # as transformers stores a bare decoder
+    with ShardedWriter(tmp_path) as writer:
         for name in reader.names:
             writer.add({name.replace("model.", "decoder."): reader.read(name)})
-    opened = open_for_export(source_of(tmp_path), dtype=torch.float32, trust_remote_code=False)
-    assert not opened.streamed
-    name = "model.layers.0.mlp.up_proj.weight"
-    assert opened.parameter(name).shape == opened.model.get_parameter(name).shape
+    with pytest.raises(ModelError, match=r"decoder\.embed_tokens\.weight"):
+        open_for_export(source_of(tmp_path), dtype=torch.float32, trust_remote_code=False)
 
 
 def test_constants_of_a_fold_are_read_one_by_one(
@@ -135,6 +133,7 @@ _LINEARS = (
 _EXPORT = """
 import json, sys, torch
 from pathlib import Path
+from nmexport.errors import ModelError
 from nmexport.models.source import resolve
 from nmexport.models.streaming import open_for_export
 from nmexport.progress import peak_rss_bytes

@@ -11,41 +11,33 @@ import numpy as np
 import pytest
 from nmexport.errors import ArtifactError, EnvironmentFault
 from nmexport.runtimes import opening
-from nmexport.runtimes.tensorrt import description as tensorrt_engine
+from nmexport.runtimes.engine import TensorRTEngine, read_engine
 from nmexport.runtimes.tensorrt import library as tensorrt_library
+from nmexport.runtimes.tensorrt import requirements
 from nmexport.runtimes.tensorrt.cuda_memory import CudaDevice
 from nmexport.stages import engine as engine_stage
 from nmexport.store.artifact import file_digest
+from nmexport.store.records import json_from
+
+from tests.served import TENSORRT_SECTION, engine_document, tensorrt_document
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-ENGINE: dict[str, Any] = {
-    "target": "tensorrt-rtx",
-    "version": "1.7.1",
-    "dtype": "float16",
-    "compute_capabilities": ["8.9"],
-    "in_place_cache": True,
-    "why_not_in_place": None,
-    "attention": "fused",
-    "max_batch": 1,
-    "max_sequence": 8,
-    "max_context": 16,
-    "profiles": ["prefill", "decode"],
-    "plugin": {"file": "x.so", "sha256": "0" * 64, "version": "1", "embedded": False},
-    "tensors": [{"name": "ids", "element": "INT64", "shape": [-1, -1], "is_input": True}],
-}
+ENGINE = TENSORRT_SECTION
 
 
 def write(folder: Path, **changes: Any) -> Path:
-    document = {
-        "schema": 1,
-        "runtime": "tensorrt-rtx",
-        "tensorrt": {**ENGINE, **changes.pop("tensorrt", {})},
-        **changes,
-    }
+    entries = tensorrt_document(**changes.pop("tensorrt", {}))
+    document = engine_document(**{**entries, **changes})
     (folder / "engine.json").write_text(json.dumps(document))
     return folder
+
+
+def read(path: Path) -> TensorRTEngine:
+    described = read_engine(path).tensorrt
+    assert described is not None
+    return described
 
 
 @pytest.fixture
@@ -66,18 +58,17 @@ def plugin(library: Path) -> dict[str, Any]:
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    read = tensorrt_engine.read_tensorrt_engine(write(tmp_path))
-    assert read.profiles == ("prefill", "decode")
-    assert json.loads(json.dumps(read.as_dict())) == ENGINE
-    assert tensorrt_engine.read_tensorrt_engine(tmp_path / "engine.json") == read
+    described = read(write(tmp_path))
+    assert described.profiles == ("prefill", "decode")
+    assert json.loads(json.dumps(json_from(described))) == ENGINE
+    assert read(tmp_path / "engine.json") == described
 
 
 def test_a_description_without_tensors_is_read(tmp_path: Path) -> None:
     known = {name: value for name, value in ENGINE.items() if name != "tensors"}
-    (tmp_path / "engine.json").write_text(
-        json.dumps({"runtime": "tensorrt-rtx", "tensorrt": known})
-    )
-    assert tensorrt_engine.read_tensorrt_engine(tmp_path).tensors == ()
+    document = engine_document(**{**tensorrt_document(), "tensorrt": known})
+    (tmp_path / "engine.json").write_text(json.dumps(document))
+    assert read(tmp_path).tensors == ()
 
 
 @pytest.mark.parametrize(
@@ -85,11 +76,11 @@ def test_a_description_without_tensors_is_read(tmp_path: Path) -> None:
 )
 def test_foreign_descriptions_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(ArtifactError, match=r"engine\.json"):
-        tensorrt_engine.read_tensorrt_engine(write(tmp_path, **changes))
+        read(write(tmp_path, **changes))
 
 
 def test_an_engine_that_fits_the_machine_runs(tmp_path: Path, machine: Path) -> None:
-    assert tensorrt_engine.why_not_runnable(write(tmp_path, tensorrt=plugin(machine))) is None
+    assert requirements.why_not_runnable(read(write(tmp_path, tensorrt=plugin(machine)))) is None
     assert opening.why_not_here(tmp_path) is None
 
 
@@ -105,19 +96,17 @@ def test_what_does_not_fit_is_named(
     tmp_path: Path, machine: Path, changes: dict[str, Any], said: str
 ) -> None:
     with pytest.raises((EnvironmentFault, ArtifactError), match=said):
-        tensorrt_engine.check_runnable(
-            tensorrt_engine.read_tensorrt_engine(write(tmp_path, tensorrt=changes))
-        )
+        requirements.check_runnable(read(write(tmp_path, tensorrt=changes)))
 
 
 def test_an_embedded_plugin_needs_no_file(tmp_path: Path, machine: Path) -> None:
     machine.unlink()
     embedded = {"plugin": {**ENGINE["plugin"], "embedded": True}}
-    read = tensorrt_engine.read_tensorrt_engine(write(tmp_path, tensorrt=embedded))
-    assert tensorrt_engine.engine_plugin(read) is None
-    plain = tensorrt_engine.read_tensorrt_engine(write(tmp_path))
+    described = read(write(tmp_path, tensorrt=embedded))
+    assert requirements.engine_plugin(described) is None
+    plain = read(write(tmp_path))
     with pytest.raises(EnvironmentFault, match="make plugin"):
-        tensorrt_engine.engine_plugin(plain)
+        requirements.engine_plugin(plain)
 
 
 def test_of_all_that_is_said_errors_are_kept_and_lines_go_to_listeners() -> None:

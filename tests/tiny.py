@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ _FAMILIES: dict[str, dict[str, Any]] = {
 }
 FAMILIES = tuple(_FAMILIES)
 """Every family that export supports, by `model_type`."""
+EMPTY_GGUF = b"GGUF" + struct.pack("<IQQ", 3, 0, 0)
+"""A whole GGUF file that holds neither metadata nor tensors."""
 _TEXT = (
     "The quick brown fox jumps over the lazy dog.",
     "A model reads weights that meet near-zero activations.",

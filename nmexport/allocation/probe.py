@@ -1,4 +1,4 @@
-"""How far the model's predictions move when some of its sites are sparse, on a few windows.
+"""Trials: how far the model's predictions move when some of its sites are sparse.
 
 One dense model serves for every trial: pre-hooks hand the linears of a site a sparse input. A trial
 on late layers starts there: what the layers before it computed is kept.
@@ -17,6 +17,9 @@ import torch
 from nmexport.calibration.forward_passes import _hooked
 from nmexport.errors import ModelError
 from nmexport.models.swap import swapped
+from nmexport.sparsity.lanes import LaneSelector
+from nmexport.sparsity.linear import drops_channels, variance_ratio
+from nmexport.sparsity.mask import scores_of
 from nmexport.sparsity.targets import _decoder_layers
 
 if TYPE_CHECKING:
@@ -25,8 +28,11 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.utils.hooks import RemovableHandle
 
-    from nmexport.allocation.sparse_input import SparseInput
+    from nmexport.calibration.checkpoint import Checkpoint
     from nmexport.calibration.sites import Site
+    from nmexport.progress import Progress
+    from nmexport.sparsity.linear import Behaviour, Constants
+    from nmexport.store.allocation import Choice
 
 # Log-probabilities of the dense model that are kept, all windows together.
 _REFERENCE_BYTES = 768 << 20
@@ -59,6 +65,61 @@ class Movement:
             return 0.0
         squares = math.fsum((one - self.kl_mean) ** 2 for one in self.kl)
         return math.sqrt(squares / (count - 1) / count)
+
+
+class SparseInput:
+    """Makes `nu * kept + eta` of x, which the dense weight then multiplies: the method unfolded.
+
+    Linears that share an input share this tensor too, so that trying a choice on a site changes no
+    module: its linears are handed this in place of their input.
+    """
+
+    def __init__(self, behaviour: Behaviour, constants: Constants, channels: int) -> None:
+        """Prepare the selection.
+
+        Args:
+            behaviour: Pattern, per-token corrections, phase.
+            constants: Calibrated constants, the same for all linears of the site.
+            channels: K.
+        """
+        self.behaviour, self.constants = behaviour, constants
+        self._select = LaneSelector(behaviour.pattern, channels, constants.channel_order)
+
+    def __call__(self, x: torch.Tensor, *, prompt: int = 0) -> torch.Tensor:
+        """Map `[B, S, K]` to the same, in the type of x.
+
+        Args:
+            x: Inputs of whole sequences.
+            prompt: Tokens of each that count as prefill; the rest as decoded one by one. Where
+                the phase is `all` it makes no difference.
+        """
+        pattern, phase = self.behaviour.pattern, self.behaviour.phase
+        if not drops_channels(x, pattern, "all"):
+            return x
+        if phase == "all":
+            return self._sparsified(x)
+        head, tail = x[:, :prompt], x[:, prompt:]
+        if phase == "prefill":
+            return torch.cat([self._sparsified(head), tail], dim=1)
+        return torch.cat([head, self._sparsified(tail)], dim=1)
+
+    def _sparsified(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.reshape(-1, x.shape[-1]).float()
+        eta = self._eta(tokens)
+        z = tokens - eta
+        scale = self.constants.score_scale
+        kept = z * self._select(scores_of(z, None if scale is None else scale.to(z.device)))
+        if self.behaviour.variance_correction:
+            kept = variance_ratio(z, kept) * kept
+        elif self.constants.nu is not None:
+            kept = self.constants.nu * kept
+        return (kept + eta).reshape(x.shape).to(x.dtype)
+
+    def _eta(self, tokens: torch.Tensor) -> torch.Tensor:
+        if self.behaviour.dynamic_shift:
+            return tokens.mean(dim=-1, keepdim=True)
+        shift = self.constants.shift
+        return tokens.new_zeros(1) if shift is None else shift.to(tokens.device)
 
 
 class Probe:
@@ -249,3 +310,60 @@ def spread_windows(samples: torch.Tensor, count: int, length: int, *, part: int)
     mine = samples[part::2] if len(samples) > 1 else samples
     places = torch.linspace(0, len(mine) - 1, min(count, len(mine))).round().long()
     return mine[places, : min(length, samples.shape[1])]
+
+
+def measure_alone(
+    probe: Probe,
+    trials: Mapping[Site, Mapping[Choice, SparseInput]],
+    *,
+    progress: Progress,
+    checkpoint: Checkpoint | None = None,
+) -> dict[Site, dict[Choice, Movement]]:
+    """Make one site sparse at a time, trial after trial, resumably.
+
+    Args:
+        probe: The dense model on its windows.
+        trials: What to try, by site, in model order.
+        progress: Counts sites.
+        checkpoint: Where to go on from and save to, a site at a time.
+    """
+    sites = sorted(trials, key=lambda site: site.layer)
+    done = _restored(sites, trials, checkpoint)
+    left = sites[len(done) :]
+    for site in progress.track(left, label="fold: trials of sites", total=len(left)):
+        probe.start_at(site.layer)
+        done.append({choice: probe.measure({site: x}) for choice, x in trials[site].items()})
+        if checkpoint is not None:
+            checkpoint.save(_tensors(done), {"done": len(done)})
+    probe.start_at(0)
+    return dict(zip(sites, done, strict=True))
+
+
+def _tensors(done: Sequence[Mapping[Choice, Movement]]) -> dict[str, torch.Tensor]:
+    """Stack the movements of every site that was tried: `[choices, 2, windows]` float64."""
+    return {
+        str(place): torch.tensor([[m.kl, m.nll] for m in moved.values()], dtype=torch.float64)
+        for place, moved in enumerate(done)
+        if moved
+    }
+
+
+def _restored(
+    sites: Sequence[Site],
+    trials: Mapping[Site, Mapping[Choice, SparseInput]],
+    checkpoint: Checkpoint | None,
+) -> list[dict[Choice, Movement]]:
+    saved = None if checkpoint is None else checkpoint.load()
+    if saved is None:
+        return []
+    tensors, state = saved
+    done: list[dict[Choice, Movement]] = []
+    for place, site in enumerate(sites[: int(state["done"])]):
+        rows = tensors[str(place)].tolist() if trials[site] else []
+        done.append(
+            {
+                choice: Movement(kl=tuple(kl), nll=tuple(nll))
+                for choice, (kl, nll) in zip(trials[site], rows, strict=True)
+            }
+        )
+    return done

@@ -1,155 +1,374 @@
-"""What was measured of one model's sites, and joint models run on top of it."""
+"""The budget's choice: options of all sites, joint models run on top, and the Pareto front."""
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
 from typing import TYPE_CHECKING
 
-from nmexport.allocation.additivity import Additivity
-from nmexport.allocation.candidates import sparse_inputs
-from nmexport.allocation.choice import DENSE, Choice, FrontPoint
-from nmexport.allocation.programme import Option, sums
+from nmexport.allocation.costs import sparse_input
+from nmexport.allocation.solve import NOTHING, Measure, Option, price, solve
+from nmexport.errors import RecipeError
+from nmexport.store.allocation import DENSE, Choice, FrontPoint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from typing import Literal
 
-    from nmexport.allocation.candidates import Variants
-    from nmexport.allocation.cost import CostModel
+    from nmexport.allocation.costs import CostModel, SiteCosts
     from nmexport.allocation.probe import Movement, Probe
     from nmexport.calibration.sites import Site
+    from nmexport.progress import Progress
+    from nmexport.recipe import BudgetSection
+
+# Solving for an accuracy budget, running the result, solving again: so often at most.
+_ROUNDS = 6
+# A measured model within this share of its budget is as good as one right on it.
+_NEAR = 0.97
+_LEAST_NATS = 1e-9  # a divergence of nothing still has a logarithm
+
+Pick = dict["Site", Choice]
+"""A choice for every site."""
 
 
 @dataclass
-class Study:
-    """Sites with their options, and the joint models that have been tried."""
+class Additivity:
+    """A rising curve from the sum of what sites cost alone to what they cost together.
 
-    sites: list[Site]
-    choices: list[list[Choice]]
-    """Of each site; dense first."""
-    options: list[list[Option]]
-    """The same, in figures."""
-    variants: Variants
-    cost: CostModel
+    Errors of many sites neither simply add nor grow in one way for all models: so the joint model
+    is run at a few points, and what lies between them is read off a line in logarithms.
+    """
+
+    points: list[tuple[float, float]] = field(default_factory=list)
+
+    def add(self, summed: float, joint: float) -> None:
+        """Add a measured point."""
+        self.points.append((max(summed, _LEAST_NATS), max(joint, _LEAST_NATS)))
+
+    def joint(self, summed: float) -> float:
+        """Predict the joint cost of a sum."""
+        return _interpolated(self._curve(), max(summed, _LEAST_NATS))
+
+    def summed(self, joint: float) -> float:
+        """Return the sum whose joint cost this is."""
+        return _interpolated([(y, x) for x, y in self._curve()], max(joint, _LEAST_NATS))
+
+    def factor(self) -> float | None:
+        """Joint over sum, geometric mean of all points; None without any."""
+        if not self.points:
+            return None
+        logs = [math.log(joint / summed) for summed, joint in self.points]
+        return math.exp(math.fsum(logs) / len(logs))
+
+    def _curve(self) -> list[tuple[float, float]]:
+        """Sort the points and level what noise turns round, so that both coordinates rise."""
+        ordered = sorted(self.points)
+        highest = itertools.accumulate((y for _, y in ordered), max)
+        curve: list[tuple[float, float]] = []
+        for (x, _), y in zip(ordered, highest, strict=True):
+            if not curve or (x > curve[-1][0] and y > curve[-1][1]):
+                curve.append((x, y))
+        return curve
+
+
+def _interpolated(curve: list[tuple[float, float]], x: float) -> float:
+    """Interpolate in logarithms; outside of the points in proportion to the nearest."""
+    place = bisect.bisect_left(curve, x, key=lambda point: point[0])
+    if place in {0, len(curve)}:
+        x0, y0 = curve[min(place, len(curve) - 1)]
+        return y0 * x / x0
+    (x0, y0), (x1, y1) = curve[place - 1], curve[place]
+    share = math.log(x / x0) / math.log(x1 / x0)
+    return y0 * float((y1 / y0) ** share)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Study:
+    """Every site's options in figures, and the joint models that have been tried."""
+
+    table: Mapping[Site, Mapping[Choice, Option]]
+    """By site, dense first."""
+    costs: SiteCosts
+    model: CostModel
     probe: Probe
     """Held-out windows that joint models are measured on."""
     kl: Additivity = field(default_factory=Additivity)
     """From summed to joint divergence."""
     nll: Additivity = field(default_factory=Additivity)
     """From summed divergence to the logarithm of the perplexity ratio."""
-    _tried: dict[tuple[int, ...], Movement] = field(default_factory=dict)
+    _tried: dict[tuple[Choice, ...], Movement] = field(default_factory=dict)
 
-    @classmethod
-    def of(
-        cls,
-        variants: Variants,
-        estimates: Mapping[Site, Mapping[Choice, float]],
-        *,
-        cost: CostModel,
-        probe: Probe,
-        prefill_weight: float,
-    ) -> Study:
-        """Put figures to the choices.
-
-        Args:
-            variants: Sparse choices of each site.
-            estimates: What each costs alone, in nats a token.
-            cost: Bytes and seconds.
-            probe: Held-out windows.
-            prefill_weight: Worth of a prompt's multiply-adds, in decode time.
-        """
-
-        def option(site: Site, choice: Choice) -> Option:
-            seconds, whole = cost.seconds(site, choice), cost.seconds(site, DENSE)
-            return Option(
-                kl=0.0 if choice == DENSE else estimates[site][choice],
-                bytes=cost.read_bytes(site, choice),
-                seconds=seconds,
-                worth=seconds + prefill_weight * choice.prefill_density * whole,
-            )
-
-        table = {}
-        for site, of_site in variants.items():
-            dense = option(site, DENSE)
-            rest = {one: option(site, one) for one in of_site}
-            # What neither reads less nor is worth more than dense can only cost.
-            table[site] = {DENSE: dense} | {
-                one: figures
-                for one, figures in rest.items()
-                if figures.bytes < dense.bytes or figures.worth < dense.worth
-            }
-        choices = [list(row) for row in table.values()]
-        options = [list(row.values()) for row in table.values()]
-        return cls(list(table), choices, options, variants, cost, probe)
-
-    def run(self, picked: Sequence[int]) -> Movement:
-        """The joint model of one option for every site, on the held-out windows."""
-        key = tuple(picked)
+    def run(self, pick: Pick) -> Movement:
+        """Run the joint model of a pick on the held-out windows."""
+        key = tuple(pick.values())
         if key not in self._tried:
-            chosen = self.chosen(picked)
+            variants = self.costs.variants
             moved = self.probe.measure(
                 {
-                    site: sparse_inputs(site, {one: self.variants[site][one]})[one]
-                    for site, one in chosen.items()
-                    if one != DENSE
+                    site: sparse_input(site, variants[site][choice])
+                    for site, choice in pick.items()
+                    if choice != DENSE
                 }
             )
             self._tried[key] = moved
-            summed = sums(self.options, picked).kl
+            summed = self.total(pick).kl
             if summed > 0:
                 self.kl.add(summed, moved.kl_mean)
                 self.nll.add(summed, moved.nll_mean)
         return self._tried[key]
 
-    def chosen(self, picked: Sequence[int]) -> dict[Site, Choice]:
-        """Options as choices."""
-        rows = zip(self.sites, self.choices, picked, strict=True)
-        return {site: choices[index] for site, choices, index in rows}
+    def solve(self, *, minimise: Measure, limits: Mapping[Measure, float]) -> Pick | None:
+        """Pick an option for every site; None where no pick keeps the limits."""
+        picked = solve(self._rows(), minimise=minimise, limits=limits)
+        if picked is None:
+            return None
+        rows = zip(self.table.items(), picked, strict=True)
+        return {site: list(row)[index] for (site, row), index in rows}
 
-    def total(self, picked: Sequence[int]) -> Option:
-        """The sums over all sites."""
-        return sums(self.options, picked)
+    def price(self, pick: Pick) -> float | None:
+        """Price the last byte that a pick saves, in nats; None where bytes are no constraint."""
+        return price(self._rows(), max_bytes=self.total(pick).bytes)
+
+    def least(self, measure: Measure) -> Pick:
+        """Pick each site's option that has least of something."""
+        return {
+            site: min(row, key=lambda choice: getattr(row[choice], measure))
+            for site, row in self.table.items()
+        }
+
+    def uniform(self, choice: Choice) -> Pick:
+        """Pick one choice for all sites that have it; the others stay dense."""
+        return {site: choice if choice in row else DENSE for site, row in self.table.items()}
+
+    def total(self, pick: Pick) -> Option:
+        """Add up a pick's options."""
+        return reduce(add, (self.table[site][choice] for site, choice in pick.items()), NOTHING)
 
     @property
     def dense(self) -> Option:
         """The sums of the dense model."""
-        return self.total([0] * len(self.options))
+        return self.total(self.uniform(DENSE))
 
-    def bytes_saved(self, picked: Sequence[int]) -> float:
+    def bytes_saved(self, pick: Pick) -> float:
         """Share of the targeted linears' bytes that a decoded token no longer reads."""
-        return 1 - self.total(picked).bytes / self.dense.bytes
+        return 1 - self.total(pick).bytes / self.dense.bytes
 
-    def speedup(self, picked: Sequence[int]) -> float:
-        """Of a whole decoded token, by the cost model."""
-        other = self.cost.other_seconds
-        return (self.dense.seconds + other) / (self.total(picked).seconds + other)
+    def speedup(self, pick: Pick) -> float:
+        """Predict how much faster a decoded token is as a whole."""
+        other = self.model.other_seconds
+        return (self.dense.seconds + other) / (self.total(pick).seconds + other)
 
     def seconds_at(self, speedup: float) -> float:
-        """What the targeted linears may take for a speed-up of the whole token."""
-        other = self.cost.other_seconds
+        """Time that the targeted linears may take for a speed-up of the whole token."""
+        other = self.model.other_seconds
         return (self.dense.seconds + other) / speedup - other
 
     def point(
-        self, kind: Literal["front", "uniform", "chosen"], label: str, picked: Sequence[int]
+        self, kind: Literal["front", "uniform", "chosen"], label: str, pick: Pick
     ) -> FrontPoint:
-        """An allocation as a row of the front."""
-        moved = self.run(picked)
+        """Describe a pick as a row of the front."""
+        moved = self.run(pick)
         return FrontPoint(
             kind=kind,
             label=label,
-            bytes_saved=self.bytes_saved(picked),
-            decode_speedup=self.speedup(picked),
-            summed_kl=self.total(picked).kl,
+            bytes_saved=self.bytes_saved(pick),
+            decode_speedup=self.speedup(pick),
+            summed_kl=self.total(pick).kl,
             kl=moved.kl_mean,
             perplexity_ratio=math.exp(moved.nll_mean),
-            linears=self._counted(picked),
+            linears=_counted(pick),
         )
 
-    def _counted(self, picked: Sequence[int]) -> dict[str, int]:
-        """Linears by the label of their choice, densest first."""
-        counts: dict[str, int] = {}
-        chosen = sorted(self.chosen(picked).items(), key=lambda pair: -pair[1].decode_density)
-        for site, choice in chosen:
-            counts[choice.label] = counts.get(choice.label, 0) + len(site.names)
-        return counts
+    def _rows(self) -> list[list[Option]]:
+        return [list(row.values()) for row in self.table.values()]
+
+
+def _counted(pick: Pick) -> dict[str, int]:
+    """Count linears by the label of their choice, densest first."""
+    counts: dict[str, int] = {}
+    for site, choice in sorted(pick.items(), key=lambda pair: -pair[1].decode_density):
+        counts[choice.label] = counts.get(choice.label, 0) + len(site.names)
+    return counts
+
+
+def study_of(costs: SiteCosts, model: CostModel, probe: Probe, *, prefill_weight: float) -> Study:
+    """Put figures to every site's choices.
+
+    Args:
+        costs: What each costs in accuracy, alone.
+        model: Bytes and seconds.
+        probe: Held-out windows.
+        prefill_weight: Worth of a prompt's multiply-adds, in decode time.
+    """
+    table = {
+        site: _options(site, costs.divergences(site), model, prefill_weight)
+        for site in costs.variants
+    }
+    gains = {
+        site: {choice: option for choice, option in row.items() if _gains(option, row[DENSE])}
+        for site, row in table.items()
+    }
+    if any(gains.values()):  # else all are kept: a budget of accuracy alone still has a choice
+        table = {site: {DENSE: table[site][DENSE], **row} for site, row in gains.items()}
+    return Study(table=table, costs=costs, model=model, probe=probe)
+
+
+def _options(
+    site: Site, divergences: Mapping[Choice, float], model: CostModel, prefill_weight: float
+) -> dict[Choice, Option]:
+    whole = model.seconds(site, DENSE)
+
+    def option(choice: Choice, kl: float) -> Option:
+        read, seconds = model.read_bytes(site, choice), model.seconds(site, choice)
+        return Option(
+            kl=kl,
+            bytes=read,
+            seconds=seconds,
+            worth=seconds + prefill_weight * choice.prefill_density * whole,
+            work=read + choice.prefill_density * model.weight_bytes(site),
+        )
+
+    return {DENSE: option(DENSE, 0.0)} | {one: option(one, kl) for one, kl in divergences.items()}
+
+
+def _gains(option: Option, dense: Option) -> bool:
+    """Tell whether an option reads less than dense or is worth more: else it can only cost."""
+    return option.bytes < dense.bytes or option.worth < dense.worth
+
+
+# -- choosing --------------------------------------------------------------------------------------
+
+
+def uniform_points(study: Study, progress: Progress) -> list[FrontPoint]:
+    """Run every choice given to all sites that it fits: what a build without a budget can have."""
+    kinds = dict.fromkeys(one for row in study.table.values() for one in row if one != DENSE)
+    return [
+        study.point("uniform", choice.label, study.uniform(choice))
+        for choice in progress.track(kinds, label="fold: uniform choices", total=len(kinds))
+    ]
+
+
+def front_points(study: Study, shares: Sequence[float], progress: Progress) -> list[FrontPoint]:
+    """Find the least divergence for each share of bytes saved; leave out shares out of reach."""
+    points = []
+    for share in progress.track(shares, label="fold: Pareto front", total=len(shares)):
+        limit: dict[Measure, float] = {"bytes": (1 - share) * study.dense.bytes}
+        pick = study.solve(minimise="kl", limits=limit)
+        if pick is not None:
+            points.append(study.point("front", f"{100 * share:.0f} %", pick))
+    return points
+
+
+def choose(study: Study, budget: BudgetSection, *, relief: float = 1.0) -> Pick:
+    """Pick an option for every site under the budget.
+
+    A budget of accuracy is held by the joint model as measured on the held-out windows, not merely
+    as predicted; the fastest such pick is taken. Where the cost model sees no gain in any, the one
+    that reads and multiplies least is. Without such a budget, the least divergence is taken.
+
+    Args:
+        study: What was measured.
+        budget: Limits.
+        relief: What limits of accuracy, in nats, are multiplied by.
+
+    Raises:
+        RecipeError: if no pick keeps the budget, or only the dense model does.
+    """
+    limits: dict[Measure, float] = {}
+    if budget.max_bytes is not None:
+        limits["bytes"] = budget.max_bytes * study.dense.bytes
+    if budget.min_speedup is not None:
+        limits["seconds"] = study.seconds_at(budget.min_speedup)
+    if budget.max_kl is None and budget.max_perplexity_ratio is None:
+        pick = study.solve(minimise="kl", limits=limits)
+    else:
+        aim: Measure = "worth" if _sparsifies(study.least("worth")) else "work"
+        pick = _most_within(study, budget, limits, relief, minimise=aim)
+    if pick is None or not _sparsifies(pick):
+        raise _out_of_reach(study, budget)
+    return pick
+
+
+def remark(study: Study, pick: Pick) -> str | None:
+    """Say where the cost model sees no gain in a pick; None where it does."""
+    if study.total(pick).worth < study.dense.worth:
+        return None
+    return (
+        f"The cost model sees no gain in this choice: decode at {study.speedup(pick):.2f}x the "
+        "dense model's speed. Measure it, or give allocation.cost the constants of the target."
+    )
+
+
+def _sparsifies(pick: Pick) -> bool:
+    return any(choice != DENSE for choice in pick.values())
+
+
+def _most_within(
+    study: Study,
+    budget: BudgetSection,
+    limits: dict[Measure, float],
+    relief: float,
+    *,
+    minimise: Measure,
+) -> Pick | None:
+    """Minimise something over the picks whose joint model keeps the accuracy budget."""
+    best: Pick | None = None
+    least = math.inf
+    for _ in range(_ROUNDS):
+        target = _summed_limit(study, budget, relief)
+        pick = study.solve(minimise=minimise, limits={**limits, "kl": target})
+        if pick is None or pick == best:
+            break
+        moved = study.run(pick)
+        share = (share_used(budget, kl=moved.kl_mean, nll=moved.nll_mean) or 0.0) / relief
+        if share <= 1 and getattr(study.total(pick), minimise) < least:
+            best, least = pick, getattr(study.total(pick), minimise)
+        if _NEAR <= share <= 1:
+            break
+    return best
+
+
+def share_used(budget: BudgetSection, *, kl: float, nll: float) -> float | None:
+    """Share of the accuracy budget that a model takes; beyond 1 it is exceeded, None without one.
+
+    Args:
+        budget: Limits.
+        kl: The model's divergence, nats a token.
+        nll: The logarithm of its perplexity ratio.
+    """
+    shares = []
+    if budget.max_kl is not None:
+        shares.append(kl / budget.max_kl)
+    if budget.max_perplexity_ratio is not None:
+        shares.append(nll / math.log(budget.max_perplexity_ratio))
+    return max(shares) if shares else None
+
+
+def _summed_limit(study: Study, budget: BudgetSection, relief: float) -> float:
+    """Turn the joint budget into a limit on the sum of single divergences, as far as is known."""
+    limits = []
+    if budget.max_kl is not None:
+        limits.append(study.kl.summed(relief * budget.max_kl))
+    if budget.max_perplexity_ratio is not None:
+        limits.append(study.nll.summed(relief * math.log(budget.max_perplexity_ratio)))
+    return min(limits)
+
+
+def _out_of_reach(study: Study, budget: BudgetSection) -> RecipeError:
+    quickest = study.least("seconds")
+    given = ", ".join(f"{name} {value:g}" for name, value in budget.limits().items())
+    if not _sparsifies(quickest):
+        why = "the linears are so small that finding rows takes longer than reading all of them"
+    else:
+        why = f"a speed-up of at most {study.speedup(quickest):.2f}"
+    least_bytes = 1 - study.bytes_saved(study.least("bytes"))
+    return RecipeError(
+        f"No choice of patterns keeps the budget ({given}) and sparsifies anything.",
+        allowed=f"bytes of at least {least_bytes:.2f}; by the cost model {why}; "
+        "the more of either, the less accuracy",
+        fix="loosen --budget, or give allocation.patterns more to choose among",
+    )

@@ -153,7 +153,8 @@ def bench_serve(
     """
     from nmexport.environment import device_name, probe
     from nmexport.generation.tokenizer import ServingTokenizer
-    from nmexport.runtimes.onnxruntime_session import OrtSession, read_engine
+    from nmexport.runtimes.engine import read_engine
+    from nmexport.runtimes.onnxruntime_session import OrtSession
 
     folder = work / "engine" / "current"
     engine = read_engine(folder)

@@ -10,7 +10,7 @@ from nmexport.generation.options import GenerationOptions
 from nmexport.generation.sampler import Sampler
 from nmexport.generation.stopping import StopFilter
 from nmexport.generation.text_stream import TextStream
-from nmexport.runtimes.onnxruntime_session import read_engine
+from nmexport.runtimes.engine import read_engine
 from nmexport.runtimes.opening import open_session
 
 if TYPE_CHECKING:

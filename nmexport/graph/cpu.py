@@ -31,12 +31,13 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from nmexport.errors import ArtifactError
-from nmexport.runtimes.model_types import WIDENED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
+WIDENED = "nmexport.widened"
+"""Metadata key of a model that has bfloat16 inputs and outputs and computes in float32 between."""
 _NARROW = TensorProto.BFLOAT16
 _DOMAIN = "nmexport"
 _OPSET = 1
@@ -69,7 +70,7 @@ def widened(model: Path | bytes, *, has_native_ops: bool) -> bytes:
 def widen(model: onnx.ModelProto, *, has_native_ops: bool) -> None:
     """Rewrite a bfloat16 model without its external data; in place.
 
-    Names and types of inputs and outputs stay.
+    Names and types of inputs and outputs stay. A model that was rewritten before stays as it is.
 
     Args:
         model: The graph; weights that lie in other files are named, not read.
@@ -77,12 +78,24 @@ def widen(model: onnx.ModelProto, *, has_native_ops: bool) -> None:
             W becomes an NMLinear that keeps every channel, and W is read as it is; otherwise ONNX
             Runtime widens W once, which takes twice W's bytes of memory.
     """
+    if is_widened(model):
+        return
     widening = _Widening(model, has_native_ops=has_native_ops)
     for node in list(model.graph.node):
         widening.rewrite(node)
     _replace(model.graph.node, widening.nodes)
     _replace(model.graph.value_info, [one for one in model.graph.value_info if not _is_narrow(one)])
     model.metadata_props.add(key=WIDENED, value="1")
+
+
+def is_widened(model: onnx.ModelProto) -> bool:
+    """Tell whether a model was rewritten before."""
+    return any(entry.key == WIDENED for entry in model.metadata_props)
+
+
+def is_bfloat16(model: onnx.ModelProto) -> bool:
+    """Tell whether a model has bfloat16 inputs or outputs."""
+    return any(_is_narrow(value) for value in (*model.graph.input, *model.graph.output))
 
 
 class _Widening:

@@ -15,7 +15,7 @@ from nmexport.errors import EnvironmentFault
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from nmexport.runtimes.tensorrt.library import TensorRTTarget
+    from nmexport.runtimes.engine import TensorRTTarget
 
 
 COMPILERS = ("c++", "g++", "clang++")

@@ -1,23 +1,55 @@
-"""Whether weight files are whole, by their headers alone: no tensor is read, no torch needed."""
+"""Check that weight files are whole, by their headers alone: no tensor is read, no torch needed."""
 
 from __future__ import annotations
 
 import json
+import mmap
 import struct
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ModelError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 _LENGTH = struct.Struct("<Q")  # a safetensors file begins with the size of its JSON header
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _GGUF_MAGIC = b"GGUF"
+# Fixed-size metadata values of a GGUF, by type number; 8 is a string, 9 an array.
+_GGUF_SCALARS = {
+    0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q",
+    12: "<d",
+}  # fmt: skip
+_GGUF_STRING, _GGUF_ARRAY = 8, 9
+_GGUF_ALIGNMENT = 32  # unless its metadata names another
 
 
-def check_safetensors(path: Path) -> None:
-    """Compare what the header promises with the size of the file.
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as a safetensors header describes it."""
+
+    file: Path
+    dtype: str
+    """As the format spells it: F32, BF16, I8, F8_E4M3, ..."""
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """What a GGUF file says of itself."""
+
+    metadata: Mapping[str, Any]
+    """Numbers and strings; arrays are left out."""
+    tensors: tuple[str, ...]
+    bytes_needed: int
+    """Size up to the end of the last tensor of a known type."""
+
+
+def check_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """Compare what the header promises with the size of the file, and return the tensors.
 
     Raises:
         ModelError: if the header is malformed or the file shorter or longer than it says.
@@ -26,29 +58,128 @@ def check_safetensors(path: Path) -> None:
     try:
         with path.open("rb") as file:
             (header_bytes,) = _LENGTH.unpack(file.read(_LENGTH.size))
-            header = json.loads(file.read(min(header_bytes, _MAX_HEADER_BYTES)))
-        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+            text = file.read(min(header_bytes, _MAX_HEADER_BYTES))
+        header = json.loads(text, object_pairs_hook=_without_repeats)
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        ends = [entry["data_offsets"][1] for entry in entries.values()]
+        tensors = {
+            name: StoredTensor(path, str(entry["dtype"]), tuple(map(int, entry["shape"])))
+            for name, entry in entries.items()
+        }
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise damaged(path, f"its header cannot be read ({error})") from error
     expected = _LENGTH.size + header_bytes + max(ends, default=0)
     if size != expected:
         raise damaged(path, f"it has {size} bytes, its header says {expected}")
+    return tensors
 
 
-def check_gguf(path: Path) -> None:
-    """Look at the magic number; the rest shows when the file is read.
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build an object of JSON whose keys are all different.
 
     Raises:
-        ModelError: if the file is no GGUF.
+        ValueError: if a key comes twice.
+    """
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is in it twice")
+    return document
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a model; keys that come twice are an error.
+
+    Raises:
+        ModelError: if it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
+
+
+def check_gguf(path: Path) -> GgufHeader:
+    """Read the header of a GGUF file and compare the size of the file with it.
+
+    Raises:
+        ModelError: if the file is no GGUF, is damaged, or is shorter than its header says.
     """
     with path.open("rb") as file:
         magic = file.read(len(_GGUF_MAGIC))
-    if magic != _GGUF_MAGIC:
-        raise damaged(path, f"it begins with {magic!r}, not with {_GGUF_MAGIC!r}")
+        if magic != _GGUF_MAGIC:
+            raise damaged(path, f"it begins with {magic!r}, not with {_GGUF_MAGIC!r}")
+        try:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                header = _GgufCursor(data).header()
+        except (struct.error, ValueError, KeyError, IndexError, OverflowError) as error:
+            raise damaged(path, f"its header cannot be read ({error})") from error
+    size = path.stat().st_size
+    if size < header.bytes_needed:
+        raise damaged(path, f"it has {size} bytes, its header says {header.bytes_needed}")
+    return header
+
+
+class _GgufCursor:
+    """Walks through a GGUF header."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self._data, self._at = data, len(_GGUF_MAGIC)
+
+    def header(self) -> GgufHeader:
+        from gguf.constants import GGML_QUANT_SIZES
+
+        _, count, entries = self._take("<IQQ")
+        metadata = {}
+        for _ in range(entries):
+            name = self._string()
+            value = self._value(self._take("<I")[0])
+            if value is not None:
+                metadata[name] = value
+        names, end = [], 0
+        for _ in range(count):
+            names.append(self._string())
+            (rank,) = self._take("<I")
+            elements = prod(self._take(f"<{rank}Q"))
+            kind, offset = self._take("<IQ")
+            if kind in GGML_QUANT_SIZES:  # another is for the loader to refuse, by its name
+                block, size = GGML_QUANT_SIZES[kind]
+                end = max(end, offset + elements // block * size)
+        alignment = int(metadata.get("general.alignment", _GGUF_ALIGNMENT))
+        start = -(-self._at // alignment) * alignment
+        return GgufHeader(metadata, tuple(names), start + end if end else self._at)
+
+    def _take(self, form: str) -> tuple[Any, ...]:
+        values = struct.unpack_from(form, self._data, self._at)
+        self._at += struct.calcsize(form)
+        return values
+
+    def _string(self) -> str:
+        (length,) = self._take("<Q")
+        if self._at + length > len(self._data):
+            raise ValueError("a string goes beyond the end of the file")
+        text = self._data[self._at : self._at + length]
+        self._at += length
+        return text.decode("utf-8", errors="replace")
+
+    def _value(self, kind: int) -> Any:
+        """Read a number or a string; skip an array and return None."""
+        if kind == _GGUF_STRING:
+            return self._string()
+        if kind != _GGUF_ARRAY:
+            return self._take(_GGUF_SCALARS[kind])[0]
+        element, count = self._take("<IQ")
+        if element in _GGUF_SCALARS:
+            self._at += count * struct.calcsize(_GGUF_SCALARS[element])
+            return None
+        for _ in range(count):
+            self._value(element)
+        return None
 
 
 def damaged(path: Path, what: str) -> ModelError:
-    """The error that says a weight file is broken."""
+    """Build the error that says a weight file is broken."""
     return ModelError(
         f"The weights {path} are damaged or incomplete: {what}.",
         fix="download or copy the file again, and compare its size or checksum with the original",

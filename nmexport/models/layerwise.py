@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from nmexport.errors import ArtifactError, ModelError
+from nmexport.errors import ModelError
 from nmexport.models.last_logits import last_logits
+from nmexport.models.skeleton import skeleton
 from nmexport.models.swap import swapped
+from nmexport.models.weights import WeightTable
 from nmexport.store.scratch import scratch_array
-from nmexport.store.tensors import TensorReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,36 +41,6 @@ class _LayersDone(Exception):
     """All layers were called."""
 
 
-def skeleton(
-    source: ModelSource, *, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32
-) -> PreTrainedModel:
-    """The model without weights: parameters on the meta device, buffers real.
-
-    Args:
-        source: Where its configuration lies.
-        trust_remote_code: Whether Python files of the model may run.
-        dtype: Element type of the parameters.
-
-    Raises:
-        ModelError: if its configuration cannot be read.
-    """
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    form = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
-    try:
-        config = AutoConfig.from_pretrained(
-            source.folder, trust_remote_code=trust_remote_code, local_files_only=True, **form
-        )
-        with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=trust_remote_code
-            )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"The configuration of {source.id} cannot be read: {error}") from error
-    return model.eval().requires_grad_(False)
-
-
 class LayerwiseModel:
     """A causal LM in float32 that is run layer by layer."""
 
@@ -84,10 +55,10 @@ class LayerwiseModel:
             folder: On a disk with room for the hidden states of all samples; None is the system's.
 
         Raises:
-            ModelError: if it is stored in another format, its weights are stored under names of
-                their own, or it has no list of decoder layers.
+            ModelError: if it is stored in another format, its files do not make the model, or it
+                has no list of decoder layers.
         """
-        if source.gguf_file is not None:
+        if source.packed:
             raise ModelError(
                 f"{source.id} is a .gguf, which cannot be read layer by layer.",
                 allowed="a model in safetensors files",
@@ -95,7 +66,8 @@ class LayerwiseModel:
             )
         self.model = skeleton(source, trust_remote_code=trust_remote_code)
         self._backbone_name, self._layers = _decoder_layers(self.model)
-        self._weights = _Weights(source, self.model)
+        self._weights = _Weights(WeightTable(self.model, source.weights_folder))
+        self._weights.table.fill_buffers(self.model)
         self._folder = folder
 
     def run(
@@ -122,8 +94,8 @@ class LayerwiseModel:
                 or what follows the layers, and dropped after it.
 
         Raises:
-            ModelError: if the layers of this architecture are not called as a list of layers is.
-            ArtifactError: if a weight cannot be read.
+            ModelError: if the layers of this architecture are not called as a list of layers is,
+                or a weight cannot be read.
             OSError: if the disk has no room for the hidden states.
         """
         made = substitutes or {}
@@ -146,7 +118,7 @@ class LayerwiseModel:
         """One linear of the skeleton with its weight in memory, while this lasts.
 
         Raises:
-            ArtifactError: if it cannot be read.
+            ModelError: if it cannot be read.
         """
         name = next(name for name, module in self.model.named_modules() if module is linear)
         with self._weights.loaded(name, linear):
@@ -173,9 +145,13 @@ class LayerwiseModel:
                 raise _LayersDone
             return hidden
 
-        embedding = self.model.get_input_embeddings()
-        name = next(name for name, one in self.model.named_modules() if one is embedding)
-        with self._weights.loaded(name, embedding), self._stubbed(stub):
+        head = self.model.get_output_embeddings()
+        with contextlib.ExitStack() as stack:
+            # The embedding, and what some families add to it: positions, a norm, a projection.
+            for name, module in self._outside_layers():
+                if module is not head:
+                    stack.enter_context(self._weights.loaded(name, module))
+            stack.enter_context(self._stubbed(stub))
             for number, sample in enumerate(samples):  # noqa: B007 - the stub reads it
                 with contextlib.suppress(_LayersDone):
                     self.model(input_ids=sample.unsqueeze(0), use_cache=False)
@@ -203,7 +179,10 @@ class LayerwiseModel:
             return spool[number] if index == 0 else hidden
 
         with contextlib.ExitStack() as stack:
-            for name, module in self._after_layers():
+            embedding = self.model.get_input_embeddings()
+            for name, module in self._outside_layers():
+                if module is embedding:
+                    continue
                 stack.enter_context(self._weights.loaded(name, module))
             stack.enter_context(self._stubbed(stub))
             for number in range(len(samples)):
@@ -213,12 +192,11 @@ class LayerwiseModel:
                 if use_logits is not None:
                     use_logits(number, logits)
 
-    def _after_layers(self) -> Iterator[tuple[str, nn.Module]]:
-        """Modules whose weights are to be read, neither embedding nor decoder layer."""
-        embedding = self.model.get_input_embeddings()
+    def _outside_layers(self) -> Iterator[tuple[str, nn.Module]]:
+        """Modules outside of the decoder layers whose weights are to be read."""
         for name, module in self.model.named_modules():
             read = any(parameter.is_meta for parameter in module.parameters(recurse=False))
-            if read and not self._is_inside(name) and module is not embedding:
+            if read and not self._is_inside(name):
                 yield name, module
 
     def _is_inside(self, name: str) -> bool:
@@ -249,12 +227,8 @@ class LayerwiseModel:
 class _Weights:
     """Puts weights into modules of a skeleton and takes them out again."""
 
-    def __init__(self, source: ModelSource, model: PreTrainedModel) -> None:
-        try:
-            self._reader = TensorReader(source.folder)
-        except ArtifactError as error:
-            raise ModelError(error.problem, fix=_WHOLE) from error
-        self._stored = stored_names(model, set(self._reader.names))
+    def __init__(self, table: WeightTable) -> None:
+        self.table = table
 
     @contextlib.contextmanager
     def loaded(self, name: str, module: nn.Module) -> Iterator[None]:
@@ -264,7 +238,7 @@ class _Weights:
         names = [own for own, _ in module.named_parameters()]
         try:
             for own in names:
-                stored = self._reader.read(self._stored[f"{name}.{own}"])
+                stored = self.table.read(f"{name}.{own}")
                 # A copy, also of float32: a mapped file's alignment may change a product's bits.
                 value = torch.empty(stored.shape, dtype=torch.float32).copy_(stored)
                 set_module_tensor_to_device(module, own, "cpu", value=value)
@@ -299,31 +273,6 @@ def _decoder_layers(model: PreTrainedModel) -> tuple[str, Sequence[nn.Module]]:
         f"Model type {model.config.model_type} has no list of decoder layers to go through.",
         fix=_WHOLE,
     )
-
-
-def stored_names(model: PreTrainedModel, stored: set[str]) -> dict[str, str]:
-    """Name in the files of each of the model's parameters.
-
-    Raises:
-        ModelError: if one has none.
-    """
-    prefix = f"{model.base_model_prefix}."
-    output, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    by_module = {id(module): name for name, module in model.named_modules()}
-    tied = {f"{by_module.get(id(output))}.weight": f"{by_module.get(id(embedding))}.weight"}
-    found: dict[str, str] = {}
-    for name, _ in model.named_parameters(remove_duplicate=False):
-        same = (name, tied.get(name, name))
-        forms = [form for one in same for form in (one, one.removeprefix(prefix))]
-        place = next((form for form in forms if form in stored), None)
-        if place is None:
-            raise ModelError(
-                f"The files of this {model.config.model_type} hold no {name}: its weights are "
-                "stored in a form that only transformers' own loading converts.",
-                fix=_WHOLE,
-            )
-        found[name] = place
-    return found
 
 
 @contextlib.contextmanager

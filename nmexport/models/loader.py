@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
-import logging
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ModelError
+from nmexport.models.guard import quiet, reading
+from nmexport.models.integrity import check_gguf
+from nmexport.models.skeleton import skeleton
+from nmexport.models.weight_files import shortened
+from nmexport.models.weights import WeightTable, is_finite, not_finite
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from pathlib import Path
+    from collections.abc import Iterator, Mapping, Sequence
     from types import ModuleType
 
     import torch
@@ -48,19 +49,80 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     element_type = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    with _quiet(), _one_message(source), _gguf_read_once():
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            source.folder,
+    if not source.packed:  # said before anything is read
+        WeightTable(skeleton(source, trust_remote_code=trust_remote_code), source.weights_folder)
+    with quiet(), reading(source), _gguf_read_once() as mappings:
+        model, told = AutoModelForCausalLM.from_pretrained(
+            source.weights_folder,
             dtype=element_type,
+            output_loading_info=True,
             trust_remote_code=trust_remote_code,
             # Asked for by name, sdpa is an error where it is not supported; by default it is not.
             attn_implementation=None if attention == "sdpa" else attention,
             use_safetensors=True,
-            **_format(source),
+            local_files_only=True,
+            **source.gguf_option,
             **(placing or {}),
         )
     _forget_quantization(model)
-    return model.eval().requires_grad_(False)
+    model = model.eval().requires_grad_(False)
+    _check_loaded(source, model, told)
+    _check_nothing_ignored(source, mappings)
+    return model
+
+
+def _check_loaded(source: ModelSource, model: PreTrainedModel, told: Mapping[str, Any]) -> None:
+    """Check that nothing was missing or left over, and that every weight is a number.
+
+    Raises:
+        ModelError: if a weight is missing, unexpected, of another shape, or not finite.
+    """
+    if source.packed:
+        _check_gguf_complete(source, told)
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "meta" and not is_finite(parameter):
+            raise not_finite(name, source.weights_folder, parameter.dtype)
+
+
+def _check_gguf_complete(source: ModelSource, told: Mapping[str, Any]) -> None:
+    missing = sorted(told["missing_keys"]) + sorted(name for name, *_ in told["mismatched_keys"])
+    if missing:
+        raise ModelError(
+            f"{source.folder / str(source.gguf_file)} holds no {shortened(missing)}: random values "
+            "would take their place.",
+            fix="download the file again, or use the model's safetensors",
+        )
+    if told["unexpected_keys"]:
+        raise _ignored_tensors(source, sorted(told["unexpected_keys"]))
+
+
+def _check_nothing_ignored(source: ModelSource, mappings: Sequence[Mapping[str, str]]) -> None:
+    """Refuse a `.gguf` with tensors that transformers passes over; factors of one do no harm."""
+    if not mappings:
+        return
+    path = source.folder / str(source.gguf_file)
+    known = mappings[-1]  # the outermost call returns last, and has all names
+    passed_over = [
+        name
+        for name in check_gguf(path).tensors
+        if name not in known and name.removesuffix(".weight") not in known
+    ]
+    if not passed_over:
+        return
+    import gguf
+
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    harmful = [name for name in passed_over if not (tensors[name].data == 1.0).all()]
+    if harmful:
+        raise _ignored_tensors(source, harmful)
+
+
+def _ignored_tensors(source: ModelSource, names: list[str]) -> ModelError:
+    return ModelError(
+        f"{source.folder / str(source.gguf_file)} holds {shortened(names)}, which transformers "
+        "does not read: the model would not be the one that the file describes.",
+        fix="use the model's safetensors",
+    )
 
 
 def load_tokenizer(
@@ -73,16 +135,12 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    with _quiet(), _one_message(source):
+    form = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
+    with quiet(), reading(source):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            source.folder, trust_remote_code=trust_remote_code, **_format(source)
+            source.folder, trust_remote_code=trust_remote_code, local_files_only=True, **form
         )
     return tokenizer
-
-
-def _format(source: ModelSource) -> dict[str, Any]:
-    local: dict[str, Any] = {"local_files_only": True}
-    return local if source.gguf_file is None else {**local, "gguf_file": source.gguf_file}
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:
@@ -95,26 +153,8 @@ def _forget_quantization(model: PreTrainedModel) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' bars and remarks from the user's terminal, and leave it as it was."""
-    from transformers.utils import logging as remarks
-
-    verbosity, had_bars = remarks.get_verbosity(), remarks.is_progress_bar_enabled()
-    remarks.set_verbosity(logging.CRITICAL)
-    remarks.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        remarks.set_verbosity(verbosity)
-        if had_bars:
-            remarks.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _gguf_read_once() -> Iterator[None]:
-    """Halve the time to load a `.gguf`.
+def _gguf_read_once() -> Iterator[list[Mapping[str, str]]]:
+    """Halve the time to load a `.gguf`; yields transformers' tables of tensor names, once made.
 
     Transformers parses the file once for the config and once for the weights, and asks for the
     same table of tensor names once a module: both answers are remembered while this lasts.
@@ -122,12 +162,20 @@ def _gguf_read_once() -> Iterator[None]:
     import gguf
     from transformers import modeling_gguf_pytorch_utils as loading
 
+    mappings: list[Mapping[str, str]] = []
+    original = loading.get_gguf_hf_weights_map
+
+    def noted(*arguments: Any, **options: Any) -> Mapping[str, str]:
+        mappings.append(original(*arguments, **options))
+        return mappings[-1]
+
     with (
+        _replaced(loading, "get_gguf_hf_weights_map", noted),
         _replaced(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)),
         _replaced(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
         _replaced(loading, "tqdm", functools.partial(loading.tqdm, disable=True)),
     ):
-        yield
+        yield mappings
 
 
 @contextlib.contextmanager
@@ -138,35 +186,3 @@ def _replaced(module: ModuleType, name: str, replacement: object) -> Iterator[No
         yield
     finally:
         setattr(module, name, original)
-
-
-@contextlib.contextmanager
-def _one_message(source: ModelSource) -> Iterator[None]:
-    """Say what went wrong in the model's terms.
-
-    Transformers, tokenizers, safetensors and gguf raise what they please on a broken file, from
-    OSError to bare Exception, so everything is caught here.
-    """
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception as error:
-        where = source.folder / (source.gguf_file or "")
-        reason = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
-        raise ModelError(
-            f"Model {source.id!r} cannot be loaded from {where}: "
-            f"{_architecture(source.folder)}{type(error).__name__}: {reason[:300]}",
-            allowed="a causal language model that this version of transformers knows",
-            fix="check that the files are complete; for a model with Python files of its own, "
-            "set trust_remote_code in the recipe if you trust them",
-        ) from error
-
-
-def _architecture(folder: Path) -> str:
-    """`model_type 'x': `, where a config tells."""
-    try:
-        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
-    return f"model_type {model_type!r}: "

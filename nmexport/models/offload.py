@@ -122,11 +122,11 @@ def _placed(
     source: ModelSource, *, trust_remote_code: bool, offload: Offload
 ) -> tuple[Placement, dict[str, int] | None]:
     """How to run a model here and now; of `mapped`, which GPU each part goes to."""
-    from nmexport.models.layerwise import skeleton
+    from nmexport.models.skeleton import skeleton
 
     memory = free_memory()
     empty: Any = None
-    if offload == "auto" and source.gguf_file is None:
+    if offload == "auto" and not source.packed:
         empty = skeleton(source, trust_remote_code=trust_remote_code)
     chosen = placement(source, offload, parameter_count(empty) if empty else 0, memory)
     if chosen != "mapped":
@@ -162,7 +162,7 @@ def placement(source: ModelSource, offload: Offload, parameters: int, memory: Me
         ModelError: if layer by layer is asked for and the model's format does not allow it.
     """
     if offload == "layerwise":
-        if source.gguf_file is not None:
+        if source.packed:
             raise ModelError(
                 f"--offload layerwise cannot read {source.id}, a .gguf.",
                 allowed="a model in safetensors files",
@@ -173,7 +173,7 @@ def placement(source: ModelSource, offload: Offload, parameters: int, memory: Me
         return "whole"
     if memory.devices and needed <= sum(memory.devices):
         return "mapped"
-    return "whole" if source.gguf_file is not None else "layerwise"
+    return "whole" if source.packed else "layerwise"
 
 
 def bytes_needed(parameters: int) -> int:

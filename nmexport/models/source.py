@@ -11,9 +11,9 @@ A model is looked for in this order, and the first place that has it is taken:
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
-import json
 import logging
 import os
 import re
@@ -22,7 +22,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nmexport.errors import ModelError
-from nmexport.models.integrity import check_gguf, check_safetensors
+from nmexport.models.integrity import check_gguf
+from nmexport.models.unsupported import (
+    UnsupportedModelError,
+    refuse_adapter,
+    refuse_gguf_part,
+    refuse_quantised_config,
+    refuse_quantised_tensors,
+)
+from nmexport.models.weight_files import CONFIG, read_config, stored_tensors, weight_files
 
 if TYPE_CHECKING:
     from nmexport.recipe import ModelSection
@@ -33,12 +41,8 @@ _ALLOWED = "a recipe name (see `nmexport recipes`), a Hub id, a local folder, or
 _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 _TIMEOUT_S = 5.0
 
-_CONFIG = "config.json"
-_INDEX = "model.safetensors.index.json"
-_WHOLE = "model.safetensors"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _SIDE_FILES = (
-    _CONFIG,
+    CONFIG,
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -52,7 +56,8 @@ _SIDE_FILES = (
     "merges.txt",
 )
 _LICENCES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
-_DOWNLOADED = (*_SIDE_FILES, *_LICENCES, _INDEX, "*.safetensors")
+_ADAPTER = "adapter_config.json"
+_DOWNLOADED = (*_SIDE_FILES, _ADAPTER, *_LICENCES, "*.safetensors.index.json", "*.safetensors")
 _NOT_DOWNLOADED = ("*/*", "consolidated*")  # other formats' copies of the same weights
 
 
@@ -70,6 +75,23 @@ class ModelSource:
     """Name of the `.gguf` file in the folder, where that is the format."""
     digest: str
     """sha256 over the names and contents of the files that the model is loaded from."""
+    unpacked: Path | None = None
+    """Folder that holds a `.gguf`'s model as safetensors, see `nmexport.models.unpacked`."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether weights have to be dequantised from a `.gguf` each time they are loaded."""
+        return self.gguf_file is not None and self.unpacked is None
+
+    @property
+    def weights_folder(self) -> Path:
+        """Where config and weights are read from."""
+        return self.unpacked or self.folder
+
+    @property
+    def gguf_option(self) -> dict[str, str]:
+        """Option by which transformers is told of a `.gguf` in the weights' folder."""
+        return {"gguf_file": str(self.gguf_file)} if self.packed else {}
 
 
 def resolve(section: ModelSection) -> ModelSource:
@@ -92,15 +114,20 @@ def resolve(section: ModelSection) -> ModelSource:
 
 
 def _looks_like_a_path(name: str) -> bool:
-    return name.startswith((".", "~", "/")) or name.endswith(".gguf") or name.count("/") > 1
+    return name.startswith((".", "~", "/")) or is_gguf(name) or name.count("/") > 1
 
 
 def _local_source(section: ModelSection, path: Path) -> ModelSource:
     if path.is_dir():
         return _folder_source(section, path, revision=None)
-    if path.suffix != ".gguf":
+    if not is_gguf(path.name):
         raise ModelError(f"{section.id!r} is a file, and not a .gguf.", allowed=_ALLOWED)
     return _gguf_source(section, path)
+
+
+def is_gguf(name: str) -> bool:
+    """Whether a file is a GGUF by its name, in upper or lower case."""
+    return name.lower().endswith(".gguf")
 
 
 def _folder_source(section: ModelSection, folder: Path, *, revision: str | None) -> ModelSource:
@@ -115,7 +142,7 @@ def _folder_source(section: ModelSection, folder: Path, *, revision: str | None)
 
 
 def _gguf_source(section: ModelSection, path: Path) -> ModelSource:
-    check_gguf(path)
+    refuse_gguf_part(path, check_gguf(path))
     return ModelSource(
         id=section.id,
         revision=None,
@@ -135,58 +162,22 @@ def model_files(folder: Path, *, with_code: bool = False) -> list[Path]:
     Raises:
         ModelError: if the config or weights are missing, damaged, or pickles.
     """
-    _check_config(folder)
-    weights = _weight_files(folder)
-    for path in weights:
-        check_safetensors(path)
-    sides = [folder / name for name in (*_SIDE_FILES, _INDEX)]
+    check_kind(folder)
+    refuse_quantised_tensors(folder, stored_tensors(folder))
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    sides = [folder / name for name in _SIDE_FILES] + indices
     code = sorted(folder.glob("*.py")) if with_code else []
-    return [path for path in sides if path.is_file()] + code + weights
+    return [path for path in sides if path.is_file()] + code + weight_files(folder)
 
 
-def _check_config(folder: Path) -> None:
-    path = folder / _CONFIG
-    if not path.is_file():
-        raise ModelError(
-            f"{folder} has no {_CONFIG}.",
-            allowed="a Hugging Face model folder: config.json, *.safetensors, tokenizer files",
-        )
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
-    if not isinstance(document, dict) or "model_type" not in document:
-        raise ModelError(
-            f"{path} names no model_type.", allowed="the config of a transformers model"
-        )
+def check_kind(folder: Path) -> None:
+    """Look at a folder's configuration alone: is it a whole model, and not quantised.
 
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / _INDEX
-    names = [_WHOLE]
-    if index.is_file():
-        try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{index} cannot be read: {error}") from error
-    missing = [name for name in names if not (folder / name).is_file()]
-    if not missing:
-        return [folder / name for name in names]
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
-    if pickles:
-        raise ModelError(
-            f"{folder} has its weights as pickles ({', '.join(pickles[:3])}), which run code when "
-            "they are loaded; nmexport never reads them.",
-            allowed="safetensors or .gguf",
-            fix="convert them once with `save_pretrained(..., safe_serialization=True)`",
-        )
-    raise ModelError(
-        f"{folder} lacks the weights {', '.join(missing[:3])}.",
-        allowed=f"{_WHOLE}, or {_INDEX} with every file it lists",
-        fix="complete the download",
-    )
+    Raises:
+        ModelError: if it is not.
+    """
+    refuse_adapter(folder)
+    refuse_quantised_config(folder, read_config(folder))
 
 
 def licence_files(folder: Path) -> tuple[Path, ...]:
@@ -245,6 +236,8 @@ def _cached_snapshot(section: ModelSection) -> ModelSource | None:
             snapshot_download(section.id, revision=section.revision, local_files_only=True)
         )
         return _folder_source(section, folder, revision=folder.name)
+    except UnsupportedModelError:
+        raise
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, ModelError) as error:
         logger.debug("No complete snapshot in the cache: %s", error)
         return None
@@ -268,15 +261,18 @@ def _download(section: ModelSection) -> Path:
     try:
         # One quick question first: a download would try again and again where nobody listens.
         HfApi().model_info(section.id, revision=section.revision, timeout=_TIMEOUT_S)
-        return Path(
-            snapshot_download(
-                section.id,
-                revision=section.revision,
-                etag_timeout=_TIMEOUT_S,
-                allow_patterns=patterns,
-                ignore_patterns=list(_NOT_DOWNLOADED),
-            )
+        fetch = functools.partial(
+            snapshot_download,
+            section.id,
+            revision=section.revision,
+            etag_timeout=_TIMEOUT_S,
+            ignore_patterns=list(_NOT_DOWNLOADED),
         )
+        # What it is comes first: nobody waits for gigabytes that are then refused.
+        check_kind(Path(fetch(allow_patterns=[CONFIG, _ADAPTER])))
+        return Path(fetch(allow_patterns=patterns))
+    except ModelError:
+        raise
     except GatedRepoError as error:
         raise ModelError(
             f"The hub gives {section.id!r} only to those who accepted its terms.",

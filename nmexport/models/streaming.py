@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from nmexport.errors import ArtifactError, ModelError
-from nmexport.models.layerwise import skeleton, stored_names
 from nmexport.models.loader import load_model
-from nmexport.store.tensors import TensorReader
+from nmexport.models.skeleton import skeleton
+from nmexport.models.weights import WeightTable, is_finite, not_finite
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,40 +39,28 @@ class ExportModel:
 def open_for_export(
     source: ModelSource, *, dtype: torch.dtype, trust_remote_code: bool
 ) -> ExportModel:
-    """Open a model without its weights where its files allow that, else load it.
-
-    Files that only transformers' own loading understands (a `.gguf`, experts stored apart) are
-    loaded.
+    """Open a model without its weights; a `.gguf` that is not unpacked is loaded.
 
     Raises:
-        ModelError: if the model cannot be loaded.
+        ModelError: if the model cannot be loaded, or its files do not make it.
     """
-    streamed = _streamed(source, dtype=dtype, trust_remote_code=trust_remote_code)
-    if streamed is not None:
-        return streamed
-    model = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code)
-    return ExportModel(model, lambda name: model.get_parameter(name).detach(), streamed=False)
-
-
-def _streamed(
-    source: ModelSource, *, dtype: torch.dtype, trust_remote_code: bool
-) -> ExportModel | None:
-    if source.gguf_file is not None:
-        return None
-    model = skeleton(source, trust_remote_code=trust_remote_code, dtype=dtype)
-    try:
-        reader = TensorReader(source.folder)
-        stored = stored_names(model, set(reader.names))
-    except (ArtifactError, ModelError):
-        return None
+    if source.packed:
+        model = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code)
+        return ExportModel(model, lambda name: model.get_parameter(name).detach(), streamed=False)
+    empty = skeleton(source, trust_remote_code=trust_remote_code, dtype=dtype)
+    table = WeightTable(empty, source.weights_folder)
+    table.fill_buffers(empty)
 
     def parameter(name: str) -> torch.Tensor:
-        return reader.read(stored[name]).to(dtype)
+        value = table.read(name).to(dtype)
+        if not is_finite(value):
+            raise not_finite(name, source.weights_folder, dtype)
+        return value
 
-    _give_generation_config(model, source)
-    model.tie_weights()  # what the skeleton has twice, transformers has once
-    _fake_parameters(model)
-    return ExportModel(model, parameter, streamed=True)
+    _give_generation_config(empty, source)
+    empty.tie_weights()  # what the skeleton has twice, transformers has once
+    _fake_parameters(empty)
+    return ExportModel(empty, parameter, streamed=True)
 
 
 def _fake_parameters(model: nn.Module) -> None:
@@ -96,7 +83,7 @@ def _give_generation_config(model: Any, source: ModelSource) -> None:
     """What `from_pretrained` reads beside the weights."""
     from transformers import GenerationConfig
 
-    if (source.folder / "generation_config.json").is_file():
+    if (source.weights_folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(
-            source.folder, local_files_only=True
+            source.weights_folder, local_files_only=True
         )

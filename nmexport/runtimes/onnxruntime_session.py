@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import logging
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 import onnxruntime
+from nmexport import environment
 from nmexport.environment import free_memory, physical_cores
 from nmexport.errors import ArtifactError, EnvironmentFault
+from nmexport.runtimes import native
+from nmexport.runtimes.engine import REBUILD, Engine, Provider, read_engine
 from nmexport.runtimes.feeds import float32_from, positions_from_mask
-from nmexport.runtimes.model_types import needs_widening
 from nmexport.runtimes.native import HUGE_PAGES_ENTRY, THREADS_ENTRY
 from nmexport.runtimes.session import Closing, Limits
 from nmexport.store.artifact import file_digest
@@ -26,15 +27,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-ENGINE_SCHEMA = 1
 RUNTIME = f"onnxruntime {onnxruntime.__version__}"
 """What runs the model, as reports name it."""
-# Whatever the engine runs on, its description says how the ONNX files run here.
-_DESCRIBED_FOR = ("onnxruntime", "tensorrt", "tensorrt-rtx")
-_REBUILD = "run `nmexport engine` (or `nmexport build`) on this work directory again"
 _HOST = "cpu"
-Provider = Literal["cpu", "cuda"]
-"""Where a session computes; its cache lies there too."""
 _PROVIDERS: Mapping[Provider, list[Any]] = {
     "cpu": ["CPUExecutionProvider"],
     # What a device lacks a kernel for falls to the CPU. No TF32: parity is judged in float32.
@@ -85,84 +80,6 @@ class _CacheSlot:
     element_bytes: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Engine:
-    """`engine.json`, read back: what to open and how."""
-
-    runtime: str
-    runtime_version: str
-    model: Path
-    """The sparse model."""
-    dense_model: Path | None
-    """The baseline; None where the recipe leaves it out."""
-    threads: int | None
-    provider: Provider
-    session_config: Mapping[str, str]
-    library_name: str | None
-    """File name of the native op library, or None where the function bodies run."""
-    library_digest: str | None
-    bundled_library: Path | None = None
-    """The library beside `engine.json`, where it travels with it."""
-    cpu_model: Path | None = None
-    """The sparse model as a processor takes it, where a package has it ready."""
-
-    def model_for(self, provider: Provider, *, dense: bool) -> Path | None:
-        """The file to open; None of a baseline that was not built."""
-        if dense:
-            return self.dense_model
-        return self.cpu_model if provider == "cpu" and self.cpu_model else self.model
-
-
-def read_engine(path: Path) -> Engine:
-    """Read an engine description.
-
-    Args:
-        path: `engine.json`, or the folder that holds it.
-
-    Raises:
-        ArtifactError: if it is missing, malformed, of another schema, or names another runtime.
-    """
-    path = path if path.suffix == ".json" else path / "engine.json"
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if document["schema"] != ENGINE_SCHEMA or document["runtime"] not in _DESCRIBED_FOR:
-            raise ArtifactError(
-                f"{path} has schema {document['schema']} and runtime {document['runtime']}.",
-                allowed=f"schema {ENGINE_SCHEMA}, runtime {', '.join(_DESCRIBED_FOR)}",
-                fix=_REBUILD,
-            )
-        library = document["library"]
-        provider = document.get("provider", "cpu")
-        if provider not in get_args(Provider):
-            raise ArtifactError(
-                f"{path} names the provider {provider!r}.",
-                allowed=", ".join(get_args(Provider)),
-                fix=_REBUILD,
-            )
-        return Engine(
-            runtime=document["runtime"],
-            runtime_version=document["runtime_version"],
-            model=(path.parent / document["model"]).resolve(),
-            dense_model=(path.parent / document["dense_model"]).resolve()
-            if document["dense_model"]
-            else None,
-            threads=document["threads"],
-            provider=provider,
-            session_config=document["session_config"],
-            library_name=library["file"] if library else None,
-            library_digest=library["sha256"] if library else None,
-            bundled_library=_bundled(path.parent, library),
-            cpu_model=path.parent / document["cpu_model"] if document.get("cpu_model") else None,
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error!r}", fix=_REBUILD) from error
-
-
-def _bundled(folder: Path, library: Mapping[str, str] | None) -> Path | None:
-    path = folder / library["file"] if library else None
-    return path if path is not None and path.is_file() else None
-
-
 def engine_library(engine: Engine) -> Path | None:
     """The native library that an engine was made with.
 
@@ -170,16 +87,14 @@ def engine_library(engine: Engine) -> Path | None:
         EnvironmentFault: if this machine has no native library and the engine needs it.
         ArtifactError: if the library found is another one.
     """
-    if engine.library_digest is None:
+    if engine.library is None:
         return None
-    from nmexport.runtimes.native import require_library
-
-    library = engine.bundled_library or require_library()
-    if file_digest(library) != engine.library_digest:
+    library = engine.bundled_library or native.require_library()
+    if file_digest(library) != engine.library.sha256:
         raise ArtifactError(
-            f"The engine was made with another build of {engine.library_name} than {library}.",
-            allowed=f"sha256 {engine.library_digest}",
-            fix=_REBUILD,
+            f"The engine was made with another build of {engine.library.file.name} than {library}.",
+            allowed=f"sha256 {engine.library.sha256}",
+            fix=REBUILD,
         )
     return library
 
@@ -191,10 +106,8 @@ def choose_provider(library: Path | None) -> Provider:
     """
     if library is None or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         return "cpu"
-    from nmexport.environment import probe
-    from nmexport.runtimes.native import describe_library
-
-    return "cuda" if probe().gpus and describe_library(library).get("cuda") else "cpu"
+    has_kernels = environment.probe().gpus and native.describe_library(library).get("cuda")
+    return "cuda" if has_kernels else "cpu"
 
 
 def session_options(
@@ -235,28 +148,34 @@ def _register(options: onnxruntime.SessionOptions, library: Path) -> None:
 
 
 def open_session(
-    model: Path | bytes, options: onnxruntime.SessionOptions, provider: Provider = "cpu"
+    model: Path | bytes,
+    options: onnxruntime.SessionOptions,
+    provider: Provider = "cpu",
+    *,
+    bfloat16: bool = False,
 ) -> onnxruntime.InferenceSession:
     """Open a model file, or a serialised model.
 
-    On a processor, a bfloat16 model computes in float32 between its weights: see
-    `graph.cpu`. The options are then told the model's folder: they serve this one.
+    Args:
+        model: The ONNX file or its bytes.
+        options: Set for this model alone: a rewritten model adds its folder to them.
+        provider: Where to compute.
+        bfloat16: The model is in bfloat16. A CPU then runs it rewritten, with float32 between its
+            weights: see `graph.cpu`.
 
     Raises:
         ArtifactError: if the model is missing, corrupt, or not runnable by this runtime.
         EnvironmentFault: if the provider does not work here.
     """
-    from nmexport.runtimes.native import find_library, use_cuda_plans
-
     name = "An instrumented copy of the model" if isinstance(model, bytes) else str(model)
     if not isinstance(model, bytes) and not model.is_file():
         raise ArtifactError(f"{model} does not exist.", fix="run `nmexport export`")
-    if provider == "cpu" and needs_widening(model):
+    if provider == "cpu" and bfloat16:
         model = _widened(model, options)
     if provider == "cuda":
         _preload_cuda()
-        if (library := find_library()) is not None:
-            use_cuda_plans(library)
+        if (library := native.find_library()) is not None:
+            native.use_cuda_plans(library)
     try:
         session = onnxruntime.InferenceSession(
             model if isinstance(model, bytes) else str(model),
@@ -398,6 +317,7 @@ class OrtSession(Closing):
         threads: int | None = None,
         config: Mapping[str, str] = SESSION_CONFIG,
         provider: Provider = "cpu",
+        bfloat16: bool = False,
     ) -> None:
         """Open the model.
 
@@ -410,6 +330,7 @@ class OrtSession(Closing):
                 native library copies weights into them where they take a quarter of the free
                 memory at most.
             provider: Where to compute.
+            bfloat16: The model is in bfloat16, and not yet rewritten for a CPU.
 
         Raises:
             EnvironmentFault: if the library is missing or does not load, or the provider does not
@@ -420,7 +341,9 @@ class OrtSession(Closing):
         pages = {HUGE_PAGES_ENTRY: "1" if _fits_huge_pages(model) else "0"}
         options = session_options(library=library, threads=self.threads, config={**pages, **config})
         self._device: Provider = provider
-        self._session: onnxruntime.InferenceSession | None = open_session(model, options, provider)
+        self._session: onnxruntime.InferenceSession | None = open_session(
+            model, options, provider, bfloat16=bfloat16
+        )
         self._slots = _cache_slots(self._session)
         self._inputs = {value.name for value in self._session.get_inputs()}
         logits = {value.name: value for value in self._session.get_outputs()}.get("logits")
@@ -450,6 +373,7 @@ class OrtSession(Closing):
         engine = read_engine(path)
         provider = _provider_here(engine.provider) if elsewhere else engine.provider
         model = engine.model_for(provider, dense=dense)
+        rewritten = engine.needs_rewrite(provider, dense=dense)
         if model is None:
             raise ArtifactError(
                 f"{path} has no dense model.", fix="build it again without --no-dense-baseline"
@@ -457,10 +381,11 @@ class OrtSession(Closing):
         return cls(
             model,
             # A baseline needs none, unless it is in bfloat16: see `graph.cpu`.
-            library=engine_library(engine) if not dense or needs_widening(model) else None,
+            library=engine_library(engine) if not dense or rewritten else None,
             threads=engine.threads,
             config=engine.session_config,
             provider=provider,
+            bfloat16=rewritten,
         )
 
     @property

@@ -18,18 +18,13 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from nmexport.errors import ArtifactError, EnvironmentFault, UserError
+from nmexport.runtimes.engine import DENSE_PLAN, PLAN, REBUILD, read_engine
 from nmexport.runtimes.feeds import float32_from, positions_from_mask
 from nmexport.runtimes.session import Closing, Limits
 from nmexport.runtimes.tensorrt import library as tensorrt_library
 from nmexport.runtimes.tensorrt.cuda_memory import CudaDevice
-from nmexport.runtimes.tensorrt.description import (
-    DENSE_PLAN,
-    PLAN,
-    check_runnable,
-    engine_plugin,
-    read_tensorrt_engine,
-)
 from nmexport.runtimes.tensorrt.kernel_cache import KernelCache, kernel_cache_path
+from nmexport.runtimes.tensorrt.requirements import check_runnable, engine_plugin
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -37,8 +32,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from nmexport.runtimes.engine import TensorRTEngine
     from nmexport.runtimes.tensorrt.cuda_memory import Buffer, Device, Graph
-    from nmexport.runtimes.tensorrt.description import TensorRTEngine
     from nmexport.runtimes.tensorrt.library import Messages
 
 _PAST, _PRESENT = "past_key_values.", "present."
@@ -156,7 +151,9 @@ class TensorRTSession(Closing):
             EnvironmentFault: if this machine cannot run the engine; says why.
             ArtifactError: if the engine or its plugin library is not the one described.
         """
-        engine = read_tensorrt_engine(path)
+        engine = read_engine(path).tensorrt
+        if engine is None:
+            raise ArtifactError(f"{path} describes no TensorRT engine.", fix=REBUILD)
         check_runnable(engine)
         folder = path.parent if path.suffix == ".json" else path
         trt = tensorrt_library.load(engine.target)

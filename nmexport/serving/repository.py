@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from nmexport.environment import probe
 from nmexport.errors import ArtifactError
 from nmexport.generation.options import GenerationOptions, options_from
 from nmexport.generation.tokenizer import ServingTokenizer
+from nmexport.runtimes.engine import Engine, write_engine
 from nmexport.serving import bundle as bundles
 from nmexport.serving import triton_config
 from nmexport.store.artifact import record_files
@@ -33,7 +35,6 @@ LAUNCH = "launch.sh"
 LICENCES = "model_licence"
 """Folder of the model's own licence files, as they lay beside its weights."""
 SUMS = "SHA256SUMS"
-_ENGINE = "engine.json"
 _MODEL = "model.onnx"
 _CPU_MODEL = "model.cpu.onnx"
 _TEMPLATES = ("README.md", "NOTICE.md", LAUNCH)
@@ -58,8 +59,7 @@ class TextModel:
     """The folder of the exported model."""
     files: tuple[str, ...]
     """Of the export: what is served, relative to it."""
-    engine: Mapping[str, Any]
-    """`engine.json` of the engine, as it is in its own folder."""
+    engine: Engine
     library: Path | None
     settings: Mapping[str, str]
     licences: tuple[Path, ...] = ()
@@ -87,8 +87,10 @@ def write_text_model(output: Path, source: TextModel) -> Path:
         shutil.copyfile(source.export / name, folder / name)
     if source.library is not None:
         shutil.copyfile(source.library, folder / source.library.name)
-    cpu_model = _write_cpu_model(folder, has_native_ops=source.library is not None)
-    (folder / _ENGINE).write_text(_relocated(source.engine, cpu_model), encoding="utf-8")
+    cpu_model = None
+    if source.engine.needs_rewrite("cpu", dense=False):
+        cpu_model = _write_cpu_model(folder, has_native_ops=source.library is not None)
+    write_engine(_relocated(source.engine, folder.resolve(), cpu_model), folder)
     (folder / "model.py").write_text(_MODEL_PY, encoding="utf-8")
     tokenizer = ServingTokenizer(folder)
     tokens = [tokenizer.encode(text) for text in bundles.REFERENCE_TEXTS]
@@ -208,37 +210,30 @@ def generation_defaults(folder: Path) -> GenerationOptions:
     return options_from({name: document[name] for name in names if document.get(name) is not None})
 
 
-def _write_cpu_model(folder: Path, *, has_native_ops: bool) -> str | None:
-    """Write a bfloat16 graph as a processor takes it: a server has no `onnx` to rewrite it with.
-
-    Returns:
-        The file's name; None where the model itself will do.
-    """
-    from nmexport.runtimes.model_types import needs_widening
-
-    model = folder / _MODEL
-    if not needs_widening(model):
-        return None
+def _write_cpu_model(folder: Path, *, has_native_ops: bool) -> Path:
+    """Write a bfloat16 graph as a CPU runs it: a server has no `onnx` to rewrite it with."""
     from nmexport.graph.cpu import widened
 
-    (folder / _CPU_MODEL).write_bytes(widened(model, has_native_ops=has_native_ops))
-    return _CPU_MODEL
+    path = folder.resolve() / _CPU_MODEL
+    path.write_bytes(widened(folder / _MODEL, has_native_ops=has_native_ops))
+    return path
 
 
-def _relocated(engine: Mapping[str, Any], cpu_model: str | None) -> str:
-    """`engine.json` for the folder that holds everything it names."""
-    known = {name: value for name, value in engine.items() if not isinstance(value, dict)}
-    document = {
-        **known,
-        "library": engine["library"],
-        "session_config": engine["session_config"],
+def _relocated(engine: Engine, folder: Path, cpu_model: Path | None) -> Engine:
+    """Return the description for the folder that holds everything it names."""
+    library = engine.library
+    return replace(
+        engine,
         # The text model keeps its caches in ONNX Runtime, whatever else was built.
-        "runtime": "onnxruntime",
-        "model": _MODEL,
-        **({} if cpu_model is None else {"cpu_model": cpu_model}),
-        "dense_model": "dense/model.onnx",
-    }
-    return json.dumps(document, indent=1) + "\n"
+        runtime="onnxruntime",
+        runtime_version=probe().version("onnxruntime"),
+        model=folder / _MODEL,
+        cpu_model=cpu_model,
+        dense_model=None,
+        library=library and replace(library, file=folder / library.file.name),
+        tensorrt=None,
+        build=None,
+    )
 
 
 def _write_reference(folder: Path, tokens: list[list[int]]) -> None:

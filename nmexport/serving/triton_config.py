@@ -13,7 +13,7 @@ from nmexport.errors import ArtifactError, EnvironmentFault
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from nmexport.runtimes.tensorrt.description import EngineTensor, TensorRTEngine
+    from nmexport.runtimes.engine import EngineTensor, TensorRTEngine
 
 CONFIG = "config.pbtxt"
 PLAN = "model.plan"

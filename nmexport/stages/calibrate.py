@@ -6,13 +6,13 @@ the pattern nor the criterion: trying another one reruns only what comes after.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nmexport.calibration.corpus import SELF, corpus_identity, load_samples
-from nmexport.errors import ArtifactError, CorpusError
+from nmexport.errors import CorpusError
 from nmexport.store.layers import FILENAME
+from nmexport.store.records import read_record, write_record
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,6 +45,13 @@ class CalibratedLinear:
     """Tokens its statistics stand on; 0 where none reached it, and then it has none."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Linears:
+    """`layers.json`."""
+
+    linears: tuple[CalibratedLinear, ...]
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A finished calibration."""
@@ -58,18 +65,9 @@ class Artifact:
         Raises:
             ArtifactError: if `layers.json` is missing, malformed, or of another schema.
         """
+        fix = "rebuild the stage with --force"
         path = self.path / FILENAME
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-            if document["schema"] != SCHEMA:
-                raise ArtifactError(
-                    f"{path} has schema {document['schema']}.", allowed=f"schema {SCHEMA}"
-                )
-            return [CalibratedLinear(**row) for row in document["linears"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ArtifactError(
-                f"{path} cannot be read: {error}", fix="rebuild the stage with --force"
-            ) from error
+        return list(read_record(_Linears, path, schema=SCHEMA, fix=fix).linears)
 
     def samples(self) -> torch.Tensor:
         """Token ids of the calibration samples, `[samples, length]` int64; any few hold all."""
@@ -228,7 +226,7 @@ def _write_linears(
 ) -> None:
     from nmexport.sparsity.linear import bias_of
 
-    rows = [
+    rows = tuple(
         CalibratedLinear(
             name=name,
             in_features=linear.in_features,
@@ -237,6 +235,5 @@ def _write_linears(
             tokens=statistics[name].tokens if name in statistics else 0,
         )
         for name, linear in linears.items()
-    ]
-    document = {"schema": SCHEMA, "linears": [asdict(row) for row in rows]}
-    (folder / FILENAME).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    )
+    write_record(_Linears(linears=rows), folder / FILENAME, schema=SCHEMA)

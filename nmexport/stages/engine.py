@@ -9,36 +9,26 @@ ONNX files in both cases, as they run wherever the plan does not.
 
 from __future__ import annotations
 
-import json
-import os
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ArtifactError, EnvironmentFault, RecipeError
+from nmexport.runtimes.engine import SCHEMA, Engine, LibraryRecord, read_engine, write_engine
+from nmexport.runtimes.native import find_library
+from nmexport.runtimes.tensorrt import library as tensorrt_library
+from nmexport.runtimes.tensorrt import requirements
+from nmexport.runtimes.tensorrt.profiles import limits_from
 from nmexport.store.artifact import file_digest
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     from nmexport.choices import Target
-    from nmexport.runtimes.onnxruntime_session import Engine
-    from nmexport.runtimes.tensorrt.library import TensorRTTarget
+    from nmexport.runtimes.engine import Runtime, TensorRTTarget
     from nmexport.stages.inputs import StageInputs
 
-Runtime = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
 UPSTREAM = ("export",)
-FILENAME = "engine.json"
-# What `engine.json` says of a TensorRT build beside what a session reads.
-_BUILD_RECORD = (
-    "attention_layers",
-    "attention_kernels",
-    "plan_bytes",
-    "weight_bytes",
-    "timing_cache",
-    "why_no_timing_cache",
-)
 NO_LIBRARY = "the native op library is not built here; the function bodies in the model run"
 
 
@@ -50,13 +40,11 @@ class Artifact:
 
     @property
     def engine(self) -> Engine:
-        """What to open and how.
+        """The engine's description.
 
         Raises:
             ArtifactError: if `engine.json` is missing or not of this schema.
         """
-        from nmexport.runtimes.onnxruntime_session import read_engine
-
         return read_engine(self.path)
 
 
@@ -66,8 +54,6 @@ def resolve_target(target: Target) -> Runtime:
     `auto` is TensorRT where its package, a GPU and the plugin library are here, TensorRT-RTX where
     those of its own are, and ONNX Runtime elsewhere.
     """
-    from nmexport.runtimes.tensorrt import library as tensorrt_library
-
     if target != "auto":
         return target
     if tensorrt_library.find_plugin() is None or not tensorrt_library.gpu_is_usable():
@@ -76,8 +62,6 @@ def resolve_target(target: Target) -> Runtime:
 
 
 def _loads(target: TensorRTTarget) -> bool:
-    from nmexport.runtimes.tensorrt import library as tensorrt_library
-
     try:
         tensorrt_library.load(target)
     except EnvironmentFault:
@@ -104,17 +88,15 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
             fix="leave out --no-dense-baseline, or use --target onnxruntime",
         )
     fields = {
+        "schema": SCHEMA,
         "target": target,
         "onnxruntime": inputs.environment.version("onnxruntime"),
         "threads": inputs.recipe.latency.threads,
         "device": inputs.environment.cpu,
-        "library": _library_entry(_library()),
+        "library": _library_fields(find_library()),
     }
     if target == "onnxruntime":
         return {**fields, "gpus": [gpu.name for gpu in inputs.environment.gpus]}
-    from nmexport.runtimes.tensorrt import library as tensorrt_library
-    from nmexport.runtimes.tensorrt import requirements
-    from nmexport.runtimes.tensorrt.profiles import limits_from
 
     requirements.check(target, inputs.recipe.engine.compute_capabilities)
     return {
@@ -123,7 +105,7 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
         "gpus": [gpu.name for gpu in inputs.environment.gpus],
         "engine": inputs.recipe.engine.model_dump(mode="json"),
         "limits": vars(limits_from(inputs.recipe)),
-        "plugin": _library_entry(tensorrt_library.find_plugin()),
+        "plugin": _library_fields(tensorrt_library.find_plugin()),
     }
 
 
@@ -143,7 +125,6 @@ def run(inputs: StageInputs) -> dict[str, Any]:
 
 
 def _run_tensorrt(inputs: StageInputs, target: TensorRTTarget) -> dict[str, Any]:
-    from nmexport.runtimes.tensorrt.description import SECTION
     from nmexport.runtimes.tensorrt.pair import LOG, build_pair
 
     built = build_pair(
@@ -155,27 +136,27 @@ def _run_tensorrt(inputs: StageInputs, target: TensorRTTarget) -> dict[str, Any]
         log=(inputs.resume or inputs.output) / LOG,  # a failed build's folder is removed
         progress=inputs.progress,
     )
-    document = {
-        **_description(inputs, _library()),
-        "runtime": target,
-        "runtime_version": built.engine.version,
-        SECTION: built.engine.as_dict(),
-        "build": {name: built.metrics[name] for name in _BUILD_RECORD},
-    }
-    _write(inputs, document)
+    engine = replace(
+        _describe(inputs, find_library()),
+        runtime=target,
+        runtime_version=built.engine.version,
+        tensorrt=built.engine,
+        build=built.record,
+    )
+    write_engine(engine, inputs.output)
     return built.metrics
 
 
 def _run_onnxruntime(inputs: StageInputs) -> dict[str, Any]:
-    library = _library()
+    library = find_library()
     if library is None:
         inputs.progress.note(f"engine: {NO_LIBRARY}")
-    document = _description(inputs, library)
-    _write(inputs, document)
+    engine = _describe(inputs, library)
+    write_engine(engine, inputs.output)
     return {
-        "target": document["runtime"],
+        "target": engine.runtime,
         "library": library.name if library else None,
-        "why_no_library": document["why_no_library"],
+        "why_no_library": engine.why_no_library,
         "open_seconds": {
             "sparse": _load_check(inputs.output, dense=False),
             "dense": _load_check(inputs.output, dense=True)
@@ -185,46 +166,32 @@ def _run_onnxruntime(inputs: StageInputs) -> dict[str, Any]:
     }
 
 
-def _description(inputs: StageInputs, library: Path | None) -> dict[str, Any]:
-    """How the ONNX files run on ONNX Runtime."""
-    from nmexport.runtimes.onnxruntime_session import ENGINE_SCHEMA, SESSION_CONFIG, choose_provider
+def _describe(inputs: StageInputs, library: Path | None) -> Engine:
+    """Describe how the exported files run on ONNX Runtime."""
+    from nmexport.runtimes.onnxruntime_session import SESSION_CONFIG, choose_provider
 
-    return {
-        "schema": ENGINE_SCHEMA,
-        "runtime": "onnxruntime",
-        "runtime_version": inputs.environment.version("onnxruntime"),
-        "model": _relative(inputs, "model.onnx"),
-        "dense_model": _relative(inputs, "dense/model.onnx")
-        if inputs.recipe.model.dense_baseline
-        else None,
-        "threads": inputs.recipe.latency.threads,
-        "provider": choose_provider(library),
-        "session_config": dict(SESSION_CONFIG),
-        "library": _library_entry(library),
-        "why_no_library": None if library else NO_LIBRARY,
-    }
-
-
-def _write(inputs: StageInputs, document: Mapping[str, Any]) -> None:
-    text = json.dumps(document, indent=1) + "\n"
-    (inputs.output / FILENAME).write_text(text, encoding="utf-8")
+    export = inputs.upstream["export"].resolve()
+    model = inputs.recipe.model
+    return Engine(
+        runtime="onnxruntime",
+        runtime_version=inputs.environment.version("onnxruntime"),
+        model=export / "model.onnx",
+        dense_model=export / "dense" / "model.onnx" if model.dense_baseline else None,
+        element_type=model.dtype,
+        threads=inputs.recipe.latency.threads,
+        provider=choose_provider(library),
+        session_config=SESSION_CONFIG,
+        library=_library_record(inputs.output.resolve(), library) if library else None,
+        why_no_library=None if library else NO_LIBRARY,
+    )
 
 
-def _library() -> Path | None:
-    from nmexport.runtimes.native import find_library
-
-    return find_library()
+def _library_record(output: Path, library: Path) -> LibraryRecord:
+    return LibraryRecord(file=output / library.name, sha256=file_digest(library))
 
 
-def _library_entry(library: Path | None) -> dict[str, str] | None:
+def _library_fields(library: Path | None) -> dict[str, str] | None:
     return {"file": library.name, "sha256": file_digest(library)} if library else None
-
-
-def _relative(inputs: StageInputs, name: str) -> str:
-    """A file of the export, seen from the finished artifact, which lies where `output` does."""
-    path = inputs.upstream["export"].resolve() / name
-    relative = os.path.relpath(path, inputs.output.resolve())
-    return relative.replace(os.sep, "/")
 
 
 def _load_check(folder: Path, *, dense: bool) -> float:

@@ -15,6 +15,7 @@ from nmexport.calibration.effort import learning_settings
 from nmexport.errors import ModelError
 from nmexport.sparsity.mitigation import check_allocatable, check_combination
 from nmexport.stages import calibrate
+from nmexport.store.allocation import Allocation, write_allocation
 from nmexport.store.folded import LEARNING, FoldedModel
 from nmexport.store.layers import LayerSpec, write_layers
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from nmexport.allocation.allocate import Prepared
-    from nmexport.allocation.choice import Allocation
     from nmexport.calibration.checkpoint import Checkpoint
     from nmexport.calibration.corpus import TokenIds
     from nmexport.calibration.derivation import Derived
@@ -127,8 +127,6 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     specs = [_layer_spec(name, given.linears[name], made) for name in made.derived]
     write_layers(inputs.output, specs)
     if allocation is not None:
-        from nmexport.allocation.choice import write_allocation
-
         write_allocation(inputs.output, allocation)
     return {
         "linears": len(specs),
@@ -139,7 +137,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
 
 
 def _made_within_budget(given: _Given, prepared: Prepared) -> tuple[_Made, Allocation]:
-    from nmexport.allocation.counted import built_within
+    from nmexport.allocation.built import built_within
 
     def build(allocation: Allocation, attempt: int) -> tuple[_Made, Allocation]:
         made = _made(
@@ -151,6 +149,8 @@ def _made_within_budget(given: _Given, prepared: Prepared) -> tuple[_Made, Alloc
         behaviours = {name: one.behaviour for name, one in made.derived.items()}
         measured = prepared.as_built(allocation, behaviours, partial(_folded, given, made))
         given.inputs.progress.note(_came_to(measured))
+        if measured.remark is not None:
+            given.inputs.progress.note(measured.remark)
         return made, measured
 
     made, allocation = built_within(
@@ -160,7 +160,7 @@ def _made_within_budget(given: _Given, prepared: Prepared) -> tuple[_Made, Alloc
 
 
 def _came_to(allocation: Allocation) -> str:
-    """What was chosen and what became of it, in a line."""
+    """Describe what was chosen and what became of it, in a line."""
     built = allocation.built
     assert built is not None  # noqa: S101 - for the type checker
     words = (
@@ -168,7 +168,7 @@ def _came_to(allocation: Allocation) -> str:
         f"{allocation.perplexity_ratio:.3f} as chosen, {built.perplexity_ratio:.3f} as built"
     )
     broken = built.budget_used is not None and built.budget_used > 1
-    return f"{words}, which breaks the budget" if broken else words
+    return f"{words}, which exceeds the budget" if broken else words
 
 
 def _made(
@@ -303,20 +303,17 @@ def _prepared(given: _Given) -> Prepared | None:
 
 
 def _sections(given: _Given, allocation: Allocation) -> dict[str, SparsitySection]:
-    """What each linear that becomes sparse is to compute."""
-    from nmexport.sparsity.pattern import NMPattern
-
+    """Return what each linear that becomes sparse is to compute."""
     section = given.inputs.recipe.sparsity
     return {
         name: section.model_copy(
             update={
-                "pattern": NMPattern.parse(choice.pattern),
+                "pattern": choice.pattern,
                 "criterion": choice.criterion,
                 "phases": choice.phase,
             }
         )
-        for name, choice in allocation.choices.items()
-        if choice.pattern is not None
+        for name, choice in allocation.sparse.items()
     }
 
 

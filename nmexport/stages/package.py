@@ -6,24 +6,25 @@ run once from the package itself: the logits that it must give at every start co
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ArtifactError, GateFailed
+from nmexport.runtimes.engine import PLAN, read_engine
+from nmexport.runtimes.tensorrt.requirements import engine_plugin
 from nmexport.stages import verify
 from nmexport.store.artifact import read_manifest
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from nmexport.runtimes.tensorrt.description import TensorRTEngine
+    from nmexport.runtimes.engine import TensorRTEngine
     from nmexport.serving.bundle import Bundle
     from nmexport.serving.repository import TextModel
     from nmexport.stages.inputs import StageInputs
 
 UPSTREAM = ("export", "engine", "verify")
-SCHEMA = 5
+SCHEMA = 6
 _AUTO = "auto"
 
 
@@ -106,16 +107,13 @@ def _write_engine(inputs: StageInputs, name: str) -> tuple[list[str], str | None
         Plugin libraries that a server must load, relative to the package; and why there is no raw
         engine, where there is none.
     """
-    from nmexport.runtimes.tensorrt import library as tensorrt_library
-    from nmexport.runtimes.tensorrt.description import PLAN, engine_plugin, read_tensorrt_engine
     from nmexport.serving import repository
     from nmexport.serving.triton_config import signature_of_engine
 
     folder = inputs.upstream["engine"]
-    document = json.loads((folder / "engine.json").read_text(encoding="utf-8"))
-    if document["runtime"] not in tensorrt_library.TARGETS:
+    engine = read_engine(folder).tensorrt
+    if engine is None:
         return [], "the target is not TensorRT"
-    engine = read_tensorrt_engine(folder)
     why = why_not_raw(engine)
     if why is not None:
         return [], why
@@ -168,12 +166,11 @@ def text_model(inputs: StageInputs, *, verdict: str) -> TextModel:
     """
     from nmexport.models.source import licence_files
     from nmexport.recipe import short_name
-    from nmexport.runtimes.onnxruntime_session import engine_library, read_engine
+    from nmexport.runtimes.onnxruntime_session import engine_library
     from nmexport.serving.repository import TextModel
 
     serving = inputs.recipe.serving
-    engine_folder = inputs.upstream["engine"]
-    engine = read_engine(engine_folder)
+    engine = read_engine(inputs.upstream["engine"])
     records = read_manifest(inputs.upstream["export"]).files
     return TextModel(
         name=serving.name or short_name(inputs.source.id),
@@ -182,7 +179,7 @@ def text_model(inputs: StageInputs, *, verdict: str) -> TextModel:
         verdict=verdict,
         export=inputs.upstream["export"],
         files=tuple(one.path for one in records if not one.path.startswith("dense/")),
-        engine=json.loads((engine_folder / "engine.json").read_text(encoding="utf-8")),
+        engine=engine,
         library=engine_library(engine),
         settings={
             "slots": str(serving.slots),

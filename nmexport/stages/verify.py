@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from nmexport.calibration import corpus
 from nmexport.errors import RecipeError
+from nmexport.runtimes.engine import read_engine
 from nmexport.stages import fold
 from nmexport.stages.engine import NO_LIBRARY, resolve_target
 from nmexport.store.layers import model_phases
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from nmexport.recipe import EvaluationSection, LatencySection, Recipe
-    from nmexport.runtimes.onnxruntime_session import Engine
+    from nmexport.runtimes.engine import Engine
     from nmexport.runtimes.session import Session
     from nmexport.stages.inputs import StageInputs
     from nmexport.store.layers import ModelPhases
@@ -118,7 +119,6 @@ def run(inputs: StageInputs) -> dict[str, Any]:
         ArtifactError: if an upstream artifact cannot be read.
         EnvironmentFault: if the engine's native library is missing here.
     """
-    from nmexport.runtimes.onnxruntime_session import read_engine
     from nmexport.runtimes.opening import why_not_here
     from nmexport.verification import alone, memory, report_engine, report_pages
     from nmexport.verification.reference import model_size
@@ -129,7 +129,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     windows = _windows(inputs)
     prompts = prompts_from(windows, recipe.evaluation.prompts)
     size = model_size(inputs.source, trust_remote_code=recipe.model.trust_remote_code)
-    built = report_engine.section(inputs.upstream["engine"])
+    built = report_engine.section(engine)
     compared = engine.dense_model is not None
     measure = _dense_against_sparse if compared else _sparse_alone
     accuracy, latency = measure(inputs, windows, prompts)
@@ -414,7 +414,12 @@ def _parity(inputs: StageInputs, engine: Engine, prompts: NDArray[np.int64]) -> 
             executors[parity.TORCH] = torch_session.with_twins()
         if parity.ONNX not in why:
             executors[parity.ONNX] = stack.enter_context(
-                OrtSession(engine.model, threads=engine.threads, config=engine.session_config)
+                OrtSession(
+                    engine.model,
+                    threads=engine.threads,
+                    config=engine.session_config,
+                    bfloat16=engine.needs_rewrite("cpu", dense=False),
+                )
             )
         absent = why_not_here(inputs.upstream["engine"]) or _no_library(engine)
         if absent:
@@ -504,7 +509,7 @@ def _calibration(inputs: StageInputs) -> dict[str, Any]:
 
 def _allocation(inputs: StageInputs) -> dict[str, Any] | None:
     """The report's `allocation`; None where the recipe sets no budget."""
-    from nmexport.allocation.choice import as_dict, read_allocation
+    from nmexport.store.allocation import as_dict, read_allocation
 
     allocation = read_allocation(inputs.upstream["fold"])
     return None if allocation is None else as_dict(allocation)
@@ -512,7 +517,7 @@ def _allocation(inputs: StageInputs) -> dict[str, Any] | None:
 
 def _no_library(engine: Engine) -> str | None:
     """Why ONNX Runtime has no engine of its own, where it has none."""
-    needs_one = engine.runtime == "onnxruntime" and engine.library_digest is None
+    needs_one = engine.runtime == "onnxruntime" and engine.library is None
     return NO_LIBRARY if needs_one else None
 
 

@@ -9,11 +9,12 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ArtifactError, InternalError
+from nmexport.store.records import json_from, record_from
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -104,21 +105,19 @@ class Manifest:
 
     def to_json(self) -> str:
         """Text of `manifest.json`."""
-        return json.dumps(asdict(self), indent=1, allow_nan=False) + "\n"
+        return json.dumps(json_from(self), indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
         """Read `manifest.json`.
 
         Raises:
-            ValueError, KeyError, TypeError: if it is not one.
+            ValueError: if it is not one.
         """
         document = json.loads(text)
-        if document["schema"] != SCHEMA:
-            raise ValueError(f"schema {document['schema']}, not {SCHEMA}")
-        upstream = {name: UpstreamRecord(**row) for name, row in document["upstream"].items()}
-        files = tuple(FileRecord(**row) for row in document["files"])
-        return cls(**{**document, "upstream": upstream, "files": files})
+        if isinstance(document, dict) and document.get("schema") != SCHEMA:
+            raise ValueError(f"schema {document.get('schema')}, not {SCHEMA}")
+        return record_from(cls, document)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -135,7 +134,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"{folder} holds no finished artifact: there is no {MANIFEST} in it.",
             fix="build it with `nmexport build`",
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise ArtifactError(
             f"{path} cannot be read: {error}", fix="rebuild the stage with --force STAGE"
         ) from error

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from nmexport.errors import ArtifactError
 from nmexport.sparsity.pattern import NMPattern
+from nmexport.store.records import read_record, write_record
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -59,6 +58,13 @@ class LayerSpec:
         return NMPattern.parse(self.pattern)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Layers:
+    """The file."""
+
+    layers: tuple[LayerSpec, ...]
+
+
 def model_phases(layers: Iterable[LayerSpec]) -> ModelPhases:
     """When a model is sparse, by when its linears are."""
     found = {layer.phase for layer in layers}
@@ -67,8 +73,7 @@ def model_phases(layers: Iterable[LayerSpec]) -> ModelPhases:
 
 def write_layers(folder: Path, layers: list[LayerSpec]) -> None:
     """Write `layers.json`."""
-    document = {"schema": SCHEMA, "layers": [asdict(layer) for layer in layers]}
-    (folder / FILENAME).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_record(_Layers(layers=tuple(layers)), folder / FILENAME, schema=SCHEMA)
 
 
 def read_layers(folder: Path) -> list[LayerSpec]:
@@ -78,17 +83,5 @@ def read_layers(folder: Path) -> list[LayerSpec]:
         ArtifactError: if it is missing, malformed, or of another schema.
     """
     path = folder / FILENAME
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if document["schema"] != SCHEMA:
-            raise ArtifactError(
-                f"{path} has schema {document['schema']}.", allowed=f"schema {SCHEMA}"
-            )
-        return [
-            LayerSpec(**{**row, "mitigations": tuple(row["mitigations"])})
-            for row in document["layers"]
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(
-            f"{path} cannot be read: {error}", fix="rebuild the stage with --force"
-        ) from error
+    fix = "rebuild the stage with --force"
+    return list(read_record(_Layers, path, schema=SCHEMA, fix=fix).layers)

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper
 
 from nmexport.errors import ArtifactError
 from nmexport.graph.contract import attribute_values, op_contract, present_inputs
+from nmexport.graph.cpu import is_bfloat16
 from nmexport.graph.functions import function_protos_for
 from nmexport.graph.linears import PlacedLinear, placed_linears
 from nmexport.runtimes.onnxruntime_session import EXTERNAL_DATA_FOLDER, SESSION_CONFIG, OrtSession
@@ -204,7 +205,13 @@ def open_instrumented(
 ) -> OrtSession:
     """A session on a changed graph whose weights lie in `folder`."""
     config = {**SESSION_CONFIG, EXTERNAL_DATA_FOLDER: str(folder)}
-    return OrtSession(model.SerializeToString(), library=library, threads=threads, config=config)
+    return OrtSession(
+        model.SerializeToString(),
+        library=library,
+        threads=threads,
+        config=config,
+        bfloat16=is_bfloat16(model),
+    )
 
 
 def count_kept(

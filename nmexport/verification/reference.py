@@ -207,7 +207,7 @@ def model_size(source: ModelSource, *, trust_remote_code: bool = False) -> Model
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    form = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
+    form = {} if not source.packed else {"gguf_file": source.gguf_file}
     try:
         config = AutoConfig.from_pretrained(
             source.folder, trust_remote_code=trust_remote_code, local_files_only=True, **form

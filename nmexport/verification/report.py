@@ -82,7 +82,7 @@ def assemble(
         memory: `peak_rss_bytes`, `device_bytes`, `artifact_bytes`.
         notes: What a reader must know beside the figures.
         engine: See `report_engine.section`; None where ONNX Runtime runs the model.
-        allocation: See `nmexport.allocation.choice.as_dict`; None where all linears are alike.
+        allocation: See `nmexport.store.allocation.as_dict`; None where all linears are alike.
         calibration: See `report_learning.section`.
         phases: When the model is sparse; None is as the recipe says.
     """

@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
+
+from nmexport.store.records import json_from
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
+
+    from nmexport.runtimes.engine import Engine
 
 _LAYOUTS = 1.25
 """A plan so much larger than its weights holds some of them in two layouts."""
 _SMALL = 64_000_000  # bytes that graphs and kernels take anyway
 
 
-def section(engine: Path) -> dict[str, Any] | None:
-    """What `engine.json` says of the build; None where ONNX Runtime runs the model.
-
-    Args:
-        engine: The folder of `engine.json`.
-    """
-    document = json.loads((engine / "engine.json").read_text(encoding="utf-8"))
-    described = document.get("tensorrt")
-    if described is None:
+def section(engine: Engine) -> dict[str, Any] | None:
+    """Describe a TensorRT build; None where ONNX Runtime runs the model."""
+    described = engine.tensorrt
+    if described is None or engine.build is None:
         return None
     return {
-        "runtime": f"{document['runtime']} {document['runtime_version']}",
-        "compute_capabilities": described["compute_capabilities"],
-        "attention": described["attention"],
-        "cache": "in place" if described["in_place_cache"] else "concatenated",
-        "why_not_in_place": described["why_not_in_place"],
-        **document["build"],
+        "runtime": f"{engine.runtime} {engine.runtime_version}",
+        "compute_capabilities": list(described.compute_capabilities),
+        "attention": described.attention,
+        "cache": "in place" if described.in_place_cache else "concatenated",
+        "why_not_in_place": described.why_not_in_place,
+        **json_from(engine.build),
     }
 
 

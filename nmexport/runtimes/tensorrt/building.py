@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ArtifactError, EnvironmentFault, NmexportError
+from nmexport.runtimes.engine import EngineTensor
 from nmexport.runtimes.tensorrt import library as tensorrt_library
 from nmexport.runtimes.tensorrt.build_progress import PERCENT, Meter
-from nmexport.runtimes.tensorrt.description import EngineTensor
 from nmexport.runtimes.tensorrt.requirements import check_gpus
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nmexport.progress import Progress
-    from nmexport.runtimes.tensorrt.library import Messages, TensorRTTarget
+    from nmexport.runtimes.engine import TensorRTTarget
+    from nmexport.runtimes.tensorrt.library import Messages
     from nmexport.runtimes.tensorrt.profiles import Profile
 
 _POLL_SECONDS = 0.2

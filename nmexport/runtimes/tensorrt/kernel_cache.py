@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 if TYPE_CHECKING:
-    from nmexport.runtimes.tensorrt.description import TensorRTEngine
+    from nmexport.runtimes.engine import TensorRTEngine
 
 _IDENTIFYING = 1 << 16  # bytes at either end of a plan
 

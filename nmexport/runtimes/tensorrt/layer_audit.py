@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from nmexport.errors import InternalError
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nmexport.runtimes.tensorrt.building import NetworkLayer
     from nmexport.runtimes.tensorrt.weight_copies import Weight
 
+SCHEMA = 1
 PLUGIN_KIND = "PLUGIN_V3"
 CACHE_KIND = "KV_CACHE_UPDATE"
 ATTENTION_KIND = "ATTENTION_INPUT"
@@ -63,10 +64,6 @@ class LayerAudit:
     """Weights whose bytes stand in the plan, each once."""
     layers: tuple[Any, ...]
     """Names, or the inspector's own records."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return {"schema": 1, **asdict(self)}
 
     @property
     def attention(self) -> str:

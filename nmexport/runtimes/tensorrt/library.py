@@ -16,7 +16,7 @@ import json
 import warnings
 from collections import deque
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
 
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-TensorRTTarget = Literal["tensorrt", "tensorrt-rtx"]
+    from nmexport.runtimes.engine import TensorRTTarget
+
 TARGETS: tuple[TensorRTTarget, ...] = ("tensorrt", "tensorrt-rtx")
 
 PLUGIN = "libnmexport_tensorrt.so"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,17 +13,19 @@ from nmexport.graph.contract import op_contract
 from nmexport.graph.matching import is_op
 from nmexport.graph.tensorrt import ATTENTION_OP, SCATTER_OP, for_tensorrt
 from nmexport.progress import duration
-from nmexport.runtimes.tensorrt import building, layer_audit, requirements, weight_copies
-from nmexport.runtimes.tensorrt import library as tensorrt_library
-from nmexport.runtimes.tensorrt.description import (
+from nmexport.runtimes.engine import (
     DENSE_PLAN,
     PLAN,
+    BuildRecord,
     PluginRecord,
     TensorRTEngine,
 )
+from nmexport.runtimes.tensorrt import building, layer_audit, requirements, weight_copies
+from nmexport.runtimes.tensorrt import library as tensorrt_library
 from nmexport.runtimes.tensorrt.profiles import PROFILES, limits_from, profiles_for
 from nmexport.runtimes.tensorrt.timing_cache import timing_cache_path
 from nmexport.store.artifact import file_digest
+from nmexport.store.records import json_from, write_record
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
     from nmexport.graph.tensorrt import Rewritten
     from nmexport.progress import Progress
     from nmexport.recipe import Recipe
+    from nmexport.runtimes.engine import TensorRTTarget
     from nmexport.runtimes.tensorrt.building import Plan
-    from nmexport.runtimes.tensorrt.library import TensorRTTarget
     from nmexport.runtimes.tensorrt.profiles import Limits
     from nmexport.runtimes.tensorrt.weight_copies import Weight
 
@@ -54,6 +55,7 @@ class Built:
     """Both engines."""
 
     engine: TensorRTEngine
+    record: BuildRecord
     metrics: dict[str, Any]
 
 
@@ -118,7 +120,9 @@ def build_pair(
     if log.is_file():
         shutil.move(log, output / LOG)
     engine = maker.describe(plan, sparse, audited)
-    return Built(engine=engine, metrics=maker.metrics(engine, audited, plan, dense_plan))
+    record = maker.record(audited, plan, dense_plan)
+    metrics = maker.metrics(engine, record, audited, plan, dense_plan)
+    return Built(engine=engine, record=record, metrics=metrics)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,8 +171,7 @@ class _Maker:
             plugin_bytes=self.plugin.stat().st_size if embeds else 0,
             compiled=self.target == "tensorrt",
         )
-        text = json.dumps(audited.as_dict(), indent=1) + "\n"
-        (self.output / LAYERS).write_text(text, encoding="utf-8")
+        write_record(audited, self.output / LAYERS, schema=layer_audit.SCHEMA)
         return audited
 
     def describe(self, plan: Plan, side: _Side, audited: layer_audit.LayerAudit) -> TensorRTEngine:
@@ -195,30 +198,41 @@ class _Maker:
             tensors=plan.tensors,
         )
 
-    def metrics(
-        self, engine: TensorRTEngine, audited: layer_audit.LayerAudit, sparse: Plan, dense: Plan
-    ) -> dict[str, Any]:
-        """The stage's metrics."""
+    def record(self, audited: layer_audit.LayerAudit, sparse: Plan, dense: Plan) -> BuildRecord:
+        """Describe for the report what was built."""
         cache = self.timing_cache
+        return BuildRecord(
+            attention_layers=audited.attention_layers,
+            attention_kernels=dict(audited.attention_kernels),
+            plan_bytes={"sparse": len(sparse.data), "dense": len(dense.data)},
+            weight_bytes=audited.weight_bytes,
+            timing_cache=None if cache is None else cache.name,
+            why_no_timing_cache=building.NO_TIMING_CACHE if cache is None else None,
+        )
+
+    def metrics(
+        self,
+        engine: TensorRTEngine,
+        record: BuildRecord,
+        audited: layer_audit.LayerAudit,
+        sparse: Plan,
+        dense: Plan,
+    ) -> dict[str, Any]:
+        """Collect the stage's metrics."""
         return {
+            **json_from(record),
             "target": engine.target,
             "version": engine.version,
             "compute_capabilities": list(engine.compute_capabilities),
-            "plan_bytes": {"sparse": len(sparse.data), "dense": len(dense.data)},
-            "weight_bytes": audited.weight_bytes,
             "weights_found": audited.weights_found,
             "parse_seconds": {"sparse": sparse.parse_seconds, "dense": dense.parse_seconds},
             "build_seconds": {"sparse": sparse.build_seconds, "dense": dense.build_seconds},
             "plugin_layers": dict(audited.plugin_layers),
             "layers_from": audited.source,
             "attention": engine.attention,
-            "attention_layers": audited.attention_layers,
-            "attention_kernels": dict(audited.attention_kernels),
             "cache": "in place" if engine.in_place_cache else "concatenated",
             "why_not_in_place": engine.why_not_in_place,
             "limits": vars(self.limits),
-            "timing_cache": None if cache is None else cache.name,
-            "why_no_timing_cache": building.NO_TIMING_CACHE if cache is None else None,
         }
 
 

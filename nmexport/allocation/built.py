@@ -1,14 +1,15 @@
-"""A choice as it was built: every constant folded, learned ones too, beside the dense model."""
+"""A choice as built, learned constants and all: measured, and held to its budget."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 
 from nmexport.calibration.forward_passes import _forward, _hooked
+from nmexport.errors import RecipeError
 from nmexport.sparsity.linear import FoldedLinear
 from nmexport.sparsity.pattern import NMPattern
 
@@ -19,6 +20,15 @@ if TYPE_CHECKING:
 
     from nmexport.progress import Progress
     from nmexport.sparsity.linear import Behaviour
+    from nmexport.store.allocation import Allocation
+
+Result = TypeVar("Result")
+
+ATTEMPTS = 3
+# What is built within this share of its budget is as good as what is built right on it.
+_NEAR = 0.9
+# Learning wins back more than nine tenths of a divergence only by the luck of few windows.
+_MOST_RELIEF = 10.0
 
 
 class BuiltLinear(nn.Module):
@@ -94,3 +104,62 @@ def errors_as_built(
 
 def _squares(tensor: torch.Tensor) -> float:
     return float(tensor.double().square().sum())
+
+
+def built_within(
+    choose: Callable[[float], Allocation],
+    build: Callable[[Allocation, int], tuple[Result, Allocation]],
+    *,
+    counts_learned: bool,
+) -> tuple[Result, Allocation]:
+    """Choose, build, measure, and choose again: the fastest that keeps the budget as built.
+
+    The first choice keeps the budget before anything is learned. Where learning counts, the next
+    may take as much more of it as learning won back from the one before.
+
+    Args:
+        choose: Makes a choice, given what limits of accuracy are multiplied by.
+        build: Builds a choice, given how many were built before; returns it with what it came to.
+        counts_learned: Whether to choose again.
+
+    Raises:
+        RecipeError: if no choice keeps the budget even before it is built.
+    """
+    made, best = build(choose(1.0), 0)
+    last = best
+    for attempt in range(1, ATTEMPTS if counts_learned else 1):
+        relief = _relief(last)
+        chosen = None if relief is None else _chosen(choose, relief)
+        if chosen is None or chosen.choices in (best.choices, last.choices):
+            break
+        again, last = build(chosen, attempt)
+        if _is_better(last, best):
+            made, best = again, last
+    return made, best
+
+
+def _relief(built: Allocation) -> float | None:
+    """Return how often the budget may be spent before building; None where this one is good."""
+    before, after = built.budget_used, None if built.built is None else built.built.budget_used
+    if before is None or after is None or _NEAR <= after <= 1:
+        return None
+    return min(before / max(after, before / _MOST_RELIEF), _MOST_RELIEF)
+
+
+def _chosen(choose: Callable[[float], Allocation], relief: float) -> Allocation | None:
+    try:
+        return choose(relief)
+    except RecipeError:
+        return None  # so little is left of the budget that only the dense model keeps it
+
+
+def _is_better(one: Allocation, other: Allocation) -> bool:
+    """Prefer a kept budget; then the faster, or the more accurate if both exceed it."""
+    if _used(one) <= 1 and _used(other) <= 1:
+        return one.decode_speedup > other.decode_speedup
+    return _used(one) < _used(other)
+
+
+def _used(one: Allocation) -> float:
+    used = None if one.built is None else one.built.budget_used
+    return 0.0 if used is None else used

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from scipy.sparse import csr_array
 
-Measure = Literal["kl", "bytes", "seconds", "worth"]
+Measure = Literal["kl", "bytes", "seconds", "worth", "work"]
 
 # Branch and bound ends by a count, not by the clock: the same on every machine.
 _NODES = 20_000
@@ -26,7 +26,7 @@ _GAP = 1e-4
 _TIE = 1e-6
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Option:
     """What one choice adds to the sums."""
 
@@ -35,18 +35,28 @@ class Option:
     seconds: float
     worth: float
     """What is minimised for speed: seconds, and a prompt's time as far as that is wanted."""
+    work: float
+    """What is minimised where no choice gains speed: bytes read, and a prompt's multiply-adds."""
+
+    def __add__(self, other: Option) -> Option:
+        """Add up every measure."""
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Option(*(one + another for one, another in pairs))
+
+
+NOTHING = Option(kl=0.0, bytes=0.0, seconds=0.0, worth=0.0, work=0.0)
 
 
 def solve(
     options: Sequence[Sequence[Option]],
     *,
-    minimise: Literal["kl", "worth"],
+    minimise: Measure,
     limits: Mapping[Measure, float],
 ) -> list[int] | None:
-    """Which option every site takes; None where no choice keeps the limits.
+    """Pick an option for every site; None where no pick keeps the limits.
 
     Args:
-        options: Of each site, at least one.
+        options: Each site's, at least one.
         minimise: The sum to minimise.
         limits: Largest sums.
     """
@@ -60,26 +70,26 @@ def solve(
         scale = max(abs(row).max(), np.finfo(float).tiny)
         constraints.append(LinearConstraint(row[None, :] / scale, -np.inf, limit / scale))
     with _no_native_output():
-        found = milp(
+        solution = milp(
             cost,
             constraints=constraints,
             bounds=Bounds(0, 1),
             integrality=np.ones(cost.size),
             options={"node_limit": _NODES, "mip_rel_gap": _GAP},
         )
-    return None if found.x is None else _picked(options, found.x)
+    return None if solution.x is None else _picked(options, solution.x)
 
 
 def price(options: Sequence[Sequence[Option]], *, max_bytes: float) -> float | None:
-    """Nats that the last byte saved costs, where the bytes read are held to a limit.
+    """Price the last byte saved, in nats, where the bytes read are held to a limit.
 
-    The multiplier of the limit in the linear relaxation; None where the limit does not bind.
+    It is the multiplier of the limit in the linear relaxation; None where the limit does not bind.
     """
     from scipy.optimize import linprog
 
     kl, read = _values(options, "kl"), _values(options, "bytes")
     scale = max(abs(read).max(), np.finfo(float).tiny)
-    found = linprog(
+    solution = linprog(
         kl,
         A_ub=read[None, :] / scale,
         b_ub=[max_bytes / scale],
@@ -88,21 +98,10 @@ def price(options: Sequence[Sequence[Option]], *, max_bytes: float) -> float | N
         bounds=(0, 1),
         method="highs",
     )
-    if found.x is None:
+    if solution.x is None:
         return None
-    multiplier = -float(found.ineqlin.marginals[0]) / scale
+    multiplier = -float(solution.ineqlin.marginals[0]) / scale
     return multiplier if multiplier > 0 else None
-
-
-def sums(options: Sequence[Sequence[Option]], picked: Sequence[int]) -> Option:
-    """Added up over all sites."""
-    taken = [row[index] for row, index in zip(options, picked, strict=True)]
-    return Option(
-        kl=sum(one.kl for one in taken),
-        bytes=sum(one.bytes for one in taken),
-        seconds=sum(one.seconds for one in taken),
-        worth=sum(one.worth for one in taken),
-    )
 
 
 def _values(options: Sequence[Sequence[Option]], measure: Measure) -> NDArray[np.float64]:
@@ -110,7 +109,7 @@ def _values(options: Sequence[Sequence[Option]], measure: Measure) -> NDArray[np
 
 
 def _scaled(options: Sequence[Sequence[Option]], measure: Measure) -> NDArray[np.float64]:
-    """Values over the sum of each site's largest."""
+    """Divide values by the sum of each site's largest."""
     values = _values(options, measure)
     largest = sum(max(getattr(option, measure) for option in row) for row in options)
     scaled: NDArray[np.float64] = values / max(largest, np.finfo(float).tiny)
@@ -118,7 +117,7 @@ def _scaled(options: Sequence[Sequence[Option]], measure: Measure) -> NDArray[np
 
 
 def _one_each(options: Sequence[Sequence[Option]]) -> csr_array:
-    """`[sites, options]`: ones where an option is of a site."""
+    """`[sites, options]`: one where the option is the site's."""
     from scipy.sparse import csr_array
 
     rows = [site for site, row in enumerate(options) for _ in row]
@@ -132,7 +131,7 @@ def _picked(options: Sequence[Sequence[Option]], x: NDArray[np.float64]) -> list
 
 @contextlib.contextmanager
 def _no_native_output() -> Iterator[None]:
-    """HiGHS prints a line of its own to standard output now and then; that is for results alone."""
+    """Keep standard output for results: HiGHS prints a line of its own now and then."""
     libc = ctypes.CDLL(None)
     sys.stdout.flush()
     libc.fflush(None)

@@ -1,12 +1,12 @@
-"""What allocation decides, as data: `allocation.json`."""
+"""A choice for every linear and the figures it stands on: `allocation.json`."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from nmexport.errors import ArtifactError
+from nmexport.errors import ArtifactError, PatternError
 from nmexport.sparsity.pattern import NMPattern
 
 if TYPE_CHECKING:
@@ -22,25 +22,19 @@ Phases = Literal["all", "prefill", "decode"]
 class Choice:
     """What one linear becomes; dense where there is no pattern."""
 
-    pattern: str | None = None
-    """N:M."""
+    pattern: NMPattern | None = None
     criterion: str | None = None
     phase: Phases = "all"
 
     @property
-    def nm(self) -> NMPattern | None:
-        """The parsed pattern; None where dense."""
-        return None if self.pattern is None else NMPattern.parse(self.pattern)
-
-    @property
     def decode_density(self) -> float:
         """Share of weight rows that a decoded token reads."""
-        return 1.0 if self.nm is None or self.phase == "prefill" else self.nm.density
+        return 1.0 if self.pattern is None or self.phase == "prefill" else self.pattern.density
 
     @property
     def prefill_density(self) -> float:
         """Share of multiply-adds that a prompt's token needs."""
-        return 1.0 if self.nm is None or self.phase == "decode" else self.nm.density
+        return 1.0 if self.pattern is None or self.phase == "decode" else self.pattern.density
 
     @property
     def label(self) -> str:
@@ -67,7 +61,7 @@ class FrontPoint:
     summed_kl: float
     """Sum of the divergences that each site causes alone, nats a token."""
     kl: float
-    """Of the joint model, measured on held-out calibration windows."""
+    """Divergence of the joint model, measured on held-out calibration windows."""
     perplexity_ratio: float
     """The same model's, on the same windows."""
     linears: dict[str, int]
@@ -87,7 +81,7 @@ class Candidate:
     relative_error: float | None
     """`||y_sparse - y_dense|| / ||y_dense||` of this linear alone, on dense activations."""
     bytes_saved: float
-    """Of the linear's own bytes a decoded token."""
+    """Share of the linear's own bytes that a decoded token no longer reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +98,7 @@ class LedgerRow:
     mitigation_errors: dict[str, float | None]
     """Relative output error of this linear alone with each mitigation, at `mitigation_pattern`;
     `as built` is that of all that it was given, learned constants among them."""
-    mitigation_pattern: str
+    mitigation_pattern: NMPattern
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +106,31 @@ class Built:
     """What a choice came to once it was built: learned constants, rounding and all."""
 
     kl: float
-    """Of the built model, on the held-out windows that the choice was measured on; none of them was
-    learned from."""
+    """Divergence of the built model, on the held-out windows that the choice was measured on; none
+    of them was learned from."""
     perplexity_ratio: float
     budget_used: float | None
-    """The share of the budget of accuracy that it takes: beyond 1 it is broken."""
+    """Share of the budget of accuracy that it takes: beyond 1, the budget is exceeded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How a choice was measured."""
+
+    words: str
+    sites: int
+    windows: int
+    """Windows on which sites were tried alone."""
+    held_out_windows: int
+    """Windows on which joint models were run."""
+    length: int
+    """Tokens of a window."""
+    prompt: int
+    """Tokens of a window that are not scored."""
+    joint_over_sum: float | None
+    """Divergence of joint models over the sum of their sites', geometric mean."""
+    cost: dict[str, float | str]
+    """Constants of the cost model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,54 +145,54 @@ class Allocation:
     decode_speedup: float
     """Predicted."""
     kl: float
-    """Of the joint model, measured on held-out calibration windows."""
+    """Divergence of the joint model, measured on held-out calibration windows."""
     perplexity_ratio: float
-    """The same."""
+    """The same model's, on the same windows."""
     price: float | None
     """Nats that one more percent of the targeted linears' bytes costs at this point."""
     front: tuple[FrontPoint, ...]
     ledger: tuple[LedgerRow, ...]
     budget_used: float | None = None
-    """Of the budget of accuracy, the share that the joint model takes; None without."""
+    """Share of the budget of accuracy that the joint model takes; None without such a budget."""
     built: Built | None = None
     """None until it is built."""
-    protocol: dict[str, Any] = field(default_factory=dict)
-    """How it was measured: windows, tokens, cost model, fit, in words and numbers."""
+    remark: str | None = None
+    """Said where the cost model sees no gain in the choice."""
+    protocol: Protocol | None = None
+    """How it was measured; None where it is not told."""
 
     @property
     def sparse(self) -> dict[str, Choice]:
         """Choices of the linears that are not left dense."""
-        return {name: one for name, one in self.choices.items() if one.pattern is not None}
+        return {name: choice for name, choice in self.choices.items() if choice != DENSE}
 
 
 def as_dict(allocation: Allocation) -> dict[str, Any]:
-    """JSON values, with the schema; floats with six significant digits.
+    """Convert to JSON values, with the schema; floats with six significant digits.
 
     What follows the sixth digit is the summation order of the machine.
     """
-    document: dict[str, Any] = _rounded({"schema": SCHEMA, **asdict(allocation)})
-    return document
+    return {"schema": SCHEMA, **_json(allocation)}
 
 
 def from_dict(document: dict[str, Any]) -> Allocation:
-    """The reverse of `as_dict`.
+    """Reverse `as_dict`.
 
     Raises:
-        KeyError, TypeError, ValueError: if it is none.
+        KeyError, TypeError, ValueError: if it is no allocation.
     """
     if document["schema"] != SCHEMA:
         raise ValueError(f"schema {document['schema']} instead of {SCHEMA}")
-    fields = {key: value for key, value in document.items() if key != "schema"}
-    built = document.get("built")
-    return Allocation(
-        **{
-            **fields,
-            "choices": {name: Choice(**one) for name, one in document["choices"].items()},
-            "front": tuple(FrontPoint(**one) for one in document["front"]),
-            "ledger": tuple(_row(one) for one in document["ledger"]),
-            "built": Built(**built) if built is not None else None,
-        }
-    )
+    values = {key: value for key, value in document.items() if key != "schema"}
+    built, protocol = document.get("built"), document.get("protocol")
+    values |= {
+        "choices": {name: _choice(choice) for name, choice in document["choices"].items()},
+        "front": tuple(FrontPoint(**point) for point in document["front"]),
+        "ledger": tuple(_row(row) for row in document["ledger"]),
+        "built": None if built is None else Built(**built),
+        "protocol": None if protocol is None else Protocol(**protocol),
+    }
+    return Allocation(**values)
 
 
 def write_allocation(folder: Path, allocation: Allocation) -> None:
@@ -198,31 +212,39 @@ def read_allocation(folder: Path) -> Allocation | None:
         return from_dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, PatternError) as error:
         raise ArtifactError(
             f"{path} cannot be read: {error}", fix="rebuild the stage with --force"
         ) from error
 
 
+def _choice(document: dict[str, Any]) -> Choice:
+    pattern = document["pattern"]
+    return Choice(**{**document, "pattern": None if pattern is None else NMPattern.parse(pattern)})
+
+
 def _row(document: dict[str, Any]) -> LedgerRow:
-    candidates = tuple(
-        Candidate(**{**one, "choice": Choice(**one["choice"])}) for one in document["candidates"]
-    )
-    return LedgerRow(
-        **{
-            **document,
-            "site": tuple(document["site"]),
-            "choice": Choice(**document["choice"]),
-            "candidates": candidates,
-        }
-    )
+    values = {
+        "site": tuple(document["site"]),
+        "choice": _choice(document["choice"]),
+        "candidates": tuple(
+            Candidate(**{**candidate, "choice": _choice(candidate["choice"])})
+            for candidate in document["candidates"]
+        ),
+        "mitigation_pattern": NMPattern.parse(document["mitigation_pattern"]),
+    }
+    return LedgerRow(**{**document, **values})
 
 
-def _rounded(value: Any) -> Any:
+def _json(value: Any) -> Any:
+    if isinstance(value, NMPattern):
+        return str(value)
     if isinstance(value, float):
         return float(f"{value:.6g}")
+    if is_dataclass(value):
+        return {field.name: _json(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, dict):
-        return {key: _rounded(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(one) for one in value]
+        return {key: _json(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_json(item) for item in value]
     return value

@@ -1,0 +1,391 @@
+"""What each site may become, and what every choice costs: accuracy, bytes, time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from nmexport.allocation.probe import Movement, Probe, SparseInput, measure_alone
+from nmexport.calibration.forward_passes import _forward, _hooked
+from nmexport.calibration.local_error import ErrorObserver, observe_error
+from nmexport.calibration.method import behaviour_of, needs_static_variance
+from nmexport.errors import PatternError
+from nmexport.sparsity.mitigation import MITIGATIONS, check_allocatable, check_combination
+from nmexport.sparsity.quantisation import scale_groups
+from nmexport.sparsity.targets import _decoder_layers
+from nmexport.store.allocation import DENSE, Choice, Phases
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    import torch
+    from torch import nn
+    from torch.utils.hooks import RemovableHandle
+
+    from nmexport.calibration.checkpoint import Checkpoint
+    from nmexport.calibration.sites import Site
+    from nmexport.progress import Progress
+    from nmexport.recipe import AllocationSection, SparsitySection
+    from nmexport.sparsity.linear import Behaviour, Constants
+    from nmexport.sparsity.pattern import NMPattern
+
+    ConstantsFor = Callable[[Site, SparsitySection], Constants]
+    """Calibrated constants of a site's linears under a method."""
+
+Key = TypeVar("Key")
+
+# A linear's error is one number for each choice: a few tokens tell it.
+ERROR_WINDOWS = 2
+# Learned corrections that make up for the variance that selection takes away.
+_SCALES = {"scale", "gain", "compensation"}
+_SCALE_BYTES = 4  # float32, beside weights of one byte
+_LEAST_SQUARE = 1e-12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A dense model, what its linears may become, and the text that tells what it costs."""
+
+    model: Any
+    """A Hugging Face causal language model in evaluation mode."""
+    linears: Mapping[str, nn.Linear]
+    """The targets by name, in model order."""
+    method: SparsitySection
+    """The method of trials: see `before_learning`."""
+    section: AllocationSection
+    windows: torch.Tensor
+    """`[W, L]` token ids on which sites are tried alone."""
+    held_out: torch.Tensor
+    """`[W, L]` token ids on which joint models are run."""
+    constants_for: ConstantsFor
+    progress: Progress
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of a window that count as its prompt: none, where all phases are sparse alike."""
+        alike = set(phases_of(self.method, self.section)) == {"all"}
+        return 0 if alike else self.windows.shape[1] // 2
+
+    @property
+    def error_windows(self) -> torch.Tensor:
+        """Windows that errors of single linears are measured on."""
+        return self.windows[:ERROR_WINDOWS]
+
+
+# -- candidates ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way a linear or site could compute."""
+
+    behaviour: Behaviour
+    constants: Constants
+
+
+Variants = dict["Site", dict[Choice, Variant]]
+
+
+def check_candidates(sparsity: SparsitySection, section: AllocationSection) -> None:
+    """Refuse what cannot be folded or tried, before anything runs.
+
+    Raises:
+        RecipeError: if a mitigation does not go with one of the phases, or with a budget.
+    """
+    check_allocatable(sparsity.mitigations)
+    for phase in phases_of(sparsity, section):
+        check_combination(sparsity.mitigations, phase)
+
+
+def phases_of(sparsity: SparsitySection, section: AllocationSection) -> Sequence[Phases]:
+    """Return the phases to choose among: the section's, or the recipe's own."""
+    return section.phases or (sparsity.phases,)
+
+
+def before_learning(sparsity: SparsitySection) -> SparsitySection:
+    """Return the method that trials use: what is not learned, and a stand-in for what is.
+
+    Constants are learned once the choice is made. Until then a per-token variance correction
+    stands for learned scales, which mend the same; where none is learned, nothing is added, so
+    that the budget is measured on what is built.
+    """
+    left = tuple(name for name in sparsity.mitigations if not MITIGATIONS[name].learns)
+    scales = any(MITIGATIONS[name].corrects in _SCALES for name in sparsity.mitigations)
+    if scales and not any(MITIGATIONS[name].corrects == "variance" for name in left):
+        left = (*left, "var")
+    return sparsity.model_copy(update={"mitigations": left})
+
+
+def variants_of(problem: Problem, sites: Sequence[Site]) -> Variants:
+    """List the sparse choices of each site, densest first.
+
+    Raises:
+        PatternError: if no pattern fits any site.
+    """
+    method, section = problem.method, problem.section
+    variants: Variants = {site: {} for site in sites}
+    for site in sites:
+        fitting = [p for p in section.patterns if p.n < p.m and site.in_features % p.m == 0]
+        for pattern in sorted(fitting, key=lambda p: -p.density):
+            for criterion in section.criteria or (method.criterion,):
+                changed = method.model_copy(update={"pattern": pattern, "criterion": criterion})
+                constants = problem.constants_for(site, changed)
+                for phase in phases_of(method, section):
+                    choice = Choice(pattern=pattern, criterion=criterion, phase=phase)
+                    behaviour = behaviour_of(changed.model_copy(update={"phases": phase}))
+                    variants[site][choice] = Variant(behaviour=behaviour, constants=constants)
+    if not any(variants.values()):
+        raise PatternError(
+            "None of the patterns to choose among fits any linear: in_features must be a multiple "
+            "of M.",
+            allowed="allocation.patterns with an M that divides in_features",
+        )
+    return variants
+
+
+def anchors(choices: Iterable[Choice], base: NMPattern) -> list[Choice]:
+    """Pick the choices worth a trial: one for each criterion and phase.
+
+    What other patterns cost follows from their local errors. It is the recipe's own pattern, if
+    that is a candidate.
+    """
+    return [
+        next((one for one in kin if one.pattern == base), kin[(len(kin) - 1) // 2])
+        for kin in _by_kind(choices)
+    ]
+
+
+def _by_kind(choices: Iterable[Choice]) -> list[list[Choice]]:
+    """Group choices that differ in their pattern alone."""
+    kinds: dict[Choice, list[Choice]] = {}
+    for choice in choices:
+        kinds.setdefault(replace(choice, pattern=None), []).append(choice)
+    return list(kinds.values())
+
+
+# -- accuracy --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteCosts:
+    """What every sparse choice of every site costs in accuracy, alone."""
+
+    variants: Variants
+    errors: Mapping[str, Mapping[Choice, ErrorObserver]]
+    """Local errors by linear and choice, of all phases alike."""
+    moved: Mapping[Site, Mapping[Choice, Movement]]
+    """Trials in the running model."""
+
+    def error(self, site: Site, name: str, choice: Choice) -> float | None:
+        """Relative output error of one of the site's linears; None where it is undefined."""
+        nu = self.variants[site][choice].constants.nu
+        return self.errors[name][_everywhere(choice)].relative_error(1.0 if nu is None else nu)
+
+    def divergences(self, site: Site) -> dict[Choice, float]:
+        """Nats a token that each choice causes: measured, or inferred from its kin's trial."""
+        divergences: dict[Choice, float] = {}
+        for kin in _by_kind(self.variants[site]):
+            tried = {one: self.moved[site][one].kl_mean for one in kin if one in self.moved[site]}
+            divergences |= inferred({one: self._squared_error(site, one) for one in kin}, tried)
+        return divergences
+
+    def _squared_error(self, site: Site, choice: Choice) -> float:
+        """Sum the squared relative errors of the site's linears."""
+        errors = [self.error(site, name, choice) for name in site.names]
+        return math.fsum(error * error for error in errors if error is not None)
+
+
+def measure_sites(
+    problem: Problem, sites: Sequence[Site], checkpoint: Checkpoint | None
+) -> SiteCosts:
+    """Try every site alone: its linears' errors, then the model's predictions.
+
+    Args:
+        problem: Model, candidates and text.
+        sites: Of the model, in order.
+        checkpoint: Where trials, the long part, go on from and save to.
+
+    Raises:
+        PatternError: if no candidate fits any site.
+        ModelError: if the dense model's predictions are not finite.
+    """
+    variants = variants_of(problem, sites)
+    errors = observe_variants(
+        problem,
+        {
+            name: {_everywhere(choice): variant for choice, variant in choices.items()}
+            for site, choices in variants.items()
+            for name in site.names
+        },
+        label="fold: errors of candidates",
+    )
+    if needs_static_variance(problem.method):
+        variants = _with_static_variance(variants, errors)
+    trials = {
+        site: {
+            choice: sparse_input(site, choices[choice])
+            for choice in anchors(choices, problem.method.pattern)
+        }
+        for site, choices in variants.items()
+    }
+    moved = measure_alone(
+        Probe(problem.model, problem.windows, prompt=problem.prompt),
+        trials,
+        progress=problem.progress,
+        checkpoint=checkpoint,
+    )
+    return SiteCosts(variants=variants, errors=errors, moved=moved)
+
+
+def sparse_input(site: Site, variant: Variant) -> SparseInput:
+    """Make the input that a trial hands to the site's linears."""
+    return SparseInput(variant.behaviour, variant.constants, site.in_features)
+
+
+def observe_variants(
+    problem: Problem, variants: Mapping[str, Mapping[Key, Variant]], *, label: str
+) -> dict[str, dict[Key, ErrorObserver]]:
+    """Run the dense model once and try every variant of every linear on its input.
+
+    Args:
+        problem: Model and text.
+        variants: By linear, then by anything.
+        label: What is being done.
+    """
+    seen = {name: {key: ErrorObserver() for key in variants[name]} for name in problem.linears}
+
+    def watch(name: str, linear: nn.Linear) -> RemovableHandle:
+        def hook(module: nn.Module, arguments: tuple[Any, ...], output: torch.Tensor) -> None:
+            del module
+            x = arguments[0]
+            for key, variant in variants[name].items():
+                error = observe_error(linear, variant.behaviour, variant.constants, x, output)
+                seen[name][key].merge(error)
+
+        return linear.register_forward_hook(hook)
+
+    windows = problem.error_windows
+    with _hooked(watch(*named) for named in problem.linears.items()):
+        for window in problem.progress.track(windows, label=label, total=len(windows)):
+            _forward(problem.model, window)
+    return seen
+
+
+def inferred(squared_errors: Mapping[Key, float], tried: Mapping[Key, float]) -> dict[Key, float]:
+    """Infer the divergences of a site's choices from those that were tried.
+
+    A small change of a linear's output moves the predictions by a divergence that is quadratic in
+    it: so the choices of one site cost in proportion to the squared errors that they leave. On
+    SmolLM2 this is right within a fifth from 12:16 to 4:16, less than a trial on few windows is
+    uncertain by.
+
+    Args:
+        squared_errors: Of the site's outputs, by choice.
+        tried: Measured divergences of one or more of them.
+
+    Returns:
+        By choice: the measured ones as they are, the others from the nearest of them.
+    """
+
+    def square(key: Key) -> float:
+        return max(squared_errors[key], _LEAST_SQUARE)
+
+    def infer(key: Key) -> float:
+        nearest = min(tried, key=lambda other: abs(math.log(square(other) / square(key))))
+        return tried[nearest] * square(key) / square(nearest)
+
+    return {key: tried[key] if key in tried else infer(key) for key in squared_errors}
+
+
+def _everywhere(choice: Choice) -> Choice:
+    """Drop the phase: local errors do not depend on it."""
+    return replace(choice, phase="all")
+
+
+def _with_static_variance(
+    variants: Variants, errors: Mapping[str, Mapping[Choice, ErrorObserver]]
+) -> Variants:
+    def corrected(site: Site, choice: Choice, variant: Variant) -> Variant:
+        nu = errors[site.names[0]][_everywhere(choice)].static_nu()
+        return replace(variant, constants=replace(variant.constants, nu=nu))
+
+    return {
+        site: {choice: corrected(site, choice, variant) for choice, variant in choices.items()}
+        for site, choices in variants.items()
+    }
+
+
+# -- bytes and time --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostModel:
+    """Predicts a decoded token's time at batch 1 from the weight rows it reads and the ops it runs.
+
+    Each weight row that the token keeps is read once from memory.
+    """
+
+    bytes_per_second: float
+    """Speed at which a decoded token's weights stream in."""
+    dense_overhead_seconds: float
+    """A dense product's time beyond reading its weight; linears that share an input are one."""
+    sparse_overhead_seconds: float
+    """The same of a sparse product, with finding the rows."""
+    element_bytes: int
+    """Size of a weight that stays dense."""
+    sparse_weights: str = "float"
+    """How linears that become sparse are stored: see `nmexport.sparsity.quantisation.FORMS`."""
+    other_bytes: int = 0
+    """Weights outside the targeted linears that every decoded token reads."""
+    rest_seconds: float = 0.0
+    """A decoded token's time in attention, norms, dispatch: all that multiplies no weights."""
+
+    def weight_bytes(self, site: Site) -> int:
+        """Size of all of a site's weights, dense."""
+        return site.weights * self.element_bytes
+
+    def read_bytes(self, site: Site, choice: Choice) -> float:
+        """Bytes that a decoded token reads of them: rows it keeps, and every scale."""
+        if choice == DENSE:
+            return self.weight_bytes(site)
+        groups = scale_groups(self.sparse_weights, site.in_features, name=site.names[0])
+        if groups is None:
+            return self.weight_bytes(site) * choice.decode_density
+        scales = groups * sum(site.out_features) * _SCALE_BYTES
+        return site.weights * choice.decode_density + scales
+
+    def seconds(self, site: Site, choice: Choice) -> float:
+        """A decoded token's time in a site."""
+        sparse = choice.decode_density < 1
+        overhead = self.sparse_overhead_seconds if sparse else self.dense_overhead_seconds
+        return self.read_bytes(site, choice) / self.bytes_per_second + overhead
+
+    @property
+    def other_seconds(self) -> float:
+        """A decoded token's time outside of the targeted linears."""
+        return self.other_bytes / self.bytes_per_second + self.rest_seconds
+
+
+def cost_model(problem: Problem, *, element_bytes: int, weights: str) -> CostModel:
+    """Take the section's constants, and count the weights outside of the targeted linears."""
+    model, constants = problem.model, problem.section.cost
+    targeted = {id(linear.weight) for linear in problem.linears.values()}
+    looked_up = id(model.get_input_embeddings().weight)
+    output = model.get_output_embeddings()
+    if output is not None and id(output.weight) == looked_up:
+        looked_up = 0  # tied: read as a whole after all
+    other = sum(
+        parameter.numel()
+        for parameter in model.parameters()
+        if id(parameter) not in targeted and id(parameter) != looked_up
+    )
+    return CostModel(
+        bytes_per_second=constants.gigabytes_per_second * 1e9,
+        dense_overhead_seconds=constants.dense_overhead_us * 1e-6,
+        sparse_overhead_seconds=constants.sparse_overhead_us * 1e-6,
+        element_bytes=element_bytes,
+        sparse_weights=weights,
+        other_bytes=other * element_bytes,
+        rest_seconds=constants.layer_overhead_us * 1e-6 * _decoder_layers(model)[1],
+    )

@@ -1,0 +1,164 @@
+"""Refuse at the start what no stage can read: quantised checkpoints, adapters, parts of a GGUF."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from nmexport.errors import ModelError
+from nmexport.models.integrity import read_json
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from nmexport.models.integrity import GgufHeader, StoredTensor
+
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+"""Element types that weights may be stored in, as safetensors spells them."""
+
+_NAMES = {
+    "gptq": "GPTQ",
+    "awq": "AWQ",
+    "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "compressed-tensors",
+    "fp8": "FP8",
+    "mxfp4": "MXFP4",
+}
+# Tensors that only a quantised layer has, and who writes them.
+_TRACES = (
+    (re.compile(r"\.(qweight|qzeros|g_idx)$"), "GPTQ or AWQ"),
+    (
+        re.compile(r"\.(SCB|weight_format|absmax|quant_map|weight\.absmax|weight\.quant_.*)$"),
+        "bitsandbytes",
+    ),
+    (re.compile(r"\.(weight_packed|weight_shape|weight_zero_point)$"), "compressed-tensors"),
+    (re.compile(r"\.weight_scale(_inv|_2)?$"), "FP8 or INT8 with scales"),
+)
+_SIDE_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+_SUFFIX = re.compile(
+    r"[-_.](gptq|awq|fp8|bnb|nf4|nvfp4|mxfp4|int[48]|w[48]a(8|16)|[48]-?bit|quantized|dynamic|g\d+)\b.*",
+    re.IGNORECASE,
+)
+
+
+class UnsupportedModelError(ModelError):
+    """A model that is whole, and of a kind that is not taken."""
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Refuse a folder with a LoRA or another adapter: nobody says whether it is to be applied.
+
+    Raises:
+        UnsupportedModelError: if there is one.
+    """
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return
+    document = read_json(path)
+    base = document.get("base_model_name_or_path") if isinstance(document, dict) else None
+    whole = (folder / "config.json").is_file()
+    raise UnsupportedModelError(
+        f"{folder} holds an adapter ({path.name}"
+        + (f", of {base}" if base else "")
+        + (") beside a whole model." if whole else ") and no whole model."),
+        allowed="a whole model; adapters are not applied",
+        fix="merge it into its base once, with peft's `merge_and_unload()` and `save_pretrained`"
+        + (", or remove the adapter's files to build the model without it" if whole else ""),
+    )
+
+
+def refuse_quantised_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose configuration says that it is quantised.
+
+    Raises:
+        UnsupportedModelError: if it says so; names the method.
+    """
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        section = part.get("quantization_config") or part.get("compression_config")
+        if section:
+            raise quantised(folder, _method(section))
+
+
+def refuse_quantised_tensors(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Refuse a checkpoint whose tensors show that it is quantised, whatever its config says.
+
+    Raises:
+        UnsupportedModelError: if they do; names one of them.
+    """
+    for name, tensor in tensors.items():
+        method = next((method for trace, method in _TRACES if trace.search(name)), None)
+        if tensor.dtype.startswith("F8") or tensor.dtype.startswith("F4"):
+            method = "FP8" if tensor.dtype.startswith("F8") else "FP4"
+        if method is not None:
+            beside = next((side for side in _SIDE_FILES if (folder / side).is_file()), None)
+            seen = f"{name} is stored as {tensor.dtype}" + (f"; see {beside}" if beside else "")
+            raise quantised(folder, f"{method}, as it seems: {seen}")
+
+
+def refuse_gguf_part(path: Path, header: GgufHeader) -> None:
+    """Refuse one file of a split GGUF: it holds a part of the model.
+
+    Raises:
+        UnsupportedModelError: if it is one; says how to merge them.
+    """
+    count = int(header.metadata.get("split.count", 1))
+    if count <= 1:
+        return
+    number = int(header.metadata.get("split.no", 0)) + 1
+    first = re.sub(r"-\d{5}-of-(\d{5})", r"-00001-of-\1", path.name)
+    merged = re.sub(r"-\d{5}-of-\d{5}", "", path.name)
+    if merged == path.name:
+        merged = f"merged-{path.name}"
+    absent = [name for name in _part_names(first, count) if not (path.parent / name).is_file()]
+    missing = f"; {absent[0]} is not there" if absent and first != merged else ""
+    raise UnsupportedModelError(
+        f"{path} is part {number} of {count} of a split GGUF{missing}.",
+        allowed="a .gguf in one file",
+        fix=f"merge the parts: llama-gguf-split --merge {path.parent / first} "
+        f"{path.parent / merged}",
+    )
+
+
+def _part_names(first: str, count: int) -> list[str]:
+    if not re.search(r"-00001-of-\d{5}", first):
+        return []
+    return [first.replace("-00001-of-", f"-{number:05d}-of-") for number in range(1, count + 1)]
+
+
+def quantised(folder: Path, method: str) -> UnsupportedModelError:
+    """Build the error that says a checkpoint is quantised."""
+    original = _original(folder)
+    return UnsupportedModelError(
+        f"{folder} is quantised ({method}), and quantised checkpoints are not taken: "
+        "sparsity is calibrated and folded on the original weights.",
+        allowed="safetensors in float32, float16 or bfloat16, or a .gguf",
+        fix="use the checkpoint that it was quantised from" + (f": {original}" if original else ""),
+    )
+
+
+def _method(section: Any) -> str:
+    """A quantisation's name, from its section of the config."""
+    if not isinstance(section, dict):
+        return str(section)
+    name = section.get("quant_method")
+    if name is None:
+        by_bits = any(section.get(f"load_in_{bits}bit") for bits in (4, 8))
+        name = "bitsandbytes" if by_bits else section.get("quant_algo") or section.get("format")
+    if name is None:
+        return "by a method that its config does not name"
+    bits = section.get("bits") or section.get("w_bit")
+    bits = bits or next((b for b in (4, 8) if section.get(f"load_in_{b}bit")), None)
+    return _NAMES.get(str(name), str(name)) + (f", {bits} bits" if bits else "")
+
+
+def _original(folder: Path) -> str | None:
+    """What a checkpoint was quantised from, as its model card or its folder's name says."""
+    card = folder / "README.md"
+    if card.is_file():
+        text = card.read_text(encoding="utf-8", errors="replace")[:20_000]
+        named = re.search(r"^base_model:\s*(?:\n\s*-\s*)?([\w./-]+)\s*$", text, re.MULTILINE)
+        if named:
+            return named[1]
+    plain = _SUFFIX.sub("", folder.name)
+    return plain if plain and plain != folder.name else None

@@ -1,0 +1,185 @@
+"""Which files hold a model's weights, and which tensors lie in them; no torch needed.
+
+A folder holds its weights in one way: one whole file, or shards with an index. Where it holds
+both, nothing says which is meant, and nothing is mixed.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from nmexport.errors import ModelError
+from nmexport.models.integrity import StoredTensor, check_safetensors, read_json
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+WHOLE = "model.safetensors"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_SHARD = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
+_SHOWN = 3  # names that a message lists
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read `config.json`.
+
+    Raises:
+        ModelError: if it is missing, malformed, or names no model type.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        packed = sorted(path.name for path in folder.glob("*.[gG][gG][uU][fF]"))
+        raise ModelError(
+            f"{folder} has no {CONFIG}.",
+            allowed="a Hugging Face model folder: config.json, *.safetensors, tokenizer files",
+            fix=f"name the file: {folder / packed[0]}" if packed else None,
+        )
+    document = read_json(path)
+    if not isinstance(document, dict) or "model_type" not in document:
+        raise ModelError(
+            f"{path} names no model_type.", allowed="the config of a transformers model"
+        )
+    return document
+
+
+def index_of(folder: Path) -> Path | None:
+    """The index that says which shards hold the weights; None where one whole file does.
+
+    Raises:
+        ModelError: if the folder holds both.
+    """
+    named = read_config(folder).get("transformers_weights")
+    if named is not None:
+        path = _beside(folder / CONFIG, str(named))
+        return path if path.name.endswith(".index.json") else None
+    index, whole = folder / INDEX, folder / WHOLE
+    if not index.is_file():
+        return None
+    if not whole.is_file():
+        return index
+    shards = [name for name in set(_weight_map(index).values()) if name != WHOLE]
+    if not any((folder / name).is_file() for name in shards):
+        return None  # the index is left over: only the whole file can be meant
+    raise ModelError(
+        f"{folder} holds two models: the file {WHOLE}, and the {len(shards)} shards that {INDEX} "
+        "lists. Nothing says which is meant.",
+        allowed=f"{WHOLE}, or {INDEX} with its shards",
+        fix=f"remove {INDEX} and its shards, or remove {WHOLE}",
+    )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make the model, in order of name; all of them exist.
+
+    Raises:
+        ModelError: if some are missing, come as pickles only, or are two models.
+    """
+    index = index_of(folder)
+    if index is None:
+        paths = [folder / str(read_config(folder).get("transformers_weights") or WHOLE)]
+    else:
+        paths = sorted({_beside(index, name) for name in _weight_map(index).values()})
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise _missing(folder, missing)
+    return paths
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a model's files by name; each lies in one file, and where the index says.
+
+    Raises:
+        ModelError: if files are missing or damaged, or they and the index contradict each other.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for path in weight_files(folder):
+        for name, tensor in check_safetensors(path).items():
+            if name in tensors:
+                raise ModelError(
+                    f"{name} is stored twice, in {tensors[name].file.name} and in {path.name} of "
+                    f"{folder}: nothing says which is meant.",
+                    fix="complete the download again, into an empty folder",
+                )
+            tensors[name] = tensor
+    index = index_of(folder)
+    if index is not None:
+        _check_index(index, tensors)
+    return tensors
+
+
+def _check_index(index: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Hold the index against what its shards hold."""
+    placed = _weight_map(index)
+    fix = "download or copy the whole folder again: index and shards belong to different models"
+    absent = [
+        name
+        for name, file in placed.items()
+        if name not in tensors or tensors[name].file.name != file
+    ]
+    if absent:
+        raise ModelError(
+            f"{index} places {shortened(absent)} in shards that do not hold "
+            f"{'it' if len(absent) == 1 else 'them'}.",
+            fix=fix,
+        )
+    unlisted = sorted(tensors.keys() - placed.keys())
+    if unlisted:
+        raise ModelError(
+            f"The shards of {index} hold {shortened(unlisted)}, which it does not list.", fix=fix
+        )
+
+
+def shortened(names: Sequence[str]) -> str:
+    """The first of several names, and how many more there are."""
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """File by tensor name, as an index says.
+
+    Raises:
+        ModelError: if it is no index.
+    """
+    document = read_json(index)
+    placed = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()):
+        raise ModelError(f"{index} cannot be read: it has no weight_map of file names.")
+    return placed
+
+
+def _beside(reader: Path, name: str) -> Path:
+    """A file that another one names; an index is data, and must not lead out of its folder.
+
+    Raises:
+        ModelError: if it is elsewhere, or no safetensors file or index.
+    """
+    path = reader.parent / name
+    if path.name != name or not name.endswith((".safetensors", ".safetensors.index.json")):
+        raise ModelError(
+            f"{reader} names the weights {name!r}.", allowed="a .safetensors file beside it"
+        )
+    return path
+
+
+def _missing(folder: Path, names: Sequence[str]) -> ModelError:
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+    if pickles:
+        return ModelError(
+            f"{folder} has its weights as pickles ({', '.join(pickles[:3])}), which run code when "
+            "they are loaded; nmexport never reads them.",
+            allowed="safetensors or .gguf",
+            fix="convert them once with `save_pretrained(..., safe_serialization=True)`",
+        )
+    shards = sorted(path.name for path in folder.iterdir() if _SHARD.fullmatch(path.name))
+    lost_index = names == [WHOLE] and shards
+    return ModelError(
+        f"{folder} lacks the weights {', '.join(names[:3])}"
+        + (f": it holds shards ({shards[0]}, ...) and no {INDEX}." if lost_index else "."),
+        allowed=f"{WHOLE}, or {INDEX} with every file it lists",
+        fix="complete the download",
+    )

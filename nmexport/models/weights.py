@@ -1,0 +1,330 @@
+"""The one table of where each weight of a model comes from: stored tensors, and what joins them.
+
+Transformers renames stored tensors, splits and merges them, ties some, and fills what is missing
+with random values. The table asks transformers for its renamings and conversions, runs them on
+tensors without data, and accepts a model only where every parameter has exactly one source of the
+right shape and a float type, and every stored tensor is used or known to be superfluous. Loading
+whole, layer by layer and for export all read through it or are held against it.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from nmexport.errors import ModelError
+from nmexport.models.integrity import damaged
+from nmexport.models.unsupported import FLOATS, quantised
+from nmexport.models.weight_files import shortened, stored_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+
+_FLOAT32 = torch.float32
+_CAUSAL_MASK = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$")
+_MASK_RANKS = (0, 4)  # a mask has four axes, the value that it masks with none
+_COMPUTED = re.compile(r"(rotary_emb\.inv_freq|(^|\.)position_ids)$")
+
+
+@dataclass
+class _Origin:
+    """Stored tensors that make one parameter, or several."""
+
+    converter: Any = None
+    """Transformers' `WeightConverter`; None where one tensor is taken as it is."""
+    sources: list[tuple[str, str]] = field(default_factory=list)
+    """Pattern of the converter, and name in the files."""
+
+    @property
+    def names(self) -> list[str]:
+        return [name for _, name in self.sources]
+
+
+class WeightTable:
+    """Where each parameter and stored buffer of a model comes from; reads them one by one."""
+
+    def __init__(self, model: PreTrainedModel, folder: Path) -> None:
+        """Find a source for every parameter, by the files' headers alone.
+
+        Args:
+            model: The model or its skeleton; kept, and not changed.
+            folder: A folder of safetensors files.
+
+        Raises:
+            ModelError: if a parameter has no source, two, or one of another shape or type, or if a
+                stored tensor belongs to nothing.
+        """
+        self._model, self._folder = model, folder
+        self._stored = stored_tensors(folder)
+        self._expected: dict[str, torch.Tensor] = dict(model.state_dict(keep_vars=True))
+        origins, unexpected = self._renamed()
+        self._origins: dict[str, tuple[_Origin, str]] = {}
+        for name, origin in origins.items():
+            self._place(name, origin)
+        self._tie()
+        self._check_complete(unexpected)
+
+    @property
+    def names(self) -> list[str]:
+        """Parameters and buffers that have a source, sorted."""
+        return sorted(self._origins)
+
+    def sources(self, name: str) -> list[str]:
+        """Names in the files of the tensors that make a parameter."""
+        return self._origins[name][0].names
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read a parameter or stored buffer, in the type it is stored in.
+
+        Raises:
+            ModelError: if a file is damaged, or the weight is not finite.
+        """
+        origin, given = self._origins[name]
+        read = {stored: self._tensor(stored) for stored in origin.names}
+        value = (
+            self._made(given, origin, read)[given]
+            if origin.converter
+            else next(iter(read.values()))
+        )
+        if not is_finite(value):
+            raise not_finite(name, self._folder, value.dtype)
+        return value
+
+    def fill_buffers(self, model: PreTrainedModel) -> None:
+        """Give a skeleton the buffers that are stored in the files; others are computed."""
+        for name, buffer in model.named_buffers():
+            if name in self._origins:
+                buffer.copy_(self.read(name))
+
+    def _tensor(self, stored: str) -> torch.Tensor:
+        path = self._stored[stored].file
+        try:
+            with safe_open(path, framework="pt") as stream:
+                tensor: torch.Tensor = stream.get_tensor(stored)
+                return tensor
+        except (OSError, SafetensorError) as error:
+            raise damaged(path, str(error)) from error
+
+    def _renamed(self) -> tuple[dict[str, _Origin], list[str]]:
+        """Origins by the first parameter they make, and stored tensors that make none."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            dot_natural_key,
+            rename_source_key,
+        )
+
+        mapping = get_model_conversion_mapping(self._model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
+        prefix = self._model.base_model_prefix
+        origins: dict[str, _Origin] = {}
+        unexpected: list[str] = []
+        # The order matters to merges (experts by number), and to renamings that wait for another.
+        for stored in sorted(self._stored, key=dot_natural_key):
+            name, pattern = rename_source_key(stored, renamings, converters, prefix, self._expected)
+            if name not in self._expected and stored in self._expected:
+                name, pattern = rename_source_key(stored, [], [], prefix, self._expected)
+            if name not in self._expected:
+                if not self._is_superfluous(name, stored):
+                    unexpected.append(stored)
+                continue
+            converter = None if pattern is None else by_pattern[pattern]
+            origin = origins.setdefault(name, _Origin(converter))
+            if origin.sources and (converter is None or origin.converter is None):
+                raise self._two_sources(name, [*origin.names, stored])
+            origin.sources.append((pattern or stored, stored))
+        return origins, unexpected
+
+    def _place(self, first: str, origin: _Origin) -> None:
+        """Record what an origin makes, once its shapes and types are seen to be right."""
+        empty = {name: self._empty(name) for name in origin.names}
+        made = (
+            self._made(first, origin, empty)
+            if origin.converter
+            else {first: empty[origin.names[0]]}
+        )
+        for name, value in made.items():
+            if name not in self._expected:
+                raise ModelError(
+                    f"{shortened(origin.names)} of {self._folder} would make {name}, which "
+                    f"{self._kind} does not have.",
+                    fix=self._another_model,
+                )
+            if name in self._origins:
+                raise self._two_sources(name, [*self.sources(name), *origin.names])
+            self._check_fits(name, origin, tuple(value.shape))
+            self._origins[name] = (origin, name)
+
+    def _empty(self, stored: str) -> torch.Tensor:
+        return torch.empty(self._stored[stored].shape, dtype=_FLOAT32, device="meta")
+
+    def _made(
+        self, first: str, origin: _Origin, read: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Let transformers' converter make parameters of stored tensors."""
+        converter = copy.deepcopy(origin.converter)
+        for pattern, stored in origin.sources:
+            converter.add_tensor(first, stored, pattern, read[stored])
+        try:
+            made = converter.convert(first, model=self._model, config=self._model.config)
+        except Exception as error:  # an op on tensors that do not fit raises what it pleases
+            raise ModelError(
+                f"{first} cannot be made of {shortened(origin.names)} of {self._folder}: {error}",
+                fix=self._another_model,
+            ) from error
+        return {
+            name: value[0] if isinstance(value, list) else value for name, value in made.items()
+        }
+
+    def _check_fits(self, name: str, origin: _Origin, shape: tuple[int, ...]) -> None:
+        expected = self._expected[name]
+        wanted = tuple(expected.shape)
+        for stored in origin.names:
+            kind = self._stored[stored].dtype
+            if expected.is_floating_point() and kind not in FLOATS:
+                raise quantised(self._folder, f"{stored} is stored as {kind}")
+        if shape != wanted:
+            raise ModelError(
+                f"{shortened(origin.names)} of {self._folder} makes {name} {list(shape)}, and the "
+                f"configuration asks for {list(wanted)}{self._vocabulary_hint(name)}.",
+                fix="use the config.json that belongs to these weights",
+            )
+
+    def _vocabulary_hint(self, name: str) -> str:
+        heads = (self._model.get_input_embeddings(), self._model.get_output_embeddings())
+        weight = self._expected[name]
+        is_vocabulary = any(
+            head is not None and getattr(head, "weight", None) is weight for head in heads
+        )
+        return " (its vocab_size and hidden_size)" if is_vocabulary else ""
+
+    def _tie(self) -> None:
+        """Give a parameter without a source that of the one it is tied to.
+
+        Raises:
+            ModelError: if both are stored and differ: nothing says whether they are tied.
+        """
+        for names in self._tied_sets():
+            stored = [name for name in names if name in self._origins]
+            if not stored:
+                continue
+            for other in stored[1:]:
+                if not torch.equal(self.read(stored[0]), self.read(other)):
+                    raise ModelError(
+                        f"{self._folder} contradicts itself: its config ties {other} to "
+                        f"{stored[0]} (tie_word_embeddings), and its files hold two that differ.",
+                        fix="set tie_word_embeddings to false in config.json if the model was "
+                        f"trained so, or remove {self.sources(other)[0]} from the files",
+                    )
+            for name in names:
+                self._origins[name] = self._origins[stored[0]]
+
+    def _tied_sets(self) -> Iterable[list[str]]:
+        """Parameters that are one, the original of each set first."""
+        sets: dict[str, list[str]] = {}
+        for target, original in getattr(self._model, "all_tied_weights_keys", {}).items():
+            sets.setdefault(original, [original]).append(target)
+        tied = {name for names in sets.values() for name in names}
+        shared: dict[int, list[str]] = {}
+        for name, value in self._expected.items():  # one module under two names
+            if name not in tied:
+                shared.setdefault(id(value), []).append(name)
+        return [*sets.values(), *(names for names in shared.values() if len(names) > 1)]
+
+    def _is_superfluous(self, name: str, stored: str) -> bool:
+        """Whether a stored tensor is no weight: a mask, or what transformers ignores."""
+        patterns = self._model._keys_to_ignore_on_load_unexpected or ()  # noqa: SLF001
+        if any(re.search(pattern, name) for pattern in patterns) or _COMPUTED.search(name):
+            return True
+        is_mask = len(self._stored[stored].shape) in _MASK_RANKS
+        computed = name in {buffer for buffer, _ in self._model.named_buffers()}
+        return computed or (is_mask and _CAUSAL_MASK.search(name) is not None)
+
+    def _check_complete(self, unexpected: list[str]) -> None:
+        """Refuse a model that lacks a weight, and files that hold what belongs to nothing."""
+        parameters = {name for name, _ in self._model.named_parameters(remove_duplicate=False)}
+        optional = self._model._keys_to_ignore_on_load_missing or ()  # noqa: SLF001
+        missing = [
+            name
+            for name in self._expected
+            if name not in self._origins
+            # A buffer that may be absent has the value it is made with; a parameter a random one.
+            and (name in parameters or not any(re.search(one, name) for one in optional))
+        ]
+        if missing:
+            also = (
+                f" They hold {shortened(unexpected)}, which belongs to nothing."
+                if unexpected
+                else ""
+            )
+            raise ModelError(
+                f"The files of {self._folder} hold no {shortened(missing)} of {self._kind}: random "
+                f"values would take {'its' if len(missing) == 1 else 'their'} place.{also}",
+                fix=self._missing_fix(missing),
+            )
+        if unexpected:
+            raise ModelError(
+                f"The files of {self._folder} hold {shortened(unexpected)}, which {self._kind} "
+                "does not have: the model that they make would not be the one that was trained.",
+                fix=self._another_model,
+            )
+
+    def _missing_fix(self, missing: list[str]) -> str:
+        head = self._model.get_output_embeddings()
+        weight = getattr(head, "weight", None)
+        if len(missing) == 1 and weight is not None and self._expected[missing[0]] is weight:
+            return (
+                "complete the download; if the model uses its embedding as its head, set "
+                "tie_word_embeddings to true in config.json"
+            )
+        return f"complete the download, or {self._another_model}"
+
+    def _two_sources(self, name: str, stored: list[str]) -> ModelError:
+        return ModelError(
+            f"{name} has {len(stored)} sources in {self._folder}: {', '.join(stored)}. Nothing "
+            "says which is meant.",
+            fix="remove the one that does not belong to the model",
+        )
+
+    @property
+    def _kind(self) -> str:
+        return f"a model of type {self._model.config.model_type!r}"
+
+    @property
+    def _another_model(self) -> str:
+        return "use the config.json that belongs to these weights, or a checkpoint of this type"
+
+
+def is_finite(value: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite."""
+    if not value.is_floating_point() or not value.numel():
+        return True
+    low, high = torch.aminmax(value)  # both are NaN where one element is
+    return bool(torch.isfinite(low) and torch.isfinite(high))
+
+
+def not_finite(name: str, folder: Path, dtype: torch.dtype) -> ModelError:
+    """Build the error that says a weight is NaN or infinite."""
+    kind = str(dtype).removeprefix("torch.")
+    return ModelError(
+        f"{name} of {folder} holds NaN or infinite values in {kind}: nothing computed with it "
+        "would be a number.",
+        fix="check the file against the original"
+        + (
+            "; float16 ends at 65504, --dtype bfloat16 or float32 do not"
+            if kind == "float16"
+            else ""
+        ),
+    )

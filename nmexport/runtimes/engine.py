@@ -1,0 +1,165 @@
+"""`engine.json`: what an engine is and how it runs; read and written here alone.
+
+Whatever the target, the description says how the exported ONNX files run on ONNX Runtime: that is
+what a machine falls back to which cannot run the plan. A TensorRT engine adds a section of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping  # noqa: TC003  records are read by their annotations
+from dataclasses import dataclass
+from pathlib import Path  # noqa: TC003
+from typing import Literal
+
+from nmexport.store.records import read_record, write_record
+
+FILENAME = "engine.json"
+SCHEMA = 2
+PLAN, DENSE_PLAN = "model.plan", "dense.plan"
+
+Runtime = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
+TensorRTTarget = Literal["tensorrt", "tensorrt-rtx"]
+Provider = Literal["cpu", "cuda"]
+"""Where ONNX Runtime computes; the cache lies there too."""
+ElementType = Literal["float32", "float16", "bfloat16"]
+
+REBUILD = "run `nmexport engine` (or `nmexport build`) on this work directory again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LibraryRecord:
+    """The native library that an engine was made with."""
+
+    file: Path
+    """Next to `engine.json`, where it travels with it; otherwise only the name is of use."""
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PluginRecord:
+    """The TensorRT plugin library that a plan was built with."""
+
+    file: str
+    sha256: str
+    version: str
+    embedded: bool
+    """It is in the plan; no file is needed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineTensor:
+    """An input or output of a plan."""
+
+    name: str
+    element: str
+    """TensorRT's name of its type, such as `HALF`."""
+    shape: tuple[int, ...]
+    """-1 is a dynamic axis."""
+    is_input: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorRTEngine:
+    """What a TensorRT session must know of its plans."""
+
+    target: TensorRTTarget
+    version: str
+    """The version of TensorRT or TensorRT-RTX that built it."""
+    dtype: str
+    compute_capabilities: tuple[str, ...]
+    """GPUs that the engine is for; none is the kind of GPU that it was built on."""
+    in_place_cache: bool
+    """`past` and `present` are one buffer of `max_context` tokens; otherwise the cache is copied to
+    a longer one in every run."""
+    why_not_in_place: str | None
+    attention: str
+    """`fused`: the engine has a fused kernel for every attention layer; `attention layers`: the
+    runtime was given such layers, and what it made of them could not be read; `elementary`:
+    products and a softmax."""
+    max_batch: int
+    max_sequence: int
+    max_context: int
+    profiles: tuple[str, ...]
+    """What each optimization profile is for, in the plan's order."""
+    plugin: PluginRecord
+    tensors: tuple[EngineTensor, ...] = ()
+    """Inputs and outputs of `model.plan`, as the builder saw them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildRecord:
+    """What a TensorRT build made, for the report; no session reads it."""
+
+    attention_layers: int
+    attention_kernels: Mapping[str, int]
+    """Fused attention kernels by name."""
+    plan_bytes: Mapping[str, int]
+    """Size of the plan by side: `sparse`, `dense`."""
+    weight_bytes: int
+    timing_cache: str | None
+    why_no_timing_cache: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """An engine, in memory with absolute paths; the file has them relative to its own folder."""
+
+    runtime: Runtime
+    runtime_version: str | None
+    model: Path
+    """The sparse model."""
+    dense_model: Path | None
+    """The baseline; None where the recipe leaves it out."""
+    cpu_model: Path | None = None
+    """The sparse model as a CPU runs it, where a package has it ready."""
+    element_type: ElementType
+    """Type of the models' logits and caches."""
+    threads: int | None
+    provider: Provider
+    session_config: Mapping[str, str]
+    library: LibraryRecord | None
+    """The native op library; None where the function bodies run."""
+    why_no_library: str | None = None
+    tensorrt: TensorRTEngine | None = None
+    """None where ONNX Runtime is the target."""
+    build: BuildRecord | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a target without its section, or with another's."""
+        section = "onnxruntime" if self.tensorrt is None else self.tensorrt.target
+        if section != self.runtime:
+            raise ValueError(f"runtime is {self.runtime!r}, and the section is one of {section}")
+
+    @property
+    def bundled_library(self) -> Path | None:
+        """The library next to `engine.json`, where it travels with it."""
+        return self.library.file if self.library and self.library.file.is_file() else None
+
+    def model_for(self, provider: Provider, *, dense: bool) -> Path | None:
+        """The file to open; None for a baseline that was not built."""
+        if dense:
+            return self.dense_model
+        return self.cpu_model if provider == "cpu" and self.cpu_model else self.model
+
+    def needs_rewrite(self, provider: Provider, *, dense: bool) -> bool:
+        """Tell whether the file to open has yet to be rewritten for a CPU; see `graph.cpu`."""
+        is_ready = self.cpu_model is not None and not dense
+        return provider == "cpu" and self.element_type == "bfloat16" and not is_ready
+
+
+def read_engine(path: Path) -> Engine:
+    """Read an engine description.
+
+    Args:
+        path: `engine.json`, or the folder that holds it.
+
+    Raises:
+        ArtifactError: if it is missing, malformed or of another schema.
+    """
+    path = path if path.suffix == ".json" else path / FILENAME
+    return read_record(Engine, path, schema=SCHEMA, fix=REBUILD)
+
+
+def write_engine(engine: Engine, folder: Path) -> None:
+    """Write `engine.json` into a folder."""
+    write_record(engine, folder / FILENAME, schema=SCHEMA)
