@@ -142,9 +142,8 @@ class ReplaceAttention(ir.passes.InPlacePass):
 
 
 def _add_length_inputs(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
-    int32 = ir.TensorType(ir.DataType.INT32)
-    last = ir.Input(LAST_POSITIONS, shape=ir.Shape(["batch_size"]), type=int32)
-    total = ir.Input(TOTAL_LENGTH, shape=ir.Shape([]), type=int32)
+    last = ir.val(LAST_POSITIONS, dtype=ir.DataType.INT32, shape=["batch_size"])
+    total = ir.val(TOTAL_LENGTH, dtype=ir.DataType.INT32, shape=[])
     graph.inputs.extend([last, total])
     return last, total
 
@@ -355,7 +354,7 @@ def _computed_from_positions(
     used = {value for node in nodes for value in node.inputs if value is not None}
     inputs = [value for value in graph.inputs if value in used]
     proto = _model_of(nodes, inputs, values)
-    results: Sequence[Any] = ReferenceEvaluator(proto).run(
+    results: Any = ReferenceEvaluator(proto).run(
         None, {str(value.name): _example_of(value, positions) for value in inputs}
     )
     return [result[0] for result in results]
@@ -557,8 +556,7 @@ class GatherBeforeHead(ir.passes.InPlacePass):
         head = _head_of(logits)
         if head is None or head.inputs[0] is None:
             raise NotRewritableError("no product that makes the logits")
-        int64 = ir.TensorType(ir.DataType.INT64)
-        places = ir.Input(LOGITS_AT, shape=ir.Shape(["logits_length"]), type=int64)
+        places = ir.val(LOGITS_AT, dtype=ir.DataType.INT64, shape=["logits_length"])
         graph.inputs.append(places)
         source = head.inputs[0]
         gather = ir.Node("", "Gather", [source, places], [ir.AttrInt64("axis", 1)])
