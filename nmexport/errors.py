@@ -11,6 +11,7 @@ NmexportError
 │   ├── ArtifactError       an artifact is missing, corrupt or of another schema
 │   ├── EnvironmentFault    something this machine lacks: a library, a compiler, a device
 │   └── RequestError        a request to the server is malformed, or over one of its limits
+│       └── ServerBusyError the server takes no request now; the same one may be sent again
 ├── GateFailed              exit 3: everything ran, a threshold did not hold
 └── InternalError           exit 70: a bug of ours: traceback, and where to report it
 """
@@ -97,6 +98,10 @@ class EnvironmentFault(UserError):
 
 class RequestError(UserError):
     """A request to the server is malformed, or over one of its limits."""
+
+
+class ServerBusyError(RequestError):
+    """The server takes no request now; the same one may be sent again."""
 
 
 class GateFailed(NmexportError):

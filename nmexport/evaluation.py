@@ -134,7 +134,7 @@ def _sessions(
     offload, memory = subject.recipe.calibration.offload, free_memory()
     parameters = 0
     if offload == "auto" and not source.packed:
-        empty = skeleton(source, trust_remote_code=section.trust_remote_code)
+        empty = skeleton(source)
         parameters = 2 * parameter_count(empty)
     device = _device(share, parameters, memory)
     on_host = share.processes * parameters if device == "cpu" else 0
@@ -172,10 +172,10 @@ def _layerwise_sessions(
     from nmexport.verification.reference import folded_linear
 
     _refuse_stepwise(subject)
-    folded, trust = subject.folded, subject.recipe.model.trust_remote_code
+    folded = subject.folded
     # Not in the system's folder for temporary files, which may be small, or in memory.
     folder = subject.work.root
-    model = LayerwiseModel(subject.source, trust_remote_code=trust, folder=folder)
+    model = LayerwiseModel(subject.source, folder=folder)
     substitutes = {layer.name: partial(folded_linear, layer, folded) for layer in folded.layers}
     answers = partial(Precomputed, model, windows, progress=progress, folder=folder)
     with (
@@ -198,19 +198,21 @@ def _refuse_stepwise(subject: _Subject) -> None:
 
 def _windows(subject: _Subject, progress: Progress) -> NDArray[np.int64]:
     from nmexport.models.loader import load_model, load_tokenizer
+    from nmexport.models.text_files import known_tokens
 
     recipe, source = subject.recipe, subject.source
-    trust = recipe.model.trust_remote_code
-    tokenizer = load_tokenizer(source, trust_remote_code=trust)
+    tokenizer = load_tokenizer(source)
 
     def written(samples: int, length: int, seed: int) -> NDArray[np.int64]:
         from nmexport.calibration.self_text import self_text
 
-        model = load_model(source, dtype="float32", trust_remote_code=trust)
+        model = load_model(source, dtype="float32")
         generate = self_text(model, tokenizer, progress=progress, label="evaluate: own text")
         return generate(samples, length, seed)
 
-    return corpus.evaluation_windows(recipe.evaluation, tokenizer, written, seed=recipe.seed)
+    return corpus.evaluation_windows(
+        recipe.evaluation, tokenizer, written, seed=recipe.seed, vocabulary=known_tokens(source)
+    )
 
 
 def _gathered(

@@ -12,7 +12,7 @@ import importlib
 import logging
 import shlex
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
@@ -57,12 +57,18 @@ STAGES: Mapping[str, str] = MappingProxyType(
 )
 """Modules by stage, in order of running; imported only when a build needs them."""
 
+_READ_WEIGHTS = frozenset({"calibrate", "fold", "export", "verify"})
+
 Action = Literal["cached", "run", "depends", "refused"]
 """`depends`: an upstream runs, and what it writes decides. `refused`: a gate failed before it."""
 
 
 class Stage(Protocol):
-    """A stage module; see `nmexport.stages`."""
+    """A stage module; see `nmexport.stages`.
+
+    It may have a function `check(inputs)`, which is called before the first stage runs wherever
+    this one is going to: what it can refuse then is not refused after hours.
+    """
 
     @property
     def UPSTREAM(self) -> Sequence[str]:  # noqa: N802  a constant of the module
@@ -223,6 +229,7 @@ class Pipeline:
                 for name in self.stages[step.stage].UPSTREAM
             }
             self._check_earlier(selection, keys, read)
+            self._check_first(plan)
             steps: list[Step] = []
             for stage in selection.stages:
                 full = selection.check or stage in read
@@ -251,6 +258,13 @@ class Pipeline:
                 }
             )
         return keys
+
+    def _check_first(self, plan: Sequence[Step]) -> None:
+        """Let every stage that is going to run refuse what it cannot do."""
+        for step in plan:
+            check = getattr(self.stages[step.stage], "check", None)
+            if check is not None and step.action != "cached":
+                check(self._inputs(self.work.root / step.stage, {}))
 
     # -- one stage -------------------------------------------------------------------------------
 
@@ -291,7 +305,8 @@ class Pipeline:
         reset_peak_rss()
         with self.work.partial(stage, key) as output:
             resume = self.work.resume_path(stage, key)
-            metrics = module.run(self._inputs(output, upstream, resume))
+            inputs = self._inputs(output, upstream, resume)
+            metrics = module.run(replace(inputs, source=self._source_for(stage)))
             (output / RECIPE).write_text(dump(self.recipe), encoding="utf-8")
             manifest = Manifest(
                 stage=stage,
@@ -413,6 +428,14 @@ class Pipeline:
             fields = self.stages[stage].key_fields(inputs)
             self._known_fields[stage] = plain({"nmexport": __version__, **fields})
         return self._known_fields[stage]
+
+    def _source_for(self, stage: str) -> ModelSource:
+        """The model as a stage reads it: a `.gguf` dequantised once for all of them."""
+        if not self.source.packed or stage not in _READ_WEIGHTS:
+            return self.source
+        from nmexport.models.unpacked import unpack  # torch: only where a stage runs
+
+        return unpack(self.source, self.work.root, self.progress)
 
     def _inputs(
         self, output: Path, upstream: Mapping[str, Path], resume: Path | None = None

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -51,6 +53,13 @@ def _capability_from(value: object) -> object:
         return value
     raise ValueError('a compute capability such as "8.9"')
 
+
+def _expanded(value: str) -> str:
+    return os.path.expanduser(value)  # noqa: PTH111  it may be no path at all
+
+
+MaybePath = Annotated[str, AfterValidator(_expanded)]
+"""Text that may name a file; `~` is expanded."""
 
 ComputeCapability = Annotated[str, BeforeValidator(_capability_from)]
 """Of a GPU."""
@@ -94,7 +103,7 @@ class _Strict(BaseModel):
 class ModelSection(_Strict):
     """Which model."""
 
-    id: str
+    id: MaybePath
     """Hub id, local folder or `.gguf` file."""
     revision: str | None = None
     trust_remote_code: bool = False
@@ -208,7 +217,7 @@ class AllocationSection(_Strict):
 class CorpusSection(_Strict):
     """A text source and how it is cut into samples of token ids."""
 
-    corpus: str = "self"
+    corpus: MaybePath = "self"
     """Hub dataset name, `.txt`, `.jsonl`, or `self` (text that the dense model generates)."""
     samples: int = Field(default=128, ge=1)
     length: int = Field(default=512, ge=8)
@@ -224,7 +233,7 @@ class CorpusSection(_Strict):
 class EvaluationSection(_Strict):
     """How accuracy is measured."""
 
-    corpus: str = "self"
+    corpus: MaybePath = "self"
     windows: int = Field(default=16, ge=1)
     length: int = Field(default=512, ge=8)
     """Tokens a window; windows do not overlap and are scored from their second token."""
@@ -234,7 +243,7 @@ class EvaluationSection(_Strict):
     """Score decode-only sparsity beside sparsity in all phases."""
     tasks: tuple[str, ...] = ()
     """Tasks, groups or tags of lm-evaluation-harness, or of `tasks_path`."""
-    tasks_path: str | None = None
+    tasks_path: MaybePath | None = None
     """Folder of local task files; without `tasks`, all of them."""
     task_limit: int | None = Field(default=None, ge=1)
     """Documents a task; None is all."""

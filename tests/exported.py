@@ -58,7 +58,7 @@ def specs_of(model: nn.Module, behaviour: Behaviour) -> list[LayerSpec]:
             name=name,
             in_features=linear.in_features,
             out_features=linear.out_features,
-            pattern=str(behaviour.pattern),
+            pattern=behaviour.pattern,
             criterion="act",
             phase=behaviour.phase,
             dynamic_shift=behaviour.dynamic_shift,

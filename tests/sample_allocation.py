@@ -9,6 +9,7 @@ from nmexport.store.allocation import (
     Built,
     Candidate,
     Choice,
+    CostConstants,
     FrontPoint,
     LedgerRow,
     Protocol,
@@ -60,7 +61,12 @@ def sample_allocation(layers: int = 6) -> Allocation:
             length=256,
             prompt=0,
             joint_over_sum=1.1,
-            cost={"bytes_per_second": 35e9},
+            cost=CostConstants(
+                bytes_per_second=35e9,
+                dense_overhead_seconds=3e-6,
+                sparse_overhead_seconds=12e-6,
+                element_bytes=4,
+            ),
         ),
     )  # fmt: skip
 

@@ -9,6 +9,7 @@ from nmexport.environment import Environment
 from nmexport.models.source import ModelSource
 from nmexport.progress import Silent
 from nmexport.recipe import GatesSection, ModelSection, Recipe, SparsitySection
+from nmexport.sparsity.pattern import NMPattern
 from nmexport.store.layers import LayerSpec
 from nmexport.verification import (
     audit,
@@ -98,7 +99,7 @@ def _layers(count: int, rng: np.random.Generator) -> list[LayerSpec]:
             name=f"model.layers.{index}.{block}.{kind}",
             in_features=576,
             out_features=576,
-            pattern="8:16",
+            pattern=NMPattern(8, 16),
             criterion="act",
             relative_error=float(rng.uniform(0.1, 0.3)),
         )
@@ -230,11 +231,13 @@ class Paced:
 
     threads = 2
     runtime = "onnxruntime 1.32"
-    state = None
+    cache = None
     vocabulary_size = 8
 
-    def restore(self, state: object) -> None:
-        pass
+    def keep(self, cache: object) -> object:
+        return cache
+
+    resume = keep
 
     def prefill(self, ids: np.ndarray) -> np.ndarray:
         return np.zeros((*ids.shape, 8), np.float32)

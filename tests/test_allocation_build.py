@@ -136,7 +136,7 @@ def test_the_audit_counts_each_linear_by_its_pattern_and_phase(
     layers = {layer.name: layer for layer in layers_of(built)}
     for row in report["sparsity"]["layers"]:
         layer = layers[row["name"]]
-        assert row["achieved"] == pytest.approx(layer.nm.sparsity, abs=0.02)
+        assert row["achieved"] == pytest.approx(layer.pattern.sparsity, abs=0.02)
         tokens = row["total"] / layer.in_features
         assert tokens == (2 * 32 if layer.phase == "all" else 2 * 4)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +103,7 @@ def test_a_budget_that_is_broken_as_built_is_said_so(allocation: dict[str, Any])
     broken = {**allocation, "built": {**allocation["built"], "budget_used": 1.2}}
     words = report_allocation.built(broken)
     assert words is not None
-    assert words.endswith("120% of the budget of accuracy: it is broken.")
+    assert words.endswith("120% of the budget of accuracy: the budget is exceeded.")
     free = {**allocation, "built": {**allocation["built"], "budget_used": None}}
     assert (report_allocation.built(free) or "").endswith("on the same text.")
     assert report_allocation.built({**allocation, "built": None}) is None
@@ -139,3 +140,11 @@ def test_rows_are_in_order_and_count(allocation: dict[str, Any]) -> None:
     shares = report_allocation.read_shares(allocation)
     assert {one["share"] for one in shares} == {1.0, 0.75, 0.5, 0.25}
     assert shares[0]["name"] == "model.layers.0.self_attn.q+k+v"
+
+
+def test_a_choice_without_gain_is_said_so() -> None:
+    document = as_dict(replace(sample_allocation(), remark="The cost model sees no gain."))
+    printed = report_allocation.rows(document)
+    assert printed is not None
+    assert printed["built"].startswith("As built")
+    assert printed["built"].endswith("The cost model sees no gain.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from nmexport.calibration.corpus import (
 )
 from nmexport.errors import CorpusError, EnvironmentFault
 from nmexport.recipe import CorpusSection, EvaluationSection
+
+from tests.tiny import begin_every_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -334,3 +337,149 @@ def test_a_missing_datasets_package_is_named(
     with pytest.raises(EnvironmentFault, match="datasets package") as caught:
         load_samples(section("owner/name"), tokenizer, never, seed=0)
     assert "nmexport[hub]" in (caught.value.fix or "")
+
+
+def first_window(tokenizer: Any, corpus: object, length: int) -> list[int]:
+    """All tokens of a corpus, as the first `length` of one window."""
+    windows = evaluation_windows(evaluation(corpus, 1, length), tokenizer, never, seed=0)
+    return list(windows[0])
+
+
+def write_lines(path: Path, *rows: object, mark: str = "") -> Path:
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    path.write_bytes((mark + "\n".join(lines)).encode())
+    return path
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\u0085", "\x0b", "\x1c", "\r"])
+def test_a_document_may_hold_what_python_calls_a_line_end(
+    tokenizer: Any, tmp_path: Path, end: str
+) -> None:
+    text = f"one{end}two and more of it"
+    path = tmp_path / "a.jsonl"
+    # JSON allows these raw, but for control characters.
+    raw = json.dumps({"text": text}, ensure_ascii=False)
+    path.write_bytes(raw.encode() + b"\r\n" + raw.encode())
+    expected = ids_of(tokenizer, text)
+    assert first_window(tokenizer, path, len(expected)) == expected
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_byte_order_mark_is_no_text(tokenizer: Any, tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    text = TEXT if name == "a.txt" else json.dumps({"text": TEXT})
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert first_window(tokenizer, path, 16) == ids_of(tokenizer, TEXT)[:16]
+
+
+def test_joined_files_keep_their_byte_order_marks_to_themselves(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    line = "\ufeff" + json.dumps({"text": TEXT}) + "\n"
+    path = tmp_path / "a.jsonl"
+    path.write_text(line * 2, encoding="utf-8")
+    assert first_window(tokenizer, path, 16) == ids_of(tokenizer, TEXT)[:16]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (r'{"text": "a\ud83d"}', r"a\.jsonl:2 holds half a character: \\ud83d"),
+        (r'{"text": "\udca9\ud83d b"}', r"half a character: \\udca9"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"text": "a", "n": ' + "9" * 5000 + "}", "not JSON"),
+        ("nan", "not JSON"),
+        ("3", "neither text nor messages"),
+    ],
+)
+def test_what_json_can_spell_and_text_cannot_be(
+    tokenizer: Any, tmp_path: Path, line: str, said: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": TEXT}) + "\n" + line)
+    for read in (
+        lambda: evaluation_windows(evaluation(path), tokenizer, never, seed=0),
+        lambda: load_samples(section(path), tokenizer, never, seed=0),
+    ):
+        with pytest.raises(CorpusError, match=said):
+            read()
+
+
+MESSAGES = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Yes, hello."}]
+
+
+@pytest.fixture
+def chatty(tiny_llama: Path, tmp_path: Path) -> Any:
+    """A tokenizer that begins every text, and a template that begins and ends it too."""
+    from transformers import AutoTokenizer
+
+    folder = shutil.copytree(tiny_llama, tmp_path / "chatty")
+    begin_every_text(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}</s>\n"
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_what_a_template_begins_and_ends_is_not_begun_and_ended_again(
+    chatty: Any, tmp_path: Path, count: int
+) -> None:
+    path = write_lines(tmp_path / "chat.jsonl", *[{"messages": MESSAGES}] * 40)
+    assert text_prefix(chatty) == [1]
+    windows = evaluation_windows(evaluation(path, 8, 8 + count), chatty, never, seed=0)
+    assert (windows[:, 0] == 1).all()
+    document = ids_of(chatty, chatty.apply_chat_template(MESSAGES, tokenize=False))
+    assert (document[0], document.count(2)) == (1, 1)
+    for row in windows.tolist():
+        assert row[1] != 1
+        text = chatty.decode(row)
+        assert "<s><s>" not in text.replace(" ", "")
+        assert "</s></s>" not in text.replace(" ", "").replace("\n", "")
+    whole = first_window(chatty, path, 2 * len(document))
+    assert whole == document * 2
+
+
+@pytest.mark.parametrize(
+    "content", [[{"type": "text", "text": "Hello."}], ["Hello."], None, 3, {"text": "Hello."}]
+)
+def test_content_that_is_no_text_is_refused(chatty: Any, tmp_path: Path, content: object) -> None:
+    path = write_lines(tmp_path / "a.jsonl", {"messages": [{"role": "user", "content": content}]})
+    with pytest.raises(CorpusError, match=r"a\.jsonl:1: messages holds"):
+        evaluation_windows(evaluation(path), chatty, never, seed=0)
+
+
+def test_a_call_of_a_tool_needs_no_content(chatty: Any, tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    path = write_lines(tmp_path / "a.jsonl", {"messages": [*MESSAGES, call]})
+    assert first_window(chatty, path, 8)
+
+
+@pytest.mark.parametrize("wrong", ["{{ 1 // 0 }}", "{{ messages.no.such }}", "{{ [1] < 'a' }}"])
+def test_whatever_a_template_raises_names_the_line(chatty: Any, tmp_path: Path, wrong: str) -> None:
+    chatty.chat_template = wrong
+    path = write_lines(tmp_path / "a.jsonl", {"messages": MESSAGES})
+    with pytest.raises(CorpusError, match=r"a\.jsonl:1: the chat template refuses it"):
+        evaluation_windows(evaluation(path), chatty, never, seed=0)
+
+
+def test_tokens_that_the_model_does_not_know_are_refused(tokenizer: Any, text_file: Path) -> None:
+    largest = max(ids_of(tokenizer, TEXT))
+    for read in (
+        lambda size: evaluation_windows(
+            evaluation(text_file), tokenizer, never, seed=0, vocabulary=size
+        ),
+        lambda size: load_samples(section(text_file), tokenizer, never, seed=0, vocabulary=size),
+    ):
+        read(largest + 1)
+        with pytest.raises(CorpusError, match=f"token {largest}, and the model knows {largest}"):
+            read(largest)
+
+
+def test_a_home_folder_in_a_recipe_is_expanded(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert section("~/text.txt").corpus == evaluation("~/text.txt").corpus == str(text_file)
+    assert section("~nobody-of-that-name/x.txt").corpus == "~nobody-of-that-name/x.txt"

@@ -7,7 +7,7 @@ import typing
 
 import onnx
 import pytest
-from nmexport import oracle
+from nmexport import choices, oracle
 from nmexport.errors import ArtifactError, InternalError
 from nmexport.graph import contract as contract_module
 from nmexport.graph.contract import (
@@ -21,7 +21,6 @@ from nmexport.graph.contract import (
 from nmexport.resources import resource_path
 from nmexport.sparsity import quantisation
 from nmexport.sparsity.pattern import MAX_GROUP
-from nmexport.store import layers
 
 from tests.op_cases import linear_node, prune_node
 
@@ -65,7 +64,7 @@ def test_the_oracle_and_the_pattern_say_what_the_contract_says():
     phase = contract.ops["NMLinear"].attribute("phase")
     assert phase is not None
     assert phase.values == oracle.PHASES == typing.get_args(oracle.Phase)
-    assert phase.values == typing.get_args(layers.Phases)
+    assert phase.values == typing.get_args(choices.Phases)
     assert tuple(str(t) for t in oracle.TYPES) == contract.types
     assert contract.variance_floor == oracle.VARIANCE_FLOOR
     assert contract.scale_group == oracle.SCALE_GROUP == quantisation.GROUP

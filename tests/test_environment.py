@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -175,3 +177,22 @@ def test_free_memory_heeds_the_containers_limit(
     assert environment.free_memory() == 3700
     (tmp_path / "memory.max").write_text("max\n")
     assert environment.free_memory() > 3700
+
+
+def test_onnxruntime_sends_and_says_nothing_where_home_cannot_be_written() -> None:
+    program = (
+        "import nmexport.runtimes.onnxruntime_session, os, onnxruntime\n"
+        "assert os.environ['ORT_DISABLE_TELEMETRY'] == '1'\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != _TELEMETRY}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**environment, "HOME": "/proc/no-such-home", "XDG_CACHE_HOME": "/proc/none"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+_TELEMETRY = "ORT_DISABLE_TELEMETRY"

@@ -62,7 +62,7 @@ def alone(work: WorkDirectory) -> dict[str, Any]:
 
 def test_it_is_the_dense_and_the_folded_model(alone: dict[str, Any], work: WorkDirectory) -> None:
     import torch
-    from nmexport.generation.loop import load_tokenizer
+    from nmexport.models.loader import load_tokenizer
     from nmexport.models.source import resolve
     from nmexport.stages.fold import Artifact
     from nmexport.verification.reference import open_folded
@@ -70,7 +70,7 @@ def test_it_is_the_dense_and_the_folded_model(alone: dict[str, Any], work: WorkD
     recipe = work.recipe()
     source = resolve(recipe.model)
     with open(recipe.evaluation.corpus, encoding="utf-8") as stream:  # noqa: PTH123
-        ids = load_tokenizer(source.folder)(stream.read(), add_special_tokens=False)["input_ids"]
+        ids = load_tokenizer(source)(stream.read(), add_special_tokens=False)["input_ids"]
     windows = np.array(ids[: WINDOWS * 24]).reshape(WINDOWS, 24)
     with open_folded(source, recipe.model, Artifact(work.require("fold"))) as session:
         logits = torch.from_numpy(session.prefill(windows)).double()

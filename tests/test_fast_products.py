@@ -27,7 +27,7 @@ IDS = torch.arange(24).view(2, 12)
 def model(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(products, "fast_dtype", lambda device: torch.bfloat16)
     source = resolve(ModelSection(id=str(tiny_llama)))
-    return load_model(source, dtype="float32", trust_remote_code=False)
+    return load_model(source, dtype="float32")
 
 
 def logits(model: Any) -> torch.Tensor:

@@ -177,7 +177,7 @@ def test_folded_layers_run_in_the_model(
         assert spec.relative_error is not None
         assert 0 < spec.relative_error < 1
         behaviour = Behaviour(
-            pattern=spec.nm,
+            pattern=spec.pattern,
             dynamic_shift=spec.dynamic_shift,
             variance_correction=spec.variance_correction,
             phase=spec.phase,
@@ -324,7 +324,7 @@ def kl_of_folded(recipe: Recipe, artifact: fold.Artifact, windows: torch.Tensor)
             model,
             {
                 spec.name: FoldedLinear.from_tensors(
-                    Behaviour(pattern=spec.nm), artifact.tensors(spec.name)
+                    Behaviour(pattern=spec.pattern), artifact.tensors(spec.name)
                 )
                 for spec in artifact.layers
             },

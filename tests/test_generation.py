@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from nmexport.bench.engines import bench_engines
 from nmexport.errors import ArtifactError, UserError
+from nmexport.generation.defaults import end_tokens
 from nmexport.generation.loop import (
     continuation,
     encode_prompt,
-    end_tokens,
     generate,
-    load_tokenizer,
     text_pieces,
     until_stop,
 )
 from nmexport.generation.sampler import Sampler
-from nmexport.progress import Silent
+from nmexport.generation.tokenizer import Tokenizer
 
 from tests.served import engine_document
-from tests.tiny import save_tokenizer
+from tests.tiny import begin_every_text, save_tokenizer
 from tests.toy_lm import VOCABULARY, expected_logits, save_toy_lm
 
 if TYPE_CHECKING:
@@ -54,8 +53,8 @@ def work(tmp_path: Path, tokenizer_folder: Path) -> Path:
 
 
 def test_pieces_are_whole_characters_and_lose_nothing(tokenizer_folder: Path) -> None:
-    tokenizer = load_tokenizer(tokenizer_folder)
-    ids = tokenizer(TEXT)["input_ids"]
+    tokenizer = Tokenizer(tokenizer_folder)
+    ids = tokenizer.encode(TEXT)
     pieces = list(text_pieces(tokenizer, ids))
     assert "".join(pieces) == TEXT
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
@@ -63,8 +62,8 @@ def test_pieces_are_whole_characters_and_lose_nothing(tokenizer_folder: Path) ->
 
 
 def test_text_that_ends_inside_a_character_is_not_swallowed(tokenizer_folder: Path) -> None:
-    tokenizer = load_tokenizer(tokenizer_folder)
-    ids = tokenizer("ab日")["input_ids"]
+    tokenizer = Tokenizer(tokenizer_folder)
+    ids = tokenizer.encode("ab日")
     assert "".join(text_pieces(tokenizer, ids[:-1])) == "ab\N{REPLACEMENT CHARACTER}"
 
 
@@ -117,7 +116,7 @@ def test_top_k_and_top_p_cut_the_tail() -> None:
 def test_end_tokens_come_from_all_places(tmp_path: Path, tokenizer_folder: Path) -> None:
     (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [8, 9]}')
-    assert end_tokens(tmp_path, load_tokenizer(tokenizer_folder)) == {2, 7, 8, 9}
+    assert end_tokens(tmp_path, Tokenizer(tokenizer_folder)) == {2, 7, 8, 9}
 
 
 def test_an_end_token_ends_the_text_unseen() -> None:
@@ -134,7 +133,7 @@ def test_an_end_token_ends_the_text_unseen() -> None:
 
 
 def test_generate_is_greedy_on_the_real_cache(work: Path) -> None:
-    tokenizer = load_tokenizer(work / "export")
+    tokenizer = Tokenizer(work / "export")
     ids = encode_prompt(tokenizer, "\x02\x03", chat=False)
     ids = [token % VOCABULARY for token in ids]
     prompt = tokenizer.decode(ids)
@@ -175,30 +174,70 @@ def test_no_tokenizer_says_so(work: Path, tmp_path: Path) -> None:
         generate(work, "a")
 
 
-def test_chat_needs_a_template(tokenizer_folder: Path) -> None:
-    tokenizer = load_tokenizer(tokenizer_folder)
+@pytest.fixture
+def folder(tokenizer_folder: Path, tmp_path: Path) -> Path:
+    """A tokenizer's folder that a test may change."""
+    return shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
+
+
+def change_config(folder: Path, **values: object) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_chat_needs_a_template(folder: Path) -> None:
     with pytest.raises(UserError, match="chat template"):
-        encode_prompt(tokenizer, "hello", chat=True)
-    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}>"
-    ids = encode_prompt(tokenizer, "hello", chat=True)
-    assert tokenizer.decode(ids) == "[user]hello>"
+        encode_prompt(Tokenizer(folder), "hello", chat=True)
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}>"
+    (folder / "chat_template.jinja").write_text(template)
+    tokenizer = Tokenizer(folder)
+    assert tokenizer.decode(encode_prompt(tokenizer, "hello", chat=True)) == "[user]hello>"
 
 
-def test_an_empty_prompt_starts_the_text(tokenizer_folder: Path) -> None:
-    tokenizer = load_tokenizer(tokenizer_folder)
+def test_an_empty_prompt_starts_the_text(folder: Path) -> None:
+    tokenizer = Tokenizer(folder)
     assert encode_prompt(tokenizer, "", chat=False) == [tokenizer.bos_token_id]
-    tokenizer.bos_token = None
+    change_config(folder, bos_token=None)
     with pytest.raises(UserError, match="no tokens"):
-        encode_prompt(tokenizer, "", chat=False)
+        encode_prompt(Tokenizer(folder), "", chat=False)
 
 
-def test_bench_times_both_sides(work: Path) -> None:
-    report = bench_engines(
-        work, prefill_tokens=8, decode_context=4, batch=2, runs=5, warmup=1, progress=Silent()
-    )
-    assert report["dense"]["prefill"]["tokens"] == 8
-    assert report["sparse"]["decode"]["batch"] == 2
-    assert report["sparse"]["decode"]["context"] == 4
-    assert len(report["dense"]["decode"]["samples_ms"]) == 5
-    low, high = report["speedup"]["decode_interval"]
-    assert 0 < low <= report["speedup"]["decode"] <= high
+def test_a_prompt_that_begins_the_text_is_not_begun_twice(folder: Path) -> None:
+    """By the user or by a chat template, with a tokenizer that begins every text itself."""
+    begin_every_text(folder)
+    template = "<s>{% for m in messages %}{{ m.content }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    tokenizer = Tokenizer(folder)
+    assert encode_prompt(tokenizer, "a", chat=False)[:1] == [1]
+    for chat, prompt in ((True, "a"), (False, "<s>a")):
+        assert encode_prompt(tokenizer, prompt, chat=chat)[:2] == [
+            1,
+            *tokenizer.encode("<s>a")[1:2],
+        ]
+        assert encode_prompt(tokenizer, prompt, chat=chat).count(1) == 1
+
+
+def test_a_prompt_that_is_no_utf8_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match="not UTF-8"):
+        encode_prompt(Tokenizer(folder), "caf\udce9", chat=False)
+
+
+def test_a_null_byte_is_a_character_like_others(folder: Path) -> None:
+    tokenizer = Tokenizer(folder)
+    assert tokenizer.decode(encode_prompt(tokenizer, "a\0b", chat=False)) == "a\0b"
+
+
+def test_a_token_without_a_row_in_the_embedding_is_refused(folder: Path) -> None:
+    largest = max(Tokenizer(folder).encode("quick brown fox"))
+    (folder / "config.json").write_text(json.dumps({"vocab_size": largest}))
+    tokenizer = Tokenizer(folder)
+    assert tokenizer.encode("a b")
+    with pytest.raises(UserError, match=f"token {largest}, and the model knows {largest} tokens"):
+        tokenizer.encode("quick brown fox")
+
+
+@pytest.mark.parametrize("value", [-1, "2", True, [2, -1], 2.0, [[2]]])
+def test_an_end_token_that_is_none_names_the_file(folder: Path, value: object) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(ArtifactError, match=r"generation_config\.json: eos_token_id cannot be"):
+        end_tokens(folder, Tokenizer(folder))

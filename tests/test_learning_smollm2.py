@@ -98,7 +98,7 @@ def test_the_default_method_learned_the_fast_way(tmp_path: Path) -> None:
         model,
         {
             layer.name: FoldedLinear.from_tensors(
-                Behaviour(pattern=layer.nm), artifact.tensors(layer.name)
+                Behaviour(pattern=layer.pattern), artifact.tensors(layer.name)
             )
             for layer in artifact.layers
         },

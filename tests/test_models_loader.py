@@ -76,6 +76,114 @@ def test_missing_tokenizer(tiny_llama: Path, tmp_path: Path) -> None:
         load_tokenizer(source_of(folder))
 
 
+def change_json(path: Path, **values: object) -> None:
+    known = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    path.write_text(json.dumps({**known, **values}), "utf-8")
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "gpt2", "opt", "llama"])
+@pytest.mark.parametrize("left", [(), ("tokenizer_config.json",), ("vocab.json",)])
+def test_no_tokenizer_is_said_and_none_is_made_up(
+    tiny_llama: Path, tmp_path: Path, family: str, left: tuple[str, ...]
+) -> None:
+    """transformers makes an empty tokenizer for some families."""
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    change_json(folder / "config.json", model_type=family)
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    for name in left:
+        (folder / name).write_text("{}")
+    with pytest.raises(ModelError, match=r"has (no|half a) tokenizer.*\n.*tokenizer\.json"):
+        load_tokenizer(source_of(folder))
+
+
+def test_sentencepiece_alone_says_what_to_install(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    (folder / "tokenizer.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>\x15\0\0\0\0\x18\x02")
+    with pytest.raises(ModelError, match=r"tokenizer\.model alone(.|\n)*sentencepiece") as caught:
+        load_tokenizer(source_of(folder))
+    assert "tiktoken" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "said"),
+    [
+        ("generation_config.json", {"do_sample": True, "top_k": -1}, "top_k -1"),
+        ("generation_config.json", {"do_sample": True, "temperature": 1e-6}, "temperature 1e-06"),
+        ("generation_config.json", {"do_sample": True, "temperature": "hot"}, "'hot'"),
+        ("generation_config.json", {"do_sample": True, "top_p": 1.5}, "top_p 1.5"),
+        ("generation_config.json", {"repetition_penalty": 0}, "repetition_penalty"),
+        ("generation_config.json", {"eos_token_id": 999}, "eos_token_id cannot be 999"),
+        ("generation_config.json", {"eos_token_id": [2, 384]}, "384 is no token"),
+        ("generation_config.json", {"eos_token_id": -1}, "eos_token_id cannot be -1"),
+        ("generation_config.json", {"bos_token_id": 4000}, "bos_token_id"),
+        ("config.json", {"eos_token_id": 999}, "eos_token_id cannot be 999"),
+        ("config.json", {"bos_token_id": -2}, "bos_token_id cannot be -2"),
+        ("tokenizer_config.json", {"chat_template": "{% for m in x %}"}, "does not compile"),
+        ("tokenizer_config.json", {"chat_template": "{{ x | no_such }}"}, "does not compile"),
+    ],
+)
+def test_what_serving_would_refuse_is_refused_at_the_start(
+    tiny_llama: Path, tmp_path: Path, file: str, values: dict[str, object], said: str
+) -> None:
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    change_json(folder / file, **values)
+    with pytest.raises(ModelError) as caught:
+        load_tokenizer(source_of(folder))
+    assert said in caught.value.problem
+    assert str(folder / file) in caught.value.problem
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", "3"])
+def test_a_broken_generation_config_is_named(tiny_llama: Path, tmp_path: Path, text: str) -> None:
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(ModelError, match=r"generation_config\.json"):
+        load_tokenizer(source_of(folder))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"top_k": -1, "temperature": 1e-6},  # not drawn from: nobody reads them
+        {"eos_token_id": [2, 3]},
+        {"eos_token_id": None, "pad_token_id": -1},
+        {"do_sample": True, "temperature": 0.6, "top_k": None},
+    ],
+)
+def test_sound_generation_configs_are_taken(
+    tiny_llama: Path, tmp_path: Path, values: dict[str, object]
+) -> None:
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    change_json(folder / "generation_config.json", **values)
+    load_tokenizer(source_of(folder))
+
+
+def test_templates_that_transformers_compiles_are_taken(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% if loop.last %}{% break %}{% endif %}{% endfor %}{{ strftime_now('%Y') }}"
+    )
+    load_tokenizer(source_of(folder))
+
+
+def test_a_tokenizer_may_know_more_than_the_model_but_not_begin_texts_so(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    tokenizer = load_tokenizer(source_of(folder))
+    tokenizer.add_tokens([f"<extra{number}>" for number in range(400)])
+    tokenizer.save_pretrained(folder)
+    assert len(load_tokenizer(source_of(folder))) > 384
+    tokenizer.eos_token = "<extra399>"  # noqa: S105
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"eos_token '<extra399>'.*384 rows"):
+        load_tokenizer(source_of(folder))
+
+
 def test_replace_linears_and_back(tiny_llama: Path) -> None:
     model = load_model(source_of(tiny_llama))
     name = "model.layers.1.mlp.up_proj"

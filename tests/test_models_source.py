@@ -67,8 +67,10 @@ def test_digest_ignores_what_is_not_loaded(folder: Path) -> None:
     (folder / "README.md").write_text("hello")
     (folder / "modeling_x.py").write_text("pass")
     assert resolve(ModelSection(id=str(folder))).digest == before
-    trusted = resolve(ModelSection(id=str(folder), trust_remote_code=True)).digest
-    assert trusted != before, "code that runs is part of what the model is"
+    trusted = resolve(ModelSection(id=str(folder), trust_remote_code=True))
+    assert trusted.digest != before, "code that runs is part of what the model is"
+    assert trusted.trust_remote_code
+    assert not resolve(ModelSection(id=str(folder))).trust_remote_code
 
 
 def test_digest_takes_the_name_of_a_cache_blob(tmp_path: Path) -> None:

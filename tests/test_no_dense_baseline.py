@@ -63,6 +63,9 @@ def test_what_compares_is_null_with_a_reason(built: WorkDirectory) -> None:
     assert report["sparsity"]["achieved"] == 0.5
     assert all(layer["relative_error"] is None for layer in report["sparsity"]["layers"])
     assert report["notes"][0] == alone.NOTE
+    dense = report["parity"]["dense"]
+    assert dense["error"] < 1e-4, "held against torch by a dense file that is not kept"
+    assert not (built.require("export") / "dense").exists()
     assert report["verdict"] == "pass"  # of the one gate that needs no baseline
 
 

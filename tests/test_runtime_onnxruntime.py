@@ -23,7 +23,7 @@ from nmexport.store.artifact import file_digest
 from onnx import TensorProto
 
 from tests.served import engine_document
-from tests.toy_lm import VOCABULARY, expected_logits, save_toy_lm
+from tests.toy_lm import VOCABULARY, expected_logits, prefill_padded, save_toy_lm
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,7 +58,7 @@ def test_left_padding_changes_no_result(toy: Path) -> None:
     padded = np.array([[0, 0, 7, 8], [1, 2, 3, 4]])
     mask = np.array([[0, 0, 1, 1], [1, 1, 1, 1]])
     with OrtSession(toy, threads=1) as session:
-        session.prefill(padded, mask)
+        prefill_padded(session, padded, mask)
         step = session.decode_step(np.array([[9], [9]]))
     np.testing.assert_allclose(
         step[0, 0], expected_logits(np.array([[7, 8, 9]]))[0, -1], rtol=1e-5, atol=1e-5
@@ -68,10 +68,10 @@ def test_left_padding_changes_no_result(toy: Path) -> None:
 def test_restored_state_decodes_the_same_again(toy: Path) -> None:
     with OrtSession(toy, threads=1) as session:
         session.prefill(IDS)
-        state = session.state
+        state = session.keep(session.cache)
         first = session.decode_step(IDS[:, :1])
         session.decode_step(IDS[:, :1])
-        session.restore(state)
+        session.cache = session.resume(state)
         np.testing.assert_array_equal(session.decode_step(IDS[:, :1]), first)
 
 
@@ -83,12 +83,12 @@ def test_half_precision_caches_and_logits(tmp_path: Path, dtype: int, rtol: floa
     with OrtSession(path, threads=1) as session:
         session.prefill(IDS[:, :-1])
         logits = session.decode_step(IDS[:, -1:])
-        cached = dict(session.cache_values())
+        cached = dict(session.cache_values(session.cache))
     assert logits.dtype == np.float32
     np.testing.assert_allclose(logits, expected_logits(IDS)[:, -1:], rtol=rtol, atol=20 * rtol)
     with OrtSession(save_toy_lm(tmp_path / "float32.onnx"), threads=1) as session:
         session.prefill(IDS)
-        for name, wanted in session.cache_values():
+        for name, wanted in session.cache_values(session.cache):
             np.testing.assert_allclose(cached[name], wanted, rtol=rtol, atol=rtol)
 
 

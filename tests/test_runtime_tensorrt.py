@@ -14,7 +14,6 @@ from nmexport.errors import ArtifactError, UserError
 from nmexport.graph.tensorrt import for_tensorrt
 from nmexport.runtimes.engine import PluginRecord, TensorRTEngine
 from nmexport.runtimes.onnxruntime_session import OrtSession
-from nmexport.runtimes.session import is_readable, is_resumable
 from nmexport.runtimes.tensorrt.kernel_cache import KernelCache, kernel_cache_path
 from nmexport.runtimes.tensorrt.library import Messages
 from nmexport.runtimes.tensorrt.pair import input_axes
@@ -23,6 +22,7 @@ from nmexport.runtimes.tensorrt_session import TensorRTSession
 
 from tests.exported import export_folder
 from tests.fake_tensorrt import HostDevice, fake_module, fake_plan
+from tests.toy_lm import prefill_padded
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -117,7 +117,7 @@ def test_padding_on_the_left_counts_for_nothing(session: TensorRTSession, export
     mask = np.ones((2, 6), np.int64)
     mask[1, :2] = 0
     with OrtSession(exported, threads=1) as wanted, session:
-        ours, theirs = session.prefill(IDS[:, :6], mask), wanted.prefill(IDS[:, :6], mask)
+        ours, theirs = (prefill_padded(one, IDS[:, :6], mask) for one in (session, wanted))
         close(ours[0], theirs[0])
         close(ours[1, 2:], theirs[1, 2:])
         close(session.decode_step(IDS[:, 6:7]), wanted.decode_step(IDS[:, 6:7]))
@@ -137,26 +137,51 @@ def test_a_state_survives_what_follows_and_goes_to_another_session(
 ) -> None:
     in_place = session._described.in_place_cache
     with session, open_fake(exported, in_place=in_place) as other:
-        assert is_resumable(session)
+        assert session.exposes_cache
         session.prefill(IDS[:, :6])
-        state = session.state
+        state = session.keep(session.cache)
         wanted = session.decode_step(IDS[:, 6:7])
         session.prefill(IDS[:, 9:12])
-        session.restore(state)
+        session.cache = session.resume(state)
         close(session.decode_step(IDS[:, 6:7]), wanted)
-        other.restore(state)
+        other.cache = other.resume(state)
         close(other.decode_step(IDS[:, 6:7]), wanted)
-        session.restore(state)
+        session.cache = session.resume(state)
         close(session.decode_step(IDS[:, 6:7]), wanted)
+
+
+def test_sequences_take_turns_on_kept_caches(session: TensorRTSession) -> None:
+    with session:
+        rows = (IDS[:1], IDS[1:2])
+        wanted = [session.prefill(row[:, :8])[:, 6:] for row in rows]
+        caches = [session.keep(session.extend(None, row[:, :6])[1]) for row in rows]
+        for row, kept, logits in zip(rows, caches, wanted, strict=True):
+            first, cache = session.extend(kept, row[:, 6:7])
+            second, _ = session.extend(cache, row[:, 7:8])
+            close(np.concatenate([first, second], axis=1), logits)
+
+
+def test_a_cache_that_another_run_overwrote_is_refused(session: TensorRTSession) -> None:
+    with session:
+        _, first = session.extend(None, IDS[:1, :4])
+        _, second = session.extend(None, IDS[1:2, :4])
+        for use in (session.keep, session.resume, lambda old: list(session.cache_values(old))):
+            with pytest.raises(RuntimeError, match="overwritten"):
+                use(first)
+        with pytest.raises(RuntimeError, match="overwritten"):
+            session.extend(first, IDS[:1, 4:5])
+        session.extend(second, IDS[1:2, 4:5])
 
 
 def test_the_cache_is_read_as_onnx_runtime_has_it(session: TensorRTSession, exported: Path) -> None:
     with OrtSession(exported, threads=1) as wanted, session:
         for one in (session, wanted):
-            assert is_readable(one)
+            assert one.exposes_cache
             one.prefill(IDS[:, :7])
             one.decode_step(IDS[:, 7:8])
-        pairs = list(zip(session.cache_values(), wanted.cache_values(), strict=True))
+        pairs = list(
+            zip(session.cache_values(session.cache), wanted.cache_values(wanted.cache), strict=True)
+        )
         for (name, ours), (other, theirs) in pairs:
             assert name == other
             assert ours.shape == theirs.shape == (2, 2, 8, 16)
@@ -293,7 +318,7 @@ def test_closing_frees_the_device(exported: Path) -> None:
     device = HostDevice()
     session = open_fake(exported, in_place=True, device=device)
     session.prefill(IDS[:, :5])
-    state = session.state
+    state = session.keep(session.cache)
     session.close()
     del session
     gc.collect()

@@ -475,8 +475,6 @@ def test_client_streams_and_passes_what_was_asked(triton: tuple[str, type[FakeTr
     [
         ('{"error": "too long"}', "too long"),
         ('data: {"error": "too long"}\n\n', "too long"),
-        ("<html>", "<html>"),
-        ("", "400"),
     ],
 )
 def test_client_says_what_the_server_said(
@@ -486,6 +484,57 @@ def test_client_says_what_the_server_said(
     handler.error = answer
     with pytest.raises(RequestError, match=words):
         list(client.stream(url, "m", {"text_input": "x"}))
+
+
+@pytest.mark.parametrize("answer", ["<html>not found</html>", "", "{}", "[1]"])
+def test_client_tells_a_web_server_from_triton(
+    triton: tuple[str, type[FakeTriton]], answer: str
+) -> None:
+    url, handler = triton
+    handler.error = answer
+    with pytest.raises(EnvironmentFault, match=f"{url} is no Triton HTTP port.*HTTP 400"):
+        list(client.stream(url, "m", {"text_input": "x"}))
+
+
+def test_client_tells_another_page_from_a_stream(
+    triton: tuple[str, type[FakeTriton]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, handler = triton
+
+    def write(self: FakeTriton, code: int, text: str) -> None:
+        FakeTriton.answer(self, 200, "<html>\n<p>welcome</p>\n</html>\n")
+
+    monkeypatch.setattr(handler, "answer", write)
+    with pytest.raises(EnvironmentFault, match="no stream of events"):
+        list(client.stream(url, "m", {"text_input": "x"}))
+
+
+def test_client_tells_the_grpc_port() -> None:
+    """What a gRPC server says first: a settings frame of HTTP/2."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(b"\x00\x00\x12\x04\x00\x00\x00\x00\x00\x00\x03\x7f\xff\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        result = CliRunner().invoke(cli, ["client", "--url", url, "hi"])
+        thread.join()
+    assert result.exit_code == 1
+    assert f"{url} is no Triton HTTP port" in result.stderr
+    assert "gRPC" in result.stderr
+    assert "\\x" not in result.stderr
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "http://[bad", "ftp://a", "http://a b/"])
+def test_client_refuses_what_is_no_url(url: str) -> None:
+    result = CliRunner().invoke(cli, ["client", "--url", url, "hi"])
+    assert result.exit_code == 1
+    assert "is no URL of a server" in result.stderr
 
 
 def test_client_tells_an_error_amid_the_stream(triton: tuple[str, type[FakeTriton]]) -> None:
@@ -532,7 +581,7 @@ def test_client_tells_what_is_not_triton(
         self.close_connection = True
 
     monkeypatch.setattr(handler, "answer", write)
-    with pytest.raises(EnvironmentFault, match="is not Triton"):
+    with pytest.raises(EnvironmentFault, match="is no Triton HTTP port"):
         client.models(url)
     result = CliRunner().invoke(cli, ["client", "--url", url, "hi"])
     assert (result.exit_code, result.stdout) == (1, "")
@@ -549,7 +598,7 @@ def test_client_tells_a_model_without_text_and_a_listener_without_http(
     monkeypatch.setattr(handler, "answer", write)
     with pytest.raises(RequestError, match="no text_output"):
         list(client.stream(url, "m_engine", {"text_input": "x"}))
-    with occupied() as port, pytest.raises(EnvironmentFault, match="No server answers"):
+    with occupied() as port, pytest.raises(EnvironmentFault, match="is no Triton HTTP port"):
         client.models(f"http://127.0.0.1:{port}")
 
 

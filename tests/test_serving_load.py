@@ -12,7 +12,7 @@ from nmexport.bench import serving as loads
 from nmexport.bench.serving import Load, compare
 from nmexport.cli.main import cli
 from nmexport.environment import Gpu, probe
-from nmexport.generation.tokenizer import ServingTokenizer
+from nmexport.generation.tokenizer import Tokenizer
 from nmexport.progress import Silent
 from nmexport.runtimes.engine import read_engine
 from nmexport.runtimes.onnxruntime_session import RUNTIME, OrtSession
@@ -127,7 +127,7 @@ def test_a_run_on_the_gpu_is_called_one(work: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_servers_clients_are_a_side(work: Path) -> None:
-    tokenizer = ServingTokenizer(work / "export" / "current")
+    tokenizer = Tokenizer(work / "export" / "current")
     with streaming(pieces=4) as (url, seen):
         sides = within(dense=CountingSession(), sparse=CountingSession())
         sides[loads.THROUGH] = loads._through(loads.Through(url=url, model="m"), tokenizer)

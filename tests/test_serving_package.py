@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from nmexport.environment import free_memory
-from nmexport.errors import ArtifactError, EnvironmentFault, RequestError
-from nmexport.generation.options import NAMES
+from nmexport.errors import ArtifactError, EnvironmentFault, RequestError, ServerBusyError
+from nmexport.generation.defaults import generation_defaults
+from nmexport.generation.options import NAMES, GenerationOptions, options_from
 from nmexport.runtimes.engine import EngineTensor, PluginRecord, TensorRTEngine, write_engine
 from nmexport.serving import bundle as bundles
 from nmexport.serving import repository, triton_config
@@ -64,6 +65,13 @@ def test_text_configuration_survives_its_text() -> None:
     assert names == {"text_input", "messages"} | flags | (set(NAMES) - {"stop"})
     assert all(one.optional for one in again.input)
     assert set(again.parameters) == set(SETTINGS)
+    assert again.dynamic_batching.default_queue_policy.max_queue_size == 32
+
+
+@pytest.mark.parametrize(("queue", "in_triton"), [("0", 1), ("1", 1), ("2", 1), ("128", 64)])
+def test_a_queue_always_has_an_end_in_triton(queue: str, in_triton: int) -> None:
+    config = triton_config.text_config("a-model", {**PACKAGED_SETTINGS, "queue": queue})
+    assert config.dynamic_batching.default_queue_policy.max_queue_size == in_triton
 
 
 def test_engine_configuration_is_that_of_the_exported_model(tiny_export: Path) -> None:
@@ -179,9 +187,9 @@ def test_defaults_are_the_authors(
     tmp_path: Path, document: dict[str, Any], expected: dict[str, Any]
 ) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps(document))
-    found = repository.generation_defaults(tmp_path)
-    assert found == repository.options_from(expected)
-    assert repository.generation_defaults(tmp_path / "absent") == repository.options_from({})
+    found = generation_defaults(tmp_path)
+    assert found == options_from(expected)
+    assert generation_defaults(tmp_path / "absent") == GenerationOptions()
 
 
 def test_a_model_without_a_context_length_is_refused(tmp_path: Path) -> None:
@@ -360,6 +368,7 @@ class FakeTensor:
 
 class FakeError(Exception):
     INVALID_ARG, CANCELLED = "invalid", "cancelled"
+    UNAVAILABLE, INTERNAL = "unavailable", "internal"
 
     def __init__(self, words: str, code: str = "internal") -> None:
         super().__init__(words)
@@ -539,6 +548,18 @@ def test_refusals_are_the_clients_fault(
     assert words in str(response.error)
     assert response.error.code == FakeError.INVALID_ARG
     assert flags == 1
+    assert counted(model, "nmexport_requests_rejected_total") == 1
+
+
+def test_a_full_queue_asks_the_client_to_come_back(
+    model: TritonPythonModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ServerBusyError("The queue is full.")
+
+    monkeypatch.setattr(model._service, "submit", refuse)
+    ((response, flags),) = call(model, text_input=texts("a")).sent
+    assert (response.error.code, flags) == (FakeError.UNAVAILABLE, 1)
     assert counted(model, "nmexport_requests_rejected_total") == 1
 
 

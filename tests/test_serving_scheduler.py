@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from nmexport.errors import RequestError
+from nmexport.errors import RequestError, ServerBusyError
 from nmexport.generation.options import GenerationOptions
 from nmexport.runtimes.onnxruntime_session import OrtSession
 from nmexport.serving import metrics as names
-from nmexport.serving.scheduler import Limits, Outcome, Scheduler, Usage, chunk_end
+from nmexport.serving.scheduler import SHUTTING_DOWN, Limits, Outcome, Scheduler, Usage, chunk_end
 
 from tests.toy_lm import VOCABULARY, expected_logits, save_toy_lm
 
@@ -300,7 +300,7 @@ def test_padding_changes_bits_and_so_requests_are_not_padded_into_a_batch(
     # The dense model: no channel is chosen there, the difference is the runtime's attention alone.
     with OrtSession(tiny_export / "dense" / "model.onnx", threads=1) as session:
         alone = np.stack([session.prefill(prompt[None])[0, -1] for prompt in prompts])
-        together = session.prefill(ids, mask)[:, -1]
+        together = session.extend(None, ids, mask)[0][:, -1]
     np.testing.assert_allclose(together, alone, atol=1e-4)  # the mask works
     assert (together != alone).any()
 
@@ -433,12 +433,40 @@ def test_a_full_queue_refuses_and_takes_again() -> None:
     sinks = [submit(one, [0], max_tokens=3)]
     one.step()
     sinks.append(submit(one, [0], max_tokens=1))
-    with pytest.raises(RequestError, match="queue is full"):
+    with pytest.raises(ServerBusyError, match="queue is full"):
         submit(one, [0])
     run(one)
     sinks.append(submit(one, [0], max_tokens=1))
     run(one)
     assert all(sink.outcome for sink in sinks)
+
+
+def test_whoever_waits_for_room_gets_it_or_may_leave() -> None:
+    one = scheduler(slots=1, queue=0)
+    first, second, third = submit(one, [0], max_tokens=3), ListSink(), ListSink()
+    options = GenerationOptions(max_tokens=1)
+    waits = threading.Thread(target=one.submit, args=([0], options, second), kwargs={"wait": True})
+    waits.start()
+    time.sleep(0.05)
+    assert waits.is_alive()
+    run(one)
+    waits.join(5)
+    assert first.outcome
+    assert one.waiting == 1
+    third.cancelled = True
+    one.submit([0], options, third, wait=True)
+    assert third.was_abandoned
+    run(one)
+    assert second.outcome
+
+
+def test_closing_sends_away_whoever_waits_for_room() -> None:
+    one = scheduler(slots=1, queue=0)
+    submit(one, [0], max_tokens=3)
+    timer = threading.Timer(0.05, one.close)
+    timer.start()
+    with pytest.raises(ServerBusyError, match=SHUTTING_DOWN):
+        one.submit([0], GenerationOptions(max_tokens=1), ListSink(), wait=True)
 
 
 def test_a_burst_is_no_way_around_the_limits() -> None:

@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from nmexport.errors import EnvironmentFault, RequestError
+from nmexport.errors import EnvironmentFault, ServerBusyError
 from nmexport.serving.scheduler import SHUTTING_DOWN, Limits
 from nmexport.serving.service import TextRequest, TextService
 from nmexport.serving.stopping import DRAIN_SECONDS, DRAIN_VARIABLE, StopSignals, drain_seconds
@@ -121,7 +121,7 @@ def test_draining_returns_at_once_and_lets_requests_end(service: TextService) ->
     service.drain()
     service.drain()
     assert time.monotonic() - before < 5
-    with pytest.raises(RequestError, match=SHUTTING_DOWN):
+    with pytest.raises(ServerBusyError, match=SHUTTING_DOWN):
         ask(service, 1)
     assert all(sink.ended.wait(20) for sink in sinks)
     assert [sink.all_text for sink in sinks] == ["fffff"] * 2

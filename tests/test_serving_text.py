@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from nmexport.errors import ArtifactError, RequestError
+from nmexport.generation.chat import messages_from
 from nmexport.generation.options import GenerationOptions, options_from
 from nmexport.generation.sampler import Sampler, _likeliest
-from nmexport.generation.tokenizer import ServingTokenizer, messages_from
+from nmexport.generation.tokenizer import Tokenizer
 
 from tests.served import CHAT_TEMPLATE
 from tests.tiny import save_tokenizer
@@ -185,7 +186,7 @@ def test_ids_and_text_are_those_of_transformers(
             "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
         }
         path.write_text(json.dumps(document))
-    ours, theirs = ServingTokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    ours, theirs = Tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     for text in TEXTS:
         plain = theirs(text, add_special_tokens=False)["input_ids"]
         assert ours.encode(text, add_special_tokens=False) == plain
@@ -205,6 +206,8 @@ TEMPLATES = (
 {% endfor %}{{ messages | tojson }}""",
     """{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content | trim }}
 {% endfor %}{{ strftime_now('%Y') }}{{ eos_token }}""",
+    """{% for m in messages %}{% generation %}
+<{{ m.content }}>{% endgeneration %}{% endfor %}""",
 )
 
 
@@ -224,12 +227,12 @@ def test_chat_is_rendered_as_transformers_renders_it(
     theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True
     )
-    assert ServingTokenizer(tmp_path).render(messages) == theirs
+    assert Tokenizer(tmp_path).render(messages) == theirs
 
 
 def test_a_template_may_refuse_and_there_may_be_none(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
-    plain = ServingTokenizer(tmp_path)
+    plain = Tokenizer(tmp_path)
     assert not plain.has_chat_template
     assert plain.eos_token_id is None
     with pytest.raises(RequestError, match="no chat template"):
@@ -239,10 +242,10 @@ def test_a_template_may_refuse_and_there_may_be_none(folder: Path, tmp_path: Pat
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(RequestError, match="only user"):
-        ServingTokenizer(tmp_path).render([{"role": "user", "content": "x"}])
+        Tokenizer(tmp_path).render([{"role": "user", "content": "x"}])
     (tmp_path / "chat_template.jinja").write_text("{% if %}")
     with pytest.raises(ArtifactError, match="chat template"):
-        ServingTokenizer(tmp_path)
+        Tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("contents", [None, "{}", "no json"])
@@ -250,7 +253,7 @@ def test_no_tokenizer_that_can_be_read(tmp_path: Path, contents: str | None) -> 
     if contents is not None:
         (tmp_path / "tokenizer.json").write_text(contents)
     with pytest.raises(ArtifactError, match=r"tokenizer\.json"):
-        ServingTokenizer(tmp_path)
+        Tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(

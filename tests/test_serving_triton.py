@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from nmexport.generation.loop import generate
 from nmexport.serving import client, launch
 from nmexport.serving.bundle import FILENAME, REFERENCE
 from nmexport.serving.stub_environment import make_environment
+from nmexport.serving.triton_config import from_text, to_text
 
 from tests.served import (
     NAME,
@@ -293,6 +296,47 @@ def test_a_wrong_request_is_told_why_and_hurts_nobody(
     with pytest.raises(RequestError, match=re.escape(words)):
         list(client.stream(url, NAME, fields))
     assert client.generate(url, NAME, {"text_input": PROMPT, "max_tokens": 2})["text_output"]
+
+
+def test_a_full_queue_is_503_and_the_server_takes_requests_again(
+    work: Path, tmp_path: Path
+) -> None:
+    """Clients try these again, and nothing else."""
+    repository = tmp_path / "model_repository"
+    shutil.copytree(launch.package_folder(work) / "model_repository", repository)
+    path = repository / NAME / "config.pbtxt"
+    config = from_text(path.read_text("utf-8"))
+    config.parameters["slots"].string_value = "1"
+    config.parameters["queue"].string_value = "1"
+    config.dynamic_batching.default_queue_policy.max_queue_size = 1
+    path.write_text(to_text(config), "utf-8")
+    fields = {"text_input": PROMPT, "max_tokens": LONG}
+    with triton(repository, tmp_path / "server.log") as server, ThreadPoolExecutor(8) as pool:
+        url = f"{server.addresses.http}/v2/models/{NAME}"
+        running = client.stream(server.addresses.http, NAME, fields, timeout=60)
+        next(running)
+        # One more waits in the model, one or two in Triton; whoever comes after them is refused.
+        short = {**fields, "max_tokens": 2}
+        asked = [pool.submit(http_status, f"{url}/{WAYS[at % 2]}", short) for at in range(8)]
+        wait_for(lambda: sum(one.done() for one in asked) >= 5)
+        with pytest.raises(RequestError, match="Exceeds maximum queue size"):
+            grpc_stream(server.addresses.grpc, NAME, text_input=PROMPT.encode())
+        running.close()
+        codes = [one.result() for one in asked]
+        assert set(codes) == {200, 503}
+        assert codes.count(503) >= 5
+        assert client.generate(server.addresses.http, NAME, short)["text_output"]
+
+
+WAYS = ("generate", "generate_stream")
+
+
+def http_status(url: str, fields: dict[str, Any]) -> int:
+    try:
+        with urllib.request.urlopen(url, json.dumps(fields).encode(), timeout=30) as answer:  # noqa: S310
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
 
 
 def test_wrong_type_and_broken_utf8_over_grpc(server: launch.Server) -> None:

@@ -109,6 +109,12 @@ def test_exclude_wins_and_the_order_is_the_models(llama: nn.Module) -> None:
     ]
 
 
+@pytest.mark.parametrize("both", ["*", "layer:0", "q_proj", "type:Linear"])
+def test_exclude_wins_over_the_same_words(llama: nn.Module, both: str) -> None:
+    with pytest.raises(TargetError, match="Nothing is left"):
+        chosen(llama, include=(both,), exclude=("lm_head", both))
+
+
 def test_what_is_included_by_name_is_not_excluded_by_that_name(llama: nn.Module) -> None:
     assert chosen(llama, include=("lm_head",)) == ["lm_head"]
     assert len(chosen(llama, include=("*", "lm_head"))) == len(chosen(llama)) + 1

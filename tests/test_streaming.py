@@ -17,6 +17,7 @@ from nmexport.models.source import resolve
 from nmexport.models.streaming import open_for_export
 from nmexport.recipe import ModelSection
 from nmexport.sparsity.linear import Behaviour, Constants, fold
+from nmexport.sparsity.pattern import NMPattern
 from nmexport.stages import fold as fold_stage
 from nmexport.stages.export import write_configs, write_models
 from nmexport.store import tensors as tensors_module
@@ -58,7 +59,7 @@ def test_streamed_files_are_those_of_the_loaded_model(
     save_tiny_model(source, family, **options)
     loaded, opened = (
         load(source, attention="sdpa"),
-        open_for_export(source_of(source), dtype=torch.float32, trust_remote_code=False),
+        open_for_export(source_of(source), dtype=torch.float32),
     )
     assert opened.streamed
     behaviour = Behaviour(pattern=PATTERN)
@@ -86,7 +87,7 @@ def test_names_that_the_model_does_not_have_are_refused(tiny_llama: Path, tmp_pa
         for name in reader.names:
             writer.add({name.replace("model.", "decoder."): reader.read(name)})
     with pytest.raises(ModelError, match=r"decoder\.embed_tokens\.weight"):
-        open_for_export(source_of(tmp_path), dtype=torch.float32, trust_remote_code=False)
+        open_for_export(source_of(tmp_path), dtype=torch.float32)
 
 
 def test_constants_of_a_fold_are_read_one_by_one(
@@ -143,7 +144,7 @@ from nmexport.stages.export import write_models
 
 source, folded, output = map(Path, sys.argv[1:4])
 opened = open_for_export(
-    resolve(ModelSection(id=str(source))), dtype=torch.bfloat16, trust_remote_code=False
+    resolve(ModelSection(id=str(source))), dtype=torch.bfloat16
 )
 artifact = fold.Artifact(folded)
 before = peak_rss_bytes()
@@ -170,7 +171,7 @@ def write_large_fold(source: Path, folder: Path) -> None:
                         name=name,
                         in_features=SHAPES[width],
                         out_features=outputs,
-                        pattern="8:16",
+                        pattern=NMPattern(8, 16),
                         criterion="act",
                     )
                 )

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+import textwrap
 import types
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree as ET
@@ -17,6 +18,7 @@ from click.testing import CliRunner
 from nmexport.cli.main import cli
 from nmexport.errors import EnvironmentFault, RecipeError, WorkDirectoryError
 from nmexport.progress import Silent
+from nmexport.runtimes.session import Session
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.sweep import measure, outcome, plan
 from nmexport.sweep.baselines import TopKLinear, kept_count, largest, pruned_weight, replacement
@@ -324,6 +326,45 @@ def test_one_wrong_key_in_the_only_cell_ends_the_sweep(tmp_path: Path) -> None:
         plan.load(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("criterion: act", "criterion: wima"), "wima"),
+        (('["2:4", "8:16"]', '["2:4", "17:16"]'), "17:16"),
+        (("grid:", "grid:\n  sparsity.criterion: [act, wima]"), "wima"),
+        (('["2:4", "8:16"]', '["2:4", "4:7"]'), "Pattern 4:7 does not fit"),
+        (("weights 8:16", "weights 4:7"), "Pattern 4:7 does not fit"),
+        (("grid:", "grid:\n  model.weights: [int8:48]"), "int8:48"),
+        (("grid:", "grid:\n  sparsity.targets.include: [[nothing]]"), "matches no linear"),
+    ],
+)
+def test_cells_that_cannot_be_measured_end_the_sweep_before_it_runs(
+    change: tuple[str, str], message: str, sweep_file: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(sweep_file.read_text("utf-8").replace(*change), "utf-8")
+    done = CliRunner().invoke(cli, ["sweep", str(path), "--work", str(tmp_path / "out")])
+    assert done.exit_code == 1, done.output
+    assert message in done.stderr
+    assert not list((tmp_path / "out").glob("*/cells"))
+
+
+def test_sweep_that_measures_nothing_is_a_failure(sweep_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "none.yaml"
+    head = sweep_file.read_text("utf-8").partition("grid:")[0]
+    path.write_text(head + "cells: [{sparsity.mitigations: [d-pts, s-pts]}]\n", "utf-8")
+    done = CliRunner().invoke(cli, ["sweep", str(path), "--work", str(tmp_path / "out")])
+    assert done.exit_code == 1
+    assert "Nothing was measured" in done.stderr
+
+
+def test_help_shows_a_file_that_loads(tmp_path: Path) -> None:
+    shown = CliRunner().invoke(cli, ["sweep", "--help"]).stdout
+    lines = shown.partition("A file, in YAML:\n")[2].partition("\nOptions:")[0]
+    (tmp_path / "s.yaml").write_text(textwrap.dedent(lines), "utf-8")
+    assert len(plan.load(tmp_path / "s.yaml").cells["smollm2"]) == 8
+
+
 def test_settings_are_yaml_and_wrong_ones_are_said(sweep_file: Path) -> None:
     cells = run(sweep_file, "--dry-run", "--set", "sparsity.criterion=wina")["cells"]
     assert cells[0]["cell"].startswith("wina")
@@ -382,18 +423,17 @@ def test_equal_scores_keep_the_earlier() -> None:
 # -- replayed answers --------------------------------------------------------------------------
 
 
-class Counting:
+class Counting(Session):
     vocabulary_size = 5
 
     def __init__(self) -> None:
         self.calls = 0
+        self.read: list[list[int]] = []
 
-    def prefill(self, input_ids: np.ndarray) -> np.ndarray:
+    def extend(self, cache: Any, input_ids: np.ndarray) -> tuple[np.ndarray, Any]:
         self.calls += 1
-        return np.repeat(input_ids[..., None], 5, axis=-1).astype(np.float32)
-
-    def decode_step(self, input_ids: np.ndarray) -> np.ndarray:
-        return self.prefill(input_ids)
+        self.read.append([*(cache or []), *input_ids[0].tolist()])
+        return np.repeat(input_ids[..., None], 5, axis=-1).astype(np.float32), self.read[-1]
 
     def close(self) -> None:
         self.calls += 100
@@ -412,6 +452,10 @@ def test_answers_are_computed_once_and_survive_the_model(tmp_path: Path) -> None
     for before, after in zip(first, again, strict=True):
         assert np.array_equal(before, after)
     assert replay.decode_step(prompts[0]).shape == (1, 4, 5)
+    assert model.read[-1] == [8, 9, 10, 11, 0, 1, 2, 3]
+    replay.prefill(prompts[0])  # looked up: what goes on from it reads it first
+    replay.decode_step(prompts[2][:, :1])
+    assert model.read[-2:] == [[0, 1, 2, 3], [0, 1, 2, 3, 8]]
     replay.forget()
     replay.prefill(prompts[0])
     assert list(tmp_path.iterdir()) == []  # the file has no name from the start

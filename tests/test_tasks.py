@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from nmexport.errors import EnvironmentFault, RecipeError, UserError
-from nmexport.generation.loop import load_tokenizer
+from nmexport.generation.tokenizer import Tokenizer
 from nmexport.progress import Silent
 from nmexport.recipe import EvaluationSection
 from nmexport.runtimes import native
@@ -56,7 +56,7 @@ def exported(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Expo
 @pytest.fixture(scope="module")
 def text(tiny_llama: Path) -> tasks.TextSide:
     config = json.loads((tiny_llama / "config.json").read_text("utf-8"))
-    return tasks.text_side(load_tokenizer(tiny_llama), config)
+    return tasks.text_side(Tokenizer(tiny_llama), config)
 
 
 @pytest.fixture(scope="module", params=["function bodies", "native op"])
@@ -96,6 +96,13 @@ class Small(TorchSession):
         return run(input_ids)
 
 
+@pytest.fixture
+def their_tokenizer(tiny_llama: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_llama)
+
+
 def harness_scores(model: Any, tokenizer: Any, folder: Path) -> dict[str, Any]:
     """What the harness itself makes of a torch module, through its own Hugging Face adapter."""
     from lm_eval.evaluator import simple_evaluate
@@ -117,11 +124,11 @@ def harness_scores(model: Any, tokenizer: Any, folder: Path) -> dict[str, Any]:
 def test_the_artifact_scores_as_the_torch_module_does(
     scored: dict[str, Any],
     exported: Exported,
-    text: tasks.TextSide,
+    their_tokenizer: Any,
     suite_folder: Path,
     side: str,
 ) -> None:
-    expected = harness_scores(getattr(exported, side), text.tokenizer, suite_folder)
+    expected = harness_scores(getattr(exported, side), their_tokenizer, suite_folder)
     for task, metrics in (
         (CHOICE, ("acc", "acc_norm")),
         (ROLLING, ("word_perplexity", "bits_per_byte")),
@@ -150,7 +157,7 @@ def test_an_entry_has_the_contracts_keys_and_both_errors(scored: dict[str, Any])
 
 
 def test_requests_of_each_kind_agree_one_by_one(
-    exported: Exported, text: tasks.TextSide, suite_folder: Path
+    exported: Exported, text: tasks.TextSide, suite_folder: Path, their_tokenizer: Any
 ) -> None:
     """Aggregates of six questions forgive much; single answers do not."""
     from lm_eval.api.instance import Instance
@@ -171,7 +178,7 @@ def test_requests_of_each_kind_agree_one_by_one(
         Instance("generate_until", {}, (context, stop), 0)
         for context in ("The quick", "A model", "every group, per", "x", "per token. " * 80)
     ]
-    theirs = HFLM(pretrained=exported.sparse, tokenizer=text.tokenizer, batch_size=1, device="cpu")
+    theirs = HFLM(pretrained=exported.sparse, tokenizer=their_tokenizer, batch_size=1, device="cpu")
     with OrtSession(exported.model) as session, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ours = SessionLM(session, text, stepwise=False, progress=Silent(), label="")
@@ -351,6 +358,45 @@ def test_a_folder_without_tasks_is_refused(
         folder.mkdir()
     with TorchSession(exported.dense, VOCABULARY) as dense, pytest.raises(RecipeError):
         tasks.compare(dense, dense, text, tasks.Suite(names=(), folder=folder), progress=Silent())
+
+
+def test_broken_yaml_names_file_and_line(tmp_path: Path) -> None:
+    folder = write_suite(tmp_path / "suite")
+    (folder / "deep").mkdir()
+    (folder / "deep" / "broken.yaml").write_text("task: x\nmetric_list: [\n  - {metric: acc\n")
+    with pytest.raises(RecipeError, match=r"deep/broken\.yaml:\d: not YAML"):
+        tasks.check(tasks.Suite(names=(), folder=folder), Silent())
+    tasks.check(tasks.Suite(names=(), folder=write_suite(tmp_path / "sound")), Silent())
+
+
+def test_hub_that_does_not_answer_is_asked_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its library would retry each file for half a minute, and log each try twice."""
+    from huggingface_hub import constants
+
+    asked = []
+
+    def refuse(url: str, timeout: float) -> None:
+        asked.append(url)
+        raise OSError("no route")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    tasks._hub_answers.cache_clear()
+    (tmp_path / "far.yaml").write_text(
+        "task: far\ndataset_path: nobody/nothing\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: a\ndoc_to_target: b\ndoc_to_choice: [a]\n"
+    )
+    suite = tasks.Suite(names=("far",), folder=tmp_path)
+    try:
+        with pytest.raises(EnvironmentFault, match="far") as caught:
+            tasks.check(suite, Silent())
+    finally:
+        tasks._hub_answers.cache_clear()
+    assert len(asked) == 1
+    assert "etry" not in capfd.readouterr().err
+    assert "check the network" in str(caught.value)
 
 
 def test_data_out_of_reach_is_the_environments_fault(

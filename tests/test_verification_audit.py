@@ -14,6 +14,7 @@ from nmexport.errors import ArtifactError
 from nmexport.graph.functions import function_protos_for
 from nmexport.oracle import nm_prune
 from nmexport.progress import peak_rss_bytes
+from nmexport.sparsity.pattern import NMPattern
 from nmexport.store.layers import LayerSpec
 from nmexport.verification import audit, memory
 from nmexport.verification.reference import TorchSession
@@ -36,7 +37,7 @@ def _layer(**changes: object) -> LayerSpec:
             "name": "lm_head",
             "in_features": WIDTH,
             "out_features": VOCABULARY,
-            "pattern": "1:2",
+            "pattern": NMPattern(1, 2),
             "criterion": "act",
             "relative_error": 0.25,
             **changes,

@@ -19,6 +19,8 @@ from nmexport.verification.perplexity import NllSum, log_softmax, ratio_stderr, 
 class Fixed:
     """A session whose next token depends on the last one alone, by a table of logits `[V, V]`."""
 
+    exposes_cache = False
+
     def __init__(self, table: np.ndarray) -> None:
         self.table = np.asarray(table, dtype=np.float32)
         self.vocabulary_size = len(table)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from nmexport.oracle import nm_linear
+from nmexport.sparsity.pattern import NMPattern
 from nmexport.store.layers import LayerSpec
 from nmexport.verification.op_parity import Worst, arguments, error_over_tolerance
 from nmexport.verification.reference import array_from, tensor_from
@@ -21,7 +22,7 @@ def _case(seed: int = 0, **changes: object) -> tuple[LayerSpec, dict, np.ndarray
             "name": "one",
             "in_features": K,
             "out_features": O,
-            "pattern": "8:16",
+            "pattern": NMPattern(8, 16),
             "criterion": "act",
             **changes,
         }
@@ -53,7 +54,7 @@ def test_a_wrong_executor_is_seen(fault: str) -> None:
     layer, tensors, x = _case()
     wrong, constants = layer, dict(tensors)
     if fault == "mask":
-        wrong = _case(pattern="7:16")[0]
+        wrong = _case(pattern=NMPattern(7, 16))[0]
     elif fault == "order":
         del constants["channel_order"]
     else:

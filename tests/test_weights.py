@@ -74,7 +74,7 @@ def refusals(source: ModelSource) -> set[str]:
     for load in (
         lambda: load_model(source),
         lambda: LayerwiseModel(source),
-        lambda: open_for_export(source, dtype=torch.float32, trust_remote_code=False),
+        lambda: open_for_export(source, dtype=torch.float32),
     ):
         with pytest.raises(ModelError) as caught:
             load()
@@ -106,7 +106,7 @@ def assert_all_loaders_agree(folder: Path) -> None:
         use_logits=lambda _, found: seen.append(found.clone()),
     )
     torch.testing.assert_close(seen[0], expected)
-    opened = open_for_export(source, dtype=torch.float32, trust_remote_code=False)
+    opened = open_for_export(source, dtype=torch.float32)
     assert opened.streamed
     for name, parameter in original.named_parameters(remove_duplicate=False):
         assert torch.equal(opened.parameter(name), parameter), name
@@ -215,7 +215,7 @@ def test_weights_that_are_no_numbers(value: float, folder: Path) -> None:
     source = source_of(folder)
     with pytest.raises(ModelError, match=f"{UP} of .* NaN or infinite"):
         load_model(source)
-    opened = open_for_export(source, dtype=torch.float32, trust_remote_code=False)
+    opened = open_for_export(source, dtype=torch.float32)
     with pytest.raises(ModelError, match="NaN or infinite"):
         opened.parameter(UP)
     with pytest.raises(ModelError, match="NaN or infinite"):
@@ -228,7 +228,7 @@ def test_weights_beyond_float16(folder: Path) -> None:
     load_model(source)
     with pytest.raises(ModelError, match="float16 ends at 65504"):
         load_model(source, dtype="float16")
-    opened = open_for_export(source, dtype=torch.float16, trust_remote_code=False)
+    opened = open_for_export(source, dtype=torch.float16)
     with pytest.raises(ModelError, match="float16 ends at 65504"):
         opened.parameter(UP)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import struct
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,21 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+_OTHER_SIZES: dict[str, Any] = {
+    **dict.fromkeys(("d_model", "dim_model", "word_embed_proj_dim"), 64),
+    **dict.fromkeys(("ffn_dim", "ffn_hidden_size", "dim_ff"), 128),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 128),
+    **dict.fromkeys(("encoder_layers", "decoder_layers", "num_layers", "n_layers"), 2),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), 4),
+    **dict.fromkeys(("n_group", "topk_group"), 1),
+    **dict.fromkeys(("moe_intermediate_size", "shared_intermediate_size"), 32),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 32),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 16),
+    **dict.fromkeys(("max_target_positions", "max_source_positions"), 256),
+    "num_experts_per_tok": 2,
+}
+"""What some families call their sizes, and sizes that only they have."""
 WINDOW = 16
 """Sliding window of the families that have one."""
 _FAMILIES: dict[str, dict[str, Any]] = {
@@ -74,12 +91,45 @@ def save_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def begin_every_text(folder: Path) -> None:
+    """Let the saved tokenizer put <s> before every text, as Llama's and Gemma's do."""
+    path = folder / "tokenizer.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    document["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": "<s>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
+    path.write_text(json.dumps(document), encoding="utf-8")
+
+
+def tiny_config(family: str) -> dict[str, Any]:
+    """Fields of a tiny configuration, as the family calls them."""
+    from transformers import CONFIG_MAPPING
+
+    kind = CONFIG_MAPPING[family]
+    own = {field.name for field in dataclasses.fields(kind)}
+    aliases = dict(kind.attribute_map)
+    sizes = {**_SIZES, **_OTHER_SIZES, **_FAMILIES.get(family, {})}
+    # What two names say is said once, by the common name.
+    doubled = {aliases[name] for name in _SIZES if name in aliases}
+    return {
+        name: value
+        for name, value in sizes.items()
+        if (name in own or name in aliases) and name not in doubled
+    }
+
+
 def save_tiny_model(folder: Path, family: str, *, seed: int = 0, **overrides: Any) -> None:
     """Save a random model of a family (a `model_type` of transformers) and its tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(family, **{**_SIZES, **_FAMILIES.get(family, {}), **overrides})
+    config = AutoConfig.for_model(family, **{**tiny_config(family), **overrides})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():

@@ -6,7 +6,7 @@ The running sum lives in the KV cache, so prefill, decode, masks and positions a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -91,3 +91,9 @@ def save_toy_lm(path: Path, *, seed: int = 0, dtype: int = TensorProto.FLOAT) ->
     path.parent.mkdir(parents=True, exist_ok=True)
     onnx.save_model(model, path)
     return path
+
+
+def prefill_padded(session: Any, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Run prompts that are padded on the left; `decode_step` goes on from them."""
+    logits, session.cache = session.extend(None, ids, mask)
+    return logits

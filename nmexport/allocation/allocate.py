@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -204,5 +204,5 @@ def _protocol(problem: costs.Problem, study: Study) -> Protocol:
         length=length,
         prompt=prompt,
         joint_over_sum=study.kl.factor(),
-        cost=asdict(study.model),
+        cost=study.model,
     )

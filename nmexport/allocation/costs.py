@@ -14,7 +14,7 @@ from nmexport.errors import PatternError
 from nmexport.sparsity.mitigation import MITIGATIONS, check_allocatable, check_combination
 from nmexport.sparsity.quantisation import scale_groups
 from nmexport.sparsity.targets import _decoder_layers
-from nmexport.store.allocation import DENSE, Choice, Phases
+from nmexport.store.allocation import DENSE, Choice, CostConstants
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from nmexport.calibration.checkpoint import Checkpoint
     from nmexport.calibration.sites import Site
+    from nmexport.choices import Phases
     from nmexport.progress import Progress
     from nmexport.recipe import AllocationSection, SparsitySection
     from nmexport.sparsity.linear import Behaviour, Constants
@@ -320,26 +321,11 @@ def _with_static_variance(
 
 
 @dataclass(frozen=True, kw_only=True)
-class CostModel:
-    """Predicts a decoded token's time at batch 1 from the weight rows it reads and the ops it runs.
+class CostModel(CostConstants):
+    """Predicts a decoded token's time from the weight rows it reads and the ops it runs.
 
     Each weight row that the token keeps is read once from memory.
     """
-
-    bytes_per_second: float
-    """Speed at which a decoded token's weights stream in."""
-    dense_overhead_seconds: float
-    """A dense product's time beyond reading its weight; linears that share an input are one."""
-    sparse_overhead_seconds: float
-    """The same of a sparse product, with finding the rows."""
-    element_bytes: int
-    """Size of a weight that stays dense."""
-    sparse_weights: str = "float"
-    """How linears that become sparse are stored: see `nmexport.sparsity.quantisation.FORMS`."""
-    other_bytes: int = 0
-    """Weights outside the targeted linears that every decoded token reads."""
-    rest_seconds: float = 0.0
-    """A decoded token's time in attention, norms, dispatch: all that multiplies no weights."""
 
     def weight_bytes(self, site: Site) -> int:
         """Size of all of a site's weights, dense."""

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nmexport.bench.context import check_context
 from nmexport.environment import device_name, probe
+from nmexport.runtimes.engine import read_engine
 from nmexport.runtimes.opening import open_session
 from nmexport.verification import latency
 
@@ -47,6 +49,10 @@ def bench_engines(
         EnvironmentFault: if the engine needs a native library that is missing here.
     """
     engine = work / "engine" / "current"
+    model = read_engine(engine).model.parent
+    check_context(model, prefill_tokens, options="--prefill-tokens")
+    # A decode step adds a token to its context.
+    check_context(model, decode_context + 1, options="--decode-context and a decoded token")
     with (
         open_session(engine, dense=True, elsewhere=True) as dense,
         open_session(engine, elsewhere=True) as sparse,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nmexport.bench.context import check_context
 from nmexport.bench.http_load import Ask, drive
 from nmexport.bench.soak import text_of
 from nmexport.generation.options import GenerationOptions
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from nmexport.generation.tokenizer import ServingTokenizer
+    from nmexport.generation.tokenizer import Tokenizer
     from nmexport.progress import Progress
-    from nmexport.runtimes.session import Extendable
+    from nmexport.runtimes.session import Session
     from nmexport.serving.scheduler import Outcome, Usage
 
 SIDES = ("dense", "sparse")
@@ -152,13 +153,17 @@ def bench_serve(
         EnvironmentFault: if the engine needs a native library that is missing here.
     """
     from nmexport.environment import device_name, probe
-    from nmexport.generation.tokenizer import ServingTokenizer
+    from nmexport.generation.tokenizer import Tokenizer
     from nmexport.runtimes.engine import read_engine
     from nmexport.runtimes.onnxruntime_session import OrtSession
 
     folder = work / "engine" / "current"
     engine = read_engine(folder)
-    tokenizer = ServingTokenizer(engine.model.parent)
+    longest = max(load.prompt_tokens + load.output_tokens for load in loads)
+    check_context(
+        engine.model.parent, longest, options="--prompt-tokens and --output-tokens together"
+    )
+    tokenizer = Tokenizer(engine.model.parent)
     with (
         OrtSession.from_engine(folder, dense=True) as dense,
         OrtSession.from_engine(folder) as sparse,
@@ -212,7 +217,7 @@ def compare(
     return {**vars(load), "rounds": rounds, **row, "speedup": round(speedup, 3)}
 
 
-def _within(session: Extendable, decode: Callable[[Sequence[int]], str]) -> _Side:
+def _within(session: Session, decode: Callable[[Sequence[int]], str]) -> _Side:
     """A scheduler of this process."""
 
     def run(load: Load, seed: int) -> tuple[float, int, dict[str, list[float]]]:
@@ -222,7 +227,7 @@ def _within(session: Extendable, decode: Callable[[Sequence[int]], str]) -> _Sid
     return run
 
 
-def _through(server: Through, tokenizer: ServingTokenizer) -> _Side:
+def _through(server: Through, tokenizer: Tokenizer) -> _Side:
     """A server's clients; an answer may end before it is as long as the others'."""
 
     def run(load: Load, seed: int) -> tuple[float, int, dict[str, list[float]]]:
@@ -249,7 +254,7 @@ def _through(server: Through, tokenizer: ServingTokenizer) -> _Side:
     return run
 
 
-def _text_of(tokenizer: ServingTokenizer, tokens: int) -> str:
+def _text_of(tokenizer: Tokenizer, tokens: int) -> str:
     """A text of so many tokens, or of as few more as there is one."""
     words = 1
     while len(tokenizer.encode(text_of(words))) < tokens:
@@ -258,7 +263,7 @@ def _text_of(tokenizer: ServingTokenizer, tokens: int) -> str:
 
 
 def _round(
-    session: Extendable, load: Load, decode: Callable[[Sequence[int]], str], seed: int
+    session: Session, load: Load, decode: Callable[[Sequence[int]], str], seed: int
 ) -> tuple[float, _Timings]:
     """Run all requests once; seconds and every wait."""
     rng = np.random.default_rng(seed)

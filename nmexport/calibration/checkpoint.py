@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+
+from nmexport.store.tensors import save_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,8 +32,7 @@ class Checkpoint:
         """Write beside, then replace: a kill leaves the previous checkpoint whole."""
         document = json.dumps({"identity": self.identity, **state})
         draft = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, draft, metadata={_KEY: document})
+        save_tensors(draft, tensors, metadata={_KEY: document})
         draft.replace(self.path)
 
     def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:

@@ -31,7 +31,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from nmexport.errors import CorpusError, EnvironmentFault
+from nmexport.errors import CorpusError, EnvironmentFault, RequestError
+from nmexport.generation.chat import check_messages
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,6 +56,8 @@ _SPLITS: dict[Split, tuple[str, ...]] = {
     "calibration": ("train", "validation", "test"),
     "evaluation": ("test", "validation", "train"),
 }
+# Counts changes to how a file's bytes become tokens; part of what identifies a corpus.
+_READING = "2"
 # Calibration windows are drawn from this many times as many of a Hub dataset, which is streamed.
 _POOL = 4
 _CHARACTERS_A_TOKEN = 5
@@ -79,6 +82,7 @@ def load_samples(
     *,
     seed: int,
     reserved_tokens: int = 0,
+    vocabulary: int | None = None,
 ) -> Samples:
     """Calibration samples.
 
@@ -88,16 +92,25 @@ def load_samples(
         self_text: Generates text; not called where the model's share is none.
         seed: Of the draw, and of the generated text.
         reserved_tokens: Tokens at the start of the corpus that evaluation uses.
+        vocabulary: Tokens that the model knows, where that may be fewer than the tokenizer's.
 
     Raises:
-        CorpusError: if the text is missing, malformed, or too short for that many samples.
+        CorpusError: if the text is missing, malformed, too short for that many samples, or holds a
+            token that the model does not know.
         EnvironmentFault: if the hub cannot be reached or the `datasets` package is missing.
     """
     count, length = section.samples, section.length
     own = count if section.corpus == SELF else round(count * section.self_share)
     drawn = np.empty((0, length), dtype=np.int64)
     if own < count:  # first: what is wrong with a corpus is said before the text is generated
-        drawn = _drawn(section, count - own, tokenizer, seed, reserved_tokens)
+        drawn = _drawn(
+            section,
+            count - own,
+            tokenizer,
+            seed=seed,
+            reserved_tokens=reserved_tokens,
+            vocabulary=vocabulary,
+        )
     written = drawn[:0]
     if own:
         written = self_text(own, length, text_seed(seed, "calibration"))
@@ -105,12 +118,19 @@ def load_samples(
 
 
 def _drawn(
-    section: CorpusSection, needed: int, tokenizer: Any, seed: int, reserved_tokens: int
+    section: CorpusSection,
+    needed: int,
+    tokenizer: Any,
+    *,
+    seed: int,
+    reserved_tokens: int,
+    vocabulary: int | None,
 ) -> TokenIds:
     """Windows of the corpus in random order, as many as needed or further ones up to a limit."""
     most = needed + section.learning_samples
     wanted = reserved_tokens + (_POOL * needed + section.learning_samples) * section.length
     stream = _token_stream(section.corpus, tokenizer, "calibration", wanted)
+    _check_known(stream, tokenizer, vocabulary, section.corpus)
     windows = _windows(stream[reserved_tokens:], section.length, _prefix(tokenizer))
     if len(windows) < needed:
         raise _too_short(
@@ -121,7 +141,12 @@ def _drawn(
 
 
 def evaluation_windows(
-    section: EvaluationSection, tokenizer: Any, self_text: SelfText, *, seed: int
+    section: EvaluationSection,
+    tokenizer: Any,
+    self_text: SelfText,
+    *,
+    seed: int,
+    vocabulary: int | None = None,
 ) -> TokenIds:
     """Evaluation windows: the first ones of the corpus.
 
@@ -132,12 +157,13 @@ def evaluation_windows(
         tokenizer: The model's.
         self_text: Generates text where the corpus is `self`; else not called.
         seed: Of the generated text.
+        vocabulary: As in `load_samples`.
 
     Returns:
         `[windows, length]` int64.
 
     Raises:
-        CorpusError: if the text is missing, malformed, or too short for that many windows.
+        CorpusError: as `load_samples`.
         EnvironmentFault: if the hub cannot be reached or the `datasets` package is missing.
     """
     if section.corpus == SELF:
@@ -145,6 +171,7 @@ def evaluation_windows(
     stream = _token_stream(
         section.corpus, tokenizer, "evaluation", section.windows * section.length
     )
+    _check_known(stream, tokenizer, vocabulary, section.corpus)
     windows = _windows(stream, section.length, _prefix(tokenizer))
     if len(windows) < section.windows:
         raise _too_short(
@@ -188,7 +215,11 @@ def corpus_identity(corpus: str) -> dict[str, str]:
     kind = _kind(corpus)
     if kind not in {"txt", "jsonl"}:
         return {"corpus": corpus}
-    return {"corpus": kind, "sha256": hashlib.sha256(_read_bytes(Path(corpus))).hexdigest()}
+    return {
+        "corpus": kind,
+        "reading": _READING,
+        "sha256": hashlib.sha256(_read_bytes(Path(corpus))).hexdigest(),
+    }
 
 
 def text_prefix(tokenizer: Any) -> list[int]:
@@ -208,11 +239,40 @@ def text_seed(seed: int, purpose: Purpose) -> int:
 
 
 def _windows(stream: TokenIds, length: int, prefix: TokenIds) -> TokenIds:
-    """`[tokens]` -> `[windows, length]`, each with the prefix; an incomplete last one is left."""
-    body = length - prefix.size
-    count = stream.size // body
-    bodies = stream[: count * body].reshape(count, body)
-    return np.concatenate([np.broadcast_to(prefix, (count, prefix.size)), bodies], axis=1)
+    """`[tokens]` -> `[windows, length]`, each with the prefix; an incomplete last one is left.
+
+    Where the text has the prefix at the start of a window, as a chat template may write it, that
+    is the window's own: it is never there twice.
+    """
+    body, at = length - prefix.size, 0
+    bodies = []
+    while at + body <= stream.size:
+        if prefix.size and np.array_equal(stream[at : at + prefix.size], prefix):
+            at += prefix.size
+            continue
+        bodies.append(stream[at : at + body])
+        at += body
+    if not bodies:
+        return np.empty((0, length), dtype=np.int64)
+    starts = np.broadcast_to(prefix, (len(bodies), prefix.size))
+    return np.concatenate([starts, np.stack(bodies)], axis=1)
+
+
+def _check_known(stream: TokenIds, tokenizer: Any, vocabulary: int | None, corpus: str) -> None:
+    """Refuse tokens beyond the model's embedding: a tokenizer may have more than it has rows.
+
+    Raises:
+        CorpusError: naming the first of them.
+    """
+    if vocabulary is None or not stream.size or stream.max() < vocabulary:
+        return
+    token = int(stream[stream >= vocabulary][0])
+    raise CorpusError(
+        f"{corpus} holds {tokenizer.convert_ids_to_tokens(token)!r}, token {token}, and the model "
+        f"knows {vocabulary} tokens.",
+        allowed=f"tokens 0 to {vocabulary - 1}",
+        fix="leave it out of the text, or take the tokenizer that belongs to the model",
+    )
 
 
 def _too_short(
@@ -259,15 +319,21 @@ def _token_stream(corpus: str, tokenizer: Any, split: Split, wanted: int) -> Tok
 
 
 def _tokens(tokenizer: Any, text: str) -> TokenIds:
+    """Token ids of a text, without special tokens but those that it spells."""
     # verbose: a text longer than the model's context is what is wanted here.
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     return np.array(ids, dtype=np.int64)
 
 
 def _joined(tokenizer: Any, documents: Iterator[str]) -> TokenIds:
-    end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    parts = [np.append(_tokens(tokenizer, document), end) for document in documents]
-    return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, dtype=np.int64)
+    """Documents one after another, each ended once: a chat template may end its text itself."""
+    end, ended = tokenizer.eos_token_id, tokenizer.eos_token
+    parts: list[TokenIds] = [np.empty(0, dtype=np.int64)]
+    for document in documents:
+        parts.append(_tokens(tokenizer, document))
+        if end is not None and not document.rstrip().endswith(ended):
+            parts.append(np.array([end], dtype=np.int64))
+    return np.concatenate(parts)
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -279,7 +345,7 @@ def _read_bytes(path: Path) -> bytes:
 
 def _read_text(path: Path) -> str:
     try:
-        return _read_bytes(path).decode("utf-8")
+        return _read_bytes(path).decode("utf-8-sig")  # without a byte-order mark
     except UnicodeDecodeError as error:
         raise CorpusError(
             f"{path} is not UTF-8 text: byte {error.start}.", fix="convert it to UTF-8"
@@ -287,25 +353,48 @@ def _read_text(path: Path) -> str:
 
 
 def _documents(path: Path, tokenizer: Any) -> Iterator[str]:
-    """Documents of a `.jsonl` file; empty lines do not count."""
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
-        if line.strip():
-            yield _document(_parsed(line, f"{path}:{number}"), tokenizer, f"{path}:{number}")
+    """Documents of a `.jsonl` file; empty lines do not count.
+
+    Lines end at line feeds alone: JSON may hold other characters that Python calls line ends. Files
+    that were joined have a byte-order mark before any of their lines.
+    """
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        text = line.strip().removeprefix("\ufeff")
+        if text:
+            yield _document(_parsed(text, f"{path}:{number}"), tokenizer, f"{path}:{number}")
 
 
 def _parsed(line: str, where: str) -> Any:
     try:
         return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise CorpusError(f"{where} is not JSON: {error.msg}.") from error
+    except RecursionError as error:
+        raise CorpusError(f"{where} is nested too deeply.") from error
+    except ValueError as error:  # a number of too many digits is one that is no JSONDecodeError
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+        raise CorpusError(f"{where} is not JSON: {reason}.") from error
 
 
 def _document(row: Any, tokenizer: Any, where: str) -> str:
     """One row as text.
 
     Raises:
-        CorpusError: if it has neither `text` nor `messages`, or the messages do not fit the model.
+        CorpusError: if it has neither `text` nor `messages`, the messages do not fit the model, or
+            the text holds half a character.
     """
+    text = _text_of(row, tokenizer, where)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise CorpusError(
+            f"{where} holds half a character: {half} without its other half.",
+            allowed="text that UTF-8 can spell",
+            fix="write the file again from the original text, or leave the document out",
+        ) from error
+    return text
+
+
+def _text_of(row: Any, tokenizer: Any, where: str) -> str:
     if isinstance(row, dict) and isinstance(row.get("text"), str):
         return str(row["text"])
     if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
@@ -318,8 +407,10 @@ def _document(row: Any, tokenizer: Any, where: str) -> str:
 
 
 def _chat_document(messages: list[Any], tokenizer: Any, where: str) -> str:
-    from jinja2 import TemplateError
-
+    try:
+        check_messages(messages)
+    except RequestError as error:
+        raise CorpusError(f"{where}: {error.problem}", allowed=error.allowed) from error
     if not tokenizer.chat_template:
         raise CorpusError(
             f"{where} holds chat messages, and this model's tokenizer has no chat template.",
@@ -327,7 +418,7 @@ def _chat_document(messages: list[Any], tokenizer: Any, where: str) -> str:
         )
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except (TemplateError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # a template is a program of the model's author
         raise CorpusError(f"{where}: the chat template refuses it: {error}") from error
 
 

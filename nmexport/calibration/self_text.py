@@ -97,7 +97,8 @@ def self_text(
 
     def generate(samples: int, length: int, seed: int) -> TokenIds:
         sampler = _Sampler(model, tokenizer, seed)
-        rows = [kinds[row % len(kinds)] for row in range(samples)]
+        known = _sayable(kinds, model.config.get_text_config().vocab_size)
+        rows = [known[row % len(known)] for row in range(samples)]
         done: list[torch.Tensor] = []
 
         def steps(batches: Sequence[Sequence[Kind]], dtype: torch.dtype) -> Iterator[None]:
@@ -148,6 +149,16 @@ def several_kinds(tokenizer: Any) -> list[Kind]:
     chat = _chat(tokenizer)
     turns = [[PLAIN, one] if chat is None else [PLAIN, chat, one] for one in opened]
     return [kind for turn in turns for kind in turn]
+
+
+def _sayable(kinds: Sequence[Kind], vocabulary: int) -> Sequence[Kind]:
+    """The kinds whose own tokens all have a row in the embedding; templates may use others."""
+    known = [
+        kind
+        for kind in kinds
+        if all(token < vocabulary for part in (kind.start, *kind.turns) for token in part)
+    ]
+    return known or (PLAIN,)
 
 
 def _chat(tokenizer: Any) -> Kind | None:

@@ -17,7 +17,7 @@ from nmexport.cli.output import (
     verbose_option,
     wants_json,
 )
-from nmexport.cli.verb import Verb
+from nmexport.cli.verb import UserPath, Verb
 
 
 @click.command("cuda", cls=Verb, short_help="CUDA kernels; regenerates the break-even table.")
@@ -38,7 +38,7 @@ from nmexport.cli.verb import Verb
 @click.option(
     "--table",
     "table_file",
-    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    type=UserPath(dir_okay=False, writable=True, path_type=Path),
     help="Write the fastest plans and break-even times here, as rows of a table of plans.",
 )
 @click.option(

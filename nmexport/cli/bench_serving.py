@@ -11,7 +11,7 @@ import click
 
 from nmexport.cli.options import Request, takes
 from nmexport.cli.output import console, emit_json, figure, progress, size, table, wants_json
-from nmexport.cli.verb import Verb
+from nmexport.cli.verb import UserPath, Verb
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _server_option = click.option(
     "--server",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=UserPath(path_type=Path, dir_okay=False),
     help="tritonserver to start.  [default: as `nmexport serve`]",
 )
 
@@ -144,7 +144,7 @@ def _started(folder: Path, installation: Installation) -> Iterator[tuple[Server,
 
 
 @click.command("soak", cls=Verb, short_help="A server's memory under a long load.")
-@click.argument("folder", required=False, type=click.Path(path_type=Path, exists=True))
+@click.argument("folder", required=False, type=UserPath(path_type=Path, exists=True))
 @click.option("--seconds", type=click.IntRange(10), default=300, show_default=True)
 @click.option(
     "--warmup-seconds",
@@ -170,7 +170,7 @@ def _started(folder: Path, installation: Installation) -> Iterator[tuple[Server,
 )
 @click.option(
     "--perf-analyzer",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=UserPath(path_type=Path, dir_okay=False),
     help="Let this program make the load, over gRPC; one client that always leaves comes beside.",
 )
 @_server_option

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from nmexport.cli.output import emit_json, json_option, verbose_option, wants_json
+from nmexport.cli.prompt import read_prompt
 from nmexport.cli.verb import Verb
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def client_command(
     """Send PROMPT to a server and print its text as it comes; without one, read it from stdin."""
     from nmexport.serving import client
 
-    text = prompt if prompt is not None else sys.stdin.read()
+    text = read_prompt(prompt)
     server = url.rstrip("/")
     fields = {key: value for key, value in options.items() if value is not None}
     if stop:

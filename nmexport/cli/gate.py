@@ -10,7 +10,7 @@ import click
 
 from nmexport.cli.options import Request, takes
 from nmexport.cli.output import console, emit_json, figure, table, wants_json
-from nmexport.cli.verb import Verb
+from nmexport.cli.verb import UserPath, Verb
 from nmexport.errors import GateFailed, UserError
 
 if TYPE_CHECKING:
@@ -48,11 +48,11 @@ def _takes_thresholds(function: Callable[..., Any]) -> Any:
 
 
 @click.command("gate", cls=Verb, short_help="Hold a report against thresholds.")
-@click.argument("report", required=False, type=click.Path(path_type=Path))
+@click.argument("report", required=False, type=UserPath(path_type=Path))
 @_takes_thresholds
 @click.option("--strict", is_flag=True, help="Exit 3 where no threshold is set at all.")
-@click.option("--junit", type=click.Path(path_type=Path), help="Write JUnit XML here.")
-@click.option("--markdown", type=click.Path(path_type=Path), help="Write a Markdown summary here.")
+@click.option("--junit", type=UserPath(path_type=Path), help="Write JUnit XML here.")
+@click.option("--markdown", type=UserPath(path_type=Path), help="Write a Markdown summary here.")
 @takes()
 @click.pass_context
 def gate_command(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-
 import click
 
 from nmexport.cli.options import Request, takes
 from nmexport.cli.output import emit_json, wants_json
+from nmexport.cli.prompt import read_prompt
 from nmexport.cli.verb import Verb
 
 
@@ -42,7 +41,7 @@ def generate_command(
 
     work = asked.existing_work()
     work.require("engine")
-    text = prompt if prompt is not None else sys.stdin.read()
+    text = read_prompt(prompt)
     pieces = generate(
         work.root,
         text,

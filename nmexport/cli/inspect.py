@@ -3,28 +3,58 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from nmexport.cli.figures import show_report
 from nmexport.cli.options import Request, takes
-from nmexport.cli.output import console, emit_json, wants_json
-from nmexport.cli.verb import Verb
+from nmexport.cli.output import console, emit_json, is_verbose, wants_json
+from nmexport.cli.tables import show_value
+from nmexport.cli.verb import UserPath, Verb
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_FEW = 24
+_LONG = frozenset({"recipe", "report", "inputs", "environment"})
 
 
 @click.command("inspect", cls=Verb, short_help="An artifact, ONNX file or work directory in words.")
-@click.argument("path", required=False, type=click.Path(path_type=Path))
+@click.argument("path", required=False, type=UserPath(path_type=Path))
 @takes()
 @click.pass_context
 def inspect_command(ctx: click.Context, *, asked: Request, path: Path | None) -> None:
     """Say what PATH holds: a work directory, an artifact, an ONNX file or a report.
 
-    Without PATH, the work directory that --work or --model names, or the last one built.
+    Without PATH, the work directory that --work or --model names, or the last one built. -v shows
+    all that is known.
     """
-    from nmexport.cli.tables import show_value
     from nmexport.inspect.describe import describe
 
+    if path is not None and asked.work is not None:
+        raise click.UsageError("PATH and --work name two things; give one of them.", ctx)
     found = describe(path if path is not None else asked.existing_work().root)
     if wants_json(ctx):
         emit_json(found)
-    else:
+    elif is_verbose(ctx):
         show_value(console(), found)
+    else:
+        _show_summary(console(), found)
+
+
+def _show_summary(out: Console, found: dict[str, Any]) -> None:
+    """Print what fits a screen: the figures of a report, counts in place of long tables."""
+    path, report = Path(found["path"]), found.get("report")
+    rest = {name: value for name, value in found.items() if name not in _LONG}
+    short = {name: value for name, value in rest.items() if not _is_long(value)}
+    counts = {name: f"{len(value)} rows" for name, value in rest.items() if _is_long(value)}
+    if report is None or found["kind"] != "report":
+        show_value(out, {**short, **counts})
+    if report is not None:
+        show_report(out, report, path if path.is_dir() else path.parent)
+    out.print("-v shows all that is known.")
+
+
+def _is_long(value: object) -> bool:
+    return isinstance(value, list | dict) and len(value) > _FEW

@@ -27,7 +27,7 @@ from nmexport.choices import (
     Target,
 )
 from nmexport.cli.output import json_option, progress, verbose_option
-from nmexport.cli.verb import OneOf, Words, recipe_names
+from nmexport.cli.verb import OneOf, UserPath, Words, recipe_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -331,7 +331,7 @@ _TASKS = (
     RecipeOption(
         spelled="--tasks-path",
         key="evaluation.tasks_path",
-        kind=click.Path(),
+        kind=UserPath(),
         metavar="DIR",
         help="Folder of local task files; alone, all of its tasks are scored.",
     ),
@@ -434,13 +434,13 @@ _LOCATORS = (
     click.option(
         "--recipe",
         "recipe_file",
-        type=click.Path(path_type=Path),
+        type=UserPath(path_type=Path),
         metavar="FILE",
         help="Recipe in YAML; options override its keys.",
     ),
     click.option(
         "--work",
-        type=click.Path(path_type=Path, file_okay=False),
+        type=UserPath(path_type=Path, file_okay=False),
         metavar="DIR",
         help="Work directory.  [default: nmexport-work/MODEL-NofM]",
     ),

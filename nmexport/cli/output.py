@@ -57,6 +57,11 @@ def wants_json(ctx: click.Context) -> bool:
     return bool(ctx.meta.get(_JSON))
 
 
+def is_verbose(ctx: click.Context) -> bool:
+    """Whether `-v` was given."""
+    return bool(ctx.meta.get(_VERBOSE))
+
+
 def has_emitted(ctx: click.Context) -> bool:
     """Whether the verb's JSON document is out already."""
     return bool(ctx.meta.get(_EMITTED))

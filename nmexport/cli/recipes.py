@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from nmexport.cli.output import console, emit_json, json_option, table, verbose_option, wants_json
-from nmexport.cli.verb import VerbFamily, Words, recipe_names
+from nmexport.cli.verb import UserPath, VerbFamily, Words, recipe_names
 
 
 @click.group("recipes", cls=VerbFamily)
@@ -61,7 +61,7 @@ def show_command(ctx: click.Context, name: str) -> None:
 
 
 @recipes_command.command("validate")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=UserPath(path_type=Path))
 @json_option
 @verbose_option
 @click.pass_context

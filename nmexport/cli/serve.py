@@ -9,26 +9,26 @@ import click
 
 from nmexport.cli.options import Request, takes
 from nmexport.cli.output import emit_json, wants_json
-from nmexport.cli.verb import Verb
+from nmexport.cli.verb import UserPath, Verb
 
 if TYPE_CHECKING:
     from nmexport.serving.launch import Addresses, Installation
 
 
 @click.command("serve", cls=Verb, short_help="Start Triton on what was packaged.")
-@click.argument("folder", required=False, type=click.Path(path_type=Path, exists=True))
+@click.argument("folder", required=False, type=UserPath(path_type=Path, exists=True))
 @click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 is the network.")
 @click.option("--http-port", type=click.IntRange(1, 65535), default=8000, show_default=True)
 @click.option("--grpc-port", type=click.IntRange(1, 65535), default=8001, show_default=True)
 @click.option("--metrics-port", type=click.IntRange(1, 65535), default=8002, show_default=True)
 @click.option(
     "--server",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=UserPath(path_type=Path, dir_okay=False),
     help="tritonserver to start.  [default: on PATH, /opt/tritonserver, the nvidia-pytriton wheel]",
 )
 @click.option(
     "--env",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=UserPath(path_type=Path, file_okay=False),
     help="Virtual environment that the model runs in.  [default: this one]",
 )
 @click.option(

@@ -16,7 +16,8 @@ from nmexport.cli.output import (
     verbose_option,
     wants_json,
 )
-from nmexport.cli.verb import Verb, Words
+from nmexport.cli.verb import UserPath, Verb, Words
+from nmexport.errors import UserError
 
 if TYPE_CHECKING:
     from nmexport.sweep.cluster import Cluster
@@ -32,13 +33,37 @@ def _sweep_names() -> list[str]:
     return names()
 
 
+# \b keeps click from joining the lines of a paragraph.
+_HELP = """Measure every cell of a sweep file: recipes over models, and baselines.
+
+What is measured is kept: the same command goes on where it stopped. Writes sweep.json, sweep.md and
+a plot for each model.
+
+\b
+A file, in YAML:
+  schema: 1
+  models: [smollm2]                     # recipe names, Hub ids, folders
+  recipe: {calibration: {samples: 32}}  # over each model's own recipe
+  grid:                                 # every combination is a cell; or a list of grids
+    sparsity.pattern: ["2:4", "8:16"]
+    sparsity.criterion: [act, wina]
+  cells:                                # more cells, one by one
+    - {sparsity.pattern: "8:16", sparsity.mitigations: [var]}
+  baselines: [activations 50%, weights 50%, weights 8:16]
+  measure: accuracy                     # or build: all stages, speed as well
+"""
+
+
 @click.command(
-    "sweep", cls=Verb, short_help="Measure patterns, criteria, models and baselines side by side."
+    "sweep",
+    cls=Verb,
+    help=_HELP,
+    short_help="Measure patterns, criteria, models and baselines side by side.",
 )
 @click.argument("sweep", metavar="FILE|NAME", type=Words(_sweep_names, files=True))
 @click.option(
     "--work",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=UserPath(path_type=Path, file_okay=False),
     metavar="DIR",
     help="Where results go.  [default: nmexport-work/sweep-NAME]",
 )
@@ -85,11 +110,6 @@ def sweep_command(
     gpus: float | None,
     dry_run: bool,
 ) -> None:
-    """Measure every cell of a sweep file: recipes over models, and baselines.
-
-    What is measured is kept: the same command goes on where it stopped. Writes sweep.json,
-    sweep.md and a plot for each model.
-    """
     from nmexport.sweep import plan
 
     if address is None and (cpus is not None or gpus is not None):
@@ -103,8 +123,11 @@ def sweep_command(
     found = _run(planned, jobs, root, _cluster(address, cpus, gpus))
     if wants_json(ctx):
         emit_json(found)
-        return
-    _show(found, root)
+    else:
+        _show(found, root)
+    reasons = [row.get("refused") for row in found["rows"]]
+    if all(reasons):
+        raise UserError(f"Nothing was measured: {reasons[0]}", fix="change the sweep's cells")
 
 
 def _overrides(settings: tuple[str, ...]) -> dict[str, Any]:

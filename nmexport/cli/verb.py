@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
@@ -60,6 +61,19 @@ class OneOf(click.Choice[str]):
         near = difflib.get_close_matches(str(value).lower(), choices, n=1, cutoff=0.5)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         return f"{str(value)!r} is none of {', '.join(choices)}.{hint}"
+
+
+class UserPath(click.Path):
+    """A path; `~` is expanded here, as a shell leaves it alone in `--work=~/x`."""
+
+    def convert(
+        self,
+        value: str | os.PathLike[str],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> str | bytes | os.PathLike[str]:
+        """Expand, then check as click does."""
+        return super().convert(os.path.expanduser(value), param, ctx)  # noqa: PTH111  keeps `./`
 
 
 class Words(click.ParamType[str]):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from nmexport.errors import ArtifactError, UserError
+from nmexport.errors import UserError
+from nmexport.generation.defaults import end_tokens
 from nmexport.generation.options import GenerationOptions
 from nmexport.generation.sampler import Sampler
 from nmexport.generation.stopping import StopFilter
 from nmexport.generation.text_stream import TextStream
+from nmexport.generation.tokenizer import Tokenizer
 from nmexport.runtimes.engine import read_engine
 from nmexport.runtimes.opening import open_session
 
@@ -61,7 +62,7 @@ def generate(
     )
     engine_folder = work / "engine" / "current"
     folder = read_engine(engine_folder).model.parent
-    tokenizer = load_tokenizer(folder)
+    tokenizer = Tokenizer(folder)
     prompt_ids = encode_prompt(tokenizer, prompt, chat=chat)
     session = open_session(engine_folder, dense=dense)
     sampler = Sampler(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
@@ -75,56 +76,22 @@ def generate(
     return pieces()
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer that was exported with a model.
-
-    Raises:
-        ArtifactError: if it cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ArtifactError(
-            f"{folder} holds no tokenizer that can be read: {error}", fix="run `nmexport export`"
-        ) from error
-
-
-def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, prompt: str, *, chat: bool) -> list[int]:
     """Token ids of a prompt.
 
     Raises:
-        UserError: if it has no tokens, or a chat template is asked for and there is none.
+        UserError: if it has no tokens or ones that the model does not know, or a chat template is
+            asked for and there is none.
     """
     if chat:
-        if not getattr(tokenizer, "chat_template", None):
-            raise UserError(
-                "This model has no chat template.", fix="leave out the chat option: plain text"
-            )
-        messages = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = tokenizer.encode_chat([{"role": "user", "content": prompt}])
     else:
-        ids = tokenizer(prompt)["input_ids"]
+        ids = tokenizer.encode(prompt)
     if not ids and tokenizer.bos_token_id is not None:
         ids = [tokenizer.bos_token_id]
     if not ids:
         raise UserError(f"The prompt {prompt!r} has no tokens.", fix="give some text")
     return ids
-
-
-def end_tokens(folder: Path, tokenizer: Any) -> frozenset[int]:
-    """Tokens that end a text: the configuration's and the tokenizer's."""
-    ends = {tokenizer.eos_token_id}
-    for name in ("generation_config.json", "config.json"):
-        try:
-            document = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        value = document.get("eos_token_id")
-        ends |= set(value) if isinstance(value, list) else {value}
-    return frozenset(token for token in ends if isinstance(token, int))
 
 
 def continuation(
@@ -148,14 +115,9 @@ def continuation(
             logits = session.decode_step(np.asarray([[token]], dtype=np.int64))
 
 
-def text_pieces(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
+def text_pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
     """Text of tokens as they come, never half a character; see `TextStream`."""
-
-    def decoded(ids: Sequence[int]) -> str:
-        text: str = tokenizer.decode(list(ids), skip_special_tokens=True)
-        return text
-
-    stream = TextStream(decoded)
+    stream = TextStream(tokenizer.decode)
     yield from (piece for piece in map(stream.push, tokens) if piece)
     rest = stream.flush()
     if rest:

@@ -1,65 +1,66 @@
 """A model's tokenizer and chat template, read from the files beside it; no torch, no transformers.
 
-`tokenizers` is the library that transformers' own tokenizers run on, so token ids are the same;
-`jinja2` renders the chat template with the settings that templates are written for.
+`tokenizers` is the library that transformers' own tokenizers run on, so token ids are the same.
 """
 
 from __future__ import annotations
 
 import json
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from tokenizers import Tokenizer as RawTokenizer
+
 from nmexport.errors import ArtifactError, RequestError
+from nmexport.generation.chat import ChatTemplate
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-)
-"""What a tokenizer may consist of; only the first must be there."""
-_ROLES = ("system", "developer", "user", "assistant", "tool")
+_REBUILD = "run `nmexport export --force`"
 
 
-class ServingTokenizer:
+class Tokenizer:
     """Text to token ids and back."""
 
     def __init__(self, folder: Path) -> None:
         """Read the tokenizer of an exported model.
 
         Raises:
-            ArtifactError: if there is none that the `tokenizers` library can read.
+            ArtifactError: if there is none that the `tokenizers` library can read, or its chat
+                template does not compile.
         """
-        from tokenizers import Tokenizer
-
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise ArtifactError(
                 f"{folder} holds no tokenizer.json.",
                 allowed="a tokenizer that the `tokenizers` library can read",
-                fix="serve a model with a fast tokenizer",
+                fix=_REBUILD,
             )
         try:
-            self._tokenizer = Tokenizer.from_file(str(path))
+            self._tokenizer = RawTokenizer.from_file(str(path))
         except Exception as error:  # the binding raises plain Exception
-            raise ArtifactError(f"{path} cannot be read: {error}") from error
+            raise ArtifactError(f"{path} cannot be read: {error}", fix=_REBUILD) from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.longest_token = max(len(token.encode()) for token in self._tokenizer.get_vocab())
         """Bytes of the longest entry, at least as many as of the text that it stands for."""
-        self._config = _json(folder / "tokenizer_config.json")
-        self._template = _template(folder, self._config)
+        self._config = read_json(folder / "tokenizer_config.json")
+        longest = self._config.get("model_max_length")
+        self.model_max_length = longest if isinstance(longest, int) else None
+        """Tokens that the tokenizer's author says the model takes."""
+        self._vocabulary_size = vocabulary_size(read_json(folder / "config.json"))
+        self._template = self._compile_template(folder)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """Id of the token that begins a text."""
+        return self._id_of("bos_token")
 
     @property
     def eos_token_id(self) -> int | None:
-        """Id of the tokenizer's end-of-text token."""
-        text = self._special("eos_token")
-        return None if text is None else self._tokenizer.token_to_id(text)
+        """Id of the token that ends a text."""
+        return self._id_of("eos_token")
 
     @property
     def has_chat_template(self) -> bool:
@@ -71,7 +72,11 @@ class ServingTokenizer:
 
         Special tokens are not put in front of a text that begins with the begin token already, as
         one that was rendered from a chat template elsewhere does.
+
+        Raises:
+            RequestError: if the text has no UTF-8, or holds a token that the model does not know.
         """
+        check_text(text)
         begin = self._special("bos_token")
         begun = begin is not None and text.startswith(begin)
         # A batch of one: unlike `encode` it lets other threads run, and streams go on meanwhile.
@@ -79,11 +84,21 @@ class ServingTokenizer:
             [text], add_special_tokens=add_special_tokens and not begun
         )
         ids: list[int] = encoding.ids
+        self._check_known(ids)
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of the text that a chat model continues.
+
+        Raises:
+            RequestError: as `render` and `encode`.
+        """
+        return self.encode(self.render(messages), add_special_tokens=False)
+
+    def decode(self, ids: int | Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids, special tokens left out."""
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        listed = [ids] if isinstance(ids, int) else list(ids)
+        text: str = self._tokenizer.decode(listed, skip_special_tokens=skip_special_tokens)
         return text
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
@@ -96,103 +111,92 @@ class ServingTokenizer:
             RequestError: if there is no chat template, or it does not take these messages.
         """
         if self._template is None:
-            raise RequestError("This model has no chat template.", fix="send text_input alone")
-        from jinja2 import TemplateError
-
-        specials = {
-            name: self._special(name)
-            for name in ("bos_token", "eos_token", "unk_token", "pad_token")
-        }
-        try:
-            text: str = self._template.render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=True,
-                tools=None,
-                documents=None,
-                **{name: value for name, value in specials.items() if value is not None},
+            raise RequestError(
+                "This model has no chat template.", fix="leave out the chat option: plain text"
             )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise RequestError(f"The chat template refuses these messages: {error}") from error
-        return text
+        return self._template.render(messages)
+
+    def _check_known(self, ids: Sequence[int]) -> None:
+        """Refuse tokens beyond the model's embedding: tokenizers may have more than it has rows.
+
+        Raises:
+            RequestError: naming the first of them.
+        """
+        size = self._vocabulary_size
+        unknown = next((token for token in ids if size is not None and token >= size), None)
+        if unknown is not None:
+            raise RequestError(
+                f"The text holds {self._tokenizer.id_to_token(unknown)!r}, token {unknown}, and "
+                f"the model knows {size} tokens.",
+                allowed=f"tokens 0 to {(size or 0) - 1}",
+                fix="leave it out of the text",
+            )
+
+    def _id_of(self, name: str) -> int | None:
+        text = self._special(name)
+        return None if text is None else self._tokenizer.token_to_id(text)
 
     def _special(self, name: str) -> str | None:
         value = self._config.get(name)
         text = value.get("content") if isinstance(value, dict) else value
         return text if isinstance(text, str) else None
 
+    def _compile_template(self, folder: Path) -> ChatTemplate | None:
+        """The chat template; None where the model has none."""
+        path = folder / "chat_template.jinja"
+        source = self._config.get("chat_template")
+        if path.is_file():
+            source = path.read_text(encoding="utf-8")
+        elif isinstance(source, list):  # several, by name: the plain one
+            source = {entry["name"]: entry["template"] for entry in source}.get("default")
+        if not isinstance(source, str):
+            return None
+        names = ("bos_token", "eos_token", "unk_token", "pad_token")
+        specials = {name: self._special(name) for name in names}
+        known = {name: text for name, text in specials.items() if text is not None}
+        try:
+            return ChatTemplate(source, known)
+        except ValueError as error:
+            raise ArtifactError(
+                f"The chat template in {folder} does not compile: {error}.", fix=_REBUILD
+            ) from error
 
-def messages_from(text: str) -> list[dict[str, Any]]:
-    """Messages of a chat, from their JSON.
+
+def check_text(text: str) -> None:
+    """Refuse text that is not whole characters: JSON and command lines can carry such.
 
     Raises:
-        RequestError: if it is not a list of objects with `role` and `content`.
+        RequestError: if UTF-8 cannot spell it.
     """
-    allowed = 'a JSON list such as [{"role": "user", "content": "Hello"}]'
     try:
-        messages = json.loads(text)
-    except ValueError as error:
-        raise RequestError(f"messages is no JSON: {error}", allowed=allowed) from error
-    except RecursionError as error:
-        raise RequestError("messages is nested too deeply.", allowed=allowed) from error
-    if not isinstance(messages, list) or not messages:
-        raise RequestError("messages is not a list of messages.", allowed=allowed)
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise RequestError(f"messages holds {message!r}.", allowed=allowed)
-        if message.get("role") not in _ROLES:
-            raise RequestError(
-                f"messages holds the role {message.get('role')!r}.", allowed=", ".join(_ROLES)
-            )
-    return messages
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"The text is not UTF-8: character {error.start} is half of one, or a stray byte.",
+            allowed="whole characters",
+            fix="send it as UTF-8",
+        ) from error
 
 
-def _json(path: Path) -> dict[str, Any]:
+def vocabulary_size(config: Mapping[str, Any]) -> int | None:
+    """Rows of the embedding, as a model's `config.json` says; None where it does not."""
+    text = config.get("text_config", config)
+    size = text.get("vocab_size") if isinstance(text, dict) else None
+    return size if isinstance(size, int) else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a file; empty where there is no file.
+
+    Raises:
+        ArtifactError: if it cannot be read or is no JSON object.
+    """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
-    return document if isinstance(document, dict) else {}
-
-
-def _template(folder: Path, config: Mapping[str, Any]) -> Any | None:
-    """The chat template, compiled; None where the model has none."""
-    path = folder / "chat_template.jinja"
-    source = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
-    if isinstance(source, list):  # several, by name: the plain one
-        named = {entry["name"]: entry["template"] for entry in source}
-        source = named.get("default")
-    if not isinstance(source, str):
-        return None
-    from jinja2 import TemplateError
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = _now
-    try:
-        return environment.from_string(source)
-    except TemplateError as error:
-        raise ArtifactError(f"The chat template in {folder} cannot be read: {error}") from error
-
-
-def _to_json(value: Any, *, indent: int | None = None) -> str:
-    """JSON as templates mean it; jinja's own filter escapes for HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _refuse(message: str) -> None:
-    """What a template calls to refuse messages."""
-    from jinja2 import TemplateError
-
-    raise TemplateError(message)
-
-
-def _now(form: str) -> str:
-    """The date that some templates put in front, in local time as they expect."""
-    return datetime.now().astimezone().strftime(form)
+    if not isinstance(document, dict):
+        raise ArtifactError(f"{path} holds no JSON object.")
+    return document

@@ -187,7 +187,7 @@ def _selection_key(layer: LayerSpec, tensors: Mapping[str, ir.TensorProtocol]) -
         for name in SELECTION_INPUTS
         if name in tensors
     )
-    flags = (layer.nm, layer.phase, layer.dynamic_shift, layer.variance_correction)
+    flags = (layer.pattern, layer.phase, layer.dynamic_shift, layer.variance_correction)
     return (*flags, constants)
 
 
@@ -284,8 +284,8 @@ def _attach_attributes(node: ir.Node, title: str, layer: LayerSpec) -> None:
     node.attributes.pop(LAYER_ATTRIBUTE, None)
     node.name = title
     for attribute in (
-        ir.AttrInt64("n", layer.nm.n),
-        ir.AttrInt64("m", layer.nm.m),
+        ir.AttrInt64("n", layer.pattern.n),
+        ir.AttrInt64("m", layer.pattern.m),
         ir.AttrInt64("dynamic_shift", int(layer.dynamic_shift)),
         ir.AttrInt64("variance_correction", int(layer.variance_correction)),
         ir.AttrString("phase", layer.phase),

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
+import onnx.inliner
+import onnx.shape_inference
 
 from nmexport.errors import ArtifactError, InternalError
 from nmexport.graph.assembly import ALIGNMENT, LINEAR
@@ -119,10 +121,27 @@ def _checked(path: Path) -> onnx.ModelProto:
     except onnx.checker.ValidationError as error:
         raise InternalError(f"{path} fails the ONNX checker: {error}") from error
     model: onnx.ModelProto = onnx.load(path, load_external_data=False)
+    _check_types(path, model)
     _check_nothing_dangles(path, model.graph)
     _check_data_file(path, model.graph)
     _check_interface(path, model.graph)
     return model
+
+
+def _check_types(path: Path, model: onnx.ModelProto) -> None:
+    """Infer every value's type strictly, in function bodies too: ours and the standard's.
+
+    A runtime that has no kernel for a standard operator in some type runs the operator's own
+    function body, so that has to be well typed as well.
+    """
+    bodies = onnx.inliner.inline_selected_functions(
+        model, [], exclude=True, inline_schema_functions=True
+    )
+    for proto in (model, bodies):
+        try:
+            onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
+        except onnx.shape_inference.InferenceError as error:
+            raise InternalError(f"{path} is not well typed: {error}") from error
 
 
 def _check_nothing_dangles(path: Path, graph: onnx.GraphProto) -> None:

@@ -152,6 +152,34 @@ def _transposed(tensor: ir.TensorProtocol | None, name: str | None) -> ir.LazyTe
     )
 
 
+class NormalizeInOneType(ir.passes.InPlacePass):
+    """`RMSNormalization` reads x in the type of its scale.
+
+    The standard lets both differ, and the operator's own function body does not: it multiplies
+    them. Where a model normalises and scales in float32 (Gemma), x is cast first, as it was before
+    the nodes were fused.
+
+    Requires: x and scale of known types. Ensures: same values; the result has the scale's type.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = False
+        for node in model.graph:
+            if not is_op(node, "RMSNormalization"):
+                continue
+            x, scale = node.inputs[:2]
+            if x is None or scale is None or x.dtype == scale.dtype or scale.dtype is None:
+                continue
+            cast = ir.node("Cast", [x], {"to": scale.dtype})
+            cast.outputs[0].name = f"{node.outputs[0].name}.input"
+            cast.outputs[0].shape, cast.outputs[0].type = x.shape, ir.TensorType(scale.dtype)
+            model.graph.insert_before(node, cast)
+            node.replace_input_with(0, cast.outputs[0])
+            node.outputs[0].type = ir.TensorType(scale.dtype)
+            modified = True
+        return ir.passes.PassResult(model, modified)
+
+
 def optimise(model: ir.Model) -> None:
     """Clean the traced graph and fuse what pays, in place.
 
@@ -177,6 +205,7 @@ def optimise(model: ir.Model) -> None:
     TransposeWeights()(model)
     common.CommonSubexpressionEliminationPass()(model)
     _rms_normalization.rms_normalization_ruleset.apply_to_model(model)
+    NormalizeInOneType()(model)
     FuseRotaryEmbedding()(model)
     common.RemoveUnusedNodesPass()(model)
     FuseCachedAttention()(model)

@@ -114,7 +114,7 @@ def _artifact(path: Path) -> dict[str, Any]:
             {
                 "name": layer.name,
                 "shape": f"{layer.in_features} x {layer.out_features}",
-                "pattern": layer.pattern,
+                "pattern": str(layer.pattern),
                 "phase": layer.phase,
                 "criterion": layer.criterion,
                 "mitigations": list(layer.mitigations),

@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import UserError
 from nmexport.inspect.describe import describe
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 # About the making, not about what was made.
 _LEFT_OUT = frozenset({"path", "made", "seconds", "share", "peak_memory_bytes"})
+
+_FEW = 40
+"""Rows that a screen takes."""
+_FIGURES = tuple(
+    f"report.{name}"
+    for name in (
+        "verdict",
+        "accuracy.perplexity_ratio",
+        "accuracy.dense.perplexity",
+        "accuracy.sparse.perplexity",
+        "accuracy.kl_mean",
+        "accuracy.top1_agreement",
+        "latency.speedup.decode",
+        "latency.speedup.prefill",
+        "sparsity.achieved",
+        "memory.artifact_bytes",
+        "memory.peak_rss_bytes",
+    )
+)
+_CHOSEN = ("recipe.", "inputs.", "metrics.", "bytes", "stages[")
+"""What was asked for, and what came of it in a few numbers."""
 
 
 def compare(before: Path, after: Path) -> dict[str, Any]:
@@ -38,6 +62,30 @@ def compare(before: Path, after: Path) -> dict[str, Any]:
         "same": not differences,
         "differences": differences,
     }
+
+
+def summary(
+    differences: Sequence[dict[str, Any]],
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """What matters most of the differences, and how many others there are.
+
+    Returns:
+        Rows to show, key figures first; and the number of the others by section.
+    """
+    if len(differences) <= _FEW:
+        return list(differences), {}
+    by_name = {row["what"]: row for row in differences}
+    figures = [by_name[name] for name in _FIGURES if name in by_name]
+    chosen = [row for row in differences if row["what"].startswith(_CHOSEN)]
+    shown = [*figures, *chosen][:_FEW]
+    names = {row["what"] for row in shown}
+    others = Counter(_section(row["what"]) for row in differences if row["what"] not in names)
+    return shown, dict(others.most_common())
+
+
+def _section(what: str) -> str:
+    """The first two parts of a dotted name, without what tells one row of a table from another."""
+    return ".".join(re.sub(r"\[.*", "", what).split(".")[:2])
 
 
 def differences_of(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any]]:

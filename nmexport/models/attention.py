@@ -7,10 +7,15 @@ made for eager execution leaves, and with a mask that no runtime can turn into N
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from nmexport.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 NAME = "nmexport_onnx"
 
@@ -63,54 +68,108 @@ def attention(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
-    dropout: float = 0.0,
     softcap: float | None = None,
-    **_: Any,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **arguments: Any,
 ) -> tuple[Tensor, None]:
     """Scaled dot product attention with grouped key and value heads.
 
     Args:
-        module: The attention module, unused.
+        module: The attention module, named where something is refused.
         query: `[B, H, S, D]`.
         key: `[B, H_kv, T, D]`, H a multiple of H_kv.
         value: `[B, H_kv, T, D_v]`.
         attention_mask: Additive, `[B, 1, S, T]`.
         scaling: Factor of the scores; `1 / sqrt(D)` where None.
-        dropout: Has no part in inference.
         softcap: Where given, scores become `softcap * tanh(scores / softcap)` before the mask.
+        s_aux: Attention sinks `[H]`: one more score a head that takes weight and gives nothing.
+        position_bias: Added to the scores, `[1 or B, H, S, T]`.
+        arguments: What else transformers hands to an attention function.
 
     Returns:
         `[B, S, H, D_v]`, and None for the attention weights, which nobody asks for.
+
+    Raises:
+        ModelError: if there is an argument that would change the result in an unknown way.
     """
-    del module, dropout
+    refuse_unknown(module, arguments)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if softcap is None:
+    if position_bias is not None:
+        bias = position_bias.to(query.dtype)
+        attention_mask = bias if attention_mask is None else attention_mask + bias
+    if softcap is None and s_aux is None:
         output = torch.onnx.ops.attention(query, key, value, attention_mask, scale=scale)[0]
     else:
-        output = _softcapped(
-            query, key, value, attention_mask=attention_mask, scale=scale, softcap=softcap
-        )
+        scores = _scores(query, key, scale)
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        if attention_mask is not None:
+            scores = scores + attention_mask
+        weights = _weights(scores, s_aux).to(query.dtype)
+        output = torch.matmul(weights, _repeated(value, query.shape[1]))
     return output.transpose(1, 2).contiguous(), None
 
 
-def _softcapped(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    attention_mask: Tensor | None,
-    scale: float,
-    softcap: float,
-) -> Tensor:
-    """Attention in elementary nodes, softmax in float32.
+# Arguments that say nothing the mask does not say already, or nothing about the result.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "cache_position",
+        "dropout",
+        "is_causal",
+        "output_attentions",
+        "output_hidden_states",
+        "position_ids",
+        "return_dict",
+        "sliding_window",
+        "use_cache",
+    }
+)
 
-    ONNX's own `softcap` attribute caps after the mask is added (opset 23), which unmasks.
+
+def with_effect(arguments: Mapping[str, Any]) -> list[str]:
+    """Names of the further arguments of attention that may change its result."""
+    return sorted(
+        name
+        for name, value in arguments.items()
+        if name not in _WITHOUT_EFFECT and value is not None and value is not False
+    )
+
+
+def refuse_unknown(module: nn.Module, arguments: Mapping[str, Any]) -> None:
+    """Refuse an argument of attention that is set and not known to be without effect.
+
+    Raises:
+        ModelError: if there is one; names it and the module's class.
     """
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    scores = torch.matmul(query, key.transpose(2, 3)) * scale
-    scores = torch.tanh(scores / softcap) * softcap
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    return torch.matmul(weights, value)
+    unknown = with_effect(arguments)
+    if unknown:
+        raise ModelError(
+            f"{type(module).__name__} hands its attention {', '.join(unknown)}, which nmexport "
+            "does not know: the exported model would compute something else.",
+            allowed="scaled dot product attention with a causal mask, a sliding window, a soft "
+            "cap, sinks (s_aux) or a position bias",
+            fix="use a model of another family",
+        )
+
+
+def _scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    return torch.matmul(query, _repeated(key, query.shape[1]).transpose(2, 3)) * scale
+
+
+def _repeated(states: Tensor, heads: int) -> Tensor:
+    """Keys or values `[B, H_kv, T, D]`, once for each query head."""
+    return states.repeat_interleave(heads // states.shape[1], dim=1)
+
+
+def _weights(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax in float32 over the scores `[B, H, S, T]` and the sinks' own, which is dropped.
+
+    In elementary nodes: ONNX's `Attention` knows no sinks, and its own `softcap` caps after the
+    mask is added (opset 23), which unmasks.
+    """
+    if sinks is None:
+        return torch.softmax(scores, dim=-1, dtype=torch.float32)
+    column = sinks.reshape(1, -1, 1, 1).to(scores.dtype).expand_as(scores[..., :1])
+    combined = torch.cat([scores, column], dim=-1)
+    return torch.softmax(combined, dim=-1, dtype=torch.float32)[..., :-1]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from nmexport.models.attention import with_effect
 from nmexport.models.swap import swapped_attention
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     queries = query.to(key.dtype)
-    if query.shape[2] > 1 or attention_mask is not None:
+    if query.shape[2] > 1 or attention_mask is not None or with_effect(arguments):
         output, _ = sdpa_attention_forward(
             module, queries, key, value, attention_mask, scaling=scaling, **arguments
         )

@@ -45,14 +45,18 @@ class LayerwiseModel:
     """A causal LM in float32 that is run layer by layer."""
 
     def __init__(
-        self, source: ModelSource, *, trust_remote_code: bool = False, folder: Path | None = None
+        self,
+        source: ModelSource,
+        *,
+        folder: Path | None = None,
+        rounded: torch.dtype = torch.float32,
     ) -> None:
         """Build the skeleton and find every weight; read none.
 
         Args:
             source: A model in safetensors files.
-            trust_remote_code: Whether Python files of the model may run.
             folder: On a disk with room for the hidden states of all samples; None is the system's.
+            rounded: Type that weights are rounded to before they are computed with in float32.
 
         Raises:
             ModelError: if it is stored in another format, its files do not make the model, or it
@@ -64,9 +68,9 @@ class LayerwiseModel:
                 allowed="a model in safetensors files",
                 fix=_WHOLE,
             )
-        self.model = skeleton(source, trust_remote_code=trust_remote_code)
+        self.model = skeleton(source)
         self._backbone_name, self._layers = _decoder_layers(self.model)
-        self._weights = _Weights(WeightTable(self.model, source.weights_folder))
+        self._weights = _Weights(WeightTable(self.model, source.weights_folder), rounded)
         self._weights.table.fill_buffers(self.model)
         self._folder = folder
 
@@ -227,8 +231,9 @@ class LayerwiseModel:
 class _Weights:
     """Puts weights into modules of a skeleton and takes them out again."""
 
-    def __init__(self, table: WeightTable) -> None:
+    def __init__(self, table: WeightTable, rounded: torch.dtype) -> None:
         self.table = table
+        self._rounded = rounded
 
     @contextlib.contextmanager
     def loaded(self, name: str, module: nn.Module) -> Iterator[None]:
@@ -238,7 +243,7 @@ class _Weights:
         names = [own for own, _ in module.named_parameters()]
         try:
             for own in names:
-                stored = self.table.read(f"{name}.{own}")
+                stored = self.table.read(f"{name}.{own}").to(self._rounded)
                 # A copy, also of float32: a mapped file's alignment may change a product's bits.
                 value = torch.empty(stored.shape, dtype=torch.float32).copy_(stored)
                 set_module_tensor_to_device(module, own, "cpu", value=value)

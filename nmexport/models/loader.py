@@ -7,9 +7,15 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ModelError
+from nmexport.models.families import is_text_part
 from nmexport.models.guard import quiet, reading
 from nmexport.models.integrity import check_gguf
-from nmexport.models.skeleton import skeleton
+from nmexport.models.skeleton import give_generation_config, skeleton
+from nmexport.models.text_files import (
+    check_text_files,
+    check_tokenizer_files,
+    explain_unreadable,
+)
 from nmexport.models.weight_files import shortened
 from nmexport.models.weights import WeightTable, is_finite, not_finite
 
@@ -27,7 +33,6 @@ def load_model(
     source: ModelSource,
     *,
     dtype: str | torch.dtype = "float32",
-    trust_remote_code: bool = False,
     attention: str = "sdpa",
     placing: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
@@ -36,7 +41,6 @@ def load_model(
     Args:
         source: Where it lies.
         dtype: Element type of the parameters, whatever they are stored in.
-        trust_remote_code: Whether Python files of the model may run.
         attention: Attention implementation of transformers; `sdpa` becomes `eager` for models
             that cannot use it, such as Gemma 2, whose soft cap it knows nothing of.
         placing: How Accelerate spreads the weights, see `offload.device_map`; None puts them into
@@ -50,13 +54,18 @@ def load_model(
 
     element_type = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if not source.packed:  # said before anything is read
-        WeightTable(skeleton(source, trust_remote_code=trust_remote_code), source.weights_folder)
+        empty = skeleton(source)
+        table = WeightTable(empty, source.weights_folder)
+        if is_text_part(empty.config, source.weights_folder):
+            return _text_part(
+                source, table, dtype=element_type, attention=attention, placing=placing or {}
+            )
     with quiet(), reading(source), _gguf_read_once() as mappings:
         model, told = AutoModelForCausalLM.from_pretrained(
             source.weights_folder,
             dtype=element_type,
             output_loading_info=True,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=source.trust_remote_code,
             # Asked for by name, sdpa is an error where it is not supported; by default it is not.
             attn_implementation=None if attention == "sdpa" else attention,
             use_safetensors=True,
@@ -69,6 +78,30 @@ def load_model(
     _check_loaded(source, model, told)
     _check_nothing_ignored(source, mappings)
     return model
+
+
+def _text_part(
+    source: ModelSource,
+    table: WeightTable,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    placing: Mapping[str, Any],
+) -> PreTrainedModel:
+    """Load the text part of a multimodal model, tensor by tensor."""
+    from accelerate import dispatch_model
+    from accelerate.utils import set_module_tensor_to_device
+
+    implementation = None if attention == "sdpa" else attention
+    model = skeleton(source, dtype=dtype, attention=implementation)
+    give_generation_config(model, source)
+    table.fill_buffers(model)
+    for name, _ in model.named_parameters():
+        set_module_tensor_to_device(model, name, "cpu", value=table.read(name).to(dtype))
+    model.tie_weights()
+    _check_loaded(source, model, {})
+    devices = placing.get("device_map")
+    return model if devices is None else dispatch_model(model, device_map=devices)
 
 
 def _check_loaded(source: ModelSource, model: PreTrainedModel, told: Mapping[str, Any]) -> None:
@@ -125,21 +158,28 @@ def _ignored_tensors(source: ModelSource, names: list[str]) -> ModelError:
     )
 
 
-def load_tokenizer(
-    source: ModelSource, *, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to the model.
 
     Raises:
-        ModelError: if there is none or it cannot be read.
+        ModelError: if there is none, it cannot be read, or what belongs to it (chat template,
+            sampling defaults, special tokens) makes no sense.
     """
     from transformers import AutoTokenizer
 
     form = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
-    with quiet(), reading(source):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            source.folder, trust_remote_code=trust_remote_code, local_files_only=True, **form
-        )
+    check_tokenizer_files(source)
+    try:
+        with quiet(), reading(source):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                source.folder,
+                trust_remote_code=source.trust_remote_code,
+                local_files_only=True,
+                **form,
+            )
+    except ModelError as error:
+        raise (explain_unreadable(source) or error) from error
+    check_text_files(source, tokenizer)
     return tokenizer
 
 

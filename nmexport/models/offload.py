@@ -48,7 +48,6 @@ class OpenedModel:
 def open_dense(
     source: ModelSource,
     *,
-    trust_remote_code: bool,
     offload: Offload,
     progress: Progress,
     folder: Path | None = None,
@@ -57,7 +56,6 @@ def open_dense(
 
     Args:
         source: Where the model lies.
-        trust_remote_code: Whether Python files of the model may run.
         offload: What the user asks for.
         progress: Told where the model is.
         folder: On a disk with room, for what waits between layers; None is the system's.
@@ -70,20 +68,29 @@ def open_dense(
     from nmexport.models.layerwise import LayerwiseModel
     from nmexport.models.loader import load_model
 
-    chosen, placed = _placed(source, trust_remote_code=trust_remote_code, offload=offload)
+    chosen, placed = _placed(source, offload=offload)
     if chosen == "layerwise":
         progress.note(f"{source.id} runs layer by layer, its weights mapped from disk")
-        layered = LayerwiseModel(source, trust_remote_code=trust_remote_code, folder=folder)
+        layered = LayerwiseModel(source, folder=folder)
         return OpenedModel(model=layered.model, layerwise=layered)
     if placed is not None:
         progress.note(f"{source.id} is spread over {len(set(placed.values()))} GPUs")
     model = load_model(
         source,
         dtype=torch.float32,
-        trust_remote_code=trust_remote_code,
         placing=None if placed is None else {"device_map": placed},
     )
     return OpenedModel(model=model)
+
+
+def fits_host(source: ModelSource, *, offload: Offload) -> bool:
+    """Whether the dense model in float32 is loaded whole into the host's memory now.
+
+    Raises:
+        ModelError: if layer by layer is asked for and the model's format does not allow it.
+    """
+    chosen, _ = _placed(source, offload=offload)
+    return chosen == "whole"
 
 
 def needs_whole(recipe: Recipe) -> list[str]:
@@ -118,16 +125,14 @@ def check_layerwise(recipe: Recipe) -> None:
         )
 
 
-def _placed(
-    source: ModelSource, *, trust_remote_code: bool, offload: Offload
-) -> tuple[Placement, dict[str, int] | None]:
+def _placed(source: ModelSource, *, offload: Offload) -> tuple[Placement, dict[str, int] | None]:
     """How to run a model here and now; of `mapped`, which GPU each part goes to."""
     from nmexport.models.skeleton import skeleton
 
     memory = free_memory()
     empty: Any = None
     if offload == "auto" and not source.packed:
-        empty = skeleton(source, trust_remote_code=trust_remote_code)
+        empty = skeleton(source)
     chosen = placement(source, offload, parameter_count(empty) if empty else 0, memory)
     if chosen != "mapped":
         return chosen, None

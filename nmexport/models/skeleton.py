@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from nmexport.models.families import text_config
 from nmexport.models.guard import quiet, reading
 
 if TYPE_CHECKING:
@@ -15,17 +16,22 @@ if TYPE_CHECKING:
 
 
 def skeleton(
-    source: ModelSource, *, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32
+    source: ModelSource,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attention: str | None = None,
 ) -> PreTrainedModel:
     """Build the model without weights: parameters on the meta device, buffers real.
 
+    Of a multimodal model, that is its text part with its head.
+
     Args:
         source: Where its configuration lies.
-        trust_remote_code: Whether Python files of the model may run.
         dtype: Element type of the parameters.
+        attention: Attention implementation of transformers; None is its own choice.
 
     Raises:
-        ModelError: if its configuration cannot be read.
+        ModelError: if its configuration cannot be read, or is of no causal language model.
     """
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -33,12 +39,25 @@ def skeleton(
     with quiet(), reading(source):
         config = AutoConfig.from_pretrained(
             source.weights_folder,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=source.trust_remote_code,
             local_files_only=True,
             **source.gguf_option,
         )
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, trust_remote_code=trust_remote_code
+                text_config(config),
+                dtype=dtype,
+                trust_remote_code=source.trust_remote_code,
+                attn_implementation=attention,
             )
     return model.eval().requires_grad_(False)
+
+
+def give_generation_config(model: PreTrainedModel, source: ModelSource) -> None:
+    """Set what `from_pretrained` reads beside the weights."""
+    from transformers import GenerationConfig
+
+    if (source.weights_folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(
+            source.weights_folder, local_files_only=True
+        )

@@ -75,6 +75,8 @@ class ModelSource:
     """Name of the `.gguf` file in the folder, where that is the format."""
     digest: str
     """sha256 over the names and contents of the files that the model is loaded from."""
+    trust_remote_code: bool = False
+    """Python files of the model may run."""
     unpacked: Path | None = None
     """Folder that holds a `.gguf`'s model as safetensors, see `nmexport.models.unpacked`."""
 
@@ -138,6 +140,7 @@ def _folder_source(section: ModelSection, folder: Path, *, revision: str | None)
         folder=folder.absolute(),
         gguf_file=None,
         digest=digest_of(files),
+        trust_remote_code=section.trust_remote_code,
     )
 
 
@@ -149,6 +152,7 @@ def _gguf_source(section: ModelSection, path: Path) -> ModelSource:
         folder=path.absolute().parent,
         gguf_file=path.name,
         digest=digest_of([path]),
+        trust_remote_code=section.trust_remote_code,
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from nmexport.models.loader import load_model
-from nmexport.models.skeleton import skeleton
+from nmexport.models.skeleton import give_generation_config, skeleton
 from nmexport.models.weights import WeightTable, is_finite, not_finite
 
 if TYPE_CHECKING:
@@ -36,18 +36,16 @@ class ExportModel:
     """Whether weights are read from the files each time; else they are in memory."""
 
 
-def open_for_export(
-    source: ModelSource, *, dtype: torch.dtype, trust_remote_code: bool
-) -> ExportModel:
+def open_for_export(source: ModelSource, *, dtype: torch.dtype) -> ExportModel:
     """Open a model without its weights; a `.gguf` that is not unpacked is loaded.
 
     Raises:
         ModelError: if the model cannot be loaded, or its files do not make it.
     """
     if source.packed:
-        model = load_model(source, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = load_model(source, dtype=dtype)
         return ExportModel(model, lambda name: model.get_parameter(name).detach(), streamed=False)
-    empty = skeleton(source, trust_remote_code=trust_remote_code, dtype=dtype)
+    empty = skeleton(source, dtype=dtype)
     table = WeightTable(empty, source.weights_folder)
     table.fill_buffers(empty)
 
@@ -57,13 +55,13 @@ def open_for_export(
             raise not_finite(name, source.weights_folder, dtype)
         return value
 
-    _give_generation_config(empty, source)
+    give_generation_config(empty, source)
     empty.tie_weights()  # what the skeleton has twice, transformers has once
-    _fake_parameters(empty)
+    fake_parameters(empty)
     return ExportModel(empty, parameter, streamed=True)
 
 
-def _fake_parameters(model: nn.Module) -> None:
+def fake_parameters(model: nn.Module) -> None:
     """Exchange parameters on the meta device for fake ones on the CPU; shared ones stay shared."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -77,13 +75,3 @@ def _fake_parameters(model: nn.Module) -> None:
                     empty = torch.empty(value.shape, dtype=value.dtype)
                     fakes[id(value)] = nn.Parameter(empty, requires_grad=False)
                 setattr(module, name, fakes[id(value)])
-
-
-def _give_generation_config(model: Any, source: ModelSource) -> None:
-    """What `from_pretrained` reads beside the weights."""
-    from transformers import GenerationConfig
-
-    if (source.weights_folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(
-            source.weights_folder, local_files_only=True
-        )

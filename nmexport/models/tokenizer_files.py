@@ -26,6 +26,8 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
     config["tokenizer_class"] = _OLD_NAMES.get(
         config.get("tokenizer_class"), config.get("tokenizer_class")
     )
+    # Else a client's generic tokenizer class adds token_type_ids, which the graph does not take.
+    config["model_input_names"] = ["input_ids", "attention_mask"]
     extra = config.get("extra_special_tokens")
     if isinstance(extra, list):  # transformers 4 expects a mapping under this name
         config["additional_special_tokens"] = config.pop("extra_special_tokens")

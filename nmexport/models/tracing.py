@@ -22,7 +22,8 @@ from nmexport.errors import ModelError, NmexportError
 from nmexport.graph.assembly import LAYER_ATTRIBUTE, LINEAR
 from nmexport.graph.contract import op_contract
 from nmexport.graph.functions import OPSET
-from nmexport.models import attention
+from nmexport.models import attention, families
+from nmexport.models.rotary import frequencies_from_positions
 from nmexport.models.swap import swapped, swapped_attention
 
 if TYPE_CHECKING:
@@ -105,12 +106,20 @@ def cache_shapes(model: PreTrainedModel) -> list[CacheShape]:
 
     cache = DynamicCache()
     try:
-        with torch.no_grad(), _fake_mode_of(model):
-            model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
+        with torch.no_grad(), _fake_mode_of(model), _exportable_attention(model):
+            model(
+                input_ids=torch.zeros(1, 1, dtype=torch.long),
+                attention_mask=torch.ones(1, 1, dtype=torch.long),
+                position_ids=torch.zeros(1, 1, dtype=torch.long),
+                past_key_values=cache,
+                use_cache=True,
+            )
         shapes = [
             CacheShape(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3])
             for layer in cache.layers
         ]
+    except NmexportError:
+        raise
     except Exception as error:
         raise _cannot_export(model, "its cache is not one of keys and values", error) from error
     if not shapes:
@@ -146,7 +155,12 @@ def trace(model: PreTrainedModel, layers: Sequence[str]) -> ir.Model:
     }
     with swapped(model, stand_ins):
         try:
-            with _exportable_attention(model), _silence(), _uncollected():
+            with (
+                _exportable_attention(model),
+                frequencies_from_positions(model),
+                _silence(),
+                _uncollected(),
+            ):
                 return _export(model, shapes)
         except NmexportError:
             raise
@@ -310,7 +324,6 @@ def _cannot_export(model: PreTrainedModel, what: str, error: Exception | None) -
     reason = f": {lines[0][:300]}" if lines else ""
     return ModelError(
         f"Models of type {model.config.model_type!r} cannot be exported: {what}{reason}.",
-        allowed="decoder-only causal language models with a key/value cache, such as llama, "
-        "mistral, qwen2, qwen3, gemma2, gemma3_text or phi3",
+        allowed=families.ALLOWED,
         fix="run again with -v for the traceback",
     )

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from nmexport.errors import ModelError
+from nmexport.models.families import is_text_part, text_name
 from nmexport.models.integrity import damaged
 from nmexport.models.unsupported import FLOATS, quantised
 from nmexport.models.weight_files import shortened, stored_tensors
@@ -132,10 +133,14 @@ class WeightTable:
         origins: dict[str, _Origin] = {}
         unexpected: list[str] = []
         # The order matters to merges (experts by number), and to renamings that wait for another.
+        is_part = is_text_part(self._model.config, self._folder)
         for stored in sorted(self._stored, key=dot_natural_key):
-            name, pattern = rename_source_key(stored, renamings, converters, prefix, self._expected)
-            if name not in self._expected and stored in self._expected:
-                name, pattern = rename_source_key(stored, [], [], prefix, self._expected)
+            own = text_name(stored) if is_part else stored
+            if own is None:
+                continue  # another part's: the vision tower's
+            name, pattern = rename_source_key(own, renamings, converters, prefix, self._expected)
+            if name not in self._expected and own in self._expected:
+                name, pattern = rename_source_key(own, [], [], prefix, self._expected)
             if name not in self._expected:
                 if not self._is_superfluous(name, stored):
                     unexpected.append(stored)

@@ -18,7 +18,7 @@ from nmexport.runtimes import native
 from nmexport.runtimes.engine import REBUILD, Engine, Provider, read_engine
 from nmexport.runtimes.feeds import float32_from, positions_from_mask
 from nmexport.runtimes.native import HUGE_PAGES_ENTRY, THREADS_ENTRY
-from nmexport.runtimes.session import Closing, Limits
+from nmexport.runtimes.session import Session
 from nmexport.store.artifact import file_digest
 
 if TYPE_CHECKING:
@@ -59,8 +59,8 @@ copy in memory cannot be dropped and read again as pages of a file can."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheState:
-    """A KV cache as it stood after a run; holds references, copies nothing."""
+class OrtCache:
+    """A KV cache after a run; no later run changes it."""
 
     past: tuple[Any, ...]
     """One OrtValue `[B, H, P, D]` for each past input."""
@@ -300,14 +300,16 @@ def _fits_huge_pages(model: Path | bytes) -> bool:
     return weights <= HUGE_PAGES_SHARE * free_memory()
 
 
-class OrtSession(Closing):
-    """A model with its KV cache; implements `runtimes.session.Session`.
+class OrtSession(Session):
+    """A model on ONNX Runtime.
 
-    The cache stays inside ONNX Runtime: what one run gives out is bound as the next run's input,
-    never passing through NumPy. Not shared between threads.
+    Caches stay inside ONNX Runtime: what one run returns is bound as the next run's input, and
+    never passes through NumPy.
     """
 
-    limits = Limits()
+    runtime = RUNTIME
+    exposes_cache = True
+    cache: OrtCache | None = None
 
     def __init__(
         self,
@@ -351,7 +353,6 @@ class OrtSession(Closing):
             raise ArtifactError("The model has no output logits [batch, sequence, vocabulary].")
         self._logits_type: str = logits.type
         self._vocabulary_size: int = logits.shape[2]
-        self._state: CacheState | None = None
         self.watched: dict[str, NDArray[Any]] = {}
         """Outputs that `watch` asked for, from the last run."""
         self._watched_names: tuple[str, ...] = ()
@@ -389,11 +390,6 @@ class OrtSession(Closing):
         )
 
     @property
-    def runtime(self) -> str:
-        """What runs the model, with its version."""
-        return RUNTIME
-
-    @property
     def vocabulary_size(self) -> int:
         """Width of the logits."""
         return self._vocabulary_size
@@ -409,23 +405,17 @@ class OrtSession(Closing):
         return _NUMPY_TYPES[self._logits_type]
 
     @property
-    def state(self) -> CacheState:
-        """The cache as it stands; give it to `restore` to decode from here again.
+    def cache_bytes_per_token(self) -> int:
+        """What one token of one sequence takes in a cache."""
+        return sum(slot.heads * slot.head_dim * slot.element_bytes for slot in self._slots)
 
-        Raises:
-            RuntimeError: if nothing has run yet.
-        """
-        if self._state is None:
-            raise RuntimeError("decode_step or state before the first prefill")
-        return self._state
+    def keep(self, cache: OrtCache) -> OrtCache:
+        """See `Session`."""
+        return cache
 
-    def restore(self, state: CacheState) -> None:
-        """Continue from a state that this session gave out before."""
-        self._state = state
-
-    def cache_values(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
-        """Keys and values `[B, H, P, D]` under their outputs' names, layer by layer."""
-        for slot, value in zip(self._slots, self.state.past, strict=True):
+    def cache_values(self, cache: OrtCache) -> Iterator[tuple[str, NDArray[np.float32]]]:
+        """See `Session`."""
+        for slot, value in zip(self._slots, cache.past, strict=True):
             is_bfloat16 = slot.element_type == _ONNX_TYPES["tensor(bfloat16)"]
             elements = _bits(value) if is_bfloat16 and self._device == "cpu" else value.numpy()
             yield slot.present, float32_from(elements, is_bfloat16=is_bfloat16)
@@ -434,49 +424,30 @@ class OrtSession(Closing):
         """From now on keep these outputs of each run in `watched`, beside logits and cache."""
         self._watched_names = tuple(names)
 
-    def prefill(
-        self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None
-    ) -> NDArray[np.float32]:
-        """Drop the cache, run whole prompts, and return logits `[B, S, V]`.
+    def extend(
+        self,
+        cache: OrtCache | None,
+        input_ids: NDArray[np.int64],
+        new_mask: NDArray[np.int64] | None = None,
+    ) -> tuple[NDArray[np.float32], OrtCache]:
+        """See `Session`.
 
         Args:
+            cache: The cache, or None.
             input_ids: Token ids `[B, S]`, shorter prompts padded on the left.
-            attention_mask: 1 for a token, 0 for padding, `[B, S]`; None is all tokens.
+            new_mask: 1 for a token, 0 for padding, `[B, S]`; None is all tokens.
         """
-        mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
-        self._state = CacheState(past=self._empty_past(input_ids.shape[0]), mask=mask[:, :0])
-        return self._run(input_ids, mask.astype(np.int64, copy=False))
-
-    def decode_step(self, input_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Run one more token a sequence, `[B, 1]`, on the cache, and return logits `[B, 1, V]`."""
-        mask = np.concatenate([self.state.mask, np.ones_like(input_ids)], axis=1)
-        return self._run(input_ids, mask)
-
-    @property
-    def cache_bytes_per_token(self) -> int:
-        """What one token of one sequence takes in a cache."""
-        return sum(slot.heads * slot.head_dim * slot.element_bytes for slot in self._slots)
-
-    def extend(
-        self, cache: CacheState | None, input_ids: NDArray[np.int64]
-    ) -> tuple[NDArray[np.float32], CacheState]:
-        """Run tokens `[1, S]` of one sequence on its own cache; see `runtimes.session.Extendable`.
-
-        The session's own cache, `state`, is left as it was.
-        """
-        own, watched = self._state, self.watched
-        no_mask = np.ones((input_ids.shape[0], 0), np.int64)
-        before = cache or CacheState(past=self._empty_past(input_ids.shape[0]), mask=no_mask)
-        mask = np.concatenate([before.mask, np.ones_like(input_ids)], axis=1)
-        self._state = before
-        try:
-            return self._run(input_ids, mask), self.state
-        finally:
-            self._state, self.watched = own, watched
+        mask = np.ones_like(input_ids) if new_mask is None else new_mask
+        if cache is None:
+            past = self._empty_past(input_ids.shape[0])
+        else:
+            past = cache.past
+            mask = np.concatenate([cache.mask, mask], axis=1)
+        return self._run(past, input_ids, mask.astype(np.int64, copy=False))
 
     def close(self) -> None:
         """Free the model and its cache."""
-        self._state = None
+        self.cache = None
         self._session = None
 
     def _empty_past(self, batch: int) -> tuple[Any, ...]:
@@ -487,7 +458,9 @@ class OrtSession(Closing):
             for slot in self._slots
         )
 
-    def _run(self, input_ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
+    def _run(
+        self, past: tuple[Any, ...], input_ids: NDArray[np.int64], mask: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], OrtCache]:
         """Run S new tokens after the cached ones; `mask` `[B, P + S]` covers both."""
         session = self._session
         if session is None:
@@ -502,8 +475,8 @@ class OrtSession(Closing):
         for name, array in feeds.items():
             if name in self._inputs:  # a model without positions of its own has no such input
                 binding.bind_cpu_input(name, array)
-        for slot, past in zip(self._slots, self.state.past, strict=True):
-            binding.bind_ortvalue_input(slot.past, past)
+        for slot, value in zip(self._slots, past, strict=True):
+            binding.bind_ortvalue_input(slot.past, value)
         # The runtime writes the logits straight into our array: a prompt's are tens of megabytes.
         logits = np.empty(
             (batch, new_tokens, self._vocabulary_size),
@@ -523,9 +496,10 @@ class OrtSession(Closing):
             binding.bind_output(name, _HOST)
         session.run_with_iobinding(binding)
         outputs = binding.get_outputs()[1:]
-        self._state = CacheState(past=tuple(outputs[: len(self._slots)]), mask=mask)
+        extended = OrtCache(past=tuple(outputs[: len(self._slots)]), mask=mask)
         watched = outputs[len(self._slots) :]
         self.watched = {
             name: value.numpy() for name, value in zip(self._watched_names, watched, strict=True)
         }
-        return float32_from(logits, is_bfloat16=self._logits_type == "tensor(bfloat16)")
+        is_bfloat16 = self._logits_type == "tensor(bfloat16)"
+        return float32_from(logits, is_bfloat16=is_bfloat16), extended

@@ -11,10 +11,10 @@ from nmexport.runtimes.tensorrt_session import TensorRTSession
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from nmexport.runtimes.session import Timed
+    from nmexport.runtimes.session import Session
 
 
-def open_session(engine: Path, *, dense: bool = False, elsewhere: bool = False) -> Timed:
+def open_session(engine: Path, *, dense: bool = False, elsewhere: bool = False) -> Session:
     """Open a built engine, or the dense baseline beside it.
 
     Args:

@@ -20,7 +20,7 @@ import numpy as np
 from nmexport.errors import ArtifactError, EnvironmentFault, UserError
 from nmexport.runtimes.engine import DENSE_PLAN, PLAN, REBUILD, read_engine
 from nmexport.runtimes.feeds import float32_from, positions_from_mask
-from nmexport.runtimes.session import Closing, Limits
+from nmexport.runtimes.session import Limits, Session
 from nmexport.runtimes.tensorrt import library as tensorrt_library
 from nmexport.runtimes.tensorrt.cuda_memory import CudaDevice
 from nmexport.runtimes.tensorrt.kernel_cache import KernelCache, kernel_cache_path
@@ -65,23 +65,22 @@ class _Slot:
         return batch, self.heads, tokens, self.head_size
 
 
-@dataclass(frozen=True, kw_only=True)
-class CacheState:
-    """A copy of a KV cache on the device; later runs do not change it."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TensorRTCache:
+    """A KV cache on the device."""
 
-    buffers: tuple[Buffer, ...]
     mask: NDArray[np.int64]
     """`[B, P]`; 0 where a sequence is padded on the left."""
+    buffers: tuple[Buffer, ...] | None = None
+    """A copy that later runs do not change. None: it lies in the session's own buffers, which an
+    engine with recorded decode steps cannot do without, until the session runs something else."""
 
 
-class TensorRTSession(Closing):
-    """An engine with its KV cache; implements `runtimes.session.Resumable`.
+class TensorRTSession(Session):
+    """An engine on TensorRT; one cache at a time lies in its buffers."""
 
-    Not shared between threads.
-    """
-
-    threads: int | None = None
-    """The host does nothing but wait."""
+    exposes_cache = True
+    cache: TensorRTCache | None = None
 
     def __init__(
         self,
@@ -132,7 +131,7 @@ class TensorRTSession(Closing):
             name: self._context(index, name) for index, name in enumerate(engine.profiles)
         }
         self._batch = 0
-        self._mask: NDArray[np.int64] | None = None  # [B, P]
+        self._resident: TensorRTCache | None = None  # what lies in the buffers
         self._caches: list[tuple[Buffer, ...]] = []  # one set in place, two that take turns
         self._buffers: dict[str, Buffer] = {}
         self._graph: Graph | None = None
@@ -183,76 +182,89 @@ class TensorRTSession(Closing):
         return Limits(batch=self._described.max_batch, tokens=self._described.max_context)
 
     @property
-    def state(self) -> CacheState:
-        """A copy of the cache as it stands; give it to `restore` to decode from here again.
+    def cache_bytes_per_token(self) -> int:
+        """What one token of one sequence takes in a cache."""
+        return sum(slot.bytes_of(1, 1) for slot in self._slots)
 
-        Raises:
-            RuntimeError: if nothing has run yet.
-        """
-        mask = self._cached_mask()
+    def keep(self, cache: TensorRTCache) -> TensorRTCache:
+        """Copy a cache on the device; see `Session`."""
+        if cache.buffers is not None:
+            return cache
+        self._check_resident(cache)
         copies = []
         for slot, buffer in zip(self._slots, self._caches[0], strict=True):
-            size = slot.bytes_of(self._batch, self._cache_tokens())
+            size = slot.bytes_of(self._batch, self._cache_tokens(cache))
             copied = self._device.allocate(size)
             self._device.copy(buffer, copied, size)
             copies.append(copied)
-        return CacheState(buffers=tuple(copies), mask=mask)
+        return TensorRTCache(mask=cache.mask, buffers=tuple(copies))
 
-    def restore(self, state: CacheState) -> None:
-        """Continue from a state that this session gave out, or one of the same architecture."""
-        self._begin(state.mask.shape[0])
-        self._mask = state.mask
-        for slot, source, buffer in zip(self._slots, state.buffers, self._caches[0], strict=True):
-            self._device.copy(source, buffer, slot.bytes_of(self._batch, self._cache_tokens()))
+    def resume(self, cache: TensorRTCache) -> TensorRTCache:
+        """Copy a kept cache into the session's buffers; see `Session`."""
+        if cache.buffers is None:
+            self._check_resident(cache)
+            return cache
+        self._begin(cache.mask.shape[0])
+        for slot, source, buffer in zip(self._slots, cache.buffers, self._caches[0], strict=True):
+            size = slot.bytes_of(self._batch, self._cache_tokens(cache))
+            self._device.copy(source, buffer, size)
         self._device.wait()
+        self._resident = TensorRTCache(mask=cache.mask)
+        return self._resident
 
-    def cache_values(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
-        """Keys and values `[B, H, P, D]` under their outputs' names, layer by layer."""
-        cached = self._cached_mask().shape[1]
-        for slot, buffer in zip(self._slots, self._caches[0], strict=True):
+    def cache_values(self, cache: TensorRTCache) -> Iterator[tuple[str, NDArray[np.float32]]]:
+        """See `Session`."""
+        if cache.buffers is None:
+            self._check_resident(cache)
+        batch, cached = cache.mask.shape
+        buffers = self._caches[0] if cache.buffers is None else cache.buffers
+        for slot, buffer in zip(self._slots, buffers, strict=True):
             kind = self._types[slot.past]
-            whole = np.empty(slot.shape(self._batch, self._cache_tokens()), _NUMPY[kind])
+            whole = np.empty(slot.shape(batch, self._cache_tokens(cache)), _NUMPY[kind])
             self._device.download(buffer, whole)
             yield (
                 slot.present,
                 float32_from(whole[:, :, :cached], is_bfloat16=kind == "BF16"),
             )
 
-    def prefill(
-        self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64] | None = None
-    ) -> NDArray[np.float32]:
-        """Drop the cache, run whole prompts, and return logits `[B, S, V]`.
+    def extend(
+        self,
+        cache: TensorRTCache | None,
+        input_ids: NDArray[np.int64],
+        new_mask: NDArray[np.int64] | None = None,
+    ) -> tuple[NDArray[np.float32], TensorRTCache]:
+        """See `Session`.
 
         Args:
+            cache: The cache, or None.
             input_ids: Token ids `[B, S]`, shorter prompts padded on the left.
-            attention_mask: 1 for a token, 0 for padding, `[B, S]`; None is all tokens.
+            new_mask: 1 for a token, 0 for padding, `[B, S]`; None is all tokens.
 
         Raises:
-            UserError: if batch or prompt is larger than the engine was built for.
+            UserError: if batch or tokens are more than the engine was built for.
+            RuntimeError: if another run has overwritten the cache.
         """
-        mask = np.ones_like(input_ids) if attention_mask is None else attention_mask
-        self._begin(input_ids.shape[0])
-        self._mask = np.ascontiguousarray(mask[:, :0], dtype=np.int64)
+        mask = np.ones_like(input_ids) if new_mask is None else new_mask
+        if cache is None:
+            self._begin(input_ids.shape[0])
+            before = TensorRTCache(mask=np.ascontiguousarray(mask[:, :0], dtype=np.int64))
+            self._resident = before
+        else:
+            before = self.resume(cache)
+        if cache is not None and input_ids.shape[1] == 1:
+            return self._run("decode", before, input_ids, mask)
         pieces = []
         step = self._described.max_sequence
         for start in range(0, input_ids.shape[1], step):
-            end = min(start + step, input_ids.shape[1])
-            pieces.append(self._run("prefill", input_ids[:, start:end], mask[:, start:end]))
-        return np.concatenate(pieces, axis=1)
-
-    def decode_step(self, input_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Run one more token a sequence, `[B, 1]`, on the cache, and return logits `[B, 1, V]`.
-
-        Raises:
-            UserError: if the cache is full.
-            RuntimeError: if nothing has run yet.
-        """
-        self._cached_mask()
-        return self._run("decode", input_ids, np.ones_like(input_ids))
+            rows = slice(start, min(start + step, input_ids.shape[1]))
+            logits, before = self._run("prefill", before, input_ids[:, rows], mask[:, rows])
+            pieces.append(logits)
+        return np.concatenate(pieces, axis=1), before
 
     def close(self) -> None:
         """Free the engine and its cache."""
         self._device.wait()
+        self.cache = self._resident = None
         if self._kernels is not None:
             self._kernels.save()
         self._graph = None
@@ -266,12 +278,17 @@ class TensorRTSession(Closing):
     # -- one run ----------------------------------------------------------------------------------
 
     def _run(
-        self, profile: str, input_ids: NDArray[np.int64], new_mask: NDArray[np.int64]
-    ) -> NDArray[np.float32]:
+        self,
+        profile: str,
+        cache: TensorRTCache,
+        input_ids: NDArray[np.int64],
+        new_mask: NDArray[np.int64],
+    ) -> tuple[NDArray[np.float32], TensorRTCache]:
         """Run S new tokens after the cached ones."""
-        cached = self._cached_mask()
+        cached = cache.mask
         batch, new_tokens = input_ids.shape
         self._check_room(batch, cached.shape[1] + new_tokens)
+        self._resident = None  # until the run is through, the buffers hold no cache that counts
         mask = np.concatenate([cached, new_mask.astype(np.int64, copy=False)], axis=1)
         for name, array in self._feeds(input_ids, mask, cached.shape[1]).items():
             self._device.upload(array, self._buffer(name, array.nbytes))
@@ -282,10 +299,11 @@ class TensorRTSession(Closing):
         else:
             self._enqueue(profile, (batch, cached.shape[1], new_tokens))
         self._device.download(buffer, logits)
-        self._mask = mask
         if not self._described.in_place_cache:
             self._caches.reverse()  # what was written is what is read next
-        return float32_from(logits, is_bfloat16=self._types["logits"] == "BF16")
+        self._resident = TensorRTCache(mask=mask)
+        is_bfloat16 = self._types["logits"] == "BF16"
+        return float32_from(logits, is_bfloat16=is_bfloat16), self._resident
 
     def _feeds(
         self, input_ids: NDArray[np.int64], mask: NDArray[np.int64], cached: int
@@ -418,16 +436,15 @@ class TensorRTSession(Closing):
                 fix="build the engine with a larger engine.max_context",
             )
 
-    def _cached_mask(self) -> NDArray[np.int64]:
-        if self._mask is None:
-            raise RuntimeError("decode_step or state before the first prefill")
-        return self._mask
+    def _check_resident(self, cache: TensorRTCache) -> None:
+        if cache is not self._resident:
+            raise RuntimeError("another run has overwritten this cache; `keep` it before")
 
-    def _cache_tokens(self) -> int:
+    def _cache_tokens(self, cache: TensorRTCache) -> int:
         """Tokens that a cache buffer is laid out for."""
         if self._described.in_place_cache:
             return self._described.max_context
-        return int(self._cached_mask().shape[1])
+        return int(cache.mask.shape[1])
 
     def _cache_slots(self) -> tuple[_Slot, ...]:
         slots = []

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from nmexport.runtimes.session import Extendable
+    from nmexport.runtimes.session import Session
     from nmexport.store.artifact import FileRecord
 
 SCHEMA = 1
@@ -155,13 +155,13 @@ def write_bundle(
     (folder / FILENAME).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
-def first_logits(session: Extendable, prompts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+def first_logits(session: Session, prompts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
     """Logits `[R, V]` after each of R prompts."""
     rows = [session.extend(None, np.asarray([tokens], np.int64))[0][0, -1] for tokens in prompts]
     return np.stack(rows)
 
 
-def smoke_check(session: Extendable, bundle: Bundle) -> float:
+def smoke_check(session: Session, bundle: Bundle) -> float:
     """Ask the session what it must answer.
 
     Returns:

@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import urllib.error
+import urllib.parse
 import urllib.request
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,7 @@ def stream(
         RequestError: if it answers with an error.
     """
     whole = {**fields, "stream": True}
-    finished = False
+    finished, is_events = False, False
     where = f"{url}/v2/models/{model}/generate_stream"
     with _open(where, whole, timeout) as answer, _reading(url):
         for line in answer:
@@ -91,7 +92,10 @@ def stream(
                 break  # a connection that was cut looks like one that was closed
             text = line.decode().strip()
             if not text.startswith(_EVENT):
+                if text and not is_events:
+                    raise _no_triton(url, "its answer is no stream of events")
                 continue
+            is_events = True
             response = json.loads(text.removeprefix(_EVENT))
             if "error" in response:
                 raise RequestError(f"The server refuses: {response['error']}")
@@ -108,15 +112,23 @@ def stream(
 def _open(url: str, document: Mapping[str, Any], timeout: float) -> Any:
     if not url.startswith(("http://", "https://")):
         raise RequestError(f"{url} is no URL of a server.", allowed="http://HOST:PORT")
-    request = urllib.request.Request(  # noqa: S310  checked above
-        url, json.dumps(document).encode(), {"Content-Type": "application/json"}
-    )
     try:
+        request = urllib.request.Request(  # noqa: S310  checked above
+            url, json.dumps(document).encode(), {"Content-Type": "application/json"}
+        )
         return urllib.request.urlopen(request, timeout=timeout)  # noqa: S310
     except urllib.error.HTTPError as error:
         with _reading(url):
             said = _said(error)
+        if said is None:
+            raise _no_triton(url, f"it answers with HTTP {error.code} {error.reason}") from error
         raise RequestError(f"The server refuses: {said}") from error
+    except (http.client.InvalidURL, ValueError) as error:
+        raise RequestError(f"{url} is no URL of a server.", allowed="http://HOST:PORT") from error
+    except (http.client.BadStatusLine, http.client.LineTooLong) as error:
+        if isinstance(error, http.client.RemoteDisconnected):
+            raise _gone(url, str(error)) from error
+        raise _no_triton(url, "it does not speak HTTP (the gRPC port does not, either)") from error
     except _AT_FAULT as error:
         raise EnvironmentFault(
             f"No server answers at {url}: {error}", fix="start one with `nmexport serve WORK`"
@@ -131,11 +143,16 @@ def _reading(url: str) -> Iterator[None]:
     except _AT_FAULT as error:
         raise _gone(url, str(error) or type(error).__name__) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise EnvironmentFault(
-            f"What answers at {url} is not Triton: {error!r}",
-            allowed="Triton's HTTP endpoint",
-            fix="check --url; `nmexport serve` says where it listens",
-        ) from error
+        raise _no_triton(url, "its answer is not what Triton's would be") from error
+
+
+def _no_triton(url: str, why: str) -> EnvironmentFault:
+    parts = urllib.parse.urlsplit(url)
+    return EnvironmentFault(
+        f"{parts.scheme}://{parts.netloc} is no Triton HTTP port: {why}.",
+        allowed="the HTTP port of a Triton server, 8000 unless it was told otherwise",
+        fix="check --url; `nmexport serve` says where it listens",
+    )
 
 
 def _gone(url: str, how: str) -> EnvironmentFault:
@@ -145,10 +162,11 @@ def _gone(url: str, how: str) -> EnvironmentFault:
     )
 
 
-def _said(error: urllib.error.HTTPError) -> str:
+def _said(error: urllib.error.HTTPError) -> str | None:
+    """What Triton says is wrong; None where it is not Triton who speaks."""
     # A stream's error is an event, too.
     body = error.read().decode(errors="replace").strip().removeprefix(_EVENT)
     try:
         return str(json.loads(body)["error"])
     except (ValueError, KeyError, TypeError):
-        return body or f"{error.code} {error.reason}"
+        return None

@@ -61,7 +61,11 @@ METRICS = (
     MetricSpec(name=PROMPT_TOKENS, kind="counter", about="Prompt tokens processed"),
     MetricSpec(name=GENERATED_TOKENS, kind="counter", about="Tokens generated"),
     MetricSpec(name=FINISHED, kind="counter", about="Requests that ran to their end"),
-    MetricSpec(name=REJECTED, kind="counter", about="Requests refused: malformed or over a limit"),
+    MetricSpec(
+        name=REJECTED,
+        kind="counter",
+        about="Requests refused: malformed, over a limit, or queue full",
+    ),
     MetricSpec(name=CANCELLED, kind="counter", about="Requests whose client went away"),
     MetricSpec(name=FAILED, kind="counter", about="Requests that failed inside"),
     MetricSpec(name=RUNNING, kind="gauge", about="Requests in a slot"),

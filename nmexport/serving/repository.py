@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 from nmexport.environment import probe
 from nmexport.errors import ArtifactError
-from nmexport.generation.options import GenerationOptions, options_from
-from nmexport.generation.tokenizer import ServingTokenizer
+from nmexport.generation.defaults import end_tokens, generation_defaults
+from nmexport.generation.tokenizer import Tokenizer
 from nmexport.runtimes.engine import Engine, write_engine
 from nmexport.serving import bundle as bundles
 from nmexport.serving import triton_config
@@ -76,8 +76,6 @@ def write_text_model(output: Path, source: TextModel) -> Path:
         ArtifactError: if the exported model lacks what serving needs, or does not run.
         EnvironmentFault: if this machine lacks what it needs to run.
     """
-    from nmexport.generation.loop import end_tokens
-
     model_folder = output / REPOSITORY / source.name
     folder = model_folder / VERSION
     folder.mkdir(parents=True)
@@ -92,7 +90,7 @@ def write_text_model(output: Path, source: TextModel) -> Path:
         cpu_model = _write_cpu_model(folder, has_native_ops=source.library is not None)
     write_engine(_relocated(source.engine, folder.resolve(), cpu_model), folder)
     (folder / "model.py").write_text(_MODEL_PY, encoding="utf-8")
-    tokenizer = ServingTokenizer(folder)
+    tokenizer = Tokenizer(folder)
     tokens = [tokenizer.encode(text) for text in bundles.REFERENCE_TEXTS]
     _write_reference(folder, tokens)
     bundles.write_bundle(
@@ -170,6 +168,7 @@ def write_words(
         "source": source,
         "engine": engine,
         "plugins": list(plugins),
+        "chats": Tokenizer(source.export).has_chat_template,
         "licences": [f"{LICENCES}/{path.name}" for path in source.licences],
     }
     for name in _TEMPLATES:
@@ -195,19 +194,6 @@ def context_length(folder: Path) -> int:
             fix="run `nmexport export --force`",
         ) from error
     return length
-
-
-def generation_defaults(folder: Path) -> GenerationOptions:
-    """How the model's authors draw from it; greedy where they do not say that they draw."""
-    try:
-        document = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return GenerationOptions()
-    names = ["repetition_penalty"]
-    if document.get("do_sample"):
-        document.setdefault("temperature", 1.0)
-        names += ["temperature", "top_p", "top_k"]
-    return options_from({name: document[name] for name in names if document.get(name) is not None})
 
 
 def _write_cpu_model(folder: Path, *, has_native_ops: bool) -> Path:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from nmexport.errors import RequestError
+from nmexport.errors import RequestError, ServerBusyError
 from nmexport.generation.sampler import Sampler
 from nmexport.generation.stopping import StopFilter
 from nmexport.generation.text_stream import TextStream
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from nmexport.generation.options import GenerationOptions
-    from nmexport.runtimes.session import Extendable
+    from nmexport.runtimes.session import Session
 
 FinishReason = Literal["stop", "length"]
 
@@ -154,7 +154,7 @@ class Scheduler:
 
     def __init__(
         self,
-        session: Extendable,
+        session: Session,
         *,
         decode: Callable[[Sequence[int]], str],
         end_tokens: frozenset[int],
@@ -198,19 +198,35 @@ class Scheduler:
         """Requests without one."""
         return len(self._waiting)
 
-    def submit(self, prompt: Sequence[int], options: GenerationOptions, sink: Sink) -> None:
+    def submit(
+        self,
+        prompt: Sequence[int],
+        options: GenerationOptions,
+        sink: Sink,
+        *,
+        wait: bool = False,
+    ) -> None:
         """Queue a request.
 
+        Args:
+            prompt: Token ids.
+            options: How its text is drawn.
+            sink: Where its text goes.
+            wait: Wait until the queue has room; a client that goes away meanwhile is dropped.
+
         Raises:
-            RequestError: if it is over a limit, or the server takes no more.
+            RequestError: if it is over a limit.
+            ServerBusyError: if the queue is full, or the server is shutting down.
         """
         request = self._admissible(prompt, options, sink)
+        if wait and not self._wait_for_room(sink):
+            self._abandon(request)
+            return
         with self._changed:
             if self._closing:
-                raise RequestError(f"No request is taken: {SHUTTING_DOWN}.")
-            # Together: a slot that is free now goes to one who waits at the next step.
-            if len(self._running) + len(self._waiting) >= self.limits.slots + self.limits.queue:
-                raise RequestError(
+                raise ServerBusyError(f"No request is taken: {SHUTTING_DOWN}.")
+            if not self._has_room():
+                raise ServerBusyError(
                     f"The queue is full: {len(self._running)} requests run, "
                     f"{len(self._waiting)} wait.",
                     allowed=f"{self.limits.slots} that run, {self.limits.queue} that wait",
@@ -218,7 +234,21 @@ class Scheduler:
                 )
             self._waiting.append(request)
             self._metrics.set(names.WAITING, len(self._waiting))
-            self._changed.notify()
+            self._changed.notify_all()
+
+    def _has_room(self) -> bool:
+        """Whoever waits counts too: a free slot is theirs at the next step."""
+        return len(self._running) + len(self._waiting) < self.limits.slots + self.limits.queue
+
+    def _wait_for_room(self, sink: Sink) -> bool:
+        """Wait until there is room or the server closes; False once the client is gone."""
+        while True:
+            with self._changed:
+                if self._closing or self._has_room():
+                    return True
+                self._changed.wait(_SWEEP_SECONDS)
+            if sink.is_cancelled():
+                return False
 
     def _admissible(
         self, prompt: Sequence[int], options: GenerationOptions, sink: Sink
@@ -266,13 +296,13 @@ class Scheduler:
         """Take no more requests; `serve` returns once those in flight have ended."""
         with self._changed:
             self._closing = True
-            self._changed.notify()
+            self._changed.notify_all()
 
     def abort(self) -> None:
         """Take no more, and end everything in flight with an error after this step."""
         with self._changed:
             self._closing = self._aborting = True
-            self._changed.notify()
+            self._changed.notify_all()
 
     # -- the scheduler's thread ------------------------------------------------------------------
 
@@ -427,6 +457,7 @@ class Scheduler:
                 self._reserved -= request.reserved_bytes
             elif request in self._waiting:
                 self._waiting.remove(request)
+            self._changed.notify_all()
         request.cache = None
         if not request.is_counted:
             request.is_counted = True

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from nmexport.environment import free_memory
 from nmexport.errors import RequestError
+from nmexport.generation.chat import messages_from
 from nmexport.generation.options import options_from
-from nmexport.generation.tokenizer import ServingTokenizer, messages_from
+from nmexport.generation.tokenizer import Tokenizer
 from nmexport.runtimes.session import Closing
 from nmexport.serving import bundle as bundles
 from nmexport.serving.scheduler import DEFAULT_MAX_TOKENS, Limits, Scheduler
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from nmexport.runtimes.session import Extendable
+    from nmexport.runtimes.session import Session
     from nmexport.serving.bundle import Bundle
     from nmexport.serving.metrics import Metrics
     from nmexport.serving.scheduler import Sink
@@ -50,8 +51,8 @@ class TextService(Closing):
 
     def __init__(
         self,
-        session: Extendable,
-        tokenizer: ServingTokenizer,
+        session: Session,
+        tokenizer: Tokenizer,
         bundle: Bundle,
         *,
         limits: Limits,
@@ -98,6 +99,7 @@ class TextService(Closing):
         *,
         metrics: Metrics | None = None,
         drain_seconds: float = DRAIN_SECONDS,
+        queued_outside: int = 0,
     ) -> Self:
         """Open a bundle, check that it computes what it computed when it was made, and serve.
 
@@ -106,6 +108,7 @@ class TextService(Closing):
             settings: Of the server, by name; see `SETTINGS`.
             metrics: Where measurements go.
             drain_seconds: How long requests in flight may take once it is told to stop.
+            queued_outside: How much of the setting `queue` waits in front of this service.
 
         Raises:
             ArtifactError: if the bundle is damaged, or computes something else here.
@@ -116,7 +119,7 @@ class TextService(Closing):
 
         bundle = bundles.read_bundle(folder)
         bundle.check_files()
-        tokenizer = ServingTokenizer(folder)
+        tokenizer = Tokenizer(folder)
         session = OrtSession.from_engine(folder, elsewhere=True)
         difference = bundles.smoke_check(session, bundle)
         logging.getLogger(__name__).info(
@@ -127,6 +130,8 @@ class TextService(Closing):
         numbers["context_tokens"] = min(
             numbers.get("context_tokens", bundle.context_tokens), bundle.context_tokens
         )
+        if "queue" in numbers:
+            numbers["queue"] = max(0, numbers["queue"] - queued_outside)
         numbers.setdefault("cache_bytes", int(free_memory() * _MEMORY_SHARE))
         return cls(
             session,
@@ -138,14 +143,20 @@ class TextService(Closing):
             drain_seconds=drain_seconds,
         )
 
-    def submit(self, request: TextRequest, sink: Sink) -> None:
+    def submit(self, request: TextRequest, sink: Sink, *, wait: bool = False) -> None:
         """Queue a request; its text goes to the sink.
+
+        Args:
+            request: What the client asks for.
+            sink: Where its text goes.
+            wait: Wait for room in a full queue.
 
         Raises:
             RequestError: if it is malformed or over a limit.
+            ServerBusyError: if the queue is full, or the server is shutting down.
         """
         options = options_from(request.values, self.bundle.defaults)
-        self.scheduler.submit(self._tokens(request), options, sink)
+        self.scheduler.submit(self._tokens(request), options, sink, wait=wait)
 
     def _tokens(self, request: TextRequest) -> list[int]:
         if (request.text is None) == (request.messages is None):

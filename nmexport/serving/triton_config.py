@@ -105,6 +105,11 @@ def text_config(name: str, settings: Mapping[str, str]) -> Any:
         ],
         output=[{"name": given, "data_type": kind, "dims": [1]} for given, kind in TEXT_OUTPUTS],
         instance_group=[{"name": name, "count": 1, "kind": "KIND_CPU"}],
+        # Half of those that may wait do so in Triton's queue: only a queue of its own makes it
+        # answer 503 when it is full. The others wait inside the model, which measures how long.
+        dynamic_batching={
+            "default_queue_policy": {"max_queue_size": max(1, int(settings.get("queue", 0)) // 2)}
+        },
         parameters={key: {"string_value": value} for key, value in settings.items()},
     )
 

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nmexport.errors import EnvironmentFault, RequestError
+from nmexport.errors import EnvironmentFault, RequestError, ServerBusyError
 from nmexport.generation.options import NAMES
 from nmexport.serving import metrics as names
 from nmexport.serving.metrics import Harmless
+from nmexport.serving.scheduler import SHUTTING_DOWN
 from nmexport.serving.service import SETTINGS, TextRequest, TextService
 from nmexport.serving.stopping import StopSignals, drain_seconds
 
@@ -63,7 +64,9 @@ class TritonPythonModel:
         """
         self._backend = importlib.import_module(_BACKEND)
         require_whole_tensors(self._backend)
-        parameters = json.loads(args["model_config"]).get("parameters", {})
+        config = json.loads(args["model_config"])
+        parameters = config.get("parameters", {})
+        self._queued_by_triton = queue_size(config)
         settings = {
             name: value["string_value"] for name, value in parameters.items() if name in SETTINGS
         }
@@ -73,11 +76,17 @@ class TritonPythonModel:
             settings,
             metrics=self._metrics,
             drain_seconds=drain_seconds(os.environ),
+            queued_outside=self._queued_by_triton,
         )
         self._signals = StopSignals(self._service.drain)
 
     def execute(self, requests: Sequence[Any]) -> None:
-        """Take requests; their responses follow from the scheduler's thread."""
+        """Take requests; their responses follow from the scheduler's thread.
+
+        While the queue is full this waits. Requests then pile up in Triton's own queue, and what is
+        more than that one holds Triton refuses with HTTP 503: a response of ours cannot, its HTTP
+        endpoints answer every error of a model with 400.
+        """
         for request in requests:
             sender = request.get_response_sender()
             error = self._take(request, sender)
@@ -90,7 +99,11 @@ class TritonPythonModel:
         errors = self._backend.TritonError
         try:
             values, reply = read_request(self._backend, request)
-            self._service.submit(values, TritonSink(self._backend, sender, reply))
+            sink = TritonSink(self._backend, sender, reply)
+            self._service.submit(values, sink, wait=self._queued_by_triton > 0)
+        except ServerBusyError as error:
+            self._metrics.add(names.REJECTED)
+            return errors(str(error), errors.UNAVAILABLE)
         except RequestError as error:
             self._metrics.add(names.REJECTED)
             return errors(str(error), errors.INVALID_ARG)
@@ -106,6 +119,12 @@ class TritonPythonModel:
             part = getattr(self, name, None)
             if part is not None:
                 part.close()
+
+
+def queue_size(config: Mapping[str, Any]) -> int:
+    """Requests that Triton itself queues for a model, by its configuration; 0 is no limit."""
+    policy = config.get("dynamic_batching", {}).get("default_queue_policy", {})
+    return int(policy.get("max_queue_size", 0))
 
 
 def require_whole_tensors(backend: Any) -> None:
@@ -225,7 +244,9 @@ class TritonSink:
 
     def failed(self, problem: str) -> None:
         """Send an error that is the server's."""
-        end_with(self._backend, self._sender, self._backend.TritonError(problem))
+        errors = self._backend.TritonError
+        code = errors.UNAVAILABLE if problem == SHUTTING_DOWN else errors.INTERNAL
+        end_with(self._backend, self._sender, errors(problem, code))
 
     def is_cancelled(self) -> bool:
         """Whether the client went away."""

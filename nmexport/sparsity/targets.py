@@ -5,8 +5,9 @@ A pattern is one of
 - `type:CLASS`, the class of the module or one of its bases (`type:Linear`);
 - `layer:A` or `layer:A-B`, decoder layers by index, both ends included, negative from the end
   (`layer:0-1`, `layer:-2--1`).
-`lm_head` also names the output embedding of a model that calls it otherwise. It is excluded unless
-it is included by that very name: what a pattern includes word for word, none excludes.
+An exclude wins over an include, with one exception: `lm_head`, which recipes exclude by default, is
+selected where it is included by that very name. It also names the output embedding of a model that
+calls it otherwise.
 """
 
 from __future__ import annotations
@@ -55,8 +56,9 @@ def select_targets(
             allowed="a causal language model built of torch.nn.Linear",
         )
     included = _matching(model, linears, include, "include")
-    unnamed = [one for one in exclude if one not in include]
-    excluded = _matching(model, linears, unnamed, "exclude")
+    named_head = OUTPUT_EMBEDDING in include
+    left_out = [one for one in exclude if not (named_head and one == OUTPUT_EMBEDDING)]
+    excluded = _matching(model, linears, left_out, "exclude")
     chosen = [name for name in linears if name in included and name not in excluded]
     if not chosen:
         raise TargetError(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nmexport.calibration.corpus import SELF, corpus_identity, load_samples
 from nmexport.errors import CorpusError
+from nmexport.stages.fitting import check_fit
 from nmexport.store.layers import FILENAME
 from nmexport.store.records import read_record, write_record
 
@@ -117,6 +118,15 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
     }
 
 
+def check(inputs: StageInputs) -> None:
+    """Refuse what does not fit the model, before anything runs.
+
+    Raises:
+        UserError: see `fitting.check_fit`.
+    """
+    check_fit(inputs.recipe, inputs.source)
+
+
 def run(inputs: StageInputs) -> dict[str, Any]:
     """Run the dense model over the samples.
 
@@ -129,17 +139,17 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     import torch
 
     from nmexport.calibration.forward_passes import gather_channel_statistics, on_best_device
+    from nmexport.models.exportable import check_exportable
     from nmexport.models.loader import load_tokenizer
     from nmexport.models.offload import check_layerwise, is_placed, open_dense
     from nmexport.sparsity.targets import linears_of, select_targets
     from nmexport.store.tensors import save_tensors
 
     recipe = inputs.recipe
-    trusted = recipe.model.trust_remote_code
-    tokenizer = load_tokenizer(inputs.source, trust_remote_code=trusted)
+    tokenizer = load_tokenizer(inputs.source)
+    check_exportable(inputs.source, dtype=getattr(torch, recipe.model.dtype))
     opened = open_dense(
         inputs.source,
-        trust_remote_code=trusted,
         offload=recipe.calibration.offload,
         progress=inputs.progress,
         folder=inputs.output,
@@ -157,6 +167,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
         _writer(inputs, opened, tokenizer),
         seed=recipe.seed,
         reserved_tokens=_reserved_tokens(recipe),
+        vocabulary=model.config.get_text_config().vocab_size,
     )
     kinds = {name: torch.from_numpy(ids) for name, ids in vars(loaded).items()}
     samples = _mixed(kinds["corpus"], kinds["written"])

@@ -27,7 +27,9 @@ UPSTREAM: tuple[str, ...] = ("fold",)
 
 MODEL = "model.onnx"
 DENSE = "dense"
+DENSE_CHECK = "dense_check.json"
 GENAI_CONFIG = "genai_config.json"
+_NO_ROOM = "without the dense baseline, the disk has no room for a dense file to hold against torch"
 # Packages that write the graph: another version may write another one.
 _WRITERS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "tokenizers")
 
@@ -47,6 +49,22 @@ class Artifact:
     def dense_model(self) -> Path:
         """The baseline: the same graph with plain MatMul and original weights."""
         return self._existing(self.path / DENSE / MODEL)
+
+    @property
+    def dense_check(self) -> dict[str, Any]:
+        """How far the dense file is from torch; see `verification.dense_check`.
+
+        Raises:
+            ArtifactError: if it cannot be read.
+        """
+        path = self.path / DENSE_CHECK
+        if not path.is_file():
+            return unchecked("this export was made without the check")
+        try:
+            document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{path} cannot be read: {error}", fix="export again") from error
+        return document
 
     def _existing(self, path: Path) -> Path:
         for file in (path, path.with_name(f"{path.name}.data")):
@@ -70,6 +88,7 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
         "ir_version": IR_VERSION,
         "linears": "fused by input",
         "dense_baseline": section.dense_baseline,
+        "dense_check": "linear by linear",
         "writers": {name: inputs.environment.version(name) for name in _WRITERS},
     }
 
@@ -88,24 +107,27 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     from nmexport.models.tokenizer_files import write_tokenizer
 
     section = inputs.recipe.model
-    trusted = section.trust_remote_code
     folded = fold.Artifact(inputs.upstream["fold"])
-    opened = open_for_export(
-        inputs.source, dtype=getattr(torch, section.dtype), trust_remote_code=trusted
-    )
+    opened = open_for_export(inputs.source, dtype=getattr(torch, section.dtype))
     model = opened.model
     inputs.progress.note(f"export: {model.config.model_type}")
     _check_disk(inputs, model, len(folded.layers))
+    checked = section.dense_baseline or _has_room(inputs, model, copies=2)
     metrics = write_models(
         model,
         folded.layers,
         folded.tensors,
         inputs.output,
         parameter=opened.parameter,
-        dense_baseline=section.dense_baseline,
+        dense_baseline=checked,
     )
+    metrics["dense_check"] = _check_dense(inputs, model) if checked else unchecked(_NO_ROOM)
+    if checked and not section.dense_baseline:
+        shutil.rmtree(inputs.output / DENSE)
+    text = json.dumps(metrics["dense_check"], indent=1) + "\n"
+    (inputs.output / DENSE_CHECK).write_text(text, encoding="utf-8")
     write_configs(model, inputs.output)
-    write_tokenizer(load_tokenizer(inputs.source, trust_remote_code=trusted), inputs.output)
+    write_tokenizer(load_tokenizer(inputs.source), inputs.output)
     return metrics
 
 
@@ -116,18 +138,59 @@ def _check_disk(inputs: StageInputs, model: PreTrainedModel, linears: int) -> No
         EnvironmentFault: if the disk has too little room.
     """
     copies = 2 if inputs.recipe.model.dense_baseline else 1
-    needed = copies * sum(value.numel() * value.element_size() for value in model.parameters())
-    free = shutil.disk_usage(inputs.output).free
+    needed, free = _bytes_written(model, copies), shutil.disk_usage(inputs.output).free
     inputs.progress.note(
         f"export: {linears} sparse linears; writes up to {needed / 1e9:.2f} GB, "
         f"{free / 1e9:.0f} GB free"
     )
-    if needed > free:
+    if not _has_room(inputs, model, copies):
         raise EnvironmentFault(
             f"Export writes up to {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free in "
             f"{inputs.output}.",
             fix="choose another --work, or leave out the dense model with --no-dense-baseline",
         )
+
+
+def _bytes_written(model: PreTrainedModel, copies: int) -> int:
+    size: int = sum(value.numel() * value.element_size() for value in model.parameters())
+    return copies * size
+
+
+def _has_room(inputs: StageInputs, model: PreTrainedModel, copies: int) -> bool:
+    return _bytes_written(model, copies) <= shutil.disk_usage(inputs.output).free
+
+
+def _check_dense(inputs: StageInputs, model: PreTrainedModel) -> dict[str, Any]:
+    """Hold the dense file against torch.
+
+    Raises:
+        ModelError: if they differ by more than rounding.
+    """
+    from nmexport.verification.dense_check import TorchModel, check
+
+    section = inputs.recipe.model
+    result = check(
+        inputs.output / DENSE / MODEL,
+        inputs.output / MODEL,
+        TorchModel(
+            source=inputs.source,
+            dtype=section.dtype,
+            offload=inputs.recipe.calibration.offload,
+            folder=inputs.output,
+        ),
+        vocabulary=model.config.get_text_config().vocab_size,
+        progress=inputs.progress,
+    )
+    inputs.progress.note(
+        f"export: dense ONNX agrees with torch to {result.error:.1e} "
+        f"(rounding in {section.dtype} explains {result.tolerance:g})"
+    )
+    return result.as_dict()
+
+
+def unchecked(why: str) -> dict[str, Any]:
+    """What an export says that was not held against torch."""
+    return {"error": None, "why": why}
 
 
 def write_models(

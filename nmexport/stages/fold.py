@@ -15,6 +15,7 @@ from nmexport.calibration.effort import learning_settings
 from nmexport.errors import ModelError
 from nmexport.sparsity.mitigation import check_allocatable, check_combination
 from nmexport.stages import calibrate
+from nmexport.stages.fitting import check_fit
 from nmexport.store.allocation import Allocation, write_allocation
 from nmexport.store.folded import LEARNING, FoldedModel
 from nmexport.store.layers import LayerSpec, write_layers
@@ -104,6 +105,15 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
         "learning": None if settings is None else asdict(settings),
         "versions": {"torch": inputs.environment.version("torch")},
     }
+
+
+def check(inputs: StageInputs) -> None:
+    """Refuse what does not fit the model, before anything runs.
+
+    Raises:
+        UserError: see `fitting.check_fit`.
+    """
+    check_fit(inputs.recipe, inputs.source)
 
 
 def run(inputs: StageInputs) -> dict[str, Any]:
@@ -221,7 +231,6 @@ def _given(inputs: StageInputs) -> _Given:
     calibrated = calibrate.Artifact(inputs.upstream["calibrate"])
     opened = open_dense(
         inputs.source,
-        trust_remote_code=recipe.model.trust_remote_code,
         offload=recipe.calibration.offload,
         progress=inputs.progress,
         folder=inputs.output,
@@ -413,8 +422,7 @@ def _write(given: _Given, samples: int, length: int, seed: int) -> TokenIds:
     from nmexport.calibration.self_text import mixed_self_text
     from nmexport.models.loader import load_tokenizer
 
-    trusted = given.inputs.recipe.model.trust_remote_code
-    tokenizer = load_tokenizer(given.inputs.source, trust_remote_code=trusted)
+    tokenizer = load_tokenizer(given.inputs.source)
     generate = mixed_self_text(
         given.model, tokenizer, progress=given.inputs.progress, label="fold: own text"
     )
@@ -499,7 +507,7 @@ def _layer_spec(name: str, linear: nn.Linear, made: _Made) -> LayerSpec:
         name=name,
         in_features=linear.in_features,
         out_features=linear.out_features,
-        pattern=str(section.pattern),
+        pattern=section.pattern,
         criterion=section.criterion,
         mitigations=section.mitigations,
         grouping=section.grouping,

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from nmexport.calibration import corpus
 from nmexport.errors import RecipeError
 from nmexport.runtimes.engine import read_engine
-from nmexport.stages import fold
+from nmexport.stages import export, fold
 from nmexport.stages.engine import NO_LIBRARY, resolve_target
 from nmexport.store.layers import model_phases
+from nmexport.store.records import json_from
 from nmexport.verification import tasks
 
 if TYPE_CHECKING:
@@ -111,6 +112,18 @@ def _check_comparable(recipe: Recipe) -> None:
         )
 
 
+def check(inputs: StageInputs) -> None:
+    """Refuse tasks that are not known, or whose data is out of reach, before anything runs.
+
+    Raises:
+        EnvironmentFault: if a task's data cannot be reached.
+        RecipeError: if a task is not known, or its file cannot be read.
+    """
+    suite = tasks.Suite.of(inputs.recipe.evaluation)
+    if suite is not None:
+        tasks.check(suite, inputs.progress)
+
+
 def run(inputs: StageInputs) -> dict[str, Any]:
     """Measure everything and write `report.json`, `report.md` and `report.html`.
 
@@ -120,7 +133,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
         EnvironmentFault: if the engine's native library is missing here.
     """
     from nmexport.runtimes.opening import why_not_here
-    from nmexport.verification import alone, memory, report_engine, report_pages
+    from nmexport.verification import alone, memory, parity, report_engine, report_pages
     from nmexport.verification.reference import model_size
     from nmexport.verification.report import assemble, judge
 
@@ -128,11 +141,15 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     engine = read_engine(inputs.upstream["engine"])
     windows = _windows(inputs)
     prompts = prompts_from(windows, recipe.evaluation.prompts)
-    size = model_size(inputs.source, trust_remote_code=recipe.model.trust_remote_code)
+    size = model_size(inputs.source)
     built = report_engine.section(engine)
     compared = engine.dense_model is not None
     measure = _dense_against_sparse if compared else _sparse_alone
     accuracy, latency = measure(inputs, windows, prompts)
+    compared_parity = {
+        **_parity(inputs, engine, prompts),
+        "dense": export.Artifact(inputs.upstream["export"]).dense_check,
+    }
     report = assemble(
         recipe=recipe,
         source=inputs.source,
@@ -141,7 +158,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
         environment=inputs.environment,
         sparsity={"linears": size.linears, **_audit(inputs, engine, windows)},
         accuracy=accuracy,
-        parity=_parity(inputs, engine, prompts),
+        parity=compared_parity,
         latency=latency,
         memory=memory.measure_engine(
             inputs.upstream["engine"] / "engine.json",
@@ -150,6 +167,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
             why_no_dense=None if compared else alone.WHY,
         ),
         notes=[
+            *parity.concerns(compared_parity),
             *_notes(engine, why_not_here(inputs.upstream["engine"]), recipe),
             *report_engine.words(built),
         ],
@@ -202,19 +220,25 @@ def latency_tokens(
 
 def _windows(inputs: StageInputs) -> NDArray[np.int64]:
     from nmexport.models.loader import load_model, load_tokenizer
+    from nmexport.models.text_files import known_tokens
 
     recipe = inputs.recipe
-    trust = recipe.model.trust_remote_code
-    tokenizer = load_tokenizer(inputs.source, trust_remote_code=trust)
+    tokenizer = load_tokenizer(inputs.source)
 
     def self_text(samples: int, length: int, seed: int) -> NDArray[np.int64]:
         from nmexport.calibration.self_text import self_text
 
-        model = load_model(inputs.source, dtype="float32", trust_remote_code=trust)
+        model = load_model(inputs.source, dtype="float32")
         generate = self_text(model, tokenizer, progress=inputs.progress, label="verify: own text")
         return generate(samples, length, seed)
 
-    return corpus.evaluation_windows(recipe.evaluation, tokenizer, self_text, seed=recipe.seed)
+    return corpus.evaluation_windows(
+        recipe.evaluation,
+        tokenizer,
+        self_text,
+        seed=recipe.seed,
+        vocabulary=known_tokens(inputs.source),
+    )
 
 
 def _dense_against_sparse(
@@ -337,13 +361,12 @@ def _decode_only(
 
 def _decoded_together(sparse: Session, windows: NDArray[np.int64]) -> int:
     """Windows that decode-only scoring decodes side by side, of `[W, L]`."""
-    from nmexport.runtimes.session import is_extendable
     from nmexport.verification import accuracy
 
     count, length = windows.shape
     scored = length - accuracy.prompt_length(windows[0])
     most: list[int] = [count, _LOGITS_BYTES // (4 * sparse.vocabulary_size * scored)]
-    if is_extendable(sparse):
+    if sparse.exposes_cache:
         most.append(_CACHE_BYTES // (2 * length * sparse.cache_bytes_per_token))
     if sparse.limits.batch is not None:
         most.append(sparse.limits.batch)
@@ -352,7 +375,7 @@ def _decoded_together(sparse: Session, windows: NDArray[np.int64]) -> int:
 
 def _tasks(inputs: StageInputs, dense: Session, sparse: Session) -> dict[str, Any]:
     """The report's `accuracy.tasks`, and how they were scored."""
-    from nmexport.generation.loop import load_tokenizer
+    from nmexport.generation.tokenizer import Tokenizer
 
     suite = tasks.Suite.of(inputs.recipe.evaluation)
     if suite is None:
@@ -360,7 +383,7 @@ def _tasks(inputs: StageInputs, dense: Session, sparse: Session) -> dict[str, An
     folder = inputs.upstream["export"]
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     phases = _phases(inputs)
-    text = tasks.text_side(load_tokenizer(folder), config)
+    text = tasks.text_side(Tokenizer(folder), config)
     scored = tasks.compare(
         dense,
         sparse,
@@ -499,12 +522,10 @@ def _too_large(engine: Engine, dtype: str) -> dict[str, str]:
 
 def _calibration(inputs: StageInputs) -> dict[str, Any]:
     """The report's `calibration`."""
-    from dataclasses import asdict
-
     from nmexport.verification import report_learning
 
     folded = fold.Artifact(inputs.upstream["fold"])
-    return report_learning.section(folded.learning, [asdict(layer) for layer in folded.layers])
+    return report_learning.section(folded.learning, [json_from(layer) for layer in folded.layers])
 
 
 def _allocation(inputs: StageInputs) -> dict[str, Any] | None:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from nmexport.errors import ArtifactError, PatternError
-from nmexport.sparsity.pattern import NMPattern
+from nmexport.choices import Phases  # noqa: TC001  records are read by their annotations
+from nmexport.sparsity.pattern import NMPattern  # noqa: TC001
+from nmexport.store.records import json_from, read_record
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 SCHEMA = 1
 FILENAME = "allocation.json"
-
-Phases = Literal["all", "prefill", "decode"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +113,26 @@ class Built:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CostConstants:
+    """Constants of the cost model: a decoded token's time at batch 1."""
+
+    bytes_per_second: float
+    """Speed at which a decoded token's weights stream in."""
+    dense_overhead_seconds: float
+    """A dense product's time beyond reading its weight; linears that share an input are one."""
+    sparse_overhead_seconds: float
+    """The same of a sparse product, with finding the rows."""
+    element_bytes: int
+    """Size of a weight that stays dense."""
+    sparse_weights: str = "float"
+    """How linears that become sparse are stored: see `nmexport.sparsity.quantisation.FORMS`."""
+    other_bytes: int = 0
+    """Weights outside the targeted linears that every decoded token reads."""
+    rest_seconds: float = 0.0
+    """A decoded token's time in attention, norms, dispatch: all that multiplies no weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Protocol:
     """How a choice was measured."""
 
@@ -129,8 +148,7 @@ class Protocol:
     """Tokens of a window that are not scored."""
     joint_over_sum: float | None
     """Divergence of joint models over the sum of their sites', geometric mean."""
-    cost: dict[str, float | str]
-    """Constants of the cost model."""
+    cost: CostConstants
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,27 +190,7 @@ def as_dict(allocation: Allocation) -> dict[str, Any]:
 
     What follows the sixth digit is the summation order of the machine.
     """
-    return {"schema": SCHEMA, **_json(allocation)}
-
-
-def from_dict(document: dict[str, Any]) -> Allocation:
-    """Reverse `as_dict`.
-
-    Raises:
-        KeyError, TypeError, ValueError: if it is no allocation.
-    """
-    if document["schema"] != SCHEMA:
-        raise ValueError(f"schema {document['schema']} instead of {SCHEMA}")
-    values = {key: value for key, value in document.items() if key != "schema"}
-    built, protocol = document.get("built"), document.get("protocol")
-    values |= {
-        "choices": {name: _choice(choice) for name, choice in document["choices"].items()},
-        "front": tuple(FrontPoint(**point) for point in document["front"]),
-        "ledger": tuple(_row(row) for row in document["ledger"]),
-        "built": None if built is None else Built(**built),
-        "protocol": None if protocol is None else Protocol(**protocol),
-    }
-    return Allocation(**values)
+    return {"schema": SCHEMA, **_rounded(json_from(allocation))}
 
 
 def write_allocation(folder: Path, allocation: Allocation) -> None:
@@ -208,43 +206,16 @@ def read_allocation(folder: Path) -> Allocation | None:
         ArtifactError: if it is malformed, or of another schema.
     """
     path = folder / FILENAME
-    try:
-        return from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError, KeyError, TypeError, PatternError) as error:
-        raise ArtifactError(
-            f"{path} cannot be read: {error}", fix="rebuild the stage with --force"
-        ) from error
+    return read_record(Allocation, path, schema=SCHEMA, fix="rebuild the stage with --force")
 
 
-def _choice(document: dict[str, Any]) -> Choice:
-    pattern = document["pattern"]
-    return Choice(**{**document, "pattern": None if pattern is None else NMPattern.parse(pattern)})
-
-
-def _row(document: dict[str, Any]) -> LedgerRow:
-    values = {
-        "site": tuple(document["site"]),
-        "choice": _choice(document["choice"]),
-        "candidates": tuple(
-            Candidate(**{**candidate, "choice": _choice(candidate["choice"])})
-            for candidate in document["candidates"]
-        ),
-        "mitigation_pattern": NMPattern.parse(document["mitigation_pattern"]),
-    }
-    return LedgerRow(**{**document, **values})
-
-
-def _json(value: Any) -> Any:
-    if isinstance(value, NMPattern):
-        return str(value)
+def _rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}")
-    if is_dataclass(value):
-        return {field.name: _json(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, dict):
-        return {key: _json(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return [_json(item) for item in value]
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
     return value

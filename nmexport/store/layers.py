@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from nmexport.sparsity.pattern import NMPattern
+from nmexport.choices import Phases  # noqa: TC001  records are read by their annotations
+from nmexport.sparsity.pattern import NMPattern  # noqa: TC001
 from nmexport.store.records import read_record, write_record
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 SCHEMA = 1
 FILENAME = "layers.json"
 
-Phases = Literal["all", "prefill", "decode"]
 ModelPhases = Literal["all", "prefill", "decode", "mixed"]
 """Of a whole model: `mixed` where its linears differ."""
 
@@ -33,8 +33,7 @@ class LayerSpec:
     """Dotted module name in the Hugging Face model."""
     in_features: int
     out_features: int
-    pattern: str
-    """N:M."""
+    pattern: NMPattern
     criterion: str
     mitigations: tuple[str, ...] = ()
     grouping: str = "consecutive"
@@ -51,11 +50,6 @@ class LayerSpec:
     channels, the share that this linear's order saves; 1 is unstructured. None was not measured."""
     remainder_rank: int | None = None
     """Rank of the low-rank product beside the op (`r-sparse`)."""
-
-    @property
-    def nm(self) -> NMPattern:
-        """The parsed pattern."""
-        return NMPattern.parse(self.pattern)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,8 @@
 """Frozen dataclasses as JSON: the class is the schema, and reading checks every value against it.
 
 A field has one of these types: `str`, `bool`, `int`, `float`, a `Literal` of such values, `Path`
-(relative to the file's folder in JSON), another such dataclass, `tuple[T, ...]`, `Mapping[str, T]`,
-`T | None`, or `Any` for what a foreign library wrote.
+(relative to the file's folder in JSON), `NMPattern` (text such as `8:16`), another such dataclass,
+`tuple[T, ...]`, `Mapping[str, T]`, `T | None`, or `Any` for what a foreign library wrote.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from nmexport.errors import ArtifactError
+from nmexport.errors import ArtifactError, PatternError
+from nmexport.sparsity.pattern import NMPattern
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -91,6 +92,8 @@ def json_from(record: DataclassInstance, *, folder: Path | None = None) -> dict[
 
 
 def _plain(value: object, folder: Path | None) -> Any:
+    if isinstance(value, NMPattern):
+        return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return json_from(value, folder=folder)
     if isinstance(value, Path):
@@ -136,6 +139,13 @@ def _value(hint: Any, value: object, place: str, folder: Path | None) -> Any:
     return _expect(value, hint, place, _NAMES[hint])
 
 
+def _pattern(_hint: Any, value: object, place: str, _folder: Path | None) -> NMPattern:
+    try:
+        return NMPattern.parse(_expect(value, str, place, "a text"))
+    except PatternError as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
 def _optional(hint: Any, value: object, place: str, folder: Path | None) -> Any:
     if value is None and type(None) in get_args(hint):
         return None
@@ -167,6 +177,7 @@ def _mapping(hint: Any, value: object, place: str, folder: Path | None) -> Any:
 _COMPOUND: Mapping[Any, Callable[[Any, object, str, Path | None], Any]] = {
     Literal: _choice,
     Mapping: _mapping,
+    NMPattern: _pattern,
     Union: _optional,
     dict: _mapping,
     tuple: _sequence,

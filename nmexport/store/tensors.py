@@ -25,11 +25,20 @@ SHARD_BYTES = 1 << 30
 """What a writer holds in memory at most, but for a larger single group of tensors."""
 
 
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write one file."""
+def save_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], *, metadata: dict[str, str] | None = None
+) -> None:
+    """Write one file, with the permissions of any other new file.
+
+    safetensors moves a temporary file into place, which only its owner may read.
+    """
     from safetensors.torch import save_file  # brings torch, which readers of names alone need not
 
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    path.touch()
+    mode = path.stat().st_mode
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, path, metadata=metadata)
+    path.chmod(mode)
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:

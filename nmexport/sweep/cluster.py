@@ -37,6 +37,8 @@ class ThisMachine:
     def run(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Rows]]:
         """Yield each job with its rows, in order."""
         for job in jobs:
+            measure.check(job)
+        for job in jobs:
             yield job, measure.run(job, self._progress)
 
 
@@ -139,4 +141,5 @@ def _outcome(ray: Any, task: Any) -> Rows:
 
 def _on_a_node(job: Job) -> Rows:
     """What a worker runs; its stderr reaches the driver."""
+    measure.check(job)
     return measure.run(job, on_stream(sys.stderr))

@@ -22,7 +22,9 @@ from nmexport.environment import probe
 from nmexport.errors import UserError, WorkDirectoryError
 from nmexport.models import source as models
 from nmexport.pipeline import Pipeline, Selection
+from nmexport.sparsity.pattern import NMPattern
 from nmexport.stages import fold
+from nmexport.stages.fitting import check_fit
 from nmexport.store.artifact import KEY_CHARS, canonical_json, digest_of
 from nmexport.store.layers import model_phases
 from nmexport.store.work_directory import WorkDirectory
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
     from nmexport.verification.reference import TorchSession
 
 SCHEMA = 1
+_ANY = NMPattern(1, 1)
+"""Groups that fit every linear."""
 _VERSIONS = ("torch", "transformers")
 
 
@@ -76,6 +80,24 @@ def run(job: Job, progress: Progress) -> list[dict[str, Any]]:
         finally:
             bench.close()
         return rows
+
+
+def check(job: Job) -> None:
+    """Refuse what cannot be measured on this model, before anything is.
+
+    Raises:
+        UserError: if a cell's targets, pattern or weights do not fit the model's shapes.
+    """
+    seen = set()
+    for cell in job.cells:
+        recipe = cell.recipe
+        pattern = recipe.sparsity.pattern
+        if cell.baseline is not None:
+            pattern = cell.baseline.pattern or _ANY
+        asked = (pattern, recipe.sparsity.targets, recipe.model)
+        if cell.refused is None and asked not in seen:
+            seen.add(asked)
+            check_fit(recipe, models.resolve(recipe.model), pattern)
 
 
 class _Bench:
@@ -174,12 +196,11 @@ class _Bench:
 
     def _baseline_session(self, recipe: Recipe, baseline: Baseline) -> TorchSession:
         from nmexport.models.swap import replace_linears
-        from nmexport.sparsity.pattern import NMPattern
         from nmexport.sparsity.targets import linears_of, select_targets
         from nmexport.sweep.baselines import replacement
 
         session, model = self._loaded(recipe)
-        groups = baseline.pattern or NMPattern(1, 1)
+        groups = baseline.pattern or _ANY
         targets = recipe.sparsity.targets
         chosen = set(
             select_targets(model, groups, include=targets.include, exclude=targets.exclude)
@@ -229,7 +250,6 @@ class _Bench:
         model = load_model(
             self._find_model(section),
             dtype=section.dtype,
-            trust_remote_code=section.trust_remote_code,
         )
         return TorchSession(model, model.config.get_text_config().vocab_size), model
 
@@ -252,19 +272,21 @@ class _Bench:
 
     def _made_windows(self, recipe: Recipe) -> NDArray[np.int64]:
         from nmexport.models.loader import load_model, load_tokenizer
+        from nmexport.models.text_files import known_tokens
 
         source = self._find_model(recipe.model)
-        trust = recipe.model.trust_remote_code
-        tokenizer = load_tokenizer(source, trust_remote_code=trust)
+        tokenizer = load_tokenizer(source)
 
         def written(samples: int, length: int, seed: int) -> NDArray[np.int64]:
             from nmexport.calibration.self_text import self_text
 
-            model = load_model(source, dtype="float32", trust_remote_code=trust)
+            model = load_model(source, dtype="float32")
             generate = self_text(model, tokenizer, progress=self._progress, label="sweep: own text")
             return generate(samples, length, seed)
 
-        return corpus.evaluation_windows(recipe.evaluation, tokenizer, written, seed=recipe.seed)
+        return corpus.evaluation_windows(
+            recipe.evaluation, tokenizer, written, seed=recipe.seed, vocabulary=known_tokens(source)
+        )
 
     def _pipeline(self, recipe: Recipe) -> Pipeline:
         source: ModelSource = self._find_model(recipe.model)

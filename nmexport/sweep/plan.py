@@ -220,7 +220,7 @@ def _cells(
         try:
             recipe = resolve(model, {**common, **variant})
         except RecipeError as error:
-            if len(variants) == 1:
+            if len(variants) == 1 or _is_wrong_alone(model, common, variant):
                 raise
             told = tuple((key.rpartition(".")[2], _said(value)) for key, value in variant.items())
             yield Cell(recipe=base, more=told, refused=error.problem)
@@ -230,6 +230,16 @@ def _cells(
             yield Cell(recipe=recipe, more=_more(variant))
     for baseline in dict.fromkeys(baselines):
         yield Cell(recipe=base, baseline=baseline)
+
+
+def _is_wrong_alone(model: str, common: Mapping[str, Any], variant: Mapping[str, Any]) -> bool:
+    """Tell a value that is wrong wherever it stands from values that do not go together."""
+    for key, value in variant.items():
+        try:
+            resolve(model, {**common, key: value})
+        except RecipeError:
+            return True
+    return False
 
 
 def _more(variant: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:

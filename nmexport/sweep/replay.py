@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nmexport.runtimes.session import Closing, Limits
+from nmexport.runtimes.session import Limits, Session
 from nmexport.store.scratch import scratch_array
 
 if TYPE_CHECKING:
@@ -15,13 +16,18 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from nmexport.runtimes.session import Session
-
 # What may be kept on disk: 16 windows of 512 tokens of SmolLM2 are 1.6 GB.
 _KEPT_BYTES = 4 << 30
 
 
-class Replay(Closing):
+@dataclass(frozen=True)
+class _Replayed:
+    """In place of the cache of a prompt whose logits were looked up."""
+
+    prompt: NDArray[np.int64]
+
+
+class Replay(Session):
     """A session that opens the model only for prompts that it has not seen.
 
     Answers lie in a file that goes with the process; those beyond its size are computed anew.
@@ -50,21 +56,24 @@ class Replay(Closing):
         """Width of the logits."""
         return self._width or self._model().vocabulary_size
 
-    def prefill(self, input_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Logits `[1, S, V]` of a prompt `[1, S]`."""
+    def extend(
+        self, cache: Any | None, input_ids: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], Any]:
+        """Look up a prompt `[1, S]`, or run the model; what goes on from a prompt is always run."""
+        if isinstance(cache, _Replayed):  # the model has not run this prompt yet
+            _, cache = self._model().extend(None, cache.prompt)
+        if cache is not None:
+            return self._model().extend(cache, input_ids)
         place = self._places.get(input_ids.tobytes())
         if place is not None and self._answers is not None:
-            return np.array(self._answers[place : place + 1])
-        logits = self._model().prefill(input_ids)
+            return np.array(self._answers[place : place + 1]), _Replayed(input_ids)
+        logits, cache = self._model().extend(None, input_ids)
         self._keep(input_ids, logits)
-        return logits
-
-    def decode_step(self, input_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Run one more token on the cache of the last prompt that the model really ran."""
-        return self._model().decode_step(input_ids)
+        return logits, cache
 
     def close(self) -> None:
         """Free the model; its answers stay."""
+        self.cache = None
         if self._session is not None:
             self._session.close()
         self._session = None

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from nmexport.environment import physical_cores
-from nmexport.runtimes.session import is_resumable
 from nmexport.verification.divergence import DivergenceSum
 from nmexport.verification.perplexity import NllSum, log_softmax, ratio_stderr, token_nll
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from nmexport.progress import Progress
-    from nmexport.runtimes.session import Resumable, Session
+    from nmexport.runtimes.session import Session
     from nmexport.store.layers import ModelPhases
 
 # Rows of logits that become float64 at once: few stay in the processor's caches.
@@ -251,7 +250,7 @@ def decode_only(
         The report's `accuracy.decode_only`; figures are None, with `why`, where caches cannot be
         handed over.
     """
-    if not (is_resumable(dense) and is_resumable(sparse)):
+    if not (dense.exposes_cache and sparse.exposes_cache):
         return {"perplexity_ratio": None, "why": "this runtime's caches cannot be handed over"}
     sums = WindowComparison()
     total = sum(batch.shape[1] - 1 - prompt_length(batch[0]) for batch in windows)
@@ -263,8 +262,8 @@ def decode_only(
 
 def _add_decoded(
     sums: WindowComparison,
-    dense: Resumable,
-    sparse: Resumable,
+    dense: Session,
+    sparse: Session,
     batch: NDArray[np.int64],
     late: LateLogits,
 ) -> Iterator[None]:
@@ -273,7 +272,7 @@ def _add_decoded(
     # Logits are most of the memory: dense ones are kept of what is scored, sparse ones until then.
     dense_logits = [_late_logits(dense, window, late) for window in batch]
     dense.prefill(batch[:, :prompt])
-    sparse.restore(dense.state)
+    sparse.cache = sparse.resume(dense.keep(dense.cache))
     targets = batch[:, prompt + 1 :]
     blocks: list[list[_Block]] = [[] for _ in batch]
     with ThreadPoolExecutor(physical_cores()) as pool:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from nmexport.progress import Progress
-    from nmexport.runtimes.session import Session, Timed
+    from nmexport.runtimes.session import Session
     from nmexport.store.layers import ModelPhases
 
 WHY = "the recipe leaves out the dense baseline (--no-dense-baseline)"
@@ -72,7 +72,7 @@ def no_continuation(prompts: NDArray[np.int64]) -> dict[str, Any]:
 
 
 def time(
-    sparse: Timed,
+    sparse: Session,
     *,
     prompt: NDArray[np.int64],
     context: NDArray[np.int64],

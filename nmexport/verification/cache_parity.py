@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from nmexport.runtimes.session import Readable, Session
+    from nmexport.runtimes.session import Session
 
 TOLERANCES = {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.2}
 """What rounding alone may make of a token's keys or values, by the type they are computed in."""
@@ -35,7 +35,7 @@ def absent(why: str) -> dict[str, Any]:
     return {"layers": [], "first_diverging": None, "why": why}
 
 
-def compare(left: Readable, right: Readable, *, dtype: str) -> dict[str, Any]:
+def compare(left: Session, right: Session, *, dtype: str) -> dict[str, Any]:
     """The report's `parity.caches` of two sessions that read the same tokens.
 
     Args:
@@ -46,7 +46,9 @@ def compare(left: Readable, right: Readable, *, dtype: str) -> dict[str, Any]:
     tolerance = TOLERANCES[dtype]
     layers = [
         {**_place(name), "relative_error": relative_error(wanted, got)}
-        for (name, wanted), (_, got) in zip(left.cache_values(), right.cache_values(), strict=True)
+        for (name, wanted), (_, got) in zip(
+            left.cache_values(left.cache), right.cache_values(right.cache), strict=True
+        )
     ]
     # Not a comparison that holds for what is not a number.
     beyond = (layer for layer in layers if not layer["relative_error"] <= tolerance)
@@ -57,14 +59,12 @@ def compare_where_possible(
     executors: Mapping[str, Session], pair: tuple[str, str], why: Mapping[str, str], *, dtype: str
 ) -> dict[str, Any]:
     """`compare` two of the executors, or say why not."""
-    from nmexport.runtimes.session import is_readable
-
     missing = next((name for name in pair if name not in executors), None)
     if missing is not None:
         return absent(why[missing])
     left, right = (executors[name] for name in pair)
-    if not (is_readable(left) and is_readable(right)):
-        return absent("one of them keeps its cache to itself")
+    if not (left.exposes_cache and right.exposes_cache):
+        return absent("one of the sessions does not expose its KV cache")
     return compare(left, right, dtype=dtype)
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from nmexport.progress import Progress
-    from nmexport.runtimes.session import Timed
+    from nmexport.runtimes.session import Session
 
 PROTOCOL = (
     "Dense and sparse run in one process, turn and turn about, and who goes first alternates. "
@@ -27,18 +27,15 @@ _INTERVAL = (2.5, 97.5)  # percentiles that hold 95 %
 
 
 def percentile(samples: Iterable[float], rank: float) -> float:
-    """The value below which `rank` percent of the samples lie, linear between neighbours.
+    """Return the value below which `rank` percent of the samples lie, linear between neighbours.
 
     Raises:
         ValueError: if there is no sample or the rank is outside 0 to 100.
     """
-    ordered = sorted(samples)
-    if not ordered or not 0 <= rank <= 100:  # noqa: PLR2004 - percent
-        raise ValueError(f"percentile {rank} of {len(ordered)} samples")
-    place = (len(ordered) - 1) * rank / 100
-    below = int(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+    values = np.fromiter(samples, dtype=np.float64)
+    if not values.size or not 0 <= rank <= 100:  # noqa: PLR2004 - percent
+        raise ValueError(f"percentile {rank} of {values.size} samples")
+    return float(np.percentile(values, rank))
 
 
 def speedup_interval(
@@ -60,13 +57,13 @@ class Side:
     """One model with a cache to decode from."""
 
     def __init__(
-        self, session: Timed, prompt: NDArray[np.int64], context: NDArray[np.int64]
+        self, session: Session, prompt: NDArray[np.int64], context: NDArray[np.int64]
     ) -> None:
         self.session = session
         self.prompt = prompt
         logits = session.prefill(context)
         self.next_token = logits[:, -1:].argmax(axis=-1).astype(np.int64)
-        self.cache = session.state
+        self.cache = session.keep(session.cache)
 
     def prefill_ms(self) -> float:
         """Time one prompt."""
@@ -74,7 +71,7 @@ class Side:
 
     def decode_ms(self) -> float:
         """Time one token on the cache."""
-        self.session.restore(self.cache)
+        self.session.cache = self.session.resume(self.cache)
         return _timed(lambda: self.session.decode_step(self.next_token))
 
 
@@ -112,8 +109,8 @@ def interleave(
 
 
 def compare(
-    dense: Timed,
-    sparse: Timed,
+    dense: Session,
+    sparse: Session,
     *,
     prompt: NDArray[np.int64],
     context: NDArray[np.int64],

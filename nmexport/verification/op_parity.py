@@ -77,8 +77,8 @@ def arguments(layer: LayerSpec, tensors: Tensors) -> dict[str, Any]:
     """The oracle's keyword arguments for a layer and its constants."""
     optional = {name: value for name, value in tensors.items() if name != "W"}
     return {
-        "n": layer.nm.n,
-        "m": layer.nm.m,
+        "n": layer.pattern.n,
+        "m": layer.pattern.m,
         "dynamic_shift": layer.dynamic_shift,
         "variance_correction": layer.variance_correction,
         "phase": layer.phase,
@@ -116,7 +116,7 @@ def _open_masks(
     wide = x.astype(np.float64)
     score = np.abs(wide - wide.mean(axis=-1, keepdims=True)) * tensors.get("score_scale", 1.0)
     order = tensors.get("channel_order", np.arange(x.shape[-1]))
-    groups = (*x.shape[:-1], -1, layer.nm.m)
+    groups = (*x.shape[:-1], -1, layer.pattern.m)
     score = score[..., order].reshape(groups)
     keep = expected.keep[..., order].reshape(groups)
     least_kept = np.where(keep, score, np.inf).min(axis=-1)

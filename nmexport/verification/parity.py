@@ -27,6 +27,10 @@ EXECUTORS = (TORCH, ONNX, ENGINE)
 LEGS = ((TORCH, ONNX), (TORCH, ENGINE), (ONNX, ENGINE))
 NOISE_LEG = (TORCH, ROUNDED)
 
+# Executors in a half type round at other places than torch does, so they may agree a little less
+# than torch with itself; a wrong model agrees hardly at all.
+_UNEXPLAINED = 0.2
+
 PROTOCOL = (
     "The executors run in lock step: the same prompts, then decode on the cache, each step reading "
     "the greedy tokens of the first executor. max_abs is the largest difference of two logits over "
@@ -117,6 +121,31 @@ def compare(
         missing = next((name for name in (left, right) if name not in executors), "")
         report[f"{left}_{right}"] = leg.report() if leg else absent_leg(why_absent[missing])
     return {**report, "protocol": PROTOCOL}
+
+
+def concerns(parity: Mapping[str, Any]) -> list[str]:
+    """Sentences for the reader of a report whose executors do not compute the same.
+
+    Args:
+        parity: The report's `parity`, with `dense`: how far the dense file is from torch.
+    """
+    told = []
+    dense = parity.get("dense") or {}
+    if dense.get("error") is None and dense.get("why"):
+        told.append(f"The dense ONNX file was not held against torch: {dense['why']}.")
+    floor = parity.get("noise_floor")
+    if not floor:
+        return told
+    for left, right in LEGS:
+        agreement = parity[f"{left}_{right}"].get("top1_agreement")
+        if agreement is not None and agreement < floor["top1_agreement"] - _UNEXPLAINED:
+            told.append(
+                f"Executors disagree: {left} and {right} choose the same token at "
+                f"{agreement:.1%} of positions, where rounding alone leaves "
+                f"{floor['top1_agreement']:.1%}. The figures of this report do not describe the "
+                "model in torch."
+            )
+    return told
 
 
 def _lock_step(

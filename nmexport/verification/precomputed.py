@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from nmexport.runtimes.session import Closing, Limits
+from nmexport.runtimes.session import Limits, Session
 from nmexport.store.scratch import scratch_array
 
 if TYPE_CHECKING:
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from nmexport.progress import Progress
 
 
-class Precomputed(Closing):
+_NO_CACHE = object()
+
+
+class Precomputed(Session):
     """Answers for the windows that it was made with, each as a whole prompt; nothing else.
 
     All windows go through a layer before the next one is read from disk, so the answers of all are
@@ -53,8 +56,8 @@ class Precomputed(Closing):
         Raises:
             OSError: if the disk has no room.
         """
-        self.vocabulary_size: int = model.model.config.get_text_config().vocab_size
-        self._logits = scratch_array((*windows.shape, self.vocabulary_size), folder)
+        self._vocabulary_size: int = model.model.config.get_text_config().vocab_size
+        self._logits = scratch_array((*windows.shape, self._vocabulary_size), folder)
         self._places = {window.tobytes(): place for place, window in enumerate(windows)}
 
         def keep(number: int, logits: torch.Tensor) -> None:
@@ -69,23 +72,24 @@ class Precomputed(Closing):
             substitutes=substitutes,
         )
 
-    def prefill(self, input_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Logits `[1, L, V]` of one of the windows `[1, L]`.
+    @property
+    def vocabulary_size(self) -> int:
+        """Width of the logits."""
+        return self._vocabulary_size
+
+    def extend(
+        self, cache: object, input_ids: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], object]:
+        """Look up logits `[1, L, V]` of one of the windows `[1, L]`.
 
         Raises:
             KeyError: if it is none of them.
+            RuntimeError: if it is to go on from a cache.
         """
+        if cache is not None:
+            raise RuntimeError("a model that runs layer by layer has no cache to decode with")
         place = self._places[input_ids.tobytes()]
-        return np.array(self._logits[place : place + 1])
-
-    def decode_step(self, input_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Refuse: there is no cache to go on from.
-
-        Raises:
-            RuntimeError: always.
-        """
-        del input_ids
-        raise RuntimeError("a model that runs layer by layer has no cache to decode with")
+        return np.array(self._logits[place : place + 1]), _NO_CACHE
 
     def close(self) -> None:
         """Free the answers."""

@@ -13,7 +13,7 @@ from torch import nn
 from nmexport.errors import ModelError
 from nmexport.models.loader import load_model
 from nmexport.models.swap import replace_linears
-from nmexport.runtimes.session import Closing, Limits
+from nmexport.runtimes.session import Session
 from nmexport.sparsity.linear import Behaviour, FoldedLinear
 
 if TYPE_CHECKING:
@@ -39,10 +39,8 @@ class ModelSize(NamedTuple):
     linears: int
 
 
-class TorchSession(Closing):
-    """A causal LM with its KV cache; implements `runtimes.session.Session`."""
-
-    limits = Limits()
+class TorchSession(Session):
+    """A causal LM in torch; its caches change in place and are not exposed."""
 
     def __init__(
         self, model: PreTrainedModel, vocabulary_size: int, *, perturbation: float = 0.0
@@ -58,7 +56,6 @@ class TorchSession(Closing):
         self._model: PreTrainedModel | None = model
         self._perturbation = perturbation
         self._vocabulary_size = vocabulary_size
-        self._cache: Any = None
 
     @property
     def vocabulary_size(self) -> int:
@@ -89,32 +86,29 @@ class TorchSession(Closing):
             y = self._model.get_submodule(layer.name).op(tensor_from(x))
         return array_from(y)
 
-    def prefill(self, input_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Drop the cache, run whole prompts `[B, S]`, and return logits `[B, S, V]`."""
-        self._cache = None
-        return self._run(input_ids)
-
-    def decode_step(self, input_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Run one more token a sequence, `[B, 1]`, on the cache, and return logits `[B, 1, V]`."""
-        return self._run(input_ids)
-
     def close(self) -> None:
         """Free the model and its cache."""
-        self._model = self._cache = None
+        self._model = self.cache = None
 
-    def _run(self, input_ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    def extend(
+        self, cache: Any | None, input_ids: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], Any]:
+        """See `Session`.
+
+        Raises:
+            RuntimeError: if the session is closed.
+        """
         if self._model is None:
             raise RuntimeError("the session is closed")
         with torch.inference_mode(), self._disturbed(self._model):
             ids = torch.from_numpy(np.ascontiguousarray(input_ids))
             output = self._model(
                 input_ids=ids.to(self._model.get_input_embeddings().weight.device),
-                past_key_values=self._cache,
+                past_key_values=cache,
                 use_cache=True,
             )
-        self._cache = output.past_key_values
         logits: NDArray[np.float32] = output.logits.float().cpu().numpy()
-        return logits
+        return logits, output.past_key_values
 
     @contextlib.contextmanager
     def _disturbed(self, model: PreTrainedModel) -> Iterator[None]:
@@ -142,7 +136,7 @@ def open_dense(source: ModelSource, section: ModelSection, *, device: str = "cpu
     Raises:
         ModelError: if the model cannot be loaded.
     """
-    model = load_model(source, dtype=section.dtype, trust_remote_code=section.trust_remote_code)
+    model = load_model(source, dtype=section.dtype)
     model.to(device)
     return TorchSession(model, model.config.get_text_config().vocab_size)
 
@@ -156,7 +150,7 @@ def open_folded(
         ModelError: if the model cannot be loaded.
         ArtifactError: if the fold artifact is damaged.
     """
-    model = load_model(source, dtype=section.dtype, trust_remote_code=section.trust_remote_code)
+    model = load_model(source, dtype=section.dtype)
     replace_linears(
         model,
         {layer.name: folded_linear(layer, fold) for layer in fold.layers},
@@ -192,14 +186,14 @@ def array_from(tensor: torch.Tensor) -> NDArray[Any]:
 
 def _behaviour(layer: LayerSpec) -> Behaviour:
     return Behaviour(
-        pattern=layer.nm,
+        pattern=layer.pattern,
         dynamic_shift=layer.dynamic_shift,
         variance_correction=layer.variance_correction,
         phase=layer.phase,
     )
 
 
-def model_size(source: ModelSource, *, trust_remote_code: bool = False) -> ModelSize:
+def model_size(source: ModelSource) -> ModelSize:
     """Count without loading a weight; tied parameters count once.
 
     Raises:
@@ -207,15 +201,17 @@ def model_size(source: ModelSource, *, trust_remote_code: bool = False) -> Model
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    form = {} if not source.packed else {"gguf_file": source.gguf_file}
     try:
         config = AutoConfig.from_pretrained(
-            source.folder, trust_remote_code=trust_remote_code, local_files_only=True, **form
+            source.weights_folder,
+            trust_remote_code=source.trust_remote_code,
+            local_files_only=True,
+            **source.gguf_option,
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"The configuration of {source.id} cannot be read: {error}") from error
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
     return ModelSize(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         linears=sum(isinstance(module, nn.Linear) for module in model.modules()),

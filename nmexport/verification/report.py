@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nmexport.store.layers import ModelPhases
 
 SCHEMA = 1
+_SECTIONS = ("model", "sparsity", "accuracy", "parity", "latency", "memory", "recipe")
 MIXED = "mixed patterns"
 """`pattern` of a report whose linears have patterns of their own: see its `allocation`."""
 
@@ -42,11 +43,29 @@ def read_report(path: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"{path} is no report: it is other JSON.", allowed="a report.json of nmexport", fix=fix
         )
+    wrong = [name for name in _SECTIONS if not isinstance(report.get(name) or {}, dict)]
+    if wrong or not _are_gates(report.get("gates") or []):
+        raise ArtifactError(
+            f"{path} is no report that can be read: {(*wrong, 'gates')[0]} is not what it should "
+            "be.",
+            fix=fix,
+        )
     if report["schema"] != SCHEMA:
         raise ArtifactError(
             f"{path} has schema {report['schema']}.", allowed=f"schema {SCHEMA}", fix=fix
         )
     return report
+
+
+def _are_gates(rows: object) -> bool:
+    keys = {"name", "limit", "value", "passed"}
+    return isinstance(rows, list) and all(
+        isinstance(row, dict) and keys <= row.keys() and _is_number(row["limit"]) for row in rows
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def assemble(

@@ -39,7 +39,7 @@ def built(allocation: dict[str, Any]) -> str | None:
     if used is None:
         return f"{words}."
     share = f"{words}, {used:.0%} of the budget of accuracy"
-    return f"{share}." if used <= 1 else f"{share}: it is broken."
+    return f"{share}." if used <= 1 else f"{share}: the budget is exceeded."
 
 
 def mix(counts: dict[str, int]) -> str:
@@ -59,13 +59,19 @@ def chosen_mix(allocation: dict[str, Any]) -> str:
     return mix(counts)
 
 
+def remarks(allocation: dict[str, Any]) -> str | None:
+    """What there is to say besides the figures, in words."""
+    said = [built(allocation), allocation.get("remark")]
+    return " ".join(words for words in said if words) or None
+
+
 def rows(allocation: dict[str, Any] | None) -> dict[str, Any] | None:
     """Everything that the pages print; None where there was no allocation."""
     if allocation is None:
         return None
     return {
         "budget": budget(allocation),
-        "built": built(allocation),
+        "built": remarks(allocation),
         "front": front_rows(allocation),
         "columns": columns(allocation),
         "mitigations": mitigations(allocation),

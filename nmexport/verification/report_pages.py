@@ -31,6 +31,7 @@ _LEGS = {
     "torch_engine": "PyTorch and native op",
     "onnx_engine": "ONNX function bodies and native op",
 }
+_DENSE = "dense torch, dense ONNX"
 _NOISE = "Noise floor: PyTorch against itself, embeddings off by 1e-7"
 _EXECUTORS = {
     "torch": "PyTorch",
@@ -176,6 +177,7 @@ def parity_rows(report: dict[str, Any]) -> list[dict[str, str]]:
     """One row for each leg."""
     parity = report["parity"]
     rows = [_parity_row(title, parity[leg]) for leg, title in _LEGS.items()]
+    rows = [*_dense_rows(parity.get("dense")), *rows]
     floor = parity["noise_floor"]
     return [*rows, _parity_row(_NOISE, floor)] if floor else rows
 
@@ -197,6 +199,24 @@ def _linear_row(title: str, figures: dict[str, Any]) -> dict[str, str]:
         "values": f"{count(figures['values'])}, {figures['linears']} linears",
         "why": "",
     }
+
+
+def _dense_rows(dense: dict[str, Any] | None) -> list[dict[str, str]]:
+    """The row of the dense file against torch, which is compared by relative difference."""
+    if not dense:
+        return []
+    empty = dict.fromkeys(("median_abs", "top1", "greedy"), "")
+    if dense["error"] is None:
+        return [{"pair": _DENSE, "max_abs": _ABSENT, **empty, "why": dense["why"]}]
+    return [
+        {
+            "pair": _DENSE,
+            "max_abs": f"{dense['error']:.1e} of its size",
+            **empty,
+            "greedy": f"{dense['outputs']} outputs, at most {dense['tolerance']:g} allowed",
+            "why": "",
+        }
+    ]
 
 
 def _parity_row(title: str, leg: dict[str, Any]) -> dict[str, str]:

@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from nmexport.errors import EnvironmentFault, RecipeError, UserError
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ _CUT = (
 _BOOTSTRAP = 1000
 _WINDOW_KEYS = ("n_positions", "max_position_embeddings", "n_ctx")
 _DEFAULT_WINDOW = 2048
+_HUB_SECONDS = 5.0
 _NO_LIMIT = 1 << 30
 # Tasks that a note names; a benchmark like MMLU has 57 of one source.
 _NAMED = 3
@@ -193,6 +196,20 @@ def _window(text: TextSide, *sessions: Session) -> TextSide:
     return functools.reduce(lambda side, one: side.within(one.limits), sessions, text)
 
 
+def check(suite: Suite, progress: Progress) -> None:
+    """Refuse tasks that cannot be scored, before hours are spent on what they would score.
+
+    Raises:
+        EnvironmentFault: if the harness is not installed, or a task's data cannot be reached.
+        RecipeError: if a task is not known, or its file cannot be read.
+    """
+    harness_version()
+    with _inside(suite.folder), _quiet():
+        manager, names = _manager(suite)
+        if _reads_hub(manager.task_index, names) and not _hub_answers():
+            _load(manager, names, progress=progress)
+
+
 # -- the harness -------------------------------------------------------------------------------
 
 
@@ -239,12 +256,7 @@ def _results(
 def _loaded(suite: Suite, seed: int, progress: Progress | None) -> Any:
     """The suite's tasks, with few-shot counts and seeds set."""
     manager, names = _manager(suite)
-    if progress is not None:
-        _announce(manager.task_index, names, progress)
-    try:
-        loaded = manager.load(names)
-    except (OSError, ValueError, KeyError) as error:
-        raise _load_fault(names, error) from error
+    loaded = _load(manager, names, progress=progress)
     for task in loaded["tasks"].values():
         if suite.fewshot is not None and task.get_config("num_fewshot") != 0:
             task.set_config(key="num_fewshot", value=suite.fewshot)
@@ -252,6 +264,64 @@ def _loaded(suite: Suite, seed: int, progress: Progress | None) -> Any:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=seed)
     return loaded
+
+
+def _load(manager: Any, names: Sequence[str], *, progress: Progress | None) -> Any:
+    """Load tasks with their data, which may be fetched.
+
+    Raises:
+        EnvironmentFault: if data cannot be reached.
+        RecipeError: if a task cannot be loaded for another reason.
+    """
+    if progress is not None:
+        _announce(manager.task_index, names, progress)
+    asks_hub = _reads_hub(manager.task_index, names)
+    try:
+        with contextlib.nullcontext() if not asks_hub or _hub_answers() else _offline():
+            return manager.load(names)
+    except (OSError, ValueError, KeyError) as error:
+        raise _load_fault(names, error) from error
+
+
+def _reads_hub(index: Mapping[str, Any], names: Sequence[str]) -> bool:
+    """Tell whether any of the tasks may fetch its data."""
+    sources = [source for given in names for _, source in _sources(index, given)]
+    return any(
+        source and source not in _FILE_BUILDERS and not Path(source).exists() for source in sources
+    )
+
+
+@functools.cache
+def _hub_answers() -> bool:
+    """Ask the hub once: without an answer, its library would retry for half a minute."""
+    import urllib.error
+    import urllib.request
+
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        with urllib.request.urlopen(constants.ENDPOINT, timeout=_HUB_SECONDS):  # noqa: S310
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError):
+        return False
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Have the libraries look into their caches alone."""
+    import datasets
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
 def _announce(index: Mapping[str, Any], names: Sequence[str], progress: Progress) -> None:
@@ -317,9 +387,11 @@ def _manager(suite: Suite) -> tuple[Any, list[str]]:
     """
     from lm_eval.tasks import TaskManager
 
+    if suite.folder is not None:
+        _check_yaml(suite.folder)
     # `_inside` stands in the folder already.
     local = TaskManager(include_path=".", include_defaults=False) if suite.folder else None
-    if local is not None:
+    if local is not None and suite.folder is not None:
         if not local.all_tasks:
             raise RecipeError(
                 f"{suite.folder} holds no task.",
@@ -341,6 +413,22 @@ def _manager(suite: Suite) -> tuple[Any, list[str]]:
             fix=f"did you mean {' or '.join(close)}?" if close else None,
         )
     return every, list(suite.names)
+
+
+def _check_yaml(folder: Path) -> None:
+    """Name the file and line that are not YAML: the harness passes over such files in silence."""
+    for path in sorted(path for end in ("yaml", "yml") for path in Path().rglob(f"*.{end}")):
+        try:
+            # Composed and not constructed: the harness has tags of its own.
+            yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        except yaml.MarkedYAMLError as error:
+            line = "" if error.problem_mark is None else f":{error.problem_mark.line + 1}"
+            raise RecipeError(
+                f"{folder / path}{line}: not YAML: {error.problem}",
+                fix="check indentation, colons and quotes there",
+            ) from error
+        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+            raise RecipeError(f"{folder / path} cannot be read: {error}") from error
 
 
 def _load_fault(names: Sequence[str], error: Exception) -> UserError:

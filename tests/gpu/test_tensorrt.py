@@ -110,10 +110,10 @@ def test_an_engine_says_what_onnx_runtime_says(built: Path, *, dense: bool) -> N
 def test_a_replayed_step_gives_the_same_bits(built: Path) -> None:
     with TensorRTSession.from_engine(built) as session:
         session.prefill(IDS[:1, :9])
-        state = session.state
+        state = session.keep(session.cache)
         runs = []
         for _ in range(4):  # bound, recorded, replayed, replayed
-            session.restore(state)
+            session.cache = session.resume(state)
             runs.append(session.decode_step(IDS[:1, 9:10]))
     assert all(np.array_equal(run, runs[0]) for run in runs)
 

@@ -1,0 +1,73 @@
+"""What export cannot take is refused before calibration, with no weight read."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from nmexport.models.families import EXPORTED, refuse_kind, refused
+from nmexport.models.skeleton import skeleton
+from nmexport.models.streaming import fake_parameters
+from nmexport.models.tracing import cache_shapes, trace
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import torch
+
+    from nmexport.models.source import ModelSource
+
+
+def check_exportable(source: ModelSource, *, dtype: torch.dtype) -> None:
+    """Refuse a model that export cannot take.
+
+    Args:
+        source: Where its configuration lies.
+        dtype: Element type to export in.
+
+    Raises:
+        ModelError: if its kind is not supported, it keeps another cache than one of keys and
+            values, its attention takes unknown arguments, or its family cannot be traced.
+    """
+    model = skeleton(source, dtype=dtype)
+    refuse_kind(model)
+    fake_parameters(model)
+    with _reached(model) as reached:
+        cache_shapes(model)
+    head = model.get_output_embeddings()
+    linears = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    ]
+    idle = [name for name in linears if name not in reached]
+    if idle:
+        raise refused(
+            model.config,
+            f"has {len(idle)} linears that text does not reach, such as {idle[0]}: they belong to "
+            "another part, or are switched on by what a text model is not given",
+        )
+    if model.config.model_type not in EXPORTED:
+        trace(model, linears)
+
+
+@contextlib.contextmanager
+def _reached(model: nn.Module) -> Iterator[set[str]]:
+    """Collect the names of the linears that run while this lasts."""
+    names: set[str] = set()
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda *_: names.add(name)
+
+    handles = [
+        module.register_forward_pre_hook(note(name))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    try:
+        yield names
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,158 @@
+"""Checks what a model's files say about text, before anything is calibrated.
+
+What serving needs in the end is asked for at the start: a tokenizer that the `tokenizers` library
+runs, a chat template that compiles, sampling defaults that make sense, and token ids that exist.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nmexport.errors import ArtifactError, ModelError
+from nmexport.generation.chat import ChatTemplate
+from nmexport.generation.defaults import GENERATION, generation_defaults, token_ids
+from nmexport.generation.tokenizer import read_json, vocabulary_size
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedTokenizerBase
+
+    from nmexport.models.source import ModelSource
+
+_CONFIG = "config.json"
+_SENTENCEPIECE = "tokenizer.model"
+_WHOLE = ("tokenizer.json", "vocab.txt", "tekken.json", "spiece.model", _SENTENCEPIECE)
+_PAIR = ("vocab.json", "merges.txt")
+_TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+_CONVERT = (
+    "save it once where sentencepiece is installed: "
+    "AutoTokenizer.from_pretrained(MODEL).save_pretrained(MODEL) writes tokenizer.json"
+)
+
+
+def check_tokenizer_files(source: ModelSource) -> None:
+    """Refuse a folder without a tokenizer: transformers makes an empty one for some families.
+
+    Raises:
+        ModelError: naming what is missing.
+    """
+    folder = source.folder
+    if source.gguf_file is not None or any(folder.glob("tokenization_*.py")):
+        return
+    if any((folder / name).is_file() for name in _WHOLE):
+        return
+    missing = [name for name in _PAIR if not (folder / name).is_file()]
+    if not missing:
+        return
+    lacks = "no tokenizer" if len(missing) == len(_PAIR) else f"half a tokenizer: no {missing[0]}"
+    raise ModelError(
+        f"Model {source.id!r} cannot be loaded: {folder} has {lacks}.",
+        allowed="tokenizer.json, or what it can be made from: vocab.json with merges.txt, "
+        "vocab.txt, or tokenizer.model",
+        fix="copy the tokenizer's files of the model (or of its base model) into the folder",
+    )
+
+
+def explain_unreadable(source: ModelSource) -> ModelError | None:
+    """The error for a tokenizer that transformers could not read, where its files say why."""
+    folder = source.folder
+    only = (folder / _SENTENCEPIECE).is_file() and not (folder / "tokenizer.json").is_file()
+    if source.gguf_file is not None or not only:
+        return None
+    return ModelError(
+        f"Model {source.id!r} cannot be loaded: its tokenizer is {folder / _SENTENCEPIECE} alone, "
+        "which cannot be read here.",
+        allowed="tokenizer.json; or tokenizer.model of SentencePiece, with the package "
+        "sentencepiece installed",
+        fix=f"pip install sentencepiece, or {_CONVERT}",
+    )
+
+
+def check_text_files(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check tokenizer, chat template, sampling defaults and special tokens.
+
+    Raises:
+        ModelError: naming the file and the value.
+    """
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"The tokenizer of {source.id!r} ({type(tokenizer).__name__}) runs in Python only.",
+            allowed="one that the `tokenizers` library runs (tokenizer.json): generation and "
+            "serving use it",
+            fix="look for a version of the model with tokenizer.json",
+        )
+    _check_template(source, tokenizer)
+    try:
+        rows = _check_configs(source)
+    except ArtifactError as error:
+        raise ModelError(error.problem, allowed=error.allowed, fix=error.fix) from error
+    if rows is not None:
+        _check_special_tokens(source, tokenizer, rows)
+
+
+def _check_template(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> None:
+    templates = tokenizer.chat_template
+    named = templates if isinstance(templates, dict) else {"default": templates}
+    text = named.get("default")
+    if text is None:
+        return
+    try:
+        ChatTemplate(text, {})
+    except ValueError as error:
+        raise ModelError(
+            f"The chat template in {_template_file(source)} does not compile: {error}.",
+            allowed="a Jinja template",
+            fix="correct it, or remove it: the model is then served without chat",
+        ) from error
+
+
+def _template_file(source: ModelSource) -> Path:
+    if source.gguf_file is not None:
+        return source.folder / source.gguf_file
+    paths = [source.folder / name for name in _TEMPLATES]
+    return next((path for path in paths if path.is_file()), source.folder)
+
+
+def _check_configs(source: ModelSource) -> int | None:
+    """Check ids and sampling defaults; rows of the embedding, where a config says them."""
+    if source.gguf_file is not None:
+        return None
+    folder = source.folder
+    config = read_json(folder / _CONFIG)
+    rows = vocabulary_size(config)
+    text = config.get("text_config")
+    documents: list[tuple[Path, dict[str, Any]]] = [
+        (folder / _CONFIG, config),
+        (folder / _CONFIG, text if isinstance(text, dict) else {}),
+        (folder / GENERATION, read_json(folder / GENERATION)),
+    ]
+    for path, document in documents:
+        for key in ("eos_token_id", "bos_token_id"):
+            token_ids(document, key, path, vocabulary=rows)
+    generation_defaults(folder)
+    return rows
+
+
+def known_tokens(source: ModelSource) -> int | None:
+    """How many tokens the model knows; None where its files do not say."""
+    return None if source.gguf_file else vocabulary_size(read_json(source.folder / _CONFIG))
+
+
+def _check_special_tokens(
+    source: ModelSource, tokenizer: PreTrainedTokenizerBase, rows: int
+) -> None:
+    """Refuse a tokenizer whose texts begin or end with a token that the embedding lacks.
+
+    Other tokens beyond it are refused where a text holds one.
+    """
+    for name in ("bos_token", "eos_token"):
+        token = getattr(tokenizer, f"{name}_id")
+        if token is not None and token >= rows:
+            raise ModelError(
+                f"The tokenizer of {source.id!r} has {name} {getattr(tokenizer, name)!r}, token "
+                f"{token}, and the model's embedding has {rows} rows.",
+                allowed=f"tokens 0 to {rows - 1}",
+                fix="take the tokenizer that belongs to these weights, or resize the model's "
+                "embedding (resize_token_embeddings) and save it again",
+            )

@@ -1,0 +1,43 @@
+"""What a model's shapes allow: asked of the model without its weights, before anything runs."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from nmexport.errors import ModelError
+
+if TYPE_CHECKING:
+    from nmexport.models.source import ModelSource
+    from nmexport.recipe import Recipe
+    from nmexport.sparsity.pattern import NMPattern
+
+
+def check_fit(recipe: Recipe, source: ModelSource, pattern: NMPattern | None = None) -> None:
+    """Refuse targets, patterns and groups of scales that do not fit the model.
+
+    Args:
+        recipe: What is to be built.
+        source: The model.
+        pattern: In place of the recipe's.
+
+    Raises:
+        TargetError: if a pattern of the targets matches nothing, or nothing is left.
+        PatternError: if the pattern does not fit a target.
+        RecipeError: if the weights' groups do not fit a target.
+    """
+    from nmexport.models.skeleton import skeleton
+    from nmexport.sparsity.quantisation import scale_groups
+    from nmexport.sparsity.targets import linears_of, select_targets
+
+    try:
+        model = skeleton(source)
+    except (ModelError, KeyError, TypeError, AttributeError, ImportError) as error:
+        # Loading the model says what is wrong with it, in its own terms.
+        logging.getLogger(__name__).info("shapes are not checked beforehand: %s", error)
+        return
+    linears, targets = linears_of(model), recipe.sparsity.targets
+    for name in select_targets(
+        model, pattern or recipe.sparsity.pattern, include=targets.include, exclude=targets.exclude
+    ):
+        scale_groups(recipe.model.weights, linears[name].in_features, name=name)

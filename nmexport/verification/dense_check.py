@@ -1,0 +1,225 @@
+"""Hold the exported dense model against the dense model in torch, linear by linear.
+
+A dense model has no near ties: nothing is selected, so rounding moves its values by rounding and
+by no more. A difference beyond that means that the file computes something else, and no figure
+that is measured against it says anything. Torch computes in float32, with weights rounded to the
+exported type; each linear's output is compared in graph order, so the first that differs says where
+to look.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from nmexport.errors import ModelError
+from nmexport.models.layerwise import LayerwiseModel
+from nmexport.models.loader import load_model
+from nmexport.models.offload import fits_host
+from nmexport.runtimes.onnxruntime_session import (
+    EXTERNAL_DATA_FOLDER,
+    SESSION_CONFIG,
+    OrtSession,
+)
+from nmexport.verification.audit import add_layer_outputs, read_graph, sparse_linears
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+    from torch import nn
+
+    from nmexport.choices import Offload
+    from nmexport.models.source import ModelSource
+    from nmexport.progress import Progress
+
+    Outputs = dict[str, NDArray[np.float32]]
+
+_TOKENS = 24
+_DECODED = 2
+LOGITS = "logits"
+_CACHED = "logits of decode on the cache"
+
+TOLERANCE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.2}
+"""Largest `||onnx - torch|| / ||torch||` of one output. Float32 rounds to 6e-8, a deep model's sums
+to some 1e-5. Float16 and bfloat16 round each value between nodes to 5e-4 and 4e-3, and a model of
+many layers adds that up; a wrong weight, norm or mask moves an output by about its own size."""
+
+PROTOCOL = (
+    "Dense ONNX against dense torch, before anything sparse is measured: every linear's output and "
+    "the logits of one prompt, and the logits of decode on the cache, as ||onnx - torch|| / "
+    "||torch||. Torch computes in float32 on weights rounded to the exported type."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseCheck:
+    """How far the dense file is from torch."""
+
+    error: float
+    """Largest relative difference of an output."""
+    worst: str
+    """The output that differs most."""
+    tolerance: float
+    tokens: int
+    outputs: int
+    """Outputs that were compared."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {**asdict(self), "protocol": PROTOCOL}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchModel:
+    """How to run the dense model in torch."""
+
+    source: ModelSource
+    dtype: str
+    offload: Offload
+    folder: Path
+    """On a disk with room for hidden states."""
+
+    def outputs(self, ids: NDArray[np.int64], names: Sequence[str], progress: Progress) -> Outputs:
+        """Outputs `[S, O]` of linears by name, and logits `[S, V]`, of a prompt `[S]`.
+
+        Raises:
+            ModelError: if the model cannot be loaded.
+        """
+        whole = fits_host(self.source, offload=self.offload)
+        return (self._whole if whole else self._layer_by_layer)(ids, names, progress)
+
+    def _whole(self, ids: NDArray[np.int64], names: Sequence[str], _: Progress) -> Outputs:
+        model: Any = load_model(self.source, dtype=self.dtype).float()
+        outputs: Outputs = {}
+        with torch.inference_mode(), _recorded(model, names, outputs):
+            logits = model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0]
+        outputs[LOGITS] = logits.numpy()
+        return outputs
+
+    def _layer_by_layer(
+        self, ids: NDArray[np.int64], names: Sequence[str], progress: Progress
+    ) -> Outputs:
+        layered = LayerwiseModel(
+            self.source,
+            folder=self.folder,
+            rounded=getattr(torch, self.dtype),
+        )
+        outputs: Outputs = {}
+
+        def keep(_: int, logits: torch.Tensor) -> None:
+            outputs[LOGITS] = logits.numpy().copy()
+
+        with _recorded(layered.model, names, outputs):
+            layered.run(
+                torch.from_numpy(ids)[None],
+                progress=progress,
+                label="export: dense check",
+                logits_kept=0,
+                use_logits=keep,
+            )
+        return outputs
+
+
+@contextlib.contextmanager
+def _recorded(model: nn.Module, names: Sequence[str], outputs: Outputs) -> Iterator[None]:
+    """Keep what the named linears of a model give out."""
+
+    def record(name: str) -> Any:
+        def hook(_: nn.Module, __: Any, made: torch.Tensor) -> None:
+            outputs[name] = made.detach().float().reshape(-1, made.shape[-1]).numpy().copy()
+
+        return hook
+
+    hooks = [model.get_submodule(name).register_forward_hook(record(name)) for name in names]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def check(
+    dense: Path, sparse: Path, torch_model: TorchModel, *, vocabulary: int, progress: Progress
+) -> DenseCheck:
+    """Compare the dense file with torch on one prompt, prompt and decode.
+
+    Args:
+        dense: The dense ONNX file.
+        sparse: The sparse one beside it, whose nodes say where each linear's output is.
+        torch_model: What to hold it against.
+        vocabulary: Token ids are below this.
+        progress: Told what is done.
+
+    Raises:
+        ModelError: if they differ by more than rounding; names the first output that does.
+    """
+    ids = np.random.default_rng(0).integers(0, vocabulary, _TOKENS)
+    values = {name: linear.output for name, linear in sparse_linears(read_graph(sparse)).items()}
+    expected = torch_model.outputs(ids, list(values), progress)
+    expected[_CACHED] = expected[LOGITS][-_DECODED:]
+    return compare(_onnx_outputs(dense, values, ids), expected, dtype=torch_model.dtype)
+
+
+def _onnx_outputs(dense: Path, values: Mapping[str, str], ids: NDArray[np.int64]) -> Outputs:
+    graph = read_graph(dense)
+    names = add_layer_outputs(graph, values)
+    config = {
+        **SESSION_CONFIG,
+        EXTERNAL_DATA_FOLDER: str(dense.parent),
+        # A few tokens do not repay a second copy of the weights.
+        "session.disable_prepacking": "1",
+    }
+    with OrtSession(graph.SerializeToString(), config=config) as session:
+        session.watch(names.values())
+        logits = session.prefill(ids[None])[0]
+        outputs = {
+            name: session.watched[watched].reshape(len(ids), -1).copy()
+            for name, watched in names.items()
+        }
+        session.watch(())
+        session.prefill(ids[None, :-_DECODED])
+        steps = [session.decode_step(token[None, None])[0] for token in ids[-_DECODED:]]
+    return {**outputs, LOGITS: logits, _CACHED: np.concatenate(steps)}
+
+
+def compare(onnx: Outputs, expected: Outputs, *, dtype: str) -> DenseCheck:
+    """Compare outputs in order.
+
+    Raises:
+        ModelError: if one differs by more than rounding in this type.
+    """
+    tolerance = TOLERANCE[dtype]
+    errors = {name: _relative(value, expected[name]) for name, value in onnx.items()}
+    wrong = next((name for name, error in errors.items() if not error <= tolerance), None)
+    if wrong is not None:
+        raise ModelError(
+            f"The exported dense model does not compute what the model computes in torch: "
+            f"{wrong} is the first output that differs, by {errors[wrong]:.3g} of its size. "
+            f"Rounding in {dtype} explains {tolerance:g}. The file is not kept.",
+            allowed="a model that the export writes faithfully, such as llama, mistral, qwen2, "
+            "qwen3, gemma2, gemma3_text or phi3",
+            fix="report this, with the model's config.json; nothing measured on such a file counts",
+        )
+    worst = max(errors, key=errors.__getitem__)
+    return DenseCheck(
+        error=errors[worst],
+        worst=worst,
+        tolerance=tolerance,
+        tokens=_TOKENS,
+        outputs=len(errors),
+    )
+
+
+def _relative(value: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    """`||value - expected|| / ||expected||`; NaN where either is not finite."""
+    if value.shape != expected.shape:
+        return float("inf")
+    wide = expected.astype(np.float64)
+    norm, difference = np.linalg.norm(wide), np.linalg.norm(value.astype(np.float64) - wide)
+    return float(difference / norm) if norm else float("inf" if difference else 0.0)
