@@ -67,7 +67,11 @@ def test_rewritten_graph_gives_the_exported_logits(exported: Exported, side: str
         for token in answer.T:
             step = token[None]
             assert_close(rewritten_session.decode_step(step), session.decode_step(step))
-        caches = zip(rewritten_session.cache_values(), session.cache_values(), strict=True)
+        caches = zip(
+            rewritten_session.cache_values(rewritten_session.cache),
+            session.cache_values(session.cache),
+            strict=True,
+        )
         for (name, got), (wanted_name, wanted) in caches:
             assert name == wanted_name
             assert_close(got, wanted)
@@ -107,24 +111,40 @@ def test_chunks_and_growth_give_the_whole_prompts_logits(exported: Exported) -> 
         assert_close(np.concatenate(parts, axis=1), session.prefill(prompt))
 
 
-def test_a_cache_is_valid_while_others_go_on_from_it(exported: Exported) -> None:
+def test_a_kept_cache_is_not_changed_by_what_goes_on_from_it(exported: Exported) -> None:
     with opened(exported.model) as session:
         session.prefill(tokens(1, 9))
-        state = session.state
-        first = session.decode_step(tokens(1, 1, seed=3))
-        session.restore(state)
-        np.testing.assert_array_equal(session.decode_step(tokens(1, 1, seed=3)), first)
+        kept = session.keep(session.cache)
+        first, one_branch = session.extend(kept, tokens(1, 1, seed=3))
+        second, other_branch = session.extend(kept, tokens(1, 1, seed=4))
+        assert one_branch.lease is not other_branch.lease, "both are held, so they share nothing"
+        after = session.extend(one_branch, tokens(1, 1, seed=5))[0]
+        del second, other_branch, one_branch
+        np.testing.assert_array_equal(session.extend(kept, tokens(1, 1, seed=3))[0], first)
+        whole = np.concatenate([tokens(1, 9), *(tokens(1, 1, seed=n) for n in (3, 5))], axis=1)
+        assert_close(after[:, -1], session.prefill(whole)[:, -1])
 
 
 def test_buffers_are_used_again_once_dropped_and_not_before(exported: Exported) -> None:
     with opened(exported.model) as session:
         session.prefill(tokens(1, 9))
-        kept = session.state
+        kept = session.cache
         session.prefill(tokens(1, 9, seed=4))
-        assert session.state.lease.buffers is not kept.lease.buffers
-        dropped = session.state.lease.buffers
+        assert session.cache.lease.buffers is not kept.lease.buffers
+        dropped = session.cache.lease.buffers
         session.prefill(tokens(1, 9, seed=5))
-        assert session.state.lease.buffers is dropped
+        assert session.cache.lease.buffers is dropped
+
+
+def test_sessions_of_one_architecture_share_caches(exported: Exported) -> None:
+    with opened(exported.dense_model) as dense, opened(exported.model) as sparse:
+        dense.prefill(tokens(1, 9))
+        sparse.cache = dense.keep(dense.cache)
+        from_dense = sparse.decode_step(tokens(1, 1, seed=3))
+        with OrtSession(exported.dense_model) as first, OrtSession(exported.model) as second:
+            first.prefill(tokens(1, 9))
+            second.cache = first.keep(first.cache)
+            assert_close(from_dense, second.decode_step(tokens(1, 1, seed=3)))
 
 
 def test_text_longer_than_the_tables_is_refused(exported: Exported) -> None:

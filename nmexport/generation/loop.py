@@ -105,14 +105,14 @@ def continuation(
     """Tokens that follow a prompt, until one of `ends` (not yielded) or `max_tokens`."""
     import numpy as np
 
-    logits = session.prefill(np.asarray([prompt], dtype=np.int64))
+    logits, cache = session.extend_last(None, np.asarray([prompt], dtype=np.int64))
     for made in range(max_tokens):
         token = sampler(logits[0, -1])
         if token in ends:
             return
         yield token
         if made + 1 < max_tokens:
-            logits = session.decode_step(np.asarray([[token]], dtype=np.int64))
+            logits, cache = session.extend_last(cache, np.asarray([[token]], dtype=np.int64))
 
 
 def text_pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
+
+from nmexport.errors import ArtifactError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from transformers import GenerationConfig, PreTrainedConfig
 
@@ -95,3 +99,20 @@ def _search(generation: GenerationConfig | None, context_length: int) -> dict[st
 def _or_default(generation: GenerationConfig | None, name: str, default: float) -> Any:
     value = None if generation is None else getattr(generation, name, None)
     return default if value is None else value
+
+
+def context_length(folder: Path) -> int:
+    """Read how many tokens an exported model was made for.
+
+    Raises:
+        ArtifactError: if the export does not say.
+    """
+    path = folder / "genai_config.json"
+    try:
+        length: int = json.loads(path.read_text(encoding="utf-8"))["model"]["context_length"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"{path} does not say the model's context length: {error!r}",
+            fix="run `nmexport export --force`",
+        ) from error
+    return length

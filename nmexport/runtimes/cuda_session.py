@@ -14,48 +14,70 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 
 import onnxruntime
 from nmexport.errors import ArtifactError
+from nmexport.runtimes.engine import read_engine
 from nmexport.runtimes.feeds import float32_from
-from nmexport.runtimes.session import Closing, Limits
+from nmexport.runtimes.onnxruntime_session import (
+    EXTERNAL_DATA_FOLDER,
+    NUMPY_TYPES,
+    ONNX_TYPES,
+    RUNTIME,
+    engine_library,
+    open_session,
+    session_options,
+)
+from nmexport.runtimes.session import Limits, Session
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
 _BUCKET = 512
 """Capacities are this times a power of two: few shapes, few graphs, and growth is rare."""
 _NO_GRAPH = "-1"
-_ELEMENT_TYPES = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}
-_NUMPY_TYPES: dict[str, np.dtype[Any]] = {
-    "tensor(float)": np.dtype(np.float32),
-    "tensor(float16)": np.dtype(np.float16),
-    "tensor(bfloat16)": np.dtype(np.uint16),  # the bits: NumPy has no such type
-}
 
 Device = Literal["cuda", "cpu"]
 
 
 @dataclass(eq=False)
 class _Buffers:
-    """Device memory of one batch of sequences, and the decode step that is bound to it."""
+    """Device memory of one batch of sequences."""
 
     batch: int
     capacity: int
     """Tokens of a sequence."""
     values: tuple[Any, ...]
     """One OrtValue `[B, H, capacity, D]` for each past input."""
-    step: _Step | None = None
+
+
+@dataclass(eq=False)
+class _Lease:
+    """Holds buffers until the last cache that uses them is dropped."""
+
+    buffers: _Buffers
+    tip: weakref.ref[DeviceCache] | None = None
+    """The cache that was written last; None once nobody holds it."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DeviceCache:
+    """The first `lengths` tokens in some buffers; what goes on from it is written behind its end."""
+
+    lease: _Lease
+    lengths: NDArray[np.int32]
+    """Tokens of each sequence `[B]`."""
 
 
 @dataclass(frozen=True)
 class _Fed:
-    """What a run reads beside caches, on the device."""
+    """What a run reads besides caches, on the device."""
 
     ids: Any
     """`[B, S]`."""
@@ -74,26 +96,6 @@ class _Step:
     fed: _Fed
     logits: Any
     """`[B, 1, V]`."""
-
-
-@dataclass(eq=False)
-class _Lease:
-    """Holds buffers until the last cache that uses them is dropped."""
-
-    buffers: _Buffers
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeviceCache:
-    """The first `lengths` tokens in some buffers.
-
-    A cache stays valid while others that go on from it write behind its end. Two that go on from
-    the same one overwrite each other.
-    """
-
-    lease: _Lease
-    lengths: NDArray[np.int32]
-    """Tokens of each sequence `[B]`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,13 +123,11 @@ class _Pool:
         return waiting.pop() if waiting else None
 
 
-class CudaSession(Closing):
-    """A model with its KV cache in place; implements `runtimes.session.Session`.
+class CudaSession(Session):
+    """A model with its KV cache in place; implements `runtimes.session.Session`."""
 
-    Not shared between threads.
-    """
-
-    threads: int | None = None
+    exposes_cache = True
+    runtime = RUNTIME
 
     def __init__(
         self,
@@ -135,7 +135,6 @@ class CudaSession(Closing):
         *,
         positions: int,
         device: Device = "cuda",
-        runtime: str = f"onnxruntime {onnxruntime.__version__}",
     ) -> None:
         """Take over an open session.
 
@@ -144,135 +143,145 @@ class CudaSession(Closing):
                 device is `cuda`.
             positions: Tokens of a sequence that its rotary tables cover.
             device: `cpu` computes the same without a GPU, for tests.
-            runtime: What runs the model, as reports name it.
         """
         self._session: onnxruntime.InferenceSession | None = session
         self._device = device
+        self._positions = positions
         self._slots = _slots_of(session)
         logits = {value.name: value for value in session.get_outputs()}["logits"]
         self._logits_type: str = logits.type
-        self._state: DeviceCache | None = None
+        self._vocabulary_size: int = logits.shape[2]
         self._pool = _Pool()
+        self._steps: weakref.WeakKeyDictionary[_Buffers, _Step] = weakref.WeakKeyDictionary()
         self._graphs = 0
-        self._positions = positions
-        self.runtime = runtime
-        self.vocabulary_size: int = logits.shape[2]
-        self.limits = Limits(tokens=positions)
+
+    @classmethod
+    def from_engine(cls, path: Path, *, dense: bool = False) -> Self:
+        """Open the graphs for CUDA that `engine.json` names.
+
+        Args:
+            path: `engine.json`, or the folder that holds it.
+            dense: Open the dense baseline in place of the sparse model.
+
+        Raises:
+            ArtifactError: see `read_engine`, `engine_library`.
+            EnvironmentFault: if the native library is missing here, or CUDA does not work.
+        """
+        engine = read_engine(path)
+        cuda = engine.cuda
+        model = None if cuda is None else cuda.dense_model if dense else cuda.model
+        weights = engine.dense_model if dense else engine.model
+        if cuda is None or model is None or weights is None:
+            raise ArtifactError(
+                f"{path} has no {'dense' if dense else 'sparse'} graph for CUDA.",
+                fix="run `nmexport engine --force engine`",
+            )
+        options = session_options(
+            library=engine_library(engine),
+            threads=engine.threads,
+            config={**engine.session_config, EXTERNAL_DATA_FOLDER: str(weights.parent)},
+        )
+        session = open_session(model.read_bytes(), options, "cuda", records_graphs=True)
+        return cls(session, positions=cuda.positions)
 
     @property
-    def element_type(self) -> np.dtype[Any]:
-        """T: the type of activations."""
-        if self._logits_type == "tensor(bfloat16)":
-            import ml_dtypes  # which a server does without
+    def vocabulary_size(self) -> int:
+        """Width of the logits."""
+        return self._vocabulary_size
 
-            bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
-            return bfloat16
-        return _NUMPY_TYPES[self._logits_type]
+    @property
+    def limits(self) -> Limits:
+        """As many tokens as the rotary tables cover."""
+        return Limits(tokens=self._positions)
 
     @property
     def cache_bytes_per_token(self) -> int:
         """What one token of one sequence takes in a cache."""
         return sum(
-            slot.heads * slot.head_dim * _NUMPY_TYPES[slot.type].itemsize for slot in self._slots
+            slot.heads * slot.head_dim * NUMPY_TYPES[slot.type].itemsize for slot in self._slots
         )
 
-    @property
-    def state(self) -> DeviceCache:
-        """The cache as it stands; see `DeviceCache` for how long.
+    def keep(self, cache: DeviceCache) -> DeviceCache:
+        """See `Session`."""
+        return cache
 
-        Raises:
-            RuntimeError: if nothing has run yet.
-        """
-        if self._state is None:
-            raise RuntimeError("decode_step or state before the first prefill")
-        return self._state
-
-    def restore(self, state: DeviceCache) -> None:
-        """Continue from a state that a session of this architecture gave before."""
-        self._state = state
-
-    def prefill(
-        self,
-        input_ids: NDArray[np.int64],
-        attention_mask: NDArray[np.int64] | None = None,
-        *,
-        last_only: bool = False,
-    ) -> NDArray[np.float32]:
-        """Drop the cache, run whole prompts, and return logits `[B, S, V]`.
-
-        Args:
-            input_ids: Token ids `[B, S]`, shorter prompts padded on the left.
-            attention_mask: 1 for a token, 0 for padding, `[B, S]`; None is all tokens.
-            last_only: Return the last token's logits `[B, 1, V]`.
-        """
-        self._state = None
-        batch, length = input_ids.shape
-        counts = np.full(batch, length) if attention_mask is None else attention_mask.sum(axis=1)
-        rows = [row[length - count :] for row, count in zip(input_ids, counts, strict=True)]
-        is_ragged = bool((counts != length).any())
-        logits, self._state = self._run(rows, None, last_only=last_only and not is_ragged)
-        if is_ragged:  # the session pads on the right
-            for row, count in zip(logits, counts, strict=True):
-                row[length - count :] = row[:count].copy()
-            logits = logits[:, -1:] if last_only else logits
-        return logits
-
-    def decode_step(self, input_ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Run one more token a sequence, `[B, 1]`, on the cache, and return logits `[B, 1, V]`."""
-        logits, self._state = self._run(list(input_ids), self.state)
-        return logits
+    def cache_values(self, cache: DeviceCache) -> Iterator[tuple[str, NDArray[np.float32]]]:
+        """See `Session`."""
+        length = int(cache.lengths.max())
+        for slot, value in zip(self._slots, cache.lease.buffers.values, strict=True):
+            elements = value.numpy()[:, :, :length]
+            yield slot.present, float32_from(elements, is_bfloat16=_is_bfloat16(slot.type))
 
     def extend(
-        self, cache: DeviceCache | None, input_ids: NDArray[np.int64], *, last_only: bool = False
+        self,
+        cache: DeviceCache | None,
+        input_ids: NDArray[np.int64],
+        new_mask: NDArray[np.int64] | None = None,
     ) -> tuple[NDArray[np.float32], DeviceCache]:
-        """Run tokens `[1, S]` of one sequence on its own cache; see `runtimes.session.Extendable`.
+        """See `Session`.
 
-        The session's own cache, `state`, is left as it was.
+        Args:
+            cache: The cache, or None.
+            input_ids: Token ids `[B, S]`, shorter prompts padded on the left.
+            new_mask: 1 for a token, 0 for padding, `[B, S]`; None is all tokens.
         """
-        return self._run(list(input_ids), cache, last_only=last_only)
+        if new_mask is None or new_mask.all():
+            return self._run(cache, input_ids, np.full(len(input_ids), input_ids.shape[1]))
+        # The runtime pads on the right.
+        length = input_ids.shape[1]
+        counts = new_mask.sum(axis=1)
+        rows = np.stack(
+            [np.roll(row, count - length) for row, count in zip(input_ids, counts, strict=True)]
+        )
+        logits, extended = self._run(cache, rows, counts)
+        turned = [
+            np.roll(row, length - count, 0) for row, count in zip(logits, counts, strict=True)
+        ]
+        return np.stack(turned), extended
 
-    def cache_values(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
-        """Keys and values `[B, H, P, D]` under their outputs' names, layer by layer."""
-        length = int(self.state.lengths.max())
-        for slot, value in zip(self._slots, self.state.lease.buffers.values, strict=True):
-            elements = value.numpy()[:, :, :length]
-            yield slot.present, float32_from(elements, is_bfloat16=slot.type.endswith("bfloat16)"))
+    def extend_last(
+        self, cache: DeviceCache | None, input_ids: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], DeviceCache]:
+        """See `Session`; the other tokens' logits are not computed."""
+        counts = np.full(len(input_ids), input_ids.shape[1])
+        return self._run(cache, input_ids, counts, last_only=True)
 
     def close(self) -> None:
         """Free the model and its caches."""
-        self._state = None
+        self.cache = None
         self._pool.free.clear()
+        self._steps.clear()
         self._session = None
 
     def _run(
         self,
-        rows: Sequence[NDArray[np.int64]],
         cache: DeviceCache | None,
+        ids: NDArray[np.int64],
+        counts: NDArray[Any],
         *,
         last_only: bool = False,
     ) -> tuple[NDArray[np.float32], DeviceCache]:
-        """Run the rows' tokens after those in the cache; shorter rows get garbage at their end."""
-        counts = np.array([len(row) for row in rows], np.int32)
-        before = np.zeros(len(rows), np.int32) if cache is None else cache.lengths
-        lengths = before + counts
-        lease = self._lease_for(cache, len(rows), int(lengths.max()))
-        ids = np.zeros((len(rows), int(counts.max())), np.int64)
-        for target, row in zip(ids, rows, strict=True):
-            target[: len(row)] = row
+        """Run the first `counts` of each row's tokens after those in the cache."""
+        before = 0 if cache is None else cache.lengths
+        lengths = (before + counts).astype(np.int32)
+        # A padded row's garbage needs room too.
+        needed = int((before + np.full_like(counts, ids.shape[1])).max())
+        lease = self._lease_for(cache, len(ids), needed)
         if ids.shape[1] == 1:
             logits = self._decode(lease.buffers, ids, lengths - 1)
         else:
             logits = self._prompt(lease.buffers, ids, lengths - 1, last_only=last_only)
-        result = float32_from(logits, is_bfloat16=self._logits_type.endswith("bfloat16)"))
-        return result, DeviceCache(lease=lease, lengths=lengths)
+        extended = DeviceCache(lease=lease, lengths=lengths)
+        lease.tip = weakref.ref(extended)
+        return float32_from(logits, is_bfloat16=_is_bfloat16(self._logits_type)), extended
 
     def _decode(
         self, buffers: _Buffers, ids: NDArray[np.int64], last: NDArray[np.int32]
     ) -> NDArray[Any]:
-        if buffers.step is None:
-            buffers.step = self._bound_step(buffers)
-        step = buffers.step
-        step.fed.ids.update_inplace(ids)
+        step = self._steps.get(buffers)
+        if step is None:
+            step = self._steps[buffers] = self._bound_step(buffers)
+        step.fed.ids.update_inplace(np.ascontiguousarray(ids))
         step.fed.last.update_inplace(last)
         self._open.run_with_iobinding(step.binding, step.options)
         logits: NDArray[Any] = step.logits.numpy()
@@ -281,7 +290,6 @@ class CudaSession(Closing):
     def _bound_step(self, buffers: _Buffers) -> _Step:
         """Bind a decode step to buffers for good; the runtime records it in its first runs."""
         shape = [buffers.batch, 1, self.vocabulary_size]
-        kind = _ELEMENT_TYPES[self._logits_type]
         options = onnxruntime.RunOptions()
         if self._device == "cuda":
             self._graphs += 1
@@ -294,10 +302,11 @@ class CudaSession(Closing):
                 self._on_device(np.zeros(buffers.batch, np.int32)),
                 self._on_device(np.zeros(1, np.int64)),
             ),
-            logits=self._on_device(np.zeros(shape, _NUMPY_TYPES[self._logits_type])),
+            logits=self._on_device(np.zeros(shape, NUMPY_TYPES[self._logits_type])),
         )
         # The graph is replayed at every length up to the capacity, so that is the bound it gets.
         self._bind(step.binding, buffers, step.fed, buffers.capacity)
+        kind = ONNX_TYPES[self._logits_type]
         step.binding.bind_output("logits", self._device, 0, kind, shape, step.logits.data_ptr())
         return step
 
@@ -312,12 +321,12 @@ class CudaSession(Closing):
         length = ids.shape[1]
         places = np.arange(length - 1 if last_only else 0, length, dtype=np.int64)
         binding = self._open.io_binding()
-        fed = _Fed(*(self._on_device(array) for array in (ids, last, places)))
+        fed = _Fed(*(self._on_device(np.ascontiguousarray(array)) for array in (ids, last, places)))
         self._bind(binding, buffers, fed, int(last.max()) + 1)
         logits = np.empty(
-            (len(ids), len(places), self.vocabulary_size), _NUMPY_TYPES[self._logits_type]
+            (len(ids), len(places), self.vocabulary_size), NUMPY_TYPES[self._logits_type]
         )
-        kind = _ELEMENT_TYPES[self._logits_type]
+        kind = ONNX_TYPES[self._logits_type]
         binding.bind_output("logits", "cpu", 0, kind, list(logits.shape), logits.ctypes.data)
         options = onnxruntime.RunOptions()
         if self._device == "cuda":
@@ -340,7 +349,7 @@ class CudaSession(Closing):
             binding.bind_ortvalue_input(name, value)
         for slot, value in zip(self._slots, buffers.values, strict=True):
             # By address: a buffer of bfloat16 is one of 16-bit integers to NumPy and OrtValue.
-            place = (self._device, 0, _ELEMENT_TYPES[slot.type], value.shape(), value.data_ptr())
+            place = (self._device, 0, ONNX_TYPES[slot.type], value.shape(), value.data_ptr())
             binding.bind_input(slot.past, *place)
             binding.bind_output(slot.present, *place)
 
@@ -362,35 +371,30 @@ class CudaSession(Closing):
                 allowed=f"up to {self._positions} tokens, prompt and answer together",
             )
         if cache is None:
-            return self._lease(self._fresh_buffers(batch, self._capacity_for(length)))
+            return self._lease(self._fresh_buffers(batch, _capacity_for(length)))
         held = cache.lease.buffers
-        if length <= held.capacity:
+        tip = cache.lease.tip() if cache.lease.tip else None
+        if length <= held.capacity and (tip is None or tip is cache):
             return cache.lease
-        larger = self._fresh_buffers(batch, self._capacity_for(length))
-        for old, new in zip(held.values, larger.values, strict=True):
+        # Full, or somebody still holds a cache that went on from this one.
+        copied = self._fresh_buffers(batch, _capacity_for(max(length, held.capacity)))
+        for old, new in zip(held.values, copied.values, strict=True):
             # By way of the host: a few milliseconds each time that a text doubles.
             room = new.numpy()
             room[:, :, : held.capacity] = old.numpy()
             new.update_inplace(room)
-        return self._lease(larger)
-
-    def _capacity_for(self, length: int) -> int:
-        capacity = _BUCKET
-        while capacity < length:
-            capacity *= 2
-        return capacity
+        return self._lease(copied)
 
     def _fresh_buffers(self, batch: int, capacity: int) -> _Buffers:
         waiting = self._pool.take(batch, capacity)
         if waiting is not None:
             return waiting
-        values = tuple(self._zeros(slot, batch, capacity) for slot in self._slots)
-        return _Buffers(batch, capacity, values)
-
-    def _zeros(self, slot: _Slot, batch: int, capacity: int) -> Any:
-        """Zeros, since what an attention kernel reads behind the end must at least be finite."""
-        zeros = np.zeros((batch, slot.heads, capacity, slot.head_dim), _NUMPY_TYPES[slot.type])
-        return self._on_device(zeros)
+        # Zeros, since what an attention kernel reads behind the end must at least be finite.
+        shapes = [(slot, (batch, slot.heads, capacity, slot.head_dim)) for slot in self._slots]
+        values = [
+            self._on_device(np.zeros(shape, NUMPY_TYPES[slot.type])) for slot, shape in shapes
+        ]
+        return _Buffers(batch, capacity, tuple(values))
 
     def _on_device(self, array: NDArray[Any]) -> Any:
         return onnxruntime.OrtValue.ortvalue_from_numpy(array, self._device)
@@ -400,6 +404,17 @@ class CudaSession(Closing):
         lease = _Lease(buffers)
         weakref.finalize(lease, self._pool.put, buffers)
         return lease
+
+
+def _capacity_for(length: int) -> int:
+    capacity = _BUCKET
+    while capacity < length:
+        capacity *= 2
+    return capacity
+
+
+def _is_bfloat16(name: str) -> bool:
+    return name == "tensor(bfloat16)"
 
 
 def _slots_of(session: onnxruntime.InferenceSession) -> tuple[_Slot, ...]:
