@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from nmexport.allocation.allocate import prepare
-from nmexport.allocation.costs import before_learning
+from nmexport.allocation.costs import Problem, before_learning
 from nmexport.allocation.probe import spread_windows
 from nmexport.calibration.forward_passes import gather_channel_statistics
 from nmexport.calibration.method import constants_of
@@ -50,17 +50,18 @@ def run(tiny_llama: Path) -> Callable[..., Allocation]:
         **section: Any,
     ) -> Allocation:
         whole = {"windows": 2, "length": 32, "front": [0.3], "cost": FREE, **section}
-        return prepare(
-            model,
-            linears,
-            SAMPLES,
+        problem = Problem(
+            model=model,
+            linears=linears,
+            samples=SAMPLES,
             sparsity=SparsitySection.model_validate_json(json.dumps({**METHOD, **(method or {})})),
             section=AllocationSection.model_validate_json(json.dumps({"budget": budget, **whole})),
             constants_for=constants_for,
             element_bytes=4,
             weights=weights,
             progress=Silent(),
-        ).allocation()
+        )
+        return prepare(problem).allocation()
 
     return allocated
 

@@ -386,12 +386,12 @@ def test_what_learning_wins_back_is_spent_where_it_counts(
     assert counted is not None
     assert counted.built is not None
     assert plain.built.kl < plain.kl
-    assert counted.kl > plain.kl  # before learning it breaks the budget
+    assert counted.kl > plain.kl  # before learning it exceeds the budget
     assert counted.built.kl <= 0.02
     assert counted.decode_speedup > plain.decode_speedup
 
 
-@pytest.mark.parametrize(("used", "said"), [(0.4, "1.100 as built"), (1.2, "breaks the budget")])
+@pytest.mark.parametrize(("used", "said"), [(0.4, "1.100 as built"), (1.2, "exceeds the budget")])
 def test_what_became_of_a_choice_is_said(used: float, said: str) -> None:
     allocation = replace(
         sample_allocation(), built=Built(kl=0.1, perplexity_ratio=1.1, budget_used=used)

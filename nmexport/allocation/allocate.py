@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from nmexport.allocation import costs, ledger
+from nmexport.allocation import ledger
 from nmexport.allocation.built import BuiltLinear, errors_as_built
-from nmexport.allocation.probe import Probe, spread_windows
+from nmexport.allocation.costs import check_candidates, cost_model, measure_sites
+from nmexport.allocation.probe import Probe
 from nmexport.allocation.study import (
     choose,
     front_points,
@@ -26,12 +27,9 @@ from nmexport.store.allocation import Allocation, Built, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from torch import nn
-
+    from nmexport.allocation.costs import Problem
     from nmexport.allocation.study import Study
     from nmexport.calibration.checkpoint import Checkpoint
-    from nmexport.progress import Progress
-    from nmexport.recipe import AllocationSection, SparsitySection
     from nmexport.sparsity.linear import Behaviour
     from nmexport.store.allocation import FrontPoint
 
@@ -51,32 +49,11 @@ _PROMPT = (
 )
 
 
-def prepare(
-    model: Any,
-    linears: Mapping[str, nn.Linear],
-    samples: torch.Tensor,
-    *,
-    sparsity: SparsitySection,
-    section: AllocationSection,
-    constants_for: costs.ConstantsFor,
-    element_bytes: int,
-    weights: str = "float",
-    progress: Progress,
-    checkpoint: Checkpoint | None = None,
-) -> Prepared:
+def prepare(problem: Problem, checkpoint: Checkpoint | None = None) -> Prepared:
     """Measure every site and the Pareto front: all that a choice stands on.
 
     Args:
-        model: A dense Hugging Face causal language model in evaluation mode; left as it is.
-        linears: The targeted linears, by name, in model order.
-        samples: `[N, L]` int64 token ids of calibration text; one half of them serves to measure
-            sites alone, the other to measure joint models.
-        sparsity: The recipe's method: mitigations, grouping, and whatever the section leaves open.
-        section: Budget, candidates, cost model.
-        constants_for: Calibrated constants of a site under a method.
-        element_bytes: Size of an exported weight that stays dense.
-        weights: How sparse ones are stored, as `nmexport.sparsity.quantisation.FORMS` says.
-        progress: Counts what is done.
+        problem: Model, candidates and text.
         checkpoint: Where the trials of sites, the long part, go on from and save to.
 
     Raises:
@@ -84,21 +61,13 @@ def prepare(
         PatternError: if no candidate fits any linear.
         ModelError: if the dense model's predictions are not finite.
     """
-    costs.check_candidates(sparsity, section)
-    problem = costs.Problem(
-        model=model,
-        linears=linears,
-        method=costs.before_learning(sparsity),
-        section=section,
-        windows=spread_windows(samples, section.windows, section.length, part=0),
-        held_out=spread_windows(samples, section.windows, section.length, part=1),
-        constants_for=constants_for,
-        progress=progress,
-    )
+    check_candidates(problem)
+    section, progress = problem.section, problem.progress
+    sites = input_sites(problem.model, problem.linears, problem.samples[0])
     study = study_of(
-        costs.measure_sites(problem, input_sites(model, linears, samples[0]), checkpoint),
-        costs.cost_model(problem, element_bytes=element_bytes, weights=weights),
-        Probe(model, problem.held_out, prompt=problem.prompt),
+        measure_sites(problem, sites, checkpoint),
+        cost_model(problem),
+        Probe(problem.model, problem.held_out, prompt=problem.prompt),
         prefill_weight=section.cost.prefill_weight,
     )
     uniform = uniform_points(study, progress)
@@ -109,7 +78,7 @@ def prepare(
 class Prepared:
     """Everything measured; choices cost no more than the joint models they try."""
 
-    problem: costs.Problem
+    problem: Problem
     study: Study
     points: tuple[FrontPoint, ...]
 
@@ -192,7 +161,7 @@ class Prepared:
         )
 
 
-def _protocol(problem: costs.Problem, study: Study) -> Protocol:
+def _protocol(problem: Problem, study: Study) -> Protocol:
     windows, held_out = len(problem.windows), len(problem.held_out)
     length, prompt = problem.windows.shape[1], problem.prompt
     words = PROTOCOL.format(windows=windows, length=length, held_out=held_out)

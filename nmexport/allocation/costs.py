@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from nmexport.allocation.probe import Movement, Probe, SparseInput, measure_alone
+from nmexport.allocation.probe import Movement, Probe, SparseInput, measure_alone, spread_windows
 from nmexport.calibration.forward_passes import _forward, _hooked
 from nmexport.calibration.local_error import ErrorObserver, observe_error
 from nmexport.calibration.method import behaviour_of, needs_static_variance
@@ -44,23 +45,42 @@ _SCALE_BYTES = 4  # float32, beside weights of one byte
 _LEAST_SQUARE = 1e-12
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Problem:
     """A dense model, what its linears may become, and the text that tells what it costs."""
 
     model: Any
-    """A Hugging Face causal language model in evaluation mode."""
+    """A Hugging Face causal language model in evaluation mode; it is left as it is."""
     linears: Mapping[str, nn.Linear]
     """The targets by name, in model order."""
-    method: SparsitySection
-    """The method of trials: see `before_learning`."""
+    samples: torch.Tensor
+    """`[N, L]` int64 token ids of calibration text: one half of them to try sites alone, the other
+    to run joint models."""
+    sparsity: SparsitySection
+    """The recipe's method: mitigations, grouping, and whatever the section leaves open."""
     section: AllocationSection
-    windows: torch.Tensor
-    """`[W, L]` token ids on which sites are tried alone."""
-    held_out: torch.Tensor
-    """`[W, L]` token ids on which joint models are run."""
+    """Budget, candidates, cost model."""
     constants_for: ConstantsFor
+    element_bytes: int
+    """Size of an exported weight that stays dense."""
+    weights: str = "float"
+    """How sparse ones are stored, as `nmexport.sparsity.quantisation.FORMS` says."""
     progress: Progress
+
+    @cached_property
+    def method(self) -> SparsitySection:
+        """The method of trials."""
+        return before_learning(self.sparsity)
+
+    @cached_property
+    def windows(self) -> torch.Tensor:
+        """`[W, L]` token ids on which sites are tried alone."""
+        return spread_windows(self.samples, self.section.windows, self.section.length, part=0)
+
+    @cached_property
+    def held_out(self) -> torch.Tensor:
+        """`[W, L]` token ids on which joint models are run."""
+        return spread_windows(self.samples, self.section.windows, self.section.length, part=1)
 
     @property
     def prompt(self) -> int:
@@ -88,15 +108,16 @@ class Variant:
 Variants = dict["Site", dict[Choice, Variant]]
 
 
-def check_candidates(sparsity: SparsitySection, section: AllocationSection) -> None:
+def check_candidates(problem: Problem) -> None:
     """Refuse what cannot be folded or tried, before anything runs.
 
     Raises:
         RecipeError: if a mitigation does not go with one of the phases, or with a budget.
     """
-    check_allocatable(sparsity.mitigations)
-    for phase in phases_of(sparsity, section):
-        check_combination(sparsity.mitigations, phase)
+    mitigations = problem.sparsity.mitigations
+    check_allocatable(mitigations)
+    for phase in phases_of(problem.sparsity, problem.section):
+        check_combination(mitigations, phase)
 
 
 def phases_of(sparsity: SparsitySection, section: AllocationSection) -> Sequence[Phases]:
@@ -353,7 +374,7 @@ class CostModel(CostConstants):
         return self.other_bytes / self.bytes_per_second + self.rest_seconds
 
 
-def cost_model(problem: Problem, *, element_bytes: int, weights: str) -> CostModel:
+def cost_model(problem: Problem) -> CostModel:
     """Take the section's constants, and count the weights outside of the targeted linears."""
     model, constants = problem.model, problem.section.cost
     targeted = {id(linear.weight) for linear in problem.linears.values()}
@@ -370,8 +391,8 @@ def cost_model(problem: Problem, *, element_bytes: int, weights: str) -> CostMod
         bytes_per_second=constants.gigabytes_per_second * 1e9,
         dense_overhead_seconds=constants.dense_overhead_us * 1e-6,
         sparse_overhead_seconds=constants.sparse_overhead_us * 1e-6,
-        element_bytes=element_bytes,
-        sparse_weights=weights,
-        other_bytes=other * element_bytes,
+        element_bytes=problem.element_bytes,
+        sparse_weights=problem.weights,
+        other_bytes=other * problem.element_bytes,
         rest_seconds=constants.layer_overhead_us * 1e-6 * _decoder_layers(model)[1],
     )

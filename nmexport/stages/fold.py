@@ -288,6 +288,7 @@ def _prepared(given: _Given) -> Prepared | None:
     import torch
 
     from nmexport.allocation.allocate import prepare
+    from nmexport.allocation.costs import Problem
     from nmexport.calibration.derivation import site_constants
 
     recipe = given.inputs.recipe
@@ -297,18 +298,18 @@ def _prepared(given: _Given) -> Prepared | None:
     def constants_for(site: Site, method: SparsitySection) -> Constants:
         return site_constants(site, given.linears, given.statistics, method, seed=recipe.seed)
 
-    return prepare(
-        given.model,
-        given.linears,
-        given.samples,
+    problem = Problem(
+        model=given.model,
+        linears=given.linears,
+        samples=given.samples,
         sparsity=recipe.sparsity,
         section=recipe.allocation,
         constants_for=constants_for,
         element_bytes=getattr(torch, recipe.model.dtype).itemsize,
         weights=recipe.model.weights,
         progress=given.inputs.progress,
-        checkpoint=_checkpoint(given, "allocation"),
     )
+    return prepare(problem, _checkpoint(given, "allocation"))
 
 
 def _sections(given: _Given, allocation: Allocation) -> dict[str, SparsitySection]:
