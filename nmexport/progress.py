@@ -64,15 +64,17 @@ class Lines:
         size = total if total is not None else length_of(items)
         began = said = self._clock()
         count = 0
-        for count, item in enumerate(items, start=1):
-            yield item
-            now = self._clock()
-            if now - said >= self._every and count != size:
-                self.note(f"{label}: {_counted(count, size)}{_eta(now - began, count, size)}")
-                said = now
-        seconds = self._clock() - began
-        if seconds >= 1:  # what took no time is not worth a line
-            self.note(f"{label}: {_counted(count, size)} in {duration(seconds)}, {_peak()}")
+        try:
+            for count, item in enumerate(items, start=1):
+                yield item
+                now = self._clock()
+                if now - said >= self._every and count != size:
+                    self.note(f"{label}: {_counted(count, size)}{_eta(now - began, count, size)}")
+                    said = now
+        finally:  # whoever stops early, because there is no more to do, has a last line too
+            seconds = self._clock() - began
+            if seconds >= 1:  # what took no time is not worth a line
+                self.note(f"{label}: {_counted(count, size)} in {duration(seconds)}, {_peak()}")
 
     def note(self, message: str) -> None:
         """Write the line."""
@@ -134,6 +136,15 @@ class Bars:
 def on_stream(stream: TextIO) -> Progress:
     """Bars on a terminal, lines elsewhere."""
     return Bars(stream) if stream.isatty() else Lines(stream)
+
+
+@contextmanager
+def busy(progress: Progress, label: str) -> Iterator[None]:
+    """Show one long step that cannot be counted: that it runs, and then how long it took."""
+    step = iter(progress.track(range(1), label=label, total=1))
+    next(step, None)
+    yield
+    next(step, None)  # past the end: a bar closes once it is asked for more
 
 
 def length_of(items: object) -> int | None:

@@ -81,11 +81,20 @@ def test_prompts_of_different_lengths(exported: Exported) -> None:
     prompts, mask = tokens(3, 20), np.ones((3, 20), np.int64)
     mask[1, :7] = mask[2, :15] = 0
     with opened(exported.model) as rewritten_session, OrtSession(exported.model) as session:
-        got, wanted = rewritten_session.prefill(prompts, mask), session.prefill(prompts, mask)
+        got, cache = rewritten_session.extend(None, prompts, mask)
+        wanted, wanted_cache = session.extend(None, prompts, mask)
         assert_close(got[mask == 1], wanted[mask == 1])
-        assert_close(rewritten_session.prefill(prompts, mask, last_only=True)[:, 0], wanted[:, -1])
         step = tokens(3, 1, seed=2)
-        assert_close(rewritten_session.decode_step(step), session.decode_step(step))
+        assert_close(
+            rewritten_session.extend(cache, step)[0], session.extend(wanted_cache, step)[0]
+        )
+
+
+def test_last_logits_alone_are_those_of_the_whole_prompt(exported: Exported) -> None:
+    prompt = tokens(2, 20)
+    with opened(exported.model) as session:
+        last, _ = session.extend_last(None, prompt)
+        assert_close(last, session.prefill(prompt)[:, -1:])
 
 
 def test_a_layer_is_eight_nodes(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from nmexport.environment import free_memory
 from nmexport.errors import ArtifactError, EnvironmentFault, RequestError, ServerBusyError
+from nmexport.generation.context import context_length
 from nmexport.generation.defaults import generation_defaults
 from nmexport.generation.options import NAMES, GenerationOptions, options_from
-from nmexport.models.genai_config import context_length
 from nmexport.runtimes.engine import EngineTensor, PluginRecord, TensorRTEngine, write_engine
 from nmexport.serving import bundle as bundles
 from nmexport.serving import repository, triton_config

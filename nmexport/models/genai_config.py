@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
-from nmexport.errors import ArtifactError
+from nmexport.models.context import context_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from transformers import GenerationConfig, PreTrainedConfig
 
     from nmexport.models.tracing import CacheShape
+
+_ENDLESS = 1 << 17  # tokens: the context of a model whose positions have no end
 
 
 def genai_config(
@@ -53,9 +53,10 @@ def genai_config(
         "num_hidden_layers": len(shapes),
         "num_key_value_heads": shapes[0].heads,
     }
+    context = context_of(config) or _ENDLESS
     model = {
         "bos_token_id": text.bos_token_id,
-        "context_length": text.max_position_embeddings,
+        "context_length": context,
         "decoder": decoder,
         "eos_token_id": _end_tokens(text.eos_token_id, generation),
         "pad_token_id": _pad_token(text, generation),
@@ -63,7 +64,7 @@ def genai_config(
         "vocab_size": text.vocab_size,
     }
     known = {key: value for key, value in model.items() if value is not None}
-    return {"model": known, "search": _search(generation, text.max_position_embeddings)}
+    return {"model": known, "search": _search(generation, context)}
 
 
 def _end_tokens(of_config: int | list[int] | None, generation: GenerationConfig | None) -> Any:
@@ -99,20 +100,3 @@ def _search(generation: GenerationConfig | None, context_length: int) -> dict[st
 def _or_default(generation: GenerationConfig | None, name: str, default: float) -> Any:
     value = None if generation is None else getattr(generation, name, None)
     return default if value is None else value
-
-
-def context_length(folder: Path) -> int:
-    """Read how many tokens an exported model was made for.
-
-    Raises:
-        ArtifactError: if the export does not say.
-    """
-    path = folder / "genai_config.json"
-    try:
-        length: int = json.loads(path.read_text(encoding="utf-8"))["model"]["context_length"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(
-            f"{path} does not say the model's context length: {error!r}",
-            fix="run `nmexport export --force`",
-        ) from error
-    return length

@@ -68,7 +68,7 @@ class _Lease:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DeviceCache:
-    """The first `lengths` tokens in some buffers; what goes on from it is written behind its end."""
+    """The first `lengths` tokens in some buffers; runs that go on from it write behind."""
 
     lease: _Lease
     lengths: NDArray[np.int32]
@@ -285,7 +285,7 @@ class CudaSession(Session):
         step.fed.last.update_inplace(last)
         self._open.run_with_iobinding(step.binding, step.options)
         logits: NDArray[Any] = step.logits.numpy()
-        return logits
+        return logits.copy()  # on a CPU that was a view of what the next step overwrites
 
     def _bound_step(self, buffers: _Buffers) -> _Step:
         """Bind a decode step to buffers for good; the runtime records it in its first runs."""

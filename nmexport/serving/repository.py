@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nmexport.environment import probe
+from nmexport.generation.context import context_length, length_switch
 from nmexport.generation.defaults import end_tokens, generation_defaults
 from nmexport.generation.tokenizer import Tokenizer
-from nmexport.models.genai_config import context_length
 from nmexport.runtimes.engine import Engine, write_engine
 from nmexport.runtimes.opening import open_on_onnxruntime
 from nmexport.serving import bundle as bundles
@@ -103,7 +103,7 @@ def write_text_model(output: Path, source: TextModel) -> Path:
         model=source.model,
         pattern=source.pattern,
         verdict=source.verdict,
-        context_tokens=context_length(folder),
+        context_tokens=_served_context(folder),
         end_tokens=end_tokens(folder, tokenizer),
         defaults=generation_defaults(folder),
         reference_tokens=tokens,
@@ -181,6 +181,11 @@ def write_words(
     (output / LAUNCH).chmod(0o755)
     lines = [f"{record.sha256}  {record.path}\n" for record in record_files(output)]
     (output / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def _served_context(folder: Path) -> int:
+    """Tokens that a request may have: prompts come in chunks, so all on one set of frequencies."""
+    return min(context_length(folder), length_switch(folder) or context_length(folder))
 
 
 def _write_cpu_model(folder: Path, *, has_native_ops: bool) -> Path:

@@ -8,7 +8,7 @@ agree is what makes folding right.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from nmexport.sparsity.quantisation import dequantised
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-Phase = Literal["all", "prefill", "decode"]
+    from nmexport.choices import Phase
 
 # Rows a thread below which MKL multiplies in another order: 4 on one thread, 8 on two.
 _LEAST_ROWS = 8

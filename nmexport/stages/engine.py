@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ArtifactError, EnvironmentFault, RecipeError
-from nmexport.models.genai_config import context_length
+from nmexport.generation.context import context_length
 from nmexport.runtimes.engine import (
     SCHEMA,
     CudaGraphs,

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ArtifactError, EnvironmentFault
+from nmexport.graph.versions import IR_VERSION, OPSET
+from nmexport.progress import busy
 from nmexport.stages import fold
 
 if TYPE_CHECKING:
@@ -77,8 +79,6 @@ class Artifact:
 
 def key_fields(inputs: StageInputs) -> dict[str, Any]:
     """The model and what writes it."""
-    from nmexport.graph.functions import IR_VERSION, OPSET
-
     section = inputs.recipe.model
     return {
         "model": inputs.source.digest,
@@ -108,20 +108,23 @@ def run(inputs: StageInputs) -> dict[str, Any]:
 
     section = inputs.recipe.model
     folded = fold.Artifact(inputs.upstream["fold"])
-    opened = open_for_export(inputs.source, dtype=getattr(torch, section.dtype))
+    with busy(inputs.progress, "export: load the model"):
+        opened = open_for_export(inputs.source, dtype=getattr(torch, section.dtype))
     model = opened.model
     inputs.progress.note(f"export: {model.config.model_type}")
     _check_disk(inputs, model, len(folded.layers))
     checked = section.dense_baseline or _has_room(inputs, model, copies=2)
-    metrics = write_models(
-        model,
-        folded.layers,
-        folded.tensors,
-        inputs.output,
-        parameter=opened.parameter,
-        dense_baseline=checked,
-    )
-    metrics["dense_check"] = _check_dense(inputs, model) if checked else unchecked(_NO_ROOM)
+    with busy(inputs.progress, "export: trace and write"):
+        metrics = write_models(
+            model,
+            folded.layers,
+            folded.tensors,
+            inputs.output,
+            parameter=opened.parameter,
+            dense_baseline=checked,
+        )
+    with busy(inputs.progress, "export: hold the dense model against torch"):
+        metrics["dense_check"] = _check_dense(inputs, model) if checked else unchecked(_NO_ROOM)
     if checked and not section.dense_baseline:
         shutil.rmtree(inputs.output / DENSE)
     text = json.dumps(metrics["dense_check"], indent=1) + "\n"

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from nmexport.calibration import corpus
 from nmexport.errors import RecipeError
+from nmexport.models.context import check_lengths
+from nmexport.progress import busy
 from nmexport.runtimes.engine import read_engine
 from nmexport.stages import export, fold
 from nmexport.stages.engine import NO_LIBRARY, resolve_target
@@ -78,11 +80,12 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
     """How it is measured, on what, and where.
 
     Raises:
-        RecipeError: if a gate or task needs the dense baseline, which the recipe leaves out: said
-            before anything runs.
+        RecipeError: if a gate or task needs the dense baseline, which the recipe leaves out, or
+            something is longer than the model's context: said before anything runs.
     """
     recipe, environment = inputs.recipe, inputs.environment
     _check_comparable(recipe)
+    check_lengths(inputs.source, recipe, measured=True)
     return {
         "target": resolve_target(recipe.target),
         "evaluation": recipe.evaluation.model_dump(mode="json", exclude=_NOT_KEYS),
@@ -146,6 +149,13 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     compared = engine.dense_model is not None
     measure = _dense_against_sparse if compared else _sparse_alone
     accuracy, latency = measure(inputs, windows, prompts)
+    with busy(inputs.progress, "verify: memory, each model in a process of its own"):
+        measured = memory.measure_engine(
+            inputs.upstream["engine"] / "engine.json",
+            export=engine.model.parent,
+            prompt_tokens=recipe.latency.prefill_tokens,
+            why_no_dense=None if compared else alone.WHY,
+        )
     compared_parity = {
         **_parity(inputs, engine, prompts),
         "dense": export.Artifact(inputs.upstream["export"]).dense_check,
@@ -160,12 +170,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
         accuracy=accuracy,
         parity=compared_parity,
         latency=latency,
-        memory=memory.measure_engine(
-            inputs.upstream["engine"] / "engine.json",
-            export=engine.model.parent,
-            prompt_tokens=recipe.latency.prefill_tokens,
-            why_no_dense=None if compared else alone.WHY,
-        ),
+        memory=measured,
         notes=[
             *parity.concerns(compared_parity),
             *_notes(engine, why_not_here(inputs.upstream["engine"]), recipe),
@@ -177,7 +182,8 @@ def run(inputs: StageInputs) -> dict[str, Any]:
         phases=_phases(inputs),
     )
     report = judge(report, recipe)
-    report_pages.write(report, inputs.output)
+    with busy(inputs.progress, "verify: write the report"):
+        report_pages.write(report, inputs.output)
     return {
         "verdict": report["verdict"],
         "perplexity_ratio": report["accuracy"]["perplexity_ratio"],
@@ -228,7 +234,8 @@ def _windows(inputs: StageInputs) -> NDArray[np.int64]:
     def self_text(samples: int, length: int, seed: int) -> NDArray[np.int64]:
         from nmexport.calibration.self_text import self_text
 
-        model = load_model(inputs.source, dtype="float32")
+        with busy(inputs.progress, "verify: load the model"):
+            model = load_model(inputs.source, dtype="float32")
         generate = self_text(model, tokenizer, progress=inputs.progress, label="verify: own text")
         return generate(samples, length, seed)
 
@@ -253,10 +260,11 @@ def _dense_against_sparse(
     evaluation, timing = recipe.evaluation, recipe.latency
     prompt, context = latency_tokens(windows, timing)
     phases = _phases(inputs)
-    with (
-        open_session(inputs.upstream["engine"], dense=True, elsewhere=True) as dense,
-        open_session(inputs.upstream["engine"], elsewhere=True) as sparse,
-    ):
+    with contextlib.ExitStack() as stack:
+        with busy(progress, "verify: open the models"):
+            engine = inputs.upstream["engine"]
+            dense = stack.enter_context(open_session(engine, dense=True, elsewhere=True))
+            sparse = stack.enter_context(open_session(engine, elsewhere=True))
         tracked = progress.track(windows, label="verify: perplexity", total=len(windows))
         wanted = _scores_decode_only(inputs)
         late = accuracy.LateLogits(_LOGITS_BYTES if wanted else 0)
@@ -277,7 +285,7 @@ def _dense_against_sparse(
             context=context,
             runs=timing.runs,
             warmup=timing.warmup,
-            device=device_name(inputs.environment, on_gpu=sparse.threads is None),
+            device=device_name(inputs.environment, on_gpu=sparse.on_gpu),
             progress=progress,
         )
     document = {
@@ -312,7 +320,7 @@ def _sparse_alone(
             context=context,
             runs=timing.runs,
             warmup=timing.warmup,
-            device=device_name(inputs.environment, on_gpu=sparse.threads is None),
+            device=device_name(inputs.environment, on_gpu=sparse.on_gpu),
             progress=progress,
         )
     document = {
@@ -412,7 +420,7 @@ def _audit(inputs: StageInputs, engine: Engine, windows: NDArray[np.int64]) -> d
         fold.Artifact(inputs.upstream["fold"]).layers,
         library=engine_library(engine),
         threads=engine.threads,
-        windows=list(inputs.progress.track(counted, label="verify: audit", total=len(counted))),
+        windows=inputs.progress.track(counted, label="verify: audit", total=len(counted)),
         error_window=windows[0, :_ERROR_TOKENS],
     )
 
@@ -431,9 +439,10 @@ def _parity(inputs: StageInputs, engine: Engine, prompts: NDArray[np.int64]) -> 
         executors: dict[str, Session] = {}
         torch_session = None
         if parity.TORCH not in why:
-            torch_session = stack.enter_context(
-                open_folded(inputs.source, inputs.recipe.model, folded)
-            )
+            with busy(inputs.progress, "verify: parity: open the torch model"):
+                torch_session = stack.enter_context(
+                    open_folded(inputs.source, inputs.recipe.model, folded)
+                )
             executors[parity.TORCH] = torch_session.with_twins()
         if parity.ONNX not in why:
             executors[parity.ONNX] = stack.enter_context(
@@ -454,13 +463,13 @@ def _parity(inputs: StageInputs, engine: Engine, prompts: NDArray[np.int64]) -> 
         report = parity.compare(
             executors, prompts, tracked, why_absent=why, twins=parity.TORCH in executors
         )
-        return {
-            **report,
-            "caches": cache_parity.compare_where_possible(
+        with busy(inputs.progress, "verify: parity: caches"):
+            caches = cache_parity.compare_where_possible(
                 executors, (parity.ONNX, parity.ENGINE), why, dtype=dtype
-            ),
-            "linears": _linear_parity(engine, folded, torch_session, prompts[0], why),
-        }
+            )
+        with busy(inputs.progress, "verify: parity: each linear against the oracle"):
+            linears = _linear_parity(engine, folded, torch_session, prompts[0], why)
+        return {**report, "caches": caches, "linears": linears}
 
 
 def _linear_parity(

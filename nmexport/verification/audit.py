@@ -292,7 +292,7 @@ def audit(
     *,
     library: Path | None,
     threads: int | None,
-    windows: Sequence[NDArray[np.int64]],
+    windows: Iterable[NDArray[np.int64]],
     error_window: NDArray[np.int64],
 ) -> dict[str, Any]:
     """Run the instrumented models and return the report's `sparsity`, without `linears`.
@@ -303,7 +303,7 @@ def audit(
         layers: The sparsified linears.
         library: Native op library, or None for the function bodies.
         threads: Intra-op threads.
-        windows: Token ids `[L]`, L at least 2, to count over.
+        windows: Token ids `[L]`, L at least 2, to count over; read once, as they are counted.
         error_window: Token ids `[L]` to compare layer outputs over.
     """
     sparse_graph = read_graph(sparse_path)
