@@ -300,7 +300,7 @@ class ServingSection(_Strict):
     slots: int = Field(default=8, ge=1)
     """Requests that run at a time."""
     queue: int = Field(default=128, ge=0)
-    """Requests that may wait for a slot."""
+    """Requests that may wait for a slot, half of them in Triton's own queue; more get HTTP 503."""
     prefill_chunk: int = Field(default=64, ge=2)
     """Tokens of a prompt between two tokens of the requests that run already."""
     max_tokens: int = Field(default=256, ge=1)

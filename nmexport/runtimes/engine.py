@@ -101,6 +101,16 @@ class BuildRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CudaGraphs:
+    """The exported models as ONNX Runtime's CUDA provider runs them fastest; see `graph.cuda`."""
+
+    model: Path
+    dense_model: Path | None
+    positions: int
+    """Tokens of a sequence that they cover."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Engine:
     """An engine, in memory with absolute paths; the file has them relative to its own folder."""
 
@@ -112,6 +122,10 @@ class Engine:
     """The baseline; None where the recipe leaves it out."""
     cpu_model: Path | None = None
     """The sparse model as a CPU runs it, where a package has it ready."""
+    cuda: CudaGraphs | None = None
+    """None where the provider is the CPU, or a graph has a form that has no faster one."""
+    why_no_cuda: str | None = None
+    """Why a CUDA engine runs the exported files as they are."""
     element_type: ElementType
     """Type of the models' logits and caches."""
     threads: int | None

@@ -95,6 +95,17 @@ class Session(Closing):
             Logits `[B, S, V]`, and the cache with these tokens in it; dropping it frees it.
         """
 
+    def extend_last(
+        self, cache: Any | None, input_ids: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], Any]:
+        """Do the same, and return the last token's logits `[B, 1, V]` alone.
+
+        Generation needs no more. A runtime that can leave the others out does so: a long prompt's
+        are its largest product.
+        """
+        logits, extended = self.extend(cache, input_ids)
+        return logits[:, -1:], extended
+
     def keep(self, cache: Any) -> Any:
         """Return a cache that later runs do not change; any session of the architecture takes it.
 

@@ -115,12 +115,12 @@ class TextService(Closing):
             EnvironmentFault: if this machine lacks what it needs.
             RequestError: if a setting makes no sense.
         """
-        from nmexport.runtimes.onnxruntime_session import OrtSession
+        from nmexport.runtimes.opening import open_on_onnxruntime
 
         bundle = bundles.read_bundle(folder)
         bundle.check_files()
         tokenizer = Tokenizer(folder)
-        session = OrtSession.from_engine(folder, elsewhere=True)
+        session = open_on_onnxruntime(folder, elsewhere=True)
         difference = bundles.smoke_check(session, bundle)
         logging.getLogger(__name__).info(
             "%s at %s: reference logits differ by %.2g", bundle.model, bundle.pattern, difference
