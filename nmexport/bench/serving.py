@@ -16,10 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nmexport import environment
 from nmexport.bench.context import check_context
 from nmexport.bench.http_load import Ask, drive
 from nmexport.bench.soak import text_of
+from nmexport.environment import device_name
 from nmexport.generation.options import GenerationOptions
+from nmexport.generation.tokenizer import Tokenizer
+from nmexport.runtimes.engine import read_engine
+from nmexport.runtimes.onnxruntime_session import OrtSession
 from nmexport.serving import metrics as names
 from nmexport.serving.scheduler import Limits, Scheduler
 from nmexport.timing import interleave, median, percentiles
@@ -28,7 +33,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from nmexport.generation.tokenizer import Tokenizer
     from nmexport.progress import Progress
     from nmexport.runtimes.session import Session
     from nmexport.serving.scheduler import Outcome, Usage
@@ -155,11 +159,6 @@ def bench_serve(
         ArtifactError: if the work directory holds no engine, or one that cannot be opened.
         EnvironmentFault: if the engine needs a native library that is missing here.
     """
-    from nmexport.environment import device_name, probe
-    from nmexport.generation.tokenizer import Tokenizer
-    from nmexport.runtimes.engine import read_engine
-    from nmexport.runtimes.onnxruntime_session import OrtSession
-
     folder = work / "engine" / "current"
     engine = read_engine(folder)
     longest = max(load.prompt_tokens + load.output_tokens for load in loads)
@@ -179,7 +178,7 @@ def bench_serve(
             sides[THROUGH] = _through(through, tokenizer)
         return {
             "runtime": sparse.runtime,
-            "device": device_name(probe(), on_gpu=engine.provider == "cuda"),
+            "device": device_name(environment.probe(), on_gpu=engine.provider == "cuda"),
             "perplexity": _perplexity(work / "report.json"),
             "results": [
                 compare(sides, load, rounds=rounds, seed=seed, progress=progress) for load in loads

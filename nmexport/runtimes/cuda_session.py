@@ -22,12 +22,12 @@ import onnxruntime
 from nmexport.errors import ArtifactError
 from nmexport.runtimes.engine import read_engine
 from nmexport.runtimes.feeds import float32_from
+from nmexport.runtimes.native import engine_library
 from nmexport.runtimes.onnxruntime_session import (
     EXTERNAL_DATA_FOLDER,
     NUMPY_TYPES,
     ONNX_TYPES,
     RUNTIME,
-    engine_library,
     open_session,
     session_options,
 )
@@ -146,6 +146,7 @@ class CudaSession(Session):
         """
         self._session: onnxruntime.InferenceSession | None = session
         self._device = device
+        self.on_gpu = device == "cuda"
         self._positions = positions
         self._slots = _slots_of(session)
         logits = {value.name: value for value in session.get_outputs()}["logits"]

@@ -8,11 +8,15 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from nmexport.errors import EnvironmentFault
+from nmexport.errors import ArtifactError, EnvironmentFault
 from nmexport.resources import NATIVE_FOLDER
+from nmexport.runtimes.engine import REBUILD
+from nmexport.store.artifact import file_digest
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from nmexport.runtimes.engine import Engine
 
 THREADS_ENTRY = "custom_op.nmexport.threads"
 """Session configuration entry that tells the library how many threads the session has, which ONNX
@@ -53,6 +57,25 @@ def require_library(folder: Path = _FOLDER) -> Path:
             fix=_MEND,
         )
     return path
+
+
+def engine_library(engine: Engine) -> Path | None:
+    """Find the native library that an engine was made with.
+
+    Raises:
+        EnvironmentFault: if this machine has no native library and the engine needs it.
+        ArtifactError: if the library found is another one.
+    """
+    if engine.library is None:
+        return None
+    library = engine.bundled_library or require_library()
+    if file_digest(library) != engine.library.sha256:
+        raise ArtifactError(
+            f"The engine was made with another build of {engine.library.file.name} than {library}.",
+            allowed=f"sha256 {engine.library.sha256}",
+            fix=REBUILD,
+        )
+    return library
 
 
 def why_missing(folder: Path = _FOLDER) -> str | None:

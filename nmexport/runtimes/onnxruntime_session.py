@@ -15,11 +15,10 @@ from nmexport import environment
 from nmexport.environment import free_memory, physical_cores
 from nmexport.errors import ArtifactError, EnvironmentFault
 from nmexport.runtimes import native
-from nmexport.runtimes.engine import REBUILD, Engine, Provider, read_engine
+from nmexport.runtimes.engine import Provider, read_engine
 from nmexport.runtimes.feeds import float32_from, positions_from_mask
 from nmexport.runtimes.native import HUGE_PAGES_ENTRY, THREADS_ENTRY
 from nmexport.runtimes.session import Session
-from nmexport.store.artifact import file_digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -82,25 +81,6 @@ class _CacheSlot:
     head_dim: int
     element_type: int
     element_bytes: int
-
-
-def engine_library(engine: Engine) -> Path | None:
-    """The native library that an engine was made with.
-
-    Raises:
-        EnvironmentFault: if this machine has no native library and the engine needs it.
-        ArtifactError: if the library found is another one.
-    """
-    if engine.library is None:
-        return None
-    library = engine.bundled_library or native.require_library()
-    if file_digest(library) != engine.library.sha256:
-        raise ArtifactError(
-            f"The engine was made with another build of {engine.library.file.name} than {library}.",
-            allowed=f"sha256 {engine.library.sha256}",
-            fix=REBUILD,
-        )
-    return library
 
 
 def choose_provider(library: Path | None) -> Provider:
@@ -390,7 +370,7 @@ class OrtSession(Session):
         return cls(
             model,
             # A baseline needs none, unless it is in bfloat16: see `graph.cpu`.
-            library=engine_library(engine) if not dense or rewritten else None,
+            library=native.engine_library(engine) if not dense or rewritten else None,
             threads=engine.threads,
             config=engine.session_config,
             provider=provider,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ArtifactError, GateFailed
 from nmexport.runtimes.engine import PLAN, read_engine
+from nmexport.runtimes.native import engine_library
 from nmexport.runtimes.tensorrt.requirements import engine_plugin
 from nmexport.stages import verify
 from nmexport.store.artifact import read_manifest
@@ -166,7 +167,6 @@ def text_model(inputs: StageInputs, *, verdict: str) -> TextModel:
     """
     from nmexport.models.source import licence_files
     from nmexport.recipe import short_name
-    from nmexport.runtimes.onnxruntime_session import engine_library
     from nmexport.serving.repository import TextModel
 
     serving = inputs.recipe.serving
