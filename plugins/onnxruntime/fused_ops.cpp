@@ -8,6 +8,7 @@
 
 #include "between.h"
 #include "cuda_device.h"
+#include "cuda_fault.h"
 #include "custom_op.h"
 #include "ort_api.h"
 
@@ -51,8 +52,8 @@ class GatedSiluKernel : public Kernel {
         args.up =
             count == 1 ? secondHalf(args.gate, shape.back()) : dataOf(mApi, second(context, shape));
         args.y = outputAt(mApi, context, 0, shape);
-        checkCuda(cuda::launchGatedSilu(args, currentDevice(), streamOf(mApi, context)),
-                  "the gated activation's kernel");
+        cuda::checkCuda(cuda::launchGatedSilu(args, currentDevice(), streamOf(mApi, context)),
+                        "the gated activation's kernel");
     }
 
   private:
@@ -101,8 +102,8 @@ class ResidualNormKernel : public Kernel {
         args.weight = dataOf(mApi, inputs[2]);
         args.y = outputAt(mApi, context, 0, shape);
         args.sum = outputAt(mApi, context, 1, shape);
-        checkCuda(cuda::launchNorm(args, currentDevice(), streamOf(mApi, context)),
-                  "the norm's kernel");
+        cuda::checkCuda(cuda::launchNorm(args, currentDevice(), streamOf(mApi, context)),
+                        "the norm's kernel");
     }
 
   private:
