@@ -102,10 +102,50 @@ def probe() -> Environment:
 
 
 def device_name(environment: Environment, *, on_gpu: bool) -> str:
-    """What computes: the first GPU, or the processor."""
-    if on_gpu and environment.gpus:
-        return environment.gpus[0].name
-    return environment.cpu
+    """Name what computes: the CPU, or the GPU that CUDA calls its first.
+
+    With the package `nvidia-ml-py` a GPU is named with its memory and clocks.
+    """
+    if not on_gpu:
+        return environment.cpu
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
+    told = _ask_driver(visible)
+    if told is not None:
+        return told
+    index = int(visible) if visible.isdigit() else 0
+    if index < len(environment.gpus):
+        return environment.gpus[index].name
+    return "a CUDA GPU that nvidia-smi does not show"
+
+
+def _ask_driver(visible: str) -> str | None:
+    """Describe a GPU by NVIDIA's management library; None where it cannot be asked.
+
+    Args:
+        visible: Its number or UUID, as in `CUDA_VISIBLE_DEVICES`; empty is the first.
+    """
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:  # no driver
+        return None
+    try:
+        if visible.startswith(("GPU-", "MIG-")):
+            handle = pynvml.nvmlDeviceGetHandleByUUID(visible)
+        else:
+            handle = pynvml.nvmlDeviceGetHandleByIndex(int(visible) if visible.isdigit() else 0)
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle).total
+        core = pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM)
+        bus = pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_MEM)
+        name = pynvml.nvmlDeviceGetName(handle)
+    except pynvml.NVMLError:  # not given by this board or container
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+    return f"{name}, {memory / 2**30:.0f} GiB, up to {core} MHz, memory up to {bus} MHz"
 
 
 def physical_cores() -> int:

@@ -95,12 +95,14 @@ def evaluate(
         WorkDirectoryError: if the work directory's disk has no room for a model's answers.
         UserError: if the model's phases differ and it does not fit into memory.
     """
+    from nmexport.models.context import check_lengths
     from nmexport.models.source import resolve
     from nmexport.verification import accuracy
 
     recipe = recipe or work.recipe()
     folded = fold.Artifact(work.require("fold"))
     subject = _Subject(work=work, recipe=recipe, source=resolve(recipe.model), folded=folded)
+    check_lengths(subject.source, recipe, measured=True)
     phases = subject.phases
     windows = _windows(subject, progress)
     mine = share.of(len(windows))

@@ -21,17 +21,17 @@ Readings of the contract, where it leaves a choice:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, get_args
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from nmexport.choices import Phase
 from nmexport.errors import PatternError
 from nmexport.sparsity.pattern import NMPattern
 
-Phase = Literal["all", "prefill", "decode"]
-PHASES: tuple[Phase, ...] = ("all", "prefill", "decode")
+PHASES: tuple[Phase, ...] = get_args(Phase)
 
 VARIANCE_FLOOR = 1e-12
 FLOAT32_RTOL_PER_SQRT_K = 1e-5

@@ -33,7 +33,7 @@ from nmexport.choices import (
     InPlaceCache,
     Mitigation,
     Offload,
-    Phases,
+    Phase,
     Target,
 )
 from nmexport.errors import ModelError, RecipeError
@@ -142,7 +142,7 @@ class SparsitySection(_Strict):
 
     pattern: Pattern = NMPattern(8, 16)
     criterion: Criterion = "fisher"
-    phases: Phases = "all"
+    phases: Phase = "all"
     mitigations: tuple[Mitigation, ...] = Field(default_factory=_default_mitigations)
     grouping: Grouping = "balanced"
     targets: TargetsSection = TargetsSection()
@@ -200,7 +200,7 @@ class AllocationSection(_Strict):
     """To choose among, beside dense. Add 2:4 where the target runs it faster."""
     criteria: tuple[Criterion, ...] = ()
     """To choose among; none is the recipe's own."""
-    phases: tuple[Phases, ...] = ()
+    phases: tuple[Phase, ...] = ()
     """To choose among; none is the recipe's own."""
     count_learned: bool = False
     """Hold a budget of accuracy by the model as built, learned constants and all, rather than

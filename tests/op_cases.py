@@ -14,7 +14,8 @@ import onnx
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from nmexport.graph.contract import op_contract
-from nmexport.graph.functions import IR_VERSION, OPSET, function_protos_for
+from nmexport.graph.functions import function_protos_for
+from nmexport.graph.versions import IR_VERSION, OPSET
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -155,6 +155,8 @@ def test_the_same_twice_is_the_same(run: Callable[..., Allocation]) -> None:
 def test_patterns_that_fit_no_linear_are_refused(run: Callable[..., Allocation]) -> None:
     with pytest.raises(PatternError, match="multiple of M"):
         run({"max_bytes": 0.7}, patterns=["3:7"])
+    with pytest.raises(PatternError, match="keeps all channels"):
+        run({"max_bytes": 0.7}, patterns=["16:16", "4:4"])
     partly = run({"max_bytes": 0.9}, patterns=["3:7", "64:64", "48:64"])
     assert {one.pattern for one in partly.sparse.values()} == {NMPattern(48, 64)}
 

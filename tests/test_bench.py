@@ -6,10 +6,11 @@ import json
 
 import numpy as np
 import pytest
-from nmexport.bench.kernels import CACHE_BYTES, Timing, bench_kernels, interleave, last_level_cache
+from nmexport.bench.kernels import CACHE_BYTES, Timing, bench_kernels, last_level_cache
 from nmexport.errors import RecipeError
 from nmexport.runtimes import native
 from nmexport.sparsity.pattern import NMPattern
+from nmexport.timing import interleave, rounds_lasting
 
 needs_library = pytest.mark.skipif(
     native.find_library() is None, reason=f"no native library: {native.why_missing()}"
@@ -20,8 +21,7 @@ def test_sides_take_turns_and_who_begins_moves_on():
     calls: list[str] = []
     durations = interleave(
         {"matmul": lambda: calls.append("a"), "sparse": lambda: calls.append("b")},
-        seconds=0.0,
-        min_runs=3,
+        rounds_lasting(0.0, at_least=3),
     )
     assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
     assert [len(values) for values in durations.values()] == [3, 3]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner, Result
 from nmexport.cli.main import VERBS, Terminated, cli
 from nmexport.cli.options import Request
@@ -432,6 +433,48 @@ def test_failed_gate_is_exit_3_after_the_figures(fakes: dict[str, Any]) -> None:
     assert document["report"]["verdict"] == "fail"
 
 
+def test_gate_that_fails_in_a_first_build_shows_what_ran_the_figures_and_the_report(
+    fakes: dict[str, Any],
+) -> None:
+    failed = {"name": "max_kl_mean", "limit": 0.1, "value": 0.25, "passed": False}
+    fakes["verify"].report = {**REPORT, "verdict": "fail", "gates": [failed]}
+    fakes["package"].broken = GateFailed("not packaged: max_kl_mean")
+    result = run("build", "--model", "some/model", code=3)
+    lines = {line.split()[0]: line for line in result.stdout.splitlines() if line.strip()}
+    assert "up to date" not in result.stdout
+    assert "refused" in lines["package"]
+    assert "1.500x" in result.stdout
+    assert "nmexport-work/model-8of16/report.html" in result.stdout
+    assert "not packaged" in result.stderr
+    document = json.loads(
+        run("build", "--model", "some/model", "--work", "w", "--json", code=3).stdout
+    )
+    actions = [row["action"] for row in document["stages"]]
+    assert actions == ["run"] * 5 + ["refused"]
+    assert all(row["seconds"] is not None for row in document["stages"][:5])
+    assert document["report"]["verdict"] == "fail"
+    assert not document["up_to_date"]
+
+
+@pytest.mark.parametrize(
+    ("words", "incomplete", "value"),
+    [
+        (["build", "--criterion"], "w", "wina"),
+        (["build", "--model"], "smo", "smollm2"),
+        (["build", "--force"], "ver", "verify"),
+        (["build", "--budget"], "pp", "ppl="),
+        (["build", "--weights"], "int8:", "int8:128"),
+        (["fold", "--mitigation"], "low", "low-rank"),
+        (["recipes", "show"], "mis", "mistral"),
+        (["sweep"], "pap", "paper"),
+    ],
+)
+def test_shells_complete_values(words: list[str], incomplete: str, value: str) -> None:
+    complete = ShellComplete(cli, {}, "nmexport", "_NMEXPORT_COMPLETE")
+    found = complete.get_completions(words, incomplete)
+    assert value in [item.value for item in found]
+
+
 def test_dry_run_says_why_and_writes_nothing(fakes: dict[str, Any], in_folder: Path) -> None:
     shown = run("build", "--model", "some/model", "--dry-run").stdout
     assert shown.count("not built yet") == 6
@@ -775,6 +818,26 @@ def test_diff_says_what_changed(fakes: dict[str, Any]) -> None:
     assert "two paths of one kind" in run("diff", "a", "b/fold/current", code=1).stderr
 
 
+def test_diff_and_inspect_begin_with_what_matters(in_folder: Path) -> None:
+    layers = {f"layer{index}": float(index) for index in range(300)}
+    other = {f"layer{index}": index + 0.5 for index in range(300)}
+    for name, kl, values in (("a", 0.25, layers), ("b", 0.5, other)):
+        accuracy = {**REPORT["accuracy"], "kl_mean": kl}
+        report = {**REPORT, "accuracy": accuracy, "parity": values}
+        Path(f"{name}.json").write_text(json.dumps(report))
+    shown = run("diff", "a.json", "b.json").stdout
+    assert len(shown.splitlines()) < 20
+    assert "accuracy.kl_mean" in shown
+    assert "300 more differences: 300 in report.parity" in shown
+    whole = run("diff", "a.json", "b.json", "-v").stdout
+    assert "layer299" in whole
+    assert len(json.loads(run("diff", "a.json", "b.json", "--json").stdout)["differences"]) == 301
+    shown = run("inspect", "a.json").stdout
+    assert "1.500x" in shown
+    assert "layer299" not in shown
+    assert "layer299" in run("inspect", "a.json", "-v").stdout
+
+
 def test_diff_gives_the_ratio_of_figures(in_folder: Path) -> None:
     other = {**REPORT, "accuracy": {**REPORT["accuracy"], "kl_mean": 0.5}}
     Path("a.json").write_text(json.dumps(REPORT))
@@ -841,6 +904,6 @@ def test_tables_of_nested_values(in_folder: Path) -> None:
         "rows": [{"name": "a", "kept": 0.123456, "of": [{"x": 1}, 2]}, {"name": "b", "extra": {}}],
     }
     Path("r.json").write_text(json.dumps(report))
-    shown = run("inspect", "r.json").stdout
+    shown = run("inspect", "r.json", "-v").stdout
     for text in ("1.5 GB", "0.1235", "x 1, 2", "extra"):
         assert text in shown

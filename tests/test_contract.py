@@ -66,8 +66,8 @@ def test_the_oracle_and_the_pattern_say_what_the_contract_says():
     contract = op_contract()
     phase = contract.ops["NMLinear"].attribute("phase")
     assert phase is not None
-    assert phase.values == oracle.PHASES == typing.get_args(oracle.Phase)
-    assert phase.values == typing.get_args(choices.Phases)
+    assert phase.values == oracle.PHASES == typing.get_args(choices.Phase)
+    assert phase.values == typing.get_args(choices.Phase)
     assert tuple(str(t) for t in oracle.TYPES) == contract.types
     assert contract.variance_floor == oracle.VARIANCE_FLOOR
     assert contract.scale_group == oracle.SCALE_GROUP == quantisation.GROUP

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 from nmexport import environment
-from nmexport.environment import Gpu, gpus_from_query, physical_cores, probe
+from nmexport.environment import Gpu, device_name, gpus_from_query, physical_cores, probe
 from nmexport.inspect import doctor
 from nmexport.inspect.doctor import NativeLibrary
 from nmexport.progress import Bars, Lines, Silent, busy, duration, on_stream
@@ -85,6 +87,94 @@ def test_missing_library_slows_and_does_not_forbid(monkeypatch, compiler: str | 
     assert state.works
     assert "no compiler was found" in state.missing[0].what
     assert ("install a C++17 compiler" in state.missing[0].mend) == (compiler is None)
+
+
+# -- what computes --------------------------------------------------------------------------------
+
+
+class FakeNvml(types.ModuleType):
+    """NVIDIA's management library on a machine with two GPUs."""
+
+    NVML_CLOCK_SM, NVML_CLOCK_MEM = 1, 2
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, broken: str = "") -> None:
+        super().__init__("pynvml")
+        self.broken = broken
+        self.open = 0
+
+    def fail(self, call: str) -> None:
+        if call == self.broken:
+            raise self.NVMLError(call)
+
+    def nvmlInit(self) -> None:  # noqa: N802
+        self.fail("init")
+        self.open += 1
+
+    def nvmlShutdown(self) -> None:  # noqa: N802
+        self.open -= 1
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
+        return index
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:  # noqa: N802
+        return {"GPU-first": 0, "GPU-second": 1}[uuid]
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int) -> types.SimpleNamespace:  # noqa: N802
+        return types.SimpleNamespace(total=(80 + handle) << 30)
+
+    def nvmlDeviceGetMaxClockInfo(self, handle: int, kind: int) -> int:  # noqa: N802
+        self.fail("clock")
+        return {self.NVML_CLOCK_SM: 1980, self.NVML_CLOCK_MEM: 2619}[kind]
+
+    def nvmlDeviceGetName(self, handle: int) -> str:  # noqa: N802
+        return f"GPU number {handle}"
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> environment.Environment:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    gpus = tuple(
+        environment.Gpu(name=name, driver="1", compute_capability="9.0", memory_bytes=1)
+        for name in ("First", "Second")
+    )
+    return dataclasses.replace(probe(), cpu="Some CPU", gpus=gpus)
+
+
+@pytest.mark.parametrize(
+    ("visible", "handle"), [(None, 0), ("", 0), ("1,0", 1), ("GPU-second", 1), ("0", 0)]
+)
+def test_a_gpu_is_named_with_memory_and_clocks(
+    machine: environment.Environment,
+    monkeypatch: pytest.MonkeyPatch,
+    visible: str | None,
+    handle: int,
+) -> None:
+    driver = FakeNvml()
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert device_name(machine, on_gpu=False) == "Some CPU"
+    assert device_name(machine, on_gpu=True) == (
+        f"GPU number {handle}, {80 + handle} GiB, up to 1980 MHz, memory up to 2619 MHz"
+    )
+    assert driver.open == 0
+
+
+@pytest.mark.parametrize("broken", ["absent", "init", "clock"])
+def test_where_the_driver_says_nothing_the_name_is_nvidia_smis(
+    machine: environment.Environment, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    driver = None if broken == "absent" else FakeNvml(broken)
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    assert device_name(machine, on_gpu=True) == "First"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert device_name(machine, on_gpu=True) == "Second"
+    unseen = dataclasses.replace(machine, gpus=())
+    assert "Some CPU" not in device_name(unseen, on_gpu=True)
+    assert driver is None or driver.open == 0
 
 
 # -- progress -------------------------------------------------------------------------------------

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 TEXT = "naïve façade, 日本語, 👩🏽‍🚀 and ∑; spaces  too"
 
+CONTEXT = 512
+
 
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -44,6 +46,8 @@ def work(tmp_path: Path, tokenizer_folder: Path) -> Path:
     save_toy_lm(export / "model.onnx")
     for file in tokenizer_folder.iterdir():
         (export / file.name).write_bytes(file.read_bytes())
+    context = {"model": {"context_length": CONTEXT}}
+    (export / "genai_config.json").write_text(json.dumps(context))
     engine = tmp_path / "engine" / "current"
     engine.mkdir(parents=True)
     models = dict.fromkeys(("model", "dense_model"), "../../export/model.onnx")
@@ -241,3 +245,15 @@ def test_an_end_token_that_is_none_names_the_file(folder: Path, value: object) -
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
     with pytest.raises(ArtifactError, match=r"generation_config\.json: eos_token_id cannot be"):
         end_tokens(folder, Tokenizer(folder))
+
+
+def test_generate_ends_where_the_context_does(work: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = Tokenizer(work / "export")
+    prompt = tokenizer.decode([7, 8])
+    assert len(tokenizer.encode(prompt)) == 2
+    (work / "export" / "genai_config.json").write_text('{"model": {"context_length": 6}}')
+    ended = "".join(generate(work, prompt, max_tokens=50))
+    assert "context of 6 tokens is full" in caplog.text
+    assert ended == "".join(generate(work, prompt, max_tokens=4))
+    with pytest.raises(UserError, match="the model's context is 6"):
+        generate(work, prompt * 3)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
+from nmexport.bench.context import check_context
+from nmexport.errors import RecipeError
 from nmexport.models.source import licence_files
 from nmexport.serving import repository
 
@@ -195,3 +198,25 @@ def test_a_models_licence_comes_along(tiny_export: Path, tmp_path: Path) -> None
     bare = words(tiny_export, tmp_path / "q")
     assert "no licence file lay beside the weights" in (bare / "NOTICE.md").read_text("utf-8")
     assert not (bare / "model_licence").exists()
+
+
+def test_requests_of_a_chat_are_shown_where_there_is_a_template(
+    tiny_export: Path, tmp_path: Path
+) -> None:
+    text = (words(tiny_export, tmp_path / "with") / "README.md").read_text("utf-8")
+    assert '{"messages": "[' in text
+    assert "chat/completions" in text
+    plain = tmp_path / "export"
+    shutil.copytree(tiny_export, plain)
+    (plain / "chat_template.jinja").unlink()
+    text = (words(plain, tmp_path / "without") / "README.md").read_text("utf-8")
+    assert '"messages"' not in text
+    assert "chat/completions" not in text
+    assert "v1/completions" in text
+    assert "has no chat template" in text
+
+
+def test_a_load_beyond_the_context_is_refused(tiny_export: Path) -> None:
+    check_context(tiny_export, 256, options="--prompt-tokens")
+    with pytest.raises(RecipeError, match=r"ask for 257 tokens, and the model's context is 256"):
+        check_context(tiny_export, 257, options="--prompt-tokens")

@@ -70,8 +70,13 @@ def test_factors_of_one_do_no_harm(tiny_llama: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_it_is_dequantised_once(
-    dtype: str, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: str,
+    path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    capfd.readouterr()
     source = source_of(path)
     expected = logits(load_model(source, dtype=dtype))
     loads = []
@@ -83,6 +88,7 @@ def test_it_is_dequantised_once(
         opened = unpacked.unpack(source, tmp_path / "work", Silent())
         assert torch.equal(logits(load_model(opened, dtype=dtype)), expected)
     assert len(loads) == 1
+    assert capfd.readouterr().err == ""
     assert opened.digest == source.digest
     assert open_for_export(opened, dtype=torch.float32).streamed
     LayerwiseModel(opened).run(IDS, progress=Silent(), label="")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from itertools import pairwise
 
 import numpy as np
 import pytest
+from nmexport.timing import interleave, percentiles, rounds_lasting
 from nmexport.verification.accuracy import compare
 from nmexport.verification.continuation import compare as compare_continuations
 from nmexport.verification.continuation import first_divergence
 from nmexport.verification.divergence import DivergenceSum, token_kl
-from nmexport.verification.latency import interleave, percentile, speedup_interval, summary
+from nmexport.verification.latency import speedup_interval, summary
 from nmexport.verification.parity import compare as compare_executors
 from nmexport.verification.perplexity import NllSum, log_softmax, ratio_stderr, token_nll
 
@@ -243,13 +245,14 @@ def test_parity_with_one_executor_measures_nothing() -> None:
 @pytest.mark.parametrize("size", [1, 2, 3, 30])
 def test_percentile_is_numpys_linear_one(rank: float, size: int) -> None:
     samples = np.random.default_rng(size).standard_normal(size)
-    assert percentile(samples, rank) == pytest.approx(np.percentile(samples, rank), abs=1e-12)
+    (value,) = percentiles(samples, (rank,))
+    assert value == pytest.approx(np.percentile(samples, rank), abs=1e-12)
 
 
 @pytest.mark.parametrize(("samples", "rank"), [([], 50), ([1.0], 101), ([1.0], -1)])
 def test_percentile_of_nonsense(samples: list[float], rank: float) -> None:
     with pytest.raises(ValueError, match="percentile"):
-        percentile(samples, rank)
+        percentiles(samples, (rank,))
 
 
 def test_speedup_interval_holds_the_ratio_and_repeats() -> None:
@@ -268,10 +271,22 @@ def test_interleaving_alternates_and_drops_the_warmup() -> None:
         order.append(name)
         return float(len(order))
 
-    dense, sparse = interleave(lambda: side("d"), lambda: side("s"), runs=range(3), warmup=1)
+    sides = {"dense": lambda: side("d"), "sparse": lambda: side("s")}
+    dense, sparse = interleave(sides, range(3), warmup=1).values()
     assert "".join(order) == "ds" + "ds" + "sd" + "ds"
     assert dense == [3.0, 6.0, 7.0]
     assert sparse == [4.0, 5.0, 8.0]
+
+
+def test_of_three_sides_each_begins_in_its_turn() -> None:
+    order: list[str] = []
+    interleave({name: functools.partial(order.append, name) for name in "abc"}, range(3), warmup=0)
+    assert "".join(order) == "abc" + "bca" + "cab"
+
+
+def test_rounds_last_as_long_and_are_as_many_as_asked_for() -> None:
+    assert list(rounds_lasting(0.0, at_least=3)) == [0, 1, 2]
+    assert len(list(rounds_lasting(0.01, at_least=1))) > 1
 
 
 def test_summary_counts_tokens_of_a_median_run() -> None:

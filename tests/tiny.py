@@ -60,6 +60,16 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     },
     "phi3": {},
 }
+_OWN_SIZES: dict[str, dict[str, Any]] = {
+    "gptj": {"rotary_dim": 8},
+    "codegen": {"rotary_dim": 8},
+    "minicpm3": {"num_key_value_heads": 4},
+    "youtu": {"num_key_value_heads": 4},
+    "deepseek_v3": {"num_key_value_heads": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
+    "gemma4_text": {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 16},
+}
+"""Sizes that must fit the others, of families that no test builds but the scan."""
 FAMILIES = tuple(_FAMILIES)
 """Every family that export supports, by `model_type`."""
 EMPTY_GGUF = b"GGUF" + struct.pack("<IQQ", 3, 0, 0)
@@ -114,7 +124,7 @@ def tiny_config(family: str) -> dict[str, Any]:
     kind = CONFIG_MAPPING[family]
     own = {field.name for field in dataclasses.fields(kind)}
     aliases = dict(kind.attribute_map)
-    sizes = {**_SIZES, **_OTHER_SIZES, **_FAMILIES.get(family, {})}
+    sizes = {**_SIZES, **_OTHER_SIZES, **_FAMILIES.get(family, {}), **_OWN_SIZES.get(family, {})}
     # What two names say is said once, by the common name.
     doubled = {aliases[name] for name in _SIZES if name in aliases}
     return {

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from nmexport.calibration.checkpoint import Checkpoint
     from nmexport.calibration.sites import Site
-    from nmexport.choices import Phases
+    from nmexport.choices import Phase
     from nmexport.progress import Progress
     from nmexport.recipe import AllocationSection, SparsitySection
     from nmexport.sparsity.linear import Behaviour, Constants
@@ -120,7 +120,7 @@ def check_candidates(problem: Problem) -> None:
         check_combination(mitigations, phase)
 
 
-def phases_of(sparsity: SparsitySection, section: AllocationSection) -> Sequence[Phases]:
+def phases_of(sparsity: SparsitySection, section: AllocationSection) -> Sequence[Phase]:
     """Return the phases to choose among: the section's, or the recipe's own."""
     return section.phases or (sparsity.phases,)
 
@@ -143,9 +143,14 @@ def variants_of(problem: Problem, sites: Sequence[Site]) -> Variants:
     """List the sparse choices of each site, densest first.
 
     Raises:
-        PatternError: if no pattern fits any site.
+        PatternError: if no pattern drops channels, or none fits any site.
     """
     method, section = problem.method, problem.section
+    if all(pattern.n == pattern.m for pattern in section.patterns):
+        raise PatternError(
+            "Every pattern to choose among keeps all channels, so nothing could become sparse.",
+            allowed="allocation.patterns (--budget-pattern) with one of N < M",
+        )
     variants: Variants = {site: {} for site in sites}
     for site in sites:
         fitting = [p for p in section.patterns if p.n < p.m and site.in_features % p.m == 0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nmexport.errors import RecipeError
-from nmexport.serving.repository import context_length
+from nmexport.generation.context import context_length
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -17,15 +17,16 @@ Each shape is measured with a channel order and without: with one, each token is
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import os
-import statistics
-import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from nmexport.environment import device_name, probe
 from nmexport.errors import EnvironmentFault, RecipeError
 from nmexport.graph.contract import op_contract
+from nmexport.timing import interleave, median, milliseconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -272,8 +273,8 @@ def bench_cuda(
         note: Told what is being measured.
 
     Returns:
-        JSON values: `device`, `results` (medians in microseconds by side, the plan, `ratio` of
-        MatMul to sparse) and `table`, the rows of a table of plans.
+        JSON values: `device` and `gpu`, its name; `results` (medians in microseconds by side, the
+        plan, `ratio` of MatMul to sparse); and `table`, the rows of a table of plans.
 
     Raises:
         RecipeError: if a shape or token count does not fit.
@@ -298,6 +299,7 @@ def bench_cuda(
         rows.append(bench.measure(rounds))
     return {
         "device": vars(plans.device),
+        "gpu": device_name(probe(), on_gpu=True),
         "dtype": dtype,
         "results": rows,
         "table": [row.pop("row") for row in rows],
@@ -373,16 +375,10 @@ class _Bench:
         return min(candidates, key=lambda plan: us[plan])
 
     def _time(self, runs: Mapping[Any, Callable[[], None]], rounds: int) -> dict[Any, float]:
-        """Median microseconds of one product."""
-        seconds: dict[Any, list[float]] = {key: [] for key in runs}
-        for _ in range(rounds):
-            for key, run in runs.items():
-                began = time.perf_counter()
-                run()
-                seconds[key].append(time.perf_counter() - began)
-        return {
-            key: statistics.median(times) / self._launches * 1e6 for key, times in seconds.items()
-        }
+        """Measure the median microseconds of one product."""
+        timed = {key: functools.partial(milliseconds, run) for key, run in runs.items()}
+        samples = interleave(timed, range(rounds), warmup=0)  # a captured graph has run
+        return {key: median(ms) * 1e3 / self._launches for key, ms in samples.items()}
 
     def _runner(self, side: Side, plan: Plan) -> Callable[[], None]:
         """A call that replays the side's graph, captured under a table that forces its path."""

@@ -65,6 +65,6 @@ def bench_engines(
             context=rng.integers(sparse.vocabulary_size, size=(batch, decode_context)),
             runs=runs,
             warmup=warmup,
-            device=device_name(probe(), on_gpu=sparse.threads is None),
+            device=device_name(probe(), on_gpu=sparse.on_gpu),
             progress=progress,
         )

@@ -16,9 +16,9 @@ moves on. All outputs share one buffer, as activations do in a model.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 from nmexport.errors import RecipeError
 from nmexport.graph.contract import op_contract
 from nmexport.sparsity.pattern import NMPattern
+from nmexport.timing import interleave, milliseconds, percentiles, rounds_lasting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -86,10 +87,8 @@ class Timing:
     @classmethod
     def of(cls, durations_us: Sequence[float]) -> Timing:
         """Quantiles of the runs."""
-        import numpy as np
-
-        low, middle, high = np.percentile(np.asarray(durations_us), [10, 50, 90])
-        return cls(p10_us=float(low), median_us=float(middle), p90_us=float(high))
+        p10, p50, p90 = percentiles(durations_us, (10, 50, 90))
+        return cls(p10_us=p10, median_us=p50, p90_us=p90)
 
 
 def bench_kernels(
@@ -178,29 +177,6 @@ def last_level_cache(folder: Path = _CACHES) -> int:
     return max((int(size[1]) * units[size[2]] for size in sizes if size), default=CACHE_BYTES)
 
 
-def interleave(
-    sides: Mapping[str, Callable[[], None]], *, seconds: float, min_runs: int
-) -> dict[str, list[float]]:
-    """Run the sides in turn until both limits are met; durations in microseconds.
-
-    Every side runs once beforehand, unmeasured; each round begins with the next side.
-    """
-    durations: dict[str, list[float]] = {side: [] for side in sides}
-    order = list(sides.items())
-    for _, run in order:
-        run()
-    end = time.perf_counter() + seconds
-    runs = 0
-    while runs < min_runs or time.perf_counter() < end:
-        for side, run in order:
-            start = time.perf_counter()
-            run()
-            durations[side].append((time.perf_counter() - start) * 1e6)
-        order.append(order.pop(0))
-        runs += 1
-    return durations
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Problem:
     in_features: int
@@ -274,9 +250,13 @@ class _Sides:
         runs: dict[str, Callable[[], None]] = {
             name: _runner(session, tokens, problem) for name, session in self._sessions.items()
         }
-        durations = interleave({**runs, "read": self._read}, seconds=seconds, min_runs=min_runs)
+        timed = {
+            name: functools.partial(milliseconds, run)
+            for name, run in {**runs, "read": self._read}.items()
+        }
+        durations = interleave(timed, rounds_lasting(seconds, at_least=min_runs))
         timings = {
-            name: Timing.of([one / self._copies.get(name, 1) for one in values])
+            name: Timing.of([1e3 * ms / self._copies.get(name, 1) for ms in values])
             for name, values in durations.items()
         }
         read = sum(part.nbytes for part in self._memory) / timings["read"].median_us / 1e3

@@ -7,8 +7,8 @@ model in a real server, asked over HTTP, in turns with the others.
 
 from __future__ import annotations
 
+import itertools
 import json
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +22,7 @@ from nmexport.bench.soak import text_of
 from nmexport.generation.options import GenerationOptions
 from nmexport.serving import metrics as names
 from nmexport.serving.scheduler import Limits, Scheduler
+from nmexport.timing import interleave, median, percentiles
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -105,7 +106,7 @@ class _Rounds:
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            "tokens_per_s": round(statistics.median(self.tokens_per_s), 2),
+            "tokens_per_s": round(median(self.tokens_per_s), 2),
             "ttft": _percentiles(self.first_ms),
             "itl": _percentiles(self.next_ms),
         }
@@ -119,8 +120,10 @@ class Through:
     model: str
 
 
-_Side = Callable[[Load, int], tuple[float, int, dict[str, list[float]]]]
-"""Runs a load with a seed once: seconds, tokens, and every wait in ms by the metric's name."""
+_Round = tuple[float, int, dict[str, list[float]]]
+"""Seconds, tokens, and every wait in ms by the metric's name."""
+_Side = Callable[[Load, int], _Round]
+"""Runs a load with a seed once."""
 
 
 def bench_serve(
@@ -200,18 +203,22 @@ def compare(
     sides: Mapping[str, _Side], load: Load, *, rounds: int, seed: int, progress: Progress
 ) -> dict[str, Any]:
     """One row of `bench_serve`: warm-up, then rounds in turns, each side first in its turn."""
-    measured = {side: _Rounds() for side in sides}
-    for run in sides.values():
-        run(load, seed)
     label = f"serve: {load.concurrency} clients"
-    order = list(sides)
-    for index in progress.track(range(rounds), label=label, total=rounds):
-        for side in order:
-            seconds, tokens, waits = sides[side](load, seed + 1 + index)
+
+    def with_seeds(run: _Side) -> Callable[[], _Round]:
+        seeds = itertools.count(seed)
+        return lambda: run(load, next(seeds))
+
+    rounds_of = interleave(
+        {side: with_seeds(run) for side, run in sides.items()},
+        progress.track(range(rounds), label=label, total=rounds),
+    )
+    measured = {side: _Rounds() for side in sides}
+    for side, results in rounds_of.items():
+        for seconds, tokens, waits in results:
             measured[side].tokens_per_s.append(tokens / seconds)
             measured[side].first_ms += waits[names.FIRST_WAIT]
             measured[side].next_ms += waits[names.NEXT_WAIT]
-        order.append(order.pop(0))
     row: dict[str, Any] = {side: measured[side].as_dict() for side in sides}
     speedup = row["sparse"]["tokens_per_s"] / row["dense"]["tokens_per_s"]
     return {**vars(load), "rounds": rounds, **row, "speedup": round(speedup, 3)}
@@ -220,7 +227,7 @@ def compare(
 def _within(session: Session, decode: Callable[[Sequence[int]], str]) -> _Side:
     """A scheduler of this process."""
 
-    def run(load: Load, seed: int) -> tuple[float, int, dict[str, list[float]]]:
+    def run(load: Load, seed: int) -> _Round:
         seconds, timings = _round(session, load, decode, seed)
         return seconds, load.requests * load.output_tokens, timings.observed
 
@@ -230,7 +237,7 @@ def _within(session: Session, decode: Callable[[Sequence[int]], str]) -> _Side:
 def _through(server: Through, tokenizer: Tokenizer) -> _Side:
     """A server's clients; an answer may end before it is as long as the others'."""
 
-    def run(load: Load, seed: int) -> tuple[float, int, dict[str, list[float]]]:
+    def run(load: Load, seed: int) -> _Round:
         del seed  # what a prompt says makes no difference to the time
         fields = {
             "text_input": _text_of(tokenizer, load.prompt_tokens),
@@ -307,7 +314,6 @@ def _round(
 
 
 def _percentiles(times_ms: Sequence[float]) -> dict[str, float]:
-    return {
-        f"p{rank}_ms": round(float(np.percentile(times_ms, rank)), 3) if times_ms else 0.0
-        for rank in (50, 90, 99)
-    }
+    ranks = (50, 90, 99)
+    values = percentiles(times_ms, ranks) if times_ms else [0.0] * len(ranks)
+    return {f"p{rank}_ms": round(value, 3) for rank, value in zip(ranks, values, strict=True)}

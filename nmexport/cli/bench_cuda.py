@@ -91,6 +91,7 @@ def cuda_command(
         )
         for row in outcome["results"]
     ]
-    title = f"{outcome['dtype']}, 8:16; medians in microseconds, weights cold, CUDA graphs"
+    what = f"{outcome['dtype']}, 8:16; medians in microseconds, weights cold, CUDA graphs"
+    title = f"{outcome['gpu']}; {what}"
     columns = ("linear", "MatMul", "ours dense", "sparse", "mask + product", "speed")
     console().print(table(title, columns, rows))

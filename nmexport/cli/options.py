@@ -23,7 +23,7 @@ from nmexport.choices import (
     InPlaceCache,
     Mitigation,
     Offload,
-    Phases,
+    Phase,
     Target,
 )
 from nmexport.cli.output import json_option, progress, verbose_option
@@ -222,7 +222,7 @@ _METHOD = (
     RecipeOption(
         spelled="--phases",
         key="sparsity.phases",
-        kind=OneOf(Phases),
+        kind=OneOf(Phase),
         help="When to sparsify.",
     ),
 )
@@ -255,7 +255,7 @@ _BUDGET = (
     RecipeOption(
         spelled="--budget-phases",
         key="allocation.phases",
-        kind=OneOf(Phases),
+        kind=OneOf(Phase),
         multiple=True,
         help="Phases that --budget may choose. Repeatable.  [default: --phases alone]",
     ),

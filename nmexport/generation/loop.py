@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from nmexport.errors import UserError
+from nmexport.generation.context import context_length, length_switch
 from nmexport.generation.defaults import end_tokens
 from nmexport.generation.options import GenerationOptions
 from nmexport.generation.sampler import Sampler
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nmexport.runtimes.session import Session
+
+logger = logging.getLogger(__name__)
 
 
 def generate(
@@ -52,7 +56,7 @@ def generate(
         Pieces of text, each whole characters; joined they are the continuation.
 
     Raises:
-        UserError: if an option is out of range or the prompt has no tokens.
+        UserError: if an option is out of range, or the prompt has no tokens or fills the context.
         ArtifactError: if the work directory holds no engine, or one that cannot be opened.
         EnvironmentFault: if the engine needs a native library that is missing here.
     """
@@ -64,13 +68,31 @@ def generate(
     folder = read_engine(engine_folder).model.parent
     tokenizer = Tokenizer(folder)
     prompt_ids = encode_prompt(tokenizer, prompt, chat=chat)
+    context = context_length(folder)
+    room = context - len(prompt_ids)
+    if room < 1:
+        raise UserError(
+            f"The prompt has {len(prompt_ids)} tokens, and the model's context is {context}: no "
+            "token can follow.",
+            allowed=f"at most {context - 1} tokens",
+            fix="shorten the prompt",
+        )
     session = open_session(engine_folder, dense=dense)
     sampler = Sampler(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     ends = end_tokens(folder, tokenizer)
 
     def pieces() -> Iterator[str]:
         with session:
-            tokens = continuation(session, prompt_ids, sampler, max_tokens=max_tokens, ends=ends)
+            tokens = continuation(
+                session,
+                prompt_ids,
+                sampler,
+                max_tokens=min(max_tokens, room),
+                ends=ends,
+                switch=length_switch(folder),
+            )
+            if room < max_tokens:
+                tokens = _told_when_full(tokens, room, context)
             yield from until_stop(text_pieces(tokenizer, tokens), stop)
 
     return pieces()
@@ -101,18 +123,38 @@ def continuation(
     *,
     max_tokens: int,
     ends: frozenset[int],
+    switch: int | None = None,
 ) -> Iterator[int]:
-    """Tokens that follow a prompt, until one of `ends` (not yielded) or `max_tokens`."""
+    """Tokens that follow a prompt, until one of `ends` (not yielded) or `max_tokens`.
+
+    A sequence that grows beyond `switch` tokens is computed anew: see `context.length_switch`.
+    """
     import numpy as np
 
-    logits = session.prefill(np.asarray([prompt], dtype=np.int64))
+    text = list(prompt)
+    logits = session.prefill(np.asarray([text], dtype=np.int64))
     for made in range(max_tokens):
         token = sampler(logits[0, -1])
         if token in ends:
             return
         yield token
-        if made + 1 < max_tokens:
+        text.append(token)
+        if made + 1 == max_tokens:
+            return
+        if len(text) - 1 == switch:
+            logits = session.prefill(np.asarray([text], dtype=np.int64))
+        else:
             logits = session.decode_step(np.asarray([[token]], dtype=np.int64))
+
+
+def _told_when_full(tokens: Iterable[int], room: int, context: int) -> Iterator[int]:
+    """Tokens as they come; says so where the context, and not the model, ends them."""
+    made = 0
+    for token in tokens:
+        made += 1
+        yield token
+    if made == room:
+        logger.warning("Stopped: the model's context of %d tokens is full.", context)
 
 
 def text_pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:

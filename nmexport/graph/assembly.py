@@ -18,11 +18,12 @@ import onnx_ir as ir
 
 from nmexport.errors import InternalError
 from nmexport.graph.contract import op_contract
-from nmexport.graph.functions import IR_VERSION, function_protos_for
+from nmexport.graph.functions import function_protos_for
 from nmexport.graph.initializers import add_initializer
 from nmexport.graph.linears import LINEARS, fused_name
 from nmexport.graph.low_rank import add_remainder, without_factors
 from nmexport.graph.matching import static_size
+from nmexport.graph.versions import IR_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence

@@ -52,6 +52,7 @@ def check_sparse(path: Path, layers: Mapping[str, LayerSpec]) -> None:
         _check_constants(path, node, constants)
     _check_columns(path, model.graph, placed, layers)
     _check_functions(path, model, nodes)
+    _check_types(path, model)
 
 
 def check_dense(path: Path, layers: Mapping[str, LayerSpec]) -> None:
@@ -69,6 +70,7 @@ def check_dense(path: Path, layers: Mapping[str, LayerSpec]) -> None:
             f"{path} should be standard ONNX with a MatMul for every linear; foreign domains: "
             f"{foreign}; linears without one: {missing[:3]}."
         )
+    _check_types(path, model)
 
 
 def _check_every_linear(
@@ -121,7 +123,6 @@ def _checked(path: Path) -> onnx.ModelProto:
     except onnx.checker.ValidationError as error:
         raise InternalError(f"{path} fails the ONNX checker: {error}") from error
     model: onnx.ModelProto = onnx.load(path, load_external_data=False)
-    _check_types(path, model)
     _check_nothing_dangles(path, model.graph)
     _check_data_file(path, model.graph)
     _check_interface(path, model.graph)
@@ -134,14 +135,14 @@ def _check_types(path: Path, model: onnx.ModelProto) -> None:
     A runtime that has no kernel for a standard operator in some type runs the operator's own
     function body, so that has to be well typed as well.
     """
-    bodies = onnx.inliner.inline_selected_functions(
-        model, [], exclude=True, inline_schema_functions=True
-    )
-    for proto in (model, bodies):
-        try:
-            onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
-        except onnx.shape_inference.InferenceError as error:
-            raise InternalError(f"{path} is not well typed: {error}") from error
+    try:
+        onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+        bodies = onnx.inliner.inline_selected_functions(
+            model, [], exclude=True, inline_schema_functions=True
+        )
+        onnx.shape_inference.infer_shapes(bodies, check_type=True, strict_mode=True)
+    except (onnx.shape_inference.InferenceError, RuntimeError) as error:
+        raise InternalError(f"{path} is not well typed: {error}") from error
 
 
 def _check_nothing_dangles(path: Path, graph: onnx.GraphProto) -> None:

@@ -40,14 +40,10 @@ from typing import TYPE_CHECKING, Literal
 import onnx
 
 from nmexport.graph.contract import attribute_values, check_node, op_contract, present_inputs
+from nmexport.graph.versions import OPSET
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-OPSET = 23
-"""Default-domain opset of the exported model; bodies are valid from 18 on."""
-IR_VERSION = 10
-"""The first with function overloads."""
 
 _ABOVE_FLOAT32 = "1e300"  # float64: above any float32 score, below infinity
 

@@ -51,7 +51,7 @@ def compare(before: Path, after: Path) -> dict[str, Any]:
     old, new = describe(before), describe(after)
     if old["kind"] != new["kind"]:
         raise UserError(
-            f"{before} is a {old['kind']}, {after} is a {new['kind']}.",
+            f"Two kinds of things: {before} ({old['kind']}) and {after} ({new['kind']}).",
             allowed="two paths of one kind",
         )
     differences = differences_of(_flat(old), _flat(new))

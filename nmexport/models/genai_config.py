@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from nmexport.models.context import context_of
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from transformers import GenerationConfig, PreTrainedConfig
 
     from nmexport.models.tracing import CacheShape
+
+_ENDLESS = 1 << 17  # tokens: the context of a model whose positions have no end
 
 
 def genai_config(
@@ -49,9 +53,10 @@ def genai_config(
         "num_hidden_layers": len(shapes),
         "num_key_value_heads": shapes[0].heads,
     }
+    context = context_of(config) or _ENDLESS
     model = {
         "bos_token_id": text.bos_token_id,
-        "context_length": text.max_position_embeddings,
+        "context_length": context,
         "decoder": decoder,
         "eos_token_id": _end_tokens(text.eos_token_id, generation),
         "pad_token_id": _pad_token(text, generation),
@@ -59,7 +64,7 @@ def genai_config(
         "vocab_size": text.vocab_size,
     }
     known = {key: value for key, value in model.items() if value is not None}
-    return {"model": known, "search": _search(generation, text.max_position_embeddings)}
+    return {"model": known, "search": _search(generation, context)}
 
 
 def _end_tokens(of_config: int | list[int] | None, generation: GenerationConfig | None) -> Any:

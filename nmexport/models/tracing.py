@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nmexport.errors import ModelError, NmexportError
 from nmexport.graph.assembly import LAYER_ATTRIBUTE, LINEAR
 from nmexport.graph.contract import op_contract
-from nmexport.graph.functions import OPSET
+from nmexport.graph.versions import OPSET
 from nmexport.models import attention, families
 from nmexport.models.rotary import frequencies_from_positions
 from nmexport.models.swap import swapped, swapped_attention

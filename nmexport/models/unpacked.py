@@ -8,6 +8,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 from nmexport.errors import ModelError
+from nmexport.models.guard import quiet
 from nmexport.models.loader import load_model
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ def _write(source: ModelSource, folder: Path, progress: Progress) -> bool:
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        model.save_pretrained(partial)
+        with quiet():
+            model.save_pretrained(partial)
         (partial / _COMPLETE).touch()
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)

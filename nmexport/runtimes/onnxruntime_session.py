@@ -185,7 +185,7 @@ def open_session(
     except Exception as error:  # see _register
         raise ArtifactError(
             f"{name} cannot be opened by ONNX Runtime {onnxruntime.__version__}: {error}",
-            fix="run `nmexport export --force export`; if it stays, the model needs an op or type "
+            fix="run `nmexport export --force`; if it stays, the model needs an op or type "
             "that this runtime lacks",
         ) from error
     wanted = "CUDAExecutionProvider" if provider == "cuda" else "CPUExecutionProvider"
@@ -343,6 +343,7 @@ class OrtSession(Session):
         pages = {HUGE_PAGES_ENTRY: "1" if _fits_huge_pages(model) else "0"}
         options = session_options(library=library, threads=self.threads, config={**pages, **config})
         self._device: Provider = provider
+        self.on_gpu = provider == "cuda"
         self._session: onnxruntime.InferenceSession | None = open_session(
             model, options, provider, bfloat16=bfloat16
         )

@@ -54,6 +54,8 @@ class Session(Closing):
     """`keep`, `resume`, `cache_values` and `cache_bytes_per_token` work here."""
     runtime: str = ""
     """What runs the model, with its version."""
+    on_gpu: bool = False
+    """A GPU computes."""
     threads: int | None = None
     """CPU threads that it computes with; None where a GPU computes."""
     cache: Any | None = None

@@ -80,6 +80,7 @@ class TensorRTSession(Session):
     """An engine on TensorRT; one cache at a time lies in its buffers."""
 
     exposes_cache = True
+    on_gpu = True
     cache: TensorRTCache | None = None
 
     def __init__(

@@ -9,14 +9,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nmexport.environment import probe
-from nmexport.errors import ArtifactError
+from nmexport.generation.context import context_length, length_switch
 from nmexport.generation.defaults import end_tokens, generation_defaults
 from nmexport.generation.tokenizer import Tokenizer
 from nmexport.runtimes.engine import Engine, write_engine
@@ -99,7 +98,7 @@ def write_text_model(output: Path, source: TextModel) -> Path:
         model=source.model,
         pattern=source.pattern,
         verdict=source.verdict,
-        context_tokens=context_length(folder),
+        context_tokens=_served_context(folder),
         end_tokens=end_tokens(folder, tokenizer),
         defaults=generation_defaults(folder),
         reference_tokens=tokens,
@@ -179,21 +178,9 @@ def write_words(
     (output / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
-def context_length(folder: Path) -> int:
-    """Tokens that the model was made for.
-
-    Raises:
-        ArtifactError: if the export does not say.
-    """
-    path = folder / "genai_config.json"
-    try:
-        length: int = json.loads(path.read_text(encoding="utf-8"))["model"]["context_length"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(
-            f"{path} does not say the model's context length: {error!r}",
-            fix="run `nmexport export --force`",
-        ) from error
-    return length
+def _served_context(folder: Path) -> int:
+    """Tokens that a request may have: prompts come in chunks, so all on one set of frequencies."""
+    return min(context_length(folder), length_switch(folder) or context_length(folder))
 
 
 def _write_cpu_model(folder: Path, *, has_native_ops: bool) -> Path:

@@ -8,7 +8,7 @@ A linear selects through an `InputSite`, which linears that read the same tensor
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -20,9 +20,8 @@ from nmexport.sparsity.quantisation import dequantised
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from nmexport.choices import Phase
     from nmexport.sparsity.pattern import NMPattern
-
-Phase = Literal["all", "prefill", "decode"]
 
 # Rows a thread below which MKL multiplies in another order: 4 on one thread, 8 on two.
 _LEAST_ROWS = 8

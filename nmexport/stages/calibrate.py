@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nmexport.calibration.corpus import SELF, corpus_identity, load_samples
 from nmexport.errors import CorpusError
+from nmexport.models.context import check_lengths
 from nmexport.progress import busy
 from nmexport.stages.fitting import check_fit
 from nmexport.store.layers import FILENAME
@@ -115,6 +116,8 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
         "learning_samples": section.learning_samples,
         "reserved_tokens": _reserved_tokens(recipe),
         "seed": recipe.seed,
+        # Activations are held against the range of float16, and of no other type.
+        **({"range": "float16"} if recipe.model.dtype == "float16" else {}),
         "versions": {name: inputs.environment.version(name) for name in ("torch", "transformers")},
     }
 
@@ -133,13 +136,15 @@ def run(inputs: StageInputs) -> dict[str, Any]:
 
     Raises:
         CorpusError: if the text is missing or too short.
+        RecipeError: if samples or windows are longer than the model's context.
         TargetError: if the recipe's targets select nothing: better now than after the hour.
         PatternError: if the pattern does not fit a target.
-        ModelError: if activations are not finite.
+        ModelError: if export cannot take the model, or activations are not finite or overflow.
     """
     import torch
 
     from nmexport.calibration.forward_passes import gather_channel_statistics, on_best_device
+    from nmexport.calibration.overflow import refuse_overflow
     from nmexport.models.exportable import check_exportable
     from nmexport.models.loader import load_tokenizer
     from nmexport.models.offload import check_layerwise, is_placed, open_dense
@@ -148,6 +153,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
 
     recipe = inputs.recipe
     tokenizer = load_tokenizer(inputs.source)
+    check_lengths(inputs.source, recipe, measured=False)
     check_exportable(inputs.source, dtype=getattr(torch, recipe.model.dtype))
     with busy(inputs.progress, "calibrate: load the model"):
         opened = open_dense(
@@ -174,9 +180,10 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     kinds = {name: torch.from_numpy(ids) for name, ids in vars(loaded).items()}
     samples = _mixed(kinds["corpus"], kinds["written"])
     linears = linears_of(model)
-    statistics = gather_channel_statistics(
-        model, linears, samples, progress=inputs.progress, layerwise=opened.layerwise
-    )
+    with refuse_overflow(linears, getattr(torch, recipe.model.dtype)):
+        statistics = gather_channel_statistics(
+            model, linears, samples, progress=inputs.progress, layerwise=opened.layerwise
+        )
 
     save_tensors(inputs.output / SAMPLES, {name: ids.int() for name, ids in kinds.items()})
     save_tensors(inputs.output / STATISTICS, _named(statistics))

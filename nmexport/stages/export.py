@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ArtifactError, EnvironmentFault
+from nmexport.graph.versions import IR_VERSION, OPSET
 from nmexport.progress import busy
 from nmexport.stages import fold
 
@@ -78,8 +79,6 @@ class Artifact:
 
 def key_fields(inputs: StageInputs) -> dict[str, Any]:
     """The model and what writes it."""
-    from nmexport.graph.functions import IR_VERSION, OPSET
-
     section = inputs.recipe.model
     return {
         "model": inputs.source.digest,

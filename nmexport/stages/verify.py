@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from nmexport.calibration import corpus
 from nmexport.errors import RecipeError
+from nmexport.models.context import check_lengths
 from nmexport.progress import busy
 from nmexport.runtimes.engine import read_engine
 from nmexport.stages import export, fold
@@ -79,11 +80,12 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
     """How it is measured, on what, and where.
 
     Raises:
-        RecipeError: if a gate or task needs the dense baseline, which the recipe leaves out: said
-            before anything runs.
+        RecipeError: if a gate or task needs the dense baseline, which the recipe leaves out, or
+            something is longer than the model's context: said before anything runs.
     """
     recipe, environment = inputs.recipe, inputs.environment
     _check_comparable(recipe)
+    check_lengths(inputs.source, recipe, measured=True)
     return {
         "target": resolve_target(recipe.target),
         "evaluation": recipe.evaluation.model_dump(mode="json", exclude=_NOT_KEYS),
@@ -283,7 +285,7 @@ def _dense_against_sparse(
             context=context,
             runs=timing.runs,
             warmup=timing.warmup,
-            device=device_name(inputs.environment, on_gpu=sparse.threads is None),
+            device=device_name(inputs.environment, on_gpu=sparse.on_gpu),
             progress=progress,
         )
     document = {
@@ -318,7 +320,7 @@ def _sparse_alone(
             context=context,
             runs=timing.runs,
             warmup=timing.warmup,
-            device=device_name(inputs.environment, on_gpu=sparse.threads is None),
+            device=device_name(inputs.environment, on_gpu=sparse.on_gpu),
             progress=progress,
         )
     document = {

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from nmexport.choices import Phases  # noqa: TC001  records are read by their annotations
+from nmexport.choices import Phase  # noqa: TC001  records are read by their annotations
 from nmexport.sparsity.pattern import NMPattern  # noqa: TC001
 from nmexport.store.records import json_from, read_record
 
@@ -23,7 +23,7 @@ class Choice:
 
     pattern: NMPattern | None = None
     criterion: str | None = None
-    phase: Phases = "all"
+    phase: Phase = "all"
 
     @property
     def decode_density(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from nmexport.choices import Phases  # noqa: TC001  records are read by their annotations
+from nmexport.choices import Phase  # noqa: TC001  records are read by their annotations
 from nmexport.sparsity.pattern import NMPattern  # noqa: TC001
 from nmexport.store.records import read_record, write_record
 
@@ -38,7 +38,7 @@ class LayerSpec:
     criterion: str
     mitigations: tuple[str, ...] = ()
     grouping: str = "consecutive"
-    phase: Phases = "all"
+    phase: Phase = "all"
     dynamic_shift: bool = False
     variance_correction: bool = False
     has_bias: bool = False

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nmexport.timing import interleave, median, milliseconds, percentiles
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
 
     from numpy.typing import NDArray
 
@@ -24,18 +25,6 @@ PROTOCOL = (
 )
 _RESAMPLES = 1000
 _INTERVAL = (2.5, 97.5)  # percentiles that hold 95 %
-
-
-def percentile(samples: Iterable[float], rank: float) -> float:
-    """Return the value below which `rank` percent of the samples lie, linear between neighbours.
-
-    Raises:
-        ValueError: if there is no sample or the rank is outside 0 to 100.
-    """
-    values = np.fromiter(samples, dtype=np.float64)
-    if not values.size or not 0 <= rank <= 100:  # noqa: PLR2004 - percent
-        raise ValueError(f"percentile {rank} of {values.size} samples")
-    return float(np.percentile(values, rank))
 
 
 def speedup_interval(
@@ -67,45 +56,12 @@ class Side:
 
     def prefill_ms(self) -> float:
         """Time one prompt."""
-        return _timed(lambda: self.session.prefill(self.prompt))
+        return milliseconds(lambda: self.session.prefill(self.prompt))
 
     def decode_ms(self) -> float:
         """Time one token on the cache."""
         self.session.cache = self.session.resume(self.cache)
-        return _timed(lambda: self.session.decode_step(self.next_token))
-
-
-def _timed(run: Callable[[], object]) -> float:
-    started = time.perf_counter_ns()
-    run()
-    return (time.perf_counter_ns() - started) / 1e6
-
-
-def interleave(
-    dense: Callable[[], float], sparse: Callable[[], float], *, runs: Iterable[int], warmup: int
-) -> tuple[list[float], list[float]]:
-    """Call two timed functions turn and turn about; who goes first alternates.
-
-    Args:
-        dense: Runs once and returns milliseconds.
-        sparse: The same for the other side.
-        runs: One item for each counted run.
-        warmup: Uncounted runs of both before.
-
-    Returns:
-        Milliseconds of the counted runs, dense and sparse.
-    """
-    for _ in range(warmup):
-        dense()
-        sparse()
-    dense_ms: list[float] = []
-    sparse_ms: list[float] = []
-    turns = [(dense, dense_ms), (sparse, sparse_ms)]
-    for _ in runs:
-        for timed, samples in turns:
-            samples.append(timed())
-        turns.reverse()
-    return dense_ms, sparse_ms
+        return milliseconds(lambda: self.session.decode_step(self.next_token))
 
 
 def compare(
@@ -131,27 +87,34 @@ def compare(
         device: Name of the processor, for the report.
         progress: Where to count.
     """
-    sides = Side(dense, prompt, context), Side(sparse, prompt, context)
+    sides = {
+        "dense": Side(dense, prompt, context),
+        "sparse": Side(sparse, prompt, context),
+    }
 
     def tracked(label: str) -> Iterable[int]:
         return progress.track(range(runs), label=label, total=runs)
 
     # A loop for each phase: a prefill in between would leave other data in the caches.
     prefill = interleave(
-        sides[0].prefill_ms, sides[1].prefill_ms, runs=tracked("prefill timing"), warmup=warmup
+        {name: side.prefill_ms for name, side in sides.items()},
+        tracked("prefill timing"),
+        warmup=warmup,
     )
     decode = interleave(
-        sides[0].decode_ms, sides[1].decode_ms, runs=tracked("decode timing"), warmup=warmup
+        {name: side.decode_ms for name, side in sides.items()},
+        tracked("decode timing"),
+        warmup=warmup,
     )
 
-    def side(index: int) -> dict[str, Any]:
+    def figures(name: str) -> dict[str, Any]:
         tokens, (batch, length) = int(prompt.size), context.shape
         return {
-            "prefill": {"tokens": tokens, **summary(prefill[index], tokens=tokens)},
+            "prefill": {"tokens": tokens, **summary(prefill[name], tokens=tokens)},
             "decode": {
                 "batch": batch,
                 "context": length,
-                **summary(decode[index], tokens=batch),
+                **summary(decode[name], tokens=batch),
             },
         }
 
@@ -161,13 +124,13 @@ def compare(
         "threads": sparse.threads,
         "runs": runs,
         "warmup": warmup,
-        "dense": side(0),
-        "sparse": side(1),
+        "dense": figures("dense"),
+        "sparse": figures("sparse"),
         "speedup": {
-            "prefill": percentile(prefill[0], 50) / percentile(prefill[1], 50),
-            "decode": percentile(decode[0], 50) / percentile(decode[1], 50),
-            "prefill_interval": speedup_interval(*prefill),
-            "decode_interval": speedup_interval(*decode),
+            "prefill": median(prefill["dense"]) / median(prefill["sparse"]),
+            "decode": median(decode["dense"]) / median(decode["sparse"]),
+            "prefill_interval": speedup_interval(prefill["dense"], prefill["sparse"]),
+            "decode_interval": speedup_interval(decode["dense"], decode["sparse"]),
         },
         "protocol": PROTOCOL,
     }
@@ -175,12 +138,12 @@ def compare(
 
 def summary(samples_ms: list[float], *, tokens: int) -> dict[str, Any]:
     """Percentiles and throughput of runs that each process `tokens` tokens."""
-    median = percentile(samples_ms, 50)
+    p50, p90, p99 = percentiles(samples_ms, (50, 90, 99))
     return {
-        "p50_ms": median,
-        "p90_ms": percentile(samples_ms, 90),
-        "p99_ms": percentile(samples_ms, 99),
-        "tokens_per_s": tokens / median * 1e3,
+        "p50_ms": p50,
+        "p90_ms": p90,
+        "p99_ms": p99,
+        "tokens_per_s": tokens / p50 * 1e3,
         "runs": len(samples_ms),
         "samples_ms": samples_ms,
     }

@@ -15,6 +15,8 @@ from typing import Any
 
 from nmexport.errors import UserError
 from nmexport.progress import peak_rss_bytes
+from nmexport.runtimes.engine import read_engine
+from nmexport.runtimes.opening import open_session, why_not_here
 
 _PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 _DECODE_STEPS = 4
@@ -60,8 +62,6 @@ def measure(engine: Path, *, dense: bool, prompt_tokens: int) -> dict[str, Any]:
     """Run one model in this process and say what it took."""
     import numpy as np
 
-    from nmexport.runtimes.opening import open_session
-
     with open_session(engine, dense=dense, elsewhere=True) as session:
         rng = np.random.default_rng(0)
         session.prefill(rng.integers(session.vocabulary_size, size=(1, prompt_tokens)))
@@ -88,12 +88,21 @@ def measure_engine(
     return {
         **sparse,
         "device_bytes": None,
-        "why_no_device_bytes": "the model runs on the processor and takes no device memory",
+        "why_no_device_bytes": "the memory that a GPU's driver hands out is not measured"
+        if _runs_on_gpu(engine)
+        else "the model runs on the CPU and takes no device memory",
         "artifact_bytes": artifact_bytes(export),
         "sparse": sparse,
         "dense": dense,
         "protocol": PROTOCOL,
     }
+
+
+def _runs_on_gpu(engine: Path) -> bool:
+    described = read_engine(engine)
+    if described.tensorrt is None or why_not_here(engine) is not None:
+        return described.provider == "cuda"
+    return True
 
 
 def artifact_bytes(folder: Path) -> int:

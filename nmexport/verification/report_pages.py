@@ -38,6 +38,7 @@ _EXECUTORS = {
     "onnx": "ONNX function bodies",
     "engine": "Native op",
 }
+_NOT_FINITE = "not finite: activations overflow"
 _ABSENT = "not measured"
 
 
@@ -192,7 +193,12 @@ def linear_rows(report: dict[str, Any]) -> list[dict[str, str]]:
 
 def _linear_row(title: str, figures: dict[str, Any]) -> dict[str, str]:
     if figures["within_contract"] is None:
-        return {"executor": title, "share": _ABSENT, "values": "", "why": figures["why"]}
+        return {
+            "executor": title,
+            "share": _ABSENT,
+            "values": "",
+            "why": figures.get("why", _NOT_FINITE),
+        }
     return {
         "executor": title,
         "share": percent(figures["error_over_tolerance"]),
@@ -222,7 +228,7 @@ def _dense_rows(dense: dict[str, Any] | None) -> list[dict[str, str]]:
 def _parity_row(title: str, leg: dict[str, Any]) -> dict[str, str]:
     if leg["max_abs"] is None:
         empty = dict.fromkeys(("median_abs", "top1", "greedy"), "")
-        return {"pair": title, "max_abs": _ABSENT, **empty, "why": leg["why"]}
+        return {"pair": title, "max_abs": _ABSENT, **empty, "why": leg.get("why", _NOT_FINITE)}
     greedy = (
         f"identical, {leg['prompts']} prompts"
         if leg["greedy_identical"]
@@ -266,7 +272,7 @@ def decode_only_line(report: dict[str, Any]) -> str | None:
     if decoded is None:
         return None
     if decoded["perplexity_ratio"] is None:
-        return f"{_ABSENT}: {decoded['why']}"
+        return f"{_ABSENT}: {decoded.get('why', _NOT_FINITE)}"
     beside = "" if whole is None else f"; in all phases {number(whole['perplexity_ratio'])}"
     return (
         f"perplexity ratio {number(decoded['perplexity_ratio'])}, mean KL "

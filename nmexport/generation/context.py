@@ -1,0 +1,47 @@
+"""How long a sequence an exported model takes, and where its length changes what it computes."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from nmexport.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def context_length(folder: Path) -> int:
+    """Tokens that the model was made for.
+
+    Raises:
+        ArtifactError: if the export does not say.
+    """
+    path = folder / "genai_config.json"
+    try:
+        length: int = json.loads(path.read_text(encoding="utf-8"))["model"]["context_length"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"{path} does not say the model's context length: {error!r}",
+            fix="run `nmexport export --force`",
+        ) from error
+    return length
+
+
+def length_switch(folder: Path) -> int | None:
+    """Tokens up to which the model uses its short rotary frequencies; None where it has one set.
+
+    Keys in a cache keep the frequencies that they were made with: a sequence that grows beyond
+    this has to be computed anew, as transformers does, and a longer prompt must not come in pieces.
+    """
+    try:
+        document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    rotary: Any = document.get("rope_parameters") or document.get("rope_scaling") or {}
+    if "longrope" not in (rotary.get("rope_type"), rotary.get("type")):
+        return None
+    short = rotary.get("original_max_position_embeddings") or document.get(
+        "original_max_position_embeddings"
+    )
+    return None if short is None else int(short)
