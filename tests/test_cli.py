@@ -856,7 +856,7 @@ def test_inspect_onnx_counts_our_nodes_without_reading_weights(in_folder: Path) 
     node = helper.make_node("NMLinear", ["x", "w"], ["y"], domain="nmexport", n=8, m=16)
     weight = numpy_helper.from_array(np.zeros((32, 8), np.float32), "w")
     graph = helper.make_graph([node], "g", [value], [out], [weight])
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("nmexport", 1)]
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("nmexport", 2)]
     onnx.save(
         helper.make_model(graph, opset_imports=opsets),
         "m.onnx",

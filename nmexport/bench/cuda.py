@@ -11,7 +11,7 @@ timed by the clock. It has so many products that starting the replay does not co
 | `sparse` | our decode kernel, 8 of 16, with the fastest plan found |
 | `masked` | a mask, then cuBLASLt: the other way to what `sparse` computes |
 
-Each shape is measured with a channel order and without: kernels look up either kind of row.
+Each shape is measured with a channel order and without: with one, each token is gathered first.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ class Problem:
     tokens: int
     dtype: Dtype
     grouped: bool = False
-    """With a channel order: kept rows lie anywhere."""
+    """With a channel order."""
 
     @property
     def item_bytes(self) -> int:
@@ -447,7 +447,10 @@ def product_graph(side: Side, problem: Problem, copies: int, rounds: int = 1) ->
         [info(y, element, y_shape) for _, _, y in products],
         [numpy_helper.from_array(_order(problem), _ORDER)] if has_order else [],
     )
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("nmexport", 1)]
+    opsets = [
+        helper.make_opsetid("", 20),
+        helper.make_opsetid("nmexport", op_contract().opset_version),
+    ]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     return bytes(model.SerializeToString())
 

@@ -33,6 +33,7 @@ from onnx import helper, numpy_helper
 import onnxruntime
 from nmexport.environment import probe
 from nmexport.errors import RecipeError
+from nmexport.graph.contract import op_contract
 from nmexport.runtimes import native
 from nmexport.runtimes.native import HUGE_PAGES_ENTRY
 from nmexport.runtimes.onnxruntime_session import SESSION_CONFIG, session_options
@@ -82,8 +83,6 @@ _NBITS: Mapping[str, int] = {"nbits8": 8, "nbits4": 4}
 _DOMAINS: Mapping[str, tuple[str, int]] = {
     "MatMul": ("", 20),
     "MatMulNBits": ("com.microsoft", 1),
-    "NMLinear": ("nmexport", 1),
-    "NMPrune": ("nmexport", 1),
 }
 
 
@@ -324,7 +323,9 @@ def _model(name: str, problem: _Problem, copies: int) -> onnx.ModelProto:
         ],
         initializers,
     )
-    used = {_DOMAINS[node.op_type] for node in nodes} | {("", 20)}
+    contract = op_contract()
+    ours = (contract.domain, contract.opset_version)
+    used = {_DOMAINS.get(node.op_type, ours) for node in nodes} | {("", 20)}
     opsets = [helper.make_opsetid(*entry) for entry in sorted(used)]
     model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     return model

@@ -180,6 +180,26 @@ def attribute_values(node: onnx.NodeProto) -> dict[str, int | str]:
     return values
 
 
+def check_version(opsets: Mapping[str, int], name: str) -> None:
+    """Refuse a model whose nodes are of another version of the contract.
+
+    Args:
+        opsets: Versions that the model imports, by domain; ours may be absent.
+        name: What the message calls the model.
+
+    Raises:
+        ArtifactError: if the versions differ.
+    """
+    contract = op_contract()
+    version = opsets.get(contract.domain, contract.opset_version)
+    if version != contract.opset_version:
+        raise ArtifactError(
+            f"{name} holds {contract.domain} ops of version {version}.",
+            allowed=f"version {contract.opset_version}",
+            fix="export the model again with this version of nmexport",
+        )
+
+
 def check_node(node: onnx.NodeProto) -> None:
     """Hold a node of domain `nmexport` against the contract.
 

@@ -31,6 +31,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from nmexport.errors import ArtifactError
+from nmexport.graph.contract import check_version, op_contract
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
 WIDENED = "nmexport.widened"
 """Metadata key of a model that has bfloat16 inputs and outputs and computes in float32 between."""
 _NARROW = TensorProto.BFLOAT16
-_DOMAIN = "nmexport"
-_OPSET = 1
+_DOMAIN = op_contract().domain
+_OPSET = op_contract().opset_version
 # Attributes that name the type of a result or of the arithmetic.
 _TYPE_ATTRIBUTES = frozenset({"to", "dtype", "output_dtype", "stash_type", "softmax_precision"})
 _PIECES = frozenset({"Split", "Reshape", "Transpose"})  # of input 0: what makes values of a linear
@@ -63,6 +64,8 @@ def widened(model: Path | bytes, *, has_native_ops: bool) -> bytes:
         )
     except Exception as error:  # protobuf's own errors, by backend
         raise ArtifactError(f"The model cannot be read: {error}", fix="export again") from error
+    name = "The model" if isinstance(model, bytes) else str(model)
+    check_version({entry.domain: entry.version for entry in proto.opset_import}, name)
     widen(proto, has_native_ops=has_native_ops)
     return bytes(proto.SerializeToString())
 

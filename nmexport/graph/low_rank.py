@@ -19,6 +19,8 @@ from nmexport.graph.initializers import add_initializer
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from numpy.typing import NDArray
+
 FACTORS = ("remainder_in", "remainder_out")
 """Tensors of a folded layer that no input of the op takes: A `[K, r]`, B `[r, O]`."""
 
@@ -81,9 +83,20 @@ def _shifted(
     if "shift" not in tensors:
         return []
     dtype = tensors[FACTORS[0]].dtype
-    shift = tensors["shift"].numpy().astype(dtype.numpy())
+    shift = _in_own_order(tensors["shift"].numpy(), tensors).astype(dtype.numpy())
     value = add_initializer(graph, f"{name}.remainder_shift", ir.Tensor(shift, dtype=dtype))
     return [ir.Node("", "Sub", [x, value], name=f"{name}.remainder_centred")]
+
+
+def _in_own_order(
+    shift: NDArray[np.float32], tensors: Mapping[str, ir.TensorProtocol]
+) -> NDArray[np.float32]:
+    """A shift per channel lies in gathered order; the product beside the op reads X as it is."""
+    if "channel_order" not in tensors or shift.size == 1:
+        return shift
+    own = np.empty_like(shift)
+    own[tensors["channel_order"].numpy()] = shift
+    return own
 
 
 def _product(graph: ir.Graph, x: ir.Value, name: str, factor: ir.TensorProtocol) -> ir.Node:

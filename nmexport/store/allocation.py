@@ -184,6 +184,18 @@ class Allocation:
         """Choices of the linears that are not left dense."""
         return {name: choice for name, choice in self.choices.items() if choice != DENSE}
 
+    def summary(self) -> str:
+        """Say what was chosen, and how it turned out once it is built, in a line."""
+        words = (
+            f"{self.bytes_saved:.0%} of the bytes saved: perplexity ratio "
+            f"{self.perplexity_ratio:.3f} as chosen"
+        )
+        if self.built is None:
+            return words
+        words += f", {self.built.perplexity_ratio:.3f} as built"
+        used = self.built.budget_used
+        return f"{words}, which exceeds the budget" if used is not None and used > 1 else words
+
 
 def as_dict(allocation: Allocation) -> dict[str, Any]:
     """Convert to JSON values, with the schema; floats with six significant digits.

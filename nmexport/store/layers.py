@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-SCHEMA = 1
+SCHEMA = 2
 FILENAME = "layers.json"
 
 ModelPhases = Literal["all", "prefill", "decode", "mixed"]
@@ -26,7 +26,8 @@ class LayerSpec:
 
     Which optional inputs a node has is read from the fold artifact: `<name>.W [K, O]`,
     and where present `<name>.bias [O]`, `<name>.shift [1] or [K]`, `<name>.shift_weight [O]`,
-    `<name>.score_scale [K]`, `<name>.channel_order [K]`.
+    `<name>.score_scale [K]`, `<name>.channel_order [K]`, `<name>.weight_scale [G, O]`,
+    `<name>.value_scale [K]`. All that lies along K is in the order of `channel_order`.
     """
 
     name: str

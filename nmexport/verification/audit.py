@@ -14,7 +14,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from nmexport.errors import ArtifactError
-from nmexport.graph.contract import attribute_values, op_contract, present_inputs
+from nmexport.graph.contract import attribute_values, check_version, op_contract, present_inputs
 from nmexport.graph.cpu import is_bfloat16
 from nmexport.graph.functions import function_protos_for
 from nmexport.graph.linears import PlacedLinear, placed_linears
@@ -63,12 +63,14 @@ def read_graph(path: Path) -> onnx.ModelProto:
     """A model without its weights.
 
     Raises:
-        ArtifactError: if it is missing or no ONNX model.
+        ArtifactError: if it is missing, no ONNX model, or of another version of the op contract.
     """
     try:
-        return onnx.load(path, load_external_data=False)
+        model: onnx.ModelProto = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf's own errors, by backend
         raise ArtifactError(f"{path} cannot be read: {error}", fix="export again") from error
+    check_version({entry.domain: entry.version for entry in model.opset_import}, str(path))
+    return model
 
 
 def sparse_linears(model: onnx.ModelProto) -> dict[str, PlacedLinear]:
@@ -130,7 +132,11 @@ def _counting_nodes(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
     present = present_inputs(node)
     values = attribute_values(node)
     base = f"{_PREFIX}{node.name}/"
-    yield helper.make_node("Cast", [given["X"]], [f"{base}x"], to=_FLOAT)
+    x = given["X"]
+    if "channel_order" in present:
+        x = f"{base}gathered"
+        yield helper.make_node("Gather", [given["X"], given["channel_order"]], [x], axis=-1)
+    yield helper.make_node("Cast", [x], [f"{base}x"], to=_FLOAT)
     shifted = f"{base}x"
     if values["dynamic_shift"]:
         yield helper.make_node("Constant", [], [f"{base}axis"], value_ints=[-1])
@@ -140,9 +146,7 @@ def _counting_nodes(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
     elif "shift" in present:
         yield helper.make_node("Sub", [shifted, given["shift"]], [f"{base}z"])
         shifted = f"{base}z"
-    optional = [given[name] if name in present else "" for name in ("score_scale", "channel_order")]
-    while optional and not optional[-1]:
-        optional.pop()
+    optional = [given["score_scale"]] if "score_scale" in present else []
     yield helper.make_node(
         "NMPrune",
         [shifted, *optional],

@@ -114,10 +114,10 @@ def _open_masks(
     if not layer.dynamic_shift:
         return np.zeros(x.shape[:-1], dtype=np.bool_)
     wide = x.astype(np.float64)
-    score = np.abs(wide - wide.mean(axis=-1, keepdims=True)) * tensors.get("score_scale", 1.0)
     order = tensors.get("channel_order", np.arange(x.shape[-1]))
+    centred = (wide - wide.mean(axis=-1, keepdims=True))[..., order]
     groups = (*x.shape[:-1], -1, layer.pattern.m)
-    score = score[..., order].reshape(groups)
+    score = (np.abs(centred) * tensors.get("score_scale", 1.0)).reshape(groups)
     keep = expected.keep[..., order].reshape(groups)
     least_kept = np.where(keep, score, np.inf).min(axis=-1)
     most_dropped = np.where(keep, -np.inf, score).max(axis=-1)

@@ -14,7 +14,7 @@ from nmexport.errors import ModelError
 from nmexport.models.loader import load_model
 from nmexport.models.swap import replace_linears
 from nmexport.runtimes.session import Session
-from nmexport.sparsity.linear import Behaviour, FoldedLinear
+from nmexport.sparsity.linear import Behaviour, SparseLinear
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -159,13 +159,13 @@ def open_folded(
     return TorchSession(model, model.config.get_text_config().vocab_size)
 
 
-def folded_linear(layer: LayerSpec, fold: FoldedModel) -> FoldedLinear:
+def folded_linear(layer: LayerSpec, fold: FoldedModel) -> SparseLinear:
     """One linear of a fold artifact.
 
     Raises:
         ArtifactError: if the artifact is damaged.
     """
-    return FoldedLinear.from_tensors(_behaviour(layer), fold.tensors(layer.name))
+    return SparseLinear(_behaviour(layer), fold.tensors(layer.name))
 
 
 def tensor_from(array: NDArray[Any]) -> torch.Tensor:

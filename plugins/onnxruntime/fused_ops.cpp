@@ -8,6 +8,7 @@
 
 #include "between.h"
 #include "cuda_device.h"
+#include "cuda_fault.h"
 #include "custom_op.h"
 #include "ort_api.h"
 
@@ -39,8 +40,8 @@ class GatedSiluKernel : public Kernel {
         for (std::size_t i = 0; i + 1 < shape.size(); ++i) args.tokens *= shape[i];
         args.x = dataOf(mApi, x);
         args.y = outputAt(mApi, context, 0, shape);
-        checkCuda(cuda::launchGatedSilu(args, currentDevice(), streamOf(mApi, context)),
-                  "the gated activation's kernel");
+        cuda::checkCuda(cuda::launchGatedSilu(args, currentDevice(), streamOf(mApi, context)),
+                        "the gated activation's kernel");
     }
 
   private:
@@ -78,8 +79,8 @@ class ResidualNormKernel : public Kernel {
         args.weight = dataOf(mApi, inputs[2]);
         args.y = outputAt(mApi, context, 0, shape);
         args.sum = outputAt(mApi, context, 1, shape);
-        checkCuda(cuda::launchNorm(args, currentDevice(), streamOf(mApi, context)),
-                  "the norm's kernel");
+        cuda::checkCuda(cuda::launchNorm(args, currentDevice(), streamOf(mApi, context)),
+                        "the norm's kernel");
     }
 
   private:
