@@ -59,7 +59,7 @@ _KEEP, _GROUP = 8, 16
 _ORDER = "channel_order"
 _MIN_COPIES, _MAX_COPIES = 3, 64
 _MIN_LAUNCHES = 32
-"""Fewest launches in a replay, whose start costs tens of microseconds: as much as one large product."""
+"""Fewest launches in a replay, whose start costs as much as one large product."""
 _KEY_FIELDS, _ROW_FIELDS = 7, 18
 """Fields of a table row: those that say what was measured, which come first, and all."""
 

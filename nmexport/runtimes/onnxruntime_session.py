@@ -280,7 +280,7 @@ def _bits(value: Any) -> NDArray[np.uint16]:
 
 
 def _fits_huge_pages(model: Path | bytes) -> bool:
-    """Tell whether a model's weights may be copied; an instrumented model runs too briefly to gain."""
+    """Tell whether to copy a model's weights; an instrumented model runs too briefly to gain."""
     if isinstance(model, bytes):
         return False
     weights = sum(file.stat().st_size for file in model.parent.glob("*.data"))

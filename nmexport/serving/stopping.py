@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 DRAIN_VARIABLE = "NMEXPORT_DRAIN_SECONDS"
 """Environment variable of the server: seconds that requests in flight may take."""
 UNLOAD_SECONDS = 5
-"""Seconds that Triton needs after draining: once a second it checks for open connections and models.
-"""
+"""Seconds that Triton needs after draining: it checks once a second for open connections."""
 DRAIN_SECONDS = 30.0 - UNLOAD_SECONDS
 """Seconds where the variable is not set: Triton's own exit timeout, less what it needs."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
