@@ -9,6 +9,8 @@ from nmexport.environment import Environment
 from nmexport.models.source import ModelSource
 from nmexport.progress import Silent
 from nmexport.recipe import GatesSection, ModelSection, Recipe, SparsitySection
+from nmexport.report import learning
+from nmexport.report.document import assemble, judge
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.store.layers import LayerSpec
 from nmexport.verification import (
@@ -18,11 +20,9 @@ from nmexport.verification import (
     latency,
     op_parity,
     parity,
-    report_learning,
 )
 from nmexport.verification.accuracy import protocol
 from nmexport.verification.memory import PROTOCOL as MEMORY_PROTOCOL
-from nmexport.verification.report import assemble, judge
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,11 +52,11 @@ def _calibration(specs: list[Any]) -> dict[str, Any]:
     layers = [
         {"name": spec.name, "gap_closed": 0.3 + 0.004 * place} for place, spec in enumerate(specs)
     ]
-    learning = {
+    document = {
         "settings": {"steps": 120, "batch": 4, "length": 256},
         "curve": {"learned": learned, "held_out": held_out},
     }
-    return report_learning.section(learning, layers)
+    return learning.section(document, layers)
 
 
 def sample_report(

@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from nmexport.report import allocation_rows, pages
+from nmexport.report.document import MIXED
 from nmexport.store.allocation import as_dict
-from nmexport.verification import report_allocation, report_pages
-from nmexport.verification.report import MIXED
 
 from tests.sample_allocation import sample_allocation
 from tests.sample_report import sample_report
@@ -54,7 +54,7 @@ class Rows(HTMLParser):
 
 
 def test_every_site_and_linear_has_its_row(report: dict[str, Any]) -> None:
-    page = report_pages.html(report)
+    page = pages.html(report)
     parser = Rows()
     parser.feed(page)
     first = {row[0]: row for row in parser.rows if row}
@@ -73,7 +73,7 @@ def test_every_site_and_linear_has_its_row(report: dict[str, Any]) -> None:
 
 
 def test_plots_are_embedded_and_the_page_needs_nothing_else(report: dict[str, Any]) -> None:
-    page = report_pages.html(report)
+    page = pages.html(report)
     for title in ("Pareto front", "Share of weight rows that a decoded token reads"):
         assert re.search(rf'<svg[^>]*aria-label="{title}', page)
     assert "all linears alike" in page
@@ -83,7 +83,7 @@ def test_plots_are_embedded_and_the_page_needs_nothing_else(report: dict[str, An
 
 
 def test_the_page_says_what_was_asked_for_and_what_came_out(report: dict[str, Any]) -> None:
-    for page in (report_pages.html(report), report_pages.markdown(report)):
+    for page in (pages.html(report), pages.markdown(report)):
         assert "perplexity ratio at most 1.15, at most 70% of the weight bytes read" in page
         assert "37.5 %" in page
         assert "1.31x" in page
@@ -93,7 +93,7 @@ def test_the_page_says_what_was_asked_for_and_what_came_out(report: dict[str, An
 
 def test_the_page_says_what_the_choice_came_to(report: dict[str, Any]) -> None:
     said = "As built, all constants folded: perplexity ratio 1.051 and mean KL 0.046 nats"
-    for page in (report_pages.html(report), report_pages.markdown(report)):
+    for page in (pages.html(report), pages.markdown(report)):
         assert "before anything is learned" in page
         assert f"{said} on the same text, 36% of the budget of accuracy." in page
         assert "as built" in page  # a column of the ledger
@@ -101,16 +101,16 @@ def test_the_page_says_what_the_choice_came_to(report: dict[str, Any]) -> None:
 
 def test_a_budget_that_is_broken_as_built_is_said_so(allocation: dict[str, Any]) -> None:
     broken = {**allocation, "built": {**allocation["built"], "budget_used": 1.2}}
-    words = report_allocation.built(broken)
+    words = allocation_rows.built(broken)
     assert words is not None
     assert words.endswith("120% of the budget of accuracy: the budget is exceeded.")
     free = {**allocation, "built": {**allocation["built"], "budget_used": None}}
-    assert (report_allocation.built(free) or "").endswith("on the same text.")
-    assert report_allocation.built({**allocation, "built": None}) is None
+    assert (allocation_rows.built(free) or "").endswith("on the same text.")
+    assert allocation_rows.built({**allocation, "built": None}) is None
 
 
 def test_markdown_tables_are_whole(report: dict[str, Any]) -> None:
-    text = report_pages.markdown(report)
+    text = pages.markdown(report)
     part = text[text.index("## Allocation") : text.index("## Sparsity")]
     tables = [table.splitlines() for table in re.findall(r"(?:^\|.*\n)+", part, flags=re.MULTILINE)]
     assert len(tables) == 3
@@ -122,29 +122,29 @@ def test_markdown_tables_are_whole(report: dict[str, Any]) -> None:
 def test_without_a_budget_the_report_has_no_such_part(tmp_path: Path) -> None:
     plain = sample_report(tmp_path, layers=2)
     assert plain["allocation"] is None
-    assert 'id="allocation"' not in report_pages.html(plain)
-    assert "## Allocation" not in report_pages.markdown(plain)
+    assert 'id="allocation"' not in pages.html(plain)
+    assert "## Allocation" not in pages.markdown(plain)
     old = {key: value for key, value in plain.items() if key != "allocation"}
-    assert report_pages.method(old) == report_pages.method(plain)
+    assert pages.method(old) == pages.method(plain)
 
 
 def test_rows_are_in_order_and_count(allocation: dict[str, Any]) -> None:
-    saved = [row["bytes_saved"] for row in report_allocation.front_rows(allocation)]
+    saved = [row["bytes_saved"] for row in allocation_rows.front_rows(allocation)]
     assert saved == sorted(saved)
-    assert report_allocation.columns(allocation) == ["12:16 act", "8:16 act", "4:16 act"]
-    mix = report_allocation.chosen_mix(allocation)
+    assert allocation_rows.columns(allocation) == ["12:16 act", "8:16 act", "4:16 act"]
+    mix = allocation_rows.chosen_mix(allocation)
     assert mix == "12 dense, 14 at 12:16 act, 9 at 8:16 act, 7 at 4:16 act"
     decode = {"pattern": "8:16", "criterion": "act", "phase": "decode"}
-    assert report_allocation.label(decode) == "8:16 act, decode only"
-    assert len(report_allocation.site_rows(allocation)) == 24
-    shares = report_allocation.read_shares(allocation)
+    assert allocation_rows.label(decode) == "8:16 act, decode only"
+    assert len(allocation_rows.site_rows(allocation)) == 24
+    shares = allocation_rows.read_shares(allocation)
     assert {one["share"] for one in shares} == {1.0, 0.75, 0.5, 0.25}
     assert shares[0]["name"] == "model.layers.0.self_attn.q+k+v"
 
 
 def test_a_choice_without_gain_is_said_so() -> None:
     document = as_dict(replace(sample_allocation(), remark="The cost model sees no gain."))
-    printed = report_allocation.rows(document)
+    printed = allocation_rows.rows(document)
     assert printed is not None
     assert printed["built"].startswith("As built")
     assert printed["built"].endswith("The cost model sees no gain.")

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from nmexport.verification import cache_parity, parity, report_engine, report_pages
+from nmexport.report import engine_words, pages
+from nmexport.verification import cache_parity, parity
 
 from tests.sample_report import sample_report
 from tests.served import engine_of, tensorrt_document
@@ -55,7 +56,7 @@ def test_the_first_layer_that_differs_is_named() -> None:
     assert (first["layer"], first["tensor"]) == (1, "value")
     assert first["relative_error"] == pytest.approx(0.1, rel=1e-4)
     assert len(found["layers"]) == 8
-    assert cache_parity.line(found) == (
+    assert pages.cache_line(found) == (
         "the first to differ by more than 3 % is layer 1's value, by 10 %"
     )
 
@@ -64,7 +65,7 @@ def test_rounding_is_no_difference_and_depends_on_the_type() -> None:
     slightly = {"present_2_key": VALUES["present.2.key"] * 1.01}
     assert told(**slightly)["first_diverging"] is None
     assert told("float32", **slightly)["first_diverging"]["layer"] == 2
-    assert "largest difference is layer 2's key, by 1 %" in str(cache_parity.line(told(**slightly)))
+    assert "largest difference is layer 2's key, by 1 %" in str(pages.cache_line(told(**slightly)))
 
 
 def test_one_token_of_many_is_no_difference() -> None:
@@ -78,23 +79,23 @@ def test_what_is_not_a_number_differs() -> None:
     first = found["first_diverging"]
     assert (first["layer"], first["tensor"]) == (3, "value")
     read = {**found, "first_diverging": {**first, "relative_error": None}}  # as JSON has it
-    assert "no numbers" in str(cache_parity.line(read))
+    assert "no numbers" in str(pages.cache_line(read))
 
 
 def test_what_cannot_be_compared_says_why() -> None:
     one: Any = {parity.ONNX: Held(), parity.ENGINE: Hidden()}
     pair = (parity.ONNX, parity.ENGINE)
     found = cache_parity.compare_where_possible(one, pair, {}, dtype="float32")
-    assert "does not expose its KV cache" in str(cache_parity.line(found))
+    assert "does not expose its KV cache" in str(pages.cache_line(found))
     why = {parity.ENGINE: "no GPU"}
     found = cache_parity.compare_where_possible(
         {}, (parity.ENGINE, parity.ENGINE), why, dtype="float32"
     )
-    assert cache_parity.line(found) == "not compared: no GPU"
-    assert cache_parity.line(None) is None
+    assert pages.cache_line(found) == "not compared: no GPU"
+    assert pages.cache_line(None) is None
 
 
-@pytest.mark.parametrize("page", [report_pages.markdown, report_pages.html])
+@pytest.mark.parametrize("page", [pages.markdown, pages.html])
 def test_pages_say_where_executors_part(tmp_path: Path, page: Any) -> None:
     report = sample_report(tmp_path, layers=2)
     assert "all layers agree within 0.1 %" in page(report)
@@ -118,7 +119,7 @@ def engine_document(**changes: Any) -> dict[str, Any]:
 
 
 def words_of(folder: Path, document: dict[str, Any]) -> str:
-    return " ".join(report_engine.words(report_engine.section(engine_of(folder, **document))))
+    return " ".join(engine_words.words(engine_words.section(engine_of(folder, **document))))
 
 
 def test_attention_and_cache_are_told_as_they_were_built(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from xml.etree import ElementTree as ET
 import pytest
 from nmexport.errors import RecipeError
 from nmexport.recipe import GatesSection
-from nmexport.verification import gates
+from nmexport.report import gates
 
 REPORT = {
     "schema": 1,

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from nmexport.recipe import GatesSection, ModelSection, Recipe
-from nmexport.verification import report_learning, report_pages
-from nmexport.verification.report import weights_note
-from nmexport.verification.report_plots import layer_place
+from nmexport.report import learning, pages
+from nmexport.report.document import weights_note
+from nmexport.report.plots import layer_place
 
 from tests.sample_report import sample_report
 
@@ -85,7 +85,7 @@ def assert_has_keys(document: Any, fixed: Any, where: str = "report") -> None:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
-    report_pages.write(sample_report(folder), folder)
+    pages.write(sample_report(folder), folder)
     return folder / "report.html"
 
 
@@ -100,7 +100,7 @@ def test_an_absent_leg_keeps_its_keys_and_says_why(tmp_path: Path) -> None:
     report = sample_report(tmp_path, native=False)
     assert_has_keys(report, FIXED)
     assert report["parity"]["torch_engine"]["max_abs"] is None
-    for text in (report_pages.markdown(report), report_pages.html(report)):
+    for text in (pages.markdown(report), pages.html(report)):
         assert "not measured" in text
         assert "the native op library is not built here" in text
 
@@ -119,28 +119,28 @@ def test_verdict(tmp_path: Path, limit: float | None, verdict: str, words: str) 
     )
     report = sample_report(tmp_path, layers=2, recipe=recipe)
     assert report["verdict"] == verdict
-    assert words in report_pages.html(report)
-    assert words in report_pages.markdown(report)
+    assert words in pages.html(report)
+    assert words in pages.markdown(report)
 
 
 def test_pages_say_in_what_the_weights_are_stored(tmp_path: Path) -> None:
     recipe = Recipe(model=ModelSection(id="smollm2", weights="int8:64"))
     report = sample_report(tmp_path, layers=2, recipe=recipe)
     assert report["weights"] == {"dense": "float32", "sparse": "int8:64"}
-    for text in (report_pages.html(report), report_pages.markdown(report)):
+    for text in (pages.html(report), pages.markdown(report)):
         assert "int8:64 weights against dense float32" in text
     note = weights_note(recipe)
     assert note is not None
     assert "sparsity and quantisation together" in note
     alike = sample_report(tmp_path, layers=2)
     assert alike["weights"] == {"dense": "float32", "sparse": "float32"}
-    assert "weights against" not in report_pages.html(alike)
+    assert "weights against" not in pages.html(alike)
     assert weights_note(Recipe(model=ModelSection(id="smollm2"))) is None
 
 
 def test_equal_reports_make_equal_pages(tmp_path: Path) -> None:
     report = sample_report(tmp_path, layers=2)
-    assert report_pages.html(report) == report_pages.html(report)
+    assert pages.html(report) == pages.html(report)
 
 
 def test_page_is_self_contained(page: Path) -> None:
@@ -160,7 +160,7 @@ def test_svg_ids_do_not_collide(page: Path) -> None:
 
 def test_names_are_escaped(tmp_path: Path) -> None:
     recipe = Recipe(model=ModelSection(id="<script>alert(1)</script>"))
-    text = report_pages.html(sample_report(tmp_path, layers=1, recipe=recipe))
+    text = pages.html(sample_report(tmp_path, layers=1, recipe=recipe))
     assert "<script>" not in text
 
 
@@ -189,24 +189,24 @@ def test_markdown_tables_are_whole(page: Path) -> None:
     ],
 )
 def test_numbers_for_people(value: float | None, digits: int, text: str) -> None:
-    assert report_pages.number(value, digits) == text
+    assert pages.number(value, digits) == text
 
 
 def test_sizes_and_counts_for_people() -> None:
-    assert report_pages.size(999) == "999 B"
-    assert report_pages.size(812_345_678) == "812.3 MB"
-    assert report_pages.size(None) == "not measured"
-    assert report_pages.count(134_515_008) == "134.5 million"
-    assert report_pages.count(7_241_732_096) == "7.242 billion"
-    assert report_pages.count(8176) == "8,176"
-    assert report_pages.percent(None) == report_pages.speedup(None) == "not measured"
+    assert pages.size(999) == "999 B"
+    assert pages.size(812_345_678) == "812.3 MB"
+    assert pages.size(None) == "not measured"
+    assert pages.count(134_515_008) == "134.5 million"
+    assert pages.count(7_241_732_096) == "7.242 billion"
+    assert pages.count(8176) == "8,176"
+    assert pages.percent(None) == pages.speedup(None) == "not measured"
 
 
 def test_method_in_words(tmp_path: Path) -> None:
     report = sample_report(tmp_path, layers=1)
-    assert report_pages.method(report) == "8:16, ACT, balanced groups, no mitigation"
+    assert pages.method(report) == "8:16, ACT, balanced groups, no mitigation"
     report |= {"mitigations": ["d-pts", "var"], "phases": "decode"}
-    assert report_pages.method(report).endswith("d-pts + var, decode only")
+    assert pages.method(report).endswith("d-pts + var, decode only")
 
 
 @pytest.mark.parametrize(
@@ -310,10 +310,10 @@ def test_the_picture_shows_the_page(page: Path, tmp_path: Path) -> None:
 def test_tasks_and_decode_only_stand_beside_the_perplexity(tmp_path: Path) -> None:
     report = sample_report(tmp_path)
     assert "| local_choice, acc | 1,200 | 0.52 ± 0.02 | 0.47 ± 0.02 | -0.05 ± 0.01 |" in (
-        report_pages.markdown(report)
+        pages.markdown(report)
     )
-    assert "<td>-0.05<small>± 0.01</small></td>" in report_pages.html(report)
-    for page in (report_pages.markdown(report), report_pages.html(report)):
+    assert "<td>-0.05<small>± 0.01</small></td>" in pages.html(report)
+    for page in (pages.markdown(report), pages.html(report)):
         assert "1.612" in page
         assert "in all phases 1.936" in page
 
@@ -321,23 +321,23 @@ def test_tasks_and_decode_only_stand_beside_the_perplexity(tmp_path: Path) -> No
 def test_a_decode_only_figure_that_is_missing_says_why(tmp_path: Path) -> None:
     report = sample_report(tmp_path)
     report["accuracy"]["decode_only"] = {"perplexity_ratio": None, "why": "no cache"}
-    assert "not measured: no cache" in report_pages.markdown(report)
+    assert "not measured: no cache" in pages.markdown(report)
     report["accuracy"]["decode_only"] = None
     report["accuracy"]["tasks"] = {}
-    page = report_pages.html(report)
+    page = pages.html(report)
     assert "decode only" not in page
     assert "documents" not in page
 
 
 def test_calibration_says_what_learning_and_grouping_did(tmp_path: Path) -> None:
     report = sample_report(tmp_path)
-    for page in (report_pages.html(report), report_pages.markdown(report)):
+    for page in (pages.html(report), pages.markdown(report)):
         assert "Constants learned in 120 steps of 4 x 256 tokens" in page
         assert "the divergence fell from 0.620 to 0.236" in page
         assert "distance from consecutive groups" in page
-    assert "Loss of the learned constants by step" in report_pages.html(report)
-    bare = {**report, "calibration": report_learning.section(None, [])}
-    assert "Calibration</h2>" not in report_pages.html(bare)
-    assert "## Calibration" not in report_pages.markdown(bare)
+    assert "Loss of the learned constants by step" in pages.html(report)
+    bare = {**report, "calibration": learning.section(None, [])}
+    assert "Calibration</h2>" not in pages.html(bare)
+    assert "## Calibration" not in pages.markdown(bare)
     older = {key: value for key, value in report.items() if key != "calibration"}
-    assert "Calibration</h2>" not in report_pages.html(older)
+    assert "Calibration</h2>" not in pages.html(older)

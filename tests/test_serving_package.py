@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from nmexport.environment import free_memory
 from nmexport.errors import ArtifactError, EnvironmentFault, RequestError, ServerBusyError
+from nmexport.generation.context import context_length
 from nmexport.generation.defaults import generation_defaults
 from nmexport.generation.options import NAMES, GenerationOptions, options_from
 from nmexport.runtimes.engine import EngineTensor, PluginRecord, TensorRTEngine, write_engine
@@ -194,7 +195,7 @@ def test_defaults_are_the_authors(
 
 def test_a_model_without_a_context_length_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="context length"):
-        repository.context_length(tmp_path)
+        context_length(tmp_path)
 
 
 # -- bundles --------------------------------------------------------------------------------------

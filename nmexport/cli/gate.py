@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from nmexport.recipe import GatesSection
-    from nmexport.verification.gates import GateResult
+    from nmexport.report.gates import GateResult
 
 _THRESHOLDS = {
     "max_perplexity_ratio": "Perplexity, sparse over dense, at most.",
@@ -70,8 +70,8 @@ def gate_command(
     Thresholds given here replace all others. Without any, those of --recipe hold; else those of the
     work directory's recipe; else those that the report was made with.
     """
-    from nmexport.verification import gates
-    from nmexport.verification.report import read_report
+    from nmexport.report import gates
+    from nmexport.report.document import read_report
 
     path = _report_path(asked, report)
     document = read_report(path)
@@ -118,8 +118,8 @@ def _limits(
 ) -> GatesSection:
     """The gates in force: those given as options, or the recipe's, or the report's own."""
     from nmexport.recipe import load
+    from nmexport.report.gates import limits_from, limits_of_report
     from nmexport.store.work_directory import RESOLVED
-    from nmexport.verification.gates import limits_from, limits_of_report
 
     if given:
         return limits_from(given)

@@ -132,7 +132,7 @@ def continuation(
     import numpy as np
 
     text = list(prompt)
-    logits = session.prefill(np.asarray([text], dtype=np.int64))
+    logits, cache = session.extend_last(None, np.asarray([text], dtype=np.int64))
     for made in range(max_tokens):
         token = sampler(logits[0, -1])
         if token in ends:
@@ -142,9 +142,10 @@ def continuation(
         if made + 1 == max_tokens:
             return
         if len(text) - 1 == switch:
-            logits = session.prefill(np.asarray([text], dtype=np.int64))
+            cache = None  # its memory is free for the next one
+            logits, cache = session.extend_last(None, np.asarray([text], dtype=np.int64))
         else:
-            logits = session.decode_step(np.asarray([[token]], dtype=np.int64))
+            logits, cache = session.extend_last(cache, np.asarray([[token]], dtype=np.int64))
 
 
 def _told_when_full(tokens: Iterable[int], room: int, context: int) -> Iterator[int]:

@@ -1,4 +1,4 @@
-"""What a path holds, as data: a work directory, an artifact, an ONNX file, or a report.
+"""Describe what a path holds, as data: a work directory, an artifact, an ONNX file, or a report.
 
 Rows are dictionaries whose first value names the row; so two descriptions can be compared.
 """
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ArtifactError, UserError
 from nmexport.pipeline import STAGES
+from nmexport.report.document import read_report
 from nmexport.store.artifact import KEY_CHARS, MANIFEST, Manifest, read_manifest
 from nmexport.store.layers import FILENAME, read_layers
 from nmexport.store.work_directory import RESOLVED, WorkDirectory
-from nmexport.verification.report import read_report
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

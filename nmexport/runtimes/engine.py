@@ -20,7 +20,7 @@ PLAN, DENSE_PLAN = "model.plan", "dense.plan"
 Runtime = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
 TensorRTTarget = Literal["tensorrt", "tensorrt-rtx"]
 Provider = Literal["cpu", "cuda"]
-"""Where ONNX Runtime computes; the cache lies there too."""
+"""Device of ONNX Runtime; the cache is in its memory too."""
 ElementType = Literal["float32", "float16", "bfloat16"]
 
 REBUILD = "run `nmexport engine` (or `nmexport build`) on this work directory again"
@@ -60,7 +60,7 @@ class EngineTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorRTEngine:
-    """What a TensorRT session must know of its plans."""
+    """Everything a TensorRT session must know of its plans."""
 
     target: TensorRTTarget
     version: str
@@ -80,7 +80,7 @@ class TensorRTEngine:
     max_sequence: int
     max_context: int
     profiles: tuple[str, ...]
-    """What each optimization profile is for, in the plan's order."""
+    """Purpose of each optimization profile, in the plan's order."""
     plugin: PluginRecord
     tensors: tuple[EngineTensor, ...] = ()
     """Inputs and outputs of `model.plan`, as the builder saw them."""
@@ -88,7 +88,7 @@ class TensorRTEngine:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildRecord:
-    """What a TensorRT build made, for the report; no session reads it."""
+    """Results of a TensorRT build, for the report; no session reads them."""
 
     attention_layers: int
     attention_kernels: Mapping[str, int]
@@ -98,6 +98,16 @@ class BuildRecord:
     weight_bytes: int
     timing_cache: str | None
     why_no_timing_cache: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CudaGraphs:
+    """The exported models as ONNX Runtime's CUDA provider runs them fastest; see `graph.cuda`."""
+
+    model: Path
+    dense_model: Path | None
+    positions: int
+    """Tokens of a sequence that they cover."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +122,10 @@ class Engine:
     """The baseline; None where the recipe leaves it out."""
     cpu_model: Path | None = None
     """The sparse model as a CPU runs it, where a package has it ready."""
+    cuda: CudaGraphs | None = None
+    """None where the provider is the CPU, or a graph has a form that has no faster one."""
+    why_no_cuda: str | None = None
+    """Why a CUDA engine runs the exported files as they are."""
     element_type: ElementType
     """Type of the models' logits and caches."""
     threads: int | None

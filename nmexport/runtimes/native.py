@@ -1,4 +1,4 @@
-"""Where the native op library is, and why it is not there if it is not."""
+"""Find the native op library, and say why where it is missing."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from nmexport.errors import EnvironmentFault
+from nmexport.errors import ArtifactError, EnvironmentFault
 from nmexport.resources import NATIVE_FOLDER
+from nmexport.runtimes.engine import REBUILD
+from nmexport.store.artifact import file_digest
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from nmexport.runtimes.engine import Engine
 
 THREADS_ENTRY = "custom_op.nmexport.threads"
 """Session configuration entry that tells the library how many threads the session has, which ONNX
@@ -55,6 +59,25 @@ def require_library(folder: Path = _FOLDER) -> Path:
     return path
 
 
+def engine_library(engine: Engine) -> Path | None:
+    """Find the native library that an engine was made with.
+
+    Raises:
+        EnvironmentFault: if this machine has no native library and the engine needs it.
+        ArtifactError: if the library found is another one.
+    """
+    if engine.library is None:
+        return None
+    library = engine.bundled_library or require_library()
+    if file_digest(library) != engine.library.sha256:
+        raise ArtifactError(
+            f"The engine was made with another build of {engine.library.file.name} than {library}.",
+            allowed=f"sha256 {engine.library.sha256}",
+            fix=REBUILD,
+        )
+    return library
+
+
 def why_missing(folder: Path = _FOLDER) -> str | None:
     """Why the library is not there, in words; None where it is there."""
     if find_library(folder) is not None:
@@ -72,7 +95,7 @@ def library_digest(folder: Path = _FOLDER) -> str | None:
 
 
 def describe_library(path: Path) -> dict[str, Any]:
-    """What the library says of itself: version, instruction-set variant, the ops it registers.
+    """Ask the library for its version, instruction-set variant and registered ops.
 
     Raises:
         EnvironmentFault: if it cannot be loaded or is not ours.

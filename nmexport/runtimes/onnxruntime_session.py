@@ -15,11 +15,10 @@ from nmexport import environment
 from nmexport.environment import free_memory, physical_cores
 from nmexport.errors import ArtifactError, EnvironmentFault
 from nmexport.runtimes import native
-from nmexport.runtimes.engine import REBUILD, Engine, Provider, read_engine
+from nmexport.runtimes.engine import Provider, read_engine
 from nmexport.runtimes.feeds import float32_from, positions_from_mask
 from nmexport.runtimes.native import HUGE_PAGES_ENTRY, THREADS_ENTRY
 from nmexport.runtimes.session import Session
-from nmexport.store.artifact import file_digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -28,20 +27,24 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 RUNTIME = f"onnxruntime {onnxruntime.__version__}"
-"""What runs the model, as reports name it."""
+"""The runtime's name in reports."""
 _HOST = "cpu"
 _PROVIDERS: Mapping[Provider, list[Any]] = {
     "cpu": ["CPUExecutionProvider"],
     # What a device lacks a kernel for falls to the CPU. No TF32: parity is judged in float32.
     "cuda": [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"],
 }
-_NUMPY_TYPES: dict[str, np.dtype[Any]] = {
+_RECORDING = [
+    ("CUDAExecutionProvider", {"use_tf32": "0", "enable_cuda_graph": "1"}),
+    "CPUExecutionProvider",
+]
+NUMPY_TYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
     "tensor(bfloat16)": np.dtype(np.uint16),  # NumPy has no name for it: the bits
 }
 # Element types as ONNX numbers them.
-_ONNX_TYPES = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}
+ONNX_TYPES = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}
 _FATAL_ONLY = 4  # the runtime raises what goes wrong; its own log lines would say it twice
 
 EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -54,8 +57,8 @@ SESSION_CONFIG: Mapping[str, str] = {
 }
 
 HUGE_PAGES_SHARE = 0.25
-"""Of the free memory, which weights copied into huge pages may take. Larger models stay mapped: a
-copy in memory cannot be dropped and read again as pages of a file can."""
+"""Share of the free memory for weights copied into huge pages. Larger models stay mapped: a copy in
+memory cannot be dropped and read again as pages of a file can."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,25 +81,6 @@ class _CacheSlot:
     head_dim: int
     element_type: int
     element_bytes: int
-
-
-def engine_library(engine: Engine) -> Path | None:
-    """The native library that an engine was made with.
-
-    Raises:
-        EnvironmentFault: if this machine has no native library and the engine needs it.
-        ArtifactError: if the library found is another one.
-    """
-    if engine.library is None:
-        return None
-    library = engine.bundled_library or native.require_library()
-    if file_digest(library) != engine.library.sha256:
-        raise ArtifactError(
-            f"The engine was made with another build of {engine.library.file.name} than {library}.",
-            allowed=f"sha256 {engine.library.sha256}",
-            fix=REBUILD,
-        )
-    return library
 
 
 def choose_provider(library: Path | None) -> Provider:
@@ -153,6 +137,7 @@ def open_session(
     provider: Provider = "cpu",
     *,
     bfloat16: bool = False,
+    records_graphs: bool = False,
 ) -> onnxruntime.InferenceSession:
     """Open a model file, or a serialised model.
 
@@ -162,6 +147,7 @@ def open_session(
         provider: Where to compute.
         bfloat16: The model is in bfloat16. A CPU then runs it rewritten, with float32 between its
             weights: see `graph.cpu`.
+        records_graphs: On CUDA, runs may be recorded as CUDA graphs and replayed.
 
     Raises:
         ArtifactError: if the model is missing, corrupt, or not runnable by this runtime.
@@ -180,7 +166,7 @@ def open_session(
         session = onnxruntime.InferenceSession(
             model if isinstance(model, bytes) else str(model),
             options,
-            providers=_PROVIDERS[provider],
+            providers=_RECORDING if records_graphs else _PROVIDERS[provider],
         )
     except Exception as error:  # see _register
         raise ArtifactError(
@@ -213,7 +199,7 @@ def _widened(model: Path | bytes, options: onnxruntime.SessionOptions) -> bytes:
 
 
 def _has_native_ops(options: onnxruntime.SessionOptions) -> bool:
-    """Whether `session_options` registered our library: only then it set this entry."""
+    """Tell whether `session_options` registered our library: only then is this entry set."""
     try:
         options.get_session_config_entry(THREADS_ENTRY)
     except RuntimeError:
@@ -240,7 +226,8 @@ def open_cuda_graph(
     return onnxruntime.InferenceSession(model, options, providers=[provider])
 
 
-def _provider_here(provider: Provider) -> Provider:
+def provider_here(provider: Provider) -> Provider:
+    """Return the provider, or the CPU with a warning where this ONNX Runtime lacks it."""
     if provider == "cpu" or "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         return provider
     logging.getLogger(__name__).warning(
@@ -278,22 +265,22 @@ def _cache_slots(session: onnxruntime.InferenceSession) -> tuple[_CacheSlot, ...
                 present=present,
                 heads=heads,
                 head_dim=head_dim,
-                element_type=_ONNX_TYPES[value.type],
-                element_bytes=_NUMPY_TYPES[value.type].itemsize,
+                element_type=ONNX_TYPES[value.type],
+                element_bytes=NUMPY_TYPES[value.type].itemsize,
             )
         )
     return tuple(slots)
 
 
 def _bits(value: Any) -> NDArray[np.uint16]:
-    """What an OrtValue on the host holds, which has bfloat16 and gives NumPy none of it."""
+    """Read a bfloat16 OrtValue on the host, which NumPy cannot, as 16-bit integers."""
     count = math.prod(value.shape())
     held = (ctypes.c_uint16 * count).from_address(value.data_ptr())
     return np.ctypeslib.as_array(held).reshape(value.shape())
 
 
 def _fits_huge_pages(model: Path | bytes) -> bool:
-    """Whether a model's weights may be copied; an instrumented model runs too briefly to gain."""
+    """Tell whether to copy a model's weights; an instrumented model runs too briefly to gain."""
     if isinstance(model, bytes):
         return False
     weights = sum(file.stat().st_size for file in model.parent.glob("*.data"))
@@ -373,7 +360,7 @@ class OrtSession(Session):
             EnvironmentFault: if the native library that the engine needs is missing here.
         """
         engine = read_engine(path)
-        provider = _provider_here(engine.provider) if elsewhere else engine.provider
+        provider = provider_here(engine.provider) if elsewhere else engine.provider
         model = engine.model_for(provider, dense=dense)
         rewritten = engine.needs_rewrite(provider, dense=dense)
         if model is None:
@@ -383,7 +370,7 @@ class OrtSession(Session):
         return cls(
             model,
             # A baseline needs none, unless it is in bfloat16: see `graph.cpu`.
-            library=engine_library(engine) if not dense or rewritten else None,
+            library=native.engine_library(engine) if not dense or rewritten else None,
             threads=engine.threads,
             config=engine.session_config,
             provider=provider,
@@ -403,11 +390,11 @@ class OrtSession(Session):
 
             bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
             return bfloat16
-        return _NUMPY_TYPES[self._logits_type]
+        return NUMPY_TYPES[self._logits_type]
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """What one token of one sequence takes in a cache."""
+        """Bytes that one token of one sequence takes in a cache."""
         return sum(slot.heads * slot.head_dim * slot.element_bytes for slot in self._slots)
 
     def keep(self, cache: OrtCache) -> OrtCache:
@@ -417,7 +404,7 @@ class OrtSession(Session):
     def cache_values(self, cache: OrtCache) -> Iterator[tuple[str, NDArray[np.float32]]]:
         """See `Session`."""
         for slot, value in zip(self._slots, cache.past, strict=True):
-            is_bfloat16 = slot.element_type == _ONNX_TYPES["tensor(bfloat16)"]
+            is_bfloat16 = slot.element_type == ONNX_TYPES["tensor(bfloat16)"]
             elements = _bits(value) if is_bfloat16 and self._device == "cpu" else value.numpy()
             yield slot.present, float32_from(elements, is_bfloat16=is_bfloat16)
 
@@ -481,13 +468,13 @@ class OrtSession(Session):
         # The runtime writes the logits straight into our array: a prompt's are tens of megabytes.
         logits = np.empty(
             (batch, new_tokens, self._vocabulary_size),
-            _NUMPY_TYPES[self._logits_type],
+            NUMPY_TYPES[self._logits_type],
         )
         binding.bind_output(
             "logits",
             _HOST,
             0,
-            _ONNX_TYPES[self._logits_type],
+            ONNX_TYPES[self._logits_type],
             list(logits.shape),
             logits.ctypes.data,
         )

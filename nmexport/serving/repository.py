@@ -19,6 +19,7 @@ from nmexport.generation.context import context_length, length_switch
 from nmexport.generation.defaults import end_tokens, generation_defaults
 from nmexport.generation.tokenizer import Tokenizer
 from nmexport.runtimes.engine import Engine, write_engine
+from nmexport.runtimes.opening import open_on_onnxruntime
 from nmexport.serving import bundle as bundles
 from nmexport.serving import triton_config
 from nmexport.store.artifact import record_files
@@ -36,6 +37,7 @@ LICENCES = "model_licence"
 SUMS = "SHA256SUMS"
 _MODEL = "model.onnx"
 _CPU_MODEL = "model.cpu.onnx"
+_CUDA_MODEL = "model.cuda.onnx"
 _TEMPLATES = ("README.md", "NOTICE.md", LAUNCH)
 _MODEL_PY = '''"""Triton's entry; the environment of the server's python3 must have nmexport."""
 
@@ -47,7 +49,7 @@ __all__ = ["TritonPythonModel"]
 
 @dataclass(frozen=True, kw_only=True)
 class TextModel:
-    """What the text model of a repository is made from."""
+    """Everything the text model of a repository is made from."""
 
     name: str
     model: str
@@ -57,7 +59,7 @@ class TextModel:
     export: Path
     """The folder of the exported model."""
     files: tuple[str, ...]
-    """Of the export: what is served, relative to it."""
+    """Files to serve, relative to `export`."""
     engine: Engine
     library: Path | None
     settings: Mapping[str, str]
@@ -87,7 +89,10 @@ def write_text_model(output: Path, source: TextModel) -> Path:
     cpu_model = None
     if source.engine.needs_rewrite("cpu", dense=False):
         cpu_model = _write_cpu_model(folder, has_native_ops=source.library is not None)
-    write_engine(_relocated(source.engine, folder.resolve(), cpu_model), folder)
+    engine = _relocated(source.engine, folder.resolve(), cpu_model)
+    if source.engine.cuda is not None and engine.cuda is not None:
+        shutil.copyfile(source.engine.cuda.model, engine.cuda.model)
+    write_engine(engine, folder)
     (folder / "model.py").write_text(_MODEL_PY, encoding="utf-8")
     tokenizer = Tokenizer(folder)
     tokens = [tokenizer.encode(text) for text in bundles.REFERENCE_TEXTS]
@@ -202,6 +207,7 @@ def _relocated(engine: Engine, folder: Path, cpu_model: Path | None) -> Engine:
         runtime_version=probe().version("onnxruntime"),
         model=folder / _MODEL,
         cpu_model=cpu_model,
+        cuda=engine.cuda and replace(engine.cuda, model=folder / _CUDA_MODEL, dense_model=None),
         dense_model=None,
         library=library and replace(library, file=folder / library.file.name),
         tensorrt=None,
@@ -212,7 +218,5 @@ def _relocated(engine: Engine, folder: Path, cpu_model: Path | None) -> Engine:
 def _write_reference(folder: Path, tokens: list[list[int]]) -> None:
     import numpy as np
 
-    from nmexport.runtimes.onnxruntime_session import OrtSession
-
-    with OrtSession.from_engine(folder) as session:
+    with open_on_onnxruntime(folder) as session:
         np.save(folder / bundles.REFERENCE, bundles.first_logits(session, tokens))

@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from nmexport.serving.scheduler import Sink
 
 _MEMORY_SHARE = 0.5
-"""Of the memory that is free once the model is open, for caches; a step needs some beside them."""
+"""Share of the memory free after loading that caches get; a step needs some of the rest."""
 # A character of JSON may be written as six: \\u0041.
 _JSON_EXPANSION = 6
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextRequest:
-    """What a client asks for; either `text` or `messages`."""
+    """A client's request: either `text` or `messages`."""
 
     text: str | None = None
     messages: str | None = None
@@ -115,12 +115,12 @@ class TextService(Closing):
             EnvironmentFault: if this machine lacks what it needs.
             RequestError: if a setting makes no sense.
         """
-        from nmexport.runtimes.onnxruntime_session import OrtSession
+        from nmexport.runtimes.opening import open_on_onnxruntime
 
         bundle = bundles.read_bundle(folder)
         bundle.check_files()
         tokenizer = Tokenizer(folder)
-        session = OrtSession.from_engine(folder, elsewhere=True)
+        session = open_on_onnxruntime(folder, elsewhere=True)
         difference = bundles.smoke_check(session, bundle)
         logging.getLogger(__name__).info(
             "%s at %s: reference logits differ by %.2g", bundle.model, bundle.pattern, difference
@@ -223,7 +223,7 @@ SETTINGS = (
     "cache_bytes",
     "default_max_tokens",
 )
-"""What the operator of a server may set, as text: whole numbers, or `auto` (as if left out)."""
+"""Settings of a server's operator, as text: whole numbers, or `auto` (as if left out)."""
 
 
 def numbers_from(settings: Mapping[str, str]) -> dict[str, int]:

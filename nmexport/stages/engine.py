@@ -1,21 +1,30 @@
 """Stage `engine`: make the exported model ready to run on the target runtime.
 
 For ONNX Runtime that is a choice of options, the native library pinned by its digest, and a check
-that the model opens and computes. No optimised copy of the graph is kept: the runtime's own passes
-take little of the time that opening takes, and a copy would double the weights on disk. For
-TensorRT it is a plan of the sparse model and one of the dense model; `engine.json` describes the
-ONNX files in both cases, as they run wherever the plan does not.
+that the model opens and computes. For its CUDA provider graphs of its own are written, without
+weights: see `graph.cuda`. For TensorRT it is a plan of the sparse model and one of the dense model;
+`engine.json` describes the ONNX files in both cases, as they run wherever the plan does not.
 """
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ArtifactError, EnvironmentFault, RecipeError
-from nmexport.runtimes.engine import SCHEMA, Engine, LibraryRecord, read_engine, write_engine
+from nmexport.generation.context import context_length
+from nmexport.runtimes.engine import (
+    SCHEMA,
+    CudaGraphs,
+    Engine,
+    LibraryRecord,
+    read_engine,
+    write_engine,
+)
 from nmexport.runtimes.native import find_library
+from nmexport.runtimes.opening import open_on_onnxruntime
 from nmexport.runtimes.tensorrt import library as tensorrt_library
 from nmexport.runtimes.tensorrt import requirements
 from nmexport.runtimes.tensorrt.profiles import limits_from
@@ -29,6 +38,7 @@ if TYPE_CHECKING:
     from nmexport.stages.inputs import StageInputs
 
 UPSTREAM = ("export",)
+CUDA_FOLDER = "cuda"
 NO_LIBRARY = "the native op library is not built here; the function bodies in the model run"
 
 
@@ -172,6 +182,8 @@ def _describe(inputs: StageInputs, library: Path | None) -> Engine:
 
     export = inputs.upstream["export"].resolve()
     model = inputs.recipe.model
+    provider = choose_provider(library)
+    cuda, why_no_cuda = _write_cuda_graphs(inputs) if provider == "cuda" else (None, None)
     return Engine(
         runtime="onnxruntime",
         runtime_version=inputs.environment.version("onnxruntime"),
@@ -179,11 +191,42 @@ def _describe(inputs: StageInputs, library: Path | None) -> Engine:
         dense_model=export / "dense" / "model.onnx" if model.dense_baseline else None,
         element_type=model.dtype,
         threads=inputs.recipe.latency.threads,
-        provider=choose_provider(library),
+        provider=provider,
+        cuda=cuda,
+        why_no_cuda=why_no_cuda,
         session_config=SESSION_CONFIG,
         library=_library_record(inputs.output.resolve(), library) if library else None,
         why_no_library=None if library else NO_LIBRARY,
     )
+
+
+def _write_cuda_graphs(inputs: StageInputs) -> tuple[CudaGraphs | None, str | None]:
+    """Write the graphs that the CUDA provider runs fastest, or say why there are none."""
+    import onnx_ir as ir
+
+    from nmexport.graph.cuda import NotRewritableError, rewrite_for_cuda
+
+    model = inputs.recipe.model
+    if model.dtype == "float32":
+        return None, "ONNX Runtime's CUDA attention with a cache in place takes 16-bit types"
+    export = inputs.upstream["export"].resolve()
+    positions = context_length(export)
+    folder = inputs.output.resolve() / CUDA_FOLDER
+    folder.mkdir()
+    sides = {"model.onnx": export / "model.onnx"}
+    if model.dense_baseline:
+        sides["dense.onnx"] = export / "dense" / "model.onnx"
+    try:
+        for name, path in sides.items():
+            graph = ir.load(path)
+            rewrite_for_cuda(graph, positions=positions)
+            (folder / name).write_bytes(ir.to_proto(graph).SerializeToString())
+    except NotRewritableError as error:
+        shutil.rmtree(folder)
+        inputs.progress.note(f"engine: the exported graph runs as it is: {error}")
+        return None, str(error)
+    dense = folder / "dense.onnx" if model.dense_baseline else None
+    return CudaGraphs(model=folder / "model.onnx", dense_model=dense, positions=positions), None
 
 
 def _library_record(output: Path, library: Path) -> LibraryRecord:
@@ -198,10 +241,8 @@ def _load_check(folder: Path, *, dense: bool) -> float:
     """Open a model, run one token, and return the seconds that opening took."""
     import numpy as np
 
-    from nmexport.runtimes.onnxruntime_session import OrtSession
-
     began = time.monotonic()
-    with OrtSession.from_engine(folder, dense=dense) as session:
+    with open_on_onnxruntime(folder, dense=dense) as session:
         opened = time.monotonic()
         logits = session.prefill(np.zeros((1, 1), np.int64))
     if not np.isfinite(logits).all():

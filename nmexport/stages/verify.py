@@ -17,6 +17,7 @@ from nmexport.errors import RecipeError
 from nmexport.models.context import check_lengths
 from nmexport.progress import busy
 from nmexport.runtimes.engine import read_engine
+from nmexport.runtimes.native import engine_library
 from nmexport.stages import export, fold
 from nmexport.stages.engine import NO_LIBRARY, resolve_target
 from nmexport.store.layers import model_phases
@@ -71,7 +72,7 @@ class Artifact:
         Raises:
             ArtifactError: if it is missing or not a report of this schema.
         """
-        from nmexport.verification.report import read_report
+        from nmexport.report.document import read_report
 
         return read_report(self.path / "report.json")
 
@@ -135,17 +136,18 @@ def run(inputs: StageInputs) -> dict[str, Any]:
         ArtifactError: if an upstream artifact cannot be read.
         EnvironmentFault: if the engine's native library is missing here.
     """
+    from nmexport.report import engine_words, pages
+    from nmexport.report.document import assemble, judge
     from nmexport.runtimes.opening import why_not_here
-    from nmexport.verification import alone, memory, parity, report_engine, report_pages
+    from nmexport.verification import alone, memory, parity
     from nmexport.verification.reference import model_size
-    from nmexport.verification.report import assemble, judge
 
     recipe = inputs.recipe
     engine = read_engine(inputs.upstream["engine"])
     windows = _windows(inputs)
     prompts = prompts_from(windows, recipe.evaluation.prompts)
     size = model_size(inputs.source)
-    built = report_engine.section(engine)
+    built = engine_words.section(engine)
     compared = engine.dense_model is not None
     measure = _dense_against_sparse if compared else _sparse_alone
     accuracy, latency = measure(inputs, windows, prompts)
@@ -174,7 +176,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
         notes=[
             *parity.concerns(compared_parity),
             *_notes(engine, why_not_here(inputs.upstream["engine"]), recipe),
-            *report_engine.words(built),
+            *engine_words.words(built),
         ],
         engine=built,
         allocation=_allocation(inputs),
@@ -183,7 +185,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     )
     report = judge(report, recipe)
     with busy(inputs.progress, "verify: write the report"):
-        report_pages.write(report, inputs.output)
+        pages.write(report, inputs.output)
     return {
         "verdict": report["verdict"],
         "perplexity_ratio": report["accuracy"]["perplexity_ratio"],
@@ -341,7 +343,7 @@ def _phases(inputs: StageInputs) -> ModelPhases:
 
 
 def _scores_decode_only(inputs: StageInputs) -> bool:
-    """Whether decode-only sparsity was asked for and says something new."""
+    """Tell whether decode-only sparsity was asked for and says something new."""
     return inputs.recipe.evaluation.decode_only and _phases(inputs) == "all"
 
 
@@ -410,7 +412,6 @@ def _dataset(section: EvaluationSection) -> str:
 
 
 def _audit(inputs: StageInputs, engine: Engine, windows: NDArray[np.int64]) -> dict[str, Any]:
-    from nmexport.runtimes.onnxruntime_session import engine_library
     from nmexport.verification import audit
 
     counted = windows[:_AUDIT_WINDOWS]
@@ -480,7 +481,6 @@ def _linear_parity(
     why: Mapping[str, str],
 ) -> dict[str, Any]:
     """Each executor's linears against the oracle, on one prompt."""
-    from nmexport.runtimes.onnxruntime_session import engine_library
     from nmexport.verification import op_parity, parity
     from nmexport.verification.audit import open_instrumented
     from nmexport.verification.reference import array_from
@@ -531,10 +531,10 @@ def _too_large(engine: Engine, dtype: str) -> dict[str, str]:
 
 def _calibration(inputs: StageInputs) -> dict[str, Any]:
     """The report's `calibration`."""
-    from nmexport.verification import report_learning
+    from nmexport.report import learning
 
     folded = fold.Artifact(inputs.upstream["fold"])
-    return report_learning.section(folded.learning, [json_from(layer) for layer in folded.layers])
+    return learning.section(folded.learning, [json_from(layer) for layer in folded.layers])
 
 
 def _allocation(inputs: StageInputs) -> dict[str, Any] | None:
@@ -552,8 +552,8 @@ def _no_library(engine: Engine) -> str | None:
 
 
 def _notes(engine: Engine, absent: str | None, recipe: Recipe) -> list[str]:
+    from nmexport.report.document import weights_note
     from nmexport.verification import alone
-    from nmexport.verification.report import weights_note
 
     mixed = weights_note(recipe) if engine.dense_model is not None else None
     notes = [alone.NOTE] if engine.dense_model is None else []

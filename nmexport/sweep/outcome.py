@@ -1,4 +1,4 @@
-"""What a sweep found: `sweep.json`, `sweep.md`, and a plot for each model."""
+"""Write a sweep's results: `sweep.json`, `sweep.md`, and a plot for each model."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import collections
 import json
 from typing import TYPE_CHECKING, Any
 
+from nmexport.report.pages import number, percent
+from nmexport.report.plots import svg_from
 from nmexport.sparsity.pattern import NMPattern
-from nmexport.verification.report_pages import number, percent
-from nmexport.verification.report_plots import svg_from
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

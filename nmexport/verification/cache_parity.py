@@ -1,4 +1,4 @@
-"""Where two executors part: their caches compared layer by layer.
+"""Find where two executors diverge: their caches compared layer by layer.
 
 An engine gives out nothing but logits and cache; a layer's keys and values are made of what the
 layers before it computed, so the first that differ point at the place.
@@ -19,14 +19,7 @@ if TYPE_CHECKING:
     from nmexport.runtimes.session import Session
 
 TOLERANCES = {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.2}
-"""What rounding alone may make of a token's keys or values, by the type they are computed in."""
-PROTOCOL = (
-    "After the last step, the keys and the values of each layer are held against each other: of "
-    "each token the norm of the difference over the norm, of all tokens the median, so that a "
-    "single choice between nearly equal scores counts for little. The first beyond the tolerance "
-    "was computed by what lies before it: layer 0's inputs are the embeddings, layer 5's are what "
-    "layer 4 gave."
-)
+"""Tolerance for rounding in a token's keys or values, by the type they are computed in."""
 _NAME = re.compile(r"present\.(\d+)\.(key|value)")
 
 
@@ -74,26 +67,6 @@ def relative_error(wanted: NDArray[np.float32], got: NDArray[np.float32]) -> flo
     difference = np.linalg.norm(wanted.astype(np.float64) - got, axis=axes)
     size = np.linalg.norm(wanted.astype(np.float64), axis=axes)
     return float(np.median(difference / np.maximum(size, np.finfo(np.float32).tiny)))
-
-
-def line(caches: Mapping[str, Any] | None) -> str | None:
-    """The outcome in a sentence; None of a report that knows nothing of caches."""
-    if caches is None:
-        return None
-    if not caches["layers"]:
-        return f"not compared: {caches['why']}"
-    allowed = f"{100 * caches['tolerance']:.3g} %"
-    first = caches["first_diverging"]
-    if first is None:
-        worst = max(caches["layers"], key=lambda layer: layer["relative_error"])
-        return f"all layers agree within {allowed}; the largest difference is {_told(worst)}"
-    return f"the first to differ by more than {allowed} is {_told(first)}"
-
-
-def _told(layer: Mapping[str, Any]) -> str:
-    error = layer["relative_error"]
-    by = "whose values are no numbers" if error is None else f"by {100 * error:.2g} %"
-    return f"layer {layer['layer']}'s {layer['tensor']}, {by}"
 
 
 def _place(name: str) -> dict[str, Any]:

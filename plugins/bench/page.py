@@ -21,12 +21,11 @@ from nmexport.bench.engines import bench_engines
 from nmexport.bench.kernels import LLM_SHAPES, SMOLLM2_SHAPES, bench_kernels
 from nmexport.environment import probe
 from nmexport.progress import Silent, on_stream
+from nmexport.report.plots import svg_from
 from nmexport.runtimes.engine import read_engine
-from nmexport.runtimes.native import require_library
-from nmexport.runtimes.onnxruntime_session import engine_library
+from nmexport.runtimes.native import engine_library, require_library
 from nmexport.store.artifact import file_digest
 from nmexport.store.work_directory import WorkDirectory
-from nmexport.verification.report_plots import svg_from
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

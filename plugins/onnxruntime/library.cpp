@@ -16,6 +16,9 @@
 #endif
 
 #include "custom_op.h"
+#if defined(NMEXPORT_HAS_CUDA)
+#include "fused_ops.h"
+#endif
 #include "variant.h"
 
 #define NMEXPORT_PUBLIC extern "C" __attribute__((visibility("default")))
@@ -184,6 +187,9 @@ void registerOps(const OrtApi& api, bool infersShapes, OrtSessionOptions* option
         check(api, api.CustomOpDomain_Add(domain, &op));
     // The session options keep a reference; the domain itself lives as long as the library.
     check(api, api.AddCustomOpDomain(options, domain));
+#if defined(NMEXPORT_HAS_CUDA)
+    registerFusedOps(api, options);
+#endif
 }
 
 }  // namespace

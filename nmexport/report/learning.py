@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from nmexport.verification.report_plots import DENSE, SPARSE, _by_layer, svg_from
+from nmexport.report.plots import DENSE, SPARSE, _by_layer, svg_from
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

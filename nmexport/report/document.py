@@ -6,8 +6,8 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ArtifactError
+from nmexport.report import learning
 from nmexport.store.artifact import plain
-from nmexport.verification import report_learning
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -100,9 +100,9 @@ def assemble(
         latency: See `latency.compare`.
         memory: `peak_rss_bytes`, `device_bytes`, `artifact_bytes`.
         notes: What a reader must know beside the figures.
-        engine: See `report_engine.section`; None where ONNX Runtime runs the model.
+        engine: See `engine_words.section`; None where ONNX Runtime runs the model.
         allocation: See `nmexport.store.allocation.as_dict`; None where all linears are alike.
-        calibration: See `report_learning.section`.
+        calibration: See `learning.section`.
         phases: When the model is sparse; None is as the recipe says.
     """
     report: dict[str, Any] = {
@@ -119,7 +119,7 @@ def assemble(
         "gates": [],
         "sparsity": sparsity,
         "allocation": allocation,
-        "calibration": calibration or report_learning.section(None, []),
+        "calibration": calibration or learning.section(None, []),
         "accuracy": accuracy,
         "parity": parity,
         "latency": latency,
@@ -153,7 +153,7 @@ def weights_note(recipe: Recipe) -> str | None:
 
 def judge(report: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     """The report with the recipe's gates applied and the verdict they yield."""
-    from nmexport.verification.gates import evaluate, verdict
+    from nmexport.report.gates import evaluate, verdict
 
     results = evaluate(report, recipe.gates)
     gates = [plain(gate.as_dict()) for gate in results]

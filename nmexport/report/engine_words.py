@@ -61,7 +61,7 @@ def _cache(found: Mapping[str, Any]) -> str:
 
 
 def _plans(found: Mapping[str, Any]) -> str:
-    from nmexport.verification.report_pages import size
+    from nmexport.report.pages import size
 
     weights = found["weight_bytes"]
     larger = [

@@ -6,8 +6,8 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from nmexport import progress
-from nmexport.verification import cache_parity, report_allocation, report_learning
-from nmexport.verification.report_plots import (
+from nmexport.report import allocation_rows, learning
+from nmexport.report.plots import (
     front_svg,
     latency_svg,
     layer_error_svg,
@@ -16,7 +16,7 @@ from nmexport.verification.report_plots import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from jinja2 import Environment as Jinja
@@ -40,6 +40,13 @@ _EXECUTORS = {
 }
 _NOT_FINITE = "not finite: activations overflow"
 _ABSENT = "not measured"
+_CACHE_PROTOCOL = (
+    "After the last step, the keys and the values of each layer are held against each other: of "
+    "each token the norm of the difference over the norm, of all tokens the median, so that a "
+    "single choice between nearly equal scores counts for little. The first beyond the tolerance "
+    "was computed by what lies before it: layer 0's inputs are the embeddings, layer 5's are what "
+    "layer 4 gave."
+)
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -107,7 +114,7 @@ def method(report: dict[str, Any]) -> str:
     if allocation is None:
         parts = [report["pattern"], report["criterion"].upper(), *parts]
     else:
-        parts = [report_allocation.chosen_mix(allocation), *parts]
+        parts = [allocation_rows.chosen_mix(allocation), *parts]
     parts.append(" + ".join(report["mitigations"]) or "no mitigation")
     weights = report["weights"]
     if weights["dense"] != weights["sparse"]:
@@ -281,6 +288,26 @@ def decode_only_line(report: dict[str, Any]) -> str | None:
     )
 
 
+def cache_line(caches: Mapping[str, Any] | None) -> str | None:
+    """Say how the caches compare; None for a report that does not compare them."""
+    if caches is None:
+        return None
+    if not caches["layers"]:
+        return f"not compared: {caches['why']}"
+    allowed = f"{100 * caches['tolerance']:.3g} %"
+    first = caches["first_diverging"]
+    if first is None:
+        worst = max(caches["layers"], key=lambda layer: layer["relative_error"])
+        return f"all layers agree within {allowed}; the largest difference is {_diverging(worst)}"
+    return f"the first to differ by more than {allowed} is {_diverging(first)}"
+
+
+def _diverging(layer: Mapping[str, Any]) -> str:
+    error = layer["relative_error"]
+    by = "whose values are no numbers" if error is None else f"by {100 * error:.2g} %"
+    return f"layer {layer['layer']}'s {layer['tensor']}, {by}"
+
+
 def markdown(report: dict[str, Any]) -> str:
     """The report as Markdown."""
     return _render("report.md.j2", report)
@@ -298,7 +325,7 @@ def html(report: dict[str, Any]) -> str:
     allocation = report.get("allocation")
     if allocation is not None:
         plots["front"] = front_svg(allocation["front"])
-        plots["shares"] = read_share_svg(report_allocation.read_shares(allocation))
+        plots["shares"] = read_share_svg(allocation_rows.read_shares(allocation))
     return _render("report.html.j2", report, plots=plots)
 
 
@@ -315,10 +342,8 @@ def _calibration(report: dict[str, Any]) -> dict[str, Any] | None:
     document = report.get("calibration")
     if document is None:
         return None
-    words = report_learning.words(document)
-    return (
-        {"words": words, "plots": report_learning.plots(document)} if any(words.values()) else None
-    )
+    words = learning.words(document)
+    return {"words": words, "plots": learning.plots(document)} if any(words.values()) else None
 
 
 def _render(template: str, report: dict[str, Any], **more: Any) -> str:
@@ -336,11 +361,11 @@ def _render(template: str, report: dict[str, Any], **more: Any) -> str:
             summary=summary_rows(report),
             parity=parity_rows(report),
             linears=linear_rows(report),
-            caches=cache_parity.line(report["parity"].get("caches")),
-            cache_protocol=cache_parity.PROTOCOL,
+            caches=cache_line(report["parity"].get("caches")),
+            cache_protocol=_CACHE_PROTOCOL,
             tasks=task_rows(report),
             decode_only=decode_only_line(report),
-            allocation=report_allocation.rows(report.get("allocation")),
+            allocation=allocation_rows.rows(report.get("allocation")),
             calibration=_calibration(report),
             recipe=json.dumps(report["recipe"], indent=1),
             **more,
@@ -352,7 +377,7 @@ def _jinja() -> Jinja:
     import jinja2
 
     jinja = jinja2.Environment(
-        loader=jinja2.PackageLoader("nmexport.verification"),
+        loader=jinja2.PackageLoader("nmexport.report"),
         autoescape=jinja2.select_autoescape(["html.j2"]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

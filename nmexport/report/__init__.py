@@ -1,0 +1,1 @@
+"""The report of a build: its schema, gates, pages and plots."""

@@ -1,0 +1,212 @@
+#include "fused_ops.h"
+
+#include <cuda_runtime_api.h>
+
+#include <array>
+#include <memory>
+#include <mutex>
+
+#include "between.h"
+#include "cuda_device.h"
+#include "cuda_fault.h"
+#include "custom_op.h"
+#include "ort_api.h"
+
+namespace nmexport {
+
+namespace {
+
+constexpr const char* kFUSED_DOMAIN = "nmexport.fused";
+
+// The product of all axes but the last.
+std::int64_t tokensOf(const Shape& shape) {
+    std::int64_t tokens = 1;
+    for (std::size_t i = 0; i + 1 < shape.size(); ++i) tokens *= shape[i];
+    return tokens;
+}
+
+class GatedSiluKernel : public Kernel {
+  public:
+    GatedSiluKernel(const OrtApi& api, const OrtKernelInfo*, ElementType type)
+        : mApi(api), mType(type) {}
+
+    void run(OrtKernelContext* context) const override {
+        std::size_t count = 0;
+        check(mApi, mApi.KernelContext_GetInputCount(context, &count));
+        const OrtValue* gate = nullptr;
+        check(mApi, mApi.KernelContext_GetInput(context, 0, &gate));
+        Shape shape = shapeOf(mApi, gate);
+        const std::int64_t width = shape.empty() ? 0 : shape.back();
+        const std::int64_t parts = count == 1 ? 2 : 1;  // of one value, or values of their own
+        if (width == 0 || width % (8 * parts) != 0) {
+            throw Fault("GatedSilu: the last axis has " + std::to_string(width) +
+                        " elements; allowed: a multiple of " + std::to_string(8 * parts));
+        }
+        shape.back() = width / parts;
+        cuda::GatedSiluArgs args;
+        args.type = elementOf(mType);
+        args.tokens = tokensOf(shape);
+        args.channels = static_cast<std::int32_t>(shape.back());
+        args.stride = width;
+        args.gate = dataOf(mApi, gate);
+        args.up =
+            count == 1 ? secondHalf(args.gate, shape.back()) : dataOf(mApi, second(context, shape));
+        args.y = outputAt(mApi, context, 0, shape);
+        cuda::checkCuda(cuda::launchGatedSilu(args, currentDevice(), streamOf(mApi, context)),
+                        "the gated activation's kernel");
+    }
+
+  private:
+    const void* secondHalf(const void* first, std::int64_t elements) const {
+        const std::size_t bytes = mType == ElementType::kFLOAT32 ? 4 : 2;
+        return static_cast<const char*>(first) + static_cast<std::size_t>(elements) * bytes;
+    }
+
+    const OrtValue* second(OrtKernelContext* context, const Shape& shape) const {
+        const OrtValue* up = nullptr;
+        check(mApi, mApi.KernelContext_GetInput(context, 1, &up));
+        if (shapeOf(mApi, up) != shape) throw Fault("GatedSiluPair: gate and up differ in shape");
+        return up;
+    }
+
+    const OrtApi& mApi;
+    ElementType mType;
+};
+
+class ResidualNormKernel : public Kernel {
+  public:
+    ResidualNormKernel(const OrtApi& api, const OrtKernelInfo* info, ElementType type)
+        : mApi(api), mType(type) {
+        check(api, api.KernelInfoGetAttribute_float(info, "epsilon", &mEpsilon));
+    }
+
+    void run(OrtKernelContext* context) const override {
+        std::array<const OrtValue*, 3> inputs{};
+        for (std::size_t i = 0; i < inputs.size(); ++i) {
+            check(mApi, mApi.KernelContext_GetInput(context, i, &inputs[i]));
+        }
+        const Shape shape = shapeOf(mApi, inputs[0]);
+        const Shape weight = shapeOf(mApi, inputs[2]);
+        if (shape != shapeOf(mApi, inputs[1]) || weight.size() != 1 || shape.empty() ||
+            weight[0] != shape.back() || weight[0] % 8 != 0) {
+            throw Fault(
+                "ResidualNorm: X and skip need one shape [..., K], weight [K], K a multiple of 8");
+        }
+        cuda::NormArgs args;
+        args.type = elementOf(mType);
+        args.channels = static_cast<std::int32_t>(shape.back());
+        args.tokens = tokensOf(shape);
+        args.epsilon = mEpsilon;
+        args.x = dataOf(mApi, inputs[0]);
+        args.skip = dataOf(mApi, inputs[1]);
+        args.weight = dataOf(mApi, inputs[2]);
+        args.y = outputAt(mApi, context, 0, shape);
+        args.sum = outputAt(mApi, context, 1, shape);
+        cuda::checkCuda(cuda::launchNorm(args, currentDevice(), streamOf(mApi, context)),
+                        "the norm's kernel");
+    }
+
+  private:
+    const OrtApi& mApi;
+    ElementType mType;
+    float mEpsilon = 0.0F;
+};
+
+// The number of inputs and outputs, all of the one type T.
+struct FusedSpec {
+    const char* name;
+    std::size_t inputs;
+    std::size_t outputs;
+    KernelFactory factory;
+};
+
+template <typename K>
+std::unique_ptr<Kernel> make(const OrtApi& api, const OrtKernelInfo* info, ElementType type) {
+    return std::make_unique<K>(api, info, type);
+}
+
+class FusedOp : public OrtCustomOp {
+  public:
+    FusedOp(const FusedSpec& spec, ElementType type) : OrtCustomOp{}, mSpec(spec), mType(type) {
+        version = ORT_API_VERSION;
+        GetName = [](const OrtCustomOp* op) { return self(op).mSpec.name; };
+        GetExecutionProviderType = [](const OrtCustomOp*) { return kCUDA_PROVIDER; };
+        GetInputTypeCount = [](const OrtCustomOp* op) { return self(op).mSpec.inputs; };
+        GetInputType = [](const OrtCustomOp* op, std::size_t) { return onnxType(self(op).mType); };
+        GetInputCharacteristic = [](const OrtCustomOp*, std::size_t) {
+            return INPUT_OUTPUT_REQUIRED;
+        };
+        GetInputMemoryType = [](const OrtCustomOp*, std::size_t) { return OrtMemTypeDefault; };
+        GetOutputTypeCount = [](const OrtCustomOp* op) { return self(op).mSpec.outputs; };
+        GetOutputType = GetInputType;
+        GetOutputCharacteristic = GetInputCharacteristic;
+        GetVariadicInputMinArity = [](const OrtCustomOp*) { return 1; };
+        GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 1; };
+        GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };
+        GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 1; };
+        GetStartVersion = [](const OrtCustomOp*) { return 1; };
+        GetEndVersion = [](const OrtCustomOp*) { return 1; };
+        CreateKernelV2 = [](const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info,
+                            void** out) -> OrtStatusPtr {
+            return guarded(*api, [&] {
+                *out = new Handle{api, self(op).mSpec.factory(*api, info, self(op).mType)};
+            });
+        };
+        KernelComputeV2 = [](void* raw, OrtKernelContext* context) -> OrtStatusPtr {
+            const Handle* handle = static_cast<const Handle*>(raw);
+            return guarded(*handle->api, [&] { handle->kernel->run(context); });
+        };
+        KernelDestroy = [](void* raw) { delete static_cast<Handle*>(raw); };
+    }
+
+  private:
+    struct Handle {
+        const OrtApi* api;
+        std::unique_ptr<Kernel> kernel;
+    };
+
+    static const FusedOp& self(const OrtCustomOp* op) { return *static_cast<const FusedOp*>(op); }
+
+    static ONNXTensorElementDataType onnxType(ElementType type) {
+        switch (type) {
+            case ElementType::kFLOAT16:
+                return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+            case ElementType::kBFLOAT16:
+                return ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16;
+            default:
+                return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+        }
+    }
+
+    const FusedSpec& mSpec;
+    ElementType mType;
+};
+
+const std::vector<FusedOp>& fusedOps() {
+    static const std::array<FusedSpec, 3> specs = {
+        FusedSpec{"GatedSilu", 1, 1, make<GatedSiluKernel>},
+        FusedSpec{"GatedSiluPair", 2, 1, make<GatedSiluKernel>},
+        FusedSpec{"ResidualNorm", 3, 2, make<ResidualNormKernel>}};
+    static const std::vector<FusedOp> ops = [] {
+        std::vector<FusedOp> made;
+        for (const FusedSpec& spec : specs) {
+            for (const ElementType type :
+                 {ElementType::kFLOAT32, ElementType::kFLOAT16, ElementType::kBFLOAT16}) {
+                made.emplace_back(spec, type);
+            }
+        }
+        return made;
+    }();
+    return ops;
+}
+
+}  // namespace
+
+void registerFusedOps(const OrtApi& api, OrtSessionOptions* options) {
+    OrtCustomOpDomain* domain = nullptr;
+    check(api, api.CreateCustomOpDomain(kFUSED_DOMAIN, &domain));
+    for (const FusedOp& op : fusedOps()) check(api, api.CustomOpDomain_Add(domain, &op));
+    check(api, api.AddCustomOpDomain(options, domain));
+}
+
+}  // namespace nmexport
