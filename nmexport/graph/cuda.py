@@ -308,7 +308,7 @@ def _window_of(mask: ir.Value | None) -> int:
 
 
 def _conjuncts(value: ir.Value | None) -> Iterator[ir.Value]:
-    """What is joined by And, below broadcasts."""
+    """Yield the operands of And, seen through broadcasts."""
     node = None if value is None else value.producer()
     if value is None:
         return
@@ -322,7 +322,7 @@ def _conjuncts(value: ir.Value | None) -> Iterator[ir.Value]:
 
 
 def _is_padding(value: ir.Value) -> bool:
-    """Whether this is the attention mask, cast and given axes."""
+    """Tell whether this is the attention mask, cast and given axes."""
     node = value.producer()
     while node is not None and node.op_type in {"Unsqueeze", "Cast"}:
         source = node.inputs[0]
@@ -355,7 +355,7 @@ def _position_tables(
 def _computed_from_positions(
     graph: ir.Graph, values: tuple[ir.Value, ...], positions: int
 ) -> list[NDArray[np.float32]]:
-    """What the nodes give for one sequence of so many tokens and no cache."""
+    """Evaluate the nodes for one sequence of so many tokens and no cache."""
     nodes = _ancestors(values)
     used = {value for node in nodes for value in node.inputs if value is not None}
     inputs = [value for value in graph.inputs if value in used]
