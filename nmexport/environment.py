@@ -1,4 +1,4 @@
-"""What this machine is: versions, processor, memory, GPUs. Probed once into a frozen value.
+"""Describe this machine: versions, CPU, memory, GPUs. Probed once into a frozen value.
 
 Nothing heavy is imported: versions come from package metadata, the processor from the
 operating system, GPUs from `nvidia-smi`.

@@ -1,4 +1,4 @@
-"""What each site may become, and what every choice costs: accuracy, bytes, time."""
+"""Price every choice of each site: accuracy, bytes, time."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def _by_kind(choices: Iterable[Choice]) -> list[list[Choice]]:
 
 @dataclass(frozen=True, kw_only=True)
 class SiteCosts:
-    """What every sparse choice of every site costs in accuracy, alone."""
+    """Accuracy cost of every sparse choice of every site, alone."""
 
     variants: Variants
     errors: Mapping[str, Mapping[Choice, ErrorObserver]]

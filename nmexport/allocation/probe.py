@@ -38,7 +38,7 @@ _REFERENCE_BYTES = 768 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Movement:
-    """What a trial did to the predictions, window by window."""
+    """Change that a trial made to the predictions, window by window."""
 
     kl: tuple[float, ...]
     """Mean KL(dense || sparse) over a window's scored tokens, in nats."""
@@ -178,7 +178,7 @@ class Probe:
             return self._moved()
 
     def _moved(self) -> Movement:
-        """What the model, as it is now, makes of the windows, beside the dense one."""
+        """Compare the model, as it is now, with the dense one on the windows."""
         kl, nll = [], []
         for index, reference in enumerate(self._reference):
             found = self._log_probabilities(index)
@@ -227,7 +227,7 @@ class Probe:
             yield
 
     def _output_before(self, layer: int, index: int) -> Any:
-        """What the decoder layer before this one hands on, of one window."""
+        """Return the output of the previous decoder layer for one window."""
         if layer == 0:
             return None
         found: list[Any] = []

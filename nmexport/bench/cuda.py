@@ -50,7 +50,7 @@ MISTRAL_SHAPES = ((4096, 4096), (4096, 6144), (4096, 14336), (4096, 28672), (143
 ROTATED_BYTES = 600 << 20
 """Weights of one side together; several times the L2 cache of any GPU so far."""
 _MAX_TOKENS = 4
-"""Of the decode kernel."""
+"""Most tokens that the decode kernel takes."""
 _MAX_CLUSTER = 8
 _CLUSTERS_SINCE = 90
 _ITEM_BYTES = {"float16": 2, "float32": 4}
@@ -59,9 +59,9 @@ _KEEP, _GROUP = 8, 16
 _ORDER = "channel_order"
 _MIN_COPIES, _MAX_COPIES = 3, 64
 _MIN_LAUNCHES = 32
-"""Of a replay, whose start costs tens of microseconds: as much as one large product."""
+"""Fewest launches in a replay, whose start costs as much as one large product."""
 _KEY_FIELDS, _ROW_FIELDS = 7, 18
-"""Of a table row: those that say what was measured, which come first, and all."""
+"""Fields of a table row: those that say what was measured, which come first, and all."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Device:
-    """What a table row says of the chip."""
+    """The GPU that a table row was measured on."""
 
     compute_capability: int
     multiprocessors: int
@@ -240,7 +240,7 @@ class Problem:
 
     @property
     def item_bytes(self) -> int:
-        """Of an element."""
+        """Bytes of an element."""
         return _ITEM_BYTES[self.dtype]
 
     def copies(self, rotated_bytes: int) -> int:

@@ -26,7 +26,7 @@ class Ask:
 
 @dataclass(kw_only=True)
 class Answered:
-    """What came of one request, as its client saw it."""
+    """Result of one request, as its client saw it."""
 
     first_ms: float = 0.0
     """Until the first piece of text."""

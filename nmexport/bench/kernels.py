@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Dtype = Literal["float32", "float16", "bfloat16", "int8", "int8:128"]
-"""Of the weights; activations are float32 where weights are int8, else the same. `int8` has a scale
-an output, `int8:128` one for every 128 channels too, or for fewer where 128 does not divide K."""
+"""Element type of the weights; activations are float32 with int8 weights, else the same. `int8` has
+one scale per output, `int8:128` one per 128 channels, or fewer where 128 does not divide K."""
 
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 SMOLLM2_SHAPES: tuple[tuple[int, int], ...] = ((576, 960), (576, 576), (576, 3072), (1536, 576))

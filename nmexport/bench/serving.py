@@ -44,12 +44,12 @@ THROUGH = "sparse through Triton"
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What the clients ask, all the same way."""
+    """The load that clients put on a server."""
 
     concurrency: int
     """Clients; each asks again as soon as it is answered."""
     requests: int
-    """Of all clients together, in one round."""
+    """Number of requests in one round, of all clients together."""
     prompt_tokens: int
     output_tokens: int
     prefill_chunk: int = 64
@@ -102,7 +102,7 @@ class _Client:
 
 @dataclass
 class _Rounds:
-    """What the rounds of one side gave."""
+    """Measurements of one side, round by round."""
 
     tokens_per_s: list[float] = field(default_factory=list)
     first_ms: list[float] = field(default_factory=list)
@@ -187,7 +187,7 @@ def bench_serve(
 
 
 def _perplexity(report: Path) -> dict[str, Any] | None:
-    """What the speed costs, as the report has it."""
+    """Read from the report what the speed costs."""
     try:
         accuracy = json.loads(report.read_text(encoding="utf-8"))["accuracy"]
         return {

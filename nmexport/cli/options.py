@@ -115,7 +115,7 @@ class RecipeOption:
     metavar: str | None = None
     multiple: bool = False
     sets: bool | None = None
-    """What a flag sets; None where the option takes a value."""
+    """The value that a flag sets; None where the option takes a value."""
     read: Callable[[Any], Any] | None = None
     """Makes the recipe's value of what was given."""
 
@@ -420,7 +420,7 @@ OF_STAGE: dict[Stage, tuple[RecipeOption, ...]] = {
     "verify": (*_EVALUATION_TEXT, *_TASKS),
     "package": (_ALLOW_FAILED,),
 }
-"""What changes a stage, and nothing before it."""
+"""The options that change a stage, and nothing before it."""
 EVALUATION_TEXT = _EVALUATION_TEXT
 
 _LOCATORS = (
@@ -631,7 +631,7 @@ class Request:
         return None, work.root / RESOLVED
 
     def _locating(self) -> dict[str, Any]:
-        """What names the work directory of a model, beside the model."""
+        """Return the recipe keys that locate a model's work directory."""
         pattern = self.pattern or self.overrides.get(_PATTERN.key)
         return {} if pattern is None else {_PATTERN.key: pattern}
 

@@ -53,17 +53,17 @@ verbose_option = click.option(
 
 
 def wants_json(ctx: click.Context) -> bool:
-    """Whether `--json` was given."""
+    """Tell whether `--json` was given."""
     return bool(ctx.meta.get(_JSON))
 
 
 def is_verbose(ctx: click.Context) -> bool:
-    """Whether `-v` was given."""
+    """Tell whether `-v` was given."""
     return bool(ctx.meta.get(_VERBOSE))
 
 
 def has_emitted(ctx: click.Context) -> bool:
-    """Whether the verb's JSON document is out already."""
+    """Tell whether the verb's JSON document was already written."""
     return bool(ctx.meta.get(_EMITTED))
 
 

@@ -1,4 +1,4 @@
-"""What all verbs share with click: values that complete, and options that are given once."""
+"""Parts of click that all verbs share: values that complete, and options that are given once."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class TextStream:
         return now[len(before) :]
 
     def flush(self) -> str:
-        """What is left at the end: half a character, or really a replacement character."""
+        """Return what is left at the end: half a character, or a real replacement character."""
         before, now = self._decode(self._window[: self._given]), self._decode(self._window)
         self._given = len(self._window)
         return now[len(before) :]

@@ -52,7 +52,7 @@ _EXTERNAL_FROM = 1024  # bytes: shapes and scalars stay readable in the model fi
 
 @dataclass(frozen=True)
 class DenseWeights:
-    """What a dense linear `x @ weight + bias` reads."""
+    """Weight and bias of a dense linear `x @ weight + bias`."""
 
     weight: ir.TensorProtocol
     """`[K, O]`."""

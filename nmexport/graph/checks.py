@@ -1,4 +1,4 @@
-"""What must hold of an exported file before anybody may run it.
+"""Check an exported file before anybody may run it.
 
 Everything here is our own doing: a failure is a bug, not the user's fault.
 """

@@ -50,7 +50,7 @@ class AttributeSpec:
 
     @property
     def is_required(self) -> bool:
-        """Whether a node must carry it."""
+        """Tell whether a node must carry it."""
         return self.default is None
 
     def complaint(self, value: object) -> str | None:
@@ -247,7 +247,7 @@ def violations(node: onnx.NodeProto) -> list[str]:
 
 
 def _broken_relations(values: Mapping[str, int | str], present: frozenset[str]) -> list[str]:
-    """What the contract says of attributes and inputs together."""
+    """Check the contract's relations between attributes and inputs."""
     broken = []
     n, m = values.get("n"), values.get("m")
     if isinstance(n, int) and isinstance(m, int) and n > m:

@@ -146,7 +146,7 @@ class _Widening:
         self._keep(node)
 
     def _only_moves(self, node: onnx.NodeProto) -> bool:
-        """Whether it moves elements of a weight or of what is given out: there are kernels."""
+        """Tell whether it moves elements of a weight or of an output: these have kernels."""
         return (node.op_type in {"Gather", "Transpose"} and node.input[0] in self._weights) or (
             node.op_type == "Concat" and node.output[0] in self._given
         )

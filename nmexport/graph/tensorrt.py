@@ -1,4 +1,4 @@
-"""What TensorRT's parser needs changed in an exported graph; the file on disk stays as it is.
+"""Change an exported graph in memory for TensorRT's parser; the file on disk stays as it is.
 
 Three things: an optional input that a node leaves out is dropped and named, as TensorRT knows no
 absent input; attention gives out nothing but its result, so the cache is updated beside it; and the

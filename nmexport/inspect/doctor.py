@@ -35,7 +35,7 @@ class Missing:
 
 @dataclass(frozen=True, kw_only=True)
 class TargetState:
-    """Whether a target works here."""
+    """A target, and what it lacks here."""
 
     target: str
     missing: tuple[Missing, ...] = ()
@@ -94,7 +94,7 @@ def _native_library() -> list[Missing]:
 
 
 def _tensorrt(target: TensorRTTarget) -> list[Missing]:
-    """What building an engine takes, then what running it takes."""
+    """List what building an engine lacks, then what running it lacks."""
     from nmexport.runtimes.tensorrt import library as tensorrt_library
 
     needs = [
@@ -131,7 +131,7 @@ def _tensorrt(target: TensorRTTarget) -> list[Missing]:
 
 
 def is_installed(module: str) -> bool:
-    """Whether a module could be imported."""
+    """Tell whether a module could be imported."""
     try:
         return find_spec(module) is not None
     except ModuleNotFoundError:  # the package that would hold it
@@ -144,7 +144,7 @@ def compiler(names: Sequence[str] = COMPILERS) -> str | None:
 
 
 def native_library() -> NativeLibrary:
-    """Whether the native op library is here and loads, and what it says of itself."""
+    """Describe the native op library, and whether it loads here."""
     from nmexport.runtimes import native
 
     path = native.find_library()

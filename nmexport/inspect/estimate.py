@@ -1,4 +1,4 @@
-"""What a build will take, before it runs: file sizes known, the rest from the model's size.
+"""Estimate what a build will take before it runs, from known file sizes and the model's size.
 
 Estimates, said as such: a dense copy of the weights is counted once for each place that holds
 one; where the model runs layer by layer, a layer of it; activations by what a small model took.
@@ -66,9 +66,9 @@ class Estimate:
     """Size of each stage's artifact: measured where it is there, estimated where not."""
     write_bytes: int
     memory_bytes: int
-    """Of the stage that takes most."""
+    """Peak memory of the largest stage."""
     memory_by_stage: dict[str, int]
-    """Of the stages that run."""
+    """Peak memory of each stage that runs."""
     free_bytes: int
 
     def as_dict(self) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class Estimate:
 
 
 def estimate(recipe: Recipe, source: ModelSource, steps: Sequence[Step], work: Path) -> Estimate:
-    """What the steps that run will write to disk and hold in memory."""
+    """Estimate what the steps that run will write to disk and hold in memory."""
     parameters = parameter_count(source)
     element = _ELEMENT_BYTES[recipe.model.dtype]
     written = dict(_WRITTEN)

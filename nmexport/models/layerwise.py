@@ -204,7 +204,7 @@ class LayerwiseModel:
                 yield name, module
 
     def _is_inside(self, name: str) -> bool:
-        """Whether a module is part of a decoder layer."""
+        """Tell whether a module is part of a decoder layer."""
         return name.startswith(f"{self._backbone_name}.")
 
     @contextlib.contextmanager

@@ -153,7 +153,7 @@ def _method(section: Any) -> str:
 
 
 def _original(folder: Path) -> str | None:
-    """What a checkpoint was quantised from, as its model card or its folder's name says."""
+    """Find what a checkpoint was quantised from, in its model card or its folder's name."""
     card = folder / "README.md"
     if card.is_file():
         text = card.read_text(encoding="utf-8", errors="replace")[:20_000]

@@ -77,7 +77,7 @@ class DeviceCache:
 
 @dataclass(frozen=True)
 class _Fed:
-    """What a run reads besides caches, on the device."""
+    """Inputs of a run other than caches, on the device."""
 
     ids: Any
     """`[B, S]`."""
@@ -197,7 +197,7 @@ class CudaSession(Session):
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """What one token of one sequence takes in a cache."""
+        """Bytes that one token of one sequence takes in a cache."""
         return sum(
             slot.heads * slot.head_dim * NUMPY_TYPES[slot.type].itemsize for slot in self._slots
         )

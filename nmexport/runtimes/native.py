@@ -1,4 +1,4 @@
-"""Where the native op library is, and why it is not there if it is not."""
+"""Find the native op library, and say why where it is missing."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def library_digest(folder: Path = _FOLDER) -> str | None:
 
 
 def describe_library(path: Path) -> dict[str, Any]:
-    """What the library says of itself: version, instruction-set variant, the ops it registers.
+    """Ask the library for its version, instruction-set variant and registered ops.
 
     Raises:
         EnvironmentFault: if it cannot be loaded or is not ours.

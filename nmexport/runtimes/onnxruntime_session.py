@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 RUNTIME = f"onnxruntime {onnxruntime.__version__}"
-"""What runs the model, as reports name it."""
+"""The runtime's name in reports."""
 _HOST = "cpu"
 _PROVIDERS: Mapping[Provider, list[Any]] = {
     "cpu": ["CPUExecutionProvider"],
@@ -57,8 +57,8 @@ SESSION_CONFIG: Mapping[str, str] = {
 }
 
 HUGE_PAGES_SHARE = 0.25
-"""Of the free memory, which weights copied into huge pages may take. Larger models stay mapped: a
-copy in memory cannot be dropped and read again as pages of a file can."""
+"""Share of the free memory for weights copied into huge pages. Larger models stay mapped: a copy in
+memory cannot be dropped and read again as pages of a file can."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +200,7 @@ def _widened(model: Path | bytes, options: onnxruntime.SessionOptions) -> bytes:
 
 
 def _has_native_ops(options: onnxruntime.SessionOptions) -> bool:
-    """Whether `session_options` registered our library: only then it set this entry."""
+    """Tell whether `session_options` registered our library: only then is this entry set."""
     try:
         options.get_session_config_entry(THREADS_ENTRY)
     except RuntimeError:
@@ -274,14 +274,14 @@ def _cache_slots(session: onnxruntime.InferenceSession) -> tuple[_CacheSlot, ...
 
 
 def _bits(value: Any) -> NDArray[np.uint16]:
-    """What an OrtValue on the host holds, which has bfloat16 and gives NumPy none of it."""
+    """Read a bfloat16 OrtValue on the host, which NumPy cannot, as 16-bit integers."""
     count = math.prod(value.shape())
     held = (ctypes.c_uint16 * count).from_address(value.data_ptr())
     return np.ctypeslib.as_array(held).reshape(value.shape())
 
 
 def _fits_huge_pages(model: Path | bytes) -> bool:
-    """Whether a model's weights may be copied; an instrumented model runs too briefly to gain."""
+    """Tell whether to copy a model's weights; an instrumented model runs too briefly to gain."""
     if isinstance(model, bytes):
         return False
     weights = sum(file.stat().st_size for file in model.parent.glob("*.data"))
@@ -395,7 +395,7 @@ class OrtSession(Session):
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """What one token of one sequence takes in a cache."""
+        """Bytes that one token of one sequence takes in a cache."""
         return sum(slot.heads * slot.head_dim * slot.element_bytes for slot in self._slots)
 
     def keep(self, cache: OrtCache) -> OrtCache:

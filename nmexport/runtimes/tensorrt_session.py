@@ -184,7 +184,7 @@ class TensorRTSession(Session):
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """What one token of one sequence takes in a cache."""
+        """Bytes that one token of one sequence takes in a cache."""
         return sum(slot.bytes_of(1, 1) for slot in self._slots)
 
     def keep(self, cache: TensorRTCache) -> TensorRTCache:
@@ -503,7 +503,7 @@ class TensorRTSession(Session):
         )
 
     def _told_since(self, mark: int) -> str:
-        """What TensorRT gave as a reason after a mark in its log."""
+        """Return the reasons that TensorRT logged after a mark."""
         told = list(tensorrt_library.ours_first(self._logger.errors_since(mark)))
         return "; ".join(told[-3:]) or "it gives no reason"
 

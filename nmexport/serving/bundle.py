@@ -49,11 +49,11 @@ _REPACKAGE = "run `nmexport package --force` on the work directory"
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """What a server knows of the model beside the model itself."""
+    """Everything a server knows of the model, apart from the model itself."""
 
     folder: Path
     name: str
-    """Of the Triton model."""
+    """Name of the Triton model."""
     model: str
     pattern: str
     verdict: str

@@ -49,7 +49,7 @@ __all__ = ["TritonPythonModel"]
 
 @dataclass(frozen=True, kw_only=True)
 class TextModel:
-    """What the text model of a repository is made from."""
+    """Everything the text model of a repository is made from."""
 
     name: str
     model: str
@@ -59,7 +59,7 @@ class TextModel:
     export: Path
     """The folder of the exported model."""
     files: tuple[str, ...]
-    """Of the export: what is served, relative to it."""
+    """Files to serve, relative to `export`."""
     engine: Engine
     library: Path | None
     settings: Mapping[str, str]

@@ -41,7 +41,7 @@ _UNSEEN = np.array([3, 1, 4, 1], dtype=np.int32)
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What a client wants to be sent."""
+    """Form of the answer that a client asked for."""
 
     stream: bool = False
     """A response for each piece of text, in place of one for all of it."""
@@ -150,7 +150,7 @@ def require_whole_tensors(backend: Any) -> None:
 
 
 def read_request(backend: Any, request: Any) -> tuple[TextRequest, Reply]:
-    """What a Triton request asks for, from its inputs and its parameters.
+    """Read a Triton request from its inputs and its parameters.
 
     Raises:
         RequestError: if a parameter is unknown or given twice, or a text is not UTF-8.
@@ -249,7 +249,7 @@ class TritonSink:
         end_with(self._backend, self._sender, errors(problem, code))
 
     def is_cancelled(self) -> bool:
-        """Whether the client went away."""
+        """Tell whether the client went away."""
         return bool(self._sender.is_cancelled())
 
     def abandoned(self) -> None:

@@ -37,7 +37,7 @@ class Artifact:
 
     @property
     def repository(self) -> Path:
-        """What Triton is given."""
+        """The folder that Triton is given."""
         return self.path / "model_repository"
 
     @property
@@ -58,7 +58,7 @@ class Artifact:
 
 
 def key_fields(inputs: StageInputs) -> dict[str, Any]:
-    """What the package is made of, besides upstream."""
+    """Return what the package is made of, other than upstream artifacts."""
     return {
         "schema": SCHEMA,
         "model": inputs.source.id,
@@ -159,7 +159,7 @@ def refuse_failed(report: dict[str, Any], *, allowed: bool) -> None:
 
 
 def text_model(inputs: StageInputs, *, verdict: str) -> TextModel:
-    """What the text model is made from.
+    """Collect what the text model is made from.
 
     Raises:
         ArtifactError: if the export or the engine cannot be read.

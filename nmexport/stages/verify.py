@@ -343,7 +343,7 @@ def _phases(inputs: StageInputs) -> ModelPhases:
 
 
 def _scores_decode_only(inputs: StageInputs) -> bool:
-    """Whether decode-only sparsity was asked for and says something new."""
+    """Tell whether decode-only sparsity was asked for and says something new."""
     return inputs.recipe.evaluation.decode_only and _phases(inputs) == "all"
 
 

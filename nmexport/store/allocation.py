@@ -19,7 +19,7 @@ FILENAME = "allocation.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What one linear becomes; dense where there is no pattern."""
+    """Pattern, criterion and phase chosen for one linear; dense where there is no pattern."""
 
     pattern: NMPattern | None = None
     criterion: str | None = None
@@ -69,7 +69,7 @@ class FrontPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """What one choice costs one linear."""
+    """A choice for one linear, and what it costs."""
 
     choice: Choice
     kl: float
@@ -102,7 +102,7 @@ class LedgerRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """What a choice came to once it was built: learned constants, rounding and all."""
+    """Measured result of a choice once built, with learned constants and rounding."""
 
     kl: float
     """Divergence of the built model, on the held-out windows that the choice was measured on; none
@@ -158,7 +158,7 @@ class Allocation:
     choices: dict[str, Choice]
     """By linear, in model order."""
     budget: dict[str, float]
-    """What was asked for."""
+    """The limits asked for."""
     bytes_saved: float
     decode_speedup: float
     """Predicted."""

@@ -17,7 +17,7 @@ SCHEMA = 2
 FILENAME = "layers.json"
 
 ModelPhases = Literal["all", "prefill", "decode", "mixed"]
-"""Of a whole model: `mixed` where its linears differ."""
+"""Phases of a whole model: `mixed` where its linears differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +47,8 @@ class LayerSpec:
     """Calibrated `||y_sparse - y_dense|| / ||y_dense||` on the dense model's activations, before
     anything is learned."""
     gap_closed: float | None = None
-    """Of the score energy that consecutive groups drop beyond unstructured selection of as many
-    channels, the share that this linear's order saves; 1 is unstructured. None was not measured."""
+    """Share of the extra loss of consecutive groups that this linear's order saves; 1 is as good as
+    unstructured selection of as many channels. Loss is dropped score energy. None: not measured."""
     remainder_rank: int | None = None
     """Rank of the low-rank product beside the op (`r-sparse`)."""
 

@@ -59,7 +59,7 @@ class WorkDirectory:
     # -- reading: no lock needed, nothing is written -------------------------------------------
 
     def folder(self, stage: str, key: str) -> Path:
-        """Where the artifact of a key lies, or would."""
+        """Return the folder of a key's artifact, whether it exists or not."""
         return self.root / stage / key[:KEY_CHARS]
 
     def find(self, stage: str, key: str) -> Manifest | None:
@@ -187,12 +187,12 @@ class WorkDirectory:
             shutil.rmtree(folder, ignore_errors=True)
 
     def partial_path(self, stage: str, key: str) -> Path:
-        """Where this process writes the artifact of a key."""
+        """Return the folder that this process writes a key's artifact into."""
         finished = self.folder(stage, key)
         return finished.with_name(f"{finished.name}.partial-{os.getpid()}")
 
     def resume_path(self, stage: str, key: str) -> Path:
-        """Where long work of this key saves what a later run goes on from."""
+        """Return the folder where long work of this key saves its state for a later run."""
         finished = self.folder(stage, key)
         return finished.with_name(f"{finished.name}.resume")
 
@@ -344,7 +344,7 @@ class WorkDirectory:
         return self._disk_fault(cause) if cause is not None else None
 
     def _is_ours(self, error: BaseException) -> bool:
-        """Whether a refused path is the work directory's, and not, say, a model file's."""
+        """Tell whether a refused path is in the work directory, not, say, a model file."""
         name = getattr(error, "filename", None)
         if name is None:
             return True

@@ -1,4 +1,4 @@
-"""Where the jobs of a sweep run: here one after the other, or on a Ray cluster."""
+"""Run the jobs of a sweep: here one after the other, or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class RayCluster:
 def reservation(
     nodes: Sequence[Mapping[str, float]], *, cpus: int | None = None, gpus: float | None = None
 ) -> dict[str, float]:
-    """What a task reserves, so that it gets a GPU and no two crowd a node.
+    """Return what a task reserves, so that it gets a GPU and no two crowd a node.
 
     By default a GPU where the cluster has any; and of the processors of the largest node with
     enough of them an equal part for each task that its GPUs have room for, without GPUs all.
@@ -140,6 +140,6 @@ def _outcome(ray: Any, task: Any) -> Rows:
 
 
 def _on_a_node(job: Job) -> Rows:
-    """What a worker runs; its stderr reaches the driver."""
+    """Run a job on a worker; its stderr reaches the driver."""
     measure.check(job)
     return measure.run(job, on_stream(sys.stderr))

@@ -101,7 +101,7 @@ def check(job: Job) -> None:
 
 
 class _Bench:
-    """What the cells of a model share while they are measured."""
+    """Everything the cells of a model share while they are measured."""
 
     def __init__(self, job: Job, progress: Progress) -> None:
         self._job = job
@@ -311,14 +311,14 @@ def _evaluation_fields(recipe: Recipe) -> dict[str, Any]:
 
 
 def _accuracy_figures(accuracy: dict[str, Any]) -> dict[str, Any]:
-    """What a sweep keeps of a report's `accuracy`."""
+    """Return what a sweep keeps of a report's `accuracy`."""
     kept = ("tokens", "perplexity_ratio", "perplexity_ratio_stderr", "kl_mean", "top1_agreement")
     sides = {side: accuracy[side]["perplexity"] for side in ("dense", "sparse")}
     return {"perplexity": sides, **{name: accuracy[name] for name in kept}}
 
 
 def _identity(job: Job, cell: Cell) -> dict[str, Any]:
-    """What a row is about."""
+    """Return the settings that a row is about."""
     section = cell.recipe.sparsity
     own = cell.baseline is None and cell.refused is None
     return {

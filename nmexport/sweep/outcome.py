@@ -1,4 +1,4 @@
-"""What a sweep found: `sweep.json`, `sweep.md`, and a plot for each model."""
+"""Write a sweep's results: `sweep.json`, `sweep.md`, and a plot for each model."""
 
 from __future__ import annotations
 

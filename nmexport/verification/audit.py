@@ -1,4 +1,4 @@
-"""What really meets the sparsified weights, and what each layer really loses, told by the runtime.
+"""Measure, at run time, the sparsity and the error of every sparsified linear.
 
 The exported model is read without its weights, given counters and outputs beside its nodes, and
 run from memory: no node that it had is changed, and no weight is copied.
@@ -46,7 +46,7 @@ _FLOAT = TensorProto.FLOAT
 
 @dataclass(frozen=True, kw_only=True)
 class Counter:
-    """Where a linear's count of kept elements comes out."""
+    """Output that counts a linear's kept elements."""
 
     layer: str
     output: str
@@ -55,7 +55,7 @@ class Counter:
     phase: str
 
     def counts(self, new_tokens: int) -> bool:
-        """Whether a run of so many new tokens a sequence meets a sparsified weight here."""
+        """Tell whether a run of so many new tokens a sequence meets a sparsified weight here."""
         return self.phase == "all" or (self.phase == "decode") == (new_tokens == 1)
 
 

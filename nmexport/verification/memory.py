@@ -115,7 +115,7 @@ def artifact_bytes(folder: Path) -> int:
 
 
 def answer(engine: str, side: str, prompt_tokens: str) -> dict[str, Any]:
-    """What the measuring process says: the figure, or None with `why`."""
+    """Return the measuring process's answer: the figure, or None with `why`."""
     try:
         return measure(Path(engine), dense=side == "dense", prompt_tokens=int(prompt_tokens))
     except UserError as error:

@@ -33,7 +33,7 @@ PERTURBATION = 1e-7
 
 
 class ModelSize(NamedTuple):
-    """What a dense model consists of."""
+    """Size of a dense model."""
 
     parameters: int
     linears: int
@@ -75,7 +75,7 @@ class TorchSession(Session):
         return TorchSession(self._model, self._vocabulary_size, perturbation=size)
 
     def linear(self, layer: LayerSpec, x: NDArray[Any]) -> NDArray[Any]:
-        """What the op of one linear makes of an input: `[..., K] T` -> `[..., O] T`.
+        """Apply the op of one linear to an input: `[..., K] T` -> `[..., O] T`.
 
         Raises:
             RuntimeError: if the session is closed.

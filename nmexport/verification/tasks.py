@@ -56,7 +56,7 @@ _CODE = "what its own code asks for"
 
 @dataclass(frozen=True, kw_only=True)
 class TextSide:
-    """What a model knows of text: its tokenizer, and how many tokens fit into its window."""
+    """A model's tokenizer, and how many tokens fit into its window."""
 
     tokenizer: Any
     max_length: int
@@ -81,7 +81,7 @@ class Suite:
 
     @classmethod
     def of(cls, section: EvaluationSection) -> Suite | None:
-        """What a recipe asks for; None where it asks for no task."""
+        """Return the recipe's suite; None where it asks for no task."""
         if not section.tasks and section.tasks_path is None:
             return None
         return cls(
@@ -93,7 +93,7 @@ class Suite:
 
 
 def identity(suite: Suite | None) -> dict[str, Any] | None:
-    """What identifies a suite in an artifact's key: names, local files, the harness's version.
+    """Return what identifies a suite in a key: names, local files, the harness's version.
 
     Raises:
         EnvironmentFault: if the harness is not installed.
@@ -192,7 +192,7 @@ def text_side(tokenizer: Any, config: Mapping[str, Any]) -> TextSide:
 
 
 def _window(text: TextSide, *sessions: Session) -> TextSide:
-    """What all sessions take: both models read the same."""
+    """Cut the window to what all sessions take, so that both models read the same."""
     return functools.reduce(lambda side, one: side.within(one.limits), sessions, text)
 
 
@@ -367,7 +367,7 @@ def _sources(
 
 
 def _source(config: Mapping[str, Any]) -> str | None:
-    """What a task's file says that it reads; None where that lies beside it."""
+    """Return the remote text that a task's file reads; None where its text lies next to it."""
     if _CODE_KEYS & config.keys():
         return _CODE
     source = config.get("dataset_path")

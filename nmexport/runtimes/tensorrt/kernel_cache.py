@@ -34,7 +34,7 @@ def cache_file(*parts: str, suffix: str) -> Path:
 
 
 def kernel_cache_path(engine: TensorRTEngine, plan: bytes) -> Path:
-    """Where the kernels of a plan are kept; the runtime itself refuses those of another GPU."""
+    """Return the file of a plan's kernels; the runtime itself refuses those of another GPU."""
     digest = hashlib.sha256(plan[:_IDENTIFYING] + plan[-_IDENTIFYING:])
     digest.update(str(len(plan)).encode())
     return cache_file(engine.target, engine.version, digest.hexdigest()[:16], suffix="kernels")

@@ -1,4 +1,4 @@
-"""Whether an engine is what was asked for: one plugin layer per sparse node, no weight twice.
+"""Check that an engine has one plugin layer per sparse node, and no weight twice.
 
 Three witnesses, as good as the machine allows: the parsed network, always; TensorRT's inspector,
 which needs the GPU that the engine is for; and else the execution graph that a TensorRT-RTX plan
@@ -41,7 +41,7 @@ _ATTENTION_NAME = re.compile(r"[a-z]+_mha(?:_v\d+)?|fmha\w*")
 
 @dataclass(frozen=True, kw_only=True)
 class LayerAudit:
-    """What was found; `layers.json`."""
+    """Result of the audit, written to `layers.json`."""
 
     source: Literal["inspector", "plan", "network"]
     why: str | None
@@ -59,7 +59,7 @@ class LayerAudit:
     """In-place cache updates of the network."""
     plan_bytes: int
     weight_bytes: int
-    """Of the graph's initializers, each counted once."""
+    """Bytes of the graph's initializers, each counted once."""
     weights_found: int
     """Weights whose bytes stand in the plan, each once."""
     layers: tuple[Any, ...]

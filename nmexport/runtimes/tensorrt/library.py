@@ -90,7 +90,7 @@ def require_plugin() -> Path:
 
 
 def describe_plugin(path: Path) -> dict[str, Any]:
-    """What the library says of itself: its version, headers, CUDA, architectures.
+    """Ask the library for its version, headers, CUDA and architectures.
 
     Raises:
         EnvironmentFault: if it cannot be loaded or is not ours.
@@ -186,7 +186,7 @@ def prepare_parser(target: TensorRTTarget) -> None:
 
 
 def _is_loaded(name: str) -> bool:
-    """Whether a library of that very name is in this process."""
+    """Tell whether a library of exactly that name is in this process."""
     no_load = 4  # RTLD_NOLOAD
     try:
         ctypes.CDLL(name, mode=ctypes.DEFAULT_MODE | no_load)
@@ -197,7 +197,7 @@ def _is_loaded(name: str) -> bool:
 
 @cache
 def gpu_is_usable() -> bool:
-    """Whether a CUDA driver with a GPU is here."""
+    """Tell whether a CUDA driver with a GPU is here."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -211,7 +211,7 @@ def gpu_is_usable() -> bool:
 
 
 class Messages:
-    """What TensorRT and the plugin say: the last errors, and every line while somebody listens."""
+    """Messages of TensorRT and the plugin: last errors, and every line while somebody listens."""
 
     def __init__(self) -> None:
         """Hold nothing yet."""
@@ -282,7 +282,7 @@ def quiet() -> warnings.catch_warnings[Any]:
 
 
 def compute_capability(device: int = 0) -> str:
-    """Of a GPU of this machine, such as `8.9`.
+    """Return the compute capability of a GPU of this machine, such as `8.9`.
 
     Raises:
         EnvironmentFault: if the driver does not tell.
