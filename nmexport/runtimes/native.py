@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ArtifactError, EnvironmentFault
-from nmexport.resources import NATIVE_FOLDER
+from nmexport.resources import NATIVE_FOLDER, resource_path
 from nmexport.runtimes.engine import REBUILD
 from nmexport.store.artifact import file_digest
 
@@ -105,6 +105,25 @@ def describe_library(path: Path) -> dict[str, Any]:
     library.nmexport_variant.restype = ctypes.c_char_p
     document: dict[str, Any] = json.loads(library.nmexport_describe())
     return {**document, "variant": library.nmexport_variant().decode()}
+
+
+def check_opset(path: Path) -> None:
+    """Refuse a library of another version of the op contract.
+
+    ONNX Runtime would not take its ops for the nodes of our files: it would run their function
+    bodies, many times slower, and say nothing.
+
+    Raises:
+        EnvironmentFault: if the library was built from other sources than this package.
+    """
+    built = describe_library(path)["opset_version"]
+    contract = json.loads(resource_path("contract.json").read_text(encoding="utf-8"))
+    if built != contract["opset_version"]:
+        raise EnvironmentFault(
+            f"Native op library {path} is of version {built} of the op contract.",
+            allowed=f"version {contract['opset_version']}",
+            fix=_MEND,
+        )
 
 
 CUDA_PLANS_FILE = "cuda_plans.csv"

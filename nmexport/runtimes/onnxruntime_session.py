@@ -129,6 +129,7 @@ def _register(options: onnxruntime.SessionOptions, library: Path) -> None:
             f"{onnxruntime.__version__}: {error}",
             fix=fix,
         ) from error
+    native.check_opset(library)
 
 
 def open_session(
