@@ -3,7 +3,7 @@
 Both offer one Python interface under two names; nothing else here tells them apart but the name and
 a missing link: TensorRT-RTX's parser looks for `libtensorrt_rtx.so`, and its package carries that
 library under its versioned name only. A process that adds a plugin layer without the link is ended
-by the parser, so a library of that name, which forwards to the loaded one, is built with the plugin.
+by the parser, so a library of that name, which leads to the loaded one, is built with the plugin.
 """
 
 from __future__ import annotations
