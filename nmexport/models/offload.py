@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from nmexport import environment
 from nmexport.errors import ModelError
+from nmexport.sparsity.criterion import CRITERIA
+from nmexport.sparsity.mitigation import learned_parts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -95,9 +98,6 @@ def fits_host(source: ModelSource, *, offload: Offload) -> bool:
 
 def needs_whole(recipe: Recipe) -> list[str]:
     """List what in a recipe has to be learned, or measured through gradients or many trials."""
-    from nmexport.sparsity.criterion import CRITERIA
-    from nmexport.sparsity.mitigation import learned_parts
-
     sparsity = recipe.sparsity
     whole: list[str] = [name for name in sparsity.mitigations if learned_parts((name,))]
     if "sensitivity" in CRITERIA[sparsity.criterion].needs:
@@ -148,8 +148,6 @@ def is_placed(model: Any) -> bool:
 def free_memory() -> Memory:
     """Measure the memory that is free now."""
     import torch
-
-    from nmexport import environment
 
     devices = tuple(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
     return Memory(host=environment.free_memory(), devices=devices)

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from nmexport.errors import ArtifactError, EnvironmentFault
+from nmexport.runtimes.tensorrt.library import gpu_is_usable
 from nmexport.serving.repository import PLUGINS, REPOSITORY, VERSION
 from nmexport.serving.server_output import ServerOutput
 from nmexport.serving.stopping import DRAIN_VARIABLE, UNLOAD_SECONDS
@@ -201,8 +202,6 @@ def models_of(repository: Path) -> dict[str, bool]:
 
 def why_no_plans(installation: Installation) -> str | None:
     """Why a server cannot run TensorRT plans on this machine; None where it can."""
-    from nmexport.runtimes.tensorrt.library import gpu_is_usable
-
     root = installation.server.resolve().parent.parent
     if not (root / "backends" / "tensorrt").is_dir():
         return "this tritonserver has no TensorRT backend"

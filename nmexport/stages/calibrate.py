@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 from nmexport.calibration.corpus import SELF, corpus_identity, load_samples
 from nmexport.errors import CorpusError
 from nmexport.models.context import check_lengths
+from nmexport.models.offload import check_layerwise, is_placed, open_dense
 from nmexport.progress import busy
+from nmexport.sparsity.statistics import ChannelStatistics
 from nmexport.stages.fitting import check_fit
 from nmexport.store.layers import FILENAME
 from nmexport.store.records import read_record, write_record
+from nmexport.store.tensors import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,7 +29,6 @@ if TYPE_CHECKING:
     from nmexport.calibration.corpus import SelfText, TokenIds
     from nmexport.models.offload import OpenedModel
     from nmexport.recipe import Recipe
-    from nmexport.sparsity.statistics import ChannelStatistics
     from nmexport.stages.inputs import StageInputs
 
 UPSTREAM: tuple[str, ...] = ()
@@ -82,15 +84,10 @@ class Artifact:
 
         See `nmexport.calibration.corpus.Samples`.
         """
-        from nmexport.store.tensors import load_tensors
-
         return {name: ids.long() for name, ids in load_tensors(self.path / SAMPLES).items()}
 
     def statistics(self) -> dict[str, ChannelStatistics]:
         """Statistics by linear, of those that a token reached."""
-        from nmexport.sparsity.statistics import ChannelStatistics
-        from nmexport.store.tensors import load_tensors
-
         tensors = load_tensors(self.path / STATISTICS)
         return {
             linear.name: ChannelStatistics(
@@ -147,9 +144,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     from nmexport.calibration.overflow import refuse_overflow
     from nmexport.models.exportable import check_exportable
     from nmexport.models.loader import load_tokenizer
-    from nmexport.models.offload import check_layerwise, is_placed, open_dense
     from nmexport.sparsity.targets import linears_of, select_targets
-    from nmexport.store.tensors import save_tensors
 
     recipe = inputs.recipe
     tokenizer = load_tokenizer(inputs.source)

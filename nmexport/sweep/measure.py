@@ -21,14 +21,17 @@ from nmexport.calibration import corpus
 from nmexport.environment import probe
 from nmexport.errors import UserError, WorkDirectoryError
 from nmexport.models import source as models
+from nmexport.models.swap import replace_linears
 from nmexport.pipeline import Pipeline, Selection
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.stages import fold
 from nmexport.stages.fitting import check_fit
 from nmexport.store.artifact import KEY_CHARS, canonical_json, digest_of
 from nmexport.store.layers import model_phases
+from nmexport.store.tensors import load_tensors, save_tensors
 from nmexport.store.work_directory import WorkDirectory
 from nmexport.sweep.replay import Replay
+from nmexport.verification import accuracy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -195,7 +198,6 @@ class _Bench:
         return self._scored(recipe, lambda: self._baseline_session(recipe, baseline), "all")
 
     def _baseline_session(self, recipe: Recipe, baseline: Baseline) -> TorchSession:
-        from nmexport.models.swap import replace_linears
         from nmexport.sparsity.targets import linears_of, select_targets
         from nmexport.sweep.baselines import replacement
 
@@ -217,8 +219,6 @@ class _Bench:
         self, recipe: Recipe, opened: Callable[[], TorchSession], phases: ModelPhases
     ) -> dict[str, Any]:
         """Both models on the evaluation windows."""
-        from nmexport.verification import accuracy
-
         windows = self._windows(recipe)
         with (
             self._work.disk_faults(),
@@ -256,8 +256,6 @@ class _Bench:
     def _windows(self, recipe: Recipe) -> NDArray[np.int64]:
         """Evaluation text, made or read once for all cells that share it."""
         import torch
-
-        from nmexport.store.tensors import load_tensors, save_tensors
 
         fields = {"model": self._find_model(recipe.model).digest, **_evaluation_fields(recipe)}
         path = self._job.folder / f"windows-{digest_of(fields)[:KEY_CHARS]}.safetensors"
