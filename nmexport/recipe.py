@@ -113,7 +113,7 @@ class ModelSection(_Strict):
     """How sparsified weights are stored: `float` as dtype says, `int8` with a scale an output, or
     `int8:CHANNELS` with one for so many channels of each output, a multiple of 16."""
     dense_baseline: bool = True
-    """Export the dense model beside the sparse one; without it export takes half the disk, and
+    """Export the dense model next to the sparse one; without it export takes half the disk, and
     nothing says what sparsity costs or gains."""
     package: str | None = None
     """Installed Python package that carries the weights as a `.gguf`, tried when the hub is not
@@ -197,7 +197,7 @@ class AllocationSection(_Strict):
     patterns: tuple[Pattern, ...] = Field(
         default=tuple(NMPattern(kept, 16) for kept in (12, 10, 8, 6, 4)), min_length=1
     )
-    """To choose among, beside dense. Add 2:4 where the target runs it faster."""
+    """Patterns to choose among, along with dense. Add 2:4 where the target runs it faster."""
     criteria: tuple[Criterion, ...] = ()
     """To choose among; none is the recipe's own."""
     phases: tuple[Phase, ...] = ()
@@ -223,7 +223,7 @@ class CorpusSection(_Strict):
     length: int = Field(default=512, ge=8)
     """Tokens a sample."""
     self_share: float = Field(default=0.5, ge=0, le=1)
-    """Share of the samples that the model writes itself, beside a named corpus."""
+    """Share of the samples that the model writes itself, next to a named corpus."""
     learning_samples: int = Field(default=384, ge=0)
     """Further samples of a named corpus, as many as there are, for learned constants alone."""
     offload: Offload = "auto"
@@ -240,7 +240,7 @@ class EvaluationSection(_Strict):
     prompts: int = Field(default=8, ge=1)
     generate_tokens: int = Field(default=64, ge=1)
     decode_only: bool = True
-    """Score decode-only sparsity beside sparsity in all phases."""
+    """Score decode-only sparsity next to sparsity in all phases."""
     tasks: tuple[str, ...] = ()
     """Tasks, groups or tags of lm-evaluation-harness, or of `tasks_path`."""
     tasks_path: MaybePath | None = None
@@ -337,7 +337,7 @@ def resolve(
     """Put a recipe together: a file or a model's own recipe, then single keys on top.
 
     Args:
-        model: Recipe name, Hub id, local folder, or `.gguf` file. Beside a file, it replaces
+        model: Recipe name, Hub id, local folder, or `.gguf` file. With a file, it replaces
             the file's model.
         overrides: Values by dotted key, such as `{"sparsity.pattern": "2:4"}`.
         file: A recipe in YAML.

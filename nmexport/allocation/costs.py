@@ -41,7 +41,7 @@ Key = TypeVar("Key")
 ERROR_WINDOWS = 2
 # Learned corrections that make up for the variance that selection takes away.
 _SCALES = {"scale", "gain", "compensation"}
-_SCALE_BYTES = 4  # float32, beside weights of one byte
+_SCALE_BYTES = 4  # float32, with weights of one byte
 _LEAST_SQUARE = 1e-12
 
 
@@ -129,7 +129,7 @@ def before_learning(sparsity: SparsitySection) -> SparsitySection:
     """Return the method that trials use: what is not learned, and a stand-in for what is.
 
     Constants are learned once the choice is made. Until then a per-token variance correction
-    stands for learned scales, which mend the same; where none is learned, nothing is added, so
+    stands for learned scales, which correct the same; where none is learned, nothing is added, so
     that the budget is measured on what is built.
     """
     left = tuple(name for name in sparsity.mitigations if not MITIGATIONS[name].learns)

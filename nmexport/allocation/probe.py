@@ -113,7 +113,7 @@ class SparseInput:
 
 
 class Probe:
-    """The dense model on fixed windows, and trials beside it."""
+    """The dense model on fixed windows, and trials of changed ones."""
 
     def __init__(self, model: Any, windows: torch.Tensor, *, prompt: int = 0) -> None:
         """Run the dense model.

@@ -1,4 +1,4 @@
-"""Clients of a running server: each streams an answer, then asks again; some leave amid theirs."""
+"""Clients of a running server: each streams an answer, then asks again; some cancel mid-stream."""
 
 from __future__ import annotations
 

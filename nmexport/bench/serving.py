@@ -1,4 +1,4 @@
-"""Serving throughput and latency, dense beside sparse: the same load on both, in turns.
+"""Serving throughput and latency, dense next to sparse: the same load on both, in turns.
 
 The load goes to the scheduler that a server runs, within this process, so that dense and sparse
 differ in nothing else. What Triton and the network add is a side of its own: the packaged sparse

@@ -1,8 +1,8 @@
 """Memory of a server under a long load: does it grow, and is all of it given back?
 
 Every process of the server counts, by its share of the pages it shares with others (PSS). Clients
-come with prompts and answers of mixed lengths, and some go away amid theirs. What the load did is
-read from the server's own metrics.
+come with prompts and answers of mixed lengths, and some are cancelled mid-stream. What the load did
+is read from the server's own metrics.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ LAYER_ATTRIBUTE = "layer"
 LINEAR = "NMLinear"
 
 CHANNEL_INPUTS = ("shift", "score_scale", "channel_order", "value_scale")
-"""Constants along K beside W: linears of one node share them."""
+"""Constants along K next to W: linears of one node share them."""
 
 _DENSE_COLUMNS_PER_CHANNEL = 4
 """Up to this many columns a channel, fused MatMuls are faster: beyond, a prompt pays more for the
@@ -247,7 +247,7 @@ def _side_by_side(
 
 
 def _zeros(weight: ir.TensorProtocol, like: ir.TensorProtocol) -> ir.TensorProtocol:
-    """The bias of a linear that has none beside one that has."""
+    """The bias of a linear that has none next to one that has."""
     return ir.Tensor(np.zeros(weight.shape.numpy()[-1:], like.dtype.numpy()), dtype=like.dtype)
 
 

@@ -1,4 +1,4 @@
-"""A bfloat16 model made to run on a processor, for which ONNX Runtime has few bfloat16 kernels.
+"""Rewrite a bfloat16 model for the CPU, for which ONNX Runtime has few bfloat16 kernels.
 
 Values between nodes become float32; what is large stays bfloat16, mapped from the file as it lies
 there, and is widened where it is computed with:
@@ -15,8 +15,8 @@ Each bfloat16 value of the old graph is in the new one under its own name, in on
    `Concat` that is a graph output, as caches are.
 2. *Wide*, now float32: all else.
 
-A node that needs the other type reads a Cast, one for all such nodes. So what is both given out and
-read on is read as it was given out: a token's keys are the same to the step that makes them as to
+A node that needs the other type reads a Cast, one for all such nodes. So what is both an output and
+read again is read as the output: a token's keys are the same to the step that makes them as to
 those that find them in the cache, and a prompt in pieces gives the bits of the whole prompt.
 
 Weights are never read here.

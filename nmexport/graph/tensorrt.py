@@ -1,7 +1,7 @@
 """Change an exported graph in memory for TensorRT's parser; the file on disk stays as it is.
 
 Three things: an optional input that a node leaves out is dropped and named, as TensorRT knows no
-absent input; attention gives out nothing but its result, so the cache is updated beside it; and the
+absent input; attention returns nothing but its result, so the cache is updated next to it; and the
 cache is updated in place where it can be, so that a decode step moves one token and not the cache.
 """
 

@@ -190,7 +190,7 @@ class LayerwiseModel:
                 stack.enter_context(self._weights.loaded(name, module))
             stack.enter_context(self._stubbed(stub))
             for number in range(len(samples)):
-                # Whatever is embedded here, the first layer gives out the final hidden states.
+                # Whatever is embedded here, the first layer returns the final hidden states.
                 logits = self.model(inputs_embeds=spool[number], **options).logits[0]
                 after()
                 if use_logits is not None:

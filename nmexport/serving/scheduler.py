@@ -398,7 +398,7 @@ class Scheduler:
         self._accept(request, logits[0, -1])
 
     def _accept(self, request: _Request, logits: NDArray[np.float32]) -> None:
-        """Draw a request's next token from logits `[V]`, and give out the text it completes."""
+        """Draw a request's next token from logits `[V]`, and return the text it completes."""
         token = request.sampler(logits)
         now = time.monotonic()
         if request.last_token < 0:

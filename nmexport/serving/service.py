@@ -40,7 +40,7 @@ class TextRequest:
     messages: str | None = None
     """JSON of a chat."""
     chat: bool = False
-    """Put `text` through the chat template, as one message of the user."""
+    """Apply the chat template to `text`, as one message of the user."""
     add_special_tokens: bool = True
     values: Mapping[str, Any] = field(default_factory=dict)
     """Generation options by name."""

@@ -102,7 +102,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
 
 
 def _write_engine(inputs: StageInputs, name: str) -> tuple[list[str], str | None]:
-    """Write the raw engine beside the text model, where Triton can run it.
+    """Write the raw engine next to the text model, where Triton can run it.
 
     Returns:
         Plugin libraries that a server must load, relative to the package; and why there is no raw

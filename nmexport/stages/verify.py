@@ -51,7 +51,7 @@ _LOGITS_BYTES = 832 << 20
 _CACHE_BYTES = 1 << 30
 # Said by content in place of by name.
 _NOT_KEYS = {"corpus", "tasks", "tasks_path", "task_limit", "task_fewshot"}
-_NO_INNER_VALUES = "a TensorRT engine gives out nothing but logits and cache"
+_NO_INNER_VALUES = "a TensorRT engine returns nothing but logits and cache"
 # What parity takes of memory, against the size of the artifact. Torch's weights and those that two
 # sessions map and repack; a session without the native library, which in narrow types holds all
 # weights once more, as float32.
@@ -498,12 +498,12 @@ def _linear_parity(
 
     report: dict[str, Any] = {name: {"within_contract": None, "why": why[name]} for name in why}
     for name, library in libraries.items():
-        beside = torch_session.linear if torch_session and name == parity.ONNX else None
+        executor = torch_session.linear if torch_session and name == parity.ONNX else None
         with open_instrumented(
             graph, engine.model.parent, library=library, threads=engine.threads
         ) as session:
             report[name], other = op_parity.check(
-                session, layers, outputs, tensors_of, prompt, beside=beside
+                session, layers, outputs, tensors_of, prompt, executor=executor
             )
         if other is not None:
             report[parity.TORCH] = other

@@ -49,7 +49,7 @@ DENSE = Choice()
 
 @dataclass(frozen=True, kw_only=True)
 class FrontPoint:
-    """One allocation on the Pareto front, or a uniform one beside it."""
+    """One allocation on the Pareto front, or a uniform one to compare with."""
 
     kind: Literal["front", "uniform", "chosen"]
     label: str

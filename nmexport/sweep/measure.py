@@ -262,11 +262,11 @@ class _Bench:
         fields = {"model": self._find_model(recipe.model).digest, **_evaluation_fields(recipe)}
         path = self._job.folder / f"windows-{digest_of(fields)[:KEY_CHARS]}.safetensors"
         if not path.is_file():
-            beside = path.with_suffix(".new")
+            partial = path.with_suffix(".new")
             ids = torch.from_numpy(self._made_windows(recipe)).int()
             with self._work.disk_faults():
-                save_tensors(beside, {"input_ids": ids})
-                beside.replace(path)
+                save_tensors(partial, {"input_ids": ids})
+                partial.replace(path)
         stored: torch.Tensor = load_tensors(path)["input_ids"]
         return stored.long().numpy()
 

@@ -1,6 +1,6 @@
 """Measure, at run time, the sparsity and the error of every sparsified linear.
 
-The exported model is read without its weights, given counters and outputs beside its nodes, and
+The exported model is read without its weights, given counters and outputs next to its nodes, and
 run from memory: no node that it had is changed, and no weight is copied.
 """
 
@@ -303,7 +303,7 @@ def audit(
 
     Args:
         sparse_path: The exported sparse model.
-        dense_path: The baseline beside it; None where there is none to compare outputs with.
+        dense_path: The baseline next to it; None where there is none to compare outputs with.
         layers: The sparsified linears.
         library: Native op library, or None for the function bodies.
         threads: Intra-op threads.

@@ -1,4 +1,4 @@
-"""Benchmark tasks through lm-evaluation-harness, dense beside sparse, on the built artifact.
+"""Benchmark tasks through lm-evaluation-harness, dense next to sparse, on the built artifact.
 
 The harness is an optional package. Tasks of a local folder need no network: paths in their YAML
 are relative to that folder. A task whose data lies on the hub says so before it is fetched.
@@ -434,7 +434,7 @@ def _check_yaml(folder: Path) -> None:
 def _load_fault(names: Sequence[str], error: Exception) -> UserError:
     reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
     fix = (
-        "check the network, or keep the data beside a task file of your own: dataset_path: json, "
+        "check the network, or keep the data next to a task file of your own: dataset_path: json, "
         "dataset_kwargs: {data_files: {test: FILE.jsonl}}, and --tasks-path FOLDER"
     )
     if isinstance(error, OSError):
@@ -444,7 +444,7 @@ def _load_fault(names: Sequence[str], error: Exception) -> UserError:
 
 @contextlib.contextmanager
 def _inside(folder: Path | None) -> Iterator[None]:
-    """Stand in the folder of the task files: their relative paths mean files beside them."""
+    """Change to the folder of the task files: their relative paths mean files next to them."""
     if folder is None:
         yield
         return

@@ -42,7 +42,7 @@ class Order:
     model: bytes
     """A serialised ONNX graph."""
     weights_beside: Path
-    """The file that the graph came from; its external data lies beside it."""
+    """The file that the graph came from; its external data lies next to it."""
     profiles: Sequence[Profile]
     compute_capabilities: tuple[str, ...] = ()
     """None is the GPU of this machine."""

@@ -1,4 +1,4 @@
-"""The sparse engine and the dense one beside it, from one export: built, audited, described."""
+"""The sparse and the dense engine of one export: built, audited, described."""
 
 from __future__ import annotations
 
