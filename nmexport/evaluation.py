@@ -118,7 +118,7 @@ def evaluate(
             (number, accuracy.score_window(dense, sparse, windows[number], phases=phases))
             for number in tracked
         ]
-    everywhere = _gathered(scores, share)
+    everywhere = _gather(scores, share)
     if not share.is_main:
         return None
     ordered = [score for _, score in sorted(everywhere, key=lambda pair: pair[0])]
@@ -208,7 +208,7 @@ def _windows(subject: _Subject, progress: Progress) -> NDArray[np.int64]:
     )
 
 
-def _gathered(
+def _gather(
     scores: list[tuple[int, WindowComparison]], share: Share
 ) -> list[tuple[int, WindowComparison]]:
     """Scores of all processes."""

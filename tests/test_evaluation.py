@@ -93,7 +93,7 @@ def test_several_processes_find_what_one_finds(
         gathered.extend(scores)
         return gathered if share.is_main else []
 
-    monkeypatch.setattr(evaluation, "_gathered", collect)
+    monkeypatch.setattr(evaluation, "_gather", collect)
     for rank in reversed(range(processes)):  # the main process last, as if it had waited
         found = evaluate(work, Share(rank=rank, processes=processes), progress=Silent())
         assert (found is None) == (rank != 0)
@@ -199,7 +199,7 @@ def test_the_other_processes_stay_silent(
     work: WorkDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluation, "launched", lambda: Share(rank=1, processes=2))
-    monkeypatch.setattr(evaluation, "_gathered", lambda scores, share: scores)
+    monkeypatch.setattr(evaluation, "_gather", lambda scores, share: scores)
     done = CliRunner().invoke(cli, ["evaluate", "--work", str(work.root)])
     assert (done.exit_code, done.stdout) == (0, "")
 

@@ -45,14 +45,14 @@ class TargetState:
     @property
     def works(self) -> bool:
         """Nothing needed is missing."""
-        return not any(one.needed for one in self.missing)
+        return not any(item.needed for item in self.missing)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values."""
         return {
             "target": self.target,
             "works": self.works,
-            "missing": [vars(one) for one in self.missing],
+            "missing": [vars(item) for item in self.missing],
         }
 
 

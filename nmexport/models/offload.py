@@ -71,7 +71,7 @@ def open_dense(
     from nmexport.models.layerwise import LayerwiseModel
     from nmexport.models.loader import load_model
 
-    chosen, placed = _placed(source, offload=offload)
+    chosen, placed = _place(source, offload=offload)
     if chosen == "layerwise":
         progress.note(f"{source.id} runs layer by layer, its weights mapped from disk")
         layered = LayerwiseModel(source, folder=folder)
@@ -92,7 +92,7 @@ def fits_host(source: ModelSource, *, offload: Offload) -> bool:
     Raises:
         ModelError: if layer by layer is asked for and the model's format does not allow it.
     """
-    chosen, _ = _placed(source, offload=offload)
+    chosen, _ = _place(source, offload=offload)
     return chosen == "whole"
 
 
@@ -125,7 +125,7 @@ def check_layerwise(recipe: Recipe) -> None:
         )
 
 
-def _placed(source: ModelSource, *, offload: Offload) -> tuple[Placement, dict[str, int] | None]:
+def _place(source: ModelSource, *, offload: Offload) -> tuple[Placement, dict[str, int] | None]:
     """How to run a model here and now; of `mapped`, which GPU each part goes to."""
     from nmexport.models.skeleton import skeleton
 

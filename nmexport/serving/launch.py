@@ -110,9 +110,9 @@ class Addresses:
         """Ports of this machine that were free a moment ago."""
         with contextlib.ExitStack() as stack:
             sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
-            for one in sockets:
-                one.bind((cls.host, 0))
-            http_port, grpc_port, metrics_port = (one.getsockname()[1] for one in sockets)
+            for listener in sockets:
+                listener.bind((cls.host, 0))
+            http_port, grpc_port, metrics_port = (listener.getsockname()[1] for listener in sockets)
         return cls(http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port)
 
     @property
@@ -162,10 +162,10 @@ def _why_not_free(host: str, port: int) -> str | None:
         (family, kind, _, _, address), *_ = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-        with socket.socket(family, kind) as one:
+        with socket.socket(family, kind) as probe:
             # A port that was in use a moment ago counts as free, as it does for the server.
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            one.bind(address)
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
     except OSError as error:
         return error.strerror or str(error)
     return None

@@ -77,7 +77,7 @@ class Artifact:
     def samples(self) -> torch.Tensor:
         """Token ids of the calibration samples, `[samples, length]` int64; any few hold all."""
         kinds = self.samples_by_kind()
-        return _mixed(kinds["corpus"], kinds["written"])
+        return _mix(kinds["corpus"], kinds["written"])
 
     def samples_by_kind(self) -> dict[str, torch.Tensor]:
         """Token ids `[samples, length]` int64 of `corpus`, `written` and `further` samples.
@@ -173,7 +173,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
         vocabulary=model.config.get_text_config().vocab_size,
     )
     kinds = {name: torch.from_numpy(ids) for name, ids in vars(loaded).items()}
-    samples = _mixed(kinds["corpus"], kinds["written"])
+    samples = _mix(kinds["corpus"], kinds["written"])
     linears = linears_of(model)
     with refuse_overflow(linears, getattr(torch, recipe.model.dtype)):
         statistics = gather_channel_statistics(
@@ -181,7 +181,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
         )
 
     save_tensors(inputs.output / SAMPLES, {name: ids.int() for name, ids in kinds.items()})
-    save_tensors(inputs.output / STATISTICS, _named(statistics))
+    save_tensors(inputs.output / STATISTICS, _name_tensors(statistics))
     _write_linears(inputs.output, linears, statistics)
     return {
         "samples": samples.shape[0],
@@ -212,11 +212,11 @@ def _writer(inputs: StageInputs, opened: OpenedModel, tokenizer: Any) -> SelfTex
     return refuse
 
 
-def _mixed(corpus: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
+def _mix(corpus: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
     """Both, spread evenly over each other, so that any first few are of both."""
     import torch
 
-    places = [(torch.arange(len(one)) + 0.5) / max(len(one), 1) for one in (corpus, written)]
+    places = [(torch.arange(len(texts)) + 0.5) / max(len(texts), 1) for texts in (corpus, written)]
     order = torch.argsort(torch.cat(places), stable=True)
     return torch.cat([corpus, written])[order]
 
@@ -228,10 +228,10 @@ def _reserved_tokens(recipe: Recipe) -> int:
     return evaluation.windows * evaluation.length if shared else 0
 
 
-def _named(statistics: dict[str, ChannelStatistics]) -> dict[str, torch.Tensor]:
+def _name_tensors(statistics: dict[str, ChannelStatistics]) -> dict[str, torch.Tensor]:
     return {
-        f"{name}.{field}": getattr(one, field)
-        for name, one in statistics.items()
+        f"{name}.{field}": getattr(channels, field)
+        for name, channels in statistics.items()
         for field in _FIELDS
     }
 

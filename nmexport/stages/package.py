@@ -177,7 +177,7 @@ def text_model(inputs: StageInputs, *, verdict: str) -> TextModel:
         pattern=str(inputs.recipe.sparsity.pattern),
         verdict=verdict,
         export=inputs.upstream["export"],
-        files=tuple(one.path for one in records if not one.path.startswith("dense/")),
+        files=tuple(record.path for record in records if not record.path.startswith("dense/")),
         engine=engine,
         library=engine_library(engine),
         settings={

@@ -356,7 +356,7 @@ def _decode_only(
     late: LateLogits,
 ) -> dict[str, Any]:
     """The report's `accuracy.decode_only`."""
-    batch = _decoded_together(sparse, windows)
+    batch = _decode_batch_size(sparse, windows)
     batches = [windows[start : start + batch] for start in range(0, len(windows), batch)]
     return accuracy.decode_only(
         dense,
@@ -368,7 +368,7 @@ def _decode_only(
     )
 
 
-def _decoded_together(sparse: Session, windows: NDArray[np.int64]) -> int:
+def _decode_batch_size(sparse: Session, windows: NDArray[np.int64]) -> int:
     """Windows that decode-only scoring decodes side by side, of `[W, L]`."""
     count, length = windows.shape
     scored = length - accuracy.prompt_length(windows[0])
