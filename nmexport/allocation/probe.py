@@ -204,8 +204,10 @@ class Probe:
 
     @contextlib.contextmanager
     def _sparse(self, inputs: Mapping[Site, SparseInput]) -> Iterator[None]:
-        shared = {site: _Shared(one, self._prompt) for site, one in inputs.items()}
-        with _hooked(self._watch(name, one) for site, one in shared.items() for name in site.names):
+        shared = {site: _Shared(windows, self._prompt) for site, windows in inputs.items()}
+        with _hooked(
+            self._watch(name, held) for site, held in shared.items() for name in site.names
+        ):
             yield
 
     def _watch(self, name: str, shared: _Shared) -> RemovableHandle:

@@ -41,7 +41,7 @@ class Option:
     def __add__(self, other: Option) -> Option:
         """Add up every measure."""
         pairs = zip(astuple(self), astuple(other), strict=True)
-        return Option(*(one + another for one, another in pairs))
+        return Option(*(left + right for left, right in pairs))
 
 
 NOTHING = Option(kl=0.0, bytes=0.0, seconds=0.0, worth=0.0, work=0.0)

@@ -232,7 +232,9 @@ def _options(
             work=read + choice.prefill_density * model.weight_bytes(site),
         )
 
-    return {DENSE: option(DENSE, 0.0)} | {one: option(one, kl) for one, kl in divergences.items()}
+    return {DENSE: option(DENSE, 0.0)} | {
+        pick: option(pick, kl) for pick, kl in divergences.items()
+    }
 
 
 def _gains(option: Option, dense: Option) -> bool:

@@ -39,9 +39,7 @@ def list_command(ctx: click.Context) -> None:
             ]
         )
         return
-    rows = [
-        (name, recipe.model.id, recipe.sparsity.pattern, about) for name, recipe, about in found
-    ]
+    rows = [(name, each.model.id, each.sparsity.pattern, about) for name, each, about in listed]
     columns = ("recipe", "model", "pattern", "about")
     console().print(table(None, columns, rows, left=columns))
 

@@ -82,8 +82,8 @@ class StopSignals(Closing):
             return
         self._is_listening = False
         signal.set_wakeup_fd(self._descriptor_before)
-        for one, handler in self._before.items():
-            signal.signal(one, handler)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
         os.close(self._write)  # the thread reads the end
         self._thread.join()
         os.close(self._read)

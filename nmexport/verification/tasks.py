@@ -362,8 +362,8 @@ def _sources(
     if not isinstance(members, list):
         yield name, said
         return
-    for member in members:
-        yield from _sources(index, member, said)
+    for task in members:
+        yield from _sources(index, task, said)
 
 
 def _source(config: Mapping[str, Any]) -> str | None:
