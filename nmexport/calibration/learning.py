@@ -68,7 +68,7 @@ class LossCurve:
 
 @dataclass(frozen=True, kw_only=True)
 class Learned:
-    """What came out."""
+    """Result of learning."""
 
     corrections: dict[str, Corrections]
     """By linear."""
@@ -262,7 +262,7 @@ def divergences(student: torch.Tensor, teacher: torch.Tensor, head: OutputHead) 
 
 
 def loss_of(found: torch.Tensor) -> torch.Tensor:
-    """What learning makes small, of divergences `[T]`: the sum of their roots."""
+    """Return the objective of learning for divergences `[T]`: the sum of their roots."""
     # A root's slope has no end at zero; below the floor there is nothing to learn.
     return found.clamp_min(_LEAST_DIVERGENCE).sqrt().sum()
 
@@ -471,7 +471,7 @@ def _sites_of(students: Mapping[str, LearnedLinear]) -> dict[LearningSite, str]:
 def _parameters_of(
     students: Mapping[str, LearnedLinear], sites: Mapping[LearningSite, str]
 ) -> dict[str, nn.Parameter]:
-    """What is learned, by name; a site's shift once, under its first linear."""
+    """Return the learned parameters by name; a site's shift once, under its first linear."""
     found: dict[str, nn.Parameter] = {}
     for name, student in students.items():
         if student.site.learns_shift and sites[student.site] == name:

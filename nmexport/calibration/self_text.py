@@ -210,7 +210,7 @@ class _Sampler:
             yield token
 
     def _next(self, rows: Sequence[_Row], logits: torch.Tensor | None) -> torch.Tensor:
-        """What each row says next: what it has to, or what it drew."""
+        """Choose each row's next token: the forced one, or the sampled one."""
         sampled = self._random_starts(len(rows)) if logits is None else self._sample(logits)
         others = self._random_starts(len(rows)).flatten().tolist()
         drawn = zip(rows, sampled.flatten().tolist(), others, strict=True)

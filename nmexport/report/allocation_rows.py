@@ -22,12 +22,12 @@ def label(choice: dict[str, Any]) -> str:
 
 
 def budget(allocation: dict[str, Any]) -> str:
-    """What was asked for, in words."""
+    """Return the budget asked for, in words."""
     return ", ".join(_LIMITS[name].format(value) for name, value in allocation["budget"].items())
 
 
 def built(allocation: dict[str, Any]) -> str | None:
-    """What the choice came to once it was built, in words; None where that was not measured."""
+    """Return the measured result of the choice once built, in words; None if not measured."""
     found = allocation.get("built")
     if found is None:
         return None
@@ -60,7 +60,7 @@ def chosen_mix(allocation: dict[str, Any]) -> str:
 
 
 def remarks(allocation: dict[str, Any]) -> str | None:
-    """What there is to say besides the figures, in words."""
+    """Return remarks on the figures."""
     said = [built(allocation), allocation.get("remark")]
     return " ".join(words for words in said if words) or None
 
@@ -162,7 +162,7 @@ def _label_site(site: tuple[str, ...]) -> str:
 
 
 def _share(row: dict[str, Any]) -> float:
-    """Of its weight rows, what a decoded token reads."""
+    """Return the share of its weight rows that a decoded token reads."""
     choice = row["choice"]
     if choice["pattern"] is None or choice["phase"] == "prefill":
         return 1.0

@@ -142,7 +142,7 @@ def sparse_weights(recipe: Recipe) -> str:
 
 
 def weights_note(recipe: Recipe) -> str | None:
-    """What a reader must know where the two models' weights are stored in two ways."""
+    """Return a note where the two models store their weights in different ways."""
     if recipe.model.weights == "float":
         return None
     return (

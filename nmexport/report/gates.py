@@ -36,7 +36,7 @@ class GateResult:
 
 @dataclass(frozen=True)
 class _Gate:
-    """Where a gate's figure stands in the report, and on which side of the limit it must be."""
+    """Place of a gate's figure in the report, and the side of the limit it must be on."""
 
     path: tuple[str, ...]
     holds: Callable[[float, float], bool]

@@ -94,13 +94,13 @@ def check_allocatable(mitigations: Sequence[str]) -> None:
 
 
 def learned_parts(mitigations: Sequence[str]) -> tuple[Part, ...]:
-    """What has to be learned for these mitigations, in the order that learning names it."""
+    """List the parts to learn for these mitigations, in the order that learning names them."""
     wanted = {MITIGATIONS[name].learns for name in mitigations}
     return tuple(part for part in PARTS if part in wanted)
 
 
 def uses(mitigations: Sequence[str], corrects: Corrects, *, per_token: bool) -> bool:
-    """Whether a mitigation of this kind is among the names."""
+    """Tell whether a mitigation of this kind is among the names."""
     chosen = [MITIGATIONS[name] for name in mitigations]
     return any(one.corrects == corrects and one.per_token == per_token for one in chosen)
 
