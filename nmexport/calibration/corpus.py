@@ -455,7 +455,7 @@ def _hub_rows(corpus: str, split: Split) -> Iterator[Any]:
     name, _, config = corpus.partition(":")
     try:
         offered = datasets.get_dataset_split_names(name, config or None)
-        chosen = next((one for one in _SPLITS[split] if one in offered), offered[0])
+        chosen = next((name for name in _SPLITS[split] if name in offered), offered[0])
         yield from datasets.load_dataset(name, config or None, split=chosen, streaming=True)
     except ValueError as error:
         raise CorpusError(f"Dataset {corpus}: {error}", allowed="NAME or NAME:CONFIG") from error
