@@ -150,7 +150,7 @@ def _ask_driver(visible: str) -> str | None:
 
 def physical_cores() -> int:
     """Physical cores among the logical CPUs that this process may run on, at least 1."""
-    allowed = _allowed_processors()
+    allowed = _allowed_cpus()
     pairs = set()
     for cpu in allowed:
         topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
@@ -166,7 +166,7 @@ def physical_cores() -> int:
     return max(1, len(pairs))
 
 
-def _allowed_processors() -> set[int]:
+def _allowed_cpus() -> set[int]:
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return set(range(os.cpu_count() or 1))

@@ -135,7 +135,7 @@ class WorkDirectory:
             try:
                 lock.acquire()
             except Timeout:
-                raise self._held() from None
+                raise self._locked_error() from None
         try:
             with self.disk_faults():
                 self._say_holder(command)
@@ -374,7 +374,7 @@ class WorkDirectory:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def _held(self) -> WorkDirectoryError:
+    def _locked_error(self) -> WorkDirectoryError:
         try:
             holder = json.loads((self.root / _HOLDER).read_text(encoding="utf-8"))
             who = f"process {holder['pid']}: {holder['command']}"

@@ -99,7 +99,7 @@ class TorchModel:
     def _whole(self, ids: NDArray[np.int64], names: Sequence[str], _: Progress) -> Outputs:
         model: Any = load_model(self.source, dtype=self.dtype).float()
         outputs: Outputs = {}
-        with torch.inference_mode(), _recorded(model, names, outputs):
+        with torch.inference_mode(), _record_outputs(model, names, outputs):
             logits = model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0]
         outputs[LOGITS] = logits.numpy()
         return outputs
@@ -117,7 +117,7 @@ class TorchModel:
         def keep(_: int, logits: torch.Tensor) -> None:
             outputs[LOGITS] = logits.numpy().copy()
 
-        with _recorded(layered.model, names, outputs):
+        with _record_outputs(layered.model, names, outputs):
             layered.run(
                 torch.from_numpy(ids)[None],
                 progress=progress,
@@ -129,7 +129,7 @@ class TorchModel:
 
 
 @contextlib.contextmanager
-def _recorded(model: nn.Module, names: Sequence[str], outputs: Outputs) -> Iterator[None]:
+def _record_outputs(model: nn.Module, names: Sequence[str], outputs: Outputs) -> Iterator[None]:
     """Keep what the named linears of a model return."""
 
     def record(name: str) -> Any:
