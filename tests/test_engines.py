@@ -16,7 +16,8 @@ import onnx_ir as ir
 import pytest
 from nmexport.environment import probe
 from nmexport.errors import ArtifactError, EnvironmentFault, InternalError, RecipeError
-from nmexport.graph.tensorrt import for_tensorrt
+from nmexport.graph.contract import op_contract
+from nmexport.graph.tensorrt import PLUGIN_VERSION, for_tensorrt
 from nmexport.models.source import ModelSource
 from nmexport.pipeline import Pipeline, Selection
 from nmexport.progress import Silent
@@ -109,7 +110,9 @@ def linear(
 ) -> onnx.ModelProto:
     """One NMLinear of 32 channels in float16."""
     w = np.ones((32, 16), np.float16) if w is None else w
-    given = {"n": 8, "m": 16, **attributes}
+    contract = op_contract()
+    # The parser looks for a creator of version 1 unless a node names another.
+    given = {"n": 8, "m": 16, PLUGIN_VERSION: contract.plugin_version, **attributes}
     node = helper.make_node("NMLinear", inputs, ["y"], name="block.3", domain="nmexport", **given)
     tensor, half = helper.make_tensor_value_info, TensorProto.FLOAT16
     graph = helper.make_graph(
@@ -119,8 +122,9 @@ def linear(
         [tensor("y", half, ["B", "S", 16])],
         [numpy_helper.from_array(w, "W")],
     )
-    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("nmexport", 2)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    opsets = {"": 23, contract.domain: contract.opset_version}
+    imports = [helper.make_opsetid(domain, version) for domain, version in opsets.items()]
+    return helper.make_model(graph, opset_imports=imports, ir_version=10)
 
 
 # -- the stage --------------------------------------------------------------------------------

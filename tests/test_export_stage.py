@@ -21,7 +21,14 @@ from nmexport.models.source import resolve
 from nmexport.models.swap import replace_linears
 from nmexport.models.tracing import cache_shapes
 from nmexport.progress import Silent
-from nmexport.recipe import GatesSection, ModelSection, Recipe
+from nmexport.recipe import (
+    CalibrationSection,
+    EvaluationSection,
+    GatesSection,
+    LatencySection,
+    ModelSection,
+    Recipe,
+)
 from nmexport.sparsity.fold import fold
 from nmexport.sparsity.linear import Behaviour, Constants, SparseLinear
 from nmexport.sparsity.remainder import remainder_of
@@ -75,7 +82,12 @@ def stage_inputs(source: Path, folded: Path, output: Path) -> StageInputs:
     section = ModelSection(id=str(source))
     output.mkdir()
     return StageInputs(
-        recipe=Recipe(model=section),
+        recipe=Recipe(  # lengths within the tiny model's context
+            model=section,
+            calibration=CalibrationSection(length=64),
+            evaluation=EvaluationSection(length=64, generate_tokens=8),
+            latency=LatencySection(prefill_tokens=16, decode_context=16),
+        ),
         source=resolve(section),
         environment=probe(),
         progress=Silent(),
