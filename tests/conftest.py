@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,6 +11,8 @@ from tests.tiny import save_tiny_model
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from tests.exported import Exported
 
 _LONGEST = ("test_smollm2_build.py", "test_learning_smollm2.py")
 
@@ -28,8 +31,21 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_export(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of the tiny Llama exported, with all that a package takes from there."""
-    from tests.served import save_export
+def plain_export(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """The tiny Llama in float32, every linear 8:16; a test that changes its files copies it."""
+    from tests.exported import export_folder
 
-    return save_export(tiny_llama, tmp_path_factory.mktemp("tiny-export") / "model")
+    return export_folder(tiny_llama, tmp_path_factory.mktemp("plain-export"))
+
+
+@pytest.fixture(scope="session")
+def tiny_export(
+    tiny_llama: Path, plain_export: Exported, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Folder of the plain export, with all that a package takes from there."""
+    from tests.served import add_configs
+
+    folder = tmp_path_factory.mktemp("tiny-export") / "model"
+    shutil.copytree(plain_export.folder, folder)
+    add_configs(tiny_llama, plain_export, folder)
+    return folder

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from tests.exported import Exported
+
 NAME = "tiny"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<s>{{ message['role'] }}: {{ message['content'] }}\n"
@@ -42,13 +44,17 @@ SETTINGS = {
 def save_export(source: Path, output: Path, *, dtype: str = "float32") -> Path:
     """Export a tiny model with all that lies beside it."""
     output.mkdir(parents=True)
-    exported = export_folder(source, output, dtype=dtype)
+    add_configs(source, export_folder(source, output, dtype=dtype), output)
+    return output
+
+
+def add_configs(source: Path, exported: Exported, output: Path) -> None:
+    """Write what lies beside an export: tokenizer, configuration, chat template."""
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
         (output / name).write_bytes((source / name).read_bytes())
     (output / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     length = exported.dense.config.max_position_embeddings
     (output / "genai_config.json").write_text(json.dumps({"model": {"context_length": length}}))
-    return output
 
 
 def engine_document(**changes: object) -> dict[str, object]:

@@ -19,15 +19,12 @@ from nmexport.verification import parity
 from nmexport.verification.dense_check import TOLERANCE, TorchModel, check
 from onnx import numpy_helper
 
-from tests.exported import Exported, export_folder
+from tests.exported import export_folder
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-
-@pytest.fixture(scope="module")
-def exported(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return export_folder(tiny_llama, tmp_path_factory.mktemp("exported"))
+    from tests.exported import Exported
 
 
 def torch_model(folder: Path, scratch: Path, **options: Any) -> TorchModel:
@@ -44,11 +41,11 @@ def torch_model(folder: Path, scratch: Path, **options: Any) -> TorchModel:
 
 @pytest.mark.parametrize("offload", ["never", "layerwise"])
 def test_a_faithful_file(
-    offload: str, exported: Exported, tiny_llama: Path, tmp_path: Path
+    offload: str, plain_export: Exported, tiny_llama: Path, tmp_path: Path
 ) -> None:
     result = check(
-        exported.dense_model,
-        exported.model,
+        plain_export.dense_model,
+        plain_export.model,
         torch_model(tiny_llama, tmp_path, offload=offload),
         vocabulary=384,
         progress=Silent(),
@@ -74,10 +71,10 @@ def test_half_types_stay_well_within(dtype: str, tiny_llama: Path, tmp_path: Pat
     ],
 )
 def test_the_first_output_that_differs_is_named(
-    wrong: str, first: str, exported: Exported, tiny_llama: Path, tmp_path: Path
+    wrong: str, first: str, plain_export: Exported, tiny_llama: Path, tmp_path: Path
 ) -> None:
-    folder = shutil.copytree(exported.folder, tmp_path / "copy")
-    spoiled = dataclasses.replace(exported, folder=folder)
+    folder = shutil.copytree(plain_export.folder, tmp_path / "copy")
+    spoiled = dataclasses.replace(plain_export, folder=folder)
     spoil(spoiled.dense_model, wrong)
     for offload in ("never", "layerwise"):
         model = torch_model(tiny_llama, tmp_path, offload=offload)

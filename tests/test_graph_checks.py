@@ -20,7 +20,7 @@ from nmexport.graph.assembly import (
 from nmexport.graph.checks import check_dense, check_sparse
 from nmexport.sparsity.linear import Behaviour
 
-from tests.exported import PATTERN, export_folder, specs_of
+from tests.exported import PATTERN, specs_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,16 +28,15 @@ if TYPE_CHECKING:
 
     from nmexport.store.layers import LayerSpec
 
+    from tests.exported import Exported
+
 HEAD = 64
 
 
 @pytest.fixture(scope="module")
-def intact(
-    tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, dict[str, LayerSpec]]:
-    exported = export_folder(tiny_llama, tmp_path_factory.mktemp("intact"))
-    specs = specs_of(exported.dense, Behaviour(pattern=PATTERN))
-    return exported.folder, {spec.name: spec for spec in specs}
+def intact(plain_export: Exported) -> tuple[Path, dict[str, LayerSpec]]:
+    specs = specs_of(plain_export.dense, Behaviour(pattern=PATTERN))
+    return plain_export.folder, {spec.name: spec for spec in specs}
 
 
 def linears(model: onnx.ModelProto) -> list[onnx.NodeProto]:

@@ -20,7 +20,6 @@ from nmexport.runtimes.tensorrt.pair import input_axes
 from nmexport.runtimes.tensorrt.profiles import Limits, profiles_for
 from nmexport.runtimes.tensorrt_session import TensorRTSession
 
-from tests.exported import export_folder
 from tests.fake_tensorrt import HostDevice, fake_module, fake_plan
 from tests.toy_lm import prefill_padded
 
@@ -29,14 +28,16 @@ if TYPE_CHECKING:
 
     from nmexport.runtimes.tensorrt.library import TensorRTTarget
 
+    from tests.exported import Exported
+
 LIMITS = Limits(max_batch=3, max_sequence=8, max_context=24, best_sequence=8, best_context=8)
 RNG = np.random.default_rng(0)
 IDS = RNG.integers(3, 300, (2, 20))
 
 
 @pytest.fixture(scope="module")
-def exported(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_folder(tiny_llama, tmp_path_factory.mktemp("export")).dense_model
+def exported(plain_export: Exported) -> Path:
+    return plain_export.dense_model
 
 
 @pytest.fixture(params=[True, False], ids=["in place", "concatenated"])
