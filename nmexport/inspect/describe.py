@@ -189,7 +189,10 @@ def _sparse_rows(graph: onnx.GraphProto) -> list[dict[str, Any]]:
     counts: Counter[tuple[str, str, str]] = Counter()
     for node in graph.node:
         if node.domain == DOMAIN:
-            values = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
+            values = {
+                attribute.name: onnx.helper.get_attribute_value(attribute)
+                for attribute in node.attribute
+            }
             phase = values.get("phase", b"all")
             phase = phase.decode() if isinstance(phase, bytes) else str(phase)
             counts[(node.op_type, f"{values.get('n')}:{values.get('m')}", phase)] += 1

@@ -210,16 +210,16 @@ def _gguf_read_once() -> Iterator[list[Mapping[str, str]]]:
         return mappings[-1]
 
     with (
-        _replaced(loading, "get_gguf_hf_weights_map", noted),
-        _replaced(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)),
-        _replaced(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
-        _replaced(loading, "tqdm", functools.partial(loading.tqdm, disable=True)),
+        _replace(loading, "get_gguf_hf_weights_map", noted),
+        _replace(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)),
+        _replace(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
+        _replace(loading, "tqdm", functools.partial(loading.tqdm, disable=True)),
     ):
         yield mappings
 
 
 @contextlib.contextmanager
-def _replaced(module: ModuleType, name: str, replacement: object) -> Iterator[None]:
+def _replace(module: ModuleType, name: str, replacement: object) -> Iterator[None]:
     original = getattr(module, name)
     setattr(module, name, replacement)
     try:

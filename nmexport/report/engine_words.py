@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from nmexport.report.pages import size
 from nmexport.store.records import json_from
 
 if TYPE_CHECKING:
@@ -61,8 +62,6 @@ def _cache(found: Mapping[str, Any]) -> str:
 
 
 def _plans(found: Mapping[str, Any]) -> str:
-    from nmexport.report.pages import size
-
     weights = found["weight_bytes"]
     larger = [
         f"the {side} plan takes {size(plan)} for {size(weights)} of weights"

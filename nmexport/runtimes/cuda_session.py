@@ -289,14 +289,14 @@ class CudaSession(Session):
     ) -> NDArray[Any]:
         step = self._steps.get(buffers)
         if step is None:
-            step = self._steps[buffers] = self._bound_step(buffers)
+            step = self._steps[buffers] = self._bind_step(buffers)
         step.fed.ids.update_inplace(np.ascontiguousarray(ids))
         step.fed.last.update_inplace(last)
         self._open.run_with_iobinding(step.binding, step.options)
         logits: NDArray[Any] = step.logits.numpy()
         return logits.copy()  # on a CPU that was a view of what the next step overwrites
 
-    def _bound_step(self, buffers: _Buffers) -> _Step:
+    def _bind_step(self, buffers: _Buffers) -> _Step:
         """Bind a decode step to buffers for good; the runtime records it in its first runs."""
         shape = [buffers.batch, 1, self.vocabulary_size]
         options = onnxruntime.RunOptions()

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from nmexport.errors import ArtifactError, EnvironmentFault
+from nmexport.runtimes.tensorrt.library import gpu_is_usable
 from nmexport.serving.repository import PLUGINS, REPOSITORY, VERSION
 from nmexport.serving.server_output import ServerOutput
 from nmexport.serving.stopping import DRAIN_VARIABLE, UNLOAD_SECONDS
@@ -109,9 +110,9 @@ class Addresses:
         """Ports of this machine that were free a moment ago."""
         with contextlib.ExitStack() as stack:
             sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
-            for one in sockets:
-                one.bind((cls.host, 0))
-            http_port, grpc_port, metrics_port = (one.getsockname()[1] for one in sockets)
+            for listener in sockets:
+                listener.bind((cls.host, 0))
+            http_port, grpc_port, metrics_port = (listener.getsockname()[1] for listener in sockets)
         return cls(http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port)
 
     @property
@@ -161,10 +162,10 @@ def _why_not_free(host: str, port: int) -> str | None:
         (family, kind, _, _, address), *_ = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-        with socket.socket(family, kind) as one:
+        with socket.socket(family, kind) as probe:
             # A port that was in use a moment ago counts as free, as it does for the server.
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            one.bind(address)
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
     except OSError as error:
         return error.strerror or str(error)
     return None
@@ -201,8 +202,6 @@ def models_of(repository: Path) -> dict[str, bool]:
 
 def why_no_plans(installation: Installation) -> str | None:
     """Why a server cannot run TensorRT plans on this machine; None where it can."""
-    from nmexport.runtimes.tensorrt.library import gpu_is_usable
-
     root = installation.server.resolve().parent.parent
     if not (root / "backends" / "tensorrt").is_dir():
         return "this tritonserver has no TensorRT backend"

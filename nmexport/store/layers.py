@@ -50,7 +50,7 @@ class LayerSpec:
     """Share of the extra loss of consecutive groups that this linear's order saves; 1 is as good as
     unstructured selection of as many channels. Loss is dropped score energy. None: not measured."""
     remainder_rank: int | None = None
-    """Rank of the low-rank product beside the op (`r-sparse`)."""
+    """Rank of the low-rank product next to the op (`r-sparse`)."""
 
 
 @dataclass(frozen=True, kw_only=True)

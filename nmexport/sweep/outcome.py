@@ -77,7 +77,7 @@ def plot(rows: Sequence[Mapping[str, Any]], model: str) -> str | None:
         return None
     sparse = [row for row in measured if row["baseline"] is None]
     patterns = sorted({row["pattern"] for row in sparse}, key=_order)
-    lines = [*_ranked(sparse, "label"), *_ranked(_baselines(measured), "baseline")]
+    lines = [*_rank(sparse, "label"), *_rank(_baselines(measured), "baseline")]
     # A baseline far off (weights pruned 2:4, in small models) must not press all else together.
     end = _ROOM * max(row["perplexity_ratio"] for row in sparse or measured)
 
@@ -175,7 +175,7 @@ def _baselines(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [row for row in rows if row["baseline"] is not None]
 
 
-def _ranked(rows: Sequence[Mapping[str, Any]], key: str) -> list[str]:
+def _rank(rows: Sequence[Mapping[str, Any]], key: str) -> list[str]:
     """Labels, the one with the lowest ratio first: at the pattern that most rows have."""
     patterns = collections.Counter(row["pattern"] for row in rows)
     best: dict[str, tuple[int, float]] = {}
@@ -213,7 +213,7 @@ def _order(pattern: str) -> tuple[float, int]:
 
 
 def _put(path: Path, text: str) -> Path:
-    beside = path.with_name(f"{path.name}.new")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    partial = path.with_name(f"{path.name}.new")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
     return path

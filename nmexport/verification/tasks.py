@@ -1,4 +1,4 @@
-"""Benchmark tasks through lm-evaluation-harness, dense beside sparse, on the built artifact.
+"""Benchmark tasks through lm-evaluation-harness, dense next to sparse, on the built artifact.
 
 The harness is an optional package. Tasks of a local folder need no network: paths in their YAML
 are relative to that folder. A task whose data lies on the hub says so before it is fetched.
@@ -193,7 +193,7 @@ def text_side(tokenizer: Any, config: Mapping[str, Any]) -> TextSide:
 
 def _window(text: TextSide, *sessions: Session) -> TextSide:
     """Cut the window to what all sessions take, so that both models read the same."""
-    return functools.reduce(lambda side, one: side.within(one.limits), sessions, text)
+    return functools.reduce(lambda side, session: side.within(session.limits), sessions, text)
 
 
 def check(suite: Suite, progress: Progress) -> None:
@@ -277,7 +277,7 @@ def _load(manager: Any, names: Sequence[str], *, progress: Progress | None) -> A
         _announce(manager.task_index, names, progress)
     asks_hub = _reads_hub(manager.task_index, names)
     try:
-        with contextlib.nullcontext() if not asks_hub or _hub_answers() else _offline():
+        with contextlib.nullcontext() if not asks_hub or _hub_answers() else _force_offline():
             return manager.load(names)
     except (OSError, ValueError, KeyError) as error:
         raise _load_fault(names, error) from error
@@ -311,7 +311,7 @@ def _hub_answers() -> bool:
 
 
 @contextlib.contextmanager
-def _offline() -> Iterator[None]:
+def _force_offline() -> Iterator[None]:
     """Have the libraries look into their caches alone."""
     import datasets
     from huggingface_hub import constants
@@ -362,8 +362,8 @@ def _sources(
     if not isinstance(members, list):
         yield name, said
         return
-    for one in members:
-        yield from _sources(index, one, said)
+    for task in members:
+        yield from _sources(index, task, said)
 
 
 def _source(config: Mapping[str, Any]) -> str | None:
@@ -434,7 +434,7 @@ def _check_yaml(folder: Path) -> None:
 def _load_fault(names: Sequence[str], error: Exception) -> UserError:
     reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
     fix = (
-        "check the network, or keep the data beside a task file of your own: dataset_path: json, "
+        "check the network, or keep the data next to a task file of your own: dataset_path: json, "
         "dataset_kwargs: {data_files: {test: FILE.jsonl}}, and --tasks-path FOLDER"
     )
     if isinstance(error, OSError):
@@ -444,7 +444,7 @@ def _load_fault(names: Sequence[str], error: Exception) -> UserError:
 
 @contextlib.contextmanager
 def _inside(folder: Path | None) -> Iterator[None]:
-    """Stand in the folder of the task files: their relative paths mean files beside them."""
+    """Change to the folder of the task files: their relative paths mean files next to them."""
     if folder is None:
         yield
         return

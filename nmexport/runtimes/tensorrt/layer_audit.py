@@ -27,7 +27,7 @@ PLUGIN_KIND = "PLUGIN_V3"
 CACHE_KIND = "KV_CACHE_UPDATE"
 ATTENTION_KIND = "ATTENTION_INPUT"
 FUSED, AS_LAYERS, ELEMENTARY = "fused", "attention layers", "elementary"
-# What a plan may hold beside its weights, per network layer and profile. TensorRT-RTX 1.7 takes
+# What a plan may hold apart from its weights, per network layer and profile. TensorRT-RTX 1.7 takes
 # 4 to 7 kB there, for SmolLM2 as for tiny models, however many kinds of GPU a plan is for.
 _LAYER_BYTES = 12_000
 # TensorRT compiles its kernels when it builds, and puts them in; nobody measured how large.
@@ -114,8 +114,8 @@ def audit(
     counted = weight_copies.copies(plan, weights)
     _check_copies(counted)
     weight_bytes = sum(weight.size for weight in weights)
-    beside = plugin_bytes + profiles * len(network) * _LAYER_BYTES + compiled * _KERNEL_BYTES
-    _check_size(len(plan), weight_bytes, int(weight_bytes * _FOLDED) + beside)
+    overhead = plugin_bytes + profiles * len(network) * _LAYER_BYTES + compiled * _KERNEL_BYTES
+    _check_size(len(plan), weight_bytes, int(weight_bytes * _FOLDED) + overhead)
     kinds = Counter(layer.kind for layer in network)
     return LayerAudit(
         source=source,

@@ -1,4 +1,4 @@
-"""The sparse engine and the dense one beside it, from one export: built, audited, described."""
+"""The sparse and the dense engine of one export: built, audited, described."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ def _sides(
     sources = (export / "model.onnx", export / "dense" / "model.onnx")
     capacity, why = _cache_wanted(target, recipe, limits)
     rewritten = [for_tensorrt(path, capacity=capacity, why_no_capacity=why) for path in sources]
-    refusing = [str(one.why_not_in_place) for one in rewritten if not one.in_place]
+    refusing = [str(node.why_not_in_place) for node in rewritten if not node.in_place]
     if capacity is not None and refusing:
         rewritten = [
             for_tensorrt(path, capacity=None, why_no_capacity=refusing[0]) for path in sources

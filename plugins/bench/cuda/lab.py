@@ -1015,7 +1015,7 @@ def options_cost(lab: Lab, names: list[str], rounds: int) -> None:
         launches = copies * max(1, round(2000 / (channels * outputs / 1.5e6) / copies))
         y = torch.empty(1, outputs, device="cuda", dtype=torch.bfloat16)
         graphs = {}
-        for options in ("", "o", "ow", "owsb", "bd", "v"):
+        for options in ("", "o", "a", "oa", "ow", "owsb", "bd", "v"):
             layer = make_layer(torch.bfloat16, 1, channels, outputs, 8, 16, options, "gauss")
             arguments = []
             for w in weights:
