@@ -155,7 +155,9 @@ def _difference(source: Path, output: Path, dtype: str) -> tuple[float, float]:
     deviation = wanted.std()
     worst = 0.0
     for path in (exported.dense_model, exported.model):
-        with OrtSession(path, library=native.find_library(), threads=1) as session:
+        with OrtSession(
+            path, library=native.find_library(), threads=1, bfloat16=dtype == "bfloat16"
+        ) as session:
             logits = [session.prefill(ids[:, :PREFILL])]
             logits += [session.decode_step(ids[:, at : at + 1]) for at in range(PREFILL, LENGTH)]
         got = np.concatenate(logits, axis=1)
