@@ -235,7 +235,7 @@ class Paced(Session):
     vocabulary_size = 8
 
     def extend(self, cache: object, input_ids: np.ndarray) -> tuple[np.ndarray, object]:
-        return np.zeros((*input_ids.shape, 8), np.float32), cache
+        return np.zeros((*input_ids.shape, 8), np.float32), cache or ()
 
     def keep(self, cache: object) -> object:
         return cache

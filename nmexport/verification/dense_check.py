@@ -17,9 +17,11 @@ import numpy as np
 import torch
 
 from nmexport.errors import ModelError
+from nmexport.graph.cpu import is_bfloat16
 from nmexport.models.layerwise import LayerwiseModel
 from nmexport.models.loader import load_model
 from nmexport.models.offload import fits_host
+from nmexport.runtimes import native
 from nmexport.runtimes.onnxruntime_session import (
     EXTERNAL_DATA_FOLDER,
     SESSION_CONFIG,
@@ -175,7 +177,15 @@ def _onnx_outputs(dense: Path, values: Mapping[str, str], ids: NDArray[np.int64]
         # A few tokens do not repay a second copy of the weights.
         "session.disable_prepacking": "1",
     }
-    with OrtSession(graph.SerializeToString(), config=config) as session:
+    bfloat16 = is_bfloat16(graph)
+    session = OrtSession(
+        graph.SerializeToString(),
+        # With our ops, weights in bfloat16 are read as they lie in the file: see `graph.cpu`.
+        library=native.find_library() if bfloat16 else None,
+        config=config,
+        bfloat16=bfloat16,
+    )
+    with session:
         session.watch(names.values())
         logits = session.prefill(ids[None])[0]
         outputs = {
