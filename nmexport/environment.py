@@ -1,6 +1,6 @@
 """Describe this machine: versions, CPU, memory, GPUs. Probed once into a frozen value.
 
-Nothing heavy is imported: versions come from package metadata, the processor from the
+Nothing heavy is imported: versions come from package metadata, the CPU from the
 operating system, GPUs from `nvidia-smi`.
 """
 
@@ -109,9 +109,9 @@ def device_name(environment: Environment, *, on_gpu: bool) -> str:
     if not on_gpu:
         return environment.cpu
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
-    told = _ask_driver(visible)
-    if told is not None:
-        return told
+    gpus = _ask_driver(visible)
+    if gpus is not None:
+        return gpus
     index = int(visible) if visible.isdigit() else 0
     if index < len(environment.gpus):
         return environment.gpus[index].name
@@ -149,11 +149,11 @@ def _ask_driver(visible: str) -> str | None:
 
 
 def physical_cores() -> int:
-    """Physical cores among the logical processors that this process may run on, at least 1."""
-    allowed = _allowed_processors()
+    """Physical cores among the logical CPUs that this process may run on, at least 1."""
+    allowed = _allowed_cpus()
     pairs = set()
-    for processor in allowed:
-        topology = Path(f"/sys/devices/system/cpu/cpu{processor}/topology")
+    for cpu in allowed:
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
         try:
             pairs.add(
                 (
@@ -166,7 +166,7 @@ def physical_cores() -> int:
     return max(1, len(pairs))
 
 
-def _allowed_processors() -> set[int]:
+def _allowed_cpus() -> set[int]:
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return set(range(os.cpu_count() or 1))

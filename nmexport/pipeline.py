@@ -76,7 +76,7 @@ class Stage(Protocol):
         ...
 
     def key_fields(self, inputs: StageInputs) -> dict[str, Any]:
-        """Everything besides upstream that can change the result; called before upstream ran."""
+        """Everything other than upstream that can change the result; called before upstream ran."""
         ...
 
     def run(self, inputs: StageInputs) -> dict[str, Any]:
@@ -416,7 +416,7 @@ class Pipeline:
             if harm is not None:
                 raise ArtifactError(
                     f"The {stage} artifact in {self.work.root} is damaged: {harm}.",
-                    fix=f"run the same with `nmexport build --to {selection.last}`: it mends it",
+                    fix=f"run `nmexport build --to {selection.last}` with the same options",
                 )
 
     # -- parts -------------------------------------------------------------------------------------

@@ -54,11 +54,11 @@ def _capability_from(value: object) -> object:
     raise ValueError('a compute capability such as "8.9"')
 
 
-def _expanded(value: str) -> str:
+def _expand(value: str) -> str:
     return os.path.expanduser(value)  # noqa: PTH111  it may be no path at all
 
 
-MaybePath = Annotated[str, AfterValidator(_expanded)]
+MaybePath = Annotated[str, AfterValidator(_expand)]
 """Text that may name a file; `~` is expanded."""
 
 ComputeCapability = Annotated[str, BeforeValidator(_capability_from)]
@@ -113,7 +113,7 @@ class ModelSection(_Strict):
     """How sparsified weights are stored: `float` as dtype says, `int8` with a scale an output, or
     `int8:CHANNELS` with one for so many channels of each output, a multiple of 16."""
     dense_baseline: bool = True
-    """Export the dense model beside the sparse one; without it export takes half the disk, and
+    """Export the dense model next to the sparse one; without it export takes half the disk, and
     nothing says what sparsity costs or gains."""
     package: str | None = None
     """Installed Python package that carries the weights as a `.gguf`, tried when the hub is not
@@ -197,7 +197,7 @@ class AllocationSection(_Strict):
     patterns: tuple[Pattern, ...] = Field(
         default=tuple(NMPattern(kept, 16) for kept in (12, 10, 8, 6, 4)), min_length=1
     )
-    """To choose among, beside dense. Add 2:4 where the target runs it faster."""
+    """Patterns to choose among, along with dense. Add 2:4 where the target runs it faster."""
     criteria: tuple[Criterion, ...] = ()
     """To choose among; none is the recipe's own."""
     phases: tuple[Phase, ...] = ()
@@ -223,7 +223,7 @@ class CorpusSection(_Strict):
     length: int = Field(default=512, ge=8)
     """Tokens a sample."""
     self_share: float = Field(default=0.5, ge=0, le=1)
-    """Share of the samples that the model writes itself, beside a named corpus."""
+    """Share of the samples that the model writes itself, next to a named corpus."""
     learning_samples: int = Field(default=384, ge=0)
     """Further samples of a named corpus, as many as there are, for learned constants alone."""
     offload: Offload = "auto"
@@ -240,7 +240,7 @@ class EvaluationSection(_Strict):
     prompts: int = Field(default=8, ge=1)
     generate_tokens: int = Field(default=64, ge=1)
     decode_only: bool = True
-    """Score decode-only sparsity beside sparsity in all phases."""
+    """Score decode-only sparsity next to sparsity in all phases."""
     tasks: tuple[str, ...] = ()
     """Tasks, groups or tags of lm-evaluation-harness, or of `tasks_path`."""
     tasks_path: MaybePath | None = None
@@ -337,7 +337,7 @@ def resolve(
     """Put a recipe together: a file or a model's own recipe, then single keys on top.
 
     Args:
-        model: Recipe name, Hub id, local folder, or `.gguf` file. Beside a file, it replaces
+        model: Recipe name, Hub id, local folder, or `.gguf` file. With a file, it replaces
             the file's model.
         overrides: Values by dotted key, such as `{"sparsity.pattern": "2:4"}`.
         file: A recipe in YAML.
@@ -353,7 +353,7 @@ def resolve(
     for dotted, value in values.items():
         _put(document.value, dotted.split("."), value)
     names = {dotted: (spelled or {}).get(dotted, dotted) for dotted in values}
-    return _validated(document, source, names)
+    return _validate(document, source, names)
 
 
 def load(path: Path) -> Recipe:
@@ -363,7 +363,7 @@ def load(path: Path) -> Recipe:
         RecipeError: if it cannot be read, or a key or value in it is wrong: file, line, nearest
             key.
     """
-    return _validated(_read(path), str(path), {})
+    return _validate(_read(path), str(path), {})
 
 
 def dump(recipe: Recipe) -> str:
@@ -449,7 +449,7 @@ def _read(path: Path) -> strict_yaml.Document:
     if not isinstance(document.value, dict):
         raise RecipeError(
             f"{path} holds no recipe: its top level must be keys.",
-            allowed=_joined(_keys_at(())),
+            allowed=_join(_keys_at(())),
             fix="nmexport recipes show smollm2",
         )
     return document
@@ -486,15 +486,17 @@ _REMOVED = {
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 
 
-def _validated(document: strict_yaml.Document, source: str, options: Mapping[str, str]) -> Recipe:
+def _validate(document: strict_yaml.Document, source: str, options: Mapping[str, str]) -> Recipe:
     # Strict mode takes lists for tuples in JSON only; everything here came from JSON-like text.
     try:
         return Recipe.model_validate_json(json.dumps(document.value))
     except ValidationError as error:
-        found = error.errors(include_url=False)
+        errors = error.errors(include_url=False)
         # Said of a default that would have followed from what is wrong.
-        problems = [one for one in found if one["type"] != "default_factory_not_called"]
-        first, *rest = [_explained(problem, document, source, options) for problem in problems]
+        problems = [
+            problem for problem in errors if problem["type"] != "default_factory_not_called"
+        ]
+        first, *rest = [_explain(problem, document, source, options) for problem in problems]
         if not rest:
             raise first from None
         listed = "".join(f"\n  {fault.problem} Allowed: {fault.allowed}." for fault in rest)
@@ -503,7 +505,7 @@ def _validated(document: strict_yaml.Document, source: str, options: Mapping[str
         ) from None
 
 
-def _explained(
+def _explain(
     problem: ErrorDetails,
     document: strict_yaml.Document,
     source: str,
@@ -522,7 +524,7 @@ def _explained(
             keys = _keys_at(at[:-1])
             return RecipeError(
                 f"{where} is not a key of a recipe.",
-                allowed=_joined(keys),
+                allowed=_join(keys),
                 fix=_nearest(str(at[-1]), keys),
             )
         case "missing":
@@ -532,14 +534,16 @@ def _explained(
             value = str(problem["input"])
             return RecipeError(
                 f"{where} cannot be {given}.",
-                allowed=_joined(choices),
+                allowed=_join(choices),
                 fix=_REMOVED.get((dotted, value)) or _nearest(value, choices),
             )
         case kind:
-            return RecipeError(f"{where} cannot be {given}.", allowed=_allowed(kind, problem))
+            return RecipeError(
+                f"{where} cannot be {given}.", allowed=_describe_allowed(kind, problem)
+            )
 
 
-def _allowed(kind: str, problem: ErrorDetails) -> str:
+def _describe_allowed(kind: str, problem: ErrorDetails) -> str:
     context = problem.get("ctx", {})
     bounds = [f"{words} {context[name]}" for name, words in _BOUNDS.items() if name in context]
     if bounds:
@@ -566,7 +570,7 @@ def _keys_at(at: Sequence[str | int]) -> list[str]:
     return [spec.alias or name for name, spec in section.model_fields.items()]
 
 
-def _joined(words: Sequence[str]) -> str:
+def _join(words: Sequence[str]) -> str:
     return ", ".join(words)
 
 

@@ -11,6 +11,7 @@ from nmexport.progress import Silent
 from nmexport.recipe import GatesSection, ModelSection, Recipe, SparsitySection
 from nmexport.report import learning
 from nmexport.report.document import assemble, judge
+from nmexport.runtimes.session import Session
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.store.layers import LayerSpec
 from nmexport.verification import (
@@ -226,23 +227,21 @@ def _caches() -> dict[str, Any]:
     return {"layers": layers, "first_diverging": None, "tolerance": 1e-3}
 
 
-class Paced:
-    """A session that takes no time; `samples` replace what was timed."""
+class Paced(Session):
+    """A session that takes no time; drawn samples replace what was timed."""
 
     threads = 2
     runtime = "onnxruntime 1.32"
-    cache = None
     vocabulary_size = 8
+
+    def extend(self, cache: object, input_ids: np.ndarray) -> tuple[np.ndarray, object]:
+        return np.zeros((*input_ids.shape, 8), np.float32), cache or ()
 
     def keep(self, cache: object) -> object:
         return cache
 
-    resume = keep
-
-    def prefill(self, ids: np.ndarray) -> np.ndarray:
-        return np.zeros((*ids.shape, 8), np.float32)
-
-    decode_step = prefill
+    def close(self) -> None:
+        pass
 
 
 def _latency(rng: np.random.Generator) -> dict[str, Any]:

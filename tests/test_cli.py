@@ -889,11 +889,11 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch, library: NativeLibrary, says: s
     assert "target onnxruntime: works" in shown
     assert ("native op library" in shown) == (library.why_missing is not None)
     assert "target tensorrt: does not work here" in shown
-    assert "mend: " in shown
+    assert "fix: " in shown
     document = json.loads(run("doctor", "--json").stdout)
     assert document["environment"]["packages"]["onnxruntime"]
     assert document["native_library"]["why_missing"] == library.why_missing
-    assert all(one["mend"] for target in document["targets"] for one in target["missing"])
+    assert all(one["fix"] for target in document["targets"] for one in target["missing"])
 
 
 def test_tables_of_nested_values(in_folder: Path) -> None:

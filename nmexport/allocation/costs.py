@@ -41,7 +41,7 @@ Key = TypeVar("Key")
 ERROR_WINDOWS = 2
 # Learned corrections that make up for the variance that selection takes away.
 _SCALES = {"scale", "gain", "compensation"}
-_SCALE_BYTES = 4  # float32, beside weights of one byte
+_SCALE_BYTES = 4  # float32, with weights of one byte
 _LEAST_SQUARE = 1e-12
 
 
@@ -129,7 +129,7 @@ def before_learning(sparsity: SparsitySection) -> SparsitySection:
     """Return the method that trials use: what is not learned, and a stand-in for what is.
 
     Constants are learned once the choice is made. Until then a per-token variance correction
-    stands for learned scales, which mend the same; where none is learned, nothing is added, so
+    stands for learned scales, which correct the same; where none is learned, nothing is added, so
     that the budget is measured on what is built.
     """
     left = tuple(name for name in sparsity.mitigations if not MITIGATIONS[name].learns)
@@ -178,7 +178,7 @@ def anchors(choices: Iterable[Choice], base: NMPattern) -> list[Choice]:
     that is a candidate.
     """
     return [
-        next((one for one in kin if one.pattern == base), kin[(len(kin) - 1) // 2])
+        next((choice for choice in kin if choice.pattern == base), kin[(len(kin) - 1) // 2])
         for kin in _by_kind(choices)
     ]
 
@@ -213,8 +213,14 @@ class SiteCosts:
         """Nats a token that each choice causes: measured, or inferred from its kin's trial."""
         divergences: dict[Choice, float] = {}
         for kin in _by_kind(self.variants[site]):
-            tried = {one: self.moved[site][one].kl_mean for one in kin if one in self.moved[site]}
-            divergences |= inferred({one: self._squared_error(site, one) for one in kin}, tried)
+            tried = {
+                choice: self.moved[site][choice].kl_mean
+                for choice in kin
+                if choice in self.moved[site]
+            }
+            divergences |= inferred(
+                {choice: self._squared_error(site, choice) for choice in kin}, tried
+            )
         return divergences
 
     def _squared_error(self, site: Site, choice: Choice) -> float:

@@ -198,7 +198,7 @@ def check_savable(library: Path) -> None:
 
 
 def save_plans(library: Path, rows: Sequence[str]) -> Path:
-    """Add rows to the table beside the native library, which every later session reads.
+    """Add rows to the table next to the native library, which every later session reads.
 
     Raises:
         EnvironmentFault: if the folder cannot be written, or the file there is no such table.
@@ -207,9 +207,9 @@ def save_plans(library: Path, rows: Sequence[str]) -> Path:
     try:
         old = path.read_text(encoding="utf-8") if path.is_file() else ""
         text = "\n".join(merged_table(old, rows)) + "\n"
-        beside = path.with_name(f"{path.name}.{os.getpid()}")
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
+        partial = path.with_name(f"{path.name}.{os.getpid()}")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
     except RecipeError as error:
         raise EnvironmentFault(
             f"{path}: {error.problem}", fix="delete the file, and measure again with --save"

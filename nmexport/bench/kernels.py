@@ -1,4 +1,4 @@
-"""Speed of the native NMLinear on a CPU beside every dense product that it has to beat.
+"""Speed of the native NMLinear on a CPU next to every dense product that it has to beat.
 
 One graph a side, each holding as many different weights as exceed the last-level cache, so that
 weights come from memory as they do in a model; the sides take turns within one run, and who begins
@@ -160,7 +160,7 @@ def bench_kernels(
                 library=path,
             )
             with _Sides(problem) as sides:
-                rows += [sides.row(one, seconds=seconds, min_runs=min_runs) for one in tokens]
+                rows += [sides.row(count, seconds=seconds, min_runs=min_runs) for count in tokens]
     return {
         "runtime": f"onnxruntime {onnxruntime.__version__}",
         "variant": native.describe_library(path)["variant"],
@@ -462,7 +462,7 @@ def _open(model: onnx.ModelProto, problem: _Problem) -> _Session:
     config = {**SESSION_CONFIG, HUGE_PAGES_ENTRY: "1"}  # as whole models open where they fit
     options = session_options(library=problem.library, threads=problem.threads, config=config)
     with tempfile.TemporaryDirectory() as folder:
-        # Weights beside the model: together they may exceed what protobuf holds.
+        # Weights outside the model: together they may exceed what protobuf holds.
         path = Path(folder) / "model.onnx"
         onnx.save(model, path, save_as_external_data=True, location="weights")
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -1,4 +1,4 @@
-"""Serving throughput and latency, dense beside sparse: the same load on both, in turns.
+"""Serving throughput and latency, dense next to sparse: the same load on both, in turns.
 
 The load goes to the scheduler that a server runs, within this process, so that dense and sparse
 differ in nothing else. What Triton and the network add is a side of its own: the packaged sparse
@@ -252,10 +252,10 @@ def _through(server: Through, tokenizer: Tokenizer) -> _Side:
         )
         seconds = time.perf_counter() - began
         waits = {
-            names.FIRST_WAIT: [one.first_ms for one in answers],
-            names.NEXT_WAIT: [wait for one in answers for wait in one.next_ms],
+            names.FIRST_WAIT: [answer.first_ms for answer in answers],
+            names.NEXT_WAIT: [wait for answer in answers for wait in answer.next_ms],
         }
-        return seconds, sum(one.tokens for one in answers), waits
+        return seconds, sum(answer.tokens for answer in answers), waits
 
     return run
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def show_report(out: Console, report: dict[str, Any], work: Path) -> None:
-    """Print accuracy, speed and size, dense beside sparse, and the verdict."""
+    """Print accuracy, speed and size, dense next to sparse, and the verdict."""
     out.print(table(_title(report), ("", "dense", "sparse", ""), _rows(report)))
     achieved = _at(report, "sparsity", "achieved")
     memory = report.get("memory") or {}

@@ -15,7 +15,7 @@ class TextStream:
 
     A character may take several tokens, and a token's text may depend on the one before it (a
     leading space): so a window of tokens is decoded with and without the new ones, and the
-    difference is given out once it ends in a whole character.
+    difference is returned once it ends in a whole character.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:

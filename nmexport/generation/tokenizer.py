@@ -1,4 +1,4 @@
-"""A model's tokenizer and chat template, read from the files beside it; no torch, no transformers.
+"""A model's tokenizer and chat template, read from the files next to it; no torch, no transformers.
 
 `tokenizers` is the library that transformers' own tokenizers run on, so token ids are the same.
 """

@@ -1,4 +1,4 @@
-"""The op contract as typed data: what `contract.json` beside the native code says, read once.
+"""The op contract as typed data: what `contract.json` next to the native code says, read once.
 
 Exporter, function bodies and tests take names, ranges and defaults from here; the native code has
 its own test against the same file. `check_node` holds an ONNX node against it.
@@ -34,7 +34,7 @@ class InputSpec:
     of channels that share a scale."""
     optional: bool = False
     alternatives: tuple[str, ...] = ()
-    """Element types that the input may have besides."""
+    """Element types that the input may have as well."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A bfloat16 model made to run on a processor, for which ONNX Runtime has few bfloat16 kernels.
+"""Rewrite a bfloat16 model for the CPU, for which ONNX Runtime has few bfloat16 kernels.
 
 Values between nodes become float32; what is large stays bfloat16, mapped from the file as it lies
 there, and is widened where it is computed with:
@@ -15,8 +15,8 @@ Each bfloat16 value of the old graph is in the new one under its own name, in on
    `Concat` that is a graph output, as caches are.
 2. *Wide*, now float32: all else.
 
-A node that needs the other type reads a Cast, one for all such nodes. So what is both given out and
-read on is read as it was given out: a token's keys are the same to the step that makes them as to
+A node that needs the other type reads a Cast, one for all such nodes. So what is both an output and
+read again is read as the output: a token's keys are the same to the step that makes them as to
 those that find them in the cache, and a prompt in pieces gives the bits of the whole prompt.
 
 Weights are never read here.
@@ -87,7 +87,9 @@ def widen(model: onnx.ModelProto, *, has_native_ops: bool) -> None:
     for node in list(model.graph.node):
         widening.rewrite(node)
     _replace(model.graph.node, widening.nodes)
-    _replace(model.graph.value_info, [one for one in model.graph.value_info if not _is_narrow(one)])
+    _replace(
+        model.graph.value_info, [info for info in model.graph.value_info if not _is_narrow(info)]
+    )
     model.metadata_props.add(key=WIDENED, value="1")
 
 
@@ -110,11 +112,13 @@ class _Widening:
         self._model = model
         self._has_native_ops = has_native_ops
         self._floats = _float32_values(model)
-        self._weights = {one.name: one for one in graph.initializer if one.data_type == _NARROW}
+        self._weights = {
+            tensor.name: tensor for tensor in graph.initializer if tensor.data_type == _NARROW
+        }
         self._turned: dict[str, str] = {}
         """The initializer behind each `Transpose` of one."""
         self._given = {value.name for value in graph.output if _is_narrow(value)}
-        self._narrow = {*self._weights, *(one.name for one in graph.input if _is_narrow(one))}
+        self._narrow = {*self._weights, *(value.name for value in graph.input if _is_narrow(value))}
         self._readers = _readers(graph)
         self._absorbed: set[str] = set()
         """Products that became one node with the Add of their bias."""
@@ -275,7 +279,9 @@ def _float32_values(model: onnx.ModelProto) -> frozenset[str]:
     """Names of the values that are float32 already."""
     graph = onnx.shape_inference.infer_shapes(model).graph
     values = [*graph.input, *graph.value_info, *graph.output]
-    floats = {one.name for one in values if one.type.tensor_type.elem_type == TensorProto.FLOAT}
+    floats = {
+        value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT
+    }
     return frozenset(floats)
 
 

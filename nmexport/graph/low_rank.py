@@ -1,4 +1,4 @@
-"""The low-rank product beside an NMLinear node (R-Sparse): `(z @ A) @ B` in standard ONNX ops.
+"""The low-rank product next to an NMLinear node (R-Sparse): `(z @ A) @ B` in standard ONNX ops.
 
     x ──► NMLinear ──────────────► Add ──► the linear's output
     └───► (Sub shift) ► MatMul A ► MatMul B ┘
@@ -38,7 +38,7 @@ def add_remainder(
     *,
     dynamic_shift: bool,
 ) -> None:
-    """Put the product beside a bare NMLinear node; nothing where the layer has no factors.
+    """Put the product next to a bare NMLinear node; nothing where the layer has no factors.
 
     Args:
         graph: Changed in place.
@@ -53,7 +53,7 @@ def add_remainder(
     if x is None:
         raise InternalError(f"The node of {name} has no input.")
     readers = list(old.uses())
-    shifted = _shifted(graph, x, name, tensors, dynamic_shift=dynamic_shift)
+    shifted = _shift(graph, x, name, tensors, dynamic_shift=dynamic_shift)
     inner = _product(graph, shifted[-1].outputs[0] if shifted else x, f"{name}.remainder_in",
                      tensors[FACTORS[0]])  # fmt: skip
     outer = _product(graph, inner.outputs[0], f"{name}.remainder_out", tensors[FACTORS[1]])
@@ -65,7 +65,7 @@ def add_remainder(
     graph.insert_after(node, [*shifted, inner, outer, total])
 
 
-def _shifted(
+def _shift(
     graph: ir.Graph,
     x: ir.Value,
     name: str,
@@ -91,7 +91,7 @@ def _shifted(
 def _in_own_order(
     shift: NDArray[np.float32], tensors: Mapping[str, ir.TensorProtocol]
 ) -> NDArray[np.float32]:
-    """A shift per channel lies in gathered order; the product beside the op reads X as it is."""
+    """A shift per channel lies in gathered order; the product next to the op reads X as it is."""
     if "channel_order" not in tensors or shift.size == 1:
         return shift
     own = np.empty_like(shift)

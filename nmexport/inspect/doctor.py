@@ -1,4 +1,4 @@
-"""Which targets work on this machine and, for each that does not, what is missing and its mend.
+"""Find which targets work on this machine, what the others lack, and how to fix it.
 
 Nothing heavy is imported: packages are looked up, not loaded.
 """
@@ -11,6 +11,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import EnvironmentFault
+from nmexport.runtimes import native
+from nmexport.runtimes.tensorrt import library as tensorrt_library
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +29,7 @@ class Missing:
     """One thing that is not here."""
 
     what: str
-    mend: str
+    fix: str
     """A command, or what to do."""
     needed: bool = True
     """Without it the target does not work; otherwise it works less well."""
@@ -43,14 +45,14 @@ class TargetState:
     @property
     def works(self) -> bool:
         """Nothing needed is missing."""
-        return not any(one.needed for one in self.missing)
+        return not any(item.needed for item in self.missing)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values."""
         return {
             "target": self.target,
             "works": self.works,
-            "missing": [vars(one) for one in self.missing],
+            "missing": [vars(item) for item in self.missing],
         }
 
 
@@ -60,7 +62,7 @@ class NativeLibrary:
 
     path: str | None = None
     description: dict[str, Any] | None = None
-    """Its version, its instruction-set variant on this processor, its ops."""
+    """Its version, its instruction-set variant on this CPU, its ops."""
     why_missing: str | None = None
 
 
@@ -76,29 +78,27 @@ def diagnose() -> list[TargetState]:
 def _onnxruntime() -> list[Missing]:
     missing = []
     if not is_installed("onnxruntime"):
-        missing.append(Missing(what="the package onnxruntime", mend="pip install onnxruntime"))
+        missing.append(Missing(what="the package onnxruntime", fix="pip install onnxruntime"))
     return [*missing, *_native_library()]
 
 
 def _native_library() -> list[Missing]:
     """The fast ops; without them the function bodies in the model run."""
-    found = native_library()
-    if found.why_missing is None:
+    library = native_library()
+    if library.why_missing is None:
         return []
-    what = f"the native op library; without it models run slower than dense. {found.why_missing}"
+    what = f"the native op library; without it models run slower than dense. {library.why_missing}"
     if compiler() is None:
-        mend = f"install a C++17 compiler (Debian: apt-get install g++), then {_REBUILD}"
+        fix = f"install a C++17 compiler (Debian: apt-get install g++), then {_REBUILD}"
     else:
-        mend = _REBUILD
-    return [Missing(what=what, mend=mend, needed=False)]
+        fix = _REBUILD
+    return [Missing(what=what, fix=fix, needed=False)]
 
 
 def _tensorrt(target: TensorRTTarget) -> list[Missing]:
     """List what building an engine lacks, then what running it lacks."""
-    from nmexport.runtimes.tensorrt import library as tensorrt_library
-
     needs = [
-        Missing(what=f"the package {package}", mend=f"pip install {package}")
+        Missing(what=f"the package {package}", fix=f"pip install {package}")
         for package, module in (
             (target, target.replace("-", "_")),
             ("polygraphy", "polygraphy"),
@@ -106,14 +106,14 @@ def _tensorrt(target: TensorRTTarget) -> list[Missing]:
         if not is_installed(module)
     ]
     if tensorrt_library.find_plugin() is None:
-        needs.append(Missing(what="the TensorRT plugin library", mend=tensorrt_library.MEND_PLUGIN))
+        needs.append(Missing(what="the TensorRT plugin library", fix=tensorrt_library.FIX_PLUGIN))
     if not tensorrt_library.gpu_is_usable():
         builds_without = target == "tensorrt-rtx"
         needs.append(
             Missing(
                 what="an NVIDIA GPU with its driver"
                 + (" to run an engine; it is built without one" if builds_without else ""),
-                mend="--compute-capability names the GPU to build for"
+                fix="--compute-capability names the GPU to build for"
                 if builds_without
                 else "a machine with one; here: --target tensorrt-rtx or onnxruntime",
                 needed=not builds_without,
@@ -123,7 +123,7 @@ def _tensorrt(target: TensorRTTarget) -> list[Missing]:
         needs.append(
             Missing(
                 what="the package cuda-bindings, to run an engine",
-                mend="pip install cuda-bindings",
+                fix="pip install cuda-bindings",
                 needed=False,
             )
         )
@@ -145,8 +145,6 @@ def compiler(names: Sequence[str] = COMPILERS) -> str | None:
 
 def native_library() -> NativeLibrary:
     """Describe the native op library, and whether it loads here."""
-    from nmexport.runtimes import native
-
     path = native.find_library()
     if path is None:
         return NativeLibrary(why_missing=native.why_missing())

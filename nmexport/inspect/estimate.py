@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nmexport.calibration.corpus import SELF
+from nmexport.models.offload import free_memory, placement
 from nmexport.sparsity.mitigation import learned_parts
+from nmexport.store.tensors import SHARD_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -45,8 +47,8 @@ _COPIES = {
 _WRITTEN = {"fold": 1.0, "export": 2.0, "package": 1.0}
 # A TensorRT engine: the parser's copy, the network's and the plan's; two plans are written.
 _TENSORRT_COPIES, _TENSORRT_PLANS = 3.0, 2.0
-# Beside the weights, where a model is not run layer by layer, measured on 135 million parameters
-# (SmolLM2): what grows with a model's width and depth, so about as the root of its parameters.
+# Memory other than the weights, where a model is not run layer by layer, measured on 135 million
+# parameters (SmolLM2). It grows with width and depth, so about as the root of the parameters.
 _MEASURED_PARAMETERS = 135_000_000
 _WRITING_BYTES = 2_100_000_000  # the cache of samples that the model writes, at most as much
 _LEARNING_BYTES = 2_500_000_000  # activations of a step of learning, kept for its gradient
@@ -115,11 +117,11 @@ def _memory(recipe: Recipe, source: ModelSource, parameters: int) -> dict[str, i
     held = {stage: int(count * parameters * _WORKING_BYTES) for stage, count in copies.items()}
     if _runs_layerwise(recipe, source):
         return {**held, **_layerwise_memory(source)}
-    beside = _beside_weights(recipe, parameters)
-    return {stage: count + beside.get(stage, 0) for stage, count in held.items()}
+    extra = _extra_memory(recipe, parameters)
+    return {stage: count + extra.get(stage, 0) for stage, count in held.items()}
 
 
-def _beside_weights(recipe: Recipe, parameters: int) -> dict[str, int]:
+def _extra_memory(recipe: Recipe, parameters: int) -> dict[str, int]:
     """Bytes that stages hold of activations, caches and logits."""
     growth = math.sqrt(parameters / _MEASURED_PARAMETERS)
     section = recipe.calibration
@@ -133,8 +135,6 @@ def _beside_weights(recipe: Recipe, parameters: int) -> dict[str, int]:
 
 
 def _runs_layerwise(recipe: Recipe, source: ModelSource) -> bool:
-    from nmexport.models.offload import free_memory, placement
-
     offload = recipe.calibration.offload
     if source.gguf_file is not None or offload == "never":
         return False
@@ -143,15 +143,13 @@ def _runs_layerwise(recipe: Recipe, source: ModelSource) -> bool:
 
 def _layerwise_memory(source: ModelSource) -> dict[str, int]:
     """Bytes that calibrate and fold hold where one decoder layer is in memory at a time."""
-    from nmexport.store.tensors import SHARD_BYTES
-
     parts: dict[str, int] = {}
     largest = 0
     for name, shape in _shapes(source):
-        found = _LAYER.match(name)
-        part = found[1] if found else name
+        match = _LAYER.match(name)
+        part = match[1] if match else name
         parts[part] = parts.get(part, 0) + math.prod(shape)
-        if found and len(shape) == _MATRIX:
+        if match and len(shape) == _MATRIX:
             largest = max(largest, math.prod(shape))
     layer = _WORKING_BYTES * max(parts.values(), default=0)
     writing = SHARD_BYTES + int(_FOLD_COPIES * _WORKING_BYTES * largest)

@@ -22,20 +22,20 @@ def label(choice: dict[str, Any]) -> str:
 
 
 def budget(allocation: dict[str, Any]) -> str:
-    """What was asked for, in words."""
+    """Return the budget asked for, in words."""
     return ", ".join(_LIMITS[name].format(value) for name, value in allocation["budget"].items())
 
 
 def built(allocation: dict[str, Any]) -> str | None:
-    """What the choice came to once it was built, in words; None where that was not measured."""
-    found = allocation.get("built")
-    if found is None:
+    """Return the measured result of the choice once built, in words; None if not measured."""
+    result = allocation.get("built")
+    if result is None:
         return None
     words = (
-        f"As built, all constants folded: perplexity ratio {found['perplexity_ratio']:.3f} and "
-        f"mean KL {found['kl']:.3f} nats on the same text"
+        f"As built, all constants folded: perplexity ratio {result['perplexity_ratio']:.3f} and "
+        f"mean KL {result['kl']:.3f} nats on the same text"
     )
-    used = found["budget_used"]
+    used = result["budget_used"]
     if used is None:
         return f"{words}."
     share = f"{words}, {used:.0%} of the budget of accuracy"
@@ -60,7 +60,7 @@ def chosen_mix(allocation: dict[str, Any]) -> str:
 
 
 def remarks(allocation: dict[str, Any]) -> str | None:
-    """What there is to say besides the figures, in words."""
+    """Return remarks on the figures."""
     said = [built(allocation), allocation.get("remark")]
     return " ".join(words for words in said if words) or None
 
@@ -91,12 +91,12 @@ def front_rows(allocation: dict[str, Any]) -> list[dict[str, Any]]:
 
 def columns(allocation: dict[str, Any]) -> list[str]:
     """Labels of all sparse candidates of any linear, densest first."""
-    found: dict[str, float] = {}
+    saved: dict[str, float] = {}
     for row in allocation["ledger"]:
         for candidate in row["candidates"]:
-            found.setdefault(label(candidate["choice"]), candidate["bytes_saved"])
-    found.pop(_DENSE, None)
-    return sorted(found, key=lambda name: found[name])
+            saved.setdefault(label(candidate["choice"]), candidate["bytes_saved"])
+    saved.pop(_DENSE, None)
+    return sorted(saved, key=lambda name: saved[name])
 
 
 def mitigations(allocation: dict[str, Any]) -> list[str]:
@@ -115,10 +115,10 @@ def site_rows(allocation: dict[str, Any]) -> list[dict[str, Any]]:
         if site in seen:
             continue
         seen.add(site)
-        by_label = {label(one["choice"]): one for one in row["candidates"]}
+        by_label = {label(candidate["choice"]): candidate for candidate in row["candidates"]}
         rows.append(
             {
-                "names": _joined(site),
+                "names": _join(site),
                 "choice": label(row["choice"]),
                 "why": row["why"],
                 "kl": [_candidate(by_label.get(name), row) for name in wanted],
@@ -132,7 +132,10 @@ def linear_rows(allocation: dict[str, Any]) -> list[dict[str, Any]]:
     wanted, mended = columns(allocation), mitigations(allocation)
     rows = []
     for row in allocation["ledger"]:
-        by_label = {label(one["choice"]): one["relative_error"] for one in row["candidates"]}
+        by_label = {
+            label(candidate["choice"]): candidate["relative_error"]
+            for candidate in row["candidates"]
+        }
         rows.append(
             {
                 "name": row["name"],
@@ -148,10 +151,10 @@ def linear_rows(allocation: dict[str, Any]) -> list[dict[str, Any]]:
 def read_shares(allocation: dict[str, Any]) -> list[dict[str, Any]]:
     """Share of weight rows that a decoded token reads, by site: for a plot."""
     sites = {tuple(row["site"]): row for row in allocation["ledger"]}
-    return [{"name": _plotted(site), "share": _share(row)} for site, row in sites.items()]
+    return [{"name": _label_site(site), "share": _share(row)} for site, row in sites.items()]
 
 
-def _plotted(site: tuple[str, ...]) -> str:
+def _label_site(site: tuple[str, ...]) -> str:
     """`model.layers.0.mlp.gate+up`: what a plot tells layer and kind from."""
     parent = site[0].rpartition(".")[0]
     kinds = [name.rpartition(".")[2].removesuffix("_proj") for name in site]
@@ -159,7 +162,7 @@ def _plotted(site: tuple[str, ...]) -> str:
 
 
 def _share(row: dict[str, Any]) -> float:
-    """Of its weight rows, what a decoded token reads."""
+    """Return the share of its weight rows that a decoded token reads."""
     choice = row["choice"]
     if choice["pattern"] is None or choice["phase"] == "prefill":
         return 1.0
@@ -167,17 +170,17 @@ def _share(row: dict[str, Any]) -> float:
     return int(kept) / int(group)
 
 
-def _candidate(one: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any]:
-    if one is None:
+def _candidate(candidate: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any]:
+    if candidate is None:
         return {"kl": None, "measured": False, "chosen": False}
     return {
-        "kl": 1000 * one["kl"],
-        "measured": one["kl_stderr"] is not None,
-        "chosen": label(one["choice"]) == label(row["choice"]),
+        "kl": 1000 * candidate["kl"],
+        "measured": candidate["kl_stderr"] is not None,
+        "chosen": label(candidate["choice"]) == label(row["choice"]),
     }
 
 
-def _joined(names: tuple[str, ...]) -> str:
+def _join(names: tuple[str, ...]) -> str:
     """`model.layers.0.self_attn.{q_proj, k_proj, v_proj}`, or the names as they are."""
     parents = {name.rpartition(".")[0] for name in names}
     if len(names) == 1 or len(parents) > 1:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ArtifactError
 from nmexport.report import learning
+from nmexport.report.gates import evaluate, verdict
 from nmexport.store.artifact import plain
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def sparse_weights(recipe: Recipe) -> str:
 
 
 def weights_note(recipe: Recipe) -> str | None:
-    """What a reader must know where the two models' weights are stored in two ways."""
+    """Return a note where the two models store their weights in different ways."""
     if recipe.model.weights == "float":
         return None
     return (
@@ -153,8 +154,6 @@ def weights_note(recipe: Recipe) -> str | None:
 
 def judge(report: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     """The report with the recipe's gates applied and the verdict they yield."""
-    from nmexport.report.gates import evaluate, verdict
-
     results = evaluate(report, recipe.gates)
     gates = [plain(gate.as_dict()) for gate in results]
     return {**report, "gates": gates, "verdict": verdict(results)}

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from xml.etree import ElementTree as ET
 
 from nmexport.errors import ArtifactError, RecipeError
+from nmexport.recipe import GatesSection
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from nmexport.recipe import GatesSection
 
 Verdict = Literal["pass", "fail", "none"]
 
@@ -36,7 +36,7 @@ class GateResult:
 
 @dataclass(frozen=True)
 class _Gate:
-    """Where a gate's figure stands in the report, and on which side of the limit it must be."""
+    """Place of a gate's figure in the report, and the side of the limit it must be on."""
 
     path: tuple[str, ...]
     holds: Callable[[float, float], bool]
@@ -73,8 +73,6 @@ def limits_from(limits: Mapping[str, float]) -> GatesSection:
         RecipeError: if one is out of range.
     """
     from pydantic import ValidationError
-
-    from nmexport.recipe import GatesSection
 
     try:
         return GatesSection.model_validate(dict(limits))

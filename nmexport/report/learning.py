@@ -73,8 +73,8 @@ def _learning_words(learning: Mapping[str, Any] | None) -> str | None:
 def _grouping_words(grouping: Sequence[Mapping[str, Any]]) -> str | None:
     if not grouping:
         return None
-    closed = [one["gap_closed"] for one in grouping]
-    worst = min(grouping, key=lambda one: one["gap_closed"])
+    closed = [row["gap_closed"] for row in grouping]
+    worst = min(grouping, key=lambda row: row["gap_closed"])
     return (
         f"Channel orders close {median(closed):.0%} (median; least {worst['gap_closed']:.0%}, "
         f"{worst['name']}) of the distance from consecutive groups to selecting as many channels "
@@ -108,7 +108,7 @@ def _loss_svg(learning: Mapping[str, Any]) -> str:
 
 def _grouping_svg(grouping: Sequence[dict[str, Any]]) -> str:
     def draw(axes: Axes) -> None:
-        _by_layer(axes, grouping, lambda one: 100 * one["gap_closed"])
+        _by_layer(axes, grouping, lambda row: 100 * row["gap_closed"])
         axes.axhline(0, color=DENSE, linewidth=0.8)
         axes.set_ylabel("distance to unstructured closed, %")
 

@@ -103,7 +103,7 @@ def rate(value: float | None) -> str:
 
 
 def compared(words: str, value: float | None) -> str:
-    """What a ratio's words are; none where there is no ratio."""
+    """Return a ratio in words; empty where there is no ratio."""
     return "" if value is None else words
 
 
@@ -338,7 +338,7 @@ def write(report: dict[str, Any], folder: Path) -> None:
 
 
 def _calibration(report: dict[str, Any]) -> dict[str, Any] | None:
-    """What the part on calibration prints; None where it would be empty."""
+    """Collect the part on calibration; None where it would be empty."""
     document = report.get("calibration")
     if document is None:
         return None

@@ -184,7 +184,7 @@ def read_share_svg(shares: Sequence[dict[str, Any]]) -> str:
     """Share of each site's weight rows that a decoded token reads."""
 
     def draw(axes: Axes) -> None:
-        _by_layer(axes, shares, lambda one: 100 * one["share"])
+        _by_layer(axes, shares, lambda row: 100 * row["share"])
         axes.set_ylabel("weight rows read, %")
         axes.set_ylim(0, 104)
 

@@ -47,7 +47,7 @@ def require_library(folder: Path = _FOLDER) -> Path:
     """Path of the library.
 
     Raises:
-        EnvironmentFault: if it was not built; the message says why and how to mend it.
+        EnvironmentFault: if it was not built; the message says why and how to fix it.
     """
     path = find_library(folder)
     if path is None:
@@ -127,11 +127,11 @@ def check_opset(path: Path) -> None:
 
 
 CUDA_PLANS_FILE = "cuda_plans.csv"
-"""Beside the library: plans measured on this machine's GPU by `nmexport bench cuda --save`."""
+"""Next to the library: plans measured on this machine's GPU by `nmexport bench cuda --save`."""
 
 
 def use_cuda_plans(path: Path) -> bool:
-    """Give the library the plans measured beside it; False where there are none.
+    """Give the library the plans measured next to it; False where there are none.
 
     They change speed alone: which kernel shape, and where a dense product is faster.
 
@@ -153,7 +153,7 @@ def use_cuda_plans(path: Path) -> bool:
 
 
 def use_variant(path: Path, name: str) -> bool:
-    """Make this process use an instruction-set variant; False where the processor lacks it.
+    """Make this process use an instruction-set variant; False where the CPU lacks it.
 
     Results do not change, only speed: for tests and measurements.
     """

@@ -158,7 +158,7 @@ def open_session(
     if not isinstance(model, bytes) and not model.is_file():
         raise ArtifactError(f"{model} does not exist.", fix="run `nmexport export`")
     if provider == "cpu" and bfloat16:
-        model = _widened(model, options)
+        model = _widen(model, options)
     if provider == "cuda":
         _preload_cuda()
         if (library := native.find_library()) is not None:
@@ -186,12 +186,12 @@ def open_session(
     return session
 
 
-def _widened(model: Path | bytes, options: onnxruntime.SessionOptions) -> bytes:
+def _widen(model: Path | bytes, options: onnxruntime.SessionOptions) -> bytes:
     try:
         from nmexport.graph.cpu import widened
     except ImportError as error:
         raise EnvironmentFault(
-            f"A bfloat16 model is rewritten for a processor, which needs the package onnx: {error}",
+            f"A bfloat16 model is rewritten for the CPU, which needs the package onnx: {error}",
             fix="pip install onnx, or serve a package that this version of nmexport made",
         ) from error
     if not isinstance(model, bytes):
@@ -233,7 +233,7 @@ def provider_here(provider: Provider) -> Provider:
         return provider
     logging.getLogger(__name__).warning(
         "the model was made for a GPU, and ONNX Runtime %s has no CUDA provider: it runs on the "
-        "processor; install onnxruntime-gpu in place of onnxruntime for the GPU",
+        "CPU; install onnxruntime-gpu in place of onnxruntime for the GPU",
         onnxruntime.__version__,
     )
     return "cpu"
@@ -312,8 +312,8 @@ class OrtSession(Session):
         """Open the model.
 
         Args:
-            model: The ONNX file, its external data beside it; or a serialised model, whose external
-                data lies in the folder that `config` names under `EXTERNAL_DATA_FOLDER`.
+            model: The ONNX file with its external data next to it; or a serialised model, whose
+                external data lies in the folder that `config` names under `EXTERNAL_DATA_FOLDER`.
             library: Native op library to register; None runs the function bodies in the file.
             threads: Intra-op threads; None takes the physical cores this process may use.
             config: ONNX Runtime session configuration entries. Without one about huge pages, the
@@ -354,7 +354,7 @@ class OrtSession(Session):
             path: `engine.json`, or the folder that holds it.
             dense: Open the dense baseline in place of the sparse model.
             elsewhere: Where this ONNX Runtime was built without the provider that the engine
-                names, compute on the processor; a warning says so.
+                names, compute on the CPU; a warning says so.
 
         Raises:
             ArtifactError: see `read_engine`, `engine_library`.
@@ -410,7 +410,7 @@ class OrtSession(Session):
             yield slot.present, float32_from(elements, is_bfloat16=is_bfloat16)
 
     def watch(self, names: Iterable[str]) -> None:
-        """From now on keep these outputs of each run in `watched`, beside logits and cache."""
+        """From now on keep these outputs of each run in `watched`, next to logits and cache."""
         self._watched_names = tuple(names)
 
     def extend(

@@ -3,7 +3,7 @@
 <output>/model_repository/<name>/config.pbtxt
 <output>/model_repository/<name>/1/model.py         imports `nmexport.serving.triton_model`
 <output>/model_repository/<name>/1/bundle.json ...  model, library, tokenizer, reference
-<output>/model_licence/...                          the model's own, where it lay beside its weights
+<output>/model_licence/...                          the model's own, where found with its weights
 <output>/launch.sh  README.md  NOTICE.md  SHA256SUMS
 """
 
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 REPOSITORY = "model_repository"
 PLUGINS = "plugins"
-"""Folder of TensorRT plugin libraries, beside the repository."""
+"""Folder of TensorRT plugin libraries, next to the repository."""
 VERSION = "1"
 LAUNCH = "launch.sh"
 LICENCES = "model_licence"
-"""Folder of the model's own licence files, as they lay beside its weights."""
+"""Folder of the model's own licence files, as they lay next to its weights."""
 SUMS = "SHA256SUMS"
 _MODEL = "model.onnx"
 _CPU_MODEL = "model.cpu.onnx"
@@ -64,7 +64,7 @@ class TextModel:
     library: Path | None
     settings: Mapping[str, str]
     licences: tuple[Path, ...] = ()
-    """Licence files that lie beside the model's weights."""
+    """Licence files that lie next to the model's weights."""
 
 
 def write_text_model(output: Path, source: TextModel) -> Path:
@@ -89,7 +89,7 @@ def write_text_model(output: Path, source: TextModel) -> Path:
     cpu_model = None
     if source.engine.needs_rewrite("cpu", dense=False):
         cpu_model = _write_cpu_model(folder, has_native_ops=source.library is not None)
-    engine = _relocated(source.engine, folder.resolve(), cpu_model)
+    engine = _relocate(source.engine, folder.resolve(), cpu_model)
     if source.engine.cuda is not None and engine.cuda is not None:
         shutil.copyfile(source.engine.cuda.model, engine.cuda.model)
     write_engine(engine, folder)
@@ -197,7 +197,7 @@ def _write_cpu_model(folder: Path, *, has_native_ops: bool) -> Path:
     return path
 
 
-def _relocated(engine: Engine, folder: Path, cpu_model: Path | None) -> Engine:
+def _relocate(engine: Engine, folder: Path, cpu_model: Path | None) -> Engine:
     """Return the description for the folder that holds everything it names."""
     library = engine.library
     return replace(

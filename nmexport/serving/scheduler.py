@@ -335,7 +335,7 @@ class Scheduler:
         decoding = [request for request in self._running if request.is_decoding]
         for request in decoding:
             self._advance(request, self._decode_one)
-        prefilling = next((one for one in self._running if not one.is_decoding), None)
+        prefilling = next((request for request in self._running if not request.is_decoding), None)
         if prefilling is not None:
             self._advance(prefilling, self._prefill_chunk)
 
@@ -398,7 +398,7 @@ class Scheduler:
         self._accept(request, logits[0, -1])
 
     def _accept(self, request: _Request, logits: NDArray[np.float32]) -> None:
-        """Draw a request's next token from logits `[V]`, and give out the text it completes."""
+        """Draw a request's next token from logits `[V]`, and return the text it completes."""
         token = request.sampler(logits)
         now = time.monotonic()
         if request.last_token < 0:

@@ -12,6 +12,7 @@ from nmexport.errors import RequestError
 from nmexport.generation.chat import messages_from
 from nmexport.generation.options import options_from
 from nmexport.generation.tokenizer import Tokenizer
+from nmexport.runtimes.opening import open_on_onnxruntime
 from nmexport.runtimes.session import Closing
 from nmexport.serving import bundle as bundles
 from nmexport.serving.scheduler import DEFAULT_MAX_TOKENS, Limits, Scheduler
@@ -40,7 +41,7 @@ class TextRequest:
     messages: str | None = None
     """JSON of a chat."""
     chat: bool = False
-    """Put `text` through the chat template, as one message of the user."""
+    """Apply the chat template to `text`, as one message of the user."""
     add_special_tokens: bool = True
     values: Mapping[str, Any] = field(default_factory=dict)
     """Generation options by name."""
@@ -115,8 +116,6 @@ class TextService(Closing):
             EnvironmentFault: if this machine lacks what it needs.
             RequestError: if a setting makes no sense.
         """
-        from nmexport.runtimes.opening import open_on_onnxruntime
-
         bundle = bundles.read_bundle(folder)
         bundle.check_files()
         tokenizer = Tokenizer(folder)

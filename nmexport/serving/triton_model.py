@@ -53,7 +53,7 @@ class TritonPythonModel:
     """One model in one server; Triton makes it by name."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Open the bundle beside `model.py`; an exception marks the model unready, and says why.
+        """Open the bundle next to `model.py`; an exception marks the model unready, and says why.
 
         Args:
             args: `model_repository` (the model's folder), `model_version`, `model_name` and
@@ -143,7 +143,7 @@ def require_whole_tensors(backend: Any) -> None:
     if not np.array_equal(tensor.as_numpy(), _UNSEEN):
         raise EnvironmentFault(
             f"This Triton's Python stub corrupts tensors of NumPy {np.__version__}.",
-            allowed="NumPy 1 beside a stub of Triton 24.10 or older; any NumPy beside later ones",
+            allowed="NumPy 1 with a stub of Triton 24.10 or older; any NumPy with later ones",
             fix="`nmexport serve` makes such an environment; by hand: pip install 'numpy<2' in the "
             "environment whose python3 is first on the server's PATH",
         )

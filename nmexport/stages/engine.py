@@ -68,7 +68,7 @@ def resolve_target(target: Target) -> Runtime:
         return target
     if tensorrt_library.find_plugin() is None or not tensorrt_library.gpu_is_usable():
         return "onnxruntime"
-    return next((one for one in tensorrt_library.TARGETS if _loads(one)), "onnxruntime")
+    return next((target for target in tensorrt_library.TARGETS if _loads(target)), "onnxruntime")
 
 
 def _loads(target: TensorRTTarget) -> bool:
@@ -81,7 +81,7 @@ def _loads(target: TensorRTTarget) -> bool:
 
 
 def key_fields(inputs: StageInputs) -> dict[str, Any]:
-    """Everything besides the exported model that decides the engine.
+    """Everything other than the exported model that decides the engine.
 
     What a TensorRT engine needs is asked for here, as this is called before the first stage runs:
     hours of calibration later is late to hear that a package is missing.

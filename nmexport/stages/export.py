@@ -1,4 +1,4 @@
-"""Export: the sparse model and its dense baseline as ONNX, with all that a runtime needs beside."""
+"""Export: the sparse model and its dense baseline as ONNX, with all else that a runtime needs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ArtifactError, EnvironmentFault
 from nmexport.graph.versions import IR_VERSION, OPSET
+from nmexport.models.genai_config import genai_config
+from nmexport.models.tokenizer_files import write_tokenizer
 from nmexport.progress import busy
 from nmexport.stages import fold
 
@@ -94,7 +96,7 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
 
 
 def run(inputs: StageInputs) -> dict[str, Any]:
-    """Trace, clean, assemble, write and check both models; write config and tokenizer beside.
+    """Trace, clean, assemble, write and check both models; write config and tokenizer with them.
 
     Raises:
         ModelError: if the model cannot be loaded or its architecture cannot be exported.
@@ -104,7 +106,6 @@ def run(inputs: StageInputs) -> dict[str, Any]:
 
     from nmexport.models.loader import load_tokenizer
     from nmexport.models.streaming import open_for_export
-    from nmexport.models.tokenizer_files import write_tokenizer
 
     section = inputs.recipe.model
     folded = fold.Artifact(inputs.upstream["fold"])
@@ -286,7 +287,6 @@ def _original_weights(
 
 def write_configs(model: PreTrainedModel, output: Path) -> None:
     """Write `config.json`, `generation_config.json` and `genai_config.json`."""
-    from nmexport.models.genai_config import genai_config
     from nmexport.models.tracing import cache_shapes
 
     model.config.architectures = [type(model).__name__]

@@ -13,16 +13,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nmexport.calibration import corpus
+from nmexport.environment import device_name
 from nmexport.errors import RecipeError
 from nmexport.models.context import check_lengths
 from nmexport.progress import busy
+from nmexport.report import engine_words, learning, pages
+from nmexport.report.document import assemble, judge, read_report, weights_note
 from nmexport.runtimes.engine import read_engine
 from nmexport.runtimes.native import engine_library
+from nmexport.runtimes.opening import open_session, why_not_here
 from nmexport.stages import export, fold
 from nmexport.stages.engine import NO_LIBRARY, resolve_target
+from nmexport.store.allocation import as_dict, read_allocation
 from nmexport.store.layers import model_phases
 from nmexport.store.records import json_from
-from nmexport.verification import tasks
+from nmexport.verification import (
+    accuracy,
+    alone,
+    cache_parity,
+    continuation,
+    latency,
+    memory,
+    parity,
+    tasks,
+)
+from nmexport.verification.memory import artifact_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -51,7 +66,7 @@ _LOGITS_BYTES = 832 << 20
 _CACHE_BYTES = 1 << 30
 # Said by content in place of by name.
 _NOT_KEYS = {"corpus", "tasks", "tasks_path", "task_limit", "task_fewshot"}
-_NO_INNER_VALUES = "a TensorRT engine gives out nothing but logits and cache"
+_NO_INNER_VALUES = "a TensorRT engine returns nothing but logits and cache"
 # What parity takes of memory, against the size of the artifact. Torch's weights and those that two
 # sessions map and repack; a session without the native library, which in narrow types holds all
 # weights once more, as float32.
@@ -72,8 +87,6 @@ class Artifact:
         Raises:
             ArtifactError: if it is missing or not a report of this schema.
         """
-        from nmexport.report.document import read_report
-
         return read_report(self.path / "report.json")
 
 
@@ -136,10 +149,6 @@ def run(inputs: StageInputs) -> dict[str, Any]:
         ArtifactError: if an upstream artifact cannot be read.
         EnvironmentFault: if the engine's native library is missing here.
     """
-    from nmexport.report import engine_words, pages
-    from nmexport.report.document import assemble, judge
-    from nmexport.runtimes.opening import why_not_here
-    from nmexport.verification import alone, memory, parity
     from nmexport.verification.reference import model_size
 
     recipe = inputs.recipe
@@ -254,10 +263,6 @@ def _dense_against_sparse(
     inputs: StageInputs, windows: NDArray[np.int64], prompts: NDArray[np.int64]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The report's `accuracy` and `latency`."""
-    from nmexport.environment import device_name
-    from nmexport.runtimes.opening import open_session
-    from nmexport.verification import accuracy, continuation, latency
-
     recipe, progress = inputs.recipe, inputs.progress
     evaluation, timing = recipe.evaluation, recipe.latency
     prompt, context = latency_tokens(windows, timing)
@@ -272,7 +277,7 @@ def _dense_against_sparse(
         late = accuracy.LateLogits(_LOGITS_BYTES if wanted else 0)
         scores = accuracy.compare(dense, sparse, tracked, phases=phases, late=late)
         steps = range(evaluation.generate_tokens)
-        told = continuation.compare(
+        continuations = continuation.compare(
             dense,
             sparse,
             prompts,
@@ -293,7 +298,7 @@ def _dense_against_sparse(
     document = {
         "dataset": _dataset(evaluation),
         **scores,
-        "continuation": told,
+        "continuation": continuations,
         "decode_only": decoded,
         **scored,
         "protocol": f"{corpus.protocol(evaluation)}. {accuracy.protocol(phases)}",
@@ -305,10 +310,6 @@ def _sparse_alone(
     inputs: StageInputs, windows: NDArray[np.int64], prompts: NDArray[np.int64]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The report's `accuracy` and `latency` where there is no dense baseline."""
-    from nmexport.environment import device_name
-    from nmexport.runtimes.opening import open_session
-    from nmexport.verification import accuracy, alone
-
     recipe, progress = inputs.recipe, inputs.progress
     evaluation, timing = recipe.evaluation, recipe.latency
     prompt, context = latency_tokens(windows, timing)
@@ -355,9 +356,7 @@ def _decode_only(
     late: LateLogits,
 ) -> dict[str, Any]:
     """The report's `accuracy.decode_only`."""
-    from nmexport.verification import accuracy
-
-    batch = _decoded_together(sparse, windows)
+    batch = _decode_batch_size(sparse, windows)
     batches = [windows[start : start + batch] for start in range(0, len(windows), batch)]
     return accuracy.decode_only(
         dense,
@@ -369,10 +368,8 @@ def _decode_only(
     )
 
 
-def _decoded_together(sparse: Session, windows: NDArray[np.int64]) -> int:
+def _decode_batch_size(sparse: Session, windows: NDArray[np.int64]) -> int:
     """Windows that decode-only scoring decodes side by side, of `[W, L]`."""
-    from nmexport.verification import accuracy
-
     count, length = windows.shape
     scored = length - accuracy.prompt_length(windows[0])
     most: list[int] = [count, _LOGITS_BYTES // (4 * sparse.vocabulary_size * scored)]
@@ -429,8 +426,6 @@ def _audit(inputs: StageInputs, engine: Engine, windows: NDArray[np.int64]) -> d
 def _parity(inputs: StageInputs, engine: Engine, prompts: NDArray[np.int64]) -> dict[str, Any]:
     """The report's `parity`: whole models in lock step, and each linear against the oracle."""
     from nmexport.runtimes.onnxruntime_session import OrtSession
-    from nmexport.runtimes.opening import open_session, why_not_here
-    from nmexport.verification import cache_parity, parity
     from nmexport.verification.reference import open_folded
 
     folded = fold.Artifact(inputs.upstream["fold"])
@@ -481,7 +476,7 @@ def _linear_parity(
     why: Mapping[str, str],
 ) -> dict[str, Any]:
     """Each executor's linears against the oracle, on one prompt."""
-    from nmexport.verification import op_parity, parity
+    from nmexport.verification import op_parity
     from nmexport.verification.audit import open_instrumented
     from nmexport.verification.reference import array_from
 
@@ -498,12 +493,12 @@ def _linear_parity(
 
     report: dict[str, Any] = {name: {"within_contract": None, "why": why[name]} for name in why}
     for name, library in libraries.items():
-        beside = torch_session.linear if torch_session and name == parity.ONNX else None
+        executor = torch_session.linear if torch_session and name == parity.ONNX else None
         with open_instrumented(
             graph, engine.model.parent, library=library, threads=engine.threads
         ) as session:
             report[name], other = op_parity.check(
-                session, layers, outputs, tensors_of, prompt, beside=beside
+                session, layers, outputs, tensors_of, prompt, executor=executor
             )
         if other is not None:
             report[parity.TORCH] = other
@@ -513,9 +508,6 @@ def _linear_parity(
 def _too_large(engine: Engine, dtype: str) -> dict[str, str]:
     """Why executors do not fit into memory, by name: torch before the function bodies alone."""
     import psutil
-
-    from nmexport.verification import parity
-    from nmexport.verification.memory import artifact_bytes
 
     size, free = artifact_bytes(engine.model.parent), psutil.virtual_memory().available
     return {
@@ -531,16 +523,12 @@ def _too_large(engine: Engine, dtype: str) -> dict[str, str]:
 
 def _calibration(inputs: StageInputs) -> dict[str, Any]:
     """The report's `calibration`."""
-    from nmexport.report import learning
-
     folded = fold.Artifact(inputs.upstream["fold"])
     return learning.section(folded.learning, [json_from(layer) for layer in folded.layers])
 
 
 def _allocation(inputs: StageInputs) -> dict[str, Any] | None:
     """The report's `allocation`; None where the recipe sets no budget."""
-    from nmexport.store.allocation import as_dict, read_allocation
-
     allocation = read_allocation(inputs.upstream["fold"])
     return None if allocation is None else as_dict(allocation)
 
@@ -552,15 +540,12 @@ def _no_library(engine: Engine) -> str | None:
 
 
 def _notes(engine: Engine, absent: str | None, recipe: Recipe) -> list[str]:
-    from nmexport.report.document import weights_note
-    from nmexport.verification import alone
-
     mixed = weights_note(recipe) if engine.dense_model is not None else None
     notes = [alone.NOTE] if engine.dense_model is None else []
     notes += [mixed] if mixed else []
     if absent:
-        told = f"The {engine.runtime} engine was built and does not run here: {absent}"
-        notes.append(f"{told} Accuracy and latency are of its ONNX file on ONNX Runtime.")
+        note = f"The {engine.runtime} engine was built and does not run here: {absent}"
+        notes.append(f"{note} Accuracy and latency are of its ONNX file on ONNX Runtime.")
     elif _no_library(engine) is not None:
         notes.append(
             f"{NO_LIBRARY.capitalize()}: the latency below is theirs, not the native op's."

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
-"""The resolved recipe that the manifest's command names, kept beside it."""
+"""The resolved recipe that the manifest's command names, kept next to it."""
 KEY_CHARS = 12
 # Not contents of an artifact: they are about it, and may differ between equal artifacts.
 _ABOUT = frozenset({MANIFEST, RECIPE})

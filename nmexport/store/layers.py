@@ -50,7 +50,7 @@ class LayerSpec:
     """Share of the extra loss of consecutive groups that this linear's order saves; 1 is as good as
     unstructured selection of as many channels. Loss is dropped score energy. None: not measured."""
     remainder_rank: int | None = None
-    """Rank of the low-rank product beside the op (`r-sparse`)."""
+    """Rank of the low-rank product next to the op (`r-sparse`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +62,8 @@ class _Layers:
 
 def model_phases(layers: Iterable[LayerSpec]) -> ModelPhases:
     """When a model is sparse, by when its linears are."""
-    found = {layer.phase for layer in layers}
-    return found.pop() if len(found) == 1 else "mixed"
+    phases = {layer.phase for layer in layers}
+    return phases.pop() if len(phases) == 1 else "mixed"
 
 
 def write_layers(folder: Path, layers: list[LayerSpec]) -> None:

@@ -135,7 +135,7 @@ class WorkDirectory:
             try:
                 lock.acquire()
             except Timeout:
-                raise self._held() from None
+                raise self._locked_error() from None
         try:
             with self.disk_faults():
                 self._say_holder(command)
@@ -223,8 +223,8 @@ class WorkDirectory:
 
         A manifest keeps its time: whether a file was written after it still shows.
         """
-        found = [self.find(stage, key) for stage, key in keys.items()]
-        manifests = [manifest for manifest in found if manifest is not None]
+        candidates = [self.find(stage, key) for stage, key in keys.items()]
+        manifests = [manifest for manifest in candidates if manifest is not None]
         total = sum(manifest.seconds for manifest in manifests)
         for manifest in manifests:
             share = round(manifest.seconds / total, 4) if total else None
@@ -240,7 +240,7 @@ class WorkDirectory:
     ) -> None:
         """Make artifacts current, and their recipe and report those of the directory.
 
-        Everything is written beside its place first: a full disk changes nothing.
+        Everything is written under another name first: a full disk changes nothing.
 
         Args:
             recipe: What was built.
@@ -256,13 +256,13 @@ class WorkDirectory:
             files |= {self.root / path.name: path.read_bytes() for path in reports}
         with self.disk_faults(), contextlib.ExitStack() as written:
             ready = [
-                (written.enter_context(_beside(path, contents)), path)
+                (written.enter_context(_partial_file(path, contents)), path)
                 for path, contents in files.items()
             ]
             for stage, key in keys.items():
                 self.use(stage, key)
-            for beside, path in ready:
-                beside.replace(path)
+            for partial, path in ready:
+                partial.replace(path)
             (self.root / _UNFINISHED_BUILD).unlink(missing_ok=True)
 
     def use(self, stage: str, key: str) -> None:
@@ -271,11 +271,11 @@ class WorkDirectory:
         target = key[:KEY_CHARS]
         if link.is_symlink() and link.readlink() == Path(target):
             return
-        beside = link.with_name(f"{CURRENT}.link-{os.getpid()}")
+        partial = link.with_name(f"{CURRENT}.link-{os.getpid()}")
         with self.disk_faults():
-            beside.unlink(missing_ok=True)
-            beside.symlink_to(target, target_is_directory=True)
-            beside.replace(link)
+            partial.unlink(missing_ok=True)
+            partial.symlink_to(target, target_is_directory=True)
+            partial.replace(link)
 
     def discard(self, stage: str, key: str) -> None:
         """Remove a finished artifact that nothing will read again; the caller holds the lock."""
@@ -296,9 +296,9 @@ class WorkDirectory:
 
     @staticmethod
     def replace(path: Path, contents: bytes) -> None:
-        """Write a file beside, flush it, then put it in place: readers see all or nothing."""
-        with _beside(path, contents) as beside:
-            beside.replace(path)
+        """Write a temporary file, flush it, then put it in place: readers see all or nothing."""
+        with _partial_file(path, contents) as partial:
+            partial.replace(path)
 
     @contextlib.contextmanager
     def disk_faults(self) -> Iterator[None]:
@@ -374,7 +374,7 @@ class WorkDirectory:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def _held(self) -> WorkDirectoryError:
+    def _locked_error(self) -> WorkDirectoryError:
         try:
             holder = json.loads((self.root / _HOLDER).read_text(encoding="utf-8"))
             who = f"process {holder['pid']}: {holder['command']}"
@@ -415,17 +415,17 @@ def _existing(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _beside(path: Path, contents: bytes) -> Iterator[Path]:
-    """Write a file beside its place and flush it; what is not moved from there is removed."""
-    beside = path.with_name(f"{path.name}.new-{os.getpid()}")
+def _partial_file(path: Path, contents: bytes) -> Iterator[Path]:
+    """Write a temporary file and flush it; what is not moved from there is removed."""
+    partial = path.with_name(f"{path.name}.new-{os.getpid()}")
     try:
-        with beside.open("wb") as stream:
+        with partial.open("wb") as stream:
             stream.write(contents)
             stream.flush()
             os.fsync(stream.fileno())
-        yield beside
+        yield partial
     finally:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def _flush_folder(folder: Path) -> None:

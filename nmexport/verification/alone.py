@@ -1,4 +1,4 @@
-"""A sparse model with no dense baseline beside it: its own figures, and null where two compare."""
+"""A sparse model with no dense baseline: its own figures, and null where two compare."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ NOTE = (
 )
 _TIMES = ("p50_ms", "p90_ms", "p99_ms", "tokens_per_s")
 _PROTOCOL = (
-    "The sparse model runs alone. Prefill: one prompt, all logits, empty cache. Decode: one token "
-    "on the cache that a prefill of `context` tokens left, every run from that same cache. Warm-up "
-    "runs are not counted. Times are wall time of a whole step as a caller sees it."
+    "The sparse model runs alone. "
+    "Prefill: one prompt, the last token's logits, empty cache. "
+    "Decode: one token on the cache that a prefill of `context` tokens left, every run from that "
+    "same cache. Warm-up runs are not counted. "
+    "Times are wall time of a whole step as a caller sees it."
 )
 _NO_PERPLEXITY = {"perplexity": None, "nll_mean": None, "window_nll_mean": None, "why": WHY}
 
@@ -107,8 +109,8 @@ def time(
         "why": WHY,
         "dense": {phase: {**sizes[phase], **absent} for phase in timed},
         "sparse": {
-            phase: {**sizes[phase], **latency.summary(found, tokens=processed[phase])}
-            for phase, found in timed.items()
+            phase: {**sizes[phase], **latency.summary(times, tokens=processed[phase])}
+            for phase, times in timed.items()
         },
         "speedup": {**ratios, "why": WHY},
         "protocol": _PROTOCOL,

@@ -1,6 +1,6 @@
 """Measure, at run time, the sparsity and the error of every sparsified linear.
 
-The exported model is read without its weights, given counters and outputs beside its nodes, and
+The exported model is read without its weights, given counters and outputs next to its nodes, and
 run from memory: no node that it had is changed, and no weight is copied.
 """
 
@@ -102,7 +102,7 @@ def add_counters(model: onnx.ModelProto, layers: Sequence[LayerSpec]) -> list[Co
     prunes = []
     for name, node in nodes.items():
         added = list(_counting_nodes(node))
-        prunes += [one for one in added if one.op_type == "NMPrune"]
+        prunes += [node for node in added if node.op_type == "NMPrune"]
         model.graph.node.extend(added)
         outputs[name] = added[-1].output[0]
         model.graph.output.append(
@@ -169,7 +169,7 @@ def _add_prune_functions(model: onnx.ModelProto, prunes: list[onnx.NodeProto]) -
     # Nodes that extend() copied into the graph are told their overload here.
     names = {node.name for node in prunes}
     inside = [node for node in model.graph.node if node.name in names]
-    held = {(one.domain, one.name, one.overload) for one in model.functions}
+    held = {(function.domain, function.name, function.overload) for function in model.functions}
     for function in function_protos_for(inside, opset=opset):
         if (function.domain, function.name, function.overload) not in held:
             model.functions.append(function)
@@ -303,7 +303,7 @@ def audit(
 
     Args:
         sparse_path: The exported sparse model.
-        dense_path: The baseline beside it; None where there is none to compare outputs with.
+        dense_path: The baseline next to it; None where there is none to compare outputs with.
         layers: The sparsified linears.
         library: Native op library, or None for the function bodies.
         threads: Intra-op threads.

@@ -1,6 +1,6 @@
 """Find where two executors diverge: their caches compared layer by layer.
 
-An engine gives out nothing but logits and cache; a layer's keys and values are made of what the
+An engine returns nothing but logits and cache; a layer's keys and values are made of what the
 layers before it computed, so the first that differ point at the place.
 """
 

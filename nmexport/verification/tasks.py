@@ -1,4 +1,4 @@
-"""Benchmark tasks through lm-evaluation-harness, dense beside sparse, on the built artifact.
+"""Benchmark tasks through lm-evaluation-harness, dense next to sparse, on the built artifact.
 
 The harness is an optional package. Tasks of a local folder need no network: paths in their YAML
 are relative to that folder. A task whose data lies on the hub says so before it is fetched.
@@ -175,25 +175,25 @@ def protocol(phases: ModelPhases, text: TextSide, *sessions: Session) -> str:
         text: The model's window.
         sessions: What was scored.
     """
-    told = PROTOCOL.format(version=harness_version()) + ("" if phases == "all" else _STEPWISE)
+    words = PROTOCOL.format(version=harness_version()) + ("" if phases == "all" else _STEPWISE)
     window = _window(text, *sessions).max_length
     cut = _CUT.format(window=window, model=text.max_length) if window < text.max_length else ""
-    return told + cut
+    return words + cut
 
 
 def text_side(tokenizer: Any, config: Mapping[str, Any]) -> TextSide:
     """Tokenizer and window of a model, from its `config.json`, as the harness finds them."""
     inner = config.get("text_config") or config
     known = [inner[key] for key in _WINDOW_KEYS if inner.get(key) is not None]
-    told = getattr(tokenizer, "model_max_length", None)
-    if not known and told is not None and told < _NO_LIMIT:
-        known = [told]
+    limit = getattr(tokenizer, "model_max_length", None)
+    if not known and limit is not None and limit < _NO_LIMIT:
+        known = [limit]
     return TextSide(tokenizer=tokenizer, max_length=int(known[0]) if known else _DEFAULT_WINDOW)
 
 
 def _window(text: TextSide, *sessions: Session) -> TextSide:
     """Cut the window to what all sessions take, so that both models read the same."""
-    return functools.reduce(lambda side, one: side.within(one.limits), sessions, text)
+    return functools.reduce(lambda side, session: side.within(session.limits), sessions, text)
 
 
 def check(suite: Suite, progress: Progress) -> None:
@@ -249,8 +249,10 @@ def _results(
             label=f"verify: tasks, {side}",
             seed=seed,
         )
-        found = evaluate(lm=model, task_dict=loaded, limit=suite.limit, bootstrap_iters=_BOOTSTRAP)
-    return {name: _task_result(found, name) for name in loaded["tasks"]}
+        results = evaluate(
+            lm=model, task_dict=loaded, limit=suite.limit, bootstrap_iters=_BOOTSTRAP
+        )
+    return {name: _task_result(results, name) for name in loaded["tasks"]}
 
 
 def _loaded(suite: Suite, seed: int, progress: Progress | None) -> Any:
@@ -277,7 +279,7 @@ def _load(manager: Any, names: Sequence[str], *, progress: Progress | None) -> A
         _announce(manager.task_index, names, progress)
     asks_hub = _reads_hub(manager.task_index, names)
     try:
-        with contextlib.nullcontext() if not asks_hub or _hub_answers() else _offline():
+        with contextlib.nullcontext() if not asks_hub or _hub_answers() else _force_offline():
             return manager.load(names)
     except (OSError, ValueError, KeyError) as error:
         raise _load_fault(names, error) from error
@@ -311,7 +313,7 @@ def _hub_answers() -> bool:
 
 
 @contextlib.contextmanager
-def _offline() -> Iterator[None]:
+def _force_offline() -> Iterator[None]:
     """Have the libraries look into their caches alone."""
     import datasets
     from huggingface_hub import constants
@@ -362,8 +364,8 @@ def _sources(
     if not isinstance(members, list):
         yield name, said
         return
-    for one in members:
-        yield from _sources(index, one, said)
+    for task in members:
+        yield from _sources(index, task, said)
 
 
 def _source(config: Mapping[str, Any]) -> str | None:
@@ -434,7 +436,7 @@ def _check_yaml(folder: Path) -> None:
 def _load_fault(names: Sequence[str], error: Exception) -> UserError:
     reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
     fix = (
-        "check the network, or keep the data beside a task file of your own: dataset_path: json, "
+        "check the network, or keep the data next to a task file of your own: dataset_path: json, "
         "dataset_kwargs: {data_files: {test: FILE.jsonl}}, and --tasks-path FOLDER"
     )
     if isinstance(error, OSError):
@@ -444,7 +446,7 @@ def _load_fault(names: Sequence[str], error: Exception) -> UserError:
 
 @contextlib.contextmanager
 def _inside(folder: Path | None) -> Iterator[None]:
-    """Stand in the folder of the task files: their relative paths mean files beside them."""
+    """Change to the folder of the task files: their relative paths mean files next to them."""
     if folder is None:
         yield
         return
@@ -491,9 +493,9 @@ def _folder_digest(folder: Path | None) -> str | None:
 # -- figures -----------------------------------------------------------------------------------
 
 
-def _task_result(found: Mapping[str, Any], name: str) -> _TaskResult:
+def _task_result(results: Mapping[str, Any], name: str) -> _TaskResult:
     """Pick one task out of the harness's answer, whose keys read `acc,none`, `acc_stderr,none`."""
-    row = found["results"][name]
+    row = results["results"][name]
     metrics: dict[str, tuple[float, float | None]] = {}
     for key, value in row.items():
         metric, comma, kind = key.partition(",")
@@ -502,10 +504,10 @@ def _task_result(found: Mapping[str, Any], name: str) -> _TaskResult:
         stderr = row.get(f"{metric}_stderr,{kind}")
         label = metric if kind == "none" else key
         metrics[label] = (float(value), _number(stderr))
-    samples = found["samples"][name]
+    samples = results["samples"][name]
     return _TaskResult(
         metrics=metrics,
-        documents=int(found["n-samples"][name]["effective"]),
+        documents=int(results["n-samples"][name]["effective"]),
         by_document={metric: _by_document(samples, metric) for metric in metrics},
     )
 

@@ -69,9 +69,9 @@ class KernelCache:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._lock():
-                beside = self._path.with_name(f"{self._path.name}.{os.getpid()}")
-                beside.write_bytes(kernels)
-                beside.replace(self._path)
+                partial = self._path.with_name(f"{self._path.name}.{os.getpid()}")
+                partial.write_bytes(kernels)
+                partial.replace(self._path)
             self._loaded = kernels
         except OSError as error:
             logging.getLogger(__name__).warning("compiled kernels are not kept: %s", error)

@@ -3,7 +3,7 @@
 Both offer one Python interface under two names; nothing else here tells them apart but the name and
 a missing link: TensorRT-RTX's parser looks for `libtensorrt_rtx.so`, and its package carries that
 library under its versioned name only. A process that adds a plugin layer without the link is ended
-by the parser, so a library of that name, which leads to the loaded one, is built beside the plugin.
+by the parser, so a library of that name, which leads to the loaded one, is built with the plugin.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
 _OLDEST = {"tensorrt": "10.13", "tensorrt-rtx": "1.7"}
 _FOLDER = NATIVE_FOLDER
 _KEPT_ERRORS = 64
-MEND_PLUGIN = "make plugin (in a source tree; fetches nvcc and TensorRT's headers where missing)"
+FIX_PLUGIN = "make plugin (in a source tree; fetches nvcc and TensorRT's headers where missing)"
 
 
 def load(target: TensorRTTarget) -> Any:
@@ -84,7 +84,7 @@ def require_plugin() -> Path:
         raise EnvironmentFault(
             "The TensorRT plugin library is missing.",
             allowed=str(_FOLDER / PLUGIN),
-            fix=MEND_PLUGIN,
+            fix=FIX_PLUGIN,
         )
     return path
 
@@ -102,7 +102,7 @@ def describe_plugin(path: Path) -> dict[str, Any]:
         raise EnvironmentFault(
             f"{path} cannot be loaded: {error}",
             allowed="the plugin library that this package built",
-            fix=MEND_PLUGIN,
+            fix=FIX_PLUGIN,
         ) from error
     describe.restype = ctypes.c_char_p
     document: dict[str, Any] = json.loads(describe())
@@ -120,7 +120,7 @@ def check_plugin(path: Path) -> None:
         raise EnvironmentFault(
             f"The plugin library {path} is version {version}.",
             allowed=__version__,
-            fix=MEND_PLUGIN,
+            fix=FIX_PLUGIN,
         )
 
 
@@ -141,7 +141,7 @@ def register_plugin(target: TensorRTTarget, path: Path) -> None:
         raise EnvironmentFault(
             f"TensorRT finds no {' or '.join(PLUGIN_OPS)} in {path}.",
             allowed="the plugin library that this package built",
-            fix=MEND_PLUGIN,
+            fix=FIX_PLUGIN,
         )
 
 
@@ -151,10 +151,10 @@ def _log_through(target: TensorRTTarget, path: Path) -> Any:
     logger = logger_of(target)
     severity = load(target).ILogger.Severity
 
-    def told(level: int, message: bytes) -> None:
+    def receive(level: int, message: bytes) -> None:
         logger.log(severity(level), message.decode(errors="replace"))
 
-    sink = ctypes.CFUNCTYPE(None, ctypes.c_int32, ctypes.c_char_p)(told)
+    sink = ctypes.CFUNCTYPE(None, ctypes.c_int32, ctypes.c_char_p)(receive)
     log_to = ctypes.CDLL(str(path)).nmexport_log_to
     log_to(sink)
     atexit.register(log_to, None)  # no message may come when Python is gone
@@ -181,7 +181,7 @@ def prepare_parser(target: TensorRTTarget) -> None:
         raise EnvironmentFault(
             f"TensorRT-RTX's parser needs {NAME_LIBRARY} to find its own library: {error}",
             allowed=str(_FOLDER / NAME_LIBRARY),
-            fix=MEND_PLUGIN,
+            fix=FIX_PLUGIN,
         ) from error
 
 
