@@ -109,9 +109,9 @@ def device_name(environment: Environment, *, on_gpu: bool) -> str:
     if not on_gpu:
         return environment.cpu
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
-    told = _ask_driver(visible)
-    if told is not None:
-        return told
+    gpus = _ask_driver(visible)
+    if gpus is not None:
+        return gpus
     index = int(visible) if visible.isdigit() else 0
     if index < len(environment.gpus):
         return environment.gpus[index].name

@@ -491,9 +491,11 @@ def _validate(document: strict_yaml.Document, source: str, options: Mapping[str,
     try:
         return Recipe.model_validate_json(json.dumps(document.value))
     except ValidationError as error:
-        found = error.errors(include_url=False)
+        errors = error.errors(include_url=False)
         # Said of a default that would have followed from what is wrong.
-        problems = [problem for problem in found if problem["type"] != "default_factory_not_called"]
+        problems = [
+            problem for problem in errors if problem["type"] != "default_factory_not_called"
+        ]
         first, *rest = [_explain(problem, document, source, options) for problem in problems]
         if not rest:
             raise first from None

@@ -181,14 +181,18 @@ class Probe:
         """Compare the model, as it is now, with the dense one on the windows."""
         kl, nll = [], []
         for index, reference in enumerate(self._reference):
-            found = self._log_probabilities(index)
-            kl.append(mean_divergence(reference, found))
-            nll.append(self._rise(index, reference, found))
+            log_probabilities = self._log_probabilities(index)
+            kl.append(mean_divergence(reference, log_probabilities))
+            nll.append(self._rise(index, reference, log_probabilities))
         return Movement(kl=tuple(kl), nll=tuple(nll))
 
-    def _rise(self, index: int, reference: torch.Tensor, found: torch.Tensor) -> float:
-        following = self._windows[index, self._scored + 1].to(found.device).unsqueeze(1)
-        return float((reference.gather(1, following) - found.gather(1, following)).double().mean())
+    def _rise(self, index: int, reference: torch.Tensor, log_probabilities: torch.Tensor) -> float:
+        following = self._windows[index, self._scored + 1].to(log_probabilities.device).unsqueeze(1)
+        return float(
+            (reference.gather(1, following) - log_probabilities.gather(1, following))
+            .double()
+            .mean()
+        )
 
     def _log_probabilities(self, index: int) -> torch.Tensor:
         """`[scored, V]` float32 of one window."""
@@ -232,15 +236,15 @@ class Probe:
         """Return the output of the previous decoder layer for one window."""
         if layer == 0:
             return None
-        found: list[Any] = []
+        outputs: list[Any] = []
 
         def keep(module: nn.Module, arguments: object, output: Any) -> None:
             del module, arguments
-            found.append(output)
+            outputs.append(output)
 
         with _hooked(hook for hook in (self._layers[layer - 1].register_forward_hook(keep),)):
             self._log_probabilities(index)
-        return found[0]
+        return outputs[0]
 
 
 class _Shared:
@@ -284,9 +288,9 @@ def scored_positions(windows: torch.Tensor, prompt: int, vocabulary: int) -> tor
     return torch.arange(prompt, length - 1, stride)
 
 
-def mean_divergence(reference: torch.Tensor, found: torch.Tensor) -> float:
-    """Mean KL(reference || found) of log-probabilities `[T, V]`, in nats."""
-    total = torch.nn.functional.kl_div(found, reference, log_target=True, reduction="none")
+def mean_divergence(reference: torch.Tensor, other: torch.Tensor) -> float:
+    """Mean KL(reference || other) of log-probabilities `[T, V]`, in nats."""
+    total = torch.nn.functional.kl_div(other, reference, log_target=True, reduction="none")
     return max(float(total.sum(dim=-1).double().mean()), 0.0)
 
 

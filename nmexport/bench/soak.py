@@ -184,8 +184,8 @@ def _share_of(process: int) -> int:
         text = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="utf-8")
     except (FileNotFoundError, ProcessLookupError):
         return 0
-    found = re.search(r"^Pss:\s+(\d+) kB$", text, re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
+    match = re.search(r"^Pss:\s+(\d+) kB$", text, re.MULTILINE)
+    return int(match[1]) * 1024 if match else 0
 
 
 def _compare_ends(samples: list[tuple[float, int]]) -> dict[str, Any]:

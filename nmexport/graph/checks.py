@@ -77,9 +77,9 @@ def _check_every_linear(
     path: Path, nodes: Sequence[onnx.NodeProto], layers: Mapping[str, LayerSpec]
 ) -> None:
     """The nodes stand for the layers, each for its own ones, none twice."""
-    found = sorted(name for node in nodes for name in linears_of_node(node))
+    names = sorted(name for node in nodes for name in linears_of_node(node))
     named = all(node.name == fused_name(linears_of_node(node)) for node in nodes)
-    if found != sorted(layers) or not named:
+    if names != sorted(layers) or not named:
         raise InternalError(
             f"{path} has {len(nodes)} {LINEAR} nodes that do not stand for the {len(layers)} "
             "sparsified linears one by one."

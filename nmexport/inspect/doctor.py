@@ -84,10 +84,10 @@ def _onnxruntime() -> list[Missing]:
 
 def _native_library() -> list[Missing]:
     """The fast ops; without them the function bodies in the model run."""
-    found = native_library()
-    if found.why_missing is None:
+    library = native_library()
+    if library.why_missing is None:
         return []
-    what = f"the native op library; without it models run slower than dense. {found.why_missing}"
+    what = f"the native op library; without it models run slower than dense. {library.why_missing}"
     if compiler() is None:
         fix = f"install a C++17 compiler (Debian: apt-get install g++), then {_REBUILD}"
     else:

@@ -146,10 +146,10 @@ def _layerwise_memory(source: ModelSource) -> dict[str, int]:
     parts: dict[str, int] = {}
     largest = 0
     for name, shape in _shapes(source):
-        found = _LAYER.match(name)
-        part = found[1] if found else name
+        match = _LAYER.match(name)
+        part = match[1] if match else name
         parts[part] = parts.get(part, 0) + math.prod(shape)
-        if found and len(shape) == _MATRIX:
+        if match and len(shape) == _MATRIX:
             largest = max(largest, math.prod(shape))
     layer = _WORKING_BYTES * max(parts.values(), default=0)
     writing = SHARD_BYTES + int(_FOLD_COPIES * _WORKING_BYTES * largest)

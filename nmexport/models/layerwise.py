@@ -297,5 +297,5 @@ def _substitute(
 
 def _hidden(output: Any) -> torch.Tensor:
     """Hidden states among what a layer returns."""
-    found: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return found
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden

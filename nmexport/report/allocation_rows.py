@@ -28,14 +28,14 @@ def budget(allocation: dict[str, Any]) -> str:
 
 def built(allocation: dict[str, Any]) -> str | None:
     """Return the measured result of the choice once built, in words; None if not measured."""
-    found = allocation.get("built")
-    if found is None:
+    result = allocation.get("built")
+    if result is None:
         return None
     words = (
-        f"As built, all constants folded: perplexity ratio {found['perplexity_ratio']:.3f} and "
-        f"mean KL {found['kl']:.3f} nats on the same text"
+        f"As built, all constants folded: perplexity ratio {result['perplexity_ratio']:.3f} and "
+        f"mean KL {result['kl']:.3f} nats on the same text"
     )
-    used = found["budget_used"]
+    used = result["budget_used"]
     if used is None:
         return f"{words}."
     share = f"{words}, {used:.0%} of the budget of accuracy"
@@ -91,12 +91,12 @@ def front_rows(allocation: dict[str, Any]) -> list[dict[str, Any]]:
 
 def columns(allocation: dict[str, Any]) -> list[str]:
     """Labels of all sparse candidates of any linear, densest first."""
-    found: dict[str, float] = {}
+    saved: dict[str, float] = {}
     for row in allocation["ledger"]:
         for candidate in row["candidates"]:
-            found.setdefault(label(candidate["choice"]), candidate["bytes_saved"])
-    found.pop(_DENSE, None)
-    return sorted(found, key=lambda name: found[name])
+            saved.setdefault(label(candidate["choice"]), candidate["bytes_saved"])
+    saved.pop(_DENSE, None)
+    return sorted(saved, key=lambda name: saved[name])
 
 
 def mitigations(allocation: dict[str, Any]) -> list[str]:

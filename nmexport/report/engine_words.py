@@ -32,19 +32,21 @@ def section(engine: Engine) -> dict[str, Any] | None:
     }
 
 
-def words(found: Mapping[str, Any] | None) -> list[str]:
+def words(engine: Mapping[str, Any] | None) -> list[str]:
     """Sentences on attention, cache and plans, which decide how much of the gain is left."""
-    if found is None:
+    if engine is None:
         return []
-    return [f"{found['runtime']}: {_attention(found)} {_cache(found)} {_plans(found)}".strip()]
+    return [f"{engine['runtime']}: {_attention(engine)} {_cache(engine)} {_plans(engine)}".strip()]
 
 
-def _attention(found: Mapping[str, Any]) -> str:
-    layers = found["attention_layers"]
-    if found["attention"] == "fused":
-        kernels = ", ".join(f"{name} {count}" for name, count in found["attention_kernels"].items())
+def _attention(engine: Mapping[str, Any]) -> str:
+    layers = engine["attention_layers"]
+    if engine["attention"] == "fused":
+        kernels = ", ".join(
+            f"{name} {count}" for name, count in engine["attention_kernels"].items()
+        )
         return f"all {layers} attention layers run as fused kernels ({kernels})."
-    if found["attention"] == "elementary":
+    if engine["attention"] == "elementary":
         return "attention runs as products and a softmax."
     return (
         f"{layers} attention layers were given to the runtime as such; whether each became one "
@@ -52,23 +54,23 @@ def _attention(found: Mapping[str, Any]) -> str:
     )
 
 
-def _cache(found: Mapping[str, Any]) -> str:
-    if found["cache"] == "in place":
+def _cache(engine: Mapping[str, Any]) -> str:
+    if engine["cache"] == "in place":
         return "The KV cache is updated in place."
     return (
-        f"The KV cache is copied to a longer one in every run ({found['why_not_in_place']}), on "
+        f"The KV cache is copied to a longer one in every run ({engine['why_not_in_place']}), on "
         "both sides alike."
     )
 
 
-def _plans(found: Mapping[str, Any]) -> str:
-    weights = found["weight_bytes"]
+def _plans(engine: Mapping[str, Any]) -> str:
+    weights = engine["weight_bytes"]
     larger = [
         f"the {side} plan takes {size(plan)} for {size(weights)} of weights"
-        for side, plan in found["plan_bytes"].items()
+        for side, plan in engine["plan_bytes"].items()
         if plan > _LAYOUTS * weights and plan - weights > _SMALL
     ]
     if not larger:
         return ""
-    told = " and ".join(larger)
-    return f"{told[0].upper()}{told[1:]}: each profile may hold weights in a layout of its own."
+    sides = " and ".join(larger)
+    return f"{sides[0].upper()}{sides[1:]}: each profile may hold weights in a layout of its own."

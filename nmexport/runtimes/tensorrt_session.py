@@ -116,9 +116,9 @@ class TensorRTSession(Session):
         self._runtime = trt.Runtime(logger)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
-            told = self._reasons_since(mark)
+            reasons = self._reasons_since(mark)
             raise ArtifactError(
-                f"{engine.target} cannot open the engine: {told}",
+                f"{engine.target} cannot open the engine: {reasons}",
                 fix="run `nmexport engine --force` on this machine",
             )
         self._types = _tensor_types(self._engine)
@@ -504,8 +504,8 @@ class TensorRTSession(Session):
 
     def _reasons_since(self, mark: int) -> str:
         """Return the reasons that TensorRT logged after a mark."""
-        told = list(tensorrt_library.ours_first(self._logger.errors_since(mark)))
-        return "; ".join(told[-3:]) or "it gives no reason"
+        reasons = list(tensorrt_library.ours_first(self._logger.errors_since(mark)))
+        return "; ".join(reasons[-3:]) or "it gives no reason"
 
 
 def _tensor_types(engine: Any) -> dict[str, str]:

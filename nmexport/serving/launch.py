@@ -78,8 +78,8 @@ def find_server(given: Path | None = None) -> Installation:
         return Installation(server=Path(on_path))
     if _CONTAINER.is_file():
         return Installation(server=_CONTAINER)
-    found = importlib.util.find_spec(_WHEEL)
-    for folder in (found.submodule_search_locations or ()) if found else ():
+    wheel = importlib.util.find_spec(_WHEEL)
+    for folder in (wheel.submodule_search_locations or ()) if wheel else ():
         server = Path(folder) / "tritonserver" / "bin" / "tritonserver"
         if server.is_file():
             return Installation(server=server, wheel=Path(folder))
@@ -323,21 +323,21 @@ class Server:
             EnvironmentFault: if there is no server, no environment for it, or a port is taken.
         """
         where = addresses or Addresses()
-        found = installation or find_server()
+        chosen = installation or find_server()
         where.require_free()
         with contextlib.ExitStack() as stack:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nmexport-")))
             command = server_command(
-                found,
+                chosen,
                 repository,
                 where,
-                backends=backends or backend_folder(found, scratch),
+                backends=backends or backend_folder(chosen, scratch),
                 drain_seconds=drain_seconds,
                 plugins=plugins,
                 models=models,
             )
-            python = python_environment(env, old_stub=found.wheel is not None)
-            variables = server_environment(found, python)
+            python = python_environment(env, old_stub=chosen.wheel is not None)
+            variables = server_environment(chosen, python)
             variables[DRAIN_VARIABLE] = str(drain_seconds)
             logging.getLogger(__name__).info("%s", " ".join(command))
             process = subprocess.Popen(  # noqa: S603  the server that was looked up

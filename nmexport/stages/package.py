@@ -51,12 +51,12 @@ class Artifact:
         Raises:
             ArtifactError: if there is none that can be read.
         """
-        found = sorted(self.repository.glob(f"*/1/{FILENAME}"))
-        if not found:
+        bundles = sorted(self.repository.glob(f"*/1/{FILENAME}"))
+        if not bundles:
             raise ArtifactError(
                 f"{self.path} holds no text model.", fix="run `nmexport package --force`"
             )
-        return read_bundle(found[0].parent)
+        return read_bundle(bundles[0].parent)
 
 
 def key_fields(inputs: StageInputs) -> dict[str, Any]:

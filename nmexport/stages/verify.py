@@ -277,7 +277,7 @@ def _dense_against_sparse(
         late = accuracy.LateLogits(_LOGITS_BYTES if wanted else 0)
         scores = accuracy.compare(dense, sparse, tracked, phases=phases, late=late)
         steps = range(evaluation.generate_tokens)
-        told = continuation.compare(
+        continuations = continuation.compare(
             dense,
             sparse,
             prompts,
@@ -298,7 +298,7 @@ def _dense_against_sparse(
     document = {
         "dataset": _dataset(evaluation),
         **scores,
-        "continuation": told,
+        "continuation": continuations,
         "decode_only": decoded,
         **scored,
         "protocol": f"{corpus.protocol(evaluation)}. {accuracy.protocol(phases)}",
@@ -544,8 +544,8 @@ def _notes(engine: Engine, absent: str | None, recipe: Recipe) -> list[str]:
     notes = [alone.NOTE] if engine.dense_model is None else []
     notes += [mixed] if mixed else []
     if absent:
-        told = f"The {engine.runtime} engine was built and does not run here: {absent}"
-        notes.append(f"{told} Accuracy and latency are of its ONNX file on ONNX Runtime.")
+        note = f"The {engine.runtime} engine was built and does not run here: {absent}"
+        notes.append(f"{note} Accuracy and latency are of its ONNX file on ONNX Runtime.")
     elif _no_library(engine) is not None:
         notes.append(
             f"{NO_LIBRARY.capitalize()}: the latency below is theirs, not the native op's."

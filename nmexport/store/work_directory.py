@@ -223,8 +223,8 @@ class WorkDirectory:
 
         A manifest keeps its time: whether a file was written after it still shows.
         """
-        found = [self.find(stage, key) for stage, key in keys.items()]
-        manifests = [manifest for manifest in found if manifest is not None]
+        candidates = [self.find(stage, key) for stage, key in keys.items()]
+        manifests = [manifest for manifest in candidates if manifest is not None]
         total = sum(manifest.seconds for manifest in manifests)
         for manifest in manifests:
             share = round(manifest.seconds / total, 4) if total else None

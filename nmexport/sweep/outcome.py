@@ -52,16 +52,16 @@ def document(
     }
 
 
-def markdown(found: Mapping[str, Any], plots: Mapping[str, str]) -> str:
+def markdown(results: Mapping[str, Any], plots: Mapping[str, str]) -> str:
     """`sweep.md`: a table and a plot for each model.
 
     Args:
-        found: See `document`.
+        results: See `document`.
         plots: File name of each model's plot.
     """
-    parts = [f"# Sweep {found['name']}", "", found["protocol"]]
-    for model in found["models"]:
-        rows = [row for row in found["rows"] if row["model"] == model]
+    parts = [f"# Sweep {results['name']}", "", results["protocol"]]
+    for model in results["models"]:
+        rows = [row for row in results["rows"] if row["model"] == model]
         parts += ["", f"## {model}", "", *_dense_line(rows)]
         if model in plots:
             parts += [f"![Perplexity ratio of each pattern on {model}]({plots[model]})", ""]
@@ -111,23 +111,23 @@ def plot(rows: Sequence[Mapping[str, Any]], model: str) -> str | None:
     )
 
 
-def write(found: Mapping[str, Any], names: Mapping[str, str], folder: Path) -> list[Path]:
+def write(results: Mapping[str, Any], names: Mapping[str, str], folder: Path) -> list[Path]:
     """Write the files; returns their paths.
 
     Args:
-        found: See `document`.
+        results: See `document`.
         names: A name fit for a file, by model.
         folder: Where; it exists.
     """
     plots, written = {}, []
-    for model in found["models"]:
-        svg = plot([row for row in found["rows"] if row["model"] == model], model)
+    for model in results["models"]:
+        svg = plot([row for row in results["rows"] if row["model"] == model], model)
         if svg is not None:
             plots[model] = f"sweep-{names[model]}.svg"
             written.append(_put(folder / plots[model], svg))
-    text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     written.append(_put(folder / "sweep.json", text))
-    written.append(_put(folder / "sweep.md", markdown(found, plots)))
+    written.append(_put(folder / "sweep.md", markdown(results, plots)))
     return written
 
 

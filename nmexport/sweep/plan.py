@@ -222,8 +222,10 @@ def _cells(
         except RecipeError as error:
             if len(variants) == 1 or _is_wrong_alone(model, common, variant):
                 raise
-            told = tuple((key.rpartition(".")[2], _format(value)) for key, value in variant.items())
-            yield Cell(recipe=base, more=told, refused=error.problem)
+            settings = tuple(
+                (key.rpartition(".")[2], _format(value)) for key, value in variant.items()
+            )
+            yield Cell(recipe=base, more=settings, refused=error.problem)
             continue
         if recipe not in seen:
             seen.add(recipe)
@@ -243,11 +245,11 @@ def _is_wrong_alone(model: str, common: Mapping[str, Any], variant: Mapping[str,
 
 
 def _more(variant: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    told = {"pattern", "criterion", "mitigations", "grouping", "phases"}
+    named = {"pattern", "criterion", "mitigations", "grouping", "phases"}
     return tuple(
         (key.rpartition(".")[2], _format(value))
         for key, value in variant.items()
-        if key.removeprefix("sparsity.") not in told
+        if key.removeprefix("sparsity.") not in named
     )
 
 

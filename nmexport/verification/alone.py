@@ -109,8 +109,8 @@ def time(
         "why": WHY,
         "dense": {phase: {**sizes[phase], **absent} for phase in timed},
         "sparse": {
-            phase: {**sizes[phase], **latency.summary(found, tokens=processed[phase])}
-            for phase, found in timed.items()
+            phase: {**sizes[phase], **latency.summary(times, tokens=processed[phase])}
+            for phase, times in timed.items()
         },
         "speedup": {**ratios, "why": WHY},
         "protocol": _PROTOCOL,

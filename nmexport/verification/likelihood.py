@@ -81,15 +81,15 @@ def scores(
         One score for each text, in their order.
     """
     run = _stepwise_scores if stepwise else _prompt_scores
-    found: dict[ScoredText, Score] = {}
+    by_text: dict[ScoredText, Score] = {}
     waiting: dict[ScoredText, int] = {}
     for text in texts:
         waiting[text] = waiting.get(text, 0) + 1
     for text, score in run(session, list(waiting)):
-        found[text] = score
+        by_text[text] = score
         for _ in range(waiting[text]):
             advance()
-    return [found[text] for text in texts]
+    return [by_text[text] for text in texts]
 
 
 def _prompt_scores(

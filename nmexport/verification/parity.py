@@ -129,23 +129,23 @@ def concerns(parity: Mapping[str, Any]) -> list[str]:
     Args:
         parity: The report's `parity`, with `dense`: how far the dense file is from torch.
     """
-    told = []
+    notes = []
     dense = parity.get("dense") or {}
     if dense.get("error") is None and dense.get("why"):
-        told.append(f"The dense ONNX file was not held against torch: {dense['why']}.")
+        notes.append(f"The dense ONNX file was not held against torch: {dense['why']}.")
     floor = parity.get("noise_floor")
     if not floor:
-        return told
+        return notes
     for left, right in LEGS:
         agreement = parity[f"{left}_{right}"].get("top1_agreement")
         if agreement is not None and agreement < floor["top1_agreement"] - _UNEXPLAINED:
-            told.append(
+            notes.append(
                 f"Executors disagree: {left} and {right} choose the same token at "
                 f"{agreement:.1%} of positions, where rounding alone leaves "
                 f"{floor['top1_agreement']:.1%}. The figures of this report do not describe the "
                 "model in torch."
             )
-    return told
+    return notes
 
 
 def _lock_step(
@@ -157,14 +157,14 @@ def _lock_step(
     twins: bool,
 ) -> None:
     def run(ids: NDArray[np.int64], *, first: bool = False) -> Logits:
-        found: Logits = {}
+        logits: Logits = {}
         for name, session in executors.items():
             forward = session.prefill if first else session.decode_step
             if twins and name == TORCH:
-                found[TORCH], found[ROUNDED] = np.split(forward(np.concatenate([ids, ids])), 2)
+                logits[TORCH], logits[ROUNDED] = np.split(forward(np.concatenate([ids, ids])), 2)
             else:
-                found[name] = forward(ids)
-        return found
+                logits[name] = forward(ids)
+        return logits
 
     leader = next(name for name in EXECUTORS if name in executors)
     logits = run(prompts, first=True)

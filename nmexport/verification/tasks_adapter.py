@@ -148,11 +148,11 @@ class SessionLM(TemplateLM):  # type: ignore[misc]  # the harness ships no types
                     fix=self._larger_window,
                 ) from error
         bar = iter(self._progress.track(texts, label=self._label, total=len(texts)))
-        found = scores(
+        results = scores(
             self._session, texts, stepwise=self._stepwise, advance=lambda: next(bar, None)
         )
         next(bar, None)  # past the end: a bar closes once it is asked for more
-        return [(score.logprob, score.is_greedy) for score in found]
+        return [(score.logprob, score.is_greedy) for score in results]
 
     def _windows(self, text: str) -> Iterator[tuple[list[int], list[int]]]:
         for window in harness.get_rolling_token_windows(

@@ -96,8 +96,8 @@ def build(order: Order, progress: Progress) -> Plan:
     except NmexportError:
         raise
     except Exception as error:  # the bindings raise what they please
-        told = logger.errors_since(mark) or [str(error)]
-        raise _refusal("cannot build this", told, order) from error
+        reasons = logger.errors_since(mark) or [str(error)]
+        raise _refusal("cannot build this", reasons, order) from error
 
 
 def parser_takes(target: TensorRTTarget, op: str) -> bool:
@@ -138,8 +138,8 @@ def _build(trt: Any, logger: Any, order: Order, progress: Progress) -> Plan:
     try:
         data = _follow(make, monitor, order.label, progress)
     except _polygraphy_exception() as error:
-        told = logger.errors_since(mark) or [str(error)]
-        raise _refusal("does not build the graph", told, order) from error
+        reasons = logger.errors_since(mark) or [str(error)]
+        raise _refusal("does not build the graph", reasons, order) from error
     return Plan(
         data=data,
         layers=_layers(network),
@@ -162,15 +162,15 @@ def _parse(trt: Any, logger: Any, network: Any, order: Order) -> None:
     if parser.parse(order.model, str(order.weights_beside)):
         return
     faults = [parser.get_error(index) for index in range(parser.num_errors)]
-    told = [f"node {fault.node_name()}: {fault.desc()}" for fault in faults]
+    reasons = [f"node {fault.node_name()}: {fault.desc()}" for fault in faults]
     logged = logger.errors_since(mark)
     ours = [line for line in logged if line.startswith("nmexport ")]
-    raise _refusal("does not take the graph", [*ours, *told] or logged, order)
+    raise _refusal("does not take the graph", [*ours, *reasons] or logged, order)
 
 
 def _refusal(what: str, errors: Sequence[str], order: Order) -> ArtifactError:
-    told = list(tensorrt_library.ours_first(errors))
-    shown = "\n".join(f"  {line}" for line in told[:5]) or "  it gives no reason"
+    reasons = list(tensorrt_library.ours_first(errors))
+    shown = "\n".join(f"  {line}" for line in reasons[:5]) or "  it gives no reason"
     whole = "" if order.log is None else f"the whole log is in {order.log}; "
     return ArtifactError(
         f"TensorRT {what}:\n{shown}", fix=f"{whole}`nmexport doctor` shows versions"
