@@ -22,7 +22,7 @@ from nmexport.models.swap import replace_linears
 from nmexport.models.tracing import cache_shapes
 from nmexport.progress import Silent
 from nmexport.recipe import (
-    CalibrationSection,
+    CorpusSection,
     EvaluationSection,
     GatesSection,
     LatencySection,
@@ -84,7 +84,7 @@ def stage_inputs(source: Path, folded: Path, output: Path) -> StageInputs:
     return StageInputs(
         recipe=Recipe(  # lengths within the tiny model's context
             model=section,
-            calibration=CalibrationSection(length=64),
+            calibration=CorpusSection(length=64),
             evaluation=EvaluationSection(length=64, generate_tokens=8),
             latency=LatencySection(prefill_tokens=16, decode_context=16),
         ),
