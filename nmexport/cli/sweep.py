@@ -126,7 +126,7 @@ def sweep_command(
     else:
         _show(results, root)
     reasons = [row.get("refused") for row in results["rows"]]
-    if all(reasons):
+    if reasons and all(reasons):
         raise UserError(f"Nothing was measured: {reasons[0]}", fix="change the sweep's cells")
 
 
