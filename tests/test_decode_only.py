@@ -62,19 +62,15 @@ def test_it_equals_a_model_that_was_built_decode_only(
         assert late.take(WINDOWS[0]) is None
     for figure in ("tokens", "windows", "perplexity_ratio", "kl_mean", "top1_agreement"):
         assert handed[figure] == pytest.approx(expected[figure], rel=1e-5), figure
-    assert expected["second_half"] is None
+    assert expected.second_half is None
     # Beside it: the same tokens, of which none was read by a dense model.
-    assert whole["second_half"]["tokens"] == handed["tokens"]
-    assert whole["second_half"]["dense"]["perplexity"] == pytest.approx(
-        handed["dense"]["perplexity"], rel=1e-5
-    )
-    assert whole["second_half"]["perplexity_ratio"] != pytest.approx(
-        handed["perplexity_ratio"], rel=1e-3
-    )
+    assert whole.second_half.tokens == handed.tokens
+    assert whole.second_half.dense.perplexity == pytest.approx(handed.dense.perplexity, rel=1e-5)
+    assert whole.second_half.perplexity_ratio != pytest.approx(handed.perplexity_ratio, rel=1e-3)
 
 
 def test_a_runtime_that_hands_nothing_over_says_so(everywhere: Exported) -> None:
     with TorchSession(everywhere.sparse, VOCABULARY) as session:
         figures = scored(session, session, LateLogits(0))
-    assert figures["perplexity_ratio"] is None
-    assert "handed over" in figures["why"]
+    assert figures.perplexity_ratio is None
+    assert "handed over" in figures.why
