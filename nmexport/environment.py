@@ -1,6 +1,6 @@
-"""What this machine is: versions, processor, memory, GPUs. Probed once into a frozen value.
+"""Describe this machine: versions, CPU, memory, GPUs. Probed once into a frozen value.
 
-Nothing heavy is imported: versions come from package metadata, the processor from the
+Nothing heavy is imported: versions come from package metadata, the CPU from the
 operating system, GPUs from `nvidia-smi`.
 """
 
@@ -147,11 +147,11 @@ def _ask_driver(visible: str) -> str | None:
 
 
 def physical_cores() -> int:
-    """Physical cores among the logical processors that this process may run on, at least 1."""
+    """Physical cores among the logical CPUs that this process may run on, at least 1."""
     allowed = _allowed_processors()
     pairs = set()
-    for processor in allowed:
-        topology = Path(f"/sys/devices/system/cpu/cpu{processor}/topology")
+    for cpu in allowed:
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
         try:
             pairs.add(
                 (

@@ -1,4 +1,4 @@
-"""What can go wrong, and whose fault it is.
+"""All errors of the package, by who can fix them.
 
 NmexportError
 ├── UserError               exit 1: one message, no traceback

@@ -43,7 +43,7 @@ class Share:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process tells the outcome."""
+        """True for the process that reports the result."""
         return self.rank == 0
 
     def of(self, count: int) -> range:
@@ -53,7 +53,7 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True)
 class _Subject:
-    """What is scored."""
+    """The model and text to score."""
 
     work: WorkDirectory
     recipe: Recipe

@@ -15,6 +15,7 @@ Readings of the contract, where it leaves a choice:
 - Where nothing can be dropped, because `phase` excludes the tokens or n == m, the op is the dense
   linear, so nu = 1 there also where var(z) lies below the variance floor.
 - A static `shift` is float32, and so is z: scores are taken from `float32(x) - float32(eta)`.
+- `value_scale` multiplies whatever is kept, so all channels where nothing is dropped.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Reference:
     proportional to: an output that cancels to nearly nothing is not more precise for it.
     """
     keep: _Bool
-    """`[..., K]`: the mask."""
+    """`[..., K]`: the mask, in X's own channel order."""
 
     def bound(self, dtype: np.dtype[Any] | type) -> _Float64:
         """Largest difference `[..., O]` the contract allows an executor of type T."""
@@ -83,8 +84,9 @@ def keep_mask(
         x: `[..., K]`, one of the contract's types.
         n: How many channels of a group are kept.
         m: Channels in a group.
-        score_scale: `[K] float32`, factor of each channel's score.
-        channel_order: `[K]`, a permutation: group g holds `channel_order[g*m : g*m+m]`.
+        score_scale: `[K] float32`, factors of the scores, in gathered order.
+        channel_order: `[K]`, a permutation: group g holds `channel_order[g*m : g*m+m]`. None
+            takes X as it lies.
 
     Returns:
         `[..., K]`, True where kept, in X's own channel order.
@@ -95,19 +97,15 @@ def keep_mask(
     """
     _check_input(x, n, m)
     in_features = x.shape[-1]
-    score: _Float32 = np.abs(_float32(x))
+    order = _check_order(channel_order, in_features)
+    score: _Float32 = np.abs(_float32(x[..., order]))
     if score_scale is not None:
         _check_vector("score_scale", score_scale, (in_features,), np.dtype(np.float32))
         with np.errstate(over="ignore", invalid="ignore"):
             score = score * score_scale
-    order = _check_order(channel_order, in_features)
 
-    grouped = score[..., order].reshape(*score.shape[:-1], in_features // m, m)
-    keep_grouped = _keep_largest(grouped, n)
-
-    keep = np.empty(score.shape, dtype=np.bool_)
-    keep[..., order] = keep_grouped.reshape(score.shape)
-    return keep
+    grouped = score.reshape(*score.shape[:-1], in_features // m, m)
+    return _in_own_order(_keep_largest(grouped, n).reshape(score.shape), order)
 
 
 def nm_prune(
@@ -140,6 +138,7 @@ def nm_linear(
     score_scale: _Array | None = None,
     channel_order: _Array | None = None,
     weight_scale: _Array | None = None,
+    value_scale: _Array | None = None,
     dynamic_shift: bool = False,
     variance_correction: bool = False,
     phase: Phase = "all",
@@ -156,6 +155,7 @@ def nm_linear(
         score_scale=score_scale,
         channel_order=channel_order,
         weight_scale=weight_scale,
+        value_scale=value_scale,
         dynamic_shift=dynamic_shift,
         variance_correction=variance_correction,
         phase=phase,
@@ -174,11 +174,14 @@ def reference(
     score_scale: _Array | None = None,
     channel_order: _Array | None = None,
     weight_scale: _Array | None = None,
+    value_scale: _Array | None = None,
     dynamic_shift: bool = False,
     variance_correction: bool = False,
     phase: Phase = "all",
 ) -> Reference:
     """NMLinear with its mask and the size of its terms.
+
+    With a `channel_order`, X is gathered first; everything else along K lies in gathered order.
 
     Args:
         x: `[..., K] T`.
@@ -189,9 +192,10 @@ def reference(
         shift: `[1]` or `[K] float32`, subtracted from every token.
         shift_weight: `[O] float32`, what a unit of dynamic shift adds back; needed by it.
         score_scale: `[K] float32`.
-        channel_order: `[K]`, a permutation.
+        channel_order: `[K]`, a permutation: `x[..., channel_order]` is what is computed on.
         weight_scale: `[G, O] float32` of an int8 w: `w[k, o]` stands for
             `w[k, o] * weight_scale[k // (K / G), o]`. G is 1, or K / G a multiple of 16.
+        value_scale: `[K] float32`, factors of the kept values; scores and nu do not see them.
         dynamic_shift: Subtract each token's own mean.
         variance_correction: Scale the product so that the token's variance is kept.
         phase: Which tokens are sparsified: `decode` those of sequences of length 1, `prefill`
@@ -204,6 +208,10 @@ def reference(
     _check_input(x, n, m)
     _check_linear(x, w, bias, shift, shift_weight, dynamic_shift=dynamic_shift, phase=phase)
     _check_scales(w, weight_scale)
+    if value_scale is not None:
+        _check_vector("value_scale", value_scale, x.shape[-1:], np.dtype(np.float32))
+    order = _check_order(channel_order, x.shape[-1])
+    x = x[..., order]
     x64, w64 = x.astype(np.float64), _scaled_weights(w, weight_scale)
 
     with np.errstate(over="ignore", invalid="ignore"):
@@ -218,12 +226,14 @@ def reference(
         sparsify = n < m and _phase_includes(phase, x.shape)
         keep = np.ones(x.shape, dtype=np.bool_)
         if sparsify:
-            keep = keep_mask(z32, n, m, score_scale=score_scale, channel_order=channel_order)
+            keep = keep_mask(z32, n, m, score_scale=score_scale)
         s = np.where(keep, z, 0.0)
 
         nu: _Float64 = np.ones((*x.shape[:-1], 1))
         if variance_correction and sparsify:
             nu = np.sqrt(_variance(z) / np.maximum(_variance(s), VARIANCE_FLOOR))
+        if value_scale is not None:
+            s = s * value_scale.astype(np.float64)
 
         value = nu * (s @ w64)
         squared_terms = np.square(nu) * (np.square(s) @ np.square(w64))
@@ -234,6 +244,7 @@ def reference(
         if bias is not None:
             value = value + bias.astype(np.float64)
             squared_terms = squared_terms + np.square(bias.astype(np.float64))
+    keep = _in_own_order(keep, order)
     return Reference(value=value, magnitude=np.sqrt(squared_terms), keep=keep)
 
 
@@ -339,6 +350,13 @@ def _check_order(channel_order: _Array | None, in_features: int) -> NDArray[np.i
     if not np.array_equal(np.sort(channel_order), identity):
         raise ValueError(f"channel_order is not a permutation of 0..{in_features - 1}")
     return channel_order.astype(np.intp)
+
+
+def _in_own_order(gathered: _Bool, order: NDArray[np.intp]) -> _Bool:
+    """Put what lies in gathered order along the last axis back where it came from."""
+    own = np.empty(gathered.shape, dtype=gathered.dtype)
+    own[..., order] = gathered
+    return own
 
 
 def _scaled_weights(w: _Array, weight_scale: _Array | None) -> _Float64:

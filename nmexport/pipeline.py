@@ -76,7 +76,7 @@ class Stage(Protocol):
         ...
 
     def key_fields(self, inputs: StageInputs) -> dict[str, Any]:
-        """Everything besides upstream that can change the result; called before upstream ran."""
+        """Everything other than upstream that can change the result; called before upstream ran."""
         ...
 
     def run(self, inputs: StageInputs) -> dict[str, Any]:
@@ -131,7 +131,7 @@ class Selection:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What a run does, or did, about one stage."""
+    """One stage in a run: planned, or done."""
 
     stage: str
     key: str
@@ -179,7 +179,7 @@ class Pipeline:
     """Each stage's inputs, asked for once: a file changed during a run must not split it."""
 
     def plan(self, selection: Selection) -> list[Step]:
-        """What `run` would do now; writes nothing.
+        """Return what `run` would do now; writes nothing.
 
         Raises:
             ArtifactError: if a stage before the first selected one is not complete.
@@ -336,7 +336,7 @@ class Pipeline:
     def _assess(
         self, stage: str, keys: Mapping[str, str], selection: Selection, *, full: bool
     ) -> Step:
-        """Whether the stage's artifact is there, whole, and made from what is upstream now."""
+        """Decide whether the stage has an intact artifact, made from the current upstream."""
         key = keys[stage]
         manifest = self.work.find(stage, key)
         if manifest is None:
@@ -371,7 +371,7 @@ class Pipeline:
         return None
 
     def _why_missing(self, stage: str) -> str:
-        """What changed since the artifact in use; keys alone would not say."""
+        """Say what changed since the artifact in use; keys alone would not say."""
         manifest = self.work.current_manifest(stage)
         if manifest is None:
             return "not built yet"
@@ -416,7 +416,7 @@ class Pipeline:
             if harm is not None:
                 raise ArtifactError(
                     f"The {stage} artifact in {self.work.root} is damaged: {harm}.",
-                    fix=f"run the same with `nmexport build --to {selection.last}`: it mends it",
+                    fix=f"run `nmexport build --to {selection.last}` with the same options",
                 )
 
     # -- parts -------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ LINE_SECONDS = 5.0
 
 
 class Progress(Protocol):
-    """What a stage reports to; the stage neither knows nor cares whether anybody looks."""
+    """Takes a stage's reports; the stage does not know whether anybody looks."""
 
     def track(self, items: Iterable[T], *, label: str, total: int | None = None) -> Iterator[T]:
         """Yield the items, counting them under the label."""

@@ -1,4 +1,4 @@
-"""What to build: frozen, strict, overridden by options, reloading to an equal object.
+"""A recipe says what to build: frozen, strict, overridden by options, reloading to an equal object.
 
 The objects hold no paths of this machine but those the user gave, and import neither
 torch nor a runtime. A recipe comes from a YAML file, or from the name of one that travels with
@@ -62,7 +62,7 @@ MaybePath = Annotated[str, AfterValidator(_expanded)]
 """Text that may name a file; `~` is expanded."""
 
 ComputeCapability = Annotated[str, BeforeValidator(_capability_from)]
-"""Of a GPU."""
+"""Compute capability of a GPU."""
 
 
 def _weights_from(value: object) -> object:
@@ -113,7 +113,7 @@ class ModelSection(_Strict):
     """How sparsified weights are stored: `float` as dtype says, `int8` with a scale an output, or
     `int8:CHANNELS` with one for so many channels of each output, a multiple of 16."""
     dense_baseline: bool = True
-    """Export the dense model beside the sparse one; without it export takes half the disk, and
+    """Export the dense model next to the sparse one; without it export takes half the disk, and
     nothing says what sparsity costs or gains."""
     package: str | None = None
     """Installed Python package that carries the weights as a `.gguf`, tried when the hub is not
@@ -134,7 +134,7 @@ def _default_mitigations(given: dict[str, Any]) -> tuple[Mitigation, ...]:
 
 
 class SparsitySection(_Strict):
-    """What the linears compute.
+    """The sparsity of the linears.
 
     Defaults are the most accurate known, measured on SmolLM2 at 8:16. Where a phase stays dense,
     the folded weight has to stay the dense one, and mitigations default to what leaves it alone.
@@ -149,13 +149,13 @@ class SparsitySection(_Strict):
     effort: Effort = "standard"
     """How long learned mitigations learn, and how much text the model writes for that alone."""
     rank: int = Field(default=32, ge=1)
-    """Of the mitigation `low-rank`."""
+    """Rank of the mitigation `low-rank`."""
     remainder: float = Field(default=0.05, gt=0, le=1)
     """Largest size of the factors of `r-sparse`, as a share of the dense weight."""
 
 
 class BudgetSection(_Strict):
-    """What sparsity may cost, or must gain; several limits hold together.
+    """Limits on what sparsity may cost, or must gain; several limits hold together.
 
     With a limit on accuracy, the fastest choice within it is taken; without one, the most accurate.
     """
@@ -165,7 +165,7 @@ class BudgetSection(_Strict):
     max_kl: float | None = Field(default=None, gt=0)
     """Mean KL(dense || sparse) of the same, in nats a token."""
     min_speedup: float | None = Field(default=None, gt=1)
-    """Of decode at batch 1, by the cost model."""
+    """Decode speed-up at batch 1, by the cost model."""
     max_bytes: float | None = Field(default=None, gt=0, lt=1)
     """Share of the targeted linears' weight bytes that a decoded token reads."""
 
@@ -180,11 +180,11 @@ class CostSection(_Strict):
     gigabytes_per_second: float = Field(default=35.0, gt=0)
     """At which a decoded token's weights are read."""
     dense_overhead_us: float = Field(default=3.0, ge=0)
-    """Of a dense product beyond that; linears that share an input are one product."""
+    """Fixed time of a dense product; linears that share an input are one product."""
     sparse_overhead_us: float = Field(default=12.0, ge=0)
-    """Of a sparse one, selection and all."""
+    """Fixed time of a sparse product, selection included."""
     layer_overhead_us: float = Field(default=80.0, ge=0)
-    """Of a decoder layer in all that is no product with weights."""
+    """Time of a decoder layer in everything other than products with weights."""
     prefill_weight: float = Field(default=0.0, ge=0)
     """Worth of a prompt's multiply-adds saved, as a share of the same share of decode time; 0
     where sparse prompts are no faster."""
@@ -197,7 +197,7 @@ class AllocationSection(_Strict):
     patterns: tuple[Pattern, ...] = Field(
         default=tuple(NMPattern(kept, 16) for kept in (12, 10, 8, 6, 4)), min_length=1
     )
-    """To choose among, beside dense. Add 2:4 where the target runs it faster."""
+    """Patterns to choose among, along with dense. Add 2:4 where the target runs it faster."""
     criteria: tuple[Criterion, ...] = ()
     """To choose among; none is the recipe's own."""
     phases: tuple[Phase, ...] = ()
@@ -223,11 +223,11 @@ class CorpusSection(_Strict):
     length: int = Field(default=512, ge=8)
     """Tokens a sample."""
     self_share: float = Field(default=0.5, ge=0, le=1)
-    """Share of the samples that the model writes itself, beside a named corpus."""
+    """Share of the samples that the model writes itself, next to a named corpus."""
     learning_samples: int = Field(default=384, ge=0)
     """Further samples of a named corpus, as many as there are, for learned constants alone."""
     offload: Offload = "auto"
-    """Whether a model that does not fit into memory is run layer by layer. It changes no result."""
+    """When to run a model layer by layer to save memory. Results are the same."""
 
 
 class EvaluationSection(_Strict):
@@ -240,7 +240,7 @@ class EvaluationSection(_Strict):
     prompts: int = Field(default=8, ge=1)
     generate_tokens: int = Field(default=64, ge=1)
     decode_only: bool = True
-    """Score decode-only sparsity beside sparsity in all phases."""
+    """Score decode-only sparsity next to sparsity in all phases."""
     tasks: tuple[str, ...] = ()
     """Tasks, groups or tags of lm-evaluation-harness, or of `tasks_path`."""
     tasks_path: MaybePath | None = None
@@ -263,7 +263,7 @@ class LatencySection(_Strict):
 
 
 class EngineSection(_Strict):
-    """What a TensorRT engine is built for; ONNX Runtime takes all sizes."""
+    """Sizes that a TensorRT engine is built for; ONNX Runtime takes all sizes."""
 
     compute_capabilities: tuple[ComputeCapability, ...] = ()
     """Such as 8.9; TensorRT-RTX takes several. None is the GPU of this machine."""
@@ -291,10 +291,10 @@ class GatesSection(_Strict):
 
 
 class ServingSection(_Strict):
-    """What the Triton repository is made with; a server's operator may change it there."""
+    """Settings of the Triton repository; a server's operator may change them there."""
 
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Of the Triton model; None takes the model's."""
+    """Name of the Triton model; None takes the model's own."""
     allow_failed: bool = False
     """Package although the report's verdict is `fail`."""
     slots: int = Field(default=8, ge=1)
@@ -337,7 +337,7 @@ def resolve(
     """Put a recipe together: a file or a model's own recipe, then single keys on top.
 
     Args:
-        model: Recipe name, Hub id, local folder, or `.gguf` file. Beside a file, it replaces
+        model: Recipe name, Hub id, local folder, or `.gguf` file. With a file, it replaces
             the file's model.
         overrides: Values by dotted key, such as `{"sparsity.pattern": "2:4"}`.
         file: A recipe in YAML.
@@ -392,7 +392,7 @@ def path_of(name: str) -> Path:
 
 
 def about(name: str) -> str:
-    """What a recipe is for: the comment on its first line."""
+    """Return what a recipe is for: the comment on its first line."""
     first, *_ = path_of(name).read_text(encoding="utf-8").splitlines() or [""]
     return first.removeprefix("#").strip()
 
@@ -404,7 +404,7 @@ def short_name(model: str) -> str:
 
 
 def _base(model: str | None, file: Path | None) -> tuple[strict_yaml.Document, str]:
-    """What the overrides go on top of, and what to call it in messages."""
+    """Return what the overrides are applied to, and its name in messages."""
     if file is not None:
         document, source = _read(file), str(file)
         if model is not None:

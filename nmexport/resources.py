@@ -1,4 +1,4 @@
-"""Where the data files that travel with the package lie: recipes and the op contract."""
+"""Paths of the data files that are installed with the package: recipes and the op contract."""
 
 from __future__ import annotations
 

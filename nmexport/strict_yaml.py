@@ -46,7 +46,7 @@ _Dumper.add_representer(str, _represent_text)
 
 @dataclass(frozen=True)
 class Document:
-    """What a YAML text says, and where."""
+    """A parsed YAML text, with the position of each value."""
 
     value: Any
     lines: dict[Where, int] = field(default_factory=dict)

@@ -11,7 +11,8 @@ from nmexport.models.loader import load_model
 from nmexport.models.source import resolve
 from nmexport.models.swap import replace_linears
 from nmexport.recipe import ModelSection
-from nmexport.sparsity.linear import Behaviour, Constants, FoldedLinear, fold
+from nmexport.sparsity.fold import fold
+from nmexport.sparsity.linear import Behaviour, Constants, SparseLinear
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.stages.export import write_models
 from nmexport.store.layers import LayerSpec
@@ -33,6 +34,8 @@ class Exported:
     folder: Path
     dense: PreTrainedModel
     sparse: PreTrainedModel
+    tensors: Mapping[str, Mapping[str, torch.Tensor]]
+    """Inputs of each op, by the name of the linear."""
 
     @property
     def model(self) -> Path:
@@ -95,9 +98,9 @@ def export_folder(
     }
     write_models(dense, specs_of(dense, behaviour), folded.__getitem__, output)
     replace_linears(
-        sparse, {name: FoldedLinear(behaviour, **tensors) for name, tensors in folded.items()}
+        sparse, {name: SparseLinear(behaviour, tensors) for name, tensors in folded.items()}
     )
-    return Exported(output, dense, sparse)
+    return Exported(output, dense, sparse, folded)
 
 
 def onnx_logits(

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from nmexport.graph.contract import op_contract
 from nmexport.graph.functions import function_protos_for
 from nmexport.graph.versions import IR_VERSION, OPSET
 
@@ -44,6 +45,7 @@ _LINEAR_INPUTS = (
     "score_scale",
     "channel_order",
     "weight_scale",
+    "value_scale",
 )
 _PRUNE_INPUTS = ("X", "score_scale", "channel_order")
 
@@ -117,6 +119,10 @@ def linear_case(
         "shift_weight": w.astype(np.float64).sum(axis=0).astype(np.float32),
         "score_scale": np.exp(rng.standard_normal(in_features)).astype(np.float32),
         "channel_order": rng.permutation(in_features).astype(np.int32),
+        # Of numbers of its own: the other draws stay what they were without it.
+        "value_scale": np.exp(
+            0.3 * np.random.default_rng(seed + 1).standard_normal(in_features)
+        ).astype(np.float32),
     }
     arrays = {"W": w, **{name: made[name] for name in optional}}
     if scale_groups:
@@ -127,6 +133,26 @@ def linear_case(
         x=random_activations(rng, shape, dtype) + np.array(0.5, dtype=dtype),
         attributes={"n": 8, "m": 16, **attributes},
         arrays=arrays,
+    )
+
+
+@st.composite
+def linear_calls(draw: st.DrawFn) -> LinearCase:
+    """A random call with an order and any of the inputs and attributes that go together."""
+    n, m = draw(st.sampled_from(PATTERNS))
+    shift = draw(st.sampled_from([(), ("shift",), ("shift_weight",)]))
+    more = draw(st.sets(st.sampled_from(("bias", "score_scale", "value_scale"))))
+    return linear_case(
+        shape=(draw(st.integers(1, 3)), 3 * m),
+        out_features=5,
+        dtype=draw(st.sampled_from(TYPES)),
+        optional=(*shift, *sorted(more), "channel_order"),
+        dynamic_shift=int("shift_weight" in shift),
+        variance_correction=draw(st.integers(0, 1)),
+        phase=draw(st.sampled_from(("all", "prefill", "decode"))),
+        n=n,
+        m=m,
+        seed=draw(st.integers(0, 1000)),
     )
 
 
@@ -179,7 +205,7 @@ def one_node_model(
         functions=function_protos_for([node], opset=opset),
         opset_imports=[
             onnx.helper.make_opsetid("", opset),
-            onnx.helper.make_opsetid("nmexport", 1),
+            onnx.helper.make_opsetid("nmexport", op_contract().opset_version),
         ],
         ir_version=IR_VERSION,
     )

@@ -19,10 +19,12 @@ from nmexport.models.source import resolve
 from nmexport.models.swap import replace_linears
 from nmexport.progress import Silent
 from nmexport.recipe import AllocationSection, ModelSection, SparsitySection
-from nmexport.sparsity.linear import Behaviour, Constants, FoldedLinear
+from nmexport.sparsity.linear import Behaviour, Constants
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.sparsity.targets import linears_of
 from nmexport.store.allocation import Allocation, as_dict
+
+from tests.unfolded import folded_linear
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -213,9 +215,7 @@ def test_without_mitigations_the_plain_model_keeps_the_budget(
         dense = model(input_ids=windows).logits[:, :-1].log_softmax(-1)
         for name, choice in found.sparse.items():
             assert choice.pattern is not None
-            folded = FoldedLinear.from_dense(
-                linears[name], Behaviour(pattern=choice.pattern), Constants()
-            )
+            folded = folded_linear(linears[name], Behaviour(pattern=choice.pattern), Constants())
             replace_linears(model, {name: folded})
         sparse = model(input_ids=windows).logits[:, :-1].log_softmax(-1)
     built = float((dense.exp() * (dense - sparse)).sum(-1).mean())

@@ -15,7 +15,8 @@ from nmexport.models.loader import load_model
 from nmexport.models.source import resolve
 from nmexport.progress import Silent
 from nmexport.recipe import ModelSection
-from nmexport.sparsity.linear import Behaviour, Constants, fold
+from nmexport.sparsity.fold import fold
+from nmexport.sparsity.linear import Behaviour, Constants
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.sparsity.targets import linears_of
 from nmexport.store.allocation import Allocation, Built, Choice

@@ -25,12 +25,13 @@ from nmexport.models.source import resolve
 from nmexport.models.swap import replace_linears
 from nmexport.progress import Silent
 from nmexport.recipe import ModelSection
-from nmexport.sparsity.linear import Behaviour, Constants, FoldedLinear, SparseLinear
+from nmexport.sparsity.linear import Behaviour, Constants, SparseLinear
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.sparsity.targets import linears_of
 from nmexport.store.allocation import Choice
 
 from tests.tiny import FAMILIES, save_tiny_model
+from tests.unfolded import UnfoldedLinear, folded_linear
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -112,7 +113,7 @@ def test_a_sparse_input_is_the_method_unfolded(behaviour: Behaviour, constants: 
     linear = torch.nn.Linear(64, 16)
     sparse = SparseInput(behaviour, constants, 64)
     with torch.no_grad():
-        expected = SparseLinear(linear, behaviour, constants)(x)
+        expected = UnfoldedLinear(linear, behaviour, constants)(x)
         assert torch.allclose(linear(sparse(x)), expected, atol=1e-5)
 
 
@@ -128,7 +129,7 @@ def test_phases_divide_a_window_at_the_prompt() -> None:
 # -- trials --------------------------------------------------------------------------------------
 
 
-def folded_logits(model: Any, modules: dict[str, FoldedLinear], ids: torch.Tensor) -> torch.Tensor:
+def folded_logits(model: Any, modules: dict[str, SparseLinear], ids: torch.Tensor) -> torch.Tensor:
     replaced = replace_linears(model, modules)
     try:
         with torch.no_grad():
@@ -138,10 +139,8 @@ def folded_logits(model: Any, modules: dict[str, FoldedLinear], ids: torch.Tenso
         replace_linears(model, replaced)
 
 
-def folded(linears: Any, site: Site, behaviour: Behaviour = HALF) -> dict[str, FoldedLinear]:
-    return {
-        name: FoldedLinear.from_dense(linears[name], behaviour, Constants()) for name in site.names
-    }
+def folded(linears: Any, site: Site, behaviour: Behaviour = HALF) -> dict[str, SparseLinear]:
+    return {name: folded_linear(linears[name], behaviour, Constants()) for name in site.names}
 
 
 def test_a_trial_is_the_folded_model(model: Any, linears: Any, sites: list[Site]) -> None:

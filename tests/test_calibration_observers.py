@@ -17,9 +17,11 @@ from nmexport.calibration.local_error import ErrorObserver, observe_error
 from nmexport.calibration.observers import ChannelObserver, ChannelSums
 from nmexport.errors import ModelError
 from nmexport.progress import Silent
-from nmexport.sparsity.linear import Behaviour, Constants, FoldedLinear
+from nmexport.sparsity.linear import Behaviour, Constants
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.sparsity.targets import linears_of
+
+from tests.unfolded import folded_linear
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -98,7 +100,7 @@ def test_relative_error_is_that_of_the_folded_linear(
     linear = torch.nn.Linear(K, 20)
     behaviour = Behaviour(pattern=NMPattern(8, 16), variance_correction=variance_correction)
     constants = Constants(shift=None if shift is None else torch.tensor([shift]))
-    folded = FoldedLinear.from_dense(
+    folded = folded_linear(
         linear, behaviour, Constants(shift=constants.shift, nu=None if nu == 1.0 else nu)
     )
     parts = [torch.randn(5, K), torch.randn(9, K) + 1]

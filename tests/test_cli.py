@@ -861,7 +861,7 @@ def test_inspect_onnx_counts_our_nodes_without_reading_weights(in_folder: Path) 
     node = helper.make_node("NMLinear", ["x", "w"], ["y"], domain="nmexport", n=8, m=16)
     weight = numpy_helper.from_array(np.zeros((32, 8), np.float32), "w")
     graph = helper.make_graph([node], "g", [value], [out], [weight])
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("nmexport", 1)]
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("nmexport", 2)]
     onnx.save(
         helper.make_model(graph, opset_imports=opsets),
         "m.onnx",
@@ -894,11 +894,11 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch, library: NativeLibrary, says: s
     assert "target onnxruntime: works" in shown
     assert ("native op library" in shown) == (library.why_missing is not None)
     assert "target tensorrt: does not work here" in shown
-    assert "mend: " in shown
+    assert "fix: " in shown
     document = json.loads(run("doctor", "--json").stdout)
     assert document["environment"]["packages"]["onnxruntime"]
     assert document["native_library"]["why_missing"] == library.why_missing
-    assert all(one["mend"] for target in document["targets"] for one in target["missing"])
+    assert all(one["fix"] for target in document["targets"] for one in target["missing"])
 
 
 def test_tables_of_nested_values(in_folder: Path) -> None:

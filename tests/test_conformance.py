@@ -6,8 +6,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from hypothesis import given, settings
 from nmexport import oracle
-from nmexport.sparsity.linear import Behaviour, FoldedLinear
+from nmexport.sparsity.linear import Behaviour, SparseLinear
 from nmexport.sparsity.pattern import NMPattern
 
 from tests.op_cases import (
@@ -16,6 +17,7 @@ from tests.op_cases import (
     PATTERNS,
     TYPES,
     LinearCase,
+    linear_calls,
     linear_case,
     one_node_model,
     run_session,
@@ -27,6 +29,9 @@ SHIFTS = {
     "static": {"optional": ("shift",)},
     "dynamic": {"optional": ("shift_weight",), "dynamic_shift": 1},
 }
+
+
+EVERYTHING = ("bias", "score_scale", "channel_order", "value_scale")
 
 
 def tensor_from(array):
@@ -50,7 +55,7 @@ def run_torch(case: LinearCase):
         phase=attributes.get("phase", "all"),
     )
     tensors = {name: tensor_from(array) for name, array in case.arrays.items()}
-    module = FoldedLinear.from_tensors(behaviour, tensors)
+    module = SparseLinear(behaviour, tensors)
     with torch.no_grad():
         return array_from(module(tensor_from(case.x)))
 
@@ -79,7 +84,7 @@ executors = pytest.mark.parametrize(
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("shift", SHIFTS)
 @pytest.mark.parametrize("variance_correction", [0, 1])
-@pytest.mark.parametrize("optional", [(), ("bias", "score_scale", "channel_order")], ids=len)
+@pytest.mark.parametrize("optional", [(), EVERYTHING], ids=len)
 def test_values_are_within_contract(run, dtype, shift, variance_correction, optional):
     case = linear_case(
         dtype=dtype,
@@ -156,10 +161,71 @@ def test_int8_weights_are_within_contract(run, dtype, scale_groups, tokens):
         shape=(tokens, 192),
         dtype=dtype,
         scale_groups=scale_groups,
-        optional=("bias", "shift_weight", "channel_order"),
+        optional=("bias", "shift_weight", "channel_order", "value_scale"),
         dynamic_shift=1,
         variance_correction=1,
     )
+    assert_within_contract(case, run(case))
+
+
+@executors
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("scale_groups", [0, 4])
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+def test_an_order_is_a_gather_of_the_input(run, dtype, scale_groups, tokens):
+    """Bit for bit: with the order given, and with the input gathered beforehand."""
+    case = linear_case(
+        shape=(tokens, 192),
+        dtype=dtype,
+        out_features=40,
+        scale_groups=scale_groups,
+        optional=("bias", "shift", "score_scale", "channel_order", "value_scale"),
+        variance_correction=1,
+    )
+    arrays = {**case.arrays}
+    order = arrays.pop("channel_order")
+    x = np.ascontiguousarray(case.x[..., order])
+    before = LinearCase(x=x, attributes=case.attributes, arrays=arrays)
+    assert np.array_equal(run(case), run(before))
+
+
+@executors
+@given(case=linear_calls())
+@settings(max_examples=25, deadline=None)
+def test_any_call_is_within_contract_and_gathers_first(run, case):
+    """Near ties of a per-token shift are open; what is gathered beforehand decides them alike."""
+    arrays = {**case.arrays}
+    order = arrays.pop("channel_order")
+    x = np.ascontiguousarray(case.x[..., order])
+    y = run(case)
+    before = LinearCase(x=x, attributes=case.attributes, arrays=arrays)
+    assert np.array_equal(y, run(before), equal_nan=True)
+    if not case.attributes["dynamic_shift"]:
+        assert_within_contract(case, y)
+
+
+@executors
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_equal_scores_go_by_gathered_position(run, tokens):
+    order = np.random.default_rng(3).permutation(64).astype(np.int32)
+    case = LinearCase(
+        x=np.ones((tokens, 64), FLOAT32),
+        attributes={"n": 3, "m": 8},
+        arrays={"W": np.eye(64, dtype=FLOAT32), "channel_order": order},
+    )
+    for y in run(case):
+        assert np.flatnonzero(y).tolist() == [c for c in range(64) if c % 8 < 3]
+
+
+@executors
+@pytest.mark.parametrize("phase", ["all", "prefill", "decode"])
+@pytest.mark.parametrize("pattern", [(8, 16), (16, 16)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_value_scale_meets_what_is_kept_and_nothing_else(run, pattern, phase, tokens):
+    n, m = pattern
+    case = linear_case(shape=(1, tokens, 96), optional=("value_scale",), n=n, m=m, phase=phase)
+    case.arrays["value_scale"][::3] = 0.0
+    case.arrays["value_scale"][1::5] *= -1e3  # scores that saw it would keep other channels
     assert_within_contract(case, run(case))
 
 

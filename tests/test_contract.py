@@ -10,9 +10,11 @@ import pytest
 from nmexport import choices, oracle
 from nmexport.errors import ArtifactError, InternalError
 from nmexport.graph import contract as contract_module
+from nmexport.graph import cpu
 from nmexport.graph.contract import (
     attribute_values,
     check_node,
+    check_version,
     contract_from_document,
     op_contract,
     present_inputs,
@@ -31,8 +33,8 @@ def document():
 
 def test_names_that_files_in_the_field_depend_on():
     contract = op_contract()
-    assert (contract.domain, contract.opset_version) == ("nmexport", 1)
-    assert (contract.plugin_version, contract.plugin_namespace) == ("1", "")
+    assert (contract.domain, contract.opset_version) == ("nmexport", 2)
+    assert (contract.plugin_version, contract.plugin_namespace) == ("2", "")
     assert contract.types == ("float32", "float16", "bfloat16")
     assert {name: [i.name for i in op.inputs] for name, op in contract.ops.items()} == {
         "NMPrune": ["X", "score_scale", "channel_order"],
@@ -45,6 +47,7 @@ def test_names_that_files_in_the_field_depend_on():
             "score_scale",
             "channel_order",
             "weight_scale",
+            "value_scale",
         ],
     }
     assert contract.ops["NMLinear"].inputs[1].alternatives == ("int8",)
@@ -71,6 +74,7 @@ def test_the_oracle_and_the_pattern_say_what_the_contract_says():
     assert contract.tolerance.float32_rtol_per_sqrt_k == oracle.FLOAT32_RTOL_PER_SQRT_K
     assert contract.tolerance.half_ulps == oracle.HALF_ULPS
     assert contract.max_group == MAX_GROUP
+    assert contract.opset_version == cpu._OPSET
     for op in contract.ops.values():
         for name in ("n", "m"):
             attribute = op.attribute(name)
@@ -169,3 +173,13 @@ def test_every_fault_is_listed_at_once():
 def test_a_node_of_another_kind_or_arity_is_refused(node, says):
     with pytest.raises(ArtifactError, match=says):
         check_node(node)
+
+
+def test_a_model_of_another_version_is_refused_in_one_sentence():
+    check_version({"": 23}, "a dense model")
+    check_version({"": 23, "nmexport": 2}, "model.onnx")
+    with pytest.raises(ArtifactError) as refusal:
+        check_version({"": 23, "nmexport": 1}, "model.onnx")
+    assert str(refusal.value).startswith("model.onnx holds nmexport ops of version 1.")
+    assert refusal.value.allowed == "version 2"
+    assert "export the model again" in str(refusal.value.fix)

@@ -119,7 +119,7 @@ def linear(
         [tensor("y", half, ["B", "S", 16])],
         [numpy_helper.from_array(w, "W")],
     )
-    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("nmexport", 1)]
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("nmexport", 2)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
@@ -223,7 +223,7 @@ def test_the_librarys_description_has_what_readers_expect(recording_plugin: Path
     described = tensorrt_library.describe_plugin(recording_plugin)
     keys = {"version", "tensorrt_headers", "cuda", "architectures", "plugin_version"}
     assert set(described) == keys
-    assert described["plugin_version"] == "1"
+    assert described["plugin_version"] == "2"
 
 
 # -- refusals ---------------------------------------------------------------------------------

@@ -75,8 +75,8 @@ def test_every_missing_thing_has_a_mend(monkeypatch) -> None:
     assert list(states) == ["onnxruntime", "tensorrt", "tensorrt-rtx"]
     assert not any(state.works for state in states.values())
     for state in states.values():
-        assert all(one.what and one.mend for one in state.missing)
-    assert states["onnxruntime"].missing[0].mend == "pip install onnxruntime"
+        assert all(one.what and one.fix for one in state.missing)
+    assert states["onnxruntime"].missing[0].fix == "pip install onnxruntime"
 
 
 @pytest.mark.parametrize("compiler", ["/usr/bin/c++", None])
@@ -86,7 +86,7 @@ def test_missing_library_slows_and_does_not_forbid(monkeypatch, compiler: str | 
     state = doctor.diagnose()[0]
     assert state.works
     assert "no compiler was found" in state.missing[0].what
-    assert ("install a C++17 compiler" in state.missing[0].mend) == (compiler is None)
+    assert ("install a C++17 compiler" in state.missing[0].fix) == (compiler is None)
 
 
 # -- what computes --------------------------------------------------------------------------------

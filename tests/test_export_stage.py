@@ -18,10 +18,12 @@ from nmexport.errors import ArtifactError, EnvironmentFault, ModelError, RecipeE
 from nmexport.graph import checks
 from nmexport.graph.linears import linears_of_node
 from nmexport.models.source import resolve
+from nmexport.models.swap import replace_linears
 from nmexport.models.tracing import cache_shapes
 from nmexport.progress import Silent
 from nmexport.recipe import GatesSection, ModelSection, Recipe
-from nmexport.sparsity.linear import Behaviour, Constants, fold
+from nmexport.sparsity.fold import fold
+from nmexport.sparsity.linear import Behaviour, Constants, SparseLinear
 from nmexport.sparsity.remainder import remainder_of
 from nmexport.stages import export, verify
 from nmexport.stages.inputs import StageInputs
@@ -174,14 +176,11 @@ def test_artifact(run: SimpleNamespace, tmp_path: Path) -> None:
 
 def test_all_constants_arrive(run: SimpleNamespace) -> None:
     """Shifts, scales and orders change the result, and it is torch's."""
-    from nmexport.models.swap import replace_linears
-    from nmexport.sparsity.linear import FoldedLinear
-
     model = load(run.inputs.source.folder)
     behaviour = Behaviour(pattern=PATTERN)
     stand_ins = {
-        name: FoldedLinear(
-            behaviour, **fold(linear, behaviour, constants_for(linear), dtype=torch.float32)
+        name: SparseLinear(
+            behaviour, fold(linear, behaviour, constants_for(linear), dtype=torch.float32)
         )
         for name, linear in linears_of(model).items()
     }
@@ -253,6 +252,33 @@ def test_a_bias_that_only_some_fused_linears_have(tiny_llama: Path, tmp_path: Pa
         if item.name == "model.layers.1.self_attn.q_proj+k_proj+v_proj.bias"
     )
     np.testing.assert_array_equal(bias, [0.0] * 64 + [3.0] * 32 + [0.0] * 32)
+
+
+def test_linears_with_value_scales_of_their_own_are_not_fused(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    """One node has one value scale: q and k share theirs, v has another."""
+    model = load(tiny_llama)
+    behaviour = Behaviour(pattern=PATTERN)
+
+    def folded(name: str, linear: torch.nn.Linear) -> dict[str, torch.Tensor]:
+        tensors = fold(linear, behaviour, constants_for(linear), dtype=torch.float32)
+        if name.endswith(("q_proj", "k_proj")):
+            tensors["value_scale"] = torch.linspace(0.5, 1.5, linear.in_features)
+        elif name.endswith("v_proj"):
+            tensors["value_scale"] = torch.linspace(1.5, 0.5, linear.in_features)
+        return tensors
+
+    tensors = {name: folded(name, linear) for name, linear in linears_of(model).items()}
+    export.write_models(model, specs_of(model, behaviour), tensors.__getitem__, tmp_path)
+    exported = onnx.load(tmp_path / "model.onnx", load_external_data=False)
+    names = [node.name.rpartition(".")[2] for node in exported.graph.node if node.domain]
+    assert names[:3] == ["q_proj+k_proj", "v_proj", "o_proj"]
+    replace_linears(model, {name: SparseLinear(behaviour, one) for name, one in tensors.items()})
+    ids = np.random.default_rng(1).integers(3, VOCABULARY, (1, 12))
+    mask = np.ones_like(ids)
+    actual = onnx_logits(tmp_path / "model.onnx", ids, mask, prefill=8)
+    np.testing.assert_allclose(actual, torch_logits(model, ids, mask), rtol=1e-3, atol=1e-3)
 
 
 def test_genai_config(run: SimpleNamespace) -> None:

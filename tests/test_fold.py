@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from nmexport.allocation.probe import spread_windows
-from nmexport.calibration import effort, learning
+from nmexport.calibration import effort, sparse_constants
 from nmexport.environment import Environment
 from nmexport.errors import ArtifactError, CorpusError, ModelError, PatternError, RecipeError
 from nmexport.models.loader import load_model
@@ -18,7 +18,7 @@ from nmexport.models.source import resolve
 from nmexport.models.swap import replace_linears
 from nmexport.progress import Silent
 from nmexport.recipe import Recipe
-from nmexport.sparsity.linear import Behaviour, FoldedLinear
+from nmexport.sparsity.linear import Behaviour, SparseLinear
 from nmexport.sparsity.targets import linears_of
 from nmexport.stages import calibrate, fold
 from nmexport.stages.inputs import StageInputs
@@ -182,7 +182,7 @@ def test_folded_layers_run_in_the_model(
             variance_correction=spec.variance_correction,
             phase=spec.phase,
         )
-        modules[spec.name] = FoldedLinear.from_tensors(behaviour, tensors)
+        modules[spec.name] = SparseLinear(behaviour, tensors)
     model = load_model(resolve(recipe.model))
     tokens = calibrate.Artifact(calibration).samples()
     with torch.no_grad():
@@ -266,7 +266,7 @@ def test_refusals_come_before_the_work(tiny_llama: Path, tmp_path: Path) -> None
 def test_scales_that_do_not_fit_are_refused_before_anything_is_learned(
     tiny_llama: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fold, "_learned", lambda *_: pytest.fail("it learned first"))
+    monkeypatch.setattr(sparse_constants, "learn", lambda *_, **__: pytest.fail("it learned first"))
     recipe = recipe_of(tiny_llama, model={"weights": "int8:128"})
     with pytest.raises(RecipeError, match=r"q_proj: its 64 channels are no multiple of 128"):
         folded(recipe, tmp_path, calibration)
@@ -323,7 +323,7 @@ def kl_of_folded(recipe: Recipe, artifact: fold.Artifact, windows: torch.Tensor)
         replace_linears(
             model,
             {
-                spec.name: FoldedLinear.from_tensors(
+                spec.name: SparseLinear(
                     Behaviour(pattern=spec.pattern), artifact.tensors(spec.name)
                 )
                 for spec in artifact.layers
@@ -363,7 +363,7 @@ def test_nothing_is_learned_from_what_measures_it(
     def watch(*given: Any, **_: Any) -> None:
         raise Seen(given[4])
 
-    monkeypatch.setattr(learning, "learn", watch)
+    monkeypatch.setattr(sparse_constants, "learn", watch)
     with pytest.raises(Seen) as caught:
         folded(budgeted(tiny_llama), tmp_path, longer_calibration)
     learned = {tuple(row[:24]) for kind in caught.value.args[0] for row in kind.tolist()}
@@ -396,7 +396,7 @@ def test_what_became_of_a_choice_is_said(used: float, said: str) -> None:
     allocation = replace(
         sample_allocation(), built=Built(kl=0.1, perplexity_ratio=1.1, budget_used=used)
     )
-    words = fold._came_to(allocation)
+    words = allocation.summary()
     assert words.startswith("38% of the bytes saved: perplexity ratio 1.147 as chosen, ")
     assert words.endswith(said)
 

@@ -161,7 +161,7 @@ def test_bodies_are_valid_in_every_opset_we_promise(opset):
 
 
 def all_signatures():
-    optional = ("bias", "score_scale", "channel_order")
+    optional = ("bias", "score_scale", "channel_order", "value_scale")
     subsets = [c for r in range(len(optional) + 1) for c in itertools.combinations(optional, r)]
     for inputs, shift, variance, phase, keeps_all in itertools.product(
         subsets, SHIFTS.values(), (0, 1), ("all", "prefill", "decode"), (False, True)

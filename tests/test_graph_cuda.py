@@ -174,6 +174,18 @@ def test_half_type_linears_are_ours(tmp_path: Path) -> None:
     assert {node.attributes["n"].as_int() for node in linears} == {16}
 
 
+def test_gate_and_up_of_their_own(tmp_path: Path) -> None:
+    # Wide ones stay apart in a dense baseline.
+    save_tiny_model(tmp_path / "source", "llama", intermediate_size=640)
+    (tmp_path / "export").mkdir()
+    exported = export_folder(tmp_path / "source", tmp_path / "export")
+    names = [node.op_type for node in rewritten(exported.dense_model).graph]
+    assert names.count("GatedSiluPair") == 2
+    prompt = tokens(1, 9)
+    with opened(exported.dense_model) as session, OrtSession(exported.dense_model) as reference:
+        assert_close(session.prefill(prompt), reference.prefill(prompt))
+
+
 def test_function_bodies_travel_with_the_fused_ops(exported: Exported) -> None:
     model = rewritten(exported.model)
     used = {node.op_type for node in model.graph if node.domain == FUSED}

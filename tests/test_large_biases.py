@@ -10,7 +10,8 @@ import torch
 from nmexport.oracle import nm_linear
 from nmexport.runtimes import native
 from nmexport.runtimes.onnxruntime_session import OrtSession
-from nmexport.sparsity.linear import Behaviour, Constants, fold
+from nmexport.sparsity.fold import fold
+from nmexport.sparsity.linear import Behaviour, Constants
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.verification.audit import open_instrumented
 from nmexport.verification.op_parity import check, instrument

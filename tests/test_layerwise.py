@@ -29,7 +29,7 @@ from nmexport.pipeline import Pipeline, Selection
 from nmexport.progress import Silent
 from nmexport.recipe import ModelSection
 from nmexport.recipe import resolve as resolve_recipe
-from nmexport.sparsity.linear import Behaviour, Constants, FoldedLinear
+from nmexport.sparsity.linear import Behaviour, Constants
 from nmexport.sparsity.targets import linears_of
 from nmexport.stages import calibrate
 from nmexport.store.scratch import scratch_array
@@ -37,6 +37,7 @@ from nmexport.store.work_directory import WorkDirectory
 
 from tests.exported import PATTERN
 from tests.tiny import FAMILIES, VOCABULARY, save_tiny_model, save_tokenizer
+from tests.unfolded import folded_linear
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -134,9 +135,7 @@ def test_substitutes_are_the_model_with_those_modules(head: str, tmp_path: Path)
     sparse = load_model(source)
     names = [name for name in linears_of(sparse) if head != "dense" or name != "lm_head"]
     folded = {
-        name: FoldedLinear.from_dense(
-            sparse.get_submodule(name), Behaviour(pattern=PATTERN), Constants()
-        )
+        name: folded_linear(sparse.get_submodule(name), Behaviour(pattern=PATTERN), Constants())
         for name in names
     }
     replace_linears(sparse, folded)

@@ -6,20 +6,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nmexport.sparsity.fold import Corrections, changes_dense_product, fold
 from nmexport.sparsity.lanes import LaneSelector
-from nmexport.sparsity.learned import (
-    PARTS,
-    Corrections,
-    InputSite,
-    LearnedLinear,
-    Spread,
-    changes_dense_product,
-    fold_learned,
-)
-from nmexport.sparsity.linear import Behaviour, Constants, FoldedLinear, fold
+from nmexport.sparsity.learned import LearnedLinear, LearningSite, Spread
+from nmexport.sparsity.linear import Behaviour, Constants, SparseLinear
 from nmexport.sparsity.mask import keep_mask
+from nmexport.sparsity.parts import PARTS
 from nmexport.sparsity.pattern import NMPattern
 from torch import nn
+
+from tests.unfolded import folded_linear
 
 K, O, T = 64, 24, 37  # noqa: E741 - the op contract's names
 PATTERN = NMPattern(8, 16)
@@ -98,8 +94,8 @@ def test_folded_equals_learned(name: str, bias: bool) -> None:
     module = disturbed(
         LearnedLinear(linear, behaviour, constants, spread=SPREAD, parts=parts_of(behaviour))
     )
-    tensors = fold_learned(linear, behaviour, constants, module.corrections(), dtype=torch.float32)
-    folded = FoldedLinear.from_tensors(behaviour, tensors)
+    tensors = fold(linear, behaviour, constants, module.corrections(), dtype=torch.float32)
+    folded = SparseLinear(behaviour, tensors)
     x = inputs().reshape(1, T, K)
     torch.testing.assert_close(folded(x), module(x), rtol=1e-5, atol=1e-5)
 
@@ -109,7 +105,7 @@ def test_nothing_learned_folds_as_before(name: str) -> None:
     behaviour, linear = BEHAVIOURS[name], dense_linear()
     constants = calibrated(behaviour, nu=1.2)
     before = fold(linear, behaviour, constants, dtype=torch.float32)
-    after = fold_learned(linear, behaviour, constants, Corrections(), dtype=torch.float32)
+    after = fold(linear, behaviour, constants, Corrections(), dtype=torch.float32)
     assert before.keys() == after.keys()
     for kind, tensor in before.items():
         torch.testing.assert_close(after[kind], tensor, rtol=1e-6, atol=1e-7)
@@ -120,7 +116,7 @@ def test_learning_starts_where_calibration_ended(name: str) -> None:
     behaviour, linear = BEHAVIOURS[name], dense_linear()
     constants = calibrated(behaviour, nu=1.2)
     module = LearnedLinear(linear, behaviour, constants, spread=SPREAD, parts=parts_of(behaviour))
-    calibrated_only = FoldedLinear.from_dense(linear, behaviour, constants)
+    calibrated_only = folded_linear(linear, behaviour, constants)
     x = inputs()
     torch.testing.assert_close(module(x), calibrated_only(x), rtol=1e-5, atol=1e-5)
 
@@ -176,7 +172,7 @@ def by_formula(
 
 def test_linears_of_one_input_select_once_and_share_their_shift() -> None:
     behaviour = BEHAVIOURS["plain"]
-    site = InputSite(
+    site = LearningSite(
         behaviour, calibrated(behaviour), input_rms=SPREAD.input_rms, members=2, learns_shift=True
     )
     alone, first, second = (
@@ -228,18 +224,16 @@ def test_what_changes_the_dense_product_is_refused_where_a_phase_stays_dense() -
     behaviour = Behaviour(pattern=PATTERN, phase="decode")
     ones = torch.ones(K)
     with pytest.raises(ValueError, match="decode"):
-        fold_learned(
+        fold(
             dense_linear(), behaviour, Constants(), Corrections(input_scale=ones),
             dtype=torch.float32,
         )  # fmt: skip
     shifted = Corrections(shift=0.1 * ones)
     assert not changes_dense_product(shifted)
     linear = dense_linear()
-    tensors = fold_learned(linear, behaviour, Constants(), shifted, dtype=torch.float32)
+    tensors = fold(linear, behaviour, Constants(), shifted, dtype=torch.float32)
     x = inputs().reshape(1, T, K)  # a prompt: dense
-    torch.testing.assert_close(
-        FoldedLinear.from_tensors(behaviour, tensors)(x), linear(x), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(SparseLinear(behaviour, tensors)(x), linear(x), rtol=1e-5, atol=1e-5)
 
 
 def test_dead_channels_do_not_divide_by_zero() -> None:

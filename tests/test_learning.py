@@ -27,12 +27,13 @@ from nmexport.models.source import resolve
 from nmexport.models.swap import replace_linears
 from nmexport.progress import Silent
 from nmexport.recipe import ModelSection
-from nmexport.sparsity.learned import Corrections, fold_learned
-from nmexport.sparsity.linear import Behaviour, Constants, FoldedLinear
+from nmexport.sparsity.fold import Corrections, fold
+from nmexport.sparsity.linear import Behaviour, Constants, SparseLinear
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.sparsity.targets import linears_of
 
 from tests.tiny import save_tiny_model
+from tests.unfolded import folded_linear
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -151,9 +152,9 @@ def test_folded_model_has_the_loss_that_learning_reports(model: Any, linears: An
     learned = run(model, linears, settings)
     constants = plain(linears)
     folded = {
-        name: FoldedLinear.from_tensors(
+        name: SparseLinear(
             BEHAVIOUR,
-            fold_learned(
+            fold(
                 linear, BEHAVIOUR, constants[name], learned.corrections[name], dtype=torch.float32
             ),
         )
@@ -319,9 +320,7 @@ def test_logits_are_the_models_own(tmp_path: Path, family: str) -> None:
     sparser = Behaviour(pattern=NMPattern(2, 8))
     learned = run(scaled, linears, settings, behaviour=sparser)
     held_out = split_chunks([some_samples()], settings).held_out
-    modules = {
-        name: FoldedLinear.from_dense(one, sparser, Constants()) for name, one in linears.items()
-    }
+    modules = {name: folded_linear(one, sparser, Constants()) for name, one in linears.items()}
     with torch.no_grad():
         dense = scaled(input_ids=held_out).logits.log_softmax(-1)
         replace_linears(scaled, modules)

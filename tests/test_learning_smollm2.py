@@ -17,7 +17,7 @@ from nmexport.models.source import packaged_gguf, resolve
 from nmexport.models.swap import replace_linears
 from nmexport.progress import Silent
 from nmexport.recipe import Recipe
-from nmexport.sparsity.linear import Behaviour, FoldedLinear
+from nmexport.sparsity.linear import Behaviour, SparseLinear
 from nmexport.stages import calibrate, fold
 from nmexport.stages.inputs import StageInputs
 
@@ -97,9 +97,7 @@ def test_the_default_method_learned_the_fast_way(tmp_path: Path) -> None:
     replace_linears(
         model,
         {
-            layer.name: FoldedLinear.from_tensors(
-                Behaviour(pattern=layer.pattern), artifact.tensors(layer.name)
-            )
+            layer.name: SparseLinear(Behaviour(pattern=layer.pattern), artifact.tensors(layer.name))
             for layer in artifact.layers
         },
     )

@@ -12,12 +12,15 @@ import torch
 from nmexport.calibration.method import behaviour_of, constants_of, needs_static_variance
 from nmexport.errors import RecipeError
 from nmexport.recipe import SparsitySection
-from nmexport.sparsity.learned import LearnedLinear, Spread, fold_learned
-from nmexport.sparsity.linear import Behaviour, Constants, FoldedLinear, SparseLinear, fold
+from nmexport.sparsity.fold import fold
+from nmexport.sparsity.learned import LearnedLinear, Spread
+from nmexport.sparsity.linear import Behaviour, Constants, SparseLinear
 from nmexport.sparsity.mitigation import MITIGATIONS, check_combination, learned_parts
 from nmexport.sparsity.remainder import remainder_of
 from nmexport.sparsity.statistics import ChannelStatistics
 from torch import nn
+
+from tests.unfolded import UnfoldedLinear
 
 K, O, RANK = 64, 24, 4  # noqa: E741 - the op contract's names
 SHIFTS = {"d-pts", "s-pts", "l-pts"}
@@ -98,7 +101,7 @@ def calibrated(section: SparsitySection, linear: nn.Linear) -> tuple[Behaviour, 
     return behaviour_of(section), constants
 
 
-def modules(names: Names, phases: str) -> tuple[nn.Module, FoldedLinear]:
+def modules(names: Names, phases: str) -> tuple[nn.Module, SparseLinear]:
     """The method unfolded, which drops in every phase, and folded."""
     section = SparsitySection.model_validate(
         {"criterion": "wina", "grouping": "balanced", "mitigations": names, "phases": phases}
@@ -108,15 +111,15 @@ def modules(names: Names, phases: str) -> tuple[nn.Module, FoldedLinear]:
     parts = learned_parts(names)
     if not parts:
         tensors = fold(linear, behaviour, constants, dtype=torch.float32)
-        unfolded = SparseLinear(linear, replace(behaviour, phase="all"), constants)
-        return unfolded, FoldedLinear.from_tensors(behaviour, tensors)
+        unfolded = UnfoldedLinear(linear, replace(behaviour, phase="all"), constants)
+        return unfolded, SparseLinear(behaviour, tensors)
     spread = Spread(input_rms=torch.full((K,), 0.7), output_rms=torch.full((O,), 1.3))
     learned = LearnedLinear(linear, behaviour, constants, spread=spread, parts=parts, rank=RANK)
     generator = torch.Generator().manual_seed(2)
     for parameter in learned.parameters():
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
-    tensors = fold_learned(linear, behaviour, constants, learned.corrections(), dtype=torch.float32)
-    return learned, FoldedLinear.from_tensors(behaviour, tensors)
+    tensors = fold(linear, behaviour, constants, learned.corrections(), dtype=torch.float32)
+    return learned, SparseLinear(behaviour, tensors)
 
 
 def close(found: Any, expected: Any) -> None:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 from nmexport.errors import EnvironmentFault
 from nmexport.runtimes import native
+from nmexport.runtimes.onnxruntime_session import session_options
 
 ROOT = Path(__file__).resolve().parent.parent
 PLUGINS = ROOT / "plugins"
@@ -196,3 +197,15 @@ def test_what_is_no_library_of_ours_is_refused(tmp_path):
     assert native.library_digest(tmp_path) is not None
     with pytest.raises(EnvironmentFault, match="cannot be loaded"):
         native.describe_library(path)
+
+
+@pytest.mark.skipif(native.find_library() is None, reason="no native library")
+def test_a_library_of_another_version_of_the_contract_is_refused(monkeypatch):
+    library = native.require_library()
+    native.check_opset(library)
+    described = native.describe_library(library)
+    monkeypatch.setattr(native, "describe_library", lambda _: {**described, "opset_version": 1})
+    with pytest.raises(EnvironmentFault, match="is of version 1 of the op contract") as fault:
+        session_options(library=library, threads=1)
+    assert fault.value.allowed == "version 2"
+    assert "pip install" in fault.value.fix

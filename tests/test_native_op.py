@@ -298,7 +298,7 @@ def broken(**changes):
         [onnx.helper.make_tensor_value_info("Y", onnx.TensorProto.FLOAT, ["S", 8])],
         [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()],
     )
-    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("nmexport", 1)]
+    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("nmexport", 2)]
     return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10), case.x
 
 
@@ -435,7 +435,7 @@ def test_shapes_are_inferred_through_the_op(op_type, optional):
         [onnx.helper.make_tensor_value_info("Y", onnx.TensorProto.FLOAT, None)],
         [onnx.numpy_helper.from_array(arrays[name], name) for name in sorted(present)],
     )
-    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("nmexport", 1)]
+    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("nmexport", 2)]
     session = native_session(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10))
     last = 8 if op_type == "NMLinear" else 32
     assert session.get_outputs()[0].shape == ["B", "S", last]
@@ -449,7 +449,7 @@ def test_what_is_unknown_of_a_shape_stays_unknown(shape):
         [onnx.helper.make_tensor_value_info("X", onnx.TensorProto.FLOAT, shape)],
         [onnx.helper.make_tensor_value_info("Y", onnx.TensorProto.FLOAT, None)],
     )
-    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("nmexport", 1)]
+    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("nmexport", 2)]
     session = native_session(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10))
     x = np.arange(64, dtype=np.float32).reshape(1, 2, 2, 16)
     assert -1 not in session.get_outputs()[0].shape

@@ -33,11 +33,13 @@ def beats(a, b):
 
 def brute_force_mask(token, n, m, score_scale=None, channel_order=None):
     """Keep a channel if fewer than n others of its group come first: no sorting anywhere."""
+    order = range(len(token)) if channel_order is None else [int(c) for c in channel_order]
     with np.errstate(invalid="ignore"):  # signalling NaNs
         score = [abs(np.float32(v)) for v in token]
     if score_scale is not None:
         with np.errstate(all="ignore"):
-            score = [np.float32(s) * np.float32(f) for s, f in zip(score, score_scale, strict=True)]
+            for place, channel in enumerate(order):  # scales lie in gathered order
+                score[channel] = np.float32(score[channel]) * np.float32(score_scale[place])
     keep = [False] * len(score)
     for group in groups_of(len(score), m, channel_order):
         for place, channel in enumerate(group):
@@ -134,11 +136,9 @@ def test_channel_order_equals_pruning_the_permuted_input(call):
     if order is None:
         order = np.arange(call["x"].shape[-1], dtype=np.int32)[::-1].copy()
         call["channel_order"] = order
-    scale = call["score_scale"]
     permuted = {
         **call,
         "x": call["x"][:, order],
-        "score_scale": None if scale is None else scale[order],
         "channel_order": None,
     }
     assert np.array_equal(oracle.keep_mask(**call)[:, order], oracle.keep_mask(**permuted))
@@ -178,6 +178,7 @@ def brute_force_linear(token, case, *, sequence_length):
     """y of one token in Python floats and exact sums, straight from the contract's formula."""
     a = {**case.attributes, **case.arrays}
     in_features = len(token)
+    token = [token[int(channel)] for channel in a.get("channel_order", range(in_features))]
     x = [float(v) for v in token]
     eta = [0.0] * in_features
     if a.get("dynamic_shift"):
@@ -190,11 +191,12 @@ def brute_force_linear(token, case, *, sequence_length):
     active = phase == "all" or (phase == "decode") == (sequence_length == 1)
     keep = [True] * in_features
     if active:
-        keep = brute_force_mask(z32, a["n"], a["m"], a.get("score_scale"), a.get("channel_order"))
+        keep = brute_force_mask(z32, a["n"], a["m"], a.get("score_scale"))
     s = [v if kept else 0.0 for v, kept in zip(z, keep, strict=True)]
     nu = 1.0
     if a.get("variance_correction") and active and a["n"] < a["m"]:
         nu = math.sqrt(python_variance(z) / max(python_variance(s), 1e-12))
+    s = [v * float(f) for v, f in zip(s, a.get("value_scale", [1.0] * in_features), strict=True)]
     y = []
     for o in range(a["W"].shape[1]):
         value = nu * math.fsum(v * float(w) for v, w in zip(s, a["W"][:, o], strict=True))
@@ -224,7 +226,9 @@ SHIFTS = (
 @pytest.mark.parametrize("phase", ["all", "prefill", "decode"])
 @pytest.mark.parametrize("sequence_length", [1, 2])
 def test_linear_equals_brute_force(dtype, shift, variance_correction, phase, sequence_length):
-    more = ("bias", "score_scale", "channel_order") if variance_correction else ("bias",)
+    more = ("bias",)
+    if variance_correction:
+        more = ("bias", "score_scale", "channel_order", "value_scale")
     case = op_cases.linear_case(
         shape=(2, sequence_length, 32),
         out_features=3,
@@ -240,6 +244,59 @@ def test_linear_equals_brute_force(dtype, shift, variance_correction, phase, seq
                 case.x[batch, position], case, sequence_length=sequence_length
             )
             assert given_[batch, position] == pytest.approx(expected, rel=1e-11, abs=1e-12)
+
+
+@given(op_cases.linear_calls(), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_an_order_means_the_gathered_input(case, ties):
+    """By definition, bit for bit; ties among the scores go by gathered position as well."""
+    x = np.round(case.x.astype(np.float32)).astype(case.x.dtype) if ties else case.x
+    arguments = case.oracle_arguments()
+    order = arguments.pop("channel_order")
+    ordered = oracle.reference(x, case.arrays["W"], channel_order=order, **arguments)
+    gathered = oracle.reference(x[..., order], case.arrays["W"], **arguments)
+    assert np.array_equal(ordered.value, gathered.value)
+    assert np.array_equal(ordered.keep[..., order], gathered.keep)
+    assert np.array_equal(ordered.magnitude, gathered.magnitude)
+
+
+def test_ties_of_a_linear_go_by_gathered_position():
+    order = np.array([3, 1, 2, 0], dtype=np.int32)
+    result = oracle.reference(
+        np.ones(4, np.float32), np.eye(4, dtype=np.float32), n=2, m=4, channel_order=order
+    )
+    assert np.flatnonzero(result.keep).tolist() == [1, 3]
+    assert np.flatnonzero(result.value).tolist() == [0, 1]  # rows of W lie in gathered order
+
+
+@given(op_cases.linear_calls())
+@settings(max_examples=30, deadline=None)
+def test_a_value_scale_is_a_scale_of_the_rows(case):
+    """The mask and nu do not see it: the same product comes from scaled rows of W."""
+    arguments = case.oracle_arguments()
+    scale = arguments.pop("value_scale", np.linspace(-1, 2, case.x.shape[-1], dtype=np.float32))
+    w = case.arrays["W"].astype(np.float32)
+    x = case.x.astype(np.float32)
+    arguments.pop("bias", None)
+    scaled = oracle.reference(x, w, value_scale=scale, **arguments)
+    plain = oracle.reference(x, w, **arguments)
+    assert np.array_equal(scaled.keep, plain.keep)
+    # A product with the identity shows what meets W, row by row.
+    identity = np.eye(len(w), dtype=np.float32)
+    weightless = {**arguments}
+    if "shift_weight" in weightless:
+        weightless["shift_weight"] = np.zeros(len(w), np.float32)
+    met = oracle.nm_linear(x, identity, value_scale=scale, **weightless)
+    unscaled = oracle.nm_linear(x, identity, **weightless)
+    np.testing.assert_allclose(met, unscaled * scale.astype(np.float64), rtol=1e-14)
+
+
+def test_a_value_scale_of_another_shape_is_refused():
+    case = op_cases.linear_case()
+    with pytest.raises(ValueError, match="value_scale"):
+        oracle.nm_linear(
+            case.x, case.arrays["W"], n=8, m=16, value_scale=np.ones(3, dtype=np.float32)
+        )
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)

@@ -13,7 +13,8 @@ from nmexport.graph import checks
 from nmexport.models.swap import replace_linears
 from nmexport.recipe import ModelSection
 from nmexport.runtimes import native
-from nmexport.sparsity.linear import Behaviour, Constants, FoldedLinear, fold
+from nmexport.sparsity.fold import fold
+from nmexport.sparsity.linear import Behaviour, Constants, SparseLinear
 from nmexport.sparsity.quantisation import check_form, dequantised, quantise, quantised
 from nmexport.stages.export import write_models
 from pydantic import ValidationError
@@ -87,7 +88,7 @@ def test_export_with_int8_weights_is_torchs(tiny_llama: Path, tmp_path: Path, fo
     weights = {item.name: item for item in exported.graph.initializer}
     fused = weights["model.layers.0.mlp.gate_proj+up_proj.W"]
     assert (fused.data_type, list(fused.dims)) == (onnx.TensorProto.INT8, [64, 256])
-    stand_ins = {name: FoldedLinear.from_tensors(behaviour, one) for name, one in tensors.items()}
+    stand_ins = {name: SparseLinear(behaviour, one) for name, one in tensors.items()}
     replace_linears(model, stand_ins)
     ids = np.random.default_rng(1).integers(3, VOCABULARY, (1, 12))
     mask = np.ones_like(ids)

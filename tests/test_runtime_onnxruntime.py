@@ -12,12 +12,11 @@ from nmexport.errors import ArtifactError, EnvironmentFault
 from nmexport.runtimes import onnxruntime_session as runtime
 from nmexport.runtimes.engine import read_engine
 from nmexport.runtimes.feeds import positions_from_mask
-from nmexport.runtimes.native import HUGE_PAGES_ENTRY
+from nmexport.runtimes.native import HUGE_PAGES_ENTRY, engine_library
 from nmexport.runtimes.onnxruntime_session import (
     SESSION_CONFIG,
     OrtSession,
     choose_provider,
-    engine_library,
 )
 from nmexport.store.artifact import file_digest
 from onnx import TensorProto

@@ -266,7 +266,7 @@ def test_a_package_of_a_gpu_is_served_without_one(
     (moved / "bundle.json").write_text(json.dumps(record))
     with TextService.open(moved, {}) as service:
         assert ask(service, text="The quick", values={"max_tokens": 2}).outcome is not None
-    assert "it runs on the processor; install onnxruntime-gpu" in caplog.text
+    assert "it runs on the CPU; install onnxruntime-gpu" in caplog.text
 
 
 # -- service --------------------------------------------------------------------------------------

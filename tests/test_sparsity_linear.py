@@ -12,13 +12,15 @@ import torch
 from nmexport import oracle
 from nmexport.calibration.method import behaviour_of, constants_of, needs_static_variance
 from nmexport.recipe import SparsitySection
-from nmexport.sparsity.linear import Behaviour, Constants, FoldedLinear, SparseLinear, fold
+from nmexport.sparsity.fold import fold
+from nmexport.sparsity.linear import Behaviour, Constants, SparseLinear
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.sparsity.remainder import rank_within, remainder_of
 from nmexport.sparsity.statistics import ChannelStatistics
 
 from tests.op_cases import TYPES
 from tests.test_sparsity_mask import tensor_of
+from tests.unfolded import UnfoldedLinear, folded_linear
 
 K, N_OUT = 96, 24
 CRITERIA = ("act", "wina", "clact", "amber")
@@ -64,23 +66,23 @@ def derived(
     return behaviour_of(section), constants
 
 
-def oracle_of(folded: FoldedLinear, x: np.ndarray[Any, Any], dtype: Any) -> oracle.Reference:
+def oracle_of(folded: SparseLinear, x: np.ndarray[Any, Any], dtype: Any) -> oracle.Reference:
     def array(tensor: torch.Tensor | None, kind: Any) -> Any:
         return None if tensor is None else tensor.float().numpy().astype(kind)
 
     return oracle.reference(
         x,
         array(folded.W, dtype),
-        n=folded.n,
-        m=folded.m,
+        n=folded.behaviour.pattern.n,
+        m=folded.behaviour.pattern.m,
         bias=array(folded.bias, dtype),
-        shift=array(folded.shift, np.float32),
+        shift=None if folded.behaviour.dynamic_shift else array(folded.site.eta, np.float32),
         shift_weight=array(folded.shift_weight, np.float32),
-        score_scale=array(folded.score_scale, np.float32),
+        score_scale=array(folded.site.score_scale, np.float32),
         channel_order=array(folded.channel_order, np.int32),
-        dynamic_shift=folded.dynamic_shift,
-        variance_correction=folded.variance_correction,
-        phase=folded.phase,
+        dynamic_shift=folded.behaviour.dynamic_shift,
+        variance_correction=folded.behaviour.variance_correction,
+        phase=folded.behaviour.phase,
     )
 
 
@@ -91,7 +93,7 @@ def test_folded_agrees_with_the_oracle(mitigations: tuple[str, ...], dtype: Any)
     behaviour, constants = derived(linear, "wina", mitigations, "balanced")
     x = inputs(2, 5).numpy().astype(dtype)
     given = tensor_of(x)
-    folded = FoldedLinear.from_dense(linear, behaviour, constants, dtype=given.dtype)
+    folded = folded_linear(linear, behaviour, constants, dtype=given.dtype)
     expected = oracle_of(folded, x, dtype)
     if not behaviour.dynamic_shift:  # there a mean's summation order may swap near-equal scores
         np.testing.assert_array_equal(folded.keep_mask(given).numpy(), expected.keep)
@@ -110,8 +112,8 @@ def test_folding_changes_nothing(
     linear = dense()
     behaviour, constants = derived(linear, criterion, mitigations, grouping)
     x = inputs(3, 7)
-    unfolded = SparseLinear.from_dense(linear, behaviour, constants)(x)
-    folded = FoldedLinear.from_dense(linear, behaviour, constants)(x)
+    unfolded = UnfoldedLinear(linear, behaviour, constants)(x)
+    folded = folded_linear(linear, behaviour, constants)(x)
     torch.testing.assert_close(folded, unfolded, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(folded, linear(x), atol=1e-2)  # it did drop something
 
@@ -121,17 +123,17 @@ def test_a_remainder_meets_every_channel(mitigations: tuple[str, ...]) -> None:
     linear = dense()
     behaviour, constants = derived(linear, "wina", mitigations, "balanced")
     x = inputs(3, 7)
-    plain = SparseLinear(linear, behaviour, constants)(x)
+    plain = UnfoldedLinear(linear, behaviour, constants)(x)
     rank = rank_within(0.5, K, N_OUT)
     constants = replace(constants, remainder=remainder_of(linear.weight, rank))
-    unfolded = SparseLinear(linear, behaviour, constants)(x)
-    folded = FoldedLinear.from_dense(linear, behaviour, constants)
+    unfolded = UnfoldedLinear(linear, behaviour, constants)(x)
+    folded = folded_linear(linear, behaviour, constants)
     torch.testing.assert_close(folded(x), unfolded, rtol=1e-4, atol=1e-4)
     exact = linear(x)
     assert (unfolded - exact).norm() < (plain - exact).norm()
     whole = replace(constants, remainder=remainder_of(linear.weight, min(K, N_OUT)), nu=None)
     # Of full rank, nothing that is dropped is lost.
-    complete = SparseLinear(linear, Behaviour(pattern=behaviour.pattern), whole)(x)
+    complete = UnfoldedLinear(linear, Behaviour(pattern=behaviour.pattern), whole)(x)
     torch.testing.assert_close(complete, exact, rtol=1e-3, atol=1e-3)
 
 
@@ -153,8 +155,8 @@ def test_large_biases_stay(mitigations: tuple[str, ...]) -> None:
     linear = dense(bias_scale=3000.0)  # as in Qwen2's k_proj
     behaviour, constants = derived(linear, "act", mitigations, "consecutive")
     x = inputs(4)
-    folded = FoldedLinear.from_dense(linear, behaviour, constants)(x)
-    unfolded = SparseLinear(linear, behaviour, constants)(x)
+    folded = folded_linear(linear, behaviour, constants)(x)
+    unfolded = UnfoldedLinear(linear, behaviour, constants)(x)
     torch.testing.assert_close(folded, unfolded, rtol=1e-5, atol=1e-2)
     assert (folded - linear.bias).abs().max() < 50
 
@@ -176,8 +178,8 @@ def test_a_shift_per_channel_folds_like_a_scalar_one() -> None:
     behaviour = Behaviour(pattern=NMPattern(2, 4))
     x = inputs(5)
     torch.testing.assert_close(
-        FoldedLinear.from_dense(linear, behaviour, constants)(x),
-        SparseLinear(linear, behaviour, constants)(x),
+        folded_linear(linear, behaviour, constants)(x),
+        UnfoldedLinear(linear, behaviour, constants)(x),
         rtol=1e-4,
         atol=1e-4,
     )
@@ -194,13 +196,13 @@ def test_what_drops_nothing_is_the_dense_linear(mitigations: tuple[str, ...], pa
     )
     x = inputs(3, 1)
     for module in (
-        FoldedLinear.from_dense(linear, behaviour, constants),
-        SparseLinear(linear, behaviour, constants),
+        folded_linear(linear, behaviour, constants),
+        UnfoldedLinear(linear, behaviour, constants),
     ):
         torch.testing.assert_close(module(x), linear(x), rtol=1e-4, atol=1e-5)
     # A token of zeros: its variance lies below the floor, which must not matter here.
     zeros = torch.zeros(1, 1, K)
-    folded = FoldedLinear.from_dense(linear, behaviour, constants)
+    folded = folded_linear(linear, behaviour, constants)
     torch.testing.assert_close(folded(zeros), linear(zeros), rtol=1e-4, atol=1e-5)
 
 
@@ -211,7 +213,7 @@ def test_what_drops_nothing_is_the_dense_linear(mitigations: tuple[str, ...], pa
 )  # fmt: skip
 def test_phase_decides_by_sequence_length(phase: Any, length: int, drops: bool) -> None:
     behaviour = Behaviour(pattern=NMPattern(8, 16), phase=phase)
-    folded = FoldedLinear.from_dense(dense(), behaviour, Constants())
+    folded = folded_linear(dense(), behaviour, Constants())
     assert bool(folded.keep_mask(inputs(2, length)).all()) != drops
 
 
@@ -219,7 +221,7 @@ def test_phase_decides_by_sequence_length(phase: Any, length: int, drops: bool) 
 def test_a_token_does_not_depend_on_its_neighbours(mitigations: tuple[str, ...]) -> None:
     linear = dense()
     behaviour, constants = derived(linear, "clact", mitigations, "balanced")
-    folded = FoldedLinear.from_dense(linear, behaviour, constants)
+    folded = folded_linear(linear, behaviour, constants)
     x = inputs(3, 4)
     loud = x.clone()
     loud[1:] *= 1000.0
@@ -242,16 +244,79 @@ def test_s_var_scales_the_product_and_not_the_bias() -> None:
 def test_an_op_with_two_shifts_cannot_be_made() -> None:
     behaviour = Behaviour(pattern=NMPattern(8, 16), dynamic_shift=True)
     with pytest.raises(ValueError, match="excludes a static shift"):
-        FoldedLinear(
+        SparseLinear(
             behaviour,
-            W=torch.zeros(K, N_OUT),
-            shift=torch.zeros(1),
-            shift_weight=torch.zeros(N_OUT),
+            {
+                "W": torch.zeros(K, N_OUT),
+                "shift": torch.zeros(1),
+                "shift_weight": torch.zeros(N_OUT),
+            },
         )
     with pytest.raises(ValueError, match="shift_weight"):
-        FoldedLinear(behaviour, W=torch.zeros(K, N_OUT))
+        SparseLinear(behaviour, {"W": torch.zeros(K, N_OUT)})
 
 
 def test_it_says_what_it_is() -> None:
-    folded = FoldedLinear.from_dense(dense(), Behaviour(pattern=NMPattern(2, 4)), Constants())
-    assert repr(folded) == f"FoldedLinear({K}, {N_OUT}, 2:4, phase=all)"
+    folded = folded_linear(dense(), Behaviour(pattern=NMPattern(2, 4)), Constants())
+    assert repr(folded).startswith(f"SparseLinear(\n  {K}, {N_OUT}, 2:4, phase=all\n")
+
+
+@pytest.mark.parametrize("mitigations", MITIGATIONS, ids="+".join)
+def test_folded_constants_lie_in_gathered_order(mitigations: tuple[str, ...]) -> None:
+    """Gathering the input of the order's fold is the fold of a linear whose channels were moved."""
+    linear = dense()
+    behaviour, constants = derived(linear, "wina", mitigations, "balanced")
+    order = constants.channel_order
+    assert order is not None
+    constants = replace(constants, shift=torch.linspace(-1, 1, K) if constants.shift is not None
+                        else None)  # fmt: skip
+    moved = torch.nn.Linear(K, N_OUT)
+    moved.weight.data = linear.weight.data[:, order.long()]
+    moved.bias.data = linear.bias.data
+
+    def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor[order.long()]
+
+    alone = replace(
+        constants,
+        channel_order=None,
+        shift=move(constants.shift),
+        score_scale=move(constants.score_scale),
+    )
+    ordered = fold(linear, behaviour, constants, dtype=torch.float32)
+    expected = fold(moved, behaviour, alone, dtype=torch.float32)
+    assert torch.equal(ordered.pop("channel_order"), order)
+    assert ordered.keys() == expected.keys()
+    for name in ("W", "shift", "score_scale"):
+        if name in ordered:
+            assert torch.equal(ordered[name], expected[name])
+    torch.testing.assert_close(ordered.get("bias"), expected.get("bias"))
+
+
+def test_a_remainder_beside_an_order_and_a_shift_by_channel() -> None:
+    """The remainder reads X in its own order, the op in gathered order."""
+    linear = dense()
+    constants = Constants(
+        shift=torch.linspace(-1, 1, K),
+        channel_order=torch.randperm(K, generator=torch.Generator().manual_seed(1)).int(),
+        remainder=remainder_of(linear.weight, 4),
+    )
+    behaviour = Behaviour(pattern=NMPattern(2, 4))
+    x = inputs(3, 5)
+    unfolded = UnfoldedLinear(linear, behaviour, constants)(x)
+    folded = folded_linear(linear, behaviour, constants)(x)
+    torch.testing.assert_close(folded, unfolded, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("phase", ["all", "prefill", "decode"])
+def test_whole_sequences_are_prompts_then_decoded_tokens(phase: Any) -> None:
+    """`prompt` says where decoding begins: the same as a prompt, then token by token."""
+    linear = dense()
+    behaviour, constants = derived(linear, "act", ("d-pts", "var"), "balanced")
+    behaviour = replace(behaviour, phase=phase)
+    tensors = fold(linear, behaviour, constants, dtype=torch.float32)
+    stepwise = SparseLinear(behaviour, tensors)
+    whole = SparseLinear(behaviour, tensors, prompt=4)
+    x = inputs(2, 7)
+    steps = [stepwise(x[:, :4]), *(stepwise(x[:, place : place + 1]) for place in range(4, 7))]
+    torch.testing.assert_close(whole(x), torch.cat(steps, dim=1))

@@ -17,8 +17,9 @@ from nmexport.models.source import packaged_gguf, resolve
 from nmexport.models.swap import replace_linears
 from nmexport.progress import Silent
 from nmexport.recipe import CorpusSection, EvaluationSection, ModelSection, SparsitySection
-from nmexport.sparsity.linear import FoldedLinear
 from nmexport.sparsity.targets import linears_of, select_targets
+
+from tests.unfolded import folded_linear
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,7 +77,7 @@ class Bench:
         linears = linears_of(self.model)
         behaviour = behaviour_of(section)
         modules: dict[str, torch.nn.Module] = {
-            name: FoldedLinear.from_dense(
+            name: folded_linear(
                 linears[name],
                 behaviour,
                 constants_of(section, linears[name].weight, self.statistics[name]),

@@ -16,7 +16,8 @@ from nmexport.errors import ModelError
 from nmexport.models.source import resolve
 from nmexport.models.streaming import open_for_export
 from nmexport.recipe import ModelSection
-from nmexport.sparsity.linear import Behaviour, Constants, fold
+from nmexport.sparsity.fold import fold
+from nmexport.sparsity.linear import Behaviour, Constants
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.stages import fold as fold_stage
 from nmexport.stages.export import write_configs, write_models

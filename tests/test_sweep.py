@@ -109,16 +109,18 @@ def test_a_cell_is_what_verification_would_say(swept: tuple[Path, Any], sweep_fi
     from nmexport.models.loader import load_model
     from nmexport.models.source import resolve
     from nmexport.models.swap import replace_linears
-    from nmexport.sparsity.linear import Behaviour, Constants, FoldedLinear
+    from nmexport.sparsity.linear import Behaviour, Constants
     from nmexport.sparsity.targets import linears_of
     from nmexport.store.tensors import load_tensors
+
+    from tests.unfolded import folded_linear
 
     recipe = plan.load(sweep_file).cells
     source = resolve(next(iter(recipe.values()))[0].recipe.model)
     windows = load_tensors(next(swept[0].glob("*/windows-*.safetensors")))["input_ids"].long()
     model = load_model(source)
     folded = {
-        name: FoldedLinear.from_dense(linear, Behaviour(pattern=NMPattern(8, 16)), Constants())
+        name: folded_linear(linear, Behaviour(pattern=NMPattern(8, 16)), Constants())
         for name, linear in linears_of(model).items()
         if name != "lm_head"
     }

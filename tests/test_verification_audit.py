@@ -76,7 +76,7 @@ def _sparse(path: Path, *, phase: str = "all", dynamic: bool = False, extras: bo
     model.graph.initializer.extend(
         numpy_helper.from_array(value, name) for name, value in constants.items()
     )
-    model.opset_import.append(helper.make_opsetid("nmexport", 1))
+    model.opset_import.append(helper.make_opsetid("nmexport", 2))
     model.functions.extend(function_protos_for([model.graph.node[place]], opset=18))
     onnx.save(model, path)
     return path

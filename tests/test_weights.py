@@ -383,7 +383,7 @@ def test_an_adapter(whole: bool, folder: Path) -> None:
         (folder / "config.json").unlink()
     told = refused(folder, "holds an adapter .*of meta/base")
     assert "merge_and_unload" in told
-    assert ("beside a whole model" in told) == whole
+    assert ("next to a whole model" in told) == whole
 
 
 def gguf(metadata: dict[str, int], tensors: dict[str, tuple[int, ...]], size: int) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -10,8 +9,7 @@ from torch import nn
 
 from nmexport.calibration.forward_passes import _forward, _hooked
 from nmexport.errors import RecipeError
-from nmexport.sparsity.linear import FoldedLinear
-from nmexport.sparsity.pattern import NMPattern
+from nmexport.sparsity.linear import SparseLinear
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -54,16 +52,9 @@ class BuiltLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Whole sequences `[B, S, K]` -> `[B, S, O]`."""
-        tensors = {name: one.to(x.device) for name, one in self._folded().items()}
-        phase, pattern = self._behaviour.phase, self._behaviour.pattern
-        sparse = FoldedLinear.from_tensors(replace(self._behaviour, phase="all"), tensors)
-        if phase == "all":
-            y: torch.Tensor = sparse(x)
-            return y
-        all_kept = replace(self._behaviour, phase="all", pattern=NMPattern(pattern.m, pattern.m))
-        dense = FoldedLinear.from_tensors(all_kept, tensors)
-        first, then = (sparse, dense) if phase == "prefill" else (dense, sparse)
-        return torch.cat([first(x[:, : self._prompt]), then(x[:, self._prompt :])], dim=1)
+        tensors = {name: tensor.to(x.device) for name, tensor in self._folded().items()}
+        y: torch.Tensor = SparseLinear(self._behaviour, tensors, prompt=self._prompt)(x)
+        return y
 
 
 def errors_as_built(

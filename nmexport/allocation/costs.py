@@ -1,4 +1,4 @@
-"""What each site may become, and what every choice costs: accuracy, bytes, time."""
+"""Price every choice of each site: accuracy, bytes, time."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Key = TypeVar("Key")
 ERROR_WINDOWS = 2
 # Learned corrections that make up for the variance that selection takes away.
 _SCALES = {"scale", "gain", "compensation"}
-_SCALE_BYTES = 4  # float32, beside weights of one byte
+_SCALE_BYTES = 4  # float32, with weights of one byte
 _LEAST_SQUARE = 1e-12
 
 
@@ -129,7 +129,7 @@ def before_learning(sparsity: SparsitySection) -> SparsitySection:
     """Return the method that trials use: what is not learned, and a stand-in for what is.
 
     Constants are learned once the choice is made. Until then a per-token variance correction
-    stands for learned scales, which mend the same; where none is learned, nothing is added, so
+    stands for learned scales, which correct the same; where none is learned, nothing is added, so
     that the budget is measured on what is built.
     """
     left = tuple(name for name in sparsity.mitigations if not MITIGATIONS[name].learns)
@@ -196,7 +196,7 @@ def _by_kind(choices: Iterable[Choice]) -> list[list[Choice]]:
 
 @dataclass(frozen=True, kw_only=True)
 class SiteCosts:
-    """What every sparse choice of every site costs in accuracy, alone."""
+    """Accuracy cost of every sparse choice of every site, alone."""
 
     variants: Variants
     errors: Mapping[str, Mapping[Choice, ErrorObserver]]

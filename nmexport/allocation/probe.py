@@ -17,9 +17,7 @@ import torch
 from nmexport.calibration.forward_passes import _hooked
 from nmexport.errors import ModelError
 from nmexport.models.swap import swapped
-from nmexport.sparsity.lanes import LaneSelector
-from nmexport.sparsity.linear import drops_channels, variance_ratio
-from nmexport.sparsity.mask import scores_of
+from nmexport.sparsity.linear import InputSite
 from nmexport.sparsity.targets import _decoder_layers
 
 if TYPE_CHECKING:
@@ -40,7 +38,7 @@ _REFERENCE_BYTES = 768 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Movement:
-    """What a trial did to the predictions, window by window."""
+    """Change that a trial made to the predictions, window by window."""
 
     kl: tuple[float, ...]
     """Mean KL(dense || sparse) over a window's scored tokens, in nats."""
@@ -83,7 +81,7 @@ class SparseInput:
             channels: K.
         """
         self.behaviour, self.constants = behaviour, constants
-        self._select = LaneSelector(behaviour.pattern, channels, constants.channel_order)
+        self._site = InputSite(behaviour, constants, channels)
 
     def __call__(self, x: torch.Tensor, *, prompt: int = 0) -> torch.Tensor:
         """Map `[B, S, K]` to the same, in the type of x.
@@ -94,7 +92,7 @@ class SparseInput:
                 the phase is `all` it makes no difference.
         """
         pattern, phase = self.behaviour.pattern, self.behaviour.phase
-        if not drops_channels(x, pattern, "all"):
+        if pattern.n == pattern.m:
             return x
         if phase == "all":
             return self._sparsified(x)
@@ -104,26 +102,18 @@ class SparseInput:
         return torch.cat([head, self._sparsified(tail)], dim=1)
 
     def _sparsified(self, x: torch.Tensor) -> torch.Tensor:
-        tokens = x.reshape(-1, x.shape[-1]).float()
-        eta = self._eta(tokens)
-        z = tokens - eta
-        scale = self.constants.score_scale
-        kept = z * self._select(scores_of(z, None if scale is None else scale.to(z.device)))
-        if self.behaviour.variance_correction:
-            kept = variance_ratio(z, kept) * kept
-        elif self.constants.nu is not None:
-            kept = self.constants.nu * kept
-        return (kept + eta).reshape(x.shape).to(x.dtype)
-
-    def _eta(self, tokens: torch.Tensor) -> torch.Tensor:
-        if self.behaviour.dynamic_shift:
-            return tokens.mean(dim=-1, keepdim=True)
-        shift = self.constants.shift
-        return tokens.new_zeros(1) if shift is None else shift.to(tokens.device)
+        selected = self._site.to(x.device).select(x)
+        kept = selected.tokens - selected.eta
+        if selected.keep is not None:
+            kept = kept * selected.keep
+        nu = self.constants.nu if selected.nu is None else selected.nu
+        if nu is not None:
+            kept = nu * kept
+        return (kept + selected.eta).reshape(x.shape).to(x.dtype)
 
 
 class Probe:
-    """The dense model on fixed windows, and trials beside it."""
+    """The dense model on fixed windows, and trials of changed ones."""
 
     def __init__(self, model: Any, windows: torch.Tensor, *, prompt: int = 0) -> None:
         """Run the dense model.
@@ -188,7 +178,7 @@ class Probe:
             return self._moved()
 
     def _moved(self) -> Movement:
-        """What the model, as it is now, makes of the windows, beside the dense one."""
+        """Compare the model, as it is now, with the dense one on the windows."""
         kl, nll = [], []
         for index, reference in enumerate(self._reference):
             found = self._log_probabilities(index)
@@ -237,7 +227,7 @@ class Probe:
             yield
 
     def _output_before(self, layer: int, index: int) -> Any:
-        """What the decoder layer before this one hands on, of one window."""
+        """Return the output of the previous decoder layer for one window."""
         if layer == 0:
             return None
         found: list[Any] = []

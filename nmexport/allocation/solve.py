@@ -28,15 +28,15 @@ _TIE = 1e-6
 
 @dataclass(frozen=True)
 class Option:
-    """What one choice adds to the sums."""
+    """Addends of one choice to the sums."""
 
     kl: float
     bytes: float
     seconds: float
     worth: float
-    """What is minimised for speed: seconds, and a prompt's time as far as that is wanted."""
+    """Objective for speed: seconds, and a prompt's time as far as that is wanted."""
     work: float
-    """What is minimised where no choice gains speed: bytes read, and a prompt's multiply-adds."""
+    """Objective where no choice gains speed: bytes read, and a prompt's multiply-adds."""
 
     def __add__(self, other: Option) -> Option:
         """Add up every measure."""

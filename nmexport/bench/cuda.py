@@ -11,7 +11,7 @@ timed by the clock. It has so many products that starting the replay does not co
 | `sparse` | our decode kernel, 8 of 16, with the fastest plan found |
 | `masked` | a mask, then cuBLASLt: the other way to what `sparse` computes |
 
-Each shape is measured with a channel order and without: kernels look up either kind of row.
+Each shape is measured with a channel order and without: with one, each token is gathered first.
 """
 
 from __future__ import annotations
@@ -23,16 +23,21 @@ import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+from onnx import helper, numpy_helper
+
+import onnxruntime
 from nmexport.environment import device_name, probe
 from nmexport.errors import EnvironmentFault, RecipeError
 from nmexport.graph.contract import op_contract
+from nmexport.runtimes import native, onnxruntime_session
+from nmexport.runtimes.native import CUDA_PLANS_FILE
 from nmexport.timing import interleave, median, milliseconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    import numpy as np
     import onnx
     from numpy.typing import NDArray
 
@@ -45,7 +50,7 @@ MISTRAL_SHAPES = ((4096, 4096), (4096, 6144), (4096, 14336), (4096, 28672), (143
 ROTATED_BYTES = 600 << 20
 """Weights of one side together; several times the L2 cache of any GPU so far."""
 _MAX_TOKENS = 4
-"""Of the decode kernel."""
+"""Most tokens that the decode kernel takes."""
 _MAX_CLUSTER = 8
 _CLUSTERS_SINCE = 90
 _ITEM_BYTES = {"float16": 2, "float32": 4}
@@ -54,9 +59,9 @@ _KEEP, _GROUP = 8, 16
 _ORDER = "channel_order"
 _MIN_COPIES, _MAX_COPIES = 3, 64
 _MIN_LAUNCHES = 32
-"""Of a replay, whose start costs tens of microseconds: as much as one large product."""
+"""Fewest launches in a replay, whose start costs as much as one large product."""
 _KEY_FIELDS, _ROW_FIELDS = 7, 18
-"""Of a table row: those that say what was measured, which come first, and all."""
+"""Fields of a table row: those that say what was measured, which come first, and all."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Device:
-    """What a table row says of the chip."""
+    """The GPU that a table row was measured on."""
 
     compute_capability: int
     multiprocessors: int
@@ -193,20 +198,18 @@ def check_savable(library: Path) -> None:
 
 
 def save_plans(library: Path, rows: Sequence[str]) -> Path:
-    """Add rows to the table beside the native library, which every later session reads.
+    """Add rows to the table next to the native library, which every later session reads.
 
     Raises:
         EnvironmentFault: if the folder cannot be written, or the file there is no such table.
     """
-    from nmexport.runtimes.native import CUDA_PLANS_FILE
-
     path = library.with_name(CUDA_PLANS_FILE)
     try:
         old = path.read_text(encoding="utf-8") if path.is_file() else ""
         text = "\n".join(merged_table(old, rows)) + "\n"
-        beside = path.with_name(f"{path.name}.{os.getpid()}")
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
+        partial = path.with_name(f"{path.name}.{os.getpid()}")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
     except RecipeError as error:
         raise EnvironmentFault(
             f"{path}: {error.problem}", fix="delete the file, and measure again with --save"
@@ -233,11 +236,11 @@ class Problem:
     tokens: int
     dtype: Dtype
     grouped: bool = False
-    """With a channel order: kept rows lie anywhere."""
+    """With a channel order."""
 
     @property
     def item_bytes(self) -> int:
-        """Of an element."""
+        """Bytes of an element."""
         return _ITEM_BYTES[self.dtype]
 
     def copies(self, rotated_bytes: int) -> int:
@@ -280,8 +283,6 @@ def bench_cuda(
         RecipeError: if a shape or token count does not fit.
         EnvironmentFault: if library, provider or GPU are missing.
     """
-    from nmexport.runtimes import native
-
     problems = [
         Problem(in_features=k, out_features=o, tokens=count, dtype=dtype, grouped=grouped)
         for k, o in shapes
@@ -382,9 +383,6 @@ class _Bench:
 
     def _runner(self, side: Side, plan: Plan) -> Callable[[], None]:
         """A call that replays the side's graph, captured under a table that forces its path."""
-        import onnxruntime
-        from nmexport.runtimes.onnxruntime_session import open_cuda_graph
-
         forced = 0.0 if side in {"dense", "sparse"} else 1.0
         rows = [
             table_row(
@@ -402,7 +400,7 @@ class _Bench:
         options.log_severity_level = 4
         options.register_custom_ops_library(str(self._library))
         graph = product_graph(side, self._problem, len(self._weights), self._rounds)
-        session = open_cuda_graph(graph, options)
+        session = onnxruntime_session.open_cuda_graph(graph, options)
         binding = session.io_binding()
         for index, x in enumerate(self._x):
             binding.bind_ortvalue_input(f"X{index}", x)
@@ -415,18 +413,12 @@ class _Bench:
         return lambda: session.run_with_iobinding(binding)
 
     def _output(self) -> Any:
-        import onnxruntime
-
         problem = self._problem
         shape = [1, problem.tokens, problem.out_features]
         return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, self._element, "cuda", 0)
 
     def _device_value(self, shape: tuple[int, ...], scale: float, seed: int) -> Any:
         """Random values, a short run of them repeated: their bytes are what is measured."""
-        import numpy as np
-
-        import onnxruntime
-
         run = np.random.default_rng(seed).standard_normal((1 << 20) + 7, dtype=np.float32) * scale
         values = np.resize(run.astype(self._problem.dtype), shape)
         return onnxruntime.OrtValue.ortvalue_from_numpy(values, "cuda", 0)
@@ -438,8 +430,6 @@ def product_graph(side: Side, problem: Problem, copies: int, rounds: int = 1) ->
     Weights are inputs. Each round has an input of its own: of two equal products ONNX Runtime would
     compute one.
     """
-    from onnx import helper, numpy_helper
-
     element = _ONNX_TYPES[problem.dtype]
     products = [(f"X{i}", f"W{j}", f"Y{i}.{j}") for i in range(rounds) for j in range(copies)]
     x_shape = [1, problem.tokens, problem.in_features]
@@ -457,14 +447,15 @@ def product_graph(side: Side, problem: Problem, copies: int, rounds: int = 1) ->
         [info(y, element, y_shape) for _, _, y in products],
         [numpy_helper.from_array(_order(problem), _ORDER)] if has_order else [],
     )
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("nmexport", 1)]
+    opsets = [
+        helper.make_opsetid("", 20),
+        helper.make_opsetid("nmexport", op_contract().opset_version),
+    ]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     return bytes(model.SerializeToString())
 
 
 def _product(side: Side, names: tuple[str, str, str], *, has_order: bool) -> onnx.NodeProto:
-    from onnx import helper
-
     x, w, y = names
     if side == "matmul":
         return helper.make_node("MatMul", [x, w], [y])
@@ -479,6 +470,4 @@ def _product(side: Side, names: tuple[str, str, str], *, has_order: bool) -> onn
 
 def _order(problem: Problem) -> NDArray[np.int32]:
     """A channel order without any order in it."""
-    import numpy as np
-
     return np.random.default_rng(0).permutation(problem.in_features).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Clients of a running server: each streams an answer, then asks again; some leave amid theirs."""
+"""Clients of a running server: each streams an answer, then asks again; some cancel mid-stream."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Ask:
 
 @dataclass(kw_only=True)
 class Answered:
-    """What came of one request, as its client saw it."""
+    """Result of one request, as its client saw it."""
 
     first_ms: float = 0.0
     """Until the first piece of text."""

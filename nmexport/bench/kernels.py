@@ -1,4 +1,4 @@
-"""Speed of the native NMLinear on a CPU beside every dense product that it has to beat.
+"""Speed of the native NMLinear on a CPU next to every dense product that it has to beat.
 
 One graph a side, each holding as many different weights as exceed the last-level cache, so that
 weights come from memory as they do in a model; the sides take turns within one run, and who begins
@@ -19,24 +19,35 @@ from __future__ import annotations
 import functools
 import math
 import re
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
+import ml_dtypes
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+import onnxruntime
+from nmexport.environment import probe
 from nmexport.errors import RecipeError
+from nmexport.graph.contract import op_contract
+from nmexport.runtimes import native
+from nmexport.runtimes.native import HUGE_PAGES_ENTRY
+from nmexport.runtimes.onnxruntime_session import SESSION_CONFIG, session_options
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.timing import interleave, milliseconds, percentiles, rounds_lasting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    import onnx
     from numpy.typing import NDArray
 
 Dtype = Literal["float32", "float16", "bfloat16", "int8", "int8:128"]
-"""Of the weights; activations are float32 where weights are int8, else the same. `int8` has a scale
-an output, `int8:128` one for every 128 channels too, or for fewer where 128 does not divide K."""
+"""Element type of the weights; activations are float32 with int8 weights, else the same. `int8` has
+one scale per output, `int8:128` one per 128 channels, or fewer where 128 does not divide K."""
 
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 SMOLLM2_SHAPES: tuple[tuple[int, int], ...] = ((576, 960), (576, 576), (576, 3072), (1536, 576))
@@ -72,8 +83,6 @@ _NBITS: Mapping[str, int] = {"nbits8": 8, "nbits4": 4}
 _DOMAINS: Mapping[str, tuple[str, int]] = {
     "MatMul": ("", 20),
     "MatMulNBits": ("com.microsoft", 1),
-    "NMLinear": ("nmexport", 1),
-    "NMPrune": ("nmexport", 1),
 }
 
 
@@ -133,10 +142,6 @@ def bench_kernels(
         RecipeError: if a shape does not fit the pattern or a number is out of range.
         EnvironmentFault: if the native library is missing.
     """
-    import onnxruntime
-    from nmexport.environment import probe
-    from nmexport.runtimes import native
-
     _check(shapes, tokens, threads, pattern)
     path = library or native.require_library()
     rotated = _TIMES_CACHE * last_level_cache() if rotated_bytes is None else rotated_bytes
@@ -221,8 +226,6 @@ class _Sides:
     """All sides of one shape and thread count, opened once for all token counts; close them."""
 
     def __init__(self, problem: _Problem) -> None:
-        import numpy as np
-
         self._problem = problem
         self._copies: dict[str, int] = {}
         self._sessions = {name: _open(self._graph(name), problem) for name in _side_names(problem)}
@@ -275,8 +278,6 @@ class _Sides:
         }
 
     def _read(self) -> None:
-        from nmexport.runtimes import native
-
         def share(part: NDArray[Any]) -> None:
             native.read_memory(self._problem.library, part.ctypes.data, part.nbytes)
 
@@ -308,8 +309,6 @@ def _side_names(problem: _Problem) -> list[str]:
 
 def _model(name: str, problem: _Problem, copies: int) -> onnx.ModelProto:
     """A model with one product for each weight, all of the same input."""
-    from onnx import helper
-
     kind, _, dtype = name.partition("_")
     element = _element("float32" if not dtype or dtype.startswith("int8") else dtype)
     nodes, initializers = _parts(kind, dtype or "float32", problem, copies)
@@ -324,7 +323,9 @@ def _model(name: str, problem: _Problem, copies: int) -> onnx.ModelProto:
         ],
         initializers,
     )
-    used = {_DOMAINS[node.op_type] for node in nodes} | {("", 20)}
+    contract = op_contract()
+    ours = (contract.domain, contract.opset_version)
+    used = {_DOMAINS.get(node.op_type, ours) for node in nodes} | {("", 20)}
     opsets = [helper.make_opsetid(*entry) for entry in sorted(used)]
     model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     return model
@@ -333,8 +334,6 @@ def _model(name: str, problem: _Problem, copies: int) -> onnx.ModelProto:
 def _parts(
     kind: str, dtype: str, problem: _Problem, copies: int
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-    from onnx import helper
-
     if kind == "select":
         order, constants = _order(problem)
         inputs = ["X", "", order] if order else ["X"]
@@ -384,9 +383,6 @@ def _nbits_parts(
     bits: int, problem: _Problem, copies: int
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
     """MatMulNBits with random weights; its layout is [O, groups, bytes of a group]."""
-    import numpy as np
-    from onnx import helper, numpy_helper
-
     group = SCALE_GROUP if problem.in_features % SCALE_GROUP == 0 else _SMALL_GROUP
     groups = problem.in_features // group
     shape = (problem.out_features, groups, group * bits // 8)
@@ -418,9 +414,6 @@ def _nbits_parts(
 
 def _weights(dtype: str, problem: _Problem, copies: int) -> list[NDArray[Any]]:
     """`copies` arrays `[K, O]` at addresses of their own; their values repeat."""
-    import ml_dtypes
-    import numpy as np
-
     random = np.random.default_rng(0)
     shape = (problem.in_features, problem.out_features)
     some = random.standard_normal(1 << 16, dtype=np.float32) / np.sqrt(shape[0], dtype=np.float32)
@@ -433,9 +426,6 @@ def _weights(dtype: str, problem: _Problem, copies: int) -> list[NDArray[Any]]:
 
 def _scales(dtype: str, problem: _Problem) -> list[onnx.TensorProto]:
     """One scale an output, or an output and group of channels."""
-    import numpy as np
-    from onnx import numpy_helper
-
     _, _, group = dtype.partition(":")
     rows = math.gcd(int(group), problem.in_features) if group else problem.in_features
     groups = problem.in_features // rows if rows % _UNIT == 0 else 1
@@ -443,9 +433,6 @@ def _scales(dtype: str, problem: _Problem) -> list[onnx.TensorProto]:
 
 
 def _order(problem: _Problem) -> tuple[str, list[onnx.TensorProto]]:
-    import numpy as np
-    from onnx import numpy_helper
-
     if not problem.grouped:
         return "", []
     order = np.random.default_rng(1).permutation(problem.in_features).astype(np.int32)
@@ -453,15 +440,11 @@ def _order(problem: _Problem) -> tuple[str, list[onnx.TensorProto]]:
 
 
 def _element(dtype: str) -> int:
-    import onnx
-
     names = {"float32": "FLOAT"}
     return int(onnx.TensorProto.DataType.Value(names.get(dtype, dtype.upper())))
 
 
 def _tensor(name: str, element: int, array: NDArray[Any]) -> onnx.TensorProto:
-    import onnx
-
     tensor = onnx.TensorProto(name=name, data_type=element, dims=array.shape)
     tensor.raw_data = array.tobytes()
     return tensor
@@ -475,18 +458,11 @@ class _Session:
 
 
 def _open(model: onnx.ModelProto, problem: _Problem) -> _Session:
-    import tempfile
-
-    import onnx
-
-    import onnxruntime
-    from nmexport.runtimes.native import HUGE_PAGES_ENTRY
-    from nmexport.runtimes.onnxruntime_session import SESSION_CONFIG, session_options
 
     config = {**SESSION_CONFIG, HUGE_PAGES_ENTRY: "1"}  # as whole models open where they fit
     options = session_options(library=problem.library, threads=problem.threads, config=config)
     with tempfile.TemporaryDirectory() as folder:
-        # Weights beside the model: together they may exceed what protobuf holds.
+        # Weights outside the model: together they may exceed what protobuf holds.
         path = Path(folder) / "model.onnx"
         onnx.save(model, path, save_as_external_data=True, location="weights")
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -496,10 +472,6 @@ def _open(model: onnx.ModelProto, problem: _Problem) -> _Session:
 
 def _runner(opened: _Session, tokens: int, problem: _Problem) -> Callable[[], None]:
     """A call that runs the whole model once, without allocating."""
-    import ml_dtypes
-    import numpy as np
-    from onnx import helper
-
     dtype = helper.tensor_dtype_to_np_dtype(opened.element)
     random = np.random.default_rng(2)
     x = random.standard_normal((1, tokens, problem.in_features), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Serving throughput and latency, dense beside sparse: the same load on both, in turns.
+"""Serving throughput and latency, dense next to sparse: the same load on both, in turns.
 
 The load goes to the scheduler that a server runs, within this process, so that dense and sparse
 differ in nothing else. What Triton and the network add is a side of its own: the packaged sparse
@@ -15,12 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nmexport import environment
 from nmexport.bench.context import check_context
 from nmexport.bench.http_load import Ask, drive
 from nmexport.bench.soak import text_of
+from nmexport.environment import device_name
 from nmexport.errors import ArtifactError
 from nmexport.generation.options import GenerationOptions
+from nmexport.generation.tokenizer import Tokenizer
 from nmexport.report.model import read_report
+from nmexport.runtimes.engine import read_engine
+from nmexport.runtimes.onnxruntime_session import OrtSession
 from nmexport.serving import metrics as names
 from nmexport.serving.scheduler import Limits, Scheduler
 from nmexport.timing import interleave, median, percentiles
@@ -29,7 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from nmexport.generation.tokenizer import Tokenizer
     from nmexport.progress import Progress
     from nmexport.runtimes.session import Session
     from nmexport.serving.scheduler import Outcome, Usage
@@ -41,12 +45,12 @@ THROUGH = "sparse through Triton"
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What the clients ask, all the same way."""
+    """The load that clients put on a server."""
 
     concurrency: int
     """Clients; each asks again as soon as it is answered."""
     requests: int
-    """Of all clients together, in one round."""
+    """Number of requests in one round, of all clients together."""
     prompt_tokens: int
     output_tokens: int
     prefill_chunk: int = 64
@@ -99,7 +103,7 @@ class _Client:
 
 @dataclass
 class _Rounds:
-    """What the rounds of one side gave."""
+    """Measurements of one side, round by round."""
 
     tokens_per_s: list[float] = field(default_factory=list)
     first_ms: list[float] = field(default_factory=list)
@@ -156,11 +160,6 @@ def bench_serve(
         ArtifactError: if the work directory holds no engine, or one that cannot be opened.
         EnvironmentFault: if the engine needs a native library that is missing here.
     """
-    from nmexport.environment import device_name, probe
-    from nmexport.generation.tokenizer import Tokenizer
-    from nmexport.runtimes.engine import read_engine
-    from nmexport.runtimes.onnxruntime_session import OrtSession
-
     folder = work / "engine" / "current"
     engine = read_engine(folder)
     longest = max(load.prompt_tokens + load.output_tokens for load in loads)
@@ -180,7 +179,7 @@ def bench_serve(
             sides[THROUGH] = _through(through, tokenizer)
         return {
             "runtime": sparse.runtime,
-            "device": device_name(probe(), on_gpu=engine.provider == "cuda"),
+            "device": device_name(environment.probe(), on_gpu=engine.provider == "cuda"),
             "perplexity": _perplexity(work / "report.json"),
             "results": [
                 compare(sides, load, rounds=rounds, seed=seed, progress=progress) for load in loads
@@ -189,7 +188,7 @@ def bench_serve(
 
 
 def _perplexity(report: Path) -> dict[str, Any] | None:
-    """What the speed costs, as the report has it."""
+    """Read from the report what the speed costs."""
     try:
         accuracy = read_report(report).accuracy
     except ArtifactError:

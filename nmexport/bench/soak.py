@@ -1,8 +1,8 @@
 """Memory of a server under a long load: does it grow, and is all of it given back?
 
 Every process of the server counts, by its share of the pages it shares with others (PSS). Clients
-come with prompts and answers of mixed lengths, and some go away amid theirs. What the load did is
-read from the server's own metrics.
+come with prompts and answers of mixed lengths, and some are cancelled mid-stream. What the load did
+is read from the server's own metrics.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ if TYPE_CHECKING:
 
 _SAMPLE_SECONDS = 1.0
 _COMPARED_SHARE = 0.1
-"""Of the load's time at its beginning, and at its end, whose samples are compared."""
+"""Share of the load's time at each end whose samples are compared."""
 _LENGTHS = (0.25, 0.5, 0.75, 1.0)
-"""Of prompts and answers, as shares of the longest."""
+"""Lengths of prompts and answers, as shares of the longest."""
 _LEAVE_AFTER = 2
 _IDLE_SECONDS = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Soak:
-    """What is asked of the server, and for how long."""
+    """Requests to the server, and for how long."""
 
     seconds: float = 300.0
-    """Of the load that counts."""
+    """Duration of the measured load."""
     warmup_seconds: float = 60.0
-    """Of the same load before: buffers reach their size."""
+    """Duration of the same load before, until buffers reach their size."""
     clients: int = 4
     prompt_words: int = 48
-    """Of the longest prompt."""
+    """Length of the longest prompt."""
     output_tokens: int = 32
-    """Of the longest answer."""
+    """Length of the longest answer."""
     cancel_every: int = 5
-    """Of so many requests one is left by its client."""
+    """Cancel every Nth request mid-stream."""
 
     def asks(self, *, only_leaving: bool = False) -> Iterator[Ask]:
         """Requests without an end."""
@@ -229,7 +229,7 @@ def _work_done(before: dict[str, float], after: dict[str, float], seconds: float
 
 
 def _left_over(server: Server, model: str) -> dict[str, int]:
-    """What the server still holds once nobody asks any more."""
+    """Wait until the server is idle, and return what it still holds."""
     until = time.monotonic() + _IDLE_SECONDS
     while True:
         known = read_metrics(server.addresses.metrics, model)

@@ -45,3 +45,24 @@ class Checkpoint:
                 return {name: stream.get_tensor(name) for name in stream.keys()}, state  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, ValueError):
             return None  # starting over is always right
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Checkpoints of the long work of one stage, in a folder that belongs to the stage's key."""
+
+    folder: Path | None
+    """None keeps nothing."""
+
+    def named(self, work: str, *, of: str = "") -> Checkpoint | None:
+        """The checkpoint of a piece of work.
+
+        Args:
+            work: Names the file.
+            of: What the work depends on beside the key, such as what an effort means in this
+                version.
+        """
+        if self.folder is None:
+            return None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return Checkpoint(self.folder / f"{work}.safetensors", identity=self.folder.name + of)

@@ -1,4 +1,4 @@
-"""How long constants are learned, how, and from how much: no torch, a stage's key has it.
+"""How long constants are learned, how, and from how much. Imports no torch: stages' keys do not.
 
 What an effort means is a part of what it comes to: work folded under other settings is not up to
 date.
@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 
     from nmexport.choices import Effort
     from nmexport.recipe import SparsitySection
+
+
+# Calibration samples that measurements of the fold stage take. Local errors and the static variance
+# correction need few tokens: one number a layer.
+ERROR_SAMPLES = 4
+SENSITIVITY_SAMPLES = 16
+DISTANCE_SAMPLES = 2
 
 
 @dataclass(frozen=True, kw_only=True)

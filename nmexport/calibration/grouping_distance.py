@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nmexport.calibration.forward_passes import _hooked, run_samples
-from nmexport.sparsity.linear import selection, shift_of
-from nmexport.sparsity.mask import scores_of
+from nmexport.sparsity.linear import InputSite
+from nmexport.sparsity.mask import keep_mask
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,7 +60,7 @@ def grouping_distance(
     threshold = squares.kthvalue(dropped, dim=-1, keepdim=True).values
 
     def under(order: torch.Tensor | None) -> float:
-        keep = selection(scores, pattern, None, order)
+        keep = keep_mask(scores, pattern, order)
         return float(squares.masked_fill(keep, 0.0).sum())
 
     return GroupingDistance(
@@ -95,12 +95,13 @@ def grouping_distances(
     distances: dict[str, GroupingDistance] = {}
 
     def watch(name: str, linear: nn.Linear) -> RemovableHandle:
-        behaviour, given = behaviours[name], constants[name]
+        pattern, order = behaviours[name].pattern, constants[name].channel_order
+        site = InputSite(behaviours[name], constants[name], linear.in_features)
 
         def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
             del module
-            scores = _scores(arguments[0], behaviour, given)
-            distance = grouping_distance(scores, behaviour.pattern, given.channel_order)
+            x = arguments[0].detach()
+            distance = grouping_distance(site.to(x.device).scores(x), pattern, order)
             known = distances.get(name)
             distances[name] = distance if known is None else known + distance
 
@@ -115,11 +116,3 @@ def grouping_distances(
             layerwise=layerwise,
         )
     return distances
-
-
-def _scores(x: torch.Tensor, behaviour: Behaviour, constants: Constants) -> torch.Tensor:
-    """The scores `[T, K]` that selection ranks, of an input `[..., K]`."""
-    tokens = x.detach().reshape(-1, x.shape[-1]).float()
-    scale = constants.score_scale
-    z = tokens - shift_of(tokens, behaviour, constants)
-    return scores_of(z, None if scale is None else scale.to(tokens.device))

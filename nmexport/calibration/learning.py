@@ -29,7 +29,7 @@ from nmexport.calibration.products import fast_dtype
 from nmexport.calibration.sensitivity import activations_carry_gradients
 from nmexport.errors import CorpusError, ModelError
 from nmexport.models.swap import swapped
-from nmexport.sparsity.learned import Corrections, InputSite, LearnedLinear, Spread
+from nmexport.sparsity.learned import LearnedLinear, LearningSite, Spread
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from nmexport.calibration.checkpoint import Checkpoint
     from nmexport.calibration.effort import LearningSettings
     from nmexport.progress import Progress
+    from nmexport.sparsity.fold import Corrections
     from nmexport.sparsity.linear import Behaviour, Constants
 
 _BETAS = (0.9, 0.99)
@@ -137,11 +138,11 @@ def _students(
     dtype: torch.dtype,
 ) -> dict[str, LearnedLinear]:
     """Learnable stand-ins, those of one site on one selection."""
-    site_of: dict[str, InputSite] = {}
+    site_of: dict[str, LearningSite] = {}
     for names in sites:
         members = [name for name in names if name in linears]
         for name in members:
-            site_of[name] = site_of.get(members[0]) or InputSite(
+            site_of[name] = site_of.get(members[0]) or LearningSite(
                 behaviours[name],
                 constants[name],
                 input_rms=spreads[name].input_rms,
@@ -459,16 +460,16 @@ class _Run:
         return done
 
 
-def _sites_of(students: Mapping[str, LearnedLinear]) -> dict[InputSite, str]:
+def _sites_of(students: Mapping[str, LearnedLinear]) -> dict[LearningSite, str]:
     """Each site once, with the name of its first linear."""
-    found: dict[InputSite, str] = {}
+    found: dict[LearningSite, str] = {}
     for name, student in students.items():
         found.setdefault(student.site, name)
     return found
 
 
 def _parameters_of(
-    students: Mapping[str, LearnedLinear], sites: Mapping[InputSite, str]
+    students: Mapping[str, LearnedLinear], sites: Mapping[LearningSite, str]
 ) -> dict[str, nn.Parameter]:
     """What is learned, by name; a site's shift once, under its first linear."""
     found: dict[str, nn.Parameter] = {}

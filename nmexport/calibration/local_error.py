@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from nmexport.sparsity.linear import VARIANCE_FLOOR, selection, shift_of, variance_ratio
+from nmexport.sparsity.linear import VARIANCE_FLOOR, InputSite, variance_ratio
 
 if TYPE_CHECKING:
     from nmexport.sparsity.linear import Behaviour, Constants
@@ -69,13 +69,10 @@ def observe_error(
         x: Dense inputs `[..., K]`.
         y: The linear's dense output `[..., O]`.
     """
-    tokens = x.detach().reshape(-1, x.shape[-1]).to(torch.float32)
-    z = tokens - shift_of(tokens, behaviour, constants)
-    scale, order = (
-        None if constant is None else constant.to(z.device)
-        for constant in (constants.score_scale, constants.channel_order)
-    )
-    kept = torch.where(selection(z, behaviour.pattern, scale, order), z, 0.0)
+    site = InputSite(behaviour, constants, linear.in_features, device=x.device)
+    selected = site.select(x.detach())
+    z = selected.tokens - selected.eta
+    kept = z if selected.keep is None else z * selected.keep
     nu = variance_ratio(z, kept)
     defined = kept.var(dim=-1, correction=0) > VARIANCE_FLOOR
     weight = linear.weight.detach().to(torch.float32)
@@ -88,7 +85,7 @@ def observe_error(
         sparse = nu * sparse
     dense = nn.functional.linear(z, weight)
     return ErrorObserver(
-        tokens=tokens.shape[0],
+        tokens=z.shape[0],
         nu_sum=float(nu[defined].sum(dtype=torch.float64)),
         nu_tokens=int(defined.sum()),
         sparse_squares=_inner(sparse, sparse),

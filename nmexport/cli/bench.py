@@ -26,10 +26,14 @@ def bench_command() -> None:
     """Time kernels or engines, dense against sparse, interleaved in one run."""
 
 
-@bench_command.command("engines", short_help="Dense against sparse engine of a work directory.")
+@bench_command.command(
+    "engines", short_help="Time the dense and the sparse engine of a work directory."
+)
 @click.option("--prefill-tokens", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--decode-context", type=click.IntRange(1), default=128, show_default=True)
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Of decode.")
+@click.option(
+    "--batch", type=click.IntRange(1), default=1, show_default=True, help="Batch size of decode."
+)
 @click.option("--runs", type=click.IntRange(3), default=30, show_default=True)
 @click.option("--warmup", type=click.IntRange(0), default=3, show_default=True)
 @takes()
@@ -88,7 +92,7 @@ def engines_command(
     )
 
 
-@bench_command.command("kernels", short_help="Native kernels against dense products.")
+@bench_command.command("kernels", short_help="Time native kernels against dense products.")
 @click.option(
     "--shape",
     "shapes",
@@ -97,22 +101,27 @@ def engines_command(
     help="in_features x out_features, such as 576x1536. Repeatable.  [default: SmolLM2's]",
 )
 @click.option(
-    "--device", type=click.Choice(["cpu"]), default="cpu", show_default=True, help="Where to run."
+    "--device",
+    type=click.Choice(["cpu"]),
+    default="cpu",
+    show_default=True,
+    help="Device to run on.",
 )
 @click.option(
-    "--llm", "all_shapes", is_flag=True, help="The shapes of 1B to 8B models; takes gigabytes."
+    "--llm", "all_shapes", is_flag=True, help="Use the shapes of 1B to 8B models; takes gigabytes."
 )
 @click.option(
     "--tokens",
     multiple=True,
     type=int,
-    help="1 is decode, many are prefill. Repeatable.  [default: 1, 128; 1 to 4 with --llm]",
+    help="Number of tokens: 1 is decode, many are prefill. Repeatable.  [default: 1, 128; 1 to 4 "
+    "with --llm]",
 )
 @click.option(
     "--threads",
     multiple=True,
     type=int,
-    help="Repeatable.  [default: 1; 1 and 2 with --llm]",
+    help="Number of threads. Repeatable.  [default: 1; 1 and 2 with --llm]",
 )
 @click.option("--pattern", default="8:16", show_default=True, metavar="N:M")
 @click.option(
@@ -120,18 +129,18 @@ def engines_command(
     "dtypes",
     multiple=True,
     type=click.Choice(["float32", "float16", "bfloat16", "int8", "int8:128"]),
-    help="Of the weights; int8:128 has scales of 128 channels. Repeatable.  [default: float32; "
-    "bfloat16 and int8 too with --llm]",
+    help="Element type of the weights; int8:128 has a scale for every 128 channels. Repeatable.  "
+    "[default: float32; with --llm also bfloat16 and int8]",
 )
-@click.option("--grouped", is_flag=True, help="With a channel order, as balanced grouping has.")
+@click.option("--grouped", is_flag=True, help="Use a channel order, as balanced grouping does.")
 @click.option(
     "--rivals/--no-rivals",
     default=True,
     show_default=True,
-    help="Time dense int8 and int4 weights (MatMulNBits) too.",
+    help="Also time dense int8 and int4 weights (MatMulNBits).",
 )
 @click.option(
-    "--seconds", type=float, default=2.0, show_default=True, help="Least time for each row."
+    "--seconds", type=float, default=2.0, show_default=True, help="Minimum time for each row."
 )
 @json_option
 @verbose_option

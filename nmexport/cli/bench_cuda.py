@@ -20,7 +20,7 @@ from nmexport.cli.output import (
 from nmexport.cli.verb import UserPath, Verb
 
 
-@click.command("cuda", cls=Verb, short_help="CUDA kernels; regenerates the break-even table.")
+@click.command("cuda", cls=Verb, short_help="Time CUDA kernels; regenerate the break-even table.")
 @click.option(
     "--shape",
     "shapes",
@@ -29,7 +29,12 @@ from nmexport.cli.verb import UserPath, Verb
     help="in_features x out_features, such as 4096x6144. Repeatable.  [default: Mistral-7B's]",
 )
 @click.option(
-    "--tokens", multiple=True, type=int, default=(1, 2, 3, 4), show_default=True, help="Repeatable."
+    "--tokens",
+    multiple=True,
+    type=int,
+    default=(1, 2, 3, 4),
+    show_default=True,
+    help="Number of tokens. Repeatable.",
 )
 @click.option(
     "--dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True
@@ -39,13 +44,13 @@ from nmexport.cli.verb import UserPath, Verb
     "--table",
     "table_file",
     type=UserPath(dir_okay=False, writable=True, path_type=Path),
-    help="Write the fastest plans and break-even times here, as rows of a table of plans.",
+    help="Write the fastest plans and break-even times here, as rows of the plan table.",
 )
 @click.option(
     "--save",
     is_flag=True,
-    help="Use what was measured from now on, before the table built in; measured again, it is "
-    "replaced.",
+    help="Prefer these measurements to the built-in table from now on; measuring again replaces "
+    "them.",
 )
 @json_option
 @verbose_option
@@ -60,7 +65,7 @@ def cuda_command(
     table_file: Path | None,
     save: bool,
 ) -> None:
-    """Time the CUDA kernels through ONNX Runtime, dense beside sparse, on this machine's GPU."""
+    """Time the CUDA kernels through ONNX Runtime, dense next to sparse, on this machine's GPU."""
     from nmexport.bench.cuda import MISTRAL_SHAPES, SIDES, bench_cuda, check_savable, save_plans
     from nmexport.cli.bench import shape_from
     from nmexport.runtimes.native import require_library

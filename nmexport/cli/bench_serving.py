@@ -26,21 +26,25 @@ _server_option = click.option(
 )
 
 
-@click.command("serve", cls=Verb, short_help="Dense against sparse model under a server's load.")
+@click.command(
+    "serve", cls=Verb, short_help="Time the dense and the sparse model under a server's load."
+)
 @click.option(
     "--clients",
     multiple=True,
     type=click.IntRange(1),
     default=(1, 4),
     show_default=True,
-    help="That ask at a time, each again once it is answered. Repeatable.",
+    help="Concurrent clients (closed loop). Repeatable.",
 )
-@click.option("--requests", type=click.IntRange(1), default=8, show_default=True, help="A round.")
+@click.option(
+    "--requests", type=click.IntRange(1), default=8, show_default=True, help="Requests in a round."
+)
 @click.option("--prompt-tokens", type=click.IntRange(1), default=64, show_default=True)
 @click.option("--output-tokens", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option(
-    "--through-triton", is_flag=True, help="The packaged model in a server, too, over HTTP."
+    "--through-triton", is_flag=True, help="Also time the packaged model in a server, over HTTP."
 )
 @_server_option
 @takes()
@@ -122,7 +126,7 @@ def _through(folder: Path, given: Path | None) -> Iterator[Through]:
 
 @contextlib.contextmanager
 def _started(folder: Path, installation: Installation) -> Iterator[tuple[Server, str]]:
-    """A ready server on the text model of a package, its messages kept for an error alone."""
+    """Start a server on the text model of a package; its messages are only shown on an error."""
     from nmexport.serving import launch
     from nmexport.serving.repository import REPOSITORY
 
@@ -143,7 +147,7 @@ def _started(folder: Path, installation: Installation) -> Iterator[tuple[Server,
         yield server, texts[0]
 
 
-@click.command("soak", cls=Verb, short_help="A server's memory under a long load.")
+@click.command("soak", cls=Verb, short_help="Watch a server's memory under a long load.")
 @click.argument("folder", required=False, type=UserPath(path_type=Path, exists=True))
 @click.option("--seconds", type=click.IntRange(10), default=300, show_default=True)
 @click.option(
@@ -151,7 +155,7 @@ def _started(folder: Path, installation: Installation) -> Iterator[tuple[Server,
     type=click.IntRange(1),
     default=60,
     show_default=True,
-    help="Of the same load, before its memory counts.",
+    help="Seconds of load before memory is measured.",
 )
 @click.option("--clients", type=click.IntRange(1), default=4, show_default=True)
 @click.option(
@@ -159,19 +163,19 @@ def _started(folder: Path, installation: Installation) -> Iterator[tuple[Server,
     type=click.IntRange(2),
     default=5,
     show_default=True,
-    help="Of so many requests one is left by its client amid its answer.",
+    help="Cancel every Nth request mid-stream.",
 )
 @click.option(
     "--max-growth",
     type=click.FloatRange(0),
     default=0.02,
     show_default=True,
-    help="Exit 3 where memory grows by a larger share, or something is held at the end.",
+    help="Exit 3 if memory grows by a larger share, or if anything is still held at the end.",
 )
 @click.option(
     "--perf-analyzer",
     type=UserPath(path_type=Path, dir_okay=False),
-    help="Let this program make the load, over gRPC; one client that always leaves comes beside.",
+    help="Make the load with this program, over gRPC, next to one client that always cancels.",
 )
 @_server_option
 @takes()
@@ -191,8 +195,8 @@ def soak_command(
 ) -> None:
     """Start a server on FOLDER, a work directory or a package, and watch its memory under a load.
 
-    All processes of the server count. Compared are the medians of the first and the last tenth of
-    the time.
+    Compares the medians of the first and the last tenth of the time, over all processes of the
+    server.
     """
     from nmexport.bench.perf_analyzer import PerfAnalyzer
     from nmexport.bench.soak import Soak, soak

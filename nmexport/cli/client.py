@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 @click.option("--url", default="http://127.0.0.1:8000", show_default=True)
 @click.option("--name", help="Model on the server.  [default: the only one]")
 @click.option("--max-tokens", type=int, default=128, show_default=True, metavar="COUNT")
-@click.option("--temperature", type=float, help="0 is greedy.  [default: the model's]")
+@click.option(
+    "--temperature", type=float, help="Sampling temperature; 0 is greedy.  [default: the model's]"
+)
 @click.option("--top-p", type=float)
-@click.option("--top-k", type=int, help="0 is no limit.")
+@click.option("--top-k", type=int, help="Sample from the k likeliest tokens; 0 is no limit.")
 @click.option("--repetition-penalty", type=float)
-@click.option("--seed", type=int, help="[default: a new one]")
-@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. Repeatable.")
-@click.option("--chat", is_flag=True, help="Put the prompt through the model's chat template.")
+@click.option("--seed", type=int, help="Random seed.  [default: a new one]")
+@click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text. Repeatable.")
+@click.option("--chat", is_flag=True, help="Apply the model's chat template to the prompt.")
 @click.option("--timeout", type=float, default=600.0, show_default=True, metavar="SECONDS")
 @json_option
 @verbose_option
@@ -69,7 +71,7 @@ def _show(responses: Iterator[dict[str, Any]]) -> None:
 
 
 def _gathered(responses: Iterator[dict[str, Any]]) -> dict[str, Any]:
-    """All of the text, and what the last response counts."""
+    """Return the whole text, and the usage in the last response."""
     text, last = "", {}
     for last in responses:
         text += last["text_output"]

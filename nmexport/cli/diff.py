@@ -18,7 +18,7 @@ from nmexport.cli.tables import show_value
 from nmexport.cli.verb import UserPath, Verb
 
 
-@click.command("diff", cls=Verb, short_help="What changed between two of them.")
+@click.command("diff", cls=Verb, short_help="Say what changed between two paths.")
 @click.argument("before", type=UserPath(path_type=Path))
 @click.argument("after", type=UserPath(path_type=Path))
 @json_option

@@ -1,4 +1,4 @@
-"""`nmexport doctor`: versions, devices, which targets work here, and what mends the others."""
+"""`nmexport doctor`: versions, devices, which targets work here, and how to fix the others."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 
 @click.command(
-    "doctor", cls=Verb, short_help="What works on this machine, and what mends the rest."
+    "doctor", cls=Verb, short_help="Check what works on this machine, and how to fix the rest."
 )
 @json_option
 @verbose_option
 @click.pass_context
 def doctor_command(ctx: click.Context) -> None:
-    """Say versions, devices, and which targets work here.
+    """Show versions, devices, and which targets work here.
 
-    For each target that does not: what is missing, and the command that mends it.
+    For each target that does not: what is missing, and the command that fixes it.
     """
     from nmexport.environment import probe
     from nmexport.inspect import doctor
@@ -65,10 +65,10 @@ def doctor_command(ctx: click.Context) -> None:
     out.print(table(None, ("this machine", ""), rows, left=("",)))
     for state in states:
         out.print(f"target {state.target}: {'works' if state.works else 'does not work here'}")
-        for one in state.missing:
-            verb = "needs" if one.needed else "lacks, and works without,"
-            out.print(f"  {verb} {one.what}", soft_wrap=True, markup=False)
-            out.print(f"    mend: {one.mend}", soft_wrap=True, markup=False)
+        for missing in state.missing:
+            verb = "needs" if missing.needed else "lacks, and works without,"
+            out.print(f"  {verb} {missing.what}", soft_wrap=True, markup=False)
+            out.print(f"    fix: {missing.fix}", soft_wrap=True, markup=False)
 
 
 def _machine(environment: Environment, free: int) -> list[tuple[str, str]]:
@@ -81,7 +81,7 @@ def _machine(environment: Environment, free: int) -> list[tuple[str, str]]:
         ("nmexport", environment.nmexport),
         ("Python", environment.python),
         ("system", environment.system),
-        ("processor", f"{environment.cpu}, {environment.cores} cores"),
+        ("CPU", f"{environment.cpu}, {environment.cores} cores"),
         ("instructions", ", ".join(environment.isa) or "portable only"),
         ("memory", size(environment.memory_bytes)),
         ("free disk here", size(free)),
@@ -96,7 +96,7 @@ def _library_words(library: NativeLibrary) -> str:
 
 
 def _tritonserver() -> str | None:
-    """The server that `nmexport serve` would start."""
+    """Find the server that `nmexport serve` would start."""
     from nmexport.errors import EnvironmentFault
     from nmexport.serving.launch import find_server
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def show_report(out: Console, report: Report, work: Path) -> None:
-    """Print accuracy, speed and size, dense beside sparse, and the verdict."""
+    """Print accuracy, speed and size, dense next to sparse, and the verdict."""
     out.print(table(_title(report), ("", "dense", "sparse", ""), _rows(report)))
     sparsity, memory = report.sparsity, report.memory
     out.print(

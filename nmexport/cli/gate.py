@@ -1,4 +1,4 @@
-"""`nmexport gate`: hold a report against thresholds, for CI."""
+"""`nmexport gate`: check a report against thresholds, for CI."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def _takes_thresholds(function: Callable[..., Any]) -> Any:
     return declared
 
 
-@click.command("gate", cls=Verb, short_help="Hold a report against thresholds.")
+@click.command("gate", cls=Verb, short_help="Check a report against thresholds.")
 @click.argument("report", required=False, type=UserPath(path_type=Path))
 @_takes_thresholds
-@click.option("--strict", is_flag=True, help="Exit 3 where no threshold is set at all.")
+@click.option("--strict", is_flag=True, help="Exit 3 if no threshold is set at all.")
 @click.option("--junit", type=UserPath(path_type=Path), help="Write JUnit XML here.")
 @click.option("--markdown", type=UserPath(path_type=Path), help="Write a Markdown summary here.")
 @takes()
@@ -115,7 +115,7 @@ def _report_path(asked: Request, given: Path | None) -> Path:
 
 
 def _limits(asked: Request, path: Path, report: Report, given: Mapping[str, float]) -> GatesSection:
-    """The gates in force: those given as options, or the recipe's, or the report's own."""
+    """Return the gates in force: those given as options, or the recipe's, or the report's own."""
     from nmexport.recipe import load
     from nmexport.report.gates import limits_from, limits_of_report
     from nmexport.store.work_directory import RESOLVED
@@ -124,9 +124,9 @@ def _limits(asked: Request, path: Path, report: Report, given: Mapping[str, floa
         return limits_from(given)
     if asked.file is not None:
         return load(asked.file).gates
-    beside = path.parent / RESOLVED
-    if beside.is_file():
-        gates = load(beside).gates
+    recipe_file = path.parent / RESOLVED
+    if recipe_file.is_file():
+        gates = load(recipe_file).gates
         if any(limit is not None for _, limit in gates):
             return gates
     return limits_of_report(report)

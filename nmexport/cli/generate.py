@@ -13,12 +13,24 @@ from nmexport.cli.verb import Verb
 @click.command("generate", cls=Verb, short_help="Continue a prompt with the built model.")
 @click.argument("prompt", required=False)
 @click.option("--max-tokens", type=int, default=128, show_default=True, metavar="COUNT")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option(
+    "--temperature",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Sampling temperature; 0 is greedy.",
+)
 @click.option("--top-p", type=float, default=1.0, show_default=True)
-@click.option("--top-k", type=int, default=0, show_default=True, help="0 is no limit.")
+@click.option(
+    "--top-k",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Sample from the k likeliest tokens; 0 is no limit.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. Repeatable.")
-@click.option("--chat", is_flag=True, help="Put the prompt through the model's chat template.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text. Repeatable.")
+@click.option("--chat", is_flag=True, help="Apply the model's chat template to the prompt.")
 @click.option("--dense", is_flag=True, help="Run the dense baseline instead.")
 @takes()
 @click.pass_context

@@ -20,7 +20,7 @@ _FEW = 24
 _LONG = frozenset({"recipe", "report", "inputs", "environment"})
 
 
-@click.command("inspect", cls=Verb, short_help="An artifact, ONNX file or work directory in words.")
+@click.command("inspect", cls=Verb, short_help="Describe an artifact, ONNX file or work directory.")
 @click.argument("path", required=False, type=UserPath(path_type=Path))
 @takes()
 @click.pass_context

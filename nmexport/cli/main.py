@@ -145,7 +145,7 @@ def _emit_error(
 
 @contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    """While a verb runs, SIGTERM unwinds like Ctrl-C instead of killing mid-write."""
+    """Make SIGTERM unwind like Ctrl-C instead of killing mid-write."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
         return
@@ -164,4 +164,4 @@ def _sigterm_interrupts() -> Iterator[None]:
 @click.group(cls=VerbGroup, help=_HELP, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="nmexport")
 def cli() -> None:
-    """Hold the verbs; each is a module of its own."""
+    """Group the verbs; each is a module of its own."""

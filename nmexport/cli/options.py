@@ -109,15 +109,15 @@ class RecipeOption:
 
     spelled: str
     key: str
-    """Dotted."""
+    """Dotted key in the recipe."""
     help: str
     kind: click.ParamType[Any] | type = str
     metavar: str | None = None
     multiple: bool = False
     sets: bool | None = None
-    """What a flag sets; None where the option takes a value."""
+    """The value that a flag sets; None where the option takes a value."""
     read: Callable[[Any], Any] | None = None
-    """Makes the recipe's value of what was given."""
+    """Turns the option's value into the recipe's."""
 
     @property
     def parameter(self) -> str:
@@ -127,9 +127,9 @@ class RecipeOption:
     def declare(self, command: Any) -> Any:
         """Add the option to a command."""
         if self.sets is not None:
-            made = click.option(self.spelled, self.parameter, is_flag=True, help=self.help)
+            option = click.option(self.spelled, self.parameter, is_flag=True, help=self.help)
         else:
-            made = click.option(
+            option = click.option(
                 self.spelled,
                 self.parameter,
                 type=self.kind,
@@ -137,10 +137,10 @@ class RecipeOption:
                 multiple=self.multiple,
                 help=self.help,
             )
-        return made(command)
+        return option(command)
 
     def value(self, given: Any) -> Any:
-        """The recipe's value; None where the option was not given."""
+        """Return the recipe's value; None where the option was not given."""
         if given is None or given is False or given == ():
             return None
         if self.sets is not None:
@@ -186,7 +186,7 @@ _MODEL = (
         spelled="--trust-remote-code",
         key="model.trust_remote_code",
         sets=True,
-        help="Run Python code that the model's author wrote.",
+        help="Run the model author's Python code.",
     ),
 )
 _METHOD = (
@@ -195,7 +195,7 @@ _METHOD = (
         spelled="--criterion",
         key="sparsity.criterion",
         kind=OneOf(Criterion),
-        help="What ranks the channels of a group.",
+        help="Score that ranks the channels of a group.",
     ),
     RecipeOption(
         spelled="--mitigation",
@@ -242,8 +242,8 @@ _BUDGET = (
         key="allocation.patterns",
         metavar="N:M",
         multiple=True,
-        help="Pattern that --budget may choose, beside dense. Repeatable.  [default: 12, 10, 8, 6 "
-        "and 4 of 16]",
+        help="Pattern that --budget may choose, along with dense. Repeatable.  [default: 12, 10, "
+        "8, 6 and 4 of 16]",
     ),
     RecipeOption(
         spelled="--budget-criterion",
@@ -293,7 +293,7 @@ _CALIBRATION = (
         key="calibration.self_share",
         kind=float,
         metavar="SHARE",
-        help="Share of the samples that the model writes itself, beside a named corpus.",
+        help="Share of the samples that the model writes itself, next to a named corpus.",
     ),
     _OFFLOAD,
 )
@@ -326,7 +326,7 @@ _TASKS = (
         metavar="NAME[,NAME...]",
         multiple=True,
         read=_tasks,
-        help="Score tasks of lm-evaluation-harness, dense beside sparse. Repeatable.",
+        help="Score tasks of lm-evaluation-harness, dense next to sparse. Repeatable.",
     ),
     RecipeOption(
         spelled="--tasks-path",
@@ -355,13 +355,14 @@ _WEIGHTS = RecipeOption(
     key="model.weights",
     kind=Words(lambda: ["float", "int8", "int8:128"]),
     metavar="float|int8|int8:CHANNELS",
-    help="How sparsified weights are stored: int8 with a scale an output, or so many channels.",
+    help="Storage of sparsified weights: int8 has one scale per output, int8:CHANNELS one per "
+    "that many channels too.",
 )
 _NO_DENSE_BASELINE = RecipeOption(
     spelled="--no-dense-baseline",
     key="model.dense_baseline",
     sets=False,
-    help="Export no dense model: half the disk, and nothing to verify against.",
+    help="Export no dense model: halves the disk space, but leaves nothing to verify against.",
 )
 _ENGINE = (
     RecipeOption(
@@ -409,7 +410,7 @@ BUILD: tuple[RecipeOption, ...] = (
     *_ENGINE,
     _ALLOW_FAILED,
 )
-"""All of them."""
+"""All recipe options."""
 OF_STAGE: dict[Stage, tuple[RecipeOption, ...]] = {
     # The method is checked against the model before the long part; text that both name is cut so
     # that evaluation gets its own.
@@ -420,7 +421,7 @@ OF_STAGE: dict[Stage, tuple[RecipeOption, ...]] = {
     "verify": (*_EVALUATION_TEXT, *_TASKS),
     "package": (_ALLOW_FAILED,),
 }
-"""What changes a stage, and nothing before it."""
+"""The options that change a stage, and nothing before it."""
 EVALUATION_TEXT = _EVALUATION_TEXT
 
 _LOCATORS = (
@@ -487,14 +488,14 @@ def takes(*options: RecipeOption, continues: bool = True) -> Callable[[Any], Any
         declared: Any = command
         for shared in (*reversed(_OUTPUT), *reversed(_LOCATORS)):
             declared = shared(declared)
-        for one in reversed((*options, *((_PATTERN,) if finds else ()))):
-            declared = one.declare(declared)
+        for option in reversed((*options, *((_PATTERN,) if finds else ()))):
+            declared = option.declare(declared)
         return declared
 
     return decorate
 
 
-# -- what was asked for ----------------------------------------------------------------------------
+# -- the request ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -505,7 +506,7 @@ class Request:
     file: Path | None = None
     work: Path | None = None
     pattern: str | None = None
-    """Helps to find the work directory; changes nothing."""
+    """Only helps to find the work directory."""
     continues: bool = False
     """The work directory's recipe comes before the model's own."""
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -516,7 +517,7 @@ class Request:
     """`--targets '!PATTERN'`: on top of what the recipe excludes."""
 
     def recipe(self) -> Recipe:
-        """The recipe: `--recipe`, or the model's, or the work directory's; options on top.
+        """Resolve the recipe: `--recipe`, or the model's, or the work directory's; options on top.
 
         Raises:
             UserError: whatever is wrong with it.
@@ -534,7 +535,7 @@ class Request:
         return recipe
 
     def recipe_on(self, work: WorkDirectory) -> Recipe:
-        """The recipe of an `existing_work`, scored on the text that the options say.
+        """Return the recipe of an `existing_work`, scored on the text that the options say.
 
         Raises:
             UserError: whatever is wrong with them.
@@ -548,13 +549,13 @@ class Request:
         return resolve(None, text, file=work.root / RESOLVED, spelled=self.spelled)
 
     def work_directory(self, recipe: Recipe) -> WorkDirectory:
-        """`--work`, or a folder named after model and pattern."""
+        """Return `--work`, or a folder named after model and pattern."""
         from nmexport.store.work_directory import WorkDirectory
 
         return WorkDirectory(self.work or self._default_work(recipe))
 
     def existing_work(self) -> WorkDirectory:
-        """The work directory to read: `--work`, or the model's, or the one last built in.
+        """Find the work directory to read: `--work`, or the model's, or the one last built in.
 
         Raises:
             UserError: if there is none.
@@ -589,7 +590,7 @@ class Request:
         return work
 
     def pipeline(self) -> Pipeline:
-        """Everything a build needs, the model found.
+        """Prepare everything a build needs, and find the model.
 
         Raises:
             UserError: whatever is wrong with recipe, model or work directory.
@@ -611,7 +612,7 @@ class Request:
         )
 
     def _base(self) -> tuple[str | None, Path | None]:
-        """Model and file that the recipe starts from."""
+        """Return the model and file that the recipe starts from."""
         from nmexport.recipe import resolve
         from nmexport.store.work_directory import RESOLVED, WorkDirectory
 
@@ -631,7 +632,7 @@ class Request:
         return None, work.root / RESOLVED
 
     def _locating(self) -> dict[str, Any]:
-        """What names the work directory of a model, beside the model."""
+        """Return the recipe keys that locate a model's work directory."""
         pattern = self.pattern or self.overrides.get(_PATTERN.key)
         return {} if pattern is None else {_PATTERN.key: pattern}
 
@@ -643,7 +644,7 @@ class Request:
         return WORK_ROOT / f"{name}-{pattern.n}of{pattern.m}"
 
     def _refuse_other_pattern(self, work: WorkDirectory) -> None:
-        """Raise where the directory is none, or `--pattern` speaks of another build."""
+        """Raise unless the directory is a work directory that fits `--pattern`."""
         from nmexport.errors import RecipeError
         from nmexport.sparsity.pattern import NMPattern
 
@@ -655,7 +656,7 @@ class Request:
             )
 
     def _refuse_both(self, included: Sequence[str]) -> None:
-        """The one name that an include takes out of the excludes cannot be in both."""
+        """Refuse the head as both included and excluded."""
         from nmexport.errors import RecipeError
 
         if _HEAD in self.excludes and _HEAD in included:
@@ -664,7 +665,7 @@ class Request:
             )
 
     def _refuse_idle_options(self, recipe: Recipe) -> None:
-        """Refuse options that the rest of the recipe leaves without a meaning."""
+        """Refuse options that the rest of the recipe makes meaningless."""
         from nmexport.errors import RecipeError
 
         given = [spelled for spelled in self.spelled.values() if spelled.startswith("--budget-")]

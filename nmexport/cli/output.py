@@ -39,7 +39,7 @@ json_option = click.option(
     is_eager=True,
     expose_value=False,
     callback=_remember(_JSON),
-    help="One JSON document on stdout; an error is one, too: {error, exit_code}.",
+    help="Print one JSON document on stdout; on an error, {error, exit_code}.",
 )
 verbose_option = click.option(
     "-v",
@@ -48,22 +48,22 @@ verbose_option = click.option(
     is_eager=True,
     expose_value=False,
     callback=_remember(_VERBOSE),
-    help="More on stderr; twice for everything.",
+    help="Print more on stderr; repeat for everything.",
 )
 
 
 def wants_json(ctx: click.Context) -> bool:
-    """Whether `--json` was given."""
+    """Tell whether `--json` was given."""
     return bool(ctx.meta.get(_JSON))
 
 
 def is_verbose(ctx: click.Context) -> bool:
-    """Whether `-v` was given."""
+    """Tell whether `-v` was given."""
     return bool(ctx.meta.get(_VERBOSE))
 
 
 def has_emitted(ctx: click.Context) -> bool:
-    """Whether the verb's JSON document is out already."""
+    """Tell whether the verb's JSON document was already written."""
     return bool(ctx.meta.get(_EMITTED))
 
 
@@ -85,7 +85,7 @@ def emit_json(value: object) -> None:
 
 
 def console() -> Console:
-    """A console on stdout; plain text where that is no terminal."""
+    """Return a console on stdout; plain text where that is no terminal."""
     from rich.console import Console
 
     # A pipe has no width: wide enough that no figure is cut.
@@ -99,7 +99,7 @@ def table(
     *,
     left: Sequence[str] = (),
 ) -> Table:
-    """A table; its first column and those named in `left` are text, the others figures."""
+    """Return a table; its first column and those named in `left` are text, the others figures."""
     from rich import box
     from rich.table import Table
 
@@ -120,19 +120,19 @@ def _plain_cell(cell: object) -> str:
 
 
 def progress() -> Progress:
-    """Progress on stderr."""
+    """Return progress on stderr."""
     from nmexport.progress import on_stream
 
     return on_stream(sys.stderr)
 
 
 def size(count: float | None) -> str:
-    """Bytes for a person, or a dash where nothing was measured."""
+    """Format bytes for a person, or a dash where nothing was measured."""
     from nmexport.progress import size as spelled
 
     return "-" if count is None else spelled(count)
 
 
 def figure(value: float | None, digits: int = 2, suffix: str = "") -> str:
-    """A measured number, or a dash where nothing was measured."""
+    """Format a measured number, or a dash where nothing was measured."""
     return "-" if value is None else f"{value:.{digits}f}{suffix}"

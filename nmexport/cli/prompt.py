@@ -8,7 +8,7 @@ from nmexport.errors import UserError
 
 
 def read_prompt(given: str | None) -> str:
-    """The prompt that was given, or what stdin holds.
+    """Return the prompt argument, or read stdin.
 
     Raises:
         UserError: if it is not UTF-8.

@@ -20,7 +20,7 @@ def recipes_command() -> None:
 @verbose_option
 @click.pass_context
 def list_command(ctx: click.Context) -> None:
-    """Recipes that travel with the package; `--model NAME` uses one."""
+    """List the recipes that come with the package; `--model NAME` uses one."""
     from nmexport import recipe
 
     found = [

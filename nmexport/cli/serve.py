@@ -36,14 +36,14 @@ if TYPE_CHECKING:
     type=click.IntRange(1),
     default=600,
     show_default=True,
-    help="How long the server may take to be ready.",
+    help="Seconds that the server may take to be ready.",
 )
 @click.option(
     "--drain-seconds",
     type=click.IntRange(0),
     default=30,
     show_default=True,
-    help="How long requests in flight may take once the server is told to stop.",
+    help="Seconds that requests in flight may take once the server is told to stop.",
 )
 @takes()
 @click.pass_context
@@ -63,7 +63,7 @@ def serve_command(
 ) -> None:
     """Serve FOLDER, a work directory or a package, with a tritonserver of this machine.
 
-    Says when it is ready. Ctrl-C and SIGTERM let requests in flight end, then stop it.
+    Says when it is ready. Ctrl-C and SIGTERM finish requests in flight, then stop it.
 
     Gates hold when a model is packaged; `nmexport gate` on a report afterwards changes no package.
     """
@@ -99,7 +99,7 @@ def serve_command(
 
 
 def _servable(repository: Path, installation: Installation) -> list[str]:
-    """Models to load by name, where not all can be: a plan is no reason to serve no text."""
+    """Name the models to load where not all can be; text is served even if a plan cannot be."""
     from nmexport.serving import launch
 
     models = launch.models_of(repository)

@@ -36,7 +36,7 @@ def _sweep_names() -> list[str]:
 # \b keeps click from joining the lines of a paragraph.
 _HELP = """Measure every cell of a sweep file: recipes over models, and baselines.
 
-What is measured is kept: the same command goes on where it stopped. Writes sweep.json, sweep.md and
+Results are kept: the same command resumes where it stopped. Writes sweep.json, sweep.md and
 a plot for each model.
 
 \b
@@ -65,7 +65,7 @@ A file, in YAML:
     "--work",
     type=UserPath(path_type=Path, file_okay=False),
     metavar="DIR",
-    help="Where results go.  [default: nmexport-work/sweep-NAME]",
+    help="Folder for the results.  [default: nmexport-work/sweep-NAME]",
 )
 @click.option(
     "--set",
@@ -86,7 +86,7 @@ A file, in YAML:
     "cpus",
     type=click.IntRange(min=1),
     metavar="COUNT",
-    help="Processors of a node for a task.  [default: a node's, shared by its GPUs]",
+    help="CPUs of a node for a task.  [default: a node's, shared by its GPUs]",
 )
 @click.option(
     "--ray-gpus",

@@ -25,7 +25,7 @@ def show_value(out: Console, value: dict[str, Any], title: str | None = None) ->
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested keys joined by dots."""
+    """Flatten nested keys, joined by dots."""
     pairs: list[tuple[str, Any]] = []
     for name, item in value.items():
         if isinstance(item, dict):
@@ -40,7 +40,7 @@ def _is_rows(value: object) -> bool:
 
 
 def _cell(name: str, value: object) -> str:
-    """A value on one line; what is named bytes in a unit that can be read."""
+    """Format a value on one line; bytes in a readable unit."""
     if value is None:
         return "-"
     if name.endswith("bytes") and isinstance(value, int):

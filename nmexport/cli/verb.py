@@ -1,4 +1,4 @@
-"""What all verbs share with click: values that complete, and options that are given once."""
+"""Parts of click that all verbs share: values that complete, and options that are given once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Verb(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the words of the command line."""
-        # Options that stop the parsing (--help) are read first: they may stand beside anything.
+        # Options that stop the parsing (--help) are read first: they may stand next to anything.
         _, _, order = self.make_parser(ctx).parse_args(args=list(args))
         once = [
             parameter
@@ -100,7 +100,7 @@ class Words(click.ParamType[str]):
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that travel with the package."""
+    """List the recipes that come with the package."""
     from nmexport.recipe import names
 
     return names()

@@ -1,4 +1,4 @@
-"""What a model's files say of its generation: tokens that end a text, and sampling defaults."""
+"""Read a model's own generation settings: tokens that end a text, and sampling defaults."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def generate(
         top_k: Draw from this many likeliest tokens; 0 is no limit.
         seed: Of the draws.
         stop: Texts that end the continuation; not part of it.
-        chat: Put the prompt through the model's chat template.
+        chat: Apply the model's chat template to the prompt.
         dense: Run the dense baseline in place of the sparse model.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a request may ask for, and what is wrong with one that asks for something else."""
+"""Options of a generation request, and errors for those that are not allowed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class GenerationOptions:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
-    """Of the draws; None is a new one for each request."""
+    """Random seed; None draws a new one for each request."""
     stop: tuple[str, ...] = ()
     """Texts that end the output; not part of it."""
 
@@ -106,7 +106,7 @@ _IN_WORDS = {int: "a whole number", float: "a number", tuple: "texts"}
 # Other servers' names for the same thing.
 _ALIASES = {"random_seed": "seed", "stop_words": "stop"}
 NAMES = (*_KINDS, *_ALIASES)
-"""What a request may set, other names included."""
+"""All names that a request may set, aliases included."""
 
 
 def options_from(

@@ -4,7 +4,7 @@ Neither transformers' logits processors nor onnxruntime-genai's search is used. 
 on torch tensors, which would put torch into the server's loop and image. The second owns model,
 cache and loop in one object: it takes no custom-op library per session, and its draws depend on a
 generator that a batch shares. One request has one generator here, so its text is the same
-whatever runs beside it.
+whatever else runs in the batch.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ class StopFilter:
         self._stops = [text for text in stop if text]
         self._held = ""
         self.stopped = False
-        """Whether a stop text was met; nothing passes any more."""
+        """True once a stop text was met; nothing passes any more."""
 
     def push(self, piece: str) -> str:
         """The text that is now certain."""
@@ -35,7 +35,7 @@ class StopFilter:
         return given
 
     def flush(self) -> str:
-        """What was held back, at the end of the text."""
+        """Return the text that was held back, at the end of the text."""
         given, self._held = ("" if self.stopped else self._held), ""
         return given
 

@@ -15,7 +15,7 @@ class TextStream:
 
     A character may take several tokens, and a token's text may depend on the one before it (a
     leading space): so a window of tokens is decoded with and without the new ones, and the
-    difference is given out once it ends in a whole character.
+    difference is returned once it ends in a whole character.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
@@ -36,7 +36,7 @@ class TextStream:
         return now[len(before) :]
 
     def flush(self) -> str:
-        """What is left at the end: half a character, or really a replacement character."""
+        """Return what is left at the end: half a character, or a real replacement character."""
         before, now = self._decode(self._window[: self._given]), self._decode(self._window)
         self._given = len(self._window)
         return now[len(before) :]

@@ -1,4 +1,4 @@
-"""A model's tokenizer and chat template, read from the files beside it; no torch, no transformers.
+"""A model's tokenizer and chat template, read from the files next to it; no torch, no transformers.
 
 `tokenizers` is the library that transformers' own tokenizers run on, so token ids are the same.
 """
@@ -64,7 +64,7 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether messages can be rendered."""
+        """Tell whether messages can be rendered."""
         return self._template is not None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:

@@ -4,7 +4,7 @@ Both have the same nodes but for the linears, so a comparison of the two compare
 
 Linears that read the same value (q, k and v; gate and up) become one node over their columns side
 by side: the sparse one selects once and reads longer rows. They are fused only where they select
-alike: equal pattern, phase, corrections, shift, score scale and channel order.
+alike: equal pattern, phase, corrections, shift, score scale, channel order and value scale.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ LAYER_ATTRIBUTE = "layer"
 
 LINEAR = "NMLinear"
 
-SELECTION_INPUTS = ("shift", "score_scale", "channel_order")
-"""Constants that decide what a token keeps: equal ones, equal masks."""
+CHANNEL_INPUTS = ("shift", "score_scale", "channel_order", "value_scale")
+"""Constants along K next to W: linears of one node share them."""
 
 _DENSE_COLUMNS_PER_CHANNEL = 4
 """Up to this many columns a channel, fused MatMuls are faster: beyond, a prompt pays more for the
@@ -52,7 +52,7 @@ _EXTERNAL_FROM = 1024  # bytes: shapes and scalars stay readable in the model fi
 
 @dataclass(frozen=True)
 class DenseWeights:
-    """What a dense linear `x @ weight + bias` reads."""
+    """Weight and bias of a dense linear `x @ weight + bias`."""
 
     weight: ir.TensorProtocol
     """`[K, O]`."""
@@ -185,7 +185,7 @@ def _selection_key(layer: LayerSpec, tensors: Mapping[str, ir.TensorProtocol]) -
     """Equal for layers that keep the same channels of the same input and correct them alike."""
     constants = tuple(
         (name, hashlib.sha256(tensors[name].tobytes()).digest())
-        for name in SELECTION_INPUTS
+        for name in CHANNEL_INPUTS
         if name in tensors
     )
     flags = (layer.pattern, layer.phase, layer.dynamic_shift, layer.variance_correction)
@@ -247,7 +247,7 @@ def _side_by_side(
 
 
 def _zeros(weight: ir.TensorProtocol, like: ir.TensorProtocol) -> ir.TensorProtocol:
-    """The bias of a linear that has none beside one that has."""
+    """The bias of a linear that has none next to one that has."""
     return ir.Tensor(np.zeros(weight.shape.numpy()[-1:], like.dtype.numpy()), dtype=like.dtype)
 
 

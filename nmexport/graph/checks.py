@@ -1,4 +1,4 @@
-"""What must hold of an exported file before anybody may run it.
+"""Check an exported file before anybody may run it.
 
 Everything here is our own doing: a failure is a bug, not the user's fault.
 """
@@ -220,7 +220,7 @@ def _check_weight(
 def _check_constants(
     path: Path, node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]
 ) -> None:
-    """All that a node reads beside X is a constant of the model, and its order a permutation.
+    """All that a node reads other than X is a constant of the model, and its order a permutation.
 
     GPU kernels read shifts, scales and orders before the kernel ahead of them has ended, and rows
     of W where the order says; TensorRT does not let a plugin check either.

@@ -1,4 +1,4 @@
-"""The op contract as typed data: what `contract.json` beside the native code says, read once.
+"""The op contract as typed data: what `contract.json` next to the native code says, read once.
 
 Exporter, function bodies and tests take names, ranges and defaults from here; the native code has
 its own test against the same file. `check_node` holds an ONNX node against it.
@@ -34,7 +34,7 @@ class InputSpec:
     of channels that share a scale."""
     optional: bool = False
     alternatives: tuple[str, ...] = ()
-    """Element types that the input may have besides."""
+    """Element types that the input may have as well."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class AttributeSpec:
 
     @property
     def is_required(self) -> bool:
-        """Whether a node must carry it."""
+        """Tell whether a node must carry it."""
         return self.default is None
 
     def complaint(self, value: object) -> str | None:
@@ -180,6 +180,26 @@ def attribute_values(node: onnx.NodeProto) -> dict[str, int | str]:
     return values
 
 
+def check_version(opsets: Mapping[str, int], name: str) -> None:
+    """Refuse a model whose nodes are of another version of the contract.
+
+    Args:
+        opsets: Versions that the model imports, by domain; ours may be absent.
+        name: What the message calls the model.
+
+    Raises:
+        ArtifactError: if the versions differ.
+    """
+    contract = op_contract()
+    version = opsets.get(contract.domain, contract.opset_version)
+    if version != contract.opset_version:
+        raise ArtifactError(
+            f"{name} holds {contract.domain} ops of version {version}.",
+            allowed=f"version {contract.opset_version}",
+            fix="export the model again with this version of nmexport",
+        )
+
+
 def check_node(node: onnx.NodeProto) -> None:
     """Hold a node of domain `nmexport` against the contract.
 
@@ -227,7 +247,7 @@ def violations(node: onnx.NodeProto) -> list[str]:
 
 
 def _broken_relations(values: Mapping[str, int | str], present: frozenset[str]) -> list[str]:
-    """What the contract says of attributes and inputs together."""
+    """Check the contract's relations between attributes and inputs."""
     broken = []
     n, m = values.get("n"), values.get("m")
     if isinstance(n, int) and isinstance(m, int) and n > m:

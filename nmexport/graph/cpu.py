@@ -1,4 +1,4 @@
-"""A bfloat16 model made to run on a processor, for which ONNX Runtime has few bfloat16 kernels.
+"""Rewrite a bfloat16 model for the CPU, for which ONNX Runtime has few bfloat16 kernels.
 
 Values between nodes become float32; what is large stays bfloat16, mapped from the file as it lies
 there, and is widened where it is computed with:
@@ -15,8 +15,8 @@ Each bfloat16 value of the old graph is in the new one under its own name, in on
    `Concat` that is a graph output, as caches are.
 2. *Wide*, now float32: all else.
 
-A node that needs the other type reads a Cast, one for all such nodes. So what is both given out and
-read on is read as it was given out: a token's keys are the same to the step that makes them as to
+A node that needs the other type reads a Cast, one for all such nodes. So what is both an output and
+read again is read as the output: a token's keys are the same to the step that makes them as to
 those that find them in the cache, and a prompt in pieces gives the bits of the whole prompt.
 
 Weights are never read here.
@@ -31,6 +31,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from nmexport.errors import ArtifactError
+from nmexport.graph.contract import check_version, op_contract
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
 WIDENED = "nmexport.widened"
 """Metadata key of a model that has bfloat16 inputs and outputs and computes in float32 between."""
 _NARROW = TensorProto.BFLOAT16
-_DOMAIN = "nmexport"
-_OPSET = 1
+_DOMAIN = op_contract().domain
+_OPSET = op_contract().opset_version
 # Attributes that name the type of a result or of the arithmetic.
 _TYPE_ATTRIBUTES = frozenset({"to", "dtype", "output_dtype", "stash_type", "softmax_precision"})
 _PIECES = frozenset({"Split", "Reshape", "Transpose"})  # of input 0: what makes values of a linear
@@ -63,6 +64,8 @@ def widened(model: Path | bytes, *, has_native_ops: bool) -> bytes:
         )
     except Exception as error:  # protobuf's own errors, by backend
         raise ArtifactError(f"The model cannot be read: {error}", fix="export again") from error
+    name = "The model" if isinstance(model, bytes) else str(model)
+    check_version({entry.domain: entry.version for entry in proto.opset_import}, name)
     widen(proto, has_native_ops=has_native_ops)
     return bytes(proto.SerializeToString())
 
@@ -143,7 +146,7 @@ class _Widening:
         self._keep(node)
 
     def _only_moves(self, node: onnx.NodeProto) -> bool:
-        """Whether it moves elements of a weight or of what is given out: there are kernels."""
+        """Tell whether it moves elements of a weight or of an output: these have kernels."""
         return (node.op_type in {"Gather", "Transpose"} and node.input[0] in self._weights) or (
             node.op_type == "Concat" and node.output[0] in self._given
         )

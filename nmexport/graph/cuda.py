@@ -72,6 +72,12 @@ GatedSilu (X) => (Y) {{
     active = Mul (g, weight)
     Y = Mul (active, u)
 }}"""
+_GATED_SILU_PAIR = f"""<opset_import: ["" : 23], domain: "{FUSED}">
+GatedSiluPair (gate, up) => (Y) {{
+    weight = Sigmoid (gate)
+    active = Mul (gate, weight)
+    Y = Mul (active, up)
+}}"""
 _RESIDUAL_NORM = f"""<opset_import: ["" : 23], domain: "{FUSED}">
 ResidualNorm <epsilon> (X, skip, weight) => (Y, sum) {{
     sum = Add (X, skip)
@@ -302,7 +308,7 @@ def _window_of(mask: ir.Value | None) -> int:
 
 
 def _conjuncts(value: ir.Value | None) -> Iterator[ir.Value]:
-    """What is joined by And, below broadcasts."""
+    """Yield the operands of And, seen through broadcasts."""
     node = None if value is None else value.producer()
     if value is None:
         return
@@ -316,7 +322,7 @@ def _conjuncts(value: ir.Value | None) -> Iterator[ir.Value]:
 
 
 def _is_padding(value: ir.Value) -> bool:
-    """Whether this is the attention mask, cast and given axes."""
+    """Tell whether this is the attention mask, cast and given axes."""
     node = value.producer()
     while node is not None and node.op_type in {"Unsqueeze", "Cast"}:
         source = node.inputs[0]
@@ -349,7 +355,7 @@ def _position_tables(
 def _computed_from_positions(
     graph: ir.Graph, values: tuple[ir.Value, ...], positions: int
 ) -> list[NDArray[np.float32]]:
-    """What the nodes give for one sequence of so many tokens and no cache."""
+    """Evaluate the nodes for one sequence of so many tokens and no cache."""
     nodes = _ancestors(values)
     used = {value for node in nodes for value in node.inputs if value is not None}
     inputs = [value for value in graph.inputs if value in used]
@@ -486,42 +492,57 @@ def _fuse_norm(graph: ir.Graph, total: ir.Node, node: ir.Node) -> None:
 
 
 class FuseGatedSilu(ir.passes.InPlacePass):
-    """`silu(g) * u` of a packed product `[g | u]` becomes one op.
+    """`silu(g) * u` becomes one op.
 
-    Requires: g and u are the two equal parts of a Split along the last axis, g and u used for this
-    alone. Ensures: same values within rounding.
+    1. Of a packed product `[g | u]`, whose Split hands them to this alone: `GatedSilu(packed)`.
+    2. Any other g and u of one shape: `GatedSiluPair(g, u)`.
+
+    Requires: a last axis that is a multiple of 8. Ensures: same values within rounding.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         for node in list(model.graph):
-            packed = _gated_source(node)
-            if packed is None:
+            gate, up = _gate_and_up(node)
+            if gate is None or up is None:
                 continue
-            fused = ir.Node(FUSED, "GatedSilu", [packed], name=node.name)
+            packed = _packed_halves(gate, up)
+            if packed is not None:
+                fused = ir.Node(FUSED, "GatedSilu", [packed], name=node.name)
+            else:
+                fused = ir.Node(FUSED, "GatedSiluPair", [gate, up], name=node.name)
             _take_place(model.graph, [node], fused, node.outputs)
+            _add_function(model, _GATED_SILU if packed is not None else _GATED_SILU_PAIR)
             modified = True
-        if modified:
-            _add_function(model, _GATED_SILU)
         return ir.passes.PassResult(model, modified)
 
 
-def _gated_source(node: ir.Node) -> ir.Value | None:
-    """The packed value where the node ends `silu(g) * u`."""
-    if not is_op(node, "Mul"):
-        return None
+def _gate_and_up(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
+    """The g and u where the node ends `silu(g) * u`."""
+    width = static_size(node.outputs[0], -1)
+    if not is_op(node, "Mul") or width is None or width % _VECTOR:
+        return None, None
     for active, up in (node.inputs, node.inputs[::-1]):
         silu = made_by(active, "Mul")
         if silu is None or active is None or only_use(active, "Mul") is None:
             continue
         for gate, weight in (silu.inputs, silu.inputs[::-1]):
             sigmoid = made_by(weight, "Sigmoid")
-            split = made_by(gate, "Split")
-            if sigmoid is None or split is None or sigmoid.inputs[0] is not gate:
-                continue
-            if list(split.outputs) == [gate, up] and _halves(split):
-                return split.inputs[0]
-    return None
+            is_silu = sigmoid is not None and sigmoid.inputs[0] is gate
+            if is_silu and gate is not None and up is not None and _same_shape(gate, up):
+                return gate, up
+    return None, None
+
+
+def _same_shape(first: ir.Value, second: ir.Value) -> bool:
+    return first.shape is not None and first.shape == second.shape
+
+
+def _packed_halves(gate: ir.Value, up: ir.Value) -> ir.Value | None:
+    """The value that a Split takes apart into exactly these two."""
+    split = made_by(gate, "Split")
+    is_pair = split is not None and list(split.outputs) == [gate, up] and _halves(split)
+    return split.inputs[0] if split is not None and is_pair else None
 
 
 def _halves(split: ir.Node) -> bool:

@@ -19,6 +19,10 @@ For who assembles a model
     of ours (`op_contract().domain`, `op_contract().opset_version`). `functions_for(signatures)`
     does the same for who holds no NodeProto: take the overload from a signature's function.
 
+Channel orders
+    NMLinear gathers X first; from there on it is the op without an order. NMPrune, whose result
+    lies in X's own order, gathers what it selects on and puts the mask back.
+
 How the mask stays exact
     `TopK` prefers the lower index among equals, as the contract does, but leaves NaN undefined. So
     scores, computed in float32 as everywhere, are widened to float64, where there is room above
@@ -158,7 +162,9 @@ def _prune_body(signature: Signature) -> list[str]:
     return [
         "x = Cast <to: int = 1> (X)",
         "x_shape = Shape (X)",
-        *_selection("x", signature),
+        *_gathered("x", "selected", signature),
+        *_selection("selected", "keep_selected", signature),
+        *_in_own_order("keep_selected", "keep", signature),
         "zero = Constant <value_float: float = 0.0> ()",
         "s = Where (keep, x, zero)",
         "Y = CastLike (s, X)",
@@ -168,24 +174,40 @@ def _prune_body(signature: Signature) -> list[str]:
 def _linear_body(signature: Signature) -> list[str]:
     """Y = nu * (s @ W) + eta * shift_weight + bias, on the shifted token z."""
     lines = [
-        "x = Cast <to: int = 1> (X)",
+        "own = Cast <to: int = 1> (X)",
+        *_gathered("own", "x", signature),
         *_weights(signature),
         "x_shape = Shape (X)",
         "last_axis = Constant <value_ints: ints = [-1]> ()",
         *_shifted(signature),
     ]
     if signature.keeps_all:
-        lines += ["product = MatMul (z, w)"]
+        lines += [*_value_scaled("z", signature), "product = MatMul (operand, w)"]
     else:
         lines += [
-            *_selection("z", signature),
+            *_selection("z", "keep", signature),
             *_phase_gate(signature),
             "zero = Constant <value_float: float = 0.0> ()",
             "s = Where (active_keep, z, zero)",
-            "sparse_product = MatMul (s, w)",
+            *_value_scaled("s", signature),
+            "sparse_product = MatMul (operand, w)",
             *_variance_corrected(signature),
         ]
     return lines + _with_additions(signature)
+
+
+def _gathered(source: str, target: str, signature: Signature) -> list[str]:
+    """`source [..., K]` -> `target [..., K]` in gathered order."""
+    if signature.has("channel_order"):
+        return [f"{target} = Gather <axis: int = -1> ({source}, channel_order)"]
+    return [f"{target} = Identity ({source})"]
+
+
+def _value_scaled(source: str, signature: Signature) -> list[str]:
+    """`source [..., K]`, what is kept -> `operand`, what meets W."""
+    if signature.has("value_scale"):
+        return [f"operand = Mul ({source}, value_scale)"]
+    return [f"operand = Identity ({source})"]
 
 
 def _weights(signature: Signature) -> list[str]:
@@ -218,8 +240,8 @@ def _shifted(signature: Signature) -> list[str]:
     return ["z = Identity (x)"]
 
 
-def _selection(source: str, signature: Signature) -> list[str]:
-    """`source [..., K] float32`, `x_shape` -> `keep [..., K] bool`.
+def _selection(source: str, target: str, signature: Signature) -> list[str]:
+    """`source [..., K] float32`, `x_shape` -> `target [..., K] bool`, groups consecutive.
 
     Groups become rows `[tokens * K / m, m]`, so that TopK over a row is the whole selection.
     """
@@ -228,10 +250,8 @@ def _selection(source: str, signature: Signature) -> list[str]:
     if signature.has("score_scale"):
         lines += ["scaled = Mul (magnitude, score_scale)"]
         score = "scaled"
-    if signature.has("channel_order"):
-        lines += [f"ordered = Gather <axis: int = -1> ({score}, channel_order)"]
-        score = "ordered"
-    lines += [
+    return [
+        *lines,
         "kept_count = Constant <value_int: int = @n> ()",
         "group_size = Constant <value_int: int = @m> ()",
         "any_length = Constant <value_ints: ints = [-1]> ()",
@@ -252,19 +272,22 @@ def _selection(source: str, signature: Signature) -> list[str]:
         "none_kept = ConstantOfShape <value: tensor = bool[1] {0}> (rows_shape)",
         "mark = ConstantOfShape <value: tensor = bool[1] {1}> (index_shape)",
         "keep_rows = ScatterElements <axis: int = -1> (none_kept, index, mark)",
+        f"{target} = Reshape <allowzero: int = 1> (keep_rows, x_shape)",
     ]
+
+
+def _in_own_order(source: str, target: str, signature: Signature) -> list[str]:
+    """`source [..., K]` in gathered order -> `target [..., K]` in X's own."""
     if not signature.has("channel_order"):
-        return [*lines, "keep = Reshape <allowzero: int = 1> (keep_rows, x_shape)"]
+        return [f"{target} = Identity ({source})"]
     # The inverse permutation is a constant of the model: a runtime folds it away.
     return [
-        *lines,
-        "keep_ordered = Reshape <allowzero: int = 1> (keep_rows, x_shape)",
         "channels = Size (channel_order)",
         "first = Constant <value_int: int = 0> ()",
         "step = Constant <value_int: int = 1> ()",
         "channel = Range (first, channels, step)",
         "place = ScatterElements <axis: int = 0> (channel, channel_order, channel)",
-        "keep = Gather <axis: int = -1> (keep_ordered, place)",
+        f"{target} = Gather <axis: int = -1> ({source}, place)",
     ]
 
 

@@ -1,4 +1,4 @@
-"""The low-rank product beside an NMLinear node (R-Sparse): `(z @ A) @ B` in standard ONNX ops.
+"""The low-rank product next to an NMLinear node (R-Sparse): `(z @ A) @ B` in standard ONNX ops.
 
     x ──► NMLinear ──────────────► Add ──► the linear's output
     └───► (Sub shift) ► MatMul A ► MatMul B ┘
@@ -19,6 +19,8 @@ from nmexport.graph.initializers import add_initializer
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from numpy.typing import NDArray
+
 FACTORS = ("remainder_in", "remainder_out")
 """Tensors of a folded layer that no input of the op takes: A `[K, r]`, B `[r, O]`."""
 
@@ -36,7 +38,7 @@ def add_remainder(
     *,
     dynamic_shift: bool,
 ) -> None:
-    """Put the product beside a bare NMLinear node; nothing where the layer has no factors.
+    """Put the product next to a bare NMLinear node; nothing where the layer has no factors.
 
     Args:
         graph: Changed in place.
@@ -81,9 +83,20 @@ def _shifted(
     if "shift" not in tensors:
         return []
     dtype = tensors[FACTORS[0]].dtype
-    shift = tensors["shift"].numpy().astype(dtype.numpy())
+    shift = _in_own_order(tensors["shift"].numpy(), tensors).astype(dtype.numpy())
     value = add_initializer(graph, f"{name}.remainder_shift", ir.Tensor(shift, dtype=dtype))
     return [ir.Node("", "Sub", [x, value], name=f"{name}.remainder_centred")]
+
+
+def _in_own_order(
+    shift: NDArray[np.float32], tensors: Mapping[str, ir.TensorProtocol]
+) -> NDArray[np.float32]:
+    """A shift per channel lies in gathered order; the product next to the op reads X as it is."""
+    if "channel_order" not in tensors or shift.size == 1:
+        return shift
+    own = np.empty_like(shift)
+    own[tensors["channel_order"].numpy()] = shift
+    return own
 
 
 def _product(graph: ir.Graph, x: ir.Value, name: str, factor: ir.TensorProtocol) -> ir.Node:

@@ -39,7 +39,7 @@ def made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
 
 
 def is_op(node: ir.Node, op_type: str) -> bool:
-    """Whether the node is the standard op of that name."""
+    """Tell whether the node is the standard op of that name."""
     return node.op_type == op_type and node.domain in {"", "ai.onnx"}
 
 

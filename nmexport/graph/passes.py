@@ -215,6 +215,6 @@ def optimise(model: ir.Model) -> None:
 
 
 def _is_small(node: ir.Node) -> bool:
-    """Whether every constant the node reads may be folded: the tracer's default folds matrices."""
+    """Tell whether all constants of the node may be folded: the tracer's default folds matrices."""
     constants = [value.const_value for value in node.inputs if value is not None]
     return all(tensor is None or tensor.size <= FOLDABLE for tensor in constants)

@@ -1,7 +1,7 @@
-"""What TensorRT's parser needs changed in an exported graph; the file on disk stays as it is.
+"""Change an exported graph in memory for TensorRT's parser; the file on disk stays as it is.
 
 Three things: an optional input that a node leaves out is dropped and named, as TensorRT knows no
-absent input; attention gives out nothing but its result, so the cache is updated beside it; and the
+absent input; attention returns nothing but its result, so the cache is updated next to it; and the
 cache is updated in place where it can be, so that a decode step moves one token and not the cache.
 """
 
@@ -14,7 +14,7 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
 import numpy as np
 import onnx_ir as ir
 
-from nmexport.graph.contract import op_contract
+from nmexport.graph.contract import check_version, op_contract
 from nmexport.graph.initializers import add_initializer
 from nmexport.graph.matching import int_attribute, is_op
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 PRESENT_INPUTS = "present_inputs"
 """Attribute of our nodes, for TensorRT alone: names of the inputs they have."""
+PLUGIN_VERSION = "plugin_version"
+"""Attribute by which TensorRT's parser looks a plugin up; without it, it looks for version 1."""
 SCATTER_OP, ATTENTION_OP = "TensorScatter", "Attention"
 """Operators that not every version's parser knows."""
 WRITE_INDICES = "write_indices"
@@ -71,6 +73,7 @@ def for_tensorrt(path: Path, *, capacity: int | None, why_no_capacity: str = "")
         why_no_capacity: Why the cache cannot be updated in place, where that is known.
     """
     model = ir.load(path)
+    check_version(model.graph.opset_imports, str(path))
     why: str | None = why_no_capacity or "not asked for"
     if capacity is not None:
         try:
@@ -87,7 +90,7 @@ def for_tensorrt(path: Path, *, capacity: int | None, why_no_capacity: str = "")
 
 
 class NamePresentInputs(ir.passes.InPlacePass):
-    """Our nodes drop absent inputs and name the present ones in `present_inputs`.
+    """Our nodes drop absent inputs, name the present ones and say which plugin they need.
 
     Requires: nodes as the op contract has them. Ensures: no node of our domain has an empty input.
     """
@@ -110,6 +113,7 @@ class NamePresentInputs(ir.passes.InPlacePass):
                 node.replace_input_with(index, value)
             names = ",".join(name for name, _ in present)
             node.attributes[PRESENT_INPUTS] = ir.AttrString(PRESENT_INPUTS, names)
+            node.attributes[PLUGIN_VERSION] = ir.AttrString(PLUGIN_VERSION, contract.plugin_version)
             modified = True
         return ir.passes.PassResult(model, modified)
 

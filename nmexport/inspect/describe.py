@@ -1,4 +1,4 @@
-"""What a path holds, as data: a work directory, an artifact, an ONNX file, or a report.
+"""Describe what a path holds, as data: a work directory, an artifact, an ONNX file, or a report.
 
 Rows are dictionaries whose first value names the row; so two descriptions can be compared.
 """

@@ -1,4 +1,4 @@
-"""What differs between two descriptions of one kind."""
+"""Compare two descriptions of one kind."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ _FIGURES = tuple(
     )
 )
 _CHOSEN = ("recipe.", "inputs.", "metrics.", "bytes", "stages[")
-"""What was asked for, and what came of it in a few numbers."""
+"""Values that were asked for, and the few numbers that sum up the result."""
 
 
 def compare(before: Path, after: Path) -> dict[str, Any]:
-    """What changed from one path to the other.
+    """List what changed from one path to the other.
 
     Returns:
         `kind`, `before` and `after` (the paths), `same`, and `differences`: rows of `what`
@@ -67,7 +67,7 @@ def compare(before: Path, after: Path) -> dict[str, Any]:
 def summary(
     differences: Sequence[dict[str, Any]],
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """What matters most of the differences, and how many others there are.
+    """Return the most important differences, and how many others there are.
 
     Returns:
         Rows to show, key figures first; and the number of the others by section.

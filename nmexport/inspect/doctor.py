@@ -1,4 +1,4 @@
-"""Which targets work on this machine and, for each that does not, what is missing and its mend.
+"""Find which targets work on this machine, what the others lack, and how to fix it.
 
 Nothing heavy is imported: packages are looked up, not loaded.
 """
@@ -27,7 +27,7 @@ class Missing:
     """One thing that is not here."""
 
     what: str
-    mend: str
+    fix: str
     """A command, or what to do."""
     needed: bool = True
     """Without it the target does not work; otherwise it works less well."""
@@ -35,7 +35,7 @@ class Missing:
 
 @dataclass(frozen=True, kw_only=True)
 class TargetState:
-    """Whether a target works here."""
+    """A target, and what it lacks here."""
 
     target: str
     missing: tuple[Missing, ...] = ()
@@ -60,7 +60,7 @@ class NativeLibrary:
 
     path: str | None = None
     description: dict[str, Any] | None = None
-    """Its version, its instruction-set variant on this processor, its ops."""
+    """Its version, its instruction-set variant on this CPU, its ops."""
     why_missing: str | None = None
 
 
@@ -76,7 +76,7 @@ def diagnose() -> list[TargetState]:
 def _onnxruntime() -> list[Missing]:
     missing = []
     if not is_installed("onnxruntime"):
-        missing.append(Missing(what="the package onnxruntime", mend="pip install onnxruntime"))
+        missing.append(Missing(what="the package onnxruntime", fix="pip install onnxruntime"))
     return [*missing, *_native_library()]
 
 
@@ -87,18 +87,18 @@ def _native_library() -> list[Missing]:
         return []
     what = f"the native op library; without it models run slower than dense. {found.why_missing}"
     if compiler() is None:
-        mend = f"install a C++17 compiler (Debian: apt-get install g++), then {_REBUILD}"
+        fix = f"install a C++17 compiler (Debian: apt-get install g++), then {_REBUILD}"
     else:
-        mend = _REBUILD
-    return [Missing(what=what, mend=mend, needed=False)]
+        fix = _REBUILD
+    return [Missing(what=what, fix=fix, needed=False)]
 
 
 def _tensorrt(target: TensorRTTarget) -> list[Missing]:
-    """What building an engine takes, then what running it takes."""
+    """List what building an engine lacks, then what running it lacks."""
     from nmexport.runtimes.tensorrt import library as tensorrt_library
 
     needs = [
-        Missing(what=f"the package {package}", mend=f"pip install {package}")
+        Missing(what=f"the package {package}", fix=f"pip install {package}")
         for package, module in (
             (target, target.replace("-", "_")),
             ("polygraphy", "polygraphy"),
@@ -106,14 +106,14 @@ def _tensorrt(target: TensorRTTarget) -> list[Missing]:
         if not is_installed(module)
     ]
     if tensorrt_library.find_plugin() is None:
-        needs.append(Missing(what="the TensorRT plugin library", mend=tensorrt_library.MEND_PLUGIN))
+        needs.append(Missing(what="the TensorRT plugin library", fix=tensorrt_library.FIX_PLUGIN))
     if not tensorrt_library.gpu_is_usable():
         builds_without = target == "tensorrt-rtx"
         needs.append(
             Missing(
                 what="an NVIDIA GPU with its driver"
                 + (" to run an engine; it is built without one" if builds_without else ""),
-                mend="--compute-capability names the GPU to build for"
+                fix="--compute-capability names the GPU to build for"
                 if builds_without
                 else "a machine with one; here: --target tensorrt-rtx or onnxruntime",
                 needed=not builds_without,
@@ -123,7 +123,7 @@ def _tensorrt(target: TensorRTTarget) -> list[Missing]:
         needs.append(
             Missing(
                 what="the package cuda-bindings, to run an engine",
-                mend="pip install cuda-bindings",
+                fix="pip install cuda-bindings",
                 needed=False,
             )
         )
@@ -131,7 +131,7 @@ def _tensorrt(target: TensorRTTarget) -> list[Missing]:
 
 
 def is_installed(module: str) -> bool:
-    """Whether a module could be imported."""
+    """Tell whether a module could be imported."""
     try:
         return find_spec(module) is not None
     except ModuleNotFoundError:  # the package that would hold it
@@ -144,7 +144,7 @@ def compiler(names: Sequence[str] = COMPILERS) -> str | None:
 
 
 def native_library() -> NativeLibrary:
-    """Whether the native op library is here and loads, and what it says of itself."""
+    """Describe the native op library, and whether it loads here."""
     from nmexport.runtimes import native
 
     path = native.find_library()

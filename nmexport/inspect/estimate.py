@@ -1,4 +1,4 @@
-"""What a build will take, before it runs: file sizes known, the rest from the model's size.
+"""Estimate what a build will take before it runs, from known file sizes and the model's size.
 
 Estimates, said as such: a dense copy of the weights is counted once for each place that holds
 one; where the model runs layer by layer, a layer of it; activations by what a small model took.
@@ -45,8 +45,8 @@ _COPIES = {
 _WRITTEN = {"fold": 1.0, "export": 2.0, "package": 1.0}
 # A TensorRT engine: the parser's copy, the network's and the plan's; two plans are written.
 _TENSORRT_COPIES, _TENSORRT_PLANS = 3.0, 2.0
-# Beside the weights, where a model is not run layer by layer, measured on 135 million parameters
-# (SmolLM2): what grows with a model's width and depth, so about as the root of its parameters.
+# Memory other than the weights, where a model is not run layer by layer, measured on 135 million
+# parameters (SmolLM2). It grows with width and depth, so about as the root of the parameters.
 _MEASURED_PARAMETERS = 135_000_000
 _WRITING_BYTES = 2_100_000_000  # the cache of samples that the model writes, at most as much
 _LEARNING_BYTES = 2_500_000_000  # activations of a step of learning, kept for its gradient
@@ -66,9 +66,9 @@ class Estimate:
     """Size of each stage's artifact: measured where it is there, estimated where not."""
     write_bytes: int
     memory_bytes: int
-    """Of the stage that takes most."""
+    """Peak memory of the largest stage."""
     memory_by_stage: dict[str, int]
-    """Of the stages that run."""
+    """Peak memory of each stage that runs."""
     free_bytes: int
 
     def as_dict(self) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class Estimate:
 
 
 def estimate(recipe: Recipe, source: ModelSource, steps: Sequence[Step], work: Path) -> Estimate:
-    """What the steps that run will write to disk and hold in memory."""
+    """Estimate what the steps that run will write to disk and hold in memory."""
     parameters = parameter_count(source)
     element = _ELEMENT_BYTES[recipe.model.dtype]
     written = dict(_WRITTEN)
@@ -115,11 +115,11 @@ def _memory(recipe: Recipe, source: ModelSource, parameters: int) -> dict[str, i
     held = {stage: int(count * parameters * _WORKING_BYTES) for stage, count in copies.items()}
     if _runs_layerwise(recipe, source):
         return {**held, **_layerwise_memory(source)}
-    beside = _beside_weights(recipe, parameters)
-    return {stage: count + beside.get(stage, 0) for stage, count in held.items()}
+    extra = _extra_memory(recipe, parameters)
+    return {stage: count + extra.get(stage, 0) for stage, count in held.items()}
 
 
-def _beside_weights(recipe: Recipe, parameters: int) -> dict[str, int]:
+def _extra_memory(recipe: Recipe, parameters: int) -> dict[str, int]:
     """Bytes that stages hold of activations, caches and logits."""
     growth = math.sqrt(parameters / _MEASURED_PARAMETERS)
     section = recipe.calibration

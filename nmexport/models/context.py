@@ -38,7 +38,7 @@ def check_lengths(source: ModelSource, recipe: Recipe, *, measured: bool) -> Non
     """
     context = _stored_context(source)
     evaluation, latency = recipe.evaluation, recipe.latency
-    # What an option asks for, and what beside it has to fit.
+    # What an option asks for, and what else has to fit.
     asked = {"--calib-length": (recipe.calibration.length, 0)}
     if measured:
         asked |= {

@@ -1,4 +1,4 @@
-"""What export cannot take is refused before calibration, with no weight read."""
+"""Refuse what export cannot take before calibration, reading no weight."""
 
 from __future__ import annotations
 

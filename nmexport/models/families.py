@@ -94,7 +94,7 @@ def text_name(stored: str) -> str | None:
 
 
 def is_text_part(config: PreTrainedConfig, folder: Path) -> bool:
-    """Whether a model is the text part of the multimodal one that a folder holds."""
+    """Tell whether a model is the text part of the multimodal one that a folder holds."""
     document = read_json(folder / "config.json")
     return "text_config" in document and document.get("model_type") != config.model_type
 

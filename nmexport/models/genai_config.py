@@ -29,7 +29,7 @@ def genai_config(
         config: The model's config.
         generation: Its generation defaults.
         shapes: What each decoder layer caches.
-        filename: The ONNX file's name beside the document.
+        filename: The ONNX file's name next to the document.
     """
     text = config.get_text_config()
     decoder = {

@@ -39,7 +39,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a GGUF file says of itself."""
+    """Header of a GGUF file."""
 
     metadata: Mapping[str, Any]
     """Numbers and strings; arrays are left out."""

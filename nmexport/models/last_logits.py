@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def last_logits(model: nn.Module, kept: int, length: int) -> dict[str, Any]:
-    """What to call a model with; nothing where it computes all logits whatever it is asked.
+    """Return the arguments for the last logits; none where a model always computes all.
 
     Args:
         model: A Hugging Face causal language model.

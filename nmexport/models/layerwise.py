@@ -190,7 +190,7 @@ class LayerwiseModel:
                 stack.enter_context(self._weights.loaded(name, module))
             stack.enter_context(self._stubbed(stub))
             for number in range(len(samples)):
-                # Whatever is embedded here, the first layer gives out the final hidden states.
+                # Whatever is embedded here, the first layer returns the final hidden states.
                 logits = self.model(inputs_embeds=spool[number], **options).logits[0]
                 after()
                 if use_logits is not None:
@@ -204,7 +204,7 @@ class LayerwiseModel:
                 yield name, module
 
     def _is_inside(self, name: str) -> bool:
-        """Whether a module is part of a decoder layer."""
+        """Tell whether a module is part of a decoder layer."""
         return name.startswith(f"{self._backbone_name}.")
 
     @contextlib.contextmanager

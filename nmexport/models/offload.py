@@ -1,4 +1,4 @@
-"""Whether a model is run whole, spread by Accelerate, or layer by layer."""
+"""Decide whether a model is run whole, spread by Accelerate, or layer by layer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FLOAT32 = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """What a model may take here, in bytes."""
+    """Memory that a model may take here, in bytes."""
 
     host: int
     devices: tuple[int, ...] = ()
@@ -84,7 +84,7 @@ def open_dense(
 
 
 def fits_host(source: ModelSource, *, offload: Offload) -> bool:
-    """Whether the dense model in float32 is loaded whole into the host's memory now.
+    """Tell whether the dense model in float32 is loaded whole into the host's memory now.
 
     Raises:
         ModelError: if layer by layer is asked for and the model's format does not allow it.
@@ -94,7 +94,7 @@ def fits_host(source: ModelSource, *, offload: Offload) -> bool:
 
 
 def needs_whole(recipe: Recipe) -> list[str]:
-    """What of a recipe has to be learned, or measured through gradients or many trials."""
+    """List what in a recipe has to be learned, or measured through gradients or many trials."""
     from nmexport.sparsity.criterion import CRITERIA
     from nmexport.sparsity.mitigation import learned_parts
 
@@ -141,12 +141,12 @@ def _placed(source: ModelSource, *, offload: Offload) -> tuple[Placement, dict[s
 
 
 def is_placed(model: Any) -> bool:
-    """Whether Accelerate decided where the parts of a model are: it must not be moved then."""
+    """Tell whether Accelerate placed the parts of a model: it must not be moved then."""
     return getattr(model, "hf_device_map", None) is not None
 
 
 def free_memory() -> Memory:
-    """What is free now."""
+    """Measure the memory that is free now."""
     import torch
 
     from nmexport import environment

@@ -54,7 +54,7 @@ def skeleton(
 
 
 def give_generation_config(model: PreTrainedModel, source: ModelSource) -> None:
-    """Set what `from_pretrained` reads beside the weights."""
+    """Set what `from_pretrained` reads next to the weights."""
     from transformers import GenerationConfig
 
     if (source.weights_folder / "generation_config.json").is_file():

@@ -1,4 +1,4 @@
-"""Where a model's files lie and what identifies them; no torch needed to know it.
+"""Find a model's files and what identifies them, without torch.
 
 A model is looked for in this order, and the first place that has it is taken:
 
@@ -82,12 +82,12 @@ class ModelSource:
 
     @property
     def packed(self) -> bool:
-        """Whether weights have to be dequantised from a `.gguf` each time they are loaded."""
+        """Tell whether weights are dequantised from a `.gguf` each time they are loaded."""
         return self.gguf_file is not None and self.unpacked is None
 
     @property
     def weights_folder(self) -> Path:
-        """Where config and weights are read from."""
+        """Folder that config and weights are read from."""
         return self.unpacked or self.folder
 
     @property
@@ -128,7 +128,7 @@ def _local_source(section: ModelSection, path: Path) -> ModelSource:
 
 
 def is_gguf(name: str) -> bool:
-    """Whether a file is a GGUF by its name, in upper or lower case."""
+    """Tell whether a file is a GGUF by its name, in upper or lower case."""
     return name.lower().endswith(".gguf")
 
 
@@ -199,7 +199,7 @@ def digest_of(files: list[Path]) -> str:
 
 
 def _content_sha256(path: Path) -> str:
-    """Of a file's bytes; the hub's cache stores large files under that very name."""
+    """Hash a file's bytes; the hub's cache stores large files under that very name."""
     blob = path.resolve()
     if (
         path.is_symlink()

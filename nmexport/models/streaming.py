@@ -33,7 +33,7 @@ class ExportModel:
     parameter: Callable[[str], torch.Tensor]
     """Reads a parameter in the export type."""
     streamed: bool
-    """Whether weights are read from the files each time; else they are in memory."""
+    """True where weights are read from the files each time; else they are in memory."""
 
 
 def open_for_export(source: ModelSource, *, dtype: torch.dtype) -> ExportModel:

@@ -38,7 +38,7 @@ _BATCH, _SEQUENCE, _PAST = 2, 3, 5
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What one decoder layer caches of one token."""
+    """Cache of one token in one decoder layer."""
 
     heads: int
     key_size: int
@@ -97,7 +97,7 @@ class _CachedForward(nn.Module):
 
 
 def cache_shapes(model: PreTrainedModel) -> list[CacheShape]:
-    """What each decoder layer caches, seen by running one token.
+    """Find what each decoder layer caches by running one token.
 
     Raises:
         ModelError: if the model keeps anything but keys and values.

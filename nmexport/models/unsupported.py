@@ -61,7 +61,7 @@ def refuse_adapter(folder: Path) -> None:
     raise UnsupportedModelError(
         f"{folder} holds an adapter ({path.name}"
         + (f", of {base}" if base else "")
-        + (") beside a whole model." if whole else ") and no whole model."),
+        + (") next to a whole model." if whole else ") and no whole model."),
         allowed="a whole model; adapters are not applied",
         fix="merge it into its base once, with peft's `merge_and_unload()` and `save_pretrained`"
         + (", or remove the adapter's files to build the model without it" if whole else ""),
@@ -91,8 +91,10 @@ def refuse_quantised_tensors(folder: Path, tensors: Mapping[str, StoredTensor]) 
         if tensor.dtype.startswith("F8") or tensor.dtype.startswith("F4"):
             method = "FP8" if tensor.dtype.startswith("F8") else "FP4"
         if method is not None:
-            beside = next((side for side in _SIDE_FILES if (folder / side).is_file()), None)
-            seen = f"{name} is stored as {tensor.dtype}" + (f"; see {beside}" if beside else "")
+            side_file = next((side for side in _SIDE_FILES if (folder / side).is_file()), None)
+            seen = f"{name} is stored as {tensor.dtype}" + (
+                f"; see {side_file}" if side_file else ""
+            )
             raise quantised(folder, f"{method}, as it seems: {seen}")
 
 
@@ -153,7 +155,7 @@ def _method(section: Any) -> str:
 
 
 def _original(folder: Path) -> str | None:
-    """What a checkpoint was quantised from, as its model card or its folder's name says."""
+    """Find what a checkpoint was quantised from, in its model card or its folder's name."""
     card = folder / "README.md"
     if card.is_file():
         text = card.read_text(encoding="utf-8", errors="replace")[:20_000]

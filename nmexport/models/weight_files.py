@@ -161,7 +161,7 @@ def _beside(reader: Path, name: str) -> Path:
     path = reader.parent / name
     if path.name != name or not name.endswith((".safetensors", ".safetensors.index.json")):
         raise ModelError(
-            f"{reader} names the weights {name!r}.", allowed="a .safetensors file beside it"
+            f"{reader} names the weights {name!r}.", allowed="a .safetensors file next to it"
         )
     return path
 

@@ -51,7 +51,7 @@ class _Origin:
 
 
 class WeightTable:
-    """Where each parameter and stored buffer of a model comes from; reads them one by one."""
+    """Map each parameter and stored buffer of a model to its files; reads them one by one."""
 
     def __init__(self, model: PreTrainedModel, folder: Path) -> None:
         """Find a source for every parameter, by the files' headers alone.
@@ -249,7 +249,7 @@ class WeightTable:
         return [*sets.values(), *(names for names in shared.values() if len(names) > 1)]
 
     def _is_superfluous(self, name: str, stored: str) -> bool:
-        """Whether a stored tensor is no weight: a mask, or what transformers ignores."""
+        """Tell whether a stored tensor is no weight: a mask, or what transformers ignores."""
         patterns = self._model._keys_to_ignore_on_load_unexpected or ()  # noqa: SLF001
         if any(re.search(pattern, name) for pattern in patterns) or _COMPUTED.search(name):
             return True
@@ -313,7 +313,7 @@ class WeightTable:
 
 
 def is_finite(value: torch.Tensor) -> bool:
-    """Whether no element is NaN or infinite."""
+    """Tell whether no element is NaN or infinite."""
     if not value.is_floating_point() or not value.numel():
         return True
     low, high = torch.aminmax(value)  # both are NaN where one element is

@@ -22,12 +22,12 @@ import onnxruntime
 from nmexport.errors import ArtifactError
 from nmexport.runtimes.engine import read_engine
 from nmexport.runtimes.feeds import float32_from
+from nmexport.runtimes.native import engine_library
 from nmexport.runtimes.onnxruntime_session import (
     EXTERNAL_DATA_FOLDER,
     NUMPY_TYPES,
     ONNX_TYPES,
     RUNTIME,
-    engine_library,
     open_session,
     session_options,
 )
@@ -77,7 +77,7 @@ class DeviceCache:
 
 @dataclass(frozen=True)
 class _Fed:
-    """What a run reads besides caches, on the device."""
+    """Inputs of a run other than caches, on the device."""
 
     ids: Any
     """`[B, S]`."""
@@ -146,6 +146,7 @@ class CudaSession(Session):
         """
         self._session: onnxruntime.InferenceSession | None = session
         self._device = device
+        self.on_gpu = device == "cuda"
         self._positions = positions
         self._slots = _slots_of(session)
         logits = {value.name: value for value in session.get_outputs()}["logits"]
@@ -196,7 +197,7 @@ class CudaSession(Session):
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """What one token of one sequence takes in a cache."""
+        """Bytes that one token of one sequence takes in a cache."""
         return sum(
             slot.heads * slot.head_dim * NUMPY_TYPES[slot.type].itemsize for slot in self._slots
         )

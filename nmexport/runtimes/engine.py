@@ -20,7 +20,7 @@ PLAN, DENSE_PLAN = "model.plan", "dense.plan"
 Runtime = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
 TensorRTTarget = Literal["tensorrt", "tensorrt-rtx"]
 Provider = Literal["cpu", "cuda"]
-"""Where ONNX Runtime computes; the cache lies there too."""
+"""Device of ONNX Runtime; the cache is in its memory too."""
 ElementType = Literal["float32", "float16", "bfloat16"]
 
 REBUILD = "run `nmexport engine` (or `nmexport build`) on this work directory again"
@@ -60,7 +60,7 @@ class EngineTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorRTEngine:
-    """What a TensorRT session must know of its plans."""
+    """Everything a TensorRT session must know of its plans."""
 
     target: TensorRTTarget
     version: str
@@ -80,7 +80,7 @@ class TensorRTEngine:
     max_sequence: int
     max_context: int
     profiles: tuple[str, ...]
-    """What each optimization profile is for, in the plan's order."""
+    """Purpose of each optimization profile, in the plan's order."""
     plugin: PluginRecord
     tensors: tuple[EngineTensor, ...] = ()
     """Inputs and outputs of `model.plan`, as the builder saw them."""
@@ -88,7 +88,7 @@ class TensorRTEngine:
 
 @dataclass(frozen=True, kw_only=True)
 class BuildRecord:
-    """What a TensorRT build made, for the report; no session reads it."""
+    """Results of a TensorRT build, for the report; no session reads them."""
 
     attention_layers: int
     attention_kernels: Mapping[str, int]

@@ -1,4 +1,4 @@
-"""What every runtime feeds a model and reads from it, as arrays: positions, element types."""
+"""Arrays that every runtime feeds a model and reads from it: positions, element types."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the native op library is, and why it is not there if it is not."""
+"""Find the native op library, and say why where it is missing."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from nmexport.errors import EnvironmentFault
-from nmexport.resources import NATIVE_FOLDER
+from nmexport.errors import ArtifactError, EnvironmentFault
+from nmexport.resources import NATIVE_FOLDER, resource_path
+from nmexport.runtimes.engine import REBUILD
+from nmexport.store.artifact import file_digest
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from nmexport.runtimes.engine import Engine
 
 THREADS_ENTRY = "custom_op.nmexport.threads"
 """Session configuration entry that tells the library how many threads the session has, which ONNX
@@ -43,7 +47,7 @@ def require_library(folder: Path = _FOLDER) -> Path:
     """Path of the library.
 
     Raises:
-        EnvironmentFault: if it was not built; the message says why and how to mend it.
+        EnvironmentFault: if it was not built; the message says why and how to fix it.
     """
     path = find_library(folder)
     if path is None:
@@ -53,6 +57,25 @@ def require_library(folder: Path = _FOLDER) -> Path:
             fix=_MEND,
         )
     return path
+
+
+def engine_library(engine: Engine) -> Path | None:
+    """Find the native library that an engine was made with.
+
+    Raises:
+        EnvironmentFault: if this machine has no native library and the engine needs it.
+        ArtifactError: if the library found is another one.
+    """
+    if engine.library is None:
+        return None
+    library = engine.bundled_library or require_library()
+    if file_digest(library) != engine.library.sha256:
+        raise ArtifactError(
+            f"The engine was made with another build of {engine.library.file.name} than {library}.",
+            allowed=f"sha256 {engine.library.sha256}",
+            fix=REBUILD,
+        )
+    return library
 
 
 def why_missing(folder: Path = _FOLDER) -> str | None:
@@ -72,7 +95,7 @@ def library_digest(folder: Path = _FOLDER) -> str | None:
 
 
 def describe_library(path: Path) -> dict[str, Any]:
-    """What the library says of itself: version, instruction-set variant, the ops it registers.
+    """Ask the library for its version, instruction-set variant and registered ops.
 
     Raises:
         EnvironmentFault: if it cannot be loaded or is not ours.
@@ -84,12 +107,31 @@ def describe_library(path: Path) -> dict[str, Any]:
     return {**document, "variant": library.nmexport_variant().decode()}
 
 
+def check_opset(path: Path) -> None:
+    """Refuse a library of another version of the op contract.
+
+    ONNX Runtime would not take its ops for the nodes of our files: it would run their function
+    bodies, many times slower, and say nothing.
+
+    Raises:
+        EnvironmentFault: if the library was built from other sources than this package.
+    """
+    built = describe_library(path)["opset_version"]
+    contract = json.loads(resource_path("contract.json").read_text(encoding="utf-8"))
+    if built != contract["opset_version"]:
+        raise EnvironmentFault(
+            f"Native op library {path} is of version {built} of the op contract.",
+            allowed=f"version {contract['opset_version']}",
+            fix=_MEND,
+        )
+
+
 CUDA_PLANS_FILE = "cuda_plans.csv"
-"""Beside the library: plans measured on this machine's GPU by `nmexport bench cuda --save`."""
+"""Next to the library: plans measured on this machine's GPU by `nmexport bench cuda --save`."""
 
 
 def use_cuda_plans(path: Path) -> bool:
-    """Give the library the plans measured beside it; False where there are none.
+    """Give the library the plans measured next to it; False where there are none.
 
     They change speed alone: which kernel shape, and where a dense product is faster.
 
@@ -111,7 +153,7 @@ def use_cuda_plans(path: Path) -> bool:
 
 
 def use_variant(path: Path, name: str) -> bool:
-    """Make this process use an instruction-set variant; False where the processor lacks it.
+    """Make this process use an instruction-set variant; False where the CPU lacks it.
 
     Results do not change, only speed: for tests and measurements.
     """

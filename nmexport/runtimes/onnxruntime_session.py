@@ -15,11 +15,10 @@ from nmexport import environment
 from nmexport.environment import free_memory, physical_cores
 from nmexport.errors import ArtifactError, EnvironmentFault
 from nmexport.runtimes import native
-from nmexport.runtimes.engine import REBUILD, Engine, Provider, read_engine
+from nmexport.runtimes.engine import Provider, read_engine
 from nmexport.runtimes.feeds import float32_from, positions_from_mask
 from nmexport.runtimes.native import HUGE_PAGES_ENTRY, THREADS_ENTRY
 from nmexport.runtimes.session import Session
-from nmexport.store.artifact import file_digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 RUNTIME = f"onnxruntime {onnxruntime.__version__}"
-"""What runs the model, as reports name it."""
+"""The runtime's name in reports."""
 _HOST = "cpu"
 _PROVIDERS: Mapping[Provider, list[Any]] = {
     "cpu": ["CPUExecutionProvider"],
@@ -58,8 +57,8 @@ SESSION_CONFIG: Mapping[str, str] = {
 }
 
 HUGE_PAGES_SHARE = 0.25
-"""Of the free memory, which weights copied into huge pages may take. Larger models stay mapped: a
-copy in memory cannot be dropped and read again as pages of a file can."""
+"""Share of the free memory for weights copied into huge pages. Larger models stay mapped: a copy in
+memory cannot be dropped and read again as pages of a file can."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,25 +81,6 @@ class _CacheSlot:
     head_dim: int
     element_type: int
     element_bytes: int
-
-
-def engine_library(engine: Engine) -> Path | None:
-    """The native library that an engine was made with.
-
-    Raises:
-        EnvironmentFault: if this machine has no native library and the engine needs it.
-        ArtifactError: if the library found is another one.
-    """
-    if engine.library is None:
-        return None
-    library = engine.bundled_library or native.require_library()
-    if file_digest(library) != engine.library.sha256:
-        raise ArtifactError(
-            f"The engine was made with another build of {engine.library.file.name} than {library}.",
-            allowed=f"sha256 {engine.library.sha256}",
-            fix=REBUILD,
-        )
-    return library
 
 
 def choose_provider(library: Path | None) -> Provider:
@@ -149,6 +129,7 @@ def _register(options: onnxruntime.SessionOptions, library: Path) -> None:
             f"{onnxruntime.__version__}: {error}",
             fix=fix,
         ) from error
+    native.check_opset(library)
 
 
 def open_session(
@@ -210,7 +191,7 @@ def _widened(model: Path | bytes, options: onnxruntime.SessionOptions) -> bytes:
         from nmexport.graph.cpu import widened
     except ImportError as error:
         raise EnvironmentFault(
-            f"A bfloat16 model is rewritten for a processor, which needs the package onnx: {error}",
+            f"A bfloat16 model is rewritten for the CPU, which needs the package onnx: {error}",
             fix="pip install onnx, or serve a package that this version of nmexport made",
         ) from error
     if not isinstance(model, bytes):
@@ -219,7 +200,7 @@ def _widened(model: Path | bytes, options: onnxruntime.SessionOptions) -> bytes:
 
 
 def _has_native_ops(options: onnxruntime.SessionOptions) -> bool:
-    """Whether `session_options` registered our library: only then it set this entry."""
+    """Tell whether `session_options` registered our library: only then is this entry set."""
     try:
         options.get_session_config_entry(THREADS_ENTRY)
     except RuntimeError:
@@ -252,7 +233,7 @@ def provider_here(provider: Provider) -> Provider:
         return provider
     logging.getLogger(__name__).warning(
         "the model was made for a GPU, and ONNX Runtime %s has no CUDA provider: it runs on the "
-        "processor; install onnxruntime-gpu in place of onnxruntime for the GPU",
+        "CPU; install onnxruntime-gpu in place of onnxruntime for the GPU",
         onnxruntime.__version__,
     )
     return "cpu"
@@ -293,14 +274,14 @@ def _cache_slots(session: onnxruntime.InferenceSession) -> tuple[_CacheSlot, ...
 
 
 def _bits(value: Any) -> NDArray[np.uint16]:
-    """What an OrtValue on the host holds, which has bfloat16 and gives NumPy none of it."""
+    """Read a bfloat16 OrtValue on the host, which NumPy cannot, as 16-bit integers."""
     count = math.prod(value.shape())
     held = (ctypes.c_uint16 * count).from_address(value.data_ptr())
     return np.ctypeslib.as_array(held).reshape(value.shape())
 
 
 def _fits_huge_pages(model: Path | bytes) -> bool:
-    """Whether a model's weights may be copied; an instrumented model runs too briefly to gain."""
+    """Tell whether to copy a model's weights; an instrumented model runs too briefly to gain."""
     if isinstance(model, bytes):
         return False
     weights = sum(file.stat().st_size for file in model.parent.glob("*.data"))
@@ -331,8 +312,8 @@ class OrtSession(Session):
         """Open the model.
 
         Args:
-            model: The ONNX file, its external data beside it; or a serialised model, whose external
-                data lies in the folder that `config` names under `EXTERNAL_DATA_FOLDER`.
+            model: The ONNX file with its external data next to it; or a serialised model, whose
+                external data lies in the folder that `config` names under `EXTERNAL_DATA_FOLDER`.
             library: Native op library to register; None runs the function bodies in the file.
             threads: Intra-op threads; None takes the physical cores this process may use.
             config: ONNX Runtime session configuration entries. Without one about huge pages, the
@@ -373,7 +354,7 @@ class OrtSession(Session):
             path: `engine.json`, or the folder that holds it.
             dense: Open the dense baseline in place of the sparse model.
             elsewhere: Where this ONNX Runtime was built without the provider that the engine
-                names, compute on the processor; a warning says so.
+                names, compute on the CPU; a warning says so.
 
         Raises:
             ArtifactError: see `read_engine`, `engine_library`.
@@ -390,7 +371,7 @@ class OrtSession(Session):
         return cls(
             model,
             # A baseline needs none, unless it is in bfloat16: see `graph.cpu`.
-            library=engine_library(engine) if not dense or rewritten else None,
+            library=native.engine_library(engine) if not dense or rewritten else None,
             threads=engine.threads,
             config=engine.session_config,
             provider=provider,
@@ -414,7 +395,7 @@ class OrtSession(Session):
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """What one token of one sequence takes in a cache."""
+        """Bytes that one token of one sequence takes in a cache."""
         return sum(slot.heads * slot.head_dim * slot.element_bytes for slot in self._slots)
 
     def keep(self, cache: OrtCache) -> OrtCache:
@@ -429,7 +410,7 @@ class OrtSession(Session):
             yield slot.present, float32_from(elements, is_bfloat16=is_bfloat16)
 
     def watch(self, names: Iterable[str]) -> None:
-        """From now on keep these outputs of each run in `watched`, beside logits and cache."""
+        """From now on keep these outputs of each run in `watched`, next to logits and cache."""
         self._watched_names = tuple(names)
 
     def extend(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def open_session(engine: Path, *, dense: bool = False, elsewhere: bool = False) -> Session:
-    """Open a built engine, or the dense baseline beside it.
+    """Open a built engine, or the dense baseline next to it.
 
     Args:
         engine: `engine.json`, or the folder that holds it.

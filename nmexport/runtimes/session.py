@@ -53,7 +53,7 @@ class Session(Closing):
     exposes_cache: bool = False
     """`keep`, `resume`, `cache_values` and `cache_bytes_per_token` work here."""
     runtime: str = ""
-    """What runs the model, with its version."""
+    """Name and version of the runtime."""
     on_gpu: bool = False
     """A GPU computes."""
     threads: int | None = None
@@ -68,12 +68,12 @@ class Session(Closing):
 
     @property
     def limits(self) -> Limits:
-        """What the runtime was built for; the model's own window is not among it."""
+        """The sizes that the runtime was built for, without the model's own window."""
         return Limits()
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """What one token of one sequence takes in a cache.
+        """Bytes that one token of one sequence takes in a cache.
 
         Raises:
             RuntimeError: if this session does not expose its caches.

@@ -184,7 +184,7 @@ class TensorRTSession(Session):
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """What one token of one sequence takes in a cache."""
+        """Bytes that one token of one sequence takes in a cache."""
         return sum(slot.bytes_of(1, 1) for slot in self._slots)
 
     def keep(self, cache: TensorRTCache) -> TensorRTCache:
@@ -289,7 +289,7 @@ class TensorRTSession(Session):
         cached = cache.mask
         batch, new_tokens = input_ids.shape
         self._check_room(batch, cached.shape[1] + new_tokens)
-        self._resident = None  # until the run is through, the buffers hold no cache that counts
+        self._resident = None  # until the run is done, the buffers hold no cache that counts
         mask = np.concatenate([cached, new_mask.astype(np.int64, copy=False)], axis=1)
         for name, array in self._feeds(input_ids, mask, cached.shape[1]).items():
             self._device.upload(array, self._buffer(name, array.nbytes))
@@ -309,7 +309,7 @@ class TensorRTSession(Session):
     def _feeds(
         self, input_ids: NDArray[np.int64], mask: NDArray[np.int64], cached: int
     ) -> dict[str, NDArray[np.int64]]:
-        """Inputs besides the cache, by name."""
+        """Inputs other than the cache, by name."""
         batch, new_tokens = input_ids.shape
         feeds = {
             "input_ids": np.ascontiguousarray(input_ids, dtype=np.int64),
@@ -503,7 +503,7 @@ class TensorRTSession(Session):
         )
 
     def _told_since(self, mark: int) -> str:
-        """What TensorRT gave as a reason after a mark in its log."""
+        """Return the reasons that TensorRT logged after a mark."""
         told = list(tensorrt_library.ours_first(self._logger.errors_since(mark)))
         return "; ".join(told[-3:]) or "it gives no reason"
 

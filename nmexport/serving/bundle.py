@@ -1,6 +1,6 @@
 """The folder that a server opens: model, library, tokenizer, and what it must answer.
 
-`bundle.json` says what serving needs and no other file beside it says. All paths in it are
+`bundle.json` says what serving needs and no other file next to it says. All paths in it are
 relative: the folder works wherever it is copied.
 """
 
@@ -41,7 +41,7 @@ REFERENCE_TEXTS = (
 """Short, so that few near ties lie on the way to the last token, and many: see `TOLERANCE`."""
 TOLERANCE = 0.05
 """Largest median, over the reference texts, of the root mean square difference of the logits over
-their own deviation. Processors that round otherwise differ by one part in a million; but where that
+their own deviation. CPUs that round otherwise differ by one part in a million; but where that
 decides a near tie, another channel is kept, and that text's logits move as far as other weights
 would move them. So one text says nothing, and most of them must agree. Another model moves all."""
 _REPACKAGE = "run `nmexport package --force` on the work directory"
@@ -49,11 +49,11 @@ _REPACKAGE = "run `nmexport package --force` on the work directory"
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """What a server knows of the model beside the model itself."""
+    """Everything a server knows of the model, apart from the model itself."""
 
     folder: Path
     name: str
-    """Of the Triton model."""
+    """Name of the Triton model."""
     model: str
     pattern: str
     verdict: str

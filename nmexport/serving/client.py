@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _EVENT = "data:"
 _AT_FAULT = (OSError, http.client.HTTPException)
-"""What a connection raises when the other side is not there, or goes away."""
+"""Errors of a connection whose other side is not there, or goes away."""
 
 
 def models(url: str, *, timeout: float = 10.0) -> list[str]:
@@ -163,7 +163,7 @@ def _gone(url: str, how: str) -> EnvironmentFault:
 
 
 def _said(error: urllib.error.HTTPError) -> str | None:
-    """What Triton says is wrong; None where it is not Triton who speaks."""
+    """Return Triton's error message; None where the answer is not Triton's."""
     # A stream's error is an event, too.
     body = error.read().decode(errors="replace").strip().removeprefix(_EVENT)
     try:

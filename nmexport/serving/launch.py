@@ -97,7 +97,7 @@ def _wheel_of(server: Path) -> Path | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Addresses:
-    """Where a server listens."""
+    """Host and ports that a server listens on."""
 
     host: str = "127.0.0.1"
     http_port: int = 8000
@@ -426,7 +426,7 @@ class Server:
 
 
 def is_ready(url: str) -> bool:
-    """Whether a server is there with all its models ready."""
+    """Tell whether a server is there with all its models ready."""
     try:
         with urllib.request.urlopen(f"{url}/v2/health/ready", timeout=2) as answer:  # noqa: S310
             return bool(answer.status == 200)  # noqa: PLR2004  HTTP's OK

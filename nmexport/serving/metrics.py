@@ -1,4 +1,4 @@
-"""What a server tells about itself: names, units and buckets; how they leave is the caller's."""
+"""Names, units and buckets of a server's metrics; the caller exports them."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ METRICS = (
 
 
 class Metrics(Protocol):
-    """Where measurements go."""
+    """Receiver of measurements."""
 
     def add(self, name: str, amount: float = 1.0) -> None:
         """Count up."""

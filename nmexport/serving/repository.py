@@ -3,7 +3,7 @@
 <output>/model_repository/<name>/config.pbtxt
 <output>/model_repository/<name>/1/model.py         imports `nmexport.serving.triton_model`
 <output>/model_repository/<name>/1/bundle.json ...  model, library, tokenizer, reference
-<output>/model_licence/...                          the model's own, where it lay beside its weights
+<output>/model_licence/...                          the model's own, where found with its weights
 <output>/launch.sh  README.md  NOTICE.md  SHA256SUMS
 """
 
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 REPOSITORY = "model_repository"
 PLUGINS = "plugins"
-"""Folder of TensorRT plugin libraries, beside the repository."""
+"""Folder of TensorRT plugin libraries, next to the repository."""
 VERSION = "1"
 LAUNCH = "launch.sh"
 LICENCES = "model_licence"
-"""Folder of the model's own licence files, as they lay beside its weights."""
+"""Folder of the model's own licence files, as they lay next to its weights."""
 SUMS = "SHA256SUMS"
 _MODEL = "model.onnx"
 _CPU_MODEL = "model.cpu.onnx"
@@ -49,7 +49,7 @@ __all__ = ["TritonPythonModel"]
 
 @dataclass(frozen=True, kw_only=True)
 class TextModel:
-    """What the text model of a repository is made from."""
+    """Everything the text model of a repository is made from."""
 
     name: str
     model: str
@@ -59,12 +59,12 @@ class TextModel:
     export: Path
     """The folder of the exported model."""
     files: tuple[str, ...]
-    """Of the export: what is served, relative to it."""
+    """Files to serve, relative to `export`."""
     engine: Engine
     library: Path | None
     settings: Mapping[str, str]
     licences: tuple[Path, ...] = ()
-    """Licence files that lie beside the model's weights."""
+    """Licence files that lie next to the model's weights."""
 
 
 def write_text_model(output: Path, source: TextModel) -> Path:

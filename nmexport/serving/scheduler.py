@@ -56,7 +56,7 @@ class Limits:
     context_tokens: int
     """Prompt and output of one request together: the model's context length."""
     cache_bytes: int
-    """Of the caches of all running requests."""
+    """Limit on the caches of all running requests together."""
     slots: int = 8
     """Requests that run at a time."""
     queue: int = 128
@@ -92,7 +92,7 @@ class Outcome(Usage):
 
 
 class Sink(Protocol):
-    """Where one request's text goes; called from the scheduler's thread alone."""
+    """Receiver of one request's text; called from the scheduler's thread alone."""
 
     def text(self, piece: str, usage: Usage) -> None:
         """One more piece, not empty, and what it took to get here."""
@@ -107,7 +107,7 @@ class Sink(Protocol):
         ...
 
     def is_cancelled(self) -> bool:
-        """Whether nobody waits for the text any more."""
+        """Tell whether nobody waits for the text any more."""
         ...
 
     def abandoned(self) -> None:
@@ -134,7 +134,7 @@ class _Request:
     last_token: int = -1
     last_time: float = field(default=0.0)
     is_counted: bool = False
-    """Whether its end is in the metrics: it has one, whatever its sink does then."""
+    """True once its end is in the metrics, whatever its sink does then."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -398,7 +398,7 @@ class Scheduler:
         self._accept(request, logits[0, -1])
 
     def _accept(self, request: _Request, logits: NDArray[np.float32]) -> None:
-        """Draw a request's next token from logits `[V]`, and give out the text it completes."""
+        """Draw a request's next token from logits `[V]`, and return the text it completes."""
         token = request.sampler(logits)
         now = time.monotonic()
         if request.last_token < 0:
@@ -471,7 +471,7 @@ class Scheduler:
 
 
 def chunk_end(start: int, total: int, chunk: int) -> int:
-    """Where the chunk of a prompt that begins at `start` ends.
+    """Return the end of the prompt chunk that begins at `start`.
 
     No chunk but a whole prompt is one token long: models whose decode is another computation than
     their prefill tell the two apart by that, and a prompt's last token belongs to prefill.

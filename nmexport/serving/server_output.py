@@ -1,4 +1,4 @@
-"""What a server prints: passed on as it comes, and its last lines kept for an error message."""
+"""Pass on what a server prints, and keep its last lines for an error message."""
 
 from __future__ import annotations
 

@@ -27,20 +27,20 @@ if TYPE_CHECKING:
     from nmexport.serving.scheduler import Sink
 
 _MEMORY_SHARE = 0.5
-"""Of the memory that is free once the model is open, for caches; a step needs some beside them."""
+"""Share of the memory free after loading that caches get; a step needs some of the rest."""
 # A character of JSON may be written as six: \\u0041.
 _JSON_EXPANSION = 6
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextRequest:
-    """What a client asks for; either `text` or `messages`."""
+    """A client's request: either `text` or `messages`."""
 
     text: str | None = None
     messages: str | None = None
     """JSON of a chat."""
     chat: bool = False
-    """Put `text` through the chat template, as one message of the user."""
+    """Apply the chat template to `text`, as one message of the user."""
     add_special_tokens: bool = True
     values: Mapping[str, Any] = field(default_factory=dict)
     """Generation options by name."""
@@ -223,7 +223,7 @@ SETTINGS = (
     "cache_bytes",
     "default_max_tokens",
 )
-"""What the operator of a server may set, as text: whole numbers, or `auto` (as if left out)."""
+"""Settings of a server's operator, as text: whole numbers, or `auto` (as if left out)."""
 
 
 def numbers_from(settings: Mapping[str, str]) -> dict[str, int]:

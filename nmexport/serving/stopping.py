@@ -23,10 +23,9 @@ if TYPE_CHECKING:
 DRAIN_VARIABLE = "NMEXPORT_DRAIN_SECONDS"
 """Environment variable of the server: seconds that requests in flight may take."""
 UNLOAD_SECONDS = 5
-"""What Triton needs beyond the draining: it looks once a second whether connections and models are
-gone."""
+"""Seconds that Triton needs after draining: it checks once a second for open connections."""
 DRAIN_SECONDS = 30.0 - UNLOAD_SECONDS
-"""Where the variable is not set: Triton's own exit timeout, less what it needs."""
+"""Seconds where the variable is not set: Triton's own exit timeout, less what it needs."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 

@@ -41,7 +41,7 @@ _UNSEEN = np.array([3, 1, 4, 1], dtype=np.int32)
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What a client wants to be sent."""
+    """Form of the answer that a client asked for."""
 
     stream: bool = False
     """A response for each piece of text, in place of one for all of it."""
@@ -53,7 +53,7 @@ class TritonPythonModel:
     """One model in one server; Triton makes it by name."""
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Open the bundle beside `model.py`; an exception marks the model unready, and says why.
+        """Open the bundle next to `model.py`; an exception marks the model unready, and says why.
 
         Args:
             args: `model_repository` (the model's folder), `model_version`, `model_name` and
@@ -143,14 +143,14 @@ def require_whole_tensors(backend: Any) -> None:
     if not np.array_equal(tensor.as_numpy(), _UNSEEN):
         raise EnvironmentFault(
             f"This Triton's Python stub corrupts tensors of NumPy {np.__version__}.",
-            allowed="NumPy 1 beside a stub of Triton 24.10 or older; any NumPy beside later ones",
+            allowed="NumPy 1 with a stub of Triton 24.10 or older; any NumPy with later ones",
             fix="`nmexport serve` makes such an environment; by hand: pip install 'numpy<2' in the "
             "environment whose python3 is first on the server's PATH",
         )
 
 
 def read_request(backend: Any, request: Any) -> tuple[TextRequest, Reply]:
-    """What a Triton request asks for, from its inputs and its parameters.
+    """Read a Triton request from its inputs and its parameters.
 
     Raises:
         RequestError: if a parameter is unknown or given twice, or a text is not UTF-8.
@@ -249,7 +249,7 @@ class TritonSink:
         end_with(self._backend, self._sender, errors(problem, code))
 
     def is_cancelled(self) -> bool:
-        """Whether the client went away."""
+        """Tell whether the client went away."""
         return bool(self._sender.is_cancelled())
 
     def abandoned(self) -> None:

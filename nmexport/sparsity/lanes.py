@@ -47,13 +47,13 @@ class LaneSelector:
         if scores.is_cuda:
             return self.by_rank(scores)
         lanes = scores.t().contiguous().index_select(0, self._to_lanes.to(scores.device))
-        slots = lanes.view(m, -1)
+        slots = lanes.view(m, channels // m * tokens)
         threshold = nth_largest(slots, n)
         reached = (slots >= threshold).view(channels, tokens)
         keep = reached.index_select(0, self._from_lanes.to(scores.device)).t().contiguous()
         # Ties and NaN are rare: only their tokens go the exact way. Minima and maxima hand NaN on,
         # so that it shows in its group's threshold.
-        undefined = threshold.view(-1, tokens).isnan().any(dim=0)
+        undefined = threshold.view(channels // m, tokens).isnan().any(dim=0)
         unsettled = undefined | (keep.sum(dim=1) != channels // m * n)
         open_tokens = unsettled.nonzero().squeeze(1)
         if open_tokens.numel():

@@ -1,4 +1,4 @@
-"""Learned constants of one linear: L-PTS, LS, an output gain and bias, a low-rank compensation.
+"""The sparse linear whose constants are learned: shift, input scale, gain, bias, compensation.
 
 With z the shifted input, s its kept values (times nu, where variance is corrected per token), d the
 input scale, o the output gain, b the output bias, A `[K, r]` and B `[r, O]` the compensation and
@@ -6,25 +6,20 @@ W `[O, K]` the dense weight, whose own bias is c, the linear computes
 
     y = o * (W (d * s + eta)) + B^T A^T s + c + b
 
-All of it folds: rows of W take d, columns take o, A B is added to what came of that, and eta, being
-no longer added back before the product, becomes part of the bias (per token: of `shift_weight`).
-The selection is held constant in the gradient: which channels are kept changes only through the
-shift, step by step.
-
-Linears that share an input share its selection, and so its shift: see `InputSite`.
+which `nmexport.sparsity.fold` folds into one op. The selection is held constant in the gradient:
+which channels are kept changes only through the shift, step by step.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from nmexport.sparsity.lanes import LaneSelector
-from nmexport.sparsity.linear import bias_of, variance_ratio
-from nmexport.sparsity.mask import scores_of
+from nmexport.sparsity.fold import Corrections
+from nmexport.sparsity.linear import InputSite, Selected, SparseLinear, bias_of
 from nmexport.sparsity.parts import PARTS, RANK
 
 if TYPE_CHECKING:
@@ -37,24 +32,6 @@ _FLOOR = 1e-6  # least spread that a learned shift or bias is measured in: dead 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Corrections:
-    """What was learned for one linear; None was not learned."""
-
-    shift: torch.Tensor | None = None
-    """`[K]` float32, takes the place of the calibrated one (L-PTS)."""
-    input_scale: torch.Tensor | None = None
-    """`[K]` float32, d (LS)."""
-    output_scale: torch.Tensor | None = None
-    """`[O]` float32, o."""
-    bias: torch.Tensor | None = None
-    """`[O]` float32, b: added to the linear's own bias."""
-    low_rank_in: torch.Tensor | None = None
-    """`[K, r]` float32, A."""
-    low_rank_out: torch.Tensor | None = None
-    """`[r, O]` float32, B."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Spread:
     """Sizes that steps of learning are measured in, so that one rate suits every channel."""
 
@@ -64,10 +41,11 @@ class Spread:
     """`[O]`"""
 
 
-class InputSite(nn.Module):
-    """What linears with one input have in common: the shift and the selection, computed once.
+class LearningSite(InputSite):
+    """A site whose shift may be learned, and which selects once for all its linears.
 
-    Which is what lets an executor fuse them, and a third of the time of learning.
+    One selection saves a third of the time of learning; one shift lets an executor fuse the
+    linears.
     """
 
     def __init__(
@@ -93,22 +71,17 @@ class InputSite(nn.Module):
         Raises:
             ValueError: if a shift is to be learned beside a per-token one.
         """
-        super().__init__()
+        super().__init__(behaviour, constants, input_rms.numel(), device=device)
         if behaviour.dynamic_shift and learns_shift:
             raise ValueError("a learned shift and a per-token shift exclude each other")
-        self._behaviour, self._members = behaviour, members
+        self._members = members
         self._rms = input_rms.float().clamp_min(_FLOOR).to(device)
-        self.channels = channels = self._rms.numel()
-        self._score_scale = _on(constants.score_scale, device)
-        self._select = LaneSelector(behaviour.pattern, channels, constants.channel_order)
-        start = _on(constants.shift, device)
-        self._fixed = self._rms.new_zeros(1) if start is None else start
-        self.shift = nn.Parameter((self._fixed / self._rms).expand(channels).clone())
+        self.shift = nn.Parameter((self.eta / self._rms).expand(self.channels).clone())
         self.shift.requires_grad_(learns_shift)
         self.disturbance: torch.Tensor | None = None
         """`[K]` factors of the scores while a step is learned from; None ranks as the op does."""
         self._seen: torch.Tensor | None = None
-        self._selected: _Selected | None = None
+        self._selected: Selected | None = None
         self._left = 0
 
     @property
@@ -116,10 +89,12 @@ class InputSite(nn.Module):
         """Whether the shift is a parameter."""
         return self.shift.requires_grad
 
-    def select(self, x: torch.Tensor) -> _Selected:
-        """Selection on `[..., K]`; of one tensor once, for all linears that are handed it."""
+    def select(self, x: torch.Tensor, *, sparse: bool = True) -> Selected:
+        """Select on `[..., K]`, once for all linears that are handed the same tensor."""
+        if not sparse:
+            return super().select(x, sparse=False)
         if x is not self._seen or self._selected is None:
-            self._seen, self._selected, self._left = x, self._selection_of(x), self._members
+            self._seen, self._selected, self._left = x, super().select(x), self._members
         selected = self._selected
         self._left -= 1
         if self._left <= 0:
@@ -130,45 +105,19 @@ class InputSite(nn.Module):
         """`[K]` float32, on the CPU."""
         return (self.shift.detach() * self._rms).float().cpu()
 
-    def _selection_of(self, x: torch.Tensor) -> _Selected:
-        tokens = x.reshape(-1, x.shape[-1]).float()
-        eta = self._eta(tokens)
-        with torch.no_grad():
-            z = tokens - eta
-            keep = self._select(scores_of(z, self._ranking_scale())).view(torch.uint8)
-            corrects = self._behaviour.variance_correction
-            nu = variance_ratio(z, z * keep) if corrects else None
-        return _Selected(tokens, eta, keep, nu)
-
     def _ranking_scale(self) -> torch.Tensor | None:
-        """`[K]` float32 that scores are multiplied by; None leaves magnitudes alone."""
-        if self.disturbance is None:
-            return self._score_scale
-        if self._score_scale is None:
-            return self.disturbance
-        return self._score_scale * self.disturbance
+        if self.disturbance is None or self.score_scale is None:
+            return self.score_scale if self.disturbance is None else self.disturbance
+        return self.score_scale * self.disturbance
 
     def _eta(self, tokens: torch.Tensor) -> torch.Tensor:
-        """`[T, 1]` per token, `[K]` learned, `[1]` calibrated or none."""
-        if self._behaviour.dynamic_shift:
-            return tokens.mean(dim=-1, keepdim=True)
-        return self.shift * self._rms if self.learns_shift else self._fixed
+        return self.shift * self._rms if self.learns_shift else super()._eta(tokens)
 
 
-class _Selected(NamedTuple):
-    """One input and what is kept of it."""
+class LearnedLinear(SparseLinear):
+    """A sparse linear whose constants are parameters; the dense weight stays as it is."""
 
-    tokens: torch.Tensor
-    """`[T, K]` float32"""
-    eta: torch.Tensor
-    keep: torch.Tensor
-    """`[T, K]` uint8, 1 where kept: a product with it takes half as long as with bool."""
-    nu: torch.Tensor | None
-    """`[T, 1]`"""
-
-
-class LearnedLinear(nn.Module):
-    """A sparsified linear whose constants are parameters; the dense weight stays as it is."""
+    site: LearningSite
 
     def __init__(
         self,
@@ -178,7 +127,7 @@ class LearnedLinear(nn.Module):
         *,
         spread: Spread,
         parts: Iterable[Part] = PARTS,
-        site: InputSite | None = None,
+        site: LearningSite | None = None,
         rank: int = RANK,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
@@ -189,94 +138,88 @@ class LearnedLinear(nn.Module):
             linear: The dense linear; its weight is not copied where the types agree.
             behaviour: Pattern and per-token corrections; the phase is not looked at.
             constants: Calibrated constants; a static nu is where d starts.
-            spread: Of the linear's input and output.
+            spread: Sizes of the linear's input and output.
             parts: What to learn.
-            site: Of the input, where other linears share it; None makes one of its own.
+            site: Selects for all linears that share the input; None makes one for this alone.
             rank: r of the compensation.
-            seed: Of where A starts; B starts at zero.
+            seed: Random seed of where A starts; B starts at zero.
             dtype: Type of the products. Selection is always in float32.
 
         Raises:
             ValueError: if a shift is to be learned beside a per-token one.
         """
-        super().__init__()
         chosen = set(parts)
-        self.sparse = True
-        """False computes the dense linear: one model is teacher and student."""
         device = linear.weight.device
-        self._nu = 1.0 if constants.nu is None else constants.nu
-        self._output_rms = spread.output_rms.float().clamp_min(_FLOOR).to(device)
-        self._weight = linear.weight.detach().to(dtype)
-        own = bias_of(linear)
-        self._own_bias = None if own is None else own.detach().float()
-        self.site = site or InputSite(
+        site = site or LearningSite(
             behaviour,
             constants,
             input_rms=spread.input_rms,
             learns_shift="shift" in chosen,
             device=device,
         )
-        started = self._started(linear, chosen, rank, seed)
+        dense = {"W": linear.weight.detach().to(dtype).t()}
+        own = bias_of(linear)
+        if own is not None:
+            dense["bias"] = own.detach().float()
+        super().__init__(behaviour, dense, site=site)
+        self.sparse = True
+        """False computes the dense linear: one model is teacher and student."""
+        self._nu = 1.0 if constants.nu is None else constants.nu
+        self._output_rms = spread.output_rms.float().clamp_min(_FLOOR).to(device)
+        start = self._start(chosen, rank, seed)
         self.learned = nn.ParameterDict(
-            {name: nn.Parameter(start.to(device)) for name, start in started.items()}
+            {name: nn.Parameter(value.to(device)) for name, value in start.items()}
         )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., K]` -> `[..., O]`, in the type of x."""
-        y = self._sparse_product(x) if self.sparse else self._dense_product(x)
-        if self._own_bias is not None:
-            y = y + self._own_bias
-        return y.reshape(*x.shape[:-1], -1).to(x.dtype)
 
     def corrections(self) -> Corrections:
         """What has been learned so far, on the CPU."""
-        found = {name: value.detach().float().cpu() for name, value in self.learned.items()}
-        if "bias" in found:
-            found["bias"] = found["bias"] * self._output_rms.cpu()
+        values = {name: value.detach().float().cpu() for name, value in self.learned.items()}
+        if "bias" in values:
+            values["bias"] = values["bias"] * self._output_rms.cpu()
         if self.site.learns_shift:
-            found["shift"] = self.site.learned_shift()
-        return Corrections(**found)
+            values["shift"] = self.site.learned_shift()
+        return Corrections(**values)
 
-    def _dense_product(self, x: torch.Tensor) -> torch.Tensor:
-        tokens = x.reshape(-1, x.shape[-1])
-        return nn.functional.linear(tokens.to(self._weight.dtype), self._weight).float()
+    def _drops(self, x: torch.Tensor) -> bool:
+        del x
+        return self.sparse
 
-    def _sparse_product(self, x: torch.Tensor) -> torch.Tensor:
-        selected = self.site.select(x)
-        one = selected.tokens.new_ones(1)
+    def _product(self, selected: Selected) -> torch.Tensor:
+        weight = self.W.t()  # [O, K]
+        if selected.keep is None:
+            return nn.functional.linear(selected.tokens.to(weight.dtype), weight).float()
+        unit = selected.tokens.new_ones(1)
         learned = self.learned
         y: torch.Tensor = _SparseProduct.apply(  # type: ignore[no-untyped-call]
             selected.tokens,
             selected.eta,
-            learned["input_scale"] if "input_scale" in learned else self._nu * one,
-            learned.get("output_scale", one),
+            learned["input_scale"] if "input_scale" in learned else self._nu * unit,
+            learned.get("output_scale", unit),
             learned.get("low_rank_in"),
             learned.get("low_rank_out"),
             selected.keep,
             selected.nu,
-            self._weight,
+            weight,
         )
         return y + learned["bias"] * self._output_rms if "bias" in learned else y
 
-    def _started(
-        self, linear: nn.Linear, chosen: set[Part], rank: int, seed: int
-    ) -> dict[str, torch.Tensor]:
+    def _start(self, chosen: set[Part], rank: int, seed: int) -> dict[str, torch.Tensor]:
         """Parameters by name where learning starts, in units that suit one rate."""
-        channels, outputs = linear.in_features, linear.out_features
-        started: dict[str, torch.Tensor] = {}
+        channels, outputs = self.in_features, self.out_features
+        start: dict[str, torch.Tensor] = {}
         if "input_scale" in chosen:
-            started["input_scale"] = torch.full((channels,), self._nu)
+            start["input_scale"] = torch.full((channels,), self._nu)
         if "output_scale" in chosen:
-            started["output_scale"] = torch.ones(outputs)
+            start["output_scale"] = torch.ones(outputs)
         if "bias" in chosen:
-            started["bias"] = torch.zeros(outputs)
+            start["bias"] = torch.zeros(outputs)
         if "low_rank" in chosen:
             generator = torch.Generator().manual_seed(seed)
             rank = min(rank, channels, outputs)
             drawn = torch.randn(channels, rank, generator=generator)
-            started["low_rank_in"] = drawn / channels**0.5
-            started["low_rank_out"] = torch.zeros(rank, outputs)
-        return started
+            start["low_rank_in"] = drawn / channels**0.5
+            start["low_rank_out"] = torch.zeros(rank, outputs)
+        return start
 
 
 class _SparseProduct(torch.autograd.Function):
@@ -347,100 +290,6 @@ class _SparseProduct(torch.autograd.Function):
         return of_x, of_eta, of_scale, of_gain, of_in, of_out, None, None, None
 
 
-def _sum_of_products(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+def _sum_of_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """`[T, C]` twice, of one type -> `[C]` float32, summed in float32 over tokens."""
-    return (one * other).sum(dim=0, dtype=torch.float32)
-
-
-def with_learned(constants: Constants, corrections: Corrections) -> Constants:
-    """The constants that fold beside the corrections: a learned shift, and nu once only."""
-    changed = constants
-    if corrections.shift is not None:
-        changed = replace(changed, shift=corrections.shift)
-    if corrections.input_scale is not None:
-        changed = replace(changed, nu=None)  # d started at nu
-    return changed
-
-
-def fold_learned(
-    linear: nn.Linear,
-    behaviour: Behaviour,
-    constants: Constants,
-    corrections: Corrections,
-    *,
-    dtype: torch.dtype,
-) -> dict[str, torch.Tensor]:
-    """Fold calibrated and learned constants, as the op contract's table says.
-
-    Args:
-        linear: The dense linear.
-        behaviour: Attributes of the op.
-        constants: Calibrated constants, as they went into learning.
-        corrections: What was learned.
-        dtype: T.
-
-    Returns:
-        The tensors of `nmexport.sparsity.linear.fold`: `W [K, O]` T, and where used `bias [O]` T,
-        `shift`, `shift_weight [O]`, `score_scale [K]` float32, `channel_order [K]` int32.
-
-    Raises:
-        ValueError: if corrections that change the dense product meet a phase that stays dense.
-    """
-    if behaviour.phase != "all" and changes_dense_product(corrections):
-        raise ValueError(f"phase {behaviour.phase} needs the dense product unchanged elsewhere")
-    constants = with_learned(constants, corrections)
-    gain = _double(corrections.output_scale, 1.0)  # [O] or []
-    scale = _double(corrections.input_scale, 1.0 if constants.nu is None else constants.nu)
-    weight = linear.weight.detach().cpu().t().double()  # [K, O]
-    product = scale.reshape(-1, 1) * weight * gain
-    if corrections.low_rank_in is not None and corrections.low_rank_out is not None:
-        product += corrections.low_rank_in.double() @ corrections.low_rank_out.double()
-    folded = {"W": product.to(dtype)}
-    bias = _folded_bias(linear, weight, gain, constants.shift, corrections.bias)
-    if bias is not None:
-        folded["bias"] = bias.to(dtype)
-    if behaviour.dynamic_shift:
-        folded["shift_weight"] = (weight.sum(dim=0) * gain).float()
-    for name in ("shift", "score_scale", "channel_order"):
-        value = getattr(constants, name)
-        if value is not None:
-            folded[name] = value.cpu().clone()  # linears of one site share theirs
-    return {name: tensor.detach().contiguous() for name, tensor in folded.items()}
-
-
-def changes_dense_product(corrections: Corrections) -> bool:
-    """Whether the folded linear differs from the dense one even where everything is kept."""
-    changing = (
-        corrections.input_scale,
-        corrections.output_scale,
-        corrections.bias,
-        corrections.low_rank_in,
-    )
-    return any(tensor is not None for tensor in changing)
-
-
-def _folded_bias(
-    linear: nn.Linear,
-    weight: torch.Tensor,
-    gain: torch.Tensor,
-    shift: torch.Tensor | None,
-    correction: torch.Tensor | None,
-) -> torch.Tensor | None:
-    """`c + o * (W eta) + b` `[O]` float64, from the unscaled W; None where all are absent."""
-    terms = []
-    own = bias_of(linear)
-    if own is not None:
-        terms.append(own.detach().cpu().double())
-    if shift is not None:
-        terms.append(gain * (shift.cpu().double().expand(weight.shape[0]) @ weight))
-    if correction is not None:
-        terms.append(correction.double())
-    return torch.stack(terms).sum(dim=0) if terms else None
-
-
-def _double(tensor: torch.Tensor | None, otherwise: float) -> torch.Tensor:
-    return torch.tensor(otherwise, dtype=torch.float64) if tensor is None else tensor.double()
-
-
-def _on(tensor: torch.Tensor | None, device: torch.device | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.to(device)
+    return (left * right).sum(dim=0, dtype=torch.float32)

@@ -81,7 +81,7 @@ def _loads(target: TensorRTTarget) -> bool:
 
 
 def key_fields(inputs: StageInputs) -> dict[str, Any]:
-    """Everything besides the exported model that decides the engine.
+    """Everything other than the exported model that decides the engine.
 
     What a TensorRT engine needs is asked for here, as this is called before the first stage runs:
     hours of calibration later is late to hear that a package is missing.

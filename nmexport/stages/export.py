@@ -1,4 +1,4 @@
-"""Export: the sparse model and its dense baseline as ONNX, with all that a runtime needs beside."""
+"""Export: the sparse model and its dense baseline as ONNX, with all else that a runtime needs."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
 
 
 def run(inputs: StageInputs) -> dict[str, Any]:
-    """Trace, clean, assemble, write and check both models; write config and tokenizer beside.
+    """Trace, clean, assemble, write and check both models; write config and tokenizer with them.
 
     Raises:
         ModelError: if the model cannot be loaded or its architecture cannot be exported.

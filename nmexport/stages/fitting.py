@@ -1,4 +1,4 @@
-"""What a model's shapes allow: asked of the model without its weights, before anything runs."""
+"""Check a recipe against the model's shapes, without its weights, before anything runs."""
 
 from __future__ import annotations
 

@@ -1,82 +1,43 @@
 """Fold: every constant of the method moved into the weights, biases and inputs of the op.
 
-Linears may be given patterns of their own (`allocate`), their constants follow from statistics
-(`derivation`), are corrected by what is learned (`learning`), and become tensors (`sparsity`).
+Linears may be given patterns of their own (`allocation`), their constants follow from statistics
+and are corrected by what is learned (`calibration`), and become tensors (`sparsity`).
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from nmexport.calibration.effort import learning_settings
+from nmexport.calibration.effort import ERROR_SAMPLES, SENSITIVITY_SAMPLES, learning_settings
 from nmexport.errors import ModelError
 from nmexport.sparsity.mitigation import check_allocatable, check_combination
 from nmexport.stages import calibrate
 from nmexport.stages.fitting import check_fit
-from nmexport.store.allocation import Allocation, write_allocation
-from nmexport.store.folded import LEARNING, FoldedModel
-from nmexport.store.layers import LayerSpec, write_layers
+from nmexport.store.allocation import write_allocation
+from nmexport.store.folded import FoldedModel, write_learning
+from nmexport.store.layers import SCHEMA, write_layers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from contextlib import AbstractContextManager
-    from pathlib import Path
 
     import torch
     from torch import nn
 
     from nmexport.allocation.allocate import Prepared
-    from nmexport.calibration.checkpoint import Checkpoint
     from nmexport.calibration.corpus import TokenIds
-    from nmexport.calibration.derivation import Derived
-    from nmexport.calibration.grouping_distance import GroupingDistance
     from nmexport.calibration.learning import Learned
-    from nmexport.calibration.local_error import ErrorObserver
     from nmexport.calibration.sites import Site
-    from nmexport.models.layerwise import LayerwiseModel
+    from nmexport.calibration.sparse_constants import DenseModel, Learning, SparseConstants
     from nmexport.recipe import SparsitySection
     from nmexport.sparsity.linear import Constants
     from nmexport.sparsity.statistics import ChannelStatistics
     from nmexport.stages.inputs import StageInputs
+    from nmexport.store.allocation import Allocation
 
 UPSTREAM: tuple[str, ...] = ("calibrate",)
-# Local errors and the static variance correction need few tokens: one number a layer.
-ERROR_SAMPLES = 4
-SENSITIVITY_SAMPLES = 16
-DISTANCE_SAMPLES = 2
 Artifact = FoldedModel
-
-
-class _Given(NamedTuple):
-    """What the steps of this stage work on."""
-
-    inputs: StageInputs
-    model: Any
-    linears: Mapping[str, nn.Linear]
-    """The targets, in model order."""
-    sites: Sequence[Site]
-    statistics: Mapping[str, ChannelStatistics]
-    samples: torch.Tensor
-    """`[samples, length]`, of all kinds."""
-    kinds: Mapping[str, torch.Tensor]
-    layerwise: LayerwiseModel | None
-    """Runs the model where it does not fit into memory."""
-
-    def loaded(self, linear: nn.Linear) -> AbstractContextManager[nn.Linear]:
-        """A linear with its weight in memory, while this lasts."""
-        return nullcontext(linear) if self.layerwise is None else self.layerwise.loaded(linear)
-
-
-class _Made(NamedTuple):
-    """Constants of the linears that become sparse."""
-
-    derived: Mapping[str, Derived]
-    errors: Mapping[str, ErrorObserver]
-    distances: Mapping[str, GroupingDistance]
-    learned: Learned | None
 
 
 def key_fields(inputs: StageInputs) -> dict[str, Any]:
@@ -89,17 +50,20 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
     recipe = inputs.recipe
     mitigations = recipe.sparsity.mitigations
     check_combination(mitigations, recipe.sparsity.phases)
-    if recipe.allocation.budget.limits():
+    budgeted = bool(recipe.allocation.budget.limits())
+    if budgeted:
         check_allocatable(mitigations)
         for phase in recipe.allocation.phases:
             check_combination(mitigations, phase)
     settings = learning_settings(recipe.sparsity, recipe.seed)
     return {
+        "schema": SCHEMA,
         "model": inputs.source.digest,
         "dtype": recipe.model.dtype,
         "weights": recipe.model.weights,
         "sparsity": recipe.sparsity.model_dump(mode="json"),
-        "allocation": _allocation_key(recipe.allocation),
+        # Without a budget nothing of it matters.
+        "allocation": recipe.allocation.model_dump(mode="json") if budgeted else None,
         "seed": recipe.seed,
         "samples": [ERROR_SAMPLES, SENSITIVITY_SAMPLES],
         "learning": None if settings is None else asdict(settings),
@@ -126,103 +90,32 @@ def run(inputs: StageInputs) -> dict[str, Any]:
         CorpusError: if there is too little text to learn from.
         ModelError: if calibration never reached a target, or a folded weight leaves the type.
     """
-    given = _given(inputs)
-    prepared = _prepared(given)
-    allocation = None
-    if prepared is None:
-        made = _made(given, dict.fromkeys(given.linears, inputs.recipe.sparsity))
+    from nmexport.calibration.sparse_constants import make_constants
+
+    dense = _dense_model(inputs)
+    learning = _learning(inputs, dense)
+    if inputs.recipe.allocation.budget.limits():
+        constants = _within_budget(inputs, dense, learning)
     else:
-        made, allocation = _made_within_budget(given, prepared)
-    _write_tensors(given, made)
-    specs = [_layer_spec(name, given.linears[name], made) for name in made.derived]
+        sections = dict.fromkeys(dense.linears, inputs.recipe.sparsity)
+        constants = make_constants(dense, sections, learning=learning)
+    _write_tensors(inputs, dense, constants)
+    specs = [constants.layer(name, dense.linears[name]) for name in constants.derived]
     write_layers(inputs.output, specs)
-    if allocation is not None:
-        write_allocation(inputs.output, allocation)
     return {
         "linears": len(specs),
         "relative_error_mean": _mean([spec.relative_error for spec in specs]),
         "gap_closed_mean": _mean([spec.gap_closed for spec in specs]),
-        **_written_learning(inputs.output, made.learned),
+        **_write_learning(inputs, constants.learned),
     }
 
 
-def _made_within_budget(given: _Given, prepared: Prepared) -> tuple[_Made, Allocation]:
-    from nmexport.allocation.built import built_within
-
-    def build(allocation: Allocation, attempt: int) -> tuple[_Made, Allocation]:
-        made = _made(
-            given,
-            _sections(given, allocation),
-            unlearned=prepared.unlearned,
-            learning="learning" if attempt == 0 else f"learning-{attempt}",
-        )
-        behaviours = {name: one.behaviour for name, one in made.derived.items()}
-        measured = prepared.as_built(allocation, behaviours, partial(_folded, given, made))
-        given.inputs.progress.note(_came_to(measured))
-        if measured.remark is not None:
-            given.inputs.progress.note(measured.remark)
-        return made, measured
-
-    made, allocation = built_within(
-        prepared.allocation, build, counts_learned=given.inputs.recipe.allocation.count_learned
-    )
-    return made, allocation
-
-
-def _came_to(allocation: Allocation) -> str:
-    """Describe what was chosen and what became of it, in a line."""
-    built = allocation.built
-    assert built is not None  # noqa: S101 - for the type checker
-    words = (
-        f"{allocation.bytes_saved:.0%} of the bytes saved: perplexity ratio "
-        f"{allocation.perplexity_ratio:.3f} as chosen, {built.perplexity_ratio:.3f} as built"
-    )
-    broken = built.budget_used is not None and built.budget_used > 1
-    return f"{words}, which exceeds the budget" if broken else words
-
-
-def _made(
-    given: _Given,
-    sections: Mapping[str, SparsitySection],
-    *,
-    unlearned: torch.Tensor | None = None,
-    learning: str = "learning",
-) -> _Made:
-    """Constants of the linears that have sections.
-
-    Args:
-        given: Model, statistics, text.
-        sections: What each sparse linear is to compute.
-        unlearned: Windows that nothing may be learned from.
-        learning: Names the checkpoint.
-    """
-    from nmexport.calibration import derivation
-    from nmexport.calibration.forward_passes import gather_errors
-
-    seed = given.inputs.recipe.seed
-    derived = derivation.derive(
-        given.sites, given.linears, given.statistics, sections, seed=seed, loaded=given.loaded
-    )
-    derived = derivation.with_remainders(derived, given.linears, seed=seed, loaded=given.loaded)
-    errors = gather_errors(
-        given.model,
-        {name: given.linears[name] for name in derived},
-        {name: one.constants for name, one in derived.items()},
-        {name: one.behaviour for name, one in derived.items()},
-        given.samples[:ERROR_SAMPLES],
-        progress=given.inputs.progress,
-        layerwise=given.layerwise,
-    )
-    derived = _with_static_variance(derived, errors)
-    distances = _distances(given, derived)
-    learned = _learned(given, derived, unlearned, checkpoint=learning)
-    return _Made(derived, errors, distances, learned)
-
-
-def _given(inputs: StageInputs) -> _Given:
+def _dense_model(inputs: StageInputs) -> DenseModel:
+    """Open the model, select its targets, and gather what calibration knows of them."""
     from nmexport.calibration.derivation import with_sensitivities
     from nmexport.calibration.forward_passes import on_best_device
     from nmexport.calibration.sites import input_sites
+    from nmexport.calibration.sparse_constants import DenseModel
     from nmexport.models.offload import check_layerwise, is_placed, open_dense
     from nmexport.sparsity.quantisation import scale_groups
     from nmexport.sparsity.targets import linears_of, select_targets
@@ -263,8 +156,17 @@ def _given(inputs: StageInputs) -> _Given:
         progress=inputs.progress,
         seed=recipe.seed,
     )
-    kinds = calibrated.samples_by_kind()
-    return _Given(inputs, model, linears, sites, statistics, samples, kinds, layerwise)
+    return DenseModel(
+        model=model,
+        linears=linears,
+        sites=sites,
+        statistics=statistics,
+        samples=samples,
+        kinds=calibrated.samples_by_kind(),
+        layerwise=layerwise,
+        seed=recipe.seed,
+        progress=inputs.progress,
+    )
 
 
 def _check_reached(
@@ -278,43 +180,90 @@ def _check_reached(
         )
 
 
-def _allocation_key(section: Any) -> dict[str, Any] | None:
-    """Nothing of it matters without a budget."""
-    return section.model_dump(mode="json") if section.budget.limits() else None
+def _learning(inputs: StageInputs, dense: DenseModel) -> Learning | None:
+    """How constants are learned; None where the recipe names none that are."""
+    from nmexport.calibration.checkpoint import Checkpoints
+    from nmexport.calibration.self_text import mixed_self_text
+    from nmexport.calibration.sparse_constants import Learning
+    from nmexport.models.loader import load_tokenizer
+
+    settings = learning_settings(inputs.recipe.sparsity, inputs.recipe.seed)
+    if settings is None:
+        return None
+
+    def write(samples: int, length: int, seed: int) -> TokenIds:
+        # The tokenizer is read only where something is to be written.
+        tokenizer = load_tokenizer(inputs.source)
+        generate = mixed_self_text(
+            dense.model, tokenizer, progress=inputs.progress, label="fold: own text"
+        )
+        return generate(samples, length, seed)
+
+    return Learning(settings=settings, write=write, checkpoints=Checkpoints(inputs.resume))
 
 
-def _prepared(given: _Given) -> Prepared | None:
-    """What a choice for each linear stands on, where the recipe sets a budget."""
+def _within_budget(
+    inputs: StageInputs, dense: DenseModel, learning: Learning | None
+) -> SparseConstants:
+    """Choose for every linear under the recipe's budget, and write down what was chosen."""
+    from nmexport.allocation.built import built_within
+    from nmexport.calibration.sparse_constants import make_constants
+
+    prepared = _prepared(inputs, dense)
+
+    def build(allocation: Allocation, attempt: int) -> tuple[SparseConstants, Allocation]:
+        constants = make_constants(
+            dense,
+            _sections(inputs.recipe.sparsity, allocation),
+            learning=learning,
+            unlearned=prepared.unlearned,
+            checkpoint="learning" if attempt == 0 else f"learning-{attempt}",
+        )
+        behaviours = {name: linear.behaviour for name, linear in constants.derived.items()}
+        folded = partial(_folded, inputs, dense, constants)
+        measured = prepared.as_built(allocation, behaviours, folded)
+        inputs.progress.note(measured.summary())
+        if measured.remark is not None:
+            inputs.progress.note(measured.remark)
+        return constants, measured
+
+    constants, allocation = built_within(
+        prepared.allocation, build, counts_learned=inputs.recipe.allocation.count_learned
+    )
+    write_allocation(inputs.output, allocation)
+    return constants
+
+
+def _prepared(inputs: StageInputs, dense: DenseModel) -> Prepared:
+    """Measure what a choice for each linear stands on."""
     import torch
 
     from nmexport.allocation.allocate import prepare
     from nmexport.allocation.costs import Problem
+    from nmexport.calibration.checkpoint import Checkpoints
     from nmexport.calibration.derivation import site_constants
 
-    recipe = given.inputs.recipe
-    if not recipe.allocation.budget.limits():
-        return None
+    recipe = inputs.recipe
 
     def constants_for(site: Site, method: SparsitySection) -> Constants:
-        return site_constants(site, given.linears, given.statistics, method, seed=recipe.seed)
+        return site_constants(site, dense.linears, dense.statistics, method, seed=recipe.seed)
 
     problem = Problem(
-        model=given.model,
-        linears=given.linears,
-        samples=given.samples,
+        model=dense.model,
+        linears=dense.linears,
+        samples=dense.samples,
         sparsity=recipe.sparsity,
         section=recipe.allocation,
         constants_for=constants_for,
         element_bytes=getattr(torch, recipe.model.dtype).itemsize,
         weights=recipe.model.weights,
-        progress=given.inputs.progress,
+        progress=inputs.progress,
     )
-    return prepare(problem, _checkpoint(given, "allocation"))
+    return prepare(problem, Checkpoints(inputs.resume).named("allocation"))
 
 
-def _sections(given: _Given, allocation: Allocation) -> dict[str, SparsitySection]:
-    """Return what each linear that becomes sparse is to compute."""
-    section = given.inputs.recipe.sparsity
+def _sections(section: SparsitySection, allocation: Allocation) -> dict[str, SparsitySection]:
+    """What each linear that becomes sparse is to compute."""
     return {
         name: section.model_copy(
             update={
@@ -327,223 +276,49 @@ def _sections(given: _Given, allocation: Allocation) -> dict[str, SparsitySectio
     }
 
 
-def _with_static_variance(
-    derived: Mapping[str, Derived], errors: Mapping[str, ErrorObserver]
-) -> dict[str, Derived]:
-    """With nu, where a section asks for it, from the dense model's activations.
+def _folded(
+    inputs: StageInputs, dense: DenseModel, constants: SparseConstants, name: str
+) -> dict[str, torch.Tensor]:
+    """Fold one linear into the tensors that are written.
 
-    Those of the model that is sparse already change no result: on SmolLM2 at 8:16 each nu was the
-    same within half a percent, and perplexity within the noise of what near ties decide.
+    Raises:
+        ModelError: if one of them leaves the type.
     """
-    from nmexport.calibration.method import needs_static_variance
-
-    return {
-        name: replace(one, constants=replace(one.constants, nu=errors[name].static_nu()))
-        if needs_static_variance(one.section)
-        else one
-        for name, one in derived.items()
-    }
-
-
-def _distances(given: _Given, derived: Mapping[str, Derived]) -> dict[str, GroupingDistance]:
-    """How close each order comes to unstructured selection; of consecutive groups, nothing."""
-    from nmexport.calibration.grouping_distance import grouping_distances
-
-    ordered = {
-        name: one for name, one in derived.items() if one.constants.channel_order is not None
-    }
-    if not ordered:
-        return {}
-    return grouping_distances(
-        given.model,
-        {name: given.linears[name] for name in ordered},
-        {name: one.constants for name, one in ordered.items()},
-        {name: one.behaviour for name, one in ordered.items()},
-        given.samples[-DISTANCE_SAMPLES:],
-        progress=given.inputs.progress,
-        layerwise=given.layerwise,
-    )
-
-
-def _learned(
-    given: _Given,
-    derived: Mapping[str, Derived],
-    unlearned: torch.Tensor | None,
-    *,
-    checkpoint: str,
-) -> Learned | None:
-    """Corrections of all linears, learned together; None where the recipe names none."""
-    from nmexport.calibration.corpus import text_seed
-    from nmexport.calibration.learning import learn
-    from nmexport.calibration.learning_text import with_more_written
-
-    recipe = given.inputs.recipe
-    settings = learning_settings(recipe.sparsity, recipe.seed)
-    if settings is None:
-        return None
-    corpus, own = _learning_samples(given, unlearned)
-    own = with_more_written(
-        corpus,
-        own,
-        partial(_write, given),
-        settings=settings,
-        seed=text_seed(recipe.seed, "learning"),
-        checkpoint=_checkpoint(given, "text"),
-    )
-    return learn(
-        given.model,
-        {name: given.linears[name] for name in derived},
-        {name: one.constants for name, one in derived.items()},
-        {name: one.behaviour for name, one in derived.items()},
-        [corpus, own],
-        settings=settings,
-        sites=[site.names for site in given.sites],
-        progress=given.inputs.progress,
-        checkpoint=_checkpoint(given, checkpoint, of=str(settings)),
-    )
-
-
-def _learning_samples(
-    given: _Given, unlearned: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Samples of the corpus and of the model's own text, without windows not to learn from."""
     import torch
 
-    from nmexport.calibration.learning import without
-
-    kinds = given.kinds
-    corpus, own = torch.cat([kinds["corpus"], kinds["further"]]), kinds["written"]
-    if unlearned is None:
-        return corpus, own
-    return without(corpus, unlearned), without(own, unlearned)
-
-
-def _write(given: _Given, samples: int, length: int, seed: int) -> TokenIds:
-    """The model as an author; its tokenizer is read only where something is to be written."""
-    from nmexport.calibration.self_text import mixed_self_text
-    from nmexport.models.loader import load_tokenizer
-
-    tokenizer = load_tokenizer(given.inputs.source)
-    generate = mixed_self_text(
-        given.model, tokenizer, progress=given.inputs.progress, label="fold: own text"
-    )
-    return generate(samples, length, seed)
-
-
-def _checkpoint(given: _Given, work: str, *, of: str = "") -> Checkpoint | None:
-    """Where long work goes on from after a kill; the folder belongs to this stage's key.
-
-    Args:
-        given: Names the folder.
-        work: Which work.
-        of: What it depends on beside the key, such as what an effort means in this version.
-    """
-    from nmexport.calibration.checkpoint import Checkpoint
-
-    folder = given.inputs.resume
-    if folder is None:
-        return None
-    folder.mkdir(parents=True, exist_ok=True)
-    return Checkpoint(folder / f"{work}.safetensors", identity=folder.name + of)
-
-
-def _folded(given: _Given, made: _Made, name: str) -> dict[str, torch.Tensor]:
-    """Tensors of one linear, as they are written; folding is the same everywhere: on the CPU."""
-    import torch
-
-    from nmexport.sparsity.learned import fold_learned
-    from nmexport.sparsity.linear import fold
     from nmexport.sparsity.quantisation import quantised
 
-    section = given.inputs.recipe.model
-    dtype, one = getattr(torch, section.dtype), made.derived[name]
-    with given.loaded(given.linears[name]) as loaded:
-        linear = _on_cpu(loaded)
-        if made.learned is None:
-            folded = fold(linear, one.behaviour, one.constants, dtype=dtype)
-        else:
-            corrections = made.learned.corrections[name]
-            folded = fold_learned(linear, one.behaviour, one.constants, corrections, dtype=dtype)
-    _check_finite(name, folded, section.dtype)
-    return quantised(folded, section.weights, name=name)
-
-
-def _on_cpu(linear: nn.Linear) -> nn.Linear:
-    """The linear itself, or a copy of one that is elsewhere."""
-    from copy import deepcopy
-
-    return linear if linear.weight.device.type == "cpu" else deepcopy(linear).to("cpu")
-
-
-def _write_tensors(given: _Given, made: _Made) -> None:
-    from nmexport.store.tensors import ShardedWriter
-
-    inputs = given.inputs
-    with ShardedWriter(inputs.output) as writer:
-        for name in inputs.progress.track(
-            made.derived, label="fold: weights", total=len(made.derived)
-        ):
-            folded = _folded(given, made, name)
-            writer.add({f"{name}.{kind}": tensor for kind, tensor in folded.items()})
-
-
-def _check_finite(name: str, folded: Mapping[str, torch.Tensor], dtype: str) -> None:
+    section = inputs.recipe.model
+    folded = constants.folded(dense, name, getattr(torch, section.dtype))
     for kind, tensor in folded.items():
         if not bool(tensor.isfinite().all()):
             raise ModelError(
-                f"{kind} of {name} is not finite in {dtype} once folded.",
+                f"{kind} of {name} is not finite in {section.dtype} once folded.",
                 fix="use --dtype bfloat16 or float32"
-                if dtype == "float16"
+                if section.dtype == "float16"
                 else "check the weights",
             )
+    return quantised(folded, section.weights, name=name)
 
 
-def _layer_spec(name: str, linear: nn.Linear, made: _Made) -> LayerSpec:
-    from nmexport.sparsity.linear import bias_of
+def _write_tensors(inputs: StageInputs, dense: DenseModel, constants: SparseConstants) -> None:
+    from nmexport.store.tensors import ShardedWriter
 
-    derived, error, distance = made.derived[name], made.errors[name], made.distances.get(name)
-    section, behaviour, constants = derived.section, derived.behaviour, derived.constants
-    remainder = constants.remainder
-    return LayerSpec(
-        name=name,
-        in_features=linear.in_features,
-        out_features=linear.out_features,
-        pattern=section.pattern,
-        criterion=section.criterion,
-        mitigations=section.mitigations,
-        grouping=section.grouping,
-        phase=section.phases,
-        dynamic_shift=behaviour.dynamic_shift,
-        variance_correction=behaviour.variance_correction,
-        has_bias=bias_of(linear) is not None,
-        relative_error=_rounded(
-            error.relative_error(1.0 if constants.nu is None else constants.nu)
-        ),
-        gap_closed=None if distance is None else _rounded(distance.closed()),
-        remainder_rank=None if remainder is None else remainder.inner.shape[1],
-    )
+    names = constants.derived
+    with ShardedWriter(inputs.output) as writer:
+        for name in inputs.progress.track(names, label="fold: weights", total=len(names)):
+            folded = _folded(inputs, dense, constants, name)
+            writer.add({f"{name}.{kind}": tensor for kind, tensor in folded.items()})
 
 
-def _written_learning(folder: Path, learned: Learned | None) -> dict[str, Any]:
-    """Write the loss curve; the stage's metrics of it."""
-    import json
-    from dataclasses import asdict
-
+def _write_learning(inputs: StageInputs, learned: Learned | None) -> dict[str, Any]:
+    """Write the loss curve; return the stage's metrics of it."""
     if learned is None:
         return {}
-    document = {"settings": asdict(learned.settings), "curve": asdict(learned.curve)}
-    (folder / LEARNING).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    return {
-        "steps": len(learned.curve.learned),
-        "held_out_kl": [learned.curve.held_out[place][1] for place in (0, -1)]
-        if learned.curve.held_out
-        else None,
-    }
-
-
-def _rounded(value: float | None) -> float | None:
-    """Six digits: what follows is the summation order of the machine."""
-    return None if value is None else float(f"{value:.6g}")
+    curve = learned.curve
+    write_learning(inputs.output, settings=asdict(learned.settings), curve=asdict(curve))
+    ends = [curve.held_out[place][1] for place in (0, -1)] if curve.held_out else None
+    return {"steps": len(curve.learned), "held_out_kl": ends}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

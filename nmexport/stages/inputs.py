@@ -1,4 +1,4 @@
-"""What every stage is handed."""
+"""Inputs that every stage is given."""
 
 from __future__ import annotations
 

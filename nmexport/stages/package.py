@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ArtifactError, GateFailed
 from nmexport.runtimes.engine import PLAN, read_engine
+from nmexport.runtimes.native import engine_library
 from nmexport.runtimes.tensorrt.requirements import engine_plugin
 from nmexport.stages import verify
 from nmexport.store.artifact import read_manifest
@@ -37,7 +38,7 @@ class Artifact:
 
     @property
     def repository(self) -> Path:
-        """What Triton is given."""
+        """The folder that Triton is given."""
         return self.path / "model_repository"
 
     @property
@@ -58,7 +59,7 @@ class Artifact:
 
 
 def key_fields(inputs: StageInputs) -> dict[str, Any]:
-    """What the package is made of, besides upstream."""
+    """Return what the package is made of, other than upstream artifacts."""
     return {
         "schema": SCHEMA,
         "model": inputs.source.id,
@@ -102,7 +103,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
 
 
 def _write_engine(inputs: StageInputs, name: str) -> tuple[list[str], str | None]:
-    """Write the raw engine beside the text model, where Triton can run it.
+    """Write the raw engine next to the text model, where Triton can run it.
 
     Returns:
         Plugin libraries that a server must load, relative to the package; and why there is no raw
@@ -159,7 +160,7 @@ def refuse_failed(report: Report, *, allowed: bool) -> None:
 
 
 def text_model(inputs: StageInputs, *, verdict: str) -> TextModel:
-    """What the text model is made from.
+    """Collect what the text model is made from.
 
     Raises:
         ArtifactError: if the export or the engine cannot be read.
@@ -167,7 +168,6 @@ def text_model(inputs: StageInputs, *, verdict: str) -> TextModel:
     """
     from nmexport.models.source import licence_files
     from nmexport.recipe import short_name
-    from nmexport.runtimes.onnxruntime_session import engine_library
     from nmexport.serving.repository import TextModel
 
     serving = inputs.recipe.serving

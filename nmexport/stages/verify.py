@@ -18,6 +18,7 @@ from nmexport.models.context import check_lengths
 from nmexport.progress import busy
 from nmexport.report.model import LinearParity, LinearsParity
 from nmexport.runtimes.engine import read_engine
+from nmexport.runtimes.native import engine_library
 from nmexport.stages import export, fold
 from nmexport.stages.engine import NO_LIBRARY, resolve_target
 from nmexport.store.allocation import read_allocation
@@ -62,7 +63,7 @@ _LOGITS_BYTES = 832 << 20
 _CACHE_BYTES = 1 << 30
 # Said by content in place of by name.
 _NOT_KEYS = {"corpus", "tasks", "tasks_path", "task_limit", "task_fewshot"}
-_NO_INNER_VALUES = "a TensorRT engine gives out nothing but logits and cache"
+_NO_INNER_VALUES = "a TensorRT engine returns nothing but logits and cache"
 # What parity takes of memory, against the size of the artifact. Torch's weights and those that two
 # sessions map and repack; a session without the native library, which in narrow types holds all
 # weights once more, as float32.
@@ -354,7 +355,7 @@ def _phases(inputs: StageInputs) -> ModelPhases:
 
 
 def _scores_decode_only(inputs: StageInputs) -> bool:
-    """Whether decode-only sparsity was asked for and says something new."""
+    """Tell whether decode-only sparsity was asked for and says something new."""
     return inputs.recipe.evaluation.decode_only and _phases(inputs) == "all"
 
 
@@ -425,7 +426,6 @@ def _dataset(section: EvaluationSection) -> str:
 
 
 def _audit(inputs: StageInputs, engine: Engine, windows: NDArray[np.int64]) -> Sparsity:
-    from nmexport.runtimes.onnxruntime_session import engine_library
     from nmexport.verification import audit
 
     counted = windows[:_AUDIT_WINDOWS]
@@ -495,7 +495,6 @@ def _linear_parity(
     why: Mapping[str, str],
 ) -> LinearsParity:
     """Hold each executor's linears against the oracle, on one prompt."""
-    from nmexport.runtimes.onnxruntime_session import engine_library
     from nmexport.verification import op_parity, parity
     from nmexport.verification.audit import open_instrumented
     from nmexport.verification.reference import array_from
@@ -513,12 +512,12 @@ def _linear_parity(
 
     figures = {name: LinearParity(why=reason) for name, reason in why.items()}
     for name, library in libraries.items():
-        beside = torch_session.linear if torch_session and name == parity.ONNX else None
+        executor = torch_session.linear if torch_session and name == parity.ONNX else None
         with open_instrumented(
             graph, engine.model.parent, library=library, threads=engine.threads
         ) as session:
             figures[name], other = op_parity.check(
-                session, layers, outputs, tensors_of, prompt, beside=beside
+                session, layers, outputs, tensors_of, prompt, executor=executor
             )
         if other is not None:
             figures[parity.TORCH] = other

@@ -1,1 +1,1 @@
-"""What lies on disk: artifacts and their manifests, the work directory, tensors, `layers.json`."""
+"""Everything on disk: artifacts and their manifests, the work directory, tensors, `layers.json`."""

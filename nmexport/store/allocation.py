@@ -19,7 +19,7 @@ FILENAME = "allocation.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What one linear becomes; dense where there is no pattern."""
+    """Pattern, criterion and phase chosen for one linear; dense where there is no pattern."""
 
     pattern: NMPattern | None = None
     criterion: str | None = None
@@ -49,7 +49,7 @@ DENSE = Choice()
 
 @dataclass(frozen=True, kw_only=True)
 class FrontPoint:
-    """One allocation on the Pareto front, or a uniform one beside it."""
+    """One allocation on the Pareto front, or a uniform one to compare with."""
 
     kind: Literal["front", "uniform", "chosen"]
     label: str
@@ -69,7 +69,7 @@ class FrontPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """What one choice costs one linear."""
+    """A choice for one linear, and what it costs."""
 
     choice: Choice
     kl: float
@@ -102,7 +102,7 @@ class LedgerRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """What a choice came to once it was built: learned constants, rounding and all."""
+    """Measured result of a choice once built, with learned constants and rounding."""
 
     kl: float
     """Divergence of the built model, on the held-out windows that the choice was measured on; none
@@ -158,7 +158,7 @@ class Allocation:
     choices: dict[str, Choice]
     """By linear, in model order."""
     budget: dict[str, float]
-    """What was asked for."""
+    """The limits asked for."""
     bytes_saved: float
     decode_speedup: float
     """Predicted."""
@@ -183,6 +183,18 @@ class Allocation:
     def sparse(self) -> dict[str, Choice]:
         """Choices of the linears that are not left dense."""
         return {name: choice for name, choice in self.choices.items() if choice != DENSE}
+
+    def summary(self) -> str:
+        """Say what was chosen, and how it turned out once it is built, in a line."""
+        words = (
+            f"{self.bytes_saved:.0%} of the bytes saved: perplexity ratio "
+            f"{self.perplexity_ratio:.3f} as chosen"
+        )
+        if self.built is None:
+            return words
+        words += f", {self.built.perplexity_ratio:.3f} as built"
+        used = self.built.budget_used
+        return f"{words}, which exceeds the budget" if used is not None and used > 1 else words
 
 
 def as_dict(allocation: Allocation) -> dict[str, Any]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 MANIFEST = "manifest.json"
 RECIPE = "recipe.yaml"
-"""The resolved recipe that the manifest's command names, kept beside it."""
+"""The resolved recipe that the manifest's command names, kept next to it."""
 KEY_CHARS = 12
 # Not contents of an artifact: they are about it, and may differ between equal artifacts.
 _ABOUT = frozenset({MANIFEST, RECIPE})
@@ -91,7 +91,7 @@ class Manifest:
     peak_memory_bytes: int | None = None
     """Most that the process held while the stage ran, mapped files included."""
     share: float | None = None
-    """Of the seconds that all stages of the build took; None until the build is through."""
+    """Share of the build's total time; None until the build is done."""
 
     @property
     def digest(self) -> str:
@@ -159,7 +159,7 @@ def record_files(folder: Path) -> tuple[FileRecord, ...]:
 
 
 def damage(folder: Path, manifest: Manifest, *, full: bool) -> str | None:
-    """What is wrong with an artifact's files, in words; None where nothing is.
+    """Describe the damage to an artifact's files; None where there is none.
 
     Sizes are always compared. Contents are where `full` is asked for (before a stage reads
     them), and where a file was written after its manifest, which no stage does.
@@ -212,7 +212,7 @@ def plain(value: object) -> Any:
 
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two manifests' inputs, as `dotted.name: old -> new`."""
+    """List the differences between two manifests' inputs, as `dotted.name: old -> new`."""
     lines = []
     for name in sorted({*before, *after}):
         old, new = before.get(name), after.get(name)

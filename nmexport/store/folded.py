@@ -26,6 +26,7 @@ TENSORS = (
     "score_scale",
     "channel_order",
     "weight_scale",
+    "value_scale",
     "remainder_in",
     "remainder_out",
 )
@@ -66,3 +67,9 @@ class FoldedModel:
     def _reader(self) -> TensorReader:
         """Reads the index once: it is long, and serves all linears."""
         return TensorReader(self.path)
+
+
+def write_learning(folder: Path, *, settings: dict[str, Any], curve: dict[str, Any]) -> None:
+    """Write how the constants were learned; `FoldedModel.learning` reads it."""
+    document = {"settings": settings, "curve": curve}
+    (folder / LEARNING).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-SCHEMA = 1
+SCHEMA = 2
 FILENAME = "layers.json"
 
 ModelPhases = Literal["all", "prefill", "decode", "mixed"]
-"""Of a whole model: `mixed` where its linears differ."""
+"""Phases of a whole model: `mixed` where its linears differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,8 @@ class LayerSpec:
 
     Which optional inputs a node has is read from the fold artifact: `<name>.W [K, O]`,
     and where present `<name>.bias [O]`, `<name>.shift [1] or [K]`, `<name>.shift_weight [O]`,
-    `<name>.score_scale [K]`, `<name>.channel_order [K]`.
+    `<name>.score_scale [K]`, `<name>.channel_order [K]`, `<name>.weight_scale [G, O]`,
+    `<name>.value_scale [K]`. All that lies along K is in the order of `channel_order`.
     """
 
     name: str
@@ -46,10 +47,10 @@ class LayerSpec:
     """Calibrated `||y_sparse - y_dense|| / ||y_dense||` on the dense model's activations, before
     anything is learned."""
     gap_closed: float | None = None
-    """Of the score energy that consecutive groups drop beyond unstructured selection of as many
-    channels, the share that this linear's order saves; 1 is unstructured. None was not measured."""
+    """Share of the extra loss of consecutive groups that this linear's order saves; 1 is as good as
+    unstructured selection of as many channels. Loss is dropped score energy. None: not measured."""
     remainder_rank: int | None = None
-    """Rank of the low-rank product beside the op (`r-sparse`)."""
+    """Rank of the low-rank product next to the op (`r-sparse`)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 SHARD_BYTES = 1 << 30
-"""What a writer holds in memory at most, but for a larger single group of tensors."""
+"""Most bytes that a writer holds in memory, except for a single larger group of tensors."""
 
 
 def save_tensors(
@@ -147,7 +147,7 @@ class TensorReader:
         return sorted(self._places)
 
     def __contains__(self, name: str) -> bool:
-        """Whether there is a tensor of that name."""
+        """Tell whether there is a tensor of that name."""
         return name in self._places
 
     def read(self, name: str) -> torch.Tensor:

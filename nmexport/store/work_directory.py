@@ -59,7 +59,7 @@ class WorkDirectory:
     # -- reading: no lock needed, nothing is written -------------------------------------------
 
     def folder(self, stage: str, key: str) -> Path:
-        """Where the artifact of a key lies, or would."""
+        """Return the folder of a key's artifact, whether it exists or not."""
         return self.root / stage / key[:KEY_CHARS]
 
     def find(self, stage: str, key: str) -> Manifest | None:
@@ -187,12 +187,12 @@ class WorkDirectory:
             shutil.rmtree(folder, ignore_errors=True)
 
     def partial_path(self, stage: str, key: str) -> Path:
-        """Where this process writes the artifact of a key."""
+        """Return the folder that this process writes a key's artifact into."""
         finished = self.folder(stage, key)
         return finished.with_name(f"{finished.name}.partial-{os.getpid()}")
 
     def resume_path(self, stage: str, key: str) -> Path:
-        """Where long work of this key saves what a later run goes on from."""
+        """Return the folder where long work of this key saves its state for a later run."""
         finished = self.folder(stage, key)
         return finished.with_name(f"{finished.name}.resume")
 
@@ -240,7 +240,7 @@ class WorkDirectory:
     ) -> None:
         """Make artifacts current, and their recipe and report those of the directory.
 
-        Everything is written beside its place first: a full disk changes nothing.
+        Everything is written under another name first: a full disk changes nothing.
 
         Args:
             recipe: What was built.
@@ -256,13 +256,13 @@ class WorkDirectory:
             files |= {self.root / path.name: path.read_bytes() for path in reports}
         with self.disk_faults(), contextlib.ExitStack() as written:
             ready = [
-                (written.enter_context(_beside(path, contents)), path)
+                (written.enter_context(_partial_file(path, contents)), path)
                 for path, contents in files.items()
             ]
             for stage, key in keys.items():
                 self.use(stage, key)
-            for beside, path in ready:
-                beside.replace(path)
+            for partial, path in ready:
+                partial.replace(path)
             (self.root / _UNFINISHED_BUILD).unlink(missing_ok=True)
 
     def use(self, stage: str, key: str) -> None:
@@ -271,11 +271,11 @@ class WorkDirectory:
         target = key[:KEY_CHARS]
         if link.is_symlink() and link.readlink() == Path(target):
             return
-        beside = link.with_name(f"{CURRENT}.link-{os.getpid()}")
+        partial = link.with_name(f"{CURRENT}.link-{os.getpid()}")
         with self.disk_faults():
-            beside.unlink(missing_ok=True)
-            beside.symlink_to(target, target_is_directory=True)
-            beside.replace(link)
+            partial.unlink(missing_ok=True)
+            partial.symlink_to(target, target_is_directory=True)
+            partial.replace(link)
 
     def discard(self, stage: str, key: str) -> None:
         """Remove a finished artifact that nothing will read again; the caller holds the lock."""
@@ -296,9 +296,9 @@ class WorkDirectory:
 
     @staticmethod
     def replace(path: Path, contents: bytes) -> None:
-        """Write a file beside, flush it, then put it in place: readers see all or nothing."""
-        with _beside(path, contents) as beside:
-            beside.replace(path)
+        """Write a temporary file, flush it, then put it in place: readers see all or nothing."""
+        with _partial_file(path, contents) as partial:
+            partial.replace(path)
 
     @contextlib.contextmanager
     def disk_faults(self) -> Iterator[None]:
@@ -344,7 +344,7 @@ class WorkDirectory:
         return self._disk_fault(cause) if cause is not None else None
 
     def _is_ours(self, error: BaseException) -> bool:
-        """Whether a refused path is the work directory's, and not, say, a model file's."""
+        """Tell whether a refused path is in the work directory, not, say, a model file."""
         name = getattr(error, "filename", None)
         if name is None:
             return True
@@ -415,17 +415,17 @@ def _existing(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _beside(path: Path, contents: bytes) -> Iterator[Path]:
-    """Write a file beside its place and flush it; what is not moved from there is removed."""
-    beside = path.with_name(f"{path.name}.new-{os.getpid()}")
+def _partial_file(path: Path, contents: bytes) -> Iterator[Path]:
+    """Write a temporary file and flush it; what is not moved from there is removed."""
+    partial = path.with_name(f"{path.name}.new-{os.getpid()}")
     try:
-        with beside.open("wb") as stream:
+        with partial.open("wb") as stream:
             stream.write(contents)
             stream.flush()
             os.fsync(stream.fileno())
-        yield beside
+        yield partial
     finally:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def _flush_folder(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What activation sparsity is compared with, in torch: nothing here is exported or calibrated."""
+"""Baselines for activation sparsity, in torch: nothing here is exported or calibrated."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class TopKLinear(nn.Module):
 
 
 def replacement(linear: nn.Linear, baseline: Baseline) -> nn.Module:
-    """What stands in for a dense linear."""
+    """Return the module that replaces a dense linear."""
     if baseline.what == "weights":
         return _pruned(linear, baseline.pattern, baseline.zeros)
     return TopKLinear(linear, baseline.zeros or 0.0)

@@ -1,4 +1,4 @@
-"""Where the jobs of a sweep run: here one after the other, or on a Ray cluster."""
+"""Run the jobs of a sweep: here one after the other, or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class RayCluster:
         Args:
             address: As `ray.init` takes it: `auto`, `HOST:PORT`, `ray://HOST:PORT`, or `local`
                 for a cluster that lives as long as the sweep.
-            cpus: Processors that a task reserves and computes with; None see `reservation`.
+            cpus: CPUs that a task reserves and computes with; None see `reservation`.
             gpus: GPUs that it reserves and sees; None likewise.
         """
         self._address = address
@@ -96,14 +96,14 @@ class RayCluster:
 def reservation(
     nodes: Sequence[Mapping[str, float]], *, cpus: int | None = None, gpus: float | None = None
 ) -> dict[str, float]:
-    """What a task reserves, so that it gets a GPU and no two crowd a node.
+    """Return what a task reserves, so that it gets a GPU and no two crowd a node.
 
-    By default a GPU where the cluster has any; and of the processors of the largest node with
+    By default a GPU where the cluster has any; and of the CPUs of the largest node with
     enough of them an equal part for each task that its GPUs have room for, without GPUs all.
 
     Args:
         nodes: The resources of each node, as Ray names them.
-        cpus: Processors, if said.
+        cpus: CPUs to reserve, where given.
         gpus: GPUs, if said; a part of one lets tasks share it.
 
     Raises:
@@ -115,9 +115,9 @@ def reservation(
     largest = max((node["CPU"] for node in able), default=0)
     if largest < (cpus or 1):
         raise EnvironmentFault(
-            f"No node of the cluster has {cpus or 1} processors and {wanted:g} GPUs.",
+            f"No node of the cluster has {cpus or 1} CPUs and {wanted:g} GPUs.",
             allowed="; ".join(
-                f"{node.get('CPU', 0):g} processors, {node.get('GPU', 0):g} GPUs" for node in nodes
+                f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes
             ),
             fix="ask for less with --ray-cpus and --ray-gpus",
         )
@@ -140,6 +140,6 @@ def _outcome(ray: Any, task: Any) -> Rows:
 
 
 def _on_a_node(job: Job) -> Rows:
-    """What a worker runs; its stderr reaches the driver."""
+    """Run a job on a worker; its stderr reaches the driver."""
     measure.check(job)
     return measure.run(job, on_stream(sys.stderr))

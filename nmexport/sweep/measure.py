@@ -103,7 +103,7 @@ def check(job: Job) -> None:
 
 
 class _Bench:
-    """What the cells of a model share while they are measured."""
+    """Everything the cells of a model share while they are measured."""
 
     def __init__(self, job: Job, progress: Progress) -> None:
         self._job = job
@@ -263,11 +263,11 @@ class _Bench:
         fields = {"model": self._find_model(recipe.model).digest, **_evaluation_fields(recipe)}
         path = self._job.folder / f"windows-{digest_of(fields)[:KEY_CHARS]}.safetensors"
         if not path.is_file():
-            beside = path.with_suffix(".new")
+            partial = path.with_suffix(".new")
             ids = torch.from_numpy(self._made_windows(recipe)).int()
             with self._work.disk_faults():
-                save_tensors(beside, {"input_ids": ids})
-                beside.replace(path)
+                save_tensors(partial, {"input_ids": ids})
+                partial.replace(path)
         stored: torch.Tensor = load_tensors(path)["input_ids"]
         return stored.long().numpy()
 
@@ -324,7 +324,7 @@ def _accuracy_figures(scores: Scores) -> dict[str, Any]:
 
 
 def _identity(job: Job, cell: Cell) -> dict[str, Any]:
-    """What a row is about."""
+    """Return the settings that a row is about."""
     section = cell.recipe.sparsity
     own = cell.baseline is None and cell.refused is None
     return {

@@ -1,4 +1,4 @@
-"""What a sweep found: `sweep.json`, `sweep.md`, and a plot for each model."""
+"""Write a sweep's results: `sweep.json`, `sweep.md`, and a plot for each model."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def _order(pattern: str) -> tuple[float, int]:
 
 
 def _put(path: Path, text: str) -> Path:
-    beside = path.with_name(f"{path.name}.new")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    partial = path.with_name(f"{path.name}.new")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
     return path

@@ -45,10 +45,10 @@ _SHIPPED = resource_path("recipes") / "sweeps"
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """What activation sparsity is compared with; nothing is calibrated for it."""
+    """Something to compare activation sparsity with; nothing is calibrated for it."""
 
     what: What
-    """What is made sparse: each token's inputs, or the weights once and for all."""
+    """The sparse operand: each token's inputs, or the weights once and for all."""
     pattern: NMPattern | None = None
     """Groups along the input features; None is unstructured."""
     zeros: float | None = None
@@ -103,13 +103,13 @@ class Cell:
     recipe: Recipe
     baseline: Baseline | None = None
     more: tuple[tuple[str, str], ...] = ()
-    """What it sets beside pattern, criterion, mitigations and grouping."""
+    """Settings other than pattern, criterion, mitigations and grouping."""
     refused: str | None = None
     """Why this combination is none; its recipe is then the sweep's own."""
 
     @property
     def label(self) -> str:
-        """What tells it from other cells of its model."""
+        """Name that tells it from other cells of its model."""
         if self.baseline is not None:
             return str(self.baseline)
         if self.refused is not None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from nmexport.runtimes.session import Session
     from nmexport.store.layers import ModelPhases
 
-# Rows of logits that become float64 at once: few stay in the processor's caches.
+# Rows of logits that become float64 at once: few stay in the CPU's caches.
 _ROWS = 8
 # Phases whose models are scored on what they decode.
 _STEPWISE = ("decode", "mixed")

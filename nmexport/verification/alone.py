@@ -1,4 +1,4 @@
-"""A sparse model with no dense baseline beside it: its own figures, and null where two compare."""
+"""A sparse model with no dense baseline: its own figures, and null where two compare."""
 
 from __future__ import annotations
 

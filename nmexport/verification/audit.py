@@ -1,6 +1,6 @@
-"""What really meets the sparsified weights, and what each layer really loses, told by the runtime.
+"""Measure, at run time, the sparsity and the error of every sparsified linear.
 
-The exported model is read without its weights, given counters and outputs beside its nodes, and
+The exported model is read without its weights, given counters and outputs next to its nodes, and
 run from memory: no node that it had is changed, and no weight is copied.
 """
 
@@ -14,7 +14,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from nmexport.errors import ArtifactError
-from nmexport.graph.contract import attribute_values, op_contract, present_inputs
+from nmexport.graph.contract import attribute_values, check_version, op_contract, present_inputs
 from nmexport.graph.cpu import is_bfloat16
 from nmexport.graph.functions import function_protos_for
 from nmexport.graph.linears import PlacedLinear, placed_linears
@@ -47,7 +47,7 @@ _FLOAT = TensorProto.FLOAT
 
 @dataclass(frozen=True, kw_only=True)
 class Counter:
-    """Where a linear's count of kept elements comes out."""
+    """Output that counts a linear's kept elements."""
 
     layer: str
     output: str
@@ -56,7 +56,7 @@ class Counter:
     phase: str
 
     def counts(self, new_tokens: int) -> bool:
-        """Whether a run of so many new tokens a sequence meets a sparsified weight here."""
+        """Tell whether a run of so many new tokens a sequence meets a sparsified weight here."""
         return self.phase == "all" or (self.phase == "decode") == (new_tokens == 1)
 
 
@@ -64,12 +64,14 @@ def read_graph(path: Path) -> onnx.ModelProto:
     """A model without its weights.
 
     Raises:
-        ArtifactError: if it is missing or no ONNX model.
+        ArtifactError: if it is missing, no ONNX model, or of another version of the op contract.
     """
     try:
-        return onnx.load(path, load_external_data=False)
+        model: onnx.ModelProto = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf's own errors, by backend
         raise ArtifactError(f"{path} cannot be read: {error}", fix="export again") from error
+    check_version({entry.domain: entry.version for entry in model.opset_import}, str(path))
+    return model
 
 
 def sparse_linears(model: onnx.ModelProto) -> dict[str, PlacedLinear]:
@@ -131,7 +133,11 @@ def _counting_nodes(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
     present = present_inputs(node)
     values = attribute_values(node)
     base = f"{_PREFIX}{node.name}/"
-    yield helper.make_node("Cast", [given["X"]], [f"{base}x"], to=_FLOAT)
+    x = given["X"]
+    if "channel_order" in present:
+        x = f"{base}gathered"
+        yield helper.make_node("Gather", [given["X"], given["channel_order"]], [x], axis=-1)
+    yield helper.make_node("Cast", [x], [f"{base}x"], to=_FLOAT)
     shifted = f"{base}x"
     if values["dynamic_shift"]:
         yield helper.make_node("Constant", [], [f"{base}axis"], value_ints=[-1])
@@ -141,9 +147,7 @@ def _counting_nodes(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
     elif "shift" in present:
         yield helper.make_node("Sub", [shifted, given["shift"]], [f"{base}z"])
         shifted = f"{base}z"
-    optional = [given[name] if name in present else "" for name in ("score_scale", "channel_order")]
-    while optional and not optional[-1]:
-        optional.pop()
+    optional = [given["score_scale"]] if "score_scale" in present else []
     yield helper.make_node(
         "NMPrune",
         [shifted, *optional],
@@ -300,7 +304,7 @@ def audit(
 
     Args:
         sparse_path: The exported sparse model.
-        dense_path: The baseline beside it; None where there is none to compare outputs with.
+        dense_path: The baseline next to it; None where there is none to compare outputs with.
         layers: The sparsified linears.
         library: Native op library, or None for the function bodies.
         threads: Intra-op threads.

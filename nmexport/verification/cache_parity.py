@@ -1,6 +1,6 @@
-"""Where two executors part: their caches compared layer by layer.
+"""Find where two executors diverge: their caches compared layer by layer.
 
-An engine gives out nothing but logits and cache; a layer's keys and values are made of what the
+An engine returns nothing but logits and cache; a layer's keys and values are made of what the
 layers before it computed, so the first that differ point at the place.
 """
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from nmexport.runtimes.session import Session
 
 TOLERANCES = {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.2}
-"""What rounding alone may make of a token's keys or values, by the type they are computed in."""
+"""Tolerance for rounding in a token's keys or values, by the type they are computed in."""
 _NAME = re.compile(r"present\.(\d+)\.(key|value)")
 
 

@@ -111,7 +111,7 @@ class TorchModel:
 
 @contextlib.contextmanager
 def _recorded(model: nn.Module, names: Sequence[str], outputs: Outputs) -> Iterator[None]:
-    """Keep what the named linears of a model give out."""
+    """Keep what the named linears of a model return."""
 
     def record(name: str) -> Any:
         def hook(_: nn.Module, __: Any, made: torch.Tensor) -> None:
@@ -134,7 +134,7 @@ def check(
 
     Args:
         dense: The dense ONNX file.
-        sparse: The sparse one beside it, whose nodes say where each linear's output is.
+        sparse: The sparse one next to it, whose nodes say where each linear's output is.
         torch_model: What to hold it against.
         vocabulary: Token ids are below this.
         progress: Told what is done.

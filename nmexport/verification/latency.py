@@ -93,7 +93,7 @@ def compare(
         context: Token ids `[B, C]` that fill the cache for decoding.
         runs: Counted runs of each model and phase, at least 1.
         warmup: Uncounted runs before.
-        device: Name of the processor, for the report.
+        device: Name of the device, for the report.
         progress: Where to count.
     """
     sides = {

@@ -23,12 +23,12 @@ _FILLER = 0  # any token does: it stands behind what is scored
 
 
 class Score(NamedTuple):
-    """What a model makes of one continuation."""
+    """A model's score of one continuation."""
 
     logprob: float
     """Natural logarithm of its probability, summed over its tokens."""
     is_greedy: bool
-    """Whether greedy decoding would have produced it."""
+    """True where greedy decoding would have produced it."""
 
 
 @dataclass(frozen=True)

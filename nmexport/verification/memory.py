@@ -25,7 +25,7 @@ _DECODE_STEPS = 4
 PROTOCOL = (
     "A fresh process opens one model with ONNX Runtime, prefills one prompt, decodes four tokens "
     "and reports its own peak resident set. Weights are mapped from the artifact's files, so "
-    "pages that were read count; on a processor those of sparse linears are copied into huge pages "
+    "pages that were read count; on a CPU those of sparse linears are copied into huge pages "
     "where they take a quarter of the free memory at most."
 )
 

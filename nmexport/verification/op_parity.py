@@ -115,10 +115,10 @@ def _open_masks(
     if not layer.dynamic_shift:
         return np.zeros(x.shape[:-1], dtype=np.bool_)
     wide = x.astype(np.float64)
-    score = np.abs(wide - wide.mean(axis=-1, keepdims=True)) * tensors.get("score_scale", 1.0)
     order = tensors.get("channel_order", np.arange(x.shape[-1]))
+    centred = (wide - wide.mean(axis=-1, keepdims=True))[..., order]
     groups = (*x.shape[:-1], -1, layer.pattern.m)
-    score = score[..., order].reshape(groups)
+    score = (np.abs(centred) * tensors.get("score_scale", 1.0)).reshape(groups)
     keep = expected.keep[..., order].reshape(groups)
     least_kept = np.where(keep, score, np.inf).min(axis=-1)
     most_dropped = np.where(keep, -np.inf, score).max(axis=-1)
@@ -127,7 +127,7 @@ def _open_masks(
 
 
 def instrument(path: Path) -> tuple[onnx.ModelProto, dict[str, tuple[str, str]]]:
-    """A model that also gives out what goes into its linears and what comes out.
+    """A model that also returns the inputs and outputs of its linears.
 
     Returns:
         The model without its weights, and names of input and output by layer.
@@ -154,7 +154,7 @@ def met_inputs(
     """Each linear's input `[1, S, K]` and output `[1, S, O]` in a run; prompt first, then decode.
 
     Args:
-        session: A model that gives out its linears' inputs and outputs.
+        session: A model that returns its linears' inputs and outputs.
         layers: The linears; taken so many at a time that memory stays bounded.
         outputs: Names of a linear's input and output among the graph's outputs.
         prompt: Token ids `[P]`; the last one is decoded on the cache of the others.
@@ -175,7 +175,7 @@ def check(
     tensors_of: TensorsOf,
     prompt: NDArray[np.int64],
     *,
-    beside: Compute | None = None,
+    executor: Compute | None = None,
 ) -> tuple[LinearParity, LinearParity | None]:
     """Hold every linear of a running model against the oracle.
 
@@ -185,22 +185,22 @@ def check(
         outputs: See `met_inputs`.
         tensors_of: Constants of a layer by the contract's names; W's type is T.
         prompt: See `met_inputs`.
-        beside: One linear of another executor, held against the oracle on the same inputs.
+        executor: One linear of another executor, compared with the oracle on the same inputs.
 
     Returns:
         The report of the session, and of the other executor.
     """
-    running, other = Worst(), Worst()
+    session_errors, executor_errors = Worst(), Worst()
     for layer, x32, y32 in met_inputs(session, layers, outputs, prompt):
         tensors = tensors_of(layer.name)
         weight = tensors["W"].dtype
         element = session.element_type if weight == np.int8 else weight
         x, y = (value.astype(element) for value in (x32, y32))  # exact: they were T
-        running.add(layer.name, error_over_tolerance(layer, tensors, x, y))
-        if beside is not None:
-            computed = beside(layer, x)
-            other.add(layer.name, error_over_tolerance(layer, tensors, x, computed))
-    return running.report(), None if beside is None else other.report()
+        session_errors.add(layer.name, error_over_tolerance(layer, tensors, x, y))
+        if executor is not None:
+            computed = executor(layer, x)
+            executor_errors.add(layer.name, error_over_tolerance(layer, tensors, x, computed))
+    return session_errors.report(), None if executor is None else executor_errors.report()
 
 
 def _chunks(layers: Sequence[LayerSpec], *, tokens: int) -> Iterator[list[LayerSpec]]:

@@ -39,7 +39,7 @@ PROTOCOL = (
     "all prompt tokens and steps; the greedy tokens of a pair are identical exactly when they "
     "agree on the last prompt token and at every step. Where two scores are nearly equal, rounding "
     "decides which channel is kept, and everything after differs visibly: so the noise floor "
-    "stands beside, torch against itself with its embeddings off by one part in ten million, or "
+    "is compared with, torch against itself with its embeddings off by one part in ten million, or "
     "in a half type by half a unit in the last place. "
     "median_abs is the median over tokens of the largest difference of a token's logits."
 )

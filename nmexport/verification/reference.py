@@ -14,7 +14,7 @@ from nmexport.errors import ModelError
 from nmexport.models.loader import load_model
 from nmexport.models.swap import replace_linears
 from nmexport.runtimes.session import Session
-from nmexport.sparsity.linear import Behaviour, FoldedLinear
+from nmexport.sparsity.linear import Behaviour, SparseLinear
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,7 +33,7 @@ PERTURBATION = 1e-7
 
 
 class ModelSize(NamedTuple):
-    """What a dense model consists of."""
+    """Size of a dense model."""
 
     parameters: int
     linears: int
@@ -75,7 +75,7 @@ class TorchSession(Session):
         return TorchSession(self._model, self._vocabulary_size, perturbation=size)
 
     def linear(self, layer: LayerSpec, x: NDArray[Any]) -> NDArray[Any]:
-        """What the op of one linear makes of an input: `[..., K] T` -> `[..., O] T`.
+        """Apply the op of one linear to an input: `[..., K] T` -> `[..., O] T`.
 
         Raises:
             RuntimeError: if the session is closed.
@@ -159,13 +159,13 @@ def open_folded(
     return TorchSession(model, model.config.get_text_config().vocab_size)
 
 
-def folded_linear(layer: LayerSpec, fold: FoldedModel) -> FoldedLinear:
+def folded_linear(layer: LayerSpec, fold: FoldedModel) -> SparseLinear:
     """One linear of a fold artifact.
 
     Raises:
         ArtifactError: if the artifact is damaged.
     """
-    return FoldedLinear.from_tensors(_behaviour(layer), fold.tensors(layer.name))
+    return SparseLinear(_behaviour(layer), fold.tensors(layer.name))
 
 
 def tensor_from(array: NDArray[Any]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Benchmark tasks through lm-evaluation-harness, dense beside sparse, on the built artifact.
+"""Benchmark tasks through lm-evaluation-harness, dense next to sparse, on the built artifact.
 
 The harness is an optional package. Tasks of a local folder need no network: paths in their YAML
 are relative to that folder. A task whose data lies on the hub says so before it is fetched.
@@ -57,7 +57,7 @@ _CODE = "what its own code asks for"
 
 @dataclass(frozen=True, kw_only=True)
 class TextSide:
-    """What a model knows of text: its tokenizer, and how many tokens fit into its window."""
+    """A model's tokenizer, and how many tokens fit into its window."""
 
     tokenizer: Any
     max_length: int
@@ -82,7 +82,7 @@ class Suite:
 
     @classmethod
     def of(cls, section: EvaluationSection) -> Suite | None:
-        """What a recipe asks for; None where it asks for no task."""
+        """Return the recipe's suite; None where it asks for no task."""
         if not section.tasks and section.tasks_path is None:
             return None
         return cls(
@@ -94,7 +94,7 @@ class Suite:
 
 
 def identity(suite: Suite | None) -> dict[str, Any] | None:
-    """What identifies a suite in an artifact's key: names, local files, the harness's version.
+    """Return what identifies a suite in a key: names, local files, the harness's version.
 
     Raises:
         EnvironmentFault: if the harness is not installed.
@@ -193,7 +193,7 @@ def text_side(tokenizer: Any, config: Mapping[str, Any]) -> TextSide:
 
 
 def _window(text: TextSide, *sessions: Session) -> TextSide:
-    """What all sessions take: both models read the same."""
+    """Cut the window to what all sessions take, so that both models read the same."""
     return functools.reduce(lambda side, one: side.within(one.limits), sessions, text)
 
 
@@ -368,7 +368,7 @@ def _sources(
 
 
 def _source(config: Mapping[str, Any]) -> str | None:
-    """What a task's file says that it reads; None where that lies beside it."""
+    """Return the remote text that a task's file reads; None where its text lies next to it."""
     if _CODE_KEYS & config.keys():
         return _CODE
     source = config.get("dataset_path")
@@ -435,7 +435,7 @@ def _check_yaml(folder: Path) -> None:
 def _load_fault(names: Sequence[str], error: Exception) -> UserError:
     reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
     fix = (
-        "check the network, or keep the data beside a task file of your own: dataset_path: json, "
+        "check the network, or keep the data next to a task file of your own: dataset_path: json, "
         "dataset_kwargs: {data_files: {test: FILE.jsonl}}, and --tasks-path FOLDER"
     )
     if isinstance(error, OSError):
@@ -445,7 +445,7 @@ def _load_fault(names: Sequence[str], error: Exception) -> UserError:
 
 @contextlib.contextmanager
 def _inside(folder: Path | None) -> Iterator[None]:
-    """Stand in the folder of the task files: their relative paths mean files beside them."""
+    """Change to the folder of the task files: their relative paths mean files next to them."""
     if folder is None:
         yield
         return

@@ -23,8 +23,7 @@ from nmexport.environment import probe
 from nmexport.progress import Silent, on_stream
 from nmexport.report.plots import svg_from
 from nmexport.runtimes.engine import read_engine
-from nmexport.runtimes.native import require_library
-from nmexport.runtimes.onnxruntime_session import engine_library
+from nmexport.runtimes.native import engine_library, require_library
 from nmexport.store.artifact import file_digest
 from nmexport.store.work_directory import WorkDirectory
 

@@ -3,13 +3,9 @@
 #include <memory>
 #include <mutex>
 
-namespace nmexport {
+#include "cuda_fault.h"
 
-void checkCuda(cudaError_t status, const char* what) {
-    if (status == cudaSuccess) return;
-    throw Fault(std::string("nmexport: ") + what + " failed: " + cudaGetErrorName(status) + ", " +
-                cudaGetErrorString(status));
-}
+namespace nmexport {
 
 cuda::DType elementOf(ElementType type) {
     switch (type) {
@@ -27,13 +23,13 @@ const cuda::DeviceTraits& currentDevice() {
     static std::mutex mutex;
     static std::vector<std::unique_ptr<cuda::DeviceTraits>> known;
     int device = 0;
-    checkCuda(cudaGetDevice(&device), "asking for the current CUDA device");
+    cuda::checkCuda(cudaGetDevice(&device), "asking for the current CUDA device");
     const std::lock_guard<std::mutex> lock(mutex);
     const std::size_t index = static_cast<std::size_t>(device);
     if (known.size() <= index) known.resize(index + 1);
     if (known[index] == nullptr) {
         auto traits = std::make_unique<cuda::DeviceTraits>();
-        checkCuda(cuda::queryDevice(traits.get()), "asking the CUDA device what it is");
+        cuda::checkCuda(cuda::queryDevice(traits.get()), "asking the CUDA device what it is");
         known[index] = std::move(traits);
     }
     return *known[index];

@@ -1,4 +1,4 @@
-// What every op of the CUDA provider asks for: the device, its stream, a clear fault.
+// What every op of the CUDA provider asks for: the device and its stream.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,9 +8,6 @@
 #include "ort_api.h"
 
 namespace nmexport {
-
-// Throws Fault where the call failed.
-void checkCuda(cudaError_t status, const char* what);
 
 cuda::DType elementOf(ElementType type);
 

@@ -1,15 +1,14 @@
-// NMPrune and NMLinear for ONNX Runtime's CUDA execution provider.
-//
-//   few tokens:  x -> decode kernel over the kept rows of W -> y
-//   many:        x -> mask kernel -> s -> cuBLASLt with W -> product -> epilogue kernel -> y
+// NMPrune and NMLinear for ONNX Runtime's CUDA execution provider: inputs are checked and arguments
+// filled here, which kernels run is the executor's business.
 #include <cuda_runtime_api.h>
 
 #include <limits>
 #include <mutex>
 
 #include "cuda_device.h"
+#include "cuda_fault.h"
 #include "custom_op.h"
-#include "dense_product.h"
+#include "linear_executor.h"
 #include "linear_node.h"
 #include "nm_cuda.h"
 #include "plan_table.h"
@@ -17,10 +16,6 @@
 namespace nmexport {
 
 namespace {
-
-std::size_t bytesOf(ElementType type) {
-    return type == ElementType::kFLOAT32 ? 4 : 2;
-}
 
 std::int32_t asInt(std::size_t value, const char* what) {
     if (value > static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max())) {
@@ -52,9 +47,9 @@ class DeviceOrder {
         const Shape* shape = shapes.constantShape(input);
         if (shape == nullptr || shape->size() != 1) return;  // refused at the run
         std::vector<std::int32_t> order(static_cast<std::size_t>(shape->front()));
-        checkCuda(cudaMemcpy(order.data(), shapes.constantData(input),
-                             order.size() * sizeof(std::int32_t), cudaMemcpyDefault),
-                  "reading channel_order");
+        cuda::checkCuda(cudaMemcpy(order.data(), shapes.constantData(input),
+                                   order.size() * sizeof(std::int32_t), cudaMemcpyDefault),
+                        "reading channel_order");
         checkPermutation(spec.name, order.data(), order.size());
     }
 
@@ -77,9 +72,10 @@ class Scratch {
     Scratch(const OrtApi& api, OrtKernelContext* context, OrtAllocator* allocator,
             std::size_t bytes)
         : mAllocator(allocator) {
+        if (bytes == 0) return;
         check(api, api.KernelContext_GetScratchBuffer(context, allocator->Info(allocator), bytes,
                                                       &mData));
-        if (bytes > 0 && mData == nullptr) {
+        if (mData == nullptr) {
             throw Fault("nmexport: no " + std::to_string(bytes) + " bytes of device memory left");
         }
     }
@@ -89,10 +85,7 @@ class Scratch {
     Scratch(const Scratch&) = delete;
     Scratch& operator=(const Scratch&) = delete;
 
-    template <typename T = void>
-    T* at(std::size_t offset) const {
-        return reinterpret_cast<T*>(static_cast<char*>(mData) + offset);
-    }
+    void* data() const { return mData; }
 
   private:
     OrtAllocator* mAllocator;
@@ -139,7 +132,7 @@ class CudaPruneKernel : public Kernel {
         args.selection.channelOrder = mOrder.of(inputs, shape.back());
         args.x = inputs.data(NMPruneInput::X);
         args.s = outputData(mApi, context, shape);
-        checkCuda(cuda::launchMask(args, streamOf(mApi, context)), "the mask kernel");
+        cuda::checkCuda(cuda::launchMask(args, streamOf(mApi, context)), "the mask kernel");
     }
 
   private:
@@ -170,46 +163,31 @@ class CudaLinearKernel : public Kernel {
             throw Fault("NMLinear: input weight_scale goes with an int8 W; this W is of X's type");
         }
 
-        Task task;
-        task.tokens = static_cast<std::int64_t>(rows.tokens);
-        task.channels = asInt(rows.channels, "the last axis of X");
-        task.outputs = asInt(static_cast<std::size_t>(w[1]), "the last axis of W");
-        task.selection = selectionOf(inputs, x);
-        task.x = inputs.data(NMLinearInput::X);
-        task.w = inputs.data(NMLinearInput::W);
-        task.bias = inputs.vector(NMLinearInput::bias, w[1]);
-        task.shiftWeight =
+        cuda::LinearArgs args;
+        args.type = elementOf(mType);
+        args.tokens = static_cast<std::int64_t>(rows.tokens);
+        args.channels = asInt(rows.channels, "the last axis of X");
+        args.outputs = asInt(static_cast<std::size_t>(w[1]), "the last axis of W");
+        args.selection = selectionOf(inputs, x);
+        args.x = inputs.data(NMLinearInput::X);
+        args.w = inputs.data(NMLinearInput::W);
+        args.bias = inputs.vector(NMLinearInput::bias, w[1]);
+        args.shiftWeight =
             static_cast<const float*>(inputs.vector(NMLinearInput::shift_weight, w[1]));
         Shape y = x;
         y.back() = w[1];
-        task.y = outputData(mApi, context, y);
-        if (task.tokens == 0) return;
+        args.y = outputData(mApi, context, y);
+        if (args.tokens == 0) return;
 
         const cuda::DeviceTraits& device = currentDevice();
-        const cudaStream_t stream = streamOf(mApi, context);
-        const std::int32_t few = static_cast<std::int32_t>(
-            std::min<std::int64_t>(task.tokens, cuda::kMAX_DECODE_TOKENS + 1));
-        // Where the phase leaves a token dense, all rows of W are read either way.
-        if (cuda::decodeIsFaster(device, elementOf(mType), few, task.channels, task.outputs)) {
-            runDecode(task, device, stream);
-        } else {
-            runProduct(task, context, stream);
-        }
+        const std::size_t bytes =
+            cuda::workspaceBytes(cuda::workOf(args), device, cuda::LinearPath::kFASTER);
+        const Scratch scratch(mApi, context, mAllocator.get(), bytes);
+        mExecutor.run(args, device, cuda::LinearPath::kFASTER, scratch.data(),
+                      streamOf(mApi, context));
     }
 
   private:
-    struct Task {
-        std::int64_t tokens;
-        std::int32_t channels;
-        std::int32_t outputs;
-        cuda::Selection selection;
-        const void* x;
-        const void* w;
-        const void* bias;
-        const float* shiftWeight;
-        void* y;
-    };
-
     cuda::Selection selectionOf(const Inputs& inputs, const Shape& x) const {
         cuda::Selection selection;
         selection.n = mNode.isExcluded(x) ? mNode.pattern.m : mNode.pattern.n;
@@ -217,6 +195,8 @@ class CudaLinearKernel : public Kernel {
         selection.scoreScale =
             constantVector<float>(inputs, mShapes, kNMLinear, NMLinearInput::score_scale, x.back());
         selection.channelOrder = mOrder.of(inputs, x.back());
+        selection.valueScale =
+            constantVector<float>(inputs, mShapes, kNMLinear, NMLinearInput::value_scale, x.back());
         selection.shift =
             constantVector<float>(inputs, mShapes, kNMLinear, NMLinearInput::shift, x.back(), 1);
         if (selection.shift != nullptr) {
@@ -228,82 +208,13 @@ class CudaLinearKernel : public Kernel {
         return selection;
     }
 
-    void runDecode(const Task& task, const cuda::DeviceTraits& device, cudaStream_t stream) const {
-        cuda::DecodeArgs args;
-        args.type = elementOf(mType);
-        args.tokens = static_cast<std::int32_t>(task.tokens);
-        args.channels = task.channels;
-        args.outputs = task.outputs;
-        args.selection = task.selection;
-        args.x = task.x;
-        args.w = task.w;
-        args.bias = task.bias;
-        args.shiftWeight = task.shiftWeight;
-        args.y = task.y;
-        checkCuda(cuda::launchDecode(args, device, stream), "the decode kernel");
-    }
-
-    // Scratch: | s [tokens, K] T | eta [tokens] | nu [tokens] | product [tokens, O] | cuBLASLt's |
-    void runProduct(const Task& task, OrtKernelContext* context, cudaStream_t stream) const {
-        const cuda::Selection& selection = task.selection;
-        const bool isDense = selection.n == selection.m && selection.shiftLength == 0 &&
-                             !selection.dynamicShift && !selection.varianceCorrection;
-        const bool needsEpilogue =
-            selection.dynamicShift || selection.varianceCorrection || task.bias != nullptr;
-        const std::size_t tokens = static_cast<std::size_t>(task.tokens);
-        const std::size_t eta = aligned(isDense ? 0 : tokens * task.channels * bytesOf(mType));
-        const std::size_t nu = eta + aligned(tokens * sizeof(float));
-        const std::size_t product = nu + aligned(tokens * sizeof(float));
-        const std::size_t blas =
-            product + (needsEpilogue ? aligned(tokens * task.outputs * sizeof(float)) : 0);
-        const Scratch scratch(mApi, context, mAllocator.get(),
-                              blas + trt::kPRODUCT_WORKSPACE_BYTES);
-
-        float* const etas = selection.dynamicShift ? scratch.at<float>(eta) : nullptr;
-        float* const nus = selection.varianceCorrection ? scratch.at<float>(nu) : nullptr;
-        if (!isDense) {
-            cuda::MaskArgs mask;
-            mask.type = elementOf(mType);
-            mask.tokens = task.tokens;
-            mask.channels = task.channels;
-            mask.selection = selection;
-            mask.x = task.x;
-            mask.s = scratch.at<>(0);
-            mask.eta = etas;
-            mask.nu = nus;
-            checkCuda(cuda::launchMask(mask, stream), "the mask kernel");
-        }
-        void* const result = needsEpilogue ? scratch.at<>(product) : task.y;
-        {
-            const std::lock_guard<std::mutex> lock(mProductMutex);
-            mProduct.enqueue(
-                {elementOf(mType), task.tokens, task.channels, task.outputs, needsEpilogue},
-                isDense ? task.x : scratch.at<>(0), task.w, result, scratch.at<>(blas), stream);
-        }
-        if (!needsEpilogue) return;
-        cuda::EpilogueArgs epilogue;
-        epilogue.type = elementOf(mType);
-        epilogue.tokens = task.tokens;
-        epilogue.outputs = task.outputs;
-        epilogue.product = static_cast<const float*>(result);
-        epilogue.eta = etas;
-        epilogue.nu = nus;
-        epilogue.shiftWeight = selection.dynamicShift ? task.shiftWeight : nullptr;
-        epilogue.bias = task.bias;
-        epilogue.y = task.y;
-        checkCuda(cuda::launchEpilogue(epilogue, stream), "the epilogue kernel");
-    }
-
-    static std::size_t aligned(std::size_t bytes) { return (bytes + 255) / 256 * 256; }
-
     const OrtApi& mApi;
     ElementType mType;
     LinearNode mNode;
     InputShapes mShapes;
     DeviceOrder mOrder;
     DeviceAllocator mAllocator;
-    mutable std::mutex mProductMutex;  // sessions may run from several threads at once
-    mutable trt::DenseProduct mProduct;
+    mutable cuda::LinearExecutor mExecutor;
 };
 
 }  // namespace

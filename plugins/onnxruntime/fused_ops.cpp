@@ -8,6 +8,7 @@
 
 #include "between.h"
 #include "cuda_device.h"
+#include "cuda_fault.h"
 #include "custom_op.h"
 #include "ort_api.h"
 
@@ -17,33 +18,57 @@ namespace {
 
 constexpr const char* kFUSED_DOMAIN = "nmexport.fused";
 
+// The product of all axes but the last.
+std::int64_t tokensOf(const Shape& shape) {
+    std::int64_t tokens = 1;
+    for (std::size_t i = 0; i + 1 < shape.size(); ++i) tokens *= shape[i];
+    return tokens;
+}
+
 class GatedSiluKernel : public Kernel {
   public:
     GatedSiluKernel(const OrtApi& api, const OrtKernelInfo*, ElementType type)
         : mApi(api), mType(type) {}
 
     void run(OrtKernelContext* context) const override {
-        const OrtValue* x = nullptr;
-        check(mApi, mApi.KernelContext_GetInput(context, 0, &x));
-        Shape shape = shapeOf(mApi, x);
-        if (shape.empty() || shape.back() % 16 != 0 || shape.back() == 0) {
-            throw Fault("GatedSilu: the last axis of X has " +
-                        std::to_string(shape.empty() ? 0 : shape.back()) +
-                        " elements; allowed: a multiple of 16");
+        std::size_t count = 0;
+        check(mApi, mApi.KernelContext_GetInputCount(context, &count));
+        const OrtValue* gate = nullptr;
+        check(mApi, mApi.KernelContext_GetInput(context, 0, &gate));
+        Shape shape = shapeOf(mApi, gate);
+        const std::int64_t width = shape.empty() ? 0 : shape.back();
+        const std::int64_t parts = count == 1 ? 2 : 1;  // of one value, or values of their own
+        if (width == 0 || width % (8 * parts) != 0) {
+            throw Fault("GatedSilu: the last axis has " + std::to_string(width) +
+                        " elements; allowed: a multiple of " + std::to_string(8 * parts));
         }
-        shape.back() /= 2;
+        shape.back() = width / parts;
         cuda::GatedSiluArgs args;
         args.type = elementOf(mType);
+        args.tokens = tokensOf(shape);
         args.channels = static_cast<std::int32_t>(shape.back());
-        args.tokens = 1;
-        for (std::size_t i = 0; i + 1 < shape.size(); ++i) args.tokens *= shape[i];
-        args.x = dataOf(mApi, x);
+        args.stride = width;
+        args.gate = dataOf(mApi, gate);
+        args.up =
+            count == 1 ? secondHalf(args.gate, shape.back()) : dataOf(mApi, second(context, shape));
         args.y = outputAt(mApi, context, 0, shape);
-        checkCuda(cuda::launchGatedSilu(args, currentDevice(), streamOf(mApi, context)),
-                  "the gated activation's kernel");
+        cuda::checkCuda(cuda::launchGatedSilu(args, currentDevice(), streamOf(mApi, context)),
+                        "the gated activation's kernel");
     }
 
   private:
+    const void* secondHalf(const void* first, std::int64_t elements) const {
+        const std::size_t bytes = mType == ElementType::kFLOAT32 ? 4 : 2;
+        return static_cast<const char*>(first) + static_cast<std::size_t>(elements) * bytes;
+    }
+
+    const OrtValue* second(OrtKernelContext* context, const Shape& shape) const {
+        const OrtValue* up = nullptr;
+        check(mApi, mApi.KernelContext_GetInput(context, 1, &up));
+        if (shapeOf(mApi, up) != shape) throw Fault("GatedSiluPair: gate and up differ in shape");
+        return up;
+    }
+
     const OrtApi& mApi;
     ElementType mType;
 };
@@ -70,16 +95,15 @@ class ResidualNormKernel : public Kernel {
         cuda::NormArgs args;
         args.type = elementOf(mType);
         args.channels = static_cast<std::int32_t>(shape.back());
-        args.tokens = 1;
-        for (std::size_t i = 0; i + 1 < shape.size(); ++i) args.tokens *= shape[i];
+        args.tokens = tokensOf(shape);
         args.epsilon = mEpsilon;
         args.x = dataOf(mApi, inputs[0]);
         args.skip = dataOf(mApi, inputs[1]);
         args.weight = dataOf(mApi, inputs[2]);
         args.y = outputAt(mApi, context, 0, shape);
         args.sum = outputAt(mApi, context, 1, shape);
-        checkCuda(cuda::launchNorm(args, currentDevice(), streamOf(mApi, context)),
-                  "the norm's kernel");
+        cuda::checkCuda(cuda::launchNorm(args, currentDevice(), streamOf(mApi, context)),
+                        "the norm's kernel");
     }
 
   private:
@@ -159,8 +183,9 @@ class FusedOp : public OrtCustomOp {
 };
 
 const std::vector<FusedOp>& fusedOps() {
-    static const std::array<FusedSpec, 2> specs = {
+    static const std::array<FusedSpec, 3> specs = {
         FusedSpec{"GatedSilu", 1, 1, make<GatedSiluKernel>},
+        FusedSpec{"GatedSiluPair", 2, 1, make<GatedSiluKernel>},
         FusedSpec{"ResidualNorm", 3, 2, make<ResidualNormKernel>}};
     static const std::vector<FusedOp> ops = [] {
         std::vector<FusedOp> made;

@@ -1,6 +1,7 @@
 // The ops of domain nmexport.fused, which only the graph made for the CUDA provider uses:
 //
 //   GatedSilu(X [..., 2 * I]) -> Y [..., I]                       Y = silu(X[:I]) * X[I:]
+//   GatedSiluPair(gate, up [..., I]) -> Y [..., I]                 Y = silu(gate) * up
 //   ResidualNorm(X, skip [..., K], weight [K]; epsilon)
 //       -> Y, sum [..., K]         sum = X + skip,  Y = sum / rms(sum, epsilon) * weight
 //

@@ -14,10 +14,10 @@ namespace {
 
 namespace Input = NMLinearInput;
 
-// All that a run takes from the node, checked and laid out; what varies from run to run is not set.
+// All that a run takes from the node, checked; what varies from run to run is not set.
 struct Prepared {
     LinearArguments arguments;
-    OrderedConstants ordered;
+    ConstantsCopy copy;  // of the arguments', where nothing but X can change
     Shape w;
 };
 
@@ -40,7 +40,7 @@ class LinearKernel : public Kernel {
         const Shape x = inputs.shape(Input::X);
         std::call_once(mLookedAt, [&] { prepareConstants(inputs, x); });
         if (mConstant != nullptr && !x.empty() && x.back() == mConstant->w[0]) {
-            mConstant->ordered.prefetch();
+            mConstant->copy.prefetch();
             return multiply(context, inputs, x, *mConstant);
         }
         Prepared prepared;
@@ -58,9 +58,8 @@ class LinearKernel : public Kernel {
         }
         auto prepared = std::make_unique<Prepared>();
         prepare(inputs, x, *prepared);
-        prepared->ordered.assign(prepared->arguments.constants, prepared->arguments.channels);
-        prepared->arguments.ordered = &prepared->ordered;
-        if (mCopy.has_value()) mCopy->place(prepared->arguments);
+        prepared->copy.place(prepared->arguments);
+        if (mCopy.has_value()) prepared->arguments.w = mCopy->rows(prepared->arguments.w);
         mConstant = std::move(prepared);
     }
 
@@ -94,6 +93,8 @@ class LinearKernel : public Kernel {
         arguments.constants.scoreScale =
             static_cast<const float*>(inputs.vector(Input::score_scale, x.back()));
         arguments.constants.channelOrder = mOrder.of(inputs, rows.channels);
+        arguments.valueScale =
+            static_cast<const float*>(inputs.vector(Input::value_scale, x.back()));
         arguments.varianceCorrection = mNode.varianceCorrection;
         arguments.varianceFloor = kVARIANCE_FLOOR;
     }

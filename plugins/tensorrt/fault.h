@@ -1,13 +1,10 @@
 // What is wrong with a node, in words; never leaves the library (see guarded in logging.h).
 #pragma once
 
-#include <stdexcept>
+#include "cuda_fault.h"
 
 namespace nmexport::trt {
 
-class Fault : public std::runtime_error {
-  public:
-    using std::runtime_error::runtime_error;
-};
+using cuda::Fault;
 
 }  // namespace nmexport::trt

@@ -1,10 +1,7 @@
-// NMLinear as a TensorRT plugin.
-//
-//   few tokens:  x -> decode kernel over the kept rows of W -> y
-//   many:        x -> mask kernel -> s -> cuBLASLt with W -> product -> epilogue kernel -> y
+// NMLinear as a TensorRT plugin: which kernels run is the executor's business.
 #pragma once
 
-#include "dense_product.h"
+#include "linear_executor.h"
 #include "plugin.h"
 
 namespace nmexport::trt {
@@ -29,18 +26,11 @@ class NmLinearPlugin final : public NmPlugin {
              void* y, void* workspace, cudaStream_t stream) override;
 
   private:
-    bool usesDecodeKernel(cuda::DType type, const Shape& x, std::int64_t outputs) const;
-    // Whether anything but the product itself makes y.
-    bool needsEpilogue() const;
-    ProductShape productShape(cuda::DType type, const Shape& x, std::int64_t outputs) const;
-    cuda::Selection selection(const Shape& x, const Tensors& tensors) const;
+    // What is known without any tensor's data.
+    cuda::LinearArgs describedBy(cuda::DType type, const Shape& x, std::int64_t outputs) const;
+    cuda::LinearPath path() const;
 
-    void runDecode(cuda::DType type, const Shape& x, std::int64_t outputs, const Tensors& tensors,
-                   void* y, cudaStream_t stream) const;
-    void runProduct(cuda::DType type, const Shape& x, std::int64_t outputs, const Tensors& tensors,
-                    void* y, void* workspace, cudaStream_t stream);
-
-    DenseProduct mProduct;
+    cuda::LinearExecutor mExecutor;
 };
 
 }  // namespace nmexport::trt

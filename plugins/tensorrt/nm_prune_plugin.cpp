@@ -1,5 +1,7 @@
 #include "nm_prune_plugin.h"
 
+#include "cuda_fault.h"
+
 namespace nmexport::trt {
 
 namespace Input = NMPruneInput;
@@ -16,7 +18,7 @@ void NmPrunePlugin::run(cuda::DType type, const Shape& x, std::int64_t, const Te
     args.selection.channelOrder = tensors.data<std::int32_t>(Input::channel_order);
     args.x = tensors.data(Input::X);
     args.s = y;
-    checkCuda(cuda::launchMask(args, stream), "the mask kernel");
+    cuda::checkCuda(cuda::launchMask(args, stream), "the mask kernel");
 }
 
 }  // namespace nmexport::trt

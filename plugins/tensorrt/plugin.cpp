@@ -32,13 +32,6 @@ std::vector<DataType> typesOf(const DynamicPluginTensorDesc* descriptions, std::
 
 }  // namespace
 
-void checkCuda(cudaError_t status, const char* what) {
-    if (status != cudaSuccess) {
-        throw Fault(std::string(what) + ": " + cudaGetErrorName(status) + ", " +
-                    cudaGetErrorString(status));
-    }
-}
-
 template <typename Result, typename Body>
 Result NmPlugin::fenced(Result fallback, const Body& body) const noexcept {
     return guarded(mSettings.spec->name, mSettings.node.c_str(), fallback, body);
@@ -212,7 +205,7 @@ PluginFieldCollection const* NmPlugin::getFieldsToSerialize() noexcept {
 
 void NmPlugin::learnDevice() {
     cuda::DeviceTraits traits;
-    checkCuda(cuda::queryDevice(&traits), "the device cannot be asked what it is");
+    cuda::checkCuda(cuda::queryDevice(&traits), "asking the device what it is");
     mDevice = traits;
 }
 

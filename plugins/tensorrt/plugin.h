@@ -140,7 +140,4 @@ class NmPlugin : public nvinfer1::IPluginV3,
     PlanFields mPlanFields;
 };
 
-// Throws Fault where a CUDA call did not succeed.
-void checkCuda(cudaError_t status, const char* what);
-
 }  // namespace nmexport::trt

@@ -21,12 +21,13 @@ struct Case {
     bool order = false, scale = false, bias = false, shift = false, perChannelShift = false;
     bool dynamic = false, variance = false, keepAll = false;
     std::size_t scaleGroups = 0;  // of int8 weights; 0 has weights of the type
+    bool valueScale = false;
 };
 
 // Inputs of a case, kept as float32 and as T.
 struct Data {
-    std::vector<float> x, w, bias, shift, shiftWeight, scale;
-    std::vector<std::int32_t> order, positions;
+    std::vector<float> x, w, bias, shift, shiftWeight, scale, valueScale;
+    std::vector<std::int32_t> order;
     std::vector<std::uint16_t> x16, w16, bias16;
     std::vector<std::int8_t> w8;
     std::vector<float> weightScale;
@@ -76,6 +77,7 @@ Data makeData(const Case& c, unsigned seed) {
         d.scale = normals(random, c.channels);
         for (float& value : d.scale) value = std::fabs(value);
     }
+    if (c.valueScale) d.valueScale = normals(random, c.channels);
     if (c.order) {
         d.order.resize(c.channels);
         std::iota(d.order.begin(), d.order.end(), 0);
@@ -132,7 +134,6 @@ Bytes run(const Case& c, const Data& d, const ThreadPool& pool, std::size_t firs
         a.weightScale = d.weightScale.data();
         a.scaleGroups = c.scaleGroups;
     }
-    a.positions = d.positions.empty() ? nullptr : d.positions.data();
     a.shiftWeight = c.dynamic ? d.shiftWeight.data() : nullptr;
     a.y = y.data();
     a.tokens = tokens;
@@ -147,28 +148,30 @@ Bytes run(const Case& c, const Data& d, const ThreadPool& pool, std::size_t firs
     a.varianceCorrection = c.variance;
     a.varianceFloor = 1e-12;
     a.keepAll = c.keepAll;
-    OrderedConstants ordered;  // every other token as a session does it, the rest ordered at once
-    ordered.assign(a.constants, a.channels);
-    if (firstToken % 2 == 0) a.ordered = &ordered;
+    a.valueScale = c.valueScale ? d.valueScale.data() : nullptr;
+    ConstantsCopy copy;  // every other token as a session does it
+    if (firstToken % 2 == 0) {
+        copy.place(a);
+        copy.prefetch();
+    }
     nmLinear(a, pool);
     return y;
 }
 
-// The same from rows of W that lie by position, as a session copies them.
-Bytes runByPosition(const Case& c, const Data& given, const ThreadPool& pool) {
+// What the contract calls the same: without an order, from an X whose channels lie in that order.
+Bytes runGathered(const Case& c, const Data& given, const ThreadPool& pool) {
+    Case plain = c;
+    plain.order = false;
     Data d = given;
-    d.positions.resize(c.channels);
-    const auto move = [&](const auto& from, auto& to) {
-        for (std::size_t p = 0; !from.empty() && p < c.channels; ++p) {
-            const std::size_t channel = static_cast<std::size_t>(d.order[p]);
-            std::copy_n(from.data() + channel * c.outputs, c.outputs, to.data() + p * c.outputs);
-            d.positions[channel] = static_cast<std::int32_t>(p);
+    const auto gather = [&](const auto& from, auto& to) {
+        for (std::size_t i = 0; i < from.size(); ++i) {
+            const std::size_t channel = static_cast<std::size_t>(d.order[i % c.channels]);
+            to[i] = from[i / c.channels * c.channels + channel];
         }
     };
-    move(given.w, d.w);
-    move(given.w16, d.w16);
-    move(given.w8, d.w8);
-    return run(c, d, pool, 0, c.tokens);
+    gather(given.x, d.x);
+    gather(given.x16, d.x16);
+    return run(plain, d, pool, 0, c.tokens);
 }
 
 double populationVariance(const std::vector<double>& values) {
@@ -182,11 +185,14 @@ double populationVariance(const std::vector<double>& values) {
 // The contract in float64, one token.
 std::vector<double> expectedToken(const Case& c, const Data& d, std::size_t token) {
     const std::size_t k = c.channels;
-    const float* x = d.x.data() + token * k;
+    std::vector<float> x(k);
+    for (std::size_t p = 0; p < k; ++p) {
+        x[p] = d.x[token * k + (c.order ? static_cast<std::size_t>(d.order[p]) : p)];
+    }
     float eta = 0;
     if (c.dynamic) {
         double sum = 0;
-        for (std::size_t i = 0; i < k; ++i) sum += static_cast<double>(x[i]);
+        for (float value : x) sum += static_cast<double>(value);
         eta = static_cast<float>(sum / static_cast<double>(k));
     }
     std::vector<float> z(k);
@@ -197,9 +203,7 @@ std::vector<double> expectedToken(const Case& c, const Data& d, std::size_t toke
     const std::size_t m = static_cast<std::size_t>(c.pattern.m);
     for (std::size_t g = 0; g < k; g += m) {
         std::vector<std::size_t> group(m);
-        for (std::size_t j = 0; j < m; ++j) {
-            group[j] = c.order ? static_cast<std::size_t>(d.order[g + j]) : g + j;
-        }
+        std::iota(group.begin(), group.end(), g);
         const auto score = [&](std::size_t i) {
             const float magnitude = std::fabs(z[i]);
             return c.scale ? magnitude * d.scale[i] : magnitude;
@@ -212,6 +216,9 @@ std::vector<double> expectedToken(const Case& c, const Data& d, std::size_t toke
     double nu = 1;
     if (c.variance && !c.keepAll && c.pattern.n != c.pattern.m) {
         nu = std::sqrt(populationVariance(dense) / std::max(populationVariance(s), 1e-12));
+    }
+    for (std::size_t i = 0; c.valueScale && i < k; ++i) {
+        s[i] *= static_cast<double>(d.valueScale[i]);
     }
     std::vector<double> y(c.outputs, 0.0);
     for (std::size_t o = 0; o < c.outputs; ++o) {
@@ -254,7 +261,8 @@ void isRight(const Case& c, const Data& d, const Bytes& y) {
     }
 }
 
-// The same bits from every variant, cache, order of rows, thread count and split of the batch.
+// The same bits from every variant, cache, thread count and split of the batch, and from an X that
+// was gathered before.
 void isTheSameEverywhere(const Case& c, const Data& d, const Bytes& y) {
     const std::size_t rowBytes = c.outputs * elementBytes(c.type);
     const Cache chosen = cacheAhead();
@@ -266,7 +274,7 @@ void isTheSameEverywhere(const Case& c, const Data& d, const Bytes& y) {
         }
         useCacheAhead(chosen);
         EXPECT(run(c, d, kTHREADED, 0, c.tokens) == y);
-        if (c.order && c.scaleGroups <= 1) EXPECT(runByPosition(c, d, kTHREADED) == y);
+        if (c.order) EXPECT(runGathered(c, d, kTHREADED) == y);
         for (std::size_t token : {std::size_t{0}, c.tokens / 2, c.tokens - 1}) {
             const Bytes alone = run(c, d, kSERIAL, token, 1);
             EXPECT(std::memcmp(alone.data(), y.data() + token * rowBytes, rowBytes) == 0);
@@ -310,6 +318,7 @@ void linearCases() {
             c.dynamic = (flags & 32) && !c.shift;
             c.variance = flags & 64;
             c.keepAll = flags & 128;
+            c.valueScale = flags % 3 == 1;
             cases.push_back(c);
         }
     }
@@ -322,7 +331,7 @@ void linearCases() {
                     c.type = type;
                     c.scaleGroups = groups;
                     c.order = flags & 1;
-                    c.variance = c.bias = c.dynamic = flags & 2;
+                    c.variance = c.bias = c.dynamic = c.valueScale = flags & 2;
                     cases.push_back(c);
                 }
             }
@@ -372,8 +381,8 @@ void pruneKeepsValuesAndPlaces() {
     std::vector<std::int32_t> order(kCHANNELS);
     std::iota(order.begin(), order.end(), 0);
     std::shuffle(order.begin(), order.end(), random);
-    OrderedConstants ordered;
-    ordered.assign({nullptr, 0, nullptr, order.data(), false}, kCHANNELS);
+    std::vector<float> scale = normals(random, kCHANNELS);  // by position
+    for (float& value : scale) value = std::fabs(value) + 0.1f;
     for (const Variant* variant : variants()) {
         useVariant(variant->name);
         std::vector<float> y(x.size(), -7.0f);
@@ -383,9 +392,8 @@ void pruneKeepsValuesAndPlaces() {
                  kTOKENS,
                  kCHANNELS,
                  {8, 16},
-                 nullptr,
-                 order.data(),
-                 variant == variants().front() ? nullptr : &ordered},
+                 scale.data(),
+                 order.data()},
                 kTHREADED);
         for (std::size_t t = 0; t < kTOKENS; ++t) {
             for (std::size_t g = 0; g < kCHANNELS; g += 16) {
@@ -393,12 +401,13 @@ void pruneKeepsValuesAndPlaces() {
                 float least = 1e30f, greatestDropped = 0.0f;
                 for (std::size_t j = 0; j < 16; ++j) {
                     const std::size_t i = t * kCHANNELS + static_cast<std::size_t>(order[g + j]);
+                    const float score = std::fabs(x[i]) * scale[g + j];
                     if (y[i] != 0.0f) {
                         EXPECT(y[i] == x[i]);
-                        least = std::min(least, std::fabs(x[i]));
+                        least = std::min(least, score);
                         ++kept;
                     } else {
-                        greatestDropped = std::max(greatestDropped, std::fabs(x[i]));
+                        greatestDropped = std::max(greatestDropped, score);
                     }
                 }
                 EXPECT(kept == 8);

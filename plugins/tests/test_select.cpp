@@ -112,62 +112,28 @@ void scoresAreScaled() {
     compare(normals(random, scale.size()), scale, 3, 24);
 }
 
-// Every constant lies at its position's place, in memory of its own.
-void constantsAreOrdered() {
-    std::mt19937 random(7);
-    constexpr std::size_t kCHANNELS = 48;
-    std::vector<std::int32_t> order(kCHANNELS);
-    std::iota(order.begin(), order.end(), 0);
-    std::shuffle(order.begin(), order.end(), random);
-    const std::vector<float> shift = normals(random, kCHANNELS);
-    const std::vector<float> scale = normals(random, kCHANNELS);
-    const SelectionConstants byChannel{shift.data(), kCHANNELS, scale.data(), order.data(), false};
-    OrderedConstants ordered;
-    for (int again = 0; again < 2; ++again) {
-        ordered.assign(byChannel, kCHANNELS);
-        ordered.prefetch();
-        const SelectionConstants& found = ordered.byPosition();
-        EXPECT(found.channelOrder != order.data() && found.shiftCount == kCHANNELS);
-        for (std::size_t p = 0; p < kCHANNELS; ++p) {
-            const std::size_t channel = static_cast<std::size_t>(order[p]);
-            EXPECT(found.channelOrder[p] == order[p]);
-            EXPECT(found.shift[p] == shift[channel] && found.scoreScale[p] == scale[channel]);
-        }
-    }
-    ordered.assign({shift.data(), 1, nullptr, order.data(), false}, kCHANNELS);
-    EXPECT(ordered.byPosition().shift[0] == shift[0]);
-    EXPECT(ordered.byPosition().scoreScale == nullptr);
-}
-
 // The list says what the bits say, whatever the number of channels.
 void keptIsListed() {
     std::mt19937 random(8);
     for (const Variant* variant : variants()) {
         for (std::size_t channels : {1, 16, 24, 63, 64, 72, 200, 576}) {
             const std::vector<float> z = normals(random, channels);
-            std::vector<std::int32_t> order(channels);
-            std::iota(order.begin(), order.end(), 0);
-            std::shuffle(order.begin(), order.end(), random);
             std::vector<std::uint64_t> keep(keepWords(channels));
             for (std::size_t p = 0; p < channels; ++p) {
                 keep[p / 64] |= std::uint64_t{random() % 2} << (p % 64);
             }
-            for (const std::int32_t* rowOrder : {static_cast<const std::int32_t*>(nullptr),
-                                                 static_cast<const std::int32_t*>(order.data())}) {
-                std::vector<std::int32_t> rows(channels + variant->lanes);
-                std::vector<float> values(channels + variant->lanes);
-                const std::size_t count = variant->listKept(
-                    {z.data(), keep.data(), rowOrder, channels, rows.data(), values.data()});
-                std::size_t expected = 0;
-                for (std::size_t p = 0; p < channels; ++p) {
-                    if ((keep[p / 64] >> (p % 64) & 1) == 0) continue;
-                    const std::int32_t row =
-                        rowOrder == nullptr ? static_cast<std::int32_t>(p) : order[p];
-                    EXPECT(rows[expected] == row && values[expected] == z[p]);
-                    ++expected;
-                }
-                EXPECT(count == expected);
+            std::vector<std::int32_t> rows(channels + variant->lanes);
+            std::vector<float> values(channels + variant->lanes);
+            const std::size_t count =
+                variant->listKept({z.data(), keep.data(), channels, rows.data(), values.data()});
+            std::size_t expected = 0;
+            for (std::size_t p = 0; p < channels; ++p) {
+                if ((keep[p / 64] >> (p % 64) & 1) == 0) continue;
+                EXPECT(rows[expected] == static_cast<std::int32_t>(p));
+                EXPECT(values[expected] == z[p]);
+                ++expected;
             }
+            EXPECT(count == expected);
         }
     }
 }
@@ -179,7 +145,6 @@ int main() {
     exhaustiveTies();
     extremes();
     scoresAreScaled();
-    constantsAreOrdered();
     keptIsListed();
     return report("select");
 }

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from nmexport.models.offload import Memory
-from nmexport.sparsity.linear import Behaviour, Constants, Remainder, fold
+from nmexport.sparsity.fold import fold
+from nmexport.sparsity.linear import Behaviour, Constants, Remainder
 from nmexport.sparsity.pattern import NMPattern
 
 from tests.test_layerwise import built

@@ -33,7 +33,7 @@ IDS = np.random.default_rng(0).integers(3, 300, (2, 24))
 def library() -> Path:
     found = tensorrt_library.find_plugin()
     if found is None:
-        pytest.skip(f"the TensorRT plugin is not built: {tensorrt_library.MEND_PLUGIN}")
+        pytest.skip(f"the TensorRT plugin is not built: {tensorrt_library.FIX_PLUGIN}")
     return found
 
 

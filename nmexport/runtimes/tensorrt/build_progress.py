@@ -58,7 +58,7 @@ class Meter:
         self._tell_up_to(int(share * PERCENT))
 
     def _share(self, name: str) -> float:
-        """Of a phase, how much is done."""
+        """Return the share of a phase that is done."""
         phase = self._phases[name]
         inside = [child for child, one in self._phases.items() if one.parent == name != child]
         part = max((self._share(child) for child in inside), default=0.0)

@@ -36,13 +36,13 @@ NO_TIMING_CACHE = "TensorRT-RTX times nothing while it builds: it compiles on th
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """What to build."""
+    """An engine to build."""
 
     target: TensorRTTarget
     model: bytes
     """A serialised ONNX graph."""
     weights_beside: Path
-    """The file that the graph came from; its external data lies beside it."""
+    """The file that the graph came from; its external data lies next to it."""
     profiles: Sequence[Profile]
     compute_capabilities: tuple[str, ...] = ()
     """None is the GPU of this machine."""
@@ -66,12 +66,12 @@ class NetworkLayer:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What the builder made."""
+    """Result of a build."""
 
     data: bytes
     layers: tuple[NetworkLayer, ...]
     tensors: tuple[EngineTensor, ...]
-    """What it takes and gives, as the parsed network has it."""
+    """Inputs and outputs of the parsed network."""
     parse_seconds: float
     build_seconds: float
 
@@ -101,7 +101,7 @@ def build(order: Order, progress: Progress) -> Plan:
 
 
 def parser_takes(target: TensorRTTarget, op: str) -> bool:
-    """Whether the parser knows an ONNX operator; where it does, it may still refuse a node."""
+    """Tell whether the parser knows an ONNX operator; it may still refuse a node of it."""
     trt = tensorrt_library.load(target)
     logger = tensorrt_library.logger_of(target)
     with tensorrt_library.quiet():

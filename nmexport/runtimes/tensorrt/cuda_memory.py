@@ -169,7 +169,7 @@ class CudaDevice:
         self._check(self._runtime.cudaMemcpyAsync(target, source, size, kind, self._stream))
 
     def _check(self, answer: tuple[Any, ...], *, wanted: int = 0) -> tuple[Any, ...]:
-        """What a call gave besides its status.
+        """Check a call's status, and return its other results.
 
         Raises:
             EnvironmentFault: if it failed.

@@ -34,7 +34,7 @@ def cache_file(*parts: str, suffix: str) -> Path:
 
 
 def kernel_cache_path(engine: TensorRTEngine, plan: bytes) -> Path:
-    """Where the kernels of a plan are kept; the runtime itself refuses those of another GPU."""
+    """Return the file of a plan's kernels; the runtime itself refuses those of another GPU."""
     digest = hashlib.sha256(plan[:_IDENTIFYING] + plan[-_IDENTIFYING:])
     digest.update(str(len(plan)).encode())
     return cache_file(engine.target, engine.version, digest.hexdigest()[:16], suffix="kernels")
@@ -69,9 +69,9 @@ class KernelCache:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._lock():
-                beside = self._path.with_name(f"{self._path.name}.{os.getpid()}")
-                beside.write_bytes(kernels)
-                beside.replace(self._path)
+                partial = self._path.with_name(f"{self._path.name}.{os.getpid()}")
+                partial.write_bytes(kernels)
+                partial.replace(self._path)
             self._loaded = kernels
         except OSError as error:
             logging.getLogger(__name__).warning("compiled kernels are not kept: %s", error)

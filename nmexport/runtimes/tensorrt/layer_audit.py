@@ -1,4 +1,4 @@
-"""Whether an engine is what was asked for: one plugin layer per sparse node, no weight twice.
+"""Check that an engine has one plugin layer per sparse node, and no weight twice.
 
 Three witnesses, as good as the machine allows: the parsed network, always; TensorRT's inspector,
 which needs the GPU that the engine is for; and else the execution graph that a TensorRT-RTX plan
@@ -27,7 +27,7 @@ PLUGIN_KIND = "PLUGIN_V3"
 CACHE_KIND = "KV_CACHE_UPDATE"
 ATTENTION_KIND = "ATTENTION_INPUT"
 FUSED, AS_LAYERS, ELEMENTARY = "fused", "attention layers", "elementary"
-# What a plan may hold beside its weights, per network layer and profile. TensorRT-RTX 1.7 takes
+# What a plan may hold apart from its weights, per network layer and profile. TensorRT-RTX 1.7 takes
 # 4 to 7 kB there, for SmolLM2 as for tiny models, however many kinds of GPU a plan is for.
 _LAYER_BYTES = 12_000
 # TensorRT compiles its kernels when it builds, and puts them in; nobody measured how large.
@@ -41,7 +41,7 @@ _ATTENTION_NAME = re.compile(r"[a-z]+_mha(?:_v\d+)?|fmha\w*")
 
 @dataclass(frozen=True, kw_only=True)
 class LayerAudit:
-    """What was found; `layers.json`."""
+    """Result of the audit, written to `layers.json`."""
 
     source: Literal["inspector", "plan", "network"]
     why: str | None
@@ -59,7 +59,7 @@ class LayerAudit:
     """In-place cache updates of the network."""
     plan_bytes: int
     weight_bytes: int
-    """Of the graph's initializers, each counted once."""
+    """Bytes of the graph's initializers, each counted once."""
     weights_found: int
     """Weights whose bytes stand in the plan, each once."""
     layers: tuple[Any, ...]
@@ -114,8 +114,8 @@ def audit(
     counted = weight_copies.copies(plan, weights)
     _check_copies(counted)
     weight_bytes = sum(weight.size for weight in weights)
-    beside = plugin_bytes + profiles * len(network) * _LAYER_BYTES + compiled * _KERNEL_BYTES
-    _check_size(len(plan), weight_bytes, int(weight_bytes * _FOLDED) + beside)
+    overhead = plugin_bytes + profiles * len(network) * _LAYER_BYTES + compiled * _KERNEL_BYTES
+    _check_size(len(plan), weight_bytes, int(weight_bytes * _FOLDED) + overhead)
     kinds = Counter(layer.kind for layer in network)
     return LayerAudit(
         source=source,

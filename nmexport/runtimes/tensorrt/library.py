@@ -3,7 +3,7 @@
 Both offer one Python interface under two names; nothing else here tells them apart but the name and
 a missing link: TensorRT-RTX's parser looks for `libtensorrt_rtx.so`, and its package carries that
 library under its versioned name only. A process that adds a plugin layer without the link is ended
-by the parser, so a library of that name, which leads to the loaded one, is built beside the plugin.
+by the parser, so a library of that name, which leads to the loaded one, is built with the plugin.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
 _OLDEST = {"tensorrt": "10.13", "tensorrt-rtx": "1.7"}
 _FOLDER = NATIVE_FOLDER
 _KEPT_ERRORS = 64
-MEND_PLUGIN = "make plugin (in a source tree; fetches nvcc and TensorRT's headers where missing)"
+FIX_PLUGIN = "make plugin (in a source tree; fetches nvcc and TensorRT's headers where missing)"
 
 
 def load(target: TensorRTTarget) -> Any:
@@ -84,13 +84,13 @@ def require_plugin() -> Path:
         raise EnvironmentFault(
             "The TensorRT plugin library is missing.",
             allowed=str(_FOLDER / PLUGIN),
-            fix=MEND_PLUGIN,
+            fix=FIX_PLUGIN,
         )
     return path
 
 
 def describe_plugin(path: Path) -> dict[str, Any]:
-    """What the library says of itself: its version, headers, CUDA, architectures.
+    """Ask the library for its version, headers, CUDA and architectures.
 
     Raises:
         EnvironmentFault: if it cannot be loaded or is not ours.
@@ -102,7 +102,7 @@ def describe_plugin(path: Path) -> dict[str, Any]:
         raise EnvironmentFault(
             f"{path} cannot be loaded: {error}",
             allowed="the plugin library that this package built",
-            fix=MEND_PLUGIN,
+            fix=FIX_PLUGIN,
         ) from error
     describe.restype = ctypes.c_char_p
     document: dict[str, Any] = json.loads(describe())
@@ -120,7 +120,7 @@ def check_plugin(path: Path) -> None:
         raise EnvironmentFault(
             f"The plugin library {path} is version {version}.",
             allowed=__version__,
-            fix=MEND_PLUGIN,
+            fix=FIX_PLUGIN,
         )
 
 
@@ -141,7 +141,7 @@ def register_plugin(target: TensorRTTarget, path: Path) -> None:
         raise EnvironmentFault(
             f"TensorRT finds no {' or '.join(PLUGIN_OPS)} in {path}.",
             allowed="the plugin library that this package built",
-            fix=MEND_PLUGIN,
+            fix=FIX_PLUGIN,
         )
 
 
@@ -181,12 +181,12 @@ def prepare_parser(target: TensorRTTarget) -> None:
         raise EnvironmentFault(
             f"TensorRT-RTX's parser needs {NAME_LIBRARY} to find its own library: {error}",
             allowed=str(_FOLDER / NAME_LIBRARY),
-            fix=MEND_PLUGIN,
+            fix=FIX_PLUGIN,
         ) from error
 
 
 def _is_loaded(name: str) -> bool:
-    """Whether a library of that very name is in this process."""
+    """Tell whether a library of exactly that name is in this process."""
     no_load = 4  # RTLD_NOLOAD
     try:
         ctypes.CDLL(name, mode=ctypes.DEFAULT_MODE | no_load)
@@ -197,7 +197,7 @@ def _is_loaded(name: str) -> bool:
 
 @cache
 def gpu_is_usable() -> bool:
-    """Whether a CUDA driver with a GPU is here."""
+    """Tell whether a CUDA driver with a GPU is here."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -211,7 +211,7 @@ def gpu_is_usable() -> bool:
 
 
 class Messages:
-    """What TensorRT and the plugin say: the last errors, and every line while somebody listens."""
+    """Messages of TensorRT and the plugin: last errors, and every line while somebody listens."""
 
     def __init__(self) -> None:
         """Hold nothing yet."""
@@ -282,7 +282,7 @@ def quiet() -> warnings.catch_warnings[Any]:
 
 
 def compute_capability(device: int = 0) -> str:
-    """Of a GPU of this machine, such as `8.9`.
+    """Return the compute capability of a GPU of this machine, such as `8.9`.
 
     Raises:
         EnvironmentFault: if the driver does not tell.

@@ -1,4 +1,4 @@
-"""The sparse engine and the dense one beside it, from one export: built, audited, described."""
+"""The sparse and the dense engine of one export: built, audited, described."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ LOG = "build.log"
 _SECONDS = 2.0
 _SECONDS_PER_PARAMETER = 8e-8
 _COPIES = 3.0
-"""Of the weights in memory at once: read by the parser, held by the network, put into the plan."""
+"""Copies of the weights in memory: one each in the parser, the network and the plan."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ def build_pair(
 
 @dataclass(frozen=True, kw_only=True)
 class _Maker:
-    """What both builds share."""
+    """Everything that both builds share."""
 
     target: TensorRTTarget
     recipe: Recipe
@@ -175,7 +175,7 @@ class _Maker:
         return audited
 
     def describe(self, plan: Plan, side: _Side, audited: layer_audit.LayerAudit) -> TensorRTEngine:
-        """What a session must know of the sparse plan, and of the dense one built alike."""
+        """Describe the sparse plan, and the dense one built alike, for a session."""
         recipe, limits = self.recipe, self.limits
         return TensorRTEngine(
             target=self.target,

@@ -42,7 +42,7 @@ class Profile:
 
 @dataclass(frozen=True, kw_only=True)
 class _Sizes:
-    """What the graph's axes are at one corner of a profile."""
+    """Sizes of the graph's axes at one corner of a profile."""
 
     batch: int
     sequence: int
@@ -61,7 +61,7 @@ class _Sizes:
 
 
 def limits_from(recipe: Recipe) -> Limits:
-    """What the recipe says; what it leaves open is enough for its own verification.
+    """Return the recipe's limits; those left open suffice for its own verification.
 
     Raises:
         RecipeError: if a context is asked for that the recipe's own measurements do not fit in.

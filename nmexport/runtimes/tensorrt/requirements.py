@@ -1,4 +1,4 @@
-"""What a target needs before an engine can be built, and what an engine needs to run."""
+"""Check what a target needs to build an engine, and what an engine needs to run."""
 
 from __future__ import annotations
 

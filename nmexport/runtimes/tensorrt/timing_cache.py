@@ -1,4 +1,4 @@
-"""Where timings of kernels are kept between builds: outside of artifacts, a file a kind of GPU."""
+"""Keep kernel timings between builds: outside of artifacts, one file for each kind of GPU."""
 
 from __future__ import annotations
 

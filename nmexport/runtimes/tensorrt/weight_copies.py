@@ -92,7 +92,7 @@ def _count(plan: bytes, samples: Sequence[bytes]) -> Counter[bytes]:
 
 
 def _places(plan: bytes, keys: Sequence[bytes]) -> Iterator[int]:
-    """Where one of the keys stands: by its first two bytes looked up, then compared whole."""
+    """Find the keys: look up their first two bytes, then compare the whole."""
     is_first = np.zeros(1 << 16, dtype=bool)
     is_first[[int.from_bytes(key[:2], "little") for key in keys]] = True
     wanted = np.array([int.from_bytes(key, "little") for key in keys], dtype=np.uint64)

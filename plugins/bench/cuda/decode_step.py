@@ -150,7 +150,7 @@ def build(
     opsets = [
         helper.make_opsetid("", 20),
         helper.make_opsetid("com.microsoft", 1),
-        helper.make_opsetid("nmexport", 1),
+        helper.make_opsetid("nmexport", 2),
     ]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
 

@@ -37,11 +37,11 @@ DeviceTraits const& device() {
 
 extern "C" {
 
-int labDecodePlan(DecodeArgs const* args, DecodePlan const* plan, cudaStream_t stream) {
+int labDecodePlan(LinearArgs const* args, DecodePlan const* plan, cudaStream_t stream) {
     return launchDecodeWithPlan(*args, *plan, device(), stream);
 }
 
-int labDecode(DecodeArgs const* args, cudaStream_t stream) {
+int labDecode(LinearArgs const* args, cudaStream_t stream) {
     return launchDecode(*args, device(), stream);
 }
 

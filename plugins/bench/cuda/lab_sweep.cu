@@ -7,7 +7,7 @@ using namespace nmexport::cuda;
 namespace {
 
 template <int WARPS, int UNROLL, bool OVERLAP, int RESIDENT>
-cudaError_t launchSwept(DecodeArgs const& args, DecodePlan const& plan, cudaStream_t stream) {
+cudaError_t launchSwept(LinearArgs const& args, DecodePlan const& plan, cudaStream_t stream) {
     using Shape = DecodeShape<__nv_bfloat16, 1, Ranking::kPACKED, LAB_LANES, LAB_VECTORS, WARPS,
                               UNROLL, OVERLAP, false, true>;
     return launchDecodeShape<Shape, RESIDENT / WARPS>(args, plan, 90, stream);
@@ -15,7 +15,7 @@ cudaError_t launchSwept(DecodeArgs const& args, DecodePlan const& plan, cudaStre
 
 //! The combinations of unroll, overlap and register budget that compile without spills.
 template <int WARPS>
-cudaError_t sweepUnroll(DecodeArgs const& args, DecodePlan const& plan, cudaStream_t stream) {
+cudaError_t sweepUnroll(LinearArgs const& args, DecodePlan const& plan, cudaStream_t stream) {
     switch (plan.unroll * 1000 + plan.overlap * 100 + plan.residentWarps) {
         case 4132:
             return launchSwept<WARPS, 4, true, 32>(args, plan, stream);
@@ -37,7 +37,7 @@ cudaError_t sweepUnroll(DecodeArgs const& args, DecodePlan const& plan, cudaStre
 #define LAB_JOINED(lanes, vectors) labSweep_##lanes##_##vectors
 #define LAB_NAME(lanes, vectors) LAB_JOINED(lanes, vectors)
 
-extern "C" int LAB_NAME(LAB_LANES, LAB_VECTORS)(DecodeArgs const* args, DecodePlan const* plan,
+extern "C" int LAB_NAME(LAB_LANES, LAB_VECTORS)(LinearArgs const* args, DecodePlan const* plan,
                                                 cudaStream_t stream) {
     switch (plan->warps) {
         case 4:

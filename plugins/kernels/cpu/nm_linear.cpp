@@ -1,6 +1,7 @@
 #include "nm_linear.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace nmexport {
 
@@ -36,9 +37,7 @@ struct Pass {
     std::size_t first;
     std::size_t tokens;
     SelectedTokens selected;
-    float* nu;                     // [tokens]
-    SelectionConstants constants;  // by position; without an order where all are kept
-    const std::int32_t* rowOrder;  // rows of W that the operand meets, null for ascending ones
+    float* nu;  // [tokens]
 };
 
 bool keepsAll(const LinearArguments& a) {
@@ -75,35 +74,14 @@ const char* columnOf(const LinearArguments& a, const void* base, std::size_t col
     return static_cast<const char*>(base) + column * elementBytes(a.type);
 }
 
-// One selected token from position order to channel order, so that rows that share scales follow
-// each other.
-void orderByChannel(const LinearArguments& a, const Pass& pass, std::size_t token) {
-    thread_local Scratch<float> zScratch;
-    thread_local Scratch<std::uint64_t> keepScratch;
-    const std::size_t words = keepWords(a.channels);
-    float* z = zScratch.reserve(a.channels);
-    std::uint64_t* keep = keepScratch.reserve(words);
-    float* given = pass.selected.z + token * pass.selected.zStride;
-    std::uint64_t* kept = pass.selected.keep + token * pass.selected.keepStride;
-    std::fill(keep, keep + words, std::uint64_t{0});
-    for (std::size_t p = 0; p < a.channels; ++p) {
-        const std::size_t channel = static_cast<std::size_t>(pass.constants.channelOrder[p]);
-        z[channel] = given[p];
-        keep[channel / 64] |= (kept[p / 64] >> (p % 64) & 1) << (channel % 64);
-    }
-    std::copy(z, z + a.channels, given);
-    std::copy(keep, keep + words, kept);
-}
-
 void select(const LinearArguments& a, const Variant& variant, const Pass& pass) {
     const char* x = columnOf(a, a.x, pass.first * a.channels);
     const SelectedTokens& selected = pass.selected;
     const bool dense = keepsAll(a);
     if (dense) {
-        keepTokens(variant, a.type, x, a.channels, pass.tokens, pass.constants, selected);
+        keepTokens(variant, a.type, x, a.channels, pass.tokens, a.constants, selected);
     } else {
-        selectTokens(variant, a.type, x, a.channels, pass.tokens, a.pattern, pass.constants,
-                     selected);
+        selectTokens(variant, a.type, x, a.channels, pass.tokens, a.pattern, a.constants, selected);
     }
     for (std::size_t t = 0; t < pass.tokens; ++t) {
         // Where nothing is dropped, there is nothing to correct, not even for a constant token.
@@ -112,8 +90,8 @@ void select(const LinearArguments& a, const Variant& variant, const Pass& pass) 
                                                      selected.keep + t * selected.keepStride,
                                                      a.channels, a.varianceFloor)
                              : 1.0f;
-        if (hasScaledRows(a) && pass.constants.channelOrder != nullptr) {
-            orderByChannel(a, pass, t);
+        if (a.valueScale != nullptr) {
+            variant.scaleValues(a.valueScale, a.channels, selected.z + t * selected.zStride);
         }
     }
 }
@@ -140,17 +118,9 @@ void prefetchBias(const LinearArguments& a, std::size_t begin, std::size_t end) 
     }
 }
 
-// An operand by channel, as where all are kept, meets rows by position out of their order, and an
-// operand by position rows by channel.
-const std::int32_t* rowOrderOf(const LinearArguments& a, const SelectionConstants& constants) {
-    if (hasScaledRows(a)) return nullptr;  // see orderByChannel
-    if (a.positions == nullptr) return constants.channelOrder;
-    return constants.channelOrder == nullptr ? a.positions : nullptr;
-}
-
 // Scratch of this thread for a pass, nothing selected yet.
-Pass passOf(const LinearArguments& a, const Variant& variant, const SelectionConstants& constants,
-            std::size_t first, std::size_t tokens) {
+Pass passOf(const LinearArguments& a, const Variant& variant, std::size_t first,
+            std::size_t tokens) {
     thread_local Scratch<float> zScratch;
     thread_local Scratch<std::uint64_t> keepScratch;
     thread_local Scratch<float> etaScratch;
@@ -164,8 +134,6 @@ Pass passOf(const LinearArguments& a, const Variant& variant, const SelectionCon
     pass.selected.keep = keepScratch.reserve(tokens * pass.selected.keepStride);
     pass.selected.eta = etaScratch.reserve(tokens);
     pass.nu = nuScratch.reserve(tokens);
-    pass.constants = constants;
-    pass.rowOrder = rowOrderOf(a, constants);
     return pass;
 }
 
@@ -193,9 +161,9 @@ KeptLists listKept(const LinearArguments& a, const Variant& variant, const Pass&
     for (std::size_t t = 0; t < pass.tokens; ++t) {
         const std::uint64_t* keep = pass.selected.keep + t * pass.selected.keepStride;
         std::size_t* ends = lists.ends + t * lists.slices;
-        const std::size_t count = variant.listKept(
-            {pass.selected.z + t * pass.selected.zStride, keep, pass.rowOrder, a.channels,
-             lists.rows + t * lists.stride, lists.values + t * lists.stride});
+        const std::size_t count =
+            variant.listKept({pass.selected.z + t * pass.selected.zStride, keep, a.channels,
+                              lists.rows + t * lists.stride, lists.values + t * lists.stride});
         std::size_t end = 0;
         for (std::size_t slice = 0; slice + 1 < lists.slices; ++slice) {
             end += static_cast<std::size_t>(__builtin_popcountll(keep[slice]));
@@ -267,13 +235,12 @@ Cut cutOf(const LinearArguments& a, std::size_t tokens, const ThreadPool& pool) 
 //
 // Each task selects for itself: that takes no longer than waiting for another to do it, and the
 // threads start together.
-void multiplyFew(const LinearArguments& a, const Variant& variant,
-                 const SelectionConstants& constants, std::size_t first, std::size_t tokens,
-                 const ThreadPool& pool) {
+void multiplyFew(const LinearArguments& a, const Variant& variant, std::size_t first,
+                 std::size_t tokens, const ThreadPool& pool) {
     const Cut cut = cutOf(a, tokens, pool);
     const std::size_t units = divideUp(a.outputs, variant.lanes);
     parallelFor(pool, cut.tasks, [&](std::size_t task) {
-        const Pass pass = passOf(a, variant, constants, first, tokens);
+        const Pass pass = passOf(a, variant, first, tokens);
         select(a, variant, pass);
         const KeptLists lists = listKept(a, variant, pass);
         const std::size_t last = cut.tiles * (task + 1) / cut.tasks;
@@ -312,17 +279,16 @@ std::size_t tokensOfRun(std::size_t tokens, std::size_t panels, std::size_t thre
 struct Prompt {
     std::size_t first;
     std::size_t tokens;
-    const std::int32_t* rowOrder;  // see Pass
-    float* kept;                   // see PanelProduct
+    float* kept;  // see PanelProduct
     std::size_t keptStride;
     std::uint64_t* keep;
     TokenFactors* factors;  // [tokens]
 };
 
 // Room for what a token keeps of a block, in whole vectors. A block meets the ends of two groups at
-// most besides whole ones, unless a token is brought to channel order.
+// most besides whole ones.
 std::size_t keptStrideOf(const LinearArguments& a, const Variant& variant) {
-    if (keepsAll(a) || hasScaledRows(a)) return kBLOCK;
+    if (keepsAll(a)) return kBLOCK;
     const std::size_t m = static_cast<std::size_t>(a.pattern.m);
     const std::size_t groups = kBLOCK / m + (kBLOCK % m == 0 ? 0 : 2);
     const std::size_t most = std::min(groups * static_cast<std::size_t>(a.pattern.n), kBLOCK);
@@ -330,8 +296,8 @@ std::size_t keptStrideOf(const LinearArguments& a, const Variant& variant) {
 }
 
 // Scratch of this thread for a prompt.
-Prompt promptOf(const LinearArguments& a, const Variant& variant,
-                const SelectionConstants& constants, std::size_t first, std::size_t tokens) {
+Prompt promptOf(const LinearArguments& a, const Variant& variant, std::size_t first,
+                std::size_t tokens) {
     thread_local Scratch<float> keptScratch;
     thread_local Scratch<std::uint64_t> keepScratch;
     thread_local Scratch<TokenFactors> factorScratch;
@@ -339,7 +305,6 @@ Prompt promptOf(const LinearArguments& a, const Variant& variant,
     Prompt prompt;
     prompt.first = first;
     prompt.tokens = tokens;
-    prompt.rowOrder = rowOrderOf(a, constants);
     prompt.keptStride = keptStrideOf(a, variant);
     prompt.kept = keptScratch.reserve(blocks * tokens * prompt.keptStride);
     prompt.keep = keepScratch.reserve(blocks * tokens);
@@ -349,8 +314,8 @@ Prompt promptOf(const LinearArguments& a, const Variant& variant,
 
 // Selects for some tokens of the prompt.
 void selectOf(const LinearArguments& a, const Variant& variant, const Prompt& prompt,
-              const SelectionConstants& constants, std::size_t begin, std::size_t count) {
-    const Pass pass = passOf(a, variant, constants, prompt.first + begin, count);
+              std::size_t begin, std::size_t count) {
+    const Pass pass = passOf(a, variant, prompt.first + begin, count);
     select(a, variant, pass);
     for (std::size_t t = 0; t < count; ++t) {
         prompt.factors[begin + t] = {pass.nu[t], pass.selected.eta[t]};
@@ -379,7 +344,6 @@ void multiplyPanels(const LinearArguments& a, const Variant& variant, const Prom
         PanelProduct product;
         product.w = weightsFrom(a, begin);
         product.rowStride = a.outputs;
-        product.channelOrder = prompt.rowOrder;
         product.channels = a.channels;
         product.kept = prompt.kept + first * prompt.keptStride;
         product.keptStride = prompt.keptStride;
@@ -401,41 +365,57 @@ void multiplyPanels(const LinearArguments& a, const Variant& variant, const Prom
     });
 }
 
-void multiplyTokens(const LinearArguments& a, const Variant& variant,
-                    const SelectionConstants& constants, std::size_t first, std::size_t tokens,
-                    const ThreadPool& pool) {
-    const Prompt prompt = promptOf(a, variant, constants, first, tokens);
+void multiplyTokens(const LinearArguments& a, const Variant& variant, std::size_t first,
+                    std::size_t tokens, const ThreadPool& pool) {
+    const Prompt prompt = promptOf(a, variant, first, tokens);
     parallelFor(pool, divideUp(tokens, kSELECT_TOKENS), [&](std::size_t task) {
         const std::size_t begin = task * kSELECT_TOKENS;
-        selectOf(a, variant, prompt, constants, begin, std::min(kSELECT_TOKENS, tokens - begin));
+        selectOf(a, variant, prompt, begin, std::min(kSELECT_TOKENS, tokens - begin));
     });
     multiplyPanels(a, variant, prompt, pool);
 }
 
-// Where all channels are kept their order is of no account.
-SelectionConstants constantsByPosition(const LinearArguments& a) {
-    if (keepsAll(a)) {
-        SelectionConstants natural = a.constants;
-        natural.channelOrder = nullptr;
-        return natural;
-    }
-    return orderedConstants(a.constants, a.ordered, a.channels);
+}  // namespace
+
+template <typename T>
+const T* ConstantsCopy::append(const T* values, std::size_t count) {
+    static_assert(sizeof(T) == sizeof(std::uint32_t), "they share memory");
+    if (values == nullptr) return nullptr;
+    std::uint32_t* to = mMemory.data() + mUsed;
+    std::memcpy(to, values, count * sizeof(T));
+    mUsed += divideUp(count * sizeof(T), kALIGNMENT) * kALIGNMENT / sizeof(T);
+    return reinterpret_cast<const T*>(to);
 }
 
-}  // namespace
+void ConstantsCopy::place(LinearArguments& a) {
+    mUsed = 0;
+    mMemory.reserve(4 * divideUp(a.channels * sizeof(float), kALIGNMENT) * kALIGNMENT /
+                    sizeof(float));
+    a.constants.channelOrder = append(a.constants.channelOrder, a.channels);
+    a.constants.shift = append(a.constants.shift, a.constants.shiftCount);
+    a.constants.scoreScale = append(a.constants.scoreScale, a.channels);
+    a.valueScale = append(a.valueScale, a.channels);
+}
+
+void ConstantsCopy::prefetch() const {
+    // More than this would push out of the first-level cache what it brings into it.
+    constexpr std::size_t kMOST = 16 << 10;
+    const char* from = reinterpret_cast<const char*>(mMemory.data());
+    const std::size_t bytes = std::min(mUsed * sizeof(std::uint32_t), kMOST);
+    for (std::size_t at = 0; at < bytes; at += kALIGNMENT) __builtin_prefetch(from + at);
+}
 
 void nmLinear(const LinearArguments& a, const ThreadPool& pool) {
     if (a.outputs == 0) return;
     const Variant& variant = activeVariant();
-    const SelectionConstants constants = constantsByPosition(a);
     const std::size_t fitting = kPASS_BYTES / (a.channels * sizeof(float));
     const std::size_t passTokens = std::max(fitting, kMIN_PASS_TOKENS);
     for (std::size_t first = 0; first < a.tokens; first += passTokens) {
         const std::size_t tokens = std::min(passTokens, a.tokens - first);
         if (tokens <= kFEW_TOKENS) {
-            multiplyFew(a, variant, constants, first, tokens, pool);
+            multiplyFew(a, variant, first, tokens, pool);
         } else {
-            multiplyTokens(a, variant, constants, first, tokens, pool);
+            multiplyTokens(a, variant, first, tokens, pool);
         }
     }
 }

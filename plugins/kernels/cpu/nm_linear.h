@@ -1,6 +1,7 @@
 // NMLinear over raw pointers.
 //
-//   z = x - eta;  s = z where kept;  y = nu * (s @ W) + eta * shiftWeight + bias
+//   z = x[order] - eta;  s = valueScale * z where kept
+//   y = nu * (s @ W) + eta * shiftWeight + bias
 //
 // A few tokens (decode) stream the kept rows of W from memory; many tokens (prefill) meet packed
 // panels of W in the first-level cache. Both give the same bits.
@@ -14,7 +15,7 @@ namespace nmexport {
 struct LinearArguments {
     ElementType type;
     const void* x;             // [tokens, channels] T
-    const void* w;             // [channels, outputs] T, or Int8 where there are weight scales
+    const void* w;             // [channels, outputs] T, or Int8 with weight scales; by position
     const void* bias;          // [outputs] T or null
     const float* shiftWeight;  // [outputs] or null; used with constants.dynamicShift only
     void* y;                   // [tokens, outputs] T
@@ -29,12 +30,29 @@ struct LinearArguments {
     // Int8 weights: W[k, o] stands for W[k, o] * weightScale[k / (channels / scaleGroups), o].
     const float* weightScale = nullptr;  // [scaleGroups, outputs] or null
     std::size_t scaleGroups = 0;         // divides channels; 1 is a scale an output
-    // Position of each channel, [channels], where the rows of W are in the order of positions and
-    // have no scales of their own; null where they are in the order of channels.
-    const std::int32_t* positions = nullptr;
-    const OrderedConstants* ordered = nullptr;  // of `constants`; null: they are ordered each time
+    // Multiplies kept values after selection: neither scores nor nu see it. [channels] by position.
+    const float* valueScale = nullptr;
 };
 
 void nmLinear(const LinearArguments& arguments, const ThreadPool& pool);
+
+// A copy, side by side, of the constants that selection reads: a decode step comes back to them
+// after all other weights have passed through the caches, and then reads them in one go.
+//
+//   | channelOrder | shift | scoreScale | valueScale |     each from a cache line on, where given
+class ConstantsCopy {
+  public:
+    // Lets the arguments point to the copy, which must outlive them.
+    void place(LinearArguments& arguments);
+    // Starts to fetch it, before the token to select for is known.
+    void prefetch() const;
+
+  private:
+    template <typename T>
+    const T* append(const T* values, std::size_t count);
+
+    Scratch<std::uint32_t> mMemory;
+    std::size_t mUsed = 0;
+};
 
 }  // namespace nmexport

@@ -43,10 +43,9 @@ void pruneTokens(const Variant& variant, const PruneArguments& a,
 
 void nmPrune(const PruneArguments& a, const ThreadPool& pool) {
     const Variant& variant = activeVariant();
-    SelectionConstants byChannel;
-    byChannel.scoreScale = a.scoreScale;
-    byChannel.channelOrder = a.channelOrder;
-    const SelectionConstants constants = orderedConstants(byChannel, a.ordered, a.channels);
+    SelectionConstants constants;
+    constants.scoreScale = a.scoreScale;
+    constants.channelOrder = a.channelOrder;
     const std::size_t tasks = (a.tokens + kTOKENS_PER_TASK - 1) / kTOKENS_PER_TASK;
     parallelFor(pool, tasks, [&](std::size_t task) {
         const std::size_t first = task * kTOKENS_PER_TASK;

@@ -13,9 +13,8 @@ struct PruneArguments {
     std::size_t tokens;
     std::size_t channels;  // a multiple of pattern.m
     Pattern pattern;
-    const float* scoreScale;                    // [channels] or null
-    const std::int32_t* channelOrder;           // [channels], a permutation, or null
-    const OrderedConstants* ordered = nullptr;  // of these two; null: they are ordered each time
+    const float* scoreScale;           // [channels] by position, or null
+    const std::int32_t* channelOrder;  // [channels], a permutation, or null
 };
 
 void nmPrune(const PruneArguments& arguments, const ThreadPool& pool);

@@ -185,12 +185,6 @@ void rowProduct(const RowProduct& p) {
 // From a token's sums to the next one's.
 constexpr std::size_t kSUM_STRIDE = kPANEL_VECTORS * Simd::kLANES;
 
-// Row of W that a position of the operand meets.
-inline std::int32_t rowAt(const PanelProduct& p, std::size_t position) {
-    return p.channelOrder == nullptr ? static_cast<std::int32_t>(position)
-                                     : p.channelOrder[position];
-}
-
 // Rows `first ..` of the panel that any token keeps, as float32, contiguous and padded with zeros.
 template <typename T, bool kSCALED>
 void packBlock(const PanelProduct& p, std::size_t first, std::uint64_t wanted, std::size_t width) {
@@ -199,9 +193,9 @@ void packBlock(const PanelProduct& p, std::size_t first, std::uint64_t wanted, s
     const int left = static_cast<int>(p.columns - whole);
     for (; wanted != 0; wanted &= wanted - 1) {
         const std::size_t i = static_cast<std::size_t>(__builtin_ctzll(wanted));
-        const std::int32_t channel = rowAt(p, first + i);
-        const T* row = rowOf(w, p.rowStride, channel);
-        const float* scale = scaleOf<kSCALED>(p.scales, p.rowStride, channel);
+        const std::int32_t position = static_cast<std::int32_t>(first + i);
+        const T* row = rowOf(w, p.rowStride, position);
+        const float* scale = scaleOf<kSCALED>(p.scales, p.rowStride, position);
         float* to = p.packed + i * width;
         for (std::size_t j = 0; j < whole; j += Simd::kLANES) {
             Simd::store(to + j, weight<T, kSCALED>(row, scale, j));
@@ -231,7 +225,7 @@ class BlockPrefetcher {
         for (std::size_t line = 0; mWanted != 0 && line < mLines; ++line) {
             const std::size_t i = static_cast<std::size_t>(__builtin_ctzll(mWanted));
             const T* w = static_cast<const T*>(mProduct.w);
-            const T* row = rowOf(w, mProduct.rowStride, rowAt(mProduct, mFirst + i));
+            const T* row = w + (mFirst + i) * mProduct.rowStride;
             Simd::prefetchFar(row + mColumn);
             mColumn += kLINE;
             if (mColumn >= mProduct.columns) {

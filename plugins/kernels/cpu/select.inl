@@ -188,11 +188,7 @@ std::size_t listKept(const KeptRows& kept) {
             const std::uint32_t mask =
                 static_cast<std::uint32_t>(kept.keep[p / 64] >> (p % 64) & 0xffff);
             Lanes::compress(kept.z + p, mask, kept.values + count);
-            if (kept.rowOrder == nullptr) {
-                Lanes::compressIndex(static_cast<std::int32_t>(p), mask, kept.rows + count);
-            } else {
-                Lanes::compress(kept.rowOrder + p, mask, kept.rows + count);
-            }
+            Lanes::compressIndex(static_cast<std::int32_t>(p), mask, kept.rows + count);
             count += static_cast<std::size_t>(__builtin_popcount(mask));
         }
         return count;
@@ -200,8 +196,7 @@ std::size_t listKept(const KeptRows& kept) {
     for (std::size_t first = 0; first < kept.channels; first += 64) {
         for (std::uint64_t bits = kept.keep[first / 64]; bits != 0; bits &= bits - 1) {
             const std::size_t p = first + static_cast<std::size_t>(__builtin_ctzll(bits));
-            kept.rows[count] =
-                kept.rowOrder == nullptr ? static_cast<std::int32_t>(p) : kept.rowOrder[p];
+            kept.rows[count] = static_cast<std::int32_t>(p);
             kept.values[count++] = kept.z[p];
         }
     }

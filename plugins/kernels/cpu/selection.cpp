@@ -1,7 +1,6 @@
 #include "selection.h"
 
 #include <algorithm>
-#include <cstring>
 
 namespace nmexport {
 
@@ -38,62 +37,7 @@ void loadTokens(const Variant& variant, ElementType type, const void* x, std::si
     }
 }
 
-// Each array begins a cache line.
-std::size_t padded(std::size_t values) {
-    constexpr std::size_t kLINE = kALIGNMENT / sizeof(float);
-    return (values + kLINE - 1) / kLINE * kLINE;
-}
-
 }  // namespace
-
-float* OrderedConstants::append(const float* byChannel, const std::int32_t* order,
-                                std::size_t channels) {
-    float* to = mMemory.data() + mUsed;
-    for (std::size_t p = 0; p < channels; ++p) {
-        to[p] = byChannel[order == nullptr ? p : static_cast<std::size_t>(order[p])];
-    }
-    mUsed += padded(channels);
-    return to;
-}
-
-void OrderedConstants::assign(const SelectionConstants& byChannel, std::size_t channels) {
-    const std::int32_t* order = byChannel.channelOrder;
-    mByPosition = byChannel;
-    mUsed = 0;
-    mMemory.reserve(3 * padded(channels));
-    if (order != nullptr) {
-        static_assert(sizeof *order == sizeof(float), "they share memory");
-        float* to = mMemory.data();
-        std::memcpy(to, order, channels * sizeof *order);
-        mByPosition.channelOrder = reinterpret_cast<const std::int32_t*>(to);
-        mUsed = padded(channels);
-    }
-    if (byChannel.shift != nullptr) {
-        const bool isScalar = byChannel.shiftCount == 1;
-        mByPosition.shift =
-            append(byChannel.shift, isScalar ? nullptr : order, isScalar ? 1 : channels);
-    }
-    if (byChannel.scoreScale != nullptr) {
-        mByPosition.scoreScale = append(byChannel.scoreScale, order, channels);
-    }
-}
-
-void OrderedConstants::prefetch() const {
-    // More than this would push out of the first-level cache what it brings into it.
-    constexpr std::size_t kMOST = 16 << 10;
-    const char* from = reinterpret_cast<const char*>(mMemory.data());
-    const std::size_t bytes = std::min(mUsed * sizeof(float), kMOST);
-    for (std::size_t at = 0; at < bytes; at += kALIGNMENT) __builtin_prefetch(from + at);
-}
-
-SelectionConstants orderedConstants(const SelectionConstants& byChannel,
-                                    const OrderedConstants* ordered, std::size_t channels) {
-    if (ordered != nullptr) return ordered->byPosition();
-    if (byChannel.channelOrder == nullptr) return byChannel;
-    thread_local OrderedConstants own;
-    own.assign(byChannel, channels);
-    return own.byPosition();
-}
 
 void selectTokens(const Variant& variant, ElementType type, const void* x, std::size_t channels,
                   std::size_t count, Pattern pattern, const SelectionConstants& constants,

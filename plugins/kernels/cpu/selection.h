@@ -14,42 +14,19 @@ struct Pattern {
     int m;
 };
 
-// What selection looks at besides X; every pointer may be null. Values of channels are by channel,
-// or by position where it says so.
+// What selection looks at besides X; every pointer may be null. All but the order itself is by
+// position: the place of a channel in the order.
 struct SelectionConstants {
     const float* shift = nullptr;                // [shiftCount]
     std::size_t shiftCount = 0;                  // 1 or channels
     const float* scoreScale = nullptr;           // [channels]
-    const std::int32_t* channelOrder = nullptr;  // [channels]
+    const std::int32_t* channelOrder = nullptr;  // [channels]: position -> channel
     bool dynamicShift = false;
 };
 
-// A copy of what selection reads, by position and side by side: a decode step comes back to it
-// after all other weights have passed through the caches, and then reads it in one go.
-class OrderedConstants {
-  public:
-    // `byChannel` may go away afterwards.
-    void assign(const SelectionConstants& byChannel, std::size_t channels);
-    const SelectionConstants& byPosition() const { return mByPosition; }
-    // Starts to fetch it, before the token to select for is known.
-    void prefetch() const;
-
-  private:
-    float* append(const float* byChannel, const std::int32_t* order, std::size_t channels);
-
-    Scratch<float> mMemory;
-    std::size_t mUsed = 0;
-    SelectionConstants mByPosition;
-};
-
-// By position: `ordered` where it is there, else what this thread orders now and keeps until its
-// next call.
-SelectionConstants orderedConstants(const SelectionConstants& byChannel,
-                                    const OrderedConstants* ordered, std::size_t channels);
-
 // Where the result goes, for tokens 0 .. count-1.
 struct SelectedTokens {
-    float* z;  // [count, zStride], position order
+    float* z;  // [count, zStride], by position
     std::size_t zStride;
     std::uint64_t* keep;  // [count, keepStride], bit p = position p is kept
     std::size_t keepStride;
@@ -60,7 +37,7 @@ constexpr std::size_t keepWords(std::size_t channels) {
     return (channels + 63) / 64;
 }
 
-// Selects for `count` tokens whose rows of X start at `x`. The constants are by position.
+// Selects for `count` tokens whose rows of X start at `x`.
 void selectTokens(const Variant& variant, ElementType type, const void* x, std::size_t channels,
                   std::size_t count, Pattern pattern, const SelectionConstants& constants,
                   const SelectedTokens& out);

@@ -12,6 +12,7 @@ constexpr Variant makeVariant(const char* name) {
         selectGroups,
         varianceRatio,
         listKept<Simd>,
+        scaleValues,
         cutKept<Simd>,
         {rowProduct<float, false>, rowProduct<Float16, false>, rowProduct<BFloat16, false>,
          rowProduct<Int8, false>},

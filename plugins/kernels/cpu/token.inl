@@ -13,17 +13,16 @@ inline double total(const double* partial) {
     return sum;
 }
 
-template <typename T>
-double mean(const T* values, std::size_t count) {
+double mean(const float* values, std::size_t count) {
     double partial[kPARTIALS] = {};
     std::size_t k = 0;
     for (; k + kPARTIALS <= count; k += kPARTIALS) {
         for (std::size_t i = 0; i < kPARTIALS; ++i) {
-            partial[i] += static_cast<double>(toFloat(values[k + i]));
+            partial[i] += static_cast<double>(values[k + i]);
         }
     }
     for (std::size_t i = 0; k + i < count; ++i) {
-        partial[i] += static_cast<double>(toFloat(values[k + i]));
+        partial[i] += static_cast<double>(values[k + i]);
     }
     return total(partial) / static_cast<double>(count);
 }
@@ -109,7 +108,7 @@ void convert(const T* from, std::size_t count, float* to) {
 
 // z[p] = x[order[p]].
 template <typename T>
-void reorder(const T* x, const std::int32_t* order, std::size_t count, float* z) {
+void gather(const T* x, const std::int32_t* order, std::size_t count, float* z) {
     std::size_t p = 0;
     if constexpr (std::is_same_v<T, float>) {
         constexpr std::size_t kLANES = Simd::kLANES;
@@ -125,11 +124,11 @@ float loadToken(const TokenInput& token, float* z) {
     if (order == nullptr) {
         convert(x, token.channels, z);
     } else {
-        reorder(x, order, token.channels, z);
+        gather(x, order, token.channels, z);
     }
 
     if (token.dynamicShift) {
-        const float eta = static_cast<float>(mean(x, token.channels));
+        const float eta = static_cast<float>(mean(z, token.channels));
         for (std::size_t p = 0; p < token.channels; ++p) z[p] -= eta;
         return eta;
     }
@@ -140,6 +139,10 @@ float loadToken(const TokenInput& token, float* z) {
         for (std::size_t p = 0; p < token.channels; ++p) z[p] -= token.shift[p];
     }
     return 0.0f;
+}
+
+void scaleValues(const float* scale, std::size_t channels, float* z) {
+    for (std::size_t p = 0; p < channels; ++p) z[p] *= scale[p];
 }
 
 template <typename T>

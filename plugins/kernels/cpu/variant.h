@@ -18,7 +18,12 @@ constexpr std::size_t kBLOCK = 64;
 // Vectors of accumulators a prefill panel is wide; they stay in registers across a block.
 constexpr std::size_t kPANEL_VECTORS = 8;
 
-// What turns one token's row of X into the operand that is selected from.
+// What turns one token's row of X into the operand that is selected from. A position is a channel's
+// place in the order, where there is one: X is gathered first, all the rest lies by position.
+//
+//   x        | 0 | 1 | 2 | 3 | ...     by channel
+//   order    | 2 | 0 | 3 | 1 | ...
+//   z        | x2| x0| x3| x1| ...     by position, as rows of W, shifts, scales and keep masks
 struct TokenInput {
     const void* x;                     // [channels] T
     std::size_t channels;              // K
@@ -30,11 +35,10 @@ struct TokenInput {
 
 // What one token keeps, by ascending position: as bits, and as a list.
 struct KeptRows {
-    const float* z;                // [channels]
-    const std::uint64_t* keep;     // bit p = position p is kept
-    const std::int32_t* rowOrder;  // [channels] or null: position -> row of W
+    const float* z;             // [channels]
+    const std::uint64_t* keep;  // bit p = position p is kept
     std::size_t channels;
-    std::int32_t* rows;  // written; there is room for a vector more than are kept
+    std::int32_t* rows;  // written: positions; there is room for a vector more than are kept
     float* values;       // the same
 };
 
@@ -93,11 +97,10 @@ struct Epilogue {
 
 // All kept rows of many tokens, against a panel of columns narrow enough for registers.
 struct PanelProduct {
-    const void* w;                     // first column of the panel in row 0 of W, its type
-    std::size_t rowStride;             // O, elements
-    const std::int32_t* channelOrder;  // [channels] or null: position -> row of W
-    std::size_t channels;              // K
-    const float* kept;                 // [blocks, blockTokens, keptStride], see KeptBlocks
+    const void* w;          // first column of the panel in row 0 of W, its type
+    std::size_t rowStride;  // O, elements
+    std::size_t channels;   // K
+    const float* kept;      // [blocks, blockTokens, keptStride], see KeptBlocks
     std::size_t keptStride;
     const std::uint64_t* keep;  // [blocks, blockTokens], bit i = position i of the block is kept
     std::size_t blockTokens;    // at least `tokens`: those of the run follow each other
@@ -118,7 +121,7 @@ struct Variant {
     const char* name;
     std::size_t lanes;  // float32 values in a vector
 
-    // z [channels] in position order and the token's eta (0 without a dynamic shift).
+    // z [channels] by position and the token's eta (0 without a dynamic shift).
     float (*loadToken[kELEMENT_TYPES])(const TokenInput& token, float* z);
     // Integer keys [channels] that order as the scores |z| * scale do: NaN on top, -0 as +0. The
     // scale is by position, or null.
@@ -132,6 +135,8 @@ struct Variant {
                            double floor);
     // Lists what one token keeps; how many that is.
     std::size_t (*listKept)(const KeptRows& kept);
+    // Multiplies a token's values [channels] by scales of theirs.
+    void (*scaleValues)(const float* scale, std::size_t channels, float* z);
     // Cuts what one token keeps into blocks.
     void (*cutKept)(const KeptBlocks& kept);
     void (*rowProduct[kWEIGHT_TYPES])(const RowProduct& product);

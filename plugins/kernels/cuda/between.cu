@@ -146,9 +146,9 @@ __global__ void __launch_bounds__(kTHREADS) gatedSiluKernel(GatedSiluArgs args, 
     int64_t const perToken = args.channels / kELEMENTS;
     int64_t const token = piece / perToken;
     int64_t const channel = piece % perToken * kELEMENTS;
-    T const* const x = static_cast<T const*>(args.x) + token * 2 * args.channels + channel;
-    Eight<T> gate = Eight<T>::load(x);
-    Eight<T> const up = Eight<T>::load(x + args.channels);
+    int64_t const start = token * args.stride + channel;
+    Eight<T> gate = Eight<T>::load(static_cast<T const*>(args.gate) + start);
+    Eight<T> const up = Eight<T>::load(static_cast<T const*>(args.up) + start);
 #pragma unroll
     for (int i = 0; i < kELEMENTS; ++i) {
         gate.value[i] = gate.value[i] / (1.0F + __expf(-gate.value[i])) * up.value[i];
@@ -199,8 +199,9 @@ cudaError_t launchNorm(NormArgs const& args, DeviceTraits const& device, cudaStr
 cudaError_t launchGatedSilu(GatedSiluArgs const& args, DeviceTraits const& device,
                             cudaStream_t stream) {
     int64_t const pieces = args.tokens * (args.channels / kELEMENTS);
-    bool const isWhole = args.x != nullptr && args.y != nullptr && args.channels > 0 &&
-                         args.channels % kELEMENTS == 0 && args.tokens >= 0 &&
+    bool const isWhole = args.gate != nullptr && args.up != nullptr && args.y != nullptr &&
+                         args.channels > 0 && args.channels % kELEMENTS == 0 &&
+                         args.stride % kELEMENTS == 0 && args.tokens >= 0 &&
                          pieces / kTHREADS < 0x7fffffff;
     if (!isWhole) {
         return cudaErrorInvalidValue;

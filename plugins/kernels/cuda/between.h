@@ -32,15 +32,18 @@ struct NormArgs {
 struct GatedSiluArgs {
     DType type{DType::kFLOAT32};
     int64_t tokens{0};
-    int32_t channels{0};     //!< I: half of what a token has in x
-    void const* x{nullptr};  //!< [tokens, 2 * I]: g, then u
-    void* y{nullptr};        //!< [tokens, I]
+    int32_t channels{0};        //!< I
+    int64_t stride{0};          //!< elements from a token's first g (and u) to the next token's
+    void const* gate{nullptr};  //!< [tokens, I] at that stride
+    void const* up{nullptr};    //!< the same
+    void* y{nullptr};           //!< [tokens, I], dense
 };
 
 //! Enqueues the norm. cudaErrorInvalidValue unless K is a multiple of 8.
 cudaError_t launchNorm(NormArgs const& args, DeviceTraits const& device, cudaStream_t stream);
 
-//! Enqueues the gated activation. cudaErrorInvalidValue unless I is a multiple of 8.
+//! Enqueues the gated activation. cudaErrorInvalidValue unless I and the stride
+//! are multiples of 8.
 cudaError_t launchGatedSilu(GatedSiluArgs const& args, DeviceTraits const& device,
                             cudaStream_t stream);
 

@@ -9,7 +9,7 @@ namespace {
 
 __global__ void probeKernel() {}
 
-bool isValid(DecodeArgs const& args) {
+bool isValid(LinearArgs const& args) {
     Selection const& s = args.selection;
     bool const hasPattern = s.m >= 1 && s.m <= kMAX_GROUP && s.n >= 1 && s.n <= s.m &&
                             args.channels >= s.m && args.channels % s.m == 0;
@@ -27,9 +27,12 @@ void const* architectureProbe() {
     return reinterpret_cast<void const*>(&probeKernel);
 }
 
-cudaError_t launchDecode(DecodeArgs const& args, DeviceTraits const& device, cudaStream_t stream) {
-    PlanRequest const request{args.type, args.tokens, args.channels, args.outputs,
-                              args.selection.channelOrder != nullptr};
+cudaError_t launchDecode(LinearArgs const& args, DeviceTraits const& device, cudaStream_t stream) {
+    if (args.tokens < 1 || args.tokens > kMAX_DECODE_TOKENS) {
+        return cudaErrorInvalidValue;
+    }
+    PlanRequest const request{args.type, static_cast<int32_t>(args.tokens), args.channels,
+                              args.outputs, args.selection.channelOrder != nullptr};
     DecodePlan const plan = isTuned(args)
                                 ? decodePlan(device, args.type, args.tokens, args.channels,
                                              args.outputs, request.isGrouped)
@@ -37,7 +40,7 @@ cudaError_t launchDecode(DecodeArgs const& args, DeviceTraits const& device, cud
     return launchDecodeWithPlan(args, plan, device, stream);
 }
 
-cudaError_t launchDecodeWithPlan(DecodeArgs const& args, DecodePlan const& plan,
+cudaError_t launchDecodeWithPlan(LinearArgs const& args, DecodePlan const& plan,
                                  DeviceTraits const& device, cudaStream_t stream) {
     if (!isValid(args)) {
         return cudaErrorInvalidValue;

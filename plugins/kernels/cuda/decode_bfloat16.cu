@@ -2,7 +2,7 @@
 
 namespace nmexport::cuda {
 
-template cudaError_t launchDecodeOf<__nv_bfloat16>(DecodeArgs const&, DecodePlan const&,
+template cudaError_t launchDecodeOf<__nv_bfloat16>(LinearArgs const&, DecodePlan const&,
                                                    DeviceTraits const&, cudaStream_t);
 
 }  // namespace nmexport::cuda

@@ -2,7 +2,7 @@
 
 namespace nmexport::cuda {
 
-template cudaError_t launchDecodeOf<__half>(DecodeArgs const&, DecodePlan const&,
+template cudaError_t launchDecodeOf<__half>(LinearArgs const&, DecodePlan const&,
                                             DeviceTraits const&, cudaStream_t);
 
 }  // namespace nmexport::cuda

@@ -2,7 +2,7 @@
 
 namespace nmexport::cuda {
 
-template cudaError_t launchDecodeOf<float>(DecodeArgs const&, DecodePlan const&,
+template cudaError_t launchDecodeOf<float>(LinearArgs const&, DecodePlan const&,
                                            DeviceTraits const&, cudaStream_t);
 
 }  // namespace nmexport::cuda

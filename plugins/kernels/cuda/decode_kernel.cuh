@@ -86,7 +86,7 @@ struct DecodeShared {
 
 //! eta[token] = mean of the token's K activations, by every CTA for itself, in a fixed order.
 template <typename Shape>
-__device__ void meanOfTokens(DecodeArgs const& args, DecodeShared<Shape> const& shared) {
+__device__ void meanOfTokens(LinearArgs const& args, DecodeShared<Shape> const& shared) {
     using T = typename Shape::Element;
     int const warp = threadIdx.x / kWARP;
     int const lane = threadIdx.x % kWARP;
@@ -163,7 +163,7 @@ __device__ __forceinline__ void loadBatch(uint4 (&raw)[Shape::UNROLL],
     for (int load = 0; load < Shape::ROW_LOADS; ++load) {
         uint32_t const entry = load * Shape::ROWS_PER_LOAD + slot;
         bool const isThere = WHOLE || entry < count;
-        int64_t const row = isThere ? scratch.queue[(head + entry) % Shape::RING].channel : 0;
+        int64_t const row = isThere ? scratch.queue[(head + entry) % Shape::RING].row : 0;
         typename Shape::Element const* const address = lane.w + row * lane.outputs;
 #pragma unroll
         for (int v = 0; v < Shape::VECTORS; ++v) {
@@ -332,7 +332,7 @@ __device__ __forceinline__ void sendSums(DecodeShared<Shape> const& shared, uint
 
 //! Rank 0: adds the ranks in order, corrects, rounds once, stores.
 template <typename Shape>
-__device__ __forceinline__ void storeOutputs(DecodeArgs const& args,
+__device__ __forceinline__ void storeOutputs(LinearArgs const& args,
                                              DecodeShared<Shape> const& shared, int32_t firstColumn,
                                              int cluster) {
     using T = typename Shape::Element;
@@ -369,7 +369,7 @@ __device__ __forceinline__ void storeOutputs(DecodeArgs const& args,
 //! launch's parameters into the constant cache, the translations of the pages of x, y and W. The
 //! value read from x may be stale; it is dropped.
 template <typename Shape>
-__device__ __forceinline__ void touchAhead(DecodeArgs const& args,
+__device__ __forceinline__ void touchAhead(LinearArgs const& args,
                                            LaneColumns<Shape> const& columns) {
     asm volatile("" ::"l"(args.y), "r"(args.selection.n));  // one of each 64-byte line
     if (threadIdx.x < kWARP) {
@@ -381,7 +381,7 @@ __device__ __forceinline__ void touchAhead(DecodeArgs const& args,
 //! grid.x = tiles * cluster; the cluster's ranks are neighbours in x.
 template <typename Shape, int MIN_CTAS>
 __global__ void __launch_bounds__(Shape::THREADS, MIN_CTAS)
-    decodeKernel(DecodeArgs const args, bool const allowsNextLate) {
+    decodeKernel(LinearArgs const args, bool const allowsNextLate) {
     using T = typename Shape::Element;
     extern __shared__ __align__(16) unsigned char sharedBytes[];
     if (!allowsNextLate) {
@@ -459,7 +459,7 @@ __global__ void __launch_bounds__(Shape::THREADS, MIN_CTAS)
 //! Enqueues one decode kernel, with as much of the plan's cluster as the code and the chip's shared
 //! memory allow.
 template <typename Shape, int MIN_CTAS>
-cudaError_t launchDecodeShape(DecodeArgs const& args, DecodePlan const& plan,
+cudaError_t launchDecodeShape(LinearArgs const& args, DecodePlan const& plan,
                               DeviceTraits const& device, cudaStream_t stream) {
     bool const hasClusters = device.computeCapability >= 90;  // and dependent launch
     int const cluster = fittingCluster(Shape::FOOTPRINT, hasClusters ? plan.cluster : 1,

@@ -34,10 +34,9 @@ constexpr size_t keptBytes(int32_t tokens) {
                : (sizeof(int32_t) + sizeof(float) * static_cast<size_t>(tokens) + 15) / 16 * 16;
 }
 
-//! One warp's window of keys, values and channels, and its queue.
+//! One warp's window of keys and values, and its queue.
 constexpr size_t warpScratchBytes(int32_t tokens, int32_t batch) {
-    size_t const window =
-        (sizeof(uint32_t) + sizeof(float)) * static_cast<size_t>(tokens) + sizeof(int32_t);
+    size_t const window = (sizeof(uint32_t) + sizeof(float)) * static_cast<size_t>(tokens);
     return window * kWINDOW + keptBytes(tokens) * static_cast<size_t>(ringEntries(batch));
 }
 

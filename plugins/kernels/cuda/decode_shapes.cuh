@@ -21,7 +21,7 @@ struct DecodeTask {
 
 template <typename Task, int LANES, int VECTORS, int WARPS, int UNROLL, int MIN_CTAS,
           bool ALIGNED = true>
-cudaError_t launchCompiled(DecodeArgs const& args, DecodePlan const& plan,
+cudaError_t launchCompiled(LinearArgs const& args, DecodePlan const& plan,
                            DeviceTraits const& device, cudaStream_t stream) {
     using Shape = DecodeShape<typename Task::T, Task::TOKENS, Task::RANKING, LANES, VECTORS, WARPS,
                               UNROLL, true, Task::MOMENTS, ALIGNED>;
@@ -36,7 +36,7 @@ constexpr int shapeCode(DecodePlan const& plan) {
 //! The shapes that were ever fastest on a measured chip; the last number is how many CTAs per
 //! multiprocessor the registers must leave room for.
 template <typename Task>
-cudaError_t launchTuned(DecodeArgs const& args, DecodePlan const& plan, DeviceTraits const& device,
+cudaError_t launchTuned(LinearArgs const& args, DecodePlan const& plan, DeviceTraits const& device,
                         cudaStream_t stream) {
     switch (shapeCode(plan)) {
         case 1122:
@@ -63,7 +63,7 @@ cudaError_t launchTuned(DecodeArgs const& args, DecodePlan const& plan, DeviceTr
 }
 
 template <typename Task>
-cudaError_t launchGeneral(DecodeArgs const& args, DecodePlan const& plan,
+cudaError_t launchGeneral(LinearArgs const& args, DecodePlan const& plan,
                           DeviceTraits const& device, cudaStream_t stream) {
     constexpr int kUNROLL = Task::TOKENS > 2 ? 4 : 8;
     if constexpr (Task::MOMENTS) {
@@ -82,7 +82,7 @@ cudaError_t launchGeneral(DecodeArgs const& args, DecodePlan const& plan,
 }
 
 template <typename T, int TOKENS, Ranking RANKING>
-cudaError_t launchRanking(DecodeArgs const& args, DecodePlan const& plan,
+cudaError_t launchRanking(LinearArgs const& args, DecodePlan const& plan,
                           DeviceTraits const& device, cudaStream_t stream) {
     if (args.selection.varianceCorrection) {
         return launchGeneral<DecodeTask<T, TOKENS, RANKING, true>>(args, plan, device, stream);
@@ -96,7 +96,7 @@ cudaError_t launchRanking(DecodeArgs const& args, DecodePlan const& plan,
 }
 
 template <typename T, int TOKENS>
-cudaError_t launchTokens(DecodeArgs const& args, DecodePlan const& plan, DeviceTraits const& device,
+cudaError_t launchTokens(LinearArgs const& args, DecodePlan const& plan, DeviceTraits const& device,
                          cudaStream_t stream) {
     if (!hasAlignedRows(args)) {
         using Task = DecodeTask<T, TOKENS, Ranking::kANY, true>;
@@ -114,7 +114,7 @@ cudaError_t launchTokens(DecodeArgs const& args, DecodePlan const& plan, DeviceT
 }
 
 template <typename T>
-cudaError_t launchDecodeOf(DecodeArgs const& args, DecodePlan const& plan,
+cudaError_t launchDecodeOf(LinearArgs const& args, DecodePlan const& plan,
                            DeviceTraits const& device, cudaStream_t stream) {
     switch (args.tokens) {
         case 1:

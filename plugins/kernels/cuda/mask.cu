@@ -38,18 +38,36 @@ struct TokenRow {
 };
 
 template <typename T>
-__device__ float shiftOf(Selection const& selection, TokenRow<T> const& row, int32_t channel) {
+__device__ float shiftOf(Selection const& selection, TokenRow<T> const& row, int32_t position) {
     if (selection.dynamicShift) {
         return row.eta;
     }
     return selection.shiftLength == 0 ? 0.0F
-                                      : selection.shift[selection.shiftLength == 1 ? 0 : channel];
+                                      : selection.shift[selection.shiftLength == 1 ? 0 : position];
 }
 
-__device__ uint32_t keyOf(Selection const& selection, float z, int32_t channel) {
+__device__ uint32_t keyOf(Selection const& selection, float z, int32_t position) {
     return selection.scoreScale == nullptr
                ? magnitudeKey(z)
-               : orderedKey(scaledScore(z, selection.scoreScale[channel]));
+               : orderedKey(scaledScore(z, selection.scoreScale[position]));
+}
+
+__device__ float keptValue(Selection const& selection, float z, bool isKept, int32_t position) {
+    if (!isKept) {
+        return 0.0F;
+    }
+    return selection.valueScale == nullptr ? z : z * selection.valueScale[position];
+}
+
+//! One group in the widest pieces its size allows.
+template <typename T, int GROUP>
+__device__ __forceinline__ void copyGroup(T* target, T const* source) {
+    using Piece = std::conditional_t<GROUP * sizeof(T) % 16 == 0, uint4, uint2>;
+    constexpr int kPIECES = static_cast<int>(GROUP * sizeof(T) / sizeof(Piece));
+#pragma unroll
+    for (int i = 0; i < kPIECES; ++i) {
+        reinterpret_cast<Piece*>(target)[i] = reinterpret_cast<Piece const*>(source)[i];
+    }
 }
 
 //! A thread per group: GROUP consecutive channels ranked by a register network.
@@ -63,7 +81,7 @@ struct NetworkMasker {
              group < groups; group += stride) {
             int32_t const first = group * GROUP;
             alignas(16) T elements[GROUP];
-            copyGroup(elements, row.x + first);
+            copyGroup<T, GROUP>(elements, row.x + first);
             float z[GROUP];
             uint32_t keys[GROUP];
 #pragma unroll
@@ -76,7 +94,7 @@ struct NetworkMasker {
 #pragma unroll
             for (int i = 0; i < GROUP; ++i) {
                 bool const isKept = (mask >> i & 1U) != 0U;
-                elements[i] = fromFloat<T>(isKept ? z[i] : 0.0F);
+                elements[i] = fromFloat<T>(keptValue(selection, z[i], isKept, first + i));
                 if (row.keep != nullptr) {
                     row.keep[first + i] = isKept ? 1 : 0;
                 }
@@ -84,18 +102,7 @@ struct NetworkMasker {
                     moments.add(z[i], isKept);
                 }
             }
-            copyGroup(row.s + first, elements);
-        }
-    }
-
-  private:
-    //! One group in the widest pieces its size allows.
-    __device__ static void copyGroup(T* target, T const* source) {
-        using Piece = std::conditional_t<GROUP * sizeof(T) % 16 == 0, uint4, uint2>;
-        constexpr int kPIECES = static_cast<int>(GROUP * sizeof(T) / sizeof(Piece));
-#pragma unroll
-        for (int i = 0; i < kPIECES; ++i) {
-            reinterpret_cast<Piece*>(target)[i] = reinterpret_cast<Piece const*>(source)[i];
+            copyGroup<T, GROUP>(row.s + first, elements);
         }
     }
 };
@@ -125,8 +132,34 @@ __device__ __forceinline__ uint4 keepElements(uint4 words, uint32_t mask) {
                       keepHalves(words.z, mask >> 4), keepHalves(words.w, mask >> 6));
 }
 
-//! 8 of 16 by bare magnitude, 16-bit types: a thread ranks two groups at once, two keys per word.
-//! Tokens play no part: the activations are one run of pairs of groups.
+//! Two groups with what is dropped zeroed, as one run of 32 elements; bit i of `mask` is element i.
+__device__ __forceinline__ void storePair(uint4* s, uint4 const (&a)[2], uint4 const (&b)[2],
+                                          uint32_t mask, uint8_t* keep) {
+    s[0] = keepElements(a[0], mask);
+    s[1] = keepElements(a[1], mask >> 8);
+    s[2] = keepElements(b[0], mask >> 16);
+    s[3] = keepElements(b[1], mask >> 24);
+    if (keep != nullptr) {
+        for (int i = 0; i < 32; ++i) {
+            keep[i] = static_cast<uint8_t>(mask >> i & 1U);
+        }
+    }
+}
+
+//! What 8 of 16 of each of two groups keep by bare magnitude, two keys per word.
+template <typename T>
+__device__ __forceinline__ uint32_t keepOfPair(uint4 const (&a)[2], uint4 const (&b)[2]) {
+    uint32_t keys[16];
+    interleave(keys, a, b);
+#pragma unroll
+    for (uint32_t& key : keys) {
+        key = packedKeys(key, kNAN_KEY<T>);
+    }
+    return keepHalfOfPair(keys);
+}
+
+//! 8 of 16 by bare magnitude, 16-bit types: a thread ranks two groups at once. Tokens play no part:
+//! the activations are one run of pairs of groups.
 template <typename T>
 __global__ void __launch_bounds__(kTHREADS)
     pairMaskKernel(uint4 const* x, uint4* s, uint8_t* keep, int64_t pairs) {
@@ -137,29 +170,57 @@ __global__ void __launch_bounds__(kTHREADS)
     uint4 const* const source = x + 4 * pair;
     uint4 const a[2] = {source[0], source[1]};
     uint4 const b[2] = {source[2], source[3]};
-    uint32_t keys[16];
-    interleave(keys, a, b);
-#pragma unroll
-    for (uint32_t& key : keys) {
-        key = packedKeys(key, kNAN_KEY<T>);
-    }
-    uint32_t const mask = keepHalfOfPair(keys);
-    uint4* const target = s + 4 * pair;
-    target[0] = keepElements(a[0], mask);
-    target[1] = keepElements(a[1], mask >> 8);
-    target[2] = keepElements(b[0], mask >> 16);
-    target[3] = keepElements(b[1], mask >> 24);
-    if (keep != nullptr) {
-        for (int i = 0; i < 32; ++i) {
-            keep[32 * pair + i] = static_cast<uint8_t>(mask >> i & 1U);
-        }
+    storePair(s + 4 * pair, a, b, keepOfPair<T>(a, b),
+              keep == nullptr ? nullptr : keep + 32 * pair);
+}
+
+//! A row of whole vectors (see the dispatch), by all threads of the block.
+template <typename T>
+__device__ __forceinline__ void copyRow(T* target, T const* source, int32_t channels) {
+    int32_t const vectors = channels * static_cast<int32_t>(sizeof(T)) / 16;
+    for (int32_t i = threadIdx.x; i < vectors; i += static_cast<int32_t>(blockDim.x)) {
+        reinterpret_cast<uint4*>(target)[i] = reinterpret_cast<uint4 const*>(source)[i];
     }
 }
 
-//! Groups scattered by a channel order: the token's row lies in shared memory, where gathering is
-//! cheap, and leaves it in one piece. A thread ranks a group of GROUP.
+//! The same with a channel order, s by position: the token's row lies in shared memory, where
+//! gathering is cheap, and a thread writes its two groups in one run. A block per token.
+template <typename T>
+__global__ void __launch_bounds__(kTHREADS)
+    pairGatherKernel(T const* x, T* s, uint8_t* keep, int32_t const* order, int32_t channels) {
+    extern __shared__ __align__(16) unsigned char rowBytes[];
+    auto* const staged = reinterpret_cast<uint16_t*>(rowBytes);
+    int64_t const offset = static_cast<int64_t>(blockIdx.x) * channels;
+    copyRow(reinterpret_cast<T*>(rowBytes), x + offset, channels);
+    __syncthreads();
+    for (int32_t pair = threadIdx.x; pair < channels / 32;
+         pair += static_cast<int32_t>(blockDim.x)) {
+        int4 const* const places = reinterpret_cast<int4 const*>(order + 32 * pair);
+        uint32_t words[16];  // two neighbouring positions each
+#pragma unroll
+        for (int quad = 0; quad < 8; ++quad) {
+            int4 const channel = __ldg(places + quad);
+            words[2 * quad] = staged[channel.x] | static_cast<uint32_t>(staged[channel.y]) << 16;
+            words[2 * quad + 1] = staged[channel.z] | static_cast<uint32_t>(staged[channel.w])
+                                                          << 16;
+        }
+        uint4 const a[2] = {make_uint4(words[0], words[1], words[2], words[3]),
+                            make_uint4(words[4], words[5], words[6], words[7])};
+        uint4 const b[2] = {make_uint4(words[8], words[9], words[10], words[11]),
+                            make_uint4(words[12], words[13], words[14], words[15])};
+        storePair(reinterpret_cast<uint4*>(s + offset) + 4 * pair, a, b, keepOfPair<T>(a, b),
+                  keep == nullptr ? nullptr : keep + offset + 32 * pair);
+    }
+}
+
+//! Groups of GROUP of a channel order, each ranked by a thread: the token's row lies in shared
+//! memory, where gathering is cheap.
+//!
+//!   x        -> staged | by channel |  -> group g: channels order[g * GROUP ..]
+//!   gathered:   the group is written where it stands, in one run
+//!   by channel: its elements go back to their places in `staged`, which leaves in one piece
 template <typename T, int GROUP>
-struct ScatteredMasker {
+struct OrderedMasker {
     __device__ static void run(MaskArgs const& args, TokenRow<T> const& row, Moments& moments) {
         extern __shared__ __align__(16) unsigned char rowBytes[];
         T* const staged = reinterpret_cast<T*>(rowBytes);
@@ -168,95 +229,45 @@ struct ScatteredMasker {
         __syncthreads();
         for (int32_t group = threadIdx.x; group < args.channels / GROUP;
              group += static_cast<int32_t>(blockDim.x)) {
+            int32_t const first = group * GROUP;
             int32_t channel[GROUP];
             uint32_t keys[GROUP];
 #pragma unroll
             for (int i = 0; i < GROUP; ++i) {
-                channel[i] = __ldg(selection.channelOrder + group * GROUP + i);
-                float const z =
-                    toFloat<T>(staged[channel[i]]) - shiftOf(selection, row, channel[i]);
-                keys[i] = keyOf(selection, z, channel[i]);
+                channel[i] = __ldg(selection.channelOrder + first + i);
+                float const z = toFloat<T>(staged[channel[i]]) - shiftOf(selection, row, first + i);
+                keys[i] = keyOf(selection, z, first + i);
             }
             uint32_t const mask =
                 selection.n == GROUP ? 0xffffffffU : keepMask<GROUP>(keys, selection.n);
+            alignas(16) T elements[GROUP];
 #pragma unroll
             for (int i = 0; i < GROUP; ++i) {
                 bool const isKept = (mask >> i & 1U) != 0U;
-                float const z =
-                    toFloat<T>(staged[channel[i]]) - shiftOf(selection, row, channel[i]);
-                staged[channel[i]] = fromFloat<T>(isKept ? z : 0.0F);
+                float const z = toFloat<T>(staged[channel[i]]) - shiftOf(selection, row, first + i);
+                elements[i] = fromFloat<T>(keptValue(selection, z, isKept, first + i));
                 if (row.keep != nullptr) {
-                    row.keep[channel[i]] = isKept ? 1 : 0;
+                    row.keep[args.isGathered ? first + i : channel[i]] = isKept ? 1 : 0;
                 }
                 if (selection.varianceCorrection) {
                     moments.add(z, isKept);
                 }
             }
+            if (args.isGathered) {
+                copyGroup<T, GROUP>(row.s + first, elements);
+            } else {
+#pragma unroll
+                for (int i = 0; i < GROUP; ++i) {
+                    staged[channel[i]] = elements[i];
+                }
+            }
         }
-        __syncthreads();
-        copyRow(row.s, staged, args.channels);
-    }
-
-  private:
-    //! Rows are whole vectors: see the dispatch.
-    __device__ static void copyRow(T* target, T const* source, int32_t channels) {
-        int32_t const vectors = channels * static_cast<int32_t>(sizeof(T)) / 16;
-        for (int32_t i = threadIdx.x; i < vectors; i += static_cast<int32_t>(blockDim.x)) {
-            reinterpret_cast<uint4*>(target)[i] = reinterpret_cast<uint4 const*>(source)[i];
+        if (!args.isGathered) {
+            __syncthreads();
+            copyRow(row.s, staged, args.channels);
         }
     }
 };
-
-//! The same by bare magnitude for 8 of 16 of a 16-bit type: two groups per thread and per word. A
-//! block per token.
-template <typename T>
-__global__ void __launch_bounds__(kTHREADS)
-    pairScatterKernel(T const* x, T* s, uint8_t* keep, int32_t const* order, int32_t channels) {
-    extern __shared__ __align__(16) unsigned char rowBytes[];
-    auto* const staged = reinterpret_cast<uint16_t*>(rowBytes);
-    int64_t const offset = static_cast<int64_t>(blockIdx.x) * channels;
-    int32_t const threads = static_cast<int32_t>(blockDim.x);
-    for (int32_t i = threadIdx.x; i < channels / 8; i += threads) {
-        reinterpret_cast<uint4*>(staged)[i] = reinterpret_cast<uint4 const*>(x + offset)[i];
-    }
-    __syncthreads();
-    for (int32_t pair = threadIdx.x; pair < channels / 32; pair += threads) {
-        int4 const* const places = reinterpret_cast<int4 const*>(order + 32 * pair);
-        uint32_t channel[16];  // of group A in the low half, of B in the high one
-#pragma unroll
-        for (int quad = 0; quad < 4; ++quad) {
-            int4 const a = __ldg(places + quad);
-            int4 const b = __ldg(places + 4 + quad);
-            channel[4 * quad] = static_cast<uint32_t>(a.x | b.x << 16);
-            channel[4 * quad + 1] = static_cast<uint32_t>(a.y | b.y << 16);
-            channel[4 * quad + 2] = static_cast<uint32_t>(a.z | b.z << 16);
-            channel[4 * quad + 3] = static_cast<uint32_t>(a.w | b.w << 16);
-        }
-        uint32_t keys[16];
-#pragma unroll
-        for (int i = 0; i < 16; ++i) {
-            uint32_t const word = staged[channel[i] & 0xffffU] |
-                                  static_cast<uint32_t>(staged[channel[i] >> 16]) << 16;
-            keys[i] = packedKeys(word, kNAN_KEY<T>);
-        }
-        uint32_t const mask = keepHalfOfPair(keys);
-#pragma unroll
-        for (int i = 0; i < 32; ++i) {
-            uint32_t const place = i < 16 ? channel[i % 16] & 0xffffU : channel[i % 16] >> 16;
-            bool const isKept = (mask >> i & 1U) != 0U;
-            if (!isKept) {
-                staged[place] = 0;
-            }
-            if (keep != nullptr) {
-                keep[offset + place] = isKept ? 1 : 0;
-            }
-        }
-    }
-    __syncthreads();
-    for (int32_t i = threadIdx.x; i < channels / 8; i += threads) {
-        reinterpret_cast<uint4*>(s + offset)[i] = reinterpret_cast<uint4 const*>(staged)[i];
-    }
-}
 
 //! A warp per chunk of whole groups: any m, any channel order.
 template <typename T>
@@ -273,19 +284,20 @@ struct RankMasker {
              chunk < chunks; chunk += stride) {
             int32_t const first = chunk * width;
             int32_t const count = min(width, args.channels - first);
-            int32_t channel[2];
+            int32_t place[2];  // in s
             float z[2];
             __syncwarp();  // the chunk before is ranked
 #pragma unroll
             for (int part = 0; part < 2; ++part) {
                 int32_t const element = part * kWARP + lane;
                 if (element < count) {
-                    channel[part] = selection.channelOrder == nullptr
-                                        ? first + element
-                                        : selection.channelOrder[first + element];
-                    z[part] =
-                        toFloat<T>(row.x[channel[part]]) - shiftOf(selection, row, channel[part]);
-                    keys[element] = keyOf(selection, z[part], channel[part]);
+                    int32_t const position = first + element;
+                    int32_t const channel = selection.channelOrder == nullptr
+                                                ? position
+                                                : selection.channelOrder[position];
+                    place[part] = args.isGathered ? position : channel;
+                    z[part] = toFloat<T>(row.x[channel]) - shiftOf(selection, row, position);
+                    keys[element] = keyOf(selection, z[part], position);
                 }
             }
             __syncwarp();
@@ -296,9 +308,10 @@ struct RankMasker {
                     int32_t const index = element % selection.m;
                     bool const isKept =
                         rankInGroup(keys + element - index, selection.m, index) < selection.n;
-                    row.s[channel[part]] = fromFloat<T>(isKept ? z[part] : 0.0F);
+                    row.s[place[part]] =
+                        fromFloat<T>(keptValue(selection, z[part], isKept, first + element));
                     if (row.keep != nullptr) {
-                        row.keep[channel[part]] = isKept ? 1 : 0;
+                        row.keep[place[part]] = isKept ? 1 : 0;
                     }
                     if (selection.varianceCorrection) {
                         moments.add(z[part], isKept);
@@ -394,20 +407,20 @@ cudaError_t enqueuePairs(MaskArgs const& args, cudaStream_t stream) {
 constexpr size_t kMAX_STAGED_BYTES = size_t{44} << 10;
 
 template <typename T>
-cudaError_t enqueuePairScatter(MaskArgs const& args, cudaStream_t stream) {
+cudaError_t enqueuePairGather(MaskArgs const& args, cudaStream_t stream) {
     int32_t const pairs = args.channels / 32;
     int32_t const threads = std::min(kTHREADS, ceilDivide(pairs, kWARP) * kWARP);
-    pairScatterKernel<T><<<static_cast<unsigned>(args.tokens), threads,
-                           static_cast<size_t>(args.channels) * sizeof(T), stream>>>(
+    pairGatherKernel<T><<<static_cast<unsigned>(args.tokens), threads,
+                          static_cast<size_t>(args.channels) * sizeof(T), stream>>>(
         static_cast<T const*>(args.x), static_cast<T*>(args.s), args.keep,
         args.selection.channelOrder, args.channels);
     return cudaGetLastError();
 }
 
 template <typename T, int GROUP>
-cudaError_t enqueueScattered(MaskArgs const& args, cudaStream_t stream) {
+cudaError_t enqueueOrdered(MaskArgs const& args, cudaStream_t stream) {
     size_t const rowBytes = static_cast<size_t>(args.channels) * sizeof(T);
-    maskKernel<T, ScatteredMasker<T, GROUP>>
+    maskKernel<T, OrderedMasker<T, GROUP>>
         <<<static_cast<unsigned>(args.tokens), kTHREADS, rowBytes, stream>>>(args);
     return cudaGetLastError();
 }
@@ -423,26 +436,27 @@ cudaError_t enqueueMaskOf(MaskArgs const& args, cudaStream_t stream) {
     bool const canStage = isAligned && rowBytes <= kMAX_STAGED_BYTES &&
                           reinterpret_cast<uintptr_t>(selection.channelOrder) % 16 == 0;
     if constexpr (sizeof(T) == 2) {
-        bool const isBareMagnitude =
-            selection.scoreScale == nullptr && selection.shift == nullptr && !needsWholeRow(args);
+        bool const isBareMagnitude = selection.scoreScale == nullptr &&
+                                     selection.valueScale == nullptr &&
+                                     selection.shift == nullptr && !needsWholeRow(args);
         if (isBareMagnitude && isAligned && selection.n == 8 && selection.m == 16 &&
             args.channels % 32 == 0) {
             if (selection.channelOrder == nullptr) {
                 return enqueuePairs<T>(args, stream);
             }
-            if (canStage) {
-                return enqueuePairScatter<T>(args, stream);
+            if (canStage && args.isGathered) {
+                return enqueuePairGather<T>(args, stream);
             }
         }
     }
     if (selection.channelOrder != nullptr && canStage) {
         switch (selection.m) {
             case 4:
-                return enqueueScattered<T, 4>(args, stream);
+                return enqueueOrdered<T, 4>(args, stream);
             case 8:
-                return enqueueScattered<T, 8>(args, stream);
+                return enqueueOrdered<T, 8>(args, stream);
             case 16:
-                return enqueueScattered<T, 16>(args, stream);
+                return enqueueOrdered<T, 16>(args, stream);
             default:
                 break;
         }

@@ -3,7 +3,7 @@
 //
 // Every function enqueues on the stream and returns at once: nothing allocates, synchronises or
 // throws, so calls may be captured into a CUDA graph. The mathematics is that of the op contract of
-// `NMPrune` and `NMLinear`, version 1.
+// `NMPrune` and `NMLinear`, version 2.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -23,19 +23,21 @@ inline constexpr int32_t kMAX_GROUP = 64;
 //! Most tokens that the decode kernel takes; above it: launchMask, a dense product, launchEpilogue.
 inline constexpr int32_t kMAX_DECODE_TOKENS = 4;
 
-//! How one group is ranked. All pointers are device pointers; null where the option is unused. The
-//! arrays are constants: launchDecode reads them while the kernel before it may still run, so
-//! nothing in the stream may write them, and channelOrder must be a permutation of 0 .. K-1, which
-//! no kernel checks.
+//! How one group is ranked. A position is a channel's place in the order, where there is one: x is
+//! gathered first, everything else of K elements lies by position. All pointers are device
+//! pointers; null where the option is unused. The arrays are constants: launchDecode reads them
+//! while the kernel before it may still run, so nothing in the stream may write them, and
+//! channelOrder must be a permutation of 0 .. K-1, which no kernel checks.
 struct Selection {
     int32_t n{8};   //!< kept per group, 1 <= n <= m; n == m keeps everything (dense)
     int32_t m{16};  //!< group size, 1..kMAX_GROUP, divides the channel count
     float const* scoreScale{nullptr};      //!< [K] factor of |z|
-    int32_t const* channelOrder{nullptr};  //!< [K] permutation: group g holds its g*m .. g*m+m-1
-    float const* shift{nullptr};     //!< [shiftLength] static shift, subtracted before ranking
-    int32_t shiftLength{0};          //!< 0 (none), 1 (scalar) or K (per channel)
-    bool dynamicShift{false};        //!< subtract the token's mean; excludes `shift`
-    bool varianceCorrection{false};  //!< report nu = sqrt(var(z) / max(var(s), 1e-12))
+    int32_t const* channelOrder{nullptr};  //!< [K] permutation: position -> channel of x
+    float const* valueScale{nullptr};  //!< [K] multiplies kept values; scores and nu do not see it
+    float const* shift{nullptr};       //!< [shiftLength] subtracted before ranking
+    int32_t shiftLength{0};            //!< 0 (none), 1 (scalar) or K (per channel)
+    bool dynamicShift{false};          //!< subtract the token's mean; excludes `shift`
+    bool varianceCorrection{false};    //!< report nu = sqrt(var(z) / max(var(s), 1e-12))
 };
 
 //! s = z where kept, else 0, for any number of tokens (prefill, and NMPrune with a bare Selection).
@@ -45,7 +47,8 @@ struct MaskArgs {
     int32_t channels{0};  //!< K
     Selection selection{};
     void const* x{nullptr};  //!< [tokens, K] T
-    void* s{nullptr};        //!< [tokens, K] T, in x's channel order; may be x where nothing shifts
+    bool isGathered{false};  //!< s and keep lie by position, as rows of W do; else by channel
+    void* s{nullptr};        //!< [tokens, K] T; may be x where nothing shifts and s lies by channel
     uint8_t* keep{nullptr};  //!< [tokens, K] 1 where kept; optional
     float* eta{nullptr};     //!< [tokens] the dynamic shift; required with dynamicShift
     float* nu{nullptr};      //!< [tokens] the variance correction; required with varianceCorrection
@@ -65,16 +68,16 @@ struct EpilogueArgs {
     void* y{nullptr};                   //!< [tokens, O] T
 };
 
-//! The whole NMLinear for 1..kMAX_DECODE_TOKENS tokens in one launch: selection, product over kept
-//! rows, corrections.
-struct DecodeArgs {
+//! The whole NMLinear. launchDecode takes 1..kMAX_DECODE_TOKENS tokens and does it in one launch:
+//! selection, product over kept rows, corrections; LinearExecutor takes any number.
+struct LinearArgs {
     DType type{DType::kFLOAT32};
-    int32_t tokens{1};
+    int64_t tokens{1};
     int32_t channels{0};  //!< K
     int32_t outputs{0};   //!< O
     Selection selection{};
     void const* x{nullptr};             //!< [tokens, K] T
-    void const* w{nullptr};             //!< [K, O] T
+    void const* w{nullptr};             //!< [K, O] T, rows by position
     void const* bias{nullptr};          //!< [O] T, optional
     float const* shiftWeight{nullptr};  //!< [O], needed with dynamicShift
     void* y{nullptr};                   //!< [tokens, O] T
@@ -132,11 +135,11 @@ cudaError_t launchEpilogue(EpilogueArgs const& args, cudaStream_t stream);
 //! Enqueues the decode linear with the plan of decodePlan. Needs no workspace.
 //! cudaErrorInvalidConfiguration where the chip has too little shared memory: four tokens on
 //! compute capability 7.5.
-cudaError_t launchDecode(DecodeArgs const& args, DeviceTraits const& device, cudaStream_t stream);
+cudaError_t launchDecode(LinearArgs const& args, DeviceTraits const& device, cudaStream_t stream);
 
 //! The same with a given plan, for benchmarks and autotuners; cudaErrorInvalidValue where it was
 //! not compiled.
-cudaError_t launchDecodeWithPlan(DecodeArgs const& args, DecodePlan const& plan,
+cudaError_t launchDecodeWithPlan(LinearArgs const& args, DecodePlan const& plan,
                                  DeviceTraits const& device, cudaStream_t stream);
 
 }  // namespace nmexport::cuda

@@ -126,8 +126,10 @@ void usePlanTable(PlanTable table) {
     currentTable() = std::make_shared<PlanTable const>(std::move(table));
 }
 
-PlanRow const* findPlan(PlanTable const& table, DeviceTraits const& device,
-                        PlanRequest const& request) {
+namespace {
+
+PlanRow const* findRow(PlanTable const& table, DeviceTraits const& device,
+                       PlanRequest const& request) {
     int32_t const elementBytes = request.type == DType::kFLOAT32 ? 4 : 2;
     double const limit = std::log(1.5);
     PlanRow const* best = nullptr;
@@ -151,6 +153,19 @@ PlanRow const* findPlan(PlanTable const& table, DeviceTraits const& device,
     return best;
 }
 
+}  // namespace
+
+PlanRow const* findPlan(PlanTable const& table, DeviceTraits const& device,
+                        PlanRequest const& request) {
+    PlanRow const* const row = findRow(table, device, request);
+    if (row != nullptr || !request.isGrouped) {
+        return row;
+    }
+    PlanRequest plain = request;
+    plain.isGrouped = false;
+    return findRow(table, device, plain);
+}
+
 DecodePlan planByRule(DeviceTraits const& device, PlanRequest const& request) {
     int32_t const vector = request.type == DType::kFLOAT32 ? 4 : 8;
     int32_t const multiprocessors = std::max(device.multiprocessors, 1);
@@ -160,12 +175,11 @@ DecodePlan planByRule(DeviceTraits const& device, PlanRequest const& request) {
     plan.overlap = 1;
     plan.residentWarps = 24;
     plan.warps = 8;
-    // With a channel order the widest row segment; else the widest whose tiles, split over K as far
-    // as a cluster goes, still occupy most multiprocessors.
+    // The widest row segment whose tiles, split over K as far as a cluster goes, still occupy most
+    // multiprocessors.
     for (int32_t lanes : {32, 16, 8}) {
         plan.lanesPerRow = lanes;
-        if (request.isGrouped ||
-            ceilDivide(request.outputs, lanes * vector) * splits * 3 >= multiprocessors * 2) {
+        if (ceilDivide(request.outputs, lanes * vector) * splits * 3 >= multiprocessors * 2) {
             break;
         }
     }

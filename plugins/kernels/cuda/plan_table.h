@@ -19,7 +19,7 @@ struct PlanRow {
     int32_t tokens;
     int32_t channels;  //!< K
     int32_t outputs;   //!< O
-    int32_t grouped;   //!< 1 with a channel order: short row segments cost bandwidth
+    int32_t grouped;   //!< 1 with a channel order: each warp gathers its part of x
     DecodePlan plan;   //!< the fastest
     float sparseUs;    //!< launchDecode with that plan
     float maskedUs;    //!< launchMask and a dense product: the other way to the same result
@@ -63,7 +63,8 @@ struct PlanRequest {
 };
 
 //! The row measured on this chip (its capability and, within a tenth, its size) whose shape is
-//! nearest, with neither side off by more than a half; null where there is none.
+//! nearest, with neither side off by more than a half; null where there is none. With a channel
+//! order, where nothing was measured with one, that without: kept rows lie the same way.
 PlanRow const* findPlan(PlanTable const& table, DeviceTraits const& device,
                         PlanRequest const& request);
 

@@ -1,4 +1,4 @@
-// Measured with plugins/bench/cuda/lab.py --stages tokens,grouped on an H100 80GB HBM3; 16-bit
+// Measured with plugins/bench/cuda/lab.py --stages tokens on an H100 80GB HBM3; 16-bit
 // rows are bfloat16's. capability, multiprocessors, bytes of T, tokens, K, O, grouped,
 // {lanes, vectors, warps, unroll, overlap, resident warps, cluster, next late},
 // us sparse, masked, dense
@@ -43,8 +43,3 @@
 {90, 132, 4, 2, 14336, 4096, 0, {32, 1, 8, 8, 1, 24, 8, 0}, 72.53F, 149.28F, 144.92F},
 {90, 132, 4, 3, 14336, 4096, 0, {32, 1, 8, 4, 1, 24, 8, 0}, 98.72F, 149.09F, 145.12F},
 {90, 132, 4, 4, 14336, 4096, 0, {32, 1, 8, 4, 1, 24, 8, 0}, 110.61F, 150.66F, 146.78F},
-{90, 132, 2, 1, 4096, 4096, 1, {32, 1, 16, 8, 1, 16, 6, 0}, 9.51F, 15.81F, 13.71F},
-{90, 132, 2, 1, 4096, 6144, 1, {32, 1, 8, 16, 1, 16, 8, 0}, 12.30F, 24.38F, 21.77F},
-{90, 132, 2, 1, 4096, 14336, 1, {32, 1, 8, 16, 1, 16, 8, 0}, 24.96F, 46.68F, 44.44F},
-{90, 132, 2, 1, 4096, 28672, 1, {32, 1, 8, 16, 1, 16, 5, 0}, 48.74F, 80.94F, 78.46F},
-{90, 132, 2, 1, 14336, 4096, 1, {32, 1, 16, 8, 1, 16, 6, 0}, 24.78F, 45.51F, 43.19F},

@@ -58,11 +58,11 @@ struct Moments {
     }
 };
 
-//! A queued row of W and what each token multiplies it with; one shared-memory access up to three
-//! tokens.
+//! A queued row of W, by its position, and what each token multiplies it with; one shared-memory
+//! access up to three tokens.
 template <int TOKENS>
 struct alignas(TOKENS == 1 ? 8 : 16) Kept {
-    int32_t channel;
+    int32_t row;
     float value[TOKENS];
 };
 
@@ -71,7 +71,6 @@ template <int TOKENS, int RING>
 struct alignas(16) WarpScratch {
     uint32_t key[TOKENS][kWINDOW];
     float z[TOKENS][kWINDOW];
-    int32_t channel[kWINDOW];
     Kept<TOKENS> queue[RING];
 };
 
@@ -126,18 +125,17 @@ class WarpSelector {
         mWindowBegin = mNext;
         mWindowEnd = min(mEnd, mNext + kWINDOW / width * width);
         int32_t const count = mWindowEnd - mWindowBegin;
-        int32_t channel[kSTEPS];
         float z[TOKENS][kSTEPS];
 #pragma unroll
         for (int step = 0; step < kSTEPS; ++step) {
             int32_t const position = mWindowBegin + min(step * kWARP + lane, count - 1);
-            channel[step] = mSelection.channelOrder == nullptr
-                                ? position
-                                : __ldg(mSelection.channelOrder + position);
+            int32_t const channel = mSelection.channelOrder == nullptr
+                                        ? position
+                                        : __ldg(mSelection.channelOrder + position);
 #pragma unroll
             for (int token = 0; token < TOKENS; ++token) {
                 z[token][step] =
-                    loadActivation(mX + static_cast<int64_t>(token) * mChannels + channel[step]);
+                    loadActivation(mX + static_cast<int64_t>(token) * mChannels + channel);
             }
             if ((step + 1) * kWARP >= count) {
                 break;
@@ -148,33 +146,33 @@ class WarpSelector {
         for (int step = 0; step < kSTEPS; ++step) {
             int32_t const slot = step * kWARP + lane;
             if (slot < count) {
-                mScratch->channel[slot] = channel[step];
+                int32_t const position = mWindowBegin + slot;
 #pragma unroll
                 for (int token = 0; token < TOKENS; ++token) {
-                    float const shifted = z[token][step] - shiftOf(token, channel[step]);
+                    float const shifted = z[token][step] - shiftOf(token, position);
                     mScratch->z[token][slot] = shifted;
-                    mScratch->key[token][slot] = keyOf(shifted, channel[step]);
+                    mScratch->key[token][slot] = keyOf(shifted, position);
                 }
             }
         }
         __syncwarp();
     }
 
-    __device__ float shiftOf(int token, int32_t channel) const {
+    __device__ float shiftOf(int token, int32_t position) const {
         if (mSelection.dynamicShift) {
             return mEta[token];
         }
         if (mSelection.shiftLength == 0) {
             return 0.0F;
         }
-        return __ldg(mSelection.shift + (mSelection.shiftLength == 1 ? 0 : channel));
+        return __ldg(mSelection.shift + (mSelection.shiftLength == 1 ? 0 : position));
     }
 
-    __device__ uint32_t keyOf(float z, int32_t channel) const {
+    __device__ uint32_t keyOf(float z, int32_t position) const {
         if (mSelection.scoreScale == nullptr) {
             return magnitudeKey(z);
         }
-        return orderedKey(scaledScore(z, __ldg(mSelection.scoreScale + channel)));
+        return orderedKey(scaledScore(z, __ldg(mSelection.scoreScale + position)));
     }
 
     //! Ranks the next `count` elements of the window and queues those that any token keeps.
@@ -201,10 +199,13 @@ class WarpSelector {
             uint32_t const kept = __ballot_sync(kWHOLE_WARP, isKeptByAny);
             if (isKeptByAny) {
                 Kept<TOKENS> entry;
-                entry.channel = mScratch->channel[slot];
+                entry.row = mNext + element;
+                float const scale = mSelection.valueScale == nullptr
+                                        ? 1.0F
+                                        : __ldg(mSelection.valueScale + entry.row);
 #pragma unroll
                 for (int token = 0; token < TOKENS; ++token) {
-                    entry.value[token] = isKept[token] ? mScratch->z[token][slot] : 0.0F;
+                    entry.value[token] = isKept[token] ? scale * mScratch->z[token][slot] : 0.0F;
                 }
                 mScratch->queue[(tail + __popc(kept & ((1U << lane) - 1U))) % RING] = entry;
             }
@@ -231,11 +232,11 @@ class WarpSelector {
     float const* mEta;
 };
 
-//! The queue's end after a lane's two channels (x the earlier one) were put in group order behind
+//! The queue's end after a lane's two positions, `first` the earlier, were put in order behind
 //! `tail`, each where any token keeps it.
 template <int TOKENS, int RING>
 __device__ __forceinline__ uint32_t queuePair(WarpScratch<TOKENS, RING>* scratch, uint32_t tail,
-                                              int2 channel, bool const (&keeps)[TOKENS][2],
+                                              int32_t first, bool const (&keeps)[TOKENS][2],
                                               float const (&z)[TOKENS][2]) {
     bool isKept[2] = {false, false};
 #pragma unroll
@@ -251,7 +252,7 @@ __device__ __forceinline__ uint32_t queuePair(WarpScratch<TOKENS, RING>* scratch
     for (int half = 0; half < 2; ++half) {
         if (isKept[half]) {
             Kept<TOKENS> entry;
-            entry.channel = half == 0 ? channel.x : channel.y;
+            entry.row = first + half;
 #pragma unroll
             for (int token = 0; token < TOKENS; ++token) {
                 entry.value[token] = keeps[token][half] ? z[token][half] : 0.0F;
@@ -269,8 +270,14 @@ __device__ __forceinline__ bool otherLaneIsEarlier(uint32_t step) {
     return (threadIdx.x & topBit) != 0U;
 }
 
-//! What the two selectors of groups of 16 share: two neighbouring channels of the group order per
-//! lane, 64 per step, keys exchanged by shuffles, no shared memory before the queue.
+//! What the two selectors of groups of 16 share: two neighbouring positions per lane, 64 per step,
+//! keys exchanged by shuffles, no shared memory before the queue.
+//!
+//!   lane       0      1    ...   7    |  8     9    ...        16 ...        24 ...
+//!   position  0 1    2 3       14 15  | 16 17                  32            48
+//!             `---- group 0 -------'    `---- group 1 ...
+//!
+//! A channel order moves the loads of x alone, which a warp then gathers from one token's row.
 template <int TOKENS, int RING, bool MOMENTS>
 struct PairWalk {
     using Scratch = WarpScratch<TOKENS, RING>;
@@ -290,7 +297,7 @@ struct PairWalk {
 
     __device__ bool isActive() const { return position() < mEnd; }
 
-    //! The lane's two channels of the next chunk.
+    //! Which channels of x the lane's two positions of the next chunk hold.
     __device__ void readOrder() {
         mChannel = make_int2(position(), position() + 1);
         if (mOrder != nullptr && isActive()) {
@@ -309,7 +316,7 @@ struct PairWalk {
     int32_t const* mOrder;
     int32_t mNext;
     int32_t mEnd;
-    int2 mChannel;  //!< of the chunk to append next
+    int2 mChannel;  //!< of x, of the chunk to append next
 };
 
 //! Groups of 16 of a 16-bit type, ranked by bare magnitude: two keys per word, compared two at a
@@ -371,7 +378,7 @@ class PackedSelector : public PairWalk<TOKENS, RING, MOMENTS> {
             z[token][1] = toFloat(wordHalf<T>(mWord[token] >> 16));
             this->addMoments(token, z[token], keeps[token]);
         }
-        this->tail = queuePair(this->mScratch, this->tail, this->mChannel, keeps, z);
+        this->tail = queuePair(this->mScratch, this->tail, this->position(), keeps, z);
         this->mNext += Walk::kCHUNK;
         this->readOrder();
         readWords();
@@ -416,17 +423,23 @@ class WideSelector : public PairWalk<TOKENS, RING, MOMENTS> {
         this->readOrder();
         mShift[0] = mShift[1] = 0.0F;
         mScale[0] = mScale[1] = 1.0F;
+        mValueScale[0] = mValueScale[1] = 1.0F;
         if (!this->isActive()) {
             return;
         }
+        int32_t const position = this->position();
         if (mSelection.shiftLength > 0) {
             bool const isScalar = mSelection.shiftLength == 1;
-            mShift[0] = __ldg(mSelection.shift + (isScalar ? 0 : this->mChannel.x));
-            mShift[1] = __ldg(mSelection.shift + (isScalar ? 0 : this->mChannel.y));
+            mShift[0] = __ldg(mSelection.shift + (isScalar ? 0 : position));
+            mShift[1] = __ldg(mSelection.shift + (isScalar ? 0 : position + 1));
         }
         if (mSelection.scoreScale != nullptr) {
-            mScale[0] = __ldg(mSelection.scoreScale + this->mChannel.x);
-            mScale[1] = __ldg(mSelection.scoreScale + this->mChannel.y);
+            mScale[0] = __ldg(mSelection.scoreScale + position);
+            mScale[1] = __ldg(mSelection.scoreScale + position + 1);
+        }
+        if (mSelection.valueScale != nullptr) {
+            mValueScale[0] = __ldg(mSelection.valueScale + position);
+            mValueScale[1] = __ldg(mSelection.valueScale + position + 1);
         }
     }
 
@@ -463,8 +476,10 @@ class WideSelector : public PairWalk<TOKENS, RING, MOMENTS> {
             keeps[token][0] = this->isActive() && rank.beforeLow < mSelection.n;
             keeps[token][1] = this->isActive() && rank.beforeHigh < mSelection.n;
             this->addMoments(token, z[token], keeps[token]);
+            z[token][0] *= mValueScale[0];
+            z[token][1] *= mValueScale[1];
         }
-        this->tail = queuePair(this->mScratch, this->tail, this->mChannel, keeps, z);
+        this->tail = queuePair(this->mScratch, this->tail, this->position(), keeps, z);
         this->mNext += Walk::kCHUNK;
         readConstants();
         readActivations();
@@ -476,7 +491,8 @@ class WideSelector : public PairWalk<TOKENS, RING, MOMENTS> {
     float const* mEta;
     float mActivation[TOKENS][2];  //!< of the chunk to append next
     float mShift[2];
-    float mScale[2];
+    float mScale[2];       //!< of scores
+    float mValueScale[2];  //!< of kept values
 };
 
 }  // namespace nmexport::cuda

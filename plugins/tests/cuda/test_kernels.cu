@@ -83,7 +83,8 @@ constexpr DType kTYPE = std::is_same_v<T, float>    ? DType::kFLOAT32
 
 enum class Options {
     kNONE,
-    kSTATIC,   //!< order, scale, a shift per channel, bias, variance correction
+    kSTATIC,   //!< order, scales of scores and values, shifts, bias, variance correction
+    kORDER,    //!< a channel order by bare magnitude, bias
     kSCALAR,   //!< one shift for all channels, bias
     kDYNAMIC,  //!< the token's own shift, its weight, bias, variance correction
 };
@@ -99,6 +100,8 @@ struct Case {
 
     bool is(Options wanted) const { return options == wanted; }
 
+    bool hasOrder() const { return is(Options::kSTATIC) || is(Options::kORDER); }
+
     bool correctsVariance() const { return is(Options::kSTATIC) || is(Options::kDYNAMIC); }
 };
 
@@ -111,6 +114,7 @@ struct Problem {
     std::vector<float> shift;  //!< [K], or [1]
     std::vector<float> shiftWeight;
     std::vector<float> scale;
+    std::vector<float> valueScale;
     std::vector<int32_t> order;
     std::vector<float> product;  //!< what an epilogue is given
 };
@@ -149,6 +153,7 @@ Problem<T> problemOf(Case const& c) {
         floats(c.is(Options::kSCALAR) ? 1 : c.channels, [&] { return 0.1F * normal(random); });
     p.shiftWeight = floats(c.outputs, [&] { return normal(random); });
     p.scale = floats(c.channels, [&] { return 0.5F + std::fabs(normal(random)); });
+    p.valueScale = floats(c.channels, [&] { return 0.5F + std::fabs(normal(random)); });
     p.product = floats(c.tokens * c.outputs, [&] { return normal(random); });
     p.order.resize(c.channels);
     std::iota(p.order.begin(), p.order.end(), 0);
@@ -156,26 +161,23 @@ Problem<T> problemOf(Case const& c) {
     return p;
 }
 
-//! What the contract says of one token.
+//! What the contract says of one token. All but `order` lies by position.
 struct Expected {
     float eta{0};
     double nu{1};
     std::vector<float> z;
     std::vector<bool> keep;
+    std::vector<float> s;  //!< scaled z where kept, else 0
     std::vector<double> y;
     std::vector<double> epilogue;  //!< of the problem's product
 };
 
-//! The channels of each group in order of their scores; of equal ones the earlier in the group
-//! first.
-std::vector<bool> keepOf(Case const& c, std::vector<float> const& score,
-                         std::vector<int32_t> const& order) {
+//! The positions of each group in order of their scores; of equal ones the earlier first.
+std::vector<bool> keepOf(Case const& c, std::vector<float> const& score) {
     std::vector<bool> keep(c.channels);
     for (int first = 0; first < c.channels; first += c.m) {
         std::vector<int> group(c.m);
-        for (int i = 0; i < c.m; ++i) {
-            group[i] = c.is(Options::kSTATIC) ? order[first + i] : first + i;
-        }
+        std::iota(group.begin(), group.end(), first);
         std::stable_sort(group.begin(), group.end(),
                          [&](int a, int b) { return score[a] > score[b]; });
         for (int i = 0; i < c.n; ++i) {
@@ -214,18 +216,22 @@ Expected expect(Case const& c, Problem<T> const& p, int token) {
     for (int k = 0; k < c.channels; ++k) {
         bool const hasShift = c.is(Options::kSTATIC) || c.is(Options::kSCALAR);
         float const shift = hasShift ? p.shift[c.is(Options::kSCALAR) ? 0 : k] : out.eta;
-        out.z.push_back(widen(x[k]) - shift);
+        out.z.push_back(widen(x[c.hasOrder() ? p.order[k] : k]) - shift);
         float volatile const product =
             std::fabs(out.z[k]) * (c.is(Options::kSTATIC) ? p.scale[k] : 1.0F);
         score[k] = product;
     }
-    out.keep = keepOf(c, score, p.order);
+    out.keep = keepOf(c, score);
     out.nu = c.correctsVariance() ? correctionOf(out.z, out.keep) : 1.0;
+    for (int k = 0; k < c.channels; ++k) {
+        float const scale = c.is(Options::kSTATIC) ? p.valueScale[k] : 1.0F;
+        out.s.push_back(out.keep[k] ? scale * out.z[k] : 0.0F);
+    }
     for (int o = 0; o < c.outputs; ++o) {
         double sum = 0;
         for (int k = 0; k < c.channels; ++k) {
             double const weight = widen(p.w[static_cast<size_t>(k) * c.outputs + o]);
-            sum += out.keep[k] ? out.z[k] * weight : 0.0;
+            sum += out.s[k] * weight;
         }
         double const added =
             (c.is(Options::kDYNAMIC) ? static_cast<double>(out.eta) * p.shiftWeight[o] : 0.0) +
@@ -266,6 +272,7 @@ struct Launches {
           shift(p.shift),
           shiftWeight(p.shiftWeight),
           scale(p.scale),
+          valueScale(p.valueScale),
           product(p.product),
           order(p.order),
           y(static_cast<size_t>(c.tokens) * c.outputs),
@@ -283,9 +290,12 @@ struct Launches {
             selection.shift = shift.data;
             selection.shiftLength = static_cast<int32_t>(shift.count);
         }
+        if (c.hasOrder()) {
+            selection.channelOrder = order.data;
+        }
         if (c.is(Options::kSTATIC)) {
             selection.scoreScale = scale.data;
-            selection.channelOrder = order.data;
+            selection.valueScale = valueScale.data;
         }
         decodeArgs = {kTYPE<T>,
                       c.tokens,
@@ -297,8 +307,8 @@ struct Launches {
                       c.is(Options::kNONE) ? nullptr : bias.data,
                       selection.dynamicShift ? shiftWeight.data : nullptr,
                       y.data};
-        maskArgs = {kTYPE<T>, c.tokens,  c.channels, selection, x.data,
-                    s.data,   keep.data, eta.data,   nu.data};
+        maskArgs = {kTYPE<T>, c.tokens, c.channels, selection, x.data,
+                    true,     s.data,   keep.data,  eta.data,  nu.data};
         epilogueArgs = {kTYPE<T>,
                         c.tokens,
                         c.outputs,
@@ -311,19 +321,22 @@ struct Launches {
     }
 
     DeviceArray<T> x, w, bias;
-    DeviceArray<float> shift, shiftWeight, scale, product;
+    DeviceArray<float> shift, shiftWeight, scale, valueScale, product;
     DeviceArray<int32_t> order;
     DeviceArray<T> y, epilogue, s;
     DeviceArray<uint8_t> keep;
     DeviceArray<float> eta, nu;
-    DecodeArgs decodeArgs;
+    LinearArgs decodeArgs;
     MaskArgs maskArgs;
     EpilogueArgs epilogueArgs;
 };
 
-//! The mask, s, eta and nu of launchMask, and the epilogue that reads them.
+//! The mask, s, eta and nu of launchMask, and the epilogue that reads them; s by position, as
+//! NMLinear takes it, or by channel, as NMPrune gives it.
 template <typename T>
-bool checkMask(Case const& c, Launches<T>& on, std::vector<Expected> const& expected) {
+bool checkMask(Case const& c, Problem<T> const& p, Launches<T>& on, bool isGathered,
+               std::vector<Expected> const& expected) {
+    on.maskArgs.isGathered = isGathered;
     CHECK_CUDA(launchMask(on.maskArgs, nullptr));
     CHECK_CUDA(launchEpilogue(on.epilogueArgs, nullptr));
     CHECK_CUDA(cudaDeviceSynchronize());
@@ -336,9 +349,10 @@ bool checkMask(Case const& c, Launches<T>& on, std::vector<Expected> const& expe
     for (int token = 0; token < c.tokens; ++token) {
         Expected const& e = expected[token];
         for (int k = 0; k < c.channels; ++k) {
-            size_t const at = static_cast<size_t>(token) * c.channels + k;
+            int const place = c.hasOrder() && !isGathered ? p.order[k] : k;
+            size_t const at = static_cast<size_t>(token) * c.channels + place;
             ok = ok && keep[at] == (e.keep[k] ? 1 : 0);
-            ok = ok && widen(s[at]) == (e.keep[k] ? widen(narrow<T>(e.z[k])) : 0.0F);
+            ok = ok && widen(s[at]) == widen(narrow<T>(e.s[k]));
         }
         ok = ok && (!c.is(Options::kDYNAMIC) || eta[token] == e.eta);
         ok = ok && (!c.correctsVariance() || std::fabs(nu[token] - e.nu) <= 1e-5 * e.nu);
@@ -390,7 +404,8 @@ bool runCase(Case const& c, DeviceTraits const& device) {
         expected.push_back(expect(c, problem, token));
     }
     Launches<T> on(c, problem);
-    bool ok = checkMask(c, on, expected);
+    bool ok = checkMask(c, problem, on, true, expected);
+    ok = checkMask(c, problem, on, false, expected) && ok;
     for (DeviceTraits const& like : devicesLike(device)) {
         ok = checkDecode(c, on, expected, like) && ok;
     }
@@ -416,8 +431,8 @@ int main() {
     int failed = 0;
     std::vector<Case> cases;
     for (int tokens = 1; tokens <= kMAX_DECODE_TOKENS; ++tokens) {
-        for (Options const options :
-             {Options::kNONE, Options::kSTATIC, Options::kSCALAR, Options::kDYNAMIC}) {
+        for (Options const options : {Options::kNONE, Options::kSTATIC, Options::kORDER,
+                                      Options::kSCALAR, Options::kDYNAMIC}) {
             cases.push_back({tokens, 512, 256, 8, 16, options, false});
             cases.push_back({tokens, 192, 72, 8, 16, options, true});
             cases.push_back({tokens, 96, 40, 2, 4, options, true});

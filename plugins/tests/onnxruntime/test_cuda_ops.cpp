@@ -46,7 +46,7 @@ FakeTensor orderOf(bool isPermutation) {
 struct Linear {
     explicit Linear(std::int64_t tokens) : x(tensor({1, tokens, kK}, false)) {
         node.attributes = {{"n", 8}, {"m", 16}, {"dynamic_shift", 0}, {"variance_correction", 0}};
-        node.inputs = {&x, &w, nullptr, &shift, nullptr, &scale, &order};
+        node.inputs = {&x, &w, nullptr, &shift, nullptr, &scale, &order, nullptr, &valueScale};
     }
     std::unique_ptr<Kernel> kernel() const {
         return makeCudaLinearKernel(fakeApi(), node.info(), ElementType::kFLOAT32);
@@ -57,6 +57,7 @@ struct Linear {
     FakeTensor bias{tensor({kO})};
     FakeTensor shift{tensor({kK})};
     FakeTensor scale{tensor({kK})};
+    FakeTensor valueScale{tensor({kK})};
     FakeTensor order{orderOf(true)};
     FakeNode node;
 };
@@ -67,7 +68,7 @@ std::string refusal(const Made& made) {
     try {
         FakeRun run(made.node);
         made.kernel()->run(run.context());
-    } catch (const Fault& fault) {
+    } catch (const std::exception& fault) {
         return fault.what();
     }
     return "";
@@ -84,6 +85,7 @@ void fewTokensNeedNoScratch() {
     EXPECT((launches().order == std::vector<std::string>{"decode"}));
     const cuda::Selection& selection = launches().decodes.at(0).selection;
     EXPECT(selection.scoreScale != nullptr && selection.channelOrder != nullptr);
+    EXPECT(selection.valueScale != nullptr);
     EXPECT(selection.shiftLength == kK && selection.n == 8);
 }
 
@@ -119,7 +121,7 @@ void aFailedLaunchGivesScratchBack() {
     std::string said;
     try {
         kernel->run(run.context());
-    } catch (const Fault& fault) {
+    } catch (const std::exception& fault) {
         said = fault.what();
     }
     EXPECT(says(said, "the mask kernel failed: cudaErrorTest"));
@@ -134,14 +136,30 @@ void missingScratchIsTold() {
     EXPECT(launches().order.empty());
 }
 
+// Where nothing is dropped, shifted or reordered, s is X itself.
+void denseTokensNeedNoMask() {
+    reset();
+    Linear linear(7);
+    linear.node.inputs = {&linear.x, &linear.w};
+    linear.node.attributes["n"] = 16;
+    EXPECT(refusal(linear).empty());
+    EXPECT((launches().order == std::vector<std::string>{"scratch", "product", "free"}));
+    reset();
+    linear.node.inputs = {&linear.x, &linear.w, nullptr, nullptr, nullptr, nullptr, &linear.order};
+    EXPECT(refusal(linear).empty());
+    EXPECT((launches().order == std::vector<std::string>{"scratch", "mask", "product", "free"}));
+    EXPECT(launches().masks.at(0).isGathered && launches().masks.at(0).selection.n == 16);
+}
+
 // The decode kernel reads these before the kernel ahead of it has ended.
 void constantsOfTheSelectionMustBeConstant() {
     for (const std::int64_t tokens : {1, 7}) {
-        for (const char* name : {"shift", "score_scale", "channel_order"}) {
+        for (const char* name : {"shift", "score_scale", "value_scale", "channel_order"}) {
             reset();
             Linear linear(tokens);
             FakeTensor& made = std::strcmp(name, "shift") == 0         ? linear.shift
                                : std::strcmp(name, "score_scale") == 0 ? linear.scale
+                               : std::strcmp(name, "value_scale") == 0 ? linear.valueScale
                                                                        : linear.order;
             made.isConstant = false;
             const std::string said = refusal(linear);
@@ -192,6 +210,7 @@ int main() {
     scratchBelongsToTheRunsStream();
     aFailedLaunchGivesScratchBack();
     missingScratchIsTold();
+    denseTokensNeedNoMask();
     constantsOfTheSelectionMustBeConstant();
     anOrderMustBeAPermutation();
     pruneTakesScalesThatChange();

@@ -72,7 +72,7 @@ struct Options {
     std::int64_t channels;
     std::int64_t outputs;
     Pattern pattern;
-    bool bias, shift, perChannelShift, dynamicShift, variance, scale, order;
+    bool bias, shift, perChannelShift, dynamicShift, variance, scale, order, valueScale;
     const char* phase;
 };
 
@@ -168,14 +168,16 @@ Problem problemOf(const Options& o, std::mt19937& random) {
         for (float& value : scale) value = std::fabs(value) + 0.1F;
         addFloats("score_scale", scale);
     }
-    if (o.order) {
+    const auto addOrder = [&] {
         std::vector<std::int32_t> order(static_cast<std::size_t>(o.channels));
         for (std::size_t i = 0; i < order.size(); ++i) order[i] = static_cast<std::int32_t>(i);
         std::shuffle(order.begin(), order.end(), random);
         problem.inputs.push_back({"channel_order",
                                   {{o.channels}, DataType::kINT32},
                                   raw(order.data(), order.size() * 4)});
-    }
+    };
+    if (o.order) addOrder();
+    if (o.valueScale) addFloats("value_scale", normals(random, o.channels, 1.0F));
     return problem;
 }
 
@@ -226,6 +228,7 @@ std::vector<std::uint8_t> onCpu(const Options& o, const Problem& problem) {
         o.shift ? static_cast<std::size_t>(o.perChannelShift ? o.channels : 1) : 0;
     args.constants.scoreScale = floats("score_scale");
     args.constants.channelOrder = order;
+    args.valueScale = floats("value_scale");
     args.varianceCorrection = o.variance;
     args.varianceFloor = 1e-12;
     args.keepAll = !sparsifies(o);
@@ -369,11 +372,11 @@ void check(const Options& o, std::int32_t tactic, std::mt19937& random) {
     if (wrong > 0) {
         std::fprintf(stderr,
                      "%s type %d tokens %lld K %lld O %lld %d:%d bias %d shift %d%d dynamic %d var "
-                     "%d scale %d order %d phase %s tactic %d: %zu wrong\n",
+                     "%d scale %d order %d values %d phase %s tactic %d: %zu wrong\n",
                      o.op, static_cast<int>(o.type), static_cast<long long>(o.tokens),
                      static_cast<long long>(o.channels), static_cast<long long>(o.outputs),
                      o.pattern.n, o.pattern.m, o.bias, o.shift, o.perChannelShift, o.dynamicShift,
-                     o.variance, o.scale, o.order, o.phase, tactic, wrong);
+                     o.variance, o.scale, o.order, o.valueScale, o.phase, tactic, wrong);
     }
     // The sum's order may decide between scores that agree to 1e-5: one token may keep another.
     EXPECT(wrong <= (o.dynamicShift ? static_cast<std::size_t>(width) : 0));
@@ -388,11 +391,18 @@ int runAll() {
             for (const Pattern pattern :
                  {Pattern{8, 16}, Pattern{2, 4}, Pattern{3, 8}, Pattern{16, 32}, Pattern{16, 16}}) {
                 for (int options = 0; options < 12; ++options) {
-                    Options o{"NMLinear", type,  tokens, 576,   192,   pattern, false,
-                              false,      false, false,  false, false, false,   "all"};
+                    Options o{};
+                    o.op = "NMLinear";
+                    o.type = type;
+                    o.tokens = tokens;
+                    o.channels = 576;
+                    o.outputs = 192;
+                    o.pattern = pattern;
+                    o.phase = "all";
                     o.bias = options % 2 == 1;
                     o.scale = options % 3 == 1;
                     o.order = options % 4 == 2;
+                    o.valueScale = options % 5 == 2;
                     o.variance = options >= 6;
                     o.shift = options == 3 || options == 8;
                     o.perChannelShift = options == 8;
@@ -403,9 +413,15 @@ int runAll() {
                     if (tokens <= 4) check(o, 2, random);
                     ++cases;
                 }
-                Options prune{"NMPrune",       type,  tokens, 576,   0,     pattern,
-                              false,           false, false,  false, false, tokens % 2 == 1,
-                              tokens % 4 == 0, "all"};
+                Options prune{};
+                prune.op = "NMPrune";
+                prune.type = type;
+                prune.tokens = tokens;
+                prune.channels = 576;
+                prune.pattern = pattern;
+                prune.scale = tokens % 2 == 1;
+                prune.order = tokens % 4 == 0 || tokens == 5;
+                prune.phase = "all";
                 check(prune, 0, random);
                 ++cases;
             }

@@ -1,6 +1,6 @@
 #include "recording_kernels.h"
 
-#include "fault.h"
+#include "cuda_fault.h"
 
 namespace nmexport::test {
 
@@ -32,17 +32,11 @@ cudaError_t launchEpilogue(EpilogueArgs const& args, cudaStream_t) {
     return launches().next;
 }
 
-cudaError_t launchDecode(DecodeArgs const& args, DeviceTraits const&, cudaStream_t) {
+cudaError_t launchDecode(LinearArgs const& args, DeviceTraits const&, cudaStream_t) {
     launches().order.push_back("decode");
     launches().decodes.push_back(args);
     return launches().next;
 }
-
-}  // namespace nmexport::cuda
-
-namespace nmexport::trt {
-
-using test::launches;
 
 struct DenseProduct::State {};
 DenseProduct::DenseProduct() = default;
@@ -61,7 +55,7 @@ void DenseProduct::enqueue(const ProductShape& shape, const void*, const void*, 
     launches().productWorkspace = workspace;
 }
 
-}  // namespace nmexport::trt
+}  // namespace nmexport::cuda
 
 // The runtime's own text for errors, so that the tests link no CUDA library.
 extern "C" const char* cudaGetErrorName(cudaError_t) {

@@ -12,9 +12,9 @@ namespace nmexport::test {
 struct Launches {
     std::vector<std::string> order;  // "mask", "product", "epilogue", "decode", "prepare"
     std::vector<cuda::MaskArgs> masks;
-    std::vector<cuda::DecodeArgs> decodes;
+    std::vector<cuda::LinearArgs> decodes;
     std::vector<cuda::EpilogueArgs> epilogues;
-    std::vector<trt::ProductShape> products;
+    std::vector<cuda::ProductShape> products;
     void* productResult{nullptr};
     void* productWorkspace{nullptr};
     cuda::DeviceTraits device{89, 128, 99 << 10};

@@ -10,7 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace nmexport::trt::blaslt {
+namespace nmexport::cuda::blaslt {
 
 using Status = int;
 inline constexpr Status kSUCCESS = 0;     // CUBLAS_STATUS_SUCCESS
@@ -55,4 +55,4 @@ struct Api {
 // Loads the library once. Throws Fault where it cannot be found; a later call tries again.
 const Api& api();
 
-}  // namespace nmexport::trt::blaslt
+}  // namespace nmexport::cuda::blaslt

@@ -8,9 +8,9 @@
 #include <vector>
 
 #include "blaslt_api.h"
-#include "fault.h"
+#include "cuda_fault.h"
 
-namespace nmexport::trt {
+namespace nmexport::cuda {
 
 namespace {
 
@@ -53,11 +53,11 @@ class Owned {
     Destroy mDestroy{nullptr};
 };
 
-cudaDataType_t dataType(cuda::DType type) {
+cudaDataType_t dataType(DType type) {
     switch (type) {
-        case cuda::DType::kFLOAT16:
+        case DType::kFLOAT16:
             return CUDA_R_16F;
-        case cuda::DType::kBFLOAT16:
+        case DType::kBFLOAT16:
             return CUDA_R_16BF;
         default:
             return CUDA_R_32F;
@@ -179,4 +179,4 @@ void DenseProduct::enqueue(const ProductShape& shape, const void* s, const void*
           "the product");
 }
 
-}  // namespace nmexport::trt
+}  // namespace nmexport::cuda

@@ -6,9 +6,9 @@
 #include <optional>
 #include <string>
 
-#include "fault.h"
+#include "cuda_fault.h"
 
-namespace nmexport::trt::blaslt {
+namespace nmexport::cuda::blaslt {
 
 namespace {
 
@@ -64,4 +64,4 @@ const Api& api() {
     return *loaded;
 }
 
-}  // namespace nmexport::trt::blaslt
+}  // namespace nmexport::cuda::blaslt

@@ -1,7 +1,7 @@
 // product = s @ W through cuBLASLt, which is loaded when it is first needed.
 //
-// The plugin is not linked to cuBLASLt: decoding does without it, and a plan that embeds the plugin
-// must load where only the decode path is used.
+// Nothing is linked to cuBLASLt: decoding does without it, and a plan that embeds the plugin must
+// load where only the decode path is used.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -12,14 +12,14 @@
 
 #include "nm_cuda.h"
 
-namespace nmexport::trt {
+namespace nmexport::cuda {
 
-// What cuBLASLt may use for itself, of the workspace that TensorRT hands out; NVIDIA's own advice
-// for Hopper and later, more than enough before.
+// What cuBLASLt may use for itself, of the workspace; NVIDIA's own advice for Hopper and later,
+// more than enough before.
 inline constexpr std::size_t kPRODUCT_WORKSPACE_BYTES = std::size_t{32} << 20;
 
 struct ProductShape {
-    cuda::DType type{cuda::DType::kFLOAT32};
+    DType type{DType::kFLOAT32};
     std::int64_t tokens{0};
     std::int64_t channels{0};
     std::int64_t outputs{0};
@@ -31,7 +31,7 @@ struct ProductShape {
     }
 };
 
-// The products of one node in one execution context; not shared between threads.
+// The products of one node; not shared between threads.
 class DenseProduct {
   public:
     DenseProduct();
@@ -53,4 +53,4 @@ class DenseProduct {
     std::unique_ptr<State> mState;
 };
 
-}  // namespace nmexport::trt
+}  // namespace nmexport::cuda

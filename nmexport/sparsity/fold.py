@@ -1,0 +1,165 @@
+"""Folding: a dense linear, calibrated and learned constants -> the inputs of one NMLinear.
+
+    z = x - eta,  s = z where kept                          (the shift eta: see the table)
+    y = o * (W (nu d s + eta)) + B^T A^T s + c + b          what calibration and learning mean
+      = s @ W' + bias'                                      what the op computes
+
+| constant | folds into |
+|---|---|
+| input scale d, or static nu | rows of W' |
+| output gain o | columns of W' |
+| compensation A B | added to W' |
+| remainder A B | taken from W'; its product stays beside the op |
+| static or learned shift | `shift`, and `bias' = c + b + o * (W eta)` |
+| shift per token | `shift_weight`: o times the column sums of W |
+
+Sums are taken over the unscaled weight, in float64, before W' and bias' are rounded to T. At the
+end whatever lies along K is gathered: see "Gather first" in the op contract.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from nmexport.sparsity.linear import bias_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nmexport.sparsity.linear import Behaviour, Constants
+
+_ALONG_CHANNELS = ("W", "shift", "score_scale", "value_scale")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corrections:
+    """What was learned for one linear, in X's own channel order; None was not learned."""
+
+    shift: torch.Tensor | None = None
+    """`[K]` float32, takes the place of the calibrated one (L-PTS)."""
+    input_scale: torch.Tensor | None = None
+    """`[K]` float32, d (LS); takes the place of a static nu, at which it started."""
+    output_scale: torch.Tensor | None = None
+    """`[O]` float32, o."""
+    bias: torch.Tensor | None = None
+    """`[O]` float32, b: added to the linear's own bias."""
+    low_rank_in: torch.Tensor | None = None
+    """`[K, r]` float32, A."""
+    low_rank_out: torch.Tensor | None = None
+    """`[r, O]` float32, B."""
+
+
+NOTHING_LEARNED = Corrections()
+
+
+def fold(
+    linear: nn.Linear,
+    behaviour: Behaviour,
+    constants: Constants,
+    corrections: Corrections = NOTHING_LEARNED,
+    *,
+    dtype: torch.dtype,
+) -> dict[str, torch.Tensor]:
+    """Fold constants into the weight and bias.
+
+    Args:
+        linear: The dense linear.
+        behaviour: Attributes of the op.
+        constants: Calibrated constants; those that learning started from.
+        corrections: What was learned.
+        dtype: T.
+
+    Returns:
+        `W [K, O]` T, and where used `bias [O]` T, `shift` float32, `shift_weight [O]` float32,
+        `score_scale [K]` float32, `channel_order [K]` int32, all in gathered order;
+        `remainder_in [K, r]` T in X's own order, `remainder_out [r, O]` T. Contiguous, on the CPU.
+
+    Raises:
+        ValueError: if corrections that change the dense product meet a phase that stays dense.
+    """
+    if behaviour.phase != "all" and changes_dense_product(corrections):
+        raise ValueError(f"phase {behaviour.phase} needs the dense product unchanged elsewhere")
+    weight = linear.weight.detach().cpu().t().double()  # [K, O]
+    shift = constants.shift if corrections.shift is None else corrections.shift
+    folded = {"W": _folded_weight(weight, constants, corrections).to(dtype)}
+    bias = _folded_bias(linear, weight, shift, corrections)
+    if bias is not None:
+        folded["bias"] = bias.to(dtype)
+    if behaviour.dynamic_shift:
+        folded["shift_weight"] = _gained(weight.sum(dim=0), corrections).float()
+    if constants.remainder is not None:
+        folded["remainder_in"] = constants.remainder.inner.to(dtype)
+        folded["remainder_out"] = constants.remainder.outer.to(dtype)
+    kept = {
+        "shift": shift,
+        "score_scale": constants.score_scale,
+        "channel_order": constants.channel_order,
+    }
+    # Linears of one site share these: each gets its own copy.
+    folded |= {name: value.cpu().clone() for name, value in kept.items() if value is not None}
+    return {name: tensor.detach().contiguous() for name, tensor in _gathered(folded).items()}
+
+
+def changes_dense_product(corrections: Corrections) -> bool:
+    """Whether the folded linear differs from the dense one even where everything is kept."""
+    changing = (
+        corrections.input_scale,
+        corrections.output_scale,
+        corrections.bias,
+        corrections.low_rank_in,
+    )
+    return any(tensor is not None for tensor in changing)
+
+
+def _folded_weight(
+    weight: torch.Tensor, constants: Constants, corrections: Corrections
+) -> torch.Tensor:
+    """W' `[K, O]` float64."""
+    if constants.remainder is not None:
+        weight = weight - constants.remainder.inner.double() @ constants.remainder.outer.double()
+    if corrections.input_scale is not None:
+        weight = corrections.input_scale.cpu().double().unsqueeze(1) * weight
+    elif constants.nu is not None:
+        weight = constants.nu * weight
+    weight = _gained(weight, corrections)
+    if corrections.low_rank_in is None or corrections.low_rank_out is None:
+        return weight
+    return weight + corrections.low_rank_in.cpu().double() @ corrections.low_rank_out.cpu().double()
+
+
+def _folded_bias(
+    linear: nn.Linear, weight: torch.Tensor, shift: torch.Tensor | None, corrections: Corrections
+) -> torch.Tensor | None:
+    """`c + o * (W eta) + b` `[O]` float64; None where all are absent."""
+    terms = []
+    own = bias_of(linear)
+    if own is not None:
+        terms.append(own.detach().cpu().double())
+    if shift is not None:
+        moved = shift.cpu().double().expand(weight.shape[0]) @ weight
+        terms.append(_gained(moved, corrections))
+    if corrections.bias is not None:
+        terms.append(corrections.bias.cpu().double())
+    return torch.stack(terms).sum(dim=0) if terms else None
+
+
+def _gained(outputs: torch.Tensor, corrections: Corrections) -> torch.Tensor:
+    """Times the learned gain of each output: `[..., O]`."""
+    gain = corrections.output_scale
+    return outputs if gain is None else outputs * gain.cpu().double()
+
+
+def _gathered(folded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The op's inputs with all that lies along K in the order of `channel_order`."""
+    if "channel_order" not in folded:
+        return folded
+    order = folded["channel_order"].long()
+    along = {
+        name: folded[name][order]
+        for name in _ALONG_CHANNELS
+        if name in folded and len(folded[name]) == len(order)  # a shift [1] is one for all
+    }
+    return {**folded, **along}

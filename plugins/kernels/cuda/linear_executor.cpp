@@ -1,0 +1,148 @@
+#include "linear_executor.h"
+
+#include "cuda_fault.h"
+
+namespace nmexport::cuda {
+
+namespace {
+
+constexpr std::size_t kALIGNMENT = 256;  // of cudaMalloc, which the kernels and cuBLASLt like best
+
+std::size_t aligned(std::size_t bytes) {
+    return (bytes + kALIGNMENT - 1) / kALIGNMENT * kALIGNMENT;
+}
+
+// Where the parts of the workspace lie:
+//
+//   | s [tokens, K] T | eta [tokens] | nu [tokens] | product [tokens, O] float32 | cuBLASLt's |
+//
+// s only where a mask kernel writes it, the product only where an epilogue reads it.
+struct Workspace {
+    std::size_t eta;
+    std::size_t nu;
+    std::size_t product;
+    std::size_t blas;
+    std::size_t bytes;
+
+    explicit Workspace(const LinearWork& work) {
+        const std::size_t tokens = static_cast<std::size_t>(work.tokens);
+        const std::size_t rowBytes =
+            static_cast<std::size_t>(work.channels) * (work.type == DType::kFLOAT32 ? 4 : 2);
+        const std::size_t outputs = static_cast<std::size_t>(work.outputs);
+        eta = aligned(work.needsMask ? tokens * rowBytes : 0);
+        nu = eta + aligned(tokens * sizeof(float));
+        product = nu + aligned(tokens * sizeof(float));
+        blas = product + aligned(work.needsEpilogue ? tokens * outputs * sizeof(float) : 0);
+        bytes = blas + kPRODUCT_WORKSPACE_BYTES;
+    }
+};
+
+template <typename T = void>
+T* at(void* workspace, std::size_t offset) {
+    return reinterpret_cast<T*>(static_cast<char*>(workspace) + offset);
+}
+
+bool takesDecodeKernel(const LinearWork& work, const DeviceTraits& device, LinearPath path) {
+    return path == LinearPath::kFASTER && work.tokens <= kMAX_DECODE_TOKENS &&
+           decodeIsFaster(device, work.type, static_cast<std::int32_t>(work.tokens), work.channels,
+                          work.outputs);
+}
+
+ProductShape productOf(const LinearWork& work) {
+    return {work.type, work.tokens, work.channels, work.outputs, work.needsEpilogue};
+}
+
+// Where nothing is dropped, there is nothing to correct, not even for a constant token.
+LinearArgs simplified(LinearArgs args) {
+    if (args.selection.n == args.selection.m) args.selection.varianceCorrection = false;
+    return args;
+}
+
+MaskArgs maskOf(const LinearArgs& args, void* s, float* eta, float* nu) {
+    MaskArgs mask;
+    mask.type = args.type;
+    mask.tokens = args.tokens;
+    mask.channels = args.channels;
+    mask.selection = args.selection;
+    mask.x = args.x;
+    mask.isGathered = true;
+    mask.s = s;
+    mask.eta = args.selection.dynamicShift ? eta : nullptr;
+    mask.nu = args.selection.varianceCorrection ? nu : nullptr;
+    return mask;
+}
+
+EpilogueArgs epilogueOf(const LinearArgs& args, const float* product, const float* eta,
+                        const float* nu) {
+    EpilogueArgs epilogue;
+    epilogue.type = args.type;
+    epilogue.tokens = args.tokens;
+    epilogue.outputs = args.outputs;
+    epilogue.product = product;
+    epilogue.eta = args.selection.dynamicShift ? eta : nullptr;
+    epilogue.nu = args.selection.varianceCorrection ? nu : nullptr;
+    epilogue.shiftWeight = args.selection.dynamicShift ? args.shiftWeight : nullptr;
+    epilogue.bias = args.bias;
+    epilogue.y = args.y;
+    return epilogue;
+}
+
+}  // namespace
+
+LinearWork workOf(const LinearArgs& args) {
+    const Selection selection = simplified(args).selection;
+    LinearWork work;
+    work.type = args.type;
+    work.tokens = args.tokens;
+    work.channels = args.channels;
+    work.outputs = args.outputs;
+    work.needsMask = selection.n < selection.m || selection.channelOrder != nullptr ||
+                     selection.valueScale != nullptr || selection.shift != nullptr ||
+                     selection.dynamicShift;
+    work.needsEpilogue =
+        selection.dynamicShift || selection.varianceCorrection || args.bias != nullptr;
+    return work;
+}
+
+std::size_t workspaceBytes(const LinearWork& work, const DeviceTraits& device, LinearPath path) {
+    return takesDecodeKernel(work, device, path) ? 0 : Workspace(work).bytes;
+}
+
+void LinearExecutor::prepare(const LinearWork& work, const DeviceTraits& device, LinearPath path) {
+    if (work.tokens == 0 || takesDecodeKernel(work, device, path)) return;
+    const std::lock_guard<std::mutex> lock(mMutex);
+    mProduct.prepare(productOf(work));
+}
+
+void LinearExecutor::run(const LinearArgs& given, const DeviceTraits& device, LinearPath path,
+                         void* workspace, cudaStream_t stream) {
+    if (given.tokens == 0) return;
+    const LinearArgs args = simplified(given);
+    if (takesDecodeKernel(workOf(args), device, path)) {
+        checkCuda(launchDecode(args, device, stream), "the decode kernel");
+    } else {
+        runProduct(args, workspace, stream);
+    }
+}
+
+void LinearExecutor::runProduct(const LinearArgs& args, void* workspace, cudaStream_t stream) {
+    const LinearWork work = workOf(args);
+    const Workspace parts(work);
+    float* const eta = at<float>(workspace, parts.eta);
+    float* const nu = at<float>(workspace, parts.nu);
+    const void* s = args.x;
+    if (work.needsMask) {
+        checkCuda(launchMask(maskOf(args, workspace, eta, nu), stream), "the mask kernel");
+        s = workspace;
+    }
+    void* const product = work.needsEpilogue ? at<>(workspace, parts.product) : args.y;
+    {
+        const std::lock_guard<std::mutex> lock(mMutex);
+        mProduct.enqueue(productOf(work), s, args.w, product, at<>(workspace, parts.blas), stream);
+    }
+    if (!work.needsEpilogue) return;
+    const EpilogueArgs epilogue = epilogueOf(args, static_cast<const float*>(product), eta, nu);
+    checkCuda(launchEpilogue(epilogue, stream), "the epilogue kernel");
+}
+
+}  // namespace nmexport::cuda

@@ -1,0 +1,57 @@
+// NMLinear on a GPU for any number of tokens, the same for every framework: sparse or dense, where
+// the workspace's parts lie, what is launched.
+//
+//   few tokens:  x -> decode kernel over the kept rows of W -> y
+//   many:        x -> mask kernel -> s -> cuBLASLt with W -> product -> epilogue kernel -> y
+//
+// Where s would be x itself, and where y would be the product itself, that kernel is left out.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+
+#include "dense_product.h"
+#include "nm_cuda.h"
+
+namespace nmexport::cuda {
+
+// What decides the path and the workspace: known before any pointer is.
+struct LinearWork {
+    DType type{DType::kFLOAT32};
+    std::int64_t tokens{0};
+    std::int32_t channels{0};  // K
+    std::int32_t outputs{0};   // O
+    bool needsMask{true};      // s is not x
+    bool needsEpilogue{true};  // y is not the product
+};
+
+LinearWork workOf(const LinearArgs& args);
+
+enum class LinearPath {
+    kFASTER,   // the decode kernel for few tokens, where it was measured to be faster
+    kPRODUCT,  // mask and dense product, even for few tokens
+};
+
+// Device memory that a run needs, for these tokens and for fewer; 0 for the decode kernel.
+std::size_t workspaceBytes(const LinearWork& work, const DeviceTraits& device, LinearPath path);
+
+// One node; safe to run from several threads at once.
+class LinearExecutor {
+  public:
+    // Chooses the dense product's kernel, on the host and outside of any capture, where the path
+    // needs one; else the first run does. Throws Fault where cuBLASLt is missing.
+    void prepare(const LinearWork& work, const DeviceTraits& device, LinearPath path);
+
+    // Enqueues; neither allocates device memory nor synchronises. Throws Fault.
+    void run(const LinearArgs& args, const DeviceTraits& device, LinearPath path, void* workspace,
+             cudaStream_t stream);
+
+  private:
+    void runProduct(const LinearArgs& args, void* workspace, cudaStream_t stream);
+
+    std::mutex mMutex;  // of the product alone: it remembers kernels by shape
+    DenseProduct mProduct;
+};
+
+}  // namespace nmexport::cuda
