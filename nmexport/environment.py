@@ -107,9 +107,9 @@ def device_name(environment: Environment, *, on_gpu: bool) -> str:
     if not on_gpu:
         return environment.cpu
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
-    told = _ask_driver(visible)
-    if told is not None:
-        return told
+    gpus = _ask_driver(visible)
+    if gpus is not None:
+        return gpus
     index = int(visible) if visible.isdigit() else 0
     if index < len(environment.gpus):
         return environment.gpus[index].name
@@ -148,7 +148,7 @@ def _ask_driver(visible: str) -> str | None:
 
 def physical_cores() -> int:
     """Physical cores among the logical CPUs that this process may run on, at least 1."""
-    allowed = _allowed_processors()
+    allowed = _allowed_cpus()
     pairs = set()
     for cpu in allowed:
         topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
@@ -164,7 +164,7 @@ def physical_cores() -> int:
     return max(1, len(pairs))
 
 
-def _allowed_processors() -> set[int]:
+def _allowed_cpus() -> set[int]:
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return set(range(os.cpu_count() or 1))

@@ -12,10 +12,21 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from nmexport.calibration import corpus
+from nmexport.calibration.self_text import self_text
 from nmexport.errors import UserError
+from nmexport.models.context import check_lengths
+from nmexport.models.layerwise import LayerwiseModel
+from nmexport.models.loader import load_model, load_tokenizer
+from nmexport.models.offload import Memory, bytes_needed, free_memory, parameter_count, placement
+from nmexport.models.skeleton import skeleton
+from nmexport.models.source import resolve
+from nmexport.models.text_files import known_tokens
 from nmexport.report.model import Scores
 from nmexport.stages import fold
 from nmexport.store.layers import model_phases
+from nmexport.verification import accuracy
+from nmexport.verification.precomputed import Precomputed
+from nmexport.verification.reference import folded_linear, open_dense, open_folded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,7 +34,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from nmexport.models.offload import Memory
     from nmexport.models.source import ModelSource
     from nmexport.progress import Progress
     from nmexport.recipe import Recipe
@@ -106,10 +116,6 @@ def evaluate(
         WorkDirectoryError: if the work directory's disk has no room for a model's answers.
         UserError: if the model's phases differ and it does not fit into memory.
     """
-    from nmexport.models.context import check_lengths
-    from nmexport.models.source import resolve
-    from nmexport.verification import accuracy
-
     recipe = recipe or work.recipe()
     folded = fold.Artifact(work.require("fold"))
     subject = _Subject(work=work, recipe=recipe, source=resolve(recipe.model), folded=folded)
@@ -123,7 +129,7 @@ def evaluate(
             (number, accuracy.score_window(dense, sparse, windows[number], phases=phases))
             for number in tracked
         ]
-    everywhere = _gathered(scores, share)
+    everywhere = _gather(scores, share)
     if not share.is_main:
         return None
     ordered = [score for _, score in sorted(everywhere, key=lambda pair: pair[0])]
@@ -143,9 +149,6 @@ def _sessions(
     subject: _Subject, windows: NDArray[np.int64], share: Share, progress: Progress
 ) -> Iterator[tuple[Session, Session]]:
     """The dense and the folded model, whole on a device, or layer by layer."""
-    from nmexport.models.offload import Memory, free_memory, parameter_count, placement
-    from nmexport.models.skeleton import skeleton
-
     source, section = subject.source, subject.recipe.model
     offload, memory = subject.recipe.calibration.offload, free_memory()
     parameters = 0
@@ -158,7 +161,6 @@ def _sessions(
         with _layerwise_sessions(subject, windows, progress) as pair:
             yield pair
         return
-    from nmexport.verification.reference import open_dense, open_folded
 
     with (
         open_dense(source, section, device=device) as dense,
@@ -169,8 +171,6 @@ def _sessions(
 
 def _device(share: Share, parameters: int, memory: Memory) -> str:
     """The process's own GPU, where so many parameters find room in it; else the host."""
-    from nmexport.models.offload import bytes_needed
-
     kind, _, index = share.device.partition(":")
     if kind != "cuda":
         return share.device
@@ -182,10 +182,6 @@ def _layerwise_sessions(
     subject: _Subject, windows: NDArray[np.int64], progress: Progress
 ) -> Iterator[tuple[Session, Session]]:
     from functools import partial
-
-    from nmexport.models.layerwise import LayerwiseModel
-    from nmexport.verification.precomputed import Precomputed
-    from nmexport.verification.reference import folded_linear
 
     _refuse_stepwise(subject)
     folded = subject.folded
@@ -213,15 +209,10 @@ def _refuse_stepwise(subject: _Subject) -> None:
 
 
 def _windows(subject: _Subject, progress: Progress) -> NDArray[np.int64]:
-    from nmexport.models.loader import load_model, load_tokenizer
-    from nmexport.models.text_files import known_tokens
-
     recipe, source = subject.recipe, subject.source
     tokenizer = load_tokenizer(source)
 
     def written(samples: int, length: int, seed: int) -> NDArray[np.int64]:
-        from nmexport.calibration.self_text import self_text
-
         model = load_model(source, dtype="float32")
         generate = self_text(model, tokenizer, progress=progress, label="evaluate: own text")
         return generate(samples, length, seed)
@@ -231,7 +222,7 @@ def _windows(subject: _Subject, progress: Progress) -> NDArray[np.int64]:
     )
 
 
-def _gathered(
+def _gather(
     scores: list[tuple[int, WindowComparison]], share: Share
 ) -> list[tuple[int, WindowComparison]]:
     """Scores of all processes."""

@@ -51,7 +51,7 @@ _Bool = NDArray[np.bool_]
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What NMLinear must give, and how far an executor may be from it."""
+    """Expected output of NMLinear, and how far an executor may be from it."""
 
     value: _Float64
     """`Y [..., O]`, not rounded to T."""
@@ -360,7 +360,7 @@ def _in_own_order(gathered: _Bool, order: NDArray[np.intp]) -> _Bool:
 
 
 def _scaled_weights(w: _Array, weight_scale: _Array | None) -> _Float64:
-    """What W stands for, `[K, O]`."""
+    """Dequantise W, `[K, O]`."""
     wide: _Float64 = w.astype(np.float64)
     if weight_scale is None:
         return wide

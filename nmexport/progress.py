@@ -69,12 +69,16 @@ class Lines:
                 yield item
                 now = self._clock()
                 if now - said >= self._every and count != size:
-                    self.note(f"{label}: {_counted(count, size)}{_eta(now - began, count, size)}")
+                    self.note(
+                        f"{label}: {_format_count(count, size)}{_eta(now - began, count, size)}"
+                    )
                     said = now
         finally:  # whoever stops early, because there is no more to do, has a last line too
             seconds = self._clock() - began
             if seconds >= 1:  # what took no time is not worth a line
-                self.note(f"{label}: {_counted(count, size)} in {duration(seconds)}, {_peak()}")
+                self.note(
+                    f"{label}: {_format_count(count, size)} in {duration(seconds)}, {_peak()}"
+                )
 
     def note(self, message: str) -> None:
         """Write the line."""
@@ -95,7 +99,7 @@ class Bars:
     def track(self, items: Iterable[T], *, label: str, total: int | None = None) -> Iterator[T]:
         """Yield the items under a bar; a bar inside a bar stands below it."""
         size = total if total is not None else length_of(items)
-        with self._shown() as bars:
+        with self._show() as bars:
             task = bars.add_task(label, total=size, peak=_peak())
             try:
                 for item in items:
@@ -109,7 +113,7 @@ class Bars:
         self._console.print(message, highlight=False, markup=False)
 
     @contextmanager
-    def _shown(self) -> Iterator[RichBars]:
+    def _show(self) -> Iterator[RichBars]:
         """The one live display; rich allows no second one on a terminal."""
         if self._bars is not None:
             yield self._bars
@@ -198,7 +202,7 @@ def _peak() -> str:
     return f"peak {size(peak_rss_bytes())}"
 
 
-def _counted(count: int, size: int | None) -> str:
+def _format_count(count: int, size: int | None) -> str:
     return f"{count}/{size}" if size is not None else str(count)
 
 

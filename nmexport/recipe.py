@@ -54,11 +54,11 @@ def _capability_from(value: object) -> object:
     raise ValueError('a compute capability such as "8.9"')
 
 
-def _expanded(value: str) -> str:
+def _expand(value: str) -> str:
     return os.path.expanduser(value)  # noqa: PTH111  it may be no path at all
 
 
-MaybePath = Annotated[str, AfterValidator(_expanded)]
+MaybePath = Annotated[str, AfterValidator(_expand)]
 """Text that may name a file; `~` is expanded."""
 
 ComputeCapability = Annotated[str, BeforeValidator(_capability_from)]
@@ -353,7 +353,7 @@ def resolve(
     for dotted, value in values.items():
         _put(document.value, dotted.split("."), value)
     names = {dotted: (spelled or {}).get(dotted, dotted) for dotted in values}
-    return _validated(document, source, names)
+    return _validate(document, source, names)
 
 
 def load(path: Path) -> Recipe:
@@ -363,7 +363,7 @@ def load(path: Path) -> Recipe:
         RecipeError: if it cannot be read, or a key or value in it is wrong: file, line, nearest
             key.
     """
-    return _validated(_read(path), str(path), {})
+    return _validate(_read(path), str(path), {})
 
 
 def dump(recipe: Recipe) -> str:
@@ -449,7 +449,7 @@ def _read(path: Path) -> strict_yaml.Document:
     if not isinstance(document.value, dict):
         raise RecipeError(
             f"{path} holds no recipe: its top level must be keys.",
-            allowed=_joined(_keys_at(())),
+            allowed=_join(_keys_at(())),
             fix="nmexport recipes show smollm2",
         )
     return document
@@ -486,15 +486,17 @@ _REMOVED = {
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 
 
-def _validated(document: strict_yaml.Document, source: str, options: Mapping[str, str]) -> Recipe:
+def _validate(document: strict_yaml.Document, source: str, options: Mapping[str, str]) -> Recipe:
     # Strict mode takes lists for tuples in JSON only; everything here came from JSON-like text.
     try:
         return Recipe.model_validate_json(json.dumps(document.value))
     except ValidationError as error:
-        found = error.errors(include_url=False)
+        errors = error.errors(include_url=False)
         # Said of a default that would have followed from what is wrong.
-        problems = [one for one in found if one["type"] != "default_factory_not_called"]
-        first, *rest = [_explained(problem, document, source, options) for problem in problems]
+        problems = [
+            problem for problem in errors if problem["type"] != "default_factory_not_called"
+        ]
+        first, *rest = [_explain(problem, document, source, options) for problem in problems]
         if not rest:
             raise first from None
         listed = "".join(f"\n  {fault.problem} Allowed: {fault.allowed}." for fault in rest)
@@ -503,7 +505,7 @@ def _validated(document: strict_yaml.Document, source: str, options: Mapping[str
         ) from None
 
 
-def _explained(
+def _explain(
     problem: ErrorDetails,
     document: strict_yaml.Document,
     source: str,
@@ -522,7 +524,7 @@ def _explained(
             keys = _keys_at(at[:-1])
             return RecipeError(
                 f"{where} is not a key of a recipe.",
-                allowed=_joined(keys),
+                allowed=_join(keys),
                 fix=_nearest(str(at[-1]), keys),
             )
         case "missing":
@@ -532,14 +534,16 @@ def _explained(
             value = str(problem["input"])
             return RecipeError(
                 f"{where} cannot be {given}.",
-                allowed=_joined(choices),
+                allowed=_join(choices),
                 fix=_REMOVED.get((dotted, value)) or _nearest(value, choices),
             )
         case kind:
-            return RecipeError(f"{where} cannot be {given}.", allowed=_allowed(kind, problem))
+            return RecipeError(
+                f"{where} cannot be {given}.", allowed=_describe_allowed(kind, problem)
+            )
 
 
-def _allowed(kind: str, problem: ErrorDetails) -> str:
+def _describe_allowed(kind: str, problem: ErrorDetails) -> str:
     context = problem.get("ctx", {})
     bounds = [f"{words} {context[name]}" for name, words in _BOUNDS.items() if name in context]
     if bounds:
@@ -566,7 +570,7 @@ def _keys_at(at: Sequence[str | int]) -> list[str]:
     return [spec.alias or name for name, spec in section.model_fields.items()]
 
 
-def _joined(words: Sequence[str]) -> str:
+def _join(words: Sequence[str]) -> str:
     return ", ".join(words)
 
 

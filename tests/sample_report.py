@@ -33,6 +33,7 @@ from nmexport.report.model import (
     Speedup,
     TaskScore,
 )
+from nmexport.runtimes.session import Session
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.store.layers import LayerSpec
 from nmexport.verification import (
@@ -239,26 +240,21 @@ def _caches() -> CacheParity:
     return CacheParity(layers=layers, tolerance=1e-3)
 
 
-class Paced:
-    """A session that takes no time; `samples` replace what was timed."""
+class Paced(Session):
+    """A session that takes no time; drawn samples replace what was timed."""
 
     threads = 2
     runtime = "onnxruntime 1.32"
-    cache = None
     vocabulary_size = 8
+
+    def extend(self, cache: object, input_ids: np.ndarray) -> tuple[np.ndarray, object]:
+        return np.zeros((*input_ids.shape, 8), np.float32), cache or ()
 
     def keep(self, cache: object) -> object:
         return cache
 
-    resume = keep
-
-    def prefill(self, ids: np.ndarray) -> np.ndarray:
-        return np.zeros((*ids.shape, 8), np.float32)
-
-    decode_step = prefill
-
-    def extend_last(self, _: object, ids: np.ndarray) -> tuple[np.ndarray, None]:
-        return self.prefill(ids), None
+    def close(self) -> None:
+        pass
 
 
 def _latency(rng: np.random.Generator) -> Latency:

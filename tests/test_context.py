@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
 from nmexport.errors import RecipeError
 from nmexport.generation import loop
@@ -18,6 +17,7 @@ from nmexport.models.tracing import CacheShape
 from nmexport.recipe import ModelSection
 from nmexport.recipe import resolve as resolve_recipe
 
+from tests.test_serving_scheduler import CountingSession
 from tests.tiny import save_tiny_model
 
 if TYPE_CHECKING:
@@ -54,24 +54,11 @@ def test_a_model_without_positions_has_no_end() -> None:
     assert document["model"]["context_length"] > 1 << 16
 
 
-class Counting:
-    """A session that continues each token with the next number, and notes what it is given."""
-
-    def __init__(self) -> None:
-        self.given: list[list[int]] = []
-
-    def prefill(self, ids: np.ndarray) -> np.ndarray:
-        self.given.append(ids[0].tolist())
-        return np.eye(64, dtype=np.float32)[ids + 1]
-
-    decode_step = prefill
-
-
 def test_beyond_the_switch_of_frequencies_a_sequence_is_computed_anew() -> None:
-    session = Counting()
+    session = CountingSession()
     tokens = loop.continuation(session, [1, 2], Sampler(), max_tokens=5, ends=frozenset(), switch=4)
     assert list(tokens) == [3, 4, 5, 6, 7]
-    assert session.given == [[1, 2], [3], [4], [1, 2, 3, 4, 5], [6]]
+    assert session.calls == [[1, 2], [3], [4], [1, 2, 3, 4, 5], [6]]
 
 
 def test_length_switch_is_that_of_longrope(tmp_path: Path) -> None:

@@ -145,5 +145,5 @@ def test_layer_by_layer_holds_a_layer(
 
     for host, expected in ((20 << 30, layered), (80 << 30, whole)):
         memory = Memory(host=host)
-        monkeypatch.setattr("nmexport.models.offload.free_memory", lambda memory=memory: memory)
+        monkeypatch.setattr("nmexport.inspect.estimate.free_memory", lambda memory=memory: memory)
         assert memory_of(mistral, "auto") == expected

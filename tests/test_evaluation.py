@@ -94,7 +94,7 @@ def test_several_processes_find_what_one_finds(
         gathered.extend(scores)
         return gathered if share.is_main else []
 
-    monkeypatch.setattr(evaluation, "_gathered", collect)
+    monkeypatch.setattr(evaluation, "_gather", collect)
     for rank in reversed(range(processes)):  # the main process last, as if it had waited
         found = evaluate(work, Share(rank=rank, processes=processes), progress=Silent())
         assert (found is None) == (rank != 0)
@@ -104,7 +104,7 @@ def test_several_processes_find_what_one_finds(
 def test_layer_by_layer_gives_the_same_figures(
     alone: dict[str, Any], work: WorkDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nmexport.models.offload.free_memory", lambda: Memory(host=100_000))
+    monkeypatch.setattr("nmexport.evaluation.free_memory", lambda: Memory(host=100_000))
     assert json_from(evaluate(work, Share(), progress=Silent())) == alone
 
 
@@ -125,7 +125,7 @@ def test_layer_by_layer_scores_a_sparse_head(
     sparse = fold(tiny_llama, tmp_path / "w", text, "--targets", "lm_head")
     whole = evaluate(sparse, Share(), progress=Silent())
     assert whole["kl_mean"] > 1e-3
-    monkeypatch.setattr("nmexport.models.offload.free_memory", lambda: Memory(host=100_000))
+    monkeypatch.setattr("nmexport.evaluation.free_memory", lambda: Memory(host=100_000))
     assert evaluate(sparse, Share(), progress=Silent()) == whole
 
 
@@ -141,7 +141,7 @@ def test_answers_wait_in_the_work_directory_and_leave_nothing(
             raise OSError(errno.ENOSPC, "No space left on device")
         return scratch_array(shape, folder)
 
-    monkeypatch.setattr("nmexport.models.offload.free_memory", lambda: Memory(host=100_000))
+    monkeypatch.setattr("nmexport.evaluation.free_memory", lambda: Memory(host=100_000))
     for user in ("models.layerwise", "verification.precomputed"):
         monkeypatch.setattr(f"nmexport.{user}.scratch_array", full)
     with pytest.raises(WorkDirectoryError, match="is full"):
@@ -155,7 +155,7 @@ def test_layer_by_layer_cannot_decode(
 ) -> None:
     decoding = fold(tiny_llama, tmp_path / "w", text, "--phases", "decode")
     assert evaluate(decoding, Share(), progress=Silent()).phases == "decode"
-    monkeypatch.setattr("nmexport.models.offload.free_memory", lambda: Memory(host=100_000))
+    monkeypatch.setattr("nmexport.evaluation.free_memory", lambda: Memory(host=100_000))
     with pytest.raises(UserError, match="token by token"):
         evaluate(decoding, Share(), progress=Silent())
 
@@ -200,7 +200,7 @@ def test_the_other_processes_stay_silent(
     work: WorkDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluation, "launched", lambda: Share(rank=1, processes=2))
-    monkeypatch.setattr(evaluation, "_gathered", lambda scores, share: scores)
+    monkeypatch.setattr(evaluation, "_gather", lambda scores, share: scores)
     done = CliRunner().invoke(cli, ["evaluate", "--work", str(work.root)])
     assert (done.exit_code, done.stdout) == (0, "")
 

@@ -40,7 +40,6 @@ print(json.dumps({"mask": batch["attention_mask"].tolist(), "tokens": tokens.tol
 """
 
 
-@pytest.mark.slow
 def test_the_tokenizer_names_what_the_graph_takes(tiny_llama: Path, tmp_path: Path) -> None:
     """A client's generic tokenizer class would add token_type_ids."""
     write_tokenizer(load_tokenizer(resolve(ModelSection(id=str(tiny_llama)))), tmp_path)
@@ -48,6 +47,7 @@ def test_the_tokenizer_names_what_the_graph_takes(tiny_llama: Path, tmp_path: Pa
     assert config["model_input_names"] == ["input_ids", "attention_mask"]
 
 
+@pytest.mark.slow
 def test_generates_with_optimum(tiny_llama: Path, tmp_path: Path) -> None:
     """A padded batch generates the tokens that ONNX Runtime's logits ask for."""
     python = os.environ.get("NMEXPORT_OPTIMUM_PYTHON")

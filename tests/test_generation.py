@@ -21,6 +21,7 @@ from nmexport.generation.sampler import Sampler
 from nmexport.generation.tokenizer import Tokenizer
 
 from tests.served import engine_document
+from tests.test_serving_scheduler import CountingSession
 from tests.tiny import begin_every_text, save_tokenizer
 from tests.toy_lm import VOCABULARY, expected_logits, save_toy_lm
 
@@ -124,15 +125,8 @@ def test_end_tokens_come_from_all_places(tmp_path: Path, tokenizer_folder: Path)
 
 
 def test_an_end_token_ends_the_text_unseen() -> None:
-    class Counting:
-        vocabulary_size = 9
-
-        def prefill(self, ids: np.ndarray) -> np.ndarray:
-            return np.eye(9, dtype=np.float32)[(ids + 1) % 9]
-
-        decode_step = prefill
-
-    tokens = continuation(Counting(), [0, 1], Sampler(), max_tokens=20, ends=frozenset({5}))
+    ends = frozenset({5})
+    tokens = continuation(CountingSession(), [0, 1], Sampler(), max_tokens=20, ends=ends)
     assert list(tokens) == [2, 3, 4]
 
 

@@ -134,6 +134,19 @@ def test_a_kept_cache_is_not_changed_by_what_goes_on_from_it(exported: Exported)
         assert_close(after[:, -1], session.prefill(whole)[:, -1])
 
 
+@pytest.mark.parametrize("length", [384, 512])
+def test_a_kept_cache_has_room_for_the_next_token(exported: Exported, length: int) -> None:
+    with opened(exported.model) as session:
+        _, cache = session.extend(None, tokens(1, 300))
+        _, cache = session.extend(cache, tokens(1, length - 300))
+        kept = session.keep(cache)
+        del cache
+        for _ in range(2):
+            _, after = session.extend(kept, tokens(1, 1, seed=3))
+            assert after.lease is kept.lease, "nothing was copied"
+            del after
+
+
 def test_buffers_are_used_again_once_dropped_and_not_before(exported: Exported) -> None:
     with opened(exported.model) as session:
         session.prefill(tokens(1, 9))

@@ -157,7 +157,7 @@ def recipes(draw: Any) -> Recipe:
 @given(recipes())
 def test_resolved_recipe_reloads_to_an_equal_object(original: Recipe) -> None:
     document = strict_yaml.read(dump(original), "r.yaml")
-    assert recipe._validated(document, "r.yaml", {}) == original
+    assert recipe._validate(document, "r.yaml", {}) == original
 
 
 @settings(max_examples=60, deadline=None)

@@ -11,6 +11,7 @@ import pytest
 from nmexport.errors import RequestError, ServerBusyError
 from nmexport.generation.options import GenerationOptions
 from nmexport.runtimes.onnxruntime_session import OrtSession
+from nmexport.runtimes.session import Session
 from nmexport.serving import metrics as names
 from nmexport.serving.scheduler import SHUTTING_DOWN, Limits, Outcome, Scheduler, Usage, chunk_end
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 END = 9
 
 
-class CountingSession:
+class CountingSession(Session):
     """After token n comes n + 1; the cache is the tokens so far."""
 
     vocabulary_size = 10

@@ -92,10 +92,10 @@ def test_all_processes_count_and_shared_pages_once() -> None:
 
 def test_growth_is_of_medians_at_both_ends() -> None:
     steady = [(float(i), 100 * MEGABYTE + i % 3) for i in range(100)]
-    assert soak._compared(steady)["growth"] == 0
-    assert soak._compared([*steady[:50], (50.0, 10**9), *steady[50:]])["growth"] == 0
+    assert soak._compare_ends(steady)["growth"] == 0
+    assert soak._compare_ends([*steady[:50], (50.0, 10**9), *steady[50:]])["growth"] == 0
     leak = [(float(i), 100 * MEGABYTE + i * MEGABYTE // 10) for i in range(100)]
-    found = soak._compared(leak)
+    found = soak._compare_ends(leak)
     assert found["growth"] == pytest.approx(0.0896, abs=0.001)
     assert found["peak_bytes"] == leak[-1][1]
 
@@ -190,9 +190,7 @@ def test_growth_and_what_is_held_fail_a_soak(
 ) -> None:
     server = tmp_path / "tritonserver"
     server.touch()
-    monkeypatch.setattr(
-        bench_serving, "_started", lambda *_: contextlib.nullcontext((object(), "m"))
-    )
+    monkeypatch.setattr(bench_serving, "_start", lambda *_: contextlib.nullcontext((object(), "m")))
     monkeypatch.setattr(soak, "soak", lambda *_, **__: outcome(growth, held))
     result = CliRunner().invoke(
         cli, ["bench", "soak", str(tmp_path), "--server", str(server), "--max-growth", "0.02"]

@@ -101,10 +101,10 @@ def test_a_seed_that_nobody_chose_is_new_each_time() -> None:
 def test_penalties_are_the_published_formulas() -> None:
     logits = np.array([2.0, -1.0, 0.5, 1.0], dtype=np.float32)
     one = Sampler(repetition_penalty=2.0, presence_penalty=0.25, frequency_penalty=0.5, prompt=[1])
-    np.testing.assert_allclose(one._penalised(logits), [2.0, -2.0, 0.5, 1.0])
+    np.testing.assert_allclose(one._penalise(logits), [2.0, -2.0, 0.5, 1.0])
     assert one(logits) == 0
     # 0 was drawn once: 2 / 2 - 0.25 - 0.5
-    np.testing.assert_allclose(one._penalised(logits), [0.25, -2.0, 0.5, 1.0])
+    np.testing.assert_allclose(one._penalise(logits), [0.25, -2.0, 0.5, 1.0])
     assert logits[0] == 2.0  # the runtime's own buffer
 
 

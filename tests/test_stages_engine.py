@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx
 import pytest
 from nmexport.environment import probe
 from nmexport.errors import ArtifactError, EnvironmentFault, GateFailed
@@ -26,6 +27,8 @@ from nmexport.recipe import (
     SparsitySection,
 )
 from nmexport.report.model import json_of
+from nmexport.runtimes import onnxruntime_session
+from nmexport.runtimes.engine import read_engine
 from nmexport.runtimes.onnxruntime_session import OrtSession
 from nmexport.runtimes.tensorrt import library as tensorrt_library
 from nmexport.runtimes.tensorrt import requirements
@@ -37,11 +40,14 @@ from nmexport.store.work_directory import WorkDirectory
 from nmexport.verification.memory import artifact_bytes
 from onnx import TensorProto
 
+from tests.exported import export_folder
 from tests.test_report import FIXED, assert_has_keys
 from tests.toy_lm import save_toy_lm
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from nmexport.choices import Dtype
 
 RECIPE = Recipe(
     model=ModelSection(id="tiny"),
@@ -84,6 +90,37 @@ def toy_export(tmp_path: Path) -> Path:
     save_toy_lm(folder / "model.onnx")
     save_toy_lm(folder / "dense" / "model.onnx")
     return folder
+
+
+@pytest.mark.parametrize(("dtype", "why"), [("float16", None), ("float32", "16-bit")])
+def test_a_cuda_engine_has_graphs_of_its_own(
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: Dtype,
+    why: str | None,
+) -> None:
+    export = tmp_path / "export" / "ba9876543210"
+    export.mkdir(parents=True)
+    export_folder(tiny_llama, export, dtype=dtype)
+    (export / "genai_config.json").write_text('{"model": {"context_length": 256}}')
+    monkeypatch.setattr(onnxruntime_session, "choose_provider", lambda _: "cuda")
+    monkeypatch.setattr(engine, "_load_check", lambda *_, **__: 0.0)
+    recipe = Recipe(model=ModelSection(id="tiny", dtype=dtype), target="onnxruntime")
+    inputs = _inputs(tmp_path, recipe, export=export)
+    engine.run(inputs)
+    described = read_engine(inputs.output)
+    assert described.provider == "cuda"
+    if why is not None:
+        assert described.cuda is None
+        assert why in (described.why_no_cuda or "")
+        return
+    assert described.cuda is not None
+    assert described.cuda.positions == 256
+    for path in (described.cuda.model, described.cuda.dense_model):
+        graph = onnx.load(path, load_external_data=False).graph
+        assert "GroupQueryAttention" in {node.op_type for node in graph.node}
+        assert path.stat().st_size < 1e6, "weights stay in the export"
 
 
 @pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])

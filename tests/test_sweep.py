@@ -250,7 +250,7 @@ def test_a_plot_ranks_combinations_at_their_common_pattern() -> None:
         row_of("third", "8:16", 1.6),
         row_of("weights 50%", None, 1.2),
     ]
-    assert outcome._ranked(rows[:4], "label") == ["first", "second", "third"]
+    assert outcome._rank(rows[:4], "label") == ["first", "second", "third"]
     words = list(ET.fromstring(outcome.plot(rows, "m")).itertext())  # noqa: S314 - ours
     places = [words.index(label) for label in ("first", "second", "third", "weights 50%")]
     assert places == sorted(places)
@@ -618,7 +618,7 @@ def test_no_ray_and_no_cluster_are_the_environments_fault(
 
 def test_two_sweeps_do_not_share_a_folder(sweep_file: Path, tmp_path: Path) -> None:
     job = _jobs(sweep_file, tmp_path)[0]
-    with measure._held(job.folder), pytest.raises(WorkDirectoryError, match="another sweep"):
+    with measure._lock(job.folder), pytest.raises(WorkDirectoryError, match="another sweep"):
         measure.run(job, Silent())
 
 

@@ -87,7 +87,7 @@ def errors_as_built(
 
         return linear.register_forward_hook(hook)
 
-    with _hooked(watch(*one) for one in linears.items()):
+    with _hooked(watch(*item) for item in linears.items()):
         for window in progress.track(windows, label="fold: errors as built", total=len(windows)):
             _forward(model, window)
     return {name: (lost[name] / whole[name]) ** 0.5 if whole[name] else None for name in linears}
@@ -120,7 +120,7 @@ def built_within(
     last = best
     for attempt in range(1, ATTEMPTS if counts_learned else 1):
         relief = _relief(last)
-        chosen = None if relief is None else _chosen(choose, relief)
+        chosen = None if relief is None else _choose_within(choose, relief)
         if chosen is None or chosen.choices in (best.choices, last.choices):
             break
         again, last = build(chosen, attempt)
@@ -137,20 +137,20 @@ def _relief(built: Allocation) -> float | None:
     return min(before / max(after, before / _MOST_RELIEF), _MOST_RELIEF)
 
 
-def _chosen(choose: Callable[[float], Allocation], relief: float) -> Allocation | None:
+def _choose_within(choose: Callable[[float], Allocation], relief: float) -> Allocation | None:
     try:
         return choose(relief)
     except RecipeError:
         return None  # so little is left of the budget that only the dense model keeps it
 
 
-def _is_better(one: Allocation, other: Allocation) -> bool:
+def _is_better(first: Allocation, other: Allocation) -> bool:
     """Prefer a kept budget; then the faster, or the more accurate if both exceed it."""
-    if _used(one) <= 1 and _used(other) <= 1:
-        return one.decode_speedup > other.decode_speedup
-    return _used(one) < _used(other)
+    if _budget_used(first) <= 1 and _budget_used(other) <= 1:
+        return first.decode_speedup > other.decode_speedup
+    return _budget_used(first) < _budget_used(other)
 
 
-def _used(one: Allocation) -> float:
-    used = None if one.built is None else one.built.budget_used
+def _budget_used(allocation: Allocation) -> float:
+    used = None if allocation.built is None else allocation.built.budget_used
     return 0.0 if used is None else used

@@ -178,7 +178,7 @@ def anchors(choices: Iterable[Choice], base: NMPattern) -> list[Choice]:
     that is a candidate.
     """
     return [
-        next((one for one in kin if one.pattern == base), kin[(len(kin) - 1) // 2])
+        next((choice for choice in kin if choice.pattern == base), kin[(len(kin) - 1) // 2])
         for kin in _by_kind(choices)
     ]
 
@@ -213,8 +213,14 @@ class SiteCosts:
         """Nats a token that each choice causes: measured, or inferred from its kin's trial."""
         divergences: dict[Choice, float] = {}
         for kin in _by_kind(self.variants[site]):
-            tried = {one: self.moved[site][one].kl_mean for one in kin if one in self.moved[site]}
-            divergences |= inferred({one: self._squared_error(site, one) for one in kin}, tried)
+            tried = {
+                choice: self.moved[site][choice].kl_mean
+                for choice in kin
+                if choice in self.moved[site]
+            }
+            divergences |= inferred(
+                {choice: self._squared_error(site, choice) for choice in kin}, tried
+            )
         return divergences
 
     def _squared_error(self, site: Site, choice: Choice) -> float:

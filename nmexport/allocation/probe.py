@@ -61,7 +61,7 @@ class Movement:
         count = len(self.kl)
         if count == 1:
             return 0.0
-        squares = math.fsum((one - self.kl_mean) ** 2 for one in self.kl)
+        squares = math.fsum((value - self.kl_mean) ** 2 for value in self.kl)
         return math.sqrt(squares / (count - 1) / count)
 
 
@@ -95,13 +95,13 @@ class SparseInput:
         if pattern.n == pattern.m:
             return x
         if phase == "all":
-            return self._sparsified(x)
+            return self._sparsify(x)
         head, tail = x[:, :prompt], x[:, prompt:]
         if phase == "prefill":
-            return torch.cat([self._sparsified(head), tail], dim=1)
-        return torch.cat([head, self._sparsified(tail)], dim=1)
+            return torch.cat([self._sparsify(head), tail], dim=1)
+        return torch.cat([head, self._sparsify(tail)], dim=1)
 
-    def _sparsified(self, x: torch.Tensor) -> torch.Tensor:
+    def _sparsify(self, x: torch.Tensor) -> torch.Tensor:
         selected = self._site.to(x.device).select(x)
         kept = selected.tokens - selected.eta
         if selected.keep is not None:
@@ -138,7 +138,7 @@ class Probe:
         vocabulary = model.config.get_text_config().vocab_size
         self._scored = scored_positions(windows, prompt, vocabulary)
         self._reference = [self._log_probabilities(index) for index in range(len(windows))]
-        if not all(bool(one.isfinite().all()) for one in self._reference):
+        if not all(bool(values.isfinite().all()) for values in self._reference):
             raise ModelError("The dense model's predictions are not finite.")
 
     @property
@@ -169,26 +169,30 @@ class Probe:
         if any(site.layer < self._start for site in inputs):
             raise ValueError(f"trials start at layer {self._start}")
         with self._sparse(inputs):
-            return self._moved()
+            return self._measure_movement()
 
     def measure_modules(self, modules: Mapping[str, nn.Module]) -> Movement:
         """Run the whole model with these modules in place of its own, by name."""
         self.start_at(0)
         with swapped(self._model, modules):
-            return self._moved()
+            return self._measure_movement()
 
-    def _moved(self) -> Movement:
+    def _measure_movement(self) -> Movement:
         """Compare the model, as it is now, with the dense one on the windows."""
         kl, nll = [], []
         for index, reference in enumerate(self._reference):
-            found = self._log_probabilities(index)
-            kl.append(mean_divergence(reference, found))
-            nll.append(self._rise(index, reference, found))
+            log_probabilities = self._log_probabilities(index)
+            kl.append(mean_divergence(reference, log_probabilities))
+            nll.append(self._rise(index, reference, log_probabilities))
         return Movement(kl=tuple(kl), nll=tuple(nll))
 
-    def _rise(self, index: int, reference: torch.Tensor, found: torch.Tensor) -> float:
-        following = self._windows[index, self._scored + 1].to(found.device).unsqueeze(1)
-        return float((reference.gather(1, following) - found.gather(1, following)).double().mean())
+    def _rise(self, index: int, reference: torch.Tensor, log_probabilities: torch.Tensor) -> float:
+        following = self._windows[index, self._scored + 1].to(log_probabilities.device).unsqueeze(1)
+        return float(
+            (reference.gather(1, following) - log_probabilities.gather(1, following))
+            .double()
+            .mean()
+        )
 
     def _log_probabilities(self, index: int) -> torch.Tensor:
         """`[scored, V]` float32 of one window."""
@@ -196,7 +200,7 @@ class Probe:
         if "logits_to_keep" in inspect.signature(self._model.forward).parameters:
             options["logits_to_keep"] = self._scored.to(self._device)
         ids = self._windows[index : index + 1].to(self._device)
-        with torch.inference_mode(), self._started(index):
+        with torch.inference_mode(), self._start_at(index):
             logits = self._model(input_ids=ids, **options).logits[0]
             if logits.shape[0] != len(self._scored):
                 logits = logits[self._scored.to(self._device)]
@@ -204,8 +208,10 @@ class Probe:
 
     @contextlib.contextmanager
     def _sparse(self, inputs: Mapping[Site, SparseInput]) -> Iterator[None]:
-        shared = {site: _Shared(one, self._prompt) for site, one in inputs.items()}
-        with _hooked(self._watch(name, one) for site, one in shared.items() for name in site.names):
+        shared = {site: _Shared(windows, self._prompt) for site, windows in inputs.items()}
+        with _hooked(
+            self._watch(name, held) for site, held in shared.items() for name in site.names
+        ):
             yield
 
     def _watch(self, name: str, shared: _Shared) -> RemovableHandle:
@@ -217,28 +223,28 @@ class Probe:
         return module.register_forward_pre_hook(hook)
 
     @contextlib.contextmanager
-    def _started(self, index: int) -> Iterator[None]:
+    def _start_at(self, index: int) -> Iterator[None]:
         """The layers before the start return what the last of them computed."""
         if not self._start:
             yield
             return
         held = self._before[index]
-        with _replaced_forward(self._layers[: self._start], lambda *_, **__: held):
+        with _replace_forward(self._layers[: self._start], lambda *_, **__: held):
             yield
 
     def _output_before(self, layer: int, index: int) -> Any:
         """Return the output of the previous decoder layer for one window."""
         if layer == 0:
             return None
-        found: list[Any] = []
+        outputs: list[Any] = []
 
         def keep(module: nn.Module, arguments: object, output: Any) -> None:
             del module, arguments
-            found.append(output)
+            outputs.append(output)
 
-        with _hooked(one for one in (self._layers[layer - 1].register_forward_hook(keep),)):
+        with _hooked(hook for hook in (self._layers[layer - 1].register_forward_hook(keep),)):
             self._log_probabilities(index)
-        return found[0]
+        return outputs[0]
 
 
 class _Shared:
@@ -256,7 +262,7 @@ class _Shared:
 
 
 @contextlib.contextmanager
-def _replaced_forward(layers: Sequence[nn.Module], forward: Any) -> Iterator[None]:
+def _replace_forward(layers: Sequence[nn.Module], forward: Any) -> Iterator[None]:
     """Another `forward` for a while; one that somebody had set on the instance comes back."""
     before = [layer.__dict__.get("forward") for layer in layers]
     try:
@@ -282,9 +288,9 @@ def scored_positions(windows: torch.Tensor, prompt: int, vocabulary: int) -> tor
     return torch.arange(prompt, length - 1, stride)
 
 
-def mean_divergence(reference: torch.Tensor, found: torch.Tensor) -> float:
-    """Mean KL(reference || found) of log-probabilities `[T, V]`, in nats."""
-    total = torch.nn.functional.kl_div(found, reference, log_target=True, reduction="none")
+def mean_divergence(reference: torch.Tensor, other: torch.Tensor) -> float:
+    """Mean KL(reference || other) of log-probabilities `[T, V]`, in nats."""
+    total = torch.nn.functional.kl_div(other, reference, log_target=True, reduction="none")
     return max(float(total.sum(dim=-1).double().mean()), 0.0)
 
 
@@ -318,7 +324,7 @@ def measure_alone(
         checkpoint: Where to go on from and save to, a site at a time.
     """
     sites = sorted(trials, key=lambda site: site.layer)
-    done = _restored(sites, trials, checkpoint)
+    done = _restore(sites, trials, checkpoint)
     left = sites[len(done) :]
     for site in progress.track(left, label="fold: trials of sites", total=len(left)):
         probe.start_at(site.layer)
@@ -338,7 +344,7 @@ def _tensors(done: Sequence[Mapping[Choice, Movement]]) -> dict[str, torch.Tenso
     }
 
 
-def _restored(
+def _restore(
     sites: Sequence[Site],
     trials: Mapping[Site, Mapping[Choice, SparseInput]],
     checkpoint: Checkpoint | None,

@@ -41,7 +41,7 @@ class Option:
     def __add__(self, other: Option) -> Option:
         """Add up every measure."""
         pairs = zip(astuple(self), astuple(other), strict=True)
-        return Option(*(one + another for one, another in pairs))
+        return Option(*(left + right for left, right in pairs))
 
 
 NOTHING = Option(kl=0.0, bytes=0.0, seconds=0.0, worth=0.0, work=0.0)
@@ -63,8 +63,8 @@ def solve(
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     tie: Measure = "bytes" if minimise == "kl" else "kl"
-    cost = _scaled(options, minimise) + _TIE * _scaled(options, tie)
-    constraints = [LinearConstraint(_one_each(options), 1, 1)]
+    cost = _scale(options, minimise) + _TIE * _scale(options, tie)
+    constraints = [LinearConstraint(_require_one_each(options), 1, 1)]
     for measure, limit in limits.items():
         row = _values(options, measure)
         scale = max(abs(row).max(), np.finfo(float).tiny)
@@ -77,7 +77,7 @@ def solve(
             integrality=np.ones(cost.size),
             options={"node_limit": _NODES, "mip_rel_gap": _GAP},
         )
-    return None if solution.x is None else _picked(options, solution.x)
+    return None if solution.x is None else _read_picks(options, solution.x)
 
 
 def price(options: Sequence[Sequence[Option]], *, max_bytes: float) -> float | None:
@@ -93,7 +93,7 @@ def price(options: Sequence[Sequence[Option]], *, max_bytes: float) -> float | N
         kl,
         A_ub=read[None, :] / scale,
         b_ub=[max_bytes / scale],
-        A_eq=_one_each(options),
+        A_eq=_require_one_each(options),
         b_eq=np.ones(len(options)),
         bounds=(0, 1),
         method="highs",
@@ -108,7 +108,7 @@ def _values(options: Sequence[Sequence[Option]], measure: Measure) -> NDArray[np
     return np.array([getattr(option, measure) for row in options for option in row])
 
 
-def _scaled(options: Sequence[Sequence[Option]], measure: Measure) -> NDArray[np.float64]:
+def _scale(options: Sequence[Sequence[Option]], measure: Measure) -> NDArray[np.float64]:
     """Divide values by the sum of each site's largest."""
     values = _values(options, measure)
     largest = sum(max(getattr(option, measure) for option in row) for row in options)
@@ -116,7 +116,7 @@ def _scaled(options: Sequence[Sequence[Option]], measure: Measure) -> NDArray[np
     return scaled
 
 
-def _one_each(options: Sequence[Sequence[Option]]) -> csr_array:
+def _require_one_each(options: Sequence[Sequence[Option]]) -> csr_array:
     """`[sites, options]`: one where the option is the site's."""
     from scipy.sparse import csr_array
 
@@ -124,7 +124,7 @@ def _one_each(options: Sequence[Sequence[Option]]) -> csr_array:
     return csr_array((np.ones(len(rows)), (rows, np.arange(len(rows)))))
 
 
-def _picked(options: Sequence[Sequence[Option]], x: NDArray[np.float64]) -> list[int]:
+def _read_picks(options: Sequence[Sequence[Option]], x: NDArray[np.float64]) -> list[int]:
     ends = np.cumsum([len(row) for row in options])[:-1]
     return [int(part.argmax()) for part in np.split(x, ends)]
 

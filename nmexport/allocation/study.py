@@ -51,11 +51,11 @@ class Additivity:
 
     def joint(self, summed: float) -> float:
         """Predict the joint cost of a sum."""
-        return _interpolated(self._curve(), max(summed, _LEAST_NATS))
+        return _interpolate(self._curve(), max(summed, _LEAST_NATS))
 
     def summed(self, joint: float) -> float:
         """Return the sum whose joint cost this is."""
-        return _interpolated([(y, x) for x, y in self._curve()], max(joint, _LEAST_NATS))
+        return _interpolate([(y, x) for x, y in self._curve()], max(joint, _LEAST_NATS))
 
     def factor(self) -> float | None:
         """Joint over sum, geometric mean of all points; None without any."""
@@ -75,7 +75,7 @@ class Additivity:
         return curve
 
 
-def _interpolated(curve: list[tuple[float, float]], x: float) -> float:
+def _interpolate(curve: list[tuple[float, float]], x: float) -> float:
     """Interpolate in logarithms; outside of the points in proportion to the nearest."""
     place = bisect.bisect_left(curve, x, key=lambda point: point[0])
     if place in {0, len(curve)}:
@@ -180,14 +180,14 @@ class Study:
             summed_kl=self.total(pick).kl,
             kl=moved.kl_mean,
             perplexity_ratio=math.exp(moved.nll_mean),
-            linears=_counted(pick),
+            linears=_count(pick),
         )
 
     def _rows(self) -> list[list[Option]]:
         return [list(row.values()) for row in self.table.values()]
 
 
-def _counted(pick: Pick) -> dict[str, int]:
+def _count(pick: Pick) -> dict[str, int]:
     """Count linears by the label of their choice, densest first."""
     counts: dict[str, int] = {}
     for site, choice in sorted(pick.items(), key=lambda pair: -pair[1].decode_density):
@@ -232,7 +232,9 @@ def _options(
             work=read + choice.prefill_density * model.weight_bytes(site),
         )
 
-    return {DENSE: option(DENSE, 0.0)} | {one: option(one, kl) for one, kl in divergences.items()}
+    return {DENSE: option(DENSE, 0.0)} | {
+        pick: option(pick, kl) for pick, kl in divergences.items()
+    }
 
 
 def _gains(option: Option, dense: Option) -> bool:
@@ -245,7 +247,7 @@ def _gains(option: Option, dense: Option) -> bool:
 
 def uniform_points(study: Study, progress: Progress) -> list[FrontPoint]:
     """Run every choice given to all sites that it fits: what a build without a budget can have."""
-    kinds = dict.fromkeys(one for row in study.table.values() for one in row if one != DENSE)
+    kinds = dict.fromkeys(pick for row in study.table.values() for pick in row if pick != DENSE)
     return [
         study.point("uniform", choice.label, study.uniform(choice))
         for choice in progress.track(kinds, label="fold: uniform choices", total=len(kinds))

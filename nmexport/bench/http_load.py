@@ -64,7 +64,7 @@ def drive(url: str, model: str, asks: Iterable[Ask], *, clients: int) -> list[An
 
     with ThreadPoolExecutor(clients) as pool:
         running = [pool.submit(work) for _ in range(clients)]
-        return [answered for one in running for answered in one.result()]
+        return [answered for future in running for answered in future.result()]
 
 
 class _Queue:

@@ -160,7 +160,7 @@ def bench_kernels(
                 library=path,
             )
             with _Sides(problem) as sides:
-                rows += [sides.row(one, seconds=seconds, min_runs=min_runs) for one in tokens]
+                rows += [sides.row(count, seconds=seconds, min_runs=min_runs) for count in tokens]
     return {
         "runtime": f"onnxruntime {onnxruntime.__version__}",
         "variant": native.describe_library(path)["variant"],

@@ -256,10 +256,10 @@ def _through(server: Through, tokenizer: Tokenizer) -> _Side:
         )
         seconds = time.perf_counter() - began
         waits = {
-            names.FIRST_WAIT: [one.first_ms for one in answers],
-            names.NEXT_WAIT: [wait for one in answers for wait in one.next_ms],
+            names.FIRST_WAIT: [answer.first_ms for answer in answers],
+            names.NEXT_WAIT: [wait for answer in answers for wait in answer.next_ms],
         }
-        return seconds, sum(one.tokens for one in answers), waits
+        return seconds, sum(answer.tokens for answer in answers), waits
 
     return run
 

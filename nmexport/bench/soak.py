@@ -108,9 +108,9 @@ def soak(
     return {
         "load": asdict(load),
         "by": "perf_analyzer" if analyzer else "nmexport",
-        "memory": _compared(samples),
+        "memory": _compare_ends(samples),
         **_work_done(before, after, seconds),
-        "left_over": _left_over(server, model),
+        "left_over": _wait_until_idle(server, model),
     }
 
 
@@ -175,7 +175,7 @@ def memory_of(process: int) -> int:
     import psutil
 
     root = psutil.Process(process)
-    return sum(_share_of(one.pid) for one in (root, *root.children(recursive=True)))
+    return sum(_share_of(process.pid) for process in (root, *root.children(recursive=True)))
 
 
 def _share_of(process: int) -> int:
@@ -184,11 +184,11 @@ def _share_of(process: int) -> int:
         text = Path(f"/proc/{process}/smaps_rollup").read_text(encoding="utf-8")
     except (FileNotFoundError, ProcessLookupError):
         return 0
-    found = re.search(r"^Pss:\s+(\d+) kB$", text, re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
+    match = re.search(r"^Pss:\s+(\d+) kB$", text, re.MULTILINE)
+    return int(match[1]) * 1024 if match else 0
 
 
-def _compared(samples: list[tuple[float, int]]) -> dict[str, Any]:
+def _compare_ends(samples: list[tuple[float, int]]) -> dict[str, Any]:
     """Medians at the beginning and at the end."""
     count = max(1, round(len(samples) * _COMPARED_SHARE))
     sizes = [size for _, size in samples]
@@ -228,7 +228,7 @@ def _work_done(before: dict[str, float], after: dict[str, float], seconds: float
     }
 
 
-def _left_over(server: Server, model: str) -> dict[str, int]:
+def _wait_until_idle(server: Server, model: str) -> dict[str, int]:
     """Wait until the server is idle, and return what it still holds."""
     until = time.monotonic() + _IDLE_SECONDS
     while True:

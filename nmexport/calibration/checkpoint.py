@@ -1,4 +1,4 @@
-"""Where an interrupted optimisation goes on: one safetensors file, replaced whole."""
+"""Checkpoint of an optimisation: one safetensors file, replaced whole."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class Checkpoint:
 
     path: Path
     identity: str
-    """Of everything that the optimisation depends on, such as a digest."""
+    """Identity of everything that the optimisation depends on, such as a digest."""
 
     def save(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
-        """Write beside, then replace: a kill leaves the previous checkpoint whole."""
+        """Write a temporary file, then replace: a kill leaves the previous checkpoint whole."""
         document = json.dumps({"identity": self.identity, **state})
         draft = self.path.with_name(f"{self.path.name}.{os.getpid()}.partial")
         save_tensors(draft, tensors, metadata={_KEY: document})
         draft.replace(self.path)
 
     def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """What was saved last; None where there is nothing, or it belongs to something else."""
+        """Load what was saved last; None where there is nothing, or it is of another identity."""
         try:
             with safe_open(self.path, framework="pt") as stream:
                 state = json.loads((stream.metadata() or {})[_KEY])

@@ -33,11 +33,12 @@ from numpy.typing import NDArray
 
 from nmexport.errors import CorpusError, EnvironmentFault, RequestError
 from nmexport.generation.chat import check_messages
+from nmexport.recipe import CorpusSection
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from nmexport.recipe import CorpusSection, EvaluationSection
+    from nmexport.recipe import EvaluationSection
 
 SELF = "self"
 FORMS = (
@@ -65,12 +66,12 @@ _CHARACTERS_A_TOKEN = 5
 
 @dataclass(frozen=True)
 class Samples:
-    """What calibration reads, `[samples, length]` int64 each, and nothing twice."""
+    """Calibration text, `[samples, length]` int64 each, and nothing twice."""
 
     corpus: TokenIds
     """Windows of the named corpus; none where that is `self`."""
     written: TokenIds
-    """What the model wrote itself."""
+    """Text that the model wrote itself."""
     further: TokenIds
     """Windows of the corpus that only learned constants are learned from."""
 
@@ -191,7 +192,6 @@ def protocol(section: CorpusSection | EvaluationSection) -> str:
         "end-of-text token",
         "hub": "rows joined by an empty line, tokenised once without special tokens",
     }[_kind(section.corpus)]
-    from nmexport.recipe import CorpusSection
 
     if isinstance(section, CorpusSection):
         count, which = section.samples, "drawn at random without replacement"
@@ -207,7 +207,7 @@ def protocol(section: CorpusSection | EvaluationSection) -> str:
 
 
 def corpus_identity(corpus: str) -> dict[str, str]:
-    """What identifies a corpus in an artifact's key: its name, and a local file's contents.
+    """Return what identifies a corpus in a key: its name, and a local file's contents.
 
     Raises:
         CorpusError: if a local file is missing or its kind is not known.
@@ -455,7 +455,7 @@ def _hub_rows(corpus: str, split: Split) -> Iterator[Any]:
     name, _, config = corpus.partition(":")
     try:
         offered = datasets.get_dataset_split_names(name, config or None)
-        chosen = next((one for one in _SPLITS[split] if one in offered), offered[0])
+        chosen = next((name for name in _SPLITS[split] if name in offered), offered[0])
         yield from datasets.load_dataset(name, config or None, split=chosen, streaming=True)
     except ValueError as error:
         raise CorpusError(f"Dataset {corpus}: {error}", allowed="NAME or NAME:CONFIG") from error

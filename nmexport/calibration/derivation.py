@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Derived:
-    """What one linear computes, and its constants."""
+    """Behaviour and constants of one linear."""
 
     section: SparsitySection
     """The recipe's, with this linear's pattern, criterion and phases."""

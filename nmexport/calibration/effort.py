@@ -41,7 +41,7 @@ class LearningSettings:
     seed: int = 0
     parts: tuple[Part, ...] = PARTS
     rank: int = RANK
-    """Of the low-rank compensation."""
+    """Rank of the low-rank compensation."""
     vocabulary: int = 8192
     """Tokens that the loss looks at in a step, three quarters of them the likeliest, the others
     drawn; the output embedding is much of a step's work."""
@@ -63,7 +63,7 @@ EFFORTS: Mapping[Effort, LearningSettings] = MappingProxyType(
 
 
 def learning_settings(section: SparsitySection, seed: int) -> LearningSettings | None:
-    """What a recipe asks for; None where nothing is learned.
+    """Return the recipe's learning settings; None where nothing is learned.
 
     Args:
         section: Mitigations, effort, rank.

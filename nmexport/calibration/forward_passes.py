@@ -140,7 +140,7 @@ def gather_channel_statistics(
             after=shared.forget,
         )
     found = {name: observer.statistics() for name, observer in observers.items()}
-    statistics = {name: one for name, one in found.items() if one is not None}
+    statistics = {name: gathered for name, gathered in found.items() if gathered is not None}
     _check_finite(statistics)
     return statistics
 
@@ -205,8 +205,8 @@ def _forward(model: nn.Module, sample: torch.Tensor) -> None:
 
 
 def _check_finite(statistics: Mapping[str, ChannelStatistics]) -> None:
-    for name, one in statistics.items():
-        if not bool(torch.isfinite(one.rms).all()):
+    for name, channels in statistics.items():
+        if not bool(torch.isfinite(channels.rms).all()):
             raise ModelError(
                 f"The input of {name} is not finite on the calibration samples.",
                 allowed="a model whose activations are finite in its calibration dtype",

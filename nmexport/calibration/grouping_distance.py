@@ -53,7 +53,7 @@ class GroupingDistance:
 def grouping_distance(
     scores: torch.Tensor, pattern: NMPattern, channel_order: torch.Tensor | None
 ) -> GroupingDistance:
-    """What N:M selection drops of a batch of scores `[T, K]`, and what unstructured selection."""
+    """Sum the scores `[T, K]` that N:M selection drops, and those that unstructured one does."""
     squares = scores.double().square()
     channels = squares.shape[-1]
     dropped = min(max(channels - round(channels * pattern.density), 1), channels)

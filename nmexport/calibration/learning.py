@@ -68,7 +68,7 @@ class LossCurve:
 
 @dataclass(frozen=True, kw_only=True)
 class Learned:
-    """What came out."""
+    """Result of learning."""
 
     corrections: dict[str, Corrections]
     """By linear."""
@@ -184,7 +184,7 @@ def split_chunks(samples: Sequence[torch.Tensor], settings: LearningSettings) ->
     Raises:
         CorpusError: if not even one batch is left to learn from.
     """
-    kinds = [one for one in samples if len(one)]
+    kinds = [sample for sample in samples if len(sample)]
     length = chunk_length(kinds, settings)
     generator = torch.Generator().manual_seed(settings.seed)
     learned, held_out = [], []
@@ -194,7 +194,7 @@ def split_chunks(samples: Sequence[torch.Tensor], settings: LearningSettings) ->
         held = min(settings.held_out // len(kinds), len(whole) // 8)
         held_out.append(shuffled[:held])
         learned.append(shuffled[held:])
-    count = sum(len(one) for one in learned)
+    count = sum(len(sample) for sample in learned)
     if count < settings.batch:
         raise CorpusError(
             f"{count} chunks of {length} tokens are too few to learn from.",
@@ -206,7 +206,7 @@ def split_chunks(samples: Sequence[torch.Tensor], settings: LearningSettings) ->
 
 def chunk_length(samples: Sequence[torch.Tensor], settings: LearningSettings) -> int:
     """Tokens of a chunk: the settings', or the length of the shortest kind of samples."""
-    return min([settings.length, *(one.shape[1] for one in samples if len(one))])
+    return min([settings.length, *(sample.shape[1] for sample in samples if len(sample))])
 
 
 def cut(samples: torch.Tensor, length: int) -> torch.Tensor:
@@ -262,7 +262,7 @@ def divergences(student: torch.Tensor, teacher: torch.Tensor, head: OutputHead) 
 
 
 def loss_of(found: torch.Tensor) -> torch.Tensor:
-    """What learning makes small, of divergences `[T]`: the sum of their roots."""
+    """Return the objective of learning for divergences `[T]`: the sum of their roots."""
     # A root's slope has no end at zero; below the floor there is nothing to learn.
     return found.clamp_min(_LEAST_DIVERGENCE).sqrt().sum()
 
@@ -276,7 +276,7 @@ def divergence_with_gradient(
     to the system in every step has to be got from it again, page by page.
     """
     total, gradients = 0.0, []
-    pieces = (torch.split(one, _LOSS_ROWS) for one in (student, teacher))
+    pieces = (torch.split(logits, _LOSS_ROWS) for logits in (student, teacher))
     for rows, targets in zip(*pieces, strict=True):
         leaf = rows.requires_grad_()
         found = divergences(leaf, targets, head)
@@ -471,7 +471,7 @@ def _sites_of(students: Mapping[str, LearnedLinear]) -> dict[LearningSite, str]:
 def _parameters_of(
     students: Mapping[str, LearnedLinear], sites: Mapping[LearningSite, str]
 ) -> dict[str, nn.Parameter]:
-    """What is learned, by name; a site's shift once, under its first linear."""
+    """Return the learned parameters by name; a site's shift once, under its first linear."""
     found: dict[str, nn.Parameter] = {}
     for name, student in students.items():
         if student.site.learns_shift and sites[student.site] == name:
@@ -505,7 +505,7 @@ def _spreads(
         return linear.register_forward_hook(hook)
 
     device = next(model.parameters()).device
-    with _hooked(watch(*one) for one in linears.items()), torch.no_grad():
+    with _hooked(watch(*item) for item in linears.items()), torch.no_grad():
         model.base_model(input_ids=chunks.to(device), use_cache=False)
     return found
 

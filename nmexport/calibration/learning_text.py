@@ -72,7 +72,7 @@ def with_more_written(
 
 
 def _kept(checkpoint: Checkpoint | None, shape: tuple[int, int]) -> torch.Tensor | None:
-    """What a run before this one wrote, if it is as much as is wanted."""
+    """Return the text of an earlier run, if it is as much as is wanted."""
     found = None if checkpoint is None else checkpoint.load()
     ids = None if found is None else found[0].get(_IDS)
     return ids if ids is not None and ids.shape == shape else None

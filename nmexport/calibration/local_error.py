@@ -1,4 +1,4 @@
-"""What selection costs one linear, on the dense model's activations."""
+"""Measure the error of selection in one linear, on the dense model's activations."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def observe_error(
     x: torch.Tensor,
     y: torch.Tensor,
 ) -> ErrorObserver:
-    """What one batch adds.
+    """Return one batch's contribution.
 
     Args:
         linear: The dense linear.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def behaviour_of(section: SparsitySection) -> Behaviour:
-    """What every target linear of a recipe computes at run time.
+    """Return what every target linear of a recipe computes at run time.
 
     Raises:
         RecipeError: if the mitigations do not go together.
@@ -62,7 +62,7 @@ def constants_of(
 
 
 def needs_static_variance(section: SparsitySection) -> bool:
-    """Whether `nu` has to be calibrated."""
+    """Tell whether `nu` has to be calibrated."""
     return mitigation.uses(section.mitigations, "variance", per_token=False)
 
 

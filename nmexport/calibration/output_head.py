@@ -57,7 +57,7 @@ class OutputHead:
         return replace(self, weight=self.weight.to(dtype))
 
     def rows(self, tokens: torch.Tensor) -> OutputHead:
-        """Of these tokens alone: `[V']` of their ids."""
+        """Restrict the head to these tokens: `[V']` of their ids."""
         return replace(
             self,
             weight=self.weight[tokens].contiguous(),
@@ -149,7 +149,7 @@ def check_head(
 
 
 def _factor(config: Any) -> float:
-    """What logits are multiplied by: Granite divides, Cohere and Falcon-H1 multiply."""
+    """Return the factor on logits: Granite divides, Cohere and Falcon-H1 multiply."""
     divisor = getattr(config, "logits_scaling", None) or 1.0
     factor = 1.0 / divisor
     for name in ("logit_scale", "lm_head_multiplier"):

@@ -68,9 +68,9 @@ def fast_products(
         return
     linears = linears_of(model)
     dtype = fast_dtype(model.device)
-    size = sum(one.weight.numel() for one in linears.values())
+    size = sum(linear.weight.numel() for linear in linears.values())
     if dtype == torch.float32 or not least_parameters <= size <= _MOST_PARAMETERS:
         yield model.dtype
         return
-    with swapped(model, {name: _FastLinear(one, dtype) for name, one in linears.items()}):
+    with swapped(model, {name: _FastLinear(linear, dtype) for name, linear in linears.items()}):
         yield dtype

@@ -147,7 +147,7 @@ def several_kinds(tokenizer: Any) -> list[Kind]:
         for text in _OPENINGS
     ]
     chat = _chat(tokenizer)
-    turns = [[PLAIN, one] if chat is None else [PLAIN, chat, one] for one in opened]
+    turns = [[PLAIN, opening] if chat is None else [PLAIN, chat, opening] for opening in opened]
     return [kind for turn in turns for kind in turn]
 
 
@@ -210,7 +210,7 @@ class _Sampler:
             yield token
 
     def _next(self, rows: Sequence[_Row], logits: torch.Tensor | None) -> torch.Tensor:
-        """What each row says next: what it has to, or what it drew."""
+        """Choose each row's next token: the forced one, or the sampled one."""
         sampled = self._random_starts(len(rows)) if logits is None else self._sample(logits)
         others = self._random_starts(len(rows)).flatten().tolist()
         drawn = zip(rows, sampled.flatten().tolist(), others, strict=True)
@@ -265,7 +265,7 @@ def _end_ids(model: Any, tokenizer: Any) -> set[int]:
     """Token ids after which another text begins."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
-    return {int(one) for one in (*listed, tokenizer.eos_token_id) if one is not None}
+    return {int(token) for token in (*listed, tokenizer.eos_token_id) if token is not None}
 
 
 def _cache_bytes(model: Any, dtype: torch.dtype) -> int:

@@ -69,7 +69,7 @@ def input_sites(
 
         return linear.register_forward_pre_hook(hook)
 
-    with _hooked(watch(*one) for one in linears.items()):
+    with _hooked(watch(*item) for item in linears.items()):
         run_samples(
             model, sample[None, :_TOKENS], progress=Silent(), label="sites", layerwise=layerwise
         )
@@ -89,7 +89,7 @@ def _site(model: nn.Module, names: list[str], linears: Mapping[str, nn.Linear]) 
     return Site(
         names=tuple(names),
         in_features=chosen[0].in_features,
-        out_features=tuple(one.out_features for one in chosen),
+        out_features=tuple(linear.out_features for linear in chosen),
         layer=_layer_of(model, names[0]),
     )
 

@@ -84,7 +84,7 @@ class SparseConstants:
 
     derived: Mapping[str, Derived]
     errors: Mapping[str, ErrorObserver]
-    """What selection costs each linear alone, before anything is learned."""
+    """Measure what selection costs each linear alone, before anything is learned."""
     distances: Mapping[str, GroupingDistance]
     """How close each order comes to unstructured selection; absent without an order."""
     learned: Learned | None

@@ -120,12 +120,12 @@ def _through(folder: Path, given: Path | None) -> Iterator[Through]:
     from nmexport.bench.serving import Through
     from nmexport.serving import launch
 
-    with _started(folder, launch.find_server(given)) as (server, model):
+    with _start(folder, launch.find_server(given)) as (server, model):
         yield Through(url=server.addresses.http, model=model)
 
 
 @contextlib.contextmanager
-def _started(folder: Path, installation: Installation) -> Iterator[tuple[Server, str]]:
+def _start(folder: Path, installation: Installation) -> Iterator[tuple[Server, str]]:
     """Start a server on the text model of a package; its messages are only shown on an error."""
     from nmexport.serving import launch
     from nmexport.serving.repository import REPOSITORY
@@ -209,7 +209,7 @@ def soak_command(
     load = Soak(
         seconds=seconds, warmup_seconds=warmup_seconds, clients=clients, cancel_every=cancel_every
     )
-    with _started(where, installation) as (running, model):
+    with _start(where, installation) as (running, model):
         outcome = soak(running, model, load, analyzer=analyzer, progress=progress())
     if wants_json(ctx):
         emit_json({"folder": str(where), "model": model, **outcome})

@@ -54,7 +54,7 @@ def client_command(
     model = name or client.text_model(server)
     responses = client.stream(server, model, {"text_input": text, **fields}, timeout=timeout)
     if wants_json(ctx):
-        emit_json({"url": server, "model": model, "prompt": text, **_gathered(responses)})
+        emit_json({"url": server, "model": model, "prompt": text, **_gather(responses)})
         return
     _show(responses)
 
@@ -70,7 +70,7 @@ def _show(responses: Iterator[dict[str, Any]]) -> None:
         click.echo(nl=shown)
 
 
-def _gathered(responses: Iterator[dict[str, Any]]) -> dict[str, Any]:
+def _gather(responses: Iterator[dict[str, Any]]) -> dict[str, Any]:
     """Return the whole text, and the usage in the last response."""
     text, last = "", {}
     for last in responses:

@@ -34,24 +34,24 @@ def inspect_command(ctx: click.Context, *, asked: Request, path: Path | None) ->
 
     if path is not None and asked.work is not None:
         raise click.UsageError("PATH and --work name two things; give one of them.", ctx)
-    found = describe(path if path is not None else asked.existing_work().root)
+    description = describe(path if path is not None else asked.existing_work().root)
     if wants_json(ctx):
-        emit_json(found)
+        emit_json(description)
     elif is_verbose(ctx):
-        show_value(console(), found)
+        show_value(console(), description)
     else:
-        _show_summary(console(), found)
+        _show_summary(console(), description)
 
 
-def _show_summary(out: Console, found: dict[str, Any]) -> None:
+def _show_summary(out: Console, description: dict[str, Any]) -> None:
     """Print what fits a screen: the figures of a report, counts in place of long tables."""
     from nmexport.report.model import report_from
 
-    path, report = Path(found["path"]), found.get("report")
-    rest = {name: value for name, value in found.items() if name not in _LONG}
+    path, report = Path(description["path"]), description.get("report")
+    rest = {name: value for name, value in description.items() if name not in _LONG}
     short = {name: value for name, value in rest.items() if not _is_long(value)}
     counts = {name: f"{len(value)} rows" for name, value in rest.items() if _is_long(value)}
-    if report is None or found["kind"] != "report":
+    if report is None or description["kind"] != "report":
         show_value(out, {**short, **counts})
     if report is not None:
         show_report(out, report_from(report), path if path.is_dir() else path.parent)

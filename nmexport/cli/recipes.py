@@ -23,7 +23,7 @@ def list_command(ctx: click.Context) -> None:
     """List the recipes that come with the package; `--model NAME` uses one."""
     from nmexport import recipe
 
-    found = [
+    listed = [
         (name, recipe.load(recipe.path_of(name)), recipe.about(name)) for name in recipe.names()
     ]
     if wants_json(ctx):
@@ -31,15 +31,15 @@ def list_command(ctx: click.Context) -> None:
             [
                 {
                     "name": name,
-                    "model": one.model.id,
-                    "pattern": str(one.sparsity.pattern),
+                    "model": each.model.id,
+                    "pattern": str(each.sparsity.pattern),
                     "about": about,
                 }
-                for name, one, about in found
+                for name, each, about in listed
             ]
         )
         return
-    rows = [(name, one.model.id, one.sparsity.pattern, about) for name, one, about in found]
+    rows = [(name, each.model.id, each.sparsity.pattern, about) for name, each, about in listed]
     columns = ("recipe", "model", "pattern", "about")
     console().print(table(None, columns, rows, left=columns))
 

@@ -120,12 +120,12 @@ def sweep_command(
     if dry_run:
         _show_plan(ctx, jobs)
         return
-    found = _run(planned, jobs, root, _cluster(address, cpus, gpus))
+    results = _run(planned, jobs, root, _cluster(address, cpus, gpus))
     if wants_json(ctx):
-        emit_json(found)
+        emit_json(results)
     else:
-        _show(found, root)
-    reasons = [row.get("refused") for row in found["rows"]]
+        _show(results, root)
+    reasons = [row.get("refused") for row in results["rows"]]
     if all(reasons):
         raise UserError(f"Nothing was measured: {reasons[0]}", fix="change the sweep's cells")
 
@@ -174,14 +174,14 @@ def _run(planned: Sweep, jobs: list[Job], root: Path, cluster: Cluster) -> dict[
     from nmexport.sweep.plan import folders
 
     rows: dict[str, list[dict[str, Any]]] = {}
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     root.mkdir(parents=True, exist_ok=True)
     for job, measured in cluster.run(jobs):
         rows[job.model] = measured
         in_order = [row for model in planned.cells for row in rows.get(model, [])]
-        found = outcome.document(planned, in_order, probe())
-        outcome.write(found, folders(planned), root)
-    return found
+        results = outcome.document(planned, in_order, probe())
+        outcome.write(results, folders(planned), root)
+    return results
 
 
 def _show_plan(ctx: click.Context, jobs: list[Job]) -> None:
@@ -203,11 +203,11 @@ def _show_plan(ctx: click.Context, jobs: list[Job]) -> None:
     console().print(table(f"{len(rows)} cells", names, listed, left=names))
 
 
-def _show(found: dict[str, Any], root: Path) -> None:
+def _show(results: dict[str, Any], root: Path) -> None:
     from nmexport.sweep.outcome import HEADINGS, columns
 
     out = console()
-    for model in found["models"]:
-        rows = [columns(row) for row in found["rows"] if row["model"] == model]
+    for model in results["models"]:
+        rows = [columns(row) for row in results["rows"] if row["model"] == model]
         out.print(table(model, HEADINGS, rows, left=("pattern",)))
     out.print(f"In {root}: sweep.md, sweep.json", soft_wrap=True, markup=False)

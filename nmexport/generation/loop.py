@@ -92,7 +92,7 @@ def generate(
                 switch=length_switch(folder),
             )
             if room < max_tokens:
-                tokens = _told_when_full(tokens, room, context)
+                tokens = _explain_when_full(tokens, room, context)
             yield from until_stop(text_pieces(tokenizer, tokens), stop)
 
     return pieces()
@@ -148,7 +148,7 @@ def continuation(
             logits, cache = session.extend_last(cache, np.asarray([[token]], dtype=np.int64))
 
 
-def _told_when_full(tokens: Iterable[int], room: int, context: int) -> Iterator[int]:
+def _explain_when_full(tokens: Iterable[int], room: int, context: int) -> Iterator[int]:
     """Tokens as they come; says so where the context, and not the model, ends them."""
     made = 0
     for token in tokens:

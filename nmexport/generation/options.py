@@ -131,11 +131,11 @@ def options_from(
             )
         if name in chosen:
             raise RequestError(f"{name} is given twice.")
-        chosen[name] = _checked(given, name, value)
+        chosen[name] = _check_value(given, name, value)
     return dataclasses.replace(defaults or GenerationOptions(), **chosen)
 
 
-def _checked(given: str, name: str, value: Any) -> int | float | tuple[str, ...]:
+def _check_value(given: str, name: str, value: Any) -> int | float | tuple[str, ...]:
     kinds = _KINDS[name]
     if name == "stop":
         texts = (value,) if isinstance(value, str) else value

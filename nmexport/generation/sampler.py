@@ -61,7 +61,7 @@ class Sampler:
 
     def __call__(self, logits: NDArray[np.float32]) -> int:
         """One token id; it counts as drawn."""
-        token = self._choose(self._penalised(logits))
+        token = self._choose(self._penalise(logits))
         self._seen.add(token)
         self._drawn[token] = self._drawn.get(token, 0) + 1
         return token
@@ -72,7 +72,7 @@ class Sampler:
         tokens, probabilities = self._candidates(logits)
         return int(self._rng.choice(tokens, p=probabilities))
 
-    def _penalised(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _penalise(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits less the penalties; the argument itself where there are none."""
         if self._repetition != 1.0 and self._seen:
             logits = logits.copy()

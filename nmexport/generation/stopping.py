@@ -23,10 +23,10 @@ class StopFilter:
         if self.stopped:
             return ""
         self._held += piece
-        found = [at for at in (self._held.find(text) for text in self._stops) if at >= 0]
-        if found:
+        starts = [at for at in (self._held.find(text) for text in self._stops) if at >= 0]
+        if starts:
             self.stopped = True
-            safe = min(found)
+            safe = min(starts)
         else:
             safe = len(self._held) - max(
                 (_overlap(self._held, text) for text in self._stops), default=0

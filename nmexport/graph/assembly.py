@@ -82,10 +82,10 @@ def assemble_sparse(
     for name, node in bare.items():
         dynamic = layers[name].dynamic_shift
         add_remainder(model.graph, node, name, tensors[name], dynamic_shift=dynamic)
-    tensors = {name: without_factors(one) for name, one in tensors.items()}
+    tensors = {name: without_factors(group) for name, group in tensors.items()}
     nodes = []
     for site in _sites(bare, lambda name: _selection_key(layers[name], tensors[name])):
-        node = _merged(model.graph, [bare[name] for name in site], site)
+        node = _merge(model.graph, [bare[name] for name in site], site)
         title = fused_name(site)
         _attach_constants(model.graph, node, title, _side_by_side([tensors[name] for name in site]))
         _attach_attributes(node, title, layers[site[0]])
@@ -115,7 +115,7 @@ def assemble_dense(
     model = traced.clone()
     bare = _linear_nodes(model, layers)
     for site in _dense_sites(bare, layers):
-        node = _merged(model.graph, [bare[name] for name in site], site)
+        node = _merge(model.graph, [bare[name] for name in site], site)
         parts = [weights(name) for name in site]
         columns = _side_by_side(
             [
@@ -144,7 +144,7 @@ def save(model: ir.Model, path: Path) -> None:
 
 def _linear_nodes(model: ir.Model, layers: Mapping[str, LayerSpec]) -> dict[str, ir.Node]:
     """The bare NMLinear nodes by layer name, in graph order."""
-    nodes = dict(_named_linears(model))
+    nodes = dict(_find_linears(model))
     count = sum(1 for node in model.graph if node.op_type == LINEAR)
     if count != len(nodes) or nodes.keys() != layers.keys():
         missing = sorted(layers.keys() - nodes.keys())
@@ -155,7 +155,7 @@ def _linear_nodes(model: ir.Model, layers: Mapping[str, LayerSpec]) -> dict[str,
     return nodes
 
 
-def _named_linears(model: ir.Model) -> Iterator[tuple[str, ir.Node]]:
+def _find_linears(model: ir.Model) -> Iterator[tuple[str, ir.Node]]:
     for node in model.graph:
         if node.op_type == LINEAR and node.domain == op_contract().domain:
             yield node.attributes[LAYER_ATTRIBUTE].as_string(), node
@@ -192,7 +192,7 @@ def _selection_key(layer: LayerSpec, tensors: Mapping[str, ir.TensorProtocol]) -
     return (*flags, constants)
 
 
-def _merged(graph: ir.Graph, nodes: Sequence[ir.Node], names: Sequence[str]) -> ir.Node:
+def _merge(graph: ir.Graph, nodes: Sequence[ir.Node], names: Sequence[str]) -> ir.Node:
     """One bare node in place of several with the same input, and the Split behind it."""
     if len(nodes) == 1:
         return nodes[0]
@@ -242,7 +242,7 @@ def _side_by_side(
     for kind in _COLUMN_INPUTS:
         if kind in kinds:
             given = next(part[kind] for part in parts if kind in part)
-            merged[kind] = _joined([part.get(kind) or _zeros(part["W"], given) for part in parts])
+            merged[kind] = _join([part.get(kind) or _zeros(part["W"], given) for part in parts])
     return merged
 
 
@@ -251,7 +251,7 @@ def _zeros(weight: ir.TensorProtocol, like: ir.TensorProtocol) -> ir.TensorProto
     return ir.Tensor(np.zeros(weight.shape.numpy()[-1:], like.dtype.numpy()), dtype=like.dtype)
 
 
-def _joined(tensors: Sequence[ir.TensorProtocol]) -> ir.LazyTensor:
+def _join(tensors: Sequence[ir.TensorProtocol]) -> ir.LazyTensor:
     """Tensors joined along their last axis when they are written, not before."""
     first = tensors[0]
     columns = sum(tensor.shape.numpy()[-1] for tensor in tensors)

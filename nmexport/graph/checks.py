@@ -37,10 +37,10 @@ def check_sparse(path: Path, layers: Mapping[str, LayerSpec]) -> None:
     Raises:
         InternalError: at the first thing that does not hold.
     """
-    model = _checked(path)
+    model = _load_checked(path)
     nodes = [node for node in model.graph.node if node.op_type == LINEAR]
     _check_every_linear(path, nodes, layers)
-    placed = _placed(path, model.graph, LINEAR, op_contract().domain)
+    placed = _check_placed(path, model.graph, LINEAR, op_contract().domain)
     constants = {item.name: item for item in model.graph.initializer}
     shapes = {name: tuple(item.dims) for name, item in constants.items()}
     for node in nodes:
@@ -61,8 +61,8 @@ def check_dense(path: Path, layers: Mapping[str, LayerSpec]) -> None:
     Raises:
         InternalError: at the first thing that does not hold.
     """
-    model = _checked(path)
-    named = _placed(path, model.graph, "MatMul", "")
+    model = _load_checked(path)
+    named = _check_placed(path, model.graph, "MatMul", "")
     foreign = sorted({node.domain for node in model.graph.node} - {""})
     missing = sorted(layers.keys() - named.keys())
     if foreign or missing or model.functions:
@@ -77,16 +77,16 @@ def _check_every_linear(
     path: Path, nodes: Sequence[onnx.NodeProto], layers: Mapping[str, LayerSpec]
 ) -> None:
     """The nodes stand for the layers, each for its own ones, none twice."""
-    found = sorted(name for node in nodes for name in linears_of_node(node))
+    names = sorted(name for node in nodes for name in linears_of_node(node))
     named = all(node.name == fused_name(linears_of_node(node)) for node in nodes)
-    if found != sorted(layers) or not named:
+    if names != sorted(layers) or not named:
         raise InternalError(
             f"{path} has {len(nodes)} {LINEAR} nodes that do not stand for the {len(layers)} "
             "sparsified linears one by one."
         )
 
 
-def _placed(
+def _check_placed(
     path: Path, graph: onnx.GraphProto, op_type: str, domain: str
 ) -> dict[str, PlacedLinear]:
     try:
@@ -116,7 +116,7 @@ def _check_columns(
             )
 
 
-def _checked(path: Path) -> onnx.ModelProto:
+def _load_checked(path: Path) -> onnx.ModelProto:
     """Load the graph without its weights, after the checks that both models share."""
     try:
         onnx.checker.check_model(str(path))  # by path: the only way for models over 2 GiB

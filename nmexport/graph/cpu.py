@@ -87,7 +87,9 @@ def widen(model: onnx.ModelProto, *, has_native_ops: bool) -> None:
     for node in list(model.graph.node):
         widening.rewrite(node)
     _replace(model.graph.node, widening.nodes)
-    _replace(model.graph.value_info, [one for one in model.graph.value_info if not _is_narrow(one)])
+    _replace(
+        model.graph.value_info, [info for info in model.graph.value_info if not _is_narrow(info)]
+    )
     model.metadata_props.add(key=WIDENED, value="1")
 
 
@@ -110,11 +112,13 @@ class _Widening:
         self._model = model
         self._has_native_ops = has_native_ops
         self._floats = _float32_values(model)
-        self._weights = {one.name: one for one in graph.initializer if one.data_type == _NARROW}
+        self._weights = {
+            tensor.name: tensor for tensor in graph.initializer if tensor.data_type == _NARROW
+        }
         self._turned: dict[str, str] = {}
         """The initializer behind each `Transpose` of one."""
         self._given = {value.name for value in graph.output if _is_narrow(value)}
-        self._narrow = {*self._weights, *(one.name for one in graph.input if _is_narrow(one))}
+        self._narrow = {*self._weights, *(value.name for value in graph.input if _is_narrow(value))}
         self._readers = _readers(graph)
         self._absorbed: set[str] = set()
         """Products that became one node with the Add of their bias."""
@@ -275,7 +279,9 @@ def _float32_values(model: onnx.ModelProto) -> frozenset[str]:
     """Names of the values that are float32 already."""
     graph = onnx.shape_inference.infer_shapes(model).graph
     values = [*graph.input, *graph.value_info, *graph.output]
-    floats = {one.name for one in values if one.type.tensor_type.elem_type == TensorProto.FLOAT}
+    floats = {
+        value.name for value in values if value.type.tensor_type.elem_type == TensorProto.FLOAT
+    }
     return frozenset(floats)
 
 

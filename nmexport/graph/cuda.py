@@ -185,7 +185,7 @@ def _replace_attention(
     has_head_axis = "q_num_heads" not in node.attributes
     if has_head_axis:
         sources = [_join_heads(graph, node, value) for value in sources]
-    packed = _packed_source(sources)
+    packed = _match_packed_source(sources)
     attributes: list[ir.Attr] = [
         ir.AttrInt64("num_heads", heads[0]),
         ir.AttrInt64("kv_num_heads", heads[1]),
@@ -209,7 +209,7 @@ def _replace_attention(
         name=node.name,
     )
     if has_head_axis:
-        end = _joined_result(node)
+        end = _match_joined_result(node)
         outputs = [end[-1].outputs[0], *node.outputs[1:]]
         _take_place(graph, [*reversed(end), node], fused, outputs, at=node)
     else:
@@ -241,14 +241,14 @@ def _join_heads(graph: ir.Graph, node: ir.Node, value: ir.Value | None) -> ir.Va
         source = swap.outputs[0]
         source.name, source.type = f"{value.name}.by_token", value.type
     size = (static_size(value, 1) or 0) * (static_size(value, 3) or 0)
-    shape = _joined_shape(graph, size)
+    shape = _add_joined_shape(graph, size)
     join = ir.Node("", "Reshape", [source, shape])
     graph.insert_before(node, join)
     join.outputs[0].name, join.outputs[0].type = f"{value.name}.joined", value.type
     return join.outputs[0]
 
 
-def _joined_shape(graph: ir.Graph, size: int) -> ir.Value:
+def _add_joined_shape(graph: ir.Graph, size: int) -> ir.Value:
     name = f"joined_heads.{size}"
     existing = graph.initializers.get(name)
     return existing or add_initializer(
@@ -256,7 +256,7 @@ def _joined_shape(graph: ir.Graph, size: int) -> ir.Value:
     )
 
 
-def _joined_result(node: ir.Node) -> tuple[ir.Node, ir.Node]:
+def _match_joined_result(node: ir.Node) -> tuple[ir.Node, ir.Node]:
     """The Transpose and Reshape to `[B, S, H * D]` that follow the node."""
     transpose = only_use(node.outputs[0], "Transpose")
     reshape = None if transpose is None else only_use(transpose.outputs[0], "Reshape")
@@ -271,7 +271,7 @@ def _check_head_size(past: ir.Value | None) -> None:
         raise NotRewritableError(f"head size {size}")
 
 
-def _packed_source(sources: list[ir.Value | None]) -> ir.Value | None:
+def _match_packed_source(sources: list[ir.Value | None]) -> ir.Value | None:
     """The value that one Split takes apart into exactly these three, in order."""
     splits = {source.producer() for source in sources if source is not None}
     split = splits.pop()
@@ -506,7 +506,7 @@ class FuseGatedSilu(ir.passes.InPlacePass):
             gate, up = _gate_and_up(node)
             if gate is None or up is None:
                 continue
-            packed = _packed_halves(gate, up)
+            packed = _match_packed_halves(gate, up)
             if packed is not None:
                 fused = ir.Node(FUSED, "GatedSilu", [packed], name=node.name)
             else:
@@ -538,7 +538,7 @@ def _same_shape(first: ir.Value, second: ir.Value) -> bool:
     return first.shape is not None and first.shape == second.shape
 
 
-def _packed_halves(gate: ir.Value, up: ir.Value) -> ir.Value | None:
+def _match_packed_halves(gate: ir.Value, up: ir.Value) -> ir.Value | None:
     """The value that a Split takes apart into exactly these two."""
     split = made_by(gate, "Split")
     is_pair = split is not None and list(split.outputs) == [gate, up] and _halves(split)

@@ -50,7 +50,7 @@ _ABOVE_FLOAT32 = "1e300"  # float64: above any float32 score, below infinity
 
 @dataclass(frozen=True, order=True, kw_only=True)
 class Signature:
-    """What of a node decides its function body."""
+    """The properties of a node that decide its function body."""
 
     op_type: Literal["NMPrune", "NMLinear"]
     optional_inputs: tuple[str, ...] = ()
@@ -62,7 +62,7 @@ class Signature:
     phase: str = "all"
 
     def has(self, name: str) -> bool:
-        """Whether an optional input is present."""
+        """Tell whether an optional input is present."""
         return name in self.optional_inputs
 
     @property

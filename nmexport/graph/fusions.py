@@ -77,9 +77,9 @@ def _match_rotary(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value] | None:
         if plain is None or rotated is None:
             continue
         for half_turn, sine in _orders(rotated):
-            x = _rotated_half(half_turn)
+            x = _match_rotated_half(half_turn)
             cosine = None if x is None else next((c for v, c in _orders(plain) if v is x), None)
-            tables = [_duplicated_table(item) for item in (cosine, sine)]
+            tables = [_match_duplicated_table(item) for item in (cosine, sine)]
             if x is not None and tables[0] is not None and tables[1] is not None:
                 return x, tables[0], tables[1]
     return None
@@ -90,7 +90,7 @@ def _orders(node: ir.Node) -> Iterator[tuple[ir.Value | None, ir.Value | None]]:
     yield node.inputs[1], node.inputs[0]
 
 
-def _rotated_half(value: ir.Value | None) -> ir.Value | None:
+def _match_rotated_half(value: ir.Value | None) -> ir.Value | None:
     """The x of `Concat(-x[..., D/2:], x[..., :D/2])`."""
     concat = made_by(value, "Concat")
     if concat is None or len(concat.inputs) != 2:  # noqa: PLR2004 (two halves)
@@ -109,7 +109,7 @@ def _rotated_half(value: ir.Value | None) -> ir.Value | None:
     return x if is_last and bounds == ((3, size // 2, size), (3, 0, size // 2)) else None
 
 
-def _duplicated_table(value: ir.Value | None) -> ir.Value | None:
+def _match_duplicated_table(value: ir.Value | None) -> ir.Value | None:
     """The `c [B, S, D]` of `Unsqueeze(c, 1)`, where both halves of c are the same."""
     unsqueeze = made_by(value, "Unsqueeze")
     if unsqueeze is None or integers(unsqueeze.inputs[1]) != [1]:
@@ -221,7 +221,7 @@ def _cache_concat(value: ir.Value | None) -> ir.Node | None:
 def _flatten_heads(graph: ir.Graph, node: ir.Node) -> bool:
     """Rule 2."""
     flat = [_flat_source(value) for value in node.inputs[:3]]
-    end = _flattened_result(node)
+    end = _match_flattened_result(node)
     heads = [static_size(value, 1) for value in node.inputs[:2]]
     if None in flat or end is None or None in heads:
         return False
@@ -258,7 +258,7 @@ def _flat_source(value: ir.Value | None) -> ir.Value | None:
     return source if source is not None and rank(source) == _ROTARY_RANK - 1 else None
 
 
-def _flattened_result(node: ir.Node) -> ir.Node | None:
+def _match_flattened_result(node: ir.Node) -> ir.Node | None:
     """The Reshape to `[B, S, H * D]` that alone follows the node, behind a Transpose."""
     transpose = only_use(node.outputs[0], "Transpose")
     reshape = None if transpose is None else only_use(transpose.outputs[0], "Reshape")

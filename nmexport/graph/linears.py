@@ -93,8 +93,8 @@ def _linears_at(
 
 def _split_behind(value: str, users: dict[str, list[onnx.NodeProto]]) -> onnx.NodeProto | None:
     """The Split of a value, behind the bias of a dense linear where it has one."""
-    found = users.get(value, [])
-    if len(found) == 1 and found[0].op_type == "Add":
-        found = users.get(found[0].output[0], [])
-    splits = [node for node in found if node.op_type == "Split"]
+    readers = users.get(value, [])
+    if len(readers) == 1 and readers[0].op_type == "Add":
+        readers = users.get(readers[0].output[0], [])
+    splits = [node for node in readers if node.op_type == "Split"]
     return splits[0] if splits else None

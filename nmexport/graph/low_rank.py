@@ -53,7 +53,7 @@ def add_remainder(
     if x is None:
         raise InternalError(f"The node of {name} has no input.")
     readers = list(old.uses())
-    shifted = _shifted(graph, x, name, tensors, dynamic_shift=dynamic_shift)
+    shifted = _shift(graph, x, name, tensors, dynamic_shift=dynamic_shift)
     inner = _product(graph, shifted[-1].outputs[0] if shifted else x, f"{name}.remainder_in",
                      tensors[FACTORS[0]])  # fmt: skip
     outer = _product(graph, inner.outputs[0], f"{name}.remainder_out", tensors[FACTORS[1]])
@@ -65,7 +65,7 @@ def add_remainder(
     graph.insert_after(node, [*shifted, inner, outer, total])
 
 
-def _shifted(
+def _shift(
     graph: ir.Graph,
     x: ir.Value,
     name: str,

@@ -39,7 +39,7 @@ class EliminateNoOps(ir.passes.InPlacePass):
         modified = False
         for node in model.graph:
             modified |= _drop_empty_inputs(node)
-            source = _passed_through(node)
+            source = _find_passed_through(node)
             if source is None or node.outputs[0].is_graph_output():
                 continue
             ir.convenience.replace_all_uses_with(node.outputs[0], source)
@@ -48,7 +48,7 @@ class EliminateNoOps(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified)
 
 
-def _passed_through(node: ir.Node) -> ir.Value | None:
+def _find_passed_through(node: ir.Node) -> ir.Value | None:
     """The input that the node returns unchanged, where it does."""
     if not node.inputs or node.domain not in {"", "ai.onnx"}:
         return None
@@ -121,7 +121,7 @@ class TransposeWeights(ir.passes.InPlacePass):
             weight = node.inputs[0] if is_op(node, "Transpose") else None
             if weight is None or not _is_turned_matrix(node, weight):
                 continue
-            weight.const_value = _transposed(weight.const_value, weight.name)
+            weight.const_value = _transpose_later(weight.const_value, weight.name)
             weight.shape = node.outputs[0].shape = ir.Shape(list(weight.shape or ())[::-1])
             ir.convenience.replace_all_uses_with(node.outputs[0], weight)
             model.graph.remove(node, safe=True)
@@ -140,7 +140,7 @@ def _is_turned_matrix(node: ir.Node, weight: ir.Value) -> bool:
     )
 
 
-def _transposed(tensor: ir.TensorProtocol | None, name: str | None) -> ir.LazyTensor:
+def _transpose_later(tensor: ir.TensorProtocol | None, name: str | None) -> ir.LazyTensor:
     if tensor is None:
         raise ir.passes.PreconditionError(f"initializer {name} has no value")
     rows, columns = tensor.shape.numpy()

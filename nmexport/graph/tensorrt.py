@@ -82,8 +82,8 @@ def for_tensorrt(path: Path, *, capacity: int | None, why_no_capacity: str = "")
         except ir.passes.PreconditionError as error:
             model, why = ir.load(path), str(error)
     passes = [ConcatenateCache(), NamePresentInputs()]
-    for one in passes:
-        one(model)
+    for rewrite in passes:
+        rewrite(model)
     model.functions.clear()  # the plugin runs in their place
     attention = sum(is_op(node, ATTENTION_OP) for node in model.graph)
     return Rewritten(model, why is None, why, attention)
@@ -201,7 +201,7 @@ class CacheInPlace(ir.passes.InPlacePass):
         lengths = [node for value in past for node in _cache_length_shapes(value)]
         if not lengths:
             return
-        zero, one = (_constant(graph, f"{WRITE_INDICES}.{n}", [n]) for n in (0, 1))
+        zero, one = (_add_constant(graph, f"{WRITE_INDICES}.{n}", [n]) for n in (0, 1))
         first = ir.node("Slice", [written, zero, one, zero])  # [1]: the same for every sequence
         first.outputs[0].name = f"{WRITE_INDICES}.first"
         graph.insert_before(graph[0], first)
@@ -214,7 +214,7 @@ class CacheInPlace(ir.passes.InPlacePass):
         for index, add in enumerate(totals.values()):
             rank = 0 if add.outputs[0].shape is None else len(add.outputs[0].shape)
             value = self._capacity if rank == 0 else [self._capacity]
-            total = _constant(graph, f"total_sequence_length.{index}", value)
+            total = _add_constant(graph, f"total_sequence_length.{index}", value)
             _replace_uses(add.outputs[0], total)
             graph.remove(add, safe=True)
         for shape in lengths:
@@ -351,7 +351,7 @@ def _separate_one(graph: ir.Graph, node: ir.Node, update: _Update) -> None:
             for x, count, kind in zip((query, key, value), heads, ("q", "k", "v"), strict=True)
         )
     scale = node.attributes["scale"].as_float() if "scale" in node.attributes else head_size**-0.5
-    query = _scaled(graph, node, query, scale, dtype)
+    query = _scale(graph, node, query, scale, dtype)
     present = []
     states = ((past[0], key), (past[1], value))
     for (cached, new), output in zip(states, node.outputs[1:3], strict=True):
@@ -368,14 +368,14 @@ def _separate_one(graph: ir.Graph, node: ir.Node, update: _Update) -> None:
     graph.insert_before(node, attention)
     result = attention.outputs[0]
     if flat:
-        result = _without_heads(graph, node, result, name)
+        result = _drop_heads(graph, node, result, name)
     _take_over(node.outputs[0], result)
     graph.remove(node, safe=True)
 
 
 def _with_heads(graph: ir.Graph, before: ir.Node, x: ir.Value, heads: int, name: str) -> ir.Value:
     """`[B, S, H * D]` as `[B, H, S, D]`."""
-    sizes = _constant(graph, f"{name}.heads", [0, 0, heads, -1])
+    sizes = _add_constant(graph, f"{name}.heads", [0, 0, heads, -1])
     split = ir.node("Reshape", [x, sizes], name=f"{name}.split")
     turned = ir.node(
         "Transpose", [split.outputs[0]], {"perm": [0, 2, 1, 3]}, name=f"{name}.transposed"
@@ -385,17 +385,17 @@ def _with_heads(graph: ir.Graph, before: ir.Node, x: ir.Value, heads: int, name:
     return turned.outputs[0]
 
 
-def _without_heads(graph: ir.Graph, before: ir.Node, x: ir.Value, name: str) -> ir.Value:
+def _drop_heads(graph: ir.Graph, before: ir.Node, x: ir.Value, name: str) -> ir.Value:
     """`[B, H, S, D]` as `[B, S, H * D]`."""
     turned = ir.node("Transpose", [x], {"perm": [0, 2, 1, 3]}, name=f"{name}.turned")
-    sizes = _constant(graph, f"{name}.flat", [0, 0, -1])
+    sizes = _add_constant(graph, f"{name}.flat", [0, 0, -1])
     joined = ir.node("Reshape", [turned.outputs[0], sizes], name=f"{name}.joined")
     graph.insert_before(before, [turned, joined])
     _name_outputs(x, turned, joined)
     return joined.outputs[0]
 
 
-def _scaled(
+def _scale(
     graph: ir.Graph, before: ir.Node, query: ir.Value, scale: float, dtype: ir.DataType
 ) -> ir.Value:
     if scale == 1.0:
@@ -421,7 +421,7 @@ def _name_outputs(like: ir.Value, *nodes: ir.Node) -> None:
         node.outputs[0].type = like.type
 
 
-def _constant(graph: ir.Graph, name: str, value: int | list[int]) -> ir.Value:
+def _add_constant(graph: ir.Graph, name: str, value: int | list[int]) -> ir.Value:
     """An int64 initializer, made once a name."""
     if name not in graph.initializers:
         tensor = ir.tensor(np.asarray(value, dtype=np.int64), name=name)

@@ -36,33 +36,33 @@ def describe(path: Path) -> dict[str, Any]:
         ArtifactError: if it cannot be read.
     """
     if (path / MANIFEST).is_file():
-        found = _artifact(path)
+        description = _artifact(path)
     elif (path / RESOLVED).is_file():
-        found = _work_directory(path)
+        description = _work_directory(path)
     elif path.is_file() and path.suffix == ".onnx":
-        found = _onnx_model(path)
+        description = _onnx_model(path)
     elif path.is_file() and path.suffix == ".json":
-        found = _report(path)
+        description = _report(path)
     elif not path.exists():
         raise UserError(f"There is no {path}.", allowed=KINDS)
     else:
         raise UserError(f"{path} is nothing that can be inspected.", allowed=KINDS)
-    return {"path": str(path), **found}
+    return {"path": str(path), **description}
 
 
 def _work_directory(path: Path) -> dict[str, Any]:
     work = WorkDirectory(path)
     recipe = work.recipe()
     manifests = {stage: work.current_manifest(stage) for stage in STAGES}
-    found: dict[str, Any] = {
+    description: dict[str, Any] = {
         "kind": "work directory",
         "recipe": recipe.model_dump(mode="json", by_alias=True),
         "bytes": sum(manifest.bytes for manifest in manifests.values() if manifest),
         "stages": _stage_rows(manifests),
     }
     if (path / "report.json").is_file():
-        found["report"] = _report(path / "report.json")["report"]
-    return found
+        description["report"] = _report(path / "report.json")["report"]
+    return description
 
 
 def _stage_rows(manifests: Mapping[str, Manifest | None]) -> list[dict[str, Any]]:
@@ -91,7 +91,7 @@ def _stage_row(stage: str, manifest: Manifest | None) -> dict[str, Any]:
 
 def _artifact(path: Path) -> dict[str, Any]:
     manifest = read_manifest(path)
-    found: dict[str, Any] = {
+    description: dict[str, Any] = {
         "kind": f"{manifest.stage} artifact",
         "key": manifest.key,
         "digest": manifest.digest,
@@ -110,7 +110,7 @@ def _artifact(path: Path) -> dict[str, Any]:
         "files": [vars(record) for record in manifest.files],
     }
     if (path / FILENAME).is_file() and manifest.stage in {"calibrate", "fold"}:
-        found["layers"] = [
+        description["layers"] = [
             {
                 "name": layer.name,
                 "shape": f"{layer.in_features} x {layer.out_features}",
@@ -123,7 +123,7 @@ def _artifact(path: Path) -> dict[str, Any]:
             }
             for layer in read_layers(path)
         ]
-    return found
+    return description
 
 
 def _report(path: Path) -> dict[str, Any]:
@@ -189,7 +189,10 @@ def _sparse_rows(graph: onnx.GraphProto) -> list[dict[str, Any]]:
     counts: Counter[tuple[str, str, str]] = Counter()
     for node in graph.node:
         if node.domain == DOMAIN:
-            values = {one.name: onnx.helper.get_attribute_value(one) for one in node.attribute}
+            values = {
+                attribute.name: onnx.helper.get_attribute_value(attribute)
+                for attribute in node.attribute
+            }
             phase = values.get("phase", b"all")
             phase = phase.decode() if isinstance(phase, bytes) else str(phase)
             counts[(node.op_type, f"{values.get('n')}:{values.get('m')}", phase)] += 1

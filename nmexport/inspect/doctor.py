@@ -11,6 +11,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import EnvironmentFault
+from nmexport.runtimes import native
+from nmexport.runtimes.tensorrt import library as tensorrt_library
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,14 +45,14 @@ class TargetState:
     @property
     def works(self) -> bool:
         """Nothing needed is missing."""
-        return not any(one.needed for one in self.missing)
+        return not any(item.needed for item in self.missing)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values."""
         return {
             "target": self.target,
             "works": self.works,
-            "missing": [vars(one) for one in self.missing],
+            "missing": [vars(item) for item in self.missing],
         }
 
 
@@ -82,10 +84,10 @@ def _onnxruntime() -> list[Missing]:
 
 def _native_library() -> list[Missing]:
     """The fast ops; without them the function bodies in the model run."""
-    found = native_library()
-    if found.why_missing is None:
+    library = native_library()
+    if library.why_missing is None:
         return []
-    what = f"the native op library; without it models run slower than dense. {found.why_missing}"
+    what = f"the native op library; without it models run slower than dense. {library.why_missing}"
     if compiler() is None:
         fix = f"install a C++17 compiler (Debian: apt-get install g++), then {_REBUILD}"
     else:
@@ -95,8 +97,6 @@ def _native_library() -> list[Missing]:
 
 def _tensorrt(target: TensorRTTarget) -> list[Missing]:
     """List what building an engine lacks, then what running it lacks."""
-    from nmexport.runtimes.tensorrt import library as tensorrt_library
-
     needs = [
         Missing(what=f"the package {package}", fix=f"pip install {package}")
         for package, module in (
@@ -145,8 +145,6 @@ def compiler(names: Sequence[str] = COMPILERS) -> str | None:
 
 def native_library() -> NativeLibrary:
     """Describe the native op library, and whether it loads here."""
-    from nmexport.runtimes import native
-
     path = native.find_library()
     if path is None:
         return NativeLibrary(why_missing=native.why_missing())

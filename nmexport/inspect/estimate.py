@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nmexport.calibration.corpus import SELF
+from nmexport.models.offload import free_memory, placement
 from nmexport.sparsity.mitigation import learned_parts
+from nmexport.store.tensors import SHARD_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -133,8 +135,6 @@ def _extra_memory(recipe: Recipe, parameters: int) -> dict[str, int]:
 
 
 def _runs_layerwise(recipe: Recipe, source: ModelSource) -> bool:
-    from nmexport.models.offload import free_memory, placement
-
     offload = recipe.calibration.offload
     if source.gguf_file is not None or offload == "never":
         return False
@@ -143,15 +143,13 @@ def _runs_layerwise(recipe: Recipe, source: ModelSource) -> bool:
 
 def _layerwise_memory(source: ModelSource) -> dict[str, int]:
     """Bytes that calibrate and fold hold where one decoder layer is in memory at a time."""
-    from nmexport.store.tensors import SHARD_BYTES
-
     parts: dict[str, int] = {}
     largest = 0
     for name, shape in _shapes(source):
-        found = _LAYER.match(name)
-        part = found[1] if found else name
+        match = _LAYER.match(name)
+        part = match[1] if match else name
         parts[part] = parts.get(part, 0) + math.prod(shape)
-        if found and len(shape) == _MATRIX:
+        if match and len(shape) == _MATRIX:
             largest = max(largest, math.prod(shape))
     layer = _WORKING_BYTES * max(parts.values(), default=0)
     writing = SHARD_BYTES + int(_FOLD_COPIES * _WORKING_BYTES * largest)

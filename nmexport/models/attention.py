@@ -107,7 +107,7 @@ def attention(
         if attention_mask is not None:
             scores = scores + attention_mask
         weights = _weights(scores, s_aux).to(query.dtype)
-        output = torch.matmul(weights, _repeated(value, query.shape[1]))
+        output = torch.matmul(weights, _repeat(value, query.shape[1]))
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -154,10 +154,10 @@ def refuse_unknown(module: nn.Module, arguments: Mapping[str, Any]) -> None:
 
 
 def _scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    return torch.matmul(query, _repeated(key, query.shape[1]).transpose(2, 3)) * scale
+    return torch.matmul(query, _repeat(key, query.shape[1]).transpose(2, 3)) * scale
 
 
-def _repeated(states: Tensor, heads: int) -> Tensor:
+def _repeat(states: Tensor, heads: int) -> Tensor:
     """Keys or values `[B, H_kv, T, D]`, once for each query head."""
     return states.repeat_interleave(heads // states.shape[1], dim=1)
 

@@ -71,4 +71,4 @@ def _stored_context(source: ModelSource) -> int | None:
 
 def _context(values: Mapping[str, Any]) -> int | None:
     lengths = [values.get(name) for name in _KEYS]
-    return next((one for one in lengths if isinstance(one, int) and one > 0), None)
+    return next((length for length in lengths if isinstance(length, int) and length > 0), None)

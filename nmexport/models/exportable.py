@@ -34,7 +34,7 @@ def check_exportable(source: ModelSource, *, dtype: torch.dtype) -> None:
     model = skeleton(source, dtype=dtype)
     refuse_kind(model)
     fake_parameters(model)
-    with _reached(model) as reached:
+    with _watch_reached(model) as reached:
         cache_shapes(model)
     head = model.get_output_embeddings()
     linears = [
@@ -54,7 +54,7 @@ def check_exportable(source: ModelSource, *, dtype: torch.dtype) -> None:
 
 
 @contextlib.contextmanager
-def _reached(model: nn.Module) -> Iterator[set[str]]:
+def _watch_reached(model: nn.Module) -> Iterator[set[str]]:
     """Collect the names of the linears that run while this lasts."""
     names: set[str] = set()
 

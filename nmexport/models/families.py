@@ -138,7 +138,7 @@ def refuse_kind(model: PreTrainedModel) -> None:
             "is an encoder (is_decoder is false in its config): each token sees those after it",
         )
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    if not [one for one in linears if one is not model.get_output_embeddings()]:
+    if not [linear for linear in linears if linear is not model.get_output_embeddings()]:
         raise refused(
             model.config,
             f"keeps its weights in {_matrix_class(model)}, not in torch.nn.Linear",

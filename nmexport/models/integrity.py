@@ -59,7 +59,7 @@ def check_safetensors(path: Path) -> dict[str, StoredTensor]:
         with path.open("rb") as file:
             (header_bytes,) = _LENGTH.unpack(file.read(_LENGTH.size))
             text = file.read(min(header_bytes, _MAX_HEADER_BYTES))
-        header = json.loads(text, object_pairs_hook=_without_repeats)
+        header = json.loads(text, object_pairs_hook=_refuse_repeats)
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         ends = [entry["data_offsets"][1] for entry in entries.values()]
         tensors = {
@@ -74,7 +74,7 @@ def check_safetensors(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build an object of JSON whose keys are all different.
 
     Raises:
@@ -95,7 +95,7 @@ def read_json(path: Path) -> Any:
         ModelError: if it cannot be read.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_repeats)
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {error}") from error
 

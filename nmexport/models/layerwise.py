@@ -109,12 +109,12 @@ class LayerwiseModel:
             layers = list(enumerate(self._layers))
             for index, layer in progress.track(layers, label=label, total=len(layers)):
                 name = f"{self._backbone_name}.{index}"
-                with self._weights.loaded(name, layer), _substituted(layer, name, made):
+                with self._weights.loaded(name, layer), _substitute(layer, name, made):
                     arguments, options = calls[index]
                     for number in range(len(samples)):
                         spool[number] = _hidden(layer(spool[number], *arguments, **options))
                         after()
-            with self._substituted_outside(made):
+            with self._substitute_outside(made):
                 self._finish(samples, spool, after, logits_kept, use_logits)
 
     @contextlib.contextmanager
@@ -155,7 +155,7 @@ class LayerwiseModel:
             for name, module in self._outside_layers():
                 if module is not head:
                     stack.enter_context(self._weights.loaded(name, module))
-            stack.enter_context(self._stubbed(stub))
+            stack.enter_context(self._stub_attention(stub))
             for number, sample in enumerate(samples):  # noqa: B007 - the stub reads it
                 with contextlib.suppress(_LayersDone):
                     self.model(input_ids=sample.unsqueeze(0), use_cache=False)
@@ -188,7 +188,7 @@ class LayerwiseModel:
                 if module is embedding:
                     continue
                 stack.enter_context(self._weights.loaded(name, module))
-            stack.enter_context(self._stubbed(stub))
+            stack.enter_context(self._stub_attention(stub))
             for number in range(len(samples)):
                 # Whatever is embedded here, the first layer returns the final hidden states.
                 logits = self.model(inputs_embeds=spool[number], **options).logits[0]
@@ -208,7 +208,7 @@ class LayerwiseModel:
         return name.startswith(f"{self._backbone_name}.")
 
     @contextlib.contextmanager
-    def _substituted_outside(
+    def _substitute_outside(
         self, substitutes: Mapping[str, Callable[[], nn.Module]]
     ) -> Iterator[None]:
         """The model with modules outside of its decoder layers exchanged, such as its head."""
@@ -217,7 +217,7 @@ class LayerwiseModel:
             yield
 
     @contextlib.contextmanager
-    def _stubbed(self, stub: Callable[..., torch.Tensor]) -> Iterator[None]:
+    def _stub_attention(self, stub: Callable[..., torch.Tensor]) -> Iterator[None]:
         """Layers that call `stub(index, hidden, ...)` in place of computing."""
         try:
             for index, layer in enumerate(self._layers):
@@ -281,7 +281,7 @@ def _decoder_layers(model: PreTrainedModel) -> tuple[str, Sequence[nn.Module]]:
 
 
 @contextlib.contextmanager
-def _substituted(
+def _substitute(
     layer: nn.Module, name: str, substitutes: Mapping[str, Callable[[], nn.Module]]
 ) -> Iterator[None]:
     """The layer with modules of its own exchanged."""
@@ -297,5 +297,5 @@ def _substituted(
 
 def _hidden(output: Any) -> torch.Tensor:
     """Hidden states among what a layer returns."""
-    found: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return found
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden

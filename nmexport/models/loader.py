@@ -61,7 +61,7 @@ def load_model(
                 source, table, dtype=element_type, attention=attention, placing=placing or {}
             )
     with quiet(), reading(source), _gguf_read_once() as mappings:
-        model, told = AutoModelForCausalLM.from_pretrained(
+        model, loading_info = AutoModelForCausalLM.from_pretrained(
             source.weights_folder,
             dtype=element_type,
             output_loading_info=True,
@@ -75,7 +75,7 @@ def load_model(
         )
     _forget_quantization(model)
     model = model.eval().requires_grad_(False)
-    _check_loaded(source, model, told)
+    _check_loaded(source, model, loading_info)
     _check_nothing_ignored(source, mappings)
     return model
 
@@ -104,29 +104,33 @@ def _text_part(
     return model if devices is None else dispatch_model(model, device_map=devices)
 
 
-def _check_loaded(source: ModelSource, model: PreTrainedModel, told: Mapping[str, Any]) -> None:
+def _check_loaded(
+    source: ModelSource, model: PreTrainedModel, loading_info: Mapping[str, Any]
+) -> None:
     """Check that nothing was missing or left over, and that every weight is a number.
 
     Raises:
         ModelError: if a weight is missing, unexpected, of another shape, or not finite.
     """
     if source.packed:
-        _check_gguf_complete(source, told)
+        _check_gguf_complete(source, loading_info)
     for name, parameter in model.named_parameters():
         if parameter.device.type != "meta" and not is_finite(parameter):
             raise not_finite(name, source.weights_folder, parameter.dtype)
 
 
-def _check_gguf_complete(source: ModelSource, told: Mapping[str, Any]) -> None:
-    missing = sorted(told["missing_keys"]) + sorted(name for name, *_ in told["mismatched_keys"])
+def _check_gguf_complete(source: ModelSource, loading_info: Mapping[str, Any]) -> None:
+    missing = sorted(loading_info["missing_keys"]) + sorted(
+        name for name, *_ in loading_info["mismatched_keys"]
+    )
     if missing:
         raise ModelError(
             f"{source.folder / str(source.gguf_file)} holds no {shortened(missing)}: random values "
             "would take their place.",
             fix="download the file again, or use the model's safetensors",
         )
-    if told["unexpected_keys"]:
-        raise _ignored_tensors(source, sorted(told["unexpected_keys"]))
+    if loading_info["unexpected_keys"]:
+        raise _ignored_tensors(source, sorted(loading_info["unexpected_keys"]))
 
 
 def _check_nothing_ignored(source: ModelSource, mappings: Sequence[Mapping[str, str]]) -> None:
@@ -210,16 +214,16 @@ def _gguf_read_once() -> Iterator[list[Mapping[str, str]]]:
         return mappings[-1]
 
     with (
-        _replaced(loading, "get_gguf_hf_weights_map", noted),
-        _replaced(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)),
-        _replaced(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
-        _replaced(loading, "tqdm", functools.partial(loading.tqdm, disable=True)),
+        _replace(loading, "get_gguf_hf_weights_map", noted),
+        _replace(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)),
+        _replace(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
+        _replace(loading, "tqdm", functools.partial(loading.tqdm, disable=True)),
     ):
         yield mappings
 
 
 @contextlib.contextmanager
-def _replaced(module: ModuleType, name: str, replacement: object) -> Iterator[None]:
+def _replace(module: ModuleType, name: str, replacement: object) -> Iterator[None]:
     original = getattr(module, name)
     setattr(module, name, replacement)
     try:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from nmexport import environment
 from nmexport.errors import ModelError
+from nmexport.sparsity.criterion import CRITERIA
+from nmexport.sparsity.mitigation import learned_parts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,7 +71,7 @@ def open_dense(
     from nmexport.models.layerwise import LayerwiseModel
     from nmexport.models.loader import load_model
 
-    chosen, placed = _placed(source, offload=offload)
+    chosen, placed = _place(source, offload=offload)
     if chosen == "layerwise":
         progress.note(f"{source.id} runs layer by layer, its weights mapped from disk")
         layered = LayerwiseModel(source, folder=folder)
@@ -89,15 +92,12 @@ def fits_host(source: ModelSource, *, offload: Offload) -> bool:
     Raises:
         ModelError: if layer by layer is asked for and the model's format does not allow it.
     """
-    chosen, _ = _placed(source, offload=offload)
+    chosen, _ = _place(source, offload=offload)
     return chosen == "whole"
 
 
 def needs_whole(recipe: Recipe) -> list[str]:
     """List what in a recipe has to be learned, or measured through gradients or many trials."""
-    from nmexport.sparsity.criterion import CRITERIA
-    from nmexport.sparsity.mitigation import learned_parts
-
     sparsity = recipe.sparsity
     whole: list[str] = [name for name in sparsity.mitigations if learned_parts((name,))]
     if "sensitivity" in CRITERIA[sparsity.criterion].needs:
@@ -125,7 +125,7 @@ def check_layerwise(recipe: Recipe) -> None:
         )
 
 
-def _placed(source: ModelSource, *, offload: Offload) -> tuple[Placement, dict[str, int] | None]:
+def _place(source: ModelSource, *, offload: Offload) -> tuple[Placement, dict[str, int] | None]:
     """How to run a model here and now; of `mapped`, which GPU each part goes to."""
     from nmexport.models.skeleton import skeleton
 
@@ -148,8 +148,6 @@ def is_placed(model: Any) -> bool:
 def free_memory() -> Memory:
     """Measure the memory that is free now."""
     import torch
-
-    from nmexport import environment
 
     devices = tuple(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
     return Memory(host=environment.free_memory(), devices=devices)

@@ -186,8 +186,8 @@ def check_kind(folder: Path) -> None:
 
 def licence_files(folder: Path) -> tuple[Path, ...]:
     """Files of a model's folder that say what may be done with it."""
-    found = {path for name in _LICENCES for path in folder.glob(name) if path.is_file()}
-    return tuple(sorted(found))
+    licences = {path for name in _LICENCES for path in folder.glob(name) if path.is_file()}
+    return tuple(sorted(licences))
 
 
 def digest_of(files: list[Path]) -> str:

@@ -159,7 +159,7 @@ def trace(model: PreTrainedModel, layers: Sequence[str]) -> ir.Model:
                 _exportable_attention(model),
                 frequencies_from_positions(model),
                 _silence(),
-                _uncollected(),
+                _pause_garbage_collection(),
             ):
                 return _export(model, shapes)
         except NmexportError:
@@ -253,7 +253,7 @@ def _name_axes(traced: ir.Model, shapes: Sequence[CacheShape]) -> None:
     for node in traced.graph:
         for value in node.outputs:
             if value.shape is not None:
-                value.shape = ir.Shape([_named_axis(size, symbols) for size in value.shape])
+                value.shape = ir.Shape([_name_axis(size, symbols) for size in value.shape])
     for value in (*traced.graph.inputs, *traced.graph.outputs):
         if value.name in named:
             value.shape = ir.Shape(named[value.name])
@@ -275,7 +275,7 @@ def _symbols(
     return symbols
 
 
-def _named_axis(size: int | ir.SymbolicDim, symbols: Mapping[str, str]) -> int | str | None:
+def _name_axis(size: int | ir.SymbolicDim, symbols: Mapping[str, str]) -> int | str | None:
     """A static size as it is, a known symbol by its name, an expression of symbols as unknown."""
     return size if isinstance(size, int) else symbols.get(str(size))
 
@@ -305,7 +305,7 @@ def _silence() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
+def _pause_garbage_collection() -> Iterator[None]:
     """Hold back the garbage collector, which finds nothing in a graph that only grows.
 
     It would look through all of it again and again: an eighth of the tracer's time.

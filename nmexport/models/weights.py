@@ -67,7 +67,7 @@ class WeightTable:
         self._model, self._folder = model, folder
         self._stored = stored_tensors(folder)
         self._expected: dict[str, torch.Tensor] = dict(model.state_dict(keep_vars=True))
-        origins, unexpected = self._renamed()
+        origins, unexpected = self._rename()
         self._origins: dict[str, tuple[_Origin, str]] = {}
         for name, origin in origins.items():
             self._place(name, origin)
@@ -92,7 +92,7 @@ class WeightTable:
         origin, given = self._origins[name]
         read = {stored: self._tensor(stored) for stored in origin.names}
         value = (
-            self._made(given, origin, read)[given]
+            self._make(given, origin, read)[given]
             if origin.converter
             else next(iter(read.values()))
         )
@@ -115,7 +115,7 @@ class WeightTable:
         except (OSError, SafetensorError) as error:
             raise damaged(path, str(error)) from error
 
-    def _renamed(self) -> tuple[dict[str, _Origin], list[str]]:
+    def _rename(self) -> tuple[dict[str, _Origin], list[str]]:
         """Origins by the first parameter they make, and stored tensors that make none."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
@@ -128,7 +128,9 @@ class WeightTable:
         mapping = get_model_conversion_mapping(self._model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
+        by_pattern = {
+            pattern: converter for converter in converters for pattern in converter.source_patterns
+        }
         prefix = self._model.base_model_prefix
         origins: dict[str, _Origin] = {}
         unexpected: list[str] = []
@@ -156,7 +158,7 @@ class WeightTable:
         """Record what an origin makes, once its shapes and types are seen to be right."""
         empty = {name: self._empty(name) for name in origin.names}
         made = (
-            self._made(first, origin, empty)
+            self._make(first, origin, empty)
             if origin.converter
             else {first: empty[origin.names[0]]}
         )
@@ -175,7 +177,7 @@ class WeightTable:
     def _empty(self, stored: str) -> torch.Tensor:
         return torch.empty(self._stored[stored].shape, dtype=_FLOAT32, device="meta")
 
-    def _made(
+    def _make(
         self, first: str, origin: _Origin, read: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Let transformers' converter make parameters of stored tensors."""
@@ -266,7 +268,7 @@ class WeightTable:
             for name in self._expected
             if name not in self._origins
             # A buffer that may be absent has the value it is made with; a parameter a random one.
-            and (name in parameters or not any(re.search(one, name) for one in optional))
+            and (name in parameters or not any(re.search(pattern, name) for pattern in optional))
         ]
         if missing:
             also = (

@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
 _BUCKET = 512
 """Capacities are this times a power of two: few shapes, few graphs, and growth is rare."""
+_HEADROOM = 128
+"""Tokens that new buffers have room for beyond what is put into them: a prompt whose length is a
+capacity would grow at its first answer token."""
 _NO_GRAPH = "-1"
 
 Device = Literal["cuda", "cpu"]
@@ -203,8 +206,13 @@ class CudaSession(Session):
         )
 
     def keep(self, cache: DeviceCache) -> DeviceCache:
-        """See `Session`."""
-        return cache
+        """See `Session`; what is full is moved now, and not by each run that goes on from it."""
+        length = int(cache.lengths.max())
+        if length < min(cache.lease.buffers.capacity, self._positions):
+            return cache
+        return DeviceCache(
+            lease=self._copy_of(cache.lease.buffers, length + 1), lengths=cache.lengths
+        )
 
     def cache_values(self, cache: DeviceCache) -> Iterator[tuple[str, NDArray[np.float32]]]:
         """See `Session`."""
@@ -281,14 +289,14 @@ class CudaSession(Session):
     ) -> NDArray[Any]:
         step = self._steps.get(buffers)
         if step is None:
-            step = self._steps[buffers] = self._bound_step(buffers)
+            step = self._steps[buffers] = self._bind_step(buffers)
         step.fed.ids.update_inplace(np.ascontiguousarray(ids))
         step.fed.last.update_inplace(last)
         self._open.run_with_iobinding(step.binding, step.options)
         logits: NDArray[Any] = step.logits.numpy()
         return logits.copy()  # on a CPU that was a view of what the next step overwrites
 
-    def _bound_step(self, buffers: _Buffers) -> _Step:
+    def _bind_step(self, buffers: _Buffers) -> _Step:
         """Bind a decode step to buffers for good; the runtime records it in its first runs."""
         shape = [buffers.batch, 1, self.vocabulary_size]
         options = onnxruntime.RunOptions()
@@ -372,13 +380,17 @@ class CudaSession(Session):
                 allowed=f"up to {self._positions} tokens, prompt and answer together",
             )
         if cache is None:
-            return self._lease(self._fresh_buffers(batch, _capacity_for(length)))
+            return self._lease(self._fresh_buffers(batch, _capacity_for(length + _HEADROOM)))
         held = cache.lease.buffers
         tip = cache.lease.tip() if cache.lease.tip else None
         if length <= held.capacity and (tip is None or tip is cache):
             return cache.lease
         # Full, or somebody still holds a cache that went on from this one.
-        copied = self._fresh_buffers(batch, _capacity_for(max(length, held.capacity)))
+        return self._copy_of(held, max(length, held.capacity))
+
+    def _copy_of(self, held: _Buffers, length: int) -> _Lease:
+        """Copy buffers into others with room for so many tokens."""
+        copied = self._fresh_buffers(held.batch, _capacity_for(length))
         for old, new in zip(held.values, copied.values, strict=True):
             # By way of the host: a few milliseconds each time that a text doubles.
             room = new.numpy()

@@ -158,7 +158,7 @@ def open_session(
     if not isinstance(model, bytes) and not model.is_file():
         raise ArtifactError(f"{model} does not exist.", fix="run `nmexport export`")
     if provider == "cpu" and bfloat16:
-        model = _widened(model, options)
+        model = _widen(model, options)
     if provider == "cuda":
         _preload_cuda()
         if (library := native.find_library()) is not None:
@@ -186,7 +186,7 @@ def open_session(
     return session
 
 
-def _widened(model: Path | bytes, options: onnxruntime.SessionOptions) -> bytes:
+def _widen(model: Path | bytes, options: onnxruntime.SessionOptions) -> bytes:
     try:
         from nmexport.graph.cpu import widened
     except ImportError as error:

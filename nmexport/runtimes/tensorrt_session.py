@@ -116,9 +116,9 @@ class TensorRTSession(Session):
         self._runtime = trt.Runtime(logger)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
-            told = self._told_since(mark)
+            reasons = self._reasons_since(mark)
             raise ArtifactError(
-                f"{engine.target} cannot open the engine: {told}",
+                f"{engine.target} cannot open the engine: {reasons}",
                 fix="run `nmexport engine --force` on this machine",
             )
         self._types = _tensor_types(self._engine)
@@ -330,16 +330,16 @@ class TensorRTSession(Session):
         mark = self._logger.mark()
         for name, shape in self._input_shapes(*sizes).items():
             if not context.set_input_shape(name, shape):
-                raise self._failed(f"input {name} of shape {shape}", mark)
+                raise self._failure(f"input {name} of shape {shape}", mark)
         for name, buffer in self._bindings().items():
             if not context.set_tensor_address(name, buffer.address):
-                raise self._failed(f"the buffer of {name}", mark)
+                raise self._failure(f"the buffer of {name}", mark)
         self._execute(profile)
 
     def _execute(self, profile: str) -> None:
         mark = self._logger.mark()
         if not self._contexts[profile].execute_async_v3(self._device.stream):
-            raise self._failed("a run", mark)
+            raise self._failure("a run", mark)
 
     def _replay_decode(self, sizes: tuple[int, int, int]) -> None:
         """Run a decode step: bound and run once for a batch, then recorded, then replayed.
@@ -354,13 +354,13 @@ class TensorRTSession(Session):
             self._decoded_shape = shape
             return
         if self._graph is None and not self._records_itself and not self._cannot_record:
-            self._graph = self._recorded_decode()
+            self._graph = self._record_decode()
         if self._graph is None:
             self._execute("decode")
         else:
             self._graph.launch()
 
-    def _recorded_decode(self) -> Graph | None:
+    def _record_decode(self) -> Graph | None:
         """A decode step as a CUDA graph; None where it cannot be recorded, and runs as before."""
         self._device.wait()
         try:
@@ -476,7 +476,7 @@ class TensorRTSession(Session):
         if context is None or not context.set_optimization_profile_async(
             index, self._device.stream
         ):
-            raise self._failed("an execution context", mark)
+            raise self._failure("an execution context", mark)
         return context
 
     def _new_context(self, profile: str) -> Any:
@@ -496,16 +496,16 @@ class TensorRTSession(Session):
             self._records_itself = True
         return self._engine.create_execution_context(config)
 
-    def _failed(self, what: str, mark: int) -> ArtifactError:
+    def _failure(self, what: str, mark: int) -> ArtifactError:
         return ArtifactError(
-            f"TensorRT refuses {what}: {self._told_since(mark)}",
+            f"TensorRT refuses {what}: {self._reasons_since(mark)}",
             fix="run `nmexport engine --force`; `nmexport doctor` shows what this machine lacks",
         )
 
-    def _told_since(self, mark: int) -> str:
+    def _reasons_since(self, mark: int) -> str:
         """Return the reasons that TensorRT logged after a mark."""
-        told = list(tensorrt_library.ours_first(self._logger.errors_since(mark)))
-        return "; ".join(told[-3:]) or "it gives no reason"
+        reasons = list(tensorrt_library.ours_first(self._logger.errors_since(mark)))
+        return "; ".join(reasons[-3:]) or "it gives no reason"
 
 
 def _tensor_types(engine: Any) -> dict[str, str]:

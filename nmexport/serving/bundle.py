@@ -90,9 +90,9 @@ class Bundle:
             path = self.folder / record["path"]
             size = path.stat().st_size if path.is_file() else None
             if size != record["bytes"]:
-                found = "is missing" if size is None else f"has {size} bytes"
+                problem = "is missing" if size is None else f"has {size} bytes"
                 raise ArtifactError(
-                    f"{path} {found}.", allowed=f"{record['bytes']} bytes", fix=_REPACKAGE
+                    f"{path} {problem}.", allowed=f"{record['bytes']} bytes", fix=_REPACKAGE
                 )
 
 
@@ -172,12 +172,12 @@ def smoke_check(session: Session, bundle: Bundle) -> float:
             computation, that was verified.
     """
     expected = bundle.reference_logits()
-    found = first_logits(session, bundle.reference_tokens)
-    if found.shape != expected.shape:
+    actual = first_logits(session, bundle.reference_tokens)
+    if actual.shape != expected.shape:
         raise ArtifactError(
-            f"The model has logits {found.shape}, its reference {expected.shape}.", fix=_REPACKAGE
+            f"The model has logits {actual.shape}, its reference {expected.shape}.", fix=_REPACKAGE
         )
-    difference = float(np.median(relative_differences(found, expected)))
+    difference = float(np.median(relative_differences(actual, expected)))
     if not difference <= TOLERANCE:  # NaN is no pass
         raise ArtifactError(
             f"The model of {bundle.folder} does not compute here what it computed when it was "
@@ -190,10 +190,10 @@ def smoke_check(session: Session, bundle: Bundle) -> float:
 
 
 def relative_differences(
-    found: NDArray[np.float32], expected: NDArray[np.float32]
+    actual: NDArray[np.float32], expected: NDArray[np.float32]
 ) -> NDArray[np.float64]:
     """Root mean square difference of each row `[V]`, over the deviation of what is expected."""
-    difference = found.astype(np.float64) - expected
+    difference = actual.astype(np.float64) - expected
     scale = expected.astype(np.float64).std(axis=-1)
     ratios: NDArray[np.float64] = np.sqrt(np.mean(difference**2, axis=-1)) / scale
     return ratios

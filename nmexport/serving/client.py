@@ -106,7 +106,7 @@ def stream(
             finished = bool(response.get("finish_reason"))
             yield response
     if not finished:
-        raise _gone(url, "the stream has no last response")
+        raise _unreachable_error(url, "the stream has no last response")
 
 
 def _open(url: str, document: Mapping[str, Any], timeout: float) -> Any:
@@ -119,7 +119,7 @@ def _open(url: str, document: Mapping[str, Any], timeout: float) -> Any:
         return urllib.request.urlopen(request, timeout=timeout)  # noqa: S310
     except urllib.error.HTTPError as error:
         with _reading(url):
-            said = _said(error)
+            said = _error_message(error)
         if said is None:
             raise _no_triton(url, f"it answers with HTTP {error.code} {error.reason}") from error
         raise RequestError(f"The server refuses: {said}") from error
@@ -127,7 +127,7 @@ def _open(url: str, document: Mapping[str, Any], timeout: float) -> Any:
         raise RequestError(f"{url} is no URL of a server.", allowed="http://HOST:PORT") from error
     except (http.client.BadStatusLine, http.client.LineTooLong) as error:
         if isinstance(error, http.client.RemoteDisconnected):
-            raise _gone(url, str(error)) from error
+            raise _unreachable_error(url, str(error)) from error
         raise _no_triton(url, "it does not speak HTTP (the gRPC port does not, either)") from error
     except _AT_FAULT as error:
         raise EnvironmentFault(
@@ -141,7 +141,7 @@ def _reading(url: str) -> Iterator[None]:
     try:
         yield
     except _AT_FAULT as error:
-        raise _gone(url, str(error) or type(error).__name__) from error
+        raise _unreachable_error(url, str(error) or type(error).__name__) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _no_triton(url, "its answer is not what Triton's would be") from error
 
@@ -155,14 +155,14 @@ def _no_triton(url: str, why: str) -> EnvironmentFault:
     )
 
 
-def _gone(url: str, how: str) -> EnvironmentFault:
+def _unreachable_error(url: str, how: str) -> EnvironmentFault:
     return EnvironmentFault(
         f"The server at {url} went away before the answer was complete: {how}",
         fix="see its own messages, and ask again",
     )
 
 
-def _said(error: urllib.error.HTTPError) -> str | None:
+def _error_message(error: urllib.error.HTTPError) -> str | None:
     """Return Triton's error message; None where the answer is not Triton's."""
     # A stream's error is an event, too.
     body = error.read().decode(errors="replace").strip().removeprefix(_EVENT)

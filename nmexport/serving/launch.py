@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from nmexport.errors import ArtifactError, EnvironmentFault
+from nmexport.runtimes.tensorrt.library import gpu_is_usable
 from nmexport.serving.repository import PLUGINS, REPOSITORY, VERSION
 from nmexport.serving.server_output import ServerOutput
 from nmexport.serving.stopping import DRAIN_VARIABLE, UNLOAD_SECONDS
@@ -77,8 +78,8 @@ def find_server(given: Path | None = None) -> Installation:
         return Installation(server=Path(on_path))
     if _CONTAINER.is_file():
         return Installation(server=_CONTAINER)
-    found = importlib.util.find_spec(_WHEEL)
-    for folder in (found.submodule_search_locations or ()) if found else ():
+    wheel = importlib.util.find_spec(_WHEEL)
+    for folder in (wheel.submodule_search_locations or ()) if wheel else ():
         server = Path(folder) / "tritonserver" / "bin" / "tritonserver"
         if server.is_file():
             return Installation(server=server, wheel=Path(folder))
@@ -109,9 +110,9 @@ class Addresses:
         """Ports of this machine that were free a moment ago."""
         with contextlib.ExitStack() as stack:
             sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
-            for one in sockets:
-                one.bind((cls.host, 0))
-            http_port, grpc_port, metrics_port = (one.getsockname()[1] for one in sockets)
+            for listener in sockets:
+                listener.bind((cls.host, 0))
+            http_port, grpc_port, metrics_port = (listener.getsockname()[1] for listener in sockets)
         return cls(http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port)
 
     @property
@@ -161,10 +162,10 @@ def _why_not_free(host: str, port: int) -> str | None:
         (family, kind, _, _, address), *_ = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-        with socket.socket(family, kind) as one:
+        with socket.socket(family, kind) as probe:
             # A port that was in use a moment ago counts as free, as it does for the server.
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            one.bind(address)
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
     except OSError as error:
         return error.strerror or str(error)
     return None
@@ -201,8 +202,6 @@ def models_of(repository: Path) -> dict[str, bool]:
 
 def why_no_plans(installation: Installation) -> str | None:
     """Why a server cannot run TensorRT plans on this machine; None where it can."""
-    from nmexport.runtimes.tensorrt.library import gpu_is_usable
-
     root = installation.server.resolve().parent.parent
     if not (root / "backends" / "tensorrt").is_dir():
         return "this tritonserver has no TensorRT backend"
@@ -324,21 +323,21 @@ class Server:
             EnvironmentFault: if there is no server, no environment for it, or a port is taken.
         """
         where = addresses or Addresses()
-        found = installation or find_server()
+        chosen = installation or find_server()
         where.require_free()
         with contextlib.ExitStack() as stack:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nmexport-")))
             command = server_command(
-                found,
+                chosen,
                 repository,
                 where,
-                backends=backends or backend_folder(found, scratch),
+                backends=backends or backend_folder(chosen, scratch),
                 drain_seconds=drain_seconds,
                 plugins=plugins,
                 models=models,
             )
-            python = python_environment(env, old_stub=found.wheel is not None)
-            variables = server_environment(found, python)
+            python = python_environment(env, old_stub=chosen.wheel is not None)
+            variables = server_environment(chosen, python)
             variables[DRAIN_VARIABLE] = str(drain_seconds)
             logging.getLogger(__name__).info("%s", " ".join(command))
             process = subprocess.Popen(  # noqa: S603  the server that was looked up

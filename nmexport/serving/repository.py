@@ -89,7 +89,7 @@ def write_text_model(output: Path, source: TextModel) -> Path:
     cpu_model = None
     if source.engine.needs_rewrite("cpu", dense=False):
         cpu_model = _write_cpu_model(folder, has_native_ops=source.library is not None)
-    engine = _relocated(source.engine, folder.resolve(), cpu_model)
+    engine = _relocate(source.engine, folder.resolve(), cpu_model)
     if source.engine.cuda is not None and engine.cuda is not None:
         shutil.copyfile(source.engine.cuda.model, engine.cuda.model)
     write_engine(engine, folder)
@@ -197,7 +197,7 @@ def _write_cpu_model(folder: Path, *, has_native_ops: bool) -> Path:
     return path
 
 
-def _relocated(engine: Engine, folder: Path, cpu_model: Path | None) -> Engine:
+def _relocate(engine: Engine, folder: Path, cpu_model: Path | None) -> Engine:
     """Return the description for the folder that holds everything it names."""
     library = engine.library
     return replace(

@@ -335,7 +335,7 @@ class Scheduler:
         decoding = [request for request in self._running if request.is_decoding]
         for request in decoding:
             self._advance(request, self._decode_one)
-        prefilling = next((one for one in self._running if not one.is_decoding), None)
+        prefilling = next((request for request in self._running if not request.is_decoding), None)
         if prefilling is not None:
             self._advance(prefilling, self._prefill_chunk)
 

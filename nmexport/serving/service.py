@@ -12,6 +12,7 @@ from nmexport.errors import RequestError
 from nmexport.generation.chat import messages_from
 from nmexport.generation.options import options_from
 from nmexport.generation.tokenizer import Tokenizer
+from nmexport.runtimes.opening import open_on_onnxruntime
 from nmexport.runtimes.session import Closing
 from nmexport.serving import bundle as bundles
 from nmexport.serving.scheduler import DEFAULT_MAX_TOKENS, Limits, Scheduler
@@ -115,8 +116,6 @@ class TextService(Closing):
             EnvironmentFault: if this machine lacks what it needs.
             RequestError: if a setting makes no sense.
         """
-        from nmexport.runtimes.opening import open_on_onnxruntime
-
         bundle = bundles.read_bundle(folder)
         bundle.check_files()
         tokenizer = Tokenizer(folder)

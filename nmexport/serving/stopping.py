@@ -62,9 +62,11 @@ class StopSignals(Closing):
         self._notify = notify
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        before = {one: signal.signal(one, _wake) for one in _SIGNALS}
+        before = {number: signal.signal(number, _wake) for number in _SIGNALS}
         # None: a handler that Python does not know; the stub's, which ignores them.
-        self._before = {one: signal.SIG_IGN if it is None else it for one, it in before.items()}
+        self._before = {
+            number: signal.SIG_IGN if it is None else it for number, it in before.items()
+        }
         self._descriptor_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._wait, name="nmexport-signals", daemon=True)
         self._thread.start()
@@ -80,8 +82,8 @@ class StopSignals(Closing):
             return
         self._is_listening = False
         signal.set_wakeup_fd(self._descriptor_before)
-        for one, handler in self._before.items():
-            signal.signal(one, handler)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
         os.close(self._write)  # the thread reads the end
         self._thread.join()
         os.close(self._read)

@@ -184,12 +184,12 @@ def signature_of_engine(engine: TensorRTEngine) -> Signature:
         )
 
     def specs(*, is_input: bool) -> tuple[TensorSpec, ...]:
-        return tuple(_planned(one) for one in engine.tensors if one.is_input == is_input)
+        return tuple(_spec_of(tensor) for tensor in engine.tensors if tensor.is_input == is_input)
 
     return Signature(inputs=specs(is_input=True), outputs=specs(is_input=False))
 
 
-def _planned(tensor: EngineTensor) -> TensorSpec:
+def _spec_of(tensor: EngineTensor) -> TensorSpec:
     return TensorSpec(
         name=tensor.name,
         element=_ONNX_TYPES.get(tensor.element, tensor.element),

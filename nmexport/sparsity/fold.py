@@ -36,7 +36,7 @@ _ALONG_CHANNELS = ("W", "shift", "score_scale", "value_scale")
 
 @dataclass(frozen=True, kw_only=True)
 class Corrections:
-    """What was learned for one linear, in X's own channel order; None was not learned."""
+    """Learned constants of one linear, in X's own channel order; None was not learned."""
 
     shift: torch.Tensor | None = None
     """`[K]` float32, takes the place of the calibrated one (L-PTS)."""
@@ -104,7 +104,7 @@ def fold(
 
 
 def changes_dense_product(corrections: Corrections) -> bool:
-    """Whether the folded linear differs from the dense one even where everything is kept."""
+    """Tell whether the folded linear differs from the dense one even where everything is kept."""
     changing = (
         corrections.input_scale,
         corrections.output_scale,

@@ -86,7 +86,7 @@ class LearningSite(InputSite):
 
     @property
     def learns_shift(self) -> bool:
-        """Whether the shift is a parameter."""
+        """Tell whether the shift is a parameter."""
         return self.shift.requires_grad
 
     def select(self, x: torch.Tensor, *, sparse: bool = True) -> Selected:
@@ -172,7 +172,7 @@ class LearnedLinear(SparseLinear):
         )
 
     def corrections(self) -> Corrections:
-        """What has been learned so far, on the CPU."""
+        """Return what has been learned so far, on the CPU."""
         values = {name: value.detach().float().cpu() for name, value in self.learned.items()}
         if "bias" in values:
             values["bias"] = values["bias"] * self._output_rms.cpu()

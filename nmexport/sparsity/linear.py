@@ -41,7 +41,7 @@ _OWN_TENSORS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Behaviour:
-    """What one linear computes at run time, apart from its constants."""
+    """Computation of one linear at run time, apart from its constants."""
 
     pattern: NMPattern
     dynamic_shift: bool = False
@@ -81,7 +81,7 @@ class Selected(NamedTuple):
     tokens: torch.Tensor
     """`[T, K]` float32."""
     eta: torch.Tensor
-    """What is subtracted: `[T, 1]` per token, `[K]` per channel, or `[1]`."""
+    """Return the shift to subtract: `[T, 1]` per token, `[K]` per channel, or `[1]`."""
     keep: torch.Tensor | None
     """`[T, K]` uint8, 1 where kept: a product with it takes half as long as with bool. None keeps
     everything."""
@@ -90,7 +90,7 @@ class Selected(NamedTuple):
 
 
 class InputSite(nn.Module):
-    """What linears with one input have in common: the shift, and which channels are kept."""
+    """Shift and kept channels, shared by all linears of one input."""
 
     eta: torch.Tensor
     score_scale: torch.Tensor | None
@@ -133,7 +133,7 @@ class InputSite(nn.Module):
         return Selected(tokens, eta, keep, nu)
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
-        """What selection ranks: scores `[T, K]` of an input `[..., K]`."""
+        """Score an input `[..., K]` for selection: `[T, K]`."""
         tokens = x.reshape(-1, self.channels).float()
         return scores_of(tokens - self._eta(tokens), self._ranking_scale())
 
@@ -220,7 +220,7 @@ class SparseLinear(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
+        """Describe the module for `print(model)`."""
         behaviour = self.behaviour
         sizes = f"{self.in_features}, {self.out_features}"
         return f"{sizes}, {behaviour.pattern}, phase={behaviour.phase}"
@@ -243,7 +243,7 @@ class SparseLinear(nn.Module):
         return y if self.shift_weight is None else y + selected.eta * self.shift_weight
 
     def _drops(self, x: torch.Tensor) -> bool:
-        """Whether anything of this input `[..., S, K]` can be dropped; else the op is dense."""
+        """Tell whether any of this input `[..., S, K]` can be dropped; else the op is dense."""
         return self._drops_in("decode" if x.ndim == 1 or x.shape[-2] == 1 else "prefill")
 
     def _drops_in(self, phase: Phase) -> bool:

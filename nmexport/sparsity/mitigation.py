@@ -94,21 +94,28 @@ def check_allocatable(mitigations: Sequence[str]) -> None:
 
 
 def learned_parts(mitigations: Sequence[str]) -> tuple[Part, ...]:
-    """What has to be learned for these mitigations, in the order that learning names it."""
+    """List the parts to learn for these mitigations, in the order that learning names them."""
     wanted = {MITIGATIONS[name].learns for name in mitigations}
     return tuple(part for part in PARTS if part in wanted)
 
 
 def uses(mitigations: Sequence[str], corrects: Corrects, *, per_token: bool) -> bool:
-    """Whether a mitigation of this kind is among the names."""
+    """Tell whether a mitigation of this kind is among the names."""
     chosen = [MITIGATIONS[name] for name in mitigations]
-    return any(one.corrects == corrects and one.per_token == per_token for one in chosen)
+    return any(
+        mitigation.corrects == corrects and mitigation.per_token == per_token
+        for mitigation in chosen
+    )
 
 
 def _at_most_one(mitigations: Sequence[str], corrects: Corrects, words: str) -> None:
     given = [name for name in mitigations if MITIGATIONS[name].corrects == corrects]
     if len(given) > 1:
-        one_of = [one.name for one in MITIGATIONS.values() if one.corrects == corrects]
+        one_of = [
+            mitigation.name
+            for mitigation in MITIGATIONS.values()
+            if mitigation.corrects == corrects
+        ]
         raise RecipeError(
             f"Mitigations {' and '.join(given)} cannot be combined: an op has one {words}.",
             allowed=f"at most one of {', '.join(one_of)}",

@@ -1,4 +1,4 @@
-"""What can be learned of a linear, by name; see `nmexport.sparsity.learned`."""
+"""Names of the parts of a linear that can be learned; see `nmexport.sparsity.learned`."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ Part = Literal["shift", "input_scale", "output_scale", "bias", "low_rank"]
 PARTS: tuple[Part, ...] = ("shift", "input_scale", "output_scale", "bias", "low_rank")
 
 RANK = 32
-"""Of the low-rank compensation, where nobody says otherwise."""
+"""Default rank of the low-rank compensation."""

@@ -87,7 +87,7 @@ def quantise(weight: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def dequantised(weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """What a weight `[K, O]` stands for, in float32; `scale` is `[G, O]`, or None for floats."""
+    """Dequantise a weight `[K, O]` to float32; `scale` is `[G, O]`, or None for floats."""
     wide = weight.to(torch.float32)
     if scale is None:
         return wide

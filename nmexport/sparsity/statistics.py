@@ -1,4 +1,4 @@
-"""What calibration knows about the input of one linear."""
+"""Calibration statistics of one linear's input."""
 
 from __future__ import annotations
 

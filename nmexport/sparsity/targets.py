@@ -57,7 +57,7 @@ def select_targets(
         )
     included = _matching(model, linears, include, "include")
     named_head = OUTPUT_EMBEDDING in include
-    left_out = [one for one in exclude if not (named_head and one == OUTPUT_EMBEDDING)]
+    left_out = [pattern for pattern in exclude if not (named_head and pattern == OUTPUT_EMBEDDING)]
     excluded = _matching(model, linears, left_out, "exclude")
     chosen = [name for name in linears if name in included and name not in excluded]
     if not chosen:
@@ -80,7 +80,7 @@ def fitting_patterns(in_features: Iterable[int], pattern: NMPattern) -> list[NMP
     widths = list(in_features)
     sizes = [m for m in range(MAX_GROUP, 1, -1) if all(width % m == 0 for width in widths)]
     nearest = [NMPattern(max(1, round(pattern.density * m)), m) for m in sizes]
-    return sorted(nearest, key=lambda one: abs(one.density - pattern.density))
+    return sorted(nearest, key=lambda candidate: abs(candidate.density - pattern.density))
 
 
 def _matching(
@@ -175,8 +175,8 @@ def _near_matches(linears: dict[str, nn.Linear], pattern: str) -> str:
 def _check_fits(chosen: dict[str, nn.Linear], pattern: NMPattern) -> None:
     for name, linear in chosen.items():
         if linear.in_features % pattern.m:
-            fitting = fitting_patterns((one.in_features for one in chosen.values()), pattern)
-            words = ", ".join(str(one) for one in fitting[:6])
+            fitting = fitting_patterns((other.in_features for other in chosen.values()), pattern)
+            words = ", ".join(str(candidate) for candidate in fitting[:6])
             raise PatternError(
                 f"Pattern {pattern} does not fit {name}: its in_features, {linear.in_features}, "
                 f"is not a multiple of {pattern.m}.",

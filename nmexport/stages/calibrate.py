@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 from nmexport.calibration.corpus import SELF, corpus_identity, load_samples
 from nmexport.errors import CorpusError
 from nmexport.models.context import check_lengths
+from nmexport.models.offload import check_layerwise, is_placed, open_dense
 from nmexport.progress import busy
+from nmexport.sparsity.statistics import ChannelStatistics
 from nmexport.stages.fitting import check_fit
 from nmexport.store.layers import FILENAME
 from nmexport.store.records import read_record, write_record
+from nmexport.store.tensors import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,7 +29,6 @@ if TYPE_CHECKING:
     from nmexport.calibration.corpus import SelfText, TokenIds
     from nmexport.models.offload import OpenedModel
     from nmexport.recipe import Recipe
-    from nmexport.sparsity.statistics import ChannelStatistics
     from nmexport.stages.inputs import StageInputs
 
 UPSTREAM: tuple[str, ...] = ()
@@ -75,22 +77,17 @@ class Artifact:
     def samples(self) -> torch.Tensor:
         """Token ids of the calibration samples, `[samples, length]` int64; any few hold all."""
         kinds = self.samples_by_kind()
-        return _mixed(kinds["corpus"], kinds["written"])
+        return _mix(kinds["corpus"], kinds["written"])
 
     def samples_by_kind(self) -> dict[str, torch.Tensor]:
         """Token ids `[samples, length]` int64 of `corpus`, `written` and `further` samples.
 
         See `nmexport.calibration.corpus.Samples`.
         """
-        from nmexport.store.tensors import load_tensors
-
         return {name: ids.long() for name, ids in load_tensors(self.path / SAMPLES).items()}
 
     def statistics(self) -> dict[str, ChannelStatistics]:
         """Statistics by linear, of those that a token reached."""
-        from nmexport.sparsity.statistics import ChannelStatistics
-        from nmexport.store.tensors import load_tensors
-
         tensors = load_tensors(self.path / STATISTICS)
         return {
             linear.name: ChannelStatistics(
@@ -147,9 +144,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     from nmexport.calibration.overflow import refuse_overflow
     from nmexport.models.exportable import check_exportable
     from nmexport.models.loader import load_tokenizer
-    from nmexport.models.offload import check_layerwise, is_placed, open_dense
     from nmexport.sparsity.targets import linears_of, select_targets
-    from nmexport.store.tensors import save_tensors
 
     recipe = inputs.recipe
     tokenizer = load_tokenizer(inputs.source)
@@ -178,7 +173,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
         vocabulary=model.config.get_text_config().vocab_size,
     )
     kinds = {name: torch.from_numpy(ids) for name, ids in vars(loaded).items()}
-    samples = _mixed(kinds["corpus"], kinds["written"])
+    samples = _mix(kinds["corpus"], kinds["written"])
     linears = linears_of(model)
     with refuse_overflow(linears, getattr(torch, recipe.model.dtype)):
         statistics = gather_channel_statistics(
@@ -186,7 +181,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
         )
 
     save_tensors(inputs.output / SAMPLES, {name: ids.int() for name, ids in kinds.items()})
-    save_tensors(inputs.output / STATISTICS, _named(statistics))
+    save_tensors(inputs.output / STATISTICS, _name_tensors(statistics))
     _write_linears(inputs.output, linears, statistics)
     return {
         "samples": samples.shape[0],
@@ -217,11 +212,11 @@ def _writer(inputs: StageInputs, opened: OpenedModel, tokenizer: Any) -> SelfTex
     return refuse
 
 
-def _mixed(corpus: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
+def _mix(corpus: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
     """Both, spread evenly over each other, so that any first few are of both."""
     import torch
 
-    places = [(torch.arange(len(one)) + 0.5) / max(len(one), 1) for one in (corpus, written)]
+    places = [(torch.arange(len(texts)) + 0.5) / max(len(texts), 1) for texts in (corpus, written)]
     order = torch.argsort(torch.cat(places), stable=True)
     return torch.cat([corpus, written])[order]
 
@@ -233,10 +228,10 @@ def _reserved_tokens(recipe: Recipe) -> int:
     return evaluation.windows * evaluation.length if shared else 0
 
 
-def _named(statistics: dict[str, ChannelStatistics]) -> dict[str, torch.Tensor]:
+def _name_tensors(statistics: dict[str, ChannelStatistics]) -> dict[str, torch.Tensor]:
     return {
-        f"{name}.{field}": getattr(one, field)
-        for name, one in statistics.items()
+        f"{name}.{field}": getattr(channels, field)
+        for name, channels in statistics.items()
         for field in _FIELDS
     }
 

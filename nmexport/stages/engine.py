@@ -68,7 +68,7 @@ def resolve_target(target: Target) -> Runtime:
         return target
     if tensorrt_library.find_plugin() is None or not tensorrt_library.gpu_is_usable():
         return "onnxruntime"
-    return next((one for one in tensorrt_library.TARGETS if _loads(one)), "onnxruntime")
+    return next((target for target in tensorrt_library.TARGETS if _loads(target)), "onnxruntime")
 
 
 def _loads(target: TensorRTTarget) -> bool:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ArtifactError, EnvironmentFault
 from nmexport.graph.versions import IR_VERSION, OPSET
+from nmexport.models.genai_config import genai_config
+from nmexport.models.tokenizer_files import write_tokenizer
 from nmexport.progress import busy
 from nmexport.report.model import DenseParity
 from nmexport.stages import fold
@@ -106,7 +108,6 @@ def run(inputs: StageInputs) -> dict[str, Any]:
 
     from nmexport.models.loader import load_tokenizer
     from nmexport.models.streaming import open_for_export
-    from nmexport.models.tokenizer_files import write_tokenizer
 
     section = inputs.recipe.model
     folded = fold.Artifact(inputs.upstream["fold"])
@@ -284,7 +285,6 @@ def _original_weights(
 
 def write_configs(model: PreTrainedModel, output: Path) -> None:
     """Write `config.json`, `generation_config.json` and `genai_config.json`."""
-    from nmexport.models.genai_config import genai_config
     from nmexport.models.tracing import cache_shapes
 
     model.config.architectures = [type(model).__name__]

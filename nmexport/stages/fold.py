@@ -10,14 +10,17 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from nmexport.calibration.checkpoint import Checkpoints
 from nmexport.calibration.effort import ERROR_SAMPLES, SENSITIVITY_SAMPLES, learning_settings
 from nmexport.errors import ModelError
+from nmexport.models.offload import check_layerwise, is_placed, open_dense
 from nmexport.sparsity.mitigation import check_allocatable, check_combination
 from nmexport.stages import calibrate
 from nmexport.stages.fitting import check_fit
 from nmexport.store.allocation import write_allocation
 from nmexport.store.folded import FoldedModel, write_learning
 from nmexport.store.layers import SCHEMA, write_layers
+from nmexport.store.tensors import ShardedWriter
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -41,7 +44,7 @@ Artifact = FoldedModel
 
 
 def key_fields(inputs: StageInputs) -> dict[str, Any]:
-    """What the linears compute, and in which type.
+    """Return what the linears compute, and in which type.
 
     Raises:
         RecipeError: if the mitigations do not go together, or not with a budget: said before
@@ -116,7 +119,6 @@ def _dense_model(inputs: StageInputs) -> DenseModel:
     from nmexport.calibration.forward_passes import on_best_device
     from nmexport.calibration.sites import input_sites
     from nmexport.calibration.sparse_constants import DenseModel
-    from nmexport.models.offload import check_layerwise, is_placed, open_dense
     from nmexport.sparsity.quantisation import scale_groups
     from nmexport.sparsity.targets import linears_of, select_targets
 
@@ -182,7 +184,6 @@ def _check_reached(
 
 def _learning(inputs: StageInputs, dense: DenseModel) -> Learning | None:
     """How constants are learned; None where the recipe names none that are."""
-    from nmexport.calibration.checkpoint import Checkpoints
     from nmexport.calibration.self_text import mixed_self_text
     from nmexport.calibration.sparse_constants import Learning
     from nmexport.models.loader import load_tokenizer
@@ -240,7 +241,6 @@ def _prepared(inputs: StageInputs, dense: DenseModel) -> Prepared:
 
     from nmexport.allocation.allocate import prepare
     from nmexport.allocation.costs import Problem
-    from nmexport.calibration.checkpoint import Checkpoints
     from nmexport.calibration.derivation import site_constants
 
     recipe = inputs.recipe
@@ -263,7 +263,7 @@ def _prepared(inputs: StageInputs, dense: DenseModel) -> Prepared:
 
 
 def _sections(section: SparsitySection, allocation: Allocation) -> dict[str, SparsitySection]:
-    """What each linear that becomes sparse is to compute."""
+    """Decide what each linear that becomes sparse computes."""
     return {
         name: section.model_copy(
             update={
@@ -302,8 +302,6 @@ def _folded(
 
 
 def _write_tensors(inputs: StageInputs, dense: DenseModel, constants: SparseConstants) -> None:
-    from nmexport.store.tensors import ShardedWriter
-
     names = constants.derived
     with ShardedWriter(inputs.output) as writer:
         for name in inputs.progress.track(names, label="fold: weights", total=len(names)):

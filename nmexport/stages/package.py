@@ -10,9 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ArtifactError, GateFailed
+from nmexport.models.source import licence_files
+from nmexport.recipe import short_name
 from nmexport.runtimes.engine import PLAN, read_engine
 from nmexport.runtimes.native import engine_library
 from nmexport.runtimes.tensorrt.requirements import engine_plugin
+from nmexport.serving.bundle import FILENAME, read_bundle
+from nmexport.serving.triton_config import signature_of_engine
 from nmexport.stages import verify
 from nmexport.store.artifact import read_manifest
 
@@ -48,14 +52,12 @@ class Artifact:
         Raises:
             ArtifactError: if there is none that can be read.
         """
-        from nmexport.serving.bundle import FILENAME, read_bundle
-
-        found = sorted(self.repository.glob(f"*/1/{FILENAME}"))
-        if not found:
+        bundles = sorted(self.repository.glob(f"*/1/{FILENAME}"))
+        if not bundles:
             raise ArtifactError(
                 f"{self.path} holds no text model.", fix="run `nmexport package --force`"
             )
-        return read_bundle(found[0].parent)
+        return read_bundle(bundles[0].parent)
 
 
 def key_fields(inputs: StageInputs) -> dict[str, Any]:
@@ -110,7 +112,6 @@ def _write_engine(inputs: StageInputs, name: str) -> tuple[list[str], str | None
         engine, where there is none.
     """
     from nmexport.serving import repository
-    from nmexport.serving.triton_config import signature_of_engine
 
     folder = inputs.upstream["engine"]
     engine = read_engine(folder).tensorrt
@@ -166,8 +167,6 @@ def text_model(inputs: StageInputs, *, verdict: str) -> TextModel:
         ArtifactError: if the export or the engine cannot be read.
         EnvironmentFault: if the native library of the engine is missing.
     """
-    from nmexport.models.source import licence_files
-    from nmexport.recipe import short_name
     from nmexport.serving.repository import TextModel
 
     serving = inputs.recipe.serving
@@ -179,7 +178,7 @@ def text_model(inputs: StageInputs, *, verdict: str) -> TextModel:
         pattern=str(inputs.recipe.sparsity.pattern),
         verdict=verdict,
         export=inputs.upstream["export"],
-        files=tuple(one.path for one in records if not one.path.startswith("dense/")),
+        files=tuple(record.path for record in records if not record.path.startswith("dense/")),
         engine=engine,
         library=engine_library(engine),
         settings={

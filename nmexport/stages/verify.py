@@ -13,18 +13,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nmexport.calibration import corpus
+from nmexport.environment import device_name
 from nmexport.errors import RecipeError
 from nmexport.models.context import check_lengths
 from nmexport.progress import busy
-from nmexport.report.model import LinearParity, LinearsParity
+from nmexport.report import engine_words, learning, pages
+from nmexport.report.document import Measured, assemble, judge, weights_note
+from nmexport.report.model import LinearParity, LinearsParity, read_report
 from nmexport.runtimes.engine import read_engine
 from nmexport.runtimes.native import engine_library
+from nmexport.runtimes.opening import open_session, why_not_here
 from nmexport.stages import export, fold
 from nmexport.stages.engine import NO_LIBRARY, resolve_target
 from nmexport.store.allocation import read_allocation
 from nmexport.store.layers import model_phases
 from nmexport.store.records import json_from
-from nmexport.verification import tasks
+from nmexport.verification import (
+    accuracy,
+    alone,
+    cache_parity,
+    continuation,
+    latency,
+    memory,
+    parity,
+    tasks,
+)
+from nmexport.verification.memory import artifact_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -84,8 +98,6 @@ class Artifact:
         Raises:
             ArtifactError: if it is missing or not a report of this schema.
         """
-        from nmexport.report.model import read_report
-
         return read_report(self.path / "report.json")
 
 
@@ -148,10 +160,6 @@ def run(inputs: StageInputs) -> dict[str, Any]:
         ArtifactError: if an upstream artifact cannot be read.
         EnvironmentFault: if the engine's native library is missing here.
     """
-    from nmexport.report import engine_words, pages
-    from nmexport.report.document import Measured, assemble, judge
-    from nmexport.runtimes.opening import why_not_here
-    from nmexport.verification import alone, memory, parity
     from nmexport.verification.reference import model_size
 
     recipe = inputs.recipe
@@ -268,10 +276,6 @@ def _dense_against_sparse(
     inputs: StageInputs, windows: NDArray[np.int64], prompts: NDArray[np.int64]
 ) -> tuple[Accuracy, Latency]:
     """Measure both models."""
-    from nmexport.environment import device_name
-    from nmexport.runtimes.opening import open_session
-    from nmexport.verification import accuracy, continuation, latency
-
     recipe, progress = inputs.recipe, inputs.progress
     evaluation, timing = recipe.evaluation, recipe.latency
     prompt, context = latency_tokens(windows, timing)
@@ -320,10 +324,6 @@ def _sparse_alone(
     inputs: StageInputs, windows: NDArray[np.int64], prompts: NDArray[np.int64]
 ) -> tuple[Accuracy, Latency]:
     """Measure the sparse model where there is no dense baseline."""
-    from nmexport.environment import device_name
-    from nmexport.runtimes.opening import open_session
-    from nmexport.verification import accuracy, alone
-
     recipe, progress = inputs.recipe, inputs.progress
     evaluation, timing = recipe.evaluation, recipe.latency
     prompt, context = latency_tokens(windows, timing)
@@ -367,9 +367,7 @@ def _decode_only(
     late: LateLogits,
 ) -> Scores:
     """Score sparsity in decode only."""
-    from nmexport.verification import accuracy
-
-    batch = _decoded_together(sparse, windows)
+    batch = _decode_batch_size(sparse, windows)
     batches = [windows[start : start + batch] for start in range(0, len(windows), batch)]
     return accuracy.decode_only(
         dense,
@@ -381,10 +379,8 @@ def _decode_only(
     )
 
 
-def _decoded_together(sparse: Session, windows: NDArray[np.int64]) -> int:
+def _decode_batch_size(sparse: Session, windows: NDArray[np.int64]) -> int:
     """Windows that decode-only scoring decodes side by side, of `[W, L]`."""
-    from nmexport.verification import accuracy
-
     count, length = windows.shape
     scored = length - accuracy.prompt_length(windows[0])
     most: list[int] = [count, _LOGITS_BYTES // (4 * sparse.vocabulary_size * scored)]
@@ -443,8 +439,6 @@ def _audit(inputs: StageInputs, engine: Engine, windows: NDArray[np.int64]) -> S
 def _parity(inputs: StageInputs, engine: Engine, prompts: NDArray[np.int64]) -> Parity:
     """Compare whole models in lock step, and each linear with the oracle."""
     from nmexport.runtimes.onnxruntime_session import OrtSession
-    from nmexport.runtimes.opening import open_session, why_not_here
-    from nmexport.verification import cache_parity, parity
     from nmexport.verification.reference import open_folded
 
     folded = fold.Artifact(inputs.upstream["fold"])
@@ -495,7 +489,7 @@ def _linear_parity(
     why: Mapping[str, str],
 ) -> LinearsParity:
     """Hold each executor's linears against the oracle, on one prompt."""
-    from nmexport.verification import op_parity, parity
+    from nmexport.verification import op_parity
     from nmexport.verification.audit import open_instrumented
     from nmexport.verification.reference import array_from
 
@@ -534,9 +528,6 @@ def _too_large(engine: Engine, dtype: str) -> dict[str, str]:
     """Why executors do not fit into memory, by name: torch before the function bodies alone."""
     import psutil
 
-    from nmexport.verification import parity
-    from nmexport.verification.memory import artifact_bytes
-
     size, free = artifact_bytes(engine.model.parent), psutil.virtual_memory().available
     return {
         name: f"{what} would take about {copies[dtype] * size / 1e9:.0f} GB of memory, and "
@@ -551,8 +542,6 @@ def _too_large(engine: Engine, dtype: str) -> dict[str, str]:
 
 def _calibration(inputs: StageInputs) -> Calibration:
     """The report's `calibration`."""
-    from nmexport.report import learning
-
     folded = fold.Artifact(inputs.upstream["fold"])
     return learning.section(folded.learning, folded.layers)
 
@@ -564,15 +553,12 @@ def _no_library(engine: Engine) -> str | None:
 
 
 def _notes(engine: Engine, absent: str | None, recipe: Recipe) -> list[str]:
-    from nmexport.report.document import weights_note
-    from nmexport.verification import alone
-
     mixed = weights_note(recipe) if engine.dense_model is not None else None
     notes = [alone.NOTE] if engine.dense_model is None else []
     notes += [mixed] if mixed else []
     if absent:
-        told = f"The {engine.runtime} engine was built and does not run here: {absent}"
-        notes.append(f"{told} Accuracy and latency are of its ONNX file on ONNX Runtime.")
+        note = f"The {engine.runtime} engine was built and does not run here: {absent}"
+        notes.append(f"{note} Accuracy and latency are of its ONNX file on ONNX Runtime.")
     elif _no_library(engine) is not None:
         notes.append(
             f"{NO_LIBRARY.capitalize()}: the latency below is theirs, not the native op's."

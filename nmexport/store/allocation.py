@@ -202,7 +202,7 @@ def as_dict(allocation: Allocation) -> dict[str, Any]:
 
     What follows the sixth digit is the summation order of the machine.
     """
-    return {"schema": SCHEMA, **_rounded(json_from(allocation))}
+    return {"schema": SCHEMA, **_round_floats(json_from(allocation))}
 
 
 def write_allocation(folder: Path, allocation: Allocation) -> None:
@@ -223,11 +223,11 @@ def read_allocation(folder: Path) -> Allocation | None:
     return read_record(Allocation, path, schema=SCHEMA, fix="rebuild the stage with --force")
 
 
-def _rounded(value: Any) -> Any:
+def _round_floats(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: _round_floats(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_rounded(item) for item in value]
+        return [_round_floats(item) for item in value]
     return value

@@ -62,8 +62,8 @@ class _Layers:
 
 def model_phases(layers: Iterable[LayerSpec]) -> ModelPhases:
     """When a model is sparse, by when its linears are."""
-    found = {layer.phase for layer in layers}
-    return found.pop() if len(found) == 1 else "mixed"
+    phases = {layer.phase for layer in layers}
+    return phases.pop() if len(phases) == 1 else "mixed"
 
 
 def write_layers(folder: Path, layers: list[LayerSpec]) -> None:

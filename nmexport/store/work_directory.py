@@ -135,7 +135,7 @@ class WorkDirectory:
             try:
                 lock.acquire()
             except Timeout:
-                raise self._held() from None
+                raise self._locked_error() from None
         try:
             with self.disk_faults():
                 self._say_holder(command)
@@ -223,8 +223,8 @@ class WorkDirectory:
 
         A manifest keeps its time: whether a file was written after it still shows.
         """
-        found = [self.find(stage, key) for stage, key in keys.items()]
-        manifests = [manifest for manifest in found if manifest is not None]
+        candidates = [self.find(stage, key) for stage, key in keys.items()]
+        manifests = [manifest for manifest in candidates if manifest is not None]
         total = sum(manifest.seconds for manifest in manifests)
         for manifest in manifests:
             share = round(manifest.seconds / total, 4) if total else None
@@ -374,7 +374,7 @@ class WorkDirectory:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def _held(self) -> WorkDirectoryError:
+    def _locked_error(self) -> WorkDirectoryError:
         try:
             holder = json.loads((self.root / _HOLDER).read_text(encoding="utf-8"))
             who = f"process {holder['pid']}: {holder['command']}"

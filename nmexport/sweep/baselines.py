@@ -44,7 +44,7 @@ class TopKLinear(nn.Module):
 def replacement(linear: nn.Linear, baseline: Baseline) -> nn.Module:
     """Return the module that replaces a dense linear."""
     if baseline.what == "weights":
-        return _pruned(linear, baseline.pattern, baseline.zeros)
+        return _prune(linear, baseline.pattern, baseline.zeros)
     return TopKLinear(linear, baseline.zeros or 0.0)
 
 
@@ -72,7 +72,7 @@ def pruned_weight(
     return torch.where(keep, weight, torch.zeros((), dtype=weight.dtype))
 
 
-def _pruned(linear: nn.Linear, pattern: NMPattern | None, zeros: float | None) -> nn.Linear:
+def _prune(linear: nn.Linear, pattern: NMPattern | None, zeros: float | None) -> nn.Linear:
     bias = bias_of(linear)
     pruned = nn.Linear(
         linear.in_features, linear.out_features, bias=bias is not None, device="meta"

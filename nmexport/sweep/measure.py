@@ -21,6 +21,7 @@ from nmexport.calibration import corpus
 from nmexport.environment import probe
 from nmexport.errors import UserError, WorkDirectoryError
 from nmexport.models import source as models
+from nmexport.models.swap import replace_linears
 from nmexport.pipeline import Pipeline, Selection
 from nmexport.report.model import read_report
 from nmexport.sparsity.pattern import NMPattern
@@ -28,8 +29,10 @@ from nmexport.stages import fold
 from nmexport.stages.fitting import check_fit
 from nmexport.store.artifact import KEY_CHARS, canonical_json, digest_of
 from nmexport.store.layers import model_phases
+from nmexport.store.tensors import load_tensors, save_tensors
 from nmexport.store.work_directory import WorkDirectory
 from nmexport.sweep.replay import Replay
+from nmexport.verification import accuracy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -72,12 +75,12 @@ def run(job: Job, progress: Progress) -> list[dict[str, Any]]:
     Raises:
         WorkDirectoryError: if another sweep holds the folder, or the disk refuses.
     """
-    with _held(job.folder):
+    with _lock(job.folder):
         bench = _Bench(job, progress)
         rows = []
         try:
             for number, cell in enumerate(job.cells, start=1):
-                progress.note(f"{job.model}, {number} of {len(job.cells)}: {_said(cell)}")
+                progress.note(f"{job.model}, {number} of {len(job.cells)}: {_describe(cell)}")
                 rows.append({**_identity(job, cell), **bench.measured(cell)})
         finally:
             bench.close()
@@ -177,7 +180,7 @@ class _Bench:
         folded = fold.Artifact(self._work.folder("fold", key))
         source = self._find_model(recipe.model)
         phases = model_phases(folded.layers)
-        figures = self._scored(recipe, lambda: open_folded(source, recipe.model, folded), phases)
+        figures = self._score(recipe, lambda: open_folded(source, recipe.model, folded), phases)
         with self._work.lock(pipeline.command):
             self._work.discard("fold", key)
         return figures
@@ -193,14 +196,13 @@ class _Bench:
         }
 
     def _baseline_figures(self, recipe: Recipe, baseline: Baseline) -> dict[str, Any]:
-        return self._scored(recipe, lambda: self._baseline_session(recipe, baseline), "all")
+        return self._score(recipe, lambda: self._baseline_session(recipe, baseline), "all")
 
     def _baseline_session(self, recipe: Recipe, baseline: Baseline) -> TorchSession:
-        from nmexport.models.swap import replace_linears
         from nmexport.sparsity.targets import linears_of, select_targets
         from nmexport.sweep.baselines import replacement
 
-        session, model = self._loaded(recipe)
+        session, model = self._load(recipe)
         groups = baseline.pattern or _ANY
         targets = recipe.sparsity.targets
         chosen = set(
@@ -214,12 +216,10 @@ class _Bench:
         replace_linears(model, replaced)
         return session
 
-    def _scored(
+    def _score(
         self, recipe: Recipe, opened: Callable[[], TorchSession], phases: ModelPhases
     ) -> dict[str, Any]:
         """Both models on the evaluation windows."""
-        from nmexport.verification import accuracy
-
         windows = self._windows(recipe)
         with (
             self._work.disk_faults(),
@@ -239,11 +239,11 @@ class _Bench:
         if self._dense is None or self._dense[0] != key:
             if self._dense is not None:
                 self._dense[1].forget()
-            answers = Replay(lambda: self._loaded(recipe)[0], windows, self._job.folder)
+            answers = Replay(lambda: self._load(recipe)[0], windows, self._job.folder)
             self._dense = (key, answers)
         return self._dense[1]
 
-    def _loaded(self, recipe: Recipe) -> tuple[TorchSession, nn.Module]:
+    def _load(self, recipe: Recipe) -> tuple[TorchSession, nn.Module]:
         from nmexport.models.loader import load_model
         from nmexport.verification.reference import TorchSession
 
@@ -258,20 +258,18 @@ class _Bench:
         """Evaluation text, made or read once for all cells that share it."""
         import torch
 
-        from nmexport.store.tensors import load_tensors, save_tensors
-
         fields = {"model": self._find_model(recipe.model).digest, **_evaluation_fields(recipe)}
         path = self._job.folder / f"windows-{digest_of(fields)[:KEY_CHARS]}.safetensors"
         if not path.is_file():
             partial = path.with_suffix(".new")
-            ids = torch.from_numpy(self._made_windows(recipe)).int()
+            ids = torch.from_numpy(self._make_windows(recipe)).int()
             with self._work.disk_faults():
                 save_tensors(partial, {"input_ids": ids})
                 partial.replace(path)
         stored: torch.Tensor = load_tensors(path)["input_ids"]
         return stored.long().numpy()
 
-    def _made_windows(self, recipe: Recipe) -> NDArray[np.int64]:
+    def _make_windows(self, recipe: Recipe) -> NDArray[np.int64]:
         from nmexport.models.loader import load_model, load_tokenizer
         from nmexport.models.text_files import known_tokens
 
@@ -340,12 +338,12 @@ def _identity(job: Job, cell: Cell) -> dict[str, Any]:
     }
 
 
-def _said(cell: Cell) -> str:
+def _describe(cell: Cell) -> str:
     return cell.label if cell.baseline else f"{cell.recipe.sparsity.pattern}, {cell.label}"
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[None]:
+def _lock(folder: Path) -> Iterator[None]:
     """Keep a second sweep out of a model's folder."""
     from filelock import FileLock, Timeout
 

@@ -52,16 +52,16 @@ def document(
     }
 
 
-def markdown(found: Mapping[str, Any], plots: Mapping[str, str]) -> str:
+def markdown(results: Mapping[str, Any], plots: Mapping[str, str]) -> str:
     """`sweep.md`: a table and a plot for each model.
 
     Args:
-        found: See `document`.
+        results: See `document`.
         plots: File name of each model's plot.
     """
-    parts = [f"# Sweep {found['name']}", "", found["protocol"]]
-    for model in found["models"]:
-        rows = [row for row in found["rows"] if row["model"] == model]
+    parts = [f"# Sweep {results['name']}", "", results["protocol"]]
+    for model in results["models"]:
+        rows = [row for row in results["rows"] if row["model"] == model]
         parts += ["", f"## {model}", "", *_dense_line(rows)]
         if model in plots:
             parts += [f"![Perplexity ratio of each pattern on {model}]({plots[model]})", ""]
@@ -77,7 +77,7 @@ def plot(rows: Sequence[Mapping[str, Any]], model: str) -> str | None:
         return None
     sparse = [row for row in measured if row["baseline"] is None]
     patterns = sorted({row["pattern"] for row in sparse}, key=_order)
-    lines = [*_ranked(sparse, "label"), *_ranked(_baselines(measured), "baseline")]
+    lines = [*_rank(sparse, "label"), *_rank(_baselines(measured), "baseline")]
     # A baseline far off (weights pruned 2:4, in small models) must not press all else together.
     end = _ROOM * max(row["perplexity_ratio"] for row in sparse or measured)
 
@@ -111,23 +111,23 @@ def plot(rows: Sequence[Mapping[str, Any]], model: str) -> str | None:
     )
 
 
-def write(found: Mapping[str, Any], names: Mapping[str, str], folder: Path) -> list[Path]:
+def write(results: Mapping[str, Any], names: Mapping[str, str], folder: Path) -> list[Path]:
     """Write the files; returns their paths.
 
     Args:
-        found: See `document`.
+        results: See `document`.
         names: A name fit for a file, by model.
         folder: Where; it exists.
     """
     plots, written = {}, []
-    for model in found["models"]:
-        svg = plot([row for row in found["rows"] if row["model"] == model], model)
+    for model in results["models"]:
+        svg = plot([row for row in results["rows"] if row["model"] == model], model)
         if svg is not None:
             plots[model] = f"sweep-{names[model]}.svg"
             written.append(_put(folder / plots[model], svg))
-    text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     written.append(_put(folder / "sweep.json", text))
-    written.append(_put(folder / "sweep.md", markdown(found, plots)))
+    written.append(_put(folder / "sweep.md", markdown(results, plots)))
     return written
 
 
@@ -175,7 +175,7 @@ def _baselines(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [row for row in rows if row["baseline"] is not None]
 
 
-def _ranked(rows: Sequence[Mapping[str, Any]], key: str) -> list[str]:
+def _rank(rows: Sequence[Mapping[str, Any]], key: str) -> list[str]:
     """Labels, the one with the lowest ratio first: at the pattern that most rows have."""
     patterns = collections.Counter(row["pattern"] for row in rows)
     best: dict[str, tuple[int, float]] = {}

@@ -174,8 +174,8 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Sweep:
     measure = document.get("measure", "accuracy")
     if measure not in get_args(Measure):
         raise RecipeError(f"{path}: measure cannot be {measure!r}.", allowed="accuracy, build")
-    common = {**_dotted(_section(document, "recipe", path)), **(overrides or {})}
-    baselines = [Baseline.parse(text) for text in _listed(document, "baselines", path)]
+    common = {**_flatten(_section(document, "recipe", path)), **(overrides or {})}
+    baselines = [Baseline.parse(text) for text in _read_list(document, "baselines", path)]
     variants = [*_combinations(document, path), *_single_cells(document, path)]
     if not variants and not baselines:
         raise RecipeError(f"{path} asks for nothing.", allowed="grid, cells or baselines")
@@ -199,7 +199,7 @@ def folders(sweep: Sweep) -> dict[str, str]:
 
 
 def _models(document: Mapping[str, Any], path: Path) -> list[str]:
-    models = _listed(document, "models", path)
+    models = _read_list(document, "models", path)
     if not models or not all(isinstance(model, str) for model in models):
         raise RecipeError(
             f"{path} names no models.", allowed="models: a list of recipe names, Hub ids or folders"
@@ -222,8 +222,10 @@ def _cells(
         except RecipeError as error:
             if len(variants) == 1 or _is_wrong_alone(model, common, variant):
                 raise
-            told = tuple((key.rpartition(".")[2], _said(value)) for key, value in variant.items())
-            yield Cell(recipe=base, more=told, refused=error.problem)
+            settings = tuple(
+                (key.rpartition(".")[2], _format(value)) for key, value in variant.items()
+            )
+            yield Cell(recipe=base, more=settings, refused=error.problem)
             continue
         if recipe not in seen:
             seen.add(recipe)
@@ -243,15 +245,15 @@ def _is_wrong_alone(model: str, common: Mapping[str, Any], variant: Mapping[str,
 
 
 def _more(variant: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    told = {"pattern", "criterion", "mitigations", "grouping", "phases"}
+    named = {"pattern", "criterion", "mitigations", "grouping", "phases"}
     return tuple(
-        (key.rpartition(".")[2], _said(value))
+        (key.rpartition(".")[2], _format(value))
         for key, value in variant.items()
-        if key.removeprefix("sparsity.") not in told
+        if key.removeprefix("sparsity.") not in named
     )
 
 
-def _said(value: object) -> str:
+def _format(value: object) -> str:
     return "+".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
@@ -269,10 +271,10 @@ def _combinations(document: Mapping[str, Any], path: Path) -> Iterator[dict[str,
 
 
 def _single_cells(document: Mapping[str, Any], path: Path) -> Iterator[dict[str, Any]]:
-    for cell in _listed(document, "cells", path):
+    for cell in _read_list(document, "cells", path):
         if not isinstance(cell, dict):
             raise RecipeError(f"{path}: a cell cannot be {cell!r}.", allowed="recipe keys")
-        yield _dotted(cell)
+        yield _flatten(cell)
 
 
 def _section(document: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
@@ -282,19 +284,19 @@ def _section(document: Mapping[str, Any], key: str, path: Path) -> dict[str, Any
     return section
 
 
-def _listed(document: Mapping[str, Any], key: str, path: Path) -> list[Any]:
+def _read_list(document: Mapping[str, Any], key: str, path: Path) -> list[Any]:
     values = document.get(key) or []
     if not isinstance(values, list):
         raise RecipeError(f"{path}: {key} cannot be {values!r}.", allowed="a list")
     return values
 
 
-def _dotted(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested keys by dotted name."""
     flat: dict[str, Any] = {}
     for key, value in section.items():
         if isinstance(value, dict):
-            flat |= _dotted(value, f"{prefix}{key}.")
+            flat |= _flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -92,8 +92,8 @@ class WindowComparison:
         for block in blocks:
             self.divergence.merge(block.divergence)
         for all_of_it, end, nll in (
-            (self.dense, self.late_dense, np.concatenate([one.dense_nll for one in blocks])),
-            (self.sparse, self.late_sparse, np.concatenate([one.sparse_nll for one in blocks])),
+            (self.dense, self.late_dense, np.concatenate([block.dense_nll for block in blocks])),
+            (self.sparse, self.late_sparse, np.concatenate([block.sparse_nll for block in blocks])),
         ):
             all_of_it.add(nll)
             if nll[late:].size:
@@ -285,7 +285,10 @@ def _add_decoded(
                 yield
             sparse_logits = np.concatenate(decoded, axis=1)
             scored = pool.map(
-                _Block.of, targets[:, rows], (one[rows] for one in dense_logits), sparse_logits
+                _Block.of,
+                targets[:, rows],
+                (logits[rows] for logits in dense_logits),
+                sparse_logits,
             )
             for block, so_far in zip(scored, blocks, strict=True):
                 so_far.append(block)

@@ -24,9 +24,11 @@ NOTE = (
     "and times are the sparse model's alone."
 )
 _PROTOCOL = (
-    "The sparse model runs alone. Prefill: one prompt, all logits, empty cache. Decode: one token "
-    "on the cache that a prefill of `context` tokens left, every run from that same cache. Warm-up "
-    "runs are not counted. Times are wall time of a whole step as a caller sees it."
+    "The sparse model runs alone. "
+    "Prefill: one prompt, the last token's logits, empty cache. "
+    "Decode: one token on the cache that a prefill of `context` tokens left, every run from that "
+    "same cache. Warm-up runs are not counted. "
+    "Times are wall time of a whole step as a caller sees it."
 )
 
 

@@ -103,7 +103,7 @@ def add_counters(model: onnx.ModelProto, layers: Sequence[LayerSpec]) -> list[Co
     prunes = []
     for name, node in nodes.items():
         added = list(_counting_nodes(node))
-        prunes += [one for one in added if one.op_type == "NMPrune"]
+        prunes += [node for node in added if node.op_type == "NMPrune"]
         model.graph.node.extend(added)
         outputs[name] = added[-1].output[0]
         model.graph.output.append(
@@ -170,7 +170,7 @@ def _add_prune_functions(model: onnx.ModelProto, prunes: list[onnx.NodeProto]) -
     # Nodes that extend() copied into the graph are told their overload here.
     names = {node.name for node in prunes}
     inside = [node for node in model.graph.node if node.name in names]
-    held = {(one.domain, one.name, one.overload) for one in model.functions}
+    held = {(function.domain, function.name, function.overload) for function in model.functions}
     for function in function_protos_for(inside, opset=opset):
         if (function.domain, function.name, function.overload) not in held:
             model.functions.append(function)

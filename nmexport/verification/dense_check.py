@@ -17,10 +17,12 @@ import numpy as np
 import torch
 
 from nmexport.errors import ModelError
+from nmexport.graph.cpu import is_bfloat16
 from nmexport.models.layerwise import LayerwiseModel
 from nmexport.models.loader import load_model
 from nmexport.models.offload import fits_host
 from nmexport.report.model import DenseParity
+from nmexport.runtimes import native
 from nmexport.runtimes.onnxruntime_session import (
     EXTERNAL_DATA_FOLDER,
     SESSION_CONFIG,
@@ -80,7 +82,7 @@ class TorchModel:
     def _whole(self, ids: NDArray[np.int64], names: Sequence[str], _: Progress) -> Outputs:
         model: Any = load_model(self.source, dtype=self.dtype).float()
         outputs: Outputs = {}
-        with torch.inference_mode(), _recorded(model, names, outputs):
+        with torch.inference_mode(), _record_outputs(model, names, outputs):
             logits = model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0]
         outputs[LOGITS] = logits.numpy()
         return outputs
@@ -98,7 +100,7 @@ class TorchModel:
         def keep(_: int, logits: torch.Tensor) -> None:
             outputs[LOGITS] = logits.numpy().copy()
 
-        with _recorded(layered.model, names, outputs):
+        with _record_outputs(layered.model, names, outputs):
             layered.run(
                 torch.from_numpy(ids)[None],
                 progress=progress,
@@ -110,7 +112,7 @@ class TorchModel:
 
 
 @contextlib.contextmanager
-def _recorded(model: nn.Module, names: Sequence[str], outputs: Outputs) -> Iterator[None]:
+def _record_outputs(model: nn.Module, names: Sequence[str], outputs: Outputs) -> Iterator[None]:
     """Keep what the named linears of a model return."""
 
     def record(name: str) -> Any:
@@ -158,7 +160,15 @@ def _onnx_outputs(dense: Path, values: Mapping[str, str], ids: NDArray[np.int64]
         # A few tokens do not repay a second copy of the weights.
         "session.disable_prepacking": "1",
     }
-    with OrtSession(graph.SerializeToString(), config=config) as session:
+    bfloat16 = is_bfloat16(graph)
+    session = OrtSession(
+        graph.SerializeToString(),
+        # With our ops, weights in bfloat16 are read as they lie in the file: see `graph.cpu`.
+        library=native.find_library() if bfloat16 else None,
+        config=config,
+        bfloat16=bfloat16,
+    )
+    with session:
         session.watch(names.values())
         logits = session.prefill(ids[None])[0]
         outputs = {

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 PROTOCOL = (
     "Dense and sparse run in one process, turn and turn about, and who goes first alternates. "
-    "Prefill: one prompt, all logits, empty cache. Decode: one token on the cache that a prefill "
-    "of `context` tokens left, every run from that same cache. Warm-up runs are not counted. "
+    "Prefill: one prompt, the last token's logits, empty cache. "
+    "Decode: one token on the cache that a prefill of `context` tokens left, every run from that "
+    "same cache. Warm-up runs are not counted. "
     "Times are wall time of a whole step as a caller sees it. A speed-up is the ratio of medians; "
     "its interval holds 95 % of 1000 bootstrap resamples of the runs."
 )

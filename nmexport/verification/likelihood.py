@@ -81,15 +81,15 @@ def scores(
         One score for each text, in their order.
     """
     run = _stepwise_scores if stepwise else _prompt_scores
-    found: dict[ScoredText, Score] = {}
+    by_text: dict[ScoredText, Score] = {}
     waiting: dict[ScoredText, int] = {}
     for text in texts:
         waiting[text] = waiting.get(text, 0) + 1
     for text, score in run(session, list(waiting)):
-        found[text] = score
+        by_text[text] = score
         for _ in range(waiting[text]):
             advance()
-    return [found[text] for text in texts]
+    return [by_text[text] for text in texts]
 
 
 def _prompt_scores(
@@ -100,7 +100,7 @@ def _prompt_scores(
     for text in texts:
         sharing.setdefault(text.read, []).append(text)
     for batch in _batches(sorted(sharing, key=lambda read: (-len(read), read)), session):
-        logits = session.prefill(_padded(batch))
+        logits = session.prefill(_pad(batch))
         for read, rows in zip(batch, logits, strict=True):
             for text in sharing[read]:
                 start = len(read) - len(text.continuation)
@@ -129,7 +129,7 @@ def _stepwise_scores(
 def _teacher_forced(session: Session, batch: Sequence[ScoredText]) -> NDArray[np.float32]:
     """Logits `[B, longest continuation, V]` of every token of the continuations."""
     prompt = np.array([text.context for text in batch], dtype=np.int64)
-    steps = _padded([text.continuation for text in batch])
+    steps = _pad([text.continuation for text in batch])
     first = session.prefill(prompt)[:, -1:]
     columns = (steps[:, at : at + 1] for at in range(steps.shape[1] - 1))
     return np.concatenate([first, *(session.decode_step(column) for column in columns)], axis=1)
@@ -142,7 +142,7 @@ def _score(logits: NDArray[np.float32], continuation: Sequence[int]) -> Score:
     return Score(-float(nll.sum()), bool((logits.argmax(axis=-1) == targets).all()))
 
 
-def _padded(rows: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+def _pad(rows: Sequence[Sequence[int]]) -> NDArray[np.int64]:
     """Rows of tokens, filled up on the right: a causal model's results do not depend on that."""
     padded = np.full((len(rows), max(map(len, rows))), _FILLER, dtype=np.int64)
     for index, row in enumerate(rows):

@@ -159,14 +159,14 @@ def _lock_step(
     twins: bool,
 ) -> None:
     def run(ids: NDArray[np.int64], *, first: bool = False) -> Logits:
-        found: Logits = {}
+        logits: Logits = {}
         for name, session in executors.items():
             forward = session.prefill if first else session.decode_step
             if twins and name == TORCH:
-                found[TORCH], found[ROUNDED] = np.split(forward(np.concatenate([ids, ids])), 2)
+                logits[TORCH], logits[ROUNDED] = np.split(forward(np.concatenate([ids, ids])), 2)
             else:
-                found[name] = forward(ids)
-        return found
+                logits[name] = forward(ids)
+        return logits
 
     leader = next(name for name in EXECUTORS if name in executors)
     logits = run(prompts, first=True)

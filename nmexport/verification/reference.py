@@ -100,7 +100,7 @@ class TorchSession(Session):
         """
         if self._model is None:
             raise RuntimeError("the session is closed")
-        with torch.inference_mode(), self._disturbed(self._model):
+        with torch.inference_mode(), self._disturb(self._model):
             ids = torch.from_numpy(np.ascontiguousarray(input_ids))
             output = self._model(
                 input_ids=ids.to(self._model.get_input_embeddings().weight.device),
@@ -111,7 +111,7 @@ class TorchSession(Session):
         return logits, output.past_key_values
 
     @contextlib.contextmanager
-    def _disturbed(self, model: PreTrainedModel) -> Iterator[None]:
+    def _disturb(self, model: PreTrainedModel) -> Iterator[None]:
         if not self._perturbation:
             yield
             return

@@ -176,25 +176,25 @@ def protocol(phases: ModelPhases, text: TextSide, *sessions: Session) -> str:
         text: The model's window.
         sessions: What was scored.
     """
-    told = PROTOCOL.format(version=harness_version()) + ("" if phases == "all" else _STEPWISE)
+    words = PROTOCOL.format(version=harness_version()) + ("" if phases == "all" else _STEPWISE)
     window = _window(text, *sessions).max_length
     cut = _CUT.format(window=window, model=text.max_length) if window < text.max_length else ""
-    return told + cut
+    return words + cut
 
 
 def text_side(tokenizer: Any, config: Mapping[str, Any]) -> TextSide:
     """Tokenizer and window of a model, from its `config.json`, as the harness finds them."""
     inner = config.get("text_config") or config
     known = [inner[key] for key in _WINDOW_KEYS if inner.get(key) is not None]
-    told = getattr(tokenizer, "model_max_length", None)
-    if not known and told is not None and told < _NO_LIMIT:
-        known = [told]
+    limit = getattr(tokenizer, "model_max_length", None)
+    if not known and limit is not None and limit < _NO_LIMIT:
+        known = [limit]
     return TextSide(tokenizer=tokenizer, max_length=int(known[0]) if known else _DEFAULT_WINDOW)
 
 
 def _window(text: TextSide, *sessions: Session) -> TextSide:
     """Cut the window to what all sessions take, so that both models read the same."""
-    return functools.reduce(lambda side, one: side.within(one.limits), sessions, text)
+    return functools.reduce(lambda side, session: side.within(session.limits), sessions, text)
 
 
 def check(suite: Suite, progress: Progress) -> None:
@@ -250,8 +250,10 @@ def _results(
             label=f"verify: tasks, {side}",
             seed=seed,
         )
-        found = evaluate(lm=model, task_dict=loaded, limit=suite.limit, bootstrap_iters=_BOOTSTRAP)
-    return {name: _task_result(found, name) for name in loaded["tasks"]}
+        results = evaluate(
+            lm=model, task_dict=loaded, limit=suite.limit, bootstrap_iters=_BOOTSTRAP
+        )
+    return {name: _task_result(results, name) for name in loaded["tasks"]}
 
 
 def _loaded(suite: Suite, seed: int, progress: Progress | None) -> Any:
@@ -278,7 +280,7 @@ def _load(manager: Any, names: Sequence[str], *, progress: Progress | None) -> A
         _announce(manager.task_index, names, progress)
     asks_hub = _reads_hub(manager.task_index, names)
     try:
-        with contextlib.nullcontext() if not asks_hub or _hub_answers() else _offline():
+        with contextlib.nullcontext() if not asks_hub or _hub_answers() else _force_offline():
             return manager.load(names)
     except (OSError, ValueError, KeyError) as error:
         raise _load_fault(names, error) from error
@@ -312,7 +314,7 @@ def _hub_answers() -> bool:
 
 
 @contextlib.contextmanager
-def _offline() -> Iterator[None]:
+def _force_offline() -> Iterator[None]:
     """Have the libraries look into their caches alone."""
     import datasets
     from huggingface_hub import constants
@@ -363,8 +365,8 @@ def _sources(
     if not isinstance(members, list):
         yield name, said
         return
-    for one in members:
-        yield from _sources(index, one, said)
+    for task in members:
+        yield from _sources(index, task, said)
 
 
 def _source(config: Mapping[str, Any]) -> str | None:
@@ -492,9 +494,9 @@ def _folder_digest(folder: Path | None) -> str | None:
 # -- figures -----------------------------------------------------------------------------------
 
 
-def _task_result(found: Mapping[str, Any], name: str) -> _TaskResult:
+def _task_result(results: Mapping[str, Any], name: str) -> _TaskResult:
     """Pick one task out of the harness's answer, whose keys read `acc,none`, `acc_stderr,none`."""
-    row = found["results"][name]
+    row = results["results"][name]
     metrics: dict[str, tuple[float, float | None]] = {}
     for key, value in row.items():
         metric, comma, kind = key.partition(",")
@@ -503,10 +505,10 @@ def _task_result(found: Mapping[str, Any], name: str) -> _TaskResult:
         stderr = row.get(f"{metric}_stderr,{kind}")
         label = metric if kind == "none" else key
         metrics[label] = (float(value), _number(stderr))
-    samples = found["samples"][name]
+    samples = results["samples"][name]
     return _TaskResult(
         metrics=metrics,
-        documents=int(found["n-samples"][name]["effective"]),
+        documents=int(results["n-samples"][name]["effective"]),
         by_document={metric: _by_document(samples, metric) for metric in metrics},
     )
 

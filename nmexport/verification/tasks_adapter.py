@@ -107,7 +107,7 @@ class SessionLM(TemplateLM):  # type: ignore[misc]  # the harness ships no types
         """Score whole texts in windows that do not overlap."""
         del disable_tqdm
         windows = [list(self._windows(request.args[0])) for request in requests]
-        flat = iter(self._scored([pair for pairs in windows for pair in pairs]))
+        flat = iter(self._score([pair for pairs in windows for pair in pairs]))
         return [sum(next(flat)[0] for _ in pairs) for pairs in windows]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
@@ -128,16 +128,16 @@ class SessionLM(TemplateLM):  # type: ignore[misc]  # the harness ships no types
         texts = [""] * len(requests)
         for batch in self._progress.track(batches, label=self._label, total=len(batches)):
             indices, contexts, wanted = zip(*batch, strict=True)
-            for index, text in zip(indices, self._continued(contexts, wanted[0]), strict=True):
+            for index, text in zip(indices, self._continue(contexts, wanted[0]), strict=True):
                 texts[index] = text
         return texts
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: object
     ) -> list[tuple[float, bool]]:
-        return self._scored([(context, continuation) for _, context, continuation in requests])
+        return self._score([(context, continuation) for _, context, continuation in requests])
 
-    def _scored(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+    def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         texts = []
         for context, continuation in pairs:
             try:
@@ -148,11 +148,11 @@ class SessionLM(TemplateLM):  # type: ignore[misc]  # the harness ships no types
                     fix=self._larger_window,
                 ) from error
         bar = iter(self._progress.track(texts, label=self._label, total=len(texts)))
-        found = scores(
+        results = scores(
             self._session, texts, stepwise=self._stepwise, advance=lambda: next(bar, None)
         )
         next(bar, None)  # past the end: a bar closes once it is asked for more
-        return [(score.logprob, score.is_greedy) for score in found]
+        return [(score.logprob, score.is_greedy) for score in results]
 
     def _windows(self, text: str) -> Iterator[tuple[list[int], list[int]]]:
         for window in harness.get_rolling_token_windows(
@@ -181,7 +181,7 @@ class SessionLM(TemplateLM):  # type: ignore[misc]  # the harness ships no types
         built = self._session.limits.tokens == self.max_length
         return "build the engine with a larger engine.max_context" if built else None
 
-    def _continued(self, contexts: Sequence[list[int]], wanted: dict[str, Any]) -> list[str]:
+    def _continue(self, contexts: Sequence[list[int]], wanted: dict[str, Any]) -> list[str]:
         """Text that follows each context; all contexts have one length."""
         end = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
         stops = handle_stop_sequences(list(wanted.get("until", [])), eos=end)

@@ -60,7 +60,11 @@ class Meter:
     def _share(self, name: str) -> float:
         """Return the share of a phase that is done."""
         phase = self._phases[name]
-        inside = [child for child, one in self._phases.items() if one.parent == name != child]
+        inside = [
+            child
+            for child, phase_of_child in self._phases.items()
+            if phase_of_child.parent == name != child
+        ]
         part = max((self._share(child) for child in inside), default=0.0)
         return min(1.0, (phase.done + part) / phase.steps)
 

@@ -91,13 +91,13 @@ def build(order: Order, progress: Progress) -> Plan:
     logger = tensorrt_library.logger_of(order.target)
     mark = logger.mark()
     try:
-        with tensorrt_library.quiet(), _kept(logger, order):
+        with tensorrt_library.quiet(), _open_kept(logger, order):
             return _build(trt, logger, order, progress)
     except NmexportError:
         raise
     except Exception as error:  # the bindings raise what they please
-        told = logger.errors_since(mark) or [str(error)]
-        raise _refused("cannot build this", told, order) from error
+        reasons = logger.errors_since(mark) or [str(error)]
+        raise _refusal("cannot build this", reasons, order) from error
 
 
 def parser_takes(target: TensorRTTarget, op: str) -> bool:
@@ -110,7 +110,7 @@ def parser_takes(target: TensorRTTarget, op: str) -> bool:
 
 
 @contextlib.contextmanager
-def _kept(logger: Messages, order: Order) -> Iterator[None]:
+def _open_kept(logger: Messages, order: Order) -> Iterator[None]:
     """Write the log of a build while it runs: it is there whatever ends the process."""
     if order.log is None:
         yield
@@ -136,10 +136,10 @@ def _build(trt: Any, logger: Any, order: Order, progress: Progress) -> Plan:
     monitor = _monitor_of(trt)
     make = _builder_run(trt, (builder, network), order, monitor)
     try:
-        data = _followed(make, monitor, order.label, progress)
+        data = _follow(make, monitor, order.label, progress)
     except _polygraphy_exception() as error:
-        told = logger.errors_since(mark) or [str(error)]
-        raise _refused("does not build the graph", told, order) from error
+        reasons = logger.errors_since(mark) or [str(error)]
+        raise _refusal("does not build the graph", reasons, order) from error
     return Plan(
         data=data,
         layers=_layers(network),
@@ -162,15 +162,15 @@ def _parse(trt: Any, logger: Any, network: Any, order: Order) -> None:
     if parser.parse(order.model, str(order.weights_beside)):
         return
     faults = [parser.get_error(index) for index in range(parser.num_errors)]
-    told = [f"node {fault.node_name()}: {fault.desc()}" for fault in faults]
+    reasons = [f"node {fault.node_name()}: {fault.desc()}" for fault in faults]
     logged = logger.errors_since(mark)
     ours = [line for line in logged if line.startswith("nmexport ")]
-    raise _refused("does not take the graph", [*ours, *told] or logged, order)
+    raise _refusal("does not take the graph", [*ours, *reasons] or logged, order)
 
 
-def _refused(what: str, errors: Sequence[str], order: Order) -> ArtifactError:
-    told = list(tensorrt_library.ours_first(errors))
-    shown = "\n".join(f"  {line}" for line in told[:5]) or "  it gives no reason"
+def _refusal(what: str, errors: Sequence[str], order: Order) -> ArtifactError:
+    reasons = list(tensorrt_library.ours_first(errors))
+    shown = "\n".join(f"  {line}" for line in reasons[:5]) or "  it gives no reason"
     whole = "" if order.log is None else f"the whole log is in {order.log}; "
     return ArtifactError(
         f"TensorRT {what}:\n{shown}", fix=f"{whole}`nmexport doctor` shows versions"
@@ -238,7 +238,7 @@ def _builder_run(
 ) -> Callable[[], bytes]:
     """A function that runs the builder, given `(builder, network)`."""
     backend = _polygraphy(order.target)
-    with _muted():
+    with _mute():
         make = backend.EngineBytesFromNetwork(
             network,
             config=_configuration(trt, backend, order, monitor),
@@ -246,13 +246,13 @@ def _builder_run(
         )
 
     def made() -> bytes:
-        with _muted():
+        with _mute():
             return bytes(make())
 
     return made
 
 
-def _muted() -> contextlib.AbstractContextManager[Any]:
+def _mute() -> contextlib.AbstractContextManager[Any]:
     """Keep Polygraphy's messages off stdout: what matters of them comes through our own logger."""
     from polygraphy.logger import G_LOGGER
 
@@ -322,7 +322,7 @@ def _monitor_of(trt: Any) -> Any:
     return Monitor()
 
 
-def _followed(make: Callable[[], bytes], monitor: Any, label: str, progress: Progress) -> bytes:
+def _follow(make: Callable[[], bytes], monitor: Any, label: str, progress: Progress) -> bytes:
     """Run the builder in a thread of its own and show how far it is; an interrupt stops it."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="tensorrt-build") as pool:
         future: Future[bytes] = pool.submit(make)

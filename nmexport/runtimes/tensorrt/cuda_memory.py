@@ -178,9 +178,9 @@ class CudaDevice:
         if int(status) != 0:
             self._runtime.cudaGetLastError()  # or who asks next takes it for a fault of his own
             _, text = self._runtime.cudaGetErrorString(status)
-            told = text.decode() if isinstance(text, bytes) else str(text)
+            message = text.decode() if isinstance(text, bytes) else str(text)
             raise EnvironmentFault(
-                f"The GPU failed: {told}.",
+                f"The GPU failed: {message}.",
                 fix="`nvidia-smi` shows who uses it and how much memory is left; a smaller "
                 "engine.max_batch or engine.max_context takes less",
             )

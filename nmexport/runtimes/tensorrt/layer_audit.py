@@ -108,8 +108,8 @@ def audit(
     """
     wanted = Counter(nodes)
     _compare("network", wanted, Counter(x.name for x in network if x.kind == PLUGIN_KIND))
-    found, source, why = _witness(plan, inspector)
-    for profile, names in found.items():
+    layers, source, why = _witness(plan, inspector)
+    for profile, names in layers.items():
         _compare(f"{source}, profile {profile}", wanted, Counter(names))
     counted = weight_copies.copies(plan, weights)
     _check_copies(counted)
@@ -121,7 +121,7 @@ def audit(
         source=source,
         why=why,
         sparse_nodes=wanted.total(),
-        plugin_layers={profile: len(names) for profile, names in found.items()}
+        plugin_layers={profile: len(names) for profile, names in layers.items()}
         or {"network": wanted.total()},
         attention_layers=kinds[ATTENTION_KIND],
         attention_kernels=_attention_kernels(plan, inspector),
@@ -165,9 +165,9 @@ def _witness(
     if inspector is not None:
         return inspected_plugin_layers(inspector), "inspector", None
     no_gpu = "the inspector needs the GPU that the engine is for"
-    found = planned_plugin_layers(plan)
-    if found:
-        return found, "plan", no_gpu
+    layers = planned_plugin_layers(plan)
+    if layers:
+        return layers, "plan", no_gpu
     return {}, "network", f"{no_gpu}, and the plan holds no execution graph that can be read"
 
 
@@ -200,11 +200,11 @@ def _by_profile(names: Iterable[str]) -> dict[str, list[str]]:
     return profiles
 
 
-def _compare(where: str, wanted: Counter[str], found: Counter[str]) -> None:
-    missing, extra = wanted - found, found - wanted
+def _compare(where: str, wanted: Counter[str], actual: Counter[str]) -> None:
+    missing, extra = wanted - actual, actual - wanted
     if missing or extra:
         raise InternalError(
-            f"The engine ({where}) has {found.total()} plugin layers for {wanted.total()} sparse "
+            f"The engine ({where}) has {actual.total()} plugin layers for {wanted.total()} sparse "
             f"nodes: missing {_some(missing)}; beyond them {_some(extra)}."
         )
 

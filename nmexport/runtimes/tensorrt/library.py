@@ -151,10 +151,10 @@ def _log_through(target: TensorRTTarget, path: Path) -> Any:
     logger = logger_of(target)
     severity = load(target).ILogger.Severity
 
-    def told(level: int, message: bytes) -> None:
+    def receive(level: int, message: bytes) -> None:
         logger.log(severity(level), message.decode(errors="replace"))
 
-    sink = ctypes.CFUNCTYPE(None, ctypes.c_int32, ctypes.c_char_p)(told)
+    sink = ctypes.CFUNCTYPE(None, ctypes.c_int32, ctypes.c_char_p)(receive)
     log_to = ctypes.CDLL(str(path)).nmexport_log_to
     log_to(sink)
     atexit.register(log_to, None)  # no message may come when Python is gone

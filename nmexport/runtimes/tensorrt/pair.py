@@ -255,7 +255,7 @@ def _sides(
     sources = (export / "model.onnx", export / "dense" / "model.onnx")
     capacity, why = _cache_wanted(target, recipe, limits)
     rewritten = [for_tensorrt(path, capacity=capacity, why_no_capacity=why) for path in sources]
-    refusing = [str(one.why_not_in_place) for one in rewritten if not one.in_place]
+    refusing = [str(node.why_not_in_place) for node in rewritten if not node.in_place]
     if capacity is not None and refusing:
         rewritten = [
             for_tensorrt(path, capacity=None, why_no_capacity=refusing[0]) for path in sources
@@ -298,10 +298,10 @@ def _check_cache(side: _Side, plan: Plan) -> None:
     if not side.rewritten.in_place:
         return
     wanted = sum(is_op(node, SCATTER_OP) for node in side.rewritten.model.graph)
-    found = sum(layer.kind == layer_audit.CACHE_KIND for layer in plan.layers)
-    if wanted != found:
+    updates = sum(layer.kind == layer_audit.CACHE_KIND for layer in plan.layers)
+    if wanted != updates:
         raise InternalError(
-            f"{side.label}: the network has {found} in-place cache updates where the graph has "
+            f"{side.label}: the network has {updates} in-place cache updates where the graph has "
             f"{wanted}."
         )
 
@@ -330,10 +330,10 @@ def inspect(target: TensorRTTarget, plan: bytes) -> str | None:
     engine = trt.Runtime(tensorrt_library.logger_of(target)).deserialize_cuda_engine(plan)
     if engine is None:  # for another GPU than the one here
         return None
-    told: str = engine.create_engine_inspector().get_engine_information(
+    information: str = engine.create_engine_inspector().get_engine_information(
         trt.LayerInformationFormat.JSON
     )
-    return told
+    return information
 
 
 def _announcement(target: TensorRTTarget, recipe: Recipe, weights: int) -> str:

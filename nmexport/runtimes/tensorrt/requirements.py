@@ -54,7 +54,11 @@ def check_gpus(target: TensorRTTarget, capabilities: Sequence[str]) -> None:
             allowed="no --compute-capability",
             fix="--target tensorrt-rtx builds for other GPUs",
         )
-    foreign = [one for one in capabilities if one not in tensorrt_library.RTX_CAPABILITIES]
+    foreign = [
+        capability
+        for capability in capabilities
+        if capability not in tensorrt_library.RTX_CAPABILITIES
+    ]
     if foreign:
         raise RecipeError(
             f"TensorRT-RTX does not run on compute capability {', '.join(foreign)}.",

@@ -55,9 +55,9 @@ def copies(plan: bytes, weights: Iterable[Weight]) -> dict[str, int]:
     for weight in weights:
         if weight.sample is not None:
             alike[weight.sample].append(weight.name)
-    found = _count(plan, list(alike))
+    counts = _count(plan, list(alike))
     return {
-        name: -(-found[sample] // len(names)) for sample, names in alike.items() for name in names
+        name: -(-counts[sample] // len(names)) for sample, names in alike.items() for name in names
     }
 
 

@@ -1,4 +1,8 @@
 // Which variant runs here.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <atomic>
 #include <cstring>
 #include <initializer_list>
@@ -15,9 +19,13 @@ const Variant* neonTable();
 namespace {
 
 #if defined(__x86_64__)
+// Older clang does not know "f16c" by name. What the system must save for it, it saves for AVX2.
+bool hasF16c() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
 bool hasAvx2() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-           __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && hasF16c();
 }
 bool hasAvx512() {
     return hasAvx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

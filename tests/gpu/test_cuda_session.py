@@ -1,0 +1,93 @@
+"""On a GPU: the graph made for the CUDA provider, against the exported file on the CPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from nmexport.graph.cuda import rewrite_for_cuda
+from nmexport.runtimes import native
+from nmexport.runtimes.cuda_session import CudaSession
+from nmexport.runtimes.onnxruntime_session import (
+    EXTERNAL_DATA_FOLDER,
+    OrtSession,
+    choose_provider,
+    open_session,
+    session_options,
+)
+from nmexport.runtimes.tensorrt import library as tensorrt_library
+
+from tests.exported import Exported, export_folder
+from tests.tiny import VOCABULARY, save_tiny_model
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.skipif(
+    not tensorrt_library.gpu_is_usable(), reason="no NVIDIA GPU with its driver is here"
+)
+POSITIONS = 1024
+TOLERANCE = 2e-2
+"""Float16 rounding of logits of about 2 through two layers, dense: no near tie falls otherwise."""
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    folder = tmp_path_factory.mktemp("cuda-session")
+    save_tiny_model(folder / "source", "mistral", head_dim=64, hidden_size=256, sliding_window=None)
+    (folder / "export").mkdir()
+    return export_folder(folder / "source", folder / "export", dtype="float16")
+
+
+def opened(path: Path) -> CudaSession:
+    library = native.find_library()
+    if choose_provider(library) != "cuda":
+        pytest.skip("needs onnxruntime-gpu and NMEXPORT_CUDA in the build")
+    options = session_options(
+        library=library, threads=1, config={EXTERNAL_DATA_FOLDER: str(path.parent)}
+    )
+    model = ir.load(path)
+    rewrite_for_cuda(model, positions=POSITIONS)
+    content = ir.to_proto(model).SerializeToString()
+    session = open_session(content, options, "cuda", records_graphs=True)
+    return CudaSession(session, positions=POSITIONS)
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(3, VOCABULARY, (batch, length))
+
+
+def test_dense_logits_are_the_cpus(exported: Exported):
+    prompt = tokens(1, 40)
+    with opened(exported.dense_model) as gpu, OrtSession(exported.dense_model) as cpu:
+        assert np.abs(gpu.prefill(prompt) - cpu.prefill(prompt)).max() < TOLERANCE
+        for seed in range(8):  # the first runs record the graph, the others replay it
+            step = tokens(1, 1, seed)
+            assert np.abs(gpu.decode_step(step) - cpu.decode_step(step)).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("side", ["model", "dense_model"])
+def test_steps_are_the_same_bits_from_run_to_run(exported: Exported, side: str):
+    prompts = tokens(2, 40)
+    steps = [tokens(2, 1, seed) for seed in range(6)]
+
+    def text(session: CudaSession, rows: slice) -> np.ndarray:
+        session.prefill(prompts[rows])
+        return np.concatenate([session.decode_step(step[rows]) for step in steps], axis=1)
+
+    with opened(getattr(exported, side)) as session:
+        first = text(session, slice(0, 1))
+        np.testing.assert_array_equal(text(session, slice(0, 1)), first)
+        # Two tokens take another plan of the decode kernel than one: same values, other last bits.
+        assert np.abs(text(session, slice(0, 2))[:1] - first).max() < TOLERANCE
+
+
+def test_a_text_that_outgrows_its_buffers_goes_on(exported: Exported):
+    prompt = tokens(1, 510)
+    with opened(exported.dense_model) as gpu, OrtSession(exported.dense_model) as cpu:
+        gpu.prefill(prompt), cpu.prefill(prompt)
+        for seed in range(6):
+            step = tokens(1, 1, seed)
+            assert np.abs(gpu.decode_step(step) - cpu.decode_step(step)).max() < TOLERANCE
