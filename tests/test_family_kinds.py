@@ -178,3 +178,18 @@ def test_sinks_and_position_biases_are_those_of_transformers(dtype: torch.dtype)
     )
     tolerance = 1e-5 if dtype == torch.float32 else 4e-3
     torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_values_may_be_narrower_than_keys() -> None:
+    """As in multi-head latent attention, which computes its keys and values from a small state."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    query, key = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 7, 8)
+    value = torch.randn(1, 2, 7, 6)
+    module = torch.nn.Module()
+    got, _ = attention.attention(module, query, key, value, None)
+    wanted = torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    torch.testing.assert_close(got, wanted.transpose(1, 2), rtol=1e-5, atol=1e-5)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [mode.from_tensor(tensor) for tensor in (query, key, value)]
+        assert attention.attention(module, *fakes, None)[0].shape == wanted.transpose(1, 2).shape

@@ -462,7 +462,12 @@ def test_what_has_to_be_learned_is_refused_before_calibration(
     tiny_llama: Path, text: Path, tmp_path: Path
 ) -> None:
     recipe = resolve_recipe(
-        str(tiny_llama), {"calibration.offload": "layerwise", "calibration.corpus": str(text)}
+        str(tiny_llama),
+        {
+            "calibration.offload": "layerwise",
+            "calibration.corpus": str(text),
+            "calibration.length": 24,
+        },
     )
     pipeline = Pipeline(
         recipe=recipe,

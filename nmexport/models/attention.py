@@ -98,7 +98,9 @@ def attention(
     if position_bias is not None:
         bias = position_bias.to(query.dtype)
         attention_mask = bias if attention_mask is None else attention_mask + bias
-    if softcap is None and s_aux is None:
+    # The tracer's shape of an `Attention` node takes values to be as wide as keys.
+    same_width = value.shape[-1] == query.shape[-1]
+    if softcap is None and s_aux is None and same_width:
         output = torch.onnx.ops.attention(query, key, value, attention_mask, scale=scale)[0]
     else:
         scores = _scores(query, key, scale)

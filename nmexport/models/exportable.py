@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     import torch
+    from transformers import PreTrainedModel
 
     from nmexport.models.source import ModelSource
 
@@ -30,6 +31,20 @@ def check_exportable(source: ModelSource, *, dtype: torch.dtype) -> None:
     Raises:
         ModelError: if its kind is not supported, it keeps another cache than one of keys and
             values, its attention takes unknown arguments, or its family cannot be traced.
+    """
+    model, linears = check_kind(source, dtype=dtype)
+    if model.config.model_type not in EXPORTED:
+        trace(model, linears)
+
+
+def check_kind(source: ModelSource, *, dtype: torch.dtype) -> tuple[PreTrainedModel, list[str]]:
+    """Refuse a model that export cannot take, by what shows without a trace.
+
+    Returns:
+        The model, with fake parameters, and the names of its linears but the head.
+
+    Raises:
+        ModelError: as `check_exportable`, except for a family that cannot be traced.
     """
     model = skeleton(source, dtype=dtype)
     refuse_kind(model)
@@ -49,8 +64,7 @@ def check_exportable(source: ModelSource, *, dtype: torch.dtype) -> None:
             f"has {len(idle)} linears that text does not reach, such as {idle[0]}: they belong to "
             "another part, or are switched on by what a text model is not given",
         )
-    if model.config.model_type not in EXPORTED:
-        trace(model, linears)
+    return model, linears
 
 
 @contextlib.contextmanager

@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 _BATCH, _SEQUENCE, _PAST = 2, 3, 5
 
 
+class UntraceableError(ModelError):
+    """A model that the tracer, or the cache of keys and values, cannot take."""
+
+
 @dataclass(frozen=True)
 class CacheShape:
     """Cache of one token in one decoder layer."""
@@ -147,7 +151,7 @@ def trace(model: PreTrainedModel, layers: Sequence[str]) -> ir.Model:
         A graph with the ecosystem's names of inputs, outputs and axes.
 
     Raises:
-        ModelError: if the model cannot be traced; says what failed.
+        UntraceableError: if the model cannot be traced; says what failed.
     """
     shapes = cache_shapes(model)
     stand_ins = {
@@ -319,10 +323,10 @@ def _pause_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _cannot_export(model: PreTrainedModel, what: str, error: Exception | None) -> ModelError:
+def _cannot_export(model: PreTrainedModel, what: str, error: Exception | None) -> UntraceableError:
     lines = [line for line in str(error or "").splitlines() if line.strip()]
     reason = f": {lines[0][:300]}" if lines else ""
-    return ModelError(
+    return UntraceableError(
         f"Models of type {model.config.model_type!r} cannot be exported: {what}{reason}.",
         allowed=families.ALLOWED,
         fix="run again with -v for the traceback",
