@@ -10,16 +10,14 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Mapping  # noqa: TC003  records are read by their annotations
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nmexport import __version__
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 PACKAGES = (
     "accelerate",

@@ -8,8 +8,8 @@ into memory is scored layer by layer, in float32 whatever the recipe's type.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 from nmexport.calibration import corpus
 from nmexport.calibration.self_text import self_text
@@ -21,6 +21,7 @@ from nmexport.models.offload import Memory, bytes_needed, free_memory, parameter
 from nmexport.models.skeleton import skeleton
 from nmexport.models.source import resolve
 from nmexport.models.text_files import known_tokens
+from nmexport.report.model import Scores
 from nmexport.stages import fold
 from nmexport.store.layers import model_phases
 from nmexport.verification import accuracy
@@ -84,9 +85,19 @@ def launched() -> Share:
     return Share(rank=state.process_index, processes=state.num_processes, device=str(state.device))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Scores):
+    """Scores of the folded model in torch."""
+
+    dataset: str
+    second_half: Scores | None
+    phases: ModelPhases
+    processes: int
+
+
 def evaluate(
     work: WorkDirectory, share: Share, *, progress: Progress, recipe: Recipe | None = None
-) -> dict[str, Any] | None:
+) -> Evaluation | None:
     """Score the fold artifact in use.
 
     Args:
@@ -96,7 +107,7 @@ def evaluate(
         recipe: Says on which text; None takes what was built there.
 
     Returns:
-        The report's `accuracy` figures, in the main process; None in the others.
+        The scores, in the main process; None in the others.
 
     Raises:
         ArtifactError: if nothing was folded here, or what was is damaged.
@@ -122,12 +133,15 @@ def evaluate(
     if not share.is_main:
         return None
     ordered = [score for _, score in sorted(everywhere, key=lambda pair: pair[0])]
-    return {
-        "dataset": recipe.evaluation.corpus,
-        **accuracy.figures(ordered, phases=phases),
-        "phases": phases,
-        "processes": share.processes,
-    }
+    scored = accuracy.figures(ordered, phases=phases)
+    figures = {each.name: getattr(scored, each.name) for each in fields(Scores)}
+    return Evaluation(
+        **figures,
+        second_half=scored.second_half,
+        dataset=recipe.evaluation.corpus,
+        phases=phases,
+        processes=share.processes,
+    )
 
 
 @contextlib.contextmanager

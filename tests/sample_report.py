@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from nmexport.environment import Environment
@@ -10,13 +11,33 @@ from nmexport.models.source import ModelSource
 from nmexport.progress import Silent
 from nmexport.recipe import GatesSection, ModelSection, Recipe, SparsitySection
 from nmexport.report import learning
-from nmexport.report.document import assemble, judge
+from nmexport.report.document import Measured, assemble, judge
+from nmexport.report.model import (
+    Accuracy,
+    CacheError,
+    CacheParity,
+    Calibration,
+    Continuation,
+    Latency,
+    Likelihood,
+    LinearParity,
+    LinearsParity,
+    Memory,
+    MetricScore,
+    Parity,
+    ParityLeg,
+    PeakMemory,
+    Report,
+    Scores,
+    Sparsity,
+    Speedup,
+    TaskScore,
+)
 from nmexport.runtimes.session import Session
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.store.layers import LayerSpec
 from nmexport.verification import (
     audit,
-    cache_parity,
     continuation,
     latency,
     op_parity,
@@ -46,49 +67,48 @@ ENVIRONMENT = Environment(
 )
 
 
-def _calibration(specs: list[Any]) -> dict[str, Any]:
+def _calibration(specs: list[LayerSpec]) -> Calibration:
     """A loss that falls, orders that help by layer."""
     learned = [0.6 * 0.99**step + 0.02 * (step % 7) for step in range(120)]
     held_out = [(step, 0.62 * 0.992**step) for step in range(0, 121, 15)]
-    layers = [
-        {"name": spec.name, "gap_closed": 0.3 + 0.004 * place} for place, spec in enumerate(specs)
-    ]
+    layers = [replace(spec, gap_closed=0.3 + 0.004 * place) for place, spec in enumerate(specs)]
     document = {
         "settings": {"steps": 120, "batch": 4, "length": 256},
-        "curve": {"learned": learned, "held_out": held_out},
+        "curve": {"learned": learned, "held_out": [list(pair) for pair in held_out]},
     }
     return learning.section(document, layers)
 
 
 def sample_report(
     folder: Path, *, layers: int = 30, native: bool = True, recipe: Recipe = RECIPE
-) -> dict[str, Any]:
+) -> Report:
     """A whole report; `native` False is a machine without the native op library."""
     rng = np.random.default_rng(1)
     specs = _layers(layers, rng)
     source = ModelSource(
         id=recipe.model.id, revision=None, folder=folder, gguf_file=None, digest="0" * 64
     )
-    size = {"peak_rss_bytes": 812_345_678}
+    peak = 812_345_678
     report = assemble(
         recipe=recipe,
         source=source,
         parameters=134_515_008,
         target="onnxruntime",
         environment=ENVIRONMENT,
-        sparsity={"linears": 7 * layers + 1, **_sparsity(specs, rng)},
-        accuracy=_accuracy(rng),
-        calibration=_calibration(specs),
-        parity=_parity(native=native),
-        latency=_latency(rng),
-        memory={
-            **size,
-            "device_bytes": None,
-            "artifact_bytes": 540_000_000,
-            "sparse": size,
-            "dense": {"peak_rss_bytes": None, "why": "the measuring process ended with code -9"},
-            "protocol": MEMORY_PROTOCOL,
-        },
+        measured=Measured(
+            sparsity=replace(_sparsity(specs, rng), linears=7 * layers + 1),
+            accuracy=_accuracy(rng),
+            calibration=_calibration(specs),
+            parity=_parity(native=native),
+            latency=_latency(rng),
+            memory=Memory(
+                peak_rss_bytes=peak,
+                artifact_bytes=540_000_000,
+                sparse=PeakMemory(peak_rss_bytes=peak),
+                dense=PeakMemory(why="the measuring process ended with code -9"),
+                protocol=MEMORY_PROTOCOL,
+            ),
+        ),
         notes=[] if native else ["The native op library is not built here."],
     )
     return judge(report, recipe)
@@ -110,121 +130,114 @@ def _layers(count: int, rng: np.random.Generator) -> list[LayerSpec]:
     ]
 
 
-def _sparsity(layers: list[LayerSpec], rng: np.random.Generator) -> dict[str, Any]:
+def _sparsity(layers: list[LayerSpec], rng: np.random.Generator) -> Sparsity:
     total = 576 * 1024
     kept = {layer.name: (total // 2 - int(rng.integers(50)), total) for layer in layers}
     errors = {layer.name: float(rng.uniform(0.2, 0.9)) for layer in layers}
     return audit.sparsity(layers, kept, {**errors, layers[3].name: None})
 
 
-def _task(metric: str, dense: float, sparse: float) -> dict[str, Any]:
+def _task(metric: str, dense: float, sparse: float) -> TaskScore:
     error = None if metric == "bits" else 0.02
-    figures = {
-        "dense": dense,
-        "sparse": sparse,
-        "dense_stderr": error,
-        "sparse_stderr": error,
-        "difference_stderr": error and error / 2,
-    }
-    more = {"stderr": error, "n": 1200, "metric": metric, "metrics": {metric: figures}}
-    return {**figures, **more}
+    score = MetricScore(
+        dense=dense,
+        sparse=sparse,
+        dense_stderr=error,
+        sparse_stderr=error,
+        difference_stderr=error and error / 2,
+    )
+    return TaskScore(**vars(score), stderr=error, n=1200, metric=metric, metrics={metric: score})
 
 
-def _accuracy(rng: np.random.Generator) -> dict[str, Any]:
-    sides = {
-        "dense": {"perplexity": 29.61, "nll_mean": 3.388, "window_nll_mean": [3.3, 3.4]},
-        "sparse": {"perplexity": 58.13, "nll_mean": 4.063, "window_nll_mean": [4.0, 4.1]},
-    }
-    told = {
-        "prompts": 8,
-        "prompt_tokens": 32,
-        "generated_tokens": 64,
-        "free_running_agreement": 0.182,
-        "guided_agreement": 0.641,
-        "first_divergence": [3, 9, None, 1, 0, 12, 5, 7],
-        "median_first_divergence": 6.0,
-        "protocol": continuation.PROTOCOL,
-    }
-    return {
-        "dataset": "test.txt",
-        "tokens": 8176,
-        "windows": 16,
-        **sides,
-        "perplexity_ratio": 1.963,
-        "perplexity_ratio_stderr": 0.0312,
-        "kl_mean": 0.7123,
-        "top1_agreement": 0.6124,
-        "continuation": told,
-        "second_half": {
-            "tokens": 4080,
-            "dense": {"perplexity": 24.9},
-            "sparse": {"perplexity": 48.2},
-            "perplexity_ratio": 1.936,
-            "perplexity_ratio_stderr": 0.02,
-        },
-        "decode_only": {
-            "tokens": 4080,
-            "windows": 16,
-            **sides,
-            "perplexity_ratio": 1.612,
-            "perplexity_ratio_stderr": 0.02,
-            "kl_mean": 0.412,
-            "top1_agreement": 0.701,
-            "protocol": "",
-        },
-        "tasks": {"local_choice": _task("acc", 0.52, 0.47), "texts": _task("bits", 1.2, 1.4)},
-        "tasks_protocol": "Both models answer the same requests.",
-        "protocol": protocol("all"),
-    }
+def _accuracy(rng: np.random.Generator) -> Accuracy:
+    dense = Likelihood(perplexity=29.61, nll_mean=3.388, window_nll_mean=(3.3, 3.4))
+    sparse = Likelihood(perplexity=58.13, nll_mean=4.063, window_nll_mean=(4.0, 4.1))
+    return Accuracy(
+        dataset="test.txt",
+        tokens=8176,
+        windows=16,
+        dense=dense,
+        sparse=sparse,
+        perplexity_ratio=1.963,
+        perplexity_ratio_stderr=0.0312,
+        kl_mean=0.7123,
+        top1_agreement=0.6124,
+        continuation=Continuation(
+            prompts=8,
+            prompt_tokens=32,
+            generated_tokens=64,
+            free_running_agreement=0.182,
+            guided_agreement=0.641,
+            first_divergence=(3, 9, None, 1, 0, 12, 5, 7),
+            median_first_divergence=6.0,
+            protocol=continuation.PROTOCOL,
+        ),
+        second_half=Scores(
+            tokens=4080,
+            dense=Likelihood(perplexity=24.9),
+            sparse=Likelihood(perplexity=48.2),
+            perplexity_ratio=1.936,
+            perplexity_ratio_stderr=0.02,
+        ),
+        decode_only=Scores(
+            tokens=4080,
+            windows=16,
+            dense=dense,
+            sparse=sparse,
+            perplexity_ratio=1.612,
+            perplexity_ratio_stderr=0.02,
+            kl_mean=0.412,
+            top1_agreement=0.701,
+            protocol="",
+        ),
+        tasks={"local_choice": _task("acc", 0.52, 0.47), "texts": _task("bits", 1.2, 1.4)},
+        tasks_protocol="Both models answer the same requests.",
+        protocol=protocol("all"),
+    )
 
 
-def _parity(*, native: bool) -> dict[str, Any]:
-    leg = {
-        "max_abs": 3.4e-5,
-        "median_abs": 1.2e-5,
-        "top1_agreement": 1.0,
-        "greedy_identical": True,
-        "prompts_diverged": 0,
-        "prompts": 8,
-        "tokens": 768,
-    }
-    linears = {
-        "error_over_tolerance": 0.031,
-        "worst_layer": "model.layers.0.mlp.up_proj",
-        "within_contract": True,
-        "linears": 210,
-        "values": 4_567_890,
-    }
-    engine = leg if native else parity.absent_leg("the native op library is not built here")
-    return {
-        "torch_onnx": leg,
-        "torch_engine": engine,
-        "onnx_engine": {**engine, "greedy_identical": False, "prompts_diverged": 1}
-        if native
-        else engine,
-        "noise_floor": {**leg, "max_abs": 12.2, "greedy_identical": False, "prompts_diverged": 7},
-        "protocol": parity.PROTOCOL,
-        "caches": _caches()
-        if native
-        else cache_parity.absent("the native op library is not built here"),
-        "linears": {
-            "torch": linears,
-            "onnx": linears,
-            "engine": linears
-            if native
-            else {"within_contract": None, "why": "the native op library is not built here"},
-            "protocol": op_parity.PROTOCOL,
-        },
-    }
+def _parity(*, native: bool) -> Parity:
+    why = "the native op library is not built here"
+    leg = ParityLeg(
+        max_abs=3.4e-5,
+        median_abs=1.2e-5,
+        top1_agreement=1.0,
+        greedy_identical=True,
+        prompts_diverged=0,
+        prompts=8,
+        tokens=768,
+    )
+    linears = LinearParity(
+        error_over_tolerance=0.031,
+        worst_layer="model.layers.0.mlp.up_proj",
+        within_contract=True,
+        linears=210,
+        values=4_567_890,
+    )
+    absent = ParityLeg(why=why)
+    return Parity(
+        torch_onnx=leg,
+        torch_engine=leg if native else absent,
+        onnx_engine=replace(leg, greedy_identical=False, prompts_diverged=1) if native else absent,
+        noise_floor=replace(leg, max_abs=12.2, greedy_identical=False, prompts_diverged=7),
+        protocol=parity.PROTOCOL,
+        caches=_caches() if native else CacheParity(why=why),
+        linears=LinearsParity(
+            torch=linears,
+            onnx=linears,
+            engine=linears if native else LinearParity(why=why),
+            protocol=op_parity.PROTOCOL,
+        ),
+    )
 
 
-def _caches() -> dict[str, Any]:
-    places = [(layer, tensor) for layer in range(3) for tensor in ("key", "value")]
-    layers = [
-        {"layer": layer, "tensor": tensor, "relative_error": 1e-6 * 4**layer}
-        for layer, tensor in places
-    ]
-    return {"layers": layers, "first_diverging": None, "tolerance": 1e-3}
+def _caches() -> CacheParity:
+    layers = tuple(
+        CacheError(layer=layer, tensor=tensor, relative_error=1e-6 * 4**layer)
+        for layer in range(3)
+        for tensor in ("key", "value")
+    )
+    return CacheParity(layers=layers, tolerance=1e-3)
 
 
 class Paced(Session):
@@ -244,9 +257,9 @@ class Paced(Session):
         pass
 
 
-def _latency(rng: np.random.Generator) -> dict[str, Any]:
+def _latency(rng: np.random.Generator) -> Latency:
     ids = np.zeros((1, 128), np.int64)
-    report = latency.compare(
+    timed = latency.compare(
         Paced(),
         Paced(),
         prompt=ids,
@@ -256,14 +269,18 @@ def _latency(rng: np.random.Generator) -> dict[str, Any]:
         device=ENVIRONMENT.cpu,
         progress=Silent(),
     )
-    medians = {"prefill": (183.0, 171.0), "decode": (31.2, 20.7)}
-    for phase, pair in medians.items():
-        drawn = [(middle * rng.lognormal(0, 0.04, 30)).tolist() for middle in pair]
-        for side, samples in zip(("dense", "sparse"), drawn, strict=True):
-            tokens = 128 if phase == "prefill" else 1
-            report[side][phase].update(latency.summary(samples, tokens=tokens))
-        report["speedup"][phase] = (
-            report["dense"][phase]["p50_ms"] / report["sparse"][phase]["p50_ms"]
-        )
-        report["speedup"][f"{phase}_interval"] = latency.speedup_interval(*drawn)
-    return report
+
+    def drawn(middle: float) -> list[float]:
+        return (middle * rng.lognormal(0, 0.04, 30)).tolist()
+
+    prefill, decode = (drawn(183.0), drawn(171.0)), (drawn(31.2), drawn(20.7))
+    dense, sparse = (
+        latency.side_times(prefill[side], decode[side], prompt=ids, context=ids) for side in (0, 1)
+    )
+    speedup = Speedup(
+        prefill=dense.prefill.p50_ms / sparse.prefill.p50_ms,
+        decode=dense.decode.p50_ms / sparse.decode.p50_ms,
+        prefill_interval=latency.speedup_interval(*prefill),
+        decode_interval=latency.speedup_interval(*decode),
+    )
+    return replace(timed, dense=dense, sparse=sparse, speedup=speedup)

@@ -116,8 +116,8 @@ def test_each_sparse_linear_keeps_the_op_contract(
 
     with audit.open_instrumented(graph, exported.folder, library=library, threads=1) as session:
         report, _ = op_parity.check(session, layers, outputs, tensors_of, IDS[0])
-    assert report["linears"] == len(layers)
-    assert report["within_contract"], report
+    assert report.linears == len(layers)
+    assert report.within_contract, report
 
 
 def test_audit_counts_what_a_bfloat16_model_keeps(model: tuple[Path, Exported]) -> None:
@@ -131,8 +131,8 @@ def test_audit_counts_what_a_bfloat16_model_keeps(model: tuple[Path, Exported]) 
         windows=[IDS[0]],
         error_window=IDS[1],
     )
-    assert report["achieved"] == pytest.approx(0.5, abs=0.01)
-    assert all(0.0 < layer["relative_error"] < 2.0 for layer in report["layers"])
+    assert report.achieved == pytest.approx(0.5, abs=0.01)
+    assert all(0.0 < layer.relative_error < 2.0 for layer in report.layers)
 
 
 def test_a_prompt_in_pieces_gives_the_bits_of_the_whole(model: tuple[Path, Exported]) -> None:
@@ -370,9 +370,11 @@ def test_a_build_goes_through_every_stage(
         Selection()
     )
     report = verify.Artifact(work.require("verify")).report
-    assert report["accuracy"]["sparse"]["perplexity"] > 1
-    parity = report["parity"]
-    executors = [name for name in ("torch", "onnx", "engine") if parity["linears"][name]]
-    assert all(parity["linears"][name]["within_contract"] for name in executors)
-    assert parity["caches"]["first_diverging"] is None
+    assert report.accuracy.sparse.perplexity > 1
+    parity = report.parity
+    executors = [
+        name for name in ("torch", "onnx", "engine") if getattr(parity.linears, name).linears
+    ]
+    assert all(getattr(parity.linears, name).within_contract for name in executors)
+    assert parity.caches.first_diverging is None
     assert package.Artifact(work.require("package")).bundle.pattern == str(recipe.sparsity.pattern)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from tests.served import engine_of, tensorrt_document
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from nmexport.report.model import CacheParity
 
 RNG = np.random.default_rng(0)
 VALUES = {
@@ -43,7 +46,7 @@ class Held:
         yield from self.values.items()
 
 
-def told(dtype: str = "float16", **changes: np.ndarray) -> dict[str, Any]:
+def told(dtype: str = "float16", **changes: np.ndarray) -> CacheParity:
     executors: Any = {parity.ONNX: Held(), parity.ENGINE: Held(**changes)}
     pair = (parity.ONNX, parity.ENGINE)
     return cache_parity.compare_where_possible(executors, pair, {}, dtype=dtype)
@@ -52,10 +55,11 @@ def told(dtype: str = "float16", **changes: np.ndarray) -> dict[str, Any]:
 def test_the_first_layer_that_differs_is_named() -> None:
     later = {f"present_{layer}_key": VALUES[f"present.{layer}.key"] * 1.5 for layer in (2, 3)}
     found = told(**later, present_1_value=VALUES["present.1.value"] * 1.1)
-    first = found["first_diverging"]
-    assert (first["layer"], first["tensor"]) == (1, "value")
-    assert first["relative_error"] == pytest.approx(0.1, rel=1e-4)
-    assert len(found["layers"]) == 8
+    first = found.first_diverging
+    assert first is not None
+    assert (first.layer, first.tensor) == (1, "value")
+    assert first.relative_error == pytest.approx(0.1, rel=1e-4)
+    assert len(found.layers) == 8
     assert pages.cache_line(found) == (
         "the first to differ by more than 3 % is layer 1's value, by 10 %"
     )
@@ -63,23 +67,23 @@ def test_the_first_layer_that_differs_is_named() -> None:
 
 def test_rounding_is_no_difference_and_depends_on_the_type() -> None:
     slightly = {"present_2_key": VALUES["present.2.key"] * 1.01}
-    assert told(**slightly)["first_diverging"] is None
-    assert told("float32", **slightly)["first_diverging"]["layer"] == 2
+    assert told(**slightly).first_diverging is None
+    assert told("float32", **slightly).first_diverging.layer == 2
     assert "largest difference is layer 2's key, by 1 %" in str(pages.cache_line(told(**slightly)))
 
 
 def test_one_token_of_many_is_no_difference() -> None:
     values = VALUES["present.0.key"].copy()
     values[0, :, 2] *= -1
-    assert told(present_0_key=values)["first_diverging"] is None
+    assert told(present_0_key=values).first_diverging is None
 
 
 def test_what_is_not_a_number_differs() -> None:
     found = told(present_3_value=np.full((2, 3, 5, 4), np.nan, np.float32))
-    first = found["first_diverging"]
-    assert (first["layer"], first["tensor"]) == (3, "value")
-    read = {**found, "first_diverging": {**first, "relative_error": None}}  # as JSON has it
-    assert "no numbers" in str(pages.cache_line(read))
+    first = found.first_diverging
+    assert first is not None
+    assert (first.layer, first.tensor) == (3, "value")
+    assert "no numbers" in str(pages.cache_line(found))
 
 
 def test_what_cannot_be_compared_says_why() -> None:
@@ -99,8 +103,8 @@ def test_what_cannot_be_compared_says_why() -> None:
 def test_pages_say_where_executors_part(tmp_path: Path, page: Any) -> None:
     report = sample_report(tmp_path, layers=2)
     assert "all layers agree within 0.1 %" in page(report)
-    del report["parity"]["caches"]  # of an older build
-    assert "layer by layer" not in page(report)
+    older = replace(report, parity=replace(report.parity, caches=None))
+    assert "layer by layer" not in page(older)
 
 
 # -- the engine's own part ----------------------------------------------------------------------

@@ -17,6 +17,8 @@ from nmexport.cli.main import VERBS, Terminated, cli
 from nmexport.cli.options import Request
 from nmexport.errors import GateFailed, InternalError, UserError
 from nmexport.inspect.doctor import NativeLibrary
+from nmexport.report.model import DecodeTimes, Latency, PrefillTimes, SideTimes, Speedup
+from nmexport.store.records import json_from
 
 from tests.fake_stages import fake_pipeline, fake_stages
 
@@ -648,9 +650,11 @@ def test_gate_without_thresholds_is_a_failure_where_that_is_asked_for(report: Pa
         ("[]", "other JSON"),
         ('{"a": 1}', "other JSON"),
         ('{"schema": 7, "verdict": "none"}', "schema 1"),
-        ('{"schema": 1, "verdict": "none", "gates": [3]}', "gates is not what it should be"),
-        ('{"schema": 1, "verdict": "none", "accuracy": []}', None),
-        ('{"schema": 1, "verdict": "none", "latency": 7}', "latency is not what"),
+        ('{"schema": 1, "verdict": "none", "gates": [3]}', "gates[0] is 3, not an object"),
+        ('{"schema": 1, "verdict": "none", "accuracy": null}', None),
+        ('{"schema": 1, "verdict": "none", "accuracy": []}', "accuracy is [], not an object"),
+        ('{"schema": 1, "verdict": "none", "latency": 7}', "latency is 7, not an object"),
+        ('{"schema": 1, "verdict": "good"}', "verdict is 'good', not one of pass, fail, none"),
     ],
 )
 def test_gate_refuses_what_is_no_report(report: Path, text: str, says: str) -> None:
@@ -722,19 +726,20 @@ def test_generate_streams_and_answers_in_json(
 
 
 def test_bench_engines(fakes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    times = {"p50_ms": 1.0, "p90_ms": 2.0, "p99_ms": None, "tokens_per_s": 4.0}
-    side = {"prefill": times, "decode": times}
-    latency = {
-        "runtime": "ONNX Runtime",
-        "device": "cpu",
-        "dense": side,
-        "sparse": side,
-        "speedup": {"prefill": 1.0, "decode": 1.5},
-    }
+    times: dict[str, Any] = {"p50_ms": 1.0, "p90_ms": 2.0, "tokens_per_s": 4.0}
+    side = SideTimes(prefill=PrefillTimes(**times), decode=DecodeTimes(**times))
+    latency = Latency(
+        runtime="ONNX Runtime",
+        device="cpu",
+        dense=side,
+        sparse=side,
+        speedup=Speedup(prefill=1.0, decode=1.5),
+    )
     monkeypatch.setattr("nmexport.bench.engines.bench_engines", lambda work, **options: latency)
     run("build", "--model", "some/model", "--work", "w")
     assert "1.50x in decode" in run("bench", "engines", "--work", "w").stdout
-    assert json.loads(run("bench", "engines", "--work", "w", "--json").stdout)["latency"] == latency
+    document = json.loads(run("bench", "engines", "--work", "w", "--json").stdout)
+    assert document["latency"] == json_from(latency)
 
 
 def test_bench_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from tests.tiny import VOCABULARY
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from nmexport.report.model import Scores
     from nmexport.runtimes.session import Session
 
 WINDOWS = np.random.default_rng(3).integers(3, VOCABULARY, size=(4, 24))
@@ -41,7 +42,7 @@ def decoding(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Expo
     )
 
 
-def scored(dense: Session, sparse: Session, late: LateLogits) -> dict[str, Any]:
+def scored(dense: Session, sparse: Session, late: LateLogits) -> Scores:
     batches = [WINDOWS[:3], WINDOWS[3:]]
     return decode_only(dense, sparse, batches, late=late, progress=Silent(), label="decode-only")
 
@@ -61,20 +62,16 @@ def test_it_equals_a_model_that_was_built_decode_only(
         assert scored(dense, sparse, late) == handed
         assert late.take(WINDOWS[0]) is None
     for figure in ("tokens", "windows", "perplexity_ratio", "kl_mean", "top1_agreement"):
-        assert handed[figure] == pytest.approx(expected[figure], rel=1e-5), figure
-    assert expected["second_half"] is None
+        assert getattr(handed, figure) == pytest.approx(getattr(expected, figure), rel=1e-5), figure
+    assert expected.second_half is None
     # Beside it: the same tokens, of which none was read by a dense model.
-    assert whole["second_half"]["tokens"] == handed["tokens"]
-    assert whole["second_half"]["dense"]["perplexity"] == pytest.approx(
-        handed["dense"]["perplexity"], rel=1e-5
-    )
-    assert whole["second_half"]["perplexity_ratio"] != pytest.approx(
-        handed["perplexity_ratio"], rel=1e-3
-    )
+    assert whole.second_half.tokens == handed.tokens
+    assert whole.second_half.dense.perplexity == pytest.approx(handed.dense.perplexity, rel=1e-5)
+    assert whole.second_half.perplexity_ratio != pytest.approx(handed.perplexity_ratio, rel=1e-3)
 
 
 def test_a_runtime_that_hands_nothing_over_says_so(everywhere: Exported) -> None:
     with TorchSession(everywhere.sparse, VOCABULARY) as session:
         figures = scored(session, session, LateLogits(0))
-    assert figures["perplexity_ratio"] is None
-    assert "handed over" in figures["why"]
+    assert figures.perplexity_ratio is None
+    assert "handed over" in figures.why

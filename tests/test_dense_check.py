@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from nmexport.errors import ModelError
 from nmexport.models.source import resolve
 from nmexport.progress import Silent
 from nmexport.recipe import ModelSection
+from nmexport.report.model import DenseParity, Parity, ParityLeg
 from nmexport.stages import export
 from nmexport.verification import parity
 from nmexport.verification.dense_check import TOLERANCE, TorchModel, check
@@ -93,32 +95,32 @@ def spoil(path: Path, name: str) -> None:
 
 
 def test_an_export_says_what_was_checked(tmp_path: Path) -> None:
-    assert "without the check" in export.Artifact(tmp_path).dense_check["why"]
+    assert "without the check" in export.Artifact(tmp_path).dense_check.why
     (tmp_path / export.DENSE_CHECK).write_text(json.dumps({"error": 1e-6}))
-    assert export.Artifact(tmp_path).dense_check == {"error": 1e-6}
+    assert export.Artifact(tmp_path).dense_check == DenseParity(error=1e-6)
 
 
-LEG = {"max_abs": 1.0, "top1_agreement": 0.97}
+LEG = ParityLeg(max_abs=1.0, top1_agreement=0.97)
 
 
-def report_parity(agreement: float, **values: Any) -> dict[str, Any]:
-    return {
-        "dense": {"error": 1e-6},
-        "noise_floor": {"top1_agreement": 1.0},
-        "torch_onnx": {**LEG, "top1_agreement": agreement},
-        "torch_engine": LEG,
-        "onnx_engine": LEG,
-        **values,
-    }
+def report_parity(agreement: float, **values: Any) -> Parity:
+    legs = Parity(
+        dense=DenseParity(error=1e-6),
+        noise_floor=ParityLeg(top1_agreement=1.0),
+        torch_onnx=replace(LEG, top1_agreement=agreement),
+        torch_engine=LEG,
+        onnx_engine=LEG,
+    )
+    return replace(legs, **values)
 
 
 def test_disagreement_beyond_rounding_is_told() -> None:
     assert parity.concerns(report_parity(0.95)) == []
     (told,) = parity.concerns(report_parity(0.0))
     assert "torch and onnx choose the same token at 0.0%" in told
-    absent = report_parity(0.95, torch_onnx=parity.absent_leg("no room"))
+    absent = report_parity(0.95, torch_onnx=ParityLeg(why="no room"))
     assert parity.concerns(absent) == []
-    unchecked = report_parity(0.95, dense=export.unchecked("no room"), noise_floor=None)
+    unchecked = report_parity(0.95, dense=DenseParity(why="no room"), noise_floor=None)
     assert parity.concerns(unchecked) == [
         "The dense ONNX file was not held against torch: no room."
     ]

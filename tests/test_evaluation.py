@@ -17,6 +17,7 @@ from nmexport.errors import ArtifactError, UserError, WorkDirectoryError
 from nmexport.evaluation import Share, evaluate
 from nmexport.models.offload import Memory
 from nmexport.progress import Silent
+from nmexport.store.records import json_from
 from nmexport.store.scratch import scratch_array
 from nmexport.store.work_directory import WorkDirectory
 
@@ -57,7 +58,7 @@ def work(tiny_llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory)
 def alone(work: WorkDirectory) -> dict[str, Any]:
     found = evaluate(work, Share(), progress=Silent())
     assert found is not None
-    return found
+    return json_from(found)
 
 
 def test_it_is_the_dense_and_the_folded_model(alone: dict[str, Any], work: WorkDirectory) -> None:
@@ -97,14 +98,14 @@ def test_several_processes_find_what_one_finds(
     for rank in reversed(range(processes)):  # the main process last, as if it had waited
         found = evaluate(work, Share(rank=rank, processes=processes), progress=Silent())
         assert (found is None) == (rank != 0)
-    assert {**found, "processes": 1} == alone
+    assert {**json_from(found), "processes": 1} == alone
 
 
 def test_layer_by_layer_gives_the_same_figures(
     alone: dict[str, Any], work: WorkDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nmexport.evaluation.free_memory", lambda: Memory(host=100_000))
-    assert evaluate(work, Share(), progress=Silent()) == alone
+    assert json_from(evaluate(work, Share(), progress=Silent())) == alone
 
 
 @pytest.mark.parametrize(
@@ -153,7 +154,7 @@ def test_layer_by_layer_cannot_decode(
     tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoding = fold(tiny_llama, tmp_path / "w", text, "--phases", "decode")
-    assert evaluate(decoding, Share(), progress=Silent())["phases"] == "decode"
+    assert evaluate(decoding, Share(), progress=Silent()).phases == "decode"
     monkeypatch.setattr("nmexport.evaluation.free_memory", lambda: Memory(host=100_000))
     with pytest.raises(UserError, match="token by token"):
         evaluate(decoding, Share(), progress=Silent())

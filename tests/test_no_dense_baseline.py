@@ -12,6 +12,7 @@ from nmexport.models.source import ModelSource
 from nmexport.pipeline import Pipeline, Selection
 from nmexport.progress import Silent
 from nmexport.recipe import GatesSection, ModelSection
+from nmexport.report.model import json_of
 from nmexport.runtimes.opening import open_session
 from nmexport.stages import package, verify
 from nmexport.store.work_directory import WorkDirectory
@@ -43,7 +44,7 @@ def built(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> WorkDir
 
 
 def test_what_compares_is_null_with_a_reason(built: WorkDirectory) -> None:
-    report = verify.Artifact(built.require("verify")).report
+    report = json_of(verify.Artifact(built.require("verify")).report)
     assert_has_keys(report, FIXED)
     accuracy, latency = report["accuracy"], report["latency"]
     assert accuracy["sparse"]["perplexity"] > 1

@@ -6,14 +6,16 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from nmexport.recipe import GatesSection, ModelSection, Recipe
-from nmexport.report import learning, pages
+from nmexport.report import figures, learning, pages
 from nmexport.report.document import weights_note
+from nmexport.report.model import Scores, Weights, json_of, read_report, report_from
 from nmexport.report.plots import layer_place
 
 from tests.sample_report import sample_report
@@ -96,10 +98,18 @@ def test_report_has_the_products_keys(page: Path) -> None:
     assert_has_keys(report, FIXED)
 
 
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    for native in (True, False):
+        report = sample_report(tmp_path, layers=2, native=native)
+        pages.write(report, tmp_path)
+        assert read_report(tmp_path / "report.json") == report
+
+
 def test_an_absent_leg_keeps_its_keys_and_says_why(tmp_path: Path) -> None:
     report = sample_report(tmp_path, native=False)
-    assert_has_keys(report, FIXED)
-    assert report["parity"]["torch_engine"]["max_abs"] is None
+    document = json_of(report)
+    assert_has_keys(document, FIXED)
+    assert document["parity"]["torch_engine"]["max_abs"] is None
     for text in (pages.markdown(report), pages.html(report)):
         assert "not measured" in text
         assert "the native op library is not built here" in text
@@ -118,7 +128,7 @@ def test_verdict(tmp_path: Path, limit: float | None, verdict: str, words: str) 
         model=ModelSection(id="smollm2"), gates=GatesSection(max_perplexity_ratio=limit)
     )
     report = sample_report(tmp_path, layers=2, recipe=recipe)
-    assert report["verdict"] == verdict
+    assert report.verdict == verdict
     assert words in pages.html(report)
     assert words in pages.markdown(report)
 
@@ -126,14 +136,14 @@ def test_verdict(tmp_path: Path, limit: float | None, verdict: str, words: str) 
 def test_pages_say_in_what_the_weights_are_stored(tmp_path: Path) -> None:
     recipe = Recipe(model=ModelSection(id="smollm2", weights="int8:64"))
     report = sample_report(tmp_path, layers=2, recipe=recipe)
-    assert report["weights"] == {"dense": "float32", "sparse": "int8:64"}
+    assert report.weights == Weights(dense="float32", sparse="int8:64")
     for text in (pages.html(report), pages.markdown(report)):
         assert "int8:64 weights against dense float32" in text
     note = weights_note(recipe)
     assert note is not None
     assert "sparsity and quantisation together" in note
     alike = sample_report(tmp_path, layers=2)
-    assert alike["weights"] == {"dense": "float32", "sparse": "float32"}
+    assert alike.weights == Weights(dense="float32", sparse="float32")
     assert "weights against" not in pages.html(alike)
     assert weights_note(Recipe(model=ModelSection(id="smollm2"))) is None
 
@@ -189,24 +199,24 @@ def test_markdown_tables_are_whole(page: Path) -> None:
     ],
 )
 def test_numbers_for_people(value: float | None, digits: int, text: str) -> None:
-    assert pages.number(value, digits) == text
+    assert figures.number(value, digits) == text
 
 
 def test_sizes_and_counts_for_people() -> None:
-    assert pages.size(999) == "999 B"
-    assert pages.size(812_345_678) == "812.3 MB"
-    assert pages.size(None) == "not measured"
-    assert pages.count(134_515_008) == "134.5 million"
-    assert pages.count(7_241_732_096) == "7.242 billion"
-    assert pages.count(8176) == "8,176"
-    assert pages.percent(None) == pages.speedup(None) == "not measured"
+    assert figures.size(999) == "999 B"
+    assert figures.size(812_345_678) == "812.3 MB"
+    assert figures.size(None) == "not measured"
+    assert figures.count(134_515_008) == "134.5 million"
+    assert figures.count(7_241_732_096) == "7.242 billion"
+    assert figures.count(8176) == "8,176"
+    assert figures.percent(None) == figures.speedup(None) == "not measured"
 
 
 def test_method_in_words(tmp_path: Path) -> None:
     report = sample_report(tmp_path, layers=1)
     assert pages.method(report) == "8:16, ACT, balanced groups, no mitigation"
-    report |= {"mitigations": ["d-pts", "var"], "phases": "decode"}
-    assert pages.method(report).endswith("d-pts + var, decode only")
+    decode = replace(report, mitigations=("d-pts", "var"), phases="decode")
+    assert pages.method(decode).endswith("d-pts + var, decode only")
 
 
 @pytest.mark.parametrize(
@@ -320,11 +330,10 @@ def test_tasks_and_decode_only_stand_beside_the_perplexity(tmp_path: Path) -> No
 
 def test_a_decode_only_figure_that_is_missing_says_why(tmp_path: Path) -> None:
     report = sample_report(tmp_path)
-    report["accuracy"]["decode_only"] = {"perplexity_ratio": None, "why": "no cache"}
-    assert "not measured: no cache" in pages.markdown(report)
-    report["accuracy"]["decode_only"] = None
-    report["accuracy"]["tasks"] = {}
-    page = pages.html(report)
+    unmeasured = replace(report.accuracy, decode_only=Scores(why="no cache"))
+    assert "not measured: no cache" in pages.markdown(replace(report, accuracy=unmeasured))
+    bare = replace(report.accuracy, decode_only=None, tasks={})
+    page = pages.html(replace(report, accuracy=bare))
     assert "decode only" not in page
     assert "documents" not in page
 
@@ -336,8 +345,8 @@ def test_calibration_says_what_learning_and_grouping_did(tmp_path: Path) -> None
         assert "the divergence fell from 0.620 to 0.236" in page
         assert "distance from consecutive groups" in page
     assert "Loss of the learned constants by step" in pages.html(report)
-    bare = {**report, "calibration": learning.section(None, [])}
+    bare = replace(report, calibration=learning.section(None, []))
     assert "Calibration</h2>" not in pages.html(bare)
     assert "## Calibration" not in pages.markdown(bare)
-    older = {key: value for key, value in report.items() if key != "calibration"}
-    assert "Calibration</h2>" not in pages.html(older)
+    older = {key: value for key, value in json_of(report).items() if key != "calibration"}
+    assert "Calibration</h2>" not in pages.html(report_from(older))

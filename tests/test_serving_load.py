@@ -80,7 +80,7 @@ def work(tiny_export: Path, tmp_path: Path) -> Path:
     (engine / "engine.json").write_text(json.dumps(engine_document()))
     (engine / "manifest.json").write_text("{}")
     accuracy = {"dense": {"perplexity": 12.25}, "sparse": {"perplexity": 13.75}}
-    report = {"accuracy": {"dataset": "some text", **accuracy}}
+    report = {"schema": 1, "verdict": "none", "accuracy": {"dataset": "some text", **accuracy}}
     (tmp_path / "report.json").write_text(json.dumps(report))
     return tmp_path
 

@@ -26,6 +26,7 @@ from nmexport.recipe import (
     ServingSection,
     SparsitySection,
 )
+from nmexport.report.model import json_of
 from nmexport.runtimes import onnxruntime_session
 from nmexport.runtimes.engine import read_engine
 from nmexport.runtimes.onnxruntime_session import OrtSession
@@ -235,45 +236,45 @@ def built(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> WorkDir
 
 def test_report_of_a_real_build(built: WorkDirectory) -> None:
     report = verify.Artifact(built.require("verify")).report
-    assert_has_keys(report, FIXED)
-    assert report["sparsity"]["sparsified"] == 14
-    assert report["sparsity"]["linears"] == 15
-    assert report["accuracy"]["tokens"] == 3 * 47
-    assert report["latency"]["dense"]["decode"]["runs"] == 3
-    assert report["memory"]["peak_rss_bytes"] > 1e6
+    assert_has_keys(json_of(report), FIXED)
+    assert report.sparsity.sparsified == 14
+    assert report.sparsity.linears == 15
+    assert report.accuracy.tokens == 3 * 47
+    assert report.latency.dense.decode.runs == 3
+    assert report.memory.peak_rss_bytes > 1e6
     assert (built.root / "report.html").is_file()
 
 
 def test_sparsity_is_counted_as_the_pattern_says(built: WorkDirectory) -> None:
-    sparsity = verify.Artifact(built.require("verify")).report["sparsity"]
+    sparsity = verify.Artifact(built.require("verify")).report.sparsity
     tokens = 2 * 48  # the audited windows
-    for layer in sparsity["layers"]:
-        features = 128 if layer["name"].endswith("down_proj") else 64
-        assert layer["total"] == tokens * features
-        assert layer["kept"] == layer["total"] // 2  # random activations: no natural zeros
-        assert 0 < layer["relative_error"] < 2
-    assert sparsity["achieved"] == 0.5
+    for layer in sparsity.layers:
+        features = 128 if layer.name.endswith("down_proj") else 64
+        assert layer.total == tokens * features
+        assert layer.kept == layer.total // 2  # random activations: no natural zeros
+        assert 0 < layer.relative_error < 2
+    assert sparsity.achieved == 0.5
 
 
 def test_parity_of_torch_and_function_bodies(built: WorkDirectory) -> None:
-    parity = verify.Artifact(built.require("verify")).report["parity"]
-    assert parity["torch_onnx"]["greedy_identical"]
-    assert parity["torch_onnx"]["max_abs"] < 1e-3
+    parity = verify.Artifact(built.require("verify")).report.parity
+    assert parity.torch_onnx.greedy_identical
+    assert parity.torch_onnx.max_abs < 1e-3
     for executor in ("torch", "onnx"):
-        assert parity["linears"][executor]["within_contract"], parity["linears"]
-        assert parity["linears"][executor]["linears"] == 14
-    assert parity["linears"]["engine"]["within_contract"] is None
-    assert 0 < parity["noise_floor"]["max_abs"] < 1
+        assert getattr(parity.linears, executor).within_contract, parity.linears
+        assert getattr(parity.linears, executor).linears == 14
+    assert parity.linears.engine.within_contract is None
+    assert 0 < parity.noise_floor.max_abs < 1
     for leg in ("torch_engine", "onnx_engine"):
-        assert parity[leg]["max_abs"] is None
-        assert "not built" in parity[leg]["why"]
+        assert getattr(parity, leg).max_abs is None
+        assert "not built" in getattr(parity, leg).why
 
 
 def test_a_failed_gate_leaves_a_complete_artifact(built: WorkDirectory) -> None:
     report = verify.Artifact(built.require("verify")).report
-    assert report["verdict"] == "fail"
-    assert report["gates"][0]["name"] == "max_perplexity_ratio"
-    assert not report["gates"][0]["passed"]
+    assert report.verdict == "fail"
+    assert report.gates[0].name == "max_perplexity_ratio"
+    assert not report.gates[0].passed
 
 
 def test_a_failed_model_is_not_packaged_unasked(built: WorkDirectory) -> None:
@@ -354,13 +355,13 @@ def test_a_report_stands_without_executors_that_are_too_large(
     inputs = _inputs(tmp_path, **upstream)
     inputs = replace(inputs, source=replace(inputs.source, folder=tiny_llama))
     verify.run(inputs)
-    parity = verify.Artifact(inputs.output).report["parity"]
+    parity = verify.Artifact(inputs.output).report.parity
     for leg in ("torch_onnx", "torch_engine", "onnx_engine"):
-        assert parity[leg]["max_abs"] is None
-        assert parity[leg]["why"] == "too large"
-    assert parity["caches"]["why"] == "too large"
+        assert getattr(parity, leg).max_abs is None
+        assert getattr(parity, leg).why == "too large"
+    assert parity.caches.why == "too large"
     for executor in ("torch", "onnx", "engine"):
-        assert parity["linears"][executor]["within_contract"] is None
+        assert getattr(parity.linears, executor).within_contract is None
 
 
 def test_engine_json_names_no_absolute_path(built: WorkDirectory) -> None:

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from nmexport.cli.main import cli
 from nmexport.errors import EnvironmentFault, RecipeError, WorkDirectoryError
 from nmexport.progress import Silent
+from nmexport.report.model import json_of
 from nmexport.runtimes.session import Session
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.sweep import measure, outcome, plan
@@ -193,12 +194,12 @@ def test_a_whole_build_adds_speed(
         folder = pipeline.work.folder("verify", "0" * 64)
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("report.json", "manifest.json"):
-            (folder / name).write_text(json.dumps(report), "utf-8")
+            (folder / name).write_text(json.dumps(json_of(report)), "utf-8")
         pipeline.work.use("verify", "0" * 64)
 
     monkeypatch.setattr("nmexport.pipeline.Pipeline.run", build)
     found = run(path, "--work", tmp_path / "out")
-    speed = report["latency"]["speedup"]["decode"]
+    speed = report.latency.speedup.decode
     assert found["rows"][0]["speedup"]["decode"] == speed
     text = (tmp_path / "out" / "sweep.md").read_text("utf-8")
     assert f"{speed:.2f}x" in text

@@ -135,25 +135,25 @@ def test_the_artifact_scores_as_the_torch_module_does(
         (CONTINUE, ("exact_match",)),
     ):
         for metric in metrics:
-            ours = scored[task]["metrics"][metric]
-            assert ours[side] == pytest.approx(expected[task][f"{metric},none"], rel=TIGHT)
+            ours = scored[task].metrics[metric]
+            assert getattr(ours, side) == pytest.approx(expected[task][f"{metric},none"], rel=TIGHT)
             stderr = expected[task][f"{metric}_stderr,none"]
             if not isinstance(stderr, str):
-                assert ours[f"{side}_stderr"] == pytest.approx(stderr, abs=1e-12)
+                assert getattr(ours, f"{side}_stderr") == pytest.approx(stderr, abs=1e-12)
 
 
 def test_the_two_sides_are_two_models(scored: dict[str, Any]) -> None:
-    perplexity = scored[ROLLING]["metrics"]["word_perplexity"]
-    assert perplexity["sparse"] > 1.01 * perplexity["dense"]
+    perplexity = scored[ROLLING].metrics["word_perplexity"]
+    assert perplexity.sparse > 1.01 * perplexity.dense
 
 
 def test_an_entry_has_the_contracts_keys_and_both_errors(scored: dict[str, Any]) -> None:
     entry = scored[CHOICE]
-    assert entry["n"] == 6
-    assert entry["metric"] == "acc"
-    assert entry["stderr"] == entry["sparse_stderr"] > 0
-    assert entry["dense_stderr"] > 0
-    assert entry["dense"] == entry["metrics"]["acc"]["dense"]
+    assert entry.n == 6
+    assert entry.metric == "acc"
+    assert entry.stderr == entry.sparse_stderr > 0
+    assert entry.dense_stderr > 0
+    assert entry.dense == entry.metrics["acc"].dense
 
 
 def test_requests_of_each_kind_agree_one_by_one(
@@ -229,7 +229,7 @@ def test_step_by_step_is_the_same_where_phases_do_not_differ(
         suite = tasks.Suite(names=(ROLLING, CHOICE), folder=suite_folder)
         stepwise = tasks.compare(dense, sparse, text, suite, phases="decode", progress=Silent())
     for task in (ROLLING, CHOICE):
-        assert stepwise[task]["sparse"] == pytest.approx(scored[task]["sparse"], rel=TIGHT)
+        assert stepwise[task].sparse == pytest.approx(scored[task].sparse, rel=TIGHT)
 
 
 @pytest.mark.parametrize("phases", ["all", "decode"])
@@ -247,7 +247,7 @@ def test_both_models_are_asked_what_the_engine_was_built_for(
         assert "holds 40 tokens, fewer than the model's 256" in told
         assert "holds" not in tasks.protocol(phases, text, dense)
     for entry in found.values():  # one model, read in the same pieces
-        assert entry["sparse"] == pytest.approx(entry["dense"], rel=TIGHT)
+        assert entry.sparse == pytest.approx(entry.dense, rel=TIGHT)
 
 
 def test_what_an_engine_is_too_small_for_names_the_engine(
@@ -328,8 +328,8 @@ def test_limit_and_fewshot_reach_the_harness(
     suite = tasks.Suite(names=(CHOICE,), folder=suite_folder, limit=2, fewshot=1)
     with TorchSession(exported.dense, VOCABULARY) as dense:
         found = tasks.compare(dense, dense, text, suite, progress=Silent())
-    assert found[CHOICE]["n"] == 2
-    assert found[CHOICE]["difference_stderr"] == 0.0
+    assert found[CHOICE].n == 2
+    assert found[CHOICE].difference_stderr == 0.0
 
 
 def test_an_unknown_task_names_its_neighbours(suite_folder: Path) -> None:

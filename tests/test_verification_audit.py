@@ -106,11 +106,11 @@ def test_errors_are_those_of_the_linears_output(tmp_path: Path) -> None:
     kept = np.asarray(nm_prune(hidden, n=1, m=2), dtype=np.float32)
     head = embeddings()["head"]
     expected = np.linalg.norm((kept - hidden) @ head) / np.linalg.norm(hidden @ head)
-    row = report["layers"][0]
-    assert row["relative_error"] == pytest.approx(expected, rel=1e-5)
-    assert row["calibrated_error"] == 0.25
-    assert report["achieved"] == 0.5
-    assert (row["kept"], row["total"]) == (2 * 8 * 2, 2 * 8 * 4)
+    row = report.layers[0]
+    assert row.relative_error == pytest.approx(expected, rel=1e-5)
+    assert row.calibrated_error == 0.25
+    assert report.achieved == 0.5
+    assert (row.kept, row.total) == (2 * 8 * 2, 2 * 8 * 4)
 
 
 def test_the_original_graph_still_computes_the_same(tmp_path: Path) -> None:
@@ -141,8 +141,8 @@ def test_natural_zeros_after_the_shift_count_as_zeros(
     onnx.save(model, path)
     dense = save_toy_lm(tmp_path / "dense" / "model.onnx")
     report = _run(path, dense, _layer())
-    assert report["layers"][0]["kept"] == 0
-    assert report["achieved"] == 1.0
+    assert report.layers[0].kept == 0
+    assert report.achieved == 1.0
 
 
 @pytest.mark.parametrize(
@@ -151,9 +151,9 @@ def test_natural_zeros_after_the_shift_count_as_zeros(
 def test_only_tokens_of_the_sparse_phase_count(tmp_path: Path, phase: str, tokens: int) -> None:
     dense = save_toy_lm(tmp_path / "dense" / "model.onnx")
     path = _sparse(tmp_path / "model.onnx", phase=phase)
-    row = _run(path, dense, _layer(phase=phase))["layers"][0]
-    assert row["total"] == 2 * tokens * WIDTH
-    assert row["kept"] * 2 == row["total"]
+    row = _run(path, dense, _layer(phase=phase)).layers[0]
+    assert row.total == 2 * tokens * WIDTH
+    assert row.kept * 2 == row.total
 
 
 def test_layers_of_another_build_are_refused(tmp_path: Path) -> None:
@@ -185,8 +185,8 @@ def test_relative_error_of_nothing_is_unknown() -> None:
 
 def test_no_counted_token_is_no_sparsity() -> None:
     report = audit.sparsity([_layer()], {"lm_head": (0, 0)}, {"lm_head": None})
-    assert report["achieved"] is None
-    assert report["layers"][0]["achieved"] is None
+    assert report.achieved is None
+    assert report.layers[0].achieved is None
 
 
 # -- memory ----------------------------------------------------------------------------------------
@@ -209,8 +209,8 @@ def test_a_child_does_not_count_its_parents_memory() -> None:
 
 def test_a_model_that_cannot_be_opened_says_why(tmp_path: Path) -> None:
     figure = memory.run_in_fresh_process(tmp_path / "engine.json", dense=False, prompt_tokens=4)
-    assert figure["peak_rss_bytes"] is None
-    assert "engine.json cannot be read" in figure["why"]
+    assert figure.peak_rss_bytes is None
+    assert "engine.json cannot be read" in figure.why
     assert figure == memory.answer(str(tmp_path / "engine.json"), "sparse", "4")
 
 
@@ -219,8 +219,8 @@ def test_a_measuring_process_that_dies_says_how(
 ) -> None:
     monkeypatch.setattr(memory.sys, "executable", shutil.which("false"))
     figure = memory.run_in_fresh_process(tmp_path, dense=True, prompt_tokens=4)
-    assert figure["peak_rss_bytes"] is None
-    assert "ended with code 1" in figure["why"]
+    assert figure.peak_rss_bytes is None
+    assert "ended with code 1" in figure.why
 
 
 def test_artifact_bytes_leave_the_baseline_out(tmp_path: Path) -> None:

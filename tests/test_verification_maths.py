@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
+from nmexport.report.model import ParityLeg
 from nmexport.timing import interleave, percentiles, rounds_lasting
 from nmexport.verification.accuracy import compare
 from nmexport.verification.continuation import compare as compare_continuations
@@ -61,14 +63,14 @@ def test_accuracy_against_brute_force() -> None:
             kl.append(math.fsum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
             same.append(max(range(7), key=p.__getitem__) == max(range(7), key=q.__getitem__))
     mean = np.mean
-    assert report["tokens"] == 4 + 199 + 65
-    assert report["dense"]["perplexity"] == pytest.approx(math.exp(mean(nll_dense)), rel=1e-12)
-    assert report["sparse"]["perplexity"] == pytest.approx(math.exp(mean(nll_sparse)), rel=1e-12)
-    assert report["perplexity_ratio"] == pytest.approx(
+    assert report.tokens == 4 + 199 + 65
+    assert report.dense.perplexity == pytest.approx(math.exp(mean(nll_dense)), rel=1e-12)
+    assert report.sparse.perplexity == pytest.approx(math.exp(mean(nll_sparse)), rel=1e-12)
+    assert report.perplexity_ratio == pytest.approx(
         math.exp(mean(nll_sparse) - mean(nll_dense)), rel=1e-12
     )
-    assert report["kl_mean"] == pytest.approx(mean(kl), rel=1e-10)
-    assert report["top1_agreement"] == mean(same)
+    assert report.kl_mean == pytest.approx(mean(kl), rel=1e-10)
+    assert report.top1_agreement == mean(same)
 
 
 class DecodeOnly(Fixed):
@@ -95,18 +97,18 @@ def test_decode_only_sparsity_is_scored_where_it_acts() -> None:
     report = compare(Fixed(dense), session, [window], phases="decode")
     assert session.read == window[:-1].tolist()
     tail = compare(Fixed(dense), Fixed(sparse), [window[5:]])
-    assert report == {**tail, "second_half": None}
-    assert report["tokens"] == 5
-    assert report["kl_mean"] > 0
-    assert compare(Fixed(dense), session, [window])["kl_mean"] == 0
+    assert report == replace(tail, second_half=None)
+    assert report.tokens == 5
+    assert report.kl_mean > 0
+    assert compare(Fixed(dense), session, [window]).kl_mean == 0
 
 
 def test_equal_models_have_ratio_one_and_no_divergence() -> None:
     report = compare(Fixed(_table(0)), Fixed(_table(0)), [np.arange(7)])
-    assert report["perplexity_ratio"] == 1.0
-    assert report["kl_mean"] == 0.0
-    assert report["top1_agreement"] == 1.0
-    assert report["perplexity_ratio_stderr"] is None
+    assert report.perplexity_ratio == 1.0
+    assert report.kl_mean == 0.0
+    assert report.top1_agreement == 1.0
+    assert report.perplexity_ratio_stderr is None
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e4, 3e38])
@@ -172,10 +174,10 @@ def test_continuations_that_part() -> None:
     sparse[3] = np.eye(5)[0]  # after 3 comes 0
     prompts = np.array([[0, 0], [0, 3]])
     report = compare_continuations(Fixed(dense), Fixed(sparse), prompts, range(4))
-    assert report["first_divergence"] == [3, 0]  # 1 2 3 | 4; and at once
-    assert report["free_running_agreement"] == 3 / 8  # dense 4 0 1 2 against sparse 0 1 2 3
-    assert report["guided_agreement"] == 6 / 8
-    assert report["median_first_divergence"] == 1.5
+    assert report.first_divergence == (3, 0)  # 1 2 3 | 4; and at once
+    assert report.free_running_agreement == 3 / 8  # dense 4 0 1 2 against sparse 0 1 2 3
+    assert report.guided_agreement == 6 / 8
+    assert report.median_first_divergence == 1.5
 
 
 def test_equal_continuations_never_diverge() -> None:
@@ -189,10 +191,10 @@ def test_parity_in_lock_step() -> None:
     prompts = np.array([[0, 1, 2], [3, 4, 5]])
     executors = {"torch": torch, "onnx": onnx, "engine": engine}
     report = compare_executors(executors, prompts, range(4), why_absent={})
-    assert report["torch_onnx"]["max_abs"] == 0.0
-    assert report["torch_onnx"]["tokens"] == 2 * (3 + 4)
-    assert report["torch_engine"]["max_abs"] == pytest.approx(0.25, rel=1e-5)
-    assert report["onnx_engine"]["greedy_identical"]
+    assert report.torch_onnx.max_abs == 0.0
+    assert report.torch_onnx.tokens == 2 * (3 + 4)
+    assert report.torch_engine.max_abs == pytest.approx(0.25, rel=1e-5)
+    assert report.onnx_engine.greedy_identical
     assert torch.calls == ["prefill", *["decode"] * 4]
 
 
@@ -211,9 +213,9 @@ def test_the_noise_floor_of_parity_is_the_latter_half_of_a_batch() -> None:
     executors = {"torch": Disturbed(_table(0)), "onnx": Fixed(_table(0))}
     prompts = np.array([[0, 1, 2], [3, 4, 5]])
     report = compare_executors(executors, prompts, range(4), why_absent={"engine": ""}, twins=True)
-    assert report["torch_onnx"]["max_abs"] == 0.0
-    assert report["noise_floor"]["max_abs"] == pytest.approx(0.5, rel=1e-5)
-    assert report["noise_floor"]["tokens"] == report["torch_onnx"]["tokens"] == 2 * (3 + 4)
+    assert report.torch_onnx.max_abs == 0.0
+    assert report.noise_floor.max_abs == pytest.approx(0.5, rel=1e-5)
+    assert report.noise_floor.tokens == report.torch_onnx.tokens == 2 * (3 + 4)
 
 
 def test_parity_sees_one_prompt_that_diverges() -> None:
@@ -222,18 +224,18 @@ def test_parity_sees_one_prompt_that_diverges() -> None:
     executors = {"onnx": Fixed(left), "engine": Fixed(right)}
     prompts = np.array([[4, 1], [1, 4]])  # the first disagrees before its last token: no matter
     report = compare_executors(executors, prompts, range(2), why_absent={"torch": "no memory"})
-    leg = report["onnx_engine"]
-    assert leg["prompts_diverged"] == 1
-    assert not leg["greedy_identical"]
-    assert leg["max_abs"] == 1.0
-    assert report["torch_onnx"] == {"max_abs": None, "top1_agreement": None, "why": "no memory"}
+    leg = report.onnx_engine
+    assert leg.prompts_diverged == 1
+    assert not leg.greedy_identical
+    assert leg.max_abs == 1.0
+    assert report.torch_onnx == ParityLeg(why="no memory")
 
 
 def test_parity_with_one_executor_measures_nothing() -> None:
     lonely = Fixed(_table(0))
     why = {"torch": "t", "engine": "e"}
     report = compare_executors({"onnx": lonely}, np.array([[0]]), range(2), why_absent=why)
-    assert [report[f"{leg}"]["why"] for leg in ("torch_onnx", "torch_engine", "onnx_engine")] == [
+    assert [leg.why for leg in (report.torch_onnx, report.torch_engine, report.onnx_engine)] == [
         "t",
         "t",
         "e",
@@ -261,7 +263,7 @@ def test_speedup_interval_holds_the_ratio_and_repeats() -> None:
     low, high = speedup_interval(dense, sparse)
     assert low < 1.5 < high
     assert high - low < 0.1
-    assert [low, high] == speedup_interval(dense, sparse)
+    assert (low, high) == speedup_interval(dense, sparse)
 
 
 def test_interleaving_alternates_and_drops_the_warmup() -> None:
@@ -291,6 +293,6 @@ def test_rounds_last_as_long_and_are_as_many_as_asked_for() -> None:
 
 def test_summary_counts_tokens_of_a_median_run() -> None:
     figures = summary([10.0, 20.0, 30.0], tokens=4)
-    assert figures["p50_ms"] == 20.0
-    assert figures["tokens_per_s"] == 200.0
-    assert figures["runs"] == 3
+    assert figures.p50_ms == 20.0
+    assert figures.tokens_per_s == 200.0
+    assert figures.runs == 3

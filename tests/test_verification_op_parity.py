@@ -67,8 +67,8 @@ def test_nan_is_worse_than_any_number() -> None:
     worst = Worst()
     worst.add("one", np.array([[0.5]]))
     worst.add("two", np.array([[np.nan]]))
-    assert worst.report()["worst_layer"] == "two"
-    assert not worst.report()["within_contract"]
+    assert worst.report().worst_layer == "two"
+    assert not worst.report().within_contract
 
 
 def test_open_masks_are_left_out_only_with_a_dynamic_shift() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nmexport.progress import Progress
+    from nmexport.report.model import Latency
 
 
 def bench_engines(
@@ -28,7 +29,7 @@ def bench_engines(
     warmup: int = 3,
     seed: int = 0,
     progress: Progress,
-) -> dict[str, Any]:
+) -> Latency:
     """Time the dense and the sparse model of a work directory, interleaved.
 
     Args:

@@ -8,7 +8,6 @@ model in a real server, asked over HTTP, in turns with the others.
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,8 +20,10 @@ from nmexport.bench.context import check_context
 from nmexport.bench.http_load import Ask, drive
 from nmexport.bench.soak import text_of
 from nmexport.environment import device_name
+from nmexport.errors import ArtifactError
 from nmexport.generation.options import GenerationOptions
 from nmexport.generation.tokenizer import Tokenizer
+from nmexport.report.model import read_report
 from nmexport.runtimes.engine import read_engine
 from nmexport.runtimes.onnxruntime_session import OrtSession
 from nmexport.serving import metrics as names
@@ -189,13 +190,16 @@ def bench_serve(
 def _perplexity(report: Path) -> dict[str, Any] | None:
     """Read from the report what the speed costs."""
     try:
-        accuracy = json.loads(report.read_text(encoding="utf-8"))["accuracy"]
-        return {
-            "dataset": accuracy["dataset"],
-            **{side: accuracy[side]["perplexity"] for side in SIDES},
-        }
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # verify has not run, or measured other things
+        accuracy = read_report(report).accuracy
+    except ArtifactError:
+        return None  # verify has not run
+    if accuracy.sparse.perplexity is None:
+        return None
+    return {
+        "dataset": accuracy.dataset,
+        "dense": accuracy.dense.perplexity,
+        "sparse": accuracy.sparse.perplexity,
+    }
 
 
 def compare(

@@ -50,6 +50,7 @@ def engines_command(
 ) -> None:
     """Time the dense and the sparse engine of a work directory."""
     from nmexport.bench.engines import bench_engines
+    from nmexport.store.records import json_from
 
     work = asked.existing_work()
     work.require("engine")
@@ -63,28 +64,31 @@ def engines_command(
         progress=progress(),
     )
     if wants_json(ctx):
-        emit_json({"work": str(work.root), "runs": runs, "latency": latency})
+        emit_json({"work": str(work.root), "runs": runs, "latency": json_from(latency)})
         return
     rows = []
-    for phase in ("prefill", "decode"):
-        for side in ("dense", "sparse"):
-            times = latency[side][phase]
-            rows.append(
-                (
-                    f"{phase} {side}",
-                    figure(times["p50_ms"], 2),
-                    figure(times["p90_ms"], 2),
-                    figure(times["p99_ms"], 2),
-                    figure(times["tokens_per_s"], 1),
-                )
+    for name, times in (
+        ("prefill dense", latency.dense.prefill),
+        ("prefill sparse", latency.sparse.prefill),
+        ("decode dense", latency.dense.decode),
+        ("decode sparse", latency.sparse.decode),
+    ):
+        rows.append(
+            (
+                name,
+                figure(times.p50_ms, 2),
+                figure(times.p90_ms, 2),
+                figure(times.p99_ms, 2),
+                figure(times.tokens_per_s, 1),
             )
+        )
     out = console()
-    title = f"{latency['runtime']} on {latency['device']}, {runs} runs each, interleaved"
+    title = f"{latency.runtime} on {latency.device}, {runs} runs each, interleaved"
     out.print(table(title, ("", "p50 ms", "p90 ms", "p99 ms", "tokens/s"), rows))
-    speedup = latency["speedup"]
+    speedup = latency.speedup
     out.print(
-        f"Sparse is {figure(speedup['prefill'], 2, 'x')} as fast in prefill and "
-        f"{figure(speedup['decode'], 2, 'x')} in decode."
+        f"Sparse is {figure(speedup.prefill, 2, 'x')} as fast in prefill and "
+        f"{figure(speedup.decode, 2, 'x')} in decode."
     )
 
 

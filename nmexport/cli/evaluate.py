@@ -27,6 +27,7 @@ accelerate launch -m nmexport evaluate --work DIR
 def evaluate_command(ctx: click.Context, *, asked: Request) -> None:
     from nmexport.evaluation import evaluate, launched
     from nmexport.progress import Silent
+    from nmexport.store.records import json_from
 
     work = asked.existing_work()
     recipe = asked.recipe_on(work)
@@ -36,17 +37,17 @@ def evaluate_command(ctx: click.Context, *, asked: Request) -> None:
     if scores is None:
         return
     if wants_json(ctx):
-        emit_json({"work": str(work.root), "accuracy": scores})
+        emit_json({"work": str(work.root), "accuracy": json_from(scores)})
         return
     rows = [
         (
             "perplexity",
-            figure(scores["dense"]["perplexity"]),
-            figure(scores["sparse"]["perplexity"]),
-            figure(scores["perplexity_ratio"], 3, "x"),
+            figure(scores.dense.perplexity),
+            figure(scores.sparse.perplexity),
+            figure(scores.perplexity_ratio, 3, "x"),
         ),
-        ("KL to dense, mean", "", figure(scores["kl_mean"], 4), ""),
-        ("top-1 agreement", "", figure(100 * scores["top1_agreement"], 1, " %"), ""),
+        ("KL to dense, mean", "", figure(scores.kl_mean, 4), ""),
+        ("top-1 agreement", "", figure(100 * (scores.top1_agreement or 0.0), 1, " %"), ""),
     ]
-    title = f"{scores['dataset']}, {scores['tokens']} tokens, {scores['processes']} process(es)"
+    title = f"{scores.dataset}, {scores.tokens} tokens, {scores.processes} process(es)"
     console().print(table(title, ("", "dense", "sparse", ""), rows))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nmexport.cli.output import figure, size, table
 
@@ -11,27 +11,27 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from nmexport.report.model import Accuracy, Latency, PhaseTimes, Report
 
-def show_report(out: Console, report: dict[str, Any], work: Path) -> None:
+
+def show_report(out: Console, report: Report, work: Path) -> None:
     """Print accuracy, speed and size, dense next to sparse, and the verdict."""
     out.print(table(_title(report), ("", "dense", "sparse", ""), _rows(report)))
-    achieved = _at(report, "sparsity", "achieved")
-    memory = report.get("memory") or {}
+    sparsity, memory = report.sparsity, report.memory
     out.print(
-        f"Sparsity achieved {figure(_percent(achieved), 1, ' %')} in "
-        f"{_at(report, 'sparsity', 'sparsified')} of {_at(report, 'sparsity', 'linears')} linears;"
-        f" artifact {size(memory.get('artifact_bytes'))};"
-        f" peak memory {size(memory.get('peak_rss_bytes'))}",
+        f"Sparsity achieved {figure(_percent(sparsity.achieved), 1, ' %')} in "
+        f"{sparsity.sparsified} of {sparsity.linears} linears;"
+        f" artifact {size(memory.artifact_bytes)};"
+        f" peak memory {size(memory.peak_rss_bytes)}",
         soft_wrap=True,
     )
-    for gate in report.get("gates") or []:
-        mark = "pass" if gate["passed"] else "FAIL"
+    for gate in report.gates:
+        mark = "pass" if gate.passed else "FAIL"
         out.print(
-            f"Gate {gate['name']}: {mark} (limit {gate['limit']:g}, "
-            f"value {figure(gate['value'], 4)})",
+            f"Gate {gate.name}: {mark} (limit {gate.limit:g}, value {figure(gate.value, 4)})",
             soft_wrap=True,
         )
-    out.print(f"Verdict: {report.get('verdict', 'none')}", soft_wrap=True)
+    out.print(f"Verdict: {report.verdict}", soft_wrap=True)
     page = next(
         (work / name for name in ("report.html", "report.md") if (work / name).is_file()),
         work / "report.json",
@@ -39,58 +39,56 @@ def show_report(out: Console, report: dict[str, Any], work: Path) -> None:
     out.print(f"Report: {page}", soft_wrap=True, markup=False)
 
 
-def _title(report: dict[str, Any]) -> str:
-    mitigations = ", ".join(report.get("mitigations") or []) or "no mitigation"
+def _title(report: Report) -> str:
+    mitigations = ", ".join(report.mitigations) or "no mitigation"
     return (
-        f"{_at(report, 'model', 'id')}  {report.get('pattern')}  {report.get('criterion')}, "
-        f"{mitigations}  on {_at(report, 'latency', 'runtime') or report.get('target')}"
+        f"{report.model.id}  {report.pattern}  {report.criterion}, "
+        f"{mitigations}  on {report.latency.runtime or report.target}"
     )
 
 
-def _rows(report: dict[str, Any]) -> list[tuple[object, ...]]:
-    accuracy = report.get("accuracy") or {}
-    dataset = accuracy.get("dataset")
+def _rows(report: Report) -> list[tuple[object, ...]]:
+    accuracy = report.accuracy
     return [
         (
-            f"perplexity ({dataset})" if isinstance(dataset, str) else "perplexity",
-            figure(_at(accuracy, "dense", "perplexity")),
-            figure(_at(accuracy, "sparse", "perplexity")),
-            figure(accuracy.get("perplexity_ratio"), 3, "x"),
+            "perplexity" if accuracy.dataset is None else f"perplexity ({accuracy.dataset})",
+            figure(accuracy.dense.perplexity),
+            figure(accuracy.sparse.perplexity),
+            figure(accuracy.perplexity_ratio, 3, "x"),
         ),
         *_decode_only_row(accuracy),
-        ("KL to dense, mean", "", figure(accuracy.get("kl_mean"), 4), ""),
-        ("top-1 agreement", "", figure(_percent(accuracy.get("top1_agreement")), 1, " %"), ""),
+        ("KL to dense, mean", "", figure(accuracy.kl_mean, 4), ""),
+        ("top-1 agreement", "", figure(_percent(accuracy.top1_agreement), 1, " %"), ""),
         *_task_rows(accuracy),
-        _speed_row(report, "prefill"),
-        _speed_row(report, "decode"),
+        *_speed_rows(report.latency),
     ]
 
 
-def _decode_only_row(accuracy: dict[str, Any]) -> list[tuple[object, ...]]:
+def _decode_only_row(accuracy: Accuracy) -> list[tuple[object, ...]]:
     """Perplexity with dense prompts; nothing where it was not measured."""
-    decoded = accuracy.get("decode_only")
-    if not decoded or decoded.get("perplexity_ratio") is None:
+    decoded = accuracy.decode_only
+    if decoded is None or decoded.perplexity_ratio is None:
         return []
     return [
         (
             "  sparse in decode only",
-            figure(_at(decoded, "dense", "perplexity")),
-            figure(_at(decoded, "sparse", "perplexity")),
-            figure(decoded["perplexity_ratio"], 3, "x"),
+            figure(decoded.dense.perplexity),
+            figure(decoded.sparse.perplexity),
+            figure(decoded.perplexity_ratio, 3, "x"),
         )
     ]
 
 
-def _task_rows(accuracy: dict[str, Any]) -> list[tuple[object, ...]]:
+def _task_rows(accuracy: Accuracy) -> list[tuple[object, ...]]:
     """Scores with their standard errors."""
     return [
         (
-            f"{name}, {entry['metric']}, {entry['n']} documents",
-            _with_error(entry["dense"], entry["dense_stderr"]),
-            _with_error(entry["sparse"], entry["sparse_stderr"]),
-            _with_error(entry["sparse"] - entry["dense"], entry["difference_stderr"]),
+            f"{name}, {task.metric}, {task.n} documents",
+            _with_error(task.dense, task.dense_stderr),
+            _with_error(task.sparse, task.sparse_stderr),
+            _with_error(task.sparse - task.dense, task.difference_stderr),
         )
-        for name, entry in (accuracy.get("tasks") or {}).items()
+        for name, task in accuracy.tasks.items()
     ]
 
 
@@ -98,25 +96,35 @@ def _with_error(value: float, stderr: float | None) -> str:
     return figure(value, 3) if stderr is None else f"{value:.3f} ± {stderr:.3f}"
 
 
-def _speed_row(report: dict[str, Any], phase: str) -> tuple[object, ...]:
+def _speed_rows(latency: Latency) -> list[tuple[object, ...]]:
     """Median milliseconds, dense and sparse, and how many times faster sparse is."""
-    count = _at(report, "latency", "dense", phase, "tokens" if phase == "prefill" else "context")
-    unit = "tokens" if phase == "prefill" else "tokens in the cache"
+    dense, sparse, speedup = latency.dense, latency.sparse, latency.speedup
+    tokens, context = dense.prefill.tokens, dense.decode.context
+    return [
+        _speed_row(
+            "prefill" if tokens is None else f"prefill, {tokens} tokens",
+            dense.prefill,
+            sparse.prefill,
+            speedup.prefill,
+        ),
+        _speed_row(
+            "decode" if context is None else f"decode, {context} tokens in the cache",
+            dense.decode,
+            sparse.decode,
+            speedup.decode,
+        ),
+    ]
+
+
+def _speed_row(
+    name: str, dense: PhaseTimes, sparse: PhaseTimes, speedup: float | None
+) -> tuple[object, ...]:
     return (
-        f"{phase}, {count} {unit}" if count is not None else phase,
-        figure(_at(report, "latency", "dense", phase, "p50_ms"), 1, " ms"),
-        figure(_at(report, "latency", "sparse", phase, "p50_ms"), 1, " ms"),
-        figure(_at(report, "latency", "speedup", phase), 2, "x the speed"),
+        name,
+        figure(dense.p50_ms, 1, " ms"),
+        figure(sparse.p50_ms, 1, " ms"),
+        figure(speedup, 2, "x the speed"),
     )
-
-
-def _at(node: Any, *path: str) -> Any:
-    """A value inside nested keys; None where any of them is missing or null."""
-    for part in path:
-        if not isinstance(node, dict):
-            return None
-        node = node.get(part)
-    return node
 
 
 def _percent(share: float | None) -> float | None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from nmexport.recipe import GatesSection
-    from nmexport.report.gates import GateResult
+    from nmexport.report.model import GateResult, Report
 
 _THRESHOLDS = {
     "max_perplexity_ratio": "Perplexity, sparse over dense, at most.",
@@ -71,7 +71,8 @@ def gate_command(
     work directory's recipe; else those that the report was made with.
     """
     from nmexport.report import gates
-    from nmexport.report.document import read_report
+    from nmexport.report.model import read_report
+    from nmexport.store.records import json_from
 
     path = _report_path(asked, report)
     document = read_report(path)
@@ -83,7 +84,7 @@ def gate_command(
         emit_json(
             {
                 "report": str(path),
-                "gates": [result.as_dict() for result in results],
+                "gates": [json_from(result) for result in results],
                 "verdict": verdict,
             }
         )
@@ -113,9 +114,7 @@ def _report_path(asked: Request, given: Path | None) -> Path:
     return root / "report.json" if root.is_dir() else root
 
 
-def _limits(
-    asked: Request, path: Path, report: Mapping[str, Any], given: Mapping[str, float]
-) -> GatesSection:
+def _limits(asked: Request, path: Path, report: Report, given: Mapping[str, float]) -> GatesSection:
     """Return the gates in force: those given as options, or the recipe's, or the report's own."""
     from nmexport.recipe import load
     from nmexport.report.gates import limits_from, limits_of_report

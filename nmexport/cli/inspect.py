@@ -45,6 +45,8 @@ def inspect_command(ctx: click.Context, *, asked: Request, path: Path | None) ->
 
 def _show_summary(out: Console, description: dict[str, Any]) -> None:
     """Print what fits a screen: the figures of a report, counts in place of long tables."""
+    from nmexport.report.model import report_from
+
     path, report = Path(description["path"]), description.get("report")
     rest = {name: value for name, value in description.items() if name not in _LONG}
     short = {name: value for name, value in rest.items() if not _is_long(value)}
@@ -52,7 +54,7 @@ def _show_summary(out: Console, description: dict[str, Any]) -> None:
     if report is None or description["kind"] != "report":
         show_value(out, {**short, **counts})
     if report is not None:
-        show_report(out, report, path if path.is_dir() else path.parent)
+        show_report(out, report_from(report), path if path.is_dir() else path.parent)
     out.print("-v shows all that is known.")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from nmexport.cli.figures import show_report
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
 
     from nmexport.inspect.estimate import Estimate
     from nmexport.pipeline import Pipeline, Selection, StageRefused, Step
+    from nmexport.report.model import Report
 
 _NOT_RUN = {"cached": "up to date", "refused": "refused"}
 
@@ -36,23 +36,22 @@ def run(ctx: click.Context, pipeline: Pipeline, selection: Selection) -> None:
         steps = pipeline.run(selection)
     except StageRefused as error:  # shown with the figures that say why
         refusal, steps = error, error.steps
-    report = _report(pipeline.work.root) if "verify" in selection.stages else None
+    document, report = _report(pipeline.work.root) if "verify" in selection.stages else (None, None)
     if wants_json(ctx):
         emit_json(
             {
                 "work": str(pipeline.work.root),
                 "up_to_date": all(step.action == "cached" for step in steps),
                 "stages": [step.as_dict() for step in steps],
-                "report": report,
+                "report": document,
             }
         )
     else:
         _show_outcome(pipeline, steps, report)
     if refusal is not None:
         raise refusal
-    if report is not None and report.get("verdict") == "fail":
-        failed = [gate["name"] for gate in report.get("gates", []) if not gate["passed"]]
-        raise GateFailed(f"failed: {', '.join(failed)}")
+    if report is not None and report.verdict == "fail":
+        raise GateFailed(f"failed: {', '.join(report.failed_gates)}")
 
 
 def _check_room(pipeline: Pipeline, selection: Selection) -> None:
@@ -109,15 +108,15 @@ def show_plan(ctx: click.Context, pipeline: Pipeline, selection: Selection) -> N
     out.print(_in_words(expected, pipeline), soft_wrap=True)
 
 
-def _report(work: Path) -> dict[str, Any] | None:
+def _report(work: Path) -> tuple[dict[str, Any] | None, Report | None]:
+    """Read the report as it is written, and as a report; None where there is none."""
+    from nmexport.report.model import read_document
+
     path = work / "report.json"
-    if not path.is_file():
-        return None
-    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return report
+    return read_document(path) if path.is_file() else (None, None)
 
 
-def _show_outcome(pipeline: Pipeline, steps: list[Step], report: dict[str, Any] | None) -> None:
+def _show_outcome(pipeline: Pipeline, steps: list[Step], report: Report | None) -> None:
     out = console()
     seconds = sum(step.seconds or 0.0 for step in steps)
     if all(step.action == "cached" for step in steps):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ArtifactError, UserError
 from nmexport.pipeline import STAGES
-from nmexport.report.document import read_report
+from nmexport.report.model import read_document
 from nmexport.store.artifact import KEY_CHARS, MANIFEST, Manifest, read_manifest
 from nmexport.store.layers import FILENAME, read_layers
 from nmexport.store.work_directory import RESOLVED, WorkDirectory
@@ -127,7 +127,7 @@ def _artifact(path: Path) -> dict[str, Any]:
 
 
 def _report(path: Path) -> dict[str, Any]:
-    return {"kind": "report", "report": read_report(path)}
+    return {"kind": "report", "report": read_document(path)[0]}
 
 
 # -- ONNX ---------------------------------------------------------------------------------------

@@ -27,7 +27,9 @@ ALLOWED = (
     "ones, such as gemma3, llava or qwen2_5_vl"
 )
 
-EXPORTED = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"})
+EXPORTED = frozenset(
+    {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo3"}
+)
 """Families that a test exports and runs (`tests/test_family_scan.py`); any other is traced on trial
 before calibration."""
 

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nmexport.store.allocation import DENSE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from nmexport.store.allocation import Allocation, Candidate, LedgerRow
 
 _LIMITS = {
     "max_perplexity_ratio": "perplexity ratio at most {:g}",
@@ -10,178 +19,232 @@ _LIMITS = {
     "min_speedup": "decode at least {:g}x as fast",
     "max_bytes": "at most {:.0%} of the weight bytes read",
 }
-_DENSE = "dense"
+_KINDS = {"front": "front", "uniform": "all alike", "chosen": "chosen"}
 
 
-def label(choice: dict[str, Any]) -> str:
-    """A choice in words: `dense`, `8:16 act`, `8:16 act, decode only`."""
-    if choice["pattern"] is None:
-        return _DENSE
-    words = f"{choice['pattern']} {choice['criterion']}"
-    return words if choice["phase"] == "all" else f"{words}, {choice['phase']} only"
+@dataclass(frozen=True, kw_only=True)
+class FrontRow:
+    """A point of the front."""
+
+    kind: str
+    name: str
+    bytes_saved: float
+    perplexity_ratio: float
+    kl: float
+    summed_kl: float
+    decode_speedup: float
+    mix: str
 
 
-def budget(allocation: dict[str, Any]) -> str:
-    """Return the budget asked for, in words."""
-    return ", ".join(_LIMITS[name].format(value) for name, value in allocation["budget"].items())
+@dataclass(frozen=True, kw_only=True)
+class SiteCost:
+    """A candidate's divergence at a site, in thousandths of a nat; None where it does not fit."""
+
+    kl: float | None = None
+    measured: bool = False
+    chosen: bool = False
 
 
-def built(allocation: dict[str, Any]) -> str | None:
-    """Return the measured result of the choice once built, in words; None if not measured."""
-    result = allocation.get("built")
-    if result is None:
+@dataclass(frozen=True, kw_only=True)
+class SiteRow:
+    """A site: its linears, its choice, each candidate's cost, and why."""
+
+    names: str
+    choice: str
+    why: str
+    kl: list[SiteCost]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearRow:
+    """A linear: its error with each candidate and with each mitigation."""
+
+    name: str
+    choice: str
+    errors: list[float | None]
+    pattern: str
+    mitigations: list[float | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadShare:
+    """Share of a site's weight rows that a decoded token reads."""
+
+    name: str
+    share: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllocationRows:
+    """Everything that the pages print."""
+
+    budget: str
+    built: str | None
+    front: list[FrontRow]
+    columns: list[str]
+    mitigations: list[str]
+    sites: list[SiteRow]
+    linears: list[LinearRow]
+
+
+def rows(allocation: Allocation | None) -> AllocationRows | None:
+    """Lay out everything that the pages print; None where there was no allocation."""
+    if allocation is None:
+        return None
+    return AllocationRows(
+        budget=budget(allocation),
+        built=remarks(allocation),
+        front=front_rows(allocation),
+        columns=columns(allocation),
+        mitigations=mitigations(allocation),
+        sites=site_rows(allocation),
+        linears=linear_rows(allocation),
+    )
+
+
+def budget(allocation: Allocation) -> str:
+    """Say what was asked for."""
+    return ", ".join(_LIMITS[name].format(value) for name, value in allocation.budget.items())
+
+
+def built(allocation: Allocation) -> str | None:
+    """Say what the choice came to once it was built; None where that was not measured."""
+    figures = allocation.built
+    if figures is None:
         return None
     words = (
-        f"As built, all constants folded: perplexity ratio {result['perplexity_ratio']:.3f} and "
-        f"mean KL {result['kl']:.3f} nats on the same text"
+        f"As built, all constants folded: perplexity ratio {figures.perplexity_ratio:.3f} and "
+        f"mean KL {figures.kl:.3f} nats on the same text"
     )
-    used = result["budget_used"]
+    used = figures.budget_used
     if used is None:
         return f"{words}."
     share = f"{words}, {used:.0%} of the budget of accuracy"
     return f"{share}." if used <= 1 else f"{share}: the budget is exceeded."
 
 
-def mix(counts: dict[str, int]) -> str:
-    """`60 dense, 150 at 8:16 act`."""
+def remarks(allocation: Allocation) -> str | None:
+    """Say what there is to say besides the figures."""
+    return " ".join(words for words in (built(allocation), allocation.remark) if words) or None
+
+
+def mix(counts: Mapping[str, int]) -> str:
+    """Write `60 dense, 150 at 8:16 act`."""
     return ", ".join(
-        f"{count} {name}" if name == _DENSE else f"{count} at {name}"
+        f"{count} {name}" if name == DENSE.label else f"{count} at {name}"
         for name, count in counts.items()
     )
 
 
-def chosen_mix(allocation: dict[str, Any]) -> str:
-    """How many linears got what."""
-    counts: dict[str, int] = {}
-    for row in sorted(allocation["ledger"], key=lambda row: -_share(row)):
-        name = label(row["choice"])
-        counts[name] = counts.get(name, 0) + 1
-    return mix(counts)
+def chosen_mix(allocation: Allocation) -> str:
+    """Count the linears by their choice, densest first."""
+    ledger = sorted(allocation.ledger, key=lambda row: -row.choice.decode_density)
+    return mix(Counter(row.choice.label for row in ledger))
 
 
-def remarks(allocation: dict[str, Any]) -> str | None:
-    """Return remarks on the figures."""
-    said = [built(allocation), allocation.get("remark")]
-    return " ".join(words for words in said if words) or None
-
-
-def rows(allocation: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Everything that the pages print; None where there was no allocation."""
-    if allocation is None:
-        return None
-    return {
-        "budget": budget(allocation),
-        "built": remarks(allocation),
-        "front": front_rows(allocation),
-        "columns": columns(allocation),
-        "mitigations": mitigations(allocation),
-        "sites": site_rows(allocation),
-        "linears": linear_rows(allocation),
-    }
-
-
-def front_rows(allocation: dict[str, Any]) -> list[dict[str, Any]]:
-    """The front and the uniform choices, in order of bytes saved; the chosen one marked."""
-    ordered = sorted(allocation["front"], key=lambda point: point["bytes_saved"])
-    names = {"front": "front", "uniform": "all alike", "chosen": "chosen"}
+def front_rows(allocation: Allocation) -> list[FrontRow]:
+    """Lay out the front and the uniform choices, by bytes saved."""
     return [
-        {**point, "name": names[point["kind"]], "mix": mix(point["linears"])} for point in ordered
+        FrontRow(
+            kind=point.kind,
+            name=_KINDS[point.kind],
+            bytes_saved=point.bytes_saved,
+            perplexity_ratio=point.perplexity_ratio,
+            kl=point.kl,
+            summed_kl=point.summed_kl,
+            decode_speedup=point.decode_speedup,
+            mix=mix(point.linears),
+        )
+        for point in sorted(allocation.front, key=lambda point: point.bytes_saved)
     ]
 
 
-def columns(allocation: dict[str, Any]) -> list[str]:
-    """Labels of all sparse candidates of any linear, densest first."""
+def columns(allocation: Allocation) -> list[str]:
+    """List the labels of all sparse candidates of any linear, densest first."""
     saved: dict[str, float] = {}
-    for row in allocation["ledger"]:
-        for candidate in row["candidates"]:
-            saved.setdefault(label(candidate["choice"]), candidate["bytes_saved"])
-    saved.pop(_DENSE, None)
+    for row in allocation.ledger:
+        for candidate in row.candidates:
+            saved.setdefault(candidate.choice.label, candidate.bytes_saved)
+    saved.pop(DENSE.label, None)
     return sorted(saved, key=lambda name: saved[name])
 
 
-def mitigations(allocation: dict[str, Any]) -> list[str]:
-    """Names of the mitigations whose errors the ledger holds."""
-    return list(
-        dict.fromkeys(name for row in allocation["ledger"] for name in row["mitigation_errors"])
-    )
+def mitigations(allocation: Allocation) -> list[str]:
+    """List the mitigations whose errors the ledger holds."""
+    return list(dict.fromkeys(name for row in allocation.ledger for name in row.mitigation_errors))
 
 
-def site_rows(allocation: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row for each site: its linears, choice, the divergence of each candidate, and why."""
-    wanted = columns(allocation)
-    rows, seen = [], set()
-    for row in allocation["ledger"]:
-        site = tuple(row["site"])
-        if site in seen:
-            continue
-        seen.add(site)
-        by_label = {label(candidate["choice"]): candidate for candidate in row["candidates"]}
-        rows.append(
-            {
-                "names": _join(site),
-                "choice": label(row["choice"]),
-                "why": row["why"],
-                "kl": [_candidate(by_label.get(name), row) for name in wanted],
-            }
+def site_rows(allocation: Allocation) -> list[SiteRow]:
+    """Lay out one row for each site."""
+    labels = columns(allocation)
+    by_label = {
+        site: {candidate.choice.label: candidate for candidate in row.candidates}
+        for site, row in _sites(allocation).items()
+    }
+    return [
+        SiteRow(
+            names=_joined(site),
+            choice=row.choice.label,
+            why=row.why,
+            kl=[_site_cost(by_label[site].get(label), row) for label in labels],
         )
-    return rows
+        for site, row in _sites(allocation).items()
+    ]
 
 
-def linear_rows(allocation: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row for each linear: its error with each candidate and with each mitigation."""
-    wanted, mended = columns(allocation), mitigations(allocation)
+def linear_rows(allocation: Allocation) -> list[LinearRow]:
+    """Lay out one row for each linear."""
+    labels, names = columns(allocation), mitigations(allocation)
     rows = []
-    for row in allocation["ledger"]:
-        by_label = {
-            label(candidate["choice"]): candidate["relative_error"]
-            for candidate in row["candidates"]
-        }
+    for row in allocation.ledger:
+        errors = {candidate.choice.label: candidate.relative_error for candidate in row.candidates}
         rows.append(
-            {
-                "name": row["name"],
-                "choice": label(row["choice"]),
-                "errors": [by_label.get(name) for name in wanted],
-                "pattern": row["mitigation_pattern"],
-                "mitigations": [row["mitigation_errors"].get(name) for name in mended],
-            }
+            LinearRow(
+                name=row.name,
+                choice=row.choice.label,
+                errors=[errors.get(label) for label in labels],
+                pattern=str(row.mitigation_pattern),
+                mitigations=[row.mitigation_errors.get(name) for name in names],
+            )
         )
     return rows
 
 
-def read_shares(allocation: dict[str, Any]) -> list[dict[str, Any]]:
-    """Share of weight rows that a decoded token reads, by site: for a plot."""
-    sites = {tuple(row["site"]): row for row in allocation["ledger"]}
-    return [{"name": _label_site(site), "share": _share(row)} for site, row in sites.items()]
+def read_shares(allocation: Allocation) -> list[ReadShare]:
+    """List the share of weight rows that a decoded token reads, by site: for a plot."""
+    return [
+        ReadShare(name=_plotted(site), share=row.choice.decode_density)
+        for site, row in _sites(allocation).items()
+    ]
 
 
-def _label_site(site: tuple[str, ...]) -> str:
-    """`model.layers.0.mlp.gate+up`: what a plot tells layer and kind from."""
+def _sites(allocation: Allocation) -> dict[tuple[str, ...], LedgerRow]:
+    """Return the first row of each site."""
+    sites: dict[tuple[str, ...], LedgerRow] = {}
+    for row in allocation.ledger:
+        sites.setdefault(row.site, row)
+    return sites
+
+
+def _plotted(site: tuple[str, ...]) -> str:
+    """Write `model.layers.0.mlp.gate+up`, from which a plot reads layer and kind."""
     parent = site[0].rpartition(".")[0]
     kinds = [name.rpartition(".")[2].removesuffix("_proj") for name in site]
     return f"{parent}.{'+'.join(kinds)}"
 
 
-def _share(row: dict[str, Any]) -> float:
-    """Return the share of its weight rows that a decoded token reads."""
-    choice = row["choice"]
-    if choice["pattern"] is None or choice["phase"] == "prefill":
-        return 1.0
-    kept, _, group = choice["pattern"].partition(":")
-    return int(kept) / int(group)
-
-
-def _candidate(candidate: dict[str, Any] | None, row: dict[str, Any]) -> dict[str, Any]:
+def _site_cost(candidate: Candidate | None, row: LedgerRow) -> SiteCost:
     if candidate is None:
-        return {"kl": None, "measured": False, "chosen": False}
-    return {
-        "kl": 1000 * candidate["kl"],
-        "measured": candidate["kl_stderr"] is not None,
-        "chosen": label(candidate["choice"]) == label(row["choice"]),
-    }
+        return SiteCost()
+    return SiteCost(
+        kl=1000 * candidate.kl,
+        measured=candidate.kl_stderr is not None,
+        chosen=candidate.choice == row.choice,
+    )
 
 
-def _join(names: tuple[str, ...]) -> str:
-    """`model.layers.0.self_attn.{q_proj, k_proj, v_proj}`, or the names as they are."""
+def _joined(names: tuple[str, ...]) -> str:
+    """Write `model.layers.0.self_attn.{q_proj, k_proj, v_proj}`, or the names as they are."""
     parents = {name.rpartition(".")[0] for name in names}
     if len(names) == 1 or len(parents) > 1:
         return ", ".join(names)

@@ -1,72 +1,53 @@
-"""`report.json`: every figure of a verification, in one document of a fixed shape."""
+"""Put the sections of a verification together, and judge them by the recipe's gates."""
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from nmexport.errors import ArtifactError
-from nmexport.report import learning
 from nmexport.report.gates import evaluate, verdict
-from nmexport.store.artifact import plain
+from nmexport.report.model import (
+    MIXED,
+    Calibration,
+    ModelFacts,
+    Report,
+    Weights,
+    json_of,
+    report_from,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
+    from collections.abc import Sequence
 
     from nmexport.environment import Environment
     from nmexport.models.source import ModelSource
     from nmexport.recipe import Recipe
+    from nmexport.report.model import (
+        Accuracy,
+        EngineFacts,
+        Latency,
+        Memory,
+        Parity,
+        Sparsity,
+    )
+    from nmexport.store.allocation import Allocation
     from nmexport.store.layers import ModelPhases
 
-SCHEMA = 1
-_SECTIONS = ("model", "sparsity", "accuracy", "parity", "latency", "memory", "recipe")
-MIXED = "mixed patterns"
-"""`pattern` of a report whose linears have patterns of their own: see its `allocation`."""
 
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a verification measured, and what stages before it noted down."""
 
-def read_report(path: Path) -> dict[str, Any]:
-    """Read `report.json`.
-
-    Raises:
-        ArtifactError: if there is none, or it is no report of this schema.
-    """
-    fix = "make one with `nmexport build` or `nmexport verify`"
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ArtifactError(
-            f"The report {path} cannot be read: {error.strerror}.", fix=fix
-        ) from error
-    except ValueError as error:
-        raise ArtifactError(f"{path} is no report: it is not JSON ({error}).", fix=fix) from error
-    if not isinstance(report, dict) or not {"schema", "verdict"} <= report.keys():
-        raise ArtifactError(
-            f"{path} is no report: it is other JSON.", allowed="a report.json of nmexport", fix=fix
-        )
-    wrong = [name for name in _SECTIONS if not isinstance(report.get(name) or {}, dict)]
-    if wrong or not _are_gates(report.get("gates") or []):
-        raise ArtifactError(
-            f"{path} is no report that can be read: {(*wrong, 'gates')[0]} is not what it should "
-            "be.",
-            fix=fix,
-        )
-    if report["schema"] != SCHEMA:
-        raise ArtifactError(
-            f"{path} has schema {report['schema']}.", allowed=f"schema {SCHEMA}", fix=fix
-        )
-    return report
-
-
-def _are_gates(rows: object) -> bool:
-    keys = {"name", "limit", "value", "passed"}
-    return isinstance(rows, list) and all(
-        isinstance(row, dict) and keys <= row.keys() and _is_number(row["limit"]) for row in rows
-    )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    sparsity: Sparsity
+    accuracy: Accuracy
+    parity: Parity
+    latency: Latency
+    memory: Memory
+    engine: EngineFacts | None = None
+    """None where ONNX Runtime runs the model."""
+    allocation: Allocation | None = None
+    """None where all linears are alike."""
+    calibration: Calibration = field(default_factory=Calibration)
 
 
 def assemble(
@@ -76,63 +57,41 @@ def assemble(
     parameters: int,
     target: str,
     environment: Environment,
-    sparsity: Mapping[str, Any],
-    accuracy: Mapping[str, Any],
-    parity: Mapping[str, Any],
-    latency: Mapping[str, Any],
-    memory: Mapping[str, Any],
-    notes: list[str],
-    engine: Mapping[str, Any] | None = None,
-    allocation: Mapping[str, Any] | None = None,
-    calibration: Mapping[str, Any] | None = None,
+    measured: Measured,
+    notes: Sequence[str],
     phases: ModelPhases | None = None,
-) -> dict[str, Any]:
-    """Put the sections in their order, with no gate judged yet (see `judge`).
+) -> Report:
+    """Make a report, with no gate judged yet (see `judge`).
 
     Args:
         recipe: What was built.
         source: The model that was found.
-        parameters: Of the dense model.
+        parameters: Number of the dense model's parameters.
         target: The runtime that was measured.
         environment: The machine it was measured on.
-        sparsity: See `audit.sparsity`.
-        accuracy: See `accuracy.compare`, with `dataset`.
-        parity: See `parity.compare`.
-        latency: See `latency.compare`.
-        memory: `peak_rss_bytes`, `device_bytes`, `artifact_bytes`.
+        measured: The figures.
         notes: What a reader must know beside the figures.
-        engine: See `engine_words.section`; None where ONNX Runtime runs the model.
-        allocation: See `nmexport.store.allocation.as_dict`; None where all linears are alike.
-        calibration: See `learning.section`.
         phases: When the model is sparse; None is as the recipe says.
     """
-    report: dict[str, Any] = {
-        "schema": SCHEMA,
-        "model": {"id": source.id, "revision": source.revision, "parameters": parameters},
-        "pattern": str(recipe.sparsity.pattern) if allocation is None else MIXED,
-        "criterion": recipe.sparsity.criterion,
-        "mitigations": list(recipe.sparsity.mitigations),
-        "grouping": recipe.sparsity.grouping,
-        "phases": phases or recipe.sparsity.phases,
-        "weights": {"dense": recipe.model.dtype, "sparse": sparse_weights(recipe)},
-        "target": target,
-        "verdict": "none",
-        "gates": [],
-        "sparsity": sparsity,
-        "allocation": allocation,
-        "calibration": calibration or learning.section(None, []),
-        "accuracy": accuracy,
-        "parity": parity,
-        "latency": latency,
-        "memory": memory,
-        "engine": engine,
-        "notes": notes,
-        "environment": environment.as_dict(),
-        "recipe": recipe.model_dump(mode="json", by_alias=True),
-        "command": "nmexport build --recipe resolved.yaml --work DIR",
-    }
-    finite: dict[str, Any] = plain(report)
-    return finite
+    sparsity = recipe.sparsity
+    report = Report(
+        model=ModelFacts(id=source.id, revision=source.revision, parameters=parameters),
+        pattern=str(sparsity.pattern) if measured.allocation is None else MIXED,
+        criterion=sparsity.criterion,
+        mitigations=tuple(sparsity.mitigations),
+        grouping=sparsity.grouping,
+        phases=phases or sparsity.phases,
+        weights=Weights(dense=recipe.model.dtype, sparse=sparse_weights(recipe)),
+        target=target,
+        verdict="none",
+        **vars(measured),
+        notes=tuple(notes),
+        environment=environment,
+        recipe=recipe.model_dump(mode="json", by_alias=True),
+        command="nmexport build --recipe resolved.yaml --work DIR",
+    )
+    # As a reader of the file will have it: NumPy's scalars are numbers, NaN is None.
+    return report_from(json_of(report))
 
 
 def sparse_weights(recipe: Recipe) -> str:
@@ -142,7 +101,7 @@ def sparse_weights(recipe: Recipe) -> str:
 
 
 def weights_note(recipe: Recipe) -> str | None:
-    """Return a note where the two models store their weights in different ways."""
+    """What a reader must know where the two models' weights are stored in two ways."""
     if recipe.model.weights == "float":
         return None
     return (
@@ -152,8 +111,7 @@ def weights_note(recipe: Recipe) -> str | None:
     )
 
 
-def judge(report: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """The report with the recipe's gates applied and the verdict they yield."""
+def judge(report: Report, recipe: Recipe) -> Report:
+    """Apply the recipe's gates to a report."""
     results = evaluate(report, recipe.gates)
-    gates = [plain(gate.as_dict()) for gate in results]
-    return {**report, "gates": gates, "verdict": verdict(results)}
+    return replace(report, gates=tuple(results), verdict=verdict(results))

@@ -4,56 +4,79 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree as ET
 
 from nmexport.errors import ArtifactError, RecipeError
-from nmexport.recipe import GatesSection
+from nmexport.report.model import GateResult
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from nmexport.recipe import GatesSection
+    from nmexport.report.model import Accuracy, Report, Speedup, Verdict
 
-Verdict = Literal["pass", "fail", "none"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class GateResult:
-    """One threshold and what it met."""
-
-    name: str
-    limit: float
-    value: float | None
-    """The report's figure; None where it was not measured, which fails the gate."""
-    passed: bool
-    why: str | None = None
-    """Why it failed, in words."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return dict(vars(self))
+    _Figure = tuple[float | None, str | None]
 
 
 @dataclass(frozen=True)
 class _Gate:
-    """Place of a gate's figure in the report, and the side of the limit it must be on."""
+    """The figure that a gate looks at, and on which side of the limit it must be."""
 
-    path: tuple[str, ...]
+    figure: str
+    """Its name in the report."""
+    read: Callable[[Report], _Figure]
+    """The figure, and why there is none."""
     holds: Callable[[float, float], bool]
     relation: str
 
 
+def _accuracy(read: Callable[[Accuracy], float | None]) -> Callable[[Report], _Figure]:
+    return lambda report: (read(report.accuracy), report.accuracy.why)
+
+
+def _speedup(read: Callable[[Speedup], float | None]) -> Callable[[Report], _Figure]:
+    return lambda report: (
+        read(report.latency.speedup),
+        report.latency.speedup.why or report.latency.why,
+    )
+
+
 _GATES: Mapping[str, _Gate] = {
-    "max_perplexity_ratio": _Gate(("accuracy", "perplexity_ratio"), operator.le, "at most"),
-    "max_kl_mean": _Gate(("accuracy", "kl_mean"), operator.le, "at most"),
-    "min_top1_agreement": _Gate(("accuracy", "top1_agreement"), operator.ge, "at least"),
-    "min_decode_speedup": _Gate(("latency", "speedup", "decode"), operator.ge, "at least"),
-    "min_prefill_speedup": _Gate(("latency", "speedup", "prefill"), operator.ge, "at least"),
-    "max_peak_rss_bytes": _Gate(("memory", "peak_rss_bytes"), operator.le, "at most"),
+    "max_perplexity_ratio": _Gate(
+        "accuracy.perplexity_ratio",
+        _accuracy(lambda accuracy: accuracy.perplexity_ratio),
+        operator.le,
+        "at most",
+    ),
+    "max_kl_mean": _Gate(
+        "accuracy.kl_mean", _accuracy(lambda accuracy: accuracy.kl_mean), operator.le, "at most"
+    ),
+    "min_top1_agreement": _Gate(
+        "accuracy.top1_agreement",
+        _accuracy(lambda accuracy: accuracy.top1_agreement),
+        operator.ge,
+        "at least",
+    ),
+    "min_decode_speedup": _Gate(
+        "latency.speedup.decode", _speedup(lambda speedup: speedup.decode), operator.ge, "at least"
+    ),
+    "min_prefill_speedup": _Gate(
+        "latency.speedup.prefill",
+        _speedup(lambda speedup: speedup.prefill),
+        operator.ge,
+        "at least",
+    ),
+    "max_peak_rss_bytes": _Gate(
+        "memory.peak_rss_bytes",
+        lambda report: (report.memory.peak_rss_bytes, report.memory.why),
+        operator.le,
+        "at most",
+    ),
 }
 
 
-def evaluate(report: Mapping[str, Any], gates: GatesSection) -> list[GateResult]:
+def evaluate(report: Report, gates: GatesSection) -> list[GateResult]:
     """Hold every gate that is set against the report.
 
     A figure that was not measured fails its gate: silence is not a pass.
@@ -74,6 +97,8 @@ def limits_from(limits: Mapping[str, float]) -> GatesSection:
     """
     from pydantic import ValidationError
 
+    from nmexport.recipe import GatesSection
+
     try:
         return GatesSection.model_validate(dict(limits))
     except ValidationError as error:
@@ -82,18 +107,14 @@ def limits_from(limits: Mapping[str, float]) -> GatesSection:
         raise RecipeError(f"--{name} cannot be {first['input']}.", allowed=first["msg"]) from None
 
 
-def limits_of_report(report: Mapping[str, Any]) -> GatesSection:
+def limits_of_report(report: Report) -> GatesSection:
     """The gates that a report was made with.
 
     Raises:
         ArtifactError: if the report says that a gate failed, and not which.
     """
-    rows = report.get("gates") or []
-    try:
-        limits = {row["name"]: row["limit"] for row in rows}
-    except (KeyError, TypeError) as error:
-        raise ArtifactError(f"The report's gates cannot be read: {error!r}.") from error
-    if not limits and report.get("verdict") == "fail":
+    limits = {gate.name: gate.limit for gate in report.gates}
+    if not limits and report.verdict == "fail":
         raise ArtifactError(
             "The report's verdict is fail, and it does not say which gate failed.",
             fix="make it again with `nmexport verify`, or give thresholds",
@@ -139,31 +160,17 @@ def markdown(results: Sequence[GateResult]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _result(name: str, gate: _Gate, limit: float, report: Mapping[str, Any]) -> GateResult:
-    value, absence = _figure(report, gate.path)
+def _result(name: str, gate: _Gate, limit: float, report: Report) -> GateResult:
+    value, absence = gate.read(report)
     if value is None:
-        return GateResult(name=name, limit=limit, value=None, passed=False, why=absence)
+        reason = f" ({absence})" if absence else ""
+        why = f"{gate.figure} was not measured{reason}"
+        return GateResult(name=name, limit=limit, value=None, passed=False, why=why)
     passed = bool(gate.holds(value, limit))
-    where = ".".join(gate.path)
-    why = None if passed else f"{where} is {value:g}, {gate.relation} {limit:g} is asked for"
-    return GateResult(name=name, limit=limit, value=value, passed=passed, why=why)
-
-
-def _figure(report: Mapping[str, Any], path: Sequence[str]) -> tuple[float | None, str]:
-    """A figure of the report, or None and why there is none."""
-    node: Any = report
-    why = None
-    for part in path:
-        if not isinstance(node, dict) or node.get(part) is None:
-            reason = f" ({why})" if why else ""
-            return None, f"{'.'.join(path)} was not measured{reason}"
-        why = node.get("why") or why
-        node = node[part]
-        if isinstance(node, dict):
-            why = node.get("why") or why
-    if isinstance(node, bool) or not isinstance(node, int | float):
-        return None, f"{'.'.join(path)} is not a number: {node!r}"
-    return float(node), ""
+    fault = f"{gate.figure} is {value:g}, {gate.relation} {limit:g} is asked for"
+    return GateResult(
+        name=name, limit=limit, value=float(value), passed=passed, why=None if passed else fault
+    )
 
 
 def _number(value: float | None) -> str:

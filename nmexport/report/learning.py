@@ -5,87 +5,89 @@ from __future__ import annotations
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from nmexport.report.plots import DENSE, SPARSE, _by_layer, svg_from
+from nmexport.report.model import Calibration, GroupingGain, LearnedConstants
+from nmexport.report.plots import DENSE, SPARSE, plot_by_layer, svg_from
+from nmexport.store.records import record_from
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from matplotlib.axes import Axes
 
+    from nmexport.store.layers import LayerSpec
+
 _SMOOTH = 20  # steps: a batch is few chunks, and its loss jumps
 
 
-def section(
-    learning: Mapping[str, Any] | None, layers: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """The report's `calibration`.
+def section(learning: Mapping[str, Any] | None, layers: Sequence[LayerSpec]) -> Calibration:
+    """Describe a calibration.
 
     Args:
-        learning: Settings and loss curve of the learned constants; None without any.
-        layers: The sparsified linears, `name` and `gap_closed` each.
-
-    Returns:
-        `learning`, and `grouping`: `[{name, gap_closed}]` of the linears whose channel order was
-        calibrated.
+        learning: Settings and loss curve of the learned constants, as `fold` wrote them; None
+            without any.
+        layers: The sparsified linears.
     """
-    grouping = [
-        {"name": layer["name"], "gap_closed": layer["gap_closed"]}
-        for layer in layers
-        if layer["gap_closed"] is not None
-    ]
-    return {"learning": None if learning is None else dict(learning), "grouping": grouping}
+    return Calibration(
+        learning=None
+        if learning is None
+        else record_from(LearnedConstants, learning, lenient=True),
+        grouping=tuple(
+            GroupingGain(name=layer.name, gap_closed=layer.gap_closed)
+            for layer in layers
+            if layer.gap_closed is not None
+        ),
+    )
 
 
-def words(calibration: Mapping[str, Any]) -> dict[str, str | None]:
-    """Each part in a sentence; None where there is nothing to say."""
+def words(calibration: Calibration) -> dict[str, str | None]:
+    """Say each part in a sentence; None where there is nothing to say."""
     return {
-        "learning": _learning_words(calibration["learning"]),
-        "grouping": _grouping_words(calibration["grouping"]),
+        "learning": _learning_words(calibration.learning),
+        "grouping": _grouping_words(calibration.grouping),
     }
 
 
-def plots(calibration: Mapping[str, Any]) -> dict[str, str]:
-    """`loss` and `grouping`, where there is something to draw."""
+def plots(calibration: Calibration) -> dict[str, str]:
+    """Draw `loss` and `grouping`, where there is something to draw."""
     drawn = {}
-    if calibration["learning"] is not None:
-        drawn["loss"] = _loss_svg(calibration["learning"])
-    if calibration["grouping"]:
-        drawn["grouping"] = _grouping_svg(calibration["grouping"])
+    if calibration.learning is not None:
+        drawn["loss"] = _loss_svg(calibration.learning)
+    if calibration.grouping:
+        drawn["grouping"] = _grouping_svg(calibration.grouping)
     return drawn
 
 
-def _learning_words(learning: Mapping[str, Any] | None) -> str | None:
+def _learning_words(learning: LearnedConstants | None) -> str | None:
     if learning is None:
         return None
-    settings, curve = learning["settings"], learning["curve"]
-    said = (
-        f"Constants learned in {len(curve['learned'])} steps of {settings['batch']} x "
-        f"{settings['length']} tokens"
+    settings, curve = learning.settings, learning.curve
+    steps = (
+        f"Constants learned in {len(curve.learned)} steps of {settings.batch} x "
+        f"{settings.length} tokens"
     )
-    if not curve["held_out"]:
-        return f"{said}."
-    (_, first), *_, (_, last) = curve["held_out"]
+    if not curve.held_out:
+        return f"{steps}."
+    (_, first), (_, last) = curve.held_out[0], curve.held_out[-1]
     return (
-        f"{said}: on held-out calibration text the divergence fell from {first:.3f} to {last:.3f}."
+        f"{steps}: on held-out calibration text the divergence fell from {first:.3f} to {last:.3f}."
     )
 
 
-def _grouping_words(grouping: Sequence[Mapping[str, Any]]) -> str | None:
+def _grouping_words(grouping: Sequence[GroupingGain]) -> str | None:
     if not grouping:
         return None
-    closed = [row["gap_closed"] for row in grouping]
-    worst = min(grouping, key=lambda row: row["gap_closed"])
+    worst = min(grouping, key=lambda gain: gain.gap_closed)
     return (
-        f"Channel orders close {median(closed):.0%} (median; least {worst['gap_closed']:.0%}, "
-        f"{worst['name']}) of the distance from consecutive groups to selecting as many channels "
-        "without groups."
+        f"Channel orders close {median(gain.gap_closed for gain in grouping):.0%} (median; least "
+        f"{worst.gap_closed:.0%}, {worst.name}) of the distance from consecutive groups to "
+        "selecting as many channels without groups."
     )
 
 
-def _loss_svg(learning: Mapping[str, Any]) -> str:
-    curve = learning["curve"]
-    learned = curve["learned"]
-    disturbed = learning["settings"].get("disturbance", 0.0) > 0.0
+def _loss_svg(learning: LearnedConstants) -> str:
+    curve = learning.curve
+    learned = curve.learned
+    disturbed = learning.settings.disturbance > 0.0
     window = max(1, min(_SMOOTH, len(learned) // 5))
     smooth = [
         sum(learned[max(0, end - window) : end]) / (end - max(0, end - window))
@@ -95,8 +97,8 @@ def _loss_svg(learning: Mapping[str, Any]) -> str:
     def draw(axes: Axes) -> None:
         said = "learned from, scores disturbed" if disturbed else "learned from"
         axes.plot(range(1, len(smooth) + 1), smooth, color=DENSE, linewidth=1.2, label=said)
-        if curve["held_out"]:
-            steps, losses = zip(*curve["held_out"], strict=True)
+        if curve.held_out:
+            steps, losses = zip(*curve.held_out, strict=True)
             axes.plot(steps, losses, "o-", color=SPARSE, markersize=4, label="held out")
         axes.set_ylim(bottom=0)
         axes.set_xlabel("step")
@@ -106,9 +108,9 @@ def _loss_svg(learning: Mapping[str, Any]) -> str:
     return svg_from(draw, title="Loss of the learned constants by step")
 
 
-def _grouping_svg(grouping: Sequence[dict[str, Any]]) -> str:
+def _grouping_svg(grouping: Sequence[GroupingGain]) -> str:
     def draw(axes: Axes) -> None:
-        _by_layer(axes, grouping, lambda row: 100 * row["gap_closed"])
+        plot_by_layer(axes, grouping, lambda gain: 100 * gain.gap_closed)
         axes.axhline(0, color=DENSE, linewidth=0.8)
         axes.set_ylabel("distance to unstructured closed, %")
 

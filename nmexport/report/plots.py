@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import io
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from matplotlib.axes import Axes
+
+    from nmexport.report.allocation_rows import ReadShare
+    from nmexport.report.model import Latency, LayerSparsity, PhaseName
+    from nmexport.store.allocation import FrontPoint
+
+    class Named(Protocol):
+        """A figure of one linear."""
+
+        @property
+        def name(self) -> str:
+            """Dotted name of the linear."""
+
+    Row = TypeVar("Row", bound=Named)
 
 # Okabe and Ito's colours: told apart by every kind of colour vision, and by lightness in print.
 DENSE = "#5b6470"
@@ -73,13 +86,13 @@ def svg_from(
     return svg.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
 
 
-def _by_layer(
-    axes: Axes, layers: Sequence[dict[str, Any]], figure_of: Callable[[dict[str, Any]], Any]
+def plot_by_layer(
+    axes: Axes, layers: Sequence[Row], figure_of: Callable[[Row], float | None]
 ) -> None:
     """One line of points for each kind of linear over the decoder's layers."""
     kinds: dict[str, list[tuple[int, float]]] = {}
     for index, layer in enumerate(layers):
-        place, kind = layer_place(layer["name"], index)
+        place, kind = layer_place(layer.name, index)
         points = kinds.setdefault(kind, [])  # also where unmeasured: one colour in every plot
         value = figure_of(layer)
         if value is not None:
@@ -100,22 +113,26 @@ def _by_layer(
         axes.figure.legend(loc="outside upper left", ncols=4, handlelength=1.4, columnspacing=1.2)
 
 
-def layer_error_svg(layers: Sequence[dict[str, Any]]) -> str:
+def layer_error_svg(layers: Sequence[LayerSparsity]) -> str:
     """Relative error of each sparsified linear's output inside the running sparse model."""
 
     def draw(axes: Axes) -> None:
-        _by_layer(axes, layers, lambda layer: layer["relative_error"])
+        plot_by_layer(axes, layers, lambda layer: layer.relative_error)
         axes.set_ylabel("relative output error")
         axes.set_ylim(bottom=0)
 
     return svg_from(draw, title="Relative output error of each sparsified linear, by decoder layer")
 
 
-def layer_sparsity_svg(layers: Sequence[dict[str, Any]]) -> str:
+def _in_percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def layer_sparsity_svg(layers: Sequence[LayerSparsity]) -> str:
     """Share of zeros that met each sparsified weight."""
 
     def draw(axes: Axes) -> None:
-        _by_layer(axes, layers, lambda layer: 100 * layer["achieved"] if layer["total"] else None)
+        plot_by_layer(axes, layers, lambda layer: _in_percent(layer.achieved))
         axes.set_ylabel("zeros that met the weight, %")
         low, high = axes.get_ylim()
         if high - low < 1:  # every layer exactly at the pattern: show that, not rounding
@@ -124,18 +141,19 @@ def layer_sparsity_svg(layers: Sequence[dict[str, Any]]) -> str:
     return svg_from(draw, title="Achieved sparsity of each sparsified linear, by decoder layer")
 
 
-def latency_svg(latency: dict[str, Any], phase: str) -> str:
+def latency_svg(latency: Latency, phase: PhaseName) -> str:
     """Cumulative distribution of a phase's runs, dense and sparse, with the medians marked."""
 
     def draw(axes: Axes) -> None:
-        for side, colour, dash in (("dense", DENSE, "--"), ("sparse", SPARSE, "-")):
-            figures = latency[side][phase]
-            samples = sorted(figures["samples_ms"])
-            if not samples:
+        sides = (("dense", latency.dense, DENSE, "--"), ("sparse", latency.sparse, SPARSE, "-"))
+        for side, times, colour, dash in sides:
+            figures = times.prefill if phase == "prefill" else times.decode
+            samples = sorted(figures.samples_ms)
+            if figures.p50_ms is None or not samples:
                 continue
-            label = f"{side}, median {figures['p50_ms']:.3g} ms"
+            label = f"{side}, median {figures.p50_ms:.3g} ms"
             axes.ecdf(samples, color=colour, linestyle=dash, linewidth=1.8, label=label)
-            axes.plot([figures["p50_ms"]], [0.5], "o", color=colour, markersize=5)
+            axes.plot([figures.p50_ms], [0.5], "o", color=colour, markersize=5)
         axes.set_xlabel(f"{phase}, milliseconds")
         axes.set_ylabel("share of runs within")
         axes.set_ylim(0, 1.02)
@@ -144,7 +162,7 @@ def latency_svg(latency: dict[str, Any], phase: str) -> str:
     return svg_from(draw, title=f"Distribution of {phase} latency, dense against sparse")
 
 
-def front_svg(points: Sequence[dict[str, Any]]) -> str:
+def front_svg(points: Sequence[FrontPoint]) -> str:
     """Perplexity ratio against weight bytes saved: the front, uniform choices, the chosen one."""
     from matplotlib.ticker import MaxNLocator, NullLocator
 
@@ -156,9 +174,9 @@ def front_svg(points: Sequence[dict[str, Any]]) -> str:
         }
         for kind, (words, colour, marker, line) in kinds.items():
             mine = sorted(
-                (100 * point["bytes_saved"], point["perplexity_ratio"])
+                (100 * point.bytes_saved, point.perplexity_ratio)
                 for point in points
-                if point["kind"] == kind
+                if point.kind == kind
             )
             axes.plot(
                 [saved for saved, _ in mine],
@@ -180,11 +198,11 @@ def front_svg(points: Sequence[dict[str, Any]]) -> str:
     return svg_from(draw, title="Pareto front: perplexity ratio against weight bytes saved")
 
 
-def read_share_svg(shares: Sequence[dict[str, Any]]) -> str:
+def read_share_svg(shares: Sequence[ReadShare]) -> str:
     """Share of each site's weight rows that a decoded token reads."""
 
     def draw(axes: Axes) -> None:
-        _by_layer(axes, shares, lambda row: 100 * row["share"])
+        plot_by_layer(axes, shares, lambda row: 100 * row.share)
         axes.set_ylabel("weight rows read, %")
         axes.set_ylim(0, 104)
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from nmexport.errors import ArtifactError, EnvironmentFault
-from nmexport.runtimes.tensorrt.library import gpu_is_usable
+from nmexport.runtimes.tensorrt import library as tensorrt_library
 from nmexport.serving.repository import PLUGINS, REPOSITORY, VERSION
 from nmexport.serving.server_output import ServerOutput
 from nmexport.serving.stopping import DRAIN_VARIABLE, UNLOAD_SECONDS
@@ -205,7 +205,7 @@ def why_no_plans(installation: Installation) -> str | None:
     root = installation.server.resolve().parent.parent
     if not (root / "backends" / "tensorrt").is_dir():
         return "this tritonserver has no TensorRT backend"
-    return None if gpu_is_usable() else "no NVIDIA GPU with its driver is here"
+    return None if tensorrt_library.gpu_is_usable() else "no NVIDIA GPU with its driver is here"
 
 
 def backend_folder(installation: Installation, scratch: Path) -> Path | None:

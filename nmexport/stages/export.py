@@ -13,7 +13,9 @@ from nmexport.graph.versions import IR_VERSION, OPSET
 from nmexport.models.genai_config import genai_config
 from nmexport.models.tokenizer_files import write_tokenizer
 from nmexport.progress import busy
+from nmexport.report.model import DenseParity
 from nmexport.stages import fold
+from nmexport.store.records import json_from, record_from
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -55,7 +57,7 @@ class Artifact:
         return self._existing(self.path / DENSE / MODEL)
 
     @property
-    def dense_check(self) -> dict[str, Any]:
+    def dense_check(self) -> DenseParity:
         """How far the dense file is from torch; see `verification.dense_check`.
 
         Raises:
@@ -63,12 +65,12 @@ class Artifact:
         """
         path = self.path / DENSE_CHECK
         if not path.is_file():
-            return unchecked("this export was made without the check")
+            return DenseParity(why="this export was made without the check")
         try:
-            document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            document = json.loads(path.read_text(encoding="utf-8"))
+            return record_from(DenseParity, document, lenient=True)
         except (OSError, ValueError) as error:
             raise ArtifactError(f"{path} cannot be read: {error}", fix="export again") from error
-        return document
 
     def _existing(self, path: Path) -> Path:
         for file in (path, path.with_name(f"{path.name}.data")):
@@ -125,7 +127,8 @@ def run(inputs: StageInputs) -> dict[str, Any]:
             dense_baseline=checked,
         )
     with busy(inputs.progress, "export: hold the dense model against torch"):
-        metrics["dense_check"] = _check_dense(inputs, model) if checked else unchecked(_NO_ROOM)
+        dense_check = _check_dense(inputs, model) if checked else DenseParity(why=_NO_ROOM)
+    metrics["dense_check"] = json_from(dense_check)
     if checked and not section.dense_baseline:
         shutil.rmtree(inputs.output / DENSE)
     text = json.dumps(metrics["dense_check"], indent=1) + "\n"
@@ -164,7 +167,7 @@ def _has_room(inputs: StageInputs, model: PreTrainedModel, copies: int) -> bool:
     return _bytes_written(model, copies) <= shutil.disk_usage(inputs.output).free
 
 
-def _check_dense(inputs: StageInputs, model: PreTrainedModel) -> dict[str, Any]:
+def _check_dense(inputs: StageInputs, model: PreTrainedModel) -> DenseParity:
     """Hold the dense file against torch.
 
     Raises:
@@ -189,12 +192,7 @@ def _check_dense(inputs: StageInputs, model: PreTrainedModel) -> dict[str, Any]:
         f"export: dense ONNX agrees with torch to {result.error:.1e} "
         f"(rounding in {section.dtype} explains {result.tolerance:g})"
     )
-    return result.as_dict()
-
-
-def unchecked(why: str) -> dict[str, Any]:
-    """Return the record of an export that was not compared with torch."""
-    return {"error": None, "why": why}
+    return result
 
 
 def write_models(

@@ -23,6 +23,7 @@ from nmexport.store.artifact import read_manifest
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from nmexport.report.model import Report
     from nmexport.runtimes.engine import TensorRTEngine
     from nmexport.serving.bundle import Bundle
     from nmexport.serving.repository import TextModel
@@ -81,7 +82,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
 
     report = verify.Artifact(inputs.upstream["verify"]).report
     refuse_failed(report, allowed=inputs.recipe.serving.allow_failed)
-    source = text_model(inputs, verdict=report["verdict"])
+    source = text_model(inputs, verdict=report.verdict)
     inputs.progress.note(f"package: {source.name}, {len(source.files)} files of the export")
     bundle = repository.write_text_model(inputs.output, source)
     engine = f"{source.name}_engine"
@@ -144,17 +145,17 @@ def why_not_raw(engine: TensorRTEngine) -> str | None:
     return None
 
 
-def refuse_failed(report: dict[str, Any], *, allowed: bool) -> None:
+def refuse_failed(report: Report, *, allowed: bool) -> None:
     """Raise where the verification failed and that is not allowed.
 
     Raises:
         GateFailed: naming the gates.
     """
-    if report["verdict"] != "fail" or allowed:
+    if report.verdict != "fail" or allowed:
         return
-    failed = [gate["name"] for gate in report.get("gates", []) if not gate["passed"]]
     raise GateFailed(
-        f"not packaged: the verdict of the verification is fail ({', '.join(failed)}).\n"
+        "not packaged: the verdict of the verification is fail "
+        f"({', '.join(report.failed_gates)}).\n"
         "Next: build a better model, change the gates, or package it with --allow-failed"
     )
 

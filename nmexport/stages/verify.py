@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +18,14 @@ from nmexport.errors import RecipeError
 from nmexport.models.context import check_lengths
 from nmexport.progress import busy
 from nmexport.report import engine_words, learning, pages
-from nmexport.report.document import assemble, judge, read_report, weights_note
+from nmexport.report.document import Measured, assemble, judge, weights_note
+from nmexport.report.model import LinearParity, LinearsParity, read_report
 from nmexport.runtimes.engine import read_engine
 from nmexport.runtimes.native import engine_library
 from nmexport.runtimes.opening import open_session, why_not_here
 from nmexport.stages import export, fold
 from nmexport.stages.engine import NO_LIBRARY, resolve_target
-from nmexport.store.allocation import as_dict, read_allocation
+from nmexport.store.allocation import read_allocation
 from nmexport.store.layers import model_phases
 from nmexport.store.records import json_from
 from nmexport.verification import (
@@ -46,6 +47,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from nmexport.recipe import EvaluationSection, LatencySection, Recipe
+    from nmexport.report.model import (
+        Accuracy,
+        Calibration,
+        Latency,
+        Parity,
+        Report,
+        Scores,
+        Sparsity,
+        TaskScore,
+    )
     from nmexport.runtimes.engine import Engine
     from nmexport.runtimes.session import Session
     from nmexport.stages.inputs import StageInputs
@@ -81,7 +92,7 @@ class Artifact:
     path: Path
 
     @property
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Report:
         """`report.json`.
 
         Raises:
@@ -167,40 +178,42 @@ def run(inputs: StageInputs) -> dict[str, Any]:
             prompt_tokens=recipe.latency.prefill_tokens,
             why_no_dense=None if compared else alone.WHY,
         )
-    compared_parity = {
-        **_parity(inputs, engine, prompts),
-        "dense": export.Artifact(inputs.upstream["export"]).dense_check,
-    }
+    agreement = replace(
+        _parity(inputs, engine, prompts),
+        dense=export.Artifact(inputs.upstream["export"]).dense_check,
+    )
     report = assemble(
         recipe=recipe,
         source=inputs.source,
         parameters=size.parameters,
         target=engine.runtime,
         environment=inputs.environment,
-        sparsity={"linears": size.linears, **_audit(inputs, engine, windows)},
-        accuracy=accuracy,
-        parity=compared_parity,
-        latency=latency,
-        memory=measured,
+        measured=Measured(
+            sparsity=replace(_audit(inputs, engine, windows), linears=size.linears),
+            accuracy=accuracy,
+            parity=agreement,
+            latency=latency,
+            memory=measured,
+            engine=built,
+            allocation=read_allocation(inputs.upstream["fold"]),
+            calibration=_calibration(inputs),
+        ),
         notes=[
-            *parity.concerns(compared_parity),
+            *parity.concerns(agreement),
             *_notes(engine, why_not_here(inputs.upstream["engine"]), recipe),
             *engine_words.words(built),
         ],
-        engine=built,
-        allocation=_allocation(inputs),
-        calibration=_calibration(inputs),
         phases=_phases(inputs),
     )
     report = judge(report, recipe)
     with busy(inputs.progress, "verify: write the report"):
         pages.write(report, inputs.output)
     return {
-        "verdict": report["verdict"],
-        "perplexity_ratio": report["accuracy"]["perplexity_ratio"],
-        "kl_mean": report["accuracy"]["kl_mean"],
-        "speedup": report["latency"]["speedup"],
-        "achieved_sparsity": report["sparsity"]["achieved"],
+        "verdict": report.verdict,
+        "perplexity_ratio": report.accuracy.perplexity_ratio,
+        "kl_mean": report.accuracy.kl_mean,
+        "speedup": json_from(report.latency.speedup),
+        "achieved_sparsity": report.sparsity.achieved,
     }
 
 
@@ -261,8 +274,8 @@ def _windows(inputs: StageInputs) -> NDArray[np.int64]:
 
 def _dense_against_sparse(
     inputs: StageInputs, windows: NDArray[np.int64], prompts: NDArray[np.int64]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The report's `accuracy` and `latency`."""
+) -> tuple[Accuracy, Latency]:
+    """Measure both models."""
     recipe, progress = inputs.recipe, inputs.progress
     evaluation, timing = recipe.evaluation, recipe.latency
     prompt, context = latency_tokens(windows, timing)
@@ -277,14 +290,14 @@ def _dense_against_sparse(
         late = accuracy.LateLogits(_LOGITS_BYTES if wanted else 0)
         scores = accuracy.compare(dense, sparse, tracked, phases=phases, late=late)
         steps = range(evaluation.generate_tokens)
-        continuations = continuation.compare(
+        continued = continuation.compare(
             dense,
             sparse,
             prompts,
             progress.track(steps, label="verify: continuation", total=len(steps)),
         )
         decoded = _decode_only(inputs, dense, sparse, windows, late) if wanted else None
-        scored = _tasks(inputs, dense, sparse)
+        task_scores, tasks_protocol = _tasks(inputs, dense, sparse)
         times = latency.compare(
             dense,
             sparse,
@@ -295,21 +308,22 @@ def _dense_against_sparse(
             device=device_name(inputs.environment, on_gpu=sparse.on_gpu),
             progress=progress,
         )
-    document = {
-        "dataset": _dataset(evaluation),
-        **scores,
-        "continuation": continuations,
-        "decode_only": decoded,
-        **scored,
-        "protocol": f"{corpus.protocol(evaluation)}. {accuracy.protocol(phases)}",
-    }
-    return document, times
+    scores = replace(
+        scores,
+        dataset=_dataset(evaluation),
+        continuation=continued,
+        decode_only=decoded,
+        tasks=task_scores,
+        tasks_protocol=tasks_protocol,
+        protocol=f"{corpus.protocol(evaluation)}. {accuracy.protocol(phases)}",
+    )
+    return scores, times
 
 
 def _sparse_alone(
     inputs: StageInputs, windows: NDArray[np.int64], prompts: NDArray[np.int64]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The report's `accuracy` and `latency` where there is no dense baseline."""
+) -> tuple[Accuracy, Latency]:
+    """Measure the sparse model where there is no dense baseline."""
     recipe, progress = inputs.recipe, inputs.progress
     evaluation, timing = recipe.evaluation, recipe.latency
     prompt, context = latency_tokens(windows, timing)
@@ -326,16 +340,13 @@ def _sparse_alone(
             device=device_name(inputs.environment, on_gpu=sparse.on_gpu),
             progress=progress,
         )
-    document = {
-        "dataset": _dataset(evaluation),
-        **scores,
-        "continuation": alone.no_continuation(prompts),
-        "decode_only": None,
-        "tasks": {},
-        "tasks_protocol": None,
-        "protocol": f"{corpus.protocol(evaluation)}. {accuracy.protocol(phases)}",
-    }
-    return document, times
+    scores = replace(
+        scores,
+        dataset=_dataset(evaluation),
+        continuation=alone.no_continuation(prompts),
+        protocol=f"{corpus.protocol(evaluation)}. {accuracy.protocol(phases)}",
+    )
+    return scores, times
 
 
 def _phases(inputs: StageInputs) -> ModelPhases:
@@ -354,8 +365,8 @@ def _decode_only(
     sparse: Session,
     windows: NDArray[np.int64],
     late: LateLogits,
-) -> dict[str, Any]:
-    """The report's `accuracy.decode_only`."""
+) -> Scores:
+    """Score sparsity in decode only."""
     batch = _decode_batch_size(sparse, windows)
     batches = [windows[start : start + batch] for start in range(0, len(windows), batch)]
     return accuracy.decode_only(
@@ -380,13 +391,15 @@ def _decode_batch_size(sparse: Session, windows: NDArray[np.int64]) -> int:
     return max(1, min(most))
 
 
-def _tasks(inputs: StageInputs, dense: Session, sparse: Session) -> dict[str, Any]:
-    """The report's `accuracy.tasks`, and how they were scored."""
+def _tasks(
+    inputs: StageInputs, dense: Session, sparse: Session
+) -> tuple[Mapping[str, TaskScore], str | None]:
+    """Score the tasks, and say how they were scored."""
     from nmexport.generation.tokenizer import Tokenizer
 
     suite = tasks.Suite.of(inputs.recipe.evaluation)
     if suite is None:
-        return {"tasks": {}, "tasks_protocol": None}
+        return {}, None
     folder = inputs.upstream["export"]
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     phases = _phases(inputs)
@@ -400,7 +413,7 @@ def _tasks(inputs: StageInputs, dense: Session, sparse: Session) -> dict[str, An
         seed=inputs.recipe.seed,
         progress=inputs.progress,
     )
-    return {"tasks": scored, "tasks_protocol": tasks.protocol(phases, text, dense, sparse)}
+    return scored, tasks.protocol(phases, text, dense, sparse)
 
 
 def _dataset(section: EvaluationSection) -> str:
@@ -408,7 +421,7 @@ def _dataset(section: EvaluationSection) -> str:
     return path.name if path.suffix in {".txt", ".jsonl"} else section.corpus
 
 
-def _audit(inputs: StageInputs, engine: Engine, windows: NDArray[np.int64]) -> dict[str, Any]:
+def _audit(inputs: StageInputs, engine: Engine, windows: NDArray[np.int64]) -> Sparsity:
     from nmexport.verification import audit
 
     counted = windows[:_AUDIT_WINDOWS]
@@ -423,8 +436,8 @@ def _audit(inputs: StageInputs, engine: Engine, windows: NDArray[np.int64]) -> d
     )
 
 
-def _parity(inputs: StageInputs, engine: Engine, prompts: NDArray[np.int64]) -> dict[str, Any]:
-    """The report's `parity`: whole models in lock step, and each linear against the oracle."""
+def _parity(inputs: StageInputs, engine: Engine, prompts: NDArray[np.int64]) -> Parity:
+    """Compare whole models in lock step, and each linear with the oracle."""
     from nmexport.runtimes.onnxruntime_session import OrtSession
     from nmexport.verification.reference import open_folded
 
@@ -465,7 +478,7 @@ def _parity(inputs: StageInputs, engine: Engine, prompts: NDArray[np.int64]) -> 
             )
         with busy(inputs.progress, "verify: parity: each linear against the oracle"):
             linears = _linear_parity(engine, folded, torch_session, prompts[0], why)
-        return {**report, "caches": caches, "linears": linears}
+        return replace(report, caches=caches, linears=linears)
 
 
 def _linear_parity(
@@ -474,8 +487,8 @@ def _linear_parity(
     torch_session: TorchSession | None,
     prompt: NDArray[np.int64],
     why: Mapping[str, str],
-) -> dict[str, Any]:
-    """Each executor's linears against the oracle, on one prompt."""
+) -> LinearsParity:
+    """Hold each executor's linears against the oracle, on one prompt."""
     from nmexport.verification import op_parity
     from nmexport.verification.audit import open_instrumented
     from nmexport.verification.reference import array_from
@@ -491,18 +504,24 @@ def _linear_parity(
     def tensors_of(name: str) -> dict[str, NDArray[Any]]:
         return {kind: array_from(value) for kind, value in folded.tensors(name).items()}
 
-    report: dict[str, Any] = {name: {"within_contract": None, "why": why[name]} for name in why}
+    figures = {name: LinearParity(why=reason) for name, reason in why.items()}
     for name, library in libraries.items():
         executor = torch_session.linear if torch_session and name == parity.ONNX else None
         with open_instrumented(
             graph, engine.model.parent, library=library, threads=engine.threads
         ) as session:
-            report[name], other = op_parity.check(
+            figures[name], other = op_parity.check(
                 session, layers, outputs, tensors_of, prompt, executor=executor
             )
         if other is not None:
-            report[parity.TORCH] = other
-    return {**report, "protocol": op_parity.PROTOCOL}
+            figures[parity.TORCH] = other
+    unknown = LinearParity()
+    return LinearsParity(
+        torch=figures.get(parity.TORCH, unknown),
+        onnx=figures.get(parity.ONNX, unknown),
+        engine=figures.get(parity.ENGINE, unknown),
+        protocol=op_parity.PROTOCOL,
+    )
 
 
 def _too_large(engine: Engine, dtype: str) -> dict[str, str]:
@@ -521,16 +540,10 @@ def _too_large(engine: Engine, dtype: str) -> dict[str, str]:
     }
 
 
-def _calibration(inputs: StageInputs) -> dict[str, Any]:
+def _calibration(inputs: StageInputs) -> Calibration:
     """The report's `calibration`."""
     folded = fold.Artifact(inputs.upstream["fold"])
-    return learning.section(folded.learning, [json_from(layer) for layer in folded.layers])
-
-
-def _allocation(inputs: StageInputs) -> dict[str, Any] | None:
-    """The report's `allocation`; None where the recipe sets no budget."""
-    allocation = read_allocation(inputs.upstream["fold"])
-    return None if allocation is None else as_dict(allocation)
+    return learning.section(folded.learning, folded.layers)
 
 
 def _no_library(engine: Engine) -> str | None:

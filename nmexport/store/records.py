@@ -2,7 +2,8 @@
 
 A field has one of these types: `str`, `bool`, `int`, `float`, a `Literal` of such values, `Path`
 (relative to the file's folder in JSON), `NMPattern` (text such as `8:16`), another such dataclass,
-`tuple[T, ...]`, `Mapping[str, T]`, `T | None`, or `Any` for what a foreign library wrote.
+`tuple[T, ...]`, `tuple[T, U]`, `Mapping[str, T]`, `T | None`, or `Any` for what a foreign library
+wrote.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import types
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -68,18 +70,29 @@ def write_record(record: DataclassInstance, path: Path, *, schema: int) -> None:
     path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def record_from(record: type[Record], document: object, *, folder: Path | None = None) -> Record:
+@dataclass(frozen=True, kw_only=True)
+class _Reading:
+    """How values are read."""
+
+    folder: Path | None
+    lenient: bool
+
+
+def record_from(
+    record: type[Record], document: object, *, folder: Path | None = None, lenient: bool = False
+) -> Record:
     """Make a record from JSON values.
 
     Args:
         record: The class.
         document: What was parsed.
         folder: What its paths are relative to; None leaves them as they are.
+        lenient: Ignore unknown keys, and take a field's default for a null that it does not allow.
 
     Raises:
         ValueError: naming the first field that is missing, unknown or of another type.
     """
-    made: Record = _object(record, document, "", folder)
+    made: Record = _object(record, document, "", _Reading(folder=folder, lenient=lenient))
     return made
 
 
@@ -106,75 +119,94 @@ def _plain(value: object, folder: Path | None) -> Any:
     return value
 
 
-def _object(record: type[Any], value: object, place: str, folder: Path | None) -> Any:
+def _object(record: type[Any], value: object, place: str, reading: _Reading) -> Any:
     document = _expect(value, dict, place, "an object")
     hints = get_type_hints(record)
     unknown = sorted(document.keys() - hints.keys())
-    if unknown:
+    if unknown and not reading.lenient:
         raise ValueError(f"{_join(place, unknown[0])} is no field of it")
     values = {}
     for field in dataclasses.fields(record):
         where = _join(place, field.name)
-        if field.name in document:
-            values[field.name] = _value(hints[field.name], document[field.name], where, folder)
-        elif field.default is field.default_factory is dataclasses.MISSING:
+        default = (field.default, field.default_factory)
+        has_default = default != (dataclasses.MISSING, dataclasses.MISSING)
+        is_left_out = field.name not in document or (
+            reading.lenient
+            and has_default
+            and document[field.name] is None
+            and not _allows_null(hints[field.name])
+        )
+        if not is_left_out:
+            values[field.name] = _value(hints[field.name], document[field.name], where, reading)
+        elif not has_default:
             raise ValueError(f"{where} is missing")
     return record(**values)
 
 
-def _value(hint: Any, value: object, place: str, folder: Path | None) -> Any:
+def _value(hint: Any, value: object, place: str, reading: _Reading) -> Any:
     """Return a JSON value as its field's type."""
     kind = get_origin(hint) or hint
     if kind in _COMPOUND:
-        return _COMPOUND[kind](hint, value, place, folder)
+        return _COMPOUND[kind](hint, value, place, reading)
     if hint is Any:
         return value
     if dataclasses.is_dataclass(hint):
-        return _object(hint, value, place, folder)  # type: ignore[arg-type]
+        return _object(hint, value, place, reading)  # type: ignore[arg-type]
     if hint is Path:
         path = Path(_expect(value, str, place, _NAMES[Path]))
-        return path if folder is None else (folder / path).resolve()
+        return path if reading.folder is None else (reading.folder / path).resolve()
     if hint is float:
         return float(_expect(value, int | float, place, _NAMES[float]))
     return _expect(value, hint, place, _NAMES[hint])
 
 
-def _pattern(_hint: Any, value: object, place: str, _folder: Path | None) -> NMPattern:
+def _pattern(_hint: Any, value: object, place: str, _reading: _Reading) -> NMPattern:
     try:
         return NMPattern.parse(_expect(value, str, place, "a text"))
     except PatternError as error:
         raise ValueError(f"{place}: {error}") from error
 
 
-def _optional(hint: Any, value: object, place: str, folder: Path | None) -> Any:
+def _optional(hint: Any, value: object, place: str, reading: _Reading) -> Any:
     if value is None and type(None) in get_args(hint):
         return None
     (other,) = (kind for kind in get_args(hint) if kind is not type(None))
-    return _value(other, value, place, folder)
+    return _value(other, value, place, reading)
 
 
-def _choice(hint: Any, value: object, place: str, _: Path | None) -> Any:
+def _allows_null(hint: Any) -> bool:
+    return hint is Any or type(None) in get_args(hint)
+
+
+def _choice(hint: Any, value: object, place: str, _: _Reading) -> Any:
     if value not in get_args(hint):
         allowed = ", ".join(map(str, get_args(hint)))
         raise ValueError(f"{place} is {value!r}, not one of {allowed}")
     return value
 
 
-def _sequence(hint: Any, value: object, place: str, folder: Path | None) -> Any:
+def _sequence(hint: Any, value: object, place: str, reading: _Reading) -> Any:
     items = _expect(value, list, place, "a list")
-    kind = get_args(hint)[0]
+    kinds = get_args(hint)
+    if kinds[-1] is Ellipsis:
+        kinds = (kinds[0],) * len(items)
+    elif len(items) != len(kinds):
+        raise ValueError(f"{place} is {value!r}, not a list of {len(kinds)}")
     return tuple(
-        _value(kind, item, f"{place}[{index}]", folder) for index, item in enumerate(items)
+        _value(kind, item, f"{place}[{index}]", reading)
+        for index, (kind, item) in enumerate(zip(kinds, items, strict=True))
     )
 
 
-def _mapping(hint: Any, value: object, place: str, folder: Path | None) -> Any:
+def _mapping(hint: Any, value: object, place: str, reading: _Reading) -> Any:
     document = _expect(value, dict, place, "an object")
     kind = get_args(hint)[1]
-    return {name: _value(kind, item, _join(place, name), folder) for name, item in document.items()}
+    return {
+        name: _value(kind, item, _join(place, name), reading) for name, item in document.items()
+    }
 
 
-_COMPOUND: Mapping[Any, Callable[[Any, object, str, Path | None], Any]] = {
+_COMPOUND: Mapping[Any, Callable[[Any, object, str, _Reading], Any]] = {
     Literal: _choice,
     Mapping: _mapping,
     NMPattern: _pattern,

@@ -23,6 +23,7 @@ from nmexport.errors import UserError, WorkDirectoryError
 from nmexport.models import source as models
 from nmexport.models.swap import replace_linears
 from nmexport.pipeline import Pipeline, Selection
+from nmexport.report.model import read_report
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.stages import fold
 from nmexport.stages.fitting import check_fit
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from nmexport.models.source import ModelSource
     from nmexport.progress import Progress
     from nmexport.recipe import Recipe
+    from nmexport.report.model import Scores
     from nmexport.store.layers import ModelPhases
     from nmexport.sweep.plan import Baseline, Cell, Measure
     from nmexport.verification.reference import TorchSession
@@ -186,12 +188,11 @@ class _Bench:
     def _build_figures(self, recipe: Recipe) -> dict[str, Any]:
         """Run all stages and take what the report says."""
         self._pipeline(recipe).run(Selection(last="verify"))
-        path = self._work.require("verify") / "report.json"
-        report = json.loads(path.read_text(encoding="utf-8"))
-        speedup = report["latency"]["speedup"]
+        report = read_report(self._work.require("verify") / "report.json")
+        speedup = report.latency.speedup
         return {
-            **_accuracy_figures(report["accuracy"]),
-            "speedup": {phase: speedup[phase] for phase in ("prefill", "decode")},
+            **_accuracy_figures(report.accuracy),
+            "speedup": {"prefill": speedup.prefill, "decode": speedup.decode},
         }
 
     def _baseline_figures(self, recipe: Recipe, baseline: Baseline) -> dict[str, Any]:
@@ -308,11 +309,16 @@ def _evaluation_fields(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _accuracy_figures(accuracy: dict[str, Any]) -> dict[str, Any]:
-    """Return what a sweep keeps of a report's `accuracy`."""
-    kept = ("tokens", "perplexity_ratio", "perplexity_ratio_stderr", "kl_mean", "top1_agreement")
-    sides = {side: accuracy[side]["perplexity"] for side in ("dense", "sparse")}
-    return {"perplexity": sides, **{name: accuracy[name] for name in kept}}
+def _accuracy_figures(scores: Scores) -> dict[str, Any]:
+    """Take what a sweep keeps of a report's `accuracy`."""
+    return {
+        "perplexity": {"dense": scores.dense.perplexity, "sparse": scores.sparse.perplexity},
+        "tokens": scores.tokens,
+        "perplexity_ratio": scores.perplexity_ratio,
+        "perplexity_ratio_stderr": scores.perplexity_ratio_stderr,
+        "kl_mean": scores.kl_mean,
+        "top1_agreement": scores.top1_agreement,
+    }
 
 
 def _identity(job: Job, cell: Cell) -> dict[str, Any]:

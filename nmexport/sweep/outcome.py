@@ -6,7 +6,7 @@ import collections
 import json
 from typing import TYPE_CHECKING, Any
 
-from nmexport.report.pages import number, percent
+from nmexport.report.figures import number, percent
 from nmexport.report.plots import svg_from
 from nmexport.sparsity.pattern import NMPattern
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
 from nmexport.environment import physical_cores
+from nmexport.report.model import Accuracy, Likelihood, Scores
 from nmexport.verification.divergence import DivergenceSum
 from nmexport.verification.perplexity import NllSum, log_softmax, ratio_stderr, token_nll
 
@@ -162,7 +163,7 @@ def compare(
     *,
     phases: ModelPhases = "all",
     late: LateLogits | None = None,
-) -> dict[str, Any]:
+) -> Accuracy:
     """Score both models on windows `[L]` of token ids, L at least 2.
 
     A model that is sparse in decode only is dense on a prompt, and one whose linears differ is
@@ -177,7 +178,7 @@ def compare(
         late: Keeps dense logits for `decode_only`.
 
     Returns:
-        The report's `accuracy` figures, without the data set's name.
+        The scores, for the report's `accuracy`.
     """
     scores = (score_window(dense, sparse, window, phases=phases, late=late) for window in windows)
     return figures(scores, phases=phases)
@@ -212,15 +213,15 @@ def scored(
     return window[prompt + 1 :], _teacher_forced(sparse, window, prompt)
 
 
-def figures(scores: Iterable[WindowComparison], *, phases: ModelPhases = "all") -> dict[str, Any]:
-    """The report's `accuracy` figures of windows that were scored one by one."""
+def figures(scores: Iterable[WindowComparison], *, phases: ModelPhases = "all") -> Accuracy:
+    """Make the report's figures of windows that were scored one by one."""
     sums = WindowComparison()
     for score in scores:
         sums.merge(score)
-    return {
-        **_figures(sums),
-        "second_half": None if phases in _STEPWISE else _second_half(sums),
-    }
+    return Accuracy(
+        **vars(_scores(sums)),
+        second_half=None if phases in _STEPWISE else _second_half(sums),
+    )
 
 
 def decode_only(
@@ -231,7 +232,7 @@ def decode_only(
     late: LateLogits,
     progress: Progress,
     label: str,
-) -> dict[str, Any]:
+) -> Scores:
     """Score sparsity in decode only, with a model that is sparse in all phases.
 
     The dense model reads each batch's prompts, the sparse one goes on from the dense cache, token
@@ -251,13 +252,13 @@ def decode_only(
         handed over.
     """
     if not (dense.exposes_cache and sparse.exposes_cache):
-        return {"perplexity_ratio": None, "why": "this runtime's caches cannot be handed over"}
+        return Scores(why="this runtime's caches cannot be handed over")
     sums = WindowComparison()
     total = sum(batch.shape[1] - 1 - prompt_length(batch[0]) for batch in windows)
     steps = (step for batch in windows for step in _add_decoded(sums, dense, sparse, batch, late))
     for _ in progress.track(steps, label=label, total=total):
         pass
-    return {**_figures(sums), "protocol": _HANDED_OVER}
+    return replace(_scores(sums), protocol=_HANDED_OVER)
 
 
 def _add_decoded(
@@ -302,31 +303,31 @@ def _late_logits(
     return dense.prefill(window[None])[0, prompt_length(window) :].copy() if kept is None else kept
 
 
-def _figures(sums: WindowComparison) -> dict[str, Any]:
-    return {
-        "tokens": sums.dense.tokens,
-        "windows": len(sums.dense.window_tokens),
-        "dense": side_of(sums.dense),
-        "sparse": side_of(sums.sparse),
-        "perplexity_ratio": math.exp(sums.sparse.mean - sums.dense.mean),
-        "perplexity_ratio_stderr": ratio_stderr(sums.dense, sums.sparse),
-        "kl_mean": sums.divergence.kl_mean,
-        "top1_agreement": sums.divergence.top1_agreement,
-    }
+def _scores(sums: WindowComparison) -> Scores:
+    return Scores(
+        tokens=sums.dense.tokens,
+        windows=len(sums.dense.window_tokens),
+        dense=likelihood(sums.dense),
+        sparse=likelihood(sums.sparse),
+        perplexity_ratio=math.exp(sums.sparse.mean - sums.dense.mean),
+        perplexity_ratio_stderr=ratio_stderr(sums.dense, sums.sparse),
+        kl_mean=sums.divergence.kl_mean,
+        top1_agreement=sums.divergence.top1_agreement,
+    )
 
 
-def _second_half(sums: WindowComparison) -> dict[str, Any] | None:
-    """The tokens that `decode_only` scores, so that the two can be compared."""
+def _second_half(sums: WindowComparison) -> Scores | None:
+    """Score the tokens that `decode_only` scores, so that the two can be compared."""
     dense, sparse = sums.late_dense, sums.late_sparse
     if not dense.tokens:
         return None
-    return {
-        "tokens": dense.tokens,
-        "dense": {"perplexity": dense.perplexity},
-        "sparse": {"perplexity": sparse.perplexity},
-        "perplexity_ratio": math.exp(sparse.mean - dense.mean),
-        "perplexity_ratio_stderr": ratio_stderr(dense, sparse),
-    }
+    return Scores(
+        tokens=dense.tokens,
+        dense=Likelihood(perplexity=dense.perplexity),
+        sparse=Likelihood(perplexity=sparse.perplexity),
+        perplexity_ratio=math.exp(sparse.mean - dense.mean),
+        perplexity_ratio_stderr=ratio_stderr(dense, sparse),
+    )
 
 
 def _teacher_forced(
@@ -338,10 +339,8 @@ def _teacher_forced(
     return np.stack(steps)
 
 
-def side_of(sums: NllSum) -> dict[str, Any]:
-    """One model's figures."""
-    return {
-        "perplexity": sums.perplexity,
-        "nll_mean": sums.mean,
-        "window_nll_mean": sums.window_means,
-    }
+def likelihood(sums: NllSum) -> Likelihood:
+    """Make one model's figures."""
+    return Likelihood(
+        perplexity=sums.perplexity, nll_mean=sums.mean, window_nll_mean=tuple(sums.window_means)
+    )

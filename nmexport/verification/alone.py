@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from nmexport.report.model import Accuracy, Continuation, Latency, Likelihood, Speedup
 from nmexport.verification import accuracy, continuation, latency
 from nmexport.verification.perplexity import NllSum, log_softmax, token_nll
 
@@ -22,7 +23,6 @@ NOTE = (
     "There is no dense baseline, so nothing here says what sparsity costs or gains: perplexity "
     "and times are the sparse model's alone."
 )
-_TIMES = ("p50_ms", "p90_ms", "p99_ms", "tokens_per_s")
 _PROTOCOL = (
     "The sparse model runs alone. "
     "Prefill: one prompt, the last token's logits, empty cache. "
@@ -30,47 +30,34 @@ _PROTOCOL = (
     "same cache. Warm-up runs are not counted. "
     "Times are wall time of a whole step as a caller sees it."
 )
-_NO_PERPLEXITY = {"perplexity": None, "nll_mean": None, "window_nll_mean": None, "why": WHY}
 
 
 def score(
     sparse: Session, windows: Iterable[NDArray[np.int64]], *, phases: ModelPhases = "all"
-) -> dict[str, Any]:
-    """The report's `accuracy`, without the data set's name; see `accuracy.compare`."""
+) -> Accuracy:
+    """Score the sparse model; see `accuracy.compare`."""
     sums = NllSum()
     for window in windows:
         targets, logits = accuracy.scored(sparse, window, phases=phases)
         sums.add(token_nll(log_softmax(logits[: len(targets)]), targets))
-    return {
-        "why": WHY,
-        "tokens": sums.tokens,
-        "windows": len(sums.window_tokens),
-        "dense": _NO_PERPLEXITY,
-        "sparse": accuracy.side_of(sums),
-        **dict.fromkeys(
-            ("perplexity_ratio", "perplexity_ratio_stderr", "kl_mean", "top1_agreement")
-        ),
-        "second_half": None,
-    }
+    return Accuracy(
+        why=WHY,
+        tokens=sums.tokens,
+        windows=len(sums.window_tokens),
+        dense=Likelihood(why=WHY),
+        sparse=accuracy.likelihood(sums),
+    )
 
 
-def no_continuation(prompts: NDArray[np.int64]) -> dict[str, Any]:
-    """The report's `accuracy.continuation`, which compares."""
-    return {
-        "why": WHY,
-        "prompts": int(prompts.shape[0]),
-        "prompt_tokens": int(prompts.shape[1]),
-        "generated_tokens": 0,
-        **dict.fromkeys(
-            (
-                "free_running_agreement",
-                "guided_agreement",
-                "first_divergence",
-                "median_first_divergence",
-            )
-        ),
-        "protocol": continuation.PROTOCOL,
-    }
+def no_continuation(prompts: NDArray[np.int64]) -> Continuation:
+    """Say why no continuations were compared."""
+    return Continuation(
+        why=WHY,
+        prompts=int(prompts.shape[0]),
+        prompt_tokens=int(prompts.shape[1]),
+        generated_tokens=0,
+        protocol=continuation.PROTOCOL,
+    )
 
 
 def time(
@@ -82,8 +69,8 @@ def time(
     warmup: int,
     device: str,
     progress: Progress,
-) -> dict[str, Any]:
-    """The report's `latency`; see `latency.compare`."""
+) -> Latency:
+    """Time the sparse model; see `latency.compare`."""
     side = latency.Side(sparse, prompt, context)
 
     def samples(once: Callable[[], float], label: str) -> list[float]:
@@ -91,27 +78,17 @@ def time(
             once()
         return [once() for _ in progress.track(range(runs), label=label, total=runs)]
 
-    timed = {
-        "prefill": samples(side.prefill_ms, "prefill timing"),
-        "decode": samples(side.decode_ms, "decode timing"),
-    }
-    tokens, (batch, length) = int(prompt.size), context.shape
-    sizes = {"prefill": {"tokens": tokens}, "decode": {"batch": batch, "context": length}}
-    processed = {"prefill": tokens, "decode": batch}
-    absent: dict[str, Any] = {**dict.fromkeys(_TIMES), "runs": 0, "samples_ms": []}
-    ratios = dict.fromkeys(("prefill", "decode", "prefill_interval", "decode_interval"))
-    return {
-        "runtime": sparse.runtime,
-        "device": device,
-        "threads": sparse.threads,
-        "runs": runs,
-        "warmup": warmup,
-        "why": WHY,
-        "dense": {phase: {**sizes[phase], **absent} for phase in timed},
-        "sparse": {
-            phase: {**sizes[phase], **latency.summary(times, tokens=processed[phase])}
-            for phase, times in timed.items()
-        },
-        "speedup": {**ratios, "why": WHY},
-        "protocol": _PROTOCOL,
-    }
+    prefill_ms = samples(side.prefill_ms, "prefill timing")
+    decode_ms = samples(side.decode_ms, "decode timing")
+    return Latency(
+        runtime=sparse.runtime,
+        device=device,
+        threads=sparse.threads,
+        runs=runs,
+        warmup=warmup,
+        why=WHY,
+        dense=latency.side_times((), (), prompt=prompt, context=context),
+        sparse=latency.side_times(prefill_ms, decode_ms, prompt=prompt, context=context),
+        speedup=Speedup(why=WHY),
+        protocol=_PROTOCOL,
+    )

@@ -18,6 +18,7 @@ from nmexport.graph.contract import attribute_values, check_version, op_contract
 from nmexport.graph.cpu import is_bfloat16
 from nmexport.graph.functions import function_protos_for
 from nmexport.graph.linears import PlacedLinear, placed_linears
+from nmexport.report.model import LayerSparsity, Sparsity
 from nmexport.runtimes.onnxruntime_session import EXTERNAL_DATA_FOLDER, SESSION_CONFIG, OrtSession
 
 if TYPE_CHECKING:
@@ -298,8 +299,8 @@ def audit(
     threads: int | None,
     windows: Iterable[NDArray[np.int64]],
     error_window: NDArray[np.int64],
-) -> dict[str, Any]:
-    """Run the instrumented models and return the report's `sparsity`, without `linears`.
+) -> Sparsity:
+    """Run the instrumented models and count; `linears` is left for the caller.
 
     Args:
         sparse_path: The exported sparse model.
@@ -330,26 +331,26 @@ def sparsity(
     layers: Sequence[LayerSpec],
     kept: Mapping[str, tuple[int, int]],
     errors: Mapping[str, float | None],
-) -> dict[str, Any]:
-    """The report's `sparsity`, without `linears`."""
+) -> Sparsity:
+    """Make the report's figures of counts and errors, without `linears`."""
     rows = []
     for layer in layers:
         count, total = kept[layer.name]
         rows.append(
-            {
-                "name": layer.name,
-                "kept": count,
-                "total": total,
-                "achieved": 1 - count / total if total else None,
-                "relative_error": errors[layer.name],
-                "calibrated_error": layer.relative_error,
-            }
+            LayerSparsity(
+                name=layer.name,
+                kept=count,
+                total=total,
+                achieved=1 - count / total if total else None,
+                relative_error=errors[layer.name],
+                calibrated_error=layer.relative_error,
+            )
         )
-    all_kept = sum(kept[layer.name][0] for layer in layers)
-    everything = sum(kept[layer.name][1] for layer in layers)
-    return {
-        "sparsified": len(layers),
-        "achieved": 1 - all_kept / everything if everything else None,
-        "layers": rows,
-        "protocol": PROTOCOL,
-    }
+    kept_in_all = sum(row.kept for row in rows)
+    total_of_all = sum(row.total for row in rows)
+    return Sparsity(
+        sparsified=len(layers),
+        achieved=1 - kept_in_all / total_of_all if total_of_all else None,
+        layers=tuple(rows),
+        protocol=PROTOCOL,
+    )

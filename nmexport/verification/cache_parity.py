@@ -6,10 +6,13 @@ layers before it computed, so the first that differ point at the place.
 
 from __future__ import annotations
 
+import math
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from nmexport.report.model import CacheError, CacheParity
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,13 +26,8 @@ TOLERANCES = {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.2}
 _NAME = re.compile(r"present\.(\d+)\.(key|value)")
 
 
-def absent(why: str) -> dict[str, Any]:
-    """The report's form where nothing could be compared."""
-    return {"layers": [], "first_diverging": None, "why": why}
-
-
-def compare(left: Session, right: Session, *, dtype: str) -> dict[str, Any]:
-    """The report's `parity.caches` of two sessions that read the same tokens.
+def compare(left: Session, right: Session, *, dtype: str) -> CacheParity:
+    """Compare the caches of two sessions that read the same tokens.
 
     Args:
         left: What is relied on.
@@ -38,26 +36,33 @@ def compare(left: Session, right: Session, *, dtype: str) -> dict[str, Any]:
     """
     tolerance = TOLERANCES[dtype]
     layers = [
-        {**_place(name), "relative_error": relative_error(wanted, got)}
-        for (name, wanted), (_, got) in zip(
+        _cache_error(name, relative_error(expected, actual))
+        for (name, expected), (_, actual) in zip(
             left.cache_values(left.cache), right.cache_values(right.cache), strict=True
         )
     ]
-    # Not a comparison that holds for what is not a number.
-    beyond = (layer for layer in layers if not layer["relative_error"] <= tolerance)
-    return {"layers": layers, "first_diverging": next(beyond, None), "tolerance": tolerance}
+    # No error is what is not a number, and differs.
+    first = next(
+        (
+            layer
+            for layer in layers
+            if layer.relative_error is None or layer.relative_error > tolerance
+        ),
+        None,
+    )
+    return CacheParity(layers=tuple(layers), first_diverging=first, tolerance=tolerance)
 
 
 def compare_where_possible(
     executors: Mapping[str, Session], pair: tuple[str, str], why: Mapping[str, str], *, dtype: str
-) -> dict[str, Any]:
+) -> CacheParity:
     """`compare` two of the executors, or say why not."""
     missing = next((name for name in pair if name not in executors), None)
     if missing is not None:
-        return absent(why[missing])
+        return CacheParity(why=why[missing])
     left, right = (executors[name] for name in pair)
     if not (left.exposes_cache and right.exposes_cache):
-        return absent("one of the sessions does not expose its KV cache")
+        return CacheParity(why="one of the sessions does not expose its KV cache")
     return compare(left, right, dtype=dtype)
 
 
@@ -69,7 +74,9 @@ def relative_error(wanted: NDArray[np.float32], got: NDArray[np.float32]) -> flo
     return float(np.median(difference / np.maximum(size, np.finfo(np.float32).tiny)))
 
 
-def _place(name: str) -> dict[str, Any]:
+def _cache_error(name: str, error: float) -> CacheError:
     match = _NAME.fullmatch(name)
     layer, tensor = match.groups() if match else ("-1", name)
-    return {"layer": int(layer), "tensor": tensor}
+    return CacheError(
+        layer=int(layer), tensor=tensor, relative_error=error if math.isfinite(error) else None
+    )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from nmexport.report.model import Continuation
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -52,21 +54,21 @@ def first_divergence(left: NDArray[np.int64], right: NDArray[np.int64]) -> list[
 
 def compare(
     dense: Session, sparse: Session, prompts: NDArray[np.int64], steps: Iterable[int]
-) -> dict[str, Any]:
+) -> Continuation:
     """Continue prompts `[B, P]` with both models and say how alike the texts are."""
     dense_tokens = greedy(dense, prompts, steps)
     sparse_tokens = greedy(sparse, prompts, range(dense_tokens.shape[1]))
     divergences = first_divergence(dense_tokens, sparse_tokens)
     length = dense_tokens.shape[1]
-    return {
-        "prompts": int(prompts.shape[0]),
-        "prompt_tokens": int(prompts.shape[1]),
-        "generated_tokens": length,
-        "free_running_agreement": float((dense_tokens == sparse_tokens).mean()),
-        "guided_agreement": float((guided(sparse, prompts, dense_tokens) == dense_tokens).mean()),
-        "first_divergence": divergences,
-        "median_first_divergence": float(
+    return Continuation(
+        prompts=int(prompts.shape[0]),
+        prompt_tokens=int(prompts.shape[1]),
+        generated_tokens=length,
+        free_running_agreement=float((dense_tokens == sparse_tokens).mean()),
+        guided_agreement=float((guided(sparse, prompts, dense_tokens) == dense_tokens).mean()),
+        first_divergence=tuple(divergences),
+        median_first_divergence=float(
             np.median([length if at is None else at for at in divergences])
         ),
-        "protocol": PROTOCOL,
-    }
+        protocol=PROTOCOL,
+    )

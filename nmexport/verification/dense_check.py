@@ -10,7 +10,7 @@ to look.
 from __future__ import annotations
 
 import contextlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from nmexport.graph.cpu import is_bfloat16
 from nmexport.models.layerwise import LayerwiseModel
 from nmexport.models.loader import load_model
 from nmexport.models.offload import fits_host
+from nmexport.report.model import DenseParity
 from nmexport.runtimes import native
 from nmexport.runtimes.onnxruntime_session import (
     EXTERNAL_DATA_FOLDER,
@@ -57,24 +58,6 @@ PROTOCOL = (
     "the logits of one prompt, and the logits of decode on the cache, as ||onnx - torch|| / "
     "||torch||. Torch computes in float32 on weights rounded to the exported type."
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DenseCheck:
-    """How far the dense file is from torch."""
-
-    error: float
-    """Largest relative difference of an output."""
-    worst: str
-    """The output that differs most."""
-    tolerance: float
-    tokens: int
-    outputs: int
-    """Outputs that were compared."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return {**asdict(self), "protocol": PROTOCOL}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +131,7 @@ def _record_outputs(model: nn.Module, names: Sequence[str], outputs: Outputs) ->
 
 def check(
     dense: Path, sparse: Path, torch_model: TorchModel, *, vocabulary: int, progress: Progress
-) -> DenseCheck:
+) -> DenseParity:
     """Compare the dense file with torch on one prompt, prompt and decode.
 
     Args:
@@ -198,7 +181,7 @@ def _onnx_outputs(dense: Path, values: Mapping[str, str], ids: NDArray[np.int64]
     return {**outputs, LOGITS: logits, _CACHED: np.concatenate(steps)}
 
 
-def compare(onnx: Outputs, expected: Outputs, *, dtype: str) -> DenseCheck:
+def compare(onnx: Outputs, expected: Outputs, *, dtype: str) -> DenseParity:
     """Compare outputs in order.
 
     Raises:
@@ -217,12 +200,13 @@ def compare(onnx: Outputs, expected: Outputs, *, dtype: str) -> DenseCheck:
             fix="report this, with the model's config.json; nothing measured on such a file counts",
         )
     worst = max(errors, key=errors.__getitem__)
-    return DenseCheck(
+    return DenseParity(
         error=errors[worst],
         worst=worst,
         tolerance=tolerance,
         tokens=_TOKENS,
         outputs=len(errors),
+        protocol=PROTOCOL,
     )
 
 

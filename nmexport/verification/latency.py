@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nmexport.report.model import (
+    DecodeTimes,
+    Latency,
+    PhaseTimes,
+    PrefillTimes,
+    SideTimes,
+    Speedup,
+)
 from nmexport.timing import interleave, median, milliseconds, percentiles
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -30,8 +38,8 @@ _INTERVAL = (2.5, 97.5)  # percentiles that hold 95 %
 
 def speedup_interval(
     dense_ms: list[float], sparse_ms: list[float], *, seed: int = 0
-) -> list[float]:
-    """95 % bootstrap interval of `median(dense) / median(sparse)`."""
+) -> tuple[float, float]:
+    """Compute the 95 % bootstrap interval of `median(dense) / median(sparse)`."""
     rng = np.random.default_rng(seed)
 
     def medians(samples: list[float]) -> NDArray[np.float64]:
@@ -40,7 +48,7 @@ def speedup_interval(
         return middle
 
     low, high = np.percentile(medians(dense_ms) / medians(sparse_ms), _INTERVAL)
-    return [float(low), float(high)]
+    return float(low), float(high)
 
 
 class Side:
@@ -76,8 +84,8 @@ def compare(
     warmup: int,
     device: str,
     progress: Progress,
-) -> dict[str, Any]:
-    """Time both models and return the report's `latency`.
+) -> Latency:
+    """Time both models.
 
     Args:
         dense: The baseline.
@@ -109,43 +117,59 @@ def compare(
         warmup=warmup,
     )
 
-    def figures(name: str) -> dict[str, Any]:
-        tokens, (batch, length) = int(prompt.size), context.shape
-        return {
-            "prefill": {"tokens": tokens, **summary(prefill[name], tokens=tokens)},
-            "decode": {
-                "batch": batch,
-                "context": length,
-                **summary(decode[name], tokens=batch),
-            },
-        }
+    def times(name: str) -> SideTimes:
+        return side_times(prefill[name], decode[name], prompt=prompt, context=context)
 
-    return {
-        "runtime": sparse.runtime,
-        "device": device,
-        "threads": sparse.threads,
-        "runs": runs,
-        "warmup": warmup,
-        "dense": figures("dense"),
-        "sparse": figures("sparse"),
-        "speedup": {
-            "prefill": median(prefill["dense"]) / median(prefill["sparse"]),
-            "decode": median(decode["dense"]) / median(decode["sparse"]),
-            "prefill_interval": speedup_interval(prefill["dense"], prefill["sparse"]),
-            "decode_interval": speedup_interval(decode["dense"], decode["sparse"]),
-        },
-        "protocol": PROTOCOL,
-    }
+    return Latency(
+        runtime=sparse.runtime,
+        device=device,
+        threads=sparse.threads,
+        runs=runs,
+        warmup=warmup,
+        dense=times("dense"),
+        sparse=times("sparse"),
+        speedup=Speedup(
+            prefill=median(prefill["dense"]) / median(prefill["sparse"]),
+            decode=median(decode["dense"]) / median(decode["sparse"]),
+            prefill_interval=speedup_interval(prefill["dense"], prefill["sparse"]),
+            decode_interval=speedup_interval(decode["dense"], decode["sparse"]),
+        ),
+        protocol=PROTOCOL,
+    )
 
 
-def summary(samples_ms: list[float], *, tokens: int) -> dict[str, Any]:
-    """Percentiles and throughput of runs that each process `tokens` tokens."""
+def side_times(
+    prefill_ms: Sequence[float],
+    decode_ms: Sequence[float],
+    *,
+    prompt: NDArray[np.int64],
+    context: NDArray[np.int64],
+) -> SideTimes:
+    """Summarise one model's runs.
+
+    Args:
+        prefill_ms: Times of the prompt; empty where it did not run.
+        decode_ms: Times of one token.
+        prompt: Token ids `[1, S]` that were prefilled.
+        context: Token ids `[B, C]` that filled the cache.
+    """
+    tokens, (batch, length) = int(prompt.size), context.shape
+    return SideTimes(
+        prefill=PrefillTimes(tokens=tokens, **vars(summary(prefill_ms, tokens=tokens))),
+        decode=DecodeTimes(batch=batch, context=length, **vars(summary(decode_ms, tokens=batch))),
+    )
+
+
+def summary(samples_ms: Sequence[float], *, tokens: int) -> PhaseTimes:
+    """Compute percentiles and throughput of runs that each process `tokens` tokens."""
+    if not samples_ms:
+        return PhaseTimes()
     p50, p90, p99 = percentiles(samples_ms, (50, 90, 99))
-    return {
-        "p50_ms": p50,
-        "p90_ms": p90,
-        "p99_ms": p99,
-        "tokens_per_s": tokens / p50 * 1e3,
-        "runs": len(samples_ms),
-        "samples_ms": samples_ms,
-    }
+    return PhaseTimes(
+        p50_ms=p50,
+        p90_ms=p90,
+        p99_ms=p99,
+        tokens_per_s=tokens / p50 * 1e3,
+        runs=len(samples_ms),
+        samples_ms=tuple(samples_ms),
+    )

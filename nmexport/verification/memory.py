@@ -11,12 +11,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from nmexport.errors import UserError
 from nmexport.progress import peak_rss_bytes
+from nmexport.report.model import Memory, PeakMemory
 from nmexport.runtimes.engine import read_engine
 from nmexport.runtimes.opening import open_session, why_not_here
+from nmexport.store.records import json_from, record_from
 
 _PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 _DECODE_STEPS = 4
@@ -29,7 +30,7 @@ PROTOCOL = (
 )
 
 
-def run_in_fresh_process(engine: Path, *, dense: bool, prompt_tokens: int) -> dict[str, Any]:
+def run_in_fresh_process(engine: Path, *, dense: bool, prompt_tokens: int) -> PeakMemory:
     """Peak memory of one model.
 
     Args:
@@ -38,7 +39,7 @@ def run_in_fresh_process(engine: Path, *, dense: bool, prompt_tokens: int) -> di
         prompt_tokens: Length of the prompt.
 
     Returns:
-        `peak_rss_bytes`, an integer, or None with `why`.
+        The peak, or why there is none.
     """
     side = "dense" if dense else "sparse"
     paths = [str(_PACKAGE_PARENT), os.environ.get("PYTHONPATH", "")]
@@ -53,12 +54,11 @@ def run_in_fresh_process(engine: Path, *, dense: bool, prompt_tokens: int) -> di
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
         why = f"the measuring process ended with code {done.returncode}: {last[0]}"
-        return {"peak_rss_bytes": None, "why": why}
-    document: dict[str, Any] = json.loads(done.stdout)
-    return document
+        return PeakMemory(why=why)
+    return record_from(PeakMemory, json.loads(done.stdout))
 
 
-def measure(engine: Path, *, dense: bool, prompt_tokens: int) -> dict[str, Any]:
+def measure(engine: Path, *, dense: bool, prompt_tokens: int) -> PeakMemory:
     """Run one model in this process and say what it took."""
     import numpy as np
 
@@ -67,13 +67,13 @@ def measure(engine: Path, *, dense: bool, prompt_tokens: int) -> dict[str, Any]:
         session.prefill(rng.integers(session.vocabulary_size, size=(1, prompt_tokens)))
         for _ in range(_DECODE_STEPS):
             session.decode_step(np.zeros((1, 1), np.int64))
-    return {"peak_rss_bytes": peak_rss_bytes()}
+    return PeakMemory(peak_rss_bytes=peak_rss_bytes())
 
 
 def measure_engine(
     engine: Path, *, export: Path, prompt_tokens: int, why_no_dense: str | None = None
-) -> dict[str, Any]:
-    """The report's `memory`.
+) -> Memory:
+    """Measure both models, each in a process of its own.
 
     Args:
         engine: `engine.json`.
@@ -82,20 +82,19 @@ def measure_engine(
         why_no_dense: Why there is no baseline; None where there is one.
     """
     sparse = run_in_fresh_process(engine, dense=False, prompt_tokens=prompt_tokens)
-    dense: dict[str, Any] = {"peak_rss_bytes": None, "why": why_no_dense}
+    dense = PeakMemory(why=why_no_dense)
     if why_no_dense is None:
         dense = run_in_fresh_process(engine, dense=True, prompt_tokens=prompt_tokens)
-    return {
-        **sparse,
-        "device_bytes": None,
-        "why_no_device_bytes": "the memory that a GPU's driver hands out is not measured"
+    return Memory(
+        **vars(sparse),
+        why_no_device_bytes="the memory that a GPU's driver hands out is not measured"
         if _runs_on_gpu(engine)
         else "the model runs on the CPU and takes no device memory",
-        "artifact_bytes": artifact_bytes(export),
-        "sparse": sparse,
-        "dense": dense,
-        "protocol": PROTOCOL,
-    }
+        artifact_bytes=artifact_bytes(export),
+        sparse=sparse,
+        dense=dense,
+        protocol=PROTOCOL,
+    )
 
 
 def _runs_on_gpu(engine: Path) -> bool:
@@ -114,13 +113,13 @@ def artifact_bytes(folder: Path) -> int:
     )
 
 
-def answer(engine: str, side: str, prompt_tokens: str) -> dict[str, Any]:
-    """Return the measuring process's answer: the figure, or None with `why`."""
+def answer(engine: str, side: str, prompt_tokens: str) -> PeakMemory:
+    """Measure one model, as the command line names it; say why where that fails."""
     try:
         return measure(Path(engine), dense=side == "dense", prompt_tokens=int(prompt_tokens))
     except UserError as error:
-        return {"peak_rss_bytes": None, "why": error.problem}
+        return PeakMemory(why=error.problem)
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(answer(*sys.argv[1:])))
+    sys.stdout.write(json.dumps(json_from(answer(*sys.argv[1:]))))

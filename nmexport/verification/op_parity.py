@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nmexport.oracle import Reference, reference
+from nmexport.report.model import LinearParity
 from nmexport.verification.audit import (
     add_layer_outputs,
     chunks_by_bytes,
@@ -62,15 +63,15 @@ class Worst:
         if not largest <= self.share:  # NaN counts as worse than anything
             self.share, self.layer = largest, layer
 
-    def report(self) -> dict[str, Any]:
-        """The report's form."""
-        return {
-            "error_over_tolerance": self.share,
-            "worst_layer": self.layer,
-            "within_contract": self.share <= 1.0,
-            "linears": len(self.linears),
-            "values": self.values,
-        }
+    def report(self) -> LinearParity:
+        """Make the report's figures."""
+        return LinearParity(
+            error_over_tolerance=self.share,
+            worst_layer=self.layer,
+            within_contract=self.share <= 1.0,
+            linears=len(self.linears),
+            values=self.values,
+        )
 
 
 def arguments(layer: LayerSpec, tensors: Tensors) -> dict[str, Any]:
@@ -175,7 +176,7 @@ def check(
     prompt: NDArray[np.int64],
     *,
     executor: Compute | None = None,
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
+) -> tuple[LinearParity, LinearParity | None]:
     """Hold every linear of a running model against the oracle.
 
     Args:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from nmexport.report.model import Parity, ParityLeg
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -64,28 +66,23 @@ class Leg:
         before = self.diverged or [False] * len(chosen)
         self.diverged = [old or new for old, new in zip(before, chosen, strict=True)]
 
-    def report(self) -> dict[str, Any]:
-        """The report's form."""
-        return {
-            "max_abs": max(self.token_abs),
-            "median_abs": statistics.median(self.token_abs),
-            "top1_agreement": self.agreeing / self.tokens,
-            "greedy_identical": not any(self.diverged),
-            "prompts_diverged": sum(self.diverged),
-            "prompts": len(self.diverged),
-            "tokens": self.tokens,
-        }
+    def report(self) -> ParityLeg:
+        """Make the report's figures."""
+        return ParityLeg(
+            max_abs=max(self.token_abs),
+            median_abs=statistics.median(self.token_abs),
+            top1_agreement=self.agreeing / self.tokens,
+            greedy_identical=not any(self.diverged),
+            prompts_diverged=sum(self.diverged),
+            prompts=len(self.diverged),
+            tokens=self.tokens,
+        )
 
 
 def _token_abs(left: NDArray[np.float32], right: NDArray[np.float32]) -> list[float]:
     # A prompt at a time: the difference of a whole batch would be as large as both together.
     pairs = zip(left, right, strict=True)
     return [value for a, b in pairs for value in np.abs(a - b).max(axis=-1).tolist()]
-
-
-def absent_leg(why: str) -> dict[str, Any]:
-    """A leg that could not run."""
-    return {"max_abs": None, "top1_agreement": None, "why": why}
 
 
 def compare(
@@ -95,7 +92,7 @@ def compare(
     *,
     why_absent: Mapping[str, str],
     twins: bool = False,
-) -> dict[str, Any]:
+) -> Parity:
     """Run the executors in lock step on prompts `[B, P]`.
 
     Args:
@@ -107,7 +104,7 @@ def compare(
             sequences twice, which measures the noise floor.
 
     Returns:
-        The report's `parity`: one entry for each of `LEGS`, the noise floor, and the protocol.
+        Each of `LEGS`, the noise floor, and the protocol.
     """
     present = {*executors, ROUNDED} if twins else {*executors}
     running = [names for names in (*LEGS, NOISE_LEG) if present.issuperset(names)]
@@ -115,37 +112,42 @@ def compare(
     if running:
         _lock_step(executors, prompts, steps, legs, twins=twins)
     noise = legs.get(NOISE_LEG)
-    report: dict[str, Any] = {"noise_floor": noise.report() if noise else None}
-    for left, right in LEGS:
+
+    def figures(left: str, right: str) -> ParityLeg:
         leg = legs.get((left, right))
+        if leg is not None:
+            return leg.report()
         missing = next((name for name in (left, right) if name not in executors), "")
-        report[f"{left}_{right}"] = leg.report() if leg else absent_leg(why_absent[missing])
-    return {**report, "protocol": PROTOCOL}
+        return ParityLeg(why=why_absent[missing])
+
+    return Parity(
+        noise_floor=noise.report() if noise else None,
+        torch_onnx=figures(TORCH, ONNX),
+        torch_engine=figures(TORCH, ENGINE),
+        onnx_engine=figures(ONNX, ENGINE),
+        protocol=PROTOCOL,
+    )
 
 
-def concerns(parity: Mapping[str, Any]) -> list[str]:
-    """Sentences for the reader of a report whose executors do not compute the same.
-
-    Args:
-        parity: The report's `parity`, with `dense`: how far the dense file is from torch.
-    """
-    notes = []
-    dense = parity.get("dense") or {}
-    if dense.get("error") is None and dense.get("why"):
-        notes.append(f"The dense ONNX file was not held against torch: {dense['why']}.")
-    floor = parity.get("noise_floor")
-    if not floor:
-        return notes
-    for left, right in LEGS:
-        agreement = parity[f"{left}_{right}"].get("top1_agreement")
-        if agreement is not None and agreement < floor["top1_agreement"] - _UNEXPLAINED:
-            notes.append(
+def concerns(parity: Parity) -> list[str]:
+    """Tell the reader of a report where its executors do not compute the same."""
+    sentences = []
+    dense, floor = parity.dense, parity.noise_floor
+    if dense is not None and dense.error is None and dense.why:
+        sentences.append(f"The dense ONNX file was not held against torch: {dense.why}.")
+    if floor is None or floor.top1_agreement is None:
+        return sentences
+    legs = (parity.torch_onnx, parity.torch_engine, parity.onnx_engine)
+    for (left, right), leg in zip(LEGS, legs, strict=True):
+        agreement = leg.top1_agreement
+        if agreement is not None and agreement < floor.top1_agreement - _UNEXPLAINED:
+            sentences.append(
                 f"Executors disagree: {left} and {right} choose the same token at "
                 f"{agreement:.1%} of positions, where rounding alone leaves "
-                f"{floor['top1_agreement']:.1%}. The figures of this report do not describe the "
+                f"{floor.top1_agreement:.1%}. The figures of this report do not describe the "
                 "model in torch."
             )
-    return notes
+    return sentences
 
 
 def _lock_step(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from nmexport.errors import EnvironmentFault, RecipeError, UserError
+from nmexport.report.model import MetricScore, TaskScore
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -136,7 +137,7 @@ def compare(
     phases: ModelPhases = "all",
     seed: int = 0,
     progress: Progress,
-) -> dict[str, Any]:
+) -> dict[str, TaskScore]:
     """Score both models on every task.
 
     Args:
@@ -150,7 +151,7 @@ def compare(
         progress: Counts requests.
 
     Returns:
-        The report's `tasks`: figures by task.
+        Scores by task.
 
     Raises:
         EnvironmentFault: if the harness is not installed, or a task's data cannot be reached.
@@ -521,28 +522,26 @@ def _by_document(samples: Sequence[Mapping[str, Any]], label: str) -> list[float
     return numbers if len(numbers) == len(values) else []
 
 
-def _figures(dense: _TaskResult, sparse: _TaskResult) -> dict[str, Any]:
-    """A task's entry in the report; `dense`, `sparse`, `stderr` and `n` are its fixed keys."""
-    every = {
-        metric: {
-            "dense": dense.metrics[metric][0],
-            "sparse": sparse.metrics[metric][0],
-            "dense_stderr": dense.metrics[metric][1],
-            "sparse_stderr": sparse.metrics[metric][1],
-            "difference_stderr": paired_stderr(
-                dense.by_document[metric], sparse.by_document[metric]
-            ),
-        }
+def _figures(dense: _TaskResult, sparse: _TaskResult) -> TaskScore:
+    """Make a task's entry in the report."""
+    scores = {
+        metric: MetricScore(
+            dense=dense.metrics[metric][0],
+            sparse=sparse.metrics[metric][0],
+            dense_stderr=dense.metrics[metric][1],
+            sparse_stderr=sparse.metrics[metric][1],
+            difference_stderr=paired_stderr(dense.by_document[metric], sparse.by_document[metric]),
+        )
         for metric in dense.metrics
     }
-    first = next(iter(every))
-    return {
-        **every[first],
-        "stderr": every[first]["sparse_stderr"],
-        "n": sparse.documents,
-        "metric": first,
-        "metrics": every,
-    }
+    metric, first = next(iter(scores.items()))
+    return TaskScore(
+        **vars(first),
+        stderr=first.sparse_stderr,
+        n=sparse.documents,
+        metric=metric,
+        metrics=scores,
+    )
 
 
 def paired_stderr(dense: Sequence[float], sparse: Sequence[float]) -> float | None:
