@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What a verification measured, and what stages before it noted down."""
+    """All that a verification measured, and what stages before it noted down."""
 
     sparsity: Sparsity
     accuracy: Accuracy
@@ -101,7 +101,7 @@ def sparse_weights(recipe: Recipe) -> str:
 
 
 def weights_note(recipe: Recipe) -> str | None:
-    """What a reader must know where the two models' weights are stored in two ways."""
+    """Say what a reader must know where the two models store weights in two ways."""
     if recipe.model.weights == "float":
         return None
     return (

@@ -67,7 +67,7 @@ class GateResult:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSparsity:
-    """What met one sparsified linear's weight, and what the linear lost."""
+    """One sparsified linear: what met its weight, and what it lost."""
 
     name: str
     kept: int
@@ -159,7 +159,7 @@ class TaskScore(MetricScore):
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy(Scores):
-    """What sparsity costs: likelihood, divergence, continuations, tasks."""
+    """The cost of sparsity: likelihood, divergence, continuations, tasks."""
 
     dataset: str | None = None
     second_half: Scores | None = None
@@ -248,7 +248,7 @@ class DenseParity:
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """Whether the executors compute the same."""
+    """Agreement of the executors."""
 
     noise_floor: ParityLeg | None = None
     torch_onnx: ParityLeg = field(default_factory=ParityLeg)
@@ -327,7 +327,7 @@ class Latency:
 
 @dataclass(frozen=True, kw_only=True)
 class PeakMemory:
-    """What one model's process took."""
+    """Memory of one model's process."""
 
     peak_rss_bytes: int | None = None
     why: str | None = None
@@ -335,7 +335,7 @@ class PeakMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory(PeakMemory):
-    """What the models take; the first figures are the sparse model's."""
+    """Memory of the models; the first figures are the sparse model's."""
 
     device_bytes: int | None = None
     why_no_device_bytes: str | None = None
@@ -368,7 +368,7 @@ class LearnedConstants:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupingGain:
-    """What a linear's calibrated channel order gains."""
+    """Gain of a linear's calibrated channel order."""
 
     name: str
     gap_closed: float
@@ -384,7 +384,7 @@ class Calibration:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineFacts(BuildRecord):
-    """What TensorRT made of the model."""
+    """The engine that TensorRT made of the model."""
 
     runtime: str
     compute_capabilities: tuple[str, ...]

@@ -62,7 +62,7 @@ _CACHE_PROTOCOL = (
 
 
 def compared(words: str, value: float | None) -> str:
-    """What a ratio's words are; none where there is no ratio."""
+    """Say a ratio in words; nothing where there is no ratio."""
     return "" if value is None else words
 
 
