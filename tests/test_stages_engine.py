@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import types
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -27,7 +26,7 @@ from nmexport.recipe import (
     SparsitySection,
 )
 from nmexport.report.model import json_of
-from nmexport.runtimes import onnxruntime_session
+from nmexport.runtimes import native, onnxruntime_session
 from nmexport.runtimes.engine import read_engine
 from nmexport.runtimes.onnxruntime_session import OrtSession
 from nmexport.runtimes.tensorrt import library as tensorrt_library
@@ -63,11 +62,7 @@ RECIPE = Recipe(
 @pytest.fixture
 def no_native(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without the native op library."""
-    native = types.ModuleType("nmexport.runtimes.native")
-    native.find_library = lambda: None
-    native.use_cuda_plans = lambda *_: None
-    monkeypatch.setitem(sys.modules, native.__name__, native)
-    monkeypatch.setattr(sys.modules["nmexport.runtimes"], "native", native, raising=False)
+    monkeypatch.setattr(native, "find_library", lambda *_: None)
 
 
 def _inputs(tmp_path: Path, recipe: Recipe = RECIPE, **upstream: Path) -> StageInputs:
@@ -155,7 +150,7 @@ def test_engine_survives_the_rename_of_its_folder(tmp_path: Path, toy_export: Pa
     finished = inputs.output.rename(inputs.output.with_name("0123456789ab"))
     described = engine.Artifact(finished).engine
     assert described.model == toy_export / "model.onnx"
-    assert described.library_digest is None
+    assert described.library is None
     assert metrics["why_no_library"]
     with OrtSession.from_engine(finished) as session:
         assert np.isfinite(session.prefill(np.array([[1]]))).all()
@@ -173,7 +168,7 @@ def test_engine_is_the_same_bytes_each_time(tmp_path: Path, toy_export: Path) ->
 
 def test_key_follows_the_librarys_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library = tmp_path / "libnmexport.so"
-    monkeypatch.setattr(engine, "_library", lambda: library)
+    monkeypatch.setattr(native, "find_library", lambda *_: library)
     keys = []
     for contents in (b"one", b"two"):
         library.write_bytes(contents)
@@ -217,13 +212,7 @@ def test_latency_tokens_repeat_a_short_text() -> None:
 def built(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> WorkDirectory:
     """A work directory of a machine without the native library."""
     with pytest.MonkeyPatch.context() as patch:
-        no_native = types.ModuleType("nmexport.runtimes.native")
-        no_native.find_library = lambda: None
-        no_native.use_cuda_plans = lambda *_: None
-        patch.setitem(sys.modules, no_native.__name__, no_native)
-        import nmexport.runtimes
-
-        patch.setattr(nmexport.runtimes, "native", no_native, raising=False)
+        patch.setattr(native, "find_library", lambda *_: None)
         work = WorkDirectory(tmp_path_factory.mktemp("work") / "w")
         source = ModelSource(
             id="tiny", revision=None, folder=tiny_llama, gguf_file=None, digest="1" * 64

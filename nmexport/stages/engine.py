@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ArtifactError, EnvironmentFault, RecipeError
 from nmexport.generation.context import context_length
+from nmexport.runtimes import native
 from nmexport.runtimes.engine import (
     SCHEMA,
     CudaGraphs,
@@ -23,7 +24,6 @@ from nmexport.runtimes.engine import (
     read_engine,
     write_engine,
 )
-from nmexport.runtimes.native import find_library
 from nmexport.runtimes.opening import open_on_onnxruntime
 from nmexport.runtimes.tensorrt import library as tensorrt_library
 from nmexport.runtimes.tensorrt import requirements
@@ -103,7 +103,7 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
         "onnxruntime": inputs.environment.version("onnxruntime"),
         "threads": inputs.recipe.latency.threads,
         "device": inputs.environment.cpu,
-        "library": _library_fields(find_library()),
+        "library": _library_fields(native.find_library()),
     }
     if target == "onnxruntime":
         return {**fields, "gpus": [gpu.name for gpu in inputs.environment.gpus]}
@@ -147,7 +147,7 @@ def _run_tensorrt(inputs: StageInputs, target: TensorRTTarget) -> dict[str, Any]
         progress=inputs.progress,
     )
     engine = replace(
-        _describe(inputs, find_library()),
+        _describe(inputs, native.find_library()),
         runtime=target,
         runtime_version=built.engine.version,
         tensorrt=built.engine,
@@ -158,7 +158,7 @@ def _run_tensorrt(inputs: StageInputs, target: TensorRTTarget) -> dict[str, Any]
 
 
 def _run_onnxruntime(inputs: StageInputs) -> dict[str, Any]:
-    library = find_library()
+    library = native.find_library()
     if library is None:
         inputs.progress.note(f"engine: {NO_LIBRARY}")
     engine = _describe(inputs, library)
