@@ -204,7 +204,8 @@ def _write_cuda_graphs(inputs: StageInputs) -> tuple[CudaGraphs | None, str | No
     """Write the graphs that the CUDA provider runs fastest, or say why there are none."""
     import onnx_ir as ir
 
-    from nmexport.graph.cuda import NotRewritableError, rewrite_for_cuda
+    from nmexport.graph.cuda import rewrite_for_cuda
+    from nmexport.graph.cuda_attention import NotRewritableError
 
     model = inputs.recipe.model
     if model.dtype == "float32":
