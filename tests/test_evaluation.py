@@ -124,7 +124,7 @@ def test_layer_by_layer_scores_a_sparse_head(
 ) -> None:
     sparse = fold(tiny_llama, tmp_path / "w", text, "--targets", "lm_head")
     whole = evaluate(sparse, Share(), progress=Silent())
-    assert whole["kl_mean"] > 1e-3
+    assert whole.kl_mean > 1e-3
     monkeypatch.setattr("nmexport.evaluation.free_memory", lambda: Memory(host=100_000))
     assert evaluate(sparse, Share(), progress=Silent()) == whole
 

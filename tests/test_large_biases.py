@@ -102,8 +102,8 @@ def test_each_linear_is_within_the_oracle(sparse: tuple[Exported, Behaviour]) ->
     for library in {None, native.find_library()}:
         with open_instrumented(graph, model.folder, library=library, threads=1) as session:
             report, _ = check(session, layers, outputs, tensors.__getitem__, PROMPT[0])
-        assert report["within_contract"], (library, report)
-        assert report["linears"] == len(layers)
+        assert report.within_contract, (library, report)
+        assert report.linears == len(layers)
 
         without = {
             name: {kind: value for kind, value in one.items() if kind != "bias"}
@@ -111,7 +111,7 @@ def test_each_linear_is_within_the_oracle(sparse: tuple[Exported, Behaviour]) ->
         }
         with open_instrumented(graph, model.folder, library=library, threads=1) as session:
             report, _ = check(session, layers, outputs, without.__getitem__, PROMPT[0])
-        assert report["error_over_tolerance"] > 1000  # what dropping a bias would look like
+        assert report.error_over_tolerance > 1000  # what dropping a bias would look like
 
 
 def arrays(linear: torch.nn.Linear, behaviour: Behaviour) -> dict[str, Any]:

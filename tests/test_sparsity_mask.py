@@ -37,7 +37,8 @@ def test_mask_is_the_oracles(data: st.DataObject) -> None:
             lambda values: np.array(values, dtype=np.float32)
         )
     )
-    expected = oracle.keep_mask(x, n, m, score_scale=scale, channel_order=order)
+    gathered = scale if scale is None or order is None else scale[order]
+    expected = oracle.keep_mask(x, n, m, score_scale=gathered, channel_order=order)
     keep = keep_mask(
         scores_of(tensor_of(x), None if scale is None else torch.from_numpy(scale)),
         NMPattern(n, m),
