@@ -23,6 +23,7 @@ from nmexport.graph.matching import (
     slice_of,
     static_size,
 )
+from nmexport.graph.rewriting import take_place
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,7 +64,7 @@ class FuseRotaryEmbedding(_OpsetPass):
             size = static_size(x, 3)
             caches = [_half(item, (size or 0) // 2, halves) for item in (cosine, sine)]
             fused = ir.node("RotaryEmbedding", [x, *caches])
-            _replace(model.graph, node, fused)
+            take_place(model.graph, [node], fused, node.outputs)
             modified = True
         return ir.passes.PassResult(model, modified)
 
@@ -151,15 +152,6 @@ def _half(table: ir.Value, size: int, halves: dict[ir.Value, ir.Value]) -> ir.Va
 
 def _int64_constant(graph: ir.Graph, name: str, item: int) -> ir.Value:
     return add_initializer(graph, name, ir.tensor([item], dtype=ir.DataType.INT64, name=name))
-
-
-def _replace(graph: ir.Graph, node: ir.Node, fused: ir.Node) -> None:
-    """Put `fused` where `node` is; its outputs take over the names, shapes and uses."""
-    for old, new in zip(node.outputs, fused.outputs, strict=False):
-        new.name, new.shape, new.type = old.name, old.shape, old.type
-    ir.convenience.replace_nodes_and_values(
-        graph, node, [node], [fused], node.outputs, fused.outputs[: len(node.outputs)]
-    )
 
 
 class FuseCachedAttention(_OpsetPass):
