@@ -22,6 +22,7 @@ constexpr Variant makeVariant(const char* name) {
         panelProduct<Int8, true>,
         {epilogue<float>, epilogue<Float16>, epilogue<BFloat16>},
         readWords,
+        &kSTEP_FUNCTIONS,
     };
 }
 
