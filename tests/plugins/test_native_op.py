@@ -337,6 +337,17 @@ def test_what_does_not_fit_is_refused_in_words(changes, message):
         run_session(native_session(model), x)
 
 
+def test_what_is_not_done_yet_is_refused_in_words():
+    case = linear_case(shape=(1, 32), out_features=8, scale_groups=1, activation_bits=8)
+    with pytest.raises(REFUSALS, match="activation_bits = 8 is not implemented here yet"):
+        native_session(one_node_model(case.node(), case.x, case.arrays))
+    case = linear_case(shape=(1, 32), out_features=8, scale_groups=1)
+    case.arrays["weight_zero_point"] = np.zeros((1, 8), dtype=np.int8)
+    session = native_session(one_node_model(case.node(), case.x, case.arrays))
+    with pytest.raises(REFUSALS, match="weight_zero_point is not implemented here yet"):
+        run_session(session, case.x)
+
+
 def test_a_missing_attribute_is_refused():
     model, x = broken()
     kept = [a for a in model.graph.node[0].attribute if a.name != "n"]
@@ -387,7 +398,9 @@ def expected_op(name, spec, element, weights):
             {
                 "name": one["name"],
                 "type": NUMBERS[
-                    {"T": weights if one["name"] == "W" else element}.get(one["type"], one["type"])
+                    weights
+                    if one["name"] == "W"
+                    else {"T": element, "W": weights}.get(one["type"], one["type"])
                 ],
                 "optional": one["optional"],
             }
@@ -395,7 +408,9 @@ def expected_op(name, spec, element, weights):
         ],
         "output_type": NUMBERS[element],
         "attributes": [
-            {**one, "values": f"|{'|'.join(one['values'])}|"} if "values" in one else one
+            {**one, "values": f"|{'|'.join(one['values'])}|"}
+            if one["type"] == "string"
+            else {key: value for key, value in one.items() if key != "values"}
             for one in spec["attributes"]
         ],
     }

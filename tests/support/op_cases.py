@@ -46,6 +46,7 @@ _LINEAR_INPUTS = (
     "channel_order",
     "weight_scale",
     "value_scale",
+    "weight_zero_point",
 )
 _PRUNE_INPUTS = ("X", "score_scale", "channel_order")
 
