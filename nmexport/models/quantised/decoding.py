@@ -66,7 +66,7 @@ def reason_for_floats(weight: PackedWeight) -> str | None:
         return "8-bit floats"
     if weight.groups > 1 and size % GROUP:
         return f"groups of {size} channels, not of a multiple of {GROUP}"
-    if weight.bits < _BYTE and outputs % 2:
+    if weight.bits <= _HALF_BYTE and outputs % 2:
         return "an odd number of outputs in 4 bits"
     return None
 
@@ -149,13 +149,11 @@ def _int8(weight: PackedWeight, tensors: Mapping[str, torch.Tensor]) -> Decoded:
 def _float8(weight: PackedWeight, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Floats `[O, K]` float32: a scale is of the tensor, an output, or a block."""
     outputs, channels = weight.shape
+    rows, columns = weight.block or weight.shape
     role = next(role for role in tensors if role != "weight")
-    scale = tensors[role].float()
-    scale = scale if scale.ndim == 2 else scale.reshape(-1, 1)  # noqa: PLR2004
-    rows, columns = (-(-outputs // scale.shape[0]), -(-channels // scale.shape[1]))
+    scale = tensors[role].float().reshape(-(-outputs // rows), -(-channels // columns))
     wide = scale.repeat_interleave(rows, dim=0)[:outputs]
-    wide = wide.repeat_interleave(columns, dim=1)[:, :channels]
-    return tensors["weight"].float() * wide
+    return tensors["weight"].float() * wide.repeat_interleave(columns, dim=1)[:, :channels]
 
 
 def _channel_order(
@@ -193,7 +191,7 @@ def _typed(
     """Bring values into the range of the op's types; both they and zero points move alike."""
     signed = weight.layout in {"packed", "int8"}
     half = 2 ** (weight.bits - 1)
-    small = weight.bits < _BYTE
+    small = weight.bits <= _HALF_BYTE
     if not signed and zeros is not None and (not small or bool((zeros == half).all())):
         values, zeros, signed = values - half, zeros - half, True
     if zeros is not None and not bool(zeros.any()):

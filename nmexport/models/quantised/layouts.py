@@ -6,7 +6,12 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ModelError
-from nmexport.models.quantised.methods import SIDE_FILES, method_of, quantisation_section
+from nmexport.models.quantised.methods import (
+    SIDE_FILES,
+    Scheme,
+    method_of,
+    quantisation_section,
+)
 from nmexport.models.quantised.packing import WORD, Modules, PackedWeight, Packing
 from nmexport.models.unsupported import FLOATS, quantised
 
@@ -21,7 +26,7 @@ if TYPE_CHECKING:
 
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
 _GPTQ_BITS = (2, 3, 4, 8)
-_PACKED_BITS = (4, 8)
+_PACKED_BITS = range(2, 9)
 # What another way of running the model needs: its activations or its cache in 8 bits.
 _RUN_TIME = re.compile(
     r"(^|\.)(input_scale(_ub)?|input_zero_point|input_global_scale|output_scale|activation_scale"
@@ -154,9 +159,9 @@ def _packed(modules: Modules, method: Method) -> Iterator[PackedWeight]:
         modules.require(module, roles, ("weight_packed", "weight_scale", "weight_shape"))
         outputs, words = modules.matrix(module, roles, "weight_packed")
         _, groups = modules.matrix(module, roles, "weight_scale")
-        scheme = next((scheme for scheme in method.schemes if scheme.covers(module)), None)
-        bits = None if scheme is None else scheme.bits
-        if roles["weight_packed"].dtype != "I32" or bits not in _PACKED_BITS:
+        scheme = _scheme_of(method, module)
+        bits = scheme.bits
+        if roles["weight_packed"].dtype != "I32" or bits is None or bits not in _PACKED_BITS:
             raise quantised(
                 modules.folder,
                 f"compressed-tensors: {module} is packed as {roles['weight_packed'].dtype}, "
@@ -171,7 +176,7 @@ def _packed(modules: Modules, method: Method) -> Iterator[PackedWeight]:
         order = roles.get("weight_g_idx")
         if order is not None:
             modules.check_shape(module, order, "weight_g_idx", (channels,))
-        modules.check_groups(module, channels, groups, None if scheme is None else scheme.group)
+        modules.check_groups(module, channels, groups, scheme.group)
         yield PackedWeight(
             module=module,
             layout="packed",
@@ -201,8 +206,8 @@ def _int8(modules: Modules, method: Method) -> Iterator[PackedWeight]:
         for role in ("weight_scale", "weight_zero_point"):
             if role in roles:
                 modules.check_shape(module, roles[role], role, *_scale_shapes(outputs, groups))
-        scheme = next((scheme for scheme in method.schemes if scheme.covers(module)), None)
-        modules.check_groups(module, channels, groups, None if scheme is None else scheme.group)
+        scheme = _scheme_of(method, module)
+        modules.check_groups(module, channels, groups, scheme.group)
         yield PackedWeight(
             module=module,
             layout="int8",
@@ -215,7 +220,6 @@ def _int8(modules: Modules, method: Method) -> Iterator[PackedWeight]:
 
 def _float8(modules: Modules, method: Method) -> Iterator[PackedWeight]:
     """Linears whose weight is stored as 8-bit floats, scaled by tensor, output or block."""
-    del method
     for module, roles in modules.with_role("weight").items():
         if roles["weight"].dtype not in FLOAT8:
             continue
@@ -224,20 +228,50 @@ def _float8(modules: Modules, method: Method) -> Iterator[PackedWeight]:
         scale = roles[role]
         if scale.dtype not in FLOATS:
             raise quantised(modules.folder, f"FP8: {module}.{role} is stored as {scale.dtype}")
-        outputs, channels = modules.matrix(module, roles, "weight")
-        rows, groups = (*scale.shape, 1, 1)[:2]
-        if len(scale.shape) > 2 or not (1 <= rows <= outputs and 1 <= groups <= channels):  # noqa: PLR2004
+        shape = modules.matrix(module, roles, "weight")
+        named = method.block or _scheme_of(method, module).block
+        block = _block(shape, scale.shape, named)
+        if block is None:
             raise modules.wrong_shape(
-                module, f"{role} is {list(scale.shape)} for a weight {[outputs, channels]}"
+                module,
+                f"{role} is {list(scale.shape)} for a weight {list(shape)}"
+                + (f" in blocks of {list(named)}" if named else ""),
             )
         yield PackedWeight(
             module=module,
             layout="float8",
             bits=8,
-            shape=(outputs, channels),
-            groups=groups,
+            shape=shape,
+            groups=-(-shape[1] // block[1]),
+            block=block,
             parts=_parts(roles, "weight", role),
         )
+
+
+def _block(
+    shape: tuple[int, int], scale: tuple[int, ...], named: tuple[int, int] | None
+) -> tuple[int, int] | None:
+    """Rows and columns of a weight that share a scale; None where the scales do not fit it.
+
+    Args:
+        shape: `(O, K)`.
+        scale: Shape of the scales.
+        named: What the configuration says.
+    """
+    outputs, channels = shape
+    if scale in {(), (1,), (1, 1)}:
+        return shape
+    if scale in {(outputs,), (outputs, 1)}:
+        return 1, channels
+    if len(scale) != 2 or named is None:  # noqa: PLR2004
+        return None
+    fits = scale == (-(-outputs // named[0]), -(-channels // named[1]))
+    return named if fits else None
+
+
+def _scheme_of(method: Method, module: str) -> Scheme:
+    """What compressed-tensors' configuration says of a linear; an empty scheme where nothing."""
+    return next((scheme for scheme in method.schemes if scheme.covers(module)), Scheme())
 
 
 def _groups_of(scale: StoredTensor) -> int:

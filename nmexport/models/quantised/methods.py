@@ -39,6 +39,8 @@ class Method:
     """Channels that share a scale; -1 is all of them, None where linears differ."""
     zero_points_less_one: bool = True
     """GPTQ's first version stores zero points less one."""
+    block: tuple[int, int] | None = None
+    """Outputs and channels that share a scale of FP8 weights, where it is by block."""
     schemes: tuple[Scheme, ...] = ()
     """Of compressed-tensors: what it does to which linears."""
 
@@ -47,10 +49,12 @@ class Method:
 class Scheme:
     """How compressed-tensors stores the weights of some linears."""
 
-    bits: int
-    group: int | None
+    bits: int | None = None
+    group: int | None = None
     """Channels that share a scale; -1 is all of them, None where it is not by group."""
-    targets: tuple[str, ...]
+    block: tuple[int, int] | None = None
+    """Outputs and channels that share a scale, where it is by block."""
+    targets: tuple[str, ...] = ()
 
     def covers(self, module: str) -> bool:
         """Tell whether it applies to a linear: by class, by name, or by `re:PATTERN`."""
@@ -107,7 +111,8 @@ def method_of(folder: Path, section: Mapping[str, Any]) -> Method:
         return _compressed_tensors(folder, section)
     algorithm = str(section.get("quant_algo") or "FP8")
     if named in _FP8_METHODS and algorithm.startswith("FP8"):
-        return Method(name="FP8", family="fp8", bits=8)
+        block = _pair(section.get("weight_block_size"))
+        return Method(name="FP8", family="fp8", bits=8, block=block)
     raise quantised(folder, section)
 
 
@@ -147,8 +152,13 @@ def _compressed_tensors(folder: Path, section: Mapping[str, Any]) -> Method:
         layouts |= {str(part["format"])} if part.get("format") else set()
         bits, targets = _integer(weights.get("num_bits")), part.get("targets")
         if bits is not None and isinstance(targets, list):
-            group = _integer(weights.get("group_size"))
-            schemes.append(Scheme(bits=bits, group=group, targets=tuple(map(str, targets))))
+            scheme = Scheme(
+                bits=bits,
+                group=_integer(weights.get("group_size")),
+                block=_pair(weights.get("block_structure")),
+                targets=tuple(map(str, targets)),
+            )
+            schemes.append(scheme)
     unread = sorted(layouts - _FORMATS)
     if unread:
         raise quantised(folder, section, f"in the format {unread[0]!r}")
@@ -171,3 +181,13 @@ def _says_something(part: Any) -> bool:
 
 def _integer(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _pair(value: Any) -> tuple[int, int] | None:
+    """Two positive integers, as a list or as older files write them: `128x128`."""
+    parts = value.split("x") if isinstance(value, str) else value
+    try:
+        first, second = (int(part) for part in parts)
+    except (TypeError, ValueError):
+        return None
+    return (first, second) if first > 0 and second > 0 else None

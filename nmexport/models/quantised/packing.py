@@ -47,6 +47,8 @@ class PackedWeight:
     """Scales along K of an output; 1 where an output has one scale."""
     parts: Mapping[str, StoredTensor]
     """Stored tensors by their role: the last part of their names."""
+    block: tuple[int, int] | None = None
+    """Of 8-bit floats: rows and columns of the weight that share a scale."""
 
     @property
     def name(self) -> str:
