@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from nmexport.errors import ModelError
 from nmexport.models.families import is_text_part, text_name
 from nmexport.models.integrity import StoredTensor, damaged
-from nmexport.models.quantised.decoding import decode
+from nmexport.models.quantised.decoding import decode, kept_of
+from nmexport.models.quantised.gguf_file import GgufIntegers
 from nmexport.models.quantised.layouts import find_packing
 from nmexport.models.unsupported import FLOATS, quantised
 from nmexport.models.weight_files import read_config, shortened, stored_tensors
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from nmexport.models.quantised.packing import PackedWeight, Packing
+    from nmexport.models.quantised.kept import KeptWeights
+    from nmexport.models.quantised.packing import PackedWeight
 
 
 _FLOAT32 = torch.float32
@@ -72,6 +74,7 @@ class WeightTable:
         """
         self._model, self._folder = model, folder
         self._packing = find_packing(folder, read_config(folder), stored_tensors(folder))
+        self._integers = GgufIntegers(folder) if GgufIntegers.are_in(folder) else None
         self._stored = dict(self._packing.plain)
         for name, weight in self._packing.weights.items():
             file = next(iter(weight.parts.values())).file
@@ -111,9 +114,16 @@ class WeightTable:
         return value
 
     @property
-    def packing(self) -> Packing:
-        """What of the files is quantised."""
-        return self._packing
+    def is_dequantised(self) -> bool:
+        """Tell whether weights are read from integers, which transformers would read otherwise."""
+        return bool(self._packing.weights)
+
+    @property
+    def kept(self) -> KeptWeights | None:
+        """What is kept of quantised weights; None where none are stored."""
+        if self._integers is not None:
+            return self._integers.kept
+        return kept_of(self._packing) if self._packing.weights else None
 
     def quantised(self, name: str) -> QuantisedWeight | None:
         """The integers and scales of a parameter, bit for bit; None where it is stored as floats.
@@ -121,7 +131,11 @@ class WeightTable:
         Raises:
             ModelError: if a file is damaged, or its tensors contradict each other.
         """
-        origin, _ = self._origins[name]
+        origin, _ = made = self._origins[name]
+        if self._integers is not None:
+            same = (other for other in self._integers.names if self._origins.get(other) is made)
+            other = next(same, None)  # the name itself, or one that it is tied to
+            return None if other is None else self._integers.read(other)
         packed = self._packing.weights.get(origin.names[0])
         if packed is None or origin.converter is not None:
             return None

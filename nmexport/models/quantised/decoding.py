@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from nmexport.errors import ModelError
+from nmexport.models.quantised.kept import KeptWeights, stored_kinds
 from nmexport.sparsity.quantisation import GROUP, QuantisedWeight
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from nmexport.models.quantised.packing import PackedWeight
+    from nmexport.models.quantised.packing import PackedWeight, Packing
     from nmexport.sparsity.quantisation import StoredType
 
 _AWQ_COLUMNS = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -63,12 +64,30 @@ def reason_for_floats(weight: PackedWeight) -> str | None:
     outputs, channels = weight.shape
     size = channels // weight.groups
     if weight.layout == "float8":
-        return "8-bit floats"
+        return "no executor multiplies 8-bit floats yet"
     if weight.groups > 1 and size % GROUP:
         return f"groups of {size} channels, not of a multiple of {GROUP}"
     if weight.bits <= _HALF_BYTE and outputs % 2:
         return "an odd number of outputs in 4 bits"
     return None
+
+
+def kept_of(packing: Packing) -> KeptWeights:
+    """Count what is kept of a checkpoint's weights, by its headers."""
+    return KeptWeights(
+        method=str(packing.method),
+        kinds=stored_kinds(
+            (_form(weight), reason_for_floats(weight), weight.shape[0] * weight.shape[1])
+            for weight in packing.weights.values()
+        ),
+        dropped=len(packing.dropped),
+    )
+
+
+def _form(weight: PackedWeight) -> str:
+    size = weight.shape[1] // weight.groups
+    scale = "a scale an output" if weight.groups == 1 else f"groups of {size}"
+    return "8-bit floats" if weight.layout == "float8" else f"{weight.bits} bits, {scale}"
 
 
 def unpack_bits(words: torch.Tensor, bits: int) -> torch.Tensor:
