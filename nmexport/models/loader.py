@@ -56,8 +56,8 @@ def load_model(
     if not source.packed:  # said before anything is read
         empty = skeleton(source)
         table = WeightTable(empty, source.weights_folder)
-        if is_text_part(empty.config, source.weights_folder):
-            return _text_part(
+        if table.packing.weights or is_text_part(empty.config, source.weights_folder):
+            return _tensor_by_tensor(
                 source, table, dtype=element_type, attention=attention, placing=placing or {}
             )
     with quiet(), reading(source), _gguf_read_once() as mappings:
@@ -80,7 +80,7 @@ def load_model(
     return model
 
 
-def _text_part(
+def _tensor_by_tensor(
     source: ModelSource,
     table: WeightTable,
     *,
@@ -88,7 +88,7 @@ def _text_part(
     attention: str,
     placing: Mapping[str, Any],
 ) -> PreTrainedModel:
-    """Load the text part of a multimodal model, tensor by tensor."""
+    """Load a model that transformers would load in another way: a text part, or one dequantised."""
     from accelerate import dispatch_model
     from accelerate.utils import set_module_tensor_to_device
 

@@ -51,9 +51,12 @@ def skeleton(
             local_files_only=True,
             **source.gguf_option,
         )
+        plain = text_config(config)
+        if hasattr(plain, "quantization_config"):  # weights are dequantised as they are read
+            del plain.quantization_config
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                text_config(config),
+                plain,
                 dtype=dtype,
                 trust_remote_code=source.trust_remote_code,
                 attn_implementation=attention,

@@ -171,3 +171,16 @@ def dequantised(
     if zero_point is not None:
         grouped = grouped - zero_point.to(torch.float32).unsqueeze(1)
     return (grouped * scale.to(torch.float32).unsqueeze(1)).reshape(weight.shape)
+
+
+def rounded(operand: torch.Tensor, block: int) -> torch.Tensor:
+    """Round an operand `[..., K]` float32 to 8 bits, with a scale for each block of channels.
+
+    Values stay floats: `q * a / 127`, with a the block's largest magnitude. A block that holds
+    something not finite holds NaN afterwards, or where it is multiplied.
+    """
+    blocks = operand.reshape(*operand.shape[:-1], -1, block)
+    largest = blocks.abs().amax(dim=-1, keepdim=True)
+    # The quotient first: times 127, a float32 may overflow.
+    shares = blocks / torch.where(largest > 0, largest, 1.0)
+    return ((shares * LEVELS).round() * (largest / LEVELS)).reshape(operand.shape)

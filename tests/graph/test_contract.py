@@ -7,7 +7,7 @@ import typing
 
 import onnx
 import pytest
-from nmexport import choices, oracle
+from nmexport import choices, oracle, oracle_weights
 from nmexport.errors import ArtifactError, InternalError
 from nmexport.graph import contract as contract_module
 from nmexport.graph import cpu
@@ -76,7 +76,9 @@ def test_the_oracle_and_the_pattern_say_what_the_contract_says():
     assert phase.values == typing.get_args(choices.Phase)
     assert tuple(str(t) for t in oracle.TYPES) == contract.types
     assert contract.variance_floor == oracle.VARIANCE_FLOOR
-    assert contract.scale_group == oracle.SCALE_GROUP == quantisation.GROUP
+    assert contract.scale_group == oracle_weights.SCALE_GROUP == quantisation.GROUP
+    stored = tuple(t.name.replace("_", "") for t in oracle_weights.STORED_TYPES)
+    assert stored == quantisation.STORED_TYPES == contract.ops["NMLinear"].inputs[1].alternatives
     assert contract.tolerance.float32_rtol_per_sqrt_k == oracle.FLOAT32_RTOL_PER_SQRT_K
     assert contract.tolerance.half_ulps == oracle.HALF_ULPS
     assert contract.max_group == MAX_GROUP
