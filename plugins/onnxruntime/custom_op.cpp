@@ -20,10 +20,10 @@ const CustomOp& self(const OrtCustomOp* op) {
 }
 
 ONNXTensorElementDataType inputType(const OrtCustomOp* op, std::size_t index) {
-    if (self(op).hasInt8Weights() && index == NMLinearInput::W) {
-        return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8;
-    }
-    switch (self(op).spec().inputs[index].type) {
+    const InputType type = self(op).spec().inputs[index].type;
+    const bool isStored = index == NMLinearInput::W || type == InputType::kW;
+    if (self(op).hasInt8Weights() && isStored) return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8;
+    switch (type) {
         case InputType::kFLOAT32:
             return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
         case InputType::kINT32:

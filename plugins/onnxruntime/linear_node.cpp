@@ -11,7 +11,11 @@ LinearNode::LinearNode(const Attributes& attributes)
     : pattern(attributes.pattern()),
       dynamicShift(attributes.integer("dynamic_shift") != 0),
       varianceCorrection(attributes.integer("variance_correction") != 0),
-      mPhase(phaseOf(attributes.text("phase"))) {}
+      mPhase(phaseOf(attributes.text("phase"))) {
+    if (attributes.integer("activation_bits") != 0) {
+        throw Fault("NMLinear: activation_bits = 8 is not implemented here yet; allowed: 0");
+    }
+}
 
 LinearNode::Phase LinearNode::phaseOf(const std::string& name) {
     if (name == "prefill") return Phase::kPREFILL;
@@ -29,6 +33,9 @@ void LinearNode::check(const Inputs& inputs, const Shape& x, const Shape& w) con
     if (dynamicShift && !inputs.has(Input::shift_weight)) {
         throw Fault(
             "NMLinear: dynamic_shift = 1 needs the input shift_weight [O], the column sums of W");
+    }
+    if (inputs.has(Input::weight_zero_point)) {
+        throw Fault("NMLinear: input weight_zero_point is not implemented here yet; leave it out");
     }
 }
 
