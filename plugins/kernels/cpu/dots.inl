@@ -9,7 +9,24 @@ constexpr std::size_t kSTEP_BYTES = Simd::kLANES * kQUAD;
 constexpr std::size_t kLINES_AHEAD = 256;
 constexpr std::size_t kLINE = 64;
 // Tokens of a tile whose sums, with a row's vectors, fit the registers.
-constexpr std::size_t kTILE_TOKENS = Simd::kREGISTERS > 16 ? 6 : 2;
+constexpr int kTILE_TOKENS = Simd::kREGISTERS > 16 ? 6 : 2;
+
+// Calls body(Index<0>{}) to body(Index<kCOUNT - 1>{}): what it indexes stays in registers.
+template <int kI>
+struct Index {
+    static constexpr int kVALUE = kI;
+};
+
+template <typename Body, int... kINDEX>
+inline __attribute__((always_inline)) void unroll(const Body& body,
+                                                  std::integer_sequence<int, kINDEX...>) {
+    (body(Index<kINDEX>{}), ...);
+}
+
+template <int kCOUNT, typename Body>
+inline __attribute__((always_inline)) void unroll(const Body& body) {
+    unroll(body, std::make_integer_sequence<int, kCOUNT>{});
+}
 
 // Vectors that four rows become, and the columns they stand for.
 constexpr int vectorsOf(IntegerFormat format) {
@@ -115,12 +132,10 @@ inline __attribute__((always_inline)) void ask(const void* address) {
     }
 }
 
-// Asks for the scales of a step of some block, where it is the first of its group.
+// Asks for the scales and zero points of a step.
 template <IntegerFormat kFORMAT, typename S, Cache kCACHE>
 inline __attribute__((always_inline)) void askScales(const IntegerWeights& weights,
-                                                     std::size_t block, std::size_t step) {
-    if (weights.scale == nullptr || block % weights.groupBlocks != 0) return;
-    const std::size_t group = block / weights.groupBlocks;
+                                                     std::size_t group, std::size_t step) {
     const S* from = static_cast<const S*>(weights.scale) + group * weights.scaleStride +
                     step * stepColumns(kFORMAT);
     constexpr std::size_t kBYTES = stepColumns(kFORMAT) * sizeof(S);
@@ -131,12 +146,35 @@ inline __attribute__((always_inline)) void askScales(const IntegerWeights& weigh
     }
 }
 
+// Where it is asked for next: step after step, block after block.
+struct Place {
+    std::size_t block = 0;
+    std::size_t step = 0;
+    std::size_t group = 0;
+    std::size_t groupBlock = 0;  // of the group
+
+    // The first block of a group, where groups have scales.
+    bool isNewGroup(const IntegerWeights& weights) const {
+        return weights.scale != nullptr && groupBlock == 0;
+    }
+
+    void advance(std::size_t steps, const IntegerWeights& weights) {
+        if (++step < steps) return;
+        step = 0;
+        ++block;
+        if (++groupBlock == weights.groupBlocks) {
+            groupBlock = 0;
+            ++group;
+        }
+    }
+};
+
 // One token's kept rows of one block against one step.
 template <IntegerFormat kFORMAT, typename S, bool kPARTIAL>
 inline __attribute__((always_inline)) void addBlock(const IntegerWeights& weights,
                                                     const QuantisedRows& rows, std::size_t block,
-                                                    std::size_t step, std::size_t bytes,
-                                                    float* sums) {
+                                                    std::size_t group, std::size_t step,
+                                                    std::size_t bytes, float* sums) {
     constexpr int kVECTORS = vectorsOf(kFORMAT);
     const std::size_t at = step * kSTEP_BYTES;
     const std::uint8_t* w = weights.w + at;
@@ -158,7 +196,6 @@ inline __attribute__((always_inline)) void addBlock(const IntegerWeights& weight
         for (int v = 0; v < kVECTORS; ++v) dot[v] = Dot::add<kFORMAT>(dot[v], quads[v], word);
     }
 
-    const std::size_t group = block / weights.groupBlocks;
     if (hasZeros) {
         Simd::I zeros[kVECTORS];
         zeroPoints<kFORMAT, kPARTIAL>(weights.zero + group * weights.rowBytes + at, bytes, zeros);
@@ -191,36 +228,35 @@ class RowsAhead {
   public:
     RowsAhead(const RowDots& dots, std::size_t steps) : mDots(dots), mSteps(steps) {
         std::size_t lines = 0;
-        while (lines < kLINES_AHEAD && mBlock < mDots.blocks) lines += next();
+        while (lines < kLINES_AHEAD && mPlace.block < mDots.blocks) lines += next();
     }
 
     // One step of a block more; how many lines that were.
     inline __attribute__((always_inline)) std::size_t next() {
-        if (mBlock == mDots.blocks) return 1;
-        const std::uint8_t* w = mDots.weights.w + mStep * kSTEP_BYTES;
+        if (mPlace.block == mDots.blocks) return 1;
+        const std::size_t block = mPlace.block;
+        const std::uint8_t* w = mDots.weights.w + mPlace.step * kSTEP_BYTES;
         std::size_t lines = 1;
         for (std::size_t t = 0; t < mDots.tokenCount; ++t) {
             const QuantisedRows& rows = mDots.tokens[t];
-            const std::size_t begin = mBlock == 0 ? 0 : rows.ends[mBlock - 1];
-            const std::size_t* last = rows.offsets + rows.ends[mBlock] * kQUAD;
+            const std::size_t begin = block == 0 ? 0 : rows.ends[block - 1];
+            const std::size_t* last = rows.offsets + rows.ends[block] * kQUAD;
             for (const std::size_t* row = rows.offsets + begin * kQUAD; row < last; row += kQUAD) {
                 for (std::size_t r = 0; r < kQUAD; ++r) ask<kCACHE>(w + row[r]);
                 lines += kQUAD;
             }
         }
-        askScales<kFORMAT, S, kCACHE>(mDots.weights, mBlock, mStep);
-        if (++mStep == mSteps) {
-            mStep = 0;
-            ++mBlock;
+        if (mPlace.isNewGroup(mDots.weights)) {
+            askScales<kFORMAT, S, kCACHE>(mDots.weights, mPlace.group, mPlace.step);
         }
+        mPlace.advance(mSteps, mDots.weights);
         return lines;
     }
 
   private:
     const RowDots& mDots;
     const std::size_t mSteps;
-    std::size_t mBlock = 0;
-    std::size_t mStep = 0;
+    Place mPlace;
 };
 
 template <IntegerFormat kFORMAT, typename S, Cache kCACHE>
@@ -232,17 +268,18 @@ void rowDotsAhead(const RowDots& dots) {
     std::memset(dots.sums, 0, dots.tokenCount * dots.sumStride * sizeof *dots.sums);
     RowsAhead<kFORMAT, S, kCACHE> ahead(dots, steps.count);
     for (std::size_t block = 0; block < dots.blocks; ++block) {
+        const std::size_t group = block / weights.groupBlocks;
         for (std::size_t step = 0; step < whole; ++step) {
             ahead.next();
             for (std::size_t t = 0; t < dots.tokenCount; ++t) {
-                addBlock<kFORMAT, S, false>(weights, dots.tokens[t], block, step, kSTEP_BYTES,
-                                            dots.sums + t * dots.sumStride);
+                addBlock<kFORMAT, S, false>(weights, dots.tokens[t], block, group, step,
+                                            kSTEP_BYTES, dots.sums + t * dots.sumStride);
             }
         }
         if (!endsShort) continue;
         ahead.next();
         for (std::size_t t = 0; t < dots.tokenCount; ++t) {
-            addBlock<kFORMAT, S, true>(weights, dots.tokens[t], block, whole, steps.last,
+            addBlock<kFORMAT, S, true>(weights, dots.tokens[t], block, group, whole, steps.last,
                                        dots.sums + t * dots.sumStride);
         }
     }
@@ -315,51 +352,52 @@ inline __attribute__((always_inline)) void packStep(const TileDots& dots, std::s
 }
 
 // Some tokens against four vectors of a packed step, from vector `first` on.
-template <IntegerFormat kFORMAT, std::size_t kTOKENS>
+template <IntegerFormat kFORMAT, int kTOKENS>
 inline __attribute__((always_inline)) void multiplyTile(const TileDots& dots, std::size_t block,
                                                         std::size_t token, int first, float* sums) {
     constexpr std::size_t kSTRIDE = static_cast<std::size_t>(vectorsOf(kFORMAT)) * kSTEP_BYTES;
     const PackedStep packed(dots.packed);
     const bool hasZeros = dots.weights.zero != nullptr;
+    const bool hasScales = dots.weights.scale != nullptr;
     const float* scales = dots.scales + block * dots.blockTokens + token;
     const std::int32_t* totals = dots.totals + block * dots.blockTokens + token;
     const std::int8_t* values = dots.values + token * dots.channels + block * dots.block;
-    Simd::I dot[kTOKENS][4];
-    for (std::size_t t = 0; t < kTOKENS; ++t) {
-        const Simd::I start = Simd::broadcastInt(startOf<kFORMAT>(hasZeros, totals[t]));
-        for (int v = 0; v < 4; ++v) dot[t][v] = start;
-    }
+    Simd::I dot[kTOKENS * 4];
+    unroll<kTOKENS * 4>([&](auto i) __attribute__((always_inline)) {
+        dot[i.kVALUE] = Simd::broadcastInt(startOf<kFORMAT>(hasZeros, totals[i.kVALUE / 4]));
+    });
     const std::uint8_t* from = packed.quads + static_cast<std::size_t>(first) * kSTEP_BYTES;
     for (std::size_t k = 0; k < dots.block; k += kQUAD, from += kSTRIDE) {
         Simd::I w[4];
-        for (int v = 0; v < 4; ++v) w[v] = Dot::load(from + v * kSTEP_BYTES);
-        for (std::size_t t = 0; t < kTOKENS; ++t) {
+        unroll<4>([&](auto v) __attribute__((always_inline)) {
+            w[v.kVALUE] = Dot::load(from + v.kVALUE * kSTEP_BYTES);
+        });
+        unroll<kTOKENS>([&](auto t) __attribute__((always_inline)) {
             std::int32_t bits;
-            std::memcpy(&bits, values + t * dots.channels + k, sizeof bits);
+            std::memcpy(&bits, values + t.kVALUE * dots.channels + k, sizeof bits);
             const Dot::Word word = Dot::word(bits);
-            for (int v = 0; v < 4; ++v) dot[t][v] = Dot::add<kFORMAT>(dot[t][v], w[v], word);
-        }
+            unroll<4>([&](auto v) __attribute__((always_inline)) {
+                constexpr int kI = decltype(t)::kVALUE * 4 + decltype(v)::kVALUE;
+                dot[kI] = Dot::add<kFORMAT>(dot[kI], w[v.kVALUE], word);
+            });
+        });
     }
-    for (std::size_t t = 0; t < kTOKENS; ++t) {
-        const Simd::F scale = Simd::broadcast(scales[t]);
-        const Simd::I total = Simd::broadcastInt(totals[t]);
-        float* to = sums + t * dots.sumStride;
-        for (int v = 0; v < 4; ++v) {
-            const std::size_t at = static_cast<std::size_t>(first + v) * Simd::kLANES;
-            if (hasZeros) {
-                dot[t][v] = Dot::subtractProduct(dot[t][v], Dot::load(packed.zeros + at), total);
-            }
-            Simd::F factor = scale;
-            if (dots.weights.scale != nullptr) {
-                factor = Simd::mul(scale, Simd::load(packed.scales + at));
-            }
-            const Simd::F before = Simd::load(to + at);
-            Simd::store(to + at, Simd::fma(factor, Dot::toFloat(dot[t][v]), before));
+    unroll<kTOKENS * 4>([&](auto i) __attribute__((always_inline)) {
+        constexpr int kT = decltype(i)::kVALUE / 4, kV = decltype(i)::kVALUE % 4;
+        const std::size_t at = static_cast<std::size_t>(first + kV) * Simd::kLANES;
+        Simd::I sum = dot[i.kVALUE];
+        if (hasZeros) {
+            const Simd::I total = Simd::broadcastInt(totals[kT]);
+            sum = Dot::subtractProduct(sum, Dot::load(packed.zeros + at), total);
         }
-    }
+        Simd::F factor = Simd::broadcast(scales[kT]);
+        if (hasScales) factor = Simd::mul(factor, Simd::load(packed.scales + at));
+        float* to = sums + kT * dots.sumStride + at;
+        Simd::store(to, Simd::fma(factor, Dot::toFloat(sum), Simd::load(to)));
+    });
 }
 
-template <IntegerFormat kFORMAT, std::size_t kTOKENS>
+template <IntegerFormat kFORMAT, int kTOKENS>
 void multiplyTiles(const TileDots& dots, std::size_t block, std::size_t token, std::size_t step) {
     float* sums = dots.sums + token * dots.sumStride + step * stepColumns(kFORMAT);
     for (int first = 0; first < vectorsOf(kFORMAT); first += 4) {
@@ -372,10 +410,10 @@ template <IntegerFormat kFORMAT>
 void multiplyStep(const TileDots& dots, std::size_t block, std::size_t step) {
     std::size_t t = 0;
     while (t < dots.tokens) {
-        const std::size_t left = dots.tokens - t;
+        const int left = static_cast<int>(dots.tokens - t);
         if (left >= kTILE_TOKENS && left != kTILE_TOKENS + 1) {
             multiplyTiles<kFORMAT, kTILE_TOKENS>(dots, block, t, step);
-            t += kTILE_TOKENS;
+            t += static_cast<std::size_t>(kTILE_TOKENS);
         } else if (left >= 4) {
             multiplyTiles<kFORMAT, 4>(dots, block, t, step);
             t += 4;
@@ -395,30 +433,26 @@ class BlocksAhead {
   public:
     BlocksAhead(const TileDots& dots, std::size_t steps)
         : mDots(dots), mSteps(steps), mBlocks(dots.channels / dots.block) {
-        for (std::size_t lines = 0; lines < kLINES_AHEAD && mBlock < mBlocks; lines += dots.block) {
-            next();
-        }
+        for (std::size_t lines = 0; lines < kLINES_AHEAD; lines += dots.block) next();
     }
 
     void next() {
-        if (mBlock == mBlocks) return;
+        if (mPlace.block == mBlocks) return;
         const IntegerWeights& weights = mDots.weights;
         const std::uint8_t* w =
-            weights.w + mBlock * mDots.block * weights.rowBytes + mStep * kSTEP_BYTES;
+            weights.w + mPlace.block * mDots.block * weights.rowBytes + mPlace.step * kSTEP_BYTES;
         for (std::size_t k = 0; k < mDots.block; ++k) ask<kCACHE>(w + k * weights.rowBytes);
-        askScales<kFORMAT, S, kCACHE>(weights, mBlock, mStep);
-        if (++mStep == mSteps) {
-            mStep = 0;
-            ++mBlock;
+        if (mPlace.isNewGroup(weights)) {
+            askScales<kFORMAT, S, kCACHE>(weights, mPlace.group, mPlace.step);
         }
+        mPlace.advance(mSteps, weights);
     }
 
   private:
     const TileDots& mDots;
     const std::size_t mSteps;
     const std::size_t mBlocks;
-    std::size_t mBlock = 0;
-    std::size_t mStep = 0;
+    Place mPlace;
 };
 
 template <IntegerFormat kFORMAT, typename S>

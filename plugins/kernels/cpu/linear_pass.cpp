@@ -35,7 +35,8 @@ std::size_t rowBytes(const LinearArguments& a, std::size_t columns) {
 }
 
 bool hasScaledRows(const LinearArguments& a) {
-    return a.weightType != WeightType::kELEMENT && (a.scaleGroups > 1);
+    if (a.weightType == WeightType::kELEMENT) return false;
+    return a.scaleGroups > 1 || (a.weightZero != nullptr && a.activationBits == 0);
 }
 
 const char* columnOf(const LinearArguments& a, const void* base, std::size_t column) {

@@ -36,7 +36,8 @@ bool keepsAll(const LinearArguments& a);
 std::size_t keptRows(const LinearArguments& a);
 // Bytes of a row's first `columns` columns.
 std::size_t rowBytes(const LinearArguments& a, std::size_t columns);
-// Each row of W has scales of its own, which meet it before the sum; else they wait for the end.
+// Each row of W has scales of its own, which meet it before the sum; else they wait for the end. A
+// zero point in floating point is taken from the weight, so that its scale cannot wait either.
 bool hasScaledRows(const LinearArguments& a);
 const char* columnOf(const LinearArguments& a, const void* base, std::size_t column);
 // Of some columns from a token on, without its sums and factors.

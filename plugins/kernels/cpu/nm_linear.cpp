@@ -24,7 +24,19 @@ std::size_t weightType(const LinearArguments& a) {
 
 WeightScales scalesFrom(const LinearArguments& a, std::size_t column) {
     if (!hasScaledRows(a)) return {};
-    return {static_cast<const float*>(a.weightScale) + column, a.channels / a.scaleGroups};
+    const std::int8_t* zeros = static_cast<const std::int8_t*>(a.weightZero);
+    return {static_cast<const float*>(a.weightScale) + column, a.channels / a.scaleGroups,
+            zeros == nullptr ? nullptr : zeros + column};
+}
+
+auto rowProductOf(const LinearArguments& a, const Variant& variant) {
+    if (!hasScaledRows(a)) return variant.rowProduct[weightType(a)];
+    return a.weightZero == nullptr ? variant.scaledRowProduct : variant.shiftedRowProduct;
+}
+
+auto panelProductOf(const LinearArguments& a, const Variant& variant) {
+    if (!hasScaledRows(a)) return variant.panelProduct[weightType(a)];
+    return a.weightZero == nullptr ? variant.scaledPanelProduct : variant.shiftedPanelProduct;
 }
 
 const char* weightsFrom(const LinearArguments& a, std::size_t column) {
@@ -74,8 +86,7 @@ void multiplyTile(const LinearArguments& a, const Variant& variant, const Pass& 
     const std::size_t columns = end - begin;
     const std::size_t stride = divideUp(columns, variant.lanes) * variant.lanes;
     float* sums = sumScratch.reserve(pass.tokens * stride);
-    const auto multiply =
-        hasScaledRows(a) ? variant.scaledRowProduct : variant.rowProduct[weightType(a)];
+    const auto multiply = rowProductOf(a, variant);
     RowProduct product{};
     product.w = weightsFrom(a, begin);
     product.rowStride = a.outputs;
@@ -228,9 +239,7 @@ void multiplyPanels(const LinearArguments& a, const Variant& variant, const Prom
         product.factors = prompt.factors + first;
         product.yStride = a.outputs * elementBytes(a.type);
         product.yBytes = product.columns * elementBytes(a.type);
-        const auto multiply =
-            hasScaledRows(a) ? variant.scaledPanelProduct : variant.panelProduct[weightType(a)];
-        multiply(product);
+        panelProductOf(a, variant)(product);
     });
 }
 

@@ -12,10 +12,6 @@
 
 namespace nmexport {
 
-// What W holds: values of X's type, or integers that stand for
-// (W[k, o] - weightZero[g, o]) * weightScale[g, o], g being the scale group of row k.
-enum class WeightType { kELEMENT, kINT8, kINT4, kUINT4 };
-
 struct LinearArguments {
     ElementType type;
     const void* x;             // [tokens, channels] T
@@ -32,6 +28,8 @@ struct LinearArguments {
     bool varianceCorrection;
     double varianceFloor;
     bool keepAll;  // the phase excludes these tokens: the dense linear
+    // Integers stand for (W[k, o] - weightZero[g, o]) * weightScale[g, o], g being the scale group
+    // of row k. Of 4 bits they go with 8 activation bits only.
     WeightType weightType = WeightType::kELEMENT;
     const void* weightScale = nullptr;  // [scaleGroups, outputs], or null where W has no integers
     // Of weightScale: other than float32 with several groups and 8 activation bits only.
