@@ -1,4 +1,7 @@
-"""A `.gguf` dequantised once and kept as safetensors, so that no stage has to do it again."""
+"""A `.gguf` dequantised once and kept as safetensors, so that no stage has to do it again.
+
+The integers that its weights were dequantised from lie next to them.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,12 @@ import os
 import shutil
 from typing import TYPE_CHECKING
 
+import torch
+
 from nmexport.errors import ModelError
 from nmexport.models.guard import quiet
-from nmexport.models.loader import load_model
+from nmexport.models.loader import load_gguf
+from nmexport.models.quantised.gguf_file import write_integers
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,7 +28,7 @@ FOLDER = ".dequantised"
 
 _DIGITS = 12
 _COMPLETE = "complete"  # written last
-_FLOAT32 = 4
+_BYTES = 5  # of a weight: float32, and its integer in a byte
 
 
 def unpack(source: ModelSource, work: Path, progress: Progress) -> ModelSource:
@@ -50,9 +56,9 @@ def unpack(source: ModelSource, work: Path, progress: Progress) -> ModelSource:
 def _write(source: ModelSource, folder: Path, progress: Progress) -> bool:
     """Write the model; False where the disk has no room for it."""
     progress.note(f"dequantising {source.gguf_file}, once for all stages")
-    model = load_model(source)
+    model, names = load_gguf(source, dtype=torch.float32)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    needed = _FLOAT32 * sum(parameter.numel() for parameter in model.parameters())
+    needed = _BYTES * sum(parameter.numel() for parameter in model.parameters())
     free = shutil.disk_usage(folder.parent).free
     if needed > free:
         progress.note(
@@ -64,6 +70,8 @@ def _write(source: ModelSource, folder: Path, progress: Progress) -> bool:
     try:
         with quiet():
             model.save_pretrained(partial)
+            path = source.folder / str(source.gguf_file)
+            write_integers(path, model, names, partial)
         (partial / _COMPLETE).touch()
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
