@@ -85,10 +85,7 @@ class PagePool:
             count: Tokens, at least 1.
         """
         start = 0 if before is None else before.length
-        pages = [] if before is None else list(self._own(before))
-        place = start % PAGE
-        if place and pages[-1].filled > place:
-            pages[-1] = self._copy_of(self, pages[-1], place)
+        pages = [] if before is None else self._own(before)
         end = start + count
         while len(pages) * PAGE < end:
             pages.append(self._take())
@@ -97,16 +94,20 @@ class PagePool:
         return PagedSequence(pool=self, pages=tuple(pages), length=end)
 
     def adopt(self, sequence: PagedSequence) -> PagedSequence:
-        """The same tokens on pages of this pool."""
+        """The same tokens on pages of this pool, the last one free to be written behind them."""
         pages = tuple(self._own(sequence))
         return PagedSequence(pool=self, pages=pages, length=sequence.length)
 
-    def _own(self, sequence: PagedSequence) -> Sequence[_Page]:
-        if sequence.pool is self:
-            return sequence.pages
+    def _own(self, sequence: PagedSequence) -> list[_Page]:
+        """Its pages; copies of those that are another pool's, or written further by others."""
+        lengths = [
+            min(PAGE, sequence.length - index * PAGE) for index in range(len(sequence.pages))
+        ]
         return [
-            self._copy_of(sequence.pool, page, min(PAGE, sequence.length - index * PAGE))
-            for index, page in enumerate(sequence.pages)
+            page
+            if sequence.pool is self and (length == PAGE or page.filled == length)
+            else self._copy_of(sequence.pool, page, length)
+            for page, length in zip(sequence.pages, lengths, strict=True)
         ]
 
     def _copy_of(self, pool: PagePool, page: _Page, length: int) -> _Page:

@@ -9,17 +9,6 @@ struct Handle {
     std::unique_ptr<Kernel> kernel;
 };
 
-ONNXTensorElementDataType onnxType(ElementType type) {
-    switch (type) {
-        case ElementType::kFLOAT16:
-            return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
-        case ElementType::kBFLOAT16:
-            return ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16;
-        default:
-            return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-    }
-}
-
 }  // namespace
 
 FusedOp::FusedOp(FusedSpec spec, ElementType type)
