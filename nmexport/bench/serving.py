@@ -27,7 +27,8 @@ from nmexport.report.model import read_report
 from nmexport.runtimes.engine import read_engine
 from nmexport.runtimes.opening import open_on_onnxruntime
 from nmexport.serving import metrics as names
-from nmexport.serving.scheduler import Limits, Scheduler
+from nmexport.serving.limits import Limits
+from nmexport.serving.scheduler import Scheduler
 from nmexport.timing import interleave, median, percentiles
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
     from nmexport.progress import Progress
     from nmexport.runtimes.session import Session
-    from nmexport.serving.scheduler import Outcome, Usage
+    from nmexport.serving.request import Outcome, Usage
 
 SIDES = ("dense", "sparse")
 THROUGH = "sparse through Triton"

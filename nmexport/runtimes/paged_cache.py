@@ -105,7 +105,7 @@ class PagePool:
         ]
         return [
             page
-            if sequence.pool is self and (length == PAGE or page.filled == length)
+            if sequence.pool is self and length in {PAGE, page.filled}
             else self._copy_of(sequence.pool, page, length)
             for page, length in zip(sequence.pages, lengths, strict=True)
         ]

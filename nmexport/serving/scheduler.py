@@ -18,8 +18,7 @@ import logging
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -32,6 +31,7 @@ from nmexport.serving import metrics as names
 from nmexport.serving.metrics import Harmless, Metrics, NoMetrics
 from nmexport.serving.pace import Pace
 from nmexport.serving.prefixes import Prefixes
+from nmexport.serving.request import FinishReason, Outcome, Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -40,15 +40,12 @@ if TYPE_CHECKING:
 
     from nmexport.generation.options import GenerationOptions
     from nmexport.runtimes.session import Session
-
-FinishReason = Literal["stop", "length"]
+    from nmexport.serving.limits import Limits
+    from nmexport.serving.request import Sink
 
 DEFAULT_MAX_TOKENS = 256
 SHUTTING_DOWN = "the server is shutting down"
 _SEE_LOG = "the server's log says why"
-SHARED_STEPS = {"slots": 64, "prefill_chunk": 256}
-"""Limits where the session shares steps, and more requests cost little more."""
-_LEAST = {"queue": 0, "prefill_chunk": 2, "slowdown_percent": 0}
 _PREFIX_SHARE = 0.25
 """Of the memory for caches: what beginnings of earlier requests may keep."""
 _FAIR_CHUNK = 16
@@ -57,125 +54,7 @@ _SWEEP_SECONDS = 0.25
 """How often waiting requests are asked whether their client is still there."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """How much a server takes on."""
-
-    context_tokens: int
-    """Prompt and output of one request together: the model's context length."""
-    cache_bytes: int
-    """Limit on the caches of all running requests together."""
-    slots: int = 8
-    """Requests that run at a time."""
-    queue: int = 128
-    """Requests that may wait for a slot."""
-    prefill_chunk: int = 64
-    """Tokens of prompts in one step at most."""
-    slowdown_percent: int = 60
-    """By how much prompts may lengthen a step that running requests wait for."""
-
-    def __post_init__(self) -> None:
-        """Refuse limits under which nothing could run.
-
-        Raises:
-            RequestError: naming the limit.
-        """
-        for name, value in vars(self).items():
-            least = _LEAST.get(name, 1)
-            if value < least:
-                raise RequestError(f"The limit {name} is {value}.", allowed=f"at least {least}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Usage:
-    """Tokens of a request so far."""
-
-    prompt_tokens: int
-    completion_tokens: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome(Usage):
-    """How a request ended."""
-
-    finish_reason: FinishReason
-
-
-class Sink(Protocol):
-    """Receiver of one request's text; called from the scheduler's thread alone."""
-
-    def text(self, piece: str, usage: Usage) -> None:
-        """One more piece, not empty, and what it took to get here."""
-        ...
-
-    def done(self, outcome: Outcome) -> None:
-        """The end."""
-        ...
-
-    def failed(self, problem: str) -> None:
-        """The end, too."""
-        ...
-
-    def is_cancelled(self) -> bool:
-        """Tell whether nobody waits for the text any more."""
-        ...
-
-    def abandoned(self) -> None:
-        """The end of a request that was cancelled."""
-        ...
-
-
-@dataclass(kw_only=True, eq=False)
-class _Request:
-    """One request, from its arrival to its end."""
-
-    prompt: NDArray[np.int64]
-    """`[1, S]`."""
-    max_tokens: int
-    sampler: Sampler
-    text: TextStream
-    stop: StopFilter
-    sink: Sink
-    reserved_bytes: int
-    arrived: float
-    prefilled: int = 0
-    answer: list[int] = field(default_factory=list)
-    """Tokens that were drawn and run."""
-    produced: int = 0
-    cache: Any = None
-    last_token: int = -1
-    last_time: float = field(default=0.0)
-    is_counted: bool = False
-    """True once its end is in the metrics, whatever its sink does then."""
-
-    @property
-    def prompt_tokens(self) -> int:
-        return int(self.prompt.shape[1])
-
-    @property
-    def is_decoding(self) -> bool:
-        return self.prefilled == self.prompt_tokens
-
-    @property
-    def known(self) -> NDArray[np.int64]:
-        """The tokens `[S]` that its cache holds."""
-        return np.concatenate([self.prompt[0, : self.prefilled], self.answer]).astype(np.int64)
-
-    def next_tokens(self, most: int) -> NDArray[np.int64]:
-        """Its part of a step: the token drawn last, or a chunk of its prompt; empty is no part."""
-        if self.is_decoding:
-            return np.asarray([self.last_token], np.int64)
-        left = self.prompt[0, self.prefilled :]
-        if most < min(len(left), _LEAST["prefill_chunk"]):
-            return left[:0]
-        return left[: chunk_end(0, len(left), most)]
-
-    @property
-    def usage(self) -> Usage:
-        return Usage(prompt_tokens=self.prompt_tokens, completion_tokens=self.produced)
-
-
-_Part = tuple[_Request, "NDArray[np.int64]"]
+_Part = tuple[Request, "NDArray[np.int64]"]
 """A request, and its tokens `[S]` in a step."""
 _NONE = np.zeros(0, np.int64)
 
@@ -211,8 +90,8 @@ class Scheduler:
         self._metrics: Metrics = Harmless(metrics or NoMetrics())
         self._pace = Pace(most=limits.prefill_chunk, slowdown_percent=limits.slowdown_percent)
         self._prefixes = Prefixes(session, int(limits.cache_bytes * _PREFIX_SHARE))
-        self._waiting: deque[_Request] = deque()
-        self._running: list[_Request] = []
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []
         self._reserved = 0
         self._closing = False
         self._aborting = False
@@ -283,9 +162,7 @@ class Scheduler:
             if sink.is_cancelled():
                 return False
 
-    def _admissible(
-        self, prompt: Sequence[int], options: GenerationOptions, sink: Sink
-    ) -> _Request:
+    def _admissible(self, prompt: Sequence[int], options: GenerationOptions, sink: Sink) -> Request:
         if not prompt:
             raise RequestError("The prompt is empty.", allowed="at least one token")
         room = self.limits.context_tokens - len(prompt)
@@ -305,7 +182,7 @@ class Scheduler:
                 allowed=f"{self.limits.cache_bytes / 1e6:.0f} MB, all that the server has",
                 fix="ask for fewer tokens, or raise the server's limit `cache_bytes`",
             )
-        return _Request(
+        return Request(
             prompt=np.asarray([prompt], dtype=np.int64),
             max_tokens=max_tokens,
             sampler=Sampler(
@@ -388,7 +265,7 @@ class Scheduler:
                 room -= len(tokens)
         return parts
 
-    def _begin(self, request: _Request) -> None:
+    def _begin(self, request: Request) -> None:
         """Make room for a request that was let in, and begin it with what is computed of it."""
         request.prefilled, request.cache = self._prefixes.find(request.prompt[0])
         if request.prefilled:
@@ -416,7 +293,7 @@ class Scheduler:
                 self._fail(request, f"the model failed on this request; {_SEE_LOG}")
 
     def _take(
-        self, request: _Request, tokens: NDArray[np.int64], logits: NDArray[np.float32]
+        self, request: Request, tokens: NDArray[np.int64], logits: NDArray[np.float32]
     ) -> None:
         """Take a request's result of a step: the logits `[V]` after its tokens."""
         if request.is_decoding:
@@ -441,7 +318,7 @@ class Scheduler:
         for request in waiting:
             self._drop_if_cancelled(request)
 
-    def _drop_if_cancelled(self, request: _Request) -> None:
+    def _drop_if_cancelled(self, request: Request) -> None:
         try:
             is_cancelled = request.sink.is_cancelled()
         except Exception:
@@ -466,7 +343,7 @@ class Scheduler:
                 self._metrics.observe(names.QUEUE_TIME, (now - request.arrived) * 1e3)
         self._show()
 
-    def _accept(self, request: _Request, logits: NDArray[np.float32]) -> None:
+    def _accept(self, request: Request, logits: NDArray[np.float32]) -> None:
         """Draw a request's next token from logits `[V]`, and return the text it completes."""
         token = request.sampler(logits)
         now = time.monotonic()
@@ -488,7 +365,7 @@ class Scheduler:
         elif request.produced == request.max_tokens:
             self._finish(request, "length")
 
-    def _finish(self, request: _Request, reason: FinishReason) -> None:
+    def _finish(self, request: Request, reason: FinishReason) -> None:
         rest = request.stop.push(request.text.flush()) + request.stop.flush()
         if rest:
             request.sink.text(rest, request.usage)
@@ -509,17 +386,17 @@ class Scheduler:
         for request in left:
             self._fail(request, problem)
 
-    def _fail(self, request: _Request, problem: str) -> None:
+    def _fail(self, request: Request, problem: str) -> None:
         self._leave(request, names.FAILED)
         with contextlib.suppress(Exception):  # whoever waits may be what failed
             request.sink.failed(problem)
 
-    def _abandon(self, request: _Request) -> None:
+    def _abandon(self, request: Request) -> None:
         self._leave(request, names.CANCELLED)
         with contextlib.suppress(Exception):  # nobody is there
             request.sink.abandoned()
 
-    def _leave(self, request: _Request, how: str) -> None:
+    def _leave(self, request: Request, how: str) -> None:
         """Free what a request held, and count its end."""
         with self._changed:
             if request in self._running:
@@ -539,13 +416,3 @@ class Scheduler:
         self._metrics.set(names.WAITING, len(self._waiting))
         self._metrics.set(names.CACHE_BYTES, self._reserved)
         self._metrics.set(names.PREFIX_BYTES, self._prefixes.bytes)
-
-
-def chunk_end(start: int, total: int, chunk: int) -> int:
-    """Return the end of the prompt chunk that begins at `start`.
-
-    No chunk but a whole prompt is one token long: models whose decode is another computation than
-    their prefill tell the two apart by that, and a prompt's last token belongs to prefill.
-    """
-    end = min(start + chunk, total)
-    return total if total - end == 1 else end

@@ -17,7 +17,8 @@ from nmexport.runtimes import native
 from nmexport.runtimes.onnxruntime_session import EXTERNAL_DATA_FOLDER
 from nmexport.runtimes.step_session import StepSession
 from nmexport.serving import metrics as names
-from nmexport.serving.scheduler import Limits, Scheduler
+from nmexport.serving.limits import Limits
+from nmexport.serving.scheduler import Scheduler
 
 from tests.serving.test_scheduler import ListSink, Recorder
 from tests.support.tiny import VOCABULARY
