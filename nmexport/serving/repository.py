@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 from nmexport.environment import probe
 from nmexport.generation.context import context_length, length_switch
 from nmexport.generation.defaults import end_tokens, generation_defaults
-from nmexport.generation.tokenizer import Tokenizer
+from nmexport.generation.tokenizer import Tokenizer, read_json
 from nmexport.runtimes.engine import Engine, write_engine
 from nmexport.runtimes.opening import open_on_onnxruntime
 from nmexport.serving import bundle as bundles
@@ -39,6 +40,7 @@ _MODEL = "model.onnx"
 _CPU_MODEL = "model.cpu.onnx"
 _CUDA_MODEL = "model.cuda.onnx"
 _STEP_MODEL = "model.step.onnx"
+_GENAI_CONFIG = "genai_config.json"
 _TEMPLATES = ("README.md", "NOTICE.md", LAUNCH)
 _MODEL_PY = '''"""Triton's entry; the environment of the server's python3 must have nmexport."""
 
@@ -87,6 +89,7 @@ def write_text_model(output: Path, source: TextModel) -> Path:
         shutil.copyfile(source.export / name, folder / name)
     if source.library is not None:
         shutil.copyfile(source.library, folder / source.library.name)
+        _name_library(folder / _GENAI_CONFIG, source.library.name)
     cpu_model = None
     if source.engine.needs_rewrite("cpu", dense=False):
         cpu_model = _write_cpu_model(folder, has_native_ops=source.library is not None)
@@ -184,6 +187,15 @@ def write_words(
     (output / LAUNCH).chmod(0o755)
     lines = [f"{record.sha256}  {record.path}\n" for record in record_files(output)]
     (output / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def _name_library(config: Path, library: str) -> None:
+    """Let onnxruntime-genai load our ops too: without them it runs the function bodies."""
+    if config.is_file():
+        document = read_json(config)
+        decoder = document["model"].setdefault("decoder", {})
+        decoder.setdefault("session_options", {})["custom_ops_library"] = library
+        config.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _served_context(folder: Path) -> int:

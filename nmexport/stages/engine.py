@@ -229,6 +229,8 @@ def _write_step_graphs(
 
     if library is None:
         return None, NO_LIBRARY
+    if inputs.recipe.model.dtype != "float32":
+        return None, "a step of many sequences computes in float32"
     written = _write_graphs(inputs, STEP_FOLDER, rewrite_for_shared_step)
     if isinstance(written, str):
         return None, written

@@ -167,6 +167,7 @@ def test_text_ends_at_the_end_token_and_counts() -> None:
         names.RUNNING: 0,
         names.WAITING: 0,
         names.CACHE_BYTES: 0,
+        names.PREFIX_BYTES: 0,
     }
 
 

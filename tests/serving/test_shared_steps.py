@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,12 +20,16 @@ from nmexport.runtimes.step_session import StepSession
 from nmexport.serving import metrics as names
 from nmexport.serving.limits import Limits
 from nmexport.serving.scheduler import Scheduler
+from nmexport.serving.service import TextRequest, TextService
+from nmexport.store.artifact import file_digest
 
 from tests.serving.test_scheduler import ListSink, Recorder
+from tests.support.served import engine_of, save_package
 from tests.support.tiny import VOCABULARY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     from tests.support.exported import Exported
 
@@ -156,3 +161,41 @@ def test_beginnings_give_way_to_requests_that_need_the_memory(session: Counting)
     one.submit(prompt(220, 9), GenerationOptions(max_tokens=20), ListSink())
     one.step()
     assert one._prefixes.bytes == 0
+
+
+@pytest.fixture
+def bundle(tiny_export: Path, tmp_path: Path) -> Path:
+    """A package whose engine shares steps."""
+    model = ir.load(tiny_export / "model.onnx")
+    rewrite_for_shared_step(model, positions=POSITIONS)
+    path = tmp_path / "model.step.onnx"
+    path.write_bytes(ir.to_proto(model).SerializeToString())
+    library = native.require_library()
+    engine = engine_of(
+        tiny_export,
+        library={"file": str(library), "sha256": file_digest(library)},
+        shared_step={"model": str(path), "dense_model": None, "positions": POSITIONS},
+    )
+    return save_package(tiny_export, tmp_path / "package", engine=engine, library=library)
+
+
+def test_a_package_is_served_in_shared_steps(bundle: Path) -> None:
+    service = TextService.open(bundle, {"cache_bytes": "100000000"})
+    try:
+        limits = service.scheduler.limits
+        assert (limits.slots, limits.prefill_chunk) == (64, 256)
+        sinks = [ListSink() for _ in range(5)]
+        for sink in sinks:
+            values = {"max_tokens": 8, "temperature": 0.0}
+            service.submit(TextRequest(text="the same words", values=values), sink)
+        assert all(sink.ended.wait(30) for sink in sinks)
+        assert len({sink.all_text for sink in sinks}) == 1
+        assert all(sink.problem is None for sink in sinks)
+    finally:
+        service.close()
+
+
+def test_a_package_tells_other_runtimes_where_our_ops_are(bundle: Path) -> None:
+    config = json.loads((bundle / "genai_config.json").read_text())
+    library = config["model"]["decoder"]["session_options"]["custom_ops_library"]
+    assert (bundle / library).is_file()
