@@ -85,10 +85,15 @@ def _in_words(expected: Estimate, pipeline: Pipeline) -> str:
 
 
 def show_plan(ctx: click.Context, pipeline: Pipeline, selection: Selection) -> None:
-    """Say what is cached, what runs and why, and what it will take."""
+    """Say what is cached, what runs and why, and what it will take.
+
+    Raises:
+        UserError: what a build would refuse before its first stage runs.
+    """
     from nmexport.inspect.estimate import estimate
 
     steps = pipeline.plan(selection)
+    pipeline.check(steps)
     expected = estimate(pipeline.recipe, pipeline.source, steps, pipeline.work.root)
     if wants_json(ctx):
         emit_json(
