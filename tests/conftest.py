@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.tiny import save_tiny_model
+from tests.support.tiny import save_tiny_model
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.exported import Exported
+    from tests.support.exported import Exported
 
 _LONGEST = ("test_smollm2_build.py", "test_learning_smollm2.py")
 
@@ -33,7 +33,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def plain_export(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """The tiny Llama in float32, every linear 8:16; a test that changes its files copies it."""
-    from tests.exported import export_folder
+    from tests.support.exported import export_folder
 
     return export_folder(tiny_llama, tmp_path_factory.mktemp("plain-export"))
 
@@ -43,7 +43,7 @@ def tiny_export(
     tiny_llama: Path, plain_export: Exported, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """Folder of the plain export, with all that a package takes from there."""
-    from tests.served import add_configs
+    from tests.support.served import add_configs
 
     folder = tmp_path_factory.mktemp("tiny-export") / "model"
     shutil.copytree(plain_export.folder, folder)

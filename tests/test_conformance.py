@@ -11,7 +11,7 @@ from nmexport import oracle
 from nmexport.sparsity.linear import Behaviour, SparseLinear
 from nmexport.sparsity.pattern import NMPattern
 
-from tests.op_cases import (
+from tests.support.op_cases import (
     BFLOAT16,
     FLOAT32,
     PATTERNS,

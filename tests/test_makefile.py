@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.gpu.conftest import refuse_skip
-from tests.plugin_build import ROOT, build_script
+from tests.support.plugin_build import ROOT, build_script
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from nmexport import oracle
 from nmexport.errors import PatternError
 
-from tests import op_cases
-from tests.op_cases import BFLOAT16, FLOAT16, FLOAT32, PATTERNS, TYPES
+from tests.support import op_cases
+from tests.support.op_cases import BFLOAT16, FLOAT16, FLOAT32, PATTERNS, TYPES
 
 patterns = st.sampled_from(PATTERNS)
 types = st.sampled_from(TYPES)

@@ -36,7 +36,7 @@ from nmexport.recipe import load
 from nmexport.store.artifact import MANIFEST, read_manifest
 from nmexport.store.work_directory import WorkDirectory
 
-from tests.fake_stages import ORDER, fake_pipeline, fake_stages
+from tests.support.fake_stages import ORDER, fake_pipeline, fake_stages
 
 EVERYTHING = Selection()
 
@@ -499,7 +499,7 @@ _BUILD = """
 import sys
 from pathlib import Path
 from nmexport.pipeline import Selection
-from tests.fake_stages import fake_pipeline, fake_stages
+from tests.support.fake_stages import fake_pipeline, fake_stages
 stages = fake_stages()
 stages[sys.argv[2]].pause = 60
 print("ready", flush=True)

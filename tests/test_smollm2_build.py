@@ -157,8 +157,14 @@ def test_the_package_serves_what_generate_writes(work: Path, tmp_path: Path) -> 
     from nmexport.generation.loop import generate
     from nmexport.serving import client, launch
 
-    from tests.served import require_tritonserver, triton
-    from tests.triton_clients import grpc_stream, http_generate, regions_left, regions_of, text_of
+    from tests.support.served import require_tritonserver, triton
+    from tests.support.triton_clients import (
+        grpc_stream,
+        http_generate,
+        regions_left,
+        regions_of,
+        text_of,
+    )
 
     require_tritonserver()
     expected = ["".join(generate(work, prompt, max_tokens=16)) for prompt in PROMPTS]
@@ -201,7 +207,7 @@ def test_the_package_serves_what_generate_writes(work: Path, tmp_path: Path) -> 
 
 
 def cancelled_streams_free_their_slot(server: Server, name: str) -> None:
-    from tests.triton_clients import grpc_cancelled, metrics_of, wait_for
+    from tests.support.triton_clients import grpc_cancelled, metrics_of, wait_for
 
     def tokens_for_nobody() -> float:
         before = metrics_of(server, name)

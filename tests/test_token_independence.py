@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from nmexport.runtimes import native
 
-from tests.op_cases import (
+from tests.support.op_cases import (
     TYPES,
     LinearCase,
     linear_case,

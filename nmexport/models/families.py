@@ -30,8 +30,9 @@ ALLOWED = (
 EXPORTED = frozenset(
     {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo3"}
 )
-"""Families that a test exports and runs (`tests/test_family_scan.py`); any other is traced on trial
-before calibration."""
+"""Families that a test exports and runs (`tests/models/test_family_scan.py`).
+
+Any other is traced on trial before calibration."""
 
 # Text parts that have no causal class of their own, and the family whose class computes the same
 # from text: their rotary embeddings differ only in how they place images.

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.large import SHAPES, WIDE, save_large_model
+from tests.support.large import SHAPES, WIDE, save_large_model
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -19,8 +19,8 @@ from nmexport.runtimes.onnxruntime_session import (
 )
 from nmexport.runtimes.tensorrt import library as tensorrt_library
 
-from tests.exported import Exported, export_folder
-from tests.tiny import VOCABULARY, save_tiny_model
+from tests.support.exported import Exported, export_folder
+from tests.support.tiny import VOCABULARY, save_tiny_model
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,7 +11,7 @@ from nmexport.sparsity.fold import fold
 from nmexport.sparsity.linear import Behaviour, Constants, Remainder
 from nmexport.sparsity.pattern import NMPattern
 
-from tests.test_layerwise import built
+from tests.models.test_layerwise import built
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,8 +12,8 @@ from nmexport.runtimes import native
 from nmexport.runtimes.onnxruntime_session import choose_provider, open_session, session_options
 from nmexport.runtimes.tensorrt import library as tensorrt_library
 
-from tests.op_cases import FLOAT16, FLOAT32, one_node_model, run_session
-from tests.plugin_build import ROOT, build_script
+from tests.support.op_cases import FLOAT16, FLOAT32, one_node_model, run_session
+from tests.support.plugin_build import ROOT, build_script
 
 if TYPE_CHECKING:
     from pathlib import Path

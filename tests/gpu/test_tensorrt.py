@@ -18,8 +18,8 @@ from nmexport.runtimes.tensorrt_session import TensorRTSession
 from nmexport.stages import engine
 from nmexport.stages.inputs import StageInputs
 
-from tests.exported import export_folder
-from tests.plugin_build import ROOT, build_script
+from tests.support.exported import export_folder
+from tests.support.plugin_build import ROOT, build_script
 
 if TYPE_CHECKING:
     from pathlib import Path

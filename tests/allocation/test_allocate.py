@@ -1,0 +1,228 @@
+"""Allocation under every kind of budget, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from nmexport.allocation.allocate import prepare
+from nmexport.allocation.costs import Problem, before_learning
+from nmexport.allocation.probe import spread_windows
+from nmexport.calibration.forward_passes import gather_channel_statistics
+from nmexport.calibration.method import constants_of
+from nmexport.calibration.sites import concatenated_weight
+from nmexport.errors import PatternError, RecipeError
+from nmexport.models.loader import load_model
+from nmexport.models.source import resolve
+from nmexport.models.swap import replace_linears
+from nmexport.progress import Silent
+from nmexport.recipe import AllocationSection, ModelSection, SparsitySection
+from nmexport.sparsity.linear import Behaviour, Constants
+from nmexport.sparsity.pattern import NMPattern
+from nmexport.sparsity.targets import linears_of
+from nmexport.store.allocation import Allocation, as_dict
+
+from tests.support.unfolded import folded_linear
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+# Only bytes count: on so small a model every overhead would outweigh what sparsity saves.
+FREE = {"dense_overhead_us": 0.0, "sparse_overhead_us": 0.0, "layer_overhead_us": 0.0}
+METHOD = {"criterion": "act", "mitigations": ["var"], "grouping": "balanced"}
+SAMPLES = torch.randint(3, 384, (6, 32), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def run(tiny_llama: Path) -> Callable[..., Allocation]:
+    model = load_model(resolve(ModelSection(id=str(tiny_llama))), dtype=torch.float32)
+    linears = {name: one for name, one in linears_of(model).items() if name != "lm_head"}
+    statistics = gather_channel_statistics(model, linears, SAMPLES, progress=Silent())
+
+    def constants_for(site: Any, method: SparsitySection) -> Any:
+        return constants_of(method, concatenated_weight(site, linears), statistics[site.names[0]])
+
+    def allocated(
+        budget: dict[str, float],
+        method: dict[str, Any] | None = None,
+        weights: str = "float",
+        **section: Any,
+    ) -> Allocation:
+        whole = {"windows": 2, "length": 32, "front": [0.3], "cost": FREE, **section}
+        problem = Problem(
+            model=model,
+            linears=linears,
+            samples=SAMPLES,
+            sparsity=SparsitySection.model_validate_json(json.dumps({**METHOD, **(method or {})})),
+            section=AllocationSection.model_validate_json(json.dumps({"budget": budget, **whole})),
+            constants_for=constants_for,
+            element_bytes=4,
+            weights=weights,
+            progress=Silent(),
+        )
+        return prepare(problem).allocation()
+
+    return allocated
+
+
+def test_fewer_bytes_cost_more_and_the_limit_holds(run: Callable[..., Allocation]) -> None:
+    much, little = run({"max_bytes": 0.45}), run({"max_bytes": 0.8})
+    assert much.bytes_saved >= 0.55
+    assert little.bytes_saved >= 0.2
+    assert much.kl > little.kl
+    assert much.decode_speedup > little.decode_speedup > 1
+    assert little.price is not None
+    assert much.price is not None
+    assert much.price > little.price
+
+
+def test_an_accuracy_budget_is_held_and_used(run: Callable[..., Allocation]) -> None:
+    tight, loose = run({"max_kl": 0.004}), run({"max_kl": 0.02})
+    assert 0 < tight.kl <= 0.004
+    assert tight.kl < loose.kl <= 0.02
+    assert loose.kl > 0.5 * 0.02
+    assert loose.bytes_saved > tight.bytes_saved > 0
+    both = run({"max_kl": 0.02, "max_perplexity_ratio": 1.5})
+    assert both.kl <= 0.02
+    assert both.perplexity_ratio <= 1.5
+
+
+def test_a_speed_budget_takes_the_least_divergence(run: Callable[..., Allocation]) -> None:
+    found = run({"min_speedup": 1.2})
+    assert found.decode_speedup >= 1.2
+    assert found.decode_speedup < 1.35  # no further than asked for
+    faster = run({"min_speedup": 1.4})
+    assert faster.kl > found.kl
+
+
+def test_limits_hold_together_or_are_refused(run: Callable[..., Allocation]) -> None:
+    found = run({"max_kl": 0.05, "max_bytes": 0.8})
+    assert found.kl <= 0.05
+    assert found.bytes_saved >= 0.2
+    for impossible in (
+        {"max_kl": 1e-7, "max_bytes": 0.5},
+        {"max_bytes": 0.2},
+        {"min_speedup": 50.0},
+    ):
+        with pytest.raises(RecipeError, match=r"bytes of at least 0\.25.*speed-up of at most"):
+            run(impossible)
+
+
+def test_products_too_small_to_gain_are_named_as_the_reason(run: Callable[..., Allocation]) -> None:
+    costly = {**FREE, "sparse_overhead_us": 50.0}
+    with pytest.raises(RecipeError, match="so small that finding rows takes longer"):
+        run({"min_speedup": 1.1}, cost=costly)
+
+
+def test_a_budget_of_accuracy_has_a_choice_where_nothing_gains_speed(
+    run: Callable[..., Allocation],
+) -> None:
+    """The cost model of a large machine says so; it is no reason to refuse the budget."""
+    costly = {**FREE, "sparse_overhead_us": 50.0}
+    loose = run({"max_perplexity_ratio": 1.2}, cost=costly)
+    assert len(loose.sparse) == len(loose.choices)
+    assert loose.bytes_saved == pytest.approx(0.75)
+    assert loose.perplexity_ratio <= 1.2
+    assert loose.decode_speedup < 1
+    assert loose.remark is not None
+    assert "sees no gain" in loose.remark
+    tight = run({"max_kl": 0.004}, cost=costly)
+    assert 0 < tight.kl <= 0.004
+    assert 0 < tight.bytes_saved < loose.bytes_saved
+    assert run({"max_perplexity_ratio": 1.2}).remark is None
+
+
+def test_sparse_prompts_alone_can_be_chosen(run: Callable[..., Allocation]) -> None:
+    chosen = run({"max_kl": 0.02}, {"phases": "prefill", "mitigations": []})
+    assert {choice.phase for choice in chosen.sparse.values()} == {"prefill"}
+    assert 0 < chosen.kl <= 0.02
+    assert chosen.bytes_saved == 0
+    assert chosen.remark is not None
+    assert "No choice reads fewer bytes." in {row.why for row in chosen.ledger}
+    worth = run({"max_kl": 0.02}, {"phases": "prefill", "mitigations": []},
+                cost={**FREE, "prefill_weight": 1.0})  # fmt: skip
+    assert worth.sparse
+    assert worth.remark is None
+
+
+def test_the_same_twice_is_the_same(run: Callable[..., Allocation]) -> None:
+    assert as_dict(run({"max_kl": 0.01})) == as_dict(run({"max_kl": 0.01}))
+
+
+def test_patterns_that_fit_no_linear_are_refused(run: Callable[..., Allocation]) -> None:
+    with pytest.raises(PatternError, match="multiple of M"):
+        run({"max_bytes": 0.7}, patterns=["3:7"])
+    with pytest.raises(PatternError, match="keeps all channels"):
+        run({"max_bytes": 0.7}, patterns=["16:16", "4:4"])
+    partly = run({"max_bytes": 0.9}, patterns=["3:7", "64:64", "48:64"])
+    assert {one.pattern for one in partly.sparse.values()} == {NMPattern(48, 64)}
+
+
+def test_static_corrections_are_calibrated_for_each_candidate(
+    run: Callable[..., Allocation],
+) -> None:
+    found = run({"max_bytes": 0.7}, {"mitigations": ["s-pts", "s-var"]})
+    row = next(row for row in found.ledger if row.choice.pattern)
+    errors = {str(one.choice.pattern): one.relative_error for one in row.candidates}
+    assert errors["12:16"] < errors["8:16"] < errors["4:16"]
+    chosen = next(one for one in row.candidates if one.choice == row.choice)
+    assert chosen.relative_error == pytest.approx(row.mitigation_errors["s-pts + s-var"], rel=0.02)
+
+
+def test_int8_saves_more_of_the_same_rows(run: Callable[..., Allocation]) -> None:
+    half = {"max_bytes": 0.55}
+    floats, int8 = run(half, patterns=["8:16"]), run(half, patterns=["8:16"], weights="int8")
+    uniform = {one.kind: one for one in int8.front}["uniform"]
+    assert uniform.bytes_saved > 0.8  # half of the rows in a quarter of the bytes, and scales
+    assert len(int8.sparse) < len(floats.sparse)
+    row = next(row for row in int8.ledger if row.choice.pattern)
+    saved = {one.choice.label: one.bytes_saved for one in row.candidates}
+    assert saved["dense"] == 0.0
+    assert saved["8:16 act"] == pytest.approx(uniform.bytes_saved, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("mitigations", "tried"),
+    [
+        ([], ()),
+        (["s-pts"], ("s-pts",)),
+        (["d-pts", "s-var"], ("d-pts", "s-var")),
+        (["l-pts"], ()),
+        (["l-pts", "bias"], ()),
+        (["l-pts", "ls", "gain", "bias"], ("var",)),
+        (["s-pts", "low-rank"], ("s-pts", "var")),
+        (["l-pts", "ls", "s-var"], ("s-var",)),
+    ],
+)
+def test_trials_have_what_is_built_and_a_stand_in_for_learned_scales_alone(
+    mitigations: list[str], tried: tuple[str, ...]
+) -> None:
+    section = SparsitySection.model_validate_json(json.dumps({"mitigations": mitigations}))
+    assert before_learning(section).mitigations == tried
+
+
+def test_without_mitigations_the_plain_model_keeps_the_budget(
+    run: Callable[..., Allocation], tiny_llama: Path
+) -> None:
+    found = run({"max_kl": 0.01}, {"mitigations": [], "grouping": "consecutive"})
+    model = load_model(resolve(ModelSection(id=str(tiny_llama))), dtype=torch.float32)
+    linears = linears_of(model)
+    windows = spread_windows(SAMPLES, 2, 32, part=1)
+    with torch.no_grad():
+        dense = model(input_ids=windows).logits[:, :-1].log_softmax(-1)
+        for name, choice in found.sparse.items():
+            assert choice.pattern is not None
+            folded = folded_linear(linears[name], Behaviour(pattern=choice.pattern), Constants())
+            replace_linears(model, {name: folded})
+        sparse = model(input_ids=windows).logits[:, :-1].log_softmax(-1)
+    built = float((dense.exp() * (dense - sparse)).sum(-1).mean())
+    assert built == pytest.approx(found.kl, rel=1e-2)
+    assert built <= 0.01
+
+
+def test_r_sparse_is_refused_with_a_budget(run: Callable[..., Allocation]) -> None:
+    with pytest.raises(RecipeError, match="adds a product of all channels"):
+        run({"max_kl": 0.01}, {"mitigations": ["var", "r-sparse"]})

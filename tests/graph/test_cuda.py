@@ -1,0 +1,238 @@
+"""The graph for ONNX Runtime's CUDA provider and its session, on a CPU in float32."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from nmexport.errors import ArtifactError
+from nmexport.graph.cuda import rewrite_for_cuda
+from nmexport.graph.cuda_attention import NotRewritableError
+from nmexport.graph.cuda_fusions import FUSED
+from nmexport.runtimes.cuda_session import CudaSession
+from nmexport.runtimes.onnxruntime_session import EXTERNAL_DATA_FOLDER, OrtSession
+
+import onnxruntime
+from tests.support.exported import Exported, export_folder
+from tests.support.tiny import FAMILIES, VOCABULARY, save_tiny_model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+POSITIONS = 1024
+TOLERANCE = 5e-6
+"""Rounding of float32 sums in another order; logits are about 2."""
+CAPPED = "gemma2"
+"""Caps attention scores, which the provider does after the mask."""
+
+
+@pytest.fixture(scope="module", params=[name for name in FAMILIES if name != CAPPED])
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    folder = tmp_path_factory.mktemp(f"cuda-{request.param}")
+    save_tiny_model(folder / "source", request.param)
+    (folder / "export").mkdir()
+    return export_folder(folder / "source", folder / "export")
+
+
+def rewritten(path: Path) -> ir.Model:
+    model = ir.load(path)
+    rewrite_for_cuda(model, positions=POSITIONS)
+    return model
+
+
+def opened(path: Path) -> CudaSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry(EXTERNAL_DATA_FOLDER, str(path.parent))
+    model = ir.to_proto(rewritten(path)).SerializeToString()
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return CudaSession(session, positions=POSITIONS, device="cpu")
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(3, VOCABULARY, (batch, length))
+
+
+def assert_close(got: np.ndarray, wanted: np.ndarray) -> None:
+    np.testing.assert_allclose(got, wanted, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["model", "dense_model"])
+def test_rewritten_graph_gives_the_exported_logits(exported: Exported, side: str) -> None:
+    path: Path = getattr(exported, side)
+    prompt, answer = tokens(1, 20), tokens(1, 6, seed=1)
+    with opened(path) as rewritten_session, OrtSession(path) as session:
+        assert_close(rewritten_session.prefill(prompt), session.prefill(prompt))
+        for token in answer.T:
+            step = token[None]
+            assert_close(rewritten_session.decode_step(step), session.decode_step(step))
+        caches = zip(
+            rewritten_session.cache_values(rewritten_session.cache),
+            session.cache_values(session.cache),
+            strict=True,
+        )
+        for (name, got), (wanted_name, wanted) in caches:
+            assert name == wanted_name
+            assert_close(got, wanted)
+
+
+def test_prompts_of_different_lengths(exported: Exported) -> None:
+    prompts, mask = tokens(3, 20), np.ones((3, 20), np.int64)
+    mask[1, :7] = mask[2, :15] = 0
+    with opened(exported.model) as rewritten_session, OrtSession(exported.model) as session:
+        got, cache = rewritten_session.extend(None, prompts, mask)
+        wanted, wanted_cache = session.extend(None, prompts, mask)
+        assert_close(got[mask == 1], wanted[mask == 1])
+        step = tokens(3, 1, seed=2)
+        assert_close(
+            rewritten_session.extend(cache, step)[0], session.extend(wanted_cache, step)[0]
+        )
+
+
+def test_last_logits_alone_are_those_of_the_whole_prompt(exported: Exported) -> None:
+    prompt = tokens(2, 20)
+    with opened(exported.model) as session:
+        last, _ = session.extend_last(None, prompt)
+        assert_close(last, session.prefill(prompt)[:, -1:])
+
+
+def test_a_layer_is_eight_nodes(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "source", "mistral")
+    (tmp_path / "export").mkdir()
+    model = rewritten(export_folder(tmp_path / "source", tmp_path / "export").model)
+    names = [node.op_type for node in model.graph]
+    layer = ["NMLinear", "GroupQueryAttention", "NMLinear", "ResidualNorm"]
+    layer += ["NMLinear", "GatedSilu", "NMLinear", "ResidualNorm"]
+    head = ["Gather", "MatMul"]
+    assert sorted(names) == sorted(
+        ["Gather", "SimplifiedLayerNormalization", *layer, *layer, *head]
+    )
+
+
+def test_chunks_and_growth_give_the_whole_prompts_logits(exported: Exported) -> None:
+    prompt = tokens(1, 700)
+    with opened(exported.model) as rewritten_session, OrtSession(exported.model) as session:
+        cache, parts = None, []
+        for start in range(0, prompt.shape[1], 100):
+            logits, cache = rewritten_session.extend(cache, prompt[:, start : start + 100])
+            parts.append(logits)
+        assert_close(np.concatenate(parts, axis=1), session.prefill(prompt))
+
+
+def test_a_kept_cache_is_not_changed_by_what_goes_on_from_it(exported: Exported) -> None:
+    with opened(exported.model) as session:
+        session.prefill(tokens(1, 9))
+        kept = session.keep(session.cache)
+        first, one_branch = session.extend(kept, tokens(1, 1, seed=3))
+        second, other_branch = session.extend(kept, tokens(1, 1, seed=4))
+        assert one_branch.lease is not other_branch.lease, "both are held, so they share nothing"
+        after = session.extend(one_branch, tokens(1, 1, seed=5))[0]
+        del second, other_branch, one_branch
+        np.testing.assert_array_equal(session.extend(kept, tokens(1, 1, seed=3))[0], first)
+        whole = np.concatenate([tokens(1, 9), *(tokens(1, 1, seed=n) for n in (3, 5))], axis=1)
+        assert_close(after[:, -1], session.prefill(whole)[:, -1])
+
+
+@pytest.mark.parametrize("length", [384, 512])
+def test_a_kept_cache_has_room_for_the_next_token(exported: Exported, length: int) -> None:
+    with opened(exported.model) as session:
+        _, cache = session.extend(None, tokens(1, 300))
+        _, cache = session.extend(cache, tokens(1, length - 300))
+        kept = session.keep(cache)
+        del cache
+        for _ in range(2):
+            _, after = session.extend(kept, tokens(1, 1, seed=3))
+            assert after.lease is kept.lease, "nothing was copied"
+            del after
+
+
+def test_buffers_are_used_again_once_dropped_and_not_before(exported: Exported) -> None:
+    with opened(exported.model) as session:
+        session.prefill(tokens(1, 9))
+        kept = session.cache
+        session.prefill(tokens(1, 9, seed=4))
+        assert session.cache.lease.buffers is not kept.lease.buffers
+        dropped = session.cache.lease.buffers
+        session.prefill(tokens(1, 9, seed=5))
+        assert session.cache.lease.buffers is dropped
+
+
+def test_sessions_of_one_architecture_share_caches(exported: Exported) -> None:
+    with opened(exported.dense_model) as dense, opened(exported.model) as sparse:
+        dense.prefill(tokens(1, 9))
+        sparse.cache = dense.keep(dense.cache)
+        from_dense = sparse.decode_step(tokens(1, 1, seed=3))
+        with OrtSession(exported.dense_model) as first, OrtSession(exported.model) as second:
+            first.prefill(tokens(1, 9))
+            second.cache = first.keep(first.cache)
+            assert_close(from_dense, second.decode_step(tokens(1, 1, seed=3)))
+
+
+def test_text_longer_than_the_tables_is_refused(exported: Exported) -> None:
+    with opened(exported.model) as session, pytest.raises(ArtifactError, match="1025 tokens"):
+        session.prefill(tokens(1, POSITIONS + 1))
+
+
+def test_half_type_linears_are_ours(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "source", "qwen2")
+    (tmp_path / "export").mkdir()
+    model = rewritten(
+        export_folder(tmp_path / "source", tmp_path / "export", dtype="float16").dense_model
+    )
+    counts = [node.op_type for node in model.graph]
+    assert "MatMul" not in counts
+    assert "Add" not in counts, "biases are the linears' own"
+    linears = [node for node in model.graph if node.op_type == "NMLinear"]
+    assert {node.attributes["n"].as_int() for node in linears} == {16}
+
+
+def test_gate_and_up_of_their_own(tmp_path: Path) -> None:
+    # Wide ones stay apart in a dense baseline.
+    save_tiny_model(tmp_path / "source", "llama", intermediate_size=640)
+    (tmp_path / "export").mkdir()
+    exported = export_folder(tmp_path / "source", tmp_path / "export")
+    names = [node.op_type for node in rewritten(exported.dense_model).graph]
+    assert names.count("GatedSiluPair") == 2
+    prompt = tokens(1, 9)
+    with opened(exported.dense_model) as session, OrtSession(exported.dense_model) as reference:
+        assert_close(session.prefill(prompt), reference.prefill(prompt))
+
+
+def test_function_bodies_travel_with_the_fused_ops(exported: Exported) -> None:
+    model = rewritten(exported.model)
+    used = {node.op_type for node in model.graph if node.domain == FUSED}
+    assert used == {name for domain, name, _ in model.functions if domain == FUSED}
+
+
+def test_a_cap_on_scores_is_not_rewritten(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "source", CAPPED)
+    (tmp_path / "export").mkdir()
+    exported = export_folder(tmp_path / "source", tmp_path / "export")
+    with pytest.raises(NotRewritableError, match="attention"):
+        rewritten(exported.model)
+
+
+def without_causality(model: ir.Model) -> None:
+    for node in model.graph:
+        if node.op_type == "LessOrEqual":
+            node.op_type = "Less"
+
+
+def with_scaled_queries(model: ir.Model) -> None:
+    for node in list(model.graph):
+        if node.op_type == "RotaryEmbedding":
+            ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])
+            return
+
+
+@pytest.mark.parametrize("change", [without_causality, with_scaled_queries])
+def test_what_no_rule_takes_is_refused(
+    tiny_export: Path, change: Callable[[ir.Model], None]
+) -> None:
+    model = ir.load(tiny_export / "model.onnx")
+    change(model)
+    with pytest.raises(NotRewritableError):
+        rewrite_for_cuda(model, positions=POSITIONS)

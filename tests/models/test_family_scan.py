@@ -1,0 +1,211 @@
+"""Every causal family of transformers: what we export computes what transformers computes, or the
+family is refused before calibration.
+
+Each family gets a tiny random model at 16:16, where sparse is dense; families without a tiny
+configuration are listed as such. The table is printed: `pytest -m slow -s` on this file.
+`NMEXPORT_FAMILIES="llama opt"` scans these alone.
+
+A trace takes most of the time, so there is one for each family and type:
+
+- Families in `EXPORTED` are compared in every type; in the half types with one layer, since an
+  operator that a half type lacks is in every layer.
+- The others are compared in float32 alone, unless they are named in `NMEXPORT_FAMILIES`. For them
+  `calibrate` traces on trial in the recipe's type. Here the trace of the export stands for it.
+
+A half type is held to float32. It may differ by twice what transformers itself differs in that
+type, or by twenty roundings of one standard deviation of the logits, whichever is more.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from tests.support.tiny import VOCABULARY, WINDOW, save_tiny_model, tiny_config
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# Of standard deviations of the logits: of float32, and twenty roundings of the half types.
+TOLERANCES = {"float32": 1e-3, "float16": 20 * 2.0**-11, "bfloat16": 20 * 2.0**-8}
+LENGTH, PREFILL = WINDOW + 8, 10
+_ONE_LAYER: dict[str, dict[str, Any]] = {"gemma3_text": {"layer_types": ["sliding_attention"]}}
+"""What a configuration of one layer says otherwise."""
+_MOST_PARAMETERS = 4_000_000  # more is no tiny configuration: some size has another name
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one family in one type."""
+
+    family: str
+    dtype: str
+    outcome: str
+    """`right`, `refused`, `wrong`, `untested` (no tiny configuration) or `traceback`."""
+    detail: str
+    seconds: float
+
+
+def families() -> list[str]:
+    """Every `model_type` that transformers has a causal class for."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def scan(family: str, folder: Path, dtypes: tuple[str, ...]) -> list[Row]:
+    """Build and compare one family in some types; runs in a process of its own."""
+    import torch
+
+    torch.set_num_threads(1)
+    began = time.monotonic()
+    deep, shallow = folder / family, folder / f"{family}-shallow"
+    try:
+        _save(deep, family)
+        if len(dtypes) > 1:
+            _save(shallow, family, num_hidden_layers=1, **_ONE_LAYER.get(family, {}))
+    except Exception as error:  # noqa: BLE001 - a configuration raises what it pleases
+        return [Row(family, "-", "untested", _first_line(error)[:100], 0.0)]
+    rows: list[Row] = []
+    for dtype in dtypes:
+        source = deep if dtype == "float32" else shallow
+        outcome, detail = _outcome(source, folder / f"{family}-{dtype}", dtype)
+        seconds, began = time.monotonic() - began, time.monotonic()
+        rows.append(Row(family, dtype, outcome, detail, seconds))
+        if outcome == "refused":  # whatever the type
+            break
+    shutil.rmtree(deep)
+    shutil.rmtree(shallow, ignore_errors=True)
+    return rows
+
+
+def _first_line(error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}"
+
+
+def _save(folder: Path, family: str, **overrides: Any) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options: dict[str, Any] = {**tiny_config(family), **overrides}
+    config = AutoConfig.for_model(family, **options)
+    if getattr(config, "sliding_window", None):
+        options["sliding_window"] = WINDOW
+    if getattr(config, "is_decoder", None) is False and not config.is_encoder_decoder:
+        options["is_decoder"] = True
+    config = AutoConfig.for_model(family, **options)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if count > _MOST_PARAMETERS:
+        raise ValueError(f"{count / 1e6:.0f} million parameters")
+    save_tiny_model(folder, family, **options)
+
+
+def _outcome(source: Path, output: Path, dtype: str) -> tuple[str, str]:
+    import torch
+    from nmexport.errors import UserError
+    from nmexport.models.exportable import check_kind
+    from nmexport.models.source import resolve
+    from nmexport.models.tracing import UntraceableError
+    from nmexport.recipe import ModelSection
+
+    try:
+        check_kind(resolve(ModelSection(id=str(source))), dtype=getattr(torch, dtype))
+    except UserError as error:
+        return "refused", error.problem
+    try:
+        error, tolerance = _difference(source, output, dtype)
+    except UntraceableError as refusal:  # what the trace on trial says, with the same call
+        return "refused", refusal.problem
+    except Exception as fault:  # noqa: BLE001 - whatever it is, it came too late
+        return "traceback", _first_line(fault)[:200]
+    finally:
+        shutil.rmtree(output, ignore_errors=True)
+    return ("right" if error <= tolerance else "wrong"), f"{error:.1e} of {tolerance:.1e}"
+
+
+def _difference(source: Path, output: Path, dtype: str) -> tuple[float, float]:
+    """Largest difference of dense or sparse file from transformers in float32, and the tolerance.
+
+    Both in standard deviations of the logits.
+    """
+    from nmexport.runtimes import native
+    from nmexport.runtimes.onnxruntime_session import OrtSession
+    from nmexport.sparsity.linear import Behaviour
+    from nmexport.sparsity.pattern import NMPattern
+
+    from tests.support.exported import export_folder
+
+    output.mkdir()
+    exported = export_folder(
+        source, output, behaviour=Behaviour(pattern=NMPattern(16, 16)), dtype=dtype
+    )
+    ids = np.random.default_rng(0).integers(3, VOCABULARY, (1, LENGTH))
+    wanted = _own_logits(source, ids, "float32")
+    deviation = wanted.std()
+    worst = 0.0
+    for path in (exported.dense_model, exported.model):
+        with OrtSession(
+            path, library=native.find_library(), threads=1, bfloat16=dtype == "bfloat16"
+        ) as session:
+            logits = [session.prefill(ids[:, :PREFILL])]
+            logits += [session.decode_step(ids[:, at : at + 1]) for at in range(PREFILL, LENGTH)]
+        got = np.concatenate(logits, axis=1)
+        # not max(), which loses NaN
+        worst = float(np.maximum(worst, np.abs(got - wanted).max() / deviation))
+    tolerance = TOLERANCES[dtype]
+    if dtype != "float32":
+        own = np.abs(_own_logits(source, ids, dtype) - wanted).max() / deviation
+        tolerance = max(tolerance, 2 * float(own))
+    return worst, tolerance
+
+
+def _own_logits(source: Path, ids: np.ndarray, dtype: str) -> np.ndarray:
+    """Logits of transformers itself."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype)).eval()
+    with torch.inference_mode():
+        logits: np.ndarray = model(input_ids=torch.from_numpy(ids)).logits.float().numpy()
+    return logits
+
+
+def table(rows: list[Row]) -> str:
+    """The scan as text, a row a family and type, and the counts."""
+    lines = [f"{row.family:24}{row.dtype:10}{row.outcome:11}{row.detail[:110]}" for row in rows]
+    kinds = sorted({row.outcome for row in rows})
+    counts = {kind: len({row.family for row in rows if row.outcome == kind}) for kind in kinds}
+    return "\n".join([*lines, ", ".join(f"{kind}: {count}" for kind, count in counts.items())])
+
+
+@pytest.mark.slow
+def test_every_causal_family_is_right_or_refused(tmp_path: Path) -> None:
+    from nmexport.models.families import EXPORTED
+
+    named = os.environ.get("NMEXPORT_FAMILIES", "").split()
+    chosen = named or families()
+    types = {family: tuple(TOLERANCES) for family in named or EXPORTED}
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
+        jobs = [pool.submit(scan, name, tmp_path, types.get(name, ("float32",))) for name in chosen]
+        rows = [row for job in jobs for row in job.result()]
+    print(f"\n{table(rows)}")  # noqa: T201 - the table is what a reader wants
+    assert not [row for row in rows if row.outcome in {"wrong", "traceback"}]
+    outcomes = {family: {row.outcome for row in rows if row.family == family} for family in chosen}
+    for family in EXPORTED & set(chosen):
+        assert outcomes[family] == {"right"}, family
+    late = [row for row in rows if row.outcome == "refused" and row.dtype != "float32"]
+    assert not late, "a refusal must not depend on the type"
+    if not named:
+        assert sum(outcome != {"untested"} for outcome in outcomes.values()) >= 125

@@ -1,0 +1,111 @@
+"""A `.gguf`: every tensor is read or refused, and it is dequantised once for all stages."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from nmexport.errors import ModelError
+from nmexport.models import unpacked
+from nmexport.models.layerwise import LayerwiseModel
+from nmexport.models.loader import load_model
+from nmexport.models.source import ModelSource, resolve
+from nmexport.models.streaming import open_for_export
+from nmexport.progress import Silent
+from nmexport.recipe import ModelSection
+
+from tests.support.tiny_gguf import save_tiny_gguf
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+IDS = torch.arange(3, 19)[None]
+
+
+def source_of(path: Path) -> ModelSource:
+    return resolve(ModelSection(id=str(path)))
+
+
+@pytest.fixture
+def path(tiny_llama: Path, tmp_path: Path) -> Path:
+    save_tiny_gguf(tiny_llama, tmp_path / "tiny.GGUF")
+    return tmp_path / "tiny.GGUF"
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        made: torch.Tensor = model(IDS).logits
+    return made
+
+
+def test_a_gguf_is_the_model_it_was_made_of(path: Path, tiny_llama: Path) -> None:
+    expected = logits(load_model(source_of(tiny_llama)))
+    torch.testing.assert_close(logits(load_model(source_of(path))), expected)
+
+
+def test_a_missing_tensor(tiny_llama: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_tiny_gguf(tiny_llama, tmp_path / "m.gguf", without=name)
+    with pytest.raises(ModelError, match=f"holds no {name}"):
+        load_model(source_of(tmp_path / "m.gguf"))
+
+
+@pytest.mark.parametrize("name", ["rope_freqs.weight", "blk.0.attn_q.bias"])
+def test_a_tensor_that_transformers_passes_over(
+    name: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    extra = {name: np.full(64, 2.0, np.float32)}
+    save_tiny_gguf(tiny_llama, tmp_path / "m.gguf", extra=extra)
+    with pytest.raises(ModelError, match=f"holds {name}, which transformers does not read"):
+        load_model(source_of(tmp_path / "m.gguf"))
+
+
+def test_factors_of_one_do_no_harm(tiny_llama: Path, tmp_path: Path) -> None:
+    extra = {"rope_freqs.weight": np.ones(8, np.float32)}
+    save_tiny_gguf(tiny_llama, tmp_path / "m.gguf", extra=extra)
+    load_model(source_of(tmp_path / "m.gguf"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_is_dequantised_once(
+    dtype: str,
+    path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    capfd.readouterr()
+    source = source_of(path)
+    expected = logits(load_model(source, dtype=dtype))
+    loads = []
+    original = unpacked.load_model
+    monkeypatch.setattr(
+        unpacked, "load_model", lambda *given: loads.append(given) or original(*given)
+    )
+    for _ in range(2):
+        opened = unpacked.unpack(source, tmp_path / "work", Silent())
+        assert torch.equal(logits(load_model(opened, dtype=dtype)), expected)
+    assert len(loads) == 1
+    assert capfd.readouterr().err == ""
+    assert opened.digest == source.digest
+    assert open_for_export(opened, dtype=torch.float32).streamed
+    LayerwiseModel(opened).run(IDS, progress=Silent(), label="")
+
+
+def test_without_room_each_stage_reads_the_file(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    full = shutil._ntuple_diskusage(1, 1, 0)  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    source = source_of(path)
+    assert unpacked.unpack(source, tmp_path, Silent()) == source
+
+
+def test_other_models_stay_where_they_are(tiny_llama: Path, tmp_path: Path) -> None:
+    source = source_of(tiny_llama)
+    assert unpacked.unpack(source, tmp_path, Silent()) is source
+    assert not list(tmp_path.iterdir())
