@@ -57,7 +57,8 @@ STAGES: Mapping[str, str] = MappingProxyType(
 )
 """Modules by stage, in order of running; imported only when a build needs them."""
 
-_READ_WEIGHTS = frozenset({"calibrate", "fold", "export", "verify"})
+READ_WEIGHTS = frozenset({"calibrate", "fold", "export", "verify"})
+"""Stages that read the model's weights."""
 
 Action = Literal["cached", "run", "depends", "refused"]
 """`depends`: an upstream runs, and what it writes decides. `refused`: a gate failed before it."""
@@ -438,7 +439,7 @@ class Pipeline:
 
     def _source_for(self, stage: str) -> ModelSource:
         """The model as a stage reads it: a `.gguf` dequantised once for all of them."""
-        if not self.source.packed or stage not in _READ_WEIGHTS:
+        if not self.source.packed or stage not in READ_WEIGHTS:
             return self.source
         from nmexport.models.unpacked import unpack  # torch: only where a stage runs
 

@@ -77,8 +77,10 @@ def _check_room(pipeline: Pipeline, selection: Selection) -> None:
 
 
 def _in_words(expected: Estimate, pipeline: Pipeline) -> str:
+    unpacked = expected.unpacked_bytes
+    kept = f", {size(unpacked)} of it the dequantised model," if unpacked else ""
     return (
-        f"Writes about {size(expected.write_bytes)} to {pipeline.work.root} "
+        f"Writes about {size(expected.write_bytes)}{kept} to {pipeline.work.root} "
         f"({size(expected.free_bytes)} free); peak memory about {size(expected.memory_bytes)} "
         f"({size(pipeline.environment.memory_bytes)} here)."
     )

@@ -1,4 +1,4 @@
-"""Refuse at the start what no stage can read: quantised checkpoints, adapters, parts of a GGUF."""
+"""Refuse at the start what no stage can read: quantised checkpoints and adapters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from nmexport.models.integrity import GgufHeader, StoredTensor
+    from nmexport.models.integrity import StoredTensor
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 """Element types that weights may be stored in, as safetensors spells them."""
@@ -96,36 +96,6 @@ def refuse_quantised_tensors(folder: Path, tensors: Mapping[str, StoredTensor]) 
                 f"; see {side_file}" if side_file else ""
             )
             raise quantised(folder, f"{method}, as it seems: {seen}")
-
-
-def refuse_gguf_part(path: Path, header: GgufHeader) -> None:
-    """Refuse one file of a split GGUF: it holds a part of the model.
-
-    Raises:
-        UnsupportedModelError: if it is one; says how to merge them.
-    """
-    count = int(header.metadata.get("split.count", 1))
-    if count <= 1:
-        return
-    number = int(header.metadata.get("split.no", 0)) + 1
-    first = re.sub(r"-\d{5}-of-(\d{5})", r"-00001-of-\1", path.name)
-    merged = re.sub(r"-\d{5}-of-\d{5}", "", path.name)
-    if merged == path.name:
-        merged = f"merged-{path.name}"
-    absent = [name for name in _part_names(first, count) if not (path.parent / name).is_file()]
-    missing = f"; {absent[0]} is not there" if absent and first != merged else ""
-    raise UnsupportedModelError(
-        f"{path} is part {number} of {count} of a split GGUF{missing}.",
-        allowed="a .gguf in one file",
-        fix=f"merge the parts: llama-gguf-split --merge {path.parent / first} "
-        f"{path.parent / merged}",
-    )
-
-
-def _part_names(first: str, count: int) -> list[str]:
-    if not re.search(r"-00001-of-\d{5}", first):
-        return []
-    return [first.replace("-00001-of-", f"-{number:05d}-of-") for number in range(1, count + 1)]
 
 
 def quantised(folder: Path, method: str) -> UnsupportedModelError:
