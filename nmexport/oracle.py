@@ -16,6 +16,7 @@ Readings of the contract, where it leaves a choice:
   linear, so nu = 1 there also where var(z) lies below the variance floor.
 - A static `shift` is float32, and so is z: scores are taken from `float32(x) - float32(eta)`.
 - `value_scale` multiplies whatever is kept, so all channels where nothing is dropped.
+- With `activation_bits` 8 the operand that is rounded is float32's: `float32(z) * value_scale`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,12 @@ from numpy.typing import NDArray
 
 from nmexport.choices import Phase
 from nmexport.errors import PatternError
+from nmexport.oracle_weights import (
+    check_activations,
+    check_weights,
+    meant_weights,
+    rounded_operand,
+)
 from nmexport.sparsity.pattern import NMPattern
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -36,7 +43,6 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 VARIANCE_FLOOR = 1e-12
 FLOAT32_RTOL_PER_SQRT_K = 1e-5
 HALF_ULPS = 2
-SCALE_GROUP = 16
 TYPES: tuple[np.dtype[Any], ...] = (
     np.dtype(np.float32),
     np.dtype(np.float16),
@@ -63,11 +69,13 @@ class Reference:
     """
     keep: _Bool
     """`[..., K]`: the mask, in X's own channel order."""
+    slack: _Float64
+    """`[..., O]`: what the values come to that an executor may round to 8 bits the other way."""
 
     def bound(self, dtype: np.dtype[Any] | type) -> _Float64:
         """Largest difference `[..., O]` the contract allows an executor of type T."""
         scale = np.maximum(np.abs(self.value), self.magnitude)
-        return tolerance(dtype, self.keep.shape[-1], self.value, magnitude=scale)
+        return tolerance(dtype, self.keep.shape[-1], self.value, magnitude=scale) + self.slack
 
 
 def keep_mask(
@@ -126,40 +134,9 @@ def nm_prune(
     return np.where(keep, x, np.zeros((), dtype=x.dtype))
 
 
-def nm_linear(
-    x: _Array,
-    w: _Array,
-    *,
-    n: int,
-    m: int,
-    bias: _Array | None = None,
-    shift: _Array | None = None,
-    shift_weight: _Array | None = None,
-    score_scale: _Array | None = None,
-    channel_order: _Array | None = None,
-    weight_scale: _Array | None = None,
-    value_scale: _Array | None = None,
-    dynamic_shift: bool = False,
-    variance_correction: bool = False,
-    phase: Phase = "all",
-) -> _Float64:
+def nm_linear(x: _Array, w: _Array, **arguments: Any) -> _Float64:
     """NMLinear's `Y [..., O]` in float64; arguments as for `reference`."""
-    return reference(
-        x,
-        w,
-        n=n,
-        m=m,
-        bias=bias,
-        shift=shift,
-        shift_weight=shift_weight,
-        score_scale=score_scale,
-        channel_order=channel_order,
-        weight_scale=weight_scale,
-        value_scale=value_scale,
-        dynamic_shift=dynamic_shift,
-        variance_correction=variance_correction,
-        phase=phase,
-    ).value
+    return reference(x, w, **arguments).value
 
 
 def reference(
@@ -175,9 +152,12 @@ def reference(
     channel_order: _Array | None = None,
     weight_scale: _Array | None = None,
     value_scale: _Array | None = None,
+    weight_zero_point: _Array | None = None,
     dynamic_shift: bool = False,
     variance_correction: bool = False,
     phase: Phase = "all",
+    activation_bits: int = 0,
+    activation_block: int = 32,
 ) -> Reference:
     """NMLinear with its mask and the size of its terms.
 
@@ -185,7 +165,8 @@ def reference(
 
     Args:
         x: `[..., K] T`.
-        w: `[K, O] T`, in_features first; or int8, with `weight_scale`.
+        w: `[K, O] T`, in_features first; or int8, int4, uint4 or float8_e4m3fn (ml_dtypes), with
+            `weight_scale`.
         n: How many channels of a group are kept.
         m: Channels in a group.
         bias: `[O] T`.
@@ -193,13 +174,17 @@ def reference(
         shift_weight: `[O] float32`, what a unit of dynamic shift adds back; needed by it.
         score_scale: `[K] float32`.
         channel_order: `[K]`, a permutation: `x[..., channel_order]` is what is computed on.
-        weight_scale: `[G, O] float32` of an int8 w: `w[k, o]` stands for
-            `w[k, o] * weight_scale[k // (K / G), o]`. G is 1, or K / G a multiple of 16.
+        weight_scale: `[G, O]`, float32 or T, of a stored w: `w[k, o]` stands for
+            `(w[k, o] - weight_zero_point[g, o]) * weight_scale[g, o]`, `g = k // (K / G)`. G is 1,
+            or K / G a multiple of 16.
         value_scale: `[K] float32`, factors of the kept values; scores and nu do not see them.
+        weight_zero_point: `[G, O]` of w's type.
         dynamic_shift: Subtract each token's own mean.
         variance_correction: Scale the product so that the token's variance is kept.
         phase: Which tokens are sparsified: `decode` those of sequences of length 1, `prefill`
             those of longer ones.
+        activation_bits: 8 rounds the operand to 8 bits; w is then of integers.
+        activation_block: Channels of a token that are rounded with one scale.
 
     Raises:
         PatternError: if n:m is out of range or m does not divide K.
@@ -207,12 +192,13 @@ def reference(
     """
     _check_input(x, n, m)
     _check_linear(x, w, bias, shift, shift_weight, dynamic_shift=dynamic_shift, phase=phase)
-    _check_scales(w, weight_scale)
+    check_weights(x.dtype, w, weight_scale, weight_zero_point)
+    check_activations(w, weight_scale, activation_bits, activation_block)
     if value_scale is not None:
         _check_vector("value_scale", value_scale, x.shape[-1:], np.dtype(np.float32))
     order = _check_order(channel_order, x.shape[-1])
     x = x[..., order]
-    x64, w64 = x.astype(np.float64), _scaled_weights(w, weight_scale)
+    x64, w64 = x.astype(np.float64), meant_weights(w, weight_scale, weight_zero_point)
 
     with np.errstate(over="ignore", invalid="ignore"):
         eta: _Float64 = np.zeros(1)
@@ -234,6 +220,10 @@ def reference(
             nu = np.sqrt(_variance(z) / np.maximum(_variance(s), VARIANCE_FLOOR))
         if value_scale is not None:
             s = s * value_scale.astype(np.float64)
+        slack: _Float64 = np.zeros((1,))
+        if activation_bits:
+            s, open_step = rounded_operand(s, eta, activation_block)
+            slack = nu * (open_step @ np.abs(w64))
 
         value = nu * (s @ w64)
         squared_terms = np.square(nu) * (np.square(s) @ np.square(w64))
@@ -245,7 +235,9 @@ def reference(
             value = value + bias.astype(np.float64)
             squared_terms = squared_terms + np.square(bias.astype(np.float64))
     keep = _in_own_order(keep, order)
-    return Reference(value=value, magnitude=np.sqrt(squared_terms), keep=keep)
+    return Reference(
+        value=value, magnitude=np.sqrt(squared_terms), keep=keep, slack=_whole(slack, value)
+    )
 
 
 def tolerance(
@@ -359,27 +351,9 @@ def _in_own_order(gathered: _Bool, order: NDArray[np.intp]) -> _Bool:
     return own
 
 
-def _scaled_weights(w: _Array, weight_scale: _Array | None) -> _Float64:
-    """Dequantise W, `[K, O]`."""
-    wide: _Float64 = w.astype(np.float64)
-    if weight_scale is None:
-        return wide
-    return wide * np.repeat(weight_scale.astype(np.float64), len(w) // len(weight_scale), axis=0)
-
-
-def _check_scales(w: _Array, weight_scale: _Array | None) -> None:
-    if (weight_scale is None) != (w.dtype != np.int8):
-        raise ValueError(f"W is {w.dtype}; an int8 W needs weight_scale, and no other takes one")
-    if weight_scale is None:
-        return
-    in_features, out_features = w.shape
-    groups = len(weight_scale)
-    _check_vector("weight_scale", weight_scale, (groups, out_features), np.dtype(np.float32))
-    if groups != 1 and (in_features % groups or in_features // groups % SCALE_GROUP):
-        raise ValueError(
-            f"weight_scale has {groups} groups for {in_features} channels; a group has all of "
-            f"them or a multiple of {SCALE_GROUP}"
-        )
+def _whole(slack: _Float64, value: _Float64) -> _Float64:
+    """Slack for each value; what is not finite allows nothing beside it."""
+    return np.where(np.isfinite(slack), np.broadcast_to(slack, value.shape), 0.0)
 
 
 def _check_linear(
@@ -393,8 +367,8 @@ def _check_linear(
     phase: str,
 ) -> None:
     in_features = x.shape[-1]
-    if w.ndim != 2 or w.shape[0] != in_features or w.dtype not in (x.dtype, np.int8):  # noqa: PLR2004
-        raise ValueError(f"W is {w.dtype} {list(w.shape)}; it must be {x.dtype} [{in_features}, O]")
+    if w.ndim != 2 or w.shape[0] != in_features:  # noqa: PLR2004
+        raise ValueError(f"W is {w.dtype} {list(w.shape)}; it must be [{in_features}, O]")
     out_features = w.shape[1]
     float32 = np.dtype(np.float32)
     if bias is not None:

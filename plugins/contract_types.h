@@ -6,7 +6,7 @@
 
 namespace nmexport {
 
-enum class InputType { kT, kFLOAT32, kINT32 };
+enum class InputType { kT, kW, kFLOAT32, kINT32 };  // kW: that of the input W
 
 struct InputSpec {
     const char* name;

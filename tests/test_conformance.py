@@ -14,7 +14,9 @@ from nmexport.sparsity.pattern import NMPattern
 from tests.support.op_cases import (
     BFLOAT16,
     FLOAT32,
+    INTEGERS,
     PATTERNS,
+    STORED,
     TYPES,
     LinearCase,
     linear_calls,
@@ -22,6 +24,8 @@ from tests.support.op_cases import (
     one_node_model,
     run_session,
     session_of,
+    stored_calls,
+    with_stored_weight,
 )
 
 SHIFTS = {
@@ -37,6 +41,10 @@ EVERYTHING = ("bias", "score_scale", "channel_order", "value_scale")
 def tensor_from(array):
     if array.dtype == BFLOAT16:
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    if array.dtype == STORED[3]:
+        return torch.from_numpy(array.view(np.uint8).copy()).view(torch.float8_e4m3fn)
+    if array.dtype in STORED:
+        return torch.from_numpy(array.astype(np.int8))
     return torch.from_numpy(array.copy())
 
 
@@ -53,6 +61,8 @@ def run_torch(case: LinearCase):
         dynamic_shift=bool(attributes.get("dynamic_shift", 0)),
         variance_correction=bool(attributes.get("variance_correction", 0)),
         phase=attributes.get("phase", "all"),
+        activation_bits=attributes.get("activation_bits", 0),
+        activation_block=attributes.get("activation_block", 32),
     )
     tensors = {name: tensor_from(array) for name, array in case.arrays.items()}
     module = SparseLinear(behaviour, tensors)
@@ -238,6 +248,105 @@ def test_masks_over_int8_weights_are_the_oracles(run):
     case.arrays["weight_scale"][:] = 2.0
     expected = oracle.nm_linear(case.x, case.arrays["W"], **case.oracle_arguments())
     assert np.array_equal(run(case).astype(np.float64), expected)
+
+
+def refuses(run, case: LinearCase) -> bool:
+    """The native op has no kernel for 8-bit floats; see `test_native_op`."""
+    return run is run_native and case.arrays["W"].dtype == STORED[3]
+
+
+@executors
+@given(case=stored_calls())
+@settings(max_examples=80, deadline=None)
+def test_any_stored_weight_is_within_contract(run, case):
+    if case.attributes["dynamic_shift"] and case.attributes["n"] < case.attributes["m"]:
+        return  # near ties of its mask are open
+    if refuses(run, case):
+        return
+    assert_within_contract(case, run(case))
+
+
+@executors
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("stored", STORED, ids=str)
+@pytest.mark.parametrize("groups", [1, 3, 12])
+def test_a_stored_weight_goes_with_every_pattern(run, pattern, stored, groups):
+    n, m = pattern
+    case = with_stored_weight(
+        linear_case(shape=(2, 192), optional=("bias", "channel_order"), n=n, m=m),
+        stored,
+        groups,
+        zero_point=stored in INTEGERS,
+    )
+    if refuses(run, case):
+        pytest.skip("the native op takes no 8-bit floats")
+    assert_within_contract(case, run(case))
+
+
+@executors
+@pytest.mark.parametrize("stored", INTEGERS, ids=str)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 17])
+@pytest.mark.parametrize("shape", [(64, 96, 1, 32), (192, 130, 6, 16), (576, 192, 1, 64)])
+def test_integers_meet_integers_for_any_number_of_tokens(run, shape, tokens, stored):
+    channels, outputs, groups, block = shape
+    case = linear_case(
+        shape=(tokens, channels),
+        out_features=outputs,
+        optional=("bias", "channel_order"),
+        activation_bits=8,
+        activation_block=block,
+    )
+    case = with_stored_weight(case, stored, groups, zero_point=tokens % 2 == 0)
+    assert_within_contract(case, run(case))
+
+
+@executors
+@pytest.mark.parametrize("block", [16, 32, 64])
+def test_an_operand_in_8_bits_is_rounded_half_to_even(run, block):
+    """Each block's largest value is 127 levels, and the others lie on levels and between them."""
+    x = np.zeros((1, 64), FLOAT32)
+    x[0, ::16] = 127.0
+    x[0, 1:12] = [0.5, 1.5, 2.5, -0.5, -1.5, 3.0, 0.25, -126.5, 125.5, 1e-9, 0.0]
+    case = LinearCase(
+        x=x,
+        attributes={"n": 16, "m": 16, "activation_bits": 8, "activation_block": block},
+        arrays={"W": np.eye(64, dtype=np.int8), "weight_scale": np.ones((1, 64), FLOAT32)},
+    )
+    expected = [0, 2, 2, 0, -2, 3, 0, -126, 126, 0, 0]
+    assert run(case)[0, 1:12].tolist() == expected
+    assert (
+        oracle.nm_linear(x, case.arrays["W"], **case.oracle_arguments())[0, 1:12].tolist()
+        == expected
+    )
+
+
+@executors
+def test_selection_is_done_before_the_operand_is_rounded(run):
+    """What rounds to the same level is told apart by its score, and an empty block is no 0 / 0."""
+    x = np.zeros((1, 32), FLOAT32)
+    x[0, :16] = 1.0 + np.arange(16, dtype=FLOAT32) * 1e-4
+    case = LinearCase(
+        x=x,
+        attributes={"n": 3, "m": 16, "activation_bits": 8, "activation_block": 16},
+        arrays={"W": np.eye(32, dtype=np.int8), "weight_scale": np.ones((1, 32), FLOAT32)},
+    )
+    y = run(case)
+    assert np.flatnonzero(y).tolist() == [13, 14, 15]
+    assert len(set(y[0, 13:16].tolist())) == 1
+
+
+@executors
+@pytest.mark.parametrize("spoil", [np.nan, np.inf, -np.inf])
+def test_a_block_that_is_not_finite_makes_its_token_nan(run, spoil):
+    case = with_stored_weight(
+        linear_case(shape=(3, 64), activation_bits=8, activation_block=16), STORED[0], 1
+    )
+    case.arrays["W"][:] = np.maximum(case.arrays["W"], 1)
+    case.x[1, 20] = spoil
+    y = run(case)
+    assert np.isnan(y[1]).all()
+    assert np.isfinite(y[[0, 2]]).all()
+    assert_within_contract(case, y)
 
 
 @executors

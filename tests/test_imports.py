@@ -32,6 +32,7 @@ FORBIDDEN = {
     ),
     "nmexport.graph": ("torch", "transformers", "onnxruntime", "nmexport.models"),
     "nmexport.oracle": ("torch", "onnx", "onnxruntime", "nmexport.graph"),
+    "nmexport.oracle_weights": ("torch", "onnx", "onnxruntime", "nmexport.graph"),
     "nmexport.runtimes": ("torch", "transformers", "nmexport.verification"),
     "nmexport.generation": ("torch", "nmexport.serving", "nmexport.verification"),
     "nmexport.errors": ("nmexport",),
@@ -52,6 +53,7 @@ LOWER_LAYERS = (
     "runtimes",
     "verification",
     "oracle",
+    "oracle_weights",
 )
 ABOVE |= {
     f"nmexport.{name}": ("nmexport.cli", "nmexport.pipeline", "nmexport.stages")
@@ -62,6 +64,8 @@ OF_ONE_RUNTIME = {
     "tensorrt": ("nmexport.runtimes",),
     "tensorrt_rtx": ("nmexport.runtimes",),
     "polygraphy": ("nmexport.runtimes.tensorrt",),
+    "starlette": ("nmexport.serving.openai",),
+    "uvicorn": ("nmexport.serving.openai",),
 }
 
 

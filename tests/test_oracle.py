@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import ml_dtypes
@@ -481,7 +482,7 @@ def test_int8_weights_are_their_levels_times_their_scales():
 @pytest.mark.parametrize(
     ("weight", "scale", "words"),
     [
-        (np.int8, None, "needs weight_scale"),
+        (np.int8, None, "need weight_scale"),
         (np.float32, np.ones((1, 5), np.float32), "no other takes one"),
         (np.int8, np.ones((1, 4), np.float32), "weight_scale is"),
         (np.int8, np.ones((3, 5), np.float32), "3 groups for 64 channels"),
@@ -493,3 +494,70 @@ def test_scales_that_do_not_fit_are_refused(weight, scale, words):
         oracle.nm_linear(
             np.ones((1, 64), np.float32), np.ones((64, 5), weight), n=8, m=16, weight_scale=scale
         )
+
+
+def test_an_operand_in_8_bits_is_what_a_loop_says():
+    """The contract's words, one block, one output, one element at a time."""
+    rng = np.random.default_rng(4)
+    x = rng.standard_normal((3, 96)).astype(np.float32)
+    w = rng.integers(-8, 8, (96, 6)).astype(ml_dtypes.int4)
+    scale = np.exp(rng.standard_normal((2, 6))).astype(np.float32)
+    point = rng.integers(-8, 8, (2, 6)).astype(ml_dtypes.int4)
+    keep = oracle.keep_mask(x, 8, 16)
+    expected = np.zeros((3, 6))
+    for token, out, block in itertools.product(range(3), range(6), range(6)):
+        channels = range(16 * block, 16 * block + 16)
+        s = [float(x[token, k]) if keep[token, k] else 0.0 for k in channels]
+        largest = max(abs(value) for value in s)
+        group = channels[0] // 48
+        total = sum(
+            round(value * 127 / largest) * (int(w[k, out]) - int(point[group, out]))
+            for value, k in zip(s, channels, strict=True)
+        )
+        expected[token, out] += largest / 127 * float(scale[group, out]) * total
+    found = oracle.nm_linear(
+        x,
+        w,
+        n=8,
+        m=16,
+        weight_scale=scale,
+        weight_zero_point=point,
+        activation_bits=8,
+        activation_block=16,
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_a_value_between_two_levels_may_fall_to_either():
+    x = np.zeros((1, 16), np.float32)
+    x[0, :3] = 127.0, 2.5, 2.4
+    arrays = {"weight_scale": np.full((1, 2), 3.0, np.float32), "activation_bits": 8}
+    w = np.ones((16, 2), np.int8)
+    tie = oracle.reference(x, w, n=16, m=16, activation_block=16, **arrays)
+    assert tie.value.tolist() == [[393.0, 393.0]]  # 3 * (127 + 2 + 2)
+    assert tie.slack.tolist() == [[3.0, 3.0]]
+
+
+@pytest.mark.parametrize(
+    ("weight", "changes", "words"),
+    [
+        (np.float32, {"activation_bits": 8}, "takes a W of integers"),
+        (np.int8, {"activation_bits": 4}, "allowed: 0, 8"),
+        (np.int8, {"activation_bits": 8, "activation_block": 24}, "multiple of 16"),
+        (np.int8, {"activation_bits": 8, "activation_block": 64}, "32 channels that share"),
+        (np.int8, {"weight_zero_point": np.zeros((2, 6), np.int16)}, "must be int8"),
+        (np.float32, {"weight_zero_point": np.zeros((2, 6), np.float32)}, "needs weight_scale"),
+        (np.uint8, {}, "allowed: float32, int8, int4"),
+    ],
+)
+def test_what_does_not_fit_a_stored_weight_is_refused(weight, changes, words):
+    x, w = np.ones((1, 64), np.float32), np.ones((64, 6), weight)
+    scale = {} if weight == np.float32 else {"weight_scale": np.ones((2, 6), np.float32)}
+    with pytest.raises(ValueError, match=words):
+        oracle.nm_linear(x, w, n=8, m=16, **scale, **changes)
+
+
+def test_four_bits_lie_two_a_byte():
+    x, w = np.ones((1, 16), np.float32), np.ones((16, 5), ml_dtypes.uint4)
+    with pytest.raises(ValueError, match="must be even"):
+        oracle.nm_linear(x, w, n=8, m=16, weight_scale=np.ones((1, 5), np.float32))

@@ -43,7 +43,8 @@ _DENSE_COLUMNS_PER_CHANNEL = 4
 """Up to this many columns a channel, fused MatMuls are faster: beyond, a prompt pays more for the
 Split's copy than a token gains (measured: q/k/v yes, gate/up no)."""
 
-_COLUMN_INPUTS = ("W", "bias", "shift_weight", "weight_scale")  # constants whose last axis is O
+# Constants whose last axis is O.
+_COLUMN_INPUTS = ("W", "bias", "shift_weight", "weight_scale", "weight_zero_point")
 
 ALIGNMENT = 4096  # bytes: a page, so that a runtime can map a weight as it lies in the file
 _ALIGN_FROM = 16384  # bytes: below this, padding would outweigh the constant

@@ -28,7 +28,7 @@ class InputSpec:
 
     name: str
     type: str
-    """`T`, or the name of a fixed element type."""
+    """`T`, `W` (that of the input W), or the name of a fixed element type."""
     shape: tuple[str, ...]
     """Symbols: `...` any leading axes, `K` in_features, `O` out_features, `1|K` either, `G` groups
     of channels that share a scale."""
@@ -45,7 +45,7 @@ class AttributeSpec:
     type: Literal["int", "string"]
     min: int | None = None
     max: int | None = None
-    values: tuple[str, ...] | None = None
+    values: tuple[int | str, ...] | None = None
     default: int | str | None = None
 
     @property
@@ -63,8 +63,8 @@ class AttributeSpec:
                 return f"{self.name} is {value}; allowed: {low} to {high}"
         elif not isinstance(value, str):
             return f"{self.name} is {value!r}; allowed: a string"
-        elif self.values is not None and value not in self.values:
-            return f"{self.name} is {value!r}; allowed: {', '.join(self.values)}"
+        if self.values is not None and value not in self.values:
+            return f"{self.name} is {value!r}; allowed: {', '.join(map(str, self.values))}"
         return None
 
 
@@ -110,7 +110,8 @@ class OpContract:
     ops: Mapping[str, OpSchema]
     variance_floor: float
     scale_group: int
-    """Channels that share a scale of int8 weights are a multiple of this, or all of them."""
+    """Channels that share a scale of the weight are a multiple of this, or all of them; those of an
+    activation block are a multiple of it."""
     tolerance: Tolerance
 
 
@@ -257,6 +258,14 @@ def _broken_relations(values: Mapping[str, int | str], present: frozenset[str]) 
             broken.append("dynamic_shift and the input shift exclude each other")
         if "shift_weight" not in present:
             broken.append("dynamic_shift needs the input shift_weight")
+    if "weight_scale" not in present:
+        if values.get("activation_bits"):
+            broken.append("activation_bits needs the input weight_scale: integers for W")
+        if "weight_zero_point" in present:
+            broken.append("the input weight_zero_point needs the input weight_scale")
+    block, multiple = values.get("activation_block"), op_contract().scale_group
+    if isinstance(block, int) and block % multiple:
+        broken.append(f"activation_block is {block}; allowed: a multiple of {multiple}")
     return broken
 
 

@@ -19,6 +19,14 @@ For who assembles a model
     of ours (`op_contract().domain`, `op_contract().opset_version`). `functions_for(signatures)`
     does the same for who holds no NodeProto: take the overload from a signature's function.
 
+Stored weights
+    Widened, and less zero points, times scales. `DequantizeLinear` in front of a product says the
+    same, but ONNX Runtime takes the two for leave to round the product's other operand to 8 bits,
+    which is an attribute of ours. With this form it computes the weight once, when it loads.
+
+Operands in 8 bits
+    Rounded, and multiplied by their scale again: the product is one of floats, whose sums round.
+
 Channel orders
     NMLinear gathers X first; from there on it is the op without an order. NMPrune, whose result
     lies in X's own order, gathers what it selects on and puts the mask back.
@@ -45,6 +53,7 @@ from nmexport.graph.versions import OPSET
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+_LEVELS = 127  # op contract: an operand in 8 bits lies between this and its negative
 _ABOVE_FLOAT32 = "1e300"  # float64: above any float32 score, below infinity
 
 
@@ -60,6 +69,8 @@ class Signature:
     dynamic_shift: bool = False
     variance_correction: bool = False
     phase: str = "all"
+    activation_block: int = 0
+    """Channels of a block of an operand in 8 bits; 0 where it stays float."""
 
     def has(self, name: str) -> bool:
         """Tell whether an optional input is present."""
@@ -71,6 +82,7 @@ class Signature:
         parts = [*self.optional_inputs]
         parts += [name for name in ("dynamic_shift", "variance_correction") if getattr(self, name)]
         parts += [self.phase] if self.phase != "all" else []
+        parts += [f"operand_{self.activation_block}"] if self.activation_block else []
         parts += ["dense"] if self.keeps_all else []
         return "_".join(parts) or "plain"
 
@@ -92,6 +104,7 @@ def signature_of(node: onnx.NodeProto) -> Signature:
         dynamic_shift=bool(values.get("dynamic_shift", 0)),
         variance_correction=bool(values.get("variance_correction", 0)),
         phase=str(values.get("phase", "all")),
+        activation_block=int(values["activation_block"]) if values.get("activation_bits") else 0,
     )
 
 
@@ -182,14 +195,14 @@ def _linear_body(signature: Signature) -> list[str]:
         *_shifted(signature),
     ]
     if signature.keeps_all:
-        lines += [*_value_scaled("z", signature), "product = MatMul (operand, w)"]
+        lines += [*_operand("z", signature), "product = MatMul (operand, w)"]
     else:
         lines += [
             *_selection("z", "keep", signature),
             *_phase_gate(signature),
             "zero = Constant <value_float: float = 0.0> ()",
             "s = Where (active_keep, z, zero)",
-            *_value_scaled("s", signature),
+            *_operand("s", signature),
             "sparse_product = MatMul (operand, w)",
             *_variance_corrected(signature),
         ]
@@ -203,19 +216,39 @@ def _gathered(source: str, target: str, signature: Signature) -> list[str]:
     return [f"{target} = Identity ({source})"]
 
 
-def _value_scaled(source: str, signature: Signature) -> list[str]:
+def _operand(source: str, signature: Signature) -> list[str]:
     """`source [..., K]`, what is kept -> `operand`, what meets W."""
-    if signature.has("value_scale"):
-        return [f"operand = Mul ({source}, value_scale)"]
-    return [f"operand = Identity ({source})"]
+    scaled = "Mul ({}, value_scale)" if signature.has("value_scale") else "Identity ({})"
+    if not signature.activation_block:
+        return [f"operand = {scaled.format(source)}"]
+    return [
+        f"kept_values = {scaled.format(source)}",
+        "block_length = Constant <value_int: int = @activation_block> ()",
+        "block_lengths = Reshape (block_length, last_axis)",
+        "block_shape = Concat <axis: int = 0> (last_axis, block_lengths)",
+        "blocks = Reshape (kept_values, block_shape)",
+        "block_sizes = Abs (blocks)",
+        "largest = ReduceMax <keepdims: int = 1> (block_sizes, last_axis)",
+        # A block of zeros: 0 / tiny is 0.
+        "tiny = Constant <value: tensor = float {1e-45}> ()",
+        "divisor = Max (largest, tiny)",
+        f"level_count = Constant <value_float: float = {_LEVELS}.0> ()",
+        # The quotient first: times 127, a float32 may overflow. Infinities become NaN.
+        "shares = Div (blocks, divisor)",
+        "exact_levels = Mul (shares, level_count)",
+        "levels = Round (exact_levels)",
+        "level = Div (largest, level_count)",
+        "rounded_blocks = Mul (levels, level)",
+        "operand = Reshape <allowzero: int = 1> (rounded_blocks, x_shape)",
+    ]
 
 
 def _weights(signature: Signature) -> list[str]:
-    """`W [K, O]` -> `w` float32: int8 weights times the scales of their groups of channels."""
+    """`W [K, O]` -> `w` float32: stored values less zero points, times scales."""
     if not signature.has("weight_scale"):
         return ["w = Cast <to: int = 1> (W)"]
     return [
-        "levels = Cast <to: int = 1> (W)",
+        "stored = Cast <to: int = 1> (W)",
         "w_shape = Shape (W)",
         "scale_shape = Shape (weight_scale)",
         "front = Constant <value_ints: ints = [0]> ()",
@@ -224,10 +257,23 @@ def _weights(signature: Signature) -> list[str]:
         "columns = Gather <axis: int = 0> (scale_shape, middle)",
         "rest = Constant <value_ints: ints = [-1]> ()",
         "group_shape = Concat <axis: int = 0> (scale_groups, rest, columns)",
-        "grouped = Reshape (levels, group_shape)",  # [G, K / G, O]
-        "scales = Unsqueeze (weight_scale, middle)",  # [G, 1, O]
-        "scaled_groups = Mul (grouped, scales)",
+        "grouped = Reshape (stored, group_shape)",  # [G, K / G, O]
+        *_less_zero_point(signature),
+        "scale = Cast <to: int = 1> (weight_scale)",
+        "scales = Unsqueeze (scale, middle)",  # [G, 1, O]
+        "scaled_groups = Mul (centred, scales)",
         "w = Reshape (scaled_groups, w_shape)",
+    ]
+
+
+def _less_zero_point(signature: Signature) -> list[str]:
+    """`grouped [G, K / G, O]` -> `centred`."""
+    if not signature.has("weight_zero_point"):
+        return ["centred = Identity (grouped)"]
+    return [
+        "zero_point = Cast <to: int = 1> (weight_zero_point)",
+        "zero_points = Unsqueeze (zero_point, middle)",
+        "centred = Sub (grouped, zero_points)",
     ]
 
 

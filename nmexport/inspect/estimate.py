@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nmexport.calibration.corpus import SELF
-from nmexport.models.gguf_files import is_unpacked, unpacked_folder
+from nmexport.models.gguf_files import UNPACKED_BYTES, is_unpacked, unpacked_folder
 from nmexport.models.offload import free_memory, placement
 from nmexport.pipeline import READ_WEIGHTS
 from nmexport.sparsity.mitigation import learned_parts
@@ -117,7 +117,7 @@ def estimate(recipe: Recipe, source: ModelSource, steps: Sequence[Step], work: P
 def _unpacked_bytes(source: ModelSource, work: Path, parameters: int) -> int:
     if not source.packed or is_unpacked(unpacked_folder(work, source.digest)):
         return 0
-    return _WORKING_BYTES * parameters
+    return UNPACKED_BYTES * parameters
 
 
 def _memory(recipe: Recipe, source: ModelSource, parameters: int) -> dict[str, int]:

@@ -20,6 +20,8 @@ UNPACKED = ".dequantised"
 see `nmexport.models.unpacked`."""
 UNPACKED_COMPLETE = "complete"
 """A file of each of them, written last."""
+UNPACKED_BYTES = 5
+"""What a weight takes there: float32, and its integer in a byte."""
 
 _DIGITS = 12
 _PART = re.compile(r"-(\d{5})-of-(\d{5})(?=\.gguf$)", re.IGNORECASE)

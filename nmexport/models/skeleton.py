@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import nn
 
 from nmexport.models.families import text_config
 from nmexport.models.gguf_files import read_once
@@ -17,6 +18,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from nmexport.models.source import ModelSource
+
+
+class ModelSize(NamedTuple):
+    """Size of a dense model; tied parameters count once."""
+
+    parameters: int
+    linears: int
 
 
 def skeleton(
@@ -40,15 +48,33 @@ def skeleton(
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    config = _gguf_config(source) if source.packed else _stored_config(source)
-    with quiet(), reading(source), init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            text_config(copy.deepcopy(config)),
-            dtype=dtype,
-            trust_remote_code=source.trust_remote_code,
-            attn_implementation=attention,
-        )
+    config = copy.deepcopy(_gguf_config(source)) if source.packed else _stored_config(source)
+    with quiet(), reading(source):
+        plain = text_config(config)
+        if hasattr(plain, "quantization_config"):  # weights are dequantised as they are read
+            del plain.quantization_config
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                plain,
+                dtype=dtype,
+                trust_remote_code=source.trust_remote_code,
+                attn_implementation=attention,
+            )
     return model.eval().requires_grad_(False)
+
+
+def model_size(source: ModelSource) -> ModelSize:
+    """Count parameters and linears without loading a weight.
+
+    Raises:
+        ModelError: if the configuration cannot be read.
+    """
+    model = skeleton(source)
+    model.tie_weights()  # the empty weights were made one by one
+    return ModelSize(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        linears=sum(isinstance(module, nn.Linear) for module in model.modules()),
+    )
 
 
 def _stored_config(source: ModelSource) -> PreTrainedConfig:

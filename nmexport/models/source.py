@@ -23,12 +23,9 @@ from typing import TYPE_CHECKING
 
 from nmexport.errors import ModelError
 from nmexport.models.gguf_files import gguf_parts
-from nmexport.models.unsupported import (
-    UnsupportedModelError,
-    refuse_adapter,
-    refuse_quantised_config,
-    refuse_quantised_tensors,
-)
+from nmexport.models.quantised.layouts import find_packing
+from nmexport.models.quantised.methods import SIDE_FILES, method_of, quantisation_section
+from nmexport.models.unsupported import UnsupportedModelError, refuse_adapter
 from nmexport.models.weight_files import CONFIG, read_config, stored_tensors, weight_files
 
 if TYPE_CHECKING:
@@ -53,6 +50,7 @@ _SIDE_FILES = (
     "vocab.json",
     "vocab.txt",
     "merges.txt",
+    *SIDE_FILES,
 )
 _LICENCES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
 _ADAPTER = "adapter_config.json"
@@ -176,7 +174,7 @@ def model_files(folder: Path, *, with_code: bool = False) -> list[Path]:
         ModelError: if the config or weights are missing, damaged, or pickles.
     """
     check_kind(folder)
-    refuse_quantised_tensors(folder, stored_tensors(folder))
+    find_packing(folder, read_config(folder), stored_tensors(folder))
     indices = sorted(folder.glob("*.safetensors.index.json"))
     sides = [folder / name for name in _SIDE_FILES] + indices
     code = sorted(folder.glob("*.py")) if with_code else []
@@ -184,13 +182,15 @@ def model_files(folder: Path, *, with_code: bool = False) -> list[Path]:
 
 
 def check_kind(folder: Path) -> None:
-    """Look at a folder's configuration alone: is it a whole model, and not quantised.
+    """Look at a folder's configuration alone: is it a whole model, in a form that is read.
 
     Raises:
         ModelError: if it is not.
     """
     refuse_adapter(folder)
-    refuse_quantised_config(folder, read_config(folder))
+    section = quantisation_section(folder, read_config(folder))
+    if section is not None:
+        method_of(folder, section)
 
 
 def licence_files(folder: Path) -> tuple[Path, ...]:
@@ -282,7 +282,7 @@ def _download(section: ModelSection) -> Path:
             ignore_patterns=list(_NOT_DOWNLOADED),
         )
         # What it is comes first: nobody waits for gigabytes that are then refused.
-        check_kind(Path(fetch(allow_patterns=[CONFIG, _ADAPTER])))
+        check_kind(Path(fetch(allow_patterns=[CONFIG, _ADAPTER, *SIDE_FILES])))
         return Path(fetch(allow_patterns=patterns))
     except ModelError:
         raise

@@ -1,4 +1,7 @@
-"""A `.gguf` dequantised once and kept as safetensors, so that no stage has to do it again."""
+"""A `.gguf` dequantised once and kept as safetensors, so that no stage has to do it again.
+
+The integers that its weights were dequantised from lie next to them.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,24 @@ import os
 import shutil
 from typing import TYPE_CHECKING
 
+import torch
+
 from nmexport.errors import ModelError
-from nmexport.models.gguf_files import UNPACKED_COMPLETE, is_unpacked, unpacked_folder
+from nmexport.models.gguf_files import (
+    UNPACKED_BYTES,
+    UNPACKED_COMPLETE,
+    is_unpacked,
+    unpacked_folder,
+)
 from nmexport.models.guard import quiet
-from nmexport.models.loader import load_model
+from nmexport.models.loader import load_gguf
+from nmexport.models.quantised.gguf_file import write_integers
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from nmexport.models.source import ModelSource
     from nmexport.progress import Progress
-
-_FLOAT32 = 4
 
 
 def unpack(source: ModelSource, work: Path, progress: Progress) -> ModelSource:
@@ -51,9 +60,9 @@ def reuse(source: ModelSource, work: Path) -> ModelSource:
 def _write(source: ModelSource, folder: Path, progress: Progress) -> None:
     """Write the model, where the disk has room for it."""
     progress.note(f"dequantising {source.gguf_file}, once for all stages")
-    model = load_model(source)
+    model, names = load_gguf(source, dtype=torch.float32)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    needed = _FLOAT32 * sum(parameter.numel() for parameter in model.parameters())
+    needed = UNPACKED_BYTES * sum(parameter.numel() for parameter in model.parameters())
     free = shutil.disk_usage(folder.parent).free
     if needed > free:
         progress.note(
@@ -65,6 +74,7 @@ def _write(source: ModelSource, folder: Path, progress: Progress) -> None:
     try:
         with quiet():
             model.save_pretrained(partial)
+            write_integers(source.gguf_files, model, names, partial)
         (partial / UNPACKED_COMPLETE).touch()
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)

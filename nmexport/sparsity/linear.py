@@ -15,7 +15,7 @@ from torch import nn
 
 from nmexport.sparsity.lanes import LaneSelector
 from nmexport.sparsity.mask import scores_of
-from nmexport.sparsity.quantisation import dequantised
+from nmexport.sparsity.quantisation import dequantised, rounded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,6 +34,7 @@ _OWN_TENSORS = (
     "channel_order",
     "weight_scale",
     "value_scale",
+    "weight_zero_point",
     "remainder_in",
     "remainder_out",
 )
@@ -47,6 +48,10 @@ class Behaviour:
     dynamic_shift: bool = False
     variance_correction: bool = False
     phase: Phase = "all"
+    activation_bits: int = 0
+    """8 rounds what meets a weight of integers; 0 leaves it float."""
+    activation_block: int = 32
+    """Channels of a token that are rounded with one scale."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +159,7 @@ class SparseLinear(nn.Module):
     channel_order: torch.Tensor | None
     weight_scale: torch.Tensor | None
     value_scale: torch.Tensor | None
+    weight_zero_point: torch.Tensor | None
     remainder_in: torch.Tensor | None
     remainder_out: torch.Tensor | None
 
@@ -237,7 +243,9 @@ class SparseLinear(nn.Module):
         keep = selected.keep
         kept = z if keep is None else torch.where(keep.view(torch.bool), z, 0.0)
         operand = kept if self.value_scale is None else kept * self.value_scale
-        y = token_product(operand, dequantised(self.W, self.weight_scale))
+        if self.behaviour.activation_bits:
+            operand = rounded(operand, self.behaviour.activation_block)
+        y = token_product(operand, dequantised(self.W, self.weight_scale, self.weight_zero_point))
         if selected.nu is not None:
             y = selected.nu * y
         return y if self.shift_weight is None else y + selected.eta * self.shift_weight

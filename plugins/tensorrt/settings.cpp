@@ -218,6 +218,9 @@ Settings read(const FieldReader& reader, const OpSpec& spec, const char* node) {
     settings.dynamicShift = reader.integer("dynamic_shift") != 0;
     settings.varianceCorrection = reader.integer("variance_correction") != 0;
     settings.phase = phaseOf(reader.text("phase"));
+    if (reader.integer("activation_bits") != 0) {
+        throw Fault("field activation_bits is 8; allowed on a GPU: 0, as an operand stays float");
+    }
     if (const PluginField* field = reader.find(kINPUTS_FIELD)) {
         if (field->type != PluginFieldType::kCHAR) {
             throw Fault(std::string("field ") + kINPUTS_FIELD + " is " + typeName(field->type) +

@@ -7,7 +7,7 @@ import typing
 
 import onnx
 import pytest
-from nmexport import choices, oracle
+from nmexport import choices, oracle, oracle_weights
 from nmexport.errors import ArtifactError, InternalError
 from nmexport.graph import contract as contract_module
 from nmexport.graph import cpu
@@ -48,16 +48,22 @@ def test_names_that_files_in_the_field_depend_on():
             "channel_order",
             "weight_scale",
             "value_scale",
+            "weight_zero_point",
         ],
     }
-    assert contract.ops["NMLinear"].inputs[1].alternatives == ("int8",)
     linear = contract.ops["NMLinear"]
+    types = {i.name: (i.type, *i.alternatives) for i in linear.inputs}
+    assert types["W"] == ("T", "int8", "int4", "uint4", "float8e4m3fn")
+    assert types["weight_scale"] == ("float32", "T")
+    assert types["weight_zero_point"] == ("W",)
     assert {a.name: a.default for a in linear.attributes} == {
         "n": None,
         "m": None,
         "dynamic_shift": 0,
         "variance_correction": 0,
         "phase": "all",
+        "activation_bits": 0,
+        "activation_block": 32,
     }
     assert contract.ops["NMPrune"].optional_inputs == ("score_scale", "channel_order")
 
@@ -70,7 +76,9 @@ def test_the_oracle_and_the_pattern_say_what_the_contract_says():
     assert phase.values == typing.get_args(choices.Phase)
     assert tuple(str(t) for t in oracle.TYPES) == contract.types
     assert contract.variance_floor == oracle.VARIANCE_FLOOR
-    assert contract.scale_group == oracle.SCALE_GROUP == quantisation.GROUP
+    assert contract.scale_group == oracle_weights.SCALE_GROUP == quantisation.GROUP
+    stored = tuple(t.name.replace("_", "") for t in oracle_weights.STORED_TYPES)
+    assert stored == quantisation.STORED_TYPES == contract.ops["NMLinear"].inputs[1].alternatives
     assert contract.tolerance.float32_rtol_per_sqrt_k == oracle.FLOAT32_RTOL_PER_SQRT_K
     assert contract.tolerance.half_ulps == oracle.HALF_ULPS
     assert contract.max_group == MAX_GROUP
@@ -118,7 +126,11 @@ def test_a_legal_node_passes_and_its_parts_are_read():
         "dynamic_shift": 0,
         "variance_correction": 0,
         "phase": "decode",
+        "activation_bits": 0,
+        "activation_block": 32,
     }
+    check_node(linear_node({"W", "weight_scale", "weight_zero_point"}, n=8, m=16))
+    check_node(linear_node({"W", "weight_scale"}, n=8, m=16, activation_bits=8))
     check_node(prune_node({"channel_order"}, n=16, m=16))
 
 
@@ -136,6 +148,10 @@ def test_a_legal_node_passes_and_its_parts_are_read():
         ({"W"}, {"n": 8, "m": 16, "block": 4}, "unknown attribute block; allowed: n, m, dynamic"),
         ({"W"}, {"n": 8, "m": 16, "dynamic_shift": 2}, "dynamic_shift is 2; allowed: 0 to 1"),
         ({"W"}, {"n": 8, "m": 16, "dynamic_shift": 1}, "needs the input shift_weight"),
+        ({"W"}, {"n": 8, "m": 16, "activation_bits": 4}, "activation_bits is 4; allowed: 0, 8"),
+        ({"W"}, {"n": 8, "m": 16, "activation_bits": 8}, "needs the input weight_scale"),
+        ({"W"}, {"n": 8, "m": 16, "activation_block": 40}, "allowed: a multiple of 16"),
+        ({"W", "weight_zero_point"}, {"n": 8, "m": 16}, "weight_zero_point needs the input"),
         (
             {"W", "shift", "shift_weight"},
             {"n": 8, "m": 16, "dynamic_shift": 1},

@@ -143,10 +143,13 @@ def test_it_is_dequantised_once(
     source = source_of(path)
     expected = logits(load_model(source, dtype=dtype))
     loads = []
-    original = unpacked.load_model
-    monkeypatch.setattr(
-        unpacked, "load_model", lambda *given: loads.append(given) or original(*given)
-    )
+    original = unpacked.load_gguf
+
+    def load(*given: Any, **options: Any) -> Any:
+        loads.append(given)
+        return original(*given, **options)
+
+    monkeypatch.setattr(unpacked, "load_gguf", load)
     for _ in range(2):
         opened = unpacked.unpack(source, tmp_path / "work", Silent())
         assert torch.equal(logits(load_model(opened, dtype=dtype)), expected)

@@ -329,12 +329,9 @@ def test_a_config_that_names_the_weights(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "told"),
     [
-        ({"quant_method": "gptq", "bits": 4}, r"GPTQ, 4 bits"),
-        ({"quant_method": "awq", "w_bit": 4}, r"AWQ, 4 bits"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes, 4 bits"),
         ({"load_in_8bit": True}, "bitsandbytes, 8 bits"),
         ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors"),
-        ({"quant_method": "fp8", "weight_block_size": [32, 32]}, "FP8"),
         ({"quant_method": "mxfp4"}, "MXFP4"),
         ({"quant_method": "brand_new"}, "brand_new"),
         ({"something": 1}, "a method that its config does not name"),
@@ -349,12 +346,19 @@ def test_quantised_checkpoints(
     assert "float32, float16 or bfloat16" in refused(folder, f"is quantised .*{told}")
 
 
+@pytest.mark.parametrize("method", ["awq", "gptq", "fp8"])
+def test_a_configuration_of_quantised_weights_and_none_of_them(method: str, folder: Path) -> None:
+    change_config(folder, quantization_config={"quant_method": method, "bits": 4})
+    told = refused(folder, "says that it is quantised .*, and holds no weights that are")
+    assert "remove quantization_config" in told
+
+
 def test_what_a_checkpoint_was_quantised_from(folder: Path) -> None:
-    change_config(folder, quantization_config={"quant_method": "awq"})
-    named = folder.rename(folder.with_name("Llama-3-8B-AWQ"))
-    assert refused(named, "AWQ").endswith("quantised from: Llama-3-8B")
+    change_config(folder, quantization_config={"quant_method": "hqq"})
+    named = folder.rename(folder.with_name("Llama-3-8B-4bit"))
+    assert refused(named, "hqq").endswith("quantised from: Llama-3-8B")
     (named / "README.md").write_text("---\nbase_model: meta/Llama-3-8B\n---\n")
-    assert refused(named, "AWQ").endswith("quantised from: meta/Llama-3-8B")
+    assert refused(named, "hqq").endswith("quantised from: meta/Llama-3-8B")
 
 
 @pytest.mark.parametrize(

@@ -12,23 +12,23 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import openai
 import pytest
 from nmexport.errors import EnvironmentFault, RequestError
 from nmexport.generation.loop import generate
 from nmexport.serving import client, launch
-from nmexport.serving.bundle import FILENAME, REFERENCE
+from nmexport.serving.bundle import REFERENCE
 from nmexport.serving.stub_environment import make_environment
 from nmexport.serving.triton_config import from_text, to_text
 
 from tests.support.served import (
     NAME,
-    engine_document,
     require_tritonserver,
-    save_package,
+    save_work,
     triton,
 )
 from tests.support.triton_clients import (
@@ -45,7 +45,8 @@ from tests.support.triton_clients import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from concurrent.futures import Future
     from pathlib import Path
 
 
@@ -60,15 +61,7 @@ def work(tiny_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A work directory with an export, an engine and a package."""
     require_tritonserver()
     root = tmp_path_factory.mktemp("served")
-    shutil.copytree(tiny_export, root / "export" / "current")
-    engine = root / "engine" / "current"
-    engine.mkdir(parents=True)
-    (engine / "engine.json").write_text(json.dumps(engine_document()))
-    bundle = save_package(root / "export" / "current", root / "package" / "current")
-    # Its positions have no end, and neither have its texts without an end token.
-    path = bundle / FILENAME
-    changed = {"context_tokens": CONTEXT, "end_tokens": []}
-    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **changed}))
+    save_work(tiny_export, root, context=CONTEXT)
     return root
 
 
@@ -178,6 +171,23 @@ def test_the_request_of_tritons_openai_front_end_is_taken(
     assert sum(answer["num_output_tokens"] for answer in answers) == 5
     assert answers[-1]["completion_tokens"] == 5
     assert text_of(answers)
+
+
+def test_openai_s_client_sees_the_same_model(server: launch.Server, work: Path) -> None:
+    expected = "".join(generate(work, PROMPT, max_tokens=24))
+    before = metrics(server)
+    with openai.OpenAI(base_url=server.addresses.openai, api_key="none") as asking:
+        (model,) = asking.models.list().data
+        whole = asking.completions.create(model=model.id, prompt=PROMPT, max_tokens=24)
+        chunks = list(
+            asking.completions.create(model=model.id, prompt=PROMPT, max_tokens=24, stream=True)
+        )
+    assert model.id == NAME
+    assert whole.choices[0].text == expected
+    assert "".join(chunk.choices[0].text for chunk in chunks) == expected
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens == 24
+    assert gained(server, before)["requests_finished_total"] == 2
 
 
 # -- many -----------------------------------------------------------------------------------------
@@ -310,33 +320,47 @@ def test_a_full_queue_is_503_and_the_server_takes_requests_again(
     config.parameters["queue"].string_value = "1"
     config.dynamic_batching.default_queue_policy.max_queue_size = 1
     path.write_text(to_text(config), "utf-8")
-    fields = {"text_input": PROMPT, "max_tokens": LONG}
-    with triton(repository, tmp_path / "server.log") as server, ThreadPoolExecutor(8) as pool:
+    long = {"text_input": PROMPT, "max_tokens": LONG // 2}
+    with triton(repository, tmp_path / "server.log") as server, ThreadPoolExecutor(24) as pool:
         url = f"{server.addresses.http}/v2/models/{NAME}"
-        running = client.stream(server.addresses.http, NAME, fields, timeout=60)
-        next(running)
-        # One more waits in the model, one or two in Triton; whoever comes after them is refused.
-        short = {**fields, "max_tokens": 2}
-        asked = [pool.submit(http_status, f"{url}/{WAYS[at % 2]}", short) for at in range(8)]
-        wait_for(lambda: sum(one.done() for one in asked) >= 5)
-        with pytest.raises(RequestError, match="Exceeds maximum queue size"):
-            grpc_stream(server.addresses.grpc, NAME, text_input=PROMPT.encode())
-        running.close()
-        codes = [one.result() for one in asked]
-        assert set(codes) == {200, 503}
-        assert codes.count(503) >= 5
+        ways: tuple[Callable[[], int], ...] = (
+            lambda: http_status(f"{url}/generate", long),
+            lambda: http_status(f"{url}/generate_stream", long),
+            lambda: grpc_status(server.addresses.grpc, long),
+        )
+        # One text is written, one waits in the model, one or two in Triton: whoever comes after
+        # them is refused. A text that ends meanwhile lets one more in, so each way asks until then.
+        waiting: list[Future[int]] = []
+        for way in ways:
+            asked: list[Future[int]] = []
+            until = time.monotonic() + 60
+            while not any(one.done() and one.result() == 503 for one in asked):
+                assert time.monotonic() < until, "nobody was refused"
+                asked.append(pool.submit(way))
+                wait(asked[-1:], timeout=0.1)
+            waiting += asked
+        assert {one.result() for one in waiting} == {200, 503}
+        short = {**long, "max_tokens": 2}
         assert client.generate(server.addresses.http, NAME, short)["text_output"]
-
-
-WAYS = ("generate", "generate_stream")
 
 
 def http_status(url: str, fields: dict[str, Any]) -> int:
     try:
-        with urllib.request.urlopen(url, json.dumps(fields).encode(), timeout=30) as answer:  # noqa: S310
+        with urllib.request.urlopen(url, json.dumps(fields).encode(), timeout=300) as answer:  # noqa: S310
             return int(answer.status)
     except urllib.error.HTTPError as error:
         return error.code
+
+
+def grpc_status(address: str, fields: dict[str, Any]) -> int:
+    """As HTTP would say it."""
+    try:
+        grpc_stream(address, NAME, **fields)
+    except RequestError as error:
+        if "Exceeds maximum queue size" not in str(error):
+            raise
+        return 503
+    return 200
 
 
 def test_wrong_type_and_broken_utf8_over_grpc(server: launch.Server) -> None:
@@ -451,6 +475,7 @@ def test_nmexport_serve_starts_waits_and_stops_at_sigterm(work: Path) -> None:
     command = [sys.executable, "-m", "nmexport", "serve", str(work), "--json"]
     command += ["--http-port", str(where.http_port), "--grpc-port", str(where.grpc_port)]
     command += ["--metrics-port", str(where.metrics_port)]
+    command += ["--openai-port", str(where.openai_port)]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as run:
@@ -462,6 +487,7 @@ def test_nmexport_serve_starts_waits_and_stops_at_sigterm(work: Path) -> None:
         document = json.loads("".join(lines))
         assert client.text_model(document["http"]) == NAME
         assert document["http"] == where.http
+        assert launch.serves_openai(document["openai"])
         run.terminate()
         run.communicate(timeout=30)
     assert run.returncode == 0

@@ -15,7 +15,13 @@ from nmexport.recipe import ModelSection
 from nmexport.runtimes import native
 from nmexport.sparsity.fold import fold
 from nmexport.sparsity.linear import Behaviour, Constants, SparseLinear
-from nmexport.sparsity.quantisation import check_form, dequantised, quantise, quantised
+from nmexport.sparsity.quantisation import (
+    QuantisedWeight,
+    check_form,
+    dequantised,
+    quantise,
+    quantised,
+)
 from nmexport.stages.export import write_models
 from pydantic import ValidationError
 
@@ -41,6 +47,51 @@ def test_zeros_stay_zeros() -> None:
     levels, scale = quantise(torch.zeros(32, 3), 2)
     assert bool((dequantised(levels, scale) == 0).all())
     assert bool(torch.isfinite(scale).all())
+
+
+def test_a_stored_weight_stands_for_values_less_zero_point_times_scale() -> None:
+    values = torch.tensor([[3, -8], [7, 0]], dtype=torch.int8).repeat(16, 1)
+    stored = QuantisedWeight(
+        values=values,
+        scale=torch.tensor([[0.5, 2.0], [1.0, 0.25]], dtype=torch.float16),
+        type="int4",
+        zero_point=torch.tensor([[1, -2], [0, 7]], dtype=torch.int8),
+        channel_order=torch.arange(32, dtype=torch.int32).flip(0),
+    )
+    assert stored.bits == 4
+    own = stored.dequantised()
+    assert own.dtype == torch.float32
+    # Row 0 of the values is channel 31's.
+    assert own[31].tolist() == [1.0, -12.0]
+    assert own[0].tolist() == [7.0, -1.75]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"values": torch.full((32, 2), 8, dtype=torch.int8)}, "leaves the range of int4"),
+        ({"values": torch.zeros(32, 2)}, "held in torch.int8, not torch.float32"),
+        ({"values": torch.zeros(32, 3, dtype=torch.int8)}, "two a byte"),
+        ({"scale": torch.ones(4, 2)}, "4 groups of scales for 32 channels"),
+        ({"scale": torch.ones(2, 3)}, "not \\[2, 2\\]"),
+        ({"zero_point": torch.zeros(1, 2, dtype=torch.int8)}, "not \\[2, 2\\]"),
+        ({"zero_point": torch.full((2, 2), -9, dtype=torch.int8)}, "leaves the range"),
+        ({"zero_point": torch.zeros(2, 2)}, "zero point is torch.float32"),
+        ({"type": "float8e4m3fn"}, "held in torch.float8_e4m3fn"),
+        ({"type": "int2"}, "int2 weights"),
+    ],
+)
+def test_a_stored_weight_of_tensors_that_do_not_fit_is_refused(
+    change: dict[str, object], says: str
+) -> None:
+    good = {
+        "values": torch.zeros(32, 2, dtype=torch.int8),
+        "scale": torch.ones(2, 2),
+        "type": "int4",
+    }
+    QuantisedWeight(**good)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=says):
+        QuantisedWeight(**{**good, **change})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("form", ["int4", "int8:", "int8:8", "int8:24", "int8:0", "INT8"])

@@ -35,7 +35,15 @@ _ONNX_TYPES = {
     BFLOAT16: onnx.TensorProto.BFLOAT16,
     np.dtype(np.int32): onnx.TensorProto.INT32,
     np.dtype(np.int8): onnx.TensorProto.INT8,
+    np.dtype(ml_dtypes.int4): onnx.TensorProto.INT4,
+    np.dtype(ml_dtypes.uint4): onnx.TensorProto.UINT4,
+    np.dtype(ml_dtypes.float8_e4m3fn): onnx.TensorProto.FLOAT8E4M3FN,
 }
+STORED = tuple(
+    np.dtype(kind) for kind in (np.int8, ml_dtypes.int4, ml_dtypes.uint4, ml_dtypes.float8_e4m3fn)
+)
+INTEGERS = STORED[:3]
+_RANGES = {"int8": (-128, 127), "int4": (-8, 7), "uint4": (0, 15)}
 _LINEAR_INPUTS = (
     "X",
     "W",
@@ -46,6 +54,7 @@ _LINEAR_INPUTS = (
     "channel_order",
     "weight_scale",
     "value_scale",
+    "weight_zero_point",
 )
 _PRUNE_INPUTS = ("X", "score_scale", "channel_order")
 
@@ -136,6 +145,74 @@ def linear_case(
     )
 
 
+def with_stored_weight(
+    case: LinearCase,
+    stored: np.dtype[Any],
+    groups: int,
+    *,
+    zero_point: bool = False,
+    scale_dtype: np.dtype[Any] = FLOAT32,
+    seed: int = 0,
+) -> LinearCase:
+    """The same call with a weight of a stored type in place of its own."""
+    rng = np.random.default_rng(seed)
+    shape = case.arrays["W"].shape
+
+    def values(size: tuple[int, ...]) -> np.ndarray[Any, Any]:
+        if stored.name not in _RANGES:
+            return rng.standard_normal(size).astype(stored)
+        low, high = _RANGES[stored.name]
+        return rng.integers(low, high + 1, size).astype(stored)
+
+    scales = np.exp(0.5 * rng.standard_normal((groups, shape[1]))) / np.sqrt(shape[0])
+    largest = _RANGES.get(stored.name, (0, 2))[1]
+    arrays = {
+        **case.arrays,
+        "W": values(shape),
+        "weight_scale": (scales / largest).astype(scale_dtype),
+    }
+    if zero_point:
+        arrays["weight_zero_point"] = values((groups, shape[1]))
+    return LinearCase(x=case.x, attributes=case.attributes, arrays=arrays)
+
+
+@st.composite
+def stored_calls(draw: st.DrawFn) -> LinearCase:
+    """A random call of a stored weight: any type, any scales, its operand rounded or not."""
+    n, m = draw(st.sampled_from(PATTERNS))
+    stored = draw(st.sampled_from(STORED))
+    dtype = draw(st.sampled_from(TYPES))
+    channels = int(np.lcm(m, draw(st.sampled_from((16, 48, 96)))))
+    whole = channels // 16
+    groups = draw(st.sampled_from([g for g in (1, 2, 3, whole) if whole % g == 0]))
+    block = draw(st.sampled_from([b for b in (16, 32, 48) if channels // groups % b == 0]))
+    shift = draw(st.sampled_from([(), ("shift",), ("shift_weight",)]))
+    more = draw(st.sets(st.sampled_from(("bias", "score_scale", "value_scale", "channel_order"))))
+    bits = draw(st.sampled_from((0, 8))) if stored in INTEGERS else 0
+    case = linear_case(
+        shape=(draw(st.integers(1, 3)), channels),
+        out_features=draw(st.sampled_from((2, 6, 34))),
+        dtype=dtype,
+        optional=(*shift, *sorted(more)),
+        dynamic_shift=int("shift_weight" in shift),
+        variance_correction=draw(st.integers(0, 1)),
+        phase=draw(st.sampled_from(("all", "prefill", "decode"))),
+        n=n,
+        m=m,
+        activation_bits=bits,
+        activation_block=block,
+        seed=draw(st.integers(0, 1000)),
+    )
+    return with_stored_weight(
+        case,
+        stored,
+        groups,
+        zero_point=draw(st.booleans()) and stored in INTEGERS,
+        scale_dtype=draw(st.sampled_from((FLOAT32, dtype))),
+        seed=draw(st.integers(0, 1000)),
+    )
+
+
 @st.composite
 def linear_calls(draw: st.DrawFn) -> LinearCase:
     """A random call with an order and any of the inputs and attributes that go together."""
@@ -195,7 +272,7 @@ def one_node_model(
         [onnx.helper.make_tensor_value_info("Y", element_type, [*free, last])],
         [
             onnx.helper.make_tensor(
-                name, _ONNX_TYPES[array.dtype], array.shape, array.tobytes(), raw=True
+                name, _ONNX_TYPES[array.dtype], array.shape, _raw(array), raw=True
             )
             for name, array in arrays.items()
         ],
@@ -209,6 +286,14 @@ def one_node_model(
         ],
         ir_version=IR_VERSION,
     )
+
+
+def _raw(array: np.ndarray[Any, Any]) -> bytes:
+    """Bytes as ONNX lays them: of 4 bits, two a byte, the lower index in the low half."""
+    if array.dtype not in STORED[1:3]:
+        return array.tobytes()
+    low, high = array.astype(np.int8).reshape(-1, 2).T & 15
+    return (low | high << 4).astype(np.uint8).tobytes()
 
 
 def session_of(

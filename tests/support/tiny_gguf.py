@@ -53,16 +53,18 @@ def save_tiny_gguf(
     *,
     without: str | None = None,
     extra: dict[str, np.ndarray] | None = None,
+    types: Mapping[str, str] | None = None,
     metadata: Mapping[str, str | float | bool] | None = None,
     parts: int = 1,
 ) -> None:
-    """Write the tiny Llama in a folder as a `.gguf` in float32.
+    """Write the tiny Llama in a folder as a `.gguf`, in float32 or in types of GGUF.
 
     Args:
         folder: What `save_tiny_model` wrote.
         path: The file to write.
         without: A weight to leave out.
         extra: Tensors to add.
+        types: Type by a part of a weight's name, such as `Q4_1`; the first part that fits counts.
         metadata: Keys to add; `llama.` stands before each.
         parts: Files to split it into; `path` is then `NAME.gguf`, and they `NAME-00001-of-...`.
     """
@@ -102,7 +104,13 @@ def save_tiny_gguf(
             weight = _permuted(stored, config["num_attention_heads"])
         if ".k_proj." in name:
             weight = _permuted(stored, config["num_key_value_heads"])
-        writer.add_tensor(gguf_name(name), weight.contiguous().numpy())
+        values = weight.contiguous().numpy()
+        kind = next((kind for part, kind in (types or {}).items() if part in name), "F32")
+        if kind == "F32" or values.ndim < 2:
+            writer.add_tensor(gguf_name(name), values)
+            continue
+        raw_type = gguf.GGMLQuantizationType[kind]
+        writer.add_tensor(gguf_name(name), gguf.quantize(values, raw_type), raw_dtype=raw_type)
     for name, values in (extra or {}).items():
         writer.add_tensor(name, values)
     writer.write_header_to_file()

@@ -1,4 +1,4 @@
-// Measured with plugins/bench/cuda/lab.py --stages tokens on an H100 80GB HBM3; 16-bit
+// Measured with plugins/bench/cuda/lab --stages tokens on an H100 80GB HBM3; 16-bit
 // rows are bfloat16's. capability, multiprocessors, bytes of T, tokens, K, O, grouped,
 // {lanes, vectors, warps, unroll, overlap, resident warps, cluster, next late},
 // us sparse, masked, dense

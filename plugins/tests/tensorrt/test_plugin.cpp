@@ -139,7 +139,7 @@ void creatorsAreNamedAsTheContractSays() {
         EXPECT(std::string(creator.getPluginNamespace()).empty());
         const PluginFieldCollection* names = creator.getFieldNames();
         EXPECT(std::string(names->fields[0].name) == "n");
-        EXPECT(names->nbFields == (std::string(op) == "NMPrune" ? 3 : 6));
+        EXPECT(names->nbFields == (std::string(op) == "NMPrune" ? 3 : 8));
     }
     EXPECT(std::string(nmexport_describe_plugin()).find("\"version\": \"9.8.7\"") !=
            std::string::npos);
@@ -164,6 +164,8 @@ void wrongFieldsAreRefused() {
     cases.push_back({pattern(8, 16).text("phase", "all|decode"), {"field phase"}});
     cases.push_back({pattern(8, 16).integer("phase", 1), {"field phase is int32"}});
     cases.push_back({pattern(8, 16).integer("dynamic_shift", 2), {"field dynamic_shift is 2"}});
+    cases.push_back({pattern(8, 16).integer("activation_bits", 8),
+                     {"field activation_bits is 8", "allowed on a GPU: 0"}});
     cases.push_back({pattern(8, 16).text("present_inputs", "X,weights"),
                      {"present_inputs", "\"weights\" does not belong", "X,W,bias"}});
     cases.push_back({pattern(8, 16).text("present_inputs", "W,X"), {"\"X\" does not belong"}});

@@ -13,7 +13,8 @@ import math
 import torch
 import triton
 import triton.language as tl
-from lab import ROTATED_BYTES, capture, time_interleaved
+
+from timing import ROTATED_BYTES, capture, time_interleaved, timed_event
 
 
 @triton.jit
@@ -47,9 +48,9 @@ def int8_gemv(x, w, scale, y, channels, BLOCK_K: tl.constexpr, BLOCK_O: tl.const
     tl.store(y + output, (tl.sum(sums, axis=1) * tl.load(scale + output)).to(tl.bfloat16))
 
 
-def measure(shapes: dict[str, tuple[int, int]]) -> dict[str, dict[str, float]]:
+def measure(shapes: dict[str, tuple[int, int]]) -> dict[str, dict[str, float | str]]:
     """Medians in microseconds; the best configuration of each rival, cold weights, graph-timed."""
-    rows: dict[str, dict[str, float]] = {}
+    rows: dict[str, dict[str, float | str]] = {}
     for name, (channels, outputs) in shapes.items():
         rows[name] = {**time_threshold(channels, outputs), **time_int8(channels, outputs)}
         print(
@@ -71,7 +72,7 @@ def measure(shapes: dict[str, tuple[int, int]]) -> dict[str, dict[str, float]]:
     return rows
 
 
-def time_threshold(channels: int, outputs: int) -> dict[str, float]:
+def time_threshold(channels: int, outputs: int) -> dict[str, float | str]:
     copies = max(3, math.ceil(ROTATED_BYTES / (2 * channels * outputs)))
     weights = [
         torch.randn(channels, outputs, device="cuda", dtype=torch.bfloat16) for _ in range(copies)
@@ -99,7 +100,9 @@ def time_threshold(channels: int, outputs: int) -> dict[str, float]:
         (256, 128, 8),
     ):
 
-        def launch(i: int, block_o=block_o, block_k=block_k, warps=warps) -> None:
+        def launch(
+            i: int, block_o: int = block_o, block_k: int = block_k, warps: int = warps
+        ) -> None:
             y.zero_()
             threshold_gemv[(triton.cdiv(outputs, block_o), channels // block_k)](
                 x, weights[i % copies], y, threshold, outputs, block_k, block_o, num_warps=warps
@@ -114,7 +117,7 @@ def time_threshold(channels: int, outputs: int) -> dict[str, float]:
     return {"threshold_us": times[best]["us"], "threshold_config": best}
 
 
-def time_int8(channels: int, outputs: int) -> dict[str, float]:
+def time_int8(channels: int, outputs: int) -> dict[str, float | str]:
     copies = max(3, math.ceil(ROTATED_BYTES / (channels * outputs)))
     weights = [
         torch.randint(-127, 128, (outputs, channels), device="cuda", dtype=torch.int8)
@@ -141,7 +144,9 @@ def time_int8(channels: int, outputs: int) -> dict[str, float]:
         if channels % block_k:
             continue
 
-        def launch(i: int, block_o=block_o, block_k=block_k, warps=warps) -> None:
+        def launch(
+            i: int, block_o: int = block_o, block_k: int = block_k, warps: int = warps
+        ) -> None:
             int8_gemv[(outputs // block_o,)](
                 x, weights[i % copies], scale, y, channels, block_k, block_o, num_warps=warps
             )
@@ -155,7 +160,7 @@ def time_int8(channels: int, outputs: int) -> dict[str, float]:
     return {"int8_us": times[best]["us"], "int8_config": best}
 
 
-def time_two_four(tokens: int, channels: int, outputs: int) -> dict[str, float]:
+def time_two_four(tokens: int, channels: int, outputs: int) -> dict[str, float | str]:
     """Sparse tensor cores on 2:4 activations [tokens, K] against the dense product, events around ten calls."""
     w = torch.randn(channels, outputs, device="cuda", dtype=torch.bfloat16)
     x = torch.randn(tokens, channels, device="cuda", dtype=torch.bfloat16)
@@ -172,10 +177,10 @@ def time_two_four(tokens: int, channels: int, outputs: int) -> dict[str, float]:
         "2:4": lambda: torch._cslt_sparse_mm(packed, w, alg_id=algorithm),
         "2:4 packing": lambda: torch._cslt_sparse_mm(torch._cslt_compress(s), w, alg_id=algorithm),
     }
-    times = {name: [] for name in calls}
+    times: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
     for _ in range(12):
         for name, call in calls.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start, end = timed_event(), timed_event()
             start.record()
             for _ in range(10):
                 call()
