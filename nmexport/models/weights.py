@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from nmexport.models.quantised.kept import KeptWeights
+    from nmexport.store.kept import KeptWeights
     from nmexport.models.quantised.packing import PackedWeight
 
 

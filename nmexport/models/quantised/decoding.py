@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nmexport.errors import ModelError
-from nmexport.models.quantised.kept import KeptWeights, stored_kinds
+from nmexport.store.kept import KeptWeights, stored_kinds
 from nmexport.sparsity.quantisation import GROUP, QuantisedWeight
 
 if TYPE_CHECKING:
