@@ -101,12 +101,21 @@ def _check_comparable(recipe: Recipe) -> None:
 
 
 def check(inputs: StageInputs) -> None:
-    """Refuse tasks that are not known, or whose data is out of reach, before anything runs.
+    """Refuse text or tasks that cannot be measured on, before anything runs.
 
     Raises:
+        CorpusError: if a file of text is missing, malformed or too short.
         EnvironmentFault: if a task's data cannot be reached.
         RecipeError: if a task is not known, or its file cannot be read.
     """
+    from nmexport.models.loader import load_tokenizer
+    from nmexport.models.text_files import known_tokens
+
+    corpus.check_windows(
+        inputs.recipe.evaluation,
+        load_tokenizer(inputs.source),
+        vocabulary=known_tokens(inputs.source),
+    )
     suite = tasks.Suite.of(inputs.recipe.evaluation)
     if suite is not None:
         tasks.check(suite, inputs.progress)
