@@ -21,7 +21,7 @@ from nmexport.stages import export, fold
 from nmexport.stages.engine import resolve_target
 from nmexport.store.allocation import read_allocation
 from nmexport.store.records import json_from
-from nmexport.verification import alone, memory, parity, tasks
+from nmexport.verification import alone, memory, parity, suite
 from nmexport.verification.subject import Subject
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
     return {
         "target": resolve_target(recipe.target),
         "evaluation": recipe.evaluation.model_dump(mode="json", exclude=_NOT_KEYS),
-        "suite": tasks.identity(tasks.Suite.of(recipe.evaluation)),
+        "suite": suite.identity(suite.Suite.of(recipe.evaluation)),
         "corpus": corpus.corpus_identity(recipe.evaluation.corpus),
         "latency": recipe.latency.model_dump(mode="json"),
         "gates": recipe.gates.model_dump(mode="json"),
@@ -116,9 +116,9 @@ def check(inputs: StageInputs) -> None:
         load_tokenizer(inputs.source),
         vocabulary=known_tokens(inputs.source),
     )
-    suite = tasks.Suite.of(inputs.recipe.evaluation)
-    if suite is not None:
-        tasks.check(suite, inputs.progress)
+    tasks = suite.Suite.of(inputs.recipe.evaluation)
+    if tasks is not None:
+        suite.check(tasks, inputs.progress)
 
 
 def run(inputs: StageInputs) -> dict[str, Any]:

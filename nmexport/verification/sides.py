@@ -15,6 +15,7 @@ from nmexport.progress import busy
 from nmexport.runtimes.opening import open_session
 from nmexport.verification import accuracy, alone, continuation, latency, tasks
 from nmexport.verification.subject import latency_tokens
+from nmexport.verification.suite import Suite
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -155,7 +156,7 @@ def _tasks(
     subject: Subject, dense: Session, sparse: Session
 ) -> tuple[Mapping[str, TaskScore], str | None]:
     """Score the tasks, and say how they were scored."""
-    suite = tasks.Suite.of(subject.recipe.evaluation)
+    suite = Suite.of(subject.recipe.evaluation)
     if suite is None:
         return {}, None
     folder = subject.engine.model.parent
