@@ -78,7 +78,7 @@ def test_a_stored_weight_stands_for_values_less_zero_point_times_scale() -> None
         ({"scale": torch.ones(2, 3)}, "not \\[2, 2\\]"),
         ({"zero_point": torch.zeros(1, 2, dtype=torch.int8)}, "not \\[2, 2\\]"),
         ({"zero_point": torch.full((2, 2), -9, dtype=torch.int8)}, "leaves the range"),
-        ({"zero_point": torch.zeros(2, 2)}, "zero point is torch.float32"),
+        ({"zero_point": torch.zeros(2, 2).double()}, "zero point is torch.float64"),
         ({"type": "float8e4m3fn"}, "held in torch.float8_e4m3fn"),
         ({"type": "int2"}, "int2 weights"),
     ],
