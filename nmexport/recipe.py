@@ -26,6 +26,7 @@ from pydantic import (
 
 from nmexport import strict_yaml
 from nmexport.choices import (
+    REMOVED_GROUPINGS,
     Criterion,
     Dtype,
     Effort,
@@ -442,8 +443,9 @@ def _read(path: Path) -> strict_yaml.Document:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise RecipeError(
-            f"The recipe {path} cannot be read: {error}", fix="nmexport recipes list"
+            f"The recipe {path} cannot be read: {reason}.", fix="nmexport recipes list"
         ) from error
     document = strict_yaml.read(text, str(path))
     if not isinstance(document.value, dict):
@@ -472,6 +474,7 @@ _KINDS = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
     "float_type": "a number",
+    "finite_number": "a finite number",
     "bool_type": "true or false",
     "tuple_type": "a list",
     "list_type": "a list",
@@ -479,10 +482,7 @@ _KINDS = {
     "dict_type": "a section of keys",
 }
 # What became of choices that older recipes may name.
-_REMOVED = {
-    ("sparsity.grouping", "exchange"): "use balanced: the search by exchange was removed, as it "
-    "gains nothing once constants are learned",
-}
+_REMOVED = {"sparsity.grouping": REMOVED_GROUPINGS}
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 
 
@@ -535,7 +535,7 @@ def _explain(
             return RecipeError(
                 f"{where} cannot be {given}.",
                 allowed=_join(choices),
-                fix=_REMOVED.get((dotted, value)) or _nearest(value, choices),
+                fix=_REMOVED.get(dotted, {}).get(value) or _nearest(value, choices),
             )
         case kind:
             return RecipeError(

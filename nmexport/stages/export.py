@@ -6,7 +6,7 @@ import functools
 import json
 import shutil
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nmexport.errors import ArtifactError, EnvironmentFault
 from nmexport.graph.versions import IR_VERSION, OPSET
@@ -15,6 +15,7 @@ from nmexport.models.tokenizer_files import write_tokenizer
 from nmexport.progress import busy
 from nmexport.report.model import DenseParity
 from nmexport.stages import fold
+from nmexport.stages.fitting import check_model
 from nmexport.store.records import json_from, record_from
 
 if TYPE_CHECKING:
@@ -97,6 +98,15 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
     }
 
 
+def check(inputs: StageInputs) -> None:
+    """Refuse a model that export cannot take, before anything runs.
+
+    Raises:
+        ModelError: see `fitting.check_model`.
+    """
+    check_model(inputs.source, inputs.recipe.model.dtype)
+
+
 def run(inputs: StageInputs) -> dict[str, Any]:
     """Trace, clean, assemble, write and check both models; write config and tokenizer with them.
 
@@ -118,13 +128,11 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     _check_disk(inputs, model, len(folded.layers))
     checked = section.dense_baseline or _has_room(inputs, model, copies=2)
     with busy(inputs.progress, "export: trace and write"):
+        traced = trace_model(
+            model, [layer.name for layer in folded.layers], parameter=opened.parameter
+        )
         metrics = write_models(
-            model,
-            folded.layers,
-            folded.tensors,
-            inputs.output,
-            parameter=opened.parameter,
-            dense_baseline=checked,
+            traced, folded.layers, folded.tensors, inputs.output, dense_baseline=checked
         )
     with busy(inputs.progress, "export: hold the dense model against torch"):
         dense_check = _check_dense(inputs, model) if checked else DenseParity(why=_NO_ROOM)
@@ -195,58 +203,86 @@ def _check_dense(inputs: StageInputs, model: PreTrainedModel) -> DenseParity:
     return result
 
 
-def write_models(
+class TracedModel(NamedTuple):
+    """A traced model, its graph cleaned: both files are assembled from it."""
+
+    model: PreTrainedModel
+    read: Callable[[str], torch.Tensor]
+    """Reads a parameter by its name."""
+    graph: ir.Model
+    nodes: int
+    """Nodes as traced, before cleaning."""
+
+
+def trace_model(
     model: PreTrainedModel,
+    linears: Sequence[str],
+    *,
+    parameter: Callable[[str], torch.Tensor] | None = None,
+) -> TracedModel:
+    """Trace a model with the named linears as bare nodes, and clean its graph.
+
+    Args:
+        model: The dense model in its export type; as before afterwards.
+        linears: Names of its sparsified linears.
+        parameter: Reads a parameter of the model, where the model itself holds fake ones.
+
+    Raises:
+        ModelError: if the architecture cannot be exported.
+    """
+    from nmexport.graph.passes import optimise
+    from nmexport.models.tracing import trace
+
+    read = parameter or (lambda name: model.get_parameter(name).detach())
+    graph = trace(model, linears)
+    _attach_parameters(graph, model, read)
+    nodes = len(graph.graph)
+    optimise(graph)
+    return TracedModel(model, read, graph, nodes)
+
+
+def write_models(
+    traced: TracedModel,
     layers: Sequence[LayerSpec],
     tensors: Callable[[str], Mapping[str, torch.Tensor]],
     output: Path,
     *,
-    parameter: Callable[[str], torch.Tensor] | None = None,
     dense_baseline: bool = True,
 ) -> dict[str, Any]:
     """Write `model.onnx` and `dense/model.onnx`, each with its data file, and check both.
 
     Args:
-        model: The dense model in its export type; as before afterwards.
+        traced: The model; as before afterwards.
         layers: Its sparsified linears.
         tensors: Folded tensors of one linear, by their names in the op contract.
         output: An existing folder.
-        parameter: Reads a parameter of the model, where the model itself holds fake ones.
         dense_baseline: Whether to write the dense model too.
 
     Returns:
         Metrics: nodes traced and left, bytes of weights.
 
     Raises:
-        ModelError: if the architecture cannot be exported.
         InternalError: if what was written is not what it should be.
     """
     from nmexport.graph import assembly, checks
-    from nmexport.graph.passes import optimise
     from nmexport.models.lazy_tensors import deferred_group
-    from nmexport.models.tracing import trace
 
     specs = {layer.name: layer for layer in layers}
-    read = parameter or (lambda name: model.get_parameter(name).detach())
-    traced = trace(model, list(specs))
-    _attach_parameters(traced, model, read)
-    traced_nodes = len(traced.graph)
-    optimise(traced)
 
     def constants(name: str) -> Mapping[str, ir.TensorProtocol]:
         return deferred_group(tensors(name), prefix=name)
 
     path, dense_path = output / MODEL, output / DENSE / MODEL
-    assembly.save(assembly.assemble_sparse(traced, specs, constants), path)
+    assembly.save(assembly.assemble_sparse(traced.graph, specs, constants), path)
     checks.check_sparse(path, specs)
     if dense_baseline:
         dense_path.parent.mkdir()
-        weights = functools.partial(_original_weights, model, read)
-        assembly.save(assembly.assemble_dense(traced, specs, weights), dense_path)
+        weights = functools.partial(_original_weights, traced.model, traced.read)
+        assembly.save(assembly.assemble_dense(traced.graph, specs, weights), dense_path)
         checks.check_dense(dense_path, specs)
     return {
-        "traced_nodes": traced_nodes,
-        "nodes": len(traced.graph),
+        "traced_nodes": traced.nodes,
+        "nodes": len(traced.graph.graph),
         "sparse_linears": len(specs),
         "data_bytes": path.with_name(f"{MODEL}.data").stat().st_size,
     }

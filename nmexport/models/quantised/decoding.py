@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from nmexport.errors import ModelError
-from nmexport.models.quantised.kept import KeptWeights, stored_kinds
 from nmexport.sparsity.quantisation import GROUP, QuantisedWeight
+from nmexport.store.kept import KeptWeights, stored_kinds
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
