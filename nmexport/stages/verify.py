@@ -493,7 +493,7 @@ def _linear_parity(
     from nmexport.verification.audit import open_instrumented
     from nmexport.verification.reference import array_from
 
-    layers = folded.layers
+    layers = folded.linears
     graph, outputs = op_parity.instrument(engine.model)
     libraries: dict[str, Path | None] = {} if parity.ONNX in why else {parity.ONNX: None}
     if engine.runtime != "onnxruntime":
