@@ -1,7 +1,8 @@
 # Triton with what the text model needs. The model is no part of the image: mount its package.
 #
 #   docker build -f docker/serve.Dockerfile -t nmexport-serve .
-#   docker run --rm -p 127.0.0.1:8000:8000 -v "$PWD/work/package/current:/package:ro" nmexport-serve
+#   docker run --rm -p 127.0.0.1:8000:8000 -p 127.0.0.1:9000:9000 \
+#       -v "$PWD/work/package/current:/package:ro" nmexport-serve
 #
 # For a package that was made on a GPU, and computes there:
 #   docker build -f docker/serve.Dockerfile --build-arg DEVICE=gpu -t nmexport-serve-gpu .
@@ -9,7 +10,7 @@
 #
 # The release of build.Dockerfile: a plan runs with the TensorRT that built it, 10.14 in 25.11.
 ARG TRITON_VERSION=25.11
-FROM nvcr.io/nvidia/tritonserver:${TRITON_VERSION}-py3 AS base
+FROM nvcr.io/nvidia/tritonserver:${TRITON_VERSION}-py3
 
 # cpu or gpu: which build of ONNX Runtime is installed.
 ARG DEVICE=cpu
@@ -32,24 +33,9 @@ RUN useradd --uid 10001 --create-home serve
 # Triton's Python backend takes its environment from the first python3 on PATH.
 ENV PATH=/opt/nmexport/bin:$PATH
 
-# OpenAI's API, by Triton's own front end with the server inside (port 9000):
-#   docker build -f docker/serve.Dockerfile --target openai -t nmexport-openai .
-FROM base AS openai
-WORKDIR /opt/tritonserver/python/openai
-# Its requirements are the image's own file, of the image's own version.
-RUN PIP_BREAK_SYSTEM_PACKAGES=1 /usr/bin/python3 -m pip install --no-cache-dir \
-        /opt/tritonserver/python/triton*.whl -r requirements.txt
 USER 10001
-EXPOSE 9000
-HEALTHCHECK --interval=10s --timeout=3s --start-period=120s \
-    CMD ["curl", "--fail", "--silent", "http://127.0.0.1:9000/health/ready"]
-# The chat template and the tokenizer are the package's: the folder with bundle.json in it. A package
-# with a raw engine needs a GPU here, and its plugin library in LD_PRELOAD where it has one.
-ENTRYPOINT ["/bin/sh", "-c", "exec /usr/bin/python3 openai_frontend/main.py --host=0.0.0.0 --openai-port=9000 --model-repository=/package/model_repository --tokenizer=\"$(dirname /package/model_repository/*/1/bundle.json)\" \"$@\"", "openai"]
-
-FROM base AS serve
-USER 10001
-EXPOSE 8000 8001 8002
+# HTTP, gRPC, metrics, OpenAI's API.
+EXPOSE 8000 8001 8002 9000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=120s \
     CMD ["curl", "--fail", "--silent", "http://127.0.0.1:8000/v2/health/ready"]
 # In a container 0.0.0.0 is the container's own network; what is published is the caller's choice.

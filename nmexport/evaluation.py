@@ -22,6 +22,7 @@ from nmexport.models.offload import Memory, bytes_needed, free_memory, parameter
 from nmexport.models.skeleton import skeleton
 from nmexport.models.source import resolve
 from nmexport.models.text_files import known_tokens
+from nmexport.models.unpacked import reuse
 from nmexport.report.model import Scores
 from nmexport.stages import fold
 from nmexport.store.layers import model_phases
@@ -120,7 +121,8 @@ def evaluate(
     """
     recipe = recipe or work.recipe()
     folded = fold.Artifact(work.require("fold"))
-    subject = _Subject(work=work, recipe=recipe, source=resolve(recipe.model), folded=folded)
+    source = reuse(resolve(recipe.model), work.root)
+    subject = _Subject(work=work, recipe=recipe, source=source, folded=folded)
     check_lengths(subject.source, recipe, measured=True)
     phases = subject.phases
     windows = _windows(subject, progress)

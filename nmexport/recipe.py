@@ -26,6 +26,7 @@ from pydantic import (
 
 from nmexport import strict_yaml
 from nmexport.choices import (
+    REMOVED_GROUPINGS,
     Activations,
     Criterion,
     Dtype,
@@ -483,10 +484,7 @@ _KINDS = {
     "dict_type": "a section of keys",
 }
 # What became of choices that older recipes may name.
-_REMOVED = {
-    ("sparsity.grouping", "exchange"): "use balanced: the search by exchange was removed, as it "
-    "gains nothing once constants are learned",
-}
+_REMOVED = {"sparsity.grouping": REMOVED_GROUPINGS}
 _BOUNDS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 
 
@@ -539,7 +537,7 @@ def _explain(
             return RecipeError(
                 f"{where} cannot be {given}.",
                 allowed=_join(choices),
-                fix=_REMOVED.get((dotted, value)) or _nearest(value, choices),
+                fix=_REMOVED.get(dotted, {}).get(value) or _nearest(value, choices),
             )
         case kind:
             return RecipeError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
@@ -12,8 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
-from nmexport.serving.bundle import FILENAME
+from nmexport.serving.addresses import Addresses
 from nmexport.serving.metrics import METRICS, QUEUE_TIME
+from nmexport.serving.openai.opening import PACKAGES
 from nmexport.serving.repository import LAUNCH
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,32 +161,26 @@ def test_engines_are_served_by_the_tensorrt_that_builds_them() -> None:
 
 def test_a_container_runs_the_packages_own_launch_line() -> None:
     text = (DOCKER / "serve.Dockerfile").read_text("utf-8")
-    stage = text[text.index("AS serve") :]
-    assert f'CMD ["/bin/sh", "/package/{LAUNCH}"]' in stage
-    assert "ENV BIND=0.0.0.0" in stage
+    assert f'CMD ["/bin/sh", "/package/{LAUNCH}"]' in text
+    assert "ENV BIND=0.0.0.0" in text
     assert "${BIND:-" in LAUNCH_TEMPLATE.read_text("utf-8")
 
 
-def test_the_openai_front_end_finds_the_model_by_itself(tmp_path: Path) -> None:
+def test_openai_s_api_is_published_on_one_port_everywhere() -> None:
+    port = Addresses().openai_port
     text = (DOCKER / "serve.Dockerfile").read_text("utf-8")
-    line = next(one for one in text.splitlines() if one.startswith("ENTRYPOINT"))
-    shell, option, script, name = json.loads(line.removeprefix("ENTRYPOINT "))
-    bundle = tmp_path / "package" / "model_repository" / "a model" / "1" / FILENAME
-    bundle.parent.mkdir(parents=True)
-    bundle.touch()
-    (tmp_path / "package" / "model_repository" / "a model_engine" / "1").mkdir(parents=True)
-    script = script.replace("/usr/bin/python3", "printf '%s\\n'").replace(
-        "/package", f"{tmp_path}/package"
-    )
-    shown = subprocess.run(
-        [shell, option, script.replace("exec ", ""), name, "--more"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.splitlines()
-    assert f"--tokenizer={bundle.parent}" in shown
-    assert shown[-1] == "--more"
-    assert "MODEL" not in (DOCKER / "compose.yaml").read_text("utf-8")
+    exposed = re.search(r"^EXPOSE (.*)$", text, re.MULTILINE)
+    assert exposed
+    assert str(port) in exposed[1].split()
+    assert f"OPENAI_PORT:-{port}" in LAUNCH_TEMPLATE.read_text("utf-8")
+    assert f"127.0.0.1:{port}:{port}" in document(DOCKER / "compose.yaml")["x-server"]["ports"]
+    (container,) = manifests("Deployment")[None, "nmexport-serve"]["spec"]["template"]["spec"][
+        "containers"
+    ]
+    assert {"name": "openai", "containerPort": port} in container["ports"]
+    service = manifests("Service")[None, "nmexport-serve"]["spec"]["ports"]
+    assert {"name": "openai", "port": port, "targetPort": "openai"} in service
+    assert set(PACKAGES) <= set(requirements("cpu"))
 
 
 def test_what_is_scraped_and_scaled_on_exists() -> None:

@@ -64,6 +64,8 @@ OF_ONE_RUNTIME = {
     "tensorrt": ("nmexport.runtimes",),
     "tensorrt_rtx": ("nmexport.runtimes",),
     "polygraphy": ("nmexport.runtimes.tensorrt",),
+    "starlette": ("nmexport.serving.openai",),
+    "uvicorn": ("nmexport.serving.openai",),
 }
 
 

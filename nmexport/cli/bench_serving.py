@@ -128,6 +128,7 @@ def _through(folder: Path, given: Path | None) -> Iterator[Through]:
 def _start(folder: Path, installation: Installation) -> Iterator[tuple[Server, str]]:
     """Start a server on the text model of a package; its messages are only shown on an error."""
     from nmexport.serving import launch
+    from nmexport.serving.addresses import Addresses
     from nmexport.serving.repository import REPOSITORY
 
     package = launch.package_folder(folder)
@@ -137,7 +138,7 @@ def _start(folder: Path, installation: Installation) -> Iterator[tuple[Server, s
         tempfile.TemporaryFile() as log,
         launch.Server.start(
             package / REPOSITORY,
-            addresses=launch.Addresses.unused(),
+            addresses=Addresses.unused(),
             installation=installation,
             models=texts,
             output=log,

@@ -37,6 +37,7 @@ def doctor_command(ctx: click.Context) -> None:
     """
     from nmexport.environment import probe
     from nmexport.inspect import doctor
+    from nmexport.serving.openai import opening
 
     environment = probe()
     states = doctor.diagnose()
@@ -49,6 +50,7 @@ def doctor_command(ctx: click.Context) -> None:
                 "compiler": doctor.compiler(),
                 "native_library": vars(library),
                 "tritonserver": _tritonserver(),
+                "openai_api": opening.is_installed(),
                 "free_disk_bytes": free,
                 "targets": [state.as_dict() for state in states],
             }
@@ -60,6 +62,7 @@ def doctor_command(ctx: click.Context) -> None:
         ("C++ compiler", doctor.compiler() or "none"),
         ("native ops", _library_words(library)),
         ("tritonserver", _tritonserver() or "none: pip install --no-deps nvidia-pytriton==0.7.0"),
+        ("OpenAI's API", _openai_words()),
         *environment.packages.items(),
     ]
     out.print(table(None, ("this machine", ""), rows, left=("",)))
@@ -93,6 +96,14 @@ def _library_words(library: NativeLibrary) -> str:
     if library.description is None:
         return "not built" if library.path is None else "cannot be loaded"
     return f"{library.path}, variant {library.description['variant']}"
+
+
+def _openai_words() -> str:
+    from nmexport.serving.openai import opening
+
+    if opening.is_installed():
+        return "served by `nmexport serve`"
+    return f"not served: {opening.INSTALL}"
 
 
 def _tritonserver() -> str | None:

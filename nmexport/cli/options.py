@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nmexport.choices import (
+    REMOVED_GROUPINGS,
     Criterion,
     Dtype,
     Effort,
@@ -215,7 +216,7 @@ _METHOD = (
     RecipeOption(
         spelled="--grouping",
         key="sparsity.grouping",
-        kind=OneOf(Grouping),
+        kind=OneOf(Grouping, removed=REMOVED_GROUPINGS),
         help="Which channels compete: neighbours, or those of a permutation.",
     ),
     _TARGETS,

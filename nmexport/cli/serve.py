@@ -12,7 +12,8 @@ from nmexport.cli.output import emit_json, wants_json
 from nmexport.cli.verb import UserPath, Verb
 
 if TYPE_CHECKING:
-    from nmexport.serving.launch import Addresses, Installation
+    from nmexport.serving.addresses import Addresses
+    from nmexport.serving.launch import Installation
 
 
 @click.command("serve", cls=Verb, short_help="Start Triton on what was packaged.")
@@ -21,6 +22,13 @@ if TYPE_CHECKING:
 @click.option("--http-port", type=click.IntRange(1, 65535), default=8000, show_default=True)
 @click.option("--grpc-port", type=click.IntRange(1, 65535), default=8001, show_default=True)
 @click.option("--metrics-port", type=click.IntRange(1, 65535), default=8002, show_default=True)
+@click.option(
+    "--openai-port",
+    type=click.IntRange(0, 65535),
+    default=9000,
+    show_default=True,
+    help="Port of OpenAI's API; 0 leaves it out.",
+)
 @click.option(
     "--server",
     type=UserPath(path_type=Path, dir_okay=False),
@@ -56,6 +64,7 @@ def serve_command(
     http_port: int,
     grpc_port: int,
     metrics_port: int,
+    openai_port: int,
     server: Path | None,
     env: Path | None,
     ready_seconds: int,
@@ -68,11 +77,16 @@ def serve_command(
     Gates hold when a model is packaged; `nmexport gate` on a report afterwards changes no package.
     """
     from nmexport.serving import launch
+    from nmexport.serving.addresses import Addresses
     from nmexport.serving.repository import REPOSITORY
 
     package = launch.package_folder(folder or asked.existing_work().root)
-    addresses = launch.Addresses(
-        host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port
+    addresses = Addresses(
+        host=host,
+        http_port=http_port,
+        grpc_port=grpc_port,
+        metrics_port=metrics_port,
+        openai_port=openai_port,
     )
     installation = launch.find_server(server)
     with launch.Server.start(
@@ -112,9 +126,18 @@ def _servable(repository: Path, installation: Installation) -> list[str]:
 
 
 def _say_ready(ctx: click.Context, package: Path, where: Addresses, seconds: float) -> None:
-    urls = {"http": where.http, "grpc": where.grpc, "metrics": where.metrics}
+    from nmexport.serving import launch
+    from nmexport.serving.openai.opening import INSTALL
+
+    is_served = where.openai is not None and launch.serves_openai(where.openai)
+    openai = where.openai if is_served else None
+    urls = {"http": where.http, "grpc": where.grpc, "metrics": where.metrics, "openai": openai}
     if wants_json(ctx):
         emit_json({"package": str(package), "ready_seconds": round(seconds, 3), **urls})
         return
     click.echo(f"Ready after {seconds:.1f} s: {where.http} (gRPC {where.grpc})")
+    if openai is not None:
+        click.echo(f"OpenAI's API, for any client of it: {openai}")
+    elif where.openai is not None:
+        click.echo(f"OpenAI's API is not served; it needs: {INSTALL}")
     click.echo(f'Try it: nmexport client --url {where.http} "The capital of France is"')

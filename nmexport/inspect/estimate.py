@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nmexport.calibration.corpus import SELF
+from nmexport.models.gguf_files import UNPACKED_BYTES, is_unpacked, unpacked_folder
 from nmexport.models.offload import free_memory, placement
+from nmexport.pipeline import READ_WEIGHTS
 from nmexport.sparsity.mitigation import learned_parts
 from nmexport.store.tensors import SHARD_BYTES
 
@@ -66,6 +68,9 @@ class Estimate:
     parameters: int
     bytes_by_stage: dict[str, int]
     """Size of each stage's artifact: measured where it is there, estimated where not."""
+    unpacked_bytes: int
+    """What a `.gguf` takes once more as safetensors, see `nmexport.models.unpacked`; 0 where that
+    is there already, or no stage reads weights."""
     write_bytes: int
     memory_bytes: int
     """Peak memory of the largest stage."""
@@ -94,17 +99,25 @@ def estimate(recipe: Recipe, source: ModelSource, steps: Sequence[Step], work: P
         for step in steps
     }
     runs = [step.stage for step in steps if step.action != "cached"]
+    unpacked = _unpacked_bytes(source, work, parameters) if READ_WEIGHTS.intersection(runs) else 0
     holds = _memory(recipe, source, parameters)
     held = {stage: holds.get(stage, 0) + _RUNTIME_BYTES for stage in runs}
     nearest = next(path for path in (work.absolute(), *work.absolute().parents) if path.exists())
     return Estimate(
         parameters=parameters,
         bytes_by_stage=sizes,
-        write_bytes=sum(sizes[stage] for stage in runs),
+        unpacked_bytes=unpacked,
+        write_bytes=sum(sizes[stage] for stage in runs) + unpacked,
         memory_bytes=max(held.values(), default=0),
         memory_by_stage=held,
         free_bytes=shutil.disk_usage(nearest).free,
     )
+
+
+def _unpacked_bytes(source: ModelSource, work: Path, parameters: int) -> int:
+    if not source.packed or is_unpacked(unpacked_folder(work, source.digest)):
+        return 0
+    return UNPACKED_BYTES * parameters
 
 
 def _memory(recipe: Recipe, source: ModelSource, parameters: int) -> dict[str, int]:
@@ -159,7 +172,7 @@ def _layerwise_memory(source: ModelSource) -> dict[str, int]:
 def parameter_count(source: ModelSource) -> int:
     """Elements of a model's weights: exact for safetensors, from the file size for a GGUF."""
     if source.gguf_file is not None:
-        return (source.folder / source.gguf_file).stat().st_size * 8 // _GGUF_BITS
+        return sum(path.stat().st_size for path in source.gguf_files) * 8 // _GGUF_BITS
     return sum(math.prod(shape) for _, shape in _shapes(source))
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ModelError
+from nmexport.models import gguf_files
 from nmexport.models.families import is_text_part
 from nmexport.models.guard import quiet, reading
-from nmexport.models.integrity import check_gguf
 from nmexport.models.skeleton import give_generation_config, skeleton
 from nmexport.models.text_files import (
     check_text_files,
@@ -21,7 +20,6 @@ from nmexport.models.weights import WeightTable, is_finite, not_finite
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from types import ModuleType
 
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,20 +48,58 @@ def load_model(
         ModelError: if its architecture is unknown or its files cannot be read.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     element_type = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    if not source.packed:  # said before anything is read
-        empty = skeleton(source)
-        table = WeightTable(empty, source.weights_folder)
-        if is_text_part(empty.config, source.weights_folder):
-            return _text_part(
-                source, table, dtype=element_type, attention=attention, placing=placing or {}
-            )
-    with quiet(), reading(source), _gguf_read_once() as mappings:
+    if source.packed:
+        return load_gguf(source, dtype=element_type, attention=attention, placing=placing)[0]
+    empty = skeleton(source)  # what is wrong with the files is said before anything is read
+    table = WeightTable(empty, source.weights_folder)
+    if table.is_dequantised or is_text_part(empty.config, source.weights_folder):
+        return _tensor_by_tensor(
+            source, table, dtype=element_type, attention=attention, placing=placing or {}
+        )
+    model, _, _ = _from_pretrained(source, element_type, attention, placing)
+    _check_finite(source, model)
+    return model
+
+
+def load_gguf(
+    source: ModelSource,
+    *,
+    dtype: torch.dtype,
+    attention: str = "sdpa",
+    placing: Mapping[str, Any] | None = None,
+) -> tuple[PreTrainedModel, Mapping[str, str]]:
+    """Load a `.gguf`, dequantised; see `load_model`.
+
+    Returns:
+        The model, and the names of its parameters by the names of the file's tensors.
+
+    Raises:
+        ModelError: if its architecture is unknown or the file cannot be read.
+    """
+    skeleton(source)  # what is wrong with the metadata is said before anything is read
+    model, loading_info, mappings = _from_pretrained(source, dtype, attention, placing)
+    _forget_quantization(model)
+    _check_gguf_complete(source, loading_info)
+    _check_finite(source, model)
+    _check_nothing_ignored(source, mappings)
+    return model, mappings[-1] if mappings else {}
+
+
+def _from_pretrained(
+    source: ModelSource,
+    dtype: torch.dtype,
+    attention: str,
+    placing: Mapping[str, Any] | None,
+) -> tuple[PreTrainedModel, Mapping[str, Any], Sequence[Mapping[str, str]]]:
+    """Let transformers load a model; returns what it says of it, and its tables of GGUF names."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet(), reading(source), _name_tables(source) as mappings:
         model, loading_info = AutoModelForCausalLM.from_pretrained(
             source.weights_folder,
-            dtype=element_type,
+            dtype=dtype,
             output_loading_info=True,
             trust_remote_code=source.trust_remote_code,
             # Asked for by name, sdpa is an error where it is not supported; by default it is not.
@@ -73,14 +109,10 @@ def load_model(
             **source.gguf_option,
             **(placing or {}),
         )
-    _forget_quantization(model)
-    model = model.eval().requires_grad_(False)
-    _check_loaded(source, model, loading_info)
-    _check_nothing_ignored(source, mappings)
-    return model
+    return model.eval().requires_grad_(False), loading_info, mappings
 
 
-def _text_part(
+def _tensor_by_tensor(
     source: ModelSource,
     table: WeightTable,
     *,
@@ -88,7 +120,7 @@ def _text_part(
     attention: str,
     placing: Mapping[str, Any],
 ) -> PreTrainedModel:
-    """Load the text part of a multimodal model, tensor by tensor."""
+    """Load a model that transformers would load in another way: a text part, or one dequantised."""
     from accelerate import dispatch_model
     from accelerate.utils import set_module_tensor_to_device
 
@@ -99,27 +131,24 @@ def _text_part(
     for name, _ in model.named_parameters():
         set_module_tensor_to_device(model, name, "cpu", value=table.read(name).to(dtype))
     model.tie_weights()
-    _check_loaded(source, model, {})
+    _check_finite(source, model)
     devices = placing.get("device_map")
     return model if devices is None else dispatch_model(model, device_map=devices)
 
 
-def _check_loaded(
-    source: ModelSource, model: PreTrainedModel, loading_info: Mapping[str, Any]
-) -> None:
-    """Check that nothing was missing or left over, and that every weight is a number.
+def _check_finite(source: ModelSource, model: PreTrainedModel) -> None:
+    """Check that every weight is a number.
 
     Raises:
-        ModelError: if a weight is missing, unexpected, of another shape, or not finite.
+        ModelError: if one is not.
     """
-    if source.packed:
-        _check_gguf_complete(source, loading_info)
     for name, parameter in model.named_parameters():
         if parameter.device.type != "meta" and not is_finite(parameter):
             raise not_finite(name, source.weights_folder, parameter.dtype)
 
 
 def _check_gguf_complete(source: ModelSource, loading_info: Mapping[str, Any]) -> None:
+    """Refuse a `.gguf` in which a weight is missing, or that holds one too many."""
     missing = sorted(loading_info["missing_keys"]) + sorted(
         name for name, *_ in loading_info["mismatched_keys"]
     )
@@ -137,18 +166,15 @@ def _check_nothing_ignored(source: ModelSource, mappings: Sequence[Mapping[str, 
     """Refuse a `.gguf` with tensors that transformers passes over; factors of one do no harm."""
     if not mappings:
         return
-    path = source.folder / str(source.gguf_file)
     known = mappings[-1]  # the outermost call returns last, and has all names
     passed_over = [
         name
-        for name in check_gguf(path).tensors
+        for name in gguf_files.tensor_names(source.gguf_files)
         if name not in known and name.removesuffix(".weight") not in known
     ]
     if not passed_over:
         return
-    import gguf
-
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    tensors = {tensor.name: tensor for tensor in gguf_files.open_merged(source.gguf_files).tensors}
     harmful = [name for name in passed_over if not (tensors[name].data == 1.0).all()]
     if harmful:
         raise _ignored_tensors(source, harmful)
@@ -197,13 +223,8 @@ def _forget_quantization(model: PreTrainedModel) -> None:
 
 
 @contextlib.contextmanager
-def _gguf_read_once() -> Iterator[list[Mapping[str, str]]]:
-    """Halve the time to load a `.gguf`; yields transformers' tables of tensor names, once made.
-
-    Transformers parses the file once for the config and once for the weights, and asks for the
-    same table of tensor names once a module: both answers are remembered while this lasts.
-    """
-    import gguf
+def _name_tables(source: ModelSource) -> Iterator[list[Mapping[str, str]]]:
+    """Yield transformers' tables of a `.gguf`'s tensor names, as they are made while this lasts."""
     from transformers import modeling_gguf_pytorch_utils as loading
 
     mappings: list[Mapping[str, str]] = []
@@ -213,20 +234,11 @@ def _gguf_read_once() -> Iterator[list[Mapping[str, str]]]:
         mappings.append(original(*arguments, **options))
         return mappings[-1]
 
+    if not source.packed:
+        yield mappings
+        return
     with (
-        _replace(loading, "get_gguf_hf_weights_map", noted),
-        _replace(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)),
-        _replace(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
-        _replace(loading, "tqdm", functools.partial(loading.tqdm, disable=True)),
+        gguf_files.read_once(source.gguf_files),
+        gguf_files.replaced(loading, "get_gguf_hf_weights_map", noted),
     ):
         yield mappings
-
-
-@contextlib.contextmanager
-def _replace(module: ModuleType, name: str, replacement: object) -> Iterator[None]:
-    original = getattr(module, name)
-    setattr(module, name, replacement)
-    try:
-        yield
-    finally:
-        setattr(module, name, original)

@@ -22,14 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nmexport.errors import ModelError
-from nmexport.models.integrity import check_gguf
-from nmexport.models.unsupported import (
-    UnsupportedModelError,
-    refuse_adapter,
-    refuse_gguf_part,
-    refuse_quantised_config,
-    refuse_quantised_tensors,
-)
+from nmexport.models.gguf_files import gguf_parts
+from nmexport.models.quantised.layouts import find_packing
+from nmexport.models.quantised.methods import SIDE_FILES, method_of, quantisation_section
+from nmexport.models.unsupported import UnsupportedModelError, refuse_adapter
 from nmexport.models.weight_files import CONFIG, read_config, stored_tensors, weight_files
 
 if TYPE_CHECKING:
@@ -54,6 +50,7 @@ _SIDE_FILES = (
     "vocab.json",
     "vocab.txt",
     "merges.txt",
+    *SIDE_FILES,
 )
 _LICENCES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "USE_POLICY*")
 _ADAPTER = "adapter_config.json"
@@ -72,13 +69,22 @@ class ModelSource:
     folder: Path
     """Local folder with config, weights and tokenizer files, or with the `.gguf` file."""
     gguf_file: str | None
-    """Name of the `.gguf` file in the folder, where that is the format."""
+    """Name of the `.gguf` file in the folder, or of the first of its parts, where that is the
+    format."""
     digest: str
     """sha256 over the names and contents of the files that the model is loaded from."""
     trust_remote_code: bool = False
     """Python files of the model may run."""
     unpacked: Path | None = None
     """Folder that holds a `.gguf`'s model as safetensors, see `nmexport.models.unpacked`."""
+    more_parts: tuple[str, ...] = ()
+    """Names of the other parts of a split `.gguf`, in their order."""
+
+    @property
+    def gguf_files(self) -> tuple[Path, ...]:
+        """The `.gguf` file, or all of its parts in order; nothing in another format."""
+        names = () if self.gguf_file is None else (self.gguf_file, *self.more_parts)
+        return tuple(self.folder / name for name in names)
 
     @property
     def packed(self) -> bool:
@@ -145,13 +151,14 @@ def _folder_source(section: ModelSection, folder: Path, *, revision: str | None)
 
 
 def _gguf_source(section: ModelSection, path: Path) -> ModelSource:
-    refuse_gguf_part(path, check_gguf(path))
+    parts = gguf_parts(path)
     return ModelSource(
         id=section.id,
         revision=None,
         folder=path.absolute().parent,
-        gguf_file=path.name,
-        digest=digest_of([path]),
+        gguf_file=parts[0].name,
+        more_parts=tuple(part.name for part in parts[1:]),
+        digest=digest_of(parts),
         trust_remote_code=section.trust_remote_code,
     )
 
@@ -167,7 +174,7 @@ def model_files(folder: Path, *, with_code: bool = False) -> list[Path]:
         ModelError: if the config or weights are missing, damaged, or pickles.
     """
     check_kind(folder)
-    refuse_quantised_tensors(folder, stored_tensors(folder))
+    find_packing(folder, read_config(folder), stored_tensors(folder))
     indices = sorted(folder.glob("*.safetensors.index.json"))
     sides = [folder / name for name in _SIDE_FILES] + indices
     code = sorted(folder.glob("*.py")) if with_code else []
@@ -175,13 +182,15 @@ def model_files(folder: Path, *, with_code: bool = False) -> list[Path]:
 
 
 def check_kind(folder: Path) -> None:
-    """Look at a folder's configuration alone: is it a whole model, and not quantised.
+    """Look at a folder's configuration alone: is it a whole model, in a form that is read.
 
     Raises:
         ModelError: if it is not.
     """
     refuse_adapter(folder)
-    refuse_quantised_config(folder, read_config(folder))
+    section = quantisation_section(folder, read_config(folder))
+    if section is not None:
+        method_of(folder, section)
 
 
 def licence_files(folder: Path) -> tuple[Path, ...]:
@@ -273,7 +282,7 @@ def _download(section: ModelSection) -> Path:
             ignore_patterns=list(_NOT_DOWNLOADED),
         )
         # What it is comes first: nobody waits for gigabytes that are then refused.
-        check_kind(Path(fetch(allow_patterns=[CONFIG, _ADAPTER])))
+        check_kind(Path(fetch(allow_patterns=[CONFIG, _ADAPTER, *SIDE_FILES])))
         return Path(fetch(allow_patterns=patterns))
     except ModelError:
         raise

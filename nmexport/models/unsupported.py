@@ -1,4 +1,4 @@
-"""Refuse at the start what no stage can read: quantised checkpoints, adapters, parts of a GGUF."""
+"""Refuse at the start what no stage can read: adapters, unknown quantisation."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from nmexport.models.integrity import GgufHeader, StoredTensor
-
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 """Element types that weights may be stored in, as safetensors spells them."""
 
@@ -25,17 +23,6 @@ _NAMES = {
     "fp8": "FP8",
     "mxfp4": "MXFP4",
 }
-# Tensors that only a quantised layer has, and who writes them.
-_TRACES = (
-    (re.compile(r"\.(qweight|qzeros|g_idx)$"), "GPTQ or AWQ"),
-    (
-        re.compile(r"\.(SCB|weight_format|absmax|quant_map|weight\.absmax|weight\.quant_.*)$"),
-        "bitsandbytes",
-    ),
-    (re.compile(r"\.(weight_packed|weight_shape|weight_zero_point)$"), "compressed-tensors"),
-    (re.compile(r"\.weight_scale(_inv|_2)?$"), "FP8 or INT8 with scales"),
-)
-_SIDE_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 _SUFFIX = re.compile(
     r"[-_.](gptq|awq|fp8|bnb|nf4|nvfp4|mxfp4|int[48]|w[48]a(8|16)|[48]-?bit|quantized|dynamic|g\d+)\b.*",
     re.IGNORECASE,
@@ -68,81 +55,28 @@ def refuse_adapter(folder: Path) -> None:
     )
 
 
-def refuse_quantised_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose configuration says that it is quantised.
+def quantised(
+    folder: Path, section: Mapping[str, Any] | str, detail: str = ""
+) -> UnsupportedModelError:
+    """Build the error that says a checkpoint is quantised in a way that is not read.
 
-    Raises:
-        UnsupportedModelError: if it says so; names the method.
+    Args:
+        folder: Where it lies.
+        section: What its configuration says of it, or the method in words.
+        detail: What of it is not read.
     """
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
-        section = part.get("quantization_config") or part.get("compression_config")
-        if section:
-            raise quantised(folder, _method(section))
-
-
-def refuse_quantised_tensors(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Refuse a checkpoint whose tensors show that it is quantised, whatever its config says.
-
-    Raises:
-        UnsupportedModelError: if they do; names one of them.
-    """
-    for name, tensor in tensors.items():
-        method = next((method for trace, method in _TRACES if trace.search(name)), None)
-        if tensor.dtype.startswith("F8") or tensor.dtype.startswith("F4"):
-            method = "FP8" if tensor.dtype.startswith("F8") else "FP4"
-        if method is not None:
-            side_file = next((side for side in _SIDE_FILES if (folder / side).is_file()), None)
-            seen = f"{name} is stored as {tensor.dtype}" + (
-                f"; see {side_file}" if side_file else ""
-            )
-            raise quantised(folder, f"{method}, as it seems: {seen}")
-
-
-def refuse_gguf_part(path: Path, header: GgufHeader) -> None:
-    """Refuse one file of a split GGUF: it holds a part of the model.
-
-    Raises:
-        UnsupportedModelError: if it is one; says how to merge them.
-    """
-    count = int(header.metadata.get("split.count", 1))
-    if count <= 1:
-        return
-    number = int(header.metadata.get("split.no", 0)) + 1
-    first = re.sub(r"-\d{5}-of-(\d{5})", r"-00001-of-\1", path.name)
-    merged = re.sub(r"-\d{5}-of-\d{5}", "", path.name)
-    if merged == path.name:
-        merged = f"merged-{path.name}"
-    absent = [name for name in _part_names(first, count) if not (path.parent / name).is_file()]
-    missing = f"; {absent[0]} is not there" if absent and first != merged else ""
-    raise UnsupportedModelError(
-        f"{path} is part {number} of {count} of a split GGUF{missing}.",
-        allowed="a .gguf in one file",
-        fix=f"merge the parts: llama-gguf-split --merge {path.parent / first} "
-        f"{path.parent / merged}",
-    )
-
-
-def _part_names(first: str, count: int) -> list[str]:
-    if not re.search(r"-00001-of-\d{5}", first):
-        return []
-    return [first.replace("-00001-of-", f"-{number:05d}-of-") for number in range(1, count + 1)]
-
-
-def quantised(folder: Path, method: str) -> UnsupportedModelError:
-    """Build the error that says a checkpoint is quantised."""
     original = _original(folder)
+    method = section if isinstance(section, str) else _method(section)
     return UnsupportedModelError(
-        f"{folder} is quantised ({method}), and quantised checkpoints are not taken: "
-        "sparsity is calibrated and folded on the original weights.",
-        allowed="safetensors in float32, float16 or bfloat16, or a .gguf",
+        f"{folder} is quantised ({method}{', ' if detail else ''}{detail}), which is not read.",
+        allowed="AWQ (GEMM layout), GPTQ, compressed-tensors with integers or 8-bit floats, FP8, a "
+        ".gguf, or safetensors in float32, float16 or bfloat16",
         fix="use the checkpoint that it was quantised from" + (f": {original}" if original else ""),
     )
 
 
-def _method(section: Any) -> str:
+def _method(section: Mapping[str, Any]) -> str:
     """A quantisation's name, from its section of the config."""
-    if not isinstance(section, dict):
-        return str(section)
     name = section.get("quant_method")
     if name is None:
         by_bits = any(section.get(f"load_in_{bits}bit") for bits in (4, 8))

@@ -19,9 +19,13 @@ from safetensors import SafetensorError, safe_open
 
 from nmexport.errors import ModelError
 from nmexport.models.families import is_text_part, text_name
-from nmexport.models.integrity import damaged
+from nmexport.models.integrity import StoredTensor, damaged
+from nmexport.models.quantised.decoding import decode, kept_of
+from nmexport.models.quantised.gguf_file import GgufIntegers
+from nmexport.models.quantised.layouts import find_packing
 from nmexport.models.unsupported import FLOATS, quantised
-from nmexport.models.weight_files import shortened, stored_tensors
+from nmexport.models.weight_files import read_config, shortened, stored_tensors
+from nmexport.sparsity.quantisation import QuantisedWeight
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -29,8 +33,12 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from nmexport.models.quantised.kept import KeptWeights
+    from nmexport.models.quantised.packing import PackedWeight
+
 
 _FLOAT32 = torch.float32
+_DEQUANTISED = "F32"  # as what a quantised weight is read
 _CAUSAL_MASK = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$")
 _MASK_RANKS = (0, 4)  # a mask has four axes, the value that it masks with none
 _COMPUTED = re.compile(r"(rotary_emb\.inv_freq|(^|\.)position_ids)$")
@@ -65,7 +73,12 @@ class WeightTable:
                 stored tensor belongs to nothing.
         """
         self._model, self._folder = model, folder
-        self._stored = stored_tensors(folder)
+        self._packing = find_packing(folder, read_config(folder), stored_tensors(folder))
+        self._integers = GgufIntegers(folder) if GgufIntegers.are_in(folder) else None
+        self._stored = dict(self._packing.plain)
+        for name, weight in self._packing.weights.items():
+            file = next(iter(weight.parts.values())).file
+            self._stored[name] = StoredTensor(file, _DEQUANTISED, weight.shape)
         self._expected: dict[str, torch.Tensor] = dict(model.state_dict(keep_vars=True))
         origins, unexpected = self._rename()
         self._origins: dict[str, tuple[_Origin, str]] = {}
@@ -100,6 +113,35 @@ class WeightTable:
             raise not_finite(name, self._folder, value.dtype)
         return value
 
+    @property
+    def is_dequantised(self) -> bool:
+        """Tell whether weights are read from integers, which transformers would read otherwise."""
+        return bool(self._packing.weights)
+
+    @property
+    def kept(self) -> KeptWeights | None:
+        """What is kept of quantised weights; None where none are stored."""
+        if self._integers is not None:
+            return self._integers.kept
+        return kept_of(self._packing) if self._packing.weights else None
+
+    def quantised(self, name: str) -> QuantisedWeight | None:
+        """The integers and scales of a parameter, bit for bit; None where it is stored as floats.
+
+        Raises:
+            ModelError: if a file is damaged, or its tensors contradict each other.
+        """
+        origin, _ = made = self._origins[name]
+        if self._integers is not None:
+            same = (other for other in self._integers.names if self._origins.get(other) is made)
+            other = next(same, None)  # the name itself, or one that it is tied to
+            return None if other is None else self._integers.read(other)
+        packed = self._packing.weights.get(origin.names[0])
+        if packed is None or origin.converter is not None:
+            return None
+        value = decode(packed, self._parts(packed))
+        return value if isinstance(value, QuantisedWeight) else None
+
     def fill_buffers(self, model: PreTrainedModel) -> None:
         """Give a skeleton the buffers that are stored in the files; others are computed."""
         for name, buffer in model.named_buffers():
@@ -107,7 +149,22 @@ class WeightTable:
                 buffer.copy_(self.read(name))
 
     def _tensor(self, stored: str) -> torch.Tensor:
-        path = self._stored[stored].file
+        packed = self._packing.weights.get(stored)
+        if packed is None:
+            return self._stored_tensor(stored, self._stored[stored].file)
+        value = decode(packed, self._parts(packed))
+        if isinstance(value, QuantisedWeight):
+            return value.dequantised().t()
+        return value
+
+    def _parts(self, packed: PackedWeight) -> dict[str, torch.Tensor]:
+        """Stored tensors of a quantised weight by role."""
+        return {
+            role: self._stored_tensor(packed.stored(role), tensor.file)
+            for role, tensor in packed.parts.items()
+        }
+
+    def _stored_tensor(self, stored: str, path: Path) -> torch.Tensor:
         try:
             with safe_open(path, framework="pt") as stream:
                 tensor: torch.Tensor = stream.get_tensor(stored)
@@ -255,9 +312,18 @@ class WeightTable:
         patterns = self._model._keys_to_ignore_on_load_unexpected or ()  # noqa: SLF001
         if any(re.search(pattern, name) for pattern in patterns) or _COMPUTED.search(name):
             return True
+        if self._is_empty_bias(stored):
+            return True
         is_mask = len(self._stored[stored].shape) in _MASK_RANKS
         computed = name in {buffer for buffer, _ in self._model.named_buffers()}
         return computed or (is_mask and _CAUSAL_MASK.search(name) is not None)
+
+    def _is_empty_bias(self, stored: str) -> bool:
+        """Tell whether a tensor is the bias of zeros that GPTQ gives every linear."""
+        module, _, role = stored.rpartition(".")
+        if role != "bias" or f"{module}.weight" not in self._packing.weights:
+            return False
+        return not bool(self._tensor(stored).any())
 
     def _check_complete(self, unexpected: list[str]) -> None:
         """Refuse a model that lacks a weight, and files that hold what belongs to nothing."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nmexport.report import allocation_rows, learning
+from nmexport.report.answer import answer
 from nmexport.report.figures import (
     ABSENT,
     count,
@@ -345,6 +346,7 @@ def _render(template: str, report: Report, **more: Any) -> str:
                 "decode": interval(gains.decode_interval),
             },
             verdict=VERDICTS[report.verdict],
+            answer=answer(report),
             method=method(report),
             summary=summary_rows(report),
             parity=parity_rows(report.parity),
@@ -372,5 +374,15 @@ def _jinja() -> Jinja:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    jinja.filters["code"] = _code
     jinja.filters.update(number=number, count=count, percent=percent, size=size, speedup=speedup)
     return jinja
+
+
+def _code(text: str) -> Any:
+    """HTML of a sentence, what stands between backquotes as code."""
+    import markupsafe
+
+    parts = str(markupsafe.escape(text)).split("`")
+    marked = [f"<code>{part}</code>" if place % 2 else part for place, part in enumerate(parts)]
+    return markupsafe.Markup("".join(marked))  # noqa: S704  escaped above

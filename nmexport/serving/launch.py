@@ -14,7 +14,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -27,6 +26,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from nmexport.errors import ArtifactError, EnvironmentFault
 from nmexport.runtimes.tensorrt import library as tensorrt_library
+from nmexport.serving.addresses import Addresses
+from nmexport.serving.openai.opening import ADDRESS_VARIABLE
 from nmexport.serving.repository import PLUGINS, REPOSITORY, VERSION
 from nmexport.serving.server_output import ServerOutput
 from nmexport.serving.stopping import DRAIN_VARIABLE, UNLOAD_SECONDS
@@ -94,81 +95,6 @@ def _wheel_of(server: Path) -> Path | None:
     """The wheel's package that a server belongs to."""
     folder = server.parent.parent.parent
     return folder if (folder.parent / _WHEEL_LIBRARIES).is_dir() else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Addresses:
-    """Host and ports that a server listens on."""
-
-    host: str = "127.0.0.1"
-    http_port: int = 8000
-    grpc_port: int = 8001
-    metrics_port: int = 8002
-
-    @classmethod
-    def unused(cls) -> Self:
-        """Ports of this machine that were free a moment ago."""
-        with contextlib.ExitStack() as stack:
-            sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
-            for listener in sockets:
-                listener.bind((cls.host, 0))
-            http_port, grpc_port, metrics_port = (listener.getsockname()[1] for listener in sockets)
-        return cls(http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port)
-
-    @property
-    def http(self) -> str:
-        """URL of the HTTP endpoint, for a client on this machine."""
-        return f"http://{self._reachable}:{self.http_port}"
-
-    @property
-    def grpc(self) -> str:
-        """Host and port of the gRPC endpoint."""
-        return f"{self._reachable}:{self.grpc_port}"
-
-    @property
-    def metrics(self) -> str:
-        """URL of the metrics."""
-        return f"http://{self._reachable}:{self.metrics_port}/metrics"
-
-    def require_free(self) -> None:
-        """Refuse ports that the server could not listen on.
-
-        It would say so itself, and whoever is there would be taken for it meanwhile.
-
-        Raises:
-            EnvironmentFault: naming the first such port.
-        """
-        ports = {"http": self.http_port, "grpc": self.grpc_port, "metrics": self.metrics_port}
-        if len(set(ports.values())) < len(ports):
-            raise EnvironmentFault(
-                f"The server cannot have one port twice: {', '.join(map(str, ports.values()))}.",
-                allowed="three ports",
-            )
-        for name, port in ports.items():
-            problem = _why_not_free(self.host, port)
-            if problem is not None:
-                raise EnvironmentFault(
-                    f"The server cannot listen on {self.host} port {port}: {problem}.",
-                    fix=f"end what listens there, or choose another with --{name}-port",
-                )
-
-    @property
-    def _reachable(self) -> str:
-        return "127.0.0.1" if self.host in {"0.0.0.0", "::"} else self.host  # noqa: S104
-
-
-def _why_not_free(host: str, port: int) -> str | None:
-    try:
-        (family, kind, _, _, address), *_ = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        with socket.socket(family, kind) as probe:
-            # A port that was in use a moment ago counts as free, as it does for the server.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        return error.strerror or str(error)
-    return None
 
 
 def package_folder(given: Path) -> Path:
@@ -339,6 +265,7 @@ class Server:
             python = python_environment(env, old_stub=chosen.wheel is not None)
             variables = server_environment(chosen, python)
             variables[DRAIN_VARIABLE] = str(drain_seconds)
+            variables[ADDRESS_VARIABLE] = where.openai_listener
             logging.getLogger(__name__).info("%s", " ".join(command))
             process = subprocess.Popen(  # noqa: S603  the server that was looked up
                 command,
@@ -426,8 +353,17 @@ class Server:
 
 def is_ready(url: str) -> bool:
     """Tell whether a server is there with all its models ready."""
+    return _answers(f"{url}/v2/health/ready")
+
+
+def serves_openai(url: str) -> bool:
+    """Tell whether OpenAI's API is served at a base URL."""
+    return _answers(f"{url}/models")
+
+
+def _answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{url}/v2/health/ready", timeout=2) as answer:  # noqa: S310
+        with urllib.request.urlopen(url, timeout=2) as answer:  # noqa: S310  our own server
             return bool(answer.status == 200)  # noqa: PLR2004  HTTP's OK
     except (OSError, http.client.HTTPException):  # nobody, or somebody who speaks no HTTP
         return False

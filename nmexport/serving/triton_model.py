@@ -21,6 +21,7 @@ from nmexport.errors import EnvironmentFault, RequestError, ServerBusyError
 from nmexport.generation.options import NAMES
 from nmexport.serving import metrics as names
 from nmexport.serving.metrics import Harmless
+from nmexport.serving.openai.opening import open_front
 from nmexport.serving.scheduler import SHUTTING_DOWN
 from nmexport.serving.service import SETTINGS, TextRequest, TextService
 from nmexport.serving.stopping import StopSignals, drain_seconds
@@ -78,6 +79,7 @@ class TritonPythonModel:
             drain_seconds=drain_seconds(os.environ),
             queued_outside=self._queued_by_triton,
         )
+        self._openai = open_front(os.environ, self._service, self._metrics)
         self._signals = StopSignals(self._service.drain)
 
     def execute(self, requests: Sequence[Any]) -> None:
@@ -114,8 +116,8 @@ class TritonPythonModel:
         return None
 
     def finalize(self) -> None:
-        """Drain."""
-        for name in ("_signals", "_service"):
+        """Drain; what has ended is then sent."""
+        for name in ("_signals", "_service", "_openai"):
             part = getattr(self, name, None)
             if part is not None:
                 part.close()

@@ -32,7 +32,8 @@ class QuantisedWeight:
     """`[G, O]`, float32 or the model's type; G is 1, or K / G a multiple of 16."""
     type: StoredType
     zero_point: torch.Tensor | None = None
-    """`[G, O]`, of the type of `values`; None is zero."""
+    """`[G, O]`, of the type of `values`, or float32: GGUF's minima are no whole steps. None is
+    zero."""
     channel_order: torch.Tensor | None = None
     """`[K]` int32: row k of `values` meets channel `channel_order[k]` of the linear's input; None
     is the identity. GPTQ's act-order is one: sorted by group, so that groups are consecutive."""
@@ -51,11 +52,11 @@ class QuantisedWeight:
         points = self.scale if self.zero_point is None else self.zero_point
         if self.scale.shape != (groups, outputs) or points.shape != self.scale.shape:
             raise ValueError(f"scale and zero point are not [{groups}, {outputs}]")
-        for tensor in (self.values, self.zero_point):
-            if tensor is not None and not _fits(tensor, self.type):
-                raise ValueError(f"a value leaves the range of {self.type}")
-        if self.zero_point is not None and self.zero_point.dtype != dtype:
-            raise ValueError(f"the zero point is {self.zero_point.dtype}, not {dtype}")
+        if points.dtype not in {dtype, torch.float32}:
+            raise ValueError(f"the zero point is {points.dtype}, not {dtype} or float32")
+        whole = [self.values] + [points] * (points.dtype == dtype)
+        if not all(_fits(tensor, self.type) for tensor in whole):
+            raise ValueError(f"a value leaves the range of {self.type}")
 
     @property
     def bits(self) -> int:

@@ -16,6 +16,7 @@ from nmexport.models.tokenizer_files import write_tokenizer
 from nmexport.progress import busy
 from nmexport.report.model import DenseParity
 from nmexport.stages import fold
+from nmexport.stages.fitting import check_model
 from nmexport.store.layers import as_dense
 from nmexport.store.records import json_from, record_from
 
@@ -102,6 +103,15 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
         "dense_check": "linear by linear",
         "writers": {name: inputs.environment.version(name) for name in _WRITERS},
     }
+
+
+def check(inputs: StageInputs) -> None:
+    """Refuse a model that export cannot take, before anything runs.
+
+    Raises:
+        ModelError: see `fitting.check_model`.
+    """
+    check_model(inputs.source, inputs.recipe.model.dtype)
 
 
 def run(inputs: StageInputs) -> dict[str, Any]:

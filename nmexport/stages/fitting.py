@@ -1,13 +1,18 @@
-"""Check a recipe against the model's shapes, without its weights, before anything runs."""
+"""Check a recipe, its texts and the model against each other, before anything runs.
+
+No weight is read: a model is known by its configuration and the headers of its files.
+"""
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import TYPE_CHECKING
 
 from nmexport.errors import ModelError
 
 if TYPE_CHECKING:
+    from nmexport.choices import Dtype
     from nmexport.models.source import ModelSource
     from nmexport.recipe import Recipe
     from nmexport.sparsity.pattern import NMPattern
@@ -46,3 +51,25 @@ def check_fit(recipe: Recipe, source: ModelSource, pattern: NMPattern | None = N
     for name, linear in linears.items():
         if form is not None and name != head:
             form.groups(linear.in_features, name=name)
+
+
+@functools.lru_cache(maxsize=2)  # several stages ask, and a trace on trial takes seconds
+def check_model(source: ModelSource, dtype: Dtype) -> None:
+    """Refuse a model whose files are not whole, or that export cannot take.
+
+    Args:
+        source: The model.
+        dtype: Element type to export in.
+
+    Raises:
+        ModelError: see `models.weights` and `models.exportable`.
+    """
+    import torch
+
+    from nmexport.models.exportable import check_exportable
+    from nmexport.models.skeleton import skeleton
+    from nmexport.models.weights import WeightTable
+
+    check_exportable(source, dtype=getattr(torch, dtype))
+    if not source.packed:
+        WeightTable(skeleton(source), source.weights_folder)

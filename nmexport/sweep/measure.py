@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from nmexport.models.source import ModelSource
     from nmexport.progress import Progress
-    from nmexport.recipe import Recipe
+    from nmexport.recipe import ModelSection, Recipe
     from nmexport.report.model import Scores
     from nmexport.store.layers import ModelPhases
     from nmexport.sweep.plan import Baseline, Cell, Measure
@@ -178,7 +178,7 @@ class _Bench:
         pipeline.run(Selection(last="fold"))
         key = pipeline.keys("fold")["fold"]
         folded = fold.Artifact(self._work.folder("fold", key))
-        source = self._find_model(recipe.model)
+        source = self._readable_model(recipe.model)
         phases = model_phases(folded.layers)
         figures = self._score(recipe, lambda: open_folded(source, recipe.model, folded), phases)
         with self._work.lock(pipeline.command):
@@ -248,10 +248,7 @@ class _Bench:
         from nmexport.verification.reference import TorchSession
 
         section = recipe.model
-        model = load_model(
-            self._find_model(section),
-            dtype=section.dtype,
-        )
+        model = load_model(self._readable_model(section), dtype=section.dtype)
         return TorchSession(model, model.config.get_text_config().vocab_size), model
 
     def _windows(self, recipe: Recipe) -> NDArray[np.int64]:
@@ -279,13 +276,27 @@ class _Bench:
         def written(samples: int, length: int, seed: int) -> NDArray[np.int64]:
             from nmexport.calibration.self_text import self_text
 
-            model = load_model(source, dtype="float32")
+            model = load_model(self._readable_model(recipe.model), dtype="float32")
             generate = self_text(model, tokenizer, progress=self._progress, label="sweep: own text")
             return generate(samples, length, seed)
 
         return corpus.evaluation_windows(
             recipe.evaluation, tokenizer, written, seed=recipe.seed, vocabulary=known_tokens(source)
         )
+
+    def _readable_model(self, section: ModelSection) -> ModelSource:
+        """The model as its weights are read: a `.gguf` dequantised once for all cells."""
+        source = self._find_model(section)
+        if not source.packed:
+            return source
+        from nmexport.models.unpacked import unpack  # torch: only where something is measured
+
+        with self._work.lock(self._command):
+            return unpack(source, self._work.root, self._progress)
+
+    @property
+    def _command(self) -> str:
+        return f"nmexport sweep, model {self._job.model}"
 
     def _pipeline(self, recipe: Recipe) -> Pipeline:
         source: ModelSource = self._find_model(recipe.model)
@@ -295,7 +306,7 @@ class _Bench:
             environment=self._environment,
             work=self._work,
             progress=self._progress,
-            command=f"nmexport sweep, model {self._job.model}",
+            command=self._command,
         )
 
 

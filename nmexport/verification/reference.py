@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 import torch
 from torch import nn
 
-from nmexport.errors import ModelError
 from nmexport.models.embedding import round_embedding
 from nmexport.models.loader import load_model
 from nmexport.models.swap import replace_linears
@@ -31,13 +30,6 @@ if TYPE_CHECKING:
 
 PERTURBATION = 1e-7
 """Relative: about one unit in the last place of float32; of a smaller type it is half of one."""
-
-
-class ModelSize(NamedTuple):
-    """Size of a dense model."""
-
-    parameters: int
-    linears: int
 
 
 class TorchSession(Session):
@@ -198,29 +190,4 @@ def _behaviour(layer: LayerSpec) -> Behaviour:
         phase=layer.phase,
         activation_bits=layer.activation_bits,
         activation_block=layer.activation_block,
-    )
-
-
-def model_size(source: ModelSource) -> ModelSize:
-    """Count without loading a weight; tied parameters count once.
-
-    Raises:
-        ModelError: if the configuration cannot be read.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(
-            source.weights_folder,
-            trust_remote_code=source.trust_remote_code,
-            local_files_only=True,
-            **source.gguf_option,
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"The configuration of {source.id} cannot be read: {error}") from error
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
-    return ModelSize(
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        linears=sum(isinstance(module, nn.Linear) for module in model.modules()),
     )

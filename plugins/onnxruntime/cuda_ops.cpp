@@ -159,9 +159,7 @@ class CudaLinearKernel : public Kernel {
         const Shape w = inputs.shape(NMLinearInput::W);
         const Rows rows = rowsOf(kNMLinear.name, x, mNode.pattern);
         mNode.check(inputs, x, w);
-        if (inputs.has(NMLinearInput::weight_scale)) {
-            throw Fault("NMLinear: input weight_scale goes with an int8 W; this W is of X's type");
-        }
+        mNode.checkElementWeights(inputs);
 
         cuda::LinearArgs args;
         args.type = elementOf(mType);

@@ -2,8 +2,6 @@
 
 namespace nmexport {
 
-namespace {
-
 ONNXTensorElementDataType onnxType(ElementType type) {
     switch (type) {
         case ElementType::kFLOAT16:
@@ -15,14 +13,19 @@ ONNXTensorElementDataType onnxType(ElementType type) {
     }
 }
 
+namespace {
+
 const CustomOp& self(const OrtCustomOp* op) {
     return *static_cast<const CustomOp*>(op);
 }
 
 ONNXTensorElementDataType inputType(const OrtCustomOp* op, std::size_t index) {
-    const InputType type = self(op).spec().inputs[index].type;
-    const bool isStored = index == NMLinearInput::W || type == InputType::kW;
-    if (self(op).hasInt8Weights() && isStored) return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8;
+    const OpSpec& spec = self(op).spec();
+    const InputType type = spec.inputs[index].type;
+    if (&spec == &kNMLinear) {
+        if (index == NMLinearInput::W || type == InputType::kW) return self(op).stored().weights;
+        if (index == NMLinearInput::weight_scale) return self(op).stored().scales;
+    }
     switch (type) {
         case InputType::kFLOAT32:
             return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
@@ -95,14 +98,21 @@ struct Handle {
 }  // namespace
 
 CustomOp::CustomOp(const OrtApi* api, const OpSpec& spec, ElementType type, KernelFactory factory,
-                   bool infersShapes, const char* provider, bool hasInt8Weights)
+                   bool infersShapes, const char* provider)
+    : CustomOp(api, spec, type, {onnxType(type), ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT},
+               std::move(factory), infersShapes) {
+    mProvider = provider;
+}
+
+CustomOp::CustomOp(const OrtApi* api, const OpSpec& spec, ElementType type, StoredTypes stored,
+                   KernelFactory factory, bool infersShapes)
     : OrtCustomOp{},
       mApi(api),
       mSpec(spec),
       mType(type),
       mFactory(std::move(factory)),
-      mProvider(provider),
-      mHasInt8Weights(hasInt8Weights) {
+      mProvider(nullptr),
+      mStored(stored) {
     version = ORT_API_VERSION;
     GetName = [](const OrtCustomOp* op) { return self(op).spec().name; };
     GetExecutionProviderType = [](const OrtCustomOp* op) { return self(op).provider(); };

@@ -22,18 +22,29 @@ class Kernel {
 using KernelFactory = std::function<std::unique_ptr<Kernel>(
     const OrtApi& api, const OrtKernelInfo* info, ElementType type)>;
 
+// How ONNX Runtime names the types of the inputs W and weight_zero_point, and of weight_scale.
+struct StoredTypes {
+    ONNXTensorElementDataType weights;
+    ONNXTensorElementDataType scales;
+};
+
+ONNXTensorElementDataType onnxType(ElementType type);
+
 class CustomOp : public OrtCustomOp {
   public:
     // `api` may be null where the op is only described; `provider` null is the CPU's.
     CustomOp(const OrtApi* api, const OpSpec& spec, ElementType type, KernelFactory factory,
-             bool infersShapes, const char* provider = nullptr, bool hasInt8Weights = false);
+             bool infersShapes, const char* provider = nullptr);
+    // With weights of another type than X.
+    CustomOp(const OrtApi* api, const OpSpec& spec, ElementType type, StoredTypes stored,
+             KernelFactory factory, bool infersShapes);
 
     const OrtApi* api() const { return mApi; }
     const OpSpec& spec() const { return mSpec; }
     ElementType type() const { return mType; }
     const KernelFactory& factory() const { return mFactory; }
     const char* provider() const { return mProvider; }
-    bool hasInt8Weights() const { return mHasInt8Weights; }
+    const StoredTypes& stored() const { return mStored; }
 
   private:
     const OrtApi* mApi;
@@ -41,7 +52,7 @@ class CustomOp : public OrtCustomOp {
     ElementType mType;
     KernelFactory mFactory;
     const char* mProvider;
-    bool mHasInt8Weights;
+    StoredTypes mStored;
 };
 
 // What a session says of itself in its configuration.
@@ -57,10 +68,8 @@ struct SessionSettings {
 std::unique_ptr<Kernel> makePruneKernel(const OrtApi& api, const OrtKernelInfo* info,
                                         ElementType type, const SessionSettings& settings);
 std::unique_ptr<Kernel> makeLinearKernel(const OrtApi& api, const OrtKernelInfo* info,
-                                         ElementType type, const SessionSettings& settings);
-// The same with weights in int8.
-std::unique_ptr<Kernel> makeInt8LinearKernel(const OrtApi& api, const OrtKernelInfo* info,
-                                             ElementType type, const SessionSettings& settings);
+                                         ElementType type, StoredTypes stored,
+                                         const SessionSettings& settings);
 
 #if defined(NMEXPORT_HAS_CUDA)
 inline constexpr const char* kCUDA_PROVIDER = "CUDAExecutionProvider";

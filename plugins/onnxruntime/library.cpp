@@ -31,23 +31,36 @@ using Ops = std::vector<CustomOp>;
 constexpr ElementType kTYPES[] = {ElementType::kFLOAT32, ElementType::kFLOAT16,
                                   ElementType::kBFLOAT16};
 
-using CpuFactory = std::unique_ptr<Kernel> (*)(const OrtApi&, const OrtKernelInfo*, ElementType,
-                                               const SessionSettings& settings);
+// Types of W and its scales that go with an element type; each is an op of its own.
+std::vector<StoredTypes> storedTypes(ElementType type) {
+    std::vector<StoredTypes> stored{{onnxType(type), ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT}};
+    for (const ONNXTensorElementDataType weights :
+         {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4,
+          ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT4, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT8E4M3FN}) {
+        stored.push_back({weights, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT});
+        if (type != ElementType::kFLOAT32) stored.push_back({weights, onnxType(type)});
+    }
+    return stored;
+}
 
 Ops makeOps(const OrtApi* api, bool infersShapes, SessionSettings settings) {
-    const auto with = [settings](CpuFactory factory) -> KernelFactory {
-        return [factory, settings](const OrtApi& of, const OrtKernelInfo* info, ElementType type) {
-            return factory(of, info, type, settings);
-        };
-    };
     Ops ops;
-    for (const ElementType type : kTYPES)
-        ops.emplace_back(api, kNMPrune, type, with(makePruneKernel), infersShapes);
-    for (const ElementType type : kTYPES)
-        ops.emplace_back(api, kNMLinear, type, with(makeLinearKernel), infersShapes);
-    for (const ElementType type : kTYPES)
-        ops.emplace_back(api, kNMLinear, type, with(makeInt8LinearKernel), infersShapes, nullptr,
-                         true);
+    for (const ElementType type : kTYPES) {
+        const auto prune = [settings](const OrtApi& of, const OrtKernelInfo* info,
+                                      ElementType element) {
+            return makePruneKernel(of, info, element, settings);
+        };
+        ops.emplace_back(api, kNMPrune, type, prune, infersShapes);
+    }
+    for (const ElementType type : kTYPES) {
+        for (const StoredTypes& stored : storedTypes(type)) {
+            const auto linear = [settings, stored](const OrtApi& of, const OrtKernelInfo* info,
+                                                   ElementType element) {
+                return makeLinearKernel(of, info, element, stored, settings);
+            };
+            ops.emplace_back(api, kNMLinear, type, stored, linear, infersShapes);
+        }
+    }
     return ops;
 }
 

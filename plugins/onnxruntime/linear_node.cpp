@@ -11,10 +11,17 @@ LinearNode::LinearNode(const Attributes& attributes)
     : pattern(attributes.pattern()),
       dynamicShift(attributes.integer("dynamic_shift") != 0),
       varianceCorrection(attributes.integer("variance_correction") != 0),
-      mPhase(phaseOf(attributes.text("phase"))) {
-    if (attributes.integer("activation_bits") != 0) {
-        throw Fault("NMLinear: activation_bits = 8 is not implemented here yet; allowed: 0");
+      roundsActivations(hasActivationBits(attributes)),
+      activationBlock(static_cast<std::size_t>(attributes.integer("activation_block"))),
+      mPhase(phaseOf(attributes.text("phase"))) {}
+
+bool LinearNode::hasActivationBits(const Attributes& attributes) {
+    const std::int64_t bits = attributes.integer("activation_bits");
+    if (bits != 0 && bits != 8) {
+        throw Fault("NMLinear: attribute activation_bits is " + std::to_string(bits) +
+                    "; allowed: 0 or 8");
     }
+    return bits == 8;
 }
 
 LinearNode::Phase LinearNode::phaseOf(const std::string& name) {
@@ -34,9 +41,16 @@ void LinearNode::check(const Inputs& inputs, const Shape& x, const Shape& w) con
         throw Fault(
             "NMLinear: dynamic_shift = 1 needs the input shift_weight [O], the column sums of W");
     }
-    if (inputs.has(Input::weight_zero_point)) {
-        throw Fault("NMLinear: input weight_zero_point is not implemented here yet; leave it out");
-    }
+}
+
+void LinearNode::checkElementWeights(const Inputs& inputs) const {
+    const char* given = inputs.has(Input::weight_scale)        ? "input weight_scale"
+                        : inputs.has(Input::weight_zero_point) ? "input weight_zero_point"
+                        : roundsActivations                    ? "activation_bits = 8"
+                                                               : nullptr;
+    if (given == nullptr) return;
+    throw Fault(std::string("NMLinear: ") + given +
+                " goes with an int8, int4 or uint4 W; this W is of X's type");
 }
 
 // The sequence length is the second-to-last dimension; a lone token is a sequence of one.

@@ -6,6 +6,7 @@
 
 #include "custom_op.h"
 #include "linear_node.h"
+#include "stored_weights.h"
 #include "weight_copy.h"
 
 namespace nmexport {
@@ -17,22 +18,28 @@ namespace Input = NMLinearInput;
 // All that a run takes from the node, checked; what varies from run to run is not set.
 struct Prepared {
     LinearArguments arguments;
+    StoredWeights stored;
     ConstantsCopy copy;  // of the arguments', where nothing but X can change
     Shape w;
 };
 
 class LinearKernel : public Kernel {
   public:
-    LinearKernel(const OrtApi& api, const OrtKernelInfo* info, ElementType type,
-                 bool hasInt8Weights, const SessionSettings& settings)
+    LinearKernel(const OrtApi& api, const OrtKernelInfo* info, ElementType type, StoredTypes stored,
+                 const SessionSettings& settings)
         : mApi(api),
           mType(type),
-          mHasInt8Weights(hasInt8Weights),
+          mStored(stored),
+          mWeights(weightTypeOf(stored.weights)),
           mThreads(settings.threads),
           mNode(api, info),
           mShapes(api, info, kNMLinear),
           mOrder(mShapes, Input::channel_order, kNMLinear) {
-        if (settings.hugePages) mCopy.emplace(mShapes, hasInt8Weights ? 1 : elementBytes(type));
+        const bool isElement = mWeights == WeightType::kELEMENT;
+        const bool isNibbles = !isElement && mWeights != WeightType::kINT8;
+        // Integers that are widened are copied thereby.
+        if (!settings.hugePages || (isNibbles && !mNode.roundsActivations)) return;
+        mCopy.emplace(mShapes, isElement ? elementBytes(type) : 1, isNibbles ? 2 : 1);
     }
 
     void run(OrtKernelContext* context) const override {
@@ -76,10 +83,11 @@ class LinearKernel : public Kernel {
         arguments.outputs = static_cast<std::size_t>(w[1]);
         arguments.pattern = mNode.pattern;
         arguments.w = inputs.data(Input::W);
-        if (mHasInt8Weights) {
-            setScales(inputs, w, arguments);
-        } else if (inputs.has(Input::weight_scale)) {
-            throw Fault("NMLinear: input weight_scale goes with an int8 W; this W is of X's type");
+        if (mWeights == WeightType::kELEMENT) {
+            mNode.checkElementWeights(inputs);
+        } else {
+            prepared.stored = StoredWeights(inputs, mNode, mStored, w);
+            prepared.stored.place(arguments);
         }
         arguments.bias = inputs.vector(Input::bias, w[1]);
         arguments.shiftWeight = static_cast<const float*>(inputs.vector(Input::shift_weight, w[1]));
@@ -112,25 +120,10 @@ class LinearKernel : public Kernel {
         nmLinear(arguments, pool.threads());
     }
 
-    // Throws Fault unless the scales are [1, O], or [G, O] with G groups of a multiple of 16 rows.
-    static void setScales(const Inputs& inputs, const Shape& w, LinearArguments& arguments) {
-        const Shape scales =
-            inputs.has(Input::weight_scale) ? inputs.shape(Input::weight_scale) : Shape{};
-        const bool fits = scales.size() == 2 && scales[1] == w[1] && scales[0] >= 1 &&
-                          w[0] % scales[0] == 0 &&
-                          (scales[0] == 1 || w[0] / scales[0] % kSCALE_GROUP == 0);
-        if (!fits) {
-            throw Fault("NMLinear: int8 W has shape " + textOf(w) + " and weight_scale " +
-                        textOf(scales) + "; allowed: [1, O], or [G, O] with K / G a multiple of " +
-                        std::to_string(kSCALE_GROUP));
-        }
-        arguments.weightScale = static_cast<const float*>(inputs.data(Input::weight_scale));
-        arguments.scaleGroups = static_cast<std::size_t>(scales[0]);
-    }
-
     const OrtApi& mApi;
     ElementType mType;
-    bool mHasInt8Weights;
+    StoredTypes mStored;
+    WeightType mWeights;
     std::size_t mThreads;
     LinearNode mNode;
     InputShapes mShapes;
@@ -143,13 +136,9 @@ class LinearKernel : public Kernel {
 }  // namespace
 
 std::unique_ptr<Kernel> makeLinearKernel(const OrtApi& api, const OrtKernelInfo* info,
-                                         ElementType type, const SessionSettings& settings) {
-    return std::make_unique<LinearKernel>(api, info, type, false, settings);
-}
-
-std::unique_ptr<Kernel> makeInt8LinearKernel(const OrtApi& api, const OrtKernelInfo* info,
-                                             ElementType type, const SessionSettings& settings) {
-    return std::make_unique<LinearKernel>(api, info, type, true, settings);
+                                         ElementType type, StoredTypes stored,
+                                         const SessionSettings& settings) {
+    return std::make_unique<LinearKernel>(api, info, type, stored, settings);
 }
 
 }  // namespace nmexport

@@ -10,8 +10,9 @@ namespace nmexport {
 
 class WeightCopy {
   public:
-    // Copies nothing where W is not constant, or there are no huge pages.
-    WeightCopy(const InputShapes& shapes, std::size_t elementBytes);
+    // Copies nothing where W is not constant, or there are no huge pages. `columnsPerByte` is of
+    // integers of 4 bits, else 1.
+    WeightCopy(const InputShapes& shapes, std::size_t elementBytes, std::size_t columnsPerByte);
 
     // The rows to read in place of the `given` ones.
     const void* rows(const void* given) const { return mRows == nullptr ? given : mRows.get(); }

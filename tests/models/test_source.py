@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from nmexport.errors import ModelError
 from nmexport.models import source as module
+from nmexport.models.quantised.methods import SIDE_FILES
 from nmexport.models.source import packaged_gguf, resolve
 from nmexport.recipe import ModelSection
 
@@ -223,7 +224,8 @@ def test_download(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: None)
     assert resolve(ModelSection(id="someone/model")).folder == snapshot
-    assert asked[0]["allow_patterns"] == ["config.json", "adapter_config.json"], "looked at first"
+    first = ["config.json", "adapter_config.json", *SIDE_FILES]
+    assert asked[0]["allow_patterns"] == first, "looked at first"
     patterns = asked[1]["allow_patterns"]
     assert "*.safetensors" in patterns
     assert not any(pattern.endswith((".bin", ".py", ".pt")) for pattern in patterns)

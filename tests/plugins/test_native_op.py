@@ -21,14 +21,18 @@ from tests.support.op_cases import (
     BFLOAT16,
     FLOAT16,
     FLOAT32,
+    INTEGERS,
     PATTERNS,
+    STORED,
     TYPES,
+    LinearCase,
     linear_case,
     linear_node,
     one_node_model,
     prune_node,
     run_session,
     session_of,
+    with_stored_weight,
 )
 
 pytestmark = pytest.mark.skipif(
@@ -187,6 +191,59 @@ def test_weights_in_huge_pages_change_no_bit(dtype, scale_groups, optional, phas
         assert run_session(copied, x).tobytes() == expected
 
 
+@pytest.mark.parametrize("stored", INTEGERS, ids=str)
+@pytest.mark.parametrize("groups", [1, 6])
+@pytest.mark.parametrize("activation_bits", [0, 8])
+def test_integers_have_the_same_bits_whatever_surrounds_them(stored, groups, activation_bits):
+    """Alone, in company, on several threads, in huge pages, and as inputs of a run."""
+    case = with_stored_weight(
+        linear_case(
+            shape=(1, 40, 192),
+            out_features=300,
+            optional=("bias", "channel_order"),
+            variance_correction=1,
+            activation_bits=activation_bits,
+        ),
+        stored,
+        groups,
+        zero_point=groups > 1,
+        scale_dtype=FLOAT16 if groups > 1 else FLOAT32,
+    )
+    case.arrays["weight_scale"] = case.arrays["weight_scale"].astype(np.float32)  # halves exactly
+    model = one_node_model(case.node(), case.x, case.arrays)
+    session = native_session(model)
+    whole = run_session(session, case.x)
+    for other in (native_session(model, threads=3), native_session(model, huge_pages="1")):
+        assert run_session(other, case.x).tobytes() == whole.tobytes()
+    for first, length in ((0, 1), (7, 2), (3, 3), (20, 4), (11, 17)):
+        part = run_session(session, case.x[:, first : first + length])
+        assert part.tobytes() == whole[:, first : first + length].tobytes()
+    assert run_with_input_weights(case).tobytes() == whole.tobytes()
+
+
+def ort_value(array, data_type):
+    if array.dtype not in INTEGERS[1:]:
+        return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+    nibbles = array.astype(np.uint8).ravel() & 15
+    memory = np.zeros(array.shape, np.uint8)  # of which the first half is read
+    memory.ravel()[: nibbles.size // 2] = nibbles[::2] | nibbles[1::2] << 4
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(memory, data_type)
+
+
+def run_with_input_weights(case):
+    """The same model with weights, scales and zero points as inputs of the graph."""
+    model = one_node_model(case.node(), case.x, case.arrays)
+    values = {}
+    for tensor in list(model.graph.initializer):
+        model.graph.initializer.remove(tensor)
+        model.graph.input.append(
+            onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+        )
+        values[tensor.name] = ort_value(case.arrays[tensor.name], tensor.data_type)
+    values["X"] = onnxruntime.OrtValue.ortvalue_from_numpy(case.x)
+    return native_session(model).run_with_ort_values(None, values)[0].numpy()
+
+
 @pytest.mark.parametrize("told", ["2", "-1", "yes", ""])
 def test_huge_pages_are_asked_for_or_not(told):
     case = linear_case(shape=(1, 32), out_features=8)
@@ -291,15 +348,20 @@ def broken(**changes):
         **changes.pop("attributes", {}),
     )
     arrays = {**case.arrays, **changes}
+    return unchecked_model(LinearCase(case.x, case.attributes, arrays)), case.x
+
+
+def unchecked_model(case):
+    """A model of a node that may break the contract; no function body."""
     graph = onnx.helper.make_graph(
         [case.node()],
         "broken",
-        [onnx.helper.make_tensor_value_info("X", onnx.TensorProto.FLOAT, ["S", 32])],
-        [onnx.helper.make_tensor_value_info("Y", onnx.TensorProto.FLOAT, ["S", 8])],
-        [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()],
+        [onnx.helper.make_tensor_value_info("X", onnx.TensorProto.FLOAT, ["S", "K"])],
+        [onnx.helper.make_tensor_value_info("Y", onnx.TensorProto.FLOAT, ["S", "O"])],
+        [onnx.numpy_helper.from_array(array, name) for name, array in case.arrays.items()],
     )
-    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("nmexport", 2)]
-    return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10), case.x
+    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("nmexport", 2)]
+    return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
 ZEROS = np.zeros(7, np.float32)
@@ -337,15 +399,43 @@ def test_what_does_not_fit_is_refused_in_words(changes, message):
         run_session(native_session(model), x)
 
 
-def test_what_is_not_done_yet_is_refused_in_words():
-    case = linear_case(shape=(1, 32), out_features=8, scale_groups=1, activation_bits=8)
-    with pytest.raises(REFUSALS, match="activation_bits = 8 is not implemented here yet"):
-        native_session(one_node_model(case.node(), case.x, case.arrays))
-    case = linear_case(shape=(1, 32), out_features=8, scale_groups=1)
-    case.arrays["weight_zero_point"] = np.zeros((1, 8), dtype=np.int8)
-    session = native_session(one_node_model(case.node(), case.x, case.arrays))
-    with pytest.raises(REFUSALS, match="weight_zero_point is not implemented here yet"):
-        run_session(session, case.x)
+def stored_case(stored=STORED[0], groups=1, out_features=8, **changes):
+    case = linear_case(shape=(1, 64), out_features=out_features, **changes)
+    return with_stored_weight(case, stored, groups, zero_point=stored in INTEGERS)
+
+
+@pytest.mark.parametrize(
+    ("case", "arrays", "message"),
+    [
+        (
+            stored_case(),
+            {"weight_scale": np.ones((3, 8), np.float32)},
+            r"\[3, 8\]; allowed: \[1, O",
+        ),
+        (
+            stored_case(),
+            {"weight_scale": None, "weight_zero_point": None},
+            r"weight_scale \[\]; allowed: \[1, O\]",
+        ),
+        (stored_case(), {"weight_zero_point": np.zeros((2, 8), np.int8)}, "that of weight_scale"),
+        (stored_case(STORED[1], out_features=7), {}, "an even O for integers of 4 bits"),
+        (
+            stored_case(groups=4, activation_bits=8, activation_block=32),
+            {},
+            "activation_block is 32; allowed: a multiple of 16 that divides K / G = 16",
+        ),
+        (stored_case(activation_bits=8, activation_block=24), {}, "activation_block is 24"),
+        (stored_case(activation_bits=4), {}, "activation_bits is 4; allowed: 0 or 8"),
+        (stored_case(STORED[3]), {}, "float8e4m3fn, which the CPU has no kernel for"),
+        (linear_case(shape=(1, 64), activation_bits=8), {}, "goes with an int8, int4 or uint4 W"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_stored_weights_that_do_not_fit_are_refused_in_words(case, arrays, message):
+    changed = {name: a for name, a in {**case.arrays, **arrays}.items() if a is not None}
+    case = LinearCase(x=case.x, attributes=case.attributes, arrays=changed)
+    with pytest.raises(REFUSALS, match=message):
+        run_session(native_session(unchecked_model(case)), case.x)
 
 
 def test_a_missing_attribute_is_refused():
@@ -374,6 +464,9 @@ NUMBERS = {
     "bfloat16": onnx.TensorProto.BFLOAT16,
     "int32": onnx.TensorProto.INT32,
     "int8": onnx.TensorProto.INT8,
+    "int4": onnx.TensorProto.INT4,
+    "uint4": onnx.TensorProto.UINT4,
+    "float8e4m3fn": onnx.TensorProto.FLOAT8E4M3FN,
 }
 
 
@@ -382,16 +475,24 @@ def test_the_registered_schema_is_the_contract():
     described = native.describe_library(native.require_library())
     assert described["domain"] == contract["domain"]
     assert described["opset_version"] == contract["opset_version"]
+    linear = contract["ops"]["NMLinear"]
+    stored = next(one for one in linear["inputs"] if one["name"] == "W")["alternatives"]
     expected = [
-        expected_op(name, contract["ops"][name], element, weights or element)
-        for name, weights in (("NMPrune", None), ("NMLinear", None), ("NMLinear", "int8"))
+        expected_op("NMPrune", contract["ops"]["NMPrune"], element, element, "float32")
         for element in contract["types"]
     ]
+    for element in contract["types"]:
+        expected.append(expected_op("NMLinear", linear, element, element, "float32"))
+        expected += [
+            expected_op("NMLinear", linear, element, weights, scales)
+            for weights in stored
+            for scales in dict.fromkeys(("float32", element))
+        ]
     assert described["ops"] == expected
 
 
-def expected_op(name, spec, element, weights):
-    """What the library says of an op of an element type whose W is of the type `weights`."""
+def expected_op(name, spec, element, weights, scales):
+    """What the library says of an op of an element type with W and its scales of other types."""
     return {
         "name": name,
         "inputs": [
@@ -400,6 +501,8 @@ def expected_op(name, spec, element, weights):
                 "type": NUMBERS[
                     weights
                     if one["name"] == "W"
+                    else scales
+                    if one["name"] == "weight_scale"
                     else {"T": element, "W": weights}.get(one["type"], one["type"])
                 ],
                 "optional": one["optional"],

@@ -20,7 +20,9 @@ from nmexport.cli.main import cli
 from nmexport.errors import ArtifactError, EnvironmentFault, RequestError
 from nmexport.runtimes.tensorrt import library as tensorrt_library
 from nmexport.serving import client, launch, stub_environment
-from nmexport.serving.launch import Addresses, Installation, Server
+from nmexport.serving.addresses import Addresses
+from nmexport.serving.launch import Installation, Server
+from nmexport.serving.openai import opening
 from nmexport.serving.server_output import ServerOutput
 from nmexport.serving.stub_environment import python_environment
 
@@ -192,6 +194,10 @@ def test_a_server_hears_nobody_else_unless_asked(tmp_path: Path) -> None:
     assert everywhere.http == "http://127.0.0.1:1"
     assert everywhere.grpc == "127.0.0.1:2"
     assert everywhere.metrics == "http://127.0.0.1:3/metrics"
+    assert everywhere.openai == "http://127.0.0.1:9000/v1"
+    assert everywhere.openai_listener == ":::9000"
+    without = replace(everywhere, openai_port=0)
+    assert (without.openai, without.openai_listener) == (None, "")
 
 
 # -- watching -------------------------------------------------------------------------------------
@@ -258,7 +264,7 @@ def occupied() -> Iterator[int]:
         thread.join()
 
 
-@pytest.mark.parametrize("name", ["http", "grpc", "metrics"])
+@pytest.mark.parametrize("name", ["http", "grpc", "metrics", "openai"])
 def test_a_taken_port_is_named_before_the_start(tmp_path: Path, name: str) -> None:
     with occupied() as port:
         where = replace(addresses(), **{f"{name}_port": port})
@@ -383,6 +389,15 @@ def test_doctor_names_the_server(
     monkeypatch.setattr(launch, "_WHEEL", "no_such_package")
     shown = CliRunner().invoke(cli, ["doctor"]).stdout
     assert "none: pip install" in shown
+
+
+@pytest.mark.parametrize(("is_here", "says"), [(True, "served by"), (False, "nmexport[serve]")])
+def test_doctor_tells_whether_openai_s_api_is_served(
+    monkeypatch: pytest.MonkeyPatch, says: str, *, is_here: bool
+) -> None:
+    monkeypatch.setattr(opening, "is_installed", lambda: is_here)
+    assert json.loads(CliRunner().invoke(cli, ["doctor", "--json"]).stdout)["openai_api"] == is_here
+    assert says in CliRunner().invoke(cli, ["doctor"]).stdout
 
 
 # -- the client -----------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from nmexport.bench.context import check_context
 from nmexport.errors import RecipeError
 from nmexport.models.source import licence_files
 from nmexport.serving import repository
+from nmexport.serving.openai.opening import ADDRESS_VARIABLE
 
 from tests.support.served import engine_of, tensorrt_document, text_model
 
@@ -107,16 +108,29 @@ def test_it_listens_where_it_is_told_and_nowhere_else(tiny_export: Path, tmp_pat
     assert "--grpc-address=0.0.0.0" in everywhere
 
 
+@pytest.mark.parametrize(("asked", "told"), [(None, "::1:9000"), ("81", "::1:81"), ("0", "")])
+def test_the_model_is_told_where_openai_s_api_is(
+    tiny_export: Path, tmp_path: Path, asked: str | None, told: str
+) -> None:
+    package = words(tiny_export, tmp_path / "p")
+    server = program(tmp_path / "tritonserver", f'#!/bin/sh\necho "told ${ADDRESS_VARIABLE}"\n')
+    variables = {} if asked is None else {"OPENAI_PORT": asked}
+    shown = launch(package, path=tmp_path, TRITONSERVER=str(server), BIND="::1", **variables)
+    assert shown == [f"told {told}", "ended with 0"]
+
+
 def test_the_wheels_server_is_started_by_nmexport(tiny_export: Path, tmp_path: Path) -> None:
     package = words(tiny_export, tmp_path / "a b")
     ours = program(tmp_path / "env" / "bin" / "nmexport")
     alone = launch(package, "--http-port=1", path=tmp_path, PYTHON_ENV=str(ours.parent.parent))
     serve = ["nmexport", "serve", str(package), "--host"]
-    assert alone == [*serve, "127.0.0.1", "--http-port=1", "ended with 0"]
+    openai = ["--openai-port", "9000"]
+    assert alone == [*serve, "127.0.0.1", *openai, "--http-port=1", "ended with 0"]
     server = program(tmp_path / "pytriton" / "tritonserver" / "bin" / "tritonserver")
     (server.parent.parent / "python_backend_stubs").mkdir()
-    shown = launch(package, path=ours.parent, TRITONSERVER=str(server), BIND="::1")
-    assert shown == [*serve, "::1", "--server", str(server), "ended with 0"]
+    asked = {"TRITONSERVER": str(server), "BIND": "::1", "OPENAI_PORT": "0"}
+    shown = launch(package, path=ours.parent, **asked)
+    assert shown == [*serve, "::1", "--server", str(server), "--openai-port", "0", "ended with 0"]
 
 
 def test_no_server_is_told(tiny_export: Path, tmp_path: Path) -> None:

@@ -16,19 +16,19 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import openai
 import pytest
 from nmexport.errors import EnvironmentFault, RequestError
 from nmexport.generation.loop import generate
 from nmexport.serving import client, launch
-from nmexport.serving.bundle import FILENAME, REFERENCE
+from nmexport.serving.bundle import REFERENCE
 from nmexport.serving.stub_environment import make_environment
 from nmexport.serving.triton_config import from_text, to_text
 
 from tests.support.served import (
     NAME,
-    engine_document,
     require_tritonserver,
-    save_package,
+    save_work,
     triton,
 )
 from tests.support.triton_clients import (
@@ -61,15 +61,7 @@ def work(tiny_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A work directory with an export, an engine and a package."""
     require_tritonserver()
     root = tmp_path_factory.mktemp("served")
-    shutil.copytree(tiny_export, root / "export" / "current")
-    engine = root / "engine" / "current"
-    engine.mkdir(parents=True)
-    (engine / "engine.json").write_text(json.dumps(engine_document()))
-    bundle = save_package(root / "export" / "current", root / "package" / "current")
-    # Its positions have no end, and neither have its texts without an end token.
-    path = bundle / FILENAME
-    changed = {"context_tokens": CONTEXT, "end_tokens": []}
-    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **changed}))
+    save_work(tiny_export, root, context=CONTEXT)
     return root
 
 
@@ -179,6 +171,23 @@ def test_the_request_of_tritons_openai_front_end_is_taken(
     assert sum(answer["num_output_tokens"] for answer in answers) == 5
     assert answers[-1]["completion_tokens"] == 5
     assert text_of(answers)
+
+
+def test_openai_s_client_sees_the_same_model(server: launch.Server, work: Path) -> None:
+    expected = "".join(generate(work, PROMPT, max_tokens=24))
+    before = metrics(server)
+    with openai.OpenAI(base_url=server.addresses.openai, api_key="none") as asking:
+        (model,) = asking.models.list().data
+        whole = asking.completions.create(model=model.id, prompt=PROMPT, max_tokens=24)
+        chunks = list(
+            asking.completions.create(model=model.id, prompt=PROMPT, max_tokens=24, stream=True)
+        )
+    assert model.id == NAME
+    assert whole.choices[0].text == expected
+    assert "".join(chunk.choices[0].text for chunk in chunks) == expected
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens == 24
+    assert gained(server, before)["requests_finished_total"] == 2
 
 
 # -- many -----------------------------------------------------------------------------------------
@@ -466,6 +475,7 @@ def test_nmexport_serve_starts_waits_and_stops_at_sigterm(work: Path) -> None:
     command = [sys.executable, "-m", "nmexport", "serve", str(work), "--json"]
     command += ["--http-port", str(where.http_port), "--grpc-port", str(where.grpc_port)]
     command += ["--metrics-port", str(where.metrics_port)]
+    command += ["--openai-port", str(where.openai_port)]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as run:
@@ -477,6 +487,7 @@ def test_nmexport_serve_starts_waits_and_stops_at_sigterm(work: Path) -> None:
         document = json.loads("".join(lines))
         assert client.text_model(document["http"]) == NAME
         assert document["http"] == where.http
+        assert launch.serves_openai(document["openai"])
         run.terminate()
         run.communicate(timeout=30)
     assert run.returncode == 0

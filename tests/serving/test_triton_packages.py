@@ -118,7 +118,7 @@ def test_the_launch_script_starts_a_server_without_its_engine(
     ports = {"http": where.http_port, "grpc": where.grpc_port, "metrics": where.metrics_port}
     with subprocess.Popen(
         [package / "launch.sh", *(f"--{name}-port={port}" for name, port in ports.items())],
-        env={**os.environ, "PYTHON_ENV": sys.prefix},
+        env={**os.environ, "PYTHON_ENV": sys.prefix, "OPENAI_PORT": str(where.openai_port)},
         stderr=subprocess.PIPE,
         text=True,
     ) as running:
@@ -130,6 +130,7 @@ def test_the_launch_script_starts_a_server_without_its_engine(
         assert client.models(where.http) == [NAME]
         answer = client.generate(where.http, NAME, {"text_input": "a", "max_tokens": 2})
         assert answer["text_output"]
+        assert launch.serves_openai(where.openai)
         running.send_signal(signal.SIGTERM)
         _, said = running.communicate(timeout=60)
     assert running.returncode == 0

@@ -36,6 +36,7 @@ from nmexport.stages import engine, package, verify
 from nmexport.stages.inputs import StageInputs
 from nmexport.store.artifact import file_digest
 from nmexport.store.work_directory import WorkDirectory
+from nmexport.verification import executors, subject
 from nmexport.verification.memory import artifact_bytes
 from onnx import TensorProto
 
@@ -192,15 +193,15 @@ def test_a_model_that_computes_nan_is_refused(tmp_path: Path, toy_export: Path) 
 
 def test_prompts_are_the_windows_starts_first() -> None:
     windows = np.arange(2 * 70).reshape(2, 70)
-    prompts = verify.prompts_from(windows, 3)
+    prompts = subject.prompts_from(windows, 3)
     assert prompts.shape == (3, 32)
     assert prompts[:, 0].tolist() == [0, 70, 32]
-    assert verify.prompts_from(windows[:, :8], 9).shape == (2, 8)
+    assert subject.prompts_from(windows[:, :8], 9).shape == (2, 8)
 
 
 def test_latency_tokens_repeat_a_short_text() -> None:
     section = LatencySection(prefill_tokens=5, decode_context=4)
-    prompt, context = verify.latency_tokens(np.arange(3)[None, :], section)
+    prompt, context = subject.latency_tokens(np.arange(3)[None, :], section)
     assert prompt.tolist() == [[0, 1, 2, 0, 1]]
     assert context.tolist() == [[2, 0, 1, 2]]
 
@@ -329,7 +330,7 @@ def test_executors_stay_out_where_memory_is_short(
     for sizes in (0, 4, 9):
         free = types.SimpleNamespace(available=sizes * size)
         monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: free)
-        out.append(verify._too_large(described, dtype))
+        out.append(executors.too_large(described, dtype))
     assert [list(one) for one in out] == [["torch", "onnx"], ["torch"] * (dtype != "float32"), []]
     assert all("of memory, and 0 GB are free" in why for why in out[0].values())
 
@@ -338,7 +339,7 @@ def test_a_report_stands_without_executors_that_are_too_large(
     built: WorkDirectory, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        verify, "_too_large", lambda *_: {"torch": "too large", "onnx": "too large"}
+        executors, "too_large", lambda *_: {"torch": "too large", "onnx": "too large"}
     )
     upstream = {name: built.require(name) for name in verify.UPSTREAM}
     inputs = _inputs(tmp_path, **upstream)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.server
 import json
+import shutil
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -14,6 +15,8 @@ from nmexport.errors import EnvironmentFault
 from nmexport.runtimes.engine import SCHEMA, Engine
 from nmexport.runtimes.onnxruntime_session import SESSION_CONFIG
 from nmexport.serving import launch
+from nmexport.serving.addresses import Addresses
+from nmexport.serving.bundle import FILENAME
 from nmexport.serving.repository import TextModel, write_text_model, write_words
 from nmexport.serving.stub_environment import python_environment
 from nmexport.store.records import record_from
@@ -138,9 +141,26 @@ def save_package(export: Path, output: Path, **changes: object) -> Path:
     return bundle
 
 
-def addresses() -> launch.Addresses:
-    """Three ports that were free a moment ago."""
-    return launch.Addresses.unused()
+def save_work(export: Path, root: Path, *, context: int) -> Path:
+    """A work directory with an export, an engine and a package; returns the bundle's folder.
+
+    The package's texts end by their length alone, and may have up to `context` tokens: the tiny
+    model's positions have no end.
+    """
+    shutil.copytree(export, root / "export" / "current")
+    engine = root / "engine" / "current"
+    engine.mkdir(parents=True)
+    (engine / "engine.json").write_text(json.dumps(engine_document()))
+    bundle = save_package(root / "export" / "current", root / "package" / "current")
+    path = bundle / FILENAME
+    changed = {"context_tokens": context, "end_tokens": []}
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **changed}))
+    return bundle
+
+
+def addresses() -> Addresses:
+    """Ports that were free a moment ago."""
+    return Addresses.unused()
 
 
 @contextlib.contextmanager

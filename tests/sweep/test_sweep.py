@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from nmexport.cli.main import cli
 from nmexport.errors import EnvironmentFault, RecipeError, WorkDirectoryError
 from nmexport.progress import Silent
+from nmexport.recipe import resolve
 from nmexport.report.model import json_of
 from nmexport.runtimes.session import Session
 from nmexport.sparsity.pattern import NMPattern
@@ -27,6 +28,8 @@ from nmexport.sweep.cluster import RayCluster, ThisMachine, reservation
 from nmexport.sweep.plan import Baseline
 from nmexport.sweep.replay import Replay
 from torch import nn
+
+from tests.support.tiny_gguf import save_tiny_gguf
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,6 +73,20 @@ def run(*arguments: str | Path) -> dict[str, Any]:
 def swept(sweep_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     root = tmp_path_factory.mktemp("swept") / "out"
     return root, run(sweep_file, "--work", root)
+
+
+def test_a_gguf_is_dequantised_once_for_all_cells(tiny_llama: Path, tmp_path: Path) -> None:
+    save_tiny_gguf(tiny_llama, tmp_path / "m.gguf")
+    section = resolve(str(tmp_path / "m.gguf")).model
+    job = measure.Job(model="m", folder=tmp_path / "m", cells=(), measure="accuracy")
+    notes: list[str] = []
+    progress = Silent()
+    progress.note = notes.append  # type: ignore[method-assign]
+    sources = [measure._Bench(job, progress)._readable_model(section) for _ in range(2)]
+    assert len(notes) == 1
+    assert "once for all" in notes[0]
+    assert sources[0] == sources[1]
+    assert sources[0].unpacked is not None
 
 
 # -- what is measured --------------------------------------------------------------------------

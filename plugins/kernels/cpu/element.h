@@ -13,6 +13,9 @@ namespace nmexport {
 enum class ElementType { kFLOAT32 = 0, kFLOAT16 = 1, kBFLOAT16 = 2 };
 
 constexpr int kELEMENT_TYPES = 3;
+// What W holds: values of X's type, or integers that stand for themselves less a zero point, times
+// a scale.
+enum class WeightType { kELEMENT, kINT8, kINT4, kUINT4 };
 // Weights come in the element types, or as Int8: the last index of a table by weight type.
 constexpr int kINT8_WEIGHTS = kELEMENT_TYPES;
 constexpr int kWEIGHT_TYPES = kELEMENT_TYPES + 1;

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "linear_pass.h"
+
 namespace nmexport {
 
 namespace {
@@ -10,131 +12,35 @@ namespace {
 // Operands of one pass stay within the second- or third-level cache.
 constexpr std::size_t kPASS_BYTES = std::size_t{8} << 20;
 constexpr std::size_t kMIN_PASS_TOKENS = 64;
-// Tokens selected together by one task; their groups share vectors.
-constexpr std::size_t kSELECT_TOKENS = 8;
-// Decode, with up to this many tokens (measured): sums of a tile take at most 16 KiB of the
-// first-level cache ...
+// Decode, with up to this many tokens (measured).
 constexpr std::size_t kFEW_TOKENS = 6;
-constexpr std::size_t kMAX_TILE_SUMS = 4096;
-// ... a row's part in a tile is at least four cache lines ...
-constexpr std::size_t kMIN_TILE_COLUMNS = 64;
-// ... and waking another thread pays from about this many kept bytes on.
-constexpr std::size_t kMIN_TASK_BYTES = std::size_t{96} << 10;
 // Prefill: tokens of a task; their sums stay in the second-level cache.
 constexpr std::size_t kMIN_PANEL_TOKENS = 32;
 constexpr std::size_t kMAX_PANEL_TOKENS = 512;
-// Tasks per thread at least, so that an interrupted thread does not hold up the others ...
-constexpr std::size_t kTASKS_PER_THREAD = 2;
-// ... and as many as leave no more than this share of the last round idle.
-constexpr double kIDLE = 0.125;
-
-std::size_t divideUp(std::size_t a, std::size_t b) {
-    return (a + b - 1) / b;
-}
-
-// The tokens of one pass, selected.
-struct Pass {
-    std::size_t first;
-    std::size_t tokens;
-    SelectedTokens selected;
-    float* nu;  // [tokens]
-};
-
-bool keepsAll(const LinearArguments& a) {
-    return a.keepAll || a.pattern.n == a.pattern.m;
-}
-
-bool isInt8(const LinearArguments& a) {
-    return a.weightScale != nullptr;
-}
-
-// Each row of W has scales of its own, which meet it before the sum; else they wait for the end.
-bool hasScaledRows(const LinearArguments& a) {
-    return isInt8(a) && a.scaleGroups > 1;
-}
 
 std::size_t weightType(const LinearArguments& a) {
-    return isInt8(a) ? kINT8_WEIGHTS : static_cast<std::size_t>(a.type);
-}
-
-std::size_t weightBytes(const LinearArguments& a) {
-    return isInt8(a) ? 1 : elementBytes(a.type);
+    return a.weightType == WeightType::kINT8 ? kINT8_WEIGHTS : static_cast<std::size_t>(a.type);
 }
 
 WeightScales scalesFrom(const LinearArguments& a, std::size_t column) {
     if (!hasScaledRows(a)) return {};
-    return {a.weightScale + column, a.channels / a.scaleGroups};
+    const std::int8_t* zeros = static_cast<const std::int8_t*>(a.weightZero);
+    return {static_cast<const float*>(a.weightScale) + column, a.channels / a.scaleGroups,
+            zeros == nullptr ? nullptr : zeros + column};
+}
+
+auto rowProductOf(const LinearArguments& a, const Variant& variant) {
+    if (!hasScaledRows(a)) return variant.rowProduct[weightType(a)];
+    return a.weightZero == nullptr ? variant.scaledRowProduct : variant.shiftedRowProduct;
+}
+
+auto panelProductOf(const LinearArguments& a, const Variant& variant) {
+    if (!hasScaledRows(a)) return variant.panelProduct[weightType(a)];
+    return a.weightZero == nullptr ? variant.scaledPanelProduct : variant.shiftedPanelProduct;
 }
 
 const char* weightsFrom(const LinearArguments& a, std::size_t column) {
-    return static_cast<const char*>(a.w) + column * weightBytes(a);
-}
-
-const char* columnOf(const LinearArguments& a, const void* base, std::size_t column) {
-    return static_cast<const char*>(base) + column * elementBytes(a.type);
-}
-
-void select(const LinearArguments& a, const Variant& variant, const Pass& pass) {
-    const char* x = columnOf(a, a.x, pass.first * a.channels);
-    const SelectedTokens& selected = pass.selected;
-    const bool dense = keepsAll(a);
-    if (dense) {
-        keepTokens(variant, a.type, x, a.channels, pass.tokens, a.constants, selected);
-    } else {
-        selectTokens(variant, a.type, x, a.channels, pass.tokens, a.pattern, a.constants, selected);
-    }
-    for (std::size_t t = 0; t < pass.tokens; ++t) {
-        // Where nothing is dropped, there is nothing to correct, not even for a constant token.
-        const bool correct = a.varianceCorrection && !dense;
-        pass.nu[t] = correct ? variant.varianceRatio(selected.z + t * selected.zStride,
-                                                     selected.keep + t * selected.keepStride,
-                                                     a.channels, a.varianceFloor)
-                             : 1.0f;
-        if (a.valueScale != nullptr) {
-            variant.scaleValues(a.valueScale, a.channels, selected.z + t * selected.zStride);
-        }
-    }
-}
-
-// Of some columns from a token on, without its sums and factors.
-Epilogue epilogueOf(const LinearArguments& a, std::size_t token, std::size_t firstColumn,
-                    std::size_t columns) {
-    const bool shifted = a.constants.dynamicShift && a.shiftWeight != nullptr;
-    Epilogue epilogue{};
-    epilogue.weightScale = isInt8(a) && !hasScaledRows(a) ? a.weightScale + firstColumn : nullptr;
-    epilogue.columns = columns;
-    epilogue.shiftWeight = shifted ? a.shiftWeight + firstColumn : nullptr;
-    epilogue.bias = a.bias == nullptr ? nullptr : columnOf(a, a.bias, firstColumn);
-    epilogue.y = static_cast<char*>(a.y) + (token * a.outputs + firstColumn) * elementBytes(a.type);
-    return epilogue;
-}
-
-// The bias arrives while the rows are multiplied.
-void prefetchBias(const LinearArguments& a, std::size_t begin, std::size_t end) {
-    if (a.bias == nullptr) return;
-    const char* last = columnOf(a, a.bias, end);
-    for (const char* at = columnOf(a, a.bias, begin); at < last; at += kALIGNMENT) {
-        __builtin_prefetch(at, 0, 2);  // the first-level cache has the sums to hold
-    }
-}
-
-// Scratch of this thread for a pass, nothing selected yet.
-Pass passOf(const LinearArguments& a, const Variant& variant, std::size_t first,
-            std::size_t tokens) {
-    thread_local Scratch<float> zScratch;
-    thread_local Scratch<std::uint64_t> keepScratch;
-    thread_local Scratch<float> etaScratch;
-    thread_local Scratch<float> nuScratch;
-    Pass pass;
-    pass.first = first;
-    pass.tokens = tokens;
-    pass.selected.zStride = divideUp(a.channels, variant.lanes) * variant.lanes;
-    pass.selected.z = zScratch.reserve(tokens * pass.selected.zStride);
-    pass.selected.keepStride = keepWords(a.channels);
-    pass.selected.keep = keepScratch.reserve(tokens * pass.selected.keepStride);
-    pass.selected.eta = etaScratch.reserve(tokens);
-    pass.nu = nuScratch.reserve(tokens);
-    return pass;
+    return static_cast<const char*>(a.w) + rowBytes(a, column);
 }
 
 // What each token of a pass keeps, as lists that are multiplied a slice at a time.
@@ -180,8 +86,7 @@ void multiplyTile(const LinearArguments& a, const Variant& variant, const Pass& 
     const std::size_t columns = end - begin;
     const std::size_t stride = divideUp(columns, variant.lanes) * variant.lanes;
     float* sums = sumScratch.reserve(pass.tokens * stride);
-    const auto multiply =
-        hasScaledRows(a) ? variant.scaledRowProduct : variant.rowProduct[weightType(a)];
+    const auto multiply = rowProductOf(a, variant);
     RowProduct product{};
     product.w = weightsFrom(a, begin);
     product.rowStride = a.outputs;
@@ -209,24 +114,6 @@ void multiplyTile(const LinearArguments& a, const Variant& variant, const Pass& 
     }
 }
 
-// How the columns of a few tokens are cut: each task takes tiles of its own.
-struct Cut {
-    std::size_t tasks;
-    std::size_t tiles;  // a multiple of the tasks
-};
-
-Cut cutOf(const LinearArguments& a, std::size_t tokens, const ThreadPool& pool) {
-    const std::size_t groups = a.channels / static_cast<std::size_t>(a.pattern.m);
-    const std::size_t kept =
-        keepsAll(a) ? a.channels : groups * static_cast<std::size_t>(a.pattern.n);
-    const std::size_t keptBytes = tokens * kept * a.outputs * weightBytes(a);
-    const std::size_t worthwhile =
-        std::min({pool.threads, keptBytes / kMIN_TASK_BYTES, a.outputs / kMIN_TILE_COLUMNS});
-    const std::size_t tasks = std::max(worthwhile, std::size_t{1});
-    const std::size_t fitting = divideUp(tokens * a.outputs, kMAX_TILE_SUMS);
-    return {tasks, divideUp(fitting, tasks) * tasks};
-}
-
 // Decode. A task owns tiles of columns and reads their part of every row that a token keeps:
 //
 //              columns 0 .. O
@@ -237,7 +124,7 @@ Cut cutOf(const LinearArguments& a, std::size_t tokens, const ThreadPool& pool) 
 // threads start together.
 void multiplyFew(const LinearArguments& a, const Variant& variant, std::size_t first,
                  std::size_t tokens, const ThreadPool& pool) {
-    const Cut cut = cutOf(a, tokens, pool);
+    const Cut cut = cutOf(a, tokens, tokens * keptRows(a) * rowBytes(a, a.outputs), pool);
     const std::size_t units = divideUp(a.outputs, variant.lanes);
     parallelFor(pool, cut.tasks, [&](std::size_t task) {
         const Pass pass = passOf(a, variant, first, tokens);
@@ -251,13 +138,6 @@ void multiplyFew(const LinearArguments& a, const Variant& variant, std::size_t f
             if (begin < end) multiplyTile(a, variant, pass, lists, begin, end);
         }
     });
-}
-
-// Whether threads take equal shares of so many tasks, or nearly.
-bool isEven(std::size_t tasks, std::size_t threads) {
-    const std::size_t slots = divideUp(tasks, threads) * threads;
-    const double idle = static_cast<double>(slots - tasks) / static_cast<double>(slots);
-    return tasks >= kTASKS_PER_THREAD * threads && idle <= kIDLE;
 }
 
 // Panels of equal width, or nearly. One more than there must be costs less than shorter runs.
@@ -359,9 +239,7 @@ void multiplyPanels(const LinearArguments& a, const Variant& variant, const Prom
         product.factors = prompt.factors + first;
         product.yStride = a.outputs * elementBytes(a.type);
         product.yBytes = product.columns * elementBytes(a.type);
-        const auto multiply =
-            hasScaledRows(a) ? variant.scaledPanelProduct : variant.panelProduct[weightType(a)];
-        multiply(product);
+        panelProductOf(a, variant)(product);
     });
 }
 
@@ -412,7 +290,9 @@ void nmLinear(const LinearArguments& a, const ThreadPool& pool) {
     const std::size_t passTokens = std::max(fitting, kMIN_PASS_TOKENS);
     for (std::size_t first = 0; first < a.tokens; first += passTokens) {
         const std::size_t tokens = std::min(passTokens, a.tokens - first);
-        if (tokens <= kFEW_TOKENS) {
+        if (a.activationBits == 8) {
+            multiplyIntegers(a, variant, first, tokens, pool);
+        } else if (tokens <= kFEW_TOKENS) {
             multiplyFew(a, variant, first, tokens, pool);
         } else {
             multiplyTokens(a, variant, first, tokens, pool);

@@ -15,7 +15,8 @@ namespace nmexport {
 struct LinearArguments {
     ElementType type;
     const void* x;             // [tokens, channels] T
-    const void* w;             // [channels, outputs] T, or Int8 with weight scales; by position
+    const void* w;             // [channels, outputs] of weightType, by position; two integers of 4
+                               // bits are a byte, the lower output in its low half
     const void* bias;          // [outputs] T or null
     const float* shiftWeight;  // [outputs] or null; used with constants.dynamicShift only
     void* y;                   // [tokens, outputs] T
@@ -27,9 +28,18 @@ struct LinearArguments {
     bool varianceCorrection;
     double varianceFloor;
     bool keepAll;  // the phase excludes these tokens: the dense linear
-    // Int8 weights: W[k, o] stands for W[k, o] * weightScale[k / (channels / scaleGroups), o].
-    const float* weightScale = nullptr;  // [scaleGroups, outputs] or null
-    std::size_t scaleGroups = 0;         // divides channels; 1 is a scale an output
+    // Integers stand for (W[k, o] - weightZero[g, o]) * weightScale[g, o], g being the scale group
+    // of row k. Of 4 bits they go with 8 activation bits only.
+    WeightType weightType = WeightType::kELEMENT;
+    const void* weightScale = nullptr;  // [scaleGroups, outputs], or null where W has no integers
+    // Of weightScale: other than float32 with several groups and 8 activation bits only.
+    ElementType scaleType = ElementType::kFLOAT32;
+    std::size_t scaleGroups = 0;       // divides channels; 1 is a scale an output
+    const void* weightZero = nullptr;  // [scaleGroups, outputs] of weightType, or null
+    // 8: kept values are rounded to 8 bits, a scale for each activationBlock positions; 0: they
+    // stay.
+    int activationBits = 0;
+    std::size_t activationBlock = 0;  // a multiple of 16; divides the rows of a scale group
     // Multiplies kept values after selection: neither scores nor nu see it. [channels] by position.
     const float* valueScale = nullptr;
 };

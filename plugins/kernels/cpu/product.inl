@@ -27,32 +27,49 @@ inline const T* rowOf(const T* w, std::size_t rowStride, std::int32_t row) {
     return w + static_cast<std::size_t>(row) * rowStride;
 }
 
-// A vector of W as what it stands for. `scale` is the row's scales where they are group-wise, else
-// null.
-template <typename T, bool kSCALED>
-inline Simd::F weight(const T* w, const float* scale, std::size_t at) {
-    if constexpr (kSCALED) {
-        return Simd::mul(Simd::load(w + at), Simd::load(scale + at));
+// What a stored weight stands for: itself (times a scale that waits for the end), itself times a
+// scale of its group of rows, or the same less a zero point.
+enum class Form { kPLAIN, kSCALED, kSHIFTED };
+
+// The scales and zero points of a row, from the tile's first column on; null where it has none.
+template <typename T>
+struct RowScale {
+    const float* scale = nullptr;
+    const T* zero = nullptr;
+};
+
+template <typename T, Form kFORM>
+inline Simd::F weight(const T* w, const RowScale<T>& row, std::size_t at) {
+    if constexpr (kFORM == Form::kSHIFTED) {
+        const Simd::F whole = Simd::sub(Simd::load(w + at), Simd::load(row.zero + at));
+        return Simd::mul(whole, Simd::load(row.scale + at));
+    } else if constexpr (kFORM == Form::kSCALED) {
+        return Simd::mul(Simd::load(w + at), Simd::load(row.scale + at));
     } else {
         return Simd::load(w + at);
     }
 }
 
-template <typename T, bool kSCALED>
-inline Simd::F partialWeight(const T* w, const float* scale, std::size_t at, int count) {
-    if constexpr (kSCALED) {
-        return Simd::mul(Simd::loadPartial(w + at, count), Simd::loadPartial(scale + at, count));
-    } else {
-        return Simd::loadPartial(w + at, count);
+template <typename T, Form kFORM>
+inline Simd::F partialWeight(const T* w, const RowScale<T>& row, std::size_t at, int count) {
+    Simd::F weight = Simd::loadPartial(w + at, count);
+    if constexpr (kFORM == Form::kSHIFTED) {
+        weight = Simd::sub(weight, Simd::loadPartial(row.zero + at, count));
     }
+    if constexpr (kFORM != Form::kPLAIN) {
+        weight = Simd::mul(weight, Simd::loadPartial(row.scale + at, count));
+    }
+    return weight;
 }
 
-template <bool kSCALED>
-inline const float* scaleOf(const WeightScales& scales, std::size_t rowStride, std::int32_t row) {
-    if constexpr (kSCALED) {
-        return scales.rows + static_cast<std::size_t>(row) / scales.channels * rowStride;
-    }
-    return nullptr;
+template <typename T, Form kFORM>
+inline RowScale<T> scaleOf(const WeightScales& scales, std::size_t rowStride, std::int32_t row) {
+    if constexpr (kFORM == Form::kPLAIN) return {};
+    const std::size_t at = static_cast<std::size_t>(row) / scales.channels * rowStride;
+    RowScale<T> found;
+    found.scale = scales.rows + at;
+    if constexpr (kFORM == Form::kSHIFTED) found.zero = static_cast<const T*>(scales.zeros) + at;
+    return found;
 }
 
 // Some rows of W against the tile, and what to ask for meanwhile: the addresses depend on the
@@ -60,14 +77,14 @@ inline const float* scaleOf(const WeightScales& scales, std::size_t rowStride, s
 //
 //   row[r]   | multiplied ...      | asked for ... |
 //   next[r]  | asked for, once the end of row[r] has been |
-template <typename T, bool kSCALED, Cache kCACHE, std::size_t kROWS>
+template <typename T, Form kFORM, Cache kCACHE, std::size_t kROWS>
 class RowPass {
   public:
     RowPass(const RowProduct& p, std::size_t first) : mProduct(p) {
         const T* w = static_cast<const T*>(p.w);
         for (std::size_t r = 0; r < kROWS; ++r) {
             mRow[r] = rowOf(w, p.rowStride, p.rows[first + r]);
-            mScale[r] = scaleOf<kSCALED>(p.scales, p.rowStride, p.rows[first + r]);
+            mScale[r] = scaleOf<T, kFORM>(p.scales, p.rowStride, p.rows[first + r]);
             mValue[r] = Simd::broadcast(p.values[first + r]);
             // Past the end the last row is asked for again, which costs nothing.
             const std::size_t ahead = first + kROWS + r;
@@ -120,8 +137,7 @@ class RowPass {
                 ask(ahead[r] + (j + offset));
                 for (std::size_t v = 0; v < kVECTORS; ++v) {
                     const std::size_t at = j + v * Simd::kLANES;
-                    sum[v] =
-                        Simd::fma(mValue[r], weight<T, kSCALED>(mRow[r], mScale[r], at), sum[v]);
+                    sum[v] = Simd::fma(mValue[r], weight<T, kFORM>(mRow[r], mScale[r], at), sum[v]);
                 }
             }
             for (std::size_t v = 0; v < kVECTORS; ++v) Simd::store(to + v * Simd::kLANES, sum[v]);
@@ -135,7 +151,7 @@ class RowPass {
         Simd::F sum = Simd::loadPartial(mProduct.sums + j, count);
         for (std::size_t r = 0; r < kROWS; ++r) {
             ask(mNext[r] + (j - turn));
-            const Simd::F w = partialWeight<T, kSCALED>(mRow[r], mScale[r], j, count);
+            const Simd::F w = partialWeight<T, kFORM>(mRow[r], mScale[r], j, count);
             sum = Simd::fma(mValue[r], w, sum);
         }
         Simd::storePartial(mProduct.sums + j, sum, count);
@@ -144,41 +160,41 @@ class RowPass {
     const RowProduct& mProduct;
     const T* mRow[kROWS];
     const T* mNext[kROWS];
-    const float* mScale[kROWS];
+    RowScale<T> mScale[kROWS];
     Simd::F mValue[kROWS];
 };
 
 // Passes of kROWS rows from `first` on, as many as there are; the row after them.
-template <typename T, bool kSCALED, Cache kCACHE, std::size_t kROWS>
+template <typename T, Form kFORM, Cache kCACHE, std::size_t kROWS>
 inline std::size_t addRows(const RowProduct& p, std::size_t first) {
     for (; first + kROWS <= p.end; first += kROWS) {
-        const RowPass<T, kSCALED, kCACHE, kROWS> pass(p, first);
+        const RowPass<T, kFORM, kCACHE, kROWS> pass(p, first);
         if (first == 0) pass.prefetchStart();
         pass.add();
     }
     return first;
 }
 
-template <typename T, bool kSCALED, Cache kCACHE>
+template <typename T, Form kFORM, Cache kCACHE>
 void addAllRows(const RowProduct& p) {
     std::size_t done = p.begin;
     // Widening bytes takes the registers that so many rows would need.
     constexpr bool kROOM = Simd::kREGISTERS > kSHORT_PART_ROWS || sizeof(T) > 1;
     if (kROOM && p.columns * sizeof(T) <= kSHORT_PART_BYTES) {
-        done = addRows<T, kSCALED, kCACHE, kSHORT_PART_ROWS>(p, done);
+        done = addRows<T, kFORM, kCACHE, kSHORT_PART_ROWS>(p, done);
     }
-    done = addRows<T, kSCALED, kCACHE, kLONG_PART_ROWS>(p, done);
-    addRows<T, kSCALED, kCACHE, 1>(p, done);
+    done = addRows<T, kFORM, kCACHE, kLONG_PART_ROWS>(p, done);
+    addRows<T, kFORM, kCACHE, 1>(p, done);
 }
 
 // Some of one token's rows: W is read from memory, the tile's sums stay in the first-level cache.
-template <typename T, bool kSCALED>
+template <typename T, Form kFORM>
 void rowProduct(const RowProduct& p) {
     if (p.begin == 0) std::memset(p.sums, 0, p.columns * sizeof *p.sums);
     if (p.ahead == Cache::kFIRST_LEVEL) {
-        addAllRows<T, kSCALED, Cache::kFIRST_LEVEL>(p);
+        addAllRows<T, kFORM, Cache::kFIRST_LEVEL>(p);
     } else {
-        addAllRows<T, kSCALED, Cache::kSECOND_LEVEL>(p);
+        addAllRows<T, kFORM, Cache::kSECOND_LEVEL>(p);
     }
 }
 
@@ -186,7 +202,7 @@ void rowProduct(const RowProduct& p) {
 constexpr std::size_t kSUM_STRIDE = kPANEL_VECTORS * Simd::kLANES;
 
 // Rows `first ..` of the panel that any token keeps, as float32, contiguous and padded with zeros.
-template <typename T, bool kSCALED>
+template <typename T, Form kFORM>
 void packBlock(const PanelProduct& p, std::size_t first, std::uint64_t wanted, std::size_t width) {
     const T* w = static_cast<const T*>(p.w);
     const std::size_t whole = p.columns / Simd::kLANES * Simd::kLANES;
@@ -195,13 +211,13 @@ void packBlock(const PanelProduct& p, std::size_t first, std::uint64_t wanted, s
         const std::size_t i = static_cast<std::size_t>(__builtin_ctzll(wanted));
         const std::int32_t position = static_cast<std::int32_t>(first + i);
         const T* row = rowOf(w, p.rowStride, position);
-        const float* scale = scaleOf<kSCALED>(p.scales, p.rowStride, position);
+        const RowScale<T> scale = scaleOf<T, kFORM>(p.scales, p.rowStride, position);
         float* to = p.packed + i * width;
         for (std::size_t j = 0; j < whole; j += Simd::kLANES) {
-            Simd::store(to + j, weight<T, kSCALED>(row, scale, j));
+            Simd::store(to + j, weight<T, kFORM>(row, scale, j));
         }
         if (left != 0) {
-            Simd::store(to + whole, partialWeight<T, kSCALED>(row, scale, whole, left));
+            Simd::store(to + whole, partialWeight<T, kFORM>(row, scale, whole, left));
         }
     }
 }
@@ -478,14 +494,14 @@ void multiplyWholeBlock(const PanelProduct& p, std::size_t block, std::uint64_t 
     }
 }
 
-template <typename T, bool kSCALED, int kVECTORS>
+template <typename T, Form kFORM, int kVECTORS>
 void panelProductOf(const PanelProduct& p) {
     constexpr std::size_t kWIDTH = static_cast<std::size_t>(kVECTORS) * Simd::kLANES;
     const std::size_t blocks = (p.channels + kBLOCK - 1) / kBLOCK;
     BlockKeep keep = keepOfBlock(p, 0);
     for (std::size_t block = 0; block < blocks; ++block) {
         const BlockKeep next = block + 1 < blocks ? keepOfBlock(p, block + 1) : BlockKeep{0, 0};
-        packBlock<T, kSCALED>(p, block * kBLOCK, keep.any, kWIDTH);
+        packBlock<T, kFORM>(p, block * kBLOCK, keep.any, kWIDTH);
         if (isWhole(p, block, keep)) {
             multiplyWholeBlock<T, kVECTORS>(p, block, next.any);
         } else {
@@ -495,25 +511,25 @@ void panelProductOf(const PanelProduct& p) {
     }
 }
 
-template <typename T, bool kSCALED>
+template <typename T, Form kFORM>
 void panelProduct(const PanelProduct& p) {
     switch ((p.columns + Simd::kLANES - 1) / Simd::kLANES) {
         case 1:
-            return panelProductOf<T, kSCALED, 1>(p);
+            return panelProductOf<T, kFORM, 1>(p);
         case 2:
-            return panelProductOf<T, kSCALED, 2>(p);
+            return panelProductOf<T, kFORM, 2>(p);
         case 3:
-            return panelProductOf<T, kSCALED, 3>(p);
+            return panelProductOf<T, kFORM, 3>(p);
         case 4:
-            return panelProductOf<T, kSCALED, 4>(p);
+            return panelProductOf<T, kFORM, 4>(p);
         case 5:
-            return panelProductOf<T, kSCALED, 5>(p);
+            return panelProductOf<T, kFORM, 5>(p);
         case 6:
-            return panelProductOf<T, kSCALED, 6>(p);
+            return panelProductOf<T, kFORM, 6>(p);
         case 7:
-            return panelProductOf<T, kSCALED, 7>(p);
+            return panelProductOf<T, kFORM, 7>(p);
         default:
-            return panelProductOf<T, kSCALED, 8>(p);
+            return panelProductOf<T, kFORM, 8>(p);
     }
 }
 

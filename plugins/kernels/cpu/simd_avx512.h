@@ -60,6 +60,7 @@ struct Simd {
     static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
     static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
     static F add(F a, F b) { return _mm512_add_ps(a, b); }
+    static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
 
     static I broadcastInt(std::int32_t value) { return _mm512_set1_epi32(value); }
     static I min(I a, I b) { return _mm512_min_epi32(a, b); }

@@ -59,6 +59,7 @@ struct Simd {
     static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
     static F mul(F a, F b) { return vmulq_f32(a, b); }
     static F add(F a, F b) { return vaddq_f32(a, b); }
+    static F sub(F a, F b) { return vsubq_f32(a, b); }
 
     static I broadcastInt(std::int32_t value) { return vdupq_n_s32(value); }
     static I min(I a, I b) { return vminq_s32(a, b); }

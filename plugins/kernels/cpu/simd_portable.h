@@ -67,6 +67,11 @@ struct Simd {
         return a;
     }
 
+    static F sub(F a, F b) {
+        for (int i = 0; i < kLANES; ++i) a.lane[i] -= b.lane[i];
+        return a;
+    }
+
     static I broadcastInt(std::int32_t value) {
         I out;
         for (std::int32_t& lane : out.lane) lane = value;

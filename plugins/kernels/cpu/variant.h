@@ -58,6 +58,7 @@ struct KeptBlocks {
 struct WeightScales {
     const float* rows = nullptr;  // [groups, rowStride of W]; null where W needs none
     std::size_t channels = 1;     // rows of W that share a scale
+    const void* zeros = nullptr;  // [groups, rowStride] of W's type, to be subtracted, or null
 };
 
 // Where rows of W are brought ahead of their turn.
@@ -144,6 +145,9 @@ struct Variant {
     // Of Int8 weights with group-wise scales.
     void (*scaledRowProduct)(const RowProduct& product);
     void (*scaledPanelProduct)(const PanelProduct& product);
+    // The same with zero points.
+    void (*shiftedRowProduct)(const RowProduct& product);
+    void (*shiftedPanelProduct)(const PanelProduct& product);
     void (*epilogue[kELEMENT_TYPES])(const Epilogue& epilogue);
     // Reads memory in order, as fast as one thread can.
     std::uint64_t (*readWords)(const void* data, std::size_t bytes);

@@ -1,0 +1,71 @@
+"""The way of one request's text from the scheduler's thread to the event loop that sends it."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nmexport.serving.scheduler import Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from nmexport.serving.scheduler import Usage
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A request that ended without an outcome."""
+
+    problem: str
+
+
+Event = str | Outcome | Failure
+"""A piece of text, or the end: an outcome or a failure."""
+GONE = "the client went away"
+
+
+class EventSink:
+    """One request's events; made in the loop, filled from the scheduler's thread."""
+
+    def __init__(self) -> None:
+        """Wait for events in the running loop."""
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._is_left = False
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        """Events as they come; the last is no text."""
+        while True:
+            event = await self._events.get()
+            yield event
+            if not isinstance(event, str):
+                return
+
+    def leave(self) -> None:
+        """Let the scheduler know that nobody waits any more."""
+        self._is_left = True
+
+    def text(self, piece: str, usage: Usage) -> None:  # noqa: ARG002  the outcome has them all
+        """Pass a piece on."""
+        self._put(piece)
+
+    def done(self, outcome: Outcome) -> None:
+        """Pass the end on."""
+        self._put(outcome)
+
+    def failed(self, problem: str) -> None:
+        """Pass the end on, too."""
+        self._put(Failure(problem))
+
+    def is_cancelled(self) -> bool:
+        """Tell whether the client went away."""
+        return self._is_left
+
+    def abandoned(self) -> None:
+        """End what may still wait for events."""
+        self._put(Failure(GONE))
+
+    def _put(self, event: Event) -> None:
+        self._loop.call_soon_threadsafe(self._events.put_nowait, event)

@@ -1,0 +1,140 @@
+"""Holds a build's executors against each other: torch, the function bodies, and the engine."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from nmexport.environment import free_memory
+from nmexport.progress import busy
+from nmexport.report.model import LinearParity, LinearsParity
+from nmexport.runtimes.native import engine_library
+from nmexport.runtimes.onnxruntime_session import OrtSession
+from nmexport.runtimes.opening import open_session, why_not_here
+from nmexport.verification import cache_parity, op_parity, parity
+from nmexport.verification.audit import open_instrumented
+from nmexport.verification.memory import artifact_bytes
+from nmexport.verification.reference import array_from, open_folded
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from nmexport.report.model import Parity
+    from nmexport.runtimes.engine import Engine
+    from nmexport.runtimes.session import Session
+    from nmexport.verification.reference import TorchSession
+    from nmexport.verification.subject import Subject
+
+_NO_INNER_VALUES = "a TensorRT engine returns nothing but logits and cache"
+# Memory of parity, as a multiple of the artifact's size. Torch's weights and those that two
+# sessions map and repack; a session without the native library, which in narrow types holds all
+# weights once more, as float32.
+_PARITY_MEMORY = {"float32": 4, "float16": 5, "bfloat16": 5}
+_BODIES_MEMORY = {"float32": 2, "float16": 4, "bfloat16": 4}
+
+
+def compare(subject: Subject) -> Parity:
+    """Compare whole models in lock step, and each linear with the oracle.
+
+    Executors that do not fit into memory, or do not run here, are left out with the reason.
+
+    Raises:
+        ArtifactError: if an artifact cannot be read.
+        ModelError: if the torch model cannot be loaded.
+    """
+    engine, progress = subject.engine, subject.progress
+    dtype = subject.recipe.model.dtype
+    why = too_large(engine, dtype)
+    with contextlib.ExitStack() as stack:
+        executors: dict[str, Session] = {}
+        torch_session = None
+        if parity.TORCH not in why:
+            with busy(progress, "verify: parity: open the torch model"):
+                torch_session = stack.enter_context(
+                    open_folded(subject.source, subject.recipe.model, subject.folded)
+                )
+            executors[parity.TORCH] = torch_session.with_twins()
+        if parity.ONNX not in why:
+            executors[parity.ONNX] = stack.enter_context(
+                OrtSession(
+                    engine.model,
+                    threads=engine.threads,
+                    config=engine.session_config,
+                    bfloat16=engine.needs_rewrite("cpu", dense=False),
+                )
+            )
+        absent = why_not_here(subject.engine_folder) or no_library(engine)
+        if absent:
+            why[parity.ENGINE] = absent
+        else:
+            executors[parity.ENGINE] = stack.enter_context(open_session(subject.engine_folder))
+        steps = range(subject.recipe.evaluation.generate_tokens)
+        tracked = progress.track(steps, label="verify: parity", total=len(steps))
+        report = parity.compare(
+            executors, subject.prompts, tracked, why_absent=why, twins=parity.TORCH in executors
+        )
+        with busy(progress, "verify: parity: caches"):
+            caches = cache_parity.compare_where_possible(
+                executors, (parity.ONNX, parity.ENGINE), why, dtype=dtype
+            )
+        with busy(progress, "verify: parity: each linear against the oracle"):
+            linears = _compare_linears(subject, torch_session, why)
+        return replace(report, caches=caches, linears=linears)
+
+
+def _compare_linears(
+    subject: Subject, torch_session: TorchSession | None, why: Mapping[str, str]
+) -> LinearsParity:
+    """Hold each executor's linears against the oracle, on the first prompt."""
+    engine, folded = subject.engine, subject.folded
+    graph, outputs = op_parity.instrument(engine.model)
+    libraries: dict[str, Path | None] = {} if parity.ONNX in why else {parity.ONNX: None}
+    if engine.runtime != "onnxruntime":
+        why = {**why, parity.ENGINE: why.get(parity.ENGINE, _NO_INNER_VALUES)}
+    elif parity.ENGINE not in why:
+        libraries[parity.ENGINE] = engine_library(engine)
+
+    def tensors_of(name: str) -> dict[str, NDArray[Any]]:
+        return {kind: array_from(value) for kind, value in folded.tensors(name).items()}
+
+    figures = {name: LinearParity(why=reason) for name, reason in why.items()}
+    for name, library in libraries.items():
+        executor = torch_session.linear if torch_session and name == parity.ONNX else None
+        with open_instrumented(
+            graph, engine.model.parent, library=library, threads=engine.threads
+        ) as session:
+            figures[name], other = op_parity.check(
+                session, folded.linears, outputs, tensors_of, subject.prompts[0], executor=executor
+            )
+        if other is not None:
+            figures[parity.TORCH] = other
+    unknown = LinearParity()
+    return LinearsParity(
+        torch=figures.get(parity.TORCH, unknown),
+        onnx=figures.get(parity.ONNX, unknown),
+        engine=figures.get(parity.ENGINE, unknown),
+        protocol=op_parity.PROTOCOL,
+    )
+
+
+def no_library(engine: Engine) -> str | None:
+    """Why an engine of ONNX Runtime is no executor of its own; None where it is one."""
+    return engine.why_no_library if engine.runtime == "onnxruntime" else None
+
+
+def too_large(engine: Engine, dtype: str) -> dict[str, str]:
+    """Why executors do not fit into memory, by name: torch before the function bodies alone."""
+    size, free = artifact_bytes(engine.model.parent), free_memory()
+    return {
+        name: f"{what} would take about {copies[dtype] * size / 1e9:.0f} GB of memory, and "
+        f"{free / 1e9:.0f} GB are free"
+        for name, what, copies in (
+            (parity.TORCH, "three copies of the model", _PARITY_MEMORY),
+            (parity.ONNX, "the model without its native op", _BODIES_MEMORY),
+        )
+        if copies[dtype] * size > free
+    }

@@ -1,0 +1,123 @@
+// Products in integers: quantised weights against a token's values in 8 bits.
+//
+// A block is `activation_block` positions. In it a token's kept values are q * scale, q an integer
+// of 8 bits; its product with the block's weights is an exact integer sum, in whatever order.
+// Only the sums of blocks meet in floating point, and those in ascending order:
+//
+//   sum[o] = fma(scale[block] * weightScale[block, o], float(integerSum[block, o]), sum[o])
+//
+// So the bits depend neither on tokens, columns and threads nor on the instruction set. Where the
+// weights have a scale an output, it waits for the end, and the product above has none.
+//
+// Four rows of W meet in one instruction: their bytes are interleaved, four to an output.
+//
+//   row a | a0 a1 a2 a3 ...        lanes, of 32 bits   | a0 b0 c0 d0 | a1 b1 c1 d1 | ...
+//   row b | b0 b1 b2 b3 ...   ->   times, everywhere   | qa qb qc qd | qa qb qc qd | ...
+//   row c | c0 c1 c2 c3 ...
+//   row d | d0 d1 d2 d3 ...
+//
+// Interleaving leaves the outputs of a step in an order of its own (see restoreOrder): sums stay
+// in it until they are complete.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "element.h"
+#include "variant.h"
+
+namespace nmexport {
+
+// How integers lie in a row of W.
+enum class IntegerFormat { kINT8 = 0, kINT4 = 1, kUINT4 = 2 };
+constexpr int kINTEGER_FORMATS = 3;
+
+constexpr std::size_t integerRowBytes(IntegerFormat format, std::size_t columns) {
+    return format == IntegerFormat::kINT8 ? columns : columns / 2;
+}
+
+// Rows that meet in one instruction.
+constexpr std::size_t kQUAD = 4;
+// Integer sums stay within 32 bits in blocks up to this many positions.
+constexpr std::size_t kMOST_BLOCK = 65536;
+
+// The part of W, its scales and its zero points that belongs to a tile of columns.
+struct IntegerWeights {
+    const std::uint8_t* w;  // first byte of the tile in row 0
+    std::size_t rowBytes;   // of a whole row of W
+    std::size_t columns;    // of the tile; it begins at a whole byte
+    const void* scale;      // [groups, scaleStride] from the tile's first column on, or null
+    std::size_t scaleStride;
+    const std::uint8_t* zero;  // rows like W's, a group each, from the tile on, or null
+    std::size_t groupBlocks;   // blocks that share a row of scales and zero points
+};
+
+// What one token keeps, quantised: quads of its kept rows, block by block. The last quad of a block
+// is filled up with rows of zeros.
+struct QuantisedRows {
+    const std::size_t* offsets;  // [quads, kQUAD] bytes from row 0 of W
+    const std::int32_t* words;   // [quads] four values of 8 bits each
+    const std::size_t* ends;     // [blocks] quads up to the end of the block
+    const float* scales;         // [blocks]
+    const std::int32_t* totals;  // [blocks] sum of the values
+};
+
+// Tokens of a RowDots at most: each reads its own rows.
+constexpr std::size_t kMOST_ROW_TOKENS = 3;
+
+// A few tokens against a tile, each over the rows that it keeps.
+struct RowDots {
+    IntegerWeights weights;
+    QuantisedRows tokens[kMOST_ROW_TOKENS];
+    std::size_t tokenCount;
+    std::size_t blocks;
+    Cache ahead;
+    float* sums;            // [tokenCount, sumStride], written
+    std::size_t sumStride;  // whole steps
+};
+
+// Many tokens against a tile: every row is read once, and a token has zeros where it keeps nothing.
+struct TileDots {
+    IntegerWeights weights;
+    std::size_t channels;
+    std::size_t block;           // positions
+    const std::int8_t* values;   // [tokens, channels]
+    const float* scales;         // [channels / block, blockTokens]
+    const std::int32_t* totals;  // the same
+    std::size_t blockTokens;     // at least `tokens`
+    std::size_t tokens;
+    Cache ahead;
+    std::uint8_t* packed;  // scratch, 64-byte aligned, see packedBytes
+    float* sums;           // [tokens, sumStride], written
+    std::size_t sumStride;
+};
+
+// Kernels of one instruction set.
+struct DotKernels {
+    const char* name;
+    std::size_t stepBytes;  // bytes of a row that are multiplied together
+    // Bytes of scratch that a block of so many positions takes.
+    std::size_t (*packedBytes)(std::size_t block);
+    // Quantises up to a block of values, `count` a multiple of 16. Returns the scale: NaN where a
+    // value is NaN or infinite, so that it stays visible.
+    float (*quantise)(const float* values, std::size_t count, std::int8_t* to, std::int32_t* total);
+    void (*rowDots[kINTEGER_FORMATS][kELEMENT_TYPES])(const RowDots& dots);
+    void (*tileDots[kINTEGER_FORMATS][kELEMENT_TYPES])(const TileDots& dots);
+    // Puts the sums of whole steps into the order of columns.
+    void (*restoreOrder[kINTEGER_FORMATS])(float* sums, std::size_t count);
+};
+
+const DotKernels& portableDots();
+// Null where the running processor, or the one compiled for, lacks the instructions.
+const DotKernels* avx2Dots();
+const DotKernels* avxVnniDots();
+const DotKernels* avx512VnniDots();
+const DotKernels* neonDots();
+const DotKernels* neonDotProductDots();
+
+// The fastest kernels that go with the active variant, or those that useDots chose since.
+const DotKernels& activeDots();
+// Chooses kernels by name, for tests and measurements; false where they cannot run here.
+bool useDots(const char* name);
+
+}  // namespace nmexport

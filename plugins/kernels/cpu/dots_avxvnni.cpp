@@ -1,0 +1,25 @@
+// Compiled with AVX-VNNI: dispatch.cpp asks the processor before anything here runs.
+#include "dots.h"
+
+#ifdef __AVXVNNI__
+// The parts: each needs those before it.
+// clang-format off
+#include "dot_avx2.h"
+#include "dots.inl"
+// clang-format on
+
+namespace nmexport {
+namespace {
+constexpr DotKernels kDOTS = makeDots("avxvnni");
+}
+const DotKernels* avxVnniDotsTable() {
+    return &kDOTS;
+}
+}  // namespace nmexport
+#else
+namespace nmexport {
+const DotKernels* avxVnniDotsTable() {
+    return nullptr;
+}
+}  // namespace nmexport
+#endif

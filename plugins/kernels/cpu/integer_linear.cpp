@@ -1,0 +1,330 @@
+// NMLinear with values in 8 bits: products in integers, see dots.h.
+#include <algorithm>
+#include <cstring>
+
+#include "dots.h"
+#include "linear_pass.h"
+
+namespace nmexport {
+
+namespace {
+
+// Many tokens: sums of a tile stay in the first-level cache, beside a packed step of W.
+constexpr std::size_t kTILE_SUM_BYTES = std::size_t{24} << 10;
+constexpr std::size_t kCHUNK = 16;  // positions that a quantised block is a multiple of
+
+IntegerFormat formatOf(const LinearArguments& a) {
+    if (a.weightType == WeightType::kINT8) return IntegerFormat::kINT8;
+    return a.weightType == WeightType::kINT4 ? IntegerFormat::kINT4 : IntegerFormat::kUINT4;
+}
+
+std::size_t blocksOf(const LinearArguments& a) {
+    return a.channels / a.activationBlock;
+}
+
+// The columns of whole steps.
+std::size_t columnsOfSteps(const LinearArguments& a, const DotKernels& dots, std::size_t steps) {
+    return steps * dots.stepBytes * (a.weightType == WeightType::kINT8 ? 1 : 2);
+}
+
+std::size_t stepsOf(const LinearArguments& a, const DotKernels& dots) {
+    return divideUp(rowBytes(a, a.outputs), dots.stepBytes);
+}
+
+IntegerWeights weightsFrom(const LinearArguments& a, std::size_t column, std::size_t columns) {
+    IntegerWeights weights{};
+    weights.w = static_cast<const std::uint8_t*>(a.w) + rowBytes(a, column);
+    weights.rowBytes = rowBytes(a, a.outputs);
+    weights.columns = columns;
+    weights.groupBlocks = blocksOf(a) / a.scaleGroups;
+    if (hasScaledRows(a)) {
+        weights.scale =
+            static_cast<const char*>(a.weightScale) + column * elementBytes(a.scaleType);
+        weights.scaleStride = a.outputs;
+    }
+    if (a.weightZero != nullptr) {
+        weights.zero = static_cast<const std::uint8_t*>(a.weightZero) + rowBytes(a, column);
+    }
+    return weights;
+}
+
+// How many positions of a block are kept.
+std::size_t keptOf(const std::uint64_t* keep, std::size_t first, std::size_t count) {
+    std::size_t kept = 0;
+    for (std::size_t p = first; p < first + count; p += kCHUNK) {
+        kept += static_cast<std::size_t>(__builtin_popcountll(keep[p / 64] >> (p % 64) & 0xffff));
+    }
+    return kept;
+}
+
+// Lists that one token's kept rows are written to, in scratch of this thread.
+class RowLists {
+  public:
+    RowLists(const LinearArguments& a, const Variant& variant, std::size_t tokens)
+        : mArguments(a),
+          mVariant(variant),
+          mBlocks(blocksOf(a)),
+          mQuads(a.channels / kQUAD + mBlocks) {
+        Memory& scratch = memory();
+        mRows = scratch.rows.reserve(a.channels + variant.lanes);
+        mKept = scratch.kept.reserve(a.channels + variant.lanes);
+        mBlock = scratch.block.reserve(a.activationBlock);
+        mBytes = scratch.bytes.reserve(a.activationBlock);
+        mOffsets = scratch.offsets.reserve(tokens * mQuads * kQUAD);
+        mWords = scratch.words.reserve(tokens * mQuads);
+        mEnds = scratch.ends.reserve(tokens * mBlocks);
+        mScales = scratch.scales.reserve(tokens * mBlocks);
+        mTotals = scratch.totals.reserve(tokens * mBlocks);
+    }
+
+    // Quantises what token `t` of the pass keeps.
+    QuantisedRows list(const DotKernels& dots, const Pass& pass, std::size_t t) {
+        const std::uint64_t* keep = pass.selected.keep + t * pass.selected.keepStride;
+        mVariant.listKept(
+            {pass.selected.z + t * pass.selected.zStride, keep, mArguments.channels, mRows, mKept});
+        const QuantisedRows lists{mOffsets + t * mQuads * kQUAD, mWords + t * mQuads,
+                                  mEnds + t * mBlocks, mScales + t * mBlocks,
+                                  mTotals + t * mBlocks};
+        std::size_t first = 0, quad = 0;
+        for (std::size_t b = 0; b < mBlocks; ++b) {
+            const std::size_t size = mArguments.activationBlock;
+            const std::size_t count = keptOf(keep, b * size, size);
+            const std::size_t at = t * mBlocks + b;
+            mScales[at] = dots.quantise(padded(mKept + first, count), roundUp(count, kCHUNK),
+                                        mBytes, mTotals + at);
+            append(mRows + first, count, t * mQuads + quad);
+            first += count;
+            quad += divideUp(count, kQUAD);
+            mEnds[at] = quad;
+        }
+        return lists;
+    }
+
+  private:
+    static std::size_t roundUp(std::size_t count, std::size_t unit) {
+        return divideUp(count, unit) * unit;
+    }
+
+    // The values, with zeros behind them up to a whole chunk.
+    const float* padded(const float* values, std::size_t count) const {
+        if (count % kCHUNK == 0) return values;
+        std::memcpy(mBlock, values, count * sizeof *values);
+        std::fill(mBlock + count, mBlock + roundUp(count, kCHUNK), 0.0f);
+        return mBlock;
+    }
+
+    // Fills quads from `quad` on with a block's rows; the bytes are zeros past their end already.
+    void append(const std::int32_t* row, std::size_t count, std::size_t quad) const {
+        const std::size_t stride = rowBytes(mArguments, mArguments.outputs);
+        std::size_t* to = mOffsets + quad * kQUAD;
+        for (std::size_t i = 0; i < count; ++i) to[i] = static_cast<std::size_t>(row[i]) * stride;
+        for (std::size_t i = count; i % kQUAD != 0; ++i) to[i] = to[count - 1];
+        std::memcpy(mWords + quad, mBytes, divideUp(count, kQUAD) * sizeof *mWords);
+    }
+
+    struct Memory {
+        Scratch<std::int32_t> rows, words, totals;
+        Scratch<float> kept, block, scales;
+        Scratch<std::int8_t> bytes;
+        Scratch<std::size_t> offsets, ends;
+    };
+    static Memory& memory() {
+        thread_local Memory scratch;
+        return scratch;
+    }
+
+    const LinearArguments& mArguments;
+    const Variant& mVariant;
+    const std::size_t mBlocks;
+    const std::size_t mQuads;  // of a token at most
+    std::int32_t* mRows;       // [channels], as listKept gives them
+    float* mKept;              // the same
+    float* mBlock;             // [activationBlock]
+    std::int8_t* mBytes;       // [activationBlock]
+    std::size_t* mOffsets;
+    std::int32_t* mWords;
+    std::size_t* mEnds;
+    float* mScales;
+    std::int32_t* mTotals;
+};
+
+float* sumsOf(std::size_t count) {
+    thread_local Scratch<float> scratch;
+    return scratch.reserve(count);
+}
+
+void finishToken(const LinearArguments& a, const Variant& variant, const DotKernels& dots,
+                 float* sums, std::size_t sumCount, TokenFactors factors, Epilogue epilogue) {
+    dots.restoreOrder[static_cast<int>(formatOf(a))](sums, sumCount);
+    epilogue.sums = sums;
+    epilogue.factors = factors;
+    variant.epilogue[static_cast<int>(a.type)](epilogue);
+}
+
+// One to three tokens: each reads the rows that it keeps. A task owns tiles of columns and selects
+// for itself, as in floating point.
+void multiplyRows(const LinearArguments& a, const Variant& variant, std::size_t first,
+                  std::size_t tokens, const ThreadPool& pool) {
+    const DotKernels& dots = activeDots();
+    const std::size_t steps = stepsOf(a, dots);
+    const Cut cut = cutOf(a, tokens, tokens * keptRows(a) * rowBytes(a, a.outputs), pool);
+    parallelFor(pool, cut.tasks, [&](std::size_t task) {
+        const Pass pass = passOf(a, variant, first, tokens);
+        select(a, variant, pass);
+        RowLists lists(a, variant, tokens);
+        RowDots product{};
+        for (std::size_t t = 0; t < tokens; ++t) product.tokens[t] = lists.list(dots, pass, t);
+        product.tokenCount = tokens;
+        product.blocks = blocksOf(a);
+        product.ahead = cacheAhead();
+        const std::size_t last = cut.tiles * (task + 1) / cut.tasks;
+        for (std::size_t tile = cut.tiles * task / cut.tasks; tile < last; ++tile) {
+            const std::size_t firstStep = steps * tile / cut.tiles;
+            const std::size_t count = steps * (tile + 1) / cut.tiles - firstStep;
+            if (count == 0) continue;
+            const std::size_t begin = columnsOfSteps(a, dots, firstStep);
+            const std::size_t end = std::min(begin + columnsOfSteps(a, dots, count), a.outputs);
+            product.weights = weightsFrom(a, begin, end - begin);
+            product.sumStride = columnsOfSteps(a, dots, count);
+            product.sums = sumsOf(tokens * product.sumStride);
+            prefetchBias(a, begin, end);
+            dots.rowDots[static_cast<int>(formatOf(a))][static_cast<int>(a.scaleType)](product);
+            for (std::size_t t = 0; t < tokens; ++t) {
+                finishToken(a, variant, dots, product.sums + t * product.sumStride,
+                            product.sumStride, {pass.nu[t], pass.selected.eta[t]},
+                            epilogueOf(a, pass.first + t, begin, end - begin));
+            }
+        }
+    });
+}
+
+// What many tokens keep, quantised, for all threads to read.
+struct Operand {
+    std::size_t first;
+    std::size_t tokens;
+    std::int8_t* values;    // [tokens, channels], zeros where nothing is kept
+    float* scales;          // [blocks, tokens]
+    std::int32_t* totals;   // [blocks, tokens]
+    TokenFactors* factors;  // [tokens]
+};
+
+Operand operandOf(const LinearArguments& a, std::size_t first, std::size_t tokens) {
+    thread_local Scratch<std::int8_t> valueScratch;
+    thread_local Scratch<float> scaleScratch;
+    thread_local Scratch<std::int32_t> totalScratch;
+    thread_local Scratch<TokenFactors> factorScratch;
+    return {first,
+            tokens,
+            valueScratch.reserve(tokens * a.channels),
+            scaleScratch.reserve(tokens * blocksOf(a)),
+            totalScratch.reserve(tokens * blocksOf(a)),
+            factorScratch.reserve(tokens)};
+}
+
+// Zeros where bit i of `keep` is not set.
+void dropOthers(const std::uint64_t* keep, std::size_t channels, float* z) {
+    for (std::size_t p = 0; p < channels; ++p) {
+        if ((keep[p / 64] >> (p % 64) & 1) == 0) z[p] = 0.0f;
+    }
+}
+
+// Selects for some tokens and quantises what they keep.
+void quantiseTokens(const LinearArguments& a, const Variant& variant, const DotKernels& dots,
+                    const Operand& operand, std::size_t begin, std::size_t count) {
+    const Pass pass = passOf(a, variant, operand.first + begin, count);
+    select(a, variant, pass);
+    const std::size_t size = a.activationBlock;
+    for (std::size_t t = 0; t < count; ++t) {
+        float* z = pass.selected.z + t * pass.selected.zStride;
+        if (!keepsAll(a)) {
+            dropOthers(pass.selected.keep + t * pass.selected.keepStride, a.channels, z);
+        }
+        const std::size_t token = begin + t;
+        for (std::size_t b = 0; b < blocksOf(a); ++b) {
+            const std::size_t at = b * operand.tokens + token;
+            operand.scales[at] =
+                dots.quantise(z + b * size, size, operand.values + token * a.channels + b * size,
+                              operand.totals + at);
+        }
+        operand.factors[token] = {pass.nu[t], pass.selected.eta[t]};
+    }
+}
+
+// How many tokens are cut: a task owns some steps of columns and a run of tokens.
+struct TileCut {
+    std::size_t tiles;
+    std::size_t runs;
+};
+
+TileCut tilesOf(const LinearArguments& a, const DotKernels& dots, std::size_t tokens,
+                const ThreadPool& pool) {
+    const std::size_t steps = stepsOf(a, dots);
+    const std::size_t stepBytes = columnsOfSteps(a, dots, 1) * sizeof(float);
+    const std::size_t runs = divideUp(tokens * stepBytes, kTILE_SUM_BYTES);
+    const std::size_t runBytes = divideUp(tokens, runs) * stepBytes;
+    const std::size_t fitting = std::max(kTILE_SUM_BYTES / runBytes, std::size_t{1});
+    std::size_t tiles = divideUp(steps, fitting);
+    const std::size_t bytes = a.channels * rowBytes(a, a.outputs);
+    if (bytes >= 2 * kMIN_TASK_BYTES / std::min(tokens, std::size_t{8})) {
+        while (tiles < steps && pool.threads > 1 && tiles * runs % pool.threads != 0 &&
+               !isEven(tiles * runs, pool.threads)) {
+            ++tiles;
+        }
+    }
+    return {tiles, runs};
+}
+
+// Many tokens: every row is read once for a run of them.
+void multiplyTiles(const LinearArguments& a, const Variant& variant, std::size_t first,
+                   std::size_t tokens, const ThreadPool& pool) {
+    const DotKernels& dots = activeDots();
+    const Operand operand = operandOf(a, first, tokens);
+    parallelFor(pool, divideUp(tokens, kSELECT_TOKENS), [&](std::size_t task) {
+        const std::size_t begin = task * kSELECT_TOKENS;
+        quantiseTokens(a, variant, dots, operand, begin, std::min(kSELECT_TOKENS, tokens - begin));
+    });
+    const std::size_t steps = stepsOf(a, dots);
+    const TileCut cut = tilesOf(a, dots, tokens, pool);
+    parallelFor(pool, cut.tiles * cut.runs, [&](std::size_t task) {
+        thread_local Scratch<std::uint8_t> packedScratch;
+        const std::size_t tile = task / cut.runs;
+        const std::size_t run = task % cut.runs;
+        const std::size_t firstStep = steps * tile / cut.tiles;
+        const std::size_t count = steps * (tile + 1) / cut.tiles - firstStep;
+        const std::size_t begin = columnsOfSteps(a, dots, firstStep);
+        const std::size_t end = std::min(begin + columnsOfSteps(a, dots, count), a.outputs);
+        const std::size_t token = tokens * run / cut.runs;
+        TileDots product{};
+        product.weights = weightsFrom(a, begin, end - begin);
+        product.channels = a.channels;
+        product.block = a.activationBlock;
+        product.values = operand.values + token * a.channels;
+        product.scales = operand.scales + token;
+        product.totals = operand.totals + token;
+        product.blockTokens = tokens;
+        product.tokens = tokens * (run + 1) / cut.runs - token;
+        product.ahead = cacheAhead();
+        product.packed = packedScratch.reserve(dots.packedBytes(a.activationBlock));
+        product.sumStride = columnsOfSteps(a, dots, count);
+        product.sums = sumsOf(product.tokens * product.sumStride);
+        dots.tileDots[static_cast<int>(formatOf(a))][static_cast<int>(a.scaleType)](product);
+        for (std::size_t t = 0; t < product.tokens; ++t) {
+            finishToken(a, variant, dots, product.sums + t * product.sumStride, product.sumStride,
+                        operand.factors[token + t],
+                        epilogueOf(a, first + token + t, begin, end - begin));
+        }
+    });
+}
+
+}  // namespace
+
+void multiplyIntegers(const LinearArguments& a, const Variant& variant, std::size_t first,
+                      std::size_t tokens, const ThreadPool& pool) {
+    if (tokens <= kMOST_ROW_TOKENS) {
+        multiplyRows(a, variant, first, tokens, pool);
+    } else {
+        multiplyTiles(a, variant, first, tokens, pool);
+    }
+}
+
+}  // namespace nmexport

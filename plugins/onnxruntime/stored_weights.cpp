@@ -1,0 +1,142 @@
+#include "stored_weights.h"
+
+#include <cstring>
+
+namespace nmexport {
+
+namespace Input = NMLinearInput;
+
+namespace {
+
+std::string shapesOf(const Shape& w, const Shape& scales) {
+    return "NMLinear: W has shape " + textOf(w) + " and weight_scale " + textOf(scales);
+}
+
+// [1, O], or [G, O] with G groups of a multiple of 16 rows.
+void checkScales(const Shape& w, const Shape& scales) {
+    const bool fits = scales.size() == 2 && scales[1] == w[1] && scales[0] >= 1 &&
+                      w[0] % scales[0] == 0 &&
+                      (scales[0] == 1 || w[0] / scales[0] % kSCALE_GROUP == 0);
+    if (fits) return;
+    throw Fault(shapesOf(w, scales) + "; allowed: [1, O], or [G, O] with K / G a multiple of " +
+                std::to_string(kSCALE_GROUP));
+}
+
+// A block divides K, and a scale group where there are several.
+void checkBlock(const LinearNode& node, const Shape& w, const Shape& scales) {
+    const std::int64_t block = static_cast<std::int64_t>(node.activationBlock);
+    if (block % kSCALE_GROUP == 0 && w[0] / scales[0] % block == 0) return;
+    throw Fault(shapesOf(w, scales) + "; activation_block is " + std::to_string(block) +
+                "; allowed: a multiple of " + std::to_string(kSCALE_GROUP) +
+                " that divides K / G = " + std::to_string(w[0] / scales[0]));
+}
+
+// The integer at an index of a tensor of integers of 4 bits.
+int nibbleAt(const std::uint8_t* bytes, std::size_t index, bool isSigned) {
+    const int bits = bytes[index / 2] >> (index % 2 * 4) & 15;
+    return isSigned ? (bits ^ 8) - 8 : bits;
+}
+
+}  // namespace
+
+WeightType weightTypeOf(ONNXTensorElementDataType type) {
+    switch (type) {
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8:
+            return WeightType::kINT8;
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4:
+            return WeightType::kINT4;
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT4:
+            return WeightType::kUINT4;
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT8E4M3FN:
+            throw Fault(
+                "NMLinear: W is of type float8e4m3fn, which the CPU has no kernel for; allowed: "
+                "int8, int4, uint4 or X's type, or run the model without the custom op library");
+        default:
+            return WeightType::kELEMENT;
+    }
+}
+
+StoredWeights::StoredWeights(const Inputs& inputs, const LinearNode& node, StoredTypes types,
+                             const Shape& w)
+    : mType(weightTypeOf(types.weights)),
+      mGiven(inputs.data(Input::W)),
+      mZeros(inputs.data(Input::weight_zero_point)),
+      mBlock(node.roundsActivations ? node.activationBlock : 0) {
+    const Shape scales =
+        inputs.has(Input::weight_scale) ? inputs.shape(Input::weight_scale) : Shape{};
+    checkScales(w, scales);
+    if (mZeros != nullptr && inputs.shape(Input::weight_zero_point) != scales) {
+        throw Fault(shapesOf(w, scales) + "; weight_zero_point has shape " +
+                    textOf(inputs.shape(Input::weight_zero_point)) +
+                    "; allowed: that of weight_scale");
+    }
+    const bool isNibbles = mType != WeightType::kINT8;
+    if (isNibbles && w[1] % 2 != 0) {
+        throw Fault(shapesOf(w, scales) + "; allowed: an even O for integers of 4 bits");
+    }
+    if (mBlock != 0) checkBlock(node, w, scales);
+
+    mGroups = static_cast<std::size_t>(scales[0]);
+    const std::size_t outputs = static_cast<std::size_t>(w[1]);
+    takeScales(inputs.data(Input::weight_scale), types.scales, mGroups * outputs);
+    if (mBlock == 0 && isNibbles) widen(static_cast<std::size_t>(w[0]), outputs);
+    if (mBlock != 0 && mGroups > 1) narrowScales();
+}
+
+void StoredWeights::takeScales(const void* given, ONNXTensorElementDataType type,
+                               std::size_t count) {
+    mScales.resize(count);
+    if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) {
+        std::memcpy(mScales.data(), given, count * sizeof(float));
+        return;
+    }
+    const std::uint16_t* bits = static_cast<const std::uint16_t*>(given);
+    for (std::size_t i = 0; i < count; ++i) {
+        mScales[i] = type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 ? toFloat(Float16{bits[i]})
+                                                                   : toFloat(BFloat16{bits[i]});
+    }
+}
+
+// Scales of many groups are a good part of what a token reads. Those of an imported checkpoint are
+// halves, whatever type X has: where none loses a bit they are read as such.
+void StoredWeights::narrowScales() {
+    std::vector<std::uint16_t> halves(mScales.size());
+    for (std::size_t i = 0; i < halves.size(); ++i) {
+        Float16 half{0};
+        fromFloat(mScales[i], &half);
+        if (bitsOf(toFloat(half)) != bitsOf(mScales[i])) return;
+        halves[i] = half.bits;
+    }
+    mScales16 = std::move(halves);
+    mScales = {};
+    mScaleType = ElementType::kFLOAT16;
+}
+
+void StoredWeights::widen(std::size_t rows, std::size_t columns) {
+    const std::uint8_t* given = static_cast<const std::uint8_t*>(mGiven);
+    const std::uint8_t* zeros = static_cast<const std::uint8_t*>(mZeros);
+    const bool isSigned = mType == WeightType::kINT4;
+    mWide.resize(rows * columns);
+    for (std::size_t i = 0; i < mWide.size(); ++i) {
+        const std::size_t group = i / columns / (rows / mGroups);
+        const int zero =
+            zeros == nullptr ? 0 : nibbleAt(zeros, group * columns + i % columns, isSigned);
+        mWide[i] = static_cast<std::int8_t>(nibbleAt(given, i, isSigned) - zero);
+    }
+    mZeros = nullptr;
+    mType = WeightType::kINT8;
+}
+
+void StoredWeights::place(LinearArguments& a) const {
+    a.w = mWide.empty() ? mGiven : mWide.data();
+    a.weightType = mType;
+    a.weightScale = mScales16.empty() ? static_cast<const void*>(mScales.data())
+                                      : static_cast<const void*>(mScales16.data());
+    a.scaleType = mScaleType;
+    a.scaleGroups = mGroups;
+    a.weightZero = mZeros;
+    a.activationBits = mBlock != 0 ? 8 : 0;
+    a.activationBlock = mBlock;
+}
+
+}  // namespace nmexport

@@ -1,0 +1,40 @@
+// Integers in W with their scales and zero points: checked, and in the form that kernels read.
+#pragma once
+
+#include <vector>
+
+#include "custom_op.h"
+#include "linear_node.h"
+#include "nm_linear.h"
+
+namespace nmexport {
+
+// Throws Fault where the CPU has no kernel for weights of the type.
+WeightType weightTypeOf(ONNXTensorElementDataType type);
+
+class StoredWeights {
+  public:
+    StoredWeights() = default;
+    // Throws Fault where W, its scales, its zero points and the attributes do not fit each other.
+    StoredWeights(const Inputs& inputs, const LinearNode& node, StoredTypes types, const Shape& w);
+
+    // Lets the arguments point to it, which must outlive them.
+    void place(LinearArguments& arguments) const;
+
+  private:
+    void takeScales(const void* given, ONNXTensorElementDataType type, std::size_t count);
+    void narrowScales();
+    void widen(std::size_t rows, std::size_t columns);
+
+    WeightType mType = WeightType::kELEMENT;
+    const void* mGiven = nullptr;  // W as the session holds it
+    const void* mZeros = nullptr;  // or null
+    std::size_t mGroups = 1;
+    std::size_t mBlock = 0;  // of activations in 8 bits, else 0
+    ElementType mScaleType = ElementType::kFLOAT32;
+    std::vector<float> mScales;            // [groups, outputs], where float32
+    std::vector<std::uint16_t> mScales16;  // the same, where not
+    std::vector<std::int8_t> mWide;        // W less its zero points, where it had to be widened
+};
+
+}  // namespace nmexport

@@ -1,0 +1,308 @@
+"""OpenAI's own client against the API, over a tiny model without Triton."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import openai
+import pytest
+from nmexport.errors import EnvironmentFault
+from nmexport.generation.loop import generate
+from nmexport.serving import metrics as names
+from nmexport.serving.metrics import NoMetrics
+from nmexport.serving.openai import opening
+from nmexport.serving.openai.front import Front
+from nmexport.serving.service import TextService
+
+from tests.support.served import NAME, SETTINGS, save_work
+from tests.support.triton_clients import wait_for
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+PROMPT = "The quick brown"
+MESSAGES: Any = [{"role": "user", "content": "fox"}]
+CONTEXT = 4096
+LONG = CONTEXT - 100
+"""Tokens of a text that takes seconds."""
+
+
+class Counts(NoMetrics):
+    """Counts what is added up."""
+
+    def __init__(self) -> None:
+        self.total: dict[str, float] = {}
+
+    def add(self, name: str, amount: float = 1.0) -> None:
+        self.total[name] = self.total.get(name, 0) + amount
+
+    def of(self, name: str) -> float:
+        return self.total.get(name, 0)
+
+
+@pytest.fixture(scope="module")
+def work(tiny_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("openai")
+    save_work(tiny_export, root, context=CONTEXT)
+    return root
+
+
+@contextlib.contextmanager
+def served(work: Path, counts: Counts, **settings: str) -> Iterator[tuple[TextService, Front]]:
+    (bundle,) = (work / "package" / "current").glob("model_repository/*/1")
+    with (
+        TextService.open(bundle, {**SETTINGS, **settings}, metrics=counts) as service,
+        Front(service, counts, host="127.0.0.1", port=0) as front,
+    ):
+        yield service, front
+
+
+def connect(front: Front, **options: Any) -> openai.OpenAI:
+    return openai.OpenAI(
+        base_url=f"http://127.0.0.1:{front.port}/v1", api_key="any", max_retries=0, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def counts() -> Counts:
+    return Counts()
+
+
+@pytest.fixture(scope="module")
+def front(work: Path, counts: Counts) -> Iterator[Front]:
+    with served(work, counts) as (_, one):
+        yield one
+
+
+@pytest.fixture(scope="module")
+def client(front: Front) -> Iterator[openai.OpenAI]:
+    with connect(front) as one:
+        yield one
+
+
+# -- text -----------------------------------------------------------------------------------------
+
+
+def test_text_is_that_of_generate_streamed_or_not(client: openai.OpenAI, work: Path) -> None:
+    expected = "".join(generate(work, PROMPT, max_tokens=24))
+    whole = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=24)
+    assert whole.object == "text_completion"
+    assert whole.choices[0].text == expected
+    assert whole.choices[0].finish_reason == "length"
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens == 24
+    assert whole.usage.total_tokens == 24 + whole.usage.prompt_tokens
+    stream = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=24, stream=True)
+    chunks = list(stream)
+    assert len(chunks) > 5
+    assert "".join(chunk.choices[0].text for chunk in chunks) == expected
+    assert [chunk.choices[0].finish_reason for chunk in chunks[-2:]] == [None, "length"]
+    assert all(chunk.usage is None for chunk in chunks)
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_a_chat_is_the_template_s_text(client: openai.OpenAI, work: Path) -> None:
+    expected = "".join(generate(work, "fox", max_tokens=4, chat=True))
+    whole = client.chat.completions.create(model=NAME, messages=MESSAGES, max_completion_tokens=4)
+    assert whole.choices[0].message.content == expected
+    assert whole.choices[0].message.role == "assistant"
+    chunks = list(
+        client.chat.completions.create(
+            model=NAME,
+            messages=MESSAGES,
+            max_tokens=4,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    *said, counted = chunks
+    assert said[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in said) == expected
+    assert said[-1].choices[0].finish_reason == "length"
+    assert counted.choices == []
+    assert counted.usage == whole.usage
+    # The client's own object goes back as a message, with all the nulls in it.
+    more = [*MESSAGES, whole.choices[0].message, {"role": "user", "content": "And?"}]
+    assert client.chat.completions.create(model=NAME, messages=more, max_tokens=2).choices
+
+
+def test_seed_temperature_and_stop_hold(client: openai.OpenAI) -> None:
+    def draw(**options: Any) -> str:
+        asked = {"model": NAME, "prompt": PROMPT, "max_tokens": 16, **options}
+        return str(client.completions.create(**asked).choices[0].text)
+
+    warm = {"temperature": 0.9, "top_p": 0.9, "extra_body": {"top_k": 50}}
+    assert draw(**warm, seed=7) == draw(**warm, seed=7) != draw(**warm, seed=8)
+    text = draw()
+    assert draw(stop=[text[4:6]]) == text[: text.index(text[4:6])]
+
+
+def test_many_streams_at_once_are_those_of_one(front: Front) -> None:
+    def run(index: int) -> str:
+        with connect(front) as one:
+            stream = one.completions.create(
+                model=NAME,
+                prompt=f"{PROMPT} {index}",
+                max_tokens=6 + index % 5,
+                temperature=0.8,
+                seed=index,
+                stream=True,
+            )
+            return "".join(chunk.choices[0].text for chunk in stream)
+
+    solo = [run(index) for index in range(12)]
+    with ThreadPoolExecutor(12) as pool:
+        assert list(pool.map(run, range(12))) == solo
+
+
+def test_models_are_listed_and_found(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [NAME]
+    assert client.models.retrieve(NAME).owned_by == "nmexport"
+
+
+def test_the_asynchronous_client_streams_too(front: Front, work: Path) -> None:
+    import asyncio
+
+    async def run() -> str:
+        url = f"http://127.0.0.1:{front.port}/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key="any") as one:
+            stream = await one.completions.create(
+                model=NAME, prompt=PROMPT, max_tokens=9, stream=True
+            )
+            return "".join([chunk.choices[0].text async for chunk in stream])
+
+    assert asyncio.run(run()) == "".join(generate(work, PROMPT, max_tokens=9))
+
+
+# -- errors ---------------------------------------------------------------------------------------
+
+
+def test_another_model_is_404(client: openai.OpenAI) -> None:
+    for ask in (
+        lambda: client.completions.create(model="gpt", prompt=PROMPT),
+        lambda: client.models.retrieve("some/gpt"),
+    ):
+        with pytest.raises(openai.NotFoundError, match=rf"no model '.*gpt' here. Allowed: {NAME}"):
+            ask()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_tokens": 0}, "max_tokens 0"),
+        ({"temperature": -1}, "temperature -1"),
+        ({"temperature": "warm"}, "temperature cannot be 'warm'"),
+        ({"top_p": 2}, "top_p 2"),
+        ({"stop": ["a"] * 40}, "stop"),
+        ({"max_tokens": 5000}, "Too long"),
+        ({"logprobs": 3}, "no logprobs 3"),
+        ({"prompt": ""}, "empty"),
+        ({"prompt": "a" * 1_000_000}, "Too long"),
+    ],
+)
+def test_a_wrong_request_is_400_and_counted(
+    client: openai.OpenAI, counts: Counts, options: dict[str, Any], words: str, *, stream: bool
+) -> None:
+    before = counts.of(names.REJECTED)
+    asked = {"model": NAME, "prompt": PROMPT, **options}
+    with pytest.raises(openai.BadRequestError, match=words) as caught:
+        client.completions.create(**asked, stream=stream)
+    assert caught.value.type == "invalid_request_error"
+    assert counts.of(names.REJECTED) == before + 1
+
+
+def test_paths_methods_and_bodies_that_are_not_ours(front: Front) -> None:
+    def ask(method: str, path: str, body: bytes = b"") -> tuple[int, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", front.port, timeout=30)
+        with contextlib.closing(connection):
+            connection.request(method, path, body)
+            answer = connection.getresponse()
+            return answer.status, json.load(answer)["error"]
+
+    assert ask("POST", "/v1/embeddings")[0] == 404
+    status, error = ask("GET", "/v1/completions")
+    assert (status, error["message"]) == (405, "There is no GET /v1/completions here.")
+    assert ask("POST", "/v1/completions", b"{")[0] == 400
+
+
+def test_a_full_queue_is_503_until_there_is_room(work: Path) -> None:
+    counts = Counts()
+    with served(work, counts, slots="1", queue="1") as (service, front), connect(front) as client:
+        held = [
+            client.completions.create(model=NAME, prompt=PROMPT, max_tokens=LONG, stream=True)
+            for _ in range(2)
+        ]
+        with pytest.raises(openai.InternalServerError, match="queue is full") as caught:
+            client.completions.create(model=NAME, prompt=PROMPT, max_tokens=2)
+        assert caught.value.status_code == 503
+        assert caught.value.response.headers["retry-after"] == "1"
+        for stream in held:
+            stream.close()
+        wait_for(lambda: service.scheduler.running + service.scheduler.waiting == 0)
+        assert client.completions.create(model=NAME, prompt=PROMPT, max_tokens=2).choices
+        assert counts.of(names.CANCELLED) == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_frees_its_slot(work: Path, *, stream: bool) -> None:
+    counts = Counts()
+    with served(work, counts) as (service, front):
+        connection = http.client.HTTPConnection("127.0.0.1", front.port, timeout=30)
+        body = {"model": NAME, "prompt": PROMPT, "max_tokens": LONG, "stream": stream}
+        connection.request("POST", "/v1/completions", json.dumps(body))
+        wait_for(lambda: counts.of(names.GENERATED_TOKENS) > 0)
+        connection.close()
+        wait_for(lambda: service.scheduler.running == 0)
+        assert counts.of(names.CANCELLED) == 1
+        assert counts.of(names.FINISHED) == 0
+
+
+def test_a_stop_ends_streams_with_an_error_and_takes_no_more(work: Path) -> None:
+    with served(work, Counts()) as (service, front), connect(front) as client:
+        stream = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=LONG, stream=True)
+        next(iter(stream))
+        service.scheduler.abort()
+        with pytest.raises(openai.APIError, match="shutting down"):
+            for _ in stream:
+                pass
+        with pytest.raises(openai.InternalServerError, match="shutting down"):
+            client.completions.create(model=NAME, prompt=PROMPT)
+
+
+def test_closing_waits_for_no_idle_connection(work: Path) -> None:
+    with served(work, Counts()) as (_, front), connect(front) as client:
+        client.models.list()
+        began = time.monotonic()
+        front.close()
+        assert time.monotonic() - began < 1.5
+        with pytest.raises(openai.APIConnectionError):
+            client.models.list()
+
+
+# -- opening --------------------------------------------------------------------------------------
+
+
+def test_the_environment_says_whether_and_where(
+    work: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with served(work, Counts()) as (service, front):
+
+        def open_front(text: str) -> Any:
+            return opening.open_front({opening.ADDRESS_VARIABLE: text}, service, Counts())
+
+        assert open_front("") is None
+        for wrong in ("9000", "localhost:", ":9000", "localhost:http"):
+            with pytest.raises(EnvironmentFault, match="HOST:PORT"):
+                open_front(wrong)
+        with pytest.raises(EnvironmentFault, match=f"port {front.port}: .*in use"):
+            open_front(f"127.0.0.1:{front.port}")
+        monkeypatch.setattr(opening, "find_spec", lambda _: None)
+        assert open_front("127.0.0.1:0") is None
+        assert "nmexport[serve]" in caplog.text
