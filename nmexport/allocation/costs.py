@@ -359,18 +359,24 @@ class CostModel(CostConstants):
     Each weight row that the token keeps is read once from memory.
     """
 
-    def weight_bytes(self, site: Site) -> int:
-        """Size of all of a site's weights, dense."""
-        return site.weights * self.element_bytes
+    def weight_bytes(self, site: Site) -> float:
+        """Size of all of a site's weights, as they are stored, and of their scales."""
+        return self._stored(site) + self._scale_bytes(site)
 
     def read_bytes(self, site: Site, choice: Choice) -> float:
         """Bytes that a decoded token reads of them: rows it keeps, and every scale."""
+        return self._stored(site) * choice.decode_density + self._scale_bytes(site)
+
+    def _stored(self, site: Site) -> float:
+        form = WeightForm.parse(self.sparse_weights)
+        return site.weights * (self.element_bytes if form is None else form.bits / 8)
+
+    def _scale_bytes(self, site: Site) -> int:
         form = WeightForm.parse(self.sparse_weights)
         if form is None:
-            return self.weight_bytes(site) * choice.decode_density
+            return 0
         groups = form.groups(site.in_features, name=site.names[0])
-        scales = groups * sum(site.out_features) * _SCALE_BYTES
-        return site.weights * form.bits / 8 * choice.decode_density + scales
+        return groups * sum(site.out_features) * _SCALE_BYTES
 
     def seconds(self, site: Site, choice: Choice) -> float:
         """A decoded token's time in a site."""

@@ -151,6 +151,7 @@ def _dense_model(inputs: StageInputs) -> DenseModel:
     linears = {name: linear for name, linear in linears_of(model).items() if name in selected}
     statistics = calibrated.statistics()
     _check_reached(linears, statistics)
+    _check_groups(model, statistics, recipe.model.weights)
     if layerwise is None and not is_placed(model):
         model = on_best_device(model)
     samples = calibrated.samples()
@@ -187,6 +188,26 @@ def _check_reached(
             f"No calibration token reached {unreached[0]} ({len(unreached)} such linears).",
             fix="calibrate on more samples, or exclude these linears with --targets",
         )
+
+
+def _check_groups(
+    model: nn.Module, statistics: Mapping[str, ChannelStatistics], weights: str
+) -> None:
+    """Refuse groups of scales that do not fit a linear now, not once all is learned.
+
+    Raises:
+        RecipeError: names the linear.
+    """
+    from nmexport.calibration.quantising import head_name
+    from nmexport.sparsity.targets import linears_of
+    from nmexport.sparsity.weight_form import WeightForm
+
+    form = WeightForm.parse(weights)
+    linears = linears_of(model)
+    head = head_name(model, linears)
+    for name, linear in linears.items():
+        if form is not None and name in statistics and name != head:
+            form.groups(linear.in_features, name=name)
 
 
 def _learning(inputs: StageInputs, dense: DenseModel) -> Learning | None:
