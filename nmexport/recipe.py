@@ -447,8 +447,9 @@ def _read(path: Path) -> strict_yaml.Document:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise RecipeError(
-            f"The recipe {path} cannot be read: {error}", fix="nmexport recipes list"
+            f"The recipe {path} cannot be read: {reason}.", fix="nmexport recipes list"
         ) from error
     document = strict_yaml.read(text, str(path))
     if not isinstance(document.value, dict):
@@ -477,6 +478,7 @@ _KINDS = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
     "float_type": "a number",
+    "finite_number": "a finite number",
     "bool_type": "true or false",
     "tuple_type": "a list",
     "list_type": "a list",

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nmexport.allocation.probe import Movement, Probe, SparseInput, measure_alone, spread_windows
-from nmexport.calibration.forward_passes import _forward, _hooked
+from nmexport.calibration.forward_passes import forward_sample, hooked
 from nmexport.calibration.local_error import ErrorObserver, observe_error
 from nmexport.calibration.method import behaviour_of, needs_static_variance
 from nmexport.errors import PatternError
@@ -299,9 +299,9 @@ def observe_variants(
         return linear.register_forward_hook(hook)
 
     windows = problem.error_windows
-    with _hooked(watch(*named) for named in problem.linears.items()):
+    with hooked(watch(*named) for named in problem.linears.items()):
         for window in problem.progress.track(windows, label=label, total=len(windows)):
-            _forward(problem.model, window)
+            forward_sample(problem.model, window)
     return seen
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nmexport.calibration.forward_passes import _hooked, run_samples
+from nmexport.calibration.forward_passes import hooked, run_samples
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -92,7 +92,7 @@ def gather_second_moments(
 
         return model.get_submodule(one.linear).register_forward_pre_hook(hook)
 
-    with _hooked(watch(one) for one in watched):
+    with hooked(watch(one) for one in watched):
         run_samples(
             model, samples, progress=progress, label="fold: second moments", layerwise=layerwise
         )

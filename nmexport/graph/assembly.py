@@ -149,7 +149,7 @@ def save(model: ir.Model, path: Path) -> None:
 
 def _linear_nodes(model: ir.Model, layers: Mapping[str, LayerSpec]) -> dict[str, ir.Node]:
     """The bare NMLinear nodes by layer name, in graph order."""
-    nodes = dict(_find_linears(model))
+    nodes = dict(find_linears(model))
     count = sum(1 for node in model.graph if node.op_type == LINEAR)
     if count != len(nodes) or nodes.keys() != layers.keys():
         missing = sorted(layers.keys() - nodes.keys())
@@ -160,7 +160,8 @@ def _linear_nodes(model: ir.Model, layers: Mapping[str, LayerSpec]) -> dict[str,
     return nodes
 
 
-def _find_linears(model: ir.Model) -> Iterator[tuple[str, ir.Node]]:
+def find_linears(model: ir.Model) -> Iterator[tuple[str, ir.Node]]:
+    """Yield the bare NMLinear nodes with the names of their layers, in graph order."""
     for node in model.graph:
         if node.op_type == LINEAR and node.domain == op_contract().domain:
             yield node.attributes[LAYER_ATTRIBUTE].as_string(), node

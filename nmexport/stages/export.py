@@ -6,7 +6,7 @@ import functools
 import json
 import shutil
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nmexport.errors import ArtifactError, EnvironmentFault
 from nmexport.graph.versions import IR_VERSION, OPSET
@@ -135,12 +135,14 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     _check_disk(inputs, model, len(folded.layers))
     checked = section.dense_baseline or _has_room(inputs, model, copies=2)
     with busy(inputs.progress, "export: trace and write"):
+        traced = trace_model(
+            model, [layer.name for layer in folded.linears], parameter=opened.parameter
+        )
         metrics = write_models(
-            model,
+            traced,
             folded.linears,
             folded.tensors,
             inputs.output,
-            parameter=opened.parameter,
             dense_baseline=checked,
             stored=_stored(folded, dense_baseline=section.dense_baseline),
         )
@@ -228,25 +230,61 @@ def _stored(folded: fold.Artifact, *, dense_baseline: bool) -> Stored | None:
     return Stored(folded.dense_tensors if dense_baseline else None)
 
 
-def write_models(
+class TracedModel(NamedTuple):
+    """A traced model, its graph cleaned: both files are assembled from it."""
+
+    model: PreTrainedModel
+    read: Callable[[str], torch.Tensor]
+    """Reads a parameter by its name."""
+    graph: ir.Model
+    nodes: int
+    """Nodes as traced, before cleaning."""
+
+
+def trace_model(
     model: PreTrainedModel,
+    linears: Sequence[str],
+    *,
+    parameter: Callable[[str], torch.Tensor] | None = None,
+) -> TracedModel:
+    """Trace a model with the named linears as bare nodes, and clean its graph.
+
+    Args:
+        model: The dense model in its export type; as before afterwards.
+        linears: Names of its sparsified linears.
+        parameter: Reads a parameter of the model, where the model itself holds fake ones.
+
+    Raises:
+        ModelError: if the architecture cannot be exported.
+    """
+    from nmexport.graph.passes import optimise
+    from nmexport.models.tracing import trace
+
+    read = parameter or (lambda name: model.get_parameter(name).detach())
+    graph = trace(model, linears)
+    _attach_parameters(graph, model, read)
+    nodes = len(graph.graph)
+    optimise(graph)
+    return TracedModel(model, read, graph, nodes)
+
+
+def write_models(
+    traced: TracedModel,
     layers: Sequence[LayerSpec],
     tensors: Callable[[str], Mapping[str, torch.Tensor]],
     output: Path,
     *,
-    parameter: Callable[[str], torch.Tensor] | None = None,
     dense_baseline: bool = True,
     stored: Stored | None = None,
 ) -> dict[str, Any]:
     """Write `model.onnx` and `dense/model.onnx`, each with its data file, and check both.
 
     Args:
-        model: The dense model in its export type; as before afterwards.
+        traced: The model; as before afterwards.
         layers: Its linears that are nodes of ours: the sparsified ones, and with weights in
             integers all of them.
         tensors: Folded tensors of one linear, by their names in the op contract.
         output: An existing folder.
-        parameter: Reads a parameter of the model, where the model itself holds fake ones.
         dense_baseline: Whether to write the dense model too.
         stored: With weights in integers: the input embedding has integers too, and the dense model
             is also written in them, as `dense_stored/model.onnx`.
@@ -255,28 +293,20 @@ def write_models(
         Metrics: nodes traced and left, bytes of weights.
 
     Raises:
-        ModelError: if the architecture cannot be exported.
         InternalError: if what was written is not what it should be.
     """
     from nmexport.graph import assembly, checks
-    from nmexport.graph.passes import optimise
     from nmexport.models.lazy_tensors import deferred_group
-    from nmexport.models.tracing import trace
 
     specs = {layer.name: layer for layer in layers}
-    read = parameter or (lambda name: model.get_parameter(name).detach())
-    traced = trace(model, list(specs))
-    _attach_parameters(traced, model, read)
-    traced_nodes = len(traced.graph)
-    optimise(traced)
 
     def write(path: Path, specs: Mapping[str, LayerSpec], tensors: Tensors) -> None:
         def constants(name: str) -> Mapping[str, ir.TensorProtocol]:
             return deferred_group(tensors(name), prefix=name, weight_type=specs[name].weight_type)
 
-        made = assembly.assemble_sparse(traced, specs, constants)
+        made = assembly.assemble_sparse(traced.graph, specs, constants)
         if stored is not None:
-            _store_embedding(made, model, read)
+            _store_embedding(made, traced.model, traced.read)
         path.parent.mkdir(exist_ok=True)
         assembly.save(made, path)
         checks.check_sparse(path, specs)
@@ -288,12 +318,12 @@ def write_models(
         write(output / STORED / MODEL, dense_specs, stored.dense_tensors)
     if dense_baseline:
         dense_path.parent.mkdir()
-        weights = functools.partial(_original_weights, model, read)
-        assembly.save(assembly.assemble_dense(traced, specs, weights), dense_path)
+        weights = functools.partial(_original_weights, traced.model, traced.read)
+        assembly.save(assembly.assemble_dense(traced.graph, specs, weights), dense_path)
         checks.check_dense(dense_path, specs)
     return {
-        "traced_nodes": traced_nodes,
-        "nodes": len(traced.graph),
+        "traced_nodes": traced.nodes,
+        "nodes": len(traced.graph.graph),
         "sparse_linears": len(specs),
         "data_bytes": path.with_name(f"{MODEL}.data").stat().st_size,
     }

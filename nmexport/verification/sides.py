@@ -15,6 +15,7 @@ from nmexport.progress import busy
 from nmexport.runtimes.opening import open_session
 from nmexport.verification import accuracy, alone, continuation, latency, tasks
 from nmexport.verification.subject import latency_tokens
+from nmexport.verification.suite import Suite
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,25 +61,22 @@ def _dense_against_sparse(subject: Subject) -> tuple[Accuracy, Latency]:
         wanted = evaluation.decode_only and subject.phases == "all"
         late = accuracy.LateLogits(_LOGITS_BYTES if wanted else 0)
         scores = accuracy.compare(dense, sparse, tracked, phases=subject.phases, late=late)
-        steps = range(evaluation.generate_tokens)
         continued = continuation.compare(
-            dense,
-            sparse,
-            subject.prompts,
-            progress.track(steps, label="verify: continuation", total=len(steps)),
+            dense, sparse, subject.prompts, evaluation.generate_tokens, progress=progress
         )
         decoded = _decode_only(subject, dense, sparse, late) if wanted else None
         task_scores, tasks_protocol = _tasks(subject, dense, sparse)
-        times = latency.compare(
-            dense,
-            sparse,
-            prompt=prompt,
-            context=context,
-            runs=timing.runs,
-            warmup=timing.warmup,
-            device=device_name(subject.environment, on_gpu=sparse.on_gpu),
-            progress=progress,
-        )
+        with busy(progress, "verify: latency"):  # runs to warm up are counted by no other bar
+            times = latency.compare(
+                dense,
+                sparse,
+                prompt=prompt,
+                context=context,
+                runs=timing.runs,
+                warmup=timing.warmup,
+                device=device_name(subject.environment, on_gpu=sparse.on_gpu),
+                progress=progress,
+            )
     scores = replace(
         scores,
         dataset=_dataset(evaluation),
@@ -94,18 +92,21 @@ def _dense_against_sparse(subject: Subject) -> tuple[Accuracy, Latency]:
 def _sparse_alone(subject: Subject) -> tuple[Accuracy, Latency]:
     recipe, progress, windows = subject.recipe, subject.progress, subject.windows
     prompt, context = latency_tokens(windows, recipe.latency)
-    with open_session(subject.engine_folder, elsewhere=True) as sparse:
+    with contextlib.ExitStack() as stack:
+        with busy(progress, "verify: open the model"):
+            sparse = stack.enter_context(open_session(subject.engine_folder, elsewhere=True))
         tracked = progress.track(windows, label="verify: perplexity", total=len(windows))
         scores = alone.score(sparse, tracked, phases=subject.phases)
-        times = alone.time(
-            sparse,
-            prompt=prompt,
-            context=context,
-            runs=recipe.latency.runs,
-            warmup=recipe.latency.warmup,
-            device=device_name(subject.environment, on_gpu=sparse.on_gpu),
-            progress=progress,
-        )
+        with busy(progress, "verify: latency"):
+            times = alone.time(
+                sparse,
+                prompt=prompt,
+                context=context,
+                runs=recipe.latency.runs,
+                warmup=recipe.latency.warmup,
+                device=device_name(subject.environment, on_gpu=sparse.on_gpu),
+                progress=progress,
+            )
     scores = replace(
         scores,
         dataset=_dataset(recipe.evaluation),
@@ -155,7 +156,7 @@ def _tasks(
     subject: Subject, dense: Session, sparse: Session
 ) -> tuple[Mapping[str, TaskScore], str | None]:
     """Score the tasks, and say how they were scored."""
-    suite = tasks.Suite.of(subject.recipe.evaluation)
+    suite = Suite.of(subject.recipe.evaluation)
     if suite is None:
         return {}, None
     folder = subject.engine.model.parent

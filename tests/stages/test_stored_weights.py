@@ -89,7 +89,8 @@ def exported(
     output = tmp_path_factory.mktemp("export")
     model = load_model(resolve(recipe_of(tiny_llama).model))
     stored = export.Stored(artifact.dense_tensors)
-    export.write_models(model, artifact.linears, artifact.tensors, output, stored=stored)
+    traced = export.trace_model(model, [layer.name for layer in artifact.linears])
+    export.write_models(traced, artifact.linears, artifact.tensors, output, stored=stored)
     return output
 
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from nmexport.errors import ModelError
-from nmexport.models.quantised.kept import KeptWeights, stored_kinds
 from nmexport.sparsity.quantisation import QuantisedWeight
 from nmexport.sparsity.weight_form import GROUP
+from nmexport.store.kept import KeptWeights, stored_kinds
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -15,8 +15,8 @@ import torch
 from nmexport.errors import ModelError
 from nmexport.models.gguf_files import open_merged
 from nmexport.models.quantised.gguf_blocks import gguf_weight, kept_type
-from nmexport.models.quantised.kept import KeptWeights, stored_kinds
 from nmexport.sparsity.quantisation import QuantisedWeight
+from nmexport.store.kept import KeptWeights, stored_kinds
 from nmexport.store.records import json_from, record_from
 from nmexport.store.tensors import ShardedWriter, TensorReader
 
