@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nmexport.errors import ArtifactError, EnvironmentFault
 from nmexport.graph.versions import IR_VERSION, OPSET
-from nmexport.models.embedding import embedding_names
 from nmexport.models.genai_config import genai_config
 from nmexport.models.tokenizer_files import write_tokenizer
 from nmexport.progress import busy
@@ -336,6 +335,7 @@ def _store_embedding(
     import torch
 
     from nmexport.graph.embedding import StoredRows, store_embedding
+    from nmexport.models.embedding import embedding_names
     from nmexport.models.lazy_tensors import deferred
     from nmexport.sparsity.quantisation import rounded_rows
 
@@ -369,6 +369,7 @@ def _original_weights(
 ) -> DenseWeights:
     """Weight and bias of a linear as they were, in the order that MatMul reads."""
     from nmexport.graph.assembly import DenseWeights
+    from nmexport.models.embedding import embedding_names
     from nmexport.models.lazy_tensors import deferred
 
     weight = model.get_parameter(f"{name}.weight")  # [O, K]
