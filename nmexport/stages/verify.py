@@ -132,8 +132,9 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     from nmexport.models.skeleton import model_size
 
     recipe = inputs.recipe
-    subject = _subject(inputs)
-    size = model_size(inputs.source)
+    with busy(inputs.progress, "verify: read the model's parts and the text"):
+        size = model_size(inputs.source)
+        subject = _subject(inputs)
     built = engine_words.section(subject.engine)
     measured = _measure(inputs, subject)
     measured = replace(measured, sparsity=replace(measured.sparsity, linears=size.linears))
@@ -230,15 +231,16 @@ def _audit(subject: Subject) -> Sparsity:
 
     engine, windows = subject.engine, subject.windows
     counted = windows[:_AUDIT_WINDOWS]
-    return audit.audit(
-        engine.model,
-        engine.dense_model,
-        subject.folded.layers,
-        library=engine_library(engine),
-        threads=engine.threads,
-        windows=subject.progress.track(counted, label="verify: audit", total=len(counted)),
-        error_window=windows[0, :_ERROR_TOKENS],
-    )
+    with busy(subject.progress, "verify: what each linear keeps and loses"):
+        return audit.audit(
+            engine.model,
+            engine.dense_model,
+            subject.folded.layers,
+            library=engine_library(engine),
+            threads=engine.threads,
+            windows=subject.progress.track(counted, label="verify: audit", total=len(counted)),
+            error_window=windows[0, :_ERROR_TOKENS],
+        )
 
 
 def _notes(engine: Engine, absent: str | None, recipe: Recipe) -> list[str]:

@@ -59,16 +59,13 @@ def _dense_against_sparse(subject: Subject) -> tuple[Accuracy, Latency]:
         wanted = evaluation.decode_only and subject.phases == "all"
         late = accuracy.LateLogits(_LOGITS_BYTES if wanted else 0)
         scores = accuracy.compare(dense, sparse, tracked, phases=subject.phases, late=late)
-        steps = range(evaluation.generate_tokens)
         continued = continuation.compare(
-            dense,
-            sparse,
-            subject.prompts,
-            progress.track(steps, label="verify: continuation", total=len(steps)),
+            dense, sparse, subject.prompts, evaluation.generate_tokens, progress=progress
         )
         decoded = _decode_only(subject, dense, sparse, late) if wanted else None
         task_scores, tasks_protocol = _tasks(subject, dense, sparse)
-        times = latency.compare(dense, sparse, _timing(subject, sparse))
+        with busy(progress, "verify: latency"):  # runs to warm up are counted by no other bar
+            times = latency.compare(dense, sparse, _timing(subject, sparse))
     scores = replace(
         scores,
         dataset=_dataset(evaluation),
@@ -83,10 +80,13 @@ def _dense_against_sparse(subject: Subject) -> tuple[Accuracy, Latency]:
 
 def _sparse_alone(subject: Subject) -> tuple[Accuracy, Latency]:
     progress, windows = subject.progress, subject.windows
-    with open_session(subject.engine_folder, elsewhere=True) as sparse:
+    with contextlib.ExitStack() as stack:
+        with busy(progress, "verify: open the model"):
+            sparse = stack.enter_context(open_session(subject.engine_folder, elsewhere=True))
         tracked = progress.track(windows, label="verify: perplexity", total=len(windows))
         scores = alone.score(sparse, tracked, phases=subject.phases)
-        times = alone.time(sparse, _timing(subject, sparse))
+        with busy(progress, "verify: latency"):
+            times = alone.time(sparse, _timing(subject, sparse))
     scores = replace(
         scores,
         dataset=_dataset(subject.recipe.evaluation),

@@ -124,6 +124,7 @@ def test_verbs_are_pinned() -> None:
         "client",
         "inspect",
         "diff",
+        "estimate",
         "recipes",
         "doctor",
     ]
@@ -340,7 +341,7 @@ def test_mitigation_none_clears_the_recipes(in_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--model", "smolm"], "did you mean 'smollm2'?"),
+        (["--model", "smolm"], "did you mean 'smollm"),
         (["--model", "a/b", "--pattern", "8:0"], "8:0 is out of range"),
         (["--model", "a/b", "--pattern", "17:16"], "17:16 is out of range"),
         (["--model", "a/b", "--pattern", "8-16"], "'8-16' is not an N:M pattern"),
