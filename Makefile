@@ -54,11 +54,13 @@ $(GPU_STAMP): requirements.lock pyproject.toml plugins/build_hook.py
 demo: $(STAMP) ## the whole job on a real LLM, SmolLM2-135M, in some 15 minutes on 2 cores
 	$(BIN)/nmexport build --model smollm2 --pattern 8:16 --work nmexport-work/demo
 
-# By file: exports that a file's tests share are made once, and not by each worker.
-test: $(STAMP) $(SERVER_STAMP) $(ENGINES_STAMP) lint types native-test ## lints, types, C++ tests, fast Python tests
-	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" -n 2 --dist loadfile --cov --cov-report=term:skip-covered
+# By file: what a file's tests share is made once, and not by each worker. In the order that
+# conftest.py gives, here and below.
+test: $(STAMP) $(SERVER_STAMP) $(ENGINES_STAMP) ## lints, types, C++ tests, fast Python tests
+	$(MAKE) --jobs=2 --output-sync=target lint types native-test
+	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder \
+	  --cov --cov-report=term:skip-covered
 
-# By file: what a file's tests share is built once. In the order that conftest.py gives.
 test-slow: $(STAMP) $(SERVER_STAMP) $(ENGINES_STAMP) ## tests on the real model
 	OMP_NUM_THREADS=1 $(PYTEST) -m slow -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 

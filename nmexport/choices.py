@@ -14,8 +14,15 @@ Offload = Literal["auto", "never", "layerwise"]
 Phase = Literal["all", "prefill", "decode"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 Target = Literal["auto", "onnxruntime", "tensorrt", "tensorrt-rtx"]
+Activations = Literal["auto", "float", "int8"]
 InPlaceCache = Literal["auto", "off"]
 Stage = Literal["calibrate", "fold", "export", "engine", "verify", "package"]
+
+REMOVED_GROUPINGS = {
+    "exchange": "use balanced: the search by exchange was removed, as it gains nothing once "
+    "constants are learned"
+}
+"""Groupings that older recipes and scripts may name, and what to use in place of each."""
 
 STAGE_NAMES: tuple[Stage, ...] = get_args(Stage)
 """In order of running."""

@@ -57,7 +57,8 @@ STAGES: Mapping[str, str] = MappingProxyType(
 )
 """Modules by stage, in order of running; imported only when a build needs them."""
 
-_READ_WEIGHTS = frozenset({"calibrate", "fold", "export", "verify"})
+READ_WEIGHTS = frozenset({"calibrate", "fold", "export", "verify"})
+"""Stages that read the model's weights."""
 
 Action = Literal["cached", "run", "depends", "refused"]
 """`depends`: an upstream runs, and what it writes decides. `refused`: a gate failed before it."""
@@ -229,7 +230,7 @@ class Pipeline:
                 for name in self.stages[step.stage].UPSTREAM
             }
             self._check_earlier(selection, keys, read)
-            self._check_first(plan)
+            self.check(plan)
             steps: list[Step] = []
             for stage in selection.stages:
                 full = selection.check or stage in read
@@ -243,6 +244,20 @@ class Pipeline:
                     raise StageRefused(str(refusal), [*steps, refused]) from refusal
             self._put_in_use(steps, keys)
             return steps
+
+    def check(self, plan: Sequence[Step]) -> None:
+        """Let every stage that is going to run refuse what it cannot do; reads no weight.
+
+        Args:
+            plan: What `plan` returned.
+
+        Raises:
+            UserError: whatever a stage says the user or the machine got wrong.
+        """
+        for step in plan:
+            check = getattr(self.stages[step.stage], "check", None)
+            if check is not None and step.action != "cached":
+                check(self._inputs(self.work.root / step.stage, {}))
 
     def keys(self, last: str) -> dict[str, str]:
         """Key of every stage up to the last."""
@@ -258,13 +273,6 @@ class Pipeline:
                 }
             )
         return keys
-
-    def _check_first(self, plan: Sequence[Step]) -> None:
-        """Let every stage that is going to run refuse what it cannot do."""
-        for step in plan:
-            check = getattr(self.stages[step.stage], "check", None)
-            if check is not None and step.action != "cached":
-                check(self._inputs(self.work.root / step.stage, {}))
 
     # -- one stage -------------------------------------------------------------------------------
 
@@ -431,7 +439,7 @@ class Pipeline:
 
     def _source_for(self, stage: str) -> ModelSource:
         """The model as a stage reads it: a `.gguf` dequantised once for all of them."""
-        if not self.source.packed or stage not in _READ_WEIGHTS:
+        if not self.source.packed or stage not in READ_WEIGHTS:
             return self.source
         from nmexport.models.unpacked import unpack  # torch: only where a stage runs
 

@@ -75,10 +75,10 @@ class Lines:
                     said = now
         finally:  # whoever stops early, because there is no more to do, has a last line too
             seconds = self._clock() - began
-            if seconds >= 1:  # what took no time is not worth a line
-                self.note(
-                    f"{label}: {_format_count(count, size)} in {duration(seconds)}, {_peak()}"
-                )
+            early = size is not None and count < size
+            if seconds >= 1 or early:  # what took no time is not worth a line
+                counted = _format_count(count, size) + (", ended early," if early else "")
+                self.note(f"{label}: {counted} in {duration(seconds)}, {_peak()}")
 
     def note(self, message: str) -> None:
         """Write the line."""

@@ -2,24 +2,74 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import shutil
-from typing import TYPE_CHECKING
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.support import kept
 from tests.support.tiny import save_tiny_model
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
+
+    from nmexport.stages.export import TracedModel
 
     from tests.support.exported import Exported
 
-_LONGEST = ("test_smollm2_build.py", "test_learning_smollm2.py")
+_TESTS = Path(__file__).parent
+# Half a minute and more of a core each, of the slow suite and then of the fast one.
+_LONGEST = (
+    "test_smollm2_build.py",
+    "calibration/test_learning_smollm2.py",
+    "graph/test_cuda.py",
+    "graph/test_cpu.py",
+    "stages/test_export.py",
+    "models/test_families.py",
+    "models/test_streaming.py",
+    "runtimes/tensorrt/test_building.py",
+    "stages/test_engine.py",
+    "verification/test_tasks.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: a worker that starts one of them last leaves the other idle."""
-    items.sort(key=lambda item: item.path.name not in _LONGEST)
+    longest = {_TESTS / name for name in _LONGEST}
+    items.sort(key=lambda item: item.path not in longest)
+
+
+def pytest_collection_finish() -> None:
+    """Coverage looks away while torch traces: Python that is not ours, and most of an export."""
+    if "torch" in sys.modules and sys.gettrace() is not None:
+        import torch.onnx
+
+        torch.onnx.export = _uncounted(torch.onnx.export)
+
+
+def _uncounted(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*arguments: Any, **named: Any) -> Any:
+        tracer = sys.gettrace()
+        sys.settrace(None)
+        try:
+            return function(*arguments, **named)
+        finally:
+            sys.settrace(tracer)
+
+    return call
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _keep_exports(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Workers share one folder: the one above their own."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    kept.FOLDER[:] = [shared / "kept"]
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +78,17 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny-llama")
     save_tiny_model(folder, "llama")
     return folder
+
+
+@pytest.fixture(scope="session")
+def traced_llama(tiny_llama: Path) -> TracedModel:
+    """The tiny Llama in float32, traced: models with any constants are written from it."""
+    from nmexport.stages.export import trace_model
+
+    from tests.support.exported import linears_of, load
+
+    model = load(tiny_llama)
+    return trace_model(model, list(linears_of(model)))
 
 
 @pytest.fixture(scope="session")

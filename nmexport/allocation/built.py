@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from nmexport.calibration.forward_passes import _forward, _hooked
+from nmexport.calibration.forward_passes import forward_sample, hooked
 from nmexport.errors import RecipeError
 from nmexport.sparsity.linear import SparseLinear
 
@@ -87,9 +87,9 @@ def errors_as_built(
 
         return linear.register_forward_hook(hook)
 
-    with _hooked(watch(*item) for item in linears.items()):
+    with hooked(watch(*item) for item in linears.items()):
         for window in progress.track(windows, label="fold: errors as built", total=len(windows)):
-            _forward(model, window)
+            forward_sample(model, window)
     return {name: (lost[name] / whole[name]) ** 0.5 if whole[name] else None for name in linears}
 
 

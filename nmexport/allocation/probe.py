@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nmexport.calibration.forward_passes import _hooked
+from nmexport.calibration.forward_passes import hooked
 from nmexport.errors import ModelError
 from nmexport.models.swap import swapped
 from nmexport.sparsity.linear import InputSite
@@ -209,7 +209,7 @@ class Probe:
     @contextlib.contextmanager
     def _sparse(self, inputs: Mapping[Site, SparseInput]) -> Iterator[None]:
         shared = {site: _Shared(windows, self._prompt) for site, windows in inputs.items()}
-        with _hooked(
+        with hooked(
             self._watch(name, held) for site, held in shared.items() for name in site.names
         ):
             yield
@@ -242,7 +242,7 @@ class Probe:
             del module, arguments
             outputs.append(output)
 
-        with _hooked(hook for hook in (self._layers[layer - 1].register_forward_hook(keep),)):
+        with hooked(hook for hook in (self._layers[layer - 1].register_forward_hook(keep),)):
             self._log_probabilities(index)
         return outputs[0]
 

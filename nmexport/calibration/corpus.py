@@ -169,6 +169,10 @@ def evaluation_windows(
     """
     if section.corpus == SELF:
         return self_text(section.windows, section.length, text_seed(seed, "evaluation"))
+    return _first_windows(section, tokenizer, vocabulary)
+
+
+def _first_windows(section: EvaluationSection, tokenizer: Any, vocabulary: int | None) -> TokenIds:
     stream = _token_stream(
         section.corpus, tokenizer, "evaluation", section.windows * section.length
     )
@@ -180,6 +184,56 @@ def evaluation_windows(
             options=("--eval-windows", "--eval-length"),
         )  # fmt: skip
     return windows[: section.windows]
+
+
+def check_samples(
+    section: CorpusSection, tokenizer: Any, *, reserved_tokens: int, vocabulary: int | None
+) -> None:
+    """Read a local file of calibration text, to refuse it before anything else is done.
+
+    Args:
+        section: As in `load_samples`, with the other arguments.
+        tokenizer: The model's.
+        reserved_tokens: Tokens at the start of the corpus that evaluation uses.
+        vocabulary: Tokens that the model knows.
+
+    Raises:
+        CorpusError: as `load_samples`.
+    """
+    needed = section.samples - round(section.samples * section.self_share)
+    if is_file(section.corpus) and needed:
+        _drawn(
+            section,
+            needed,
+            tokenizer,
+            seed=0,
+            reserved_tokens=reserved_tokens,
+            vocabulary=vocabulary,
+        )
+
+
+def check_windows(section: EvaluationSection, tokenizer: Any, *, vocabulary: int | None) -> None:
+    """Read a local file of evaluation text, to refuse it before anything else is done.
+
+    Args:
+        section: As in `evaluation_windows`, with the other arguments.
+        tokenizer: The model's.
+        vocabulary: Tokens that the model knows.
+
+    Raises:
+        CorpusError: as `evaluation_windows`.
+    """
+    if is_file(section.corpus):
+        _first_windows(section, tokenizer, vocabulary)
+
+
+def is_file(corpus: str) -> bool:
+    """Tell whether a corpus is a file of this machine.
+
+    Raises:
+        CorpusError: if it is missing, or its kind is not known.
+    """
+    return _kind(corpus) in {"txt", "jsonl"}
 
 
 def protocol(section: CorpusSection | EvaluationSection) -> str:
@@ -212,11 +266,10 @@ def corpus_identity(corpus: str) -> dict[str, str]:
     Raises:
         CorpusError: if a local file is missing or its kind is not known.
     """
-    kind = _kind(corpus)
-    if kind not in {"txt", "jsonl"}:
+    if not is_file(corpus):
         return {"corpus": corpus}
     return {
-        "corpus": kind,
+        "corpus": _kind(corpus),
         "reading": _READING,
         "sha256": hashlib.sha256(_read_bytes(Path(corpus))).hexdigest(),
     }

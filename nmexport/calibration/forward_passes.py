@@ -6,6 +6,7 @@ One batch of activations lives at a time: hooks reduce each input to sums as it 
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,8 +92,37 @@ def run_samples(
         )
         return
     for sample in progress.track(samples, label=label, total=len(samples)):
-        _forward(model, sample)
+        forward_sample(model, sample)
         after()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseRun:
+    """A dense model to run over text, and what is known of the linears that are watched."""
+
+    model: nn.Module
+    """A Hugging Face causal language model in evaluation mode."""
+    linears: Mapping[str, nn.Linear]
+    """Linears to watch, by name."""
+    constants: Mapping[str, Constants]
+    """Their constants of the first pass, by name."""
+    behaviours: Mapping[str, Behaviour]
+    """What they will compute, by name."""
+    samples: torch.Tensor
+    """`[samples, length]` int64 token ids."""
+    progress: Progress
+    layerwise: LayerwiseModel | None = None
+    """Runs the model with one layer in memory at a time; None runs it whole."""
+
+    def forward(self, label: str) -> None:
+        """Run the model over the samples, for its hooks to see."""
+        run_samples(
+            self.model,
+            self.samples,
+            progress=self.progress,
+            label=label,
+            layerwise=self.layerwise,
+        )
 
 
 def gather_channel_statistics(
@@ -130,7 +160,7 @@ def gather_channel_statistics(
 
     # What averages over so many tokens needs no float32 products.
     products = fast_products(model) if layerwise is None else contextlib.nullcontext()
-    with products, _hooked(watch(name) for name in linears):
+    with products, hooked(watch(name) for name in linears):
         run_samples(
             model,
             samples,
@@ -145,47 +175,28 @@ def gather_channel_statistics(
     return statistics
 
 
-def gather_errors(
-    model: nn.Module,
-    linears: Mapping[str, nn.Linear],
-    constants: Mapping[str, Constants],
-    behaviours: Mapping[str, Behaviour],
-    samples: torch.Tensor,
-    *,
-    progress: Progress,
-    layerwise: LayerwiseModel | None = None,
-) -> dict[str, ErrorObserver]:
-    """Second pass: what selection costs each linear, and the static variance correction.
-
-    Args:
-        model: The dense model.
-        linears: Linears to watch, by name.
-        constants: Their constants of the first pass, by name.
-        behaviours: What they will compute, by name.
-        samples: `[samples, length]` int64 token ids.
-        progress: Counts samples.
-        layerwise: Runs the model with one layer in memory at a time; None runs it whole.
-    """
-    observers = {name: ErrorObserver() for name in linears}
+def gather_errors(run: DenseRun) -> dict[str, ErrorObserver]:
+    """Second pass: what selection costs each linear, and the static variance correction."""
+    observers = {name: ErrorObserver() for name in run.linears}
 
     def watch(name: str, linear: nn.Linear) -> RemovableHandle:
         def hook(module: nn.Module, arguments: tuple[Any, ...], output: torch.Tensor) -> None:
             del module
             observers[name].merge(
-                observe_error(linear, behaviours[name], constants[name], arguments[0], output)
+                observe_error(
+                    linear, run.behaviours[name], run.constants[name], arguments[0], output
+                )
             )
 
         return linear.register_forward_hook(hook)
 
-    with _hooked(watch(name, linear) for name, linear in linears.items()):
-        run_samples(
-            model, samples, progress=progress, label="fold: local errors", layerwise=layerwise
-        )
+    with hooked(watch(name, linear) for name, linear in run.linears.items()):
+        run.forward("fold: local errors")
     return observers
 
 
 @contextlib.contextmanager
-def _hooked(handles: Iterator[RemovableHandle]) -> Iterator[None]:
+def hooked(handles: Iterator[RemovableHandle]) -> Iterator[None]:
     """Remove the hooks afterwards, whatever happens."""
     placed: list[RemovableHandle] = []
     try:
@@ -196,7 +207,7 @@ def _hooked(handles: Iterator[RemovableHandle]) -> Iterator[None]:
             handle.remove()
 
 
-def _forward(model: nn.Module, sample: torch.Tensor) -> None:
+def forward_sample(model: nn.Module, sample: torch.Tensor) -> None:
     """Run one sample `[length]` through the model, without a cache."""
     device = next(model.parameters()).device
     options = last_logits(model, _LOGITS_KEPT, len(sample))

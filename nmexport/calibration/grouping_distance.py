@@ -9,20 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nmexport.calibration.forward_passes import _hooked, run_samples
+from nmexport.calibration.forward_passes import hooked
 from nmexport.sparsity.linear import InputSite
 from nmexport.sparsity.mask import keep_mask
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import torch
     from torch import nn
     from torch.utils.hooks import RemovableHandle
 
-    from nmexport.models.layerwise import LayerwiseModel
-    from nmexport.progress import Progress
-    from nmexport.sparsity.linear import Behaviour, Constants
+    from nmexport.calibration.forward_passes import DenseRun
     from nmexport.sparsity.pattern import NMPattern
 
 
@@ -71,48 +67,25 @@ def grouping_distance(
     )
 
 
-def grouping_distances(
-    model: nn.Module,
-    linears: Mapping[str, nn.Linear],
-    constants: Mapping[str, Constants],
-    behaviours: Mapping[str, Behaviour],
-    samples: torch.Tensor,
-    *,
-    progress: Progress,
-    layerwise: LayerwiseModel | None = None,
-) -> dict[str, GroupingDistance]:
-    """How close each linear's order comes to unstructured selection, on the model's activations.
-
-    Args:
-        model: A Hugging Face causal language model in evaluation mode.
-        linears: Its linears to look at, by name.
-        constants: Their score scale, shift and order, by name.
-        behaviours: Their pattern and shift, by name.
-        samples: `[samples, length]` int64 token ids.
-        progress: Counts samples, or layers.
-        layerwise: Runs the model with one layer in memory at a time; None runs it whole.
-    """
+def grouping_distances(run: DenseRun) -> dict[str, GroupingDistance]:
+    """How close each linear's order comes to unstructured selection, on the model's activations."""
     distances: dict[str, GroupingDistance] = {}
 
     def watch(name: str, linear: nn.Linear) -> RemovableHandle:
-        pattern, order = behaviours[name].pattern, constants[name].channel_order
-        site = InputSite(behaviours[name], constants[name], linear.in_features)
+        behaviour, constants = run.behaviours[name], run.constants[name]
+        site = InputSite(behaviour, constants, linear.in_features)
 
         def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
             del module
             x = arguments[0].detach()
-            distance = grouping_distance(site.to(x.device).scores(x), pattern, order)
+            distance = grouping_distance(
+                site.to(x.device).scores(x), behaviour.pattern, constants.channel_order
+            )
             known = distances.get(name)
             distances[name] = distance if known is None else known + distance
 
         return linear.register_forward_pre_hook(hook)
 
-    with _hooked(watch(name, linear) for name, linear in linears.items()):
-        run_samples(
-            model,
-            samples,
-            progress=progress,
-            label="fold: distance to unstructured",
-            layerwise=layerwise,
-        )
+    with hooked(watch(name, linear) for name, linear in run.linears.items()):
+        run.forward("fold: distance to unstructured")
     return distances

@@ -23,11 +23,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from nmexport.calibration.forward_passes import _hooked
+from nmexport.calibration.forward_passes import hooked
+from nmexport.calibration.learning_chunks import SEED_STRIDE, batch_of, split_chunks
+from nmexport.calibration.learning_loss import divergence_with_gradient, divergences
 from nmexport.calibration.output_head import OutputHead, SampledHead, check_head
 from nmexport.calibration.products import fast_dtype
 from nmexport.calibration.sensitivity import activations_carry_gradients
-from nmexport.errors import CorpusError, ModelError
+from nmexport.errors import ModelError
 from nmexport.models.swap import swapped
 from nmexport.sparsity.learned import LearnedLinear, LearningSite, Spread
 
@@ -36,12 +38,12 @@ if TYPE_CHECKING:
 
     from nmexport.calibration.checkpoint import Checkpoint
     from nmexport.calibration.effort import LearningSettings
+    from nmexport.calibration.learning_chunks import Chunks
     from nmexport.progress import Progress
     from nmexport.sparsity.fold import Corrections
     from nmexport.sparsity.linear import Behaviour, Constants
 
 _BETAS = (0.9, 0.99)
-_SEEDS = 1_000_003  # a prime: seeds of one run never meet those of another
 _WARMUP = 5
 _CHECKPOINT_EVERY = 20
 _HELD_OUT_POINTS = 8
@@ -51,8 +53,6 @@ _HELD_OUT_STEPS = 20  # at least so many between two measurements, each of which
 _TARGET_BYTES = 1 << 30
 _DRAWN_PART = 4  # one in so many of the tokens that the loss looks at is drawn anew in each step
 _VOCABULARY_SAMPLE = 8192  # positions that decide which tokens the loss looks at
-_LEAST_DIVERGENCE = 1e-6  # nats a token
-_LOSS_ROWS = 256  # positions whose logits the loss looks at together
 _LOGIT_ROWS = 512  # positions whose logits over the whole vocabulary exist at a time
 
 
@@ -159,130 +159,17 @@ def _students(
             parts=settings.parts,
             site=site_of.get(name),
             rank=settings.rank,
-            seed=settings.seed * _SEEDS + place,
+            seed=settings.seed * SEED_STRIDE + place,
             dtype=dtype,
         )
         for place, (name, linear) in enumerate(linears.items())
     }
 
 
-@dataclass(frozen=True)
-class Chunks:
-    """Samples cut to the length of a step."""
-
-    ids: torch.Tensor
-    """`[chunks, length]`, learned from; kind by kind."""
-    counts: tuple[int, ...]
-    """How many of each kind."""
-    held_out: torch.Tensor
-    """`[held out, length]`"""
-
-
-def split_chunks(samples: Sequence[torch.Tensor], settings: LearningSettings) -> Chunks:
-    """Cut samples into chunks, seeded, and keep some of each kind back.
-
-    Raises:
-        CorpusError: if not even one batch is left to learn from.
-    """
-    kinds = [sample for sample in samples if len(sample)]
-    length = chunk_length(kinds, settings)
-    generator = torch.Generator().manual_seed(settings.seed)
-    learned, held_out = [], []
-    for kind in kinds:
-        whole = cut(kind, length)
-        shuffled = whole[torch.randperm(len(whole), generator=generator)]
-        held = min(settings.held_out // len(kinds), len(whole) // 8)
-        held_out.append(shuffled[:held])
-        learned.append(shuffled[held:])
-    count = sum(len(sample) for sample in learned)
-    if count < settings.batch:
-        raise CorpusError(
-            f"{count} chunks of {length} tokens are too few to learn from.",
-            allowed=f"at least {settings.batch}, besides those that are held out",
-            fix="use more --calib-samples",
-        )
-    return Chunks(torch.cat(learned), tuple(map(len, learned)), torch.cat(held_out))
-
-
-def chunk_length(samples: Sequence[torch.Tensor], settings: LearningSettings) -> int:
-    """Tokens of a chunk: the settings', or the length of the shortest kind of samples."""
-    return min([settings.length, *(sample.shape[1] for sample in samples if len(sample))])
-
-
-def cut(samples: torch.Tensor, length: int) -> torch.Tensor:
-    """`[samples, L]` -> `[chunks, length]`; what is left of a sample is not used."""
-    return samples[:, : samples.shape[1] // length * length].reshape(-1, length)
-
-
-def without(samples: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
-    """Samples `[N, L]` but for those that begin with one of the windows `[W, l]`."""
-    starts = samples[:, None, : windows.shape[1]]
-    return samples[~(starts == windows[None]).all(dim=2).any(dim=1)]
-
-
-def batch_of(step: int, counts: Sequence[int], settings: LearningSettings) -> torch.Tensor:
-    """Which chunks a step learns from: `[batch]`.
-
-    Kinds take turns; of one kind, every chunk comes once before any comes twice.
-
-    Args:
-        step: From 0.
-        counts: Chunks of each kind, which stand one after another.
-        settings: Batch and seed.
-    """
-    rows = []
-    for slot in range(step * settings.batch, (step + 1) * settings.batch):
-        kind, place = slot % len(counts), slot // len(counts)
-        generator = torch.Generator().manual_seed(
-            (settings.seed * len(counts) + kind) * _SEEDS + place // counts[kind]
-        )
-        shuffled = torch.randperm(counts[kind], generator=generator)
-        rows.append(sum(counts[:kind]) + int(shuffled[place % counts[kind]]))
-    return torch.tensor(rows)
-
-
 def rate_at(step: int, settings: LearningSettings) -> float:
     """The learning rate of a step."""
     warm = min((step + 1) / _WARMUP, 1.0)
     return settings.rate * warm * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
-
-
-def divergences(student: torch.Tensor, teacher: torch.Tensor, head: OutputHead) -> torch.Tensor:
-    """KL(teacher || student) of each position `[T]`, over the head's tokens.
-
-    Args:
-        student: `[T, H]` hidden states.
-        teacher: `[T, H]`, without gradient.
-        head: Of the tokens that are looked at.
-    """
-    with torch.no_grad():
-        target = torch.log_softmax(head.logits(teacher), dim=-1)
-    found = torch.log_softmax(head.logits(student), dim=-1)
-    return nn.functional.kl_div(found, target, log_target=True, reduction="none").sum(dim=-1)
-
-
-def loss_of(found: torch.Tensor) -> torch.Tensor:
-    """Return the objective of learning for divergences `[T]`: the sum of their roots."""
-    # A root's slope has no end at zero; below the floor there is nothing to learn.
-    return found.clamp_min(_LEAST_DIVERGENCE).sqrt().sum()
-
-
-def divergence_with_gradient(
-    student: torch.Tensor, teacher: torch.Tensor, head: OutputHead
-) -> tuple[float, torch.Tensor]:
-    """Mean divergence, and the loss's gradient a position `[T, H]`, a few positions at a time.
-
-    Logits of all positions together are the largest tensors of a step, and memory that goes back
-    to the system in every step has to be got from it again, page by page.
-    """
-    total, gradients = 0.0, []
-    pieces = (torch.split(logits, _LOSS_ROWS) for logits in (student, teacher))
-    for rows, targets in zip(*pieces, strict=True):
-        leaf = rows.requires_grad_()
-        found = divergences(leaf, targets, head)
-        gradients += torch.autograd.grad(loss_of(found) / len(student), leaf)
-        total += float(found.detach().sum())
-    return total / len(student), torch.cat(gradients)
 
 
 class _Run:
@@ -353,7 +240,7 @@ class _Run:
     @contextlib.contextmanager
     def _disturbed(self, step: int) -> Iterator[None]:
         """Scores of all sites times the step's factors."""
-        generator = torch.Generator().manual_seed(self._settings.seed * _SEEDS + step)
+        generator = torch.Generator().manual_seed(self._settings.seed * SEED_STRIDE + step)
         for site in self._sites:
             drawn = torch.randn(site.channels, generator=generator)
             site.disturbance = (self._settings.disturbance * drawn).exp().to(self._device)
@@ -420,7 +307,7 @@ class _Run:
         looked_at = min(self._settings.vocabulary, whole)
         drawn = looked_at // _DRAWN_PART if looked_at < whole else 0
         mass = self._mass(head) if drawn else torch.zeros(whole, device=head.weight.device)
-        seed = self._settings.seed * _SEEDS
+        seed = self._settings.seed * SEED_STRIDE
         return SampledHead(head, mass, likeliest=looked_at - drawn, drawn=drawn, seed=seed)
 
     def _mass(self, head: OutputHead) -> torch.Tensor:
@@ -505,7 +392,7 @@ def _spreads(
         return linear.register_forward_hook(hook)
 
     device = next(model.parameters()).device
-    with _hooked(watch(*item) for item in linears.items()), torch.no_grad():
+    with hooked(watch(*item) for item in linears.items()), torch.no_grad():
         model.base_model(input_ids=chunks.to(device), use_cache=False)
     return found
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nmexport.calibration.learning import chunk_length, cut
+from nmexport.calibration.learning_chunks import chunk_length, cut
 
 if TYPE_CHECKING:
     from nmexport.calibration.checkpoint import Checkpoint

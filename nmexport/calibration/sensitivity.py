@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nmexport.calibration.forward_passes import _hooked
+from nmexport.calibration.forward_passes import hooked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -60,7 +60,7 @@ def gather_sensitivities(
         return linear.register_forward_pre_hook(hook)
 
     generator = torch.Generator().manual_seed(seed)
-    with activations_carry_gradients(model), _hooked(watch(*item) for item in linears.items()):
+    with activations_carry_gradients(model), hooked(watch(*item) for item in linears.items()):
         for sample in progress.track(samples, label="fold: sensitivities", total=len(samples)):
             _backward(model, sample, generator)
     tokens = samples.numel()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nmexport.calibration.forward_passes import _hooked, run_samples
+from nmexport.calibration.forward_passes import hooked, run_samples
 from nmexport.progress import Silent
 from nmexport.sparsity.targets import _decoder_layers
 
@@ -69,7 +69,7 @@ def input_sites(
 
         return linear.register_forward_pre_hook(hook)
 
-    with _hooked(watch(*item) for item in linears.items()):
+    with hooked(watch(*item) for item in linears.items()):
         run_samples(
             model, sample[None, :_TOKENS], progress=Silent(), label="sites", layerwise=layerwise
         )

@@ -14,9 +14,10 @@ import torch
 from nmexport.calibration import derivation
 from nmexport.calibration.corpus import text_seed
 from nmexport.calibration.effort import DISTANCE_SAMPLES, ERROR_SAMPLES
-from nmexport.calibration.forward_passes import gather_errors
+from nmexport.calibration.forward_passes import DenseRun, gather_errors
 from nmexport.calibration.grouping_distance import grouping_distances
-from nmexport.calibration.learning import learn, without
+from nmexport.calibration.learning import learn
+from nmexport.calibration.learning_chunks import without
 from nmexport.calibration.learning_text import with_more_written
 from nmexport.calibration.method import needs_static_variance
 from nmexport.sparsity.fold import NOTHING_LEARNED, fold
@@ -147,15 +148,7 @@ def make_constants(
     derived = derivation.with_remainders(
         derived, dense.linears, seed=dense.seed, loaded=dense.loaded
     )
-    errors = gather_errors(
-        dense.model,
-        {name: dense.linears[name] for name in derived},
-        {name: linear.constants for name, linear in derived.items()},
-        {name: linear.behaviour for name, linear in derived.items()},
-        dense.samples[:ERROR_SAMPLES],
-        progress=dense.progress,
-        layerwise=dense.layerwise,
-    )
+    errors = gather_errors(_run(dense, derived, dense.samples[:ERROR_SAMPLES]))
     derived = _with_static_variance(derived, errors)
     distances = _distances(dense, derived)
     learned = None
@@ -189,12 +182,16 @@ def _distances(dense: DenseModel, derived: Mapping[str, Derived]) -> dict[str, G
     }
     if not ordered:
         return {}
-    return grouping_distances(
-        dense.model,
-        {name: dense.linears[name] for name in ordered},
-        {name: linear.constants for name, linear in ordered.items()},
-        {name: linear.behaviour for name, linear in ordered.items()},
-        dense.samples[-DISTANCE_SAMPLES:],
+    return grouping_distances(_run(dense, ordered, dense.samples[-DISTANCE_SAMPLES:]))
+
+
+def _run(dense: DenseModel, derived: Mapping[str, Derived], samples: torch.Tensor) -> DenseRun:
+    return DenseRun(
+        model=dense.model,
+        linears={name: dense.linears[name] for name in derived},
+        constants={name: linear.constants for name, linear in derived.items()},
+        behaviours={name: linear.behaviour for name, linear in derived.items()},
+        samples=samples,
         progress=dense.progress,
         layerwise=dense.layerwise,
     )

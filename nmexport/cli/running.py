@@ -77,18 +77,25 @@ def _check_room(pipeline: Pipeline, selection: Selection) -> None:
 
 
 def _in_words(expected: Estimate, pipeline: Pipeline) -> str:
+    unpacked = expected.unpacked_bytes
+    kept = f", {size(unpacked)} of it the dequantised model," if unpacked else ""
     return (
-        f"Writes about {size(expected.write_bytes)} to {pipeline.work.root} "
+        f"Writes about {size(expected.write_bytes)}{kept} to {pipeline.work.root} "
         f"({size(expected.free_bytes)} free); peak memory about {size(expected.memory_bytes)} "
         f"({size(pipeline.environment.memory_bytes)} here)."
     )
 
 
 def show_plan(ctx: click.Context, pipeline: Pipeline, selection: Selection) -> None:
-    """Say what is cached, what runs and why, and what it will take."""
+    """Say what is cached, what runs and why, and what it will take.
+
+    Raises:
+        UserError: what a build would refuse before its first stage runs.
+    """
     from nmexport.inspect.estimate import estimate
 
     steps = pipeline.plan(selection)
+    pipeline.check(steps)
     expected = estimate(pipeline.recipe, pipeline.source, steps, pipeline.work.root)
     if wants_json(ctx):
         emit_json(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import os
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
 from click.shell_completion import CompletionItem
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 
 class Verb(click.Command):
@@ -45,21 +46,28 @@ class VerbFamily(click.Group):
 class OneOf(click.Choice[str]):
     """One of the values of a `Literal`; an unknown one names the nearest."""
 
-    def __init__(self, kind: Any, *more: str) -> None:
+    def __init__(
+        self, kind: Any, *more: str, removed: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         """Take the values from a type.
 
         Args:
             kind: A `Literal` of texts.
             more: Values that stand before them.
+            removed: What to say of values that were allowed once.
         """
         super().__init__([*more, *get_args(kind)])
+        self._removed = removed
 
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
         """Say what is allowed, and what was probably meant."""
         del ctx
         choices = [str(choice) for choice in self.choices]
-        near = difflib.get_close_matches(str(value).lower(), choices, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(str(value).lower(), choices, n=1, cutoff=0.51)
         hint = f" Did you mean {near[0]!r}?" if near else ""
+        if str(value) in self._removed:
+            what = self._removed[str(value)]
+            hint = f" {what[0].upper()}{what[1:]}."
         return f"{str(value)!r} is none of {', '.join(choices)}.{hint}"
 
 

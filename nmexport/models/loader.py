@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ModelError
+from nmexport.models import gguf_files
 from nmexport.models.families import is_text_part
 from nmexport.models.guard import quiet, reading
-from nmexport.models.integrity import check_gguf
 from nmexport.models.skeleton import give_generation_config, skeleton
 from nmexport.models.text_files import (
     check_text_files,
@@ -21,7 +20,6 @@ from nmexport.models.weights import WeightTable, is_finite, not_finite
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from types import ModuleType
 
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,6 +78,7 @@ def load_gguf(
     Raises:
         ModelError: if its architecture is unknown or the file cannot be read.
     """
+    skeleton(source)  # what is wrong with the metadata is said before anything is read
     model, loading_info, mappings = _from_pretrained(source, dtype, attention, placing)
     _forget_quantization(model)
     _check_gguf_complete(source, loading_info)
@@ -97,7 +96,7 @@ def _from_pretrained(
     """Let transformers load a model; returns what it says of it, and its tables of GGUF names."""
     from transformers import AutoModelForCausalLM
 
-    with quiet(), reading(source), _gguf_read_once() as mappings:
+    with quiet(), reading(source), _name_tables(source) as mappings:
         model, loading_info = AutoModelForCausalLM.from_pretrained(
             source.weights_folder,
             dtype=dtype,
@@ -167,18 +166,15 @@ def _check_nothing_ignored(source: ModelSource, mappings: Sequence[Mapping[str, 
     """Refuse a `.gguf` with tensors that transformers passes over; factors of one do no harm."""
     if not mappings:
         return
-    path = source.folder / str(source.gguf_file)
     known = mappings[-1]  # the outermost call returns last, and has all names
     passed_over = [
         name
-        for name in check_gguf(path).tensors
+        for name in gguf_files.tensor_names(source.gguf_files)
         if name not in known and name.removesuffix(".weight") not in known
     ]
     if not passed_over:
         return
-    import gguf
-
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    tensors = {tensor.name: tensor for tensor in gguf_files.open_merged(source.gguf_files).tensors}
     harmful = [name for name in passed_over if not (tensors[name].data == 1.0).all()]
     if harmful:
         raise _ignored_tensors(source, harmful)
@@ -227,13 +223,8 @@ def _forget_quantization(model: PreTrainedModel) -> None:
 
 
 @contextlib.contextmanager
-def _gguf_read_once() -> Iterator[list[Mapping[str, str]]]:
-    """Halve the time to load a `.gguf`; yields transformers' tables of tensor names, once made.
-
-    Transformers parses the file once for the config and once for the weights, and asks for the
-    same table of tensor names once a module: both answers are remembered while this lasts.
-    """
-    import gguf
+def _name_tables(source: ModelSource) -> Iterator[list[Mapping[str, str]]]:
+    """Yield transformers' tables of a `.gguf`'s tensor names, as they are made while this lasts."""
     from transformers import modeling_gguf_pytorch_utils as loading
 
     mappings: list[Mapping[str, str]] = []
@@ -243,20 +234,11 @@ def _gguf_read_once() -> Iterator[list[Mapping[str, str]]]:
         mappings.append(original(*arguments, **options))
         return mappings[-1]
 
+    if not source.packed:
+        yield mappings
+        return
     with (
-        _replace(loading, "get_gguf_hf_weights_map", noted),
-        _replace(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)),
-        _replace(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
-        _replace(loading, "tqdm", functools.partial(loading.tqdm, disable=True)),
+        gguf_files.read_once(source.gguf_files),
+        gguf_files.replaced(loading, "get_gguf_hf_weights_map", noted),
     ):
         yield mappings
-
-
-@contextlib.contextmanager
-def _replace(module: ModuleType, name: str, replacement: object) -> Iterator[None]:
-    original = getattr(module, name)
-    setattr(module, name, replacement)
-    try:
-        yield
-    finally:
-        setattr(module, name, original)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
 
 from nmexport.models.families import text_config
+from nmexport.models.gguf_files import read_once
+from nmexport.models.gguf_metadata import check_metadata
 from nmexport.models.guard import quiet, reading
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from nmexport.models.source import ModelSource
 
@@ -42,15 +46,10 @@ def skeleton(
         ModelError: if its configuration cannot be read, or is of no causal language model.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
+    config = copy.deepcopy(_gguf_config(source)) if source.packed else _stored_config(source)
     with quiet(), reading(source):
-        config = AutoConfig.from_pretrained(
-            source.weights_folder,
-            trust_remote_code=source.trust_remote_code,
-            local_files_only=True,
-            **source.gguf_option,
-        )
         plain = text_config(config)
         if hasattr(plain, "quantization_config"):  # weights are dequantised as they are read
             del plain.quantization_config
@@ -76,6 +75,28 @@ def model_size(source: ModelSource) -> ModelSize:
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         linears=sum(isinstance(module, nn.Linear) for module in model.modules()),
     )
+
+
+def _stored_config(source: ModelSource) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    with quiet(), reading(source):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            source.weights_folder,
+            trust_remote_code=source.trust_remote_code,
+            local_files_only=True,
+            **source.gguf_option,
+        )
+    return config
+
+
+@functools.lru_cache(maxsize=2)  # all of a file's vocabulary is parsed for it
+def _gguf_config(source: ModelSource) -> PreTrainedConfig:
+    """What transformers makes of a `.gguf`'s metadata, held against all that they say."""
+    with read_once(source.gguf_files):
+        config = _stored_config(source)
+    check_metadata(source.gguf_files[0], config)
+    return config
 
 
 def give_generation_config(model: PreTrainedModel, source: ModelSource) -> None:

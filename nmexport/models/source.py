@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nmexport.errors import ModelError
-from nmexport.models.integrity import check_gguf
+from nmexport.models.gguf_files import gguf_parts
 from nmexport.models.quantised.layouts import find_packing
 from nmexport.models.quantised.methods import SIDE_FILES, method_of, quantisation_section
-from nmexport.models.unsupported import UnsupportedModelError, refuse_adapter, refuse_gguf_part
+from nmexport.models.unsupported import UnsupportedModelError, refuse_adapter
 from nmexport.models.weight_files import CONFIG, read_config, stored_tensors, weight_files
 
 if TYPE_CHECKING:
@@ -69,13 +69,22 @@ class ModelSource:
     folder: Path
     """Local folder with config, weights and tokenizer files, or with the `.gguf` file."""
     gguf_file: str | None
-    """Name of the `.gguf` file in the folder, where that is the format."""
+    """Name of the `.gguf` file in the folder, or of the first of its parts, where that is the
+    format."""
     digest: str
     """sha256 over the names and contents of the files that the model is loaded from."""
     trust_remote_code: bool = False
     """Python files of the model may run."""
     unpacked: Path | None = None
     """Folder that holds a `.gguf`'s model as safetensors, see `nmexport.models.unpacked`."""
+    more_parts: tuple[str, ...] = ()
+    """Names of the other parts of a split `.gguf`, in their order."""
+
+    @property
+    def gguf_files(self) -> tuple[Path, ...]:
+        """The `.gguf` file, or all of its parts in order; nothing in another format."""
+        names = () if self.gguf_file is None else (self.gguf_file, *self.more_parts)
+        return tuple(self.folder / name for name in names)
 
     @property
     def packed(self) -> bool:
@@ -142,13 +151,14 @@ def _folder_source(section: ModelSection, folder: Path, *, revision: str | None)
 
 
 def _gguf_source(section: ModelSection, path: Path) -> ModelSource:
-    refuse_gguf_part(path, check_gguf(path))
+    parts = gguf_parts(path)
     return ModelSource(
         id=section.id,
         revision=None,
         folder=path.absolute().parent,
-        gguf_file=path.name,
-        digest=digest_of([path]),
+        gguf_file=parts[0].name,
+        more_parts=tuple(part.name for part in parts[1:]),
+        digest=digest_of(parts),
         trust_remote_code=section.trust_remote_code,
     )
 

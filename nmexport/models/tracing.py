@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nmexport.errors import ModelError, NmexportError
-from nmexport.graph.assembly import LAYER_ATTRIBUTE, LINEAR
+from nmexport.graph.assembly import LAYER_ATTRIBUTE, LINEAR, find_linears
 from nmexport.graph.contract import op_contract
 from nmexport.graph.versions import OPSET
 from nmexport.models import attention, families
@@ -165,11 +165,26 @@ def trace(model: PreTrainedModel, layers: Sequence[str]) -> ir.Model:
                 _silence(),
                 _pause_garbage_collection(),
             ):
-                return _export(model, shapes)
+                traced = _export(model, shapes)
         except NmexportError:
             raise
         except Exception as error:  # the tracer and the model's code raise what they please
             raise _cannot_export(model, "torch.onnx.export failed", error) from error
+    _refuse_unused(model, layers, traced)
+    return traced
+
+
+def _refuse_unused(model: PreTrainedModel, layers: Sequence[str], traced: ir.Model) -> None:
+    """Refuse a model with linears that run and are left out of the graph.
+
+    Raises:
+        UntraceableError: naming one of them.
+    """
+    named = {name for name, _ in find_linears(traced)}
+    unused = [name for name in layers if name not in named]
+    if unused:
+        what = f"no logit depends on {len(unused)} of its linears, such as {unused[0]}"
+        raise _cannot_export(model, what, None)
 
 
 def _export(model: PreTrainedModel, shapes: Sequence[CacheShape]) -> ir.Model:

@@ -13,6 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from nmexport.errors import ModelError
+from nmexport.models.gguf_files import (
+    UNPACKED_BYTES,
+    UNPACKED_COMPLETE,
+    is_unpacked,
+    unpacked_folder,
+)
 from nmexport.models.guard import quiet
 from nmexport.models.loader import load_gguf
 from nmexport.models.quantised.gguf_file import write_integers
@@ -22,13 +28,6 @@ if TYPE_CHECKING:
 
     from nmexport.models.source import ModelSource
     from nmexport.progress import Progress
-
-FOLDER = ".dequantised"
-"""Folder of a work directory that holds such models, by the digest of their files."""
-
-_DIGITS = 12
-_COMPLETE = "complete"  # written last
-_BYTES = 5  # of a weight: float32, and its integer in a byte
 
 
 def unpack(source: ModelSource, work: Path, progress: Progress) -> ModelSource:
@@ -45,34 +44,38 @@ def unpack(source: ModelSource, work: Path, progress: Progress) -> ModelSource:
     Raises:
         ModelError: if the model cannot be loaded.
     """
-    if not source.packed:
-        return source
-    folder = work / FOLDER / source.digest[:_DIGITS]
-    if not (folder / _COMPLETE).is_file() and not _write(source, folder, progress):
+    if source.packed and not is_unpacked(unpacked_folder(work, source.digest)):
+        _write(source, unpacked_folder(work, source.digest), progress)
+    return reuse(source, work)
+
+
+def reuse(source: ModelSource, work: Path) -> ModelSource:
+    """The model as a work directory holds it already; as it is where that holds none."""
+    folder = unpacked_folder(work, source.digest)
+    if not source.packed or not is_unpacked(folder):
         return source
     return dataclasses.replace(source, unpacked=folder)
 
 
-def _write(source: ModelSource, folder: Path, progress: Progress) -> bool:
-    """Write the model; False where the disk has no room for it."""
+def _write(source: ModelSource, folder: Path, progress: Progress) -> None:
+    """Write the model, where the disk has room for it."""
     progress.note(f"dequantising {source.gguf_file}, once for all stages")
     model, names = load_gguf(source, dtype=torch.float32)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    needed = _BYTES * sum(parameter.numel() for parameter in model.parameters())
+    needed = UNPACKED_BYTES * sum(parameter.numel() for parameter in model.parameters())
     free = shutil.disk_usage(folder.parent).free
     if needed > free:
         progress.note(
             f"{needed / 1e9:.1f} GB for it are not free on this disk: each stage dequantises it"
         )
-        return False
+        return
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with quiet():
             model.save_pretrained(partial)
-            path = source.folder / str(source.gguf_file)
-            write_integers(path, model, names, partial)
-        (partial / _COMPLETE).touch()
+            write_integers(source.gguf_files, model, names, partial)
+        (partial / UNPACKED_COMPLETE).touch()
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     except OSError as error:
@@ -81,4 +84,3 @@ def _write(source: ModelSource, folder: Path, progress: Progress) -> bool:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return True

@@ -1,4 +1,4 @@
-"""Refuse at the start what no stage can read: adapters, parts of a GGUF, unknown quantisation."""
+"""Refuse at the start what no stage can read: adapters, unknown quantisation."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from nmexport.models.integrity import read_json
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
-
-    from nmexport.models.integrity import GgufHeader
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 """Element types that weights may be stored in, as safetensors spells them."""
@@ -55,36 +53,6 @@ def refuse_adapter(folder: Path) -> None:
         fix="merge it into its base once, with peft's `merge_and_unload()` and `save_pretrained`"
         + (", or remove the adapter's files to build the model without it" if whole else ""),
     )
-
-
-def refuse_gguf_part(path: Path, header: GgufHeader) -> None:
-    """Refuse one file of a split GGUF: it holds a part of the model.
-
-    Raises:
-        UnsupportedModelError: if it is one; says how to merge them.
-    """
-    count = int(header.metadata.get("split.count", 1))
-    if count <= 1:
-        return
-    number = int(header.metadata.get("split.no", 0)) + 1
-    first = re.sub(r"-\d{5}-of-(\d{5})", r"-00001-of-\1", path.name)
-    merged = re.sub(r"-\d{5}-of-\d{5}", "", path.name)
-    if merged == path.name:
-        merged = f"merged-{path.name}"
-    absent = [name for name in _part_names(first, count) if not (path.parent / name).is_file()]
-    missing = f"; {absent[0]} is not there" if absent and first != merged else ""
-    raise UnsupportedModelError(
-        f"{path} is part {number} of {count} of a split GGUF{missing}.",
-        allowed="a .gguf in one file",
-        fix=f"merge the parts: llama-gguf-split --merge {path.parent / first} "
-        f"{path.parent / merged}",
-    )
-
-
-def _part_names(first: str, count: int) -> list[str]:
-    if not re.search(r"-00001-of-\d{5}", first):
-        return []
-    return [first.replace("-00001-of-", f"-{number:05d}-of-") for number in range(1, count + 1)]
 
 
 def quantised(

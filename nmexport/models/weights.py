@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from nmexport.models.quantised.kept import KeptWeights
     from nmexport.models.quantised.packing import PackedWeight
+    from nmexport.store.kept import KeptWeights
 
 
 _FLOAT32 = torch.float32

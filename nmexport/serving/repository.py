@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from nmexport.environment import probe
 from nmexport.generation.context import context_length, length_switch
 from nmexport.generation.defaults import end_tokens, generation_defaults
-from nmexport.generation.tokenizer import Tokenizer, read_json
+from nmexport.generation.tokenizer import Tokenizer
 from nmexport.runtimes.engine import Engine, write_engine
 from nmexport.runtimes.opening import open_on_onnxruntime
 from nmexport.serving import bundle as bundles
@@ -36,11 +36,11 @@ LAUNCH = "launch.sh"
 LICENCES = "model_licence"
 """Folder of the model's own licence files, as they lay next to its weights."""
 SUMS = "SHA256SUMS"
+GENAI_CONFIG = "genai_config.json"
 _MODEL = "model.onnx"
 _CPU_MODEL = "model.cpu.onnx"
 _CUDA_MODEL = "model.cuda.onnx"
 _STEP_MODEL = "model.step.onnx"
-_GENAI_CONFIG = "genai_config.json"
 _TEMPLATES = ("README.md", "NOTICE.md", LAUNCH)
 _MODEL_PY = '''"""Triton's entry; the environment of the server's python3 must have nmexport."""
 
@@ -89,7 +89,7 @@ def write_text_model(output: Path, source: TextModel) -> Path:
         shutil.copyfile(source.export / name, folder / name)
     if source.library is not None:
         shutil.copyfile(source.library, folder / source.library.name)
-        _name_library(folder / _GENAI_CONFIG, source.library.name)
+        _name_library(folder / GENAI_CONFIG, source.library.name)
     cpu_model = None
     if source.engine.needs_rewrite("cpu", dense=False):
         cpu_model = _write_cpu_model(folder, has_native_ops=source.library is not None)
@@ -189,13 +189,12 @@ def write_words(
     (output / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
-def _name_library(config: Path, library: str) -> None:
-    """Let onnxruntime-genai load our ops too: without them it runs the function bodies."""
-    if config.is_file():
-        document = read_json(config)
-        decoder = document["model"].setdefault("decoder", {})
-        decoder.setdefault("session_options", {})["custom_ops_library"] = library
-        config.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def _name_library(path: Path, library: str) -> None:
+    """Let onnxruntime-genai load the native op by itself: the name counts from the folder."""
+    document = json.loads(path.read_text(encoding="utf-8"))
+    decoder = document["model"].setdefault("decoder", {})
+    decoder.setdefault("session_options", {})["custom_ops_library"] = library
+    path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _served_context(folder: Path) -> int:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nmexport.calibration.corpus import SELF, corpus_identity, load_samples
+from nmexport.calibration.corpus import SELF, check_samples, corpus_identity, load_samples
 from nmexport.errors import CorpusError
 from nmexport.models.context import check_lengths
 from nmexport.models.offload import check_layerwise, is_placed, open_dense
 from nmexport.progress import busy
 from nmexport.sparsity.statistics import ChannelStatistics
-from nmexport.stages.fitting import check_fit
+from nmexport.stages.fitting import check_fit, check_model
 from nmexport.store.layers import FILENAME
 from nmexport.store.records import read_record, write_record
 from nmexport.store.tensors import load_tensors, save_tensors
@@ -120,12 +120,28 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
 
 
 def check(inputs: StageInputs) -> None:
-    """Refuse what does not fit the model, before anything runs.
+    """Refuse a model, a text or a recipe that do not fit each other, before anything runs.
 
     Raises:
+        CorpusError: if a file of text is missing, malformed or too short.
+        RecipeError: if samples are longer than the model's context.
+        ModelError: if the model's files are not whole, or export cannot take it.
         UserError: see `fitting.check_fit`.
     """
-    check_fit(inputs.recipe, inputs.source)
+    from nmexport.models.loader import load_tokenizer
+    from nmexport.models.text_files import known_tokens
+
+    recipe, source = inputs.recipe, inputs.source
+    tokenizer = load_tokenizer(source)
+    check_lengths(source, recipe, measured=False)
+    check_model(source, recipe.model.dtype)
+    check_fit(recipe, source)
+    check_samples(
+        recipe.calibration,
+        tokenizer,
+        reserved_tokens=_reserved_tokens(recipe),
+        vocabulary=known_tokens(source),
+    )
 
 
 def run(inputs: StageInputs) -> dict[str, Any]:
@@ -133,23 +149,17 @@ def run(inputs: StageInputs) -> dict[str, Any]:
 
     Raises:
         CorpusError: if the text is missing or too short.
-        RecipeError: if samples or windows are longer than the model's context.
-        TargetError: if the recipe's targets select nothing: better now than after the hour.
-        PatternError: if the pattern does not fit a target.
-        ModelError: if export cannot take the model, or activations are not finite or overflow.
+        ModelError: if activations are not finite or overflow.
     """
     import torch
 
     from nmexport.calibration.forward_passes import gather_channel_statistics, on_best_device
     from nmexport.calibration.overflow import refuse_overflow
-    from nmexport.models.exportable import check_exportable
     from nmexport.models.loader import load_tokenizer
-    from nmexport.sparsity.targets import linears_of, select_targets
+    from nmexport.sparsity.targets import linears_of
 
     recipe = inputs.recipe
     tokenizer = load_tokenizer(inputs.source)
-    check_lengths(inputs.source, recipe, measured=False)
-    check_exportable(inputs.source, dtype=getattr(torch, recipe.model.dtype))
     with busy(inputs.progress, "calibrate: load the model"):
         opened = open_dense(
             inputs.source,
@@ -160,8 +170,6 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     model = opened.model
     if opened.layerwise is not None:
         check_layerwise(recipe)
-    targets = recipe.sparsity.targets
-    select_targets(model, recipe.sparsity.pattern, include=targets.include, exclude=targets.exclude)
     if opened.layerwise is None and not is_placed(model):
         model = on_best_device(model)
     loaded = load_samples(

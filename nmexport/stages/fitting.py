@@ -1,13 +1,18 @@
-"""Check a recipe against the model's shapes, without its weights, before anything runs."""
+"""Check a recipe, its texts and the model against each other, before anything runs.
+
+No weight is read: a model is known by its configuration and the headers of its files.
+"""
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import TYPE_CHECKING
 
 from nmexport.errors import ModelError
 
 if TYPE_CHECKING:
+    from nmexport.choices import Dtype
     from nmexport.models.source import ModelSource
     from nmexport.recipe import Recipe
     from nmexport.sparsity.pattern import NMPattern
@@ -24,11 +29,12 @@ def check_fit(recipe: Recipe, source: ModelSource, pattern: NMPattern | None = N
     Raises:
         TargetError: if a pattern of the targets matches nothing, or nothing is left.
         PatternError: if the pattern does not fit a target.
-        RecipeError: if the weights' groups do not fit a target.
+        RecipeError: if the weights' groups do not fit a linear.
     """
+    from nmexport.calibration.quantising import head_name
     from nmexport.models.skeleton import skeleton
-    from nmexport.sparsity.quantisation import scale_groups
     from nmexport.sparsity.targets import linears_of, select_targets
+    from nmexport.sparsity.weight_form import WeightForm
 
     try:
         model = skeleton(source)
@@ -37,7 +43,33 @@ def check_fit(recipe: Recipe, source: ModelSource, pattern: NMPattern | None = N
         logging.getLogger(__name__).info("shapes are not checked beforehand: %s", error)
         return
     linears, targets = linears_of(model), recipe.sparsity.targets
-    for name in select_targets(
+    select_targets(
         model, pattern or recipe.sparsity.pattern, include=targets.include, exclude=targets.exclude
-    ):
-        scale_groups(recipe.model.weights, linears[name].in_features, name=name)
+    )
+    form = WeightForm.parse(recipe.model.weights)
+    head = head_name(model, linears)
+    for name, linear in linears.items():
+        if form is not None and name != head:
+            form.groups(linear.in_features, name=name)
+
+
+@functools.lru_cache(maxsize=2)  # several stages ask, and a trace on trial takes seconds
+def check_model(source: ModelSource, dtype: Dtype) -> None:
+    """Refuse a model whose files are not whole, or that export cannot take.
+
+    Args:
+        source: The model.
+        dtype: Element type to export in.
+
+    Raises:
+        ModelError: see `models.weights` and `models.exportable`.
+    """
+    import torch
+
+    from nmexport.models.exportable import check_exportable
+    from nmexport.models.skeleton import skeleton
+    from nmexport.models.weights import WeightTable
+
+    check_exportable(source, dtype=getattr(torch, dtype))
+    if not source.packed:
+        WeightTable(skeleton(source), source.weights_folder)

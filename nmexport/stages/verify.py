@@ -21,7 +21,7 @@ from nmexport.stages import export, fold
 from nmexport.stages.engine import resolve_target
 from nmexport.store.allocation import read_allocation
 from nmexport.store.records import json_from
-from nmexport.verification import alone, memory, parity, tasks
+from nmexport.verification import alone, memory, parity, suite
 from nmexport.verification.subject import Subject
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
     return {
         "target": resolve_target(recipe.target),
         "evaluation": recipe.evaluation.model_dump(mode="json", exclude=_NOT_KEYS),
-        "suite": tasks.identity(tasks.Suite.of(recipe.evaluation)),
+        "suite": suite.identity(suite.Suite.of(recipe.evaluation)),
         "corpus": corpus.corpus_identity(recipe.evaluation.corpus),
         "latency": recipe.latency.model_dump(mode="json"),
         "gates": recipe.gates.model_dump(mode="json"),
@@ -101,15 +101,24 @@ def _check_comparable(recipe: Recipe) -> None:
 
 
 def check(inputs: StageInputs) -> None:
-    """Refuse tasks that are not known, or whose data is out of reach, before anything runs.
+    """Refuse text or tasks that cannot be measured on, before anything runs.
 
     Raises:
+        CorpusError: if a file of text is missing, malformed or too short.
         EnvironmentFault: if a task's data cannot be reached.
         RecipeError: if a task is not known, or its file cannot be read.
     """
-    suite = tasks.Suite.of(inputs.recipe.evaluation)
-    if suite is not None:
-        tasks.check(suite, inputs.progress)
+    from nmexport.models.loader import load_tokenizer
+    from nmexport.models.text_files import known_tokens
+
+    corpus.check_windows(
+        inputs.recipe.evaluation,
+        load_tokenizer(inputs.source),
+        vocabulary=known_tokens(inputs.source),
+    )
+    tasks = suite.Suite.of(inputs.recipe.evaluation)
+    if tasks is not None:
+        suite.check(tasks, inputs.progress)
 
 
 def run(inputs: StageInputs) -> dict[str, Any]:
@@ -123,8 +132,9 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     from nmexport.models.skeleton import model_size
 
     recipe = inputs.recipe
-    subject = _subject(inputs)
-    size = model_size(inputs.source)
+    with busy(inputs.progress, "verify: read the model's parts and the text"):
+        size = model_size(inputs.source)
+        subject = _subject(inputs)
     built = engine_words.section(subject.engine)
     measured = _measure(inputs, subject)
     measured = replace(measured, sparsity=replace(measured.sparsity, linears=size.linears))
@@ -221,15 +231,16 @@ def _audit(subject: Subject) -> Sparsity:
 
     engine, windows = subject.engine, subject.windows
     counted = windows[:_AUDIT_WINDOWS]
-    return audit.audit(
-        engine.model,
-        engine.dense_model,
-        subject.folded.layers,
-        library=engine_library(engine),
-        threads=engine.threads,
-        windows=subject.progress.track(counted, label="verify: audit", total=len(counted)),
-        error_window=windows[0, :_ERROR_TOKENS],
-    )
+    with busy(subject.progress, "verify: what each linear keeps and loses"):
+        return audit.audit(
+            engine.model,
+            engine.dense_model,
+            subject.folded.layers,
+            library=engine_library(engine),
+            threads=engine.threads,
+            windows=subject.progress.track(counted, label="verify: audit", total=len(counted)),
+            error_window=windows[0, :_ERROR_TOKENS],
+        )
 
 
 def _notes(engine: Engine, absent: str | None, recipe: Recipe) -> list[str]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nmexport.progress import busy
 from nmexport.report.model import Continuation
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from nmexport.progress import Progress
     from nmexport.runtimes.session import Session
 
 PROTOCOL = (
@@ -53,11 +55,22 @@ def first_divergence(left: NDArray[np.int64], right: NDArray[np.int64]) -> list[
 
 
 def compare(
-    dense: Session, sparse: Session, prompts: NDArray[np.int64], steps: Iterable[int]
+    dense: Session,
+    sparse: Session,
+    prompts: NDArray[np.int64],
+    steps: int,
+    *,
+    progress: Progress,
 ) -> Continuation:
-    """Continue prompts `[B, P]` with both models and say how alike the texts are."""
-    dense_tokens = greedy(dense, prompts, steps)
-    sparse_tokens = greedy(sparse, prompts, range(dense_tokens.shape[1]))
+    """Continue prompts `[B, P]` by some steps with both models and say how alike the texts are."""
+
+    def tracked(side: str) -> Iterable[int]:
+        return progress.track(range(steps), label=f"verify: continuation, {side}", total=steps)
+
+    dense_tokens = greedy(dense, prompts, tracked("dense"))
+    sparse_tokens = greedy(sparse, prompts, tracked("sparse"))
+    with busy(progress, "verify: continuation, guided"):
+        guided_tokens = guided(sparse, prompts, dense_tokens)
     divergences = first_divergence(dense_tokens, sparse_tokens)
     length = dense_tokens.shape[1]
     return Continuation(
@@ -65,7 +78,7 @@ def compare(
         prompt_tokens=int(prompts.shape[1]),
         generated_tokens=length,
         free_running_agreement=float((dense_tokens == sparse_tokens).mean()),
-        guided_agreement=float((guided(sparse, prompts, dense_tokens) == dense_tokens).mean()),
+        guided_agreement=float((guided_tokens == dense_tokens).mean()),
         first_divergence=tuple(divergences),
         median_first_divergence=float(
             np.median([length if at is None else at for at in divergences])

@@ -59,24 +59,27 @@ def compare(subject: Subject) -> Parity:
                 )
             executors[parity.TORCH] = torch_session.with_twins()
         if parity.ONNX not in why:
-            executors[parity.ONNX] = stack.enter_context(
-                OrtSession(
-                    engine.model,
-                    threads=engine.threads,
-                    config=engine.session_config,
-                    bfloat16=engine.needs_rewrite("cpu", dense=False),
+            with busy(progress, "verify: parity: open the model without its native op"):
+                executors[parity.ONNX] = stack.enter_context(
+                    OrtSession(
+                        engine.model,
+                        threads=engine.threads,
+                        config=engine.session_config,
+                        bfloat16=engine.needs_rewrite("cpu", dense=False),
+                    )
                 )
-            )
         absent = why_not_here(subject.engine_folder) or no_library(engine)
         if absent:
             why[parity.ENGINE] = absent
         else:
-            executors[parity.ENGINE] = stack.enter_context(open_session(subject.engine_folder))
+            with busy(progress, "verify: parity: open the engine"):
+                executors[parity.ENGINE] = stack.enter_context(open_session(subject.engine_folder))
         steps = range(subject.recipe.evaluation.generate_tokens)
-        tracked = progress.track(steps, label="verify: parity", total=len(steps))
-        report = parity.compare(
-            executors, subject.prompts, tracked, why_absent=why, twins=parity.TORCH in executors
-        )
+        tracked = progress.track(steps, label="verify: parity: tokens", total=len(steps))
+        with busy(progress, "verify: parity"):  # the prompts themselves are no step
+            report = parity.compare(
+                executors, subject.prompts, tracked, why_absent=why, twins=parity.TORCH in executors
+            )
         with busy(progress, "verify: parity: caches"):
             caches = cache_parity.compare_where_possible(
                 executors, (parity.ONNX, parity.ENGINE), why, dtype=dtype
@@ -108,7 +111,7 @@ def _compare_linears(
             graph, engine.model.parent, library=library, threads=engine.threads
         ) as session:
             figures[name], other = op_parity.check(
-                session, folded.layers, outputs, tensors_of, subject.prompts[0], executor=executor
+                session, folded.linears, outputs, tensors_of, subject.prompts[0], executor=executor
             )
         if other is not None:
             figures[parity.TORCH] = other

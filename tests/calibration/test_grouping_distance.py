@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from nmexport.calibration.forward_passes import DenseRun
 from nmexport.calibration.grouping_distance import grouping_distance, grouping_distances
 from nmexport.models.loader import load_model
 from nmexport.models.source import resolve
@@ -62,16 +64,19 @@ def test_distances_of_a_model_add_up_and_leave_no_hook(tiny_llama: Path) -> None
         )
         for name, linear in linears.items()
     }
-    distances = grouping_distances(
-        model, linears, constants, behaviours, samples, progress=Silent()
+    run = DenseRun(
+        model=model,
+        linears=linears,
+        constants=constants,
+        behaviours=behaviours,
+        samples=samples,
+        progress=Silent(),
     )
+    distances = grouping_distances(run)
     assert list(distances) == list(linears)
     for distance in distances.values():
         assert distance.unstructured <= distance.ordered <= distance.total
-    halves = [
-        grouping_distances(model, linears, constants, behaviours, half, progress=Silent())
-        for half in (samples[:1], samples[1:])
-    ]
+    halves = [grouping_distances(replace(run, samples=half)) for half in (samples[:1], samples[1:])]
     for name, distance in distances.items():
         assert (halves[0][name] + halves[1][name]).ordered == pytest.approx(distance.ordered)
     assert not any(module._forward_pre_hooks for module in linears.values())
@@ -99,8 +104,14 @@ def test_what_is_ranked_is_what_the_linear_ranks(tiny_llama: Path) -> None:
         tokens = torch.cat(inputs)
         scores = (tokens - tokens.mean(dim=1, keepdim=True) if dynamic else tokens).abs()
         one = grouping_distance(scores, PATTERN, order)
-        distance = grouping_distances(
-            model, linears, constants, behaviours, samples, progress=Silent()
-        )[name]
+        run = DenseRun(
+            model=model,
+            linears=linears,
+            constants=constants,
+            behaviours=behaviours,
+            samples=samples,
+            progress=Silent(),
+        )
+        distance = grouping_distances(run)[name]
         assert distance.ordered == pytest.approx(one.ordered, rel=1e-6)
     shifted.remove()

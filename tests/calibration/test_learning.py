@@ -9,15 +9,9 @@ import pytest
 import torch
 from nmexport.calibration.checkpoint import Checkpoint
 from nmexport.calibration.effort import EFFORTS, LearningSettings
-from nmexport.calibration.learning import (
-    batch_of,
-    divergence_with_gradient,
-    divergences,
-    learn,
-    loss_of,
-    rate_at,
-    split_chunks,
-)
+from nmexport.calibration.learning import learn, rate_at
+from nmexport.calibration.learning_chunks import batch_of, split_chunks
+from nmexport.calibration.learning_loss import divergence_with_gradient, divergences, loss_of
 from nmexport.calibration.output_head import OutputHead, SampledHead
 from nmexport.calibration.products import fast_dtype
 from nmexport.calibration.sensitivity import gather_sensitivities

@@ -9,7 +9,7 @@ import pytest
 import torch
 from nmexport.calibration.checkpoint import Checkpoint
 from nmexport.calibration.effort import EFFORTS, LearningSettings
-from nmexport.calibration.learning import split_chunks
+from nmexport.calibration.learning_chunks import split_chunks
 from nmexport.calibration.learning_text import chunks_missing, with_more_written
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from nmexport.calibration.forward_passes import (
+    DenseRun,
     gather_channel_statistics,
     gather_errors,
     on_best_device,
@@ -164,7 +165,15 @@ def test_passes_see_what_the_linears_are_given_and_leave_no_hooks(tiny_llama: Pa
     behaviour = Behaviour(pattern=NMPattern(8, 16))
     constants = dict.fromkeys(linears, Constants())
     behaviours = dict.fromkeys(linears, behaviour)
-    errors = gather_errors(model, linears, constants, behaviours, samples, progress=Silent())
+    run = DenseRun(
+        model=model,
+        linears=linears,
+        constants=constants,
+        behaviours=behaviours,
+        samples=samples,
+        progress=Silent(),
+    )
+    errors = gather_errors(run)
     assert all(0 < (one.relative_error() or 0) < 1 for one in errors.values())
     assert all(
         not linear._forward_pre_hooks and not linear._forward_hooks for linear in linears.values()

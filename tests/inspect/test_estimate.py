@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from nmexport.inspect.estimate import estimate, parameter_count
+from nmexport.models.gguf_files import UNPACKED_COMPLETE, unpacked_folder
 from nmexport.models.offload import Memory
 from nmexport.models.source import ModelSource
 from nmexport.pipeline import Step
@@ -50,11 +52,32 @@ def test_bytes_follow_parameters_element_type_and_what_runs(tmp_path: Path) -> N
     assert wide.parameters == MILLION
     assert wide.bytes_by_stage["calibrate"] == 7
     assert wide.bytes_by_stage["export"] - wide.bytes_by_stage["fold"] == 4 * MILLION
-    assert wide.write_bytes == wide.bytes_by_stage["fold"] + wide.bytes_by_stage["export"]
+    assert wide.unpacked_bytes == 5 * MILLION
+    written = wide.bytes_by_stage["fold"] + wide.bytes_by_stage["export"]
+    assert wide.write_bytes == written + wide.unpacked_bytes
     narrow = estimate(resolve("a/b", {"model.dtype": "bfloat16"}), model, steps, tmp_path)
     assert wide.write_bytes - narrow.write_bytes == 6 * MILLION
     assert wide.memory_bytes >= 14 * MILLION
     assert wide.free_bytes > 0
+
+
+def test_a_gguf_is_dequantised_once_where_weights_are_read(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"\0" * (5 * MILLION // 8))
+    model, recipe = source(tmp_path, "m.gguf"), resolve("a/b")
+    assert estimate(recipe, model, [step("package")], tmp_path).unpacked_bytes == 0
+    assert estimate(recipe, model, [step("fold", "cached", 7)], tmp_path).unpacked_bytes == 0
+    assert estimate(recipe, model, [step("fold")], tmp_path).unpacked_bytes == 5 * MILLION
+    folder = unpacked_folder(tmp_path, model.digest)
+    folder.mkdir(parents=True)
+    (folder / UNPACKED_COMPLETE).touch()
+    assert estimate(recipe, model, [step("fold")], tmp_path).unpacked_bytes == 0
+
+
+def test_the_parts_of_a_split_gguf_count_together(tmp_path: Path) -> None:
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_bytes(b"\0" * (5 * MILLION // 8))
+    parts = replace(source(tmp_path, "a.gguf"), more_parts=("b.gguf",))
+    assert parameter_count(parts) == 2 * MILLION
 
 
 def test_a_tensorrt_engine_writes_two_plans(tmp_path: Path) -> None:

@@ -20,12 +20,12 @@ from nmexport.sparsity.fold import fold
 from nmexport.sparsity.linear import Behaviour, Constants
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.stages import fold as fold_stage
-from nmexport.stages.export import write_configs, write_models
+from nmexport.stages.export import trace_model, write_configs, write_models
 from nmexport.store import tensors as tensors_module
-from nmexport.store.layers import LayerSpec, write_layers
+from nmexport.store.layers import Layers, LayerSpec, write_layers
 from nmexport.store.tensors import ShardedWriter, TensorReader
 
-from tests.support.exported import PATTERN, linears_of, load, specs_of
+from tests.support.exported import PATTERN, export_folder, linears_of, specs_of
 from tests.support.large import SHAPES, save_large_model
 from tests.support.tiny import save_tiny_model
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nmexport.models.source import ModelSource
+    from nmexport.stages.export import TracedModel
 
 
 def source_of(folder: Path) -> ModelSource:
@@ -49,7 +50,11 @@ def digests(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("family", "options"),
-    [("llama", {}), ("qwen2", {}), ("llama", {"tie_word_embeddings": True})],
+    [
+        pytest.param("llama", {}, marks=pytest.mark.slow),
+        ("qwen2", {}),
+        ("llama", {"tie_word_embeddings": True}),
+    ],
     ids=["llama", "biases", "tied"],
 )
 def test_streamed_files_are_those_of_the_loaded_model(
@@ -58,25 +63,16 @@ def test_streamed_files_are_those_of_the_loaded_model(
     source = tmp_path / "model"
     source.mkdir()
     save_tiny_model(source, family, **options)
-    loaded, opened = (
-        load(source, attention="sdpa"),
-        open_for_export(source_of(source), dtype=torch.float32),
-    )
+    for name in ("loaded", "streamed"):
+        (tmp_path / name).mkdir()
+    loaded = export_folder(source, tmp_path / "loaded")
+    write_configs(loaded.dense, tmp_path / "loaded")
+    opened = open_for_export(source_of(source), dtype=torch.float32)
     assert opened.streamed
-    behaviour = Behaviour(pattern=PATTERN)
-    folded = {
-        name: fold(linear, behaviour, Constants(), dtype=torch.float32)
-        for name, linear in linears_of(loaded).items()
-    }
-    for name, model, parameter in (
-        ("loaded", loaded, None),
-        ("streamed", opened.model, opened.parameter),
-    ):
-        folder = tmp_path / name
-        folder.mkdir()
-        specs = specs_of(loaded, behaviour)
-        write_models(model, specs, folded.__getitem__, folder, parameter=parameter)
-        write_configs(model, folder)
+    traced = trace_model(opened.model, list(loaded.tensors), parameter=opened.parameter)
+    specs = specs_of(loaded.dense, Behaviour(pattern=PATTERN))
+    write_models(traced, specs, loaded.tensors.__getitem__, tmp_path / "streamed")
+    write_configs(opened.model, tmp_path / "streamed")
     assert digests(tmp_path / "streamed") == digests(tmp_path / "loaded")
 
 
@@ -92,9 +88,9 @@ def test_names_that_the_model_does_not_have_are_refused(tiny_llama: Path, tmp_pa
 
 
 def test_constants_of_a_fold_are_read_one_by_one(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    traced_llama: TracedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load(tiny_llama, attention="sdpa")
+    model = traced_llama.model
     behaviour = Behaviour(pattern=PATTERN, dynamic_shift=True)
     folded, output = tmp_path / "fold", tmp_path / "out"
     folded.mkdir()
@@ -104,7 +100,7 @@ def test_constants_of_a_fold_are_read_one_by_one(
         for name, linear in linears_of(model).items():
             tensors = fold(linear, behaviour, Constants(), dtype=torch.float32)
             writer.add({f"{name}.{kind}": tensor for kind, tensor in tensors.items()})
-    write_layers(folded, list(specs))
+    write_layers(folded, Layers(layers=tuple(specs)))
     opened, reads = [], Counter[str]()
     places, read = tensors_module._places, TensorReader.read
     monkeypatch.setattr(
@@ -114,7 +110,7 @@ def test_constants_of_a_fold_are_read_one_by_one(
         TensorReader, "read", lambda self, name: reads.update([name]) or read(self, name)
     )
     artifact = fold_stage.Artifact(folded)
-    write_models(model, artifact.layers, artifact.tensors, output, dense_baseline=False)
+    write_models(traced_llama, artifact.layers, artifact.tensors, output, dense_baseline=False)
     assert len(opened) == 1
     names = {f"{layer.name}.{kind}" for layer in specs for kind in artifact.tensors(layer.name)}
     assert set(reads) == names
@@ -141,7 +137,7 @@ from nmexport.models.streaming import open_for_export
 from nmexport.progress import peak_rss_bytes
 from nmexport.recipe import ModelSection
 from nmexport.stages import fold
-from nmexport.stages.export import write_models
+from nmexport.stages.export import trace_model, write_models
 
 source, folded, output = map(Path, sys.argv[1:4])
 opened = open_for_export(
@@ -149,9 +145,9 @@ opened = open_for_export(
 )
 artifact = fold.Artifact(folded)
 before = peak_rss_bytes()
-write_models(
-    opened.model, artifact.layers, artifact.tensors, output, parameter=opened.parameter
-)
+names = [layer.name for layer in artifact.layers]
+traced = trace_model(opened.model, names, parameter=opened.parameter)
+write_models(traced, artifact.layers, artifact.tensors, output)
 after = peak_rss_bytes()
 print(json.dumps({"before": before, "after": after}))
 """
@@ -176,7 +172,7 @@ def write_large_fold(source: Path, folder: Path) -> None:
                         criterion="act",
                     )
                 )
-    write_layers(folder, layers)
+    write_layers(folder, Layers(layers=tuple(layers)))
 
 
 @pytest.mark.slow

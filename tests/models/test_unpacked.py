@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,6 +66,68 @@ def test_a_tensor_that_transformers_passes_over(
 def test_factors_of_one_do_no_harm(tiny_llama: Path, tmp_path: Path) -> None:
     extra = {"rope_freqs.weight": np.ones(8, np.float32)}
     save_tiny_gguf(tiny_llama, tmp_path / "m.gguf", extra=extra)
+    load_model(source_of(tmp_path / "m.gguf"))
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_split_gguf_is_the_model_it_was_made_of(
+    number: int, tiny_llama: Path, tmp_path: Path
+) -> None:
+    save_tiny_gguf(tiny_llama, tmp_path / "tiny.gguf", parts=3)
+    source = source_of(tmp_path / f"tiny-0000{number}-of-00003.gguf")
+    expected = logits(load_model(source_of(tiny_llama)))
+    torch.testing.assert_close(logits(load_model(source)), expected)
+    opened = unpacked.unpack(source, tmp_path / "work", Silent())
+    torch.testing.assert_close(logits(load_model(opened)), expected)
+    assert unpacked.reuse(source, tmp_path / "work") == opened
+
+
+def test_a_part_without_its_tensors(tiny_llama: Path, tmp_path: Path) -> None:
+    """Not a word of the format forbids parts that hold less than they should together."""
+    save_tiny_gguf(
+        tiny_llama, tmp_path / "m.gguf", parts=2, without="model.layers.1.mlp.up_proj.weight"
+    )
+    source = source_of(tmp_path / "m-00001-of-00002.gguf")
+    with pytest.raises(ModelError, match=r"holds no model.layers.1.mlp.up_proj.weight"):
+        load_model(source)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "says"),
+    [
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, "rope.scaling.type = linear"),
+        ({"rope.scaling.factor": 4.0}, "rope.scaling.factor = 4.0"),
+        ({"rope.scaling.type": "yarn"}, "rope.scaling.type = yarn"),
+        ({"attention.key_length": 32.0}, "attention.key_length = 32.0"),
+        ({"attention.scale": 1.0}, "attention.scale = 1.0"),
+        ({"attention.sliding_window": 16.0}, "attention.sliding_window = 16.0"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
+        ({"logit_scale": 0.25}, "logit_scale = 0.25"),
+        ({"attention.causal": False}, "attention.causal = False"),
+        ({"something.new": 2.0}, "something.new = 2.0"),
+    ],
+)
+def test_metadata_that_transformers_passes_over(
+    metadata: dict[str, str | float | bool], says: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    save_tiny_gguf(tiny_llama, tmp_path / "m.gguf", metadata=metadata)
+    with pytest.raises(ModelError, match=f"llama.{re.escape(says)}, which transformers"):
+        load_model(source_of(tmp_path / "m.gguf"))
+
+
+def test_metadata_that_say_what_is_done_anyway(tiny_llama: Path, tmp_path: Path) -> None:
+    metadata: dict[str, str | float | bool] = {
+        "rope.scaling.type": "none",
+        "rope.scaling.original_context_length": 64.0,
+        "rope.scale_linear": 1.0,
+        "attention.key_length": 16.0,
+        "attention.value_length": 16.0,
+        "attention.scale": 0.25,
+        "attention.causal": True,
+        "expert_count": 0.0,
+        "tensor_data_layout": "Meta AI original pth",
+    }
+    save_tiny_gguf(tiny_llama, tmp_path / "m.gguf", metadata=metadata)
     load_model(source_of(tmp_path / "m.gguf"))
 
 

@@ -403,17 +403,51 @@ def gguf(metadata: dict[str, int], tensors: dict[str, tuple[int, ...]], size: in
     return out + bytes(-len(out) % 32) + bytes(size)
 
 
+def write_parts(folder: Path, *metadata: dict[str, int]) -> list[Path]:
+    """A split GGUF with a tensor a part."""
+    paths = [folder / f"m-{i + 1:05d}-of-{len(metadata):05d}.gguf" for i in range(len(metadata))]
+    for index, (path, entries) in enumerate(zip(paths, metadata, strict=True)):
+        path.write_bytes(gguf(entries, {f"t{index}": (4, 2)}, 32))
+    return paths
+
+
+def test_a_split_gguf_is_found_by_any_of_its_parts(tmp_path: Path) -> None:
+    parts = write_parts(tmp_path, *({"split.no": i, "split.count": 2} for i in range(2)))
+    sources = [source_of(path) for path in parts]
+    assert [source.gguf_files for source in sources] == [tuple(parts)] * 2
+    assert sources[0].digest == sources[1].digest
+    parts[1].write_bytes(gguf({"split.no": 1, "split.count": 2}, {"t1": (4, 2)}, 32) + b"x")
+    assert source_of(parts[0]).digest != sources[0].digest  # the other part is of the model too
+
+
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_part_of_a_split_gguf(number: int, tmp_path: Path) -> None:
-    for part in range(2):
-        data = gguf({"split.no": part, "split.count": 2}, {"a": (4, 2)}, 32)
-        (tmp_path / f"m-0000{part + 1}-of-00002.gguf").write_bytes(data)
-    path = tmp_path / f"m-0000{number + 1}-of-00002.gguf"
-    first = tmp_path / "m-00001-of-00002.gguf"
-    told = refused(path, f"is part {number + 1} of 2 of a split GGUF")
-    assert f"llama-gguf-split --merge {first} {tmp_path / 'm.gguf'}" in told
-    (tmp_path / f"m-0000{2 - number}-of-00002.gguf").unlink()
-    refused(path, f"m-0000{2 - number}-of-00002.gguf is not there")
+def test_an_incomplete_split_gguf(number: int, tmp_path: Path) -> None:
+    parts = write_parts(tmp_path, *({"split.no": i, "split.count": 2} for i in range(2)))
+    parts[1 - number].unlink()
+    told = refused(parts[number], f"is part {number + 1} of 2 of a split GGUF, and")
+    assert f"{parts[1 - number].name} is not there" in told
+    renamed = tmp_path / "m.gguf"
+    parts[number].rename(renamed)
+    refused(renamed, "its name does not say so")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "says"),
+    [
+        ({"split.tensors.count": 2}, {"split.no": 0}, "it is no part 2 of 2"),
+        ({"split.tensors.count": 2}, {"split.count": 3}, "it is no part 2 of 2"),
+        ({"split.tensors.count": 5}, {}, "its header says 5: they are not of one model"),
+    ],
+)
+def test_parts_of_several_models(
+    first: dict[str, int], second: dict[str, int], says: str, tmp_path: Path
+) -> None:
+    parts = write_parts(
+        tmp_path,
+        {"split.no": 0, "split.count": 2, **first},
+        {"split.no": 1, "split.count": 2, **second},
+    )
+    refused(parts[0], says)
 
 
 def test_a_truncated_gguf(tmp_path: Path) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import types
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import onnx
 import pytest
 from nmexport.environment import probe
 from nmexport.errors import ArtifactError, EnvironmentFault, GateFailed
+from nmexport.models import loader
 from nmexport.models.source import ModelSource
 from nmexport.pipeline import Pipeline, Selection
 from nmexport.progress import Silent
@@ -39,6 +41,7 @@ from nmexport.store.artifact import file_digest
 from nmexport.store.work_directory import WorkDirectory
 from nmexport.verification import executors, subject
 from nmexport.verification.memory import artifact_bytes
+from nmexport.verification.reference import TorchSession
 from onnx import TensorProto
 
 from tests.report.test_pages import FIXED, assert_has_keys
@@ -46,10 +49,12 @@ from tests.support.exported import export_folder
 from tests.support.toy_lm import save_toy_lm
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from nmexport.choices import Dtype
 
+T = TypeVar("T")
 RECIPE = Recipe(
     model=ModelSection(id="tiny"),
     sparsity=SparsitySection(mitigations=("d-pts",)),
@@ -417,3 +422,53 @@ def test_native_op_and_function_bodies_choose_the_same_tokens(built: WorkDirecto
         with OrtSession(model, library=registered, threads=1) as session:
             tokens.append(greedy(session, prompts, range(24)))
     np.testing.assert_array_equal(tokens[0], tokens[1])
+
+
+class _Watched(Silent):
+    """Knows how many bars are shown."""
+
+    def __init__(self) -> None:
+        self.shown = 0
+        self.short: list[str] = []
+
+    def track(self, items: Iterable[T], *, label: str, total: int | None = None) -> Iterator[T]:
+        self.shown += 1
+        count = 0
+        try:
+            for item in items:
+                yield item
+                count += 1
+        finally:
+            self.shown -= 1
+            if total is not None and count < total:
+                self.short.append(label)
+
+
+def test_whatever_takes_long_in_verify_has_a_bar(
+    built: WorkDirectory, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress = _Watched()
+    unseen: list[str] = []
+
+    def watch(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        @functools.wraps(original)
+        def watched(*given: Any, **options: Any) -> Any:
+            if not progress.shown:
+                unseen.append(f"{owner.__name__}.{name}")
+            return original(*given, **options)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    for name in ("__init__", "_run"):
+        watch(OrtSession, name)
+    watch(TorchSession, "extend")
+    watch(loader, "load_model")
+    watch(loader, "load_tokenizer")
+    upstream = {name: built.require(name) for name in verify.UPSTREAM}
+    inputs = replace(_inputs(tmp_path, **upstream), progress=progress)
+    verify.run(replace(inputs, source=replace(inputs.source, folder=tiny_llama)))
+    assert not unseen
+    assert not progress.short  # every bar ends at its total
+    assert not progress.shown

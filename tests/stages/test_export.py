@@ -34,7 +34,7 @@ from nmexport.sparsity.linear import Behaviour, Constants, SparseLinear
 from nmexport.sparsity.remainder import remainder_of
 from nmexport.stages import export, verify
 from nmexport.stages.inputs import StageInputs
-from nmexport.store.layers import write_layers
+from nmexport.store.layers import Layers, write_layers
 from nmexport.store.tensors import ShardedWriter
 
 from tests.support.exported import (
@@ -51,6 +51,8 @@ from tests.support.tiny import VOCABULARY, save_tiny_model
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from nmexport.stages.export import TracedModel
 
 BIASED = Constants(
     score_scale=torch.linspace(0.5, 2.0, 64),
@@ -75,7 +77,7 @@ def write_fold(source: Path, folder: Path) -> None:
             folded = fold(linear, behaviour, constants_for(linear), dtype=torch.float32)
             # Clones: safetensors stores no two names of one memory.
             writer.add({f"{name}.{kind}": tensor.clone() for kind, tensor in folded.items()})
-    write_layers(folder, specs_of(model, behaviour))
+    write_layers(folder, Layers(layers=tuple(specs_of(model, behaviour))))
 
 
 def stage_inputs(source: Path, folded: Path, output: Path) -> StageInputs:
@@ -220,43 +222,48 @@ def test_nodes_carry_their_layer(run: SimpleNamespace) -> None:
     assert len({node.overload for node in nodes}) == len(model.functions) == 2
 
 
-def fold_each(source: Path, output: Path, change: Callable[[str], Constants]) -> onnx.ModelProto:
+def fold_each(
+    traced: TracedModel, output: Path, change: Callable[[str], Constants]
+) -> onnx.ModelProto:
     """Export with constants of every linear's own."""
-    model = load(source)
     behaviour = Behaviour(pattern=PATTERN)
     folded = {
         name: fold(linear, behaviour, change(name), dtype=torch.float32)
-        for name, linear in linears_of(model).items()
+        for name, linear in linears_of(traced.model).items()
     }
-    export.write_models(model, specs_of(model, behaviour), folded.__getitem__, output)
+    export.write_models(traced, specs_of(traced.model, behaviour), folded.__getitem__, output)
     return onnx.load(output / "model.onnx", load_external_data=False)
 
 
-def test_only_linears_that_select_alike_are_fused(tiny_llama: Path, tmp_path: Path) -> None:
+def test_only_linears_that_select_alike_are_fused(
+    traced_llama: TracedModel, tmp_path: Path
+) -> None:
     """v scores channels otherwise than q and k, so it stays alone; the result is still torch's."""
 
     def constants(name: str) -> Constants:
         return BIASED if name.endswith("v_proj") else Constants()
 
-    model = fold_each(tiny_llama, tmp_path, constants)
+    model = fold_each(traced_llama, tmp_path, constants)
     names = [node.name.rpartition(".")[2] for node in model.graph.node if node.domain]
     assert names[:3] == ["q_proj+k_proj", "v_proj", "o_proj"]
     checks.check_sparse(
         tmp_path / "model.onnx",
-        {spec.name: spec for spec in specs_of(load(tiny_llama), Behaviour(pattern=PATTERN))},
+        {spec.name: spec for spec in specs_of(traced_llama.model, Behaviour(pattern=PATTERN))},
     )
 
 
-def test_a_bias_that_only_some_fused_linears_have(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_bias_that_only_some_fused_linears_have(
+    traced_llama: TracedModel, tmp_path: Path
+) -> None:
     bias_of_k = {"bias": torch.full((32,), 3.0)}
-    model = load(tiny_llama)
+    model = traced_llama.model
     behaviour = Behaviour(pattern=PATTERN)
     folded = {
         name: fold(linear, behaviour, Constants(), dtype=torch.float32)
         | (bias_of_k if name.endswith("k_proj") else {})
         for name, linear in linears_of(model).items()
     }
-    export.write_models(model, specs_of(model, behaviour), folded.__getitem__, tmp_path)
+    export.write_models(traced_llama, specs_of(model, behaviour), folded.__getitem__, tmp_path)
     exported = onnx.load(tmp_path / "model.onnx")
     bias = next(
         onnx.numpy_helper.to_array(item)
@@ -267,7 +274,7 @@ def test_a_bias_that_only_some_fused_linears_have(tiny_llama: Path, tmp_path: Pa
 
 
 def test_linears_with_value_scales_of_their_own_are_not_fused(
-    tiny_llama: Path, tmp_path: Path
+    tiny_llama: Path, traced_llama: TracedModel, tmp_path: Path
 ) -> None:
     """One node has one value scale: q and k share theirs, v has another."""
     model = load(tiny_llama)
@@ -282,7 +289,7 @@ def test_linears_with_value_scales_of_their_own_are_not_fused(
         return tensors
 
     tensors = {name: folded(name, linear) for name, linear in linears_of(model).items()}
-    export.write_models(model, specs_of(model, behaviour), tensors.__getitem__, tmp_path)
+    export.write_models(traced_llama, specs_of(model, behaviour), tensors.__getitem__, tmp_path)
     exported = onnx.load(tmp_path / "model.onnx", load_external_data=False)
     names = [node.name.rpartition(".")[2] for node in exported.graph.node if node.domain]
     assert names[:3] == ["q_proj+k_proj", "v_proj", "o_proj"]
@@ -303,9 +310,9 @@ def test_genai_config(run: SimpleNamespace) -> None:
     assert document["model"]["vocab_size"] == VOCABULARY
 
 
-def exported_with(source: Path, tmp_path: Path, behaviour: Behaviour) -> float:
+def exported_with(source: Path, tmp_path: Path, behaviour: Behaviour, traced: TracedModel) -> float:
     """Largest difference between torch and ONNX under a behaviour."""
-    exported = export_folder(source, tmp_path, behaviour=behaviour)
+    exported = export_folder(source, tmp_path, behaviour=behaviour, traced=traced)
     ids = np.random.default_rng(2).integers(3, VOCABULARY, (2, 10))
     mask = np.ones_like(ids)
     actual = onnx_logits(exported.model, ids, mask, prefill=9)
@@ -322,8 +329,10 @@ def exported_with(source: Path, tmp_path: Path, behaviour: Behaviour) -> float:
     ],
     ids=lambda behaviour: f"{behaviour.phase}-{behaviour.dynamic_shift}",
 )
-def test_behaviours(tiny_llama: Path, tmp_path: Path, behaviour: Behaviour) -> None:
-    assert exported_with(tiny_llama, tmp_path, behaviour) < 1e-3
+def test_behaviours(
+    tiny_llama: Path, traced_llama: TracedModel, tmp_path: Path, behaviour: Behaviour
+) -> None:
+    assert exported_with(tiny_llama, tmp_path, behaviour, traced_llama) < 1e-3
 
 
 @pytest.mark.parametrize("dtype", ["float16", pytest.param("bfloat16", marks=pytest.mark.slow)])
@@ -362,18 +371,18 @@ def mamba(folder: Path) -> Any:
 
 def test_model_without_a_key_value_cache(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"'mamba' cannot be exported") as caught:
-        export.write_models(mamba(tmp_path), [], dict, tmp_path)
+        export.trace_model(mamba(tmp_path), [])
     assert "llama" in str(caught.value), "says what can be exported"
 
 
-def test_model_that_ignores_the_cache(tiny_llama: Path, tmp_path: Path) -> None:
+def test_model_that_ignores_the_cache(tiny_llama: Path) -> None:
     model = load(tiny_llama)
     model.forward = lambda **_: None
     with pytest.raises(ModelError, match=r"'llama' cannot be exported: it keeps no cache"):
-        export.write_models(model, [], dict, tmp_path)
+        export.trace_model(model, [])
 
 
-def test_model_that_cannot_be_traced(tiny_llama: Path, tmp_path: Path) -> None:
+def test_model_that_cannot_be_traced(tiny_llama: Path) -> None:
     """What goes wrong inside the tracer names the model type, and the model is as before."""
     model = load(tiny_llama)
     shapes = cache_shapes(model)
@@ -384,10 +393,9 @@ def test_model_that_cannot_be_traced(tiny_llama: Path, tmp_path: Path) -> None:
         return forward(x) if float(x.sum()) > 0 else forward(x) * 2
 
     layer.forward = data_dependent
-    specs = specs_of(model, Behaviour(pattern=PATTERN))
     attention = model.config._attn_implementation
     with pytest.raises(ModelError, match=r"'llama' cannot be exported"):
-        export.write_models(model, specs, dict, tmp_path)
+        export.trace_model(model, list(linears_of(model)))
     assert model.config._attn_implementation == attention
     assert all(isinstance(module, torch.nn.Linear) for module in linears_of(model).values())
     assert cache_shapes(model) == shapes
@@ -395,13 +403,15 @@ def test_model_that_cannot_be_traced(tiny_llama: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("behaviour", [Behaviour(pattern=PATTERN), DYNAMIC], ids=["plain", "d-pts"])
 def test_a_remainder_is_exported_beside_the_op(
-    tiny_llama: Path, tmp_path: Path, behaviour: Behaviour
+    tiny_llama: Path, traced_llama: TracedModel, tmp_path: Path, behaviour: Behaviour
 ) -> None:
     def constants(linear: torch.nn.Linear) -> Constants:
         fixed = None if behaviour.dynamic_shift else torch.full((1,), 0.1)
         return Constants(shift=fixed, remainder=remainder_of(linear.weight, 8))
 
-    exported = export_folder(tiny_llama, tmp_path, behaviour=behaviour, constants=constants)
+    exported = export_folder(
+        tiny_llama, tmp_path, behaviour=behaviour, constants=constants, traced=traced_llama
+    )
     ids = np.random.default_rng(2).integers(3, VOCABULARY, (2, 10))
     mask = np.ones_like(ids)
     actual = onnx_logits(exported.model, ids, mask, prefill=9)

@@ -42,6 +42,8 @@ def save_large_model(folder: Path, *, shard_bytes: int = 1 << 29, **shapes: Any)
     config.save_pretrained(folder)
     with init_empty_weights():
         empty = LlamaForCausalLM(config)
+    # Parameters without memory are made anew one by one: tied ones would be written twice.
+    empty.tie_weights()
     generator = torch.Generator().manual_seed(0)
     parameters = 0
     with ShardedWriter(folder, shard_bytes=shard_bytes) as writer:

@@ -54,6 +54,8 @@ def save_tiny_gguf(
     without: str | None = None,
     extra: dict[str, np.ndarray] | None = None,
     types: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str | float | bool] | None = None,
+    parts: int = 1,
 ) -> None:
     """Write the tiny Llama in a folder as a `.gguf`, in float32 or in types of GGUF.
 
@@ -63,12 +65,16 @@ def save_tiny_gguf(
         without: A weight to leave out.
         extra: Tensors to add.
         types: Type by a part of a weight's name, such as `Q4_1`; the first part that fits counts.
+        metadata: Keys to add; `llama.` stands before each.
+        parts: Files to split it into; `path` is then `NAME.gguf`, and they `NAME-00001-of-...`.
     """
     import gguf
 
     config = json.loads((folder / "config.json").read_text())
     vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]
-    writer = gguf.GGUFWriter(path, "llama")
+    weights = load_file(folder / "model.safetensors")
+    most = -(-len(weights) // parts) if parts > 1 else 0  # tensors a file; 0 is no limit
+    writer = gguf.GGUFWriter(path, "llama", split_max_tensors=most)
     writer.add_name("tiny")
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
@@ -79,6 +85,9 @@ def save_tiny_gguf(
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_dimension_count(config["head_dim"])
     writer.add_vocab_size(config["vocab_size"])
+    for key, value in (metadata or {}).items():
+        add = {str: writer.add_string, bool: writer.add_bool, float: writer.add_float32}
+        add[type(value)](f"llama.{key}", value)
     tokens = sorted(vocabulary["vocab"], key=vocabulary["vocab"].__getitem__)
     tokens += [f"<unused{index}>" for index in range(len(tokens), config["vocab_size"])]
     writer.add_tokenizer_model("gpt2")
@@ -87,7 +96,7 @@ def save_tiny_gguf(
     writer.add_token_merges([" ".join(pair) for pair in vocabulary["merges"]])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-    for name, stored in load_file(folder / "model.safetensors").items():
+    for name, stored in weights.items():
         if name == without:
             continue
         weight = stored

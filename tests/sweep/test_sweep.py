@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from nmexport.cli.main import cli
 from nmexport.errors import EnvironmentFault, RecipeError, WorkDirectoryError
 from nmexport.progress import Silent
+from nmexport.recipe import resolve
 from nmexport.report.model import json_of
 from nmexport.runtimes.session import Session
 from nmexport.sparsity.pattern import NMPattern
@@ -26,7 +27,10 @@ from nmexport.sweep.baselines import TopKLinear, kept_count, largest, pruned_wei
 from nmexport.sweep.cluster import RayCluster, ThisMachine, reservation
 from nmexport.sweep.plan import Baseline
 from nmexport.sweep.replay import Replay
+from nmexport.sweep.row import Figures, Perplexities, Row
 from torch import nn
+
+from tests.support.tiny_gguf import save_tiny_gguf
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,6 +74,20 @@ def run(*arguments: str | Path) -> dict[str, Any]:
 def swept(sweep_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     root = tmp_path_factory.mktemp("swept") / "out"
     return root, run(sweep_file, "--work", root)
+
+
+def test_a_gguf_is_dequantised_once_for_all_cells(tiny_llama: Path, tmp_path: Path) -> None:
+    save_tiny_gguf(tiny_llama, tmp_path / "m.gguf")
+    section = resolve(str(tmp_path / "m.gguf")).model
+    job = measure.Job(model="m", folder=tmp_path / "m", cells=(), measure="accuracy")
+    notes: list[str] = []
+    progress = Silent()
+    progress.note = notes.append  # type: ignore[method-assign]
+    sources = [measure._Bench(job, progress)._readable_model(section) for _ in range(2)]
+    assert len(notes) == 1
+    assert "once for all" in notes[0]
+    assert sources[0] == sources[1]
+    assert sources[0].unpacked is not None
 
 
 # -- what is measured --------------------------------------------------------------------------
@@ -229,17 +247,25 @@ def test_a_person_gets_a_table(swept: tuple[Path, Any], sweep_file: Path) -> Non
 
 
 def test_nothing_measured_is_no_plot() -> None:
-    assert outcome.plot([{"refused": "no", "baseline": None}], "m") is None
+    assert outcome.plot([Row(model="m", label="x", settings={}, refused="no")], "m") is None
 
 
-def row_of(label: str, pattern: str | None, ratio: float) -> dict[str, Any]:
-    return {
-        "label": label,
-        "baseline": None if pattern else label,
-        "pattern": pattern,
-        "perplexity_ratio": ratio,
-        "perplexity_ratio_stderr": 0.01,
-    }
+def row_of(label: str, pattern: str | None, ratio: float) -> Row:
+    return Row(
+        model="m",
+        label=label,
+        baseline=None if pattern else label,
+        pattern=None if pattern is None else NMPattern.parse(pattern),
+        settings={},
+        figures=Figures(
+            perplexity=Perplexities(dense=10.0, sparse=10.0 * ratio),
+            tokens=100,
+            perplexity_ratio=ratio,
+            perplexity_ratio_stderr=0.01,
+            kl_mean=0.1,
+            top1_agreement=0.9,
+        ),
+    )
 
 
 def test_a_plot_ranks_combinations_at_their_common_pattern() -> None:
@@ -250,7 +276,8 @@ def test_a_plot_ranks_combinations_at_their_common_pattern() -> None:
         row_of("third", "8:16", 1.6),
         row_of("weights 50%", None, 1.2),
     ]
-    assert outcome._rank(rows[:4], "label") == ["first", "second", "third"]
+    points = outcome._measured(rows, baselines=False)
+    assert outcome._rank(points) == ["first", "second", "third"]
     words = list(ET.fromstring(outcome.plot(rows, "m")).itertext())  # noqa: S314 - ours
     places = [words.index(label) for label in ("first", "second", "third", "weights 50%")]
     assert places == sorted(places)

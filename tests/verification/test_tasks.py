@@ -15,6 +15,7 @@ from nmexport.recipe import EvaluationSection
 from nmexport.runtimes import native
 from nmexport.runtimes.onnxruntime_session import OrtSession
 from nmexport.runtimes.session import Limits
+from nmexport.verification import suite as suites
 from nmexport.verification import tasks
 from nmexport.verification.likelihood import ScoredText, scores
 from nmexport.verification.reference import TorchSession
@@ -72,7 +73,7 @@ def scored(
         OrtSession(exported.dense_model) as dense,
         OrtSession(exported.model, library=library) as sparse,
     ):
-        suite = tasks.Suite(names=(), folder=suite_folder)
+        suite = suites.Suite(names=(), folder=suite_folder)
         return tasks.compare(dense, sparse, text, suite, progress=Silent())
 
 
@@ -226,7 +227,7 @@ def test_step_by_step_is_the_same_where_phases_do_not_differ(
     exported: Exported, text: tasks.TextSide, suite_folder: Path, scored: dict[str, Any]
 ) -> None:
     with OrtSession(exported.dense_model) as dense, OrtSession(exported.model) as sparse:
-        suite = tasks.Suite(names=(ROLLING, CHOICE), folder=suite_folder)
+        suite = suites.Suite(names=(ROLLING, CHOICE), folder=suite_folder)
         stepwise = tasks.compare(dense, sparse, text, suite, phases="decode", progress=Silent())
     for task in (ROLLING, CHOICE):
         assert stepwise[task].sparse == pytest.approx(scored[task].sparse, rel=TIGHT)
@@ -236,7 +237,7 @@ def test_step_by_step_is_the_same_where_phases_do_not_differ(
 def test_both_models_are_asked_what_the_engine_was_built_for(
     exported: Exported, text: tasks.TextSide, suite_folder: Path, phases: Any
 ) -> None:
-    suite = tasks.Suite(names=(), folder=suite_folder)
+    suite = suites.Suite(names=(), folder=suite_folder)
     with (
         TorchSession(exported.dense, VOCABULARY) as dense,
         Small(exported.dense, VOCABULARY) as sparse,
@@ -298,7 +299,7 @@ def test_what_is_fetched_is_said_before_it_is(
         raise OSError("no network")
 
     monkeypatch.setattr("lm_eval.tasks.TaskManager.load", load)
-    suite = tasks.Suite(names=("all_of_it",), folder=folder)
+    suite = suites.Suite(names=("all_of_it",), folder=folder)
     with (
         TorchSession(exported.dense, VOCABULARY) as dense,
         pytest.raises(EnvironmentFault, match="no network"),
@@ -317,7 +318,7 @@ def test_local_data_is_nothing_to_say(
 ) -> None:
     progress = Notes()
     with TorchSession(exported.dense, VOCABULARY) as dense:
-        suite = tasks.Suite(names=(CHOICE,), folder=suite_folder, limit=1)
+        suite = suites.Suite(names=(CHOICE,), folder=suite_folder, limit=1)
         tasks.compare(dense, dense, text, suite, progress=progress)
     assert progress.notes == []
 
@@ -325,7 +326,7 @@ def test_local_data_is_nothing_to_say(
 def test_limit_and_fewshot_reach_the_harness(
     exported: Exported, text: tasks.TextSide, suite_folder: Path
 ) -> None:
-    suite = tasks.Suite(names=(CHOICE,), folder=suite_folder, limit=2, fewshot=1)
+    suite = suites.Suite(names=(CHOICE,), folder=suite_folder, limit=2, fewshot=1)
     with TorchSession(exported.dense, VOCABULARY) as dense:
         found = tasks.compare(dense, dense, text, suite, progress=Silent())
     assert found[CHOICE].n == 2
@@ -345,7 +346,7 @@ def test_an_unknown_task_names_its_neighbours(suite_folder: Path) -> None:
         )
         patch.chdir(suite_folder)
         with pytest.raises(RecipeError, match="local_choise") as caught:
-            tasks._manager(tasks.Suite(names=("local_choise",), folder=suite_folder))
+            suites._manager(suites.Suite(names=("local_choise",), folder=suite_folder))
     assert CHOICE in str(caught.value.fix)
 
 
@@ -357,7 +358,7 @@ def test_a_folder_without_tasks_is_refused(
     if contents is not None:
         folder.mkdir()
     with TorchSession(exported.dense, VOCABULARY) as dense, pytest.raises(RecipeError):
-        tasks.compare(dense, dense, text, tasks.Suite(names=(), folder=folder), progress=Silent())
+        tasks.compare(dense, dense, text, suites.Suite(names=(), folder=folder), progress=Silent())
 
 
 def test_broken_yaml_names_file_and_line(tmp_path: Path) -> None:
@@ -365,8 +366,8 @@ def test_broken_yaml_names_file_and_line(tmp_path: Path) -> None:
     (folder / "deep").mkdir()
     (folder / "deep" / "broken.yaml").write_text("task: x\nmetric_list: [\n  - {metric: acc\n")
     with pytest.raises(RecipeError, match=r"deep/broken\.yaml:\d: not YAML"):
-        tasks.check(tasks.Suite(names=(), folder=folder), Silent())
-    tasks.check(tasks.Suite(names=(), folder=write_suite(tmp_path / "sound")), Silent())
+        suites.check(suites.Suite(names=(), folder=folder), Silent())
+    suites.check(suites.Suite(names=(), folder=write_suite(tmp_path / "sound")), Silent())
 
 
 def test_hub_that_does_not_answer_is_asked_once(
@@ -383,17 +384,17 @@ def test_hub_that_does_not_answer_is_asked_once(
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    tasks._hub_answers.cache_clear()
+    suites._hub_answers.cache_clear()
     (tmp_path / "far.yaml").write_text(
         "task: far\ndataset_path: nobody/nothing\ntest_split: test\n"
         "output_type: multiple_choice\ndoc_to_text: a\ndoc_to_target: b\ndoc_to_choice: [a]\n"
     )
-    suite = tasks.Suite(names=("far",), folder=tmp_path)
+    suite = suites.Suite(names=("far",), folder=tmp_path)
     try:
         with pytest.raises(EnvironmentFault, match="far") as caught:
-            tasks.check(suite, Silent())
+            suites.check(suite, Silent())
     finally:
-        tasks._hub_answers.cache_clear()
+        suites._hub_answers.cache_clear()
     assert len(asked) == 1
     assert "etry" not in capfd.readouterr().err
     assert "check the network" in str(caught.value)
@@ -404,7 +405,7 @@ def test_data_out_of_reach_is_the_environments_fault(
 ) -> None:
     folder = write_suite(tmp_path / "suite")
     (folder / "questions.jsonl").unlink()
-    suite = tasks.Suite(names=(CHOICE,), folder=folder)
+    suite = suites.Suite(names=(CHOICE,), folder=folder)
     with (
         TorchSession(exported.dense, VOCABULARY) as dense,
         pytest.raises(EnvironmentFault, match=CHOICE),
@@ -415,16 +416,16 @@ def test_data_out_of_reach_is_the_environments_fault(
 def test_the_identity_follows_the_files(tmp_path: Path) -> None:
     folder = write_suite(tmp_path / "suite")
     section = EvaluationSection(tasks_path=str(folder))
-    before = tasks.identity(tasks.Suite.of(section))
-    assert before == tasks.identity(tasks.Suite.of(section))
+    before = suites.identity(suites.Suite.of(section))
+    assert before == suites.identity(suites.Suite.of(section))
     with (folder / "texts.jsonl").open("a", encoding="utf-8") as stream:
         stream.write('{"text": "more"}\n')
-    assert tasks.identity(tasks.Suite.of(section)) != before
+    assert suites.identity(suites.Suite.of(section)) != before
 
 
 def test_no_tasks_is_no_suite() -> None:
-    assert tasks.Suite.of(EvaluationSection()) is None
-    assert tasks.identity(None) is None
+    assert suites.Suite.of(EvaluationSection()) is None
+    assert suites.identity(None) is None
 
 
 def test_without_the_harness_the_message_says_what_to_install(
@@ -437,7 +438,7 @@ def test_without_the_harness_the_message_says_what_to_install(
 
     monkeypatch.setattr(metadata, "version", missing)
     with pytest.raises(EnvironmentFault, match=r"nmexport\[tasks\]"):
-        tasks.harness_version()
+        suites.harness_version()
 
 
 def test_a_request_that_does_not_fit_is_said(exported: Exported, text: tasks.TextSide) -> None:

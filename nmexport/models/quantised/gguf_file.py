@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nmexport.errors import ModelError
+from nmexport.models.gguf_files import open_merged
 from nmexport.models.quantised.gguf_blocks import gguf_weight, kept_type
-from nmexport.models.quantised.kept import KeptWeights, stored_kinds
 from nmexport.sparsity.quantisation import QuantisedWeight
+from nmexport.store.kept import KeptWeights, stored_kinds
 from nmexport.store.records import json_from, record_from
 from nmexport.store.tensors import ShardedWriter, TensorReader
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import nn
@@ -32,22 +33,22 @@ _FLOATS = frozenset({"F32", "F16", "BF16", "F64"})
 _ROUNDING = 1e-6  # of the largest weight: types with minima are computed in another order
 
 
-def write_integers(path: Path, model: nn.Module, names: Mapping[str, str], folder: Path) -> None:
+def write_integers(
+    files: Sequence[Path], model: nn.Module, names: Mapping[str, str], folder: Path
+) -> None:
     """Write the integers of every matrix that the op can hold; nothing where all are floats.
 
     Args:
-        path: The `.gguf`.
+        files: The `.gguf`, or its parts.
         model: What transformers made of it, in float32.
         names: Parameter by the name of the tensor in the file.
         folder: To write to.
     """
-    from gguf import GGUFReader
-
     parameters = dict(model.named_parameters(remove_duplicate=False))
     types: dict[str, str] = {}
     counted: list[tuple[str, str | None, int]] = []
     with ShardedWriter(folder, INTEGERS) as writer:
-        for tensor in GGUFReader(path).tensors:
+        for tensor in open_merged(files).tensors:
             kind = tensor.tensor_type.name
             parameter = parameters.get(names.get(tensor.name, ""))
             if kind in _FLOATS or parameter is None:

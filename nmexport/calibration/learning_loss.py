@@ -1,0 +1,52 @@
+"""The loss of learning: how far next-token distributions are from the dense model's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from nmexport.calibration.output_head import OutputHead
+
+_LEAST_DIVERGENCE = 1e-6  # nats a token
+_LOSS_ROWS = 256  # positions whose logits the loss looks at together
+
+
+def divergences(student: torch.Tensor, teacher: torch.Tensor, head: OutputHead) -> torch.Tensor:
+    """KL(teacher || student) of each position `[T]`, over the head's tokens.
+
+    Args:
+        student: `[T, H]` hidden states.
+        teacher: `[T, H]`, without gradient.
+        head: Of the tokens that are looked at.
+    """
+    with torch.no_grad():
+        target = torch.log_softmax(head.logits(teacher), dim=-1)
+    found = torch.log_softmax(head.logits(student), dim=-1)
+    return nn.functional.kl_div(found, target, log_target=True, reduction="none").sum(dim=-1)
+
+
+def loss_of(found: torch.Tensor) -> torch.Tensor:
+    """Return the objective of learning for divergences `[T]`: the sum of their roots."""
+    # A root's slope has no end at zero; below the floor there is nothing to learn.
+    return found.clamp_min(_LEAST_DIVERGENCE).sqrt().sum()
+
+
+def divergence_with_gradient(
+    student: torch.Tensor, teacher: torch.Tensor, head: OutputHead
+) -> tuple[float, torch.Tensor]:
+    """Mean divergence, and the loss's gradient a position `[T, H]`, a few positions at a time.
+
+    Logits of all positions together are the largest tensors of a step, and memory that goes back
+    to the system in every step has to be got from it again, page by page.
+    """
+    total, gradients = 0.0, []
+    pieces = (torch.split(logits, _LOSS_ROWS) for logits in (student, teacher))
+    for rows, targets in zip(*pieces, strict=True):
+        leaf = rows.requires_grad_()
+        found = divergences(leaf, targets, head)
+        gradients += torch.autograd.grad(loss_of(found) / len(student), leaf)
+        total += float(found.detach().sum())
+    return total / len(student), torch.cat(gradients)
