@@ -232,7 +232,13 @@ def test_local_folder_and_hub_id_are_models(tmp_path: Path) -> None:
     assert resolve("Qwen/Qwen2.5-7B").model.id == "Qwen/Qwen2.5-7B"
 
 
-@pytest.mark.parametrize("name", ["mistral", "llama2", "llama3", "qwen2.5", "gemma3", "smollm2"])
+PROMISED = (
+    *("mistral", "llama2", "llama3", "llama3.2", "qwen2.5", "qwen3", "gemma3", "phi3", "phi4"),
+    *("smollm2", "smollm3", "granite"),
+)
+
+
+@pytest.mark.parametrize("name", PROMISED)
 def test_promised_recipes_load_and_say_what_they_are(name: str) -> None:
     assert name in recipe.names()
     assert "/" in resolve(name).model.id

@@ -40,6 +40,7 @@ VERBS: Mapping[str, str] = MappingProxyType(
         "client": "nmexport.cli.client",
         "inspect": "nmexport.cli.inspect",
         "diff": "nmexport.cli.diff",
+        "estimate": "nmexport.cli.estimate",
         "recipes": "nmexport.cli.recipes",
         "doctor": "nmexport.cli.doctor",
     }

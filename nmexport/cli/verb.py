@@ -63,7 +63,7 @@ class OneOf(click.Choice[str]):
         """Say what is allowed, and what was probably meant."""
         del ctx
         choices = [str(choice) for choice in self.choices]
-        near = difflib.get_close_matches(str(value).lower(), choices, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(str(value).lower(), choices, n=1, cutoff=0.51)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         if str(value) in self._removed:
             what = self._removed[str(value)]

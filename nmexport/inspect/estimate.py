@@ -22,7 +22,7 @@ from nmexport.sparsity.mitigation import learned_parts
 from nmexport.store.tensors import SHARD_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from nmexport.models.source import ModelSource
@@ -30,18 +30,19 @@ if TYPE_CHECKING:
     from nmexport.recipe import Recipe
 
 _ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_SESSIONS = 2
 _WORKING_BYTES = 4  # calibration and verification compute in float32
 _GGUF_BITS = 5  # a 4-bit GGUF keeps scales and some tensors wider
 _SMALL = 2_000_000  # statistics, reports, tokenizer files
-# Copies of the weights that are in memory at once: calibration holds the model; folding holds
-# the model and one folded shard; export a few matrices, and of a .gguf the model; verification
-# the torch model and both sessions.
+# Copies of the weights in float32 that are in memory at once: calibration holds the model; folding
+# the model and one folded shard; export a few matrices, and of a .gguf the model; verification the
+# torch model, and both sessions in the type that they are stored in.
 _COPIES = {
     "calibrate": 1.3,
-    "fold": 2.0,
+    "fold": 1.1,
     "export": 0.2,
     "engine": 1.0,
-    "verify": 3.5,
+    "verify": 1.0,
     "package": 1.0,
 }
 # Copies of the weights that a stage writes: the folded linears; the sparse and dense ONNX; what is
@@ -50,12 +51,14 @@ _WRITTEN = {"fold": 1.0, "export": 2.0, "package": 1.0}
 # A TensorRT engine: the parser's copy, the network's and the plan's; two plans are written.
 _TENSORRT_COPIES, _TENSORRT_PLANS = 3.0, 2.0
 # Memory other than the weights, where a model is not run layer by layer, measured on 135 million
-# parameters (SmolLM2). It grows with width and depth, so about as the root of the parameters.
+# parameters (SmolLM2). Activations grow with width and depth, so about as the root of the
+# parameters; logits, which verification holds, only with the vocabulary: a 7B model took 45 GB in
+# fold, 61 in verify.
 _MEASURED_PARAMETERS = 135_000_000
 _WRITING_BYTES = 2_100_000_000  # the cache of samples that the model writes, at most as much
 _LEARNING_BYTES = 2_500_000_000  # activations of a step of learning, kept for its gradient
 _COMPARING_BYTES = 2_400_000_000  # logits of both sides, and inputs of linears that are audited
-_RUNTIME_BYTES = 700_000_000  # the interpreter with its libraries loaded
+RUNTIME_BYTES = 700_000_000  # the interpreter with its libraries loaded
 _FOLD_COPIES = 6.0  # layer by layer: copies of a linear while it is folded, in float64
 _LAYER = re.compile(r"(.*\.\d+)\.")
 _MATRIX = 2  # dimensions
@@ -101,7 +104,7 @@ def estimate(recipe: Recipe, source: ModelSource, steps: Sequence[Step], work: P
     runs = [step.stage for step in steps if step.action != "cached"]
     unpacked = _unpacked_bytes(source, work, parameters) if READ_WEIGHTS.intersection(runs) else 0
     holds = _memory(recipe, source, parameters)
-    held = {stage: holds.get(stage, 0) + _RUNTIME_BYTES for stage in runs}
+    held = {stage: holds.get(stage, 0) + RUNTIME_BYTES for stage in runs}
     nearest = next(path for path in (work.absolute(), *work.absolute().parents) if path.exists())
     return Estimate(
         parameters=parameters,
@@ -114,6 +117,32 @@ def estimate(recipe: Recipe, source: ModelSource, steps: Sequence[Step], work: P
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Sizes of a model, in elements."""
+
+    parameters: int
+    layer: int
+    """The largest decoder layer, or embedding."""
+    matrix: int
+    """The largest linear of a layer."""
+
+
+def shape_of(tensors: Iterable[tuple[str, tuple[int, ...]]]) -> Shape:
+    """Sizes of the model that holds these tensors, by name and shape."""
+    parts: dict[str, int] = {}
+    largest = 0
+    for name, shape in tensors:
+        match = _LAYER.match(name)
+        part = match[1] if match else name
+        parts[part] = parts.get(part, 0) + math.prod(shape)
+        if match and len(shape) == _MATRIX:
+            largest = max(largest, math.prod(shape))
+    return Shape(
+        parameters=sum(parts.values()), layer=max(parts.values(), default=0), matrix=largest
+    )
+
+
 def _unpacked_bytes(source: ModelSource, work: Path, parameters: int) -> int:
     if not source.packed or is_unpacked(unpacked_folder(work, source.digest)):
         return 0
@@ -122,15 +151,39 @@ def _unpacked_bytes(source: ModelSource, work: Path, parameters: int) -> int:
 
 def _memory(recipe: Recipe, source: ModelSource, parameters: int) -> dict[str, int]:
     """Bytes that each stage holds of the weights."""
+    if source.gguf_file is None:
+        shape = shape_of(_shapes(source))
+    else:
+        shape = Shape(parameters=parameters, layer=0, matrix=0)
+    return memory_by_stage(
+        recipe,
+        shape,
+        is_packed=source.gguf_file is not None,
+        is_layerwise=_runs_layerwise(recipe, source),
+    )
+
+
+def memory_by_stage(
+    recipe: Recipe, shape: Shape, *, is_packed: bool = False, is_layerwise: bool = False
+) -> dict[str, int]:
+    """Bytes that each stage holds beside the interpreter.
+
+    Args:
+        recipe: What is built.
+        shape: The model's.
+        is_packed: Its weights lie in a `.gguf`.
+        is_layerwise: One decoder layer is in memory at a time.
+    """
     copies = dict(_COPIES)
-    if source.gguf_file is not None:
+    if is_packed:
         copies["export"] += 1.0
     if recipe.target in {"tensorrt", "tensorrt-rtx"}:
         copies["engine"] = _TENSORRT_COPIES
-    held = {stage: int(count * parameters * _WORKING_BYTES) for stage, count in copies.items()}
-    if _runs_layerwise(recipe, source):
-        return {**held, **_layerwise_memory(source)}
-    extra = _extra_memory(recipe, parameters)
+    held = {stage: int(each * shape.parameters * _WORKING_BYTES) for stage, each in copies.items()}
+    held["verify"] += _SESSIONS * shape.parameters * _ELEMENT_BYTES[recipe.model.dtype]
+    if is_layerwise:
+        return {**held, **_layerwise_memory(shape)}
+    extra = _extra_memory(recipe, shape.parameters)
     return {stage: count + extra.get(stage, 0) for stage, count in held.items()}
 
 
@@ -143,7 +196,7 @@ def _extra_memory(recipe: Recipe, parameters: int) -> dict[str, int]:
     return {
         "calibrate": int(writes * min(growth, 1.0) * _WRITING_BYTES),
         "fold": int(learns * growth * _LEARNING_BYTES),
-        "verify": int(growth * _COMPARING_BYTES),
+        "verify": int(math.sqrt(growth) * _COMPARING_BYTES),
     }
 
 
@@ -154,18 +207,10 @@ def _runs_layerwise(recipe: Recipe, source: ModelSource) -> bool:
     return placement(source, offload, parameter_count(source), free_memory()) == "layerwise"
 
 
-def _layerwise_memory(source: ModelSource) -> dict[str, int]:
+def _layerwise_memory(shape: Shape) -> dict[str, int]:
     """Bytes that calibrate and fold hold where one decoder layer is in memory at a time."""
-    parts: dict[str, int] = {}
-    largest = 0
-    for name, shape in _shapes(source):
-        match = _LAYER.match(name)
-        part = match[1] if match else name
-        parts[part] = parts.get(part, 0) + math.prod(shape)
-        if match and len(shape) == _MATRIX:
-            largest = max(largest, math.prod(shape))
-    layer = _WORKING_BYTES * max(parts.values(), default=0)
-    writing = SHARD_BYTES + int(_FOLD_COPIES * _WORKING_BYTES * largest)
+    layer = _WORKING_BYTES * shape.layer
+    writing = SHARD_BYTES + int(_FOLD_COPIES * _WORKING_BYTES * shape.matrix)
     return {"calibrate": layer, "fold": max(layer, writing)}
 
 

@@ -110,8 +110,9 @@ def stream(
 
 
 def _open(url: str, document: Mapping[str, Any], timeout: float) -> Any:
+    server = url.partition("/v2/")[0]
     if not url.startswith(("http://", "https://")):
-        raise RequestError(f"{url} is no URL of a server.", allowed="http://HOST:PORT")
+        raise RequestError(f"{server} is no URL of a server.", allowed="http://HOST:PORT")
     try:
         request = urllib.request.Request(  # noqa: S310  checked above
             url, json.dumps(document).encode(), {"Content-Type": "application/json"}
@@ -124,14 +125,17 @@ def _open(url: str, document: Mapping[str, Any], timeout: float) -> Any:
             raise _no_triton(url, f"it answers with HTTP {error.code} {error.reason}") from error
         raise RequestError(f"The server refuses: {said}") from error
     except (http.client.InvalidURL, ValueError) as error:
-        raise RequestError(f"{url} is no URL of a server.", allowed="http://HOST:PORT") from error
+        raise RequestError(
+            f"{server} is no URL of a server.", allowed="http://HOST:PORT"
+        ) from error
     except (http.client.BadStatusLine, http.client.LineTooLong) as error:
         if isinstance(error, http.client.RemoteDisconnected):
             raise _unreachable_error(url, str(error)) from error
         raise _no_triton(url, "it does not speak HTTP (the gRPC port does not, either)") from error
     except _AT_FAULT as error:
         raise EnvironmentFault(
-            f"No server answers at {url}: {error}", fix="start one with `nmexport serve WORK`"
+            f"No server answers at {server}: {_reason(error)}",
+            fix="start one with `nmexport serve WORK`",
         ) from error
 
 
@@ -160,6 +164,12 @@ def _unreachable_error(url: str, how: str) -> EnvironmentFault:
         f"The server at {url} went away before the answer was complete: {how}",
         fix="see its own messages, and ask again",
     )
+
+
+def _reason(error: Exception) -> str:
+    """What the operating system says, where it is the one that refuses."""
+    inner = getattr(error, "reason", error)
+    return getattr(inner, "strerror", None) or str(inner)
 
 
 def _error_message(error: urllib.error.HTTPError) -> str | None:

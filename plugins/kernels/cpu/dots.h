@@ -92,15 +92,23 @@ struct TileDots {
     std::size_t sumStride;
 };
 
+// Values to quantise with one scale.
+struct ValueBlock {
+    const float* values;
+    const std::uint64_t* keep;  // bit p = value p counts, else it is zero; null: all count
+    std::size_t first;          // the block's first value, and how many: multiples of 16
+    std::size_t count;
+};
+
 // Kernels of one instruction set.
 struct DotKernels {
     const char* name;
     std::size_t stepBytes;  // bytes of a row that are multiplied together
     // Bytes of scratch that a block of so many positions takes.
     std::size_t (*packedBytes)(std::size_t block);
-    // Quantises up to a block of values, `count` a multiple of 16. Returns the scale: NaN where a
-    // value is NaN or infinite, so that it stays visible.
-    float (*quantise)(const float* values, std::size_t count, std::int8_t* to, std::int32_t* total);
+    // Quantises a block to [count] bytes and their sum. Returns the scale: NaN where a value is NaN
+    // or infinite, so that it stays visible.
+    float (*quantise)(const ValueBlock& block, std::int8_t* to, std::int32_t* total);
     void (*rowDots[kINTEGER_FORMATS][kELEMENT_TYPES])(const RowDots& dots);
     void (*tileDots[kINTEGER_FORMATS][kELEMENT_TYPES])(const TileDots& dots);
     // Puts the sums of whole steps into the order of columns.

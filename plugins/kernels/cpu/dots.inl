@@ -6,7 +6,7 @@ namespace {
 constexpr std::size_t kSTEP_BYTES = Simd::kLANES * kQUAD;
 // Cache lines asked for before their turn: what a core's share of the bandwidth holds in flight,
 // and to spare (measured).
-constexpr std::size_t kLINES_AHEAD = 256;
+constexpr std::size_t kLINES_AHEAD = 192;
 constexpr std::size_t kLINE = 64;
 // Tokens of a tile whose sums, with a row's vectors, fit the registers.
 constexpr int kTILE_TOKENS = Simd::kREGISTERS > 16 ? 6 : 2;
@@ -84,19 +84,19 @@ inline void zeroPoints(const std::uint8_t* from, std::size_t count, Simd::I* zer
     for (int v = 0; v < vectorsOf(kFORMAT); ++v) zeros[v] = Dot::firstBytes(zeros[v]);
 }
 
-// A step's scales in the order of the sums.
+// A step's scales in the order of the sums; past the last column they do not matter.
 template <IntegerFormat kFORMAT, typename S>
-inline void scalesOf(const S* from, std::size_t columns, Simd::F* scales) {
-    constexpr std::size_t kCOLUMNS = stepColumns(kFORMAT);
-    if (columns >= kCOLUMNS) {
-        for (int v = 0; v < vectorsOf(kFORMAT); ++v) {
-            scales[v] = Simd::load(from + v * Simd::kLANES);
-        }
-    } else {
-        S padded[kCOLUMNS] = {};
-        std::memcpy(padded, from, columns * sizeof(S));
-        for (int v = 0; v < vectorsOf(kFORMAT); ++v) {
-            scales[v] = Simd::load(padded + v * Simd::kLANES);
+inline __attribute__((always_inline)) void scalesOf(const S* from, std::size_t columns,
+                                                    Simd::F* scales) {
+    constexpr std::size_t kLANES = Simd::kLANES;
+    for (int v = 0; v < vectorsOf(kFORMAT); ++v) {
+        const std::size_t at = static_cast<std::size_t>(v) * kLANES;
+        if (at + kLANES <= columns) {
+            scales[v] = Simd::load(from + at);
+        } else if (at < columns) {
+            scales[v] = Simd::loadPartial(from + at, static_cast<int>(columns - at));
+        } else {
+            scales[v] = Simd::broadcast(0.0f);
         }
     }
     Dot::shuffle<vectorsOf(kFORMAT)>(scales);
@@ -141,6 +141,7 @@ inline __attribute__((always_inline)) void askScales(const IntegerWeights& weigh
     constexpr std::size_t kBYTES = stepColumns(kFORMAT) * sizeof(S);
     const char* bytes = reinterpret_cast<const char*>(from);
     for (std::size_t at = 0; at < kBYTES; at += kLINE) ask<kCACHE>(bytes + at);
+    ask<kCACHE>(bytes + kBYTES - 1);
     if (weights.zero != nullptr) {
         ask<kCACHE>(weights.zero + group * weights.rowBytes + step * kSTEP_BYTES);
     }
@@ -210,7 +211,7 @@ inline __attribute__((always_inline)) void addBlock(const IntegerWeights& weight
         const std::size_t column = step * stepColumns(kFORMAT);
         scalesOf<kFORMAT>(
             static_cast<const S*>(weights.scale) + group * weights.scaleStride + column,
-            weights.columns - column, scales);
+            kPARTIAL ? weights.columns - column : stepColumns(kFORMAT), scales);
         for (int v = 0; v < kVECTORS; ++v) scales[v] = Simd::mul(scale, scales[v]);
     } else {
         for (int v = 0; v < kVECTORS; ++v) scales[v] = scale;
@@ -226,7 +227,7 @@ inline __attribute__((always_inline)) void addBlock(const IntegerWeights& weight
 template <IntegerFormat kFORMAT, typename S, Cache kCACHE>
 class RowsAhead {
   public:
-    RowsAhead(const RowDots& dots, std::size_t steps) : mDots(dots), mSteps(steps) {
+    RowsAhead(const RowDots& dots, const Steps& steps) : mDots(dots), mSteps(steps) {
         std::size_t lines = 0;
         while (lines < kLINES_AHEAD && mPlace.block < mDots.blocks) lines += next();
     }
@@ -235,6 +236,8 @@ class RowsAhead {
     inline __attribute__((always_inline)) std::size_t next() {
         if (mPlace.block == mDots.blocks) return 1;
         const std::size_t block = mPlace.block;
+        // Where rows do not begin with a line, a part of one ends in a line of its own.
+        const bool isLast = mPlace.step + 1 == mSteps.count;
         const std::uint8_t* w = mDots.weights.w + mPlace.step * kSTEP_BYTES;
         std::size_t lines = 1;
         for (std::size_t t = 0; t < mDots.tokenCount; ++t) {
@@ -244,18 +247,20 @@ class RowsAhead {
             for (const std::size_t* row = rows.offsets + begin * kQUAD; row < last; row += kQUAD) {
                 for (std::size_t r = 0; r < kQUAD; ++r) ask<kCACHE>(w + row[r]);
                 lines += kQUAD;
+                if (!isLast) continue;
+                for (std::size_t r = 0; r < kQUAD; ++r) ask<kCACHE>(w + row[r] + mSteps.last - 1);
             }
         }
         if (mPlace.isNewGroup(mDots.weights)) {
             askScales<kFORMAT, S, kCACHE>(mDots.weights, mPlace.group, mPlace.step);
         }
-        mPlace.advance(mSteps, mDots.weights);
+        mPlace.advance(mSteps.count, mDots.weights);
         return lines;
     }
 
   private:
     const RowDots& mDots;
-    const std::size_t mSteps;
+    const Steps mSteps;
     Place mPlace;
 };
 
@@ -266,7 +271,7 @@ void rowDotsAhead(const RowDots& dots) {
     const bool endsShort = steps.last < kSTEP_BYTES;
     const std::size_t whole = endsShort ? steps.count - 1 : steps.count;
     std::memset(dots.sums, 0, dots.tokenCount * dots.sumStride * sizeof *dots.sums);
-    RowsAhead<kFORMAT, S, kCACHE> ahead(dots, steps.count);
+    RowsAhead<kFORMAT, S, kCACHE> ahead(dots, steps);
     for (std::size_t block = 0; block < dots.blocks; ++block) {
         const std::size_t group = block / weights.groupBlocks;
         for (std::size_t step = 0; step < whole; ++step) {
@@ -344,7 +349,7 @@ inline __attribute__((always_inline)) void packStep(const TileDots& dots, std::s
         Simd::F scales[kVECTORS];
         scalesOf<kFORMAT>(
             static_cast<const S*>(weights.scale) + group * weights.scaleStride + column,
-            weights.columns - column, scales);
+            kPARTIAL ? weights.columns - column : stepColumns(kFORMAT), scales);
         for (int v = 0; v < kVECTORS; ++v) {
             Simd::store(packed.scales + v * Simd::kLANES, scales[v]);
         }
@@ -431,7 +436,7 @@ void multiplyStep(const TileDots& dots, std::size_t block, std::size_t step) {
 template <IntegerFormat kFORMAT, typename S, Cache kCACHE>
 class BlocksAhead {
   public:
-    BlocksAhead(const TileDots& dots, std::size_t steps)
+    BlocksAhead(const TileDots& dots, const Steps& steps)
         : mDots(dots), mSteps(steps), mBlocks(dots.channels / dots.block) {
         for (std::size_t lines = 0; lines < kLINES_AHEAD; lines += dots.block) next();
     }
@@ -441,16 +446,20 @@ class BlocksAhead {
         const IntegerWeights& weights = mDots.weights;
         const std::uint8_t* w =
             weights.w + mPlace.block * mDots.block * weights.rowBytes + mPlace.step * kSTEP_BYTES;
-        for (std::size_t k = 0; k < mDots.block; ++k) ask<kCACHE>(w + k * weights.rowBytes);
+        const bool isLast = mPlace.step + 1 == mSteps.count;
+        for (std::size_t k = 0; k < mDots.block; ++k, w += weights.rowBytes) {
+            ask<kCACHE>(w);
+            if (isLast) ask<kCACHE>(w + mSteps.last - 1);
+        }
         if (mPlace.isNewGroup(weights)) {
             askScales<kFORMAT, S, kCACHE>(weights, mPlace.group, mPlace.step);
         }
-        mPlace.advance(mSteps, weights);
+        mPlace.advance(mSteps.count, weights);
     }
 
   private:
     const TileDots& mDots;
-    const std::size_t mSteps;
+    const Steps mSteps;
     const std::size_t mBlocks;
     Place mPlace;
 };
@@ -461,7 +470,7 @@ void tileDots(const TileDots& dots) {
     const std::size_t whole = steps.last < kSTEP_BYTES ? steps.count - 1 : steps.count;
     const std::size_t blocks = dots.channels / dots.block;
     std::memset(dots.sums, 0, dots.tokens * dots.sumStride * sizeof *dots.sums);
-    BlocksAhead<kFORMAT, S, Cache::kSECOND_LEVEL> ahead(dots, steps.count);
+    BlocksAhead<kFORMAT, S, Cache::kSECOND_LEVEL> ahead(dots, steps);
     for (std::size_t block = 0; block < blocks; ++block) {
         for (std::size_t step = 0; step < steps.count; ++step) {
             ahead.next();
@@ -491,12 +500,23 @@ using Floats = float __attribute__((vector_size(kCHUNK * sizeof(float))));
 using Ints = std::int32_t __attribute__((vector_size(kCHUNK * sizeof(std::int32_t))));
 using Bytes = std::int8_t __attribute__((vector_size(kCHUNK)));
 
+// Values as bits, and zeros where they are not kept.
+inline void keptBits(const float* values, const std::uint64_t* keep, std::size_t position,
+                     Ints* bits) {
+    constexpr Ints kBIT = {1 << 0, 1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
+                           1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
+    std::memcpy(bits, values + position, sizeof *bits);
+    if (keep == nullptr) return;
+    const std::int32_t mask = static_cast<std::int32_t>(keep[position / 64] >> (position % 64));
+    *bits &= (kBIT & mask) != 0;
+}
+
 // The largest magnitude as bits: those of positive floats order as integers do, NaN on top.
-inline std::int32_t largestBits(const float* values, std::size_t count) {
+inline std::int32_t largestBits(const ValueBlock& block) {
     Ints most{};
-    for (std::size_t k = 0; k < count; k += kCHUNK) {
+    for (std::size_t k = block.first; k < block.first + block.count; k += kCHUNK) {
         Ints bits;
-        std::memcpy(&bits, values + k, sizeof bits);
+        keptBits(block.values, block.keep, k, &bits);
         bits &= 0x7fffffff;
         most = bits > most ? bits : most;
     }
@@ -505,23 +525,25 @@ inline std::int32_t largestBits(const float* values, std::size_t count) {
     return largest;
 }
 
-float quantise(const float* values, std::size_t count, std::int8_t* to, std::int32_t* total) {
+float quantise(const ValueBlock& block, std::int8_t* to, std::int32_t* total) {
     constexpr std::int32_t kINFINITY_BITS = 0x7f800000;
     // Adding it rounds to an integer, half to even, whose 8 bits are then the lowest of the sum.
     constexpr float kROUNDING = 12582912.0f;  // 1.5 * 2^23
-    const std::int32_t bits = largestBits(values, count);
+    const std::int32_t bits = largestBits(block);
     *total = 0;
     if (bits == 0 || bits >= kINFINITY_BITS) {
-        std::memset(to, 0, count);
+        std::memset(to, 0, block.count);
         return bits == 0 ? 0.0f : floatOf(0x7fc00000u);
     }
     const float largest = floatOf(static_cast<std::uint32_t>(bits));
     // So that 127 times the largest is no infinity; what turns to zero thereby is one anyway.
     const float shrink = largest > 0x1p100f ? 0x1p-16f : 1.0f;
     Ints sums{};
-    for (std::size_t k = 0; k < count; k += kCHUNK) {
+    for (std::size_t k = 0; k < block.count; k += kCHUNK) {
+        Ints kept;
+        keptBits(block.values, block.keep, block.first + k, &kept);
         Floats value;
-        std::memcpy(&value, values + k, sizeof value);
+        std::memcpy(&value, &kept, sizeof value);
         const Floats rounded = value * shrink * 127.0f / (largest * shrink) + kROUNDING;
         Ints whole;
         std::memcpy(&whole, &rounded, sizeof whole);

@@ -90,8 +90,9 @@ class RowLists {
             const std::size_t size = mArguments.activationBlock;
             const std::size_t count = keptOf(keep, b * size, size);
             const std::size_t at = t * mBlocks + b;
-            mScales[at] = dots.quantise(padded(mKept + first, count), roundUp(count, kCHUNK),
-                                        mBytes, mTotals + at);
+            const float* values = padded(mKept + first, count);
+            mScales[at] =
+                dots.quantise({values, nullptr, 0, roundUp(count, kCHUNK)}, mBytes, mTotals + at);
             append(mRows + first, count, t * mQuads + quad);
             first += count;
             quad += divideUp(count, kQUAD);
@@ -221,13 +222,6 @@ Operand operandOf(const LinearArguments& a, std::size_t first, std::size_t token
             factorScratch.reserve(tokens)};
 }
 
-// Zeros where bit i of `keep` is not set.
-void dropOthers(const std::uint64_t* keep, std::size_t channels, float* z) {
-    for (std::size_t p = 0; p < channels; ++p) {
-        if ((keep[p / 64] >> (p % 64) & 1) == 0) z[p] = 0.0f;
-    }
-}
-
 // Selects for some tokens and quantises what they keep.
 void quantiseTokens(const LinearArguments& a, const Variant& variant, const DotKernels& dots,
                     const Operand& operand, std::size_t begin, std::size_t count) {
@@ -235,16 +229,14 @@ void quantiseTokens(const LinearArguments& a, const Variant& variant, const DotK
     select(a, variant, pass);
     const std::size_t size = a.activationBlock;
     for (std::size_t t = 0; t < count; ++t) {
-        float* z = pass.selected.z + t * pass.selected.zStride;
-        if (!keepsAll(a)) {
-            dropOthers(pass.selected.keep + t * pass.selected.keepStride, a.channels, z);
-        }
+        const float* z = pass.selected.z + t * pass.selected.zStride;
+        const std::uint64_t* keep =
+            keepsAll(a) ? nullptr : pass.selected.keep + t * pass.selected.keepStride;
         const std::size_t token = begin + t;
         for (std::size_t b = 0; b < blocksOf(a); ++b) {
             const std::size_t at = b * operand.tokens + token;
-            operand.scales[at] =
-                dots.quantise(z + b * size, size, operand.values + token * a.channels + b * size,
-                              operand.totals + at);
+            std::int8_t* to = operand.values + token * a.channels + b * size;
+            operand.scales[at] = dots.quantise({z, keep, b * size, size}, to, operand.totals + at);
         }
         operand.factors[token] = {pass.nu[t], pass.selected.eta[t]};
     }
