@@ -220,6 +220,7 @@ def _relocate(engine: Engine, folder: Path, cpu_model: Path | None) -> Engine:
         cpu_model=cpu_model,
         cuda=engine.cuda and replace(engine.cuda, model=folder / _CUDA_MODEL, dense_model=None),
         dense_model=None,
+        stored_model=None,
         library=library and replace(library, file=folder / library.file.name),
         tensorrt=None,
         build=None,
