@@ -203,7 +203,7 @@ def _describe(inputs: StageInputs, library: Path | None) -> Engine:
 
 def _stored_model(export: Path, provider: Provider) -> Path | None:
     """The dense model in the sparse one's integers, where there is one and a CPU runs it."""
-    path = export / "dense_stored" / "model.onnx"
+    path = export / "dense" / "stored" / "model.onnx"
     return path if provider == "cpu" and path.is_file() else None
 
 
