@@ -35,7 +35,7 @@ def open_session(engine: Path, *, dense: bool = False, elsewhere: bool = False) 
 
 
 def open_on_onnxruntime(engine: Path, *, dense: bool = False, elsewhere: bool = False) -> Session:
-    """Open a built engine's ONNX files on ONNX Runtime: on CUDA by their faster graphs.
+    """Open a built engine's ONNX files on ONNX Runtime, by the faster graphs made for it if any.
 
     Args:
         engine: `engine.json`, or the folder that holds it.
@@ -48,11 +48,14 @@ def open_on_onnxruntime(engine: Path, *, dense: bool = False, elsewhere: bool = 
     """
     from nmexport.runtimes.cuda_session import CudaSession
     from nmexport.runtimes.onnxruntime_session import OrtSession, provider_here
+    from nmexport.runtimes.step_session import StepSession
 
     description = read_engine(engine)
     provider = provider_here(description.provider) if elsewhere else description.provider
     if provider == "cuda" and description.cuda is not None:
         return CudaSession.from_engine(engine, dense=dense)
+    if provider == "cpu" and description.shared_step is not None:
+        return StepSession.from_engine(engine, dense=dense)
     return OrtSession.from_engine(engine, dense=dense, elsewhere=elsewhere)
 
 
