@@ -9,11 +9,10 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from nmexport.environment import device_name
 from nmexport.report.model import Scores, StoredDense
 from nmexport.runtimes.opening import open_session, open_stored
 from nmexport.verification import accuracy, latency
-from nmexport.verification.subject import latency_tokens
+from nmexport.verification.sides import timing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,27 +27,18 @@ def measure(subject: Subject) -> StoredDense | None:
         ArtifactError: if a model cannot be opened.
         EnvironmentFault: if the engine's native library is missing here.
     """
-    engine, recipe, progress = subject.engine, subject.recipe, subject.progress
+    engine, windows = subject.engine, subject.windows
     if engine.stored_model is None or engine.dense_model is None:
         return None
-    windows = subject.windows
-    prompt, context = latency_tokens(windows, recipe.latency)
     with ExitStack() as stack:
         stored = stack.enter_context(open_stored(subject.engine_folder))
         with open_session(subject.engine_folder, dense=True, elsewhere=True) as dense:
-            tracked = progress.track(windows, label="verify: dense in integers", total=len(windows))
+            tracked = subject.progress.track(
+                windows, label="verify: dense in integers", total=len(windows)
+            )
             scores = accuracy.compare(dense, stored, tracked)
         sparse = stack.enter_context(open_session(subject.engine_folder, elsewhere=True))
-        times = latency.compare(
-            stored,
-            sparse,
-            prompt=prompt,
-            context=context,
-            runs=recipe.latency.runs,
-            warmup=recipe.latency.warmup,
-            device=device_name(subject.environment, on_gpu=sparse.on_gpu),
-            progress=progress,
-        )
+        times = latency.compare(stored, sparse, timing(subject, sparse))
     return StoredDense(
         scores=Scores(**{name: getattr(scores, name) for name in Scores.__dataclass_fields__}),
         latency=times,
