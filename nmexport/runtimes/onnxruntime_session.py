@@ -302,11 +302,9 @@ def _bits(value: Any) -> NDArray[np.uint16]:
     return np.ctypeslib.as_array(held).reshape(value.shape())
 
 
-def _fits_huge_pages(model: Path | bytes) -> bool:
-    """Tell whether to copy a model's weights; an instrumented model runs too briefly to gain."""
-    if isinstance(model, bytes):
-        return False
-    weights = sum(file.stat().st_size for file in model.parent.glob("*.data"))
+def fits_huge_pages(folder: Path) -> bool:
+    """Tell whether to copy the weights in a model's folder."""
+    weights = sum(file.stat().st_size for file in folder.glob("*.data"))
     return weights <= HUGE_PAGES_SHARE * free_memory()
 
 
@@ -350,7 +348,9 @@ class OrtSession(Session):
             ArtifactError: if the model is missing or corrupt, or its cache has foreign names.
         """
         self.threads = threads or physical_cores()
-        pages = {HUGE_PAGES_ENTRY: "1" if _fits_huge_pages(model) else "0"}
+        # An instrumented model runs too briefly to gain.
+        copies = not isinstance(model, bytes) and fits_huge_pages(model.parent)
+        pages = {HUGE_PAGES_ENTRY: "1" if copies else "0"}
         options = session_options(library=library, threads=self.threads, config={**pages, **config})
         self._device: Provider = provider
         self.on_gpu = provider == "cuda"
