@@ -14,6 +14,7 @@ Offload = Literal["auto", "never", "layerwise"]
 Phase = Literal["all", "prefill", "decode"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 Target = Literal["auto", "onnxruntime", "tensorrt", "tensorrt-rtx"]
+Activations = Literal["auto", "float", "int8"]
 InPlaceCache = Literal["auto", "off"]
 Stage = Literal["calibrate", "fold", "export", "engine", "verify", "package"]
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nmexport.calibration import corpus
 from nmexport.calibration.self_text import self_text
 from nmexport.errors import UserError
 from nmexport.models.context import check_lengths
+from nmexport.models.embedding import round_embedding
 from nmexport.models.layerwise import LayerwiseModel
 from nmexport.models.loader import load_model, load_tokenizer
 from nmexport.models.offload import Memory, bytes_needed, free_memory, parameter_count, placement
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from nmexport.progress import Progress
     from nmexport.recipe import Recipe
     from nmexport.runtimes.session import Session
+    from nmexport.store.folded import FoldedModel
     from nmexport.store.layers import ModelPhases
     from nmexport.store.work_directory import WorkDirectory
     from nmexport.verification.accuracy import WindowComparison
@@ -190,14 +192,28 @@ def _layerwise_sessions(
     # Not in the system's folder for temporary files, which may be small, or in memory.
     folder = subject.work.root
     model = LayerwiseModel(subject.source, folder=folder)
-    substitutes = {layer.name: partial(folded_linear, layer, folded) for layer in folded.layers}
+    substitutes = {layer.name: partial(folded_linear, layer, folded) for layer in folded.linears}
     answers = partial(Precomputed, model, windows, progress=progress, folder=folder)
     with (
         subject.work.disk_faults(),
         answers(label="evaluate: dense layers") as dense,
+        _stored_embedding(model.model, folded),
         answers(label="evaluate: sparse layers", substitutes=substitutes) as sparse,
     ):
         yield dense, sparse
+
+
+@contextlib.contextmanager
+def _stored_embedding(model: Any, folded: FoldedModel) -> Iterator[None]:
+    """Look tokens up as the exported model does, while this lasts."""
+    if not folded.embedding_bits:
+        yield
+        return
+    handle = round_embedding(model)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _refuse_stepwise(subject: _Subject) -> None:

@@ -27,6 +27,7 @@ from pydantic import (
 from nmexport import strict_yaml
 from nmexport.choices import (
     REMOVED_GROUPINGS,
+    Activations,
     Criterion,
     Dtype,
     Effort,
@@ -40,6 +41,7 @@ from nmexport.choices import (
 from nmexport.errors import ModelError, RecipeError
 from nmexport.resources import resource_path
 from nmexport.sparsity.pattern import NMPattern
+from nmexport.sparsity.weight_form import WeightForm
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -67,13 +69,11 @@ ComputeCapability = Annotated[str, BeforeValidator(_capability_from)]
 
 
 def _weights_from(value: object) -> object:
-    """Read how weights are stored; see `nmexport.sparsity.quantisation`, which needs torch."""
-    match = re.fullmatch(r"float|int8(?::(\d{1,6}))?", value) if isinstance(value, str) else None
-    if match is None or (match[1] is not None and (int(match[1]) < 1 or int(match[1]) % 16)):
-        raise ValueError(
-            "float, int8 (one scale for each output), or int8:CHANNELS (one scale for that many "
-            "channels of each output) with CHANNELS a multiple of 16"
-        )
+    """Read how weights are stored."""
+    try:
+        WeightForm.parse(value if isinstance(value, str) else str(value))
+    except RecipeError as error:
+        raise ValueError(error.allowed) from error
     return value
 
 
@@ -111,8 +111,12 @@ class ModelSection(_Strict):
     dtype: Dtype = "float32"
     """Element type of the exported weights and activations."""
     weights: Annotated[str, BeforeValidator(_weights_from)] = "float"
-    """How sparsified weights are stored: `float` as dtype says, `int8` with a scale an output, or
-    `int8:CHANNELS` with one for so many channels of each output, a multiple of 16."""
+    """How weights are stored: `float` as dtype says; `int8` with a scale an output, `int4` with one
+    for each 32 channels of an output, or `int8:CHANNELS`, `int4:CHANNELS`, a multiple of 16. The
+    output head and the input embedding then have 8 bits."""
+    activations: Activations = "auto"
+    """What meets weights of integers: `int8` rounds it, so that products are sums of integers;
+    `float` leaves it alone. `auto` is int8, but float where a GPU is at hand or the target."""
     dense_baseline: bool = True
     """Export the dense model next to the sparse one; without it export takes half the disk, and
     nothing says what sparsity costs or gains."""

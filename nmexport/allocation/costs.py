@@ -13,9 +13,9 @@ from nmexport.calibration.local_error import ErrorObserver, observe_error
 from nmexport.calibration.method import behaviour_of, needs_static_variance
 from nmexport.errors import PatternError
 from nmexport.sparsity.mitigation import MITIGATIONS, check_allocatable, check_combination
-from nmexport.sparsity.quantisation import scale_groups
 from nmexport.sparsity.targets import _decoder_layers
-from nmexport.store.allocation import DENSE, Choice, CostConstants
+from nmexport.sparsity.weight_form import WeightForm
+from nmexport.store.allocation import Choice, CostConstants
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -41,7 +41,7 @@ Key = TypeVar("Key")
 ERROR_WINDOWS = 2
 # Learned corrections that make up for the variance that selection takes away.
 _SCALES = {"scale", "gain", "compensation"}
-_SCALE_BYTES = 4  # float32, with weights of one byte
+_SCALE_BYTES = 4  # float32, with weights of integers
 _LEAST_SQUARE = 1e-12
 
 
@@ -64,7 +64,7 @@ class Problem:
     element_bytes: int
     """Size of an exported weight that stays dense."""
     weights: str = "float"
-    """How sparse ones are stored, as `nmexport.sparsity.quantisation.FORMS` says."""
+    """How weights are stored, as `nmexport.sparsity.weight_form.FORMS` says."""
     progress: Progress
 
     @cached_property
@@ -359,19 +359,24 @@ class CostModel(CostConstants):
     Each weight row that the token keeps is read once from memory.
     """
 
-    def weight_bytes(self, site: Site) -> int:
-        """Size of all of a site's weights, dense."""
-        return site.weights * self.element_bytes
+    def weight_bytes(self, site: Site) -> float:
+        """Size of all of a site's weights, as they are stored, and of their scales."""
+        return self._stored(site) + self._scale_bytes(site)
 
     def read_bytes(self, site: Site, choice: Choice) -> float:
         """Bytes that a decoded token reads of them: rows it keeps, and every scale."""
-        if choice == DENSE:
-            return self.weight_bytes(site)
-        groups = scale_groups(self.sparse_weights, site.in_features, name=site.names[0])
-        if groups is None:
-            return self.weight_bytes(site) * choice.decode_density
-        scales = groups * sum(site.out_features) * _SCALE_BYTES
-        return site.weights * choice.decode_density + scales
+        return self._stored(site) * choice.decode_density + self._scale_bytes(site)
+
+    def _stored(self, site: Site) -> float:
+        form = WeightForm.parse(self.sparse_weights)
+        return site.weights * (self.element_bytes if form is None else form.bits / 8)
+
+    def _scale_bytes(self, site: Site) -> int:
+        form = WeightForm.parse(self.sparse_weights)
+        if form is None:
+            return 0
+        groups = form.groups(site.in_features, name=site.names[0])
+        return groups * sum(site.out_features) * _SCALE_BYTES
 
     def seconds(self, site: Site, choice: Choice) -> float:
         """A decoded token's time in a site."""

@@ -17,6 +17,7 @@ import click
 
 from nmexport.choices import (
     REMOVED_GROUPINGS,
+    Activations,
     Criterion,
     Dtype,
     Effort,
@@ -354,10 +355,17 @@ _TASKS = (
 _WEIGHTS = RecipeOption(
     spelled="--weights",
     key="model.weights",
-    kind=Words(lambda: ["float", "int8", "int8:128"]),
-    metavar="float|int8|int8:CHANNELS",
-    help="Storage of sparsified weights: int8 has one scale per output, int8:CHANNELS one per "
-    "that many channels too.",
+    kind=Words(lambda: ["float", "int8", "int8:128", "int4", "int4:64"]),
+    metavar="float|int8|int8:CHANNELS|int4|int4:CHANNELS",
+    help="Storage of weights: int8 has one scale per output, int4 one per 32 channels too, or per "
+    "CHANNELS. Every linear, sparse or dense, is stored so; output head and embedding in 8 bits.",
+)
+_ACTIVATIONS = RecipeOption(
+    spelled="--activations",
+    key="model.activations",
+    kind=OneOf(Activations),
+    help="What weights of integers are multiplied with: int8 rounds it, for products of integers; "
+    "auto does so on a CPU.",
 )
 _NO_DENSE_BASELINE = RecipeOption(
     spelled="--no-dense-baseline",
@@ -407,6 +415,7 @@ BUILD: tuple[RecipeOption, ...] = (
     _SEED,
     _DTYPE,
     _WEIGHTS,
+    _ACTIVATIONS,
     _NO_DENSE_BASELINE,
     *_ENGINE,
     _ALLOW_FAILED,
@@ -416,7 +425,7 @@ OF_STAGE: dict[Stage, tuple[RecipeOption, ...]] = {
     # The method is checked against the model before the long part; text that both name is cut so
     # that evaluation gets its own.
     "calibrate": (*_MODEL, *_METHOD, *_CALIBRATION, *_EVALUATION_TEXT, _SEED),
-    "fold": (*_METHOD, *_BUDGET, _OFFLOAD, _DTYPE, _WEIGHTS),
+    "fold": (*_METHOD, *_BUDGET, _OFFLOAD, _DTYPE, _WEIGHTS, _ACTIVATIONS),
     "export": (_NO_DENSE_BASELINE,),
     "engine": _ENGINE,
     "verify": (*_EVALUATION_TEXT, *_TASKS),

@@ -4,7 +4,8 @@ Both have the same nodes but for the linears, so a comparison of the two compare
 
 Linears that read the same value (q, k and v; gate and up) become one node over their columns side
 by side: the sparse one selects once and reads longer rows. They are fused only where they select
-alike: equal pattern, phase, corrections, shift, score scale, channel order and value scale.
+alike: equal pattern, phase, corrections, shift, score scale, channel order and value scale; and
+stored alike.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ class DenseWeights:
     """`[K, O]`."""
     bias: ir.TensorProtocol | None
     """`[O]`."""
+    tied: str | None = None
+    """Initializer of the graph that holds the weight already, as `[O, K]`: a tied embedding."""
 
 
 def assemble_sparse(
@@ -118,13 +121,14 @@ def assemble_dense(
     for site in _dense_sites(bare, layers):
         node = _merge(model.graph, [bare[name] for name in site], site)
         parts = [weights(name) for name in site]
+        tied = model.graph.initializers.get(parts[0].tied or "")
         columns = _side_by_side(
             [
                 {"W": part.weight, **({} if part.bias is None else {"bias": part.bias})}
                 for part in parts
             ]
         )
-        _replace_by_matmul(model.graph, node, fused_name(site), columns)
+        _replace_by_matmul(model.graph, node, fused_name(site), columns, tied=tied)
     model.graph.opset_imports.pop(op_contract().domain, None)
     model.ir_version = IR_VERSION
     return model
@@ -191,7 +195,13 @@ def _selection_key(layer: LayerSpec, tensors: Mapping[str, ir.TensorProtocol]) -
         if name in tensors
     )
     flags = (layer.pattern, layer.phase, layer.dynamic_shift, layer.variance_correction)
-    return (*flags, constants)
+    stored = (layer.weight_type, layer.activation_bits, layer.activation_block)
+    scales = tuple(
+        (name, tuple(tensors[name].shape.numpy())[:-1], tensors[name].dtype)
+        for name in ("weight_scale", "weight_zero_point")
+        if name in tensors
+    )
+    return (*flags, *stored, scales, constants)
 
 
 def _merge(graph: ir.Graph, nodes: Sequence[ir.Node], names: Sequence[str]) -> ir.Node:
@@ -294,6 +304,9 @@ def _attach_attributes(node: ir.Node, title: str, layer: LayerSpec) -> None:
         ir.AttrString("phase", layer.phase),
     ):
         node.attributes.add(attribute)
+    if layer.activation_bits:
+        node.attributes.add(ir.AttrInt64("activation_bits", layer.activation_bits))
+        node.attributes.add(ir.AttrInt64("activation_block", layer.activation_block))
 
 
 def _add_functions(model: ir.Model, nodes: Sequence[ir.Node]) -> None:
@@ -308,12 +321,25 @@ def _add_functions(model: ir.Model, nodes: Sequence[ir.Node]) -> None:
 
 
 def _replace_by_matmul(
-    graph: ir.Graph, node: ir.Node, name: str, tensors: Mapping[str, ir.TensorProtocol]
+    graph: ir.Graph,
+    node: ir.Node,
+    name: str,
+    tensors: Mapping[str, ir.TensorProtocol],
+    *,
+    tied: ir.Value | None,
 ) -> None:
-    weight = add_initializer(graph, f"{name}.W", tensors["W"])
+    nodes = []
+    if tied is None:
+        weight = add_initializer(graph, f"{name}.W", tensors["W"])
+    else:
+        turned = ir.node("Transpose", [tied], {"perm": [1, 0]}, name=f"{name}.turned")
+        weight = turned.outputs[0]
+        weight.name, weight.type = f"{name}.W", ir.TensorType(tensors["W"].dtype)
+        weight.shape = ir.Shape(list(tensors["W"].shape.numpy()))
+        nodes.append(turned)
     product = ir.Node("", "MatMul", [node.inputs[0], weight], name=name)
     product.metadata_props.update(node.metadata_props)
-    nodes = [product]
+    nodes.append(product)
     old = node.outputs[0]
     if "bias" in tensors:
         bias = add_initializer(graph, f"{name}.bias", tensors["bias"])

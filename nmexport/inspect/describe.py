@@ -121,7 +121,7 @@ def _artifact(path: Path) -> dict[str, Any]:
                 "grouping": layer.grouping,
                 "relative_error": layer.relative_error,
             }
-            for layer in read_layers(path)
+            for layer in read_layers(path).layers
         ]
     return description
 

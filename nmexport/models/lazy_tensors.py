@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import onnx_ir as ir
 from onnx_ir import tensor_adapters
 
@@ -12,6 +13,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     import torch
+
+
+_IN_HALF_A_BYTE = {
+    "int4": (ir.DataType.INT4, ml_dtypes.int4),
+    "uint4": (ir.DataType.UINT4, ml_dtypes.uint4),
+}
 
 
 def deferred(read: Callable[[], torch.Tensor], *, like: torch.Tensor, name: str) -> ir.LazyTensor:
@@ -30,11 +37,33 @@ def deferred(read: Callable[[], torch.Tensor], *, like: torch.Tensor, name: str)
     )
 
 
-def deferred_group(tensors: Mapping[str, torch.Tensor], *, prefix: str) -> dict[str, ir.LazyTensor]:
-    """Tensors of a mapping that may read them as they are asked for: each is asked for again."""
-    return {
+def deferred_group(
+    tensors: Mapping[str, torch.Tensor], *, prefix: str, weight_type: str = "float"
+) -> dict[str, ir.LazyTensor]:
+    """Tensors of a mapping that may read them as they are asked for: each is asked for again.
+
+    Args:
+        tensors: Of one linear, by their names in the op contract.
+        prefix: Its name.
+        weight_type: Of `W` and its zero point: 4 bits are held in a byte of their own.
+    """
+    group = {
         kind: deferred(
             functools.partial(tensors.__getitem__, kind), like=tensor, name=f"{prefix}.{kind}"
         )
         for kind, tensor in tensors.items()
     }
+    if weight_type in _IN_HALF_A_BYTE:
+        for kind in group.keys() & {"W", "weight_zero_point"}:
+            group[kind] = _halved(group[kind], *_IN_HALF_A_BYTE[weight_type])
+    return group
+
+
+def _halved(bytes_: ir.LazyTensor, dtype: ir.DataType, element: Any) -> ir.LazyTensor:
+    """The same numbers in four bits each."""
+    return ir.LazyTensor(
+        lambda: ir.Tensor(bytes_.numpy().astype(element), dtype=dtype, name=bytes_.name),
+        dtype=dtype,
+        shape=bytes_.shape,
+        name=bytes_.name,
+    )

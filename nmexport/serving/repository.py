@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ LAUNCH = "launch.sh"
 LICENCES = "model_licence"
 """Folder of the model's own licence files, as they lay next to its weights."""
 SUMS = "SHA256SUMS"
+GENAI_CONFIG = "genai_config.json"
 _MODEL = "model.onnx"
 _CPU_MODEL = "model.cpu.onnx"
 _CUDA_MODEL = "model.cuda.onnx"
@@ -86,6 +88,7 @@ def write_text_model(output: Path, source: TextModel) -> Path:
         shutil.copyfile(source.export / name, folder / name)
     if source.library is not None:
         shutil.copyfile(source.library, folder / source.library.name)
+        _name_library(folder / GENAI_CONFIG, source.library.name)
     cpu_model = None
     if source.engine.needs_rewrite("cpu", dense=False):
         cpu_model = _write_cpu_model(folder, has_native_ops=source.library is not None)
@@ -181,6 +184,14 @@ def write_words(
     (output / LAUNCH).chmod(0o755)
     lines = [f"{record.sha256}  {record.path}\n" for record in record_files(output)]
     (output / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def _name_library(path: Path, library: str) -> None:
+    """Let onnxruntime-genai load the native op by itself: the name counts from the folder."""
+    document = json.loads(path.read_text(encoding="utf-8"))
+    decoder = document["model"].setdefault("decoder", {})
+    decoder.setdefault("session_options", {})["custom_ops_library"] = library
+    path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _served_context(folder: Path) -> int:

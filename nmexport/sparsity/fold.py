@@ -85,7 +85,7 @@ def fold(
     weight = linear.weight.detach().cpu().t().double()  # [K, O]
     shift = constants.shift if corrections.shift is None else corrections.shift
     folded = {"W": _folded_weight(weight, constants, corrections).to(dtype)}
-    bias = _folded_bias(linear, weight, shift, corrections)
+    bias = bias_with_shift(bias_of(linear), weight, shift, corrections)
     if bias is not None:
         folded["bias"] = bias.to(dtype)
     if behaviour.dynamic_shift:
@@ -93,14 +93,28 @@ def fold(
     if constants.remainder is not None:
         folded["remainder_in"] = constants.remainder.inner.to(dtype)
         folded["remainder_out"] = constants.remainder.outer.to(dtype)
+    folded |= _selecting(constants, shift)
+    return {name: tensor.detach().contiguous() for name, tensor in _gathered(folded).items()}
+
+
+def selection(
+    constants: Constants, corrections: Corrections = NOTHING_LEARNED
+) -> dict[str, torch.Tensor]:
+    """Those of the op's inputs that decide what is kept, in gathered order; see `fold`."""
+    shift = constants.shift if corrections.shift is None else corrections.shift
+    return {
+        name: tensor.detach() for name, tensor in _gathered(_selecting(constants, shift)).items()
+    }
+
+
+def _selecting(constants: Constants, shift: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Shift, score scale and order. Linears of one site share these: each gets its own copy."""
     kept = {
         "shift": shift,
         "score_scale": constants.score_scale,
         "channel_order": constants.channel_order,
     }
-    # Linears of one site share these: each gets its own copy.
-    folded |= {name: value.cpu().clone() for name, value in kept.items() if value is not None}
-    return {name: tensor.detach().contiguous() for name, tensor in _gathered(folded).items()}
+    return {name: value.cpu().clone() for name, value in kept.items() if value is not None}
 
 
 def changes_dense_product(corrections: Corrections) -> bool:
@@ -130,12 +144,21 @@ def _folded_weight(
     return weight + corrections.low_rank_in.cpu().double() @ corrections.low_rank_out.cpu().double()
 
 
-def _folded_bias(
-    linear: nn.Linear, weight: torch.Tensor, shift: torch.Tensor | None, corrections: Corrections
+def bias_with_shift(
+    own: torch.Tensor | None,
+    weight: torch.Tensor,
+    shift: torch.Tensor | None,
+    corrections: Corrections,
 ) -> torch.Tensor | None:
-    """`c + o * (W eta) + b` `[O]` float64; None where all are absent."""
+    """`c + o * (W eta) + b` `[O]` float64; None where all are absent.
+
+    Args:
+        own: c `[O]`, the linear's bias.
+        weight: `[K, O]` float64, dense and unscaled, in X's own order.
+        shift: eta, `[1]` or `[K]`.
+        corrections: Gain o and bias b.
+    """
     terms = []
-    own = bias_of(linear)
     if own is not None:
         terms.append(own.detach().cpu().double())
     if shift is not None:

@@ -239,13 +239,12 @@ class SparseLinear(nn.Module):
 
     def _product(self, selected: Selected) -> torch.Tensor:
         """All but the bias: `[T, O]` float32."""
-        z = selected.tokens - selected.eta
-        keep = selected.keep
-        kept = z if keep is None else torch.where(keep.view(torch.bool), z, 0.0)
+        kept = kept_values(selected)
         operand = kept if self.value_scale is None else kept * self.value_scale
         if self.behaviour.activation_bits:
             operand = rounded(operand, self.behaviour.activation_block)
-        y = token_product(operand, dequantised(self.W, self.weight_scale, self.weight_zero_point))
+        weight = dequantised(self.W, self.weight_scale, self.weight_zero_point)
+        y = token_product(operand, weight)
         if selected.nu is not None:
             y = selected.nu * y
         return y if self.shift_weight is None else y + selected.eta * self.shift_weight
@@ -278,6 +277,13 @@ def _site_of(behaviour: Behaviour, tensors: Mapping[str, torch.Tensor]) -> Input
         raise ValueError("a dynamic shift takes shift_weight and excludes a static shift")
     own = Constants(shift=shift, score_scale=tensors.get("score_scale"))
     return InputSite(behaviour, own, tensors["W"].shape[0], device=tensors["W"].device)
+
+
+def kept_values(selected: Selected) -> torch.Tensor:
+    """Shifted values where kept, else 0: `[T, K]` float32."""
+    z = selected.tokens - selected.eta
+    keep = selected.keep
+    return z if keep is None else torch.where(keep.view(torch.bool), z, 0.0)
 
 
 def variance_ratio(z: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:

@@ -1,27 +1,21 @@
-"""Weights in int8: symmetric, a scale for each output or for each group of channels of an output.
-
-Rounding is to the nearest of 255 levels of the largest weight that shares the scale. The op
-contract says what they stand for: `W[k, o] * weight_scale[k // (K / G), o]`.
-"""
+"""Weights that are stored in few bits, and operands in 8: what their numbers stand for."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING
 
 import torch
 
-from nmexport.errors import RecipeError
+from nmexport.sparsity.weight_form import GROUP, STORED_TYPES
 
-StoredType = Literal["int8", "int4", "uint4", "float8e4m3fn"]
-"""Types of a stored weight, by the names that the op contract and ONNX give them."""
-STORED_TYPES: tuple[StoredType, ...] = get_args(StoredType)
-_RANGES = {"int8": (-128, 127), "int4": (-8, 7), "uint4": (0, 15)}
+if TYPE_CHECKING:
+    from nmexport.sparsity.weight_form import StoredType
+
+VALUE_RANGES = {"int8": (-128, 127), "int4": (-8, 7), "uint4": (0, 15)}
 
 LEVELS = 127
-GROUP = 16
-"""Channels that share a scale are a multiple of this: no N:M group of up to 16 straddles."""
+"""An operand in 8 bits lies between this and its negative."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,80 +73,26 @@ class QuantisedWeight:
 
 def _fits(values: torch.Tensor, type_: StoredType) -> bool:
     """Whether all values of a tensor are ones of a type."""
-    if type_ not in _RANGES or values.numel() == 0:
+    if type_ not in VALUE_RANGES or values.numel() == 0:
         return True
-    least, most = _RANGES[type_]
+    least, most = VALUE_RANGES[type_]
     return least <= int(values.min()) and int(values.max()) <= most
 
 
-FORMS = f"float, int8 (a scale an output), or int8:CHANNELS with CHANNELS a multiple of {GROUP}"
-_FORM = re.compile(r"float|int8(?::(\d+))?")
-
-
-def check_form(form: str) -> str:
-    """The form itself.
-
-    Raises:
-        RecipeError: if it is none.
-    """
-    match = _FORM.fullmatch(form)
-    if match is None or (match[1] is not None and (int(match[1]) < GROUP or int(match[1]) % GROUP)):
-        raise RecipeError(f"weights cannot be {form!r}.", allowed=FORMS)
-    return form
-
-
-def quantised(folded: dict[str, torch.Tensor], form: str, *, name: str) -> dict[str, torch.Tensor]:
-    """Constants of one linear with its weights in a form.
+def rounded_rows(table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round an embedding to 8 bits, a scale a row.
 
     Args:
-        folded: `W [K, O]` and the others, by their names in the op contract.
-        form: See `FORMS`.
-        name: Of the linear, for the message.
+        table: `[V, H]` T.
 
     Returns:
-        The same for `float`; else with `W [K, O]` int8 and `weight_scale [G, O]` float32.
-
-    Raises:
-        RecipeError: if the form is none, or its groups do not divide K.
+        `[V, H]` int8, and `[V, 1]` T.
     """
-    groups = scale_groups(form, folded["W"].shape[0], name=name)
-    if groups is None:
-        return folded
-    levels, scale = quantise(folded["W"].float(), groups)
-    return {**folded, "W": levels, "weight_scale": scale}
-
-
-def scale_groups(form: str, channels: int, *, name: str) -> int | None:
-    """How many scales each output of a linear has; None for `float`.
-
-    Args:
-        form: See `FORMS`.
-        channels: K of the linear.
-        name: Of the linear, for the message.
-
-    Raises:
-        RecipeError: if the form is none, or its groups do not divide K.
-    """
-    if check_form(form) == "float":
-        return None
-    group = int(form.partition(":")[2] or channels)
-    if channels % group:
-        raise RecipeError(
-            f"weights {form} does not fit {name}: its {channels} channels are no multiple of "
-            f"{group}.",
-            allowed=FORMS,
-        )
-    return channels // group
-
-
-def quantise(weight: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[K, O]` float32 -> int8 levels `[K, O]` and scales `[groups, O]` float32."""
-    grouped = weight.reshape(groups, -1, weight.shape[1])
-    scale = grouped.abs().amax(dim=1, keepdim=True) / LEVELS
-    # A group of zeros has no scale: any will do.
-    safe = torch.where(scale > 0, scale, torch.ones_like(scale))
-    levels = (grouped / safe).round().clamp(-LEVELS, LEVELS).to(torch.int8)
-    return levels.reshape(weight.shape), safe.squeeze(1)
+    # The scale that is stored is the one that counts.
+    scale = (table.float().abs().amax(dim=1, keepdim=True) / LEVELS).to(table.dtype)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    levels = (table.float() / scale.float()).round().clamp(-LEVELS, LEVELS)
+    return levels.to(torch.int8), scale
 
 
 def dequantised(

@@ -16,6 +16,7 @@ from nmexport.progress import busy
 from nmexport.report.model import DenseParity
 from nmexport.stages import fold
 from nmexport.stages.fitting import check_model
+from nmexport.store.layers import as_dense
 from nmexport.store.records import json_from, record_from
 
 if TYPE_CHECKING:
@@ -30,10 +31,14 @@ if TYPE_CHECKING:
     from nmexport.stages.inputs import StageInputs
     from nmexport.store.layers import LayerSpec
 
+    Tensors = Callable[[str], Mapping[str, torch.Tensor]]
+
 UPSTREAM: tuple[str, ...] = ("fold",)
 
 MODEL = "model.onnx"
 DENSE = "dense"
+STORED = "dense_stored"
+"""Folder of the dense model in the sparse one's integers, where weights are stored so."""
 DENSE_CHECK = "dense_check.json"
 GENAI_CONFIG = "genai_config.json"
 _NO_ROOM = "without the dense baseline, the disk has no room for a dense file to hold against torch"
@@ -92,6 +97,7 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
         "opset": OPSET,
         "ir_version": IR_VERSION,
         "linears": "fused by input",
+        "embedding": "in the form of the weights",
         "dense_baseline": section.dense_baseline,
         "dense_check": "linear by linear",
         "writers": {name: inputs.environment.version(name) for name in _WRITERS},
@@ -129,10 +135,15 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     checked = section.dense_baseline or _has_room(inputs, model, copies=2)
     with busy(inputs.progress, "export: trace and write"):
         traced = trace_model(
-            model, [layer.name for layer in folded.layers], parameter=opened.parameter
+            model, [layer.name for layer in folded.linears], parameter=opened.parameter
         )
         metrics = write_models(
-            traced, folded.layers, folded.tensors, inputs.output, dense_baseline=checked
+            traced,
+            folded.linears,
+            folded.tensors,
+            inputs.output,
+            dense_baseline=checked,
+            stored=_stored(folded, dense_baseline=section.dense_baseline),
         )
     with busy(inputs.progress, "export: hold the dense model against torch"):
         dense_check = _check_dense(inputs, model) if checked else DenseParity(why=_NO_ROOM)
@@ -203,6 +214,21 @@ def _check_dense(inputs: StageInputs, model: PreTrainedModel) -> DenseParity:
     return result
 
 
+@dataclass(frozen=True)
+class Stored:
+    """How the parts that weights in integers bring are written."""
+
+    dense_tensors: Callable[[str], Mapping[str, torch.Tensor]] | None
+    """Folded tensors of a linear as a dense one; None writes no dense model of this kind."""
+
+
+def _stored(folded: fold.Artifact, *, dense_baseline: bool) -> Stored | None:
+    """What weights in integers bring; None where they are float."""
+    if not folded.is_quantised:
+        return None
+    return Stored(folded.dense_tensors if dense_baseline else None)
+
+
 class TracedModel(NamedTuple):
     """A traced model, its graph cleaned: both files are assembled from it."""
 
@@ -248,15 +274,19 @@ def write_models(
     output: Path,
     *,
     dense_baseline: bool = True,
+    stored: Stored | None = None,
 ) -> dict[str, Any]:
     """Write `model.onnx` and `dense/model.onnx`, each with its data file, and check both.
 
     Args:
         traced: The model; as before afterwards.
-        layers: Its sparsified linears.
+        layers: Its linears that are nodes of ours: the sparsified ones, and with weights in
+            integers all of them.
         tensors: Folded tensors of one linear, by their names in the op contract.
         output: An existing folder.
         dense_baseline: Whether to write the dense model too.
+        stored: With weights in integers: the input embedding has integers too, and the dense model
+            is also written in them, as `dense_stored/model.onnx`.
 
     Returns:
         Metrics: nodes traced and left, bytes of weights.
@@ -269,12 +299,22 @@ def write_models(
 
     specs = {layer.name: layer for layer in layers}
 
-    def constants(name: str) -> Mapping[str, ir.TensorProtocol]:
-        return deferred_group(tensors(name), prefix=name)
+    def write(path: Path, specs: Mapping[str, LayerSpec], tensors: Tensors) -> None:
+        def constants(name: str) -> Mapping[str, ir.TensorProtocol]:
+            return deferred_group(tensors(name), prefix=name, weight_type=specs[name].weight_type)
+
+        made = assembly.assemble_sparse(traced.graph, specs, constants)
+        if stored is not None:
+            _store_embedding(made, traced.model, traced.read)
+        path.parent.mkdir(exist_ok=True)
+        assembly.save(made, path)
+        checks.check_sparse(path, specs)
 
     path, dense_path = output / MODEL, output / DENSE / MODEL
-    assembly.save(assembly.assemble_sparse(traced.graph, specs, constants), path)
-    checks.check_sparse(path, specs)
+    write(path, specs, tensors)
+    if stored is not None and stored.dense_tensors is not None:
+        dense_specs = {name: as_dense(layer) for name, layer in specs.items()}
+        write(output / STORED / MODEL, dense_specs, stored.dense_tensors)
     if dense_baseline:
         dense_path.parent.mkdir()
         weights = functools.partial(_original_weights, traced.model, traced.read)
@@ -286,6 +326,28 @@ def write_models(
         "sparse_linears": len(specs),
         "data_bytes": path.with_name(f"{MODEL}.data").stat().st_size,
     }
+
+
+def _store_embedding(
+    made: ir.Model, model: PreTrainedModel, read: Callable[[str], torch.Tensor]
+) -> None:
+    """Let a graph look tokens up in rows of 8 bits."""
+    import torch
+
+    from nmexport.graph.embedding import StoredRows, store_embedding
+    from nmexport.models.embedding import embedding_names
+    from nmexport.models.lazy_tensors import deferred
+    from nmexport.sparsity.quantisation import rounded_rows
+
+    names = embedding_names(model)
+    table = model.get_parameter(names[0])
+    values = torch.empty(table.shape, dtype=torch.int8, device="meta")
+    scale = torch.empty(len(table), 1, dtype=table.dtype, device="meta")
+    rows = StoredRows(
+        deferred(lambda: rounded_rows(read(names[0]))[0], like=values, name=f"{names[0]}.values"),
+        deferred(lambda: rounded_rows(read(names[0]))[1], like=scale, name=f"{names[0]}.scale"),
+    )
+    store_embedding(made, names, rows)
 
 
 def _attach_parameters(
@@ -307,11 +369,14 @@ def _original_weights(
 ) -> DenseWeights:
     """Weight and bias of a linear as they were, in the order that MatMul reads."""
     from nmexport.graph.assembly import DenseWeights
+    from nmexport.models.embedding import embedding_names
     from nmexport.models.lazy_tensors import deferred
 
     weight = model.get_parameter(f"{name}.weight")  # [O, K]
     bias = model.get_submodule(name).bias
+    names = embedding_names(model)
     return DenseWeights(
+        tied=names[0] if model.get_parameter(names[0]) is weight else None,
         weight=deferred(lambda: read(f"{name}.weight").t(), like=weight.t(), name=f"{name}.W"),
         bias=None
         if bias is None

@@ -29,11 +29,12 @@ def check_fit(recipe: Recipe, source: ModelSource, pattern: NMPattern | None = N
     Raises:
         TargetError: if a pattern of the targets matches nothing, or nothing is left.
         PatternError: if the pattern does not fit a target.
-        RecipeError: if the weights' groups do not fit a target.
+        RecipeError: if the weights' groups do not fit a linear.
     """
+    from nmexport.calibration.quantising import head_name
     from nmexport.models.skeleton import skeleton
-    from nmexport.sparsity.quantisation import scale_groups
     from nmexport.sparsity.targets import linears_of, select_targets
+    from nmexport.sparsity.weight_form import WeightForm
 
     try:
         model = skeleton(source)
@@ -42,10 +43,14 @@ def check_fit(recipe: Recipe, source: ModelSource, pattern: NMPattern | None = N
         logging.getLogger(__name__).info("shapes are not checked beforehand: %s", error)
         return
     linears, targets = linears_of(model), recipe.sparsity.targets
-    for name in select_targets(
+    select_targets(
         model, pattern or recipe.sparsity.pattern, include=targets.include, exclude=targets.exclude
-    ):
-        scale_groups(recipe.model.weights, linears[name].in_features, name=name)
+    )
+    form = WeightForm.parse(recipe.model.weights)
+    head = head_name(model, linears)
+    for name, linear in linears.items():
+        if form is not None and name != head:
+            form.groups(linear.in_features, name=name)
 
 
 @functools.lru_cache(maxsize=2)  # several stages ask, and a trace on trial takes seconds

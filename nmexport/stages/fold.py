@@ -18,8 +18,8 @@ from nmexport.sparsity.mitigation import check_allocatable, check_combination
 from nmexport.stages import calibrate
 from nmexport.stages.fitting import check_fit
 from nmexport.store.allocation import write_allocation
-from nmexport.store.folded import FoldedModel, write_learning
-from nmexport.store.layers import SCHEMA, write_layers
+from nmexport.store.folded import DENSE, FoldedModel, write_learning
+from nmexport.store.layers import SCHEMA, Layers, write_layers
 from nmexport.store.tensors import ShardedWriter
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from nmexport.allocation.allocate import Prepared
     from nmexport.calibration.corpus import TokenIds
     from nmexport.calibration.learning import Learned
+    from nmexport.calibration.quantising import Storage
     from nmexport.calibration.sites import Site
     from nmexport.calibration.sparse_constants import DenseModel, Learning, SparseConstants
     from nmexport.recipe import SparsitySection
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from nmexport.sparsity.statistics import ChannelStatistics
     from nmexport.stages.inputs import StageInputs
     from nmexport.store.allocation import Allocation
+    from nmexport.store.layers import LayerSpec
 
 UPSTREAM: tuple[str, ...] = ("calibrate",)
 Artifact = FoldedModel
@@ -64,6 +66,9 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
         "model": inputs.source.digest,
         "dtype": recipe.model.dtype,
         "weights": recipe.model.weights,
+        "stored": None
+        if recipe.model.weights == "float"
+        else [_rounds_activations(inputs), recipe.model.dense_baseline],
         "sparsity": recipe.sparsity.model_dump(mode="json"),
         # Without a budget nothing of it matters.
         "allocation": recipe.allocation.model_dump(mode="json") if budgeted else None,
@@ -102,9 +107,14 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     else:
         sections = dict.fromkeys(dense.linears, inputs.recipe.sparsity)
         constants = make_constants(dense, sections, learning=learning)
-    _write_tensors(inputs, dense, constants)
-    specs = [constants.layer(name, dense.linears[name]) for name in constants.derived]
-    write_layers(inputs.output, specs)
+    storage = _storage(inputs)
+    layers = (
+        _write_folded(inputs, dense, constants)
+        if storage is None
+        else _write_stored(inputs, dense, constants, storage)
+    )
+    write_layers(inputs.output, layers)
+    specs = layers.layers
     return {
         "linears": len(specs),
         "relative_error_mean": _mean([spec.relative_error for spec in specs]),
@@ -119,7 +129,6 @@ def _dense_model(inputs: StageInputs) -> DenseModel:
     from nmexport.calibration.forward_passes import on_best_device
     from nmexport.calibration.sites import input_sites
     from nmexport.calibration.sparse_constants import DenseModel
-    from nmexport.sparsity.quantisation import scale_groups
     from nmexport.sparsity.targets import linears_of, select_targets
 
     recipe = inputs.recipe
@@ -142,8 +151,7 @@ def _dense_model(inputs: StageInputs) -> DenseModel:
     linears = {name: linear for name, linear in linears_of(model).items() if name in selected}
     statistics = calibrated.statistics()
     _check_reached(linears, statistics)
-    for name, linear in linears.items():
-        scale_groups(recipe.model.weights, linear.in_features, name=name)  # refused now, or late
+    _check_groups(model, statistics, recipe.model.weights)
     if layerwise is None and not is_placed(model):
         model = on_best_device(model)
     samples = calibrated.samples()
@@ -180,6 +188,26 @@ def _check_reached(
             f"No calibration token reached {unreached[0]} ({len(unreached)} such linears).",
             fix="calibrate on more samples, or exclude these linears with --targets",
         )
+
+
+def _check_groups(
+    model: nn.Module, statistics: Mapping[str, ChannelStatistics], weights: str
+) -> None:
+    """Refuse groups of scales that do not fit a linear now, not once all is learned.
+
+    Raises:
+        RecipeError: names the linear.
+    """
+    from nmexport.calibration.quantising import head_name
+    from nmexport.sparsity.targets import linears_of
+    from nmexport.sparsity.weight_form import WeightForm
+
+    form = WeightForm.parse(weights)
+    linears = linears_of(model)
+    head = head_name(model, linears)
+    for name, linear in linears.items():
+        if form is not None and name in statistics and name != head:
+            form.groups(linear.in_features, name=name)
 
 
 def _learning(inputs: StageInputs, dense: DenseModel) -> Learning | None:
@@ -279,34 +307,100 @@ def _sections(section: SparsitySection, allocation: Allocation) -> dict[str, Spa
 def _folded(
     inputs: StageInputs, dense: DenseModel, constants: SparseConstants, name: str
 ) -> dict[str, torch.Tensor]:
-    """Fold one linear into the tensors that are written.
+    """Fold one sparse linear into its op's inputs; a stored weight is rounded to what is nearest.
 
     Raises:
         ModelError: if one of them leaves the type.
     """
     import torch
 
-    from nmexport.sparsity.quantisation import quantised
+    storage = _storage(inputs)
+    if storage is not None:
+        folded = constants.folded(dense, name, torch.float32)
+        tensors, _ = storage.tensors(folded, storage.form, name=name)
+        return tensors
+    dtype = inputs.recipe.model.dtype
+    folded = constants.folded(dense, name, getattr(torch, dtype))
+    _check_finite(folded, name, dtype)
+    return folded
 
-    section = inputs.recipe.model
-    folded = constants.folded(dense, name, getattr(torch, section.dtype))
-    for kind, tensor in folded.items():
+
+def _check_finite(tensors: Mapping[str, torch.Tensor], name: str, dtype: str) -> None:
+    for kind, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise ModelError(
-                f"{kind} of {name} is not finite in {section.dtype} once folded.",
+                f"{kind} of {name} is not finite in {dtype} once folded.",
                 fix="use --dtype bfloat16 or float32"
-                if section.dtype == "float16"
+                if dtype == "float16"
                 else "check the weights",
             )
-    return quantised(folded, section.weights, name=name)
 
 
-def _write_tensors(inputs: StageInputs, dense: DenseModel, constants: SparseConstants) -> None:
+def _storage(inputs: StageInputs) -> Storage | None:
+    """How weights are stored; None where they stay float."""
+    import torch
+
+    from nmexport.calibration.quantising import Storage
+    from nmexport.sparsity.weight_form import WeightForm
+
+    section = inputs.recipe.model
+    form = WeightForm.parse(section.weights)
+    if form is None:
+        return None
+    return Storage(
+        form=form,
+        rounds_activations=_rounds_activations(inputs),
+        dtype=getattr(torch, section.dtype),
+        keeps_dense=section.dense_baseline,
+    )
+
+
+def _rounds_activations(inputs: StageInputs) -> bool:
+    """Tell whether what meets weights of integers is rounded too."""
+    recipe = inputs.recipe
+    if recipe.model.activations != "auto":
+        return recipe.model.activations == "int8"
+    on_gpu = recipe.target.startswith("tensorrt") or bool(inputs.environment.gpus)
+    return not on_gpu
+
+
+def _write_folded(inputs: StageInputs, dense: DenseModel, constants: SparseConstants) -> Layers:
+    """Write the sparse linears, their weights float."""
     names = constants.derived
     with ShardedWriter(inputs.output) as writer:
         for name in inputs.progress.track(names, label="fold: weights", total=len(names)):
             folded = _folded(inputs, dense, constants, name)
             writer.add({f"{name}.{kind}": tensor for kind, tensor in folded.items()})
+    return Layers(layers=tuple(constants.layer(name, dense.linears[name]) for name in names))
+
+
+def _write_stored(
+    inputs: StageInputs, dense: DenseModel, constants: SparseConstants, storage: Storage
+) -> Layers:
+    """Write all linears, their weights in integers.
+
+    Raises:
+        ModelError: if a constant leaves the type.
+    """
+    from nmexport.calibration.quantising import stored_linears
+    from nmexport.sparsity.targets import linears_of
+
+    linears = linears_of(dense.model)
+    specs: dict[bool, dict[str, LayerSpec]] = {True: {}, False: {}}
+    stored = stored_linears(dense, constants, linears, storage)
+    with ShardedWriter(inputs.output) as writer:
+        for one in inputs.progress.track(stored, label="fold: weights", total=len(linears)):
+            name = one.spec.name
+            _check_finite(one.tensors, name, inputs.recipe.model.dtype)
+            writer.add({f"{name}.{kind}": tensor for kind, tensor in one.tensors.items()})
+            as_dense = one.as_dense or {}
+            writer.add({f"{name}.{DENSE}.{kind}": tensor for kind, tensor in as_dense.items()})
+            specs[one.is_sparse][name] = one.spec
+    in_order = {
+        kind: tuple(found[name] for name in linears if name in found)
+        for kind, found in specs.items()
+    }
+    return Layers(layers=in_order[True], dense=in_order[False], embedding_bits=8)
 
 
 def _write_learning(inputs: StageInputs, learned: Learned | None) -> dict[str, Any]:

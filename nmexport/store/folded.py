@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from nmexport.store.layers import LayerSpec, read_layers
+from nmexport.store.layers import Layers, LayerSpec, read_layers
 from nmexport.store.tensors import StoredGroup, TensorReader
 
 if TYPE_CHECKING:
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     import torch
 
+DENSE = "dense"
+"""Between the name of a sparse linear and those of its tensors as a dense one."""
 LEARNING = "learning.json"
 """The learned constants' settings and loss curve."""
 TENSORS = (
@@ -27,6 +29,7 @@ TENSORS = (
     "channel_order",
     "weight_scale",
     "value_scale",
+    "weight_zero_point",
     "remainder_in",
     "remainder_out",
 )
@@ -41,7 +44,27 @@ class FoldedModel:
     @property
     def layers(self) -> list[LayerSpec]:
         """The sparse linears, in model order."""
-        return read_layers(self.path)
+        return list(self._layers.layers)
+
+    @property
+    def dense_layers(self) -> list[LayerSpec]:
+        """Linears that keep all of their input, and are stored in integers as the sparse ones."""
+        return list(self._layers.dense)
+
+    @property
+    def linears(self) -> list[LayerSpec]:
+        """All linears that are nodes of ours in the sparse model."""
+        return [*self._layers.layers, *self._layers.dense]
+
+    @property
+    def embedding_bits(self) -> int:
+        """8 where the input embedding is stored in integers; see `rounded_rows`."""
+        return self._layers.embedding_bits
+
+    @property
+    def is_quantised(self) -> bool:
+        """Tell whether weights are stored in integers."""
+        return bool(self._layers.dense)
 
     @property
     def learning(self) -> dict[str, Any] | None:
@@ -62,6 +85,19 @@ class FoldedModel:
         """
         stored = [kind for kind in TENSORS if kind == "W" or f"{name}.{kind}" in self._reader]
         return StoredGroup(self._reader, name, stored)
+
+    def dense_tensors(self, name: str) -> Mapping[str, torch.Tensor]:
+        """Tensors of one linear as a dense one, stored alike: what a sparse one is compared with.
+
+        Raises:
+            ArtifactError: if the file is damaged, or does not hold this linear.
+        """
+        other = f"{name}.{DENSE}"
+        return self.tensors(other if f"{other}.W" in self._reader else name)
+
+    @cached_property
+    def _layers(self) -> Layers:
+        return read_layers(self.path)
 
     @cached_property
     def _reader(self) -> TensorReader:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from nmexport.choices import Phase  # noqa: TC001  records are read by their annotations
-from nmexport.sparsity.pattern import NMPattern  # noqa: TC001
+from nmexport.sparsity.pattern import NMPattern
+from nmexport.sparsity.weight_form import WeightType  # noqa: TC001
 from nmexport.store.records import read_record, write_record
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ class LayerSpec:
     Which optional inputs a node has is read from the fold artifact: `<name>.W [K, O]`,
     and where present `<name>.bias [O]`, `<name>.shift [1] or [K]`, `<name>.shift_weight [O]`,
     `<name>.score_scale [K]`, `<name>.channel_order [K]`, `<name>.weight_scale [G, O]`,
-    `<name>.value_scale [K]`. All that lies along K is in the order of `channel_order`.
+    `<name>.value_scale [K]`, `<name>.weight_zero_point [G, O]`. All that lies along K is in the
+    order of `channel_order`.
     """
 
     name: str
@@ -51,13 +53,30 @@ class LayerSpec:
     unstructured selection of as many channels. Loss is dropped score energy. None: not measured."""
     remainder_rank: int | None = None
     """Rank of the low-rank product next to the op (`r-sparse`)."""
+    weight_type: WeightType = "float"
+    """Type of W and its zero point. The fold artifact holds 4 bits in a byte of their own."""
+    activation_bits: Literal[0, 8] = 0
+    activation_block: int = 32
+
+
+def as_dense(layer: LayerSpec) -> LayerSpec:
+    """The same linear, stored alike, with all of its input kept and nothing corrected."""
+    whole = NMPattern(layer.pattern.m, layer.pattern.m)
+    return replace(
+        layer, pattern=whole, phase="all", dynamic_shift=False, variance_correction=False
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Layers:
+class Layers:
     """The file."""
 
     layers: tuple[LayerSpec, ...]
+    """Linears that are sparse."""
+    dense: tuple[LayerSpec, ...] = ()
+    """Linears that keep all of their input, and whose weights are stored in integers too."""
+    embedding_bits: Literal[0, 8] = 0
+    """8 where the input embedding is stored in integers, with a scale a row."""
 
 
 def model_phases(layers: Iterable[LayerSpec]) -> ModelPhases:
@@ -66,12 +85,12 @@ def model_phases(layers: Iterable[LayerSpec]) -> ModelPhases:
     return phases.pop() if len(phases) == 1 else "mixed"
 
 
-def write_layers(folder: Path, layers: list[LayerSpec]) -> None:
+def write_layers(folder: Path, layers: Layers) -> None:
     """Write `layers.json`."""
-    write_record(_Layers(layers=tuple(layers)), folder / FILENAME, schema=SCHEMA)
+    write_record(layers, folder / FILENAME, schema=SCHEMA)
 
 
-def read_layers(folder: Path) -> list[LayerSpec]:
+def read_layers(folder: Path) -> Layers:
     """Read `layers.json`.
 
     Raises:
@@ -79,4 +98,4 @@ def read_layers(folder: Path) -> list[LayerSpec]:
     """
     path = folder / FILENAME
     fix = "rebuild the stage with --force"
-    return list(read_record(_Layers, path, schema=SCHEMA, fix=fix).layers)
+    return read_record(Layers, path, schema=SCHEMA, fix=fix)

@@ -75,7 +75,7 @@ def read_graph(path: Path) -> onnx.ModelProto:
 
 
 def sparse_linears(model: onnx.ModelProto) -> dict[str, PlacedLinear]:
-    """The sparsified linears by name, in graph order; fused ones share a node."""
+    """Linears that are nodes of ours by name, in graph order; fused ones share a node."""
     return placed_linears(model.graph, "NMLinear", domain=op_contract().domain)
 
 
@@ -312,7 +312,8 @@ def audit(
         error_window: Token ids `[L]` to compare layer outputs over.
     """
     sparse_graph = read_graph(sparse_path)
-    values = {name: linear.output for name, linear in sparse_linears(sparse_graph).items()}
+    linears = sparse_linears(sparse_graph)
+    values = {layer.name: linears[layer.name].output for layer in layers if layer.name in linears}
     counters = add_counters(sparse_graph, layers)
     outputs = add_layer_outputs(sparse_graph, values)
     options: dict[str, Any] = {"library": library, "threads": threads}

@@ -111,7 +111,7 @@ def _compare_linears(
             graph, engine.model.parent, library=library, threads=engine.threads
         ) as session:
             figures[name], other = op_parity.check(
-                session, folded.layers, outputs, tensors_of, subject.prompts[0], executor=executor
+                session, folded.linears, outputs, tensors_of, subject.prompts[0], executor=executor
             )
         if other is not None:
             figures[parity.TORCH] = other

@@ -83,6 +83,8 @@ def arguments(layer: LayerSpec, tensors: Tensors) -> dict[str, Any]:
         "dynamic_shift": layer.dynamic_shift,
         "variance_correction": layer.variance_correction,
         "phase": layer.phase,
+        "activation_bits": layer.activation_bits,
+        "activation_block": layer.activation_block,
         **optional,
     }
 
@@ -193,8 +195,7 @@ def check(
     session_errors, executor_errors = Worst(), Worst()
     for layer, x32, y32 in met_inputs(session, layers, outputs, prompt):
         tensors = tensors_of(layer.name)
-        weight = tensors["W"].dtype
-        element = session.element_type if weight == np.int8 else weight
+        element = tensors["W"].dtype if layer.weight_type == "float" else session.element_type
         x, y = (value.astype(element) for value in (x32, y32))  # exact: they were T
         session_errors.add(layer.name, error_over_tolerance(layer, tensors, x, y))
         if executor is not None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from nmexport.models.embedding import round_embedding
 from nmexport.models.loader import load_model
 from nmexport.models.swap import replace_linears
 from nmexport.runtimes.session import Session
@@ -136,7 +137,7 @@ def open_dense(source: ModelSource, section: ModelSection, *, device: str = "cpu
 def open_folded(
     source: ModelSource, section: ModelSection, fold: FoldedModel, *, device: str = "cpu"
 ) -> TorchSession:
-    """The model with its target linears replaced by folded ones, as every executor computes them.
+    """The model with its linears replaced by folded ones, as every executor computes them.
 
     Raises:
         ModelError: if the model cannot be loaded.
@@ -145,8 +146,10 @@ def open_folded(
     model = load_model(source, dtype=section.dtype)
     replace_linears(
         model,
-        {layer.name: folded_linear(layer, fold) for layer in fold.layers},
+        {layer.name: folded_linear(layer, fold) for layer in fold.linears},
     )
+    if fold.embedding_bits:
+        round_embedding(model)
     model.to(device)
     return TorchSession(model, model.config.get_text_config().vocab_size)
 
@@ -172,6 +175,9 @@ def array_from(tensor: torch.Tensor) -> NDArray[Any]:
     if tensor.dtype == torch.bfloat16:
         bits: NDArray[Any] = tensor.contiguous().view(torch.int16).numpy()
         return bits.view(ml_dtypes.bfloat16)
+    if tensor.dtype == torch.float8_e4m3fn:
+        octets: NDArray[Any] = tensor.contiguous().view(torch.uint8).numpy()
+        return octets.view(ml_dtypes.float8_e4m3fn)
     array: NDArray[Any] = tensor.numpy()
     return array
 
@@ -182,4 +188,6 @@ def _behaviour(layer: LayerSpec) -> Behaviour:
         dynamic_shift=layer.dynamic_shift,
         variance_correction=layer.variance_correction,
         phase=layer.phase,
+        activation_bits=layer.activation_bits,
+        activation_block=layer.activation_block,
     )

@@ -66,7 +66,7 @@ def report(built: Path) -> dict[str, Any]:
 
 
 def layers_of(work: Path) -> list[LayerSpec]:
-    return read_layers(work / "fold" / "current")
+    return list(read_layers(work / "fold" / "current").layers)
 
 
 def test_linears_got_patterns_and_phases_of_their_own(built: Path) -> None:

@@ -104,7 +104,7 @@ def test_cost_counts_kept_rows_and_one_product_a_site() -> None:
 )
 def test_weights_in_int8_are_counted_with_their_scales(weights: str, scales: int) -> None:
     cost = replace(COST, sparse_weights=weights)
-    assert cost.read_bytes(SITE, DENSE) == 64 * 96 * 4  # what stays dense stays as it is
+    assert cost.read_bytes(SITE, DENSE) == cost.weight_bytes(SITE) == 64 * 96 + scales
     assert cost.read_bytes(SITE, HALF) == 64 * 96 / 2 + scales
     prefill = replace(HALF, phase="prefill")
     assert cost.read_bytes(SITE, prefill) == 64 * 96 + scales  # decoded whole, out of int8

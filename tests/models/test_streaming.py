@@ -22,7 +22,7 @@ from nmexport.sparsity.pattern import NMPattern
 from nmexport.stages import fold as fold_stage
 from nmexport.stages.export import trace_model, write_configs, write_models
 from nmexport.store import tensors as tensors_module
-from nmexport.store.layers import LayerSpec, write_layers
+from nmexport.store.layers import Layers, LayerSpec, write_layers
 from nmexport.store.tensors import ShardedWriter, TensorReader
 
 from tests.support.exported import PATTERN, export_folder, linears_of, specs_of
@@ -100,7 +100,7 @@ def test_constants_of_a_fold_are_read_one_by_one(
         for name, linear in linears_of(model).items():
             tensors = fold(linear, behaviour, Constants(), dtype=torch.float32)
             writer.add({f"{name}.{kind}": tensor for kind, tensor in tensors.items()})
-    write_layers(folded, list(specs))
+    write_layers(folded, Layers(layers=tuple(specs)))
     opened, reads = [], Counter[str]()
     places, read = tensors_module._places, TensorReader.read
     monkeypatch.setattr(
@@ -172,7 +172,7 @@ def write_large_fold(source: Path, folder: Path) -> None:
                         criterion="act",
                     )
                 )
-    write_layers(folder, layers)
+    write_layers(folder, Layers(layers=tuple(layers)))
 
 
 @pytest.mark.slow

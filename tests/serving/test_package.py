@@ -162,6 +162,20 @@ def test_without_tritonclient_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -
 # -- packages -------------------------------------------------------------------------------------
 
 
+def test_genai_is_told_of_the_native_op(package: Path, tiny_export: Path, tmp_path: Path) -> None:
+    library = tmp_path / "libops.so"
+    library.write_bytes(b"ops")
+    bundle = save_package(tiny_export, tmp_path / "package", library=library)
+
+    def options(folder: Path) -> Any:
+        document = json.loads((folder / repository.GENAI_CONFIG).read_text("utf-8"))
+        return document["model"].get("decoder", {}).get("session_options", {})
+
+    assert options(bundle) == {"custom_ops_library": library.name}
+    assert (bundle / library.name).is_file()
+    assert options(package / "model_repository" / NAME / "1") == {}
+
+
 def test_words_of_a_package(package: Path) -> None:
     readme = (package / "README.md").read_text("utf-8")
     assert "| `slots` | 4 |" in readme

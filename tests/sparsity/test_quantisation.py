@@ -1,27 +1,23 @@
-"""Weights in int8: how they are rounded, and that they travel through fold and export."""
+"""Stored weights: what they stand for, their forms, and that they travel through export."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import onnx
 import pytest
 import torch
 from nmexport.errors import RecipeError
-from nmexport.graph import checks
 from nmexport.models.swap import replace_linears
 from nmexport.recipe import ModelSection
 from nmexport.runtimes import native
 from nmexport.sparsity.fold import fold
 from nmexport.sparsity.linear import Behaviour, Constants, SparseLinear
-from nmexport.sparsity.quantisation import (
-    QuantisedWeight,
-    check_form,
-    dequantised,
-    quantise,
-    quantised,
-)
+from nmexport.sparsity.quantisation import QuantisedWeight, rounded_rows
+from nmexport.sparsity.rounding import quantised
+from nmexport.sparsity.weight_form import StoredType, WeightForm
 from nmexport.stages.export import write_models
 from pydantic import ValidationError
 
@@ -32,23 +28,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nmexport.stages.export import TracedModel
-
-
-@pytest.mark.parametrize("groups", [1, 4])
-def test_rounding_is_to_the_nearest_of_255_levels(groups: int) -> None:
-    weight = torch.randn(64, 10, generator=torch.Generator().manual_seed(0))
-    levels, scale = quantise(weight, groups)
-    assert levels.dtype == torch.int8
-    assert scale.shape == (groups, 10)
-    error = (dequantised(levels, scale) - weight).abs().reshape(groups, -1, 10)
-    assert bool((error <= scale.unsqueeze(1) * 0.5000001).all())
-    assert bool((levels.reshape(groups, -1, 10).abs().amax(dim=1) == 127).all())
-
-
-def test_zeros_stay_zeros() -> None:
-    levels, scale = quantise(torch.zeros(32, 3), 2)
-    assert bool((dequantised(levels, scale) == 0).all())
-    assert bool(torch.isfinite(scale).all())
 
 
 def test_a_stored_weight_stands_for_values_less_zero_point_times_scale() -> None:
@@ -96,58 +75,102 @@ def test_a_stored_weight_of_tensors_that_do_not_fit_is_refused(
         QuantisedWeight(**{**good, **change})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("form", ["int4", "int8:", "int8:8", "int8:24", "int8:0", "INT8"])
+@pytest.mark.parametrize("form", ["int3", "int8:", "int8:8", "int4:24", "int8:0", "INT8", "4"])
 def test_other_forms_are_refused(form: str) -> None:
-    with pytest.raises(RecipeError, match="multiple of 16"):
-        check_form(form)
+    with pytest.raises(RecipeError, match="weights cannot be") as refusal:
+        WeightForm.parse(form)
+    assert "int4:CHANNELS" in str(refusal.value.allowed)
+    with pytest.raises(ValidationError, match="weights"):
+        ModelSection(id="x", weights=form)
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"), [("int8", 1), ("int8:64", 3), ("int4", 6), ("int4:96", 2)]
+)
+def test_a_form_says_how_many_scales_an_output_has(text: str, groups: int) -> None:
+    form = WeightForm.parse(ModelSection(id="x", weights=text).weights)
+    assert form is not None
+    assert form.groups(192, name="layer") == groups
+    assert WeightForm.parse(str(form)) == form
+    assert WeightForm.parse("float") is None
 
 
 def test_groups_that_do_not_divide_the_channels_are_refused() -> None:
-    with pytest.raises(RecipeError, match="its 96 channels are no multiple of 64"):
-        quantised({"W": torch.ones(96, 2)}, "int8:64", name="layer")
-    given = {"W": torch.ones(96, 2)}
-    assert quantised(given, "float", name="layer") is given
+    form = WeightForm.parse("int8:64")
+    assert form is not None
+    with pytest.raises(RecipeError, match="layer: its 96 channels are no multiple of 64"):
+        form.groups(96, name="layer")
 
 
-def test_the_recipe_takes_the_forms_alone() -> None:
-    assert ModelSection(id="x", weights="int8:128").weights == "int8:128"
-    with pytest.raises(ValidationError, match="weights"):
-        ModelSection(id="x", weights="int4")
+def test_rows_of_an_embedding_are_rounded_one_by_one() -> None:
+    table = torch.randn(9, 32, generator=torch.Generator().manual_seed(0))
+    table[3] = 0.0
+    table[4] *= 1e4
+    values, scale = rounded_rows(table)
+    assert (values.dtype, scale.shape) == (torch.int8, (9, 1))
+    assert bool(((values * scale - table).abs() <= scale * 0.50001).all())
+    assert bool((values[3] == 0).all())
+    assert bool((values.abs().amax(dim=1)[[0, 4]] == 127).all())
 
 
-@pytest.mark.parametrize("form", ["int8", "int8:32"])
-def test_export_with_int8_weights_is_torchs(
-    tiny_llama: Path, traced_llama: TracedModel, tmp_path: Path, form: str
+def stored(
+    linear: torch.nn.Linear, type_: StoredType, group: int | None, order: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """The op's inputs of one folded linear, its weight in integers."""
+    made = fold(
+        linear,
+        Behaviour(pattern=PATTERN),
+        Constants(channel_order=order if linear.in_features == 64 else None),
+        dtype=torch.float32,
+    )
+    weight = quantised(made["W"], WeightForm(type_, group), name="layer")
+    made |= {"W": weight.values, "weight_scale": weight.scale}
+    return made if weight.zero_point is None else made | {"weight_zero_point": weight.zero_point}
+
+
+@pytest.mark.parametrize("activation_bits", [0, 8])
+@pytest.mark.parametrize(
+    ("type_", "group"), [("int8", None), ("int8", 32), ("int4", 32), ("uint4", 16)]
+)
+def test_export_of_stored_weights_is_torchs(  # noqa: PLR0917
+    tiny_llama: Path,
+    traced_llama: TracedModel,
+    tmp_path: Path,
+    type_: StoredType,
+    group: int | None,
+    activation_bits: Literal[0, 8],
 ) -> None:
-    """Fused, selected in an order of their own, in a quarter of the bytes; native and body."""
+    """Fused, selected in an order of their own, in fewer bytes; with the body alone."""
     model = load(tiny_llama)
-    behaviour = Behaviour(pattern=PATTERN)
+    block = 16 if group == 16 else 32
+    behaviour = Behaviour(pattern=PATTERN, activation_bits=activation_bits, activation_block=block)
     order = torch.arange(64, dtype=torch.int32).reshape(4, 16).t().reshape(-1)
     tensors = {
-        name: quantised(
-            fold(
-                linear,
-                behaviour,
-                Constants(channel_order=order if linear.in_features == 64 else None),
-                dtype=torch.float32,
-            ),
-            form,
-            name=name,
-        )
-        for name, linear in linears_of(model).items()
+        name: stored(linear, type_, group, order) for name, linear in linears_of(model).items()
     }
-    specs = specs_of(model, behaviour)
+    specs = [
+        replace(
+            spec,
+            weight_type=type_,
+            activation_bits=activation_bits,
+            activation_block=block,
+        )
+        for spec in specs_of(model, behaviour)
+    ]
     write_models(traced_llama, specs, tensors.__getitem__, tmp_path)
-    checks.check_sparse(tmp_path / "model.onnx", {spec.name: spec for spec in specs})
     exported = onnx.load(tmp_path / "model.onnx", load_external_data=False)
     weights = {item.name: item for item in exported.graph.initializer}
     fused = weights["model.layers.0.mlp.gate_proj+up_proj.W"]
-    assert (fused.data_type, list(fused.dims)) == (onnx.TensorProto.INT8, [64, 256])
+    assert fused.data_type == getattr(onnx.TensorProto, type_.upper())
+    assert list(fused.dims) == [64, 256]
+    length = next(int(e.value) for e in fused.external_data if e.key == "length")
+    assert length == 64 * 256 * (8 if type_ == "int8" else 4) // 8
     stand_ins = {name: SparseLinear(behaviour, one) for name, one in tensors.items()}
     replace_linears(model, stand_ins)
     ids = np.random.default_rng(1).integers(3, VOCABULARY, (1, 12))
     mask = np.ones_like(ids)
     expected = torch_logits(model, ids, mask)
-    for library in {None, native.find_library()}:
+    whole = type_ == "int8" and not activation_bits
+    for library in {None, native.find_library()} if whole else {None}:
         actual = onnx_logits(tmp_path / "model.onnx", ids, mask, prefill=8, library=library)
         np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-3)

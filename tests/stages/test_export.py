@@ -34,7 +34,7 @@ from nmexport.sparsity.linear import Behaviour, Constants, SparseLinear
 from nmexport.sparsity.remainder import remainder_of
 from nmexport.stages import export, verify
 from nmexport.stages.inputs import StageInputs
-from nmexport.store.layers import write_layers
+from nmexport.store.layers import Layers, write_layers
 from nmexport.store.tensors import ShardedWriter
 
 from tests.support.exported import (
@@ -77,7 +77,7 @@ def write_fold(source: Path, folder: Path) -> None:
             folded = fold(linear, behaviour, constants_for(linear), dtype=torch.float32)
             # Clones: safetensors stores no two names of one memory.
             writer.add({f"{name}.{kind}": tensor.clone() for kind, tensor in folded.items()})
-    write_layers(folder, specs_of(model, behaviour))
+    write_layers(folder, Layers(layers=tuple(specs_of(model, behaviour))))
 
 
 def stage_inputs(source: Path, folded: Path, output: Path) -> StageInputs:

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from nmexport.errors import ModelError
-from nmexport.sparsity.quantisation import GROUP, QuantisedWeight
+from nmexport.sparsity.quantisation import QuantisedWeight
+from nmexport.sparsity.weight_form import GROUP
 from nmexport.store.kept import KeptWeights, stored_kinds
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from nmexport.models.quantised.packing import PackedWeight, Packing
-    from nmexport.sparsity.quantisation import StoredType
+    from nmexport.sparsity.weight_form import StoredType
 
 _AWQ_COLUMNS = (0, 4, 1, 5, 2, 6, 3, 7)
 """Which four bits of a word hold its columns 0 to 7."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from nmexport.sparsity.quantisation import StoredType
+    from nmexport.sparsity.weight_form import StoredType
 
 
 _HIGH = np.uint8(4)  # bits above the low four

@@ -1,0 +1,266 @@
+"""Store linears in integers: the sparse ones, those that stay dense, and the output head.
+
+Eight bits are rounded to what is nearest, on scales that look at how strong each channel is. Four
+bits are rounded with compensation, a sparse linear's by the second moments of what it keeps: errors
+are made good in what the sparse linear sees, not in what it never will.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from nmexport.calibration.second_moments import Watched, chunked, gather_second_moments
+from nmexport.calibration.sites import input_sites
+from nmexport.sparsity.fold import NOTHING_LEARNED, fold, selection
+from nmexport.sparsity.linear import Behaviour, Constants, InputSite, bias_of, kept_values
+from nmexport.sparsity.pattern import NMPattern
+from nmexport.sparsity.rounding import quantised
+from nmexport.sparsity.weight_form import GROUP, HEAD, WeightForm, activation_block
+from nmexport.store.layers import LayerSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import nn
+
+    from nmexport.calibration.second_moments import Operand
+    from nmexport.calibration.sites import Site
+    from nmexport.calibration.sparse_constants import DenseModel, SparseConstants
+    from nmexport.sparsity.quantisation import QuantisedWeight
+
+_MOMENT_SAMPLES = 64
+"""Calibration samples that second moments are taken from: thousands of tokens for each channel."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storage:
+    """How weights are stored, and what they are multiplied with."""
+
+    form: WeightForm
+    rounds_activations: bool
+    """What meets weights of integers is rounded to 8 bits."""
+    dtype: torch.dtype
+    """T, of everything that is not a stored weight."""
+    keeps_dense: bool
+    """Sparse linears are stored as dense ones too, to be compared with."""
+
+    def tensors(
+        self,
+        folded: Mapping[str, torch.Tensor],
+        form: WeightForm,
+        *,
+        importance: torch.Tensor | None = None,
+        second_moment: torch.Tensor | None = None,
+        name: str,
+    ) -> tuple[dict[str, torch.Tensor], QuantisedWeight]:
+        """Inputs of one linear's op, its weight stored.
+
+        Args:
+            folded: They, float32.
+            form: What the weight is stored in.
+            importance: `[K]`, in gathered order; see `rounding.quantised`.
+            second_moment: `[K, K]`; see there.
+            name: Of the linear.
+
+        Raises:
+            RecipeError: if the form's groups do not divide K.
+        """
+        stored = quantised(
+            folded["W"],
+            form,
+            importance=importance,
+            second_moment=second_moment,
+            name=name,
+        )
+        in_type = {
+            kind: folded[kind].to(self.dtype)
+            for kind in ("bias", "remainder_in", "remainder_out")
+            if kind in folded
+        }
+        made = {**folded, **in_type, "W": stored.values, "weight_scale": stored.scale}
+        if stored.zero_point is not None:
+            made["weight_zero_point"] = stored.zero_point
+        return made, stored
+
+    def spec(self, layer: LayerSpec, stored: QuantisedWeight) -> LayerSpec:
+        """The record of a linear with a stored weight."""
+        block = activation_block(layer.in_features, len(stored.scale))
+        rounds = self.rounds_activations and block is not None
+        return replace(
+            layer,
+            weight_type=stored.type,
+            activation_bits=8 if rounds else 0,
+            activation_block=block or layer.activation_block,
+        )
+
+
+class Stored(NamedTuple):
+    """One linear as it is written."""
+
+    spec: LayerSpec
+    is_sparse: bool
+    tensors: Mapping[str, torch.Tensor]
+    as_dense: Mapping[str, torch.Tensor] | None
+    """Of a sparse one: as a dense linear, stored alike."""
+
+
+def stored_linears(
+    dense: DenseModel,
+    constants: SparseConstants,
+    linears: Mapping[str, nn.Linear],
+    storage: Storage,
+) -> Iterator[Stored]:
+    """Store all linears that calibration reached.
+
+    Args:
+        dense: The dense model and what calibration knows.
+        constants: Of the linears that become sparse.
+        linears: All linears of the model, by name, in model order.
+        storage: How they are stored.
+
+    Yields:
+        Each linear, its constants folded; in model order, or the order in which second moments
+        are known.
+
+    Raises:
+        RecipeError: if the form's groups do not divide a linear's channels.
+    """
+    reached = {name: linear for name, linear in linears.items() if name in dense.statistics}
+    head = head_name(dense.model, linears)
+    store = functools.partial(_store, _Given(dense, constants, storage))
+    if storage.form.type == "int8":
+        for name, linear in reached.items():
+            yield store(name, linear, HEAD if name == head else storage.form)
+        return
+    inner = {name: linear for name, linear in reached.items() if name != head}
+    sites = input_sites(dense.model, inner, dense.samples[0], layerwise=dense.layerwise)
+    by_linear = {site.names[0]: site for site in sites}
+    for chunk in chunked([_watched(site, constants, storage) for site in sites]):
+        moments = gather_second_moments(
+            dense.model,
+            chunk,
+            dense.samples[:_MOMENT_SAMPLES],
+            progress=dense.progress,
+            layerwise=dense.layerwise,
+        )
+        for one in chunk:
+            known = Moments(*(moments.pop(f"{one.linear}/{kind}", None) for kind in _KINDS))
+            for name in by_linear[one.linear].names:
+                yield store(name, inner[name], storage.form, known)
+    if head is not None and head in reached:
+        yield store(head, reached[head], HEAD)
+
+
+def head_name(model: nn.Module, linears: Mapping[str, nn.Linear]) -> str | None:
+    """Name of the linear that makes logits; None where none does."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head = None if getter is None else getter()
+    return next((name for name, linear in linears.items() if linear is head), None)
+
+
+class Moments(NamedTuple):
+    """Second moments `[K, K]` of one site; None is not known, or not needed."""
+
+    sparse: torch.Tensor | None = None
+    """Of what its linears keep, in gathered order."""
+    dense: torch.Tensor | None = None
+    """Of the whole input."""
+
+
+_KINDS = Moments._fields
+_NOT_KNOWN = Moments()
+
+
+class _Given(NamedTuple):
+    """All that linears are stored by."""
+
+    dense: DenseModel
+    constants: SparseConstants
+    storage: Storage
+
+
+def _store(
+    given: _Given, name: str, linear: nn.Linear, form: WeightForm, moments: Moments = _NOT_KNOWN
+) -> Stored:
+    """Fold and store one linear."""
+    dense, constants, storage = given
+    importance = dense.statistics[name].rms.float().square()
+
+    def as_dense() -> tuple[dict[str, torch.Tensor], QuantisedWeight]:
+        with dense.loaded(linear) as held:
+            plain = fold(held, _DENSE, Constants(), NOTHING_LEARNED, dtype=torch.float32)
+        return storage.tensors(
+            plain, form, importance=importance, second_moment=moments.dense, name=name
+        )
+
+    if name not in constants.derived:
+        tensors, stored = as_dense()
+        return Stored(storage.spec(_dense_spec(name, linear), stored), False, tensors, None)
+    folded = constants.folded(dense, name, torch.float32)
+    order = folded.get("channel_order")
+    tensors, stored = storage.tensors(
+        folded,
+        form,
+        importance=importance if order is None else importance[order.long()],
+        second_moment=moments.sparse,
+        name=name,
+    )
+    spec = storage.spec(constants.layer(name, linear), stored)
+    return Stored(spec, True, tensors, as_dense()[0] if storage.keeps_dense else None)
+
+
+_DENSE = Behaviour(pattern=NMPattern(GROUP, GROUP))
+
+
+def _dense_spec(name: str, linear: nn.Linear) -> LayerSpec:
+    """The record of a linear that keeps all of its input."""
+    group = GROUP if linear.in_features % GROUP == 0 else 1
+    return LayerSpec(
+        name=name,
+        in_features=linear.in_features,
+        out_features=linear.out_features,
+        pattern=NMPattern(group, group),
+        criterion="act",
+        has_bias=bias_of(linear) is not None,
+    )
+
+
+def _watched(site: Site, constants: SparseConstants, storage: Storage) -> Watched:
+    """Which second moments the linears of a site need; they keep the same channels."""
+    first = site.names[0]
+    operands: dict[str, Operand] = {}
+    if first in constants.derived:
+        operands[f"{first}/sparse"] = _kept(constants, first, site.in_features)
+    if first not in constants.derived or storage.keeps_dense:
+        operands[f"{first}/dense"] = _whole
+    return Watched(linear=first, channels=site.in_features, operands=operands)
+
+
+def _whole(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.shape[-1]).float()
+
+
+def _kept(constants: SparseConstants, name: str, channels: int) -> Operand:
+    """What one linear keeps of an input, in gathered order, with its variance correction."""
+    derived, learned = constants.derived[name], constants.learned
+    corrections = NOTHING_LEARNED if learned is None else learned.corrections[name]
+    selecting = selection(derived.constants, corrections)
+    order = selecting.get("channel_order")
+    own = Constants(shift=selecting.get("shift"), score_scale=selecting.get("score_scale"))
+    everywhere = derived.behaviour.phase == "all"
+
+    def operand(x: torch.Tensor) -> torch.Tensor:
+        site = InputSite(derived.behaviour, own, channels, device=x.device)
+        gathered = x if order is None else x[..., order.long().to(x.device)]
+        selected = site.select(gathered)
+        kept = kept_values(selected)
+        if selected.nu is not None:
+            kept = selected.nu * kept
+        # Where a phase stays dense, the same weight meets whole inputs too.
+        return kept if everywhere else torch.cat([kept, _whole(gathered)])
+
+    return operand

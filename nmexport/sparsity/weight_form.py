@@ -1,0 +1,104 @@
+"""How weights are stored, in words: `float`, `int8`, `int8:128`, `int4`, `int4:64`.
+
+What `int8` and `int4` store in integers is one rule: every linear, those that stay dense too, as an
+op that keeps all of its input; the output head and the input embedding, in 8 bits with a scale a
+token whatever the linears have. Norms and biases stay float.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, Self, get_args
+
+from nmexport.errors import RecipeError
+
+StoredType = Literal["int8", "int4", "uint4", "float8e4m3fn"]
+"""Types of a stored weight, by the names that the op contract and ONNX give them."""
+WeightType = Literal["float", "int8", "int4", "uint4", "float8e4m3fn"]
+"""The same, and `float`: the type of the model."""
+STORED_TYPES: tuple[StoredType, ...] = get_args(StoredType)
+
+GROUP = 16
+"""Channels that share a scale are a multiple of this: no N:M group of up to 16 straddles."""
+BLOCKS = (32, 16)
+"""Channels of a token that are rounded with one scale: the first of these that fits a linear."""
+_FOUR_BIT_GROUP = 32
+_FORM = re.compile(r"(int8|int4)(?::(\d{1,6}))?")
+
+FORMS = (
+    "float, int8 (one scale for each output), int8:CHANNELS (one for that many channels of each "
+    f"output), int4 (of {_FOUR_BIT_GROUP} channels) or int4:CHANNELS, CHANNELS a multiple of "
+    f"{GROUP}"
+)
+
+
+@dataclass(frozen=True)
+class WeightForm:
+    """A type of integers, and how many channels share a scale."""
+
+    type: StoredType
+    group: int | None
+    """None: all of an output's."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        """Read a form; None is `float`.
+
+        Raises:
+            RecipeError: if it is none.
+        """
+        if text == "float":
+            return None
+        match = _FORM.fullmatch(text)
+        group = int(match[2]) if match and match[2] else None
+        if match is None or (group is not None and (group < GROUP or group % GROUP)):
+            raise RecipeError(f"weights cannot be {text!r}.", allowed=FORMS)
+        if match[1] == "int8":
+            return cls("int8", group)
+        return cls("int4", group or _FOUR_BIT_GROUP)
+
+    @property
+    def bits(self) -> int:
+        """Bits of a stored value."""
+        return 8 if self.type == "int8" else 4
+
+    def groups(self, channels: int, *, name: str) -> int:
+        """How many scales each output of a linear has.
+
+        Args:
+            channels: K of the linear.
+            name: Of the linear, for the message.
+
+        Raises:
+            RecipeError: if groups do not divide K.
+        """
+        group = self.group or channels
+        if channels % group:
+            raise RecipeError(
+                f"Weights in {self} do not fit {name}: its {channels} channels are no multiple of "
+                f"{group}.",
+                allowed=FORMS,
+                fix="choose CHANNELS that divide the in_features of every linear",
+            )
+        return channels // group
+
+    def __str__(self) -> str:
+        """The form as a recipe has it."""
+        kind = "int8" if self.type == "int8" else "int4"
+        return kind if self.group is None else f"{kind}:{self.group}"
+
+
+HEAD = WeightForm("int8", None)
+"""Of the output head and the input embedding."""
+
+
+def activation_block(channels: int, groups: int) -> int | None:
+    """Channels of a block of an operand in 8 bits; None where no block fits.
+
+    Args:
+        channels: K of the linear.
+        groups: Scales of each of its outputs.
+    """
+    together = channels // groups
+    return next((block for block in BLOCKS if together % block == 0), None)

@@ -1,0 +1,134 @@
+"""Each example continues a text as `nmexport generate` does, where its runtime can be installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from nmexport.models.loader import load_tokenizer
+from nmexport.models.source import resolve
+from nmexport.models.tokenizer_files import write_tokenizer
+from nmexport.recipe import ModelSection
+from nmexport.runtimes import native
+from nmexport.serving import repository
+from nmexport.stages.export import write_configs
+from tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from tests.support.exported import Exported
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+PROMPT = "The quick"
+GENAI, NODE = "onnxruntime-genai==0.18.0", "onnxruntime-node@1.30.0"
+
+
+@pytest.fixture(scope="module")
+def served(
+    tiny_llama: Path, plain_export: Exported, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A folder as a package has it: model, native op, tokenizer, configurations."""
+    folder = tmp_path_factory.mktemp("examples") / "model"
+    shutil.copytree(plain_export.folder, folder)
+    write_configs(plain_export.dense, folder)
+    write_tokenizer(load_tokenizer(resolve(ModelSection(id=str(tiny_llama)))), folder)
+    library = native.find_library()
+    if library is None:
+        pytest.skip("the native library is not built")
+    shutil.copy(library, folder)
+    repository._name_library(folder / repository.GENAI_CONFIG, library.name)
+    return folder
+
+
+def run(command: list[str], **variables: str) -> str:
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env={**os.environ, **variables},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def python(name: str, folder: Path, **variables: str) -> str:
+    return run([sys.executable, str(EXAMPLES / name), str(folder), PROMPT], **variables)
+
+
+@pytest.fixture(scope="module")
+def expected(served: Path) -> str:
+    """What plain ONNX Runtime continues; itself held to the function bodies below."""
+    return python("with_onnxruntime.py", served)
+
+
+def test_plain_onnxruntime_needs_the_op_for_speed_alone(
+    served: Path, expected: str, tmp_path: Path
+) -> None:
+    assert expected.startswith(PROMPT)
+    assert len(expected) > len(PROMPT) + 10
+    bare = shutil.copytree(served, tmp_path / "bare", ignore=shutil.ignore_patterns("*.so"))
+    assert python("with_onnxruntime.py", bare) == expected
+
+
+def test_every_example_is_listed_and_short() -> None:
+    listed = (EXAMPLES / "README.md").read_text("utf-8")
+    for path in EXAMPLES.glob("with_*"):
+        assert f"[`{path.name}`]({path.name})" in listed
+        assert len(path.read_text("utf-8").splitlines()) <= 36
+
+
+@pytest.mark.slow
+def test_genai_loads_the_op_by_its_configuration(
+    served: Path, expected: str, tmp_path: Path
+) -> None:
+    install([sys.executable, "-m", "pip", "install", "--no-deps", "--target", tmp_path, GENAI])
+    assert python("with_genai.py", served, PYTHONPATH=str(tmp_path)) == expected
+    lost = shutil.copytree(served, tmp_path / "lost", ignore=shutil.ignore_patterns("*.so"))
+    command = [sys.executable, str(EXAMPLES / "with_genai.py"), str(lost), PROMPT]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert "Failed to load library" in done.stderr  # so it was the op that ran above
+
+
+@pytest.mark.slow
+def test_node_runs_the_function_bodies(served: Path, expected: str, tmp_path: Path) -> None:
+    node, npm = shutil.which("node"), shutil.which("npm")
+    if node is None or npm is None:
+        pytest.skip("Node.js is not installed")
+    install([npm, "install", "--ignore-scripts", "--prefix", tmp_path, NODE])
+    shutil.copy(EXAMPLES / "with_node.mjs", tmp_path)
+    tokenizer = Tokenizer.from_file(str(served / "tokenizer.json"))
+    ids = [str(token) for token in tokenizer.encode(PROMPT).ids]
+    told = run([node, str(tmp_path / "with_node.mjs"), str(served), *ids]).split()
+    assert tokenizer.decode([int(token) for token in told]) + "\n" == expected
+
+
+@pytest.mark.slow
+def test_optimum_takes_the_op_too(served: Path, expected: str) -> None:
+    other = os.environ.get("NMEXPORT_OPTIMUM_PYTHON")
+    if not other:
+        pytest.skip("NMEXPORT_OPTIMUM_PYTHON is not set")
+    config: Mapping[str, object] = json.loads((served / "generation_config.json").read_text())
+    shown = run([other, str(EXAMPLES / "with_optimum.py"), str(served), PROMPT])
+    # Optimum ends at the end token, the other examples do not.
+    assert config["eos_token_id"] is not None
+    assert expected.startswith(shown.rstrip("\n"))
+
+
+def install(command: list[object]) -> None:
+    """Install, or skip where the package cannot be had."""
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, check=False, timeout=300
+    )
+    if done.returncode:
+        pytest.skip(f"cannot be installed here: {done.stderr.strip()[-200:]}")
