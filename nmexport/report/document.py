@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         Memory,
         Parity,
         Sparsity,
+        StoredDense,
     )
     from nmexport.store.allocation import Allocation
     from nmexport.store.layers import ModelPhases
@@ -43,6 +44,8 @@ class Measured:
     parity: Parity
     latency: Latency
     memory: Memory
+    stored_dense: StoredDense | None = None
+    """None where weights are float, or nothing dense was exported."""
     engine: EngineFacts | None = None
     """None where ONNX Runtime runs the model."""
     allocation: Allocation | None = None
@@ -95,7 +98,7 @@ def assemble(
 
 
 def sparse_weights(recipe: Recipe) -> str:
-    """How the sparsified linears' weights are stored."""
+    """How the sparse model's weights are stored."""
     form = recipe.model.weights
     return recipe.model.dtype if form == "float" else form
 
@@ -105,9 +108,9 @@ def weights_note(recipe: Recipe) -> str | None:
     if recipe.model.weights == "float":
         return None
     return (
-        f"Sparsified weights are {recipe.model.weights}, the dense model's {recipe.model.dtype}: "
-        "accuracy, speed and memory compare sparsity and quantisation together with neither. "
-        "Built with --weights float, the same recipe shows sparsity alone."
+        f"The sparse model's weights are {recipe.model.weights}, the dense model's "
+        f"{recipe.model.dtype}: accuracy, speed and memory compare sparsity and quantisation "
+        "together with neither. The dense model in the same integers stands between them."
     )
 
 

@@ -130,6 +130,9 @@ class Engine:
     """The sparse model."""
     dense_model: Path | None
     """The baseline; None where the recipe leaves it out."""
+    stored_model: Path | None = None
+    """The dense model in the sparse one's integers; None where weights are float, or without a
+    baseline."""
     cpu_model: Path | None = None
     """The sparse model as a CPU runs it, where a package has it ready."""
     cuda: CudaGraphs | None = None

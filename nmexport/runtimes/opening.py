@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from nmexport.errors import ArtifactError
+from nmexport.runtimes import native
 from nmexport.runtimes.engine import read_engine
 from nmexport.runtimes.tensorrt.requirements import why_not_runnable
 from nmexport.runtimes.tensorrt_session import TensorRTSession
@@ -55,6 +57,33 @@ def open_on_onnxruntime(engine: Path, *, dense: bool = False, elsewhere: bool = 
     if provider == "cpu" and description.shared_step is not None:
         return StepSession.from_engine(engine, dense=dense)
     return OrtSession.from_engine(engine, dense=dense, elsewhere=elsewhere)
+
+
+def open_stored(engine: Path) -> Session:
+    """Open the dense model in the sparse one's integers on ONNX Runtime's CPU provider.
+
+    Args:
+        engine: `engine.json`, or the folder that holds it.
+
+    Raises:
+        ArtifactError: if the engine has none, or it cannot be opened.
+        EnvironmentFault: if the native library that the engine needs is missing here.
+    """
+    from nmexport.runtimes.onnxruntime_session import OrtSession
+
+    description = read_engine(engine)
+    if description.stored_model is None:
+        raise ArtifactError(
+            f"{engine} has no dense model in integers.",
+            fix="build it again with --weights int8 and without --no-dense-baseline",
+        )
+    return OrtSession(
+        description.stored_model,
+        library=native.engine_library(description),
+        threads=description.threads,
+        config=description.session_config,
+        bfloat16=description.element_type == "bfloat16",
+    )
 
 
 def why_not_here(engine: Path) -> str | None:

@@ -225,6 +225,7 @@ def _relocate(engine: Engine, folder: Path, cpu_model: Path | None) -> Engine:
         shared_step=engine.shared_step
         and replace(engine.shared_step, model=folder / _STEP_MODEL, dense_model=None),
         dense_model=None,
+        stored_model=None,
         library=library and replace(library, file=folder / library.file.name),
         tensorrt=None,
         build=None,

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nmexport.choices import Target
-    from nmexport.runtimes.engine import Runtime, TensorRTTarget
+    from nmexport.runtimes.engine import Provider, Runtime, TensorRTTarget
     from nmexport.stages.inputs import StageInputs
 
 UPSTREAM = ("export",)
@@ -196,6 +196,7 @@ def _describe(inputs: StageInputs, library: Path | None) -> Engine:
         runtime_version=inputs.environment.version("onnxruntime"),
         model=export / "model.onnx",
         dense_model=export / "dense" / "model.onnx" if model.dense_baseline else None,
+        stored_model=_stored_model(export, provider),
         element_type=model.dtype,
         threads=inputs.recipe.latency.threads,
         provider=provider,
@@ -207,6 +208,12 @@ def _describe(inputs: StageInputs, library: Path | None) -> Engine:
         library=_library_record(inputs.output.resolve(), library) if library else None,
         why_no_library=None if library else NO_LIBRARY,
     )
+
+
+def _stored_model(export: Path, provider: Provider) -> Path | None:
+    """The dense model in the sparse one's integers, where there is one and a CPU runs it."""
+    path = export / "dense" / "stored" / "model.onnx"
+    return path if provider == "cpu" and path.is_file() else None
 
 
 def _write_cuda_graphs(inputs: StageInputs) -> tuple[CudaGraphs | None, str | None]:

@@ -65,7 +65,7 @@ def _dense_against_sparse(subject: Subject) -> tuple[Accuracy, Latency]:
         decoded = _decode_only(subject, dense, sparse, late) if wanted else None
         task_scores, tasks_protocol = _tasks(subject, dense, sparse)
         with busy(progress, "verify: latency"):  # runs to warm up are counted by no other bar
-            times = latency.compare(dense, sparse, _timing(subject, sparse))
+            times = latency.compare(dense, sparse, timing(subject, sparse))
     scores = replace(
         scores,
         dataset=_dataset(evaluation),
@@ -86,7 +86,7 @@ def _sparse_alone(subject: Subject) -> tuple[Accuracy, Latency]:
         tracked = progress.track(windows, label="verify: perplexity", total=len(windows))
         scores = alone.score(sparse, tracked, phases=subject.phases)
         with busy(progress, "verify: latency"):
-            times = alone.time(sparse, _timing(subject, sparse))
+            times = alone.time(sparse, timing(subject, sparse))
     scores = replace(
         scores,
         dataset=_dataset(subject.recipe.evaluation),
@@ -96,7 +96,8 @@ def _sparse_alone(subject: Subject) -> tuple[Accuracy, Latency]:
     return scores, times
 
 
-def _timing(subject: Subject, sparse: Session) -> latency.Timing:
+def timing(subject: Subject, sparse: Session) -> latency.Timing:
+    """How a build is timed, as its recipe says."""
     section = subject.recipe.latency
     prompt, context = latency_tokens(subject.windows, section)
     return latency.Timing(
