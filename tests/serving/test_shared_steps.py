@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from nmexport.graph.shared_step import rewrite_for_shared_step
 from nmexport.runtimes import native
 from nmexport.runtimes.onnxruntime_session import EXTERNAL_DATA_FOLDER
 from nmexport.runtimes.step_session import StepSession
+from nmexport.serving import client
 from nmexport.serving import metrics as names
 from nmexport.serving.limits import Limits
 from nmexport.serving.scheduler import Scheduler
@@ -23,8 +25,9 @@ from nmexport.serving.service import TextRequest, TextService
 from nmexport.store.artifact import file_digest
 
 from tests.serving.test_scheduler import ListSink, Recorder
-from tests.support.served import engine_of, save_package
+from tests.support.served import engine_of, require_tritonserver, save_package, triton
 from tests.support.tiny import VOCABULARY
+from tests.support.triton_clients import metrics_of, text_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -192,3 +195,27 @@ def test_a_package_is_served_in_shared_steps(bundle: Path) -> None:
         assert all(sink.problem is None for sink in sinks)
     finally:
         service.close()
+
+
+def test_a_server_streams_to_many_what_each_gets_alone(bundle: Path, tmp_path: Path) -> None:
+    require_tritonserver()
+    with triton(bundle.parents[1], tmp_path / "log") as server:
+        url = server.addresses.http
+        name = client.text_model(url)
+
+        def streamed(index: int) -> str:
+            fields = {
+                "text_input": "the same words and " + "one more " * (index % 7),
+                "max_tokens": 4 + index % 9,
+                "temperature": 0.8 * (index % 2),
+                "seed": index,
+                "stream": True,
+            }
+            return text_of(list(client.stream(url, name, fields)))
+
+        alone = [streamed(index) for index in range(32)]
+        with ThreadPoolExecutor(32) as pool:
+            together = list(pool.map(streamed, range(32)))
+        assert together == alone
+        assert len(set(alone)) > 16
+        assert metrics_of(server, name)["prompt_tokens_reused_total"] > 0
