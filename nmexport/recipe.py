@@ -302,12 +302,14 @@ class ServingSection(_Strict):
     """Name of the Triton model; None takes the model's own."""
     allow_failed: bool = False
     """Package although the report's verdict is `fail`."""
-    slots: int = Field(default=8, ge=1)
-    """Requests that run at a time."""
+    slots: int | None = Field(default=None, ge=1)
+    """Requests that run at a time; None is 64 where they share steps, and 8 elsewhere."""
     queue: int = Field(default=128, ge=0)
     """Requests that may wait for a slot, half of them in Triton's own queue; more get HTTP 503."""
-    prefill_chunk: int = Field(default=64, ge=2)
-    """Tokens of a prompt between two tokens of the requests that run already."""
+    prefill_chunk: int | None = Field(default=None, ge=2)
+    """Tokens of prompts in one step at most; None is 256 where requests share steps, else 64."""
+    slowdown_percent: int = Field(default=60, ge=0)
+    """By how much prompts may lengthen a step that running requests wait for."""
     max_tokens: int = Field(default=256, ge=1)
     """For requests that do not say."""
 

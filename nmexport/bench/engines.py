@@ -59,9 +59,7 @@ def bench_engines(
         open_session(engine, elsewhere=True) as sparse,
     ):
         rng = np.random.default_rng(seed)
-        return latency.compare(
-            dense,
-            sparse,
+        timing = latency.Timing(
             prompt=rng.integers(sparse.vocabulary_size, size=(1, prefill_tokens)),
             context=rng.integers(sparse.vocabulary_size, size=(batch, decode_context)),
             runs=runs,
@@ -69,3 +67,4 @@ def bench_engines(
             device=device_name(probe(), on_gpu=sparse.on_gpu),
             progress=progress,
         )
+        return latency.compare(dense, sparse, timing)

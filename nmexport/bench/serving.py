@@ -25,9 +25,10 @@ from nmexport.generation.options import GenerationOptions
 from nmexport.generation.tokenizer import Tokenizer
 from nmexport.report.model import read_report
 from nmexport.runtimes.engine import read_engine
-from nmexport.runtimes.onnxruntime_session import OrtSession
+from nmexport.runtimes.opening import open_on_onnxruntime
 from nmexport.serving import metrics as names
-from nmexport.serving.scheduler import Limits, Scheduler
+from nmexport.serving.limits import Limits
+from nmexport.serving.scheduler import Scheduler
 from nmexport.timing import interleave, median, percentiles
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
     from nmexport.progress import Progress
     from nmexport.runtimes.session import Session
-    from nmexport.serving.scheduler import Outcome, Usage
+    from nmexport.serving.request import Outcome, Usage
 
 SIDES = ("dense", "sparse")
 THROUGH = "sparse through Triton"
@@ -168,8 +169,8 @@ def bench_serve(
     )
     tokenizer = Tokenizer(engine.model.parent)
     with (
-        OrtSession.from_engine(folder, dense=True) as dense,
-        OrtSession.from_engine(folder) as sparse,
+        open_on_onnxruntime(folder, dense=True) as dense,
+        open_on_onnxruntime(folder) as sparse,
     ):
         sides = {
             "dense": _within(dense, tokenizer.decode),
@@ -285,7 +286,7 @@ def _round(
         end_tokens=frozenset(),  # every answer is equally long
         limits=Limits(
             context_tokens=context,
-            cache_bytes=context * load.concurrency * session.cache_bytes_per_token,
+            cache_bytes=session.cache_bytes(context) * load.concurrency,
             slots=load.concurrency,
             prefill_chunk=load.prefill_chunk,
         ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nmexport.cli.output import figure, size, table
+from nmexport.report.answer import answer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,6 +35,7 @@ def show_report(out: Console, report: Report, work: Path) -> None:
             soft_wrap=True,
         )
     out.print(f"Verdict: {report.verdict}", soft_wrap=True)
+    out.print(f"In short: {answer(report).headline}", soft_wrap=True, markup=False)
     page = next(
         (work / name for name in ("report.html", "report.md") if (work / name).is_file()),
         work / "report.json",

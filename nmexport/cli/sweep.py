@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,9 @@ from nmexport.errors import UserError
 if TYPE_CHECKING:
     from nmexport.sweep.cluster import Cluster
     from nmexport.sweep.measure import Job
+    from nmexport.sweep.outcome import Results
     from nmexport.sweep.plan import Sweep
+    from nmexport.sweep.row import Row
 
 _ROOT = Path("nmexport-work")
 
@@ -122,10 +125,10 @@ def sweep_command(
         return
     results = _run(planned, jobs, root, _cluster(address, cpus, gpus))
     if wants_json(ctx):
-        emit_json(results)
+        emit_json(results.as_json())
     else:
         _show(results, root)
-    reasons = [row.get("refused") for row in results["rows"]]
+    reasons = [row.refused for row in results.rows]
     if reasons and all(reasons):
         raise UserError(f"Nothing was measured: {reasons[0]}", fix="change the sweep's cells")
 
@@ -167,19 +170,19 @@ def _cluster(address: str | None, cpus: int | None, gpus: float | None) -> Clust
     return RayCluster(address, cpus=cpus, gpus=gpus)
 
 
-def _run(planned: Sweep, jobs: list[Job], root: Path, cluster: Cluster) -> dict[str, Any]:
+def _run(planned: Sweep, jobs: list[Job], root: Path, cluster: Cluster) -> Results:
     """Run the jobs; what is known is written after each."""
     from nmexport.environment import probe
     from nmexport.sweep import outcome
     from nmexport.sweep.plan import folders
 
-    rows: dict[str, list[dict[str, Any]]] = {}
-    results: dict[str, Any] = {}
+    rows: dict[str, list[Row]] = {}
+    results = outcome.Results(sweep=planned, rows=(), environment=probe())
     root.mkdir(parents=True, exist_ok=True)
     for job, measured in cluster.run(jobs):
         rows[job.model] = measured
         in_order = [row for model in planned.cells for row in rows.get(model, [])]
-        results = outcome.document(planned, in_order, probe())
+        results = replace(results, rows=tuple(in_order))
         outcome.write(results, folders(planned), root)
     return results
 
@@ -203,11 +206,11 @@ def _show_plan(ctx: click.Context, jobs: list[Job]) -> None:
     console().print(table(f"{len(rows)} cells", names, listed, left=names))
 
 
-def _show(results: dict[str, Any], root: Path) -> None:
+def _show(results: Results, root: Path) -> None:
     from nmexport.sweep.outcome import HEADINGS, columns
 
     out = console()
-    for model in results["models"]:
-        rows = [columns(row) for row in results["rows"] if row["model"] == model]
+    for model in results.models:
+        rows = [columns(row) for row in results.rows_of(model)]
         out.print(table(model, HEADINGS, rows, left=("pattern",)))
     out.print(f"In {root}: sweep.md, sweep.json", soft_wrap=True, markup=False)

@@ -51,6 +51,7 @@ _TEXT_NAMES = re.compile(
 _RECURRENT_LAYERS = frozenset({"conv", "linear_attention", "hybrid", "hybrid_sliding"})
 _RECURRENT_MODULES = re.compile(r"mamba|rwkv|xlstm|recurrent|deltanet|shortconv", re.IGNORECASE)
 _CROSS_ATTENTION = frozenset({"encoder_attn", "cross_attn", "crossattention"})
+_BOTH_WAYS = (True, "all")  # gemma4 says "vision" of images alone
 _EXPERTS = frozenset({"experts", "router", "router_gate", "block_sparse_moe"})
 
 
@@ -110,7 +111,7 @@ def refuse_kind(model: PreTrainedModel) -> None:
 
     Raises:
         ModelError: if it is a mixture of experts, keeps a state that is no cache of keys and
-            values, is an encoder, or has no linears.
+            values, is an encoder or embeds text, or has no linears.
     """
     parts = {part for name, _ in model.named_modules() for part in name.split(".")}
     if parts & _EXPERTS:
@@ -139,6 +140,12 @@ def refuse_kind(model: PreTrainedModel) -> None:
         raise refused(
             model.config,
             "is an encoder (is_decoder is false in its config): each token sees those after it",
+        )
+    if getattr(model.config, "use_bidirectional_attention", None) in _BOTH_WAYS:
+        raise refused(
+            model.config,
+            "embeds text (use_bidirectional_attention in its config): each token sees those after "
+            "it",
         )
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not [linear for linear in linears if linear is not model.get_output_embeddings()]:

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
 
-from nmexport.errors import ModelError
+from nmexport.errors import ModelError, NmexportError
 from nmexport.models.last_logits import last_logits
 from nmexport.models.skeleton import skeleton
 from nmexport.models.swap import swapped
@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from nmexport.progress import Progress
 
 _WHOLE = "use --offload never on a machine with more memory, or place the model on a GPU"
+
+
+_Call: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
+"""What a layer is given beside its hidden states."""
 
 
 class _LayersDone(Exception):
@@ -112,7 +116,9 @@ class LayerwiseModel:
                 with self._weights.loaded(name, layer), _substitute(layer, name, made):
                     arguments, options = calls[index]
                     for number in range(len(samples)):
-                        spool[number] = _hidden(layer(spool[number], *arguments, **options))
+                        with self._explained():
+                            hidden = _hidden(layer(spool[number], *arguments, **options))
+                        spool[number] = hidden
                         after()
             with self._substitute_outside(made):
                 self._finish(samples, spool, after, logits_kept, use_logits)
@@ -133,18 +139,17 @@ class LayerwiseModel:
         width: int = self.model.config.get_text_config().hidden_size
         return width
 
-    def _embed(
-        self, samples: torch.Tensor, spool: _Spool
-    ) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    def _embed(self, samples: torch.Tensor, spool: _Spool) -> list[_Call]:
         """Fill the spool with what the first layer is given; return how each layer is called."""
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        calls: list[_Call] = []
         last = len(self._layers) - 1
 
         def stub(index: int, hidden: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
             if index == 0:
                 spool[number] = hidden
-            if len(calls) <= index:
-                calls.append((arguments, options))
+            elif not torch.equal(hidden, spool[number]):
+                raise self._not_a_list("something is computed between them")
+            self._note_call(calls, index, (arguments, options))
             if index == last:
                 raise _LayersDone
             return hidden
@@ -157,15 +162,36 @@ class LayerwiseModel:
                     stack.enter_context(self._weights.loaded(name, module))
             stack.enter_context(self._stub_attention(stub))
             for number, sample in enumerate(samples):  # noqa: B007 - the stub reads it
-                with contextlib.suppress(_LayersDone):
+                with self._explained(), contextlib.suppress(_LayersDone):
                     self.model(input_ids=sample.unsqueeze(0), use_cache=False)
         if len(calls) != len(self._layers):
-            raise ModelError(
-                f"{len(calls)} of {len(self._layers)} layers of {self.model.config.model_type} "
-                "were called.",
-                fix=_WHOLE,
-            )
+            raise self._not_a_list(f"{len(calls)} of {len(self._layers)} were called")
         return calls
+
+    def _note_call(self, calls: list[_Call], index: int, call: _Call) -> None:
+        """Remember how a layer is called for the first sample, and hold others against it."""
+        if len(calls) <= index:
+            calls.append(call)
+        elif not _are_same(calls[index], call):
+            raise self._not_a_list("they are given more of a text than its hidden states")
+
+    def _not_a_list(self, why: str) -> ModelError:
+        return ModelError(
+            f"The layers of a model of type {self.model.config.model_type!r} cannot be run one by "
+            f"one: {why}.",
+            fix=_WHOLE,
+        )
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Say what fails in the model's own code when its layers are not called as usual."""
+        try:
+            yield
+        except (NmexportError, OSError, MemoryError, _LayersDone):
+            raise
+        except Exception as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise self._not_a_list(reason[:200].removesuffix(".")) from error
 
     def _finish(
         self,
@@ -191,7 +217,8 @@ class LayerwiseModel:
             stack.enter_context(self._stub_attention(stub))
             for number in range(len(samples)):
                 # Whatever is embedded here, the first layer returns the final hidden states.
-                logits = self.model(inputs_embeds=spool[number], **options).logits[0]
+                with self._explained():
+                    logits = self.model(inputs_embeds=spool[number], **options).logits[0]
                 after()
                 if use_logits is not None:
                     use_logits(number, logits)
@@ -293,6 +320,17 @@ def _substitute(
     }
     with swapped(layer, made):
         yield
+
+
+def _are_same(left: Any, right: Any) -> bool:
+    """Tell whether all tensors among the arguments of two calls are the same."""
+    if isinstance(left, torch.Tensor):
+        return isinstance(right, torch.Tensor) and torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(_are_same(left[key], right[key]) for key in left)
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(map(_are_same, left, right))
+    return True
 
 
 def _hidden(output: Any) -> torch.Tensor:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         Memory,
         Parity,
         Sparsity,
+        StoredDense,
     )
     from nmexport.store.allocation import Allocation
     from nmexport.store.kept import KeptWeights
@@ -44,6 +45,8 @@ class Measured:
     parity: Parity
     latency: Latency
     memory: Memory
+    stored_dense: StoredDense | None = None
+    """None where weights are float, or nothing dense was exported."""
     engine: EngineFacts | None = None
     """None where ONNX Runtime runs the model."""
     allocation: Allocation | None = None
@@ -98,7 +101,7 @@ def assemble(
 
 
 def sparse_weights(recipe: Recipe, kept: KeptWeights | None) -> str:
-    """How the sparsified linears' weights are stored."""
+    """How the sparse model's weights are stored."""
     form = recipe.model.weights
     if form != "float":
         return form
@@ -119,9 +122,9 @@ def weights_note(recipe: Recipe, kept: KeptWeights | None, *, alone: bool) -> st
     if recipe.model.weights == "float" or alone:
         return None
     return (
-        f"Sparsified weights are {recipe.model.weights}, the dense model's {recipe.model.dtype}: "
-        "accuracy, speed and memory compare sparsity and quantisation together with neither. "
-        "Built with --weights float, the same recipe shows sparsity alone."
+        f"The sparse model's weights are {recipe.model.weights}, the dense model's "
+        f"{recipe.model.dtype}: accuracy, speed and memory compare sparsity and quantisation "
+        "together with neither. The dense model in the same integers stands between them."
     )
 
 

@@ -327,6 +327,20 @@ class Latency:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoredDense:
+    """The dense model in the sparse one's integers, between the dense model and the sparse one."""
+
+    scores: Scores = field(default_factory=Scores)
+    """Its own are under `sparse`; the dense model in floats is `dense`."""
+    latency: Latency = field(default_factory=Latency)
+    """Its own is under `dense`; `speedup` is the sparse model's over it."""
+    dense_bytes: int | None = None
+    stored_bytes: int | None = None
+    sparse_bytes: int | None = None
+    """Sizes of the files: graph and weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PeakMemory:
     """Memory of one model's process."""
 
@@ -420,6 +434,8 @@ class Report:
     parity: Parity = field(default_factory=Parity)
     latency: Latency = field(default_factory=Latency)
     memory: Memory = field(default_factory=Memory)
+    stored_dense: StoredDense | None = None
+    """None where weights are float, or nothing dense was exported."""
     engine: EngineFacts | None = None
     notes: tuple[str, ...] = ()
     environment: Environment | None = None

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nmexport.report import allocation_rows, learning
+from nmexport.report import allocation_rows, learning, stored_rows
 from nmexport.report.answer import answer
 from nmexport.report.figures import (
     ABSENT,
@@ -349,6 +349,8 @@ def _render(template: str, report: Report, **more: Any) -> str:
             answer=answer(report),
             method=method(report),
             summary=summary_rows(report),
+            stored=stored_rows.rows(report),
+            stored_words=stored_rows.words(report),
             parity=parity_rows(report.parity),
             linears=linear_rows(report.parity),
             caches=cache_line(report.parity.caches),

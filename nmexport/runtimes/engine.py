@@ -14,7 +14,7 @@ from typing import Literal
 from nmexport.store.records import read_record, write_record
 
 FILENAME = "engine.json"
-SCHEMA = 2
+SCHEMA = 3
 PLAN, DENSE_PLAN = "model.plan", "dense.plan"
 
 Runtime = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
@@ -111,6 +111,16 @@ class CudaGraphs:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepGraphs:
+    """The exported models as a CPU runs steps of many sequences; see `graph.shared_step`."""
+
+    model: Path
+    dense_model: Path | None
+    positions: int
+    """Tokens of a sequence that they cover."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Engine:
     """An engine, in memory with absolute paths; the file has them relative to its own folder."""
 
@@ -120,12 +130,19 @@ class Engine:
     """The sparse model."""
     dense_model: Path | None
     """The baseline; None where the recipe leaves it out."""
+    stored_model: Path | None = None
+    """The dense model in the sparse one's integers; None where weights are float, or without a
+    baseline."""
     cpu_model: Path | None = None
     """The sparse model as a CPU runs it, where a package has it ready."""
     cuda: CudaGraphs | None = None
     """None where the provider is the CPU, or a graph has a form that has no faster one."""
     why_no_cuda: str | None = None
     """Why a CUDA engine runs the exported files as they are."""
+    shared_step: StepGraphs | None = None
+    """None where a GPU computes, or a graph has a form that no shared step takes."""
+    why_no_shared_step: str | None = None
+    """Why a CPU engine runs requests one by one."""
     element_type: ElementType
     """Type of the models' logits and caches."""
     threads: int | None

@@ -132,6 +132,25 @@ def _register(options: onnxruntime.SessionOptions, library: Path) -> None:
     native.check_opset(library)
 
 
+def _refuse_other_version(path: Path) -> None:
+    """Refuse a file whose ops are of another version of the contract: ours would misread them.
+
+    Where the package onnx is missing, in a serving container, engine.json says the version.
+
+    Raises:
+        ArtifactError: if they are; a file that cannot be read is for ONNX Runtime to refuse.
+    """
+    try:
+        import onnx
+
+        from nmexport.graph.contract import check_version
+
+        graph = onnx.load(path, load_external_data=False)
+    except Exception:  # noqa: BLE001 - no package, or protobuf's own errors, by backend
+        return
+    check_version({entry.domain: entry.version for entry in graph.opset_import}, str(path))
+
+
 def open_session(
     model: Path | bytes,
     options: onnxruntime.SessionOptions,
@@ -151,12 +170,15 @@ def open_session(
         records_graphs: On CUDA, runs may be recorded as CUDA graphs and replayed.
 
     Raises:
-        ArtifactError: if the model is missing, corrupt, or not runnable by this runtime.
+        ArtifactError: if the model is missing, corrupt, of another version of the op contract, or
+            not runnable by this runtime.
         EnvironmentFault: if the provider does not work here.
     """
     name = "An instrumented copy of the model" if isinstance(model, bytes) else str(model)
     if not isinstance(model, bytes) and not model.is_file():
         raise ArtifactError(f"{model} does not exist.", fix="run `nmexport export`")
+    if not isinstance(model, bytes):
+        _refuse_other_version(model)
     if provider == "cpu" and bfloat16:
         model = _widen(model, options)
     if provider == "cuda":
@@ -280,11 +302,9 @@ def _bits(value: Any) -> NDArray[np.uint16]:
     return np.ctypeslib.as_array(held).reshape(value.shape())
 
 
-def _fits_huge_pages(model: Path | bytes) -> bool:
-    """Tell whether to copy a model's weights; an instrumented model runs too briefly to gain."""
-    if isinstance(model, bytes):
-        return False
-    weights = sum(file.stat().st_size for file in model.parent.glob("*.data"))
+def fits_huge_pages(folder: Path) -> bool:
+    """Tell whether to copy the weights in a model's folder."""
+    weights = sum(file.stat().st_size for file in folder.glob("*.data"))
     return weights <= HUGE_PAGES_SHARE * free_memory()
 
 
@@ -328,7 +348,9 @@ class OrtSession(Session):
             ArtifactError: if the model is missing or corrupt, or its cache has foreign names.
         """
         self.threads = threads or physical_cores()
-        pages = {HUGE_PAGES_ENTRY: "1" if _fits_huge_pages(model) else "0"}
+        # An instrumented model runs too briefly to gain.
+        copies = not isinstance(model, bytes) and fits_huge_pages(model.parent)
+        pages = {HUGE_PAGES_ENTRY: "1" if copies else "0"}
         options = session_options(library=library, threads=self.threads, config={**pages, **config})
         self._device: Provider = provider
         self.on_gpu = provider == "cuda"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from nmexport.errors import ArtifactError
+from nmexport.runtimes import native
 from nmexport.runtimes.engine import read_engine
 from nmexport.runtimes.tensorrt.requirements import why_not_runnable
 from nmexport.runtimes.tensorrt_session import TensorRTSession
@@ -33,7 +35,7 @@ def open_session(engine: Path, *, dense: bool = False, elsewhere: bool = False) 
 
 
 def open_on_onnxruntime(engine: Path, *, dense: bool = False, elsewhere: bool = False) -> Session:
-    """Open a built engine's ONNX files on ONNX Runtime: on CUDA by their faster graphs.
+    """Open a built engine's ONNX files on ONNX Runtime, by the faster graphs made for it if any.
 
     Args:
         engine: `engine.json`, or the folder that holds it.
@@ -46,12 +48,42 @@ def open_on_onnxruntime(engine: Path, *, dense: bool = False, elsewhere: bool = 
     """
     from nmexport.runtimes.cuda_session import CudaSession
     from nmexport.runtimes.onnxruntime_session import OrtSession, provider_here
+    from nmexport.runtimes.step_session import StepSession
 
     description = read_engine(engine)
     provider = provider_here(description.provider) if elsewhere else description.provider
     if provider == "cuda" and description.cuda is not None:
         return CudaSession.from_engine(engine, dense=dense)
+    if provider == "cpu" and description.shared_step is not None:
+        return StepSession.from_engine(engine, dense=dense)
     return OrtSession.from_engine(engine, dense=dense, elsewhere=elsewhere)
+
+
+def open_stored(engine: Path) -> Session:
+    """Open the dense model in the sparse one's integers on ONNX Runtime's CPU provider.
+
+    Args:
+        engine: `engine.json`, or the folder that holds it.
+
+    Raises:
+        ArtifactError: if the engine has none, or it cannot be opened.
+        EnvironmentFault: if the native library that the engine needs is missing here.
+    """
+    from nmexport.runtimes.onnxruntime_session import OrtSession
+
+    description = read_engine(engine)
+    if description.stored_model is None:
+        raise ArtifactError(
+            f"{engine} has no dense model in integers.",
+            fix="build it again with --weights int8 and without --no-dense-baseline",
+        )
+    return OrtSession(
+        description.stored_model,
+        library=native.engine_library(description),
+        threads=description.threads,
+        config=description.session_config,
+        bfloat16=description.element_type == "bfloat16",
+    )
 
 
 def why_not_here(engine: Path) -> str | None:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from types import TracebackType
 
     import numpy as np
@@ -43,6 +43,15 @@ class Limits(NamedTuple):
     """Tokens of a sequence, cached and new ones together."""
 
 
+class Work(NamedTuple):
+    """One sequence's part of a step."""
+
+    cache: Any | None
+    """A cache of this sequence alone; None begins it."""
+    tokens: NDArray[np.int64]
+    """Tokens `[S]` that go on from it, at least one."""
+
+
 class Session(Closing):
     """One model on one runtime; not shared between threads.
 
@@ -52,6 +61,8 @@ class Session(Closing):
 
     exposes_cache: bool = False
     """`keep`, `resume`, `cache_values` and `cache_bytes_per_token` work here."""
+    shares_steps: bool = False
+    """`step` computes all sequences in one run, each with the bits that it has alone."""
     runtime: str = ""
     """Name and version of the runtime."""
     on_gpu: bool = False
@@ -105,6 +116,38 @@ class Session(Closing):
         """
         logits, extended = self.extend(cache, input_ids)
         return logits[:, -1:], extended
+
+    def step(self, work: Sequence[Work]) -> list[tuple[NDArray[np.float32], Any]]:
+        """Run the next tokens of several sequences.
+
+        Args:
+            work: Sequences of any lengths, cached and new, in any order.
+
+        Returns:
+            For each, the logits `[V]` of its last token, and its cache with the tokens in it. Bit
+            for bit what `extend_last` returns for it alone.
+        """
+        results = []
+        for cache, tokens in work:
+            logits, extended = self.extend_last(cache, tokens[None])
+            results.append((logits[0, -1], extended))
+        return results
+
+    def beginning(self, cache: Any, length: int) -> Any | None:
+        """Return a cache of the first tokens of one, for sequences that begin alike.
+
+        Its bits are those of a run of these tokens. None where this runtime cannot do that.
+        """
+        del cache, length
+        return None
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Bytes that the cache of one sequence of so many tokens takes.
+
+        Raises:
+            RuntimeError: if this session does not expose its caches.
+        """
+        return tokens * self.cache_bytes_per_token
 
     def keep(self, cache: Any) -> Any:
         """Return a cache that later runs do not change; any session of the architecture takes it.

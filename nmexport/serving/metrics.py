@@ -38,6 +38,8 @@ FAILED = "nmexport_requests_failed_total"
 RUNNING = "nmexport_running_requests"
 WAITING = "nmexport_waiting_requests"
 CACHE_BYTES = "nmexport_cache_reserved_bytes"
+PREFIX_BYTES = "nmexport_cache_prefix_bytes"
+REUSED_TOKENS = "nmexport_prompt_tokens_reused_total"
 
 METRICS = (
     MetricSpec(
@@ -59,6 +61,11 @@ METRICS = (
         buckets=_MILLISECONDS,
     ),
     MetricSpec(name=PROMPT_TOKENS, kind="counter", about="Prompt tokens processed"),
+    MetricSpec(
+        name=REUSED_TOKENS,
+        kind="counter",
+        about="Prompt tokens whose cache an earlier request had computed",
+    ),
     MetricSpec(name=GENERATED_TOKENS, kind="counter", about="Tokens generated"),
     MetricSpec(name=FINISHED, kind="counter", about="Requests that ran to their end"),
     MetricSpec(
@@ -71,6 +78,9 @@ METRICS = (
     MetricSpec(name=RUNNING, kind="gauge", about="Requests in a slot"),
     MetricSpec(name=WAITING, kind="gauge", about="Requests waiting for a slot"),
     MetricSpec(name=CACHE_BYTES, kind="gauge", about="Cache memory reserved by requests in a slot"),
+    MetricSpec(
+        name=PREFIX_BYTES, kind="gauge", about="Cache memory kept for prompts that begin alike"
+    ),
 )
 
 

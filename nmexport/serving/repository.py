@@ -40,6 +40,7 @@ GENAI_CONFIG = "genai_config.json"
 _MODEL = "model.onnx"
 _CPU_MODEL = "model.cpu.onnx"
 _CUDA_MODEL = "model.cuda.onnx"
+_STEP_MODEL = "model.step.onnx"
 _TEMPLATES = ("README.md", "NOTICE.md", LAUNCH)
 _MODEL_PY = '''"""Triton's entry; the environment of the server's python3 must have nmexport."""
 
@@ -95,6 +96,8 @@ def write_text_model(output: Path, source: TextModel) -> Path:
     engine = _relocate(source.engine, folder.resolve(), cpu_model)
     if source.engine.cuda is not None and engine.cuda is not None:
         shutil.copyfile(source.engine.cuda.model, engine.cuda.model)
+    if source.engine.shared_step is not None and engine.shared_step is not None:
+        shutil.copyfile(source.engine.shared_step.model, engine.shared_step.model)
     write_engine(engine, folder)
     (folder / "model.py").write_text(_MODEL_PY, encoding="utf-8")
     tokenizer = Tokenizer(folder)
@@ -219,7 +222,10 @@ def _relocate(engine: Engine, folder: Path, cpu_model: Path | None) -> Engine:
         model=folder / _MODEL,
         cpu_model=cpu_model,
         cuda=engine.cuda and replace(engine.cuda, model=folder / _CUDA_MODEL, dense_model=None),
+        shared_step=engine.shared_step
+        and replace(engine.shared_step, model=folder / _STEP_MODEL, dense_model=None),
         dense_model=None,
+        stored_model=None,
         library=library and replace(library, file=folder / library.file.name),
         tensorrt=None,
         build=None,

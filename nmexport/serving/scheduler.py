@@ -1,15 +1,14 @@
 """Continuous batching: requests share one session, step by step, and come and go at any step.
 
-A step takes every running request one token further and the oldest new one a chunk of its prompt
-further. So a long prompt holds the others up by a chunk, not by its length.
+A step takes every running request one token further and new ones a chunk of their prompts further,
+all in one run where the session can (`Session.shares_steps`). How long the chunks are follows from
+what steps take: a long prompt lengthens the others' steps by a bounded share, not by its length.
 
-Each request is run as a batch of its own, on its own cache. Sequences of unequal length, padded
-into one batch, get other bits than alone, since the runtime's attention then sums over padding too;
-a mask near a tie flips, and logits move as far as `test_padding_moves_logits` says. Sequences of
-equal length would be exact, but those of requests that come and go hardly ever are. A batch of one
-is exact by construction, and batch 1 is where sparse decode gains (two tokens together meet three
-quarters of the rows, four nearly all of them). Chunks of a prompt give the same bits as the whole
-prompt.
+Whatever a step holds, each request gets the bits that it would have alone: `Session.step` promises
+it. Nothing is padded into a batch, since the runtime's attention would sum over padding too; a mask
+near a tie flips then, and logits move as far as `test_padding_moves_logits` says. Chunks of a
+prompt give the same bits as the whole prompt, and so does a beginning that another request has
+computed.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ import logging
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,8 +26,12 @@ from nmexport.errors import RequestError, ServerBusyError
 from nmexport.generation.sampler import Sampler
 from nmexport.generation.stopping import StopFilter
 from nmexport.generation.text_stream import TextStream
+from nmexport.runtimes.session import Work
 from nmexport.serving import metrics as names
 from nmexport.serving.metrics import Harmless, Metrics, NoMetrics
+from nmexport.serving.pace import Pace
+from nmexport.serving.prefixes import Prefixes
+from nmexport.serving.request import FinishReason, Outcome, Request
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,115 +40,23 @@ if TYPE_CHECKING:
 
     from nmexport.generation.options import GenerationOptions
     from nmexport.runtimes.session import Session
-
-FinishReason = Literal["stop", "length"]
+    from nmexport.serving.limits import Limits
+    from nmexport.serving.request import Sink
 
 DEFAULT_MAX_TOKENS = 256
 SHUTTING_DOWN = "the server is shutting down"
 _SEE_LOG = "the server's log says why"
-_LEAST = {"queue": 0, "prefill_chunk": 2}
+_PREFIX_SHARE = 0.25
+"""Of the memory for caches: what beginnings of earlier requests may keep."""
+_FAIR_CHUNK = 16
+"""Tokens of a prompt below which it is not shared out: the oldest comes first."""
 _SWEEP_SECONDS = 0.25
 """How often waiting requests are asked whether their client is still there."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """How much a server takes on."""
-
-    context_tokens: int
-    """Prompt and output of one request together: the model's context length."""
-    cache_bytes: int
-    """Limit on the caches of all running requests together."""
-    slots: int = 8
-    """Requests that run at a time."""
-    queue: int = 128
-    """Requests that may wait for a slot."""
-    prefill_chunk: int = 64
-    """Tokens of a prompt in one step: what a new request may hold the running ones up by."""
-
-    def __post_init__(self) -> None:
-        """Refuse limits under which nothing could run.
-
-        Raises:
-            RequestError: naming the limit.
-        """
-        for name, value in vars(self).items():
-            least = _LEAST.get(name, 1)
-            if value < least:
-                raise RequestError(f"The limit {name} is {value}.", allowed=f"at least {least}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Usage:
-    """Tokens of a request so far."""
-
-    prompt_tokens: int
-    completion_tokens: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome(Usage):
-    """How a request ended."""
-
-    finish_reason: FinishReason
-
-
-class Sink(Protocol):
-    """Receiver of one request's text; called from the scheduler's thread alone."""
-
-    def text(self, piece: str, usage: Usage) -> None:
-        """One more piece, not empty, and what it took to get here."""
-        ...
-
-    def done(self, outcome: Outcome) -> None:
-        """The end."""
-        ...
-
-    def failed(self, problem: str) -> None:
-        """The end, too."""
-        ...
-
-    def is_cancelled(self) -> bool:
-        """Tell whether nobody waits for the text any more."""
-        ...
-
-    def abandoned(self) -> None:
-        """The end of a request that was cancelled."""
-        ...
-
-
-@dataclass(kw_only=True, eq=False)
-class _Request:
-    """One request, from its arrival to its end."""
-
-    prompt: NDArray[np.int64]
-    """`[1, S]`."""
-    max_tokens: int
-    sampler: Sampler
-    text: TextStream
-    stop: StopFilter
-    sink: Sink
-    reserved_bytes: int
-    arrived: float
-    prefilled: int = 0
-    produced: int = 0
-    cache: Any = None
-    last_token: int = -1
-    last_time: float = field(default=0.0)
-    is_counted: bool = False
-    """True once its end is in the metrics, whatever its sink does then."""
-
-    @property
-    def prompt_tokens(self) -> int:
-        return int(self.prompt.shape[1])
-
-    @property
-    def is_decoding(self) -> bool:
-        return self.prefilled == self.prompt_tokens
-
-    @property
-    def usage(self) -> Usage:
-        return Usage(prompt_tokens=self.prompt_tokens, completion_tokens=self.produced)
+_Part = tuple[Request, "NDArray[np.int64]"]
+"""A request, and its tokens `[S]` in a step."""
+_NONE = np.zeros(0, np.int64)
 
 
 class Scheduler:
@@ -178,8 +88,10 @@ class Scheduler:
         self.limits = limits
         self._default_max_tokens = default_max_tokens
         self._metrics: Metrics = Harmless(metrics or NoMetrics())
-        self._waiting: deque[_Request] = deque()
-        self._running: list[_Request] = []
+        self._pace = Pace(most=limits.prefill_chunk, slowdown_percent=limits.slowdown_percent)
+        self._prefixes = Prefixes(session, int(limits.cache_bytes * _PREFIX_SHARE))
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []
         self._reserved = 0
         self._closing = False
         self._aborting = False
@@ -250,9 +162,7 @@ class Scheduler:
             if sink.is_cancelled():
                 return False
 
-    def _admissible(
-        self, prompt: Sequence[int], options: GenerationOptions, sink: Sink
-    ) -> _Request:
+    def _admissible(self, prompt: Sequence[int], options: GenerationOptions, sink: Sink) -> Request:
         if not prompt:
             raise RequestError("The prompt is empty.", allowed="at least one token")
         room = self.limits.context_tokens - len(prompt)
@@ -265,14 +175,14 @@ class Scheduler:
                 allowed=f"{self.limits.context_tokens} tokens, the model's context",
                 fix="shorten the prompt or ask for fewer tokens",
             )
-        reserved = (len(prompt) + max_tokens) * self._session.cache_bytes_per_token
+        reserved = self._session.cache_bytes(len(prompt) + max_tokens)
         if reserved > self.limits.cache_bytes:
             raise RequestError(
                 f"Too long: the request's cache would take {reserved / 1e6:.0f} MB.",
                 allowed=f"{self.limits.cache_bytes / 1e6:.0f} MB, all that the server has",
                 fix="ask for fewer tokens, or raise the server's limit `cache_bytes`",
             )
-        return _Request(
+        return Request(
             prompt=np.asarray([prompt], dtype=np.int64),
             max_tokens=max_tokens,
             sampler=Sampler(
@@ -329,15 +239,72 @@ class Scheduler:
             return bool(self._running or self._waiting)
 
     def step(self) -> None:
-        """Drop who went away, let in who fits, decode one token each, prefill one chunk."""
+        """Drop who went away, let in who fits, and take everyone further."""
         self._drop_cancelled()
         self._admit()
+        work = self._share_out()
+        if not work:
+            return
+        decoding = sum(request.is_decoding for request, _ in work)
+        prompts = sum(len(tokens) for request, tokens in work if not request.is_decoding)
+        began = time.monotonic()
+        self._run(work)
+        self._pace.observe(time.monotonic() - began, decoding=decoding, prompt_tokens=prompts)
+
+    def _share_out(self) -> list[_Part]:
+        """What each request does in the next step: a token, or a share of the prompts' room."""
         decoding = [request for request in self._running if request.is_decoding]
-        for request in decoding:
-            self._advance(request, self._decode_one)
-        prefilling = next((request for request in self._running if not request.is_decoding), None)
-        if prefilling is not None:
-            self._advance(prefilling, self._prefill_chunk)
+        beginning = [request for request in self._running if not request.is_decoding]
+        parts = [(request, request.next_tokens(1)) for request in decoding]
+        room = self._pace.budget(decoding=len(decoding))
+        fair = max(room // max(len(beginning), 1), _FAIR_CHUNK)
+        for request in beginning:
+            tokens = request.next_tokens(min(fair, room)) if room > 0 else _NONE
+            if len(tokens):
+                parts.append((request, tokens))
+                room -= len(tokens)
+        return parts
+
+    def _begin(self, request: Request) -> None:
+        """Make room for a request that was let in, and begin it with what is computed of it."""
+        request.prefilled, request.cache = self._prefixes.find(request.prompt[0])
+        if request.prefilled:
+            self._metrics.add(names.REUSED_TOKENS, request.prefilled)
+        self._prefixes.shrink(self.limits.cache_bytes - self._reserved)
+
+    def _run(self, parts: list[_Part]) -> None:
+        """Run a step. One that fails is run again request by request: it ends the faulty alone."""
+        try:
+            results = self._session.step([Work(one.cache, tokens) for one, tokens in parts])
+        except Exception:
+            if len(parts) == 1:
+                logging.getLogger(__name__).exception("a request failed")
+                self._fail(parts[0][0], f"the model failed on this request; {_SEE_LOG}")
+            else:
+                for part in parts:
+                    self._run([part])
+            return
+        for (request, tokens), (logits, cache) in zip(parts, results, strict=True):
+            request.cache = cache
+            try:
+                self._take(request, tokens, logits)
+            except Exception:
+                logging.getLogger(__name__).exception("a request failed")
+                self._fail(request, f"the model failed on this request; {_SEE_LOG}")
+
+    def _take(
+        self, request: Request, tokens: NDArray[np.int64], logits: NDArray[np.float32]
+    ) -> None:
+        """Take a request's result of a step: the logits `[V]` after its tokens."""
+        if request.is_decoding:
+            request.answer.append(request.last_token)
+            self._accept(request, logits)
+            return
+        request.prefilled += len(tokens)
+        self._metrics.add(names.PROMPT_TOKENS, len(tokens))
+        if request.prefilled == request.prompt_tokens:
+            self._prefixes.keep(request.prompt[0], request.cache)
+            self._accept(request, logits)
 
     def _drop_cancelled(self) -> None:
         for request in list(self._running):
@@ -351,7 +318,7 @@ class Scheduler:
         for request in waiting:
             self._drop_if_cancelled(request)
 
-    def _drop_if_cancelled(self, request: _Request) -> None:
+    def _drop_if_cancelled(self, request: Request) -> None:
         try:
             is_cancelled = request.sink.is_cancelled()
         except Exception:
@@ -372,32 +339,11 @@ class Scheduler:
                 self._waiting.popleft()
                 self._running.append(request)
                 self._reserved += request.reserved_bytes
+                self._begin(request)
                 self._metrics.observe(names.QUEUE_TIME, (now - request.arrived) * 1e3)
         self._show()
 
-    def _advance(self, request: _Request, work: Callable[[_Request], None]) -> None:
-        """Do a request's part of a step; what goes wrong there ends this request alone."""
-        try:
-            work(request)
-        except Exception:
-            logging.getLogger(__name__).exception("a request failed")
-            self._fail(request, f"the model failed on this request; {_SEE_LOG}")
-
-    def _prefill_chunk(self, request: _Request) -> None:
-        start = request.prefilled
-        end = chunk_end(start, request.prompt_tokens, self.limits.prefill_chunk)
-        logits, request.cache = self._session.extend(request.cache, request.prompt[:, start:end])
-        request.prefilled = end
-        self._metrics.add(names.PROMPT_TOKENS, end - start)
-        if request.is_decoding:
-            self._accept(request, logits[0, -1])
-
-    def _decode_one(self, request: _Request) -> None:
-        token = np.asarray([[request.last_token]], dtype=np.int64)
-        logits, request.cache = self._session.extend(request.cache, token)
-        self._accept(request, logits[0, -1])
-
-    def _accept(self, request: _Request, logits: NDArray[np.float32]) -> None:
+    def _accept(self, request: Request, logits: NDArray[np.float32]) -> None:
         """Draw a request's next token from logits `[V]`, and return the text it completes."""
         token = request.sampler(logits)
         now = time.monotonic()
@@ -419,10 +365,11 @@ class Scheduler:
         elif request.produced == request.max_tokens:
             self._finish(request, "length")
 
-    def _finish(self, request: _Request, reason: FinishReason) -> None:
+    def _finish(self, request: Request, reason: FinishReason) -> None:
         rest = request.stop.push(request.text.flush()) + request.stop.flush()
         if rest:
             request.sink.text(rest, request.usage)
+        self._prefixes.keep(request.known, request.cache)
         # The slot is free before the client learns of the end, and may ask for the next.
         self._leave(request, names.FINISHED)
         request.sink.done(
@@ -439,17 +386,17 @@ class Scheduler:
         for request in left:
             self._fail(request, problem)
 
-    def _fail(self, request: _Request, problem: str) -> None:
+    def _fail(self, request: Request, problem: str) -> None:
         self._leave(request, names.FAILED)
         with contextlib.suppress(Exception):  # whoever waits may be what failed
             request.sink.failed(problem)
 
-    def _abandon(self, request: _Request) -> None:
+    def _abandon(self, request: Request) -> None:
         self._leave(request, names.CANCELLED)
         with contextlib.suppress(Exception):  # nobody is there
             request.sink.abandoned()
 
-    def _leave(self, request: _Request, how: str) -> None:
+    def _leave(self, request: Request, how: str) -> None:
         """Free what a request held, and count its end."""
         with self._changed:
             if request in self._running:
@@ -468,13 +415,4 @@ class Scheduler:
         self._metrics.set(names.RUNNING, len(self._running))
         self._metrics.set(names.WAITING, len(self._waiting))
         self._metrics.set(names.CACHE_BYTES, self._reserved)
-
-
-def chunk_end(start: int, total: int, chunk: int) -> int:
-    """Return the end of the prompt chunk that begins at `start`.
-
-    No chunk but a whole prompt is one token long: models whose decode is another computation than
-    their prefill tell the two apart by that, and a prompt's last token belongs to prefill.
-    """
-    end = min(start + chunk, total)
-    return total if total - end == 1 else end
+        self._metrics.set(names.PREFIX_BYTES, self._prefixes.bytes)

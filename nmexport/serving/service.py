@@ -15,7 +15,8 @@ from nmexport.generation.tokenizer import Tokenizer
 from nmexport.runtimes.opening import open_on_onnxruntime
 from nmexport.runtimes.session import Closing
 from nmexport.serving import bundle as bundles
-from nmexport.serving.scheduler import DEFAULT_MAX_TOKENS, Limits, Scheduler
+from nmexport.serving.limits import SHARED_STEPS, Limits
+from nmexport.serving.scheduler import DEFAULT_MAX_TOKENS, Scheduler
 from nmexport.serving.stopping import DRAIN_SECONDS
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from nmexport.runtimes.session import Session
     from nmexport.serving.bundle import Bundle
     from nmexport.serving.metrics import Metrics
-    from nmexport.serving.scheduler import Sink
+    from nmexport.serving.request import Sink
 
 _MEMORY_SHARE = 0.5
 """Share of the memory free after loading that caches get; a step needs some of the rest."""
@@ -129,6 +130,8 @@ class TextService(Closing):
         numbers["context_tokens"] = min(
             numbers.get("context_tokens", bundle.context_tokens), bundle.context_tokens
         )
+        for name, number in (SHARED_STEPS if session.shares_steps else {}).items():
+            numbers.setdefault(name, number)
         if "queue" in numbers:
             numbers["queue"] = max(0, numbers["queue"] - queued_outside)
         numbers.setdefault("cache_bytes", int(free_memory() * _MEMORY_SHARE))
@@ -218,6 +221,7 @@ SETTINGS = (
     "slots",
     "queue",
     "prefill_chunk",
+    "slowdown_percent",
     "context_tokens",
     "cache_bytes",
     "default_max_tokens",

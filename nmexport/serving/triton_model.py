@@ -29,7 +29,7 @@ from nmexport.serving.stopping import StopSignals, drain_seconds
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from nmexport.serving.scheduler import Outcome, Usage
+    from nmexport.serving.request import Outcome, Usage
 
 _BACKEND = "triton_python_backend_utils"
 _TEXTS = ("text_input", "messages")

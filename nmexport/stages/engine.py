@@ -1,9 +1,10 @@
 """Stage `engine`: make the exported model ready to run on the target runtime.
 
 For ONNX Runtime that is a choice of options, the native library pinned by its digest, and a check
-that the model opens and computes. For its CUDA provider graphs of its own are written, without
-weights: see `graph.cuda`. For TensorRT it is a plan of the sparse model and one of the dense model;
-`engine.json` describes the ONNX files in both cases, as they run wherever the plan does not.
+that the model opens and computes. For its CUDA provider, and for steps of many sequences on a CPU,
+graphs of their own are written, without weights: see `graph.cuda` and `graph.shared_step`. For
+TensorRT it is a plan of the sparse model and one of the dense model; `engine.json` describes the
+ONNX files in both cases, as they run wherever the plan does not.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from nmexport.runtimes.engine import (
     CudaGraphs,
     Engine,
     LibraryRecord,
+    StepGraphs,
     read_engine,
     write_engine,
 )
@@ -31,14 +33,16 @@ from nmexport.runtimes.tensorrt.profiles import limits_from
 from nmexport.store.artifact import file_digest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from nmexport.choices import Target
-    from nmexport.runtimes.engine import Runtime, TensorRTTarget
+    from nmexport.runtimes.engine import Provider, Runtime, TensorRTTarget
     from nmexport.stages.inputs import StageInputs
 
 UPSTREAM = ("export",)
 CUDA_FOLDER = "cuda"
+STEP_FOLDER = "shared_step"
 NO_LIBRARY = "the native op library is not built here; the function bodies in the model run"
 
 
@@ -184,50 +188,86 @@ def _describe(inputs: StageInputs, library: Path | None) -> Engine:
     model = inputs.recipe.model
     provider = choose_provider(library)
     cuda, why_no_cuda = _write_cuda_graphs(inputs) if provider == "cuda" else (None, None)
+    step, why_no_step = None, None
+    if provider == "cpu":
+        step, why_no_step = _write_step_graphs(inputs, library)
     return Engine(
         runtime="onnxruntime",
         runtime_version=inputs.environment.version("onnxruntime"),
         model=export / "model.onnx",
         dense_model=export / "dense" / "model.onnx" if model.dense_baseline else None,
+        stored_model=_stored_model(export, provider),
         element_type=model.dtype,
         threads=inputs.recipe.latency.threads,
         provider=provider,
         cuda=cuda,
         why_no_cuda=why_no_cuda,
+        shared_step=step,
+        why_no_shared_step=why_no_step,
         session_config=SESSION_CONFIG,
         library=_library_record(inputs.output.resolve(), library) if library else None,
         why_no_library=None if library else NO_LIBRARY,
     )
 
 
+def _stored_model(export: Path, provider: Provider) -> Path | None:
+    """The dense model in the sparse one's integers, where there is one and a CPU runs it."""
+    path = export / "dense" / "stored" / "model.onnx"
+    return path if provider == "cpu" and path.is_file() else None
+
+
 def _write_cuda_graphs(inputs: StageInputs) -> tuple[CudaGraphs | None, str | None]:
     """Write the graphs that the CUDA provider runs fastest, or say why there are none."""
+    from nmexport.graph.cuda import rewrite_for_cuda
+
+    if inputs.recipe.model.dtype == "float32":
+        return None, "ONNX Runtime's CUDA attention with a cache in place takes 16-bit types"
+    written = _write_graphs(inputs, CUDA_FOLDER, rewrite_for_cuda)
+    if isinstance(written, str):
+        return None, written
+    return CudaGraphs(**written), None
+
+
+def _write_step_graphs(
+    inputs: StageInputs, library: Path | None
+) -> tuple[StepGraphs | None, str | None]:
+    """Write the graphs that a CPU runs steps of many sequences by, or say why there are none."""
+    from nmexport.graph.shared_step import rewrite_for_shared_step
+
+    if library is None:
+        return None, NO_LIBRARY
+    if inputs.recipe.model.dtype != "float32":
+        return None, "a step of many sequences computes in float32"
+    written = _write_graphs(inputs, STEP_FOLDER, rewrite_for_shared_step)
+    if isinstance(written, str):
+        return None, written
+    return StepGraphs(**written), None
+
+
+def _write_graphs(inputs: StageInputs, name: str, rewrite: Callable[..., None]) -> Any:
+    """Write both models rewritten; the fields of their record, or in a line why there are none."""
     import onnx_ir as ir
 
-    from nmexport.graph.cuda import rewrite_for_cuda
-    from nmexport.graph.cuda_attention import NotRewritableError
+    from nmexport.graph.attention_form import NotRewritableError
 
-    model = inputs.recipe.model
-    if model.dtype == "float32":
-        return None, "ONNX Runtime's CUDA attention with a cache in place takes 16-bit types"
     export = inputs.upstream["export"].resolve()
     positions = context_length(export)
-    folder = inputs.output.resolve() / CUDA_FOLDER
+    folder = inputs.output.resolve() / name
     folder.mkdir()
     sides = {"model.onnx": export / "model.onnx"}
-    if model.dense_baseline:
+    if inputs.recipe.model.dense_baseline:
         sides["dense.onnx"] = export / "dense" / "model.onnx"
     try:
-        for name, path in sides.items():
+        for file, path in sides.items():
             graph = ir.load(path)
-            rewrite_for_cuda(graph, positions=positions)
-            (folder / name).write_bytes(ir.to_proto(graph).SerializeToString())
+            rewrite(graph, positions=positions)
+            (folder / file).write_bytes(ir.to_proto(graph).SerializeToString())
     except NotRewritableError as error:
         shutil.rmtree(folder)
         inputs.progress.note(f"engine: the exported graph runs as it is: {error}")
-        return None, str(error)
-    dense = folder / "dense.onnx" if model.dense_baseline else None
-    return CudaGraphs(model=folder / "model.onnx", dense_model=dense, positions=positions), None
+        return str(error)
+    dense = folder / "dense.onnx" if inputs.recipe.model.dense_baseline else None
+    return {"model": folder / "model.onnx", "dense_model": dense, "positions": positions}
 
 
 def _library_record(output: Path, library: Path) -> LibraryRecord:

@@ -38,8 +38,8 @@ UPSTREAM: tuple[str, ...] = ("fold",)
 
 MODEL = "model.onnx"
 DENSE = "dense"
-STORED = "dense_stored"
-"""Folder of the dense model in the sparse one's integers, where weights are stored so."""
+STORED = "stored"
+"""Folder inside it of the dense model in the sparse one's integers, where weights are so."""
 DENSE_CHECK = "dense_check.json"
 GENAI_CONFIG = "genai_config.json"
 _NO_ROOM = "without the dense baseline, the disk has no room for a dense file to hold against torch"
@@ -298,7 +298,7 @@ def write_models(
         output: An existing folder.
         dense_baseline: Whether to write the dense model too.
         stored: With weights in integers: the input embedding has integers too, and the dense model
-            is also written in them, as `dense_stored/model.onnx`.
+            is also written in them, as `dense/stored/model.onnx`.
 
     Returns:
         Metrics: nodes traced and left, bytes of weights.
@@ -321,7 +321,7 @@ def write_models(
         rows = None if stored is None else stored.rows()
         if rows is not None:
             store_embedding(made, embedding_names(traced.model), rows)
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         assembly.save(made, path)
         checks.check_sparse(path, specs)
 
@@ -329,9 +329,9 @@ def write_models(
     write(path, specs, tensors)
     if stored is not None and stored.dense_tensors is not None:
         dense_specs = {name: as_dense(layer) for name, layer in specs.items()}
-        write(output / STORED / MODEL, dense_specs, stored.dense_tensors)
+        write(output / DENSE / STORED / MODEL, dense_specs, stored.dense_tensors)
     if dense_baseline:
-        dense_path.parent.mkdir()
+        dense_path.parent.mkdir(exist_ok=True)
         weights = functools.partial(_original_weights, traced.model, traced.read)
         assembly.save(assembly.assemble_dense(traced.graph, specs, weights), dense_path)
         checks.check_dense(dense_path, specs)

@@ -182,9 +182,10 @@ def text_model(inputs: StageInputs, *, verdict: str) -> TextModel:
         engine=engine,
         library=engine_library(engine),
         settings={
-            "slots": str(serving.slots),
+            "slots": str(serving.slots or _AUTO),
             "queue": str(serving.queue),
-            "prefill_chunk": str(serving.prefill_chunk),
+            "prefill_chunk": str(serving.prefill_chunk or _AUTO),
+            "slowdown_percent": str(serving.slowdown_percent),
             "default_max_tokens": str(serving.max_tokens),
             "context_tokens": _AUTO,
             "cache_bytes": _AUTO,

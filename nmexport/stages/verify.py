@@ -177,7 +177,7 @@ def _subject(inputs: StageInputs) -> Subject:
 
 def _measure(inputs: StageInputs, subject: Subject) -> Measured:
     """Take every figure of the report."""
-    from nmexport.verification import executors, sides
+    from nmexport.verification import executors, sides, stored_dense
 
     accuracy, latency = sides.measure(subject)
     with busy(inputs.progress, "verify: memory, each model in a process of its own"):
@@ -194,6 +194,7 @@ def _measure(inputs: StageInputs, subject: Subject) -> Measured:
         parity=replace(agreement, dense=export.Artifact(inputs.upstream["export"]).dense_check),
         latency=latency,
         memory=peaks,
+        stored_dense=stored_dense.measure(subject),
         engine=engine_words.section(subject.engine),
         allocation=read_allocation(subject.folded.path),
         calibration=learning.section(subject.folded.learning, subject.folded.layers),

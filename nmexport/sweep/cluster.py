@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from nmexport.errors import EnvironmentFault, UserError
 from nmexport.progress import on_stream
 from nmexport.sweep import measure
+from nmexport.sweep.row import Row
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from nmexport.progress import Progress
     from nmexport.sweep.measure import Job
 
-Rows = list[dict[str, Any]]
+Rows = list[Row]
 
 
 class Cluster(Protocol):

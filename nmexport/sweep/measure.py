@@ -14,7 +14,7 @@ import functools
 import json
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from nmexport.calibration import corpus
@@ -29,9 +29,11 @@ from nmexport.stages import fold
 from nmexport.stages.fitting import check_fit
 from nmexport.store.artifact import KEY_CHARS, canonical_json, digest_of
 from nmexport.store.layers import model_phases
+from nmexport.store.records import record_from
 from nmexport.store.tensors import load_tensors, save_tensors
 from nmexport.store.work_directory import WorkDirectory
 from nmexport.sweep.replay import Replay
+from nmexport.sweep.row import Figures, Row, Speeds
 from nmexport.verification import accuracy
 
 if TYPE_CHECKING:
@@ -67,7 +69,7 @@ class Job:
     measure: Measure
 
 
-def run(job: Job, progress: Progress) -> list[dict[str, Any]]:
+def run(job: Job, progress: Progress) -> list[Row]:
     """Measure what is not measured yet; one row for each cell, in their order.
 
     A combination that cannot be built is a row with the reason, and the others go on.
@@ -81,7 +83,7 @@ def run(job: Job, progress: Progress) -> list[dict[str, Any]]:
         try:
             for number, cell in enumerate(job.cells, start=1):
                 progress.note(f"{job.model}, {number} of {len(job.cells)}: {_describe(cell)}")
-                rows.append({**_identity(job, cell), **bench.measured(cell)})
+                rows.append(bench.measured(cell))
         finally:
             bench.close()
         return rows
@@ -121,27 +123,30 @@ class _Bench:
         if self._dense is not None:
             self._dense[1].forget()
 
-    def measured(self, cell: Cell) -> dict[str, Any]:
-        """A cell's figures: from its file, or measured now and kept there."""
+    def measured(self, cell: Cell) -> Row:
+        """A cell's row: its figures from their file, or measured now and kept there."""
+        row = _identity(self._job, cell)
         if cell.refused is not None:
-            return {"refused": cell.refused}
+            return replace(row, refused=cell.refused)
         try:
-            key = digest_of(self._key_fields(cell))
-            path = self._job.folder / "cells" / f"{key[:KEY_CHARS]}.json"
-            if path.is_file():
-                row: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-                return row
-            began = time.monotonic()
-            figures = self._figures(cell)
+            return replace(row, figures=self._kept_figures(cell))
         except WorkDirectoryError:
             raise
         except UserError as error:
-            return {"refused": error.problem}
-        row = {**figures, "seconds": round(time.monotonic() - began, 1)}
+            return replace(row, refused=error.problem)
+
+    def _kept_figures(self, cell: Cell) -> Figures:
+        key = digest_of(self._key_fields(cell))
+        path = self._job.folder / "cells" / f"{key[:KEY_CHARS]}.json"
+        if path.is_file():
+            return record_from(Figures, json.loads(path.read_text(encoding="utf-8")))
+        began = time.monotonic()
+        figures = self._figures(cell)
+        figures = replace(figures, seconds=round(time.monotonic() - began, 1))
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._work.disk_faults():
-            self._work.replace(path, (json.dumps(row, indent=1) + "\n").encode())
-        return row
+            self._work.replace(path, (json.dumps(figures.as_json(), indent=1) + "\n").encode())
+        return figures
 
     def _key_fields(self, cell: Cell) -> dict[str, Any]:
         """Everything that can change a cell's figures."""
@@ -163,14 +168,14 @@ class _Bench:
         last = "fold" if self._job.measure == "accuracy" else "verify"
         return {**shared, "stage": self._pipeline(recipe).keys(last)[last]}
 
-    def _figures(self, cell: Cell) -> dict[str, Any]:
+    def _figures(self, cell: Cell) -> Figures:
         if cell.baseline is not None:
             return self._baseline_figures(cell.recipe, cell.baseline)
         if self._job.measure == "build":
             return self._build_figures(cell.recipe)
         return self._fold_figures(cell.recipe)
 
-    def _fold_figures(self, recipe: Recipe) -> dict[str, Any]:
+    def _fold_figures(self, recipe: Recipe) -> Figures:
         """Fold, score in torch, and forget the folded weights."""
         from nmexport.verification.reference import open_folded
 
@@ -185,17 +190,17 @@ class _Bench:
             self._work.discard("fold", key)
         return figures
 
-    def _build_figures(self, recipe: Recipe) -> dict[str, Any]:
+    def _build_figures(self, recipe: Recipe) -> Figures:
         """Run all stages and take what the report says."""
         self._pipeline(recipe).run(Selection(last="verify"))
         report = read_report(self._work.require("verify") / "report.json")
         speedup = report.latency.speedup
-        return {
-            **_accuracy_figures(report.accuracy),
-            "speedup": {"prefill": speedup.prefill, "decode": speedup.decode},
-        }
+        return replace(
+            _accuracy_figures(report.accuracy),
+            speedup=Speeds(prefill=speedup.prefill, decode=speedup.decode),
+        )
 
-    def _baseline_figures(self, recipe: Recipe, baseline: Baseline) -> dict[str, Any]:
+    def _baseline_figures(self, recipe: Recipe, baseline: Baseline) -> Figures:
         return self._score(recipe, lambda: self._baseline_session(recipe, baseline), "all")
 
     def _baseline_session(self, recipe: Recipe, baseline: Baseline) -> TorchSession:
@@ -218,7 +223,7 @@ class _Bench:
 
     def _score(
         self, recipe: Recipe, opened: Callable[[], TorchSession], phases: ModelPhases
-    ) -> dict[str, Any]:
+    ) -> Figures:
         """Both models on the evaluation windows."""
         windows = self._windows(recipe)
         with (
@@ -320,33 +325,36 @@ def _evaluation_fields(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _accuracy_figures(scores: Scores) -> dict[str, Any]:
-    """Take what a sweep keeps of a report's `accuracy`."""
-    return {
-        "perplexity": {"dense": scores.dense.perplexity, "sparse": scores.sparse.perplexity},
-        "tokens": scores.tokens,
-        "perplexity_ratio": scores.perplexity_ratio,
-        "perplexity_ratio_stderr": scores.perplexity_ratio_stderr,
-        "kl_mean": scores.kl_mean,
-        "top1_agreement": scores.top1_agreement,
-    }
+def _accuracy_figures(scores: Scores) -> Figures:
+    """Take what a sweep keeps of a report's `accuracy`, all of which is there: both models ran."""
+    return record_from(
+        Figures,
+        {
+            "perplexity": {"dense": scores.dense.perplexity, "sparse": scores.sparse.perplexity},
+            "tokens": scores.tokens,
+            "perplexity_ratio": scores.perplexity_ratio,
+            "perplexity_ratio_stderr": scores.perplexity_ratio_stderr,
+            "kl_mean": scores.kl_mean,
+            "top1_agreement": scores.top1_agreement,
+        },
+    )
 
 
-def _identity(job: Job, cell: Cell) -> dict[str, Any]:
+def _identity(job: Job, cell: Cell) -> Row:
     """Return the settings that a row is about."""
     section = cell.recipe.sparsity
     own = cell.baseline is None and cell.refused is None
-    return {
-        "model": job.model,
-        "label": cell.label,
-        "baseline": None if cell.baseline is None else str(cell.baseline),
-        "pattern": str(section.pattern) if own else None,
-        "criterion": section.criterion if own else None,
-        "mitigations": list(section.mitigations) if own else None,
-        "grouping": section.grouping if own else None,
-        "phases": section.phases if own else None,
-        "settings": dict(cell.more),
-    }
+    return Row(
+        model=job.model,
+        label=cell.label,
+        baseline=None if cell.baseline is None else str(cell.baseline),
+        pattern=section.pattern if own else None,
+        criterion=section.criterion if own else None,
+        mitigations=section.mitigations if own else None,
+        grouping=section.grouping if own else None,
+        phases=section.phases if own else None,
+        settings=dict(cell.more),
+    )
 
 
 def _describe(cell: Cell) -> str:

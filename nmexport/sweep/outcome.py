@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import collections
 import json
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nmexport.report.figures import number, percent
 from nmexport.report.plots import svg_from
-from nmexport.sparsity.pattern import NMPattern
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from nmexport.environment import Environment
+    from nmexport.sparsity.pattern import NMPattern
     from nmexport.sweep.plan import Sweep
+    from nmexport.sweep.row import Row
 
 SCHEMA = 1
 PROTOCOL = (
@@ -37,70 +39,94 @@ _FINE_TICKS = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7, 10)
 _TICKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10_000, 100_000)
 
 
-def document(
-    sweep: Sweep, rows: Sequence[Mapping[str, Any]], environment: Environment
-) -> dict[str, Any]:
-    """`sweep.json`."""
-    return {
-        "schema": SCHEMA,
-        "name": sweep.name,
-        "measure": sweep.measure,
-        "models": list(sweep.cells),
-        "rows": [dict(row) for row in rows],
-        "protocol": PROTOCOL,
-        "environment": environment.as_dict(),
-    }
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """What a sweep has measured so far."""
+
+    sweep: Sweep
+    rows: tuple[Row, ...]
+    environment: Environment
+
+    @property
+    def models(self) -> list[str]:
+        """The models, in the sweep's order."""
+        return list(self.sweep.cells)
+
+    def rows_of(self, model: str) -> list[Row]:
+        """Rows of one model."""
+        return [row for row in self.rows if row.model == model]
+
+    def as_json(self) -> dict[str, Any]:
+        """`sweep.json`."""
+        return {
+            "schema": SCHEMA,
+            "name": self.sweep.name,
+            "measure": self.sweep.measure,
+            "models": self.models,
+            "rows": [row.as_json() for row in self.rows],
+            "protocol": PROTOCOL,
+            "environment": self.environment.as_dict(),
+        }
 
 
-def markdown(results: Mapping[str, Any], plots: Mapping[str, str]) -> str:
+def markdown(results: Results, plots: Mapping[str, str]) -> str:
     """`sweep.md`: a table and a plot for each model.
 
     Args:
-        results: See `document`.
+        results: What was measured.
         plots: File name of each model's plot.
     """
-    parts = [f"# Sweep {results['name']}", "", results["protocol"]]
-    for model in results["models"]:
-        rows = [row for row in results["rows"] if row["model"] == model]
+    parts = [f"# Sweep {results.sweep.name}", "", PROTOCOL]
+    for model in results.models:
+        rows = results.rows_of(model)
         parts += ["", f"## {model}", "", *_dense_line(rows)]
         if model in plots:
             parts += [f"![Perplexity ratio of each pattern on {model}]({plots[model]})", ""]
-        speeds = any("speedup" in row for row in rows)
+        speeds = any(row.figures and row.figures.speedup for row in rows)
         parts += _table(rows, speeds=speeds)
     return "\n".join(parts) + "\n"
 
 
-def plot(rows: Sequence[Mapping[str, Any]], model: str) -> str | None:
+class _Point(NamedTuple):
+    """A measured row as it is drawn."""
+
+    label: str
+    pattern: NMPattern | None
+    ratio: float
+    error: float
+
+
+def plot(rows: Sequence[Row], model: str) -> str | None:
     """A row of points for each combination, best first, baselines below; None of nothing."""
-    measured = [row for row in rows if "refused" not in row]
+    sparse, baselines = _measured(rows, baselines=False), _measured(rows, baselines=True)
+    measured = [*sparse, *baselines]
     if not measured:
         return None
-    sparse = [row for row in measured if row["baseline"] is None]
-    patterns = sorted({row["pattern"] for row in sparse}, key=_order)
-    lines = [*_rank(sparse, "label"), *_rank(_baselines(measured), "baseline")]
+    patterns = sorted({point.pattern for point in sparse if point.pattern}, key=_order)
+    lines = [*_rank(sparse), *_rank(baselines)]
     # A baseline far off (weights pruned 2:4, in small models) must not press all else together.
-    end = _ROOM * max(row["perplexity_ratio"] for row in sparse or measured)
+    end = _ROOM * max(point.ratio for point in sparse or measured)
 
     def draw(axes: Axes) -> None:
         places = {label: place for place, label in enumerate(lines)}
         for index, pattern in enumerate(patterns):
             _points(
                 axes,
-                [(row, places[row["label"]]) for row in sparse if row["pattern"] == pattern],
+                [(point, places[point.label]) for point in sparse if point.pattern == pattern],
                 color=_COLOURS[index % len(_COLOURS)],
                 marker=_MARKERS[index % len(_MARKERS)],
-                label=pattern,
+                label=str(pattern),
             )
-        own = [(row, places[row["baseline"]]) for row in _baselines(measured)]
+        own = [(point, places[point.label]) for point in baselines]
         _points(axes, own, color=_GREY, marker="x", label="baseline")
-        for row, place in own:
-            if row["perplexity_ratio"] > end:
-                beyond = f"{number(row['perplexity_ratio'])} \N{RIGHTWARDS ARROW}"
+        for point, place in own:
+            if point.ratio > end:
+                beyond = f"{number(point.ratio)} \N{RIGHTWARDS ARROW}"
                 axes.annotate(beyond, (end, place), ha="right", va="center", color=_GREY)
         axes.set_yticks(range(len(lines)), lines)
         axes.set_ylim(len(lines) - 0.4, -0.6)
         axes.set_xscale("log")
-        _set_range(axes, min(1.0, *(row["perplexity_ratio"] for row in measured)), end)
+        _set_range(axes, min(1.0, *(point.ratio for point in measured)), end)
         axes.set_xlabel("perplexity, times dense")
         axes.figure.legend(loc="outside upper left", ncols=len(patterns) + 1, handletextpad=0.2)
 
@@ -111,86 +137,92 @@ def plot(rows: Sequence[Mapping[str, Any]], model: str) -> str | None:
     )
 
 
-def write(results: Mapping[str, Any], names: Mapping[str, str], folder: Path) -> list[Path]:
+def write(results: Results, names: Mapping[str, str], folder: Path) -> list[Path]:
     """Write the files; returns their paths.
 
     Args:
-        results: See `document`.
+        results: What was measured.
         names: A name fit for a file, by model.
         folder: Where; it exists.
     """
     plots, written = {}, []
-    for model in results["models"]:
-        svg = plot([row for row in results["rows"] if row["model"] == model], model)
+    for model in results.models:
+        svg = plot(results.rows_of(model), model)
         if svg is not None:
             plots[model] = f"sweep-{names[model]}.svg"
             written.append(_put(folder / plots[model], svg))
-    text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(results.as_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     written.append(_put(folder / "sweep.json", text))
     written.append(_put(folder / "sweep.md", markdown(results, plots)))
     return written
 
 
-def columns(row: Mapping[str, Any]) -> list[str]:
+def columns(row: Row) -> list[str]:
     """A row's cells: what, pattern, perplexity, ratio, KL, agreement."""
-    what = [row["label"], row["pattern"] or ""]
-    if "refused" in row:
-        return [*what, "refused", row["refused"], "", ""]
-    error = row["perplexity_ratio_stderr"]
-    ratio = f"{number(row['perplexity_ratio'])}{'' if error is None else f' ± {number(error, 2)}'}"
+    what, figures = [row.label, str(row.pattern or "")], row.figures
+    if figures is None:
+        return [*what, "refused", row.refused or "", "", ""]
+    error = figures.perplexity_ratio_stderr
+    ratio = f"{number(figures.perplexity_ratio)}{'' if error is None else f' ± {number(error, 2)}'}"
     return [
         *what,
-        number(row["perplexity"]["sparse"]),
+        number(figures.perplexity.sparse),
         ratio,
-        number(row["kl_mean"], 3),
-        percent(row["top1_agreement"]),
+        number(figures.kl_mean, 3),
+        percent(figures.top1_agreement),
     ]
 
 
 HEADINGS = ("what", "pattern", "perplexity", "times dense", "KL, nats", "top-1 agreement")
 
 
-def _table(rows: Sequence[Mapping[str, Any]], *, speeds: bool) -> list[str]:
+def _table(rows: Sequence[Row], *, speeds: bool) -> list[str]:
     headings = [*HEADINGS, *(["decode speed"] if speeds else [])]
     lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
     for row in rows:
-        speed = row.get("speedup")
-        more = [f"{speed['decode']:.2f}x" if speed else ""] if speeds else []
+        speed = row.figures.speedup if row.figures else None
+        told = f"{speed.decode:.2f}x" if speed and speed.decode is not None else ""
+        more = [told] if speeds else []
         lines.append("| " + " | ".join([*columns(row), *more]) + " |")
     return lines
 
 
-def _dense_line(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    measured = [row for row in rows if "perplexity" in row]
-    if not measured:
+def _dense_line(rows: Sequence[Row]) -> list[str]:
+    first = next((row.figures for row in rows if row.figures), None)
+    if first is None:
         return []
-    first = measured[0]
+    return [f"Dense perplexity {number(first.perplexity.dense)}, {first.tokens:,} tokens.", ""]
+
+
+def _measured(rows: Sequence[Row], *, baselines: bool) -> list[_Point]:
     return [
-        f"Dense perplexity {number(first['perplexity']['dense'])}, {first['tokens']:,} tokens.",
-        "",
+        _Point(
+            label=row.label,
+            pattern=row.pattern,
+            ratio=row.figures.perplexity_ratio,
+            error=row.figures.perplexity_ratio_stderr or 0.0,
+        )
+        for row in rows
+        if row.figures is not None and (row.baseline is not None) == baselines
     ]
 
 
-def _baselines(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [row for row in rows if row["baseline"] is not None]
-
-
-def _rank(rows: Sequence[Mapping[str, Any]], key: str) -> list[str]:
-    """Labels, the one with the lowest ratio first: at the pattern that most rows have."""
-    patterns = collections.Counter(row["pattern"] for row in rows)
+def _rank(points: Sequence[_Point]) -> list[str]:
+    """Labels, the one with the lowest ratio first: at the pattern that most points have."""
+    patterns = collections.Counter(point.pattern for point in points)
     best: dict[str, tuple[int, float]] = {}
-    for row in rows:
-        rank = (patterns[row["pattern"]], -row["perplexity_ratio"])
-        best[row[key]] = max(rank, best.get(row[key], rank))
+    for point in points:
+        rank = (patterns[point.pattern], -point.ratio)
+        best[point.label] = max(rank, best.get(point.label, rank))
     return sorted(best, key=lambda label: -best[label][1])
 
 
-def _points(axes: Axes, placed: Sequence[tuple[Mapping[str, Any], int]], **style: Any) -> None:
+def _points(axes: Axes, placed: Sequence[tuple[_Point, int]], **style: Any) -> None:
     """Ratios with their standard errors, each at the place of its line."""
     axes.errorbar(
-        [row["perplexity_ratio"] for row, _ in placed],
+        [point.ratio for point, _ in placed],
         [place for _, place in placed],
-        xerr=[row["perplexity_ratio_stderr"] or 0.0 for row, _ in placed],
+        xerr=[point.error for point, _ in placed],
         linestyle="none",
         markersize=5,
         elinewidth=1,
@@ -206,10 +238,9 @@ def _set_range(axes: Axes, low: float, high: float) -> None:
     axes.xaxis.set_minor_formatter("")
 
 
-def _order(pattern: str) -> tuple[float, int]:
+def _order(pattern: NMPattern) -> tuple[float, int]:
     """Densest last, small groups first."""
-    parsed = NMPattern.parse(pattern)
-    return parsed.density, parsed.m
+    return pattern.density, pattern.m
 
 
 def _put(path: Path, text: str) -> Path:

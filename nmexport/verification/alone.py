@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from nmexport.progress import Progress
     from nmexport.runtimes.session import Session
     from nmexport.store.layers import ModelPhases
 
@@ -60,35 +59,27 @@ def no_continuation(prompts: NDArray[np.int64]) -> Continuation:
     )
 
 
-def time(
-    sparse: Session,
-    *,
-    prompt: NDArray[np.int64],
-    context: NDArray[np.int64],
-    runs: int,
-    warmup: int,
-    device: str,
-    progress: Progress,
-) -> Latency:
+def time(sparse: Session, timing: latency.Timing) -> Latency:
     """Time the sparse model; see `latency.compare`."""
-    side = latency.Side(sparse, prompt, context)
+    side = latency.Side(sparse, timing)
 
     def samples(once: Callable[[], float], label: str) -> list[float]:
-        for _ in range(warmup):
+        for _ in range(timing.warmup):
             once()
-        return [once() for _ in progress.track(range(runs), label=label, total=runs)]
+        tracked = timing.progress.track(range(timing.runs), label=label, total=timing.runs)
+        return [once() for _ in tracked]
 
     prefill_ms = samples(side.prefill_ms, "prefill timing")
     decode_ms = samples(side.decode_ms, "decode timing")
     return Latency(
         runtime=sparse.runtime,
-        device=device,
+        device=timing.device,
         threads=sparse.threads,
-        runs=runs,
-        warmup=warmup,
+        runs=timing.runs,
+        warmup=timing.warmup,
         why=WHY,
-        dense=latency.side_times((), (), prompt=prompt, context=context),
-        sparse=latency.side_times(prefill_ms, decode_ms, prompt=prompt, context=context),
+        dense=latency.side_times((), (), timing),
+        sparse=latency.side_times(prefill_ms, decode_ms, timing),
         speedup=Speedup(why=WHY),
         protocol=_PROTOCOL,
     )

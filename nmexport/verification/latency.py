@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -51,15 +52,31 @@ def speedup_interval(
     return float(low), float(high)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """What is timed, and how often."""
+
+    prompt: NDArray[np.int64]
+    """Token ids `[1, S]` to prefill."""
+    context: NDArray[np.int64]
+    """Token ids `[B, C]` that fill the cache for decoding."""
+    runs: int
+    """Counted runs of each model and phase, at least 1."""
+    warmup: int
+    """Uncounted runs before."""
+    device: str
+    """Name of the device, for the report."""
+    progress: Progress
+    """Counts the runs."""
+
+
 class Side:
     """One model with a cache to decode from."""
 
-    def __init__(
-        self, session: Session, prompt: NDArray[np.int64], context: NDArray[np.int64]
-    ) -> None:
+    def __init__(self, session: Session, timing: Timing) -> None:
         self.session = session
-        self.prompt = prompt
-        logits = session.prefill(context)
+        self.prompt = timing.prompt
+        logits = session.prefill(timing.context)
         self.next_token = logits[:, -1:].argmax(axis=-1).astype(np.int64)
         self.cache = session.keep(session.cache)
 
@@ -74,58 +91,34 @@ class Side:
         return milliseconds(lambda: self.session.decode_step(self.next_token))
 
 
-def compare(
-    dense: Session,
-    sparse: Session,
-    *,
-    prompt: NDArray[np.int64],
-    context: NDArray[np.int64],
-    runs: int,
-    warmup: int,
-    device: str,
-    progress: Progress,
-) -> Latency:
-    """Time both models.
-
-    Args:
-        dense: The baseline.
-        sparse: The model under test.
-        prompt: Token ids `[1, S]` to prefill.
-        context: Token ids `[B, C]` that fill the cache for decoding.
-        runs: Counted runs of each model and phase, at least 1.
-        warmup: Uncounted runs before.
-        device: Name of the device, for the report.
-        progress: Where to count.
-    """
-    sides = {
-        "dense": Side(dense, prompt, context),
-        "sparse": Side(sparse, prompt, context),
-    }
+def compare(dense: Session, sparse: Session, timing: Timing) -> Latency:
+    """Time the baseline and the model under test."""
+    sides = {"dense": Side(dense, timing), "sparse": Side(sparse, timing)}
 
     def tracked(label: str) -> Iterable[int]:
-        return progress.track(range(runs), label=label, total=runs)
+        return timing.progress.track(range(timing.runs), label=label, total=timing.runs)
 
     # A loop for each phase: a prefill in between would leave other data in the caches.
     prefill = interleave(
         {name: side.prefill_ms for name, side in sides.items()},
         tracked("prefill timing"),
-        warmup=warmup,
+        warmup=timing.warmup,
     )
     decode = interleave(
         {name: side.decode_ms for name, side in sides.items()},
         tracked("decode timing"),
-        warmup=warmup,
+        warmup=timing.warmup,
     )
 
     def times(name: str) -> SideTimes:
-        return side_times(prefill[name], decode[name], prompt=prompt, context=context)
+        return side_times(prefill[name], decode[name], timing)
 
     return Latency(
         runtime=sparse.runtime,
-        device=device,
+        device=timing.device,
         threads=sparse.threads,
-        runs=runs,
-        warmup=warmup,
+        runs=timing.runs,
+        warmup=timing.warmup,
         dense=times("dense"),
         sparse=times("sparse"),
         speedup=Speedup(
@@ -139,21 +132,16 @@ def compare(
 
 
 def side_times(
-    prefill_ms: Sequence[float],
-    decode_ms: Sequence[float],
-    *,
-    prompt: NDArray[np.int64],
-    context: NDArray[np.int64],
+    prefill_ms: Sequence[float], decode_ms: Sequence[float], timing: Timing
 ) -> SideTimes:
     """Summarise one model's runs.
 
     Args:
         prefill_ms: Times of the prompt; empty where it did not run.
         decode_ms: Times of one token.
-        prompt: Token ids `[1, S]` that were prefilled.
-        context: Token ids `[B, C]` that filled the cache.
+        timing: What was timed.
     """
-    tokens, (batch, length) = int(prompt.size), context.shape
+    tokens, (batch, length) = int(timing.prompt.size), timing.context.shape
     return SideTimes(
         prefill=PrefillTimes(tokens=tokens, **vars(summary(prefill_ms, tokens=tokens))),
         decode=DecodeTimes(batch=batch, context=length, **vars(summary(decode_ms, tokens=batch))),

@@ -48,9 +48,7 @@ def measure(subject: Subject) -> tuple[Accuracy, Latency]:
 
 
 def _dense_against_sparse(subject: Subject) -> tuple[Accuracy, Latency]:
-    recipe, progress, windows = subject.recipe, subject.progress, subject.windows
-    evaluation, timing = recipe.evaluation, recipe.latency
-    prompt, context = latency_tokens(windows, timing)
+    evaluation, progress, windows = subject.recipe.evaluation, subject.progress, subject.windows
     with contextlib.ExitStack() as stack:
         with busy(progress, "verify: open the models"):
             engine = subject.engine_folder
@@ -67,16 +65,7 @@ def _dense_against_sparse(subject: Subject) -> tuple[Accuracy, Latency]:
         decoded = _decode_only(subject, dense, sparse, late) if wanted else None
         task_scores, tasks_protocol = _tasks(subject, dense, sparse)
         with busy(progress, "verify: latency"):  # runs to warm up are counted by no other bar
-            times = latency.compare(
-                dense,
-                sparse,
-                prompt=prompt,
-                context=context,
-                runs=timing.runs,
-                warmup=timing.warmup,
-                device=device_name(subject.environment, on_gpu=sparse.on_gpu),
-                progress=progress,
-            )
+            times = latency.compare(dense, sparse, timing(subject, sparse))
     scores = replace(
         scores,
         dataset=_dataset(evaluation),
@@ -90,30 +79,35 @@ def _dense_against_sparse(subject: Subject) -> tuple[Accuracy, Latency]:
 
 
 def _sparse_alone(subject: Subject) -> tuple[Accuracy, Latency]:
-    recipe, progress, windows = subject.recipe, subject.progress, subject.windows
-    prompt, context = latency_tokens(windows, recipe.latency)
+    progress, windows = subject.progress, subject.windows
     with contextlib.ExitStack() as stack:
         with busy(progress, "verify: open the model"):
             sparse = stack.enter_context(open_session(subject.engine_folder, elsewhere=True))
         tracked = progress.track(windows, label="verify: perplexity", total=len(windows))
         scores = alone.score(sparse, tracked, phases=subject.phases)
         with busy(progress, "verify: latency"):
-            times = alone.time(
-                sparse,
-                prompt=prompt,
-                context=context,
-                runs=recipe.latency.runs,
-                warmup=recipe.latency.warmup,
-                device=device_name(subject.environment, on_gpu=sparse.on_gpu),
-                progress=progress,
-            )
+            times = alone.time(sparse, timing(subject, sparse))
     scores = replace(
         scores,
-        dataset=_dataset(recipe.evaluation),
+        dataset=_dataset(subject.recipe.evaluation),
         continuation=alone.no_continuation(subject.prompts),
         protocol=_protocol(subject),
     )
     return scores, times
+
+
+def timing(subject: Subject, sparse: Session) -> latency.Timing:
+    """How a build is timed, as its recipe says."""
+    section = subject.recipe.latency
+    prompt, context = latency_tokens(subject.windows, section)
+    return latency.Timing(
+        prompt=prompt,
+        context=context,
+        runs=section.runs,
+        warmup=section.warmup,
+        device=device_name(subject.environment, on_gpu=sparse.on_gpu),
+        progress=subject.progress,
+    )
 
 
 def _protocol(subject: Subject) -> str:

@@ -16,9 +16,7 @@
 #endif
 
 #include "custom_op.h"
-#if defined(NMEXPORT_HAS_CUDA)
-#include "fused_ops.h"
-#endif
+#include "fused_op.h"
 #include "variant.h"
 
 #define NMEXPORT_PUBLIC extern "C" __attribute__((visibility("default")))
@@ -194,15 +192,21 @@ std::string describedLibrary() {
 }
 
 void registerOps(const OrtApi& api, bool infersShapes, OrtSessionOptions* options) {
+    const SessionSettings settings = settingsOf(api, options);
     OrtCustomOpDomain* domain = nullptr;
     check(api, api.CreateCustomOpDomain(kDOMAIN, &domain));
-    for (const CustomOp& op : opsFor(&api, infersShapes, settingsOf(api, options)))
+    for (const CustomOp& op : opsFor(&api, infersShapes, settings))
         check(api, api.CustomOpDomain_Add(domain, &op));
     // The session options keep a reference; the domain itself lives as long as the library.
     check(api, api.AddCustomOpDomain(options, domain));
+    OrtCustomOpDomain* fused = nullptr;
+    check(api, api.CreateCustomOpDomain(kFUSED_DOMAIN, &fused));
+    for (const FusedOp& op : cpuFusedOps(settings.threads))
+        check(api, api.CustomOpDomain_Add(fused, &op));
 #if defined(NMEXPORT_HAS_CUDA)
-    registerFusedOps(api, options);
+    for (const FusedOp& op : cudaFusedOps()) check(api, api.CustomOpDomain_Add(fused, &op));
 #endif
+    check(api, api.AddCustomOpDomain(options, fused));
 }
 
 }  // namespace

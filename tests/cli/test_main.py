@@ -411,6 +411,7 @@ def test_build_then_nothing_to_do(fakes: dict[str, Any], in_folder: Path) -> Non
     for figure in ("20.00", "30.00", "1.500x", "0.2500", "75.0 %", "9.0 ms", "6.0 ms", "1.50x"):
         assert figure in shown
     assert "Verdict: pass" in shown
+    assert "In short: Keep the dense model" in shown
     assert "nmexport-work/model-2of4/report.html" in shown
     again = run("build", "--model", "some/model", "--pattern", "2:4").stdout
     assert "Everything is up to date" in again

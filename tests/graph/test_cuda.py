@@ -8,9 +8,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from nmexport.errors import ArtifactError
+from nmexport.graph.attention_form import NotRewritableError
 from nmexport.graph.cuda import rewrite_for_cuda
-from nmexport.graph.cuda_attention import NotRewritableError
-from nmexport.graph.cuda_fusions import FUSED
+from nmexport.graph.fused import FUSED
 from nmexport.runtimes.cuda_session import CudaSession
 from nmexport.runtimes.onnxruntime_session import EXTERNAL_DATA_FOLDER, OrtSession
 

@@ -141,6 +141,14 @@ def test_refused_in_a_sentence_that_names_the_kind(family: str, tmp_path: Path) 
     assert "Next steps" not in str(caught.value)
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_a_model_that_embeds_text_is_no_language_model(family: str, tmp_path: Path) -> None:
+    """EmbeddingGemma is of type gemma3_text: its prefill would see what decoding cannot."""
+    save_tiny_model(tmp_path, family, use_bidirectional_attention=True)
+    with pytest.raises(ModelError, match="embeds text"):
+        check_exportable(source_of(tmp_path), dtype=torch.float32)
+
+
 def test_an_encoder_decoder_is_refused_whoever_opens_it(tmp_path: Path) -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 

@@ -151,6 +151,22 @@ def test_substitutes_are_the_model_with_those_modules(head: str, tmp_path: Path)
     assert torch.equal(dense[0], whole_logits(load_model(source))[0])
 
 
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [
+        ("gemma4_text", "they are given more of a text than its hidden states"),
+        ("gpt_neox_japanese", "something is computed between them"),
+    ],
+)
+def test_layers_that_are_no_plain_list(family: str, why: str, tmp_path: Path) -> None:
+    """Running them so would give other statistics, and nothing would say so."""
+    save_tiny_model(tmp_path, family)
+    model = LayerwiseModel(resolve(ModelSection(id=str(tmp_path))))
+    samples = torch.arange(3, 35).reshape(2, 16)
+    with pytest.raises(ModelError, match=f"{family}.* cannot be run one by one: {why}"):
+        model.run(samples, progress=Silent(), label="")
+
+
 def test_a_gguf_is_refused() -> None:
     source = ModelSource(id="m", revision=None, folder=None, gguf_file="m.gguf", digest="0")
     with pytest.raises(ModelError, match="gguf"):
@@ -466,6 +482,7 @@ def test_what_has_to_be_learned_is_refused_before_calibration(
         {
             "calibration.offload": "layerwise",
             "calibration.corpus": str(text),
+            "calibration.samples": 3,
             "calibration.length": 24,
         },
     )

@@ -15,7 +15,20 @@ import pytest
 from nmexport.recipe import GatesSection, ModelSection, Recipe
 from nmexport.report import figures, learning, pages
 from nmexport.report.document import weights_note
-from nmexport.report.model import Scores, Weights, json_of, read_report, report_from
+from nmexport.report.model import (
+    DecodeTimes,
+    Latency,
+    Likelihood,
+    PrefillTimes,
+    Scores,
+    SideTimes,
+    Speedup,
+    StoredDense,
+    Weights,
+    json_of,
+    read_report,
+    report_from,
+)
 from nmexport.report.plots import layer_place
 
 from tests.support.sample_report import sample_report
@@ -131,6 +144,29 @@ def test_verdict(tmp_path: Path, limit: float | None, verdict: str, words: str) 
     assert report.verdict == verdict
     assert words in pages.html(report)
     assert words in pages.markdown(report)
+
+
+def test_dense_in_the_same_integers_stands_between_the_two(tmp_path: Path) -> None:
+    recipe = Recipe(model=ModelSection(id="smollm2", weights="int8"))
+    plain = sample_report(tmp_path, layers=2, recipe=recipe)
+    assert "In the same integers" not in pages.html(plain)
+    between = StoredDense(
+        scores=Scores(sparse=Likelihood(perplexity=12.34), kl_mean=0.0021),
+        latency=Latency(
+            dense=SideTimes(decode=DecodeTimes(p50_ms=9.87), prefill=PrefillTimes(p50_ms=65.4)),
+            sparse=SideTimes(decode=DecodeTimes(p50_ms=6.54), prefill=PrefillTimes(p50_ms=45.6)),
+            speedup=Speedup(decode=1.51, prefill=1.43),
+        ),
+        dense_bytes=540_000_000,
+        stored_bytes=165_000_000,
+        sparse_bytes=166_000_000,
+    )
+    report = replace(plain, stored_dense=between)
+    for text in (pages.html(report), pages.markdown(report)):
+        for words in ("dense int8", "8:16 int8", "12.34", "0.0021", "9.87 ms", "6.54 ms"):
+            assert words in text
+        assert "decodes 1.51x and reads prompts 1.43x as fast" in text
+        assert "165" in text
 
 
 def test_pages_say_in_what_the_weights_are_stored(tmp_path: Path) -> None:

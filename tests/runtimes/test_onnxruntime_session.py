@@ -7,8 +7,10 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
 import pytest
 from nmexport.errors import ArtifactError, EnvironmentFault
+from nmexport.runtimes import native
 from nmexport.runtimes import onnxruntime_session as runtime
 from nmexport.runtimes.engine import read_engine
 from nmexport.runtimes.feeds import positions_from_mask
@@ -27,6 +29,8 @@ from tests.support.toy_lm import VOCABULARY, expected_logits, prefill_padded, sa
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+
+    from tests.support.exported import Exported
 
 IDS = np.array([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
 
@@ -156,6 +160,17 @@ def test_a_file_that_is_no_library(
     with pytest.raises(EnvironmentFault, match="does not load"):
         OrtSession(toy, library=tmp_path / "bad.so")
     assert not capfd.readouterr().err
+
+
+def test_a_file_of_another_version_of_the_contract(plain_export: Exported, tmp_path: Path) -> None:
+    model = onnx.load(plain_export.model, load_external_data=False)
+    next(entry for entry in model.opset_import if entry.domain == "nmexport").version = 1
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    for library in (None, native.find_library()):
+        with pytest.raises(ArtifactError, match=r"holds nmexport ops of version 1\.") as refusal:
+            OrtSession(path, library=library, threads=1)
+        assert "export the model again" in str(refusal.value.fix)
 
 
 def test_corrupt_and_missing_models(

@@ -13,7 +13,9 @@ from nmexport.generation.options import GenerationOptions
 from nmexport.runtimes.onnxruntime_session import OrtSession
 from nmexport.runtimes.session import Session
 from nmexport.serving import metrics as names
-from nmexport.serving.scheduler import SHUTTING_DOWN, Limits, Outcome, Scheduler, Usage, chunk_end
+from nmexport.serving.limits import Limits
+from nmexport.serving.request import Outcome, Usage, chunk_end
+from nmexport.serving.scheduler import SHUTTING_DOWN, Scheduler
 
 from tests.support.toy_lm import VOCABULARY, expected_logits, save_toy_lm
 
@@ -165,6 +167,7 @@ def test_text_ends_at_the_end_token_and_counts() -> None:
         names.RUNNING: 0,
         names.WAITING: 0,
         names.CACHE_BYTES: 0,
+        names.PREFIX_BYTES: 0,
     }
 
 

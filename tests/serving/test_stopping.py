@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from nmexport.errors import EnvironmentFault, ServerBusyError
-from nmexport.serving.scheduler import SHUTTING_DOWN, Limits
+from nmexport.serving.limits import Limits
+from nmexport.serving.scheduler import SHUTTING_DOWN
 from nmexport.serving.service import TextRequest, TextService
 from nmexport.serving.stopping import DRAIN_SECONDS, DRAIN_VARIABLE, StopSignals, drain_seconds
 

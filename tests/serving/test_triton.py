@@ -401,6 +401,29 @@ def test_sigterm_lets_streams_end_and_leaves_nothing(
     assert regions_left(regions) == set()
 
 
+def test_sigterm_lets_streams_of_openai_s_api_end(
+    server: launch.Server, work: Path, tmp_path: Path
+) -> None:
+    fields: Any = {"model": NAME, "prompt": PROMPT, "max_tokens": 150}
+    with openai.OpenAI(base_url=server.addresses.openai, api_key="none") as asking:
+        expected = asking.completions.create(**fields).choices[0].text
+    # Triton knows nothing of these requests: the model itself waits for their end.
+    with (
+        triton(launch.package_folder(work) / "model_repository", tmp_path / "log") as other,
+        openai.OpenAI(base_url=other.addresses.openai, api_key="none", max_retries=0) as asking,
+    ):
+        chunks = asking.completions.create(**fields, stream=True)
+        text = next(chunks).choices[0].text
+        stopping = threading.Thread(target=other.stop)
+        stopping.start()
+        text += "".join(chunk.choices[0].text for chunk in chunks)
+        stopping.join(30)
+        assert other.process.returncode == 0
+        with pytest.raises(openai.APIConnectionError):
+            asking.completions.create(**fields)
+    assert text == expected
+
+
 def test_what_outlasts_the_draining_is_told_so_and_leaves_nothing(
     work: Path, tmp_path: Path
 ) -> None:

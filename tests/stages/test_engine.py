@@ -31,6 +31,7 @@ from nmexport.report.model import json_of
 from nmexport.runtimes import native, onnxruntime_session
 from nmexport.runtimes.engine import read_engine
 from nmexport.runtimes.onnxruntime_session import OrtSession
+from nmexport.runtimes.opening import open_session
 from nmexport.runtimes.tensorrt import library as tensorrt_library
 from nmexport.runtimes.tensorrt import requirements
 from nmexport.serving.triton_config import from_text
@@ -122,6 +123,48 @@ def test_a_cuda_engine_has_graphs_of_its_own(
         graph = onnx.load(path, load_external_data=False).graph
         assert "GroupQueryAttention" in {node.op_type for node in graph.node}
         assert path.stat().st_size < 1e6, "weights stay in the export"
+
+
+@pytest.mark.skipif(native.find_library() is None, reason="no native library")
+def test_a_cpu_engine_shares_steps(tiny_export: Path, tmp_path: Path) -> None:
+    inputs = _inputs(tmp_path, export=tiny_export)
+    engine.run(replace(inputs, environment=replace(inputs.environment, gpus=())))
+    described = read_engine(inputs.output)
+    assert described.shared_step is not None
+    assert described.why_no_shared_step is None
+    for path in (described.shared_step.model, described.shared_step.dense_model):
+        graph = onnx.load(path, load_external_data=False).graph
+        names = {node.op_type for node in graph.node}
+        assert "PagedAttention" in names
+        assert "MatMul" not in names, "the runtime's product rounds by the number of rows"
+    for dense in (False, True):
+        with open_session(inputs.output, dense=dense) as session:
+            assert session.shares_steps
+            assert session.limits.tokens == described.shared_step.positions
+
+
+@pytest.mark.parametrize(
+    ("dtype", "has_library", "why"),
+    [("float32", False, "not built here"), ("bfloat16", True, "computes in float32")],
+)
+def test_why_a_cpu_engine_runs_requests_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Dtype, has_library: bool, why: str
+) -> None:
+    export = tmp_path / "export"
+    (export / "dense").mkdir(parents=True)
+    narrow = TensorProto.BFLOAT16 if dtype == "bfloat16" else TensorProto.FLOAT
+    for folder in (export, export / "dense"):
+        save_toy_lm(folder / "model.onnx", dtype=narrow)
+    if not has_library:
+        monkeypatch.setattr(native, "find_library", lambda *_: None)
+    elif native.find_library() is None:
+        pytest.skip("no native library")
+    recipe = Recipe(model=ModelSection(id="tiny", dtype=dtype), target="onnxruntime")
+    inputs = _inputs(tmp_path, recipe, export=export)
+    engine.run(inputs)
+    described = read_engine(inputs.output)
+    assert described.shared_step is None
+    assert why in (described.why_no_shared_step or "")
 
 
 @pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx"])

@@ -118,7 +118,7 @@ def test_the_file_computes_what_torch_computes(
 
 
 def test_no_float_matrix_is_left(exported: Path) -> None:
-    for path in (exported / "model.onnx", exported / "dense_stored" / "model.onnx"):
+    for path in (exported / "model.onnx", exported / "dense" / "stored" / "model.onnx"):
         graph = onnx.load(path, load_external_data=False).graph
         large = [t for t in graph.initializer if np.prod(t.dims) > 1024 and len(t.dims) > 1]
         floats = {t.name for t in large if t.data_type == onnx.TensorProto.FLOAT}
@@ -132,12 +132,12 @@ def test_the_dense_file_in_integers_is_near_the_dense_one(exported: Path, tiny_l
     section = recipe_of(tiny_llama).model
     with open_dense(resolve(section), section) as session:
         expected = session.prefill(ids())
-    graph = onnx.load(exported / "dense_stored" / "model.onnx", load_external_data=False).graph
+    graph = onnx.load(exported / "dense" / "stored" / "model.onnx", load_external_data=False).graph
     ours = [node for node in graph.node if node.op_type == "NMLinear"]
     patterns = {tuple(a.i for a in node.attribute if a.name in "nm") for node in ours}
     assert patterns == {(16, 16)}
     actual = onnx_logits(
-        exported / "dense_stored" / "model.onnx", ids(), np.ones_like(ids()), prefill=8
+        exported / "dense" / "stored" / "model.onnx", ids(), np.ones_like(ids()), prefill=8
     )
     four = any(t.data_type == onnx.TensorProto.INT4 for t in graph.initializer)
     error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)

@@ -259,9 +259,7 @@ class Paced(Session):
 
 def _latency(rng: np.random.Generator) -> Latency:
     ids = np.zeros((1, 128), np.int64)
-    timed = latency.compare(
-        Paced(),
-        Paced(),
+    timing = latency.Timing(
         prompt=ids,
         context=ids,
         runs=30,
@@ -269,14 +267,13 @@ def _latency(rng: np.random.Generator) -> Latency:
         device=ENVIRONMENT.cpu,
         progress=Silent(),
     )
+    timed = latency.compare(Paced(), Paced(), timing)
 
     def drawn(middle: float) -> list[float]:
         return (middle * rng.lognormal(0, 0.04, 30)).tolist()
 
     prefill, decode = (drawn(183.0), drawn(171.0)), (drawn(31.2), drawn(20.7))
-    dense, sparse = (
-        latency.side_times(prefill[side], decode[side], prompt=ids, context=ids) for side in (0, 1)
-    )
+    dense, sparse = (latency.side_times(prefill[side], decode[side], timing) for side in (0, 1))
     speedup = Speedup(
         prefill=dense.prefill.p50_ms / sparse.prefill.p50_ms,
         decode=dense.decode.p50_ms / sparse.decode.p50_ms,

@@ -27,6 +27,7 @@ from nmexport.sweep.baselines import TopKLinear, kept_count, largest, pruned_wei
 from nmexport.sweep.cluster import RayCluster, ThisMachine, reservation
 from nmexport.sweep.plan import Baseline
 from nmexport.sweep.replay import Replay
+from nmexport.sweep.row import Figures, Perplexities, Row
 from torch import nn
 
 from tests.support.tiny_gguf import save_tiny_gguf
@@ -246,17 +247,25 @@ def test_a_person_gets_a_table(swept: tuple[Path, Any], sweep_file: Path) -> Non
 
 
 def test_nothing_measured_is_no_plot() -> None:
-    assert outcome.plot([{"refused": "no", "baseline": None}], "m") is None
+    assert outcome.plot([Row(model="m", label="x", settings={}, refused="no")], "m") is None
 
 
-def row_of(label: str, pattern: str | None, ratio: float) -> dict[str, Any]:
-    return {
-        "label": label,
-        "baseline": None if pattern else label,
-        "pattern": pattern,
-        "perplexity_ratio": ratio,
-        "perplexity_ratio_stderr": 0.01,
-    }
+def row_of(label: str, pattern: str | None, ratio: float) -> Row:
+    return Row(
+        model="m",
+        label=label,
+        baseline=None if pattern else label,
+        pattern=None if pattern is None else NMPattern.parse(pattern),
+        settings={},
+        figures=Figures(
+            perplexity=Perplexities(dense=10.0, sparse=10.0 * ratio),
+            tokens=100,
+            perplexity_ratio=ratio,
+            perplexity_ratio_stderr=0.01,
+            kl_mean=0.1,
+            top1_agreement=0.9,
+        ),
+    )
 
 
 def test_a_plot_ranks_combinations_at_their_common_pattern() -> None:
@@ -267,7 +276,8 @@ def test_a_plot_ranks_combinations_at_their_common_pattern() -> None:
         row_of("third", "8:16", 1.6),
         row_of("weights 50%", None, 1.2),
     ]
-    assert outcome._rank(rows[:4], "label") == ["first", "second", "third"]
+    points = outcome._measured(rows, baselines=False)
+    assert outcome._rank(points) == ["first", "second", "third"]
     words = list(ET.fromstring(outcome.plot(rows, "m")).itertext())  # noqa: S314 - ours
     places = [words.index(label) for label in ("first", "second", "third", "weights 50%")]
     assert places == sorted(places)

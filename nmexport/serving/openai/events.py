@@ -6,12 +6,12 @@ import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nmexport.serving.scheduler import Outcome
+from nmexport.serving.request import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from nmexport.serving.scheduler import Usage
+    from nmexport.serving.request import Usage
 
 
 @dataclass(frozen=True)

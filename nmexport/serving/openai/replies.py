@@ -13,7 +13,7 @@ from nmexport.serving.openai.requests import ParameterError
 
 if TYPE_CHECKING:
     from nmexport.serving.openai.requests import Kind
-    from nmexport.serving.scheduler import Outcome
+    from nmexport.serving.request import Outcome
 
 ErrorType = Literal["invalid_request_error", "server_error"]
 END = b"data: [DONE]\n\n"

@@ -24,6 +24,7 @@ constexpr Variant makeVariant(const char* name) {
         panelProduct<Int8, Form::kSHIFTED>,
         {epilogue<float>, epilogue<Float16>, epilogue<BFloat16>},
         readWords,
+        &kSTEP_FUNCTIONS,
     };
 }
 

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "element.h"
+#include "step.h"
 
 namespace nmexport {
 
@@ -151,6 +152,8 @@ struct Variant {
     void (*epilogue[kELEMENT_TYPES])(const Epilogue& epilogue);
     // Reads memory in order, as fast as one thread can.
     std::uint64_t (*readWords)(const void* data, std::size_t bytes);
+    // What lies between the linears.
+    const StepFunctions* step;
 };
 
 const Variant& portableVariant();

@@ -8,6 +8,7 @@
 #include "token.inl"
 #include "product.inl"
 #include "read.inl"
+#include "step.inl"
 #include "table.inl"
 // clang-format on
 

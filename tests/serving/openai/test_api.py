@@ -243,8 +243,10 @@ def test_a_full_queue_is_503_until_there_is_room(work: Path) -> None:
             client.completions.create(model=NAME, prompt=PROMPT, max_tokens=2)
         assert caught.value.status_code == 503
         assert caught.value.response.headers["retry-after"] == "1"
-        for stream in held:
-            stream.close()
+        held[1].close()  # it waits, and is told apart from the one that runs
+        wait_for(lambda: service.scheduler.waiting == 0)
+        assert service.scheduler.running == 1
+        held[0].close()
         wait_for(lambda: service.scheduler.running + service.scheduler.waiting == 0)
         assert client.completions.create(model=NAME, prompt=PROMPT, max_tokens=2).choices
         assert counts.of(names.CANCELLED) == 2

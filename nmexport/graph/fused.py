@@ -1,7 +1,7 @@
 """What lies between the linears, as ops of domain `nmexport.fused`: norms and gated activations.
 
-Only the graph made for CUDA uses them. Each travels with a function body, for providers that have
-no kernel for it.
+Only graphs made for one provider use them: see `cuda` and `shared_step`. Each travels with a
+function body, for providers that have no kernel for it.
 """
 
 from __future__ import annotations
@@ -37,6 +37,10 @@ GatedSiluPair (gate, up) => (Y) {{
     active = Mul (gate, weight)
     Y = Mul (active, up)
 }}"""
+_NORM = f"""<opset_import: ["" : 23], domain: "{FUSED}">
+Norm <epsilon> (X, weight) => (Y) {{
+    Y = RMSNormalization <axis: int = -1, epsilon: float = @epsilon> (X, weight)
+}}"""
 _RESIDUAL_NORM = f"""<opset_import: ["" : 23], domain: "{FUSED}">
 ResidualNorm <epsilon> (X, skip, weight) => (Y, sum) {{
     sum = Add (X, skip)
@@ -49,10 +53,16 @@ class FuseResidualNorm(ir.passes.InPlacePass):
 
     1. `RMSNormalization(a + b)` becomes our `ResidualNorm(a, b)`, which also gives the sum, for
        tensors `[B, S, D]`, D a multiple of 8.
-    2. Any other over the last axis becomes `SimplifiedLayerNormalization`.
+    2. Any other over the last axis becomes `SimplifiedLayerNormalization`, which is the runtime's;
+       or our `Norm`, whose bits depend on the row alone.
 
     Requires: nothing. Ensures: same values within rounding.
     """
+
+    def __init__(self, *, has_own_norm: bool = False) -> None:
+        """Take our `Norm` where there is no residual sum."""
+        super().__init__()
+        self._has_own_norm = has_own_norm
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
@@ -61,12 +71,14 @@ class FuseResidualNorm(ir.passes.InPlacePass):
                 continue
             total = made_by(node.inputs[0], "Add")
             if total is None or not _is_residual(total):
-                _use_simple_norm(model.graph, node)
+                _use_simple_norm(model.graph, node, is_own=self._has_own_norm)
             else:
                 _fuse_norm(model.graph, total, node)
             modified = True
         if modified:
             _add_function(model, _RESIDUAL_NORM)
+            if self._has_own_norm:
+                _add_function(model, _NORM)
         return ir.passes.PassResult(model, modified)
 
 
@@ -81,15 +93,13 @@ def _epsilon(node: ir.Node) -> ir.Attr:
     return ir.AttrFloat32("epsilon", 1e-5 if given is None else given.as_float())
 
 
-def _use_simple_norm(graph: ir.Graph, node: ir.Node) -> None:
-    # Its home is the default domain, an old habit of the runtime.
-    fused = ir.Node(
-        "",
-        "SimplifiedLayerNormalization",
-        node.inputs[:2],
-        [_epsilon(node), ir.AttrInt64("axis", -1)],
-        name=node.name,
-    )
+def _use_simple_norm(graph: ir.Graph, node: ir.Node, *, is_own: bool) -> None:
+    inputs, epsilon = node.inputs[:2], _epsilon(node)
+    if is_own:
+        fused = ir.Node(FUSED, "Norm", inputs, [epsilon], name=node.name)
+    else:  # Its home is the default domain, an old habit of the runtime.
+        attributes = [epsilon, ir.AttrInt64("axis", -1)]
+        fused = ir.Node("", "SimplifiedLayerNormalization", inputs, attributes, name=node.name)
     take_place(graph, [node], fused, node.outputs)
 
 

@@ -1,22 +1,18 @@
-#include "fused_ops.h"
-
+// The ops of domain nmexport.fused for the CUDA provider; see fused_op.h.
 #include <cuda_runtime_api.h>
 
 #include <array>
 #include <memory>
-#include <mutex>
 
 #include "between.h"
 #include "cuda_device.h"
 #include "cuda_fault.h"
-#include "custom_op.h"
+#include "fused_op.h"
 #include "ort_api.h"
 
 namespace nmexport {
 
 namespace {
-
-constexpr const char* kFUSED_DOMAIN = "nmexport.fused";
 
 // The product of all axes but the last.
 std::int64_t tokensOf(const Shape& shape) {
@@ -112,82 +108,20 @@ class ResidualNormKernel : public Kernel {
     float mEpsilon = 0.0F;
 };
 
-// The number of inputs and outputs, all of the one type T.
-struct FusedSpec {
-    const char* name;
-    std::size_t inputs;
-    std::size_t outputs;
-    KernelFactory factory;
-};
-
 template <typename K>
 std::unique_ptr<Kernel> make(const OrtApi& api, const OrtKernelInfo* info, ElementType type) {
     return std::make_unique<K>(api, info, type);
 }
 
-class FusedOp : public OrtCustomOp {
-  public:
-    FusedOp(const FusedSpec& spec, ElementType type) : OrtCustomOp{}, mSpec(spec), mType(type) {
-        version = ORT_API_VERSION;
-        GetName = [](const OrtCustomOp* op) { return self(op).mSpec.name; };
-        GetExecutionProviderType = [](const OrtCustomOp*) { return kCUDA_PROVIDER; };
-        GetInputTypeCount = [](const OrtCustomOp* op) { return self(op).mSpec.inputs; };
-        GetInputType = [](const OrtCustomOp* op, std::size_t) { return onnxType(self(op).mType); };
-        GetInputCharacteristic = [](const OrtCustomOp*, std::size_t) {
-            return INPUT_OUTPUT_REQUIRED;
-        };
-        GetInputMemoryType = [](const OrtCustomOp*, std::size_t) { return OrtMemTypeDefault; };
-        GetOutputTypeCount = [](const OrtCustomOp* op) { return self(op).mSpec.outputs; };
-        GetOutputType = GetInputType;
-        GetOutputCharacteristic = GetInputCharacteristic;
-        GetVariadicInputMinArity = [](const OrtCustomOp*) { return 1; };
-        GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 1; };
-        GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };
-        GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 1; };
-        GetStartVersion = [](const OrtCustomOp*) { return 1; };
-        GetEndVersion = [](const OrtCustomOp*) { return 1; };
-        CreateKernelV2 = [](const OrtCustomOp* op, const OrtApi* api, const OrtKernelInfo* info,
-                            void** out) -> OrtStatusPtr {
-            return guarded(*api, [&] {
-                *out = new Handle{api, self(op).mSpec.factory(*api, info, self(op).mType)};
-            });
-        };
-        KernelComputeV2 = [](void* raw, OrtKernelContext* context) -> OrtStatusPtr {
-            const Handle* handle = static_cast<const Handle*>(raw);
-            return guarded(*handle->api, [&] { handle->kernel->run(context); });
-        };
-        KernelDestroy = [](void* raw) { delete static_cast<Handle*>(raw); };
-    }
+}  // namespace
 
-  private:
-    struct Handle {
-        const OrtApi* api;
-        std::unique_ptr<Kernel> kernel;
-    };
-
-    static const FusedOp& self(const OrtCustomOp* op) { return *static_cast<const FusedOp*>(op); }
-
-    static ONNXTensorElementDataType onnxType(ElementType type) {
-        switch (type) {
-            case ElementType::kFLOAT16:
-                return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
-            case ElementType::kBFLOAT16:
-                return ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16;
-            default:
-                return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-        }
-    }
-
-    const FusedSpec& mSpec;
-    ElementType mType;
-};
-
-const std::vector<FusedOp>& fusedOps() {
-    static const std::array<FusedSpec, 3> specs = {
-        FusedSpec{"GatedSilu", 1, 1, make<GatedSiluKernel>},
-        FusedSpec{"GatedSiluPair", 2, 1, make<GatedSiluKernel>},
-        FusedSpec{"ResidualNorm", 3, 2, make<ResidualNormKernel>}};
+const std::vector<FusedOp>& cudaFusedOps() {
     static const std::vector<FusedOp> ops = [] {
+        const FusedInput t{};
+        const std::vector<FusedSpec> specs = {
+            {"GatedSilu", {t}, 1, kCUDA_PROVIDER, make<GatedSiluKernel>},
+            {"GatedSiluPair", {t, t}, 1, kCUDA_PROVIDER, make<GatedSiluKernel>},
+            {"ResidualNorm", {t, t, t}, 2, kCUDA_PROVIDER, make<ResidualNormKernel>}};
         std::vector<FusedOp> made;
         for (const FusedSpec& spec : specs) {
             for (const ElementType type :
@@ -198,15 +132,6 @@ const std::vector<FusedOp>& fusedOps() {
         return made;
     }();
     return ops;
-}
-
-}  // namespace
-
-void registerFusedOps(const OrtApi& api, OrtSessionOptions* options) {
-    OrtCustomOpDomain* domain = nullptr;
-    check(api, api.CreateCustomOpDomain(kFUSED_DOMAIN, &domain));
-    for (const FusedOp& op : fusedOps()) check(api, api.CustomOpDomain_Add(domain, &op));
-    check(api, api.AddCustomOpDomain(options, domain));
 }
 
 }  // namespace nmexport

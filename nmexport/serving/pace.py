@@ -1,0 +1,49 @@
+"""How many tokens of prompts a step may carry without holding up those who wait for their next."""
+
+from __future__ import annotations
+
+_LEAST = 16
+"""Tokens of prompts that a step always has room for: new requests get on, whatever is measured."""
+_WEIGHT = 0.3
+"""Of the newest measurement in the running mean."""
+
+
+class Pace:
+    """Learns what steps take, and sizes the prompts' part of the next one."""
+
+    def __init__(self, *, most: int, slowdown_percent: int) -> None:
+        """Begin without measurements.
+
+        Args:
+            most: Tokens of prompts in one step, whoever waits.
+            slowdown_percent: By how much they may lengthen a step that others wait for.
+        """
+        self._most = most
+        self._slowdown = slowdown_percent / 100
+        self._step_s: float | None = None
+        """Seconds of a step without prompts."""
+        self._token_s: float | None = None
+        """Seconds that one token of a prompt adds."""
+
+    def budget(self, *, decoding: int) -> int:
+        """Tokens of prompts that the next step may carry beside so many requests' next tokens."""
+        least = min(_LEAST, self._most)
+        if not decoding:
+            return self._most
+        if self._step_s is None or not self._token_s:
+            return least
+        return max(least, min(self._most, int(self._slowdown * self._step_s / self._token_s)))
+
+    def observe(self, seconds: float, *, decoding: int, prompt_tokens: int) -> None:
+        """Learn from a step that was run."""
+        if not prompt_tokens:
+            self._step_s = _mean(self._step_s, seconds)
+        elif not decoding:
+            self._token_s = _mean(self._token_s, seconds / prompt_tokens)
+        elif self._step_s is not None:
+            more = max(seconds - self._step_s, 0.0)
+            self._token_s = _mean(self._token_s, more / prompt_tokens)
+
+
+def _mean(before: float | None, new: float) -> float:
+    return new if before is None else before + _WEIGHT * (new - before)

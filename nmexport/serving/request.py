@@ -1,0 +1,118 @@
+"""One request: what it asks for, how far it is, and who hears of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+
+from nmexport.serving.limits import LEAST_CHUNK
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from nmexport.generation.sampler import Sampler
+    from nmexport.generation.stopping import StopFilter
+    from nmexport.generation.text_stream import TextStream
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """Tokens of a request so far."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome(Usage):
+    """How a request ended."""
+
+    finish_reason: FinishReason
+
+
+class Sink(Protocol):
+    """Receiver of one request's text; called from the scheduler's thread alone."""
+
+    def text(self, piece: str, usage: Usage) -> None:
+        """One more piece, not empty, and what it took to get here."""
+        ...
+
+    def done(self, outcome: Outcome) -> None:
+        """The end."""
+        ...
+
+    def failed(self, problem: str) -> None:
+        """The end, too."""
+        ...
+
+    def is_cancelled(self) -> bool:
+        """Tell whether nobody waits for the text any more."""
+        ...
+
+    def abandoned(self) -> None:
+        """The end of a request that was cancelled."""
+        ...
+
+
+@dataclass(kw_only=True, eq=False)
+class Request:
+    """One request, from its arrival to its end."""
+
+    prompt: NDArray[np.int64]
+    """`[1, S]`."""
+    max_tokens: int
+    sampler: Sampler
+    text: TextStream
+    stop: StopFilter
+    sink: Sink
+    reserved_bytes: int
+    arrived: float
+    prefilled: int = 0
+    answer: list[int] = field(default_factory=list)
+    """Tokens that were drawn and run."""
+    produced: int = 0
+    cache: Any = None
+    last_token: int = -1
+    last_time: float = field(default=0.0)
+    is_counted: bool = False
+    """True once its end is in the metrics, whatever its sink does then."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        return int(self.prompt.shape[1])
+
+    @property
+    def is_decoding(self) -> bool:
+        return self.prefilled == self.prompt_tokens
+
+    @property
+    def known(self) -> NDArray[np.int64]:
+        """The tokens `[S]` that its cache holds."""
+        return np.concatenate([self.prompt[0, : self.prefilled], self.answer]).astype(np.int64)
+
+    def next_tokens(self, most: int) -> NDArray[np.int64]:
+        """Its part of a step: the token drawn last, or a chunk of its prompt; empty is no part."""
+        if self.is_decoding:
+            return np.asarray([self.last_token], np.int64)
+        left = self.prompt[0, self.prefilled :]
+        if most < min(len(left), LEAST_CHUNK):
+            return left[:0]
+        return left[: chunk_end(0, len(left), most)]
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(prompt_tokens=self.prompt_tokens, completion_tokens=self.produced)
+
+
+def chunk_end(start: int, total: int, chunk: int) -> int:
+    """Return the end of the prompt chunk that begins at `start`.
+
+    No chunk but a whole prompt is one token long: models whose decode is another computation than
+    their prefill tell the two apart by that, and a prompt's last token belongs to prefill.
+    """
+    end = min(start + chunk, total)
+    return total if total - end == 1 else end

@@ -1,0 +1,53 @@
+"""The dense model in the sparse one's integers: what a user would pick, between the two others.
+
+Sparsity in integers has to be held against dense in the same integers. Both are timed in one run,
+turn by turn; accuracy is held against the dense model in floats, on the same text.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from nmexport.report.model import Scores, StoredDense
+from nmexport.runtimes.opening import open_session, open_stored
+from nmexport.verification import accuracy, latency
+from nmexport.verification.sides import timing
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from nmexport.verification.subject import Subject
+
+
+def measure(subject: Subject) -> StoredDense | None:
+    """Score and time the three models; None where there is no dense model in integers.
+
+    Raises:
+        ArtifactError: if a model cannot be opened.
+        EnvironmentFault: if the engine's native library is missing here.
+    """
+    engine, windows = subject.engine, subject.windows
+    if engine.stored_model is None or engine.dense_model is None:
+        return None
+    with ExitStack() as stack:
+        stored = stack.enter_context(open_stored(subject.engine_folder))
+        with open_session(subject.engine_folder, dense=True, elsewhere=True) as dense:
+            tracked = subject.progress.track(
+                windows, label="verify: dense in integers", total=len(windows)
+            )
+            scores = accuracy.compare(dense, stored, tracked)
+        sparse = stack.enter_context(open_session(subject.engine_folder, elsewhere=True))
+        times = latency.compare(stored, sparse, timing(subject, sparse))
+    return StoredDense(
+        scores=Scores(**{name: getattr(scores, name) for name in Scores.__dataclass_fields__}),
+        latency=times,
+        dense_bytes=_bytes(engine.dense_model),
+        stored_bytes=_bytes(engine.stored_model),
+        sparse_bytes=_bytes(engine.model),
+    )
+
+
+def _bytes(model: Path) -> int:
+    """Size of a model's file and of its weights."""
+    return sum(path.stat().st_size for path in (model, model.with_name(f"{model.name}.data")))

@@ -1,0 +1,60 @@
+// The ops of domain nmexport.fused, which only graphs made for one provider use:
+//
+//   GatedSilu(X [..., 2 * I]) -> Y [..., I]                       Y = silu(X[:I]) * X[I:]
+//   GatedSiluPair(gate, up [..., I]) -> Y [..., I]                 Y = silu(gate) * up
+//   ResidualNorm(X, skip [..., K], weight [K]; epsilon)
+//       -> Y, sum [..., K]         sum = X + skip,  Y = sum / rms(sum, epsilon) * weight
+//
+// Their function bodies in the file say the same in standard ops. For the CPU provider there are
+//
+//   Norm(X [..., K], weight [K]; epsilon) -> Y [..., K]
+//   PagedAttention(queries [..., T, heads * D], keys, values, sequences [T], positions [T],
+//                  pages [N, P], cosines, sines [positions, R / 2], past_keys, past_values;
+//                  num_heads, kv_num_heads, scale, window)
+//       -> Y [..., T, heads * D], present_keys, present_values
+//
+// of which the latter is AttentionArguments of step.h. Without keys and values, queries are rows of
+// all three. Caches are written in place where present ones are bound to the memory of past ones.
+#pragma once
+
+#include <string>
+
+#include "custom_op.h"
+
+namespace nmexport {
+
+inline constexpr const char* kFUSED_DOMAIN = "nmexport.fused";
+
+struct FusedInput {
+    InputType type = InputType::kT;
+    bool optional = false;
+};
+
+struct FusedSpec {
+    std::string name;
+    std::vector<FusedInput> inputs;
+    std::size_t outputs;   // all of type T
+    const char* provider;  // null is the CPU's
+    KernelFactory factory;
+};
+
+class FusedOp : public OrtCustomOp {
+  public:
+    FusedOp(FusedSpec spec, ElementType type);
+
+  private:
+    static const FusedOp& self(const OrtCustomOp* op) { return *static_cast<const FusedOp*>(op); }
+
+    FusedSpec mSpec;
+    ElementType mType;
+};
+
+// The ops of the CPU provider, for a session with so many threads; they live as long as the
+// library.
+const std::vector<FusedOp>& cpuFusedOps(std::size_t threads);
+
+#if defined(NMEXPORT_HAS_CUDA)
+const std::vector<FusedOp>& cudaFusedOps();
+#endif
+
+}  // namespace nmexport
