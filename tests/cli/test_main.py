@@ -347,7 +347,7 @@ def test_mitigation_none_clears_the_recipes(in_folder: Path) -> None:
         (["--model", "a/b", "--pattern", "8:0"], "8:0 is out of range"),
         (["--model", "a/b", "--pattern", "17:16"], "17:16 is out of range"),
         (["--model", "a/b", "--pattern", "8-16"], "'8-16' is not an N:M pattern"),
-        (["--model", "a/b", "--weights", "int4"], '--weights cannot be "int4"'),
+        (["--model", "a/b", "--weights", "int3"], '--weights cannot be "int3"'),
         (["--model", "a/b", "--weights", "int8:33"], "a multiple of 16"),
         (["--model", "a/b", "--weights", "int8:0"], "a multiple of 16"),
         (["--model", "a/b", "--budget", "ppl=0.9"], "--budget cannot be 0.9"),
