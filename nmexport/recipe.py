@@ -111,9 +111,10 @@ class ModelSection(_Strict):
     dtype: Dtype = "float32"
     """Element type of the exported weights and activations."""
     weights: Annotated[str, BeforeValidator(_weights_from)] = "float"
-    """How weights are stored: `float` as dtype says; `int8` with a scale an output, `int4` with one
-    for each 32 channels of an output, or `int8:CHANNELS`, `int4:CHANNELS`, a multiple of 16. The
-    output head and the input embedding then have 8 bits."""
+    """How weights are stored: `float` as dtype says, or as a checkpoint that came quantised stores
+    them; `int8` with a scale an output, `int4` with one for each 32 channels of an output, or
+    `int8:CHANNELS`, `int4:CHANNELS`, a multiple of 16. The output head and the input embedding then
+    have 8 bits."""
     activations: Activations = "auto"
     """What meets weights of integers: `int8` rounds it, so that products are sums of integers;
     `float` leaves it alone. `auto` is int8, but float where a GPU is at hand or the target."""

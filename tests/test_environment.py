@@ -195,7 +195,7 @@ def test_whoever_stops_early_has_a_last_line_too() -> None:
     for item in lines.track(range(2048), label="own text"):
         if item == 3:
             break
-    assert stream.getvalue().startswith("own text: 4/2048 in 12 s, peak ")
+    assert stream.getvalue().startswith("own text: 4/2048, ended early, in 12 s, peak ")
 
 
 def test_a_long_step_shows_while_it_runs_and_says_how_long_it_took() -> None:

@@ -17,6 +17,7 @@ import torch
 from nmexport.calibration.method import behaviour_of, constants_of
 from nmexport.calibration.sensitivity import gather_sensitivities
 from nmexport.calibration.sites import concatenated_weight
+from nmexport.calibration.stored_orders import order_for
 from nmexport.errors import ModelError
 from nmexport.sparsity.criterion import CRITERIA
 from nmexport.sparsity.remainder import rank_within, remainder_of
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from nmexport.calibration.sites import Site
+    from nmexport.calibration.stored_orders import Integers
     from nmexport.progress import Progress
     from nmexport.recipe import SparsitySection
     from nmexport.sparsity.linear import Behaviour, Constants
@@ -102,6 +104,7 @@ def derive(
     *,
     seed: int,
     loaded: Loaded = nullcontext,
+    integers: Integers | None = None,
 ) -> dict[str, Derived]:
     """Constants of every linear that has a section of its own; the others stay dense.
 
@@ -112,6 +115,7 @@ def derive(
         sections: What each linear is to compute, by name.
         seed: Of the groupings.
         loaded: Holds a linear's weight in memory, where it is not there all the time.
+        integers: Weights that came quantised, whose scale groups an order leaves whole.
     """
     derived: dict[str, Derived] = {}
     for site in sites:
@@ -119,7 +123,13 @@ def derive(
         if first not in sections:
             continue
         constants = site_constants(
-            site, linears, statistics, sections[first], seed=seed, loaded=loaded
+            site,
+            linears,
+            statistics,
+            sections[first],
+            seed=seed,
+            loaded=loaded,
+            integers=integers,
         )
         behaviour = behaviour_of(sections[first])
         for name in site.names:
@@ -135,12 +145,17 @@ def site_constants(
     *,
     seed: int,
     loaded: Loaded = nullcontext,
+    integers: Integers | None = None,
 ) -> Constants:
     """Constants that the linears of a site share under a section; see `derive`."""
     with contextlib.ExitStack() as stack:
         held = {name: stack.enter_context(loaded(linears[name])) for name in site.names}
         weight = concatenated_weight(site, held).cpu()  # beside the statistics
-        return constants_of(section, weight, statistics[site.names[0]], seed=seed)
+        constants = constants_of(section, weight, statistics[site.names[0]], seed=seed)
+    if integers is None:
+        return constants
+    order = order_for(site, constants.channel_order, integers)
+    return replace(constants, channel_order=order)
 
 
 def with_remainders(

@@ -37,16 +37,33 @@ _MOMENT_SAMPLES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Storage:
-    """How weights are stored, and what they are multiplied with."""
+class Keeping:
+    """What is written of linears with weights in integers, and what they are multiplied with."""
 
-    form: WeightForm
     rounds_activations: bool
     """What meets weights of integers is rounded to 8 bits."""
     dtype: torch.dtype
     """T, of everything that is not a stored weight."""
     keeps_dense: bool
     """Sparse linears are stored as dense ones too, to be compared with."""
+
+    def spec(self, layer: LayerSpec, stored: QuantisedWeight) -> LayerSpec:
+        """The record of a linear with a stored weight."""
+        block = activation_block(layer.in_features, len(stored.scale))
+        rounds = self.rounds_activations and block is not None
+        return replace(
+            layer,
+            weight_type=stored.type,
+            activation_bits=8 if rounds else 0,
+            activation_block=block or layer.activation_block,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storage(Keeping):
+    """How weights are rounded to integers."""
+
+    form: WeightForm
 
     def tensors(
         self,
@@ -85,17 +102,6 @@ class Storage:
         if stored.zero_point is not None:
             made["weight_zero_point"] = stored.zero_point
         return made, stored
-
-    def spec(self, layer: LayerSpec, stored: QuantisedWeight) -> LayerSpec:
-        """The record of a linear with a stored weight."""
-        block = activation_block(layer.in_features, len(stored.scale))
-        rounds = self.rounds_activations and block is not None
-        return replace(
-            layer,
-            weight_type=stored.type,
-            activation_bits=8 if rounds else 0,
-            activation_block=block or layer.activation_block,
-        )
 
 
 class Stored(NamedTuple):
@@ -192,14 +198,14 @@ def _store(
 
     def as_dense() -> tuple[dict[str, torch.Tensor], QuantisedWeight]:
         with dense.loaded(linear) as held:
-            plain = fold(held, _DENSE, Constants(), NOTHING_LEARNED, dtype=torch.float32)
+            plain = fold(held, ALL_KEPT, Constants(), NOTHING_LEARNED, dtype=torch.float32)
         return storage.tensors(
             plain, form, importance=importance, second_moment=moments.dense, name=name
         )
 
     if name not in constants.derived:
         tensors, stored = as_dense()
-        return Stored(storage.spec(_dense_spec(name, linear), stored), False, tensors, None)
+        return Stored(storage.spec(dense_spec(name, linear), stored), False, tensors, None)
     folded = constants.folded(dense, name, torch.float32)
     order = folded.get("channel_order")
     tensors, stored = storage.tensors(
@@ -213,10 +219,11 @@ def _store(
     return Stored(spec, True, tensors, as_dense()[0] if storage.keeps_dense else None)
 
 
-_DENSE = Behaviour(pattern=NMPattern(GROUP, GROUP))
+ALL_KEPT = Behaviour(pattern=NMPattern(GROUP, GROUP))
+"""Of a linear that stays dense."""
 
 
-def _dense_spec(name: str, linear: nn.Linear) -> LayerSpec:
+def dense_spec(name: str, linear: nn.Linear) -> LayerSpec:
     """The record of a linear that keeps all of its input."""
     group = GROUP if linear.in_features % GROUP == 0 else 1
     return LayerSpec(

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from nmexport.calibration.learning import Learned
     from nmexport.calibration.local_error import ErrorObserver
     from nmexport.calibration.sites import Site
+    from nmexport.calibration.stored_orders import Integers
     from nmexport.models.layerwise import LayerwiseModel
     from nmexport.progress import Progress
     from nmexport.recipe import SparsitySection
@@ -63,6 +64,8 @@ class DenseModel:
     """Runs the model where it does not fit into memory."""
     seed: int
     progress: Progress
+    integers: Integers | None = None
+    """Weights that came quantised and stay so; None where they are folded into."""
 
     def loaded(self, linear: nn.Linear) -> AbstractContextManager[nn.Linear]:
         """A linear with its weight in memory, while this lasts."""
@@ -143,7 +146,13 @@ def make_constants(
         ModelError: if the loss is not finite.
     """
     derived = derivation.derive(
-        dense.sites, dense.linears, dense.statistics, sections, seed=dense.seed, loaded=dense.loaded
+        dense.sites,
+        dense.linears,
+        dense.statistics,
+        sections,
+        seed=dense.seed,
+        loaded=dense.loaded,
+        integers=dense.integers,
     )
     derived = derivation.with_remainders(
         derived, dense.linears, seed=dense.seed, loaded=dense.loaded

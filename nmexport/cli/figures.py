@@ -26,6 +26,8 @@ def show_report(out: Console, report: Report, work: Path) -> None:
         f" peak memory {size(memory.peak_rss_bytes)}",
         soft_wrap=True,
     )
+    if report.kept is not None:
+        out.print(f"Weights of {report.kept.sentence()}", soft_wrap=True, markup=False)
     for gate in report.gates:
         mark = "pass" if gate.passed else "FAIL"
         out.print(

@@ -55,6 +55,8 @@ def deferred_group(
     }
     if weight_type in _IN_HALF_A_BYTE:
         for kind in group.keys() & {"W", "weight_zero_point"}:
+            if group[kind].dtype == ir.DataType.FLOAT:  # a zero point between the steps
+                continue
             group[kind] = _halved(group[kind], *_IN_HALF_A_BYTE[weight_type])
     return group
 

@@ -92,6 +92,15 @@ class ModelSource:
         return self.gguf_file is not None and self.unpacked is None
 
     @property
+    def may_hold_integers(self) -> bool:
+        """Tell whether weights may be stored in integers, by the configuration alone."""
+        if self.gguf_file is not None:
+            return True
+        if not (self.folder / CONFIG).is_file():
+            return False
+        return quantisation_section(self.folder, read_config(self.folder)) is not None
+
+    @property
     def weights_folder(self) -> Path:
         """Folder that config and weights are read from."""
         return self.unpacked or self.folder

@@ -339,7 +339,9 @@ def _pause_garbage_collection() -> Iterator[None]:
 
 
 def _cannot_export(model: PreTrainedModel, what: str, error: Exception | None) -> UntraceableError:
-    lines = [line for line in str(error or "").splitlines() if line.strip()]
+    # The tracer's own error wraps what failed, and tells of steps and flags that nobody has here.
+    said = str((error and error.__cause__) or error or "")
+    lines = [line for line in said.splitlines() if line.strip()]
     reason = f": {lines[0][:300]}" if lines else ""
     return UntraceableError(
         f"Models of type {model.config.model_type!r} cannot be exported: {what}{reason}.",

@@ -72,7 +72,19 @@ def _advice(report: Report) -> tuple[Advice, str]:
     if ratio is None or gain is None:
         missing = "quality" if ratio is None else "speed"
         return "unknown", f"No answer: {missing} was not compared with the dense model."
+    over_stored = _over_stored(report)
+    if over_stored is not None and over_stored < LEAST_GAIN:
+        return "leave", f"Keep the dense model in {_stored(report)}: the sparse one is not faster."
     return _weigh(ratio, gain)
+
+
+def _over_stored(report: Report) -> float | None:
+    """Decode speed, times that of the dense model in the same integers."""
+    return None if report.stored_dense is None else report.stored_dense.latency.speedup.decode
+
+
+def _stored(report: Report) -> str:
+    return report.weights.sparse or "integers"
 
 
 def _weigh(ratio: float, gain: float) -> tuple[Advice, str]:
@@ -92,6 +104,9 @@ def _whom(report: Report, advice: Advice) -> tuple[str, ...]:
     batch = report.latency.dense.decode.batch or 1
     users = "one user" if batch == 1 else f"{batch} users"
     lines = [f"For {users} at a time, with answers longer than their prompts: this was measured."]
+    over_stored = _over_stored(report)
+    if over_stored is not None:
+        lines.append(f"It is {_as_fast(over_stored)} as the dense model in {_stored(report)}, too.")
     prefill = report.latency.speedup.prefill
     if prefill is not None and prefill < LEAST_GAIN:
         lines.append("Not for long prompts with short answers: prompts are read no faster.")

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         StoredDense,
     )
     from nmexport.store.allocation import Allocation
+    from nmexport.store.kept import KeptWeights
     from nmexport.store.layers import ModelPhases
 
 
@@ -51,6 +52,8 @@ class Measured:
     allocation: Allocation | None = None
     """None where all linears are alike."""
     calibration: Calibration = field(default_factory=Calibration)
+    kept: KeptWeights | None = None
+    """What is kept of a checkpoint that came quantised; None where it did not, or is rounded."""
 
 
 def assemble(
@@ -84,7 +87,7 @@ def assemble(
         mitigations=tuple(sparsity.mitigations),
         grouping=sparsity.grouping,
         phases=phases or sparsity.phases,
-        weights=Weights(dense=recipe.model.dtype, sparse=sparse_weights(recipe)),
+        weights=Weights(dense=recipe.model.dtype, sparse=sparse_weights(recipe, measured.kept)),
         target=target,
         verdict="none",
         **vars(measured),
@@ -97,15 +100,26 @@ def assemble(
     return report_from(json_of(report))
 
 
-def sparse_weights(recipe: Recipe) -> str:
+def sparse_weights(recipe: Recipe, kept: KeptWeights | None) -> str:
     """How the sparse model's weights are stored."""
     form = recipe.model.weights
-    return recipe.model.dtype if form == "float" else form
+    if form != "float":
+        return form
+    return recipe.model.dtype if kept is None else f"{kept.method}'s own"
 
 
-def weights_note(recipe: Recipe) -> str | None:
-    """Say what a reader must know where the two models store weights in two ways."""
-    if recipe.model.weights == "float":
+def weights_note(recipe: Recipe, kept: KeptWeights | None, *, alone: bool) -> str | None:
+    """Say what a reader must know of how weights are stored.
+
+    Args:
+        recipe: What was built.
+        kept: What is kept of a checkpoint that came quantised.
+        alone: There is no dense model to compare with.
+    """
+    if kept is not None:
+        dense = f" The dense model holds the same numbers in {recipe.model.dtype}."
+        return f"{kept.sentence()}." + ("" if alone else dense)
+    if recipe.model.weights == "float" or alone:
         return None
     return (
         f"The sparse model's weights are {recipe.model.weights}, the dense model's "

@@ -17,6 +17,7 @@ from nmexport.errors import ArtifactError
 from nmexport.runtimes.engine import BuildRecord
 from nmexport.store.allocation import Allocation, as_dict
 from nmexport.store.artifact import plain
+from nmexport.store.kept import KeptWeights  # noqa: TC001
 from nmexport.store.layers import ModelPhases  # noqa: TC001
 from nmexport.store.records import json_from, record_from
 
@@ -421,6 +422,8 @@ class Report:
     grouping: str | None = None
     phases: ModelPhases = "all"
     weights: Weights = field(default_factory=Weights)
+    kept: KeptWeights | None = None
+    """What is kept of a checkpoint that came quantised."""
     target: str | None = None
     verdict: Verdict
     gates: tuple[GateResult, ...] = ()

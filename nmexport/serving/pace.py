@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_LEAST = 16
+_LEAST = 8
 """Tokens of prompts that a step always has room for: new requests get on, whatever is measured."""
 _WEIGHT = 0.3
 """Of the newest measurement in the running mean."""

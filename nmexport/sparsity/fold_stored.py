@@ -110,6 +110,19 @@ def order_within_groups(order: torch.Tensor | None, weight: QuantisedWeight) -> 
     return order[by_group]
 
 
+def keeps_groups(order: torch.Tensor | None, weight: QuantisedWeight) -> bool:
+    """Tell whether an order leaves the channels of each scale group neighbours.
+
+    Args:
+        order: `[K]` int32; None is as they come.
+        weight: The stored weight.
+    """
+    if order is None:
+        return weight.channel_order is None
+    groups = _group_of(weight)[order.long()].reshape(len(weight.scale), -1)
+    return not bool((groups != groups[:, :1]).any())
+
+
 def _group_of(weight: QuantisedWeight) -> torch.Tensor:
     """The scale group of each channel, `[K]`, in the input's own order."""
     channels, groups = len(weight.values), len(weight.scale)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from nmexport.graph.assembly import DenseWeights
+    from nmexport.graph.embedding import StoredRows
     from nmexport.stages.inputs import StageInputs
     from nmexport.store.layers import LayerSpec
 
@@ -143,7 +144,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
             folded.tensors,
             inputs.output,
             dense_baseline=checked,
-            stored=_stored(folded, dense_baseline=section.dense_baseline),
+            stored=_stored(inputs, folded, traced, dense_baseline=section.dense_baseline),
         )
     with busy(inputs.progress, "export: hold the dense model against torch"):
         dense_check = _check_dense(inputs, model) if checked else DenseParity(why=_NO_ROOM)
@@ -218,15 +219,26 @@ def _check_dense(inputs: StageInputs, model: PreTrainedModel) -> DenseParity:
 class Stored:
     """How the parts that weights in integers bring are written."""
 
+    rows: Callable[[], StoredRows | None]
+    """The rows of the input embedding in integers; None leaves it as it is."""
     dense_tensors: Callable[[str], Mapping[str, torch.Tensor]] | None
     """Folded tensors of a linear as a dense one; None writes no dense model of this kind."""
 
 
-def _stored(folded: fold.Artifact, *, dense_baseline: bool) -> Stored | None:
+def _stored(
+    inputs: StageInputs, folded: fold.Artifact, traced: TracedModel, *, dense_baseline: bool
+) -> Stored | None:
     """What weights in integers bring; None where they are float."""
     if not folded.is_quantised:
         return None
-    return Stored(folded.dense_tensors if dense_baseline else None)
+    from nmexport.models.stored_rows import imported_rows, rounded_rows
+
+    rows = (
+        functools.partial(rounded_rows, traced.model, traced.read)
+        if folded.embedding_bits
+        else functools.partial(imported_rows, traced.model, inputs.source)
+    )
+    return Stored(rows, folded.dense_tensors if dense_baseline else None)
 
 
 class TracedModel(NamedTuple):
@@ -295,6 +307,8 @@ def write_models(
         InternalError: if what was written is not what it should be.
     """
     from nmexport.graph import assembly, checks
+    from nmexport.graph.embedding import store_embedding
+    from nmexport.models.embedding import embedding_names
     from nmexport.models.lazy_tensors import deferred_group
 
     specs = {layer.name: layer for layer in layers}
@@ -304,8 +318,9 @@ def write_models(
             return deferred_group(tensors(name), prefix=name, weight_type=specs[name].weight_type)
 
         made = assembly.assemble_sparse(traced.graph, specs, constants)
-        if stored is not None:
-            _store_embedding(made, traced.model, traced.read)
+        rows = None if stored is None else stored.rows()
+        if rows is not None:
+            store_embedding(made, embedding_names(traced.model), rows)
         path.parent.mkdir(parents=True, exist_ok=True)
         assembly.save(made, path)
         checks.check_sparse(path, specs)
@@ -326,28 +341,6 @@ def write_models(
         "sparse_linears": len(specs),
         "data_bytes": path.with_name(f"{MODEL}.data").stat().st_size,
     }
-
-
-def _store_embedding(
-    made: ir.Model, model: PreTrainedModel, read: Callable[[str], torch.Tensor]
-) -> None:
-    """Let a graph look tokens up in rows of 8 bits."""
-    import torch
-
-    from nmexport.graph.embedding import StoredRows, store_embedding
-    from nmexport.models.embedding import embedding_names
-    from nmexport.models.lazy_tensors import deferred
-    from nmexport.sparsity.quantisation import rounded_rows
-
-    names = embedding_names(model)
-    table = model.get_parameter(names[0])
-    values = torch.empty(table.shape, dtype=torch.int8, device="meta")
-    scale = torch.empty(len(table), 1, dtype=table.dtype, device="meta")
-    rows = StoredRows(
-        deferred(lambda: rounded_rows(read(names[0]))[0], like=values, name=f"{names[0]}.values"),
-        deferred(lambda: rounded_rows(read(names[0]))[1], like=scale, name=f"{names[0]}.scale"),
-    )
-    store_embedding(made, names, rows)
 
 
 def _attach_parameters(

@@ -17,29 +17,33 @@ from nmexport.models.offload import check_layerwise, is_placed, open_dense
 from nmexport.sparsity.mitigation import check_allocatable, check_combination
 from nmexport.stages import calibrate
 from nmexport.stages.fitting import check_fit
+from nmexport.stages.storing import (
+    around_integers,
+    folded_linear,
+    imported,
+    rounds_activations,
+    write_linears,
+)
 from nmexport.store.allocation import write_allocation
-from nmexport.store.folded import DENSE, FoldedModel, write_learning
-from nmexport.store.layers import SCHEMA, Layers, write_layers
-from nmexport.store.tensors import ShardedWriter
+from nmexport.store.folded import FoldedModel, write_learning
+from nmexport.store.layers import SCHEMA, write_layers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    import torch
     from torch import nn
 
     from nmexport.allocation.allocate import Prepared
     from nmexport.calibration.corpus import TokenIds
     from nmexport.calibration.learning import Learned
-    from nmexport.calibration.quantising import Storage
     from nmexport.calibration.sites import Site
     from nmexport.calibration.sparse_constants import DenseModel, Learning, SparseConstants
+    from nmexport.models.imported import ImportedWeights
     from nmexport.recipe import SparsitySection
     from nmexport.sparsity.linear import Constants
     from nmexport.sparsity.statistics import ChannelStatistics
     from nmexport.stages.inputs import StageInputs
     from nmexport.store.allocation import Allocation
-    from nmexport.store.layers import LayerSpec
 
 UPSTREAM: tuple[str, ...] = ("calibrate",)
 Artifact = FoldedModel
@@ -66,9 +70,9 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
         "model": inputs.source.digest,
         "dtype": recipe.model.dtype,
         "weights": recipe.model.weights,
-        "stored": None
-        if recipe.model.weights == "float"
-        else [_rounds_activations(inputs), recipe.model.dense_baseline],
+        "stored": [rounds_activations(inputs), recipe.model.dense_baseline]
+        if recipe.model.weights != "float" or inputs.source.may_hold_integers
+        else None,
         "sparsity": recipe.sparsity.model_dump(mode="json"),
         # Without a budget nothing of it matters.
         "allocation": recipe.allocation.model_dump(mode="json") if budgeted else None,
@@ -100,19 +104,17 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     """
     from nmexport.calibration.sparse_constants import make_constants
 
-    dense = _dense_model(inputs)
+    came = imported(inputs)
+    if came is not None:
+        inputs = around_integers(inputs, came)
+    dense = _dense_model(inputs, came)
     learning = _learning(inputs, dense)
     if inputs.recipe.allocation.budget.limits():
         constants = _within_budget(inputs, dense, learning)
     else:
         sections = dict.fromkeys(dense.linears, inputs.recipe.sparsity)
         constants = make_constants(dense, sections, learning=learning)
-    storage = _storage(inputs)
-    layers = (
-        _write_folded(inputs, dense, constants)
-        if storage is None
-        else _write_stored(inputs, dense, constants, storage)
-    )
+    layers = write_linears(inputs, dense, constants)
     write_layers(inputs.output, layers)
     specs = layers.layers
     return {
@@ -123,12 +125,13 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     }
 
 
-def _dense_model(inputs: StageInputs) -> DenseModel:
+def _dense_model(inputs: StageInputs, came: ImportedWeights | None) -> DenseModel:
     """Open the model, select its targets, and gather what calibration knows of them."""
     from nmexport.calibration.derivation import with_sensitivities
     from nmexport.calibration.forward_passes import on_best_device
     from nmexport.calibration.sites import input_sites
     from nmexport.calibration.sparse_constants import DenseModel
+    from nmexport.calibration.stored_orders import in_common_orders
     from nmexport.sparsity.targets import linears_of, select_targets
 
     recipe = inputs.recipe
@@ -156,6 +159,8 @@ def _dense_model(inputs: StageInputs) -> DenseModel:
         model = on_best_device(model)
     samples = calibrated.samples()
     sites = input_sites(model, linears, samples[0], layerwise=layerwise)
+    if came is not None:
+        sites = in_common_orders(sites, came.linear)
     statistics = with_sensitivities(
         model,
         sites,
@@ -176,6 +181,7 @@ def _dense_model(inputs: StageInputs) -> DenseModel:
         layerwise=layerwise,
         seed=recipe.seed,
         progress=inputs.progress,
+        integers=None if came is None else came.linear,
     )
 
 
@@ -249,7 +255,7 @@ def _within_budget(
             checkpoint="learning" if attempt == 0 else f"learning-{attempt}",
         )
         behaviours = {name: linear.behaviour for name, linear in constants.derived.items()}
-        folded = partial(_folded, inputs, dense, constants)
+        folded = partial(folded_linear, inputs, dense, constants)
         measured = prepared.as_built(allocation, behaviours, folded)
         inputs.progress.note(measured.summary())
         if measured.remark is not None:
@@ -274,7 +280,14 @@ def _prepared(inputs: StageInputs, dense: DenseModel) -> Prepared:
     recipe = inputs.recipe
 
     def constants_for(site: Site, method: SparsitySection) -> Constants:
-        return site_constants(site, dense.linears, dense.statistics, method, seed=recipe.seed)
+        return site_constants(
+            site,
+            dense.linears,
+            dense.statistics,
+            method,
+            seed=recipe.seed,
+            integers=dense.integers,
+        )
 
     problem = Problem(
         model=dense.model,
@@ -302,105 +315,6 @@ def _sections(section: SparsitySection, allocation: Allocation) -> dict[str, Spa
         )
         for name, choice in allocation.sparse.items()
     }
-
-
-def _folded(
-    inputs: StageInputs, dense: DenseModel, constants: SparseConstants, name: str
-) -> dict[str, torch.Tensor]:
-    """Fold one sparse linear into its op's inputs; a stored weight is rounded to what is nearest.
-
-    Raises:
-        ModelError: if one of them leaves the type.
-    """
-    import torch
-
-    storage = _storage(inputs)
-    if storage is not None:
-        folded = constants.folded(dense, name, torch.float32)
-        tensors, _ = storage.tensors(folded, storage.form, name=name)
-        return tensors
-    dtype = inputs.recipe.model.dtype
-    folded = constants.folded(dense, name, getattr(torch, dtype))
-    _check_finite(folded, name, dtype)
-    return folded
-
-
-def _check_finite(tensors: Mapping[str, torch.Tensor], name: str, dtype: str) -> None:
-    for kind, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
-            raise ModelError(
-                f"{kind} of {name} is not finite in {dtype} once folded.",
-                fix="use --dtype bfloat16 or float32"
-                if dtype == "float16"
-                else "check the weights",
-            )
-
-
-def _storage(inputs: StageInputs) -> Storage | None:
-    """How weights are stored; None where they stay float."""
-    import torch
-
-    from nmexport.calibration.quantising import Storage
-    from nmexport.sparsity.weight_form import WeightForm
-
-    section = inputs.recipe.model
-    form = WeightForm.parse(section.weights)
-    if form is None:
-        return None
-    return Storage(
-        form=form,
-        rounds_activations=_rounds_activations(inputs),
-        dtype=getattr(torch, section.dtype),
-        keeps_dense=section.dense_baseline,
-    )
-
-
-def _rounds_activations(inputs: StageInputs) -> bool:
-    """Tell whether what meets weights of integers is rounded too."""
-    recipe = inputs.recipe
-    if recipe.model.activations != "auto":
-        return recipe.model.activations == "int8"
-    on_gpu = recipe.target.startswith("tensorrt") or bool(inputs.environment.gpus)
-    return not on_gpu
-
-
-def _write_folded(inputs: StageInputs, dense: DenseModel, constants: SparseConstants) -> Layers:
-    """Write the sparse linears, their weights float."""
-    names = constants.derived
-    with ShardedWriter(inputs.output) as writer:
-        for name in inputs.progress.track(names, label="fold: weights", total=len(names)):
-            folded = _folded(inputs, dense, constants, name)
-            writer.add({f"{name}.{kind}": tensor for kind, tensor in folded.items()})
-    return Layers(layers=tuple(constants.layer(name, dense.linears[name]) for name in names))
-
-
-def _write_stored(
-    inputs: StageInputs, dense: DenseModel, constants: SparseConstants, storage: Storage
-) -> Layers:
-    """Write all linears, their weights in integers.
-
-    Raises:
-        ModelError: if a constant leaves the type.
-    """
-    from nmexport.calibration.quantising import stored_linears
-    from nmexport.sparsity.targets import linears_of
-
-    linears = linears_of(dense.model)
-    specs: dict[bool, dict[str, LayerSpec]] = {True: {}, False: {}}
-    stored = stored_linears(dense, constants, linears, storage)
-    with ShardedWriter(inputs.output) as writer:
-        for one in inputs.progress.track(stored, label="fold: weights", total=len(linears)):
-            name = one.spec.name
-            _check_finite(one.tensors, name, inputs.recipe.model.dtype)
-            writer.add({f"{name}.{kind}": tensor for kind, tensor in one.tensors.items()})
-            as_dense = one.as_dense or {}
-            writer.add({f"{name}.{DENSE}.{kind}": tensor for kind, tensor in as_dense.items()})
-            specs[one.is_sparse][name] = one.spec
-    in_order = {
-        kind: tuple(found[name] for name in linears if name in found)
-        for kind, found in specs.items()
-    }
-    return Layers(layers=in_order[True], dense=in_order[False], embedding_bits=8)
 
 
 def _write_learning(inputs: StageInputs, learned: Learned | None) -> dict[str, Any]:

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
     from nmexport.recipe import Recipe
     from nmexport.report.model import Report, Sparsity
-    from nmexport.runtimes.engine import Engine
     from nmexport.stages.inputs import StageInputs
 
 UPSTREAM = ("fold", "export", "engine")
@@ -147,7 +146,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
         measured=measured,
         notes=[
             *parity.concerns(measured.parity),
-            *_notes(subject.engine, why_not_here(subject.engine_folder), recipe),
+            *_notes(subject, why_not_here(subject.engine_folder)),
             *engine_words.words(built),
         ],
         phases=subject.phases,
@@ -199,6 +198,7 @@ def _measure(inputs: StageInputs, subject: Subject) -> Measured:
         engine=engine_words.section(subject.engine),
         allocation=read_allocation(subject.folded.path),
         calibration=learning.section(subject.folded.learning, subject.folded.layers),
+        kept=subject.folded.kept,
     )
 
 
@@ -244,8 +244,9 @@ def _audit(subject: Subject) -> Sparsity:
         )
 
 
-def _notes(engine: Engine, absent: str | None, recipe: Recipe) -> list[str]:
-    mixed = weights_note(recipe) if engine.dense_model is not None else None
+def _notes(subject: Subject, absent: str | None) -> list[str]:
+    engine = subject.engine
+    mixed = weights_note(subject.recipe, subject.folded.kept, alone=engine.dense_model is None)
     notes = [alone.NOTE] if engine.dense_model is None else []
     notes += [mixed] if mixed else []
     if absent:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from nmexport.store.kept import KeptWeights
 from nmexport.store.layers import Layers, LayerSpec, read_layers
+from nmexport.store.records import read_record, write_record
 from nmexport.store.tensors import StoredGroup, TensorReader
 
 if TYPE_CHECKING:
@@ -16,10 +18,15 @@ if TYPE_CHECKING:
 
     import torch
 
+SHARED = ("W", "weight_zero_point")
+"""Tensors of a linear as a dense one that are the sparse one's where they are not stored."""
 DENSE = "dense"
 """Between the name of a sparse linear and those of its tensors as a dense one."""
 LEARNING = "learning.json"
 """The learned constants' settings and loss curve."""
+KEPT = "kept.json"
+"""What is kept of a checkpoint that came quantised."""
+_KEPT_SCHEMA = 1
 TENSORS = (
     "W",
     "bias",
@@ -64,7 +71,20 @@ class FoldedModel:
     @property
     def is_quantised(self) -> bool:
         """Tell whether weights are stored in integers."""
-        return bool(self._layers.dense)
+        return any(layer.weight_type != "float" for layer in self.linears)
+
+    @property
+    def kept(self) -> KeptWeights | None:
+        """What is kept of a checkpoint that came quantised; None where it did not, or is rounded.
+
+        Raises:
+            ArtifactError: if the record is malformed.
+        """
+        path = self.path / KEPT
+        fix = "rebuild the stage with --force"
+        return (
+            read_record(KeptWeights, path, schema=_KEPT_SCHEMA, fix=fix) if path.exists() else None
+        )
 
     @property
     def learning(self) -> dict[str, Any] | None:
@@ -93,7 +113,15 @@ class FoldedModel:
             ArtifactError: if the file is damaged, or does not hold this linear.
         """
         other = f"{name}.{DENSE}"
-        return self.tensors(other if f"{other}.W" in self._reader else name)
+        own = [kind for kind in TENSORS if f"{other}.{kind}" in self._reader]
+        if not own:
+            return self.tensors(name)
+        shared = {
+            kind: f"{name}.{kind}"
+            for kind in SHARED
+            if kind not in own and f"{name}.{kind}" in self._reader
+        }
+        return StoredGroup(self._reader, other, own, shared=shared)
 
     @cached_property
     def _layers(self) -> Layers:
@@ -103,6 +131,11 @@ class FoldedModel:
     def _reader(self) -> TensorReader:
         """Reads the index once: it is long, and serves all linears."""
         return TensorReader(self.path)
+
+
+def write_kept(folder: Path, kept: KeptWeights) -> None:
+    """Write what is kept of a checkpoint's weights; `FoldedModel.kept` reads it."""
+    write_record(kept, folder / KEPT, schema=_KEPT_SCHEMA)
 
 
 def write_learning(folder: Path, *, settings: dict[str, Any], curve: dict[str, Any]) -> None:

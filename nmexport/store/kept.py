@@ -33,6 +33,9 @@ class KeptWeights:
     dropped: int = 0
     """Scales of activations and of the cache that are left out."""
 
+    left_out: tuple[str, ...] = ()
+    """Mitigations of the recipe that would change weights, and are not used."""
+
     def sentence(self) -> str:
         """Say it in one sentence."""
         kept = [kind for kind in self.kinds if kind.reason is None]
@@ -45,6 +48,8 @@ class KeptWeights:
             text += f"; {kind.tensors} in {kind.form} dequantised ({kind.reason})"
         if self.dropped:
             text += f"; {self.dropped} scales of activations or of the cache left out"
+        if self.left_out:
+            text += f"; {', '.join(self.left_out)} not used, as it would change them"
         return text
 
 

@@ -170,15 +170,24 @@ class TensorReader:
 class StoredGroup(Mapping[str, "torch.Tensor"]):
     """Tensors whose names begin alike, by the rest of their names; each read when asked for."""
 
-    def __init__(self, reader: TensorReader, prefix: str, kinds: Iterable[str]) -> None:
+    def __init__(
+        self,
+        reader: TensorReader,
+        prefix: str,
+        kinds: Iterable[str],
+        *,
+        shared: Mapping[str, str] | None = None,
+    ) -> None:
         """Name them; read none.
 
         Args:
             reader: Where they are.
             prefix: The beginning of their names, before a dot.
             kinds: The rests of their names.
+            shared: Kinds that are stored under names of another group, and those names.
         """
-        self._reader, self._prefix, self._kinds = reader, prefix, tuple(kinds)
+        self._reader = reader
+        self._names = {kind: f"{prefix}.{kind}" for kind in kinds} | dict(shared or {})
 
     def __getitem__(self, kind: str) -> torch.Tensor:
         """Read one tensor.
@@ -186,17 +195,15 @@ class StoredGroup(Mapping[str, "torch.Tensor"]):
         Raises:
             ArtifactError: if its file is damaged.
         """
-        if kind not in self._kinds:
-            raise KeyError(kind)
-        return self._reader.read(f"{self._prefix}.{kind}")
+        return self._reader.read(self._names[kind])
 
     def __iter__(self) -> Iterator[str]:
         """The rests of the names."""
-        return iter(self._kinds)
+        return iter(self._names)
 
     def __len__(self) -> int:
         """How many tensors."""
-        return len(self._kinds)
+        return len(self._names)
 
 
 def _index_name(stem: str) -> str:

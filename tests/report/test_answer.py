@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from nmexport.recipe import GatesSection, ModelSection, Recipe
 from nmexport.report import pages
 from nmexport.report.answer import CLOSE_RATIO, FAR_RATIO, LEAST_GAIN, Answer, answer
-from nmexport.report.model import Latency, LinearParity, Report, Speedup, Weights
+from nmexport.report.model import (
+    Latency,
+    LinearParity,
+    Report,
+    Speedup,
+    StoredDense,
+    Weights,
+)
 
 from tests.support.sample_report import sample_report
 
@@ -77,6 +84,20 @@ def test_a_failed_gate_or_a_wrong_engine_outweighs_every_figure(
     wrong = told(report, 1.0, 2.0, parity=replace(report.parity, linears=linears))
     assert wrong.advice == "leave"
     assert "does not compute what it should" in wrong.headline
+
+
+@pytest.mark.parametrize(("gain", "advice"), [(1.3, "keep"), (1.0, "leave")])
+def test_the_dense_model_in_the_same_integers_is_a_rival(
+    report: Report, gain: float, advice: str
+) -> None:
+    rival = StoredDense(latency=Latency(speedup=Speedup(decode=gain)))
+    weights = Weights(dense="float32", sparse="int8")
+    said = told(report, 1.0, 2.0, stored_dense=rival, weights=weights)
+    assert said.advice == advice
+    words = said.whom[1] if advice == "keep" else said.headline
+    assert "the dense model in int8" in words
+    unknown = told(report, 1.0, 2.0, stored_dense=StoredDense(), weights=weights)
+    assert unknown.advice == "keep"
 
 
 def test_slow_prompts_are_said(report: Report) -> None:

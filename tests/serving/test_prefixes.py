@@ -105,7 +105,7 @@ def test_prompts_fill_steps_that_nobody_waits_for() -> None:
 
 def test_a_step_is_lengthened_by_its_share_at_most() -> None:
     pace = Pace(most=256, slowdown_percent=50)
-    assert pace.budget(decoding=1) == 16
+    assert pace.budget(decoding=1) == 8
     pace.observe(0.100, decoding=4, prompt_tokens=0)
     pace.observe(0.200, decoding=4, prompt_tokens=100)
     assert pace.budget(decoding=4) == 50
@@ -114,7 +114,7 @@ def test_a_step_is_lengthened_by_its_share_at_most() -> None:
     assert pace.budget(decoding=8) == pytest.approx(200, abs=1)
 
 
-@pytest.mark.parametrize(("most", "room"), [(256, 16), (4, 4)])
+@pytest.mark.parametrize(("most", "room"), [(256, 8), (4, 4)])
 def test_new_requests_get_on_whatever_was_measured(most: int, room: int) -> None:
     pace = Pace(most=most, slowdown_percent=0)
     pace.observe(0.1, decoding=1, prompt_tokens=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from nmexport.models.loader import load_model
 from nmexport.models.source import resolve
+from nmexport.models.stored_rows import rounded_rows
 from nmexport.runtimes import native
 from nmexport.sparsity.quantisation import dequantised
 from nmexport.sparsity.targets import linears_of
@@ -88,8 +90,9 @@ def exported(
 ) -> Path:
     output = tmp_path_factory.mktemp("export")
     model = load_model(resolve(recipe_of(tiny_llama).model))
-    stored = export.Stored(artifact.dense_tensors)
     traced = export.trace_model(model, [layer.name for layer in artifact.linears])
+    rows = functools.partial(rounded_rows, model, traced.read)
+    stored = export.Stored(rows, artifact.dense_tensors)
     export.write_models(traced, artifact.linears, artifact.tensors, output, stored=stored)
     return output
 

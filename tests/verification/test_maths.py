@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from nmexport.progress import Silent
 from nmexport.report.model import ParityLeg
 from nmexport.timing import interleave, percentiles, rounds_lasting
 from nmexport.verification.accuracy import compare
@@ -173,7 +174,7 @@ def test_continuations_that_part() -> None:
     sparse = dense.copy()
     sparse[3] = np.eye(5)[0]  # after 3 comes 0
     prompts = np.array([[0, 0], [0, 3]])
-    report = compare_continuations(Fixed(dense), Fixed(sparse), prompts, range(4))
+    report = compare_continuations(Fixed(dense), Fixed(sparse), prompts, 4, progress=Silent())
     assert report.first_divergence == (3, 0)  # 1 2 3 | 4; and at once
     assert report.free_running_agreement == 3 / 8  # dense 4 0 1 2 against sparse 0 1 2 3
     assert report.guided_agreement == 6 / 8

@@ -86,7 +86,6 @@ struct TileDots {
     const std::int32_t* totals;  // the same
     std::size_t blockTokens;     // at least `tokens`
     std::size_t tokens;
-    Cache ahead;
     std::uint8_t* packed;  // scratch, 64-byte aligned, see packedBytes
     float* sums;           // [tokens, sumStride], written
     std::size_t sumStride;

@@ -5,7 +5,11 @@
 // The parts: each needs those before it.
 // clang-format off
 #include "dot_avx2.h"
-#include "dots.inl"
+#include "dot_steps.inl"
+#include "row_dots.inl"
+#include "tile_dots.inl"
+#include "quantise.inl"
+#include "dot_table.inl"
 // clang-format on
 
 namespace nmexport {

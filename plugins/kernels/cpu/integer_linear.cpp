@@ -9,8 +9,11 @@ namespace nmexport {
 
 namespace {
 
-// Many tokens: sums of a tile stay in the first-level cache, beside a packed step of W.
+// Sums of a tile: of many tokens they stay in the first-level cache, beside a packed step of W. Of
+// up to kWIDE_TOKENS they may fill more of the second: longer parts of rows come faster (measured).
 constexpr std::size_t kTILE_SUM_BYTES = std::size_t{24} << 10;
+constexpr std::size_t kWIDE_SUM_BYTES = std::size_t{96} << 10;
+constexpr std::size_t kWIDE_TOKENS = 24;
 constexpr std::size_t kCHUNK = 16;  // positions that a quantised block is a multiple of
 
 IntegerFormat formatOf(const LinearArguments& a) {
@@ -252,9 +255,10 @@ TileCut tilesOf(const LinearArguments& a, const DotKernels& dots, std::size_t to
                 const ThreadPool& pool) {
     const std::size_t steps = stepsOf(a, dots);
     const std::size_t stepBytes = columnsOfSteps(a, dots, 1) * sizeof(float);
-    const std::size_t runs = divideUp(tokens * stepBytes, kTILE_SUM_BYTES);
+    const std::size_t sumBytes = tokens <= kWIDE_TOKENS ? kWIDE_SUM_BYTES : kTILE_SUM_BYTES;
+    const std::size_t runs = divideUp(tokens * stepBytes, sumBytes);
     const std::size_t runBytes = divideUp(tokens, runs) * stepBytes;
-    const std::size_t fitting = std::max(kTILE_SUM_BYTES / runBytes, std::size_t{1});
+    const std::size_t fitting = std::max(sumBytes / runBytes, std::size_t{1});
     std::size_t tiles = divideUp(steps, fitting);
     const std::size_t bytes = a.channels * rowBytes(a, a.outputs);
     if (bytes >= 2 * kMIN_TASK_BYTES / std::min(tokens, std::size_t{8})) {
@@ -271,9 +275,10 @@ void multiplyTiles(const LinearArguments& a, const Variant& variant, std::size_t
                    std::size_t tokens, const ThreadPool& pool) {
     const DotKernels& dots = activeDots();
     const Operand operand = operandOf(a, first, tokens);
-    parallelFor(pool, divideUp(tokens, kSELECT_TOKENS), [&](std::size_t task) {
-        const std::size_t begin = task * kSELECT_TOKENS;
-        quantiseTokens(a, variant, dots, operand, begin, std::min(kSELECT_TOKENS, tokens - begin));
+    const std::size_t together = std::min(divideUp(tokens, pool.threads), kSELECT_TOKENS);
+    parallelFor(pool, divideUp(tokens, together), [&](std::size_t task) {
+        const std::size_t begin = task * together;
+        quantiseTokens(a, variant, dots, operand, begin, std::min(together, tokens - begin));
     });
     const std::size_t steps = stepsOf(a, dots);
     const TileCut cut = tilesOf(a, dots, tokens, pool);
@@ -295,7 +300,6 @@ void multiplyTiles(const LinearArguments& a, const Variant& variant, std::size_t
         product.totals = operand.totals + token;
         product.blockTokens = tokens;
         product.tokens = tokens * (run + 1) / cut.runs - token;
-        product.ahead = cacheAhead();
         product.packed = packedScratch.reserve(dots.packedBytes(a.activationBlock));
         product.sumStride = columnsOfSteps(a, dots, count);
         product.sums = sumsOf(product.tokens * product.sumStride);
@@ -312,7 +316,8 @@ void multiplyTiles(const LinearArguments& a, const Variant& variant, std::size_t
 
 void multiplyIntegers(const LinearArguments& a, const Variant& variant, std::size_t first,
                       std::size_t tokens, const ThreadPool& pool) {
-    if (tokens <= kMOST_ROW_TOKENS) {
+    // Where all rows are kept, several tokens share them.
+    if (tokens == 1 || (tokens <= kMOST_ROW_TOKENS && !keepsAll(a))) {
         multiplyRows(a, variant, first, tokens, pool);
     } else {
         multiplyTiles(a, variant, first, tokens, pool);

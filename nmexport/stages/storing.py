@@ -1,0 +1,163 @@
+"""What the stage `fold` writes: linears in floats, rounded to integers, or in those that came."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+from nmexport.errors import ModelError
+from nmexport.store.folded import DENSE, write_kept
+from nmexport.store.layers import Layers
+from nmexport.store.tensors import ShardedWriter
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    import torch
+    from torch import nn
+
+    from nmexport.calibration.quantising import Keeping, Stored
+    from nmexport.calibration.sparse_constants import DenseModel, SparseConstants
+    from nmexport.models.imported import ImportedWeights
+    from nmexport.stages.inputs import StageInputs
+    from nmexport.store.layers import LayerSpec
+
+
+def imported(inputs: StageInputs) -> ImportedWeights | None:
+    """Weights that came quantised; None where they are floats, or are to be rounded anew."""
+    from nmexport.models.imported import imported_weights
+
+    return imported_weights(inputs.source) if inputs.recipe.model.weights == "float" else None
+
+
+def around_integers(inputs: StageInputs, imported: ImportedWeights) -> StageInputs:
+    """The stage's inputs without what would change weights that are kept; writes down which are."""
+    from nmexport.calibration.imported import method_around
+
+    section, left_out = method_around(inputs.recipe.sparsity)
+    kept = replace(imported.kept, left_out=left_out)
+    write_kept(inputs.output, kept)
+    inputs.progress.note(f"fold: {kept.sentence()}")
+    recipe = inputs.recipe.model_copy(update={"sparsity": section})
+    return replace(inputs, recipe=recipe)
+
+
+def folded_linear(
+    inputs: StageInputs, dense: DenseModel, constants: SparseConstants, name: str
+) -> dict[str, torch.Tensor]:
+    """Fold one sparse linear into its op's inputs; a stored weight is rounded to what is nearest.
+
+    Raises:
+        ModelError: if one of them leaves the type.
+    """
+    import torch
+
+    from nmexport.calibration.imported import folded_around
+    from nmexport.calibration.quantising import Storage
+
+    storage = _storage(inputs, dense)
+    if storage is None:
+        dtype = inputs.recipe.model.dtype
+        folded = constants.folded(dense, name, getattr(torch, dtype))
+        _check_finite(folded, name, dtype)
+        return folded
+    if isinstance(storage, Storage):
+        folded = constants.folded(dense, name, torch.float32)
+        return storage.tensors(folded, storage.form, name=name)[0]
+    weight = None if dense.integers is None else dense.integers(name)
+    return folded_around(dense, constants, name, weight, storage)
+
+
+def _check_finite(tensors: Mapping[str, torch.Tensor], name: str, dtype: str) -> None:
+    for kind, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise ModelError(
+                f"{kind} of {name} is not finite in {dtype} once folded.",
+                fix="use --dtype bfloat16 or float32"
+                if dtype == "float16"
+                else "check the weights",
+            )
+
+
+def _storage(inputs: StageInputs, dense: DenseModel) -> Keeping | None:
+    """How weights are stored in integers: as they came, or rounded; None where they are floats."""
+    import torch
+
+    from nmexport.calibration.quantising import Keeping, Storage
+    from nmexport.sparsity.weight_form import WeightForm
+
+    section = inputs.recipe.model
+    keeping = Keeping(
+        rounds_activations=rounds_activations(inputs),
+        dtype=getattr(torch, section.dtype),
+        keeps_dense=section.dense_baseline,
+    )
+    form = WeightForm.parse(section.weights)
+    if form is None:
+        return None if dense.integers is None else keeping
+    return Storage(form=form, **vars(keeping))
+
+
+def rounds_activations(inputs: StageInputs) -> bool:
+    """Tell whether what meets weights of integers is rounded too."""
+    recipe = inputs.recipe
+    if recipe.model.activations != "auto":
+        return recipe.model.activations == "int8"
+    on_gpu = recipe.target.startswith("tensorrt") or bool(inputs.environment.gpus)
+    return not on_gpu
+
+
+def write_linears(inputs: StageInputs, dense: DenseModel, constants: SparseConstants) -> Layers:
+    """Write the sparse linears; with weights in integers, the dense ones too.
+
+    Raises:
+        ModelError: if a constant leaves the type.
+    """
+    from nmexport.calibration.imported import imported_linears
+    from nmexport.calibration.quantising import Storage, stored_linears
+    from nmexport.sparsity.targets import linears_of
+
+    storage = _storage(inputs, dense)
+    if storage is None:
+        return _write_folded(inputs, dense, constants)
+    linears = linears_of(dense.model)
+    if isinstance(storage, Storage):
+        stored = stored_linears(dense, constants, linears, storage)
+        return _write_stored(inputs, linears, stored, embedding_bits=8)
+    assert dense.integers is not None  # noqa: S101 - else nothing is stored
+    stored = imported_linears(dense, constants, linears, dense.integers, storage)
+    return _write_stored(inputs, linears, stored, embedding_bits=0)
+
+
+def _write_folded(inputs: StageInputs, dense: DenseModel, constants: SparseConstants) -> Layers:
+    """Write the sparse linears, their weights float."""
+    names = constants.derived
+    with ShardedWriter(inputs.output) as writer:
+        for name in inputs.progress.track(names, label="fold: weights", total=len(names)):
+            folded = folded_linear(inputs, dense, constants, name)
+            writer.add({f"{name}.{kind}": tensor for kind, tensor in folded.items()})
+    return Layers(layers=tuple(constants.layer(name, dense.linears[name]) for name in names))
+
+
+def _write_stored(
+    inputs: StageInputs,
+    linears: Mapping[str, nn.Linear],
+    stored: Iterator[Stored],
+    *,
+    embedding_bits: Literal[0, 8],
+) -> Layers:
+    """Write linears, most of their weights in integers."""
+    specs: dict[bool, dict[str, LayerSpec]] = {True: {}, False: {}}
+    with ShardedWriter(inputs.output) as writer:
+        for one in inputs.progress.track(stored, label="fold: weights", total=len(linears)):
+            name = one.spec.name
+            _check_finite(one.tensors, name, inputs.recipe.model.dtype)
+            writer.add({f"{name}.{kind}": tensor for kind, tensor in one.tensors.items()})
+            as_dense = one.as_dense or {}
+            writer.add({f"{name}.{DENSE}.{kind}": tensor for kind, tensor in as_dense.items()})
+            specs[one.is_sparse][name] = one.spec
+    sparse, dense = (
+        tuple(specs[kind][name] for name in linears if name in specs[kind])
+        for kind in (True, False)
+    )
+    return Layers(layers=sparse, dense=dense, embedding_bits=embedding_bits)
