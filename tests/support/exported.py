@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -128,9 +129,10 @@ def _digest(
     specs: Sequence[LayerSpec],
     folded: Mapping[str, Mapping[str, torch.Tensor]],
 ) -> str:
-    """Everything that an export is made of."""
+    """Everything that an export is made of; where the model lies is no part of it."""
     digest = hashlib.sha256(repr(specs).encode())
-    digest.update(dense.config.to_json_string(use_diff=False).encode())
+    settings = dense.config.to_dict() | {"_name_or_path": None}
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     tensors = {"dense": dense.state_dict(), **folded}
     for owner, group in sorted(tensors.items()):
         for name, tensor in sorted(group.items()):
