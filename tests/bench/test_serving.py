@@ -114,7 +114,8 @@ def test_a_run_on_the_gpu_is_called_one(work: Path, monkeypatch: pytest.MonkeyPa
     document = engine_document(provider="cuda")
     (work / "engine" / "current" / "engine.json").write_text(json.dumps(document))
 
-    def on_the_processor(path: Path, *, dense: bool = False) -> OrtSession:
+    def on_the_processor(path: Path, *, dense: bool = False, elsewhere: bool = False) -> OrtSession:
+        assert not elsewhere
         engine = read_engine(path)
         return OrtSession(engine.dense_model if dense else engine.model, threads=1)
 
