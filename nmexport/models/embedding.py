@@ -34,7 +34,8 @@ def round_embedding(model: Any) -> RemovableHandle:
 
     def rounded(_: nn.Module, __: Any, rows: torch.Tensor) -> torch.Tensor:
         values, scale = rounded_rows(rows.reshape(-1, rows.shape[-1]))
-        return (values.to(rows.dtype) * scale).reshape(rows.shape)
+        grouped = values.to(rows.dtype).reshape(*scale.shape, -1)
+        return (grouped * scale.unsqueeze(-1)).reshape(rows.shape)
 
     handle: RemovableHandle = model.get_input_embeddings().register_forward_hook(rounded)
     return handle

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def rounded_rows(model: PreTrainedModel, read: Callable[[str], torch.Tensor]) -> StoredRows:
-    """Rows of 8 bits, a scale a row.
+    """Rows of 8 bits, a scale for each group of columns.
 
     Args:
         model: The model, its parameters perhaps fake.
@@ -31,7 +31,8 @@ def rounded_rows(model: PreTrainedModel, read: Callable[[str], torch.Tensor]) ->
     name = embedding_names(model)[0]
     table = model.get_parameter(name)
     values = torch.empty(table.shape, dtype=torch.int8, device="meta")
-    scale = torch.empty(len(table), 1, dtype=table.dtype, device="meta")
+    groups = quantisation.row_groups(table.shape[1])
+    scale = torch.empty(len(table), groups, dtype=table.dtype, device="meta")
 
     def part(index: int) -> torch.Tensor:
         return quantisation.rounded_rows(read(name))[index]

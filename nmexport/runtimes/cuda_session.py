@@ -178,7 +178,7 @@ class CudaSession(Session):
         if cuda is None or model is None or weights is None:
             raise ArtifactError(
                 f"{path} has no {'dense' if dense else 'sparse'} graph for CUDA.",
-                fix="run `nmexport engine --force engine`",
+                fix="run `nmexport engine --force`",
             )
         options = session_options(
             library=engine_library(engine),

@@ -116,6 +116,8 @@ class StepGraphs:
 
     model: Path
     dense_model: Path | None
+    stored_model: Path | None = None
+    """See `Engine.stored_model`."""
     positions: int
     """Tokens of a sequence that they cover."""
 

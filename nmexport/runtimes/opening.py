@@ -51,11 +51,15 @@ def open_on_onnxruntime(engine: Path, *, dense: bool = False, elsewhere: bool = 
     from nmexport.runtimes.step_session import StepSession
 
     description = read_engine(engine)
+    if dense and description.dense_model is None:
+        raise ArtifactError(
+            f"{engine} has no dense model.", fix="build it again without --no-dense-baseline"
+        )
     provider = provider_here(description.provider) if elsewhere else description.provider
     if provider == "cuda" and description.cuda is not None:
         return CudaSession.from_engine(engine, dense=dense)
     if provider == "cpu" and description.shared_step is not None:
-        return StepSession.from_engine(engine, dense=dense)
+        return StepSession.from_engine(engine, side="dense" if dense else "sparse")
     return OrtSession.from_engine(engine, dense=dense, elsewhere=elsewhere)
 
 
@@ -70,6 +74,7 @@ def open_stored(engine: Path) -> Session:
         EnvironmentFault: if the native library that the engine needs is missing here.
     """
     from nmexport.runtimes.onnxruntime_session import OrtSession
+    from nmexport.runtimes.step_session import StepSession
 
     description = read_engine(engine)
     if description.stored_model is None:
@@ -77,6 +82,8 @@ def open_stored(engine: Path) -> Session:
             f"{engine} has no dense model in integers.",
             fix="build it again with --weights int8 and without --no-dense-baseline",
         )
+    if description.shared_step is not None:
+        return StepSession.from_engine(engine, side="stored")
     return OrtSession(
         description.stored_model,
         library=native.engine_library(description),

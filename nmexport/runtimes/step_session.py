@@ -9,7 +9,7 @@ computation.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     import onnxruntime
 
 _HOST = "cpu"
+
+Side = Literal["sparse", "dense", "stored"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -90,12 +92,13 @@ class StepSession(Session):
         self._vocabulary_size: int = outputs["logits"].shape[2]
 
     @classmethod
-    def from_engine(cls, path: Path, *, dense: bool = False) -> Self:
-        """Open the graphs for shared steps that `engine.json` names.
+    def from_engine(cls, path: Path, *, side: Side = "sparse") -> Self:
+        """Open one of the graphs for shared steps that `engine.json` names.
 
         Args:
             path: `engine.json`, or the folder that holds it.
-            dense: Open the dense baseline in place of the sparse model.
+            side: The sparse model, the dense baseline, or the dense model in the sparse one's
+                integers.
 
         Raises:
             ArtifactError: see `read_engine`, `engine_library`.
@@ -103,12 +106,18 @@ class StepSession(Session):
         """
         engine = read_engine(path)
         step, library = engine.shared_step, engine_library(engine)
-        model = None if step is None else step.dense_model if dense else step.model
-        weights = engine.dense_model if dense else engine.model
+        graphs: dict[Side, tuple[Path | None, Path | None]] = {}
+        if step is not None:
+            graphs = {
+                "sparse": (step.model, engine.model),
+                "dense": (step.dense_model, engine.dense_model),
+                "stored": (step.stored_model, engine.stored_model),
+            }
+        model, weights = graphs.get(side, (None, None))
         if step is None or model is None or weights is None or library is None:
             raise ArtifactError(
-                f"{path} has no {'dense' if dense else 'sparse'} graph for shared steps.",
-                fix="run `nmexport engine --force engine`",
+                f"{path} has no {side} graph for shared steps.",
+                fix="run `nmexport engine --force`",
             )
         config = {
             HUGE_PAGES_ENTRY: "1" if fits_huge_pages(weights.parent) else "0",

@@ -223,7 +223,9 @@ def _relocate(engine: Engine, folder: Path, cpu_model: Path | None) -> Engine:
         cpu_model=cpu_model,
         cuda=engine.cuda and replace(engine.cuda, model=folder / _CUDA_MODEL, dense_model=None),
         shared_step=engine.shared_step
-        and replace(engine.shared_step, model=folder / _STEP_MODEL, dense_model=None),
+        and replace(
+            engine.shared_step, model=folder / _STEP_MODEL, dense_model=None, stored_model=None
+        ),
         dense_model=None,
         stored_model=None,
         library=library and replace(library, file=folder / library.file.name),

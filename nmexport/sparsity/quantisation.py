@@ -17,6 +17,9 @@ VALUE_RANGES = {"int8": (-128, 127), "int4": (-8, 7), "uint4": (0, 15)}
 LEVELS = 127
 """An operand in 8 bits lies between this and its negative."""
 
+ROW_GROUP = 32
+"""Columns of an embedding's row that share a scale, where they divide its width."""
+
 
 @dataclass(frozen=True, eq=False)
 class QuantisedWeight:
@@ -79,20 +82,32 @@ def _fits(values: torch.Tensor, type_: StoredType) -> bool:
     return least <= int(values.min()) and int(values.max()) <= most
 
 
+def row_groups(width: int) -> int:
+    """Count the scales of an embedding's row, `width` columns wide.
+
+    One scale for all of a row is too coarse: a few columns are far larger than the rest, and what
+    their scale rounds away moves the masks of all layers (SmolLM2 at 8:16: perplexity 1.18 times
+    as high).
+    """
+    return width // ROW_GROUP if width % ROW_GROUP == 0 else 1
+
+
 def rounded_rows(table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round an embedding to 8 bits, a scale a row.
+    """Round an embedding to 8 bits, a scale for each group of columns of a row.
 
     Args:
         table: `[V, H]` T.
 
     Returns:
-        `[V, H]` int8, and `[V, 1]` T.
+        `[V, H]` int8, and `[V, G]` T with G of `row_groups`.
     """
+    groups = row_groups(table.shape[1])
+    grouped = table.float().reshape(len(table), groups, -1)
     # The scale that is stored is the one that counts.
-    scale = (table.float().abs().amax(dim=1, keepdim=True) / LEVELS).to(table.dtype)
+    scale = (grouped.abs().amax(dim=2) / LEVELS).to(table.dtype)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    levels = (table.float() / scale.float()).round().clamp(-LEVELS, LEVELS)
-    return levels.to(torch.int8), scale
+    levels = (grouped / scale.float().unsqueeze(2)).round().clamp(-LEVELS, LEVELS)
+    return levels.to(torch.int8).reshape(table.shape), scale
 
 
 def dequantised(

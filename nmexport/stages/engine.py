@@ -238,14 +238,16 @@ def _write_step_graphs(
         return None, NO_LIBRARY
     if inputs.recipe.model.dtype != "float32":
         return None, "a step of many sequences computes in float32"
-    written = _write_graphs(inputs, STEP_FOLDER, rewrite_for_shared_step)
+    written = _write_graphs(inputs, STEP_FOLDER, rewrite_for_shared_step, stored=True)
     if isinstance(written, str):
         return None, written
     return StepGraphs(**written), None
 
 
-def _write_graphs(inputs: StageInputs, name: str, rewrite: Callable[..., None]) -> Any:
-    """Write both models rewritten; the fields of their record, or in a line why there are none."""
+def _write_graphs(
+    inputs: StageInputs, name: str, rewrite: Callable[..., None], *, stored: bool = False
+) -> Any:
+    """Write the models rewritten; the fields of their record, or in a line why there are none."""
     import onnx_ir as ir
 
     from nmexport.graph.attention_form import NotRewritableError
@@ -254,20 +256,29 @@ def _write_graphs(inputs: StageInputs, name: str, rewrite: Callable[..., None]) 
     positions = context_length(export)
     folder = inputs.output.resolve() / name
     folder.mkdir()
-    sides = {"model.onnx": export / "model.onnx"}
-    if inputs.recipe.model.dense_baseline:
-        sides["dense.onnx"] = export / "dense" / "model.onnx"
+    written: dict[str, Path | None] = {"dense_model": None}
     try:
-        for file, path in sides.items():
+        for field, (file, path) in _sides(inputs, export, stored=stored).items():
             graph = ir.load(path)
             rewrite(graph, positions=positions)
+            written[field] = folder / file
             (folder / file).write_bytes(ir.to_proto(graph).SerializeToString())
     except NotRewritableError as error:
         shutil.rmtree(folder)
         inputs.progress.note(f"engine: the exported graph runs as it is: {error}")
         return str(error)
-    dense = folder / "dense.onnx" if inputs.recipe.model.dense_baseline else None
-    return {"model": folder / "model.onnx", "dense_model": dense, "positions": positions}
+    return {**written, "positions": positions}
+
+
+def _sides(inputs: StageInputs, export: Path, *, stored: bool) -> dict[str, tuple[str, Path]]:
+    """The models to rewrite: by field, the file to write and the exported one."""
+    sides = {"model": ("model.onnx", export / "model.onnx")}
+    if inputs.recipe.model.dense_baseline:
+        sides["dense_model"] = ("dense.onnx", export / "dense" / "model.onnx")
+    path = _stored_model(export, "cpu") if stored else None
+    if path is not None:
+        sides["stored_model"] = ("stored.onnx", path)
+    return sides
 
 
 def _library_record(output: Path, library: Path) -> LibraryRecord:

@@ -76,7 +76,8 @@ class Layers:
     dense: tuple[LayerSpec, ...] = ()
     """Linears that keep all of their input, and whose weights are stored in integers too."""
     embedding_bits: Literal[0, 8] = 0
-    """8 where the input embedding is stored in integers, with a scale a row."""
+    """8 where the input embedding is stored in integers, a scale for each group
+    of columns of a row."""
 
 
 def model_phases(layers: Iterable[LayerSpec]) -> ModelPhases:

@@ -102,15 +102,18 @@ def test_groups_that_do_not_divide_the_channels_are_refused() -> None:
         form.groups(96, name="layer")
 
 
-def test_rows_of_an_embedding_are_rounded_one_by_one() -> None:
-    table = torch.randn(9, 32, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(("width", "groups"), [(32, 1), (96, 3), (40, 1)])
+def test_rows_of_an_embedding_are_rounded_one_by_one(width: int, groups: int) -> None:
+    table = torch.randn(9, width, generator=torch.Generator().manual_seed(0))
     table[3] = 0.0
     table[4] *= 1e4
+    table[5, 0] = 1e4
     values, scale = rounded_rows(table)
-    assert (values.dtype, scale.shape) == (torch.int8, (9, 1))
-    assert bool(((values * scale - table).abs() <= scale * 0.50001).all())
+    assert (values.dtype, scale.shape) == (torch.int8, (9, groups))
+    step = scale.repeat_interleave(width // groups, dim=1)
+    assert bool(((values * step - table).abs() <= step * 0.50001).all())
     assert bool((values[3] == 0).all())
-    assert bool((values.abs().amax(dim=1)[[0, 4]] == 127).all())
+    assert bool((values.abs().reshape(9, groups, -1).amax(dim=2)[[0, 4]] == 127).all())
 
 
 def stored(

@@ -69,6 +69,7 @@ def test_the_engine_opens_each_of_them(built: WorkDirectory) -> None:
     assert stored.is_file()
     with open_stored(engine) as between, open_session(engine) as sparse:
         assert between.vocabulary_size == sparse.vocabulary_size
+        assert type(between) is type(sparse), "what is compared runs in one way"
 
 
 def test_the_package_leaves_what_only_measures_behind(built: WorkDirectory) -> None:

@@ -246,7 +246,7 @@ def test_what_float16_cannot_hold_is_refused(
 def test_refusals_come_before_the_work(tiny_llama: Path, tmp_path: Path) -> None:
     wrong_pattern = recipe_of(tiny_llama, sparsity={"pattern": "9:17"})
     with pytest.raises(PatternError, match=r"model\.layers\.0\.self_attn\.q_proj"):
-        calibrated(wrong_pattern, tmp_path / "pattern")
+        calibrate.check(inputs_of(wrong_pattern, tmp_path))
     pair = recipe_of(tiny_llama, sparsity={"mitigations": ("var", "s-var")})
     with pytest.raises(RecipeError, match="variance correction"):
         fold.key_fields(inputs_of(pair, tmp_path))

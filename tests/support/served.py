@@ -38,6 +38,7 @@ SETTINGS = {
     "slots": "4",
     "queue": "64",
     "prefill_chunk": "8",
+    "slowdown_percent": "60",
     "default_max_tokens": "16",
     "context_tokens": "auto",
     "cache_bytes": "auto",
