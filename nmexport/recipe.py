@@ -309,7 +309,7 @@ class ServingSection(_Strict):
     """Requests that may wait for a slot, half of them in Triton's own queue; more get HTTP 503."""
     prefill_chunk: int | None = Field(default=None, ge=2)
     """Tokens of prompts in one step at most; None is 256 where requests share steps, else 64."""
-    slowdown_percent: int = Field(default=60, ge=0)
+    slowdown_percent: int = Field(default=80, ge=0)
     """By how much prompts may lengthen a step that running requests wait for."""
     max_tokens: int = Field(default=256, ge=1)
     """For requests that do not say."""

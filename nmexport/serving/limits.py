@@ -27,7 +27,7 @@ class Limits:
     """Requests that may wait for a slot."""
     prefill_chunk: int = 64
     """Tokens of prompts in one step at most."""
-    slowdown_percent: int = 60
+    slowdown_percent: int = 80
     """By how much prompts may lengthen a step that running requests wait for."""
 
     def __post_init__(self) -> None:

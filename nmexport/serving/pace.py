@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 _LEAST = 4
-"""Tokens of prompts that a step always has room for: new requests get on, whatever is measured."""
+"""Tokens of prompts that a measured step has room for: new requests get on, however slow it is."""
 _WEIGHT = 0.3
 """Of the newest measurement in the running mean."""
 
@@ -20,28 +20,31 @@ class Pace:
         """
         self._most = most
         self._slowdown = slowdown_percent / 100
-        self._step_s: float | None = None
-        """Seconds of a step without prompts."""
+        self._steps_s: dict[int, float] = {}
+        """Seconds of a step without prompts, by how many requests it carries."""
         self._token_s: float | None = None
         """Seconds that one token of a prompt adds."""
 
     def budget(self, *, decoding: int) -> int:
         """Tokens of prompts that the next step may carry beside so many requests' next tokens."""
-        least = min(_LEAST, self._most)
         if not decoding:
             return self._most
-        if self._step_s is None or not self._token_s:
+        if decoding not in self._steps_s:
+            return 0  # one step without prompts shows what so many requests take
+        least = min(_LEAST, self._most)
+        if not self._token_s:
             return least
-        return max(least, min(self._most, int(self._slowdown * self._step_s / self._token_s)))
+        room = int(self._slowdown * self._steps_s[decoding] / self._token_s)
+        return max(least, min(self._most, room))
 
     def observe(self, seconds: float, *, decoding: int, prompt_tokens: int) -> None:
         """Learn from a step that was run."""
         if not prompt_tokens:
-            self._step_s = _mean(self._step_s, seconds)
+            self._steps_s[decoding] = _mean(self._steps_s.get(decoding), seconds)
         elif not decoding:
             self._token_s = _mean(self._token_s, seconds / prompt_tokens)
-        elif self._step_s is not None:
-            more = max(seconds - self._step_s, 0.0)
+        elif decoding in self._steps_s:
+            more = max(seconds - self._steps_s[decoding], 0.0)
             self._token_s = _mean(self._token_s, more / prompt_tokens)
 
 

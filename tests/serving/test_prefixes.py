@@ -105,13 +105,25 @@ def test_prompts_fill_steps_that_nobody_waits_for() -> None:
 
 def test_a_step_is_lengthened_by_its_share_at_most() -> None:
     pace = Pace(most=256, slowdown_percent=50)
-    assert pace.budget(decoding=1) == 4
+    assert pace.budget(decoding=4) == 0, "it is measured first"
     pace.observe(0.100, decoding=4, prompt_tokens=0)
     pace.observe(0.200, decoding=4, prompt_tokens=100)
     assert pace.budget(decoding=4) == 50
     for _ in range(50):
         pace.observe(0.400, decoding=8, prompt_tokens=0)
     assert pace.budget(decoding=8) == pytest.approx(200, abs=1)
+
+
+def test_what_more_requests_cost_does_not_count_for_a_prompt() -> None:
+    """Prompts that never end leave no step without them but the first of each count."""
+    pace = Pace(most=256, slowdown_percent=80)
+    pace.observe(0.064, decoding=0, prompt_tokens=64)
+    for decoding in range(1, 9):
+        step = 0.010 + 0.001 * decoding
+        for _ in range(20):
+            prompts = pace.budget(decoding=decoding)
+            pace.observe(step + 0.001 * prompts, decoding=decoding, prompt_tokens=prompts)
+        assert pace.budget(decoding=decoding) == pytest.approx(800 * step, abs=1)
 
 
 @pytest.mark.parametrize(("most", "room"), [(256, 4), (2, 2)])
