@@ -224,12 +224,13 @@ def test_a_long_prompt_comes_in_chunks_between_the_others_tokens() -> None:
     one = scheduler(session)
     running = submit(one, [0], max_tokens=8)
     one.step()
+    one.step()
     session.calls.clear()
     submit(one, list(range(8)) + [0] * 3, max_tokens=1)
     for _ in range(3):
         one.step()
-    assert session.calls == [[1], [0, 1, 2, 3], [2], [4, 5, 6, 7], [3], [0, 0, 0]]
-    assert running.all_text == "bcde"
+    assert session.calls == [[2], [0, 1, 2, 3], [3], [4, 5, 6, 7], [4], [0, 0, 0]]
+    assert running.all_text == "bcdef"
 
 
 def test_oldest_first_and_none_overtakes() -> None:

@@ -38,7 +38,7 @@ SETTINGS = {
     "slots": "4",
     "queue": "64",
     "prefill_chunk": "8",
-    "slowdown_percent": "60",
+    "slowdown_percent": "80",
     "default_max_tokens": "16",
     "context_tokens": "auto",
     "cache_bytes": "auto",
