@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
@@ -20,9 +20,6 @@ from tests.support.plugin_build import (
     configure,
     run_tool,
 )
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 COMPILERS = (
     "g++",
@@ -48,6 +45,9 @@ def test_the_native_code_builds_without_a_warning(name: str, tmp_path: Path) -> 
     compiler = shutil.which(name)
     if compiler is None:
         pytest.skip(f"no {name}")
+    others = [other for other in COMPILERS if other.startswith(f"{name}-") and shutil.which(other)]
+    if any(Path(compiler).samefile(shutil.which(other) or "") for other in others):
+        pytest.skip("it has its turn by its version")
     script = build_script()
     chosen = f"-DCMAKE_CXX_COMPILER={compiler}"
     headers = ort_headers()
