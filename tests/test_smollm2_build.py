@@ -238,7 +238,7 @@ def test_padding_moves_logits(work: Path) -> None:
 
         def differences(prompts: list[np.ndarray]) -> list[float]:
             alone = [session.prefill(prompt[None])[0, -1] for prompt in prompts]
-            together = session.prefill(*padded(prompts))[:, -1]
+            together = session.extend(None, *padded(prompts))[0][:, -1]
             return np.abs(together - np.stack(alone)).max(axis=1).tolist()
 
         def prompts(*lengths: int) -> list[np.ndarray]:
