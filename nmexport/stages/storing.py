@@ -27,7 +27,9 @@ def imported(inputs: StageInputs) -> ImportedWeights | None:
     """Weights that came quantised; None where they are floats, or are to be rounded anew."""
     from nmexport.models.imported import imported_weights
 
-    return imported_weights(inputs.source) if inputs.recipe.model.weights == "float" else None
+    # A GPU's kernels take floats alone so far: what came in integers is dequantised for them.
+    keeps = inputs.recipe.model.weights == "float" and not _is_for_gpu(inputs)
+    return imported_weights(inputs.source) if keeps else None
 
 
 def around_integers(inputs: StageInputs, imported: ImportedWeights) -> StageInputs:
@@ -103,8 +105,11 @@ def rounds_activations(inputs: StageInputs) -> bool:
     recipe = inputs.recipe
     if recipe.model.activations != "auto":
         return recipe.model.activations == "int8"
-    on_gpu = recipe.target.startswith("tensorrt") or bool(inputs.environment.gpus)
-    return not on_gpu
+    return not _is_for_gpu(inputs)
+
+
+def _is_for_gpu(inputs: StageInputs) -> bool:
+    return inputs.recipe.target.startswith("tensorrt") or bool(inputs.environment.gpus)
 
 
 def write_linears(inputs: StageInputs, dense: DenseModel, constants: SparseConstants) -> Layers:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +25,7 @@ from nmexport.recipe import (
     SparsitySection,
 )
 from nmexport.runtimes import native
-from nmexport.stages import fold
+from nmexport.stages import fold, storing
 from nmexport.store.work_directory import WorkDirectory
 from nmexport.verification.reference import open_folded
 
@@ -179,3 +181,15 @@ def test_a_remainder_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="r-sparse takes a part out of the weights"):
         build(model, tmp_path / "work", last="fold", mitigations=("r-sparse",))
     assert not (tmp_path / "work" / "fold" / "current").exists()
+
+
+@pytest.mark.parametrize(("target", "keeps"), [("onnxruntime", True), ("tensorrt", False)])
+def test_a_gpu_gets_floats(tiny_llama: Path, tmp_path: Path, target: str, keeps: bool) -> None:
+    """Its kernels take nothing else so far."""
+    section = ModelSection(id=str(SAVED["awq"](tiny_llama, tmp_path / "model")))
+    inputs = SimpleNamespace(
+        recipe=Recipe(model=section, target=target),
+        source=resolve(section),
+        environment=replace(probe(), gpus=()),
+    )
+    assert (storing.imported(inputs) is not None) is keeps
