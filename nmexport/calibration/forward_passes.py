@@ -107,7 +107,7 @@ class DenseRun:
     constants: Mapping[str, Constants]
     """Their constants of the first pass, by name."""
     behaviours: Mapping[str, Behaviour]
-    """What they will compute, by name."""
+    """The behaviour of each sparse linear, by name."""
     samples: torch.Tensor
     """`[samples, length]` int64 token ids."""
     progress: Progress

@@ -38,10 +38,10 @@ _MOMENT_SAMPLES = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Keeping:
-    """What is written of linears with weights in integers, and what they are multiplied with."""
+    """Choices for weights in integers: the activations they meet, the type, the dense copies."""
 
     rounds_activations: bool
-    """What meets weights of integers is rounded to 8 bits."""
+    """Round activations to 8 bits where the weights are integers."""
     dtype: torch.dtype
     """T, of everything that is not a stored weight."""
     keeps_dense: bool
@@ -111,7 +111,7 @@ class Stored(NamedTuple):
     is_sparse: bool
     tensors: Mapping[str, torch.Tensor]
     as_dense: Mapping[str, torch.Tensor] | None
-    """Of a sparse one: as a dense linear, stored alike."""
+    """For a sparse linear, the tensors of its dense form in the same integers."""
 
 
 def stored_linears(
@@ -172,9 +172,9 @@ class Moments(NamedTuple):
     """Second moments `[K, K]` of one site; None is not known, or not needed."""
 
     sparse: torch.Tensor | None = None
-    """Of what its linears keep, in gathered order."""
+    """Second moments of the kept inputs, in gathered order."""
     dense: torch.Tensor | None = None
-    """Of the whole input."""
+    """Second moments of the whole input."""
 
 
 _KINDS = Moments._fields
@@ -220,7 +220,7 @@ def _store(
 
 
 ALL_KEPT = Behaviour(pattern=NMPattern(GROUP, GROUP))
-"""Of a linear that stays dense."""
+"""The behaviour of a linear that stays dense."""
 
 
 def dense_spec(name: str, linear: nn.Linear) -> LayerSpec:
@@ -252,7 +252,7 @@ def _whole(x: torch.Tensor) -> torch.Tensor:
 
 
 def _kept(constants: SparseConstants, name: str, channels: int) -> Operand:
-    """What one linear keeps of an input, in gathered order, with its variance correction."""
+    """Make the function from an input to what one linear keeps of it, variance corrected."""
     derived, learned = constants.derived[name], constants.learned
     corrections = NOTHING_LEARNED if learned is None else learned.corrections[name]
     selecting = selection(derived.constants, corrections)

@@ -30,7 +30,7 @@ MOMENT_BYTES = 2 << 30
 
 @dataclass(frozen=True)
 class Watched:
-    """What to gather at one linear's input."""
+    """Which second moments to collect at one linear's input."""
 
     linear: str
     """Name of a linear that reads the input."""

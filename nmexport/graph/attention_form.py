@@ -1,4 +1,4 @@
-"""What an exported attention node computes, read off the graph: heads, window, rotary, sources."""
+"""Reads an exported attention node off the graph: heads, window, rotary, sources."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class NotRewritableError(Exception):
 
 @dataclass(frozen=True)
 class AttentionForm:
-    """What an `Attention` node over a cache computes, and from what."""
+    """An `Attention` node over a cache: its settings and the values it reads."""
 
     node: ir.Node
     heads: int
