@@ -11,7 +11,6 @@ takes the streams through it again and goes on to the same result, bit for bit o
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,18 +22,18 @@ from nmexport.calibration.learning_chunks import SEED_STRIDE, batch_of, split_ch
 from nmexport.calibration.products import fast_dtype
 from nmexport.calibration.students import Optimiser, Students, spreads_of
 from nmexport.errors import ModelError
+from nmexport.models.backward import frozen
 from nmexport.models.swap import swapped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from torch import nn
-
     from nmexport.calibration.checkpoint import Checkpoint
     from nmexport.calibration.effort import LearningSettings
     from nmexport.calibration.learning_chunks import Chunks
     from nmexport.calibration.students import Targets
-    from nmexport.models.blocks import Block, DecoderBlocks, HiddenStates
+    from nmexport.models.blocks import Block, DecoderBlocks
+    from nmexport.models.hidden_states import HiddenStates
     from nmexport.progress import Progress
     from nmexport.sparsity.fold import Corrections
 
@@ -160,7 +159,7 @@ class _Run:
         done = 0
         for block in self._blocks.blocks(self._streams.calls):
             targets = self._targets.within(block.name)
-            with _frozen(block.layer):
+            with frozen(block.layer):
                 yield from self._block_steps(
                     block, targets, done, progress, checkpoint_of(block.index)
                 )
@@ -322,16 +321,3 @@ def _divergence(student: torch.Tensor, teacher: torch.Tensor) -> float:
         target, found = wanted.float().log_softmax(-1), rows.float().log_softmax(-1)
         total += float((target.exp() * (target - found)).sum())
     return total / len(teacher)
-
-
-@contextlib.contextmanager
-def _frozen(layer: nn.Module) -> Iterator[None]:
-    """The layer's own parameters need no gradients while this lasts."""
-    needed = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-    for parameter in needed:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in needed:
-            parameter.requires_grad_(True)

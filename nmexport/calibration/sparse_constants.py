@@ -215,20 +215,21 @@ def _learn(
     unlearned: torch.Tensor | None,
     checkpoint: str,
 ) -> Learned:
-    """Learn corrections of all linears together."""
+    """Learn corrections of all linears, together or block by block."""
     settings, kept = learning.settings, learning.checkpoints
     corpus = torch.cat([dense.kinds["corpus"], dense.kinds["further"]])
     own = dense.kinds["written"]
     if unlearned is not None:
         corpus, own = without(corpus, unlearned), without(own, unlearned)
-    own = with_more_written(
-        corpus,
-        own,
-        learning.write,
-        settings=settings,
-        seed=text_seed(dense.seed, "learning"),
-        checkpoint=kept.named("text"),
-    )
+    if dense.layerwise is None:
+        own = with_more_written(
+            corpus,
+            own,
+            learning.write,
+            settings=settings,
+            seed=text_seed(dense.seed, "learning"),
+            checkpoint=kept.named("text"),
+        )
     targets = Targets(
         linears={name: dense.linears[name] for name in derived},
         constants={name: linear.constants for name, linear in derived.items()},

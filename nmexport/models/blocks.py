@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from nmexport.errors import ModelError, NmexportError
+from nmexport.models.hidden_states import HiddenStates
 from nmexport.models.last_logits import last_logits
 from nmexport.models.swap import swapped
-from nmexport.store.scratch import scratch_array
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 WHOLE = "use --offload never on a machine with more memory, or place the model on a GPU"
 
 
-_Call: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
+Call: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
 """What a layer is given beside its hidden states."""
 
 
@@ -58,44 +58,6 @@ class _Resident:
         return contextlib.nullcontext()
 
 
-class HiddenStates:
-    """Hidden states of all samples in a file of their own, `[samples, 1, length, width]`."""
-
-    def __init__(self, samples: torch.Tensor, width: int, folder: Path | None) -> None:
-        """Make room for them.
-
-        Args:
-            samples: `[samples, length]`
-            width: Elements of one hidden state.
-            folder: On a disk with room; None is the system's.
-
-        Raises:
-            OSError: if the disk has no room.
-        """
-        count, length = samples.shape
-        self._states = torch.from_numpy(scratch_array((count, 1, length, width), folder))
-
-    def __len__(self) -> int:
-        """Return the number of samples."""
-        return len(self._states)
-
-    def __getitem__(self, number: int) -> torch.Tensor:
-        """A copy of one sample's: `[1, length, width]` float32."""
-        return self._states[number].clone()
-
-    def __setitem__(self, number: int, hidden: torch.Tensor) -> None:
-        """Keep one sample's."""
-        self._states[number].copy_(hidden)
-
-    def batch(self, rows: torch.Tensor) -> torch.Tensor:
-        """A copy of several samples' `[B]`: `[B, length, width]` float32."""
-        return self._states[rows].flatten(0, 1)
-
-    def put(self, rows: torch.Tensor, hidden: torch.Tensor) -> None:
-        """Keep several samples' `[B, length, width]`."""
-        self._states[rows] = hidden.unsqueeze(1).to(self._states)
-
-
 @dataclass(frozen=True)
 class Block:
     """One decoder layer with its weights in memory."""
@@ -104,7 +66,7 @@ class Block:
     name: str
     """Of the layer in the model."""
     layer: nn.Module
-    _call: _Call
+    _call: Call
     _explained: Callable[[], contextlib.AbstractContextManager[None]]
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -161,7 +123,7 @@ class DecoderBlocks:
         """
         return HiddenStates(samples, self._width, self._folder)
 
-    def blocks(self, calls: Sequence[_Call]) -> Iterator[Block]:
+    def blocks(self, calls: Sequence[Call]) -> Iterator[Block]:
         """Each layer in turn, with its weights in memory until the next one is asked for.
 
         Args:
@@ -170,9 +132,16 @@ class DecoderBlocks:
         Raises:
             ModelError: if a weight cannot be read.
         """
-        for index, (name, layer) in enumerate(zip(self.names(), self._layers, strict=True)):
-            with self._weights.loaded(name, layer):
-                yield Block(index, name, layer, calls[index], self._explained)
+        for index in range(len(self)):
+            with self.block(index, calls[index]) as block:
+                yield block
+
+    @contextlib.contextmanager
+    def block(self, index: int, call: Call) -> Iterator[Block]:
+        """One layer with its weights in memory, while this lasts; see `blocks`."""
+        name, layer = f"{self._backbone_name}.{index}", self._layers[index]
+        with self._weights.loaded(name, layer):
+            yield Block(index, name, layer, call, self._explained)
 
     def run(
         self,
@@ -219,7 +188,7 @@ class DecoderBlocks:
         width: int = self.model.config.get_text_config().hidden_size
         return width
 
-    def embed(self, samples: torch.Tensor, states: HiddenStates) -> list[_Call]:
+    def embed(self, samples: torch.Tensor, states: HiddenStates) -> list[Call]:
         """Keep what the first layer is given; return how each layer is called.
 
         Args:
@@ -229,7 +198,7 @@ class DecoderBlocks:
         Raises:
             ModelError: if the layers of this architecture are not called as a list of layers is.
         """
-        calls: list[_Call] = []
+        calls: list[Call] = []
         last = len(self._layers) - 1
 
         def stub(index: int, hidden: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
@@ -256,7 +225,7 @@ class DecoderBlocks:
             raise self._not_a_list(f"{len(calls)} of {len(self._layers)} were called")
         return calls
 
-    def _note_call(self, calls: list[_Call], index: int, call: _Call) -> None:
+    def _note_call(self, calls: list[Call], index: int, call: Call) -> None:
         """Remember how a layer is called for the first sample, and hold others against it."""
         if len(calls) <= index:
             calls.append(call)
@@ -302,7 +271,20 @@ class DecoderBlocks:
         Raises:
             ModelError: as `embed`.
         """
-        options = last_logits(self.model, logits_kept, states[0].shape[1])
+        chosen = range(len(states)) if rows is None else rows
+        for number, _, logits in self.logits(states, chosen, kept=logits_kept):
+            after()
+            if use_logits is not None:
+                use_logits(number, logits)
+
+    def logits(
+        self, states: HiddenStates, rows: Iterable[int], *, kept: int
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Each sample, its final hidden states `[1, L, H]` and its logits `[kept, V]`.
+
+        Where gradients are enabled, the hidden states are a leaf that takes one.
+        """
+        options = last_logits(self.model, kept, states[0].shape[1])
         options["use_cache"] = False
 
         def stub(index: int, hidden: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
@@ -315,14 +297,12 @@ class DecoderBlocks:
                     continue
                 stack.enter_context(self._weights.loaded(name, module))
             stack.enter_context(self._stub_attention(stub))
-            for number in range(len(states)) if rows is None else rows:
+            for number in rows:
                 # Whatever is embedded here, the first layer returns the final hidden states.
-                final = states[number].to(self.device)
+                final = states[number].to(self.device).requires_grad_(torch.is_grad_enabled())
                 with self._explained():
                     logits = self.model(inputs_embeds=final, **options).logits[0]
-                after()
-                if use_logits is not None:
-                    use_logits(number, logits)
+                yield number, final, logits
 
     def _outside_layers(self) -> Iterator[tuple[str, nn.Module]]:
         """Modules outside of the decoder layers whose weights are to be read."""

@@ -376,7 +376,7 @@ def test_hidden_states_wait_where_the_stage_writes_and_leave_nothing(
         assert list(folder.iterdir()) == []  # a file without a name
         return array
 
-    monkeypatch.setattr("nmexport.models.blocks.scratch_array", seen)
+    monkeypatch.setattr("nmexport.models.hidden_states.scratch_array", seen)
     calibrated(tiny_llama, tmp_path / "w", corpus=str(text), offload="layerwise")
     assert {folder.parent for folder in used} == {tmp_path / "w" / "calibrate"}
 
