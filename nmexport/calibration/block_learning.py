@@ -112,9 +112,9 @@ class _Streams:
                 self.unlearned.put(row[None] - len(learned), self.dense.batch(row[None]))
 
     @property
-    def rows(self) -> torch.Tensor:
-        """All chunks."""
-        return torch.cat([self.learned, self.held_out])
+    def count(self) -> int:
+        """How many chunks there are."""
+        return len(self.learned) + len(self.held_out)
 
 
 class _Run:
@@ -262,16 +262,16 @@ class _Run:
 
     def _move_unlearned(self, block: Block) -> None:
         if self._streams.unlearned is not None:
-            _move(block, self._streams.unlearned, torch.arange(len(self._streams.held_out)))
+            self._move(block, self._streams.unlearned, len(self._streams.held_out))
 
     def _move_dense(self, block: Block, students: Students) -> None:
         with students.dense():
-            _move(block, self._streams.dense, self._streams.rows)
+            self._move(block, self._streams.dense, self._streams.count)
 
     def _move_sparse(self, block: Block) -> float | None:
         """Move the sparse stream; return its error on held-out chunks."""
         streams = self._streams
-        _move(block, streams.sparse, streams.rows)
+        self._move(block, streams.sparse, streams.count)
         if not len(streams.held_out):
             return None
         errors = [
@@ -279,6 +279,13 @@ class _Run:
             for row in streams.held_out
         ]
         return float(torch.cat(errors).sqrt().mean())
+
+    def _move(self, block: Block, states: HiddenStates, count: int) -> None:
+        """Take the first chunks of a stream through a block."""
+        with torch.no_grad():
+            for rows in torch.split(torch.arange(count), self._settings.batch):
+                inputs = states.batch(rows).to(self._blocks.device)
+                states.put(rows, block(inputs).cpu())
 
     def _divergences(self) -> tuple[float, float]:
         """KL from the dense model on held-out chunks: without what was learned, and with it."""
@@ -302,14 +309,6 @@ class _Run:
                 states, rows=rows.tolist(), use_logits=lambda _, logits: kept.append(logits.cpu())
             )
         return kept[0]
-
-
-def _move(block: Block, states: HiddenStates, rows: torch.Tensor) -> None:
-    """Take chunks through a block, one after another."""
-    device = next(block.layer.parameters()).device
-    with torch.no_grad():
-        for row in rows:
-            states.put(row[None], block(states.batch(row[None]).to(device)).cpu())
 
 
 def _divergence(student: torch.Tensor, teacher: torch.Tensor) -> float:

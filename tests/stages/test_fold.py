@@ -361,7 +361,7 @@ def test_nothing_is_learned_from_what_measures_it(
         pass
 
     def watch(*given: Any, **_: Any) -> None:
-        raise Seen(given[4])
+        raise Seen(given[2])
 
     monkeypatch.setattr(sparse_constants, "learn", watch)
     with pytest.raises(Seen) as caught:
