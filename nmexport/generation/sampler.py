@@ -92,7 +92,7 @@ class Sampler:
         self, logits: NDArray[np.float32]
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Token ids that may be drawn, likeliest first, and their probabilities."""
-        order = _likeliest(logits, self._top_k)
+        order = likeliest_tokens(logits, self._top_k)
         scaled = logits[order].astype(np.float64) / self._temperature
         probabilities = np.exp(scaled - scaled[0])
         probabilities /= probabilities.sum()
@@ -102,7 +102,7 @@ class Sampler:
         return order[: kept.size], kept / kept.sum()
 
 
-def _likeliest(logits: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+def likeliest_tokens(logits: NDArray[np.float32], count: int) -> NDArray[np.int64]:
     """Ids of the `count` largest logits (0: of all), largest first, equals by lower id."""
     if not 0 < count < logits.size:
         return _descending(logits)
