@@ -17,37 +17,19 @@ from nmexport.generation.loop import generate
 from nmexport.generation.tokenizer import Tokenizer
 from nmexport.runtimes.opening import open_on_onnxruntime
 from nmexport.serving import metrics as names
-from nmexport.serving.metrics import NoMetrics
 from nmexport.serving.openai import opening
 from nmexport.serving.openai.front import Front
-from nmexport.serving.service import TextService
 from scipy.special import log_softmax
 
-from tests.support.served import NAME, SETTINGS, save_work
+from tests.support.served import NAME, save_work
+from tests.support.served_openai import CONTEXT, LONG, PROMPT, Counts, connect, served
 from tests.support.triton_clients import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-PROMPT = "The quick brown"
 MESSAGES: Any = [{"role": "user", "content": "fox"}]
-CONTEXT = 4096
-LONG = CONTEXT - 100
-"""Tokens of a text that takes seconds."""
-
-
-class Counts(NoMetrics):
-    """Counts what is added up."""
-
-    def __init__(self) -> None:
-        self.total: dict[str, float] = {}
-
-    def add(self, name: str, amount: float = 1.0) -> None:
-        self.total[name] = self.total.get(name, 0) + amount
-
-    def of(self, name: str) -> float:
-        return self.total.get(name, 0)
 
 
 @pytest.fixture(scope="module")
@@ -55,22 +37,6 @@ def work(tiny_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("openai")
     save_work(tiny_export, root, context=CONTEXT)
     return root
-
-
-@contextlib.contextmanager
-def served(work: Path, counts: Counts, **settings: str) -> Iterator[tuple[TextService, Front]]:
-    (bundle,) = (work / "package" / "current").glob("model_repository/*/1")
-    with (
-        TextService.open(bundle, {**SETTINGS, **settings}, metrics=counts) as service,
-        Front(service, counts, host="127.0.0.1", port=0) as front,
-    ):
-        yield service, front
-
-
-def connect(front: Front, **options: Any) -> openai.OpenAI:
-    return openai.OpenAI(
-        base_url=f"http://127.0.0.1:{front.port}/v1", api_key="any", max_retries=0, **options
-    )
 
 
 @pytest.fixture(scope="module")
