@@ -18,7 +18,6 @@ from nmexport.generation.tokenizer import Tokenizer
 from nmexport.runtimes.opening import open_on_onnxruntime
 from nmexport.serving import metrics as names
 from nmexport.serving.openai import opening
-from nmexport.serving.openai.front import Front
 from scipy.special import log_softmax
 
 from tests.support.served import NAME, save_work
@@ -28,6 +27,8 @@ from tests.support.triton_clients import wait_for
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from nmexport.serving.openai.front import Front
 
 MESSAGES: Any = [{"role": "user", "content": "fox"}]
 
