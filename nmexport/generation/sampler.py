@@ -2,8 +2,8 @@
 
 Neither transformers' logits processors nor onnxruntime-genai's search is used. The first compute
 on torch tensors, which would put torch into the server's loop and image. The second owns model,
-cache and loop in one object: it takes no custom-op library per session, and its draws depend on a
-generator that a batch shares. One request has one generator here, so its text is the same
+cache and loop in one object, whose batches change a request's tokens
+(`tests/serving/test_genai_engine.py`). One request has one generator here, so its text is the same
 whatever else runs in the batch.
 """
 
