@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import nn
 
+from nmexport.environment import return_freed_memory
 from nmexport.errors import ModelError, NmexportError
 from nmexport.models.last_logits import last_logits
 from nmexport.models.skeleton import skeleton
@@ -279,6 +280,7 @@ class _Weights:
         finally:
             for own in names:
                 set_module_tensor_to_device(module, own, "meta")
+            return_freed_memory()
 
 
 class _Spool:
