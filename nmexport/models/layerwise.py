@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from nmexport.environment import return_freed_memory
 from nmexport.errors import ModelError
 from nmexport.models.blocks import WHOLE, DecoderBlocks
 from nmexport.models.skeleton import skeleton
@@ -91,3 +92,4 @@ class _Weights:
         finally:
             for own in names:
                 set_module_tensor_to_device(module, own, "meta")
+            return_freed_memory()
