@@ -185,6 +185,8 @@ class CostSection(_Strict):
 
     gigabytes_per_second: float = Field(default=35.0, gt=0)
     """At which a decoded token's weights are read."""
+    integer_gigabytes_per_second: float = Field(default=18.0, gt=0)
+    """The same where weights are integers: products of one token keep no pace with memory then."""
     dense_overhead_us: float = Field(default=3.0, ge=0)
     """Fixed time of a dense product; linears that share an input are one product."""
     sparse_overhead_us: float = Field(default=12.0, ge=0)

@@ -19,6 +19,7 @@ from nmexport.stages import calibrate
 from nmexport.stages.fitting import check_fit
 from nmexport.stages.storing import (
     around_integers,
+    dense_in_integers,
     folded_linear,
     imported,
     rounds_activations,
@@ -298,6 +299,7 @@ def _prepared(inputs: StageInputs, dense: DenseModel) -> Prepared:
         constants_for=constants_for,
         element_bytes=getattr(torch, recipe.model.dtype).itemsize,
         weights=recipe.model.weights,
+        integers=dense_in_integers(inputs, dense),
         progress=inputs.progress,
     )
     return prepare(problem, Checkpoints(inputs.resume).named("allocation"))
