@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 SCHEMA = 1
+_PATTERN = "sparsity.pattern"
+_BUDGET = "allocation.budget"
 
 
 def _capability_from(value: object) -> object:
@@ -214,7 +216,9 @@ class AllocationSection(_Strict):
     """Hold a budget of accuracy by the model as built, learned constants and all, rather than
     before anything is learned: chooses and learns up to three times."""
     windows: int = Field(default=4, ge=1)
-    """Calibration windows that each trial runs on."""
+    """Calibration windows that each trial of a site runs on."""
+    held_out: int | None = Field(default=None, ge=1)
+    """Other windows, that joint models run on; None is as many."""
     length: int = Field(default=256, ge=8)
     """Tokens of such a window."""
     front: tuple[Share, ...] = (0.10, 0.15, 0.20, 0.25, 0.30, 0.35, 0.40, 0.45, 0.50)
@@ -247,6 +251,12 @@ class EvaluationSection(_Strict):
     """Tokens a window; windows do not overlap and are scored from their second token."""
     prompts: int = Field(default=8, ge=1)
     generate_tokens: int = Field(default=64, ge=1)
+    examples: tuple[str, ...] = (
+        "The capital of France is",
+        "Water boils when",
+        "Once upon a time, a little robot",
+    )
+    """Prompts whose continuations the report shows side by side."""
     decode_only: bool = True
     """Score decode-only sparsity next to sparsity in all phases."""
     tasks: tuple[str, ...] = ()
@@ -346,6 +356,9 @@ def resolve(
 ) -> Recipe:
     """Put a recipe together: a file or a model's own recipe, then single keys on top.
 
+    A pattern on top is for all linears: it takes the place of the recipe's budget, if that is not
+    given on top too.
+
     Args:
         model: Recipe name, Hub id, local folder, or `.gguf` file. With a file, it replaces
             the file's model.
@@ -360,10 +373,19 @@ def resolve(
     """
     document, source = _base(model, file)
     values = dict(overrides or {})
+    if _PATTERN in values and not any(key.startswith(_BUDGET) for key in values):
+        _drop_budget(document.value)
     for dotted, value in values.items():
         _put(document.value, dotted.split("."), value)
     names = {dotted: (spelled or {}).get(dotted, dotted) for dotted in values}
     return _validate(document, source, names)
+
+
+def _drop_budget(document: dict[str, Any]) -> None:
+    """Take the budget away, where there is one."""
+    section = document.get("allocation")
+    if isinstance(section, dict):
+        section.pop("budget", None)
 
 
 def load(path: Path) -> Recipe:

@@ -83,7 +83,8 @@ class Problem:
     @cached_property
     def held_out(self) -> torch.Tensor:
         """`[W, L]` token ids on which joint models are run."""
-        return spread_windows(self.samples, self.section.windows, self.section.length, part=1)
+        count = self.section.held_out or self.section.windows
+        return spread_windows(self.samples, count, self.section.length, part=1)
 
     @property
     def prompt(self) -> int:

@@ -88,10 +88,23 @@ def _start_gradients(module: nn.Module, arguments: object, output: torch.Tensor)
     return output.detach().requires_grad_(torch.is_grad_enabled())
 
 
+def _draw(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Draw a token for each row of `[T, V]`: `[T, 1]`.
+
+    By the inverse of the distribution function: `torch.multinomial` draws a number for every token
+    of the vocabulary, which takes half as long as the model.
+    """
+    cumulative = probabilities.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    drawn = total * torch.rand(len(cumulative), 1, generator=generator)
+    below = torch.nextafter(total, torch.zeros_like(total))  # the product may round to total
+    return torch.searchsorted(cumulative, torch.minimum(drawn, below), right=True)
+
+
 def _backward(model: Any, sample: torch.Tensor, generator: torch.Generator) -> None:
     device = next(model.parameters()).device
     logits = model(input_ids=sample.to(device).unsqueeze(0), use_cache=False).logits[0].float()
-    drawn = torch.multinomial(logits.detach().softmax(dim=-1).cpu(), 1, generator=generator)
+    drawn = _draw(logits.detach().softmax(dim=-1).cpu(), generator)
     torch.nn.functional.cross_entropy(
         logits, drawn.squeeze(1).to(device), reduction="sum"
     ).backward()  # type: ignore[no-untyped-call]

@@ -6,6 +6,7 @@ and are corrected by what is learned (`calibration`), and become tensors (`spars
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -30,8 +31,9 @@ from nmexport.store.folded import FoldedModel, write_learning
 from nmexport.store.layers import SCHEMA, write_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
+    import torch
     from torch import nn
 
     from nmexport.allocation.allocate import Prepared
@@ -256,7 +258,10 @@ def _within_budget(
             checkpoint="learning" if attempt == 0 else f"learning-{attempt}",
         )
         behaviours = {name: linear.behaviour for name, linear in constants.derived.items()}
+        folded: Callable[[str], dict[str, torch.Tensor]]
         folded = partial(folded_linear, inputs, dense, constants)
+        if inputs.recipe.model.weights != "float":  # rounding takes longer than a product with it
+            folded = functools.cache(folded)
         measured = prepared.as_built(allocation, behaviours, folded)
         inputs.progress.note(measured.summary())
         if measured.remark is not None:
