@@ -223,6 +223,8 @@ class AllocationSection(_Strict):
     """Tokens of such a window."""
     front: tuple[Share, ...] = (0.10, 0.15, 0.20, 0.25, 0.30, 0.35, 0.40, 0.45, 0.50)
     """Shares of bytes saved that the report's Pareto front shows."""
+    compare_mitigations: bool = True
+    """Measure the error of each linear with each mitigation, for the report's ledger."""
     cost: CostSection = CostSection()
 
 

@@ -41,7 +41,7 @@ def rows(problem: Problem, study: Study, pick: Pick, *, price: float | None) -> 
         pick: What each site became.
         price: Nats that the last byte saved costs.
     """
-    mitigations = mitigation_errors(problem, pick)
+    mitigations = mitigation_errors(problem, pick) if problem.section.compare_mitigations else {}
     return [
         LedgerRow(
             name=name,
@@ -50,7 +50,7 @@ def rows(problem: Problem, study: Study, pick: Pick, *, price: float | None) -> 
             choice=choice,
             why=_why(study, site, choice, price),
             candidates=tuple(_candidates(study, site, name)),
-            mitigation_errors=mitigations[name],
+            mitigation_errors=mitigations.get(name, {}),
             mitigation_pattern=choice.pattern or problem.method.pattern,
         )
         for site, choice in pick.items()
