@@ -37,6 +37,7 @@ from nmexport.choices import (
     Offload,
     Phase,
     Target,
+    Trials,
 )
 from nmexport.errors import ModelError, RecipeError
 from nmexport.resources import resource_path
@@ -215,8 +216,11 @@ class AllocationSection(_Strict):
     count_learned: bool = False
     """Hold a budget of accuracy by the model as built, learned constants and all, rather than
     before anything is learned: chooses and learns up to three times."""
+    trials: Trials = "run"
+    """How sites are tried alone: `run` runs the model for each; `gradient` estimates all of them
+    from one backward pass a window, in seconds."""
     windows: int = Field(default=4, ge=1)
-    """Calibration windows that each trial of a site runs on."""
+    """Calibration windows that sites are tried on."""
     held_out: int | None = Field(default=None, ge=1)
     """Other windows, that joint models run on; None is as many."""
     length: int = Field(default=256, ge=8)

@@ -34,15 +34,21 @@ if TYPE_CHECKING:
     from nmexport.sparsity.linear import Behaviour, SparseLinear
     from nmexport.store.allocation import FrontPoint
 
+_TRIALS: dict[str, str] = {
+    "run": "Each such site is made sparse alone, its linears on the inputs of the running model, "
+    "and KL(dense || sparse) is measured over {windows} calibration windows of {length} tokens",
+    "gradient": "What each such site costs alone in KL(dense || sparse) is estimated from the "
+    "gradients of the dense model's predictions over {windows} calibration windows of {length} "
+    "tokens",
+}
 PROTOCOL = (
-    "Linears that read the same tensor share a choice. Each such site is made sparse alone, its "
-    "linears on the inputs of the running model, and KL(dense || sparse) is measured over "
-    "{windows} calibration windows of {length} tokens; patterns that were not tried follow from "
-    "those that were, through the squared error of the site's outputs. An integer programme picks "
-    "one choice for every site. Joint models are then run on {held_out} other calibration windows: "
-    "these are the divergences and perplexity ratios of the front, before any learned constant. "
-    "What is built is measured on the same windows, and has learned from none of them. "
-    "Speed is predicted from the bytes that a decoded token reads and an overhead for each product."
+    "Linears that read the same tensor share a choice. {trials}; patterns that were not tried "
+    "follow from those that were, through the squared error of the site's outputs. An integer "
+    "programme picks one choice for every site. Joint models are then run on {held_out} other "
+    "calibration windows: these are the divergences and perplexity ratios of the front, before any "
+    "learned constant. What is built is measured on the same windows, and has learned from none of "
+    "them. Speed is predicted from the bytes that a decoded token reads and an overhead for each "
+    "product."
 )
 _INTEGERS = (
     " Weights of joint models are in {weights}, as they are stored: that counts in all their "
@@ -190,7 +196,8 @@ def _as_stored(behaviour: Behaviour, stored: SparseLinear | None) -> Behaviour:
 def _protocol(problem: Problem, study: Study) -> Protocol:
     windows, held_out = len(problem.windows), len(problem.held_out)
     length, prompt = problem.windows.shape[1], problem.prompt
-    words = PROTOCOL.format(windows=windows, length=length, held_out=held_out)
+    trials = _TRIALS[problem.section.trials].format(windows=windows, length=length)
+    words = PROTOCOL.format(trials=trials, held_out=held_out)
     words += _INTEGERS.format(weights=problem.weights) if problem.integers else ""
     return Protocol(
         words=words + _PROMPT.format(prompt=prompt) if prompt else words,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from nmexport.allocation.gradients import estimate_alone
 from nmexport.allocation.probe import Movement, Probe, SparseInput, measure_alone, spread_windows
 from nmexport.calibration.forward_passes import forward_sample, hooked
 from nmexport.calibration.local_error import ErrorObserver, observe_error
@@ -266,12 +267,21 @@ def measure_sites(
         }
         for site, choices in variants.items()
     }
-    moved = measure_alone(
-        Probe(problem.model, problem.windows, prompt=problem.prompt),
-        trials,
-        progress=problem.progress,
-        checkpoint=checkpoint,
-    )
+    if problem.section.trials == "gradient":
+        moved = estimate_alone(
+            problem.model,
+            problem.windows,
+            trials,
+            prompt=problem.prompt,
+            progress=problem.progress,
+        )
+    else:
+        moved = measure_alone(
+            Probe(problem.model, problem.windows, prompt=problem.prompt),
+            trials,
+            progress=problem.progress,
+            checkpoint=checkpoint,
+        )
     return SiteCosts(variants=variants, errors=errors, moved=moved)
 
 

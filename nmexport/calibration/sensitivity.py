@@ -88,7 +88,7 @@ def _start_gradients(module: nn.Module, arguments: object, output: torch.Tensor)
     return output.detach().requires_grad_(torch.is_grad_enabled())
 
 
-def _draw(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def draw_tokens(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Draw a token for each row of `[T, V]`: `[T, 1]`.
 
     By the inverse of the distribution function: `torch.multinomial` draws a number for every token
@@ -104,7 +104,7 @@ def _draw(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tens
 def _backward(model: Any, sample: torch.Tensor, generator: torch.Generator) -> None:
     device = next(model.parameters()).device
     logits = model(input_ids=sample.to(device).unsqueeze(0), use_cache=False).logits[0].float()
-    drawn = _draw(logits.detach().softmax(dim=-1).cpu(), generator)
+    drawn = draw_tokens(logits.detach().softmax(dim=-1).cpu(), generator)
     torch.nn.functional.cross_entropy(
         logits, drawn.squeeze(1).to(device), reduction="sum"
     ).backward()  # type: ignore[no-untyped-call]
