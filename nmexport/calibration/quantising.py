@@ -15,8 +15,16 @@ import torch
 
 from nmexport.calibration.second_moments import Watched, chunked, gather_second_moments
 from nmexport.calibration.sites import input_sites
+from nmexport.calibration.sparse_constants import SparseConstants
 from nmexport.sparsity.fold import NOTHING_LEARNED, fold, selection
-from nmexport.sparsity.linear import Behaviour, Constants, InputSite, bias_of, kept_values
+from nmexport.sparsity.linear import (
+    Behaviour,
+    Constants,
+    InputSite,
+    SparseLinear,
+    bias_of,
+    kept_values,
+)
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.sparsity.rounding import quantised
 from nmexport.sparsity.weight_form import GROUP, HEAD, WeightForm, activation_block
@@ -29,7 +37,7 @@ if TYPE_CHECKING:
 
     from nmexport.calibration.second_moments import Operand
     from nmexport.calibration.sites import Site
-    from nmexport.calibration.sparse_constants import DenseModel, SparseConstants
+    from nmexport.calibration.sparse_constants import DenseModel
     from nmexport.sparsity.quantisation import QuantisedWeight
 
 _MOMENT_SAMPLES = 64
@@ -159,6 +167,30 @@ def stored_linears(
                 yield store(name, inner[name], storage.form, known)
     if head is not None and head in reached:
         yield store(head, reached[head], HEAD)
+
+
+def dense_modules(
+    dense: DenseModel, linears: Mapping[str, nn.Linear], storage: Storage
+) -> dict[str, SparseLinear]:
+    """Store every linear as a dense one: modules that compute what quantisation alone leaves.
+
+    Args:
+        dense: The dense model and what calibration knows.
+        linears: All linears of the model, by name.
+        storage: How they are stored.
+    """
+    nothing = SparseConstants(derived={}, errors={}, distances={}, learned=None)
+    return {
+        one.spec.name: SparseLinear(
+            Behaviour(
+                pattern=one.spec.pattern,
+                activation_bits=one.spec.activation_bits,
+                activation_block=one.spec.activation_block,
+            ),
+            one.tensors,
+        )
+        for one in stored_linears(dense, nothing, linears, storage)
+    }
 
 
 def head_name(model: nn.Module, linears: Mapping[str, nn.Linear]) -> str | None:
