@@ -40,7 +40,6 @@ Key = TypeVar("Key")
 
 # A linear's error is one number for each choice: a few tokens tell it.
 ERROR_WINDOWS = 2
-ERROR_TOKENS = 128
 # Learned corrections that make up for the variance that selection takes away.
 _SCALES = {"scale", "gain", "compensation"}
 _SCALE_BYTES = 4  # float32, with weights of integers
@@ -97,7 +96,7 @@ class Problem:
     @property
     def error_windows(self) -> torch.Tensor:
         """Windows that errors of single linears are measured on."""
-        return self.windows[:ERROR_WINDOWS, :ERROR_TOKENS]
+        return self.windows[:ERROR_WINDOWS]
 
 
 # -- candidates ------------------------------------------------------------------------------------

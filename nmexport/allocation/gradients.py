@@ -15,7 +15,7 @@ import torch
 
 from nmexport.allocation.probe import Movement, scored_positions
 from nmexport.calibration.forward_passes import hooked
-from nmexport.calibration.sensitivity import activations_carry_gradients, draw_tokens
+from nmexport.calibration.sensitivity import activations_carry_gradients, drawn_loss
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -127,7 +127,5 @@ def _backward(
 ) -> None:
     device = next(model.parameters()).device
     logits = model(input_ids=window.to(device).unsqueeze(0), use_cache=False).logits[0]
-    logits = logits[scored.to(device)].float()
-    drawn = draw_tokens(logits.detach().softmax(dim=-1).cpu(), generator).squeeze(1)
-    loss = torch.nn.functional.cross_entropy(logits, drawn.to(device), reduction="sum")
+    loss = drawn_loss(logits[scored.to(device)], generator)
     loss.backward()  # type: ignore[no-untyped-call]
