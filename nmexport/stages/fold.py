@@ -15,6 +15,7 @@ from nmexport.calibration.effort import ERROR_SAMPLES, SENSITIVITY_SAMPLES, lear
 from nmexport.errors import ModelError
 from nmexport.models.offload import check_layerwise, is_placed, open_dense
 from nmexport.sparsity.mitigation import check_allocatable, check_combination
+from nmexport.sparsity.weight_form import WeightForm
 from nmexport.stages import calibrate
 from nmexport.stages.fitting import check_fit
 from nmexport.stages.storing import (
@@ -71,7 +72,7 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
         "dtype": recipe.model.dtype,
         "weights": recipe.model.weights,
         "stored": [rounds_activations(inputs), recipe.model.dense_baseline]
-        if recipe.model.weights != "float" or inputs.source.may_hold_integers
+        if WeightForm.parse(recipe.model.weights) is not None or inputs.source.may_hold_integers
         else None,
         "sparsity": recipe.sparsity.model_dump(mode="json"),
         # Without a budget nothing of it matters.
@@ -206,7 +207,6 @@ def _check_groups(
     """
     from nmexport.calibration.quantising import head_name
     from nmexport.sparsity.targets import linears_of
-    from nmexport.sparsity.weight_form import WeightForm
 
     form = WeightForm.parse(weights)
     linears = linears_of(model)

@@ -1,5 +1,6 @@
 #include "stored_weights.h"
 
+#include <cmath>
 #include <cstring>
 
 namespace nmexport {
@@ -31,6 +32,12 @@ void checkBlock(const LinearNode& node, const Shape& w, const Shape& scales) {
                 " that divides K / G = " + std::to_string(w[0] / scales[0]));
 }
 
+Float16 halfOf(float value) {
+    Float16 half{0};
+    fromFloat(value, &half);
+    return half;
+}
+
 // The integer at an index of a tensor of integers of 4 bits.
 int nibbleAt(const std::uint8_t* bytes, std::size_t index, bool isSigned) {
     const int bits = bytes[index / 2] >> (index % 2 * 4) & 15;
@@ -60,12 +67,11 @@ StoredWeights::StoredWeights(const Inputs& inputs, const LinearNode& node, Store
                              const Shape& w)
     : mType(weightTypeOf(types.weights)),
       mGiven(inputs.data(Input::W)),
-      mZeros(inputs.data(Input::weight_zero_point)),
       mBlock(node.roundsActivations ? node.activationBlock : 0) {
     const Shape scales =
         inputs.has(Input::weight_scale) ? inputs.shape(Input::weight_scale) : Shape{};
     checkScales(w, scales);
-    if (mZeros != nullptr && inputs.shape(Input::weight_zero_point) != scales) {
+    if (inputs.has(Input::weight_zero_point) && inputs.shape(Input::weight_zero_point) != scales) {
         throw Fault(shapesOf(w, scales) + "; weight_zero_point has shape " +
                     textOf(inputs.shape(Input::weight_zero_point)) +
                     "; allowed: that of weight_scale");
@@ -79,7 +85,11 @@ StoredWeights::StoredWeights(const Inputs& inputs, const LinearNode& node, Store
     mGroups = static_cast<std::size_t>(scales[0]);
     const std::size_t outputs = static_cast<std::size_t>(w[1]);
     takeScales(inputs.data(Input::weight_scale), types.scales, mGroups * outputs);
-    if (mBlock == 0 && isNibbles) widen(static_cast<std::size_t>(w[0]), outputs);
+    const void* zeros = inputs.data(Input::weight_zero_point);
+    const bool widens = mBlock == 0 && isNibbles;
+    const bool isStep = types.zeros != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+    if (widens) widen(static_cast<std::size_t>(w[0]), outputs, isStep ? zeros : nullptr);
+    if (zeros != nullptr && !(widens && isStep)) takeZeros(zeros, isStep, mGroups * outputs);
     if (mBlock != 0 && mGroups > 1) narrowScales();
 }
 
@@ -97,24 +107,57 @@ void StoredWeights::takeScales(const void* given, ONNXTensorElementDataType type
     }
 }
 
+// Products in integers take zero points as W holds them; those in floating point, float32.
+void StoredWeights::takeZeros(const void* given, bool areSteps, std::size_t count) {
+    if (areSteps && mBlock != 0) {
+        mZeroPoints = ZeroPoints::kINTEGERS;
+        mGivenZeros = given;
+        return;
+    }
+    mZeroPoints = ZeroPoints::kFLOATS;
+    mZeros.resize(count);
+    if (!areSteps) {
+        std::memcpy(mZeros.data(), given, count * sizeof(float));
+        return;
+    }
+    const std::int8_t* integers = static_cast<const std::int8_t*>(given);
+    for (std::size_t i = 0; i < count; ++i) mZeros[i] = static_cast<float>(integers[i]);
+}
+
 // Scales of many groups are a good part of what a token reads. Those of an imported checkpoint are
 // halves, whatever type X has: where none loses a bit they are read as such.
 void StoredWeights::narrowScales() {
     std::vector<std::uint16_t> halves(mScales.size());
     for (std::size_t i = 0; i < halves.size(); ++i) {
-        Float16 half{0};
-        fromFloat(mScales[i], &half);
+        const Float16 half = halfOf(mScales[i]);
         if (bitsOf(toFloat(half)) != bitsOf(mScales[i])) return;
         halves[i] = half.bits;
     }
+    const std::vector<float> scales = std::move(mScales);
     mScales16 = std::move(halves);
     mScales = {};
     mScaleType = ElementType::kFLOAT16;
+    if (mZeroPoints == ZeroPoints::kFLOATS) narrowZeros(scales);
 }
 
-void StoredWeights::widen(std::size_t rows, std::size_t columns) {
+// A zero point that came of a minimum in float16 is that minimum over its scale, rounded once:
+// where all of them are, the minima are read instead, in half the bytes.
+void StoredWeights::narrowZeros(const std::vector<float>& scales) {
+    std::vector<std::uint16_t> minima(mZeros.size());
+    for (std::size_t i = 0; i < minima.size(); ++i) {
+        const Float16 half = halfOf(mZeros[i] * scales[i]);
+        const float zero = scales[i] == 0.0f ? mZeros[i] : toFloat(half) / scales[i];
+        if (!std::isfinite(zero) || bitsOf(zero) != bitsOf(mZeros[i])) return;
+        minima[i] = half.bits;
+    }
+    mMinima = std::move(minima);
+    mZeros = {};
+    mZeroPoints = ZeroPoints::kMINIMA;
+}
+
+void StoredWeights::widen(std::size_t rows, std::size_t columns, const void* integerZeros) {
     const std::uint8_t* given = static_cast<const std::uint8_t*>(mGiven);
-    const std::uint8_t* zeros = static_cast<const std::uint8_t*>(mZeros);
+    const std::uint8_t* zeros = static_cast<const std::uint8_t*>(integerZeros);
     const bool isSigned = mType == WeightType::kINT4;
     mWide.resize(rows * columns);
     for (std::size_t i = 0; i < mWide.size(); ++i) {
@@ -123,8 +166,18 @@ void StoredWeights::widen(std::size_t rows, std::size_t columns) {
             zeros == nullptr ? 0 : nibbleAt(zeros, group * columns + i % columns, isSigned);
         mWide[i] = static_cast<std::int8_t>(nibbleAt(given, i, isSigned) - zero);
     }
-    mZeros = nullptr;
     mType = WeightType::kINT8;
+}
+
+const void* StoredWeights::zeros() const {
+    switch (mZeroPoints) {
+        case ZeroPoints::kFLOATS:
+            return mZeros.data();
+        case ZeroPoints::kMINIMA:
+            return mMinima.data();
+        default:
+            return mGivenZeros;
+    }
 }
 
 void StoredWeights::place(LinearArguments& a) const {
@@ -134,7 +187,8 @@ void StoredWeights::place(LinearArguments& a) const {
                                       : static_cast<const void*>(mScales16.data());
     a.scaleType = mScaleType;
     a.scaleGroups = mGroups;
-    a.weightZero = mZeros;
+    a.zeroPoints = mZeroPoints;
+    a.weightZero = zeros();
     a.activationBits = mBlock != 0 ? 8 : 0;
     a.activationBlock = mBlock;
 }

@@ -23,18 +23,25 @@ class StoredWeights {
 
   private:
     void takeScales(const void* given, ONNXTensorElementDataType type, std::size_t count);
+    // `areSteps`: of W's type, else float32.
+    void takeZeros(const void* given, bool areSteps, std::size_t count);
     void narrowScales();
-    void widen(std::size_t rows, std::size_t columns);
+    void narrowZeros(const std::vector<float>& scales);
+    void widen(std::size_t rows, std::size_t columns, const void* integerZeros);
+    const void* zeros() const;  // as kernels read them; null without any
 
     WeightType mType = WeightType::kELEMENT;
     const void* mGiven = nullptr;  // W as the session holds it
-    const void* mZeros = nullptr;  // or null
+    ZeroPoints mZeroPoints = ZeroPoints::kNONE;
+    const void* mGivenZeros = nullptr;  // where they are read as the session holds them
     std::size_t mGroups = 1;
     std::size_t mBlock = 0;  // of activations in 8 bits, else 0
     ElementType mScaleType = ElementType::kFLOAT32;
     std::vector<float> mScales;            // [groups, outputs], where float32
     std::vector<std::uint16_t> mScales16;  // the same, where not
-    std::vector<std::int8_t> mWide;        // W less its zero points, where it had to be widened
+    std::vector<float> mZeros;             // [groups, outputs], where float32
+    std::vector<std::uint16_t> mMinima;    // [groups, outputs], where float16
+    std::vector<std::int8_t> mWide;        // W where it was widened, less integer zero points
 };
 
 }  // namespace nmexport

@@ -23,7 +23,7 @@ struct Case {
     // Of integer weights.
     WeightType weights = WeightType::kELEMENT;
     std::size_t scaleGroups = 0;
-    bool zeroPoints = false;
+    ZeroPoints zeroPoints = ZeroPoints::kNONE;
     ElementType scaleType = ElementType::kFLOAT32;
     std::size_t activationBlock = 0;  // 0: values stay in floating point
 };
@@ -35,8 +35,9 @@ struct Data {
     std::vector<std::uint16_t> x16, w16, bias16;
     std::vector<float> weightScale;
     std::vector<std::uint16_t> weightScale16;
-    std::vector<int> integers, zeros;  // less their zero points; and these
     std::vector<std::uint8_t> stored, storedZeros;
+    std::vector<float> zeros;
+    std::vector<std::uint16_t> minima;
 };
 
 // The least and the greatest integer of a type of weights.
@@ -87,24 +88,59 @@ inline std::vector<std::uint16_t> narrowed(std::vector<float>& values, ElementTy
     return bits;
 }
 
+// Zero points of a case. What they take from weights is returned: zero points times scales.
+inline std::vector<double> zeroPoints(const Case& c, Data& d, std::mt19937& random) {
+    const std::size_t count = c.scaleGroups * c.outputs;
+    std::vector<double> points(count, 0.0);
+    if (c.zeroPoints == ZeroPoints::kINTEGERS) {
+        const std::vector<int> whole = integers(c.weights, count, random);
+        d.storedZeros = stored(c.weights, whole);
+        points.assign(whole.begin(), whole.end());
+    } else if (c.zeroPoints != ZeroPoints::kNONE) {
+        const auto [least, most] = rangeOf(c.weights);
+        std::uniform_real_distribution<float> between(static_cast<float>(least),
+                                                      static_cast<float>(most));
+        d.zeros.resize(count);
+        for (float& zero : d.zeros) zero = between(random);
+        points.assign(d.zeros.begin(), d.zeros.end());
+    }
+    if (c.zeroPoints == ZeroPoints::kMINIMA) {
+        for (std::size_t i = 0; i < count; ++i) d.zeros[i] *= d.weightScale[i];
+        d.minima = narrowed(d.zeros, ElementType::kFLOAT16);
+        return {d.zeros.begin(), d.zeros.end()};
+    }
+    for (std::size_t i = 0; i < count; ++i) points[i] *= static_cast<double>(d.weightScale[i]);
+    return points;
+}
+
+inline const void* zerosOf(const Case& c, const Data& d) {
+    switch (c.zeroPoints) {
+        case ZeroPoints::kNONE:
+            return nullptr;
+        case ZeroPoints::kINTEGERS:
+            return d.storedZeros.data();
+        case ZeroPoints::kFLOATS:
+            return d.zeros.data();
+        default:
+            return d.minima.data();
+    }
+}
+
 // Integer weights with scales and zero points; `w` becomes what they stand for.
 inline void quantise(const Case& c, Data& d, std::mt19937& random) {
     d.weightScale = normals(random, c.scaleGroups * c.outputs);
     if (c.scaleType != ElementType::kFLOAT32) {
         d.weightScale16 = narrowed(d.weightScale, c.scaleType);
     }
-    d.integers = integers(c.weights, c.channels * c.outputs, random);
-    d.stored = stored(c.weights, d.integers);
-    d.zeros.assign(c.scaleGroups * c.outputs, 0);
-    if (c.zeroPoints) {
-        d.zeros = integers(c.weights, c.scaleGroups * c.outputs, random);
-        d.storedZeros = stored(c.weights, d.zeros);
-    }
+    const std::vector<int> whole = integers(c.weights, c.channels * c.outputs, random);
+    d.stored = stored(c.weights, whole);
+    const std::vector<double> offsets = zeroPoints(c, d, random);
     const std::size_t rows = c.channels / c.scaleGroups;
     for (std::size_t i = 0; i < d.w.size(); ++i) {
         const std::size_t scale = i / c.outputs / rows * c.outputs + i % c.outputs;
-        d.integers[i] -= d.zeros[scale];
-        d.w[i] = static_cast<float>(d.integers[i]) * d.weightScale[scale];
+        const double scaled =
+            static_cast<double>(whole[i]) * static_cast<double>(d.weightScale[scale]);
+        d.w[i] = static_cast<float>(scaled - offsets[scale]);
     }
 }
 
@@ -179,7 +215,8 @@ inline Bytes run(const Case& c, const Data& d, const ThreadPool& pool, std::size
         if (c.scaleType != ElementType::kFLOAT32) a.weightScale = d.weightScale16.data();
         a.scaleType = c.scaleType;
         a.scaleGroups = c.scaleGroups;
-        a.weightZero = c.zeroPoints ? d.storedZeros.data() : nullptr;
+        a.zeroPoints = c.zeroPoints;
+        a.weightZero = zerosOf(c, d);
         a.activationBits = c.activationBlock == 0 ? 0 : 8;
         a.activationBlock = c.activationBlock;
     }

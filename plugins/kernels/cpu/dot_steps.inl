@@ -57,7 +57,7 @@ inline __attribute__((always_inline)) void quadsOf(const Simd::I* rows, Simd::I*
     }
 }
 
-// The zero points of a step, a lane an output, in excess like the weights.
+// The integer zero points of a step, a lane an output, in excess like the weights.
 template <IntegerFormat kFORMAT, bool kPARTIAL>
 inline void zeroPoints(const std::uint8_t* from, std::size_t count, Simd::I* zeros) {
     const Simd::I row = loadBytes<kFORMAT, kPARTIAL>(from, count);
@@ -66,7 +66,8 @@ inline void zeroPoints(const std::uint8_t* from, std::size_t count, Simd::I* zer
     for (int v = 0; v < vectorsOf(kFORMAT); ++v) zeros[v] = Dot::firstBytes(zeros[v]);
 }
 
-// A step's scales in the order of the sums; past the last column they do not matter.
+// A step's scales, or zero points in floating point, in the order of the sums; past the last column
+// they do not matter.
 template <IntegerFormat kFORMAT, typename S>
 inline __attribute__((always_inline)) void scalesOf(const S* from, std::size_t columns,
                                                     Simd::F* scales) {
@@ -84,11 +85,67 @@ inline __attribute__((always_inline)) void scalesOf(const S* from, std::size_t c
     Dot::shuffle<vectorsOf(kFORMAT)>(scales);
 }
 
+// What a token's block multiplies its integer sums with.
+struct BlockFactors {
+    Simd::F scale;
+    Simd::F minusTotal;  // of its values; for zero points in floating point
+
+    BlockFactors(float scale, std::int32_t total)
+        : scale(Simd::broadcast(scale)), minusTotal(Simd::broadcast(-static_cast<float>(total))) {}
+};
+
+// A vector of sums with a block's integer sums added, as dots.h says. Without kSCALED the weights'
+// scale does not matter, nor without floating point the zero point.
+template <ZeroPoints kZEROS, bool kSCALED>
+inline __attribute__((always_inline)) Simd::F plusBlock(Simd::F sum, Simd::I dot,
+                                                        const BlockFactors& block,
+                                                        Simd::F weightScale, Simd::F zero) {
+    Simd::F whole = Dot::toFloat(dot);
+    if constexpr (kZEROS == ZeroPoints::kMINIMA) {
+        const Simd::F minimum = Simd::mul(zero, block.minusTotal);
+        return Simd::fma(block.scale, Simd::fma(weightScale, whole, minimum), sum);
+    }
+    if constexpr (kZEROS == ZeroPoints::kFLOATS) {
+        whole = Simd::fma(zero, block.minusTotal, whole);
+    }
+    return Simd::fma(kSCALED ? Simd::mul(block.scale, weightScale) : block.scale, whole, sum);
+}
+
+// Calls body with the zero points, and whether groups have scales, as constants.
+template <ZeroPoints kZEROS, bool kSCALED>
+struct Terms {
+    static constexpr ZeroPoints kPOINTS = kZEROS;
+    static constexpr bool kHAS_SCALES = kSCALED;
+};
+
+template <typename Body>
+inline __attribute__((always_inline)) void withTerms(const IntegerWeights& weights,
+                                                     const Body& body) {
+    const bool scaled = weights.scale != nullptr;
+    if (weights.zeroPoints == ZeroPoints::kMINIMA) return body(Terms<ZeroPoints::kMINIMA, true>{});
+    if (weights.zeroPoints == ZeroPoints::kFLOATS) {
+        if (scaled) return body(Terms<ZeroPoints::kFLOATS, true>{});
+        return body(Terms<ZeroPoints::kFLOATS, false>{});
+    }
+    if (scaled) return body(Terms<ZeroPoints::kNONE, true>{});
+    return body(Terms<ZeroPoints::kNONE, false>{});
+}
+
+// A step's zero points in floating point, in the order of the sums.
+template <IntegerFormat kFORMAT, ZeroPoints kZEROS>
+inline __attribute__((always_inline)) void floatZeros(const IntegerWeights& weights,
+                                                      std::size_t group, std::size_t column,
+                                                      std::size_t columns, Simd::F* zeros) {
+    using Z = std::conditional_t<kZEROS == ZeroPoints::kMINIMA, Float16, float>;
+    const char* from = static_cast<const char*>(weights.zero) + group * weights.zeroBytes;
+    scalesOf<kFORMAT>(reinterpret_cast<const Z*>(from) + column, columns, zeros);
+}
+
 // What integer sums begin with: it takes the weights' excess away again.
 template <IntegerFormat kFORMAT>
-inline std::int32_t startOf(bool hasZeros, std::int32_t total) {
-    // Zero points are in excess as well, so that the two cancel.
-    return hasZeros
+inline std::int32_t startOf(ZeroPoints zeroPoints, std::int32_t total) {
+    // Integer zero points are in excess as well, so that the two cancel.
+    return zeroPoints == ZeroPoints::kINTEGERS
                ? 0
                : static_cast<std::int32_t>(0u - static_cast<std::uint32_t>(total) *
                                                     static_cast<std::uint32_t>(excessOf(kFORMAT)));
@@ -114,18 +171,31 @@ inline __attribute__((always_inline)) void ask(const void* address) {
     }
 }
 
+template <Cache kCACHE>
+inline __attribute__((always_inline)) void askRun(const void* from, std::size_t bytes) {
+    const char* first = static_cast<const char*>(from);
+    for (std::size_t at = 0; at < bytes; at += kLINE) ask<kCACHE>(first + at);
+    ask<kCACHE>(first + bytes - 1);
+}
+
 // Asks for the scales and zero points of a step.
 template <IntegerFormat kFORMAT, typename S, Cache kCACHE>
 inline __attribute__((always_inline)) void askScales(const IntegerWeights& weights,
                                                      std::size_t group, std::size_t step) {
     const S* from = static_cast<const S*>(weights.scale) + group * weights.scaleStride +
                     step * stepColumns(kFORMAT);
-    constexpr std::size_t kBYTES = stepColumns(kFORMAT) * sizeof(S);
-    const char* bytes = reinterpret_cast<const char*>(from);
-    for (std::size_t at = 0; at < kBYTES; at += kLINE) ask<kCACHE>(bytes + at);
-    ask<kCACHE>(bytes + kBYTES - 1);
-    if (weights.zero != nullptr) {
-        ask<kCACHE>(weights.zero + group * weights.rowBytes + step * kSTEP_BYTES);
+    askRun<kCACHE>(from, stepColumns(kFORMAT) * sizeof(S));
+    if (weights.zero == nullptr) return;
+    const char* zeros = static_cast<const char*>(weights.zero) + group * weights.zeroBytes;
+    switch (weights.zeroPoints) {
+        case ZeroPoints::kINTEGERS:
+            return ask<kCACHE>(zeros + step * kSTEP_BYTES);
+        case ZeroPoints::kFLOATS:
+            return askRun<kCACHE>(zeros + step * stepColumns(kFORMAT) * sizeof(float),
+                                  stepColumns(kFORMAT) * sizeof(float));
+        default:
+            return askRun<kCACHE>(zeros + step * stepColumns(kFORMAT) * sizeof(Float16),
+                                  stepColumns(kFORMAT) * sizeof(Float16));
     }
 }
 

@@ -9,6 +9,16 @@
 // So the bits depend neither on tokens, columns and threads nor on the instruction set. Where the
 // weights have a scale an output, it waits for the end, and the product above has none.
 //
+// Integer zero points are part of the integer sum. Others meet the sum of the block's values,
+// total:
+//
+//   kFLOATS    fma(-zeroPoint, float(total), float(integerSum))     in place of float(integerSum)
+//   kMINIMA    sum[o] = fma(scale[block],
+//                           fma(weightScale, float(integerSum), -(minimum * float(total))), sum[o])
+//
+// A minimum and a scale have 11 bits each: up to blocks of 64 positions minimum * total is exact,
+// so that little is lost where the two differences nearly cancel.
+//
 // Four rows of W meet in one instruction: their bytes are interleaved, four to an output.
 //
 //   row a | a0 a1 a2 a3 ...        lanes, of 32 bits   | a0 b0 c0 d0 | a1 b1 c1 d1 | ...
@@ -48,8 +58,11 @@ struct IntegerWeights {
     std::size_t columns;    // of the tile; it begins at a whole byte
     const void* scale;      // [groups, scaleStride] from the tile's first column on, or null
     std::size_t scaleStride;
-    const std::uint8_t* zero;  // rows like W's, a group each, from the tile on, or null
-    std::size_t groupBlocks;   // blocks that share a row of scales and zero points
+    ZeroPoints zeroPoints;
+    const void* zero;         // from the tile's first column on: rows like W's, or like those of
+                              // scales, a group each; null without zero points
+    std::size_t zeroBytes;    // from a group's zero points to the next one's
+    std::size_t groupBlocks;  // blocks that share a row of scales and zero points
 };
 
 // What one token keeps, quantised: quads of its kept rows, block by block. The last quad of a block

@@ -34,6 +34,12 @@ std::size_t stepsOf(const LinearArguments& a, const DotKernels& dots) {
     return divideUp(rowBytes(a, a.outputs), dots.stepBytes);
 }
 
+// Bytes of the zero points of a group's first `columns` columns.
+std::size_t zeroBytes(const LinearArguments& a, std::size_t columns) {
+    if (a.zeroPoints == ZeroPoints::kINTEGERS) return rowBytes(a, columns);
+    return columns * (a.zeroPoints == ZeroPoints::kFLOATS ? sizeof(float) : sizeof(std::uint16_t));
+}
+
 IntegerWeights weightsFrom(const LinearArguments& a, std::size_t column, std::size_t columns) {
     IntegerWeights weights{};
     weights.w = static_cast<const std::uint8_t*>(a.w) + rowBytes(a, column);
@@ -45,8 +51,10 @@ IntegerWeights weightsFrom(const LinearArguments& a, std::size_t column, std::si
             static_cast<const char*>(a.weightScale) + column * elementBytes(a.scaleType);
         weights.scaleStride = a.outputs;
     }
-    if (a.weightZero != nullptr) {
-        weights.zero = static_cast<const std::uint8_t*>(a.weightZero) + rowBytes(a, column);
+    weights.zeroPoints = a.zeroPoints;
+    if (a.zeroPoints != ZeroPoints::kNONE) {
+        weights.zero = static_cast<const char*>(a.weightZero) + zeroBytes(a, column);
+        weights.zeroBytes = zeroBytes(a, a.outputs);
     }
     return weights;
 }

@@ -34,8 +34,10 @@ struct LinearArguments {
     const void* weightScale = nullptr;  // [scaleGroups, outputs], or null where W has no integers
     // Of weightScale: other than float32 with several groups and 8 activation bits only.
     ElementType scaleType = ElementType::kFLOAT32;
-    std::size_t scaleGroups = 0;       // divides channels; 1 is a scale an output
-    const void* weightZero = nullptr;  // [scaleGroups, outputs] of weightType, or null
+    std::size_t scaleGroups = 0;  // divides channels; 1 is a scale an output
+    // Without activation bits: kNONE or kFLOATS. kMINIMA: several groups, scales in float16.
+    ZeroPoints zeroPoints = ZeroPoints::kNONE;
+    const void* weightZero = nullptr;  // [scaleGroups, outputs], or null
     // 8: kept values are rounded to 8 bits, a scale for each activationBlock positions; 0: they
     // stay.
     int activationBits = 0;

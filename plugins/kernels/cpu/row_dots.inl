@@ -13,10 +13,9 @@ inline __attribute__((always_inline)) void addBlock(const IntegerWeights& weight
     const std::size_t at = step * kSTEP_BYTES;
     const std::uint8_t* w = weights.w + at;
     const std::int32_t total = rows.totals[block];
-    const bool hasZeros = weights.zero != nullptr;
     Simd::I dot[kVECTORS];
     for (int v = 0; v < kVECTORS; ++v) {
-        dot[v] = Simd::broadcastInt(startOf<kFORMAT>(hasZeros, total));
+        dot[v] = Simd::broadcastInt(startOf<kFORMAT>(weights.zeroPoints, total));
     }
     const std::size_t end = rows.ends[block];
     for (std::size_t quad = block == 0 ? 0 : rows.ends[block - 1]; quad < end; ++quad) {
@@ -30,30 +29,36 @@ inline __attribute__((always_inline)) void addBlock(const IntegerWeights& weight
         for (int v = 0; v < kVECTORS; ++v) dot[v] = Dot::add<kFORMAT>(dot[v], quads[v], word);
     }
 
-    if (hasZeros) {
+    if (weights.zeroPoints == ZeroPoints::kINTEGERS) {
         Simd::I zeros[kVECTORS];
-        zeroPoints<kFORMAT, kPARTIAL>(weights.zero + group * weights.rowBytes + at, bytes, zeros);
+        const std::uint8_t* from = static_cast<const std::uint8_t*>(weights.zero);
+        zeroPoints<kFORMAT, kPARTIAL>(from + group * weights.zeroBytes + at, bytes, zeros);
         const Simd::I factor = Simd::broadcastInt(total);
         for (int v = 0; v < kVECTORS; ++v) {
             dot[v] = Dot::subtractProduct(dot[v], zeros[v], factor);
         }
     }
-    const Simd::F scale = Simd::broadcast(rows.scales[block]);
-    Simd::F scales[kVECTORS];
-    if (weights.scale != nullptr) {
-        const std::size_t column = step * stepColumns(kFORMAT);
-        scalesOf<kFORMAT>(
-            static_cast<const S*>(weights.scale) + group * weights.scaleStride + column,
-            kPARTIAL ? weights.columns - column : stepColumns(kFORMAT), scales);
-        for (int v = 0; v < kVECTORS; ++v) scales[v] = Simd::mul(scale, scales[v]);
-    } else {
-        for (int v = 0; v < kVECTORS; ++v) scales[v] = scale;
-    }
-    float* to = sums + step * stepColumns(kFORMAT);
-    for (int v = 0; v < kVECTORS; ++v) {
-        const Simd::F before = Simd::load(to + v * Simd::kLANES);
-        Simd::store(to + v * Simd::kLANES, Simd::fma(scales[v], Dot::toFloat(dot[v]), before));
-    }
+    const BlockFactors factors(rows.scales[block], total);
+    const std::size_t column = step * stepColumns(kFORMAT);
+    const std::size_t columns = kPARTIAL ? weights.columns - column : stepColumns(kFORMAT);
+    float* to = sums + column;
+    withTerms(weights, [&](auto terms) __attribute__((always_inline)) {
+        constexpr ZeroPoints kZEROS = decltype(terms)::kPOINTS;
+        constexpr bool kSCALED = decltype(terms)::kHAS_SCALES;
+        Simd::F scales[kVECTORS] = {}, zeros[kVECTORS] = {};
+        if constexpr (kSCALED) {
+            const S* from = static_cast<const S*>(weights.scale) + group * weights.scaleStride;
+            scalesOf<kFORMAT>(from + column, columns, scales);
+        }
+        if constexpr (kZEROS != ZeroPoints::kNONE) {
+            floatZeros<kFORMAT, kZEROS>(weights, group, column, columns, zeros);
+        }
+        for (int v = 0; v < kVECTORS; ++v) {
+            float* sum = to + v * Simd::kLANES;
+            Simd::store(sum, plusBlock<kZEROS, kSCALED>(Simd::load(sum), dot[v], factors, scales[v],
+                                                        zeros[v]));
+        }
+    });
 }
 
 // Asks for kept rows a distance ahead of where they are multiplied, block after block.

@@ -34,9 +34,21 @@ struct PackedStep {
 
     static constexpr std::size_t kBYTES = 8 * kSTEP_BYTES;
     float* scales;
-    std::int32_t* zeros;
+    std::int32_t* zeros;  // or floats
     std::uint8_t* quads;
+
+    float* floatZeros() const { return reinterpret_cast<float*>(zeros); }
 };
+
+template <bool kIS_THERE>
+inline __attribute__((always_inline)) Simd::F loadIf(const float* from) {
+    return kIS_THERE ? Simd::load(from) : Simd::broadcast(0.0f);
+}
+
+template <int kVECTORS>
+inline void storeVectors(float* to, const Simd::F* from) {
+    for (int v = 0; v < kVECTORS; ++v) Simd::store(to + v * Simd::kLANES, from[v]);
+}
 
 std::size_t packedBytes(std::size_t block) {
     return (2 + block / kQUAD) * PackedStep::kBYTES;
@@ -107,23 +119,29 @@ inline __attribute__((always_inline)) void packStep(const TileDots& dots, std::s
         for (int v = 0; v < kVECTORS; ++v) Dot::store(to + v * kSTEP_BYTES, quads[v]);
     }
     const std::size_t group = block / weights.groupBlocks;
-    if (weights.zero != nullptr) {
+    if (weights.zeroPoints == ZeroPoints::kINTEGERS) {
         Simd::I zeros[kVECTORS];
-        zeroPoints<kFORMAT, kPARTIAL>(weights.zero + group * weights.rowBytes + at, bytes, zeros);
+        const std::uint8_t* from = static_cast<const std::uint8_t*>(weights.zero);
+        zeroPoints<kFORMAT, kPARTIAL>(from + group * weights.zeroBytes + at, bytes, zeros);
         for (int v = 0; v < kVECTORS; ++v) {
             Simd::storeInt(packed.zeros + v * Simd::kLANES, zeros[v]);
         }
     }
-    if (weights.scale != nullptr) {
-        const std::size_t column = step * stepColumns(kFORMAT);
-        Simd::F scales[kVECTORS];
-        scalesOf<kFORMAT>(
-            static_cast<const S*>(weights.scale) + group * weights.scaleStride + column,
-            kPARTIAL ? weights.columns - column : stepColumns(kFORMAT), scales);
-        for (int v = 0; v < kVECTORS; ++v) {
-            Simd::store(packed.scales + v * Simd::kLANES, scales[v]);
+    const std::size_t column = step * stepColumns(kFORMAT);
+    const std::size_t columns = kPARTIAL ? weights.columns - column : stepColumns(kFORMAT);
+    withTerms(weights, [&](auto terms) __attribute__((always_inline)) {
+        constexpr ZeroPoints kZEROS = decltype(terms)::kPOINTS;
+        Simd::F floats[kVECTORS];
+        if constexpr (decltype(terms)::kHAS_SCALES) {
+            const S* from = static_cast<const S*>(weights.scale) + group * weights.scaleStride;
+            scalesOf<kFORMAT>(from + column, columns, floats);
+            storeVectors<kVECTORS>(packed.scales, floats);
         }
-    }
+        if constexpr (kZEROS != ZeroPoints::kNONE) {
+            floatZeros<kFORMAT, kZEROS>(weights, group, column, columns, floats);
+            storeVectors<kVECTORS>(packed.floatZeros(), floats);
+        }
+    });
 }
 
 // Some tokens against four vectors of a packed step, from vector `first` on.
@@ -132,14 +150,13 @@ inline __attribute__((always_inline)) void multiplyTile(const TileDots& dots, st
                                                         std::size_t token, int first, float* sums) {
     constexpr std::size_t kSTRIDE = static_cast<std::size_t>(vectorsOf(kFORMAT)) * kSTEP_BYTES;
     const PackedStep packed(dots.packed);
-    const bool hasZeros = dots.weights.zero != nullptr;
-    const bool hasScales = dots.weights.scale != nullptr;
+    const ZeroPoints zeroPoints = dots.weights.zeroPoints;
     const float* scales = dots.scales + block * dots.blockTokens + token;
     const std::int32_t* totals = dots.totals + block * dots.blockTokens + token;
     const std::int8_t* values = dots.values + token * dots.channels + block * dots.block;
     Simd::I dot[kTOKENS * 4];
     unroll<kTOKENS * 4>([&](auto i) __attribute__((always_inline)) {
-        dot[i.kVALUE] = Simd::broadcastInt(startOf<kFORMAT>(hasZeros, totals[i.kVALUE / 4]));
+        dot[i.kVALUE] = Simd::broadcastInt(startOf<kFORMAT>(zeroPoints, totals[i.kVALUE / 4]));
     });
     const std::uint8_t* from = packed.quads + static_cast<std::size_t>(first) * kSTEP_BYTES;
     for (std::size_t k = 0; k < dots.block; k += kQUAD, from += kSTRIDE) {
@@ -157,18 +174,31 @@ inline __attribute__((always_inline)) void multiplyTile(const TileDots& dots, st
             });
         });
     }
-    unroll<kTOKENS * 4>([&](auto i) __attribute__((always_inline)) {
-        constexpr int kT = decltype(i)::kVALUE / 4, kV = decltype(i)::kVALUE % 4;
-        const std::size_t at = static_cast<std::size_t>(first + kV) * Simd::kLANES;
-        Simd::I sum = dot[i.kVALUE];
-        if (hasZeros) {
-            const Simd::I total = Simd::broadcastInt(totals[kT]);
-            sum = Dot::subtractProduct(sum, Dot::load(packed.zeros + at), total);
-        }
-        Simd::F factor = Simd::broadcast(scales[kT]);
-        if (hasScales) factor = Simd::mul(factor, Simd::load(packed.scales + at));
-        float* to = sums + kT * dots.sumStride + at;
-        Simd::store(to, Simd::fma(factor, Dot::toFloat(sum), Simd::load(to)));
+    const std::size_t column = static_cast<std::size_t>(first) * Simd::kLANES;
+    if (zeroPoints == ZeroPoints::kINTEGERS) {
+        unroll<kTOKENS * 4>([&](auto i) __attribute__((always_inline)) {
+            constexpr std::size_t kAT = decltype(i)::kVALUE % 4 * Simd::kLANES;
+            const Simd::I zero = Dot::load(packed.zeros + column + kAT);
+            const Simd::I total = Simd::broadcastInt(totals[i.kVALUE / 4]);
+            dot[i.kVALUE] = Dot::subtractProduct(dot[i.kVALUE], zero, total);
+        });
+    }
+    withTerms(dots.weights, [&](auto terms) __attribute__((always_inline)) {
+        constexpr ZeroPoints kZEROS = decltype(terms)::kPOINTS;
+        constexpr bool kSCALED = decltype(terms)::kHAS_SCALES;
+        unroll<kTOKENS>([&](auto t) __attribute__((always_inline)) {
+            const BlockFactors factors(scales[t.kVALUE], totals[t.kVALUE]);
+            float* to = sums + t.kVALUE * dots.sumStride + column;
+            unroll<4>([&](auto v) __attribute__((always_inline)) {
+                constexpr std::size_t kAT = decltype(v)::kVALUE * Simd::kLANES;
+                const Simd::F scale = loadIf<kSCALED>(packed.scales + column + kAT);
+                const Simd::F zero =
+                    loadIf<kZEROS != ZeroPoints::kNONE>(packed.floatZeros() + column + kAT);
+                const Simd::I sum = dot[decltype(t)::kVALUE * 4 + decltype(v)::kVALUE];
+                Simd::store(to + kAT, plusBlock<kZEROS, kSCALED>(Simd::load(to + kAT), sum, factors,
+                                                                 scale, zero));
+            });
+        });
     });
 }
 
