@@ -3,7 +3,6 @@
 
 #include <functional>
 #include <memory>
-#include <tuple>
 
 #include "contract.h"
 #include "element.h"
@@ -55,22 +54,6 @@ class CustomOp : public OrtCustomOp {
     const char* mProvider;
     StoredTypes mStored;
 };
-
-// What a session says of itself in its configuration.
-struct SessionSettings {
-    std::size_t threads;
-    bool hugePages;  // weights are copied into them
-
-    friend bool operator<(const SessionSettings& a, const SessionSettings& b) {
-        return std::tie(a.threads, a.hugePages) < std::tie(b.threads, b.hugePages);
-    }
-};
-
-std::unique_ptr<Kernel> makePruneKernel(const OrtApi& api, const OrtKernelInfo* info,
-                                        ElementType type, const SessionSettings& settings);
-std::unique_ptr<Kernel> makeLinearKernel(const OrtApi& api, const OrtKernelInfo* info,
-                                         ElementType type, StoredTypes stored,
-                                         const SessionSettings& settings);
 
 #if defined(NMEXPORT_HAS_CUDA)
 inline constexpr const char* kCUDA_PROVIDER = "CUDAExecutionProvider";

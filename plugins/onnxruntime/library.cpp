@@ -15,7 +15,7 @@
 #include <sched.h>
 #endif
 
-#include "custom_op.h"
+#include "cpu_kernels.h"
 #include "fused_op.h"
 #include "variant.h"
 
@@ -52,7 +52,7 @@ Ops makeOps(const OrtApi* api, bool infersShapes, SessionSettings settings) {
     for (const ElementType type : kTYPES) {
         const auto prune = [settings](const OrtApi& of, const OrtKernelInfo* info,
                                       ElementType element) {
-            return makePruneKernel(of, info, element, settings);
+            return makePruneKernel({of, info}, element, settings);
         };
         ops.emplace_back(api, kNMPrune, type, prune, infersShapes);
     }
@@ -60,7 +60,7 @@ Ops makeOps(const OrtApi* api, bool infersShapes, SessionSettings settings) {
         for (const StoredTypes& stored : storedTypes(type)) {
             const auto linear = [settings, stored](const OrtApi& of, const OrtKernelInfo* info,
                                                    ElementType element) {
-                return makeLinearKernel(of, info, element, stored, settings);
+                return makeLinearKernel({of, info}, element, stored, settings);
             };
             ops.emplace_back(api, kNMLinear, type, stored, linear, infersShapes);
         }
@@ -207,8 +207,7 @@ void registerOps(const OrtApi& api, bool infersShapes, OrtSessionOptions* option
     check(api, api.AddCustomOpDomain(options, domain));
     OrtCustomOpDomain* fused = nullptr;
     check(api, api.CreateCustomOpDomain(kFUSED_DOMAIN, &fused));
-    for (const FusedOp& op : cpuFusedOps(settings.threads))
-        check(api, api.CustomOpDomain_Add(fused, &op));
+    for (const FusedOp& op : cpuFusedOps(settings)) check(api, api.CustomOpDomain_Add(fused, &op));
 #if defined(NMEXPORT_HAS_CUDA)
     for (const FusedOp& op : cudaFusedOps()) check(api, api.CustomOpDomain_Add(fused, &op));
 #endif

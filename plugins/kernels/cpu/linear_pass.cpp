@@ -106,8 +106,9 @@ Pass passOf(const LinearArguments& a, const Variant& variant, std::size_t first,
 }
 
 Cut cutOf(const LinearArguments& a, std::size_t tokens, std::size_t bytes, const ThreadPool& pool) {
+    const std::size_t least = pool.startsFast ? kMIN_FAST_TASK_BYTES : kMIN_TASK_BYTES;
     const std::size_t worthwhile =
-        std::min({pool.threads, bytes / kMIN_TASK_BYTES, a.outputs / kMIN_TILE_COLUMNS});
+        std::min({pool.threads, bytes / least, a.outputs / kMIN_TILE_COLUMNS});
     const std::size_t tasks = std::max(worthwhile, std::size_t{1});
     const std::size_t fitting = divideUp(tokens * a.outputs, kMAX_TILE_SUMS);
     return {tasks, divideUp(fitting, tasks) * tasks};
