@@ -27,8 +27,8 @@ _FOUR_BIT_GROUP = 32
 _FORM = re.compile(r"(int8|int4)(?::(\d{1,6}))?")
 
 FORMS = (
-    "auto (as they came, integers or floats), float, int8 (one scale for each output), int8:CHANNELS "
-    "(one for that many channels of each output), int4 (of "
+    "auto (as they came, in integers or floats), float, int8 (one scale for each output), "
+    "int8:CHANNELS (one for that many channels of each output), int4 (of "
     f"{_FOUR_BIT_GROUP} channels) or int4:CHANNELS, CHANNELS a multiple of {GROUP}"
 )
 

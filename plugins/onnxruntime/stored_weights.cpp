@@ -1,7 +1,10 @@
 #include "stored_weights.h"
 
-#include <cmath>
+#include <cstdlib>
 #include <cstring>
+#include <new>
+
+#include "huge_pages.h"
 
 namespace nmexport {
 
@@ -32,10 +35,16 @@ void checkBlock(const LinearNode& node, const Shape& w, const Shape& scales) {
                 " that divides K / G = " + std::to_string(w[0] / scales[0]));
 }
 
-Float16 halfOf(float value) {
-    Float16 half{0};
-    fromFloat(value, &half);
-    return half;
+std::shared_ptr<char> ordinaryPages(std::size_t bytes) {
+    void* memory =
+        std::aligned_alloc(kALIGNMENT, (bytes + kALIGNMENT - 1) / kALIGNMENT * kALIGNMENT);
+    if (memory == nullptr) throw std::bad_alloc();
+    return {static_cast<char*>(memory), std::free};
+}
+
+std::shared_ptr<char> pages(std::size_t bytes) {
+    std::shared_ptr<char> memory = hugePages(bytes);
+    return memory == nullptr ? ordinaryPages(bytes) : memory;
 }
 
 // The integer at an index of a tensor of integers of 4 bits.
@@ -64,7 +73,7 @@ WeightType weightTypeOf(ONNXTensorElementDataType type) {
 }
 
 StoredWeights::StoredWeights(const Inputs& inputs, const LinearNode& node, StoredTypes types,
-                             const Shape& w)
+                             const Shape& w, bool usesHugePages)
     : mType(weightTypeOf(types.weights)),
       mGiven(inputs.data(Input::W)),
       mBlock(node.roundsActivations ? node.activationBlock : 0) {
@@ -90,7 +99,13 @@ StoredWeights::StoredWeights(const Inputs& inputs, const LinearNode& node, Store
     const bool isStep = types.zeros != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
     if (widens) widen(static_cast<std::size_t>(w[0]), outputs, isStep ? zeros : nullptr);
     if (zeros != nullptr && !(widens && isStep)) takeZeros(zeros, isStep, mGroups * outputs);
-    if (mBlock != 0 && mGroups > 1) narrowScales();
+    if (mBlock == 0 || (mGroups == 1 && mZeroPoints != ZeroPoints::kFLOATS)) return;
+    mGroupScales = std::make_unique<GroupScales>(
+        activeDots(), mType, mGroups, outputs, mScales.data(), mZeroPoints,
+        mZeroPoints == ZeroPoints::kFLOATS ? mZeros.data() : nullptr,
+        usesHugePages ? pages : ordinaryPages);
+    mScales = {};
+    mZeros = {};
 }
 
 void StoredWeights::takeScales(const void* given, ONNXTensorElementDataType type,
@@ -124,37 +139,6 @@ void StoredWeights::takeZeros(const void* given, bool areSteps, std::size_t coun
     for (std::size_t i = 0; i < count; ++i) mZeros[i] = static_cast<float>(integers[i]);
 }
 
-// Scales of many groups are a good part of what a token reads. Those of an imported checkpoint are
-// halves, whatever type X has: where none loses a bit they are read as such.
-void StoredWeights::narrowScales() {
-    std::vector<std::uint16_t> halves(mScales.size());
-    for (std::size_t i = 0; i < halves.size(); ++i) {
-        const Float16 half = halfOf(mScales[i]);
-        if (bitsOf(toFloat(half)) != bitsOf(mScales[i])) return;
-        halves[i] = half.bits;
-    }
-    const std::vector<float> scales = std::move(mScales);
-    mScales16 = std::move(halves);
-    mScales = {};
-    mScaleType = ElementType::kFLOAT16;
-    if (mZeroPoints == ZeroPoints::kFLOATS) narrowZeros(scales);
-}
-
-// A zero point that came of a minimum in float16 is that minimum over its scale, rounded once:
-// where all of them are, the minima are read instead, in half the bytes.
-void StoredWeights::narrowZeros(const std::vector<float>& scales) {
-    std::vector<std::uint16_t> minima(mZeros.size());
-    for (std::size_t i = 0; i < minima.size(); ++i) {
-        const Float16 half = halfOf(mZeros[i] * scales[i]);
-        const float zero = scales[i] == 0.0f ? mZeros[i] : toFloat(half) / scales[i];
-        if (!std::isfinite(zero) || bitsOf(zero) != bitsOf(mZeros[i])) return;
-        minima[i] = half.bits;
-    }
-    mMinima = std::move(minima);
-    mZeros = {};
-    mZeroPoints = ZeroPoints::kMINIMA;
-}
-
 void StoredWeights::widen(std::size_t rows, std::size_t columns, const void* integerZeros) {
     const std::uint8_t* given = static_cast<const std::uint8_t*>(mGiven);
     const std::uint8_t* zeros = static_cast<const std::uint8_t*>(integerZeros);
@@ -169,26 +153,14 @@ void StoredWeights::widen(std::size_t rows, std::size_t columns, const void* int
     mType = WeightType::kINT8;
 }
 
-const void* StoredWeights::zeros() const {
-    switch (mZeroPoints) {
-        case ZeroPoints::kFLOATS:
-            return mZeros.data();
-        case ZeroPoints::kMINIMA:
-            return mMinima.data();
-        default:
-            return mGivenZeros;
-    }
-}
-
 void StoredWeights::place(LinearArguments& a) const {
     a.w = mWide.empty() ? mGiven : mWide.data();
     a.weightType = mType;
-    a.weightScale = mScales16.empty() ? static_cast<const void*>(mScales.data())
-                                      : static_cast<const void*>(mScales16.data());
-    a.scaleType = mScaleType;
+    a.weightScale = mScales.data();
     a.scaleGroups = mGroups;
     a.zeroPoints = mZeroPoints;
-    a.weightZero = zeros();
+    a.weightZero = mZeros.empty() ? mGivenZeros : mZeros.data();
+    a.groupScales = mGroupScales.get();
     a.activationBits = mBlock != 0 ? 8 : 0;
     a.activationBlock = mBlock;
 }

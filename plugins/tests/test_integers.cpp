@@ -76,7 +76,7 @@ void addScalesAndCorrections(std::vector<Case>& cases) {
         Case c = integerCase(kTOKENS[flags % 3], 256, 50, {8, 16}, kINTEGERS[flags / 3 % 3], groups,
                              flags % 5 == 0 ? 16 : 32);
         c.type = kTYPES[flags / 2 % 3];
-        c.scaleType = groups == 1 ? ElementType::kFLOAT32 : kTYPES[flags % 3];
+        c.halves = groups > 1 && (flags & 1);
         c.zeroPoints = kEXACT[flags % 3];
         c.order = flags & 2;
         c.scale = flags & 4;
@@ -95,8 +95,8 @@ void addScalesAndCorrections(std::vector<Case>& cases) {
         Case c = integerCase(tokens, 512, 2 + 46 * (turn % 5), {8, 16}, kINTEGERS[turn % 3], groups,
                              turn % 2 == 0 ? 32 : 16);
         c.type = kTYPES[turn % 3];
-        c.scaleType = ElementType::kFLOAT16;
-        c.zeroPoints = ZeroPoints::kMINIMA;
+        c.halves = true;
+        c.zeroPoints = ZeroPoints::kFLOATS;
         c.order = turn & 1;
         c.bias = turn & 2;
         c.keepAll = turn % 5 == 3;

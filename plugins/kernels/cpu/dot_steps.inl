@@ -66,23 +66,10 @@ inline void zeroPoints(const std::uint8_t* from, std::size_t count, Simd::I* zer
     for (int v = 0; v < vectorsOf(kFORMAT); ++v) zeros[v] = Dot::firstBytes(zeros[v]);
 }
 
-// A step's scales, or zero points in floating point, in the order of the sums; past the last column
-// they do not matter.
-template <IntegerFormat kFORMAT, typename S>
-inline __attribute__((always_inline)) void scalesOf(const S* from, std::size_t columns,
-                                                    Simd::F* scales) {
-    constexpr std::size_t kLANES = Simd::kLANES;
-    for (int v = 0; v < vectorsOf(kFORMAT); ++v) {
-        const std::size_t at = static_cast<std::size_t>(v) * kLANES;
-        if (at + kLANES <= columns) {
-            scales[v] = Simd::load(from + at);
-        } else if (at < columns) {
-            scales[v] = Simd::loadPartial(from + at, static_cast<int>(columns - at));
-        } else {
-            scales[v] = Simd::broadcast(0.0f);
-        }
-    }
-    Dot::shuffle<vectorsOf(kFORMAT)>(scales);
+template <bool kIS_THERE, typename T>
+inline __attribute__((always_inline)) Simd::F loadIf(const T* from) {
+    if constexpr (kIS_THERE) return Simd::load(from);
+    return Simd::broadcast(0.0f);
 }
 
 // What a token's block multiplies its integer sums with.
@@ -111,34 +98,42 @@ inline __attribute__((always_inline)) Simd::F plusBlock(Simd::F sum, Simd::I dot
     return Simd::fma(kSCALED ? Simd::mul(block.scale, weightScale) : block.scale, whole, sum);
 }
 
-// Calls body with the zero points, and whether groups have scales, as constants.
+// Of a step of a group: its scales and then, where there are any in floating point, its zero
+// points.
+template <IntegerFormat kFORMAT, typename S>
+struct Record {
+    const S* scales;
+    const S* zeros;
+
+    Record(const IntegerWeights& weights, std::size_t group, std::size_t step)
+        : scales(reinterpret_cast<const S*>(weights.records + group * weights.groupBytes +
+                                            step * weights.recordBytes)),
+          zeros(scales + stepColumns(kFORMAT)) {}
+};
+
+// What is known of a product's scales and zero points, as constants.
 template <ZeroPoints kZEROS, bool kSCALED>
 struct Terms {
-    static constexpr ZeroPoints kPOINTS = kZEROS;
+    static constexpr ZeroPoints kPOINTS = kZEROS;  // in floating point
     static constexpr bool kHAS_SCALES = kSCALED;
 };
 
-template <typename Body>
+// S is what records hold; void: either type.
+template <typename S, typename Body>
 inline __attribute__((always_inline)) void withTerms(const IntegerWeights& weights,
                                                      const Body& body) {
-    const bool scaled = weights.scale != nullptr;
-    if (weights.zeroPoints == ZeroPoints::kMINIMA) return body(Terms<ZeroPoints::kMINIMA, true>{});
-    if (weights.zeroPoints == ZeroPoints::kFLOATS) {
-        if (scaled) return body(Terms<ZeroPoints::kFLOATS, true>{});
-        return body(Terms<ZeroPoints::kFLOATS, false>{});
+    if (weights.records == nullptr) return body(Terms<ZeroPoints::kNONE, false>{});
+    if constexpr (!std::is_same_v<S, float>) {
+        if (weights.zeroPoints == ZeroPoints::kMINIMA) {
+            return body(Terms<ZeroPoints::kMINIMA, true>{});
+        }
     }
-    if (scaled) return body(Terms<ZeroPoints::kNONE, true>{});
-    return body(Terms<ZeroPoints::kNONE, false>{});
-}
-
-// A step's zero points in floating point, in the order of the sums.
-template <IntegerFormat kFORMAT, ZeroPoints kZEROS>
-inline __attribute__((always_inline)) void floatZeros(const IntegerWeights& weights,
-                                                      std::size_t group, std::size_t column,
-                                                      std::size_t columns, Simd::F* zeros) {
-    using Z = std::conditional_t<kZEROS == ZeroPoints::kMINIMA, Float16, float>;
-    const char* from = static_cast<const char*>(weights.zero) + group * weights.zeroBytes;
-    scalesOf<kFORMAT>(reinterpret_cast<const Z*>(from) + column, columns, zeros);
+    if constexpr (!std::is_same_v<S, Float16>) {
+        if (weights.zeroPoints == ZeroPoints::kFLOATS) {
+            return body(Terms<ZeroPoints::kFLOATS, true>{});
+        }
+    }
+    return body(Terms<ZeroPoints::kNONE, true>{});
 }
 
 // What integer sums begin with: it takes the weights' excess away again.
@@ -171,31 +166,14 @@ inline __attribute__((always_inline)) void ask(const void* address) {
     }
 }
 
-template <Cache kCACHE>
-inline __attribute__((always_inline)) void askRun(const void* from, std::size_t bytes) {
-    const char* first = static_cast<const char*>(from);
-    for (std::size_t at = 0; at < bytes; at += kLINE) ask<kCACHE>(first + at);
-    ask<kCACHE>(first + bytes - 1);
-}
-
 // Asks for the scales and zero points of a step.
-template <IntegerFormat kFORMAT, typename S, Cache kCACHE>
+template <Cache kCACHE>
 inline __attribute__((always_inline)) void askScales(const IntegerWeights& weights,
                                                      std::size_t group, std::size_t step) {
-    const S* from = static_cast<const S*>(weights.scale) + group * weights.scaleStride +
-                    step * stepColumns(kFORMAT);
-    askRun<kCACHE>(from, stepColumns(kFORMAT) * sizeof(S));
-    if (weights.zero == nullptr) return;
-    const char* zeros = static_cast<const char*>(weights.zero) + group * weights.zeroBytes;
-    switch (weights.zeroPoints) {
-        case ZeroPoints::kINTEGERS:
-            return ask<kCACHE>(zeros + step * kSTEP_BYTES);
-        case ZeroPoints::kFLOATS:
-            return askRun<kCACHE>(zeros + step * stepColumns(kFORMAT) * sizeof(float),
-                                  stepColumns(kFORMAT) * sizeof(float));
-        default:
-            return askRun<kCACHE>(zeros + step * stepColumns(kFORMAT) * sizeof(Float16),
-                                  stepColumns(kFORMAT) * sizeof(Float16));
+    const char* record = weights.records + group * weights.groupBytes + step * weights.recordBytes;
+    for (std::size_t at = 0; at < weights.recordBytes; at += kLINE) ask<kCACHE>(record + at);
+    if (weights.zeroPoints == ZeroPoints::kINTEGERS) {
+        ask<kCACHE>(weights.zero + group * weights.rowBytes + step * kSTEP_BYTES);
     }
 }
 
@@ -208,7 +186,7 @@ struct Place {
 
     // The first block of a group, where groups have scales.
     bool isNewGroup(const IntegerWeights& weights) const {
-        return weights.scale != nullptr && groupBlock == 0;
+        return weights.records != nullptr && groupBlock == 0;
     }
 
     void advance(std::size_t steps, const IntegerWeights& weights) {
@@ -221,6 +199,17 @@ struct Place {
         }
     }
 };
+
+template <IntegerFormat kFORMAT>
+void arrange(float* values, std::size_t count) {
+    constexpr int kVECTORS = vectorsOf(kFORMAT);
+    for (std::size_t at = 0; at < count; at += stepColumns(kFORMAT)) {
+        Simd::F v[kVECTORS];
+        for (int i = 0; i < kVECTORS; ++i) v[i] = Simd::load(values + at + i * Simd::kLANES);
+        Dot::shuffle<kVECTORS>(v);
+        for (int i = 0; i < kVECTORS; ++i) Simd::store(values + at + i * Simd::kLANES, v[i]);
+    }
+}
 
 template <IntegerFormat kFORMAT>
 void restoreOrder(float* sums, std::size_t count) {

@@ -25,7 +25,7 @@ std::size_t weightType(const LinearArguments& a) {
 WeightScales scalesFrom(const LinearArguments& a, std::size_t column) {
     if (!hasScaledRows(a)) return {};
     const float* zeros = static_cast<const float*>(a.weightZero);
-    return {static_cast<const float*>(a.weightScale) + column, a.channels / a.scaleGroups,
+    return {a.weightScale + column, a.channels / a.scaleGroups,
             zeros == nullptr ? nullptr : zeros + column};
 }
 

@@ -40,14 +40,12 @@ struct PackedStep {
     float* floatZeros() const { return reinterpret_cast<float*>(zeros); }
 };
 
-template <bool kIS_THERE>
-inline __attribute__((always_inline)) Simd::F loadIf(const float* from) {
-    return kIS_THERE ? Simd::load(from) : Simd::broadcast(0.0f);
-}
-
-template <int kVECTORS>
-inline void storeVectors(float* to, const Simd::F* from) {
-    for (int v = 0; v < kVECTORS; ++v) Simd::store(to + v * Simd::kLANES, from[v]);
+// A step's scales or zero points as floats.
+template <int kVECTORS, typename S>
+inline void unpack(const S* from, float* to) {
+    for (std::size_t at = 0; at < kVECTORS * Simd::kLANES; at += Simd::kLANES) {
+        Simd::store(to + at, Simd::load(from + at));
+    }
 }
 
 std::size_t packedBytes(std::size_t block) {
@@ -56,7 +54,7 @@ std::size_t packedBytes(std::size_t block) {
 
 // Asks for rows of W a distance ahead, a quad at a time: asked for all at once they would hold up
 // the loads of what is being multiplied.
-template <IntegerFormat kFORMAT, typename S, Cache kCACHE>
+template <Cache kCACHE>
 class BlocksAhead {
   public:
     BlocksAhead(const TileDots& dots, const Steps& steps)
@@ -86,7 +84,7 @@ class BlocksAhead {
     void advance() {
         if (mPlace.block == mBlocks) return;
         if (mPlace.isNewGroup(mDots.weights)) {
-            askScales<kFORMAT, S, kCACHE>(mDots.weights, mPlace.group, mPlace.step);
+            askScales<kCACHE>(mDots.weights, mPlace.group, mPlace.step);
         }
         mPlace.advance(mSteps.count, mDots.weights);
     }
@@ -121,25 +119,16 @@ inline __attribute__((always_inline)) void packStep(const TileDots& dots, std::s
     const std::size_t group = block / weights.groupBlocks;
     if (weights.zeroPoints == ZeroPoints::kINTEGERS) {
         Simd::I zeros[kVECTORS];
-        const std::uint8_t* from = static_cast<const std::uint8_t*>(weights.zero);
-        zeroPoints<kFORMAT, kPARTIAL>(from + group * weights.zeroBytes + at, bytes, zeros);
+        zeroPoints<kFORMAT, kPARTIAL>(weights.zero + group * weights.rowBytes + at, bytes, zeros);
         for (int v = 0; v < kVECTORS; ++v) {
             Simd::storeInt(packed.zeros + v * Simd::kLANES, zeros[v]);
         }
     }
-    const std::size_t column = step * stepColumns(kFORMAT);
-    const std::size_t columns = kPARTIAL ? weights.columns - column : stepColumns(kFORMAT);
-    withTerms(weights, [&](auto terms) __attribute__((always_inline)) {
-        constexpr ZeroPoints kZEROS = decltype(terms)::kPOINTS;
-        Simd::F floats[kVECTORS];
-        if constexpr (decltype(terms)::kHAS_SCALES) {
-            const S* from = static_cast<const S*>(weights.scale) + group * weights.scaleStride;
-            scalesOf<kFORMAT>(from + column, columns, floats);
-            storeVectors<kVECTORS>(packed.scales, floats);
-        }
-        if constexpr (kZEROS != ZeroPoints::kNONE) {
-            floatZeros<kFORMAT, kZEROS>(weights, group, column, columns, floats);
-            storeVectors<kVECTORS>(packed.floatZeros(), floats);
+    withTerms<S>(weights, [&](auto terms) __attribute__((always_inline)) {
+        const Record<kFORMAT, S> record(weights, group, step);
+        if constexpr (decltype(terms)::kHAS_SCALES) unpack<kVECTORS>(record.scales, packed.scales);
+        if constexpr (decltype(terms)::kPOINTS != ZeroPoints::kNONE) {
+            unpack<kVECTORS>(record.zeros, packed.floatZeros());
         }
     });
 }
@@ -183,7 +172,7 @@ inline __attribute__((always_inline)) void multiplyTile(const TileDots& dots, st
             dot[i.kVALUE] = Dot::subtractProduct(dot[i.kVALUE], zero, total);
         });
     }
-    withTerms(dots.weights, [&](auto terms) __attribute__((always_inline)) {
+    withTerms<void>(dots.weights, [&](auto terms) __attribute__((always_inline)) {
         constexpr ZeroPoints kZEROS = decltype(terms)::kPOINTS;
         constexpr bool kSCALED = decltype(terms)::kHAS_SCALES;
         unroll<kTOKENS>([&](auto t) __attribute__((always_inline)) {
@@ -238,7 +227,7 @@ void tileDots(const TileDots& dots) {
     const std::size_t whole = steps.last < kSTEP_BYTES ? steps.count - 1 : steps.count;
     const std::size_t blocks = dots.channels / dots.block;
     std::memset(dots.sums, 0, dots.tokens * dots.sumStride * sizeof *dots.sums);
-    BlocksAhead<kFORMAT, S, Cache::kSECOND_LEVEL> ahead(dots, steps);
+    BlocksAhead<Cache::kSECOND_LEVEL> ahead(dots, steps);
     for (std::size_t block = 0; block < blocks; ++block) {
         for (std::size_t step = 0; step < steps.count; ++step) {
             if (step < whole) {
