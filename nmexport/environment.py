@@ -6,6 +6,7 @@ operating system, GPUs from `nvidia-smi`.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import shutil
@@ -225,6 +226,17 @@ def free_memory() -> int:
     # Pages of files that nobody reads any more count as used, and are given up when asked for.
     idle = next((line for line in kinds.splitlines() if line.startswith("inactive_file ")), "x 0")
     return max(0, min(free, limit - used + int(idle.split()[1])))
+
+
+def return_freed_memory() -> None:
+    """Give memory that was freed back to the system, where the C library keeps it (glibc).
+
+    Blocks of some megabytes, as weights are, leave holes in the heap that glibc does not close by
+    itself: a pass over a model's layers would take more memory with each layer.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _package_versions() -> dict[str, str]:

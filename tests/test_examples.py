@@ -12,15 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from nmexport.models.loader import load_tokenizer
-from nmexport.models.source import resolve
-from nmexport.models.tokenizer_files import write_tokenizer
-from nmexport.recipe import ModelSection
-from nmexport.runtimes import native
-from nmexport.serving import repository
-from nmexport.stages.export import write_configs
 from tokenizers import Tokenizer
 
+from tests.support.other_runtimes import GENAI, install, save_for_other_runtimes
 from tests.support.plugin_build import build_hook
 
 if TYPE_CHECKING:
@@ -31,24 +25,15 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 PROMPT = "The quick"
-GENAI, NODE = "onnxruntime-genai==0.18.0", "onnxruntime-node@1.30.0"
+NODE = "onnxruntime-node@1.30.0"
 
 
 @pytest.fixture(scope="module")
 def served(
     tiny_llama: Path, plain_export: Exported, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A folder as a package has it: model, native op, tokenizer, configurations."""
     folder = tmp_path_factory.mktemp("examples") / "model"
-    shutil.copytree(plain_export.folder, folder)
-    write_configs(plain_export.dense, folder)
-    write_tokenizer(load_tokenizer(resolve(ModelSection(id=str(tiny_llama)))), folder)
-    library = native.find_library()
-    if library is None:
-        pytest.skip("the native library is not built")
-    shutil.copy(library, folder)
-    repository._name_library(folder / repository.GENAI_CONFIG, library.name)
-    return folder
+    return save_for_other_runtimes(tiny_llama, plain_export, folder)
 
 
 def run(command: list[str], **variables: str) -> str:
@@ -149,12 +134,3 @@ def test_optimum_takes_the_op_too(served: Path, expected: str) -> None:
     # Optimum ends at the end token, the other examples do not.
     assert config["eos_token_id"] is not None
     assert expected.startswith(shown.rstrip("\n"))
-
-
-def install(command: list[object]) -> None:
-    """Install, or skip where the package cannot be had."""
-    done = subprocess.run(
-        [str(word) for word in command], capture_output=True, text=True, check=False, timeout=300
-    )
-    if done.returncode:
-        pytest.skip(f"cannot be installed here: {done.stderr.strip()[-200:]}")

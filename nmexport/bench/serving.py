@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from nmexport.generation.token_scores import TokenScore
     from nmexport.progress import Progress
     from nmexport.runtimes.session import Session
     from nmexport.serving.request import Outcome, Usage
@@ -82,7 +83,7 @@ class _Client:
     is_done: bool = False
     problem: str | None = None
 
-    def text(self, piece: str, usage: Usage) -> None:
+    def text(self, piece: str, usage: Usage, scores: Sequence[TokenScore]) -> None:
         """Read it."""
 
     def done(self, outcome: Outcome) -> None:

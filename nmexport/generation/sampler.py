@@ -2,8 +2,8 @@
 
 Neither transformers' logits processors nor onnxruntime-genai's search is used. The first compute
 on torch tensors, which would put torch into the server's loop and image. The second owns model,
-cache and loop in one object: it takes no custom-op library per session, and its draws depend on a
-generator that a batch shares. One request has one generator here, so its text is the same
+cache and loop in one object, whose batches change a request's tokens
+(`tests/serving/test_genai_engine.py`). One request has one generator here, so its text is the same
 whatever else runs in the batch.
 """
 
@@ -92,7 +92,7 @@ class Sampler:
         self, logits: NDArray[np.float32]
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Token ids that may be drawn, likeliest first, and their probabilities."""
-        order = _likeliest(logits, self._top_k)
+        order = likeliest_tokens(logits, self._top_k)
         scaled = logits[order].astype(np.float64) / self._temperature
         probabilities = np.exp(scaled - scaled[0])
         probabilities /= probabilities.sum()
@@ -102,7 +102,7 @@ class Sampler:
         return order[: kept.size], kept / kept.sum()
 
 
-def _likeliest(logits: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+def likeliest_tokens(logits: NDArray[np.float32], count: int) -> NDArray[np.int64]:
     """Ids of the `count` largest logits (0: of all), largest first, equals by lower id."""
     if not 0 < count < logits.size:
         return _descending(logits)

@@ -101,6 +101,15 @@ class Tokenizer:
         text: str = self._tokenizer.decode(listed, skip_special_tokens=skip_special_tokens)
         return text
 
+    def token_text(self, token: int) -> str:
+        """Text of one token inside a text, leading space and special tokens included.
+
+        Part of a character is the replacement character.
+        """
+        alone = self.decode([token], skip_special_tokens=False)
+        # Some decoders take the space off a text's first token: it is read from the second.
+        return self.decode([token, token], skip_special_tokens=False)[len(alone) :]
+
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The text that a chat model continues.
 

@@ -21,7 +21,8 @@ matrix product rounds by the number of rows. So what is not known to go token by
 | `past_key_values.{i}.key` | `[pages, H_kv, D, 32]` | the cache; bind `present` to it |
 | `past_key_values.{i}.value` | `[pages, H_kv, 32, D]` | the same |
 
-Weights are named, never read: they stay where the exported file has them.
+Weights are named, never read: they stay where the exported file has them. What our own kernels
+compute, nearly all of it, is one `Region` (see `regions`).
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from nmexport.graph.dense_linears import GatherBeforeHead, UseOurLinears
 from nmexport.graph.fused import FUSED, FuseGatedSilu, FuseResidualNorm
 from nmexport.graph.initializers import add_initializer
 from nmexport.graph.matching import int_attribute, is_op, rank, slice_of
+from nmexport.graph.regions import GroupIntoRegions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,6 +98,7 @@ def rewrite_for_shared_step(model: ir.Model, *, positions: int) -> None:
     _check_by_token(model.graph)
     common.RemoveUnusedOpsetsPass()(model)
     model.graph.sort()
+    GroupIntoRegions()(model)
 
 
 def _check_types(graph: ir.Graph) -> None:

@@ -369,6 +369,8 @@ class LossCurve:
 
     learned: tuple[float, ...] = ()
     """Each step's, on the chunks it learned from."""
+    block_steps: int = 0
+    """Steps of each block, where constants were learned block by block."""
     held_out: tuple[tuple[int, float], ...] = ()
     """Steps done, and the divergence on held-out chunks."""
 

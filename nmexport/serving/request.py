@@ -10,11 +10,14 @@ import numpy as np
 from nmexport.serving.limits import LEAST_CHUNK
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from nmexport.generation.sampler import Sampler
     from nmexport.generation.stopping import StopFilter
     from nmexport.generation.text_stream import TextStream
+    from nmexport.generation.token_scores import TokenScore
 
 FinishReason = Literal["stop", "length"]
 
@@ -37,8 +40,15 @@ class Outcome(Usage):
 class Sink(Protocol):
     """Receiver of one request's text; called from the scheduler's thread alone."""
 
-    def text(self, piece: str, usage: Usage) -> None:
-        """One more piece, not empty, and what it took to get here."""
+    def text(self, piece: str, usage: Usage, scores: Sequence[TokenScore]) -> None:
+        """One more piece, and what it took to get here.
+
+        Args:
+            piece: Empty only where scores are left at the end.
+            usage: Tokens so far.
+            scores: Of the tokens whose text begins in the pieces so far and that were not given
+                yet; none where the request asks for none.
+        """
         ...
 
     def done(self, outcome: Outcome) -> None:
@@ -71,11 +81,19 @@ class Request:
     sink: Sink
     reserved_bytes: int
     arrived: float
+    likeliest: int | None = None
+    """How many likeliest tokens to name beside each that is drawn; None scores none."""
     prefilled: int = 0
     answer: list[int] = field(default_factory=list)
     """Tokens that were drawn and run."""
     produced: int = 0
     cache: Any = None
+    scores: list[TokenScore] = field(default_factory=list)
+    """Of tokens whose text the sink does not have yet."""
+    decoded: int = 0
+    """Characters of its answer."""
+    given: int = 0
+    """Those of them that the sink has."""
     last_token: int = -1
     last_time: float = field(default=0.0)
     is_counted: bool = False
@@ -102,6 +120,21 @@ class Request:
         if most < min(len(left), LEAST_CHUNK):
             return left[:0]
         return left[: chunk_end(0, len(left), most)]
+
+    def give(self, piece: str, *, is_end: bool = False) -> None:
+        """Pass text on, with the scores of the tokens that begin in it.
+
+        Tokens that a stop text cut off begin behind the last piece, and stay.
+        """
+        self.given += len(piece)
+        begun = [
+            score
+            for score in self.scores
+            if score.offset < self.given or (is_end and not self.stop.stopped)
+        ]
+        self.scores = self.scores[len(begun) :]
+        if piece or begun:
+            self.sink.text(piece, self.usage, begun)
 
     @property
     def usage(self) -> Usage:

@@ -26,6 +26,7 @@ from nmexport.errors import RequestError, ServerBusyError
 from nmexport.generation.sampler import Sampler
 from nmexport.generation.stopping import StopFilter
 from nmexport.generation.text_stream import TextStream
+from nmexport.generation.token_scores import score_token
 from nmexport.runtimes.session import Work
 from nmexport.serving import metrics as names
 from nmexport.serving.metrics import Harmless, Metrics, NoMetrics
@@ -116,6 +117,7 @@ class Scheduler:
         options: GenerationOptions,
         sink: Sink,
         *,
+        likeliest: int | None = None,
         wait: bool = False,
     ) -> None:
         """Queue a request.
@@ -124,13 +126,15 @@ class Scheduler:
             prompt: Token ids.
             options: How its text is drawn.
             sink: Where its text goes.
+            likeliest: How many of the likeliest tokens to name beside each that is drawn, with
+                log probabilities; None scores none.
             wait: Wait until the queue has room; a client that goes away meanwhile is dropped.
 
         Raises:
             RequestError: if it is over a limit.
             ServerBusyError: if the queue is full, or the server is shutting down.
         """
-        request = self._admissible(prompt, options, sink)
+        request = self._admissible(prompt, options, sink, likeliest)
         if wait and not self._wait_for_room(sink):
             self._abandon(request)
             return
@@ -162,7 +166,13 @@ class Scheduler:
             if sink.is_cancelled():
                 return False
 
-    def _admissible(self, prompt: Sequence[int], options: GenerationOptions, sink: Sink) -> Request:
+    def _admissible(
+        self,
+        prompt: Sequence[int],
+        options: GenerationOptions,
+        sink: Sink,
+        likeliest: int | None,
+    ) -> Request:
         if not prompt:
             raise RequestError("The prompt is empty.", allowed="at least one token")
         room = self.limits.context_tokens - len(prompt)
@@ -200,6 +210,7 @@ class Scheduler:
             sink=sink,
             reserved_bytes=reserved,
             arrived=time.monotonic(),
+            likeliest=likeliest,
         )
 
     def close(self) -> None:
@@ -357,9 +368,15 @@ class Scheduler:
             return
         request.produced += 1
         self._metrics.add(names.GENERATED_TOKENS)
-        piece = request.stop.push(request.text.push(token))
+        if request.likeliest is not None:
+            request.scores.append(
+                score_token(logits, token, likeliest=request.likeliest, offset=request.decoded)
+            )
+        text = request.text.push(token)
+        request.decoded += len(text)
+        piece = request.stop.push(text)
         if piece:
-            request.sink.text(piece, request.usage)
+            request.give(piece)
         if request.stop.stopped:
             self._finish(request, "stop")
         elif request.produced == request.max_tokens:
@@ -367,8 +384,7 @@ class Scheduler:
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         rest = request.stop.push(request.text.flush()) + request.stop.flush()
-        if rest:
-            request.sink.text(rest, request.usage)
+        request.give(rest, is_end=True)
         self._prefixes.keep(request.known, request.cache)
         # The slot is free before the client learns of the end, and may ask for the next.
         self._leave(request, names.FINISHED)

@@ -46,6 +46,8 @@ class TextRequest:
     add_special_tokens: bool = True
     values: Mapping[str, Any] = field(default_factory=dict)
     """Generation options by name."""
+    likeliest: int | None = None
+    """How many of the likeliest tokens to name beside each of the answer; None scores none."""
 
 
 class TextService(Closing):
@@ -158,7 +160,13 @@ class TextService(Closing):
             ServerBusyError: if the queue is full, or the server is shutting down.
         """
         options = options_from(request.values, self.bundle.defaults)
-        self.scheduler.submit(self._tokens(request), options, sink, wait=wait)
+        self.scheduler.submit(
+            self._tokens(request), options, sink, likeliest=request.likeliest, wait=wait
+        )
+
+    def token_text(self, token: int) -> str:
+        """Text of one token as it stands inside a text."""
+        return self._tokenizer.token_text(token)
 
     def _tokens(self, request: TextRequest) -> list[int]:
         if (request.text is None) == (request.messages is None):

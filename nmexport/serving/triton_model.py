@@ -29,6 +29,7 @@ from nmexport.serving.stopping import StopSignals, drain_seconds
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from nmexport.generation.token_scores import TokenScore
     from nmexport.serving.request import Outcome, Usage
 
 _BACKEND = "triton_python_backend_utils"
@@ -232,7 +233,12 @@ class TritonSink:
         self._reported = 0
         """Output tokens that earlier responses reported."""
 
-    def text(self, piece: str, usage: Usage) -> None:
+    def text(
+        self,
+        piece: str,
+        usage: Usage,
+        scores: Sequence[TokenScore],  # noqa: ARG002  its requests have no way to ask for any
+    ) -> None:
         """Send a piece, or keep it."""
         if self._reply.stream:
             self._sender.send(self._response(piece, usage))

@@ -3,6 +3,7 @@
 #include <map>
 #include <mutex>
 
+#include "cpu_kernels.h"
 #include "fused_op.h"
 #include "node.h"
 #include "step.h"
@@ -20,93 +21,54 @@ std::size_t leading(const Shape& shape, std::size_t kept) {
     return product;
 }
 
-// The inputs of one run, by index.
-class Given {
-  public:
-    Given(const OrtApi& api, OrtKernelContext* context) : mApi(api), mContext(context) {
-        check(api, api.KernelContext_GetInputCount(context, &mCount));
-    }
+template <typename T>
+T* inputOf(const Run& run, std::size_t index) {
+    return static_cast<T*>(run.data(index));
+}
 
-    const OrtValue* value(std::size_t index) const {
-        const OrtValue* found = nullptr;
-        if (index < mCount) check(mApi, mApi.KernelContext_GetInput(mContext, index, &found));
-        return found;
-    }
-    Shape shape(std::size_t index) const { return shapeOf(mApi, value(index)); }
-    // Null where the input is absent.
-    template <typename T>
-    T* data(std::size_t index) const {
-        const OrtValue* found = value(index);
-        return found == nullptr ? nullptr : static_cast<T*>(dataOf(mApi, found));
-    }
-    template <typename T>
-    T* output(std::size_t index, const Shape& shape) const {
-        OrtValue* made = nullptr;
-        check(mApi,
-              mApi.KernelContext_GetOutput(mContext, index, shape.data(), shape.size(), &made));
-        return static_cast<T*>(dataOf(mApi, made));
-    }
-
-  private:
-    const OrtApi& mApi;
-    OrtKernelContext* mContext;
-    std::size_t mCount = 0;
-};
-
-class CpuKernel : public Kernel {
-  public:
-    CpuKernel(const OrtApi& api, std::size_t threads) : mApi(api), mThreads(threads) {}
-
-  protected:
-    const OrtApi& mApi;
-    std::size_t mThreads;
-};
+float* outputOf(const Run& run, std::size_t index, const Shape& shape) {
+    return static_cast<float*>(run.output(index, shape));
+}
 
 // Of one value with both halves, or of two values.
 class GatedSiluKernel : public CpuKernel {
   public:
-    GatedSiluKernel(const OrtApi& api, const OrtKernelInfo*, std::size_t threads)
-        : CpuKernel(api, threads) {}
+    GatedSiluKernel(const NodeInfo& node, std::size_t threads) : CpuKernel(node.api(), threads) {}
 
-    void run(OrtKernelContext* context) const override {
-        const Given given(mApi, context);
-        Shape shape = given.shape(0);
-        const bool isPair = given.value(1) != nullptr;
+    void compute(const Run& run) const override {
+        Shape shape = run.shape(0);
+        const bool isPair = run.has(1);
         if (shape.empty() || (!isPair && shape.back() % 2 != 0)) {
             throw Fault("GatedSilu: X has shape " + textOf(shape) + "; allowed: [..., 2 * I]");
         }
-        if (isPair && given.shape(1) != shape) {
+        if (isPair && run.shape(1) != shape) {
             throw Fault("GatedSiluPair: gate has shape " + textOf(shape) + " and up " +
-                        textOf(given.shape(1)) + "; allowed: one shape");
+                        textOf(run.shape(1)) + "; allowed: one shape");
         }
         GatedSiluArguments arguments;
         arguments.stride = static_cast<std::size_t>(shape.back());
         if (!isPair) shape.back() /= 2;
         arguments.channels = static_cast<std::size_t>(shape.back());
         arguments.tokens = leading(shape, 1);
-        arguments.gate = given.data<float>(0);
-        arguments.up = isPair ? given.data<float>(1) : arguments.gate + arguments.channels;
-        arguments.y = given.output<float>(0, shape);
-        Pool pool(mApi, context, mThreads);
-        gatedSilu(arguments, pool.threads());
+        arguments.gate = inputOf<float>(run, 0);
+        arguments.up = isPair ? inputOf<float>(run, 1) : arguments.gate + arguments.channels;
+        arguments.y = outputOf(run, 0, shape);
+        gatedSilu(arguments, run.threads());
     }
 };
 
 // Of one value, or of the sum of two.
 class NormKernel : public CpuKernel {
   public:
-    NormKernel(const OrtApi& api, const OrtKernelInfo* info, std::size_t threads)
-        : CpuKernel(api, threads) {
-        check(api, api.KernelInfoGetAttribute_float(info, "epsilon", &mEpsilon));
-    }
+    NormKernel(const NodeInfo& node, std::size_t threads)
+        : CpuKernel(node.api(), threads), mEpsilon(node.number("epsilon")) {}
 
-    void run(OrtKernelContext* context) const override {
-        const Given given(mApi, context);
-        const bool hasSkip = given.value(2) != nullptr;
-        const Shape shape = given.shape(0);
-        const Shape weight = given.shape(hasSkip ? 2 : 1);
+    void compute(const Run& run) const override {
+        const bool hasSkip = run.has(2);
+        const Shape shape = run.shape(0);
+        const Shape weight = run.shape(hasSkip ? 2 : 1);
         const bool fits = !shape.empty() && weight.size() == 1 && weight[0] == shape.back();
-        if (!fits || (hasSkip && given.shape(1) != shape)) {
+        if (!fits || (hasSkip && run.shape(1) != shape)) {
             throw Fault("Norm: X has shape " + textOf(shape) + " and weight " + textOf(weight) +
                         "; allowed: X and skip of one shape [..., K], weight [K]");
         }
@@ -114,17 +76,16 @@ class NormKernel : public CpuKernel {
         arguments.channels = static_cast<std::size_t>(shape.back());
         arguments.tokens = leading(shape, 1);
         arguments.epsilon = mEpsilon;
-        arguments.x = given.data<float>(0);
-        arguments.skip = hasSkip ? given.data<float>(1) : nullptr;
-        arguments.weight = given.data<float>(hasSkip ? 2 : 1);
-        arguments.y = given.output<float>(0, shape);
-        arguments.sum = hasSkip ? given.output<float>(1, shape) : nullptr;
-        Pool pool(mApi, context, mThreads);
-        residualNorm(arguments, pool.threads());
+        arguments.x = inputOf<float>(run, 0);
+        arguments.skip = hasSkip ? inputOf<float>(run, 1) : nullptr;
+        arguments.weight = inputOf<float>(run, hasSkip ? 2 : 1);
+        arguments.y = outputOf(run, 0, shape);
+        arguments.sum = hasSkip ? outputOf(run, 1, shape) : nullptr;
+        residualNorm(arguments, run.threads());
     }
 
   private:
-    float mEpsilon = 0.0f;
+    float mEpsilon;
 };
 
 enum AttentionInput : std::size_t {
@@ -142,47 +103,44 @@ enum AttentionInput : std::size_t {
 
 class PagedAttentionKernel : public CpuKernel {
   public:
-    PagedAttentionKernel(const OrtApi& api, const OrtKernelInfo* info, std::size_t threads)
-        : CpuKernel(api, threads),
-          mHeads(integer(info, "num_heads")),
-          mKvHeads(integer(info, "kv_num_heads")),
-          mWindow(integer(info, "window")) {
-        check(api, api.KernelInfoGetAttribute_float(info, "scale", &mScale));
+    PagedAttentionKernel(const NodeInfo& node, std::size_t threads)
+        : CpuKernel(node.api(), threads),
+          mHeads(integer(node, "num_heads")),
+          mKvHeads(integer(node, "kv_num_heads")),
+          mWindow(integer(node, "window")),
+          mScale(node.number("scale")) {
         if (mHeads == 0 || mKvHeads == 0 || mHeads % mKvHeads != 0) {
             throw Fault("PagedAttention: " + std::to_string(mHeads) + " heads on " +
                         std::to_string(mKvHeads) + "; allowed: a positive multiple");
         }
     }
 
-    void run(OrtKernelContext* context) const override {
-        const Given given(mApi, context);
+    void compute(const Run& run) const override {
         AttentionArguments arguments{};
         arguments.heads = mHeads;
         arguments.kvHeads = mKvHeads;
         arguments.scale = mScale;
         arguments.window = mWindow;
-        setCaches(given, arguments);
-        setTokens(given, arguments);
-        setRotary(given, arguments);
-        checkPlaces(arguments, given.shape(kPAGES), given.shape(kPAST_KEYS)[0]);
-        Shape y = given.shape(kQUERIES);
+        setCaches(run, arguments);
+        setTokens(run, arguments);
+        setRotary(run, arguments);
+        checkPlaces(arguments, run.shape(kPAGES), run.shape(kPAST_KEYS)[0]);
+        Shape y = run.shape(kQUERIES);
         y.back() = static_cast<std::int64_t>(mHeads * arguments.headDim);
-        arguments.y = given.output<float>(0, y);
-        Pool pool(mApi, context, mThreads);
-        pagedAttention(arguments, pool.threads());
+        arguments.y = outputOf(run, 0, y);
+        pagedAttention(arguments, run.threads());
     }
 
   private:
-    std::size_t integer(const OrtKernelInfo* info, const char* name) const {
-        std::int64_t value = 0;
-        check(mApi, mApi.KernelInfoGetAttribute_int64(info, name, &value));
+    static std::size_t integer(const NodeInfo& node, const char* name) {
+        const std::int64_t value = node.integer(name);
         if (value < 0) throw Fault(std::string("PagedAttention: ") + name + " is negative");
         return static_cast<std::size_t>(value);
     }
 
-    void setCaches(const Given& given, AttentionArguments& a) const {
-        const Shape keys = given.shape(kPAST_KEYS);
-        const Shape values = given.shape(kPAST_VALUES);
+    void setCaches(const Run& run, AttentionArguments& a) const {
+        const Shape keys = run.shape(kPAST_KEYS);
+        const Shape values = run.shape(kPAST_VALUES);
         const std::int64_t page = static_cast<std::int64_t>(kPAGE);
         const bool fits = keys.size() == 4 && values.size() == 4 && keys[0] == values[0] &&
                           keys[1] == static_cast<std::int64_t>(mKvHeads) && keys[1] == values[1] &&
@@ -193,33 +151,33 @@ class PagedAttentionKernel : public CpuKernel {
                         "] and [pages, heads, " + std::to_string(page) + ", D]");
         }
         a.headDim = static_cast<std::size_t>(keys[2]);
-        a.keys = inPlace(given, kPAST_KEYS, 1, keys);
-        a.values = inPlace(given, kPAST_VALUES, 2, values);
+        a.keys = inPlace(run, kPAST_KEYS, 1, keys);
+        a.values = inPlace(run, kPAST_VALUES, 2, values);
     }
 
     // The output's memory, with the input's elements in it.
-    static float* inPlace(const Given& given, std::size_t input, std::size_t output,
+    static float* inPlace(const Run& run, std::size_t input, std::size_t output,
                           const Shape& shape) {
-        const float* past = given.data<float>(input);
-        float* present = given.output<float>(output, shape);
+        const float* past = inputOf<float>(run, input);
+        float* present = outputOf(run, output, shape);
         if (past != present) std::copy(past, past + leading(shape, 0), present);
         return present;
     }
 
-    void setTokens(const Given& given, AttentionArguments& a) const {
-        const Shape queries = given.shape(kQUERIES);
+    void setTokens(const Run& run, AttentionArguments& a) const {
+        const Shape queries = run.shape(kQUERIES);
         a.tokens = leading(queries, 1);
-        a.queries = given.data<float>(kQUERIES);
+        a.queries = inputOf<float>(run, kQUERIES);
         const std::size_t kept = mKvHeads * a.headDim;
         const std::size_t wide = mHeads * a.headDim;
-        const bool isPacked = given.value(kKEYS) == nullptr;
+        const bool isPacked = !run.has(kKEYS);
         const std::size_t width = isPacked ? wide + 2 * kept : wide;
         a.queryStride = width;
         a.keyStride = a.valueStride = isPacked ? width : kept;
-        a.newKeys = isPacked ? a.queries + wide : given.data<float>(kKEYS);
-        a.newValues = isPacked ? a.newKeys + kept : given.data<float>(kVALUES);
+        a.newKeys = isPacked ? a.queries + wide : inputOf<float>(run, kKEYS);
+        a.newValues = isPacked ? a.newKeys + kept : inputOf<float>(run, kVALUES);
         const auto has = [&](std::size_t index, std::size_t size) {
-            const Shape shape = given.shape(index);
+            const Shape shape = run.shape(index);
             return !shape.empty() && leading(shape, 1) == a.tokens &&
                    static_cast<std::size_t>(shape.back()) == size;
         };
@@ -231,27 +189,27 @@ class PagedAttentionKernel : public CpuKernel {
                         std::to_string(kept) + "], or rows of all three");
         }
         for (const std::size_t index : {kSEQUENCES, kPOSITIONS}) {
-            if (leading(given.shape(index), 0) != a.tokens) {
+            if (leading(run.shape(index), 0) != a.tokens) {
                 throw Fault("PagedAttention: " + std::to_string(a.tokens) +
                             " tokens, and sequences or positions of another number");
             }
         }
-        a.sequences = given.data<std::int32_t>(kSEQUENCES);
-        a.positions = given.data<std::int32_t>(kPOSITIONS);
-        a.pages = given.data<std::int32_t>(kPAGES);
+        a.sequences = inputOf<std::int32_t>(run, kSEQUENCES);
+        a.positions = inputOf<std::int32_t>(run, kPOSITIONS);
+        a.pages = inputOf<std::int32_t>(run, kPAGES);
     }
 
-    void setRotary(const Given& given, AttentionArguments& a) const {
-        if (given.value(kCOSINES) == nullptr) return;
-        const Shape shape = given.shape(kCOSINES);
-        if (shape.size() != 2 || given.shape(kSINES) != shape ||
+    void setRotary(const Run& run, AttentionArguments& a) const {
+        if (!run.has(kCOSINES)) return;
+        const Shape shape = run.shape(kCOSINES);
+        if (shape.size() != 2 || run.shape(kSINES) != shape ||
             2 * static_cast<std::size_t>(shape[1]) > a.headDim) {
             throw Fault("PagedAttention: cosines of shape " + textOf(shape) +
                         "; allowed: [positions, up to half of a head], as of the sines");
         }
         a.rotary = 2 * static_cast<std::size_t>(shape[1]);
-        a.cosines = given.data<float>(kCOSINES);
-        a.sines = given.data<float>(kSINES);
+        a.cosines = inputOf<float>(run, kCOSINES);
+        a.sines = inputOf<float>(run, kSINES);
         for (std::size_t t = 0; t < a.tokens; ++t) {
             if (a.positions[t] >= shape[0]) {
                 throw Fault("PagedAttention: position " + std::to_string(a.positions[t]) +
@@ -296,20 +254,25 @@ class PagedAttentionKernel : public CpuKernel {
     std::size_t mHeads;
     std::size_t mKvHeads;
     std::size_t mWindow;
-    float mScale = 0.0f;
+    float mScale;
 };
 
 template <typename K>
 KernelFactory with(std::size_t threads) {
     return [threads](const OrtApi& api, const OrtKernelInfo* info, ElementType) {
-        return std::make_unique<K>(api, info, threads);
+        return std::make_unique<K>(NodeInfo(api, info), threads);
     };
 }
 
-std::vector<FusedOp> makeOps(std::size_t threads) {
+std::vector<FusedOp> makeOps(const SessionSettings& settings) {
+    const std::size_t threads = settings.threads;
     const FusedInput t{};
     const FusedInput maybe{InputType::kT, true};
     const FusedInput integer{InputType::kINT32, false};
+    const KernelFactory region = [settings](const OrtApi& api, const OrtKernelInfo* info,
+                                            ElementType) {
+        return makeRegionKernel({api, info}, settings);
+    };
     const std::vector<FusedSpec> specs = {
         {"GatedSilu", {t}, 1, nullptr, with<GatedSiluKernel>(threads)},
         {"GatedSiluPair", {t, t}, 1, nullptr, with<GatedSiluKernel>(threads)},
@@ -319,21 +282,58 @@ std::vector<FusedOp> makeOps(std::size_t threads) {
          {t, maybe, maybe, integer, integer, integer, maybe, maybe, t, t},
          3,
          nullptr,
-         with<PagedAttentionKernel>(threads)}};
+         with<PagedAttentionKernel>(threads)},
+        {"Region", {}, 1, nullptr, region, /*isVariadic=*/true}};
     std::vector<FusedOp> ops;
     for (const FusedSpec& spec : specs) ops.emplace_back(spec, ElementType::kFLOAT32);
     return ops;
 }
 
+// The types of W, its scales and its zero points, which are constants.
+StoredTypes storedTypesOf(const NodeInfo& node) {
+    const auto typeOf = [&](int input) {
+        const OrtValue* value = node.constant(static_cast<std::size_t>(input));
+        if (value == nullptr) return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+        OrtTensorTypeAndShapeInfo* info = nullptr;
+        check(node.api(), node.api().GetTensorTypeAndShape(value, &info));
+        ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+        OrtStatus* status = node.api().GetTensorElementType(info, &type);
+        node.api().ReleaseTensorTypeAndShapeInfo(info);
+        check(node.api(), status);
+        return type;
+    };
+    return {typeOf(NMLinearInput::W), typeOf(NMLinearInput::weight_scale),
+            typeOf(NMLinearInput::weight_zero_point)};
+}
+
 }  // namespace
 
-const std::vector<FusedOp>& cpuFusedOps(std::size_t threads) {
+std::unique_ptr<CpuKernel> makeCpuKernel(const std::string& op, const NodeInfo& node,
+                                         const SessionSettings& settings) {
+    if (op == "NMLinear") {
+        return makeLinearKernel(node, ElementType::kFLOAT32, storedTypesOf(node), settings);
+    }
+    if (op == "PagedAttention") {
+        return std::make_unique<PagedAttentionKernel>(node, settings.threads);
+    }
+    if (op == "Norm" || op == "ResidualNorm") {
+        return std::make_unique<NormKernel>(node, settings.threads);
+    }
+    if (op == "GatedSilu" || op == "GatedSiluPair") {
+        return std::make_unique<GatedSiluKernel>(node, settings.threads);
+    }
+    throw Fault("Region: a node is of op " + op +
+                "; allowed: NMLinear, PagedAttention, Norm, ResidualNorm, GatedSilu, "
+                "GatedSiluPair");
+}
+
+const std::vector<FusedOp>& cpuFusedOps(const SessionSettings& settings) {
     static std::mutex mutex;
-    static std::map<std::size_t, std::vector<FusedOp>> known;
+    static std::map<SessionSettings, std::vector<FusedOp>> known;
     const std::lock_guard<std::mutex> lock(mutex);
-    const auto found = known.find(threads);
+    const auto found = known.find(settings);
     if (found != known.end()) return found->second;
-    return known.emplace(threads, makeOps(threads)).first->second;
+    return known.emplace(settings, makeOps(settings)).first->second;
 }
 
 }  // namespace nmexport

@@ -113,12 +113,13 @@ class CudaPruneKernel : public Kernel {
     CudaPruneKernel(const OrtApi& api, const OrtKernelInfo* info, ElementType type)
         : mApi(api),
           mType(type),
-          mPattern(Attributes(api, info, kNMPrune).pattern()),
-          mShapes(api, info, kNMPrune),
+          mPattern(Attributes({api, info}, kNMPrune).pattern()),
+          mShapes({api, info}, kNMPrune),
           mOrder(mShapes, kNMPrune, NMPruneInput::channel_order) {}
 
     void run(OrtKernelContext* context) const override {
-        const Inputs inputs(mApi, context, kNMPrune, mShapes);
+        const OrtRun run(mApi, context);
+        const Inputs inputs(run, kNMPrune, mShapes);
         const Shape shape = inputs.shape(NMPruneInput::X);
         const Rows rows = rowsOf(kNMPrune.name, shape, mPattern);
         cuda::MaskArgs args;
@@ -131,7 +132,7 @@ class CudaPruneKernel : public Kernel {
             static_cast<const float*>(inputs.vector(NMPruneInput::score_scale, shape.back()));
         args.selection.channelOrder = mOrder.of(inputs, shape.back());
         args.x = inputs.data(NMPruneInput::X);
-        args.s = outputData(mApi, context, shape);
+        args.s = run.output(0, shape);
         cuda::checkCuda(cuda::launchMask(args, streamOf(mApi, context)), "the mask kernel");
     }
 
@@ -148,13 +149,14 @@ class CudaLinearKernel : public Kernel {
     CudaLinearKernel(const OrtApi& api, const OrtKernelInfo* info, ElementType type)
         : mApi(api),
           mType(type),
-          mNode(api, info),
-          mShapes(api, info, kNMLinear),
+          mNode({api, info}),
+          mShapes({api, info}, kNMLinear),
           mOrder(mShapes, kNMLinear, NMLinearInput::channel_order),
           mAllocator(api, info) {}
 
     void run(OrtKernelContext* context) const override {
-        const Inputs inputs(mApi, context, kNMLinear, mShapes);
+        const OrtRun run(mApi, context);
+        const Inputs inputs(run, kNMLinear, mShapes);
         const Shape x = inputs.shape(NMLinearInput::X);
         const Shape w = inputs.shape(NMLinearInput::W);
         const Rows rows = rowsOf(kNMLinear.name, x, mNode.pattern);
@@ -174,7 +176,7 @@ class CudaLinearKernel : public Kernel {
             static_cast<const float*>(inputs.vector(NMLinearInput::shift_weight, w[1]));
         Shape y = x;
         y.back() = w[1];
-        args.y = outputData(mApi, context, y);
+        args.y = run.output(0, y);
         if (args.tokens == 0) return;
 
         const cuda::DeviceTraits& device = currentDevice();

@@ -3,7 +3,6 @@
 
 #include <functional>
 #include <memory>
-#include <tuple>
 
 #include "contract.h"
 #include "element.h"
@@ -22,10 +21,11 @@ class Kernel {
 using KernelFactory = std::function<std::unique_ptr<Kernel>(
     const OrtApi& api, const OrtKernelInfo* info, ElementType type)>;
 
-// How ONNX Runtime names the types of the inputs W and weight_zero_point, and of weight_scale.
+// How ONNX Runtime names the types of the inputs W, weight_scale and weight_zero_point.
 struct StoredTypes {
     ONNXTensorElementDataType weights;
     ONNXTensorElementDataType scales;
+    ONNXTensorElementDataType zeros;
 };
 
 ONNXTensorElementDataType onnxType(ElementType type);
@@ -54,22 +54,6 @@ class CustomOp : public OrtCustomOp {
     const char* mProvider;
     StoredTypes mStored;
 };
-
-// What a session says of itself in its configuration.
-struct SessionSettings {
-    std::size_t threads;
-    bool hugePages;  // weights are copied into them
-
-    friend bool operator<(const SessionSettings& a, const SessionSettings& b) {
-        return std::tie(a.threads, a.hugePages) < std::tie(b.threads, b.hugePages);
-    }
-};
-
-std::unique_ptr<Kernel> makePruneKernel(const OrtApi& api, const OrtKernelInfo* info,
-                                        ElementType type, const SessionSettings& settings);
-std::unique_ptr<Kernel> makeLinearKernel(const OrtApi& api, const OrtKernelInfo* info,
-                                         ElementType type, StoredTypes stored,
-                                         const SessionSettings& settings);
 
 #if defined(NMEXPORT_HAS_CUDA)
 inline constexpr const char* kCUDA_PROVIDER = "CUDAExecutionProvider";

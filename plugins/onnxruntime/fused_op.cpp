@@ -16,21 +16,27 @@ FusedOp::FusedOp(FusedSpec spec, ElementType type)
     version = ORT_API_VERSION;
     GetName = [](const OrtCustomOp* op) { return self(op).mSpec.name.c_str(); };
     GetExecutionProviderType = [](const OrtCustomOp* op) { return self(op).mSpec.provider; };
-    GetInputTypeCount = [](const OrtCustomOp* op) { return self(op).mSpec.inputs.size(); };
+    GetInputTypeCount = [](const OrtCustomOp* op) {
+        return self(op).mSpec.isVariadic ? 1 : self(op).mSpec.inputs.size();
+    };
     GetInputType = [](const OrtCustomOp* op, std::size_t index) {
+        if (self(op).mSpec.isVariadic) return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
         const bool isInteger = self(op).mSpec.inputs[index].type == InputType::kINT32;
         return isInteger ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 : onnxType(self(op).mType);
     };
     GetInputCharacteristic = [](const OrtCustomOp* op, std::size_t index) {
+        if (self(op).mSpec.isVariadic) return INPUT_OUTPUT_VARIADIC;
         return self(op).mSpec.inputs[index].optional ? INPUT_OUTPUT_OPTIONAL
                                                      : INPUT_OUTPUT_REQUIRED;
     };
     GetInputMemoryType = [](const OrtCustomOp*, std::size_t) { return OrtMemTypeDefault; };
     GetOutputTypeCount = [](const OrtCustomOp* op) { return self(op).mSpec.outputs; };
     GetOutputType = [](const OrtCustomOp* op, std::size_t) { return onnxType(self(op).mType); };
-    GetOutputCharacteristic = [](const OrtCustomOp*, std::size_t) { return INPUT_OUTPUT_REQUIRED; };
+    GetOutputCharacteristic = [](const OrtCustomOp* op, std::size_t) {
+        return self(op).mSpec.isVariadic ? INPUT_OUTPUT_VARIADIC : INPUT_OUTPUT_REQUIRED;
+    };
     GetVariadicInputMinArity = [](const OrtCustomOp*) { return 1; };
-    GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 1; };
+    GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 0; };
     GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };
     GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 1; };
     GetStartVersion = [](const OrtCustomOp*) { return 1; };

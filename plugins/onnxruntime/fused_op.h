@@ -13,13 +13,21 @@
 //                  num_heads, kv_num_heads, scale, window)
 //       -> Y [..., T, heads * D], present_keys, present_values
 //
-// of which the latter is AttentionArguments of step.h. Without keys and values, queries are rows of
-// all three. Caches are written in place where present ones are bound to the memory of past ones.
+//   Region(values ...; nodes, outputs, node{i}_op, node{i}_inputs, node{i}_outputs, and node{i}_
+//          with each attribute of node i) -> values ...
+//
+// PagedAttention is AttentionArguments of step.h. Without keys and values, queries are rows of all
+// three. Caches are written in place where present ones are bound to the memory of past ones.
+//
+// A region is a run of these ops and of NMLinear, in order. Its values have numbers: first its own
+// inputs, then what its nodes make, node after node. `inputs` of a node are such numbers, -1 where
+// it has none; `outputs` of the region are those that leave it. All that NMLinear reads besides X
+// is constant.
 #pragma once
 
 #include <string>
 
-#include "custom_op.h"
+#include "cpu_kernels.h"
 
 namespace nmexport {
 
@@ -36,6 +44,7 @@ struct FusedSpec {
     std::size_t outputs;   // all of type T
     const char* provider;  // null is the CPU's
     KernelFactory factory;
+    bool isVariadic = false;  // any inputs, of any types, and any number of outputs
 };
 
 class FusedOp : public OrtCustomOp {
@@ -49,9 +58,8 @@ class FusedOp : public OrtCustomOp {
     ElementType mType;
 };
 
-// The ops of the CPU provider, for a session with so many threads; they live as long as the
-// library.
-const std::vector<FusedOp>& cpuFusedOps(std::size_t threads);
+// The ops of the CPU provider, for sessions of such settings; they live as long as the library.
+const std::vector<FusedOp>& cpuFusedOps(const SessionSettings& settings);
 
 #if defined(NMEXPORT_HAS_CUDA)
 const std::vector<FusedOp>& cudaFusedOps();

@@ -15,7 +15,7 @@
 #include <sched.h>
 #endif
 
-#include "custom_op.h"
+#include "cpu_kernels.h"
 #include "fused_op.h"
 #include "variant.h"
 
@@ -29,14 +29,20 @@ using Ops = std::vector<CustomOp>;
 constexpr ElementType kTYPES[] = {ElementType::kFLOAT32, ElementType::kFLOAT16,
                                   ElementType::kBFLOAT16};
 
-// Types of W and its scales that go with an element type; each is an op of its own.
+// Types of W, its scales and its zero points that go with an element type; each is an op of its
+// own.
 std::vector<StoredTypes> storedTypes(ElementType type) {
-    std::vector<StoredTypes> stored{{onnxType(type), ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT}};
+    constexpr ONNXTensorElementDataType kFLOAT = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+    constexpr ONNXTensorElementDataType kFLOAT8 = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT8E4M3FN;
+    std::vector<StoredTypes> stored{{onnxType(type), kFLOAT, onnxType(type)}};
     for (const ONNXTensorElementDataType weights :
          {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4,
-          ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT4, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT8E4M3FN}) {
-        stored.push_back({weights, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT});
-        if (type != ElementType::kFLOAT32) stored.push_back({weights, onnxType(type)});
+          ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT4, kFLOAT8}) {
+        for (const ONNXTensorElementDataType scales : {kFLOAT, onnxType(type)}) {
+            stored.push_back({weights, scales, weights});
+            if (weights != kFLOAT8) stored.push_back({weights, scales, kFLOAT});
+            if (type == ElementType::kFLOAT32) break;
+        }
     }
     return stored;
 }
@@ -46,7 +52,7 @@ Ops makeOps(const OrtApi* api, bool infersShapes, SessionSettings settings) {
     for (const ElementType type : kTYPES) {
         const auto prune = [settings](const OrtApi& of, const OrtKernelInfo* info,
                                       ElementType element) {
-            return makePruneKernel(of, info, element, settings);
+            return makePruneKernel({of, info}, element, settings);
         };
         ops.emplace_back(api, kNMPrune, type, prune, infersShapes);
     }
@@ -54,7 +60,7 @@ Ops makeOps(const OrtApi* api, bool infersShapes, SessionSettings settings) {
         for (const StoredTypes& stored : storedTypes(type)) {
             const auto linear = [settings, stored](const OrtApi& of, const OrtKernelInfo* info,
                                                    ElementType element) {
-                return makeLinearKernel(of, info, element, stored, settings);
+                return makeLinearKernel({of, info}, element, stored, settings);
             };
             ops.emplace_back(api, kNMLinear, type, stored, linear, infersShapes);
         }
@@ -201,8 +207,7 @@ void registerOps(const OrtApi& api, bool infersShapes, OrtSessionOptions* option
     check(api, api.AddCustomOpDomain(options, domain));
     OrtCustomOpDomain* fused = nullptr;
     check(api, api.CreateCustomOpDomain(kFUSED_DOMAIN, &fused));
-    for (const FusedOp& op : cpuFusedOps(settings.threads))
-        check(api, api.CustomOpDomain_Add(fused, &op));
+    for (const FusedOp& op : cpuFusedOps(settings)) check(api, api.CustomOpDomain_Add(fused, &op));
 #if defined(NMEXPORT_HAS_CUDA)
     for (const FusedOp& op : cudaFusedOps()) check(api, api.CustomOpDomain_Add(fused, &op));
 #endif

@@ -4,8 +4,7 @@ namespace nmexport {
 
 namespace Input = NMLinearInput;
 
-LinearNode::LinearNode(const OrtApi& api, const OrtKernelInfo* info)
-    : LinearNode(Attributes(api, info, kNMLinear)) {}
+LinearNode::LinearNode(const NodeInfo& node) : LinearNode(Attributes(node, kNMLinear)) {}
 
 LinearNode::LinearNode(const Attributes& attributes)
     : pattern(attributes.pattern()),

@@ -8,7 +8,7 @@ namespace nmexport {
 class LinearNode {
   public:
     // Throws Fault where an attribute is missing, of another type, or out of range.
-    LinearNode(const OrtApi& api, const OrtKernelInfo* info);
+    explicit LinearNode(const NodeInfo& node);
 
     // Throws Fault where W, the shift and its weight do not fit X and the attributes.
     void check(const Inputs& inputs, const Shape& x, const Shape& w) const;

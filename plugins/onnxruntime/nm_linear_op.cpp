@@ -4,7 +4,7 @@
 #include <mutex>
 #include <optional>
 
-#include "custom_op.h"
+#include "cpu_kernels.h"
 #include "linear_node.h"
 #include "stored_weights.h"
 #include "weight_copy.h"
@@ -23,17 +23,17 @@ struct Prepared {
     Shape w;
 };
 
-class LinearKernel : public Kernel {
+class LinearKernel : public CpuKernel {
   public:
-    LinearKernel(const OrtApi& api, const OrtKernelInfo* info, ElementType type, StoredTypes stored,
+    LinearKernel(const NodeInfo& node, ElementType type, StoredTypes stored,
                  const SessionSettings& settings)
-        : mApi(api),
+        : CpuKernel(node.api(), settings.threads),
           mType(type),
           mStored(stored),
           mWeights(weightTypeOf(stored.weights)),
-          mThreads(settings.threads),
-          mNode(api, info),
-          mShapes(api, info, kNMLinear),
+          mHugePages(settings.hugePages),
+          mNode(node),
+          mShapes(node, kNMLinear),
           mOrder(mShapes, Input::channel_order, kNMLinear) {
         const bool isElement = mWeights == WeightType::kELEMENT;
         const bool isNibbles = !isElement && mWeights != WeightType::kINT8;
@@ -42,17 +42,17 @@ class LinearKernel : public Kernel {
         mCopy.emplace(mShapes, isElement ? elementBytes(type) : 1, isNibbles ? 2 : 1);
     }
 
-    void run(OrtKernelContext* context) const override {
-        const Inputs inputs(mApi, context, kNMLinear, mShapes);
+    void compute(const Run& run) const override {
+        const Inputs inputs(run, kNMLinear, mShapes);
         const Shape x = inputs.shape(Input::X);
         std::call_once(mLookedAt, [&] { prepareConstants(inputs, x); });
         if (mConstant != nullptr && !x.empty() && x.back() == mConstant->w[0]) {
             mConstant->copy.prefetch();
-            return multiply(context, inputs, x, *mConstant);
+            return multiply(run, inputs, x, *mConstant);
         }
         Prepared prepared;
         prepare(inputs, x, prepared);
-        multiply(context, inputs, x, prepared);
+        multiply(run, inputs, x, prepared);
     }
 
   private:
@@ -86,7 +86,7 @@ class LinearKernel : public Kernel {
         if (mWeights == WeightType::kELEMENT) {
             mNode.checkElementWeights(inputs);
         } else {
-            prepared.stored = StoredWeights(inputs, mNode, mStored, w);
+            prepared.stored = StoredWeights(inputs, mNode, mStored, w, mHugePages);
             prepared.stored.place(arguments);
         }
         arguments.bias = inputs.vector(Input::bias, w[1]);
@@ -107,7 +107,7 @@ class LinearKernel : public Kernel {
         arguments.varianceFloor = kVARIANCE_FLOOR;
     }
 
-    void multiply(OrtKernelContext* context, const Inputs& inputs, const Shape& x,
+    void multiply(const Run& run, const Inputs& inputs, const Shape& x,
                   const Prepared& prepared) const {
         LinearArguments arguments = prepared.arguments;
         arguments.x = inputs.data(Input::X);
@@ -115,16 +115,14 @@ class LinearKernel : public Kernel {
         arguments.keepAll = mNode.isExcluded(x);
         Shape y = x;
         y.back() = prepared.w[1];
-        arguments.y = outputData(mApi, context, y);
-        Pool pool(mApi, context, mThreads);
-        nmLinear(arguments, pool.threads());
+        arguments.y = run.output(0, y);
+        nmLinear(arguments, run.threads());
     }
 
-    const OrtApi& mApi;
     ElementType mType;
     StoredTypes mStored;
     WeightType mWeights;
-    std::size_t mThreads;
+    bool mHugePages;
     LinearNode mNode;
     InputShapes mShapes;
     ChannelOrder mOrder;
@@ -135,10 +133,9 @@ class LinearKernel : public Kernel {
 
 }  // namespace
 
-std::unique_ptr<Kernel> makeLinearKernel(const OrtApi& api, const OrtKernelInfo* info,
-                                         ElementType type, StoredTypes stored,
-                                         const SessionSettings& settings) {
-    return std::make_unique<LinearKernel>(api, info, type, stored, settings);
+std::unique_ptr<CpuKernel> makeLinearKernel(const NodeInfo& node, ElementType type,
+                                            StoredTypes stored, const SessionSettings& settings) {
+    return std::make_unique<LinearKernel>(node, type, stored, settings);
 }
 
 }  // namespace nmexport

@@ -1,6 +1,6 @@
 #include "nm_prune.h"
 
-#include "custom_op.h"
+#include "cpu_kernels.h"
 #include "node.h"
 
 namespace nmexport {
@@ -9,39 +9,35 @@ namespace {
 
 namespace Input = NMPruneInput;
 
-class PruneKernel : public Kernel {
+class PruneKernel : public CpuKernel {
   public:
-    PruneKernel(const OrtApi& api, const OrtKernelInfo* info, ElementType type, std::size_t threads)
-        : mApi(api),
+    PruneKernel(const NodeInfo& node, ElementType type, std::size_t threads)
+        : CpuKernel(node.api(), threads),
           mType(type),
-          mThreads(threads),
-          mPattern(Attributes(api, info, kNMPrune).pattern()),
-          mShapes(api, info, kNMPrune),
+          mPattern(Attributes(node, kNMPrune).pattern()),
+          mShapes(node, kNMPrune),
           mOrder(mShapes, Input::channel_order, kNMPrune) {}
 
-    void run(OrtKernelContext* context) const override {
-        const Inputs inputs(mApi, context, kNMPrune, mShapes);
+    void compute(const Run& run) const override {
+        const Inputs inputs(run, kNMPrune, mShapes);
         const Shape shape = inputs.shape(Input::X);
         const Rows rows = rowsOf(kNMPrune.name, shape, mPattern);
 
         PruneArguments arguments;
         arguments.type = mType;
         arguments.x = inputs.data(Input::X);
-        arguments.y = outputData(mApi, context, shape);
+        arguments.y = run.output(0, shape);
         arguments.tokens = rows.tokens;
         arguments.channels = rows.channels;
         arguments.pattern = mPattern;
         arguments.scoreScale =
             static_cast<const float*>(inputs.vector(Input::score_scale, shape.back()));
         arguments.channelOrder = mOrder.of(inputs, rows.channels);
-        Pool pool(mApi, context, mThreads);
-        nmPrune(arguments, pool.threads());
+        nmPrune(arguments, run.threads());
     }
 
   private:
-    const OrtApi& mApi;
     ElementType mType;
-    std::size_t mThreads;
     Pattern mPattern;
     InputShapes mShapes;
     ChannelOrder mOrder;
@@ -49,9 +45,9 @@ class PruneKernel : public Kernel {
 
 }  // namespace
 
-std::unique_ptr<Kernel> makePruneKernel(const OrtApi& api, const OrtKernelInfo* info,
-                                        ElementType type, const SessionSettings& settings) {
-    return std::make_unique<PruneKernel>(api, info, type, settings.threads);
+std::unique_ptr<CpuKernel> makePruneKernel(const NodeInfo& node, ElementType type,
+                                           const SessionSettings& settings) {
+    return std::make_unique<PruneKernel>(node, type, settings.threads);
 }
 
 }  // namespace nmexport

@@ -40,14 +40,18 @@ void Attributes::fail(const AttributeSpec& attribute, const std::string& problem
 
 std::int64_t Attributes::integer(const char* name) const {
     const AttributeSpec& attribute = find(name);
+    const OrtApi& api = mNode.api();
+    const OrtKernelInfo* info = mNode.raw();
+    const std::string key = mNode.nameOf(name);
     std::int64_t value = 0;
-    if (!succeeded(mApi, mApi.KernelInfoGetAttribute_int64(mInfo, name, &value))) {
+    if (!succeeded(api, api.KernelInfoGetAttribute_int64(info, key.c_str(), &value))) {
         float number = 0;
         std::size_t size = 0;
         char letter = 0;
-        OrtStatus* status = mApi.KernelInfoGetAttribute_string(mInfo, name, &letter, &size);
-        const bool isText = succeeded(mApi, status) || size > 0;
-        if (isText || succeeded(mApi, mApi.KernelInfoGetAttribute_float(mInfo, name, &number))) {
+        OrtStatus* status = api.KernelInfoGetAttribute_string(info, key.c_str(), &letter, &size);
+        const bool isText = succeeded(api, status) || size > 0;
+        if (isText ||
+            succeeded(api, api.KernelInfoGetAttribute_float(info, key.c_str(), &number))) {
             fail(attribute, "is of the wrong type");
         }
         if (!attribute.hasDefault) fail(attribute, "is missing");
@@ -61,19 +65,22 @@ std::int64_t Attributes::integer(const char* name) const {
 
 std::string Attributes::text(const char* name) const {
     const AttributeSpec& attribute = find(name);
+    const OrtApi& api = mNode.api();
+    const OrtKernelInfo* info = mNode.raw();
+    const std::string key = mNode.nameOf(name);
     std::size_t size = 0;
     // The first call fails and tells the size, terminator included; 0 where there is none.
-    succeeded(mApi, mApi.KernelInfoGetAttribute_string(mInfo, name, nullptr, &size));
+    succeeded(api, api.KernelInfoGetAttribute_string(info, key.c_str(), nullptr, &size));
     if (size == 0) {
         std::int64_t number = 0;
-        if (succeeded(mApi, mApi.KernelInfoGetAttribute_int64(mInfo, name, &number))) {
+        if (succeeded(api, api.KernelInfoGetAttribute_int64(info, key.c_str(), &number))) {
             fail(attribute, "is of the wrong type");
         }
         if (!attribute.hasDefault) fail(attribute, "is missing");
         return attribute.defaultString;
     }
     std::string value(size, '\0');
-    check(mApi, mApi.KernelInfoGetAttribute_string(mInfo, name, value.data(), &size));
+    check(api, api.KernelInfoGetAttribute_string(info, key.c_str(), value.data(), &size));
     value.resize(size - 1);
     if (value.find('|') != std::string::npos ||
         std::string(attribute.values).find("|" + value + "|") == std::string::npos) {
@@ -92,17 +99,14 @@ Pattern Attributes::pattern() const {
     return pattern;
 }
 
-InputShapes::InputShapes(const OrtApi& api, const OrtKernelInfo* info, const OpSpec& spec)
-    : mApi(api), mConstant(spec.inputCount), mData(spec.inputCount, nullptr) {
-    std::size_t count = 0;
-    check(api, api.KernelInfo_GetInputCount(info, &count));
+InputShapes::InputShapes(const NodeInfo& node, const OpSpec& spec)
+    : mConstant(spec.inputCount), mData(spec.inputCount, nullptr) {
+    const std::size_t count = node.inputCount();
     for (std::size_t i = 0; i < spec.inputCount && i < count; ++i) {
-        int isConstant = 0;
-        const OrtValue* value = nullptr;
-        OrtStatus* status = api.KernelInfoGetConstantInput_tensor(info, i, &isConstant, &value);
-        if (!succeeded(api, status) || isConstant == 0 || value == nullptr) continue;
-        mConstant[i] = shapeOf(api, value);
-        mData[i] = dataOf(api, value);
+        const OrtValue* value = node.constant(i);
+        if (value == nullptr) continue;
+        mConstant[i] = shapeOf(node.api(), value);
+        mData[i] = dataOf(node.api(), value);
     }
 }
 
@@ -111,49 +115,21 @@ const Shape* InputShapes::constantShape(int input) const {
     return known.has_value() ? &*known : nullptr;
 }
 
-Shape InputShapes::shape(int input, const OrtValue* value) const {
-    const std::optional<Shape>& known = mConstant[static_cast<std::size_t>(input)];
-    return known.has_value() ? *known : shapeOf(mApi, value);
-}
-
-Inputs::Inputs(const OrtApi& api, OrtKernelContext* context, const OpSpec& spec,
-               const InputShapes& shapes)
-    : mApi(api), mContext(context), mSpec(spec), mShapes(shapes) {
-    check(api, api.KernelContext_GetInputCount(context, &mCount));
-}
-
-const OrtValue* Inputs::value(int input) const {
-    const std::size_t index = static_cast<std::size_t>(input);
-    if (index >= mCount) return nullptr;
-    const OrtValue* value = nullptr;
-    check(mApi, mApi.KernelContext_GetInput(mContext, index, &value));
-    return value;
-}
-
-bool Inputs::has(int input) const {
-    return value(input) != nullptr;
-}
-
 Shape Inputs::shape(int input) const {
-    return mShapes.shape(input, value(input));
-}
-
-const void* Inputs::data(int input) const {
-    const OrtValue* found = value(input);
-    return found == nullptr ? nullptr : dataOf(mApi, found);
+    const Shape* known = mShapes.constantShape(input);
+    return known != nullptr ? *known : mRun.shape(static_cast<std::size_t>(input));
 }
 
 const void* Inputs::vector(int input, std::int64_t size, std::int64_t otherSize) const {
-    const OrtValue* found = value(input);
-    if (found == nullptr) return nullptr;
-    const Shape given = mShapes.shape(input, found);
+    if (!has(input)) return nullptr;
+    const Shape given = shape(input);
     if (given.size() != 1 || (given[0] != size && given[0] != otherSize)) {
         const std::string other = otherSize >= 0 ? " or [" + std::to_string(otherSize) + "]" : "";
         throw Fault(std::string(mSpec.name) + ": input " + mSpec.inputs[input].name +
                     " has shape " + textOf(given) + "; allowed: [" + std::to_string(size) + "]" +
                     other);
     }
-    return dataOf(mApi, found);
+    return data(input);
 }
 
 void checkPermutation(const char* op, const std::int32_t* order, std::size_t channels) {
@@ -193,21 +169,6 @@ Rows rowsOf(const char* op, const Shape& x, Pattern pattern) {
     Rows rows{1, static_cast<std::size_t>(x.back())};
     for (std::size_t i = 0; i + 1 < x.size(); ++i) rows.tokens *= static_cast<std::size_t>(x[i]);
     return rows;
-}
-
-void Pool::run(void* raw, std::size_t tasks, void (*task)(void*, std::size_t), void* state) {
-    const Pool* pool = static_cast<const Pool*>(raw);
-    check(pool->mApi, pool->mApi.KernelContext_ParallelFor(pool->mContext, task, tasks, 0, state));
-}
-
-ThreadPool Pool::threads() {
-    return ThreadPool{Pool::run, this, mThreads};
-}
-
-void* outputData(const OrtApi& api, OrtKernelContext* context, const Shape& shape) {
-    OrtValue* output = nullptr;
-    check(api, api.KernelContext_GetOutput(context, 0, shape.data(), shape.size(), &output));
-    return dataOf(api, output);
 }
 
 }  // namespace nmexport

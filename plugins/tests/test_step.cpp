@@ -24,8 +24,8 @@ void runOnThreads(void* context, std::size_t tasks, void (*task)(void*, std::siz
     for (std::thread& thread : threads) thread.join();
 }
 
-ThreadPool poolOf(std::size_t& threads) {
-    return {runOnThreads, &threads, threads};
+ThreadPool poolOf(std::size_t& threads, bool startsFast = false) {
+    return {runOnThreads, &threads, threads, startsFast};
 }
 
 // Sequences with all their tokens, and a cache whose pages lie in a random order.
@@ -101,7 +101,8 @@ struct Run {
 };
 using Results = std::vector<std::vector<float>>;
 
-Results inSteps(const Model& m, const std::vector<std::vector<Run>>& steps, std::size_t threads) {
+Results inSteps(const Model& m, const std::vector<std::vector<Run>>& steps, std::size_t threads,
+                bool startsFast) {
     std::vector<float> keys(m.pageCount * m.kvHeads * m.headDim * kPAGE), values(keys.size());
     Results results;
     for (const std::size_t length : m.lengths) {
@@ -147,7 +148,7 @@ Results inSteps(const Model& m, const std::vector<std::vector<Run>>& steps, std:
         a.y = y.data();
         a.scale = 0.25f;
         a.window = m.window;
-        pagedAttention(a, poolOf(threads));
+        pagedAttention(a, poolOf(threads, startsFast));
         const float* from = y.data();
         for (const Run& run : runs) {
             const std::size_t width = m.heads * m.headDim;
@@ -188,7 +189,7 @@ void checkAttention(const Model& m, std::mt19937& random) {
     Results reference;
     for (const Variant* variant : variants()) {
         useVariant(variant->name);
-        const Results whole = inSteps(m, alone(m), 1);
+        const Results whole = inSteps(m, alone(m), 1, false);
         for (std::size_t s = 0; s < m.lengths.size(); ++s) {
             for (std::size_t position = 0; position < m.lengths[s]; ++position) {
                 for (std::size_t head = 0; head < m.heads; ++head) {
@@ -202,9 +203,11 @@ void checkAttention(const Model& m, std::mt19937& random) {
                 }
             }
         }
-        const Results other = inSteps(m, mixed(m, random), 3);
+        const Results other = inSteps(m, mixed(m, random), 3, false);
+        const Results fast = inSteps(m, mixed(m, random), 3, true);
         for (std::size_t s = 0; s < m.lengths.size(); ++s) {
             EXPECT(sameBits(whole[s], other[s]));
+            EXPECT(sameBits(whole[s], fast[s]));
             if (!reference.empty()) EXPECT(sameBits(whole[s], reference[s]));
         }
         reference = whole;

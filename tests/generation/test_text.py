@@ -10,7 +10,7 @@ import pytest
 from nmexport.errors import ArtifactError, RequestError
 from nmexport.generation.chat import messages_from
 from nmexport.generation.options import GenerationOptions, options_from
-from nmexport.generation.sampler import Sampler, _likeliest
+from nmexport.generation.sampler import Sampler, likeliest_tokens
 from nmexport.generation.tokenizer import Tokenizer
 
 from tests.support.served import CHAT_TEMPLATE
@@ -129,7 +129,7 @@ def hard_to_order(size: int) -> np.ndarray:
 @pytest.mark.parametrize("size", [1, 2, 300, 49_152, 70_000])
 def test_a_whole_vocabulary_is_in_the_order_of_a_stable_sort(size: int) -> None:
     logits = hard_to_order(size)
-    np.testing.assert_array_equal(_likeliest(logits, 0), np.argsort(-logits, kind="stable"))
+    np.testing.assert_array_equal(likeliest_tokens(logits, 0), np.argsort(-logits, kind="stable"))
 
 
 def drawn_by_a_full_sort(logits: np.ndarray, *, temperature: float, top_p: float, seed: int) -> int:

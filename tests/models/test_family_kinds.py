@@ -150,6 +150,15 @@ def test_a_model_that_embeds_text_is_no_language_model(family: str, tmp_path: Pa
         check_exportable(source_of(tmp_path), dtype=torch.float32)
 
 
+def test_a_falcon_with_linear_biases_is_refused(tmp_path: Path) -> None:
+    """Transformers adds them to the mask and to the scores where it does not run torch's own."""
+    options = {**tiny_config("falcon"), "alibi": True, "new_decoder_architecture": False}
+    save_tiny_model(tmp_path, "falcon", **options)
+    with pytest.raises(ModelError, match="linear biases") as caught:
+        check_exportable(source_of(tmp_path), dtype=torch.float32)
+    assert "'falcon'" in caught.value.problem
+
+
 def test_an_encoder_decoder_is_refused_whoever_opens_it(tmp_path: Path) -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 

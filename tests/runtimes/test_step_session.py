@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nmexport.errors import ArtifactError
+from nmexport.graph import shared_step
 from nmexport.graph.attention_form import NotRewritableError
 from nmexport.graph.shared_step import rewrite_for_shared_step
 from nmexport.runtimes import native
@@ -133,6 +134,24 @@ def test_every_sequence_gets_its_solo_bits(session: StepSession, data: st.DataOb
             np.testing.assert_array_equal(logits, alone[i][done[i] - 1])
             if leaves[i] and done[i] > len(texts[i]) // 2:
                 done[i], caches[i] = len(texts[i]), None
+
+
+def test_a_region_gives_the_bits_of_its_nodes(
+    exported: Exported, session: StepSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One prompt and some steps, beside the same graph node by node."""
+    monkeypatch.setattr(shared_step, "GroupIntoRegions", lambda: lambda _: None)
+    text = tokens(75)
+    with opened(exported.model) as by_node:
+        np.testing.assert_array_equal(solo(session, text), solo(by_node, text))
+        caches = [by_node.extend(None, text[None])[1], session.extend(None, text[None])[1]]
+        for seed in range(3):
+            steps = [
+                side.extend(cache, tokens(1, seed)[None])
+                for side, cache in zip((by_node, session), caches, strict=True)
+            ]
+            np.testing.assert_array_equal(steps[0][0], steps[1][0])
+            caches = [cache for _, cache in steps]
 
 
 def test_one_thread_gives_the_bits_of_two(exported: Exported, session: StepSession) -> None:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from nmexport.generation.token_scores import TokenScore
+
 END = 9
 
 
@@ -53,15 +55,17 @@ class ListSink:
     def __init__(self) -> None:
         self.pieces: list[str] = []
         self.usages: list[Usage] = []
+        self.scores: list[TokenScore] = []
         self.outcome: Outcome | None = None
         self.problem: str | None = None
         self.cancelled = False
         self.was_abandoned = False
         self.ended = threading.Event()
 
-    def text(self, piece: str, usage: Usage) -> None:
-        assert piece
+    def text(self, piece: str, usage: Usage, scores: Sequence[TokenScore]) -> None:
+        assert piece or scores
         self.pieces.append(piece)
+        self.scores.extend(scores)
         self.usages.append(usage)
 
     def done(self, outcome: Outcome) -> None:

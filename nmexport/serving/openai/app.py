@@ -15,7 +15,7 @@ from starlette.routing import Route
 from nmexport.errors import RequestError
 from nmexport.serving import metrics as names
 from nmexport.serving.openai import replies, requests
-from nmexport.serving.openai.events import EventSink, Failure
+from nmexport.serving.openai.events import EventSink, Failure, Piece
 from nmexport.serving.scheduler import SHUTTING_DOWN
 
 if TYPE_CHECKING:
@@ -95,7 +95,12 @@ class _Api:
         sink = EventSink()
         # Tokenising a long prompt takes a while, and other streams go on meanwhile.
         await asyncio.to_thread(self._service.submit, asked.text, sink)
-        reply = replies.Reply(kind=kind, model=asked.model)
+        reply = replies.Reply(
+            kind=kind,
+            model=asked.model,
+            token_text=self._service.token_text,
+            is_scored=asked.text.likeliest is not None,
+        )
         if asked.stream:
             return _Stream(_events(asked, reply, sink), sink)
         async with _leaving(request, sink):
@@ -147,12 +152,12 @@ async def _watch(request: Request, sink: EventSink) -> None:
 async def _whole(reply: replies.Reply, sink: EventSink) -> Response:
     pieces = []
     async for event in sink:
-        if isinstance(event, str):
+        if isinstance(event, Piece):
             pieces.append(event)
         elif isinstance(event, Failure):
             return _failed(event, is_gone=sink.is_cancelled())
         else:
-            return JSONResponse(reply.whole("".join(pieces), event))
+            return JSONResponse(reply.whole(pieces, event))
     raise RuntimeError("a request has an end")
 
 
@@ -168,7 +173,7 @@ async def _events(asked: Asked, reply: replies.Reply, sink: EventSink) -> AsyncI
     if first is not None:
         yield replies.event(first)
     async for event in sink:
-        if isinstance(event, str):
+        if isinstance(event, Piece):
             yield replies.event(reply.piece(event))
         elif isinstance(event, Failure):
             yield replies.event(replies.error(event.problem, kind="server_error"))

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from nmexport.serving.request import Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
+    from nmexport.generation.token_scores import TokenScore
     from nmexport.serving.request import Usage
 
 
@@ -21,7 +22,15 @@ class Failure:
     problem: str
 
 
-Event = str | Outcome | Failure
+@dataclass(frozen=True)
+class Piece:
+    """A piece of text, with the scores of its tokens where they were asked for."""
+
+    text: str
+    scores: tuple[TokenScore, ...] = ()
+
+
+Event = Piece | Outcome | Failure
 """A piece of text, or the end: an outcome or a failure."""
 GONE = "the client went away"
 
@@ -40,16 +49,21 @@ class EventSink:
         while True:
             event = await self._events.get()
             yield event
-            if not isinstance(event, str):
+            if not isinstance(event, Piece):
                 return
 
     def leave(self) -> None:
         """Let the scheduler know that nobody waits any more."""
         self._is_left = True
 
-    def text(self, piece: str, usage: Usage) -> None:  # noqa: ARG002  the outcome has them all
+    def text(
+        self,
+        piece: str,
+        usage: Usage,  # noqa: ARG002  the outcome has it all
+        scores: Sequence[TokenScore],
+    ) -> None:
         """Pass a piece on."""
-        self._put(piece)
+        self._put(Piece(piece, tuple(scores)))
 
     def done(self, outcome: Outcome) -> None:
         """Pass the end on."""

@@ -12,10 +12,15 @@ from nmexport.errors import RequestError, ServerBusyError
 from nmexport.serving.openai.requests import ParameterError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from nmexport.generation.token_scores import TokenScore
+    from nmexport.serving.openai.events import Piece
     from nmexport.serving.openai.requests import Kind
     from nmexport.serving.request import Outcome
 
 ErrorType = Literal["invalid_request_error", "server_error"]
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 END = b"data: [DONE]\n\n"
 """What closes every stream."""
 
@@ -26,19 +31,27 @@ class Reply:
 
     kind: Kind
     model: str
+    token_text: Callable[[int], str]
+    """Text of a token."""
+    is_scored: bool = False
+    """Tokens come with log probabilities."""
     created: int = field(default_factory=lambda: int(time.time()))
     """Seconds since 1970."""
     token: str = field(default_factory=lambda: secrets.token_hex(12))
 
-    def whole(self, text: str, outcome: Outcome) -> dict[str, Any]:
+    def whole(self, pieces: Sequence[Piece], outcome: Outcome) -> dict[str, Any]:
         """The answer in one piece."""
+        text = "".join(piece.text for piece in pieces)
+        scores = [score for piece in pieces for score in piece.scores]
         choice: dict[str, Any] = (
             {"message": {"role": "assistant", "content": text}}
             if self.kind == "chat"
             else {"text": text}
         )
         return self._document(
-            [self._choice(choice, outcome.finish_reason)], streamed=False, usage=usage(outcome)
+            [self._choice(choice, outcome.finish_reason, scores)],
+            streamed=False,
+            usage=usage(outcome),
         )
 
     def begin(self) -> dict[str, Any] | None:
@@ -47,9 +60,11 @@ class Reply:
             return None
         return self._chunk({"delta": {"role": "assistant", "content": ""}})
 
-    def piece(self, text: str) -> dict[str, Any]:
+    def piece(self, piece: Piece) -> dict[str, Any]:
         """A chunk with text."""
-        return self._chunk({"delta": {"content": text}} if self.kind == "chat" else {"text": text})
+        text = piece.text
+        choice = {"delta": {"content": text}} if self.kind == "chat" else {"text": text}
+        return self._chunk(choice, scores=piece.scores)
 
     def end(self, outcome: Outcome) -> dict[str, Any]:
         """The chunk that says why the text ends."""
@@ -60,11 +75,46 @@ class Reply:
         """The chunk after it, where numbers of tokens were asked for."""
         return self._document([], streamed=True, usage=usage(outcome))
 
-    def _chunk(self, choice: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
-        return self._document([self._choice(choice, reason)], streamed=True)
+    def _chunk(
+        self,
+        choice: dict[str, Any],
+        reason: str | None = None,
+        scores: Sequence[TokenScore] | None = None,
+    ) -> dict[str, Any]:
+        return self._document([self._choice(choice, reason, scores)], streamed=True)
 
-    def _choice(self, choice: dict[str, Any], reason: str | None) -> dict[str, Any]:
-        return {"index": 0, **choice, "logprobs": None, "finish_reason": reason}
+    def _choice(
+        self, choice: dict[str, Any], reason: str | None, scores: Sequence[TokenScore] | None
+    ) -> dict[str, Any]:
+        scored = self._scored(scores) if self.is_scored and scores is not None else None
+        return {"index": 0, **choice, "logprobs": scored, "finish_reason": reason}
+
+    def _scored(self, scores: Sequence[TokenScore]) -> dict[str, Any]:
+        """Log probabilities, as each of the two endpoints writes them."""
+        if self.kind == "chat":
+            return {"content": [self._scored_token(score) for score in scores], "refusal": None}
+        return {
+            "tokens": [self.token_text(score.token) for score in scores],
+            "token_logprobs": [score.log_probability for score in scores],
+            "top_logprobs": [
+                # Of tokens with one text the likeliest is named.
+                {self.token_text(token): value for token, value in reversed(score.likeliest)}
+                for score in scores
+            ],
+            "text_offset": [score.offset for score in scores],
+        }
+
+    def _scored_token(self, score: TokenScore) -> dict[str, Any]:
+        return {
+            **self._token(score.token, score.log_probability),
+            "top_logprobs": [self._token(token, value) for token, value in score.likeliest],
+        }
+
+    def _token(self, token: int, log_probability: float) -> dict[str, Any]:
+        text = self.token_text(token)
+        # Part of a character has no text, and its bytes are not known here.
+        known = None if _INCOMPLETE in text else list(text.encode())
+        return {"token": text, "logprob": log_probability, "bytes": known}
 
     def _document(
         self,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from nmexport.errors import RequestError
+from nmexport.generation.token_scores import MOST_LIKELIEST
 from nmexport.serving.service import TextRequest
 
 if TYPE_CHECKING:
@@ -48,8 +49,6 @@ _WITHOUT_EFFECT = frozenset(
 _ONLY: Mapping[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "echo": (False,),
     "suffix": ("",),
     "logit_bias": ({},),
@@ -61,6 +60,10 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
 }
 _TEXTS: Mapping[Kind, str] = {"chat": "messages", "completion": "prompt"}
+_SCORES: Mapping[Kind, tuple[str, ...]] = {
+    "chat": ("logprobs", "top_logprobs"),
+    "completion": ("logprobs",),
+}
 
 
 class ParameterError(RequestError):
@@ -115,7 +118,15 @@ def read(body: bytes, kind: Kind) -> Asked:
 
 
 def _check_names(given: Mapping[str, Any], kind: Kind) -> None:
-    known = {"model", "stream", "stream_options", _TEXTS[kind], *_OPTIONS, *_LONGEST}
+    known = {
+        "model",
+        "stream",
+        "stream_options",
+        _TEXTS[kind],
+        *_OPTIONS,
+        *_LONGEST,
+        *_SCORES[kind],
+    }
     for name, value in given.items():
         if name in known or name in _WITHOUT_EFFECT:
             continue
@@ -163,9 +174,34 @@ def _text_request(given: Mapping[str, Any], kind: Kind) -> TextRequest:
         )
     for name in longest:
         values["max_tokens"] = given[name]
+    scored = _chat_likeliest(given) if kind == "chat" else _likeliest(given, "logprobs")
     if kind == "chat":
-        return TextRequest(messages=_messages(given.get("messages")), values=values)
-    return TextRequest(text=_prompt(given.get("prompt")), values=values)
+        messages = _messages(given.get("messages"))
+        return TextRequest(messages=messages, values=values, likeliest=scored)
+    return TextRequest(text=_prompt(given.get("prompt")), values=values, likeliest=scored)
+
+
+def _chat_likeliest(given: Mapping[str, Any]) -> int | None:
+    """How many of the likeliest tokens a chat asks for; None where it asks for no scores."""
+    named = _likeliest(given, "top_logprobs")
+    if _flag(given, "logprobs"):
+        return named or 0
+    if named:
+        raise ParameterError(
+            "top_logprobs", "top_logprobs is for logprobs.", allowed="with logprobs true"
+        )
+    return None
+
+
+def _likeliest(given: Mapping[str, Any], name: str) -> int | None:
+    """A number of likeliest tokens; None where none is given."""
+    value = given.get(name)
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    if value is None or (is_number and 0 <= value <= MOST_LIKELIEST):
+        return value
+    raise ParameterError(
+        name, f"{name} cannot be {value!r}.", allowed=f"a whole number, 0 to {MOST_LIKELIEST}"
+    )
 
 
 def _prompt(prompt: Any) -> str:

@@ -36,7 +36,8 @@ std::size_t rowBytes(const LinearArguments& a, std::size_t columns) {
 
 bool hasScaledRows(const LinearArguments& a) {
     if (a.weightType == WeightType::kELEMENT) return false;
-    return a.scaleGroups > 1 || (a.weightZero != nullptr && a.activationBits == 0);
+    if (a.scaleGroups > 1 || a.zeroPoints == ZeroPoints::kFLOATS) return true;
+    return a.zeroPoints != ZeroPoints::kNONE && a.activationBits == 0;
 }
 
 const char* columnOf(const LinearArguments& a, const void* base, std::size_t column) {
@@ -70,7 +71,7 @@ Epilogue epilogueOf(const LinearArguments& a, std::size_t token, std::size_t fir
     const bool shifted = a.constants.dynamicShift && a.shiftWeight != nullptr;
     Epilogue epilogue{};
     if (a.weightType != WeightType::kELEMENT && !hasScaledRows(a)) {
-        epilogue.weightScale = static_cast<const float*>(a.weightScale) + firstColumn;
+        epilogue.weightScale = a.weightScale + firstColumn;
     }
     epilogue.columns = columns;
     epilogue.shiftWeight = shifted ? a.shiftWeight + firstColumn : nullptr;
@@ -106,8 +107,9 @@ Pass passOf(const LinearArguments& a, const Variant& variant, std::size_t first,
 }
 
 Cut cutOf(const LinearArguments& a, std::size_t tokens, std::size_t bytes, const ThreadPool& pool) {
+    const std::size_t least = pool.startsFast ? kMIN_FAST_TASK_BYTES : kMIN_TASK_BYTES;
     const std::size_t worthwhile =
-        std::min({pool.threads, bytes / kMIN_TASK_BYTES, a.outputs / kMIN_TILE_COLUMNS});
+        std::min({pool.threads, bytes / least, a.outputs / kMIN_TILE_COLUMNS});
     const std::size_t tasks = std::max(worthwhile, std::size_t{1});
     const std::size_t fitting = divideUp(tokens * a.outputs, kMAX_TILE_SUMS);
     return {tasks, divideUp(fitting, tasks) * tasks};

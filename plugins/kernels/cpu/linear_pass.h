@@ -17,6 +17,8 @@ constexpr std::size_t kMIN_TILE_COLUMNS = 64;
 constexpr std::size_t kMAX_TILE_SUMS = 4096;
 // Waking another thread pays from about this many kept bytes on.
 constexpr std::size_t kMIN_TASK_BYTES = std::size_t{96} << 10;
+// The same where it waits at our side.
+constexpr std::size_t kMIN_FAST_TASK_BYTES = std::size_t{16} << 10;
 
 // The tokens of one pass, selected.
 struct Pass {

@@ -85,7 +85,8 @@ struct PageScores {
     std::size_t stride;
 };
 
-// Weights of positions [first, last) of a page times their values, added to sums.
+// Weights of positions [first, last) of a page times some dimensions of their values, added to
+// sums.
 struct PageSums {
     const float* weights;  // [rows, stride] of the page's first position
     std::size_t stride;
@@ -93,8 +94,9 @@ struct PageSums {
     std::size_t headDim;
     std::size_t first;
     std::size_t last;
-    const float* values;  // [kPAGE, D]
-    float* sums;          // [rows, D]
+    const float* values;  // [kPAGE, D] from the first of the dimensions on
+    std::size_t dims;     // how many of them
+    float* sums;          // [rows, dims]
 };
 
 struct StepFunctions {

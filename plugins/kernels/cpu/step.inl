@@ -93,10 +93,10 @@ void scorePage(const PageScores& page) {
 template <int kCOUNT, int kVECTORS>
 void addColumns(const PageSums& page, std::size_t row, std::size_t d) {
     typename Simd::F sums[kCOUNT][kVECTORS];
-    float* to = page.sums + row * page.headDim + d;
+    float* to = page.sums + row * page.dims + d;
     for (int r = 0; r < kCOUNT; ++r) {
         for (int v = 0; v < kVECTORS; ++v) {
-            sums[r][v] = Simd::load(to + static_cast<std::size_t>(r) * page.headDim +
+            sums[r][v] = Simd::load(to + static_cast<std::size_t>(r) * page.dims +
                                     static_cast<std::size_t>(v) * Simd::kLANES);
         }
     }
@@ -117,7 +117,7 @@ void addColumns(const PageSums& page, std::size_t row, std::size_t d) {
     }
     for (int r = 0; r < kCOUNT; ++r) {
         for (int v = 0; v < kVECTORS; ++v) {
-            Simd::store(to + static_cast<std::size_t>(r) * page.headDim +
+            Simd::store(to + static_cast<std::size_t>(r) * page.dims +
                             static_cast<std::size_t>(v) * Simd::kLANES,
                         sums[r][v]);
         }
@@ -127,9 +127,9 @@ void addColumns(const PageSums& page, std::size_t row, std::size_t d) {
 // The dimensions behind the last whole vector.
 template <int kCOUNT>
 void addTail(const PageSums& page, std::size_t row, std::size_t d) {
-    const int count = static_cast<int>(page.headDim - d);
+    const int count = static_cast<int>(page.dims - d);
     for (std::size_t r = row; r < row + kCOUNT; ++r) {
-        float* to = page.sums + r * page.headDim + d;
+        float* to = page.sums + r * page.dims + d;
         typename Simd::F sum = Simd::loadPartial(to, count);
         for (std::size_t p = page.first; p < page.last; ++p) {
             const typename Simd::F weight = Simd::broadcast(page.weights[r * page.stride + p]);
@@ -144,11 +144,11 @@ template <int kCOUNT>
 void addRows(const PageSums& page, std::size_t row) {
     constexpr std::size_t kTILE = static_cast<std::size_t>(kVALUE_VECTORS) * Simd::kLANES;
     std::size_t d = 0;
-    for (; d + kTILE <= page.headDim; d += kTILE) addColumns<kCOUNT, kVALUE_VECTORS>(page, row, d);
-    for (; d + Simd::kLANES <= page.headDim; d += Simd::kLANES) {
+    for (; d + kTILE <= page.dims; d += kTILE) addColumns<kCOUNT, kVALUE_VECTORS>(page, row, d);
+    for (; d + Simd::kLANES <= page.dims; d += Simd::kLANES) {
         addColumns<kCOUNT, 1>(page, row, d);
     }
-    if (d < page.headDim) addTail<kCOUNT>(page, row, d);
+    if (d < page.dims) addTail<kCOUNT>(page, row, d);
 }
 
 void addPage(const PageSums& page) {

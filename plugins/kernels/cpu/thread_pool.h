@@ -13,7 +13,8 @@ struct ThreadPool {
     void (*run)(void* context, std::size_t tasks, void (*task)(void* state, std::size_t index),
                 void* state);
     void* context;
-    std::size_t threads;  // how many are worth feeding; the results do not depend on it
+    std::size_t threads;      // how many are worth feeding; the results do not depend on it
+    bool startsFast = false;  // a loop starts within a microsecond: short ones are worth it too
 };
 
 // body(i) for every i < tasks. A body may run out of memory: that is thrown here, on the caller's

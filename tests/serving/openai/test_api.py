@@ -9,41 +9,28 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import openai
 import pytest
 from nmexport.errors import EnvironmentFault
 from nmexport.generation.loop import generate
+from nmexport.generation.tokenizer import Tokenizer
+from nmexport.runtimes.opening import open_on_onnxruntime
 from nmexport.serving import metrics as names
-from nmexport.serving.metrics import NoMetrics
 from nmexport.serving.openai import opening
-from nmexport.serving.openai.front import Front
-from nmexport.serving.service import TextService
+from scipy.special import log_softmax
 
-from tests.support.served import NAME, SETTINGS, save_work
+from tests.support.served import NAME, save_work
+from tests.support.served_openai import CONTEXT, LONG, PROMPT, Counts, connect, served
 from tests.support.triton_clients import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-PROMPT = "The quick brown"
+    from nmexport.serving.openai.front import Front
+
 MESSAGES: Any = [{"role": "user", "content": "fox"}]
-CONTEXT = 4096
-LONG = CONTEXT - 100
-"""Tokens of a text that takes seconds."""
-
-
-class Counts(NoMetrics):
-    """Counts what is added up."""
-
-    def __init__(self) -> None:
-        self.total: dict[str, float] = {}
-
-    def add(self, name: str, amount: float = 1.0) -> None:
-        self.total[name] = self.total.get(name, 0) + amount
-
-    def of(self, name: str) -> float:
-        return self.total.get(name, 0)
 
 
 @pytest.fixture(scope="module")
@@ -51,22 +38,6 @@ def work(tiny_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("openai")
     save_work(tiny_export, root, context=CONTEXT)
     return root
-
-
-@contextlib.contextmanager
-def served(work: Path, counts: Counts, **settings: str) -> Iterator[tuple[TextService, Front]]:
-    (bundle,) = (work / "package" / "current").glob("model_repository/*/1")
-    with (
-        TextService.open(bundle, {**SETTINGS, **settings}, metrics=counts) as service,
-        Front(service, counts, host="127.0.0.1", port=0) as front,
-    ):
-        yield service, front
-
-
-def connect(front: Front, **options: Any) -> openai.OpenAI:
-    return openai.OpenAI(
-        base_url=f"http://127.0.0.1:{front.port}/v1", api_key="any", max_retries=0, **options
-    )
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +132,67 @@ def test_many_streams_at_once_are_those_of_one(front: Front) -> None:
         assert list(pool.map(run, range(12))) == solo
 
 
+def test_log_probabilities_are_those_of_the_model_s_logits(
+    client: openai.OpenAI, work: Path
+) -> None:
+    whole = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=6, logprobs=3)
+    choice = whole.choices[0]
+    scores = choice.logprobs
+    assert scores is not None
+    assert scores.tokens is not None
+    assert scores.token_logprobs is not None
+    assert scores.top_logprobs is not None
+    assert "".join(scores.tokens) == choice.text
+    # Half a character comes out with the other half, and begins where that does.
+    begins = [len("".join(scores.tokens[:index])) for index in range(len(scores.tokens))]
+    whole_before = [not text.endswith("\N{REPLACEMENT CHARACTER}") for text in scores.tokens]
+    assert scores.text_offset is not None
+    for index, offset in enumerate(scores.text_offset):
+        assert offset == begins[index] or (offset < begins[index] and not whole_before[index - 1])
+    (bundle,) = (work / "package" / "current").glob("model_repository/*/1")
+    tokens, cache = Tokenizer(bundle).encode(PROMPT), None
+    with open_on_onnxruntime(bundle, elsewhere=True) as session:
+        for score, likeliest in zip(scores.token_logprobs, scores.top_logprobs, strict=True):
+            logits, cache = session.extend(cache, np.asarray([tokens]))
+            expected = log_softmax(logits[0, -1].astype(np.float64))
+            tokens = [int(expected.argmax())]
+            assert score == expected.max()
+            # Tokens of the same text, halves of characters, are one: the likeliest of them.
+            assert max(likeliest.values()) == score
+            assert set(likeliest.values()) <= set(np.sort(expected)[-3:].tolist())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_chat_s_log_probabilities_go_with_its_text(
+    client: openai.OpenAI, *, stream: bool
+) -> None:
+    def ask(**options: Any) -> tuple[str, list[Any]]:
+        asked: Any = {"model": NAME, "messages": MESSAGES, "max_tokens": 8, **options}
+        answer: Any = client.chat.completions.create(**asked, stream=stream)
+        if not stream:
+            choice = answer.choices[0]
+            return choice.message.content, choice.logprobs.content
+        chunks = [chunk.choices[0] for chunk in answer]
+        text = "".join(chunk.delta.content or "" for chunk in chunks)
+        return text, [
+            score for chunk in chunks if chunk.logprobs for score in chunk.logprobs.content
+        ]
+
+    text, scores = ask(logprobs=True, top_logprobs=2)
+    assert "".join(score.token for score in scores) == text
+    for score in scores:  # half a character has no bytes here
+        is_whole = "\N{REPLACEMENT CHARACTER}" not in score.token
+        assert score.bytes == (list(score.token.encode()) if is_whole else None)
+    # Greedy: the first of the likeliest is what was drawn.
+    assert all(score.top_logprobs[0].logprob == score.logprob for score in scores)
+    assert all(len(score.top_logprobs) == 2 for score in scores)
+    # What a stop text cuts off is not scored.
+    cut, fewer = ask(logprobs=True, stop=[text[3:5]])
+    assert cut == text[: text.index(text[3:5])]
+    assert [score.token for score in fewer] == [score.token for score in scores[: len(fewer)]]
+    assert len("".join(score.token for score in fewer[:-1])) < len(cut)
+
+
 def test_models_are_listed_and_found(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [NAME]
     assert client.models.retrieve(NAME).owned_by == "nmexport"
@@ -202,7 +234,7 @@ def test_another_model_is_404(client: openai.OpenAI) -> None:
         ({"top_p": 2}, "top_p 2"),
         ({"stop": ["a"] * 40}, "stop"),
         ({"max_tokens": 5000}, "Too long"),
-        ({"logprobs": 3}, "no logprobs 3"),
+        ({"logprobs": 21}, "logprobs cannot be 21"),
         ({"prompt": ""}, "empty"),
         ({"prompt": "a" * 1_000_000}, "Too long"),
     ],

@@ -34,6 +34,15 @@ def test_options_arrive_by_the_names_that_the_service_has() -> None:
     assert read_text(prompt=["one"]).text.text == "one"
 
 
+def test_log_probabilities_are_asked_for_in_two_ways() -> None:
+    assert read_text().text.likeliest is None
+    assert read_text(logprobs=0).text.likeliest == 0
+    assert read_text(logprobs=5).text.likeliest == 5
+    assert read_chat(logprobs=True).text.likeliest == 0
+    assert read_chat(logprobs=True, top_logprobs=4).text.likeliest == 4
+    assert read_chat(logprobs=False, top_logprobs=0).text.likeliest is None
+
+
 def test_messages_lose_parts_and_nulls() -> None:
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
     asked = read_chat(messages=[{"role": "user", "content": parts, "tool_calls": None}])
@@ -54,8 +63,15 @@ def test_messages_lose_parts_and_nulls() -> None:
         ),
         ("chat", {"n": 2}, "n", "no n 2. Allowed: 1, or left out"),
         ("chat", {"n": True}, "n", "no n True"),
-        ("chat", {"logprobs": True}, "logprobs", "no logprobs True. Allowed: false"),
-        ("chat", {"top_logprobs": 2}, "top_logprobs", "no top_logprobs 2"),
+        ("chat", {"logprobs": 3}, "logprobs", "logprobs cannot be 3. Allowed: true or false"),
+        ("chat", {"top_logprobs": 2}, "top_logprobs", "is for logprobs"),
+        (
+            "chat",
+            {"logprobs": True, "top_logprobs": 21},
+            "top_logprobs",
+            "cannot be 21. Allowed: a",
+        ),
+        ("chat", {"logprobs": True, "top_logprobs": True}, "top_logprobs", "cannot be True"),
         ("chat", {"tools": [{}]}, "tools", "no tools"),
         ("chat", {"response_format": {"type": "json_object"}}, "response_format", "json_object"),
         ("chat", {"surprise": 1}, "surprise", "Unknown parameter 'surprise'. Allowed:"),
@@ -67,7 +83,9 @@ def test_messages_lose_parts_and_nulls() -> None:
         ("completion", {"prompt": None}, "prompt", "prompt is None. Allowed: one text"),
         ("completion", {"prompt": ["a", "b"]}, "prompt", "as many requests"),
         ("completion", {"prompt": [1, 2, 3]}, "prompt", "token ids are not taken"),
-        ("completion", {"logprobs": 0}, "logprobs", "no logprobs 0"),
+        ("completion", {"logprobs": -1}, "logprobs", "cannot be -1. Allowed: a whole number"),
+        ("completion", {"logprobs": True}, "logprobs", "cannot be True"),
+        ("completion", {"top_logprobs": 2}, "top_logprobs", "Unknown parameter"),
         ("completion", {"best_of": 3}, "best_of", "no best_of 3"),
         ("completion", {"echo": True}, "echo", "no echo True"),
         ("completion", {"suffix": "end"}, "suffix", "no suffix 'end'"),
