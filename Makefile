@@ -87,11 +87,11 @@ gpu-here:
 lint: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
-	find plugins \( $(CPP_FILES) \) -exec $(BIN)/clang-format --dry-run --Werror {} +
+	find plugins examples \( $(CPP_FILES) \) -exec $(BIN)/clang-format --dry-run --Werror {} +
 
 format: $(STAMP) ## write Python and C++ as `make lint` wants them
 	$(BIN)/ruff format
-	find plugins \( $(CPP_FILES) \) -exec $(BIN)/clang-format -i {} +
+	find plugins examples \( $(CPP_FILES) \) -exec $(BIN)/clang-format -i {} +
 
 types: $(STAMP)
 	$(BIN)/mypy

@@ -113,11 +113,11 @@ class ModelSection(_Strict):
     trust_remote_code: bool = False
     dtype: Dtype = "float32"
     """Element type of the exported weights and activations."""
-    weights: Annotated[str, BeforeValidator(_weights_from)] = "float"
-    """How weights are stored: `float` as dtype says, or as a checkpoint that came quantised stores
-    them; `int8` with a scale an output, `int4` with one for each 32 channels of an output, or
-    `int8:CHANNELS`, `int4:CHANNELS`, a multiple of 16. The output head and the input embedding then
-    have 8 bits."""
+    weights: Annotated[str, BeforeValidator(_weights_from)] = "auto"
+    """How weights are stored: `auto` as a checkpoint that came quantised stores them, else as
+    `float`; `float` as dtype says, dequantised where they came quantised; `int8` with a scale an
+    output, `int4` with one for each 32 channels of an output, or `int8:CHANNELS`, `int4:CHANNELS`,
+    a multiple of 16. With `int8` and `int4` the output head and the input embedding have 8 bits."""
     activations: Activations = "auto"
     """What meets weights of integers: `int8` rounds it, so that products are sums of integers;
     `float` leaves it alone. `auto` is int8, but float where a GPU is at hand or the target."""

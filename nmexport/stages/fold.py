@@ -16,6 +16,7 @@ from nmexport.calibration.effort import ERROR_SAMPLES, SENSITIVITY_SAMPLES, lear
 from nmexport.errors import ModelError
 from nmexport.models.offload import check_layerwise, is_placed, open_dense
 from nmexport.sparsity.mitigation import check_allocatable, check_combination
+from nmexport.sparsity.weight_form import WeightForm
 from nmexport.stages import calibrate
 from nmexport.stages.fitting import check_fit
 from nmexport.stages.storing import (
@@ -75,7 +76,7 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
         "dtype": recipe.model.dtype,
         "weights": recipe.model.weights,
         "stored": [rounds_activations(inputs), recipe.model.dense_baseline]
-        if recipe.model.weights != "float" or inputs.source.may_hold_integers
+        if WeightForm.parse(recipe.model.weights) is not None or inputs.source.may_hold_integers
         else None,
         "sparsity": recipe.sparsity.model_dump(mode="json"),
         # Without a budget nothing of it matters.
@@ -220,7 +221,6 @@ def _check_groups(
     """
     from nmexport.calibration.quantising import head_name
     from nmexport.sparsity.targets import linears_of
-    from nmexport.sparsity.weight_form import WeightForm
 
     form = WeightForm.parse(weights)
     linears = linears_of(model)
@@ -271,7 +271,8 @@ def _within_budget(
         behaviours = {name: linear.behaviour for name, linear in constants.derived.items()}
         folded: Callable[[str], dict[str, torch.Tensor]]
         folded = partial(folded_linear, inputs, dense, constants)
-        if inputs.recipe.model.weights != "float":  # rounding takes longer than a product with it
+        if WeightForm.parse(inputs.recipe.model.weights) is not None:
+            # Rounding takes longer than a product with what is rounded.
             folded = functools.cache(folded)
         measured = prepared.as_built(allocation, behaviours, folded)
         inputs.progress.note(measured.summary())

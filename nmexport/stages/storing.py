@@ -30,7 +30,7 @@ def imported(inputs: StageInputs) -> ImportedWeights | None:
     from nmexport.models.imported import imported_weights
 
     # A GPU's kernels take floats alone so far: what came in integers is dequantised for them.
-    keeps = inputs.recipe.model.weights == "float" and not _is_for_gpu(inputs)
+    keeps = inputs.recipe.model.weights == "auto" and not _is_for_gpu(inputs)
     return imported_weights(inputs.source) if keeps else None
 
 
