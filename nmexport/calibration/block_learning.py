@@ -11,7 +11,8 @@ takes the streams through it again and goes on to the same result, bit for bit o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from nmexport.models.hidden_states import HiddenStates
     from nmexport.progress import Progress
     from nmexport.sparsity.fold import Corrections
+    from nmexport.sparsity.learned import Spread
 
 _LOGIT_ROWS = 256  # positions whose distributions exist in both forms at a time
 
@@ -237,20 +239,24 @@ class _Run:
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
         return order[place * self._settings.batch : (place + 1) * self._settings.batch]
 
-    def _spreads(self, block: Block, targets: Targets) -> Mapping[str, Any]:
-        """Sizes of the dense linears' inputs and outputs, on the first chunks.
+    def _spreads(self, block: Block, targets: Targets) -> Mapping[str, Spread]:
+        """Sizes of the dense linears' inputs and outputs, on as many chunks as reach all of them.
 
         Raises:
             ModelError: if no token reaches a linear.
         """
-        inputs = self._streams.dense.batch(self._streams.learned[: self._settings.batch])
-        spreads = spreads_of(targets.linears, lambda: block(inputs.to(self._blocks.device)))
-        unreached = [name for name in targets.linears if name not in spreads]
-        if unreached:
+        spreads: dict[str, Spread] = {}
+        missing = dict(targets.linears)
+        for dense, _ in self._inputs():
+            if not missing:
+                return spreads
+            spreads |= spreads_of(missing, partial(block, dense))
+            missing = {name: one for name, one in missing.items() if name not in spreads}
+        if missing:
+            name = next(iter(missing))
             raise ModelError(
-                f"No token that is learned from reaches {unreached[0]} "
-                f"({len(unreached)} such linears).",
-                fix=f"leave it dense with --targets '!{unreached[0]}'",
+                f"No token that is learned from reaches {name} ({len(missing)} such linears).",
+                fix=f"leave it dense with --targets '!{name}'",
             )
         return spreads
 

@@ -14,6 +14,7 @@ from nmexport.calibration.closed_forms import (
 from nmexport.calibration.forward_passes import hooked
 from nmexport.calibration.learning_chunks import SEED_STRIDE
 from nmexport.models.blocks import EnoughSeen
+from nmexport.sparsity.fold import Corrections
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -129,11 +130,13 @@ def _start(student: LearnedLinear, moments: Moments, name: str, settings: Learni
         moments, name, weight, gains="output_scale" in parts, biases="bias" in parts
     )
     if "output_scale" in parts:
-        student.start_at(gain=gain)
+        student.start_at(Corrections(output_scale=gain))
     if "bias" in parts:
         # All of what is added to a token was scaled; the linear's own bias is outside of the gain.
-        student.start_at(bias=gain * weight[-1] + bias - student.as_affine()[-1])
+        added = gain * weight[-1] + bias - student.as_affine()[-1]
+        student.start_at(Corrections(bias=added))
     if "low_rank_in" in parts:
         seed = settings.seed * SEED_STRIDE
         rank = student.learned["low_rank_in"].shape[1]
-        student.start_at(low_rank=compensation(moments, name, student.as_affine(), rank, seed=seed))
+        inner, outer = compensation(moments, name, student.as_affine(), rank, seed=seed)
+        student.start_at(Corrections(low_rank_in=inner, low_rank_out=outer))

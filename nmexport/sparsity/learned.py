@@ -112,6 +112,10 @@ class LearningSite(InputSite):
         """`[K]` or `[1]` that is subtracted from every token; a shift per token is not in it."""
         return (self.shift * self._rms).detach() if self.learns_shift else self.eta
 
+    def start_at(self, shift: torch.Tensor) -> None:
+        """Begin at a shift `[K]`."""
+        self.shift.data.copy_(shift.to(self._rms) / self._rms)
+
     def learned_shift(self) -> torch.Tensor:
         """`[K]` float32, on the CPU."""
         return (self.shift.detach() * self._rms).float().cpu()
@@ -211,30 +215,22 @@ class LearnedLinear(SparseLinear):
             added = added + self.bias.double().cpu()
         return torch.cat([scaled, added.unsqueeze(0)])
 
-    def start_at(
-        self,
-        *,
-        gain: torch.Tensor | None = None,
-        bias: torch.Tensor | None = None,
-        low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> None:
-        """Begin at other constants than the calibrated ones.
+    def start_at(self, corrections: Corrections) -> None:
+        """Begin at other constants than the calibrated ones; those that are None stay.
 
         Args:
-            gain: `[O]`
-            bias: `[O]`, of what is added to the linear's own.
-            low_rank: A `[K, r]` and B `[r, O]`.
+            corrections: As `corrections` returns them. A shift is the site's: the last linear of
+                a site that names one decides.
 
         Raises:
             KeyError: if one is not among the parts that are learned.
         """
-        values: dict[str, torch.Tensor] = {}
-        if gain is not None:
-            values["output_scale"] = gain
-        if bias is not None:
-            values["bias"] = bias.to(self._output_rms) / self._output_rms
-        if low_rank is not None:
-            values["low_rank_in"], values["low_rank_out"] = low_rank
+        values = {part: value for part, value in vars(corrections).items() if value is not None}
+        shift = values.pop("shift", None)
+        if shift is not None:
+            self.site.start_at(shift)
+        if "bias" in values:
+            values["bias"] = values["bias"].to(self._output_rms) / self._output_rms
         for part, value in values.items():
             self.learned[part].data.copy_(value)
 
