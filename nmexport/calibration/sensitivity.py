@@ -71,12 +71,12 @@ def gather_sensitivities(
         if layerwise is None:
             with activations_carry_gradients(model):
                 for sample in progress.track(samples, label=label, total=len(samples)):
-                    _loss(_logits(model, sample), generator).backward()  # type: ignore[no-untyped-call]
+                    drawn_loss(_logits(model, sample), generator).backward()  # type: ignore[no-untyped-call]
         else:
             backward(
                 layerwise,
                 samples,
-                lambda logits: _loss(logits, generator),
+                lambda logits: drawn_loss(logits, generator),
                 progress=progress,
                 label=label,
             )
@@ -114,8 +114,8 @@ def _logits(model: Any, sample: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _loss(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Negative log-likelihood of tokens drawn from the predictions themselves."""
+def drawn_loss(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Negative log-likelihood of tokens drawn from logits `[T, V]` themselves."""
     logits = logits.float()
     drawn = torch.multinomial(logits.detach().softmax(dim=-1).cpu(), 1, generator=generator)
     return torch.nn.functional.cross_entropy(

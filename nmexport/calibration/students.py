@@ -93,13 +93,6 @@ class Students:
         for name, student in self.by_name.items():
             self._sites.setdefault(student.site, name)
 
-    def site_names(self) -> list[list[str]]:
-        """Names of the linears of each site, in model order."""
-        names: dict[LearningSite, list[str]] = {}
-        for name, student in self.by_name.items():
-            names.setdefault(student.site, []).append(name)
-        return list(names.values())
-
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the learned parameters by name; a site's shift once, under its first linear."""
         found: dict[str, nn.Parameter] = {}
