@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from nmexport.calibration.sites import Site
     from nmexport.calibration.stored_orders import Integers
+    from nmexport.models.blocks import DecoderBlocks
     from nmexport.progress import Progress
     from nmexport.recipe import SparsitySection
     from nmexport.sparsity.linear import Behaviour, Constants
@@ -57,6 +58,7 @@ def with_sensitivities(
     criteria: Collection[str],
     progress: Progress,
     seed: int = 0,
+    layerwise: DecoderBlocks | None = None,
 ) -> dict[str, ChannelStatistics]:
     """Statistics with the sensitivity of each channel, where a criterion needs it.
 
@@ -69,13 +71,16 @@ def with_sensitivities(
         criteria: Names of those in use.
         progress: Counts samples.
         seed: Of the tokens drawn from the model's predictions.
+        layerwise: Runs the model with one layer in memory at a time; None runs it whole.
 
     Raises:
         ModelError: if no prediction depends on a linear.
     """
     if not any("sensitivity" in CRITERIA[name].needs for name in criteria):
         return dict(statistics)
-    found = gather_sensitivities(model, linears, samples, progress=progress, seed=seed)
+    found = gather_sensitivities(
+        model, linears, samples, progress=progress, seed=seed, layerwise=layerwise
+    )
     whole = dict(statistics)
     for site in sites:
         reached = [found[name].square() for name in site.names if name in found]

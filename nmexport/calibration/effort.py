@@ -49,15 +49,23 @@ class LearningSettings:
     """Standard deviation of the logarithm of the factors that scores are multiplied by."""
     held_out: int = 8
     """Chunks that are never learned from, and show whether learning carries over."""
+    block_chunks: int = 96
+    """Chunks that a block learns from, where constants are learned block by block."""
+    block_epochs: int = 4
+    """How often it takes each."""
+    block_rate: float = 0.001
+    """As `rate`, of a block."""
     written: int = 512
     """Most chunks that the model writes for learning alone, rather than learn from some again."""
 
 
 EFFORTS: Mapping[Effort, LearningSettings] = MappingProxyType(
     {
-        "fast": LearningSettings(steps=80, rate=0.0015, written=64),
+        "fast": LearningSettings(
+            steps=80, rate=0.0015, written=64, block_chunks=64, block_epochs=2
+        ),
         "standard": LearningSettings(),
-        "thorough": LearningSettings(steps=1600, written=2048),
+        "thorough": LearningSettings(steps=1600, written=2048, block_chunks=128, block_epochs=12),
     }
 )
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nmexport.calibration import derivation
+from nmexport.calibration.block_learning import learn_blocks
 from nmexport.calibration.corpus import text_seed
 from nmexport.calibration.effort import DISTANCE_SAMPLES, ERROR_SAMPLES
 from nmexport.calibration.forward_passes import DenseRun, gather_errors
@@ -20,6 +21,7 @@ from nmexport.calibration.learning import learn
 from nmexport.calibration.learning_chunks import without
 from nmexport.calibration.learning_text import with_more_written
 from nmexport.calibration.method import needs_static_variance
+from nmexport.calibration.students import Targets
 from nmexport.sparsity.fold import NOTHING_LEARNED, fold
 from nmexport.sparsity.linear import bias_of
 from nmexport.store.layers import LayerSpec
@@ -213,28 +215,41 @@ def _learn(
     unlearned: torch.Tensor | None,
     checkpoint: str,
 ) -> Learned:
-    """Learn corrections of all linears together."""
+    """Learn corrections of all linears, together or block by block."""
     settings, kept = learning.settings, learning.checkpoints
     corpus = torch.cat([dense.kinds["corpus"], dense.kinds["further"]])
     own = dense.kinds["written"]
     if unlearned is not None:
         corpus, own = without(corpus, unlearned), without(own, unlearned)
-    own = with_more_written(
-        corpus,
-        own,
-        learning.write,
-        settings=settings,
-        seed=text_seed(dense.seed, "learning"),
-        checkpoint=kept.named("text"),
+    if dense.layerwise is None:
+        own = with_more_written(
+            corpus,
+            own,
+            learning.write,
+            settings=settings,
+            seed=text_seed(dense.seed, "learning"),
+            checkpoint=kept.named("text"),
+        )
+    targets = Targets(
+        linears={name: dense.linears[name] for name in derived},
+        constants={name: linear.constants for name, linear in derived.items()},
+        behaviours={name: linear.behaviour for name, linear in derived.items()},
+        sites=[site.names for site in dense.sites],
     )
+    if dense.layerwise is not None:
+        return learn_blocks(
+            dense.layerwise,
+            targets,
+            [corpus, own],
+            settings=settings,
+            progress=dense.progress,
+            checkpoint_of=lambda index: kept.named(f"{checkpoint}-block-{index}", of=str(settings)),
+        )
     return learn(
         dense.model,
-        {name: dense.linears[name] for name in derived},
-        {name: linear.constants for name, linear in derived.items()},
-        {name: linear.behaviour for name, linear in derived.items()},
+        targets,
         [corpus, own],
         settings=settings,
-        sites=[site.names for site in dense.sites],
         progress=dense.progress,
         checkpoint=kept.named(checkpoint, of=str(settings)),
     )

@@ -44,11 +44,10 @@ def estimate_command(ctx: click.Context, *, asked: Request, config: Path | None)
     title = f"{recipe.model.id}, {shape.parameters / 1e9:.3g} billion parameters: estimates"
     out = console()
     out.print(table(title, columns, [_words(row) for row in rows], left=columns[:2]))
+    if any(row.way == "layer by layer" for row in rows):
+        out.print(f"A model that runs layer by layer needs text: {LAYER_BY_LAYER}", soft_wrap=True)
     if any(row.way == "not" for row in rows):
-        out.print(
-            f"Where it does not fit, build layer by layer: {LAYER_BY_LAYER}",
-            soft_wrap=True,
-        )
+        out.print("Where it does not fit, build layer by layer: drop --budget", soft_wrap=True)
 
 
 def _recipe(asked: Request, config: Path | None) -> Recipe:

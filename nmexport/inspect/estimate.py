@@ -59,6 +59,7 @@ _WRITING_BYTES = 2_100_000_000  # the cache of samples that the model writes, at
 _LEARNING_BYTES = 2_500_000_000  # activations of a step of learning, kept for its gradient
 _COMPARING_BYTES = 2_400_000_000  # logits of both sides, and inputs of linears that are audited
 RUNTIME_BYTES = 700_000_000  # the interpreter with its libraries loaded
+_LEARNING_LAYERS = 5.0  # layer by layer: sizes of one, for its second moments and activations
 _FOLD_COPIES = 6.0  # layer by layer: copies of a linear while it is folded, in float64
 _LAYER = re.compile(r"(.*\.\d+)\.")
 _MATRIX = 2  # dimensions
@@ -182,7 +183,7 @@ def memory_by_stage(
     held = {stage: int(each * shape.parameters * _WORKING_BYTES) for stage, each in copies.items()}
     held["verify"] += _SESSIONS * shape.parameters * _ELEMENT_BYTES[recipe.model.dtype]
     if is_layerwise:
-        return {**held, **_layerwise_memory(shape)}
+        return {**held, **_layerwise_memory(recipe, shape)}
     extra = _extra_memory(recipe, shape.parameters)
     return {stage: count + extra.get(stage, 0) for stage, count in held.items()}
 
@@ -207,11 +208,12 @@ def _runs_layerwise(recipe: Recipe, source: ModelSource) -> bool:
     return placement(source, offload, parameter_count(source), free_memory()) == "layerwise"
 
 
-def _layerwise_memory(shape: Shape) -> dict[str, int]:
+def _layerwise_memory(recipe: Recipe, shape: Shape) -> dict[str, int]:
     """Bytes that calibrate and fold hold where one decoder layer is in memory at a time."""
     layer = _WORKING_BYTES * shape.layer
+    learning = _LEARNING_LAYERS * layer if learned_parts(recipe.sparsity.mitigations) else layer
     writing = SHARD_BYTES + int(_FOLD_COPIES * _WORKING_BYTES * shape.matrix)
-    return {"calibrate": layer, "fold": max(layer, writing)}
+    return {"calibrate": layer, "fold": max(int(learning), writing)}
 
 
 def parameter_count(source: ModelSource) -> int:

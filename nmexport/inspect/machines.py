@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 Way = Literal["on the GPU", "on the CPU", "layer by layer", "not"]
 
-LAYER_BY_LAYER = "--criterion act --mitigation var --calib FILE --calib-self-share 0"
-"""Options with which a model that does not fit is built."""
+LAYER_BY_LAYER = "--calib FILE --calib-self-share 0"
+"""Options that a model which does not fit needs: it cannot write its own text."""
 _GIGABYTE = 2**30
 # SmolLM2 learned at some 100 GFLOP/s a core of a Xeon with AVX-512; float32 on GPUs without tensor
 # cores reaches two fifths of what they are sold for.
@@ -30,6 +30,8 @@ _FORWARD, _BACKWARD = 2, 4
 """Operations of each parameter for a token."""
 _LEARNING = _FORWARD * 2 + _BACKWARD
 """The dense model beside the one that learns."""
+_STARTING = 9 * _FORWARD
+"""Block by block: least squares see both streams and sum products; then the streams move on."""
 _WRITING = 4 * _FORWARD
 """Text comes token by token, a batch at a time: a quarter of the rate."""
 _LEAST_STEP_SECONDS = 0.5
@@ -73,7 +75,7 @@ class Expected:
 
     machine: str
     way: Way
-    """Where calibration runs; `not`: the recipe needs the whole model, and it does not fit."""
+    """Where calibration runs; `not`: the recipe has a budget, and the model does not fit."""
     memory_bytes: int
     """Peak of the largest stage up to the fold, on the GPU where it runs there."""
     seconds: float
@@ -116,7 +118,7 @@ def _seconds(recipe: Recipe, shape: Shape, machine: Machine, way: Way) -> float:
     rate = machine.gpu_rate if way == "on the GPU" else machine.cpu_rate
     learning = learning_settings(recipe.sparsity, recipe.seed)
     steps = 0 if learning is None else learning.steps
-    work = _operations(recipe) * shape.parameters / rate
+    work = _operations(recipe, by_block=way == "layer by layer") * shape.parameters / rate
     waited = steps * _LEAST_STEP_SECONDS if way == "on the GPU" else 0.0
     evaluated = recipe.evaluation.windows * recipe.evaluation.length
     verified = _COMPARED * _FORWARD * evaluated * shape.parameters / machine.cpu_rate
@@ -124,7 +126,7 @@ def _seconds(recipe: Recipe, shape: Shape, machine: Machine, way: Way) -> float:
     return max(work, waited) + verified + moved + _SETTING_UP_SECONDS
 
 
-def _operations(recipe: Recipe) -> float:
+def _operations(recipe: Recipe, *, by_block: bool) -> float:
     """Operations of calibrating and learning, for each parameter."""
     section = recipe.calibration
     tokens = section.samples * section.length
@@ -134,7 +136,10 @@ def _operations(recipe: Recipe) -> float:
     share = 1.0 if section.corpus == SELF else section.self_share
     written = share * tokens
     learning = learning_settings(recipe.sparsity, recipe.seed)
-    if learning is not None:
+    if learning is not None and by_block:
+        learned = learning.block_chunks * learning.length
+        total += learned * (_STARTING + learning.block_epochs * (_FORWARD + _BACKWARD))
+    elif learning is not None:
         chunks = learning.steps * learning.batch
         total += _LEARNING * chunks * learning.length
         written += (section.self_share > 0) * min(chunks, learning.written) * learning.length

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nmexport import environment
 from nmexport.errors import ModelError
-from nmexport.sparsity.criterion import CRITERIA
-from nmexport.sparsity.mitigation import learned_parts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,31 +95,23 @@ def fits_host(source: ModelSource, *, offload: Offload) -> bool:
 
 
 def needs_whole(recipe: Recipe) -> list[str]:
-    """List what in a recipe has to be learned, or measured through gradients or many trials."""
-    sparsity = recipe.sparsity
-    whole: list[str] = [name for name in sparsity.mitigations if learned_parts((name,))]
-    if "sensitivity" in CRITERIA[sparsity.criterion].needs:
-        whole.append(sparsity.criterion)
-    if recipe.allocation.budget.limits():
-        whole.append("--budget")
-    return whole
+    """List what in a recipe has to be measured in many trials."""
+    return ["--budget"] if recipe.allocation.budget.limits() else []
 
 
 def check_layerwise(recipe: Recipe) -> None:
     """Refuse what needs the whole model in memory: said before the long work.
 
     Raises:
-        ModelError: if something has to be learned, or measured through gradients or many trials.
+        ModelError: if something has to be measured in many trials.
     """
     whole = needs_whole(recipe)
     if whole:
         raise ModelError(
-            f"{recipe.model.id} runs layer by layer, and {', '.join(whole)} cannot: gradients and "
-            "trials go through the whole model.",
-            allowed="mitigations d-pts, s-pts, var, s-var, r-sparse; criteria act, wina, clact, "
-            "amber; no --budget",
-            fix="--criterion act --mitigation var, or a GPU or host with room for the model in "
-            "float32",
+            f"{recipe.model.id} runs layer by layer, and {', '.join(whole)} cannot: each of its "
+            "many trials goes through the whole model.",
+            allowed="one --pattern for all linears; any criterion and mitigation",
+            fix="drop --budget, or use a GPU or host with room for the model in float32",
         )
 
 

@@ -61,10 +61,11 @@ def _learning_words(learning: LearnedConstants | None) -> str | None:
     if learning is None:
         return None
     settings, curve = learning.settings, learning.curve
-    steps = (
-        f"Constants learned in {len(curve.learned)} steps of {settings.batch} x "
-        f"{settings.length} tokens"
-    )
+    if curve.block_steps:
+        steps = f"Constants learned block by block, each in {curve.block_steps} steps"
+    else:
+        steps = f"Constants learned in {len(curve.learned)} steps"
+    steps += f" of {settings.batch} x {settings.length} tokens"
     if not curve.held_out:
         return f"{steps}."
     (_, first), (_, last) = curve.held_out[0], curve.held_out[-1]
@@ -96,12 +97,13 @@ def _loss_svg(learning: LearnedConstants) -> str:
 
     def draw(axes: Axes) -> None:
         said = "learned from, scores disturbed" if disturbed else "learned from"
-        axes.plot(range(1, len(smooth) + 1), smooth, color=DENSE, linewidth=1.2, label=said)
+        if smooth:
+            axes.plot(range(1, len(smooth) + 1), smooth, color=DENSE, linewidth=1.2, label=said)
         if curve.held_out:
             steps, losses = zip(*curve.held_out, strict=True)
             axes.plot(steps, losses, "o-", color=SPARSE, markersize=4, label="held out")
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("step")
+        axes.set_xlabel("step of each block" if curve.block_steps else "step")
         axes.set_ylabel("KL to the dense model, nats a token")
         axes.legend()
 

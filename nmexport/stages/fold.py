@@ -6,6 +6,7 @@ and are corrected by what is learned (`calibration`), and become tensors (`spars
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,10 +16,12 @@ from nmexport.calibration.effort import ERROR_SAMPLES, SENSITIVITY_SAMPLES, lear
 from nmexport.errors import ModelError
 from nmexport.models.offload import check_layerwise, is_placed, open_dense
 from nmexport.sparsity.mitigation import check_allocatable, check_combination
+from nmexport.sparsity.weight_form import WeightForm
 from nmexport.stages import calibrate
 from nmexport.stages.fitting import check_fit
 from nmexport.stages.storing import (
     around_integers,
+    dense_in_integers,
     folded_linear,
     imported,
     rounds_activations,
@@ -29,17 +32,19 @@ from nmexport.store.folded import FoldedModel, write_learning
 from nmexport.store.layers import SCHEMA, write_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
+    import torch
     from torch import nn
 
     from nmexport.allocation.allocate import Prepared
     from nmexport.calibration.corpus import TokenIds
+    from nmexport.calibration.effort import LearningSettings
     from nmexport.calibration.learning import Learned
     from nmexport.calibration.sites import Site
     from nmexport.calibration.sparse_constants import DenseModel, Learning, SparseConstants
     from nmexport.models.imported import ImportedWeights
-    from nmexport.recipe import SparsitySection
+    from nmexport.recipe import Recipe, SparsitySection
     from nmexport.sparsity.linear import Constants
     from nmexport.sparsity.statistics import ChannelStatistics
     from nmexport.stages.inputs import StageInputs
@@ -71,16 +76,25 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
         "dtype": recipe.model.dtype,
         "weights": recipe.model.weights,
         "stored": [rounds_activations(inputs), recipe.model.dense_baseline]
-        if recipe.model.weights != "float" or inputs.source.may_hold_integers
+        if WeightForm.parse(recipe.model.weights) is not None or inputs.source.may_hold_integers
         else None,
         "sparsity": recipe.sparsity.model_dump(mode="json"),
         # Without a budget nothing of it matters.
         "allocation": recipe.allocation.model_dump(mode="json") if budgeted else None,
         "seed": recipe.seed,
         "samples": [ERROR_SAMPLES, SENSITIVITY_SAMPLES],
-        "learning": None if settings is None else asdict(settings),
+        "learning": None if settings is None else _learning_key(settings, recipe),
         "versions": {"torch": inputs.environment.version("torch")},
     }
+
+
+def _learning_key(settings: LearningSettings, recipe: Recipe) -> dict[str, Any]:
+    """Return how constants are learned: layer by layer they come out otherwise.
+
+    Where `--offload auto` has to do so for want of memory is not in the key: the memory that is
+    free changes from one run to the next.
+    """
+    return {**asdict(settings), "by_block": recipe.calibration.offload == "layerwise"}
 
 
 def check(inputs: StageInputs) -> None:
@@ -170,6 +184,7 @@ def _dense_model(inputs: StageInputs, came: ImportedWeights | None) -> DenseMode
         criteria={recipe.sparsity.criterion, *recipe.allocation.criteria},
         progress=inputs.progress,
         seed=recipe.seed,
+        layerwise=layerwise,
     )
     return DenseModel(
         model=model,
@@ -206,7 +221,6 @@ def _check_groups(
     """
     from nmexport.calibration.quantising import head_name
     from nmexport.sparsity.targets import linears_of
-    from nmexport.sparsity.weight_form import WeightForm
 
     form = WeightForm.parse(weights)
     linears = linears_of(model)
@@ -255,7 +269,11 @@ def _within_budget(
             checkpoint="learning" if attempt == 0 else f"learning-{attempt}",
         )
         behaviours = {name: linear.behaviour for name, linear in constants.derived.items()}
+        folded: Callable[[str], dict[str, torch.Tensor]]
         folded = partial(folded_linear, inputs, dense, constants)
+        if WeightForm.parse(inputs.recipe.model.weights) is not None:
+            # Rounding takes longer than a product with what is rounded.
+            folded = functools.cache(folded)
         measured = prepared.as_built(allocation, behaviours, folded)
         inputs.progress.note(measured.summary())
         if measured.remark is not None:
@@ -298,6 +316,7 @@ def _prepared(inputs: StageInputs, dense: DenseModel) -> Prepared:
         constants_for=constants_for,
         element_bytes=getattr(torch, recipe.model.dtype).itemsize,
         weights=recipe.model.weights,
+        integers=dense_in_integers(inputs, dense),
         progress=inputs.progress,
     )
     return prepare(problem, Checkpoints(inputs.resume).named("allocation"))

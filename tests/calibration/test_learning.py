@@ -9,12 +9,13 @@ import pytest
 import torch
 from nmexport.calibration.checkpoint import Checkpoint
 from nmexport.calibration.effort import EFFORTS, LearningSettings
-from nmexport.calibration.learning import learn, rate_at
+from nmexport.calibration.learning import learn
 from nmexport.calibration.learning_chunks import batch_of, split_chunks
 from nmexport.calibration.learning_loss import divergence_with_gradient, divergences, loss_of
 from nmexport.calibration.output_head import OutputHead, SampledHead
 from nmexport.calibration.products import fast_dtype
 from nmexport.calibration.sensitivity import gather_sensitivities
+from nmexport.calibration.students import Targets, rate_at
 from nmexport.errors import CorpusError, ModelError
 from nmexport.models.loader import load_model
 from nmexport.models.source import resolve
@@ -58,8 +59,13 @@ def plain(linears: Iterable[str]) -> dict[str, Constants]:
 def run(model: Any, linears: Any, settings: LearningSettings = SHORT, **options: Any) -> Any:
     options = {"progress": Silent(), "dtype": torch.float32, **options}
     samples = options.pop("samples", [some_samples()])
-    behaviours = dict.fromkeys(linears, options.pop("behaviour", BEHAVIOUR))
-    return learn(model, linears, plain(linears), behaviours, samples, settings=settings, **options)
+    targets = Targets(
+        linears=linears,
+        constants=plain(linears),
+        behaviours=dict.fromkeys(linears, options.pop("behaviour", BEHAVIOUR)),
+        sites=options.pop("sites", ()),
+    )
+    return learn(model, targets, samples, settings=settings, **options)
 
 
 def same(one: dict[str, Corrections], other: dict[str, Corrections]) -> bool:
@@ -231,7 +237,7 @@ def test_too_few_samples_are_refused() -> None:
 
 
 def test_rate_warms_up_and_falls() -> None:
-    rates = [rate_at(step, SHORT) for step in range(SHORT.steps)]
+    rates = [rate_at(step, steps=SHORT.steps, rate=SHORT.rate) for step in range(SHORT.steps)]
     assert rates[0] < rates[4] <= SHORT.rate
     assert rates[-1] < 0.01 * SHORT.rate
     assert EFFORTS["fast"].steps < EFFORTS["standard"].steps < EFFORTS["thorough"].steps

@@ -376,7 +376,7 @@ def test_hidden_states_wait_where_the_stage_writes_and_leave_nothing(
         assert list(folder.iterdir()) == []  # a file without a name
         return array
 
-    monkeypatch.setattr("nmexport.models.layerwise.scratch_array", seen)
+    monkeypatch.setattr("nmexport.models.hidden_states.scratch_array", seen)
     calibrated(tiny_llama, tmp_path / "w", corpus=str(text), offload="layerwise")
     assert {folder.parent for folder in used} == {tmp_path / "w" / "calibrate"}
 
@@ -474,7 +474,7 @@ def test_layers_as_wide_as_a_7b_are_calibrated_and_folded_in_little_memory(
     assert anonymous_peak(_BUILD, tmp_path / "model", tmp_path / "work", text) < 3.5e9
 
 
-def test_what_has_to_be_learned_is_refused_before_calibration(
+def test_a_budget_is_refused_before_calibration(
     tiny_llama: Path, text: Path, tmp_path: Path
 ) -> None:
     recipe = resolve_recipe(
@@ -484,6 +484,7 @@ def test_what_has_to_be_learned_is_refused_before_calibration(
             "calibration.corpus": str(text),
             "calibration.samples": 3,
             "calibration.length": 24,
+            "allocation.budget.max_kl": 0.1,
         },
     )
     pipeline = Pipeline(
@@ -493,5 +494,5 @@ def test_what_has_to_be_learned_is_refused_before_calibration(
         work=WorkDirectory(tmp_path / "work"),
         progress=Silent(),
     )
-    with pytest.raises(ModelError, match="l-pts, ls, gain, bias, low-rank, fisher cannot"):
+    with pytest.raises(ModelError, match="--budget cannot"):
         pipeline.run(Selection(last="calibrate"))

@@ -349,7 +349,7 @@ def test_an_allocation_says_what_it_came_to_as_built(
     assert allocation.budget_used == pytest.approx(allocation.kl / 0.02, rel=1e-3)
     for row in allocation.ledger:
         errors = row.mitigation_errors
-        assert errors.keys() >= {"none", "var", "r-sparse", "r-sparse + var", "as built"}
+        assert errors.keys() >= {"none", "var", "s-pts + var", "as built"}
         assert (errors["as built"] is None) == (row.choice.pattern is None)
         assert errors["r-sparse"] < errors["none"]
 
@@ -361,7 +361,7 @@ def test_nothing_is_learned_from_what_measures_it(
         pass
 
     def watch(*given: Any, **_: Any) -> None:
-        raise Seen(given[4])
+        raise Seen(given[2])
 
     monkeypatch.setattr(sparse_constants, "learn", watch)
     with pytest.raises(Seen) as caught:
@@ -462,20 +462,69 @@ def test_folding_layer_by_layer_writes_the_same_bytes(
     assert digests(folded(layered, tmp_path / "layers", calibration)) == digests(whole)
 
 
-@pytest.mark.parametrize(
-    ("section", "named"),
-    [
-        ({"mitigations": ("ls", "var")}, "ls cannot"),
-        ({"criterion": "fisher"}, "fisher cannot"),
-    ],
-)
-def test_what_needs_the_whole_model_is_refused_layer_by_layer(
-    tiny_llama: Path, calibration: Path, tmp_path: Path, section: dict[str, Any], named: str
+def test_a_budget_is_refused_layer_by_layer(
+    tiny_llama: Path, calibration: Path, tmp_path: Path
 ) -> None:
-    layered = recipe_of(tiny_llama, sparsity=section, calibration={"offload": "layerwise"})
-    with pytest.raises(ModelError, match=named) as caught:
+    layered = recipe_of(
+        tiny_llama,
+        allocation=BUDGET,
+        calibration={"offload": "layerwise"},
+    )
+    with pytest.raises(ModelError, match="--budget cannot") as caught:
         folded(layered, tmp_path, calibration)
-    assert "--mitigation var" in (caught.value.fix or "")
+    assert "drop --budget" in (caught.value.fix or "")
+
+
+def test_sensitivities_layer_by_layer_fold_to_the_same_bytes(
+    tiny_llama: Path, calibration: Path, tmp_path: Path
+) -> None:
+    section = {"criterion": "fisher", "grouping": "balanced", "mitigations": ("s-var",)}
+    whole = folded(recipe_of(tiny_llama, sparsity=section), tmp_path / "whole", calibration)
+    layered = recipe_of(tiny_llama, sparsity=section, calibration={"offload": "layerwise"})
+    assert digests(folded(layered, tmp_path / "layers", calibration)) == digests(whole)
+
+
+@pytest.mark.parametrize("weights", ["float", "int8"])
+def test_constants_are_learned_layer_by_layer_and_kept_apart_from_those_of_the_whole_model(
+    tiny_llama: Path, longer_calibration: Path, tmp_path: Path, weights: str
+) -> None:
+    """The default recipe: all five parts, the default criterion and grouping."""
+    section = {
+        "criterion": "fisher",
+        "mitigations": ("l-pts", "ls", "gain", "bias", "low-rank"),
+        "grouping": "balanced",
+        "effort": "fast",
+    }
+    whole, layered = (
+        recipe_of(
+            tiny_llama,
+            sparsity=section,
+            model={"weights": weights},
+            calibration={"samples": 24, "length": 48, "offload": offload},
+        )
+        for offload in ("auto", "layerwise")
+    )
+    keys = [fold.key_fields(inputs_of(recipe, tmp_path)) for recipe in (whole, layered)]
+    assert keys[0] != keys[1]
+    output = tmp_path / "resumed" / "fold"
+    output.mkdir(parents=True)
+    inputs = replace(
+        inputs_of(layered, output),
+        upstream={"calibrate": longer_calibration},
+        resume=tmp_path / "key",
+    )
+    fold.run(inputs)
+    curve = fold.Artifact(output).learning["curve"]
+    assert curve["block_steps"] > 0
+    assert curve["learned"] == []
+    assert len(list((tmp_path / "key").glob("learning-block-*.safetensors"))) == 2
+    # And the same bytes from the checkpoints, and without any.
+    expected = digests(output)
+    again = tmp_path / "again"
+    again.mkdir()
+    fold.run(replace(inputs, output=again))
+    assert digests(again) == expected
+    assert digests(folded(layered, tmp_path / "fresh", longer_calibration)) == expected
 
 
 def test_work_of_another_effort_is_not_up_to_date(

@@ -4,6 +4,7 @@
 #include <numeric>
 
 #include "dots.h"
+#include "group_scales.h"
 #include "linear_pass.h"
 
 namespace nmexport {
@@ -18,8 +19,17 @@ constexpr std::size_t kWIDE_TOKENS = 24;
 constexpr std::size_t kCHUNK = 16;  // positions that a quantised block is a multiple of
 
 IntegerFormat formatOf(const LinearArguments& a) {
-    if (a.weightType == WeightType::kINT8) return IntegerFormat::kINT8;
-    return a.weightType == WeightType::kINT4 ? IntegerFormat::kINT4 : IntegerFormat::kUINT4;
+    return integerFormatOf(a.weightType);
+}
+
+// Records lie as the kernels read them that they were made for.
+const DotKernels& dotsOf(const LinearArguments& a) {
+    return a.groupScales == nullptr ? activeDots() : a.groupScales->kernels();
+}
+
+// The last index of a table of products.
+std::size_t scaleTypeOf(const LinearArguments& a) {
+    return a.groupScales != nullptr && a.groupScales->areHalves() ? 1 : 0;
 }
 
 std::size_t blocksOf(const LinearArguments& a) {
@@ -28,7 +38,7 @@ std::size_t blocksOf(const LinearArguments& a) {
 
 // The columns of whole steps.
 std::size_t columnsOfSteps(const LinearArguments& a, const DotKernels& dots, std::size_t steps) {
-    return steps * dots.stepBytes * (a.weightType == WeightType::kINT8 ? 1 : 2);
+    return steps * columnsOfStep(formatOf(a), dots.stepBytes);
 }
 
 std::size_t stepsOf(const LinearArguments& a, const DotKernels& dots) {
@@ -41,12 +51,9 @@ IntegerWeights weightsFrom(const LinearArguments& a, std::size_t column, std::si
     weights.rowBytes = rowBytes(a, a.outputs);
     weights.columns = columns;
     weights.groupBlocks = blocksOf(a) / a.scaleGroups;
-    if (hasScaledRows(a)) {
-        weights.scale =
-            static_cast<const char*>(a.weightScale) + column * elementBytes(a.scaleType);
-        weights.scaleStride = a.outputs;
-    }
-    if (a.weightZero != nullptr) {
+    weights.zeroPoints = a.zeroPoints;
+    if (a.groupScales != nullptr) a.groupScales->place(column, weights);
+    if (weights.zeroPoints == ZeroPoints::kINTEGERS) {
         weights.zero = static_cast<const std::uint8_t*>(a.weightZero) + rowBytes(a, column);
     }
     return weights;
@@ -200,7 +207,7 @@ void multiplyTask(const LinearArguments& a, const Variant& variant, const DotKer
         product.sumStride = columnsOfSteps(a, dots, count);
         product.sums = sumsOf(pass.tokens * product.sumStride);
         prefetchBias(a, begin, end);
-        dots.rowDots[static_cast<int>(formatOf(a))][static_cast<int>(a.scaleType)](product);
+        dots.rowDots[static_cast<int>(formatOf(a))][scaleTypeOf(a)](product);
         for (std::size_t t = 0; t < pass.tokens; ++t) {
             finishToken(a, variant, dots, product.sums + t * product.sumStride, product.sumStride,
                         {nu[t], pass.selected.eta[t]},
@@ -251,7 +258,7 @@ void multiplyInParts(const LinearArguments& a, const Variant& variant, const Dot
 // for itself, as in floating point, where a loop takes long to start.
 void multiplyRows(const LinearArguments& a, const Variant& variant, std::size_t first,
                   std::size_t tokens, const ThreadPool& pool) {
-    const DotKernels& dots = activeDots();
+    const DotKernels& dots = dotsOf(a);
     const Cut cut = cutOf(a, tokens, tokens * keptRows(a) * rowBytes(a, a.outputs), pool);
     const std::size_t unit = pool.startsFast && cut.tasks > 1 ? partUnitOf(a) : 0;
     if (unit != 0 && a.channels > unit) {
@@ -339,7 +346,7 @@ TileCut tilesOf(const LinearArguments& a, const DotKernels& dots, std::size_t to
 // Many tokens: every row is read once for a run of them.
 void multiplyTiles(const LinearArguments& a, const Variant& variant, std::size_t first,
                    std::size_t tokens, const ThreadPool& pool) {
-    const DotKernels& dots = activeDots();
+    const DotKernels& dots = dotsOf(a);
     const Operand operand = operandOf(a, first, tokens);
     const std::size_t together = std::min(divideUp(tokens, pool.threads), kSELECT_TOKENS);
     parallelFor(pool, divideUp(tokens, together), [&](std::size_t task) {
@@ -369,7 +376,7 @@ void multiplyTiles(const LinearArguments& a, const Variant& variant, std::size_t
         product.packed = packedScratch.reserve(dots.packedBytes(a.activationBlock));
         product.sumStride = columnsOfSteps(a, dots, count);
         product.sums = sumsOf(product.tokens * product.sumStride);
-        dots.tileDots[static_cast<int>(formatOf(a))][static_cast<int>(a.scaleType)](product);
+        dots.tileDots[static_cast<int>(formatOf(a))][scaleTypeOf(a)](product);
         for (std::size_t t = 0; t < product.tokens; ++t) {
             finishToken(a, variant, dots, product.sums + t * product.sumStride, product.sumStride,
                         operand.factors[token + t],

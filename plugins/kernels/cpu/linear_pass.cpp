@@ -36,7 +36,8 @@ std::size_t rowBytes(const LinearArguments& a, std::size_t columns) {
 
 bool hasScaledRows(const LinearArguments& a) {
     if (a.weightType == WeightType::kELEMENT) return false;
-    return a.scaleGroups > 1 || (a.weightZero != nullptr && a.activationBits == 0);
+    if (a.scaleGroups > 1 || a.zeroPoints == ZeroPoints::kFLOATS) return true;
+    return a.zeroPoints != ZeroPoints::kNONE && a.activationBits == 0;
 }
 
 const char* columnOf(const LinearArguments& a, const void* base, std::size_t column) {
@@ -101,7 +102,7 @@ Epilogue epilogueOf(const LinearArguments& a, std::size_t token, std::size_t fir
     const bool shifted = a.constants.dynamicShift && a.shiftWeight != nullptr;
     Epilogue epilogue{};
     if (a.weightType != WeightType::kELEMENT && !hasScaledRows(a)) {
-        epilogue.weightScale = static_cast<const float*>(a.weightScale) + firstColumn;
+        epilogue.weightScale = a.weightScale + firstColumn;
     }
     epilogue.columns = columns;
     epilogue.shiftWeight = shifted ? a.shiftWeight + firstColumn : nullptr;

@@ -1,0 +1,322 @@
+"""Learns constants block by block: for models of any size, in the memory of one decoder layer.
+
+Two streams of hidden states go through the layers: the dense model's, and that of the part which is
+sparse and learned already. Each block learns to give, from the sparse stream, what the dense one
+becomes; so it also makes good what those before it left. Least squares first, linear by linear,
+then gradients through the block. The result is of the same kind as that of `learning`.
+
+A block depends on the seed and on those before it. One that is done is kept: a run that was killed
+takes the streams through it again and goes on to the same result, bit for bit on the same machine.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nmexport.calibration.block_loss import loss_of, relative_errors
+from nmexport.calibration.block_start import start_by_least_squares
+from nmexport.calibration.learning import Learned, LossCurve
+from nmexport.calibration.learning_chunks import SEED_STRIDE, batch_of, split_chunks
+from nmexport.calibration.products import fast_dtype
+from nmexport.calibration.students import Optimiser, Students, spreads_of
+from nmexport.errors import ModelError
+from nmexport.models.backward import frozen
+from nmexport.models.swap import swapped
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from nmexport.calibration.checkpoint import Checkpoint
+    from nmexport.calibration.effort import LearningSettings
+    from nmexport.calibration.learning_chunks import Chunks
+    from nmexport.calibration.students import Targets
+    from nmexport.models.blocks import Block, DecoderBlocks
+    from nmexport.models.hidden_states import HiddenStates
+    from nmexport.progress import Progress
+    from nmexport.sparsity.fold import Corrections
+
+_LOGIT_ROWS = 256  # positions whose distributions exist in both forms at a time
+
+
+def learn_blocks(
+    blocks: DecoderBlocks,
+    targets: Targets,
+    samples: Sequence[torch.Tensor],
+    *,
+    settings: LearningSettings,
+    progress: Progress,
+    checkpoint_of: Callable[[int], Checkpoint | None] = lambda _: None,
+    dtype: torch.dtype | None = None,
+) -> Learned:
+    """Learn corrections on top of calibrated constants, one decoder layer in memory at a time.
+
+    Args:
+        blocks: A dense causal language model in float32. It is left as it was.
+        targets: The linears to sparsify, all of them inside of decoder layers.
+        samples: `[samples, length]` int64 token ids of each kind of text.
+        settings: Chunks and epochs of a block, rate, parts.
+        progress: Counts steps of all blocks.
+        checkpoint_of: The checkpoint of a block; None keeps nothing.
+        dtype: Type of the products; None takes bfloat16 where this machine multiplies it fast.
+
+    Raises:
+        CorpusError: if there are too few samples.
+        ModelError: if a linear is in no decoder layer, no token reaches it, the layers cannot be
+            run one by one, or the loss is not finite.
+        OSError: if the disk has no room for the hidden states.
+    """
+    _refuse_outside(blocks, targets)
+    chunks = split_chunks(samples, settings)
+    dtype = fast_dtype(blocks.device) if dtype is None else dtype
+    run = _Run(blocks, targets, chunks, settings=settings, dtype=dtype)
+    return run.finish(progress, checkpoint_of)
+
+
+def block_rows(chunks: Chunks, settings: LearningSettings) -> torch.Tensor:
+    """Which chunks the blocks learn from, each once, kinds by turns: `[rows]`."""
+    batches = -(-settings.block_chunks // settings.batch)
+    rows = torch.cat([batch_of(step, chunks.counts, settings) for step in range(batches)])
+    return torch.tensor(list(dict.fromkeys(rows.tolist())))
+
+
+def _refuse_outside(blocks: DecoderBlocks, targets: Targets) -> None:
+    layers = tuple(f"{name}." for name in blocks.names())
+    for name in targets.linears:
+        if not name.startswith(layers):
+            raise ModelError(
+                f"{name} is in no decoder layer, and learning goes through those, one by one.",
+                fix=f"leave it dense with --targets '!{name}', or --offload never",
+            )
+
+
+class _Streams:
+    """Hidden states between two layers: chunks that are learned from, then those held out."""
+
+    def __init__(
+        self, blocks: DecoderBlocks, learned: torch.Tensor, held_out: torch.Tensor
+    ) -> None:
+        ids = torch.cat([learned, held_out])
+        self.learned = torch.arange(len(learned))
+        self.held_out = torch.arange(len(learned), len(ids))
+        self.dense, self.sparse = blocks.states(ids), blocks.states(ids)
+        self.unlearned = blocks.states(held_out) if len(held_out) else None
+        """Of the held-out chunks, what sparse layers make of them without anything learned."""
+        self.calls = blocks.embed(ids, self.dense)
+        everything = torch.arange(len(ids))
+        for rows in torch.split(everything, 1):
+            self.sparse.put(rows, self.dense.batch(rows))
+        if self.unlearned is not None:
+            for row in self.held_out:
+                self.unlearned.put(row[None] - len(learned), self.dense.batch(row[None]))
+
+    @property
+    def count(self) -> int:
+        """How many chunks there are."""
+        return len(self.learned) + len(self.held_out)
+
+
+class _Run:
+    """One pass over the layers."""
+
+    def __init__(
+        self,
+        blocks: DecoderBlocks,
+        targets: Targets,
+        chunks: Chunks,
+        *,
+        settings: LearningSettings,
+        dtype: torch.dtype,
+    ) -> None:
+        self._blocks, self._targets = blocks, targets
+        self._settings, self._dtype = settings, dtype
+        rows = block_rows(chunks, settings)
+        with torch.no_grad():
+            self._streams = _Streams(blocks, chunks.ids[rows], chunks.held_out)
+        batches = -(-len(rows) // settings.batch)
+        self._steps = settings.block_epochs * batches
+        self._corrections: dict[str, Corrections] = {}
+
+    def finish(
+        self, progress: Progress, checkpoint_of: Callable[[int], Checkpoint | None]
+    ) -> Learned:
+        total = len(self._blocks) * (self._steps + 1)
+        steps = self._all_steps(progress, checkpoint_of)
+        for _ in progress.track(steps, label="fold: constants, block by block", total=total):
+            pass
+        curve = LossCurve(block_steps=self._steps)
+        if len(self._streams.held_out):
+            before, after = self._divergences()
+            curve.held_out += [(0, before), (self._steps, after)]
+            progress.note(f"all blocks learned: KL {before:.4f} -> {after:.4f} on held-out text")
+        return Learned(corrections=self._corrections, curve=curve, settings=self._settings)
+
+    def _all_steps(
+        self, progress: Progress, checkpoint_of: Callable[[int], Checkpoint | None]
+    ) -> Iterator[None]:
+        """Do the work; yield after each piece of it, as many for each block."""
+        done = 0
+        for block in self._blocks.blocks(self._streams.calls):
+            targets = self._targets.within(block.name)
+            with frozen(block.layer):
+                yield from self._block_steps(
+                    block, targets, done, progress, checkpoint_of(block.index)
+                )
+            done += len(targets.linears)
+
+    def _block_steps(
+        self,
+        block: Block,
+        targets: Targets,
+        first: int,
+        progress: Progress,
+        checkpoint: Checkpoint | None,
+    ) -> Iterator[None]:
+        """Learn one block, or take it from its checkpoint; then move all streams behind it."""
+        students = Students(
+            targets,
+            self._spreads(block, targets),
+            settings=self._settings,
+            dtype=self._dtype,
+            first=first,
+        )
+        inside = {
+            name.removeprefix(f"{block.name}."): student
+            for name, student in students.by_name.items()
+        }
+        with swapped(block.layer, inside):
+            self._move_unlearned(block)
+            kept = None if checkpoint is None else checkpoint.load()
+            if kept is None:
+                self._start(block, students)
+                self._move_dense(block, students)
+                yield from self._optimise(block, students)
+                if checkpoint is not None:
+                    checkpoint.save(students.values(), {})
+            else:
+                self._move_dense(block, students)
+                students.restore(kept[0])
+                yield from [None] * self._steps
+            error = self._move_sparse(block)
+        if error is not None:
+            progress.note(f"{block.name}: error {error:.3f} of the state on held-out text")
+        self._corrections |= students.corrections()
+        yield
+
+    def _start(self, block: Block, students: Students) -> None:
+        with torch.no_grad():
+            start_by_least_squares(block, students, self._inputs, settings=self._settings)
+
+    def _optimise(self, block: Block, students: Students) -> Iterator[None]:
+        """All steps of a block; a dense one has nothing to learn."""
+        parameters = students.parameters()
+        if not parameters:
+            yield from [None] * self._steps
+            return
+        optimiser = Optimiser(parameters, steps=self._steps, rate=self._settings.block_rate)
+        for step in range(self._steps):
+            self._step(block, students, optimiser, step)
+            yield
+
+    def _step(self, block: Block, students: Students, optimiser: Optimiser, step: int) -> None:
+        rows = self._rows_of(block.index, step)
+        device = self._blocks.device
+        inputs = self._streams.sparse.batch(rows).to(device)
+        target = self._streams.dense.batch(rows).to(device)
+        with torch.enable_grad(), students.disturbed(block.index * self._steps + step):
+            loss = loss_of(relative_errors(block(inputs), target))
+        optimiser.step(step, float(loss.detach()), loss.backward)
+
+    def _rows_of(self, index: int, step: int) -> torch.Tensor:
+        """Chunks of a step: each once in an epoch, in another order in each."""
+        count = len(self._streams.learned)
+        batches = -(-count // self._settings.batch)
+        epoch, place = divmod(step, batches)
+        seed = self._settings.seed * SEED_STRIDE + index * self._settings.block_epochs + epoch
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        return order[place * self._settings.batch : (place + 1) * self._settings.batch]
+
+    def _spreads(self, block: Block, targets: Targets) -> Mapping[str, Any]:
+        """Sizes of the dense linears' inputs and outputs, on the first chunks.
+
+        Raises:
+            ModelError: if no token reaches a linear.
+        """
+        inputs = self._streams.dense.batch(self._streams.learned[: self._settings.batch])
+        spreads = spreads_of(targets.linears, lambda: block(inputs.to(self._blocks.device)))
+        unreached = [name for name in targets.linears if name not in spreads]
+        if unreached:
+            raise ModelError(
+                f"No token that is learned from reaches {unreached[0]} "
+                f"({len(unreached)} such linears).",
+                fix=f"leave it dense with --targets '!{unreached[0]}'",
+            )
+        return spreads
+
+    def _inputs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Inputs of the block in the dense stream and in the sparse one, `[B, L, H]` each."""
+        device, streams = self._blocks.device, self._streams
+        for rows in torch.split(streams.learned, self._settings.batch):
+            yield streams.dense.batch(rows).to(device), streams.sparse.batch(rows).to(device)
+
+    def _move_unlearned(self, block: Block) -> None:
+        if self._streams.unlearned is not None:
+            self._move(block, self._streams.unlearned, len(self._streams.held_out))
+
+    def _move_dense(self, block: Block, students: Students) -> None:
+        with students.dense():
+            self._move(block, self._streams.dense, self._streams.count)
+
+    def _move_sparse(self, block: Block) -> float | None:
+        """Move the sparse stream; return its error on held-out chunks."""
+        streams = self._streams
+        self._move(block, streams.sparse, streams.count)
+        if not len(streams.held_out):
+            return None
+        errors = [
+            relative_errors(streams.sparse.batch(row[None]), streams.dense.batch(row[None]))
+            for row in streams.held_out
+        ]
+        return float(torch.cat(errors).sqrt().mean())
+
+    def _move(self, block: Block, states: HiddenStates, count: int) -> None:
+        """Take the first chunks of a stream through a block."""
+        with torch.no_grad():
+            for rows in torch.split(torch.arange(count), self._settings.batch):
+                inputs = states.batch(rows).to(self._blocks.device)
+                states.put(rows, block(inputs).cpu())
+
+    def _divergences(self) -> tuple[float, float]:
+        """KL from the dense model on held-out chunks: without what was learned, and with it."""
+        unlearned = self._streams.unlearned
+        if unlearned is None:
+            raise ValueError("nothing is held out")
+        found = [0.0, 0.0]
+        count = len(self._streams.held_out)
+        for number, row in enumerate(self._streams.held_out):
+            dense = self._logits(self._streams.dense, row[None])
+            sides = (unlearned, torch.tensor([number])), (self._streams.sparse, row[None])
+            for side, (states, place) in enumerate(sides):
+                found[side] += _divergence(self._logits(states, place), dense) / count
+        return found[0], found[1]
+
+    def _logits(self, states: HiddenStates, rows: torch.Tensor) -> torch.Tensor:
+        """Logits `[L, V]` of one chunk."""
+        kept: list[torch.Tensor] = []
+        with torch.no_grad():
+            self._blocks.finish(
+                states, rows=rows.tolist(), use_logits=lambda _, logits: kept.append(logits.cpu())
+            )
+        return kept[0]
+
+
+def _divergence(student: torch.Tensor, teacher: torch.Tensor) -> float:
+    """Mean KL(teacher || student) of logits `[L, V]`."""
+    total = 0.0
+    for rows, wanted in zip(
+        torch.split(student, _LOGIT_ROWS), torch.split(teacher, _LOGIT_ROWS), strict=True
+    ):
+        target, found = wanted.float().log_softmax(-1), rows.float().log_softmax(-1)
+        total += float((target.exp() * (target - found)).sum())
+    return total / len(teacher)
