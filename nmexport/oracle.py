@@ -178,7 +178,7 @@ def reference(
             `(w[k, o] - weight_zero_point[g, o]) * weight_scale[g, o]`, `g = k // (K / G)`. G is 1,
             or K / G a multiple of 16.
         value_scale: `[K] float32`, factors of the kept values; scores and nu do not see them.
-        weight_zero_point: `[G, O]` of w's type.
+        weight_zero_point: `[G, O]` of w's type; of integers also float32, between their steps.
         dynamic_shift: Subtract each token's own mean.
         variance_correction: Scale the product so that the token's variance is kept.
         phase: Which tokens are sparsified: `decode` those of sequences of length 1, `prefill`

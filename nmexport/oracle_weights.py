@@ -45,7 +45,7 @@ def meant_weights(w: _Array, weight_scale: _Array | None, zero_point: _Array | N
     Args:
         w: `[K, O]`, floats or a stored type.
         weight_scale: `[G, O]`; None for floats.
-        zero_point: `[G, O]` of w's type, or None.
+        zero_point: `[G, O]` of w's type, or float32, or None.
     """
     wide: _Float64 = w.astype(np.float64)
     if weight_scale is None:
@@ -115,13 +115,13 @@ def check_weights(
             f"weight_scale has {groups} groups for {in_features} channels; a group has all of "
             f"them or a multiple of {SCALE_GROUP}"
         )
-    if zero_point is not None and (
-        zero_point.shape != weight_scale.shape or zero_point.dtype != w.dtype
-    ):
-        raise ValueError(
-            f"weight_zero_point is {zero_point.dtype} {list(zero_point.shape)}; it must be "
-            f"{w.dtype} {list(weight_scale.shape)}"
-        )
+    if zero_point is not None:
+        types = (w.dtype, np.dtype(np.float32)) if w.dtype in INTEGER_TYPES else (w.dtype,)
+        if zero_point.shape != weight_scale.shape or zero_point.dtype not in types:
+            raise ValueError(
+                f"weight_zero_point is {zero_point.dtype} {list(zero_point.shape)}; it must be "
+                f"{' or '.join(map(str, types))} {list(weight_scale.shape)}"
+            )
 
 
 def check_activations(w: _Array, weight_scale: _Array | None, bits: int, block: int) -> None:

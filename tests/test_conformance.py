@@ -270,13 +270,14 @@ def test_any_stored_weight_is_within_contract(run, case):
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("stored", STORED, ids=str)
 @pytest.mark.parametrize("groups", [1, 3, 12])
-def test_a_stored_weight_goes_with_every_pattern(run, pattern, stored, groups):
+@pytest.mark.parametrize("zero_point", [True, "between"])
+def test_a_stored_weight_goes_with_every_pattern(run, pattern, stored, groups, zero_point):
     n, m = pattern
     case = with_stored_weight(
         linear_case(shape=(2, 192), optional=("bias", "channel_order"), n=n, m=m),
         stored,
         groups,
-        zero_point=stored in INTEGERS,
+        zero_point=stored in INTEGERS and zero_point,
     )
     if refuses(run, case):
         pytest.skip("the native op takes no 8-bit floats")
@@ -296,8 +297,53 @@ def test_integers_meet_integers_for_any_number_of_tokens(run, shape, tokens, sto
         activation_bits=8,
         activation_block=block,
     )
-    case = with_stored_weight(case, stored, groups, zero_point=tokens % 2 == 0)
-    assert_within_contract(case, run(case))
+    for zero_point in (tokens % 2 == 0, "between"):
+        stored_case = with_stored_weight(case, stored, groups, zero_point=zero_point)
+        assert_within_contract(stored_case, run(stored_case))
+
+
+def with_minima(case, groups):
+    """As GGUF's Q4_1 has them: scales and minima in float16."""
+    case = with_stored_weight(case, INTEGERS[2], groups, zero_point="between")
+    scale = case.arrays["weight_scale"].astype(np.float16).astype(np.float32)
+    minimum = (case.arrays["weight_zero_point"] * scale).astype(np.float16).astype(np.float32)
+    arrays = {**case.arrays, "weight_scale": scale, "weight_zero_point": minimum / scale}
+    return LinearCase(x=case.x, attributes=case.attributes, arrays=arrays)
+
+
+@executors
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 9])
+@pytest.mark.parametrize("bits", [0, 8])
+def test_minima_in_halves_are_within_contract(run, pattern, tokens, bits):
+    n, m = pattern
+    for groups, outputs in ((6, 130), (3, 34)):
+        case = with_minima(
+            linear_case(
+                shape=(tokens, 192),
+                out_features=outputs,
+                optional=("bias", "channel_order"),
+                n=n,
+                m=m,
+                activation_bits=bits,
+                activation_block=32,
+            ),
+            groups,
+        )
+        case.arrays["weight_scale"][0, 0] = 0.0  # nothing is left of the group, not its minimum
+        assert_within_contract(case, run(case))
+
+
+@executors
+@pytest.mark.parametrize("spoil", [np.nan, np.inf])
+@pytest.mark.parametrize("tokens", [2, 6])
+def test_zero_points_between_steps_leave_nan_in_its_token(run, spoil, tokens):
+    case = with_minima(linear_case(shape=(tokens, 64), activation_bits=8, activation_block=32), 2)
+    case.x[1, 20] = spoil
+    y = run(case)
+    assert np.isnan(y[1]).all()
+    assert np.isfinite(np.delete(y, 1, axis=0)).all()
+    assert_within_contract(case, y)
 
 
 @executors

@@ -545,7 +545,7 @@ def test_a_value_between_two_levels_may_fall_to_either():
         (np.int8, {"activation_bits": 4}, "allowed: 0, 8"),
         (np.int8, {"activation_bits": 8, "activation_block": 24}, "multiple of 16"),
         (np.int8, {"activation_bits": 8, "activation_block": 64}, "32 channels that share"),
-        (np.int8, {"weight_zero_point": np.zeros((2, 6), np.int16)}, "must be int8"),
+        (np.int8, {"weight_zero_point": np.zeros((2, 6), np.int16)}, "must be int8 or float32"),
         (np.float32, {"weight_zero_point": np.zeros((2, 6), np.float32)}, "needs weight_scale"),
         (np.uint8, {}, "allowed: float32, int8, int4"),
     ],

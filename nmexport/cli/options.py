@@ -355,10 +355,11 @@ _TASKS = (
 _WEIGHTS = RecipeOption(
     spelled="--weights",
     key="model.weights",
-    kind=Words(lambda: ["float", "int8", "int8:128", "int4", "int4:64"]),
-    metavar="float|int8|int8:CHANNELS|int4|int4:CHANNELS",
-    help="Storage of weights: int8 has one scale per output, int4 one per 32 channels too, or per "
-    "CHANNELS. Every linear, sparse or dense, is stored so; output head and embedding in 8 bits.",
+    kind=Words(lambda: ["auto", "float", "int8", "int8:128", "int4", "int4:64"]),
+    metavar="auto|float|int8|int8:CHANNELS|int4|int4:CHANNELS",
+    help="Storage of weights: auto is as they came, in integers or not; int8 has one scale per "
+    "output, int4 one per 32 channels too, or per CHANNELS. With these two every linear, sparse or "
+    "dense, is stored so; output head and embedding in 8 bits.",
 )
 _ACTIVATIONS = RecipeOption(
     spelled="--activations",

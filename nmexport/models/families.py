@@ -147,6 +147,12 @@ def refuse_kind(model: PreTrainedModel) -> None:
             "embeds text (use_bidirectional_attention in its config): each token sees those after "
             "it",
         )
+    if model.config.model_type == "falcon" and model.config.alibi:
+        raise refused(
+            model.config,
+            "has linear biases (alibi in its config), which its code adds twice unless torch "
+            "computes the attention, as it does not in a trace",
+        )
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not [linear for linear in linears if linear is not model.get_output_embeddings()]:
         raise refused(

@@ -103,7 +103,7 @@ def assemble(
 def sparse_weights(recipe: Recipe, kept: KeptWeights | None) -> str:
     """How the sparse model's weights are stored."""
     form = recipe.model.weights
-    if form != "float":
+    if form not in {"auto", "float"}:
         return form
     return recipe.model.dtype if kept is None else f"{kept.method}'s own"
 
@@ -119,7 +119,7 @@ def weights_note(recipe: Recipe, kept: KeptWeights | None, *, alone: bool) -> st
     if kept is not None:
         dense = f" The dense model holds the same numbers in {recipe.model.dtype}."
         return f"{kept.sentence()}." + ("" if alone else dense)
-    if recipe.model.weights == "float" or alone:
+    if recipe.model.weights in {"auto", "float"} or alone:
         return None
     return (
         f"The sparse model's weights are {recipe.model.weights}, the dense model's "

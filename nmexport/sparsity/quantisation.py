@@ -118,7 +118,7 @@ def dequantised(
     Args:
         weight: The stored values, or floats.
         scale: `[G, O]`, or None for floats.
-        zero_point: `[G, O]` of the weight's type, or None for zero.
+        zero_point: `[G, O]` of the weight's type, or float32; None for zero.
     """
     wide = weight.to(torch.float32)
     if scale is None:

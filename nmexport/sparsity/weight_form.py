@@ -1,4 +1,4 @@
-"""How weights are stored, in words: `float`, `int8`, `int8:128`, `int4`, `int4:64`.
+"""How weights are stored, in words: `auto`, `float`, `int8`, `int8:128`, `int4`, `int4:64`.
 
 What `int8` and `int4` store in integers is one rule: every linear, those that stay dense too, as an
 op that keeps all of its input; the output head and the input embedding, in 8 bits with a scale a
@@ -27,9 +27,9 @@ _FOUR_BIT_GROUP = 32
 _FORM = re.compile(r"(int8|int4)(?::(\d{1,6}))?")
 
 FORMS = (
-    "float, int8 (one scale for each output), int8:CHANNELS (one for that many channels of each "
-    f"output), int4 (of {_FOUR_BIT_GROUP} channels) or int4:CHANNELS, CHANNELS a multiple of "
-    f"{GROUP}"
+    "auto (as they came, in integers or floats), float, int8 (one scale for each output), "
+    "int8:CHANNELS (one for that many channels of each output), int4 (of "
+    f"{_FOUR_BIT_GROUP} channels) or int4:CHANNELS, CHANNELS a multiple of {GROUP}"
 )
 
 
@@ -43,12 +43,12 @@ class WeightForm:
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
-        """Read a form; None is `float`.
+        """Read a form; None is `float` or `auto`.
 
         Raises:
             RecipeError: if it is none.
         """
-        if text == "float":
+        if text in {"auto", "float"}:
             return None
         match = _FORM.fullmatch(text)
         group = int(match[2]) if match and match[2] else None

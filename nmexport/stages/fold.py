@@ -6,6 +6,7 @@ and are corrected by what is learned (`calibration`), and become tensors (`spars
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,10 +16,12 @@ from nmexport.calibration.effort import ERROR_SAMPLES, SENSITIVITY_SAMPLES, lear
 from nmexport.errors import ModelError
 from nmexport.models.offload import check_layerwise, is_placed, open_dense
 from nmexport.sparsity.mitigation import check_allocatable, check_combination
+from nmexport.sparsity.weight_form import WeightForm
 from nmexport.stages import calibrate
 from nmexport.stages.fitting import check_fit
 from nmexport.stages.storing import (
     around_integers,
+    dense_in_integers,
     folded_linear,
     imported,
     rounds_activations,
@@ -29,8 +32,9 @@ from nmexport.store.folded import FoldedModel, write_learning
 from nmexport.store.layers import SCHEMA, write_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
+    import torch
     from torch import nn
 
     from nmexport.allocation.allocate import Prepared
@@ -72,7 +76,7 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
         "dtype": recipe.model.dtype,
         "weights": recipe.model.weights,
         "stored": [rounds_activations(inputs), recipe.model.dense_baseline]
-        if recipe.model.weights != "float" or inputs.source.may_hold_integers
+        if WeightForm.parse(recipe.model.weights) is not None or inputs.source.may_hold_integers
         else None,
         "sparsity": recipe.sparsity.model_dump(mode="json"),
         # Without a budget nothing of it matters.
@@ -217,7 +221,6 @@ def _check_groups(
     """
     from nmexport.calibration.quantising import head_name
     from nmexport.sparsity.targets import linears_of
-    from nmexport.sparsity.weight_form import WeightForm
 
     form = WeightForm.parse(weights)
     linears = linears_of(model)
@@ -266,7 +269,11 @@ def _within_budget(
             checkpoint="learning" if attempt == 0 else f"learning-{attempt}",
         )
         behaviours = {name: linear.behaviour for name, linear in constants.derived.items()}
+        folded: Callable[[str], dict[str, torch.Tensor]]
         folded = partial(folded_linear, inputs, dense, constants)
+        if WeightForm.parse(inputs.recipe.model.weights) is not None:
+            # Rounding takes longer than a product with what is rounded.
+            folded = functools.cache(folded)
         measured = prepared.as_built(allocation, behaviours, folded)
         inputs.progress.note(measured.summary())
         if measured.remark is not None:
@@ -309,6 +316,7 @@ def _prepared(inputs: StageInputs, dense: DenseModel) -> Prepared:
         constants_for=constants_for,
         element_bytes=getattr(torch, recipe.model.dtype).itemsize,
         weights=recipe.model.weights,
+        integers=dense_in_integers(inputs, dense),
         progress=inputs.progress,
     )
     return prepare(problem, Checkpoints(inputs.resume).named("allocation"))

@@ -289,7 +289,7 @@ std::vector<FusedOp> makeOps(const SessionSettings& settings) {
     return ops;
 }
 
-// The types of W and its scales, which are constants.
+// The types of W, its scales and its zero points, which are constants.
 StoredTypes storedTypesOf(const NodeInfo& node) {
     const auto typeOf = [&](int input) {
         const OrtValue* value = node.constant(static_cast<std::size_t>(input));
@@ -302,7 +302,8 @@ StoredTypes storedTypesOf(const NodeInfo& node) {
         check(node.api(), status);
         return type;
     };
-    return {typeOf(NMLinearInput::W), typeOf(NMLinearInput::weight_scale)};
+    return {typeOf(NMLinearInput::W), typeOf(NMLinearInput::weight_scale),
+            typeOf(NMLinearInput::weight_zero_point)};
 }
 
 }  // namespace

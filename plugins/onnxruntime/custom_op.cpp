@@ -23,7 +23,8 @@ ONNXTensorElementDataType inputType(const OrtCustomOp* op, std::size_t index) {
     const OpSpec& spec = self(op).spec();
     const InputType type = spec.inputs[index].type;
     if (&spec == &kNMLinear) {
-        if (index == NMLinearInput::W || type == InputType::kW) return self(op).stored().weights;
+        if (index == NMLinearInput::W) return self(op).stored().weights;
+        if (index == NMLinearInput::weight_zero_point) return self(op).stored().zeros;
         if (index == NMLinearInput::weight_scale) return self(op).stored().scales;
     }
     switch (type) {
@@ -99,7 +100,8 @@ struct Handle {
 
 CustomOp::CustomOp(const OrtApi* api, const OpSpec& spec, ElementType type, KernelFactory factory,
                    bool infersShapes, const char* provider)
-    : CustomOp(api, spec, type, {onnxType(type), ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT},
+    : CustomOp(api, spec, type,
+               {onnxType(type), ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, onnxType(type)},
                std::move(factory), infersShapes) {
     mProvider = provider;
 }

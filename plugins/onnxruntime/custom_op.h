@@ -21,10 +21,11 @@ class Kernel {
 using KernelFactory = std::function<std::unique_ptr<Kernel>(
     const OrtApi& api, const OrtKernelInfo* info, ElementType type)>;
 
-// How ONNX Runtime names the types of the inputs W and weight_zero_point, and of weight_scale.
+// How ONNX Runtime names the types of the inputs W, weight_scale and weight_zero_point.
 struct StoredTypes {
     ONNXTensorElementDataType weights;
     ONNXTensorElementDataType scales;
+    ONNXTensorElementDataType zeros;
 };
 
 ONNXTensorElementDataType onnxType(ElementType type);

@@ -29,14 +29,20 @@ using Ops = std::vector<CustomOp>;
 constexpr ElementType kTYPES[] = {ElementType::kFLOAT32, ElementType::kFLOAT16,
                                   ElementType::kBFLOAT16};
 
-// Types of W and its scales that go with an element type; each is an op of its own.
+// Types of W, its scales and its zero points that go with an element type; each is an op of its
+// own.
 std::vector<StoredTypes> storedTypes(ElementType type) {
-    std::vector<StoredTypes> stored{{onnxType(type), ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT}};
+    constexpr ONNXTensorElementDataType kFLOAT = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+    constexpr ONNXTensorElementDataType kFLOAT8 = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT8E4M3FN;
+    std::vector<StoredTypes> stored{{onnxType(type), kFLOAT, onnxType(type)}};
     for (const ONNXTensorElementDataType weights :
          {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4,
-          ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT4, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT8E4M3FN}) {
-        stored.push_back({weights, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT});
-        if (type != ElementType::kFLOAT32) stored.push_back({weights, onnxType(type)});
+          ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT4, kFLOAT8}) {
+        for (const ONNXTensorElementDataType scales : {kFLOAT, onnxType(type)}) {
+            stored.push_back({weights, scales, weights});
+            if (weights != kFLOAT8) stored.push_back({weights, scales, kFLOAT});
+            if (type == ElementType::kFLOAT32) break;
+        }
     }
     return stored;
 }

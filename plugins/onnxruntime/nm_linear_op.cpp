@@ -31,6 +31,7 @@ class LinearKernel : public CpuKernel {
           mType(type),
           mStored(stored),
           mWeights(weightTypeOf(stored.weights)),
+          mHugePages(settings.hugePages),
           mNode(node),
           mShapes(node, kNMLinear),
           mOrder(mShapes, Input::channel_order, kNMLinear) {
@@ -85,7 +86,7 @@ class LinearKernel : public CpuKernel {
         if (mWeights == WeightType::kELEMENT) {
             mNode.checkElementWeights(inputs);
         } else {
-            prepared.stored = StoredWeights(inputs, mNode, mStored, w);
+            prepared.stored = StoredWeights(inputs, mNode, mStored, w, mHugePages);
             prepared.stored.place(arguments);
         }
         arguments.bias = inputs.vector(Input::bias, w[1]);
@@ -121,6 +122,7 @@ class LinearKernel : public CpuKernel {
     ElementType mType;
     StoredTypes mStored;
     WeightType mWeights;
+    bool mHugePages;
     LinearNode mNode;
     InputShapes mShapes;
     ChannelOrder mOrder;

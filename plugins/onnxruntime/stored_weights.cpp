@@ -1,6 +1,10 @@
 #include "stored_weights.h"
 
+#include <cstdlib>
 #include <cstring>
+#include <new>
+
+#include "huge_pages.h"
 
 namespace nmexport {
 
@@ -31,6 +35,18 @@ void checkBlock(const LinearNode& node, const Shape& w, const Shape& scales) {
                 " that divides K / G = " + std::to_string(w[0] / scales[0]));
 }
 
+std::shared_ptr<char> ordinaryPages(std::size_t bytes) {
+    void* memory =
+        std::aligned_alloc(kALIGNMENT, (bytes + kALIGNMENT - 1) / kALIGNMENT * kALIGNMENT);
+    if (memory == nullptr) throw std::bad_alloc();
+    return {static_cast<char*>(memory), std::free};
+}
+
+std::shared_ptr<char> pages(std::size_t bytes) {
+    std::shared_ptr<char> memory = hugePages(bytes);
+    return memory == nullptr ? ordinaryPages(bytes) : memory;
+}
+
 // The integer at an index of a tensor of integers of 4 bits.
 int nibbleAt(const std::uint8_t* bytes, std::size_t index, bool isSigned) {
     const int bits = bytes[index / 2] >> (index % 2 * 4) & 15;
@@ -57,15 +73,14 @@ WeightType weightTypeOf(ONNXTensorElementDataType type) {
 }
 
 StoredWeights::StoredWeights(const Inputs& inputs, const LinearNode& node, StoredTypes types,
-                             const Shape& w)
+                             const Shape& w, bool usesHugePages)
     : mType(weightTypeOf(types.weights)),
       mGiven(inputs.data(Input::W)),
-      mZeros(inputs.data(Input::weight_zero_point)),
       mBlock(node.roundsActivations ? node.activationBlock : 0) {
     const Shape scales =
         inputs.has(Input::weight_scale) ? inputs.shape(Input::weight_scale) : Shape{};
     checkScales(w, scales);
-    if (mZeros != nullptr && inputs.shape(Input::weight_zero_point) != scales) {
+    if (inputs.has(Input::weight_zero_point) && inputs.shape(Input::weight_zero_point) != scales) {
         throw Fault(shapesOf(w, scales) + "; weight_zero_point has shape " +
                     textOf(inputs.shape(Input::weight_zero_point)) +
                     "; allowed: that of weight_scale");
@@ -79,8 +94,18 @@ StoredWeights::StoredWeights(const Inputs& inputs, const LinearNode& node, Store
     mGroups = static_cast<std::size_t>(scales[0]);
     const std::size_t outputs = static_cast<std::size_t>(w[1]);
     takeScales(inputs.data(Input::weight_scale), types.scales, mGroups * outputs);
-    if (mBlock == 0 && isNibbles) widen(static_cast<std::size_t>(w[0]), outputs);
-    if (mBlock != 0 && mGroups > 1) narrowScales();
+    const void* zeros = inputs.data(Input::weight_zero_point);
+    const bool widens = mBlock == 0 && isNibbles;
+    const bool isStep = types.zeros != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+    if (widens) widen(static_cast<std::size_t>(w[0]), outputs, isStep ? zeros : nullptr);
+    if (zeros != nullptr && !(widens && isStep)) takeZeros(zeros, isStep, mGroups * outputs);
+    if (mBlock == 0 || (mGroups == 1 && mZeroPoints != ZeroPoints::kFLOATS)) return;
+    mGroupScales = std::make_unique<GroupScales>(
+        activeDots(), mType, mGroups, outputs, mScales.data(), mZeroPoints,
+        mZeroPoints == ZeroPoints::kFLOATS ? mZeros.data() : nullptr,
+        usesHugePages ? pages : ordinaryPages);
+    mScales = {};
+    mZeros = {};
 }
 
 void StoredWeights::takeScales(const void* given, ONNXTensorElementDataType type,
@@ -97,24 +122,26 @@ void StoredWeights::takeScales(const void* given, ONNXTensorElementDataType type
     }
 }
 
-// Scales of many groups are a good part of what a token reads. Those of an imported checkpoint are
-// halves, whatever type X has: where none loses a bit they are read as such.
-void StoredWeights::narrowScales() {
-    std::vector<std::uint16_t> halves(mScales.size());
-    for (std::size_t i = 0; i < halves.size(); ++i) {
-        Float16 half{0};
-        fromFloat(mScales[i], &half);
-        if (bitsOf(toFloat(half)) != bitsOf(mScales[i])) return;
-        halves[i] = half.bits;
+// Products in integers take zero points as W holds them; those in floating point, float32.
+void StoredWeights::takeZeros(const void* given, bool areSteps, std::size_t count) {
+    if (areSteps && mBlock != 0) {
+        mZeroPoints = ZeroPoints::kINTEGERS;
+        mGivenZeros = given;
+        return;
     }
-    mScales16 = std::move(halves);
-    mScales = {};
-    mScaleType = ElementType::kFLOAT16;
+    mZeroPoints = ZeroPoints::kFLOATS;
+    mZeros.resize(count);
+    if (!areSteps) {
+        std::memcpy(mZeros.data(), given, count * sizeof(float));
+        return;
+    }
+    const std::int8_t* integers = static_cast<const std::int8_t*>(given);
+    for (std::size_t i = 0; i < count; ++i) mZeros[i] = static_cast<float>(integers[i]);
 }
 
-void StoredWeights::widen(std::size_t rows, std::size_t columns) {
+void StoredWeights::widen(std::size_t rows, std::size_t columns, const void* integerZeros) {
     const std::uint8_t* given = static_cast<const std::uint8_t*>(mGiven);
-    const std::uint8_t* zeros = static_cast<const std::uint8_t*>(mZeros);
+    const std::uint8_t* zeros = static_cast<const std::uint8_t*>(integerZeros);
     const bool isSigned = mType == WeightType::kINT4;
     mWide.resize(rows * columns);
     for (std::size_t i = 0; i < mWide.size(); ++i) {
@@ -123,18 +150,17 @@ void StoredWeights::widen(std::size_t rows, std::size_t columns) {
             zeros == nullptr ? 0 : nibbleAt(zeros, group * columns + i % columns, isSigned);
         mWide[i] = static_cast<std::int8_t>(nibbleAt(given, i, isSigned) - zero);
     }
-    mZeros = nullptr;
     mType = WeightType::kINT8;
 }
 
 void StoredWeights::place(LinearArguments& a) const {
     a.w = mWide.empty() ? mGiven : mWide.data();
     a.weightType = mType;
-    a.weightScale = mScales16.empty() ? static_cast<const void*>(mScales.data())
-                                      : static_cast<const void*>(mScales16.data());
-    a.scaleType = mScaleType;
+    a.weightScale = mScales.data();
     a.scaleGroups = mGroups;
-    a.weightZero = mZeros;
+    a.zeroPoints = mZeroPoints;
+    a.weightZero = mZeros.empty() ? mGivenZeros : mZeros.data();
+    a.groupScales = mGroupScales.get();
     a.activationBits = mBlock != 0 ? 8 : 0;
     a.activationBlock = mBlock;
 }

@@ -3,12 +3,15 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
+#include <memory>
 #include <numeric>
 #include <thread>
 #include <utility>
 
 #include "check.h"
 #include "dots.h"
+#include "group_scales.h"
 #include "nm_linear.h"
 
 namespace nmexport::test {
@@ -23,8 +26,8 @@ struct Case {
     // Of integer weights.
     WeightType weights = WeightType::kELEMENT;
     std::size_t scaleGroups = 0;
-    bool zeroPoints = false;
-    ElementType scaleType = ElementType::kFLOAT32;
+    ZeroPoints zeroPoints = ZeroPoints::kNONE;
+    bool halves = false;              // scales, and minima in place of zero points, in float16
     std::size_t activationBlock = 0;  // 0: values stay in floating point
 };
 
@@ -34,9 +37,8 @@ struct Data {
     std::vector<std::int32_t> order;
     std::vector<std::uint16_t> x16, w16, bias16;
     std::vector<float> weightScale;
-    std::vector<std::uint16_t> weightScale16;
-    std::vector<int> integers, zeros;  // less their zero points; and these
     std::vector<std::uint8_t> stored, storedZeros;
+    std::vector<float> zeros;
 };
 
 // The least and the greatest integer of a type of weights.
@@ -87,24 +89,62 @@ inline std::vector<std::uint16_t> narrowed(std::vector<float>& values, ElementTy
     return bits;
 }
 
+// Zero points of a case. What they take from weights is returned: zero points times scales.
+inline std::vector<double> zeroPoints(const Case& c, Data& d, std::mt19937& random) {
+    const std::size_t count = c.scaleGroups * c.outputs;
+    std::vector<double> points(count, 0.0);
+    if (c.zeroPoints == ZeroPoints::kINTEGERS) {
+        const std::vector<int> whole = integers(c.weights, count, random);
+        d.storedZeros = stored(c.weights, whole);
+        points.assign(whole.begin(), whole.end());
+    } else if (c.zeroPoints == ZeroPoints::kFLOATS) {
+        const auto [least, most] = rangeOf(c.weights);
+        std::uniform_real_distribution<float> between(static_cast<float>(least),
+                                                      static_cast<float>(most));
+        d.zeros.resize(count);
+        for (float& zero : d.zeros) zero = between(random);
+        points.assign(d.zeros.begin(), d.zeros.end());
+    }
+    if (c.zeroPoints == ZeroPoints::kFLOATS && c.halves) {
+        for (std::size_t i = 0; i < count; ++i) d.zeros[i] *= d.weightScale[i];
+        narrowed(d.zeros, ElementType::kFLOAT16);
+        points.assign(d.zeros.begin(), d.zeros.end());
+        for (std::size_t i = 0; i < count; ++i) d.zeros[i] /= d.weightScale[i];
+        return points;
+    }
+    for (std::size_t i = 0; i < count; ++i) points[i] *= static_cast<double>(d.weightScale[i]);
+    return points;
+}
+
+inline std::shared_ptr<char> allocated(std::size_t bytes) {
+    void* memory =
+        std::aligned_alloc(kALIGNMENT, (bytes + kALIGNMENT - 1) / kALIGNMENT * kALIGNMENT);
+    return {static_cast<char*>(memory), std::free};
+}
+
+// As the kernels read them that are active now; null where they read what the case has.
+inline std::unique_ptr<GroupScales> groupScalesOf(const Case& c, const Data& d) {
+    const bool between = c.zeroPoints == ZeroPoints::kFLOATS;
+    if (c.weights == WeightType::kELEMENT || c.activationBlock == 0) return nullptr;
+    if (c.scaleGroups == 1 && !between) return nullptr;
+    return std::make_unique<GroupScales>(activeDots(), c.weights, c.scaleGroups, c.outputs,
+                                         d.weightScale.data(), c.zeroPoints,
+                                         between ? d.zeros.data() : nullptr, allocated);
+}
+
 // Integer weights with scales and zero points; `w` becomes what they stand for.
 inline void quantise(const Case& c, Data& d, std::mt19937& random) {
     d.weightScale = normals(random, c.scaleGroups * c.outputs);
-    if (c.scaleType != ElementType::kFLOAT32) {
-        d.weightScale16 = narrowed(d.weightScale, c.scaleType);
-    }
-    d.integers = integers(c.weights, c.channels * c.outputs, random);
-    d.stored = stored(c.weights, d.integers);
-    d.zeros.assign(c.scaleGroups * c.outputs, 0);
-    if (c.zeroPoints) {
-        d.zeros = integers(c.weights, c.scaleGroups * c.outputs, random);
-        d.storedZeros = stored(c.weights, d.zeros);
-    }
+    if (c.halves) narrowed(d.weightScale, ElementType::kFLOAT16);
+    const std::vector<int> whole = integers(c.weights, c.channels * c.outputs, random);
+    d.stored = stored(c.weights, whole);
+    const std::vector<double> offsets = zeroPoints(c, d, random);
     const std::size_t rows = c.channels / c.scaleGroups;
     for (std::size_t i = 0; i < d.w.size(); ++i) {
         const std::size_t scale = i / c.outputs / rows * c.outputs + i % c.outputs;
-        d.integers[i] -= d.zeros[scale];
-        d.w[i] = static_cast<float>(d.integers[i]) * d.weightScale[scale];
+        const double scaled =
+            static_cast<double>(whole[i]) * static_cast<double>(d.weightScale[scale]);
+        d.w[i] = static_cast<float>(scaled - offsets[scale]);
     }
 }
 
@@ -163,6 +203,8 @@ inline Bytes run(const Case& c, const Data& d, const ThreadPool& pool, std::size
     const bool wide = c.type == ElementType::kFLOAT32;
     const std::size_t bytes = elementBytes(c.type);
     Bytes y(tokens * c.outputs * bytes);
+    const std::unique_ptr<GroupScales> scales = groupScalesOf(c, d);
+    if (scales != nullptr) EXPECT(scales->areHalves() == c.halves);
     LinearArguments a{};
     a.type = c.type;
     a.x = wide ? static_cast<const void*>(d.x.data() + firstToken * c.channels)
@@ -176,10 +218,12 @@ inline Bytes run(const Case& c, const Data& d, const ThreadPool& pool, std::size
         a.w = d.stored.data();
         a.weightType = c.weights;
         a.weightScale = d.weightScale.data();
-        if (c.scaleType != ElementType::kFLOAT32) a.weightScale = d.weightScale16.data();
-        a.scaleType = c.scaleType;
         a.scaleGroups = c.scaleGroups;
-        a.weightZero = c.zeroPoints ? d.storedZeros.data() : nullptr;
+        a.zeroPoints = c.zeroPoints;
+        a.weightZero = c.zeroPoints == ZeroPoints::kINTEGERS
+                           ? static_cast<const void*>(d.storedZeros.data())
+                           : static_cast<const void*>(d.zeros.data());
+        a.groupScales = scales.get();
         a.activationBits = c.activationBlock == 0 ? 0 : 8;
         a.activationBlock = c.activationBlock;
     }

@@ -20,6 +20,9 @@ Case integerCase(std::size_t tokens, std::size_t channels, std::size_t outputs, 
     return c;
 }
 
+// With scales of any type and number.
+constexpr ZeroPoints kEXACT[] = {ZeroPoints::kINTEGERS, ZeroPoints::kFLOATS, ZeroPoints::kNONE};
+
 void addPatterns(std::vector<Case>& cases) {
     for (WeightType weights : kINTEGERS) {
         for (Pattern pattern : {Pattern{8, 16}, Pattern{2, 4}, Pattern{12, 16}, Pattern{16, 16},
@@ -38,7 +41,7 @@ void addSizes(std::vector<Case>& cases) {
     for (std::size_t tokens = 1; tokens <= 40; ++tokens) {
         for (WeightType weights : kINTEGERS) {
             Case c = integerCase(tokens, 64, 34, {8, 16}, weights, turn % 2 + 1, 32);
-            c.zeroPoints = turn % 3 == 0;
+            if (turn % 3 != 0) c.zeroPoints = kEXACT[turn / 3 % 2];
             cases.push_back(c);
             ++turn;
         }
@@ -73,8 +76,8 @@ void addScalesAndCorrections(std::vector<Case>& cases) {
         Case c = integerCase(kTOKENS[flags % 3], 256, 50, {8, 16}, kINTEGERS[flags / 3 % 3], groups,
                              flags % 5 == 0 ? 16 : 32);
         c.type = kTYPES[flags / 2 % 3];
-        c.scaleType = groups == 1 ? ElementType::kFLOAT32 : kTYPES[flags % 3];
-        c.zeroPoints = flags & 1;
+        c.halves = groups > 1 && (flags & 1);
+        c.zeroPoints = kEXACT[flags % 3];
         c.order = flags & 2;
         c.scale = flags & 4;
         c.bias = flags & 8;
@@ -84,6 +87,19 @@ void addScalesAndCorrections(std::vector<Case>& cases) {
         c.variance = flags & 64;
         c.keepAll = flags % 7 == 3;
         c.valueScale = flags & 128;
+        cases.push_back(c);
+    }
+    for (unsigned turn = 0; turn < 72; ++turn) {
+        const std::size_t groups = std::size_t{2} << turn % 4;
+        const std::size_t tokens = turn / 4 % 3 == 0 ? 1 : turn / 4 % 7 + 1;
+        Case c = integerCase(tokens, 512, 2 + 46 * (turn % 5), {8, 16}, kINTEGERS[turn % 3], groups,
+                             turn % 2 == 0 ? 32 : 16);
+        c.type = kTYPES[turn % 3];
+        c.halves = true;
+        c.zeroPoints = ZeroPoints::kFLOATS;
+        c.order = turn & 1;
+        c.bias = turn & 2;
+        c.keepAll = turn % 5 == 3;
         cases.push_back(c);
     }
     // An integer sum that comes close to what 16 bits, and then 24, can hold.
@@ -166,6 +182,36 @@ void extremesStayTheirOwn() {
     }
 }
 
+// So many columns that threads share them, and the selection for few tokens beforehand.
+void fewTokensOnManyThreads() {
+    unsigned seed = 900;
+    const auto check = [&](const Case& c) {
+        const Data d = makeData(c, ++seed);
+        const Bytes y = run(c, d, kSERIAL, 0, c.tokens);
+        isRight(c, d, y);
+        isTheSameEverywhere(c, d, y);
+    };
+    for (std::size_t tokens : {1, 2, 3}) {
+        check(integerCase(tokens, 576, 1000, {8, 16}, WeightType::kINT8, 1, 32));
+        check(integerCase(tokens, 576, 1000, {16, 16}, WeightType::kINT8, 1, 32));
+        check(integerCase(tokens, 544, 600, {3, 16}, WeightType::kINT8, 1, 32));
+        check(integerCase(tokens, 576, 600, {5, 24}, WeightType::kINT8, 1, 48));
+        check(integerCase(tokens, 576, 600, {5, 32}, WeightType::kINT8, 1, 16));
+        check(integerCase(tokens, 576, 600, {8, 16}, WeightType::kINT4, 9, 32));
+        for (unsigned flags = 0; flags < 32; ++flags) {
+            Case c = integerCase(tokens, 320, 600, {8, 16}, WeightType::kINT8, 1, 32);
+            c.order = flags & 1;
+            c.scale = flags & 2;
+            c.variance = flags & 4;
+            c.valueScale = flags & 8;
+            c.dynamic = flags & 16;
+            c.shift = !c.dynamic && tokens > 1;
+            c.perChannelShift = tokens > 2;
+            check(c);
+        }
+    }
+}
+
 void noTokens() {
     const Case c = integerCase(1, 32, 8, {8, 16}, WeightType::kINT8, 1, 32);
     EXPECT(run(c, makeData(c, 9), kSERIAL, 0, 0).empty());
@@ -177,6 +223,7 @@ int main() {
     integerCases();
     tiesGoToEven();
     extremesStayTheirOwn();
+    fewTokensOnManyThreads();
     noTokens();
     return report("integers");
 }

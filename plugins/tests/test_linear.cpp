@@ -52,7 +52,7 @@ void linearCases() {
                     c.type = type;
                     c.weights = WeightType::kINT8;
                     c.scaleGroups = groups;
-                    c.zeroPoints = (flags ^ tokens) & 1;
+                    if ((flags ^ tokens) & 1) c.zeroPoints = ZeroPoints::kFLOATS;
                     c.order = flags & 1;
                     c.variance = c.bias = c.dynamic = c.valueScale = flags & 2;
                     cases.push_back(c);

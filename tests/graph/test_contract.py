@@ -55,7 +55,7 @@ def test_names_that_files_in_the_field_depend_on():
     types = {i.name: (i.type, *i.alternatives) for i in linear.inputs}
     assert types["W"] == ("T", "int8", "int4", "uint4", "float8e4m3fn")
     assert types["weight_scale"] == ("float32", "T")
-    assert types["weight_zero_point"] == ("W",)
+    assert types["weight_zero_point"] == ("W", "float32")
     assert {a.name: a.default for a in linear.attributes} == {
         "n": None,
         "m": None,

@@ -128,6 +128,7 @@ REFUSED = {
     "roberta": "positions",
     "gpt2": "Conv1D",
     "deepseek_v32": "update_indexer",
+    "hrm_text": "several times a token",
 }
 
 
@@ -147,6 +148,15 @@ def test_a_model_that_embeds_text_is_no_language_model(family: str, tmp_path: Pa
     save_tiny_model(tmp_path, family, use_bidirectional_attention=True)
     with pytest.raises(ModelError, match="embeds text"):
         check_exportable(source_of(tmp_path), dtype=torch.float32)
+
+
+def test_a_falcon_with_linear_biases_is_refused(tmp_path: Path) -> None:
+    """Transformers adds them to the mask and to the scores where it does not run torch's own."""
+    options = {**tiny_config("falcon"), "alibi": True, "new_decoder_architecture": False}
+    save_tiny_model(tmp_path, "falcon", **options)
+    with pytest.raises(ModelError, match="linear biases") as caught:
+        check_exportable(source_of(tmp_path), dtype=torch.float32)
+    assert "'falcon'" in caught.value.problem
 
 
 def test_an_encoder_decoder_is_refused_whoever_opens_it(tmp_path: Path) -> None:

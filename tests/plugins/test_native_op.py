@@ -194,7 +194,10 @@ def test_weights_in_huge_pages_change_no_bit(dtype, scale_groups, optional, phas
 @pytest.mark.parametrize("stored", INTEGERS, ids=str)
 @pytest.mark.parametrize("groups", [1, 6])
 @pytest.mark.parametrize("activation_bits", [0, 8])
-def test_integers_have_the_same_bits_whatever_surrounds_them(stored, groups, activation_bits):
+@pytest.mark.parametrize("zero_point", [True, "between"])
+def test_integers_have_the_same_bits_whatever_surrounds_them(
+    stored, groups, activation_bits, zero_point
+):
     """Alone, in company, on several threads, in huge pages, and as inputs of a run."""
     case = with_stored_weight(
         linear_case(
@@ -206,7 +209,7 @@ def test_integers_have_the_same_bits_whatever_surrounds_them(stored, groups, act
         ),
         stored,
         groups,
-        zero_point=groups > 1,
+        zero_point=groups > 1 and zero_point,
         scale_dtype=FLOAT16 if groups > 1 else FLOAT32,
     )
     case.arrays["weight_scale"] = case.arrays["weight_scale"].astype(np.float32)  # halves exactly
@@ -478,32 +481,34 @@ def test_the_registered_schema_is_the_contract():
     linear = contract["ops"]["NMLinear"]
     stored = next(one for one in linear["inputs"] if one["name"] == "W")["alternatives"]
     expected = [
-        expected_op("NMPrune", contract["ops"]["NMPrune"], element, element, "float32")
-        for element in contract["types"]
+        expected_op("NMPrune", contract["ops"]["NMPrune"], element) for element in contract["types"]
     ]
     for element in contract["types"]:
-        expected.append(expected_op("NMLinear", linear, element, element, "float32"))
+        own = {"W": element, "weight_scale": "float32", "weight_zero_point": element}
+        expected.append(expected_op("NMLinear", linear, element, own))
         expected += [
-            expected_op("NMLinear", linear, element, weights, scales)
+            expected_op(
+                "NMLinear",
+                linear,
+                element,
+                {"W": weights, "weight_scale": scales, "weight_zero_point": zeros},
+            )
             for weights in stored
             for scales in dict.fromkeys(("float32", element))
+            for zeros in (weights, "float32")[: 1 if weights == "float8e4m3fn" else 2]
         ]
     assert described["ops"] == expected
 
 
-def expected_op(name, spec, element, weights, scales):
-    """What the library says of an op of an element type with W and its scales of other types."""
+def expected_op(name, spec, element, stored=None):
+    """What the library says of an op of an element type, with `stored` types by input."""
     return {
         "name": name,
         "inputs": [
             {
                 "name": one["name"],
                 "type": NUMBERS[
-                    weights
-                    if one["name"] == "W"
-                    else scales
-                    if one["name"] == "weight_scale"
-                    else {"T": element, "W": weights}.get(one["type"], one["type"])
+                    (stored or {}).get(one["name"], element if one["type"] == "T" else one["type"])
                 ],
                 "optional": one["optional"],
             }

@@ -6,7 +6,7 @@ Shared by the tests of every executor, so that all of them face the same cases.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -150,11 +150,15 @@ def with_stored_weight(
     stored: np.dtype[Any],
     groups: int,
     *,
-    zero_point: bool = False,
+    zero_point: bool | Literal["between"] = False,
     scale_dtype: np.dtype[Any] = FLOAT32,
     seed: int = 0,
 ) -> LinearCase:
-    """The same call with a weight of a stored type in place of its own."""
+    """The same call with a weight of a stored type in place of its own.
+
+    Zero points are of its type, or float32 `between` its steps; one in eight is -1 for a group of
+    zeros, as a block of equal weights has it.
+    """
     rng = np.random.default_rng(seed)
     shape = case.arrays["W"].shape
 
@@ -171,7 +175,14 @@ def with_stored_weight(
         "W": values(shape),
         "weight_scale": (scales / largest).astype(scale_dtype),
     }
-    if zero_point:
+    if zero_point == "between":
+        low, high = _RANGES[stored.name]
+        points = rng.uniform(low - 1, high + 1, (groups, shape[1])).astype(np.float32)
+        equal = rng.random(points.shape) < 1 / 8
+        points[equal] = -1
+        arrays["W"][np.repeat(equal, shape[0] // groups, axis=0)] = 0
+        arrays["weight_zero_point"] = points
+    elif zero_point:
         arrays["weight_zero_point"] = values((groups, shape[1]))
     return LinearCase(x=case.x, attributes=case.attributes, arrays=arrays)
 
@@ -207,7 +218,7 @@ def stored_calls(draw: st.DrawFn) -> LinearCase:
         case,
         stored,
         groups,
-        zero_point=draw(st.booleans()) and stored in INTEGERS,
+        zero_point=draw(st.sampled_from((False, True, "between"))) if stored in INTEGERS else False,
         scale_dtype=draw(st.sampled_from((FLOAT32, dtype))),
         seed=draw(st.integers(0, 1000)),
     )

@@ -218,6 +218,3 @@ _TYPES: Mapping[str, tuple[StoredType, int, Callable[[NDArray[np.uint8]], _Block
     "IQ4_NL": ("int8", 18, _iq4_nl),
     "IQ4_XS": ("int8", 136, _iq4_xs),
 }
-
-WITH_MINIMA = frozenset({"Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K"})
-"""Types whose smallest value is stored next to the scale: zero points that are no whole steps."""

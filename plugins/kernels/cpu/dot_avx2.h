@@ -9,6 +9,12 @@ namespace {
 
 struct Dot {
     static constexpr bool kUNSIGNED = true;  // weights are, values are not
+    // Whether add takes bytes, not nibbles alone.
+#ifdef __AVXVNNI__
+    static constexpr bool kTAKES_BYTES = true;
+#else
+    static constexpr bool kTAKES_BYTES = false;
+#endif
     using I = Simd::I;
     using F = Simd::F;
 #ifdef __AVXVNNI__
@@ -76,6 +82,10 @@ struct Dot {
 #endif
     static I subtractProduct(I sum, I a, I b) {
         return _mm256_sub_epi32(sum, _mm256_mullo_epi32(a, b));
+    }
+    // Of sums over whole bytes and over their lower halves: the sums over the upper halves.
+    static I upperPart(I whole, I lower) {
+        return _mm256_srai_epi32(_mm256_sub_epi32(whole, lower), 4);
     }
     static F toFloat(I value) { return _mm256_cvtepi32_ps(value); }
 

@@ -8,7 +8,8 @@ namespace nmexport {
 namespace {
 
 struct Dot {
-    static constexpr bool kUNSIGNED = true;  // weights are, values are not
+    static constexpr bool kUNSIGNED = true;     // weights are, values are not
+    static constexpr bool kTAKES_BYTES = true;  // add does, not nibbles alone
     using I = Simd::I;
     using F = Simd::F;
     using Word = I;
@@ -43,6 +44,10 @@ struct Dot {
     }
     static I subtractProduct(I sum, I a, I b) {
         return _mm512_sub_epi32(sum, _mm512_mullo_epi32(a, b));
+    }
+    // Of sums over whole bytes and over their lower halves: the sums over the upper halves.
+    static I upperPart(I whole, I lower) {
+        return _mm512_srai_epi32(_mm512_sub_epi32(whole, lower), 4);
     }
     static F toFloat(I value) { return _mm512_cvtepi32_ps(value); }
 

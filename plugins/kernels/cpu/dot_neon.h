@@ -10,6 +10,7 @@ namespace {
 
 struct Dot {
     static constexpr bool kUNSIGNED = false;
+    static constexpr bool kTAKES_BYTES = false;  // as a nibble and another: bytes are signed
     using I = Simd::I;
     using F = Simd::F;
     using Word = int8x16_t;

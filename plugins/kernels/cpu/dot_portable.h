@@ -9,6 +9,7 @@ namespace {
 
 struct Dot {
     static constexpr bool kUNSIGNED = false;
+    static constexpr bool kTAKES_BYTES = false;  // as a nibble and another: bytes are signed
     static constexpr int kLANES = Simd::kLANES;
     static constexpr int kBYTES = 4 * kLANES;
     using I = Simd::I;

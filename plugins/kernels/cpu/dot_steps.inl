@@ -57,7 +57,7 @@ inline __attribute__((always_inline)) void quadsOf(const Simd::I* rows, Simd::I*
     }
 }
 
-// The zero points of a step, a lane an output, in excess like the weights.
+// The integer zero points of a step, a lane an output, in excess like the weights.
 template <IntegerFormat kFORMAT, bool kPARTIAL>
 inline void zeroPoints(const std::uint8_t* from, std::size_t count, Simd::I* zeros) {
     const Simd::I row = loadBytes<kFORMAT, kPARTIAL>(from, count);
@@ -66,29 +66,81 @@ inline void zeroPoints(const std::uint8_t* from, std::size_t count, Simd::I* zer
     for (int v = 0; v < vectorsOf(kFORMAT); ++v) zeros[v] = Dot::firstBytes(zeros[v]);
 }
 
-// A step's scales in the order of the sums; past the last column they do not matter.
+template <bool kIS_THERE, typename T>
+inline __attribute__((always_inline)) Simd::F loadIf(const T* from) {
+    if constexpr (kIS_THERE) return Simd::load(from);
+    return Simd::broadcast(0.0f);
+}
+
+// What a token's block multiplies its integer sums with.
+struct BlockFactors {
+    Simd::F scale;
+    Simd::F minusTotal;  // of its values; for zero points in floating point
+
+    BlockFactors(float scale, std::int32_t total)
+        : scale(Simd::broadcast(scale)), minusTotal(Simd::broadcast(-static_cast<float>(total))) {}
+};
+
+// A vector of sums with a block's integer sums added, as dots.h says. Without kSCALED the weights'
+// scale does not matter, nor without floating point the zero point.
+template <ZeroPoints kZEROS, bool kSCALED>
+inline __attribute__((always_inline)) Simd::F plusBlock(Simd::F sum, Simd::I dot,
+                                                        const BlockFactors& block,
+                                                        Simd::F weightScale, Simd::F zero) {
+    Simd::F whole = Dot::toFloat(dot);
+    if constexpr (kZEROS == ZeroPoints::kMINIMA) {
+        const Simd::F minimum = Simd::mul(zero, block.minusTotal);
+        return Simd::fma(block.scale, Simd::fma(weightScale, whole, minimum), sum);
+    }
+    if constexpr (kZEROS == ZeroPoints::kFLOATS) {
+        whole = Simd::fma(zero, block.minusTotal, whole);
+    }
+    return Simd::fma(kSCALED ? Simd::mul(block.scale, weightScale) : block.scale, whole, sum);
+}
+
+// Of a step of a group: its scales and then, where there are any in floating point, its zero
+// points.
 template <IntegerFormat kFORMAT, typename S>
-inline __attribute__((always_inline)) void scalesOf(const S* from, std::size_t columns,
-                                                    Simd::F* scales) {
-    constexpr std::size_t kLANES = Simd::kLANES;
-    for (int v = 0; v < vectorsOf(kFORMAT); ++v) {
-        const std::size_t at = static_cast<std::size_t>(v) * kLANES;
-        if (at + kLANES <= columns) {
-            scales[v] = Simd::load(from + at);
-        } else if (at < columns) {
-            scales[v] = Simd::loadPartial(from + at, static_cast<int>(columns - at));
-        } else {
-            scales[v] = Simd::broadcast(0.0f);
+struct Record {
+    const S* scales;
+    const S* zeros;
+
+    Record(const IntegerWeights& weights, std::size_t group, std::size_t step)
+        : scales(reinterpret_cast<const S*>(weights.records + group * weights.groupBytes +
+                                            step * weights.recordBytes)),
+          zeros(scales + stepColumns(kFORMAT)) {}
+};
+
+// What is known of a product's scales and zero points, as constants.
+template <ZeroPoints kZEROS, bool kSCALED>
+struct Terms {
+    static constexpr ZeroPoints kPOINTS = kZEROS;  // in floating point
+    static constexpr bool kHAS_SCALES = kSCALED;
+};
+
+// S is what records hold; void: either type.
+template <typename S, typename Body>
+inline __attribute__((always_inline)) void withTerms(const IntegerWeights& weights,
+                                                     const Body& body) {
+    if (weights.records == nullptr) return body(Terms<ZeroPoints::kNONE, false>{});
+    if constexpr (!std::is_same_v<S, float>) {
+        if (weights.zeroPoints == ZeroPoints::kMINIMA) {
+            return body(Terms<ZeroPoints::kMINIMA, true>{});
         }
     }
-    Dot::shuffle<vectorsOf(kFORMAT)>(scales);
+    if constexpr (!std::is_same_v<S, Float16>) {
+        if (weights.zeroPoints == ZeroPoints::kFLOATS) {
+            return body(Terms<ZeroPoints::kFLOATS, true>{});
+        }
+    }
+    return body(Terms<ZeroPoints::kNONE, true>{});
 }
 
 // What integer sums begin with: it takes the weights' excess away again.
 template <IntegerFormat kFORMAT>
-inline std::int32_t startOf(bool hasZeros, std::int32_t total) {
-    // Zero points are in excess as well, so that the two cancel.
-    return hasZeros
+inline std::int32_t startOf(ZeroPoints zeroPoints, std::int32_t total) {
+    // Integer zero points are in excess as well, so that the two cancel.
+    return zeroPoints == ZeroPoints::kINTEGERS
                ? 0
                : static_cast<std::int32_t>(0u - static_cast<std::uint32_t>(total) *
                                                     static_cast<std::uint32_t>(excessOf(kFORMAT)));
@@ -115,16 +167,12 @@ inline __attribute__((always_inline)) void ask(const void* address) {
 }
 
 // Asks for the scales and zero points of a step.
-template <IntegerFormat kFORMAT, typename S, Cache kCACHE>
+template <Cache kCACHE>
 inline __attribute__((always_inline)) void askScales(const IntegerWeights& weights,
                                                      std::size_t group, std::size_t step) {
-    const S* from = static_cast<const S*>(weights.scale) + group * weights.scaleStride +
-                    step * stepColumns(kFORMAT);
-    constexpr std::size_t kBYTES = stepColumns(kFORMAT) * sizeof(S);
-    const char* bytes = reinterpret_cast<const char*>(from);
-    for (std::size_t at = 0; at < kBYTES; at += kLINE) ask<kCACHE>(bytes + at);
-    ask<kCACHE>(bytes + kBYTES - 1);
-    if (weights.zero != nullptr) {
+    const char* record = weights.records + group * weights.groupBytes + step * weights.recordBytes;
+    for (std::size_t at = 0; at < weights.recordBytes; at += kLINE) ask<kCACHE>(record + at);
+    if (weights.zeroPoints == ZeroPoints::kINTEGERS) {
         ask<kCACHE>(weights.zero + group * weights.rowBytes + step * kSTEP_BYTES);
     }
 }
@@ -138,7 +186,7 @@ struct Place {
 
     // The first block of a group, where groups have scales.
     bool isNewGroup(const IntegerWeights& weights) const {
-        return weights.scale != nullptr && groupBlock == 0;
+        return weights.records != nullptr && groupBlock == 0;
     }
 
     void advance(std::size_t steps, const IntegerWeights& weights) {
@@ -151,6 +199,17 @@ struct Place {
         }
     }
 };
+
+template <IntegerFormat kFORMAT>
+void arrange(float* values, std::size_t count) {
+    constexpr int kVECTORS = vectorsOf(kFORMAT);
+    for (std::size_t at = 0; at < count; at += stepColumns(kFORMAT)) {
+        Simd::F v[kVECTORS];
+        for (int i = 0; i < kVECTORS; ++i) v[i] = Simd::load(values + at + i * Simd::kLANES);
+        Dot::shuffle<kVECTORS>(v);
+        for (int i = 0; i < kVECTORS; ++i) Simd::store(values + at + i * Simd::kLANES, v[i]);
+    }
+}
 
 template <IntegerFormat kFORMAT>
 void restoreOrder(float* sums, std::size_t count) {

@@ -9,6 +9,16 @@
 // So the bits depend neither on tokens, columns and threads nor on the instruction set. Where the
 // weights have a scale an output, it waits for the end, and the product above has none.
 //
+// Integer zero points are part of the integer sum. Others meet the sum of the block's values,
+// total:
+//
+//   kFLOATS    fma(-zeroPoint, float(total), float(integerSum))     in place of float(integerSum)
+//   kMINIMA    sum[o] = fma(scale[block],
+//                           fma(weightScale, float(integerSum), -(minimum * float(total))), sum[o])
+//
+// A minimum and a scale have 11 bits each: up to blocks of 64 positions minimum * total is exact,
+// so that little is lost where the two differences nearly cancel.
+//
 // Four rows of W meet in one instruction: their bytes are interleaved, four to an output.
 //
 //   row a | a0 a1 a2 a3 ...        lanes, of 32 bits   | a0 b0 c0 d0 | a1 b1 c1 d1 | ...
@@ -32,6 +42,19 @@ namespace nmexport {
 enum class IntegerFormat { kINT8 = 0, kINT4 = 1, kUINT4 = 2 };
 constexpr int kINTEGER_FORMATS = 3;
 
+constexpr IntegerFormat integerFormatOf(WeightType type) {
+    if (type == WeightType::kINT8) return IntegerFormat::kINT8;
+    return type == WeightType::kINT4 ? IntegerFormat::kINT4 : IntegerFormat::kUINT4;
+}
+
+// Columns of a step of so many bytes.
+constexpr std::size_t columnsOfStep(IntegerFormat format, std::size_t bytes) {
+    return format == IntegerFormat::kINT8 ? bytes : 2 * bytes;
+}
+
+// Scales of groups are float32 or float16.
+constexpr int kSCALE_TYPES = 2;
+
 constexpr std::size_t integerRowBytes(IntegerFormat format, std::size_t columns) {
     return format == IntegerFormat::kINT8 ? columns : columns / 2;
 }
@@ -43,13 +66,15 @@ constexpr std::size_t kMOST_BLOCK = 65536;
 
 // The part of W, its scales and its zero points that belongs to a tile of columns.
 struct IntegerWeights {
-    const std::uint8_t* w;  // first byte of the tile in row 0
-    std::size_t rowBytes;   // of a whole row of W
-    std::size_t columns;    // of the tile; it begins at a whole byte
-    const void* scale;      // [groups, scaleStride] from the tile's first column on, or null
-    std::size_t scaleStride;
-    const std::uint8_t* zero;  // rows like W's, a group each, from the tile on, or null
-    std::size_t groupBlocks;   // blocks that share a row of scales and zero points
+    const std::uint8_t* w;    // first byte of the tile in row 0
+    std::size_t rowBytes;     // of a whole row of W
+    std::size_t columns;      // of the tile; it begins at a whole byte
+    const char* records;      // of the tile's first step in group 0, see GroupScales; or null
+    std::size_t recordBytes;  // of a step
+    std::size_t groupBytes;   // from a group's records to the next one's
+    ZeroPoints zeroPoints;
+    const std::uint8_t* zero;  // kINTEGERS: rows like W's, a group each, from the tile on
+    std::size_t groupBlocks;   // blocks that share scales and zero points
 };
 
 // What one token keeps, quantised: quads of its kept rows, block by block. The last quad of a block
@@ -108,9 +133,11 @@ struct DotKernels {
     // Quantises a block to [count] bytes and their sum. Returns the scale: NaN where a value is NaN
     // or infinite, so that it stays visible.
     float (*quantise)(const ValueBlock& block, std::int8_t* to, std::int32_t* total);
-    void (*rowDots[kINTEGER_FORMATS][kELEMENT_TYPES])(const RowDots& dots);
-    void (*tileDots[kINTEGER_FORMATS][kELEMENT_TYPES])(const TileDots& dots);
-    // Puts the sums of whole steps into the order of columns.
+    void (*rowDots[kINTEGER_FORMATS][kSCALE_TYPES])(const RowDots& dots);
+    void (*tileDots[kINTEGER_FORMATS][kSCALE_TYPES])(const TileDots& dots);
+    // Puts whole steps from the order of columns into that of sums ...
+    void (*arrange[kINTEGER_FORMATS])(float* values, std::size_t count);
+    // ... and back.
     void (*restoreOrder[kINTEGER_FORMATS])(float* sums, std::size_t count);
 };
 

@@ -16,6 +16,13 @@ constexpr int kELEMENT_TYPES = 3;
 // What W holds: values of X's type, or integers that stand for themselves less a zero point, times
 // a scale.
 enum class WeightType { kELEMENT, kINT8, kINT4, kUINT4 };
+// What is subtracted from the integers of W, or from their products with scales.
+enum class ZeroPoints {
+    kNONE,
+    kINTEGERS,  // as W holds its own
+    kFLOATS,    // float32: they may lie between the steps
+    kMINIMA,    // float16: zero points times scales, which are float16 too
+};
 // Weights come in the element types, or as Int8: the last index of a table by weight type.
 constexpr int kINT8_WEIGHTS = kELEMENT_TYPES;
 constexpr int kWEIGHT_TYPES = kELEMENT_TYPES + 1;

@@ -24,8 +24,8 @@ std::size_t weightType(const LinearArguments& a) {
 
 WeightScales scalesFrom(const LinearArguments& a, std::size_t column) {
     if (!hasScaledRows(a)) return {};
-    const std::int8_t* zeros = static_cast<const std::int8_t*>(a.weightZero);
-    return {static_cast<const float*>(a.weightScale) + column, a.channels / a.scaleGroups,
+    const float* zeros = static_cast<const float*>(a.weightZero);
+    return {a.weightScale + column, a.channels / a.scaleGroups,
             zeros == nullptr ? nullptr : zeros + column};
 }
 

@@ -12,6 +12,8 @@
 
 namespace nmexport {
 
+class GroupScales;
+
 struct LinearArguments {
     ElementType type;
     const void* x;             // [tokens, channels] T
@@ -31,11 +33,12 @@ struct LinearArguments {
     // Integers stand for (W[k, o] - weightZero[g, o]) * weightScale[g, o], g being the scale group
     // of row k. Of 4 bits they go with 8 activation bits only.
     WeightType weightType = WeightType::kELEMENT;
-    const void* weightScale = nullptr;  // [scaleGroups, outputs], or null where W has no integers
-    // Of weightScale: other than float32 with several groups and 8 activation bits only.
-    ElementType scaleType = ElementType::kFLOAT32;
-    std::size_t scaleGroups = 0;       // divides channels; 1 is a scale an output
-    const void* weightZero = nullptr;  // [scaleGroups, outputs] of weightType, or null
+    const float* weightScale = nullptr;  // [scaleGroups, outputs], or null where W has no integers
+    std::size_t scaleGroups = 0;         // divides channels; 1 is a scale an output
+    ZeroPoints zeroPoints = ZeroPoints::kNONE;
+    const void* weightZero = nullptr;  // [scaleGroups, outputs] of W's type or float32, or null
+    // With 8 activation bits, in place of both where hasScaledRows says so.
+    const GroupScales* groupScales = nullptr;
     // 8: kept values are rounded to 8 bits, a scale for each activationBlock positions; 0: they
     // stay.
     int activationBits = 0;

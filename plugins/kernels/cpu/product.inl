@@ -35,7 +35,7 @@ enum class Form { kPLAIN, kSCALED, kSHIFTED };
 template <typename T>
 struct RowScale {
     const float* scale = nullptr;
-    const T* zero = nullptr;
+    const float* zero = nullptr;
 };
 
 template <typename T, Form kFORM>
@@ -68,7 +68,7 @@ inline RowScale<T> scaleOf(const WeightScales& scales, std::size_t rowStride, st
     const std::size_t at = static_cast<std::size_t>(row) / scales.channels * rowStride;
     RowScale<T> found;
     found.scale = scales.rows + at;
-    if constexpr (kFORM == Form::kSHIFTED) found.zero = static_cast<const T*>(scales.zeros) + at;
+    if constexpr (kFORM == Form::kSHIFTED) found.zero = scales.zeros + at;
     return found;
 }
 

@@ -3,6 +3,44 @@
 namespace nmexport {
 namespace {
 
+// Whether a step's odd columns are multiplied in the upper half of whole bytes: what the lower half
+// adds is taken away once a block, which saves two instructions of three for every vector.
+template <IntegerFormat kFORMAT>
+constexpr bool kWHOLE_BYTES = Dot::kTAKES_BYTES && kFORMAT != IntegerFormat::kINT8;
+
+// What a vector of integer sums begins with.
+template <IntegerFormat kFORMAT>
+inline std::int32_t quadStart(ZeroPoints zeroPoints, std::int32_t total, int vector) {
+    const std::int32_t start = startOf<kFORMAT>(zeroPoints, total);
+    return kWHOLE_BYTES<kFORMAT> && vector >= 4 ? 17 * start : start;
+}
+
+// Four rows and a token's values for them.
+template <IntegerFormat kFORMAT>
+inline __attribute__((always_inline)) void addQuad(const Simd::I* row, const Dot::Word& word,
+                                                   Simd::I* dot) {
+    constexpr int kVECTORS = vectorsOf(kFORMAT);
+    Simd::I quads[kVECTORS];
+    if constexpr (kWHOLE_BYTES<kFORMAT>) {
+        Dot::interleave(row, quads);
+        for (int v = 0; v < 4; ++v) {
+            dot[v] = Dot::add<kFORMAT>(dot[v], Dot::lowNibbles(quads[v]), word);
+            dot[4 + v] = Dot::add<kFORMAT>(dot[4 + v], quads[v], word);
+        }
+    } else {
+        quadsOf<kFORMAT>(row, quads);
+        for (int v = 0; v < kVECTORS; ++v) dot[v] = Dot::add<kFORMAT>(dot[v], quads[v], word);
+    }
+}
+
+// After all quads of a block.
+template <IntegerFormat kFORMAT, typename D = Dot>
+inline __attribute__((always_inline)) void finishQuads(Simd::I* dot) {
+    if constexpr (kWHOLE_BYTES<kFORMAT>) {
+        for (int v = 0; v < 4; ++v) dot[4 + v] = D::upperPart(dot[4 + v], dot[v]);
+    }
+}
+
 // One token's kept rows of one block against one step.
 template <IntegerFormat kFORMAT, typename S, bool kPARTIAL>
 inline __attribute__((always_inline)) void addBlock(const IntegerWeights& weights,
@@ -13,24 +51,22 @@ inline __attribute__((always_inline)) void addBlock(const IntegerWeights& weight
     const std::size_t at = step * kSTEP_BYTES;
     const std::uint8_t* w = weights.w + at;
     const std::int32_t total = rows.totals[block];
-    const bool hasZeros = weights.zero != nullptr;
     Simd::I dot[kVECTORS];
     for (int v = 0; v < kVECTORS; ++v) {
-        dot[v] = Simd::broadcastInt(startOf<kFORMAT>(hasZeros, total));
+        dot[v] = Simd::broadcastInt(quadStart<kFORMAT>(weights.zeroPoints, total, v));
     }
     const std::size_t end = rows.ends[block];
     for (std::size_t quad = block == 0 ? 0 : rows.ends[block - 1]; quad < end; ++quad) {
         const std::size_t* offsets = rows.offsets + quad * kQUAD;
-        Simd::I row[kQUAD], quads[kVECTORS];
+        Simd::I row[kQUAD];
         for (std::size_t r = 0; r < kQUAD; ++r) {
             row[r] = loadBytes<kFORMAT, kPARTIAL>(w + offsets[r], bytes);
         }
-        quadsOf<kFORMAT>(row, quads);
-        const Dot::Word word = Dot::word(rows.words[quad]);
-        for (int v = 0; v < kVECTORS; ++v) dot[v] = Dot::add<kFORMAT>(dot[v], quads[v], word);
+        addQuad<kFORMAT>(row, Dot::word(rows.words[quad]), dot);
     }
+    finishQuads<kFORMAT>(dot);
 
-    if (hasZeros) {
+    if (weights.zeroPoints == ZeroPoints::kINTEGERS) {
         Simd::I zeros[kVECTORS];
         zeroPoints<kFORMAT, kPARTIAL>(weights.zero + group * weights.rowBytes + at, bytes, zeros);
         const Simd::I factor = Simd::broadcastInt(total);
@@ -38,26 +74,24 @@ inline __attribute__((always_inline)) void addBlock(const IntegerWeights& weight
             dot[v] = Dot::subtractProduct(dot[v], zeros[v], factor);
         }
     }
-    const Simd::F scale = Simd::broadcast(rows.scales[block]);
-    Simd::F scales[kVECTORS];
-    if (weights.scale != nullptr) {
-        const std::size_t column = step * stepColumns(kFORMAT);
-        scalesOf<kFORMAT>(
-            static_cast<const S*>(weights.scale) + group * weights.scaleStride + column,
-            kPARTIAL ? weights.columns - column : stepColumns(kFORMAT), scales);
-        for (int v = 0; v < kVECTORS; ++v) scales[v] = Simd::mul(scale, scales[v]);
-    } else {
-        for (int v = 0; v < kVECTORS; ++v) scales[v] = scale;
-    }
+    const BlockFactors factors(rows.scales[block], total);
     float* to = sums + step * stepColumns(kFORMAT);
-    for (int v = 0; v < kVECTORS; ++v) {
-        const Simd::F before = Simd::load(to + v * Simd::kLANES);
-        Simd::store(to + v * Simd::kLANES, Simd::fma(scales[v], Dot::toFloat(dot[v]), before));
-    }
+    withTerms<S>(weights, [&](auto terms) __attribute__((always_inline)) {
+        constexpr ZeroPoints kZEROS = decltype(terms)::kPOINTS;
+        constexpr bool kSCALED = decltype(terms)::kHAS_SCALES;
+        const Record<kFORMAT, S> record(weights, group, step);
+        for (int v = 0; v < kVECTORS; ++v) {
+            const std::size_t lane = static_cast<std::size_t>(v) * Simd::kLANES;
+            const Simd::F scale = loadIf<kSCALED>(record.scales + lane);
+            const Simd::F zero = loadIf<kZEROS != ZeroPoints::kNONE>(record.zeros + lane);
+            Simd::store(to + lane, plusBlock<kZEROS, kSCALED>(Simd::load(to + lane), dot[v],
+                                                              factors, scale, zero));
+        }
+    });
 }
 
 // Asks for kept rows a distance ahead of where they are multiplied, block after block.
-template <IntegerFormat kFORMAT, typename S, Cache kCACHE>
+template <Cache kCACHE>
 class RowsAhead {
   public:
     RowsAhead(const RowDots& dots, const Steps& steps) : mDots(dots), mSteps(steps) {
@@ -85,7 +119,7 @@ class RowsAhead {
             }
         }
         if (mPlace.isNewGroup(mDots.weights)) {
-            askScales<kFORMAT, S, kCACHE>(mDots.weights, mPlace.group, mPlace.step);
+            askScales<kCACHE>(mDots.weights, mPlace.group, mPlace.step);
         }
         mPlace.advance(mSteps.count, mDots.weights);
         return lines;
@@ -104,7 +138,7 @@ void rowDotsAhead(const RowDots& dots) {
     const bool endsShort = steps.last < kSTEP_BYTES;
     const std::size_t whole = endsShort ? steps.count - 1 : steps.count;
     std::memset(dots.sums, 0, dots.tokenCount * dots.sumStride * sizeof *dots.sums);
-    RowsAhead<kFORMAT, S, kCACHE> ahead(dots, steps);
+    RowsAhead<kCACHE> ahead(dots, steps);
     for (std::size_t block = 0; block < dots.blocks; ++block) {
         const std::size_t group = block / weights.groupBlocks;
         for (std::size_t step = 0; step < whole; ++step) {

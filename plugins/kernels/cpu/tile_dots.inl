@@ -34,9 +34,19 @@ struct PackedStep {
 
     static constexpr std::size_t kBYTES = 8 * kSTEP_BYTES;
     float* scales;
-    std::int32_t* zeros;
+    std::int32_t* zeros;  // or floats
     std::uint8_t* quads;
+
+    float* floatZeros() const { return reinterpret_cast<float*>(zeros); }
 };
+
+// A step's scales or zero points as floats.
+template <int kVECTORS, typename S>
+inline void unpack(const S* from, float* to) {
+    for (std::size_t at = 0; at < kVECTORS * Simd::kLANES; at += Simd::kLANES) {
+        Simd::store(to + at, Simd::load(from + at));
+    }
+}
 
 std::size_t packedBytes(std::size_t block) {
     return (2 + block / kQUAD) * PackedStep::kBYTES;
@@ -44,7 +54,7 @@ std::size_t packedBytes(std::size_t block) {
 
 // Asks for rows of W a distance ahead, a quad at a time: asked for all at once they would hold up
 // the loads of what is being multiplied.
-template <IntegerFormat kFORMAT, typename S, Cache kCACHE>
+template <Cache kCACHE>
 class BlocksAhead {
   public:
     BlocksAhead(const TileDots& dots, const Steps& steps)
@@ -74,7 +84,7 @@ class BlocksAhead {
     void advance() {
         if (mPlace.block == mBlocks) return;
         if (mPlace.isNewGroup(mDots.weights)) {
-            askScales<kFORMAT, S, kCACHE>(mDots.weights, mPlace.group, mPlace.step);
+            askScales<kCACHE>(mDots.weights, mPlace.group, mPlace.step);
         }
         mPlace.advance(mSteps.count, mDots.weights);
     }
@@ -107,23 +117,20 @@ inline __attribute__((always_inline)) void packStep(const TileDots& dots, std::s
         for (int v = 0; v < kVECTORS; ++v) Dot::store(to + v * kSTEP_BYTES, quads[v]);
     }
     const std::size_t group = block / weights.groupBlocks;
-    if (weights.zero != nullptr) {
+    if (weights.zeroPoints == ZeroPoints::kINTEGERS) {
         Simd::I zeros[kVECTORS];
         zeroPoints<kFORMAT, kPARTIAL>(weights.zero + group * weights.rowBytes + at, bytes, zeros);
         for (int v = 0; v < kVECTORS; ++v) {
             Simd::storeInt(packed.zeros + v * Simd::kLANES, zeros[v]);
         }
     }
-    if (weights.scale != nullptr) {
-        const std::size_t column = step * stepColumns(kFORMAT);
-        Simd::F scales[kVECTORS];
-        scalesOf<kFORMAT>(
-            static_cast<const S*>(weights.scale) + group * weights.scaleStride + column,
-            kPARTIAL ? weights.columns - column : stepColumns(kFORMAT), scales);
-        for (int v = 0; v < kVECTORS; ++v) {
-            Simd::store(packed.scales + v * Simd::kLANES, scales[v]);
+    withTerms<S>(weights, [&](auto terms) __attribute__((always_inline)) {
+        const Record<kFORMAT, S> record(weights, group, step);
+        if constexpr (decltype(terms)::kHAS_SCALES) unpack<kVECTORS>(record.scales, packed.scales);
+        if constexpr (decltype(terms)::kPOINTS != ZeroPoints::kNONE) {
+            unpack<kVECTORS>(record.zeros, packed.floatZeros());
         }
-    }
+    });
 }
 
 // Some tokens against four vectors of a packed step, from vector `first` on.
@@ -132,14 +139,13 @@ inline __attribute__((always_inline)) void multiplyTile(const TileDots& dots, st
                                                         std::size_t token, int first, float* sums) {
     constexpr std::size_t kSTRIDE = static_cast<std::size_t>(vectorsOf(kFORMAT)) * kSTEP_BYTES;
     const PackedStep packed(dots.packed);
-    const bool hasZeros = dots.weights.zero != nullptr;
-    const bool hasScales = dots.weights.scale != nullptr;
+    const ZeroPoints zeroPoints = dots.weights.zeroPoints;
     const float* scales = dots.scales + block * dots.blockTokens + token;
     const std::int32_t* totals = dots.totals + block * dots.blockTokens + token;
     const std::int8_t* values = dots.values + token * dots.channels + block * dots.block;
     Simd::I dot[kTOKENS * 4];
     unroll<kTOKENS * 4>([&](auto i) __attribute__((always_inline)) {
-        dot[i.kVALUE] = Simd::broadcastInt(startOf<kFORMAT>(hasZeros, totals[i.kVALUE / 4]));
+        dot[i.kVALUE] = Simd::broadcastInt(startOf<kFORMAT>(zeroPoints, totals[i.kVALUE / 4]));
     });
     const std::uint8_t* from = packed.quads + static_cast<std::size_t>(first) * kSTEP_BYTES;
     for (std::size_t k = 0; k < dots.block; k += kQUAD, from += kSTRIDE) {
@@ -157,18 +163,31 @@ inline __attribute__((always_inline)) void multiplyTile(const TileDots& dots, st
             });
         });
     }
-    unroll<kTOKENS * 4>([&](auto i) __attribute__((always_inline)) {
-        constexpr int kT = decltype(i)::kVALUE / 4, kV = decltype(i)::kVALUE % 4;
-        const std::size_t at = static_cast<std::size_t>(first + kV) * Simd::kLANES;
-        Simd::I sum = dot[i.kVALUE];
-        if (hasZeros) {
-            const Simd::I total = Simd::broadcastInt(totals[kT]);
-            sum = Dot::subtractProduct(sum, Dot::load(packed.zeros + at), total);
-        }
-        Simd::F factor = Simd::broadcast(scales[kT]);
-        if (hasScales) factor = Simd::mul(factor, Simd::load(packed.scales + at));
-        float* to = sums + kT * dots.sumStride + at;
-        Simd::store(to, Simd::fma(factor, Dot::toFloat(sum), Simd::load(to)));
+    const std::size_t column = static_cast<std::size_t>(first) * Simd::kLANES;
+    if (zeroPoints == ZeroPoints::kINTEGERS) {
+        unroll<kTOKENS * 4>([&](auto i) __attribute__((always_inline)) {
+            constexpr std::size_t kAT = decltype(i)::kVALUE % 4 * Simd::kLANES;
+            const Simd::I zero = Dot::load(packed.zeros + column + kAT);
+            const Simd::I total = Simd::broadcastInt(totals[i.kVALUE / 4]);
+            dot[i.kVALUE] = Dot::subtractProduct(dot[i.kVALUE], zero, total);
+        });
+    }
+    withTerms<void>(dots.weights, [&](auto terms) __attribute__((always_inline)) {
+        constexpr ZeroPoints kZEROS = decltype(terms)::kPOINTS;
+        constexpr bool kSCALED = decltype(terms)::kHAS_SCALES;
+        unroll<kTOKENS>([&](auto t) __attribute__((always_inline)) {
+            const BlockFactors factors(scales[t.kVALUE], totals[t.kVALUE]);
+            float* to = sums + t.kVALUE * dots.sumStride + column;
+            unroll<4>([&](auto v) __attribute__((always_inline)) {
+                constexpr std::size_t kAT = decltype(v)::kVALUE * Simd::kLANES;
+                const Simd::F scale = loadIf<kSCALED>(packed.scales + column + kAT);
+                const Simd::F zero =
+                    loadIf<kZEROS != ZeroPoints::kNONE>(packed.floatZeros() + column + kAT);
+                const Simd::I sum = dot[decltype(t)::kVALUE * 4 + decltype(v)::kVALUE];
+                Simd::store(to + kAT, plusBlock<kZEROS, kSCALED>(Simd::load(to + kAT), sum, factors,
+                                                                 scale, zero));
+            });
+        });
     });
 }
 
@@ -208,7 +227,7 @@ void tileDots(const TileDots& dots) {
     const std::size_t whole = steps.last < kSTEP_BYTES ? steps.count - 1 : steps.count;
     const std::size_t blocks = dots.channels / dots.block;
     std::memset(dots.sums, 0, dots.tokens * dots.sumStride * sizeof *dots.sums);
-    BlocksAhead<kFORMAT, S, Cache::kSECOND_LEVEL> ahead(dots, steps);
+    BlocksAhead<Cache::kSECOND_LEVEL> ahead(dots, steps);
     for (std::size_t block = 0; block < blocks; ++block) {
         for (std::size_t step = 0; step < steps.count; ++step) {
             if (step < whole) {

@@ -57,9 +57,9 @@ struct KeptBlocks {
 
 // Group-wise scales of Int8 weights: row k of W is multiplied by row k / channels of `rows`.
 struct WeightScales {
-    const float* rows = nullptr;  // [groups, rowStride of W]; null where W needs none
-    std::size_t channels = 1;     // rows of W that share a scale
-    const void* zeros = nullptr;  // [groups, rowStride] of W's type, to be subtracted, or null
+    const float* rows = nullptr;   // [groups, rowStride of W]; null where W needs none
+    std::size_t channels = 1;      // rows of W that share a scale
+    const float* zeros = nullptr;  // [groups, rowStride], subtracted first, or null
 };
 
 // Where rows of W are brought ahead of their turn.
