@@ -128,7 +128,7 @@ def _logits(model: Any, sample: torch.Tensor) -> torch.Tensor:
 
 
 def drawn_loss(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Negative log-likelihood of tokens drawn from the predictions themselves."""
+    """Negative log-likelihood of tokens drawn from logits `[T, V]` themselves."""
     logits = logits.float()
     drawn = _draw_tokens(logits.detach().softmax(dim=-1).cpu(), generator)
     return torch.nn.functional.cross_entropy(
