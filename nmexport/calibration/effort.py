@@ -62,7 +62,7 @@ class LearningSettings:
 EFFORTS: Mapping[Effort, LearningSettings] = MappingProxyType(
     {
         "fast": LearningSettings(
-            steps=80, rate=0.0015, written=64, block_chunks=64, block_epochs=2
+            steps=80, rate=0.0015, written=64, block_chunks=48, block_epochs=2
         ),
         "standard": LearningSettings(),
         "thorough": LearningSettings(steps=1600, written=2048, block_chunks=128, block_epochs=12),
