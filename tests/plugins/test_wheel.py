@@ -101,7 +101,7 @@ def test_the_tag_is_one_that_auditwheel_grants(wheel: Path) -> None:
 @pytest.mark.slow
 def test_the_library_needs_the_c_library_alone(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as packed:
-        natives = [name for name in packed.namelist() if "_native/" in name]
+        natives = [name for name in packed.namelist() if re.search("_native/.", name)]
         assert natives == [f"nmexport/_native/{native.library_name()}"]
         library = packed.extract(natives[0], tmp_path)
     needed = re.findall(r"NEEDED.*\[(.+)\]", run_tool("readelf", "-d", library))
@@ -126,7 +126,7 @@ def test_a_model_is_built_with_the_native_op_where_no_compiler_is(
     work = tmp_path / "work"
     options = ["--model", str(tmp_path / "model"), "--work", str(work)]
     run(python, "build", *options, *FAST.split(), *SHORT.split())
-    (engine,) = (work / "engine").glob("*/engine.json")
+    engine = work / "engine" / "current" / "engine.json"
     described: dict[str, Any] = json.loads(engine.read_text(encoding="utf-8"))
     assert described["library"]["sha256"] == native.library_digest(Path(library["path"]).parent)
 
