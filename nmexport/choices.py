@@ -16,6 +16,7 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 Target = Literal["auto", "onnxruntime", "tensorrt", "tensorrt-rtx"]
 Activations = Literal["auto", "float", "int8"]
 InPlaceCache = Literal["auto", "off"]
+Trials = Literal["run", "gradient"]
 Stage = Literal["calibrate", "fold", "export", "engine", "verify", "package"]
 
 REMOVED_GROUPINGS = {

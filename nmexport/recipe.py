@@ -37,6 +37,7 @@ from nmexport.choices import (
     Offload,
     Phase,
     Target,
+    Trials,
 )
 from nmexport.errors import ModelError, RecipeError
 from nmexport.resources import resource_path
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
 SCHEMA = 1
+_PATTERN = "sparsity.pattern"
+_BUDGET = "allocation.budget"
 
 
 def _capability_from(value: object) -> object:
@@ -185,6 +188,8 @@ class CostSection(_Strict):
 
     gigabytes_per_second: float = Field(default=35.0, gt=0)
     """At which a decoded token's weights are read."""
+    integer_gigabytes_per_second: float = Field(default=18.0, gt=0)
+    """The same where weights are integers: products of one token keep no pace with memory then."""
     dense_overhead_us: float = Field(default=3.0, ge=0)
     """Fixed time of a dense product; linears that share an input are one product."""
     sparse_overhead_us: float = Field(default=12.0, ge=0)
@@ -211,12 +216,19 @@ class AllocationSection(_Strict):
     count_learned: bool = False
     """Hold a budget of accuracy by the model as built, learned constants and all, rather than
     before anything is learned: chooses and learns up to three times."""
+    trials: Trials = "run"
+    """How sites are tried alone: `run` runs the model for each; `gradient` estimates all of them
+    from one backward pass a window, in seconds."""
     windows: int = Field(default=4, ge=1)
-    """Calibration windows that each trial runs on."""
+    """Calibration windows that sites are tried on."""
+    held_out: int | None = Field(default=None, ge=1)
+    """Other windows, that joint models run on; None is as many."""
     length: int = Field(default=256, ge=8)
     """Tokens of such a window."""
     front: tuple[Share, ...] = (0.10, 0.15, 0.20, 0.25, 0.30, 0.35, 0.40, 0.45, 0.50)
     """Shares of bytes saved that the report's Pareto front shows."""
+    compare_mitigations: bool = True
+    """Measure the error of each linear with each mitigation, for the report's ledger."""
     cost: CostSection = CostSection()
 
 
@@ -245,6 +257,12 @@ class EvaluationSection(_Strict):
     """Tokens a window; windows do not overlap and are scored from their second token."""
     prompts: int = Field(default=8, ge=1)
     generate_tokens: int = Field(default=64, ge=1)
+    examples: tuple[str, ...] = (
+        "The capital of France is",
+        "Water boils when",
+        "Once upon a time, a little robot",
+    )
+    """Prompts whose continuations the report shows side by side."""
     decode_only: bool = True
     """Score decode-only sparsity next to sparsity in all phases."""
     tasks: tuple[str, ...] = ()
@@ -344,6 +362,9 @@ def resolve(
 ) -> Recipe:
     """Put a recipe together: a file or a model's own recipe, then single keys on top.
 
+    A pattern on top is for all linears: it takes the place of the recipe's budget, if that is not
+    given on top too.
+
     Args:
         model: Recipe name, Hub id, local folder, or `.gguf` file. With a file, it replaces
             the file's model.
@@ -358,10 +379,19 @@ def resolve(
     """
     document, source = _base(model, file)
     values = dict(overrides or {})
+    if _PATTERN in values and not any(key.startswith(_BUDGET) for key in values):
+        _drop_budget(document.value)
     for dotted, value in values.items():
         _put(document.value, dotted.split("."), value)
     names = {dotted: (spelled or {}).get(dotted, dotted) for dotted in values}
     return _validate(document, source, names)
+
+
+def _drop_budget(document: dict[str, Any]) -> None:
+    """Take the budget away, where there is one."""
+    section = document.get("allocation")
+    if isinstance(section, dict):
+        section.pop("budget", None)
 
 
 def load(path: Path) -> Recipe:

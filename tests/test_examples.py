@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from tests.support.other_runtimes import GENAI, install, save_for_other_runtimes
+from tests.support.plugin_build import build_hook
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -71,6 +73,29 @@ def test_every_example_is_listed_and_short() -> None:
     for path in EXAMPLES.glob("with_*"):
         assert f"[`{path.name}`]({path.name})" in listed
         assert len(path.read_text("utf-8").splitlines()) <= 36
+
+
+def test_a_host_in_cpp_runs_the_op(served: Path, expected: str, tmp_path: Path) -> None:
+    compiler, hook = shutil.which("c++"), build_hook()
+    package = Path(str(find_spec("onnxruntime").origin)).parent
+    library = next(package.glob("capi/libonnxruntime.so.*"), None)
+    try:
+        include = hook.find_headers(ROOT)
+    except hook.BuildError as error:
+        pytest.skip(str(error))
+    if compiler is None or library is None:
+        pytest.skip("no C++ compiler, or no shared library in ONNX Runtime's package")
+    # Under the names that its release archive has.
+    for name in ("libonnxruntime.so", "libonnxruntime.so.1"):
+        (tmp_path / name).symlink_to(library)
+    source, program = EXAMPLES / "with_cpp.cpp", tmp_path / "with_cpp"
+    options = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-isystem{include}"]
+    linked = [f"-L{tmp_path}", "-lonnxruntime", f"-Wl,-rpath,{tmp_path}", "-o", str(program)]
+    run([compiler, *options, str(source), *linked])
+    tokenizer = Tokenizer.from_file(str(served / "tokenizer.json"))
+    ids = tokenizer.encode(PROMPT).ids
+    told = [int(token) for token in run([str(program), str(served), *map(str, ids)]).split()]
+    assert tokenizer.decode(ids + told) + "\n" == expected
 
 
 @pytest.mark.slow

@@ -330,7 +330,7 @@ def test_what_a_key_asks_of_the_method_needs_no_torch():
         "from nmexport.models.offload import needs_whole\n"
         "from nmexport.recipe import resolve\n"
         "from nmexport.stages import calibrate, engine, export, fold, package, verify\n"
-        "recipe = resolve('smollm2', {'allocation.budget.max_kl': 0.1})\n"
+        "recipe = resolve('qwen3', {'allocation.budget.max_kl': 0.1})\n"
         "assert needs_whole(recipe) and learning_settings(recipe.sparsity, recipe.seed)\n"
         "heavy = {'torch', 'onnx', 'onnxruntime', 'transformers', 'matplotlib', 'scipy'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"

@@ -273,3 +273,15 @@ def test_the_removed_search_for_orders_is_named_in_one_sentence(tmp_path: Path) 
     assert str(refusal.value.fix).startswith("use balanced: the search by exchange was removed")
     with pytest.raises(RecipeError, match="exchange"):
         recipe.resolve("a/b", {"sparsity.grouping": "exchange"})
+
+
+def test_a_pattern_for_all_linears_takes_the_place_of_a_recipes_budget() -> None:
+    own = recipe.resolve("smollm2")
+    assert own.allocation.budget.limits() == {"max_perplexity_ratio": 1.08}
+    assert own.model.weights == "int8"
+    alike = recipe.resolve("smollm2", {"sparsity.pattern": "8:16"})
+    assert alike.allocation.budget.limits() == {}
+    assert alike.allocation.patterns == own.allocation.patterns
+    given = {"sparsity.pattern": "8:16", "allocation.budget": {"max_kl": 1.0}}
+    both = recipe.resolve("smollm2", given)
+    assert both.allocation.budget.limits() == {"max_kl": 1.0}

@@ -14,6 +14,7 @@ from nmexport.allocation.built import BuiltLinear, errors_as_built
 from nmexport.allocation.costs import check_candidates, cost_model, measure_sites
 from nmexport.allocation.probe import Probe
 from nmexport.allocation.study import (
+    Integers,
     choose,
     front_points,
     remark,
@@ -30,18 +31,29 @@ if TYPE_CHECKING:
     from nmexport.allocation.costs import Problem
     from nmexport.allocation.study import Study
     from nmexport.calibration.checkpoint import Checkpoint
-    from nmexport.sparsity.linear import Behaviour
+    from nmexport.sparsity.linear import Behaviour, SparseLinear
     from nmexport.store.allocation import FrontPoint
 
+_TRIALS: dict[str, str] = {
+    "run": "Each such site is made sparse alone, its linears on the inputs of the running model, "
+    "and KL(dense || sparse) is measured over {windows} calibration windows of {length} tokens",
+    "gradient": "What each such site costs alone in KL(dense || sparse) is estimated from the "
+    "gradients of the dense model's predictions over {windows} calibration windows of {length} "
+    "tokens",
+}
 PROTOCOL = (
-    "Linears that read the same tensor share a choice. Each such site is made sparse alone, its "
-    "linears on the inputs of the running model, and KL(dense || sparse) is measured over "
-    "{windows} calibration windows of {length} tokens; patterns that were not tried follow from "
-    "those that were, through the squared error of the site's outputs. An integer programme picks "
-    "one choice for every site. Joint models are then run on {held_out} other calibration windows: "
-    "these are the divergences and perplexity ratios of the front, before any learned constant. "
-    "What is built is measured on the same windows, and has learned from none of them. "
-    "Speed is predicted from the bytes that a decoded token reads and an overhead for each product."
+    "Linears that read the same tensor share a choice. {trials}; patterns that were not tried "
+    "follow from those that were, through the squared error of the site's outputs. An integer "
+    "programme picks one choice for every site. Joint models are then run on {held_out} other "
+    "calibration windows: these are the divergences and perplexity ratios of the front, before any "
+    "learned constant. What is built is measured on the same windows, and has learned from none of "
+    "them. Speed is predicted from the bytes that a decoded token reads and an overhead for each "
+    "product."
+)
+_INTEGERS = (
+    " Weights of joint models are in {weights}, as they are stored: that counts in all their "
+    "figures, and is measured by itself too. The points called sparsity alone are those of the "
+    "front with weights in floats."
 )
 _PROMPT = (
     " The first {prompt} tokens of a window are its prompt and are not scored; the rest count as "
@@ -66,12 +78,17 @@ def prepare(problem: Problem, checkpoint: Checkpoint | None = None) -> Prepared:
     sites = input_sites(problem.model, problem.linears, problem.samples[0])
     study = study_of(
         measure_sites(problem, sites, checkpoint),
-        cost_model(problem),
+        cost_model(problem, problem.weights),
         Probe(problem.model, problem.held_out, prompt=problem.prompt),
         prefill_weight=section.cost.prefill_weight,
+        integers=Integers(modules=problem.integers, floats=cost_model(problem, "float"))
+        if problem.integers
+        else None,
     )
+    alone = [study.quantised_point(f"dense {problem.weights}")] if problem.integers else []
     uniform = uniform_points(study, progress)
-    return Prepared(problem, study, (*uniform, *front_points(study, section.front, progress)))
+    front = front_points(study, section.front, progress)
+    return Prepared(problem, study, (*alone, *uniform, *front))
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,14 +153,18 @@ class Prepared:
         def modules(*, prompt: int, phases_alike: bool) -> dict[str, BuiltLinear]:
             return {
                 name: BuiltLinear(
-                    replace(behaviour, phase="all") if phases_alike else behaviour,
+                    _as_stored(
+                        replace(behaviour, phase="all") if phases_alike else behaviour,
+                        problem.integers.get(name),
+                    ),
                     partial(folded, name),
                     prompt=prompt,
                 )
                 for name, behaviour in behaviours.items()
             }
 
-        moved = self.study.probe.measure_modules(modules(prompt=problem.prompt, phases_alike=False))
+        sparse = modules(prompt=problem.prompt, phases_alike=False)
+        moved = self.study.probe.measure_modules({**problem.integers, **sparse})
         errors = errors_as_built(
             problem.model,
             {name: problem.linears[name] for name in behaviours},
@@ -161,10 +182,23 @@ class Prepared:
         )
 
 
+def _as_stored(behaviour: Behaviour, stored: SparseLinear | None) -> Behaviour:
+    """Round what meets the weight as its dense form in integers does; floats are not rounded."""
+    if stored is None:
+        return behaviour
+    return replace(
+        behaviour,
+        activation_bits=stored.behaviour.activation_bits,
+        activation_block=stored.behaviour.activation_block,
+    )
+
+
 def _protocol(problem: Problem, study: Study) -> Protocol:
     windows, held_out = len(problem.windows), len(problem.held_out)
     length, prompt = problem.windows.shape[1], problem.prompt
-    words = PROTOCOL.format(windows=windows, length=length, held_out=held_out)
+    trials = _TRIALS[problem.section.trials].format(windows=windows, length=length)
+    words = PROTOCOL.format(trials=trials, held_out=held_out)
+    words += _INTEGERS.format(weights=problem.weights) if problem.integers else ""
     return Protocol(
         words=words + _PROMPT.format(prompt=prompt) if prompt else words,
         sites=len(study.table),

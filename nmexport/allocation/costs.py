@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from nmexport.allocation.gradients import estimate_alone
 from nmexport.allocation.probe import Movement, Probe, SparseInput, measure_alone, spread_windows
 from nmexport.calibration.forward_passes import forward_sample, hooked
 from nmexport.calibration.local_error import ErrorObserver, observe_error
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from nmexport.choices import Phase
     from nmexport.progress import Progress
     from nmexport.recipe import AllocationSection, SparsitySection
-    from nmexport.sparsity.linear import Behaviour, Constants
+    from nmexport.sparsity.linear import Behaviour, Constants, SparseLinear
     from nmexport.sparsity.pattern import NMPattern
 
     ConstantsFor = Callable[[Site, SparsitySection], Constants]
@@ -65,6 +66,9 @@ class Problem:
     """Size of an exported weight that stays dense."""
     weights: str = "float"
     """How weights are stored, as `nmexport.sparsity.weight_form.FORMS` says."""
+    integers: Mapping[str, SparseLinear] = field(default_factory=dict)
+    """Every linear of the model as a dense one in these integers, by name; none where weights are
+    floats. What quantisation costs counts in every joint model."""
     progress: Progress
 
     @cached_property
@@ -80,7 +84,8 @@ class Problem:
     @cached_property
     def held_out(self) -> torch.Tensor:
         """`[W, L]` token ids on which joint models are run."""
-        return spread_windows(self.samples, self.section.windows, self.section.length, part=1)
+        count = self.section.held_out or self.section.windows
+        return spread_windows(self.samples, count, self.section.length, part=1)
 
     @property
     def prompt(self) -> int:
@@ -262,12 +267,21 @@ def measure_sites(
         }
         for site, choices in variants.items()
     }
-    moved = measure_alone(
-        Probe(problem.model, problem.windows, prompt=problem.prompt),
-        trials,
-        progress=problem.progress,
-        checkpoint=checkpoint,
-    )
+    if problem.section.trials == "gradient":
+        moved = estimate_alone(
+            problem.model,
+            problem.windows,
+            trials,
+            prompt=problem.prompt,
+            progress=problem.progress,
+        )
+    else:
+        moved = measure_alone(
+            Probe(problem.model, problem.windows, prompt=problem.prompt),
+            trials,
+            progress=problem.progress,
+            checkpoint=checkpoint,
+        )
     return SiteCosts(variants=variants, errors=errors, moved=moved)
 
 
@@ -390,9 +404,16 @@ class CostModel(CostConstants):
         return self.other_bytes / self.bytes_per_second + self.rest_seconds
 
 
-def cost_model(problem: Problem) -> CostModel:
-    """Take the section's constants, and count the weights outside of the targeted linears."""
+def cost_model(problem: Problem, weights: str) -> CostModel:
+    """Take the section's constants, and count the weights outside of the targeted linears.
+
+    Args:
+        problem: Model and constants.
+        weights: How weights are stored.
+    """
     model, constants = problem.model, problem.section.cost
+    are_floats = WeightForm.parse(weights) is None
+    speed = constants.gigabytes_per_second if are_floats else constants.integer_gigabytes_per_second
     targeted = {id(linear.weight) for linear in problem.linears.values()}
     looked_up = id(model.get_input_embeddings().weight)
     output = model.get_output_embeddings()
@@ -404,11 +425,12 @@ def cost_model(problem: Problem) -> CostModel:
         if id(parameter) not in targeted and id(parameter) != looked_up
     )
     return CostModel(
-        bytes_per_second=constants.gigabytes_per_second * 1e9,
+        bytes_per_second=speed * 1e9,
         dense_overhead_seconds=constants.dense_overhead_us * 1e-6,
         sparse_overhead_seconds=constants.sparse_overhead_us * 1e-6,
         element_bytes=problem.element_bytes,
-        sparse_weights=problem.weights,
-        other_bytes=other * problem.element_bytes,
+        sparse_weights=weights,
+        # Nearly all of it is the output head, which has 8 bits where weights are integers.
+        other_bytes=other * (problem.element_bytes if are_floats else 1),
         rest_seconds=constants.layer_overhead_us * 1e-6 * _decoder_layers(model)[1],
     )

@@ -7,13 +7,10 @@ from typing import TYPE_CHECKING
 
 from nmexport.allocation.costs import Variant, observe_variants
 from nmexport.calibration.method import behaviour_of
-from nmexport.sparsity.remainder import rank_within, remainder_of
 from nmexport.store.allocation import DENSE, Candidate, Choice, LedgerRow
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-
-    from torch import nn
 
     from nmexport.allocation.costs import Problem
     from nmexport.allocation.study import Pick, Study
@@ -22,8 +19,8 @@ if TYPE_CHECKING:
     from nmexport.recipe import SparsitySection
 
 AS_BUILT = "as built"
-# What is not learned; static variance is read off its per-token sibling's observation, so that
-# eight runs of a linear show eleven.
+# What is neither learned nor, as r-sparse, refused with a budget; static variance is read off its
+# per-token sibling's observation, so that six runs of a linear show nine.
 _OBSERVED: dict[str, tuple[str, ...]] = {
     "none": (),
     "var": ("var",),
@@ -31,8 +28,6 @@ _OBSERVED: dict[str, tuple[str, ...]] = {
     "s-pts + var": ("s-pts", "var"),
     "d-pts": ("d-pts",),
     "d-pts + var": ("d-pts", "var"),
-    "r-sparse": ("r-sparse",),
-    "r-sparse + var": ("r-sparse", "var"),
 }
 _STATIC = {"s-var": "none", "s-pts + s-var": "s-pts", "d-pts + s-var": "d-pts"}
 
@@ -46,7 +41,7 @@ def rows(problem: Problem, study: Study, pick: Pick, *, price: float | None) -> 
         pick: What each site became.
         price: Nats that the last byte saved costs.
     """
-    mitigations = mitigation_errors(problem, pick)
+    mitigations = mitigation_errors(problem, pick) if problem.section.compare_mitigations else {}
     return [
         LedgerRow(
             name=name,
@@ -55,7 +50,7 @@ def rows(problem: Problem, study: Study, pick: Pick, *, price: float | None) -> 
             choice=choice,
             why=_why(study, site, choice, price),
             candidates=tuple(_candidates(study, site, name)),
-            mitigation_errors=mitigations[name],
+            mitigation_errors=mitigations.get(name, {}),
             mitigation_pattern=choice.pattern or problem.method.pattern,
         )
         for site, choice in pick.items()
@@ -75,9 +70,7 @@ def mitigation_errors(problem: Problem, pick: Pick) -> dict[str, dict[str, float
         if site.in_features % method.pattern.m == 0:
             for words, names in _OBSERVED.items():
                 mitigated[words] = _variant(problem, site, method, names)
-        for name in site.names:
-            linear = problem.linears[name]
-            variants[name] = _with_remainder(mitigated, linear, method.remainder)
+        variants |= dict.fromkeys(site.names, mitigated)
     seen = observe_variants(problem, variants, label="fold: errors by mitigation")
     return {name: _errors(observers) for name, observers in seen.items()}
 
@@ -100,22 +93,6 @@ def _variant(
     return Variant(
         behaviour=behaviour_of(mitigated), constants=problem.constants_for(site, mitigated)
     )
-
-
-def _with_remainder(
-    variants: Mapping[str, Variant], linear: nn.Linear, share: float
-) -> dict[str, Variant]:
-    """Give a linear its own factors where a variant is `r-sparse`; the rest its site shares."""
-    if not variants:
-        return {}
-    rank = rank_within(share, linear.in_features, linear.out_features)
-    factors = remainder_of(linear.weight, rank)
-    return {
-        words: replace(variant, constants=replace(variant.constants, remainder=factors))
-        if "r-sparse" in _OBSERVED[words]
-        else variant
-        for words, variant in variants.items()
-    }
 
 
 def _errors(observers: Mapping[str, ErrorObserver]) -> dict[str, float | None]:

@@ -10,6 +10,7 @@ import contextlib
 import inspect
 import math
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 # Log-probabilities of the dense model that are kept, all windows together.
 _REFERENCE_BYTES = 768 << 20
+_AS_THEY_ARE: Mapping[str, nn.Module] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,22 +162,29 @@ class Probe:
         if not torch.allclose(again, self._reference[0], rtol=1e-4, atol=1e-4):
             self._start, self._before, self._resumes = 0, [], False
 
-    def measure(self, inputs: Mapping[Site, SparseInput]) -> Movement:
+    def measure(
+        self, inputs: Mapping[Site, SparseInput], *, modules: Mapping[str, nn.Module] = _AS_THEY_ARE
+    ) -> Movement:
         """Run the model with these sites sparse.
+
+        Args:
+            inputs: What their linears are handed.
+            modules: In place of the model's own, by name; sites may be among them. With any, the
+                whole model runs.
 
         Raises:
             ValueError: if a site lies before the layer that trials start at.
         """
+        if modules:
+            self.start_at(0)
         if any(site.layer < self._start for site in inputs):
             raise ValueError(f"trials start at layer {self._start}")
-        with self._sparse(inputs):
+        with swapped(self._model, modules), self._sparse(inputs):
             return self._measure_movement()
 
     def measure_modules(self, modules: Mapping[str, nn.Module]) -> Movement:
         """Run the whole model with these modules in place of its own, by name."""
-        self.start_at(0)
-        with swapped(self._model, modules):
-            return self._measure_movement()
+        return self.measure({}, modules=modules)
 
     def _measure_movement(self) -> Movement:
         """Compare the model, as it is now, with the dense one on the windows."""

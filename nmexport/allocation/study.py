@@ -6,30 +6,33 @@ import bisect
 import itertools
 import math
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cached_property, reduce
 from operator import add
 from typing import TYPE_CHECKING
 
 from nmexport.allocation.costs import sparse_input
+from nmexport.allocation.probe import Movement
 from nmexport.allocation.solve import NOTHING, Measure, Option, price, solve
 from nmexport.errors import RecipeError
 from nmexport.store.allocation import DENSE, Choice, FrontPoint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from typing import Literal
 
     from nmexport.allocation.costs import CostModel, SiteCosts
-    from nmexport.allocation.probe import Movement, Probe
+    from nmexport.allocation.probe import Probe, SparseInput
     from nmexport.calibration.sites import Site
     from nmexport.progress import Progress
     from nmexport.recipe import BudgetSection
+    from nmexport.sparsity.linear import SparseLinear
+    from nmexport.store.allocation import PointKind
 
 # Solving for an accuracy budget, running the result, solving again: so often at most.
 _ROUNDS = 6
 # A measured model within this share of its budget is as good as one right on it.
 _NEAR = 0.97
 _LEAST_NATS = 1e-9  # a divergence of nothing still has a logarithm
+_UNMOVED = Movement(kl=(0.0,), nll=(0.0,))
 
 Pick = dict["Site", Choice]
 """A choice for every site."""
@@ -87,6 +90,16 @@ def _interpolate(curve: list[tuple[float, float]], x: float) -> float:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Integers:
+    """Weights in integers: what joint models run on, and what floats would cost."""
+
+    modules: Mapping[str, SparseLinear]
+    """Every linear of the model as a dense one in integers, by name."""
+    floats: CostModel
+    """Prices with weights in floats."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Study:
     """Every site's options in figures, and the joint models that have been tried."""
 
@@ -96,30 +109,44 @@ class Study:
     model: CostModel
     probe: Probe
     """Held-out windows that joint models are measured on."""
+    integers: Integers | None = None
+    """None where weights are floats."""
     kl: Additivity = field(default_factory=Additivity)
-    """From summed to joint divergence."""
+    """From summed to joint divergence, beyond what quantisation alone costs."""
     nll: Additivity = field(default_factory=Additivity)
-    """From summed divergence to the logarithm of the perplexity ratio."""
+    """From summed divergence to the logarithm of the perplexity ratio, likewise."""
     _tried: dict[tuple[Choice, ...], Movement] = field(default_factory=dict)
 
+    @cached_property
+    def quantised(self) -> Movement:
+        """What quantisation alone does on the held-out windows; nothing where weights are floats.
+
+        Rounding and sparsity hardly go together: their divergences add up.
+        """
+        if self.integers is None:
+            return _UNMOVED
+        return self.probe.measure({}, modules=self.integers.modules)
+
     def run(self, pick: Pick) -> Movement:
-        """Run the joint model of a pick on the held-out windows."""
+        """Run the joint model of a pick on the held-out windows, its weights as stored."""
         key = tuple(pick.values())
         if key not in self._tried:
-            variants = self.costs.variants
-            moved = self.probe.measure(
-                {
-                    site: sparse_input(site, variants[site][choice])
-                    for site, choice in pick.items()
-                    if choice != DENSE
-                }
-            )
+            modules = {} if self.integers is None else self.integers.modules
+            moved = self.probe.measure(self._inputs(pick), modules=modules)
             self._tried[key] = moved
             summed = self.total(pick).kl
             if summed > 0:
-                self.kl.add(summed, moved.kl_mean)
-                self.nll.add(summed, moved.nll_mean)
+                self.kl.add(summed, moved.kl_mean - self.quantised.kl_mean)
+                self.nll.add(summed, moved.nll_mean - self.quantised.nll_mean)
         return self._tried[key]
+
+    def _inputs(self, pick: Pick) -> dict[Site, SparseInput]:
+        variants = self.costs.variants
+        return {
+            site: sparse_input(site, variants[site][choice])
+            for site, choice in pick.items()
+            if choice != DENSE
+        }
 
     def solve(self, *, minimise: Measure, limits: Mapping[Measure, float]) -> Pick | None:
         """Pick an option for every site; None where no pick keeps the limits."""
@@ -167,11 +194,42 @@ class Study:
         other = self.model.other_seconds
         return (self.dense.seconds + other) / speedup - other
 
-    def point(
-        self, kind: Literal["front", "uniform", "chosen"], label: str, pick: Pick
-    ) -> FrontPoint:
+    def point(self, kind: PointKind, label: str, pick: Pick) -> FrontPoint:
         """Describe a pick as a row of the front."""
-        moved = self.run(pick)
+        return self._point(kind, label, pick, self.run(pick))
+
+    def quantised_point(self, label: str) -> FrontPoint:
+        """Describe the dense model in integers."""
+        return self._point("integers", label, self.uniform(DENSE), self.quantised)
+
+    def float_point(self, label: str, pick: Pick) -> FrontPoint:
+        """Describe a pick with weights in floats: sparsity alone.
+
+        Raises:
+            ValueError: if weights are floats anyway.
+        """
+        if self.integers is None:
+            raise ValueError("weights are floats: every point is one of sparsity alone")
+        floats = self.integers.floats
+        whole = sum(floats.read_bytes(site, DENSE) for site in pick)
+        read = sum(floats.read_bytes(site, choice) for site, choice in pick.items())
+        quick = _seconds(floats, self.uniform(DENSE)) / _seconds(floats, pick)
+        moved = self.probe.measure(self._inputs(pick))
+        return FrontPoint(
+            kind="floats",
+            label=label,
+            bytes_saved=1 - read / whole,
+            decode_speedup=quick,
+            summed_kl=self.total(pick).kl,
+            kl=moved.kl_mean,
+            perplexity_ratio=math.exp(moved.nll_mean),
+            linears=_count(pick),
+            float_bytes=read / whole,
+            float_speedup=quick,
+        )
+
+    def _point(self, kind: PointKind, label: str, pick: Pick, moved: Movement) -> FrontPoint:
+        float_bytes, float_speedup = self._over_floats(pick)
         return FrontPoint(
             kind=kind,
             label=label,
@@ -181,10 +239,30 @@ class Study:
             kl=moved.kl_mean,
             perplexity_ratio=math.exp(moved.nll_mean),
             linears=_count(pick),
+            float_bytes=float_bytes,
+            float_speedup=float_speedup,
+        )
+
+    def _over_floats(self, pick: Pick) -> tuple[float, float] | tuple[None, None]:
+        """Bytes and speed of a pick, to the dense model in floats."""
+        if self.integers is None:
+            return None, None
+        floats, dense = self.integers.floats, self.uniform(DENSE)
+        whole = sum(floats.read_bytes(site, DENSE) for site in dense)
+        return (
+            self.total(pick).bytes / whole,
+            _seconds(floats, dense) / _seconds(self.model, pick),
         )
 
     def _rows(self) -> list[list[Option]]:
         return [list(row.values()) for row in self.table.values()]
+
+
+def _seconds(model: CostModel, pick: Pick) -> float:
+    """Time of a whole decoded token."""
+    return model.other_seconds + math.fsum(
+        model.seconds(site, choice) for site, choice in pick.items()
+    )
 
 
 def _count(pick: Pick) -> dict[str, int]:
@@ -195,7 +273,14 @@ def _count(pick: Pick) -> dict[str, int]:
     return counts
 
 
-def study_of(costs: SiteCosts, model: CostModel, probe: Probe, *, prefill_weight: float) -> Study:
+def study_of(
+    costs: SiteCosts,
+    model: CostModel,
+    probe: Probe,
+    *,
+    prefill_weight: float,
+    integers: Integers | None = None,
+) -> Study:
     """Put figures to every site's choices.
 
     Args:
@@ -203,6 +288,7 @@ def study_of(costs: SiteCosts, model: CostModel, probe: Probe, *, prefill_weight
         model: Bytes and seconds.
         probe: Held-out windows.
         prefill_weight: Worth of a prompt's multiply-adds, in decode time.
+        integers: What weights in integers add; None where they are floats.
     """
     table = {
         site: _options(site, costs.divergences(site), model, prefill_weight)
@@ -214,7 +300,7 @@ def study_of(costs: SiteCosts, model: CostModel, probe: Probe, *, prefill_weight
     }
     if any(gains.values()):  # else all are kept: a budget of accuracy alone still has a choice
         table = {site: {DENSE: table[site][DENSE], **row} for site, row in gains.items()}
-    return Study(table=table, costs=costs, model=model, probe=probe)
+    return Study(table=table, costs=costs, model=model, probe=probe, integers=integers)
 
 
 def _options(
@@ -261,7 +347,10 @@ def front_points(study: Study, shares: Sequence[float], progress: Progress) -> l
         limit: dict[Measure, float] = {"bytes": (1 - share) * study.dense.bytes}
         pick = study.solve(minimise="kl", limits=limit)
         if pick is not None:
-            points.append(study.point("front", f"{100 * share:.0f} %", pick))
+            label = f"{100 * share:.0f} %"
+            points.append(study.point("front", label, pick))
+            if study.integers is not None:
+                points.append(study.float_point(label, pick))
     return points
 
 
@@ -288,6 +377,7 @@ def choose(study: Study, budget: BudgetSection, *, relief: float = 1.0) -> Pick:
     if budget.max_kl is None and budget.max_perplexity_ratio is None:
         pick = study.solve(minimise="kl", limits=limits)
     else:
+        _check_quantised(study, budget)
         aim: Measure = "worth" if _sparsifies(study.least("worth")) else "work"
         pick = _most_within(study, budget, limits, relief, minimise=aim)
     if pick is None or not _sparsifies(pick):
@@ -302,6 +392,23 @@ def remark(study: Study, pick: Pick) -> str | None:
     return (
         f"The cost model sees no gain in this choice: decode at {study.speedup(pick):.2f}x the "
         "dense model's speed. Measure it, or give allocation.cost the constants of the target."
+    )
+
+
+def _check_quantised(study: Study, budget: BudgetSection) -> None:
+    """Refuse a budget of accuracy that weights in integers exceed before anything is sparse.
+
+    Raises:
+        RecipeError: says what they cost.
+    """
+    kl, nll = study.quantised.kl_mean, study.quantised.nll_mean
+    if (share_used(budget, kl=kl, nll=nll) or 0.0) < 1:
+        return
+    raise RecipeError(
+        f"{study.model.sparse_weights} weights alone exceed the budget: perplexity ratio "
+        f"{math.exp(nll):.3f}, KL {kl:.3g} nats.",
+        allowed="a budget that leaves room for sparsity",
+        fix="loosen --budget, or store weights in more bits with --weights",
     )
 
 
@@ -354,9 +461,11 @@ def _summed_limit(study: Study, budget: BudgetSection, relief: float) -> float:
     """Turn the joint budget into a limit on the sum of single divergences, as far as is known."""
     limits = []
     if budget.max_kl is not None:
-        limits.append(study.kl.summed(relief * budget.max_kl))
+        left = relief * budget.max_kl - study.quantised.kl_mean
+        limits.append(study.kl.summed(left))
     if budget.max_perplexity_ratio is not None:
-        limits.append(study.nll.summed(relief * math.log(budget.max_perplexity_ratio)))
+        left = relief * math.log(budget.max_perplexity_ratio) - study.quantised.nll_mean
+        limits.append(study.nll.summed(left))
     return min(limits)
 
 
@@ -372,5 +481,6 @@ def _out_of_reach(study: Study, budget: BudgetSection) -> RecipeError:
         f"No choice of patterns keeps the budget ({given}) and sparsifies anything.",
         allowed=f"bytes of at least {least_bytes:.2f}; by the cost model {why}; "
         "the more of either, the less accuracy",
-        fix="loosen --budget, or give allocation.patterns more to choose among",
+        fix="loosen --budget, or give allocation.patterns more to choose among; with --pattern "
+        "16:16 --weights int8 nothing is sparse, and a quarter of the bytes are read",
     )

@@ -2,8 +2,12 @@
 
 Two streams of hidden states go through the layers: the dense model's, and that of the part which is
 sparse and learned already. Each block learns to give, from the sparse stream, what the dense one
-becomes; so it also makes good what those before it left. Least squares first, linear by linear,
-then gradients through the block. The result is of the same kind as that of `learning`.
+becomes; so it also makes good what those before it left. An error counts by what it makes of the
+predictions (`block_metric`). The result is of the same kind as that of `learning`.
+
+Starting gains, biases and compensations at least squares does not pay: they serve outputs by size,
+not by what depends on them. On four layers of SmolLM2 perplexity rose by 3.9 % (other text 13.2 %)
+without, in 18 s; by 6.0 % (11.8 %) with gains and biases so, in 31 s; by 7.4 % (17.4 %) with all.
 
 A block depends on the seed and on those before it. One that is done is kept: a run that was killed
 takes the streams through it again and goes on to the same result, bit for bit on the same machine.
@@ -11,12 +15,13 @@ takes the streams through it again and goes on to the same result, bit for bit o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
-from nmexport.calibration.block_loss import loss_of, relative_errors
-from nmexport.calibration.block_start import start_by_least_squares
+from nmexport.calibration.block_loss import divergences_of, loss_of, relative_errors
+from nmexport.calibration.block_metric import gather_metrics
 from nmexport.calibration.learning import Learned, LossCurve
 from nmexport.calibration.learning_chunks import SEED_STRIDE, batch_of, split_chunks
 from nmexport.calibration.products import fast_dtype
@@ -28,6 +33,7 @@ from nmexport.models.swap import swapped
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from nmexport.calibration.block_metric import BlockMetrics
     from nmexport.calibration.checkpoint import Checkpoint
     from nmexport.calibration.effort import LearningSettings
     from nmexport.calibration.learning_chunks import Chunks
@@ -36,7 +42,10 @@ if TYPE_CHECKING:
     from nmexport.models.hidden_states import HiddenStates
     from nmexport.progress import Progress
     from nmexport.sparsity.fold import Corrections
+    from nmexport.sparsity.learned import Spread
 
+METRIC_CHUNKS = 16
+"""Chunks, of those learned from, that say how much predictions depend on an error."""
 _LOGIT_ROWS = 256  # positions whose distributions exist in both forms at a time
 
 
@@ -70,7 +79,15 @@ def learn_blocks(
     _refuse_outside(blocks, targets)
     chunks = split_chunks(samples, settings)
     dtype = fast_dtype(blocks.device) if dtype is None else dtype
-    run = _Run(blocks, targets, chunks, settings=settings, dtype=dtype)
+    rows = block_rows(chunks, settings)
+    metrics = gather_metrics(
+        blocks,
+        chunks.ids[rows[:METRIC_CHUNKS]],
+        progress=progress,
+        seed=settings.seed,
+        folder=blocks.folder,
+    )
+    run = _Run(blocks, targets, chunks, rows=rows, metrics=metrics, settings=settings, dtype=dtype)
     return run.finish(progress, checkpoint_of)
 
 
@@ -126,12 +143,13 @@ class _Run:
         targets: Targets,
         chunks: Chunks,
         *,
+        rows: torch.Tensor,
+        metrics: BlockMetrics,
         settings: LearningSettings,
         dtype: torch.dtype,
     ) -> None:
-        self._blocks, self._targets = blocks, targets
+        self._blocks, self._targets, self._metrics = blocks, targets, metrics
         self._settings, self._dtype = settings, dtype
-        rows = block_rows(chunks, settings)
         with torch.no_grad():
             self._streams = _Streams(blocks, chunks.ids[rows], chunks.held_out)
         batches = -(-len(rows) // settings.batch)
@@ -189,7 +207,6 @@ class _Run:
             self._move_unlearned(block)
             kept = None if checkpoint is None else checkpoint.load()
             if kept is None:
-                self._start(block, students)
                 self._move_dense(block, students)
                 yield from self._optimise(block, students)
                 if checkpoint is not None:
@@ -204,10 +221,6 @@ class _Run:
         self._corrections |= students.corrections()
         yield
 
-    def _start(self, block: Block, students: Students) -> None:
-        with torch.no_grad():
-            start_by_least_squares(block, students, self._inputs, settings=self._settings)
-
     def _optimise(self, block: Block, students: Students) -> Iterator[None]:
         """All steps of a block; a dense one has nothing to learn."""
         parameters = students.parameters()
@@ -215,17 +228,25 @@ class _Run:
             yield from [None] * self._steps
             return
         optimiser = Optimiser(parameters, steps=self._steps, rate=self._settings.block_rate)
+        metric = self._metrics.of(block.index).to(self._blocks.device)
         for step in range(self._steps):
-            self._step(block, students, optimiser, step)
+            self._step(block, students, optimiser, metric, step)
             yield
 
-    def _step(self, block: Block, students: Students, optimiser: Optimiser, step: int) -> None:
+    def _step(
+        self,
+        block: Block,
+        students: Students,
+        optimiser: Optimiser,
+        metric: torch.Tensor,
+        step: int,
+    ) -> None:
         rows = self._rows_of(block.index, step)
         device = self._blocks.device
         inputs = self._streams.sparse.batch(rows).to(device)
         target = self._streams.dense.batch(rows).to(device)
         with torch.enable_grad(), students.disturbed(block.index * self._steps + step):
-            loss = loss_of(relative_errors(block(inputs), target))
+            loss = loss_of(divergences_of(relative_errors(block(inputs), target), metric))
         optimiser.step(step, float(loss.detach()), loss.backward)
 
     def _rows_of(self, index: int, step: int) -> torch.Tensor:
@@ -237,28 +258,27 @@ class _Run:
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
         return order[place * self._settings.batch : (place + 1) * self._settings.batch]
 
-    def _spreads(self, block: Block, targets: Targets) -> Mapping[str, Any]:
-        """Sizes of the dense linears' inputs and outputs, on the first chunks.
+    def _spreads(self, block: Block, targets: Targets) -> Mapping[str, Spread]:
+        """Sizes of the dense linears' inputs and outputs, on as many chunks as reach all of them.
 
         Raises:
             ModelError: if no token reaches a linear.
         """
-        inputs = self._streams.dense.batch(self._streams.learned[: self._settings.batch])
-        spreads = spreads_of(targets.linears, lambda: block(inputs.to(self._blocks.device)))
-        unreached = [name for name in targets.linears if name not in spreads]
-        if unreached:
+        spreads: dict[str, Spread] = {}
+        missing = dict(targets.linears)
+        for rows in torch.split(self._streams.learned, self._settings.batch):
+            if not missing:
+                return spreads
+            dense = self._streams.dense.batch(rows).to(self._blocks.device)
+            spreads |= spreads_of(missing, partial(block, dense))
+            missing = {name: one for name, one in missing.items() if name not in spreads}
+        if missing:
+            name = next(iter(missing))
             raise ModelError(
-                f"No token that is learned from reaches {unreached[0]} "
-                f"({len(unreached)} such linears).",
-                fix=f"leave it dense with --targets '!{unreached[0]}'",
+                f"No token that is learned from reaches {name} ({len(missing)} such linears).",
+                fix=f"leave it dense with --targets '!{name}'",
             )
         return spreads
-
-    def _inputs(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Inputs of the block in the dense stream and in the sparse one, `[B, L, H]` each."""
-        device, streams = self._blocks.device, self._streams
-        for rows in torch.split(streams.learned, self._settings.batch):
-            yield streams.dense.batch(rows).to(device), streams.sparse.batch(rows).to(device)
 
     def _move_unlearned(self, block: Block) -> None:
         if self._streams.unlearned is not None:
@@ -278,7 +298,7 @@ class _Run:
             relative_errors(streams.sparse.batch(row[None]), streams.dense.batch(row[None]))
             for row in streams.held_out
         ]
-        return float(torch.cat(errors).sqrt().mean())
+        return float(torch.cat(errors).square().mean(dim=-1).sqrt().mean())
 
     def _move(self, block: Block, states: HiddenStates, count: int) -> None:
         """Take the first chunks of a stream through a block."""

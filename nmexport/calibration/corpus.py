@@ -2,6 +2,7 @@
 
 A corpus is named by
 - `self`: text that the dense model generates itself, so that no data is needed;
+- `python`: the manual and source code that come with Python, real text with no data at hand;
 - a `.txt` file: the text as it stands, neither detokenised nor normalised;
 - a `.jsonl` file: one document a line, `{"text": ...}` or chat `{"messages": [...]}`, which go
   through the tokenizer's chat template;
@@ -31,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from nmexport.calibration.python_text import python_text
 from nmexport.errors import CorpusError, EnvironmentFault, RequestError
 from nmexport.generation.chat import check_messages
 from nmexport.recipe import CorpusSection
@@ -41,9 +43,11 @@ if TYPE_CHECKING:
     from nmexport.recipe import EvaluationSection
 
 SELF = "self"
+PYTHON = "python"
 FORMS = (
-    "self (text that the model generates), a .txt file, a .jsonl file with `text` or `messages`, "
-    "or a Hub dataset NAME or NAME:CONFIG"
+    "self (text that the model generates), python (the manual and source code that come with "
+    "Python), a .txt file, a .jsonl file with `text` or `messages`, or a Hub dataset NAME or "
+    "NAME:CONFIG"
 )
 
 Split = Literal["calibration", "evaluation"]
@@ -241,6 +245,8 @@ def protocol(section: CorpusSection | EvaluationSection) -> str:
     source = {
         "self": "text that the dense model generates itself, sampled at temperature 1 after a "
         "random first token",
+        "python": "the manual and source code that come with Python, tokenised once without "
+        "special tokens",
         "txt": "the text as it stands, tokenised once without special tokens",
         "jsonl": "one document a line (chat messages through the model's template), joined by the "
         "end-of-text token",
@@ -266,6 +272,8 @@ def corpus_identity(corpus: str) -> dict[str, str]:
     Raises:
         CorpusError: if a local file is missing or its kind is not known.
     """
+    if corpus == PYTHON:
+        return {"corpus": corpus, "sha256": hashlib.sha256(python_text().encode()).hexdigest()}
     if not is_file(corpus):
         return {"corpus": corpus}
     return {
@@ -347,10 +355,12 @@ def _too_short(
     )
 
 
-def _kind(corpus: str) -> Literal["self", "txt", "jsonl", "hub"]:
+def _kind(corpus: str) -> Literal["self", "python", "txt", "jsonl", "hub"]:
     """Raises CorpusError for what is neither a known file nor like a dataset's name."""
     if corpus == SELF:
         return "self"
+    if corpus == PYTHON:
+        return "python"
     path = Path(corpus)
     if path.suffix in {".txt", ".jsonl"}:
         if not path.is_file():
@@ -364,6 +374,8 @@ def _kind(corpus: str) -> Literal["self", "txt", "jsonl", "hub"]:
 def _token_stream(corpus: str, tokenizer: Any, split: Split, wanted: int) -> TokenIds:
     """All tokens of a local corpus, or the first `wanted` or somewhat more of a Hub dataset."""
     kind = _kind(corpus)
+    if kind == "python":
+        return _tokens(tokenizer, python_text())
     if kind == "txt":
         return _tokens(tokenizer, _read_text(Path(corpus)))
     if kind == "jsonl":

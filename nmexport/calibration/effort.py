@@ -53,7 +53,7 @@ class LearningSettings:
     """Chunks that a block learns from, where constants are learned block by block."""
     block_epochs: int = 4
     """How often it takes each."""
-    block_rate: float = 0.001
+    block_rate: float = 0.003
     """As `rate`, of a block."""
     written: int = 512
     """Most chunks that the model writes for learning alone, rather than learn from some again."""

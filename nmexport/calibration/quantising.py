@@ -15,9 +15,19 @@ import torch
 
 from nmexport.calibration.second_moments import Watched, chunked, gather_second_moments
 from nmexport.calibration.sites import input_sites
+from nmexport.calibration.sparse_constants import SparseConstants
+from nmexport.environment import free_memory
 from nmexport.sparsity.fold import NOTHING_LEARNED, fold, selection
-from nmexport.sparsity.linear import Behaviour, Constants, InputSite, bias_of, kept_values
+from nmexport.sparsity.linear import (
+    Behaviour,
+    Constants,
+    InputSite,
+    SparseLinear,
+    bias_of,
+    kept_values,
+)
 from nmexport.sparsity.pattern import NMPattern
+from nmexport.sparsity.quantisation import dequantised
 from nmexport.sparsity.rounding import quantised
 from nmexport.sparsity.weight_form import GROUP, HEAD, WeightForm, activation_block
 from nmexport.store.layers import LayerSpec
@@ -29,9 +39,12 @@ if TYPE_CHECKING:
 
     from nmexport.calibration.second_moments import Operand
     from nmexport.calibration.sites import Site
-    from nmexport.calibration.sparse_constants import DenseModel, SparseConstants
+    from nmexport.calibration.sparse_constants import DenseModel
     from nmexport.sparsity.quantisation import QuantisedWeight
 
+_FLOAT_BYTES = 4
+_SHARE_FOR_FLOATS = 0.25
+"""Share of the free memory that dequantised weights of a whole model may take."""
 _MOMENT_SAMPLES = 64
 """Calibration samples that second moments are taken from: thousands of tokens for each channel."""
 
@@ -159,6 +172,39 @@ def stored_linears(
                 yield store(name, inner[name], storage.form, known)
     if head is not None and head in reached:
         yield store(head, reached[head], HEAD)
+
+
+def dense_modules(
+    dense: DenseModel, linears: Mapping[str, nn.Linear], storage: Storage
+) -> dict[str, SparseLinear]:
+    """Store every linear as a dense one: modules that compute what quantisation alone leaves.
+
+    Args:
+        dense: The dense model and what calibration knows.
+        linears: All linears of the model, by name.
+        storage: How they are stored.
+    """
+    nothing = SparseConstants(derived={}, errors={}, distances={}, learned=None)
+    size = sum(linear.weight.numel() * _FLOAT_BYTES for linear in linears.values())
+    fits = size <= free_memory() * _SHARE_FOR_FLOATS
+    return {
+        one.spec.name: SparseLinear(
+            Behaviour(
+                pattern=one.spec.pattern,
+                activation_bits=one.spec.activation_bits,
+                activation_block=one.spec.activation_block,
+            ),
+            _as_floats(one.tensors) if fits else one.tensors,
+        )
+        for one in stored_linears(dense, nothing, linears, storage)
+    }
+
+
+def _as_floats(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Dequantise a linear's weight once, in place of each time it is multiplied."""
+    parts = ("W", "weight_scale", "weight_zero_point")
+    rest = {kind: tensor for kind, tensor in tensors.items() if kind not in parts}
+    return {**rest, "W": dequantised(tensors["W"], *(tensors.get(part) for part in parts[1:]))}
 
 
 def head_name(model: nn.Module, linears: Mapping[str, nn.Linear]) -> str | None:

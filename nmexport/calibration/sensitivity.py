@@ -71,12 +71,12 @@ def gather_sensitivities(
         if layerwise is None:
             with activations_carry_gradients(model):
                 for sample in progress.track(samples, label=label, total=len(samples)):
-                    _loss(_logits(model, sample), generator).backward()  # type: ignore[no-untyped-call]
+                    drawn_loss(_logits(model, sample), generator).backward()  # type: ignore[no-untyped-call]
         else:
             backward(
                 layerwise,
                 samples,
-                lambda logits: _loss(logits, generator),
+                lambda logits: drawn_loss(logits, generator),
                 progress=progress,
                 label=label,
             )
@@ -105,6 +105,19 @@ def _start_gradients(module: nn.Module, arguments: object, output: torch.Tensor)
     return output.detach().requires_grad_(torch.is_grad_enabled())
 
 
+def _draw_tokens(probabilities: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Draw a token for each row of `[T, V]`: `[T, 1]`.
+
+    By the inverse of the distribution function: `torch.multinomial` draws a number for every token
+    of the vocabulary, which takes half as long as the model.
+    """
+    cumulative = probabilities.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    drawn = total * torch.rand(len(cumulative), 1, generator=generator)
+    below = torch.nextafter(total, torch.zeros_like(total))  # the product may round to total
+    return torch.searchsorted(cumulative, torch.minimum(drawn, below), right=True)
+
+
 def _logits(model: Any, sample: torch.Tensor) -> torch.Tensor:
     """Logits `[length, V]` of one sample `[length]`."""
     device = next(model.parameters()).device
@@ -114,10 +127,10 @@ def _logits(model: Any, sample: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _loss(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Negative log-likelihood of tokens drawn from the predictions themselves."""
+def drawn_loss(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Negative log-likelihood of tokens drawn from logits `[T, V]` themselves."""
     logits = logits.float()
-    drawn = torch.multinomial(logits.detach().softmax(dim=-1).cpu(), 1, generator=generator)
+    drawn = _draw_tokens(logits.detach().softmax(dim=-1).cpu(), generator)
     return torch.nn.functional.cross_entropy(
         logits, drawn.squeeze(1).to(logits.device), reduction="sum"
     )

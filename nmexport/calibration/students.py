@@ -93,13 +93,6 @@ class Students:
         for name, student in self.by_name.items():
             self._sites.setdefault(student.site, name)
 
-    def site_names(self) -> list[list[str]]:
-        """Names of the linears of each site, in model order."""
-        names: dict[LearningSite, list[str]] = {}
-        for name, student in self.by_name.items():
-            names.setdefault(student.site, []).append(name)
-        return list(names.values())
-
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the learned parameters by name; a site's shift once, under its first linear."""
         found: dict[str, nn.Parameter] = {}
@@ -117,6 +110,11 @@ class Students:
         """Go on from what `values` gave."""
         for name, parameter in self.parameters().items():
             parameter.data.copy_(values[name])
+
+    def start_at(self, corrections: Mapping[str, Corrections]) -> None:
+        """Begin at what was learned before, by linear."""
+        for name, correction in corrections.items():
+            self.by_name[name].start_at(correction)
 
     def corrections(self) -> dict[str, Corrections]:
         """Return what has been learned so far, by linear, on the CPU."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from nmexport.cli.output import figure, size, table
 from nmexport.report.answer import answer
+from nmexport.report.stored_rows import example_rows
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,7 +18,13 @@ if TYPE_CHECKING:
 
 def show_report(out: Console, report: Report, work: Path) -> None:
     """Print accuracy, speed and size, dense next to sparse, and the verdict."""
-    out.print(table(_title(report), ("", "dense", "sparse", ""), _rows(report)))
+    weights = report.weights
+    if report.stored_dense is None:
+        out.print(table(_title(report), ("", "dense", "sparse", ""), _rows(report)))
+    else:
+        sides = (f"dense {weights.dense}", f"dense {weights.sparse}", f"sparse {weights.sparse}")
+        out.print(table(_title(report), ("", *sides, "sparse to dense"), _three_rows(report)))
+    _show_examples(out, report)
     sparsity, memory = report.sparsity, report.memory
     out.print(
         f"Sparsity achieved {figure(_percent(sparsity.achieved), 1, ' %')} in "
@@ -43,6 +50,17 @@ def show_report(out: Console, report: Report, work: Path) -> None:
     out.print(f"Report: {page}", soft_wrap=True, markup=False)
 
 
+def _show_examples(out: Console, report: Report) -> None:
+    """Print what each model writes after the same prompts."""
+    for prompt, texts in example_rows(report):
+        out.print(f"\n{prompt} ...", soft_wrap=True, markup=False)
+        width = max(map(len, texts))
+        for side, text in texts.items():
+            out.print(f"  {side:<{width}}  {text}", soft_wrap=True, markup=False)
+    if report.accuracy.examples:
+        out.print()
+
+
 def _title(report: Report) -> str:
     mitigations = ", ".join(report.mitigations) or "no mitigation"
     return (
@@ -66,6 +84,27 @@ def _rows(report: Report) -> list[tuple[object, ...]]:
         *_task_rows(accuracy),
         *_speed_rows(report.latency),
     ]
+
+
+def _three_rows(report: Report) -> list[tuple[object, ...]]:
+    """The rows with dense in the sparse model's integers between the two."""
+    between = report.stored_dense
+    if between is None:
+        return _rows(report)
+    scores, times = between.scores, between.latency.dense
+    middle = {
+        "perplexity": figure(scores.sparse.perplexity),
+        "KL to dense, mean": figure(scores.kl_mean, 4),
+        "top-1 agreement": figure(_percent(scores.top1_agreement), 1, " %"),
+        "prefill": figure(times.prefill.p50_ms, 1, " ms"),
+        "decode": figure(times.decode.p50_ms, 1, " ms"),
+    }
+
+    def named(row: tuple[object, ...]) -> str:
+        name = str(row[0])
+        return next((middle[start] for start in middle if name.startswith(start)), "")
+
+    return [(row[0], row[1], named(row), *row[2:]) for row in _rows(report)]
 
 
 def _decode_only_row(accuracy: Accuracy) -> list[tuple[object, ...]]:

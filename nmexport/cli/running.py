@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Any
 
 from nmexport.cli.figures import show_report
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import click
+    from rich.console import Console
 
     from nmexport.inspect.estimate import Estimate
     from nmexport.pipeline import Pipeline, Selection, StageRefused, Step
@@ -133,8 +135,16 @@ def _show_outcome(pipeline: Pipeline, steps: list[Step], report: Report | None) 
         out.print(table(None, columns, [_outcome_row(step, seconds) for step in steps]))
     if report is not None:
         show_report(out, report, pipeline.work.root)
+        _show_next(out, pipeline.work.root)
     else:
         out.print(f"In {pipeline.work.root}", soft_wrap=True)
+
+
+def _show_next(out: Console, work: Path) -> None:
+    """Print two commands to try."""
+    given = shlex.quote(str(work))
+    out.print(f'Try: nmexport generate --work {given} "Once upon a time"', soft_wrap=True)
+    out.print(f"     nmexport serve {given}", soft_wrap=True)
 
 
 def _outcome_row(step: Step, seconds: float) -> tuple[object, ...]:

@@ -79,23 +79,55 @@ def generate(
         )
     session = open_session(engine_folder, dense=dense)
     sampler = Sampler(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    ends = end_tokens(folder, tokenizer)
 
     def pieces() -> Iterator[str]:
         with session:
-            tokens = continuation(
-                session,
-                prompt_ids,
-                sampler,
-                max_tokens=min(max_tokens, room),
-                ends=ends,
-                switch=length_switch(folder),
+            tokens = _tokens(
+                session, folder, tokenizer, prompt_ids, sampler, max_tokens=min(max_tokens, room)
             )
             if room < max_tokens:
                 tokens = _explain_when_full(tokens, room, context)
             yield from until_stop(text_pieces(tokenizer, tokens), stop)
 
     return pieces()
+
+
+def session_text(
+    session: Session, folder: Path, prompt: Sequence[int], sampler: Sampler, *, max_tokens: int
+) -> Iterator[str]:
+    """Continue a prompt on an open session, as `generate` does.
+
+    Args:
+        session: The model.
+        folder: With its configuration and tokenizer.
+        prompt: Token ids that leave room for `max_tokens` in the model's context.
+        sampler: Chooses tokens.
+        max_tokens: At most this many tokens; the model's end-of-text token ends it sooner.
+    """
+    tokenizer = Tokenizer(folder)
+    yield from text_pieces(
+        tokenizer, _tokens(session, folder, tokenizer, prompt, sampler, max_tokens=max_tokens)
+    )
+
+
+def _tokens(
+    session: Session,
+    folder: Path,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    sampler: Sampler,
+    *,
+    max_tokens: int,
+) -> Iterator[int]:
+    """Tokens that follow a prompt, as the model's own files say when they end."""
+    return continuation(
+        session,
+        prompt,
+        sampler,
+        max_tokens=max_tokens,
+        ends=end_tokens(folder, tokenizer),
+        switch=length_switch(folder),
+    )
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, *, chat: bool) -> list[int]:

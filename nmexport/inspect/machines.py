@@ -30,8 +30,8 @@ _FORWARD, _BACKWARD = 2, 4
 """Operations of each parameter for a token."""
 _LEARNING = _FORWARD * 2 + _BACKWARD
 """The dense model beside the one that learns."""
-_STARTING = 9 * _FORWARD
-"""Block by block: least squares see both streams and sum products; then the streams move on."""
+_MOVING = 2 * _FORWARD
+"""Block by block, both streams move on."""
 _WRITING = 4 * _FORWARD
 """Text comes token by token, a batch at a time: a quarter of the rate."""
 _LEAST_STEP_SECONDS = 0.5
@@ -138,7 +138,7 @@ def _operations(recipe: Recipe, *, by_block: bool) -> float:
     learning = learning_settings(recipe.sparsity, recipe.seed)
     if learning is not None and by_block:
         learned = learning.block_chunks * learning.length
-        total += learned * (_STARTING + learning.block_epochs * (_FORWARD + _BACKWARD))
+        total += learned * (_MOVING + learning.block_epochs * (_FORWARD + _BACKWARD))
     elif learning is not None:
         chunks = learning.steps * learning.batch
         total += _LEARNING * chunks * learning.length

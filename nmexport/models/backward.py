@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nmexport.progress import Progress
 
     Loss = Callable[[torch.Tensor], torch.Tensor]
+    See = Callable[[int, int, torch.Tensor, torch.Tensor], None]
 
 
 def backward(
@@ -25,6 +26,7 @@ def backward(
     *,
     progress: Progress,
     label: str,
+    see: See = lambda *_: None,
 ) -> None:
     """Let gradients of a loss flow back through all layers, for hooks on tensors to see.
 
@@ -37,18 +39,21 @@ def backward(
         loss_of: The loss of one sample's logits `[length, V]`, called in order of samples.
         progress: Counts layers, there and back.
         label: What it counts them under.
+        see: Given layer, sample, hidden states `[1, L, H]` behind the layer and the gradient there.
 
     Raises:
         ModelError: as `DecoderBlocks.run`.
         OSError: if the disk has no room for the hidden states.
     """
     with frozen(blocks.model):
-        passes = _there_and_back(blocks, samples, loss_of)
+        passes = _there_and_back(blocks, samples, loss_of, see)
         for _ in progress.track(passes, label=label, total=2 * len(blocks)):
             pass
 
 
-def _there_and_back(blocks: DecoderBlocks, samples: torch.Tensor, loss_of: Loss) -> Iterator[None]:
+def _there_and_back(
+    blocks: DecoderBlocks, samples: torch.Tensor, loss_of: Loss, see: See
+) -> Iterator[None]:
     """Do the work; yield after each layer."""
     states = [blocks.states(samples) for _ in range(len(blocks) + 1)]
     with torch.no_grad():
@@ -57,13 +62,15 @@ def _there_and_back(blocks: DecoderBlocks, samples: torch.Tensor, loss_of: Loss)
             for number in range(len(samples)):
                 states[block.index + 1][number] = block(states[block.index][number])
             yield
-    gradients = states.pop()  # what is behind the last layer is needed once
+    behind, gradients = states.pop(), blocks.states(samples)
     with torch.enable_grad():
-        for number, final, logits in blocks.logits(gradients, range(len(samples)), kept=0):
+        for number, final, logits in blocks.logits(behind, range(len(samples)), kept=0):
             loss_of(logits).backward()  # type: ignore[no-untyped-call]
             gradients[number] = _gradient(final)
         for index in reversed(range(len(blocks))):
-            before = states.pop()
+            for number in range(len(samples)):
+                see(index, number, behind[number], gradients[number])
+            before = behind = states.pop()
             with blocks.block(index, calls[index]) as block:
                 for number in range(len(samples)):
                     leaf = before[number].to(blocks.device).requires_grad_()

@@ -38,8 +38,8 @@ Call: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
 """What a layer is given beside its hidden states."""
 
 
-class EnoughSeen(Exception):
-    """Raised by a hook: what follows in the model need not be computed."""
+class _LayersDone(Exception):
+    """All layers were called."""
 
 
 class BlockWeights(Protocol):
@@ -99,7 +99,8 @@ class DecoderBlocks:
         self.model = model
         self._backbone_name, self._layers = _decoder_layers(model)
         self._weights = weights or _Resident()
-        self._folder = folder
+        self.folder = folder
+        """Where hidden states wait."""
 
     def __len__(self) -> int:
         """Return the number of decoder layers."""
@@ -121,7 +122,7 @@ class DecoderBlocks:
         Raises:
             OSError: if the disk has no room for them.
         """
-        return HiddenStates(samples, self._width, self._folder)
+        return HiddenStates(samples, self.width, self.folder)
 
     def blocks(self, calls: Sequence[Call]) -> Iterator[Block]:
         """Each layer in turn, with its weights in memory until the next one is asked for.
@@ -184,7 +185,8 @@ class DecoderBlocks:
                 self.finish(states, logits_kept=logits_kept, use_logits=use_logits, after=after)
 
     @property
-    def _width(self) -> int:
+    def width(self) -> int:
+        """Elements of a hidden state."""
         width: int = self.model.config.get_text_config().hidden_size
         return width
 
@@ -208,7 +210,7 @@ class DecoderBlocks:
                 raise self._not_a_list("something is computed between them")
             self._note_call(calls, index, (arguments, options))
             if index == last:
-                raise EnoughSeen
+                raise _LayersDone
             return hidden
 
         head = self.model.get_output_embeddings()
@@ -219,7 +221,7 @@ class DecoderBlocks:
                     stack.enter_context(self._weights.loaded(name, module))
             stack.enter_context(self._stub_attention(stub))
             for number, sample in enumerate(samples):  # noqa: B007 - the stub reads it
-                with self._explained(), contextlib.suppress(EnoughSeen):
+                with self._explained(), contextlib.suppress(_LayersDone):
                     self.model(input_ids=sample.unsqueeze(0).to(self.device), use_cache=False)
         if len(calls) != len(self._layers):
             raise self._not_a_list(f"{len(calls)} of {len(self._layers)} were called")
@@ -244,7 +246,7 @@ class DecoderBlocks:
         """Say what fails in the model's own code when its layers are not called as usual."""
         try:
             yield
-        except (NmexportError, OSError, MemoryError, EnoughSeen):
+        except (NmexportError, OSError, MemoryError, _LayersDone):
             raise
         except Exception as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)

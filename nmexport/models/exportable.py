@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -30,7 +31,8 @@ def check_exportable(source: ModelSource, *, dtype: torch.dtype) -> None:
 
     Raises:
         ModelError: if its kind is not supported, it keeps another cache than one of keys and
-            values, its attention takes unknown arguments, or its family cannot be traced.
+            values, its attention takes unknown arguments, its linears run not once a token, or its
+            family cannot be traced.
     """
     model, linears = check_kind(source, dtype=dtype)
     if model.config.model_type not in EXPORTED:
@@ -49,7 +51,7 @@ def check_kind(source: ModelSource, *, dtype: torch.dtype) -> tuple[PreTrainedMo
     model = skeleton(source, dtype=dtype)
     refuse_kind(model)
     fake_parameters(model)
-    with _watch_reached(model) as reached:
+    with _count_runs(model) as runs:
         cache_shapes(model)
     head = model.get_output_embeddings()
     linears = [
@@ -57,23 +59,30 @@ def check_kind(source: ModelSource, *, dtype: torch.dtype) -> tuple[PreTrainedMo
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and module is not head
     ]
-    idle = [name for name in linears if name not in reached]
+    idle = [name for name in linears if not runs[name]]
     if idle:
         raise refused(
             model.config,
             f"has {len(idle)} linears that text does not reach, such as {idle[0]}: they belong to "
             "another part, or are switched on by what a text model is not given",
         )
+    repeated = [name for name in linears if runs[name] > 1]
+    if repeated:
+        raise refused(
+            model.config,
+            f"runs {len(repeated)} of its linears several times a token, such as {repeated[0]}: "
+            "each time they meet other activations, and one calibration does not fit them all",
+        )
     return model, linears
 
 
 @contextlib.contextmanager
-def _watch_reached(model: nn.Module) -> Iterator[set[str]]:
-    """Collect the names of the linears that run while this lasts."""
-    names: set[str] = set()
+def _count_runs(model: nn.Module) -> Iterator[Counter[str]]:
+    """Count how often each linear runs while this lasts, by name."""
+    runs: Counter[str] = Counter()
 
     def note(name: str) -> Callable[..., None]:
-        return lambda *_: names.add(name)
+        return lambda *_: runs.update((name,))
 
     handles = [
         module.register_forward_pre_hook(note(name))
@@ -81,7 +90,7 @@ def _watch_reached(model: nn.Module) -> Iterator[set[str]]:
         if isinstance(module, nn.Linear)
     ]
     try:
-        yield names
+        yield runs
     finally:
         for handle in handles:
             handle.remove()

@@ -110,13 +110,15 @@ def tensor_names(parts: Sequence[Path]) -> list[str]:
 
 def open_merged(parts: Sequence[Path]) -> Any:
     """Open a model's files as one `gguf.GGUFReader`, which holds the tensors of all of them."""
-    import gguf
-
-    return _merge(gguf.GGUFReader, parts)
+    return _merged(tuple((part, part.stat().st_mtime_ns) for part in parts))
 
 
-def _merge(reader_class: Any, parts: Sequence[Path]) -> Any:
-    first, *others = [reader_class(part) for part in parts]
+@functools.lru_cache(maxsize=1)  # every word of the vocabulary is a field: seconds of parsing
+def _merged(parts: tuple[tuple[Path, int], ...]) -> Any:
+    """Open files, each with the time of its last change."""
+    from gguf.gguf_reader import GGUFReader
+
+    first, *others = [GGUFReader(part) for part, _ in parts]
     for other in others:
         first.tensors.extend(other.tensors)
     return first
@@ -126,17 +128,14 @@ def _merge(reader_class: Any, parts: Sequence[Path]) -> Any:
 def read_once(parts: Sequence[Path]) -> Iterator[None]:
     """Let transformers read all files of a `.gguf` model, and each of them once.
 
-    It opens the first file, once for the config and once for the weights, and asks for the same
-    table of tensor names once a module: the answers are remembered while this lasts.
+    It opens the first file, once for the config, the tokenizer and the weights each, and asks for
+    the same table of tensor names once a module: the answers are remembered while this lasts.
     """
     import gguf
     from transformers import modeling_gguf_pytorch_utils as loading
 
-    reader_class = gguf.GGUFReader
-
-    @functools.cache
     def opened(_: str) -> Any:
-        return _merge(reader_class, parts)
+        return open_merged(parts)
 
     with (
         replaced(gguf, "GGUFReader", opened),

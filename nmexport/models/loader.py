@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ModelError
@@ -195,22 +197,35 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         ModelError: if there is none, it cannot be read, or what belongs to it (chat template,
             sampling defaults, special tokens) makes no sense.
     """
-    from transformers import AutoTokenizer
-
-    form = {} if source.gguf_file is None else {"gguf_file": source.gguf_file}
     check_tokenizer_files(source)
     try:
-        with quiet(), reading(source):
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                source.folder,
-                trust_remote_code=source.trust_remote_code,
-                local_files_only=True,
-                **form,
-            )
+        if source.gguf_file is None:
+            tokenizer = _read_tokenizer(source)
+        else:
+            tokenizer = _gguf_tokenizer(dataclasses.replace(source, unpacked=None))
     except ModelError as error:
         raise (explain_unreadable(source) or error) from error
     check_text_files(source, tokenizer)
     return tokenizer
+
+
+def _read_tokenizer(source: ModelSource, **form: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    with quiet(), reading(source):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source.folder,
+            trust_remote_code=source.trust_remote_code,
+            local_files_only=True,
+            **form,
+        )
+    return tokenizer
+
+
+@functools.lru_cache(maxsize=1)  # all stages ask, and it takes seconds to make
+def _gguf_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    with gguf_files.read_once(source.gguf_files):
+        return _read_tokenizer(source, gguf_file=str(source.gguf_file))
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:

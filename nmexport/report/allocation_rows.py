@@ -11,7 +11,7 @@ from nmexport.store.allocation import DENSE
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from nmexport.store.allocation import Allocation, Candidate, LedgerRow
+    from nmexport.store.allocation import Allocation, Candidate, FrontPoint, LedgerRow
 
 _LIMITS = {
     "max_perplexity_ratio": "perplexity ratio at most {:g}",
@@ -19,7 +19,13 @@ _LIMITS = {
     "min_speedup": "decode at least {:g}x as fast",
     "max_bytes": "at most {:.0%} of the weight bytes read",
 }
-_KINDS = {"front": "front", "uniform": "all alike", "chosen": "chosen"}
+_KINDS = {
+    "front": "front",
+    "uniform": "all alike",
+    "chosen": "chosen",
+    "integers": "quantisation alone",
+    "floats": "sparsity alone",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +40,10 @@ class FrontRow:
     summed_kl: float
     decode_speedup: float
     mix: str
+    float_bytes: float | None
+    """Bytes read, as a share of what the dense model reads in floats; None where weights are so."""
+    float_speedup: float | None
+    """Speed, times that of the dense model in floats, predicted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +90,8 @@ class AllocationRows:
 
     budget: str
     built: str | None
+    in_integers: bool
+    """Whether the front compares quantisation, sparsity, and both."""
     front: list[FrontRow]
     columns: list[str]
     mitigations: list[str]
@@ -94,12 +106,18 @@ def rows(allocation: Allocation | None) -> AllocationRows | None:
     return AllocationRows(
         budget=budget(allocation),
         built=remarks(allocation),
+        in_integers=in_integers(allocation),
         front=front_rows(allocation),
         columns=columns(allocation),
         mitigations=mitigations(allocation),
         sites=site_rows(allocation),
         linears=linear_rows(allocation),
     )
+
+
+def in_integers(allocation: Allocation) -> bool:
+    """Tell whether weights are integers, by what the front was measured on."""
+    return any(point.kind == "integers" for point in allocation.front)
 
 
 def budget(allocation: Allocation) -> str:
@@ -143,7 +161,7 @@ def chosen_mix(allocation: Allocation) -> str:
 
 
 def front_rows(allocation: Allocation) -> list[FrontRow]:
-    """Lay out the front and the uniform choices, by bytes saved."""
+    """Lay out the front and the uniform choices, the most bytes read first."""
     return [
         FrontRow(
             kind=point.kind,
@@ -154,9 +172,15 @@ def front_rows(allocation: Allocation) -> list[FrontRow]:
             summed_kl=point.summed_kl,
             decode_speedup=point.decode_speedup,
             mix=mix(point.linears),
+            float_bytes=point.float_bytes,
+            float_speedup=point.float_speedup,
         )
-        for point in sorted(allocation.front, key=lambda point: point.bytes_saved)
+        for point in sorted(allocation.front, key=_bytes_read, reverse=True)
     ]
+
+
+def _bytes_read(point: FrontPoint) -> float:
+    return 1 - point.bytes_saved if point.float_bytes is None else point.float_bytes
 
 
 def columns(allocation: Allocation) -> list[str]:

@@ -100,7 +100,7 @@ def _weigh(ratio: float, gain: float) -> tuple[Advice, str]:
 
 def _whom(report: Report, advice: Advice) -> tuple[str, ...]:
     if advice in {"leave", "unknown"}:
-        return _instead(report, advice)
+        return (*_instead(report, advice), *_alike(report))
     batch = report.latency.dense.decode.batch or 1
     users = "one user" if batch == 1 else f"{batch} users"
     lines = [f"For {users} at a time, with answers longer than their prompts: this was measured."]
@@ -110,18 +110,56 @@ def _whom(report: Report, advice: Advice) -> tuple[str, ...]:
     prefill = report.latency.speedup.prefill
     if prefill is not None and prefill < LEAST_GAIN:
         lines.append("Not for long prompts with short answers: prompts are read no faster.")
-    return tuple(lines)
+    return (*lines, *_alike(report))
+
+
+def _alike(report: Report) -> tuple[str, ...]:
+    """What one pattern for all linears would have cost, where a budget chose for each."""
+    allocation = report.allocation
+    if allocation is None:
+        return ()
+    pattern = str(report.recipe.get("sparsity", {}).get("pattern"))
+    alike = [
+        point
+        for point in allocation.front
+        if point.kind == "uniform" and point.label.split()[0] == pattern
+    ]
+    if not alike:
+        return ()
+    chosen, saved = number(allocation.perplexity_ratio, 3), percent(allocation.bytes_saved, 0)
+    ratio, more = number(alike[0].perplexity_ratio, 3), percent(alike[0].bytes_saved, 0)
+    line = (
+        f"A budget chose for each linear: perplexity on calibration text is {chosen} times dense, "
+        f"{saved} of the bytes saved. {pattern} everywhere saves {more}, at {ratio} times "
+        f"(`--pattern {pattern}`)."
+    )
+    return (line,)
 
 
 def _instead(report: Report, advice: Advice) -> tuple[str, ...]:
     """What to do next where nobody should use it as it is."""
     if advice == "unknown":
         return ("For nobody yet: build again with the dense model, and with a text to measure on.",)
+    over_stored = _over_stored(report)
+    if over_stored is not None and over_stored < LEAST_GAIN and not report.failed_gates:
+        return (_stored_instead(report, over_stored),)
     if report.accuracy.perplexity_ratio is None or report.allocation is not None:
         return ("For nobody as it is: allow fewer bytes saved (`--budget`), or learn for longer.",)
     return (
         "For nobody as it is. A budget (`--budget ppl=1.1`) leaves sensitive parts dense.",
         "`--effort thorough` learns for longer.",
+    )
+
+
+def _stored_instead(report: Report, over_stored: float) -> str:
+    """Say that quantisation gains what there is to gain."""
+    ratio = None if report.stored_dense is None else report.stored_dense.scores.perplexity_ratio
+    cost = "" if ratio is None else f", at {number(ratio)} times its perplexity"
+    over_float = report.latency.speedup.decode
+    gain = "" if over_float is None else f" It is {_as_fast(over_float / over_stored)} as dense"
+    return (
+        f"Sparsity does not pay here: on top of {_stored(report)} it is {over_stored:.2f}x as fast."
+        f"{gain}{cost}. `--pattern 16:16 --weights {_stored(report)}` builds that alone."
     )
 
 
@@ -151,11 +189,12 @@ def _speed(report: Report) -> Fact:
     if gain is None:
         return Fact(about=about, figure="?", words=latency.why or _NOT_COMPARED)
     dense, sparse = latency.dense.decode.tokens_per_s, latency.sparse.decode.tokens_per_s
-    return Fact(
-        about=about,
-        figure=_as_fast(gain),
-        words=f"Answers are written at {rate(sparse)}; dense makes {rate(dense)}.",
-    )
+    words = f"Answers are written at {rate(sparse)}; dense makes {rate(dense)}"
+    between = report.stored_dense
+    if between is not None and between.latency.dense.decode.tokens_per_s is not None:
+        stored = rate(between.latency.dense.decode.tokens_per_s)
+        words += f", and dense in {_stored(report)} {stored}"
+    return Fact(about=about, figure=_as_fast(gain), words=f"{words}.")
 
 
 def _prompts(latency: Latency) -> Fact:

@@ -136,6 +136,15 @@ class Continuation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Example:
+    """What both models write after a prompt, greedily."""
+
+    prompt: str
+    sparse: str
+    dense: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class MetricScore:
     """Both models by one metric of a task."""
 
@@ -166,6 +175,7 @@ class Accuracy(Scores):
     second_half: Scores | None = None
     """The tokens that `decode_only` scores, with sparsity in all phases."""
     continuation: Continuation = field(default_factory=Continuation)
+    examples: tuple[Example, ...] = ()
     decode_only: Scores | None = None
     """Figures of dense prompts and sparse decoding; None where they were not asked for."""
     tasks: Mapping[str, TaskScore] = field(default_factory=dict)
@@ -334,6 +344,8 @@ class StoredDense:
     """Its own are under `sparse`; the dense model in floats is `dense`."""
     latency: Latency = field(default_factory=Latency)
     """Its own is under `dense`; `speedup` is the sparse model's over it."""
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """What it writes after each prompt of the accuracy's examples."""
     dense_bytes: int | None = None
     stored_bytes: int | None = None
     sparse_bytes: int | None = None

@@ -351,6 +351,7 @@ def _render(template: str, report: Report, **more: Any) -> str:
             summary=summary_rows(report),
             stored=stored_rows.rows(report),
             stored_words=stored_rows.words(report),
+            examples=stored_rows.example_rows(report),
             parity=parity_rows(report.parity),
             linears=linear_rows(report.parity),
             caches=cache_line(report.parity.caches),

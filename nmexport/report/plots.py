@@ -163,21 +163,34 @@ def latency_svg(latency: Latency, phase: PhaseName) -> str:
 
 
 def front_svg(points: Sequence[FrontPoint]) -> str:
-    """Perplexity ratio against weight bytes saved: the front, uniform choices, the chosen one."""
+    """Perplexity ratio against weight bytes: the front, uniform choices, the chosen one.
+
+    Where weights are integers, bytes read are a share of those of dense floats, so that
+    quantisation alone and sparsity alone stand on the same axis; else bytes saved are.
+    """
     from matplotlib.ticker import MaxNLocator, NullLocator
+
+    in_integers = any(point.kind == "integers" for point in points)
+
+    def place(point: FrontPoint) -> float:
+        if in_integers and point.float_bytes is not None:
+            return 100 * point.float_bytes
+        return 100 * point.bytes_saved
 
     def draw(axes: Axes) -> None:
         kinds = {
-            "front": ("allocated", SPARSE, "o", "-"),
+            "floats": ("sparsity alone", _KINDS[4], "D", "--"),
+            "integers": ("quantisation alone", _KINDS[3], "v", ""),
+            "front": ("both" if in_integers else "allocated", SPARSE, "o", "-"),
             "uniform": ("all linears alike", _KINDS[1], "s", ""),
             "chosen": ("chosen", _KINDS[2], "*", ""),
         }
         for kind, (words, colour, marker, line) in kinds.items():
             mine = sorted(
-                (100 * point.bytes_saved, point.perplexity_ratio)
-                for point in points
-                if point.kind == kind
+                (place(point), point.perplexity_ratio) for point in points if point.kind == kind
             )
+            if not mine:
+                continue
             axes.plot(
                 [saved for saved, _ in mine],
                 [ratio for _, ratio in mine],
@@ -187,7 +200,11 @@ def front_svg(points: Sequence[FrontPoint]) -> str:
                 linestyle=line or "none",
                 label=words,
             )
-        axes.set_xlabel("weight bytes saved a decoded token, %")
+        axes.set_xlabel(
+            "weight bytes read a decoded token, % of dense floats"
+            if in_integers
+            else "weight bytes saved a decoded token, %"
+        )
         axes.set_ylabel("perplexity ratio to dense")
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 2.5, 5, 10]))

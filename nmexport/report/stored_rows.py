@@ -59,6 +59,32 @@ def rows(report: Report) -> list[StoredRow]:
     ]
 
 
+def example_rows(report: Report) -> list[tuple[str, dict[str, str]]]:
+    """Lay out what each model writes: each prompt, and texts by the name of the model."""
+    weights, between = report.weights, report.stored_dense
+    rows = []
+    for example in report.accuracy.examples:
+        texts = {
+            f"dense {weights.dense}": example.dense,
+            f"dense {weights.sparse}": None
+            if between is None
+            else between.texts.get(example.prompt),
+            f"sparse {weights.sparse}": example.sparse,
+        }
+        rows.append(
+            (
+                example.prompt,
+                {side: _line(text) for side, text in texts.items() if text is not None},
+            )
+        )
+    return rows
+
+
+def _line(text: str) -> str:
+    """Put a text on one line."""
+    return " ".join(text.split())
+
+
 def words(report: Report) -> str | None:
     """Say how fast the sparse model is beside dense in the same integers."""
     between = report.stored_dense

@@ -85,6 +85,9 @@ class PagePool:
             count: Tokens, at least 1.
         """
         start = 0 if before is None else before.length
+        if before is not None and self._fits(before, count):
+            before.pages[-1].filled += count
+            return PagedSequence(pool=self, pages=before.pages, length=start + count)
         pages = [] if before is None else self._own(before)
         end = start + count
         while len(pages) * PAGE < end:
@@ -97,6 +100,12 @@ class PagePool:
         """The same tokens on pages of this pool, the last one free to be written behind them."""
         pages = tuple(self._own(sequence))
         return PagedSequence(pool=self, pages=pages, length=sequence.length)
+
+    def _fits(self, sequence: PagedSequence, count: int) -> bool:
+        """Tell whether so many tokens fit behind the last one, where nobody has gone on yet."""
+        used = sequence.length % PAGE
+        is_open = sequence.pool is self and 0 < used == sequence.pages[-1].filled
+        return is_open and used + count <= PAGE
 
     def _own(self, sequence: PagedSequence) -> list[_Page]:
         """Its pages; copies of those that are another pool's, or written further by others."""

@@ -8,6 +8,7 @@ computation.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -88,6 +89,7 @@ class StepSession(Session):
         self._binding = self._session.io_binding()
         self._pool = PagePool([tuple(value.shape[1:]) for value in caches])
         self._bound: tuple[NDArray[np.float32], ...] = ()
+        self._tensors = _StepTensors((), 0, last_only=True)
         outputs = {value.name: value for value in self._session.get_outputs()}
         self._vocabulary_size: int = outputs["logits"].shape[2]
 
@@ -236,10 +238,7 @@ class StepSession(Session):
             self._pool.extended(before, count) if count else before or self._pool.extended(None, 0)
             for before, count in zip(befores, counts, strict=True)
         )
-        ends = np.cumsum(counts)
-        places = ends - 1 if last_only else np.arange(ends[-1])
-        logits = np.empty((1, len(places), self._vocabulary_size), np.float32)
-        self._bind(after, rows, places.astype(np.int64), logits)
+        logits = self._bind(after, rows, last_only=last_only)
         self._session.run_with_iobinding(self._binding)
         return logits[0], after
 
@@ -260,51 +259,98 @@ class StepSession(Session):
         self,
         after: Sequence[PagedSequence],
         rows: Sequence[NDArray[np.int64]],
-        places: NDArray[np.int64],
-        logits: NDArray[np.float32],
-    ) -> None:
-        """Bind one run's inputs and its logits, and caches where they have moved."""
-        counts = [len(row) for row in rows]
-        positions = np.concatenate(
-            [
-                np.arange(sequence.length - count, sequence.length)
-                for sequence, count in zip(after, counts, strict=True)
-            ]
-        )
-        given = {
-            "input_ids": np.concatenate(rows)[None],
-            "sequences": np.repeat(np.arange(len(rows), dtype=np.int32), counts),
-            "positions": positions.astype(np.int32),
-            "pages": _page_table(after),
-            "logits_at": places,
-        }
-        if self._has_position_ids:
-            given["position_ids"] = positions.astype(np.int64)[None]
-        for name, array in given.items():
-            self._binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        self._binding.bind_output(
-            "logits", _HOST, 0, np.float32, list(logits.shape), logits.ctypes.data
-        )
+        *,
+        last_only: bool,
+    ) -> NDArray[np.float32]:
+        """Bind what one run reads and its logits, which are returned, where they have moved."""
+        counts = tuple(map(len, rows))
+        pages = max(len(sequence.pages) for sequence in after)
+        tensors = self._tensors
+        if (counts, pages, last_only) != (tensors.counts, tensors.pages, tensors.last_only):
+            tensors = _StepTensors(counts, pages, last_only=last_only)
+            for name, array in tensors.by_name(with_ids=self._has_position_ids):
+                self._binding.bind_cpu_input(name, array)
+            self._tensors = tensors
+        tensors.fill(after, rows)
+        if tensors.logits is None or sys.getrefcount(tensors.logits) > _OWN_REFERENCES:
+            shape = (1, tensors.logit_count, self._vocabulary_size)
+            tensors.logits = np.empty(shape, np.float32)
+            place = (_HOST, 0, np.float32, shape, tensors.logits.ctypes.data)
+            self._binding.bind_output("logits", *place)
         if self._bound is not self._pool.arrays:
             self._bound = self._pool.arrays
             for name, array in zip(self._past, self._bound, strict=True):
-                place = (_HOST, 0, np.float32, list(array.shape), array.ctypes.data)
+                place = (_HOST, 0, np.float32, array.shape, array.ctypes.data)
                 self._binding.bind_input(name, *place)
                 self._binding.bind_output(name.replace("past_key_values.", "present.", 1), *place)
+        return tensors.logits
+
+
+_OWN_REFERENCES = 2
+"""References to an array that nobody else holds: the tensors', and the argument of the question."""
+
+
+class _StepTensors:
+    """What runs of one shape read and write beside the cache: bound once, then only written.
+
+    A token of an answer has the shape of the one before it, and binding takes longer than writing.
+    """
+
+    def __init__(self, counts: tuple[int, ...], pages: int, *, last_only: bool) -> None:
+        """Make room for the tokens of some sequences, with so many pages each at most."""
+        self.counts = counts
+        self.pages = pages
+        self.last_only = last_only
+        self.logits: NDArray[np.float32] | None = None
+        """Of the last run; made again where somebody still holds them."""
+        ends = np.cumsum(counts, dtype=np.int64)
+        tokens = sum(counts)
+        self._logits_at = ends - 1 if last_only else np.arange(tokens)
+        self._sequences = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        self._ids = np.zeros((1, tokens), np.int64)
+        self._positions = np.zeros(tokens, np.int32)
+        self._position_ids = np.zeros((1, tokens), np.int64)
+        self._pages = np.zeros((len(counts), pages), np.int32)
+        self._held: list[list[int]] = [[] for _ in counts]
+
+    @property
+    def logit_count(self) -> int:
+        """Tokens that get logits."""
+        return len(self._logits_at)
+
+    def by_name(self, *, with_ids: bool) -> Iterator[tuple[str, NDArray[Any]]]:
+        """What is read, under the names of the model's inputs."""
+        yield "input_ids", self._ids
+        yield "sequences", self._sequences
+        yield "positions", self._positions
+        yield "pages", self._pages
+        yield "logits_at", self._logits_at
+        if with_ids:
+            yield "position_ids", self._position_ids
+
+    def fill(self, after: Sequence[PagedSequence], rows: Sequence[NDArray[np.int64]]) -> None:
+        """Write one run's values; tables of shorter sequences end in zeros."""
+        begin = 0
+        for index, (sequence, row) in enumerate(zip(after, rows, strict=True)):
+            count, length = len(row), sequence.length
+            self._ids[0, begin : begin + count] = row
+            if count == 1:
+                self._positions[begin] = length - 1
+            else:
+                self._positions[begin : begin + count] = np.arange(length - count, length)
+            held = sequence.indices
+            if held != self._held[index]:
+                self._held[index] = held
+                self._pages[index, : len(held)] = held
+                self._pages[index, len(held) :] = 0
+            begin += count
+        self._position_ids[0] = self._positions
 
 
 def _sequences(
     cache: PagedCache | None, rows: Sequence[NDArray[np.int64]]
 ) -> Sequence[PagedSequence | None]:
     return [None] * len(rows) if cache is None else cache.sequences
-
-
-def _page_table(sequences: Sequence[PagedSequence]) -> NDArray[np.int32]:
-    """Pages of each sequence `[N, P]`; shorter ones end in zeros."""
-    table = np.zeros((len(sequences), max(len(one.pages) for one in sequences)), np.int32)
-    for row, sequence in zip(table, sequences, strict=True):
-        row[: len(sequence.pages)] = sequence.indices
-    return table
 
 
 def _values(

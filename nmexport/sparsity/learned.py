@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from nmexport.sparsity.fold import Corrections
-from nmexport.sparsity.linear import InputSite, Selected, SparseLinear, bias_of, kept_values
+from nmexport.sparsity.linear import InputSite, Selected, SparseLinear, bias_of
 from nmexport.sparsity.parts import PARTS, RANK
 
 if TYPE_CHECKING:
@@ -101,16 +101,9 @@ class LearningSite(InputSite):
             self._seen = self._selected = None
         return selected
 
-    def kept(self, x: torch.Tensor) -> torch.Tensor:
-        """What is kept of `[..., K]`, corrected per token: `[T, K]` float32, without gradient."""
-        with torch.no_grad():
-            selected = super().select(x)
-            values = kept_values(selected)
-            return values if selected.nu is None else selected.nu * values
-
-    def static_shift(self) -> torch.Tensor:
-        """`[K]` or `[1]` that is subtracted from every token; a shift per token is not in it."""
-        return (self.shift * self._rms).detach() if self.learns_shift else self.eta
+    def start_at(self, shift: torch.Tensor) -> None:
+        """Begin at a shift `[K]`."""
+        self.shift.data.copy_(shift.to(self._rms) / self._rms)
 
     def learned_shift(self) -> torch.Tensor:
         """`[K]` float32, on the CPU."""
@@ -191,50 +184,22 @@ class LearnedLinear(SparseLinear):
             values["shift"] = self.site.learned_shift()
         return Corrections(**values)
 
-    def as_affine(self) -> torch.Tensor:
-        """What kept values are multiplied by, without a compensation: `[K + 1, O]` float64, CPU.
-
-        The last row is what is added to every token. A shift per token is not in it.
-        """
-        learned, weight = self.learned, self.W.detach().double().cpu()
-        ones = torch.ones(1, dtype=torch.float64)
-
-        def own(part: str, absent: torch.Tensor) -> torch.Tensor:
-            return learned[part].detach().double().cpu() if part in learned else absent
-
-        gain = own("output_scale", ones)
-        scaled = own("input_scale", self._nu * ones).unsqueeze(1) * weight * gain
-        eta = self.site.static_shift().double().cpu()
-        added = (eta.expand(self.in_features) @ weight) * gain
-        added = added + own("bias", 0 * ones) * self._output_rms.double().cpu()
-        if self.bias is not None:
-            added = added + self.bias.double().cpu()
-        return torch.cat([scaled, added.unsqueeze(0)])
-
-    def start_at(
-        self,
-        *,
-        gain: torch.Tensor | None = None,
-        bias: torch.Tensor | None = None,
-        low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> None:
-        """Begin at other constants than the calibrated ones.
+    def start_at(self, corrections: Corrections) -> None:
+        """Begin at other constants than the calibrated ones; those that are None stay.
 
         Args:
-            gain: `[O]`
-            bias: `[O]`, of what is added to the linear's own.
-            low_rank: A `[K, r]` and B `[r, O]`.
+            corrections: As `corrections` returns them. A shift is the site's: the last linear of
+                a site that names one decides.
 
         Raises:
             KeyError: if one is not among the parts that are learned.
         """
-        values: dict[str, torch.Tensor] = {}
-        if gain is not None:
-            values["output_scale"] = gain
-        if bias is not None:
-            values["bias"] = bias.to(self._output_rms) / self._output_rms
-        if low_rank is not None:
-            values["low_rank_in"], values["low_rank_out"] = low_rank
+        values = {part: value for part, value in vars(corrections).items() if value is not None}
+        shift = values.pop("shift", None)
+        if shift is not None:
+            self.site.start_at(shift)
+        if "bias" in values:
+            values["bias"] = values["bias"].to(self._output_rms) / self._output_rms
         for part, value in values.items():
             self.learned[part].data.copy_(value)
 

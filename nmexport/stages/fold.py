@@ -6,6 +6,7 @@ and are corrected by what is learned (`calibration`), and become tensors (`spars
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from nmexport.stages import calibrate
 from nmexport.stages.fitting import check_fit
 from nmexport.stages.storing import (
     around_integers,
+    dense_in_integers,
     folded_linear,
     imported,
     rounds_activations,
@@ -30,8 +32,9 @@ from nmexport.store.folded import FoldedModel, write_learning
 from nmexport.store.layers import SCHEMA, write_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
+    import torch
     from torch import nn
 
     from nmexport.allocation.allocate import Prepared
@@ -266,7 +269,11 @@ def _within_budget(
             checkpoint="learning" if attempt == 0 else f"learning-{attempt}",
         )
         behaviours = {name: linear.behaviour for name, linear in constants.derived.items()}
+        folded: Callable[[str], dict[str, torch.Tensor]]
         folded = partial(folded_linear, inputs, dense, constants)
+        if WeightForm.parse(inputs.recipe.model.weights) is not None:
+            # Rounding takes longer than a product with what is rounded.
+            folded = functools.cache(folded)
         measured = prepared.as_built(allocation, behaviours, folded)
         inputs.progress.note(measured.summary())
         if measured.remark is not None:
@@ -309,6 +316,7 @@ def _prepared(inputs: StageInputs, dense: DenseModel) -> Prepared:
         constants_for=constants_for,
         element_bytes=getattr(torch, recipe.model.dtype).itemsize,
         weights=recipe.model.weights,
+        integers=dense_in_integers(inputs, dense),
         progress=inputs.progress,
     )
     return prepare(problem, Checkpoints(inputs.resume).named("allocation"))

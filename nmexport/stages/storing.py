@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from nmexport.errors import ModelError
+from nmexport.progress import busy
 from nmexport.store.folded import DENSE, write_kept
 from nmexport.store.layers import Layers
 from nmexport.store.tensors import ShardedWriter
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from nmexport.calibration.quantising import Keeping, Stored
     from nmexport.calibration.sparse_constants import DenseModel, SparseConstants
     from nmexport.models.imported import ImportedWeights
+    from nmexport.sparsity.linear import SparseLinear
     from nmexport.stages.inputs import StageInputs
     from nmexport.store.layers import LayerSpec
 
@@ -68,6 +70,22 @@ def folded_linear(
         return storage.tensors(folded, storage.form, name=name)[0]
     weight = None if dense.integers is None else dense.integers(name)
     return folded_around(dense, constants, name, weight, storage)
+
+
+def dense_in_integers(inputs: StageInputs, dense: DenseModel) -> dict[str, SparseLinear]:
+    """Make every linear a dense one in the integers it is to be stored in.
+
+    Returns:
+        By name; none where weights are floats, or came in integers that the dense model has too.
+    """
+    from nmexport.calibration.quantising import Storage, dense_modules
+    from nmexport.sparsity.targets import linears_of
+
+    storage = _storage(inputs, dense)
+    if not isinstance(storage, Storage):
+        return {}
+    with busy(inputs.progress, "fold: the dense model in integers"):
+        return dense_modules(dense, linears_of(dense.model), storage)
 
 
 def _check_finite(tensors: Mapping[str, torch.Tensor], name: str, dtype: str) -> None:

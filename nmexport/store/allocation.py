@@ -13,6 +13,8 @@ from nmexport.store.records import json_from, read_record
 if TYPE_CHECKING:
     from pathlib import Path
 
+PointKind = Literal["front", "uniform", "chosen", "integers", "floats"]
+
 SCHEMA = 1
 FILENAME = "allocation.json"
 
@@ -51,12 +53,16 @@ DENSE = Choice()
 class FrontPoint:
     """One allocation on the Pareto front, or a uniform one to compare with."""
 
-    kind: Literal["front", "uniform", "chosen"]
+    kind: PointKind
+    """`integers` is the dense model in the weights' integers; `floats` is a point of the front with
+    weights in floats. Both are there where weights are integers: quantisation alone, and sparsity
+    alone."""
     label: str
     bytes_saved: float
-    """Share of the targeted linears' weight bytes that a decoded token no longer reads."""
+    """Share of the targeted linears' weight bytes that a decoded token no longer reads, of what the
+    dense model reads with weights of the same type."""
     decode_speedup: float
-    """By the cost model."""
+    """By the cost model, to the same."""
     summed_kl: float
     """Sum of the divergences that each site causes alone, nats a token."""
     kl: float
@@ -65,6 +71,11 @@ class FrontPoint:
     """The same model's, on the same windows."""
     linears: dict[str, int]
     """Linears by the label of their choice."""
+    float_bytes: float | None = None
+    """Bytes read, as a share of what the dense model reads in floats; None where weights are
+    floats."""
+    float_speedup: float | None = None
+    """Speed, times that of the dense model in floats, by the cost model; None likewise."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,9 @@ from nmexport.calibration import corpus
 from nmexport.environment import device_name
 from nmexport.generation.tokenizer import Tokenizer
 from nmexport.progress import busy
+from nmexport.report.model import Example
 from nmexport.runtimes.opening import open_session
-from nmexport.verification import accuracy, alone, continuation, latency, tasks
+from nmexport.verification import accuracy, alone, continuation, examples, latency, tasks
 from nmexport.verification.subject import latency_tokens
 from nmexport.verification.suite import Suite
 
@@ -63,6 +64,7 @@ def _dense_against_sparse(subject: Subject) -> tuple[Accuracy, Latency]:
             dense, sparse, subject.prompts, evaluation.generate_tokens, progress=progress
         )
         decoded = _decode_only(subject, dense, sparse, late) if wanted else None
+        written = _examples(subject, sparse, dense)
         task_scores, tasks_protocol = _tasks(subject, dense, sparse)
         with busy(progress, "verify: latency"):  # runs to warm up are counted by no other bar
             times = latency.compare(dense, sparse, timing(subject, sparse))
@@ -70,6 +72,7 @@ def _dense_against_sparse(subject: Subject) -> tuple[Accuracy, Latency]:
         scores,
         dataset=_dataset(evaluation),
         continuation=continued,
+        examples=written,
         decode_only=decoded,
         tasks=task_scores,
         tasks_protocol=tasks_protocol,
@@ -85,15 +88,28 @@ def _sparse_alone(subject: Subject) -> tuple[Accuracy, Latency]:
             sparse = stack.enter_context(open_session(subject.engine_folder, elsewhere=True))
         tracked = progress.track(windows, label="verify: perplexity", total=len(windows))
         scores = alone.score(sparse, tracked, phases=subject.phases)
+        written = _examples(subject, sparse, None)
         with busy(progress, "verify: latency"):
             times = alone.time(sparse, timing(subject, sparse))
     scores = replace(
         scores,
         dataset=_dataset(subject.recipe.evaluation),
         continuation=alone.no_continuation(subject.prompts),
+        examples=written,
         protocol=_protocol(subject),
     )
     return scores, times
+
+
+def _examples(subject: Subject, sparse: Session, dense: Session | None) -> tuple[Example, ...]:
+    """What both models write after the recipe's examples; or the sparse one, where it is alone."""
+    with busy(subject.progress, "verify: what each model writes"):
+        texts = examples.write(sparse, subject)
+        others = {} if dense is None else examples.write(dense, subject)
+    return tuple(
+        Example(prompt=prompt, sparse=text, dense=others.get(prompt))
+        for prompt, text in texts.items()
+    )
 
 
 def timing(subject: Subject, sparse: Session) -> latency.Timing:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from nmexport.progress import busy
 from nmexport.report.model import Scores, StoredDense
 from nmexport.runtimes.opening import open_session, open_stored
-from nmexport.verification import accuracy, latency
+from nmexport.verification import accuracy, examples, latency
 from nmexport.verification.sides import timing
 
 if TYPE_CHECKING:
@@ -37,11 +38,14 @@ def measure(subject: Subject) -> StoredDense | None:
                 windows, label="verify: dense in integers", total=len(windows)
             )
             scores = accuracy.compare(dense, stored, tracked)
+        with busy(subject.progress, "verify: what dense in integers writes"):
+            texts = examples.write(stored, subject)
         sparse = stack.enter_context(open_session(subject.engine_folder, elsewhere=True))
         times = latency.compare(stored, sparse, timing(subject, sparse))
     return StoredDense(
         scores=Scores(**{name: getattr(scores, name) for name in Scores.__dataclass_fields__}),
         latency=times,
+        texts=texts,
         dense_bytes=_bytes(engine.dense_model),
         stored_bytes=_bytes(engine.stored_model),
         sparse_bytes=_bytes(engine.model),

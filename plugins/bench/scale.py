@@ -29,7 +29,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "7b": {**WIDE, "num_hidden_layers": 32, "tie_word_embeddings": False},
 }
 STAGES = ("calibrate", "fold", "export", "engine", "verify", "package")
-# What runs layer by layer.
+# Nothing is learned: what the stages themselves hold.
 METHOD = ("--criterion", "act", "--mitigation", "var", "--grouping", "balanced")
 SAMPLES = ("--calib-self-share", "0", "--calib-samples", "2", "--calib-length", "64")
 _ROUND = 64  # vocabularies are multiples of this

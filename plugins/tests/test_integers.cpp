@@ -182,6 +182,36 @@ void extremesStayTheirOwn() {
     }
 }
 
+// So many columns that threads share them, and the selection for few tokens beforehand.
+void fewTokensOnManyThreads() {
+    unsigned seed = 900;
+    const auto check = [&](const Case& c) {
+        const Data d = makeData(c, ++seed);
+        const Bytes y = run(c, d, kSERIAL, 0, c.tokens);
+        isRight(c, d, y);
+        isTheSameEverywhere(c, d, y);
+    };
+    for (std::size_t tokens : {1, 2, 3}) {
+        check(integerCase(tokens, 576, 1000, {8, 16}, WeightType::kINT8, 1, 32));
+        check(integerCase(tokens, 576, 1000, {16, 16}, WeightType::kINT8, 1, 32));
+        check(integerCase(tokens, 544, 600, {3, 16}, WeightType::kINT8, 1, 32));
+        check(integerCase(tokens, 576, 600, {5, 24}, WeightType::kINT8, 1, 48));
+        check(integerCase(tokens, 576, 600, {5, 32}, WeightType::kINT8, 1, 16));
+        check(integerCase(tokens, 576, 600, {8, 16}, WeightType::kINT4, 9, 32));
+        for (unsigned flags = 0; flags < 32; ++flags) {
+            Case c = integerCase(tokens, 320, 600, {8, 16}, WeightType::kINT8, 1, 32);
+            c.order = flags & 1;
+            c.scale = flags & 2;
+            c.variance = flags & 4;
+            c.valueScale = flags & 8;
+            c.dynamic = flags & 16;
+            c.shift = !c.dynamic && tokens > 1;
+            c.perChannelShift = tokens > 2;
+            check(c);
+        }
+    }
+}
+
 void noTokens() {
     const Case c = integerCase(1, 32, 8, {8, 16}, WeightType::kINT8, 1, 32);
     EXPECT(run(c, makeData(c, 9), kSERIAL, 0, 0).empty());
@@ -193,6 +223,7 @@ int main() {
     integerCases();
     tiesGoToEven();
     extremesStayTheirOwn();
+    fewTokensOnManyThreads();
     noTokens();
     return report("integers");
 }

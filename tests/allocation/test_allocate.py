@@ -19,9 +19,11 @@ from nmexport.models.source import resolve
 from nmexport.models.swap import replace_linears
 from nmexport.progress import Silent
 from nmexport.recipe import AllocationSection, ModelSection, SparsitySection
-from nmexport.sparsity.linear import Behaviour, Constants
+from nmexport.sparsity.linear import Behaviour, Constants, SparseLinear
 from nmexport.sparsity.pattern import NMPattern
+from nmexport.sparsity.rounding import quantised
 from nmexport.sparsity.targets import linears_of
+from nmexport.sparsity.weight_form import WeightForm
 from nmexport.store.allocation import Allocation, as_dict
 
 from tests.support.unfolded import folded_linear
@@ -49,6 +51,7 @@ def run(tiny_llama: Path) -> Callable[..., Allocation]:
         budget: dict[str, float],
         method: dict[str, Any] | None = None,
         weights: str = "float",
+        integers: dict[str, SparseLinear] | None = None,
         **section: Any,
     ) -> Allocation:
         whole = {"windows": 2, "length": 32, "front": [0.3], "cost": FREE, **section}
@@ -61,6 +64,7 @@ def run(tiny_llama: Path) -> Callable[..., Allocation]:
             constants_for=constants_for,
             element_bytes=4,
             weights=weights,
+            integers=integers or {},
             progress=Silent(),
         )
         return prepare(problem).allocation()
@@ -229,3 +233,57 @@ def test_without_mitigations_the_plain_model_keeps_the_budget(
 def test_r_sparse_is_refused_with_a_budget(run: Callable[..., Allocation]) -> None:
     with pytest.raises(RecipeError, match="adds a product of all channels"):
         run({"max_kl": 0.01}, {"mitigations": ["var", "r-sparse"]})
+
+
+@pytest.fixture(scope="module")
+def in_int8(tiny_llama: Path) -> dict[str, SparseLinear]:
+    """Every linear of the model as a dense one in int8, its activations rounded."""
+    model = load_model(resolve(ModelSection(id=str(tiny_llama))), dtype=torch.float32)
+    made = {}
+    for name, linear in linears_of(model).items():
+        stored = quantised(linear.weight.t().float(), WeightForm("int8", None), name=name)
+        tensors = {"W": stored.values, "weight_scale": stored.scale}
+        behaviour = Behaviour(pattern=NMPattern(16, 16), activation_bits=8)
+        made[name] = SparseLinear(behaviour, tensors)
+    return made
+
+
+def test_joint_models_in_integers_cost_what_both_do(
+    run: Callable[..., Allocation], in_int8: dict[str, SparseLinear], tiny_llama: Path
+) -> None:
+    both = run({"max_bytes": 0.75}, weights="int8", integers=in_int8)
+    kinds = {point.kind: point for point in both.front}
+    alone, floats, front = kinds["integers"], kinds["floats"], kinds["front"]
+    model = load_model(resolve(ModelSection(id=str(tiny_llama))), dtype=torch.float32)
+    windows = spread_windows(SAMPLES, 2, 32, part=1)
+    with torch.no_grad():
+        dense = model(input_ids=windows).logits[:, :-1].log_softmax(-1)
+        replace_linears(model, in_int8)
+        rounded = model(input_ids=windows).logits[:, :-1].log_softmax(-1)
+    kl = float((dense.exp() * (dense - rounded)).sum(-1).mean())
+    assert alone.kl == pytest.approx(kl, rel=1e-3)
+    assert alone.linears == {"dense": len(both.choices)}
+    assert alone.bytes_saved == 0
+    assert alone.float_bytes == pytest.approx(0.25, abs=0.03)  # scales are read too
+    assert floats.linears == front.linears
+    assert front.kl == pytest.approx(floats.kl + alone.kl, rel=0.2)
+    assert floats.float_bytes == pytest.approx(1 - floats.bytes_saved)
+    assert front.float_bytes is not None
+    assert front.float_bytes < alone.float_bytes < floats.float_bytes
+    assert both.protocol is not None
+    assert "Weights of joint models are in int8" in both.protocol.words
+
+
+def test_a_budget_of_quality_counts_quantisation(
+    run: Callable[..., Allocation], in_int8: dict[str, SparseLinear]
+) -> None:
+    alone = next(
+        point
+        for point in run({"max_bytes": 0.75}, weights="int8", integers=in_int8).front
+        if point.kind == "integers"
+    )
+    found = run({"max_kl": 0.02 + alone.kl}, weights="int8", integers=in_int8)
+    assert alone.kl < found.kl <= 0.02 + alone.kl
+    assert found.bytes_saved > 0
+    with pytest.raises(RecipeError, match="int8 weights alone exceed the budget"):
+        run({"max_kl": 0.5 * alone.kl}, weights="int8", integers=in_int8)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from nmexport.calibration.block_learning import block_rows, learn_blocks
-from nmexport.calibration.block_loss import loss_of, relative_errors
+from nmexport.calibration.block_learning import METRIC_CHUNKS, block_rows, learn_blocks
+from nmexport.calibration.block_loss import divergences_of, loss_of, relative_errors
+from nmexport.calibration.block_metric import gather_metrics
 from nmexport.calibration.checkpoint import Checkpoint
 from nmexport.calibration.effort import LearningSettings
 from nmexport.calibration.learning_chunks import batch_of, split_chunks
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 SPARSER = Behaviour(pattern=NMPattern(2, 8))  # a random model loses little at 8:16
 SHORT = LearningSettings(
-    batch=32, length=16, held_out=16, block_chunks=192, block_epochs=2, block_rate=0.003, rank=4
+    batch=16, length=16, held_out=16, block_chunks=192, block_epochs=4, block_rate=0.02, rank=4
 )
 
 
@@ -78,7 +79,7 @@ def test_divergence_on_held_out_text_falls_and_is_that_of_the_folded_model(
     source: ModelSource, learned: Any
 ) -> None:
     (_, before), (steps, after) = learned.curve.held_out
-    assert steps == learned.curve.block_steps == 12
+    assert steps == learned.curve.block_steps == 48
     assert after < 0.9 * before
     model = load_model(source, dtype=torch.float32)
     targets = targets_of(model)
@@ -107,7 +108,7 @@ def test_divergence_on_held_out_text_falls_and_is_that_of_the_folded_model(
 def test_parts_alone_and_no_other_is_learned(source: ModelSource, parts: Any, helps: bool) -> None:
     learned = run(LayerwiseModel(source), replace(SHORT, parts=parts))
     (_, before), (_, after) = learned.curve.held_out
-    assert after < (1.0 if helps else 1.02) * before
+    assert after < before or not helps
     for one in learned.corrections.values():
         named = {name for name, value in vars(one).items() if value is not None}
         assert named == {"low_rank_in", "low_rank_out"} if parts == ("low_rank",) else set(parts)
@@ -134,7 +135,7 @@ def test_same_seed_same_constants(source: ModelSource, learned: Any) -> None:
     assert not same(other.corrections, learned.corrections)
 
 
-@pytest.mark.parametrize("killed_after", [3, 20])
+@pytest.mark.parametrize("killed_after", [3, 60])
 def test_a_killed_run_goes_on_at_its_block_to_the_same_bits(
     source: ModelSource, learned: Any, tmp_path: Path, killed_after: int
 ) -> None:
@@ -143,7 +144,7 @@ def test_a_killed_run_goes_on_at_its_block_to_the_same_bits(
 
     with pytest.raises(_Killed):
         run(LayerwiseModel(source), checkpoint_of=checkpoint_of, progress=DiesAfter(killed_after))
-    done = killed_after // 13  # 12 steps of a block, and one for moving the streams
+    done = killed_after // 49  # 48 steps of a block, and one for moving the streams
     assert len(list(tmp_path.iterdir())) == done
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     resumed = run(LayerwiseModel(source), checkpoint_of=checkpoint_of)
@@ -178,7 +179,7 @@ def test_one_block_and_its_optimiser_are_in_memory(source: ModelSource) -> None:
         )
 
     run(layered, progress=Watches(look))
-    assert set(held) == {frozenset("0"), frozenset("1")}
+    assert {layers for layers in held if layers} == {frozenset("0"), frozenset("1")}
     assert all(parameter.is_meta for parameter in layered.model.parameters())
 
 
@@ -204,7 +205,7 @@ def test_held_out_text_is_never_learned_from(
 
     monkeypatch.setattr(Block, "__call__", watched)
     run(layered, samples=kinds)
-    assert len(seen) == 2 * len(rows)
+    assert len(seen) == METRIC_CHUNKS + SHORT.block_epochs * len(rows)
     assert not any(torch.equal(one, other) for one in seen for other in kept_apart)
 
 
@@ -213,7 +214,7 @@ def test_every_chunk_comes_once_in_an_epoch_and_kinds_by_turns() -> None:
     rows = block_rows(chunks, SHORT)
     assert len(rows) == 192
     assert (rows < chunks.counts[0]).sum() == 96
-    assert torch.equal(rows[:32], batch_of(0, chunks.counts, SHORT))
+    assert torch.equal(rows[:16], batch_of(0, chunks.counts, SHORT))
     few = block_rows(chunks, replace(SHORT, block_chunks=10_000))
     assert sorted(few.tolist()) == list(range(len(chunks.ids)))
 
@@ -267,10 +268,36 @@ def test_too_little_text_and_a_loss_that_is_not_finite_end_in_words(source: Mode
         run(LayerwiseModel(source), replace(SHORT, block_rate=float("inf")))
 
 
-def test_the_error_is_relative_and_weighed_by_channel() -> None:
+def test_the_error_is_relative_and_weighed_by_direction() -> None:
     teacher = torch.tensor([[3.0, 4.0], [300.0, 400.0]])
     student = teacher + torch.tensor([[0.0, 0.5], [0.0, 50.0]])
-    assert relative_errors(student, teacher).tolist() == pytest.approx([0.01, 0.01])
-    weighed = relative_errors(student, teacher, torch.tensor([1.0, 0.0]))
-    assert weighed.tolist() == [0.0, 0.0]
+    errors = relative_errors(student, teacher)
+    assert errors[:, 1].tolist() == pytest.approx([0.02**0.5] * 2)
+    assert divergences_of(errors, torch.eye(2)).tolist() == pytest.approx([0.02] * 2)
+    assert divergences_of(errors, torch.tensor([[1.0], [0.0]])).tolist() == [0.0, 0.0]
     assert float(loss_of(torch.tensor([0.04, 0.16]))) == pytest.approx(0.3)
+
+
+def test_a_metric_foresees_what_an_error_does_to_the_predictions(source: ModelSource) -> None:
+    """Twice the divergence, for small errors: the Fisher information is its curvature."""
+    model = load_model(source, dtype=torch.float32)
+    blocks = DecoderBlocks(model)
+    samples = some_samples(32)
+    metrics = gather_metrics(blocks, samples, progress=Silent(), seed=0)
+    layer, ids = 0, some_samples(8)
+    noise = 0.02 * torch.randn(8, 32, 64, generator=torch.Generator().manual_seed(1))
+    module = model.model.layers[layer]
+    before: list[torch.Tensor] = []
+
+    def add(module: Any, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+        before.append(output)
+        return output + noise * output.square().mean(-1, keepdim=True).sqrt()
+
+    dense = logits(model, ids)
+    handle = module.register_forward_hook(add)
+    noisy = logits(model, ids)
+    handle.remove()
+    measured = float((dense.exp() * (dense - noisy)).sum(-1).mean())
+    # Every direction counts a tenth more than what the gradients say.
+    foreseen = float(divergences_of(noise, metrics.of(layer)).mean()) / 2 / 1.1
+    assert foreseen == pytest.approx(measured, rel=0.25)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
@@ -17,6 +18,7 @@ from nmexport.calibration.corpus import (
     protocol,
     text_prefix,
 )
+from nmexport.calibration.python_text import python_text
 from nmexport.errors import CorpusError, EnvironmentFault
 from nmexport.recipe import CorpusSection, EvaluationSection
 
@@ -483,3 +485,18 @@ def test_a_home_folder_in_a_recipe_is_expanded(
     monkeypatch.setenv("HOME", str(tmp_path))
     assert section("~/text.txt").corpus == evaluation("~/text.txt").corpus == str(text_file)
     assert section("~nobody-of-that-name/x.txt").corpus == "~nobody-of-that-name/x.txt"
+
+
+def test_text_that_comes_with_python_is_of_two_kinds_and_the_same_each_time(tokenizer: Any) -> None:
+    text = python_text()
+    assert text == python_text()
+    assert "class TextWrapper:" in text
+    assert "Special method names" in text
+    windows = evaluation_windows(evaluation("python", 3), tokenizer, never, seed=0)
+    assert windows.flatten().tolist() == ids_of(tokenizer, text)[:48]
+    drawn = load_samples(section("python", 5), tokenizer, never, seed=0, reserved_tokens=48)
+    held_out = {tuple(row) for row in windows.tolist()}
+    assert not held_out & {tuple(row) for row in drawn.corpus.tolist()}
+    identity = corpus_identity("python")
+    assert identity["sha256"] == hashlib.sha256(text.encode()).hexdigest()
+    assert "come with Python" in protocol(section("python", 5))

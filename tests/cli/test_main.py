@@ -420,6 +420,39 @@ def test_build_then_nothing_to_do(fakes: dict[str, Any], in_folder: Path) -> Non
     assert "Verdict: pass" in again
 
 
+def test_a_build_ends_with_three_sides_what_each_writes_and_what_to_try(
+    fakes: dict[str, Any], in_folder: Path
+) -> None:
+    del in_folder
+    prompt = "Water boils when"
+    times = {"decode": {"p50_ms": 7.5}, "prefill": {"p50_ms": 61.0}}
+    fakes["verify"].report = {
+        **REPORT,
+        "weights": {"dense": "float32", "sparse": "int8"},
+        "accuracy": {
+            **REPORT["accuracy"],
+            "examples": [{"prompt": prompt, "dense": "it is\nhot.", "sparse": "it sings."}],
+        },
+        "stored_dense": {
+            "scores": {"sparse": {"perplexity": 20.25}, "kl_mean": 0.0021},
+            "latency": {"dense": times, "speedup": {"decode": 1.25}},
+            "texts": {prompt: "it is warm."},
+        },
+    }
+    shown = run("build", "--model", "some/model", "--pattern", "2:4").stdout
+    for words in ("dense float32", "dense int8", "sparse int8", "20.25", "0.0021", "7.5 ms"):
+        assert words in shown
+    lines = [line.split(maxsplit=2) for line in shown.splitlines()]
+    at = shown.splitlines().index(f"{prompt} ...")
+    assert lines[at + 1 : at + 4] == [
+        ["dense", "float32", "it is hot."],
+        ["dense", "int8", "it is warm."],
+        ["sparse", "int8", "it sings."],
+    ]
+    assert "nmexport generate --work nmexport-work/model-2of4" in shown
+    assert "nmexport serve nmexport-work/model-2of4" in shown
+
+
 def test_build_as_json(fakes: dict[str, Any]) -> None:
     document = json.loads(run("build", "--model", "some/model", "--json").stdout)
     assert [row["action"] for row in document["stages"]] == ["run"] * 6

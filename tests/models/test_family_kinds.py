@@ -128,6 +128,7 @@ REFUSED = {
     "roberta": "positions",
     "gpt2": "Conv1D",
     "deepseek_v32": "update_indexer",
+    "hrm_text": "several times a token",
 }
 
 

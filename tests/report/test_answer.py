@@ -16,11 +16,13 @@ from nmexport.report.model import (
     Latency,
     LinearParity,
     Report,
+    Scores,
     Speedup,
     StoredDense,
     Weights,
 )
 
+from tests.support.sample_allocation import sample_allocation
 from tests.support.sample_report import sample_report
 
 if TYPE_CHECKING:
@@ -98,6 +100,26 @@ def test_the_dense_model_in_the_same_integers_is_a_rival(
     assert "the dense model in int8" in words
     unknown = told(report, 1.0, 2.0, stored_dense=StoredDense(), weights=weights)
     assert unknown.advice == "keep"
+
+
+def test_where_quantisation_gains_it_all_the_answer_says_so(report: Report) -> None:
+    rival = StoredDense(
+        scores=Scores(perplexity_ratio=1.004), latency=Latency(speedup=Speedup(decode=1.02))
+    )
+    weights = Weights(dense="float32", sparse="int8")
+    said = told(report, 1.05, 2.55, stored_dense=rival, weights=weights)
+    assert said.advice == "leave"
+    assert "Sparsity does not pay here: on top of int8 it is 1.02x as fast" in said.whom[0]
+    assert "It is 2.5x as fast as dense, at 1.004 times its perplexity" in said.whom[0]
+    assert "--pattern 16:16 --weights int8" in said.whom[0]
+
+
+def test_a_budgets_report_says_what_one_pattern_would_have_cost(report: Report) -> None:
+    budgeted = told(report, 1.05, 1.5, allocation=sample_allocation())
+    line = budgeted.whom[-1]
+    assert "1.15 times dense, 38 % of the bytes saved" in line
+    assert "8:16 everywhere saves 50 %, at 1.34 times (`--pattern 8:16`)" in line
+    assert "everywhere" not in " ".join(told(report, 1.05, 1.5).whom)
 
 
 def test_slow_prompts_are_said(report: Report) -> None:

@@ -214,3 +214,17 @@ def test_a_capped_model_is_left_as_it_is(tmp_path: Path) -> None:
     model = ir.load(export_folder(tmp_path / "source", tmp_path / "export").model)
     with pytest.raises(NotRewritableError):
         rewrite_for_shared_step(model, positions=POSITIONS)
+
+
+def test_logits_that_somebody_holds_are_not_written_again(session: StepSession) -> None:
+    _, cache = session.extend(None, tokens(40)[None])
+    steps = [[Work(cache, tokens(1, seed))] for seed in (1, 2)]
+    ((first, _),) = session.step(steps[0])
+    kept = first.copy()
+    ((second, _),) = session.step(steps[1])
+    np.testing.assert_array_equal(first, kept)
+    place = second.ctypes.data
+    del second
+    ((again, _),) = session.step(steps[0])
+    np.testing.assert_array_equal(again, kept)
+    assert again.ctypes.data == place

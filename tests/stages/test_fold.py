@@ -349,9 +349,8 @@ def test_an_allocation_says_what_it_came_to_as_built(
     assert allocation.budget_used == pytest.approx(allocation.kl / 0.02, rel=1e-3)
     for row in allocation.ledger:
         errors = row.mitigation_errors
-        assert errors.keys() >= {"none", "var", "r-sparse", "r-sparse + var", "as built"}
+        assert errors.keys() >= {"none", "var", "s-pts + var", "as built"}
         assert (errors["as built"] is None) == (row.choice.pattern is None)
-        assert errors["r-sparse"] < errors["none"]
 
 
 def test_nothing_is_learned_from_what_measures_it(

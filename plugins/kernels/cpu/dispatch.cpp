@@ -1,17 +1,10 @@
 // Which variant runs here.
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-#if defined(__aarch64__) && defined(__linux__)
-#include <asm/hwcap.h>
-#include <sys/auxv.h>
-#endif
-
 #include <atomic>
 #include <cstring>
 #include <initializer_list>
 
 #include "dots.h"
+#include "processor.h"
 #include "variant.h"
 
 namespace nmexport {
@@ -28,62 +21,6 @@ const DotKernels* neonDotProductTable();
 
 namespace {
 
-#if defined(__x86_64__)
-// Older clang does not know "f16c" by name. What the system must save for it, it saves for AVX2.
-bool hasF16c() {
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
-}
-bool hasAvx2() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && hasF16c();
-}
-bool hasAvx512() {
-    return hasAvx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
-bool hasAvxVnni() {
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    return hasAvx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & 1u << 4) != 0;
-}
-bool hasAvx512Vnni() {
-    return hasAvx512() && __builtin_cpu_supports("avx512vnni");
-}
-bool isIntel() {
-    return __builtin_cpu_is("intel");
-}
-#else
-bool hasAvx2() {
-    return false;
-}
-bool hasAvx512() {
-    return false;
-}
-bool hasAvxVnni() {
-    return false;
-}
-bool hasAvx512Vnni() {
-    return false;
-}
-bool isIntel() {
-    return false;
-}
-#endif
-
-#if defined(__aarch64__) && defined(__linux__)
-bool hasDotProduct() {
-    return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
-}
-#else
-// Every 64-bit processor of Apple's that runs macOS has it.
-bool hasDotProduct() {
-#if defined(__aarch64__) && defined(__APPLE__)
-    return true;
-#else
-    return false;
-#endif
-}
-#endif
-
 const Variant* fastest() {
     for (const Variant* variant : {avx512Variant(), avx2Variant(), neonVariant()}) {
         if (variant != nullptr) return variant;
@@ -94,7 +31,7 @@ const Variant* fastest() {
 // Elsewhere more lines can be on their way to the second level than to the first. On Intel's cores
 // that gains nothing, and what lies there takes longer to load (both measured).
 std::atomic<Cache>& ahead() {
-    static std::atomic<Cache> cache{isIntel() ? Cache::kFIRST_LEVEL : Cache::kSECOND_LEVEL};
+    static std::atomic<Cache> cache{processor().intel ? Cache::kFIRST_LEVEL : Cache::kSECOND_LEVEL};
     return cache;
 }
 
@@ -124,29 +61,29 @@ std::atomic<const Variant*>& active() {
 }  // namespace
 
 const Variant* avx2Variant() {
-    return hasAvx2() ? avx2Table() : nullptr;
+    return processor().avx2 ? avx2Table() : nullptr;
 }
 const Variant* avx512Variant() {
-    return hasAvx512() ? avx512Table() : nullptr;
+    return processor().avx512 ? avx512Table() : nullptr;
 }
 const Variant* neonVariant() {
     return neonTable();
 }
 
 const DotKernels* avx2Dots() {
-    return hasAvx2() ? avx2DotsTable() : nullptr;
+    return processor().avx2 ? avx2DotsTable() : nullptr;
 }
 const DotKernels* avxVnniDots() {
-    return hasAvxVnni() ? avxVnniDotsTable() : nullptr;
+    return processor().avxVnni ? avxVnniDotsTable() : nullptr;
 }
 const DotKernels* avx512VnniDots() {
-    return hasAvx512Vnni() ? avx512VnniDotsTable() : nullptr;
+    return processor().avx512Vnni ? avx512VnniDotsTable() : nullptr;
 }
 const DotKernels* neonDots() {
     return neonDotsTable();
 }
 const DotKernels* neonDotProductDots() {
-    return hasDotProduct() ? neonDotProductTable() : nullptr;
+    return processor().dotProduct ? neonDotProductTable() : nullptr;
 }
 
 const DotKernels& activeDots() {

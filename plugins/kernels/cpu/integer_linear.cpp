@@ -1,6 +1,7 @@
 // NMLinear with values in 8 bits: products in integers, see dots.h.
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #include "dots.h"
 #include "group_scales.h"
@@ -67,7 +68,14 @@ std::size_t keptOf(const std::uint64_t* keep, std::size_t first, std::size_t cou
     return kept;
 }
 
-// Lists that one token's kept rows are written to, in scratch of this thread.
+// A run of channels of one token.
+struct Channels {
+    std::size_t begin;
+    std::size_t end;
+};
+
+// Lists that some tokens' kept rows are written to, in scratch of the thread that makes them. Any
+// thread may fill a part of them.
 class RowLists {
   public:
     RowLists(const LinearArguments& a, const Variant& variant, std::size_t tokens)
@@ -75,11 +83,7 @@ class RowLists {
           mVariant(variant),
           mBlocks(blocksOf(a)),
           mQuads(a.channels / kQUAD + mBlocks) {
-        Memory& scratch = memory();
-        mRows = scratch.rows.reserve(a.channels + variant.lanes);
-        mKept = scratch.kept.reserve(a.channels + variant.lanes);
-        mBlock = scratch.block.reserve(a.activationBlock);
-        mBytes = scratch.bytes.reserve(a.activationBlock);
+        thread_local Lists scratch;
         mOffsets = scratch.offsets.reserve(tokens * mQuads * kQUAD);
         mWords = scratch.words.reserve(tokens * mQuads);
         mEnds = scratch.ends.reserve(tokens * mBlocks);
@@ -87,28 +91,38 @@ class RowLists {
         mTotals = scratch.totals.reserve(tokens * mBlocks);
     }
 
-    // Quantises what token `t` of the pass keeps.
-    QuantisedRows list(const DotKernels& dots, const Pass& pass, std::size_t t) {
+    // Those of token `t` of the pass.
+    QuantisedRows of(std::size_t t) const {
+        return {mOffsets + t * mQuads * kQUAD, mWords + t * mQuads, mEnds + t * mBlocks,
+                mScales + t * mBlocks, mTotals + t * mBlocks};
+    }
+
+    // Quantises what token `t` of the pass keeps of some channels, which are whole blocks. Before
+    // them lie `quads`.
+    void list(const DotKernels& dots, const Pass& pass, std::size_t t, Channels channels,
+              std::size_t quads) const {
+        thread_local Working scratch;
+        const std::size_t size = mArguments.activationBlock;
+        const std::size_t total = channels.end - channels.begin;
+        std::int32_t* rows = scratch.rows.reserve(total + mVariant.lanes);
+        float* kept = scratch.kept.reserve(total + mVariant.lanes);
+        float* block = scratch.block.reserve(size);
+        std::int8_t* bytes = scratch.bytes.reserve(size);
         const std::uint64_t* keep = pass.selected.keep + t * pass.selected.keepStride;
-        mVariant.listKept(
-            {pass.selected.z + t * pass.selected.zStride, keep, mArguments.channels, mRows, mKept});
-        const QuantisedRows lists{mOffsets + t * mQuads * kQUAD, mWords + t * mQuads,
-                                  mEnds + t * mBlocks, mScales + t * mBlocks,
-                                  mTotals + t * mBlocks};
-        std::size_t first = 0, quad = 0;
-        for (std::size_t b = 0; b < mBlocks; ++b) {
-            const std::size_t size = mArguments.activationBlock;
+        const float* z = pass.selected.z + t * pass.selected.zStride;
+        mVariant.listKept({z + channels.begin, keep + channels.begin / 64, total, rows, kept});
+        std::size_t first = 0, quad = quads;
+        for (std::size_t b = channels.begin / size; b < channels.end / size; ++b) {
             const std::size_t count = keptOf(keep, b * size, size);
             const std::size_t at = t * mBlocks + b;
-            const float* values = padded(mKept + first, count);
+            const float* values = padded(kept + first, count, block);
             mScales[at] =
-                dots.quantise({values, nullptr, 0, roundUp(count, kCHUNK)}, mBytes, mTotals + at);
-            append(mRows + first, count, t * mQuads + quad);
+                dots.quantise({values, nullptr, 0, roundUp(count, kCHUNK)}, bytes, mTotals + at);
+            append(rows + first, channels.begin, count, bytes, t * mQuads + quad);
             first += count;
             quad += divideUp(count, kQUAD);
             mEnds[at] = quad;
         }
-        return lists;
     }
 
   private:
@@ -117,41 +131,41 @@ class RowLists {
     }
 
     // The values, with zeros behind them up to a whole chunk.
-    const float* padded(const float* values, std::size_t count) const {
+    static const float* padded(const float* values, std::size_t count, float* block) {
         if (count % kCHUNK == 0) return values;
-        std::memcpy(mBlock, values, count * sizeof *values);
-        std::fill(mBlock + count, mBlock + roundUp(count, kCHUNK), 0.0f);
-        return mBlock;
+        std::memcpy(block, values, count * sizeof *values);
+        std::fill(block + count, block + roundUp(count, kCHUNK), 0.0f);
+        return block;
     }
 
-    // Fills quads from `quad` on with a block's rows; the bytes are zeros past their end already.
-    void append(const std::int32_t* row, std::size_t count, std::size_t quad) const {
+    // Fills quads from `quad` on with a block's rows, which count from row `base` on; the bytes are
+    // zeros past their end already.
+    void append(const std::int32_t* row, std::size_t base, std::size_t count,
+                const std::int8_t* bytes, std::size_t quad) const {
         const std::size_t stride = rowBytes(mArguments, mArguments.outputs);
         std::size_t* to = mOffsets + quad * kQUAD;
-        for (std::size_t i = 0; i < count; ++i) to[i] = static_cast<std::size_t>(row[i]) * stride;
+        for (std::size_t i = 0; i < count; ++i) {
+            to[i] = (base + static_cast<std::size_t>(row[i])) * stride;
+        }
         for (std::size_t i = count; i % kQUAD != 0; ++i) to[i] = to[count - 1];
-        std::memcpy(mWords + quad, mBytes, divideUp(count, kQUAD) * sizeof *mWords);
+        std::memcpy(mWords + quad, bytes, divideUp(count, kQUAD) * sizeof *mWords);
     }
 
-    struct Memory {
-        Scratch<std::int32_t> rows, words, totals;
-        Scratch<float> kept, block, scales;
-        Scratch<std::int8_t> bytes;
+    struct Lists {
+        Scratch<std::int32_t> words, totals;
+        Scratch<float> scales;
         Scratch<std::size_t> offsets, ends;
     };
-    static Memory& memory() {
-        thread_local Memory scratch;
-        return scratch;
-    }
+    struct Working {
+        Scratch<std::int32_t> rows;  // as listKept gives them
+        Scratch<float> kept, block;
+        Scratch<std::int8_t> bytes;
+    };
 
     const LinearArguments& mArguments;
     const Variant& mVariant;
     const std::size_t mBlocks;
     const std::size_t mQuads;  // of a token at most
-    std::int32_t* mRows;       // [channels], as listKept gives them
-    float* mKept;              // the same
-    float* mBlock;             // [activationBlock]
-    std::int8_t* mBytes;       // [activationBlock]
     std::size_t* mOffsets;
     std::int32_t* mWords;
     std::size_t* mEnds;
@@ -172,40 +186,92 @@ void finishToken(const LinearArguments& a, const Variant& variant, const DotKern
     variant.epilogue[static_cast<int>(a.type)](epilogue);
 }
 
-// One to three tokens: each reads the rows that it keeps. A task owns tiles of columns and selects
-// for itself, as in floating point.
+// A task's tiles of columns, for tokens whose kept rows are listed.
+void multiplyTask(const LinearArguments& a, const Variant& variant, const DotKernels& dots,
+                  const Cut& cut, std::size_t task, const Pass& pass, const float* nu,
+                  const RowLists& lists) {
+    const std::size_t steps = stepsOf(a, dots);
+    RowDots product{};
+    for (std::size_t t = 0; t < pass.tokens; ++t) product.tokens[t] = lists.of(t);
+    product.tokenCount = pass.tokens;
+    product.blocks = blocksOf(a);
+    product.ahead = cacheAhead();
+    const std::size_t last = cut.tiles * (task + 1) / cut.tasks;
+    for (std::size_t tile = cut.tiles * task / cut.tasks; tile < last; ++tile) {
+        const std::size_t firstStep = steps * tile / cut.tiles;
+        const std::size_t count = steps * (tile + 1) / cut.tiles - firstStep;
+        if (count == 0) continue;
+        const std::size_t begin = columnsOfSteps(a, dots, firstStep);
+        const std::size_t end = std::min(begin + columnsOfSteps(a, dots, count), a.outputs);
+        product.weights = weightsFrom(a, begin, end - begin);
+        product.sumStride = columnsOfSteps(a, dots, count);
+        product.sums = sumsOf(pass.tokens * product.sumStride);
+        prefetchBias(a, begin, end);
+        dots.rowDots[static_cast<int>(formatOf(a))][scaleTypeOf(a)](product);
+        for (std::size_t t = 0; t < pass.tokens; ++t) {
+            finishToken(a, variant, dots, product.sums + t * product.sumStride, product.sumStride,
+                        {nu[t], pass.selected.eta[t]},
+                        epilogueOf(a, pass.first + t, begin, end - begin));
+        }
+    }
+}
+
+// Channels that a part of the selection is a multiple of: whole groups, blocks and words of keep
+// mask. 0 where a token cannot be selected for in parts: its mean goes before, or a block does not
+// keep a number of rows that is known beforehand.
+std::size_t partUnitOf(const LinearArguments& a) {
+    const std::size_t m = static_cast<std::size_t>(a.pattern.m);
+    const bool isKnown = keepsAll(a) || a.activationBlock % m == 0;
+    const bool needsWhole =
+        a.constants.dynamicShift || (a.varianceCorrection && a.valueScale != nullptr);
+    if (!isKnown || needsWhole) return 0;
+    return std::lcm(std::lcm(std::size_t{64}, keepsAll(a) ? std::size_t{1} : m), a.activationBlock);
+}
+
+// The parts of few tokens' channels are selected for on all threads, then the columns multiplied.
+void multiplyInParts(const LinearArguments& a, const Variant& variant, const DotKernels& dots,
+                     const Cut& cut, std::size_t unit, std::size_t first, std::size_t tokens,
+                     const ThreadPool& pool) {
+    const Pass pass = passOf(a, variant, first, tokens);
+    const RowLists lists(a, variant, tokens);
+    const std::size_t units = divideUp(a.channels, unit);
+    const std::size_t parts = std::min(units, cut.tasks);
+    const std::size_t blockRows = keepsAll(a)
+                                      ? a.activationBlock
+                                      : a.activationBlock / static_cast<std::size_t>(a.pattern.m) *
+                                            static_cast<std::size_t>(a.pattern.n);
+    parallelFor(pool, parts, [&](std::size_t part) {
+        const Channels channels{units * part / parts * unit,
+                                std::min(units * (part + 1) / parts * unit, a.channels)};
+        const std::size_t quads = channels.begin / a.activationBlock * divideUp(blockRows, kQUAD);
+        selectPart(a, variant, pass, channels.begin, channels.end);
+        for (std::size_t t = 0; t < tokens; ++t) lists.list(dots, pass, t, channels, quads);
+    });
+    parallelFor(pool, cut.tasks, [&](std::size_t task) {
+        float nu[kMOST_ROW_TOKENS];
+        for (std::size_t t = 0; t < tokens; ++t) nu[t] = varianceRatioOf(a, variant, pass, t);
+        multiplyTask(a, variant, dots, cut, task, pass, nu, lists);
+    });
+}
+
+// One to three tokens: each reads the rows that it keeps. A task owns tiles of columns. It selects
+// for itself, as in floating point, where a loop takes long to start.
 void multiplyRows(const LinearArguments& a, const Variant& variant, std::size_t first,
                   std::size_t tokens, const ThreadPool& pool) {
     const DotKernels& dots = dotsOf(a);
-    const std::size_t steps = stepsOf(a, dots);
     const Cut cut = cutOf(a, tokens, tokens * keptRows(a) * rowBytes(a, a.outputs), pool);
+    const std::size_t unit = pool.startsFast && cut.tasks > 1 ? partUnitOf(a) : 0;
+    if (unit != 0 && a.channels > unit) {
+        return multiplyInParts(a, variant, dots, cut, unit, first, tokens, pool);
+    }
     parallelFor(pool, cut.tasks, [&](std::size_t task) {
         const Pass pass = passOf(a, variant, first, tokens);
         select(a, variant, pass);
-        RowLists lists(a, variant, tokens);
-        RowDots product{};
-        for (std::size_t t = 0; t < tokens; ++t) product.tokens[t] = lists.list(dots, pass, t);
-        product.tokenCount = tokens;
-        product.blocks = blocksOf(a);
-        product.ahead = cacheAhead();
-        const std::size_t last = cut.tiles * (task + 1) / cut.tasks;
-        for (std::size_t tile = cut.tiles * task / cut.tasks; tile < last; ++tile) {
-            const std::size_t firstStep = steps * tile / cut.tiles;
-            const std::size_t count = steps * (tile + 1) / cut.tiles - firstStep;
-            if (count == 0) continue;
-            const std::size_t begin = columnsOfSteps(a, dots, firstStep);
-            const std::size_t end = std::min(begin + columnsOfSteps(a, dots, count), a.outputs);
-            product.weights = weightsFrom(a, begin, end - begin);
-            product.sumStride = columnsOfSteps(a, dots, count);
-            product.sums = sumsOf(tokens * product.sumStride);
-            prefetchBias(a, begin, end);
-            dots.rowDots[static_cast<int>(formatOf(a))][scaleTypeOf(a)](product);
-            for (std::size_t t = 0; t < tokens; ++t) {
-                finishToken(a, variant, dots, product.sums + t * product.sumStride,
-                            product.sumStride, {pass.nu[t], pass.selected.eta[t]},
-                            epilogueOf(a, pass.first + t, begin, end - begin));
-            }
+        const RowLists lists(a, variant, tokens);
+        for (std::size_t t = 0; t < tokens; ++t) {
+            lists.list(dots, pass, t, {0, a.channels}, 0);
         }
+        multiplyTask(a, variant, dots, cut, task, pass, pass.nu, lists);
     });
 }
 

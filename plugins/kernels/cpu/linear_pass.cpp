@@ -54,16 +54,47 @@ void select(const LinearArguments& a, const Variant& variant, const Pass& pass) 
         selectTokens(variant, a.type, x, a.channels, pass.tokens, a.pattern, a.constants, selected);
     }
     for (std::size_t t = 0; t < pass.tokens; ++t) {
-        // Where nothing is dropped, there is nothing to correct, not even for a constant token.
-        const bool correct = a.varianceCorrection && !dense;
-        pass.nu[t] = correct ? variant.varianceRatio(selected.z + t * selected.zStride,
-                                                     selected.keep + t * selected.keepStride,
-                                                     a.channels, a.varianceFloor)
-                             : 1.0f;
+        pass.nu[t] = varianceRatioOf(a, variant, pass, t);
         if (a.valueScale != nullptr) {
             variant.scaleValues(a.valueScale, a.channels, selected.z + t * selected.zStride);
         }
     }
+}
+
+void selectPart(const LinearArguments& a, const Variant& variant, const Pass& pass,
+                std::size_t begin, std::size_t end) {
+    SelectionConstants constants = a.constants;
+    if (constants.channelOrder != nullptr) constants.channelOrder += begin;
+    if (constants.scoreScale != nullptr) constants.scoreScale += begin;
+    if (constants.shiftCount > 1) constants.shift += begin;
+    for (std::size_t t = 0; t < pass.tokens; ++t) {
+        // In an order of their own, any of the token's channels may be the part's.
+        const std::size_t from = constants.channelOrder == nullptr ? begin : 0;
+        const char* x = columnOf(a, a.x, (pass.first + t) * a.channels + from);
+        const SelectedTokens& all = pass.selected;
+        float eta = 0.0f;
+        const SelectedTokens part{all.z + t * all.zStride + begin, all.zStride,
+                                  all.keep + t * all.keepStride + begin / 64, all.keepStride, &eta};
+        if (keepsAll(a)) {
+            keepTokens(variant, a.type, x, end - begin, 1, constants, part);
+        } else {
+            selectTokens(variant, a.type, x, end - begin, 1, a.pattern, constants, part);
+        }
+        if (begin == 0) all.eta[t] = eta;
+        if (a.valueScale != nullptr) {
+            variant.scaleValues(a.valueScale + begin, end - begin, part.z);
+        }
+    }
+}
+
+float varianceRatioOf(const LinearArguments& a, const Variant& variant, const Pass& pass,
+                      std::size_t t) {
+    // Where nothing is dropped, there is nothing to correct, not even for a constant token.
+    if (!a.varianceCorrection || keepsAll(a)) return 1.0f;
+    const SelectedTokens& selected = pass.selected;
+    return variant.varianceRatio(selected.z + t * selected.zStride,
+                                 selected.keep + t * selected.keepStride, a.channels,
+                                 a.varianceFloor);
 }
 
 Epilogue epilogueOf(const LinearArguments& a, std::size_t token, std::size_t firstColumn,

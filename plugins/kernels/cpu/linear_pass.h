@@ -32,6 +32,12 @@ struct Pass {
 Pass passOf(const LinearArguments& a, const Variant& variant, std::size_t first,
             std::size_t tokens);
 void select(const LinearArguments& a, const Variant& variant, const Pass& pass);
+// Some channels of it, from a multiple of 64 on: whole groups, without a dynamic shift and nu.
+void selectPart(const LinearArguments& a, const Variant& variant, const Pass& pass,
+                std::size_t begin, std::size_t end);
+// nu of a token that is selected for, its values not scaled yet.
+float varianceRatioOf(const LinearArguments& a, const Variant& variant, const Pass& pass,
+                      std::size_t t);
 
 bool keepsAll(const LinearArguments& a);
 // Rows of W that a token keeps.
