@@ -274,7 +274,8 @@ _CALIBRATION = (
         spelled="--calib",
         key="calibration.corpus",
         metavar="CORPUS",
-        help="Calibration text: Hub data set, .txt, .jsonl, or `self` (the model writes it).",
+        help="Calibration text: Hub data set, .txt, .jsonl, `self` (the model writes it) or "
+        "`python` (the manual and source code that come with it).",
     ),
     RecipeOption(
         spelled="--calib-samples",

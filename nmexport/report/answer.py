@@ -154,7 +154,7 @@ def _instead(report: Report, advice: Advice) -> tuple[str, ...]:
 def _stored_instead(report: Report, over_stored: float) -> str:
     """Say that quantisation gains what there is to gain."""
     ratio = None if report.stored_dense is None else report.stored_dense.scores.perplexity_ratio
-    cost = "" if ratio is None else f", at {number(ratio, 3)} times its perplexity"
+    cost = "" if ratio is None else f", at {number(ratio)} times its perplexity"
     over_float = report.latency.speedup.decode
     gain = "" if over_float is None else f" It is {_as_fast(over_float / over_stored)} as dense"
     return (

@@ -295,7 +295,7 @@ def test_every_option_reaches_its_key() -> None:
         "revision": "main",
         "trust_remote_code": True,
         "dtype": "bfloat16",
-        "weights": "float",
+        "weights": "auto",
         "activations": "auto",
         "package": None,
         "dense_baseline": True,
