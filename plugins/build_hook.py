@@ -3,6 +3,10 @@
 A machine without a compiler or without ONNX Runtime's headers still gets a working package: the
 exported models run through their function bodies. The reason is left beside the place of the
 library, where `nmexport doctor` reads it.
+
+A wheel for others (`make wheel`, `plugins/wheel.py`) is compiled by the Clang that the package
+ziglang carries, against the symbols of an old glibc and with the C++ library inside. Such a build
+fails where the library does.
 """
 
 from __future__ import annotations
@@ -22,6 +26,9 @@ CUDA_VARIABLE = "NMEXPORT_CUDA"
 """`1` for the CUDA kernels too, for all supported GPUs; `native` for those of this machine; or
 compute capabilities such as `80;90`. They take nvcc, many minutes and tens of megabytes, so nobody
 gets them unasked."""
+MACHINE_VARIABLE = "NMEXPORT_WHEEL_MACHINE"
+"""The processor of a wheel for others, one of `MACHINES`; unset builds for this machine."""
+MACHINES = ("x86_64", "aarch64")
 FAILURE_FILE = "BUILD_FAILED.txt"
 _HEADER = "onnxruntime_c_api.h"
 _SYSTEM_INCLUDES = (
@@ -34,6 +41,8 @@ _COMPILERS = ("c++", "g++", "clang++")
 _TIMEOUT_S = 1200
 # The kernels for all GPUs take ten minutes of processor time and more: room for one slow processor.
 _CUDA_TIMEOUT_S = 7200
+# The first time ziglang's compiler makes its own C++ library too.
+_WHEEL_TIMEOUT_S = 3600
 
 
 class BuildError(Exception):
@@ -46,10 +55,11 @@ class NativeBuildHook(BuildHookInterface):
     PLUGIN_NAME = "custom"
 
     def dependencies(self) -> list[str]:
-        """CMake and Ninja from the package index, where the machine has none."""
+        """CMake and Ninja from the package index, where the machine has none; ziglang if asked."""
         if self.target_name != "wheel":
             return []
-        return [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
+        tools = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
+        return [*tools, "ziglang"] if MACHINE_VARIABLE in os.environ else tools
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Build for a wheel, editable or not; a source distribution carries the sources only."""
@@ -58,13 +68,16 @@ class NativeBuildHook(BuildHookInterface):
             return
         root = Path(self.root)
         native = root / "nmexport" / "_native"
+        machine = os.environ.get(MACHINE_VARIABLE)
         try:
             native.mkdir(parents=True, exist_ok=True)
             # What this build does not make, such as the TensorRT plugin, stays.
             for stale in (*native.glob("libnmexport_onnxruntime.*"), native / FAILURE_FILE):
                 stale.unlink(missing_ok=True)
-            build_library(root, native, str(self.metadata.version))
+            build_library(root, native, str(self.metadata.version), machine)
         except (BuildError, OSError) as error:
+            if machine is not None:  # others would get a wheel without its reason to be
+                raise
             self.app.display_warning(
                 f"nmexport: the native library was not built: {error}\n"
                 "Models will run through their ONNX function bodies, which is slower."
@@ -73,18 +86,25 @@ class NativeBuildHook(BuildHookInterface):
                 (native / FAILURE_FILE).write_text(f"{error}\n", encoding="utf-8")
             return
         build_data["pure_python"] = False
-        build_data["tag"] = f"py3-none-{_platform_tag()}"
+        # auditwheel puts the glibc in place of "linux", once it has read the library's symbols.
+        platform = _platform_tag() if machine is None else f"linux_{machine}"
+        build_data["tag"] = f"py3-none-{platform}"
 
 
-def build_library(root: Path, destination: Path, version: str) -> None:
+def build_library(root: Path, destination: Path, version: str, machine: str | None = None) -> None:
     """Build `plugins/` and install the library into `destination`.
+
+    Args:
+        root: The source tree.
+        destination: Where the library goes.
+        version: The package's, which the library tells.
+        machine: One of `MACHINES` for a library that other machines can load; None builds with the
+            compiler found, for this one.
 
     Raises:
         BuildError: if a tool or the headers are missing, or the build fails.
     """
-    compiler = os.environ.get("CXX")
-    if compiler is None and not any(shutil.which(name) for name in _COMPILERS):
-        raise BuildError("no C++ compiler found; install one (Debian: apt-get install g++)")
+    compiler = compiler_options(root, machine)
     if shutil.which("cmake") is None:
         raise BuildError("cmake not found; install it (pip install cmake ninja)")
     cuda = cuda_options(os.environ.get(CUDA_VARIABLE, ""))
@@ -101,6 +121,7 @@ def build_library(root: Path, destination: Path, version: str) -> None:
             "-B",
             str(build),
             *generator,
+            *compiler,
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DONNXRUNTIME_INCLUDE_DIR={include}",
             f"-DNMEXPORT_VERSION={version}",
@@ -109,9 +130,35 @@ def build_library(root: Path, destination: Path, version: str) -> None:
     )
     _run(
         ["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1)],
-        timeout_s=_CUDA_TIMEOUT_S if cuda else _TIMEOUT_S,
+        timeout_s=_CUDA_TIMEOUT_S if cuda else _WHEEL_TIMEOUT_S if machine else _TIMEOUT_S,
     )
     _run(["cmake", "--install", str(build), "--prefix", str(destination)])
+
+
+def compiler_options(root: Path, machine: str | None) -> list[str]:
+    """CMake's options that choose the compiler: none for the one it finds itself.
+
+    Args:
+        root: The source tree.
+        machine: One of `MACHINES`, or None for this machine's own compiler.
+
+    Raises:
+        BuildError: if there is no compiler, or the machine is none of `MACHINES`.
+    """
+    if machine is None:
+        if "CXX" not in os.environ and not any(shutil.which(name) for name in _COMPILERS):
+            raise BuildError("no C++ compiler found; install one (Debian: apt-get install g++)")
+        return []
+    if machine not in MACHINES:
+        raise BuildError(f"{MACHINE_VARIABLE}={machine} is none of {', '.join(MACHINES)}")
+    zig = importlib.util.find_spec("ziglang")
+    if zig is None or zig.origin is None:
+        raise BuildError("the package ziglang is not installed; install it (pip install ziglang)")
+    return [
+        f"-DCMAKE_TOOLCHAIN_FILE={root / 'plugins' / 'zig.cmake'}",
+        f"-DNMEXPORT_ZIG={Path(zig.origin).with_name('zig')}",
+        f"-DNMEXPORT_MACHINE={machine}",
+    ]
 
 
 def cuda_options(wanted: str) -> list[str]:

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -17,6 +18,7 @@ from nmexport.environment import Gpu, device_name, gpus_from_query, physical_cor
 from nmexport.inspect import doctor
 from nmexport.inspect.doctor import NativeLibrary
 from nmexport.progress import Bars, Lines, Silent, busy, duration, on_stream
+from nmexport.runtimes import rebuilding
 
 
 def test_probe_is_json_and_knows_this_machine() -> None:
@@ -79,14 +81,63 @@ def test_every_missing_thing_has_a_mend(monkeypatch) -> None:
     assert states["onnxruntime"].missing[0].fix == "pip install onnxruntime"
 
 
-@pytest.mark.parametrize("compiler", ["/usr/bin/c++", None])
-def test_missing_library_slows_and_does_not_forbid(monkeypatch, compiler: str | None) -> None:
+def test_missing_library_slows_and_does_not_forbid(monkeypatch) -> None:
     monkeypatch.setattr(doctor, "native_library", lambda: ABSENT)
-    monkeypatch.setattr(doctor, "compiler", lambda: compiler)
     state = doctor.diagnose()[0]
     assert state.works
     assert "no compiler was found" in state.missing[0].what
-    assert ("install a C++17 compiler" in state.missing[0].fix) == (compiler is None)
+    assert state.missing[0].fix == rebuilding.rebuild_command()
+
+
+REINSTALL = "-m pip install --no-deps --force-reinstall"
+HEADERS = f"set {rebuilding.INCLUDE_VARIABLE}"
+
+
+@pytest.mark.parametrize(
+    ("compiler", "why", "says"),
+    [
+        ("/usr/bin/c++", None, r"^{python} {pip} --editable {root}$"),
+        (None, None, r"^NMEXPORT_WHEEL_MACHINE=x86_64 {python} {pip} --editable {root}$"),
+        (
+            "/usr/bin/c++",
+            HEADERS,
+            (
+                r"^curl -L \S+/onnxruntime-linux-x64-([\d.]+)\.tgz \| tar -xz && "
+                r"NMEXPORT_ORT_INCLUDE=\$PWD/onnxruntime-linux-x64-\1/include {python} {pip}"
+            ),
+        ),
+    ],
+)
+def test_one_command_rebuilds_a_source_tree(
+    monkeypatch, compiler: str | None, why: str | None, says: str
+) -> None:
+    monkeypatch.setattr(rebuilding, "compiler", lambda: compiler)
+    monkeypatch.setattr(rebuilding.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(rebuilding, "version", lambda package: "1.32.0")
+    root = Path(doctor.__file__).resolve().parents[2]
+    words = {"python": re.escape(sys.executable), "pip": REINSTALL, "root": re.escape(str(root))}
+    assert re.search(says.format(**words), rebuilding.rebuild_command(why_missing=why))
+
+
+def test_an_installed_package_is_installed_anew(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(rebuilding, "NATIVE_FOLDER", tmp_path / "nmexport" / "_native")
+    assert rebuilding.rebuild_command() == f"{sys.executable} {REINSTALL} nmexport"
+    assert "--no-binary nmexport" in rebuilding.cuda_command()
+
+
+def test_on_a_gpu_machine_the_doctor_says_what_the_gpu_lacks(monkeypatch) -> None:
+    library = NativeLibrary(path="/x.so", description={"variant": "avx2", "cuda": False})
+    monkeypatch.setattr(doctor, "native_library", lambda: library)
+    monkeypatch.setattr(doctor, "is_distributed", lambda package: False)
+    monkeypatch.setattr(doctor.tensorrt_library, "gpu_is_usable", lambda: False)
+    assert doctor.diagnose()[0].missing == ()
+    monkeypatch.setattr(doctor.tensorrt_library, "gpu_is_usable", lambda: True)
+    monkeypatch.setattr(rebuilding.shutil, "which", lambda name: None)
+    runtime, kernels = doctor.diagnose()[0].missing
+    assert "onnxruntime-gpu" in runtime.fix
+    assert re.match(r'CUDACXX="\$\(.* --nvcc\)" NMEXPORT_CUDA=native .*--editable', kernels.fix)
+    assert not runtime.needed
+    assert not kernels.needed
 
 
 # -- what computes --------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ def make(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @needs_make
-@pytest.mark.parametrize("name", [".engines", ".server"])
+@pytest.mark.parametrize("name", [".engines", ".server", ".wheel"])
 def test_what_failed_to_install_is_tried_again(tmp_path: Path, name: str) -> None:
     stamp = tmp_path / name
     installed = tmp_path / ".installed"

@@ -53,7 +53,7 @@ class LearningSettings:
     """Chunks that a block learns from, where constants are learned block by block."""
     block_epochs: int = 4
     """How often it takes each."""
-    block_rate: float = 0.003
+    block_rate: float = 0.001
     """As `rate`, of a block."""
     written: int = 512
     """Most chunks that the model writes for learning alone, rather than learn from some again."""
@@ -62,7 +62,7 @@ class LearningSettings:
 EFFORTS: Mapping[Effort, LearningSettings] = MappingProxyType(
     {
         "fast": LearningSettings(
-            steps=80, rate=0.0015, written=64, block_chunks=64, block_epochs=2
+            steps=80, rate=0.0015, written=64, block_chunks=48, block_epochs=2
         ),
         "standard": LearningSettings(),
         "thorough": LearningSettings(steps=1600, written=2048, block_chunks=128, block_epochs=12),

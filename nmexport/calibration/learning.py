@@ -29,7 +29,7 @@ from nmexport.calibration.students import Optimiser, Students, spreads_of
 from nmexport.models.swap import swapped
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from nmexport.calibration.checkpoint import Checkpoint
     from nmexport.calibration.effort import LearningSettings
@@ -79,7 +79,6 @@ def learn(
     settings: LearningSettings,
     progress: Progress,
     checkpoint: Checkpoint | None = None,
-    start: Mapping[str, Corrections] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Learned:
     """Learn corrections on top of calibrated constants.
@@ -93,7 +92,6 @@ def learn(
         settings: Steps, rate, parts.
         progress: Counts steps.
         checkpoint: Where to go on from and save to; None learns in one go.
-        start: What was learned before, by linear; None starts at the calibrated constants.
         dtype: Type of the products; None takes bfloat16 where this machine multiplies it fast.
 
     Raises:
@@ -105,7 +103,6 @@ def learn(
     first = batch_of(0, chunks.counts, settings)
     spreads = spreads_of(targets.linears, lambda: _hidden(model, chunks.ids[first]))
     students = Students(targets, spreads, settings=settings, dtype=dtype)
-    students.start_at(start or {})
     with activations_carry_gradients(model), swapped(model, students.by_name):
         run = _Run(model, students, chunks, settings=settings, dtype=dtype)
         curve = run.finish(progress, checkpoint)

@@ -111,11 +111,6 @@ class Students:
         for name, parameter in self.parameters().items():
             parameter.data.copy_(values[name])
 
-    def start_at(self, corrections: Mapping[str, Corrections]) -> None:
-        """Begin at what was learned before, by linear."""
-        for name, correction in corrections.items():
-            self.by_name[name].start_at(correction)
-
     def corrections(self) -> dict[str, Corrections]:
         """Return what has been learned so far, by linear, on the CPU."""
         return {name: student.corrections() for name, student in self.by_name.items()}

@@ -37,6 +37,7 @@ def doctor_command(ctx: click.Context) -> None:
     """
     from nmexport.environment import probe
     from nmexport.inspect import doctor
+    from nmexport.runtimes.rebuilding import compiler
     from nmexport.serving.openai import opening
 
     environment = probe()
@@ -47,7 +48,7 @@ def doctor_command(ctx: click.Context) -> None:
         emit_json(
             {
                 "environment": environment.as_dict(),
-                "compiler": doctor.compiler(),
+                "compiler": compiler(),
                 "native_library": vars(library),
                 "tritonserver": _tritonserver(),
                 "openai_api": opening.is_installed(),
@@ -59,7 +60,7 @@ def doctor_command(ctx: click.Context) -> None:
     out = console()
     rows = [
         *_machine(environment, free),
-        ("C++ compiler", doctor.compiler() or "none"),
+        ("C++ compiler", compiler() or "none"),
         ("native ops", _library_words(library)),
         ("tritonserver", _tritonserver() or "none: pip install --no-deps nvidia-pytriton==0.7.0"),
         ("OpenAI's API", _openai_words()),

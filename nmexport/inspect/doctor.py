@@ -5,23 +5,21 @@ Nothing heavy is imported: packages are looked up, not loaded.
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import EnvironmentFault
-from nmexport.runtimes import native
+from nmexport.runtimes import native, rebuilding
 from nmexport.runtimes.tensorrt import library as tensorrt_library
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from nmexport.runtimes.engine import TensorRTTarget
 
 
-COMPILERS = ("c++", "g++", "clang++")
-_REBUILD = "pip install --force-reinstall --no-deps nmexport (in a source tree: make native)"
+_GPU_RUNTIME = "pip uninstall --yes onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'"
+_FOR_ANOTHER_GPU = "nmexport build --target tensorrt-rtx --compute-capability 8.9 --model MODEL"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +77,7 @@ def _onnxruntime() -> list[Missing]:
     missing = []
     if not is_installed("onnxruntime"):
         missing.append(Missing(what="the package onnxruntime", fix="pip install onnxruntime"))
-    return [*missing, *_native_library()]
+    return [*missing, *_native_library(), *_on_gpu()]
 
 
 def _native_library() -> list[Missing]:
@@ -88,11 +86,23 @@ def _native_library() -> list[Missing]:
     if library.why_missing is None:
         return []
     what = f"the native op library; without it models run slower than dense. {library.why_missing}"
-    if compiler() is None:
-        fix = f"install a C++17 compiler (Debian: apt-get install g++), then {_REBUILD}"
-    else:
-        fix = _REBUILD
+    fix = rebuilding.rebuild_command(why_missing=library.why_missing)
     return [Missing(what=what, fix=fix, needed=False)]
+
+
+def _on_gpu() -> list[Missing]:
+    """What ONNX Runtime lacks to run on the GPU that is here."""
+    if not tensorrt_library.gpu_is_usable():
+        return []
+    missing = []
+    if not is_distributed("onnxruntime-gpu"):
+        what = "the package onnxruntime-gpu, to run models on the GPU"
+        missing.append(Missing(what=what, fix=_GPU_RUNTIME, needed=False))
+    library = native_library()
+    if library.description is not None and not library.description.get("cuda"):
+        what = "the CUDA kernels in the native op library, to run models on the GPU"
+        missing.append(Missing(what=what, fix=rebuilding.cuda_command(), needed=False))
+    return missing
 
 
 def _tensorrt(target: TensorRTTarget) -> list[Missing]:
@@ -113,9 +123,7 @@ def _tensorrt(target: TensorRTTarget) -> list[Missing]:
             Missing(
                 what="an NVIDIA GPU with its driver"
                 + (" to run an engine; it is built without one" if builds_without else ""),
-                fix="--compute-capability names the GPU to build for"
-                if builds_without
-                else "a machine with one; here: --target tensorrt-rtx or onnxruntime",
+                fix=_FOR_ANOTHER_GPU,
                 needed=not builds_without,
             )
         )
@@ -138,9 +146,13 @@ def is_installed(module: str) -> bool:
         return False
 
 
-def compiler(names: Sequence[str] = COMPILERS) -> str | None:
-    """Path of a C++ compiler, or None."""
-    return next((path for name in names if (path := shutil.which(name))), None)
+def is_distributed(package: str) -> bool:
+    """Tell whether a package of the index is installed, by its own name."""
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def native_library() -> NativeLibrary:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nmexport.errors import ArtifactError, EnvironmentFault
 from nmexport.resources import NATIVE_FOLDER, resource_path
 from nmexport.runtimes.engine import REBUILD
+from nmexport.runtimes.rebuilding import rebuild_command
 from nmexport.store.artifact import file_digest
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ leaves them in the mapped file. The same."""
 
 _FOLDER = NATIVE_FOLDER
 _FAILURE_FILE = "BUILD_FAILED.txt"  # written by plugins/build_hook.py
-_MEND = "python -m pip install --no-deps --force-reinstall --editable . (with a C++ compiler)"
 
 
 def library_name() -> str:
@@ -54,7 +54,7 @@ def require_library(folder: Path = _FOLDER) -> Path:
         raise EnvironmentFault(
             f"The native op library is missing: {why_missing(folder)}",
             allowed=str(folder / library_name()),
-            fix=_MEND,
+            fix=rebuild_command(why_missing=why_missing(folder)),
         )
     return path
 
@@ -122,7 +122,7 @@ def check_opset(path: Path) -> None:
         raise EnvironmentFault(
             f"Native op library {path} is of version {built} of the op contract.",
             allowed=f"version {contract['opset_version']}",
-            fix=_MEND,
+            fix=rebuild_command(),
         )
 
 

@@ -101,10 +101,6 @@ class LearningSite(InputSite):
             self._seen = self._selected = None
         return selected
 
-    def start_at(self, shift: torch.Tensor) -> None:
-        """Begin at a shift `[K]`."""
-        self.shift.data.copy_(shift.to(self._rms) / self._rms)
-
     def learned_shift(self) -> torch.Tensor:
         """`[K]` float32, on the CPU."""
         return (self.shift.detach() * self._rms).float().cpu()
@@ -183,25 +179,6 @@ class LearnedLinear(SparseLinear):
         if self.site.learns_shift:
             values["shift"] = self.site.learned_shift()
         return Corrections(**values)
-
-    def start_at(self, corrections: Corrections) -> None:
-        """Begin at other constants than the calibrated ones; those that are None stay.
-
-        Args:
-            corrections: As `corrections` returns them. A shift is the site's: the last linear of
-                a site that names one decides.
-
-        Raises:
-            KeyError: if one is not among the parts that are learned.
-        """
-        values = {part: value for part, value in vars(corrections).items() if value is not None}
-        shift = values.pop("shift", None)
-        if shift is not None:
-            self.site.start_at(shift)
-        if "bias" in values:
-            values["bias"] = values["bias"].to(self._output_rms) / self._output_rms
-        for part, value in values.items():
-            self.learned[part].data.copy_(value)
 
     def _drops(self, x: torch.Tensor) -> bool:
         del x

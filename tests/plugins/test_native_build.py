@@ -75,8 +75,8 @@ def test_a_failed_build_leaves_no_library_of_an_earlier_one(hook_module, tmp_pat
 
 
 def test_a_built_library_makes_the_wheel_one_of_this_platform(hook_module, tmp_path, monkeypatch):
-    def build(_root, destination, version):
-        assert version == "1.2.3"
+    def build(_root, destination, version, machine):
+        assert (version, machine) == ("1.2.3", None)
         (destination / native.library_name()).write_bytes(b"library")
 
     monkeypatch.setattr(hook_module, "build_library", build)
@@ -86,6 +86,31 @@ def test_a_built_library_makes_the_wheel_one_of_this_platform(hook_module, tmp_p
     assert build_data["tag"].startswith("py3-none-")
     assert "-any" not in build_data["tag"]
     assert native.find_library(tmp_path / "nmexport/_native") is not None
+
+
+def test_a_wheel_for_others_says_its_processor(hook_module, tmp_path, monkeypatch):
+    built = []
+    monkeypatch.setenv(hook_module.MACHINE_VARIABLE, "aarch64")
+    monkeypatch.setattr(hook_module, "build_library", lambda *given: built.append(given[-1]))
+    build_data = {}
+    hook_in(hook_module, tmp_path, []).initialize("standard", build_data)
+    assert built == ["aarch64"]
+    assert build_data == {"pure_python": False, "tag": "py3-none-linux_aarch64"}
+
+
+@pytest.mark.parametrize(
+    ("machine", "says"), [("riscv64", "riscv64 is none of x86_64"), ("x86_64", "pip install zig")]
+)
+def test_a_wheel_for_others_is_none_without_its_library(
+    hook_module, tmp_path, monkeypatch, machine, says
+):
+    monkeypatch.setenv(hook_module.MACHINE_VARIABLE, machine)
+    monkeypatch.setattr(hook_module.importlib.util, "find_spec", lambda _: None)
+    hook = hook_in(hook_module, tmp_path, [])
+    monkeypatch.setattr(hook_module.shutil, "which", lambda _: None)
+    assert hook.dependencies() == ["cmake", "ninja", "ziglang"]
+    with pytest.raises(hook_module.BuildError, match=says):
+        hook.initialize("standard", {})
 
 
 def test_a_source_distribution_builds_nothing(hook_module, tmp_path):

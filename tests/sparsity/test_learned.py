@@ -243,28 +243,3 @@ def test_dead_channels_do_not_divide_by_zero() -> None:
     found = [one for one in vars(module.corrections()).values() if one is not None]
     assert found
     assert all(bool(one.isfinite().all()) for one in found)
-
-
-def made(behaviour: Behaviour, *, seed: int = 0) -> LearnedLinear:
-    return LearnedLinear(
-        dense_linear(),
-        behaviour,
-        calibrated(behaviour, nu=1.1),
-        spread=SPREAD,
-        parts=parts_of(behaviour),
-        rank=4,
-        seed=seed,
-    )
-
-
-@pytest.mark.parametrize("name", BEHAVIOURS)
-def test_learning_goes_on_from_corrections(name: str) -> None:
-    first, second = disturbed(made(BEHAVIOURS[name])), made(BEHAVIOURS[name], seed=1)
-    second.start_at(first.corrections())
-    x = inputs()
-    with torch.no_grad():
-        assert torch.allclose(second(x), first(x), atol=1e-5)
-    second.start_at(Corrections())  # nothing named, nothing changed
-    for part, value in vars(first.corrections()).items():
-        if value is not None:
-            assert torch.allclose(getattr(second.corrections(), part), value, atol=1e-6)

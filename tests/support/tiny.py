@@ -68,6 +68,43 @@ _OWN_SIZES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"num_key_value_heads": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
     "gemma4_text": {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 16},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": VOCABULARY},
+    "gemma4_assistant": {
+        "text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+    },
+    "gemma4_unified_vision": {"mm_embed_dim": 32, "output_proj_dims": 32, "patch_size": 4},
+    "dots1": {"n_shared_experts": 1, "first_k_dense_replace": 1},
+    "dots3_note": {"num_key_value_heads": 4, "per_layer_config": {}},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "dbrx": {
+        "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2},
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 64},
+    },
+    "cohere_compass_text": {
+        "layer_types": ["full_attention"] * 2,
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}},
+    },
+    "lfm2_moe": {"layer_types": ["full_attention"] * 2},
+    "kimi_linear": {"linear_head_dim": 16, "linear_num_heads": 4},
+    "mamba2": {"num_heads": 4, "head_dim": 32},
+    "moshi": {"audio_vocab_size": VOCABULARY},
+    "phi4_multimodal_audio": {"nemo_conv_channels": 16, "num_blocks": 1},
+    "roc_bert": {"pronunciation_embed_dim": 16, "shape_embed_dim": 16},
+    "reformer": {
+        "axial_pos_embds_dim": [32, 32],
+        "axial_pos_shape": [16, 16],
+        "attn_layers": ["local", "local"],
+        "is_decoder": True,
+    },
+    "xlnet": {"d_head": 16},
+    "zamba": {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "hybrid"]},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
+    "zaya": {"num_experts_per_tok": 1},
+    "blt": {
+        "encoder_hash_byte_group_vocab": 64,
+        "encoder_config": {"hidden_size_global": 64},
+        "decoder_config": {"hidden_size_global": 64},
+    },
 }
 """Sizes that must fit the others, of families that no test builds but the scan."""
 FAMILIES = tuple(_FAMILIES)
@@ -118,20 +155,30 @@ def begin_every_text(folder: Path) -> None:
 
 
 def tiny_config(family: str) -> dict[str, Any]:
-    """Fields of a tiny configuration, as the family calls them."""
+    """Fields of a tiny configuration, as the family calls them; its parts' in theirs."""
     from transformers import CONFIG_MAPPING
 
     kind = CONFIG_MAPPING[family]
     own = {field.name for field in dataclasses.fields(kind)}
     aliases = dict(kind.attribute_map)
-    sizes = {**_SIZES, **_OTHER_SIZES, **_FAMILIES.get(family, {}), **_OWN_SIZES.get(family, {})}
+    given = {**_FAMILIES.get(family, {}), **_OWN_SIZES.get(family, {})}
+    sizes = {**_SIZES, **_OTHER_SIZES, **given}
     # What two names say is said once, by the common name.
     doubled = {aliases[name] for name in _SIZES if name in aliases}
-    return {
+    found = {
         name: value
         for name, value in sizes.items()
         if (name in own or name in aliases) and name not in doubled
     }
+    for name, part in (kind.sub_configs_defaults or {}).items():
+        family_of_part = getattr(part, "model_type", None)
+        if family_of_part in CONFIG_MAPPING:
+            found[name] = {
+                "model_type": family_of_part,
+                **tiny_config(family_of_part),
+                **given.get(name, {}),
+            }
+    return found
 
 
 def save_tiny_model(folder: Path, family: str, *, seed: int = 0, **overrides: Any) -> None:

@@ -23,6 +23,7 @@ from packaging.version import Version
 from nmexport import __version__
 from nmexport.errors import EnvironmentFault
 from nmexport.resources import NATIVE_FOLDER
+from nmexport.runtimes.rebuilding import plugin_command
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +42,7 @@ RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0", "12.1")
 _OLDEST = {"tensorrt": "10.13", "tensorrt-rtx": "1.7"}
 _FOLDER = NATIVE_FOLDER
 _KEPT_ERRORS = 64
-FIX_PLUGIN = "make plugin (in a source tree; fetches nvcc and TensorRT's headers where missing)"
+FIX_PLUGIN = plugin_command()
 
 
 def load(target: TensorRTTarget) -> Any:
