@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
-import onnx.inliner
-import onnx.shape_inference
 
 from nmexport.errors import ArtifactError, InternalError
 from nmexport.graph.assembly import ALIGNMENT, LINEAR
 from nmexport.graph.contract import check_node, op_contract
 from nmexport.graph.linears import PlacedLinear, fused_name, linears_of_node, placed_linears
+from nmexport.graph.type_check import check_types
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -52,7 +51,7 @@ def check_sparse(path: Path, layers: Mapping[str, LayerSpec]) -> None:
         _check_constants(path, node, constants)
     _check_columns(path, model.graph, placed, layers)
     _check_functions(path, model, nodes)
-    _check_types(path, model)
+    check_types(path, model)
 
 
 def check_dense(path: Path, layers: Mapping[str, LayerSpec]) -> None:
@@ -70,7 +69,7 @@ def check_dense(path: Path, layers: Mapping[str, LayerSpec]) -> None:
             f"{path} should be standard ONNX with a MatMul for every linear; foreign domains: "
             f"{foreign}; linears without one: {missing[:3]}."
         )
-    _check_types(path, model)
+    check_types(path, model)
 
 
 def _check_every_linear(
@@ -127,22 +126,6 @@ def _load_checked(path: Path) -> onnx.ModelProto:
     _check_data_file(path, model.graph)
     _check_interface(path, model.graph)
     return model
-
-
-def _check_types(path: Path, model: onnx.ModelProto) -> None:
-    """Infer every value's type strictly, in function bodies too: ours and the standard's.
-
-    A runtime that has no kernel for a standard operator in some type runs the operator's own
-    function body, so that has to be well typed as well.
-    """
-    try:
-        onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
-        bodies = onnx.inliner.inline_selected_functions(
-            model, [], exclude=True, inline_schema_functions=True
-        )
-        onnx.shape_inference.infer_shapes(bodies, check_type=True, strict_mode=True)
-    except (onnx.shape_inference.InferenceError, RuntimeError) as error:
-        raise InternalError(f"{path} is not well typed: {error}") from error
 
 
 def _check_nothing_dangles(path: Path, graph: onnx.GraphProto) -> None:
