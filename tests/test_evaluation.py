@@ -142,7 +142,7 @@ def test_answers_wait_in_the_work_directory_and_leave_nothing(
         return scratch_array(shape, folder)
 
     monkeypatch.setattr("nmexport.evaluation.free_memory", lambda: Memory(host=100_000))
-    for user in ("models.layerwise", "verification.precomputed"):
+    for user in ("models.hidden_states", "verification.precomputed"):
         monkeypatch.setattr(f"nmexport.{user}.scratch_array", full)
     with pytest.raises(WorkDirectoryError, match="is full"):
         evaluate(work, Share(), progress=Silent())

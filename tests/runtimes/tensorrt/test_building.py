@@ -293,7 +293,7 @@ def test_what_is_missing_is_said_before_anything_runs(
         engine.key_fields(inputs)
     monkeypatch.undo()
     monkeypatch.setattr(tensorrt_library, "_FOLDER", tmp_path)
-    with pytest.raises(EnvironmentFault, match="make plugin"):
+    with pytest.raises(EnvironmentFault, match=r"tensorrt/build\.py"):
         engine.key_fields(inputs)
 
 
@@ -396,7 +396,7 @@ def test_without_the_link_the_parser_is_not_tried(
 ) -> None:
     monkeypatch.setattr(tensorrt_library, "_is_loaded", lambda _: False)
     monkeypatch.setattr(tensorrt_library, "NAME_LIBRARY", "libmissing.so")
-    with pytest.raises(EnvironmentFault, match=r"libmissing\.so.*\n.*\n.*make plugin"):
+    with pytest.raises(EnvironmentFault, match=r"libmissing\.so.*\n.*\n.*tensorrt/build\.py"):
         building.build(order_of(linear(), tmp_path, plugin), Silent())
 
 
