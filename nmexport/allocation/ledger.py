@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from nmexport.recipe import SparsitySection
 
 AS_BUILT = "as built"
-# What is neither learned nor, as r-sparse, refused with a budget; static variance is read off its
-# per-token sibling's observation, so that six runs of a linear show nine.
+# All mitigations but the learned ones and r-sparse, which a budget refuses. A static variance is
+# read from the run that observes the per-token one, so that six runs of a linear show nine.
 _OBSERVED: dict[str, tuple[str, ...]] = {
     "none": (),
     "var": ("var",),

@@ -119,7 +119,7 @@ class Study:
 
     @cached_property
     def quantised(self) -> Movement:
-        """What quantisation alone does on the held-out windows; nothing where weights are floats.
+        """The loss from quantisation alone, on the held-out windows; 0 where weights are floats.
 
         Rounding and sparsity hardly go together: their divergences add up.
         """

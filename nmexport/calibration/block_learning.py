@@ -121,7 +121,7 @@ class _Streams:
         self.held_out = torch.arange(len(learned), len(ids))
         self.dense, self.sparse = blocks.states(ids), blocks.states(ids)
         self.unlearned = blocks.states(held_out) if len(held_out) else None
-        """Of the held-out chunks, what sparse layers make of them without anything learned."""
+        """Hidden states of the held-out chunks in the sparse model with nothing learned."""
         self.calls = blocks.embed(ids, self.dense)
         everything = torch.arange(len(ids))
         for rows in torch.split(everything, 1):

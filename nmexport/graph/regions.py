@@ -55,9 +55,9 @@ class _Run:
 
     nodes: list[ir.Node] = field(default_factory=list)
     made: set[ir.Value] = field(default_factory=set)
-    """What they make."""
+    """Outputs of these nodes."""
     behind: set[ir.Value] = field(default_factory=set)
-    """What other nodes make of that."""
+    """Outputs of other nodes that depend on those."""
 
     def takes(self, node: ir.Node) -> bool:
         """Add a node, or say that it needs what can only follow the run."""
@@ -74,7 +74,7 @@ class _Run:
 
 
 def _read_by(node: ir.Node) -> Iterable[ir.Value | None]:
-    """What a node reads, inside of its subgraphs too."""
+    """Inputs of a node and of the nodes in its subgraphs."""
     yield from node.inputs
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH:
@@ -133,7 +133,7 @@ def _replace(graph: ir.Graph, nodes: list[ir.Node], outputs: set[ir.Value]) -> N
 
 
 def _described(node: ir.Node, prefix: str, numbers: dict[ir.Value, int]) -> list[ir.Attr]:
-    """What the region says of one of its nodes."""
+    """The region's attributes for one of its nodes."""
     reads = [-1 if value is None else numbers[value] for value in node.inputs]
     own = [
         ir.Attr(prefix + attribute.name, attribute.type, attribute.value)

@@ -90,7 +90,7 @@ def _kind_of(
     types: Mapping[str, onnx.TypeProto],
     constants: Mapping[str, TensorProto],
 ) -> tuple[object, ...]:
-    """What two nodes have in common whose types follow from the same rules."""
+    """A key that is equal for nodes of one op, equal attributes and equal types of inputs."""
     attributes = tuple(sorted(item.SerializeToString() for item in node.attribute))
     reads = tuple(
         _content(constants[name]) if name in constants else _shape(types.get(name))

@@ -35,7 +35,7 @@ WHOLE = "use --offload never on a machine with more memory, or place the model o
 
 
 Call: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
-"""What a layer is given beside its hidden states."""
+"""Arguments of a layer other than its hidden states."""
 
 
 class _LayersDone(Exception):
@@ -64,7 +64,7 @@ class Block:
 
     index: int
     name: str
-    """Of the layer in the model."""
+    """The layer's module name in the model."""
     layer: nn.Module
     _call: Call
     _explained: Callable[[], contextlib.AbstractContextManager[None]]
@@ -100,7 +100,7 @@ class DecoderBlocks:
         self._backbone_name, self._layers = _decoder_layers(model)
         self._weights = weights or _Resident()
         self.folder = folder
-        """Where hidden states wait."""
+        """Folder of the files that hold hidden states between layers."""
 
     def __len__(self) -> int:
         """Return the number of decoder layers."""

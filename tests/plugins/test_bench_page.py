@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,14 @@ import pytest
 from nmexport.bench.kernels import bench_kernels
 from nmexport.runtimes import native
 
+from tests.support.plugin_build import load_script
+
 SCRIPT = Path(__file__).resolve().parents[2] / "plugins" / "bench" / "page.py"
 
 
 @pytest.fixture(scope="module")
 def page() -> Any:
-    spec = importlib.util.spec_from_file_location("bench_page", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def latency(prompt: int, speed: float) -> dict[str, Any]:

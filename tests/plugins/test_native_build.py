@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,26 +11,21 @@ from nmexport.errors import EnvironmentFault
 from nmexport.runtimes import native
 from nmexport.runtimes.onnxruntime_session import session_options
 
+from tests.support.plugin_build import load_script
+
 ROOT = Path(__file__).resolve().parents[2]
 PLUGINS = ROOT / "plugins"
-
-
-def load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
 def hook_module():
     pytest.importorskip("hatchling")
-    return load(PLUGINS / "build_hook.py")
+    return load_script(PLUGINS / "build_hook.py")
 
 
 @pytest.fixture
 def fetcher():
-    return load(PLUGINS / "onnxruntime/fetch_headers.py")
+    return load_script(PLUGINS / "onnxruntime/fetch_headers.py")
 
 
 def hook_in(module, root, warnings, target="wheel"):

@@ -11,7 +11,7 @@ import sys
 import venv
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,11 +28,8 @@ from tests.support.op_cases import (
     session_of,
     stored_calls,
 )
-from tests.support.plugin_build import ROOT, run_tool
+from tests.support.plugin_build import ROOT, load_script, run_tool
 from tests.support.tiny import save_tiny_model, tiny_config
-
-if TYPE_CHECKING:
-    from types import ModuleType
 
 MACHINE = platform.machine()
 # Of the C library alone: neither of a C++ library nor of a compiler's own.
@@ -41,18 +38,9 @@ FAST = "--pattern 8:16 --criterion act --mitigation none --calib-samples 4 --cal
 SHORT = "--eval-windows 2 --eval-length 32"
 
 
-def script() -> ModuleType:
-    path = ROOT / "plugins" / "wheel.py"
-    spec = importlib.util.spec_from_file_location("nmexport_wheel", path)
-    assert spec is not None and spec.loader is not None  # noqa: PT018
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = script()
+    made = load_script(ROOT / "plugins" / "wheel.py")
     if any(importlib.util.find_spec(name) is None for name in made._NEEDED):
         pytest.skip("no ziglang or no auditwheel: make wheel installs them")
     if MACHINE not in made.MACHINES:

@@ -19,27 +19,26 @@ ROOT = Path(__file__).resolve().parents[2]
 ENTRY_POINTS = {"getCreators", "setLoggerFinder", "nmexport_describe_plugin", "nmexport_log_to"}
 
 
-@functools.cache
-def build_script() -> ModuleType:
-    path = ROOT / "plugins" / "tensorrt" / "build.py"
-    spec = importlib.util.spec_from_file_location("nmexport_plugin_build", path)
+def load_script(path: Path) -> ModuleType:
+    """Load a script that is no part of a package."""
+    spec = importlib.util.spec_from_file_location(f"nmexport_script_{path.stem}", path)
     assert spec is not None and spec.loader is not None  # noqa: PT018
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
+    sys.modules[spec.name] = module  # dataclasses look there
     spec.loader.exec_module(module)
     return module
+
+
+@functools.cache
+def build_script() -> ModuleType:
+    return load_script(ROOT / "plugins" / "tensorrt" / "build.py")
 
 
 @functools.cache
 def build_hook() -> ModuleType:
     """The wheel's build hook, which finds ONNX Runtime's headers."""
     pytest.importorskip("hatchling")
-    path = ROOT / "plugins" / "build_hook.py"
-    spec = importlib.util.spec_from_file_location("nmexport_build_hook", path)
-    assert spec is not None and spec.loader is not None  # noqa: PT018
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "plugins" / "build_hook.py")
 
 
 def cmake_tool(name: str = "cmake") -> str:
