@@ -193,7 +193,7 @@ def _gathered(folded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return folded
     order = folded["channel_order"].long()
     along = {
-        name: folded[name][order.to(folded[name].device)]
+        name: folded[name].index_select(0, order.to(folded[name].device))
         for name in _ALONG_CHANNELS
         if name in folded and len(folded[name]) == len(order)  # a shift [1] is one for all
     }

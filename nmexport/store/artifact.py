@@ -5,6 +5,7 @@ Pure functions over folders; where folders lie and how they come to be is `work_
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -18,7 +19,7 @@ from nmexport.errors import ArtifactError, InternalError
 from nmexport.store.records import json_from, record_from
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -53,10 +54,22 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def file_digests(paths: Sequence[Path]) -> list[str]:
-    """sha256 of several files' contents, some of them at a time: one core hashes 1.5 GB/s."""
+def file_digests(paths: Sequence[Path], digest: Callable[[Path], str] = file_digest) -> list[str]:
+    """sha256 of several files' contents, side by side: a core hashes 0.5 to 1.5 GB/s."""
     with ThreadPoolExecutor(_HASHED_AT_A_TIME) as pool:
-        return list(pool.map(file_digest, paths))
+        return list(pool.map(digest, paths))
+
+
+def _written_digest(path: Path) -> str:
+    """The digest of a file that this process may have hashed since it wrote it."""
+    status = path.stat()
+    return _digest_of_state(path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=256)
+def _digest_of_state(path: Path, *state: int) -> str:
+    del state
+    return file_digest(path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +174,7 @@ def record_files(folder: Path) -> tuple[FileRecord, ...]:
             raise InternalError(f"a stage left a link in its artifact: {name}")
         if path.is_file() and name not in _ABOUT:
             names[name] = path
-    digests = file_digests(list(names.values()))
+    digests = file_digests(list(names.values()), _written_digest)
     return tuple(
         FileRecord(path=name, bytes=path.stat().st_size, sha256=digest)
         for (name, path), digest in zip(names.items(), digests, strict=True)
