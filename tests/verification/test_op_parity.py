@@ -9,6 +9,7 @@ import torch
 from nmexport.oracle import nm_linear
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.store.layers import LayerSpec
+from nmexport.verification.device_products import DeviceProducts
 from nmexport.verification.op_parity import Worst, arguments, expected_of
 from nmexport.verification.reference import array_from, tensor_from
 
@@ -94,3 +95,18 @@ def test_tensors_cross_between_numpy_and_torch_bit_by_bit(dtype: type) -> None:
     back = array_from(tensor)
     assert back.dtype == array.dtype
     assert back.tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize(
+    "changes", [{}, {"dynamic_shift": True}, {"variance_correction": True}, {"phase": "decode"}]
+)
+def test_products_on_a_device_are_numpys(changes: dict, dtype: type) -> None:
+    layer, tensors, x = _case(**changes)
+    tensors = {**tensors, "W": tensors["W"].astype(dtype)}
+    x = x.astype(dtype)
+    expected = expected_of(layer, tensors, x)
+    found = expected_of(layer, tensors, x, products=DeviceProducts("cpu"))
+    assert np.array_equal(found.certain, expected.certain)
+    np.testing.assert_allclose(found.value, expected.value, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(found.bound, expected.bound, rtol=1e-12)
