@@ -121,7 +121,8 @@ const std::vector<FusedOp>& cudaFusedOps() {
         const std::vector<FusedSpec> specs = {
             {"GatedSilu", {t}, 1, kCUDA_PROVIDER, make<GatedSiluKernel>},
             {"GatedSiluPair", {t, t}, 1, kCUDA_PROVIDER, make<GatedSiluKernel>},
-            {"ResidualNorm", {t, t, t}, 2, kCUDA_PROVIDER, make<ResidualNormKernel>}};
+            {"ResidualNorm", {t, t, t}, 2, kCUDA_PROVIDER, make<ResidualNormKernel>},
+            cachedAttention(kCUDA_PROVIDER, makeCudaAttentionKernel)};
         std::vector<FusedOp> made;
         for (const FusedSpec& spec : specs) {
             for (const ElementType type :

@@ -29,7 +29,11 @@ FusedOp::FusedOp(FusedSpec spec, ElementType type)
         return self(op).mSpec.inputs[index].optional ? INPUT_OUTPUT_OPTIONAL
                                                      : INPUT_OUTPUT_REQUIRED;
     };
-    GetInputMemoryType = [](const OrtCustomOp*, std::size_t) { return OrtMemTypeDefault; };
+    GetInputMemoryType = [](const OrtCustomOp* op, std::size_t index) {
+        const FusedSpec& spec = self(op).mSpec;
+        return !spec.isVariadic && spec.inputs[index].isOnHost ? OrtMemTypeCPUInput
+                                                               : OrtMemTypeDefault;
+    };
     GetOutputTypeCount = [](const OrtCustomOp* op) { return self(op).mSpec.outputs; };
     GetOutputType = [](const OrtCustomOp* op, std::size_t) { return onnxType(self(op).mType); };
     GetOutputCharacteristic = [](const OrtCustomOp* op, std::size_t) {

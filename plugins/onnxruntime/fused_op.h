@@ -5,7 +5,15 @@
 //   ResidualNorm(X, skip [..., K], weight [K]; epsilon)
 //       -> Y, sum [..., K]         sum = X + skip,  Y = sum / rms(sum, epsilon) * weight
 //
-// Their function bodies in the file say the same in standard ops. For the CPU provider there are
+// Their function bodies in the file say the same in standard ops.
+//
+//   CachedAttention(queries, keys, values, past_keys, past_values [B, H_kv, C, D],
+//                   last_positions [B], total_sequence_length, cosines, sines;
+//                   num_heads, kv_num_heads, scale, local_window_size, do_rotary)
+//       -> Y [B, S, H * D], present_keys, present_values
+//
+// is ONNX Runtime's GroupQueryAttention, attribute by attribute; that is its function body too.
+// total_sequence_length is on the host. For the CPU provider there are
 //
 //   Norm(X [..., K], weight [K]; epsilon) -> Y [..., K]
 //   PagedAttention(queries [..., T, heads * D], keys, values, sequences [T], positions [T],
@@ -36,6 +44,7 @@ inline constexpr const char* kFUSED_DOMAIN = "nmexport.fused";
 struct FusedInput {
     InputType type = InputType::kT;
     bool optional = false;
+    bool isOnHost = false;  // wherever the other inputs are
 };
 
 struct FusedSpec {
@@ -58,11 +67,20 @@ class FusedOp : public OrtCustomOp {
     ElementType mType;
 };
 
+// Computes it with ONNX Runtime's own kernel, on any provider; see runtime_attention.h.
+std::unique_ptr<Kernel> makeAttentionKernel(const OrtApi& api, const OrtKernelInfo* info,
+                                            ElementType type);
+// CachedAttention for a provider, null being the CPU's.
+FusedSpec cachedAttention(const char* provider, KernelFactory factory);
+
 // The ops of the CPU provider, for sessions of such settings; they live as long as the library.
 const std::vector<FusedOp>& cpuFusedOps(const SessionSettings& settings);
 
 #if defined(NMEXPORT_HAS_CUDA)
 const std::vector<FusedOp>& cudaFusedOps();
+// Computes a step of one token with our kernel where that can.
+std::unique_ptr<Kernel> makeCudaAttentionKernel(const OrtApi& api, const OrtKernelInfo* info,
+                                                ElementType type);
 #endif
 
 }  // namespace nmexport
