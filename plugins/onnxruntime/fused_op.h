@@ -5,15 +5,24 @@
 //   ResidualNorm(X, skip [..., K], weight [K]; epsilon)
 //       -> Y, sum [..., K]         sum = X + skip,  Y = sum / rms(sum, epsilon) * weight
 //
-// Their function bodies in the file say the same in standard ops.
+// For the CUDA provider each of them has a form that prunes, with attributes n and m and, behind
+// the inputs above, the optional constants of a selection [K]: score_scale, channel_order,
+// value_scale, shift [1 | K]. Y is then what a linear of this selection multiplies: gathered,
+// shifted, pruned, scaled.
+//
+//   PrunedGatedSilu, PrunedGatedSiluPair, PrunedResidualNorm
+//   SparseLinear(S [..., K], W [K, O], bias [O]) -> Y [..., O]     Y = S @ W + bias; rows of W that
+//                                                                  meet zeros alone are not read
 //
 //   CachedAttention(queries, keys, values, past_keys, past_values [B, H_kv, C, D],
 //                   last_positions [B], total_sequence_length, cosines, sines;
 //                   num_heads, kv_num_heads, scale, local_window_size, do_rotary)
 //       -> Y [B, S, H * D], present_keys, present_values
 //
-// is ONNX Runtime's GroupQueryAttention, attribute by attribute; that is its function body too.
-// total_sequence_length is on the host. For the CPU provider there are
+// is ONNX Runtime's GroupQueryAttention, attribute by attribute, and that is its function body;
+// total_sequence_length is on the host. The CPU provider has it too.
+//
+// Function bodies in the file say the same in standard ops. For the CPU provider there are
 //
 //   Norm(X [..., K], weight [K]; epsilon) -> Y [..., K]
 //   PagedAttention(queries [..., T, heads * D], keys, values, sequences [T], positions [T],
