@@ -28,6 +28,7 @@ from onnx_ir.passes import common
 from nmexport.graph.cuda_attention import ReplaceAttention
 from nmexport.graph.dense_linears import GatherBeforeHead, UseOurLinears
 from nmexport.graph.fused import FuseGatedSilu, FuseResidualNorm
+from nmexport.graph.pruned import PruneWhereMade
 
 _HALF_TYPES = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
@@ -47,6 +48,7 @@ def rewrite_for_cuda(model: ir.Model, *, positions: int) -> None:
     FuseGatedSilu()(model)
     GatherBeforeHead()(model)
     UseOurLinears(_HALF_TYPES, whole_groups=True)(model)
+    PruneWhereMade(_HALF_TYPES)(model)
     common.RemoveUnusedNodesPass()(model)
     _drop_unused_inputs(model.graph)
     common.RemoveUnusedOpsetsPass()(model)

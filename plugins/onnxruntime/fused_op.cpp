@@ -21,8 +21,14 @@ FusedOp::FusedOp(FusedSpec spec, ElementType type)
     };
     GetInputType = [](const OrtCustomOp* op, std::size_t index) {
         if (self(op).mSpec.isVariadic) return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
-        const bool isInteger = self(op).mSpec.inputs[index].type == InputType::kINT32;
-        return isInteger ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 : onnxType(self(op).mType);
+        switch (self(op).mSpec.inputs[index].type) {
+            case InputType::kINT32:
+                return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
+            case InputType::kFLOAT32:
+                return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+            default:
+                return onnxType(self(op).mType);
+        }
     };
     GetInputCharacteristic = [](const OrtCustomOp* op, std::size_t index) {
         if (self(op).mSpec.isVariadic) return INPUT_OUTPUT_VARIADIC;

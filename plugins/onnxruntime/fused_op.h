@@ -5,7 +5,16 @@
 //   ResidualNorm(X, skip [..., K], weight [K]; epsilon)
 //       -> Y, sum [..., K]         sum = X + skip,  Y = sum / rms(sum, epsilon) * weight
 //
-// Their function bodies in the file say the same in standard ops. For the CPU provider there are
+// For the CUDA provider each of them has a form that prunes, with attributes n and m and, behind
+// the inputs above, the optional constants of a selection [K]: score_scale, channel_order,
+// value_scale, shift [1 | K]. Y is then what a linear of this selection multiplies: gathered,
+// shifted, pruned, scaled.
+//
+//   PrunedGatedSilu, PrunedGatedSiluPair, PrunedResidualNorm
+//   SparseLinear(S [..., K], W [K, O], bias [O]) -> Y [..., O]     Y = S @ W + bias; rows of W that
+//                                                                  meet zeros alone are not read
+//
+// Function bodies in the file say the same in standard ops. For the CPU provider there are
 //
 //   Norm(X [..., K], weight [K]; epsilon) -> Y [..., K]
 //   PagedAttention(queries [..., T, heads * D], keys, values, sequences [T], positions [T],
