@@ -785,7 +785,7 @@ def test_bench_engines(fakes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -
     (row,) = (
         line
         for line in run("bench", "engines", "--work", "w").stdout.splitlines()
-        if line.startswith("decode sparse")
+        if line.lstrip().startswith("decode sparse")
     )
     assert row.split()[-2:] == ["0.952", "48"]
 
