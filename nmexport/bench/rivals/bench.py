@@ -13,7 +13,7 @@ from nmexport.bench.rivals import ours, torch_compile
 from nmexport.bench.rivals.contest import Contest, hold, over_rival
 from nmexport.bench.rivals.interface import Case, Entry
 from nmexport.bench.rivals.shapes import Shapes, read_shapes
-from nmexport.environment import device_name, probe
+from nmexport.environment import clocks_now, device_name, probe
 from nmexport.errors import EnvironmentFault, RecipeError
 from nmexport.report.model import Rivals
 from nmexport.runtimes.engine import read_engine
@@ -120,7 +120,9 @@ def bench_rivals(
         together=together,
         protocol=PROTOCOL,
     )
-    return _measured(measured, entries, options, save=save, progress=progress)
+    return _measured(
+        measured, entries, options, on_gpu=device == "cuda", save=save, progress=progress
+    )
 
 
 def _measured(
@@ -128,12 +130,19 @@ def _measured(
     entries: Sequence[Entry],
     options: RivalOptions,
     *,
+    on_gpu: bool,
     save: Callable[[Rivals], None],
     progress: Progress,
 ) -> Rivals:
+    device = rivals.device
+
+    def now() -> str:
+        clocks = clocks_now(probe()) if on_gpu else None
+        return device if clocks is None else f"{device}; {clocks}"
+
     def done(rows: tuple[ContestantTimes, ...]) -> None:
         nonlocal rivals
-        rivals = replace(rivals, times=over_rival((*rivals.times, *rows)))
+        rivals = replace(rivals, device=now(), times=over_rival((*rivals.times, *rows)))
         save(rivals)
 
     contest = Contest(
