@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -241,6 +242,32 @@ def test_a_kept_cache_has_room_for_the_next_token(exported: Exported, length: in
             _, after = session.extend(kept, tokens(1, 1, seed=3))
             assert after.lease is kept.lease, "nothing was copied"
             del after
+
+
+def test_a_queued_step_is_the_step_itself_and_changes_nothing(exported: Exported) -> None:
+    step = tokens(1, 1, seed=3)
+    with opened(exported.model) as session:
+        _, cache = session.extend(None, tokens(1, 9))
+        kept = session.keep(cache)
+        first, after = session.extend(kept, step)
+        lease = after.lease
+        del after
+        runs: list[object] = []
+        run = session._open.run_with_iobinding
+        session._session = SimpleNamespace(  # counts, and runs
+            run_with_iobinding=lambda binding, options: (
+                runs.append(binding),
+                run(binding, options),
+            )
+        )
+        took = session.queued_step_ms(kept, step, 5)
+        assert took is not None
+        assert took > 0
+        assert len(runs) == 2 + 5, "two that record, five that are timed"
+        assert len(set(map(id, runs))) == 1
+        again, after = session.extend(kept, step)
+        assert after.lease is lease, "nothing was copied"
+        np.testing.assert_array_equal(again, first)
 
 
 def test_buffers_are_used_again_once_dropped_and_not_before(exported: Exported) -> None:
