@@ -37,7 +37,8 @@ __device__ __forceinline__ float exp2Approx(float value) {
     return result;
 }
 
-//! 16 bytes of the cache or a table, or zeros.
+//! 16 bytes of the cache or a table, or zeros. Not through the non-coherent path: the assembler
+//! would move such loads behind the wait for the kernel before.
 __device__ __forceinline__ uint4 loadConstantWhere(bool isThere, void const* address) {
     uint4 value;
     asm volatile(
@@ -48,7 +49,7 @@ __device__ __forceinline__ uint4 loadConstantWhere(bool isThere, void const* add
         "mov.b32 %1, 0;\n"
         "mov.b32 %2, 0;\n"
         "mov.b32 %3, 0;\n"
-        "@there ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+        "@there ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
         "}"
         : "=&r"(value.x), "=&r"(value.y), "=&r"(value.z), "=&r"(value.w)
         : "l"(address), "r"(static_cast<int>(isThere)));
@@ -113,38 +114,60 @@ __device__ __forceinline__ void multiplyAdd(float (&sums)[4], uint32_t a0, uint3
 #endif
 }
 
-//! Cosines and sines of one position for a lane's chunks t, t + 4, ... of a head.
-template <typename T, int HEAD>
+//! Cosines and sines of one position for a lane's chunks t, t + 4, ... of a head. WHOLE: all of a
+//! head is turned, so both of a pair of elements are the same lane's.
+template <typename T, int HEAD, bool WHOLE>
 struct Turn {
+    static constexpr int kCHUNKS = HEAD / 32;
+    static constexpr int kTABLE = WHOLE ? kCHUNKS / 2 : kCHUNKS;
+
     int32_t half;  //!< chunks of a half of the rotary part
-    uint4 cosine[HEAD / 32];
-    uint4 sine[HEAD / 32];
+    uint4 cosine[kTABLE];
+    uint4 sine[kTABLE];
 
     __device__ void load(AttentionArgs const& args, int32_t position, int t) {
         half = args.rotary / (2 * kCHUNK);
         int64_t const row = static_cast<int64_t>(min(position, args.positions - 1)) * half;
 #pragma unroll
-        for (int i = 0; i < HEAD / 32; ++i) {
+        for (int i = 0; i < kTABLE; ++i) {
             int const chunk = t + 4 * i;
-            int64_t const at = (row + (chunk < half ? chunk : chunk - half)) * kCHUNK;
-            cosine[i] =
-                loadConstantWhere(chunk < 2 * half, static_cast<T const*>(args.cosines) + at);
-            sine[i] = loadConstantWhere(chunk < 2 * half, static_cast<T const*>(args.sines) + at);
+            bool const isTurned = WHOLE || chunk < 2 * half;
+            int64_t const at = (row + (WHOLE || chunk < half ? chunk : chunk - half)) * kCHUNK;
+            cosine[i] = loadConstantWhere(isTurned, static_cast<T const*>(args.cosines) + at);
+            sine[i] = loadConstantWhere(isTurned, static_cast<T const*>(args.sines) + at);
         }
     }
 
     //! The lane's chunks of a head, turned and rounded to T.
-    __device__ void apply(uint4 (&turned)[HEAD / 32], bool isThere, T const* head, int t) const {
-        uint4 partner[HEAD / 32];
+    __device__ void apply(uint4 (&turned)[kCHUNKS], bool isThere, T const* head, int t) const {
 #pragma unroll
-        for (int i = 0; i < HEAD / 32; ++i) {
+        for (int i = 0; i < kCHUNKS; ++i) {
+            turned[i] = loadActivationsWhere(isThere, head + (t + 4 * i) * kCHUNK);
+        }
+        if constexpr (WHOLE) {
+#pragma unroll
+            for (int i = 0; i < kTABLE; ++i) {
+                uint4 const first = turned[i];
+                uint4 const second = turned[i + kTABLE];
+                turned[i] = turn(first, second, cosine[i], sine[i], true);
+                turned[i + kTABLE] = turn(second, first, cosine[i], sine[i], false);
+            }
+        } else {
+            turnPart(turned, isThere, head, t);
+        }
+    }
+
+  private:
+    __device__ void turnPart(uint4 (&turned)[kCHUNKS], bool isThere, T const* head, int t) const {
+        uint4 partner[kCHUNKS];
+#pragma unroll
+        for (int i = 0; i < kCHUNKS; ++i) {
             int const chunk = t + 4 * i;
             int const other = chunk < half ? chunk + half : chunk - half;
-            turned[i] = loadActivationsWhere(isThere, head + chunk * kCHUNK);
             partner[i] = loadActivationsWhere(isThere && chunk < 2 * half, head + other * kCHUNK);
         }
 #pragma unroll
-        for (int i = 0; i < HEAD / 32; ++i) {
+        for (int i = 0; i < kTABLE; ++i) {
             int const chunk = t + 4 * i;
             if (chunk < 2 * half) {
                 turned[i] = turn(turned[i], partner[i], cosine[i], sine[i], chunk < half);
@@ -152,7 +175,6 @@ struct Turn {
         }
     }
 
-  private:
     //! x · cos - partner · sin in the first half, x · cos + partner · sin in the second.
     static __device__ uint4 turn(uint4 own, uint4 partner, uint4 cosine, uint4 sine, bool isFirst) {
         T const* const type = nullptr;
@@ -174,10 +196,10 @@ struct Turn {
 //! The old rows of one head of keys that the new token sees.
 template <typename T, int HEAD>
 struct OldRows {
-    T const* keys;
-    T const* values;
-    int32_t begin;  //!< first position
-    int32_t end;    //!< the new token's position
+    T const* keys;    //!< position g, chunk t
+    T const* values;  //!< position 2t, chunk g
+    int32_t begin;    //!< first position
+    int32_t end;      //!< the new token's position
 
     __device__ bool has(int32_t position) const { return position >= begin && position < end; }
 };
@@ -188,26 +210,27 @@ struct Tile {
     uint4 keys[2][HEAD / 32];    //!< positions g and 8 + g, chunks t, t + 4, ...
     uint4 values[HEAD / 64][4];  //!< chunks g, g + 8; positions 2t, 2t + 1, 8 + 2t, 9 + 2t
 
-    __device__ void loadKeys(OldRows<T, HEAD> const& rows, int32_t position, int g, int t) {
+    __device__ void loadKeys(OldRows<T, HEAD> const& rows, int32_t position, int g) {
+        T const* const from = rows.keys + static_cast<int64_t>(position) * HEAD;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            int32_t const row = position + 8 * half + g;
-            T const* const from = rows.keys + static_cast<int64_t>(row) * HEAD;
+            bool const isThere = rows.has(position + 8 * half + g);
 #pragma unroll
             for (int i = 0; i < HEAD / 32; ++i) {
-                keys[half][i] = loadConstantWhere(rows.has(row), from + (t + 4 * i) * kCHUNK);
+                keys[half][i] = loadConstantWhere(isThere, from + 8 * half * HEAD + 4 * i * kCHUNK);
             }
         }
     }
 
-    __device__ void loadValues(OldRows<T, HEAD> const& rows, int32_t position, int g, int t) {
+    __device__ void loadValues(OldRows<T, HEAD> const& rows, int32_t position, int t) {
+        T const* const from = rows.values + static_cast<int64_t>(position) * HEAD;
 #pragma unroll
         for (int p = 0; p < 4; ++p) {
-            int32_t const row = position + 8 * (p / 2) + 2 * t + p % 2;
-            T const* const from = rows.values + static_cast<int64_t>(row) * HEAD;
+            int const ahead = 8 * (p / 2) + p % 2;
+            bool const isThere = rows.has(position + ahead + 2 * t);
 #pragma unroll
             for (int m = 0; m < HEAD / 64; ++m) {
-                values[m][p] = loadConstantWhere(rows.has(row), from + (g + 8 * m) * kCHUNK);
+                values[m][p] = loadConstantWhere(isThere, from + ahead * HEAD + 8 * m * kCHUNK);
             }
         }
     }
@@ -472,12 +495,14 @@ __device__ __forceinline__ void storeResult(Exchange<HEAD> const& exchange, T* y
 
 //! grid (ranks, heads of keys, batch). DEPTH tiles of a warp are in flight: it sets how many CTAs a
 //! multiprocessor holds, and no result.
-template <typename T, int HEAD, int DEPTH>
+template <typename T, int HEAD, bool WHOLE, int DEPTH>
 __global__ void __launch_bounds__(kTHREADS, 3 - DEPTH)
-    attentionKernel(AttentionArgs const args, float const scoreScale) {
+    attentionKernel(AttentionArgs const args, float const scoreScale, bool const allowsNextLate) {
 #if __CUDA_ARCH__ >= 900
     extern __shared__ __align__(16) unsigned char sharedBytes[];
-    allowDependentLaunch();
+    if (!allowsNextLate) {  // late is when this CTA ends
+        allowDependentLaunch();
+    }
     int const group = args.heads / args.kvHeads;
     Exchange<HEAD> const exchange(sharedBytes, group);
     uint32_t const rank = clusterRank();
@@ -491,21 +516,24 @@ __global__ void __launch_bounds__(kTHREADS, 3 - DEPTH)
     // What no kernel of this step writes comes while the one before still runs.
     int32_t const last = min(max(args.lastPositions[sequence], 0), args.capacity - 1);
     int64_t const cache = (sequence * args.kvHeads + kvHead) * args.capacity * HEAD;
-    OldRows<T, HEAD> const rows{static_cast<T const*>(args.keys) + cache,
-                                static_cast<T const*>(args.values) + cache,
-                                args.window > 0 ? max(last + 1 - args.window, 0) : 0, last};
+    OldRows<T, HEAD> const rows{
+        static_cast<T const*>(args.keys) + cache + g * HEAD + t * kCHUNK,
+        static_cast<T const*>(args.values) + cache + 2 * t * HEAD + g * kCHUNK,
+        args.window > 0 ? max(last + 1 - args.window, 0) : 0, last};
     int32_t const slot = warp * kRANKS + static_cast<int>(rank);  // short texts use all ranks
     int32_t const endTile = (rows.end + kTILE - 1) / kTILE;
     int32_t tile = rows.begin / kTILE + slot;
+    // Registers that turning a part of a head takes are not there for values.
+    constexpr bool loadsValuesAhead = WHOLE || DEPTH > 1;
     Tile<T, HEAD> tiles[DEPTH];
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
-        tiles[d].loadKeys(rows, (tile + d * kSTEP) * kTILE, g, t);
-        if (DEPTH > 1) {
-            tiles[d].loadValues(rows, (tile + d * kSTEP) * kTILE, g, t);
+        tiles[d].loadKeys(rows, (tile + d * kSTEP) * kTILE, g);
+        if (loadsValuesAhead) {
+            tiles[d].loadValues(rows, (tile + d * kSTEP) * kTILE, t);
         }
     }
-    Turn<T, HEAD> turn;
+    Turn<T, HEAD, WHOLE> turn;
     turn.load(args, last, t);
 
     waitForPredecessors();
@@ -542,8 +570,8 @@ __global__ void __launch_bounds__(kTHREADS, 3 - DEPTH)
     } else {
         softmax.clear();
     }
-    if (DEPTH == 1) {  // no registers were left for them while queries were turned
-        tiles[0].loadValues(rows, tile * kTILE, g, t);
+    if (!loadsValuesAhead) {
+        tiles[0].loadValues(rows, tile * kTILE, t);
     }
 
     while (tile < endTile) {
@@ -555,7 +583,7 @@ __global__ void __launch_bounds__(kTHREADS, 3 - DEPTH)
             int32_t const next = (tile + DEPTH * kSTEP) * kTILE;
             float scores[4];
             scoreTile<T, HEAD>(scores, query, tiles[d]);
-            tiles[d].loadKeys(rows, next, g, t);
+            tiles[d].loadKeys(rows, next, g);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 int32_t const position = tile * kTILE + 8 * (i / 2) + 2 * t + i % 2;
@@ -563,7 +591,7 @@ __global__ void __launch_bounds__(kTHREADS, 3 - DEPTH)
             }
             softmax.weigh(scores, t);
             softmax.add(tiles[d], scores);
-            tiles[d].loadValues(rows, next, g, t);
+            tiles[d].loadValues(rows, next, t);
             tile += kSTEP;
         }
     }
@@ -584,9 +612,9 @@ __global__ void __launch_bounds__(kTHREADS, 3 - DEPTH)
 #endif
 }
 
-template <typename T, int HEAD, int DEPTH>
-cudaError_t launchShape(AttentionArgs const& args, cudaStream_t stream) {
-    auto* const kernel = &attentionKernel<T, HEAD, DEPTH>;
+template <typename T, int HEAD, bool WHOLE, int DEPTH>
+cudaError_t launchShape(AttentionArgs const& args, bool allowsNextLate, cudaStream_t stream) {
+    auto* const kernel = &attentionKernel<T, HEAD, WHOLE, DEPTH>;
     size_t const sharedBytes = Exchange<HEAD>::bytes(args.heads / args.kvHeads);
     if (sharedBytes > 48 * 1024) {
         cudaError_t const raised = cudaFuncSetAttribute(
@@ -610,21 +638,26 @@ cudaError_t launchShape(AttentionArgs const& args, cudaStream_t stream) {
     config.stream = stream;
     config.attrs = attributes;
     config.numAttrs = 2;
-    return cudaLaunchKernelEx(&config, kernel, args, args.scale * kLOG2_E);
+    return cudaLaunchKernelEx(&config, kernel, args, args.scale * kLOG2_E, allowsNextLate);
+}
+
+template <typename T, int HEAD, bool WHOLE>
+cudaError_t launchDepth(AttentionArgs const& args, AttentionPlan const& plan, cudaStream_t stream) {
+    bool const isLate = plan.allowsNextLate != 0;
+    return plan.depth == 1 ? launchShape<T, HEAD, WHOLE, 1>(args, isLate, stream)
+                           : launchShape<T, HEAD, WHOLE, 2>(args, isLate, stream);
 }
 
 template <typename T, int HEAD>
-cudaError_t launchDeepEnough(AttentionArgs const& args, DeviceTraits const& device,
-                             cudaStream_t stream) {
-    // Where every CTA can have a multiprocessor, it has all its registers too.
-    bool const isSparse = args.batch * args.kvHeads * kRANKS <= device.multiprocessors;
-    return isSparse ? launchShape<T, HEAD, 2>(args, stream) : launchShape<T, HEAD, 1>(args, stream);
+cudaError_t launchTurn(AttentionArgs const& args, AttentionPlan const& plan, cudaStream_t stream) {
+    return args.rotary == HEAD ? launchDepth<T, HEAD, true>(args, plan, stream)
+                               : launchDepth<T, HEAD, false>(args, plan, stream);
 }
 
 template <typename T>
-cudaError_t launchType(AttentionArgs const& args, DeviceTraits const& device, cudaStream_t stream) {
-    return args.headSize == 64 ? launchDeepEnough<T, 64>(args, device, stream)
-                               : launchDeepEnough<T, 128>(args, device, stream);
+cudaError_t launchType(AttentionArgs const& args, AttentionPlan const& plan, cudaStream_t stream) {
+    return args.headSize == 64 ? launchTurn<T, 64>(args, plan, stream)
+                               : launchTurn<T, 128>(args, plan, stream);
 }
 
 bool isAligned(void const* pointer) {
@@ -654,7 +687,12 @@ bool attentionFits(AttentionArgs const& args, DeviceTraits const& device) {
 
 cudaError_t launchAttention(AttentionArgs const& args, DeviceTraits const& device,
                             cudaStream_t stream) {
-    if (!attentionFits(args, device)) {
+    return launchAttentionWithPlan(args, AttentionPlan{}, device, stream);
+}
+
+cudaError_t launchAttentionWithPlan(AttentionArgs const& args, AttentionPlan const& plan,
+                                    DeviceTraits const& device, cudaStream_t stream) {
+    if (!attentionFits(args, device) || plan.depth < 1 || plan.depth > 2) {
         return cudaErrorInvalidValue;
     }
     if (args.batch == 0) {
@@ -663,8 +701,8 @@ cudaError_t launchAttention(AttentionArgs const& args, DeviceTraits const& devic
     if (!hasPointers(args)) {
         return cudaErrorInvalidValue;
     }
-    return args.type == DType::kFLOAT16 ? launchType<__half>(args, device, stream)
-                                        : launchType<__nv_bfloat16>(args, device, stream);
+    return args.type == DType::kFLOAT16 ? launchType<__half>(args, plan, stream)
+                                        : launchType<__nv_bfloat16>(args, plan, stream);
 }
 
 }  // namespace nmexport::cuda
