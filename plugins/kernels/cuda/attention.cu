@@ -74,6 +74,26 @@ __device__ __forceinline__ uint4 loadActivationsWhere(bool isThere, void const* 
     return value;
 }
 
+__device__ __forceinline__ uint32_t sharedAddress(void const* pointer) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+//! To and from shared memory, by instructions that the compiler neither drops nor moves out of a
+//! loop.
+__device__ __forceinline__ void storeShared(uint32_t address, uint4 value) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x),
+                 "r"(value.y), "r"(value.z), "r"(value.w)
+                 : "memory");
+}
+
+__device__ __forceinline__ uint4 loadShared(uint32_t address) {
+    uint4 value;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "r"(address));
+    return value;
+}
+
 //! One of four words; the index is known when this is compiled.
 __device__ __forceinline__ uint32_t word(uint4 const& from, int index) {
     return index == 0 ? from.x : index == 1 ? from.y : index == 2 ? from.z : from.w;
@@ -236,6 +256,19 @@ struct Tile {
     }
 };
 
+//! Asks for a tile's values of 128 elements, 128 bytes a lane.
+template <typename T, int HEAD>
+__device__ __forceinline__ void prefetchValues(OldRows<T, HEAD> const& rows, int32_t position,
+                                               int lane) {
+    static_assert(HEAD * sizeof(T) <= 256);
+    int32_t const row = position + lane / 2;
+    if (rows.has(row)) {
+        int const offset = 2 * (lane % 4) * HEAD + lane / 4 * kCHUNK;  // of rows.values
+        prefetchToL2(rows.values - offset + static_cast<int64_t>(row) * HEAD +
+                     lane % 2 * (HEAD / 2));
+    }
+}
+
 //! Softmax so far: of the positions that a warp has seen.
 template <typename T, int HEAD>
 struct Softmax {
@@ -330,36 +363,57 @@ struct Softmax {
     }
 };
 
-//! Scores of head g for a tile's positions 2t, 2t + 1, 8 + 2t, 9 + 2t.
-template <typename T, int HEAD>
-__device__ __forceinline__ void scoreTile(float (&scores)[4], uint4 const (&query)[HEAD / 32],
-                                          Tile<T, HEAD> const& tile) {
+//! A lane's own chunks t, t + 4, ... of query head g, in shared memory: registers are for tiles.
+template <int HEAD>
+struct LaneQuery {
+    uint32_t own;     //!< address of chunk t
+    uint32_t stride;  //!< bytes to the lane's next chunk
+    bool isThere;     //!< zeros where there is no head g
+
+    __device__ void store(uint4 const (&query)[HEAD / 32]) const {
+        if (isThere) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        float product[4] = {};  // heads 8 .. 15, the last two, are none
-#pragma unroll
-        for (int i = 0; i < HEAD / 32; ++i) {
-#pragma unroll
-            for (int part = 0; part < 2; ++part) {
-                multiplyAdd<T>(product, word(query[i], 2 * part), 0, word(query[i], 2 * part + 1),
-                               0, word(tile.keys[half][i], 2 * part),
-                               word(tile.keys[half][i], 2 * part + 1));
+            for (int i = 0; i < HEAD / 32; ++i) {
+                storeShared(own + i * stride, query[i]);
             }
         }
-        scores[2 * half] = product[0];
-        scores[2 * half + 1] = product[1];
+    }
+
+    __device__ uint4 chunk(int i) const {
+        return isThere ? loadShared(own + i * stride) : uint4{0, 0, 0, 0};
+    }
+};
+
+//! Scores of head g for a tile's positions 2t, 2t + 1, 8 + 2t, 9 + 2t.
+template <typename T, int HEAD>
+__device__ __forceinline__ void scoreTile(float (&scores)[4], LaneQuery<HEAD> const& query,
+                                          Tile<T, HEAD> const& tile) {
+    float products[2][4] = {};  // heads 8 .. 15, the last two of each, are none
+#pragma unroll
+    for (int i = 0; i < HEAD / 32; ++i) {
+        uint4 const chunk = query.chunk(i);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            uint4 const key = tile.keys[half][i];
+            multiplyAdd<T>(products[half], chunk.x, 0, chunk.y, 0, key.x, key.y);
+            multiplyAdd<T>(products[half], chunk.z, 0, chunk.w, 0, key.z, key.w);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        scores[i] = products[i / 2][i % 2];
     }
 }
 
-//! The new token's key: kept in the cache, and its score of head g.
+//! The new token's score of head g.
 template <typename T, int HEAD>
-__device__ __forceinline__ float scoreNewKey(uint4 const (&query)[HEAD / 32],
+__device__ __forceinline__ float scoreNewKey(LaneQuery<HEAD> const& query,
                                              uint4 const (&key)[HEAD / 32]) {
     T const* const type = nullptr;
     float sum = 0.0F;
 #pragma unroll
     for (int i = 0; i < HEAD / 32; ++i) {
-        Unpacked<T> const q = unpack(query[i], type);
+        Unpacked<T> const q = unpack(query.chunk(i), type);
         Unpacked<T> const k = unpack(key[i], type);
 #pragma unroll
         for (int e = 0; e < kCHUNK; ++e) {
@@ -387,6 +441,8 @@ struct Exchange {
                kWARPS * heads * ((HEAD + kPAD) * sizeof(float) + sizeof(float2));
     }
 
+    __device__ float* sumsOf(int warp) const { return warpSums + warp * group * (HEAD + kPAD); }
+
     __device__ uint32_t mailBytes() const {
         return static_cast<uint32_t>(kRANKS * group * (HEAD / 2 + 1) * sizeof(float2));
     }
@@ -395,7 +451,7 @@ struct Exchange {
     uint64_t* mailbox;
     float2* sums;        //!< [ranks, heads, HEAD / 2]
     float2* states;      //!< [ranks, heads] highest and total
-    float* warpSums;     //!< [warps, heads, HEAD + kPAD]
+    float* warpSums;     //!< [warps, heads, HEAD + kPAD]; before, each warp's queries lie there
     float2* warpStates;  //!< [warps, heads]
 };
 
@@ -414,7 +470,7 @@ __device__ __forceinline__ void storeWarp(Exchange<HEAD> const& exchange,
         if (head >= exchange.group) {
             continue;
         }
-        float* const to = exchange.warpSums + (warp * exchange.group + head) * (HEAD + kPAD);
+        float* const to = exchange.sumsOf(warp) + head * (HEAD + kPAD);
 #pragma unroll
         for (int m = 0; m < HEAD / 64; ++m) {
 #pragma unroll
@@ -467,8 +523,8 @@ __device__ __forceinline__ void sendSums(Exchange<HEAD> const& exchange, uint32_
         int const head = item / (HEAD / 2);
         int const pair = item % (HEAD / 2);
         Merged<kWARPS> const merged(exchange.warpStates + head, exchange.group, [&](int warp) {
-            return *reinterpret_cast<float2 const*>(
-                exchange.warpSums + (warp * exchange.group + head) * (HEAD + kPAD) + 2 * pair);
+            return *reinterpret_cast<float2 const*>(exchange.sumsOf(warp) + head * (HEAD + kPAD) +
+                                                    2 * pair);
         });
         sendToRankZero(reinterpret_cast<uint64_t*>(exchange.sums + rank * items + item),
                        bitsOf(merged.sum), exchange.mailbox);
@@ -487,9 +543,9 @@ __device__ __forceinline__ void storeResult(Exchange<HEAD> const& exchange, T* y
     for (int item = threadIdx.x; item < items; item += kTHREADS) {
         Merged<kRANKS> const merged(exchange.states + item / (HEAD / 2), exchange.group,
                                     [&](int rank) { return exchange.sums[rank * items + item]; });
+        float const share = 1.0F / merged.total;
         reinterpret_cast<uint32_t*>(y)[item] =
-            packed(merged.sum.x / merged.total, merged.sum.y / merged.total,
-                   static_cast<T const*>(nullptr));
+            packed(merged.sum.x * share, merged.sum.y * share, static_cast<T const*>(nullptr));
     }
 }
 
@@ -504,18 +560,19 @@ __global__ void __launch_bounds__(kTHREADS, 3 - DEPTH)
         allowDependentLaunch();
     }
     int const group = args.heads / args.kvHeads;
-    Exchange<HEAD> const exchange(sharedBytes, group);
     uint32_t const rank = clusterRank();
-    openMailbox(exchange.mailbox, rank);
+    openMailbox(reinterpret_cast<uint64_t*>(sharedBytes), rank);
     int const warp = threadIdx.x / kWARP_SIZE;
-    int const g = threadIdx.x % kWARP_SIZE / 4;
-    int const t = threadIdx.x % 4;
-    int64_t const sequence = blockIdx.z;
-    int64_t const kvHead = blockIdx.y;
+    int const lane = threadIdx.x % kWARP_SIZE;
+    int const g = lane / 4;
+    int const t = lane % 4;
+    int const sequence = blockIdx.z;
+    int const kvHead = blockIdx.y;
 
     // What no kernel of this step writes comes while the one before still runs.
     int32_t const last = min(max(args.lastPositions[sequence], 0), args.capacity - 1);
-    int64_t const cache = (sequence * args.kvHeads + kvHead) * args.capacity * HEAD;
+    int64_t const cache =
+        static_cast<int64_t>(sequence * args.kvHeads + kvHead) * args.capacity * HEAD;
     OldRows<T, HEAD> const rows{
         static_cast<T const*>(args.keys) + cache + g * HEAD + t * kCHUNK,
         static_cast<T const*>(args.values) + cache + 2 * t * HEAD + g * kCHUNK,
@@ -523,25 +580,31 @@ __global__ void __launch_bounds__(kTHREADS, 3 - DEPTH)
     int32_t const slot = warp * kRANKS + static_cast<int>(rank);  // short texts use all ranks
     int32_t const endTile = (rows.end + kTILE - 1) / kTILE;
     int32_t tile = rows.begin / kTILE + slot;
-    // Registers that turning a part of a head takes are not there for values.
-    constexpr bool loadsValuesAhead = WHOLE || DEPTH > 1;
+    // Registers that turning queries takes are not there for values: they come as far as the L2.
+    constexpr bool loadsValuesAhead = HEAD == 64 || DEPTH > 1;
     Tile<T, HEAD> tiles[DEPTH];
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
         tiles[d].loadKeys(rows, (tile + d * kSTEP) * kTILE, g);
         if (loadsValuesAhead) {
             tiles[d].loadValues(rows, (tile + d * kSTEP) * kTILE, t);
+        } else {
+            prefetchValues(rows, (tile + d * kSTEP) * kTILE, lane);
         }
     }
     Turn<T, HEAD, WHOLE> turn;
     turn.load(args, last, t);
 
     waitForPredecessors();
-    uint4 query[HEAD / 32];
+    LaneQuery<HEAD> const laneQuery{
+        sharedAddress(Exchange<HEAD>(sharedBytes, group).sumsOf(warp)) + 16 * lane, 64U * group,
+        g < group};
+    uint4 turned[HEAD / 32];
     turn.apply(
-        query, g < group,
+        turned, g < group,
         static_cast<T const*>(args.q) + sequence * args.queryStride + (kvHead * group + g) * HEAD,
         t);
+    laneQuery.store(turned);
     Softmax<T, HEAD> softmax;
     if (slot == kSTEP - 1) {  // the warp with the fewest tiles
         int64_t const from = sequence * args.keyStride + kvHead * HEAD;
@@ -551,13 +614,12 @@ __global__ void __launch_bounds__(kTHREADS, 3 - DEPTH)
             values[m] = loadActivationsWhere(
                 true, static_cast<T const*>(args.v) + from + (g + 8 * m) * kCHUNK);
         }
-        uint4 key[HEAD / 32];
-        turn.apply(key, true, static_cast<T const*>(args.k) + from, t);
+        turn.apply(turned, true, static_cast<T const*>(args.k) + from, t);
         int64_t const to = cache + static_cast<int64_t>(last) * HEAD;
         if (g == 0) {
 #pragma unroll
             for (int i = 0; i < HEAD / 32; ++i) {
-                reinterpret_cast<uint4*>(static_cast<T*>(args.keys) + to)[t + 4 * i] = key[i];
+                reinterpret_cast<uint4*>(static_cast<T*>(args.keys) + to)[t + 4 * i] = turned[i];
             }
         }
         if (t == 0) {
@@ -566,11 +628,11 @@ __global__ void __launch_bounds__(kTHREADS, 3 - DEPTH)
                 reinterpret_cast<uint4*>(static_cast<T*>(args.values) + to)[g + 8 * m] = values[m];
             }
         }
-        softmax.begin(scoreNewKey<T, HEAD>(query, key) * scoreScale, values, t);
+        softmax.begin(scoreNewKey<T, HEAD>(laneQuery, turned) * scoreScale, values, t);
     } else {
         softmax.clear();
     }
-    if (!loadsValuesAhead) {
+    if (!loadsValuesAhead) {  // DEPTH is 1
         tiles[0].loadValues(rows, tile * kTILE, t);
     }
 
@@ -582,7 +644,7 @@ __global__ void __launch_bounds__(kTHREADS, 3 - DEPTH)
             }
             int32_t const next = (tile + DEPTH * kSTEP) * kTILE;
             float scores[4];
-            scoreTile<T, HEAD>(scores, query, tiles[d]);
+            scoreTile<T, HEAD>(scores, laneQuery, tiles[d]);
             tiles[d].loadKeys(rows, next, g);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
@@ -596,6 +658,8 @@ __global__ void __launch_bounds__(kTHREADS, 3 - DEPTH)
         }
     }
 
+    Exchange<HEAD> const exchange(sharedBytes, group);
+    __syncwarp();  // sums take the place of queries
     storeWarp<T, HEAD>(exchange, softmax, warp, g, t);
     __syncthreads();
     if (rank == 0 && threadIdx.x == 0) {
@@ -607,7 +671,8 @@ __global__ void __launch_bounds__(kTHREADS, 3 - DEPTH)
     if (rank == 0) {
         waitForMail(exchange.mailbox);
         storeResult<T, HEAD>(
-            exchange, static_cast<T*>(args.y) + (sequence * args.kvHeads + kvHead) * group * HEAD);
+            exchange, static_cast<T*>(args.y) +
+                          static_cast<int64_t>(sequence * args.kvHeads + kvHead) * group * HEAD);
     }
 #endif
 }
