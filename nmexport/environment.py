@@ -44,7 +44,8 @@ PACKAGES = (
 )
 # What the CPU kernels dispatch on; other flags say nothing about a result or a timing here.
 ISA_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd")
-_GPU_QUERY = "name,driver_version,compute_cap,memory.total"
+_GPU_QUERY = "name,driver_version,compute_cap,memory.total,uuid,clocks.max.sm,clocks.max.memory"
+_CLOCK_QUERY = "uuid,clocks.sm,clocks.mem"
 _MEBIBYTE = 2**20
 _CONTROL_GROUP = "/sys/fs/cgroup"
 
@@ -57,6 +58,23 @@ class Gpu:
     driver: str
     compute_capability: str
     memory_bytes: int
+    """0 where its memory is the machine's."""
+    uuid: str = ""
+    sm_mhz: int | None = None
+    """Highest clock of its multiprocessors."""
+    memory_mhz: int | None = None
+    """Highest clock of its memory."""
+
+    def __str__(self) -> str:
+        """Name it with its memory and highest clocks."""
+        parts = [self.name]
+        if self.memory_bytes:
+            parts.append(f"{self.memory_bytes / 2**30:.0f} GiB")
+        if self.sm_mhz is not None:
+            parts.append(f"up to {self.sm_mhz} MHz")
+        if self.memory_mhz is not None:
+            parts.append(f"memory up to {self.memory_mhz} MHz")
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,50 +121,34 @@ def probe() -> Environment:
 
 
 def device_name(environment: Environment, *, on_gpu: bool) -> str:
-    """Name what computes: the CPU, or the GPU that CUDA calls its first.
-
-    With the package `nvidia-ml-py` a GPU is named with its memory and clocks.
-    """
+    """Name what computes: the CPU, or the GPU that CUDA calls its first, with memory and clocks."""
     if not on_gpu:
         return environment.cpu
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
-    gpus = _ask_driver(visible)
-    if gpus is not None:
-        return gpus
-    index = int(visible) if visible.isdigit() else 0
-    if index < len(environment.gpus):
-        return environment.gpus[index].name
-    return "a CUDA GPU that nvidia-smi does not show"
+    gpu = _first_gpu(environment)
+    return "a CUDA GPU that nvidia-smi does not show" if gpu is None else str(gpu)
 
 
-def _ask_driver(visible: str) -> str | None:
-    """Describe a GPU by NVIDIA's management library; None where it cannot be asked.
+def clocks_now(environment: Environment) -> str | None:
+    """Say at which clocks the GPU that CUDA calls its first runs now; None where nobody knows.
 
-    Args:
-        visible: Its number or UUID, as in `CUDA_VISIBLE_DEVICES`; empty is the first.
+    Asked right after a measurement, it shows a GPU that was slowed down by heat or power.
     """
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:  # no driver
-        return None
-    try:
-        if visible.startswith(("GPU-", "MIG-")):
-            handle = pynvml.nvmlDeviceGetHandleByUUID(visible)
-        else:
-            handle = pynvml.nvmlDeviceGetHandleByIndex(int(visible) if visible.isdigit() else 0)
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle).total
-        core = pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_SM)
-        bus = pynvml.nvmlDeviceGetMaxClockInfo(handle, pynvml.NVML_CLOCK_MEM)
-        name = pynvml.nvmlDeviceGetName(handle)
-    except pynvml.NVMLError:  # not given by this board or container
-        return None
-    finally:
-        pynvml.nvmlShutdown()
-    return f"{name}, {memory / 2**30:.0f} GiB, up to {core} MHz, memory up to {bus} MHz"
+    gpu = _first_gpu(environment)
+    lines = () if gpu is None else _ask_driver(_CLOCK_QUERY)
+    for uuid, core, memory in lines:
+        if gpu is not None and uuid == gpu.uuid and core.isdigit() and memory.isdigit():
+            return f"{core} MHz after the last run, memory {memory} MHz"
+    return None
+
+
+def _first_gpu(environment: Environment) -> Gpu | None:
+    """Find the GPU that CUDA calls its first."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
+    if visible and not visible.isdigit():
+        named = (gpu for gpu in environment.gpus if gpu.uuid.startswith(visible))
+        return next(named, None)
+    index = int(visible or "0")
+    return environment.gpus[index] if index < len(environment.gpus) else None
 
 
 def physical_cores() -> int:
@@ -264,34 +266,37 @@ def _package_versions() -> dict[str, str]:
 
 def _gpus() -> tuple[Gpu, ...]:
     """GPUs that a working driver shows; none where there is no driver."""
+    return tuple(
+        Gpu(
+            name=name,
+            driver=driver,
+            compute_capability=capability,
+            memory_bytes=(_number(memory) or 0) * _MEBIBYTE,
+            uuid=uuid,
+            sm_mhz=_number(core),
+            memory_mhz=_number(bus),
+        )
+        for name, driver, capability, memory, uuid, core, bus in _ask_driver(_GPU_QUERY)
+    )
+
+
+def _number(text: str) -> int | None:
+    """A whole number; None for `[N/A]`, which boards say of what they do not have."""
+    return int(text) if text.isdigit() else None
+
+
+def _ask_driver(query: str) -> tuple[tuple[str, ...], ...]:
+    """What `nvidia-smi` says of each GPU; nothing where there is none that works."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return ()
-    command = [program, f"--query-gpu={_GPU_QUERY}", "--format=csv,noheader,nounits"]
+    command = [program, f"--query-gpu={query}", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(  # noqa: S603  a fixed command, found on the user's own PATH
             command, capture_output=True, text=True, timeout=20, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return ()
-    return gpus_from_query(answer.stdout)
-
-
-def gpus_from_query(text: str) -> tuple[Gpu, ...]:
-    """Read the CSV that `nvidia-smi --query-gpu` prints; lines it cannot read are left out."""
-    gpus = []
-    for line in text.splitlines():
-        fields = [part.strip() for part in line.split(",")]
-        if len(fields) != len(_GPU_QUERY.split(",")):
-            continue
-        name, driver, capability, memory = fields
-        mebibytes = int(memory) if memory.isdigit() else 0  # "[N/A]" on shared-memory boards
-        gpus.append(
-            Gpu(
-                name=name,
-                driver=driver,
-                compute_capability=capability,
-                memory_bytes=mebibytes * _MEBIBYTE,
-            )
-        )
-    return tuple(gpus)
+    rows = (tuple(part.strip() for part in line.split(",")) for line in answer.stdout.splitlines())
+    # Lines that are no answer are left out.
+    return tuple(row for row in rows if len(row) == query.count(",") + 1)

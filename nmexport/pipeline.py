@@ -22,6 +22,7 @@ from nmexport.environment import return_device_memory, return_freed_memory
 from nmexport.errors import ArtifactError, GateFailed, RecipeError
 from nmexport.progress import peak_rss_bytes, reset_peak_rss
 from nmexport.recipe import dump
+from nmexport.report import rivals_file
 from nmexport.stages.inputs import StageInputs
 from nmexport.store.artifact import (
     KEY_CHARS,
@@ -293,6 +294,8 @@ class Pipeline:
         links = {step.stage: step.key for step in steps}
         report = self.work.folder("verify", links["verify"]) if "verify" in links else None
         self.work.put_in_use(self.recipe, links, report=report)
+        if report is not None:
+            rivals_file.show(self.work)
         if report is None and not self._is_consistent("verify"):
             self.work.withdraw_reports()
 

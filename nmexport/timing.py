@@ -57,6 +57,19 @@ def milliseconds(run: Callable[[], object]) -> float:
     return (time.perf_counter_ns() - began) / 1e6
 
 
+def queued_milliseconds(
+    start: Callable[[], object], wait: Callable[[], object], times: int
+) -> float:
+    """Start something so many times, wait for all of it, and return the milliseconds of one."""
+
+    def run() -> None:
+        for _ in range(times):
+            start()
+        wait()
+
+    return milliseconds(run) / times
+
+
 def percentiles(samples: Sequence[float], ranks: Sequence[float]) -> list[float]:
     """Return the values below which so many percent of the samples lie, linear between neighbours.
 

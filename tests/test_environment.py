@@ -9,12 +9,11 @@ import os
 import re
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
 from nmexport import environment
-from nmexport.environment import Gpu, device_name, gpus_from_query, physical_cores, probe
+from nmexport.environment import Gpu, clocks_now, device_name, physical_cores, probe
 from nmexport.inspect import doctor
 from nmexport.inspect.doctor import NativeLibrary
 from nmexport.progress import Bars, Lines, Silent, busy, duration, on_stream
@@ -29,16 +28,46 @@ def test_probe_is_json_and_knows_this_machine() -> None:
     assert found.memory_bytes > 2**28
 
 
+SMI = {
+    environment._GPU_QUERY: (
+        "NVIDIA H100, 550.54, 9.0, 81559, GPU-first, 1980, 2619\n"
+        "NVIDIA GB10, 580.1, 12.1, [N/A], GPU-second, 3003, [N/A]\nnonsense\n"
+    ),
+    environment._CLOCK_QUERY: "GPU-first, 1755, 2619\nGPU-second, 208, [N/A]\n",
+}
+
+
+@pytest.fixture
+def smi(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with two GPUs."""
+
+    def answer(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        query = command[1].removeprefix("--query-gpu=")
+        return subprocess.CompletedProcess(command, 0, stdout=SMI[query])
+
+    monkeypatch.setattr(environment.shutil, "which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr(environment.subprocess, "run", answer)
+
+
+@pytest.mark.usefixtures("smi")
 def test_gpus_as_the_driver_prints_them() -> None:
-    text = "NVIDIA H100, 550.54, 9.0, 81559\nNVIDIA GB10, 580.1, 12.1, [N/A]\nnonsense\n"
-    assert gpus_from_query(text) == (
-        Gpu(
-            name="NVIDIA H100",
-            driver="550.54",
-            compute_capability="9.0",
-            memory_bytes=81559 * 2**20,
-        ),
-        Gpu(name="NVIDIA GB10", driver="580.1", compute_capability="12.1", memory_bytes=0),
+    h100, gb10 = environment._gpus()
+    assert h100 == Gpu(
+        name="NVIDIA H100",
+        driver="550.54",
+        compute_capability="9.0",
+        memory_bytes=81559 * 2**20,
+        uuid="GPU-first",
+        sm_mhz=1980,
+        memory_mhz=2619,
+    )
+    assert gb10 == Gpu(
+        name="NVIDIA GB10",
+        driver="580.1",
+        compute_capability="12.1",
+        memory_bytes=0,
+        uuid="GPU-second",
+        sm_mhz=3003,
     )
 
 
@@ -47,7 +76,7 @@ def test_broken_driver_is_no_gpu(monkeypatch, fault: Exception | None) -> None:
     def answer(*args: object, **kwargs: object) -> subprocess.CompletedProcess[str]:
         if fault is not None:
             raise fault
-        return subprocess.CompletedProcess([], 0, stdout="A, 1, 9.0, 10\n")
+        return subprocess.CompletedProcess([], 0, stdout="A, 1, 9.0, 10, GPU-1, 2, 3\n")
 
     monkeypatch.setattr(environment.shutil, "which", lambda name: "/bin/true")
     monkeypatch.setattr(environment.subprocess, "run", answer)
@@ -143,89 +172,44 @@ def test_on_a_gpu_machine_the_doctor_says_what_the_gpu_lacks(monkeypatch) -> Non
 # -- what computes --------------------------------------------------------------------------------
 
 
-class FakeNvml(types.ModuleType):
-    """NVIDIA's management library on a machine with two GPUs."""
-
-    NVML_CLOCK_SM, NVML_CLOCK_MEM = 1, 2
-
-    class NVMLError(Exception):
-        pass
-
-    def __init__(self, broken: str = "") -> None:
-        super().__init__("pynvml")
-        self.broken = broken
-        self.open = 0
-
-    def fail(self, call: str) -> None:
-        if call == self.broken:
-            raise self.NVMLError(call)
-
-    def nvmlInit(self) -> None:  # noqa: N802
-        self.fail("init")
-        self.open += 1
-
-    def nvmlShutdown(self) -> None:  # noqa: N802
-        self.open -= 1
-
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
-        return index
-
-    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:  # noqa: N802
-        return {"GPU-first": 0, "GPU-second": 1}[uuid]
-
-    def nvmlDeviceGetMemoryInfo(self, handle: int) -> types.SimpleNamespace:  # noqa: N802
-        return types.SimpleNamespace(total=(80 + handle) << 30)
-
-    def nvmlDeviceGetMaxClockInfo(self, handle: int, kind: int) -> int:  # noqa: N802
-        self.fail("clock")
-        return {self.NVML_CLOCK_SM: 1980, self.NVML_CLOCK_MEM: 2619}[kind]
-
-    def nvmlDeviceGetName(self, handle: int) -> str:  # noqa: N802
-        return f"GPU number {handle}"
-
-
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> environment.Environment:
+def machine(smi: None, monkeypatch: pytest.MonkeyPatch) -> environment.Environment:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    gpus = tuple(
-        environment.Gpu(name=name, driver="1", compute_capability="9.0", memory_bytes=1)
-        for name in ("First", "Second")
-    )
-    return dataclasses.replace(probe(), cpu="Some CPU", gpus=gpus)
+    return dataclasses.replace(probe(), cpu="Some CPU", gpus=environment._gpus())
+
+
+FIRST = "NVIDIA H100, 80 GiB, up to 1980 MHz, memory up to 2619 MHz"
+SECOND = "NVIDIA GB10, up to 3003 MHz"
+UNSEEN = "a CUDA GPU that nvidia-smi does not show"
 
 
 @pytest.mark.parametrize(
-    ("visible", "handle"), [(None, 0), ("", 0), ("1,0", 1), ("GPU-second", 1), ("0", 0)]
+    ("visible", "name"),
+    [
+        *((None, FIRST), ("", FIRST), ("0", FIRST), ("1,0", SECOND), ("GPU-second", SECOND)),
+        *(("GPU-sec,GPU-first", SECOND), ("7", UNSEEN), ("MIG-x", UNSEEN)),
+    ],
 )
 def test_a_gpu_is_named_with_memory_and_clocks(
     machine: environment.Environment,
     monkeypatch: pytest.MonkeyPatch,
     visible: str | None,
-    handle: int,
+    name: str,
 ) -> None:
-    driver = FakeNvml()
-    monkeypatch.setitem(sys.modules, "pynvml", driver)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert device_name(machine, on_gpu=False) == "Some CPU"
-    assert device_name(machine, on_gpu=True) == (
-        f"GPU number {handle}, {80 + handle} GiB, up to 1980 MHz, memory up to 2619 MHz"
-    )
-    assert driver.open == 0
+    assert device_name(machine, on_gpu=True) == name
+    assert device_name(dataclasses.replace(machine, gpus=()), on_gpu=True) == UNSEEN
 
 
-@pytest.mark.parametrize("broken", ["absent", "init", "clock"])
-def test_where_the_driver_says_nothing_the_name_is_nvidia_smis(
-    machine: environment.Environment, monkeypatch: pytest.MonkeyPatch, broken: str
+def test_clocks_are_those_of_the_gpu_in_use(
+    machine: environment.Environment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    driver = None if broken == "absent" else FakeNvml(broken)
-    monkeypatch.setitem(sys.modules, "pynvml", driver)
-    assert device_name(machine, on_gpu=True) == "First"
+    assert clocks_now(machine) == "1755 MHz after the last run, memory 2619 MHz"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert device_name(machine, on_gpu=True) == "Second"
-    unseen = dataclasses.replace(machine, gpus=())
-    assert "Some CPU" not in device_name(unseen, on_gpu=True)
-    assert driver is None or driver.open == 0
+    assert clocks_now(machine) is None, "this one does not say its memory's"
+    assert clocks_now(dataclasses.replace(machine, gpus=())) is None
 
 
 # -- progress -------------------------------------------------------------------------------------

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nmexport.bench.context import check_context
-from nmexport.environment import device_name, probe
+from nmexport.environment import clocks_now, device_name, probe
 from nmexport.runtimes.engine import read_engine
 from nmexport.runtimes.opening import open_session
 from nmexport.verification import latency
@@ -67,4 +68,6 @@ def bench_engines(
             device=device_name(probe(), on_gpu=sparse.on_gpu),
             progress=progress,
         )
-        return latency.compare(dense, sparse, timing)
+        times = latency.compare(dense, sparse, timing)
+        clocks = clocks_now(probe()) if sparse.on_gpu else None
+        return times if clocks is None else replace(times, device=f"{times.device}; {clocks}")

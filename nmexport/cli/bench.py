@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -19,6 +19,9 @@ from nmexport.cli.output import (
     wants_json,
 )
 from nmexport.cli.verb import VerbFamily
+
+if TYPE_CHECKING:
+    from nmexport.report.model import DecodeTimes, PhaseTimes
 
 
 @click.group("bench", cls=VerbFamily, short_help="Time kernels or engines, dense against sparse.")
@@ -66,30 +69,37 @@ def engines_command(
     if wants_json(ctx):
         emit_json({"work": str(work.root), "runs": runs, "latency": json_from(latency)})
         return
-    rows = []
-    for name, times in (
-        ("prefill dense", latency.dense.prefill),
-        ("prefill sparse", latency.sparse.prefill),
-        ("decode dense", latency.dense.decode),
-        ("decode sparse", latency.sparse.decode),
-    ):
-        rows.append(
-            (
-                name,
-                figure(times.p50_ms, 2),
-                figure(times.p90_ms, 2),
-                figure(times.p99_ms, 2),
-                figure(times.tokens_per_s, 1),
-            )
-        )
+    dense, sparse = latency.dense.decode, latency.sparse.decode
+    rows = [
+        ("prefill dense", *_phase_row(latency.dense.prefill), None, None),
+        ("prefill sparse", *_phase_row(latency.sparse.prefill), None, None),
+        ("decode dense", *_phase_row(dense), *_device_row(dense)),
+        ("decode sparse", *_phase_row(sparse), *_device_row(sparse)),
+    ]
+    columns = ["", "p50 ms", "p90 ms", "p99 ms", "tokens/s", "GPU ms", "host us"]
+    if dense.device_ms is None and sparse.device_ms is None:
+        columns, rows = columns[:-2], [row[:-2] for row in rows]
     out = console()
     title = f"{latency.runtime} on {latency.device}, {runs} runs each, interleaved"
-    out.print(table(title, ("", "p50 ms", "p90 ms", "p99 ms", "tokens/s"), rows))
+    out.print(table(title, columns, rows))
     speedup = latency.speedup
     out.print(
         f"Sparse is {figure(speedup.prefill, 2, 'x')} as fast in prefill and "
         f"{figure(speedup.decode, 2, 'x')} in decode."
     )
+
+
+def _phase_row(times: PhaseTimes) -> tuple[str, ...]:
+    return (
+        figure(times.p50_ms, 2),
+        figure(times.p90_ms, 2),
+        figure(times.p99_ms, 2),
+        figure(times.tokens_per_s, 1),
+    )
+
+
+def _device_row(times: DecodeTimes) -> tuple[str, str]:
+    return figure(times.device_ms, 3), figure(times.host_us, 0)
 
 
 @bench_command.command("kernels", short_help="Time native kernels against dense products.")
@@ -247,9 +257,10 @@ def shape_from(text: str) -> tuple[int, int]:
 
 def _add_other_commands() -> None:
     from nmexport.cli.bench_cuda import cuda_command
+    from nmexport.cli.bench_rivals import rivals_command
     from nmexport.cli.bench_serving import serve_command, soak_command
 
-    for command in (serve_command, soak_command, cuda_command):
+    for command in (serve_command, soak_command, cuda_command, rivals_command):
         bench_command.add_command(command)
 
 

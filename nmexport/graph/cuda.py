@@ -4,8 +4,8 @@ The exported file is portable: standard ops, a mask and positions as inputs, cac
 concatenation. A decode step of it spends half of its time between the linears. The graph made here
 computes the same with what the provider has for it:
 
-    packed q, k, v ──► GroupQueryAttention ──► linear ──► norm of the residual sum ──► linear ──►
-                        ▲ rotary, mask and cache append inside; the cache is written in place
+    packed q, k, v ──► attention ──► linear ──► norm of the residual sum ──► linear ──►
+                       ▲ rotary, mask and cache append inside; the cache is written in place
 
 Inputs differ from the exported file's:
 
@@ -28,25 +28,28 @@ from onnx_ir.passes import common
 from nmexport.graph.cuda_attention import ReplaceAttention
 from nmexport.graph.dense_linears import GatherBeforeHead, UseOurLinears
 from nmexport.graph.fused import FuseGatedSilu, FuseResidualNorm
+from nmexport.graph.pruned import PruneWhereMade
 
 _HALF_TYPES = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
 
-def rewrite_for_cuda(model: ir.Model, *, positions: int) -> None:
+def rewrite_for_cuda(model: ir.Model, *, positions: int, has_own_attention: bool = True) -> None:
     """Turn an exported model into the one described above, in place.
 
     Args:
         model: The exported model; its external weights need not be readable.
         positions: How many positions the rotary tables cover.
+        has_own_attention: Use our attention op, and not the runtime's alone.
 
     Raises:
         NotRewritableError: if some layer's attention has another form; the model is then spoilt.
     """
-    ReplaceAttention(positions)(model)
+    ReplaceAttention(positions, has_own_kernel=has_own_attention)(model)
     FuseResidualNorm()(model)
     FuseGatedSilu()(model)
     GatherBeforeHead()(model)
     UseOurLinears(_HALF_TYPES, whole_groups=True)(model)
+    PruneWhereMade(_HALF_TYPES)(model)
     common.RemoveUnusedNodesPass()(model)
     _drop_unused_inputs(model.graph)
     common.RemoveUnusedOpsetsPass()(model)

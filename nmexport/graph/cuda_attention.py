@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import onnx
 import onnx_ir as ir
 
 from nmexport.graph.attention_form import (
@@ -11,6 +12,7 @@ from nmexport.graph.attention_form import (
     AttentionReader,
     NotRewritableError,
 )
+from nmexport.graph.fused import FUSED
 
 CONTRIB = "com.microsoft"
 LAST_POSITIONS = "last_positions"
@@ -19,19 +21,35 @@ TOTAL_LENGTH = "total_sequence_length"
 _HEAD_UNIT = 8
 """The provider's attention kernels want head sizes that are multiples of this."""
 _LARGEST_HEAD = 256
+_CACHED_ATTENTION = f"""<opset_import: ["" : 23, "{CONTRIB}" : 1], domain: "{FUSED}">
+CachedAttention <num_heads, kv_num_heads, do_rotary, local_window_size, scale>
+    (queries, keys, values, past_keys, past_values, last, total, cosines, sines)
+    => (Y, present_keys, present_values) {{
+    Y, present_keys, present_values = {CONTRIB}.GroupQueryAttention <
+        num_heads: int = @num_heads, kv_num_heads: int = @kv_num_heads,
+        do_rotary: int = @do_rotary, local_window_size: int = @local_window_size,
+        scale: float = @scale
+    > (queries, keys, values, past_keys, past_values, last, total, cosines, sines)
+}}"""
 
 
 class ReplaceAttention(ir.passes.InPlacePass):
-    """Every `Attention` over a cache becomes `GroupQueryAttention` with the cache in place.
+    """Every `Attention` over a cache becomes an op that writes the cache in place.
+
+    It is our `CachedAttention`, whose kernel takes decode steps and hands prompts to the runtime's
+    `GroupQueryAttention`; or that op itself, which has the same inputs and attributes.
 
     Requires: what `AttentionReader` does; float16, bfloat16, or float32 (which only the CPU
     provider computes: for tests). Ensures: same values within rounding.
     """
 
-    def __init__(self, positions: int) -> None:
+    def __init__(self, positions: int, *, has_own_kernel: bool = True) -> None:
         """Make rotary tables for so many positions."""
         super().__init__()
         self._positions = positions
+        self._op = (
+            (FUSED, "CachedAttention") if has_own_kernel else (CONTRIB, "GroupQueryAttention")
+        )
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
@@ -40,7 +58,7 @@ class ReplaceAttention(ir.passes.InPlacePass):
         lengths = _add_length_inputs(graph)
         for node in nodes:
             form = reader.read(node)
-            form.replace_by(_grouped(form, lengths))
+            form.replace_by(_grouped(self._op, form, lengths))
         for value in graph.inputs:
             if value.name and value.name.startswith("past_key_values."):
                 _rename_axis(value, "capacity")
@@ -48,6 +66,10 @@ class ReplaceAttention(ir.passes.InPlacePass):
             if value.name and value.name.startswith("present."):
                 _rename_axis(value, "capacity")
         model.graph.opset_imports[CONTRIB] = 1
+        if self._op[0] == FUSED:
+            function = ir.serde.deserialize_function(onnx.parser.parse_function(_CACHED_ATTENTION))
+            model.functions[function.identifier()] = function
+            model.graph.opset_imports[FUSED] = 1
         return ir.passes.PassResult(model, modified=True)
 
 
@@ -58,7 +80,9 @@ def _add_length_inputs(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
     return last, total
 
 
-def _grouped(form: AttentionForm, lengths: tuple[ir.Value, ir.Value]) -> ir.Node:
+def _grouped(
+    op: tuple[str, str], form: AttentionForm, lengths: tuple[ir.Value, ir.Value]
+) -> ir.Node:
     if form.head_size % _HEAD_UNIT or form.head_size > _LARGEST_HEAD:
         raise NotRewritableError(f"head size {form.head_size}")
     attributes: list[ir.Attr] = [
@@ -71,8 +95,7 @@ def _grouped(form: AttentionForm, lengths: tuple[ir.Value, ir.Value]) -> ir.Node
         attributes.append(ir.AttrFloat32("scale", form.scale))
     is_packed = len(form.sources) == 1
     return ir.Node(
-        CONTRIB,
-        "GroupQueryAttention",
+        *op,
         [
             *form.sources,
             *([None, None] if is_packed else []),

@@ -151,7 +151,7 @@ def _function(signature: Signature, *, overload: str, opset: int) -> onnx.Functi
     """Parse the body of a signature."""
     contract = op_contract()
     schema = contract.ops[signature.op_type]
-    body = _prune_body(signature) if signature.op_type == "NMPrune" else _linear_body(signature)
+    body = prune_steps(signature) if signature.op_type == "NMPrune" else _linear_body(signature)
     inputs = ", ".join(spec.name for spec in schema.inputs)
     function = onnx.parser.parse_function(
         f'<opset_import: ["" : {opset}], domain: "{contract.domain}">\n'
@@ -169,7 +169,8 @@ def _function(signature: Signature, *, overload: str, opset: int) -> onnx.Functi
     return function
 
 
-def _prune_body(signature: Signature) -> list[str]:
+def prune_steps(signature: Signature) -> list[str]:
+    """Steps from `X` to `Y` of an NMPrune, for functions with its inputs and attributes."""
     if signature.keeps_all:
         return ["Y = Identity (X)"]
     return [

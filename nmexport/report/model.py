@@ -301,6 +301,10 @@ class DecodeTimes(PhaseTimes):
 
     batch: int | None = None
     context: int | None = None
+    device_ms: float | None = None
+    """The GPU's time of a step, queued behind others; None where it was not measured."""
+    host_us: float | None = None
+    """What a step as a caller sees it takes beyond the GPU's time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,6 +340,43 @@ class Latency:
     speedup: Speedup = field(default_factory=Speedup)
     protocol: str | None = None
     why: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContestantTimes(PhaseTimes):
+    """One contestant's runs of one case."""
+
+    name: str
+    is_rival: bool
+    is_dense: bool
+    """Every channel is computed, with weights of 16 bits or more."""
+    phase: PhaseName
+    batch: int
+    tokens: int
+    """Tokens in the cache of a decode step, or of the prompt."""
+    device_ms: float | None = None
+    host_us: float | None = None
+    """See `DecodeTimes`."""
+    over_rival: float | None = None
+    """How many times as fast as the fastest dense rival in this case."""
+    why: str | None = None
+    """Why there are no times."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rivals:
+    """Ours beside what else runs the same shapes on the same GPU."""
+
+    engine: str
+    """Folder name of the engine that was timed."""
+    device: str
+    runtime: str
+    versions: Mapping[str, str] = field(default_factory=dict)
+    runs: int
+    together: bool
+    """All were in memory at once and ran in turns; otherwise one after another."""
+    times: tuple[ContestantTimes, ...] = ()
+    protocol: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -452,6 +493,8 @@ class Report:
     memory: Memory = field(default_factory=Memory)
     stored_dense: StoredDense | None = None
     """None where weights are float, or nothing dense was exported."""
+    rivals: Rivals | None = None
+    """None where `nmexport bench rivals` has not run on this engine."""
     engine: EngineFacts | None = None
     notes: tuple[str, ...] = ()
     environment: Environment | None = None

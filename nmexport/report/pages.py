@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nmexport.report import allocation_rows, learning, stored_rows
+from nmexport.report import allocation_rows, learning, rival_rows, stored_rows
 from nmexport.report.answer import answer
 from nmexport.report.figures import (
     ABSENT,
@@ -298,6 +298,17 @@ def _diverging(layer: CacheError) -> str:
     return f"layer {layer.layer}'s {layer.tensor}, {by}"
 
 
+def host_lines(latency: Latency) -> list[str]:
+    """Say how a decode step's time is shared between GPU and host; nothing where no GPU ran."""
+    sides = (("dense", latency.dense.decode), ("sparse", latency.sparse.decode))
+    return [
+        f"Decode, {side}: {milliseconds(times.device_ms)} on the GPU, "
+        f"{number(times.host_us, 2)} us beyond it on the host."
+        for side, times in sides
+        if times.device_ms is not None
+    ]
+
+
 def markdown(report: Report) -> str:
     """Write the report as Markdown."""
     return _render("report.md.j2", report)
@@ -318,12 +329,16 @@ def html(report: Report) -> str:
     return _render("report.html.j2", report, plots=plots)
 
 
+def files(report: Report) -> dict[str, str]:
+    """Return `report.json`, `report.md` and `report.html`: texts by name."""
+    text = json.dumps(json_of(report), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    return {"report.json": text, "report.md": markdown(report), "report.html": html(report)}
+
+
 def write(report: Report, folder: Path) -> None:
     """Write `report.json`, `report.md` and `report.html`."""
-    text = json.dumps(json_of(report), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-    (folder / "report.json").write_text(text, encoding="utf-8")
-    (folder / "report.md").write_text(markdown(report), encoding="utf-8")
-    (folder / "report.html").write_text(html(report), encoding="utf-8")
+    for name, text in files(report).items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def _calibration(report: Report) -> dict[str, Any] | None:
@@ -345,6 +360,7 @@ def _render(template: str, report: Report, **more: Any) -> str:
                 "prefill": interval(gains.prefill_interval),
                 "decode": interval(gains.decode_interval),
             },
+            host_lines=host_lines(report.latency),
             verdict=VERDICTS[report.verdict],
             answer=answer(report),
             method=method(report),
@@ -352,6 +368,8 @@ def _render(template: str, report: Report, **more: Any) -> str:
             stored=stored_rows.rows(report),
             stored_words=stored_rows.words(report),
             examples=stored_rows.example_rows(report),
+            rivals=rival_rows.rows(report.rivals),
+            rivals_words=rival_rows.words(report.rivals),
             parity=parity_rows(report.parity),
             linears=linear_rows(report.parity),
             caches=cache_line(report.parity.caches),

@@ -133,6 +133,22 @@ class Session(Closing):
             results.append((logits[0, -1], extended))
         return results
 
+    def queued_step_ms(self, cache: Any, input_ids: NDArray[np.int64], times: int) -> float | None:
+        """Milliseconds of a decode step of which `times` are queued without waiting in between.
+
+        The host prepares the next one while the device computes: what is left is the device's time.
+
+        Args:
+            cache: As for `extend`; every step is the same one after it.
+            input_ids: Token ids `[B, 1]`.
+            times: How many steps.
+
+        Returns:
+            The time of one; None where this runtime cannot queue steps.
+        """
+        del cache, input_ids, times
+        return None
+
     def beginning(self, cache: Any, length: int) -> Any | None:
         """Return a cache of the first tokens of one, for sequences that begin alike.
 

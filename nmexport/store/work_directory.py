@@ -6,6 +6,7 @@
 <work>/<stage>/<key12>.resume   where a killed run of it goes on from
 <work>/<stage>/current          link to the artifact in use
 <work>/report.{json,md,html}    copies of the last verification
+<work>/rivals.json              what `bench rivals` last measured; the copies show it too
 """
 
 from __future__ import annotations

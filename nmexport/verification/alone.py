@@ -71,6 +71,7 @@ def time(sparse: Session, timing: latency.Timing) -> Latency:
 
     prefill_ms = samples(side.prefill_ms, "prefill timing")
     decode_ms = samples(side.decode_ms, "decode timing")
+    device_ms = latency.middle([side.device_ms() for _ in range(latency.QUEUED_ROUNDS)])
     return Latency(
         runtime=sparse.runtime,
         device=timing.device,
@@ -79,7 +80,7 @@ def time(sparse: Session, timing: latency.Timing) -> Latency:
         warmup=timing.warmup,
         why=WHY,
         dense=latency.side_times((), (), timing),
-        sparse=latency.side_times(prefill_ms, decode_ms, timing),
+        sparse=latency.side_times(prefill_ms, decode_ms, timing, device_ms=device_ms),
         speedup=Speedup(why=WHY),
         protocol=_PROTOCOL,
     )

@@ -283,6 +283,7 @@ std::vector<FusedOp> makeOps(const SessionSettings& settings) {
          3,
          nullptr,
          with<PagedAttentionKernel>(threads)},
+        cachedAttention(nullptr, makeAttentionKernel),
         {"Region", {}, 1, nullptr, region, /*isVariadic=*/true}};
     std::vector<FusedOp> ops;
     for (const FusedSpec& spec : specs) ops.emplace_back(spec, ElementType::kFLOAT32);

@@ -7,6 +7,7 @@
 
 #include "cuda_device.h"
 #include "cuda_fault.h"
+#include "cuda_memory.h"
 #include "custom_op.h"
 #include "linear_executor.h"
 #include "linear_node.h"
@@ -61,50 +62,6 @@ class DeviceOrder {
     const InputShapes& mShapes;
     const OpSpec& mSpec;
     int mInput;
-};
-
-// Device memory of one run, from the session's arena in the name of the run's stream. Given back as
-// soon as the work is enqueued: the arena hands it to work of the same stream, which is behind, and
-// to another stream once that has waited for this one. What OrtAllocator::Alloc gives belongs to no
-// stream, and another run of the session could get it while the kernels here still use it.
-class Scratch {
-  public:
-    Scratch(const OrtApi& api, OrtKernelContext* context, OrtAllocator* allocator,
-            std::size_t bytes)
-        : mAllocator(allocator) {
-        if (bytes == 0) return;
-        check(api, api.KernelContext_GetScratchBuffer(context, allocator->Info(allocator), bytes,
-                                                      &mData));
-        if (mData == nullptr) {
-            throw Fault("nmexport: no " + std::to_string(bytes) + " bytes of device memory left");
-        }
-    }
-    ~Scratch() {
-        if (mData != nullptr) mAllocator->Free(mAllocator, mData);
-    }
-    Scratch(const Scratch&) = delete;
-    Scratch& operator=(const Scratch&) = delete;
-
-    void* data() const { return mData; }
-
-  private:
-    OrtAllocator* mAllocator;
-    void* mData = nullptr;
-};
-
-class DeviceAllocator {
-  public:
-    DeviceAllocator(const OrtApi& api, const OrtKernelInfo* info) : mApi(api) {
-        check(api, api.KernelInfoGetAllocator(info, OrtMemTypeDefault, &mAllocator));
-    }
-    ~DeviceAllocator() { mApi.ReleaseAllocator(mAllocator); }
-    DeviceAllocator(const DeviceAllocator&) = delete;
-    DeviceAllocator& operator=(const DeviceAllocator&) = delete;
-    OrtAllocator* get() const { return mAllocator; }
-
-  private:
-    const OrtApi& mApi;
-    OrtAllocator* mAllocator = nullptr;
 };
 
 // What InputShapes calls a constant's data may lie on the device here.
@@ -182,7 +139,7 @@ class CudaLinearKernel : public Kernel {
         const cuda::DeviceTraits& device = currentDevice();
         const std::size_t bytes =
             cuda::workspaceBytes(cuda::workOf(args), device, cuda::LinearPath::kFASTER);
-        const Scratch scratch(mApi, context, mAllocator.get(), bytes);
+        const DeviceScratch scratch(mApi, context, mAllocator.get(), bytes);
         mExecutor.run(args, device, cuda::LinearPath::kFASTER, scratch.data(),
                       streamOf(mApi, context));
     }

@@ -21,15 +21,25 @@ FusedOp::FusedOp(FusedSpec spec, ElementType type)
     };
     GetInputType = [](const OrtCustomOp* op, std::size_t index) {
         if (self(op).mSpec.isVariadic) return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
-        const bool isInteger = self(op).mSpec.inputs[index].type == InputType::kINT32;
-        return isInteger ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 : onnxType(self(op).mType);
+        switch (self(op).mSpec.inputs[index].type) {
+            case InputType::kINT32:
+                return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
+            case InputType::kFLOAT32:
+                return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+            default:
+                return onnxType(self(op).mType);
+        }
     };
     GetInputCharacteristic = [](const OrtCustomOp* op, std::size_t index) {
         if (self(op).mSpec.isVariadic) return INPUT_OUTPUT_VARIADIC;
         return self(op).mSpec.inputs[index].optional ? INPUT_OUTPUT_OPTIONAL
                                                      : INPUT_OUTPUT_REQUIRED;
     };
-    GetInputMemoryType = [](const OrtCustomOp*, std::size_t) { return OrtMemTypeDefault; };
+    GetInputMemoryType = [](const OrtCustomOp* op, std::size_t index) {
+        const FusedSpec& spec = self(op).mSpec;
+        return !spec.isVariadic && spec.inputs[index].isOnHost ? OrtMemTypeCPUInput
+                                                               : OrtMemTypeDefault;
+    };
     GetOutputTypeCount = [](const OrtCustomOp* op) { return self(op).mSpec.outputs; };
     GetOutputType = [](const OrtCustomOp* op, std::size_t) { return onnxType(self(op).mType); };
     GetOutputCharacteristic = [](const OrtCustomOp* op, std::size_t) {

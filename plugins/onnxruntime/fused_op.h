@@ -5,7 +5,24 @@
 //   ResidualNorm(X, skip [..., K], weight [K]; epsilon)
 //       -> Y, sum [..., K]         sum = X + skip,  Y = sum / rms(sum, epsilon) * weight
 //
-// Their function bodies in the file say the same in standard ops. For the CPU provider there are
+// For the CUDA provider each of them has a form that prunes, with attributes n and m and, behind
+// the inputs above, the optional constants of a selection [K]: score_scale, channel_order,
+// value_scale, shift [1 | K]. Y is then what a linear of this selection multiplies: gathered,
+// shifted, pruned, scaled.
+//
+//   PrunedGatedSilu, PrunedGatedSiluPair, PrunedResidualNorm
+//   SparseLinear(S [..., K], W [K, O], bias [O]) -> Y [..., O]     Y = S @ W + bias; rows of W that
+//                                                                  meet zeros alone are not read
+//
+//   CachedAttention(queries, keys, values, past_keys, past_values [B, H_kv, C, D],
+//                   last_positions [B], total_sequence_length, cosines, sines;
+//                   num_heads, kv_num_heads, scale, local_window_size, do_rotary)
+//       -> Y [B, S, H * D], present_keys, present_values
+//
+// is ONNX Runtime's GroupQueryAttention, attribute by attribute, and that is its function body;
+// total_sequence_length is on the host. The CPU provider has it too.
+//
+// Function bodies in the file say the same in standard ops. For the CPU provider there are
 //
 //   Norm(X [..., K], weight [K]; epsilon) -> Y [..., K]
 //   PagedAttention(queries [..., T, heads * D], keys, values, sequences [T], positions [T],
@@ -36,6 +53,7 @@ inline constexpr const char* kFUSED_DOMAIN = "nmexport.fused";
 struct FusedInput {
     InputType type = InputType::kT;
     bool optional = false;
+    bool isOnHost = false;  // wherever the other inputs are
 };
 
 struct FusedSpec {
@@ -58,11 +76,20 @@ class FusedOp : public OrtCustomOp {
     ElementType mType;
 };
 
+// Computes it with ONNX Runtime's own kernel, on any provider; see runtime_attention.h.
+std::unique_ptr<Kernel> makeAttentionKernel(const OrtApi& api, const OrtKernelInfo* info,
+                                            ElementType type);
+// CachedAttention for a provider, null being the CPU's.
+FusedSpec cachedAttention(const char* provider, KernelFactory factory);
+
 // The ops of the CPU provider, for sessions of such settings; they live as long as the library.
 const std::vector<FusedOp>& cpuFusedOps(const SessionSettings& settings);
 
 #if defined(NMEXPORT_HAS_CUDA)
 const std::vector<FusedOp>& cudaFusedOps();
+// Computes a step of one token with our kernel where that can.
+std::unique_ptr<Kernel> makeCudaAttentionKernel(const OrtApi& api, const OrtKernelInfo* info,
+                                                ElementType type);
 #endif
 
 }  // namespace nmexport

@@ -119,12 +119,12 @@ def test_a_run_on_the_gpu_is_called_one(work: Path, monkeypatch: pytest.MonkeyPa
         engine = read_engine(path)
         return OrtSession(engine.dense_model if dense else engine.model, threads=1)
 
-    gpu = Gpu(name="Some GPU", driver="1", compute_capability="9.0", memory_bytes=1)
+    gpu = Gpu(name="Some GPU", driver="1", compute_capability="9.0", memory_bytes=80 << 30)
     here = replace(probe(), gpus=(gpu,))
     monkeypatch.setattr(OrtSession, "from_engine", on_the_processor)
     monkeypatch.setattr("nmexport.environment.probe", lambda: here)
     shown = CliRunner().invoke(cli, [*serve_words(work), "--json"])
-    assert json.loads(shown.stdout)["device"] == "Some GPU"
+    assert json.loads(shown.stdout)["device"] == "Some GPU, 80 GiB"
 
 
 def test_a_servers_clients_are_a_side(work: Path) -> None:

@@ -778,6 +778,16 @@ def test_bench_engines(fakes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -
     assert "1.50x in decode" in run("bench", "engines", "--work", "w").stdout
     document = json.loads(run("bench", "engines", "--work", "w", "--json").stdout)
     assert document["latency"] == json_from(latency)
+    assert "GPU ms" not in run("bench", "engines", "--work", "w").stdout
+    decode = DecodeTimes(**times, device_ms=0.9521, host_us=47.9)
+    latency = replace(latency, sparse=SideTimes(prefill=PrefillTimes(**times), decode=decode))
+    monkeypatch.setattr("nmexport.bench.engines.bench_engines", lambda work, **options: latency)
+    (row,) = (
+        line
+        for line in run("bench", "engines", "--work", "w").stdout.splitlines()
+        if line.lstrip().startswith("decode sparse")
+    )
+    assert row.split()[-2:] == ["0.952", "48"]
 
 
 def test_bench_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

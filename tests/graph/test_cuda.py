@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from nmexport.errors import ArtifactError
 from nmexport.graph.attention_form import NotRewritableError
 from nmexport.graph.cuda import rewrite_for_cuda
 from nmexport.graph.fused import FUSED
+from nmexport.runtimes import native
 from nmexport.runtimes.cuda_session import CudaSession
 from nmexport.runtimes.onnxruntime_session import EXTERNAL_DATA_FOLDER, OrtSession
 
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 POSITIONS = 1024
 TOLERANCE = 5e-6
 """Rounding of float32 sums in another order; logits are about 2."""
+needs_library = pytest.mark.skipif(native.find_library() is None, reason="no native library")
 CAPPED = "gemma2"
 """Caps attention scores, which the provider does after the mask."""
 
@@ -43,9 +47,11 @@ def rewritten(path: Path) -> ir.Model:
     return model
 
 
-def opened(path: Path) -> CudaSession:
+def opened(path: Path, *, library: Path | None = None) -> CudaSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     options.add_session_config_entry(EXTERNAL_DATA_FOLDER, str(path.parent))
     model = ir.to_proto(rewritten(path)).SerializeToString()
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
@@ -79,6 +85,95 @@ def test_rewritten_graph_gives_the_exported_logits(exported: Exported, side: str
             assert_close(got, wanted)
 
 
+@needs_library
+def test_our_attention_op_hands_over_to_the_runtimes_kernel(exported: Exported) -> None:
+    library = native.find_library()
+    prompts, mask = tokens(3, 20), np.ones((3, 20), np.int64)
+    mask[1, :7] = mask[2, :15] = 0
+    with opened(exported.model, library=library) as ours, OrtSession(exported.model) as session:
+        got, cache = ours.extend(None, prompts, mask)
+        wanted, wanted_cache = session.extend(None, prompts, mask)
+        assert_close(got[mask == 1], wanted[mask == 1])
+        for seed in range(3):
+            step = tokens(3, 1, seed)
+            got, cache = ours.extend(cache, step)
+            wanted, wanted_cache = session.extend(wanted_cache, step)
+            assert_close(got, wanted)
+
+
+CAPACITY = 16
+NODE = """<ir_version: 10, opset_import: ["nmexport.fused" : 1]>
+attention (float[B, S, W] x, float[B, H, C, D] keys, float[B, H, C, D] values, int32[N] last,
+           int32 total) => (float[B, S, Z] y, float[B, H, C, D] k, float[B, H, C, D] v) {
+    y, k, v = nmexport.fused.CachedAttention <num_heads: int = HEADS, kv_num_heads: int = 2,
+        do_rotary: int = 0, local_window_size: int = -1> (x, , , keys, values, last, total)
+}"""
+
+
+def attention_outputs(heads: int = 4, **changed: np.ndarray) -> list[np.ndarray]:
+    """One node of ours on packed queries, keys and values of heads of 8 elements."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(native.find_library()))
+    model = onnx.parser.parse_model(NODE.replace("HEADS", str(heads)))
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    cache = np.zeros((1, 2, CAPACITY, 8), np.float32)
+    feeds = {
+        "x": np.ones((1, 3, 64), np.float32),
+        "keys": cache,
+        "values": cache,
+        "last": np.array([2], np.int32),
+        "total": np.array(3, np.int32),
+    }
+    return session.run(None, feeds | changed)
+
+
+@needs_library
+def test_attention_of_equal_rows_is_their_value() -> None:
+    y, keys, values = attention_outputs()
+    np.testing.assert_array_equal(y, np.ones((1, 3, 32), np.float32))
+    for cache in (keys, values):
+        assert cache[:, :, :3].all()
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x": np.ones((1, 3, 56), np.float32)}, r"queries have shape \[1, 3, 56\]"),
+        ({"last": np.zeros(2, np.int32)}, "last_positions needs one element"),
+        (
+            {"total": np.array(CAPACITY + 1, np.int32)},
+            "17 positions; allowed: up to the caches' 16",
+        ),
+        ({"values": np.zeros((1, 2, CAPACITY, 16), np.float32)}, r"caches \[1, 2, 16, 8\]"),
+    ],
+)
+def test_tensors_that_do_not_fit_an_attention_are_refused(
+    changed: dict[str, np.ndarray], message: str
+) -> None:
+    with pytest.raises(Exception, match=message):
+        attention_outputs(**changed)
+
+
+@needs_library
+def test_heads_that_do_not_share_keys_evenly_are_refused() -> None:
+    with pytest.raises(Exception, match="3 heads on 2"):
+        attention_outputs(heads=3)
+
+
+def test_attention_may_stay_the_runtimes_op(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "source", "mistral")
+    (tmp_path / "export").mkdir()
+    model = ir.load(export_folder(tmp_path / "source", tmp_path / "export").model)
+    rewrite_for_cuda(model, positions=POSITIONS, has_own_attention=False)
+    names = [node.op_type for node in model.graph]
+    assert names.count("GroupQueryAttention") == 2
+    assert "CachedAttention" not in {name for _, name, _ in model.functions}
+
+
 def test_prompts_of_different_lengths(exported: Exported) -> None:
     prompts, mask = tokens(3, 20), np.ones((3, 20), np.int64)
     mask[1, :7] = mask[2, :15] = 0
@@ -104,7 +199,7 @@ def test_a_layer_is_eight_nodes(tmp_path: Path) -> None:
     (tmp_path / "export").mkdir()
     model = rewritten(export_folder(tmp_path / "source", tmp_path / "export").model)
     names = [node.op_type for node in model.graph]
-    layer = ["NMLinear", "GroupQueryAttention", "NMLinear", "ResidualNorm"]
+    layer = ["NMLinear", "CachedAttention", "NMLinear", "ResidualNorm"]
     layer += ["NMLinear", "GatedSilu", "NMLinear", "ResidualNorm"]
     head = ["Gather", "MatMul"]
     assert sorted(names) == sorted(
@@ -147,6 +242,32 @@ def test_a_kept_cache_has_room_for_the_next_token(exported: Exported, length: in
             _, after = session.extend(kept, tokens(1, 1, seed=3))
             assert after.lease is kept.lease, "nothing was copied"
             del after
+
+
+def test_a_queued_step_is_the_step_itself_and_changes_nothing(exported: Exported) -> None:
+    step = tokens(1, 1, seed=3)
+    with opened(exported.model) as session:
+        _, cache = session.extend(None, tokens(1, 9))
+        kept = session.keep(cache)
+        first, after = session.extend(kept, step)
+        lease = after.lease
+        del after
+        runs: list[object] = []
+        run = session._open.run_with_iobinding
+        session._session = SimpleNamespace(  # counts, and runs
+            run_with_iobinding=lambda binding, options: (
+                runs.append(binding),
+                run(binding, options),
+            )
+        )
+        took = session.queued_step_ms(kept, step, 5)
+        assert took is not None
+        assert took > 0
+        assert len(runs) == 2 + 5, "two that record, five that are timed"
+        assert len(set(map(id, runs))) == 1
+        again, after = session.extend(kept, step)
+        assert after.lease is lease, "nothing was copied"
+        np.testing.assert_array_equal(again, first)
 
 
 def test_buffers_are_used_again_once_dropped_and_not_before(exported: Exported) -> None:

@@ -121,7 +121,7 @@ def test_a_cuda_engine_has_graphs_of_its_own(
     assert described.cuda.positions == 256
     for path in (described.cuda.model, described.cuda.dense_model):
         graph = onnx.load(path, load_external_data=False).graph
-        assert "GroupQueryAttention" in {node.op_type for node in graph.node}
+        assert "CachedAttention" in {node.op_type for node in graph.node}
         assert path.stat().st_size < 1e6, "weights stay in the export"
 
 

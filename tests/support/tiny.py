@@ -170,7 +170,7 @@ def tiny_config(family: str) -> dict[str, Any]:
         for name, value in sizes.items()
         if (name in own or name in aliases) and name not in doubled
     }
-    for name, part in (kind.sub_configs_defaults or {}).items():
+    for name, part in (getattr(kind, "sub_configs_defaults", None) or {}).items():
         family_of_part = getattr(part, "model_type", None)
         if family_of_part in CONFIG_MAPPING:
             found[name] = {

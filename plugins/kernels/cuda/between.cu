@@ -2,13 +2,17 @@
 
 #include "device_primitives.cuh"
 #include "element.cuh"
+#include "prune_row.cuh"
 
 namespace nmexport::cuda {
 namespace {
 
-constexpr int kWARP_SIZE = 32;
 constexpr int kTHREADS = 512;  // 8 elements each: a token of 4096 channels in one go
-constexpr int kWARPS = kTHREADS / kWARP_SIZE;
+constexpr int kWARPS = kTHREADS / kWARP;
+constexpr int kPAIR_THREADS = 128;  // 2 elements each: many blocks for one token
+
+//! Up to so many tokens a pruned row is ranked two positions a lane, over many blocks.
+constexpr int64_t kFEW_TOKENS = 16;
 constexpr int kELEMENTS = 8;  // a thread takes at a time: 16 bytes of a 16-bit type
 
 //! Eight neighbouring elements as float32. The L2 is asked, never a stale line of the L1: the
@@ -37,25 +41,57 @@ struct Eight {
 
     __device__ void store(T* to) const {
         alignas(16) T elements[kELEMENTS];
-#pragma unroll
-        for (int i = 0; i < kELEMENTS; ++i) {
-            elements[i] = fromFloat<T>(value[i]);
-        }
+        round(elements);
 #pragma unroll
         for (int v = 0; v < kELEMENTS / kVECTOR<T>; ++v) {
             reinterpret_cast<uint4*>(to)[v] = reinterpret_cast<uint4 const*>(elements)[v];
         }
     }
+
+    //! All of them in 16 bytes, of a 16-bit type.
+    __device__ uint4 packed() const {
+        static_assert(sizeof(T) == 2);
+        alignas(16) T elements[kELEMENTS];
+        round(elements);
+        return *reinterpret_cast<uint4 const*>(elements);
+    }
+
+  private:
+    __device__ void round(T (&elements)[kELEMENTS]) const {
+#pragma unroll
+        for (int i = 0; i < kELEMENTS; ++i) {
+            elements[i] = fromFloat<T>(value[i]);
+        }
+    }
 };
+
+//! Asks for a constant array before the wait for the kernel ahead: it left the cache a step ago.
+__device__ __forceinline__ void askFor(void const* data, int64_t bytes) {
+    if (data == nullptr) {
+        return;
+    }
+    constexpr int64_t kLINE = 128;
+    for (int64_t at = threadIdx.x * kLINE; at < bytes; at += blockDim.x * kLINE) {
+        prefetchToL2(static_cast<char const*>(data) + at);
+    }
+}
+
+__device__ __forceinline__ void askFor(Selection const& selection, int32_t channels) {
+    int64_t const bytes = 4 * static_cast<int64_t>(channels);
+    askFor(selection.channelOrder, bytes);
+    askFor(selection.scoreScale, bytes);
+    askFor(selection.valueScale, bytes);
+    askFor(selection.shift, 4 * static_cast<int64_t>(selection.shiftLength));
+}
 
 //! Sum over the block in a fixed order; every thread gets it.
 __device__ float sumOverBlock(float value, float* perWarp) {
 #pragma unroll
-    for (int offset = kWARP_SIZE / 2; offset > 0; offset /= 2) {
-        value += __shfl_xor_sync(0xffffffffU, value, offset);
+    for (int offset = kWARP / 2; offset > 0; offset /= 2) {
+        value += __shfl_xor_sync(kWHOLE_WARP, value, offset);
     }
-    if (threadIdx.x % kWARP_SIZE == 0) {
-        perWarp[threadIdx.x / kWARP_SIZE] = value;
+    if (threadIdx.x % kWARP == 0) {
+        perWarp[threadIdx.x / kWARP] = value;
     }
     __syncthreads();
     float sum = 0.0F;
@@ -66,13 +102,19 @@ __device__ float sumOverBlock(float value, float* perWarp) {
     return sum;
 }
 
-//! A block per token. The rounded sum is kept in registers for up to 4 * 4096 channels, the widest
-//! models there are; what lies beyond is read again.
-template <typename T>
-__global__ void __launch_bounds__(kTHREADS) normKernel(NormArgs args) {
-    constexpr int kHELD = 4;
+//! A block per token. The rounded sum is kept in registers for up to HELD * 4096 channels; what
+//! lies beyond is read again.
+template <typename T, Pruner PRUNER, int HELD>
+__global__ void __launch_bounds__(kTHREADS) normKernel(NormArgs const args) {
     __shared__ float perWarp[kWARPS];
+    extern __shared__ __align__(16) unsigned char rowBytes[];
     allowDependentLaunch();
+    askFor(args.weight, args.channels * static_cast<int64_t>(sizeof(T)));
+    StagedRow<T, PRUNER> row(rowBytes, args.selection, args.channels);
+    if constexpr (PRUNER != Pruner::kNONE) {
+        askFor(args.selection, args.channels);
+        row.prepare();
+    }
     waitForPredecessors();
     int64_t const start = static_cast<int64_t>(blockIdx.x) * args.channels;
     T const* const x = static_cast<T const*>(args.x) + start;
@@ -89,7 +131,7 @@ __global__ void __launch_bounds__(kTHREADS) normKernel(NormArgs args) {
         }
         return sum;
     };
-    Eight<T> held[kHELD];
+    Eight<T> held[HELD];
     float squares = 0.0F;
     int step = 0;
     for (int32_t channel = static_cast<int32_t>(threadIdx.x) * kELEMENTS; channel < args.channels;
@@ -103,7 +145,7 @@ __global__ void __launch_bounds__(kTHREADS) normKernel(NormArgs args) {
             sum.store(total + channel);
         }
 #pragma unroll
-        for (int h = 0; h < kHELD; ++h) {
+        for (int h = 0; h < HELD; ++h) {
             if (step == h) {
                 held[h] = sum;
             }
@@ -117,11 +159,11 @@ __global__ void __launch_bounds__(kTHREADS) normKernel(NormArgs args) {
     for (int32_t channel = static_cast<int32_t>(threadIdx.x) * kELEMENTS; channel < args.channels;
          channel += kTHREADS * kELEMENTS, ++step) {
         Eight<T> sum;
-        if (step >= kHELD) {
+        if (step >= HELD) {
             sum = summed(channel);
         }
 #pragma unroll
-        for (int h = 0; h < kHELD; ++h) {
+        for (int h = 0; h < HELD; ++h) {
             if (step == h) {
                 sum = held[h];
             }
@@ -131,8 +173,19 @@ __global__ void __launch_bounds__(kTHREADS) normKernel(NormArgs args) {
         for (int i = 0; i < kELEMENTS; ++i) {
             sum.value[i] = toFloat<T>(fromFloat<T>(sum.value[i] * factor)) * scale.value[i];
         }
-        sum.store(y + channel);
+        if constexpr (PRUNER == Pruner::kNONE) {
+            sum.store(y + channel);
+        } else {
+            row.put(channel / kELEMENTS, sum.packed());
+        }
     }
+    if constexpr (PRUNER != Pruner::kNONE) {
+        row.prune(y);
+    }
+}
+
+__device__ __forceinline__ float gated(float gate, float up) {
+    return __fdividef(gate, 1.0F + __expf(-gate)) * up;
 }
 
 template <typename T>
@@ -151,73 +204,273 @@ __global__ void __launch_bounds__(kTHREADS) gatedSiluKernel(GatedSiluArgs args, 
     Eight<T> const up = Eight<T>::load(static_cast<T const*>(args.up) + start);
 #pragma unroll
     for (int i = 0; i < kELEMENTS; ++i) {
-        gate.value[i] = gate.value[i] / (1.0F + __expf(-gate.value[i])) * up.value[i];
+        gate.value[i] = gated(gate.value[i], up.value[i]);
     }
     gate.store(static_cast<T*>(args.y) + token * args.channels + channel);
 }
 
+//! Few tokens, pruned: a lane gathers, gates and ranks two positions; blockIdx.y is the token.
+template <typename T, bool IS_BARE>
+__global__ void __launch_bounds__(kPAIR_THREADS) gatedPairKernel(GatedSiluArgs const args) {
+    allowDependentLaunch();
+    int32_t const position = 2 * static_cast<int32_t>(blockIdx.x * kPAIR_THREADS + threadIdx.x);
+    bool const isActive = position < args.channels;
+    PairConstants const constants =
+        PairConstants::read<IS_BARE>(args.selection, isActive ? position : 0);
+    waitForPredecessors();
+    int64_t const token = blockIdx.y;
+    T const* const gate = static_cast<T const*>(args.gate) + token * args.stride;
+    T const* const up = static_cast<T const*>(args.up) + token * args.stride;
+    int32_t const channels[2] = {constants.channel.x, constants.channel.y};
+    float gates[2];
+    float ups[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        gates[i] = loadActivation(gate + channels[i]);
+        ups[i] = loadActivation(up + channels[i]);
+    }
+    uint32_t const word =
+        packWord(fromFloat<T>(gated(gates[0], ups[0])), fromFloat<T>(gated(gates[1], ups[1])));
+    uint32_t const pruned = prunePair<T, IS_BARE>(args.selection, constants, word);
+    if (isActive) {
+        T* const y = static_cast<T*>(args.y) + token * args.channels;
+        reinterpret_cast<uint32_t*>(y)[position / 2] = pruned;
+    }
+}
+
+//! Many tokens, pruned: a block a token.
+template <typename T, Pruner PRUNER>
+__global__ void __launch_bounds__(kTHREADS, 2) gatedRowKernel(GatedSiluArgs const args) {
+    extern __shared__ __align__(16) unsigned char rowBytes[];
+    allowDependentLaunch();
+    askFor(args.selection, args.channels);
+    waitForPredecessors();
+    int64_t const token = blockIdx.x;
+    T const* const gates = static_cast<T const*>(args.gate) + token * args.stride;
+    T const* const ups = static_cast<T const*>(args.up) + token * args.stride;
+    StagedRow<T, PRUNER> row(rowBytes, args.selection, args.channels);
+    row.prepare();
+#pragma unroll 4
+    for (int32_t octet = threadIdx.x; octet < args.channels / kELEMENTS; octet += kTHREADS) {
+        Eight<T> gate = Eight<T>::load(gates + octet * kELEMENTS);
+        Eight<T> const up = Eight<T>::load(ups + octet * kELEMENTS);
+#pragma unroll
+        for (int i = 0; i < kELEMENTS; ++i) {
+            gate.value[i] = gated(gate.value[i], up.value[i]);
+        }
+        row.put(octet, gate.packed());
+    }
+    row.prune(static_cast<T*>(args.y) + token * args.channels);
+}
+
+//! A few rows that some other kernel has made: a lane gathers and ranks two positions.
+template <typename T, bool IS_BARE>
+__global__ void __launch_bounds__(kPAIR_THREADS) prunePairKernel(MaskArgs const args) {
+    allowDependentLaunch();
+    int32_t const position = 2 * static_cast<int32_t>(blockIdx.x * kPAIR_THREADS + threadIdx.x);
+    bool const isActive = position < args.channels;
+    PairConstants const constants =
+        PairConstants::read<IS_BARE>(args.selection, isActive ? position : 0);
+    waitForPredecessors();
+    int64_t const start = static_cast<int64_t>(blockIdx.y) * args.channels;
+    T const* const x = static_cast<T const*>(args.x) + start;
+    uint32_t const word = loadActivationBits(x + constants.channel.x) |
+                          loadActivationBits(x + constants.channel.y) << 16;
+    uint32_t const pruned = prunePair<T, IS_BARE>(args.selection, constants, word);
+    if (isActive) {
+        reinterpret_cast<uint32_t*>(static_cast<T*>(args.s) + start)[position / 2] = pruned;
+    }
+}
+
+//! How a kernel is launched.
+struct Grid {
+    dim3 blocks;
+    int threads{kTHREADS};
+    size_t sharedBytes{0};
+};
+
 //! Launches a kernel that may start before the one ahead of it has ended.
 template <typename... Parameters, typename... Given>
-cudaError_t launchInChain(void (*kernel)(Parameters...), unsigned blocks,
+cudaError_t launchInChain(void (*kernel)(Parameters...), Grid const& grid,
                           DeviceTraits const& device, cudaStream_t stream, Given... given) {
+    cudaError_t const raised = allowSharedBytes(kernel, grid.sharedBytes);
+    if (raised != cudaSuccess) {
+        return raised;
+    }
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(blocks);
-    config.blockDim = dim3(kTHREADS);
+    config.gridDim = grid.blocks;
+    config.blockDim = dim3(static_cast<unsigned>(grid.threads));
+    config.dynamicSmemBytes = grid.sharedBytes;
     config.stream = stream;
     config.attrs = &attribute;
     config.numAttrs = device.computeCapability >= 90 ? 1U : 0U;
     return cudaLaunchKernelEx(&config, kernel, given...);
 }
 
+bool isBare(Selection const& selection) {
+    return selection.scoreScale == nullptr && selection.valueScale == nullptr &&
+           selection.shift == nullptr;
+}
+
+Pruner prunerOf(Selection const& selection, int32_t channels, int64_t tokens) {
+    if (!isBare(selection)) {
+        return Pruner::kWIDE;
+    }
+    bool const hasPairs = selection.n == 8 && channels % 32 == 0;
+    return hasPairs && tokens > kFEW_TOKENS ? Pruner::kPAIRS : Pruner::kPACKED;
+}
+
+template <typename T, Pruner PRUNER>
+cudaError_t enqueueNorm(NormArgs const& args, DeviceTraits const& device, cudaStream_t stream) {
+    Grid const grid{dim3(static_cast<unsigned>(args.tokens)), kTHREADS,
+                    stagedBytes(PRUNER, args.selection, args.channels)};
+    return args.channels <= kTHREADS * kELEMENTS
+               ? launchInChain(normKernel<T, PRUNER, 1>, grid, device, stream, args)
+               : launchInChain(normKernel<T, PRUNER, 4>, grid, device, stream, args);
+}
+
+template <typename T>
+cudaError_t enqueuePrunedNorm(NormArgs const& args, DeviceTraits const& device,
+                              cudaStream_t stream) {
+    switch (prunerOf(args.selection, args.channels, args.tokens)) {
+        case Pruner::kPACKED:
+            return enqueueNorm<T, Pruner::kPACKED>(args, device, stream);
+        case Pruner::kWIDE:
+            return enqueueNorm<T, Pruner::kWIDE>(args, device, stream);
+        default:
+            return enqueueNorm<T, Pruner::kPAIRS>(args, device, stream);
+    }
+}
+
+template <typename T>
+cudaError_t enqueueGated(GatedSiluArgs const& args, DeviceTraits const& device,
+                         cudaStream_t stream) {
+    int64_t const pieces = args.tokens * (args.channels / kELEMENTS);
+    Grid const grid{dim3(static_cast<unsigned>((pieces + kTHREADS - 1) / kTHREADS))};
+    return launchInChain(gatedSiluKernel<T>, grid, device, stream, args, pieces);
+}
+
+template <typename T, Pruner PRUNER>
+cudaError_t enqueueGatedRows(GatedSiluArgs const& args, DeviceTraits const& device,
+                             cudaStream_t stream) {
+    Grid const grid{dim3(static_cast<unsigned>(args.tokens)), kTHREADS,
+                    stagedBytes(PRUNER, args.selection, args.channels)};
+    return launchInChain(gatedRowKernel<T, PRUNER>, grid, device, stream, args);
+}
+
+//! A lane for each two positions of each token.
+Grid gridOfPairs(int32_t channels, int64_t tokens) {
+    int32_t const blocks = ceilDivide(channels, 2 * kPAIR_THREADS);
+    return {dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(tokens)), kPAIR_THREADS};
+}
+
+template <typename T>
+cudaError_t enqueuePrune(MaskArgs const& args, DeviceTraits const& device, cudaStream_t stream) {
+    Grid const grid = gridOfPairs(args.channels, args.tokens);
+    return isBare(args.selection)
+               ? launchInChain(prunePairKernel<T, true>, grid, device, stream, args)
+               : launchInChain(prunePairKernel<T, false>, grid, device, stream, args);
+}
+
+template <typename T>
+cudaError_t enqueuePrunedGated(GatedSiluArgs const& args, DeviceTraits const& device,
+                               cudaStream_t stream) {
+    if (args.tokens <= kFEW_TOKENS) {
+        Grid const grid = gridOfPairs(args.channels, args.tokens);
+        return isBare(args.selection)
+                   ? launchInChain(gatedPairKernel<T, true>, grid, device, stream, args)
+                   : launchInChain(gatedPairKernel<T, false>, grid, device, stream, args);
+    }
+    switch (prunerOf(args.selection, args.channels, args.tokens)) {
+        case Pruner::kPACKED:
+            return enqueueGatedRows<T, Pruner::kPACKED>(args, device, stream);
+        case Pruner::kWIDE:
+            return enqueueGatedRows<T, Pruner::kWIDE>(args, device, stream);
+        default:
+            return enqueueGatedRows<T, Pruner::kPAIRS>(args, device, stream);
+    }
+}
+
+//! Whether a row can be written so.
+template <typename Args>
+bool fits(Args const& args) {
+    return args.channels > 0 && args.channels % kELEMENTS == 0 && args.tokens >= 0 &&
+           args.tokens <= 0x7fffffff &&
+           (!args.isPruned || canPrune(args.type, args.channels, args.selection));
+}
+
 }  // namespace
 
-cudaError_t launchNorm(NormArgs const& args, DeviceTraits const& device, cudaStream_t stream) {
-    bool const isWhole = args.x != nullptr && args.y != nullptr && args.weight != nullptr &&
-                         args.channels > 0 && args.channels % kELEMENTS == 0 && args.tokens >= 0 &&
-                         args.tokens <= 0x7fffffff;
-    if (!isWhole) {
+bool canPrune(DType type, int32_t channels, Selection const& selection) {
+    return type != DType::kFLOAT32 && selection.m == 16 && selection.n >= 1 && selection.n <= 16 &&
+           channels % 16 == 0 && channels <= kMAX_PRUNED_CHANNELS && !selection.dynamicShift &&
+           !selection.varianceCorrection &&
+           (selection.shiftLength == 0 || selection.shiftLength == 1 ||
+            selection.shiftLength == channels) &&
+           (selection.shiftLength == 0) == (selection.shift == nullptr) &&
+           reinterpret_cast<uintptr_t>(selection.channelOrder) % sizeof(int2) == 0;
+}
+
+bool canPruneInChain(MaskArgs const& args) {
+    return args.tokens <= kFEW_TOKENS && args.isGathered && args.keep == nullptr &&
+           canPrune(args.type, args.channels, args.selection) &&
+           reinterpret_cast<uintptr_t>(args.s) % sizeof(uint32_t) == 0;
+}
+
+cudaError_t launchPrune(MaskArgs const& args, DeviceTraits const& device, cudaStream_t stream) {
+    if (args.x == nullptr || args.s == nullptr || !canPruneInChain(args)) {
         return cudaErrorInvalidValue;
     }
     if (args.tokens == 0) {
         return cudaSuccess;
     }
-    unsigned const blocks = static_cast<unsigned>(args.tokens);
+    return args.type == DType::kFLOAT16 ? enqueuePrune<__half>(args, device, stream)
+                                        : enqueuePrune<__nv_bfloat16>(args, device, stream);
+}
+
+cudaError_t launchNorm(NormArgs const& args, DeviceTraits const& device, cudaStream_t stream) {
+    bool const isWhole = args.x != nullptr && args.y != nullptr && args.weight != nullptr;
+    if (!isWhole || !fits(args)) {
+        return cudaErrorInvalidValue;
+    }
+    if (args.tokens == 0) {
+        return cudaSuccess;
+    }
     switch (args.type) {
         case DType::kFLOAT32:
-            return launchInChain(normKernel<float>, blocks, device, stream, args);
+            return enqueueNorm<float, Pruner::kNONE>(args, device, stream);
         case DType::kFLOAT16:
-            return launchInChain(normKernel<__half>, blocks, device, stream, args);
+            return args.isPruned ? enqueuePrunedNorm<__half>(args, device, stream)
+                                 : enqueueNorm<__half, Pruner::kNONE>(args, device, stream);
         case DType::kBFLOAT16:
-            return launchInChain(normKernel<__nv_bfloat16>, blocks, device, stream, args);
+            return args.isPruned ? enqueuePrunedNorm<__nv_bfloat16>(args, device, stream)
+                                 : enqueueNorm<__nv_bfloat16, Pruner::kNONE>(args, device, stream);
     }
     return cudaErrorInvalidValue;
 }
 
 cudaError_t launchGatedSilu(GatedSiluArgs const& args, DeviceTraits const& device,
                             cudaStream_t stream) {
-    int64_t const pieces = args.tokens * (args.channels / kELEMENTS);
     bool const isWhole = args.gate != nullptr && args.up != nullptr && args.y != nullptr &&
-                         args.channels > 0 && args.channels % kELEMENTS == 0 &&
-                         args.stride % kELEMENTS == 0 && args.tokens >= 0 &&
-                         pieces / kTHREADS < 0x7fffffff;
-    if (!isWhole) {
+                         args.stride % kELEMENTS == 0;
+    if (!isWhole || !fits(args)) {
         return cudaErrorInvalidValue;
     }
-    if (pieces == 0) {
+    if (args.tokens == 0) {
         return cudaSuccess;
     }
-    unsigned const blocks = static_cast<unsigned>((pieces + kTHREADS - 1) / kTHREADS);
     switch (args.type) {
         case DType::kFLOAT32:
-            return launchInChain(gatedSiluKernel<float>, blocks, device, stream, args, pieces);
+            return enqueueGated<float>(args, device, stream);
         case DType::kFLOAT16:
-            return launchInChain(gatedSiluKernel<__half>, blocks, device, stream, args, pieces);
+            return args.isPruned ? enqueuePrunedGated<__half>(args, device, stream)
+                                 : enqueueGated<__half>(args, device, stream);
         case DType::kBFLOAT16:
-            return launchInChain(gatedSiluKernel<__nv_bfloat16>, blocks, device, stream, args,
-                                 pieces);
+            return args.isPruned ? enqueuePrunedGated<__nv_bfloat16>(args, device, stream)
+                                 : enqueueGated<__nv_bfloat16>(args, device, stream);
     }
     return cudaErrorInvalidValue;
 }

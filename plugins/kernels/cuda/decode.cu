@@ -17,8 +17,14 @@ bool isValid(LinearArgs const& args) {
         (s.shiftLength == 0 || s.shiftLength == 1 || s.shiftLength == args.channels) &&
         (s.shiftLength == 0) == (s.shift == nullptr) && !(s.dynamicShift && s.shift != nullptr) &&
         (!s.dynamicShift || args.shiftWeight != nullptr);
-    return hasPattern && hasShift && args.outputs >= 1 && args.x != nullptr && args.w != nullptr &&
-           args.y != nullptr;
+    // A pruned x has nothing left to select, and is read two values at a time.
+    bool const isSelected =
+        !args.isPruned ||
+        (s.n == s.m && s.m == 16 && s.channelOrder == nullptr && s.valueScale == nullptr &&
+         s.shift == nullptr && !s.dynamicShift && !s.varianceCorrection &&
+         args.type != DType::kFLOAT32 && reinterpret_cast<uintptr_t>(args.x) % 4 == 0);
+    return hasPattern && hasShift && isSelected && args.outputs >= 1 && args.x != nullptr &&
+           args.w != nullptr && args.y != nullptr;
 }
 
 }  // namespace
@@ -31,12 +37,12 @@ cudaError_t launchDecode(LinearArgs const& args, DeviceTraits const& device, cud
     if (args.tokens < 1 || args.tokens > kMAX_DECODE_TOKENS) {
         return cudaErrorInvalidValue;
     }
-    PlanRequest const request{args.type, static_cast<int32_t>(args.tokens), args.channels,
-                              args.outputs, args.selection.channelOrder != nullptr};
-    DecodePlan const plan = isTuned(args)
-                                ? decodePlan(device, args.type, args.tokens, args.channels,
-                                             args.outputs, request.isGrouped)
-                                : planByRule(device, request);
+    int32_t const together = args.isPruned ? 1 : static_cast<int32_t>(args.tokens);
+    PlanRequest const request{args.type, together, args.channels, args.outputs,
+                              args.selection.channelOrder != nullptr};
+    DecodePlan const plan = isTuned(args) ? decodePlan(device, args.type, together, args.channels,
+                                                       args.outputs, request.isGrouped)
+                                          : planByRule(device, request);
     return launchDecodeWithPlan(args, plan, device, stream);
 }
 

@@ -25,8 +25,8 @@ inline bool hasAlignedRows(LinearArgs const& args) {
 //! True where the plans of a table apply; everything else has one family of shapes.
 inline bool isTuned(LinearArgs const& args) {
     Selection const& s = args.selection;
-    return args.tokens == 1 && args.type != DType::kFLOAT32 && s.m == 16 && !s.varianceCorrection &&
-           hasAlignedRows(args);
+    return (args.tokens == 1 || args.isPruned) && args.type != DType::kFLOAT32 && s.m == 16 &&
+           !s.varianceCorrection && hasAlignedRows(args);
 }
 
 //! Launches the compiled shape of a plan; defined for float, __half and __nv_bfloat16 in

@@ -18,6 +18,7 @@ enum class Ranking {
     kANY,     //!< any m and every option, through shared memory
     kWIDE,    //!< groups of 16, every option and type
     kPACKED,  //!< groups of 16 of a 16-bit type by bare magnitude
+    kNONE,    //!< none: x of a 16-bit type is pruned already
 };
 
 //! Compile-time shape of one decode kernel.
@@ -54,8 +55,12 @@ struct DecodeShape {
     using SixteenSelector =
         std::conditional_t<RANKING == Ranking::kPACKED, PackedSelector<T, TOKENS, RING, MOMENTS>,
                            WideSelector<T, TOKENS, RING, MOMENTS>>;
-    using Selector = std::conditional_t<RANKING == Ranking::kANY,
-                                        WarpSelector<T, TOKENS, RING, MOMENTS>, SixteenSelector>;
+    using RankingSelector =
+        std::conditional_t<RANKING == Ranking::kANY, WarpSelector<T, TOKENS, RING, MOMENTS>,
+                           SixteenSelector>;
+    using Selector =
+        std::conditional_t<RANKING == Ranking::kNONE, NonZeroSelector<T, RING>, RankingSelector>;
+    static_assert(RANKING != Ranking::kNONE || (TOKENS == 1 && !MOMENTS));
     static_assert(sizeof(Scratch) >= sizeof(float) * TOKENS * COLUMNS,
                   "partial sums reuse a warp's scratch");
     static_assert(sizeof(Scratch) == warpScratchBytes(TOKENS, BATCH) &&
@@ -367,22 +372,42 @@ __device__ __forceinline__ void storeOutputs(LinearArgs const& args,
 
 //! Brings what the kernel needs at once after the wait, and at its end, near beforehand: the
 //! launch's parameters into the constant cache, the translations of the pages of x, y and W. The
-//! value read from x may be stale; it is dropped.
+//! value read from x may be stale; it is dropped. Where every row is kept, the first ones are known
+//! now, and the memory is idle.
 template <typename Shape>
 __device__ __forceinline__ void touchAhead(LinearArgs const& args,
-                                           LaneColumns<Shape> const& columns) {
+                                           LaneColumns<Shape> const& columns, Range slice) {
     asm volatile("" ::"l"(args.y), "r"(args.selection.n));  // one of each 64-byte line
     if (threadIdx.x < kWARP) {
         prefetchToL2(static_cast<typename Shape::Element const*>(args.x) + threadIdx.x);
         prefetchToL2(columns.w);
     }
+    if (Shape::RANKING == Ranking::kNONE || args.selection.n < args.selection.m) {
+        return;
+    }
+    int32_t const slot = static_cast<int32_t>(threadIdx.x % kWARP) / Shape::LANES_PER_ROW;
+#pragma unroll
+    for (int load = 0; load < Shape::ROW_LOADS; ++load) {
+        int32_t const row = slice.begin + load * Shape::ROWS_PER_LOAD + slot;
+        if (row < slice.end) {
+            prefetchToL2(columns.w + static_cast<int64_t>(row) * columns.outputs);
+        }
+    }
 }
 
-//! grid.x = tiles * cluster; the cluster's ranks are neighbours in x.
+//! grid.x = tiles * cluster; the cluster's ranks are neighbours in x. A shape of one token may run
+//! several, as blockIdx.y: rows that two of them keep then come from memory once and from the
+//! second-level cache after, and each token gets the bits that it gets alone.
 template <typename Shape, int MIN_CTAS>
 __global__ void __launch_bounds__(Shape::THREADS, MIN_CTAS)
-    decodeKernel(LinearArgs const args, bool const allowsNextLate) {
+    decodeKernel(LinearArgs const given, bool const allowsNextLate) {
     using T = typename Shape::Element;
+    LinearArgs args = given;
+    if constexpr (Shape::TOKENS == 1) {
+        int64_t const token = blockIdx.y;
+        args.x = static_cast<T const*>(given.x) + token * given.channels;
+        args.y = static_cast<T*>(given.y) + token * given.outputs;
+    }
     extern __shared__ __align__(16) unsigned char sharedBytes[];
     if (!allowsNextLate) {
         allowDependentLaunch();
@@ -415,7 +440,7 @@ __global__ void __launch_bounds__(Shape::THREADS, MIN_CTAS)
                                       shared.eta);
     selector.prepare();
 
-    touchAhead<Shape>(args, columns);
+    touchAhead<Shape>(args, columns, slice);
     waitForPredecessors();
     if (args.selection.dynamicShift) {
         meanOfTokens<Shape>(args, shared);
@@ -469,12 +494,9 @@ cudaError_t launchDecodeShape(LinearArgs const& args, DecodePlan const& plan,
     }
     auto* const kernel = &decodeKernel<Shape, MIN_CTAS>;
     size_t const sharedBytes = decodeSharedBytes(Shape::FOOTPRINT, cluster);
-    if (sharedBytes > 48 * 1024) {
-        cudaError_t const raised = cudaFuncSetAttribute(
-            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(sharedBytes));
-        if (raised != cudaSuccess) {
-            return raised;
-        }
+    cudaError_t const raised = allowSharedBytes(kernel, sharedBytes);
+    if (raised != cudaSuccess) {
+        return raised;
     }
     cudaLaunchAttribute attributes[2] = {};
     attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -485,7 +507,8 @@ cudaError_t launchDecodeShape(LinearArgs const& args, DecodePlan const& plan,
     attributes[1].val.clusterDim.z = 1;
     cudaLaunchConfig_t config = {};
     int32_t const tiles = ceilDivide(args.outputs, Shape::COLUMNS);
-    config.gridDim = dim3(static_cast<unsigned>(tiles * cluster));
+    config.gridDim = dim3(static_cast<unsigned>(tiles * cluster),
+                          Shape::TOKENS == 1 ? static_cast<unsigned>(args.tokens) : 1U);
     config.blockDim = dim3(Shape::THREADS);
     config.dynamicSmemBytes = sharedBytes;
     config.stream = stream;

@@ -84,8 +84,10 @@ cudaError_t launchGeneral(LinearArgs const& args, DecodePlan const& plan,
 template <typename T, int TOKENS, Ranking RANKING>
 cudaError_t launchRanking(LinearArgs const& args, DecodePlan const& plan,
                           DeviceTraits const& device, cudaStream_t stream) {
-    if (args.selection.varianceCorrection) {
-        return launchGeneral<DecodeTask<T, TOKENS, RANKING, true>>(args, plan, device, stream);
+    if constexpr (RANKING != Ranking::kNONE) {
+        if (args.selection.varianceCorrection) {
+            return launchGeneral<DecodeTask<T, TOKENS, RANKING, true>>(args, plan, device, stream);
+        }
     }
     using Task = DecodeTask<T, TOKENS, RANKING, false>;
     if constexpr (Task::IS_TUNED) {
@@ -102,6 +104,11 @@ cudaError_t launchTokens(LinearArgs const& args, DecodePlan const& plan, DeviceT
         using Task = DecodeTask<T, TOKENS, Ranking::kANY, true>;
         return launchCompiled<Task, 16, 1, 8, 4, 1, false>(args, plan, device, stream);
     }
+    if constexpr (sizeof(T) == 2 && TOKENS == 1) {
+        if (args.isPruned) {
+            return launchRanking<T, TOKENS, Ranking::kNONE>(args, plan, device, stream);
+        }
+    }
     if (args.selection.m != 16) {
         return launchRanking<T, TOKENS, Ranking::kANY>(args, plan, device, stream);
     }
@@ -116,7 +123,7 @@ cudaError_t launchTokens(LinearArgs const& args, DecodePlan const& plan, DeviceT
 template <typename T>
 cudaError_t launchDecodeOf(LinearArgs const& args, DecodePlan const& plan,
                            DeviceTraits const& device, cudaStream_t stream) {
-    switch (args.tokens) {
+    switch (args.isPruned ? 1 : args.tokens) {
         case 1:
             return launchTokens<T, 1>(args, plan, device, stream);
         case 2:

@@ -22,6 +22,16 @@ __device__ __forceinline__ void waitForPredecessors() {
 #endif
 }
 
+//! Lets a kernel have so much dynamic shared memory.
+template <typename Kernel>
+cudaError_t allowSharedBytes(Kernel* kernel, size_t bytes) {
+    if (bytes <= size_t{48} << 10) {
+        return cudaSuccess;  // what every kernel may have
+    }
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                static_cast<int>(bytes));
+}
+
 //! 16 bytes of a weight row: read once, so kept out of L1.
 __device__ __forceinline__ uint4 loadStreaming(void const* address) {
     uint4 value;

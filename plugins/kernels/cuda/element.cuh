@@ -61,6 +61,15 @@ __device__ __forceinline__ T wordHalf(uint32_t bits) {
     return value;
 }
 
+//! Two 16-bit floats as one word, the first in the low half.
+template <typename T>
+__device__ __forceinline__ uint32_t packWord(T low, T high) {
+    unsigned short halves[2];
+    memcpy(&halves[0], &low, sizeof(low));
+    memcpy(&halves[1], &high, sizeof(high));
+    return halves[0] | static_cast<uint32_t>(halves[1]) << 16;
+}
+
 //! Elements in 16 bytes.
 template <typename T>
 inline constexpr int kVECTOR = 16 / static_cast<int>(sizeof(T));

@@ -1,5 +1,6 @@
 #include "linear_executor.h"
 
+#include "between.h"
 #include "cuda_fault.h"
 
 namespace nmexport::cuda {
@@ -43,13 +44,16 @@ T* at(void* workspace, std::size_t offset) {
 }
 
 bool takesDecodeKernel(const LinearWork& work, const DeviceTraits& device, LinearPath path) {
-    return path == LinearPath::kFASTER && work.tokens <= kMAX_DECODE_TOKENS &&
+    if (path != LinearPath::kFASTER) return false;
+    if (work.isPruned) return work.tokens <= kMAX_PRUNED_TOKENS;
+    return work.tokens <= kMAX_DECODE_TOKENS &&
            decodeIsFaster(device, work.type, static_cast<std::int32_t>(work.tokens), work.channels,
                           work.outputs);
 }
 
 ProductShape productOf(const LinearWork& work) {
-    return {work.type, work.tokens, work.channels, work.outputs, work.needsEpilogue};
+    return {work.type,    work.tokens,        work.channels,
+            work.outputs, work.needsEpilogue, work.hasBias && !work.needsEpilogue};
 }
 
 // Where nothing is dropped, there is nothing to correct, not even for a constant token.
@@ -99,8 +103,9 @@ LinearWork workOf(const LinearArgs& args) {
     work.needsMask = selection.n < selection.m || selection.channelOrder != nullptr ||
                      selection.valueScale != nullptr || selection.shift != nullptr ||
                      selection.dynamicShift;
-    work.needsEpilogue =
-        selection.dynamicShift || selection.varianceCorrection || args.bias != nullptr;
+    work.isPruned = args.isPruned;
+    work.needsEpilogue = selection.dynamicShift || selection.varianceCorrection;
+    work.hasBias = args.bias != nullptr;
     return work;
 }
 
@@ -121,24 +126,29 @@ void LinearExecutor::run(const LinearArgs& given, const DeviceTraits& device, Li
     if (takesDecodeKernel(workOf(args), device, path)) {
         checkCuda(launchDecode(args, device, stream), "the decode kernel");
     } else {
-        runProduct(args, workspace, stream);
+        runProduct(args, device, workspace, stream);
     }
 }
 
-void LinearExecutor::runProduct(const LinearArgs& args, void* workspace, cudaStream_t stream) {
+void LinearExecutor::runProduct(const LinearArgs& args, const DeviceTraits& device, void* workspace,
+                                cudaStream_t stream) {
     const LinearWork work = workOf(args);
     const Workspace parts(work);
     float* const eta = at<float>(workspace, parts.eta);
     float* const nu = at<float>(workspace, parts.nu);
     const void* s = args.x;
     if (work.needsMask) {
-        checkCuda(launchMask(maskOf(args, workspace, eta, nu), stream), "the mask kernel");
+        const MaskArgs mask = maskOf(args, workspace, eta, nu);
+        checkCuda(
+            canPruneInChain(mask) ? launchPrune(mask, device, stream) : launchMask(mask, stream),
+            "the mask kernel");
         s = workspace;
     }
     void* const product = work.needsEpilogue ? at<>(workspace, parts.product) : args.y;
     {
         const std::lock_guard<std::mutex> lock(mMutex);
-        mProduct.enqueue(productOf(work), s, args.w, product, at<>(workspace, parts.blas), stream);
+        mProduct.enqueue(productOf(work), s, args.w, args.bias, product,
+                         at<>(workspace, parts.blas), stream);
     }
     if (!work.needsEpilogue) return;
     const EpilogueArgs epilogue = epilogueOf(args, static_cast<const float*>(product), eta, nu);

@@ -1,4 +1,6 @@
 // The masked activation for prefill (and NMPrune), and the epilogue that follows its dense product.
+#include "mask_pairs.cuh"
+#include "prune_row.cuh"
 #include "warp_selection.cuh"
 
 #include <algorithm>
@@ -107,57 +109,6 @@ struct NetworkMasker {
     }
 };
 
-//! Word i of a pair of groups: element i of A in the low half, of B in the high one.
-__device__ __forceinline__ void interleave(uint32_t (&out)[16], uint4 const (&a)[2],
-                                           uint4 const (&b)[2]) {
-    uint32_t const wordsA[8] = {a[0].x, a[0].y, a[0].z, a[0].w, a[1].x, a[1].y, a[1].z, a[1].w};
-    uint32_t const wordsB[8] = {b[0].x, b[0].y, b[0].z, b[0].w, b[1].x, b[1].y, b[1].z, b[1].w};
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        out[2 * i] = __byte_perm(wordsA[i], wordsB[i], 0x5410);
-        out[2 * i + 1] = __byte_perm(wordsA[i], wordsB[i], 0x7632);
-    }
-}
-
-//! Zeroes the elements of one word whose bit is not set; `mask` bit 0 is for the low half, bit 1
-//! for the high one.
-__device__ __forceinline__ uint32_t keepHalves(uint32_t word, uint32_t mask) {
-    uint32_t const low = 0U - (mask & 1U);
-    uint32_t const high = 0U - (mask >> 1 & 1U);
-    return word & __byte_perm(low, high, 0x5410);
-}
-
-__device__ __forceinline__ uint4 keepElements(uint4 words, uint32_t mask) {
-    return make_uint4(keepHalves(words.x, mask), keepHalves(words.y, mask >> 2),
-                      keepHalves(words.z, mask >> 4), keepHalves(words.w, mask >> 6));
-}
-
-//! Two groups with what is dropped zeroed, as one run of 32 elements; bit i of `mask` is element i.
-__device__ __forceinline__ void storePair(uint4* s, uint4 const (&a)[2], uint4 const (&b)[2],
-                                          uint32_t mask, uint8_t* keep) {
-    s[0] = keepElements(a[0], mask);
-    s[1] = keepElements(a[1], mask >> 8);
-    s[2] = keepElements(b[0], mask >> 16);
-    s[3] = keepElements(b[1], mask >> 24);
-    if (keep != nullptr) {
-        for (int i = 0; i < 32; ++i) {
-            keep[i] = static_cast<uint8_t>(mask >> i & 1U);
-        }
-    }
-}
-
-//! What 8 of 16 of each of two groups keep by bare magnitude, two keys per word.
-template <typename T>
-__device__ __forceinline__ uint32_t keepOfPair(uint4 const (&a)[2], uint4 const (&b)[2]) {
-    uint32_t keys[16];
-    interleave(keys, a, b);
-#pragma unroll
-    for (uint32_t& key : keys) {
-        key = packedKeys(key, kNAN_KEY<T>);
-    }
-    return keepHalfOfPair(keys);
-}
-
 //! 8 of 16 by bare magnitude, 16-bit types: a thread ranks two groups at once. Tokens play no part:
 //! the activations are one run of pairs of groups.
 template <typename T>
@@ -183,34 +134,21 @@ __device__ __forceinline__ void copyRow(T* target, T const* source, int32_t chan
     }
 }
 
+constexpr int kGATHER_THREADS = 512;
+
 //! The same with a channel order, s by position: the token's row lies in shared memory, where
-//! gathering is cheap, and a thread writes its two groups in one run. A block per token.
+//! gathering is cheap. A block per token.
 template <typename T>
-__global__ void __launch_bounds__(kTHREADS)
-    pairGatherKernel(T const* x, T* s, uint8_t* keep, int32_t const* order, int32_t channels) {
+__global__ void __launch_bounds__(kGATHER_THREADS)
+    pairGatherKernel(T const* x, T* s, uint8_t* keep, Selection const selection, int32_t channels) {
     extern __shared__ __align__(16) unsigned char rowBytes[];
-    auto* const staged = reinterpret_cast<uint16_t*>(rowBytes);
     int64_t const offset = static_cast<int64_t>(blockIdx.x) * channels;
-    copyRow(reinterpret_cast<T*>(rowBytes), x + offset, channels);
-    __syncthreads();
-    for (int32_t pair = threadIdx.x; pair < channels / 32;
-         pair += static_cast<int32_t>(blockDim.x)) {
-        int4 const* const places = reinterpret_cast<int4 const*>(order + 32 * pair);
-        uint32_t words[16];  // two neighbouring positions each
-#pragma unroll
-        for (int quad = 0; quad < 8; ++quad) {
-            int4 const channel = __ldg(places + quad);
-            words[2 * quad] = staged[channel.x] | static_cast<uint32_t>(staged[channel.y]) << 16;
-            words[2 * quad + 1] = staged[channel.z] | static_cast<uint32_t>(staged[channel.w])
-                                                          << 16;
-        }
-        uint4 const a[2] = {make_uint4(words[0], words[1], words[2], words[3]),
-                            make_uint4(words[4], words[5], words[6], words[7])};
-        uint4 const b[2] = {make_uint4(words[8], words[9], words[10], words[11]),
-                            make_uint4(words[12], words[13], words[14], words[15])};
-        storePair(reinterpret_cast<uint4*>(s + offset) + 4 * pair, a, b, keepOfPair<T>(a, b),
-                  keep == nullptr ? nullptr : keep + offset + 32 * pair);
+    StagedRow<T, Pruner::kPAIRS> row(rowBytes, selection, channels);
+    auto const* const octets = reinterpret_cast<uint4 const*>(x + offset);
+    for (int32_t octet = threadIdx.x; octet < channels / 8; octet += kGATHER_THREADS) {
+        row.put(octet, octets[octet]);
     }
+    row.prune(s + offset, keep == nullptr ? nullptr : keep + offset);
 }
 
 //! Groups of GROUP of a channel order, each ranked by a thread: the token's row lies in shared
@@ -406,14 +344,20 @@ cudaError_t enqueuePairs(MaskArgs const& args, cudaStream_t stream) {
 //! Rows that leave room for two blocks on every supported multiprocessor.
 constexpr size_t kMAX_STAGED_BYTES = size_t{44} << 10;
 
+//! A row twice, by channel and by position, on the smallest supported multiprocessor.
+constexpr size_t kMAX_GATHERED_BYTES = size_t{32} << 10;
+
 template <typename T>
 cudaError_t enqueuePairGather(MaskArgs const& args, cudaStream_t stream) {
-    int32_t const pairs = args.channels / 32;
-    int32_t const threads = std::min(kTHREADS, ceilDivide(pairs, kWARP) * kWARP);
-    pairGatherKernel<T><<<static_cast<unsigned>(args.tokens), threads,
-                          static_cast<size_t>(args.channels) * sizeof(T), stream>>>(
-        static_cast<T const*>(args.x), static_cast<T*>(args.s), args.keep,
-        args.selection.channelOrder, args.channels);
+    size_t const bytes = stagedBytes(Pruner::kPAIRS, args.selection, args.channels);
+    auto* const kernel = &pairGatherKernel<T>;
+    cudaError_t const raised = allowSharedBytes(kernel, bytes);
+    if (raised != cudaSuccess) {
+        return raised;
+    }
+    kernel<<<static_cast<unsigned>(args.tokens), kGATHER_THREADS, bytes, stream>>>(
+        static_cast<T const*>(args.x), static_cast<T*>(args.s), args.keep, args.selection,
+        args.channels);
     return cudaGetLastError();
 }
 
@@ -444,7 +388,7 @@ cudaError_t enqueueMaskOf(MaskArgs const& args, cudaStream_t stream) {
             if (selection.channelOrder == nullptr) {
                 return enqueuePairs<T>(args, stream);
             }
-            if (canStage && args.isGathered) {
+            if (canStage && args.isGathered && rowBytes <= kMAX_GATHERED_BYTES) {
                 return enqueuePairGather<T>(args, stream);
             }
         }

@@ -81,7 +81,12 @@ struct LinearArgs {
     void const* bias{nullptr};          //!< [O] T, optional
     float const* shiftWeight{nullptr};  //!< [O], needed with dynamicShift
     void* y{nullptr};                   //!< [tokens, O] T
+    bool isPruned{false};  //!< x is s already, by position, 16 bit; the selection keeps 16 of 16
 };
+
+//! Up to so many tokens of a pruned x are multiplied by their kept rows, each for itself: rows that
+//! two of them keep are read from memory once, but pass the second-level cache twice.
+inline constexpr int32_t kMAX_PRUNED_TOKENS = 2;
 
 //! How the decode kernel cuts its work.
 //!

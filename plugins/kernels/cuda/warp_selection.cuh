@@ -297,12 +297,17 @@ struct PairWalk {
 
     __device__ bool isActive() const { return position() < mEnd; }
 
-    //! Which channels of x the lane's two positions of the next chunk hold.
+    //! Which channels of x the lane's two positions of the first two chunks hold.
     __device__ void readOrder() {
-        mChannel = make_int2(position(), position() + 1);
-        if (mOrder != nullptr && isActive()) {
-            mChannel = make_int2(__ldg(mOrder + position()), __ldg(mOrder + position() + 1));
-        }
+        mChannel = channelsOf(position());
+        mChannelAhead = channelsOf(position() + kCHUNK);
+    }
+
+    //! Moves to the next chunk. The order of the one behind it is asked for now: it comes from far.
+    __device__ void advance() {
+        mNext += kCHUNK;
+        mChannel = mChannelAhead;
+        mChannelAhead = channelsOf(position() + kCHUNK);
     }
 
     __device__ void addMoments(int token, float const (&z)[2], bool const (&keeps)[2]) {
@@ -316,7 +321,15 @@ struct PairWalk {
     int32_t const* mOrder;
     int32_t mNext;
     int32_t mEnd;
-    int2 mChannel;  //!< of x, of the chunk to append next
+    int2 mChannel;       //!< of x, of the chunk to append next
+    int2 mChannelAhead;  //!< of the one behind it
+
+  private:
+    __device__ int2 channelsOf(int32_t position) const {
+        bool const isLookedUp = mOrder != nullptr && position < mEnd;
+        return isLookedUp ? make_int2(__ldg(mOrder + position), __ldg(mOrder + position + 1))
+                          : make_int2(position, position + 1);
+    }
 };
 
 //! Groups of 16 of a 16-bit type, ranked by bare magnitude: two keys per word, compared two at a
@@ -379,8 +392,7 @@ class PackedSelector : public PairWalk<TOKENS, RING, MOMENTS> {
             this->addMoments(token, z[token], keeps[token]);
         }
         this->tail = queuePair(this->mScratch, this->tail, this->position(), keeps, z);
-        this->mNext += Walk::kCHUNK;
-        this->readOrder();
+        this->advance();
         readWords();
     }
 
@@ -388,6 +400,52 @@ class PackedSelector : public PairWalk<TOKENS, RING, MOMENTS> {
     int32_t mChannels;
     int32_t mKeep;
     uint32_t mWord[TOKENS];  //!< the activations of the chunk to append next
+};
+
+//! An x of a 16-bit type that is pruned already and lies by position: what is not zero is kept.
+template <typename T, int RING>
+class NonZeroSelector : public PairWalk<1, RING, false> {
+  public:
+    static_assert(sizeof(T) == 2);
+    using Walk = PairWalk<1, RING, false>;
+    using typename Walk::Scratch;
+
+    __device__ NonZeroSelector(Scratch* scratch, Selection const&, T const* x, int32_t, Range slice,
+                               float const*)
+        : Walk(scratch, nullptr, slice), mX{x} {}
+
+    __device__ void prepare() {}
+
+    __device__ void begin() {
+        mWord = wordAt(this->position());
+        mWordAhead = wordAt(this->position() + Walk::kCHUNK);
+    }
+
+    __device__ void fill(uint32_t wanted) {
+        while (this->tail - this->head < wanted && this->mNext < this->mEnd) {
+            append();
+        }
+        __syncwarp();
+    }
+
+  private:
+    __device__ uint32_t wordAt(int32_t position) const {
+        return position < this->mEnd ? loadActivationWord(mX + position) : 0U;
+    }
+
+    __device__ void append() {
+        bool const keeps[1][2] = {{(mWord & 0x7fffU) != 0U, (mWord & 0x7fff0000U) != 0U}};
+        float const z[1][2] = {
+            {toFloat<T>(wordHalf<T>(mWord & 0xffffU)), toFloat<T>(wordHalf<T>(mWord >> 16))}};
+        this->tail = queuePair(this->mScratch, this->tail, this->position(), keeps, z);
+        this->mNext += Walk::kCHUNK;
+        mWord = mWordAhead;
+        mWordAhead = wordAt(this->position() + Walk::kCHUNK);
+    }
+
+    T const* mX;
+    uint32_t mWord;       //!< the activations of the chunk to append next
+    uint32_t mWordAhead;  //!< of the one behind it
 };
 
 //! Groups of 16 with every option and type: float32 keys.
@@ -405,7 +463,10 @@ class WideSelector : public PairWalk<TOKENS, RING, MOMENTS> {
           mChannels{channels},
           mEta{eta} {}
 
-    __device__ void prepare() { readConstants(); }
+    __device__ void prepare() {
+        this->readOrder();
+        readConstants();
+    }
 
     __device__ void begin() { readActivations(); }
 
@@ -417,10 +478,9 @@ class WideSelector : public PairWalk<TOKENS, RING, MOMENTS> {
     }
 
   private:
-    //! Order, shifts and scales of the next chunk: constants (see Selection), so none that the
-    //! kernel before writes.
+    //! Shifts and scales of the next chunk: constants (see Selection), so none that the kernel
+    //! before writes.
     __device__ void readConstants() {
-        this->readOrder();
         mShift[0] = mShift[1] = 0.0F;
         mScale[0] = mScale[1] = 1.0F;
         mValueScale[0] = mValueScale[1] = 1.0F;
@@ -480,7 +540,7 @@ class WideSelector : public PairWalk<TOKENS, RING, MOMENTS> {
             z[token][1] *= mValueScale[1];
         }
         this->tail = queuePair(this->mScratch, this->tail, this->position(), keeps, z);
-        this->mNext += Walk::kCHUNK;
+        this->advance();
         readConstants();
         readActivations();
     }

@@ -1,0 +1,95 @@
+"""Our dense and our sparse engine as contestants, opened as `bench engines` opens them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nmexport.bench.rivals.interface import Contestant, Entry, Step
+from nmexport.runtimes.engine import read_engine
+from nmexport.runtimes.opening import open_session
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from typing import Any
+
+    from numpy.typing import NDArray
+
+    from nmexport.bench.rivals.interface import Case
+    from nmexport.runtimes.session import Session
+
+
+def entry(engine: Path, *, dense: bool) -> Entry:
+    """Describe one of our engines.
+
+    Args:
+        engine: Folder with `engine.json`.
+        dense: The baseline; otherwise the sparse model.
+
+    Raises:
+        ArtifactError: if `engine.json` cannot be read.
+    """
+    described = read_engine(engine)
+    model = described.dense_model if dense else described.model
+    files = () if model is None else model.parent.glob("*.data")
+    return Entry(
+        name="ours, dense" if dense else "ours, sparse",
+        is_rival=False,
+        is_dense=dense,
+        weight_bytes=sum(file.stat().st_size for file in files),
+        open=lambda: EngineContestant(open_session(engine, dense=dense, elsewhere=True)),
+    )
+
+
+class EngineContestant(Contestant):
+    """One of our sessions, run on random tokens."""
+
+    def __init__(self, session: Session, seed: int = 0) -> None:
+        """Take over an open session."""
+        self._session = session
+        self._rng = np.random.default_rng(seed)
+
+    @property
+    def runtime(self) -> str:
+        """Name and version of the session's runtime."""
+        return self._session.runtime
+
+    def prepare(self, case: Case) -> Step:
+        """See `Contestant`."""
+        shape = (case.batch, case.tokens)
+        tokens = self._rng.integers(self._session.vocabulary_size, size=shape)
+        step = _Prompt if case.phase == "prefill" else _Decode
+        return step(self._session, tokens)
+
+    def close(self) -> None:
+        """Close the session."""
+        self._session.close()
+
+
+class _Prompt(Step):
+    def __init__(self, session: Session, tokens: NDArray[np.int64]) -> None:
+        self._session, self._tokens = session, tokens
+        self.run()
+
+    def run(self) -> None:
+        self._session.extend_last(None, self._tokens)[0].argmax(axis=-1)
+
+
+class _Decode(Step):
+    def __init__(self, session: Session, tokens: NDArray[np.int64]) -> None:
+        self._session = session
+        logits, cache = session.extend_last(None, tokens)
+        self._token = logits.argmax(axis=-1).astype(np.int64)
+        self._cache: Any = session.keep(cache)
+        self.run()
+
+    def run(self) -> None:
+        logits, _ = self._session.extend_last(self._session.resume(self._cache), self._token)
+        logits.argmax(axis=-1)
+
+    def device_ms(self, times: int) -> float | None:
+        if not self._session.on_gpu:
+            return None
+        cache = self._session.resume(self._cache)
+        return self._session.queued_step_ms(cache, self._token, times)
