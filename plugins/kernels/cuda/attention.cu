@@ -19,8 +19,9 @@ constexpr int kWARP_SIZE = 32;
 constexpr int kWARPS = 8;
 constexpr int kTHREADS = kWARPS * kWARP_SIZE;
 constexpr int kRANKS = 8;                       // CTAs of a cluster: the most that always fit
-constexpr int kSTEP = kRANKS * kWARPS;          // tiles from one of a warp to its next
 constexpr int kTILE = 16;                       // positions
+constexpr int kSLOTS = kRANKS * kWARPS;         // warps of a cluster
+constexpr int kSTEP = kSLOTS * kTILE;           // positions from one of a warp's tiles to its next
 constexpr int kCHUNK = 8;                       // elements in 16 bytes
 constexpr int kMOST_GROUP = 8;                  // heads of queries to one of keys
 constexpr int kPAD = 8;                         // floats between heads: fewer bank conflicts
@@ -578,18 +579,17 @@ __global__ void __launch_bounds__(kTHREADS, 3 - DEPTH)
         static_cast<T const*>(args.values) + cache + 2 * t * HEAD + g * kCHUNK,
         args.window > 0 ? max(last + 1 - args.window, 0) : 0, last};
     int32_t const slot = warp * kRANKS + static_cast<int>(rank);  // short texts use all ranks
-    int32_t const endTile = (rows.end + kTILE - 1) / kTILE;
-    int32_t tile = rows.begin / kTILE + slot;
+    int32_t position = (rows.begin / kTILE + slot) * kTILE;       // of the tile at hand
     // Registers that turning queries takes are not there for values: they come as far as the L2.
     constexpr bool loadsValuesAhead = HEAD == 64 || DEPTH > 1;
     Tile<T, HEAD> tiles[DEPTH];
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
-        tiles[d].loadKeys(rows, (tile + d * kSTEP) * kTILE, g);
+        tiles[d].loadKeys(rows, position + d * kSTEP, g);
         if (loadsValuesAhead) {
-            tiles[d].loadValues(rows, (tile + d * kSTEP) * kTILE, t);
+            tiles[d].loadValues(rows, position + d * kSTEP, t);
         } else {
-            prefetchValues(rows, (tile + d * kSTEP) * kTILE, lane);
+            prefetchValues(rows, position + d * kSTEP, lane);
         }
     }
     Turn<T, HEAD, WHOLE> turn;
@@ -606,7 +606,7 @@ __global__ void __launch_bounds__(kTHREADS, 3 - DEPTH)
         t);
     laneQuery.store(turned);
     Softmax<T, HEAD> softmax;
-    if (slot == kSTEP - 1) {  // the warp with the fewest tiles
+    if (slot == kSLOTS - 1) {  // the warp with the fewest tiles
         int64_t const from = sequence * args.keyStride + kvHead * HEAD;
         uint4 values[HEAD / 64];
 #pragma unroll
@@ -633,28 +633,28 @@ __global__ void __launch_bounds__(kTHREADS, 3 - DEPTH)
         softmax.clear();
     }
     if (!loadsValuesAhead) {  // DEPTH is 1
-        tiles[0].loadValues(rows, tile * kTILE, t);
+        tiles[0].loadValues(rows, position, t);
     }
 
-    while (tile < endTile) {
+    while (position < rows.end) {
 #pragma unroll
         for (int d = 0; d < DEPTH; ++d) {
-            if (tile >= endTile) {
+            if (position >= rows.end) {
                 break;
             }
-            int32_t const next = (tile + DEPTH * kSTEP) * kTILE;
+            int32_t const next = position + DEPTH * kSTEP;
             float scores[4];
             scoreTile<T, HEAD>(scores, laneQuery, tiles[d]);
             tiles[d].loadKeys(rows, next, g);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                int32_t const position = tile * kTILE + 8 * (i / 2) + 2 * t + i % 2;
-                scores[i] = rows.has(position) ? scores[i] * scoreScale : lowest();
+                bool const isThere = rows.has(position + 8 * (i / 2) + 2 * t + i % 2);
+                scores[i] = isThere ? scores[i] * scoreScale : lowest();
             }
             softmax.weigh(scores, t);
             softmax.add(tiles[d], scores);
             tiles[d].loadValues(rows, next, t);
-            tile += kSTEP;
+            position += kSTEP;
         }
     }
 
