@@ -19,8 +19,9 @@ constexpr int kWARP_SIZE = 32;
 constexpr int kWARPS = 8;
 constexpr int kTHREADS = kWARPS * kWARP_SIZE;
 constexpr int kRANKS = 8;                       // CTAs of a cluster: the most that always fit
-constexpr int kSTEP = kRANKS * kWARPS;          // tiles from one of a warp to its next
 constexpr int kTILE = 16;                       // positions
+constexpr int kSLOTS = kRANKS * kWARPS;         // warps of a cluster
+constexpr int kSTEP = kSLOTS * kTILE;           // positions from one of a warp's tiles to its next
 constexpr int kCHUNK = 8;                       // elements in 16 bytes
 constexpr int kMOST_GROUP = 8;                  // heads of queries to one of keys
 constexpr int kPAD = 8;                         // floats between heads: fewer bank conflicts
@@ -216,12 +217,14 @@ struct Turn {
 //! The old rows of one head of keys that the new token sees.
 template <typename T, int HEAD>
 struct OldRows {
-    T const* keys;    //!< position g, chunk t
-    T const* values;  //!< position 2t, chunk g
-    int32_t begin;    //!< first position
-    int32_t end;      //!< the new token's position
+    T* keys;        //!< position g, chunk t
+    T* values;      //!< position 2t, chunk g
+    int32_t end;    //!< the new token's position
+    int32_t older;  //!< positions before it that it sees, if there are as many
 
-    __device__ bool has(int32_t position) const { return position >= begin && position < end; }
+    __device__ bool has(int32_t position) const {
+        return static_cast<uint32_t>(end - 1 - position) < static_cast<uint32_t>(older);
+    }
 };
 
 //! 16 positions as a lane holds them.
@@ -515,6 +518,14 @@ __device__ __forceinline__ uint64_t bitsOf(float2 value) {
     return static_cast<uint64_t>(__float_as_uint(value.y)) << 32 | __float_as_uint(value.x);
 }
 
+//! CTAs with one tile in flight that share a multiprocessor's registers. Two of them fit where the
+//! assembler needs no more than 128 a thread: for compute capability 9.0.
+#if __CUDA_ARCH__ == 900
+constexpr int kSHARERS = 2;
+#else
+constexpr int kSHARERS = 1;
+#endif
+
 //! Sends what this CTA's warps found to rank 0.
 template <int HEAD>
 __device__ __forceinline__ void sendSums(Exchange<HEAD> const& exchange, uint32_t rank) {
@@ -552,14 +563,14 @@ __device__ __forceinline__ void storeResult(Exchange<HEAD> const& exchange, T* y
 //! grid (ranks, heads of keys, batch). DEPTH tiles of a warp are in flight: it sets how many CTAs a
 //! multiprocessor holds, and no result.
 template <typename T, int HEAD, bool WHOLE, int DEPTH>
-__global__ void __launch_bounds__(kTHREADS, 3 - DEPTH)
-    attentionKernel(AttentionArgs const args, float const scoreScale, bool const allowsNextLate) {
+__global__ void __launch_bounds__(kTHREADS, DEPTH == 1 ? kSHARERS : 1)
+    attentionKernel(AttentionArgs const args, int const group, int32_t const older,
+                    float const scoreScale, bool const allowsNextLate) {
 #if __CUDA_ARCH__ >= 900
     extern __shared__ __align__(16) unsigned char sharedBytes[];
     if (!allowsNextLate) {  // late is when this CTA ends
         allowDependentLaunch();
     }
-    int const group = args.heads / args.kvHeads;
     uint32_t const rank = clusterRank();
     openMailbox(reinterpret_cast<uint64_t*>(sharedBytes), rank);
     int const warp = threadIdx.x / kWARP_SIZE;
@@ -573,23 +584,21 @@ __global__ void __launch_bounds__(kTHREADS, 3 - DEPTH)
     int32_t const last = min(max(args.lastPositions[sequence], 0), args.capacity - 1);
     int64_t const cache =
         static_cast<int64_t>(sequence * args.kvHeads + kvHead) * args.capacity * HEAD;
-    OldRows<T, HEAD> const rows{
-        static_cast<T const*>(args.keys) + cache + g * HEAD + t * kCHUNK,
-        static_cast<T const*>(args.values) + cache + 2 * t * HEAD + g * kCHUNK,
-        args.window > 0 ? max(last + 1 - args.window, 0) : 0, last};
-    int32_t const slot = warp * kRANKS + static_cast<int>(rank);  // short texts use all ranks
-    int32_t const endTile = (rows.end + kTILE - 1) / kTILE;
-    int32_t tile = rows.begin / kTILE + slot;
+    OldRows<T, HEAD> const rows{static_cast<T*>(args.keys) + cache + g * HEAD + t * kCHUNK,
+                                static_cast<T*>(args.values) + cache + 2 * t * HEAD + g * kCHUNK,
+                                last, older};
+    int32_t const slot = warp * kRANKS + static_cast<int>(rank);       // short texts use all ranks
+    int32_t position = (max(last - older, 0) / kTILE + slot) * kTILE;  // of the tile at hand
     // Registers that turning queries takes are not there for values: they come as far as the L2.
     constexpr bool loadsValuesAhead = HEAD == 64 || DEPTH > 1;
     Tile<T, HEAD> tiles[DEPTH];
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
-        tiles[d].loadKeys(rows, (tile + d * kSTEP) * kTILE, g);
+        tiles[d].loadKeys(rows, position + d * kSTEP, g);
         if (loadsValuesAhead) {
-            tiles[d].loadValues(rows, (tile + d * kSTEP) * kTILE, t);
+            tiles[d].loadValues(rows, position + d * kSTEP, t);
         } else {
-            prefetchValues(rows, (tile + d * kSTEP) * kTILE, lane);
+            prefetchValues(rows, position + d * kSTEP, lane);
         }
     }
     Turn<T, HEAD, WHOLE> turn;
@@ -606,7 +615,7 @@ __global__ void __launch_bounds__(kTHREADS, 3 - DEPTH)
         t);
     laneQuery.store(turned);
     Softmax<T, HEAD> softmax;
-    if (slot == kSTEP - 1) {  // the warp with the fewest tiles
+    if (slot == kSLOTS - 1) {  // the warp with the fewest tiles
         int64_t const from = sequence * args.keyStride + kvHead * HEAD;
         uint4 values[HEAD / 64];
 #pragma unroll
@@ -615,17 +624,17 @@ __global__ void __launch_bounds__(kTHREADS, 3 - DEPTH)
                 true, static_cast<T const*>(args.v) + from + (g + 8 * m) * kCHUNK);
         }
         turn.apply(turned, true, static_cast<T const*>(args.k) + from, t);
-        int64_t const to = cache + static_cast<int64_t>(last) * HEAD;
+        int64_t const row = static_cast<int64_t>(last) * HEAD;
         if (g == 0) {
 #pragma unroll
             for (int i = 0; i < HEAD / 32; ++i) {
-                reinterpret_cast<uint4*>(static_cast<T*>(args.keys) + to)[t + 4 * i] = turned[i];
+                *reinterpret_cast<uint4*>(rows.keys + row + 4 * i * kCHUNK) = turned[i];
             }
         }
         if (t == 0) {
 #pragma unroll
             for (int m = 0; m < HEAD / 64; ++m) {
-                reinterpret_cast<uint4*>(static_cast<T*>(args.values) + to)[g + 8 * m] = values[m];
+                *reinterpret_cast<uint4*>(rows.values + row + 8 * m * kCHUNK) = values[m];
             }
         }
         softmax.begin(scoreNewKey<T, HEAD>(laneQuery, turned) * scoreScale, values, t);
@@ -633,28 +642,28 @@ __global__ void __launch_bounds__(kTHREADS, 3 - DEPTH)
         softmax.clear();
     }
     if (!loadsValuesAhead) {  // DEPTH is 1
-        tiles[0].loadValues(rows, tile * kTILE, t);
+        tiles[0].loadValues(rows, position, t);
     }
 
-    while (tile < endTile) {
+    while (position < rows.end) {
 #pragma unroll
         for (int d = 0; d < DEPTH; ++d) {
-            if (tile >= endTile) {
+            if (position >= rows.end) {
                 break;
             }
-            int32_t const next = (tile + DEPTH * kSTEP) * kTILE;
+            int32_t const next = position + DEPTH * kSTEP;
             float scores[4];
             scoreTile<T, HEAD>(scores, laneQuery, tiles[d]);
             tiles[d].loadKeys(rows, next, g);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                int32_t const position = tile * kTILE + 8 * (i / 2) + 2 * t + i % 2;
-                scores[i] = rows.has(position) ? scores[i] * scoreScale : lowest();
+                bool const isThere = rows.has(position + 8 * (i / 2) + 2 * t + i % 2);
+                scores[i] = isThere ? scores[i] * scoreScale : lowest();
             }
             softmax.weigh(scores, t);
             softmax.add(tiles[d], scores);
             tiles[d].loadValues(rows, next, t);
-            tile += kSTEP;
+            position += kSTEP;
         }
     }
 
@@ -680,7 +689,9 @@ __global__ void __launch_bounds__(kTHREADS, 3 - DEPTH)
 template <typename T, int HEAD, bool WHOLE, int DEPTH>
 cudaError_t launchShape(AttentionArgs const& args, bool allowsNextLate, cudaStream_t stream) {
     auto* const kernel = &attentionKernel<T, HEAD, WHOLE, DEPTH>;
-    size_t const sharedBytes = Exchange<HEAD>::bytes(args.heads / args.kvHeads);
+    int const group = args.heads / args.kvHeads;
+    int32_t const older = args.window > 0 ? args.window - 1 : args.capacity;
+    size_t const sharedBytes = Exchange<HEAD>::bytes(group);
     if (sharedBytes > 48 * 1024) {
         cudaError_t const raised = cudaFuncSetAttribute(
             kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(sharedBytes));
@@ -703,7 +714,8 @@ cudaError_t launchShape(AttentionArgs const& args, bool allowsNextLate, cudaStre
     config.stream = stream;
     config.attrs = attributes;
     config.numAttrs = 2;
-    return cudaLaunchKernelEx(&config, kernel, args, args.scale * kLOG2_E, allowsNextLate);
+    return cudaLaunchKernelEx(&config, kernel, args, group, older, args.scale * kLOG2_E,
+                              allowsNextLate);
 }
 
 template <typename T, int HEAD, bool WHOLE>
