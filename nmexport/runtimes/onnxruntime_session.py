@@ -45,6 +45,8 @@ NUMPY_TYPES: dict[str, np.dtype[Any]] = {
 }
 # Element types as ONNX numbers them.
 ONNX_TYPES = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}
+# Passes that widen 16-bit weights to float32 once and for all, each by a way of its own.
+_WIDENERS = ("ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer")
 _FATAL_ONLY = 4  # the runtime raises what goes wrong; its own log lines would say it twice
 
 EXTERNAL_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -193,7 +195,7 @@ def open_session(
             model if isinstance(model, bytes) else str(model),
             options,
             providers=_RECORDING if records_graphs else _PROVIDERS[provider],
-            disabled_optimizers=None if folds_constants else {"ConstantFolding"},
+            disabled_optimizers=None if folds_constants else set(_WIDENERS),
         )
     except Exception as error:  # see _register
         raise ArtifactError(
