@@ -7,10 +7,12 @@ operating system, GPUs from `nvidia-smi`.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping  # noqa: TC003  records are read by their annotations
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -239,6 +241,17 @@ def return_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def return_device_memory() -> None:
+    """Give a GPU's memory that torch keeps for itself back to the driver: other runtimes need it.
+
+    Nothing is done where torch has used no GPU.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        gc.collect()  # models and hooks hold each other
+        torch.cuda.empty_cache()
 
 
 def _package_versions() -> dict[str, str]:

@@ -22,7 +22,7 @@ Readings of the contract, where it leaves a choice:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
 import ml_dtypes
 import numpy as np
@@ -37,6 +37,9 @@ from nmexport.oracle_weights import (
     rounded_operand,
 )
 from nmexport.sparsity.pattern import NMPattern
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
@@ -53,6 +56,9 @@ _Array = NDArray[Any]
 _Float64 = NDArray[np.float64]
 _Float32 = NDArray[np.float32]
 _Bool = NDArray[np.bool_]
+
+Products: TypeAlias = "Callable[[_Float64, _Array], tuple[_Float64, _Float64]]"
+"""`s [..., K]` float64 and `w [K, O]` of floats -> `s @ w` and `s^2 @ w^2`, both float64."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +164,7 @@ def reference(
     phase: Phase = "all",
     activation_bits: int = 0,
     activation_block: int = 32,
+    products: Products | None = None,
 ) -> Reference:
     """NMLinear with its mask and the size of its terms.
 
@@ -185,6 +192,8 @@ def reference(
             those of longer ones.
         activation_bits: 8 rounds the operand to 8 bits; w is then of integers.
         activation_block: Channels of a token that are rounded with one scale.
+        products: Computes the two products of float weights elsewhere, where they are all that is
+            needed of w; None is NumPy, slow and obvious.
 
     Raises:
         PatternError: if n:m is out of range or m does not divide K.
@@ -198,7 +207,10 @@ def reference(
         _check_vector("value_scale", value_scale, x.shape[-1:], np.dtype(np.float32))
     order = _check_order(channel_order, x.shape[-1])
     x = x[..., order]
-    x64, w64 = x.astype(np.float64), meant_weights(w, weight_scale, weight_zero_point)
+    x64 = x.astype(np.float64)
+    is_asked = weight_scale is not None or dynamic_shift or products is None  # for W itself
+    w64 = meant_weights(w, weight_scale, weight_zero_point) if is_asked else w
+    multiply = _products if is_asked or products is None else products
 
     with np.errstate(over="ignore", invalid="ignore"):
         eta: _Float64 = np.zeros(1)
@@ -225,8 +237,8 @@ def reference(
             s, open_step = rounded_operand(s, eta, activation_block)
             slack = nu * (open_step @ np.abs(w64))
 
-        value = nu * (s @ w64)
-        squared_terms = np.square(nu) * (np.square(s) @ np.square(w64))
+        product, squares = multiply(s, w64)
+        value, squared_terms = nu * product, np.square(nu) * squares
         if dynamic_shift and shift_weight is not None:
             value = value + eta * shift_weight.astype(np.float64)
             # eta itself carries a rounding error, which meets all of W.
@@ -238,6 +250,10 @@ def reference(
     return Reference(
         value=value, magnitude=np.sqrt(squared_terms), keep=keep, slack=_whole(slack, value)
     )
+
+
+def _products(s: _Float64, w: _Array) -> tuple[_Float64, _Float64]:
+    return s @ w, np.square(s) @ np.square(w)
 
 
 def tolerance(

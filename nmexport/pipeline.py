@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from nmexport import __version__
+from nmexport.environment import return_device_memory, return_freed_memory
 from nmexport.errors import ArtifactError, GateFailed, RecipeError
 from nmexport.progress import peak_rss_bytes, reset_peak_rss
 from nmexport.recipe import dump
@@ -318,6 +319,8 @@ class Pipeline:
             resume = self.work.resume_path(stage, key)
             inputs = self._inputs(output, upstream, resume)
             metrics = module.run(replace(inputs, source=self._source_for(stage)))
+            return_device_memory()
+            return_freed_memory()
             (output / RECIPE).write_text(dump(self.recipe), encoding="utf-8")
             manifest = Manifest(
                 stage=stage,

@@ -112,7 +112,8 @@ class ModelSection(_Strict):
     revision: str | None = None
     trust_remote_code: bool = False
     dtype: Dtype = "float32"
-    """Element type of the exported weights and activations."""
+    """Element type of the exported weights and activations. Where a GPU runs them, a command that
+    names none takes the checkpoint's own, if that has 16 bits: see `stages.fitting`."""
     weights: Annotated[str, BeforeValidator(_weights_from)] = "auto"
     """How weights are stored: `auto` as a checkpoint that came quantised stores them, else as
     `float`; `float` as dtype says, dequantised where they came quantised; `int8` with a scale an

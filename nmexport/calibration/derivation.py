@@ -155,7 +155,7 @@ def site_constants(
     """Constants that the linears of a site share under a section; see `derive`."""
     with contextlib.ExitStack() as stack:
         held = {name: stack.enter_context(loaded(linears[name])) for name in site.names}
-        weight = concatenated_weight(site, held).cpu()  # beside the statistics
+        weight = concatenated_weight(site, held)
         constants = constants_of(section, weight, statistics[site.names[0]], seed=seed)
     if integers is None:
         return constants

@@ -52,6 +52,7 @@ def constants_of(
     scale = score_scale(section.criterion, weight, statistics)
     mean_score = statistics.mean_magnitude
     if scale is not None:
+        scale = scale.cpu()  # beside the statistics, wherever the weight is
         mean_score = mean_score * scale.double()
     return Constants(
         score_scale=scale,

@@ -12,8 +12,9 @@ import torch
 from nmexport.sparsity.statistics import ChannelStatistics
 
 # Tokens that are wide at once: a wide copy of them all leaves the processor's caches, and so would
-# more than one copy of a block.
+# more than one copy of a block. A GPU waits for the launches of small blocks.
 _BLOCK = 64
+_DEVICE_BLOCK = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class ChannelSums:
         """Sums of a batch of inputs `[..., K]` of any floating type."""
         tokens = x.detach().reshape(-1, x.shape[-1])
         sums = torch.zeros(3, tokens.shape[1], dtype=torch.float64, device=tokens.device)
-        for block in torch.split(tokens, _BLOCK):
+        for block in torch.split(tokens, _DEVICE_BLOCK if tokens.is_cuda else _BLOCK):
             wide = block.to(torch.float64, copy=True)
             sums[0] += wide.sum(dim=0)
             sums[2] += wide.abs_().sum(dim=0)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 # Below, a model's products are no work, and a copy of its weights is for nothing.
 _LEAST_PARAMETERS = 1_000_000
-# Beyond, that copy is more memory than was counted on: 4 GB.
+# On a host, beyond that the copy is more memory than was counted on: 4 GB. On a GPU
+# `offload.device_bytes_needed` counts it.
 _MOST_PARAMETERS = 2_000_000_000
 
 
@@ -57,8 +58,8 @@ def fast_products(
     Args:
         model: A Hugging Face causal language model; one that Accelerate placed is left alone, its
             weights may be elsewhere.
-        least_parameters: Of its linears; smaller models are left alone, and so are large ones,
-            whose weights there may be no memory for twice.
+        least_parameters: Of its linears; smaller models are left alone, and so are large ones on a
+            host, whose weights there may be no memory for twice.
 
     Yields:
         The type of the products.
@@ -69,7 +70,8 @@ def fast_products(
     linears = linears_of(model)
     dtype = fast_dtype(model.device)
     size = sum(linear.weight.numel() for linear in linears.values())
-    if dtype == torch.float32 or not least_parameters <= size <= _MOST_PARAMETERS:
+    most = size if model.device.type == "cuda" else _MOST_PARAMETERS
+    if dtype == torch.float32 or not least_parameters <= size <= most:
         yield model.dtype
         return
     with swapped(model, {name: _FastLinear(linear, dtype) for name, linear in linears.items()}):

@@ -26,9 +26,12 @@ if TYPE_CHECKING:
 _OPENINGS = ("```python\nimport", "1. ", "```python\ndef", "# ")
 _MARK = "\N{SYMBOL FOR UNIT SEPARATOR}"  # stands for what is said, in a chat template
 
-# Sequences generated side by side, and what their KV cache may take.
+# Sequences generated side by side, and what their KV cache may take. On a GPU a step takes as long
+# for many as for one: more of them, and a share of its memory.
 _MAX_BATCH = 128
 _CACHE_BYTES = 2 << 30
+_DEVICE_BATCH = 512
+_DEVICE_SHARE = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +115,9 @@ def self_text(
         with fast_products(model) as fast, grouped_attention(model) as in_any_type:
             # Text needs no more digits in what is attended to than in products.
             dtype = fast if in_any_type else model.dtype
-            fitting = max(1, _CACHE_BYTES // (length * _cache_bytes(model, dtype)))
-            batch = min(_MAX_BATCH, samples, fitting)
+            most, room = _batch_limits(model.device)
+            fitting = max(1, room // (length * _cache_bytes(model, dtype)))
+            batch = min(most, samples, fitting)
             batches = [rows[first : first + batch] for first in range(0, samples, batch)]
             total = length * len(batches)
             for _ in progress.track(steps(batches, dtype), label=label, total=total):
@@ -259,6 +263,14 @@ class _Sampler:
         first.copy_(logits).masked_fill_(~self._allowed[: logits.shape[-1]], -torch.inf)
         torch.softmax(first, dim=-1, out=second)
         return torch.cumsum(second, dim=-1, out=first)
+
+
+def _batch_limits(device: torch.device) -> tuple[int, int]:
+    """Most sequences side by side, and bytes of their caches: the same on machines of one kind."""
+    if device.type != "cuda":
+        return _MAX_BATCH, _CACHE_BYTES
+    whole = torch.cuda.get_device_properties(device).total_memory
+    return _DEVICE_BATCH, max(_CACHE_BYTES, whole // _DEVICE_SHARE)
 
 
 def _end_ids(model: Any, tokenizer: Any) -> set[int]:

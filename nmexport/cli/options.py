@@ -169,7 +169,8 @@ _DTYPE = RecipeOption(
     spelled="--dtype",
     key="model.dtype",
     kind=OneOf(Dtype),
-    help="Element type of exported weights and activations.",
+    help="Element type of exported weights and activations. Default: float32; where a GPU runs "
+    "them, the checkpoint's own 16 bits.",
 )
 _OFFLOAD = RecipeOption(
     spelled="--offload",
@@ -610,14 +611,16 @@ class Request:
         from nmexport.environment import probe
         from nmexport.models.source import resolve as find_model
         from nmexport.pipeline import Pipeline
+        from nmexport.stages.fitting import with_own_type
 
         recipe = self.recipe()
         work = self.work_directory(recipe)
         work.refuse_other_model(recipe)
+        source, environment = find_model(recipe.model), probe()
         return Pipeline(
-            recipe=recipe,
-            source=find_model(recipe.model),
-            environment=probe(),
+            recipe=with_own_type(recipe, source, environment),
+            source=source,
+            environment=environment,
             work=work,
             progress=progress(),
             command=shlex.join(["nmexport", *sys.argv[1:]]),

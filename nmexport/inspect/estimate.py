@@ -1,7 +1,8 @@
 """Estimate what a build will take before it runs, from known file sizes and the model's size.
 
 Estimates, said as such: a dense copy of the weights is counted once for each place that holds
-one; where the model runs layer by layer, a layer of it; activations by what a small model took.
+one; where the model runs layer by layer, a layer of it; where it is read into a GPU, what the host
+keeps beside mapped files; activations by what a small model took.
 Sizes come from safetensors headers or from the weight files; no tensor is read.
 """
 
@@ -18,6 +19,7 @@ from nmexport.calibration.corpus import SELF
 from nmexport.models.gguf_files import UNPACKED_BYTES, is_unpacked, unpacked_folder
 from nmexport.models.offload import free_memory, placement
 from nmexport.pipeline import READ_WEIGHTS
+from nmexport.runtimes import native
 from nmexport.sparsity.mitigation import learned_parts
 from nmexport.store.tensors import SHARD_BYTES
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
+    from nmexport.models.offload import Placement
     from nmexport.models.source import ModelSource
     from nmexport.pipeline import Step
     from nmexport.recipe import Recipe
@@ -61,6 +64,12 @@ _COMPARING_BYTES = 2_400_000_000  # logits of both sides, and inputs of linears 
 RUNTIME_BYTES = 700_000_000  # the interpreter with its libraries loaded
 _LEARNING_LAYERS = 2.5  # layer by layer: sizes of one, with its weights rounded and activations
 _FOLD_COPIES = 6.0  # layer by layer: copies of a linear while it is folded, in float64
+# On a GPU the host keeps no weights: CUDA's and the runtimes' own memory, text and its logits, one
+# shard of what is folded, and what is learned with its optimiser's state, a share of the weights.
+_DEVICE_RUNTIME_BYTES = 3_000_000_000
+_DEVICE_WRITING_BYTES = 1_000_000_000
+_LEARNED_SHARE = 0.05
+_TENSORS = 4.0  # copies of the largest tensor while it is turned, converted and written
 _LAYER = re.compile(r"(.*\.\d+)\.")
 _MATRIX = 2  # dimensions
 
@@ -151,7 +160,7 @@ def _unpacked_bytes(source: ModelSource, work: Path, parameters: int) -> int:
 
 
 def _memory(recipe: Recipe, source: ModelSource, parameters: int) -> dict[str, int]:
-    """Bytes that each stage holds of the weights."""
+    """Bytes that each stage holds of the weights and beside them."""
     if source.gguf_file is None:
         shape = shape_of(_shapes(source))
     else:
@@ -160,20 +169,27 @@ def _memory(recipe: Recipe, source: ModelSource, parameters: int) -> dict[str, i
         recipe,
         shape,
         is_packed=source.gguf_file is not None,
-        is_layerwise=_runs_layerwise(recipe, source),
+        place=_place(recipe, source),
+        on_gpu=_runs_on_gpu(),
     )
 
 
 def memory_by_stage(
-    recipe: Recipe, shape: Shape, *, is_packed: bool = False, is_layerwise: bool = False
+    recipe: Recipe,
+    shape: Shape,
+    *,
+    is_packed: bool = False,
+    place: Placement = "whole",
+    on_gpu: bool = False,
 ) -> dict[str, int]:
-    """Bytes that each stage holds beside the interpreter.
+    """Bytes of the host that each stage holds beside the interpreter, and beside mapped files.
 
     Args:
         recipe: What is built.
         shape: The model's.
         is_packed: Its weights lie in a `.gguf`.
-        is_layerwise: One decoder layer is in memory at a time.
+        place: Where calibration runs the model.
+        on_gpu: ONNX Runtime computes on a GPU.
     """
     copies = dict(_COPIES)
     if is_packed:
@@ -182,10 +198,15 @@ def memory_by_stage(
         copies["engine"] = _TENSORRT_COPIES
     held = {stage: int(each * shape.parameters * _WORKING_BYTES) for stage, each in copies.items()}
     held["verify"] += _SESSIONS * shape.parameters * _ELEMENT_BYTES[recipe.model.dtype]
-    if is_layerwise:
-        return {**held, **_layerwise_memory(recipe, shape)}
     extra = _extra_memory(recipe, shape.parameters)
-    return {stage: count + extra.get(stage, 0) for stage, count in held.items()}
+    held = {stage: count + extra.get(stage, 0) for stage, count in held.items()}
+    if place == "layerwise":
+        held |= _layerwise_memory(recipe, shape)
+    elif place == "device":
+        held |= _device_memory(recipe, shape)
+    if on_gpu and place == "device":
+        held |= _gpu_memory(shape)
+    return held
 
 
 def _extra_memory(recipe: Recipe, parameters: int) -> dict[str, int]:
@@ -201,11 +222,42 @@ def _extra_memory(recipe: Recipe, parameters: int) -> dict[str, int]:
     }
 
 
-def _runs_layerwise(recipe: Recipe, source: ModelSource) -> bool:
+def _device_memory(recipe: Recipe, shape: Shape) -> dict[str, int]:
+    """Bytes of the host in calibrate and fold, where a GPU holds the model."""
+    learns = bool(learned_parts(recipe.sparsity.mitigations))
+    learned = int(learns * _LEARNED_SHARE * _WORKING_BYTES * shape.parameters)
+    writing = _DEVICE_RUNTIME_BYTES + _DEVICE_WRITING_BYTES
+    return {
+        "calibrate": writing,
+        "fold": max(writing, _DEVICE_RUNTIME_BYTES + SHARD_BYTES + learned),
+    }
+
+
+def _gpu_memory(shape: Shape) -> dict[str, int]:
+    """Bytes of the host in the other stages, where a GPU runs the exported files."""
+    tensor = int(_TENSORS * _WORKING_BYTES * shape.layer)
+    return {
+        "export": _DEVICE_RUNTIME_BYTES + tensor,
+        "engine": _DEVICE_RUNTIME_BYTES,
+        "verify": _DEVICE_RUNTIME_BYTES + _COMPARING_BYTES + tensor,
+        "package": _DEVICE_RUNTIME_BYTES,
+    }
+
+
+def _place(recipe: Recipe, source: ModelSource) -> Placement:
     offload = recipe.calibration.offload
-    if source.gguf_file is not None or offload == "never":
+    if source.gguf_file is not None:
+        return "whole"
+    return placement(source, offload, parameter_count(source), free_memory())
+
+
+def _runs_on_gpu() -> bool:
+    """Tell whether ONNX Runtime computes on a GPU here."""
+    if not free_memory().devices:
         return False
-    return placement(source, offload, parameter_count(source), free_memory()) == "layerwise"
+    from nmexport.runtimes.onnxruntime_session import choose_provider
+
+    return choose_provider(native.find_library()) == "cuda"
 
 
 def _layerwise_memory(recipe: Recipe, shape: Shape) -> dict[str, int]:

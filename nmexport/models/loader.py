@@ -35,6 +35,7 @@ def load_model(
     dtype: str | torch.dtype = "float32",
     attention: str = "sdpa",
     placing: Mapping[str, Any] | None = None,
+    device: str = "cpu",
 ) -> PreTrainedModel:
     """Load a causal LM in eval mode, its parameters frozen.
 
@@ -44,7 +45,9 @@ def load_model(
         attention: Attention implementation of transformers; `sdpa` becomes `eager` for models
             that cannot use it, such as Gemma 2, whose soft cap it knows nothing of.
         placing: How Accelerate spreads the weights, see `offload.device_map`; None puts them into
-            the host's memory.
+            one memory.
+        device: That memory. On a GPU each tensor goes from its mapped file to the device, and the
+            host never holds more than one.
 
     Raises:
         ModelError: if its architecture is unknown or its files cannot be read.
@@ -53,12 +56,19 @@ def load_model(
 
     element_type = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if source.packed:
-        return load_gguf(source, dtype=element_type, attention=attention, placing=placing)[0]
+        loaded = load_gguf(source, dtype=element_type, attention=attention, placing=placing)[0]
+        return loaded if device == "cpu" else loaded.to(device)
     empty = skeleton(source)  # what is wrong with the files is said before anything is read
     table = WeightTable(empty, source.weights_folder)
-    if table.is_dequantised or is_text_part(empty.config, source.weights_folder):
+    by_tensor = table.is_dequantised or is_text_part(empty.config, source.weights_folder)
+    if by_tensor or device != "cpu":
         return _tensor_by_tensor(
-            source, table, dtype=element_type, attention=attention, placing=placing or {}
+            source,
+            table,
+            dtype=element_type,
+            attention=attention,
+            placing=placing or {},
+            device=device,
         )
     model, _, _ = _from_pretrained(source, element_type, attention, placing)
     _check_finite(source, model)
@@ -121,8 +131,9 @@ def _tensor_by_tensor(
     dtype: torch.dtype,
     attention: str,
     placing: Mapping[str, Any],
+    device: str = "cpu",
 ) -> PreTrainedModel:
-    """Load a model that transformers would load in another way: a text part, or one dequantised."""
+    """Load a model that transformers would load in another way, or by way of the host's memory."""
     from accelerate import dispatch_model
     from accelerate.utils import set_module_tensor_to_device
 
@@ -131,8 +142,11 @@ def _tensor_by_tensor(
     give_generation_config(model, source)
     table.fill_buffers(model)
     for name, _ in model.named_parameters():
-        set_module_tensor_to_device(model, name, "cpu", value=table.read(name).to(dtype))
+        value = table.read(name, device=device).to(dtype)
+        set_module_tensor_to_device(model, name, device, value=value)
+        del value
     model.tie_weights()
+    model.to(device)  # its buffers
     _check_finite(source, model)
     devices = placing.get("device_map")
     return model if devices is None else dispatch_model(model, device_map=devices)

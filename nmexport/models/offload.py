@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from nmexport.progress import Progress
     from nmexport.recipe import Recipe
 
-Placement = Literal["whole", "mapped", "layerwise"]
+Placement = Literal["whole", "device", "mapped", "layerwise"]
 
 # Memory that a model takes in float32, in sizes of its parameters: activations need room too.
 _ROOM = 1.2
+# The same on a GPU that learns too: beside the weights lie their copies in 16 bits.
+_DEVICE_ROOM = 1.75
 _FLOAT32 = 4
 
 
@@ -80,18 +82,21 @@ def open_dense(
         source,
         dtype=torch.float32,
         placing=None if placed is None else {"device_map": placed},
+        device="cuda" if chosen == "device" else "cpu",
     )
     return OpenedModel(model=model)
 
 
-def fits_host(source: ModelSource, *, offload: Offload) -> bool:
-    """Tell whether the dense model in float32 is loaded whole into the host's memory now.
+def whole_device(source: ModelSource, *, offload: Offload) -> Literal["cuda", "cpu"] | None:
+    """Device that holds the dense model in float32 as a whole now; None where none does.
 
     Raises:
         ModelError: if layer by layer is asked for and the model's format does not allow it.
     """
     chosen, _ = _place(source, offload=offload)
-    return chosen == "whole"
+    if chosen == "device":
+        return "cuda"
+    return "cpu" if chosen == "whole" else None
 
 
 def needs_whole(recipe: Recipe) -> list[str]:
@@ -121,7 +126,7 @@ def _place(source: ModelSource, *, offload: Offload) -> tuple[Placement, dict[st
 
     memory = free_memory()
     empty: Any = None
-    if offload == "auto" and not source.packed:
+    if not source.packed and (offload == "auto" or (offload == "never" and memory.devices)):
         empty = skeleton(source)
     chosen = placement(source, offload, parameter_count(empty) if empty else 0, memory)
     if chosen != "mapped":
@@ -146,10 +151,10 @@ def free_memory() -> Memory:
 def placement(source: ModelSource, offload: Offload, parameters: int, memory: Memory) -> Placement:
     """How to run a model of so many parameters in float32.
 
-    `whole` is in the host's memory, or moved to one GPU; `mapped` is spread over GPUs by
-    Accelerate; `layerwise` keeps one decoder layer in memory. Nothing is spread over GPUs and the
-    host: what Accelerate keeps on the host is in memory only while its module runs, and folding
-    reads weights at other times.
+    `device` is read into the first GPU, tensor by tensor, and takes no memory of the host; `whole`
+    is in the host's memory; `mapped` is spread over GPUs by Accelerate; `layerwise` keeps one
+    decoder layer in memory. Nothing is spread over GPUs and the host: what Accelerate keeps on the
+    host is in memory only while its module runs, and folding reads weights at other times.
 
     Raises:
         ModelError: if layer by layer is asked for and the model's format does not allow it.
@@ -162,6 +167,12 @@ def placement(source: ModelSource, offload: Offload, parameters: int, memory: Me
             )
         return "layerwise"
     needed = bytes_needed(parameters)
+    if (
+        memory.devices
+        and not source.packed
+        and device_bytes_needed(parameters) <= memory.devices[0]
+    ):
+        return "device"
     if offload == "never" or needed <= memory.host:
         return "whole"
     if memory.devices and needed <= sum(memory.devices):
@@ -172,6 +183,11 @@ def placement(source: ModelSource, offload: Offload, parameters: int, memory: Me
 def bytes_needed(parameters: int) -> int:
     """Memory to run so many parameters in float32."""
     return round(_ROOM * _FLOAT32 * parameters)
+
+
+def device_bytes_needed(parameters: int) -> int:
+    """Memory of a GPU to run so many parameters in float32, and to learn on them."""
+    return round(_DEVICE_ROOM * _FLOAT32 * parameters)
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -17,6 +17,7 @@ import importlib.util
 import logging
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 _ALLOWED = "a recipe name (see `nmexport recipes`), a Hub id, a local folder, or a .gguf file"
 _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 _TIMEOUT_S = 5.0
+_HASHED_AT_A_TIME = 8  # one core hashes 0.5 to 1.5 GB/s
 
 _SIDE_FILES = (
     CONFIG,
@@ -211,8 +213,9 @@ def licence_files(folder: Path) -> tuple[Path, ...]:
 def digest_of(files: list[Path]) -> str:
     """sha256 over names and contents, in order."""
     digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.name}\0{_content_sha256(path)}\n".encode())
+    with ThreadPoolExecutor(_HASHED_AT_A_TIME) as pool:
+        for path, content in zip(files, pool.map(_content_sha256, files), strict=True):
+            digest.update(f"{path.name}\0{content}\n".encode())
     return digest.hexdigest()
 
 

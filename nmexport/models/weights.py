@@ -96,8 +96,12 @@ class WeightTable:
         """Names in the files of the tensors that make a parameter."""
         return self._origins[name][0].names
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, *, device: str = "cpu") -> torch.Tensor:
         """Read a parameter or stored buffer, in the type it is stored in.
+
+        Args:
+            name: Its name in the model.
+            device: Where to; on the host it stays mapped from its file where it can.
 
         Raises:
             ModelError: if a file is damaged, or the weight is not finite.
@@ -108,7 +112,7 @@ class WeightTable:
             self._make(given, origin, read)[given]
             if origin.converter
             else next(iter(read.values()))
-        )
+        ).to(device)
         if not is_finite(value):
             raise not_finite(name, self._folder, value.dtype)
         return value

@@ -265,6 +265,8 @@ class Parity:
     torch_onnx: ParityLeg = field(default_factory=ParityLeg)
     torch_engine: ParityLeg = field(default_factory=ParityLeg)
     onnx_engine: ParityLeg = field(default_factory=ParityLeg)
+    extent: str | None = None
+    """Where executors ran, and how much of the recipe's prompts, steps and linears they took."""
     protocol: str | None = None
     dense: DenseParity | None = None
     caches: CacheParity | None = None

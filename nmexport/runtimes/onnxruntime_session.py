@@ -158,6 +158,7 @@ def open_session(
     *,
     bfloat16: bool = False,
     records_graphs: bool = False,
+    folds_constants: bool = True,
 ) -> onnxruntime.InferenceSession:
     """Open a model file, or a serialised model.
 
@@ -168,6 +169,8 @@ def open_session(
         bfloat16: The model is in bfloat16. A CPU then runs it rewritten, with float32 between its
             weights: see `graph.cpu`.
         records_graphs: On CUDA, runs may be recorded as CUDA graphs and replayed.
+        folds_constants: False computes in every run what could be computed once: weights that
+            function bodies widen to float32 would else lie in the host's memory as such.
 
     Raises:
         ArtifactError: if the model is missing, corrupt, of another version of the op contract, or
@@ -190,6 +193,7 @@ def open_session(
             model if isinstance(model, bytes) else str(model),
             options,
             providers=_RECORDING if records_graphs else _PROVIDERS[provider],
+            disabled_optimizers=None if folds_constants else {"ConstantFolding"},
         )
     except Exception as error:  # see _register
         raise ArtifactError(
@@ -328,6 +332,7 @@ class OrtSession(Session):
         config: Mapping[str, str] = SESSION_CONFIG,
         provider: Provider = "cpu",
         bfloat16: bool = False,
+        folds_constants: bool = True,
     ) -> None:
         """Open the model.
 
@@ -341,6 +346,7 @@ class OrtSession(Session):
                 memory at most.
             provider: Where to compute.
             bfloat16: The model is in bfloat16, and not yet rewritten for a CPU.
+            folds_constants: See `open_session`.
 
         Raises:
             EnvironmentFault: if the library is missing or does not load, or the provider does not
@@ -355,7 +361,7 @@ class OrtSession(Session):
         self._device: Provider = provider
         self.on_gpu = provider == "cuda"
         self._session: onnxruntime.InferenceSession | None = open_session(
-            model, options, provider, bfloat16=bfloat16
+            model, options, provider, bfloat16=bfloat16, folds_constants=folds_constants
         )
         self._slots = _cache_slots(self._session)
         self._inputs = {value.name for value in self._session.get_inputs()}

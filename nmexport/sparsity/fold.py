@@ -82,7 +82,8 @@ def fold(
     """
     if behaviour.phase != "all" and changes_dense_product(corrections):
         raise ValueError(f"phase {behaviour.phase} needs the dense product unchanged elsewhere")
-    weight = linear.weight.detach().cpu().t().double()  # [K, O]
+    # In float64 on a GPU this is bandwidth; on a host it is most of a large model's fold.
+    weight = linear.weight.detach().t().double()  # [K, O], where the linear is
     shift = constants.shift if corrections.shift is None else corrections.shift
     folded = {"W": _folded_weight(weight, constants, corrections).to(dtype)}
     bias = bias_with_shift(bias_of(linear), weight, shift, corrections)
@@ -94,7 +95,7 @@ def fold(
         folded["remainder_in"] = constants.remainder.inner.to(dtype)
         folded["remainder_out"] = constants.remainder.outer.to(dtype)
     folded |= _selecting(constants, shift)
-    return {name: tensor.detach().contiguous() for name, tensor in _gathered(folded).items()}
+    return {name: tensor.detach().contiguous().cpu() for name, tensor in _gathered(folded).items()}
 
 
 def selection(
@@ -133,15 +134,26 @@ def _folded_weight(
 ) -> torch.Tensor:
     """W' `[K, O]` float64."""
     if constants.remainder is not None:
-        weight = weight - constants.remainder.inner.double() @ constants.remainder.outer.double()
+        inner, outer = constants.remainder.inner, constants.remainder.outer
+        weight = weight - _product(inner, outer, weight.device)
     if corrections.input_scale is not None:
-        weight = corrections.input_scale.cpu().double().unsqueeze(1) * weight
+        weight = _wide(corrections.input_scale, weight.device).unsqueeze(1) * weight
     elif constants.nu is not None:
         weight = constants.nu * weight
     weight = _gained(weight, corrections)
     if corrections.low_rank_in is None or corrections.low_rank_out is None:
         return weight
-    return weight + corrections.low_rank_in.cpu().double() @ corrections.low_rank_out.cpu().double()
+    return weight + _product(corrections.low_rank_in, corrections.low_rank_out, weight.device)
+
+
+def _wide(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Constants in float64 beside the weight that they meet."""
+    return values.detach().to(device).double()
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`[K, r]` and `[r, O]` -> `[K, O]` float64."""
+    return _wide(left, device) @ _wide(right, device)
 
 
 def bias_with_shift(
@@ -154,25 +166,25 @@ def bias_with_shift(
 
     Args:
         own: c `[O]`, the linear's bias.
-        weight: `[K, O]` float64, dense and unscaled, in X's own order.
+        weight: `[K, O]` float64, dense and unscaled, in X's own order, on any device.
         shift: eta, `[1]` or `[K]`.
         corrections: Gain o and bias b.
     """
     terms = []
     if own is not None:
-        terms.append(own.detach().cpu().double())
+        terms.append(_wide(own, weight.device))
     if shift is not None:
-        moved = shift.cpu().double().expand(weight.shape[0]) @ weight
+        moved = _wide(shift, weight.device).expand(weight.shape[0]) @ weight
         terms.append(_gained(moved, corrections))
     if corrections.bias is not None:
-        terms.append(corrections.bias.cpu().double())
+        terms.append(_wide(corrections.bias, weight.device))
     return torch.stack(terms).sum(dim=0) if terms else None
 
 
 def _gained(outputs: torch.Tensor, corrections: Corrections) -> torch.Tensor:
     """Times the learned gain of each output: `[..., O]`."""
     gain = corrections.output_scale
-    return outputs if gain is None else outputs * gain.cpu().double()
+    return outputs if gain is None else outputs * _wide(gain, outputs.device)
 
 
 def _gathered(folded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -181,7 +193,7 @@ def _gathered(folded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return folded
     order = folded["channel_order"].long()
     along = {
-        name: folded[name][order]
+        name: folded[name].index_select(0, order.to(folded[name].device))
         for name in _ALONG_CHANNELS
         if name in folded and len(folded[name]) == len(order)  # a shift [1] is one for all
     }

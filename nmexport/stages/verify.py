@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from nmexport.calibration import corpus
+from nmexport.environment import return_device_memory
 from nmexport.errors import RecipeError
 from nmexport.models.context import check_lengths
+from nmexport.models.offload import whole_device
 from nmexport.progress import busy
 from nmexport.report import engine_words, learning, pages
 from nmexport.report.document import Measured, assemble, judge, weights_note
@@ -28,10 +30,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import numpy as np
+    import onnx
     from numpy.typing import NDArray
 
     from nmexport.recipe import Recipe
     from nmexport.report.model import Report, Sparsity
+    from nmexport.runtimes.onnxruntime_session import OrtSession
     from nmexport.stages.inputs import StageInputs
 
 UPSTREAM = ("fold", "export", "engine")
@@ -212,26 +216,39 @@ def _windows(inputs: StageInputs) -> NDArray[np.int64]:
     def self_text(samples: int, length: int, seed: int) -> NDArray[np.int64]:
         from nmexport.calibration.self_text import self_text
 
+        device = whole_device(inputs.source, offload=recipe.calibration.offload) or "cpu"
         with busy(inputs.progress, "verify: load the model"):
-            model = load_model(inputs.source, dtype="float32")
+            model = load_model(inputs.source, dtype="float32", device=device)
         generate = self_text(model, tokenizer, progress=inputs.progress, label="verify: own text")
         return generate(samples, length, seed)
 
-    return corpus.evaluation_windows(
+    windows = corpus.evaluation_windows(
         recipe.evaluation,
         tokenizer,
         self_text,
         seed=recipe.seed,
         vocabulary=known_tokens(inputs.source),
     )
+    return_device_memory()  # runtimes need what torch had
+    return windows
 
 
 def _audit(subject: Subject) -> Sparsity:
     from nmexport.runtimes.native import engine_library
+    from nmexport.runtimes.onnxruntime_session import provider_here
     from nmexport.verification import audit
+    from nmexport.verification.placing import open_where_it_runs
 
     engine, windows = subject.engine, subject.windows
     counted = windows[:_AUDIT_WINDOWS]
+
+    def open_on(graph: onnx.ModelProto, folder: Path, **options: Any) -> OrtSession:
+        return open_where_it_runs(
+            lambda provider: audit.open_instrumented(graph, folder, provider=provider, **options),
+            provider_here(engine.provider),
+            subject.progress,
+        )
+
     with busy(subject.progress, "verify: what each linear keeps and loses"):
         return audit.audit(
             engine.model,
@@ -241,6 +258,7 @@ def _audit(subject: Subject) -> Sparsity:
             threads=engine.threads,
             windows=subject.progress.track(counted, label="verify: audit", total=len(counted)),
             error_window=windows[0, :_ERROR_TOKENS],
+            open_on=open_on,
         )
 
 

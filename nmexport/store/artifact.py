@@ -5,10 +5,12 @@ Pure functions over folders; where folders lie and how they come to be is `work_
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,7 @@ from nmexport.errors import ArtifactError, InternalError
 from nmexport.store.records import json_from, record_from
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -26,6 +28,7 @@ RECIPE = "recipe.yaml"
 KEY_CHARS = 12
 # Not contents of an artifact: they are about it, and may differ between equal artifacts.
 _ABOUT = frozenset({MANIFEST, RECIPE})
+_HASHED_AT_A_TIME = 8
 
 
 def canonical_json(value: object) -> str:
@@ -49,6 +52,24 @@ def file_digest(path: Path) -> str:
     """sha256 over a file's contents, in hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def file_digests(paths: Sequence[Path], digest: Callable[[Path], str] = file_digest) -> list[str]:
+    """sha256 of several files' contents, side by side: a core hashes 0.5 to 1.5 GB/s."""
+    with ThreadPoolExecutor(_HASHED_AT_A_TIME) as pool:
+        return list(pool.map(digest, paths))
+
+
+def _written_digest(path: Path) -> str:
+    """The digest of a file that this process may have hashed since it wrote it."""
+    status = path.stat()
+    return _digest_of_state(path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=256)
+def _digest_of_state(path: Path, *state: int) -> str:
+    del state
+    return file_digest(path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,16 +167,18 @@ def record_files(folder: Path) -> tuple[FileRecord, ...]:
     Raises:
         InternalError: if there is a link: an artifact holds its own bytes.
     """
-    records = []
+    names: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink():
             raise InternalError(f"a stage left a link in its artifact: {name}")
         if path.is_file() and name not in _ABOUT:
-            records.append(
-                FileRecord(path=name, bytes=path.stat().st_size, sha256=file_digest(path))
-            )
-    return tuple(records)
+            names[name] = path
+    digests = file_digests(list(names.values()), _written_digest)
+    return tuple(
+        FileRecord(path=name, bytes=path.stat().st_size, sha256=digest)
+        for (name, path), digest in zip(names.items(), digests, strict=True)
+    )
 
 
 def damage(folder: Path, manifest: Manifest, *, full: bool) -> str | None:
@@ -165,17 +188,21 @@ def damage(folder: Path, manifest: Manifest, *, full: bool) -> str | None:
     them), and where a file was written after its manifest, which no stage does.
     """
     finished = (folder / MANIFEST).stat().st_mtime_ns
-    for record in manifest.files:
-        path = folder / record.path
-        try:
-            status = path.stat()
+    suspects: list[FileRecord] = []
+    try:
+        for record in manifest.files:
+            status = (folder / record.path).stat()
             if status.st_size != record.bytes:
                 return f"{record.path} has {status.st_size} bytes, not {record.bytes}"
-            suspect = full or status.st_mtime_ns > finished
-            if suspect and file_digest(path) != record.sha256:
-                return f"{record.path} does not have the contents that were written"
-        except OSError as error:
-            return f"{record.path} cannot be read ({error.strerror})"
+            if full or status.st_mtime_ns > finished:
+                suspects.append(record)
+        found = file_digests([folder / record.path for record in suspects])
+    except OSError as error:
+        name = Path(str(error.filename)).relative_to(folder).as_posix()
+        return f"{name} cannot be read ({error.strerror})"
+    for record, digest in zip(suspects, found, strict=True):
+        if digest != record.sha256:
+            return f"{record.path} does not have the contents that were written"
     return None
 
 

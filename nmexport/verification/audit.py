@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from nmexport.runtimes.engine import Provider
     from nmexport.store.layers import LayerSpec
+
+    Open = Callable[..., OrtSession]
 
 PROTOCOL = (
     "Counted by the runtime inside the shipped model: each sparsified linear's input, less its "
@@ -206,16 +209,24 @@ def add_layer_outputs(
 
 
 def open_instrumented(
-    model: onnx.ModelProto, folder: Path, *, library: Path | None, threads: int | None
+    model: onnx.ModelProto,
+    folder: Path,
+    *,
+    library: Path | None,
+    threads: int | None,
+    provider: Provider = "cpu",
+    folds_constants: bool = True,
 ) -> OrtSession:
-    """A session on a changed graph whose weights lie in `folder`."""
+    """A session on a changed graph whose weights lie in `folder`; see `OrtSession`."""
     config = {**SESSION_CONFIG, EXTERNAL_DATA_FOLDER: str(folder)}
     return OrtSession(
         model.SerializeToString(),
         library=library,
         threads=threads,
         config=config,
+        provider=provider,
         bfloat16=is_bfloat16(model),
+        folds_constants=folds_constants,
     )
 
 
@@ -299,6 +310,7 @@ def audit(
     threads: int | None,
     windows: Iterable[NDArray[np.int64]],
     error_window: NDArray[np.int64],
+    open_on: Open = open_instrumented,
 ) -> Sparsity:
     """Run the instrumented models and count; `linears` is left for the caller.
 
@@ -310,6 +322,7 @@ def audit(
         threads: Intra-op threads.
         windows: Token ids `[L]`, L at least 2, to count over; read once, as they are counted.
         error_window: Token ids `[L]` to compare layer outputs over.
+        open_on: Opens an instrumented graph, as `open_instrumented` does.
     """
     sparse_graph = read_graph(sparse_path)
     linears = sparse_linears(sparse_graph)
@@ -317,13 +330,13 @@ def audit(
     counters = add_counters(sparse_graph, layers)
     outputs = add_layer_outputs(sparse_graph, values)
     options: dict[str, Any] = {"library": library, "threads": threads}
-    with open_instrumented(sparse_graph, sparse_path.parent, **options) as sparse:
+    with open_on(sparse_graph, sparse_path.parent, **options) as sparse:
         kept = count_kept(sparse, counters, windows)
         if dense_path is None:
             return sparsity(layers, kept, dict.fromkeys(kept))
         dense_graph = read_graph(dense_path)
         add_layer_outputs(dense_graph, values)
-        with open_instrumented(dense_graph, dense_path.parent, **options) as dense:
+        with open_on(dense_graph, dense_path.parent, **options) as dense:
             errors = propagated_errors(dense, sparse, outputs, layers, error_window)
     return sparsity(layers, kept, errors)
 

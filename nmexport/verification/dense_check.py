@@ -16,19 +16,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from nmexport.environment import return_device_memory
 from nmexport.errors import ModelError
 from nmexport.graph.cpu import is_bfloat16
 from nmexport.models.layerwise import LayerwiseModel
 from nmexport.models.loader import load_model
-from nmexport.models.offload import fits_host
+from nmexport.models.offload import whole_device
 from nmexport.report.model import DenseParity
 from nmexport.runtimes import native
 from nmexport.runtimes.onnxruntime_session import (
     EXTERNAL_DATA_FOLDER,
     SESSION_CONFIG,
     OrtSession,
+    choose_provider,
 )
 from nmexport.verification.audit import add_layer_outputs, read_graph, sparse_linears
+from nmexport.verification.placing import open_where_it_runs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
     from nmexport.choices import Offload
     from nmexport.models.source import ModelSource
     from nmexport.progress import Progress
+    from nmexport.runtimes.engine import Provider
 
     Outputs = dict[str, NDArray[np.float32]]
 
@@ -76,15 +80,18 @@ class TorchModel:
         Raises:
             ModelError: if the model cannot be loaded.
         """
-        whole = fits_host(self.source, offload=self.offload)
-        return (self._whole if whole else self._layer_by_layer)(ids, names, progress)
+        device = whole_device(self.source, offload=self.offload)
+        if device is None:
+            return self._layer_by_layer(ids, names, progress)
+        return self._whole(ids, names, device)
 
-    def _whole(self, ids: NDArray[np.int64], names: Sequence[str], _: Progress) -> Outputs:
-        model: Any = load_model(self.source, dtype=self.dtype).float()
+    def _whole(self, ids: NDArray[np.int64], names: Sequence[str], device: str) -> Outputs:
+        model: Any = load_model(self.source, dtype=self.dtype, device=device).float()
         outputs: Outputs = {}
         with torch.inference_mode(), _record_outputs(model, names, outputs):
-            logits = model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0]
-        outputs[LOGITS] = logits.numpy()
+            given = torch.from_numpy(ids)[None].to(device)
+            logits = model(input_ids=given, use_cache=False).logits[0]
+        outputs[LOGITS] = logits.cpu().numpy()
         return outputs
 
     def _layer_by_layer(
@@ -117,7 +124,8 @@ def _record_outputs(model: nn.Module, names: Sequence[str], outputs: Outputs) ->
 
     def record(name: str) -> Any:
         def hook(_: nn.Module, __: Any, made: torch.Tensor) -> None:
-            outputs[name] = made.detach().float().reshape(-1, made.shape[-1]).numpy().copy()
+            rows = made.detach().float().reshape(-1, made.shape[-1])
+            outputs[name] = rows.cpu().numpy().copy()
 
         return hook
 
@@ -148,10 +156,14 @@ def check(
     values = {name: linear.output for name, linear in sparse_linears(read_graph(sparse)).items()}
     expected = torch_model.outputs(ids, list(values), progress)
     expected[_CACHED] = expected[LOGITS][-_DECODED:]
-    return compare(_onnx_outputs(dense, values, ids), expected, dtype=torch_model.dtype)
+    return_device_memory()  # the runtime needs what torch had
+    found = _onnx_outputs(dense, values, ids, progress)
+    return compare(found, expected, dtype=torch_model.dtype)
 
 
-def _onnx_outputs(dense: Path, values: Mapping[str, str], ids: NDArray[np.int64]) -> Outputs:
+def _onnx_outputs(
+    dense: Path, values: Mapping[str, str], ids: NDArray[np.int64], progress: Progress
+) -> Outputs:
     graph = read_graph(dense)
     names = add_layer_outputs(graph, values)
     config = {
@@ -161,14 +173,19 @@ def _onnx_outputs(dense: Path, values: Mapping[str, str], ids: NDArray[np.int64]
         "session.disable_prepacking": "1",
     }
     bfloat16 = is_bfloat16(graph)
-    session = OrtSession(
-        graph.SerializeToString(),
-        # With our ops, weights in bfloat16 are read as they lie in the file: see `graph.cpu`.
-        library=native.find_library() if bfloat16 else None,
-        config=config,
-        bfloat16=bfloat16,
-    )
-    with session:
+    library = native.find_library()
+
+    def open_on(provider: Provider) -> OrtSession:
+        return OrtSession(
+            graph.SerializeToString(),
+            # With our ops, a CPU reads weights in bfloat16 as they lie in the file: `graph.cpu`.
+            library=library if bfloat16 and provider == "cpu" else None,
+            config=config,
+            provider=provider,
+            bfloat16=bfloat16,
+        )
+
+    with open_where_it_runs(open_on, choose_provider(library), progress) as session:
         session.watch(names.values())
         logits = session.prefill(ids[None])[0]
         outputs = {

@@ -7,14 +7,18 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from nmexport.environment import free_memory
+from nmexport.errors import UserError
 from nmexport.progress import busy
-from nmexport.report.model import LinearParity, LinearsParity
+from nmexport.report.model import CacheParity, LinearParity, LinearsParity
 from nmexport.runtimes.native import engine_library
 from nmexport.runtimes.onnxruntime_session import OrtSession
 from nmexport.runtimes.opening import open_session, why_not_here
 from nmexport.verification import cache_parity, op_parity, parity
 from nmexport.verification.audit import open_instrumented
+from nmexport.verification.device_products import DeviceProducts
+from nmexport.verification.extent import extent_of
 from nmexport.verification.memory import artifact_bytes
+from nmexport.verification.placing import parity_device
 from nmexport.verification.reference import array_from, open_folded
 
 if TYPE_CHECKING:
@@ -24,11 +28,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from nmexport.report.model import Parity
-    from nmexport.runtimes.engine import Engine
+    from nmexport.runtimes.engine import Engine, Provider
     from nmexport.runtimes.session import Session
+    from nmexport.verification.extent import Extent
     from nmexport.verification.reference import TorchSession
     from nmexport.verification.subject import Subject
 
+_NO_NUMPY_TYPE = "ONNX Runtime hands out no cache in bfloat16 from a GPU"
 _NO_INNER_VALUES = "a TensorRT engine returns nothing but logits and cache"
 # Memory of parity, as a multiple of the artifact's size. Torch's weights and those that two
 # sessions map and repack; a session without the native library, which in narrow types holds all
@@ -48,49 +54,90 @@ def compare(subject: Subject) -> Parity:
     """
     engine, progress = subject.engine, subject.progress
     dtype = subject.recipe.model.dtype
-    why = too_large(engine, dtype)
+    device = parity_device(engine)
+    extent = _extent(subject, device)
+    progress.note(f"verify: parity: {extent.words()}")
+    why = {} if device == "cuda" else too_large(engine, dtype)
     with contextlib.ExitStack() as stack:
         executors: dict[str, Session] = {}
         torch_session = None
         if parity.TORCH not in why:
             with busy(progress, "verify: parity: open the torch model"):
                 torch_session = stack.enter_context(
-                    open_folded(subject.source, subject.recipe.model, subject.folded)
+                    open_folded(subject.source, subject.recipe.model, subject.folded, device=device)
                 )
             executors[parity.TORCH] = torch_session.with_twins()
         if parity.ONNX not in why:
             with busy(progress, "verify: parity: open the model without its native op"):
-                executors[parity.ONNX] = stack.enter_context(
-                    OrtSession(
-                        engine.model,
-                        threads=engine.threads,
-                        config=engine.session_config,
-                        bfloat16=engine.needs_rewrite("cpu", dense=False),
-                    )
-                )
+                try:
+                    bodies = stack.enter_context(_open_bodies(engine, device))
+                except UserError as error:
+                    if device == "cpu":
+                        raise
+                    why[parity.ONNX] = error.problem
+                else:
+                    executors[parity.ONNX] = bodies
         absent = why_not_here(subject.engine_folder) or no_library(engine)
         if absent:
             why[parity.ENGINE] = absent
         else:
             with busy(progress, "verify: parity: open the engine"):
                 executors[parity.ENGINE] = stack.enter_context(open_session(subject.engine_folder))
-        steps = range(subject.recipe.evaluation.generate_tokens)
+        steps = range(extent.steps)
         tracked = progress.track(steps, label="verify: parity: tokens", total=len(steps))
         with busy(progress, "verify: parity"):  # the prompts themselves are no step
             report = parity.compare(
-                executors, subject.prompts, tracked, why_absent=why, twins=parity.TORCH in executors
+                executors,
+                subject.prompts[: extent.prompts],
+                tracked,
+                why_absent=why,
+                twins=parity.TORCH in executors,
             )
         with busy(progress, "verify: parity: caches"):
-            caches = cache_parity.compare_where_possible(
-                executors, (parity.ONNX, parity.ENGINE), why, dtype=dtype
+            caches = (
+                CacheParity(why=_NO_NUMPY_TYPE)
+                if (device, dtype) == ("cuda", "bfloat16")
+                else cache_parity.compare_where_possible(
+                    executors, (parity.ONNX, parity.ENGINE), why, dtype=dtype
+                )
             )
+        for name in (parity.ONNX, parity.ENGINE):  # their weights make room for instrumented ones
+            if name in executors:
+                executors[name].close()
         with busy(progress, "verify: parity: each linear against the oracle"):
-            linears = _compare_linears(subject, torch_session, why)
-        return replace(report, caches=caches, linears=linears)
+            linears = _compare_linears(subject, torch_session, why, extent)
+        return replace(report, caches=caches, linears=linears, extent=extent.words())
+
+
+def _extent(subject: Subject, device: Provider) -> Extent:
+    prompts, length = subject.prompts.shape
+    return extent_of(
+        subject.folded.linears,
+        device=device,
+        prompts=prompts,
+        prompt_tokens=length,
+        steps=subject.recipe.evaluation.generate_tokens,
+    )
+
+
+def _open_bodies(engine: Engine, device: Provider) -> OrtSession:
+    """The exported file without the native op, whose function bodies then run."""
+    return OrtSession(
+        engine.model,
+        threads=engine.threads,
+        config=engine.session_config,
+        provider=device,
+        bfloat16=engine.needs_rewrite(device, dense=False),
+        # Widened to float32, the weights of all bodies would lie on the host first.
+        folds_constants=device == "cpu",
+    )
 
 
 def _compare_linears(
-    subject: Subject, torch_session: TorchSession | None, why: Mapping[str, str]
+    subject: Subject,
+    torch_session: TorchSession | None,
+    why: Mapping[str, str],
+    extent: Extent,
 ) -> LinearsParity:
     """Hold each executor's linears against the oracle, on the first prompt."""
     engine, folded = subject.engine, subject.folded
@@ -108,10 +155,21 @@ def _compare_linears(
     for name, library in libraries.items():
         executor = torch_session.linear if torch_session and name == parity.ONNX else None
         with open_instrumented(
-            graph, engine.model.parent, library=library, threads=engine.threads
+            graph,
+            engine.model.parent,
+            library=library,
+            threads=engine.threads,
+            provider=extent.device,
+            folds_constants=extent.device == "cpu",
         ) as session:
             figures[name], other = op_parity.check(
-                session, folded.linears, outputs, tensors_of, subject.prompts[0], executor=executor
+                session,
+                extent.linears,
+                outputs,
+                tensors_of,
+                subject.prompts[0],
+                executor=executor,
+                products=None if extent.device == "cpu" else DeviceProducts(extent.device),
             )
         if other is not None:
             figures[parity.TORCH] = other

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import onnx
     from numpy.typing import NDArray
 
+    from nmexport.oracle import Products
     from nmexport.runtimes.onnxruntime_session import OrtSession
     from nmexport.store.layers import LayerSpec
 
@@ -89,25 +90,44 @@ def arguments(layer: LayerSpec, tensors: Tensors) -> dict[str, Any]:
     }
 
 
-def error_over_tolerance(
-    layer: LayerSpec, tensors: Tensors, x: NDArray[Any], y: NDArray[Any]
-) -> NDArray[np.float64]:
-    """How wrong an executor's output is, as a share of what the contract allows.
+@dataclass(frozen=True)
+class Expected:
+    """What the oracle says of one input of a linear: executors are held against it in turn."""
+
+    value: NDArray[np.float64]
+    """`[..., S, O]`"""
+    bound: NDArray[np.float64]
+    """`[..., S, O]`: what the contract allows."""
+    certain: NDArray[np.bool_]
+    """`[..., S]`: tokens whose mask the contract leaves no choice of."""
+
+    def shares(self, y: NDArray[Any]) -> NDArray[np.float64]:
+        """How wrong an output `[..., S, O]` is, as a share of what the contract allows.
+
+        Returns:
+            `[tokens, O]`; tokens whose mask the contract leaves open are left out.
+        """
+        share: NDArray[np.float64] = np.abs(y.astype(np.float64) - self.value) / self.bound
+        return share.reshape(-1, share.shape[-1])[self.certain.reshape(-1)]
+
+
+def expected_of(
+    layer: LayerSpec, tensors: Tensors, x: NDArray[Any], *, products: Products | None = None
+) -> Expected:
+    """Ask the oracle.
 
     Args:
         layer: What the linear computes.
         tensors: Its constants by the contract's names.
         x: `[..., S, K] T`, its input.
-        y: `[..., S, O] T`, the executor's output.
-
-    Returns:
-        `[tokens, O]`; tokens whose mask the contract leaves open are left out.
+        products: See `oracle.reference`.
     """
-    expected = reference(x, tensors["W"], **arguments(layer, tensors))
-    bound = np.maximum(expected.bound(x.dtype), np.finfo(np.float64).tiny)
-    share: NDArray[np.float64] = np.abs(y.astype(np.float64) - expected.value) / bound
-    certain = ~_open_masks(layer, tensors, x, expected)
-    return share.reshape(-1, share.shape[-1])[certain.reshape(-1)]
+    found = reference(x, tensors["W"], **arguments(layer, tensors), products=products)
+    return Expected(
+        value=found.value,
+        bound=np.maximum(found.bound(x.dtype), np.finfo(np.float64).tiny),
+        certain=~_open_masks(layer, tensors, x, found),
+    )
 
 
 def _open_masks(
@@ -178,6 +198,7 @@ def check(
     prompt: NDArray[np.int64],
     *,
     executor: Compute | None = None,
+    products: Products | None = None,
 ) -> tuple[LinearParity, LinearParity | None]:
     """Hold every linear of a running model against the oracle.
 
@@ -188,6 +209,7 @@ def check(
         tensors_of: Constants of a layer by the contract's names; W's type is T.
         prompt: See `met_inputs`.
         executor: One linear of another executor, compared with the oracle on the same inputs.
+        products: See `oracle.reference`.
 
     Returns:
         The report of the session, and of the other executor.
@@ -197,10 +219,10 @@ def check(
         tensors = tensors_of(layer.name)
         element = tensors["W"].dtype if layer.weight_type == "float" else session.element_type
         x, y = (value.astype(element) for value in (x32, y32))  # exact: they were T
-        session_errors.add(layer.name, error_over_tolerance(layer, tensors, x, y))
+        expected = expected_of(layer, tensors, x, products=products)
+        session_errors.add(layer.name, expected.shares(y))
         if executor is not None:
-            computed = executor(layer, x)
-            executor_errors.add(layer.name, error_over_tolerance(layer, tensors, x, computed))
+            executor_errors.add(layer.name, expected.shares(executor(layer, x)))
     return session_errors.report(), None if executor is None else executor_errors.report()
 
 

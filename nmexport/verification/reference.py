@@ -47,8 +47,10 @@ class TorchSession(Session):
                 of each batch: how far a result moves by it is how far rounding may move it.
         """
         self._model: PreTrainedModel | None = model
+        self._device = model.get_input_embeddings().weight.device
         self._perturbation = perturbation
         self._vocabulary_size = vocabulary_size
+        self.on_gpu = self._device.type == "cuda"
 
     @property
     def vocabulary_size(self) -> int:
@@ -76,8 +78,9 @@ class TorchSession(Session):
         if self._model is None:
             raise RuntimeError("the session is closed")
         with torch.inference_mode():
-            y = self._model.get_submodule(layer.name).op(tensor_from(x))
-        return array_from(y)
+            given = tensor_from(x).to(self._device)
+            y = self._model.get_submodule(layer.name).op(given)
+        return array_from(y.cpu())
 
     def close(self) -> None:
         """Free the model and its cache."""
@@ -96,7 +99,7 @@ class TorchSession(Session):
         with torch.inference_mode(), self._disturb(self._model):
             ids = torch.from_numpy(np.ascontiguousarray(input_ids))
             output = self._model(
-                input_ids=ids.to(self._model.get_input_embeddings().weight.device),
+                input_ids=ids.to(self._device),
                 past_key_values=cache,
                 use_cache=True,
             )
@@ -111,7 +114,8 @@ class TorchSession(Session):
 
         def disturb(_: nn.Module, __: Any, embedded: torch.Tensor) -> torch.Tensor:
             # In float32 whatever the type: a smaller one rounds it away or up to its last place.
-            pattern = torch.linspace(-1.0, 1.0, embedded.shape[-1]).cos()
+            steps = torch.linspace(-1.0, 1.0, embedded.shape[-1], device=embedded.device)
+            pattern = steps.cos()
             factor = 1.0 + self._perturbation * pattern
             exact, twins = embedded.chunk(2)
             return torch.cat([exact, (twins.float() * factor).to(embedded.dtype)])
@@ -129,8 +133,7 @@ def open_dense(source: ModelSource, section: ModelSection, *, device: str = "cpu
     Raises:
         ModelError: if the model cannot be loaded.
     """
-    model = load_model(source, dtype=section.dtype)
-    model.to(device)
+    model = load_model(source, dtype=section.dtype, device=device)
     return TorchSession(model, model.config.get_text_config().vocab_size)
 
 
@@ -143,14 +146,11 @@ def open_folded(
         ModelError: if the model cannot be loaded.
         ArtifactError: if the fold artifact is damaged.
     """
-    model = load_model(source, dtype=section.dtype)
-    replace_linears(
-        model,
-        {layer.name: folded_linear(layer, fold) for layer in fold.linears},
-    )
+    model = load_model(source, dtype=section.dtype, device=device)
+    for layer in fold.linears:  # one by one: the dense weight goes as the folded one comes
+        replace_linears(model, {layer.name: folded_linear(layer, fold).to(device)})
     if fold.embedding_bits:
         round_embedding(model)
-    model.to(device)
     return TorchSession(model, model.config.get_text_config().vocab_size)
 
 

@@ -101,7 +101,8 @@ def measure(options: argparse.Namespace, more: Sequence[str]) -> dict[str, Any]:
     parameters = parameter_count(find(ModelSection(id=str(model))))
     rows: dict[str, Any] = {}
     for stage in stages:
-        command = [sys.executable, "-m", "nmexport", stage, "--offload", "layerwise", *common]
+        command = [sys.executable, "-m", "nmexport", "build", "--to", stage]
+        command += ["--offload", "layerwise", *common]
         rows[stage] = watch(command)
         rows[stage]["peak_rss_bytes_a_parameter"] = round(
             rows[stage]["peak_rss_bytes"] / parameters, 3

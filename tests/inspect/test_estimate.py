@@ -170,3 +170,23 @@ def test_layer_by_layer_holds_a_layer(
         memory = Memory(host=host)
         monkeypatch.setattr("nmexport.inspect.estimate.free_memory", lambda memory=memory: memory)
         assert memory_of(mistral, "auto") == expected
+
+
+def test_a_gpu_takes_the_weights_off_the_host(
+    mistral: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bar is 24 GB beside mapped files, in every stage."""
+    monkeypatch.setattr(
+        "nmexport.inspect.estimate.free_memory",
+        lambda: Memory(host=120 << 30, devices=(139 << 30,)),
+    )
+    monkeypatch.setattr("nmexport.inspect.estimate._runs_on_gpu", lambda: True)
+    names = ("calibrate", "fold", "export", "engine", "verify", "package")
+    recipe = resolve("a/b", {"model.dtype": "bfloat16"})
+    expected = estimate(recipe, mistral, [step(name) for name in names], mistral.folder)
+    assert min(expected.memory_by_stage.values()) > 3e9
+    assert expected.memory_bytes < 12e9
+    monkeypatch.setattr("nmexport.inspect.estimate._runs_on_gpu", lambda: False)
+    without = estimate(recipe, mistral, [step(name) for name in names], mistral.folder)
+    assert without.memory_by_stage["fold"] == expected.memory_by_stage["fold"]
+    assert without.memory_by_stage["verify"] > 40e9

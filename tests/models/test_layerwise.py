@@ -19,8 +19,10 @@ from nmexport.models.offload import (
     device_map,
     free_memory,
     is_placed,
+    open_dense,
     parameter_count,
     placement,
+    whole_device,
 )
 from nmexport.models.skeleton import skeleton
 from nmexport.models.source import ModelSource, resolve
@@ -197,6 +199,12 @@ def test_weights_under_other_names_are_refused(tiny_llama: Path, tmp_path: Path)
         ("auto", None, Memory(host=4000, devices=(2000, 2000)), "layerwise"),
         ("auto", None, Memory(host=100, devices=(200,)), "layerwise"),
         ("auto", "m.gguf", Memory(host=4000), "whole"),  # all that can be tried
+        # Read into a GPU where it also has room to learn, whatever the host has.
+        ("auto", None, Memory(host=10**6, devices=(7000,)), "device"),
+        ("never", None, Memory(host=1, devices=(7000, 10)), "device"),
+        ("auto", None, Memory(host=10**6, devices=(6999,)), "whole"),
+        ("auto", None, Memory(host=1, devices=(10, 7000)), "mapped"),
+        ("layerwise", None, Memory(host=1, devices=(7000,)), "layerwise"),
         ("layerwise", None, Memory(host=10**12), "layerwise"),
     ],
 )
@@ -496,3 +504,21 @@ def test_a_budget_is_refused_before_calibration(
     )
     with pytest.raises(ModelError, match="--budget cannot"):
         pipeline.run(Selection(last="calibrate"))
+
+
+@pytest.mark.parametrize("offload", ["auto", "never"])
+def test_a_model_that_a_gpu_holds_is_read_straight_into_it(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, offload: Any
+) -> None:
+    size = 4 * parameter_count(skeleton(source_of(tiny_llama)))
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        "nmexport.models.offload.free_memory", lambda: Memory(host=1 << 40, devices=(2 * size,))
+    )
+    monkeypatch.setattr(
+        "nmexport.models.loader.load_model", lambda _, **options: asked.append(options)
+    )
+    opened = open_dense(source_of(tiny_llama), offload=offload, progress=Silent())
+    assert opened.layerwise is None
+    assert [options["device"] for options in asked] == ["cuda"]
+    assert whole_device(source_of(tiny_llama), offload=offload) == "cuda"

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import set_module_tensor_to_device
 from nmexport.errors import ModelError
 from nmexport.models.loader import load_model, load_tokenizer
 from nmexport.models.source import ModelSource, packaged_gguf, resolve
 from nmexport.models.swap import replace_linears
+from nmexport.models.weights import WeightTable
 from nmexport.recipe import ModelSection
 
-from tests.support.tiny import save_tiny_model
+from tests.support.tiny import FAMILIES, save_tiny_model
 
 
 def source_of(folder: Path, gguf_file: str | None = None) -> ModelSource:
@@ -217,3 +220,39 @@ def test_real_gguf(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "Paris" in tokenizer.decode(output[0])
     model.save_pretrained(tmp_path)
     assert Path(tmp_path / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tensor_by_tensor_the_model_is_what_transformers_loads(
+    family: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU is filled; each tensor is handed over before the next one is read."""
+    save_tiny_model(tmp_path, family)
+    source = source_of(tmp_path)
+    expected = load_model(source, dtype=dtype)
+    # Any device but the host takes this way; this one computes on the host.
+    read = WeightTable.read
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def reading(table: WeightTable, name: str, *, device: str = "cpu") -> torch.Tensor:
+        assert sum(tensor() is not None for tensor in alive) <= 1
+        value = read(table, name).clone()
+        alive.append(weakref.ref(value))
+        return value
+
+    monkeypatch.setattr(WeightTable, "read", reading)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_, **__: self)
+    monkeypatch.setattr(
+        "accelerate.utils.set_module_tensor_to_device",
+        lambda model, name, _, value: set_module_tensor_to_device(model, name, "cpu", value=value),
+    )
+    found = load_model(source, dtype=dtype, device="cuda:7")
+    assert len(alive) >= len(dict(expected.named_parameters()))
+    ids = torch.arange(3, 19)[None]
+    for name, value in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name
+    with torch.inference_mode():
+        assert torch.equal(found(input_ids=ids).logits, expected(input_ids=ids).logits)
+    assert type(found) is type(expected)
+    assert found.config._attn_implementation == expected.config._attn_implementation

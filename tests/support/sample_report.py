@@ -220,6 +220,7 @@ def _parity(*, native: bool) -> Parity:
         torch_engine=leg if native else absent,
         onnx_engine=replace(leg, greedy_identical=False, prompts_diverged=1) if native else absent,
         noise_floor=replace(leg, max_abs=12.2, greedy_identical=False, prompts_diverged=7),
+        extent="Torch and the function bodies ran on the CPU, on all of 8 prompts.",
         protocol=parity.PROTOCOL,
         caches=_caches() if native else CacheParity(why=why),
         linears=LinearsParity(

@@ -14,6 +14,7 @@ from nmexport.sparsity.fold import fold
 from nmexport.sparsity.linear import Behaviour, Constants
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.verification.audit import open_instrumented
+from nmexport.verification.device_products import DeviceProducts
 from nmexport.verification.op_parity import check, instrument
 from nmexport.verification.reference import array_from
 
@@ -104,6 +105,21 @@ def test_each_linear_is_within_the_oracle(sparse: tuple[Exported, Behaviour]) ->
             report, _ = check(session, layers, outputs, tensors.__getitem__, PROMPT[0])
         assert report.within_contract, (library, report)
         assert report.linears == len(layers)
+
+        # As on a GPU: nothing is computed beforehand, and the oracle's products elsewhere.
+        with open_instrumented(
+            graph, model.folder, library=library, threads=1, folds_constants=False
+        ) as session:
+            unfolded, _ = check(
+                session,
+                layers,
+                outputs,
+                tensors.__getitem__,
+                PROMPT[0],
+                products=DeviceProducts("cpu"),
+            )
+        assert unfolded.error_over_tolerance == pytest.approx(report.error_over_tolerance, rel=0.1)
+        assert (unfolded.linears, unfolded.values) == (report.linears, report.values)
 
         without = {
             name: {kind: value for kind, value in one.items() if kind != "bias"}

@@ -9,7 +9,8 @@ import torch
 from nmexport.oracle import nm_linear
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.store.layers import LayerSpec
-from nmexport.verification.op_parity import Worst, arguments, error_over_tolerance
+from nmexport.verification.device_products import DeviceProducts
+from nmexport.verification.op_parity import Worst, arguments, expected_of
 from nmexport.verification.reference import array_from, tensor_from
 
 K, O = 32, 24  # noqa: E741 - the contract's names
@@ -44,7 +45,7 @@ def _output(layer: LayerSpec, tensors: dict, x: np.ndarray) -> np.ndarray:
 )
 def test_a_right_executor_is_within_the_contract(changes: dict) -> None:
     layer, tensors, x = _case(**changes)
-    share = error_over_tolerance(layer, tensors, x, _output(layer, tensors, x))
+    share = expected_of(layer, tensors, x).shares(_output(layer, tensors, x))
     assert share.shape == (6, O)
     assert share.max() < 0.05
 
@@ -59,7 +60,7 @@ def test_a_wrong_executor_is_seen(fault: str) -> None:
         del constants["channel_order"]
     else:
         wrong = _case(phase="decode")[0]
-    share = error_over_tolerance(layer, tensors, x, _output(wrong, constants, x))
+    share = expected_of(layer, tensors, x).shares(_output(wrong, constants, x))
     assert share.max() > 100
 
 
@@ -78,11 +79,11 @@ def test_open_masks_are_left_out_only_with_a_dynamic_shift() -> None:
     x[0, 2, :16] = [3.0, -3.0] * 4 + [1.0, -1.0] * 4  # kept 3s, dropped 1s: certain
     x[0, 4, :16] = [2.0, -2.0] * 8  # all alike but for the mean
     x[0, 4, 16:] = 0.0  # a mean of zero
-    share = error_over_tolerance(layer, tensors, x, _output(layer, tensors, x))
+    share = expected_of(layer, tensors, x).shares(_output(layer, tensors, x))
     assert share.shape == (5, O)
     still = _case()[0]
     still_tensors = {"W": tensors["W"]}
-    share = error_over_tolerance(still, still_tensors, x, _output(still, still_tensors, x))
+    share = expected_of(still, still_tensors, x).shares(_output(still, still_tensors, x))
     assert share.shape == (6, O)
 
 
@@ -94,3 +95,18 @@ def test_tensors_cross_between_numpy_and_torch_bit_by_bit(dtype: type) -> None:
     back = array_from(tensor)
     assert back.dtype == array.dtype
     assert back.tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize(
+    "changes", [{}, {"dynamic_shift": True}, {"variance_correction": True}, {"phase": "decode"}]
+)
+def test_products_on_a_device_are_numpys(changes: dict, dtype: type) -> None:
+    layer, tensors, x = _case(**changes)
+    tensors = {**tensors, "W": tensors["W"].astype(dtype)}
+    x = x.astype(dtype)
+    expected = expected_of(layer, tensors, x)
+    found = expected_of(layer, tensors, x, products=DeviceProducts("cpu"))
+    assert np.array_equal(found.certain, expected.certain)
+    np.testing.assert_allclose(found.value, expected.value, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(found.bound, expected.bound, rtol=1e-12)

@@ -19,8 +19,9 @@ constexpr int kWARP_SIZE = 32;
 constexpr int kWARPS = 8;
 constexpr int kTHREADS = kWARPS * kWARP_SIZE;
 constexpr int kRANKS = 8;                       // CTAs of a cluster: the most that always fit
-constexpr int kSTEP = kRANKS * kWARPS;          // tiles from one of a warp to its next
 constexpr int kTILE = 16;                       // positions
+constexpr int kSLOTS = kRANKS * kWARPS;         // warps of a cluster
+constexpr int kSTEP = kSLOTS * kTILE;           // positions from one of a warp's tiles to its next
 constexpr int kCHUNK = 8;                       // elements in 16 bytes
 constexpr int kMOST_GROUP = 8;                  // heads of queries to one of keys
 constexpr int kPAD = 8;                         // floats between heads: fewer bank conflicts
@@ -37,7 +38,8 @@ __device__ __forceinline__ float exp2Approx(float value) {
     return result;
 }
 
-//! 16 bytes of the cache or a table, or zeros.
+//! 16 bytes of the cache or a table, or zeros. Not through the non-coherent path: the assembler
+//! would move such loads behind the wait for the kernel before.
 __device__ __forceinline__ uint4 loadConstantWhere(bool isThere, void const* address) {
     uint4 value;
     asm volatile(
@@ -48,7 +50,7 @@ __device__ __forceinline__ uint4 loadConstantWhere(bool isThere, void const* add
         "mov.b32 %1, 0;\n"
         "mov.b32 %2, 0;\n"
         "mov.b32 %3, 0;\n"
-        "@there ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+        "@there ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
         "}"
         : "=&r"(value.x), "=&r"(value.y), "=&r"(value.z), "=&r"(value.w)
         : "l"(address), "r"(static_cast<int>(isThere)));
@@ -70,6 +72,26 @@ __device__ __forceinline__ uint4 loadActivationsWhere(bool isThere, void const* 
         "}"
         : "=&r"(value.x), "=&r"(value.y), "=&r"(value.z), "=&r"(value.w)
         : "l"(address), "r"(static_cast<int>(isThere)));
+    return value;
+}
+
+__device__ __forceinline__ uint32_t sharedAddress(void const* pointer) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+//! To and from shared memory, by instructions that the compiler neither drops nor moves out of a
+//! loop.
+__device__ __forceinline__ void storeShared(uint32_t address, uint4 value) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x),
+                 "r"(value.y), "r"(value.z), "r"(value.w)
+                 : "memory");
+}
+
+__device__ __forceinline__ uint4 loadShared(uint32_t address) {
+    uint4 value;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "r"(address));
     return value;
 }
 
@@ -113,38 +135,60 @@ __device__ __forceinline__ void multiplyAdd(float (&sums)[4], uint32_t a0, uint3
 #endif
 }
 
-//! Cosines and sines of one position for a lane's chunks t, t + 4, ... of a head.
-template <typename T, int HEAD>
+//! Cosines and sines of one position for a lane's chunks t, t + 4, ... of a head. WHOLE: all of a
+//! head is turned, so both of a pair of elements are the same lane's.
+template <typename T, int HEAD, bool WHOLE>
 struct Turn {
+    static constexpr int kCHUNKS = HEAD / 32;
+    static constexpr int kTABLE = WHOLE ? kCHUNKS / 2 : kCHUNKS;
+
     int32_t half;  //!< chunks of a half of the rotary part
-    uint4 cosine[HEAD / 32];
-    uint4 sine[HEAD / 32];
+    uint4 cosine[kTABLE];
+    uint4 sine[kTABLE];
 
     __device__ void load(AttentionArgs const& args, int32_t position, int t) {
         half = args.rotary / (2 * kCHUNK);
         int64_t const row = static_cast<int64_t>(min(position, args.positions - 1)) * half;
 #pragma unroll
-        for (int i = 0; i < HEAD / 32; ++i) {
+        for (int i = 0; i < kTABLE; ++i) {
             int const chunk = t + 4 * i;
-            int64_t const at = (row + (chunk < half ? chunk : chunk - half)) * kCHUNK;
-            cosine[i] =
-                loadConstantWhere(chunk < 2 * half, static_cast<T const*>(args.cosines) + at);
-            sine[i] = loadConstantWhere(chunk < 2 * half, static_cast<T const*>(args.sines) + at);
+            bool const isTurned = WHOLE || chunk < 2 * half;
+            int64_t const at = (row + (WHOLE || chunk < half ? chunk : chunk - half)) * kCHUNK;
+            cosine[i] = loadConstantWhere(isTurned, static_cast<T const*>(args.cosines) + at);
+            sine[i] = loadConstantWhere(isTurned, static_cast<T const*>(args.sines) + at);
         }
     }
 
     //! The lane's chunks of a head, turned and rounded to T.
-    __device__ void apply(uint4 (&turned)[HEAD / 32], bool isThere, T const* head, int t) const {
-        uint4 partner[HEAD / 32];
+    __device__ void apply(uint4 (&turned)[kCHUNKS], bool isThere, T const* head, int t) const {
 #pragma unroll
-        for (int i = 0; i < HEAD / 32; ++i) {
+        for (int i = 0; i < kCHUNKS; ++i) {
+            turned[i] = loadActivationsWhere(isThere, head + (t + 4 * i) * kCHUNK);
+        }
+        if constexpr (WHOLE) {
+#pragma unroll
+            for (int i = 0; i < kTABLE; ++i) {
+                uint4 const first = turned[i];
+                uint4 const second = turned[i + kTABLE];
+                turned[i] = turn(first, second, cosine[i], sine[i], true);
+                turned[i + kTABLE] = turn(second, first, cosine[i], sine[i], false);
+            }
+        } else {
+            turnPart(turned, isThere, head, t);
+        }
+    }
+
+  private:
+    __device__ void turnPart(uint4 (&turned)[kCHUNKS], bool isThere, T const* head, int t) const {
+        uint4 partner[kCHUNKS];
+#pragma unroll
+        for (int i = 0; i < kCHUNKS; ++i) {
             int const chunk = t + 4 * i;
             int const other = chunk < half ? chunk + half : chunk - half;
-            turned[i] = loadActivationsWhere(isThere, head + chunk * kCHUNK);
             partner[i] = loadActivationsWhere(isThere && chunk < 2 * half, head + other * kCHUNK);
         }
 #pragma unroll
-        for (int i = 0; i < HEAD / 32; ++i) {
+        for (int i = 0; i < kTABLE; ++i) {
             int const chunk = t + 4 * i;
             if (chunk < 2 * half) {
                 turned[i] = turn(turned[i], partner[i], cosine[i], sine[i], chunk < half);
@@ -152,7 +196,6 @@ struct Turn {
         }
     }
 
-  private:
     //! x · cos - partner · sin in the first half, x · cos + partner · sin in the second.
     static __device__ uint4 turn(uint4 own, uint4 partner, uint4 cosine, uint4 sine, bool isFirst) {
         T const* const type = nullptr;
@@ -174,10 +217,10 @@ struct Turn {
 //! The old rows of one head of keys that the new token sees.
 template <typename T, int HEAD>
 struct OldRows {
-    T const* keys;
-    T const* values;
-    int32_t begin;  //!< first position
-    int32_t end;    //!< the new token's position
+    T const* keys;    //!< position g, chunk t
+    T const* values;  //!< position 2t, chunk g
+    int32_t begin;    //!< first position
+    int32_t end;      //!< the new token's position
 
     __device__ bool has(int32_t position) const { return position >= begin && position < end; }
 };
@@ -188,30 +231,44 @@ struct Tile {
     uint4 keys[2][HEAD / 32];    //!< positions g and 8 + g, chunks t, t + 4, ...
     uint4 values[HEAD / 64][4];  //!< chunks g, g + 8; positions 2t, 2t + 1, 8 + 2t, 9 + 2t
 
-    __device__ void loadKeys(OldRows<T, HEAD> const& rows, int32_t position, int g, int t) {
+    __device__ void loadKeys(OldRows<T, HEAD> const& rows, int32_t position, int g) {
+        T const* const from = rows.keys + static_cast<int64_t>(position) * HEAD;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            int32_t const row = position + 8 * half + g;
-            T const* const from = rows.keys + static_cast<int64_t>(row) * HEAD;
+            bool const isThere = rows.has(position + 8 * half + g);
 #pragma unroll
             for (int i = 0; i < HEAD / 32; ++i) {
-                keys[half][i] = loadConstantWhere(rows.has(row), from + (t + 4 * i) * kCHUNK);
+                keys[half][i] = loadConstantWhere(isThere, from + 8 * half * HEAD + 4 * i * kCHUNK);
             }
         }
     }
 
-    __device__ void loadValues(OldRows<T, HEAD> const& rows, int32_t position, int g, int t) {
+    __device__ void loadValues(OldRows<T, HEAD> const& rows, int32_t position, int t) {
+        T const* const from = rows.values + static_cast<int64_t>(position) * HEAD;
 #pragma unroll
         for (int p = 0; p < 4; ++p) {
-            int32_t const row = position + 8 * (p / 2) + 2 * t + p % 2;
-            T const* const from = rows.values + static_cast<int64_t>(row) * HEAD;
+            int const ahead = 8 * (p / 2) + p % 2;
+            bool const isThere = rows.has(position + ahead + 2 * t);
 #pragma unroll
             for (int m = 0; m < HEAD / 64; ++m) {
-                values[m][p] = loadConstantWhere(rows.has(row), from + (g + 8 * m) * kCHUNK);
+                values[m][p] = loadConstantWhere(isThere, from + ahead * HEAD + 8 * m * kCHUNK);
             }
         }
     }
 };
+
+//! Asks for a tile's values of 128 elements, 128 bytes a lane.
+template <typename T, int HEAD>
+__device__ __forceinline__ void prefetchValues(OldRows<T, HEAD> const& rows, int32_t position,
+                                               int lane) {
+    static_assert(HEAD * sizeof(T) <= 256);
+    int32_t const row = position + lane / 2;
+    if (rows.has(row)) {
+        int const offset = 2 * (lane % 4) * HEAD + lane / 4 * kCHUNK;  // of rows.values
+        prefetchToL2(rows.values - offset + static_cast<int64_t>(row) * HEAD +
+                     lane % 2 * (HEAD / 2));
+    }
+}
 
 //! Softmax so far: of the positions that a warp has seen.
 template <typename T, int HEAD>
@@ -307,36 +364,57 @@ struct Softmax {
     }
 };
 
-//! Scores of head g for a tile's positions 2t, 2t + 1, 8 + 2t, 9 + 2t.
-template <typename T, int HEAD>
-__device__ __forceinline__ void scoreTile(float (&scores)[4], uint4 const (&query)[HEAD / 32],
-                                          Tile<T, HEAD> const& tile) {
+//! A lane's own chunks t, t + 4, ... of query head g, in shared memory: registers are for tiles.
+template <int HEAD>
+struct LaneQuery {
+    uint32_t own;     //!< address of chunk t
+    uint32_t stride;  //!< bytes to the lane's next chunk
+    bool isThere;     //!< zeros where there is no head g
+
+    __device__ void store(uint4 const (&query)[HEAD / 32]) const {
+        if (isThere) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        float product[4] = {};  // heads 8 .. 15, the last two, are none
-#pragma unroll
-        for (int i = 0; i < HEAD / 32; ++i) {
-#pragma unroll
-            for (int part = 0; part < 2; ++part) {
-                multiplyAdd<T>(product, word(query[i], 2 * part), 0, word(query[i], 2 * part + 1),
-                               0, word(tile.keys[half][i], 2 * part),
-                               word(tile.keys[half][i], 2 * part + 1));
+            for (int i = 0; i < HEAD / 32; ++i) {
+                storeShared(own + i * stride, query[i]);
             }
         }
-        scores[2 * half] = product[0];
-        scores[2 * half + 1] = product[1];
+    }
+
+    __device__ uint4 chunk(int i) const {
+        return isThere ? loadShared(own + i * stride) : uint4{0, 0, 0, 0};
+    }
+};
+
+//! Scores of head g for a tile's positions 2t, 2t + 1, 8 + 2t, 9 + 2t.
+template <typename T, int HEAD>
+__device__ __forceinline__ void scoreTile(float (&scores)[4], LaneQuery<HEAD> const& query,
+                                          Tile<T, HEAD> const& tile) {
+    float products[2][4] = {};  // heads 8 .. 15, the last two of each, are none
+#pragma unroll
+    for (int i = 0; i < HEAD / 32; ++i) {
+        uint4 const chunk = query.chunk(i);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            uint4 const key = tile.keys[half][i];
+            multiplyAdd<T>(products[half], chunk.x, 0, chunk.y, 0, key.x, key.y);
+            multiplyAdd<T>(products[half], chunk.z, 0, chunk.w, 0, key.z, key.w);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        scores[i] = products[i / 2][i % 2];
     }
 }
 
-//! The new token's key: kept in the cache, and its score of head g.
+//! The new token's score of head g.
 template <typename T, int HEAD>
-__device__ __forceinline__ float scoreNewKey(uint4 const (&query)[HEAD / 32],
+__device__ __forceinline__ float scoreNewKey(LaneQuery<HEAD> const& query,
                                              uint4 const (&key)[HEAD / 32]) {
     T const* const type = nullptr;
     float sum = 0.0F;
 #pragma unroll
     for (int i = 0; i < HEAD / 32; ++i) {
-        Unpacked<T> const q = unpack(query[i], type);
+        Unpacked<T> const q = unpack(query.chunk(i), type);
         Unpacked<T> const k = unpack(key[i], type);
 #pragma unroll
         for (int e = 0; e < kCHUNK; ++e) {
@@ -364,6 +442,8 @@ struct Exchange {
                kWARPS * heads * ((HEAD + kPAD) * sizeof(float) + sizeof(float2));
     }
 
+    __device__ float* sumsOf(int warp) const { return warpSums + warp * group * (HEAD + kPAD); }
+
     __device__ uint32_t mailBytes() const {
         return static_cast<uint32_t>(kRANKS * group * (HEAD / 2 + 1) * sizeof(float2));
     }
@@ -372,7 +452,7 @@ struct Exchange {
     uint64_t* mailbox;
     float2* sums;        //!< [ranks, heads, HEAD / 2]
     float2* states;      //!< [ranks, heads] highest and total
-    float* warpSums;     //!< [warps, heads, HEAD + kPAD]
+    float* warpSums;     //!< [warps, heads, HEAD + kPAD]; before, each warp's queries lie there
     float2* warpStates;  //!< [warps, heads]
 };
 
@@ -391,7 +471,7 @@ __device__ __forceinline__ void storeWarp(Exchange<HEAD> const& exchange,
         if (head >= exchange.group) {
             continue;
         }
-        float* const to = exchange.warpSums + (warp * exchange.group + head) * (HEAD + kPAD);
+        float* const to = exchange.sumsOf(warp) + head * (HEAD + kPAD);
 #pragma unroll
         for (int m = 0; m < HEAD / 64; ++m) {
 #pragma unroll
@@ -444,8 +524,8 @@ __device__ __forceinline__ void sendSums(Exchange<HEAD> const& exchange, uint32_
         int const head = item / (HEAD / 2);
         int const pair = item % (HEAD / 2);
         Merged<kWARPS> const merged(exchange.warpStates + head, exchange.group, [&](int warp) {
-            return *reinterpret_cast<float2 const*>(
-                exchange.warpSums + (warp * exchange.group + head) * (HEAD + kPAD) + 2 * pair);
+            return *reinterpret_cast<float2 const*>(exchange.sumsOf(warp) + head * (HEAD + kPAD) +
+                                                    2 * pair);
         });
         sendToRankZero(reinterpret_cast<uint64_t*>(exchange.sums + rank * items + item),
                        bitsOf(merged.sum), exchange.mailbox);
@@ -464,58 +544,69 @@ __device__ __forceinline__ void storeResult(Exchange<HEAD> const& exchange, T* y
     for (int item = threadIdx.x; item < items; item += kTHREADS) {
         Merged<kRANKS> const merged(exchange.states + item / (HEAD / 2), exchange.group,
                                     [&](int rank) { return exchange.sums[rank * items + item]; });
+        float const share = 1.0F / merged.total;
         reinterpret_cast<uint32_t*>(y)[item] =
-            packed(merged.sum.x / merged.total, merged.sum.y / merged.total,
-                   static_cast<T const*>(nullptr));
+            packed(merged.sum.x * share, merged.sum.y * share, static_cast<T const*>(nullptr));
     }
 }
 
 //! grid (ranks, heads of keys, batch). DEPTH tiles of a warp are in flight: it sets how many CTAs a
 //! multiprocessor holds, and no result.
-template <typename T, int HEAD, int DEPTH>
+template <typename T, int HEAD, bool WHOLE, int DEPTH>
 __global__ void __launch_bounds__(kTHREADS, 3 - DEPTH)
-    attentionKernel(AttentionArgs const args, float const scoreScale) {
+    attentionKernel(AttentionArgs const args, float const scoreScale, bool const allowsNextLate) {
 #if __CUDA_ARCH__ >= 900
     extern __shared__ __align__(16) unsigned char sharedBytes[];
-    allowDependentLaunch();
+    if (!allowsNextLate) {  // late is when this CTA ends
+        allowDependentLaunch();
+    }
     int const group = args.heads / args.kvHeads;
-    Exchange<HEAD> const exchange(sharedBytes, group);
     uint32_t const rank = clusterRank();
-    openMailbox(exchange.mailbox, rank);
+    openMailbox(reinterpret_cast<uint64_t*>(sharedBytes), rank);
     int const warp = threadIdx.x / kWARP_SIZE;
-    int const g = threadIdx.x % kWARP_SIZE / 4;
-    int const t = threadIdx.x % 4;
-    int64_t const sequence = blockIdx.z;
-    int64_t const kvHead = blockIdx.y;
+    int const lane = threadIdx.x % kWARP_SIZE;
+    int const g = lane / 4;
+    int const t = lane % 4;
+    int const sequence = blockIdx.z;
+    int const kvHead = blockIdx.y;
 
     // What no kernel of this step writes comes while the one before still runs.
     int32_t const last = min(max(args.lastPositions[sequence], 0), args.capacity - 1);
-    int64_t const cache = (sequence * args.kvHeads + kvHead) * args.capacity * HEAD;
-    OldRows<T, HEAD> const rows{static_cast<T const*>(args.keys) + cache,
-                                static_cast<T const*>(args.values) + cache,
-                                args.window > 0 ? max(last + 1 - args.window, 0) : 0, last};
+    int64_t const cache =
+        static_cast<int64_t>(sequence * args.kvHeads + kvHead) * args.capacity * HEAD;
+    OldRows<T, HEAD> const rows{
+        static_cast<T const*>(args.keys) + cache + g * HEAD + t * kCHUNK,
+        static_cast<T const*>(args.values) + cache + 2 * t * HEAD + g * kCHUNK,
+        args.window > 0 ? max(last + 1 - args.window, 0) : 0, last};
     int32_t const slot = warp * kRANKS + static_cast<int>(rank);  // short texts use all ranks
-    int32_t const endTile = (rows.end + kTILE - 1) / kTILE;
-    int32_t tile = rows.begin / kTILE + slot;
+    int32_t position = (rows.begin / kTILE + slot) * kTILE;       // of the tile at hand
+    // Registers that turning queries takes are not there for values: they come as far as the L2.
+    constexpr bool loadsValuesAhead = HEAD == 64 || DEPTH > 1;
     Tile<T, HEAD> tiles[DEPTH];
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) {
-        tiles[d].loadKeys(rows, (tile + d * kSTEP) * kTILE, g, t);
-        if (DEPTH > 1) {
-            tiles[d].loadValues(rows, (tile + d * kSTEP) * kTILE, g, t);
+        tiles[d].loadKeys(rows, position + d * kSTEP, g);
+        if (loadsValuesAhead) {
+            tiles[d].loadValues(rows, position + d * kSTEP, t);
+        } else {
+            prefetchValues(rows, position + d * kSTEP, lane);
         }
     }
-    Turn<T, HEAD> turn;
+    Turn<T, HEAD, WHOLE> turn;
     turn.load(args, last, t);
 
     waitForPredecessors();
-    uint4 query[HEAD / 32];
+    LaneQuery<HEAD> const laneQuery{
+        sharedAddress(Exchange<HEAD>(sharedBytes, group).sumsOf(warp)) + 16 * lane, 64U * group,
+        g < group};
+    uint4 turned[HEAD / 32];
     turn.apply(
-        query, g < group,
+        turned, g < group,
         static_cast<T const*>(args.q) + sequence * args.queryStride + (kvHead * group + g) * HEAD,
         t);
+    laneQuery.store(turned);
     Softmax<T, HEAD> softmax;
-    if (slot == kSTEP - 1) {  // the warp with the fewest tiles
+    if (slot == kSLOTS - 1) {  // the warp with the fewest tiles
         int64_t const from = sequence * args.keyStride + kvHead * HEAD;
         uint4 values[HEAD / 64];
 #pragma unroll
@@ -523,13 +614,12 @@ __global__ void __launch_bounds__(kTHREADS, 3 - DEPTH)
             values[m] = loadActivationsWhere(
                 true, static_cast<T const*>(args.v) + from + (g + 8 * m) * kCHUNK);
         }
-        uint4 key[HEAD / 32];
-        turn.apply(key, true, static_cast<T const*>(args.k) + from, t);
+        turn.apply(turned, true, static_cast<T const*>(args.k) + from, t);
         int64_t const to = cache + static_cast<int64_t>(last) * HEAD;
         if (g == 0) {
 #pragma unroll
             for (int i = 0; i < HEAD / 32; ++i) {
-                reinterpret_cast<uint4*>(static_cast<T*>(args.keys) + to)[t + 4 * i] = key[i];
+                reinterpret_cast<uint4*>(static_cast<T*>(args.keys) + to)[t + 4 * i] = turned[i];
             }
         }
         if (t == 0) {
@@ -538,36 +628,38 @@ __global__ void __launch_bounds__(kTHREADS, 3 - DEPTH)
                 reinterpret_cast<uint4*>(static_cast<T*>(args.values) + to)[g + 8 * m] = values[m];
             }
         }
-        softmax.begin(scoreNewKey<T, HEAD>(query, key) * scoreScale, values, t);
+        softmax.begin(scoreNewKey<T, HEAD>(laneQuery, turned) * scoreScale, values, t);
     } else {
         softmax.clear();
     }
-    if (DEPTH == 1) {  // no registers were left for them while queries were turned
-        tiles[0].loadValues(rows, tile * kTILE, g, t);
+    if (!loadsValuesAhead) {  // DEPTH is 1
+        tiles[0].loadValues(rows, position, t);
     }
 
-    while (tile < endTile) {
+    while (position < rows.end) {
 #pragma unroll
         for (int d = 0; d < DEPTH; ++d) {
-            if (tile >= endTile) {
+            if (position >= rows.end) {
                 break;
             }
-            int32_t const next = (tile + DEPTH * kSTEP) * kTILE;
+            int32_t const next = position + DEPTH * kSTEP;
             float scores[4];
-            scoreTile<T, HEAD>(scores, query, tiles[d]);
-            tiles[d].loadKeys(rows, next, g, t);
+            scoreTile<T, HEAD>(scores, laneQuery, tiles[d]);
+            tiles[d].loadKeys(rows, next, g);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                int32_t const position = tile * kTILE + 8 * (i / 2) + 2 * t + i % 2;
-                scores[i] = rows.has(position) ? scores[i] * scoreScale : lowest();
+                bool const isThere = rows.has(position + 8 * (i / 2) + 2 * t + i % 2);
+                scores[i] = isThere ? scores[i] * scoreScale : lowest();
             }
             softmax.weigh(scores, t);
             softmax.add(tiles[d], scores);
-            tiles[d].loadValues(rows, next, g, t);
-            tile += kSTEP;
+            tiles[d].loadValues(rows, next, t);
+            position += kSTEP;
         }
     }
 
+    Exchange<HEAD> const exchange(sharedBytes, group);
+    __syncwarp();  // sums take the place of queries
     storeWarp<T, HEAD>(exchange, softmax, warp, g, t);
     __syncthreads();
     if (rank == 0 && threadIdx.x == 0) {
@@ -579,14 +671,15 @@ __global__ void __launch_bounds__(kTHREADS, 3 - DEPTH)
     if (rank == 0) {
         waitForMail(exchange.mailbox);
         storeResult<T, HEAD>(
-            exchange, static_cast<T*>(args.y) + (sequence * args.kvHeads + kvHead) * group * HEAD);
+            exchange, static_cast<T*>(args.y) +
+                          static_cast<int64_t>(sequence * args.kvHeads + kvHead) * group * HEAD);
     }
 #endif
 }
 
-template <typename T, int HEAD, int DEPTH>
-cudaError_t launchShape(AttentionArgs const& args, cudaStream_t stream) {
-    auto* const kernel = &attentionKernel<T, HEAD, DEPTH>;
+template <typename T, int HEAD, bool WHOLE, int DEPTH>
+cudaError_t launchShape(AttentionArgs const& args, bool allowsNextLate, cudaStream_t stream) {
+    auto* const kernel = &attentionKernel<T, HEAD, WHOLE, DEPTH>;
     size_t const sharedBytes = Exchange<HEAD>::bytes(args.heads / args.kvHeads);
     if (sharedBytes > 48 * 1024) {
         cudaError_t const raised = cudaFuncSetAttribute(
@@ -610,21 +703,26 @@ cudaError_t launchShape(AttentionArgs const& args, cudaStream_t stream) {
     config.stream = stream;
     config.attrs = attributes;
     config.numAttrs = 2;
-    return cudaLaunchKernelEx(&config, kernel, args, args.scale * kLOG2_E);
+    return cudaLaunchKernelEx(&config, kernel, args, args.scale * kLOG2_E, allowsNextLate);
+}
+
+template <typename T, int HEAD, bool WHOLE>
+cudaError_t launchDepth(AttentionArgs const& args, AttentionPlan const& plan, cudaStream_t stream) {
+    bool const isLate = plan.allowsNextLate != 0;
+    return plan.depth == 1 ? launchShape<T, HEAD, WHOLE, 1>(args, isLate, stream)
+                           : launchShape<T, HEAD, WHOLE, 2>(args, isLate, stream);
 }
 
 template <typename T, int HEAD>
-cudaError_t launchDeepEnough(AttentionArgs const& args, DeviceTraits const& device,
-                             cudaStream_t stream) {
-    // Where every CTA can have a multiprocessor, it has all its registers too.
-    bool const isSparse = args.batch * args.kvHeads * kRANKS <= device.multiprocessors;
-    return isSparse ? launchShape<T, HEAD, 2>(args, stream) : launchShape<T, HEAD, 1>(args, stream);
+cudaError_t launchTurn(AttentionArgs const& args, AttentionPlan const& plan, cudaStream_t stream) {
+    return args.rotary == HEAD ? launchDepth<T, HEAD, true>(args, plan, stream)
+                               : launchDepth<T, HEAD, false>(args, plan, stream);
 }
 
 template <typename T>
-cudaError_t launchType(AttentionArgs const& args, DeviceTraits const& device, cudaStream_t stream) {
-    return args.headSize == 64 ? launchDeepEnough<T, 64>(args, device, stream)
-                               : launchDeepEnough<T, 128>(args, device, stream);
+cudaError_t launchType(AttentionArgs const& args, AttentionPlan const& plan, cudaStream_t stream) {
+    return args.headSize == 64 ? launchTurn<T, 64>(args, plan, stream)
+                               : launchTurn<T, 128>(args, plan, stream);
 }
 
 bool isAligned(void const* pointer) {
@@ -654,7 +752,12 @@ bool attentionFits(AttentionArgs const& args, DeviceTraits const& device) {
 
 cudaError_t launchAttention(AttentionArgs const& args, DeviceTraits const& device,
                             cudaStream_t stream) {
-    if (!attentionFits(args, device)) {
+    return launchAttentionWithPlan(args, AttentionPlan{}, device, stream);
+}
+
+cudaError_t launchAttentionWithPlan(AttentionArgs const& args, AttentionPlan const& plan,
+                                    DeviceTraits const& device, cudaStream_t stream) {
+    if (!attentionFits(args, device) || plan.depth < 1 || plan.depth > 2) {
         return cudaErrorInvalidValue;
     }
     if (args.batch == 0) {
@@ -663,8 +766,8 @@ cudaError_t launchAttention(AttentionArgs const& args, DeviceTraits const& devic
     if (!hasPointers(args)) {
         return cudaErrorInvalidValue;
     }
-    return args.type == DType::kFLOAT16 ? launchType<__half>(args, device, stream)
-                                        : launchType<__nv_bfloat16>(args, device, stream);
+    return args.type == DType::kFLOAT16 ? launchType<__half>(args, plan, stream)
+                                        : launchType<__nv_bfloat16>(args, plan, stream);
 }
 
 }  // namespace nmexport::cuda

@@ -46,6 +46,15 @@ struct AttentionArgs {
     void* y{nullptr};                       //!< [batch, H, D] T, dense
 };
 
+//! How the kernel runs; no result depends on it.
+struct AttentionPlan {
+    //! Tiles of a warp in flight: 1 leaves half of a multiprocessor's registers to other kernels,
+    //! such as the linear before, so that caches are read while that still runs. 2 takes them all.
+    int32_t depth{1};
+    //! 1: the next kernel starts when CTAs end, and finds all multiprocessors free; 0: at once.
+    int32_t allowsNextLate{0};
+};
+
 //! True where launchAttention computes this: a 16-bit type, heads of 64 or 128 elements, at most 8
 //! heads of queries to one of keys, a rotary part that is a multiple of 16, and compute capability
 //! 9.0. Looks at no pointer.
@@ -55,5 +64,9 @@ bool attentionFits(AttentionArgs const& args, DeviceTraits const& device);
 //! to 16 bytes.
 cudaError_t launchAttention(AttentionArgs const& args, DeviceTraits const& device,
                             cudaStream_t stream);
+
+//! The same with a given plan, for benchmarks.
+cudaError_t launchAttentionWithPlan(AttentionArgs const& args, AttentionPlan const& plan,
+                                    DeviceTraits const& device, cudaStream_t stream);
 
 }  // namespace nmexport::cuda

@@ -102,17 +102,18 @@ __device__ float sumOverBlock(float value, float* perWarp) {
     return sum;
 }
 
-//! A block per token. The rounded sum is kept in registers for up to 4 * 4096 channels, the widest
-//! models there are; what lies beyond is read again.
-template <typename T, Pruner PRUNER>
+//! A block per token. The rounded sum is kept in registers for up to HELD * 4096 channels; what
+//! lies beyond is read again.
+template <typename T, Pruner PRUNER, int HELD>
 __global__ void __launch_bounds__(kTHREADS) normKernel(NormArgs const args) {
-    constexpr int kHELD = 4;
     __shared__ float perWarp[kWARPS];
     extern __shared__ __align__(16) unsigned char rowBytes[];
     allowDependentLaunch();
     askFor(args.weight, args.channels * static_cast<int64_t>(sizeof(T)));
+    StagedRow<T, PRUNER> row(rowBytes, args.selection, args.channels);
     if constexpr (PRUNER != Pruner::kNONE) {
         askFor(args.selection, args.channels);
+        row.prepare();
     }
     waitForPredecessors();
     int64_t const start = static_cast<int64_t>(blockIdx.x) * args.channels;
@@ -130,7 +131,7 @@ __global__ void __launch_bounds__(kTHREADS) normKernel(NormArgs const args) {
         }
         return sum;
     };
-    Eight<T> held[kHELD];
+    Eight<T> held[HELD];
     float squares = 0.0F;
     int step = 0;
     for (int32_t channel = static_cast<int32_t>(threadIdx.x) * kELEMENTS; channel < args.channels;
@@ -144,7 +145,7 @@ __global__ void __launch_bounds__(kTHREADS) normKernel(NormArgs const args) {
             sum.store(total + channel);
         }
 #pragma unroll
-        for (int h = 0; h < kHELD; ++h) {
+        for (int h = 0; h < HELD; ++h) {
             if (step == h) {
                 held[h] = sum;
             }
@@ -154,16 +155,15 @@ __global__ void __launch_bounds__(kTHREADS) normKernel(NormArgs const args) {
     float const factor = rsqrtf(mean + args.epsilon);
     T const* const weight = static_cast<T const*>(args.weight);
     T* const y = static_cast<T*>(args.y) + start;
-    StagedRow<T, PRUNER> const row(rowBytes, args.selection, args.channels);
     step = 0;
     for (int32_t channel = static_cast<int32_t>(threadIdx.x) * kELEMENTS; channel < args.channels;
          channel += kTHREADS * kELEMENTS, ++step) {
         Eight<T> sum;
-        if (step >= kHELD) {
+        if (step >= HELD) {
             sum = summed(channel);
         }
 #pragma unroll
-        for (int h = 0; h < kHELD; ++h) {
+        for (int h = 0; h < HELD; ++h) {
             if (step == h) {
                 sum = held[h];
             }
@@ -180,12 +180,12 @@ __global__ void __launch_bounds__(kTHREADS) normKernel(NormArgs const args) {
         }
     }
     if constexpr (PRUNER != Pruner::kNONE) {
-        row.prune(args.selection, args.channels, y);
+        row.prune(y);
     }
 }
 
 __device__ __forceinline__ float gated(float gate, float up) {
-    return gate / (1.0F + __expf(-gate)) * up;
+    return __fdividef(gate, 1.0F + __expf(-gate)) * up;
 }
 
 template <typename T>
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(kPAIR_THREADS) gatedPairKernel(GatedSiluArgs c
 
 //! Many tokens, pruned: a block a token.
 template <typename T, Pruner PRUNER>
-__global__ void __launch_bounds__(kTHREADS) gatedRowKernel(GatedSiluArgs const args) {
+__global__ void __launch_bounds__(kTHREADS, 2) gatedRowKernel(GatedSiluArgs const args) {
     extern __shared__ __align__(16) unsigned char rowBytes[];
     allowDependentLaunch();
     askFor(args.selection, args.channels);
@@ -248,8 +248,9 @@ __global__ void __launch_bounds__(kTHREADS) gatedRowKernel(GatedSiluArgs const a
     int64_t const token = blockIdx.x;
     T const* const gates = static_cast<T const*>(args.gate) + token * args.stride;
     T const* const ups = static_cast<T const*>(args.up) + token * args.stride;
-    StagedRow<T, PRUNER> const row(rowBytes, args.selection, args.channels);
-#pragma unroll 2
+    StagedRow<T, PRUNER> row(rowBytes, args.selection, args.channels);
+    row.prepare();
+#pragma unroll 4
     for (int32_t octet = threadIdx.x; octet < args.channels / kELEMENTS; octet += kTHREADS) {
         Eight<T> gate = Eight<T>::load(gates + octet * kELEMENTS);
         Eight<T> const up = Eight<T>::load(ups + octet * kELEMENTS);
@@ -259,7 +260,26 @@ __global__ void __launch_bounds__(kTHREADS) gatedRowKernel(GatedSiluArgs const a
         }
         row.put(octet, gate.packed());
     }
-    row.prune(args.selection, args.channels, static_cast<T*>(args.y) + token * args.channels);
+    row.prune(static_cast<T*>(args.y) + token * args.channels);
+}
+
+//! A few rows that some other kernel has made: a lane gathers and ranks two positions.
+template <typename T, bool IS_BARE>
+__global__ void __launch_bounds__(kPAIR_THREADS) prunePairKernel(MaskArgs const args) {
+    allowDependentLaunch();
+    int32_t const position = 2 * static_cast<int32_t>(blockIdx.x * kPAIR_THREADS + threadIdx.x);
+    bool const isActive = position < args.channels;
+    PairConstants const constants =
+        PairConstants::read<IS_BARE>(args.selection, isActive ? position : 0);
+    waitForPredecessors();
+    int64_t const start = static_cast<int64_t>(blockIdx.y) * args.channels;
+    T const* const x = static_cast<T const*>(args.x) + start;
+    uint32_t const word = loadActivationBits(x + constants.channel.x) |
+                          loadActivationBits(x + constants.channel.y) << 16;
+    uint32_t const pruned = prunePair<T, IS_BARE>(args.selection, constants, word);
+    if (isActive) {
+        reinterpret_cast<uint32_t*>(static_cast<T*>(args.s) + start)[position / 2] = pruned;
+    }
 }
 
 //! How a kernel is launched.
@@ -307,7 +327,9 @@ template <typename T, Pruner PRUNER>
 cudaError_t enqueueNorm(NormArgs const& args, DeviceTraits const& device, cudaStream_t stream) {
     Grid const grid{dim3(static_cast<unsigned>(args.tokens)), kTHREADS,
                     stagedBytes(PRUNER, args.selection, args.channels)};
-    return launchInChain(normKernel<T, PRUNER>, grid, device, stream, args);
+    return args.channels <= kTHREADS * kELEMENTS
+               ? launchInChain(normKernel<T, PRUNER, 1>, grid, device, stream, args)
+               : launchInChain(normKernel<T, PRUNER, 4>, grid, device, stream, args);
 }
 
 template <typename T>
@@ -339,13 +361,25 @@ cudaError_t enqueueGatedRows(GatedSiluArgs const& args, DeviceTraits const& devi
     return launchInChain(gatedRowKernel<T, PRUNER>, grid, device, stream, args);
 }
 
+//! A lane for each two positions of each token.
+Grid gridOfPairs(int32_t channels, int64_t tokens) {
+    int32_t const blocks = ceilDivide(channels, 2 * kPAIR_THREADS);
+    return {dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(tokens)), kPAIR_THREADS};
+}
+
+template <typename T>
+cudaError_t enqueuePrune(MaskArgs const& args, DeviceTraits const& device, cudaStream_t stream) {
+    Grid const grid = gridOfPairs(args.channels, args.tokens);
+    return isBare(args.selection)
+               ? launchInChain(prunePairKernel<T, true>, grid, device, stream, args)
+               : launchInChain(prunePairKernel<T, false>, grid, device, stream, args);
+}
+
 template <typename T>
 cudaError_t enqueuePrunedGated(GatedSiluArgs const& args, DeviceTraits const& device,
                                cudaStream_t stream) {
     if (args.tokens <= kFEW_TOKENS) {
-        int32_t const blocks = ceilDivide(args.channels, 2 * kPAIR_THREADS);
-        Grid const grid{dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(args.tokens)),
-                        kPAIR_THREADS};
+        Grid const grid = gridOfPairs(args.channels, args.tokens);
         return isBare(args.selection)
                    ? launchInChain(gatedPairKernel<T, true>, grid, device, stream, args)
                    : launchInChain(gatedPairKernel<T, false>, grid, device, stream, args);
@@ -378,6 +412,23 @@ bool canPrune(DType type, int32_t channels, Selection const& selection) {
             selection.shiftLength == channels) &&
            (selection.shiftLength == 0) == (selection.shift == nullptr) &&
            reinterpret_cast<uintptr_t>(selection.channelOrder) % sizeof(int2) == 0;
+}
+
+bool canPruneInChain(MaskArgs const& args) {
+    return args.tokens <= kFEW_TOKENS && args.isGathered && args.keep == nullptr &&
+           canPrune(args.type, args.channels, args.selection) &&
+           reinterpret_cast<uintptr_t>(args.s) % sizeof(uint32_t) == 0;
+}
+
+cudaError_t launchPrune(MaskArgs const& args, DeviceTraits const& device, cudaStream_t stream) {
+    if (args.x == nullptr || args.s == nullptr || !canPruneInChain(args)) {
+        return cudaErrorInvalidValue;
+    }
+    if (args.tokens == 0) {
+        return cudaSuccess;
+    }
+    return args.type == DType::kFLOAT16 ? enqueuePrune<__half>(args, device, stream)
+                                        : enqueuePrune<__nv_bfloat16>(args, device, stream);
 }
 
 cudaError_t launchNorm(NormArgs const& args, DeviceTraits const& device, cudaStream_t stream) {

@@ -52,6 +52,14 @@ inline constexpr int32_t kMAX_PRUNED_CHANNELS = 16384;
 //! token.
 bool canPrune(DType type, int32_t channels, Selection const& selection);
 
+//! Whether launchPrune takes these rows: few, that canPrune holds for, s by position, no mask asked
+//! for.
+bool canPruneInChain(MaskArgs const& args);
+
+//! Enqueues what launchMask does, in the chain of dependent launches. cudaErrorInvalidValue unless
+//! canPruneInChain.
+cudaError_t launchPrune(MaskArgs const& args, DeviceTraits const& device, cudaStream_t stream);
+
 //! Enqueues the norm. cudaErrorInvalidValue unless K is a multiple of 8.
 cudaError_t launchNorm(NormArgs const& args, DeviceTraits const& device, cudaStream_t stream);
 

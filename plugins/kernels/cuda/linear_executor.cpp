@@ -1,5 +1,6 @@
 #include "linear_executor.h"
 
+#include "between.h"
 #include "cuda_fault.h"
 
 namespace nmexport::cuda {
@@ -125,18 +126,22 @@ void LinearExecutor::run(const LinearArgs& given, const DeviceTraits& device, Li
     if (takesDecodeKernel(workOf(args), device, path)) {
         checkCuda(launchDecode(args, device, stream), "the decode kernel");
     } else {
-        runProduct(args, workspace, stream);
+        runProduct(args, device, workspace, stream);
     }
 }
 
-void LinearExecutor::runProduct(const LinearArgs& args, void* workspace, cudaStream_t stream) {
+void LinearExecutor::runProduct(const LinearArgs& args, const DeviceTraits& device, void* workspace,
+                                cudaStream_t stream) {
     const LinearWork work = workOf(args);
     const Workspace parts(work);
     float* const eta = at<float>(workspace, parts.eta);
     float* const nu = at<float>(workspace, parts.nu);
     const void* s = args.x;
     if (work.needsMask) {
-        checkCuda(launchMask(maskOf(args, workspace, eta, nu), stream), "the mask kernel");
+        const MaskArgs mask = maskOf(args, workspace, eta, nu);
+        checkCuda(
+            canPruneInChain(mask) ? launchPrune(mask, device, stream) : launchMask(mask, stream),
+            "the mask kernel");
         s = workspace;
     }
     void* const product = work.needsEpilogue ? at<>(workspace, parts.product) : args.y;

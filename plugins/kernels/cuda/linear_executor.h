@@ -51,7 +51,8 @@ class LinearExecutor {
              cudaStream_t stream);
 
   private:
-    void runProduct(const LinearArgs& args, void* workspace, cudaStream_t stream);
+    void runProduct(const LinearArgs& args, const DeviceTraits& device, void* workspace,
+                    cudaStream_t stream);
 
     std::mutex mMutex;  // of the product alone: it remembers kernels by shape
     DenseProduct mProduct;

@@ -134,19 +134,21 @@ __device__ __forceinline__ void copyRow(T* target, T const* source, int32_t chan
     }
 }
 
+constexpr int kGATHER_THREADS = 512;
+
 //! The same with a channel order, s by position: the token's row lies in shared memory, where
 //! gathering is cheap. A block per token.
 template <typename T>
-__global__ void __launch_bounds__(kTHREADS)
+__global__ void __launch_bounds__(kGATHER_THREADS)
     pairGatherKernel(T const* x, T* s, uint8_t* keep, Selection const selection, int32_t channels) {
     extern __shared__ __align__(16) unsigned char rowBytes[];
     int64_t const offset = static_cast<int64_t>(blockIdx.x) * channels;
-    StagedRow<T, Pruner::kPAIRS> const row(rowBytes, selection, channels);
+    StagedRow<T, Pruner::kPAIRS> row(rowBytes, selection, channels);
     auto const* const octets = reinterpret_cast<uint4 const*>(x + offset);
-    for (int32_t octet = threadIdx.x; octet < channels / 8; octet += kTHREADS) {
+    for (int32_t octet = threadIdx.x; octet < channels / 8; octet += kGATHER_THREADS) {
         row.put(octet, octets[octet]);
     }
-    row.prune(selection, channels, s + offset, keep == nullptr ? nullptr : keep + offset);
+    row.prune(s + offset, keep == nullptr ? nullptr : keep + offset);
 }
 
 //! Groups of GROUP of a channel order, each ranked by a thread: the token's row lies in shared
@@ -353,7 +355,7 @@ cudaError_t enqueuePairGather(MaskArgs const& args, cudaStream_t stream) {
     if (raised != cudaSuccess) {
         return raised;
     }
-    kernel<<<static_cast<unsigned>(args.tokens), kTHREADS, bytes, stream>>>(
+    kernel<<<static_cast<unsigned>(args.tokens), kGATHER_THREADS, bytes, stream>>>(
         static_cast<T const*>(args.x), static_cast<T*>(args.s), args.keep, args.selection,
         args.channels);
     return cudaGetLastError();

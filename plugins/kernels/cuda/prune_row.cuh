@@ -22,9 +22,9 @@ enum class Pruner {
 //! The constants of a lane's two neighbouring positions.
 struct PairConstants {
     int2 channel;
-    float shift[2]{0.0F, 0.0F};
-    float scoreScale[2]{1.0F, 1.0F};
-    float valueScale[2]{1.0F, 1.0F};
+    float shift[2];
+    float scoreScale[2];
+    float valueScale[2];
 
     template <bool IS_BARE>
     __device__ static PairConstants read(Selection const& selection, int32_t position) {
@@ -36,19 +36,20 @@ struct PairConstants {
         if constexpr (!IS_BARE) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                if (selection.shiftLength > 0) {
-                    pair.shift[i] =
-                        __ldg(selection.shift + (selection.shiftLength == 1 ? 0 : position + i));
-                }
-                if (selection.scoreScale != nullptr) {
-                    pair.scoreScale[i] = __ldg(selection.scoreScale + position + i);
-                }
-                if (selection.valueScale != nullptr) {
-                    pair.valueScale[i] = __ldg(selection.valueScale + position + i);
-                }
+                bool const isScalar = selection.shiftLength == 1;
+                pair.shift[i] = selection.shiftLength == 0
+                                    ? 0.0F
+                                    : __ldg(selection.shift + (isScalar ? 0 : position + i));
+                pair.scoreScale[i] = constantAt(selection.scoreScale, position + i);
+                pair.valueScale[i] = constantAt(selection.valueScale, position + i);
             }
         }
         return pair;
+    }
+
+  private:
+    __device__ static float constantAt(float const* values, int32_t position) {
+        return values == nullptr ? 1.0F : __ldg(values + position);
     }
 };
 
@@ -100,69 +101,118 @@ __device__ __forceinline__ int32_t spread(int32_t octet) {
 
 //! A row's place in shared memory, and where a producer puts its values.
 template <typename T, Pruner PRUNER>
-struct StagedRow {
-    uint4* staged;    //!< [K / 8], by channel; spread where nothing will be gathered
-    uint4* gathered;  //!< [K / 8], by position and spread; only kPAIRS with an order uses it
-    bool hasOrder;
-
+class StagedRow {
+  public:
     __device__ StagedRow(unsigned char* memory, Selection const& selection, int32_t channels)
-        : staged{reinterpret_cast<uint4*>(memory)},
-          gathered{reinterpret_cast<uint4*>(memory) + channels / 8},
-          hasOrder{selection.channelOrder != nullptr} {}
+        : mSelection{selection},
+          mChannels{channels},
+          mStaged{reinterpret_cast<uint4*>(memory)},
+          mGathered{reinterpret_cast<uint4*>(memory) + channels / 8} {}
+
+    //! Reads the first constants (see Selection); call before waiting for the kernel ahead.
+    __device__ void prepare() {
+        if constexpr (kBY_LANES) {
+            readConstants(0);
+        }
+    }
 
     //! Puts 8 neighbouring values, beginning with channel 8 * octet.
     __device__ void put(int32_t octet, uint4 values) const {
-        staged[PRUNER == Pruner::kPAIRS && !hasOrder ? spread(octet) : octet] = values;
+        bool const isGathered = mSelection.channelOrder != nullptr;
+        mStaged[PRUNER == Pruner::kPAIRS && !isGathered ? spread(octet) : octet] = values;
     }
 
     //! Prunes what the block has put, and writes s [K] (and, where wanted and with kPAIRS, keep
     //! [K]); a barrier stands between the two here.
-    __device__ void prune(Selection const& selection, int32_t channels, T* s,
-                          uint8_t* keep = nullptr) const {
+    __device__ void prune(T* s, uint8_t* keep = nullptr) {
         __syncthreads();
-        if constexpr (PRUNER == Pruner::kPAIRS) {
-            prunePairs(selection, channels, s, keep);
+        if constexpr (kBY_LANES) {
+            pruneLanes(s);
         } else {
-            pruneLanes(selection, channels, s);
+            prunePairs(s, keep);
         }
     }
 
   private:
-    //! The value of two channels as one word.
+    static constexpr bool kBY_LANES = PRUNER == Pruner::kPACKED || PRUNER == Pruner::kWIDE;
+    static constexpr bool kIS_BARE = PRUNER != Pruner::kWIDE;
+    static constexpr int kAT_ONCE = 4;  //!< pairs of a lane that are in flight together
+    static constexpr int kLOOKED_UP_AT_ONCE = 7;
+
+    __device__ int32_t positionOf(int32_t first, int step) const {
+        return first +
+               2 * (step * static_cast<int32_t>(blockDim.x) + static_cast<int32_t>(threadIdx.x));
+    }
+
+    __device__ void readConstants(int32_t first) {
+#pragma unroll
+        for (int step = 0; step < kAT_ONCE; ++step) {
+            int32_t const position = positionOf(first, step);
+            mConstants[step] =
+                PairConstants::read<kIS_BARE>(mSelection, position < mChannels ? position : 0);
+        }
+    }
+
+    //! The values of two channels as one word.
     __device__ uint32_t wordOf(int2 channel) const {
-        auto const* const values = reinterpret_cast<uint16_t const*>(staged);
+        auto const* const values = reinterpret_cast<uint16_t const*>(mStaged);
         return values[channel.x] | static_cast<uint32_t>(values[channel.y]) << 16;
     }
 
-    __device__ void pruneLanes(Selection const& selection, int32_t channels, T* s) const {
-        constexpr bool kIS_BARE = PRUNER == Pruner::kPACKED;
-        int32_t const step = 2 * static_cast<int32_t>(blockDim.x);
-        for (int32_t first = 0; first < channels; first += step) {
-            int32_t const position = first + 2 * static_cast<int32_t>(threadIdx.x);
-            bool const isActive = position < channels;
-            PairConstants const constants =
-                PairConstants::read<kIS_BARE>(selection, isActive ? position : 0);
-            uint32_t const word =
-                prunePair<T, kIS_BARE>(selection, constants, wordOf(constants.channel));
-            if (isActive) {
-                reinterpret_cast<uint32_t*>(s)[position / 2] = word;
+    __device__ void pruneLanes(T* s) {
+        int32_t const stride = 2 * kAT_ONCE * static_cast<int32_t>(blockDim.x);
+        for (int32_t first = 0; first < mChannels; first += stride) {
+            if (first > 0) {
+                readConstants(first);
+            }
+            uint32_t words[kAT_ONCE];
+#pragma unroll
+            for (int step = 0; step < kAT_ONCE; ++step) {
+                words[step] = wordOf(mConstants[step].channel);
+            }
+#pragma unroll
+            for (int step = 0; step < kAT_ONCE; ++step) {
+                uint32_t const word =
+                    prunePair<T, kIS_BARE>(mSelection, mConstants[step], words[step]);
+                int32_t const position = positionOf(first, step);
+                if (position < mChannels) {
+                    reinterpret_cast<uint32_t*>(s)[position / 2] = word;
+                }
             }
         }
     }
 
-    __device__ void prunePairs(Selection const& selection, int32_t channels, T* s,
-                               uint8_t* keep) const {
-        if (hasOrder) {
-            auto* const words = reinterpret_cast<uint32_t*>(gathered);
-            auto const* const order = reinterpret_cast<int2 const*>(selection.channelOrder);
-            for (int32_t word = threadIdx.x; word < channels / 2;
-                 word += static_cast<int32_t>(blockDim.x)) {
-                words[4 * spread(word / 4) + word % 4] = wordOf(__ldg(order + word));
+    //! By position, and spread.
+    __device__ void gather() const {
+        auto* const words = reinterpret_cast<uint32_t*>(mGathered);
+        auto const* const order = reinterpret_cast<int2 const*>(mSelection.channelOrder);
+        int32_t const count = mChannels / 2;
+        int32_t const threads = static_cast<int32_t>(blockDim.x);
+        for (int32_t first = static_cast<int32_t>(threadIdx.x); first < count;
+             first += kLOOKED_UP_AT_ONCE * threads) {
+            int2 channels[kLOOKED_UP_AT_ONCE];
+#pragma unroll
+            for (int i = 0; i < kLOOKED_UP_AT_ONCE; ++i) {
+                channels[i] = __ldg(order + min(first + i * threads, count - 1));
             }
-            __syncthreads();
+#pragma unroll
+            for (int i = 0; i < kLOOKED_UP_AT_ONCE; ++i) {
+                int32_t const word = first + i * threads;
+                if (word < count) {
+                    words[4 * spread(word / 4) + word % 4] = wordOf(channels[i]);
+                }
+            }
         }
-        uint4 const* const row = hasOrder ? gathered : staged;
-        for (int32_t pair = threadIdx.x; pair < channels / 32;
+        __syncthreads();
+    }
+
+    __device__ void prunePairs(T* s, uint8_t* keep) const {
+        bool const isGathered = mSelection.channelOrder != nullptr;
+        if (isGathered) {
+            gather();
+        }
+        uint4 const* const row = isGathered ? mGathered : mStaged;
+        for (int32_t pair = static_cast<int32_t>(threadIdx.x); pair < mChannels / 32;
              pair += static_cast<int32_t>(blockDim.x)) {
             uint4 const a[2] = {row[spread(4 * pair)], row[spread(4 * pair + 1)]};
             uint4 const b[2] = {row[spread(4 * pair + 2)], row[spread(4 * pair + 3)]};
@@ -170,6 +220,12 @@ struct StagedRow {
                       keep == nullptr ? nullptr : keep + 32 * pair);
         }
     }
+
+    Selection const& mSelection;
+    int32_t mChannels;
+    uint4* mStaged;    //!< [K / 8], by channel; spread where nothing will be gathered
+    uint4* mGathered;  //!< [K / 8], by position and spread; only kPAIRS with an order uses it
+    PairConstants mConstants[kBY_LANES ? kAT_ONCE : 1];
 };
 
 //! Shared memory of a row that is pruned so.

@@ -277,9 +277,9 @@ struct OnDevice {
         return a;
     }
 
-    std::vector<T> run(Case const& c, DeviceTraits const& device) const {
+    std::vector<T> run(Case const& c, DeviceTraits const& device, AttentionPlan plan = {}) const {
         CHECK_CUDA(cudaMemset(y.data, 0xff, y.count * sizeof(T)));
-        CHECK_CUDA(launchAttention(args(c), device, nullptr));
+        CHECK_CUDA(launchAttentionWithPlan(args(c), plan, device, nullptr));
         CHECK_CUDA(cudaDeviceSynchronize());
         return y.read();
     }
@@ -370,7 +370,8 @@ bool runCase(Case const& c, DeviceTraits const& device, double& worst) {
     OnDevice<T> const on(c, problem, 0, c.batch(), c.longest() + 40);
     std::vector<T> const y = on.run(c, device);
     bool ok = checkResult(c, problem, y, worst) && checkCaches(c, problem, on) &&
-              sameBits("second run", on.run(c, device), y);
+              sameBits("second run", on.run(c, device), y) &&
+              sameBits("two tiles in flight", on.run(c, device, {2, 1}), y);
     for (int sequence = 0; ok && c.batch() > 1 && sequence < c.batch(); ++sequence) {
         OnDevice<T> const alone(c, problem, sequence, 1, c.longest());
         ptrdiff_t const size = static_cast<ptrdiff_t>(c.heads()) * c.headSize;
@@ -394,7 +395,6 @@ std::vector<Case> allCases() {
     for (int const headSize : {64, 128}) {
         for (int const group : {1, 4, 8}) {
             for (std::vector<int> const& some : lengths) {
-                // Eight sequences of four heads take the kernel for many CTAs.
                 int const kvHeads = some.size() > 3 ? 4 : 2;
                 cases.push_back({some, headSize, group, kvHeads, -1, headSize, false});
                 cases.push_back({some, headSize, group, kvHeads, -1, headSize, true});
@@ -435,7 +435,8 @@ __global__ void pause() {}
 
 //! Microseconds a launch, over caches that do not fit the L2 together, in one CUDA graph; with a
 //! kernel between that lets nothing overlap, and without.
-float timed(Case const& c, DeviceTraits const& device, bool isApart, bool isEmpty) {
+float timed(Case const& c, DeviceTraits const& device, AttentionPlan plan, bool isApart,
+            bool isEmpty) {
     constexpr int kLAYERS = 40;
     Problem<__half> const problem = problemOf<__half>(c);
     std::vector<OnDevice<__half>*> layers;
@@ -456,7 +457,7 @@ float timed(Case const& c, DeviceTraits const& device, bool isApart, bool isEmpt
             pause<<<1, 32, 0, stream>>>();
         }
         if (!isEmpty) {
-            CHECK_CUDA(launchAttention(layer->args(c), device, stream));
+            CHECK_CUDA(launchAttentionWithPlan(layer->args(c), plan, device, stream));
         }
     }
     CHECK_CUDA(cudaStreamEndCapture(stream, &graph));
@@ -486,12 +487,16 @@ void tellTimes(DeviceTraits const& device) {
     for (int const batch : {1, 4, 8}) {
         for (int const length : {128, 2048, 8192}) {
             Case const c{std::vector<int>(batch, length), 128, 4, 8, -1, 128, false};
-            float const empty = timed(c, device, true, true);
-            float const apart = timed(c, device, true, false) - empty;
-            float const chained = timed(c, device, false, false);
+            float const empty = timed(c, device, {}, true, true);
             double const bytes = 2.0 * 2 * batch * 8 * length * 128;
-            std::printf("batch %d length %d: %.2f after another kernel, %.2f chained (%.2f TB/s)\n",
-                        batch, length, apart, chained, bytes / chained * 1e-6);
+            for (int const depth : {1, 2}) {
+                float const apart = timed(c, device, {depth, 0}, true, false) - empty;
+                float const chained = timed(c, device, {depth, 0}, false, false);
+                std::printf(
+                    "batch %d length %d depth %d: %.2f after another kernel, %.2f chained "
+                    "(%.2f TB/s)\n",
+                    batch, length, depth, apart, chained, bytes / chained * 1e-6);
+            }
         }
     }
 }

@@ -125,6 +125,28 @@ bool checkLinear(Case const& c, Launches<T>& on, std::vector<T> const& s,
     return ok;
 }
 
+//! s of rows that another kernel has made, pruned in the chain.
+template <typename T>
+bool checkPrune(Case const& c, Launches<T>& on, std::vector<Expected> const& expected,
+                DeviceTraits const& device) {
+    MaskArgs args = on.maskArgs;
+    args.keep = nullptr;
+    if (!canPruneInChain(args)) {
+        return c.tokens > 16;
+    }
+    CHECK_CUDA(launchPrune(args, device, nullptr));
+    CHECK_CUDA(cudaDeviceSynchronize());
+    std::vector<T> const s = on.s.read();
+    bool ok = true;
+    for (int token = 0; token < c.tokens; ++token) {
+        for (int k = 0; k < c.channels; ++k) {
+            ok = ok && widen(s[static_cast<size_t>(token) * c.channels + k]) ==
+                           widen(narrow<T>(expected[token].s[k]));
+        }
+    }
+    return ok;
+}
+
 template <typename T>
 bool runCase(Case const& c, bool isNorm, DeviceTraits const& device) {
     Producer<T> const producer(c, isNorm);
@@ -146,6 +168,7 @@ bool runCase(Case const& c, bool isNorm, DeviceTraits const& device) {
         }
     }
     ok = checkLinear(c, on, s, expected, device) && ok;
+    ok = checkPrune(c, on, expected, device) && ok;
     if (!ok) {
         std::printf("FAILED %s tokens %d K %d O %d %d:%d options %d type %d\n",
                     isNorm ? "norm" : "gated", c.tokens, c.channels, c.outputs, c.n, c.m,

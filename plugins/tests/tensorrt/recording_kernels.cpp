@@ -26,6 +26,15 @@ cudaError_t launchMask(MaskArgs const& args, cudaStream_t) {
     return launches().next;
 }
 
+// The recorded device has no chain of dependent launches.
+bool canPruneInChain(MaskArgs const&) {
+    return false;
+}
+
+cudaError_t launchPrune(MaskArgs const&, DeviceTraits const&, cudaStream_t) {
+    return cudaErrorInvalidValue;
+}
+
 cudaError_t launchEpilogue(EpilogueArgs const& args, cudaStream_t) {
     launches().order.push_back("epilogue");
     launches().epilogues.push_back(args);
