@@ -283,6 +283,30 @@ def test_the_likeliest_is_the_first_of_equals(dtype: str, kind: int) -> None:
     np.testing.assert_array_equal(ids, x.argmax(-1))
 
 
+@needs_library
+def test_of_nans_the_first_is_the_likeliest() -> None:
+    model = ir.from_proto(
+        onnx.parser.parse_model(
+            '<ir_version: 10, opset_import: ["" : 23]> g (float[B, V] x) => '
+            "(float[B, V] logits) { logits = Relu (x) }"
+        )
+    )
+    ChooseLikeliest()(model)
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(native.find_library()))
+    session = onnxruntime.InferenceSession(
+        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    x = np.random.default_rng(0).integers(-3, 4, (9, 40)).astype(np.float32)
+    x[1, 5], x[1, 9], x[2, 0], x[3, 39] = np.nan, np.nan, np.nan, np.nan
+    x[4, 7], x[4, 20], x[5], x[6] = np.inf, np.nan, -1.0, np.nan
+    logits, ids = session.run(["logits", "next_ids"], {"x": x})
+    assert np.isnan(logits).sum() == np.isnan(x).sum()
+    np.testing.assert_array_equal(ids, logits.argmax(-1))
+    with pytest.raises(Exception, match=r"Likeliest: X has shape \[2, 0\]"):
+        session.run(["next_ids"], {"x": x[:2, :0]})
+
+
 def test_a_graph_of_an_older_version_is_refused(exported: Exported) -> None:
     with OrtSession(exported.model) as plain, pytest.raises(ArtifactError, match="next_ids"):
         CudaSession(plain._session, positions=POSITIONS, device="cpu")
