@@ -217,12 +217,14 @@ struct Turn {
 //! The old rows of one head of keys that the new token sees.
 template <typename T, int HEAD>
 struct OldRows {
-    T const* keys;    //!< position g, chunk t
-    T const* values;  //!< position 2t, chunk g
-    int32_t begin;    //!< first position
-    int32_t end;      //!< the new token's position
+    T* keys;        //!< position g, chunk t
+    T* values;      //!< position 2t, chunk g
+    int32_t end;    //!< the new token's position
+    int32_t older;  //!< positions before it that it sees, if there are as many
 
-    __device__ bool has(int32_t position) const { return position >= begin && position < end; }
+    __device__ bool has(int32_t position) const {
+        return static_cast<uint32_t>(end - 1 - position) < static_cast<uint32_t>(older);
+    }
 };
 
 //! 16 positions as a lane holds them.
@@ -516,6 +518,14 @@ __device__ __forceinline__ uint64_t bitsOf(float2 value) {
     return static_cast<uint64_t>(__float_as_uint(value.y)) << 32 | __float_as_uint(value.x);
 }
 
+//! CTAs with one tile in flight that share a multiprocessor's registers. Two of them fit where the
+//! assembler needs no more than 128 a thread: for compute capability 9.0.
+#if __CUDA_ARCH__ == 900
+constexpr int kSHARERS = 2;
+#else
+constexpr int kSHARERS = 1;
+#endif
+
 //! Sends what this CTA's warps found to rank 0.
 template <int HEAD>
 __device__ __forceinline__ void sendSums(Exchange<HEAD> const& exchange, uint32_t rank) {
@@ -553,14 +563,14 @@ __device__ __forceinline__ void storeResult(Exchange<HEAD> const& exchange, T* y
 //! grid (ranks, heads of keys, batch). DEPTH tiles of a warp are in flight: it sets how many CTAs a
 //! multiprocessor holds, and no result.
 template <typename T, int HEAD, bool WHOLE, int DEPTH>
-__global__ void __launch_bounds__(kTHREADS, 3 - DEPTH)
-    attentionKernel(AttentionArgs const args, float const scoreScale, bool const allowsNextLate) {
+__global__ void __launch_bounds__(kTHREADS, DEPTH == 1 ? kSHARERS : 1)
+    attentionKernel(AttentionArgs const args, int const group, int32_t const older,
+                    float const scoreScale, bool const allowsNextLate) {
 #if __CUDA_ARCH__ >= 900
     extern __shared__ __align__(16) unsigned char sharedBytes[];
     if (!allowsNextLate) {  // late is when this CTA ends
         allowDependentLaunch();
     }
-    int const group = args.heads / args.kvHeads;
     uint32_t const rank = clusterRank();
     openMailbox(reinterpret_cast<uint64_t*>(sharedBytes), rank);
     int const warp = threadIdx.x / kWARP_SIZE;
@@ -574,12 +584,11 @@ __global__ void __launch_bounds__(kTHREADS, 3 - DEPTH)
     int32_t const last = min(max(args.lastPositions[sequence], 0), args.capacity - 1);
     int64_t const cache =
         static_cast<int64_t>(sequence * args.kvHeads + kvHead) * args.capacity * HEAD;
-    OldRows<T, HEAD> const rows{
-        static_cast<T const*>(args.keys) + cache + g * HEAD + t * kCHUNK,
-        static_cast<T const*>(args.values) + cache + 2 * t * HEAD + g * kCHUNK,
-        args.window > 0 ? max(last + 1 - args.window, 0) : 0, last};
-    int32_t const slot = warp * kRANKS + static_cast<int>(rank);  // short texts use all ranks
-    int32_t position = (rows.begin / kTILE + slot) * kTILE;       // of the tile at hand
+    OldRows<T, HEAD> const rows{static_cast<T*>(args.keys) + cache + g * HEAD + t * kCHUNK,
+                                static_cast<T*>(args.values) + cache + 2 * t * HEAD + g * kCHUNK,
+                                last, older};
+    int32_t const slot = warp * kRANKS + static_cast<int>(rank);       // short texts use all ranks
+    int32_t position = (max(last - older, 0) / kTILE + slot) * kTILE;  // of the tile at hand
     // Registers that turning queries takes are not there for values: they come as far as the L2.
     constexpr bool loadsValuesAhead = HEAD == 64 || DEPTH > 1;
     Tile<T, HEAD> tiles[DEPTH];
@@ -615,17 +624,17 @@ __global__ void __launch_bounds__(kTHREADS, 3 - DEPTH)
                 true, static_cast<T const*>(args.v) + from + (g + 8 * m) * kCHUNK);
         }
         turn.apply(turned, true, static_cast<T const*>(args.k) + from, t);
-        int64_t const to = cache + static_cast<int64_t>(last) * HEAD;
+        int64_t const row = static_cast<int64_t>(last) * HEAD;
         if (g == 0) {
 #pragma unroll
             for (int i = 0; i < HEAD / 32; ++i) {
-                reinterpret_cast<uint4*>(static_cast<T*>(args.keys) + to)[t + 4 * i] = turned[i];
+                *reinterpret_cast<uint4*>(rows.keys + row + 4 * i * kCHUNK) = turned[i];
             }
         }
         if (t == 0) {
 #pragma unroll
             for (int m = 0; m < HEAD / 64; ++m) {
-                reinterpret_cast<uint4*>(static_cast<T*>(args.values) + to)[g + 8 * m] = values[m];
+                *reinterpret_cast<uint4*>(rows.values + row + 8 * m * kCHUNK) = values[m];
             }
         }
         softmax.begin(scoreNewKey<T, HEAD>(laneQuery, turned) * scoreScale, values, t);
@@ -680,7 +689,9 @@ __global__ void __launch_bounds__(kTHREADS, 3 - DEPTH)
 template <typename T, int HEAD, bool WHOLE, int DEPTH>
 cudaError_t launchShape(AttentionArgs const& args, bool allowsNextLate, cudaStream_t stream) {
     auto* const kernel = &attentionKernel<T, HEAD, WHOLE, DEPTH>;
-    size_t const sharedBytes = Exchange<HEAD>::bytes(args.heads / args.kvHeads);
+    int const group = args.heads / args.kvHeads;
+    int32_t const older = args.window > 0 ? args.window - 1 : args.capacity;
+    size_t const sharedBytes = Exchange<HEAD>::bytes(group);
     if (sharedBytes > 48 * 1024) {
         cudaError_t const raised = cudaFuncSetAttribute(
             kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(sharedBytes));
@@ -703,7 +714,8 @@ cudaError_t launchShape(AttentionArgs const& args, bool allowsNextLate, cudaStre
     config.stream = stream;
     config.attrs = attributes;
     config.numAttrs = 2;
-    return cudaLaunchKernelEx(&config, kernel, args, args.scale * kLOG2_E, allowsNextLate);
+    return cudaLaunchKernelEx(&config, kernel, args, group, older, args.scale * kLOG2_E,
+                              allowsNextLate);
 }
 
 template <typename T, int HEAD, bool WHOLE>

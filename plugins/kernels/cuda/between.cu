@@ -8,6 +8,8 @@ namespace nmexport::cuda {
 namespace {
 
 constexpr int kTHREADS = 512;  // 8 elements each: a token of 4096 channels in one go
+constexpr int kMANY_THREADS =
+    256;  // where there are more rows than multiprocessors: four blocks each
 constexpr int kWARPS = kTHREADS / kWARP;
 constexpr int kPAIR_THREADS = 128;  // 2 elements each: many blocks for one token
 
@@ -97,15 +99,15 @@ __device__ float sumOverBlock(float value, float* perWarp) {
     float sum = 0.0F;
 #pragma unroll
     for (int warp = 0; warp < kWARPS; ++warp) {
-        sum += perWarp[warp];
+        sum += warp < static_cast<int>(blockDim.x) / kWARP ? perWarp[warp] : 0.0F;
     }
     return sum;
 }
 
-//! A block per token. The rounded sum is kept in registers for up to HELD * 4096 channels; what
-//! lies beyond is read again.
-template <typename T, Pruner PRUNER, int HELD>
-__global__ void __launch_bounds__(kTHREADS) normKernel(NormArgs const args) {
+//! A block per token. The rounded sum is kept in registers for up to HELD * THREADS * 8 channels;
+//! what lies beyond is read again.
+template <typename T, Pruner PRUNER, int HELD, int THREADS>
+__global__ void __launch_bounds__(THREADS) normKernel(NormArgs const args) {
     __shared__ float perWarp[kWARPS];
     extern __shared__ __align__(16) unsigned char rowBytes[];
     allowDependentLaunch();
@@ -135,7 +137,7 @@ __global__ void __launch_bounds__(kTHREADS) normKernel(NormArgs const args) {
     float squares = 0.0F;
     int step = 0;
     for (int32_t channel = static_cast<int32_t>(threadIdx.x) * kELEMENTS; channel < args.channels;
-         channel += kTHREADS * kELEMENTS, ++step) {
+         channel += THREADS * kELEMENTS, ++step) {
         Eight<T> const sum = summed(channel);
 #pragma unroll
         for (int i = 0; i < kELEMENTS; ++i) {
@@ -157,7 +159,7 @@ __global__ void __launch_bounds__(kTHREADS) normKernel(NormArgs const args) {
     T* const y = static_cast<T*>(args.y) + start;
     step = 0;
     for (int32_t channel = static_cast<int32_t>(threadIdx.x) * kELEMENTS; channel < args.channels;
-         channel += kTHREADS * kELEMENTS, ++step) {
+         channel += THREADS * kELEMENTS, ++step) {
         Eight<T> sum;
         if (step >= HELD) {
             sum = summed(channel);
@@ -239,8 +241,9 @@ __global__ void __launch_bounds__(kPAIR_THREADS) gatedPairKernel(GatedSiluArgs c
 }
 
 //! Many tokens, pruned: a block a token.
-template <typename T, Pruner PRUNER>
-__global__ void __launch_bounds__(kTHREADS, 2) gatedRowKernel(GatedSiluArgs const args) {
+template <typename T, Pruner PRUNER, int THREADS>
+__global__ void __launch_bounds__(THREADS, 1024 / THREADS)
+    gatedRowKernel(GatedSiluArgs const args) {
     extern __shared__ __align__(16) unsigned char rowBytes[];
     allowDependentLaunch();
     askFor(args.selection, args.channels);
@@ -251,7 +254,7 @@ __global__ void __launch_bounds__(kTHREADS, 2) gatedRowKernel(GatedSiluArgs cons
     StagedRow<T, PRUNER> row(rowBytes, args.selection, args.channels);
     row.prepare();
 #pragma unroll 4
-    for (int32_t octet = threadIdx.x; octet < args.channels / kELEMENTS; octet += kTHREADS) {
+    for (int32_t octet = threadIdx.x; octet < args.channels / kELEMENTS; octet += THREADS) {
         Eight<T> gate = Eight<T>::load(gates + octet * kELEMENTS);
         Eight<T> const up = Eight<T>::load(ups + octet * kELEMENTS);
 #pragma unroll
@@ -325,11 +328,18 @@ Pruner prunerOf(Selection const& selection, int32_t channels, int64_t tokens) {
 
 template <typename T, Pruner PRUNER>
 cudaError_t enqueueNorm(NormArgs const& args, DeviceTraits const& device, cudaStream_t stream) {
-    Grid const grid{dim3(static_cast<unsigned>(args.tokens)), kTHREADS,
-                    stagedBytes(PRUNER, args.selection, args.channels)};
+    Grid grid{dim3(static_cast<unsigned>(args.tokens)), kTHREADS,
+              stagedBytes(PRUNER, args.selection, args.channels)};
+    if constexpr (PRUNER == Pruner::kPAIRS) {
+        if (args.tokens > device.multiprocessors) {
+            grid.threads = kMANY_THREADS;
+            return launchInChain(normKernel<T, PRUNER, 2, kMANY_THREADS>, grid, device, stream,
+                                 args);
+        }
+    }
     return args.channels <= kTHREADS * kELEMENTS
-               ? launchInChain(normKernel<T, PRUNER, 1>, grid, device, stream, args)
-               : launchInChain(normKernel<T, PRUNER, 4>, grid, device, stream, args);
+               ? launchInChain(normKernel<T, PRUNER, 1, kTHREADS>, grid, device, stream, args)
+               : launchInChain(normKernel<T, PRUNER, 4, kTHREADS>, grid, device, stream, args);
 }
 
 template <typename T>
@@ -356,9 +366,13 @@ cudaError_t enqueueGated(GatedSiluArgs const& args, DeviceTraits const& device,
 template <typename T, Pruner PRUNER>
 cudaError_t enqueueGatedRows(GatedSiluArgs const& args, DeviceTraits const& device,
                              cudaStream_t stream) {
-    Grid const grid{dim3(static_cast<unsigned>(args.tokens)), kTHREADS,
-                    stagedBytes(PRUNER, args.selection, args.channels)};
-    return launchInChain(gatedRowKernel<T, PRUNER>, grid, device, stream, args);
+    Grid grid{dim3(static_cast<unsigned>(args.tokens)), kTHREADS,
+              stagedBytes(PRUNER, args.selection, args.channels)};
+    if (args.tokens > device.multiprocessors) {
+        grid.threads = kMANY_THREADS;
+        return launchInChain(gatedRowKernel<T, PRUNER, kMANY_THREADS>, grid, device, stream, args);
+    }
+    return launchInChain(gatedRowKernel<T, PRUNER, kTHREADS>, grid, device, stream, args);
 }
 
 //! A lane for each two positions of each token.

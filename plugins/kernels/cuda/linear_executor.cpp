@@ -76,6 +76,19 @@ MaskArgs maskOf(const LinearArgs& args, void* s, float* eta, float* nu) {
     return mask;
 }
 
+// Enqueues the pruning of x into the workspace; the linear that is left.
+LinearArgs pruned(const LinearArgs& args, const DeviceTraits& device, void* workspace,
+                  cudaStream_t stream) {
+    checkCuda(launchPrune(maskOf(args, workspace, nullptr, nullptr), device, stream),
+              "the pruning kernel");
+    LinearArgs rest = args;
+    rest.selection = Selection{};
+    rest.selection.n = rest.selection.m;
+    rest.isPruned = true;
+    rest.x = workspace;
+    return rest;
+}
+
 EpilogueArgs epilogueOf(const LinearArgs& args, const float* product, const float* eta,
                         const float* nu) {
     EpilogueArgs epilogue;
@@ -104,13 +117,16 @@ LinearWork workOf(const LinearArgs& args) {
                      selection.valueScale != nullptr || selection.shift != nullptr ||
                      selection.dynamicShift;
     work.isPruned = args.isPruned;
+    work.prunesFirst = args.tokens <= kMAX_PRUNED_TOKENS && selection.channelOrder != nullptr &&
+                       selection.n < selection.m && canPrune(args.type, args.channels, selection);
     work.needsEpilogue = selection.dynamicShift || selection.varianceCorrection;
     work.hasBias = args.bias != nullptr;
     return work;
 }
 
 std::size_t workspaceBytes(const LinearWork& work, const DeviceTraits& device, LinearPath path) {
-    return takesDecodeKernel(work, device, path) ? 0 : Workspace(work).bytes;
+    if (!takesDecodeKernel(work, device, path)) return Workspace(work).bytes;
+    return work.prunesFirst ? Workspace(work).eta : 0;
 }
 
 void LinearExecutor::prepare(const LinearWork& work, const DeviceTraits& device, LinearPath path) {
@@ -123,8 +139,10 @@ void LinearExecutor::run(const LinearArgs& given, const DeviceTraits& device, Li
                          void* workspace, cudaStream_t stream) {
     if (given.tokens == 0) return;
     const LinearArgs args = simplified(given);
-    if (takesDecodeKernel(workOf(args), device, path)) {
-        checkCuda(launchDecode(args, device, stream), "the decode kernel");
+    const LinearWork work = workOf(args);
+    if (takesDecodeKernel(work, device, path)) {
+        const LinearArgs few = work.prunesFirst ? pruned(args, device, workspace, stream) : args;
+        checkCuda(launchDecode(few, device, stream), "the decode kernel");
     } else {
         runProduct(args, device, workspace, stream);
     }

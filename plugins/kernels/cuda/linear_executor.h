@@ -27,6 +27,9 @@ struct LinearWork {
     bool needsEpilogue{true};  // y is not the product and a bias
     bool hasBias{false};
     bool isPruned{false};  // x is s already
+    // A kernel of its own gathers and prunes a few tokens' x before the decode kernel: the blocks
+    // of that, hundreds, would all gather the same few kilobytes.
+    bool prunesFirst{false};
 };
 
 LinearWork workOf(const LinearArgs& args);

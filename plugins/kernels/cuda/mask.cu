@@ -134,7 +134,9 @@ __device__ __forceinline__ void copyRow(T* target, T const* source, int32_t chan
     }
 }
 
-constexpr int kGATHER_THREADS = 512;
+constexpr int kGATHER_THREADS = 512;       // a block, where each multiprocessor has one row
+constexpr int kMANY_GATHER_THREADS = 256;  // where it has several
+constexpr int64_t kFEW_ROWS = 132;
 
 //! The same with a channel order, s by position: the token's row lies in shared memory, where
 //! gathering is cheap. A block per token.
@@ -145,7 +147,8 @@ __global__ void __launch_bounds__(kGATHER_THREADS)
     int64_t const offset = static_cast<int64_t>(blockIdx.x) * channels;
     StagedRow<T, Pruner::kPAIRS> row(rowBytes, selection, channels);
     auto const* const octets = reinterpret_cast<uint4 const*>(x + offset);
-    for (int32_t octet = threadIdx.x; octet < channels / 8; octet += kGATHER_THREADS) {
+    for (int32_t octet = threadIdx.x; octet < channels / 8;
+         octet += static_cast<int32_t>(blockDim.x)) {
         row.put(octet, octets[octet]);
     }
     row.prune(s + offset, keep == nullptr ? nullptr : keep + offset);
@@ -355,7 +358,8 @@ cudaError_t enqueuePairGather(MaskArgs const& args, cudaStream_t stream) {
     if (raised != cudaSuccess) {
         return raised;
     }
-    kernel<<<static_cast<unsigned>(args.tokens), kGATHER_THREADS, bytes, stream>>>(
+    int const threads = args.tokens <= kFEW_ROWS ? kGATHER_THREADS : kMANY_GATHER_THREADS;
+    kernel<<<static_cast<unsigned>(args.tokens), threads, bytes, stream>>>(
         static_cast<T const*>(args.x), static_cast<T*>(args.s), args.keep, args.selection,
         args.channels);
     return cudaGetLastError();

@@ -27,6 +27,10 @@ cudaError_t launchMask(MaskArgs const& args, cudaStream_t) {
 }
 
 // The recorded device has no chain of dependent launches.
+bool canPrune(DType, int32_t, Selection const&) {
+    return false;
+}
+
 bool canPruneInChain(MaskArgs const&) {
     return false;
 }
