@@ -12,7 +12,7 @@ Inputs differ from the exported file's:
 | input | shape | meaning |
 |---|---|---|
 | `input_ids` | `[B, S]` | the new tokens; prompts of different lengths are padded on the right |
-| `last_positions` | `[B]` int64 | position of each sequence's last new token, padding not counted |
+| `last_positions` | `[B]` int32 | position of each sequence's last new token, padding not counted |
 | `total_sequence_length` | `[]` int32, host | longest sequence, new tokens included, or a bound |
 | `logits_at` | `[L]` int64 | which of the S new tokens get logits |
 | `past_key_values.{i}.key`, `.value` | `[B, H_kv, capacity, D]` | the cache; bind `present` to it |
@@ -28,7 +28,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from nmexport.graph.cuda_attention import ReplaceAttention
-from nmexport.graph.cuda_sampling import ChooseLikeliest, CopyPositions
+from nmexport.graph.cuda_sampling import ChooseLikeliest
 from nmexport.graph.dense_linears import GatherBeforeHead, UseOurLinears
 from nmexport.graph.fused import FuseGatedSilu, FuseResidualNorm
 from nmexport.graph.pruned import PruneWhereMade
@@ -54,7 +54,6 @@ def rewrite_for_cuda(model: ir.Model, *, positions: int, has_own_attention: bool
     UseOurLinears(_HALF_TYPES, whole_groups=True)(model)
     PruneWhereMade(_HALF_TYPES)(model)
     ChooseLikeliest()(model)
-    CopyPositions()(model)
     common.RemoveUnusedNodesPass()(model)
     _drop_unused_inputs(model.graph)
     common.RemoveUnusedOpsetsPass()(model)

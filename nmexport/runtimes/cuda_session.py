@@ -4,9 +4,11 @@ It runs the graph that `graph.cuda` makes. A cache is a set of buffers on the de
 `capacity` tokens, which every run binds as input and as output. A decode step on it has the same
 addresses each time, so the runtime records it as a CUDA graph and replays it:
 
-    token ids, positions ──► one graph launch ──► next token ids
-       in memory of the host that the device reads and writes
+    token ids ──► one graph launch ──► next token ids
+              ▲ positions, uploaded
 
+Token ids lie in memory of the host that the device reads and writes. Positions are read once a
+layer, before that layer waits for what is ahead of it: they are copied to the device beforehand.
 Logits stay on the device, and are copied to the host where somebody asks for them.
 
 Buffers are kept when a sequence ends, with the graph that was recorded on them, and given to the
@@ -83,7 +85,7 @@ class DeviceCache:
     """The first `lengths` tokens in some buffers; runs that go on from it write behind."""
 
     lease: _Lease
-    lengths: NDArray[np.int64]
+    lengths: NDArray[np.int32]
     """Tokens of each sequence `[B]`."""
 
 
@@ -92,7 +94,7 @@ class _Room:
     """Where the next tokens go."""
 
     lease: _Lease
-    lengths: NDArray[np.int64]
+    lengths: NDArray[np.int32]
     """Tokens of each sequence, the new ones included, `[B]`."""
 
     def extended(self) -> DeviceCache:
@@ -111,11 +113,11 @@ class _Step:
     queueing: Any
     """Options of a run that returns while the device still computes."""
     ids: NDArray[np.int64]
-    """`[B, 1]`, as the next two: memory of the host that the device reads and writes."""
-    last: NDArray[np.int64]
-    """`[B]`: position of the new token."""
+    """`[B, 1]`, in memory of the host that the device reads."""
     chosen: NDArray[np.int64]
-    """`[B, 1]`: the likeliest next token."""
+    """`[B, 1]`: the likeliest next token, in memory of the host that the device writes."""
+    last: Any
+    """`[B]` int32: position of the new token."""
     places: Any
     """`[1]`: new tokens whose logits are wanted."""
     logits: Any
@@ -355,7 +357,7 @@ class CudaSession(Session):
         # A padded row's garbage needs room too.
         needed = int((before + np.full_like(counts, ids.shape[1])).max())
         lease = self._lease_for(cache, len(ids), needed)
-        return _Room(lease, (before + counts).astype(np.int64))
+        return _Room(lease, (before + counts).astype(np.int32))
 
     def _decode(self, room: _Room, ids: NDArray[np.int64]) -> _Step:
         buffers = room.lease.buffers
@@ -363,7 +365,7 @@ class CudaSession(Session):
         if step is None:
             step = self._steps[buffers] = self._bind_step(buffers)
         step.ids[...] = ids
-        step.last[...] = room.lengths - 1
+        step.last.update_inplace(room.lengths - 1)
         self._open.run_with_iobinding(step.binding, step.options)
         return step
 
@@ -376,15 +378,15 @@ class CudaSession(Session):
             options=self._options(str(self._graphs)),
             queueing=self._options(str(self._graphs), waits=False),
             ids=self._visible(buffers.batch, 1),
-            last=self._visible(buffers.batch),
+            last=self._on_device(np.zeros(buffers.batch, np.int32)),
             chosen=self._visible(buffers.batch, 1),
             places=self._on_device(np.zeros(1, np.int64)),
             logits=self._on_device(np.zeros(shape, NUMPY_TYPES[self._logits_type])),
         )
         # The graph is replayed at every length up to the capacity, so that is the bound it gets.
         self._bind(step.binding, buffers, buffers.capacity)
-        for name, array in (("input_ids", step.ids), ("last_positions", step.last)):
-            step.binding.bind_input(name, *self._place(array))
+        step.binding.bind_input("input_ids", *self._place(step.ids))
+        step.binding.bind_ortvalue_input("last_positions", step.last)
         step.binding.bind_ortvalue_input("logits_at", step.places)
         step.binding.bind_output(_CHOSEN, *self._place(step.chosen))
         kind = ONNX_TYPES[self._logits_type]
