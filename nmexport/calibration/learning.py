@@ -15,6 +15,7 @@ that was killed goes on from its checkpoint to the same result, bit for bit on t
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from nmexport.sparsity.fold import Corrections
 
 _CHECKPOINT_EVERY = 20
+_CHECKPOINT_SHARE = 0.05  # of the time, where a checkpoint is gigabytes
 _HELD_OUT_POINTS = 8
 _HELD_OUT_STEPS = 20  # at least so many between two measurements, each of which is worth a step
 # Hidden states of the dense model are kept where each chunk is used more than once and all of them
@@ -136,6 +138,7 @@ class _Run:
         first = self._restore(checkpoint)
         if first < steps:
             self._targets = self._stored_targets(progress)
+        began, saving = time.monotonic(), 0.0
         measured_every = max(_HELD_OUT_STEPS, steps // _HELD_OUT_POINTS)
         for step in progress.track(
             range(first, steps), label="fold: learned constants", total=steps - first
@@ -144,7 +147,10 @@ class _Run:
                 self._measure(step, progress)
             self._step(step)
             if checkpoint is not None and (step + 1) % _CHECKPOINT_EVERY == 0:
-                self._save(checkpoint, step + 1)
+                due = time.monotonic()
+                if saving <= _CHECKPOINT_SHARE * (due - began):
+                    self._save(checkpoint, step + 1)
+                    saving += time.monotonic() - due
         self._measure(steps, progress)
         if checkpoint is not None:
             self._save(checkpoint, steps)

@@ -192,6 +192,7 @@ def _measure(inputs: StageInputs, subject: Subject) -> Measured:
             why_no_dense=alone.WHY if subject.engine.dense_model is None else None,
         )
     agreement = executors.compare(subject)
+    return_device_memory()
     return Measured(
         sparsity=_audit(subject),
         accuracy=accuracy,

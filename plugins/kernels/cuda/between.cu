@@ -7,9 +7,11 @@
 namespace nmexport::cuda {
 namespace {
 
-constexpr int kTHREADS = 512;  // 8 elements each: a token of 4096 channels in one go
-constexpr int kMANY_THREADS =
-    256;  // where there are more rows than multiprocessors: four blocks each
+//! Threads of a block: 8 elements each are a token of 4096 channels in one go; of a long row that
+//! has a multiprocessor to itself; of one that shares it with three others.
+constexpr int kTHREADS = 512;
+constexpr int kLONE_THREADS = 1024;
+constexpr int kMANY_THREADS = 256;
 constexpr int kWARPS = kTHREADS / kWARP;
 constexpr int kPAIR_THREADS = 128;  // 2 elements each: many blocks for one token
 
@@ -366,13 +368,13 @@ cudaError_t enqueueGated(GatedSiluArgs const& args, DeviceTraits const& device,
 template <typename T, Pruner PRUNER>
 cudaError_t enqueueGatedRows(GatedSiluArgs const& args, DeviceTraits const& device,
                              cudaStream_t stream) {
-    Grid grid{dim3(static_cast<unsigned>(args.tokens)), kTHREADS,
+    Grid grid{dim3(static_cast<unsigned>(args.tokens)), kLONE_THREADS,
               stagedBytes(PRUNER, args.selection, args.channels)};
     if (args.tokens > device.multiprocessors) {
         grid.threads = kMANY_THREADS;
         return launchInChain(gatedRowKernel<T, PRUNER, kMANY_THREADS>, grid, device, stream, args);
     }
-    return launchInChain(gatedRowKernel<T, PRUNER, kTHREADS>, grid, device, stream, args);
+    return launchInChain(gatedRowKernel<T, PRUNER, kLONE_THREADS>, grid, device, stream, args);
 }
 
 //! A lane for each two positions of each token.
