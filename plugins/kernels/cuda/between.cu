@@ -109,7 +109,8 @@ __device__ float sumOverBlock(float value, float* perWarp) {
 //! A block per token. The rounded sum is kept in registers for up to HELD * THREADS * 8 channels;
 //! what lies beyond is read again.
 template <typename T, Pruner PRUNER, int HELD, int THREADS>
-__global__ void __launch_bounds__(THREADS) normKernel(NormArgs const args) {
+__global__ void __launch_bounds__(THREADS, THREADS == kMANY_THREADS ? 4 : 1)
+    normKernel(NormArgs const args) {
     __shared__ float perWarp[kWARPS];
     extern __shared__ __align__(16) unsigned char rowBytes[];
     allowDependentLaunch();

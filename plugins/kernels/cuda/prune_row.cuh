@@ -181,7 +181,6 @@ class StagedRow {
 
     //! Brings the row from channels to positions, spread, through registers: a second row in shared
     //! memory would leave no first-level cache for the order.
-    template <int THREADS>
     __device__ void gather() const {
         constexpr int kMOST = kMAX_PRUNED_CHANNELS / 2 / THREADS;
         auto* const row = reinterpret_cast<uint32_t*>(mStaged);
@@ -208,7 +207,7 @@ class StagedRow {
 
     __device__ void prunePairs(T* s, uint8_t* keep) const {
         if (mSelection.channelOrder != nullptr) {
-            gather<THREADS>();
+            gather();
         }
         uint4 const* const row = mStaged;
         for (int32_t pair = static_cast<int32_t>(threadIdx.x); pair < mChannels / 32;
