@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import UserError
 from nmexport.generation.context import context_length, length_switch
@@ -161,12 +161,9 @@ def continuation(
 
     A sequence that grows beyond `switch` tokens is computed anew: see `context.length_switch`.
     """
-    import numpy as np
-
     text = list(prompt)
-    logits, cache = session.extend_last(None, np.asarray([text], dtype=np.int64))
+    token, cache = _next(session, sampler, None, text)
     for made in range(max_tokens):
-        token = sampler(logits[0, -1])
         if token in ends:
             return
         yield token
@@ -175,9 +172,23 @@ def continuation(
             return
         if len(text) - 1 == switch:
             cache = None  # its memory is free for the next one
-            logits, cache = session.extend_last(None, np.asarray([text], dtype=np.int64))
+            token, cache = _next(session, sampler, None, text)
         else:
-            logits, cache = session.extend_last(cache, np.asarray([[token]], dtype=np.int64))
+            token, cache = _next(session, sampler, cache, [token])
+
+
+def _next(
+    session: Session, sampler: Sampler, cache: Any | None, tokens: Sequence[int]
+) -> tuple[int, Any]:
+    """Choose the token after some, and return the cache with them in it."""
+    import numpy as np
+
+    ids = np.asarray([tokens], dtype=np.int64)
+    if sampler.is_greedy:  # chosen where the logits are
+        chosen, extended = session.next_tokens(cache, ids)
+        return int(chosen[0]), extended
+    logits, extended = session.extend_last(cache, ids)
+    return sampler(logits[0, -1]), extended
 
 
 def _explain_when_full(tokens: Iterable[int], room: int, context: int) -> Iterator[int]:

@@ -59,6 +59,12 @@ class Sampler:
         self._drawn: dict[int, int] = {}
         self._rng = np.random.default_rng(seed)
 
+    @property
+    def is_greedy(self) -> bool:
+        """It takes the first of the largest logits, whatever came before."""
+        is_plain = self._repetition == 1.0 and not self._presence and not self._frequency
+        return self._temperature == 0 and is_plain
+
     def __call__(self, logits: NDArray[np.float32]) -> int:
         """One token id; it counts as drawn."""
         token = self._choose(self._penalise(logits))

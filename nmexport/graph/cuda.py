@@ -17,6 +17,8 @@ Inputs differ from the exported file's:
 | `logits_at` | `[L]` int64 | which of the S new tokens get logits |
 | `past_key_values.{i}.key`, `.value` | `[B, H_kv, capacity, D]` | the cache; bind `present` to it |
 
+There is one output more: `next_ids` `[B, L]` int64, the likeliest token of each row of logits.
+
 Weights are named, never read: they stay where the exported file has them.
 """
 
@@ -26,6 +28,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from nmexport.graph.cuda_attention import ReplaceAttention
+from nmexport.graph.cuda_sampling import ChooseLikeliest
 from nmexport.graph.dense_linears import GatherBeforeHead, UseOurLinears
 from nmexport.graph.fused import FuseGatedSilu, FuseResidualNorm
 from nmexport.graph.pruned import PruneWhereMade
@@ -50,6 +53,7 @@ def rewrite_for_cuda(model: ir.Model, *, positions: int, has_own_attention: bool
     GatherBeforeHead()(model)
     UseOurLinears(_HALF_TYPES, whole_groups=True)(model)
     PruneWhereMade(_HALF_TYPES)(model)
+    ChooseLikeliest()(model)
     common.RemoveUnusedNodesPass()(model)
     _drop_unused_inputs(model.graph)
     common.RemoveUnusedOpsetsPass()(model)

@@ -4,7 +4,12 @@ It runs the graph that `graph.cuda` makes. A cache is a set of buffers on the de
 `capacity` tokens, which every run binds as input and as output. A decode step on it has the same
 addresses each time, so the runtime records it as a CUDA graph and replays it:
 
-    token ids, positions ──upload──► device ──one graph launch──► logits ──download──► host
+    token ids ──► one graph launch ──► next token ids
+              ▲ positions, uploaded
+
+Token ids lie in memory of the host that the device reads and writes. Positions are read once a
+layer, before that layer waits for what is ahead of it: they are copied to the device beforehand.
+Logits stay on the device, and are copied to the host where somebody asks for them.
 
 Buffers are kept when a sequence ends, with the graph that was recorded on them, and given to the
 next one: as many graphs exist as sequences have ever run at a time.
@@ -20,9 +25,9 @@ import numpy as np
 
 import onnxruntime
 from nmexport.errors import ArtifactError
-from nmexport.runtimes.engine import read_engine
+from nmexport.runtimes.engine import REBUILD, read_engine
 from nmexport.runtimes.feeds import float32_from
-from nmexport.runtimes.native import engine_library
+from nmexport.runtimes.native import device_visible, engine_library, require_library
 from nmexport.runtimes.onnxruntime_session import (
     EXTERNAL_DATA_FOLDER,
     NUMPY_TYPES,
@@ -45,6 +50,9 @@ _BUCKET = 512
 _HEADROOM = 128
 """Tokens that new buffers have room for beyond what is put into them: a prompt whose length is a
 capacity would grow at its first answer token."""
+_LOGITS, _CHOSEN = "logits", "next_ids"
+_INT64 = 7
+"""As ONNX numbers element types."""
 _NO_GRAPH = "-1"
 _RECORDING_RUNS = 2
 """Runs of a step after which it is recorded: one as any other, one that the recorder watches."""
@@ -82,18 +90,21 @@ class DeviceCache:
 
 
 @dataclass(frozen=True)
-class _Fed:
-    """Inputs of a run other than caches, on the device."""
+class _Room:
+    """Where the next tokens go."""
 
-    ids: Any
-    """`[B, S]`."""
-    last: Any
-    """`[B]`: position of the last new token."""
-    places: Any
-    """`[L]`: new tokens whose logits are wanted."""
+    lease: _Lease
+    lengths: NDArray[np.int32]
+    """Tokens of each sequence, the new ones included, `[B]`."""
+
+    def extended(self) -> DeviceCache:
+        """Return the cache with the new tokens in it; the last that was written."""
+        cache = DeviceCache(lease=self.lease, lengths=self.lengths)
+        self.lease.tip = weakref.ref(cache)
+        return cache
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Step:
     """A decode step on one set of buffers: everything it reads and writes, bound once."""
 
@@ -101,9 +112,16 @@ class _Step:
     options: Any
     queueing: Any
     """Options of a run that returns while the device still computes."""
-    fed: _Fed
+    ids: NDArray[np.int64]
+    """`[B, 1]`, in memory of the host that the device reads."""
+    chosen: NDArray[np.int64]
+    """`[B, 1]`: the likeliest next token, in memory of the host that the device writes."""
+    last: Any
+    """`[B]` int32: position of the new token."""
+    places: Any
+    """`[1]`: new tokens whose logits are wanted."""
     logits: Any
-    """`[B, 1, V]`."""
+    """`[B, 1, V]`, on the device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +161,7 @@ class CudaSession(Session):
         *,
         positions: int,
         device: Device = "cuda",
+        library: Path | None = None,
     ) -> None:
         """Take over an open session.
 
@@ -151,15 +170,27 @@ class CudaSession(Session):
                 device is `cuda`.
             positions: Tokens of a sequence that its rotary tables cover.
             device: `cpu` computes the same without a GPU, for tests.
+            library: The native library; None is the one that was built here.
+
+        Raises:
+            ArtifactError: if the graph was made by another version.
+            EnvironmentFault: if the device is `cuda` and the library is missing.
         """
+        outputs = {value.name: value for value in session.get_outputs()}
+        if _CHOSEN not in outputs:
+            raise ArtifactError(
+                "The graph for CUDA was made by another version of nmexport.",
+                allowed=f"one with an output {_CHOSEN}",
+                fix=REBUILD,
+            )
+        self._library = library or (require_library() if device == "cuda" else None)
         self._session: onnxruntime.InferenceSession | None = session
         self._device = device
         self.on_gpu = device == "cuda"
         self._positions = positions
         self._slots = _slots_of(session)
-        logits = {value.name: value for value in session.get_outputs()}["logits"]
-        self._logits_type: str = logits.type
-        self._vocabulary_size: int = logits.shape[2]
+        self._logits_type: str = outputs["logits"].type
+        self._vocabulary_size: int = outputs["logits"].shape[2]
         self._pool = _Pool()
         self._steps: weakref.WeakKeyDictionary[_Buffers, _Step] = weakref.WeakKeyDictionary()
         self._graphs = 0
@@ -185,13 +216,14 @@ class CudaSession(Session):
                 f"{path} has no {'dense' if dense else 'sparse'} graph for CUDA.",
                 fix="run `nmexport engine --force`",
             )
+        library = engine_library(engine)
         options = session_options(
-            library=engine_library(engine),
+            library=library,
             threads=engine.threads,
             config={**engine.session_config, EXTERNAL_DATA_FOLDER: str(weights.parent)},
         )
         session = open_session(model.read_bytes(), options, "cuda", records_graphs=True)
-        return cls(session, positions=cuda.positions)
+        return cls(session, positions=cuda.positions, library=library)
 
     @property
     def vocabulary_size(self) -> int:
@@ -260,6 +292,17 @@ class CudaSession(Session):
         counts = np.full(len(input_ids), input_ids.shape[1])
         return self._run(cache, input_ids, counts, last_only=True)
 
+    def next_tokens(
+        self, cache: DeviceCache | None, input_ids: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], DeviceCache]:
+        """See `Session`; the device chooses."""
+        room = self._room(cache, input_ids, np.full(len(input_ids), input_ids.shape[1]))
+        if input_ids.shape[1] == 1:
+            chosen = self._decode(room, input_ids).chosen.copy()  # the next step overwrites it
+        else:
+            chosen = self._prompt(room, input_ids, _CHOSEN, last_only=True)
+        return chosen[:, -1], room.extended()
+
     def queued_step_ms(
         self, cache: DeviceCache, input_ids: NDArray[np.int64], times: int
     ) -> float | None:
@@ -277,7 +320,7 @@ class CudaSession(Session):
     def _recorded(self, cache: DeviceCache, input_ids: NDArray[np.int64]) -> _Step:
         """A step on a cache, its inputs in place, that the runtime replays from now on."""
         for _ in range(_RECORDING_RUNS):
-            buffers = self.extend_last(cache, input_ids)[1].lease.buffers
+            buffers = self.next_tokens(cache, input_ids)[1].lease.buffers
         return self._steps[buffers]
 
     def close(self) -> None:
@@ -296,30 +339,35 @@ class CudaSession(Session):
         last_only: bool = False,
     ) -> tuple[NDArray[np.float32], DeviceCache]:
         """Run the first `counts` of each row's tokens after those in the cache."""
+        room = self._room(cache, ids, counts)
+        if ids.shape[1] == 1:
+            logits: NDArray[Any] = self._decode(room, ids).logits.numpy()
+            if self._device == "cpu":
+                logits = logits.copy()  # that was a view of what the next step overwrites
+        else:
+            logits = self._prompt(room, ids, _LOGITS, last_only=last_only)
+        widened = float32_from(logits, is_bfloat16=_is_bfloat16(self._logits_type))
+        return widened, room.extended()
+
+    def _room(
+        self, cache: DeviceCache | None, ids: NDArray[np.int64], counts: NDArray[Any]
+    ) -> _Room:
+        """Buffers for the first `counts` of each row's tokens after those in the cache."""
         before = 0 if cache is None else cache.lengths
-        lengths = (before + counts).astype(np.int32)
         # A padded row's garbage needs room too.
         needed = int((before + np.full_like(counts, ids.shape[1])).max())
         lease = self._lease_for(cache, len(ids), needed)
-        if ids.shape[1] == 1:
-            logits = self._decode(lease.buffers, ids, lengths - 1)
-        else:
-            logits = self._prompt(lease.buffers, ids, lengths - 1, last_only=last_only)
-        extended = DeviceCache(lease=lease, lengths=lengths)
-        lease.tip = weakref.ref(extended)
-        return float32_from(logits, is_bfloat16=_is_bfloat16(self._logits_type)), extended
+        return _Room(lease, (before + counts).astype(np.int32))
 
-    def _decode(
-        self, buffers: _Buffers, ids: NDArray[np.int64], last: NDArray[np.int32]
-    ) -> NDArray[Any]:
+    def _decode(self, room: _Room, ids: NDArray[np.int64]) -> _Step:
+        buffers = room.lease.buffers
         step = self._steps.get(buffers)
         if step is None:
             step = self._steps[buffers] = self._bind_step(buffers)
-        step.fed.ids.update_inplace(np.ascontiguousarray(ids))
-        step.fed.last.update_inplace(last)
+        step.ids[...] = ids
+        step.last.update_inplace(room.lengths - 1)
         self._open.run_with_iobinding(step.binding, step.options)
-        logits: NDArray[Any] = step.logits.numpy()
-        return logits.copy()  # on a CPU that was a view of what the next step overwrites
+        return step
 
     def _bind_step(self, buffers: _Buffers) -> _Step:
         """Bind a decode step to buffers for good; the runtime records it in its first runs."""
@@ -329,39 +377,43 @@ class CudaSession(Session):
             binding=self._open.io_binding(),
             options=self._options(str(self._graphs)),
             queueing=self._options(str(self._graphs), waits=False),
-            fed=_Fed(
-                self._on_device(np.zeros((buffers.batch, 1), np.int64)),
-                self._on_device(np.zeros(buffers.batch, np.int32)),
-                self._on_device(np.zeros(1, np.int64)),
-            ),
+            ids=self._visible(buffers.batch, 1),
+            last=self._on_device(np.zeros(buffers.batch, np.int32)),
+            chosen=self._visible(buffers.batch, 1),
+            places=self._on_device(np.zeros(1, np.int64)),
             logits=self._on_device(np.zeros(shape, NUMPY_TYPES[self._logits_type])),
         )
         # The graph is replayed at every length up to the capacity, so that is the bound it gets.
-        self._bind(step.binding, buffers, step.fed, buffers.capacity)
+        self._bind(step.binding, buffers, buffers.capacity)
+        step.binding.bind_input("input_ids", *self._place(step.ids))
+        step.binding.bind_ortvalue_input("last_positions", step.last)
+        step.binding.bind_ortvalue_input("logits_at", step.places)
+        step.binding.bind_output(_CHOSEN, *self._place(step.chosen))
         kind = ONNX_TYPES[self._logits_type]
-        step.binding.bind_output("logits", self._device, 0, kind, shape, step.logits.data_ptr())
+        step.binding.bind_output(_LOGITS, self._device, 0, kind, shape, step.logits.data_ptr())
         return step
 
     def _prompt(
-        self,
-        buffers: _Buffers,
-        ids: NDArray[np.int64],
-        last: NDArray[np.int32],
-        *,
-        last_only: bool,
+        self, room: _Room, ids: NDArray[np.int64], output: str, *, last_only: bool
     ) -> NDArray[Any]:
+        """Run more than one token, and return an output for each of them, or for the last."""
         length = ids.shape[1]
-        places = np.arange(length - 1 if last_only else 0, length, dtype=np.int64)
         binding = self._open.io_binding()
-        fed = _Fed(*(self._on_device(np.ascontiguousarray(array)) for array in (ids, last, places)))
-        self._bind(binding, buffers, fed, int(last.max()) + 1)
-        logits = np.empty(
-            (len(ids), len(places), self.vocabulary_size), NUMPY_TYPES[self._logits_type]
-        )
-        kind = ONNX_TYPES[self._logits_type]
-        binding.bind_output("logits", "cpu", 0, kind, list(logits.shape), logits.ctypes.data)
+        self._bind(binding, room.lease.buffers, int(room.lengths.max()))
+        places = np.arange(length - 1 if last_only else 0, length, dtype=np.int64)
+        given = {"input_ids": ids, "last_positions": room.lengths - 1, "logits_at": places}
+        for name, array in given.items():
+            binding.bind_ortvalue_input(name, self._on_device(np.ascontiguousarray(array)))
+        if output == _CHOSEN:
+            values: NDArray[Any] = np.empty((len(ids), len(places)), np.int64)
+            kind = _INT64
+        else:
+            shape = (len(ids), len(places), self.vocabulary_size)
+            values = np.empty(shape, NUMPY_TYPES[self._logits_type])
+            kind = ONNX_TYPES[self._logits_type]
+        binding.bind_output(output, "cpu", 0, kind, list(values.shape), values.ctypes.data)
         self._open.run_with_iobinding(binding, self._options(_NO_GRAPH))
-        return logits
+        return values
 
     def _options(self, graph: str, *, waits: bool = True) -> Any:
         options = onnxruntime.RunOptions()
@@ -371,24 +423,26 @@ class CudaSession(Session):
                 options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         return options
 
-    def _bind(self, binding: Any, buffers: _Buffers, fed: _Fed, bound: int) -> None:
-        """Bind inputs and caches; `bound` is no less than the longest sequence."""
-        given = {
-            "input_ids": fed.ids,
-            "last_positions": fed.last,
-            "logits_at": fed.places,
-            # On the host: the runtime reads it when it launches, or records.
-            "total_sequence_length": onnxruntime.OrtValue.ortvalue_from_numpy(
-                np.array(bound, np.int32)
-            ),
-        }
-        for name, value in given.items():
-            binding.bind_ortvalue_input(name, value)
+    def _bind(self, binding: Any, buffers: _Buffers, bound: int) -> None:
+        """Bind the caches; `bound` is no less than the longest sequence."""
+        # On the host: the runtime reads it when it launches, or records.
+        total = onnxruntime.OrtValue.ortvalue_from_numpy(np.array(bound, np.int32))
+        binding.bind_ortvalue_input("total_sequence_length", total)
         for slot, value in zip(self._slots, buffers.values, strict=True):
             # By address: a buffer of bfloat16 is one of 16-bit integers to NumPy and OrtValue.
             place = (self._device, 0, ONNX_TYPES[slot.type], value.shape(), value.data_ptr())
             binding.bind_input(slot.past, *place)
             binding.bind_output(slot.present, *place)
+
+    def _visible(self, *shape: int) -> NDArray[np.int64]:
+        """Zeros of the host at an address that the device knows too."""
+        if self._library is None or self._device == "cpu":
+            return np.zeros(shape, np.int64)
+        return device_visible(self._library, shape, np.dtype(np.int64))
+
+    def _place(self, array: NDArray[np.int64]) -> tuple[Any, ...]:
+        """What binds such an array as if it lay on the device."""
+        return self._device, 0, _INT64, list(array.shape), array.ctypes.data
 
     @property
     def _open(self) -> onnxruntime.InferenceSession:

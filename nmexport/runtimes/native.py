@@ -5,8 +5,12 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import math
 import sys
+import weakref
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from nmexport.errors import ArtifactError, EnvironmentFault
 from nmexport.resources import NATIVE_FOLDER, resource_path
@@ -16,6 +20,8 @@ from nmexport.store.artifact import file_digest
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from numpy.typing import NDArray
 
     from nmexport.runtimes.engine import Engine
 
@@ -150,6 +156,40 @@ def use_cuda_plans(path: Path) -> bool:
             fix="delete the file, or measure again: nmexport bench cuda --save",
         )
     return True
+
+
+def device_visible(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Zeros in memory of the host that kernels on the GPU read and write at the same address.
+
+    What the host puts there needs no copy to the device, and what a kernel puts there none back.
+
+    Args:
+        path: The library, with CUDA kernels.
+        shape: Of the array, with an element at least.
+        dtype: Its type.
+
+    Raises:
+        EnvironmentFault: if the library has no CUDA kernels, or the driver gives no such memory.
+    """
+    library = _load(path)
+    if not hasattr(library, "nmexport_cuda_host_memory"):
+        raise EnvironmentFault(f"{path} carries no CUDA kernels.", fix=rebuild_command())
+    library.nmexport_cuda_host_memory.argtypes = [ctypes.c_size_t]
+    library.nmexport_cuda_host_memory.restype = ctypes.c_void_p
+    library.nmexport_cuda_free_host_memory.argtypes = [ctypes.c_void_p]
+    size = math.prod(shape) * dtype.itemsize
+    address = library.nmexport_cuda_host_memory(size)
+    if not address:
+        raise EnvironmentFault(
+            f"The CUDA driver gives no {size} bytes of memory of the host.",
+            fix="`nmexport doctor` says more of the GPU; `ulimit -l` limits such memory",
+        )
+    memory = (ctypes.c_byte * size).from_address(address)
+    # At the end of the process the driver frees it itself, perhaps before this could.
+    weakref.finalize(memory, library.nmexport_cuda_free_host_memory, address).atexit = False
+    array: NDArray[Any] = np.frombuffer(memoryview(memory), dtype).reshape(shape)
+    array[...] = 0
+    return array
 
 
 def use_variant(path: Path, name: str) -> bool:

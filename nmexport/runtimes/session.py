@@ -117,6 +117,17 @@ class Session(Closing):
         logits, extended = self.extend(cache, input_ids)
         return logits[:, -1:], extended
 
+    def next_tokens(
+        self, cache: Any | None, input_ids: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], Any]:
+        """Do the same, and return the likeliest next token of each sequence `[B]` alone.
+
+        It is the first of equals, and of NaNs the first. A runtime on a device may choose there:
+        logits are then never copied to the host.
+        """
+        logits, extended = self.extend_last(cache, input_ids)
+        return logits[:, -1].argmax(axis=-1), extended
+
     def step(self, work: Sequence[Work]) -> list[tuple[NDArray[np.float32], Any]]:
         """Run the next tokens of several sequences.
 

@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
 PROTOCOL = (
     "Dense and sparse run in one process, turn and turn about, and who goes first alternates. "
-    "Prefill: one prompt, the last token's logits, empty cache. "
+    "Prefill: one prompt, empty cache. "
     "Decode: one token on the cache that a prefill of `context` tokens left, every run from that "
-    "same cache. Warm-up runs are not counted. "
+    "same cache. A run ends with the likeliest next token on the host. "
+    "Warm-up runs are not counted. "
     "Times are wall time of a whole step as a caller sees it. A GPU's own time of a decode step is "
     "that of one among many that are queued without waiting in between; the host's is the rest. "
     "A speed-up is the ratio of medians; "
@@ -82,26 +83,31 @@ class Side:
         self.session = session
         self.prompt = timing.prompt
         session.cache = None  # its memory is free for this one
-        logits, cache = session.extend_last(None, timing.context)
-        self.next_token = logits.argmax(axis=-1).astype(np.int64)
+        chosen, cache = session.next_tokens(None, timing.context)
+        self.next_token = chosen[:, None].astype(np.int64)
         self.cache = session.keep(cache)
+        self._after: object = None
+        """What the last step returned; it is freed outside of the time."""
 
     def prefill_ms(self) -> float:
         """Time one prompt."""
         self.session.cache = None  # its memory is free for this one
-        return milliseconds(lambda: self.session.extend_last(None, self.prompt))
+        return milliseconds(lambda: self.session.next_tokens(None, self.prompt))
 
     def decode_ms(self) -> float:
         """Time one token on the cache."""
-        self.session.cache = self.session.resume(self.cache)
-        return milliseconds(lambda: self.session.decode_step(self.next_token))
+        cache, self._after = self.session.resume(self.cache), None
+
+        def step() -> None:
+            self._after = self.session.next_tokens(cache, self.next_token)
+
+        return milliseconds(step)
 
     def device_ms(self) -> float | None:
         """Measure the GPU's time of that token; None where there is no GPU, or no way to tell."""
         if not self.session.on_gpu:
             return None
-        self.session.cache = None  # what went on from the cache would be in the way
-        cache = self.session.resume(self.cache)
+        cache, self._after = self.session.resume(self.cache), None
         return self.session.queued_step_ms(cache, self.next_token, QUEUED_STEPS)
 
 

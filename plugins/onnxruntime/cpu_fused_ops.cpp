@@ -1,5 +1,7 @@
 // The ops of domain nmexport.fused for the CPU provider, in float32.
 #include <algorithm>
+#include <cmath>
+#include <cstdint>
 #include <map>
 #include <mutex>
 
@@ -86,6 +88,31 @@ class NormKernel : public CpuKernel {
 
   private:
     float mEpsilon;
+};
+
+class LikeliestKernel : public CpuKernel {
+  public:
+    LikeliestKernel(const NodeInfo& node, std::size_t threads) : CpuKernel(node.api(), threads) {}
+
+    void compute(const Run& run) const override {
+        Shape shape = run.shape(0);
+        if (shape.empty() || shape.back() < 1) {
+            throw Fault("Likeliest: X has shape " + textOf(shape) +
+                        "; allowed: [..., V], V an element at least");
+        }
+        const std::size_t columns = static_cast<std::size_t>(shape.back());
+        const std::size_t rows = leading(shape, 1);
+        const float* x = inputOf<float>(run, 0);
+        shape.pop_back();
+        std::int64_t* const ids = static_cast<std::int64_t*>(run.output(0, shape));
+        for (std::size_t row = 0; row < rows; ++row, x += columns) {
+            ids[row] = std::max_element(x, x + columns, isLess) - x;
+        }
+    }
+
+  private:
+    // NaN is larger than any number.
+    static bool isLess(float a, float b) { return !std::isnan(a) && (a < b || std::isnan(b)); }
 };
 
 enum AttentionInput : std::size_t {
@@ -284,6 +311,7 @@ std::vector<FusedOp> makeOps(const SessionSettings& settings) {
          nullptr,
          with<PagedAttentionKernel>(threads)},
         cachedAttention(nullptr, makeAttentionKernel),
+        {"Likeliest", {t}, 1, nullptr, with<LikeliestKernel>(threads), false, true},
         {"Region", {}, 1, nullptr, region, /*isVariadic=*/true}};
     std::vector<FusedOp> ops;
     for (const FusedSpec& spec : specs) ops.emplace_back(spec, ElementType::kFLOAT32);

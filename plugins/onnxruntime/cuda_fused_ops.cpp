@@ -277,7 +277,8 @@ const std::vector<FusedOp>& cudaFusedOps() {
         const std::vector<FusedSpec> specs = {
             {"GatedSilu", {t}, 1, kCUDA_PROVIDER, make<GatedSiluKernel<1, false>>},
             {"GatedSiluPair", {t, t}, 1, kCUDA_PROVIDER, make<GatedSiluKernel<2, false>>},
-            {"ResidualNorm", {t, t, t}, 2, kCUDA_PROVIDER, make<ResidualNormKernel<false>>}};
+            {"ResidualNorm", {t, t, t}, 2, kCUDA_PROVIDER, make<ResidualNormKernel<false>>},
+            {"Likeliest", {t}, 1, kCUDA_PROVIDER, makeCudaLikeliestKernel, false, true}};
         const std::vector<FusedSpec> pruned = {
             {"PrunedGatedSilu",
              {t, scale, order, scale, scale},

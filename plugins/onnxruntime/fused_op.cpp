@@ -41,7 +41,10 @@ FusedOp::FusedOp(FusedSpec spec, ElementType type)
                                                                : OrtMemTypeDefault;
     };
     GetOutputTypeCount = [](const OrtCustomOp* op) { return self(op).mSpec.outputs; };
-    GetOutputType = [](const OrtCustomOp* op, std::size_t) { return onnxType(self(op).mType); };
+    GetOutputType = [](const OrtCustomOp* op, std::size_t) {
+        return self(op).mSpec.givesIntegers ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64
+                                            : onnxType(self(op).mType);
+    };
     GetOutputCharacteristic = [](const OrtCustomOp* op, std::size_t) {
         return self(op).mSpec.isVariadic ? INPUT_OUTPUT_VARIADIC : INPUT_OUTPUT_REQUIRED;
     };

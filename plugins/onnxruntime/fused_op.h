@@ -4,6 +4,8 @@
 //   GatedSiluPair(gate, up [..., I]) -> Y [..., I]                 Y = silu(gate) * up
 //   ResidualNorm(X, skip [..., K], weight [K]; epsilon)
 //       -> Y, sum [..., K]         sum = X + skip,  Y = sum / rms(sum, epsilon) * weight
+//   Likeliest(X [..., V]) -> ids [...] int64                      the largest's index in its row,
+//                                                                 the first of equals, or of NaNs
 //
 // For the CUDA provider each of them has a form that prunes, with attributes n and m and, behind
 // the inputs above, the optional constants of a selection [K]: score_scale, channel_order,
@@ -59,10 +61,11 @@ struct FusedInput {
 struct FusedSpec {
     std::string name;
     std::vector<FusedInput> inputs;
-    std::size_t outputs;   // all of type T
+    std::size_t outputs;   // all of one type
     const char* provider;  // null is the CPU's
     KernelFactory factory;
-    bool isVariadic = false;  // any inputs, of any types, and any number of outputs
+    bool isVariadic = false;     // any inputs, of any types, and any number of outputs
+    bool givesIntegers = false;  // outputs are int64, and not T
 };
 
 class FusedOp : public OrtCustomOp {
@@ -89,6 +92,8 @@ const std::vector<FusedOp>& cpuFusedOps(const SessionSettings& settings);
 const std::vector<FusedOp>& cudaFusedOps();
 // Computes a step of one token with our kernel where that can.
 std::unique_ptr<Kernel> makeCudaAttentionKernel(const OrtApi& api, const OrtKernelInfo* info,
+                                                ElementType type);
+std::unique_ptr<Kernel> makeCudaLikeliestKernel(const OrtApi& api, const OrtKernelInfo* info,
                                                 ElementType type);
 #endif
 

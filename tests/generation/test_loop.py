@@ -100,6 +100,43 @@ def test_greedy_takes_the_first_of_equals() -> None:
     assert Sampler()(np.array([1.0, 3.0, 3.0], dtype=np.float32)) == 1
 
 
+class Watched(CountingSession):
+    """Says which of the two ways to a token was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def extend_last(self, cache: object, input_ids: np.ndarray) -> tuple[np.ndarray, object]:
+        self.asked.append("logits")
+        return super().extend_last(cache, input_ids)
+
+    def next_tokens(self, cache: object, input_ids: np.ndarray) -> tuple[np.ndarray, object]:
+        chosen = super().next_tokens(cache, input_ids)
+        self.asked[-1] = "token"
+        return chosen
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        ({}, "token"),
+        ({"top_k": 1, "top_p": 0.5, "seed": 3}, "token"),
+        ({"temperature": 0.5, "top_k": 1}, "logits"),
+        ({"repetition_penalty": 1.1}, "logits"),
+        ({"presence_penalty": 0.1}, "logits"),
+        ({"frequency_penalty": -0.1}, "logits"),
+    ],
+)
+def test_logits_are_asked_for_where_more_than_the_likeliest_counts(
+    options: dict[str, float], asked: str
+) -> None:
+    session, sampler = Watched(), Sampler(**options)
+    tokens = continuation(session, [0, 1], sampler, max_tokens=3, ends=frozenset())
+    assert list(tokens) == [2, 3, 4]
+    assert session.asked == [asked] * 3
+
+
 def test_draws_repeat_and_follow_the_probabilities() -> None:
     logits = np.log(np.array([0.1, 0.2, 0.7], dtype=np.float32))
     first, second = (Sampler(temperature=1.0, seed=3) for _ in range(2))

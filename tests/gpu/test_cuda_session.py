@@ -84,6 +84,38 @@ def test_steps_are_the_same_bits_from_run_to_run(exported: Exported, side: str):
         assert np.abs(text(session, slice(0, 2))[:1] - first).max() < TOLERANCE
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+def test_tokens_chosen_on_the_gpu_are_those_of_the_logits(exported: Exported, batch: int):
+    with opened(exported.model) as session:
+        chosen, cache = session.next_tokens(None, tokens(batch, 40))
+        for step in range(40):
+            kept = session.keep(cache)
+            logits, after = session.extend_last(kept, chosen[:, None])
+            del after
+            # Another token than the likeliest now and then: that one soon repeats itself.
+            told = tokens(batch, 1, step) if step % 3 == 0 else chosen[:, None]
+            if step % 3 == 0:
+                logits, after = session.extend_last(kept, told)
+                del after
+            chosen, cache = session.next_tokens(kept, told)
+            assert chosen.tolist() == logits[:, -1].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_queued_steps_take_no_longer_than_awaited_ones_and_change_nothing(
+    exported: Exported, batch: int
+):
+    with opened(exported.model) as session:
+        chosen, cache = session.next_tokens(None, tokens(batch, 40))
+        kept = session.keep(cache)
+        before, after = session.extend_last(kept, chosen[:, None])
+        del after
+        took = session.queued_step_ms(kept, chosen[:, None], 50)
+        assert took is not None
+        assert 0 < took < 50
+        np.testing.assert_array_equal(session.extend_last(kept, chosen[:, None])[0], before)
+
+
 def test_a_text_that_outgrows_its_buffers_goes_on(exported: Exported):
     prompt = tokens(1, 510)
     with opened(exported.dense_model) as gpu, OrtSession(exported.dense_model) as cpu:

@@ -12,6 +12,7 @@ import pytest
 from nmexport.errors import ArtifactError
 from nmexport.graph.attention_form import NotRewritableError
 from nmexport.graph.cuda import rewrite_for_cuda
+from nmexport.graph.cuda_sampling import ChooseLikeliest
 from nmexport.graph.fused import FUSED
 from nmexport.runtimes import native
 from nmexport.runtimes.cuda_session import CudaSession
@@ -201,7 +202,7 @@ def test_a_layer_is_eight_nodes(tmp_path: Path) -> None:
     names = [node.op_type for node in model.graph]
     layer = ["NMLinear", "CachedAttention", "NMLinear", "ResidualNorm"]
     layer += ["NMLinear", "GatedSilu", "NMLinear", "ResidualNorm"]
-    head = ["Gather", "MatMul"]
+    head = ["Gather", "MatMul", "Likeliest"]
     assert sorted(names) == sorted(
         ["Gather", "SimplifiedLayerNormalization", *layer, *layer, *head]
     )
@@ -242,6 +243,73 @@ def test_a_kept_cache_has_room_for_the_next_token(exported: Exported, length: in
             _, after = session.extend(kept, tokens(1, 1, seed=3))
             assert after.lease is kept.lease, "nothing was copied"
             del after
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_next_tokens_are_the_argmax_of_the_logits(exported: Exported, batch: int) -> None:
+    with opened(exported.model) as session:
+        chosen, cache = session.next_tokens(None, tokens(batch, 9))
+        assert chosen.tolist() == session.prefill(tokens(batch, 9))[:, -1].argmax(-1).tolist()
+        for _ in range(6):
+            kept = session.keep(cache)
+            logits, after = session.extend_last(kept, chosen[:, None])
+            del after
+            chosen, cache = session.next_tokens(kept, chosen[:, None])
+            assert chosen.tolist() == logits[:, -1].argmax(-1).tolist()
+            assert chosen.dtype == np.int64
+        first = chosen.tolist()
+        session.next_tokens(cache, 1 + chosen[:, None] % (VOCABULARY - 1))
+        assert chosen.tolist() == first, "a later step leaves what was returned"
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("float", 1), ("float16", 10), ("bfloat16", 16)])
+def test_the_likeliest_is_the_first_of_equals(dtype: str, kind: int) -> None:
+    model = ir.from_proto(
+        onnx.parser.parse_model(
+            f'<ir_version: 10, opset_import: ["" : 23]> g (float[B, L, V] x) => '
+            f"({dtype}[B, L, V] logits) {{ logits = Cast <to: int = {kind}> (x) }}"
+        )
+    )
+    ChooseLikeliest()(model)
+    session = onnxruntime.InferenceSession(
+        ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    rng = np.random.default_rng(0)
+    x = rng.integers(-3, 4, (2, 3, 50)).astype(np.float32)
+    x[0, 0] = -1.0
+    x[0, 1] = np.where(rng.random(50) < 0.5, 0.0, -0.0)
+    x[0, 2, :43] = -np.inf
+    (ids,) = session.run(["next_ids"], {"x": x})
+    np.testing.assert_array_equal(ids, x.argmax(-1))
+
+
+@needs_library
+def test_of_nans_the_first_is_the_likeliest() -> None:
+    model = ir.from_proto(
+        onnx.parser.parse_model(
+            '<ir_version: 10, opset_import: ["" : 23]> g (float[B, V] x) => '
+            "(float[B, V] logits) { logits = Relu (x) }"
+        )
+    )
+    ChooseLikeliest()(model)
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(native.find_library()))
+    session = onnxruntime.InferenceSession(
+        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    x = np.random.default_rng(0).integers(-3, 4, (9, 40)).astype(np.float32)
+    x[1, 5], x[1, 9], x[2, 0], x[3, 39] = np.nan, np.nan, np.nan, np.nan
+    x[4, 7], x[4, 20], x[5], x[6] = np.inf, np.nan, -1.0, np.nan
+    logits, ids = session.run(["logits", "next_ids"], {"x": x})
+    assert np.isnan(logits).sum() == np.isnan(x).sum()
+    np.testing.assert_array_equal(ids, logits.argmax(-1))
+    with pytest.raises(Exception, match=r"Likeliest: X has shape \[2, 0\]"):
+        session.run(["next_ids"], {"x": x[:2, :0]})
+
+
+def test_a_graph_of_an_older_version_is_refused(exported: Exported) -> None:
+    with OrtSession(exported.model) as plain, pytest.raises(ArtifactError, match="next_ids"):
+        CudaSession(plain._session, positions=POSITIONS, device="cpu")
 
 
 def test_a_queued_step_is_the_step_itself_and_changes_nothing(exported: Exported) -> None:

@@ -73,20 +73,19 @@ class _Prompt(Step):
         self.run()
 
     def run(self) -> None:
-        self._session.extend_last(None, self._tokens)[0].argmax(axis=-1)
+        self._session.next_tokens(None, self._tokens)
 
 
 class _Decode(Step):
     def __init__(self, session: Session, tokens: NDArray[np.int64]) -> None:
         self._session = session
-        logits, cache = session.extend_last(None, tokens)
-        self._token = logits.argmax(axis=-1).astype(np.int64)
+        chosen, cache = session.next_tokens(None, tokens)
+        self._token = chosen[:, None].astype(np.int64)
         self._cache: Any = session.keep(cache)
         self.run()
 
     def run(self) -> None:
-        logits, _ = self._session.extend_last(self._session.resume(self._cache), self._token)
-        logits.argmax(axis=-1)
+        self._session.next_tokens(self._session.resume(self._cache), self._token)
 
     def device_ms(self, times: int) -> float | None:
         if not self._session.on_gpu:

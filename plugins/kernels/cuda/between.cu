@@ -109,12 +109,13 @@ __device__ float sumOverBlock(float value, float* perWarp) {
 //! A block per token. The rounded sum is kept in registers for up to HELD * THREADS * 8 channels;
 //! what lies beyond is read again.
 template <typename T, Pruner PRUNER, int HELD, int THREADS>
-__global__ void __launch_bounds__(THREADS) normKernel(NormArgs const args) {
+__global__ void __launch_bounds__(THREADS, THREADS == kMANY_THREADS ? 4 : 1)
+    normKernel(NormArgs const args) {
     __shared__ float perWarp[kWARPS];
     extern __shared__ __align__(16) unsigned char rowBytes[];
     allowDependentLaunch();
     askFor(args.weight, args.channels * static_cast<int64_t>(sizeof(T)));
-    StagedRow<T, PRUNER> row(rowBytes, args.selection, args.channels);
+    StagedRow<T, PRUNER, THREADS> row(rowBytes, args.selection, args.channels);
     if constexpr (PRUNER != Pruner::kNONE) {
         askFor(args.selection, args.channels);
         row.prepare();
@@ -253,7 +254,7 @@ __global__ void __launch_bounds__(THREADS, 1024 / THREADS)
     int64_t const token = blockIdx.x;
     T const* const gates = static_cast<T const*>(args.gate) + token * args.stride;
     T const* const ups = static_cast<T const*>(args.up) + token * args.stride;
-    StagedRow<T, PRUNER> row(rowBytes, args.selection, args.channels);
+    StagedRow<T, PRUNER, THREADS> row(rowBytes, args.selection, args.channels);
     row.prepare();
 #pragma unroll 4
     for (int32_t octet = threadIdx.x; octet < args.channels / kELEMENTS; octet += THREADS) {
@@ -331,7 +332,7 @@ Pruner prunerOf(Selection const& selection, int32_t channels, int64_t tokens) {
 template <typename T, Pruner PRUNER>
 cudaError_t enqueueNorm(NormArgs const& args, DeviceTraits const& device, cudaStream_t stream) {
     Grid grid{dim3(static_cast<unsigned>(args.tokens)), kTHREADS,
-              stagedBytes(PRUNER, args.selection, args.channels)};
+              stagedBytes(PRUNER, args.channels)};
     if constexpr (PRUNER == Pruner::kPAIRS) {
         if (args.tokens > device.multiprocessors) {
             grid.threads = kMANY_THREADS;
@@ -369,7 +370,7 @@ template <typename T, Pruner PRUNER>
 cudaError_t enqueueGatedRows(GatedSiluArgs const& args, DeviceTraits const& device,
                              cudaStream_t stream) {
     Grid grid{dim3(static_cast<unsigned>(args.tokens)), kLONE_THREADS,
-              stagedBytes(PRUNER, args.selection, args.channels)};
+              stagedBytes(PRUNER, args.channels)};
     if (args.tokens > device.multiprocessors) {
         grid.threads = kMANY_THREADS;
         return launchInChain(gatedRowKernel<T, PRUNER, kMANY_THREADS>, grid, device, stream, args);

@@ -45,7 +45,7 @@ struct GatedSiluArgs {
     Selection selection{};
 };
 
-//! Most channels of a row that is pruned where it is made: it lies in shared memory twice.
+//! Most channels of a row that is pruned where it is made: threads hold it while it is gathered.
 inline constexpr int32_t kMAX_PRUNED_CHANNELS = 16384;
 
 //! Whether a row can be pruned where it is made: a 16-bit type in groups of 16, no statistic of the

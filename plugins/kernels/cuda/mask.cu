@@ -140,15 +140,14 @@ constexpr int64_t kFEW_ROWS = 132;
 
 //! The same with a channel order, s by position: the token's row lies in shared memory, where
 //! gathering is cheap. A block per token.
-template <typename T>
-__global__ void __launch_bounds__(kGATHER_THREADS)
+template <typename T, int THREADS>
+__global__ void __launch_bounds__(THREADS)
     pairGatherKernel(T const* x, T* s, uint8_t* keep, Selection const selection, int32_t channels) {
     extern __shared__ __align__(16) unsigned char rowBytes[];
     int64_t const offset = static_cast<int64_t>(blockIdx.x) * channels;
-    StagedRow<T, Pruner::kPAIRS> row(rowBytes, selection, channels);
+    StagedRow<T, Pruner::kPAIRS, THREADS> row(rowBytes, selection, channels);
     auto const* const octets = reinterpret_cast<uint4 const*>(x + offset);
-    for (int32_t octet = threadIdx.x; octet < channels / 8;
-         octet += static_cast<int32_t>(blockDim.x)) {
+    for (int32_t octet = threadIdx.x; octet < channels / 8; octet += THREADS) {
         row.put(octet, octets[octet]);
     }
     row.prune(s + offset, keep == nullptr ? nullptr : keep + offset);
@@ -347,19 +346,13 @@ cudaError_t enqueuePairs(MaskArgs const& args, cudaStream_t stream) {
 //! Rows that leave room for two blocks on every supported multiprocessor.
 constexpr size_t kMAX_STAGED_BYTES = size_t{44} << 10;
 
-//! A row twice, by channel and by position, on the smallest supported multiprocessor.
-constexpr size_t kMAX_GATHERED_BYTES = size_t{32} << 10;
-
 template <typename T>
 cudaError_t enqueuePairGather(MaskArgs const& args, cudaStream_t stream) {
-    size_t const bytes = stagedBytes(Pruner::kPAIRS, args.selection, args.channels);
-    auto* const kernel = &pairGatherKernel<T>;
-    cudaError_t const raised = allowSharedBytes(kernel, bytes);
-    if (raised != cudaSuccess) {
-        return raised;
-    }
-    int const threads = args.tokens <= kFEW_ROWS ? kGATHER_THREADS : kMANY_GATHER_THREADS;
-    kernel<<<static_cast<unsigned>(args.tokens), threads, bytes, stream>>>(
+    bool const isFew = args.tokens <= kFEW_ROWS;
+    auto* const kernel =
+        isFew ? &pairGatherKernel<T, kGATHER_THREADS> : &pairGatherKernel<T, kMANY_GATHER_THREADS>;
+    kernel<<<static_cast<unsigned>(args.tokens), isFew ? kGATHER_THREADS : kMANY_GATHER_THREADS,
+             stagedBytes(Pruner::kPAIRS, args.channels), stream>>>(
         static_cast<T const*>(args.x), static_cast<T*>(args.s), args.keep, args.selection,
         args.channels);
     return cudaGetLastError();
@@ -392,7 +385,7 @@ cudaError_t enqueueMaskOf(MaskArgs const& args, cudaStream_t stream) {
             if (selection.channelOrder == nullptr) {
                 return enqueuePairs<T>(args, stream);
             }
-            if (canStage && args.isGathered && rowBytes <= kMAX_GATHERED_BYTES) {
+            if (canStage && args.isGathered && args.channels <= kMAX_PRUNED_CHANNELS) {
                 return enqueuePairGather<T>(args, stream);
             }
         }

@@ -6,6 +6,7 @@
 // 16-bit types in groups of 16 alone.
 #pragma once
 
+#include "between.h"
 #include "mask_pairs.cuh"
 #include "warp_selection.cuh"
 
@@ -99,15 +100,12 @@ __device__ __forceinline__ int32_t spread(int32_t octet) {
     return octet ^ (octet >> 3 & 3);
 }
 
-//! A row's place in shared memory, and where a producer puts its values.
-template <typename T, Pruner PRUNER>
+//! A row's place in shared memory, and where a producer of so many threads puts its values.
+template <typename T, Pruner PRUNER, int THREADS>
 class StagedRow {
   public:
     __device__ StagedRow(unsigned char* memory, Selection const& selection, int32_t channels)
-        : mSelection{selection},
-          mChannels{channels},
-          mStaged{reinterpret_cast<uint4*>(memory)},
-          mGathered{reinterpret_cast<uint4*>(memory) + channels / 8} {}
+        : mSelection{selection}, mChannels{channels}, mStaged{reinterpret_cast<uint4*>(memory)} {}
 
     //! Reads the first constants (see Selection); call before waiting for the kernel ahead.
     __device__ void prepare() {
@@ -137,7 +135,6 @@ class StagedRow {
     static constexpr bool kBY_LANES = PRUNER == Pruner::kPACKED || PRUNER == Pruner::kWIDE;
     static constexpr bool kIS_BARE = PRUNER != Pruner::kWIDE;
     static constexpr int kAT_ONCE = 4;  //!< pairs of a lane that are in flight together
-    static constexpr int kLOOKED_UP_AT_ONCE = 7;
 
     __device__ int32_t positionOf(int32_t first, int step) const {
         return first +
@@ -160,7 +157,7 @@ class StagedRow {
     }
 
     __device__ void pruneLanes(T* s) {
-        int32_t const stride = 2 * kAT_ONCE * static_cast<int32_t>(blockDim.x);
+        int32_t const stride = 2 * kAT_ONCE * THREADS;
         for (int32_t first = 0; first < mChannels; first += stride) {
             if (first > 0) {
                 readConstants(first);
@@ -182,38 +179,39 @@ class StagedRow {
         }
     }
 
-    //! By position, and spread.
+    //! Brings the row from channels to positions, spread, through registers: a second row in shared
+    //! memory would leave no first-level cache for the order.
     __device__ void gather() const {
-        auto* const words = reinterpret_cast<uint32_t*>(mGathered);
+        constexpr int kMOST = kMAX_PRUNED_CHANNELS / 2 / THREADS;
+        auto* const row = reinterpret_cast<uint32_t*>(mStaged);
         auto const* const order = reinterpret_cast<int2 const*>(mSelection.channelOrder);
         int32_t const count = mChannels / 2;
-        int32_t const threads = static_cast<int32_t>(blockDim.x);
-        for (int32_t first = static_cast<int32_t>(threadIdx.x); first < count;
-             first += kLOOKED_UP_AT_ONCE * threads) {
-            int2 channels[kLOOKED_UP_AT_ONCE];
+        uint32_t words[kMOST];
 #pragma unroll
-            for (int i = 0; i < kLOOKED_UP_AT_ONCE; ++i) {
-                channels[i] = __ldg(order + min(first + i * threads, count - 1));
+        for (int i = 0; i < kMOST; ++i) {
+            int32_t const word = static_cast<int32_t>(threadIdx.x) + i * THREADS;
+            if (word < count) {
+                words[i] = wordOf(__ldg(order + word));
             }
+        }
+        __syncthreads();
 #pragma unroll
-            for (int i = 0; i < kLOOKED_UP_AT_ONCE; ++i) {
-                int32_t const word = first + i * threads;
-                if (word < count) {
-                    words[4 * spread(word / 4) + word % 4] = wordOf(channels[i]);
-                }
+        for (int i = 0; i < kMOST; ++i) {
+            int32_t const word = static_cast<int32_t>(threadIdx.x) + i * THREADS;
+            if (word < count) {
+                row[4 * spread(word / 4) + word % 4] = words[i];
             }
         }
         __syncthreads();
     }
 
     __device__ void prunePairs(T* s, uint8_t* keep) const {
-        bool const isGathered = mSelection.channelOrder != nullptr;
-        if (isGathered) {
+        if (mSelection.channelOrder != nullptr) {
             gather();
         }
-        uint4 const* const row = isGathered ? mGathered : mStaged;
+        uint4 const* const row = mStaged;
         for (int32_t pair = static_cast<int32_t>(threadIdx.x); pair < mChannels / 32;
-             pair += static_cast<int32_t>(blockDim.x)) {
+             pair += THREADS) {
             uint4 const a[2] = {row[spread(4 * pair)], row[spread(4 * pair + 1)]};
             uint4 const b[2] = {row[spread(4 * pair + 2)], row[spread(4 * pair + 3)]};
             storePair(reinterpret_cast<uint4*>(s) + 4 * pair, a, b, keepOfPair<T>(a, b),
@@ -223,15 +221,13 @@ class StagedRow {
 
     Selection const& mSelection;
     int32_t mChannels;
-    uint4* mStaged;    //!< [K / 8], by channel; spread where nothing will be gathered
-    uint4* mGathered;  //!< [K / 8], by position and spread; only kPAIRS with an order uses it
+    uint4* mStaged;  //!< [K / 8], by channel; of kPAIRS in the end by position, and spread
     PairConstants mConstants[kBY_LANES ? kAT_ONCE : 1];
 };
 
 //! Shared memory of a row that is pruned so.
-inline size_t stagedBytes(Pruner pruner, Selection const& selection, int32_t channels) {
-    bool const isTwice = pruner == Pruner::kPAIRS && selection.channelOrder != nullptr;
-    return pruner == Pruner::kNONE ? 0 : static_cast<size_t>(channels) * (isTwice ? 4 : 2);
+inline size_t stagedBytes(Pruner pruner, int32_t channels) {
+    return pruner == Pruner::kNONE ? 0 : 2 * static_cast<size_t>(channels);
 }
 
 }  // namespace nmexport::cuda
