@@ -18,13 +18,14 @@ from nmexport.verification.audit import open_instrumented
 from nmexport.verification.device_products import DeviceProducts
 from nmexport.verification.extent import extent_of
 from nmexport.verification.memory import artifact_bytes
-from nmexport.verification.placing import parity_device
+from nmexport.verification.placing import checked, parity_device
 from nmexport.verification.reference import array_from, open_folded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    import onnx
     from numpy.typing import NDArray
 
     from nmexport.report.model import Parity
@@ -70,7 +71,7 @@ def compare(subject: Subject) -> Parity:
         if parity.ONNX not in why:
             with busy(progress, "verify: parity: open the model without its native op"):
                 try:
-                    bodies = stack.enter_context(_open_bodies(engine, device))
+                    bodies = stack.enter_context(checked(_open_bodies(engine, device), device))
                 except UserError as error:
                     if device == "cpu":
                         raise
@@ -154,14 +155,14 @@ def _compare_linears(
     figures = {name: LinearParity(why=reason) for name, reason in why.items()}
     for name, library in libraries.items():
         executor = torch_session.linear if torch_session and name == parity.ONNX else None
-        with open_instrumented(
-            graph,
-            engine.model.parent,
-            library=library,
-            threads=engine.threads,
-            provider=extent.device,
-            folds_constants=extent.device == "cpu",
-        ) as session:
+        try:
+            session = _open_watched(subject, graph, library, extent.device)
+        except UserError as error:
+            if extent.device == "cpu":
+                raise
+            figures[name] = LinearParity(why=error.problem)
+            continue
+        with session:
             figures[name], other = op_parity.check(
                 session,
                 extent.linears,
@@ -180,6 +181,22 @@ def _compare_linears(
         engine=figures.get(parity.ENGINE, unknown),
         protocol=op_parity.PROTOCOL,
     )
+
+
+def _open_watched(
+    subject: Subject, graph: onnx.ModelProto, library: Path | None, device: Provider
+) -> OrtSession:
+    """A session that returns what its linears meet and make; None as library runs the bodies."""
+    engine = subject.engine
+    session = open_instrumented(
+        graph,
+        engine.model.parent,
+        library=library,
+        threads=engine.threads,
+        provider=device,
+        folds_constants=device == "cpu",
+    )
+    return checked(session, device)
 
 
 def no_library(engine: Engine) -> str | None:

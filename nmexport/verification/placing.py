@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nmexport.errors import UserError
+import numpy as np
+
+from nmexport.errors import ArtifactError, UserError
 from nmexport.models.offload import free_memory
 from nmexport.runtimes.onnxruntime_session import provider_here
 from nmexport.verification.memory import artifact_bytes
@@ -33,7 +35,7 @@ def parity_device(engine: Engine) -> Provider:
 def open_where_it_runs(
     open_on: Callable[[Provider], OrtSession], provider: Provider, progress: Progress
 ) -> OrtSession:
-    """Open an exported graph on a device, or on the CPU where the device's runtime refuses it.
+    """Open an exported graph on a device, or on the CPU where it does not open or run there.
 
     Args:
         open_on: Opens it.
@@ -44,9 +46,30 @@ def open_where_it_runs(
         UserError: if the CPU refuses it too.
     """
     try:
-        return open_on(provider)
+        return checked(open_on(provider), provider)
     except UserError as error:
         if provider == "cpu":
             raise
         progress.note(f"on the CPU in place of the GPU: {error.problem.splitlines()[0]}")
         return open_on("cpu")
+
+
+def checked(session: OrtSession, provider: Provider) -> OrtSession:
+    """Return a session that computes two tokens; on a CPU it is believed.
+
+    A runtime may have a kernel for a GPU and no code of it for this one.
+
+    Raises:
+        ArtifactError: if it does not compute; it is closed then.
+    """
+    if provider == "cpu":
+        return session
+    try:
+        session.prefill(np.zeros((1, 2), np.int64))
+    except Exception as error:  # the binding raises its own classes, outside any public module
+        session.close()
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ArtifactError(
+            f"The model opens on the GPU and does not run there: {reason}"
+        ) from error
+    return session

@@ -25,19 +25,50 @@ class Notes(Silent):
         self.said.append(message)
 
 
-def test_a_graph_that_the_gpu_refuses_runs_on_the_cpu() -> None:
-    asked: list[str] = []
+class Opened:
+    """A session on a provider, which may fail when it runs."""
 
+    def __init__(self, provider: str, fault: str | None = None) -> None:
+        self.provider, self.fault, self.closed = provider, fault, False
+
+    def prefill(self, _: object) -> None:
+        if self.fault is not None:
+            raise RuntimeError(self.fault)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_graph_that_the_gpu_refuses_runs_on_the_cpu() -> None:
     def open_on(provider: str) -> Any:
-        asked.append(provider)
         if provider == "cuda":
             raise ArtifactError("no kernel for it\nand more", fix="none")
-        return "a session"
+        return Opened(provider)
 
     notes = Notes()
-    assert open_where_it_runs(open_on, "cuda", notes) == "a session"
-    assert asked == ["cuda", "cpu"]
+    opened: Any = open_where_it_runs(open_on, "cuda", notes)
+    assert opened.provider == "cpu"
     assert notes.said == ["on the CPU in place of the GPU: no kernel for it"]
+
+
+def test_a_graph_that_opens_on_the_gpu_and_fails_there_runs_on_the_cpu() -> None:
+    made: list[Opened] = []
+
+    def open_on(provider: str) -> Any:
+        made.append(Opened(provider, "no kernel image\nand more" if provider == "cuda" else None))
+        return made[-1]
+
+    notes = Notes()
+    opened: Any = open_where_it_runs(open_on, "cuda", notes)
+    assert opened is made[1]
+    assert made[0].closed
+    (said,) = notes.said
+    assert said.endswith("does not run there: no kernel image")
+
+
+def test_a_graph_that_runs_on_the_gpu_stays_there() -> None:
+    opened: Any = open_where_it_runs(lambda provider: Opened(provider), "cuda", Silent())  # type: ignore[arg-type,return-value] # noqa: PLW0108
+    assert (opened.provider, opened.closed) == ("cuda", False)
 
 
 def test_what_the_cpu_refuses_is_an_error() -> None:
