@@ -108,14 +108,14 @@ __device__ float sumOverBlock(float value, float* perWarp) {
 
 //! A block per token. The rounded sum is kept in registers for up to HELD * THREADS * 8 channels;
 //! what lies beyond is read again.
-template <typename T, Pruner PRUNER, int HELD, int THREADS>
+template <typename T, Pruner PRUNER, int HELD, int THREADS, int AT_ONCE = 4>
 __global__ void __launch_bounds__(THREADS, THREADS == kMANY_THREADS ? 4 : 1)
     normKernel(NormArgs const args) {
     __shared__ float perWarp[kWARPS];
     extern __shared__ __align__(16) unsigned char rowBytes[];
     allowDependentLaunch();
     askFor(args.weight, args.channels * static_cast<int64_t>(sizeof(T)));
-    StagedRow<T, PRUNER, THREADS> row(rowBytes, args.selection, args.channels);
+    StagedRow<T, PRUNER, THREADS, AT_ONCE> row(rowBytes, args.selection, args.channels);
     if constexpr (PRUNER != Pruner::kNONE) {
         askFor(args.selection, args.channels);
         row.prepare();
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(THREADS, THREADS == kMANY_THREADS ? 4 : 1)
         for (int i = 0; i < kELEMENTS; ++i) {
             squares += sum.value[i] * sum.value[i];
         }
-        if (total != nullptr) {
+        if (total != nullptr && blockIdx.y == 0) {
             sum.store(total + channel);
         }
 #pragma unroll
@@ -333,6 +333,13 @@ template <typename T, Pruner PRUNER>
 cudaError_t enqueueNorm(NormArgs const& args, DeviceTraits const& device, cudaStream_t stream) {
     Grid grid{dim3(static_cast<unsigned>(args.tokens)), kTHREADS,
               stagedBytes(PRUNER, args.channels)};
+    if constexpr (PRUNER == Pruner::kPACKED || PRUNER == Pruner::kWIDE) {
+        if (args.tokens <= kFEW_TOKENS && args.channels <= kTHREADS * kELEMENTS) {
+            // Some multiprocessors make the same norm, and each ranks a part of it.
+            grid.blocks.y = static_cast<unsigned>(ceilDivide(args.channels, 2 * kTHREADS));
+            return launchInChain(normKernel<T, PRUNER, 1, kTHREADS, 1>, grid, device, stream, args);
+        }
+    }
     if constexpr (PRUNER == Pruner::kPAIRS) {
         if (args.tokens > device.multiprocessors) {
             grid.threads = kMANY_THREADS;

@@ -100,8 +100,10 @@ __device__ __forceinline__ int32_t spread(int32_t octet) {
     return octet ^ (octet >> 3 & 3);
 }
 
-//! A row's place in shared memory, and where a producer of so many threads puts its values.
-template <typename T, Pruner PRUNER, int THREADS>
+//! A row's place in shared memory, and where a producer of so many threads puts its values. Where
+//! lanes rank, AT_ONCE pairs of a lane are in flight together, and several blocks may share a row:
+//! each has all of it, and prunes its own part.
+template <typename T, Pruner PRUNER, int THREADS, int AT_ONCE = 4>
 class StagedRow {
   public:
     __device__ StagedRow(unsigned char* memory, Selection const& selection, int32_t channels)
@@ -110,7 +112,7 @@ class StagedRow {
     //! Reads the first constants (see Selection); call before waiting for the kernel ahead.
     __device__ void prepare() {
         if constexpr (kBY_LANES) {
-            readConstants(0);
+            readConstants(static_cast<int32_t>(blockIdx.y) * kSTRIDE);
         }
     }
 
@@ -134,7 +136,8 @@ class StagedRow {
   private:
     static constexpr bool kBY_LANES = PRUNER == Pruner::kPACKED || PRUNER == Pruner::kWIDE;
     static constexpr bool kIS_BARE = PRUNER != Pruner::kWIDE;
-    static constexpr int kAT_ONCE = 4;  //!< pairs of a lane that are in flight together
+    static constexpr int kLOOKED_UP_AT_ONCE = 8;
+    static constexpr int32_t kSTRIDE = 2 * AT_ONCE * THREADS;  //!< positions of a block at a time
 
     __device__ int32_t positionOf(int32_t first, int step) const {
         return first +
@@ -143,7 +146,7 @@ class StagedRow {
 
     __device__ void readConstants(int32_t first) {
 #pragma unroll
-        for (int step = 0; step < kAT_ONCE; ++step) {
+        for (int step = 0; step < AT_ONCE; ++step) {
             int32_t const position = positionOf(first, step);
             mConstants[step] =
                 PairConstants::read<kIS_BARE>(mSelection, position < mChannels ? position : 0);
@@ -157,18 +160,19 @@ class StagedRow {
     }
 
     __device__ void pruneLanes(T* s) {
-        int32_t const stride = 2 * kAT_ONCE * THREADS;
-        for (int32_t first = 0; first < mChannels; first += stride) {
-            if (first > 0) {
+        int32_t const begin = static_cast<int32_t>(blockIdx.y) * kSTRIDE;
+        for (int32_t first = begin; first < mChannels;
+             first += static_cast<int32_t>(gridDim.y) * kSTRIDE) {
+            if (first > begin) {
                 readConstants(first);
             }
-            uint32_t words[kAT_ONCE];
+            uint32_t words[AT_ONCE];
 #pragma unroll
-            for (int step = 0; step < kAT_ONCE; ++step) {
+            for (int step = 0; step < AT_ONCE; ++step) {
                 words[step] = wordOf(mConstants[step].channel);
             }
 #pragma unroll
-            for (int step = 0; step < kAT_ONCE; ++step) {
+            for (int step = 0; step < AT_ONCE; ++step) {
                 uint32_t const word =
                     prunePair<T, kIS_BARE>(mSelection, mConstants[step], words[step]);
                 int32_t const position = positionOf(first, step);
@@ -187,11 +191,21 @@ class StagedRow {
         auto const* const order = reinterpret_cast<int2 const*>(mSelection.channelOrder);
         int32_t const count = mChannels / 2;
         uint32_t words[kMOST];
+        // Every load is unconditional, so that many are in flight together.
 #pragma unroll
-        for (int i = 0; i < kMOST; ++i) {
-            int32_t const word = static_cast<int32_t>(threadIdx.x) + i * THREADS;
-            if (word < count) {
-                words[i] = wordOf(__ldg(order + word));
+        for (int first = 0; first < kMOST; first += kLOOKED_UP_AT_ONCE) {
+            int2 channels[kLOOKED_UP_AT_ONCE];
+#pragma unroll
+            for (int i = 0; i < kLOOKED_UP_AT_ONCE; ++i) {
+                int32_t const word = static_cast<int32_t>(threadIdx.x) + (first + i) * THREADS;
+                channels[i] = __ldg(order + min(word, count - 1));
+            }
+#pragma unroll
+            for (int i = 0; i < kLOOKED_UP_AT_ONCE; ++i) {
+                words[first + i] = wordOf(channels[i]);
+            }
+            if ((first + kLOOKED_UP_AT_ONCE) * THREADS >= count) {
+                break;
             }
         }
         __syncthreads();
@@ -222,7 +236,7 @@ class StagedRow {
     Selection const& mSelection;
     int32_t mChannels;
     uint4* mStaged;  //!< [K / 8], by channel; of kPAIRS in the end by position, and spread
-    PairConstants mConstants[kBY_LANES ? kAT_ONCE : 1];
+    PairConstants mConstants[kBY_LANES ? AT_ONCE : 1];
 };
 
 //! Shared memory of a row that is pruned so.
