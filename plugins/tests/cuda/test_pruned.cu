@@ -185,7 +185,7 @@ int main() {
     DeviceTraits const device = deviceOrSkip();
     int passed = 0;
     int failed = 0;
-    for (int const tokens : {1, 2, 3, 20}) {
+    for (int const tokens : {1, 2, 3, 20, 140}) {
         for (Options const options :
              {Options::kNONE, Options::kORDER, Options::kSCALAR, Options::kSCALED}) {
             for (Case const& c : {Case{tokens, 512, 256, 8, 16, options, false},
