@@ -88,20 +88,27 @@ __device__ __forceinline__ void askFor(Selection const& selection, int32_t chann
     askFor(selection.shift, 4 * static_cast<int64_t>(selection.shiftLength));
 }
 
-//! Sum over the block in a fixed order; every thread gets it.
-__device__ float sumOverBlock(float value, float* perWarp) {
+//! Sum over the block; every thread gets it. A thread's parts are what PARTS threads of a larger
+//! block would have, and are added in that block's order: the sum's bits do not depend on its size.
+template <int PARTS>
+__device__ float sumOverBlock(float const (&parts)[PARTS], float* perWarp) {
+    int const warps = static_cast<int>(blockDim.x) / kWARP;
 #pragma unroll
-    for (int offset = kWARP / 2; offset > 0; offset /= 2) {
-        value += __shfl_xor_sync(kWHOLE_WARP, value, offset);
-    }
-    if (threadIdx.x % kWARP == 0) {
-        perWarp[threadIdx.x / kWARP] = value;
+    for (int part = 0; part < PARTS; ++part) {
+        float value = parts[part];
+#pragma unroll
+        for (int offset = kWARP / 2; offset > 0; offset /= 2) {
+            value += __shfl_xor_sync(kWHOLE_WARP, value, offset);
+        }
+        if (threadIdx.x % kWARP == 0) {
+            perWarp[part * warps + static_cast<int>(threadIdx.x) / kWARP] = value;
+        }
     }
     __syncthreads();
     float sum = 0.0F;
 #pragma unroll
     for (int warp = 0; warp < kWARPS; ++warp) {
-        sum += warp < static_cast<int>(blockDim.x) / kWARP ? perWarp[warp] : 0.0F;
+        sum += perWarp[warp];
     }
     return sum;
 }
@@ -109,7 +116,8 @@ __device__ float sumOverBlock(float value, float* perWarp) {
 //! A block per token. The rounded sum is kept in registers for up to HELD * THREADS * 8 channels;
 //! what lies beyond is read again.
 template <typename T, Pruner PRUNER, int HELD, int THREADS, int AT_ONCE = 4>
-__global__ void __launch_bounds__(THREADS, THREADS == kMANY_THREADS ? 4 : 1)
+__global__ void __launch_bounds__(THREADS,
+                                  THREADS == kMANY_THREADS && PRUNER != Pruner::kWIDE ? 4 : 1)
     normKernel(NormArgs const args) {
     __shared__ float perWarp[kWARPS];
     extern __shared__ __align__(16) unsigned char rowBytes[];
@@ -136,15 +144,19 @@ __global__ void __launch_bounds__(THREADS, THREADS == kMANY_THREADS ? 4 : 1)
         }
         return sum;
     };
+    constexpr int kPARTS = kTHREADS / THREADS;
     Eight<T> held[HELD];
-    float squares = 0.0F;
+    float squares[kPARTS] = {};
     int step = 0;
     for (int32_t channel = static_cast<int32_t>(threadIdx.x) * kELEMENTS; channel < args.channels;
          channel += THREADS * kELEMENTS, ++step) {
         Eight<T> const sum = summed(channel);
 #pragma unroll
-        for (int i = 0; i < kELEMENTS; ++i) {
-            squares += sum.value[i] * sum.value[i];
+        for (int part = 0; part < kPARTS; ++part) {
+#pragma unroll
+            for (int i = 0; i < kELEMENTS; ++i) {
+                squares[part] += step % kPARTS == part ? sum.value[i] * sum.value[i] : 0.0F;
+            }
         }
         if (total != nullptr && blockIdx.y == 0) {
             sum.store(total + channel);
@@ -321,48 +333,40 @@ bool isBare(Selection const& selection) {
            selection.shift == nullptr;
 }
 
-Pruner prunerOf(Selection const& selection, int32_t channels, int64_t tokens) {
-    if (!isBare(selection)) {
-        return Pruner::kWIDE;
-    }
-    bool const hasPairs = selection.n == 8 && channels % 32 == 0;
-    return hasPairs && tokens > kFEW_TOKENS ? Pruner::kPAIRS : Pruner::kPACKED;
-}
-
 template <typename T, Pruner PRUNER>
-cudaError_t enqueueNorm(NormArgs const& args, DeviceTraits const& device, cudaStream_t stream) {
+cudaError_t enqueuePrunedNorm(NormArgs const& args, DeviceTraits const& device,
+                              cudaStream_t stream) {
     Grid grid{dim3(static_cast<unsigned>(args.tokens)), kTHREADS,
               stagedBytes(PRUNER, args.channels)};
-    if constexpr (PRUNER == Pruner::kPACKED || PRUNER == Pruner::kWIDE) {
-        if (args.tokens <= kFEW_TOKENS && args.channels <= kTHREADS * kELEMENTS) {
-            // Some multiprocessors make the same norm, and each ranks a part of it.
-            grid.blocks.y = static_cast<unsigned>(ceilDivide(args.channels, 2 * kTHREADS));
-            return launchInChain(normKernel<T, PRUNER, 1, kTHREADS, 1>, grid, device, stream, args);
-        }
+    bool const isShort = args.channels <= kTHREADS * kELEMENTS;
+    if (args.tokens <= kFEW_TOKENS && isShort) {
+        // Some multiprocessors make the same norm, and each ranks a part of it.
+        grid.blocks.y = static_cast<unsigned>(ceilDivide(args.channels, 2 * kTHREADS));
+        return launchInChain(normKernel<T, PRUNER, 1, kTHREADS, 1>, grid, device, stream, args);
     }
-    if constexpr (PRUNER == Pruner::kPAIRS) {
-        if (args.tokens > device.multiprocessors) {
-            grid.threads = kMANY_THREADS;
-            return launchInChain(normKernel<T, PRUNER, 2, kMANY_THREADS>, grid, device, stream,
-                                 args);
-        }
+    if (args.tokens > device.multiprocessors) {
+        grid.threads = kMANY_THREADS;
+        return launchInChain(normKernel<T, PRUNER, 2, kMANY_THREADS>, grid, device, stream, args);
     }
-    return args.channels <= kTHREADS * kELEMENTS
-               ? launchInChain(normKernel<T, PRUNER, 1, kTHREADS>, grid, device, stream, args)
-               : launchInChain(normKernel<T, PRUNER, 4, kTHREADS>, grid, device, stream, args);
+    return isShort ? launchInChain(normKernel<T, PRUNER, 1, kTHREADS>, grid, device, stream, args)
+                   : launchInChain(normKernel<T, PRUNER, 4, kTHREADS>, grid, device, stream, args);
 }
 
 template <typename T>
-cudaError_t enqueuePrunedNorm(NormArgs const& args, DeviceTraits const& device,
-                              cudaStream_t stream) {
-    switch (prunerOf(args.selection, args.channels, args.tokens)) {
-        case Pruner::kPACKED:
-            return enqueueNorm<T, Pruner::kPACKED>(args, device, stream);
-        case Pruner::kWIDE:
-            return enqueueNorm<T, Pruner::kWIDE>(args, device, stream);
-        default:
-            return enqueueNorm<T, Pruner::kPAIRS>(args, device, stream);
+cudaError_t enqueueNorm(NormArgs const& args, DeviceTraits const& device, cudaStream_t stream) {
+    if constexpr (sizeof(T) == 2) {
+        if (args.isPruned) {
+            return isBare(args.selection)
+                       ? enqueuePrunedNorm<T, Pruner::kPACKED>(args, device, stream)
+                       : enqueuePrunedNorm<T, Pruner::kWIDE>(args, device, stream);
+        }
     }
+    Grid const grid{dim3(static_cast<unsigned>(args.tokens))};
+    return args.channels <= kTHREADS * kELEMENTS
+               ? launchInChain(normKernel<T, Pruner::kNONE, 1, kTHREADS>, grid, device, stream,
+                               args)
+               : launchInChain(normKernel<T, Pruner::kNONE, 4, kTHREADS>, grid, device, stream,
+                               args);
 }
 
 template <typename T>
@@ -408,14 +412,12 @@ cudaError_t enqueuePrunedGated(GatedSiluArgs const& args, DeviceTraits const& de
                    ? launchInChain(gatedPairKernel<T, true>, grid, device, stream, args)
                    : launchInChain(gatedPairKernel<T, false>, grid, device, stream, args);
     }
-    switch (prunerOf(args.selection, args.channels, args.tokens)) {
-        case Pruner::kPACKED:
-            return enqueueGatedRows<T, Pruner::kPACKED>(args, device, stream);
-        case Pruner::kWIDE:
-            return enqueueGatedRows<T, Pruner::kWIDE>(args, device, stream);
-        default:
-            return enqueueGatedRows<T, Pruner::kPAIRS>(args, device, stream);
+    if (!isBare(args.selection)) {
+        return enqueueGatedRows<T, Pruner::kWIDE>(args, device, stream);
     }
+    bool const hasPairs = args.selection.n == 8 && args.channels % 32 == 0;
+    return hasPairs ? enqueueGatedRows<T, Pruner::kPAIRS>(args, device, stream)
+                    : enqueueGatedRows<T, Pruner::kPACKED>(args, device, stream);
 }
 
 //! Whether a row can be written so.
@@ -465,13 +467,11 @@ cudaError_t launchNorm(NormArgs const& args, DeviceTraits const& device, cudaStr
     }
     switch (args.type) {
         case DType::kFLOAT32:
-            return enqueueNorm<float, Pruner::kNONE>(args, device, stream);
+            return enqueueNorm<float>(args, device, stream);
         case DType::kFLOAT16:
-            return args.isPruned ? enqueuePrunedNorm<__half>(args, device, stream)
-                                 : enqueueNorm<__half, Pruner::kNONE>(args, device, stream);
+            return enqueueNorm<__half>(args, device, stream);
         case DType::kBFLOAT16:
-            return args.isPruned ? enqueuePrunedNorm<__nv_bfloat16>(args, device, stream)
-                                 : enqueueNorm<__nv_bfloat16, Pruner::kNONE>(args, device, stream);
+            return enqueueNorm<__nv_bfloat16>(args, device, stream);
     }
     return cudaErrorInvalidValue;
 }

@@ -32,6 +32,12 @@ __device__ __forceinline__ uint4 keepElements(uint4 words, uint32_t mask) {
                       keepHalves(words.z, mask >> 4), keepHalves(words.w, mask >> 6));
 }
 
+__device__ __forceinline__ void storeMask(uint8_t* keep, uint32_t mask) {
+    for (int i = 0; i < 32; ++i) {
+        keep[i] = static_cast<uint8_t>(mask >> i & 1U);
+    }
+}
+
 //! Two groups with what is dropped zeroed, as one run of 32 elements; bit i of `mask` is element i.
 __device__ __forceinline__ void storePair(uint4* s, uint4 const (&a)[2], uint4 const (&b)[2],
                                           uint32_t mask, uint8_t* keep) {
@@ -40,9 +46,7 @@ __device__ __forceinline__ void storePair(uint4* s, uint4 const (&a)[2], uint4 c
     s[2] = keepElements(b[0], mask >> 16);
     s[3] = keepElements(b[1], mask >> 24);
     if (keep != nullptr) {
-        for (int i = 0; i < 32; ++i) {
-            keep[i] = static_cast<uint8_t>(mask >> i & 1U);
-        }
+        storeMask(keep, mask);
     }
 }
 

@@ -223,13 +223,25 @@ class StagedRow {
         if (mSelection.channelOrder != nullptr) {
             gather();
         }
-        uint4 const* const row = mStaged;
         for (int32_t pair = static_cast<int32_t>(threadIdx.x); pair < mChannels / 32;
              pair += THREADS) {
-            uint4 const a[2] = {row[spread(4 * pair)], row[spread(4 * pair + 1)]};
-            uint4 const b[2] = {row[spread(4 * pair + 2)], row[spread(4 * pair + 3)]};
-            storePair(reinterpret_cast<uint4*>(s) + 4 * pair, a, b, keepOfPair<T>(a, b),
-                      keep == nullptr ? nullptr : keep + 32 * pair);
+            uint4 const a[2] = {mStaged[spread(4 * pair)], mStaged[spread(4 * pair + 1)]};
+            uint4 const b[2] = {mStaged[spread(4 * pair + 2)], mStaged[spread(4 * pair + 3)]};
+            uint32_t const mask = keepOfPair<T>(a, b);
+            mStaged[spread(4 * pair)] = keepElements(a[0], mask);
+            mStaged[spread(4 * pair + 1)] = keepElements(a[1], mask >> 8);
+            mStaged[spread(4 * pair + 2)] = keepElements(b[0], mask >> 16);
+            mStaged[spread(4 * pair + 3)] = keepElements(b[1], mask >> 24);
+            if (keep != nullptr) {
+                storeMask(keep + 32 * pair, mask);
+            }
+        }
+        // A thread's 64 bytes lie apart from its neighbour's: stored from here they go in whole
+        // lines.
+        __syncthreads();
+        for (int32_t octet = static_cast<int32_t>(threadIdx.x); octet < mChannels / 8;
+             octet += THREADS) {
+            reinterpret_cast<uint4*>(s)[octet] = mStaged[spread(octet)];
         }
     }
 
