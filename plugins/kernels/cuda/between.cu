@@ -13,6 +13,14 @@ constexpr int kTHREADS = 512;
 constexpr int kLONE_THREADS = 1024;
 constexpr int kMANY_THREADS = 256;
 constexpr int kWARPS = kTHREADS / kWARP;
+
+//! Blocks of the last kind that a multiprocessor is to have room for: ranking two values at once
+//! takes more registers where the chip has no instruction for that.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr int kBLOCKS_TOGETHER = 4;
+#else
+constexpr int kBLOCKS_TOGETHER = 3;
+#endif
 constexpr int kPAIR_THREADS = 128;  // 2 elements each: many blocks for one token
 
 //! Up to so many tokens a pruned row is ranked two positions a lane, over many blocks.
@@ -116,9 +124,9 @@ __device__ float sumOverBlock(float const (&parts)[PARTS], float* perWarp) {
 //! A block per token. The rounded sum is kept in registers for up to HELD * THREADS * 8 channels;
 //! what lies beyond is read again.
 template <typename T, Pruner PRUNER, int HELD, int THREADS, int AT_ONCE = 4>
-__global__ void __launch_bounds__(THREADS,
-                                  THREADS == kMANY_THREADS && PRUNER != Pruner::kWIDE ? 4 : 1)
-    normKernel(NormArgs const args) {
+__global__ void __launch_bounds__(THREADS, THREADS == kMANY_THREADS && PRUNER != Pruner::kWIDE
+                                               ? kBLOCKS_TOGETHER
+                                               : 1) normKernel(NormArgs const args) {
     __shared__ float perWarp[kWARPS];
     extern __shared__ __align__(16) unsigned char rowBytes[];
     allowDependentLaunch();
@@ -377,16 +385,12 @@ cudaError_t enqueueGated(GatedSiluArgs const& args, DeviceTraits const& device,
     return launchInChain(gatedSiluKernel<T>, grid, device, stream, args, pieces);
 }
 
-template <typename T, Pruner PRUNER>
+template <typename T, Pruner PRUNER, int THREADS>
 cudaError_t enqueueGatedRows(GatedSiluArgs const& args, DeviceTraits const& device,
                              cudaStream_t stream) {
-    Grid grid{dim3(static_cast<unsigned>(args.tokens)), kLONE_THREADS,
-              stagedBytes(PRUNER, args.channels)};
-    if (args.tokens > device.multiprocessors) {
-        grid.threads = kMANY_THREADS;
-        return launchInChain(gatedRowKernel<T, PRUNER, kMANY_THREADS>, grid, device, stream, args);
-    }
-    return launchInChain(gatedRowKernel<T, PRUNER, kLONE_THREADS>, grid, device, stream, args);
+    Grid const grid{dim3(static_cast<unsigned>(args.tokens)), THREADS,
+                    stagedBytes(PRUNER, args.channels)};
+    return launchInChain(gatedRowKernel<T, PRUNER, THREADS>, grid, device, stream, args);
 }
 
 //! A lane for each two positions of each token.
@@ -412,12 +416,17 @@ cudaError_t enqueuePrunedGated(GatedSiluArgs const& args, DeviceTraits const& de
                    ? launchInChain(gatedPairKernel<T, true>, grid, device, stream, args)
                    : launchInChain(gatedPairKernel<T, false>, grid, device, stream, args);
     }
+    bool const isMany = args.tokens > device.multiprocessors;
     if (!isBare(args.selection)) {
-        return enqueueGatedRows<T, Pruner::kWIDE>(args, device, stream);
+        return isMany ? enqueueGatedRows<T, Pruner::kWIDE, kMANY_THREADS>(args, device, stream)
+                      : enqueueGatedRows<T, Pruner::kWIDE, kLONE_THREADS>(args, device, stream);
+    }
+    if (!isMany) {
+        return enqueueGatedRows<T, Pruner::kPACKED, kLONE_THREADS>(args, device, stream);
     }
     bool const hasPairs = args.selection.n == 8 && args.channels % 32 == 0;
-    return hasPairs ? enqueueGatedRows<T, Pruner::kPAIRS>(args, device, stream)
-                    : enqueueGatedRows<T, Pruner::kPACKED>(args, device, stream);
+    return hasPairs ? enqueueGatedRows<T, Pruner::kPAIRS, kMANY_THREADS>(args, device, stream)
+                    : enqueueGatedRows<T, Pruner::kPACKED, kMANY_THREADS>(args, device, stream);
 }
 
 //! Whether a row can be written so.
