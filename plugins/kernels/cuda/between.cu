@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(kPAIR_THREADS) gatedPairKernel(GatedSiluArgs c
 
 //! Many tokens, pruned: a block a token.
 template <typename T, Pruner PRUNER, int THREADS>
-__global__ void __launch_bounds__(THREADS, 1024 / THREADS)
+__global__ void __launch_bounds__(THREADS, THREADS == kMANY_THREADS ? kBLOCKS_TOGETHER : 1)
     gatedRowKernel(GatedSiluArgs const args) {
     extern __shared__ __align__(16) unsigned char rowBytes[];
     allowDependentLaunch();
