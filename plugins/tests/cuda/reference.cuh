@@ -1,7 +1,7 @@
-// Problems for the kernels on a GPU, what the op contract says of them in float64, and device
-// memory.
+// Problems for the kernels on a GPU, and what the op contract says of them in float64.
 #pragma once
 
+#include "device_array.cuh"
 #include "element.cuh"
 #include "nm_cuda.h"
 
@@ -17,42 +17,6 @@
 #include <vector>
 
 namespace nmexport::cuda {
-
-#define CHECK_CUDA(call)                                                 \
-    do {                                                                 \
-        cudaError_t const outcome = (call);                              \
-        if (outcome != cudaSuccess) {                                    \
-            std::printf("%s: %s\n", #call, cudaGetErrorString(outcome)); \
-            std::exit(EXIT_FAILURE);                                     \
-        }                                                                \
-    } while (false)
-
-//! Device memory that starts as NaN bytes, so that an unwritten element shows.
-template <typename T>
-struct DeviceArray {
-    explicit DeviceArray(size_t count) : count{count} {
-        CHECK_CUDA(cudaMalloc(&data, std::max<size_t>(count, 1) * sizeof(T)));
-        CHECK_CUDA(cudaMemset(data, 0xff, std::max<size_t>(count, 1) * sizeof(T)));
-    }
-
-    explicit DeviceArray(std::vector<T> const& host) : DeviceArray(host.size()) {
-        CHECK_CUDA(cudaMemcpy(data, host.data(), count * sizeof(T), cudaMemcpyHostToDevice));
-    }
-
-    DeviceArray(DeviceArray const&) = delete;
-    DeviceArray& operator=(DeviceArray const&) = delete;
-
-    ~DeviceArray() { cudaFree(data); }
-
-    std::vector<T> read() const {
-        std::vector<T> host(count);
-        CHECK_CUDA(cudaMemcpy(host.data(), data, count * sizeof(T), cudaMemcpyDeviceToHost));
-        return host;
-    }
-
-    size_t count;
-    T* data{nullptr};
-};
 
 template <typename T>
 float widen(T value) {

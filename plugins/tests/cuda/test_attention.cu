@@ -1,6 +1,7 @@
 // The attention kernel on a GPU against float64 sums on the host. Exit code 77 where there is no
 // GPU that it runs on. With --time it tells microseconds a launch as well.
 #include "attention.h"
+#include "device_array.cuh"
 #include "element.cuh"
 
 #include <algorithm>
@@ -16,42 +17,6 @@
 using namespace nmexport::cuda;
 
 namespace {
-
-#define CHECK_CUDA(call)                                                 \
-    do {                                                                 \
-        cudaError_t const outcome = (call);                              \
-        if (outcome != cudaSuccess) {                                    \
-            std::printf("%s: %s\n", #call, cudaGetErrorString(outcome)); \
-            std::exit(EXIT_FAILURE);                                     \
-        }                                                                \
-    } while (false)
-
-//! Device memory that starts as NaN bytes, so that an unwritten element shows.
-template <typename T>
-struct DeviceArray {
-    explicit DeviceArray(size_t count) : count{count} {
-        CHECK_CUDA(cudaMalloc(&data, count * sizeof(T)));
-        CHECK_CUDA(cudaMemset(data, 0xff, count * sizeof(T)));
-    }
-
-    explicit DeviceArray(std::vector<T> const& host) : DeviceArray(host.size()) {
-        CHECK_CUDA(cudaMemcpy(data, host.data(), count * sizeof(T), cudaMemcpyHostToDevice));
-    }
-
-    DeviceArray(DeviceArray const&) = delete;
-    DeviceArray& operator=(DeviceArray const&) = delete;
-
-    ~DeviceArray() { cudaFree(data); }
-
-    std::vector<T> read() const {
-        std::vector<T> host(count);
-        CHECK_CUDA(cudaMemcpy(host.data(), data, count * sizeof(T), cudaMemcpyDeviceToHost));
-        return host;
-    }
-
-    size_t count;
-    T* data{nullptr};
-};
 
 template <typename T>
 constexpr bool kIS_HALF = std::is_same_v<T, __half>;
