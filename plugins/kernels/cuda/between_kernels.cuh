@@ -1,0 +1,312 @@
+// The kernels between the linears: norms, gated activations, the pruning of a few rows.
+#pragma once
+
+#include "between.h"
+#include "device_primitives.cuh"
+#include "element.cuh"
+#include "prune_row.cuh"
+
+namespace nmexport::cuda::between {
+
+//! Threads of a block: 8 elements each are a token of 4096 channels in one go; of a long row that
+//! has a multiprocessor to itself; of one that shares it with three others.
+constexpr int kTHREADS = 512;
+constexpr int kLONE_THREADS = 1024;
+constexpr int kMANY_THREADS = 256;
+constexpr int kWARPS = kTHREADS / kWARP;
+
+//! Blocks of the last kind that a multiprocessor is to have room for: ranking two values at once
+//! takes more registers where the chip has no instruction for that.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr int kBLOCKS_TOGETHER = 4;
+#else
+constexpr int kBLOCKS_TOGETHER = 3;
+#endif
+constexpr int kPAIR_THREADS = 128;  // 2 elements each: many blocks for one token
+
+//! Up to so many tokens a pruned row is ranked two positions a lane, over many blocks.
+constexpr int64_t kFEW_TOKENS = 16;
+constexpr int kELEMENTS = 8;  // a thread takes at a time: 16 bytes of a 16-bit type
+
+//! Eight neighbouring elements as float32. The L2 is asked, never a stale line of the L1: the
+//! kernel before may have written them while this one was already resident.
+template <typename T>
+struct Eight {
+    float value[kELEMENTS];
+
+    __device__ static Eight load(T const* from) {
+        Eight eight;
+        constexpr int kVECTORS = kELEMENTS / kVECTOR<T>;
+#pragma unroll
+        for (int v = 0; v < kVECTORS; ++v) {
+            uint4 raw;
+            asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
+                         : "l"(from + v * kVECTOR<T>));
+            Unpacked<T> const part = unpack(raw, from);
+#pragma unroll
+            for (int i = 0; i < kVECTOR<T>; ++i) {
+                eight.value[v * kVECTOR<T> + i] = part.value[i];
+            }
+        }
+        return eight;
+    }
+
+    __device__ void store(T* to) const {
+        alignas(16) T elements[kELEMENTS];
+        round(elements);
+#pragma unroll
+        for (int v = 0; v < kELEMENTS / kVECTOR<T>; ++v) {
+            reinterpret_cast<uint4*>(to)[v] = reinterpret_cast<uint4 const*>(elements)[v];
+        }
+    }
+
+    //! All of them in 16 bytes, of a 16-bit type.
+    __device__ uint4 packed() const {
+        static_assert(sizeof(T) == 2);
+        alignas(16) T elements[kELEMENTS];
+        round(elements);
+        return *reinterpret_cast<uint4 const*>(elements);
+    }
+
+  private:
+    __device__ void round(T (&elements)[kELEMENTS]) const {
+#pragma unroll
+        for (int i = 0; i < kELEMENTS; ++i) {
+            elements[i] = fromFloat<T>(value[i]);
+        }
+    }
+};
+
+//! Asks for a constant array before the wait for the kernel ahead: it left the cache a step ago.
+__device__ __forceinline__ void askFor(void const* data, int64_t bytes) {
+    if (data == nullptr) {
+        return;
+    }
+    constexpr int64_t kLINE = 128;
+    for (int64_t at = threadIdx.x * kLINE; at < bytes; at += blockDim.x * kLINE) {
+        prefetchToL2(static_cast<char const*>(data) + at);
+    }
+}
+
+__device__ __forceinline__ void askFor(Selection const& selection, int32_t channels) {
+    int64_t const bytes = 4 * static_cast<int64_t>(channels);
+    askFor(selection.channelOrder, bytes);
+    askFor(selection.scoreScale, bytes);
+    askFor(selection.valueScale, bytes);
+    askFor(selection.shift, 4 * static_cast<int64_t>(selection.shiftLength));
+}
+
+//! Sum over the block; every thread gets it. A thread's parts are what PARTS threads of a larger
+//! block would have, and are added in that block's order: the sum's bits do not depend on its size.
+template <int PARTS>
+__device__ float sumOverBlock(float const (&parts)[PARTS], float* perWarp) {
+    int const warps = static_cast<int>(blockDim.x) / kWARP;
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) {
+        float value = parts[part];
+#pragma unroll
+        for (int offset = kWARP / 2; offset > 0; offset /= 2) {
+            value += __shfl_xor_sync(kWHOLE_WARP, value, offset);
+        }
+        if (threadIdx.x % kWARP == 0) {
+            perWarp[part * warps + static_cast<int>(threadIdx.x) / kWARP] = value;
+        }
+    }
+    __syncthreads();
+    float sum = 0.0F;
+#pragma unroll
+    for (int warp = 0; warp < kWARPS; ++warp) {
+        sum += perWarp[warp];
+    }
+    return sum;
+}
+
+//! A block per token. The rounded sum is kept in registers for up to HELD * THREADS * 8 channels;
+//! what lies beyond is read again.
+template <typename T, Pruner PRUNER, int HELD, int THREADS, int AT_ONCE = 4>
+__global__ void __launch_bounds__(THREADS, THREADS == kMANY_THREADS && PRUNER != Pruner::kWIDE
+                                               ? kBLOCKS_TOGETHER
+                                               : 1) normKernel(NormArgs const args) {
+    __shared__ float perWarp[kWARPS];
+    extern __shared__ __align__(16) unsigned char rowBytes[];
+    allowDependentLaunch();
+    askFor(args.weight, args.channels * static_cast<int64_t>(sizeof(T)));
+    StagedRow<T, PRUNER, THREADS, AT_ONCE> row(rowBytes, args.selection, args.channels);
+    if constexpr (PRUNER != Pruner::kNONE) {
+        askFor(args.selection, args.channels);
+        row.prepare();
+    }
+    waitForPredecessors();
+    int64_t const start = static_cast<int64_t>(blockIdx.x) * args.channels;
+    T const* const x = static_cast<T const*>(args.x) + start;
+    T const* const skip = args.skip == nullptr ? nullptr : static_cast<T const*>(args.skip) + start;
+    T* const total = args.sum == nullptr ? nullptr : static_cast<T*>(args.sum) + start;
+    auto const summed = [&](int32_t channel) {
+        Eight<T> sum = Eight<T>::load(x + channel);
+        if (skip != nullptr) {
+            Eight<T> const other = Eight<T>::load(skip + channel);
+#pragma unroll
+            for (int i = 0; i < kELEMENTS; ++i) {
+                sum.value[i] = toFloat<T>(fromFloat<T>(sum.value[i] + other.value[i]));
+            }
+        }
+        return sum;
+    };
+    constexpr int kPARTS = kTHREADS / THREADS;
+    Eight<T> held[HELD];
+    float squares[kPARTS] = {};
+    int step = 0;
+    for (int32_t channel = static_cast<int32_t>(threadIdx.x) * kELEMENTS; channel < args.channels;
+         channel += THREADS * kELEMENTS, ++step) {
+        Eight<T> const sum = summed(channel);
+#pragma unroll
+        for (int part = 0; part < kPARTS; ++part) {
+#pragma unroll
+            for (int i = 0; i < kELEMENTS; ++i) {
+                squares[part] += step % kPARTS == part ? sum.value[i] * sum.value[i] : 0.0F;
+            }
+        }
+        if (total != nullptr && blockIdx.y == 0) {
+            sum.store(total + channel);
+        }
+#pragma unroll
+        for (int h = 0; h < HELD; ++h) {
+            if (step == h) {
+                held[h] = sum;
+            }
+        }
+    }
+    float const mean = sumOverBlock(squares, perWarp) / static_cast<float>(args.channels);
+    float const factor = rsqrtf(mean + args.epsilon);
+    T const* const weight = static_cast<T const*>(args.weight);
+    T* const y = static_cast<T*>(args.y) + start;
+    step = 0;
+    for (int32_t channel = static_cast<int32_t>(threadIdx.x) * kELEMENTS; channel < args.channels;
+         channel += THREADS * kELEMENTS, ++step) {
+        Eight<T> sum;
+        if (step >= HELD) {
+            sum = summed(channel);
+        }
+#pragma unroll
+        for (int h = 0; h < HELD; ++h) {
+            if (step == h) {
+                sum = held[h];
+            }
+        }
+        Eight<T> const scale = Eight<T>::load(weight + channel);
+#pragma unroll
+        for (int i = 0; i < kELEMENTS; ++i) {
+            sum.value[i] = toFloat<T>(fromFloat<T>(sum.value[i] * factor)) * scale.value[i];
+        }
+        if constexpr (PRUNER == Pruner::kNONE) {
+            sum.store(y + channel);
+        } else {
+            row.put(channel / kELEMENTS, sum.packed());
+        }
+    }
+    if constexpr (PRUNER != Pruner::kNONE) {
+        row.prune(y);
+    }
+}
+
+__device__ __forceinline__ float gated(float gate, float up) {
+    return __fdividef(gate, 1.0F + __expf(-gate)) * up;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kTHREADS) gatedSiluKernel(GatedSiluArgs args, int64_t pieces) {
+    allowDependentLaunch();
+    waitForPredecessors();
+    int64_t const piece = static_cast<int64_t>(blockIdx.x) * kTHREADS + threadIdx.x;
+    if (piece >= pieces) {
+        return;
+    }
+    int64_t const perToken = args.channels / kELEMENTS;
+    int64_t const token = piece / perToken;
+    int64_t const channel = piece % perToken * kELEMENTS;
+    int64_t const start = token * args.stride + channel;
+    Eight<T> gate = Eight<T>::load(static_cast<T const*>(args.gate) + start);
+    Eight<T> const up = Eight<T>::load(static_cast<T const*>(args.up) + start);
+#pragma unroll
+    for (int i = 0; i < kELEMENTS; ++i) {
+        gate.value[i] = gated(gate.value[i], up.value[i]);
+    }
+    gate.store(static_cast<T*>(args.y) + token * args.channels + channel);
+}
+
+//! Few tokens, pruned: a lane gathers, gates and ranks two positions; blockIdx.y is the token.
+template <typename T, bool IS_BARE>
+__global__ void __launch_bounds__(kPAIR_THREADS) gatedPairKernel(GatedSiluArgs const args) {
+    allowDependentLaunch();
+    int32_t const position = 2 * static_cast<int32_t>(blockIdx.x * kPAIR_THREADS + threadIdx.x);
+    bool const isActive = position < args.channels;
+    PairConstants const constants =
+        PairConstants::read<IS_BARE>(args.selection, isActive ? position : 0);
+    waitForPredecessors();
+    int64_t const token = blockIdx.y;
+    T const* const gate = static_cast<T const*>(args.gate) + token * args.stride;
+    T const* const up = static_cast<T const*>(args.up) + token * args.stride;
+    int32_t const channels[2] = {constants.channel.x, constants.channel.y};
+    float gates[2];
+    float ups[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        gates[i] = loadActivation(gate + channels[i]);
+        ups[i] = loadActivation(up + channels[i]);
+    }
+    uint32_t const word =
+        packWord(fromFloat<T>(gated(gates[0], ups[0])), fromFloat<T>(gated(gates[1], ups[1])));
+    uint32_t const pruned = prunePair<T, IS_BARE>(args.selection, constants, word);
+    if (isActive) {
+        T* const y = static_cast<T*>(args.y) + token * args.channels;
+        reinterpret_cast<uint32_t*>(y)[position / 2] = pruned;
+    }
+}
+
+//! Many tokens, pruned: a block a token.
+template <typename T, Pruner PRUNER, int THREADS>
+__global__ void __launch_bounds__(THREADS, THREADS == kMANY_THREADS ? kBLOCKS_TOGETHER : 1)
+    gatedRowKernel(GatedSiluArgs const args) {
+    extern __shared__ __align__(16) unsigned char rowBytes[];
+    allowDependentLaunch();
+    askFor(args.selection, args.channels);
+    waitForPredecessors();
+    int64_t const token = blockIdx.x;
+    T const* const gates = static_cast<T const*>(args.gate) + token * args.stride;
+    T const* const ups = static_cast<T const*>(args.up) + token * args.stride;
+    StagedRow<T, PRUNER, THREADS> row(rowBytes, args.selection, args.channels);
+    row.prepare();
+#pragma unroll 4
+    for (int32_t octet = threadIdx.x; octet < args.channels / kELEMENTS; octet += THREADS) {
+        Eight<T> gate = Eight<T>::load(gates + octet * kELEMENTS);
+        Eight<T> const up = Eight<T>::load(ups + octet * kELEMENTS);
+#pragma unroll
+        for (int i = 0; i < kELEMENTS; ++i) {
+            gate.value[i] = gated(gate.value[i], up.value[i]);
+        }
+        row.put(octet, gate.packed());
+    }
+    row.prune(static_cast<T*>(args.y) + token * args.channels);
+}
+
+//! A few rows that some other kernel has made: a lane gathers and ranks two positions.
+template <typename T, bool IS_BARE>
+__global__ void __launch_bounds__(kPAIR_THREADS) prunePairKernel(MaskArgs const args) {
+    allowDependentLaunch();
+    int32_t const position = 2 * static_cast<int32_t>(blockIdx.x * kPAIR_THREADS + threadIdx.x);
+    bool const isActive = position < args.channels;
+    PairConstants const constants =
+        PairConstants::read<IS_BARE>(args.selection, isActive ? position : 0);
+    waitForPredecessors();
+    int64_t const start = static_cast<int64_t>(blockIdx.y) * args.channels;
+    T const* const x = static_cast<T const*>(args.x) + start;
+    uint32_t const word = loadActivationBits(x + constants.channel.x) |
+                          loadActivationBits(x + constants.channel.y) << 16;
+    uint32_t const pruned = prunePair<T, IS_BARE>(args.selection, constants, word);
+    if (isActive) {
+        reinterpret_cast<uint32_t*>(static_cast<T*>(args.s) + start)[position / 2] = pruned;
+    }
+}
+
+}  // namespace nmexport::cuda::between
