@@ -11,20 +11,29 @@ Token ids lie in memory of the host that the device reads and writes. Positions 
 layer, before that layer waits for what is ahead of it: they are copied to the device beforehand.
 Logits stay on the device, and are copied to the host where somebody asks for them.
 
-Buffers are kept when a sequence ends, with the graph that was recorded on them, and given to the
-next one: as many graphs exist as sequences have ever run at a time.
+Buffers are kept when a sequence ends (see `device_cache`), with the graph that was recorded on
+them: as many graphs exist as sequences have ever run at a time.
 """
 
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 import onnxruntime
 from nmexport.errors import ArtifactError
+from nmexport.runtimes.device_cache import (
+    Buffers,
+    Device,
+    DeviceCache,
+    DeviceCaches,
+    Lease,
+    is_bfloat16,
+    on_device,
+)
 from nmexport.runtimes.engine import REBUILD, read_engine
 from nmexport.runtimes.feeds import float32_from
 from nmexport.runtimes.native import device_visible, engine_library, require_library
@@ -45,11 +54,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-_BUCKET = 512
-"""Capacities are this times a power of two: few shapes, few graphs, and growth is rare."""
-_HEADROOM = 128
-"""Tokens that new buffers have room for beyond what is put into them: a prompt whose length is a
-capacity would grow at its first answer token."""
 _LOGITS, _CHOSEN = "logits", "next_ids"
 _INT64 = 7
 """As ONNX numbers element types."""
@@ -57,43 +61,12 @@ _NO_GRAPH = "-1"
 _RECORDING_RUNS = 2
 """Runs of a step after which it is recorded: one as any other, one that the recorder watches."""
 
-Device = Literal["cuda", "cpu"]
-
-
-@dataclass(eq=False)
-class _Buffers:
-    """Device memory of one batch of sequences."""
-
-    batch: int
-    capacity: int
-    """Tokens of a sequence."""
-    values: tuple[Any, ...]
-    """One OrtValue `[B, H, capacity, D]` for each past input."""
-
-
-@dataclass(eq=False)
-class _Lease:
-    """Holds buffers until the last cache that uses them is dropped."""
-
-    buffers: _Buffers
-    tip: weakref.ref[DeviceCache] | None = None
-    """The cache that was written last; None once nobody holds it."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class DeviceCache:
-    """The first `lengths` tokens in some buffers; runs that go on from it write behind."""
-
-    lease: _Lease
-    lengths: NDArray[np.int32]
-    """Tokens of each sequence `[B]`."""
-
 
 @dataclass(frozen=True)
 class _Room:
     """Where the next tokens go."""
 
-    lease: _Lease
+    lease: Lease
     lengths: NDArray[np.int32]
     """Tokens of each sequence, the new ones included, `[B]`."""
 
@@ -122,31 +95,6 @@ class _Step:
     """`[1]`: new tokens whose logits are wanted."""
     logits: Any
     """`[B, 1, V]`, on the device."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Slot:
-    """One past input, and the present output that is bound to the same memory."""
-
-    past: str
-    present: str
-    heads: int
-    head_dim: int
-    type: str
-
-
-@dataclass
-class _Pool:
-    """Buffers that no cache uses, by batch and capacity."""
-
-    free: dict[tuple[int, int], list[_Buffers]] = field(default_factory=dict)
-
-    def put(self, buffers: _Buffers) -> None:
-        self.free.setdefault((buffers.batch, buffers.capacity), []).append(buffers)
-
-    def take(self, batch: int, capacity: int) -> _Buffers | None:
-        waiting = self.free.get((batch, capacity))
-        return waiting.pop() if waiting else None
 
 
 class CudaSession(Session):
@@ -188,11 +136,10 @@ class CudaSession(Session):
         self._device = device
         self.on_gpu = device == "cuda"
         self._positions = positions
-        self._slots = _slots_of(session)
+        self._caches = DeviceCaches(session, positions=positions, device=device)
         self._logits_type: str = outputs["logits"].type
         self._vocabulary_size: int = outputs["logits"].shape[2]
-        self._pool = _Pool()
-        self._steps: weakref.WeakKeyDictionary[_Buffers, _Step] = weakref.WeakKeyDictionary()
+        self._steps: weakref.WeakKeyDictionary[Buffers, _Step] = weakref.WeakKeyDictionary()
         self._graphs = 0
 
     @classmethod
@@ -238,25 +185,15 @@ class CudaSession(Session):
     @property
     def cache_bytes_per_token(self) -> int:
         """Bytes that one token of one sequence takes in a cache."""
-        return sum(
-            slot.heads * slot.head_dim * NUMPY_TYPES[slot.type].itemsize for slot in self._slots
-        )
+        return self._caches.bytes_per_token
 
     def keep(self, cache: DeviceCache) -> DeviceCache:
         """See `Session`; what is full is moved now, and not by each run that goes on from it."""
-        length = int(cache.lengths.max())
-        if length < min(cache.lease.buffers.capacity, self._positions):
-            return cache
-        return DeviceCache(
-            lease=self._copy_of(cache.lease.buffers, length + 1), lengths=cache.lengths
-        )
+        return self._caches.kept(cache)
 
     def cache_values(self, cache: DeviceCache) -> Iterator[tuple[str, NDArray[np.float32]]]:
         """See `Session`."""
-        length = int(cache.lengths.max())
-        for slot, value in zip(self._slots, cache.lease.buffers.values, strict=True):
-            elements = value.numpy()[:, :, :length]
-            yield slot.present, float32_from(elements, is_bfloat16=_is_bfloat16(slot.type))
+        return self._caches.values(cache)
 
     def extend(
         self,
@@ -326,7 +263,7 @@ class CudaSession(Session):
     def close(self) -> None:
         """Free the model and its caches."""
         self.cache = None
-        self._pool.free.clear()
+        self._caches.clear()
         self._steps.clear()
         self._session = None
 
@@ -346,7 +283,7 @@ class CudaSession(Session):
                 logits = logits.copy()  # that was a view of what the next step overwrites
         else:
             logits = self._prompt(room, ids, _LOGITS, last_only=last_only)
-        widened = float32_from(logits, is_bfloat16=_is_bfloat16(self._logits_type))
+        widened = float32_from(logits, is_bfloat16=is_bfloat16(self._logits_type))
         return widened, room.extended()
 
     def _room(
@@ -356,7 +293,7 @@ class CudaSession(Session):
         before = 0 if cache is None else cache.lengths
         # A padded row's garbage needs room too.
         needed = int((before + np.full_like(counts, ids.shape[1])).max())
-        lease = self._lease_for(cache, len(ids), needed)
+        lease = self._caches.lease_for(cache, len(ids), needed)
         return _Room(lease, (before + counts).astype(np.int32))
 
     def _decode(self, room: _Room, ids: NDArray[np.int64]) -> _Step:
@@ -369,7 +306,7 @@ class CudaSession(Session):
         self._open.run_with_iobinding(step.binding, step.options)
         return step
 
-    def _bind_step(self, buffers: _Buffers) -> _Step:
+    def _bind_step(self, buffers: Buffers) -> _Step:
         """Bind a decode step to buffers for good; the runtime records it in its first runs."""
         shape = [buffers.batch, 1, self.vocabulary_size]
         self._graphs += 1
@@ -423,12 +360,12 @@ class CudaSession(Session):
                 options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         return options
 
-    def _bind(self, binding: Any, buffers: _Buffers, bound: int) -> None:
+    def _bind(self, binding: Any, buffers: Buffers, bound: int) -> None:
         """Bind the caches; `bound` is no less than the longest sequence."""
         # On the host: the runtime reads it when it launches, or records.
         total = onnxruntime.OrtValue.ortvalue_from_numpy(np.array(bound, np.int32))
         binding.bind_ortvalue_input("total_sequence_length", total)
-        for slot, value in zip(self._slots, buffers.values, strict=True):
+        for slot, value in zip(self._caches.slots, buffers.values, strict=True):
             # By address: a buffer of bfloat16 is one of 16-bit integers to NumPy and OrtValue.
             place = (self._device, 0, ONNX_TYPES[slot.type], value.shape(), value.data_ptr())
             binding.bind_input(slot.past, *place)
@@ -450,77 +387,5 @@ class CudaSession(Session):
             raise RuntimeError("the session is closed")
         return self._session
 
-    def _lease_for(self, cache: DeviceCache | None, batch: int, length: int) -> _Lease:
-        """Buffers with room for so many tokens, with what the cache holds in them.
-
-        Raises:
-            ArtifactError: if the model's tables end before.
-        """
-        if length > self._positions:
-            raise ArtifactError(
-                f"{length} tokens are more than this engine covers.",
-                allowed=f"up to {self._positions} tokens, prompt and answer together",
-            )
-        if cache is None:
-            return self._lease(self._fresh_buffers(batch, _capacity_for(length + _HEADROOM)))
-        held = cache.lease.buffers
-        tip = cache.lease.tip() if cache.lease.tip else None
-        if length <= held.capacity and (tip is None or tip is cache):
-            return cache.lease
-        # Full, or somebody still holds a cache that went on from this one.
-        return self._copy_of(held, max(length, held.capacity))
-
-    def _copy_of(self, held: _Buffers, length: int) -> _Lease:
-        """Copy buffers into others with room for so many tokens."""
-        copied = self._fresh_buffers(held.batch, _capacity_for(length))
-        for old, new in zip(held.values, copied.values, strict=True):
-            # By way of the host: a few milliseconds each time that a text doubles.
-            room = new.numpy()
-            room[:, :, : held.capacity] = old.numpy()
-            new.update_inplace(room)
-        return self._lease(copied)
-
-    def _fresh_buffers(self, batch: int, capacity: int) -> _Buffers:
-        waiting = self._pool.take(batch, capacity)
-        if waiting is not None:
-            return waiting
-        # Zeros, since what an attention kernel reads behind the end must at least be finite.
-        shapes = [(slot, (batch, slot.heads, capacity, slot.head_dim)) for slot in self._slots]
-        values = [
-            self._on_device(np.zeros(shape, NUMPY_TYPES[slot.type])) for slot, shape in shapes
-        ]
-        return _Buffers(batch, capacity, tuple(values))
-
     def _on_device(self, array: NDArray[Any]) -> Any:
-        return onnxruntime.OrtValue.ortvalue_from_numpy(array, self._device)
-
-    def _lease(self, buffers: _Buffers) -> _Lease:
-        """Lend buffers until the last cache that uses them is dropped."""
-        lease = _Lease(buffers)
-        weakref.finalize(lease, self._pool.put, buffers)
-        return lease
-
-
-def _capacity_for(length: int) -> int:
-    capacity = _BUCKET
-    while capacity < length:
-        capacity *= 2
-    return capacity
-
-
-def _is_bfloat16(name: str) -> bool:
-    return name == "tensor(bfloat16)"
-
-
-def _slots_of(session: onnxruntime.InferenceSession) -> tuple[_Slot, ...]:
-    return tuple(
-        _Slot(
-            past=value.name,
-            present=value.name.replace("past_key_values.", "present.", 1),
-            heads=value.shape[1],
-            head_dim=value.shape[3],
-            type=value.type,
-        )
-        for value in session.get_inputs()
-        if value.name.startswith("past_key_values.")
-    )
+        return on_device(array, self._device)
