@@ -164,7 +164,9 @@ __global__ void __launch_bounds__(THREADS, THREADS == kMANY_THREADS && PRUNER !=
         for (int part = 0; part < kPARTS; ++part) {
 #pragma unroll
             for (int i = 0; i < kELEMENTS; ++i) {
-                squares[part] += step % kPARTS == part ? sum.value[i] * sum.value[i] : 0.0F;
+                // Fused for every block size, so that the bits are the same.
+                float const more = fmaf(sum.value[i], sum.value[i], squares[part]);
+                squares[part] = step % kPARTS == part ? more : squares[part];
             }
         }
         if (total != nullptr && blockIdx.y == 0) {
