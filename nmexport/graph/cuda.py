@@ -6,6 +6,7 @@ computes the same with what the provider has for it:
 
     packed q, k, v ──► attention ──► linear ──► norm of the residual sum ──► linear ──►
                        ▲ rotary, mask and cache append inside; the cache is written in place
+                                                ▲ pruned for the linear behind, see `pruned`
 
 Inputs differ from the exported file's:
 
