@@ -141,6 +141,12 @@ def clocks_now(environment: Environment) -> str | None:
     return None
 
 
+def device_and_clocks(device: str, *, on_gpu: bool) -> str:
+    """Add to a device's name the clocks that its GPU runs at now, where the driver says them."""
+    clocks = clocks_now(probe()) if on_gpu else None
+    return device if clocks is None else f"{device}; {clocks}"
+
+
 def _first_gpu(environment: Environment) -> Gpu | None:
     """Find the GPU that CUDA calls its first."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()

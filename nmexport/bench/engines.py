@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nmexport.bench.context import check_context
-from nmexport.environment import clocks_now, device_name, probe
+from nmexport.environment import device_and_clocks, device_name, probe
 from nmexport.runtimes.engine import read_engine
 from nmexport.runtimes.opening import open_session
 from nmexport.verification import latency
@@ -60,14 +60,14 @@ def bench_engines(
         open_session(engine, elsewhere=True) as sparse,
     ):
         rng = np.random.default_rng(seed)
+        name = device_name(probe(), on_gpu=sparse.on_gpu)
         timing = latency.Timing(
             prompt=rng.integers(sparse.vocabulary_size, size=(1, prefill_tokens)),
             context=rng.integers(sparse.vocabulary_size, size=(batch, decode_context)),
             runs=runs,
             warmup=warmup,
-            device=device_name(probe(), on_gpu=sparse.on_gpu),
+            device=name,
             progress=progress,
         )
         times = latency.compare(dense, sparse, timing)
-        clocks = clocks_now(probe()) if sparse.on_gpu else None
-        return times if clocks is None else replace(times, device=f"{times.device}; {clocks}")
+        return replace(times, device=device_and_clocks(name, on_gpu=sparse.on_gpu))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import onnx
 import onnx_ir as ir
 
 from nmexport.graph.attention_form import (
@@ -12,7 +11,7 @@ from nmexport.graph.attention_form import (
     AttentionReader,
     NotRewritableError,
 )
-from nmexport.graph.fused import FUSED
+from nmexport.graph.fused import FUSED, add_function
 
 CONTRIB = "com.microsoft"
 LAST_POSITIONS = "last_positions"
@@ -67,9 +66,7 @@ class ReplaceAttention(ir.passes.InPlacePass):
                 _rename_axis(value, "capacity")
         model.graph.opset_imports[CONTRIB] = 1
         if self._op[0] == FUSED:
-            function = ir.serde.deserialize_function(onnx.parser.parse_function(_CACHED_ATTENTION))
-            model.functions[function.identifier()] = function
-            model.graph.opset_imports[FUSED] = 1
+            add_function(model, _CACHED_ATTENTION)
         return ir.passes.PassResult(model, modified=True)
 
 

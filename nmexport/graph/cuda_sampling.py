@@ -6,7 +6,7 @@ import onnx
 import onnx_ir as ir
 
 from nmexport.graph.attention_form import NotRewritableError
-from nmexport.graph.fused import FUSED
+from nmexport.graph.fused import FUSED, add_function
 
 NEXT_IDS = "next_ids"
 _LIKELIEST = f"""<opset_import: ["" : 23], domain: "{FUSED}">
@@ -35,7 +35,5 @@ class ChooseLikeliest(ir.passes.InPlacePass):
         ids.name, ids.dtype, ids.shape = NEXT_IDS, ir.DataType.INT64, ir.Shape(logits.shape[:-1])
         graph.append(node)
         graph.outputs.append(ids)
-        function = ir.serde.deserialize_function(onnx.parser.parse_function(_LIKELIEST))
-        model.functions[function.identifier()] = function
-        model.graph.opset_imports[FUSED] = 1
+        add_function(model, _LIKELIEST)
         return ir.passes.PassResult(model, modified=True)

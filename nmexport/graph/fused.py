@@ -76,9 +76,9 @@ class FuseResidualNorm(ir.passes.InPlacePass):
                 _fuse_norm(model.graph, total, node)
             modified = True
         if modified:
-            _add_function(model, _RESIDUAL_NORM)
+            add_function(model, _RESIDUAL_NORM)
             if self._has_own_norm:
-                _add_function(model, _NORM)
+                add_function(model, _NORM)
         return ir.passes.PassResult(model, modified)
 
 
@@ -142,7 +142,7 @@ class FuseGatedSilu(ir.passes.InPlacePass):
             else:
                 fused = ir.Node(FUSED, "GatedSiluPair", [gate, up], name=node.name)
             take_place(model.graph, [node], fused, node.outputs)
-            _add_function(model, _GATED_SILU if packed is not None else _GATED_SILU_PAIR)
+            add_function(model, _GATED_SILU if packed is not None else _GATED_SILU_PAIR)
             modified = True
         return ir.passes.PassResult(model, modified)
 
@@ -185,8 +185,15 @@ def _halves(split: ir.Node) -> bool:
     return is_last and sizes is not None and len(sizes) == 2 and sizes[0] == sizes[1]  # noqa: PLR2004
 
 
-def _add_function(model: ir.Model, text: str) -> None:
-    """Give the model the body of an op of ours, for providers that have no kernel for it."""
+def add_function(model: ir.Model, text: str, *, overload: str = "") -> None:
+    """Give the model the body of an op of ours, for providers that have no kernel for it.
+
+    Args:
+        model: Gets the function, and imports its domain.
+        text: The function in ONNX's text form.
+        overload: Tells bodies of one op apart, where nodes with other inputs need others.
+    """
     function = ir.serde.deserialize_function(onnx.parser.parse_function(text))
+    function.overload = overload
     model.functions[function.identifier()] = function
     model.graph.opset_imports[FUSED] = 1

@@ -12,12 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import onnx
 import onnx_ir as ir
 
 from nmexport.graph.contract import op_contract
 from nmexport.graph.functions import Signature, prune_steps
-from nmexport.graph.fused import FUSED
+from nmexport.graph.fused import FUSED, add_function
 from nmexport.graph.matching import int_attribute, static_size
 from nmexport.graph.rewriting import take_place
 from nmexport.graph.versions import OPSET
@@ -30,11 +29,12 @@ _INPUTS = [spec.name for spec in op_contract().ops["NMLinear"].inputs]
 _SELECTION = ("score_scale", "channel_order", "value_scale", "shift")
 """Inputs of a linear that the kernel in front takes over, in this order."""
 _PRODUCT = ("X", "W", "bias")
-"""What the linear keeps."""
+"""Inputs that stay with the linear."""
 _PRODUCERS = frozenset({"ResidualNorm", "GatedSilu", "GatedSiluPair"})
 _GROUP = 16
 _MOST_CHANNELS = 16384
 """A row lies in a block's shared memory, twice: see `kMAX_PRUNED_CHANNELS` of the kernels."""
+_HEADER = f'<opset_import: ["" : {OPSET}, "{FUSED}" : 1], domain: "{FUSED}">\n'
 _SPARSE_LINEARS = {
     "plain": "SparseLinear (S, W) => (Y) { Y = MatMul (S, W) }",
     "bias": "SparseLinear (S, W, bias) => (Y) { product = MatMul (S, W) Y = Add (product, bias) }",
@@ -44,7 +44,7 @@ _SPARSE_LINEARS = {
 
 @dataclass(frozen=True)
 class _Selection:
-    """What decides which channels of a row are kept, and with which values."""
+    """Pattern and constants by which a row is pruned."""
 
     n: int
     constants: tuple[ir.Value | None, ...]
@@ -95,7 +95,7 @@ class PruneWhereMade(ir.passes.InPlacePass):
 
 
 def _selection_of(node: ir.Node) -> _Selection | None:
-    """What an `NMLinear` selects; None where a row cannot be pruned for it beforehand."""
+    """The selection of an `NMLinear`; None where its row cannot be pruned beforehand."""
     if node.domain != _DOMAIN or node.op_type != "NMLinear":
         return None
     n, m = int_attribute(node, "n", 0), int_attribute(node, "m", 0)
@@ -142,7 +142,7 @@ def _multiply_kept_rows(model: ir.Model, node: ir.Node) -> None:
     linear = ir.Node(FUSED, "SparseLinear", inputs, overload=overload, name=node.name)
     linear.metadata_props.update(node.metadata_props)
     take_place(model.graph, [node], linear, node.outputs)
-    _add_function(model, _SPARSE_LINEARS[overload], overload)
+    add_function(model, _HEADER + _SPARSE_LINEARS[overload], overload=overload)
 
 
 def _add_pruned_function(
@@ -171,12 +171,6 @@ def _add_pruned_function(
         f"Pruned{node.op_type} <{', '.join([*attributes, 'n', 'm'])}> "
         f"({', '.join([*own, *constants])}) => ({', '.join(['pruned', *rows[1:]])})"
     )
-    _add_function(model, header + " {\n" + "\n".join(steps) + "\n}", overload)
+    body = "{\n" + "\n".join(steps) + "\n}"
+    add_function(model, f"{_HEADER}{header} {body}", overload=overload)
     model.graph.opset_imports.setdefault(_DOMAIN, op_contract().opset_version)
-
-
-def _add_function(model: ir.Model, text: str, overload: str) -> None:
-    header = f'<opset_import: ["" : {OPSET}, "{FUSED}" : 1], domain: "{FUSED}">\n'
-    function = ir.serde.deserialize_function(onnx.parser.parse_function(header + text))
-    function.overload = overload
-    model.functions.setdefault(function.identifier(), function)

@@ -98,7 +98,7 @@ class Expected:
 
     machine: str
     way: Way
-    """Where calibration runs; `not` is nowhere: a budget needs the whole model in memory."""
+    """Device of calibration; `not` if it cannot run: a budget needs the whole model in memory."""
     memory_bytes: int
     """Peak of the largest stage up to the fold, on the GPU where it runs there."""
     seconds: float

@@ -266,7 +266,7 @@ class Parity:
     torch_engine: ParityLeg = field(default_factory=ParityLeg)
     onnx_engine: ParityLeg = field(default_factory=ParityLeg)
     extent: str | None = None
-    """Where executors ran, and how much of the recipe's prompts, steps and linears they took."""
+    """Device of the executors, and how many prompts, steps and linears they ran."""
     protocol: str | None = None
     dense: DenseParity | None = None
     caches: CacheParity | None = None
@@ -304,7 +304,7 @@ class DecodeTimes(PhaseTimes):
     device_ms: float | None = None
     """The GPU's time of a step, queued behind others; None where it was not measured."""
     host_us: float | None = None
-    """What a step as a caller sees it takes beyond the GPU's time."""
+    """Wall time of a step less the GPU's time."""
 
 
 @dataclass(frozen=True, kw_only=True)

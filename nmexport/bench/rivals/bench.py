@@ -13,7 +13,7 @@ from nmexport.bench.rivals import ours, torch_compile
 from nmexport.bench.rivals.contest import Contest, hold, over_rival
 from nmexport.bench.rivals.interface import Case, Entry
 from nmexport.bench.rivals.shapes import Shapes, read_shapes
-from nmexport.environment import clocks_now, device_name, probe
+from nmexport.environment import device_and_clocks, device_name, probe
 from nmexport.errors import EnvironmentFault, RecipeError
 from nmexport.report.model import Rivals
 from nmexport.runtimes.engine import read_engine
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PROTOCOL = (
-    "All sides run in one process, turn and turn about, where they fit into memory together. Times "
+    "All sides run in one process, and take turns where they fit into memory together. Times "
     "are wall time of a whole step as a caller sees it, from token ids on the host or the device "
     "to the next token on the host; medians. Decode: one token on a cache, every run from the same "
     "one. Prompt: an empty cache, the last token's choice. The GPU's time is that of a step among "
@@ -48,7 +48,7 @@ _HALF_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, kw_only=True)
 class RivalOptions:
-    """What is asked for."""
+    """Cases, rivals and number of runs."""
 
     context: int = 2048
     batches: Sequence[int] = (1, 4, 8)
@@ -78,7 +78,7 @@ def bench_rivals(
 
     Args:
         engine: Folder of the engine, with `engine.json`.
-        options: What is asked for.
+        options: Cases, rivals and number of runs.
         save: Takes what is measured so far, after each case.
         progress: Where to count.
         device: `cpu` runs the same without a GPU and without compiling, for tests.
@@ -136,13 +136,10 @@ def _measured(
 ) -> Rivals:
     device = rivals.device
 
-    def now() -> str:
-        clocks = clocks_now(probe()) if on_gpu else None
-        return device if clocks is None else f"{device}; {clocks}"
-
     def done(rows: tuple[ContestantTimes, ...]) -> None:
         nonlocal rivals
-        rivals = replace(rivals, device=now(), times=over_rival((*rivals.times, *rows)))
+        now = device_and_clocks(device, on_gpu=on_gpu)
+        rivals = replace(rivals, device=now, times=over_rival((*rivals.times, *rows)))
         save(rivals)
 
     contest = Contest(

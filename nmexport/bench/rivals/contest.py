@@ -27,7 +27,7 @@ _REASON_CHARACTERS = 300
 
 @dataclass(frozen=True, kw_only=True)
 class Contest:
-    """What is run, and how often."""
+    """The cases, and how many runs each has."""
 
     cases: Sequence[Case]
     runs: int

@@ -1,4 +1,4 @@
-"""What a contestant of `bench rivals` has to offer: a step of a case, ready to be run and timed."""
+"""What `bench rivals` asks of a contestant: one step of a case, ready to run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What every contestant runs in its turn."""
+    """A decode step or a prompt that all contestants run."""
 
     phase: PhaseName
     batch: int

@@ -39,7 +39,7 @@ class TorchSetting:
     device: str
     """`cuda`; on `cpu`, for tests, nothing is compiled."""
     dtype: torch.dtype
-    """Of activations, and of weights that are not int8."""
+    """Type of the activations, and of weights in 16 bits."""
     progress: Progress
 
 
