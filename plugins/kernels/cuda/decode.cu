@@ -23,8 +23,9 @@ bool isValid(LinearArgs const& args) {
         (s.n == s.m && s.m == 16 && s.channelOrder == nullptr && s.valueScale == nullptr &&
          s.shift == nullptr && !s.dynamicShift && !s.varianceCorrection &&
          args.type != DType::kFLOAT32 && reinterpret_cast<uintptr_t>(args.x) % 4 == 0);
-    return hasPattern && hasShift && isSelected && args.outputs >= 1 && args.x != nullptr &&
-           args.w != nullptr && args.y != nullptr;
+    bool const hasElementWeights = args.stored.type == WeightType::kT;
+    return hasPattern && hasShift && isSelected && hasElementWeights && args.outputs >= 1 &&
+           args.x != nullptr && args.w != nullptr && args.y != nullptr;
 }
 
 }  // namespace

@@ -137,6 +137,9 @@ void LinearExecutor::prepare(const LinearWork& work, const DeviceTraits& device,
 void LinearExecutor::run(const LinearArgs& given, const DeviceTraits& device, LinearPath path,
                          void* workspace, cudaStream_t stream) {
     if (given.tokens == 0) return;
+    if (given.stored.type != WeightType::kT) {
+        checkCuda(cudaErrorInvalidValue, "stored weights");  // no kernel takes them yet
+    }
     const LinearArgs args = simplified(given);
     const LinearWork work = workOf(args);
     if (takesDecodeKernel(work, device, path)) {

@@ -19,6 +19,15 @@ enum class DType : int32_t {
     kBFLOAT16 = 2,
 };
 
+//! What W is stored as: elements of T, or integers and 8-bit floats with scales.
+enum class WeightType : int32_t {
+    kT = 0,
+    kINT8 = 1,
+    kINT4 = 2,    //!< two a byte along O, the lower column in the low half; O is even
+    kUINT4 = 3,   //!< the same
+    kFLOAT8 = 4,  //!< float8e4m3fn
+};
+
 inline constexpr int32_t kMAX_GROUP = 64;
 //! Most tokens that the decode kernel takes; above it: launchMask, a dense product, launchEpilogue.
 inline constexpr int32_t kMAX_DECODE_TOKENS = 4;
@@ -68,6 +77,18 @@ struct EpilogueArgs {
     void* y{nullptr};                   //!< [tokens, O] T
 };
 
+//! How W is stored. Of a type other than kT, the weight of channel k and output o is
+//! (w[k, o] - zeroPoint[g, o]) * scale[g, o] with g = k / (K / groups). The arrays are constants,
+//! like those of a Selection.
+struct StoredWeights {
+    WeightType type{WeightType::kT};
+    int32_t groups{1};               //!< G: 1, or K / G is a multiple of 16
+    void const* scale{nullptr};      //!< [G, O] T or float32
+    bool scaleIsT{false};            //!< the scales are T's, else float32's
+    void const* zeroPoint{nullptr};  //!< [G, O] of W's type, packed as W is, or float32; optional
+    bool zeroPointIsFloat{false};    //!< the zero points are float32's; of integers alone
+};
+
 //! The whole NMLinear. launchDecode takes 1..kMAX_DECODE_TOKENS tokens and does it in one launch:
 //! selection, product over kept rows, corrections; LinearExecutor takes any number.
 struct LinearArgs {
@@ -77,11 +98,12 @@ struct LinearArgs {
     int32_t outputs{0};   //!< O
     Selection selection{};
     void const* x{nullptr};             //!< [tokens, K] T
-    void const* w{nullptr};             //!< [K, O] T, rows by position
+    void const* w{nullptr};             //!< [K, O] T or as stored, rows by position
     void const* bias{nullptr};          //!< [O] T, optional
     float const* shiftWeight{nullptr};  //!< [O], needed with dynamicShift
     void* y{nullptr};                   //!< [tokens, O] T
-    bool isPruned{false};  //!< x is s already, by position, 16 bit; the selection keeps 16 of 16
+    bool isPruned{false};    //!< x is s already, by position, 16 bit; the selection keeps 16 of 16
+    StoredWeights stored{};  //!< not yet taken but as kT
 };
 
 //! Up to so many tokens of a pruned x are multiplied by their kept rows, each for itself: rows that

@@ -27,6 +27,19 @@ class Selection(ctypes.Structure):
     ]
 
 
+class StoredWeights(ctypes.Structure):
+    """Mirror of nmexport::cuda::StoredWeights; all zero for a W of T."""
+
+    _fields_ = [
+        ("type", ctypes.c_int32),
+        ("groups", ctypes.c_int32),
+        ("scale", ctypes.c_void_p),
+        ("scale_is_t", ctypes.c_bool),
+        ("zero_point", ctypes.c_void_p),
+        ("zero_point_is_float", ctypes.c_bool),
+    ]
+
+
 class LinearArgs(ctypes.Structure):
     """Mirror of nmexport::cuda::LinearArgs."""
 
@@ -41,6 +54,8 @@ class LinearArgs(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("shift_weight", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
+        ("is_pruned", ctypes.c_bool),
+        ("stored", StoredWeights),
     ]
 
 
