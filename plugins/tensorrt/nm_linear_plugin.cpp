@@ -28,8 +28,7 @@ std::size_t NmLinearPlugin::workspaceBytes(cuda::DType type, const Shape& x,
     // Before tactic, device and sequence length are known: as much as any of them needs.
     cuda::LinearWork work = cuda::workOf(describedBy(type, x, outputs));
     work.needsMask = true;
-    work.needsEpilogue = settings().dynamicShift || settings().varianceCorrection ||
-                         settings().tensorOf(Input::bias) >= 0;
+    work.needsEpilogue = settings().dynamicShift || settings().varianceCorrection;
     return cuda::workspaceBytes(work, device(), cuda::LinearPath::kPRODUCT);
 }
 
@@ -40,7 +39,7 @@ std::vector<std::int32_t> NmLinearPlugin::tactics(std::int64_t minTokens) const 
 
 void NmLinearPlugin::prepare(cuda::DType type, const Shape& x, std::int64_t outputs) {
     cuda::LinearWork work = cuda::workOf(describedBy(type, x, outputs));
-    work.needsEpilogue = work.needsEpilogue || settings().tensorOf(Input::bias) >= 0;
+    work.hasBias = settings().tensorOf(Input::bias) >= 0;
     mExecutor.prepare(work, device(), path());
 }
 

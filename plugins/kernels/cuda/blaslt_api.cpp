@@ -44,6 +44,7 @@ Api load() {
     find(library, "cublasLtDestroy", api.destroy);
     find(library, "cublasLtMatmulDescCreate", api.productCreate);
     find(library, "cublasLtMatmulDescDestroy", api.productDestroy);
+    find(library, "cublasLtMatmulDescSetAttribute", api.productSet);
     find(library, "cublasLtMatrixLayoutCreate", api.layoutCreate);
     find(library, "cublasLtMatrixLayoutDestroy", api.layoutDestroy);
     find(library, "cublasLtMatmulPreferenceCreate", api.preferenceCreate);

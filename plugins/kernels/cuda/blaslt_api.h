@@ -16,6 +16,10 @@ using Status = int;
 inline constexpr Status kSUCCESS = 0;     // CUBLAS_STATUS_SUCCESS
 inline constexpr int kCOMPUTE_32F = 68;   // CUBLAS_COMPUTE_32F: float32 throughout, no TF32
 inline constexpr int kMAX_WORKSPACE = 1;  // CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES
+inline constexpr int kEPILOGUE = 7;       // CUBLASLT_MATMUL_DESC_EPILOGUE, int32
+inline constexpr int kBIAS_POINTER = 8;   // CUBLASLT_MATMUL_DESC_BIAS_POINTER
+inline constexpr std::int32_t kADD_BIAS =
+    4;  // CUBLASLT_EPILOGUE_BIAS: one of D's rows, of D's type
 
 struct Algorithm {  // cublasLtMatmulAlgo_t
     std::uint64_t data[8];
@@ -39,6 +43,7 @@ struct Api {
     Status (*destroy)(Handle);
     Status (*productCreate)(Product*, int computeType, cudaDataType_t scaleType);
     Status (*productDestroy)(Product);
+    Status (*productSet)(Product, int attribute, const void* value, std::size_t bytes);
     Status (*layoutCreate)(Layout*, cudaDataType_t, std::uint64_t rows, std::uint64_t columns,
                            std::int64_t leading);
     Status (*layoutDestroy)(Layout);

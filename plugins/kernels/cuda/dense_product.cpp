@@ -96,6 +96,7 @@ Owned<Layout> layout(const Api& api, cudaDataType_t type, std::int64_t rows, std
 // One shape's layouts and kernel. cuBLASLt counts by columns: row-major [K, O] is its O x K.
 struct Plan {
     ProductShape shape;
+    Owned<Product> product;
     Owned<Layout> w;
     Owned<Layout> s;
     Owned<Layout> result;
@@ -104,8 +105,11 @@ struct Plan {
     std::int64_t weightStep{0};  // bytes from one piece's first column to the next's
     std::int64_t resultStep{0};
 
-    Plan(const Api& api, Handle handle, Product product, const ProductShape& wanted)
-        : shape(wanted) {
+    Plan(const Api& api, Handle handle, const ProductShape& wanted) : shape(wanted) {
+        Product raw{};
+        check(api.productCreate(&raw, kCOMPUTE_32F, CUDA_R_32F), "a product");
+        product = {raw, api.productDestroy};
+        if (shape.hasBias) set(api, kEPILOGUE, kADD_BIAS);
         const cudaDataType_t type = dataType(shape.type);
         const cudaDataType_t resultType = shape.floatResult ? CUDA_R_32F : type;
         pieces = piecesOf(shape);
@@ -115,10 +119,16 @@ struct Plan {
         w = layout(api, type, columns, shape.channels, shape.outputs);
         s = layout(api, type, shape.channels, shape.tokens, shape.channels);
         result = layout(api, resultType, columns, shape.tokens, shape.outputs);
-        algorithm = bestAlgorithm(api, handle, product);
+        algorithm = bestAlgorithm(api, handle);
     }
 
-    Algorithm bestAlgorithm(const Api& api, Handle handle, Product product) const {
+    template <typename Value>
+    void set(const Api& api, int attribute, Value value) const {
+        check(api.productSet(product.get(), attribute, &value, sizeof value),
+              "an attribute of a product");
+    }
+
+    Algorithm bestAlgorithm(const Api& api, Handle handle) const {
         Preference raw{};
         check(api.preferenceCreate(&raw), "a preference");
         const Owned<Preference> preference(raw, api.preferenceDestroy);
@@ -127,7 +137,7 @@ struct Plan {
               "the workspace limit");
         Heuristic best{};
         int found = 0;
-        const Status status = api.heuristic(handle, product, w.get(), s.get(), result.get(),
+        const Status status = api.heuristic(handle, product.get(), w.get(), s.get(), result.get(),
                                             result.get(), preference.get(), 1, &best, &found);
         if (status != kSUCCESS || found < 1) {
             throw Fault("cuBLASLt has no kernel for [" + std::to_string(shape.tokens) + ", " +
@@ -161,21 +171,16 @@ std::shared_ptr<Owned<Handle>> sharedHandle(const Api& api) {
 struct DenseProduct::State {
     const Api& functions = api();
     std::shared_ptr<Owned<Handle>> handle;
-    Owned<Product> product;
     std::vector<Plan> plans;
     std::size_t next{0};  // the plan that is forgotten first
 
-    State() : handle(sharedHandle(functions)) {
-        Product raw{};
-        check(functions.productCreate(&raw, kCOMPUTE_32F, CUDA_R_32F), "a product");
-        product = {raw, functions.productDestroy};
-    }
+    State() : handle(sharedHandle(functions)) {}
 
     const Plan& planFor(const ProductShape& shape) {
         for (const Plan& plan : plans) {
             if (plan.shape == shape) return plan;
         }
-        Plan plan(functions, handle->get(), product.get(), shape);
+        Plan plan(functions, handle->get(), shape);
         if (plans.size() < kREMEMBERED) {
             plans.push_back(std::move(plan));
             return plans.back();
@@ -195,8 +200,8 @@ void DenseProduct::prepare(const ProductShape& shape) {
     mState->planFor(shape);
 }
 
-void DenseProduct::enqueue(const ProductShape& shape, const void* s, const void* w, void* result,
-                           void* workspace, cudaStream_t stream) {
+void DenseProduct::enqueue(const ProductShape& shape, const void* s, const void* w,
+                           const void* bias, void* result, void* workspace, cudaStream_t stream) {
     prepare(shape);
     const Plan& plan = mState->planFor(shape);
     const float one = 1.0F;
@@ -204,7 +209,12 @@ void DenseProduct::enqueue(const ProductShape& shape, const void* s, const void*
     for (std::int64_t piece = 0; piece < plan.pieces; ++piece) {
         const void* const columns = static_cast<const char*>(w) + piece * plan.weightStep;
         void* const to = static_cast<char*>(result) + piece * plan.resultStep;
-        check(mState->functions.matmul(mState->handle->get(), mState->product.get(), &one, columns,
+        if (shape.hasBias) {
+            plan.set(
+                mState->functions, kBIAS_POINTER,
+                static_cast<const void*>(static_cast<const char*>(bias) + piece * plan.resultStep));
+        }
+        check(mState->functions.matmul(mState->handle->get(), plan.product.get(), &one, columns,
                                        plan.w.get(), s, plan.s.get(), &zero, to, plan.result.get(),
                                        to, plan.result.get(), &plan.algorithm, workspace,
                                        kPRODUCT_WORKSPACE_BYTES, stream),

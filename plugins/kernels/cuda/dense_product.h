@@ -24,10 +24,12 @@ struct ProductShape {
     std::int64_t channels{0};
     std::int64_t outputs{0};
     bool floatResult{true};  // float32 for an epilogue to read, or T, rounded once
+    bool hasBias{false};     // added before that rounding
 
     bool operator==(const ProductShape& other) const {
         return type == other.type && tokens == other.tokens && channels == other.channels &&
-               outputs == other.outputs && floatResult == other.floatResult;
+               outputs == other.outputs && floatResult == other.floatResult &&
+               hasBias == other.hasBias;
     }
 };
 
@@ -43,10 +45,11 @@ class DenseProduct {
     // no kernel.
     void prepare(const ProductShape& shape);
 
-    // Enqueues result [tokens, outputs] = s [tokens, channels] @ w [channels, outputs]; neither
-    // allocates nor synchronises. Throws Fault.
-    void enqueue(const ProductShape& shape, const void* s, const void* w, void* result,
-                 void* workspace, cudaStream_t stream);
+    // Enqueues result [tokens, outputs] = s [tokens, channels] @ w [channels, outputs], plus bias
+    // [outputs] of the result's type where the shape has one; neither allocates nor synchronises.
+    // Throws Fault.
+    void enqueue(const ProductShape& shape, const void* s, const void* w, const void* bias,
+                 void* result, void* workspace, cudaStream_t stream);
 
   private:
     struct State;

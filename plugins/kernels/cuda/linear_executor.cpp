@@ -52,7 +52,8 @@ bool takesDecodeKernel(const LinearWork& work, const DeviceTraits& device, Linea
 }
 
 ProductShape productOf(const LinearWork& work) {
-    return {work.type, work.tokens, work.channels, work.outputs, work.needsEpilogue};
+    return {work.type,    work.tokens,        work.channels,
+            work.outputs, work.needsEpilogue, work.hasBias && !work.needsEpilogue};
 }
 
 // Where nothing is dropped, there is nothing to correct, not even for a constant token.
@@ -118,8 +119,8 @@ LinearWork workOf(const LinearArgs& args) {
     work.isPruned = args.isPruned;
     work.prunesFirst = args.tokens <= kMAX_PRUNED_TOKENS && selection.channelOrder != nullptr &&
                        selection.n < selection.m && canPrune(args.type, args.channels, selection);
-    work.needsEpilogue =
-        selection.dynamicShift || selection.varianceCorrection || args.bias != nullptr;
+    work.needsEpilogue = selection.dynamicShift || selection.varianceCorrection;
+    work.hasBias = args.bias != nullptr;
     return work;
 }
 
@@ -167,7 +168,8 @@ void LinearExecutor::runProduct(const LinearArgs& args, const DeviceTraits& devi
     void* const product = work.needsEpilogue ? at<>(workspace, parts.product) : args.y;
     {
         const std::lock_guard<std::mutex> lock(mMutex);
-        mProduct.enqueue(productOf(work), s, args.w, product, at<>(workspace, parts.blas), stream);
+        mProduct.enqueue(productOf(work), s, args.w, args.bias, product,
+                         at<>(workspace, parts.blas), stream);
     }
     if (!work.needsEpilogue) return;
     const EpilogueArgs epilogue = epilogueOf(args, static_cast<const float*>(product), eta, nu);

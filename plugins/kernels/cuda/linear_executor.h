@@ -4,7 +4,8 @@
 //   few tokens:  x -> decode kernel over the kept rows of W -> y
 //   many:        x -> mask kernel -> s -> cuBLASLt with W -> product -> epilogue kernel -> y
 //
-// Where s would be x itself, and where y would be the product itself, that kernel is left out.
+// Where s would be x itself, and where y would be the product itself or that and a bias, which
+// cuBLASLt adds, that kernel is left out.
 #pragma once
 
 #include <cstddef>
@@ -23,8 +24,9 @@ struct LinearWork {
     std::int32_t channels{0};  // K
     std::int32_t outputs{0};   // O
     bool needsMask{true};      // s is not x
-    bool needsEpilogue{true};  // y is not the product
-    bool isPruned{false};      // x is s already
+    bool needsEpilogue{true};  // y is not the product and a bias
+    bool hasBias{false};
+    bool isPruned{false};  // x is s already
     // A kernel of its own gathers and prunes a few tokens' x before the decode kernel: the blocks
     // of that, hundreds, would all gather the same few kilobytes.
     bool prunesFirst{false};

@@ -60,8 +60,8 @@ void DenseProduct::prepare(const ProductShape&) {
     launches().order.push_back("prepare");
 }
 
-void DenseProduct::enqueue(const ProductShape& shape, const void*, const void*, void* result,
-                           void* workspace, cudaStream_t) {
+void DenseProduct::enqueue(const ProductShape& shape, const void*, const void*, const void*,
+                           void* result, void* workspace, cudaStream_t) {
     launches().order.push_back("product");
     launches().products.push_back(shape);
     launches().productResult = result;
