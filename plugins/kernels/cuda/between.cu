@@ -1,6 +1,8 @@
 // Which kernel makes a row, by how many there are.
 #include "between_kernels.cuh"
 
+#include <algorithm>
+
 namespace nmexport::cuda {
 namespace {
 
@@ -83,12 +85,49 @@ cudaError_t enqueueGated(GatedSiluArgs const& args, DeviceTraits const& device,
     return launchInChain(gatedSiluKernel<T>, grid, device, stream, args, pieces);
 }
 
-template <typename T, Pruner PRUNER, int THREADS>
+//! Rows that a block takes: as many as leave it a part of the GPU, and of shared memory.
+int32_t rowsTogether(int64_t tokens, size_t rowBytes, DeviceTraits const& device) {
+    constexpr size_t kMOST_BYTES = size_t{64} << 10;
+    int64_t const perBlock = tokens / device.multiprocessors;
+    int64_t const fitting = std::max<int64_t>(1, static_cast<int64_t>(kMOST_BYTES / rowBytes));
+    return static_cast<int32_t>(std::clamp<int64_t>(perBlock, 1, std::min<int64_t>(4, fitting)));
+}
+
+//! 8 of 16 by bare magnitude.
+bool isHalfBare(Selection const& selection) {
+    return isBare(selection) && selection.n == 8;
+}
+
+template <typename T, bool IS_HALF_BARE>
+cudaError_t enqueueGatedGroups(GatedSiluArgs const& args, DeviceTraits const& device,
+                               cudaStream_t stream) {
+    // Two at least where two are ranked at once.
+    int32_t const rows = args.tokens > 2 * device.multiprocessors ? 4 : IS_HALF_BARE ? 2 : 1;
+    int32_t const slabs = static_cast<int32_t>((args.tokens + rows - 1) / rows);
+    Grid const grid{dim3(static_cast<unsigned>(ceilDivide(args.channels / kGROUP, kGROUP_THREADS)),
+                         static_cast<unsigned>(slabs)),
+                    kGROUP_THREADS};
+    return launchInChain(gatedGroupKernel<T, IS_HALF_BARE>, grid, device, stream, args, rows);
+}
+
+template <typename T, bool IS_HALF_BARE>
 cudaError_t enqueueGatedRows(GatedSiluArgs const& args, DeviceTraits const& device,
                              cudaStream_t stream) {
-    Grid const grid{dim3(static_cast<unsigned>(args.tokens)), THREADS,
-                    stagedBytes(PRUNER, args.channels)};
-    return launchInChain(gatedRowKernel<T, PRUNER, THREADS>, grid, device, stream, args);
+    size_t const rowBytes = sizeof(T) * static_cast<size_t>(args.channels);
+    int32_t const rows = rowsTogether(args.tokens, rowBytes, device);
+    Grid const grid{dim3(static_cast<unsigned>((args.tokens + rows - 1) / rows)), kMANY_THREADS,
+                    rowBytes * static_cast<size_t>(rows)};
+    return launchInChain(gatedRowsKernel<T, IS_HALF_BARE>, grid, device, stream, args, rows);
+}
+
+template <typename T, bool IS_HALF_BARE>
+cudaError_t enqueuePruneRows(MaskArgs const& args, DeviceTraits const& device,
+                             cudaStream_t stream) {
+    size_t const rowBytes = sizeof(T) * static_cast<size_t>(args.channels);
+    int32_t const rows = rowsTogether(args.tokens, rowBytes, device);
+    Grid const grid{dim3(static_cast<unsigned>((args.tokens + rows - 1) / rows)), kMANY_THREADS,
+                    rowBytes * static_cast<size_t>(rows)};
+    return launchInChain(pruneRowsKernel<T, IS_HALF_BARE>, grid, device, stream, args, rows);
 }
 
 //! A lane for each two positions of each token.
@@ -99,6 +138,10 @@ Grid gridOfPairs(int32_t channels, int64_t tokens) {
 
 template <typename T>
 cudaError_t enqueuePrune(MaskArgs const& args, DeviceTraits const& device, cudaStream_t stream) {
+    if (args.tokens > kFEW_TOKENS) {
+        return isHalfBare(args.selection) ? enqueuePruneRows<T, true>(args, device, stream)
+                                          : enqueuePruneRows<T, false>(args, device, stream);
+    }
     Grid const grid = gridOfPairs(args.channels, args.tokens);
     return isBare(args.selection)
                ? launchInChain(prunePairKernel<T, true>, grid, device, stream, args)
@@ -114,17 +157,12 @@ cudaError_t enqueuePrunedGated(GatedSiluArgs const& args, DeviceTraits const& de
                    ? launchInChain(gatedPairKernel<T, true>, grid, device, stream, args)
                    : launchInChain(gatedPairKernel<T, false>, grid, device, stream, args);
     }
-    bool const isMany = args.tokens > device.multiprocessors;
-    if (!isBare(args.selection)) {
-        return isMany ? enqueueGatedRows<T, Pruner::kWIDE, kMANY_THREADS>(args, device, stream)
-                      : enqueueGatedRows<T, Pruner::kWIDE, kLONE_THREADS>(args, device, stream);
+    if (args.selection.channelOrder == nullptr) {
+        return isHalfBare(args.selection) ? enqueueGatedGroups<T, true>(args, device, stream)
+                                          : enqueueGatedGroups<T, false>(args, device, stream);
     }
-    if (!isMany) {
-        return enqueueGatedRows<T, Pruner::kPACKED, kLONE_THREADS>(args, device, stream);
-    }
-    bool const hasPairs = args.selection.n == 8 && args.channels % 32 == 0;
-    return hasPairs ? enqueueGatedRows<T, Pruner::kPAIRS, kMANY_THREADS>(args, device, stream)
-                    : enqueueGatedRows<T, Pruner::kPACKED, kMANY_THREADS>(args, device, stream);
+    return isHalfBare(args.selection) ? enqueueGatedRows<T, true>(args, device, stream)
+                                      : enqueueGatedRows<T, false>(args, device, stream);
 }
 
 //! Whether a row can be written so.
@@ -144,13 +182,15 @@ bool canPrune(DType type, int32_t channels, Selection const& selection) {
            (selection.shiftLength == 0 || selection.shiftLength == 1 ||
             selection.shiftLength == channels) &&
            (selection.shiftLength == 0) == (selection.shift == nullptr) &&
-           reinterpret_cast<uintptr_t>(selection.channelOrder) % sizeof(int2) == 0;
+           hasAlignedConstants(selection);
 }
 
 bool canPruneInChain(MaskArgs const& args) {
-    return args.tokens <= kFEW_TOKENS && args.isGathered && args.keep == nullptr &&
-           canPrune(args.type, args.channels, args.selection) &&
-           reinterpret_cast<uintptr_t>(args.s) % sizeof(uint32_t) == 0;
+    bool const isFew = args.tokens <= kFEW_TOKENS;
+    bool const isAligned =
+        (reinterpret_cast<uintptr_t>(args.x) | reinterpret_cast<uintptr_t>(args.s)) % 16 == 0;
+    return (isFew || args.selection.channelOrder != nullptr) && args.isGathered &&
+           args.keep == nullptr && isAligned && canPrune(args.type, args.channels, args.selection);
 }
 
 cudaError_t launchPrune(MaskArgs const& args, DeviceTraits const& device, cudaStream_t stream) {

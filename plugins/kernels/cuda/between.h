@@ -45,15 +45,15 @@ struct GatedSiluArgs {
     Selection selection{};
 };
 
-//! Most channels of a row that is pruned where it is made: threads hold it while it is gathered.
+//! Most channels of a row that is pruned where it is made: it lies in shared memory.
 inline constexpr int32_t kMAX_PRUNED_CHANNELS = 16384;
 
 //! Whether a row can be pruned where it is made: a 16-bit type in groups of 16, no statistic of the
-//! token.
+//! token, constants on 16 bytes.
 bool canPrune(DType type, int32_t channels, Selection const& selection);
 
-//! Whether launchPrune takes these rows: few, that canPrune holds for, s by position, no mask asked
-//! for.
+//! Whether launchPrune takes these rows: few, or in an order; that canPrune holds for, on 16 bytes,
+//! s by position, no mask asked for.
 bool canPruneInChain(MaskArgs const& args);
 
 //! Enqueues what launchMask does, in the chain of dependent launches. cudaErrorInvalidValue unless

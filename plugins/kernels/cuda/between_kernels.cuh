@@ -4,6 +4,7 @@
 #include "between.h"
 #include "device_primitives.cuh"
 #include "element.cuh"
+#include "prune_groups.cuh"
 #include "prune_row.cuh"
 
 namespace nmexport::cuda::between {
@@ -11,7 +12,6 @@ namespace nmexport::cuda::between {
 //! Threads of a block: 8 elements each are a token of 4096 channels in one go; of a long row that
 //! has a multiprocessor to itself; of one that shares it with three others.
 constexpr int kTHREADS = 512;
-constexpr int kLONE_THREADS = 1024;
 constexpr int kMANY_THREADS = 256;
 constexpr int kWARPS = kTHREADS / kWARP;
 
@@ -22,14 +22,14 @@ constexpr int kBLOCKS_TOGETHER = 4;
 #else
 constexpr int kBLOCKS_TOGETHER = 3;
 #endif
-constexpr int kPAIR_THREADS = 128;  // 2 elements each: many blocks for one token
+constexpr int kPAIR_THREADS = 128;   // 2 elements each: many blocks for one token
+constexpr int kGROUP_THREADS = 128;  // a group each
 
 //! Up to so many tokens a pruned row is ranked two positions a lane, over many blocks.
 constexpr int64_t kFEW_TOKENS = 16;
 constexpr int kELEMENTS = 8;  // a thread takes at a time: 16 bytes of a 16-bit type
 
-//! Eight neighbouring elements as float32. The L2 is asked, never a stale line of the L1: the
-//! kernel before may have written them while this one was already resident.
+//! Eight neighbouring elements as float32.
 template <typename T>
 struct Eight {
     float value[kELEMENTS];
@@ -39,11 +39,7 @@ struct Eight {
         constexpr int kVECTORS = kELEMENTS / kVECTOR<T>;
 #pragma unroll
         for (int v = 0; v < kVECTORS; ++v) {
-            uint4 raw;
-            asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
-                         : "l"(from + v * kVECTOR<T>));
-            Unpacked<T> const part = unpack(raw, from);
+            Unpacked<T> const part = unpack(loadActivationVector(from + v * kVECTOR<T>), from);
 #pragma unroll
             for (int i = 0; i < kVECTOR<T>; ++i) {
                 eight.value[v * kVECTOR<T> + i] = part.value[i];
@@ -237,6 +233,18 @@ __global__ void __launch_bounds__(kTHREADS) gatedSiluKernel(GatedSiluArgs args, 
     gate.store(static_cast<T*>(args.y) + token * args.channels + channel);
 }
 
+//! Eight neighbouring values of a 16-bit type; `at` is an element of gate and of up.
+template <typename T>
+__device__ __forceinline__ uint4 gatedEight(GatedSiluArgs const& args, int64_t at) {
+    Eight<T> gate = Eight<T>::load(static_cast<T const*>(args.gate) + at);
+    Eight<T> const up = Eight<T>::load(static_cast<T const*>(args.up) + at);
+#pragma unroll
+    for (int i = 0; i < kELEMENTS; ++i) {
+        gate.value[i] = gated(gate.value[i], up.value[i]);
+    }
+    return gate.packed();
+}
+
 //! Few tokens, pruned: a lane gathers, gates and ranks two positions; blockIdx.y is the token.
 template <typename T, bool IS_BARE>
 __global__ void __launch_bounds__(kPAIR_THREADS) gatedPairKernel(GatedSiluArgs const args) {
@@ -266,30 +274,97 @@ __global__ void __launch_bounds__(kPAIR_THREADS) gatedPairKernel(GatedSiluArgs c
     }
 }
 
-//! Many tokens, pruned: a block a token.
-template <typename T, Pruner PRUNER, int THREADS>
-__global__ void __launch_bounds__(THREADS, THREADS == kMANY_THREADS ? kBLOCKS_TOGETHER : 1)
-    gatedRowKernel(GatedSiluArgs const args) {
+//! The gated values of a lane's group in one row.
+template <typename T>
+__device__ __forceinline__ Group gatedGroup(GatedSiluArgs const& args, int64_t token,
+                                            int32_t firstGroup) {
+    int64_t const row = token * args.stride;
+    Group halves;
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+        int32_t const octet =
+            min(octetOfLane(firstGroup) + 2 * part, args.channels / kELEMENTS - 1);
+        halves.half[part] = gatedEight<T>(args, row + octet * kELEMENTS);
+    }
+    return exchanged(halves);
+}
+
+//! Many tokens, pruned, with no order: a lane makes and ranks its group of `rows` of them, number
+//! blockIdx.y.
+template <typename T, bool IS_HALF_BARE>
+__global__ void __launch_bounds__(kGROUP_THREADS)
+    gatedGroupKernel(GatedSiluArgs const args, int32_t rows) {
+    using Pruner = GroupPruner<T, IS_HALF_BARE>;
+    allowDependentLaunch();
+    int32_t const groups = args.channels / kGROUP;
+    int32_t const lane = static_cast<int32_t>(threadIdx.x) % kWARP;
+    int32_t const first = static_cast<int32_t>(blockIdx.x * kGROUP_THREADS + threadIdx.x) - lane;
+    if (first >= groups) {
+        return;
+    }
+    Pruner const pruner(args.selection, min(first + lane, groups - 1));
+    waitForPredecessors();
+    int64_t const begin = static_cast<int64_t>(blockIdx.y) * rows;
+    int64_t const end = min(begin + rows, args.tokens);
+    for (int64_t token = begin; token < end; token += Pruner::ROWS) {
+        Group some[Pruner::ROWS];
+#pragma unroll
+        for (int i = 0; i < Pruner::ROWS; ++i) {
+            some[i] = gatedGroup<T>(args, min(token + i, end - 1), first);
+        }
+        pruner.prune(some);
+#pragma unroll
+        for (int i = 0; i < Pruner::ROWS; ++i) {
+            int64_t const row = min(token + i, end - 1) * args.channels;
+            storeGroups(static_cast<T*>(args.y) + row, some[i], first, args.channels);
+        }
+    }
+}
+
+//! Many tokens, pruned, in an order: a block makes `rows` of them, and ranks them together.
+template <typename T, bool IS_HALF_BARE>
+__global__ void __launch_bounds__(kMANY_THREADS, 2)
+    gatedRowsKernel(GatedSiluArgs const args, int32_t rows) {
     extern __shared__ __align__(16) unsigned char rowBytes[];
+    auto* const staged = reinterpret_cast<uint4*>(rowBytes);
     allowDependentLaunch();
     askFor(args.selection, args.channels);
     waitForPredecessors();
-    int64_t const token = blockIdx.x;
-    T const* const gates = static_cast<T const*>(args.gate) + token * args.stride;
-    T const* const ups = static_cast<T const*>(args.up) + token * args.stride;
-    StagedRow<T, PRUNER, THREADS> row(rowBytes, args.selection, args.channels);
-    row.prepare();
+    int64_t const begin = static_cast<int64_t>(blockIdx.x) * rows;
+    int const count = static_cast<int>(min(static_cast<int64_t>(rows), args.tokens - begin));
+    int32_t const octets = args.channels / kELEMENTS;
+    for (int row = 0; row < count; ++row) {
 #pragma unroll 4
-    for (int32_t octet = threadIdx.x; octet < args.channels / kELEMENTS; octet += THREADS) {
-        Eight<T> gate = Eight<T>::load(gates + octet * kELEMENTS);
-        Eight<T> const up = Eight<T>::load(ups + octet * kELEMENTS);
-#pragma unroll
-        for (int i = 0; i < kELEMENTS; ++i) {
-            gate.value[i] = gated(gate.value[i], up.value[i]);
+        for (int32_t octet = threadIdx.x; octet < octets; octet += kMANY_THREADS) {
+            staged[row * octets + octet] =
+                gatedEight<T>(args, (begin + row) * args.stride + octet * kELEMENTS);
         }
-        row.put(octet, gate.packed());
     }
-    row.prune(static_cast<T*>(args.y) + token * args.channels);
+    __syncthreads();
+    pruneStaged<T, IS_HALF_BARE>(staged, count, args.selection, args.channels,
+                                 static_cast<T*>(args.y) + begin * args.channels);
+}
+
+//! Rows that some other kernel has made, many: a block ranks `rows` of them together.
+template <typename T, bool IS_HALF_BARE>
+__global__ void __launch_bounds__(kMANY_THREADS, 2)
+    pruneRowsKernel(MaskArgs const args, int32_t rows) {
+    extern __shared__ __align__(16) unsigned char rowBytes[];
+    auto* const staged = reinterpret_cast<uint4*>(rowBytes);
+    allowDependentLaunch();
+    askFor(args.selection, args.channels);
+    waitForPredecessors();
+    int64_t const begin = static_cast<int64_t>(blockIdx.x) * rows;
+    int const count = static_cast<int>(min(static_cast<int64_t>(rows), args.tokens - begin));
+    T const* const x = static_cast<T const*>(args.x) + begin * args.channels;
+#pragma unroll 4
+    for (int32_t octet = threadIdx.x; octet < count * args.channels / kELEMENTS;
+         octet += kMANY_THREADS) {
+        staged[octet] = loadActivationVector(x + octet * kELEMENTS);
+    }
+    __syncthreads();
+    pruneStaged<T, IS_HALF_BARE>(staged, count, args.selection, args.channels,
+                                 static_cast<T*>(args.s) + begin * args.channels);
 }
 
 //! A few rows that some other kernel has made: a lane gathers and ranks two positions.

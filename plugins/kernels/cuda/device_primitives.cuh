@@ -59,6 +59,15 @@ __device__ __forceinline__ float loadActivation(float const* address) {
     return value;
 }
 
+//! 16 bytes of activations.
+__device__ __forceinline__ uint4 loadActivationVector(void const* address) {
+    uint4 raw;
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
+                 : "l"(address));
+    return raw;
+}
+
 //! The bits of one 16-bit activation.
 template <typename T>
 __device__ __forceinline__ uint32_t loadActivationBits(T const* address) {

@@ -1,6 +1,5 @@
 // The masked activation for prefill (and NMPrune), and the epilogue that follows its dense product.
 #include "mask_pairs.cuh"
-#include "prune_row.cuh"
 #include "warp_selection.cuh"
 
 #include <algorithm>
@@ -132,25 +131,6 @@ __device__ __forceinline__ void copyRow(T* target, T const* source, int32_t chan
     for (int32_t i = threadIdx.x; i < vectors; i += static_cast<int32_t>(blockDim.x)) {
         reinterpret_cast<uint4*>(target)[i] = reinterpret_cast<uint4 const*>(source)[i];
     }
-}
-
-constexpr int kGATHER_THREADS = 512;       // a block, where each multiprocessor has one row
-constexpr int kMANY_GATHER_THREADS = 256;  // where it has several
-constexpr int64_t kFEW_ROWS = 132;
-
-//! The same with a channel order, s by position: the token's row lies in shared memory, where
-//! gathering is cheap. A block per token.
-template <typename T, int THREADS>
-__global__ void __launch_bounds__(THREADS)
-    pairGatherKernel(T const* x, T* s, uint8_t* keep, Selection const selection, int32_t channels) {
-    extern __shared__ __align__(16) unsigned char rowBytes[];
-    int64_t const offset = static_cast<int64_t>(blockIdx.x) * channels;
-    StagedRow<T, Pruner::kPAIRS, THREADS> row(rowBytes, selection, channels);
-    auto const* const octets = reinterpret_cast<uint4 const*>(x + offset);
-    for (int32_t octet = threadIdx.x; octet < channels / 8; octet += THREADS) {
-        row.put(octet, octets[octet]);
-    }
-    row.prune(s + offset, keep == nullptr ? nullptr : keep + offset);
 }
 
 //! Groups of GROUP of a channel order, each ranked by a thread: the token's row lies in shared
@@ -346,18 +326,6 @@ cudaError_t enqueuePairs(MaskArgs const& args, cudaStream_t stream) {
 //! Rows that leave room for two blocks on every supported multiprocessor.
 constexpr size_t kMAX_STAGED_BYTES = size_t{44} << 10;
 
-template <typename T>
-cudaError_t enqueuePairGather(MaskArgs const& args, cudaStream_t stream) {
-    bool const isFew = args.tokens <= kFEW_ROWS;
-    auto* const kernel =
-        isFew ? &pairGatherKernel<T, kGATHER_THREADS> : &pairGatherKernel<T, kMANY_GATHER_THREADS>;
-    kernel<<<static_cast<unsigned>(args.tokens), isFew ? kGATHER_THREADS : kMANY_GATHER_THREADS,
-             stagedBytes(Pruner::kPAIRS, args.channels), stream>>>(
-        static_cast<T const*>(args.x), static_cast<T*>(args.s), args.keep, args.selection,
-        args.channels);
-    return cudaGetLastError();
-}
-
 template <typename T, int GROUP>
 cudaError_t enqueueOrdered(MaskArgs const& args, cudaStream_t stream) {
     size_t const rowBytes = static_cast<size_t>(args.channels) * sizeof(T);
@@ -380,14 +348,9 @@ cudaError_t enqueueMaskOf(MaskArgs const& args, cudaStream_t stream) {
         bool const isBareMagnitude = selection.scoreScale == nullptr &&
                                      selection.valueScale == nullptr &&
                                      selection.shift == nullptr && !needsWholeRow(args);
-        if (isBareMagnitude && isAligned && selection.n == 8 && selection.m == 16 &&
-            args.channels % 32 == 0) {
-            if (selection.channelOrder == nullptr) {
-                return enqueuePairs<T>(args, stream);
-            }
-            if (canStage && args.isGathered && args.channels <= kMAX_PRUNED_CHANNELS) {
-                return enqueuePairGather<T>(args, stream);
-            }
+        if (isBareMagnitude && isAligned && selection.channelOrder == nullptr && selection.n == 8 &&
+            selection.m == 16 && args.channels % 32 == 0) {
+            return enqueuePairs<T>(args, stream);
         }
     }
     if (selection.channelOrder != nullptr && canStage) {
