@@ -21,7 +21,7 @@ namespace nmexport::cuda {
 //! One warp's shared memory: its sums, and a ring of rows to multiply.
 template <int TOKENS, int COLUMNS, int RING>
 struct alignas(16) StoredScratch {
-    float sums[TOKENS][COLUMNS];  //!< first: see sumOverWarps
+    float sums[TOKENS * COLUMNS];  //!< first: see sumOverWarps
     uint16_t value[RING][TOKENS];
     int32_t row[RING];
 };
@@ -369,7 +369,7 @@ __device__ __forceinline__ void flushGroups(StoredSums<Shape> const& sums,
                 addScaled<Shape>(totals, sums, first, which, args.stored, index);
             }
         }
-        scratch->sums[0][first / 4 * kWARP + threadIdx.x % kWARP] += addOverFour(totals);
+        scratch->sums[first / 4 * kWARP + threadIdx.x % kWARP] += addOverFour(totals);
     }
 }
 
@@ -386,8 +386,8 @@ __device__ __forceinline__ void flushTokens(StoredSums<Shape> const& sums,
         for (int which = 0; which < 2; ++which) {
             float totals[4] = {};
             addScaled<Shape>(totals, sums, first, which, args.stored, index + first);
-            float* const target =
-                scratch->sums[2 * StoredLane::t() + which] + StoredLane::g() * Shape::WIDTH + first;
+            float* const target = scratch->sums + (2 * StoredLane::t() + which) * Shape::COLUMNS +
+                                  StoredLane::g() * Shape::WIDTH + first;
             float4& four = *reinterpret_cast<float4*>(target);
             four = make_float4(four.x + totals[0], four.y + totals[1], four.z + totals[2],
                                four.w + totals[3]);
@@ -513,7 +513,7 @@ __global__ void __launch_bounds__(Shape::THREADS, MIN_CTAS)
     KeptRows<Shape> rows(scratch, x, linear.channels, tokens, slice.begin, windows);
     PairReader<T, Shape::STORAGE> const reader(linear.stored.type);
     for (int i = threadIdx.x % kWARP; i < Shape::TOKENS * Shape::COLUMNS; i += kWARP) {
-        scratch->sums[0][i] = 0.0F;
+        scratch->sums[i] = 0.0F;
     }
     __syncwarp();
     touchStored<Shape>(args, lane, firstColumn, slice);

@@ -28,8 +28,14 @@ struct StoredValue {
     double value;
 };
 
-StoredValue randomValue(WeightType type, std::mt19937& random) {
-    uint8_t const bits = static_cast<uint8_t>(random());
+//! `isSmall`: as a zero point is, so that sums are not of differences alone.
+StoredValue randomValue(WeightType type, std::mt19937& random, bool isSmall) {
+    uint8_t bits = static_cast<uint8_t>(random());
+    if (isSmall && type == WeightType::kINT8) {
+        bits = static_cast<uint8_t>((bits & 15) - 8);
+    } else if (isSmall && type == WeightType::kFLOAT8) {
+        bits &= 0xbf;  // below 2
+    }
     switch (type) {
         case WeightType::kINT8:
             return {bits, static_cast<double>(static_cast<int8_t>(bits))};
@@ -47,11 +53,11 @@ StoredValue randomValue(WeightType type, std::mt19937& random) {
 
 //! An array as it is stored, and its values.
 struct StoredArray {
-    StoredArray(WeightType type, size_t count, std::mt19937& random) : values(count) {
+    StoredArray(WeightType type, size_t count, std::mt19937& random, bool isSmall) : values(count) {
         bool const isNarrow = type == WeightType::kINT4 || type == WeightType::kUINT4;
         bytes.resize(isNarrow ? count / 2 : count);
         for (size_t i = 0; i < count; ++i) {
-            StoredValue const one = randomValue(type, random);
+            StoredValue const one = randomValue(type, random, isSmall);
             values[i] = one.value;
             if (isNarrow) {
                 bytes[i / 2] |= static_cast<uint8_t>(one.bits << (i % 2 == 0 ? 0 : 4));
@@ -70,8 +76,8 @@ template <typename T>
 struct StoredProblem {
     StoredProblem(Case const& c, Storing const& s)
         : random(static_cast<unsigned>(c.channels + 3 * c.outputs + s.groupSize)),
-          weights(s.type, static_cast<size_t>(c.channels) * c.outputs, random),
-          zeros(s.type, static_cast<size_t>(s.groups(c.channels)) * c.outputs, random) {
+          weights(s.type, static_cast<size_t>(c.channels) * c.outputs, random, false),
+          zeros(s.type, static_cast<size_t>(s.groups(c.channels)) * c.outputs, random, true) {
         std::uniform_real_distribution<float> uniform(0.5F, 1.5F);
         for (double& zero : zeros.values) {
             scale.push_back(uniform(random) / 64);
@@ -154,13 +160,14 @@ std::vector<std::vector<double>> expectedOf(Case const& c, Storing const& s, Pro
     return all;
 }
 
-//! What a path may be off by, relative to the size of y.
+//! What a path may be off by, relative to the size of y. Sixteenths less one shift are all rounded
+//! the same way.
 template <typename T>
 double allowedOf(Case const& c, bool isRounded) {
     double const sums = 1e-5 * std::sqrt(static_cast<double>(c.channels));
-    double const rounding =
-        std::is_same_v<T, float> ? 0.0 : (std::is_same_v<T, __half> ? 1e-3 : 8e-3);
-    return sums + (isRounded ? rounding : 0.0);
+    double const unit = std::is_same_v<T, __half> ? 2e-3 : 1.6e-2;
+    double const rounding = std::is_same_v<T, float> ? 0.0 : unit;
+    return sums + (isRounded ? rounding * (c.is(Options::kDYNAMIC) ? 4 : 1) : 0.0);
 }
 
 //! y of two runs, which have the same bits; `run` enqueues one.
@@ -177,15 +184,26 @@ bool runTwice(DeviceArray<T> const& y, std::vector<T>* result, Run const& run) {
     return std::memcmp(runs[0].data(), runs[1].data(), runs[0].size() * sizeof(T)) == 0;
 }
 
+//! Whether y is within what is allowed; says by how much it is off where it is not.
 template <typename T>
 bool isRight(Case const& c, std::vector<T> const& y,
              std::vector<std::vector<double>> const& expected, double allowed) {
-    bool ok = true;
     for (int token = 0; token < c.tokens; ++token) {
-        ok = ok &&
-             isClose(y.data() + static_cast<size_t>(token) * c.outputs, expected[token], allowed);
+        T const* const row = y.data() + static_cast<size_t>(token) * c.outputs;
+        if (isClose(row, expected[token], allowed)) {
+            continue;
+        }
+        double square = 0;
+        double worst = 0;
+        for (int o = 0; o < c.outputs; ++o) {
+            square += expected[token][o] * expected[token][o] / c.outputs;
+            worst = std::max(worst, std::fabs(widen(row[o]) - expected[token][o]));
+        }
+        std::printf("token %d and perhaps later ones: off by %g of its size, %g allowed\n", token,
+                    worst / std::sqrt(square), allowed);
+        return false;
     }
-    return ok;
+    return true;
 }
 
 //! A problem on the device, with the arguments of its linear.
@@ -315,28 +333,37 @@ std::vector<Storing> storings() {
     return all;
 }
 
+//! One type of T a case, in turns: the two share all but the conversions.
+template <typename Check>
+void checkInTurns(Count* count, Check const& check) {
+    bool const isHalf = (count->passed + count->failed) % 2 == 0;
+    count->add(isHalf ? check(__half{}) : check(__nv_bfloat16{}));
+}
+
 void checkStoring(Storing const& s, DeviceTraits const& device, Count* count) {
-    for (int const tokens : {1, 2, 3, 5, 20, 40}) {
-        std::vector<Case> cases = {{tokens, 1024, 320, 8, 16, Options::kNONE, false},
+    for (int const tokens : {1, 2, 5, 40}) {
+        std::vector<Case> cases = {{tokens, 512, 320, 8, 16, Options::kNONE, false},
                                    {tokens, 512, 96, 16, 16, Options::kSCALAR, false},
                                    {tokens, 512, 96, 10, 16, Options::kORDER, true},
                                    {tokens, 256, 64, 4, 8, Options::kDYNAMIC, false},
                                    {tokens, 384, 42, 8, 16, Options::kSTATIC, false}};
-        if (tokens <= 3) {
+        if (tokens != 40) {
             cases.push_back({tokens, 4096, 64, 8, 16, Options::kNONE, false});
         }
         for (Case const& c : cases) {
-            count->add(checkExecutor<__half>(c, s, device));
-            count->add(checkExecutor<__nv_bfloat16>(c, s, device));
-            if (tokens == 1) {
-                count->add(checkExecutor<float>(c, s, device));
-            }
+            checkInTurns(count,
+                         [&](auto zero) { return checkExecutor<decltype(zero)>(c, s, device); });
+        }
+        if (tokens == 1) {
+            count->add(checkExecutor<float>(cases[0], s, device));
+        } else if (tokens == 2 || tokens == 5) {
+            checkInTurns(count,
+                         [&](auto zero) { return checkNan<decltype(zero)>(s, tokens, device); });
         }
     }
-    for (int const tokens : {1, 2, 7, 11}) {
-        count->add(checkPlans<__half>(s, tokens, device));
-        count->add(checkPlans<__nv_bfloat16>(s, tokens, device));
-        count->add(checkNan<__half>(s, tokens, device));
+    for (int const tokens : {1, 11}) {
+        checkInTurns(count,
+                     [&](auto zero) { return checkPlans<decltype(zero)>(s, tokens, device); });
     }
 }
 
