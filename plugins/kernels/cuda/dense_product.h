@@ -23,13 +23,14 @@ struct ProductShape {
     std::int64_t tokens{0};
     std::int64_t channels{0};
     std::int64_t outputs{0};
-    bool floatResult{true};  // float32 for an epilogue to read, or T, rounded once
-    bool hasBias{false};     // added before that rounding
+    bool floatResult{true};        // float32 for an epilogue to read, or T, rounded once
+    bool hasBias{false};           // added before that rounding
+    std::int64_t resultStride{0};  // elements from one token's result to the next's; 0: outputs
 
     bool operator==(const ProductShape& other) const {
         return type == other.type && tokens == other.tokens && channels == other.channels &&
                outputs == other.outputs && floatResult == other.floatResult &&
-               hasBias == other.hasBias;
+               hasBias == other.hasBias && resultStride == other.resultStride;
     }
 };
 
@@ -46,8 +47,8 @@ class DenseProduct {
     void prepare(const ProductShape& shape);
 
     // Enqueues result [tokens, outputs] = s [tokens, channels] @ w [channels, outputs], plus bias
-    // [outputs] of the result's type where the shape has one; neither allocates nor synchronises.
-    // Throws Fault.
+    // [outputs] of the result's type where the shape has one, the result's rows at their stride;
+    // neither allocates nor synchronises. Throws Fault.
     void enqueue(const ProductShape& shape, const void* s, const void* w, const void* bias,
                  void* result, void* workspace, cudaStream_t stream);
 

@@ -6,6 +6,12 @@
 //
 // Where s would be x itself, and where y would be the product itself or that and a bias, which
 // cuBLASLt adds, that kernel is left out.
+//
+// Where W is stored as integers or 8-bit floats:
+//
+//   few tokens:  x -> mask kernel -> s -> decode kernel over stored rows -> y
+//   many:        for each tile of W's columns: widened to T in the workspace, cuBLASLt, and so on;
+//                a widened weight is rounded to T
 #pragma once
 
 #include <cstddef>
@@ -14,6 +20,7 @@
 
 #include "dense_product.h"
 #include "nm_cuda.h"
+#include "stored.h"
 
 namespace nmexport::cuda {
 
@@ -30,6 +37,8 @@ struct LinearWork {
     // A kernel of its own gathers and prunes a few tokens' x before the decode kernel: the blocks
     // of that, hundreds, would all gather the same few kilobytes.
     bool prunesFirst{false};
+    WeightType weights{WeightType::kT};
+    bool hasStoredRows{false};  // the kernel for stored rows takes them
 };
 
 LinearWork workOf(const LinearArgs& args);
@@ -54,6 +63,10 @@ class LinearExecutor {
              cudaStream_t stream);
 
   private:
+    void runStored(const LinearArgs& args, const DeviceTraits& device, void* workspace,
+                   cudaStream_t stream);
+    void multiply(const LinearArgs& args, const void* s, void* product, void* workspace,
+                  cudaStream_t stream);
     void runProduct(const LinearArgs& args, const DeviceTraits& device, void* workspace,
                     cudaStream_t stream);
 
