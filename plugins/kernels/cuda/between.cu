@@ -41,23 +41,36 @@ bool isBare(Selection const& selection) {
            selection.shift == nullptr;
 }
 
+template <typename T, int THREADS>
+cudaError_t enqueueNormRows(NormArgs const& args, DeviceTraits const& device, cudaStream_t stream) {
+    // As many blocks as are resident, each of which reads its constants once.
+    int64_t const resident =
+        static_cast<int64_t>(device.multiprocessors) * 2 * kMANY_THREADS / THREADS;
+    Grid const grid{dim3(static_cast<unsigned>(std::min(args.tokens, resident))), THREADS,
+                    sizeof(NextRow<THREADS>) + sizeof(uint4) * THREADS * kOCTETS};
+    return launchInChain(normRowsKernel<T, THREADS>, grid, device, stream, args);
+}
+
 template <typename T, Pruner PRUNER>
 cudaError_t enqueuePrunedNorm(NormArgs const& args, DeviceTraits const& device,
                               cudaStream_t stream) {
+    if (args.tokens > device.multiprocessors && args.channels <= kMANY_THREADS * kGROUP) {
+        return enqueueNormRows<T, kMANY_THREADS>(args, device, stream);
+    }
+    if (args.tokens > device.multiprocessors && args.channels <= kTHREADS * kGROUP) {
+        return enqueueNormRows<T, kTHREADS>(args, device, stream);
+    }
     Grid grid{dim3(static_cast<unsigned>(args.tokens)), kTHREADS,
               stagedBytes(PRUNER, args.channels)};
-    bool const isShort = args.channels <= kTHREADS * kELEMENTS;
-    if (args.tokens <= kFEW_TOKENS && isShort) {
-        // Some multiprocessors make the same norm, and each ranks a part of it.
-        grid.blocks.y = static_cast<unsigned>(ceilDivide(args.channels, 2 * kTHREADS));
-        return launchInChain(normKernel<T, PRUNER, 1, kTHREADS, 1>, grid, device, stream, args);
+    if (args.channels > kTHREADS * kELEMENTS) {
+        return launchInChain(normKernel<T, PRUNER, 4>, grid, device, stream, args);
     }
-    if (args.tokens > device.multiprocessors) {
-        grid.threads = kMANY_THREADS;
-        return launchInChain(normKernel<T, PRUNER, 2, kMANY_THREADS>, grid, device, stream, args);
+    if (args.tokens > kFEW_TOKENS) {
+        return launchInChain(normKernel<T, PRUNER, 1>, grid, device, stream, args);
     }
-    return isShort ? launchInChain(normKernel<T, PRUNER, 1, kTHREADS>, grid, device, stream, args)
-                   : launchInChain(normKernel<T, PRUNER, 4, kTHREADS>, grid, device, stream, args);
+    // Some multiprocessors make the same norm, and each ranks a part of it.
+    grid.blocks.y = static_cast<unsigned>(ceilDivide(args.channels, 2 * kTHREADS));
+    return launchInChain(normKernel<T, PRUNER, 1, 1>, grid, device, stream, args);
 }
 
 template <typename T>
@@ -71,10 +84,8 @@ cudaError_t enqueueNorm(NormArgs const& args, DeviceTraits const& device, cudaSt
     }
     Grid const grid{dim3(static_cast<unsigned>(args.tokens))};
     return args.channels <= kTHREADS * kELEMENTS
-               ? launchInChain(normKernel<T, Pruner::kNONE, 1, kTHREADS>, grid, device, stream,
-                               args)
-               : launchInChain(normKernel<T, Pruner::kNONE, 4, kTHREADS>, grid, device, stream,
-                               args);
+               ? launchInChain(normKernel<T, Pruner::kNONE, 1>, grid, device, stream, args)
+               : launchInChain(normKernel<T, Pruner::kNONE, 4>, grid, device, stream, args);
 }
 
 template <typename T>

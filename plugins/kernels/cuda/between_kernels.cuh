@@ -1,6 +1,8 @@
 // The kernels between the linears: norms, gated activations, the pruning of a few rows.
 #pragma once
 
+#include <cuda_pipeline.h>
+
 #include "between.h"
 #include "device_primitives.cuh"
 #include "element.cuh"
@@ -9,19 +11,11 @@
 
 namespace nmexport::cuda::between {
 
-//! Threads of a block: 8 elements each are a token of 4096 channels in one go; of a long row that
-//! has a multiprocessor to itself; of one that shares it with three others.
+//! Threads of a block: 8 elements each are a token of 4096 channels in one go; and of a block that
+//! shares its multiprocessor with others.
 constexpr int kTHREADS = 512;
 constexpr int kMANY_THREADS = 256;
 constexpr int kWARPS = kTHREADS / kWARP;
-
-//! Blocks of the last kind that a multiprocessor is to have room for: ranking two values at once
-//! takes more registers where the chip has no instruction for that.
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-constexpr int kBLOCKS_TOGETHER = 4;
-#else
-constexpr int kBLOCKS_TOGETHER = 3;
-#endif
 constexpr int kPAIR_THREADS = 128;   // 2 elements each: many blocks for one token
 constexpr int kGROUP_THREADS = 128;  // a group each
 
@@ -46,6 +40,41 @@ struct Eight {
             }
         }
         return eight;
+    }
+
+    //! Of 16 bytes of a 16-bit type.
+    __device__ static Eight of(uint4 raw) {
+        static_assert(sizeof(T) == 2);
+        Eight eight;
+        Unpacked<T> const values = unpack(raw, static_cast<T const*>(nullptr));
+#pragma unroll
+        for (int i = 0; i < kELEMENTS; ++i) {
+            eight.value[i] = values.value[i];
+        }
+        return eight;
+    }
+
+    //! Adds others, rounded to T.
+    __device__ void add(Eight const& other) {
+#pragma unroll
+        for (int i = 0; i < kELEMENTS; ++i) {
+            value[i] = toFloat<T>(fromFloat<T>(value[i] + other.value[i]));
+        }
+    }
+
+    //! Fused, in one order whatever the block: the sum's bits are the same.
+    __device__ void addSquares(float& squares) const {
+#pragma unroll
+        for (int i = 0; i < kELEMENTS; ++i) {
+            squares = fmaf(value[i], value[i], squares);
+        }
+    }
+
+    __device__ void normalise(float factor, Eight const& weight) {
+#pragma unroll
+        for (int i = 0; i < kELEMENTS; ++i) {
+            value[i] = toFloat<T>(fromFloat<T>(value[i] * factor)) * weight.value[i];
+        }
     }
 
     __device__ void store(T* to) const {
@@ -118,17 +147,16 @@ __device__ float sumOverBlock(float const (&parts)[PARTS], float* perWarp) {
     return sum;
 }
 
-//! A block per token. The rounded sum is kept in registers for up to HELD * THREADS * 8 channels;
+//! A block per token. The rounded sum is kept in registers for up to HELD * kTHREADS * 8 channels;
 //! what lies beyond is read again.
-template <typename T, Pruner PRUNER, int HELD, int THREADS, int AT_ONCE = 4>
-__global__ void __launch_bounds__(THREADS, THREADS == kMANY_THREADS && PRUNER != Pruner::kWIDE
-                                               ? kBLOCKS_TOGETHER
-                                               : 1) normKernel(NormArgs const args) {
+template <typename T, Pruner PRUNER, int HELD, int AT_ONCE = 4>
+__global__ void __launch_bounds__(kTHREADS) normKernel(NormArgs const args) {
     __shared__ float perWarp[kWARPS];
     extern __shared__ __align__(16) unsigned char rowBytes[];
     allowDependentLaunch();
     askFor(args.weight, args.channels * static_cast<int64_t>(sizeof(T)));
-    StagedRow<T, PRUNER, THREADS, AT_ONCE> row(rowBytes, args.selection, args.channels);
+    auto* const staged = reinterpret_cast<uint4*>(rowBytes);
+    StagedRow<T, PRUNER, kTHREADS, AT_ONCE> row(staged, args.selection, args.channels);
     if constexpr (PRUNER != Pruner::kNONE) {
         askFor(args.selection, args.channels);
         row.prepare();
@@ -141,30 +169,17 @@ __global__ void __launch_bounds__(THREADS, THREADS == kMANY_THREADS && PRUNER !=
     auto const summed = [&](int32_t channel) {
         Eight<T> sum = Eight<T>::load(x + channel);
         if (skip != nullptr) {
-            Eight<T> const other = Eight<T>::load(skip + channel);
-#pragma unroll
-            for (int i = 0; i < kELEMENTS; ++i) {
-                sum.value[i] = toFloat<T>(fromFloat<T>(sum.value[i] + other.value[i]));
-            }
+            sum.add(Eight<T>::load(skip + channel));
         }
         return sum;
     };
-    constexpr int kPARTS = kTHREADS / THREADS;
     Eight<T> held[HELD];
-    float squares[kPARTS] = {};
+    float squares[1] = {};
     int step = 0;
     for (int32_t channel = static_cast<int32_t>(threadIdx.x) * kELEMENTS; channel < args.channels;
-         channel += THREADS * kELEMENTS, ++step) {
+         channel += kTHREADS * kELEMENTS, ++step) {
         Eight<T> const sum = summed(channel);
-#pragma unroll
-        for (int part = 0; part < kPARTS; ++part) {
-#pragma unroll
-            for (int i = 0; i < kELEMENTS; ++i) {
-                // Fused for every block size, so that the bits are the same.
-                float const more = fmaf(sum.value[i], sum.value[i], squares[part]);
-                squares[part] = step % kPARTS == part ? more : squares[part];
-            }
-        }
+        sum.addSquares(squares[0]);
         if (total != nullptr && blockIdx.y == 0) {
             sum.store(total + channel);
         }
@@ -181,7 +196,7 @@ __global__ void __launch_bounds__(THREADS, THREADS == kMANY_THREADS && PRUNER !=
     T* const y = static_cast<T*>(args.y) + start;
     step = 0;
     for (int32_t channel = static_cast<int32_t>(threadIdx.x) * kELEMENTS; channel < args.channels;
-         channel += THREADS * kELEMENTS, ++step) {
+         channel += kTHREADS * kELEMENTS, ++step) {
         Eight<T> sum;
         if (step >= HELD) {
             sum = summed(channel);
@@ -192,19 +207,115 @@ __global__ void __launch_bounds__(THREADS, THREADS == kMANY_THREADS && PRUNER !=
                 sum = held[h];
             }
         }
-        Eight<T> const scale = Eight<T>::load(weight + channel);
-#pragma unroll
-        for (int i = 0; i < kELEMENTS; ++i) {
-            sum.value[i] = toFloat<T>(fromFloat<T>(sum.value[i] * factor)) * scale.value[i];
-        }
+        sum.normalise(factor, Eight<T>::load(weight + channel));
         if constexpr (PRUNER == Pruner::kNONE) {
             sum.store(y + channel);
         } else {
-            row.put(channel / kELEMENTS, sum.packed());
+            staged[channel / kELEMENTS] = sum.packed();
         }
     }
     if constexpr (PRUNER != Pruner::kNONE) {
+        __syncthreads();
         row.prune(y);
+    }
+}
+
+//! Runs of 8 channels that a thread has of a row that some rows share a block for.
+constexpr int kOCTETS = 2;
+
+//! What a thread keeps in shared memory for itself: its part of the next row, which is on its way,
+//! and of the weight.
+template <int THREADS>
+struct NextRow {
+    uint4 x[kOCTETS][THREADS];
+    uint4 skip[kOCTETS][THREADS];
+    uint4 weight[kOCTETS][THREADS];
+
+    //! The number of a thread's i-th run.
+    __device__ static int32_t octetOf(int i) {
+        return static_cast<int32_t>(threadIdx.x) + i * THREADS;
+    }
+
+    __device__ void keepWeight(NormArgs const& args) {
+        int32_t const last = args.channels / kELEMENTS - 1;
+#pragma unroll
+        for (int i = 0; i < kOCTETS; ++i) {
+            weight[i][threadIdx.x] =
+                __ldg(static_cast<uint4 const*>(args.weight) + min(octetOf(i), last));
+        }
+    }
+
+    __device__ void ask(NormArgs const& args, int64_t token) {
+        int32_t const octets = args.channels / kELEMENTS;
+#pragma unroll
+        for (int i = 0; i < kOCTETS; ++i) {
+            int64_t const at = token * octets + min(octetOf(i), octets - 1);
+            __pipeline_memcpy_async(&x[i][threadIdx.x], static_cast<uint4 const*>(args.x) + at,
+                                    sizeof(uint4));
+            if (args.skip != nullptr) {
+                __pipeline_memcpy_async(&skip[i][threadIdx.x],
+                                        static_cast<uint4 const*>(args.skip) + at, sizeof(uint4));
+            }
+        }
+        __pipeline_commit();
+    }
+};
+
+//! Many tokens, pruned: a block takes row after row. While it ranks one, the next is on its way,
+//! and what ranks a thread's group stays in registers. A group a thread, so K <= 16 * THREADS.
+template <typename T, int THREADS>
+__global__ void __launch_bounds__(THREADS, 2 * kMANY_THREADS / THREADS)
+    normRowsKernel(NormArgs const args) {
+    constexpr int kPARTS = kTHREADS / THREADS;
+    __shared__ float perWarp[kWARPS];
+    extern __shared__ __align__(16) unsigned char rowBytes[];
+    auto& next = *reinterpret_cast<NextRow<THREADS>*>(rowBytes);
+    auto* const staged = reinterpret_cast<uint4*>(rowBytes + sizeof(next));
+    allowDependentLaunch();
+    int32_t const octets = args.channels / kELEMENTS;
+    int32_t const groups = args.channels / kGROUP;
+    int32_t const firstGroup = static_cast<int32_t>(threadIdx.x) / kWARP * kWARP;
+    int32_t const group = min(static_cast<int32_t>(threadIdx.x), groups - 1);
+    GroupOrder const order(args.selection.channelOrder, group);
+    GroupPruner<T, false> const pruner(args.selection, group);
+    next.keepWeight(args);
+    waitForPredecessors();
+    next.ask(args, blockIdx.x);
+    for (int64_t token = blockIdx.x; token < args.tokens; token += gridDim.x) {
+        __pipeline_wait_prior(0);
+        Eight<T> sums[kOCTETS];
+        float squares[kPARTS] = {};
+#pragma unroll
+        for (int i = 0; i < kOCTETS; ++i) {
+            sums[i] = Eight<T>::of(next.x[i][threadIdx.x]);
+            if (args.skip != nullptr) {
+                sums[i].add(Eight<T>::of(next.skip[i][threadIdx.x]));
+            }
+            int32_t const octet = next.octetOf(i);
+            if (octet < octets) {
+                sums[i].addSquares(squares[i % kPARTS]);
+                if (args.sum != nullptr) {
+                    sums[i].store(static_cast<T*>(args.sum) + (token * octets + octet) * kELEMENTS);
+                }
+            }
+        }
+        if (token + gridDim.x < args.tokens) {
+            next.ask(args, token + gridDim.x);
+        }
+        float const mean = sumOverBlock(squares, perWarp) / static_cast<float>(args.channels);
+        float const factor = rsqrtf(mean + args.epsilon);
+#pragma unroll
+        for (int i = 0; i < kOCTETS; ++i) {
+            sums[i].normalise(factor, Eight<T>::of(next.weight[i][threadIdx.x]));
+            staged[next.octetOf(i)] = sums[i].packed();
+        }
+        __syncthreads();
+        if (firstGroup < groups) {
+            Group own[1] = {order.of(reinterpret_cast<uint16_t const*>(staged))};
+            pruner.prune(own);
+            storeGroups(static_cast<T*>(args.y) + token * args.channels, own[0], firstGroup,
+                        args.channels);
+        }
     }
 }
 
@@ -292,7 +403,7 @@ __device__ __forceinline__ Group gatedGroup(GatedSiluArgs const& args, int64_t t
 //! Many tokens, pruned, with no order: a lane makes and ranks its group of `rows` of them, number
 //! blockIdx.y.
 template <typename T, bool IS_HALF_BARE>
-__global__ void __launch_bounds__(kGROUP_THREADS)
+__global__ void __launch_bounds__(kGROUP_THREADS, 4)
     gatedGroupKernel(GatedSiluArgs const args, int32_t rows) {
     using Pruner = GroupPruner<T, IS_HALF_BARE>;
     allowDependentLaunch();

@@ -80,7 +80,8 @@ class GroupPruner<T, true> {
     }
 };
 
-//! Every n and option.
+//! Every n and option. Scores are seldom equal: what is at the threshold or above it is what is
+//! kept, unless a warp has a group where that is more than n.
 template <typename T>
 class GroupPruner<T, false> {
   public:
@@ -91,36 +92,55 @@ class GroupPruner<T, false> {
         read(mShift, selection.shiftLength == 1 ? nullptr : selection.shift,
              selection.shiftLength == 1 ? __ldg(selection.shift) : 0.0F);
         read(mScale, selection.scoreScale, 1.0F);
+#pragma unroll
+        for (int i = 0; i < kGROUP; ++i) {
+            mHasPlainScores = mHasPlainScores && mScale[i] >= 0.0F;
+        }
     }
 
     __device__ void prune(Group (&rows)[ROWS]) const {
-        alignas(16) T elements[kGROUP];
-        memcpy(elements, &rows[0], sizeof(elements));
-        float z[kGROUP];
         uint32_t keys[kGROUP];
+        uint32_t words[kGROUP / 2];
+        memcpy(words, &rows[0], sizeof(words));
 #pragma unroll
         for (int i = 0; i < kGROUP; ++i) {
-            z[i] = toFloat<T>(elements[i]) - mShift[i];
-            keys[i] = mSelection.scoreScale == nullptr ? magnitudeKey(z[i])
-                                                       : orderedKey(scaledScore(z[i], mScale[i]));
+            // One float32 product, as everywhere; no score is below zero where no scale is.
+            float const score = scaledScore(valueOf(words, i), mScale[i]);
+            keys[i] = mHasPlainScores ? magnitudeKey(score) : orderedKey(score);
         }
-        uint32_t const mask = keepMask<kGROUP>(keys, mSelection.n);
-        if (mSelection.valueScale != nullptr) {
-            float scale[kGROUP];
-            read(scale, mSelection.valueScale, 1.0F);
+        uint32_t const threshold = nthLargest<kGROUP>(keys, mSelection.n);
+        int count = 0;
+#pragma unroll
+        for (int i = 0; i < kGROUP; ++i) {
+            count += keys[i] >= threshold ? 1 : 0;
+        }
+        if (__any_sync(kWHOLE_WARP, count != mSelection.n)) {
+            uint32_t const mask = keepMask<kGROUP>(keys, mSelection.n);
 #pragma unroll
             for (int i = 0; i < kGROUP; ++i) {
-                z[i] *= scale[i];
+                keys[i] = (mask >> i & 1U) != 0U ? threshold : 0U;
             }
         }
 #pragma unroll
-        for (int i = 0; i < kGROUP; ++i) {
-            elements[i] = fromFloat<T>((mask >> i & 1U) != 0U ? z[i] : 0.0F);
+        for (int i = 0; i < kGROUP; i += 2) {
+            words[i / 2] = packWord(keptValue(words, i, keys[i] >= threshold),
+                                    keptValue(words, i + 1, keys[i + 1] >= threshold));
         }
-        memcpy(&rows[0], elements, sizeof(elements));
+        memcpy(&rows[0], words, sizeof(words));
     }
 
   private:
+    __device__ float valueOf(uint32_t const (&words)[kGROUP / 2], int i) const {
+        uint32_t const word = words[i / 2];
+        return toFloat<T>(wordHalf<T>(i % 2 == 0 ? word & 0xffffU : word >> 16)) - mShift[i];
+    }
+
+    __device__ T keptValue(uint32_t const (&words)[kGROUP / 2], int i, bool isKept) const {
+        float const scale =
+            mSelection.valueScale == nullptr ? 1.0F : __ldg(mSelection.valueScale + mFirst + i);
+        return fromFloat<T>(isKept ? valueOf(words, i) * scale : 0.0F);
+    }
+
     __device__ void read(float (&to)[kGROUP], float const* from, float otherwise) const {
 #pragma unroll
         for (int i = 0; i < kGROUP; i += 4) {
@@ -136,21 +156,24 @@ class GroupPruner<T, false> {
 
     Selection const& mSelection;
     int32_t mFirst;
+    bool mHasPlainScores{true};
     float mShift[kGROUP];
     float mScale[kGROUP];
 };
 
-//! The channels of a group's positions.
+//! The channels of a group's positions, below 65536: two a word.
 struct GroupOrder {
-    int4 channel[kGROUP / 4];
+    uint32_t channels[kGROUP / 2];
 
     __device__ GroupOrder(int32_t const* order, int32_t group) {
 #pragma unroll
         for (int i = 0; i < kGROUP / 4; ++i) {
             int32_t const position = group * kGROUP + 4 * i;
-            channel[i] = order == nullptr
-                             ? make_int4(position, position + 1, position + 2, position + 3)
-                             : __ldg(reinterpret_cast<int4 const*>(order + position));
+            int4 const four = order == nullptr
+                                  ? make_int4(position, position + 1, position + 2, position + 3)
+                                  : __ldg(reinterpret_cast<int4 const*>(order + position));
+            channels[2 * i] = static_cast<uint32_t>(four.x | four.y << 16);
+            channels[2 * i + 1] = static_cast<uint32_t>(four.z | four.w << 16);
         }
     }
 
@@ -158,9 +181,9 @@ struct GroupOrder {
     __device__ Group of(uint16_t const* row) const {
         uint32_t words[kGROUP / 2];
 #pragma unroll
-        for (int i = 0; i < kGROUP / 4; ++i) {
-            words[2 * i] = row[channel[i].x] | static_cast<uint32_t>(row[channel[i].y]) << 16;
-            words[2 * i + 1] = row[channel[i].z] | static_cast<uint32_t>(row[channel[i].w]) << 16;
+        for (int i = 0; i < kGROUP / 2; ++i) {
+            words[i] = row[channels[i] & 0xffffU] | static_cast<uint32_t>(row[channels[i] >> 16])
+                                                        << 16;
         }
         return {{make_uint4(words[0], words[1], words[2], words[3]),
                  make_uint4(words[4], words[5], words[6], words[7])}};

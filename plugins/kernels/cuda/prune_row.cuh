@@ -93,24 +93,19 @@ __device__ __forceinline__ uint32_t prunePair(Selection const& selection,
     }
 }
 
-//! A row's place in shared memory, and where a producer of so many threads puts its values. AT_ONCE
-//! pairs of a lane are in flight together, and several blocks may share a row: each has all of it,
-//! and prunes its own part.
+//! A row in shared memory that lanes rank, AT_ONCE pairs of each in flight together. Several blocks
+//! may share a row: each has all of it, and prunes its own part.
 template <typename T, Pruner PRUNER, int THREADS, int AT_ONCE = 4>
 class StagedRow {
   public:
-    __device__ StagedRow(unsigned char* memory, Selection const& selection, int32_t channels)
-        : mSelection{selection}, mChannels{channels}, mStaged{reinterpret_cast<uint4*>(memory)} {}
+    __device__ StagedRow(uint4 const* staged, Selection const& selection, int32_t channels)
+        : mSelection{selection}, mChannels{channels}, mStaged{staged} {}
 
     //! Reads the first constants (see Selection); call before waiting for the kernel ahead.
     __device__ void prepare() { readConstants(static_cast<int32_t>(blockIdx.y) * kSTRIDE); }
 
-    //! Puts 8 neighbouring values, beginning with channel 8 * octet.
-    __device__ void put(int32_t octet, uint4 values) const { mStaged[octet] = values; }
-
-    //! Prunes what the block has put, and writes s [K]; a barrier stands between the two here.
+    //! Prunes the row, once it is there, and writes s [K].
     __device__ void prune(T* s) {
-        __syncthreads();
         int32_t const begin = static_cast<int32_t>(blockIdx.y) * kSTRIDE;
         for (int32_t first = begin; first < mChannels;
              first += static_cast<int32_t>(gridDim.y) * kSTRIDE) {
@@ -160,7 +155,7 @@ class StagedRow {
 
     Selection const& mSelection;
     int32_t mChannels;
-    uint4* mStaged;  //!< [K / 8], by channel
+    uint4 const* mStaged;  //!< [K / 8], by channel
     PairConstants mConstants[AT_ONCE];
 };
 
