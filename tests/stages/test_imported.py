@@ -148,11 +148,15 @@ def test_learning_leaves_the_integers_alone(learned: tuple[Path, Any, str]) -> N
         weight, tensors = imported.linear(layer.name), folded.tensors(layer.name)
         assert weight is not None
         assert layer.weight_type == weight.type == "int4"
-        order, own = tensors["channel_order"].long(), weight.channel_order
+        own, order = weight.channel_order, folded.input_order(layer.name)
         assert own is not None
+        assert (order is None) == (not layer.name.endswith("down_proj"))
         dense = torch.empty_like(weight.values)
         dense[own.long()] = weight.values
-        assert torch.equal(tensors["W"], dense[order]), layer.name
+        rows = (tensors["channel_order"] if order is None else order).long()
+        reader = None if layer.outputs_for is None else folded.input_order(layer.outputs_for)
+        columns = slice(None) if reader is None else reader.long()
+        assert torch.equal(tensors["W"], dense[rows][:, columns]), layer.name
         assert {"value_scale", "bias", "shift"} <= set(tensors)
     kept = folded.kept
     assert kept is not None
