@@ -170,7 +170,7 @@ def bench_serve(
     )
     tokenizer = Tokenizer(engine.model.parent)
     with (
-        open_on_onnxruntime(folder, dense=True) as dense,
+        open_on_onnxruntime(folder, side="dense") as dense,
         open_on_onnxruntime(folder) as sparse,
     ):
         sides = {

@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from nmexport.runtimes.engine import Side
+
 _LOGITS, _CHOSEN = "logits", "next_ids"
 _INT64 = 7
 """As ONNX numbers element types."""
@@ -143,12 +145,12 @@ class CudaSession(Session):
         self._graphs = 0
 
     @classmethod
-    def from_engine(cls, path: Path, *, dense: bool = False) -> Self:
+    def from_engine(cls, path: Path, *, side: Side = "sparse") -> Self:
         """Open the graphs for CUDA that `engine.json` names.
 
         Args:
             path: `engine.json`, or the folder that holds it.
-            dense: Open the dense baseline in place of the sparse model.
+            side: Which model.
 
         Raises:
             ArtifactError: see `read_engine`, `engine_library`.
@@ -156,11 +158,10 @@ class CudaSession(Session):
         """
         engine = read_engine(path)
         cuda = engine.cuda
-        model = None if cuda is None else cuda.dense_model if dense else cuda.model
-        weights = engine.dense_model if dense else engine.model
+        model, weights = None if cuda is None else cuda.of(side), engine.exported(side)
         if cuda is None or model is None or weights is None:
             raise ArtifactError(
-                f"{path} has no {'dense' if dense else 'sparse'} graph for CUDA.",
+                f"{path} has no {side} graph for CUDA.",
                 fix="run `nmexport engine --force`",
             )
         library = engine_library(engine)
