@@ -181,6 +181,15 @@ def test_the_learned_file_computes_what_torch_computes(learned: tuple[Path, Any,
     assert np.abs(made - expected).max() <= 1e-4 * expected.std()
 
 
+def test_the_dense_file_beside_it_is_the_checkpoint(learned: tuple[Path, Any, str]) -> None:
+    """It shares the sparse one's integers, where an MLP's lie in the order of its last linear."""
+    model, work, _ = learned
+    file = work.require("export") / "dense" / "stored" / "model.onnx"
+    made = onnx_logits(file, IDS, MASK, prefill=12)
+    expected = reference(model)
+    assert np.abs(made - expected).max() <= 1e-4 * expected.std()
+
+
 def test_a_remainder_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     model = SAVED["awq"](tiny_llama, tmp_path / "model")
     with pytest.raises(RecipeError, match="r-sparse takes a part out of the weights"):
