@@ -13,7 +13,9 @@ from nmexport.runtimes.tensorrt_session import TensorRTSession
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from nmexport.runtimes.engine import Engine
     from nmexport.runtimes.session import Session
+    from nmexport.runtimes.slots import SlotRoom
 
 
 def open_session(engine: Path, *, dense: bool = False, elsewhere: bool = False) -> Session:
@@ -51,16 +53,48 @@ def open_on_onnxruntime(engine: Path, *, dense: bool = False, elsewhere: bool = 
     from nmexport.runtimes.step_session import StepSession
 
     description = read_engine(engine)
-    if dense and description.dense_model is None:
-        raise ArtifactError(
-            f"{engine} has no dense model.", fix="build it again without --no-dense-baseline"
-        )
+    _check_dense(engine, description, dense=dense)
     provider = provider_here(description.provider) if elsewhere else description.provider
     if provider == "cuda" and description.cuda is not None:
         return CudaSession.from_engine(engine, dense=dense)
     if provider == "cpu" and description.shared_step is not None:
         return StepSession.from_engine(engine, side="dense" if dense else "sparse")
     return OrtSession.from_engine(engine, dense=dense, elsewhere=elsewhere)
+
+
+def open_for_serving(
+    engine: Path, room: SlotRoom, *, dense: bool = False, elsewhere: bool = False
+) -> Session:
+    """Open a built engine's ONNX files on ONNX Runtime, for many sequences at a time.
+
+    Args:
+        engine: `engine.json`, or the folder that holds it.
+        room: Slots of a session that has a fixed number of them; other sessions take any number of
+            sequences of any length.
+        dense: Open the baseline.
+        elsewhere: Compute on the CPU where this ONNX Runtime has no CUDA provider.
+
+    Raises:
+        ArtifactError: if the engine cannot be read or opened.
+        EnvironmentFault: if this machine cannot run it.
+        RequestError: if the slots do not fit into the device's memory.
+    """
+    from nmexport.runtimes.onnxruntime_session import provider_here
+    from nmexport.runtimes.slot_session import SlotSession
+
+    description = read_engine(engine)
+    provider = provider_here(description.provider) if elsewhere else description.provider
+    if provider == "cuda" and description.cuda is not None:
+        _check_dense(engine, description, dense=dense)
+        return SlotSession.from_engine(engine, room, dense=dense)
+    return open_on_onnxruntime(engine, dense=dense, elsewhere=elsewhere)
+
+
+def _check_dense(engine: Path, description: Engine, *, dense: bool) -> None:
+    if dense and description.dense_model is None:
+        raise ArtifactError(
+            f"{engine} has no dense model.", fix="build it again without --no-dense-baseline"
+        )
 
 
 def open_stored(engine: Path) -> Session:
