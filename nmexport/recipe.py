@@ -121,7 +121,7 @@ class ModelSection(_Strict):
     a multiple of 16. With `int8` and `int4` the output head and the input embedding have 8 bits."""
     activations: Activations = "auto"
     """What meets weights of integers: `int8` rounds it, so that products are sums of integers;
-    `float` leaves it alone. `auto` is int8, but float where a GPU is at hand or the target."""
+    `float` leaves it alone. `auto` is int8 where a CPU runs the engine, else float."""
     dense_baseline: bool = True
     """Export the dense model next to the sparse one; without it export takes half the disk, and
     nothing says what sparsity costs or gains."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
     from nmexport.progress import Progress
     from nmexport.report.model import Latency
+    from nmexport.runtimes.engine import Engine, Side
+    from nmexport.runtimes.session import Session
 
 
 def bench_engines(
@@ -32,6 +35,8 @@ def bench_engines(
     progress: Progress,
 ) -> Latency:
     """Time the dense and the sparse model of a work directory, interleaved.
+
+    Where the weights are integers, the dense model in them is timed too.
 
     Args:
         work: The work directory.
@@ -51,14 +56,17 @@ def bench_engines(
         EnvironmentFault: if the engine needs a native library that is missing here.
     """
     engine = work / "engine" / "current"
-    model = read_engine(engine).model.parent
+    described = read_engine(engine)
+    model = described.model.parent
     check_context(model, prefill_tokens, options="--prefill-tokens")
     # A decode step adds a token to its context.
     check_context(model, decode_context + 1, options="--decode-context and a decoded token")
-    with (
-        open_session(engine, dense=True, elsewhere=True) as dense,
-        open_session(engine, elsewhere=True) as sparse,
-    ):
+    with contextlib.ExitStack() as stack:
+        sides: dict[Side, Session] = {
+            side: stack.enter_context(open_session(engine, side=side, elsewhere=True))
+            for side in _sides(described)
+        }
+        sparse = sides["sparse"]
         rng = np.random.default_rng(seed)
         name = device_name(probe(), on_gpu=sparse.on_gpu)
         timing = latency.Timing(
@@ -69,5 +77,9 @@ def bench_engines(
             device=name,
             progress=progress,
         )
-        times = latency.compare(dense, sparse, timing)
+        times = latency.compare(sides["dense"], sparse, timing, stored=sides.get("stored"))
         return replace(times, device=device_and_clocks(name, on_gpu=sparse.on_gpu))
+
+
+def _sides(engine: Engine) -> tuple[Side, ...]:
+    return ("dense", "sparse") if engine.stored_model is None else ("dense", "sparse", "stored")

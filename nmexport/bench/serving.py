@@ -174,7 +174,7 @@ def bench_serve(
     tokenizer = Tokenizer(engine.model.parent)
     room = SlotRoom(slots=slots or max(load.concurrency for load in loads), tokens=longest)
     with (
-        open_for_serving(folder, room, dense=True) as dense,
+        open_for_serving(folder, room, side="dense") as dense,
         open_for_serving(folder, room) as sparse,
     ):
         sides = {

@@ -69,15 +69,21 @@ def engines_command(
     if wants_json(ctx):
         emit_json({"work": str(work.root), "runs": runs, "latency": json_from(latency)})
         return
-    dense, sparse = latency.dense.decode, latency.sparse.decode
+    sides = {"dense": latency.dense, "sparse": latency.sparse}
+    if latency.stored is not None:
+        sides["dense in integers"] = latency.stored
     rows = [
-        ("prefill dense", *_phase_row(latency.dense.prefill), None, None),
-        ("prefill sparse", *_phase_row(latency.sparse.prefill), None, None),
-        ("decode dense", *_phase_row(dense), *_device_row(dense)),
-        ("decode sparse", *_phase_row(sparse), *_device_row(sparse)),
+        *(
+            (f"prefill {name}", *_phase_row(side.prefill), None, None)
+            for name, side in sides.items()
+        ),
+        *(
+            (f"decode {name}", *_phase_row(side.decode), *_device_row(side.decode))
+            for name, side in sides.items()
+        ),
     ]
     columns = ["", "p50 ms", "p90 ms", "p99 ms", "tokens/s", "GPU ms", "host us"]
-    if dense.device_ms is None and sparse.device_ms is None:
+    if all(side.decode.device_ms is None for side in sides.values()):
         columns, rows = columns[:-2], [row[:-2] for row in rows]
     out = console()
     title = f"{latency.runtime} on {latency.device}, {runs} runs each, interleaved"
@@ -87,6 +93,11 @@ def engines_command(
         f"Sparse is {figure(speedup.prefill, 2, 'x')} as fast in prefill and "
         f"{figure(speedup.decode, 2, 'x')} in decode."
     )
+    if (over := latency.over_stored) is not None:
+        out.print(
+            f"Against dense in the same integers it is {figure(over.prefill, 2, 'x')} as fast in "
+            f"prefill and {figure(over.decode, 2, 'x')} in decode."
+        )
 
 
 def _phase_row(times: PhaseTimes) -> tuple[str, ...]:

@@ -77,7 +77,7 @@ def generate(
             allowed=f"at most {context - 1} tokens",
             fix="shorten the prompt",
         )
-    session = open_session(engine_folder, dense=dense)
+    session = open_session(engine_folder, side="dense" if dense else "sparse")
     sampler = Sampler(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
 
     def pieces() -> Iterator[str]:

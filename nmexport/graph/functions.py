@@ -190,7 +190,7 @@ def _linear_body(signature: Signature) -> list[str]:
     lines = [
         "own = Cast <to: int = 1> (X)",
         *_gathered("own", "x", signature),
-        *_weights(signature),
+        *weight_steps(signature),
         "x_shape = Shape (X)",
         "last_axis = Constant <value_ints: ints = [-1]> ()",
         *_shifted(signature),
@@ -244,8 +244,8 @@ def _operand(source: str, signature: Signature) -> list[str]:
     ]
 
 
-def _weights(signature: Signature) -> list[str]:
-    """`W [K, O]` -> `w` float32: stored values less zero points, times scales."""
+def weight_steps(signature: Signature) -> list[str]:
+    """Steps from `W [K, O]` to `w` float32: stored values less zero points, times scales."""
     if not signature.has("weight_scale"):
         return ["w = Cast <to: int = 1> (W)"]
     return [

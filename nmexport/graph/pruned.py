@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from nmexport.graph.contract import op_contract
-from nmexport.graph.functions import Signature, prune_steps
+from nmexport.graph.functions import Signature, prune_steps, weight_steps
 from nmexport.graph.fused import FUSED, add_function
 from nmexport.graph.matching import int_attribute, static_size
 from nmexport.graph.rewriting import take_place
@@ -28,18 +28,14 @@ _DOMAIN = op_contract().domain
 _INPUTS = [spec.name for spec in op_contract().ops["NMLinear"].inputs]
 _SELECTION = ("score_scale", "channel_order", "value_scale", "shift")
 """Inputs of a linear that the kernel in front takes over, in this order."""
-_PRODUCT = ("X", "W", "bias")
-"""Inputs that stay with the linear."""
+_PRODUCT = ("X", "W", "bias", "weight_scale", "weight_zero_point")
+"""Inputs that stay with the linear, in the order of `SparseLinear`."""
+_OPTIONAL = _PRODUCT[2:]
 _PRODUCERS = frozenset({"ResidualNorm", "GatedSilu", "GatedSiluPair"})
 _GROUP = 16
 _MOST_CHANNELS = 16384
 """A row lies in a block's shared memory, twice: see `kMAX_PRUNED_CHANNELS` of the kernels."""
 _HEADER = f'<opset_import: ["" : {OPSET}, "{FUSED}" : 1], domain: "{FUSED}">\n'
-_SPARSE_LINEARS = {
-    "plain": "SparseLinear (S, W) => (Y) { Y = MatMul (S, W) }",
-    "bias": "SparseLinear (S, W, bias) => (Y) { product = MatMul (S, W) Y = Add (product, bias) }",
-}
-"""Bodies, by overload."""
 
 
 @dataclass(frozen=True)
@@ -137,12 +133,31 @@ def _prune(model: ir.Model, node: ir.Node, selection: _Selection) -> None:
 
 def _multiply_kept_rows(model: ir.Model, node: ir.Node) -> None:
     given = dict(zip(_INPUTS, node.inputs, strict=False))
-    inputs = [given[name] for name in _PRODUCT if given.get(name) is not None]
-    overload = "bias" if len(inputs) == len(_PRODUCT) else "plain"
+    present = tuple(name for name in _OPTIONAL if given.get(name) is not None)
+    inputs = [given.get(name) for name in _PRODUCT]
+    while inputs[-1] is None:
+        inputs.pop()
+    overload = "_".join(present) or "plain"
     linear = ir.Node(FUSED, "SparseLinear", inputs, overload=overload, name=node.name)
     linear.metadata_props.update(node.metadata_props)
     take_place(model.graph, [node], linear, node.outputs)
-    add_function(model, _HEADER + _SPARSE_LINEARS[overload], overload=overload)
+    _add_sparse_linear(model, overload, present)
+
+
+def _add_sparse_linear(model: ir.Model, overload: str, present: Sequence[str]) -> None:
+    """A body of: the product with W, dequantised where it is stored, and the bias, in float32."""
+    signature = Signature(op_type="NMLinear", optional_inputs=tuple(present))
+    steps = [
+        *weight_steps(signature),
+        "operand = Cast <to: int = 1> (S)",
+        "product = MatMul (operand, w)",
+    ]
+    if "bias" in present:
+        steps += ["bias_float = Cast <to: int = 1> (bias)", "total = Add (product, bias_float)"]
+    steps.append(f"Y = CastLike ({'total' if 'bias' in present else 'product'}, S)")
+    body = "{\n" + "\n".join(steps) + "\n}"
+    header = f"SparseLinear ({', '.join(['S', 'W', *_OPTIONAL])}) => (Y)"
+    add_function(model, f"{_HEADER}{header} {body}", overload=overload)
 
 
 def _add_pruned_function(

@@ -337,7 +337,11 @@ class Latency:
     warmup: int | None = None
     dense: SideTimes = field(default_factory=SideTimes)
     sparse: SideTimes = field(default_factory=SideTimes)
+    stored: SideTimes | None = None
+    """The dense model in the sparse one's integers, where it was timed beside them."""
     speedup: Speedup = field(default_factory=Speedup)
+    over_stored: Speedup | None = None
+    """The same over the dense model in integers."""
     protocol: str | None = None
     why: str | None = None
 

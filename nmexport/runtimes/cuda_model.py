@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from nmexport.runtimes.engine import Side
+
 LOGITS, CHOSEN = "logits", "next_ids"
 NO_GRAPH = "-1"
 """In place of the number of a CUDA graph: the run is not recorded."""
@@ -188,12 +190,12 @@ class EngineGraph(NamedTuple):
     """The native library."""
 
 
-def open_engine_graph(path: Path, *, dense: bool = False) -> EngineGraph:
+def open_engine_graph(path: Path, *, side: Side = "sparse") -> EngineGraph:
     """Open one of the graphs for CUDA that `engine.json` names.
 
     Args:
         path: `engine.json`, or the folder that holds it.
-        dense: Open the dense baseline in place of the sparse model.
+        side: Which model.
 
     Raises:
         ArtifactError: see `read_engine`, `engine_library`.
@@ -201,11 +203,10 @@ def open_engine_graph(path: Path, *, dense: bool = False) -> EngineGraph:
     """
     engine = read_engine(path)
     cuda = engine.cuda
-    model = None if cuda is None else cuda.dense_model if dense else cuda.model
-    weights = engine.dense_model if dense else engine.model
+    model, weights = None if cuda is None else cuda.of(side), engine.exported(side)
     if cuda is None or model is None or weights is None:
         raise ArtifactError(
-            f"{path} has no {'dense' if dense else 'sparse'} graph for CUDA.",
+            f"{path} has no {side} graph for CUDA.",
             fix="run `nmexport engine --force`",
         )
     library = engine_library(engine)

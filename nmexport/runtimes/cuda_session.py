@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     import onnxruntime
+    from nmexport.runtimes.engine import Side
 
 RECORDING_RUNS = 2
 """Runs of a step after which it is recorded: one as any other, one that the recorder watches."""
@@ -115,18 +116,18 @@ class CudaSession(Session):
         self._graphs = 0
 
     @classmethod
-    def from_engine(cls, path: Path, *, dense: bool = False) -> Self:
+    def from_engine(cls, path: Path, *, side: Side = "sparse") -> Self:
         """Open the graphs for CUDA that `engine.json` names.
 
         Args:
             path: `engine.json`, or the folder that holds it.
-            dense: Open the dense baseline in place of the sparse model.
+            side: Which model.
 
         Raises:
             ArtifactError: see `open_engine_graph`.
             EnvironmentFault: see the same.
         """
-        graph = open_engine_graph(path, dense=dense)
+        graph = open_engine_graph(path, side=side)
         return cls(graph.session, positions=graph.positions, library=graph.library)
 
     @property

@@ -23,6 +23,9 @@ Provider = Literal["cpu", "cuda"]
 """Device of ONNX Runtime; the cache is in its memory too."""
 ElementType = Literal["float32", "float16", "bfloat16"]
 
+Side = Literal["sparse", "dense", "stored"]
+"""The sparse model, the dense baseline, or the dense model in the sparse one's integers."""
+
 REBUILD = "run `nmexport engine` (or `nmexport build`) on this work directory again"
 
 
@@ -101,18 +104,8 @@ class BuildRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CudaGraphs:
-    """The exported models as ONNX Runtime's CUDA provider runs them fastest; see `graph.cuda`."""
-
-    model: Path
-    dense_model: Path | None
-    positions: int
-    """Tokens of a sequence that they cover."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepGraphs:
-    """The exported models as a CPU runs steps of many sequences; see `graph.shared_step`."""
+class _Graphs:
+    """The exported models, rewritten for one provider; weights stay with the exported ones."""
 
     model: Path
     dense_model: Path | None
@@ -120,6 +113,20 @@ class StepGraphs:
     """See `Engine.stored_model`."""
     positions: int
     """Tokens of a sequence that they cover."""
+
+    def of(self, side: Side) -> Path | None:
+        """The graph of a side; None where there is none."""
+        return _of_side(side, self.model, self.dense_model, self.stored_model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CudaGraphs(_Graphs):
+    """The models as ONNX Runtime's CUDA provider runs them fastest; see `graph.cuda`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepGraphs(_Graphs):
+    """The models as a CPU runs steps of many sequences; see `graph.shared_step`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,16 +175,23 @@ class Engine:
         """The library next to `engine.json`, where it travels with it."""
         return self.library.file if self.library and self.library.file.is_file() else None
 
-    def model_for(self, provider: Provider, *, dense: bool) -> Path | None:
-        """The file to open; None for a baseline that was not built."""
-        if dense:
-            return self.dense_model
-        return self.cpu_model if provider == "cpu" and self.cpu_model else self.model
+    def exported(self, side: Side) -> Path | None:
+        """The exported file of a side; None where there is none."""
+        return _of_side(side, self.model, self.dense_model, self.stored_model)
 
-    def needs_rewrite(self, provider: Provider, *, dense: bool) -> bool:
+    def model_for(self, provider: Provider, side: Side = "sparse") -> Path | None:
+        """The file to open; None for a side that was not built."""
+        is_ready = side == "sparse" and provider == "cpu" and self.cpu_model is not None
+        return self.cpu_model if is_ready else self.exported(side)
+
+    def needs_rewrite(self, provider: Provider, side: Side = "sparse") -> bool:
         """Tell whether the file to open has yet to be rewritten for a CPU; see `graph.cpu`."""
-        is_ready = self.cpu_model is not None and not dense
+        is_ready = self.cpu_model is not None and side == "sparse"
         return provider == "cpu" and self.element_type == "bfloat16" and not is_ready
+
+
+def _of_side(side: Side, sparse: Path, dense: Path | None, stored: Path | None) -> Path | None:
+    return {"sparse": sparse, "dense": dense, "stored": stored}[side]
 
 
 def read_engine(path: Path) -> Engine:

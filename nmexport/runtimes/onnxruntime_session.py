@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from nmexport.runtimes.engine import Side
+
 RUNTIME = f"onnxruntime {onnxruntime.__version__}"
 """The runtime's name in reports."""
 _HOST = "cpu"
@@ -377,12 +379,12 @@ class OrtSession(Session):
         self._watched_names: tuple[str, ...] = ()
 
     @classmethod
-    def from_engine(cls, path: Path, *, dense: bool = False, elsewhere: bool = False) -> Self:
+    def from_engine(cls, path: Path, *, side: Side = "sparse", elsewhere: bool = False) -> Self:
         """Open what `engine.json` describes.
 
         Args:
             path: `engine.json`, or the folder that holds it.
-            dense: Open the dense baseline in place of the sparse model.
+            side: Which model.
             elsewhere: Where this ONNX Runtime was built without the provider that the engine
                 names, compute on the CPU; a warning says so.
 
@@ -392,16 +394,16 @@ class OrtSession(Session):
         """
         engine = read_engine(path)
         provider = provider_here(engine.provider) if elsewhere else engine.provider
-        model = engine.model_for(provider, dense=dense)
-        rewritten = engine.needs_rewrite(provider, dense=dense)
+        model = engine.model_for(provider, side)
+        rewritten = engine.needs_rewrite(provider, side)
         if model is None:
             raise ArtifactError(
-                f"{path} has no dense model.", fix="build it again without --no-dense-baseline"
+                f"{path} has no {side} model.", fix="build it again without --no-dense-baseline"
             )
         return cls(
             model,
             # A baseline needs none, unless it is in bfloat16: see `graph.cpu`.
-            library=native.engine_library(engine) if not dense or rewritten else None,
+            library=native.engine_library(engine) if side != "dense" or rewritten else None,
             threads=engine.threads,
             config=engine.session_config,
             provider=provider,

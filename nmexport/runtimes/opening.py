@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nmexport.errors import ArtifactError
-from nmexport.runtimes import native
 from nmexport.runtimes.engine import read_engine
 from nmexport.runtimes.tensorrt.requirements import why_not_runnable
 from nmexport.runtimes.tensorrt_session import TensorRTSession
@@ -13,17 +12,17 @@ from nmexport.runtimes.tensorrt_session import TensorRTSession
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from nmexport.runtimes.engine import Engine
+    from nmexport.runtimes.engine import Side
     from nmexport.runtimes.session import Session
     from nmexport.runtimes.slots import SlotRoom
 
 
-def open_session(engine: Path, *, dense: bool = False, elsewhere: bool = False) -> Session:
-    """Open a built engine, or the dense baseline next to it.
+def open_session(engine: Path, *, side: Side = "sparse", elsewhere: bool = False) -> Session:
+    """Open a built engine, or another model next to it.
 
     Args:
         engine: `engine.json`, or the folder that holds it.
-        dense: Open the baseline.
+        side: Which model; the dense one in integers runs on ONNX Runtime whatever the target.
         elsewhere: Where this machine cannot run the engine, open the ONNX file that it was built
             from on ONNX Runtime; `why_not_here` says why, and the session's `runtime` what it is.
 
@@ -31,17 +30,18 @@ def open_session(engine: Path, *, dense: bool = False, elsewhere: bool = False) 
         ArtifactError: if the engine cannot be read or opened.
         EnvironmentFault: if this machine cannot run it.
     """
-    if read_engine(engine).tensorrt and not (elsewhere and why_not_here(engine)):
-        return TensorRTSession.from_engine(engine, dense=dense)
-    return open_on_onnxruntime(engine, dense=dense)
+    has_plan = read_engine(engine).tensorrt is not None
+    if has_plan and side != "stored" and not (elsewhere and why_not_here(engine)):
+        return TensorRTSession.from_engine(engine, side=side)
+    return open_on_onnxruntime(engine, side=side)
 
 
-def open_on_onnxruntime(engine: Path, *, dense: bool = False, elsewhere: bool = False) -> Session:
+def open_on_onnxruntime(engine: Path, *, side: Side = "sparse", elsewhere: bool = False) -> Session:
     """Open a built engine's ONNX files on ONNX Runtime, by the faster graphs made for it if any.
 
     Args:
         engine: `engine.json`, or the folder that holds it.
-        dense: Open the baseline.
+        side: Which model.
         elsewhere: Compute on the CPU where this ONNX Runtime has no CUDA provider.
 
     Raises:
@@ -53,17 +53,18 @@ def open_on_onnxruntime(engine: Path, *, dense: bool = False, elsewhere: bool = 
     from nmexport.runtimes.step_session import StepSession
 
     description = read_engine(engine)
-    _check_dense(engine, description, dense=dense)
+    if description.exported(side) is None:
+        raise _lacks(engine, side)
     provider = provider_here(description.provider) if elsewhere else description.provider
     if provider == "cuda" and description.cuda is not None:
-        return CudaSession.from_engine(engine, dense=dense)
+        return CudaSession.from_engine(engine, side=side)
     if provider == "cpu" and description.shared_step is not None:
-        return StepSession.from_engine(engine, side="dense" if dense else "sparse")
-    return OrtSession.from_engine(engine, dense=dense, elsewhere=elsewhere)
+        return StepSession.from_engine(engine, side=side)
+    return OrtSession.from_engine(engine, side=side, elsewhere=elsewhere)
 
 
 def open_for_serving(
-    engine: Path, room: SlotRoom, *, dense: bool = False, elsewhere: bool = False
+    engine: Path, room: SlotRoom, *, side: Side = "sparse", elsewhere: bool = False
 ) -> Session:
     """Open a built engine's ONNX files on ONNX Runtime, for many sequences at a time.
 
@@ -71,7 +72,7 @@ def open_for_serving(
         engine: `engine.json`, or the folder that holds it.
         room: Slots of a session that has a fixed number of them; other sessions take any number of
             sequences of any length.
-        dense: Open the baseline.
+        side: Which model.
         elsewhere: Compute on the CPU where this ONNX Runtime has no CUDA provider.
 
     Raises:
@@ -83,47 +84,23 @@ def open_for_serving(
     from nmexport.runtimes.slot_session import SlotSession
 
     description = read_engine(engine)
+    if description.exported(side) is None:
+        raise _lacks(engine, side)
     provider = provider_here(description.provider) if elsewhere else description.provider
     if provider == "cuda" and description.cuda is not None:
-        _check_dense(engine, description, dense=dense)
-        return SlotSession.from_engine(engine, room, dense=dense)
-    return open_on_onnxruntime(engine, dense=dense, elsewhere=elsewhere)
+        return SlotSession.from_engine(engine, room, side=side)
+    return open_on_onnxruntime(engine, side=side, elsewhere=elsewhere)
 
 
-def _check_dense(engine: Path, description: Engine, *, dense: bool) -> None:
-    if dense and description.dense_model is None:
-        raise ArtifactError(
-            f"{engine} has no dense model.", fix="build it again without --no-dense-baseline"
-        )
-
-
-def open_stored(engine: Path) -> Session:
-    """Open the dense model in the sparse one's integers on ONNX Runtime's CPU provider.
-
-    Args:
-        engine: `engine.json`, or the folder that holds it.
-
-    Raises:
-        ArtifactError: if the engine has none, or it cannot be opened.
-        EnvironmentFault: if the native library that the engine needs is missing here.
-    """
-    from nmexport.runtimes.onnxruntime_session import OrtSession
-    from nmexport.runtimes.step_session import StepSession
-
-    description = read_engine(engine)
-    if description.stored_model is None:
-        raise ArtifactError(
+def _lacks(engine: Path, side: Side) -> ArtifactError:
+    """The fault of an engine without a model that was asked for."""
+    if side == "stored":
+        return ArtifactError(
             f"{engine} has no dense model in integers.",
             fix="build it again with --weights int8 and without --no-dense-baseline",
         )
-    if description.shared_step is not None:
-        return StepSession.from_engine(engine, side="stored")
-    return OrtSession(
-        description.stored_model,
-        library=native.engine_library(description),
-        threads=description.threads,
-        config=description.session_config,
-        bfloat16=description.element_type == "bfloat16",
+    return ArtifactError(
+        f"{engine} has no {side} model.", fix="build it again without --no-dense-baseline"
     )
 
 

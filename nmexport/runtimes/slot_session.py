@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from nmexport.runtimes.engine import Side
     from nmexport.runtimes.slots import SlotLease, SlotRoom
 
 
@@ -107,20 +108,20 @@ class SlotSession(Session):
         self._steps.record()
 
     @classmethod
-    def from_engine(cls, path: Path, room: SlotRoom, *, dense: bool = False) -> Self:
+    def from_engine(cls, path: Path, room: SlotRoom, *, side: Side = "sparse") -> Self:
         """Open one of the graphs for CUDA that `engine.json` names.
 
         Args:
             path: `engine.json`, or the folder that holds it.
             room: Slots that are wanted.
-            dense: Open the dense baseline in place of the sparse model.
+            side: Which model.
 
         Raises:
             ArtifactError: see `open_engine_graph`.
             EnvironmentFault: see the same.
             RequestError: if the slots do not fit into the device's memory.
         """
-        graph = open_engine_graph(path, dense=dense)
+        graph = open_engine_graph(path, side=side)
         model = CudaModel(graph.session, positions=graph.positions, library=graph.library)
         tokens = slots_for(room, model)
         return cls(model, slots=room.slots, tokens=tokens, chunk=room.chunk)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -35,10 +35,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     import onnxruntime
+    from nmexport.runtimes.engine import Side
 
 _HOST = "cpu"
-
-Side = Literal["sparse", "dense", "stored"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -99,8 +98,7 @@ class StepSession(Session):
 
         Args:
             path: `engine.json`, or the folder that holds it.
-            side: The sparse model, the dense baseline, or the dense model in the sparse one's
-                integers.
+            side: Which model.
 
         Raises:
             ArtifactError: see `read_engine`, `engine_library`.
@@ -108,14 +106,7 @@ class StepSession(Session):
         """
         engine = read_engine(path)
         step, library = engine.shared_step, engine_library(engine)
-        graphs: dict[Side, tuple[Path | None, Path | None]] = {}
-        if step is not None:
-            graphs = {
-                "sparse": (step.model, engine.model),
-                "dense": (step.dense_model, engine.dense_model),
-                "stored": (step.stored_model, engine.stored_model),
-            }
-        model, weights = graphs.get(side, (None, None))
+        model, weights = None if step is None else step.of(side), engine.exported(side)
         if step is None or model is None or weights is None or library is None:
             raise ArtifactError(
                 f"{path} has no {side} graph for shared steps.",

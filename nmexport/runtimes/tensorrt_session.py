@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 
@@ -140,12 +140,12 @@ class TensorRTSession(Session):
         self._decoded_shape: tuple[int, ...] | None = None
 
     @classmethod
-    def from_engine(cls, path: Path, *, dense: bool = False) -> Self:
+    def from_engine(cls, path: Path, *, side: Literal["sparse", "dense"] = "sparse") -> Self:
         """Open what `engine.json` describes.
 
         Args:
             path: `engine.json`, or the folder that holds it.
-            dense: Open the dense baseline in place of the sparse model.
+            side: Which model.
 
         Raises:
             EnvironmentFault: if this machine cannot run the engine; says why.
@@ -159,12 +159,12 @@ class TensorRTSession(Session):
         trt = tensorrt_library.load(engine.target)
         logger = tensorrt_library.logger_of(engine.target)
         device = CudaDevice()
-        plugin = None if dense else engine_plugin(engine)
+        plugin = None if side == "dense" else engine_plugin(engine)
         if plugin is not None:
             tensorrt_library.register_plugin(engine.target, plugin)
         tensorrt_library.preload_cublaslt()
         try:
-            plan = (folder / (DENSE_PLAN if dense else PLAN)).read_bytes()
+            plan = (folder / (DENSE_PLAN if side == "dense" else PLAN)).read_bytes()
         except OSError as error:
             raise ArtifactError(f"The plan cannot be read: {error}") from error
         kernels = KernelCache(kernel_cache_path(engine, plan))

@@ -91,7 +91,7 @@ def write_text_model(output: Path, source: TextModel) -> Path:
         shutil.copyfile(source.library, folder / source.library.name)
         _name_library(folder / GENAI_CONFIG, source.library.name)
     cpu_model = None
-    if source.engine.needs_rewrite("cpu", dense=False):
+    if source.engine.needs_rewrite("cpu"):
         cpu_model = _write_cpu_model(folder, has_native_ops=source.library is not None)
     engine = _relocate(source.engine, folder.resolve(), cpu_model)
     if source.engine.cuda is not None and engine.cuda is not None:
@@ -221,7 +221,8 @@ def _relocate(engine: Engine, folder: Path, cpu_model: Path | None) -> Engine:
         runtime_version=probe().version("onnxruntime"),
         model=folder / _MODEL,
         cpu_model=cpu_model,
-        cuda=engine.cuda and replace(engine.cuda, model=folder / _CUDA_MODEL, dense_model=None),
+        cuda=engine.cuda
+        and replace(engine.cuda, model=folder / _CUDA_MODEL, dense_model=None, stored_model=None),
         shared_step=engine.shared_step
         and replace(
             engine.shared_step, model=folder / _STEP_MODEL, dense_model=None, stored_model=None

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nmexport.choices import Target
-    from nmexport.runtimes.engine import Provider, Runtime, TensorRTTarget
+    from nmexport.runtimes.engine import Runtime, Side, TensorRTTarget
     from nmexport.stages.inputs import StageInputs
 
 UPSTREAM = ("export",)
@@ -172,10 +172,8 @@ def _run_onnxruntime(inputs: StageInputs) -> dict[str, Any]:
         "library": library.name if library else None,
         "why_no_library": engine.why_no_library,
         "open_seconds": {
-            "sparse": _load_check(inputs.output, dense=False),
-            "dense": _load_check(inputs.output, dense=True)
-            if inputs.recipe.model.dense_baseline
-            else None,
+            "sparse": _load_check(inputs.output, "sparse"),
+            "dense": _load_check(inputs.output, "dense") if engine.dense_model else None,
         },
     }
 
@@ -187,6 +185,8 @@ def _describe(inputs: StageInputs, library: Path | None) -> Engine:
     export = inputs.upstream["export"].resolve()
     model = inputs.recipe.model
     provider = choose_provider(library)
+    if provider == "cuda":
+        _check_activations(export / "model.onnx")
     cuda, why_no_cuda = _write_cuda_graphs(inputs) if provider == "cuda" else (None, None)
     step, why_no_step = None, None
     if provider == "cpu":
@@ -196,7 +196,7 @@ def _describe(inputs: StageInputs, library: Path | None) -> Engine:
         runtime_version=inputs.environment.version("onnxruntime"),
         model=export / "model.onnx",
         dense_model=export / "dense" / "model.onnx" if model.dense_baseline else None,
-        stored_model=_stored_model(export, provider),
+        stored_model=_stored_model(export),
         element_type=model.dtype,
         threads=inputs.recipe.latency.threads,
         provider=provider,
@@ -210,10 +210,28 @@ def _describe(inputs: StageInputs, library: Path | None) -> Engine:
     )
 
 
-def _stored_model(export: Path, provider: Provider) -> Path | None:
-    """The dense model in the sparse one's integers, where there is one and a CPU runs it."""
+def _stored_model(export: Path) -> Path | None:
+    """The dense model in the sparse one's integers, where there is one."""
     path = export / "dense" / "stored" / "model.onnx"
-    return path if provider == "cpu" and path.is_file() else None
+    return path if path.is_file() else None
+
+
+def _check_activations(model: Path) -> None:
+    """Refuse a model for a GPU whose linears round what they multiply.
+
+    Raises:
+        ArtifactError: if it has such linears.
+    """
+    import onnx_ir as ir
+
+    from nmexport.graph.matching import int_attribute
+
+    if any(int_attribute(node, "activation_bits", 0) for node in ir.load(model).graph):
+        raise ArtifactError(
+            f"{model} rounds activations to 8 bits, which runs on a CPU alone, and the engine is "
+            "for a GPU.",
+            fix="build it again with --activations float",
+        )
 
 
 def _write_cuda_graphs(inputs: StageInputs) -> tuple[CudaGraphs | None, str | None]:
@@ -238,15 +256,13 @@ def _write_step_graphs(
         return None, NO_LIBRARY
     if inputs.recipe.model.dtype != "float32":
         return None, "a step of many sequences computes in float32"
-    written = _write_graphs(inputs, STEP_FOLDER, rewrite_for_shared_step, stored=True)
+    written = _write_graphs(inputs, STEP_FOLDER, rewrite_for_shared_step)
     if isinstance(written, str):
         return None, written
     return StepGraphs(**written), None
 
 
-def _write_graphs(
-    inputs: StageInputs, name: str, rewrite: Callable[..., None], *, stored: bool = False
-) -> Any:
+def _write_graphs(inputs: StageInputs, name: str, rewrite: Callable[..., None]) -> Any:
     """Write the models rewritten; the fields of their record, or in a line why there are none."""
     import onnx_ir as ir
 
@@ -258,7 +274,7 @@ def _write_graphs(
     folder.mkdir()
     written: dict[str, Path | None] = {"dense_model": None}
     try:
-        for field, (file, path) in _sides(inputs, export, stored=stored).items():
+        for field, (file, path) in _sides(inputs, export).items():
             graph = ir.load(path)
             rewrite(graph, positions=positions)
             written[field] = folder / file
@@ -270,12 +286,12 @@ def _write_graphs(
     return {**written, "positions": positions}
 
 
-def _sides(inputs: StageInputs, export: Path, *, stored: bool) -> dict[str, tuple[str, Path]]:
+def _sides(inputs: StageInputs, export: Path) -> dict[str, tuple[str, Path]]:
     """The models to rewrite: by field, the file to write and the exported one."""
     sides = {"model": ("model.onnx", export / "model.onnx")}
     if inputs.recipe.model.dense_baseline:
         sides["dense_model"] = ("dense.onnx", export / "dense" / "model.onnx")
-    path = _stored_model(export, "cpu") if stored else None
+    path = _stored_model(export)
     if path is not None:
         sides["stored_model"] = ("stored.onnx", path)
     return sides
@@ -289,17 +305,17 @@ def _library_fields(library: Path | None) -> dict[str, str] | None:
     return {"file": library.name, "sha256": file_digest(library)} if library else None
 
 
-def _load_check(folder: Path, *, dense: bool) -> float:
+def _load_check(folder: Path, side: Side) -> float:
     """Open a model, run one token, and return the seconds that opening took."""
     import numpy as np
 
     began = time.monotonic()
-    with open_on_onnxruntime(folder, dense=dense) as session:
+    with open_on_onnxruntime(folder, side=side) as session:
         opened = time.monotonic()
         logits = session.prefill(np.zeros((1, 1), np.int64))
     if not np.isfinite(logits).all():
         raise ArtifactError(
-            f"The {'dense' if dense else 'sparse'} model computes logits that are not finite.",
+            f"The {side} model computes logits that are not finite.",
             fix="check the weights; with --dtype float16 try float32",
         )
     return round(opened - began, 3)

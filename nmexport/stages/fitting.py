@@ -28,16 +28,19 @@ def with_own_type(recipe: Recipe, source: ModelSource, environment: Environment)
     """Give a recipe that names no type the checkpoint's, where that has 16 bits and a GPU runs it.
 
     On a CPU the default stays float32, which its kernels are fastest in. On a GPU float32 would
-    double what every token reads, and the provider's attention takes 16 bits alone.
+    double what every token reads, and the provider's attention takes 16 bits alone, as do kernels
+    for weights of integers: where those come without such a type, float16 is chosen.
 
     Args:
         recipe: What is to be built.
         source: The model.
         environment: This machine.
     """
-    if "dtype" in recipe.model.model_fields_set or not _gpu_runs(environment):
+    if "dtype" in recipe.model.model_fields_set or not gpu_runs(environment):
         return recipe
     own = stored_type(source)
+    if own is None and _has_integers(recipe, source):
+        own = "float16"
     if own is None:
         return recipe
     section = recipe.model.model_copy(update={"dtype": own})
@@ -58,7 +61,14 @@ def stored_type(source: ModelSource) -> Dtype | None:
     return _NARROW.get(kinds.pop()) if len(kinds) == 1 else None
 
 
-def _gpu_runs(environment: Environment) -> bool:
+def _has_integers(recipe: Recipe, source: ModelSource) -> bool:
+    """Tell whether weights are rounded to integers, or came so and are kept."""
+    return recipe.model.weights not in {"auto", "float"} or (
+        recipe.model.weights == "auto" and source.may_hold_integers
+    )
+
+
+def gpu_runs(environment: Environment) -> bool:
     """Tell whether ONNX Runtime computes on a GPU here."""
     if not environment.gpus:
         return False

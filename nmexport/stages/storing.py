@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
-from nmexport.errors import ModelError
+from nmexport.errors import ModelError, RecipeError
 from nmexport.progress import busy
+from nmexport.sparsity.weight_form import WeightForm
+from nmexport.stages.engine import resolve_target
+from nmexport.stages.fitting import gpu_runs
 from nmexport.store.folded import DENSE, write_kept
 from nmexport.store.layers import Layers
 from nmexport.store.tensors import ShardedWriter
@@ -19,18 +22,23 @@ if TYPE_CHECKING:
 
     from nmexport.calibration.quantising import Keeping, Stored
     from nmexport.calibration.sparse_constants import DenseModel, SparseConstants
+    from nmexport.choices import Dtype
     from nmexport.models.imported import ImportedWeights
     from nmexport.sparsity.linear import SparseLinear
     from nmexport.stages.inputs import StageInputs
     from nmexport.store.layers import LayerSpec
+
+Device = Literal["cpu", "cuda", "tensorrt"]
+"""What runs an engine."""
 
 
 def imported(inputs: StageInputs) -> ImportedWeights | None:
     """Weights that came quantised; None where they are floats, or are to be rounded anew."""
     from nmexport.models.imported import imported_weights
 
-    # A GPU's kernels take floats alone so far: what came in integers is dequantised for them.
-    keeps = inputs.recipe.model.weights == "auto" and not _is_for_gpu(inputs)
+    section = inputs.recipe.model
+    # What came in integers is dequantised where no kernel takes it.
+    keeps = section.weights == "auto" and _takes_integers(_device(inputs), section.dtype)
     return imported_weights(inputs.source) if keeps else None
 
 
@@ -104,7 +112,6 @@ def _storage(inputs: StageInputs, dense: DenseModel) -> Keeping | None:
     import torch
 
     from nmexport.calibration.quantising import Keeping, Storage
-    from nmexport.sparsity.weight_form import WeightForm
 
     section = inputs.recipe.model
     keeping = Keeping(
@@ -119,15 +126,37 @@ def _storage(inputs: StageInputs, dense: DenseModel) -> Keeping | None:
 
 
 def rounds_activations(inputs: StageInputs) -> bool:
-    """Tell whether what meets weights of integers is rounded too."""
-    recipe = inputs.recipe
-    if recipe.model.activations != "auto":
-        return recipe.model.activations == "int8"
-    return not _is_for_gpu(inputs)
+    """Tell whether what meets weights of integers is rounded too.
+
+    Raises:
+        RecipeError: if the recipe wants weights, or activations, that a GPU's kernels do not take.
+    """
+    section, device = inputs.recipe.model, _device(inputs)
+    if device == "cuda" and section.activations == "int8":
+        raise RecipeError(
+            "Activations are rounded to 8 bits on a CPU alone, and a GPU runs the engine here.",
+            fix="leave out --activations int8: weights in integers then meet 16-bit activations",
+        )
+    is_rounded = WeightForm.parse(section.weights) is not None
+    if device == "cuda" and is_rounded and not _takes_integers(device, section.dtype):
+        raise RecipeError(
+            f"On a GPU weights in {section.weights} meet activations of 16 bits, and the type is "
+            f"{section.dtype}.",
+            fix="use --dtype float16 or bfloat16, or leave it out",
+        )
+    return section.activations == "int8" or (section.activations == "auto" and device == "cpu")
 
 
-def _is_for_gpu(inputs: StageInputs) -> bool:
-    return inputs.recipe.target.startswith("tensorrt") or bool(inputs.environment.gpus)
+def _device(inputs: StageInputs) -> Device:
+    """What runs the engine that is built here."""
+    if resolve_target(inputs.recipe.target) != "onnxruntime":
+        return "tensorrt"
+    return "cuda" if gpu_runs(inputs.environment) else "cpu"
+
+
+def _takes_integers(device: Device, dtype: Dtype) -> bool:
+    """Tell whether there are kernels for weights of integers and activations of a type."""
+    return device == "cpu" or (device == "cuda" and dtype != "float32")
 
 
 def write_linears(inputs: StageInputs, dense: DenseModel, constants: SparseConstants) -> Layers:

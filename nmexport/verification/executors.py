@@ -128,7 +128,7 @@ def _open_bodies(engine: Engine, device: Provider) -> OrtSession:
         threads=engine.threads,
         config=engine.session_config,
         provider=device,
-        bfloat16=engine.needs_rewrite(device, dense=False),
+        bfloat16=engine.needs_rewrite(device),
         # Widened to float32, the weights of all bodies would lie on the host first.
         folds_constants=device == "cpu",
     )

@@ -111,9 +111,21 @@ class Side:
         return self.session.queued_step_ms(cache, self.next_token, QUEUED_STEPS)
 
 
-def compare(dense: Session, sparse: Session, timing: Timing) -> Latency:
-    """Time the baseline and the model under test."""
-    sides = {"dense": Side(dense, timing), "sparse": Side(sparse, timing)}
+def compare(
+    dense: Session, sparse: Session, timing: Timing, *, stored: Session | None = None
+) -> Latency:
+    """Time the baseline and the model under test.
+
+    Args:
+        dense: The baseline.
+        sparse: The model under test.
+        timing: What is timed, and how often.
+        stored: The dense model in the sparse one's integers, timed in turns with them.
+    """
+    sessions = {"dense": dense, "sparse": sparse}
+    if stored is not None:
+        sessions["stored"] = stored
+    sides = {name: Side(session, timing) for name, session in sessions.items()}
 
     def tracked(label: str) -> Iterable[int]:
         return timing.progress.track(range(timing.runs), label=label, total=timing.runs)
@@ -136,6 +148,14 @@ def compare(dense: Session, sparse: Session, timing: Timing) -> Latency:
     def times(name: str) -> SideTimes:
         return side_times(prefill[name], decode[name], timing, device_ms=middle(device[name]))
 
+    def speedup_over(name: str) -> Speedup:
+        return Speedup(
+            prefill=median(prefill[name]) / median(prefill["sparse"]),
+            decode=median(decode[name]) / median(decode["sparse"]),
+            prefill_interval=speedup_interval(prefill[name], prefill["sparse"]),
+            decode_interval=speedup_interval(decode[name], decode["sparse"]),
+        )
+
     return Latency(
         runtime=sparse.runtime,
         device=timing.device,
@@ -144,12 +164,9 @@ def compare(dense: Session, sparse: Session, timing: Timing) -> Latency:
         warmup=timing.warmup,
         dense=times("dense"),
         sparse=times("sparse"),
-        speedup=Speedup(
-            prefill=median(prefill["dense"]) / median(prefill["sparse"]),
-            decode=median(decode["dense"]) / median(decode["sparse"]),
-            prefill_interval=speedup_interval(prefill["dense"], prefill["sparse"]),
-            decode_interval=speedup_interval(decode["dense"], decode["sparse"]),
-        ),
+        stored=None if stored is None else times("stored"),
+        speedup=speedup_over("dense"),
+        over_stored=None if stored is None else speedup_over("stored"),
         protocol=PROTOCOL,
     )
 

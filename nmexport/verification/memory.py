@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nmexport.errors import UserError
 from nmexport.progress import peak_rss_bytes
@@ -18,6 +19,9 @@ from nmexport.report.model import Memory, PeakMemory
 from nmexport.runtimes.engine import read_engine
 from nmexport.runtimes.opening import open_session, why_not_here
 from nmexport.store.records import json_from, record_from
+
+if TYPE_CHECKING:
+    from nmexport.runtimes.engine import Side
 
 _PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 _DECODE_STEPS = 4
@@ -30,18 +34,17 @@ PROTOCOL = (
 )
 
 
-def run_in_fresh_process(engine: Path, *, dense: bool, prompt_tokens: int) -> PeakMemory:
+def run_in_fresh_process(engine: Path, side: Side, *, prompt_tokens: int) -> PeakMemory:
     """Peak memory of one model.
 
     Args:
         engine: `engine.json`.
-        dense: Measure the baseline in place of the sparse model.
+        side: Which model.
         prompt_tokens: Length of the prompt.
 
     Returns:
         The peak, or why there is none.
     """
-    side = "dense" if dense else "sparse"
     paths = [str(_PACKAGE_PARENT), os.environ.get("PYTHONPATH", "")]
     command = [sys.executable, "-m", __name__, str(engine), side, str(prompt_tokens)]
     done = subprocess.run(  # noqa: S603 - our own module, no shell
@@ -58,11 +61,11 @@ def run_in_fresh_process(engine: Path, *, dense: bool, prompt_tokens: int) -> Pe
     return record_from(PeakMemory, json.loads(done.stdout))
 
 
-def measure(engine: Path, *, dense: bool, prompt_tokens: int) -> PeakMemory:
+def measure(engine: Path, side: Side, *, prompt_tokens: int) -> PeakMemory:
     """Run one model in this process and say what it took."""
     import numpy as np
 
-    with open_session(engine, dense=dense, elsewhere=True) as session:
+    with open_session(engine, side=side, elsewhere=True) as session:
         rng = np.random.default_rng(0)
         session.prefill(rng.integers(session.vocabulary_size, size=(1, prompt_tokens)))
         for _ in range(_DECODE_STEPS):
@@ -81,10 +84,10 @@ def measure_engine(
         prompt_tokens: Length of the prompt that is run.
         why_no_dense: Why there is no baseline; None where there is one.
     """
-    sparse = run_in_fresh_process(engine, dense=False, prompt_tokens=prompt_tokens)
+    sparse = run_in_fresh_process(engine, "sparse", prompt_tokens=prompt_tokens)
     dense = PeakMemory(why=why_no_dense)
     if why_no_dense is None:
-        dense = run_in_fresh_process(engine, dense=True, prompt_tokens=prompt_tokens)
+        dense = run_in_fresh_process(engine, "dense", prompt_tokens=prompt_tokens)
     return Memory(
         **vars(sparse),
         why_no_device_bytes="the memory that a GPU's driver hands out is not measured"
@@ -116,7 +119,8 @@ def artifact_bytes(folder: Path) -> int:
 def answer(engine: str, side: str, prompt_tokens: str) -> PeakMemory:
     """Measure one model, as the command line names it; say why where that fails."""
     try:
-        return measure(Path(engine), dense=side == "dense", prompt_tokens=int(prompt_tokens))
+        which: Side = "dense" if side == "dense" else "sparse"
+        return measure(Path(engine), which, prompt_tokens=int(prompt_tokens))
     except UserError as error:
         return PeakMemory(why=error.problem)
 

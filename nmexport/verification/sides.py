@@ -53,7 +53,7 @@ def _dense_against_sparse(subject: Subject) -> tuple[Accuracy, Latency]:
     with contextlib.ExitStack() as stack:
         with busy(progress, "verify: open the models"):
             engine = subject.engine_folder
-            dense = stack.enter_context(open_session(engine, dense=True, elsewhere=True))
+            dense = stack.enter_context(open_session(engine, side="dense", elsewhere=True))
             sparse = stack.enter_context(open_session(engine, elsewhere=True))
         tracked = progress.track(windows, label="verify: perplexity", total=len(windows))
         # Decode-only sparsity says something new where the model is sparse in prefill too.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from nmexport.progress import busy
 from nmexport.report.model import Scores, StoredDense
-from nmexport.runtimes.opening import open_session, open_stored
+from nmexport.runtimes.opening import open_session
 from nmexport.verification import accuracy, examples, latency
 from nmexport.verification.sides import timing
 
@@ -32,15 +32,16 @@ def measure(subject: Subject) -> StoredDense | None:
     if engine.stored_model is None or engine.dense_model is None:
         return None
     with ExitStack() as stack:
-        stored = stack.enter_context(open_stored(subject.engine_folder))
-        with open_session(subject.engine_folder, dense=True, elsewhere=True) as dense:
+        folder = subject.engine_folder
+        stored = stack.enter_context(open_session(folder, side="stored", elsewhere=True))
+        with open_session(folder, side="dense", elsewhere=True) as dense:
             tracked = subject.progress.track(
                 windows, label="verify: dense in integers", total=len(windows)
             )
             scores = accuracy.compare(dense, stored, tracked)
         with busy(subject.progress, "verify: what dense in integers writes"):
             texts = examples.write(stored, subject)
-        sparse = stack.enter_context(open_session(subject.engine_folder, elsewhere=True))
+        sparse = stack.enter_context(open_session(folder, elsewhere=True))
         times = latency.compare(stored, sparse, timing(subject, sparse))
     return StoredDense(
         scores=Scores(**{name: getattr(scores, name) for name in Scores.__dataclass_fields__}),

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from nmexport.environment import probe
 from nmexport.runtimes.engine import read_engine
-from nmexport.runtimes.opening import open_session, open_stored
+from nmexport.runtimes.opening import open_session
 from nmexport.runtimes.session import Work
 from nmexport.timing import interleave, milliseconds, percentiles
 
@@ -164,9 +164,11 @@ def opened(options: argparse.Namespace) -> Iterator[dict[str, Side]]:
     with contextlib.ExitStack() as stack:
         sides: dict[str, Side] = {}
         if description.dense_model is not None:
-            sides["dense float"] = Ours(stack.enter_context(open_session(engine, dense=True)))
+            sides["dense float"] = Ours(stack.enter_context(open_session(engine, side="dense")))
         if description.stored_model is not None:
-            sides["dense in integers"] = Ours(stack.enter_context(open_stored(engine)))
+            sides["dense in integers"] = Ours(
+                stack.enter_context(open_session(engine, side="stored"))
+            )
         sides["sparse"] = Ours(stack.enter_context(open_session(engine)))
         for form in options.format or ["Q8_0"]:
             rival = LlamaCpp(options.python, options.gguf, form, options.threads)

@@ -10,6 +10,7 @@
 #include "cuda_device.h"
 #include "cuda_fault.h"
 #include "cuda_memory.h"
+#include "cuda_stored.h"
 #include "fused_op.h"
 #include "linear_executor.h"
 #include "node.h"
@@ -39,16 +40,21 @@ const OrtValue* optionalInput(const OrtApi& api, OrtKernelContext* context, std:
     return index < count ? inputAt(api, context, index) : nullptr;
 }
 
-// Throws Fault unless the input is absent, or a constant of rank 1; gives its size, and its data,
-// which may lie on the device.
-std::int64_t constantSize(const OrtApi& api, const OrtKernelInfo* info, std::size_t index,
-                          const void** data) {
+// Null where the input is absent, or no constant; its data may lie on the device.
+const OrtValue* constantInput(const OrtApi& api, const OrtKernelInfo* info, std::size_t index) {
     std::size_t count = 0;
     check(api, api.KernelInfo_GetInputCount(info, &count));
-    if (index >= count) return 0;
+    if (index >= count) return nullptr;
     int isConstant = 0;
     const OrtValue* value = nullptr;
     check(api, api.KernelInfoGetConstantInput_tensor(info, index, &isConstant, &value));
+    return value;
+}
+
+// Throws Fault unless the input is absent, or a constant of rank 1; gives its size, and its data.
+std::int64_t constantSize(const OrtApi& api, const OrtKernelInfo* info, std::size_t index,
+                          const void** data) {
+    const OrtValue* value = constantInput(api, info, index);
     if (value == nullptr) return 0;
     const Shape shape = shapeOf(api, value);
     if (shape.size() != 1) throw Fault("the constants of a selection have one axis");
@@ -221,8 +227,18 @@ class ResidualNormKernel : public Kernel {
 
 class SparseLinearKernel : public Kernel {
   public:
-    SparseLinearKernel(const OrtApi& api, const OrtKernelInfo* info, ElementType type)
-        : mApi(api), mType(type), mAllocator(api, info) {}
+    SparseLinearKernel(const OrtApi& api, const OrtKernelInfo* info, ElementType type,
+                       StoredTypes stored)
+        : mApi(api), mType(type), mStored(stored), mAllocator(api, info) {
+        if (const OrtValue* scale = constantInput(api, info, kSCALE); scale != nullptr) {
+            mConstants.scales = shapeOf(api, scale);
+            mConstants.scale = dataOf(api, scale);
+        }
+        if (const OrtValue* zero = constantInput(api, info, kZERO); zero != nullptr) {
+            mConstants.zeros = shapeOf(api, zero);
+            mConstants.zero = dataOf(api, zero);
+        }
+    }
 
     void run(OrtKernelContext* context) const override {
         const OrtValue* s = inputAt(mApi, context, 0);
@@ -234,6 +250,8 @@ class SparseLinearKernel : public Kernel {
             (bias != nullptr && shapeOf(mApi, bias) != Shape{weight[1]})) {
             throw Fault("SparseLinear: S, W and bias need shapes [..., K], [K, O] and [O]");
         }
+        checkConstant(context, kSCALE, mConstants.scale);
+        checkConstant(context, kZERO, mConstants.zero);
         cuda::LinearArgs args;
         args.type = elementOf(mType);
         args.tokens = tokensOf(shape);
@@ -243,6 +261,7 @@ class SparseLinearKernel : public Kernel {
         args.isPruned = true;
         args.x = dataOf(mApi, s);
         args.w = dataOf(mApi, w);
+        args.stored = storedWeights("SparseLinear", mType, mStored, weight, mConstants);
         args.bias = bias == nullptr ? nullptr : dataOf(mApi, bias);
         shape.back() = weight[1];
         args.y = outputAt(mApi, context, 0, shape);
@@ -255,8 +274,22 @@ class SparseLinearKernel : public Kernel {
     }
 
   private:
+    static constexpr std::size_t kSCALE = 3;
+    static constexpr std::size_t kZERO = 4;
+
+    // Throws Fault where an input is there and is no constant: the decode kernels read these while
+    // the kernel before may still run.
+    void checkConstant(OrtKernelContext* context, std::size_t input, const void* constant) const {
+        if (constant != nullptr || optionalInput(mApi, context, input) == nullptr) return;
+        throw Fault(std::string("SparseLinear: input ") +
+                    (input == kSCALE ? "weight_scale" : "weight_zero_point") +
+                    " must be a constant of the model; make it an initializer");
+    }
+
     const OrtApi& mApi;
     ElementType mType;
+    StoredTypes mStored;
+    StoredConstants mConstants;
     DeviceAllocator mAllocator;
     mutable cuda::LinearExecutor mExecutor;
 };
@@ -266,6 +299,21 @@ std::unique_ptr<Kernel> make(const OrtApi& api, const OrtKernelInfo* info, Eleme
     return std::make_unique<K>(api, info, type);
 }
 
+FusedSpec sparseLinear(const StoredTypes& stored) {
+    const auto like = [](ONNXTensorElementDataType type, bool isOptional) {
+        return FusedInput{InputType::kT, isOptional, false, type};
+    };
+    const auto make = [stored](const OrtApi& api, const OrtKernelInfo* info, ElementType type) {
+        return std::make_unique<SparseLinearKernel>(api, info, type, stored);
+    };
+    return {"SparseLinear",
+            {FusedInput{}, like(stored.weights, false), FusedInput{InputType::kT, true},
+             like(stored.scales, true), like(stored.zeros, true)},
+            1,
+            kCUDA_PROVIDER,
+            make};
+}
+
 }  // namespace
 
 const std::vector<FusedOp>& cudaFusedOps() {
@@ -273,29 +321,26 @@ const std::vector<FusedOp>& cudaFusedOps() {
         const FusedInput t{};
         const FusedInput scale{InputType::kFLOAT32, true};
         const FusedInput order{InputType::kINT32, true};
-        const FusedInput bias{InputType::kT, true};
         const std::vector<FusedSpec> specs = {
             {"GatedSilu", {t}, 1, kCUDA_PROVIDER, make<GatedSiluKernel<1, false>>},
             {"GatedSiluPair", {t, t}, 1, kCUDA_PROVIDER, make<GatedSiluKernel<2, false>>},
             {"ResidualNorm", {t, t, t}, 2, kCUDA_PROVIDER, make<ResidualNormKernel<false>>},
             {"Likeliest", {t}, 1, kCUDA_PROVIDER, makeCudaLikeliestKernel, false, true}};
-        const std::vector<FusedSpec> pruned = {
-            {"PrunedGatedSilu",
-             {t, scale, order, scale, scale},
-             1,
-             kCUDA_PROVIDER,
-             make<GatedSiluKernel<1, true>>},
-            {"PrunedGatedSiluPair",
-             {t, t, scale, order, scale, scale},
-             1,
-             kCUDA_PROVIDER,
-             make<GatedSiluKernel<2, true>>},
-            {"PrunedResidualNorm",
-             {t, t, t, scale, order, scale, scale},
-             2,
-             kCUDA_PROVIDER,
-             make<ResidualNormKernel<true>>},
-            {"SparseLinear", {t, t, bias}, 1, kCUDA_PROVIDER, make<SparseLinearKernel>}};
+        const std::vector<FusedSpec> pruned = {{"PrunedGatedSilu",
+                                                {t, scale, order, scale, scale},
+                                                1,
+                                                kCUDA_PROVIDER,
+                                                make<GatedSiluKernel<1, true>>},
+                                               {"PrunedGatedSiluPair",
+                                                {t, t, scale, order, scale, scale},
+                                                1,
+                                                kCUDA_PROVIDER,
+                                                make<GatedSiluKernel<2, true>>},
+                                               {"PrunedResidualNorm",
+                                                {t, t, t, scale, order, scale, scale},
+                                                2,
+                                                kCUDA_PROVIDER,
+                                                make<ResidualNormKernel<true>>}};
         std::vector<FusedOp> made;
         for (const ElementType type :
              {ElementType::kFLOAT32, ElementType::kFLOAT16, ElementType::kBFLOAT16}) {
@@ -303,6 +348,9 @@ const std::vector<FusedOp>& cudaFusedOps() {
             if (type == ElementType::kFLOAT32)
                 continue;  // see canPrune; GroupQueryAttention has none
             for (const FusedSpec& spec : pruned) made.emplace_back(spec, type);
+            for (const StoredTypes& stored : storedTypesFor(type)) {
+                made.emplace_back(sparseLinear(stored), type);
+            }
             made.emplace_back(cachedAttention(kCUDA_PROVIDER, makeCudaAttentionKernel), type);
         }
         return made;

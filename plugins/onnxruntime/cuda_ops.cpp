@@ -8,6 +8,7 @@
 #include "cuda_device.h"
 #include "cuda_fault.h"
 #include "cuda_memory.h"
+#include "cuda_stored.h"
 #include "custom_op.h"
 #include "linear_executor.h"
 #include "linear_node.h"
@@ -26,17 +27,21 @@ std::int32_t asInt(std::size_t value, const char* what) {
     return static_cast<std::int32_t>(value);
 }
 
-// A constant of the selection, or null. The decode kernel reads these while the kernel before it
-// may still run (see cuda::Selection), so none may be made by another node.
+// Throws Fault where an input is there and is no constant: the decode kernel reads these while the
+// kernel before it may still run (see cuda::Selection), so none may be made by another node.
+void checkConstant(const Inputs& inputs, const InputShapes& shapes, const OpSpec& spec, int input) {
+    if (!inputs.has(input) || shapes.constantShape(input) != nullptr) return;
+    throw Fault(std::string(spec.name) + ": input " + spec.inputs[input].name +
+                " must be a constant of the model where the node runs on a GPU; make it an "
+                "initializer");
+}
+
+// A constant of the selection, or null.
 template <typename T>
 const T* constantVector(const Inputs& inputs, const InputShapes& shapes, const OpSpec& spec,
                         int input, std::int64_t size, std::int64_t otherSize = -1) {
     const void* data = inputs.vector(input, size, otherSize);
-    if (data != nullptr && shapes.constantShape(input) == nullptr) {
-        throw Fault(std::string(spec.name) + ": input " + spec.inputs[input].name +
-                    " must be a constant of the model where the node runs on a GPU; make it an "
-                    "initializer");
-    }
+    checkConstant(inputs, shapes, spec, input);
     return static_cast<const T*>(data);
 }
 
@@ -103,13 +108,20 @@ class CudaPruneKernel : public Kernel {
 
 class CudaLinearKernel : public Kernel {
   public:
-    CudaLinearKernel(const OrtApi& api, const OrtKernelInfo* info, ElementType type)
+    CudaLinearKernel(const OrtApi& api, const OrtKernelInfo* info, ElementType type,
+                     StoredTypes stored)
         : mApi(api),
           mType(type),
+          mStored(stored),
           mNode({api, info}),
           mShapes({api, info}, kNMLinear),
           mOrder(mShapes, kNMLinear, NMLinearInput::channel_order),
-          mAllocator(api, info) {}
+          mAllocator(api, info) {
+        if (!mNode.roundsActivations) return;
+        throw Fault(
+            "NMLinear: activation_bits is 8, which runs on a CPU alone; allowed on a GPU: 0, which "
+            "a build with --activations float makes");
+    }
 
     void run(OrtKernelContext* context) const override {
         const OrtRun run(mApi, context);
@@ -118,7 +130,6 @@ class CudaLinearKernel : public Kernel {
         const Shape w = inputs.shape(NMLinearInput::W);
         const Rows rows = rowsOf(kNMLinear.name, x, mNode.pattern);
         mNode.check(inputs, x, w);
-        mNode.checkElementWeights(inputs);
 
         cuda::LinearArgs args;
         args.type = elementOf(mType);
@@ -128,6 +139,7 @@ class CudaLinearKernel : public Kernel {
         args.selection = selectionOf(inputs, x);
         args.x = inputs.data(NMLinearInput::X);
         args.w = inputs.data(NMLinearInput::W);
+        args.stored = storedWeights(kNMLinear.name, mType, mStored, w, storedConstants(inputs));
         args.bias = inputs.vector(NMLinearInput::bias, w[1]);
         args.shiftWeight =
             static_cast<const float*>(inputs.vector(NMLinearInput::shift_weight, w[1]));
@@ -145,6 +157,18 @@ class CudaLinearKernel : public Kernel {
     }
 
   private:
+    StoredConstants storedConstants(const Inputs& inputs) const {
+        StoredConstants constants;
+        for (const int input : {NMLinearInput::weight_scale, NMLinearInput::weight_zero_point}) {
+            checkConstant(inputs, mShapes, kNMLinear, input);
+            if (!inputs.has(input)) continue;
+            const bool isScale = input == NMLinearInput::weight_scale;
+            (isScale ? constants.scales : constants.zeros) = inputs.shape(input);
+            (isScale ? constants.scale : constants.zero) = inputs.data(input);
+        }
+        return constants;
+    }
+
     cuda::Selection selectionOf(const Inputs& inputs, const Shape& x) const {
         cuda::Selection selection;
         selection.n = mNode.isExcluded(x) ? mNode.pattern.m : mNode.pattern.n;
@@ -167,6 +191,7 @@ class CudaLinearKernel : public Kernel {
 
     const OrtApi& mApi;
     ElementType mType;
+    StoredTypes mStored;
     LinearNode mNode;
     InputShapes mShapes;
     DeviceOrder mOrder;
@@ -182,8 +207,8 @@ std::unique_ptr<Kernel> makeCudaPruneKernel(const OrtApi& api, const OrtKernelIn
 }
 
 std::unique_ptr<Kernel> makeCudaLinearKernel(const OrtApi& api, const OrtKernelInfo* info,
-                                             ElementType type) {
-    return std::make_unique<CudaLinearKernel>(api, info, type);
+                                             ElementType type, StoredTypes stored) {
+    return std::make_unique<CudaLinearKernel>(api, info, type, stored);
 }
 
 }  // namespace nmexport

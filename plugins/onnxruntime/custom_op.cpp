@@ -13,6 +13,22 @@ ONNXTensorElementDataType onnxType(ElementType type) {
     }
 }
 
+std::vector<StoredTypes> storedTypesFor(ElementType type) {
+    constexpr ONNXTensorElementDataType kFLOAT = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+    constexpr ONNXTensorElementDataType kFLOAT8 = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT8E4M3FN;
+    std::vector<StoredTypes> stored{{onnxType(type), kFLOAT, onnxType(type)}};
+    for (const ONNXTensorElementDataType weights :
+         {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4,
+          ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT4, kFLOAT8}) {
+        for (const ONNXTensorElementDataType scales : {kFLOAT, onnxType(type)}) {
+            stored.push_back({weights, scales, weights});
+            if (weights != kFLOAT8) stored.push_back({weights, scales, kFLOAT});
+            if (type == ElementType::kFLOAT32) break;
+        }
+    }
+    return stored;
+}
+
 namespace {
 
 const CustomOp& self(const OrtCustomOp* op) {
@@ -102,18 +118,16 @@ CustomOp::CustomOp(const OrtApi* api, const OpSpec& spec, ElementType type, Kern
                    bool infersShapes, const char* provider)
     : CustomOp(api, spec, type,
                {onnxType(type), ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, onnxType(type)},
-               std::move(factory), infersShapes) {
-    mProvider = provider;
-}
+               std::move(factory), infersShapes, provider) {}
 
 CustomOp::CustomOp(const OrtApi* api, const OpSpec& spec, ElementType type, StoredTypes stored,
-                   KernelFactory factory, bool infersShapes)
+                   KernelFactory factory, bool infersShapes, const char* provider)
     : OrtCustomOp{},
       mApi(api),
       mSpec(spec),
       mType(type),
       mFactory(std::move(factory)),
-      mProvider(nullptr),
+      mProvider(provider),
       mStored(stored) {
     version = ORT_API_VERSION;
     GetName = [](const OrtCustomOp* op) { return self(op).spec().name; };

@@ -29,6 +29,8 @@ struct StoredTypes {
 };
 
 ONNXTensorElementDataType onnxType(ElementType type);
+// Those that go with an element type, W of that type first; each is an op of its own.
+std::vector<StoredTypes> storedTypesFor(ElementType type);
 
 class CustomOp : public OrtCustomOp {
   public:
@@ -37,7 +39,7 @@ class CustomOp : public OrtCustomOp {
              bool infersShapes, const char* provider = nullptr);
     // With weights of another type than X.
     CustomOp(const OrtApi* api, const OpSpec& spec, ElementType type, StoredTypes stored,
-             KernelFactory factory, bool infersShapes);
+             KernelFactory factory, bool infersShapes, const char* provider = nullptr);
 
     const OrtApi* api() const { return mApi; }
     const OpSpec& spec() const { return mSpec; }
@@ -57,10 +59,14 @@ class CustomOp : public OrtCustomOp {
 
 #if defined(NMEXPORT_HAS_CUDA)
 inline constexpr const char* kCUDA_PROVIDER = "CUDAExecutionProvider";
+// Integers and 8-bit floats meet an X of 16 bits.
+inline bool cudaTakes(ElementType type, const StoredTypes& stored) {
+    return type != ElementType::kFLOAT32 || stored.weights == onnxType(type);
+}
 std::unique_ptr<Kernel> makeCudaPruneKernel(const OrtApi& api, const OrtKernelInfo* info,
                                             ElementType type);
 std::unique_ptr<Kernel> makeCudaLinearKernel(const OrtApi& api, const OrtKernelInfo* info,
-                                             ElementType type);
+                                             ElementType type, StoredTypes stored);
 #endif
 
 }  // namespace nmexport

@@ -21,7 +21,9 @@ FusedOp::FusedOp(FusedSpec spec, ElementType type)
     };
     GetInputType = [](const OrtCustomOp* op, std::size_t index) {
         if (self(op).mSpec.isVariadic) return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
-        switch (self(op).mSpec.inputs[index].type) {
+        const FusedInput& input = self(op).mSpec.inputs[index];
+        if (input.onnx != ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED) return input.onnx;
+        switch (input.type) {
             case InputType::kINT32:
                 return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
             case InputType::kFLOAT32:

@@ -13,8 +13,10 @@
 // shifted, pruned, scaled.
 //
 //   PrunedGatedSilu, PrunedGatedSiluPair, PrunedResidualNorm
-//   SparseLinear(S [..., K], W [K, O], bias [O]) -> Y [..., O]     Y = S @ W + bias; rows of W that
-//                                                                  meet zeros alone are not read
+//   SparseLinear(S [..., K], W [K, O], bias [O], weight_scale, weight_zero_point [G, O])
+//       -> Y [..., O]              Y = S @ W + bias; rows of W that meet zeros alone are not read
+//
+// W, its scales and zero points are those of NMLinear.
 //
 //   CachedAttention(queries, keys, values, past_keys, past_values [B, H_kv, C, D],
 //                   last_positions [B], total_sequence_length, cosines, sines;
@@ -56,6 +58,8 @@ struct FusedInput {
     InputType type = InputType::kT;
     bool optional = false;
     bool isOnHost = false;  // wherever the other inputs are
+    // In place of `type`, where it is set.
+    ONNXTensorElementDataType onnx = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
 };
 
 struct FusedSpec {

@@ -29,24 +29,6 @@ using Ops = std::vector<CustomOp>;
 constexpr ElementType kTYPES[] = {ElementType::kFLOAT32, ElementType::kFLOAT16,
                                   ElementType::kBFLOAT16};
 
-// Types of W, its scales and its zero points that go with an element type; each is an op of its
-// own.
-std::vector<StoredTypes> storedTypes(ElementType type) {
-    constexpr ONNXTensorElementDataType kFLOAT = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-    constexpr ONNXTensorElementDataType kFLOAT8 = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT8E4M3FN;
-    std::vector<StoredTypes> stored{{onnxType(type), kFLOAT, onnxType(type)}};
-    for (const ONNXTensorElementDataType weights :
-         {ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4,
-          ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT4, kFLOAT8}) {
-        for (const ONNXTensorElementDataType scales : {kFLOAT, onnxType(type)}) {
-            stored.push_back({weights, scales, weights});
-            if (weights != kFLOAT8) stored.push_back({weights, scales, kFLOAT});
-            if (type == ElementType::kFLOAT32) break;
-        }
-    }
-    return stored;
-}
-
 Ops makeOps(const OrtApi* api, bool infersShapes, SessionSettings settings) {
     Ops ops;
     for (const ElementType type : kTYPES) {
@@ -57,7 +39,7 @@ Ops makeOps(const OrtApi* api, bool infersShapes, SessionSettings settings) {
         ops.emplace_back(api, kNMPrune, type, prune, infersShapes);
     }
     for (const ElementType type : kTYPES) {
-        for (const StoredTypes& stored : storedTypes(type)) {
+        for (const StoredTypes& stored : storedTypesFor(type)) {
             const auto linear = [settings, stored](const OrtApi& of, const OrtKernelInfo* info,
                                                    ElementType element) {
                 return makeLinearKernel({of, info}, element, stored, settings);
@@ -73,7 +55,14 @@ Ops makeOps(const OrtApi* api, bool infersShapes, SessionSettings settings) {
 void addCudaOps(const OrtApi* api, bool infersShapes, Ops& ops) {
     for (const ElementType type : kTYPES) {
         ops.emplace_back(api, kNMPrune, type, makeCudaPruneKernel, infersShapes, kCUDA_PROVIDER);
-        ops.emplace_back(api, kNMLinear, type, makeCudaLinearKernel, infersShapes, kCUDA_PROVIDER);
+        for (const StoredTypes& stored : storedTypesFor(type)) {
+            if (!cudaTakes(type, stored)) continue;
+            const auto linear = [stored](const OrtApi& of, const OrtKernelInfo* info,
+                                         ElementType element) {
+                return makeCudaLinearKernel(of, info, element, stored);
+            };
+            ops.emplace_back(api, kNMLinear, type, stored, linear, infersShapes, kCUDA_PROVIDER);
+        }
     }
 }
 #endif

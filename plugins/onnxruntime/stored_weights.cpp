@@ -5,6 +5,7 @@
 #include <new>
 
 #include "huge_pages.h"
+#include "stored_shapes.h"
 
 namespace nmexport {
 
@@ -12,26 +13,12 @@ namespace Input = NMLinearInput;
 
 namespace {
 
-std::string shapesOf(const Shape& w, const Shape& scales) {
-    return "NMLinear: W has shape " + textOf(w) + " and weight_scale " + textOf(scales);
-}
-
-// [1, O], or [G, O] with G groups of a multiple of 16 rows.
-void checkScales(const Shape& w, const Shape& scales) {
-    const bool fits = scales.size() == 2 && scales[1] == w[1] && scales[0] >= 1 &&
-                      w[0] % scales[0] == 0 &&
-                      (scales[0] == 1 || w[0] / scales[0] % kSCALE_GROUP == 0);
-    if (fits) return;
-    throw Fault(shapesOf(w, scales) + "; allowed: [1, O], or [G, O] with K / G a multiple of " +
-                std::to_string(kSCALE_GROUP));
-}
-
 // A block divides K, and a scale group where there are several.
 void checkBlock(const LinearNode& node, const Shape& w, const Shape& scales) {
     const std::int64_t block = static_cast<std::int64_t>(node.activationBlock);
     if (block % kSCALE_GROUP == 0 && w[0] / scales[0] % block == 0) return;
-    throw Fault(shapesOf(w, scales) + "; activation_block is " + std::to_string(block) +
-                "; allowed: a multiple of " + std::to_string(kSCALE_GROUP) +
+    throw Fault(shapesOf(kNMLinear.name, w, scales) + "; activation_block is " +
+                std::to_string(block) + "; allowed: a multiple of " + std::to_string(kSCALE_GROUP) +
                 " that divides K / G = " + std::to_string(w[0] / scales[0]));
 }
 
@@ -79,16 +66,10 @@ StoredWeights::StoredWeights(const Inputs& inputs, const LinearNode& node, Store
       mBlock(node.roundsActivations ? node.activationBlock : 0) {
     const Shape scales =
         inputs.has(Input::weight_scale) ? inputs.shape(Input::weight_scale) : Shape{};
-    checkScales(w, scales);
-    if (inputs.has(Input::weight_zero_point) && inputs.shape(Input::weight_zero_point) != scales) {
-        throw Fault(shapesOf(w, scales) + "; weight_zero_point has shape " +
-                    textOf(inputs.shape(Input::weight_zero_point)) +
-                    "; allowed: that of weight_scale");
-    }
     const bool isNibbles = mType != WeightType::kINT8;
-    if (isNibbles && w[1] % 2 != 0) {
-        throw Fault(shapesOf(w, scales) + "; allowed: an even O for integers of 4 bits");
-    }
+    const bool hasZeros = inputs.has(Input::weight_zero_point);
+    const Shape points = hasZeros ? inputs.shape(Input::weight_zero_point) : Shape{};
+    checkStored(kNMLinear.name, w, scales, hasZeros ? &points : nullptr, isNibbles);
     if (mBlock != 0) checkBlock(node, w, scales);
 
     mGroups = static_cast<std::size_t>(scales[0]);

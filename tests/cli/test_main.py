@@ -788,6 +788,11 @@ def test_bench_engines(fakes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -
         if line.lstrip().startswith("decode sparse")
     )
     assert row.split()[-2:] == ["0.952", "48"]
+    latency = replace(latency, stored=side, over_stored=Speedup(prefill=0.9, decode=1.25))
+    monkeypatch.setattr("nmexport.bench.engines.bench_engines", lambda work, **options: latency)
+    shown = run("bench", "engines", "--work", "w").stdout
+    assert "decode dense in integers" in shown
+    assert "1.25x in decode" in shown
 
 
 def test_bench_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

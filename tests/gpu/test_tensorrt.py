@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pytest
@@ -91,11 +91,13 @@ def built(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-@pytest.mark.parametrize("dense", [True, False], ids=["dense", "sparse"])
-def test_an_engine_says_what_onnx_runtime_says(built: Path, *, dense: bool) -> None:
+@pytest.mark.parametrize("side", ["dense", "sparse"])
+def test_an_engine_says_what_onnx_runtime_says(
+    built: Path, side: Literal["dense", "sparse"]
+) -> None:
     with (
-        TensorRTSession.from_engine(built, dense=dense) as ours,
-        OrtSession.from_engine(built, dense=dense) as wanted,
+        TensorRTSession.from_engine(built, side=side) as ours,
+        OrtSession.from_engine(built, side=side) as wanted,
     ):
         logits = [(ours.prefill(IDS[:, :9]), wanted.prefill(IDS[:, :9]))]
         for at in range(9, IDS.shape[1]):

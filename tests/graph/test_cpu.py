@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import onnx
@@ -19,6 +19,7 @@ from nmexport.pipeline import Pipeline, Selection
 from nmexport.progress import Silent
 from nmexport.recipe import GatesSection, ModelSection
 from nmexport.runtimes import native
+from nmexport.runtimes.engine import Side
 from nmexport.runtimes.onnxruntime_session import OrtSession
 from nmexport.sparsity.linear import Behaviour
 from nmexport.sparsity.pattern import NMPattern
@@ -313,11 +314,11 @@ def test_an_engine_says_what_is_rewritten(tmp_path: Path, element_type: str) -> 
     engine = engine_of(tmp_path, element_type=element_type)
     packaged = engine_of(tmp_path, element_type=element_type, cpu_model="model.cpu.onnx")
     is_bfloat16 = element_type == "bfloat16"
-    for dense in (False, True):
-        assert engine.needs_rewrite("cpu", dense=dense) == is_bfloat16
-        assert not engine.needs_rewrite("cuda", dense=dense)
-    assert not packaged.needs_rewrite("cpu", dense=False)
-    assert packaged.needs_rewrite("cpu", dense=True) == is_bfloat16
+    for side in get_args(Side):
+        assert engine.needs_rewrite("cpu", side) == is_bfloat16
+        assert not engine.needs_rewrite("cuda", side)
+    assert not packaged.needs_rewrite("cpu")
+    assert packaged.needs_rewrite("cpu", "dense") == is_bfloat16
 
 
 def test_without_onnx_the_message_says_what_to_do(

@@ -12,7 +12,7 @@ from nmexport.progress import Silent
 from nmexport.recipe import ModelSection
 from nmexport.runtimes import native
 from nmexport.runtimes.engine import read_engine
-from nmexport.runtimes.opening import open_session, open_stored
+from nmexport.runtimes.opening import open_session
 from nmexport.stages import verify
 from nmexport.store.work_directory import WorkDirectory
 
@@ -67,7 +67,7 @@ def test_the_engine_opens_each_of_them(built: WorkDirectory) -> None:
     stored = read_engine(engine).stored_model
     assert stored is not None
     assert stored.is_file()
-    with open_stored(engine) as between, open_session(engine) as sparse:
+    with open_session(engine, side="stored") as between, open_session(engine) as sparse:
         assert between.vocabulary_size == sparse.vocabulary_size
         assert type(between) is type(sparse), "what is compared runs in one way"
 

@@ -50,9 +50,22 @@ def test_on_a_gpu_it_is_the_checkpoints(
 ) -> None:
     model = saved(tiny_llama, tmp_path, *types)
     assert dtype_of(model) == "float32"  # no GPU is here
-    monkeypatch.setattr(fitting, "_gpu_runs", lambda _: True)
+    monkeypatch.setattr(fitting, "gpu_runs", lambda _: True)
     assert dtype_of(model) == expected
     assert dtype_of(model, {"model.dtype": "float32"}) == "float32"
+
+
+def test_integers_meet_16_bits_on_a_gpu(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their kernels take no float32, and a checkpoint of integers has no one type of its own."""
+    model = saved(tiny_llama, tmp_path, torch.float32)
+    integers = {"model.weights": "int8"}
+    assert dtype_of(model, integers) == "float32"
+    monkeypatch.setattr(fitting, "gpu_runs", lambda _: True)
+    assert dtype_of(model, integers) == "float16"
+    assert dtype_of(model, {"model.weights": "float"}) == "float32"
+    assert dtype_of(saved(tiny_llama, tmp_path, torch.bfloat16), integers) == "bfloat16"
 
 
 def test_a_build_keeps_the_type_that_it_was_begun_with(
@@ -62,7 +75,7 @@ def test_a_build_keeps_the_type_that_it_was_begun_with(
     path = tmp_path / "recipe.yaml"
     path.write_text(dump(resolve(str(model))), encoding="utf-8")
     recipe = load(path)
-    monkeypatch.setattr(fitting, "_gpu_runs", lambda _: True)
+    monkeypatch.setattr(fitting, "gpu_runs", lambda _: True)
     assert with_own_type(recipe, find(recipe.model), probe()).model.dtype == "float32"
 
 

@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nmexport.choices import Dtype
+    from nmexport.runtimes.engine import Side
 
 T = TypeVar("T")
 RECIPE = Recipe(
@@ -139,8 +140,9 @@ def test_a_cpu_engine_shares_steps(tiny_export: Path, tmp_path: Path) -> None:
         names |= {item.s.decode() for item in region.attribute if item.name.endswith("_op")}
         assert "PagedAttention" in names
         assert "MatMul" not in names, "the runtime's product rounds by the number of rows"
-    for dense in (False, True):
-        with open_session(inputs.output, dense=dense) as session:
+    sides: tuple[Side, ...] = ("sparse", "dense")
+    for side in sides:
+        with open_session(inputs.output, side=side) as session:
             assert session.shares_steps
             assert session.limits.tokens == described.shared_step.positions
 

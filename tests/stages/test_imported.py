@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +35,8 @@ from tests.support.tiny_gguf import save_tiny_gguf
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from nmexport.choices import Dtype, Target
 
 IDS = np.random.default_rng(5).integers(3, 300, (1, 24))
 MASK = np.ones_like(IDS)
@@ -183,13 +184,27 @@ def test_a_remainder_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "work" / "fold" / "current").exists()
 
 
-@pytest.mark.parametrize(("target", "keeps"), [("onnxruntime", True), ("tensorrt", False)])
-def test_a_gpu_gets_floats(tiny_llama: Path, tmp_path: Path, target: str, keeps: bool) -> None:
-    """Its kernels take nothing else so far."""
-    section = ModelSection(id=str(SAVED["awq"](tiny_llama, tmp_path / "model")))
+@pytest.mark.parametrize(
+    ("machine", "keeps"),
+    [
+        (("onnxruntime", "cpu", "float32"), True),
+        (("onnxruntime", "gpu", "float16"), True),
+        (("onnxruntime", "gpu", "float32"), False),
+        (("tensorrt", "cpu", "float16"), False),
+    ],
+)
+def test_integers_are_kept_where_kernels_take_them(
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    machine: tuple[Target, str, Dtype],
+    keeps: bool,
+) -> None:
+    target, device, dtype = machine
+    monkeypatch.setattr(storing, "gpu_runs", lambda _: device == "gpu")
+    section = ModelSection(id=str(SAVED["awq"](tiny_llama, tmp_path / "model")), dtype=dtype)
     inputs = SimpleNamespace(
-        recipe=Recipe(model=section, target=target),
-        source=resolve(section),
-        environment=replace(probe(), gpus=()),
+        recipe=Recipe(model=section, target=target), source=resolve(section), environment=probe()
     )
     assert (storing.imported(inputs) is not None) is keeps
+    assert storing.rounds_activations(inputs) is (machine[:2] == ("onnxruntime", "cpu"))

@@ -84,4 +84,4 @@ def test_the_package_is_there_and_the_engine_names_no_missing_file(built: WorkDi
     engine = built.require("engine")
     assert json.loads((engine / "engine.json").read_text("utf-8"))["dense_model"] is None
     with pytest.raises(ArtifactError, match="has no dense model"):
-        open_session(engine, dense=True)
+        open_session(engine, side="dense")

@@ -208,7 +208,7 @@ def test_a_child_does_not_count_its_parents_memory() -> None:
 
 
 def test_a_model_that_cannot_be_opened_says_why(tmp_path: Path) -> None:
-    figure = memory.run_in_fresh_process(tmp_path / "engine.json", dense=False, prompt_tokens=4)
+    figure = memory.run_in_fresh_process(tmp_path / "engine.json", "sparse", prompt_tokens=4)
     assert figure.peak_rss_bytes is None
     assert "engine.json cannot be read" in figure.why
     assert figure == memory.answer(str(tmp_path / "engine.json"), "sparse", "4")
@@ -218,7 +218,7 @@ def test_a_measuring_process_that_dies_says_how(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory.sys, "executable", shutil.which("false"))
-    figure = memory.run_in_fresh_process(tmp_path, dense=True, prompt_tokens=4)
+    figure = memory.run_in_fresh_process(tmp_path, "dense", prompt_tokens=4)
     assert figure.peak_rss_bytes is None
     assert "ended with code 1" in figure.why
 

@@ -59,6 +59,18 @@ def test_the_hosts_time_is_what_a_step_takes_beyond_the_devices() -> None:
     assert sparse.queued == [((), (3, 1), latency.QUEUED_STEPS)] * latency.QUEUED_ROUNDS
 
 
+def test_the_dense_model_in_integers_is_timed_in_the_same_turns() -> None:
+    times = latency.compare(OnGpu(1.0), OnGpu(0.2), timing(), stored=OnGpu(0.5))
+    assert times.stored is not None
+    assert times.stored.decode.device_ms == 0.5
+    assert times.stored.prefill.runs == times.dense.prefill.runs == 3
+    assert times.over_stored is not None
+    assert times.over_stored.decode == pytest.approx(
+        (times.stored.decode.p50_ms or 0) / (times.sparse.decode.p50_ms or 1)
+    )
+    assert latency.compare(OnGpu(1.0), OnGpu(0.2), timing()).stored is None
+
+
 def test_no_device_time_without_a_gpu_or_a_queue() -> None:
     times = latency.compare(Paced(), OnGpu(None), timing())
     for side in (times.dense, times.sparse):

@@ -106,8 +106,7 @@ def bench_rivals(
         progress=progress,
     )
     entries = (
-        ours.entry(engine, dense=True),
-        ours.entry(engine, dense=False),
+        *ours.entries(engine),
         *(torch_compile.entry(weights, setting) for weights in options.weights),
     )
     together = device != "cuda" or _fit_together(entries, setting.shapes, options)

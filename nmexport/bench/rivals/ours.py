@@ -11,34 +11,55 @@ from nmexport.runtimes.engine import read_engine
 from nmexport.runtimes.opening import open_session
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
     from typing import Any
 
     from numpy.typing import NDArray
 
     from nmexport.bench.rivals.interface import Case
+    from nmexport.runtimes.engine import Side
     from nmexport.runtimes.session import Session
 
 
-def entry(engine: Path, *, dense: bool) -> Entry:
-    """Describe one of our engines.
+_NAMES: Mapping[Side, str] = {
+    "dense": "ours, dense",
+    "sparse": "ours, sparse",
+    "stored": "ours, dense in integers",
+}
+
+
+def entries(engine: Path) -> tuple[Entry, ...]:
+    """Describe all models of an engine.
 
     Args:
         engine: Folder with `engine.json`.
-        dense: The baseline; otherwise the sparse model.
 
     Raises:
         ArtifactError: if `engine.json` cannot be read.
     """
     described = read_engine(engine)
-    model = described.dense_model if dense else described.model
+    return tuple(entry(engine, side) for side in _NAMES if described.exported(side) is not None)
+
+
+def entry(engine: Path, side: Side) -> Entry:
+    """Describe one of our engines.
+
+    Args:
+        engine: Folder with `engine.json`.
+        side: Which model.
+
+    Raises:
+        ArtifactError: if `engine.json` cannot be read.
+    """
+    model = read_engine(engine).exported(side)
     files = () if model is None else model.parent.glob("*.data")
     return Entry(
-        name="ours, dense" if dense else "ours, sparse",
+        name=_NAMES[side],
         is_rival=False,
-        is_dense=dense,
+        is_dense=side == "dense",
         weight_bytes=sum(file.stat().st_size for file in files),
-        open=lambda: EngineContestant(open_session(engine, dense=dense, elsewhere=True)),
+        open=lambda: EngineContestant(open_session(engine, side=side, elsewhere=True)),
     )
 
 

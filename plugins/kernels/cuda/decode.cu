@@ -3,6 +3,7 @@
 
 #include "device.h"
 #include "plan_table.h"
+#include "stored.h"
 
 namespace nmexport::cuda {
 namespace {
@@ -28,6 +29,13 @@ bool isValid(LinearArgs const& args) {
            args.x != nullptr && args.w != nullptr && args.y != nullptr;
 }
 
+//! True where x is s, as the kernel for stored rows needs it.
+bool isSelectedAlready(LinearArgs const& args) {
+    Selection const& s = args.selection;
+    return args.isPruned || (s.n == s.m && s.channelOrder == nullptr && s.valueScale == nullptr &&
+                             s.shift == nullptr && !s.dynamicShift && !s.varianceCorrection);
+}
+
 }  // namespace
 
 void const* architectureProbe() {
@@ -35,6 +43,10 @@ void const* architectureProbe() {
 }
 
 cudaError_t launchDecode(LinearArgs const& args, DeviceTraits const& device, cudaStream_t stream) {
+    if (args.stored.type != WeightType::kT) {
+        return isSelectedAlready(args) ? launchStored(args, {}, device, stream)
+                                       : cudaErrorInvalidValue;
+    }
     if (args.tokens < 1 || args.tokens > kMAX_DECODE_TOKENS) {
         return cudaErrorInvalidValue;
     }

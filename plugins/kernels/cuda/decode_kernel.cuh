@@ -49,7 +49,8 @@ struct DecodeShape {
     static_assert(UNROLL % VECTORS == 0);
     static constexpr int RING = ringEntries(BATCH);
     static_assert(2 * BATCH + kMAX_GROUP <= RING);
-    static constexpr DecodeFootprint FOOTPRINT{TOKENS, COLUMNS, WARPS, BATCH};
+    static constexpr DecodeFootprint FOOTPRINT{TOKENS, COLUMNS, WARPS,
+                                               warpScratchBytes(TOKENS, BATCH)};
 
     using Scratch = WarpScratch<TOKENS, RING>;
     using SixteenSelector =
@@ -335,6 +336,56 @@ __device__ __forceinline__ void sendSums(DecodeShared<Shape> const& shared, uint
     }
 }
 
+//! Brings the sums of all warps of the cluster to rank 0, in its rankSums; true there. `rank` and
+//! `cluster` are this CTA's; the mailbox is open where the cluster has several.
+template <typename Shape>
+__device__ __forceinline__ bool gatherSums(DecodeShared<Shape> const& shared, uint32_t rank,
+                                           int cluster) {
+    bool const isAlone = cluster == 1;
+    __syncthreads();
+    if (!isAlone) {
+        if (rank == 0 && threadIdx.x == 0) {
+            expectMail(shared.mailbox, mailBytes<Shape>(cluster));
+        }
+        __syncwarp();
+        waitForOpenMailbox();
+    }
+    sendSums<Shape>(shared, rank, isAlone);
+    if (rank != 0) {
+        return false;
+    }
+    if (isAlone) {
+        __syncthreads();
+    } else {
+        waitForMail(shared.mailbox);
+    }
+    return true;
+}
+
+//! One value of rankSums over the ranks, in order.
+template <typename Shape>
+__device__ __forceinline__ float sumOverRanks(DecodeShared<Shape> const& shared, int index,
+                                              int cluster) {
+    float sum = 0.0F;
+    for (int rank = 0; rank < cluster; ++rank) {
+        sum += shared.rankSums[rank * (Shape::TOKENS * Shape::COLUMNS) + index];
+    }
+    return sum;
+}
+
+//! y = sum + eta * shiftWeight + bias, rounded once. `eta` is 0 where nothing shifts.
+template <typename T>
+__device__ __forceinline__ void storeOutput(LinearArgs const& args, int64_t token, int32_t column,
+                                            float sum, float eta) {
+    if (args.selection.dynamicShift) {
+        sum = fmaf(eta, __ldg(args.shiftWeight + column), sum);
+    }
+    if (args.bias != nullptr) {
+        sum += toFloat<T>(static_cast<T const*>(args.bias)[column]);
+    }
+    static_cast<T*>(args.y)[token * args.outputs + column] = fromFloat<T>(sum);
+}
+
 //! Rank 0: adds the ranks in order, corrects, rounds once, stores.
 template <typename Shape>
 __device__ __forceinline__ void storeOutputs(LinearArgs const& args,
@@ -348,10 +399,7 @@ __device__ __forceinline__ void storeOutputs(LinearArgs const& args,
         if (column >= args.outputs) {
             continue;
         }
-        float sum = 0.0F;
-        for (int rank = 0; rank < cluster; ++rank) {
-            sum += shared.rankSums[rank * kVALUES + index];
-        }
+        float sum = sumOverRanks(shared, index, cluster);
         if constexpr (Shape::MOMENTS) {
             Moments total;
             for (int rank = 0; rank < cluster; ++rank) {
@@ -359,14 +407,8 @@ __device__ __forceinline__ void storeOutputs(LinearArgs const& args,
             }
             sum *= args.selection.varianceCorrection ? total.correction(args.channels) : 1.0F;
         }
-        if (args.selection.dynamicShift) {
-            sum = fmaf(shared.eta[token], __ldg(args.shiftWeight + column), sum);
-        }
-        if (args.bias != nullptr) {
-            sum += toFloat<T>(static_cast<T const*>(args.bias)[column]);
-        }
-        static_cast<T*>(args.y)[static_cast<int64_t>(token) * args.outputs + column] =
-            fromFloat<T>(sum);
+        storeOutput<T>(args, token, column, sum,
+                       args.selection.dynamicShift ? shared.eta[token] : 0.0F);
     }
 }
 
@@ -415,8 +457,7 @@ __global__ void __launch_bounds__(Shape::THREADS, MIN_CTAS)
     int const cluster = static_cast<int>(clusterSize());
     uint32_t const rank = clusterRank();
     DecodeShared<Shape> const shared(sharedBytes, cluster);
-    bool const isAlone = cluster == 1;
-    if (!isAlone) {
+    if (cluster > 1) {
         openMailbox(shared.mailbox, rank);
     }
     int const warp = threadIdx.x / kWARP;
@@ -462,37 +503,23 @@ __global__ void __launch_bounds__(Shape::THREADS, MIN_CTAS)
             }
         }
     }
-    __syncthreads();
-    if (!isAlone) {
-        if (rank == 0 && threadIdx.x == 0) {
-            expectMail(shared.mailbox, mailBytes<Shape>(cluster));
-        }
-        __syncwarp();
-        waitForOpenMailbox();
-    }
-    sendSums<Shape>(shared, rank, isAlone);
-    if (rank == 0) {
-        if (isAlone) {
-            __syncthreads();
-        } else {
-            waitForMail(shared.mailbox);
-        }
+    if (gatherSums<Shape>(shared, rank, cluster)) {
         storeOutputs<Shape>(args, shared, firstColumn, cluster);
     }
 }
 
-//! Enqueues one decode kernel, with as much of the plan's cluster as the code and the chip's shared
-//! memory allow.
-template <typename Shape, int MIN_CTAS>
-cudaError_t launchDecodeShape(LinearArgs const& args, DecodePlan const& plan,
-                              DeviceTraits const& device, cudaStream_t stream) {
+//! Enqueues a kernel of this shape in the chain of dependent launches, with as much of the plan's
+//! cluster as the code and the chip's shared memory allow. grid.y = `layers`.
+template <typename Shape, typename Args>
+cudaError_t launchTiles(void (*kernel)(Args, bool), Args const& args, int32_t outputs,
+                        int64_t layers, DecodePlan const& plan, DeviceTraits const& device,
+                        cudaStream_t stream) {
     bool const hasClusters = device.computeCapability >= 90;  // and dependent launch
     int const cluster = fittingCluster(Shape::FOOTPRINT, hasClusters ? plan.cluster : 1,
                                        device.sharedBytesPerBlock);
     if (cluster < 1) {
         return cudaErrorInvalidConfiguration;
     }
-    auto* const kernel = &decodeKernel<Shape, MIN_CTAS>;
     size_t const sharedBytes = decodeSharedBytes(Shape::FOOTPRINT, cluster);
     cudaError_t const raised = allowSharedBytes(kernel, sharedBytes);
     if (raised != cudaSuccess) {
@@ -506,15 +533,22 @@ cudaError_t launchDecodeShape(LinearArgs const& args, DecodePlan const& plan,
     attributes[1].val.clusterDim.y = 1;
     attributes[1].val.clusterDim.z = 1;
     cudaLaunchConfig_t config = {};
-    int32_t const tiles = ceilDivide(args.outputs, Shape::COLUMNS);
-    config.gridDim = dim3(static_cast<unsigned>(tiles * cluster),
-                          Shape::TOKENS == 1 ? static_cast<unsigned>(args.tokens) : 1U);
+    int32_t const tiles = ceilDivide(outputs, Shape::COLUMNS);
+    config.gridDim = dim3(static_cast<unsigned>(tiles * cluster), static_cast<unsigned>(layers));
     config.blockDim = dim3(Shape::THREADS);
     config.dynamicSmemBytes = sharedBytes;
     config.stream = stream;
     config.attrs = attributes;
     config.numAttrs = hasClusters ? (cluster > 1 ? 2U : 1U) : 0U;
     return cudaLaunchKernelEx(&config, kernel, args, plan.allowsNextLate != 0);
+}
+
+template <typename Shape, int MIN_CTAS>
+cudaError_t launchDecodeShape(LinearArgs const& args, DecodePlan const& plan,
+                              DeviceTraits const& device, cudaStream_t stream) {
+    return launchTiles<Shape, LinearArgs>(&decodeKernel<Shape, MIN_CTAS>, args, args.outputs,
+                                          Shape::TOKENS == 1 ? args.tokens : 1, plan, device,
+                                          stream);
 }
 
 }  // namespace nmexport::cuda

@@ -18,7 +18,7 @@ struct DecodeFootprint {
     int32_t tokens;
     int32_t columns;  //!< that a CTA sums up
     int32_t warps;
-    int32_t batch;  //!< rows that a warp has in flight
+    size_t scratchBytes;  //!< of one warp
 };
 
 //! Queue entries of a warp: they hold the batch in flight, the one being queued and the overshoot
@@ -46,7 +46,7 @@ constexpr size_t decodeSharedBytes(DecodeFootprint const& footprint, int32_t clu
     size_t const warps = static_cast<size_t>(footprint.warps);
     size_t const ranks = static_cast<size_t>(cluster);
     size_t const mailbox = sizeof(uint64_t) * 2;
-    size_t const scratch = warpScratchBytes(footprint.tokens, footprint.batch) * warps;
+    size_t const scratch = footprint.scratchBytes * warps;
     size_t const moments = kMOMENTS_BYTES * tokens * (warps + ranks);
     size_t const sums = sizeof(float) * tokens * static_cast<size_t>(footprint.columns) * ranks;
     size_t const means = sizeof(float) * tokens * (warps + 1);
@@ -68,8 +68,9 @@ constexpr int32_t fittingCluster(DecodeFootprint const& footprint, int32_t wante
 //! What a plan's kernel takes.
 constexpr DecodeFootprint footprintOf(DecodePlan const& plan, DType type, int32_t tokens) {
     int32_t const elements = type == DType::kFLOAT32 ? 4 : 8;  // in 16 bytes
+    int32_t const batch = plan.unroll / plan.vectors * (32 / plan.lanesPerRow);
     return {tokens, plan.lanesPerRow * plan.vectors * elements, plan.warps,
-            plan.unroll / plan.vectors * (32 / plan.lanesPerRow)};
+            warpScratchBytes(tokens, batch)};
 }
 
 }  // namespace nmexport::cuda

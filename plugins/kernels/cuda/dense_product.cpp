@@ -114,7 +114,8 @@ struct Plan {
         resultStep = columns * bytesOf(resultType);
         w = layout(api, type, columns, shape.channels, shape.outputs);
         s = layout(api, type, shape.channels, shape.tokens, shape.channels);
-        result = layout(api, resultType, columns, shape.tokens, shape.outputs);
+        result = layout(api, resultType, columns, shape.tokens,
+                        shape.resultStride == 0 ? shape.outputs : shape.resultStride);
         algorithm = bestAlgorithm(api, handle, product);
     }
 

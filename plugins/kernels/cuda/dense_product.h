@@ -23,11 +23,13 @@ struct ProductShape {
     std::int64_t tokens{0};
     std::int64_t channels{0};
     std::int64_t outputs{0};
-    bool floatResult{true};  // float32 for an epilogue to read, or T, rounded once
+    bool floatResult{true};        // float32 for an epilogue to read, or T, rounded once
+    std::int64_t resultStride{0};  // elements from one token's result to the next's; 0: outputs
 
     bool operator==(const ProductShape& other) const {
         return type == other.type && tokens == other.tokens && channels == other.channels &&
-               outputs == other.outputs && floatResult == other.floatResult;
+               outputs == other.outputs && floatResult == other.floatResult &&
+               resultStride == other.resultStride;
     }
 };
 
@@ -43,8 +45,8 @@ class DenseProduct {
     // no kernel.
     void prepare(const ProductShape& shape);
 
-    // Enqueues result [tokens, outputs] = s [tokens, channels] @ w [channels, outputs]; neither
-    // allocates nor synchronises. Throws Fault.
+    // Enqueues result [tokens, outputs] = s [tokens, channels] @ w [channels, outputs], the
+    // result's rows at their stride; neither allocates nor synchronises. Throws Fault.
     void enqueue(const ProductShape& shape, const void* s, const void* w, void* result,
                  void* workspace, cudaStream_t stream);
 

@@ -5,6 +5,12 @@
 //   many:        x -> mask kernel -> s -> cuBLASLt with W -> product -> epilogue kernel -> y
 //
 // Where s would be x itself, and where y would be the product itself, that kernel is left out.
+//
+// Where W is stored as integers or 8-bit floats:
+//
+//   few tokens:  x -> mask kernel -> s -> decode kernel over stored rows -> y
+//   many:        for each tile of W's columns: widened to T in the workspace, cuBLASLt, and so on;
+//                a widened weight is rounded to T
 #pragma once
 
 #include <cstddef>
@@ -13,6 +19,7 @@
 
 #include "dense_product.h"
 #include "nm_cuda.h"
+#include "stored.h"
 
 namespace nmexport::cuda {
 
@@ -28,6 +35,8 @@ struct LinearWork {
     // A kernel of its own gathers and prunes a few tokens' x before the decode kernel: the blocks
     // of that, hundreds, would all gather the same few kilobytes.
     bool prunesFirst{false};
+    WeightType weights{WeightType::kT};
+    bool hasStoredRows{false};  // the kernel for stored rows takes them
 };
 
 LinearWork workOf(const LinearArgs& args);
@@ -52,6 +61,10 @@ class LinearExecutor {
              cudaStream_t stream);
 
   private:
+    void runStored(const LinearArgs& args, const DeviceTraits& device, void* workspace,
+                   cudaStream_t stream);
+    void multiply(const LinearArgs& args, const void* s, void* product, void* workspace,
+                  cudaStream_t stream);
     void runProduct(const LinearArgs& args, const DeviceTraits& device, void* workspace,
                     cudaStream_t stream);
 

@@ -103,7 +103,7 @@ struct LinearArgs {
     float const* shiftWeight{nullptr};  //!< [O], needed with dynamicShift
     void* y{nullptr};                   //!< [tokens, O] T
     bool isPruned{false};    //!< x is s already, by position, 16 bit; the selection keeps 16 of 16
-    StoredWeights stored{};  //!< not yet taken but as kT
+    StoredWeights stored{};  //!< other than kT: for LinearExecutor, and launchStored of stored.h
 };
 
 //! Up to so many tokens of a pruned x are multiplied by their kept rows, each for itself: rows that

@@ -7,6 +7,7 @@
 
 #include "../expect.h"
 #include "../tensorrt/recording_kernels.h"
+#include "cuda_stored.h"
 #include "custom_op.h"
 #include "fake_runtime.h"
 
@@ -49,7 +50,8 @@ struct Linear {
         node.inputs = {&x, &w, nullptr, &shift, nullptr, &scale, &order, nullptr, &valueScale};
     }
     std::unique_ptr<Kernel> kernel() const {
-        return makeCudaLinearKernel(fakeApi(), node.info(), ElementType::kFLOAT32);
+        return makeCudaLinearKernel(fakeApi(), node.info(), ElementType::kFLOAT32,
+                                    storedTypesFor(ElementType::kFLOAT32).front());
     }
 
     FakeTensor x;
@@ -182,6 +184,92 @@ void anOrderMustBeAPermutation() {
     EXPECT(says(refusal(linear), "channel_order has shape [32, 1]; allowed: [32]"));
 }
 
+constexpr ONNXTensorElementDataType kFLOAT = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+constexpr ONNXTensorElementDataType kHALF = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+constexpr ONNXTensorElementDataType kINT8 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8;
+constexpr ONNXTensorElementDataType kUINT4 = ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT4;
+
+// An NMLinear of float16 whose W has integers, scales and zero points.
+struct StoredLinear {
+    explicit StoredLinear(StoredTypes stored = {kINT8, kHALF, kINT8}) : types(stored) {
+        node.attributes = {{"n", 8}, {"m", 16}};
+        node.inputs = {&x, &w, nullptr, nullptr, nullptr, nullptr, nullptr, &scale, nullptr, &zero};
+    }
+    std::unique_ptr<Kernel> kernel() const {
+        return makeCudaLinearKernel(fakeApi(), node.info(), ElementType::kFLOAT16, types);
+    }
+
+    StoredTypes types;
+    FakeTensor x{tensor({1, 1, kK}, false)};
+    FakeTensor w{tensor({kK, kO})};
+    FakeTensor scale{tensor({2, kO})};
+    FakeTensor zero{tensor({2, kO})};
+    FakeNode node;
+};
+
+// A GPU's kernels multiply floats by integers: activations that are rounded stay a CPU's.
+void roundedActivationsAreRefusedBeforeTheFirstRun() {
+    reset();
+    StoredLinear linear;
+    linear.node.attributes["activation_bits"] = 8;
+    linear.node.attributes["activation_block"] = 16;
+    std::string said;
+    try {
+        linear.kernel();
+    } catch (const std::exception& fault) {
+        said = fault.what();
+    }
+    EXPECT(says(said, "activation_bits is 8") && says(said, "--activations float"));
+}
+
+void scalesAndZeroPointsMustFitW() {
+    reset();
+    StoredLinear linear;
+    linear.scale = tensor({3, kO});
+    EXPECT(says(refusal(linear), "weight_scale [3, 48]; allowed: [1, O], or [G, O]"));
+    linear.scale = tensor({4, kO});  // groups of 8
+    EXPECT(says(refusal(linear), "K / G a multiple of 16"));
+    linear.scale = tensor({1, kO});
+    EXPECT(says(refusal(linear), "weight_zero_point has shape [2, 48]"));
+    linear.node.inputs[7] = nullptr;
+    EXPECT(says(refusal(linear), "weight_scale []"));
+    StoredLinear nibbles({kUINT4, kFLOAT, kUINT4});
+    nibbles.w = tensor({kK, 47});
+    nibbles.scale = nibbles.zero = tensor({1, 47});
+    EXPECT(says(refusal(nibbles), "an even O"));
+    StoredLinear elements({kHALF, kFLOAT, kHALF});
+    EXPECT(says(refusal(elements), "this W is of X's type"));
+    EXPECT(launches().order.empty());
+}
+
+// The decode kernel reads these before the kernel ahead of it has ended.
+void scalesAndZeroPointsMustBeConstant() {
+    for (const bool isScale : {true, false}) {
+        reset();
+        StoredLinear linear;
+        (isScale ? linear.scale : linear.zero).isConstant = false;
+        const std::string said = refusal(linear);
+        EXPECT(says(said, isScale ? "weight_scale must be" : "weight_zero_point must be"));
+        EXPECT(launches().order.empty());
+    }
+}
+
+void kernelsAreToldHowAWeightIsStored() {
+    char scale = 0;
+    char zero = 0;
+    const StoredConstants constants{{2, kO}, &scale, {2, kO}, &zero};
+    const auto stored = [&](StoredTypes types) {
+        return storedWeights("NMLinear", ElementType::kFLOAT16, types, {kK, kO}, constants);
+    };
+    const cuda::StoredWeights plain = stored({kINT8, kHALF, kINT8});
+    EXPECT(plain.type == cuda::WeightType::kINT8 && plain.groups == 2);
+    EXPECT(plain.scale == &scale && plain.scaleIsT);
+    EXPECT(plain.zeroPoint == &zero && !plain.zeroPointIsFloat);
+    const cuda::StoredWeights between = stored({kUINT4, kFLOAT, kFLOAT});
+    EXPECT(between.type == cuda::WeightType::kUINT4);
+    EXPECT(!between.scaleIsT && between.zeroPointIsFloat);
+}
+
 struct Prune {
     FakeTensor x{tensor({5, kK}, false)};
     FakeTensor scale{tensor({kK}, false)};
@@ -214,5 +302,9 @@ int main() {
     constantsOfTheSelectionMustBeConstant();
     anOrderMustBeAPermutation();
     pruneTakesScalesThatChange();
+    roundedActivationsAreRefusedBeforeTheFirstRun();
+    scalesAndZeroPointsMustFitW();
+    scalesAndZeroPointsMustBeConstant();
+    kernelsAreToldHowAWeightIsStored();
     return report("ops of the CUDA provider");
 }

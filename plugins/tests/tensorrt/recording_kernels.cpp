@@ -51,6 +51,19 @@ cudaError_t launchDecode(LinearArgs const& args, DeviceTraits const&, cudaStream
     return launches().next;
 }
 
+cudaError_t launchStored(LinearArgs const& args, TokenCorrections const&, DeviceTraits const&,
+                         cudaStream_t) {
+    launches().order.push_back("stored");
+    launches().decodes.push_back(args);
+    return launches().next;
+}
+
+cudaError_t launchWiden(WidenArgs const& args, cudaStream_t) {
+    launches().order.push_back("widen");
+    launches().tiles.push_back(args);
+    return launches().next;
+}
+
 struct DenseProduct::State {};
 DenseProduct::DenseProduct() = default;
 DenseProduct::~DenseProduct() = default;

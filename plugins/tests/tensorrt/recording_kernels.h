@@ -6,14 +6,17 @@
 
 #include "dense_product.h"
 #include "nm_cuda.h"
+#include "stored.h"
 
 namespace nmexport::test {
 
 struct Launches {
-    std::vector<std::string> order;  // "mask", "product", "epilogue", "decode", "prepare"
+    std::vector<std::string>
+        order;  // "mask", "product", "epilogue", "decode", "prepare", "stored", "widen"
     std::vector<cuda::MaskArgs> masks;
     std::vector<cuda::LinearArgs> decodes;
     std::vector<cuda::EpilogueArgs> epilogues;
+    std::vector<cuda::WidenArgs> tiles;
     std::vector<cuda::ProductShape> products;
     void* productResult{nullptr};
     void* productWorkspace{nullptr};

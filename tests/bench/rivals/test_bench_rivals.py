@@ -135,10 +135,22 @@ def test_sides_that_do_not_fit_together_run_one_by_one(
         dtype=torch.bfloat16,
         progress=Silent(),
     )
-    entries = (bench.ours.entry(engine, dense=True), bench.torch_compile.entry("int8", setting))
+    entries = (bench.ours.entry(engine, "dense"), bench.torch_compile.entry("int8", setting))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 1 << 40))
     assert bench._fit_together(entries, setting.shapes, OPTIONS) == together
     assert ("one after another" in caplog.text) == (not together)
+
+
+def test_the_dense_model_in_integers_takes_part_where_there_is_one(
+    work: WorkDirectory, tiny_export: Path
+) -> None:
+    folder = work.require("engine")
+    document = engine_document() | {"stored_model": "../../export/current/dense/model.onnx"}
+    (folder / "engine.json").write_text(json.dumps(document))
+    entries = bench.ours.entries(folder)
+    assert [entry.name for entry in entries] == [*NAMES[:2], "ours, dense in integers"]
+    assert [entry.is_dense for entry in entries] == [True, False, False]
+    assert entries[2].weight_bytes == (tiny_export / "dense" / "model.onnx.data").stat().st_size
 
 
 def test_the_command_prints_a_table_and_json(

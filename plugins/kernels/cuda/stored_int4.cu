@@ -1,0 +1,12 @@
+#include "stored_shapes.cuh"
+
+namespace nmexport::cuda {
+
+template cudaError_t launchStoredOf<__half, Storage::kINT4>(StoredArgs const&, DecodePlan const&,
+                                                            DeviceTraits const&, cudaStream_t);
+template cudaError_t launchStoredOf<__nv_bfloat16, Storage::kINT4>(StoredArgs const&,
+                                                                   DecodePlan const&,
+                                                                   DeviceTraits const&,
+                                                                   cudaStream_t);
+
+}  // namespace nmexport::cuda

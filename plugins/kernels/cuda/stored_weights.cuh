@@ -1,0 +1,216 @@
+// Stored weights in registers: from bytes of neighbouring rows to the operands of a tensor core's
+// product, and the scales and zero points of a group.
+#pragma once
+
+#include "device_primitives.cuh"
+#include "stored_dispatch.cuh"
+
+#include <cuda_fp8.h>
+
+#include <type_traits>
+
+namespace nmexport::cuda {
+
+//! Columns in 4 bytes of a row.
+template <Storage STORAGE>
+inline constexpr int kPER_WORD = STORAGE == Storage::kINT4 ? 8 : 4;
+
+//! a - b of two values of T in each word.
+template <typename T>
+__device__ __forceinline__ uint32_t subtractPairs(uint32_t a, uint32_t b) {
+    if constexpr (std::is_same_v<T, __half>) {
+        __half2 first, second;
+        memcpy(&first, &a, sizeof(a));
+        memcpy(&second, &b, sizeof(b));
+        first = __hsub2(first, second);
+        memcpy(&a, &first, sizeof(a));
+    } else {
+        __nv_bfloat162 first, second;
+        memcpy(&first, &a, sizeof(a));
+        memcpy(&second, &b, sizeof(b));
+        first = __hsub2(first, second);
+        memcpy(&a, &first, sizeof(a));
+    }
+    return a;
+}
+
+//! a / 16 - b of two halves in each word, rounded once.
+__device__ __forceinline__ uint32_t sixteenthLess(uint32_t a, uint32_t b) {
+    __half2 first, second;
+    memcpy(&first, &a, sizeof(a));
+    memcpy(&second, &b, sizeof(b));
+    first = __hfma2(first, __float2half2_rn(0.0625F), __hneg2(second));
+    memcpy(&a, &first, sizeof(a));
+    return a;
+}
+
+//! Turns the same columns of two neighbouring rows of an operand, a word of each, into a word of
+//! two T for every column, the first row's value low. Every stored value is exact in T.
+template <typename T, Storage STORAGE>
+class PairReader;
+
+//! A byte becomes the low bits of a float whose unit is 1: 1024 + b in float16. The 7 bits of a
+//! bfloat16 hold 128 + (b & 127); the sign bit, at the place of that float's exponent, makes what
+//! is subtracted 256 instead of 128.
+template <typename T>
+class PairReader<T, Storage::kINT8> {
+  public:
+    __device__ explicit PairReader(WeightType) {}
+
+    __device__ void read(uint32_t first, uint32_t second, uint32_t (&pairs)[4]) const {
+        uint32_t const low = __byte_perm(first, second, 0x5140);
+        uint32_t const high = __byte_perm(first, second, 0x7362);
+        pairs[0] = pairOf(low, 0x4140);
+        pairs[1] = pairOf(low, 0x4342);
+        pairs[2] = pairOf(high, 0x4140);
+        pairs[3] = pairOf(high, 0x4342);
+    }
+
+  private:
+    __device__ static uint32_t pairOf(uint32_t bytes, uint32_t selector) {
+        if constexpr (std::is_same_v<T, __half>) {
+            uint32_t const floats = __byte_perm(bytes ^ 0x80808080U, 0x64646464U, selector);
+            return subtractPairs<T>(floats, 0x64806480U);  // 1024 + 128
+        } else {
+            uint32_t const floats = __byte_perm(bytes, 0x43434343U, selector);
+            return subtractPairs<T>(floats & 0xff7fff7fU, floats & 0xff80ff80U);
+        }
+    }
+};
+
+//! The same with 4 bits; every second one of a float16 is taken where it lies, 16 times as large.
+template <typename T>
+class PairReader<T, Storage::kINT4> {
+  public:
+    __device__ explicit PairReader(WeightType type) {
+        // A signed value with its sign bit turned is 8 more than it was.
+        uint32_t const sign = type == WeightType::kINT4 ? 0x00080008U : 0U;
+        constexpr uint32_t kUNIT = IS_HALF ? 0x64006400U : 0x43004300U;  // 1024, 128
+        mFloats = kUNIT | sign;
+        mHighFloats = kUNIT | sign << 4;
+        mBias = kUNIT + sign;                                // 1032, 136
+        mHighBias = sign == 0U ? 0x54005400U : 0x54805480U;  // 64, 72
+    }
+
+    __device__ void read(uint32_t first, uint32_t second, uint32_t (&pairs)[8]) const {
+        uint32_t const low = __byte_perm(first, second, 0x5410);
+        uint32_t const high = __byte_perm(first, second, 0x7632);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            pairs[i] = pairOf(low, i);
+            pairs[4 + i] = pairOf(high, i);
+        }
+    }
+
+  private:
+    static constexpr bool IS_HALF = std::is_same_v<T, __half>;
+
+    __device__ uint32_t pairOf(uint32_t fours, int i) const {
+        if (IS_HALF && i % 2 == 1) {
+            uint32_t const floats = (fours >> 4 * (i - 1) & 0x00f000f0U) ^ mHighFloats;
+            return sixteenthLess(floats, mHighBias);
+        }
+        return subtractPairs<T>((fours >> 4 * i & 0x000f000fU) ^ mFloats, mBias);
+    }
+
+    uint32_t mFloats, mHighFloats;
+    uint32_t mBias, mHighBias;
+};
+
+//! The hardware's conversion where there is one.
+template <typename T>
+class PairReader<T, Storage::kFLOAT8> {
+  public:
+    __device__ explicit PairReader(WeightType) {}
+
+    __device__ void read(uint32_t first, uint32_t second, uint32_t (&pairs)[4]) const {
+        uint32_t const low = __byte_perm(first, second, 0x5140);
+        uint32_t const high = __byte_perm(first, second, 0x7362);
+        pairs[0] = pairOf(low & 0xffffU);
+        pairs[1] = pairOf(low >> 16);
+        pairs[2] = pairOf(high & 0xffffU);
+        pairs[3] = pairOf(high >> 16);
+    }
+
+  private:
+    __device__ static uint32_t pairOf(uint32_t two) {
+        __half2_raw const halves =
+            __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(two), __NV_E4M3);
+        if constexpr (std::is_same_v<T, __half>) {
+            return halves.x | static_cast<uint32_t>(halves.y) << 16;
+        } else {
+            float2 const both = __half22float2(__half2(halves));
+            return __byte_perm(__float_as_uint(both.x), __float_as_uint(both.y), 0x7632);
+        }
+    }
+};
+
+//! sums [16, 8] += a [16, 16] * b [16, 8] over a warp, float32 sums; lanes hold what PTX says of
+//! mma.m16n8k16.
+template <typename T>
+__device__ __forceinline__ void multiplyTiles(float (&sums)[4], uint32_t a0, uint32_t a1,
+                                              uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+    if constexpr (std::is_same_v<T, __half>) {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+            "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    } else {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+            "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    }
+}
+
+//! One stored value at `index` of its array.
+template <Storage STORAGE>
+__device__ __forceinline__ float storedValue(void const* array, int64_t index, bool isSigned) {
+    unsigned char const* const bytes = static_cast<unsigned char const*>(array);
+    if constexpr (STORAGE == Storage::kINT8) {
+        return static_cast<float>(static_cast<signed char>(__ldg(bytes + index)));
+    } else if constexpr (STORAGE == Storage::kINT4) {
+        int const four = __ldg(bytes + index / 2) >> (index % 2 == 0 ? 0 : 4) & 15;
+        return static_cast<float>(isSigned && four >= 8 ? four - 16 : four);
+    } else {
+        __half_raw const half = __nv_cvt_fp8_to_halfraw(__ldg(bytes + index), __NV_E4M3);
+        return __half2float(__half(half));
+    }
+}
+
+//! The scale of group g and output o at `index` g * O + o.
+template <typename T>
+__device__ __forceinline__ float scaleAt(StoredWeights const& stored, int64_t index) {
+    return stored.scaleIsT ? toFloat<T>(static_cast<T const*>(stored.scale)[index])
+                           : __ldg(static_cast<float const*>(stored.scale) + index);
+}
+
+//! The zero point at `index`; there is one.
+template <Storage STORAGE>
+__device__ __forceinline__ float zeroAt(StoredWeights const& stored, int64_t index) {
+    return stored.zeroPointIsFloat
+               ? __ldg(static_cast<float const*>(stored.zeroPoint) + index)
+               : storedValue<STORAGE>(stored.zeroPoint, index, stored.type == WeightType::kINT4);
+}
+
+//! Scales of four neighbouring outputs from `index`, a multiple of 4, of an array on 16 bytes.
+template <typename T>
+__device__ __forceinline__ float4 scalesAt(StoredWeights const& stored, int64_t index) {
+    if (!stored.scaleIsT) {
+        return __ldg(
+            reinterpret_cast<float4 const*>(static_cast<float const*>(stored.scale) + index));
+    }
+    uint2 const words =
+        __ldg(reinterpret_cast<uint2 const*>(static_cast<T const*>(stored.scale) + index));
+    return make_float4(toFloat<T>(wordHalf<T>(words.x)), toFloat<T>(wordHalf<T>(words.x >> 16)),
+                       toFloat<T>(wordHalf<T>(words.y)), toFloat<T>(wordHalf<T>(words.y >> 16)));
+}
+
+//! Zero points of four neighbouring outputs.
+template <Storage STORAGE>
+__device__ __forceinline__ float4 zerosAt(StoredWeights const& stored, int64_t index) {
+    return make_float4(zeroAt<STORAGE>(stored, index), zeroAt<STORAGE>(stored, index + 1),
+                       zeroAt<STORAGE>(stored, index + 2), zeroAt<STORAGE>(stored, index + 3));
+}
+
+}  // namespace nmexport::cuda

@@ -1,0 +1,22 @@
+// A W of integers or 8-bit floats as the CUDA kernels take it.
+#pragma once
+
+#include "custom_op.h"
+#include "nm_cuda.h"
+
+namespace nmexport {
+
+// Scales and zero points of one node, which are constants and lie on the device.
+struct StoredConstants {
+    Shape scales;                // [G, O]
+    const void* scale{nullptr};  // null where the node has none
+    Shape zeros;
+    const void* zero{nullptr};  // null where there are none
+};
+
+// Of a node whose X is of `type`; kT where W is too. Throws Fault where the shapes do not fit W, or
+// where W is of X's type and has scales.
+cuda::StoredWeights storedWeights(const char* op, ElementType type, const StoredTypes& types,
+                                  const Shape& w, const StoredConstants& constants);
+
+}  // namespace nmexport
