@@ -37,10 +37,11 @@ def imported(inputs: StageInputs) -> ImportedWeights | None:
     """Weights that came quantised; None where they are floats, or are to be rounded anew."""
     from nmexport.models.imported import imported_weights
 
-    section = inputs.recipe.model
+    section, device = inputs.recipe.model, _device(inputs)
     # What came in integers is dequantised where no kernel takes it.
-    keeps = section.weights == "auto" and _takes_integers(_device(inputs), section.dtype)
-    return imported_weights(inputs.source) if keeps else None
+    if section.weights != "auto" or not _takes_integers(device, section.dtype):
+        return None
+    return imported_weights(inputs.source, keeps_float8=device == "cuda")
 
 
 def around_integers(inputs: StageInputs, imported: ImportedWeights) -> StageInputs:
@@ -98,8 +99,12 @@ def dense_in_integers(inputs: StageInputs, dense: DenseModel) -> dict[str, Spars
 
 
 def _check_finite(tensors: Mapping[str, torch.Tensor], name: str, dtype: str) -> None:
+    import torch
+
     for kind, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
+        # 8-bit floats lack the test; they have no infinity.
+        values = tensor.float() if tensor.dtype == torch.float8_e4m3fn else tensor
+        if not bool(values.isfinite().all()):
             raise ModelError(
                 f"{kind} of {name} is not finite in {dtype} once folded.",
                 fix="use --dtype bfloat16 or float32"
