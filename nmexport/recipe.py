@@ -323,7 +323,8 @@ class ServingSection(_Strict):
     allow_failed: bool = False
     """Package although the report's verdict is `fail`."""
     slots: int | None = Field(default=None, ge=1)
-    """Requests that run at a time; None is 64 where they share steps, and 8 elsewhere."""
+    """Requests that run at a time; None is 64 where they share steps on a CPU, and 8 elsewhere. A
+    step on a GPU has as many rows, in use or not."""
     queue: int = Field(default=128, ge=0)
     """Requests that may wait for a slot, half of them in Triton's own queue; more get HTTP 503."""
     prefill_chunk: int | None = Field(default=None, ge=2)

@@ -25,7 +25,8 @@ from nmexport.generation.options import GenerationOptions
 from nmexport.generation.tokenizer import Tokenizer
 from nmexport.report.model import read_report
 from nmexport.runtimes.engine import read_engine
-from nmexport.runtimes.opening import open_on_onnxruntime
+from nmexport.runtimes.opening import open_for_serving
+from nmexport.runtimes.slots import SlotRoom
 from nmexport.serving import metrics as names
 from nmexport.serving.limits import Limits
 from nmexport.serving.scheduler import Scheduler
@@ -139,6 +140,7 @@ def bench_serve(
     loads: Sequence[Load],
     rounds: int = 5,
     seed: int = 0,
+    slots: int | None = None,
     through: Through | None = None,
     progress: Progress,
 ) -> dict[str, Any]:
@@ -149,6 +151,7 @@ def bench_serve(
         loads: What to ask.
         rounds: Counted rounds of each load and side; one more warms up.
         seed: Of the random prompts.
+        slots: Of a server on a GPU, whatever the load; None is the most clients.
         through: A server whose clients are a side, too.
         progress: Where to count.
 
@@ -169,9 +172,10 @@ def bench_serve(
         engine.model.parent, longest, options="--prompt-tokens and --output-tokens together"
     )
     tokenizer = Tokenizer(engine.model.parent)
+    room = SlotRoom(slots=slots or max(load.concurrency for load in loads), tokens=longest)
     with (
-        open_on_onnxruntime(folder, side="dense") as dense,
-        open_on_onnxruntime(folder) as sparse,
+        open_for_serving(folder, room, side="dense") as dense,
+        open_for_serving(folder, room) as sparse,
     ):
         sides = {
             "dense": _within(dense, tokenizer.decode),
@@ -288,8 +292,8 @@ def _round(
         limits=Limits(
             context_tokens=context,
             cache_bytes=session.cache_bytes(context) * load.concurrency,
-            slots=load.concurrency,
-            prefill_chunk=load.prefill_chunk,
+            slots=min(load.concurrency, session.limits.batch or load.concurrency),
+            prefill_chunk=session.chunk or load.prefill_chunk,
         ),
         metrics=timings,
     )

@@ -44,6 +44,11 @@ _server_option = click.option(
 @click.option("--output-tokens", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
 @click.option(
+    "--slots",
+    type=click.IntRange(1),
+    help="Slots of the server on a GPU, which are the rows of every step.  [default: most clients]",
+)
+@click.option(
     "--through-triton", is_flag=True, help="Also time the packaged model in a server, over HTTP."
 )
 @_server_option
@@ -58,6 +63,7 @@ def serve_command(
     prompt_tokens: int,
     output_tokens: int,
     rounds: int,
+    slots: int | None,
     through_triton: bool,
     server: Path | None,
 ) -> None:
@@ -81,7 +87,12 @@ def serve_command(
     ]
     with _through(work.root, server) if through_triton else contextlib.nullcontext() as through:
         outcome = bench_serve(
-            work.root, loads=loads, rounds=rounds, through=through, progress=progress()
+            work.root,
+            loads=loads,
+            rounds=rounds,
+            slots=slots,
+            through=through,
+            progress=progress(),
         )
     if wants_json(ctx):
         emit_json({"work": str(work.root), **outcome})

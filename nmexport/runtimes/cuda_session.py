@@ -23,8 +23,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-import onnxruntime
-from nmexport.errors import ArtifactError
+from nmexport.runtimes.cuda_model import (
+    CHOSEN,
+    LOGITS,
+    NO_GRAPH,
+    CudaModel,
+    open_engine_graph,
+)
 from nmexport.runtimes.device_cache import (
     Buffers,
     Device,
@@ -32,19 +37,9 @@ from nmexport.runtimes.device_cache import (
     DeviceCaches,
     Lease,
     is_bfloat16,
-    on_device,
 )
-from nmexport.runtimes.engine import REBUILD, read_engine
 from nmexport.runtimes.feeds import float32_from
-from nmexport.runtimes.native import device_visible, engine_library, require_library
-from nmexport.runtimes.onnxruntime_session import (
-    EXTERNAL_DATA_FOLDER,
-    NUMPY_TYPES,
-    ONNX_TYPES,
-    RUNTIME,
-    open_session,
-    session_options,
-)
+from nmexport.runtimes.onnxruntime_session import RUNTIME
 from nmexport.runtimes.session import Limits, Session
 from nmexport.timing import milliseconds
 
@@ -54,13 +49,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    import onnxruntime
     from nmexport.runtimes.engine import Side
 
-_LOGITS, _CHOSEN = "logits", "next_ids"
-_INT64 = 7
-"""As ONNX numbers element types."""
-_NO_GRAPH = "-1"
-_RECORDING_RUNS = 2
+RECORDING_RUNS = 2
 """Runs of a step after which it is recorded: one as any other, one that the recorder watches."""
 
 
@@ -113,34 +105,13 @@ class CudaSession(Session):
         device: Device = "cuda",
         library: Path | None = None,
     ) -> None:
-        """Take over an open session.
-
-        Args:
-            session: A model as `graph.cuda` rewrites it, opened with CUDA graphs enabled where the
-                device is `cuda`.
-            positions: Tokens of a sequence that its rotary tables cover.
-            device: `cpu` computes the same without a GPU, for tests.
-            library: The native library; None is the one that was built here.
-
-        Raises:
-            ArtifactError: if the graph was made by another version.
-            EnvironmentFault: if the device is `cuda` and the library is missing.
-        """
-        outputs = {value.name: value for value in session.get_outputs()}
-        if _CHOSEN not in outputs:
-            raise ArtifactError(
-                "The graph for CUDA was made by another version of nmexport.",
-                allowed=f"one with an output {_CHOSEN}",
-                fix=REBUILD,
-            )
-        self._library = library or (require_library() if device == "cuda" else None)
-        self._session: onnxruntime.InferenceSession | None = session
-        self._device = device
-        self.on_gpu = device == "cuda"
-        self._positions = positions
-        self._caches = DeviceCaches(session, positions=positions, device=device)
-        self._logits_type: str = outputs["logits"].type
-        self._vocabulary_size: int = outputs["logits"].shape[2]
+        """Take over an open session; arguments and faults as in `CudaModel`."""
+        model = CudaModel(session, positions=positions, device=device, library=library)
+        self._model = model
+        self.on_gpu = model.device == "cuda"
+        self._caches = DeviceCaches(
+            model.cache_tensors, positions=model.positions, device=model.device
+        )
         self._steps: weakref.WeakKeyDictionary[Buffers, _Step] = weakref.WeakKeyDictionary()
         self._graphs = 0
 
@@ -153,40 +124,26 @@ class CudaSession(Session):
             side: Which model.
 
         Raises:
-            ArtifactError: see `read_engine`, `engine_library`.
-            EnvironmentFault: if the native library is missing here, or CUDA does not work.
+            ArtifactError: see `open_engine_graph`.
+            EnvironmentFault: see the same.
         """
-        engine = read_engine(path)
-        cuda = engine.cuda
-        model, weights = None if cuda is None else cuda.of(side), engine.exported(side)
-        if cuda is None or model is None or weights is None:
-            raise ArtifactError(
-                f"{path} has no {side} graph for CUDA.",
-                fix="run `nmexport engine --force`",
-            )
-        library = engine_library(engine)
-        options = session_options(
-            library=library,
-            threads=engine.threads,
-            config={**engine.session_config, EXTERNAL_DATA_FOLDER: str(weights.parent)},
-        )
-        session = open_session(model.read_bytes(), options, "cuda", records_graphs=True)
-        return cls(session, positions=cuda.positions, library=library)
+        graph = open_engine_graph(path, side=side)
+        return cls(graph.session, positions=graph.positions, library=graph.library)
 
     @property
     def vocabulary_size(self) -> int:
         """Width of the logits."""
-        return self._vocabulary_size
+        return self._model.vocabulary_size
 
     @property
     def limits(self) -> Limits:
         """As many tokens as the rotary tables cover."""
-        return Limits(tokens=self._positions)
+        return Limits(tokens=self._model.positions)
 
     @property
     def cache_bytes_per_token(self) -> int:
         """Bytes that one token of one sequence takes in a cache."""
-        return self._caches.bytes_per_token
+        return self._model.bytes_per_token
 
     def keep(self, cache: DeviceCache) -> DeviceCache:
         """See `Session`; what is full is moved now, and not by each run that goes on from it."""
@@ -238,7 +195,7 @@ class CudaSession(Session):
         if input_ids.shape[1] == 1:
             chosen = self._decode(room, input_ids).chosen.copy()  # the next step overwrites it
         else:
-            chosen = self._prompt(room, input_ids, _CHOSEN, last_only=True)
+            chosen = self._prompt(room, input_ids, CHOSEN, last_only=True)
         return chosen[:, -1], room.extended()
 
     def queued_step_ms(
@@ -249,15 +206,15 @@ class CudaSession(Session):
 
         def run() -> None:
             for _ in range(times - 1):
-                self._open.run_with_iobinding(step.binding, step.queueing)
+                self._model.session.run_with_iobinding(step.binding, step.queueing)
             # Waits for itself and for all before it in the stream.
-            self._open.run_with_iobinding(step.binding, step.options)
+            self._model.session.run_with_iobinding(step.binding, step.options)
 
         return milliseconds(run) / times
 
     def _recorded(self, cache: DeviceCache, input_ids: NDArray[np.int64]) -> _Step:
         """A step on a cache, its inputs in place, that the runtime replays from now on."""
-        for _ in range(_RECORDING_RUNS):
+        for _ in range(RECORDING_RUNS):
             buffers = self.next_tokens(cache, input_ids)[1].lease.buffers
         return self._steps[buffers]
 
@@ -266,7 +223,7 @@ class CudaSession(Session):
         self.cache = None
         self._caches.clear()
         self._steps.clear()
-        self._session = None
+        self._model.close()
 
     def _run(
         self,
@@ -280,11 +237,11 @@ class CudaSession(Session):
         room = self._room(cache, ids, counts)
         if ids.shape[1] == 1:
             logits: NDArray[Any] = self._decode(room, ids).logits.numpy()
-            if self._device == "cpu":
+            if self._model.device == "cpu":
                 logits = logits.copy()  # that was a view of what the next step overwrites
         else:
-            logits = self._prompt(room, ids, _LOGITS, last_only=last_only)
-        widened = float32_from(logits, is_bfloat16=is_bfloat16(self._logits_type))
+            logits = self._prompt(room, ids, LOGITS, last_only=last_only)
+        widened = float32_from(logits, is_bfloat16=is_bfloat16(self._model.logits_type))
         return widened, room.extended()
 
     def _room(
@@ -304,89 +261,49 @@ class CudaSession(Session):
             step = self._steps[buffers] = self._bind_step(buffers)
         step.ids[...] = ids
         step.last.update_inplace(room.lengths - 1)
-        self._open.run_with_iobinding(step.binding, step.options)
+        self._model.session.run_with_iobinding(step.binding, step.options)
         return step
 
     def _bind_step(self, buffers: Buffers) -> _Step:
         """Bind a decode step to buffers for good; the runtime records it in its first runs."""
-        shape = [buffers.batch, 1, self.vocabulary_size]
+        model, batch = self._model, buffers.batch
         self._graphs += 1
         step = _Step(
-            binding=self._open.io_binding(),
-            options=self._options(str(self._graphs)),
-            queueing=self._options(str(self._graphs), waits=False),
-            ids=self._visible(buffers.batch, 1),
-            last=self._on_device(np.zeros(buffers.batch, np.int32)),
-            chosen=self._visible(buffers.batch, 1),
-            places=self._on_device(np.zeros(1, np.int64)),
-            logits=self._on_device(np.zeros(shape, NUMPY_TYPES[self._logits_type])),
+            binding=model.session.io_binding(),
+            options=model.options(str(self._graphs)),
+            queueing=model.options(str(self._graphs), waits=False),
+            ids=model.visible(batch, 1),
+            last=model.on_device(np.zeros(batch, np.int32)),
+            chosen=model.visible(batch, 1),
+            places=model.on_device(np.zeros(1, np.int64)),
+            logits=model.on_device(np.zeros((batch, 1, model.vocabulary_size), model.logits_dtype)),
         )
         # The graph is replayed at every length up to the capacity, so that is the bound it gets.
         self._bind(step.binding, buffers, buffers.capacity)
-        step.binding.bind_input("input_ids", *self._place(step.ids))
+        step.binding.bind_input("input_ids", *model.place(step.ids))
         step.binding.bind_ortvalue_input("last_positions", step.last)
         step.binding.bind_ortvalue_input("logits_at", step.places)
-        step.binding.bind_output(_CHOSEN, *self._place(step.chosen))
-        kind = ONNX_TYPES[self._logits_type]
-        step.binding.bind_output(_LOGITS, self._device, 0, kind, shape, step.logits.data_ptr())
+        step.binding.bind_output(CHOSEN, *model.place(step.chosen))
+        model.bind_logits(step.binding, step.logits)
         return step
 
     def _prompt(
         self, room: _Room, ids: NDArray[np.int64], output: str, *, last_only: bool
     ) -> NDArray[Any]:
         """Run more than one token, and return an output for each of them, or for the last."""
-        length = ids.shape[1]
-        binding = self._open.io_binding()
+        length, model = ids.shape[1], self._model
+        binding = model.session.io_binding()
         self._bind(binding, room.lease.buffers, int(room.lengths.max()))
         places = np.arange(length - 1 if last_only else 0, length, dtype=np.int64)
         given = {"input_ids": ids, "last_positions": room.lengths - 1, "logits_at": places}
         for name, array in given.items():
-            binding.bind_ortvalue_input(name, self._on_device(np.ascontiguousarray(array)))
-        if output == _CHOSEN:
-            values: NDArray[Any] = np.empty((len(ids), len(places)), np.int64)
-            kind = _INT64
-        else:
-            shape = (len(ids), len(places), self.vocabulary_size)
-            values = np.empty(shape, NUMPY_TYPES[self._logits_type])
-            kind = ONNX_TYPES[self._logits_type]
-        binding.bind_output(output, "cpu", 0, kind, list(values.shape), values.ctypes.data)
-        self._open.run_with_iobinding(binding, self._options(_NO_GRAPH))
+            binding.bind_ortvalue_input(name, model.on_device(np.ascontiguousarray(array)))
+        values = model.bind_host_output(binding, output, (len(ids), len(places)))
+        model.session.run_with_iobinding(binding, model.options(NO_GRAPH))
         return values
-
-    def _options(self, graph: str, *, waits: bool = True) -> Any:
-        options = onnxruntime.RunOptions()
-        if self._device == "cuda":
-            options.add_run_config_entry("gpu_graph_id", graph)
-            if not waits:
-                options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        return options
 
     def _bind(self, binding: Any, buffers: Buffers, bound: int) -> None:
         """Bind the caches; `bound` is no less than the longest sequence."""
-        # On the host: the runtime reads it when it launches, or records.
-        total = onnxruntime.OrtValue.ortvalue_from_numpy(np.array(bound, np.int32))
-        binding.bind_ortvalue_input("total_sequence_length", total)
-        for slot, value in zip(self._caches.slots, buffers.values, strict=True):
-            # By address: a buffer of bfloat16 is one of 16-bit integers to NumPy and OrtValue.
-            place = (self._device, 0, ONNX_TYPES[slot.type], value.shape(), value.data_ptr())
-            binding.bind_input(slot.past, *place)
-            binding.bind_output(slot.present, *place)
-
-    def _visible(self, *shape: int) -> NDArray[np.int64]:
-        """Zeros of the host at an address that the device knows too."""
-        if self._library is None or self._device == "cpu":
-            return np.zeros(shape, np.int64)
-        return device_visible(self._library, shape, np.dtype(np.int64))
-
-    def _place(self, array: NDArray[np.int64]) -> tuple[Any, ...]:
-        """What binds such an array as if it lay on the device."""
-        return self._device, 0, _INT64, list(array.shape), array.ctypes.data
-
-    @property
-    def _open(self) -> onnxruntime.InferenceSession:
-        if self._session is None:
-            raise RuntimeError("the session is closed")
-        return self._session
-
-    def _on_device(self, array: NDArray[Any]) -> Any:
-        return on_device(array, self._device)
+        self._model.bind_bound(binding, bound)
+        places = ((value.shape(), value.data_ptr()) for value in buffers.values)
+        self._model.bind_caches(binding, places)

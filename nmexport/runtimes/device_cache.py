@@ -19,7 +19,7 @@ from nmexport.runtimes.feeds import float32_from
 from nmexport.runtimes.onnxruntime_session import NUMPY_TYPES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -62,7 +62,7 @@ class DeviceCache:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Slot:
+class CacheTensor:
     """One past input, and the present output that is bound to the same memory."""
 
     past: str
@@ -70,6 +70,12 @@ class Slot:
     heads: int
     head_dim: int
     type: str
+    """The runtime's name of the element type."""
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that one token of one sequence takes."""
+        return self.heads * self.head_dim * NUMPY_TYPES[self.type].itemsize
 
 
 @dataclass
@@ -89,35 +95,25 @@ class _Pool:
 class DeviceCaches:
     """All buffers of one session."""
 
-    def __init__(
-        self, session: onnxruntime.InferenceSession, *, positions: int, device: Device
-    ) -> None:
+    def __init__(self, tensors: Sequence[CacheTensor], *, positions: int, device: Device) -> None:
         """Make none yet.
 
         Args:
-            session: Its inputs `past_key_values.{i}.key` and `.value` `[B, H, capacity, D]` say
-                what a cache is made of.
+            tensors: What a cache is made of.
             positions: Tokens that a sequence may have.
             device: Where buffers lie.
         """
-        self.slots = _slots_of(session)
+        self._tensors = tensors
         self._positions = positions
         self._device = device
         self._pool = _Pool()
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes that one token of one sequence takes."""
-        return sum(
-            slot.heads * slot.head_dim * NUMPY_TYPES[slot.type].itemsize for slot in self.slots
-        )
-
     def values(self, cache: DeviceCache) -> Iterator[tuple[str, NDArray[np.float32]]]:
         """Yield what a cache holds, by the names of the outputs, `[B, H, length, D]`."""
         length = int(cache.lengths.max())
-        for slot, value in zip(self.slots, cache.lease.buffers.values, strict=True):
+        for tensor, value in zip(self._tensors, cache.lease.buffers.values, strict=True):
             elements = value.numpy()[:, :, :length]
-            yield slot.present, float32_from(elements, is_bfloat16=is_bfloat16(slot.type))
+            yield tensor.present, float32_from(elements, is_bfloat16=is_bfloat16(tensor.type))
 
     def kept(self, cache: DeviceCache) -> DeviceCache:
         """Move what is full now, and not in each run that goes on from it."""
@@ -165,13 +161,8 @@ class DeviceCaches:
         waiting = self._pool.take(batch, capacity)
         if waiting is not None:
             return waiting
-        # Zeros, since what an attention kernel reads behind the end must at least be finite.
-        shapes = [(slot, (batch, slot.heads, capacity, slot.head_dim)) for slot in self.slots]
-        values = [
-            on_device(np.zeros(shape, NUMPY_TYPES[slot.type]), self._device)
-            for slot, shape in shapes
-        ]
-        return Buffers(batch, capacity, tuple(values))
+        values = zero_buffers(self._tensors, batch, capacity, self._device)
+        return Buffers(batch, capacity, values)
 
     def _lease(self, buffers: Buffers) -> Lease:
         """Lend buffers until the last cache that uses them is dropped."""
@@ -197,9 +188,26 @@ def _capacity_for(length: int) -> int:
     return capacity
 
 
-def _slots_of(session: onnxruntime.InferenceSession) -> tuple[Slot, ...]:
+def zero_buffers(
+    tensors: Sequence[CacheTensor], batch: int, capacity: int, device: Device
+) -> tuple[Any, ...]:
+    """Make one OrtValue `[B, H, capacity, D]` for each tensor of a cache.
+
+    Zeros, since what an attention kernel reads behind the end must at least be finite.
+    """
     return tuple(
-        Slot(
+        on_device(
+            np.zeros((batch, tensor.heads, capacity, tensor.head_dim), NUMPY_TYPES[tensor.type]),
+            device,
+        )
+        for tensor in tensors
+    )
+
+
+def cache_tensors(session: onnxruntime.InferenceSession) -> tuple[CacheTensor, ...]:
+    """Tell by its inputs `past_key_values.{i}.key` and `.value` what a session's caches hold."""
+    return tuple(
+        CacheTensor(
             past=value.name,
             present=value.name.replace("past_key_values.", "present.", 1),
             heads=value.shape[1],

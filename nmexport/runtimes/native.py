@@ -8,6 +8,7 @@ import json
 import math
 import sys
 import weakref
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -192,6 +193,31 @@ def device_visible(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> 
     return array
 
 
+def wait_for_device(path: Path) -> None:
+    """Wait until the GPU has done everything that was started; other threads go on meanwhile.
+
+    Args:
+        path: The library, with CUDA kernels.
+
+    Raises:
+        RuntimeError: if something of it failed.
+    """
+    code = _load(path).nmexport_cuda_wait()
+    if code:
+        raise RuntimeError(f"the GPU failed: CUDA error {code}")
+
+
+def free_device_memory(path: Path) -> int:
+    """Bytes of the GPU's memory that nobody uses; 0 where the driver does not say.
+
+    Args:
+        path: The library, with CUDA kernels.
+    """
+    library = _load(path)
+    library.nmexport_cuda_free_memory.restype = ctypes.c_size_t
+    return int(library.nmexport_cuda_free_memory())
+
+
 def use_variant(path: Path, name: str) -> bool:
     """Make this process use an instruction-set variant; False where the CPU lacks it.
 
@@ -213,6 +239,7 @@ def read_memory(path: Path, address: int, size: int) -> int:
     return int(library.nmexport_read(address, size))
 
 
+@cache
 def _load(path: Path) -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from nmexport.runtimes.engine import Side
     from nmexport.runtimes.session import Session
+    from nmexport.runtimes.slots import SlotRoom
 
 
 def open_session(engine: Path, *, side: Side = "sparse", elsewhere: bool = False) -> Session:
@@ -60,6 +61,35 @@ def open_on_onnxruntime(engine: Path, *, side: Side = "sparse", elsewhere: bool 
     if provider == "cpu" and description.shared_step is not None:
         return StepSession.from_engine(engine, side=side)
     return OrtSession.from_engine(engine, side=side, elsewhere=elsewhere)
+
+
+def open_for_serving(
+    engine: Path, room: SlotRoom, *, side: Side = "sparse", elsewhere: bool = False
+) -> Session:
+    """Open a built engine's ONNX files on ONNX Runtime, for many sequences at a time.
+
+    Args:
+        engine: `engine.json`, or the folder that holds it.
+        room: Slots of a session that has a fixed number of them; other sessions take any number of
+            sequences of any length.
+        side: Which model.
+        elsewhere: Compute on the CPU where this ONNX Runtime has no CUDA provider.
+
+    Raises:
+        ArtifactError: if the engine cannot be read or opened.
+        EnvironmentFault: if this machine cannot run it.
+        RequestError: if the slots do not fit into the device's memory.
+    """
+    from nmexport.runtimes.onnxruntime_session import provider_here
+    from nmexport.runtimes.slot_session import SlotSession
+
+    description = read_engine(engine)
+    if description.exported(side) is None:
+        raise _lacks(engine, side)
+    provider = provider_here(description.provider) if elsewhere else description.provider
+    if provider == "cuda" and description.cuda is not None:
+        return SlotSession.from_engine(engine, room, side=side)
+    return open_on_onnxruntime(engine, side=side, elsewhere=elsewhere)
 
 
 def _lacks(engine: Path, side: Side) -> ArtifactError:

@@ -50,6 +50,22 @@ class Work(NamedTuple):
     """A cache of this sequence alone; None begins it."""
     tokens: NDArray[np.int64]
     """Tokens `[S]` that go on from it, at least one."""
+    needs_logits: bool = True
+    """False where the likeliest next token is all that is wanted, or the cache."""
+    goes_on: bool = False
+    """The likeliest next token is this sequence's part of the next step, if nothing ends it. Some
+    sessions begin with it at once; no result depends on it."""
+
+
+class Stepped(NamedTuple):
+    """What a step gives for one sequence."""
+
+    logits: NDArray[np.float32] | None
+    """Of its last token, `[V]`; they may be None where they were not needed."""
+    cache: Any
+    """Its cache with the tokens in it."""
+    token: int
+    """The likeliest next token: the first of equals, and of NaNs the first."""
 
 
 class Session(Closing):
@@ -62,7 +78,10 @@ class Session(Closing):
     exposes_cache: bool = False
     """`keep`, `resume`, `cache_values` and `cache_bytes_per_token` work here."""
     shares_steps: bool = False
-    """`step` computes all sequences in one run, each with the bits that it has alone."""
+    """`step` computes all sequences together, each with the bits that it has alone."""
+    chunk: int | None = None
+    """Prompts must be cut at multiples of so many tokens from their beginning, and nowhere else:
+    see `chunks.chunk_end`. None: any cut gives the same bits."""
     runtime: str = ""
     """Name and version of the runtime."""
     on_gpu: bool = False
@@ -128,20 +147,23 @@ class Session(Closing):
         logits, extended = self.extend_last(cache, input_ids)
         return logits[:, -1].argmax(axis=-1), extended
 
-    def step(self, work: Sequence[Work]) -> list[tuple[NDArray[np.float32], Any]]:
+    def step(self, work: Sequence[Work]) -> list[Stepped]:
         """Run the next tokens of several sequences.
 
         Args:
             work: Sequences of any lengths, cached and new, in any order.
 
         Returns:
-            For each, the logits `[V]` of its last token, and its cache with the tokens in it. Bit
-            for bit what `extend_last` returns for it alone.
+            A result for each: bit for bit what `extend_last` gives for it alone.
         """
         results = []
-        for cache, tokens in work:
-            logits, extended = self.extend_last(cache, tokens[None])
-            results.append((logits[0, -1], extended))
+        for one in work:
+            if one.needs_logits:
+                rows, extended = self.extend_last(one.cache, one.tokens[None])
+                results.append(Stepped(rows[0, -1], extended, int(rows[0, -1].argmax())))
+            else:
+                tokens, extended = self.next_tokens(one.cache, one.tokens[None])
+                results.append(Stepped(None, extended, int(tokens[0])))
         return results
 
     def queued_step_ms(self, cache: Any, input_ids: NDArray[np.int64], times: int) -> float | None:

@@ -26,7 +26,7 @@ from nmexport.runtimes.onnxruntime_session import (
     session_options,
 )
 from nmexport.runtimes.paged_cache import PAGE, PagedSequence, PagePool, beginning
-from nmexport.runtimes.session import Limits, Session, Work
+from nmexport.runtimes.session import Limits, Session, Stepped, Work
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -195,13 +195,15 @@ class StepSession(Session):
         logits, extended = self._run(_sequences(cache, rows), rows, last_only=True)
         return logits[:, None], PagedCache(sequences=extended)
 
-    def step(self, work: Sequence[Work]) -> list[tuple[NDArray[np.float32], Any]]:
+    def step(self, work: Sequence[Work]) -> list[Stepped]:
         """See `Session`; all in one run."""
         befores = [None if one.cache is None else one.cache.sequences[0] for one in work]
         rows = [np.asarray(one.tokens, np.int64) for one in work]
         logits, extended = self._run(befores, rows, last_only=True)
-        caches = (PagedCache(sequences=(sequence,)) for sequence in extended)
-        return list(zip(logits, caches, strict=True))
+        return [
+            Stepped(row, PagedCache(sequences=(sequence,)), int(row.argmax()))
+            for row, sequence in zip(logits, extended, strict=True)
+        ]
 
     def close(self) -> None:
         """Free the model and its cache."""

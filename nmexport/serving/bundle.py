@@ -157,7 +157,7 @@ def write_bundle(
 
 def first_logits(session: Session, prompts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
     """Logits `[R, V]` after each of R prompts."""
-    rows = [session.extend(None, np.asarray([tokens], np.int64))[0][0, -1] for tokens in prompts]
+    rows = [session.extend_last(None, np.asarray([one], np.int64))[0][0, -1] for one in prompts]
     return np.stack(rows)
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nmexport.errors import RequestError
+from nmexport.runtimes.chunks import LEAST_CHUNK
 
 SHARED_STEPS = {"slots": 64, "prefill_chunk": 256}
 """Limits where the session shares steps, and more requests cost little more."""
-LEAST_CHUNK = 2
-"""Tokens of a prompt that a step takes at least, but for the last: see `request.chunk_end`."""
 _LEAST = {"queue": 0, "prefill_chunk": LEAST_CHUNK, "slowdown_percent": 0}
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from nmexport.serving.limits import LEAST_CHUNK
+from nmexport.runtimes.chunks import LEAST_CHUNK, chunk_end
+from nmexport.runtimes.session import Work
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -107,6 +108,17 @@ class Request:
     def is_decoding(self) -> bool:
         return self.prefilled == self.prompt_tokens
 
+    def work(self, tokens: NDArray[np.int64]) -> Work:
+        """Its part of a step, as the session takes it."""
+        draws = self.is_decoding or self.prefilled + len(tokens) == self.prompt_tokens
+        is_greedy = self.sampler.is_greedy
+        return Work(
+            self.cache,
+            tokens,
+            needs_logits=draws and (not is_greedy or self.likeliest is not None),
+            goes_on=draws and is_greedy and self.produced + 1 < self.max_tokens,
+        )
+
     @property
     def known(self) -> NDArray[np.int64]:
         """The tokens `[S]` that its cache holds."""
@@ -139,13 +151,3 @@ class Request:
     @property
     def usage(self) -> Usage:
         return Usage(prompt_tokens=self.prompt_tokens, completion_tokens=self.produced)
-
-
-def chunk_end(start: int, total: int, chunk: int) -> int:
-    """Return the end of the prompt chunk that begins at `start`.
-
-    No chunk but a whole prompt is one token long: models whose decode is another computation than
-    their prefill tell the two apart by that, and a prompt's last token belongs to prefill.
-    """
-    end = min(start + chunk, total)
-    return total if total - end == 1 else end

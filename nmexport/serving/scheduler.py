@@ -7,8 +7,8 @@ what steps take: a long prompt lengthens the others' steps by a bounded share, n
 Whatever a step holds, each request gets the bits that it would have alone: `Session.step` promises
 it. Nothing is padded into a batch, since the runtime's attention would sum over padding too; a mask
 near a tie flips then, and logits move as far as `test_padding_moves_logits` says. Chunks of a
-prompt give the same bits as the whole prompt, and so does a beginning that another request has
-computed.
+prompt give the same bits as the whole prompt, or the session says where to cut (`Session.chunk`):
+no step has a say in it then. A beginning that another request has computed has the same bits, too.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from nmexport.generation.sampler import Sampler
 from nmexport.generation.stopping import StopFilter
 from nmexport.generation.text_stream import TextStream
 from nmexport.generation.token_scores import score_token
-from nmexport.runtimes.session import Work
 from nmexport.serving import metrics as names
 from nmexport.serving.metrics import Harmless, Metrics, NoMetrics
 from nmexport.serving.pace import Pace
 from nmexport.serving.prefixes import Prefixes
 from nmexport.serving.request import FinishReason, Outcome, Request
+from nmexport.serving.sharing import PromptSharing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -40,24 +40,18 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from nmexport.generation.options import GenerationOptions
-    from nmexport.runtimes.session import Session
+    from nmexport.runtimes.session import Session, Stepped
     from nmexport.serving.limits import Limits
     from nmexport.serving.request import Sink
+    from nmexport.serving.sharing import Part
 
 DEFAULT_MAX_TOKENS = 256
 SHUTTING_DOWN = "the server is shutting down"
 _SEE_LOG = "the server's log says why"
 _PREFIX_SHARE = 0.25
 """Of the memory for caches: what beginnings of earlier requests may keep."""
-_FAIR_CHUNK = 16
-"""Tokens of a prompt below which it is not shared out: the oldest comes first."""
 _SWEEP_SECONDS = 0.25
 """How often waiting requests are asked whether their client is still there."""
-
-
-_Part = tuple[Request, "NDArray[np.int64]"]
-"""A request, and its tokens `[S]` in a step."""
-_NONE = np.zeros(0, np.int64)
 
 
 class Scheduler:
@@ -82,14 +76,27 @@ class Scheduler:
             limits: How much to take on.
             default_max_tokens: For requests that do not say.
             metrics: Where measurements go.
+
+        Raises:
+            RequestError: if the session holds fewer sequences than there are slots.
         """
+        rows = session.limits.batch if session.shares_steps else None
+        if rows is not None and limits.slots > rows:
+            raise RequestError(
+                f"The limit slots is {limits.slots}.", allowed=f"{rows}, the session's own"
+            )
         self._session = session
         self._decode = decode
         self._ends = end_tokens
         self.limits = limits
         self._default_max_tokens = default_max_tokens
         self._metrics: Metrics = Harmless(metrics or NoMetrics())
-        self._pace = Pace(most=limits.prefill_chunk, slowdown_percent=limits.slowdown_percent)
+        self._pace = Pace(
+            most=limits.prefill_chunk,
+            slowdown_percent=limits.slowdown_percent,
+            is_fixed=rows is not None,
+        )
+        self._sharing = PromptSharing(session.chunk)
         self._prefixes = Prefixes(session, int(limits.cache_bytes * _PREFIX_SHARE))
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
@@ -262,19 +269,13 @@ class Scheduler:
         self._run(work)
         self._pace.observe(time.monotonic() - began, decoding=decoding, prompt_tokens=prompts)
 
-    def _share_out(self) -> list[_Part]:
+    def _share_out(self) -> list[Part]:
         """What each request does in the next step: a token, or a share of the prompts' room."""
         decoding = [request for request in self._running if request.is_decoding]
         beginning = [request for request in self._running if not request.is_decoding]
         parts = [(request, request.next_tokens(1)) for request in decoding]
         room = self._pace.budget(decoding=len(decoding))
-        fair = max(room // max(len(beginning), 1), _FAIR_CHUNK)
-        for request in beginning:
-            tokens = request.next_tokens(min(fair, room)) if room > 0 else _NONE
-            if len(tokens):
-                parts.append((request, tokens))
-                room -= len(tokens)
-        return parts
+        return parts + self._sharing.parts(beginning, room, holds_up=bool(decoding))
 
     def _begin(self, request: Request) -> None:
         """Make room for a request that was let in, and begin it with what is computed of it."""
@@ -283,10 +284,10 @@ class Scheduler:
             self._metrics.add(names.REUSED_TOKENS, request.prefilled)
         self._prefixes.shrink(self.limits.cache_bytes - self._reserved)
 
-    def _run(self, parts: list[_Part]) -> None:
+    def _run(self, parts: list[Part]) -> None:
         """Run a step. One that fails is run again request by request: it ends the faulty alone."""
         try:
-            results = self._session.step([Work(one.cache, tokens) for one, tokens in parts])
+            results = self._session.step([request.work(tokens) for request, tokens in parts])
         except Exception:
             if len(parts) == 1:
                 logging.getLogger(__name__).exception("a request failed")
@@ -295,27 +296,25 @@ class Scheduler:
                 for part in parts:
                     self._run([part])
             return
-        for (request, tokens), (logits, cache) in zip(parts, results, strict=True):
-            request.cache = cache
+        for (request, tokens), result in zip(parts, results, strict=True):
+            request.cache = result.cache
             try:
-                self._take(request, tokens, logits)
+                self._take(request, tokens, result)
             except Exception:
                 logging.getLogger(__name__).exception("a request failed")
                 self._fail(request, f"the model failed on this request; {_SEE_LOG}")
 
-    def _take(
-        self, request: Request, tokens: NDArray[np.int64], logits: NDArray[np.float32]
-    ) -> None:
-        """Take a request's result of a step: the logits `[V]` after its tokens."""
+    def _take(self, request: Request, tokens: NDArray[np.int64], result: Stepped) -> None:
+        """Take a request's result of a step."""
         if request.is_decoding:
             request.answer.append(request.last_token)
-            self._accept(request, logits)
+            self._accept(request, result)
             return
         request.prefilled += len(tokens)
         self._metrics.add(names.PROMPT_TOKENS, len(tokens))
         if request.prefilled == request.prompt_tokens:
             self._prefixes.keep(request.prompt[0], request.cache)
-            self._accept(request, logits)
+            self._accept(request, result)
 
     def _drop_cancelled(self) -> None:
         for request in list(self._running):
@@ -354,9 +353,10 @@ class Scheduler:
                 self._metrics.observe(names.QUEUE_TIME, (now - request.arrived) * 1e3)
         self._show()
 
-    def _accept(self, request: Request, logits: NDArray[np.float32]) -> None:
-        """Draw a request's next token from logits `[V]`, and return the text it completes."""
-        token = request.sampler(logits)
+    def _accept(self, request: Request, result: Stepped) -> None:
+        """Draw a request's next token, and return the text it completes."""
+        logits = result.logits
+        token = result.token if logits is None else request.sampler(logits)
         now = time.monotonic()
         if request.last_token < 0:
             self._metrics.observe(names.FIRST_WAIT, (now - request.arrived) * 1e3)
@@ -368,7 +368,7 @@ class Scheduler:
             return
         request.produced += 1
         self._metrics.add(names.GENERATED_TOKENS)
-        if request.likeliest is not None:
+        if request.likeliest is not None and logits is not None:
             request.scores.append(
                 score_token(logits, token, likeliest=request.likeliest, offset=request.decoded)
             )

@@ -12,8 +12,9 @@ from nmexport.errors import RequestError
 from nmexport.generation.chat import messages_from
 from nmexport.generation.options import options_from
 from nmexport.generation.tokenizer import Tokenizer
-from nmexport.runtimes.opening import open_on_onnxruntime
+from nmexport.runtimes.opening import open_for_serving
 from nmexport.runtimes.session import Closing
+from nmexport.runtimes.slots import CHUNK, SLOTS, SlotRoom
 from nmexport.serving import bundle as bundles
 from nmexport.serving.limits import SHARED_STEPS, Limits
 from nmexport.serving.scheduler import DEFAULT_MAX_TOKENS, Scheduler
@@ -122,27 +123,22 @@ class TextService(Closing):
         bundle = bundles.read_bundle(folder)
         bundle.check_files()
         tokenizer = Tokenizer(folder)
-        session = open_on_onnxruntime(folder, elsewhere=True)
+        numbers = numbers_from(settings)
+        session = open_for_serving(
+            folder, slots_wanted(numbers, bundle.context_tokens), elsewhere=True
+        )
         difference = bundles.smoke_check(session, bundle)
         logging.getLogger(__name__).info(
             "%s at %s: reference logits differ by %.2g", bundle.model, bundle.pattern, difference
         )
-        numbers = numbers_from(settings)
-        default_max_tokens = numbers.pop("default_max_tokens", DEFAULT_MAX_TOKENS)
-        numbers["context_tokens"] = min(
-            numbers.get("context_tokens", bundle.context_tokens), bundle.context_tokens
-        )
-        for name, number in (SHARED_STEPS if session.shares_steps else {}).items():
-            numbers.setdefault(name, number)
         if "queue" in numbers:
             numbers["queue"] = max(0, numbers["queue"] - queued_outside)
-        numbers.setdefault("cache_bytes", int(free_memory() * _MEMORY_SHARE))
         return cls(
             session,
             tokenizer,
             bundle,
-            limits=Limits(**numbers),
-            default_max_tokens=default_max_tokens,
+            limits=limits_for(session, numbers, bundle.context_tokens),
+            default_max_tokens=numbers.get("default_max_tokens", DEFAULT_MAX_TOKENS),
             metrics=metrics,
             drain_seconds=drain_seconds,
         )
@@ -223,6 +219,36 @@ class TextService(Closing):
         self._abort.cancel()
         self._abort.join()
         self._session.close()
+
+
+def slots_wanted(numbers: Mapping[str, int], context_tokens: int) -> SlotRoom:
+    """Slots that a server's settings ask for, of a model with such a context."""
+    return SlotRoom(
+        slots=numbers.get("slots", SLOTS),
+        tokens=min(numbers.get("context_tokens", context_tokens), context_tokens),
+        may_shrink="context_tokens" not in numbers,
+        chunk=numbers.get("prefill_chunk", CHUNK),
+        cache_bytes=numbers.get("cache_bytes"),
+    )
+
+
+def limits_for(session: Session, numbers: Mapping[str, int], context_tokens: int) -> Limits:
+    """Limits of a server: its settings, and for the others what suits the session.
+
+    Raises:
+        RequestError: if a setting makes no sense.
+    """
+    chosen = dict(SHARED_STEPS) if session.shares_steps else {}
+    chosen.update(numbers)
+    chosen.pop("default_max_tokens", None)
+    tokens = (numbers.get("context_tokens"), context_tokens, session.limits.tokens)
+    chosen["context_tokens"] = min(size for size in tokens if size is not None)
+    slots = session.limits.batch
+    if session.shares_steps and slots is not None:  # opened for these settings
+        chosen["slots"] = slots
+        chosen["cache_bytes"] = slots * session.cache_bytes(chosen["context_tokens"])
+    chosen.setdefault("cache_bytes", int(free_memory() * _MEMORY_SHARE))
+    return Limits(**chosen)
 
 
 SETTINGS = (

@@ -58,3 +58,15 @@ extern "C" __attribute__((visibility("default"))) void* nmexport_cuda_host_memor
 extern "C" __attribute__((visibility("default"))) void nmexport_cuda_free_host_memory(void* data) {
     cudaFreeHost(data);
 }
+
+// Waits for all work that was started on the current device; 0, or the error it ended with.
+extern "C" __attribute__((visibility("default"))) int nmexport_cuda_wait() {
+    return static_cast<int>(cudaDeviceSynchronize());
+}
+
+// Bytes of the current device's memory that nobody uses; 0 where the driver does not say.
+extern "C" __attribute__((visibility("default"))) std::size_t nmexport_cuda_free_memory() {
+    std::size_t free = 0;
+    std::size_t total = 0;
+    return cudaMemGetInfo(&free, &total) == cudaSuccess ? free : 0;
+}

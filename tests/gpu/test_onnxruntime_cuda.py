@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import subprocess
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
+from nmexport import oracle
+from nmexport.errors import ArtifactError
 from nmexport.runtimes import native
 from nmexport.runtimes.onnxruntime_session import choose_provider, open_session, session_options
 from nmexport.runtimes.tensorrt import library as tensorrt_library
 
-from tests.support.op_cases import FLOAT16, FLOAT32, one_node_model, run_session
+from tests.support.op_cases import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    STORED,
+    linear_case,
+    one_node_model,
+    run_session,
+    with_stored_weight,
+)
 from tests.support.plugin_build import ROOT, build_script
 
 if TYPE_CHECKING:
@@ -93,6 +105,57 @@ def test_the_gpu_gives_what_the_cpu_gives(variant: str, dtype: np.dtype[Any], to
         rtol=tolerance,
         atol=tolerance,
     )
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4, 33])
+@pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=str)
+@pytest.mark.parametrize(
+    ("stored", "groups", "zeros"),
+    [
+        (STORED[0], 1, False),
+        (STORED[0], 8, True),
+        (STORED[1], 8, False),
+        (STORED[2], 8, True),
+        (STORED[2], 32, "between"),
+        (STORED[3], 8, False),
+    ],
+    ids=str,
+)
+def test_stored_weights_give_what_the_oracle_says(
+    stored: np.dtype[Any],
+    groups: int,
+    zeros: bool | Literal["between"],
+    dtype: np.dtype[Any],
+    tokens: int,
+):
+    optional = ("bias", "shift", "channel_order", "value_scale")
+    case = with_stored_weight(
+        linear_case(shape=(1, tokens, 1024), out_features=160, dtype=dtype, optional=optional),
+        stored,
+        groups,
+        zero_point=zeros,
+    )
+    library = native.find_library()
+    if choose_provider(library) != "cuda":
+        pytest.skip("needs onnxruntime-gpu and NMEXPORT_CUDA in the build")
+    model = one_node_model(case.node(), case.x, case.arrays).SerializeToString()
+    y = run_session(
+        open_session(model, session_options(library=library, threads=1), "cuda"), case.x
+    )
+    truth = oracle.reference(case.x, case.arrays["W"], **case.oracle_arguments())
+    # A prompt's weights are rounded to the type of X first.
+    rounding = 2 * float(ml_dtypes.finfo(dtype).eps) * truth.magnitude
+    assert oracle.agrees(y, truth.value, truth.bound(dtype) + rounding).all()
+
+
+def test_rounded_activations_are_refused_with_what_to_do():
+    library = native.find_library()
+    if choose_provider(library) != "cuda":
+        pytest.skip("needs onnxruntime-gpu and NMEXPORT_CUDA in the build")
+    case = linear_case(dtype=FLOAT16, scale_groups=1, activation_bits=8)
+    model = one_node_model(case.node(), case.x, case.arrays).SerializeToString()
+    with pytest.raises(ArtifactError, match="--activations float"):
+        open_session(model, session_options(library=library, threads=1), "cuda")
 
 
 def test_an_order_that_is_no_constant_permutation_is_refused():

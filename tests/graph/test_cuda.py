@@ -321,8 +321,8 @@ def test_a_queued_step_is_the_step_itself_and_changes_nothing(exported: Exported
         lease = after.lease
         del after
         runs: list[object] = []
-        run = session._open.run_with_iobinding
-        session._session = SimpleNamespace(  # counts, and runs
+        run = session._model.session.run_with_iobinding
+        session._model._session = SimpleNamespace(  # counts, and runs
             run_with_iobinding=lambda binding, options: (
                 runs.append(binding),
                 run(binding, options),

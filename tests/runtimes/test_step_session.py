@@ -128,7 +128,7 @@ def test_every_sequence_gets_its_solo_bits(session: StepSession, data: st.DataOb
             )
             takes.append(take)
             work.append(Work(caches[i], texts[i][done[i] : done[i] + take]))
-        for i, take, (logits, cache) in zip(chosen, takes, session.step(work), strict=True):
+        for i, take, (logits, cache, _) in zip(chosen, takes, session.step(work), strict=True):
             done[i] += take
             caches[i] = cache
             np.testing.assert_array_equal(logits, alone[i][done[i] - 1])
@@ -219,12 +219,12 @@ def test_a_capped_model_is_left_as_it_is(tmp_path: Path) -> None:
 def test_logits_that_somebody_holds_are_not_written_again(session: StepSession) -> None:
     _, cache = session.extend(None, tokens(40)[None])
     steps = [[Work(cache, tokens(1, seed))] for seed in (1, 2)]
-    ((first, _),) = session.step(steps[0])
+    ((first, _, _),) = session.step(steps[0])
     kept = first.copy()
-    ((second, _),) = session.step(steps[1])
+    ((second, _, _),) = session.step(steps[1])
     np.testing.assert_array_equal(first, kept)
     place = second.ctypes.data
     del second
-    ((again, _),) = session.step(steps[0])
+    ((again, _, _),) = session.step(steps[0])
     np.testing.assert_array_equal(again, kept)
     assert again.ctypes.data == place

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from nmexport.errors import RequestError, ServerBusyError
 from nmexport.generation.options import GenerationOptions
+from nmexport.runtimes.chunks import chunk_end
 from nmexport.runtimes.onnxruntime_session import OrtSession
 from nmexport.runtimes.session import Session
 from nmexport.serving import metrics as names
 from nmexport.serving.limits import Limits
-from nmexport.serving.request import Outcome, Usage, chunk_end
+from nmexport.serving.request import Outcome, Usage
 from nmexport.serving.scheduler import SHUTTING_DOWN, Scheduler
 
 from tests.support.toy_lm import VOCABULARY, expected_logits, save_toy_lm

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from nmexport.runtimes.session import Stepped
+
     from tests.support.exported import Exported
 
 POSITIONS = 256
@@ -45,7 +47,7 @@ class Counting(StepSession):
 
     sizes: list[int]
 
-    def step(self, work: Sequence[Any]) -> list[tuple[np.ndarray, Any]]:
+    def step(self, work: Sequence[Any]) -> list[Stepped]:
         self.sizes.append(len(work))
         return super().step(work)
 

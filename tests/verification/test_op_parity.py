@@ -50,6 +50,22 @@ def test_a_right_executor_is_within_the_contract(changes: dict) -> None:
     assert share.max() < 0.05
 
 
+def test_weights_that_a_gpu_rounds_first_are_within_a_bound_of_their_own() -> None:
+    layer, tensors, x = _case(weight_type="int8")
+    rng = np.random.default_rng(1)
+    scale = np.exp(rng.standard_normal((2, O))).astype(np.float32) / 127
+    tensors |= {"W": rng.integers(-127, 128, (K, O)).astype(np.int8), "weight_scale": scale}
+    wide = tensors["W"] * np.repeat(scale, K // 2, axis=0)
+    narrow = x.astype(ml_dtypes.bfloat16)
+    plain = {"W": wide.astype(ml_dtypes.bfloat16), "channel_order": tensors["channel_order"]}
+    y = nm_linear(narrow, plain["W"], **arguments(layer, plain))
+    assert expected_of(layer, tensors, narrow).shares(y).max() > 1
+    shares = expected_of(layer, tensors, narrow, rounds_weights=True).shares(y)
+    assert 0.1 < shares.max() <= 1
+    wrong = nm_linear(narrow, np.roll(plain["W"], 1, axis=1), **arguments(layer, plain))
+    assert expected_of(layer, tensors, narrow, rounds_weights=True).shares(wrong).max() > 10
+
+
 @pytest.mark.parametrize("fault", ["mask", "order", "phase"])
 def test_a_wrong_executor_is_seen(fault: str) -> None:
     layer, tensors, x = _case()

@@ -49,7 +49,7 @@ struct StoredPlanShape {
 inline constexpr StoredPlanShape kSTORED_SHAPES[] = {{4, 8}, {8, 8}, {4, 4}, {8, 4}};
 
 //! The one shape of eight tokens.
-inline constexpr StoredPlanShape kEIGHT_TOKENS{8, 4};
+inline constexpr StoredPlanShape kEIGHT_TOKENS{8, 8};
 
 //! Warps of such a shape that a multiprocessor holds: what its registers leave room for.
 constexpr int32_t residentStoredWarps(WeightType type, StoredPlanShape const& shape) {

@@ -48,7 +48,7 @@ DecodePlan storedPlan(LinearArgs const& args, DeviceTraits const& device) {
     StoredPlanShape const one =
         tiles * splits < 3 * device.multiprocessors ? kSTORED_SHAPES[1] : kSTORED_SHAPES[0];
     StoredPlanShape const shape = isAlone ? one : kEIGHT_TOKENS;
-    int32_t const resident = isAlone ? residentStoredWarps(args.stored.type, shape) : shape.warps;
+    int32_t const resident = residentStoredWarps(args.stored.type, shape);
     int32_t const blocks = device.multiprocessors * (resident / shape.warps);
     int32_t const useful = std::max(args.channels / (shape.warps * 32), 1);
     DecodePlan plan{};
