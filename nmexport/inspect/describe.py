@@ -119,6 +119,7 @@ def _artifact(path: Path) -> dict[str, Any]:
                 "criterion": layer.criterion,
                 "mitigations": list(layer.mitigations),
                 "grouping": layer.grouping,
+                "outputs_for": layer.outputs_for,
                 "relative_error": layer.relative_error,
             }
             for layer in read_layers(path).layers

@@ -37,10 +37,14 @@ class ImportedWeights:
         return self._table.quantised(name)
 
 
-def imported_weights(source: ModelSource) -> ImportedWeights | None:
+def imported_weights(source: ModelSource, *, keeps_float8: bool = False) -> ImportedWeights | None:
     """Open the quantised weights of a model; None where it has none.
 
     Also of a `.gguf` that is not unpacked: its integers lie next to the unpacked model.
+
+    Args:
+        source: The model.
+        keeps_float8: Whether 8-bit floats are kept, and not dequantised.
 
     Raises:
         ModelError: if its files do not make the model.
@@ -50,5 +54,5 @@ def imported_weights(source: ModelSource) -> ImportedWeights | None:
         return None
     if not GgufIntegers.are_in(folder) and not quantisation_section(folder, read_config(folder)):
         return None
-    table = WeightTable(skeleton(source), folder)
+    table = WeightTable(skeleton(source), folder, keeps_float8=keeps_float8)
     return None if table.kept is None else ImportedWeights(table, table.kept)

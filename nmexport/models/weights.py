@@ -61,18 +61,20 @@ class _Origin:
 class WeightTable:
     """Map each parameter and stored buffer of a model to its files; reads them one by one."""
 
-    def __init__(self, model: PreTrainedModel, folder: Path) -> None:
+    def __init__(self, model: PreTrainedModel, folder: Path, *, keeps_float8: bool = False) -> None:
         """Find a source for every parameter, by the files' headers alone.
 
         Args:
             model: The model or its skeleton; kept, and not changed.
             folder: A folder of safetensors files.
+            keeps_float8: See `quantised.decoding.decode`.
 
         Raises:
             ModelError: if a parameter has no source, two, or one of another shape or type, or if a
                 stored tensor belongs to nothing.
         """
         self._model, self._folder = model, folder
+        self._keeps_float8 = keeps_float8
         self._packing = find_packing(folder, read_config(folder), stored_tensors(folder))
         self._integers = GgufIntegers(folder) if GgufIntegers.are_in(folder) else None
         self._stored = dict(self._packing.plain)
@@ -127,7 +129,9 @@ class WeightTable:
         """What is kept of quantised weights; None where none are stored."""
         if self._integers is not None:
             return self._integers.kept
-        return kept_of(self._packing) if self._packing.weights else None
+        if not self._packing.weights:
+            return None
+        return kept_of(self._packing, keeps_float8=self._keeps_float8)
 
     def quantised(self, name: str) -> QuantisedWeight | None:
         """The integers and scales of a parameter, bit for bit; None where it is stored as floats.
@@ -143,7 +147,7 @@ class WeightTable:
         packed = self._packing.weights.get(origin.names[0])
         if packed is None or origin.converter is not None:
             return None
-        value = decode(packed, self._parts(packed))
+        value = decode(packed, self._parts(packed), keeps_float8=self._keeps_float8)
         return value if isinstance(value, QuantisedWeight) else None
 
     def fill_buffers(self, model: PreTrainedModel) -> None:

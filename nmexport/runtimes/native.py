@@ -8,6 +8,7 @@ import json
 import math
 import sys
 import weakref
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -238,6 +239,7 @@ def read_memory(path: Path, address: int, size: int) -> int:
     return int(library.nmexport_read(address, size))
 
 
+@cache
 def _load(path: Path) -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))

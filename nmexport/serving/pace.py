@@ -11,13 +11,15 @@ _WEIGHT = 0.3
 class Pace:
     """Learns what steps take, and sizes the prompts' part of the next one."""
 
-    def __init__(self, *, most: int, slowdown_percent: int) -> None:
+    def __init__(self, *, most: int, slowdown_percent: int, is_fixed: bool = False) -> None:
         """Begin without measurements.
 
         Args:
             most: Tokens of prompts in one step, whoever waits.
             slowdown_percent: By how much they may lengthen a step that others wait for.
+            is_fixed: A step takes as long for one request as for many.
         """
+        self._is_fixed = is_fixed
         self._most = most
         self._slowdown = slowdown_percent / 100
         self._steps_s: dict[int, float] = {}
@@ -29,6 +31,7 @@ class Pace:
         """Tokens of prompts that the next step may carry beside so many requests' next tokens."""
         if not decoding:
             return self._most
+        decoding = 1 if self._is_fixed else decoding
         if decoding not in self._steps_s:
             return 0  # one step without prompts shows what so many requests take
         least = min(_LEAST, self._most)
@@ -39,6 +42,7 @@ class Pace:
 
     def observe(self, seconds: float, *, decoding: int, prompt_tokens: int) -> None:
         """Learn from a step that was run."""
+        decoding = min(decoding, 1) if self._is_fixed else decoding
         if not prompt_tokens:
             self._steps_s[decoding] = _mean(self._steps_s.get(decoding), seconds)
         elif not decoding:

@@ -80,10 +80,10 @@ class Scheduler:
         Raises:
             RequestError: if the session holds fewer sequences than there are slots.
         """
-        most = session.limits.batch
-        if session.shares_steps and most is not None and limits.slots > most:
+        rows = session.limits.batch if session.shares_steps else None
+        if rows is not None and limits.slots > rows:
             raise RequestError(
-                f"The limit slots is {limits.slots}.", allowed=f"{most}, the session's own"
+                f"The limit slots is {limits.slots}.", allowed=f"{rows}, the session's own"
             )
         self._session = session
         self._decode = decode
@@ -91,7 +91,11 @@ class Scheduler:
         self.limits = limits
         self._default_max_tokens = default_max_tokens
         self._metrics: Metrics = Harmless(metrics or NoMetrics())
-        self._pace = Pace(most=limits.prefill_chunk, slowdown_percent=limits.slowdown_percent)
+        self._pace = Pace(
+            most=limits.prefill_chunk,
+            slowdown_percent=limits.slowdown_percent,
+            is_fixed=rows is not None,
+        )
         self._sharing = PromptSharing(session.chunk)
         self._prefixes = Prefixes(session, int(limits.cache_bytes * _PREFIX_SHARE))
         self._waiting: deque[Request] = deque()

@@ -40,12 +40,14 @@ class PromptSharing:
         Args:
             prompts: Requests whose prompts are not through.
             room: Tokens.
-            holds_up: Somebody waits for the step's other part.
+            holds_up: Somebody waits for the step's other part; else chunks that cannot be shorter
+                take what they need.
         """
         if self._chunk is None:
             return _fair_parts(prompts, room)
         if not holds_up:
             self._owed = 0
+            return [(request, request.next_tokens(self._chunk)) for request in prompts]
         # A step has no say in where a prompt is cut, so the last chunk may be longer than the room
         # that is left: the steps after it make up for that.
         parts = []

@@ -10,7 +10,7 @@ from nmexport.progress import busy
 from nmexport.sparsity.weight_form import WeightForm
 from nmexport.stages.engine import resolve_target
 from nmexport.stages.fitting import gpu_runs
-from nmexport.store.folded import DENSE, write_kept
+from nmexport.store.folded import DENSE, INPUT_ORDER, write_kept
 from nmexport.store.layers import Layers
 from nmexport.store.tensors import ShardedWriter
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from nmexport.choices import Dtype
     from nmexport.models.imported import ImportedWeights
     from nmexport.sparsity.linear import SparseLinear
+    from nmexport.sparsity.output_order import OutputOrders
     from nmexport.stages.inputs import StageInputs
     from nmexport.store.layers import LayerSpec
 
@@ -36,10 +37,11 @@ def imported(inputs: StageInputs) -> ImportedWeights | None:
     """Weights that came quantised; None where they are floats, or are to be rounded anew."""
     from nmexport.models.imported import imported_weights
 
-    section = inputs.recipe.model
+    section, device = inputs.recipe.model, _device(inputs)
     # What came in integers is dequantised where no kernel takes it.
-    keeps = section.weights == "auto" and _takes_integers(_device(inputs), section.dtype)
-    return imported_weights(inputs.source) if keeps else None
+    if section.weights != "auto" or not _takes_integers(device, section.dtype):
+        return None
+    return imported_weights(inputs.source, keeps_float8=device == "cuda")
 
 
 def around_integers(inputs: StageInputs, imported: ImportedWeights) -> StageInputs:
@@ -97,8 +99,12 @@ def dense_in_integers(inputs: StageInputs, dense: DenseModel) -> dict[str, Spars
 
 
 def _check_finite(tensors: Mapping[str, torch.Tensor], name: str, dtype: str) -> None:
+    import torch
+
     for kind, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
+        # 8-bit floats lack the test; they have no infinity.
+        values = tensor.float() if tensor.dtype == torch.float8_e4m3fn else tensor
+        if not bool(values.isfinite().all()):
             raise ModelError(
                 f"{kind} of {name} is not finite in {dtype} once folded.",
                 fix="use --dtype bfloat16 or float32"
@@ -162,39 +168,78 @@ def _takes_integers(device: Device, dtype: Dtype) -> bool:
 def write_linears(inputs: StageInputs, dense: DenseModel, constants: SparseConstants) -> Layers:
     """Write the sparse linears; with weights in integers, the dense ones too.
 
+    Outputs lie in the order of what reads them, where `calibration.producers` finds that they can:
+    what is written is the only place that knows; learning and measuring see natural orders.
+
     Raises:
         ModelError: if a constant leaves the type.
     """
     from nmexport.calibration.imported import imported_linears
+    from nmexport.calibration.producers import output_orders
     from nmexport.calibration.quantising import Storage, stored_linears
     from nmexport.sparsity.targets import linears_of
 
+    with busy(inputs.progress, "fold: what reads what"):
+        orders = output_orders(dense, constants)
+    inputs.progress.note(
+        f"fold: {len(orders.orders)} of {len(constants.derived)} linears get their input in order"
+    )
     storage = _storage(inputs, dense)
     if storage is None:
-        return _write_folded(inputs, dense, constants)
+        return _write_folded(inputs, dense, constants, orders)
     linears = linears_of(dense.model)
     if isinstance(storage, Storage):
         stored = stored_linears(dense, constants, linears, storage)
-        return _write_stored(inputs, linears, stored, embedding_bits=8)
+        return _write_stored(inputs, linears, stored, orders, embedding_bits=8)
     assert dense.integers is not None  # noqa: S101 - else nothing is stored
     stored = imported_linears(dense, constants, linears, dense.integers, storage)
-    return _write_stored(inputs, linears, stored, embedding_bits=0)
+    stored = (one._replace(as_dense=_laid_out(one, orders)) for one in stored)
+    return _write_stored(inputs, linears, stored, orders, embedding_bits=0)
 
 
-def _write_folded(inputs: StageInputs, dense: DenseModel, constants: SparseConstants) -> Layers:
+def _write_folded(
+    inputs: StageInputs, dense: DenseModel, constants: SparseConstants, orders: OutputOrders
+) -> Layers:
     """Write the sparse linears, their weights float."""
     names = constants.derived
+    specs = []
     with ShardedWriter(inputs.output) as writer:
         for name in inputs.progress.track(names, label="fold: weights", total=len(names)):
             folded = folded_linear(inputs, dense, constants, name)
-            writer.add({f"{name}.{kind}": tensor for kind, tensor in folded.items()})
-    return Layers(layers=tuple(constants.layer(name, dense.linears[name]) for name in names))
+            specs.append(_add(writer, constants.layer(name, dense.linears[name]), folded, orders))
+    return Layers(layers=tuple(specs))
+
+
+def _add(
+    writer: ShardedWriter,
+    spec: LayerSpec,
+    folded: Mapping[str, torch.Tensor],
+    orders: OutputOrders,
+) -> LayerSpec:
+    """Write one linear, laid out; return its record."""
+    name = spec.name
+    tensors = orders.applied(name, folded, outputs=spec.out_features)
+    if name in orders.orders:
+        tensors[INPUT_ORDER] = orders.orders[name].clone()
+    writer.add({f"{name}.{kind}": tensor for kind, tensor in tensors.items()})
+    return replace(spec, outputs_for=orders.readers.get(name))
+
+
+def _laid_out(one: Stored, orders: OutputOrders) -> Mapping[str, torch.Tensor] | None:
+    """A linear as a dense one that shares the sparse one's integers, and so its layout.
+
+    Linears that are rounded for the dense model apart stay in natural order, all of them.
+    """
+    if one.as_dense is None:
+        return None
+    return orders.applied(one.spec.name, one.as_dense, outputs=one.spec.out_features)
 
 
 def _write_stored(
     inputs: StageInputs,
     linears: Mapping[str, nn.Linear],
     stored: Iterator[Stored],
+    orders: OutputOrders,
     *,
     embedding_bits: Literal[0, 8],
 ) -> Layers:
@@ -204,10 +249,10 @@ def _write_stored(
         for one in inputs.progress.track(stored, label="fold: weights", total=len(linears)):
             name = one.spec.name
             _check_finite(one.tensors, name, inputs.recipe.model.dtype)
-            writer.add({f"{name}.{kind}": tensor for kind, tensor in one.tensors.items()})
+            spec = _add(writer, one.spec, one.tensors, orders)
             as_dense = one.as_dense or {}
             writer.add({f"{name}.{DENSE}.{kind}": tensor for kind, tensor in as_dense.items()})
-            specs[one.is_sparse][name] = one.spec
+            specs[one.is_sparse][name] = spec
     sparse, dense = (
         tuple(specs[kind][name] for name in linears if name in specs[kind])
         for kind in (True, False)

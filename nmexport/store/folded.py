@@ -24,6 +24,8 @@ DENSE = "dense"
 """Between the name of a sparse linear and those of its tensors as a dense one."""
 LEARNING = "learning.json"
 """The learned constants' settings and loss curve."""
+INPUT_ORDER = "input_order"
+"""After the name of a linear, the order `[K]` int32 that its input lies in already."""
 KEPT = "kept.json"
 """What is kept of a checkpoint that came quantised."""
 _KEPT_SCHEMA = 1
@@ -105,6 +107,17 @@ class FoldedModel:
         """
         stored = [kind for kind in TENSORS if kind == "W" or f"{name}.{kind}" in self._reader]
         return StoredGroup(self._reader, name, stored)
+
+    def input_order(self, name: str) -> torch.Tensor | None:
+        """Order `[K]` int32 that the input of a linear lies in: position k holds channel `[k]`.
+
+        None where it lies in the dense model's own; see `LayerSpec.outputs_for`.
+
+        Raises:
+            ArtifactError: if the file is damaged.
+        """
+        stored = f"{name}.{INPUT_ORDER}"
+        return self._reader.read(stored) if stored in self._reader else None
 
     def dense_tensors(self, name: str) -> Mapping[str, torch.Tensor]:
         """Tensors of one linear as a dense one, stored alike: what a sparse one is compared with.

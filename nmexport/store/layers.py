@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-SCHEMA = 2
+SCHEMA = 3
 FILENAME = "layers.json"
 
 ModelPhases = Literal["all", "prefill", "decode", "mixed"]
@@ -29,7 +29,7 @@ class LayerSpec:
     and where present `<name>.bias [O]`, `<name>.shift [1] or [K]`, `<name>.shift_weight [O]`,
     `<name>.score_scale [K]`, `<name>.channel_order [K]`, `<name>.weight_scale [G, O]`,
     `<name>.value_scale [K]`, `<name>.weight_zero_point [G, O]`. All that lies along K is in the
-    order of `channel_order`.
+    order of `channel_order`, or of `input_order`: see `outputs_for`.
     """
 
     name: str
@@ -57,6 +57,10 @@ class LayerSpec:
     """Type of W and its zero point. The fold artifact holds 4 bits in a byte of their own."""
     activation_bits: Literal[0, 8] = 0
     activation_block: int = 32
+    outputs_for: str | None = None
+    """Name of the linear that reads this one's outputs, where they lie in its order of channels:
+    its node gathers nothing, and has no `channel_order`. Two such linears packed into one have each
+    half in that order."""
 
 
 def as_dense(layer: LayerSpec) -> LayerSpec:

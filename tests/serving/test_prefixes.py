@@ -132,3 +132,11 @@ def test_new_requests_get_on_whatever_was_measured(most: int, room: int) -> None
     pace.observe(0.1, decoding=1, prompt_tokens=0)
     pace.observe(0.2, decoding=0, prompt_tokens=10)
     assert pace.budget(decoding=1) == room
+
+
+def test_a_fixed_step_is_measured_once_for_any_number_of_requests() -> None:
+    pace = Pace(most=256, slowdown_percent=100, is_fixed=True)
+    assert pace.budget(decoding=3) == 0
+    pace.observe(0.008, decoding=3, prompt_tokens=0)
+    pace.observe(0.016, decoding=7, prompt_tokens=64)
+    assert pace.budget(decoding=1) == pace.budget(decoding=8) == 64

@@ -187,8 +187,8 @@ def test_chunks_are_whole_and_what_they_take_too_much_is_made_up_for() -> None:
     assert taken(6) == [16]
     assert taken(6) == [], "four of the ten are left to make up for"
     assert taken(6) == [16]
-    assert taken(6, holds_up=False) == [16], "nobody waits"
-    assert taken(40, holds_up=False) == [16, 5]
+    assert taken(6, holds_up=False) == [16, 5], "nobody waits"
+    assert taken(6) == [16], "what was owed is forgotten"
 
 
 def test_settings_decide_the_slots(session: SlotSession) -> None:

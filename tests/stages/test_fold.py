@@ -35,6 +35,7 @@ ENVIRONMENT = Environment(
     nmexport="0", python="3.11", system="test", cpu="test", isa=(), cores=1, memory_bytes=1 << 30
 )
 
+DOWN = "model.layers.1.mlp.down_proj"
 UNTRAINED = {"criterion": "act", "mitigations": ("var",), "grouping": "balanced"}
 
 
@@ -171,9 +172,13 @@ def test_folded_layers_run_in_the_model(
     modules: dict[str, torch.nn.Module] = {}
     for spec in artifact.layers:
         tensors = artifact.tensors(spec.name)
-        assert set(tensors) == kinds | {"score_scale", "channel_order"}
+        order = artifact.input_order(spec.name)
+        assert (order is None) == (spec.name != DOWN)
+        ordered = {"channel_order"} if order is None else set()
+        assert set(tensors) == kinds | {"score_scale"} | ordered
         assert tensors["W"].shape == (spec.in_features, spec.out_features)
-        assert tensors["channel_order"].dtype == torch.int32
+        order = tensors["channel_order"] if order is None else order
+        assert order.dtype == torch.int32
         assert spec.relative_error is not None
         assert 0 < spec.relative_error < 1
         behaviour = Behaviour(

@@ -24,12 +24,18 @@ from nmexport.recipe import (
     SparsitySection,
 )
 from nmexport.runtimes import native
+from nmexport.runtimes.onnxruntime_session import OrtSession
 from nmexport.stages import fold, storing
 from nmexport.store.work_directory import WorkDirectory
 from nmexport.verification.reference import open_folded
 
 from tests.support.exported import onnx_logits, torch_logits
-from tests.support.quantised_checkpoints import save_awq, save_compressed_tensors, save_gptq
+from tests.support.quantised_checkpoints import (
+    save_awq,
+    save_compressed_tensors,
+    save_fp8,
+    save_gptq,
+)
 from tests.support.tiny_gguf import save_tiny_gguf
 
 if TYPE_CHECKING:
@@ -81,10 +87,12 @@ class Told(Silent):
         self.notes.append(message)
 
 
-def build(model: Path, work: Path, last: str = "export", **sparsity: Any) -> tuple[Path, str]:
+def build(
+    model: Path, work: Path, last: str = "export", *, dtype: Dtype = "float32", **sparsity: Any
+) -> tuple[Path, str]:
     """Build with values that are not rounded; returns the work directory and what was said."""
     recipe = Recipe(
-        model=ModelSection(id=str(model), activations="float"),
+        model=ModelSection(id=str(model), activations="float", dtype=dtype),
         sparsity=SparsitySection.model_validate({"criterion": "act", **sparsity}),
         calibration=CorpusSection(samples=8, length=32, learning_samples=8),
         evaluation=EvaluationSection(windows=2, length=32),
@@ -129,6 +137,39 @@ def test_the_file_gives_the_logits_of_the_checkpoint(
         assert np.abs(made - expected).max() <= 1e-5 * expected.std()
 
 
+def test_8_bit_floats_are_kept_for_a_gpu(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storing, "gpu_runs", lambda _: True)
+    save_fp8(tiny_llama, tmp_path / "model", block=32)
+    work, told = build(tmp_path / "model", tmp_path / "work", dtype="float16", **AS_IT_IS)
+    assert "weights kept as they are stored" in told
+    path = work.require("export") / "model.onnx"
+    graph = onnx.load(path, load_external_data=False).graph
+    shapes = {item.name: (item.data_type, list(item.dims)) for item in graph.initializer}
+    down = "model.layers.0.mlp.down_proj"
+    assert shapes[f"{down}.W"] == (onnx.TensorProto.FLOAT8E4M3FN, [128, 64])
+    assert shapes[f"{down}.weight_scale"] == (onnx.TensorProto.FLOAT, [4, 64])
+    expected = reference(tmp_path / "model")
+    with OrtSession(path) as session:
+        made = session.prefill(IDS)
+    assert np.abs(made - expected).max() <= 0.02 * expected.std()
+
+
+@pytest.mark.parametrize(("block", "keeps"), [(32, True), (48, False), (8, False)])
+def test_8_bit_floats_in_blocks_that_no_op_has_are_dequantised(
+    tiny_llama: Path, tmp_path: Path, block: int, *, keeps: bool
+) -> None:
+    save_fp8(tiny_llama, tmp_path / "model", block=block)
+    source = resolve(ModelSection(id=str(tmp_path / "model")))
+    for keeps_float8 in (True, False):
+        imported = imported_weights(source, keeps_float8=keeps_float8)
+        assert imported is not None
+        weight = imported.linear("model.layers.0.mlp.down_proj")
+        assert (weight is not None) == (keeps and keeps_float8)
+        assert any(kind.reason is None for kind in imported.kept.kinds) == (weight is not None)
+
+
 @pytest.fixture(scope="module")
 def learned(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, str]:
     """A GPTQ checkpoint with act-order at 8:16, with all that can be learned."""
@@ -149,11 +190,15 @@ def test_learning_leaves_the_integers_alone(learned: tuple[Path, Any, str]) -> N
         weight, tensors = imported.linear(layer.name), folded.tensors(layer.name)
         assert weight is not None
         assert layer.weight_type == weight.type == "int4"
-        order, own = tensors["channel_order"].long(), weight.channel_order
+        own, order = weight.channel_order, folded.input_order(layer.name)
         assert own is not None
+        assert (order is None) == (not layer.name.endswith("down_proj"))
         dense = torch.empty_like(weight.values)
         dense[own.long()] = weight.values
-        assert torch.equal(tensors["W"], dense[order]), layer.name
+        rows = (tensors["channel_order"] if order is None else order).long()
+        reader = None if layer.outputs_for is None else folded.input_order(layer.outputs_for)
+        columns = slice(None) if reader is None else reader.long()
+        assert torch.equal(tensors["W"], dense[rows][:, columns]), layer.name
         assert {"value_scale", "bias", "shift"} <= set(tensors)
     kept = folded.kept
     assert kept is not None
@@ -174,6 +219,15 @@ def test_the_learned_file_computes_what_torch_computes(learned: tuple[Path, Any,
     with open_folded(source, ModelSection(id=str(model)), folded) as session:
         expected = session.prefill(IDS[:, :12])
     made = onnx_logits(work.require("export") / "model.onnx", IDS[:, :12], MASK[:, :12], prefill=12)
+    assert np.abs(made - expected).max() <= 1e-4 * expected.std()
+
+
+def test_the_dense_file_beside_it_is_the_checkpoint(learned: tuple[Path, Any, str]) -> None:
+    """It shares the sparse one's integers, where an MLP's lie in the order of its last linear."""
+    model, work, _ = learned
+    file = work.require("export") / "dense" / "stored" / "model.onnx"
+    made = onnx_logits(file, IDS, MASK, prefill=12)
+    expected = reference(model)
     assert np.abs(made - expected).max() <= 1e-4 * expected.std()
 
 

@@ -25,16 +25,19 @@ _AWQ_COLUMNS = (0, 4, 1, 5, 2, 6, 3, 7)
 """Which four bits of a word hold its columns 0 to 7."""
 _BYTE = 8
 _HALF_BYTE = 4
+_FLOAT8 = "F8_E4M3"
+"""The 8-bit float type that the op has, as safetensors spells it."""
 
 
 def decode(
-    weight: PackedWeight, tensors: Mapping[str, torch.Tensor]
+    weight: PackedWeight, tensors: Mapping[str, torch.Tensor], *, keeps_float8: bool = False
 ) -> QuantisedWeight | torch.Tensor:
     """Read one weight.
 
     Args:
         weight: What is stored.
         tensors: The stored tensors by role.
+        keeps_float8: Whether 8-bit floats stay so, for a device that multiplies them.
 
     Returns:
         Integers with scales; floats `[O, K]` where the op has no form for what is stored: see
@@ -44,7 +47,8 @@ def decode(
         ModelError: if the tensors contradict each other.
     """
     if weight.layout == "float8":
-        return _float8(weight, tensors)
+        is_kept = reason_for_floats(weight, keeps_float8=keeps_float8) is None
+        return _float8(weight, tensors) if is_kept else _float8_as_floats(weight, tensors)
     values, scale, zero_point = {
         "awq": _awq,
         "gptq": _gptq,
@@ -60,12 +64,17 @@ def decode(
     return _typed(weight, values, scale, zero_point, order)
 
 
-def reason_for_floats(weight: PackedWeight) -> str | None:
+def reason_for_floats(weight: PackedWeight, *, keeps_float8: bool = False) -> str | None:
     """Say why a weight cannot stay as it is stored; None where it can."""
     outputs, channels = weight.shape
     size = channels // weight.groups
     if weight.layout == "float8":
-        return "no executor multiplies 8-bit floats yet"
+        if not keeps_float8:
+            return "a GPU alone multiplies 8-bit floats"
+        if weight.parts["weight"].dtype != _FLOAT8:
+            return f"8-bit floats of type {weight.parts['weight'].dtype}"
+        if channels % weight.groups or (weight.block or weight.shape)[1] * weight.groups > channels:
+            return "blocks of channels that do not divide them"
     if weight.groups > 1 and size % GROUP:
         return f"groups of {size} channels, not of a multiple of {GROUP}"
     if weight.bits <= _HALF_BYTE and outputs % 2:
@@ -73,12 +82,16 @@ def reason_for_floats(weight: PackedWeight) -> str | None:
     return None
 
 
-def kept_of(packing: Packing) -> KeptWeights:
+def kept_of(packing: Packing, *, keeps_float8: bool = False) -> KeptWeights:
     """Count what is kept of a checkpoint's weights, by its headers."""
     return KeptWeights(
         method=str(packing.method),
         kinds=stored_kinds(
-            (_form(weight), reason_for_floats(weight), weight.shape[0] * weight.shape[1])
+            (
+                _form(weight),
+                reason_for_floats(weight, keeps_float8=keeps_float8),
+                weight.shape[0] * weight.shape[1],
+            )
             for weight in packing.weights.values()
         ),
         dropped=len(packing.dropped),
@@ -166,7 +179,20 @@ def _int8(weight: PackedWeight, tensors: Mapping[str, torch.Tensor]) -> Decoded:
     )
 
 
-def _float8(weight: PackedWeight, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def _float8(weight: PackedWeight, tensors: Mapping[str, torch.Tensor]) -> QuantisedWeight:
+    """8-bit floats `[K, O]`, a scale for each group of channels of each output."""
+    outputs = weight.shape[0]
+    rows = (weight.block or weight.shape)[0]
+    role = next(role for role in tensors if role != "weight")
+    scale = tensors[role].float().reshape(-(-outputs // rows), weight.groups)
+    return QuantisedWeight(
+        values=tensors["weight"].t().contiguous(),
+        scale=scale.repeat_interleave(rows, dim=0)[:outputs].t().contiguous(),
+        type="float8e4m3fn",
+    )
+
+
+def _float8_as_floats(weight: PackedWeight, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Floats `[O, K]` float32: a scale is of the tensor, an output, or a block."""
     outputs, channels = weight.shape
     rows, columns = weight.block or weight.shape
