@@ -479,11 +479,11 @@ __device__ __forceinline__ void storeStored(StoredArgs const& args,
     }
 }
 
-//! CTAs per multiprocessor that the registers leave room for. Code for 12.0 needs a few more of
-//! them for eight tokens, and its memory fewer loads in flight.
+//! CTAs per multiprocessor that the registers leave room for. Code for 8.9 and 12.0 needs a few
+//! more of them for eight tokens, and their memory fewer loads in flight.
 template <typename Shape, int MIN_CTAS>
 constexpr int residentCtas() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
     return Shape::TOKENS == 1 ? MIN_CTAS : 1;
 #else
     return MIN_CTAS;
