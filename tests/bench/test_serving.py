@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import numpy as np
+    from nmexport.runtimes.engine import Side
 
 LOAD = Load(concurrency=3, requests=7, prompt_tokens=5, output_tokens=4, prefill_chunk=2)
 
@@ -114,10 +115,9 @@ def test_a_run_on_the_gpu_is_called_one(work: Path, monkeypatch: pytest.MonkeyPa
     document = engine_document(provider="cuda")
     (work / "engine" / "current" / "engine.json").write_text(json.dumps(document))
 
-    def on_the_processor(path: Path, *, dense: bool = False, elsewhere: bool = False) -> OrtSession:
+    def on_the_processor(path: Path, *, side: Side = "sparse", elsewhere: bool) -> OrtSession:
         assert not elsewhere
-        engine = read_engine(path)
-        return OrtSession(engine.dense_model if dense else engine.model, threads=1)
+        return OrtSession(read_engine(path).exported(side), threads=1)
 
     gpu = Gpu(name="Some GPU", driver="1", compute_capability="9.0", memory_bytes=80 << 30)
     here = replace(probe(), gpus=(gpu,))

@@ -88,8 +88,10 @@ class KeptRows {
 
     //! First loads of values; call right after the wait for the kernel that makes them.
     __device__ void begin() {
-        read(mWords, mNext);
-        read(mWordsAhead, chunkEnd(mNext));
+        read(mWords[0], mNext);
+        if constexpr (AHEAD == 1) {
+            read(mWords[1], chunkEnd(mNext));
+        }
     }
 
     //! Queues rows until `wanted` are there or the window is at its end.
@@ -104,6 +106,9 @@ class KeptRows {
     uint32_t tail{0};  //!< one past the last
 
   private:
+    //! Chunks that are read ahead of the one to append next; eight tokens have no registers for it.
+    static constexpr int AHEAD = Shape::TOKENS == 1 ? 1 : 0;
+
     __device__ int32_t chunkEnd(int32_t begin) const {
         return min(begin + 2 * kWARP, mWindows.endOf(begin));
     }
@@ -129,7 +134,7 @@ class KeptRows {
         uint32_t magnitudes = 0U;
 #pragma unroll
         for (int token = 0; token < Shape::TOKENS; ++token) {
-            magnitudes |= mWords[token] & 0x7fff7fffU;
+            magnitudes |= mWords[0][token] & 0x7fff7fffU;
         }
         bool const keeps[2] = {(magnitudes & 0xffffU) != 0U, magnitudes >> 16 != 0U};
         uint32_t const lows = __ballot_sync(kWHOLE_WARP, keeps[0]);
@@ -145,12 +150,13 @@ class KeptRows {
         }
         tail += __popc(lows) + __popc(highs);
         mNext = chunkEnd(mNext);
-#pragma unroll
-        for (int token = 0; token < Shape::TOKENS; ++token) {
-            mWords[token] = mWordsAhead[token];
-        }
-        if (mNext < mWindows.end) {
-            read(mWordsAhead, chunkEnd(mNext));
+        if constexpr (AHEAD == 1) {
+            mWords[0][0] = mWords[1][0];
+            if (mNext < mWindows.end) {
+                read(mWords[1], chunkEnd(mNext));
+            }
+        } else {
+            read(mWords[0], mNext);
         }
     }
 
@@ -158,14 +164,15 @@ class KeptRows {
     __device__ void put(uint32_t place, int half) {
         mScratch->row[place] = positionIn(mNext) + half;
         if constexpr (Shape::TOKENS == 1) {
-            mScratch->value[place][0] = static_cast<uint16_t>(mWords[0] >> 16 * half);
+            mScratch->value[place][0] = static_cast<uint16_t>(mWords[0][0] >> 16 * half);
         } else {
             uint32_t const selector = half == 0 ? 0x5410U : 0x7632U;
+            uint32_t const(&words)[Shape::TOKENS] = mWords[0];
             *reinterpret_cast<uint4*>(mScratch->value[place]) =
-                make_uint4(__byte_perm(mWords[0], mWords[1], selector),
-                           __byte_perm(mWords[2], mWords[3], selector),
-                           __byte_perm(mWords[4], mWords[5], selector),
-                           __byte_perm(mWords[6], mWords[7], selector));
+                make_uint4(__byte_perm(words[0], words[1], selector),
+                           __byte_perm(words[2], words[3], selector),
+                           __byte_perm(words[4], words[5], selector),
+                           __byte_perm(words[6], words[7], selector));
         }
     }
 
@@ -175,8 +182,7 @@ class KeptRows {
     int mTokens;
     int32_t mNext;
     Windows mWindows;
-    uint32_t mWords[Shape::TOKENS];       //!< of the chunk to append next
-    uint32_t mWordsAhead[Shape::TOKENS];  //!< of the one behind it
+    uint32_t mWords[1 + AHEAD][Shape::TOKENS];  //!< of the chunk to append next, and behind it
 };
 
 //! Where a lane reads in every row, and its place in a product.
@@ -473,9 +479,20 @@ __device__ __forceinline__ void storeStored(StoredArgs const& args,
     }
 }
 
+//! CTAs per multiprocessor that the registers leave room for. Code for 8.9 and 12.0 needs a few
+//! more of them for eight tokens, and their memory fewer loads in flight.
+template <typename Shape, int MIN_CTAS>
+constexpr int residentCtas() {
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+    return Shape::TOKENS == 1 ? MIN_CTAS : 1;
+#else
+    return MIN_CTAS;
+#endif
+}
+
 //! grid.x = tiles * cluster, as in decodeKernel; grid.y = tokens, or eights of tokens.
 template <typename Shape, int MIN_CTAS>
-__global__ void __launch_bounds__(Shape::THREADS, MIN_CTAS)
+__global__ void __launch_bounds__(Shape::THREADS, (residentCtas<Shape, MIN_CTAS>()))
     storedKernel(StoredArgs const args, bool const allowsNextLate) {
 #if __CUDA_ARCH__ >= 800  // the products of older chips are smaller; nothing is launched there
     using T = typename Shape::Element;
