@@ -41,12 +41,15 @@ bool isBare(Selection const& selection) {
            selection.shift == nullptr;
 }
 
+//! As many blocks as are resident, where each takes row after row and reads its constants once.
+unsigned residentBlocks(int64_t tokens, int threads, DeviceTraits const& device) {
+    int64_t const blocks = static_cast<int64_t>(device.multiprocessors) * 2 * kMANY_THREADS;
+    return static_cast<unsigned>(std::min(tokens, blocks / threads));
+}
+
 template <typename T, int THREADS>
 cudaError_t enqueueNormRows(NormArgs const& args, DeviceTraits const& device, cudaStream_t stream) {
-    // As many blocks as are resident, each of which reads its constants once.
-    int64_t const resident =
-        static_cast<int64_t>(device.multiprocessors) * 2 * kMANY_THREADS / THREADS;
-    Grid const grid{dim3(static_cast<unsigned>(std::min(args.tokens, resident))), THREADS,
+    Grid const grid{dim3(residentBlocks(args.tokens, THREADS, device)), THREADS,
                     sizeof(NextRow<THREADS>) + sizeof(uint4) * THREADS * kOCTETS};
     return launchInChain(normRowsKernel<T, THREADS>, grid, device, stream, args);
 }
@@ -131,14 +134,11 @@ cudaError_t enqueueGatedRows(GatedSiluArgs const& args, DeviceTraits const& devi
     return launchInChain(gatedRowsKernel<T, IS_HALF_BARE>, grid, device, stream, args, rows);
 }
 
-template <typename T, bool IS_HALF_BARE>
+template <typename T, int THREADS>
 cudaError_t enqueuePruneRows(MaskArgs const& args, DeviceTraits const& device,
                              cudaStream_t stream) {
-    size_t const rowBytes = sizeof(T) * static_cast<size_t>(args.channels);
-    int32_t const rows = rowsTogether(args.tokens, rowBytes, device);
-    Grid const grid{dim3(static_cast<unsigned>((args.tokens + rows - 1) / rows)), kMANY_THREADS,
-                    rowBytes * static_cast<size_t>(rows)};
-    return launchInChain(pruneRowsKernel<T, IS_HALF_BARE>, grid, device, stream, args, rows);
+    Grid const grid{dim3(residentBlocks(args.tokens, THREADS, device)), THREADS};
+    return launchInChain(pruneRowsKernel<T, THREADS>, grid, device, stream, args);
 }
 
 //! A lane for each two positions of each token.
@@ -150,8 +150,9 @@ Grid gridOfPairs(int32_t channels, int64_t tokens) {
 template <typename T>
 cudaError_t enqueuePrune(MaskArgs const& args, DeviceTraits const& device, cudaStream_t stream) {
     if (args.tokens > kFEW_TOKENS) {
-        return isHalfBare(args.selection) ? enqueuePruneRows<T, true>(args, device, stream)
-                                          : enqueuePruneRows<T, false>(args, device, stream);
+        return args.channels <= kMANY_THREADS * kGROUP
+                   ? enqueuePruneRows<T, kMANY_THREADS>(args, device, stream)
+                   : enqueuePruneRows<T, kTHREADS>(args, device, stream);
     }
     Grid const grid = gridOfPairs(args.channels, args.tokens);
     return isBare(args.selection)
@@ -200,8 +201,10 @@ bool canPruneInChain(MaskArgs const& args) {
     bool const isFew = args.tokens <= kFEW_TOKENS;
     bool const isAligned =
         (reinterpret_cast<uintptr_t>(args.x) | reinterpret_cast<uintptr_t>(args.s)) % 16 == 0;
-    return (isFew || args.selection.channelOrder != nullptr) && args.isGathered &&
-           args.keep == nullptr && isAligned && canPrune(args.type, args.channels, args.selection);
+    bool const isOrdered =
+        args.selection.channelOrder != nullptr && args.channels <= kTHREADS * kGROUP;
+    return (isFew || isOrdered) && args.isGathered && args.keep == nullptr && isAligned &&
+           canPrune(args.type, args.channels, args.selection);
 }
 
 cudaError_t launchPrune(MaskArgs const& args, DeviceTraits const& device, cudaStream_t stream) {

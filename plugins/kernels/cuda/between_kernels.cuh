@@ -344,11 +344,9 @@ __global__ void __launch_bounds__(kTHREADS) gatedSiluKernel(GatedSiluArgs args, 
     gate.store(static_cast<T*>(args.y) + token * args.channels + channel);
 }
 
-//! Eight neighbouring values of a 16-bit type; `at` is an element of gate and of up.
+//! Eight neighbouring values of a 16-bit type.
 template <typename T>
-__device__ __forceinline__ uint4 gatedEight(GatedSiluArgs const& args, int64_t at) {
-    Eight<T> gate = Eight<T>::load(static_cast<T const*>(args.gate) + at);
-    Eight<T> const up = Eight<T>::load(static_cast<T const*>(args.up) + at);
+__device__ __forceinline__ uint4 gatedEight(Eight<T> gate, Eight<T> const& up) {
 #pragma unroll
     for (int i = 0; i < kELEMENTS; ++i) {
         gate.value[i] = gated(gate.value[i], up.value[i]);
@@ -385,27 +383,52 @@ __global__ void __launch_bounds__(kPAIR_THREADS) gatedPairKernel(GatedSiluArgs c
     }
 }
 
-//! The gated values of a lane's group in one row.
-template <typename T>
-__device__ __forceinline__ Group gatedGroup(GatedSiluArgs const& args, int64_t token,
-                                            int32_t firstGroup) {
-    int64_t const row = token * args.stride;
-    Group halves;
+//! What a lane keeps in shared memory for itself: its halves of the rows that come next.
+template <int ROWS>
+struct NextGroups {
+    uint4 gate[ROWS][2][kGROUP_THREADS];
+    uint4 up[ROWS][2][kGROUP_THREADS];
+
+    //! Asks for rows `token` and behind it, none beyond `last`.
+    template <typename T>
+    __device__ void ask(GatedSiluArgs const& args, int64_t token, int64_t last,
+                        int32_t firstGroup) {
 #pragma unroll
-    for (int part = 0; part < 2; ++part) {
-        int32_t const octet =
-            min(octetOfLane(firstGroup) + 2 * part, args.channels / kELEMENTS - 1);
-        halves.half[part] = gatedEight<T>(args, row + octet * kELEMENTS);
+        for (int row = 0; row < ROWS; ++row) {
+#pragma unroll
+            for (int part = 0; part < 2; ++part) {
+                int32_t const octet =
+                    min(octetOfLane(firstGroup) + 2 * part, args.channels / kELEMENTS - 1);
+                int64_t const at = min(token + row, last) * args.stride + octet * kELEMENTS;
+                __pipeline_memcpy_async(&gate[row][part][threadIdx.x],
+                                        static_cast<T const*>(args.gate) + at, sizeof(uint4));
+                __pipeline_memcpy_async(&up[row][part][threadIdx.x],
+                                        static_cast<T const*>(args.up) + at, sizeof(uint4));
+            }
+        }
+        __pipeline_commit();
     }
-    return exchanged(halves);
-}
+
+    //! The lane's group of such a row.
+    template <typename T>
+    __device__ Group gated(int row) const {
+        Group halves;
+#pragma unroll
+        for (int part = 0; part < 2; ++part) {
+            halves.half[part] = gatedEight<T>(Eight<T>::of(gate[row][part][threadIdx.x]),
+                                              Eight<T>::of(up[row][part][threadIdx.x]));
+        }
+        return exchanged(halves);
+    }
+};
 
 //! Many tokens, pruned, with no order: a lane makes and ranks its group of `rows` of them, number
-//! blockIdx.y.
+//! blockIdx.y. While it ranks one, the next is on its way.
 template <typename T, bool IS_HALF_BARE>
 __global__ void __launch_bounds__(kGROUP_THREADS, 4)
     gatedGroupKernel(GatedSiluArgs const args, int32_t rows) {
     using Pruner = GroupPruner<T, IS_HALF_BARE>;
+    __shared__ NextGroups<Pruner::ROWS> next;
     allowDependentLaunch();
     int32_t const groups = args.channels / kGROUP;
     int32_t const lane = static_cast<int32_t>(threadIdx.x) % kWARP;
@@ -416,17 +439,23 @@ __global__ void __launch_bounds__(kGROUP_THREADS, 4)
     Pruner const pruner(args.selection, min(first + lane, groups - 1));
     waitForPredecessors();
     int64_t const begin = static_cast<int64_t>(blockIdx.y) * rows;
-    int64_t const end = min(begin + rows, args.tokens);
-    for (int64_t token = begin; token < end; token += Pruner::ROWS) {
+    int64_t const last = min(begin + rows, args.tokens) - 1;
+    next.template ask<T>(args, begin, last, first);
+    for (int64_t token = begin; token <= last; token += Pruner::ROWS) {
+        __pipeline_wait_prior(0);
         Group some[Pruner::ROWS];
 #pragma unroll
         for (int i = 0; i < Pruner::ROWS; ++i) {
-            some[i] = gatedGroup<T>(args, min(token + i, end - 1), first);
+            some[i] = next.template gated<T>(i);
+        }
+        if (token + Pruner::ROWS <= last) {
+            next.template ask<T>(args, token + Pruner::ROWS, last, first);
         }
         pruner.prune(some);
 #pragma unroll
         for (int i = 0; i < Pruner::ROWS; ++i) {
-            int64_t const row = min(token + i, end - 1) * args.channels;
+            // The last row may be there twice: the same values go to the same place.
+            int64_t const row = min(token + i, last) * args.channels;
             storeGroups(static_cast<T*>(args.y) + row, some[i], first, args.channels);
         }
     }
@@ -447,8 +476,10 @@ __global__ void __launch_bounds__(kMANY_THREADS, 2)
     for (int row = 0; row < count; ++row) {
 #pragma unroll 4
         for (int32_t octet = threadIdx.x; octet < octets; octet += kMANY_THREADS) {
+            int64_t const at = (begin + row) * args.stride + octet * kELEMENTS;
             staged[row * octets + octet] =
-                gatedEight<T>(args, (begin + row) * args.stride + octet * kELEMENTS);
+                gatedEight(Eight<T>::load(static_cast<T const*>(args.gate) + at),
+                           Eight<T>::load(static_cast<T const*>(args.up) + at));
         }
     }
     __syncthreads();
@@ -456,26 +487,42 @@ __global__ void __launch_bounds__(kMANY_THREADS, 2)
                                  static_cast<T*>(args.y) + begin * args.channels);
 }
 
-//! Rows that some other kernel has made, many: a block ranks `rows` of them together.
-template <typename T, bool IS_HALF_BARE>
-__global__ void __launch_bounds__(kMANY_THREADS, 2)
-    pruneRowsKernel(MaskArgs const args, int32_t rows) {
-    extern __shared__ __align__(16) unsigned char rowBytes[];
-    auto* const staged = reinterpret_cast<uint4*>(rowBytes);
+//! Rows that some other kernel has made, many: a block takes row after row, as normRowsKernel does.
+template <typename T, int THREADS>
+__global__ void __launch_bounds__(THREADS, 2 * kMANY_THREADS / THREADS)
+    pruneRowsKernel(MaskArgs const args) {
+    __shared__ uint4 staged[2][THREADS * kOCTETS];
     allowDependentLaunch();
-    askFor(args.selection, args.channels);
+    int32_t const octets = args.channels / kELEMENTS;
+    int32_t const groups = args.channels / kGROUP;
+    int32_t const firstGroup = static_cast<int32_t>(threadIdx.x) / kWARP * kWARP;
+    int32_t const group = min(static_cast<int32_t>(threadIdx.x), groups - 1);
+    GroupOrder const order(args.selection.channelOrder, group);
+    GroupPruner<T, false> const pruner(args.selection, group);
+    auto const ask = [&](int64_t token, int buffer) {
+        for (int32_t octet = static_cast<int32_t>(threadIdx.x); octet < octets; octet += THREADS) {
+            __pipeline_memcpy_async(&staged[buffer][octet],
+                                    static_cast<uint4 const*>(args.x) + token * octets + octet,
+                                    sizeof(uint4));
+        }
+        __pipeline_commit();
+    };
     waitForPredecessors();
-    int64_t const begin = static_cast<int64_t>(blockIdx.x) * rows;
-    int const count = static_cast<int>(min(static_cast<int64_t>(rows), args.tokens - begin));
-    T const* const x = static_cast<T const*>(args.x) + begin * args.channels;
-#pragma unroll 4
-    for (int32_t octet = threadIdx.x; octet < count * args.channels / kELEMENTS;
-         octet += kMANY_THREADS) {
-        staged[octet] = loadActivationVector(x + octet * kELEMENTS);
+    ask(blockIdx.x, 0);
+    int buffer = 0;
+    for (int64_t token = blockIdx.x; token < args.tokens; token += gridDim.x, buffer ^= 1) {
+        __pipeline_wait_prior(0);
+        __syncthreads();  // this row is there, and the one before is ranked
+        if (token + gridDim.x < args.tokens) {
+            ask(token + gridDim.x, buffer ^ 1);
+        }
+        if (firstGroup < groups) {
+            Group own[1] = {order.of(reinterpret_cast<uint16_t const*>(staged[buffer]))};
+            pruner.prune(own);
+            storeGroups(static_cast<T*>(args.s) + token * args.channels, own[0], firstGroup,
+                        args.channels);
+        }
     }
-    __syncthreads();
-    pruneStaged<T, IS_HALF_BARE>(staged, count, args.selection, args.channels,
-                                 static_cast<T*>(args.s) + begin * args.channels);
 }
 
 //! A few rows that some other kernel has made: a lane gathers and ranks two positions.

@@ -115,11 +115,7 @@ class GroupPruner<T, false> {
             count += keys[i] >= threshold ? 1 : 0;
         }
         if (__any_sync(kWHOLE_WARP, count != mSelection.n)) {
-            uint32_t const mask = keepMask<kGROUP>(keys, mSelection.n);
-#pragma unroll
-            for (int i = 0; i < kGROUP; ++i) {
-                keys[i] = (mask >> i & 1U) != 0U ? threshold : 0U;
-            }
+            dropLateTies(keys, threshold);
         }
 #pragma unroll
         for (int i = 0; i < kGROUP; i += 2) {
@@ -133,6 +129,21 @@ class GroupPruner<T, false> {
     __device__ float valueOf(uint32_t const (&words)[kGROUP / 2], int i) const {
         uint32_t const word = words[i / 2];
         return toFloat<T>(wordHalf<T>(i % 2 == 0 ? word & 0xffffU : word >> 16)) - mShift[i];
+    }
+
+    //! Of those at the threshold the first are kept; a key is never 0.
+    __device__ void dropLateTies(uint32_t (&keys)[kGROUP], uint32_t threshold) const {
+        int spare = mSelection.n;
+#pragma unroll
+        for (int i = 0; i < kGROUP; ++i) {
+            spare -= keys[i] > threshold ? 1 : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < kGROUP; ++i) {
+            bool const isTied = keys[i] == threshold;
+            keys[i] = isTied && spare <= 0 ? 0U : keys[i];
+            spare -= isTied ? 1 : 0;
+        }
     }
 
     __device__ T keptValue(uint32_t const (&words)[kGROUP / 2], int i, bool isKept) const {
