@@ -1,6 +1,6 @@
 // Times linears of one token on stored weights beside 16-bit ones: cold, launches in a CUDA graph,
-// over the compiled plans; then batches and prompts by way of the executor. Prints tables; a minute
-// at most.
+// over the compiled plans; then batches and prompts by way of the executor, and the sizes of
+// widened tiles. Prints tables; 40 seconds at most.
 //
 //     cmake --build build/cuda --target nmexport_bench_stored &&
 //     build/cuda/tests/nmexport_bench_stored
@@ -246,7 +246,7 @@ void timeOneToken(Buffers const& buffers, DeviceTraits const& device, int channe
 
 //! Batches and prompts as the executor runs them, and with the path forced to the product.
 void timeBatches(Buffers const& buffers, DeviceTraits const& device, int channels, int outputs) {
-    for (int const tokens : {1, 2, 4, 8, 16, 32, 128, 512}) {
+    for (int const tokens : {1, 2, 4, 8, 16, 32, 512}) {
         Rows const rows(tokens, channels, true);
         std::printf("%5d x %5d  %4d tokens", channels, outputs, tokens);
         for (Kind const& kind : {kKINDS[0], kKINDS[1], kKINDS[3]}) {
@@ -266,6 +266,56 @@ void timeBatches(Buffers const& buffers, DeviceTraits const& device, int channel
     }
 }
 
+//! The product of widened rows, with tiles of several sizes; the widening of one tile beside it.
+void timeTiles(Buffers const& buffers, DeviceTraits const& device, int channels, int outputs) {
+    for (int const tokens : {16, 128, 512}) {
+        Rows const rows(tokens, channels, true);
+        for (Kind const& kind : {kKINDS[1], kKINDS[3]}) {
+            std::printf("%5d x %5d  %4d tokens  %-9s", channels, outputs, tokens, kind.name);
+            for (int64_t const megabytes : {8, 16, 32, 64, 256}) {
+                auto const argsAt = [&](int i) {
+                    LinearArgs args =
+                        argsOf(buffers, kind, tokens, channels, outputs, true, rows.x, i);
+                    args.tileBytes = megabytes << 20;
+                    return args;
+                };
+                LinearExecutor executor;
+                double const us = timed(buffers, [&](int i) {
+                    executor.run(argsAt(i), device, LinearPath::kPRODUCT, buffers.workspace,
+                                 buffers.stream);
+                    return cudaSuccess;
+                });
+                std::printf("  %3d MB %7.2f", static_cast<int>(megabytes), us);
+            }
+            std::printf("\n");
+            std::fflush(stdout);
+        }
+    }
+}
+
+//! The widening alone: of a whole weight at once, and tile by tile to the same place.
+void timeWidening(Buffers const& buffers, int channels, int outputs) {
+    for (Kind const& kind : {kKINDS[1], kKINDS[2], kKINDS[3]}) {
+        std::printf("%5d x %5d  widening alone  %-11s", channels, outputs, kind.name);
+        for (int const tiles : {1, 2, 4, 8, 16}) {
+            int const columns = outputs / tiles;
+            double const us = timed(buffers, [&](int i) {
+                LinearArgs const args =
+                    argsOf(buffers, kind, 1, channels, outputs, true, nullptr, i);
+                for (int tile = 0; tile < tiles; ++tile) {
+                    check(launchWiden({args.type, channels, outputs, args.w, args.stored,
+                                       tile * columns, columns, buffers.workspace},
+                                      buffers.stream),
+                          "a widening");
+                }
+                return cudaSuccess;
+            });
+            std::printf("  %2d tiles %7.2f", tiles, us);
+        }
+        std::printf("\n");
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -280,6 +330,10 @@ int main() {
     try {
         timeBatches(buffers, device, 4096, 14336);
         timeBatches(buffers, device, 14336, 4096);
+        for (auto const& shape : {kSHAPES[2], kSHAPES[4]}) {
+            timeWidening(buffers, shape[0], shape[1]);
+            timeTiles(buffers, device, shape[0], shape[1]);
+        }
     } catch (std::exception const& error) {
         std::printf("batches: %s\n", error.what());
     }

@@ -16,7 +16,7 @@ std::size_t aligned(std::size_t bytes) {
 }
 
 // A tile of widened weights: it should still be in the second-level cache when it is multiplied.
-constexpr std::size_t kTILE_BYTES = std::size_t{32} << 20;
+constexpr std::int64_t kTILE_BYTES = std::int64_t{32} << 20;
 constexpr std::int32_t kTILE_UNIT = 64;  // columns
 
 // Bytes of a column of W in T, or of a token.
@@ -26,7 +26,9 @@ std::size_t columnBytes(const LinearWork& work) {
 
 // Columns of W that are widened at a time.
 std::int32_t tileColumns(const LinearWork& work) {
-    const auto units = static_cast<std::int32_t>(kTILE_BYTES / columnBytes(work) / kTILE_UNIT);
+    const std::int64_t bytes = work.tileBytes > 0 ? work.tileBytes : kTILE_BYTES;
+    const auto units =
+        static_cast<std::int32_t>(static_cast<std::size_t>(bytes) / columnBytes(work) / kTILE_UNIT);
     return std::min(std::max(units, 1) * kTILE_UNIT, work.outputs);
 }
 
@@ -150,6 +152,7 @@ LinearWork workOf(const LinearArgs& args) {
     work.tokens = args.tokens;
     work.channels = args.channels;
     work.outputs = args.outputs;
+    work.tileBytes = args.tileBytes;
     work.needsMask = selection.n < selection.m || selection.channelOrder != nullptr ||
                      selection.valueScale != nullptr || selection.shift != nullptr ||
                      selection.dynamicShift;

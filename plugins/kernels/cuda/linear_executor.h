@@ -38,6 +38,7 @@ struct LinearWork {
     // of that, hundreds, would all gather the same few kilobytes.
     bool prunesFirst{false};
     WeightType weights{WeightType::kT};
+    std::int64_t tileBytes{0};  // most of W that is widened at a time; 0: the executor's choice
     bool hasStoredRows{false};  // the kernel for stored rows takes them
 };
 

@@ -104,6 +104,7 @@ struct LinearArgs {
     void* y{nullptr};                   //!< [tokens, O] T
     bool isPruned{false};    //!< x is s already, by position, 16 bit; the selection keeps 16 of 16
     StoredWeights stored{};  //!< other than kT: for LinearExecutor, and launchStored of stored.h
+    int64_t tileBytes{0};    //!< most of W that LinearExecutor widens at a time; 0: its own choice
 };
 
 //! Up to so many tokens of a pruned x are multiplied by their kept rows, each for itself: rows that

@@ -26,8 +26,6 @@ cudaError_t launchStoredOf(StoredArgs const& args, DecodePlan const& plan,
             args, plan, device, stream);
     }
     switch (plan.warps * 100 + plan.unroll) {
-        case 404:
-            return launchStoredShape<T, STORAGE, 1, 4, 4>(args, plan, device, stream);
         case 408:
             return launchStoredShape<T, STORAGE, 1, 4, 8>(args, plan, device, stream);
         case 804:

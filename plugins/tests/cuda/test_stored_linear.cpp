@@ -52,7 +52,9 @@ std::string launchesOf(LinearArgs const& args, DeviceTraits const& device = kH20
 }
 
 void checkPaths() {
-    LinearArgs few = linearOf(2, 4096, 4096);
+    LinearArgs few = linearOf(17, 4096, 4096);
+    check(launchesOf(few) == "mask widen product ", "more than sixteen tokens are widened");
+    few.tokens = 2;
     check(launchesOf(few) == "mask stored ", "a selection is made before the kernel");
     few.isPruned = true;
     few.selection.n = few.selection.m;
@@ -128,6 +130,29 @@ void checkPlans() {
     }
 }
 
+//! What was fastest on an H200, pruned 8:16: the rule gives it.
+void checkMeasuredPlans() {
+    struct Fastest {
+        WeightType type;
+        int32_t channels, outputs, warps, unroll, cluster;
+    };
+
+    constexpr Fastest kFASTEST[] = {
+        {WeightType::kINT8, 4096, 4096, 8, 4, 6},  {WeightType::kINT8, 4096, 6144, 8, 8, 4},
+        {WeightType::kINT8, 4096, 14336, 4, 8, 4}, {WeightType::kINT8, 4096, 28672, 4, 8, 2},
+        {WeightType::kINT8, 14336, 4096, 8, 8, 6}, {WeightType::kINT4, 4096, 4096, 8, 4, 8},
+        {WeightType::kINT4, 4096, 6144, 8, 4, 8},  {WeightType::kINT4, 4096, 14336, 8, 4, 4},
+        {WeightType::kINT4, 4096, 28672, 8, 4, 2}, {WeightType::kINT4, 14336, 4096, 8, 4, 7}};
+    for (Fastest const& f : kFASTEST) {
+        LinearArgs args = linearOf(1, f.channels, f.outputs);
+        args.stored.type = f.type;
+        DecodePlan const plan = storedPlan(args, kH200);
+        check(plan.warps == f.warps && plan.unroll == f.unroll && plan.cluster == f.cluster,
+              "the fastest plan of a measured shape");
+        check(storedPlan(args, {80, 108, 163 << 10}).cluster == 1, "no cluster on an older chip");
+    }
+}
+
 }  // namespace
 }  // namespace nmexport::cuda
 
@@ -136,6 +161,7 @@ int main() {
     nmexport::cuda::checkTiles();
     nmexport::cuda::checkRows();
     nmexport::cuda::checkPlans();
+    nmexport::cuda::checkMeasuredPlans();
     std::printf("%d failed\n", nmexport::cuda::failures);
     return nmexport::cuda::failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }
