@@ -480,11 +480,14 @@ __device__ __forceinline__ void storeStored(StoredArgs const& args,
 }
 
 //! CTAs per multiprocessor that the registers leave room for. Code for 8.9 and 12.0 needs a few
-//! more of them for eight tokens, and their memory fewer loads in flight.
+//! more of them for eight tokens, and their memory fewer loads in flight; code for chips that do
+//! not convert 8-bit floats needs more of them for that.
 template <typename Shape, int MIN_CTAS>
 constexpr int residentCtas() {
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
     return Shape::TOKENS == 1 ? MIN_CTAS : 1;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
+    return Shape::STORAGE == Storage::kFLOAT8 ? MIN_CTAS / 2 : MIN_CTAS;
 #else
     return MIN_CTAS;
 #endif
