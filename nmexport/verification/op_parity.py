@@ -42,12 +42,13 @@ PROTOCOL = (
     "Each sparsified linear computes on the input that it met in a run of the model, prompt and "
     "decode, and is held against a float64 oracle on that same input. The error is given as a "
     "share of what the op contract allows; a channel kept or dropped wrongly would exceed it by "
-    "orders of magnitude. Where a GPU multiplies a prompt by weights of integers, it rounds them "
-    "to the engine's type first, and that much is allowed too."
+    "orders of magnitude. A GPU's products take operands of the engine's type: activations that a "
+    "shift or scale changed are rounded to it first, and so are weights of integers for a prompt; "
+    "that much is allowed too."
 )
-# What rounding weights to T adds to an output, in half units in the last place of its terms' norm:
-# errors are independent, so five standard deviations of a uniform one's are less.
-_ROUNDED_WEIGHTS = 4.0
+# What rounding an operand to T adds to an output, in half units in the last place of its terms'
+# norm: errors are independent, so five standard deviations of a uniform one's are less.
+_ROUNDED_OPERAND = 4.0
 # With a shift computed from the token, scores this close may rank either way (op contract).
 _TIE = 1e-5
 
@@ -122,7 +123,7 @@ def expected_of(
     x: NDArray[Any],
     *,
     products: Products | None = None,
-    rounds_weights: bool = False,
+    rounded_operands: int = 0,
 ) -> Expected:
     """Ask the oracle.
 
@@ -131,13 +132,13 @@ def expected_of(
         tensors: Its constants by the contract's names.
         x: `[..., S, K] T`, its input.
         products: See `oracle.reference`.
-        rounds_weights: Whether stored weights are rounded to T before they are multiplied.
+        rounded_operands: How many of the product's operands are rounded to T before.
     """
     found = reference(x, tensors["W"], **arguments(layer, tensors), products=products)
     bound = found.bound(x.dtype)
-    if rounds_weights:
+    if rounded_operands:
         half_unit = float(ml_dtypes.finfo(x.dtype).eps) / 2
-        bound = bound + _ROUNDED_WEIGHTS * half_unit * found.magnitude
+        bound = bound + rounded_operands * _ROUNDED_OPERAND * half_unit * found.magnitude
     return Expected(
         value=found.value,
         bound=np.maximum(bound, np.finfo(np.float64).tiny),
@@ -234,12 +235,19 @@ def check(
         tensors = tensors_of(layer.name)
         element = tensors["W"].dtype if layer.weight_type == "float" else session.element_type
         x, y = (value.astype(element) for value in (x32, y32))  # exact: they were T
-        is_widened = session.on_gpu and layer.weight_type != "float" and x.shape[-2] > 1
-        expected = expected_of(layer, tensors, x, products=products, rounds_weights=is_widened)
+        rounded = _rounded_operands(layer, tensors, tokens=x.shape[-2]) if session.on_gpu else 0
+        expected = expected_of(layer, tensors, x, products=products, rounded_operands=rounded)
         session_errors.add(layer.name, expected.shares(y))
         if executor is not None:
             executor_errors.add(layer.name, expected.shares(executor(layer, x)))
     return session_errors.report(), None if executor is None else executor_errors.report()
+
+
+def _rounded_operands(layer: LayerSpec, tensors: Tensors, *, tokens: int) -> int:
+    """How many operands a GPU's product rounds to T: changed activations, widened weights."""
+    changes_values = layer.dynamic_shift or bool({"shift", "value_scale"} & tensors.keys())
+    widens = layer.weight_type != "float" and tokens > 1
+    return int(changes_values) + int(widens)
 
 
 def _chunks(layers: Sequence[LayerSpec], *, tokens: int) -> Iterator[list[LayerSpec]]:

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from nmexport.oracle import nm_linear
+from nmexport.oracle import nm_linear, reference
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.store.layers import LayerSpec
 from nmexport.verification.device_products import DeviceProducts
@@ -60,10 +60,24 @@ def test_weights_that_a_gpu_rounds_first_are_within_a_bound_of_their_own() -> No
     plain = {"W": wide.astype(ml_dtypes.bfloat16), "channel_order": tensors["channel_order"]}
     y = nm_linear(narrow, plain["W"], **arguments(layer, plain))
     assert expected_of(layer, tensors, narrow).shares(y).max() > 1
-    shares = expected_of(layer, tensors, narrow, rounds_weights=True).shares(y)
+    shares = expected_of(layer, tensors, narrow, rounded_operands=1).shares(y)
     assert 0.1 < shares.max() <= 1
     wrong = nm_linear(narrow, np.roll(plain["W"], 1, axis=1), **arguments(layer, plain))
-    assert expected_of(layer, tensors, narrow, rounds_weights=True).shares(wrong).max() > 10
+    assert expected_of(layer, tensors, narrow, rounded_operands=1).shares(wrong).max() > 10
+
+
+def test_shifted_activations_that_a_gpu_rounds_first_are_within_that_bound_too() -> None:
+    layer, tensors, x = _case()
+    rng = np.random.default_rng(1)
+    weight = tensors["W"].astype(ml_dtypes.bfloat16)
+    tensors = {"W": weight, "shift": rng.normal(0.3, 0.1, K).astype(np.float32)}
+    narrow = x.astype(ml_dtypes.bfloat16)
+    kept = reference(narrow, weight, **arguments(layer, tensors)).keep
+    s = np.where(kept, narrow.astype(np.float32) - tensors["shift"], 0).astype(ml_dtypes.bfloat16)
+    y = (s.astype(np.float32) @ weight.astype(np.float32)).astype(ml_dtypes.bfloat16)
+    assert expected_of(layer, tensors, narrow).shares(y).max() > 1
+    shares = expected_of(layer, tensors, narrow, rounded_operands=1).shares(y)
+    assert 0.1 < shares.max() <= 1
 
 
 @pytest.mark.parametrize("fault", ["mask", "order", "phase"])
