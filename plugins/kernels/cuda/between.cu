@@ -1,7 +1,9 @@
 // Which kernel makes a row, by how many there are.
-#include "between_kernels.cuh"
-
 #include <algorithm>
+
+#include "gated_kernels.cuh"
+#include "norm_kernels.cuh"
+#include "prune_kernels.cuh"
 
 namespace nmexport::cuda {
 namespace {
