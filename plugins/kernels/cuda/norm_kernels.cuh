@@ -12,7 +12,7 @@ namespace nmexport::cuda::between {
 //! A block per token. The rounded sum is kept in registers for up to HELD * kTHREADS * 8 channels;
 //! what lies beyond is read again.
 template <typename T, Pruner PRUNER, int HELD, int AT_ONCE = 4>
-__global__ void __launch_bounds__(kTHREADS) normKernel(NormArgs const args) {
+__global__ void __launch_bounds__(kTHREADS, 1) normKernel(NormArgs const args) {
     __shared__ float perWarp[kWARPS];
     extern __shared__ __align__(16) unsigned char rowBytes[];
     allowDependentLaunch();
