@@ -123,7 +123,7 @@ def producers_of(parent: nn.Module, reader: str, *, seed: int = 0) -> tuple[str,
 
 
 class _Seen(NamedTuple):
-    """What one run of a module shows."""
+    """Tensors seen in one run of a module."""
 
     reader: torch.Tensor
     """The reader's input, `[1, tokens, K]`."""

@@ -1,4 +1,4 @@
-"""Where prompts are cut into chunks."""
+"""How a prompt is cut into chunks."""
 
 from __future__ import annotations
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 import onnxruntime
 from nmexport.environment import free_memory
 from nmexport.errors import ArtifactError
-from nmexport.runtimes.device_cache import CacheTensor, Device, cache_tensors, on_device
+from nmexport.runtimes.device_cache import (
+    CacheTensor,
+    Device,
+    cache_tensors,
+    is_bfloat16,
+    on_device,
+)
 from nmexport.runtimes.engine import REBUILD, read_engine
+from nmexport.runtimes.feeds import float32_from
 from nmexport.runtimes.native import (
     device_visible,
     engine_library,
@@ -161,6 +168,15 @@ class CudaModel:
         binding.bind_output(output, "cpu", 0, kind, list(shape), values.ctypes.data)
         return values
 
+    def widened(self, logits: NDArray[Any]) -> NDArray[np.float32]:
+        """Logits of the host as float32."""
+        return float32_from(logits, is_bfloat16=is_bfloat16(self.logits_type))
+
+    def read_logits(self, value: Any) -> NDArray[np.float32]:
+        """Copy logits to the host, before the next step overwrites the device's."""
+        logits: NDArray[Any] = value.numpy()
+        return self.widened(logits.copy() if self.device == "cpu" else logits)  # that is a view
+
     def visible(self, *shape: int) -> NDArray[np.int64]:
         """Zeros of the host at an address that the device knows too."""
         if self._library is None or self.device == "cpu":
@@ -168,7 +184,7 @@ class CudaModel:
         return device_visible(self._library, shape, np.dtype(np.int64))
 
     def place(self, array: NDArray[np.int64]) -> tuple[Any, ...]:
-        """What binds such an array as if it lay on the device."""
+        """Arguments that bind a `visible` array as if it lay on the device."""
         return self.device, 0, _INT64, list(array.shape), array.ctypes.data
 
     def on_device(self, array: NDArray[Any]) -> Any:
@@ -180,17 +196,7 @@ class CudaModel:
         self._session = None
 
 
-class EngineGraph(NamedTuple):
-    """One of the graphs for CUDA of an engine, open."""
-
-    session: onnxruntime.InferenceSession
-    positions: int
-    """Tokens of a sequence that its rotary tables cover."""
-    library: Path | None
-    """The native library."""
-
-
-def open_engine_graph(path: Path, *, side: Side = "sparse") -> EngineGraph:
+def open_engine_graph(path: Path, *, side: Side = "sparse") -> CudaModel:
     """Open one of the graphs for CUDA that `engine.json` names.
 
     Args:
@@ -216,4 +222,4 @@ def open_engine_graph(path: Path, *, side: Side = "sparse") -> EngineGraph:
         config={**engine.session_config, EXTERNAL_DATA_FOLDER: str(weights.parent)},
     )
     session = open_session(model.read_bytes(), options, "cuda", records_graphs=True)
-    return EngineGraph(session, cuda.positions, library)
+    return CudaModel(session, positions=cuda.positions, library=library)

@@ -32,13 +32,10 @@ from nmexport.runtimes.cuda_model import (
 )
 from nmexport.runtimes.device_cache import (
     Buffers,
-    Device,
     DeviceCache,
     DeviceCaches,
     Lease,
-    is_bfloat16,
 )
-from nmexport.runtimes.feeds import float32_from
 from nmexport.runtimes.onnxruntime_session import RUNTIME
 from nmexport.runtimes.session import Limits, Session
 from nmexport.timing import milliseconds
@@ -49,10 +46,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    import onnxruntime
     from nmexport.runtimes.engine import Side
 
-RECORDING_RUNS = 2
+_RECORDING_RUNS = 2
 """Runs of a step after which it is recorded: one as any other, one that the recorder watches."""
 
 
@@ -97,16 +93,8 @@ class CudaSession(Session):
     exposes_cache = True
     runtime = RUNTIME
 
-    def __init__(
-        self,
-        session: onnxruntime.InferenceSession,
-        *,
-        positions: int,
-        device: Device = "cuda",
-        library: Path | None = None,
-    ) -> None:
-        """Take over an open session; arguments and faults as in `CudaModel`."""
-        model = CudaModel(session, positions=positions, device=device, library=library)
+    def __init__(self, model: CudaModel) -> None:
+        """Take over an open model."""
         self._model = model
         self.on_gpu = model.device == "cuda"
         self._caches = DeviceCaches(
@@ -127,8 +115,7 @@ class CudaSession(Session):
             ArtifactError: see `open_engine_graph`.
             EnvironmentFault: see the same.
         """
-        graph = open_engine_graph(path, side=side)
-        return cls(graph.session, positions=graph.positions, library=graph.library)
+        return cls(open_engine_graph(path, side=side))
 
     @property
     def vocabulary_size(self) -> int:
@@ -214,7 +201,7 @@ class CudaSession(Session):
 
     def _recorded(self, cache: DeviceCache, input_ids: NDArray[np.int64]) -> _Step:
         """A step on a cache, its inputs in place, that the runtime replays from now on."""
-        for _ in range(RECORDING_RUNS):
+        for _ in range(_RECORDING_RUNS):
             buffers = self.next_tokens(cache, input_ids)[1].lease.buffers
         return self._steps[buffers]
 
@@ -236,13 +223,10 @@ class CudaSession(Session):
         """Run the first `counts` of each row's tokens after those in the cache."""
         room = self._room(cache, ids, counts)
         if ids.shape[1] == 1:
-            logits: NDArray[Any] = self._decode(room, ids).logits.numpy()
-            if self._model.device == "cpu":
-                logits = logits.copy()  # that was a view of what the next step overwrites
+            logits = self._model.read_logits(self._decode(room, ids).logits)
         else:
-            logits = self._prompt(room, ids, LOGITS, last_only=last_only)
-        widened = float32_from(logits, is_bfloat16=is_bfloat16(self._model.logits_type))
-        return widened, room.extended()
+            logits = self._model.widened(self._prompt(room, ids, LOGITS, last_only=last_only))
+        return logits, room.extended()
 
     def _room(
         self, cache: DeviceCache | None, ids: NDArray[np.int64], counts: NDArray[Any]

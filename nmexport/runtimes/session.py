@@ -58,10 +58,10 @@ class Work(NamedTuple):
 
 
 class Stepped(NamedTuple):
-    """What a step gives for one sequence."""
+    """One sequence's result of a step."""
 
     logits: NDArray[np.float32] | None
-    """Of its last token, `[V]`; they may be None where they were not needed."""
+    """After its last token, `[V]`; None is allowed where the work does not need them."""
     cache: Any
     """Its cache with the tokens in it."""
     token: int

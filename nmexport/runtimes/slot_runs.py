@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nmexport.runtimes.cuda_model import CHOSEN, LOGITS, NO_GRAPH, CudaModel, Place
-from nmexport.runtimes.device_cache import is_bfloat16, zero_buffers
-from nmexport.runtimes.feeds import float32_from
+from nmexport.runtimes.device_cache import zero_buffers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -141,7 +140,7 @@ class StepRuns:
 
     def logits(self) -> NDArray[np.float32]:
         """Logits of each slot `[S, V]`, after the wait for the step."""
-        return _widened(self._model, self._logits)[:, 0]
+        return self._model.read_logits(self._logits)[:, 0]
 
     def close(self) -> None:
         """Let go of the runtime's session."""
@@ -175,7 +174,7 @@ class PromptRuns:
 
     def logits(self, slot: int) -> NDArray[np.float32]:
         """Logits `[V]` after a slot's last chunk, after the wait for it."""
-        row: NDArray[np.float32] = _widened(self._model, self._slots[slot].logits)[0, 0]
+        row: NDArray[np.float32] = self._model.read_logits(self._slots[slot].logits)[0, 0]
         return row
 
     def all_logits(self, slot: int, tokens: NDArray[np.int64], before: int) -> NDArray[np.float32]:
@@ -191,7 +190,7 @@ class PromptRuns:
             binding.bind_ortvalue_input(name, model.on_device(np.ascontiguousarray(array)))
         values = model.bind_host_output(binding, LOGITS, (1, len(tokens)))
         model.session.run_with_iobinding(binding, model.options(NO_GRAPH))
-        return float32_from(values[0], is_bfloat16=is_bfloat16(model.logits_type))
+        return model.widened(values[0])
 
     def close(self) -> None:
         """Let go of the runtime's session."""
@@ -199,7 +198,7 @@ class PromptRuns:
 
 
 class _PromptSlot:
-    """What prompts in one slot read and write."""
+    """Arrays that prompts in one slot read and write, bound once."""
 
     def __init__(self, model: CudaModel, buffers: SlotBuffers, slot: int, chunk: int) -> None:
         self.binding: Any = model.session.io_binding()
@@ -223,11 +222,3 @@ class _PromptSlot:
         self._last.update_inplace(np.array([before + count - 1], np.int32))
         self.binding.bind_input("input_ids", *model.place(ids))
         model.bind_bound(self.binding, before + count)
-
-
-def _widened(model: CudaModel, value: Any) -> NDArray[np.float32]:
-    """Read logits on the host; the device's next step may overwrite its own."""
-    logits: NDArray[Any] = value.numpy()
-    if model.device == "cpu":
-        logits = logits.copy()  # that was a view
-    return float32_from(logits, is_bfloat16=is_bfloat16(model.logits_type))

@@ -121,8 +121,7 @@ class SlotSession(Session):
             EnvironmentFault: see the same.
             RequestError: if the slots do not fit into the device's memory.
         """
-        graph = open_engine_graph(path, side=side)
-        model = CudaModel(graph.session, positions=graph.positions, library=graph.library)
+        model = open_engine_graph(path, side=side)
         tokens = slots_for(room, model)
         return cls(model, slots=room.slots, tokens=tokens, chunk=room.chunk)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 SLOTS = 8
 CHUNK = 256
 _MEMORY_SHARE = 0.5
-"""Of the device's memory that is free once the model is loaded; prompts need some of the rest."""
+"""Share of the device's free memory that caches get; prompts need some of the rest."""
 _UNIT = 128
 """Tokens that a slot's size is a multiple of where memory decides it."""
 
@@ -35,7 +35,7 @@ class SlotRoom:
     chunk: int = CHUNK
     """Prompts are cut at multiples of so many tokens."""
     cache_bytes: int | None = None
-    """Of all slots together at most; None is half of the device's free memory."""
+    """The most that all slots together may take; None is half of the device's free memory."""
 
 
 @dataclass(eq=False)

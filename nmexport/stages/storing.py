@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from nmexport.store.layers import LayerSpec
 
 Device = Literal["cpu", "cuda", "tensorrt"]
-"""What runs an engine."""
+"""The kind of device that an engine runs on."""
 
 
 def imported(inputs: StageInputs) -> ImportedWeights | None:
@@ -38,7 +38,7 @@ def imported(inputs: StageInputs) -> ImportedWeights | None:
     from nmexport.models.imported import imported_weights
 
     section, device = inputs.recipe.model, _device(inputs)
-    # What came in integers is dequantised where no kernel takes it.
+    # Imported integers are dequantised where no kernel multiplies them.
     if section.weights != "auto" or not _takes_integers(device, section.dtype):
         return None
     return imported_weights(inputs.source, keeps_float8=device == "cuda")
@@ -154,7 +154,7 @@ def rounds_activations(inputs: StageInputs) -> bool:
 
 
 def _device(inputs: StageInputs) -> Device:
-    """What runs the engine that is built here."""
+    """The device that the engine built here will run on."""
     if resolve_target(inputs.recipe.target) != "onnxruntime":
         return "tensorrt"
     return "cuda" if gpu_runs(inputs.environment) else "cpu"

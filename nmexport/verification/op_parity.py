@@ -46,8 +46,9 @@ PROTOCOL = (
     "shift or scale changed are rounded to it first, and so are weights of integers for a prompt; "
     "that much is allowed too."
 )
-# What rounding an operand to T adds to an output, in half units in the last place of its terms'
-# norm: errors are independent, so five standard deviations of a uniform one's are less.
+# Error that rounding an operand to T adds to an output, over half a unit in the last place times
+# the norm of its terms: errors are independent, so five standard deviations of a uniform one are
+# less.
 _ROUNDED_OPERAND = 4.0
 # With a shift computed from the token, scores this close may rank either way (op contract).
 _TIE = 1e-5

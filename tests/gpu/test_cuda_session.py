@@ -9,6 +9,7 @@ import onnx_ir as ir
 import pytest
 from nmexport.graph.cuda import rewrite_for_cuda
 from nmexport.runtimes import native
+from nmexport.runtimes.cuda_model import CudaModel
 from nmexport.runtimes.cuda_session import CudaSession
 from nmexport.runtimes.onnxruntime_session import (
     EXTERNAL_DATA_FOLDER,
@@ -52,7 +53,7 @@ def opened(path: Path) -> CudaSession:
     rewrite_for_cuda(model, positions=POSITIONS)
     content = ir.to_proto(model).SerializeToString()
     session = open_session(content, options, "cuda", records_graphs=True)
-    return CudaSession(session, positions=POSITIONS)
+    return CudaSession(CudaModel(session, positions=POSITIONS))
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> np.ndarray:

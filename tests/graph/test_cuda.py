@@ -15,6 +15,7 @@ from nmexport.graph.cuda import rewrite_for_cuda
 from nmexport.graph.cuda_sampling import ChooseLikeliest
 from nmexport.graph.fused import FUSED
 from nmexport.runtimes import native
+from nmexport.runtimes.cuda_model import CudaModel
 from nmexport.runtimes.cuda_session import CudaSession
 from nmexport.runtimes.onnxruntime_session import EXTERNAL_DATA_FOLDER, OrtSession
 
@@ -56,7 +57,7 @@ def opened(path: Path, *, library: Path | None = None) -> CudaSession:
     options.add_session_config_entry(EXTERNAL_DATA_FOLDER, str(path.parent))
     model = ir.to_proto(rewritten(path)).SerializeToString()
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    return CudaSession(session, positions=POSITIONS, device="cpu")
+    return CudaSession(CudaModel(session, positions=POSITIONS, device="cpu"))
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> np.ndarray:
@@ -309,7 +310,7 @@ def test_of_nans_the_first_is_the_likeliest() -> None:
 
 def test_a_graph_of_an_older_version_is_refused(exported: Exported) -> None:
     with OrtSession(exported.model) as plain, pytest.raises(ArtifactError, match="next_ids"):
-        CudaSession(plain._session, positions=POSITIONS, device="cpu")
+        CudaModel(plain._session, positions=POSITIONS, device="cpu")
 
 
 def test_a_queued_step_is_the_step_itself_and_changes_nothing(exported: Exported) -> None:

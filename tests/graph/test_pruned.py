@@ -11,6 +11,7 @@ import pytest
 from nmexport.graph.cuda import rewrite_for_cuda
 from nmexport.graph.fused import FuseResidualNorm
 from nmexport.graph.pruned import PruneWhereMade
+from nmexport.runtimes.cuda_model import CudaModel
 from nmexport.runtimes.cuda_session import CudaSession
 from nmexport.runtimes.onnxruntime_session import EXTERNAL_DATA_FOLDER, OrtSession
 
@@ -49,7 +50,7 @@ def opened(model: ir.Model, folder: Path) -> CudaSession:
     options.add_session_config_entry(EXTERNAL_DATA_FOLDER, str(folder))
     content = ir.to_proto(model).SerializeToString()
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    return CudaSession(session, positions=POSITIONS, device="cpu")
+    return CudaSession(CudaModel(session, positions=POSITIONS, device="cpu"))
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from nmexport.pipeline import Pipeline, Selection
 from nmexport.progress import Silent
 from nmexport.recipe import ModelSection, SparsitySection
 from nmexport.runtimes import native, onnxruntime_session
+from nmexport.runtimes.cuda_model import CudaModel
 from nmexport.runtimes.cuda_session import CudaSession
 from nmexport.runtimes.engine import read_engine
 from nmexport.runtimes.onnxruntime_session import EXTERNAL_DATA_FOLDER, OrtSession, session_options
@@ -79,7 +80,7 @@ def opened(described: Engine, side: Side) -> CudaSession:
     session = onnxruntime.InferenceSession(
         graph.read_bytes(), options, providers=["CPUExecutionProvider"]
     )
-    return CudaSession(session, positions=described.cuda.positions, device="cpu")
+    return CudaSession(CudaModel(session, positions=described.cuda.positions, device="cpu"))
 
 
 @pytest.mark.parametrize("side", ["sparse", "stored"])
