@@ -5,14 +5,11 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nmexport.generation.loop import continuation
 from nmexport.generation.options import GenerationOptions
-from nmexport.generation.sampler import Sampler
 from nmexport.graph.shared_step import rewrite_for_shared_step
 from nmexport.runtimes import native
 from nmexport.runtimes.onnxruntime_session import EXTERNAL_DATA_FOLDER
@@ -26,7 +23,7 @@ from nmexport.store.artifact import file_digest
 
 from tests.serving.test_scheduler import ListSink, Recorder
 from tests.support.served import engine_of, require_tritonserver, save_package, triton
-from tests.support.tiny import VOCABULARY
+from tests.support.solo_runs import prompt, solo, spelled
 from tests.support.triton_clients import metrics_of, text_of
 
 if TYPE_CHECKING:
@@ -67,10 +64,6 @@ def session(plain_export: Exported) -> Iterator[Counting]:
         yield one
 
 
-def spelled(ids: Sequence[int]) -> str:
-    return "".join(chr(0x4E00 + token) for token in ids)
-
-
 def scheduler(session: StepSession, **limits: int) -> Scheduler:
     known = {"context_tokens": POSITIONS, "cache_bytes": 10_000_000, "slots": 32, **limits}
     return Scheduler(
@@ -80,16 +73,6 @@ def scheduler(session: StepSession, **limits: int) -> Scheduler:
         limits=Limits(**known),
         metrics=Recorder(),
     )
-
-
-def prompt(length: int, seed: int) -> list[int]:
-    return np.random.default_rng(seed).integers(3, VOCABULARY, length).tolist()
-
-
-def solo(session: StepSession, text: list[int], tokens: int, *, heat: float, seed: int) -> str:
-    sampler = Sampler(temperature=heat, top_p=1.0, top_k=0, seed=seed, prompt=text)
-    drawn = continuation(session, text, sampler, max_tokens=tokens, ends=frozenset())
-    return spelled(list(drawn))
 
 
 @settings(max_examples=15, deadline=None)

@@ -9,9 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nmexport.errors import RequestError
-from nmexport.generation.loop import continuation
 from nmexport.generation.options import GenerationOptions
-from nmexport.generation.sampler import Sampler
 from nmexport.serving import service
 from nmexport.serving.limits import Limits
 from nmexport.serving.request import Request
@@ -22,7 +20,7 @@ from nmexport.serving.sharing import PromptSharing
 from tests.serving.test_scheduler import ListSink, Recorder
 from tests.support.served import save_package
 from tests.support.slots import slot_session
-from tests.support.tiny import VOCABULARY
+from tests.support.solo_runs import prompt, solo, spelled
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -43,10 +41,6 @@ def session(plain_export: Exported) -> Iterator[SlotSession]:
         yield one
 
 
-def spelled(ids: Sequence[int]) -> str:
-    return "".join(chr(0x4E00 + token) for token in ids)
-
-
 def scheduler(session: SlotSession, **limits: int) -> Scheduler:
     known = {
         "context_tokens": CONTEXT,
@@ -61,16 +55,6 @@ def scheduler(session: SlotSession, **limits: int) -> Scheduler:
         limits=Limits(**known),
         metrics=Recorder(),
     )
-
-
-def prompt(length: int, seed: int) -> list[int]:
-    return np.random.default_rng(seed).integers(3, VOCABULARY, length).tolist()
-
-
-def solo(session: SlotSession, text: list[int], tokens: int, *, heat: float, seed: int) -> str:
-    sampler = Sampler(temperature=heat, top_p=1.0, top_k=0, seed=seed, prompt=text)
-    drawn = continuation(session, text, sampler, max_tokens=tokens, ends=frozenset())
-    return spelled(list(drawn))
 
 
 @settings(max_examples=12, deadline=None)

@@ -1,0 +1,30 @@
+"""What a request gets when it runs alone: text of tokens that are spelled one character each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from nmexport.generation.loop import continuation
+from nmexport.generation.sampler import Sampler
+
+from tests.support.tiny import VOCABULARY
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from nmexport.runtimes.session import Session
+
+
+def spelled(ids: Sequence[int]) -> str:
+    return "".join(chr(0x4E00 + token) for token in ids)
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(3, VOCABULARY, length).tolist()
+
+
+def solo(session: Session, text: list[int], tokens: int, *, heat: float, seed: int) -> str:
+    sampler = Sampler(temperature=heat, top_p=1.0, top_k=0, seed=seed, prompt=text)
+    drawn = continuation(session, text, sampler, max_tokens=tokens, ends=frozenset())
+    return spelled(list(drawn))
