@@ -149,10 +149,10 @@ struct Softmax {
                 for (int p = 0; p < 4; ++p) {
                     rows[p] = word(tile.values[m][p], j);
                 }
-                multiplyAdd<T>(sums[m][j], __byte_perm(rows[0], rows[1], 0x5410),
-                               __byte_perm(rows[0], rows[1], 0x7632),
-                               __byte_perm(rows[2], rows[3], 0x5410),
-                               __byte_perm(rows[2], rows[3], 0x7632), b0, b1);
+                multiplyTiles<T>(sums[m][j], __byte_perm(rows[0], rows[1], 0x5410),
+                                 __byte_perm(rows[0], rows[1], 0x7632),
+                                 __byte_perm(rows[2], rows[3], 0x5410),
+                                 __byte_perm(rows[2], rows[3], 0x7632), b0, b1);
             }
         }
     }
@@ -190,8 +190,8 @@ __device__ __forceinline__ void scoreTile(float (&scores)[4], LaneQuery<HEAD> co
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             uint4 const key = tile.keys[half][i];
-            multiplyAdd<T>(products[half], chunk.x, 0, chunk.y, 0, key.x, key.y);
-            multiplyAdd<T>(products[half], chunk.z, 0, chunk.w, 0, key.z, key.w);
+            multiplyTiles<T>(products[half], chunk.x, 0, chunk.y, 0, key.x, key.y);
+            multiplyTiles<T>(products[half], chunk.z, 0, chunk.w, 0, key.z, key.w);
         }
     }
 #pragma unroll

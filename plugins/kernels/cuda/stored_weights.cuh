@@ -4,6 +4,7 @@
 
 #include "device_primitives.cuh"
 #include "stored_dispatch.cuh"
+#include "tensor_cores.cuh"
 
 #include <cuda_fp8.h>
 
@@ -163,24 +164,6 @@ class PairReader<T, Storage::kFLOAT8> {
         }
     }
 };
-
-//! sums [16, 8] += a [16, 16] * b [16, 8] over a warp, float32 sums; lanes hold what PTX says of
-//! mma.m16n8k16.
-template <typename T>
-__device__ __forceinline__ void multiplyTiles(float (&sums)[4], uint32_t a0, uint32_t a1,
-                                              uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-    if constexpr (std::is_same_v<T, __half>) {
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-            "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-            : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-    } else {
-        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-            "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-            : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-    }
-}
 
 //! One stored value at `index` of its array.
 template <Storage STORAGE>
