@@ -1,8 +1,9 @@
 """Store linears in integers: the sparse ones, those that stay dense, and the output head.
 
-Eight bits are rounded to what is nearest, on scales that look at how strong each channel is. Four
-bits are rounded with compensation, a sparse linear's by the second moments of what it keeps: errors
-are made good in what the sparse linear sees, not in what it never will.
+Eight bits are rounded to what is nearest, on scales that look at how strong each channel is; where
+values are rounded too, both sides are balanced first. Four bits are rounded with compensation, a
+sparse linear's by the second moments of what it keeps: errors are made good in what the sparse
+linear sees, not in what it never will.
 """
 
 from __future__ import annotations
