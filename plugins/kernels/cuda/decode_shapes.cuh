@@ -66,7 +66,8 @@ template <typename Task>
 cudaError_t launchGeneral(LinearArgs const& args, DecodePlan const& plan,
                           DeviceTraits const& device, cudaStream_t stream) {
     constexpr int kUNROLL = Task::TOKENS > 2 ? 4 : 8;
-    // Behind an else, or the shapes that moments never launch would be compiled as well.
+    // The else keeps the compiler from making two more shapes of every kernel with moments, which
+    // nothing launches.
     if constexpr (Task::MOMENTS) {
         return launchCompiled<Task, 16, 1, 8, kUNROLL, 1>(args, plan, device, stream);
     } else {
