@@ -12,6 +12,7 @@ from nmexport.errors import ArtifactError, ModelError
 from nmexport.generation.chat import ChatTemplate
 from nmexport.generation.defaults import GENERATION, generation_defaults, token_ids
 from nmexport.generation.tokenizer import read_json, vocabulary_size
+from nmexport.models.guard import first_line, quiet
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -131,7 +132,28 @@ def _check_configs(source: ModelSource) -> int | None:
         for key in ("eos_token_id", "bos_token_id"):
             token_ids(document, key, path, vocabulary=rows)
     generation_defaults(folder)
+    _check_as_transformers_does(folder / GENERATION)
     return rows
+
+
+def _check_as_transformers_does(path: Path) -> None:
+    """Refuse generation settings that transformers would refuse when it loads the model.
+
+    Raises:
+        ModelError: naming the file.
+    """
+    from transformers import GenerationConfig
+
+    if not path.is_file():
+        return
+    try:
+        with quiet():
+            GenerationConfig.from_pretrained(path.parent, local_files_only=True)
+    except Exception as error:  # it raises what it pleases
+        raise ModelError(
+            f"{path} is refused by transformers: {first_line(error)}",
+            fix="correct it, or remove it: the model then draws as it is told",
+        ) from error
 
 
 def known_tokens(source: ModelSource) -> int | None:

@@ -122,6 +122,7 @@ def test_sentencepiece_alone_says_what_to_install(tiny_llama: Path, tmp_path: Pa
         ("generation_config.json", {"eos_token_id": [2, 384]}, "384 is no token"),
         ("generation_config.json", {"eos_token_id": -1}, "eos_token_id cannot be -1"),
         ("generation_config.json", {"bos_token_id": 4000}, "bos_token_id"),
+        ("generation_config.json", {"max_new_tokens": -5}, "refused by transformers"),
         ("config.json", {"eos_token_id": 999}, "eos_token_id cannot be 999"),
         ("config.json", {"bos_token_id": -2}, "bos_token_id cannot be -2"),
         ("tokenizer_config.json", {"chat_template": "{% for m in x %}"}, "does not compile"),

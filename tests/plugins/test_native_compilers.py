@@ -25,7 +25,7 @@ COMPILERS = (
     "g++",
     *(f"g++-{version}" for version in range(11, 16)),
     "clang++",
-    *(f"clang++-{version}" for version in range(14, 21)),
+    *(f"clang++-{version}" for version in range(13, 23)),
 )
 STRICT = "-DNMEXPORT_WARNINGS_AS_ERRORS=ON"
 
