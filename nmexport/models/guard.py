@@ -36,11 +36,15 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def reading(source: ModelSource) -> Iterator[None]:
+def reading(source: ModelSource, *, part: str | None = None) -> Iterator[None]:
     """Say what went wrong in the model's terms.
 
     Transformers, tokenizers, safetensors and gguf raise what they please on a broken file, from
     OSError to bare Exception, so everything is caught here.
+
+    Args:
+        source: The model.
+        part: What of it is read, such as `tokenizer`; None is the model itself.
     """
     try:
         yield
@@ -50,6 +54,13 @@ def reading(source: ModelSource) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             raise needs_code(source) from error
         where = source.folder / (source.gguf_file or "")
+        if part is not None:
+            raise ModelError(
+                f"The {part} of {source.id!r} cannot be loaded from {where}: "
+                f"{_reason(error, source.folder)}",
+                allowed=f"a {part} that this version of transformers reads",
+                fix=f"copy the {part}'s files of the model (or of its base model) again",
+            ) from error
         raise ModelError(
             f"Model {source.id!r} cannot be loaded from {where}: "
             f"{_architecture(source.folder)}{_reason(error, source.folder)}",

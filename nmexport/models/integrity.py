@@ -212,7 +212,7 @@ def is_lfs_pointer(path: Path) -> bool:
         return False
 
 
-def not_readable(path: Path, error: Exception) -> ModelError:
+def not_readable(path: Path, error: Exception | None = None) -> ModelError:
     """Build the error that says a model's file is not what its name says."""
     if is_lfs_pointer(path):
         return ModelError(

@@ -230,7 +230,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 def _read_tokenizer(source: ModelSource, **form: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    with quiet(), reading(source):
+    with quiet(), reading(source, part="tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source.folder,
             trust_remote_code=source.trust_remote_code,

@@ -140,6 +140,41 @@ def test_what_serving_would_refuse_is_refused_at_the_start(
     assert str(folder / file) in caught.value.problem
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("tokenizer.json", "version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS"),
+        ("tokenizer.model", "version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS"),
+        ("tokenizer_config.json", "[]", "holds no JSON object"),
+        ("tokenizer_config.json", "{", "cannot be read"),
+        ("special_tokens_map.json", "3", "holds no JSON object"),
+        ("added_tokens.json", "[1]", "holds no JSON object"),
+        ("tokenizer_config.json", '{"model_max_length": "x"}', "model_max_length cannot be 'x'"),
+        ("chat_template.jinja", "\udcff", "is not UTF-8 text: byte 0"),
+    ],
+)
+def test_a_broken_file_beside_the_vocabulary_is_named(
+    tiny_llama: Path, tmp_path: Path, file: str, content: str, said: str
+) -> None:
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    (folder / file).write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ModelError) as caught:
+        load_tokenizer(source_of(folder))
+    assert said in caught.value.problem
+    assert str(folder / file) in caught.value.problem
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"model": {"type": "Zip"}}'])
+def test_a_tokenizer_that_cannot_be_read_is_called_one(
+    tiny_llama: Path, tmp_path: Path, content: str
+) -> None:
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(ModelError, match=r"The tokenizer of .* cannot be loaded from") as caught:
+        load_tokenizer(source_of(folder))
+    assert "tokenizer's files" in str(caught.value.fix)
+
+
 @pytest.mark.parametrize("text", ["[1]", "{", "3"])
 def test_a_broken_generation_config_is_named(tiny_llama: Path, tmp_path: Path, text: str) -> None:
     folder = shutil.copytree(tiny_llama, tmp_path / "model")
