@@ -22,6 +22,8 @@ GPU_VENV ?= .venv-gpu
 GPU_STAMP := $(GPU_VENV)/.installed
 GPU_PIP := $(GPU_VENV)/bin/python -m pip --quiet --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest
+CMAKE = $(or $(shell command -v cmake),$(BIN)/cmake)
+NINJA = $(or $(shell command -v ninja),$(abspath $(BIN))/ninja)
 CPP_FILES := -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh'
 
 .PHONY: help demo test coverage test-slow test-gpu gpu-here lint format types native plugin wheel native-test lock clean
@@ -112,10 +114,12 @@ plugin: $(STAMP) ## the TensorRT plugin, in ten minutes or more; fetches nvcc an
 wheel: $(STAMP) $(WHEEL_STAMP) ## wheels with the native library ready made, x86-64 and aarch64, into dist/
 	$(BIN)/python plugins/wheel.py
 
+# As tests/plugins/test_native_compilers.py configures it: what is compiled here is not compiled there.
 native-test: $(STAMP) ## C++ tests of the kernels
-	$(BIN)/cmake -S plugins -B build/native-test -DNMEXPORT_WARNINGS_AS_ERRORS=ON
-	$(BIN)/cmake --build build/native-test --target native_tests --parallel 2
-	$(BIN)/ctest --test-dir build/native-test --output-on-failure
+	$(CMAKE) -S plugins -B build/native-strict -G Ninja -DCMAKE_MAKE_PROGRAM=$(NINJA) \
+	  -DNMEXPORT_WARNINGS_AS_ERRORS=ON
+	$(CMAKE) --build build/native-strict --target native_tests --parallel 2
+	$(dir $(CMAKE))ctest --test-dir build/native-strict --output-on-failure
 
 clean: ## remove what the build made; keep the environment
 	rm -rf build dist nmexport/_native nmexport-work .coverage

@@ -23,24 +23,35 @@ if TYPE_CHECKING:
 
 _TESTS = Path(__file__).parent
 # Half a minute and more of a core each, of the slow suite and then of the fast one.
-_LONGEST = (
-    "test_smollm2_build.py",
+_FIRST = (
     "calibration/test_learning_smollm2.py",
+    "test_smollm2_build.py",
+    "plugins/test_wheel.py",
+    "runtimes/tensorrt/test_building.py",
+    "models/test_layerwise.py",
+    "models/test_streaming.py",
+    "sparsity/test_smollm2.py",
+    "runtimes/tensorrt/test_smollm2.py",
     "graph/test_cuda.py",
     "graph/test_cpu.py",
     "stages/test_export.py",
     "models/test_families.py",
-    "models/test_streaming.py",
-    "runtimes/tensorrt/test_building.py",
     "stages/test_engine.py",
     "verification/test_tasks.py",
+)
+# Each starts two processes: whichever runs last, both cores are busy to the end.
+_LAST = (
+    "plugins/test_native_compilers.py",
+    "models/test_family_scan.py",
+    "plugins/test_cuda_kernels.py",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: a worker that starts one of them last leaves the other idle."""
-    longest = {_TESTS / name for name in _LONGEST}
-    items.sort(key=lambda item: item.path not in longest)
+    turns = {_TESTS / name: turn for turn, name in enumerate(_FIRST, start=-len(_FIRST))}
+    turns |= {_TESTS / name: turn for turn, name in enumerate(_LAST, start=1)}
+    items.sort(key=lambda item: turns.get(item.path, 0))
 
 
 def pytest_collection_finish() -> None:

@@ -16,6 +16,7 @@ from tests.support.op_cases import (
     FLOAT32,
     INTEGERS,
     PATTERNS,
+    SHIFTS,
     STORED,
     TYPES,
     LinearCase,
@@ -27,13 +28,6 @@ from tests.support.op_cases import (
     stored_calls,
     with_stored_weight,
 )
-
-SHIFTS = {
-    "none": {"optional": ()},
-    "static": {"optional": ("shift",)},
-    "dynamic": {"optional": ("shift_weight",), "dynamic_shift": 1},
-}
-
 
 EVERYTHING = ("bias", "score_scale", "channel_order", "value_scale")
 

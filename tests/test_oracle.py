@@ -214,15 +214,8 @@ def python_variance(values):
     return math.fsum((v - mean) ** 2 for v in values) / len(values)
 
 
-SHIFTS = (
-    {},
-    {"optional": ("shift",)},
-    {"optional": ("shift_weight",), "dynamic_shift": 1},
-)
-
-
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("shift", SHIFTS, ids=("none", "static", "dynamic"))
+@pytest.mark.parametrize("shift", op_cases.SHIFTS.values(), ids=op_cases.SHIFTS)
 @pytest.mark.parametrize("variance_correction", [0, 1])
 @pytest.mark.parametrize("phase", ["all", "prefill", "decode"])
 @pytest.mark.parametrize("sequence_length", [1, 2])
@@ -234,7 +227,7 @@ def test_linear_equals_brute_force(dtype, shift, variance_correction, phase, seq
         shape=(2, sequence_length, 32),
         out_features=3,
         dtype=dtype,
-        **{**shift, "optional": (*shift.get("optional", ()), *more)},
+        **{**shift, "optional": (*shift["optional"], *more)},
         variance_correction=variance_correction,
         phase=phase,
     )
@@ -317,7 +310,7 @@ def test_a_token_depends_on_itself_alone(pattern):
     assert together.value[1, 2] == pytest.approx(alone.value[0, 0], rel=1e-12)
 
 
-@pytest.mark.parametrize("extra", [{}, {"variance_correction": 1}, *SHIFTS[2:]])
+@pytest.mark.parametrize("extra", [{}, {"variance_correction": 1}, op_cases.SHIFTS["dynamic"]])
 def test_all_kept_equals_dense(extra):
     case = op_cases.linear_case(n=16, m=16, **extra)
     dense = case.x.astype(np.float64) @ case.arrays["W"].astype(np.float64)

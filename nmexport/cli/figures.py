@@ -2,28 +2,51 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from nmexport.cli.output import figure, size, table
 from nmexport.report.answer import answer
 from nmexport.report.stored_rows import example_rows, words
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from rich.console import Console
 
-    from nmexport.report.model import Accuracy, Latency, PhaseTimes, Report
+    from nmexport.report.model import Accuracy, Latency, PhaseTimes, Report, StoredDense
+
+Measure = Literal["perplexity", "kl", "top1", "prefill", "decode"]
+"""What is measured of dense in the sparse model's integers as well."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measurement of both models, and how they compare."""
+
+    name: str
+    dense: str
+    sparse: str
+    comparison: str
+    measure: Measure | None = None
+
+    def cells(self, between: Mapping[Measure, str] | None = None) -> tuple[str, ...]:
+        """The row's columns, with one between the two models where it is given."""
+        middle = () if between is None else (between[self.measure] if self.measure else "",)
+        return (self.name, self.dense, *middle, self.sparse, self.comparison)
 
 
 def show_report(out: Console, report: Report, work: Path) -> None:
     """Print accuracy, speed and size, dense next to sparse, and the verdict."""
-    weights = report.weights
-    if report.stored_dense is None:
-        out.print(table(_title(report), ("", "dense", "sparse", ""), _rows(report)))
+    weights, between = report.weights, report.stored_dense
+    if between is None:
+        rows = [row.cells() for row in _rows(report)]
+        out.print(table(_title(report), ("", "dense", "sparse", ""), rows))
     else:
         sides = (f"dense {weights.dense}", f"dense {weights.sparse}", f"sparse {weights.sparse}")
-        out.print(table(_title(report), ("", *sides, "sparse to dense"), _three_rows(report)))
+        rows = [row.cells(_middle(between)) for row in _rows(report)]
+        out.print(table(_title(report), ("", *sides, "sparse to dense"), rows))
         # Timed in a run of its own, so that columns of the table are no measure of it.
         out.print(words(report), soft_wrap=True, markup=False)
     _show_examples(out, report)
@@ -71,51 +94,43 @@ def _title(report: Report) -> str:
     )
 
 
-def _rows(report: Report) -> list[tuple[object, ...]]:
+def _rows(report: Report) -> list[Row]:
     accuracy = report.accuracy
     return [
-        (
+        Row(
             "perplexity" if accuracy.dataset is None else f"perplexity ({accuracy.dataset})",
             figure(accuracy.dense.perplexity),
             figure(accuracy.sparse.perplexity),
             figure(accuracy.perplexity_ratio, 3, "x"),
+            "perplexity",
         ),
         *_decode_only_row(accuracy),
-        ("KL to dense, mean", "", figure(accuracy.kl_mean, 4), ""),
-        ("top-1 agreement", "", figure(_percent(accuracy.top1_agreement), 1, " %"), ""),
+        Row("KL to dense, mean", "", figure(accuracy.kl_mean, 4), "", "kl"),
+        Row("top-1 agreement", "", figure(_percent(accuracy.top1_agreement), 1, " %"), "", "top1"),
         *_task_rows(accuracy),
         *_speed_rows(report.latency),
     ]
 
 
-def _three_rows(report: Report) -> list[tuple[object, ...]]:
-    """The rows with dense in the sparse model's integers between the two."""
-    between = report.stored_dense
-    if between is None:
-        return _rows(report)
+def _middle(between: StoredDense) -> dict[Measure, str]:
+    """The column of dense in the sparse model's integers."""
     scores, times = between.scores, between.latency.dense
-    middle = {
+    return {
         "perplexity": figure(scores.sparse.perplexity),
-        "KL to dense, mean": figure(scores.kl_mean, 4),
-        "top-1 agreement": figure(_percent(scores.top1_agreement), 1, " %"),
+        "kl": figure(scores.kl_mean, 4),
+        "top1": figure(_percent(scores.top1_agreement), 1, " %"),
         "prefill": figure(times.prefill.p50_ms, 1, " ms"),
         "decode": figure(times.decode.p50_ms, 1, " ms"),
     }
 
-    def named(row: tuple[object, ...]) -> str:
-        name = str(row[0])
-        return next((middle[start] for start in middle if name.startswith(start)), "")
 
-    return [(row[0], row[1], named(row), *row[2:]) for row in _rows(report)]
-
-
-def _decode_only_row(accuracy: Accuracy) -> list[tuple[object, ...]]:
+def _decode_only_row(accuracy: Accuracy) -> list[Row]:
     """Perplexity with dense prompts; nothing where it was not measured."""
     decoded = accuracy.decode_only
     if decoded is None or decoded.perplexity_ratio is None:
         return []
     return [
-        (
+        Row(
             "  sparse in decode only",
             figure(decoded.dense.perplexity),
             figure(decoded.sparse.perplexity),
@@ -124,10 +139,10 @@ def _decode_only_row(accuracy: Accuracy) -> list[tuple[object, ...]]:
     ]
 
 
-def _task_rows(accuracy: Accuracy) -> list[tuple[object, ...]]:
+def _task_rows(accuracy: Accuracy) -> list[Row]:
     """Scores with their standard errors."""
     return [
-        (
+        Row(
             f"{name}, {task.metric}, {task.n} documents",
             _with_error(task.dense, task.dense_stderr),
             _with_error(task.sparse, task.sparse_stderr),
@@ -141,34 +156,27 @@ def _with_error(value: float, stderr: float | None) -> str:
     return figure(value, 3) if stderr is None else f"{value:.3f} ± {stderr:.3f}"
 
 
-def _speed_rows(latency: Latency) -> list[tuple[object, ...]]:
+def _speed_rows(latency: Latency) -> list[Row]:
     """Median milliseconds, dense and sparse, and how many times faster sparse is."""
     dense, sparse, speedup = latency.dense, latency.sparse, latency.speedup
     tokens, context = dense.prefill.tokens, dense.decode.context
+    prefill = "prefill" if tokens is None else f"prefill, {tokens} tokens"
+    decode = "decode" if context is None else f"decode, {context} tokens in the cache"
     return [
-        _speed_row(
-            "prefill" if tokens is None else f"prefill, {tokens} tokens",
-            dense.prefill,
-            sparse.prefill,
-            speedup.prefill,
-        ),
-        _speed_row(
-            "decode" if context is None else f"decode, {context} tokens in the cache",
-            dense.decode,
-            sparse.decode,
-            speedup.decode,
-        ),
+        _speed_row("prefill", prefill, dense.prefill, sparse.prefill, speedup.prefill),
+        _speed_row("decode", decode, dense.decode, sparse.decode, speedup.decode),
     ]
 
 
 def _speed_row(
-    name: str, dense: PhaseTimes, sparse: PhaseTimes, speedup: float | None
-) -> tuple[object, ...]:
-    return (
+    measure: Measure, name: str, dense: PhaseTimes, sparse: PhaseTimes, speedup: float | None
+) -> Row:
+    return Row(
         name,
         figure(dense.p50_ms, 1, " ms"),
         figure(sparse.p50_ms, 1, " ms"),
         figure(speedup, 2, "x the speed"),
+        measure,
     )
 
 

@@ -127,7 +127,7 @@ def resolve(section: ModelSection) -> ModelSource:
             what was tried and what to do.
     """
     path = Path(section.id).expanduser()
-    if path.exists():
+    if section.id and path.exists():
         return _local_source(section, path)
     if _looks_like_a_path(section.id):
         raise ModelError(

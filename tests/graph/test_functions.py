@@ -23,6 +23,7 @@ from tests.support import op_cases
 from tests.support.op_cases import (
     FLOAT32,
     PATTERNS,
+    SHIFTS,
     TYPES,
     linear_case,
     linear_node,
@@ -31,12 +32,6 @@ from tests.support.op_cases import (
     run_session,
     session_of,
 )
-
-SHIFTS = {
-    "none": {"optional": ()},
-    "static": {"optional": ("shift",)},
-    "dynamic": {"optional": ("shift_weight",), "dynamic_shift": 1},
-}
 
 
 def assert_same_numbers(actual, expected):

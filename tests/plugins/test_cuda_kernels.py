@@ -6,6 +6,7 @@ exports its entry points; the ops run on kernels that only take notes.
 
 from __future__ import annotations
 
+import operator
 import re
 import shutil
 import subprocess
@@ -30,6 +31,15 @@ from tests.support.plugin_build import (
 if TYPE_CHECKING:
     from pathlib import Path
 
+_HOLDS = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    "==": operator.eq,
+    "!=": operator.ne,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+KERNELS_FOLDER = ROOT / "plugins" / "kernels" / "cuda"
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 KERNELS = ("decodeKernel", "maskKernel", "epilogueKernel")
 TYPES = ("float", "__half", "__nv_bfloat16")
@@ -83,6 +93,47 @@ ptxas info    : Compiling entry function '_ZN4cuda3_G_9_decode_cu11probeKernelEv
     assert spilling[0].endswith("8 bytes stack frame, 4 bytes spill stores, 0 bytes spill loads")
 
 
+def sources_of(name: str, cmake: str) -> set[Path]:
+    """The files that a list of CMakeLists.txt names, and what they include."""
+    listed = re.search(rf"set\({name} ([^)]*)\)", cmake)
+    assert listed is not None
+    waiting = [KERNELS_FOLDER / file for file in listed[1].split()]
+    found: set[Path] = set()
+    while waiting:
+        source = waiting.pop()
+        found.add(source)
+        included = re.findall(r'#include "(.+)"', source.read_text(encoding="utf-8"))
+        waiting += {KERNELS_FOLDER / file for file in included} - found
+    return found
+
+
+def differences(sources: set[Path], this: int, older: int) -> list[str]:
+    """Conditions on the architecture that do not hold for both or for neither."""
+    conditions = [
+        (source.name, *condition)
+        for source in sources
+        for condition in re.findall(
+            r"__CUDA_ARCH__ ([<>=!]+) (\d+)", source.read_text(encoding="utf-8")
+        )
+    ]
+    assert conditions
+    return [
+        f"{name}: {sign} {value}"
+        for name, sign, value in conditions
+        if _HOLDS[sign](10 * this, int(value)) != _HOLDS[sign](10 * older, int(value))
+    ]
+
+
+def test_ptx_is_shared_where_sources_read_the_same() -> None:
+    cmake = (KERNELS_FOLDER / "CMakeLists.txt").read_text(encoding="utf-8")
+    rows = re.findall(r"(\d+):(\d+):(\d+)", cmake)
+    assert rows
+    for this, *older in ([int(part) for part in row] for row in rows):
+        for name, shared in zip(("without_float8", "with_float8"), older, strict=True):
+            assert differences(sources_of(name, cmake), this, shared) == []
+    assert differences(sources_of("with_float8", cmake), 89, 80) != []
+
+
 @pytest.fixture(scope="module")
 def whole_plugin(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The TensorRT plugin for all supported GPUs, and what the compilers said, in minutes."""
@@ -123,10 +174,9 @@ def test_kernels_for_this_machines_gpus_need_a_gpu(tmp_path: Path):
         compiler = f"-DCMAKE_CUDA_COMPILER={script.find_toolkit().nvcc}"
     except script.BuildError as error:
         pytest.skip(f"no CUDA toolkit: {error}")
-    kernels = ROOT / "plugins" / "kernels" / "cuda"
     options = [compiler, "-DNMEXPORT_CUDA_ARCHITECTURES=native"]
     done = subprocess.run(
-        [cmake, "-S", kernels, "-B", tmp_path, *options],
+        [cmake, "-S", KERNELS_FOLDER, "-B", tmp_path, *options],
         capture_output=True,
         text=True,
         check=False,

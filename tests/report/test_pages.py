@@ -16,14 +16,7 @@ from nmexport.recipe import GatesSection, ModelSection, Recipe
 from nmexport.report import figures, learning, pages
 from nmexport.report.document import weights_note
 from nmexport.report.model import (
-    DecodeTimes,
-    Latency,
-    Likelihood,
-    PrefillTimes,
     Scores,
-    SideTimes,
-    Speedup,
-    StoredDense,
     Weights,
     json_of,
     read_report,
@@ -31,7 +24,7 @@ from nmexport.report.model import (
 )
 from nmexport.report.plots import layer_place
 
-from tests.support.sample_report import sample_report
+from tests.support.sample_report import STORED_DENSE, sample_report
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -150,18 +143,7 @@ def test_dense_in_the_same_integers_stands_between_the_two(tmp_path: Path) -> No
     recipe = Recipe(model=ModelSection(id="smollm2", weights="int8"))
     plain = sample_report(tmp_path, layers=2, recipe=recipe)
     assert "In the same integers" not in pages.html(plain)
-    between = StoredDense(
-        scores=Scores(sparse=Likelihood(perplexity=12.34), kl_mean=0.0021),
-        latency=Latency(
-            dense=SideTimes(decode=DecodeTimes(p50_ms=9.87), prefill=PrefillTimes(p50_ms=65.4)),
-            sparse=SideTimes(decode=DecodeTimes(p50_ms=6.54), prefill=PrefillTimes(p50_ms=45.6)),
-            speedup=Speedup(decode=1.51, prefill=1.43),
-        ),
-        dense_bytes=540_000_000,
-        stored_bytes=165_000_000,
-        sparse_bytes=166_000_000,
-    )
-    report = replace(plain, stored_dense=between)
+    report = replace(plain, stored_dense=STORED_DENSE)
     for text in (pages.html(report), pages.markdown(report)):
         for words in ("dense int8", "8:16 int8", "12.34", "0.0021", "9.87 ms", "6.54 ms"):
             assert words in text

@@ -44,19 +44,12 @@ STORED = tuple(
 )
 INTEGERS = STORED[:3]
 _RANGES = {"int8": (-128, 127), "int4": (-8, 7), "uint4": (0, 15)}
-_LINEAR_INPUTS = (
-    "X",
-    "W",
-    "bias",
-    "shift",
-    "shift_weight",
-    "score_scale",
-    "channel_order",
-    "weight_scale",
-    "value_scale",
-    "weight_zero_point",
-)
-_PRUNE_INPUTS = ("X", "score_scale", "channel_order")
+SHIFTS: Mapping[str, Mapping[str, Any]] = {
+    "none": {"optional": ()},
+    "static": {"optional": ("shift",)},
+    "dynamic": {"optional": ("shift_weight",), "dynamic_shift": 1},
+}
+"""Arguments of `linear_case` by how x is shifted."""
 
 
 def activations(shape: tuple[int, ...], dtype: np.dtype[Any]) -> st.SearchStrategy[Any]:
@@ -246,17 +239,16 @@ def linear_calls(draw: st.DrawFn) -> LinearCase:
 
 def linear_node(present: set[str], **attributes: Any) -> onnx.NodeProto:
     """An NMLinear node with the inputs named in `present` besides X."""
-    return _node("NMLinear", _LINEAR_INPUTS, present, attributes)
+    return _node("NMLinear", present, attributes)
 
 
 def prune_node(present: set[str] | None = None, **attributes: Any) -> onnx.NodeProto:
     """An NMPrune node with the inputs named in `present` besides X."""
-    return _node("NMPrune", _PRUNE_INPUTS, present or set(), attributes)
+    return _node("NMPrune", present or set(), attributes)
 
 
-def _node(
-    op_type: str, inputs: tuple[str, ...], present: set[str], attributes: Mapping[str, Any]
-) -> onnx.NodeProto:
+def _node(op_type: str, present: set[str], attributes: Mapping[str, Any]) -> onnx.NodeProto:
+    inputs = [spec.name for spec in op_contract().ops[op_type].inputs]
     names = [name if name == "X" or name in present else "" for name in inputs]
     while not names[-1]:
         names.pop()

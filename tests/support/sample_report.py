@@ -18,6 +18,7 @@ from nmexport.report.model import (
     CacheParity,
     Calibration,
     Continuation,
+    DecodeTimes,
     Latency,
     Likelihood,
     LinearParity,
@@ -27,10 +28,13 @@ from nmexport.report.model import (
     Parity,
     ParityLeg,
     PeakMemory,
+    PrefillTimes,
     Report,
     Scores,
+    SideTimes,
     Sparsity,
     Speedup,
+    StoredDense,
     TaskScore,
 )
 from nmexport.runtimes.session import Session
@@ -65,6 +69,20 @@ ENVIRONMENT = Environment(
     memory_bytes=16 << 30,
     packages={"onnxruntime": "1.32.0", "torch": "2.13.0"},
 )
+
+
+STORED_DENSE = StoredDense(
+    scores=Scores(sparse=Likelihood(perplexity=12.34), kl_mean=0.0021),
+    latency=Latency(
+        dense=SideTimes(decode=DecodeTimes(p50_ms=9.87), prefill=PrefillTimes(p50_ms=65.4)),
+        sparse=SideTimes(decode=DecodeTimes(p50_ms=6.54), prefill=PrefillTimes(p50_ms=45.6)),
+        speedup=Speedup(decode=1.51, prefill=1.43),
+    ),
+    dense_bytes=540_000_000,
+    stored_bytes=165_000_000,
+    sparse_bytes=166_000_000,
+)
+"""A dense model in integers: for a report whose recipe has them."""
 
 
 def _calibration(specs: list[LayerSpec]) -> Calibration:

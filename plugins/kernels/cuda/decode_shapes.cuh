@@ -66,18 +66,21 @@ template <typename Task>
 cudaError_t launchGeneral(LinearArgs const& args, DecodePlan const& plan,
                           DeviceTraits const& device, cudaStream_t stream) {
     constexpr int kUNROLL = Task::TOKENS > 2 ? 4 : 8;
+    // The else keeps the compiler from making two more shapes of every kernel with moments, which
+    // nothing launches.
     if constexpr (Task::MOMENTS) {
         return launchCompiled<Task, 16, 1, 8, kUNROLL, 1>(args, plan, device, stream);
-    }
-    switch (plan.lanesPerRow) {
-        case 8:
-            return launchCompiled<Task, 8, 1, 8, kUNROLL, 1>(args, plan, device, stream);
-        case 16:
-            return launchCompiled<Task, 16, 1, 8, kUNROLL, 1>(args, plan, device, stream);
-        case 32:
-            return launchCompiled<Task, 32, 1, 8, kUNROLL, 1>(args, plan, device, stream);
-        default:
-            return cudaErrorInvalidValue;
+    } else {
+        switch (plan.lanesPerRow) {
+            case 8:
+                return launchCompiled<Task, 8, 1, 8, kUNROLL, 1>(args, plan, device, stream);
+            case 16:
+                return launchCompiled<Task, 16, 1, 8, kUNROLL, 1>(args, plan, device, stream);
+            case 32:
+                return launchCompiled<Task, 32, 1, 8, kUNROLL, 1>(args, plan, device, stream);
+            default:
+                return cudaErrorInvalidValue;
+        }
     }
 }
 

@@ -42,7 +42,6 @@ from nmexport.store.work_directory import WorkDirectory
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.support.exported import export_folder
-from tests.support.plugin_build import built
 from tests.support.tiny import FAMILIES, save_tiny_model
 
 if TYPE_CHECKING:
@@ -55,19 +54,6 @@ RECIPE = Recipe(
     latency=LatencySection(prefill_tokens=16, decode_context=16),
     engine=EngineSection(compute_capabilities=("8.9",), max_batch=2, max_context=64),
 )
-
-
-@pytest.fixture(scope="session")
-def recording_plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("tensorrt_rtx", reason="the package tensorrt-rtx is not installed")
-    pytest.importorskip("polygraphy", reason="the package polygraphy is not installed")
-    return built("build_recording_plugin", tmp_path_factory.mktemp("plugin"))
-
-
-@pytest.fixture
-def plugin(recording_plugin: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(tensorrt_library, "_FOLDER", recording_plugin.parent)
-    return recording_plugin
 
 
 @pytest.fixture(scope="session")

