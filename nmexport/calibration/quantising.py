@@ -289,18 +289,32 @@ class _Given(NamedTuple):
     storage: Storage
 
 
+def store_folded(
+    dense: DenseModel,
+    storage: Storage,
+    name: str,
+    folded: Mapping[str, torch.Tensor],
+    *,
+    form: WeightForm,
+    second_moment: torch.Tensor | None = None,
+) -> tuple[dict[str, torch.Tensor], QuantisedWeight]:
+    """Store a folded linear by what calibration knows of its input; see `Storage.tensors`."""
+    return storage.tensors(
+        folded,
+        form,
+        balance=dense.balances.get(name),
+        importance=dense.statistics[name].rms.float().square(),
+        second_moment=second_moment,
+        name=name,
+    )
+
+
 def _store(
     given: _Given, name: str, linear: nn.Linear, form: WeightForm, moments: Moments = _NOT_KNOWN
 ) -> Stored:
     """Fold and store one linear."""
     dense, constants, storage = given
-    store = functools.partial(
-        storage.tensors,
-        form=form,
-        balance=dense.balances.get(name),
-        importance=dense.statistics[name].rms.float().square(),
-        name=name,
-    )
+    store = functools.partial(store_folded, dense, storage, name, form=form)
 
     def as_dense() -> tuple[dict[str, torch.Tensor], QuantisedWeight]:
         with dense.loaded(linear) as held:

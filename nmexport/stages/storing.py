@@ -67,7 +67,7 @@ def folded_linear(
     import torch
 
     from nmexport.calibration.imported import folded_around
-    from nmexport.calibration.quantising import Storage
+    from nmexport.calibration.quantising import Storage, store_folded
 
     storage = _storage(inputs, dense)
     if storage is None:
@@ -77,7 +77,7 @@ def folded_linear(
         return folded
     if isinstance(storage, Storage):
         folded = constants.folded(dense, name, torch.float32)
-        return storage.tensors(folded, storage.form, balance=dense.balances.get(name), name=name)[0]
+        return store_folded(dense, storage, name, folded, form=storage.form)[0]
     weight = None if dense.integers is None else dense.integers(name)
     return folded_around(dense, constants, name, weight, storage)
 

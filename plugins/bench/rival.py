@@ -6,7 +6,8 @@
 `WORK` is a work directory whose engine is built from that very file. Sides are all that it holds
 (dense float, dense in integers, sparse) and llama.cpp in each `--format`. Reported are medians with
 10th and 90th percentile, in milliseconds: one token after 128, a prompt of 128, and a step of 8
-sequences; losses too.
+sequences; losses too. On a busy machine `taskset -c 0 python ... --task decode` says most: all
+sides then have one thread, and none waits for another.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from nmexport.runtimes.session import Work
 from nmexport.timing import interleave, milliseconds, percentiles
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     from nmexport.runtimes.session import Session, Stepped
 
@@ -36,6 +37,7 @@ BEGINNING = 128
 TOGETHER = 8
 STEPS = 8
 """Steps that a side takes in its turn."""
+TASKS = ("decode", "prompt", "together")
 
 
 class Side(Protocol):
@@ -122,29 +124,37 @@ class LlamaCpp:
 
 @dataclass(frozen=True)
 class Figures:
-    """Milliseconds `(10th, 50th, 90th percentile)` of one side."""
+    """Milliseconds `(10th, 50th, 90th percentile)` of one side; None was not measured."""
 
-    decode: tuple[float, ...]
-    prompt: tuple[float, ...]
-    together: tuple[float, ...]
+    decode: tuple[float, ...] | None = None
+    prompt: tuple[float, ...] | None = None
+    together: tuple[float, ...] | None = None
 
-    @property
-    def tokens_per_second(self) -> float:
-        """Of all sequences together."""
-        return TOGETHER / self.together[1] * 1e3
+    def cells(self) -> Iterator[str]:
+        """Cells of the table; `-` was not measured."""
+        for spread, digits in ((self.decode, 2), (self.prompt, 0)):
+            yield "-" if spread is None else _spread(spread, digits)
+        yield "-" if self.together is None else f"{TOGETHER / self.together[1] * 1e3:.0f}"
 
 
-def measure(sides: Mapping[str, Side], rounds: int) -> dict[str, Figures]:
+def _spread(found: tuple[float, ...], digits: int) -> str:
+    low, mid, high = (f"{value:.{digits}f}" for value in found)
+    return f"{mid} ({low} to {high})"
+
+
+def measure(
+    sides: Mapping[str, Side], rounds: int, tasks: Collection[str] = TASKS
+) -> dict[str, Figures]:
     """Time each task on all sides in turns."""
     ranks = (10, 50, 90)
-    tasks = {
+    runs_of = {
         "decode": {name: (lambda side=side: side.decode(1)) for name, side in sides.items()},
         "prompt": {name: side.prompt for name, side in sides.items()},
         "together": {
             name: (lambda side=side: side.decode(TOGETHER)) for name, side in sides.items()
         },
     }
-    took = {task: interleave(runs, range(rounds), warmup=2) for task, runs in tasks.items()}
+    took = {task: interleave(runs_of[task], range(rounds), warmup=2) for task in tasks}
     return {
         name: Figures(
             **{
@@ -182,9 +192,7 @@ def table(figures: Mapping[str, Figures]) -> Iterator[str]:
     yield f"| side | a token after {BEGINNING}, ms | a prompt of {BEGINNING}, ms | "
     yield f"{TOGETHER} sequences, tokens/s |\n|---|---:|---:|---:|\n"
     for name, one in figures.items():
-        spread = [f"{mid:.2f} ({low:.2f} to {high:.2f})" for low, mid, high in (one.decode,)]
-        spread += [f"{mid:.0f} ({low:.0f} to {high:.0f})" for low, mid, high in (one.prompt,)]
-        yield f"| {name} | {spread[0]} | {spread[1]} | {one.tokens_per_second:.0f} |\n"
+        yield f"| {name} | {' | '.join(one.cells())} |\n"
 
 
 def main() -> None:
@@ -198,9 +206,10 @@ def main() -> None:
     parser.add_argument("--format", action="append", help="of llama.cpp's side; may be repeated")
     parser.add_argument("--threads", type=int, default=probe().cores)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--task", action="append", choices=TASKS, help="may be repeated")
     options = parser.parse_args()
     with opened(options) as sides:
-        figures = measure(sides, options.rounds)
+        figures = measure(sides, options.rounds, options.task or TASKS)
     sys.stdout.write(f"{probe().cpu}, {options.threads} threads\n\n")
     sys.stdout.writelines(table(figures))
 

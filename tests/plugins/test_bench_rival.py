@@ -49,3 +49,15 @@ def test_a_prompt_begins_anew() -> None:
     session.met.clear()
     assert len(side.prompt()) == 1
     assert session.met == [0]
+
+
+def test_only_the_tasks_that_were_asked_for_are_timed() -> None:
+    rival = load_script(SCRIPT)
+    sides = {"ours": rival.Ours(Counting())}
+    figures = rival.measure(sides, 2, ["decode"])
+    assert figures["ours"].prompt is None
+    row = "".join(rival.table(figures)).splitlines()[-1]
+    assert row.startswith("| ours | ")
+    assert row.endswith(") | - | - |")
+    everything = "".join(rival.table(rival.measure(sides, 1)))
+    assert "| - |" not in everything
