@@ -74,7 +74,7 @@ def check_safetensors(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, object]:
     """Build an object of JSON whose keys are all different.
 
     Raises:
