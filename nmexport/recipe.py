@@ -349,7 +349,7 @@ class Recipe(_Strict):
     gates: GatesSection = GatesSection()
     serving: ServingSection = ServingSection()
     target: Target = "auto"
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
 
 
 # -- reading and writing ----------------------------------------------------------------------

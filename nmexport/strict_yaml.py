@@ -73,6 +73,8 @@ def read(text: str, name: str) -> Document:
         ) from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{name}: not YAML: {error}") from error
+    except RecursionError as error:
+        raise RecipeError(f"{name} is nested too deeply.") from error
     if node is None:
         return Document(None)
     lines: dict[Where, int] = {}

@@ -63,6 +63,8 @@ _SPLITS: dict[Split, tuple[str, ...]] = {
 }
 # Counts changes to how a file's bytes become tokens; part of what identifies a corpus.
 _READING = "2"
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_NULS = 4  # a null among so many bytes or fewer: half of them are in UTF-16
 # Calibration windows are drawn from this many times as many of a Hub dataset, which is streamed.
 _POOL = 4
 _CHARACTERS_A_TOKEN = 5
@@ -362,10 +364,14 @@ def _kind(corpus: str) -> Literal["self", "python", "txt", "jsonl", "hub"]:
     if corpus == PYTHON:
         return "python"
     path = Path(corpus)
-    if path.suffix in {".txt", ".jsonl"}:
+    suffix = path.suffix.lower()
+    if suffix in {".txt", ".jsonl"}:
         if not path.is_file():
-            raise CorpusError(f"There is no file {corpus}.", allowed=FORMS)
-        return "txt" if path.suffix == ".txt" else "jsonl"
+            fault = (
+                f"{corpus} is no ordinary file" if path.exists() else f"There is no file {corpus}"
+            )
+            raise CorpusError(f"{fault}.", allowed=FORMS)
+        return "txt" if suffix == ".txt" else "jsonl"
     if path.exists() or corpus.startswith((".", "/", "~")) or corpus.count("/") > 1 or not corpus:
         raise CorpusError(f"{corpus!r} is not a corpus that can be read.", allowed=FORMS)
     return "hub"
@@ -409,8 +415,11 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _read_text(path: Path) -> str:
+    content = _read_bytes(path)
+    if content.startswith(_UTF16_MARKS) or content.count(0) * _NULS > len(content) > 0:
+        raise CorpusError(f"{path} is UTF-16 text, or no text.", fix="convert it to UTF-8")
     try:
-        return _read_bytes(path).decode("utf-8-sig")  # without a byte-order mark
+        return content.decode("utf-8-sig")  # without a byte-order mark
     except UnicodeDecodeError as error:
         raise CorpusError(
             f"{path} is not UTF-8 text: byte {error.start}.", fix="convert it to UTF-8"
@@ -463,12 +472,21 @@ def _text_of(row: Any, tokenizer: Any, where: str) -> str:
     if isinstance(row, dict) and isinstance(row.get("text"), str):
         return str(row["text"])
     if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
-        keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise CorpusError(
-            f"{where} has neither text nor messages, but: {keys}.",
+            f"{where} has neither text nor messages, but: {_held(row)}.",
             allowed='{"text": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}',
         )
     return _chat_document(row["messages"], tokenizer, where)
+
+
+def _held(row: Any) -> str:
+    """What a row holds in place of text, with the kind of what is called so and is none."""
+    if not isinstance(row, dict):
+        return type(row).__name__
+    return ", ".join(
+        f"{key} of type {type(row[key]).__name__}" if key in {"text", "messages"} else key
+        for key in row
+    )
 
 
 def _chat_document(messages: list[Any], tokenizer: Any, where: str) -> str:

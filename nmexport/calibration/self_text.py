@@ -147,7 +147,10 @@ def several_kinds(tokenizer: Any) -> list[Kind]:
     Constants learned on one kind of text alone serve others worse.
     """
     opened = [
-        Kind(name="code", start=tuple(tokenizer(text, add_special_tokens=False).input_ids))
+        Kind(
+            name="code",
+            start=tuple(tokenizer(text, add_special_tokens=False, verbose=False).input_ids),
+        )
         for text in _OPENINGS
     ]
     chat = _chat(tokenizer)
@@ -179,7 +182,8 @@ def _chat(tokenizer: Any) -> Kind | None:
     if len(pieces) != len(roles) + 1:
         return None  # it changes what is said
     start, answer, question, _ = (
-        tuple(tokenizer(piece, add_special_tokens=False).input_ids) for piece in pieces
+        tuple(tokenizer(piece, add_special_tokens=False, verbose=False).input_ids)
+        for piece in pieces
     )
     return Kind(name="chat", start=start, turns=(answer, question), prefixed=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import signal
@@ -16,7 +17,7 @@ import click
 from nmexport import __version__
 from nmexport.choices import STAGE_NAMES
 from nmexport.cli.output import emit_json, has_emitted, wants_json
-from nmexport.errors import ExitCode, NmexportError, UserError
+from nmexport.errors import EnvironmentFault, ExitCode, NmexportError, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -60,6 +61,14 @@ Exit codes: 0 ok, 1 your input or this machine (one message says what to do), 2 
 
 _RESUMABLE = frozenset({"build", *STAGE_NAMES, "sweep"})
 """Verbs that go on where they stopped."""
+_REFUSALS = frozenset(
+    {
+        *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS),
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.EIO),
+    }
+)
+"""What the system says of a path or a disk that is not as we need it."""
+_SHOWN_CHARACTERS = 200  # of a path
 _REPORT_TO = "This is a bug in nmexport. Please report it with the text above and the command line."
 
 
@@ -117,6 +126,7 @@ def _say_interrupted(
 
 def _say_error(ctx: click.Context, error: Exception) -> ExitCode:
     """Say what went wrong, on stderr, and as JSON on stdout where JSON was asked for."""
+    error = _machines_fault(error) or error
     code = error.exit_code if isinstance(error, NmexportError) else ExitCode.INTERNAL
     if code is ExitCode.INTERNAL:
         click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
@@ -130,6 +140,18 @@ def _say_error(ctx: click.Context, error: Exception) -> ExitCode:
         else:
             _emit_error(error, str(error), code=code)
     return code
+
+
+def _machines_fault(error: Exception) -> UserError | None:
+    """What the system refused, as the user's error; None where it is another."""
+    if not isinstance(error, OSError) or error.errno not in _REFUSALS:
+        return None
+    named = f"{str(error.filename)[:_SHOWN_CHARACTERS]} cannot be used: " if error.filename else ""
+    fault = EnvironmentFault(
+        f"{named}{error.strerror}.", fix="name another path, or change what stands in the way"
+    )
+    fault.__cause__ = error
+    return fault
 
 
 def _emit_error(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ArtifactError
+from nmexport.json_reader import parse_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,7 +19,7 @@ def context_length(folder: Path) -> int:
     """
     path = folder / "genai_config.json"
     try:
-        length: int = json.loads(path.read_text(encoding="utf-8"))["model"]["context_length"]
+        length: int = parse_json(path.read_text(encoding="utf-8"))["model"]["context_length"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(
             f"{path} does not say the model's context length: {error!r}",
@@ -35,7 +35,7 @@ def length_switch(folder: Path) -> int | None:
     this has to be computed anew, as transformers does, and a longer prompt must not come in pieces.
     """
     try:
-        document = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        document = parse_json((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     rotary: Any = document.get("rope_parameters") or document.get("rope_scaling") or {}

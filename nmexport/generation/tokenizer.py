@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer as RawTokenizer
 
 from nmexport.errors import ArtifactError, RequestError
 from nmexport.generation.chat import ChatTemplate
+from nmexport.json_reader import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -201,10 +201,10 @@ def read_json(path: Path) -> dict[str, object]:
         ArtifactError: if it cannot be read or is no JSON object.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
     if not isinstance(document, dict):
         raise ArtifactError(f"{path} holds no JSON object.")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import RecipeError
+from nmexport.json_reader import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -63,7 +63,7 @@ def check_lengths(source: ModelSource, recipe: Recipe, *, measured: bool) -> Non
 
 def _stored_context(source: ModelSource) -> int | None:
     try:
-        document = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+        document = parse_json((source.folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return _context({**document, **(document.get("text_config") or {})})

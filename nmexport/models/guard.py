@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ModelError
+from nmexport.json_reader import parse_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from nmexport.models.source import ModelSource
@@ -36,11 +36,15 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def reading(source: ModelSource) -> Iterator[None]:
+def reading(source: ModelSource, *, part: str | None = None) -> Iterator[None]:
     """Say what went wrong in the model's terms.
 
     Transformers, tokenizers, safetensors and gguf raise what they please on a broken file, from
     OSError to bare Exception, so everything is caught here.
+
+    Args:
+        source: The model.
+        part: What of it is read, such as `tokenizer`; None is the model itself.
     """
     try:
         yield
@@ -50,10 +54,16 @@ def reading(source: ModelSource) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             raise needs_code(source) from error
         where = source.folder / (source.gguf_file or "")
-        reason = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
+        if part is not None:
+            raise ModelError(
+                f"The {part} of {source.id!r} cannot be loaded from {where}: "
+                f"{_reason(error, source.folder)}",
+                allowed=f"a {part} that this version of transformers reads",
+                fix=f"copy the {part}'s files of the model (or of its base model) again",
+            ) from error
         raise ModelError(
             f"Model {source.id!r} cannot be loaded from {where}: "
-            f"{_architecture(source.folder)}{type(error).__name__}: {reason[:300]}",
+            f"{_architecture(source.folder)}{_reason(error, source.folder)}",
             allowed="a causal language model that this version of transformers knows",
             fix="check that the files are complete; for a model with Python files of its own, "
             "give --trust-remote-code if you trust them",
@@ -73,10 +83,58 @@ def needs_code(source: ModelSource) -> ModelError:
     )
 
 
+def unused_code(source: ModelSource) -> str | None:
+    """Say that a model comes with Python code that is not run; None where it has none."""
+    config = {} if source.gguf_file else _config(source.folder)
+    if source.trust_remote_code or not config.get("auto_map"):
+        return None
+    return (
+        f"{source.id} names Python code of its own (auto_map in config.json), which is not run: "
+        f"transformers' own {config.get('model_type')!r} is used. If you trust the code, "
+        "--trust-remote-code runs it."
+    )
+
+
 def _architecture(folder: Path) -> str:
     """`model_type 'x': `, where a config tells."""
+    config = _config(folder)
+    return f"model_type {config['model_type']!r}: " if "model_type" in config else ""
+
+
+def _reason(error: Exception, folder: Path) -> str:
+    """What was raised, in one line; a value that transformers looked up in vain, with its key."""
+    missing = error.args[0] if isinstance(error, KeyError) and error.args else None
+    key = None if missing is None else _key_of(missing, _config(folder))
+    if key is not None:
+        return f"{key} is {missing!r} in its config, which this version does not know"
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = lines[0] if lines else "no reason given"
+    if said.endswith(":") and len(lines) > 1:  # what follows is what is wrong
+        said += f" {lines[1]}"
+    return said[:300]
+
+
+def _key_of(value: object, section: Mapping[str, Any], prefix: str = "") -> str | None:
+    """Dotted key under which a section of a config holds a value; None where it does not."""
+    for name, held in section.items():
+        if isinstance(held, dict):
+            inside = _key_of(value, held, f"{prefix}{name}.")
+            if inside is not None:
+                return inside
+        elif isinstance(held, str) and held == value:
+            return f"{prefix}{name}"
+    return None
+
+
+def _config(folder: Path) -> Mapping[str, Any]:
+    """A folder's configuration; empty where it cannot be read."""
     try:
-        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
-    return f"model_type {model_type!r}: "
+        document = parse_json((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}

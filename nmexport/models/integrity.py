@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import mmap
 import struct
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ModelError
+from nmexport.json_reader import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 
 _LENGTH = struct.Struct("<Q")  # a safetensors file begins with the size of its JSON header
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+# Bits of an element, by the format's names.
+_BITS = {
+    "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16,
+    "I16": 16, "U16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "I8": 8, "U8": 8, "BOOL": 8,
+}  # fmt: skip
+_LFS_POINTER = b"version https://git-lfs"
 _GGUF_MAGIC = b"GGUF"
 # Fixed-size metadata values of a GGUF, by type number; 8 is a string, 9 an array.
 _GGUF_SCALARS = {
@@ -59,19 +65,37 @@ def check_safetensors(path: Path) -> dict[str, StoredTensor]:
         with path.open("rb") as file:
             (header_bytes,) = _LENGTH.unpack(file.read(_LENGTH.size))
             text = file.read(min(header_bytes, _MAX_HEADER_BYTES))
-        header = json.loads(text, object_pairs_hook=_refuse_repeats)
+        header = parse_json(text, make_object=_refuse_repeats)
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        ends = [entry["data_offsets"][1] for entry in entries.values()]
+        spans = {name: tuple(map(int, entry["data_offsets"])) for name, entry in entries.items()}
         tensors = {
             name: StoredTensor(path, str(entry["dtype"]), tuple(map(int, entry["shape"])))
             for name, entry in entries.items()
         }
+        end = max((end for _, end in spans.values()), default=0)
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise damaged(path, f"its header cannot be read ({error})") from error
-    expected = _LENGTH.size + header_bytes + max(ends, default=0)
+        raise not_readable(path, error) from error
+    expected = _LENGTH.size + header_bytes + end
     if size != expected:
         raise damaged(path, f"it has {size} bytes, its header says {expected}")
+    for name, (begin, end) in spans.items():
+        _check_span(tensors[name], name, end - begin)
     return tensors
+
+
+def _check_span(tensor: StoredTensor, name: str, stored: int) -> None:
+    """Hold a tensor's shape against the bytes that the header gives it.
+
+    Raises:
+        ModelError: if they differ; an unknown element type is for the loader to refuse.
+    """
+    bits = _BITS.get(tensor.dtype)
+    needed = None if bits is None else prod(tensor.shape) * bits // 8
+    if min(tensor.shape, default=0) < 0 or needed not in {None, stored}:
+        raise damaged(
+            tensor.file,
+            f"{name} of shape {list(tensor.shape)} in {tensor.dtype} cannot fill {stored} bytes",
+        )
 
 
 def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, object]:
@@ -95,9 +119,9 @@ def read_json(path: Path) -> Any:
         ModelError: if it cannot be read.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_repeats)
+        return parse_json(path.read_text(encoding="utf-8"), make_object=_refuse_repeats)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
+        raise not_readable(path, error) from error
 
 
 def check_gguf(path: Path) -> GgufHeader:
@@ -109,7 +133,8 @@ def check_gguf(path: Path) -> GgufHeader:
     with path.open("rb") as file:
         magic = file.read(len(_GGUF_MAGIC))
         if magic != _GGUF_MAGIC:
-            raise damaged(path, f"it begins with {magic!r}, not with {_GGUF_MAGIC!r}")
+            begin = ValueError(f"it begins with {magic!r}, not with {_GGUF_MAGIC!r}")
+            raise not_readable(path, begin)
         try:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 header = _GgufCursor(data).header()
@@ -176,6 +201,28 @@ class _GgufCursor:
         for _ in range(count):
             self._value(element)
         return None
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Tell whether a file is what git leaves in place of one that Git LFS has not fetched."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    except OSError:
+        return False
+
+
+def not_readable(path: Path, error: Exception | None = None) -> ModelError:
+    """Build the error that says a model's file is not what its name says."""
+    if is_lfs_pointer(path):
+        return ModelError(
+            f"{path} is a pointer of Git LFS, {path.stat().st_size} bytes that say where the file "
+            "is to be had.",
+            fix="run `git lfs pull` in that folder, or download the model with `hf download`",
+        )
+    if path.suffix == ".json":
+        return ModelError(f"{path} cannot be read: {error}")
+    return damaged(path, f"its header cannot be read ({error})")
 
 
 def damaged(path: Path, what: str) -> ModelError:

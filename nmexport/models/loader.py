@@ -17,7 +17,7 @@ from nmexport.models.text_files import (
     check_tokenizer_files,
     explain_unreadable,
 )
-from nmexport.models.weight_files import shortened
+from nmexport.models.weight_files import read_config, shortened
 from nmexport.models.weights import WeightTable, is_finite, not_finite
 
 if TYPE_CHECKING:
@@ -60,7 +60,11 @@ def load_model(
         return loaded if device == "cpu" else loaded.to(device)
     empty = skeleton(source)  # what is wrong with the files is said before anything is read
     table = WeightTable(empty, source.weights_folder)
-    by_tensor = table.is_dequantised or is_text_part(empty.config, source.weights_folder)
+    by_tensor = (
+        table.is_dequantised
+        or is_text_part(empty.config, source.weights_folder)
+        or "quantization_config" in read_config(source.weights_folder)  # empty, or of no weight
+    )
     if by_tensor or device != "cpu":
         return _tensor_by_tensor(
             source,
@@ -226,7 +230,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 def _read_tokenizer(source: ModelSource, **form: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    with quiet(), reading(source):
+    with quiet(), reading(source, part="tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source.folder,
             trust_remote_code=source.trust_remote_code,

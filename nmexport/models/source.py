@@ -27,7 +27,13 @@ from nmexport.models.gguf_files import gguf_parts
 from nmexport.models.quantised.layouts import find_packing
 from nmexport.models.quantised.methods import SIDE_FILES, method_of, quantisation_section
 from nmexport.models.unsupported import UnsupportedModelError, refuse_adapter
-from nmexport.models.weight_files import CONFIG, read_config, stored_tensors, weight_files
+from nmexport.models.weight_files import (
+    CONFIG,
+    check_sizes,
+    read_config,
+    stored_tensors,
+    weight_files,
+)
 
 if TYPE_CHECKING:
     from nmexport.recipe import ModelSection
@@ -121,7 +127,7 @@ def resolve(section: ModelSection) -> ModelSource:
             what was tried and what to do.
     """
     path = Path(section.id).expanduser()
-    if path.exists():
+    if section.id and path.exists():
         return _local_source(section, path)
     if _looks_like_a_path(section.id):
         raise ModelError(
@@ -199,6 +205,7 @@ def check_kind(folder: Path) -> None:
         ModelError: if it is not.
     """
     refuse_adapter(folder)
+    check_sizes(folder)
     section = quantisation_section(folder, read_config(folder))
     if section is not None:
         method_of(folder, section)

@@ -12,6 +12,9 @@ from nmexport.errors import ArtifactError, ModelError
 from nmexport.generation.chat import ChatTemplate
 from nmexport.generation.defaults import GENERATION, generation_defaults, token_ids
 from nmexport.generation.tokenizer import read_json, vocabulary_size
+from nmexport.models.guard import first_line, quiet
+from nmexport.models.integrity import is_lfs_pointer, not_readable
+from nmexport.models.integrity import read_json as read_model_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,7 +27,10 @@ _CONFIG = "config.json"
 _SENTENCEPIECE = "tokenizer.model"
 _WHOLE = ("tokenizer.json", "vocab.txt", "tekken.json", "spiece.model", _SENTENCEPIECE)
 _PAIR = ("vocab.json", "merges.txt")
-_TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_OBJECTS = (_TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json")
+_TEMPLATES = ("chat_template.jinja", "chat_template.json", _TOKENIZER_CONFIG)
+_COPY = "copy the tokenizer's files of the model (or of its base model) into the folder"
 _CONVERT = (
     "save it once where sentencepiece is installed: "
     "AutoTokenizer.from_pretrained(MODEL).save_pretrained(MODEL) writes tokenizer.json"
@@ -40,6 +46,7 @@ def check_tokenizer_files(source: ModelSource) -> None:
     folder = source.folder
     if source.gguf_file is not None or any(folder.glob("tokenization_*.py")):
         return
+    _check_side_files(folder)
     if any((folder / name).is_file() for name in _WHOLE):
         return
     missing = [name for name in _PAIR if not (folder / name).is_file()]
@@ -50,8 +57,42 @@ def check_tokenizer_files(source: ModelSource) -> None:
         f"Model {source.id!r} cannot be loaded: {folder} has {lacks}.",
         allowed="tokenizer.json, or what it can be made from: vocab.json with merges.txt, "
         "vocab.txt, or tokenizer.model",
-        fix="copy the tokenizer's files of the model (or of its base model) into the folder",
+        fix=_COPY,
     )
+
+
+def _check_side_files(folder: Path) -> None:
+    """Refuse files beside the vocabulary that hold no object of JSON, and pointers of Git LFS.
+
+    Raises:
+        ModelError: naming the file.
+    """
+    for name in (*_WHOLE, *_PAIR):
+        if is_lfs_pointer(folder / name):
+            raise not_readable(folder / name)
+    for name in _OBJECTS:
+        path = folder / name
+        if path.is_file() and not isinstance(read_model_json(path), dict):
+            raise ModelError(f"{path} holds no JSON object.", fix=_COPY)
+    _check_utf8(folder / _TEMPLATES[0])
+    path = folder / _TOKENIZER_CONFIG
+    longest = read_json(path).get("model_max_length")
+    if isinstance(longest, bool) or not isinstance(longest, int | float | None):
+        raise ModelError(
+            f"{path}: model_max_length cannot be {longest!r}.",
+            allowed="a number of tokens, or null",
+            fix="correct the value in that file, or remove it",
+        )
+
+
+def _check_utf8(path: Path) -> None:
+    try:
+        if path.is_file():
+            path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ModelError(
+            f"{path} is not UTF-8 text: byte {error.start}.", fix="convert it to UTF-8"
+        ) from error
 
 
 def explain_unreadable(source: ModelSource) -> ModelError | None:
@@ -131,7 +172,28 @@ def _check_configs(source: ModelSource) -> int | None:
         for key in ("eos_token_id", "bos_token_id"):
             token_ids(document, key, path, vocabulary=rows)
     generation_defaults(folder)
+    _check_as_transformers_does(folder / GENERATION)
     return rows
+
+
+def _check_as_transformers_does(path: Path) -> None:
+    """Refuse generation settings that transformers would refuse when it loads the model.
+
+    Raises:
+        ModelError: naming the file.
+    """
+    from transformers import GenerationConfig
+
+    if not path.is_file():
+        return
+    try:
+        with quiet():
+            GenerationConfig.from_pretrained(path.parent, local_files_only=True)
+    except Exception as error:  # it raises what it pleases
+        raise ModelError(
+            f"{path} is refused by transformers: {first_line(error)}",
+            fix="correct it, or remove it: the model then draws as it is told",
+        ) from error
 
 
 def known_tokens(source: ModelSource) -> int | None:

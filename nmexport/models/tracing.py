@@ -23,6 +23,7 @@ from nmexport.graph.assembly import LAYER_ATTRIBUTE, LINEAR, find_linears
 from nmexport.graph.contract import op_contract
 from nmexport.graph.versions import OPSET
 from nmexport.models import attention, families
+from nmexport.models.context import context_of
 from nmexport.models.rotary import frequencies_from_positions
 from nmexport.models.swap import swapped, swapped_attention
 
@@ -165,11 +166,11 @@ def trace(model: PreTrainedModel, layers: Sequence[str]) -> ir.Model:
                 _silence(),
                 _pause_garbage_collection(),
             ):
-                traced = _export(model, shapes)
+                traced = _export_at_any_length(model, shapes)
         except NmexportError:
             raise
         except Exception as error:  # the tracer and the model's code raise what they please
-            raise _cannot_export(model, "torch.onnx.export failed", error) from error
+            raise _cannot_trace(model, error) from error
     _refuse_unused(model, layers, traced)
     return traced
 
@@ -187,10 +188,26 @@ def _refuse_unused(model: PreTrainedModel, layers: Sequence[str], traced: ir.Mod
         raise _cannot_export(model, what, None)
 
 
-def _export(model: PreTrainedModel, shapes: Sequence[CacheShape]) -> ir.Model:
+def _export_at_any_length(model: PreTrainedModel, shapes: Sequence[CacheShape]) -> ir.Model:
+    """Trace without a longest cache; where the model's code has one, up to its context.
+
+    GPT-Neo and others cut their mask or positions out of a table, which ends with the context.
+    """
+    try:
+        return _export(model, shapes)
+    except Exception as error:
+        context = context_of(model.config)
+        if context is None or context <= _PAST + _SEQUENCE or not _is_bound_in_length(error):
+            raise
+    return _export(model, shapes, longest=context)
+
+
+def _export(
+    model: PreTrainedModel, shapes: Sequence[CacheShape], *, longest: int | None = None
+) -> ir.Model:
     # Named where they are the same in many inputs: else the tracer would find out anew for each
     # layer, which takes a quarter of its time.
-    batch, past = torch.export.Dim("batch"), torch.export.Dim("past")
+    batch, past = torch.export.Dim("batch"), torch.export.Dim("past", max=longest)
     tokens = {0: batch, 1: torch.export.Dim.DYNAMIC}
     states = {0: batch, 2: past}
     with torch.no_grad():
@@ -269,6 +286,9 @@ def _name_axes(traced: ir.Model, shapes: Sequence[CacheShape]) -> None:
             named[f"{prefix}.{index}.key"] = [*axes, shape.key_size]
             named[f"{prefix}.{index}.value"] = [*axes, shape.value_size]
     symbols = _symbols(traced.graph.inputs, named)
+    # Where the model's code cuts a table at the context, the tracer cannot tell the batch.
+    logits = traced.graph.outputs[0].shape or ()
+    named["logits"] = [*tokens, *(size for size in logits[2:] if isinstance(size, int))]
     for node in traced.graph:
         for value in node.outputs:
             if value.shape is not None:
@@ -338,6 +358,22 @@ def _pause_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
+def _is_bound_in_length(error: Exception) -> bool:
+    """Tell whether the model's code ends at some length of the cache, or has another path there."""
+    from torch._dynamo.exc import UserError as TracerError
+    from torch._dynamo.exc import UserErrorType
+
+    cause = error.__cause__ or error
+    return isinstance(cause, TracerError) and cause.error_type is UserErrorType.CONSTRAINT_VIOLATION
+
+
+def _cannot_trace(model: PreTrainedModel, error: Exception) -> UntraceableError:
+    if _is_bound_in_length(error) or "inconsisten" in str(error.__cause__):
+        what = "its code takes another path at some lengths of its cache, and a graph has one path"
+        return _cannot_export(model, what, None)
+    return _cannot_export(model, "torch.export cannot follow its code", error)
+
+
 def _cannot_export(model: PreTrainedModel, what: str, error: Exception | None) -> UntraceableError:
     # The tracer's own error wraps what failed, and tells of steps and flags that nobody has here.
     said = str((error and error.__cause__) or error or "")
@@ -346,5 +382,5 @@ def _cannot_export(model: PreTrainedModel, what: str, error: Exception | None) -
     return UntraceableError(
         f"Models of type {model.config.model_type!r} cannot be exported: {what}{reason}.",
         allowed=families.ALLOWED,
-        fix="run again with -v for the traceback",
+        fix="use a dense model of one of these families; -vv shows what was raised",
     )

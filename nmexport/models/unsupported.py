@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 """Element types that weights may be stored in, as safetensors spells them."""
 
+_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _NAMES = {
     "gptq": "GPTQ",
     "awq": "AWQ",
@@ -39,10 +40,10 @@ def refuse_adapter(folder: Path) -> None:
     Raises:
         UnsupportedModelError: if there is one.
     """
-    path = folder / "adapter_config.json"
-    if not path.is_file():
+    path = next((folder / name for name in _ADAPTERS if (folder / name).is_file()), None)
+    if path is None:
         return
-    document = read_json(path)
+    document = read_json(path) if path.suffix == ".json" else None
     base = document.get("base_model_name_or_path") if isinstance(document, dict) else None
     whole = (folder / "config.json").is_file()
     raise UnsupportedModelError(

@@ -21,6 +21,15 @@ INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _SHARD = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 _SHOWN = 3  # names that a message lists
 
 
@@ -44,6 +53,27 @@ def read_config(folder: Path) -> dict[str, object]:
             f"{path} names no model_type.", allowed="the config of a transformers model"
         )
     return document
+
+
+def check_sizes(folder: Path) -> None:
+    """Refuse sizes of nothing, which transformers takes or trips over, by family.
+
+    Raises:
+        ModelError: naming the key.
+    """
+    config = read_config(folder)
+    text = config.get("text_config")
+    for section in (config, text if isinstance(text, dict) else {}):
+        has_window = section.get("use_sliding_window", True)
+        for name in (*_SIZES, *(["sliding_window"] if has_window else [])):
+            size = section.get(name)
+            if isinstance(size, int) and size < 1:
+                raise ModelError(
+                    f"{folder / CONFIG}: {name} cannot be {size}.",
+                    allowed="a whole number from 1"
+                    + (", or null for no window" if name == "sliding_window" else ""),
+                    fix="use the config.json that belongs to these weights",
+                )
 
 
 def index_of(folder: Path) -> Path | None:
@@ -175,11 +205,16 @@ def _missing(folder: Path, names: Sequence[str]) -> ModelError:
             allowed="safetensors or .gguf",
             fix="convert them once with `save_pretrained(..., safe_serialization=True)`",
         )
-    shards = sorted(path.name for path in folder.iterdir() if _SHARD.fullmatch(path.name))
+    others = sorted(path.name for path in folder.glob("*.[sS]afetensors") if path.is_file())
+    shards = [name for name in others if _SHARD.fullmatch(name)]
     lost_index = names == [WHOLE] and shards
+    misnamed = names == [WHOLE] and len(others) == 1 and not shards
+    held = (
+        f"shards ({shards[0]}, ...) and no {INDEX}" if lost_index else others[0] if misnamed else ""
+    )
     return ModelError(
         f"{folder} lacks the weights {', '.join(names[:3])}"
-        + (f": it holds shards ({shards[0]}, ...) and no {INDEX}." if lost_index else "."),
+        + (f": it holds {held}." if held else "."),
         allowed=f"{WHOLE}, or {INDEX} with every file it lists",
-        fix="complete the download",
+        fix=f"call it {WHOLE} if it holds the whole model" if misnamed else "complete the download",
     )

@@ -6,7 +6,6 @@ field that a build may lack has a default, so that a report of an older build ca
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping  # noqa: TC003  records are read by their annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from nmexport.calibration.effort import LearningSettings  # noqa: TC001  read by annotations
 from nmexport.environment import Environment  # noqa: TC001
 from nmexport.errors import ArtifactError
+from nmexport.json_reader import parse_json
 from nmexport.runtimes.engine import BuildRecord
 from nmexport.store.allocation import Allocation, as_dict
 from nmexport.store.artifact import plain
@@ -545,7 +545,7 @@ def read_document(path: Path) -> tuple[dict[str, object], Report]:
     """
     fix = "make one with `nmexport build` or `nmexport verify`"
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ArtifactError(
             f"The report {path} cannot be read: {error.strerror}.", fix=fix

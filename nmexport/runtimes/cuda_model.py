@@ -30,6 +30,7 @@ from nmexport.runtimes.onnxruntime_session import (
     NUMPY_TYPES,
     ONNX_TYPES,
     open_session,
+    read_model,
     session_options,
 )
 
@@ -221,5 +222,5 @@ def open_engine_graph(path: Path, *, side: Side = "sparse") -> CudaModel:
         threads=engine.threads,
         config={**engine.session_config, EXTERNAL_DATA_FOLDER: str(weights.parent)},
     )
-    session = open_session(model.read_bytes(), options, "cuda", records_graphs=True)
+    session = open_session(read_model(model), options, "cuda", records_graphs=True)
     return CudaModel(session, positions=cuda.positions, library=library)

@@ -155,6 +155,20 @@ def _refuse_other_version(path: Path) -> None:
     check_version({entry.domain: entry.version for entry in graph.opset_import}, str(path))
 
 
+def read_model(path: Path) -> bytes:
+    """Read a model file whose weights lie in another folder.
+
+    Raises:
+        ArtifactError: if it is not there.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(
+            f"{path} cannot be read: {error.strerror}.", fix="run `nmexport engine --force`"
+        ) from error
+
+
 def open_session(
     model: Path | bytes,
     options: onnxruntime.SessionOptions,
@@ -181,7 +195,7 @@ def open_session(
             not runnable by this runtime.
         EnvironmentFault: if the provider does not work here.
     """
-    name = "An instrumented copy of the model" if isinstance(model, bytes) else str(model)
+    name = "A graph made of the exported model" if isinstance(model, bytes) else str(model)
     if not isinstance(model, bytes) and not model.is_file():
         raise ArtifactError(f"{model} does not exist.", fix="run `nmexport export`")
     if not isinstance(model, bytes):

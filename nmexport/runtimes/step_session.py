@@ -23,6 +23,7 @@ from nmexport.runtimes.onnxruntime_session import (
     RUNTIME,
     fits_huge_pages,
     open_session,
+    read_model,
     session_options,
 )
 from nmexport.runtimes.paged_cache import PAGE, PagedSequence, PagePool, beginning
@@ -118,7 +119,7 @@ class StepSession(Session):
             EXTERNAL_DATA_FOLDER: str(weights.parent),
         }
         return cls(
-            model.read_bytes(),
+            read_model(model),
             positions=step.positions,
             library=library,
             threads=engine.threads,

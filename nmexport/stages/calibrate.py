@@ -155,11 +155,15 @@ def run(inputs: StageInputs) -> dict[str, object]:
 
     from nmexport.calibration.forward_passes import gather_channel_statistics, on_best_device
     from nmexport.calibration.overflow import refuse_overflow
+    from nmexport.models.guard import unused_code
     from nmexport.models.loader import load_tokenizer
     from nmexport.sparsity.targets import linears_of
 
     recipe = inputs.recipe
     tokenizer = load_tokenizer(inputs.source)
+    note = unused_code(inputs.source)
+    if note is not None:
+        inputs.progress.note(f"calibrate: {note}")
     with busy(inputs.progress, "calibrate: load the model"):
         opened = open_dense(
             inputs.source,

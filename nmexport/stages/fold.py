@@ -25,6 +25,7 @@ from nmexport.stages.storing import (
     folded_linear,
     imported,
     rounds_activations,
+    with_balances,
     write_linears,
 )
 from nmexport.store.allocation import write_allocation
@@ -75,7 +76,7 @@ def key_fields(inputs: StageInputs) -> dict[str, object]:
         "model": inputs.source.digest,
         "dtype": recipe.model.dtype,
         "weights": recipe.model.weights,
-        "stored": [rounds_activations(inputs), recipe.model.dense_baseline]
+        "stored": ["balanced", rounds_activations(inputs), recipe.model.dense_baseline]
         if WeightForm.parse(recipe.model.weights) is not None or inputs.source.may_hold_integers
         else None,
         "sparsity": recipe.sparsity.model_dump(mode="json"),
@@ -121,7 +122,7 @@ def run(inputs: StageInputs) -> dict[str, object]:
     came = imported(inputs)
     if came is not None:
         inputs = around_integers(inputs, came)
-    dense = _dense_model(inputs, came)
+    dense = with_balances(inputs, _dense_model(inputs, came))
     learning = _learning(inputs, dense)
     if inputs.recipe.allocation.budget.limits():
         constants = _within_budget(inputs, dense, learning)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ArtifactError, InternalError
+from nmexport.json_reader import parse_json
 from nmexport.store.records import json_from, record_from
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ class Manifest:
         Raises:
             ValueError: if it is not one.
         """
-        document = json.loads(text)
+        document = parse_json(text)
         if isinstance(document, dict) and document.get("schema") != SCHEMA:
             raise ValueError(f"schema {document.get('schema')}, not {SCHEMA}")
         return record_from(cls, document)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from nmexport.errors import ArtifactError, PatternError
+from nmexport.json_reader import parse_json
 from nmexport.sparsity.pattern import NMPattern
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def read_record(record: type[Record], path: Path, *, schema: int, fix: str) -> R
         ArtifactError: if it is missing, no JSON, of another schema, or not such a record.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}", fix=fix) from error
     if not isinstance(document, dict) or document.get("schema") != schema:

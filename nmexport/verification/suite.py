@@ -300,7 +300,7 @@ def _check_yaml(folder: Path) -> None:
                 f"{folder / path}{line}: not YAML: {error.problem}",
                 fix="check indentation, colons and quotes there",
             ) from error
-        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
             raise RecipeError(f"{folder / path} cannot be read: {error}") from error
 
 

@@ -13,6 +13,7 @@
 #include "dots.h"
 #include "group_scales.h"
 #include "nm_linear.h"
+#include "ranking.h"
 
 namespace nmexport::test {
 
@@ -318,8 +319,9 @@ inline std::vector<double> expectedToken(const Case& c, const Data& d, std::size
             const float magnitude = std::fabs(z[i]);
             return c.scale ? magnitude * d.scale[i] : magnitude;
         };
-        std::stable_sort(group.begin(), group.end(),
-                         [&](std::size_t a, std::size_t b) { return score(a) > score(b); });
+        std::sort(group.begin(), group.end(), [&](std::size_t a, std::size_t b) {
+            return ranksBefore(score(a), a, score(b), b);
+        });
         const std::size_t kept = c.keepAll ? m : static_cast<std::size_t>(c.pattern.n);
         for (std::size_t j = 0; j < kept; ++j) s[group[j]] = static_cast<double>(z[group[j]]);
     }

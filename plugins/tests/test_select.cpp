@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "check.h"
+#include "ranking.h"
 #include "selection.h"
 
 using namespace nmexport;
@@ -12,16 +13,12 @@ using namespace nmexport::test;
 
 namespace {
 
-bool ranksAbove(float a, float b) {
-    if (std::isnan(a) || std::isnan(b)) return std::isnan(a) && !std::isnan(b);
-    return a > b;
-}
-
 std::uint64_t expectedMask(const float* scores, int n, int m) {
-    std::vector<int> order(static_cast<std::size_t>(m));
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(),
-                     [&](int a, int b) { return ranksAbove(scores[a], scores[b]); });
+    std::vector<std::size_t> order(static_cast<std::size_t>(m));
+    std::iota(order.begin(), order.end(), std::size_t{0});
+    std::sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
+        return ranksBefore(scores[a], a, scores[b], b);
+    });
     std::uint64_t mask = 0;
     for (int i = 0; i < n; ++i) mask |= std::uint64_t{1} << order[static_cast<std::size_t>(i)];
     return mask;

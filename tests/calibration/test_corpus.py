@@ -407,6 +407,55 @@ def test_what_json_can_spell_and_text_cannot_be(
             read()
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_text_in_utf16_is_not_learned_as_nulls(
+    tokenizer: Any, tmp_path: Path, name: str, encoding: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(json.dumps({"text": TEXT}).encode(encoding))
+    with pytest.raises(CorpusError, match="is UTF-16 text, or no text") as caught:
+        evaluation_windows(evaluation(path), tokenizer, never, seed=0)
+    assert caught.value.fix == "convert it to UTF-8"
+
+
+def test_a_null_in_a_text_is_a_character(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(f"{TEXT}\0{TEXT}")
+    assert first_window(tokenizer, path, 16) == ids_of(tokenizer, TEXT)[:16]
+
+
+@pytest.mark.parametrize("name", ["A.TXT", "a.JSONL"])
+def test_a_suffix_in_upper_case_is_the_same(tokenizer: Any, tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text(TEXT if name == "A.TXT" else json.dumps({"text": TEXT}))
+    assert first_window(tokenizer, path, 16) == ids_of(tokenizer, TEXT)[:16]
+
+
+def test_a_folder_called_like_a_text_is_told_from_a_missing_one(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "a.jsonl").mkdir()
+    with pytest.raises(CorpusError, match=r"a\.jsonl is no ordinary file"):
+        evaluation_windows(evaluation(tmp_path / "a.jsonl"), tokenizer, never, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"text": None}, "text of type NoneType"),
+        ({"id": 1, "text": ["a"]}, "id, text of type list"),
+        ({"messages": "hi"}, "messages of type str"),
+    ],
+)
+def test_a_key_with_another_kind_of_value_says_which(
+    tokenizer: Any, tmp_path: Path, row: dict[str, Any], said: str
+) -> None:
+    path = write_lines(tmp_path / "a.jsonl", row)
+    with pytest.raises(CorpusError, match=said):
+        evaluation_windows(evaluation(path), tokenizer, never, seed=0)
+
+
 MESSAGES = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Yes, hello."}]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import subprocess
@@ -558,6 +559,9 @@ def test_force_and_from(fakes: dict[str, Any]) -> None:
         (GateFailed("low"), 3),
         (InternalError("ours"), 70),
         (ValueError("ours"), 70),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300), 1),
+        (OSError(errno.ENOSPC, "No space left on device"), 1),
+        (OSError(errno.EBADF, "Bad file descriptor"), 70),
         (KeyboardInterrupt(), 130),
         (Terminated(), 130),
     ],

@@ -41,6 +41,7 @@ FILES: dict[str, str | bytes] = {
     "future.json": json.dumps({"schema": 9, "verdict": "pass"}),
 }
 USER, USAGE = 1, 2
+LONG = "x" * 300
 BUILD = "build --model a/b"
 
 # Command line, exit code, words that the message must hold.
@@ -132,7 +133,12 @@ MISTAKES = (
     ("generate hi", USER, "There is no work directory under nmexport-work"),
     ("generate --work nowhere hi", USER, "nowhere is not a work directory"),
     ("generate --work bare hi", USER, "there is no resolved.yaml in it"),
+    (f"{BUILD} --work {LONG}", USER, "cannot be used: File name too long."),
+    (f"build --model ./{LONG}", USER, "File name too long"),
+    (f"inspect {LONG}", USER, "File name too long"),
+    (f"gate {LONG}", USER, "File name too long"),
     # -- recipes
+    (f"build --recipe {LONG}.yaml", USER, "File name too long"),
     ("build --recipe none.yaml", USER, "none.yaml cannot be read: No such file or directory."),
     ("build --recipe bare", USER, "bare cannot be read: Is a directory."),
     ("build --recipe broken.yaml", USER, "check indentation, colons and quotes there"),
@@ -198,7 +204,9 @@ def test_there_are_a_hundred() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "code", "says"), MISTAKES, ids=[line.replace(" ", "_") for line, _, _ in MISTAKES]
+    ("line", "code", "says"),
+    MISTAKES,
+    ids=[line.replace(LONG, "LONG").replace(" ", "_") for line, _, _ in MISTAKES],
 )
 def test_a_mistake_gets_its_sentence(
     made: Path, monkeypatch: pytest.MonkeyPatch, line: str, code: int, says: str

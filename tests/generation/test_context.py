@@ -6,9 +6,9 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
-from nmexport.errors import RecipeError
+from nmexport.errors import ArtifactError, RecipeError
 from nmexport.generation import loop
-from nmexport.generation.context import length_switch
+from nmexport.generation.context import context_length, length_switch
 from nmexport.generation.sampler import Sampler
 from nmexport.models.context import check_lengths, context_of
 from nmexport.models.genai_config import genai_config
@@ -22,6 +22,13 @@ from tests.support.tiny import save_tiny_model
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "[" * 100_000])
+def test_an_export_that_does_not_say_its_context(text: str, tmp_path: Path) -> None:
+    (tmp_path / "genai_config.json").write_text(text)
+    with pytest.raises(ArtifactError, match="does not say the model's context length"):
+        context_length(tmp_path)
 
 
 @pytest.mark.parametrize("family", ["opt", "llama"])

@@ -129,6 +129,7 @@ REFUSED = {
     "gpt2": "Conv1D",
     "deepseek_v32": "update_indexer",
     "hrm_text": "several times a token",
+    "mpt": "another path at some lengths of its cache",
 }
 
 

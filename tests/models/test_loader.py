@@ -122,6 +122,7 @@ def test_sentencepiece_alone_says_what_to_install(tiny_llama: Path, tmp_path: Pa
         ("generation_config.json", {"eos_token_id": [2, 384]}, "384 is no token"),
         ("generation_config.json", {"eos_token_id": -1}, "eos_token_id cannot be -1"),
         ("generation_config.json", {"bos_token_id": 4000}, "bos_token_id"),
+        ("generation_config.json", {"max_new_tokens": -5}, "refused by transformers"),
         ("config.json", {"eos_token_id": 999}, "eos_token_id cannot be 999"),
         ("config.json", {"bos_token_id": -2}, "bos_token_id cannot be -2"),
         ("tokenizer_config.json", {"chat_template": "{% for m in x %}"}, "does not compile"),
@@ -137,6 +138,41 @@ def test_what_serving_would_refuse_is_refused_at_the_start(
         load_tokenizer(source_of(folder))
     assert said in caught.value.problem
     assert str(folder / file) in caught.value.problem
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("tokenizer.json", "version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS"),
+        ("tokenizer.model", "version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS"),
+        ("tokenizer_config.json", "[]", "holds no JSON object"),
+        ("tokenizer_config.json", "{", "cannot be read"),
+        ("special_tokens_map.json", "3", "holds no JSON object"),
+        ("added_tokens.json", "[1]", "holds no JSON object"),
+        ("tokenizer_config.json", '{"model_max_length": "x"}', "model_max_length cannot be 'x'"),
+        ("chat_template.jinja", "\udcff", "is not UTF-8 text: byte 0"),
+    ],
+)
+def test_a_broken_file_beside_the_vocabulary_is_named(
+    tiny_llama: Path, tmp_path: Path, file: str, content: str, said: str
+) -> None:
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    (folder / file).write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ModelError) as caught:
+        load_tokenizer(source_of(folder))
+    assert said in caught.value.problem
+    assert str(folder / file) in caught.value.problem
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"model": {"type": "Zip"}}'])
+def test_a_tokenizer_that_cannot_be_read_is_called_one(
+    tiny_llama: Path, tmp_path: Path, content: str
+) -> None:
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(ModelError, match=r"The tokenizer of .* cannot be loaded from") as caught:
+        load_tokenizer(source_of(folder))
+    assert "tokenizer's files" in str(caught.value.fix)
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", "3"])

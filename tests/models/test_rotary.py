@@ -28,6 +28,50 @@ _ROPE: dict[str, dict[str, Any]] = {
 }
 
 
+_OTHER_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0}}),
+    "yarn": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": SHORT
+            }
+        },
+    ),
+    "llama3": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": SHORT,
+            }
+        },
+    ),
+    "proportional": (
+        "llama", {"rope_parameters": {"rope_type": "proportional", "partial_rotary_factor": 0.5}}
+    ),
+    "dynamic with an original length": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": SHORT
+            }
+        },
+    ),
+    "longrope as Phi-3.5 spells it": (
+        "phi3",
+        {
+            "rope_scaling": {
+                "type": "longrope",
+                "short_factor": _ROPE["phi3"]["short_factor"],
+                "long_factor": _ROPE["phi3"]["long_factor"],
+            },
+            "original_max_position_embeddings": SHORT,
+        },
+    ),
+}  # fmt: skip
+
+
 def save(folder: Path, family: str) -> int:
     """Save a tiny model; returns the length after which its frequencies change."""
     options: dict[str, Any] = {"rope_parameters": _ROPE[family]}
@@ -74,3 +118,23 @@ def test_exported_graph_holds_both_sets(family: str, tmp_path: Path) -> None:
         logits[length] = got
     difference = np.abs(logits[switch + 1][:, :switch] - logits[switch])
     assert difference.max() > 0.01, "the frequencies change at the switch"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", _OTHER_KINDS)
+def test_every_kind_is_exported_as_transformers_computes_it(kind: str, tmp_path: Path) -> None:
+    """Below the original length, at it, beyond it, and at the end of the context."""
+    source, output = tmp_path / "source", tmp_path / "export"
+    output.mkdir()
+    family, options = _OTHER_KINDS[kind]
+    rotary = options.get("rope_parameters")
+    given = {"rope_parameters": {"rope_theta": 10000.0, **rotary}} if rotary else options
+    save_tiny_model(source, family, max_position_embeddings=CONTEXT, num_hidden_layers=1, **given)
+    exported = export_folder(source, output)
+    ids = np.random.default_rng(0).integers(3, VOCABULARY, (1, CONTEXT))
+    for length in (SHORT // 2, SHORT, SHORT + 1, CONTEXT):
+        part = ids[:, :length]
+        ones = np.ones_like(part)
+        wanted = torch_logits(load(source), part, ones)
+        got = onnx_logits(exported.dense_model, part, ones, prefill=length)
+        np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-3)

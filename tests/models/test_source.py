@@ -55,6 +55,12 @@ def test_folder(folder: Path) -> None:
     assert len(source.digest) == 64
 
 
+def test_a_name_of_nothing_is_no_model() -> None:
+    """The path of no characters is that of the current folder."""
+    with pytest.raises(ModelError, match="'' does not name a model"):
+        resolve(ModelSection(id=""))
+
+
 def test_digest_follows_contents_and_not_the_place(folder: Path, tiny_llama: Path) -> None:
     digests = [resolve(ModelSection(id=str(path))).digest for path in (tiny_llama, folder)]
     assert digests[0] == digests[1]

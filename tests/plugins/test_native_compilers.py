@@ -23,8 +23,8 @@ from tests.support.plugin_build import (
 
 COMPILERS = (
     "c++",
-    *(f"g++-{version}" for version in range(11, 16)),
-    *(f"clang++-{version}" for version in range(14, 21)),
+    *(f"g++-{version}" for version in range(11, 17)),
+    *(f"clang++-{version}" for version in range(13, 24)),
     "g++",
     "clang++",
 )

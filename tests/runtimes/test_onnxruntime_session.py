@@ -19,6 +19,7 @@ from nmexport.runtimes.onnxruntime_session import (
     SESSION_CONFIG,
     OrtSession,
     choose_provider,
+    read_model,
 )
 from nmexport.store.artifact import file_digest
 from onnx import TensorProto
@@ -182,6 +183,9 @@ def test_corrupt_and_missing_models(
         OrtSession(broken)
     with pytest.raises(ArtifactError, match="does not exist"):
         OrtSession(tmp_path / "absent.onnx")
+    with pytest.raises(ArtifactError, match=r"absent\.onnx cannot be read: No such file") as caught:
+        read_model(tmp_path / "absent.onnx")
+    assert caught.value.fix == "run `nmexport engine --force`"
     assert not capfd.readouterr().err
 
 

@@ -401,6 +401,20 @@ def test_model_that_cannot_be_traced(tiny_llama: Path) -> None:
     assert cache_shapes(model) == shapes
 
 
+def test_a_model_whose_table_of_masks_ends_with_its_context(tmp_path: Path) -> None:
+    """GPT-Neo is traced up to its context, and right to the last token of it."""
+    source, output = tmp_path / "source", tmp_path / "export"
+    output.mkdir()
+    save_tiny_model(source, "gpt_neo", max_position_embeddings=64)
+    exported = export_folder(source, output)
+    ids = np.random.default_rng(5).integers(3, VOCABULARY, (2, 64))
+    for length in (12, 64):
+        part = ids[:, :length]
+        actual = onnx_logits(exported.dense_model, part, np.ones_like(part), prefill=9)
+        wanted = torch_logits(load(source), part, np.ones_like(part))
+        np.testing.assert_allclose(actual, wanted, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("behaviour", [Behaviour(pattern=PATTERN), DYNAMIC], ids=["plain", "d-pts"])
 def test_a_remainder_is_exported_beside_the_op(
     tiny_llama: Path, traced_llama: TracedModel, tmp_path: Path, behaviour: Behaviour

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nmexport.errors import RequestError
 from nmexport.generation.token_scores import MOST_LIKELIEST
+from nmexport.json_reader import parse_json
 from nmexport.serving.service import TextRequest
 
 if TYPE_CHECKING:
@@ -98,8 +99,8 @@ def read(body: bytes, kind: Kind) -> Asked:
             for what is not served.
     """
     try:
-        document = json.loads(body)
-    except (ValueError, RecursionError) as error:
+        document = parse_json(body)
+    except ValueError as error:
         raise RequestError(f"The body is no JSON: {error}") from error
     if not isinstance(document, dict):
         raise RequestError("The body is no JSON object.")

@@ -1,6 +1,7 @@
 // Problems for the kernels on a GPU, and what the op contract says of them in float64.
 #pragma once
 
+#include "../ranking.h"
 #include "device_array.cuh"
 #include "element.cuh"
 #include "nm_cuda.h"
@@ -145,10 +146,11 @@ struct Expected {
 std::vector<bool> keepOf(Case const& c, std::vector<float> const& score) {
     std::vector<bool> keep(c.channels);
     for (int first = 0; first < c.channels; first += c.m) {
-        std::vector<int> group(c.m);
-        std::iota(group.begin(), group.end(), first);
-        std::stable_sort(group.begin(), group.end(),
-                         [&](int a, int b) { return score[a] > score[b]; });
+        std::vector<std::size_t> group(c.m);
+        std::iota(group.begin(), group.end(), static_cast<std::size_t>(first));
+        std::sort(group.begin(), group.end(), [&](std::size_t a, std::size_t b) {
+            return test::ranksBefore(score[a], a, score[b], b);
+        });
         for (int i = 0; i < c.n; ++i) {
             keep[group[i]] = true;
         }

@@ -1,5 +1,6 @@
 // Selection logic on the CPU, exhaustively where that is possible: masks, ties, networks against
 // ranks, work split.
+#include "../ranking.h"
 #include "selection.cuh"
 #include "work_split.h"
 
@@ -27,14 +28,12 @@ void check(bool ok, char const* what) {
     }
 }
 
-//! The slow and obvious rule: stable sort by descending score, NaN first, take n.
-uint64_t keepByStableSort(std::vector<float> const& scores, int n) {
-    std::vector<int> order(scores.size());
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
-        bool const nanA = std::isnan(scores[a]);
-        bool const nanB = std::isnan(scores[b]);
-        return nanA != nanB ? nanA : (!nanA && scores[a] > scores[b]);
+//! The slow and obvious rule: sort by descending score, NaN first, take n.
+uint64_t keepBySort(std::vector<float> const& scores, int n) {
+    std::vector<std::size_t> order(scores.size());
+    std::iota(order.begin(), order.end(), std::size_t{0});
+    std::sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
+        return nmexport::test::ranksBefore(scores[a], a, scores[b], b);
     });
     uint64_t mask = 0;
     for (int i = 0; i < n; ++i) {
@@ -103,7 +102,7 @@ bool allAgree(std::vector<float> const& scores, int n) {
         signedKeys[i] = orderedKey(scaledScore(scores[i], 1.0F));
         magnitudes[i] = std::fabs(scores[i]);
     }
-    uint64_t const expected = keepByStableSort(magnitudes, n);
+    uint64_t const expected = keepBySort(magnitudes, n);
     return keepByRank(keys, n) == expected && keepByNetwork<COUNT>(keys, n) == expected &&
            keepByNetwork<COUNT>(signedKeys, n) == expected;
 }
@@ -272,9 +271,9 @@ void testPackedLanes() {
             magnitudes[i] = std::fabs(magnitudes[i]);
         }
         int const n = 1 + trial % 16;
-        ok = ok && keepByPackedLanes(bits, n) == keepByStableSort(magnitudes, n);
+        ok = ok && keepByPackedLanes(bits, n) == keepBySort(magnitudes, n);
         if (n == 8) {
-            ok = ok && keepByPair(bits) == keepByStableSort(magnitudes, n);
+            ok = ok && keepByPair(bits) == keepBySort(magnitudes, n);
         }
     }
     check(ok, "packed ranking of 16-bit floats against a stable sort");
@@ -292,8 +291,8 @@ void testAnyGroupSize() {
                 keys[i] = orderedKey(scores[i]);
             }
             int const n = 1 + static_cast<int>(random() % m);
-            ok = ok && keepByRank(keys, n) == keepByStableSort(scores, n);
-            ok = ok && (m != 16 || keepByWideLanes(keys.data(), n) == keepByStableSort(scores, n));
+            ok = ok && keepByRank(keys, n) == keepBySort(scores, n);
+            ok = ok && (m != 16 || keepByWideLanes(keys.data(), n) == keepBySort(scores, n));
         }
     }
     check(ok, "group sizes 1 to 64, scores of both signs");
