@@ -1,8 +1,9 @@
 """Store linears in integers: the sparse ones, those that stay dense, and the output head.
 
-Eight bits are rounded to what is nearest, on scales that look at how strong each channel is. Four
-bits are rounded with compensation, a sparse linear's by the second moments of what it keeps: errors
-are made good in what the sparse linear sees, not in what it never will.
+Eight bits are rounded to what is nearest, on scales that look at how strong each channel is; where
+values are rounded too, both sides are balanced first. Four bits are rounded with compensation, a
+sparse linear's by the second moments of what it keeps: errors are made good in what the sparse
+linear sees, not in what it never will.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from nmexport.calibration.second_moments import Watched, chunked, gather_second_
 from nmexport.calibration.sites import input_sites
 from nmexport.calibration.sparse_constants import SparseConstants
 from nmexport.environment import free_memory
+from nmexport.sparsity.balance import balancing_factors
 from nmexport.sparsity.fold import NOTHING_LEARNED, fold, selection
 from nmexport.sparsity.linear import (
     Behaviour,
@@ -78,11 +80,21 @@ class Storage(Keeping):
 
     form: WeightForm
 
+    def is_balanced(self, linear: nn.Linear, *, is_head: bool) -> bool:
+        """Tell whether a linear's operand and weight are both rounded with 8 bits and no groups.
+
+        Four bits are rounded with compensation, which makes more of unbalanced channels.
+        """
+        form = HEAD if is_head else self.form
+        rounds = self.rounds_activations and activation_block(linear.in_features, 1) is not None
+        return rounds and form.type == "int8" and form.group is None
+
     def tensors(
         self,
         folded: Mapping[str, torch.Tensor],
         form: WeightForm,
         *,
+        balance: torch.Tensor | None = None,
         importance: torch.Tensor | None = None,
         second_moment: torch.Tensor | None = None,
         name: str,
@@ -92,19 +104,27 @@ class Storage(Keeping):
         Args:
             folded: They, float32.
             form: What the weight is stored in.
-            importance: `[K]`, in gathered order; see `rounding.quantised`.
-            second_moment: `[K, K]`; see there.
+            balance: `[K]`, what the operand is multiplied by; None is 1. In the input's own order,
+                as `importance`.
+            importance: `[K]`; see `rounding.quantised`.
+            second_moment: `[K, K]`, in gathered order; see there.
             name: Of the linear.
 
         Raises:
             RecipeError: if the form's groups do not divide K.
         """
+        weight, order = folded["W"], folded.get("channel_order")
+        if order is not None and balance is not None:
+            balance = balance[order.long()]
+        if order is not None and importance is not None:
+            importance = importance[order.long()]
+        if balance is not None:
+            weight = weight / balance.unsqueeze(1)
+            importance = None if importance is None else importance * balance.square()
+            if second_moment is not None:
+                second_moment = second_moment * balance * balance.unsqueeze(1)
         stored = quantised(
-            folded["W"],
-            form,
-            importance=importance,
-            second_moment=second_moment,
-            name=name,
+            weight, form, importance=importance, second_moment=second_moment, name=name
         )
         in_type = {
             kind: folded[kind].to(self.dtype)
@@ -114,6 +134,8 @@ class Storage(Keeping):
         made = {**folded, **in_type, "W": stored.values, "weight_scale": stored.scale}
         if stored.zero_point is not None:
             made["weight_zero_point"] = stored.zero_point
+        if balance is not None:
+            made["value_scale"] = balance.clone()  # linears of one input share it
         return made, stored
 
 
@@ -172,6 +194,38 @@ def stored_linears(
                 yield store(name, inner[name], storage.form, known)
     if head is not None and head in reached:
         yield store(head, reached[head], HEAD)
+
+
+def balances(
+    dense: DenseModel, linears: Mapping[str, nn.Linear], storage: Storage
+) -> dict[str, torch.Tensor]:
+    """Balance operands and weights that are both rounded to 8 bits; see `sparsity.balance`.
+
+    Args:
+        dense: The dense model and what calibration knows.
+        linears: All linears of the model, by name.
+        storage: How they are stored.
+
+    Returns:
+        `[K]` by name, the same for linears of one input; none where either side is not rounded so.
+    """
+    head = head_name(dense.model, linears)
+    chosen = {
+        name: linear
+        for name, linear in linears.items()
+        if name in dense.statistics and storage.is_balanced(linear, is_head=name == head)
+    }
+    if not chosen:
+        return {}
+    found: dict[str, torch.Tensor] = {}
+    for site in input_sites(dense.model, chosen, dense.samples[0], layerwise=dense.layerwise):
+        squares = torch.zeros(site.in_features)
+        for name in site.names:
+            with dense.loaded(chosen[name]) as held:
+                squares += held.weight.detach().float().square().sum(dim=0).cpu()
+        factors = balancing_factors(dense.statistics[site.names[0]].rms, squares.sqrt())
+        found |= dict.fromkeys(site.names, factors)
+    return found
 
 
 def dense_modules(
@@ -240,27 +294,24 @@ def _store(
 ) -> Stored:
     """Fold and store one linear."""
     dense, constants, storage = given
-    importance = dense.statistics[name].rms.float().square()
+    store = functools.partial(
+        storage.tensors,
+        form=form,
+        balance=dense.balances.get(name),
+        importance=dense.statistics[name].rms.float().square(),
+        name=name,
+    )
 
     def as_dense() -> tuple[dict[str, torch.Tensor], QuantisedWeight]:
         with dense.loaded(linear) as held:
             plain = fold(held, ALL_KEPT, Constants(), NOTHING_LEARNED, dtype=torch.float32)
-        return storage.tensors(
-            plain, form, importance=importance, second_moment=moments.dense, name=name
-        )
+        return store(plain, second_moment=moments.dense)
 
     if name not in constants.derived:
         tensors, stored = as_dense()
         return Stored(storage.spec(dense_spec(name, linear), stored), False, tensors, None)
     folded = constants.folded(dense, name, torch.float32)
-    order = folded.get("channel_order")
-    tensors, stored = storage.tensors(
-        folded,
-        form,
-        importance=importance if order is None else importance[order.long()],
-        second_moment=moments.sparse,
-        name=name,
-    )
+    tensors, stored = store(folded, second_moment=moments.sparse)
     spec = storage.spec(constants.layer(name, linear), stored)
     return Stored(spec, True, tensors, as_dense()[0] if storage.keeps_dense else None)
 

@@ -6,7 +6,7 @@ sections ──► derive ──► remainders ──► local errors ──► 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,6 +68,9 @@ class DenseModel:
     progress: Progress
     integers: Integers | None = None
     """Weights that came quantised and stay so; None where they are folded into."""
+    balances: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """`[K]` by linear, in the input's own order: what operands are multiplied by before both sides
+    are rounded, see `sparsity.balance`."""
 
     def loaded(self, linear: nn.Linear) -> AbstractContextManager[nn.Linear]:
         """A linear with its weight in memory, while this lasts."""

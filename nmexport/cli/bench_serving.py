@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from nmexport.bench.serving import Through
+    from nmexport.bench.soak import Soaked
     from nmexport.serving.launch import Installation, Server
 
 _server_option = click.option(
@@ -235,7 +236,7 @@ def soak_command(
         raise GateFailed(f"memory grew by {growth:.2%}, at most {max_growth:.2%} is allowed")
 
 
-def _show_soak(outcome: dict[str, Any]) -> None:
+def _show_soak(outcome: Soaked) -> None:
     memory, load = outcome["memory"], outcome["load"]
     rows = [
         ("memory after warm-up", size(memory["before_bytes"])),

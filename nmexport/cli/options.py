@@ -522,7 +522,7 @@ class Request:
     """Only helps to find the work directory."""
     continues: bool = False
     """The work directory's recipe comes before the model's own."""
-    overrides: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, object] = field(default_factory=dict)
     """Values by dotted recipe key."""
     spelled: dict[str, str] = field(default_factory=dict)
     """The option that set each."""
@@ -541,7 +541,7 @@ class Request:
         overrides = dict(self.overrides)
         if self.excludes:
             base = resolve(model, file=file).sparsity.targets.exclude
-            self._refuse_both(overrides.get("sparsity.targets.include", ()))
+            self._refuse_both(overrides.get("sparsity.targets.include"))
             overrides["sparsity.targets.exclude"] = list(dict.fromkeys([*base, *self.excludes]))
         recipe = resolve(model, overrides, file=file, spelled=self.spelled)
         self._refuse_idle_options(recipe)
@@ -646,7 +646,7 @@ class Request:
         self._refuse_other_pattern(work)
         return None, work.root / RESOLVED
 
-    def _locating(self) -> dict[str, Any]:
+    def _locating(self) -> dict[str, object]:
         """Return the recipe keys that locate a model's work directory."""
         pattern = self.pattern or self.overrides.get(_PATTERN.key)
         return {} if pattern is None else {_PATTERN.key: pattern}
@@ -670,11 +670,11 @@ class Request:
                 fix="leave out --pattern, or name another work directory with --work DIR",
             )
 
-    def _refuse_both(self, included: Sequence[str]) -> None:
+    def _refuse_both(self, included: object) -> None:
         """Refuse the head as both included and excluded."""
         from nmexport.errors import RecipeError
 
-        if _HEAD in self.excludes and _HEAD in included:
+        if _HEAD in self.excludes and isinstance(included, list | tuple) and _HEAD in included:
             raise RecipeError(
                 f"--targets both includes and excludes {_HEAD}.", fix="keep one of them"
             )

@@ -99,7 +99,7 @@ def _check_span(tensor: StoredTensor, name: str, stored: int) -> None:
         )
 
 
-def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, object]:
     """Build an object of JSON whose keys are all different.
 
     Raises:

@@ -118,7 +118,8 @@ def _alike(report: Report) -> tuple[str, ...]:
     allocation = report.allocation
     if allocation is None:
         return ()
-    pattern = str(report.recipe.get("sparsity", {}).get("pattern"))
+    section = report.recipe.get("sparsity")
+    pattern = str(section.get("pattern")) if isinstance(section, dict) else ""
     alike = [
         point
         for point in allocation.front

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nmexport.calibration.checkpoint import Checkpoints
 from nmexport.calibration.effort import ERROR_SAMPLES, SENSITIVITY_SAMPLES, learning_settings
@@ -25,6 +25,7 @@ from nmexport.stages.storing import (
     folded_linear,
     imported,
     rounds_activations,
+    with_balances,
     write_linears,
 )
 from nmexport.store.allocation import write_allocation
@@ -54,7 +55,7 @@ UPSTREAM: tuple[str, ...] = ("calibrate",)
 Artifact = FoldedModel
 
 
-def key_fields(inputs: StageInputs) -> dict[str, Any]:
+def key_fields(inputs: StageInputs) -> dict[str, object]:
     """Return what the linears compute, and in which type.
 
     Raises:
@@ -75,7 +76,7 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
         "model": inputs.source.digest,
         "dtype": recipe.model.dtype,
         "weights": recipe.model.weights,
-        "stored": [rounds_activations(inputs), recipe.model.dense_baseline]
+        "stored": ["balanced", rounds_activations(inputs), recipe.model.dense_baseline]
         if WeightForm.parse(recipe.model.weights) is not None or inputs.source.may_hold_integers
         else None,
         "sparsity": recipe.sparsity.model_dump(mode="json"),
@@ -88,7 +89,7 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
     }
 
 
-def _learning_key(settings: LearningSettings, recipe: Recipe) -> dict[str, Any]:
+def _learning_key(settings: LearningSettings, recipe: Recipe) -> dict[str, object]:
     """Return how constants are learned: layer by layer they come out otherwise.
 
     Where `--offload auto` has to do so for want of memory is not in the key: the memory that is
@@ -106,7 +107,7 @@ def check(inputs: StageInputs) -> None:
     check_fit(inputs.recipe, inputs.source)
 
 
-def run(inputs: StageInputs) -> dict[str, Any]:
+def run(inputs: StageInputs) -> dict[str, object]:
     """Choose, derive and learn the constants of every target, fold, write.
 
     Raises:
@@ -121,7 +122,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     came = imported(inputs)
     if came is not None:
         inputs = around_integers(inputs, came)
-    dense = _dense_model(inputs, came)
+    dense = with_balances(inputs, _dense_model(inputs, came))
     learning = _learning(inputs, dense)
     if inputs.recipe.allocation.budget.limits():
         constants = _within_budget(inputs, dense, learning)
@@ -336,7 +337,7 @@ def _sections(section: SparsitySection, allocation: Allocation) -> dict[str, Spa
     }
 
 
-def _write_learning(inputs: StageInputs, learned: Learned | None) -> dict[str, Any]:
+def _write_learning(inputs: StageInputs, learned: Learned | None) -> dict[str, object]:
     """Write the loss curve; return the stage's metrics of it."""
     if learned is None:
         return {}

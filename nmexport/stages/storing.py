@@ -77,9 +77,20 @@ def folded_linear(
         return folded
     if isinstance(storage, Storage):
         folded = constants.folded(dense, name, torch.float32)
-        return storage.tensors(folded, storage.form, name=name)[0]
+        return storage.tensors(folded, storage.form, balance=dense.balances.get(name), name=name)[0]
     weight = None if dense.integers is None else dense.integers(name)
     return folded_around(dense, constants, name, weight, storage)
+
+
+def with_balances(inputs: StageInputs, dense: DenseModel) -> DenseModel:
+    """Add what operands are multiplied by, where they and their weights are rounded."""
+    from nmexport.calibration.quantising import Storage, balances
+    from nmexport.sparsity.targets import linears_of
+
+    storage = _storage(inputs, dense)
+    if not isinstance(storage, Storage):
+        return dense
+    return replace(dense, balances=balances(dense, linears_of(dense.model), storage))
 
 
 def dense_in_integers(inputs: StageInputs, dense: DenseModel) -> dict[str, SparseLinear]:

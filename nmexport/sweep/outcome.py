@@ -56,7 +56,7 @@ class Results:
         """Rows of one model."""
         return [row for row in self.rows if row.model == model]
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """`sweep.json`."""
         return {
             "schema": SCHEMA,

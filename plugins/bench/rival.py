@@ -30,7 +30,7 @@ from nmexport.timing import interleave, milliseconds, percentiles
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from nmexport.runtimes.session import Session
+    from nmexport.runtimes.session import Session, Stepped
 
 BEGINNING = 128
 TOGETHER = 8
@@ -64,16 +64,16 @@ class Ours:
         for _ in range(STEPS):
             tokens = [np.array([500 + i]) for i in range(sequences)]
             work = [Work(cache, ids) for cache, ids in zip(caches, tokens, strict=True)]
-            done: list[Any] = []
+            done: list[Stepped] = []
             took.append(milliseconds(lambda work=work, done=done: done.extend(self._step(work))))
-            caches = [cache for _, cache in done]
+            caches = [one.cache for one in done]
         return took
 
     def prompt(self) -> list[float]:
         """See `Side`."""
         return [milliseconds(lambda: self._session.extend_last(None, self._ids))]
 
-    def _step(self, work: list[Work]) -> list[Any]:
+    def _step(self, work: list[Work]) -> list[Stepped]:
         return self._session.step(work)
 
 

@@ -86,6 +86,8 @@ def test_stored_weights_stand_for_the_models(artifact: fold.Artifact, tiny_llama
         for tensors in (artifact.tensors(layer.name), artifact.dense_tensors(layer.name)):
             point = tensors.get("weight_zero_point")
             meant = dequantised(tensors["W"], tensors["weight_scale"], point)
+            if "value_scale" in tensors:
+                meant = tensors["value_scale"].unsqueeze(1) * meant
             order = tensors.get("channel_order")
             wanted = weight if order is None else weight[order.long()]
             is_sparse_one = tensors["W"].equal(artifact.tensors(layer.name)["W"])
@@ -94,6 +96,22 @@ def test_stored_weights_stand_for_the_models(artifact: fold.Artifact, tiny_llama
             assert float((meant - wanted).norm() / wanted.norm()) < close
             assert tensors["W"].dtype == torch.int8
     assert "channel_order" not in artifact.dense_tensors(artifact.layers[0].name)
+
+
+def test_what_both_sides_round_in_8_bits_is_balanced(artifact: fold.Artifact) -> None:
+    """Linears of one input alike, so that they stay one op; 4 bits are compensated instead."""
+    forms = {tensors: getattr(artifact, tensors) for tensors in ("tensors", "dense_tensors")}
+    for name, read in forms.items():
+        scales = {layer.name: read(layer.name).get("value_scale") for layer in artifact.linears}
+        balanced = {layer for layer, scale in scales.items() if scale is not None}
+        if artifact.layers[0].weight_type == "int8":
+            assert balanced == set(scales), name
+            q, k, v = (scales[f"model.layers.0.self_attn.{part}_proj"] for part in "qkv")
+            assert q.equal(k)
+            assert q.equal(v)
+            assert float(q.std()) > 0
+        else:
+            assert balanced == {"lm_head"}, name
 
 
 @pytest.fixture(scope="module")

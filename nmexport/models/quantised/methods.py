@@ -66,7 +66,7 @@ class Scheme:
         )
 
 
-def quantisation_section(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+def quantisation_section(folder: Path, config: Mapping[str, Any]) -> dict[str, object] | None:
     """The part of a configuration that says how weights are quantised; None without one.
 
     Raises:
@@ -86,7 +86,7 @@ def quantisation_section(folder: Path, config: Mapping[str, Any]) -> dict[str, A
     return None
 
 
-def _section_of_side_file(name: str, document: Mapping[str, Any]) -> dict[str, Any]:
+def _section_of_side_file(name: str, document: Mapping[str, Any]) -> dict[str, object]:
     if name == "quantize_config.json":
         return {"quant_method": "gptq", **document}
     if name == "quant_config.json":

@@ -98,9 +98,9 @@ class RowLists {
     }
 
     // Quantises what token `t` of the pass keeps of some channels, which are whole blocks. Before
-    // them lie `quads`.
+    // them lie `quads`. `scale` multiplies the values of all channels; null where `select` did.
     void list(const DotKernels& dots, const Pass& pass, std::size_t t, Channels channels,
-              std::size_t quads) const {
+              std::size_t quads, const float* scale) const {
         thread_local Working scratch;
         const std::size_t size = mArguments.activationBlock;
         const std::size_t total = channels.end - channels.begin;
@@ -109,8 +109,15 @@ class RowLists {
         float* block = scratch.block.reserve(size);
         std::int8_t* bytes = scratch.bytes.reserve(size);
         const std::uint64_t* keep = pass.selected.keep + t * pass.selected.keepStride;
-        const float* z = pass.selected.z + t * pass.selected.zStride;
-        mVariant.listKept({z + channels.begin, keep + channels.begin / 64, total, rows, kept});
+        const float* z = pass.selected.z + t * pass.selected.zStride + channels.begin;
+        if (scale != nullptr) {
+            // A copy: the variance is that of unscaled values, and is taken once all are there.
+            float* scaled = scratch.scaled.reserve(total);
+            std::memcpy(scaled, z, total * sizeof *z);
+            mVariant.scaleValues(scale + channels.begin, total, scaled);
+            z = scaled;
+        }
+        mVariant.listKept({z, keep + channels.begin / 64, total, rows, kept});
         std::size_t first = 0, quad = quads;
         for (std::size_t b = channels.begin / size; b < channels.end / size; ++b) {
             const std::size_t count = keptOf(keep, b * size, size);
@@ -158,7 +165,7 @@ class RowLists {
     };
     struct Working {
         Scratch<std::int32_t> rows;  // as listKept gives them
-        Scratch<float> kept, block;
+        Scratch<float> scaled, kept, block;
         Scratch<std::int8_t> bytes;
     };
 
@@ -222,9 +229,7 @@ void multiplyTask(const LinearArguments& a, const Variant& variant, const DotKer
 std::size_t partUnitOf(const LinearArguments& a) {
     const std::size_t m = static_cast<std::size_t>(a.pattern.m);
     const bool isKnown = keepsAll(a) || a.activationBlock % m == 0;
-    const bool needsWhole =
-        a.constants.dynamicShift || (a.varianceCorrection && a.valueScale != nullptr);
-    if (!isKnown || needsWhole) return 0;
+    if (!isKnown || a.constants.dynamicShift) return 0;
     return std::lcm(std::lcm(std::size_t{64}, keepsAll(a) ? std::size_t{1} : m), a.activationBlock);
 }
 
@@ -245,7 +250,9 @@ void multiplyInParts(const LinearArguments& a, const Variant& variant, const Dot
                                 std::min(units * (part + 1) / parts * unit, a.channels)};
         const std::size_t quads = channels.begin / a.activationBlock * divideUp(blockRows, kQUAD);
         selectPart(a, variant, pass, channels.begin, channels.end);
-        for (std::size_t t = 0; t < tokens; ++t) lists.list(dots, pass, t, channels, quads);
+        for (std::size_t t = 0; t < tokens; ++t) {
+            lists.list(dots, pass, t, channels, quads, a.valueScale);
+        }
     });
     parallelFor(pool, cut.tasks, [&](std::size_t task) {
         float nu[kMOST_ROW_TOKENS];
@@ -269,7 +276,7 @@ void multiplyRows(const LinearArguments& a, const Variant& variant, std::size_t 
         select(a, variant, pass);
         const RowLists lists(a, variant, tokens);
         for (std::size_t t = 0; t < tokens; ++t) {
-            lists.list(dots, pass, t, {0, a.channels}, 0);
+            lists.list(dots, pass, t, {0, a.channels}, 0, nullptr);
         }
         multiplyTask(a, variant, dots, cut, task, pass, pass.nu, lists);
     });

@@ -81,9 +81,6 @@ void selectPart(const LinearArguments& a, const Variant& variant, const Pass& pa
             selectTokens(variant, a.type, x, end - begin, 1, a.pattern, constants, part);
         }
         if (begin == 0) all.eta[t] = eta;
-        if (a.valueScale != nullptr) {
-            variant.scaleValues(a.valueScale + begin, end - begin, part.z);
-        }
     }
 }
 

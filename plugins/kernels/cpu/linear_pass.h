@@ -32,7 +32,8 @@ struct Pass {
 Pass passOf(const LinearArguments& a, const Variant& variant, std::size_t first,
             std::size_t tokens);
 void select(const LinearArguments& a, const Variant& variant, const Pass& pass);
-// Some channels of it, from a multiple of 64 on: whole groups, without a dynamic shift and nu.
+// Some channels of it, from a multiple of 64 on: whole groups, without a dynamic shift, nu and
+// `valueScale`.
 void selectPart(const LinearArguments& a, const Variant& variant, const Pass& pass,
                 std::size_t begin, std::size_t end);
 // nu of a token that is selected for, its values not scaled yet.
