@@ -291,7 +291,7 @@ def _number(text: str) -> int | None:
 
 
 def _ask_driver(query: str) -> tuple[tuple[str, ...], ...]:
-    """What `nvidia-smi` says of each GPU; nothing where there is none that works."""
+    """List each GPU as `nvidia-smi` describes it; nothing where there is none that works."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return ()

@@ -273,7 +273,7 @@ class CudaRow(TypedDict):
 
 
 class CudaTimes(TypedDict):
-    """What `bench_cuda` measured."""
+    """The measurements of `bench_cuda`."""
 
     device: dict[str, int]
     gpu: str

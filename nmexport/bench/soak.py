@@ -83,7 +83,7 @@ class Growth(TypedDict):
 
 
 class WorkDone(TypedDict):
-    """What the server counts of the load."""
+    """The load as the server counts it."""
 
     seconds: float
     requests: dict[str, int]
@@ -94,7 +94,7 @@ class WorkDone(TypedDict):
 
 
 class Soaked(WorkDone):
-    """What a load did to a server."""
+    """The effect of a load on a server."""
 
     load: dict[str, object]
     by: str

@@ -50,7 +50,7 @@ class Difference(TypedDict):
 
 
 class Comparison(TypedDict):
-    """What changed from one path to another."""
+    """The changes from one path to another."""
 
     kind: str
     before: str

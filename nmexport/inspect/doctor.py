@@ -90,7 +90,7 @@ def _native_library() -> list[Missing]:
 
 
 def _on_gpu() -> list[Missing]:
-    """What ONNX Runtime lacks to run on the GPU that is here."""
+    """List what ONNX Runtime lacks to run on the GPU that is here."""
     if not tensorrt_library.gpu_is_usable():
         return []
     missing = []

@@ -108,7 +108,7 @@ class DecoderBlocks:
 
     @property
     def device(self) -> torch.device:
-        """Where the layers compute."""
+        """The device that the layers compute on."""
         device = next(self.model.parameters()).device
         return torch.device("cpu") if device.type == "meta" else device
 

@@ -137,7 +137,7 @@ class Continuation:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """What both models write after a prompt, greedily."""
+    """The text that both models write after a prompt, greedily."""
 
     prompt: str
     sparse: str

@@ -102,7 +102,7 @@ def library_digest(folder: Path = _FOLDER) -> str | None:
 
 
 class LibraryDescription(TypedDict):
-    """What the native library says of itself."""
+    """The native library's description of itself."""
 
     version: str
     """Of the package it was built from."""

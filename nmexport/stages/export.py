@@ -228,7 +228,7 @@ class Stored:
 def _stored(
     inputs: StageInputs, folded: fold.Artifact, traced: TracedModel, *, dense_baseline: bool
 ) -> Stored | None:
-    """What weights in integers bring; None where they are float."""
+    """Describe weights in integers; None where they are float."""
     if not folded.is_quantised:
         return None
     from nmexport.models.stored_rows import imported_rows, rounded_rows

@@ -77,7 +77,7 @@ class FoldedModel:
 
     @property
     def kept(self) -> KeptWeights | None:
-        """What is kept of a checkpoint that came quantised; None where it did not, or is rounded.
+        """The kept part of a checkpoint that came quantised; None where it did not, or is rounded.
 
         Raises:
             ArtifactError: if the record is malformed.

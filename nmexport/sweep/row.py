@@ -31,7 +31,7 @@ class Speeds:
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What was measured of a cell."""
+    """The measurements of a cell."""
 
     perplexity: Perplexities
     tokens: int

@@ -28,7 +28,7 @@ _FP8_METHODS = frozenset({"fp8", "fbgemm_fp8", "modelopt"})
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What a checkpoint's configuration says of its quantised weights."""
+    """The quantisation of a checkpoint's weights, from its configuration."""
 
     name: str
     """For messages and reports."""

@@ -91,7 +91,7 @@ def require_plugin() -> Path:
 
 
 class PluginDescription(TypedDict):
-    """What the plugin library says of itself."""
+    """The plugin library's description of itself."""
 
     version: str
     """Of the package it was built from."""

@@ -78,7 +78,7 @@ class ParameterError(RequestError):
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What a client asks for."""
+    """A client's request."""
 
     model: str
     text: TextRequest

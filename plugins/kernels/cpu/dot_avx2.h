@@ -9,7 +9,7 @@ namespace {
 
 struct Dot {
     static constexpr bool kUNSIGNED = true;  // weights are, values are not
-    // Whether add takes bytes, not nibbles alone.
+    // True if add takes bytes, not nibbles alone.
 #ifdef __AVXVNNI__
     static constexpr bool kTAKES_BYTES = true;
 #else

@@ -72,7 +72,7 @@ inline __attribute__((always_inline)) Simd::F loadIf(const T* from) {
     return Simd::broadcast(0.0f);
 }
 
-// What a token's block multiplies its integer sums with.
+// The factors of a token's block for its integer sums.
 struct BlockFactors {
     Simd::F scale;
     Simd::F minusTotal;  // of its values; for zero points in floating point
@@ -111,7 +111,7 @@ struct Record {
           zeros(scales + stepColumns(kFORMAT)) {}
 };
 
-// What is known of a product's scales and zero points, as constants.
+// A product's scales and zero points, as compile-time constants.
 template <ZeroPoints kZEROS, bool kSCALED>
 struct Terms {
     static constexpr ZeroPoints kPOINTS = kZEROS;  // in floating point
@@ -136,7 +136,7 @@ inline __attribute__((always_inline)) void withTerms(const IntegerWeights& weigh
     return body(Terms<ZeroPoints::kNONE, true>{});
 }
 
-// What integer sums begin with: it takes the weights' excess away again.
+// The start of integer sums: it takes the weights' excess away again.
 template <IntegerFormat kFORMAT>
 inline std::int32_t startOf(ZeroPoints zeroPoints, std::int32_t total) {
     // Integer zero points are in excess as well, so that the two cancel.

@@ -16,7 +16,7 @@ constexpr int kELEMENT_TYPES = 3;
 // What W holds: values of X's type, or integers that stand for themselves less a zero point, times
 // a scale.
 enum class WeightType { kELEMENT, kINT8, kINT4, kUINT4 };
-// What is subtracted from the integers of W, or from their products with scales.
+// The zero point: subtracted from the integers of W, or from their products with scales.
 enum class ZeroPoints {
     kNONE,
     kINTEGERS,  // as W holds its own
