@@ -1,4 +1,4 @@
-// Selection against a slow statement of the contract: a stable sort of the scores of each group.
+// Selection against a slow statement of the contract: the scores of each group, sorted.
 #include <algorithm>
 #include <cmath>
 #include <limits>
