@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nmexport.cli.options import Request, takes
+from nmexport.cli.options import takes
 from nmexport.cli.output import console, emit_json, figure, progress, size, table, wants_json
 from nmexport.cli.verb import UserPath, Verb
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from nmexport.bench.serving import Through
     from nmexport.bench.soak import Soaked
+    from nmexport.cli.request import Request
     from nmexport.serving.launch import Installation, Server
 
 _server_option = click.option(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nmexport.cli.figures import show_report
-from nmexport.cli.options import Request, takes
+from nmexport.cli.options import takes
 from nmexport.cli.output import console, emit_json, is_verbose, wants_json
 from nmexport.cli.tables import show_value
 from nmexport.cli.verb import UserPath, Verb
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from typing import TypeGuard
 
     from rich.console import Console
+
+    from nmexport.cli.request import Request
 
 _FEW = 24
 _LONG = frozenset({"recipe", "report", "inputs", "environment"})

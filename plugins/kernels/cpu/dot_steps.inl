@@ -19,8 +19,8 @@ constexpr std::size_t stepColumns(IntegerFormat format) {
     return static_cast<std::size_t>(vectorsOf(format)) * Simd::kLANES;
 }
 
-// What stored bits are xored with, so that they are numbers that a Dot takes; and by how much they
-// then exceed the integers that they stand for.
+// The mask that stored bits are xored with, so that they are numbers that a Dot takes; and by how
+// much they then exceed the integers that they stand for.
 constexpr std::uint8_t flipOf(IntegerFormat format) {
     if (format == IntegerFormat::kINT8) return Dot::kUNSIGNED ? 0x80 : 0;
     return format == IntegerFormat::kINT4 ? 0x88 : 0;
@@ -98,8 +98,7 @@ inline __attribute__((always_inline)) Simd::F plusBlock(Simd::F sum, Simd::I dot
     return Simd::fma(kSCALED ? Simd::mul(block.scale, weightScale) : block.scale, whole, sum);
 }
 
-// Of a step of a group: its scales and then, where there are any in floating point, its zero
-// points.
+// One step of a group: its scales and then, if there are any in floating point, its zero points.
 template <IntegerFormat kFORMAT, typename S>
 struct Record {
     const S* scales;
@@ -177,7 +176,7 @@ inline __attribute__((always_inline)) void askScales(const IntegerWeights& weigh
     }
 }
 
-// Where it is asked for next: step after step, block after block.
+// The place that is asked for next: step after step, block after block.
 struct Place {
     std::size_t block = 0;
     std::size_t step = 0;

@@ -3,7 +3,7 @@
 namespace nmexport {
 namespace {
 
-// Whether a step's odd columns are multiplied in the upper half of whole bytes: what the lower half
+// True if a step's odd columns are multiplied in the upper half of whole bytes: what the lower half
 // adds is taken away once a block, which saves two instructions of three for every vector.
 template <IntegerFormat kFORMAT>
 constexpr bool kWHOLE_BYTES = Dot::kTAKES_BYTES && kFORMAT != IntegerFormat::kINT8;

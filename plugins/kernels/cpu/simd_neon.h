@@ -91,7 +91,7 @@ struct Simd {
     static inline __attribute__((always_inline)) void prefetchWrite(const void* address) {
         __builtin_prefetch(address, 1);
     }
-    // Of what is read once: it passes by the outer caches and leaves them to what comes back.
+    // Prefetches what is read once, past the outer caches: they are left to what comes back.
     static inline __attribute__((always_inline)) void prefetchFar(const void* address) {
         __builtin_prefetch(address, 0, 0);
     }

@@ -19,8 +19,9 @@ constexpr std::size_t kBLOCK = 64;
 // Vectors of accumulators a prefill panel is wide; they stay in registers across a block.
 constexpr std::size_t kPANEL_VECTORS = 8;
 
-// What turns one token's row of X into the operand that is selected from. A position is a channel's
-// place in the order, where there is one: X is gathered first, all the rest lies by position.
+// The steps from one token's row of X to the operand that is selected from. A position is a
+// channel's place in the order, where there is one: X is gathered first, all the rest lies by
+// position.
 //
 //   x        | 0 | 1 | 2 | 3 | ...     by channel
 //   order    | 2 | 0 | 3 | 1 | ...
