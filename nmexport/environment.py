@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from nmexport import __version__
 
@@ -99,7 +98,7 @@ class Environment:
         """Version of an installed package; None where it is not installed or not listed."""
         return self.packages.get(package)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """JSON values."""
         return asdict(self)
 
@@ -292,7 +291,7 @@ def _number(text: str) -> int | None:
 
 
 def _ask_driver(query: str) -> tuple[tuple[str, ...], ...]:
-    """What `nvidia-smi` says of each GPU; nothing where there is none that works."""
+    """List each GPU as `nvidia-smi` describes it; nothing where there is none that works."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return ()

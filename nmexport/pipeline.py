@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 from nmexport import __version__
 from nmexport.environment import return_device_memory, return_freed_memory
@@ -78,11 +78,11 @@ class Stage(Protocol):
         """Stages whose artifacts it reads."""
         ...
 
-    def key_fields(self, inputs: StageInputs) -> dict[str, Any]:
+    def key_fields(self, inputs: StageInputs) -> dict[str, object]:
         """Everything other than upstream that can change the result; called before upstream ran."""
         ...
 
-    def run(self, inputs: StageInputs) -> dict[str, Any]:
+    def run(self, inputs: StageInputs) -> dict[str, object]:
         """Write the artifact, return its metrics."""
         ...
 
@@ -147,7 +147,7 @@ class Step:
     peak_memory_bytes: int | None = None
     """Most that the process held meanwhile, where it ran."""
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """JSON values."""
         return {**vars(self), "key": self.key[:KEY_CHARS]}
 
@@ -178,7 +178,9 @@ class Pipeline:
     command: str = "nmexport build"
     """The user's own line, shown to whoever finds the directory locked."""
     stages: Mapping[str, Stage] = field(default_factory=load_stages)
-    _known_fields: dict[str, dict[str, Any]] = field(default_factory=dict, init=False, repr=False)
+    _known_fields: dict[str, dict[str, object]] = field(
+        default_factory=dict, init=False, repr=False
+    )
     """Each stage's inputs, asked for once: a file changed during a run must not split it."""
 
     def plan(self, selection: Selection) -> list[Step]:
@@ -435,7 +437,7 @@ class Pipeline:
 
     # -- parts -------------------------------------------------------------------------------------
 
-    def _fields(self, stage: str) -> dict[str, Any]:
+    def _fields(self, stage: str) -> dict[str, object]:
         """The stage's own inputs, as they stand in its manifest."""
         if stage not in self._known_fields:
             inputs = self._inputs(self.work.root / stage, {})

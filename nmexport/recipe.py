@@ -137,7 +137,7 @@ class TargetsSection(_Strict):
     exclude: tuple[str, ...] = ("lm_head",)
 
 
-def _default_mitigations(given: dict[str, Any]) -> tuple[Mitigation, ...]:
+def _default_mitigations(given: dict[str, object]) -> tuple[Mitigation, ...]:
     if given.get("phases") == "all":
         return ("l-pts", "ls", "gain", "bias", "low-rank")
     return ("var",)
@@ -389,7 +389,7 @@ def resolve(
     return _validate(document, source, names)
 
 
-def _drop_budget(document: dict[str, Any]) -> None:
+def _drop_budget(document: dict[str, object]) -> None:
     """Take the budget away, where there is one."""
     section = document.get("allocation")
     if isinstance(section, dict):
@@ -496,7 +496,7 @@ def _read(path: Path) -> strict_yaml.Document:
     return document
 
 
-def _put(document: dict[str, Any], keys: Sequence[str], value: object) -> None:
+def _put(document: dict[str, object], keys: Sequence[str], value: object) -> None:
     """Set one key; a section that is no section is left for the validation to complain about."""
     for key in keys[:-1]:
         section = document.setdefault(key, {})

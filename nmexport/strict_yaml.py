@@ -28,7 +28,7 @@ Where = tuple[str | int, ...]  # a path of keys and list indices
 class _Loader(yaml.SafeLoader):
     """Resolves nothing by itself: a plain scalar is text until `_scalar` says otherwise."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  PyYAML's own declaration
+    yaml_implicit_resolvers: dict[str, object] = {}  # noqa: RUF012  PyYAML's own declaration
 
 
 class _Dumper(yaml.SafeDumper):
@@ -114,8 +114,8 @@ def _build(node: yaml.Node, at: Where, lines: dict[Where, int], name: str, seen:
 
 def _mapping(
     node: yaml.MappingNode, at: Where, lines: dict[Where, int], name: str, seen: set[int]
-) -> dict[str, Any]:
-    mapping: dict[str, Any] = {}
+) -> dict[str, object]:
+    mapping: dict[str, object] = {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode):

@@ -419,6 +419,11 @@ def test_directory_that_cannot_be_made(tmp_path: Path) -> None:
         fake_pipeline(tmp_path / "file" / "w").run(EVERYTHING)
     with pytest.raises(WorkDirectoryError, match="is a file"):
         fake_pipeline(tmp_path / "file").run(EVERYTHING)
+    (tmp_path / "link").symlink_to("unmounted")
+    (tmp_path / "loop").symlink_to("loop")
+    for name, target in (("link", "unmounted"), ("loop", "loop")):
+        with pytest.raises(WorkDirectoryError, match=f"it is a link to {target}, which is not"):
+            fake_pipeline(tmp_path / name).run(EVERYTHING)
 
 
 def test_read_only_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ import functools
 import json
 import os
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import numpy as np
 from onnx import helper, numpy_helper
@@ -254,6 +254,35 @@ class Problem:
         return f"{self.in_features}x{self.out_features}, {self.tokens} tokens{order}"
 
 
+class CudaRow(TypedDict):
+    """One linear and token count, measured."""
+
+    in_features: int
+    out_features: int
+    tokens: int
+    dtype: Dtype
+    grouped: bool
+    label: str
+    launches: int
+    plan: dict[str, int]
+    """The fastest."""
+    us: dict[Side, float]
+    """Medians in microseconds."""
+    ratio: float
+    """Of the faster dense product to sparse."""
+
+
+class CudaTimes(TypedDict):
+    """The measurements of `bench_cuda`."""
+
+    device: dict[str, int]
+    gpu: str
+    dtype: Dtype
+    results: list[CudaRow]
+    table: list[str]
+    """Rows of a table of plans."""
+
+
 def bench_cuda(
     shapes: Sequence[tuple[int, int]] = MISTRAL_SHAPES,
     tokens: Sequence[int] = (1, 2, 3, 4),
@@ -263,7 +292,7 @@ def bench_cuda(
     rotated_bytes: int = ROTATED_BYTES,
     library: Path | None = None,
     note: Callable[[str], None] = lambda _: None,
-) -> dict[str, Any]:
+) -> CudaTimes:
     """Time every side on every shape and token count, and find the fastest plans.
 
     Args:
@@ -274,10 +303,6 @@ def bench_cuda(
         rotated_bytes: Weights of one side together.
         library: The native library; default the installed one.
         note: Told what is being measured.
-
-    Returns:
-        JSON values: `device` and `gpu`, its name; `results` (medians in microseconds by side, the
-        plan, `ratio` of MatMul to sparse); and `table`, the rows of a table of plans.
 
     Raises:
         RecipeError: if a shape or token count does not fit.
@@ -293,17 +318,19 @@ def bench_cuda(
         _check(problem)
     path = library or native.require_library()
     plans = PlanLibrary(path)
-    rows = []
+    rows: list[CudaRow] = []
+    table: list[str] = []
     for problem in problems:
         note(str(problem))
-        bench = _Bench(problem, path, plans, rotated_bytes)
-        rows.append(bench.measure(rounds))
+        row, plan_row = _Bench(problem, path, plans, rotated_bytes).measure(rounds)
+        rows.append(row)
+        table.append(plan_row)
     return {
         "device": vars(plans.device),
         "gpu": device_name(probe(), on_gpu=True),
         "dtype": dtype,
         "results": rows,
-        "table": [row.pop("row") for row in rows],
+        "table": table,
     }
 
 
@@ -341,8 +368,8 @@ class _Bench:
         x_shape = (1, problem.tokens, problem.in_features)
         self._x = [self._device_value(x_shape, 1.0, 1000 + i) for i in range(self._rounds)]
 
-    def measure(self, rounds: int) -> dict[str, Any]:
-        """The best plan, then all sides in turn."""
+    def measure(self, rounds: int) -> tuple[CudaRow, str]:
+        """The best plan, then all sides in turn; and the row of a table of plans."""
         plan = self._best_plan()
         runs = {side: self._runner(side, plan) for side in SIDES}
         us = self._time(runs, rounds)
@@ -354,15 +381,20 @@ class _Bench:
             masked_us=us["masked"],
             dense_us=min(us["matmul"], us["dense"]),
         )
-        return {
-            **vars(self._problem),
-            "label": str(self._problem),
-            "launches": self._launches,
-            "plan": vars(plan),
-            "us": us,
-            "ratio": min(us["matmul"], us["dense"]) / us["sparse"],
-            "row": row,
-        }
+        problem = self._problem
+        measured = CudaRow(
+            in_features=problem.in_features,
+            out_features=problem.out_features,
+            tokens=problem.tokens,
+            dtype=problem.dtype,
+            grouped=problem.grouped,
+            label=str(problem),
+            launches=self._launches,
+            plan=dict(vars(plan)),
+            us=us,
+            ratio=min(us["matmul"], us["dense"]) / us["sparse"],
+        )
+        return measured, row
 
     def _best_plan(self) -> Plan:
         """By trial for one token of a 16-bit type; elsewhere the kernel goes by rule."""

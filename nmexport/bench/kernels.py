@@ -17,23 +17,29 @@ moves on. All outputs share one buffer, as activations do in a model.
 from __future__ import annotations
 
 import functools
-import math
 import re
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Self
 
 import ml_dtypes
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper
 
 import onnxruntime
+from nmexport.bench.kernel_graphs import (
+    ITEM_BYTES,
+    NBITS,
+    Dtype,
+    Problem,
+    product_model,
+    side_names,
+)
 from nmexport.environment import probe
 from nmexport.errors import RecipeError
-from nmexport.graph.contract import op_contract
 from nmexport.runtimes import native
 from nmexport.runtimes.native import HUGE_PAGES_ENTRY
 from nmexport.runtimes.onnxruntime_session import SESSION_CONFIG, session_options
@@ -45,11 +51,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-Dtype = Literal["float32", "float16", "bfloat16", "int8", "int8:128"]
-"""Element type of the weights; activations are float32 with int8 weights, else the same. `int8` has
-one scale per output, `int8:128` one per 128 channels, or fewer where 128 does not divide K."""
-
-DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 SMOLLM2_SHAPES: tuple[tuple[int, int], ...] = ((576, 960), (576, 576), (576, 3072), (1536, 576))
 """(in_features, out_features) of SmolLM2-135M's linears, fused as they are exported."""
 LLM_SHAPES: tuple[tuple[int, int], ...] = (
@@ -67,23 +68,6 @@ CACHE_BYTES = 32 << 20
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _TIMES_CACHE = 3  # weights of one side together, of the last-level cache
 _SELECT_NODES = 64  # selections of one run, so that the run's own cost does not count as theirs
-SCALE_GROUP = 128
-"""Channels that share a scale in MatMulNBits, where they divide K; else 32."""
-_SMALL_GROUP = 32
-_MAX_COPIES = 256
-_ITEM_BYTES: Mapping[str, int] = {
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "int8": 1,
-    "int8:128": 1,
-}
-_UNIT = 16  # channels that share a scale of NMLinear are a multiple of this
-_NBITS: Mapping[str, int] = {"nbits8": 8, "nbits4": 4}
-_DOMAINS: Mapping[str, tuple[str, int]] = {
-    "MatMul": ("", 20),
-    "MatMulNBits": ("com.microsoft", 1),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +132,7 @@ def bench_kernels(
     rows = []
     for in_features, out_features in shapes:
         for count in threads:
-            problem = _Problem(
+            problem = Problem(
                 in_features=in_features,
                 out_features=out_features,
                 threads=count,
@@ -183,26 +167,6 @@ def last_level_cache(folder: Path = _CACHES) -> int:
     return max((int(size[1]) * units[size[2]] for size in sizes if size), default=CACHE_BYTES)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Problem:
-    in_features: int
-    out_features: int
-    threads: int
-    pattern: NMPattern
-    dtypes: tuple[Dtype, ...]
-    grouped: bool
-    rivals: bool
-    rotated_bytes: int
-    library: Path
-
-    def weight_bytes(self, dtype: str) -> float:
-        return self.in_features * self.out_features * _ITEM_BYTES[dtype]
-
-    def copies(self, item_bytes: float) -> int:
-        size = self.in_features * self.out_features * item_bytes
-        return min(max(int(self.rotated_bytes / size) + 1, 1), _MAX_COPIES)
-
-
 def _check(
     shapes: Sequence[tuple[int, int]],
     tokens: Sequence[int],
@@ -225,10 +189,10 @@ def _check(
 class _Sides:
     """All sides of one shape and thread count, opened once for all token counts; close them."""
 
-    def __init__(self, problem: _Problem) -> None:
+    def __init__(self, problem: Problem) -> None:
         self._problem = problem
         self._copies: dict[str, int] = {}
-        self._sessions = {name: _open(self._graph(name), problem) for name in _side_names(problem)}
+        self._sessions = {name: _open(self._graph(name), problem) for name in side_names(problem)}
         # One piece for each thread: the loop is to be timed, not what starts it.
         size = problem.copies(4) * int(problem.weight_bytes("float32")) // problem.threads
         self._memory = [np.ones(size, np.uint8) for _ in range(problem.threads)]
@@ -244,9 +208,9 @@ class _Sides:
 
     def _graph(self, name: str) -> onnx.ModelProto:
         problem = self._problem
-        item = _NBITS[name] / 8 if name in _NBITS else _ITEM_BYTES.get(name.partition("_")[2], 4)
+        item = NBITS[name] / 8 if name in NBITS else ITEM_BYTES.get(name.partition("_")[2], 4)
         self._copies[name] = _SELECT_NODES if name == "select" else problem.copies(item)
-        return _model(name, problem, self._copies[name])
+        return product_model(name, problem, self._copies[name])
 
     def row(self, tokens: int, *, seconds: float, min_runs: int) -> dict[str, Any]:
         """Measure one token count."""
@@ -285,7 +249,7 @@ class _Sides:
 
 
 def _figures(
-    dtype: str, problem: _Problem, medians: Mapping[str, float], read: float
+    dtype: str, problem: Problem, medians: Mapping[str, float], read: float
 ) -> dict[str, float]:
     sparse, own = medians[f"sparse_{dtype}"], medians[f"dense_{dtype}"]
     rival = {"float32": "matmul", "int8": "nbits8", "int8:128": "nbits8"}.get(dtype)
@@ -301,155 +265,6 @@ def _figures(
     }
 
 
-def _side_names(problem: _Problem) -> list[str]:
-    ours = [f"{kind}_{dtype}" for dtype in problem.dtypes for kind in ("dense", "sparse")]
-    fits = problem.rivals and problem.in_features % _SMALL_GROUP == 0
-    return ["matmul", *(_NBITS if fits else ()), *ours, "select"]
-
-
-def _model(name: str, problem: _Problem, copies: int) -> onnx.ModelProto:
-    """A model with one product for each weight, all of the same input."""
-    kind, _, dtype = name.partition("_")
-    element = _element("float32" if not dtype or dtype.startswith("int8") else dtype)
-    nodes, initializers = _parts(kind, dtype or "float32", problem, copies)
-    columns = problem.in_features if kind == "select" else problem.out_features
-    graph = helper.make_graph(
-        nodes,
-        "bench",
-        [helper.make_tensor_value_info("X", element, [1, "tokens", problem.in_features])],
-        [
-            helper.make_tensor_value_info(f"Y{i}", element, [1, "tokens", columns])
-            for i in range(copies)
-        ],
-        initializers,
-    )
-    contract = op_contract()
-    ours = (contract.domain, contract.opset_version)
-    used = {_DOMAINS.get(node.op_type, ours) for node in nodes} | {("", 20)}
-    opsets = [helper.make_opsetid(*entry) for entry in sorted(used)]
-    model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    return model
-
-
-def _parts(
-    kind: str, dtype: str, problem: _Problem, copies: int
-) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-    if kind == "select":
-        order, constants = _order(problem)
-        inputs = ["X", "", order] if order else ["X"]
-        nodes = [
-            helper.make_node(
-                "NMPrune",
-                inputs,
-                [f"Y{i}"],
-                domain="nmexport",
-                n=problem.pattern.n,
-                m=problem.pattern.m,
-            )
-            for i in range(copies)
-        ]
-        return nodes, constants
-    if kind in _NBITS:
-        return _nbits_parts(_NBITS[kind], problem, copies)
-    weights = [
-        _tensor(f"W{i}", _element(dtype.partition(":")[0]), array)
-        for i, array in enumerate(_weights(dtype, problem, copies))
-    ]
-    if kind == "matmul":
-        nodes = [helper.make_node("MatMul", ["X", f"W{i}"], [f"Y{i}"]) for i in range(copies)]
-        return nodes, weights
-    order, constants = _order(problem) if kind == "sparse" else ("", [])
-    scale = _scales(dtype, problem) if dtype.startswith("int8") else []
-    absent = ["", "", "", ""]  # bias, shift, shift_weight, score_scale
-    rest = [*absent, order, "scale" if scale else ""]
-    while rest and not rest[-1]:
-        rest.pop()
-    kept = problem.pattern.n if kind == "sparse" else problem.pattern.m
-    nodes = [
-        helper.make_node(
-            "NMLinear",
-            ["X", f"W{i}", *rest],
-            [f"Y{i}"],
-            domain="nmexport",
-            n=kept,
-            m=problem.pattern.m,
-        )
-        for i in range(copies)
-    ]
-    return nodes, [*weights, *constants, *scale]
-
-
-def _nbits_parts(
-    bits: int, problem: _Problem, copies: int
-) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-    """MatMulNBits with random weights; its layout is [O, groups, bytes of a group]."""
-    group = SCALE_GROUP if problem.in_features % SCALE_GROUP == 0 else _SMALL_GROUP
-    groups = problem.in_features // group
-    shape = (problem.out_features, groups, group * bits // 8)
-    random = np.random.default_rng(0)
-    scale = np.full(problem.out_features * groups, 1e-3, np.float32)
-    tensors = [numpy_helper.from_array(scale, "scale")]
-    tensors += [
-        _tensor(f"W{i}", _element("uint8"), np.frombuffer(random.bytes(int(np.prod(shape))), "u1"))
-        for i in range(copies)
-    ]
-    for tensor in tensors[1:]:
-        tensor.dims[:] = shape
-    nodes = [
-        helper.make_node(
-            "MatMulNBits",
-            ["X", f"W{i}", "scale"],
-            [f"Y{i}"],
-            domain="com.microsoft",
-            block_size=group,
-            accuracy_level=4,  # int8 dot products: the fastest
-            K=problem.in_features,
-            N=problem.out_features,
-            bits=bits,
-        )
-        for i in range(copies)
-    ]
-    return nodes, tensors
-
-
-def _weights(dtype: str, problem: _Problem, copies: int) -> list[NDArray[Any]]:
-    """`copies` arrays `[K, O]` at addresses of their own; their values repeat."""
-    random = np.random.default_rng(0)
-    shape = (problem.in_features, problem.out_features)
-    some = random.standard_normal(1 << 16, dtype=np.float32) / np.sqrt(shape[0], dtype=np.float32)
-    if dtype.startswith("int8"):
-        typed: NDArray[Any] = random.integers(-127, 128, some.size).astype(np.int8)
-    else:
-        typed = some.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-    return [np.resize(np.roll(typed, index), shape) for index in range(copies)]
-
-
-def _scales(dtype: str, problem: _Problem) -> list[onnx.TensorProto]:
-    """One scale an output, or an output and group of channels."""
-    _, _, group = dtype.partition(":")
-    rows = math.gcd(int(group), problem.in_features) if group else problem.in_features
-    groups = problem.in_features // rows if rows % _UNIT == 0 else 1
-    return [numpy_helper.from_array(np.full((groups, problem.out_features), 1e-3, "f4"), "scale")]
-
-
-def _order(problem: _Problem) -> tuple[str, list[onnx.TensorProto]]:
-    if not problem.grouped:
-        return "", []
-    order = np.random.default_rng(1).permutation(problem.in_features).astype(np.int32)
-    return "order", [numpy_helper.from_array(order, "order")]
-
-
-def _element(dtype: str) -> int:
-    names = {"float32": "FLOAT"}
-    return int(onnx.TensorProto.DataType.Value(names.get(dtype, dtype.upper())))
-
-
-def _tensor(name: str, element: int, array: NDArray[Any]) -> onnx.TensorProto:
-    tensor = onnx.TensorProto(name=name, data_type=element, dims=array.shape)
-    tensor.raw_data = array.tobytes()
-    return tensor
-
-
 @dataclass(frozen=True)
 class _Session:
     session: Any
@@ -457,7 +272,7 @@ class _Session:
     columns: int
 
 
-def _open(model: onnx.ModelProto, problem: _Problem) -> _Session:
+def _open(model: onnx.ModelProto, problem: Problem) -> _Session:
 
     config = {**SESSION_CONFIG, HUGE_PAGES_ENTRY: "1"}  # as whole models open where they fit
     options = session_options(library=problem.library, threads=problem.threads, config=config)
@@ -470,7 +285,7 @@ def _open(model: onnx.ModelProto, problem: _Problem) -> _Session:
     return _Session(session, output.elem_type, output.shape.dim[2].dim_value)
 
 
-def _runner(opened: _Session, tokens: int, problem: _Problem) -> Callable[[], None]:
+def _runner(opened: _Session, tokens: int, problem: Problem) -> Callable[[], None]:
     """A call that runs the whole model once, without allocating."""
     dtype = helper.tensor_dtype_to_np_dtype(opened.element)
     random = np.random.default_rng(2)

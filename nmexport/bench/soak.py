@@ -15,7 +15,7 @@ import time
 import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self, TypedDict
 
 from nmexport.bench.http_load import Ask, drive
 from nmexport.serving import metrics as names
@@ -70,6 +70,40 @@ def text_of(words: int) -> str:
     return "Once" + " upon a time there was a" * (words // 6) + " and" * (words % 6)
 
 
+class Growth(TypedDict):
+    """A server's memory under the load."""
+
+    before_bytes: int
+    after_bytes: int
+    peak_bytes: int
+    growth: float
+    """From the beginning to the end, as a share."""
+    samples: list[tuple[float, int]]
+    """Seconds and bytes."""
+
+
+class WorkDone(TypedDict):
+    """The load as the server counts it."""
+
+    seconds: float
+    requests: dict[str, int]
+    """By how they ended."""
+    tokens_per_s: float
+    mean_ttft_ms: float | None
+    mean_itl_ms: float | None
+
+
+class Soaked(WorkDone):
+    """The effect of a load on a server."""
+
+    load: dict[str, object]
+    by: str
+    """What made the load."""
+    memory: Growth
+    left_over: dict[str, int]
+    """Requests and cache bytes that it still held when the load was over."""
+
+
 def soak(
     server: Server,
     model: str,
@@ -77,7 +111,7 @@ def soak(
     *,
     analyzer: PerfAnalyzer | None = None,
     progress: Progress,
-) -> dict[str, Any]:
+) -> Soaked:
     """Put a load on a ready server and watch its memory.
 
     Args:
@@ -87,12 +121,6 @@ def soak(
         analyzer: Makes the load over gRPC, in place of the clients here; one of them still comes,
             and always leaves.
         progress: Where to count.
-
-    Returns:
-        The load; `memory` (`before_bytes`, `after_bytes`, `peak_bytes`, `growth`, and `samples` of
-        seconds and bytes); `requests` by how they ended, `tokens_per_s`, `mean_ttft_ms` and
-        `mean_itl_ms`, as the server counts; and `left_over`: requests and cache bytes that it still
-        held when the load was over.
 
     Raises:
         EnvironmentFault: if the server or the load generator goes away.
@@ -188,7 +216,7 @@ def _share_of(process: int) -> int:
     return int(match[1]) * 1024 if match else 0
 
 
-def _compare_ends(samples: list[tuple[float, int]]) -> dict[str, Any]:
+def _compare_ends(samples: list[tuple[float, int]]) -> Growth:
     """Medians at the beginning and at the end."""
     count = max(1, round(len(samples) * _COMPARED_SHARE))
     sizes = [size for _, size in samples]
@@ -210,7 +238,7 @@ def read_metrics(url: str, model: str) -> dict[str, float]:
     return {name: float(value) for name, value in lines}
 
 
-def _work_done(before: dict[str, float], after: dict[str, float], seconds: float) -> dict[str, Any]:
+def _work_done(before: dict[str, float], after: dict[str, float], seconds: float) -> WorkDone:
     def gained(name: str) -> float:
         return after.get(name, 0.0) - before.get(name, 0.0)
 

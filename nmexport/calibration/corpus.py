@@ -480,7 +480,7 @@ def _text_of(row: Any, tokenizer: Any, where: str) -> str:
 
 
 def _held(row: Any) -> str:
-    """What a row holds in place of text, with the kind of what is called so and is none."""
+    """Describe what a row holds in place of text, with the type of what bears the text's name."""
     if not isinstance(row, dict):
         return type(row).__name__
     return ", ".join(

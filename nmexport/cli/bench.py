@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from nmexport.cli.options import Request, takes
+from nmexport.cli.options import takes
 from nmexport.cli.output import (
     console,
     emit_json,
@@ -21,6 +21,7 @@ from nmexport.cli.output import (
 from nmexport.cli.verb import VerbFamily
 
 if TYPE_CHECKING:
+    from nmexport.cli.request import Request
     from nmexport.report.model import DecodeTimes, PhaseTimes
 
 

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from nmexport.cli.options import Request, takes
+from nmexport.cli.options import takes
 from nmexport.cli.output import console, emit_json, progress, table, wants_json
 from nmexport.cli.verb import Verb
 
 if TYPE_CHECKING:
+    from nmexport.cli.request import Request
     from nmexport.report.model import Rivals
 
 _COLUMNS = (

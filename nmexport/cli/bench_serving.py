@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nmexport.cli.options import Request, takes
+from nmexport.cli.options import takes
 from nmexport.cli.output import console, emit_json, figure, progress, size, table, wants_json
 from nmexport.cli.verb import UserPath, Verb
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from nmexport.bench.serving import Through
+    from nmexport.bench.soak import Soaked
+    from nmexport.cli.request import Request
     from nmexport.serving.launch import Installation, Server
 
 _server_option = click.option(
@@ -235,7 +237,7 @@ def soak_command(
         raise GateFailed(f"memory grew by {growth:.2%}, at most {max_growth:.2%} is allowed")
 
 
-def _show_soak(outcome: dict[str, Any]) -> None:
+def _show_soak(outcome: Soaked) -> None:
     memory, load = outcome["memory"], outcome["load"]
     rows = [
         ("memory after warm-up", size(memory["before_bytes"])),

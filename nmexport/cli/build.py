@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from nmexport.choices import Stage
-from nmexport.cli.options import BUILD, Request, takes
+from nmexport.cli.options import BUILD, takes
 from nmexport.cli.verb import OneOf, Verb
+
+if TYPE_CHECKING:
+    from nmexport.cli.request import Request
 
 
 @click.command("build", cls=Verb, short_help="Run all stages that are not up to date.")

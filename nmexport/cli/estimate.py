@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nmexport.cli.options import Request, takes
+from nmexport.cli.options import takes
 from nmexport.cli.output import console, emit_json, size, table, wants_json
 from nmexport.cli.verb import UserPath, Verb
 from nmexport.progress import duration
 
 if TYPE_CHECKING:
+    from nmexport.cli.request import Request
     from nmexport.inspect.machines import Expected
     from nmexport.recipe import Recipe
 

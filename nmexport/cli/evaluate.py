@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from nmexport.cli.options import EVALUATION_TEXT, Request, takes
+from nmexport.cli.options import EVALUATION_TEXT, takes
 from nmexport.cli.output import console, emit_json, figure, progress, table, wants_json
 from nmexport.cli.verb import Verb
+
+if TYPE_CHECKING:
+    from nmexport.cli.request import Request
 
 # \b keeps click from joining the lines of a paragraph.
 _HELP = """Score the folded model of a work directory against the dense one, in torch.

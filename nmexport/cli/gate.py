@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nmexport.cli.options import Request, takes
+from nmexport.cli.options import takes
 from nmexport.cli.output import console, emit_json, figure, table, wants_json
 from nmexport.cli.verb import UserPath, Verb
 from nmexport.errors import GateFailed, UserError
@@ -16,6 +16,7 @@ from nmexport.errors import GateFailed, UserError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from nmexport.cli.request import Request
     from nmexport.recipe import GatesSection
     from nmexport.report.model import GateResult, Report
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from nmexport.cli.options import Request, takes
+from nmexport.cli.options import takes
 from nmexport.cli.output import emit_json, wants_json
 from nmexport.cli.prompt import read_prompt
 from nmexport.cli.verb import Verb
+
+if TYPE_CHECKING:
+    from nmexport.cli.request import Request
 
 
 @click.command("generate", cls=Verb, short_help="Continue a prompt with the built model.")

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from nmexport.cli.figures import show_report
-from nmexport.cli.options import Request, takes
+from nmexport.cli.options import takes
 from nmexport.cli.output import console, emit_json, is_verbose, wants_json
 from nmexport.cli.tables import show_value
 from nmexport.cli.verb import UserPath, Verb
 
 if TYPE_CHECKING:
+    from collections.abc import Sized
+    from typing import TypeGuard
+
     from rich.console import Console
+
+    from nmexport.cli.request import Request
 
 _FEW = 24
 _LONG = frozenset({"recipe", "report", "inputs", "environment"})
@@ -43,20 +48,20 @@ def inspect_command(ctx: click.Context, *, asked: Request, path: Path | None) ->
         _show_summary(console(), description)
 
 
-def _show_summary(out: Console, description: dict[str, Any]) -> None:
+def _show_summary(out: Console, description: dict[str, object]) -> None:
     """Print what fits a screen: the figures of a report, counts in place of long tables."""
     from nmexport.report.model import report_from
 
-    path, report = Path(description["path"]), description.get("report")
+    path, report = Path(str(description["path"])), description.get("report")
     rest = {name: value for name, value in description.items() if name not in _LONG}
     short = {name: value for name, value in rest.items() if not _is_long(value)}
     counts = {name: f"{len(value)} rows" for name, value in rest.items() if _is_long(value)}
     if report is None or description["kind"] != "report":
         show_value(out, {**short, **counts})
-    if report is not None:
+    if isinstance(report, dict):
         show_report(out, report_from(report), path if path.is_dir() else path.parent)
     out.print("-v shows all that is known.")
 
 
-def _is_long(value: object) -> bool:
+def _is_long(value: object) -> TypeGuard[Sized]:
     return isinstance(value, list | dict) and len(value) > _FEW

@@ -143,7 +143,7 @@ def _say_error(ctx: click.Context, error: Exception) -> ExitCode:
 
 
 def _machines_fault(error: Exception) -> UserError | None:
-    """What the system refused, as the user's error; None where it is another."""
+    """Turn what the system refused into the user's error; None where it is another."""
     if not isinstance(error, OSError) or error.errno not in _REFUSALS:
         return None
     named = f"{str(error.filename)[:_SHOWN_CHARACTERS]} cannot be used: " if error.filename else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nmexport.cli.figures import show_report
 from nmexport.cli.output import console, emit_json, size, table, wants_json
@@ -117,7 +117,7 @@ def show_plan(ctx: click.Context, pipeline: Pipeline, selection: Selection) -> N
     out.print(_in_words(expected, pipeline), soft_wrap=True)
 
 
-def _report(work: Path) -> tuple[dict[str, Any] | None, Report | None]:
+def _report(work: Path) -> tuple[dict[str, object] | None, Report | None]:
     """Read the report as it is written, and as a report; None where there is none."""
     from nmexport.report.model import read_document
 

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nmexport.cli.options import Request, takes
+from nmexport.cli.options import takes
 from nmexport.cli.output import emit_json, wants_json
 from nmexport.cli.verb import UserPath, Verb
 
 if TYPE_CHECKING:
+    from nmexport.cli.request import Request
     from nmexport.serving.addresses import Addresses
     from nmexport.serving.launch import Installation
 

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nmexport.cli.options import OF_STAGE, Request, takes
+from nmexport.cli.options import OF_STAGE, takes
 from nmexport.cli.verb import Verb
 
 if TYPE_CHECKING:
     from nmexport.choices import Stage
+    from nmexport.cli.request import Request
 
 _ABOUT: dict[Stage, str] = {
     "calibrate": "Gather statistics of the linears on calibration text.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -133,7 +133,7 @@ def sweep_command(
         raise UserError(f"Nothing was measured: {reasons[0]}", fix="change the sweep's cells")
 
 
-def _overrides(settings: tuple[str, ...]) -> dict[str, Any]:
+def _overrides(settings: tuple[str, ...]) -> dict[str, object]:
     """`--set` as recipe keys; values are YAML, so that 3 is a number and [var] a list."""
     from nmexport import strict_yaml
     from nmexport.errors import RecipeError

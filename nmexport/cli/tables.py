@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 _DIGITS = 4
 
 
-def show_value(out: Console, value: dict[str, Any], title: str | None = None) -> None:
+def show_value(out: Console, value: dict[str, object], title: str | None = None) -> None:
     """Print plain values as one table, and every list of rows as a table of its own."""
     plain = [(name, _cell(name, item)) for name, item in _flat(value) if not _is_rows(item)]
     if plain:
@@ -24,7 +24,7 @@ def show_value(out: Console, value: dict[str, Any], title: str | None = None) ->
             out.print(table(name, columns, rows))
 
 
-def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def _flat(value: dict[str, object], prefix: str = "") -> list[tuple[str, Any]]:
     """Flatten nested keys, joined by dots."""
     pairs: list[tuple[str, Any]] = []
     for name, item in value.items():

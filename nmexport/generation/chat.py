@@ -79,7 +79,7 @@ class _GenerationTag(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def messages_from(text: str) -> list[dict[str, Any]]:
+def messages_from(text: str) -> list[dict[str, object]]:
     """Messages of a chat, from their JSON.
 
     Raises:
@@ -97,7 +97,7 @@ def messages_from(text: str) -> list[dict[str, Any]]:
             raise RequestError(
                 f"messages holds the role {message.get('role')!r}.", allowed=", ".join(ROLES)
             )
-    checked: list[dict[str, Any]] = messages
+    checked: list[dict[str, object]] = messages
     return checked
 
 

@@ -194,7 +194,7 @@ def vocabulary_size(config: Mapping[str, Any]) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, object]:
     """An object from a file; empty where there is no file.
 
     Raises:

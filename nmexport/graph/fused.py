@@ -1,4 +1,4 @@
-"""What lies between the linears, as ops of domain `nmexport.fused`: norms and gated activations.
+"""Ops of domain `nmexport.fused` for what lies between the linears: norms and gated activations.
 
 Only graphs made for one provider use them: see `cuda` and `shared_step`. Each travels with a
 function body, for providers that have no kernel for it.

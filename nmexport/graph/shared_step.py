@@ -158,7 +158,7 @@ def _paged(form: AttentionForm, places: Sequence[ir.Value]) -> ir.Node:
 
 
 def _make_batch_constant(graph: ir.Graph) -> None:
-    """What the tracer reads off a cache as the number of sequences is the step's one row."""
+    """The number of sequences that the tracer reads off a cache becomes the step's one row."""
     for node in list(graph):
         source = node.inputs[0] if is_op(node, "Shape") else None
         if source is None or not source.is_graph_input():

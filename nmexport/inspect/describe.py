@@ -6,7 +6,7 @@ Rows are dictionaries whose first value names the row; so two descriptions can b
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from nmexport.errors import ArtifactError, UserError
 from nmexport.pipeline import STAGES
@@ -28,7 +28,7 @@ KINDS = (
 )
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe(path: Path) -> dict[str, object]:
     """Say what a path holds; `kind` and `path` first.
 
     Raises:
@@ -50,11 +50,24 @@ def describe(path: Path) -> dict[str, Any]:
     return {"path": str(path), **description}
 
 
-def _work_directory(path: Path) -> dict[str, Any]:
+class StageRow(TypedDict):
+    """One stage of a work directory; None where it has not run."""
+
+    stage: str
+    key: str | None
+    digest: str | None
+    bytes: int | None
+    seconds: float | None
+    peak_memory_bytes: int | None
+    share: float | None
+    """Of the seconds that all stages took."""
+
+
+def _work_directory(path: Path) -> dict[str, object]:
     work = WorkDirectory(path)
     recipe = work.recipe()
     manifests = {stage: work.current_manifest(stage) for stage in STAGES}
-    description: dict[str, Any] = {
+    description: dict[str, object] = {
         "kind": "work directory",
         "recipe": recipe.model_dump(mode="json", by_alias=True),
         "bytes": sum(manifest.bytes for manifest in manifests.values() if manifest),
@@ -65,33 +78,38 @@ def _work_directory(path: Path) -> dict[str, Any]:
     return description
 
 
-def _stage_rows(manifests: Mapping[str, Manifest | None]) -> list[dict[str, Any]]:
+def _stage_rows(manifests: Mapping[str, Manifest | None]) -> list[StageRow]:
     """The stages with their share of the time that all of them took."""
-    rows = [_stage_row(stage, manifest) for stage, manifest in manifests.items()]
-    total = sum(row["seconds"] or 0.0 for row in rows)
-    for row in rows:  # of what is in use now, which need not be one build
-        known = row["seconds"] is not None and total > 0
-        row["share"] = round(row["seconds"] / total, 3) if known else None
-    return rows
+    # Of what is in use now, which need not be one build.
+    total = sum(manifest.seconds for manifest in manifests.values() if manifest)
+    return [_stage_row(stage, manifest, total) for stage, manifest in manifests.items()]
 
 
-def _stage_row(stage: str, manifest: Manifest | None) -> dict[str, Any]:
+def _stage_row(stage: str, manifest: Manifest | None, total_seconds: float) -> StageRow:
     if manifest is None:
-        absent = ("key", "digest", "bytes", "seconds", "peak_memory_bytes")
-        return {"stage": stage, **dict.fromkeys(absent)}
-    return {
-        "stage": stage,
-        "key": manifest.key[:KEY_CHARS],
-        "digest": manifest.digest[:KEY_CHARS],
-        "bytes": manifest.bytes,
-        "seconds": manifest.seconds,
-        "peak_memory_bytes": manifest.peak_memory_bytes,
-    }
+        return StageRow(
+            stage=stage,
+            key=None,
+            digest=None,
+            bytes=None,
+            seconds=None,
+            peak_memory_bytes=None,
+            share=None,
+        )
+    return StageRow(
+        stage=stage,
+        key=manifest.key[:KEY_CHARS],
+        digest=manifest.digest[:KEY_CHARS],
+        bytes=manifest.bytes,
+        seconds=manifest.seconds,
+        peak_memory_bytes=manifest.peak_memory_bytes,
+        share=round(manifest.seconds / total_seconds, 3) if total_seconds else None,
+    )
 
 
-def _artifact(path: Path) -> dict[str, Any]:
+def _artifact(path: Path) -> dict[str, object]:
     manifest = read_manifest(path)
-    description: dict[str, Any] = {
+    description: dict[str, object] = {
         "kind": f"{manifest.stage} artifact",
         "key": manifest.key,
         "digest": manifest.digest,
@@ -127,14 +145,14 @@ def _artifact(path: Path) -> dict[str, Any]:
     return description
 
 
-def _report(path: Path) -> dict[str, Any]:
+def _report(path: Path) -> dict[str, object]:
     return {"kind": "report", "report": read_document(path)[0]}
 
 
 # -- ONNX ---------------------------------------------------------------------------------------
 
 
-def _onnx_model(path: Path) -> dict[str, Any]:
+def _onnx_model(path: Path) -> dict[str, object]:
     """Graph facts; weights stay on disk."""
     import onnx
     from google.protobuf.message import DecodeError
@@ -171,7 +189,7 @@ def _op_name(node: onnx.NodeProto) -> str:
     return f"{node.domain}::{node.op_type}" if node.domain else node.op_type
 
 
-def _tensor_row(value: onnx.ValueInfoProto) -> dict[str, Any]:
+def _tensor_row(value: onnx.ValueInfoProto) -> dict[str, object]:
     import onnx
 
     tensor = value.type.tensor_type
@@ -183,7 +201,7 @@ def _tensor_row(value: onnx.ValueInfoProto) -> dict[str, Any]:
     }
 
 
-def _sparse_rows(graph: onnx.GraphProto) -> list[dict[str, Any]]:
+def _sparse_rows(graph: onnx.GraphProto) -> list[dict[str, object]]:
     """Our nodes, counted by what their attributes say."""
     import onnx
 

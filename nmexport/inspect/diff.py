@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from nmexport.errors import UserError
 from nmexport.inspect.describe import describe
@@ -38,12 +38,29 @@ _CHOSEN = ("recipe.", "inputs.", "metrics.", "bytes", "stages[")
 """Values that were asked for, and the few numbers that sum up the result."""
 
 
-def compare(before: Path, after: Path) -> dict[str, Any]:
-    """List what changed from one path to the other.
+class Difference(TypedDict):
+    """One value that differs."""
 
-    Returns:
-        `kind`, `before` and `after` (the paths), `same`, and `differences`: rows of `what`
-        (dotted), `before`, `after`, and `ratio` (after / before) of two numbers.
+    what: str
+    """Its keys, joined by dots."""
+    before: object
+    after: object
+    ratio: float | None
+    """After over before, of two numbers."""
+
+
+class Comparison(TypedDict):
+    """The changes from one path to another."""
+
+    kind: str
+    before: str
+    after: str
+    same: bool
+    differences: list[Difference]
+
+
+def compare(before: Path, after: Path) -> Comparison:
+    """List what changed from one path to the other.
 
     Raises:
         UserError: if they are of two kinds, or one cannot be described.
@@ -56,7 +73,7 @@ def compare(before: Path, after: Path) -> dict[str, Any]:
         )
     differences = differences_of(_flat(old), _flat(new))
     return {
-        "kind": old["kind"],
+        "kind": str(old["kind"]),
         "before": str(before),
         "after": str(after),
         "same": not differences,
@@ -65,8 +82,8 @@ def compare(before: Path, after: Path) -> dict[str, Any]:
 
 
 def summary(
-    differences: Sequence[dict[str, Any]],
-) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    differences: Sequence[Difference],
+) -> tuple[list[Difference], dict[str, int]]:
     """Return the most important differences, and how many others there are.
 
     Returns:
@@ -88,9 +105,9 @@ def _section(what: str) -> str:
     return ".".join(re.sub(r"\[.*", "", what).split(".")[:2])
 
 
-def differences_of(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any]]:
+def differences_of(before: dict[str, object], after: dict[str, object]) -> list[Difference]:
     """Rows of what differs between two flat descriptions."""
-    rows = []
+    rows: list[Difference] = []
     for what in [*before, *(name for name in after if name not in before)]:
         old, new = before.get(what), after.get(what)
         if old != new:
@@ -98,9 +115,9 @@ def differences_of(before: dict[str, Any], after: dict[str, Any]) -> list[dict[s
     return rows
 
 
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(value: dict[str, object], prefix: str = "") -> dict[str, object]:
     """Nested keys joined by dots; a row stands under its first value."""
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for name, item in value.items():
         if name in _LEFT_OUT:
             continue

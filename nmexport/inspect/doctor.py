@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nmexport.errors import EnvironmentFault
 from nmexport.runtimes import native, rebuilding
@@ -16,7 +16,7 @@ from nmexport.runtimes.tensorrt import library as tensorrt_library
 
 if TYPE_CHECKING:
     from nmexport.runtimes.engine import TensorRTTarget
-
+    from nmexport.runtimes.native import LibraryDescription
 
 _GPU_RUNTIME = "pip uninstall --yes onnxruntime && pip install 'onnxruntime-gpu[cuda,cudnn]'"
 _FOR_ANOTHER_GPU = "nmexport build --target tensorrt-rtx --compute-capability 8.9 --model MODEL"
@@ -45,7 +45,7 @@ class TargetState:
         """Nothing needed is missing."""
         return not any(item.needed for item in self.missing)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """JSON values."""
         return {
             "target": self.target,
@@ -59,8 +59,7 @@ class NativeLibrary:
     """The native op library, as far as it is here."""
 
     path: str | None = None
-    description: dict[str, Any] | None = None
-    """Its version, its instruction-set variant on this CPU, its ops."""
+    description: LibraryDescription | None = None
     why_missing: str | None = None
 
 
@@ -91,7 +90,7 @@ def _native_library() -> list[Missing]:
 
 
 def _on_gpu() -> list[Missing]:
-    """What ONNX Runtime lacks to run on the GPU that is here."""
+    """List what ONNX Runtime lacks to run on the GPU that is here."""
     if not tensorrt_library.gpu_is_usable():
         return []
     missing = []

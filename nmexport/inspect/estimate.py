@@ -13,7 +13,7 @@ import math
 import re
 import shutil
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nmexport.calibration.corpus import SELF
 from nmexport.models.gguf_files import UNPACKED_BYTES, is_unpacked, unpacked_folder
@@ -91,7 +91,7 @@ class Estimate:
     """Peak memory of each stage that runs."""
     free_bytes: int
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """JSON values."""
         return dict(vars(self))
 

@@ -94,7 +94,7 @@ MACHINES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Expected:
-    """What a build takes on a machine."""
+    """The cost of a build on a machine."""
 
     machine: str
     way: Way

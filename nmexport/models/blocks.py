@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 WHOLE = "use --offload never on a machine with more memory, or place the model on a GPU"
 
 
-Call: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
+Call: TypeAlias = "tuple[tuple[Any, ...], dict[str, object]]"
 """Arguments of a layer other than its hidden states."""
 
 
@@ -108,7 +108,7 @@ class DecoderBlocks:
 
     @property
     def device(self) -> torch.device:
-        """Where the layers compute."""
+        """The device that the layers compute on."""
         device = next(self.model.parameters()).device
         return torch.device("cpu") if device.type == "meta" else device
 

@@ -22,7 +22,7 @@ def genai_config(
     shapes: Sequence[CacheShape],
     *,
     filename: str,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The document, in the format that onnxruntime-genai reads.
 
     Args:
@@ -81,7 +81,7 @@ def _pad_token(config: PreTrainedConfig, generation: GenerationConfig | None) ->
     return None if first is None else int(first)
 
 
-def _search(generation: GenerationConfig | None, context_length: int) -> dict[str, Any]:
+def _search(generation: GenerationConfig | None, context_length: int) -> dict[str, object]:
     """Sampling defaults; the cache grows by concatenation, so past and present share no buffer."""
     samples = bool(generation is not None and generation.do_sample)
     return {

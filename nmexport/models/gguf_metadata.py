@@ -76,7 +76,7 @@ def _has_no_scaling(key: str, metadata: Mapping[str, Any], prefix: str) -> bool:
 
 
 def _neutral(value: Any) -> Any:
-    """What an unknown key may say: nothing, in its own type."""
+    """The values that an unknown key may have: nothing, in its own type."""
     return "" if isinstance(value, str) else False if isinstance(value, bool) else 0
 
 

@@ -102,7 +102,7 @@ def _architecture(folder: Path) -> str:
 
 
 def _reason(error: Exception, folder: Path) -> str:
-    """What was raised, in one line; a value that transformers looked up in vain, with its key."""
+    """The error in one line; a value that transformers looked up in vain, with its key."""
     missing = error.args[0] if isinstance(error, KeyError) and error.args else None
     key = None if missing is None else _key_of(missing, _config(folder))
     if key is not None:
@@ -111,7 +111,7 @@ def _reason(error: Exception, folder: Path) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
+    """An error's message in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = lines[0] if lines else "no reason given"
     if said.endswith(":") and len(lines) > 1:  # what follows is what is wrong

@@ -30,6 +30,7 @@ _GGUF_SCALARS = {
     12: "<d",
 }  # fmt: skip
 _GGUF_STRING, _GGUF_ARRAY = 8, 9
+_GGUF_VERSIONS = (2, 3)
 _GGUF_ALIGNMENT = 32  # unless its metadata names another
 
 
@@ -98,7 +99,7 @@ def _check_span(tensor: StoredTensor, name: str, stored: int) -> None:
         )
 
 
-def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, object]:
     """Build an object of JSON whose keys are all different.
 
     Raises:
@@ -138,12 +139,22 @@ def check_gguf(path: Path) -> GgufHeader:
         try:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 header = _GgufCursor(data).header()
+        except _UnknownVersionError as error:
+            raise ModelError(
+                f"{path} is a GGUF of version {error}, by its first bytes.",
+                allowed="versions 2 and 3, with the lowest byte first",
+                fix="convert the model again with a llama.cpp of today",
+            ) from error
         except (struct.error, ValueError, KeyError, IndexError, OverflowError) as error:
             raise damaged(path, f"its header cannot be read ({error})") from error
     size = path.stat().st_size
     if size < header.bytes_needed:
         raise damaged(path, f"it has {size} bytes, its header says {header.bytes_needed}")
     return header
+
+
+class _UnknownVersionError(Exception):
+    """A GGUF of a version that is not read; holds its number."""
 
 
 class _GgufCursor:
@@ -155,7 +166,9 @@ class _GgufCursor:
     def header(self) -> GgufHeader:
         from gguf.constants import GGML_QUANT_SIZES
 
-        _, count, entries = self._take("<IQQ")
+        version, count, entries = self._take("<IQQ")
+        if version not in _GGUF_VERSIONS:
+            raise _UnknownVersionError(version)
         metadata = {}
         for _ in range(entries):
             name = self._string()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def last_logits(model: nn.Module, kept: int, length: int) -> dict[str, Any]:
+def last_logits(model: nn.Module, kept: int, length: int) -> dict[str, object]:
     """Return the arguments for the last logits; none where a model always computes all.
 
     Args:

@@ -230,7 +230,8 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 def _read_tokenizer(source: ModelSource, **form: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    with quiet(), reading(source, part="tokenizer"):
+    part = None if source.gguf_file else "tokenizer"  # a GGUF is one file, whatever is wrong
+    with quiet(), reading(source, part=part):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source.folder,
             trust_remote_code=source.trust_remote_code,

@@ -92,7 +92,7 @@ def _stored_config(source: ModelSource) -> PreTrainedConfig:
 
 @functools.lru_cache(maxsize=2)  # all of a file's vocabulary is parsed for it
 def _gguf_config(source: ModelSource) -> PreTrainedConfig:
-    """What transformers makes of a `.gguf`'s metadata, held against all that they say."""
+    """Let transformers read a `.gguf`'s metadata, and check that it reads all of them."""
     with read_once(source.gguf_files):
         config = _stored_config(source)
     check_metadata(source.gguf_files[0], config)

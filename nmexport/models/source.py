@@ -143,6 +143,12 @@ def _looks_like_a_path(name: str) -> bool:
 
 
 def _local_source(section: ModelSection, path: Path) -> ModelSource:
+    if section.revision is not None:
+        raise ModelError(
+            f"{section.id!r} is on this machine, and revision {section.revision!r} could only be "
+            "one of the hub's.",
+            fix="leave out --revision (model.revision in a recipe), or name a model of the hub",
+        )
     if path.is_dir():
         return _folder_source(section, path, revision=None)
     if not is_gguf(path.name):

@@ -6,7 +6,7 @@ runs, a chat template that compiles, sampling defaults that make sense, and toke
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nmexport.errors import ArtifactError, ModelError
 from nmexport.generation.chat import ChatTemplate
@@ -163,7 +163,7 @@ def _check_configs(source: ModelSource) -> int | None:
     config = read_json(folder / _CONFIG)
     rows = vocabulary_size(config)
     text = config.get("text_config")
-    documents: list[tuple[Path, dict[str, Any]]] = [
+    documents: list[tuple[Path, dict[str, object]]] = [
         (folder / _CONFIG, config),
         (folder / _CONFIG, text if isinstance(text, dict) else {}),
         (folder / GENERATION, read_json(folder / GENERATION)),

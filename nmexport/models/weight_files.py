@@ -7,7 +7,7 @@ both, nothing says which is meant, and nothing is mixed.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nmexport.errors import ModelError
 from nmexport.models.integrity import StoredTensor, check_safetensors, read_json
@@ -33,7 +33,7 @@ _SIZES = (
 _SHOWN = 3  # names that a message lists
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, object]:
     """Read `config.json`.
 
     Raises:

@@ -126,7 +126,7 @@ class WeightTable:
 
     @property
     def kept(self) -> KeptWeights | None:
-        """What is kept of quantised weights; None where none are stored."""
+        """The quantised weights that are kept; None where none are stored."""
         if self._integers is not None:
             return self._integers.kept
         if not self._packing.weights:

@@ -1,4 +1,4 @@
-"""What the report comes to: keep the sparse model or not, for whom, and why, in plain words.
+"""The report's answer in plain words: keep the sparse model or not, for whom, and why.
 
 Thresholds are ours and stated here. They decide what the first screen says; the gates, which are
 the user's, decide what is packaged.
@@ -114,11 +114,12 @@ def _whom(report: Report, advice: Advice) -> tuple[str, ...]:
 
 
 def _alike(report: Report) -> tuple[str, ...]:
-    """What one pattern for all linears would have cost, where a budget chose for each."""
+    """Say what one pattern for all linears would have cost, where a budget chose for each."""
     allocation = report.allocation
     if allocation is None:
         return ()
-    pattern = str(report.recipe.get("sparsity", {}).get("pattern"))
+    section = report.recipe.get("sparsity")
+    pattern = str(section.get("pattern")) if isinstance(section, dict) else ""
     alike = [
         point
         for point in allocation.front
@@ -137,7 +138,7 @@ def _alike(report: Report) -> tuple[str, ...]:
 
 
 def _instead(report: Report, advice: Advice) -> tuple[str, ...]:
-    """What to do next where nobody should use it as it is."""
+    """Say what to do next where nobody should use it as it is."""
     if advice == "unknown":
         return ("For nobody yet: build again with the dense model, and with a text to measure on.",)
     over_stored = _over_stored(report)
@@ -224,7 +225,7 @@ def _memory(report: Report) -> Fact:
 
 
 def _doubts(report: Report) -> list[str]:
-    """What the figures above do not show."""
+    """List what the figures above do not show."""
     accuracy, weights = report.accuracy, report.weights
     doubts = []
     if accuracy.dataset == _SELF:

@@ -137,7 +137,7 @@ class Continuation:
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """What both models write after a prompt, greedily."""
+    """The text that both models write after a prompt, greedily."""
 
     prompt: str
     sparse: str
@@ -502,7 +502,7 @@ class Report:
     engine: EngineFacts | None = None
     notes: tuple[str, ...] = ()
     environment: Environment | None = None
-    recipe: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, object] = field(default_factory=dict)
     command: str | None = None
 
     @property
@@ -511,9 +511,9 @@ class Report:
         return [gate.name for gate in self.gates if not gate.passed]
 
 
-def json_of(report: Report) -> dict[str, Any]:
+def json_of(report: Report) -> dict[str, object]:
     """Convert a report to JSON values; what is not a finite number becomes null."""
-    document: dict[str, Any] = plain({"schema": SCHEMA, **json_from(report)})
+    document: dict[str, object] = plain({"schema": SCHEMA, **json_from(report)})
     if report.allocation is not None:
         document["allocation"] = as_dict(report.allocation)
     return document
@@ -537,7 +537,7 @@ def read_report(path: Path) -> Report:
     return read_document(path)[1]
 
 
-def read_document(path: Path) -> tuple[dict[str, Any], Report]:
+def read_document(path: Path) -> tuple[dict[str, object], Report]:
     """Read `report.json`: as it is written, and as a report.
 
     Raises:

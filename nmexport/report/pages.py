@@ -341,7 +341,7 @@ def write(report: Report, folder: Path) -> None:
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def _calibration(report: Report) -> dict[str, Any] | None:
+def _calibration(report: Report) -> dict[str, object] | None:
     """Collect what the part on calibration prints; None where it would be empty."""
     words = learning.words(report.calibration)
     if not any(words.values()):

@@ -54,7 +54,7 @@ _RECORDING_RUNS = 2
 
 @dataclass(frozen=True)
 class _Room:
-    """Where the next tokens go."""
+    """The place of the next tokens."""
 
     lease: Lease
     lengths: NDArray[np.int32]

@@ -9,7 +9,7 @@ import math
 import sys
 import weakref
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
@@ -101,7 +101,23 @@ def library_digest(folder: Path = _FOLDER) -> str | None:
     return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def describe_library(path: Path) -> dict[str, Any]:
+class LibraryDescription(TypedDict):
+    """The native library's description of itself."""
+
+    version: str
+    """Of the package it was built from."""
+    ort_api_version: int
+    domain: str
+    opset_version: int
+    cuda: str
+    """Compute capabilities of its CUDA kernels, joined by commas; empty without any."""
+    ops: list[object]
+    """Each with its attributes."""
+    variant: str
+    """Instruction set of the kernels that this processor runs."""
+
+
+def describe_library(path: Path) -> LibraryDescription:
     """Ask the library for its version, instruction-set variant and registered ops.
 
     Raises:
@@ -110,8 +126,9 @@ def describe_library(path: Path) -> dict[str, Any]:
     library = _load(path)
     library.nmexport_describe.restype = ctypes.c_char_p
     library.nmexport_variant.restype = ctypes.c_char_p
-    document: dict[str, Any] = json.loads(library.nmexport_describe())
-    return {**document, "variant": library.nmexport_variant().decode()}
+    document: LibraryDescription = json.loads(library.nmexport_describe())
+    document["variant"] = library.nmexport_variant().decode()
+    return document
 
 
 def check_opset(path: Path) -> None:

@@ -285,7 +285,7 @@ _OWN_REFERENCES = 2
 
 
 class _StepTensors:
-    """What runs of one shape read and write beside the cache: bound once, then only written.
+    """Tensors beside the cache that runs of one shape read and write: bound once, then filled.
 
     A token of an answer has the shape of the one before it, and binding takes longer than writing.
     """
@@ -313,7 +313,7 @@ class _StepTensors:
         return len(self._logits_at)
 
     def by_name(self, *, with_ids: bool) -> Iterator[tuple[str, NDArray[Any]]]:
-        """What is read, under the names of the model's inputs."""
+        """The tensors that are read, under the names of the model's inputs."""
         yield "input_ids", self._ids
         yield "sequences", self._sequences
         yield "positions", self._positions

@@ -1,4 +1,4 @@
-"""Where a server listens, and whether it can."""
+"""A server's addresses, and a check that they are free."""
 
 from __future__ import annotations
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nmexport.errors import ArtifactError
 from nmexport.generation.options import GenerationOptions, options_from
+from nmexport.store.artifact import FileRecord
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from nmexport.runtimes.session import Session
-    from nmexport.store.artifact import FileRecord
 
 SCHEMA = 1
 FILENAME = "bundle.json"
@@ -63,8 +63,8 @@ class Bundle:
     defaults: GenerationOptions
     reference_tokens: tuple[tuple[int, ...], ...]
     """Token ids of each reference text."""
-    files: tuple[dict[str, Any], ...]
-    """`path`, `bytes` and `sha256` of every file of the folder but this record."""
+    files: tuple[FileRecord, ...]
+    """Every file of the folder but this record."""
 
     def reference_logits(self) -> NDArray[np.float32]:
         """Logits `[R, V]` after each reference text, where the bundle was made.
@@ -87,12 +87,12 @@ class Bundle:
             ArtifactError: naming the first file that is missing or of another size.
         """
         for record in self.files:
-            path = self.folder / record["path"]
+            path = self.folder / record.path
             size = path.stat().st_size if path.is_file() else None
-            if size != record["bytes"]:
+            if size != record.bytes:
                 problem = "is missing" if size is None else f"has {size} bytes"
                 raise ArtifactError(
-                    f"{path} {problem}.", allowed=f"{record['bytes']} bytes", fix=_REPACKAGE
+                    f"{path} {problem}.", allowed=f"{record.bytes} bytes", fix=_REPACKAGE
                 )
 
 
@@ -119,7 +119,7 @@ def read_bundle(folder: Path) -> Bundle:
             end_tokens=frozenset(document["end_tokens"]),
             defaults=options_from(document["defaults"]),
             reference_tokens=tuple(map(tuple, document["reference_tokens"])),
-            files=tuple(document["files"]),
+            files=tuple(FileRecord(**record) for record in document["files"]),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path} cannot be read: {error!r}", fix=_REPACKAGE) from error

@@ -167,7 +167,7 @@ def _unreachable_error(url: str, how: str) -> EnvironmentFault:
 
 
 def _reason(error: Exception) -> str:
-    """What the operating system says, where it is the one that refuses."""
+    """The operating system's message, where it is the one that refuses."""
     inner = getattr(error, "reason", error)
     return getattr(inner, "strerror", None) or str(inner)
 

@@ -270,7 +270,7 @@ class Scheduler:
         self._pace.observe(time.monotonic() - began, decoding=decoding, prompt_tokens=prompts)
 
     def _share_out(self) -> list[Part]:
-        """What each request does in the next step: a token, or a share of the prompts' room."""
+        """Decide for each request's next step: a token, or a share of the prompts' room."""
         decoding = [request for request in self._running if request.is_decoding]
         beginning = [request for request in self._running if not request.is_decoding]
         parts = [(request, request.next_tokens(1)) for request in decoding]

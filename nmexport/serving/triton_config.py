@@ -142,7 +142,7 @@ def engine_config(name: str, signature: Signature, *, max_batch_size: int, profi
     )
 
 
-def _tensor(spec: TensorSpec) -> dict[str, Any]:
+def _tensor(spec: TensorSpec) -> dict[str, object]:
     kind = _TRITON_TYPES.get(spec.element)
     if kind is None or not spec.shape or spec.shape[0] is not None:
         raise ArtifactError(

@@ -175,9 +175,9 @@ def read_request(backend: Any, request: Any) -> tuple[TextRequest, Reply]:
     )
 
 
-def _inputs(backend: Any, request: Any) -> dict[str, Any]:
+def _inputs(backend: Any, request: Any) -> dict[str, object]:
     """The request's tensors as Python values."""
-    values: dict[str, Any] = {}
+    values: dict[str, object] = {}
     for name in (*_TEXTS, *_FLAGS, *NAMES):
         tensor = backend.get_input_tensor_by_name(request, name)
         if tensor is None:

@@ -75,7 +75,7 @@ class QuantisedWeight:
 
 
 def _fits(values: torch.Tensor, type_: StoredType) -> bool:
-    """Whether all values of a tensor are ones of a type."""
+    """Tell whether all values of a tensor are ones of a type."""
     if type_ not in VALUE_RANGES or values.numel() == 0:
         return True
     least, most = VALUE_RANGES[type_]

@@ -36,7 +36,7 @@ _SHARES_OF_4_BITS = tuple(1.0 - 0.05 * step for step in range(9))
 
 @dataclass(frozen=True)
 class Grid:
-    """What values a stored type has, and how scales are looked for."""
+    """The values of a stored type, and how scales are looked for."""
 
     type: StoredType
     shares: tuple[float, ...]

@@ -99,7 +99,7 @@ class Artifact:
         }
 
 
-def key_fields(inputs: StageInputs) -> dict[str, Any]:
+def key_fields(inputs: StageInputs) -> dict[str, object]:
     """Model, samples and what computes on them."""
     recipe = inputs.recipe
     section = recipe.calibration
@@ -144,7 +144,7 @@ def check(inputs: StageInputs) -> None:
     )
 
 
-def run(inputs: StageInputs) -> dict[str, Any]:
+def run(inputs: StageInputs) -> dict[str, object]:
     """Run the dense model over the samples.
 
     Raises:

@@ -84,7 +84,7 @@ def _loads(target: TensorRTTarget) -> bool:
     return target == "tensorrt" or here in tensorrt_library.RTX_CAPABILITIES
 
 
-def key_fields(inputs: StageInputs) -> dict[str, Any]:
+def key_fields(inputs: StageInputs) -> dict[str, object]:
     """Everything other than the exported model that decides the engine.
 
     What a TensorRT engine needs is asked for here, as this is called before the first stage runs:
@@ -123,7 +123,7 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
     }
 
 
-def run(inputs: StageInputs) -> dict[str, Any]:
+def run(inputs: StageInputs) -> dict[str, object]:
     """Write `engine.json` and what it describes, and check that it opens and computes.
 
     Raises:
@@ -138,7 +138,7 @@ def run(inputs: StageInputs) -> dict[str, Any]:
     return _run_tensorrt(inputs, target)
 
 
-def _run_tensorrt(inputs: StageInputs, target: TensorRTTarget) -> dict[str, Any]:
+def _run_tensorrt(inputs: StageInputs, target: TensorRTTarget) -> dict[str, object]:
     from nmexport.runtimes.tensorrt.pair import LOG, build_pair
 
     built = build_pair(
@@ -161,7 +161,7 @@ def _run_tensorrt(inputs: StageInputs, target: TensorRTTarget) -> dict[str, Any]
     return built.metrics
 
 
-def _run_onnxruntime(inputs: StageInputs) -> dict[str, Any]:
+def _run_onnxruntime(inputs: StageInputs) -> dict[str, object]:
     library = native.find_library()
     if library is None:
         inputs.progress.note(f"engine: {NO_LIBRARY}")

@@ -6,7 +6,7 @@ import functools
 import json
 import shutil
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from nmexport.errors import ArtifactError, EnvironmentFault
 from nmexport.graph.versions import IR_VERSION, OPSET
@@ -88,7 +88,7 @@ class Artifact:
         return path
 
 
-def key_fields(inputs: StageInputs) -> dict[str, Any]:
+def key_fields(inputs: StageInputs) -> dict[str, object]:
     """The model and what writes it."""
     section = inputs.recipe.model
     return {
@@ -114,7 +114,7 @@ def check(inputs: StageInputs) -> None:
     check_model(inputs.source, inputs.recipe.model.dtype)
 
 
-def run(inputs: StageInputs) -> dict[str, Any]:
+def run(inputs: StageInputs) -> dict[str, object]:
     """Trace, clean, assemble, write and check both models; write config and tokenizer with them.
 
     Raises:
@@ -228,7 +228,7 @@ class Stored:
 def _stored(
     inputs: StageInputs, folded: fold.Artifact, traced: TracedModel, *, dense_baseline: bool
 ) -> Stored | None:
-    """What weights in integers bring; None where they are float."""
+    """Describe weights in integers; None where they are float."""
     if not folded.is_quantised:
         return None
     from nmexport.models.stored_rows import imported_rows, rounded_rows
@@ -287,7 +287,7 @@ def write_models(
     *,
     dense_baseline: bool = True,
     stored: Stored | None = None,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Write `model.onnx` and `dense/model.onnx`, each with its data file, and check both.
 
     Args:

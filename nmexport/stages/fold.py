@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nmexport.calibration.checkpoint import Checkpoints
 from nmexport.calibration.effort import ERROR_SAMPLES, SENSITIVITY_SAMPLES, learning_settings
@@ -55,7 +55,7 @@ UPSTREAM: tuple[str, ...] = ("calibrate",)
 Artifact = FoldedModel
 
 
-def key_fields(inputs: StageInputs) -> dict[str, Any]:
+def key_fields(inputs: StageInputs) -> dict[str, object]:
     """Return what the linears compute, and in which type.
 
     Raises:
@@ -89,7 +89,7 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
     }
 
 
-def _learning_key(settings: LearningSettings, recipe: Recipe) -> dict[str, Any]:
+def _learning_key(settings: LearningSettings, recipe: Recipe) -> dict[str, object]:
     """Return how constants are learned: layer by layer they come out otherwise.
 
     Where `--offload auto` has to do so for want of memory is not in the key: the memory that is
@@ -107,7 +107,7 @@ def check(inputs: StageInputs) -> None:
     check_fit(inputs.recipe, inputs.source)
 
 
-def run(inputs: StageInputs) -> dict[str, Any]:
+def run(inputs: StageInputs) -> dict[str, object]:
     """Choose, derive and learn the constants of every target, fold, write.
 
     Raises:
@@ -337,7 +337,7 @@ def _sections(section: SparsitySection, allocation: Allocation) -> dict[str, Spa
     }
 
 
-def _write_learning(inputs: StageInputs, learned: Learned | None) -> dict[str, Any]:
+def _write_learning(inputs: StageInputs, learned: Learned | None) -> dict[str, object]:
     """Write the loss curve; return the stage's metrics of it."""
     if learned is None:
         return {}

@@ -7,7 +7,7 @@ run once from the package itself: the logits that it must give at every start co
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nmexport.errors import ArtifactError, GateFailed
 from nmexport.models.source import licence_files
@@ -60,7 +60,7 @@ class Artifact:
         return read_bundle(bundles[0].parent)
 
 
-def key_fields(inputs: StageInputs) -> dict[str, Any]:
+def key_fields(inputs: StageInputs) -> dict[str, object]:
     """Return what the package is made of, other than upstream artifacts."""
     return {
         "schema": SCHEMA,
@@ -70,7 +70,7 @@ def key_fields(inputs: StageInputs) -> dict[str, Any]:
     }
 
 
-def run(inputs: StageInputs) -> dict[str, Any]:
+def run(inputs: StageInputs) -> dict[str, object]:
     """Write `model_repository/`, `launch.sh`, `README.md`, notices, licences and `SHA256SUMS`.
 
     Raises:

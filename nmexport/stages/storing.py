@@ -1,4 +1,4 @@
-"""What the stage `fold` writes: linears in floats, rounded to integers, or in those that came."""
+"""The linears that `fold` writes: in floats, rounded to integers, or in those that came."""
 
 from __future__ import annotations
 

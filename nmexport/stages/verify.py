@@ -64,7 +64,7 @@ class Artifact:
         return read_report(self.path / "report.json")
 
 
-def key_fields(inputs: StageInputs) -> dict[str, Any]:
+def key_fields(inputs: StageInputs) -> dict[str, object]:
     """How it is measured, on what, and where.
 
     Raises:
@@ -124,7 +124,7 @@ def check(inputs: StageInputs) -> None:
         suite.check(tasks, inputs.progress)
 
 
-def run(inputs: StageInputs) -> dict[str, Any]:
+def run(inputs: StageInputs) -> dict[str, object]:
     """Measure everything and write `report.json`, `report.md` and `report.html`.
 
     Raises:

@@ -208,7 +208,7 @@ class Allocation:
         return f"{words}, which exceeds the budget" if used is not None and used > 1 else words
 
 
-def as_dict(allocation: Allocation) -> dict[str, Any]:
+def as_dict(allocation: Allocation) -> dict[str, object]:
     """Convert to JSON values, with the schema; floats with six significant digits.
 
     What follows the sixth digit is the summation order of the machine.

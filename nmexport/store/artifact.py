@@ -100,11 +100,11 @@ class Manifest:
     stage: str
     key: str
     """sha256 over everything that can change the result."""
-    inputs: dict[str, Any]
+    inputs: dict[str, object]
     upstream: dict[str, UpstreamRecord]
     files: tuple[FileRecord, ...]
-    environment: dict[str, Any] = field(default_factory=dict)
-    metrics: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, object] = field(default_factory=dict)
+    metrics: dict[str, object] = field(default_factory=dict)
     started: str
     """UTC, ISO 8601."""
     seconds: float

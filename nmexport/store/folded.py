@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nmexport.store.kept import KeptWeights
 from nmexport.store.layers import Layers, LayerSpec, read_layers
@@ -77,7 +77,7 @@ class FoldedModel:
 
     @property
     def kept(self) -> KeptWeights | None:
-        """What is kept of a checkpoint that came quantised; None where it did not, or is rounded.
+        """The kept part of a checkpoint that came quantised; None where it did not, or is rounded.
 
         Raises:
             ArtifactError: if the record is malformed.
@@ -89,10 +89,10 @@ class FoldedModel:
         )
 
     @property
-    def learning(self) -> dict[str, Any] | None:
+    def learning(self) -> dict[str, object] | None:
         """How the learned constants came about: `settings` and `curve`; None without any."""
         try:
-            document: dict[str, Any] = json.loads((self.path / LEARNING).read_text("utf-8"))
+            document: dict[str, object] = json.loads((self.path / LEARNING).read_text("utf-8"))
         except FileNotFoundError:
             return None
         return document
@@ -151,7 +151,7 @@ def write_kept(folder: Path, kept: KeptWeights) -> None:
     write_record(kept, folder / KEPT, schema=_KEPT_SCHEMA)
 
 
-def write_learning(folder: Path, *, settings: dict[str, Any], curve: dict[str, Any]) -> None:
+def write_learning(folder: Path, *, settings: dict[str, object], curve: dict[str, object]) -> None:
     """Write how the constants were learned; `FoldedModel.learning` reads it."""
     document = {"settings": settings, "curve": curve}
     (folder / LEARNING).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

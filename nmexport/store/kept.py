@@ -1,4 +1,4 @@
-"""What a build keeps of the weights that it was given: counts by kind, for people."""
+"""The given weights that a build keeps as they are: counts by kind, for people."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class StoredKind:
 
 @dataclass(frozen=True, kw_only=True)
 class KeptWeights:
-    """What became of a checkpoint's quantised weights."""
+    """The fate of a checkpoint's quantised weights."""
 
     method: str
     """Such as `AWQ` or `GGUF`."""

@@ -2,8 +2,8 @@
 
 A field has one of these types: `str`, `bool`, `int`, `float`, a `Literal` of such values, `Path`
 (relative to the file's folder in JSON), `NMPattern` (text such as `8:16`), another such dataclass,
-`tuple[T, ...]`, `tuple[T, U]`, `Mapping[str, T]`, `T | None`, or `Any` for what a foreign library
-wrote.
+`tuple[T, ...]`, `tuple[T, U]`, `Mapping[str, T]`, `T | None`, or `object` for any value of JSON,
+which is kept as it is.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def record_from(
     return made
 
 
-def json_from(record: DataclassInstance, *, folder: Path | None = None) -> dict[str, Any]:
+def json_from(record: DataclassInstance, *, folder: Path | None = None) -> dict[str, object]:
     """Return a record as JSON values, its paths relative to a folder."""
     return {
         field.name: _plain(getattr(record, field.name), folder)
@@ -149,7 +149,7 @@ def _value(hint: Any, value: object, place: str, reading: _Reading) -> Any:
     kind = get_origin(hint) or hint
     if kind in _COMPOUND:
         return _COMPOUND[kind](hint, value, place, reading)
-    if hint is Any:
+    if hint is object:
         return value
     if dataclasses.is_dataclass(hint):
         return _object(hint, value, place, reading)  # type: ignore[arg-type]
@@ -176,7 +176,7 @@ def _optional(hint: Any, value: object, place: str, reading: _Reading) -> Any:
 
 
 def _allows_null(hint: Any) -> bool:
-    return hint is Any or type(None) in get_args(hint)
+    return hint is object or type(None) in get_args(hint)
 
 
 def _choice(hint: Any, value: object, place: str, _: _Reading) -> Any:

@@ -336,6 +336,12 @@ class WorkDirectory:
                 allowed="a folder on a writable disk that belongs to you",
                 fix="name another folder with --work DIR",
             )
+        if code == errno.EEXIST and self.root.is_symlink() and not self.root.exists():
+            return WorkDirectoryError(
+                f"The work directory {self.root} cannot be made: it is a link to "
+                f"{self.root.readlink()}, which is not there.",
+                fix="make that folder (or mount its disk), or name another with --work DIR",
+            )
         if code in {errno.ENOTDIR, errno.EEXIST} and not _existing(self.root).is_dir():
             return WorkDirectoryError(
                 f"The work directory {self.root} cannot be made: {_existing(self.root)} is a file.",

@@ -15,7 +15,7 @@ import json
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nmexport.calibration import corpus
 from nmexport.environment import probe
@@ -148,10 +148,10 @@ class _Bench:
             self._work.replace(path, (json.dumps(figures.as_json(), indent=1) + "\n").encode())
         return figures
 
-    def _key_fields(self, cell: Cell) -> dict[str, Any]:
+    def _key_fields(self, cell: Cell) -> dict[str, object]:
         """Everything that can change a cell's figures."""
         recipe = cell.recipe
-        shared: dict[str, Any] = {
+        shared: dict[str, object] = {
             "schema": SCHEMA,
             "measure": self._job.measure,
             "model": self._find_model(recipe.model).digest,
@@ -315,7 +315,7 @@ class _Bench:
         )
 
 
-def _evaluation_fields(recipe: Recipe) -> dict[str, Any]:
+def _evaluation_fields(recipe: Recipe) -> dict[str, object]:
     evaluation = recipe.evaluation
     return {
         "corpus": corpus.corpus_identity(evaluation.corpus),

@@ -41,7 +41,7 @@ _TICKS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10_000, 100_000)
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """What a sweep has measured so far."""
+    """The measurements of a sweep so far."""
 
     sweep: Sweep
     rows: tuple[Row, ...]
@@ -56,7 +56,7 @@ class Results:
         """Rows of one model."""
         return [row for row in self.rows if row.model == model]
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """`sweep.json`."""
         return {
             "schema": SCHEMA,

@@ -257,7 +257,7 @@ def _format(value: object) -> str:
     return "+".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _combinations(document: Mapping[str, Any], path: Path) -> Iterator[dict[str, Any]]:
+def _combinations(document: Mapping[str, Any], path: Path) -> Iterator[dict[str, object]]:
     """Every combination of the values of each grid."""
     grids = document.get("grid") or []
     for grid in grids if isinstance(grids, list) else [grids]:
@@ -270,14 +270,14 @@ def _combinations(document: Mapping[str, Any], path: Path) -> Iterator[dict[str,
             yield dict(zip(grid, values, strict=True))
 
 
-def _single_cells(document: Mapping[str, Any], path: Path) -> Iterator[dict[str, Any]]:
+def _single_cells(document: Mapping[str, Any], path: Path) -> Iterator[dict[str, object]]:
     for cell in _read_list(document, "cells", path):
         if not isinstance(cell, dict):
             raise RecipeError(f"{path}: a cell cannot be {cell!r}.", allowed="recipe keys")
         yield _flatten(cell)
 
 
-def _section(document: Mapping[str, Any], key: str, path: Path) -> dict[str, Any]:
+def _section(document: Mapping[str, Any], key: str, path: Path) -> dict[str, object]:
     section = document.get(key) or {}
     if not isinstance(section, dict):
         raise RecipeError(f"{path}: {key} cannot be {section!r}.", allowed="a section of keys")
@@ -291,9 +291,9 @@ def _read_list(document: Mapping[str, Any], key: str, path: Path) -> list[Any]:
     return values
 
 
-def _flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
     """Nested keys by dotted name."""
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for key, value in section.items():
         if isinstance(value, dict):
             flat |= _flatten(value, f"{prefix}{key}.")

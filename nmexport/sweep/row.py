@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nmexport.store.records import json_from
 
@@ -31,7 +31,7 @@ class Speeds:
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """What was measured of a cell."""
+    """The measurements of a cell."""
 
     perplexity: Perplexities
     tokens: int
@@ -44,7 +44,7 @@ class Figures:
     seconds: float = 0.0
     """Time that it took to measure."""
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """JSON values; without a speed where there is none."""
         document = json_from(self)
         if self.speedup is None:
@@ -69,7 +69,7 @@ class Row:
     refused: str | None = None
     figures: Figures | None = None
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """JSON values, the figures among the settings; `refused` only where it was."""
         document = json_from(self)
         del document["figures"]

@@ -329,7 +329,7 @@ def audit(
     values = {layer.name: linears[layer.name].output for layer in layers if layer.name in linears}
     counters = add_counters(sparse_graph, layers)
     outputs = add_layer_outputs(sparse_graph, values)
-    options: dict[str, Any] = {"library": library, "threads": threads}
+    options: dict[str, object] = {"library": library, "threads": threads}
     with open_on(sparse_graph, sparse_path.parent, **options) as sparse:
         kept = count_kept(sparse, counters, windows)
         if dense_path is None:

@@ -1,4 +1,4 @@
-"""What a model writes after a few prompts: lines that anybody can compare with those of another."""
+"""Text that a model writes after a few prompts: lines that anybody can compare with another's."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ _GOLDEN = 0.6180339887498949
 
 @dataclass(frozen=True, kw_only=True)
 class Extent:
-    """What parity runs, and where."""
+    """The extent of parity: how much it runs, and where."""
 
     device: Provider
     """Where torch and the function bodies run."""

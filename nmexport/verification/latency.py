@@ -60,7 +60,7 @@ def speedup_interval(
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """What is timed, and how often."""
+    """The runs that are timed, and how often."""
 
     prompt: NDArray[np.int64]
     """Token ids `[1, S]` to prefill."""

@@ -99,7 +99,7 @@ def arguments(layer: LayerSpec, tensors: Tensors) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Expected:
-    """What the oracle says of one input of a linear: executors are held against it in turn."""
+    """The oracle's result for one input of a linear: executors are checked against it in turn."""
 
     value: NDArray[np.float64]
     """`[..., S, O]`"""

@@ -1,4 +1,4 @@
-"""Where what verification runs beside the engine runs: on the engine's GPU, where it can."""
+"""The device of what verification runs beside the engine: its GPU, where there is room."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _COPIES = 3.5
 
 
 def parity_device(engine: Engine) -> Provider:
-    """Where torch and function bodies run: the engine's GPU, where torch too finds room there."""
+    """The device of torch and function bodies: the engine's GPU, if torch finds room there."""
     import torch
 
     if provider_here(engine.provider) != "cuda" or not torch.cuda.is_available():

@@ -102,7 +102,7 @@ def _sparse_alone(subject: Subject) -> tuple[Accuracy, Latency]:
 
 
 def _examples(subject: Subject, sparse: Session, dense: Session | None) -> tuple[Example, ...]:
-    """What both models write after the recipe's examples; or the sparse one, where it is alone."""
+    """Let both models write after the recipe's examples; or the sparse one, where it is alone."""
     with busy(subject.progress, "verify: what each model writes"):
         texts = examples.write(sparse, subject)
         others = {} if dense is None else examples.write(dense, subject)

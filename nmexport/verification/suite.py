@@ -60,7 +60,7 @@ class Suite:
         )
 
 
-def identity(suite: Suite | None) -> dict[str, Any] | None:
+def identity(suite: Suite | None) -> dict[str, object] | None:
     """Return what identifies a suite in a key: names, local files, the harness's version.
 
     Raises:

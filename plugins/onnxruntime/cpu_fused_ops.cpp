@@ -32,7 +32,7 @@ float* outputOf(const Run& run, std::size_t index, const Shape& shape) {
     return static_cast<float*>(run.output(index, shape));
 }
 
-// Of one value with both halves, or of two values.
+// silu(gate) * up: the input is one value with both halves, or two values.
 class GatedSiluKernel : public CpuKernel {
   public:
     GatedSiluKernel(const NodeInfo& node, std::size_t threads) : CpuKernel(node.api(), threads) {}
@@ -59,7 +59,7 @@ class GatedSiluKernel : public CpuKernel {
     }
 };
 
-// Of one value, or of the sum of two.
+// The norm of one value, or of the sum of two.
 class NormKernel : public CpuKernel {
   public:
     NormKernel(const NodeInfo& node, std::size_t threads)

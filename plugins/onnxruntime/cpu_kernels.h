@@ -10,7 +10,7 @@
 
 namespace nmexport {
 
-// What a session says of itself in its configuration.
+// A session's settings, from the entries of its configuration.
 struct SessionSettings {
     std::size_t threads;
     bool hugePages;  // weights are copied into them

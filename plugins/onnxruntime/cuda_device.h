@@ -1,4 +1,4 @@
-// What every op of the CUDA provider asks for: the device and its stream.
+// The device and stream of a run, which every op of the CUDA provider asks for.
 #pragma once
 
 #include <cuda_runtime_api.h>

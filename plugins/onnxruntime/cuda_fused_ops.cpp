@@ -62,7 +62,7 @@ std::int64_t constantSize(const OrtApi& api, const OrtKernelInfo* info, std::siz
     return shape.front();
 }
 
-// What a node prunes its rows by, from the optional inputs behind `first`. The decode kernels read
+// The selection that a node prunes its rows by: the optional inputs from `first` on. Kernels read
 // these while the kernel before may still run, and no kernel checks an order: so all are constants,
 // and the order is a permutation.
 class PrunedRows {

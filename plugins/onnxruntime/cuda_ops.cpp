@@ -69,7 +69,7 @@ class DeviceOrder {
     int mInput;
 };
 
-// What InputShapes calls a constant's data may lie on the device here.
+// A constant's data, as InputShapes hands it out, may lie on the device here.
 class CudaPruneKernel : public Kernel {
   public:
     CudaPruneKernel(const OrtApi& api, const OrtKernelInfo* info, ElementType type)

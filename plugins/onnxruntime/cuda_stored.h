@@ -14,8 +14,8 @@ struct StoredConstants {
     const void* zero{nullptr};  // null where there are none
 };
 
-// Of a node whose X is of `type`; kT where W is too. Throws Fault where the shapes do not fit W, or
-// where W is of X's type and has scales.
+// The weights of a node whose X is of `type`; kT where W is of that type as well. Throws Fault if
+// the shapes do not fit W, or if W is of X's type and has scales.
 cuda::StoredWeights storedWeights(const char* op, ElementType type, const StoredTypes& types,
                                   const Shape& w, const StoredConstants& constants);
 

@@ -1,4 +1,4 @@
-// What the shared library exports.
+// The exports of the shared library.
 #include <onnxruntime_c_api.h>
 
 #include <cstdio>

@@ -1,4 +1,4 @@
-// What an NMLinear node says, whichever device runs it: its attributes and which inputs fit them.
+// An NMLinear node's attributes and which inputs fit them, whichever device runs it.
 #pragma once
 
 #include "node.h"
@@ -14,7 +14,7 @@ class LinearNode {
     void check(const Inputs& inputs, const Shape& x, const Shape& w) const;
     // Throws Fault where an input or attribute goes with integers and W is of X's type.
     void checkElementWeights(const Inputs& inputs) const;
-    // Whether the phase leaves tokens of this X dense.
+    // True if the phase leaves the tokens of this X dense.
     bool isExcluded(const Shape& x) const;
 
     const Pattern pattern;

@@ -56,7 +56,7 @@ class LinearKernel : public CpuKernel {
     }
 
   private:
-    // Where nothing but X can change, the rest is looked at once, in the first run.
+    // If nothing but X can change, the rest is checked once, in the first run.
     void prepareConstants(const Inputs& inputs, const Shape& x) const {
         for (std::size_t i = 0; i < kNMLinear.inputCount; ++i) {
             const int input = static_cast<int>(i);

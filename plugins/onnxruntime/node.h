@@ -31,12 +31,12 @@ class Attributes {
     const OpSpec& mSpec;
 };
 
-// What is known of a node's inputs before it runs.
+// Shapes and constants of a node's inputs, as far as they are known before it runs.
 class InputShapes {
   public:
     InputShapes(const NodeInfo& node, const OpSpec& spec);
 
-    // Of a constant input; null where it is absent or not constant.
+    // Null if the input is absent or not constant.
     const Shape* constantShape(int input) const;
     const void* constantData(int input) const { return mData[static_cast<std::size_t>(input)]; }
 

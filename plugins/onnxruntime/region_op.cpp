@@ -21,7 +21,7 @@ struct RegionNode {
     std::vector<std::int64_t> outputs;
 };
 
-// Where a value that a node makes lies.
+// The place of a value that a node makes.
 struct Place {
     bool leaves = false;    // the region: it is the runtime's memory
     std::size_t index = 0;  // of the region's output, or of a buffer

@@ -1,4 +1,4 @@
-// What a kernel is given: what the runtime knows of its node, and the tensors of one run. A node
+// A kernel's arguments: what the runtime knows of its node, and the tensors of one run. A node
 // stands in the graph itself, or is one of a Region's, which is a single node to the runtime.
 #pragma once
 
@@ -26,7 +26,7 @@ class NodeInfo {
           mIsInside(true) {}
 
     const OrtApi& api() const { return *mApi; }
-    // What the C API reads attributes from, and how it calls one.
+    // The handle that the C API reads attributes from, and an attribute's full name.
     const OrtKernelInfo* raw() const { return mInfo; }
     std::string nameOf(const char* attribute) const { return mPrefix + attribute; }
 
@@ -52,7 +52,7 @@ class Run {
   public:
     virtual ~Run() = default;
     virtual bool has(std::size_t input) const = 0;
-    // Of an input that is there.
+    // Only for an input that is there.
     virtual Shape shape(std::size_t input) const = 0;
     // Null where the input is absent.
     virtual void* data(std::size_t input) const = 0;

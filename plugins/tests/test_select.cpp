@@ -1,4 +1,4 @@
-// Selection against a slow statement of the contract: a stable sort of the scores of each group.
+// Selection against a slow statement of the contract: the scores of each group, sorted.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -101,6 +101,30 @@ void extremes() {
     }
 }
 
+// Of two elements one ranks first, whatever their scores: what all references sort by.
+void rankingIsTotal() {
+    const float scores[] = {1.0f,
+                            floatOf(0x7f800001u),
+                            0.0f,
+                            1.0f,
+                            -0.0f,
+                            -1.0f,
+                            floatOf(0xffffffffu),
+                            std::numeric_limits<float>::infinity()};
+    const std::size_t count = sizeof(scores) / sizeof(scores[0]);
+    for (std::size_t a = 0; a < count; ++a) {
+        EXPECT(!ranksBefore(scores[a], a, scores[a], a));
+        for (std::size_t b = a + 1; b < count; ++b) {
+            const bool first = ranksBefore(scores[a], a, scores[b], b);
+            EXPECT(first != ranksBefore(scores[b], b, scores[a], a));
+            const bool alike = std::isnan(scores[a]) && std::isnan(scores[b]);
+            if (alike || scores[a] == scores[b]) EXPECT(first);
+            if (std::isnan(scores[a]) != std::isnan(scores[b]))
+                EXPECT(first == std::isnan(scores[a]));
+        }
+    }
+}
+
 void scoresAreScaled() {
     std::mt19937 random(6);
     std::vector<float> scale = normals(random, 960);
@@ -140,6 +164,7 @@ void keptIsListed() {
 int main() {
     everyPattern();
     exhaustiveTies();
+    rankingIsTotal();
     extremes();
     scoresAreScaled();
     keptIsListed();

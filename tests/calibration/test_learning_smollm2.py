@@ -51,7 +51,7 @@ def recipe() -> Recipe:
                 "samples": 24,
                 "length": 512,
                 "self_share": 0.0,
-                "learning_samples": 256,
+                "learning_samples": 128,
             },
             "evaluation": {"corpus": str(folder / "test.txt"), "windows": 16, "length": 512},
         }
@@ -101,4 +101,4 @@ def test_the_default_method_learned_the_fast_way(tmp_path: Path) -> None:
             for layer in artifact.layers
         },
     )
-    assert perplexity(model, windows) / dense < 1.45  # plain: 1.95; untrained at best: 1.70
+    assert perplexity(model, windows) / dense < 1.3  # 1.19; plain: 1.95; untrained at best: 1.70

@@ -15,7 +15,7 @@ import pytest
 from click.shell_completion import ShellComplete
 from click.testing import CliRunner, Result
 from nmexport.cli.main import VERBS, Terminated, cli
-from nmexport.cli.options import Request
+from nmexport.cli.request import Request
 from nmexport.errors import GateFailed, InternalError, UserError
 from nmexport.inspect.doctor import NativeLibrary
 from nmexport.report.model import DecodeTimes, Latency, PrefillTimes, SideTimes, Speedup
@@ -580,7 +580,7 @@ def test_signals_end_with_130_and_leave_nothing(tmp_path: Path, number: signal.S
 import os, signal, sys, threading, time
 from pathlib import Path
 from nmexport.cli.main import cli
-from nmexport.cli.options import Request
+from nmexport.cli.request import Request
 from tests.support.fake_stages import fake_pipeline, fake_stages
 stages = fake_stages()
 stages["export"].pause = 60

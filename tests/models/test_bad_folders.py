@@ -11,10 +11,12 @@ import pytest
 from nmexport.errors import ModelError
 from nmexport.json_reader import parse_json
 from nmexport.models.guard import unused_code
-from nmexport.models.loader import load_model
+from nmexport.models.loader import load_model, load_tokenizer
 from nmexport.models.skeleton import skeleton
 from nmexport.models.source import ModelSource, resolve
 from nmexport.recipe import ModelSection
+
+from tests.support.tiny import EMPTY_GGUF
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -114,6 +116,22 @@ def test_a_folder_is_refused_when_it_is_found(folder: Path, case: str) -> None:
     assert said in caught.value.problem
     assert fix in (caught.value.fix or "")
     assert "\n" not in caught.value.problem
+
+
+@pytest.mark.parametrize("version", [struct.pack("<I", 1), struct.pack(">I", 3)])
+def test_a_gguf_of_another_version_is_called_one(version: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(EMPTY_GGUF[:4] + version + EMPTY_GGUF[8:])
+    with pytest.raises(ModelError, match=r"m\.gguf is a GGUF of version \d+") as caught:
+        source_of(path)
+    assert "versions 2 and 3" in str(caught.value.allowed)
+
+
+def test_a_gguf_of_an_unknown_architecture_is_no_fault_of_its_tokenizer(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(EMPTY_GGUF)
+    with pytest.raises(ModelError, match=r"Model .*m\.gguf' cannot be loaded from"):
+        load_tokenizer(source_of(path))
 
 
 CONFIGURATIONS: dict[str, tuple[Change, str]] = {

@@ -55,6 +55,12 @@ def test_folder(folder: Path) -> None:
     assert len(source.digest) == 64
 
 
+def test_a_folder_has_no_revisions(folder: Path) -> None:
+    with pytest.raises(ModelError, match="revision 'v2' could only be one of the hub's") as caught:
+        resolve(ModelSection(id=str(folder), revision="v2"))
+    assert "--revision" in str(caught.value.fix)
+
+
 def test_a_name_of_nothing_is_no_model() -> None:
     """The path of no characters is that of the current folder."""
     with pytest.raises(ModelError, match="'' does not name a model"):

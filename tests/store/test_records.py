@@ -27,7 +27,7 @@ class Whole:
     file: Path
     parts: tuple[Part, ...]
     named: Mapping[str, Part]
-    free: Any
+    free: object
     limit: int | None
     other: Part | None = None
 

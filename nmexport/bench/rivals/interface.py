@@ -1,4 +1,4 @@
-"""What `bench rivals` asks of a contestant: one step of a case, ready to run."""
+"""The interface of a contestant in `bench rivals`: one step of a case, ready to run."""
 
 from __future__ import annotations
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from nmexport.sparsity.weight_form import StoredType
+
 INTEGERS = "integers"
 """Stem of the files that hold them."""
 _RECORD = f"{INTEGERS}.json"
@@ -77,9 +79,9 @@ class GgufIntegers:
             ModelError: if it cannot be read.
         """
         try:
-            document: dict[str, Any] = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+            document = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
             self.kept = record_from(KeptWeights, document["kept"])
-            self._types: dict[str, Any] = document["types"]
+            self._types: dict[str, StoredType] = document["types"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ModelError(
                 f"{folder / _RECORD} cannot be read: {error}", fix=f"remove {folder}"

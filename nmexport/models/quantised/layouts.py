@@ -270,7 +270,7 @@ def _block(
 
 
 def _scheme_of(method: Method, module: str) -> Scheme:
-    """What compressed-tensors' configuration says of a linear; an empty scheme where nothing."""
+    """The scheme of a linear in compressed-tensors' configuration; empty where it has none."""
     return next((scheme for scheme in method.schemes if scheme.covers(module)), Scheme())
 
 

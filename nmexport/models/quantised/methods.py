@@ -28,7 +28,7 @@ _FP8_METHODS = frozenset({"fp8", "fbgemm_fp8", "modelopt"})
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What a checkpoint's configuration says of its quantised weights."""
+    """The quantisation of a checkpoint's weights, from its configuration."""
 
     name: str
     """For messages and reports."""
@@ -66,7 +66,7 @@ class Scheme:
         )
 
 
-def quantisation_section(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+def quantisation_section(folder: Path, config: Mapping[str, Any]) -> dict[str, object] | None:
     """The part of a configuration that says how weights are quantised; None without one.
 
     Raises:
@@ -86,7 +86,7 @@ def quantisation_section(folder: Path, config: Mapping[str, Any]) -> dict[str, A
     return None
 
 
-def _section_of_side_file(name: str, document: Mapping[str, Any]) -> dict[str, Any]:
+def _section_of_side_file(name: str, document: Mapping[str, Any]) -> dict[str, object]:
     if name == "quantize_config.json":
         return {"quant_method": "gptq", **document}
     if name == "quant_config.json":

@@ -16,7 +16,7 @@ import json
 import warnings
 from collections import deque
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from packaging.version import Version
 
@@ -90,7 +90,21 @@ def require_plugin() -> Path:
     return path
 
 
-def describe_plugin(path: Path) -> dict[str, Any]:
+class PluginDescription(TypedDict):
+    """The plugin library's description of itself."""
+
+    version: str
+    """Of the package it was built from."""
+    tensorrt_headers: str
+    cuda: int
+    """The runtime, as 13000 for 13.0."""
+    architectures: str
+    """Compute capabilities as CMake names them, joined by commas."""
+    plugin_version: str
+    """Of the ops in TensorRT's registry."""
+
+
+def describe_plugin(path: Path) -> PluginDescription:
     """Ask the library for its version, headers, CUDA and architectures.
 
     Raises:
@@ -106,7 +120,7 @@ def describe_plugin(path: Path) -> dict[str, Any]:
             fix=FIX_PLUGIN,
         ) from error
     describe.restype = ctypes.c_char_p
-    document: dict[str, Any] = json.loads(describe())
+    document: PluginDescription = json.loads(describe())
     return document
 
 

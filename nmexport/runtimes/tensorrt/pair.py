@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
@@ -56,7 +56,7 @@ class Built:
 
     engine: TensorRTEngine
     record: BuildRecord
-    metrics: dict[str, Any]
+    metrics: dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ class _Maker:
         audited: layer_audit.LayerAudit,
         sparse: Plan,
         dense: Plan,
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """Collect the stage's metrics."""
         return {
             **json_from(record),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -204,7 +204,7 @@ async def _http_error(request: Request, problem: Exception) -> Response:
         code = "model_not_found"
     elif problem.status_code in {404, 405}:
         message = f"There is no {request.method} {request.url.path} here."
-    document: dict[str, Any] = replies.error(message, code=code)
+    document: dict[str, object] = replies.error(message, code=code)
     return JSONResponse(document, problem.status_code, problem.headers)
 
 

@@ -1,4 +1,4 @@
-"""Whether OpenAI's API is served beside Triton, and where: the server's environment says so."""
+"""The switch for OpenAI's API beside Triton and its address, from the environment."""
 
 from __future__ import annotations
 

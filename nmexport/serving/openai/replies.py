@@ -6,7 +6,7 @@ import json
 import secrets
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from nmexport.errors import RequestError, ServerBusyError
 from nmexport.serving.openai.requests import ParameterError
@@ -39,11 +39,11 @@ class Reply:
     """Seconds since 1970."""
     token: str = field(default_factory=lambda: secrets.token_hex(12))
 
-    def whole(self, pieces: Sequence[Piece], outcome: Outcome) -> dict[str, Any]:
+    def whole(self, pieces: Sequence[Piece], outcome: Outcome) -> dict[str, object]:
         """The answer in one piece."""
         text = "".join(piece.text for piece in pieces)
         scores = [score for piece in pieces for score in piece.scores]
-        choice: dict[str, Any] = (
+        choice: dict[str, object] = (
             {"message": {"role": "assistant", "content": text}}
             if self.kind == "chat"
             else {"text": text}
@@ -54,42 +54,44 @@ class Reply:
             usage=usage(outcome),
         )
 
-    def begin(self) -> dict[str, Any] | None:
+    def begin(self) -> dict[str, object] | None:
         """The first chunk: who speaks; a completion has none."""
         if self.kind == "completion":
             return None
         return self._chunk({"delta": {"role": "assistant", "content": ""}})
 
-    def piece(self, piece: Piece) -> dict[str, Any]:
+    def piece(self, piece: Piece) -> dict[str, object]:
         """A chunk with text."""
         text = piece.text
-        choice = {"delta": {"content": text}} if self.kind == "chat" else {"text": text}
+        choice: dict[str, object] = (
+            {"delta": {"content": text}} if self.kind == "chat" else {"text": text}
+        )
         return self._chunk(choice, scores=piece.scores)
 
-    def end(self, outcome: Outcome) -> dict[str, Any]:
+    def end(self, outcome: Outcome) -> dict[str, object]:
         """The chunk that says why the text ends."""
-        empty: dict[str, Any] = {"delta": {}} if self.kind == "chat" else {"text": ""}
+        empty: dict[str, object] = {"delta": {}} if self.kind == "chat" else {"text": ""}
         return self._chunk(empty, outcome.finish_reason)
 
-    def counts(self, outcome: Outcome) -> dict[str, Any]:
+    def counts(self, outcome: Outcome) -> dict[str, object]:
         """The chunk after it, where numbers of tokens were asked for."""
         return self._document([], streamed=True, usage=usage(outcome))
 
     def _chunk(
         self,
-        choice: dict[str, Any],
+        choice: dict[str, object],
         reason: str | None = None,
         scores: Sequence[TokenScore] | None = None,
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         return self._document([self._choice(choice, reason, scores)], streamed=True)
 
     def _choice(
-        self, choice: dict[str, Any], reason: str | None, scores: Sequence[TokenScore] | None
-    ) -> dict[str, Any]:
+        self, choice: dict[str, object], reason: str | None, scores: Sequence[TokenScore] | None
+    ) -> dict[str, object]:
         scored = self._scored(scores) if self.is_scored and scores is not None else None
         return {"index": 0, **choice, "logprobs": scored, "finish_reason": reason}
 
-    def _scored(self, scores: Sequence[TokenScore]) -> dict[str, Any]:
+    def _scored(self, scores: Sequence[TokenScore]) -> dict[str, object]:
         """Log probabilities, as each of the two endpoints writes them."""
         if self.kind == "chat":
             return {"content": [self._scored_token(score) for score in scores], "refusal": None}
@@ -104,13 +106,13 @@ class Reply:
             "text_offset": [score.offset for score in scores],
         }
 
-    def _scored_token(self, score: TokenScore) -> dict[str, Any]:
+    def _scored_token(self, score: TokenScore) -> dict[str, object]:
         return {
             **self._token(score.token, score.log_probability),
             "top_logprobs": [self._token(token, value) for token, value in score.likeliest],
         }
 
-    def _token(self, token: int, log_probability: float) -> dict[str, Any]:
+    def _token(self, token: int, log_probability: float) -> dict[str, object]:
         text = self.token_text(token)
         # Part of a character has no text, and its bytes are not known here.
         known = None if _INCOMPLETE in text else list(text.encode())
@@ -118,11 +120,11 @@ class Reply:
 
     def _document(
         self,
-        choices: list[dict[str, Any]],
+        choices: list[dict[str, object]],
         *,
         streamed: bool,
         usage: dict[str, int] | None = None,
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         if self.kind == "completion":
             prefix, what = "cmpl", "text_completion"
         else:
@@ -146,17 +148,17 @@ def usage(outcome: Outcome) -> dict[str, int]:
     }
 
 
-def models(name: str, created: int) -> dict[str, Any]:
+def models(name: str, created: int) -> dict[str, object]:
     """The list of the one model that is served."""
     return {"object": "list", "data": [model(name, created)]}
 
 
-def model(name: str, created: int) -> dict[str, Any]:
+def model(name: str, created: int) -> dict[str, object]:
     """The model that is served; `created` as in `Reply`."""
     return {"id": name, "object": "model", "created": created, "owned_by": "nmexport"}
 
 
-def event(document: dict[str, Any]) -> bytes:
+def event(document: dict[str, object]) -> bytes:
     """An event of a stream."""
     return f"data: {json.dumps(document, ensure_ascii=False)}\n\n".encode()
 
@@ -167,12 +169,12 @@ def error(
     kind: ErrorType = "invalid_request_error",
     parameter: str | None = None,
     code: str | None = None,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """An error as OpenAI's clients read it."""
     return {"error": {"message": message, "type": kind, "param": parameter, "code": code}}
 
 
-def error_of(problem: RequestError) -> tuple[int, dict[str, Any]]:
+def error_of(problem: RequestError) -> tuple[int, dict[str, object]]:
     """HTTP status and body for a request that is not taken."""
     message = " ".join(str(problem).splitlines())
     if isinstance(problem, ServerBusyError):

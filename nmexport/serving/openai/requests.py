@@ -78,7 +78,7 @@ class ParameterError(RequestError):
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What a client asks for."""
+    """A client's request."""
 
     model: str
     text: TextRequest
@@ -227,7 +227,7 @@ def _messages(messages: Any) -> str:
     return json.dumps([_plain(one) if isinstance(one, dict) else one for one in messages])
 
 
-def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(message: Mapping[str, Any]) -> dict[str, object]:
     """Join content that came in parts, and leave out what a client's own objects fill with null.
 
     Templates ask whether a message has `tool_calls`, not what they are.

@@ -23,7 +23,7 @@ struct Dot {
     static I flip(I bytes, std::uint8_t bits) {
         return _mm512_xor_si512(bytes, _mm512_set1_epi8(static_cast<char>(bits)));
     }
-    // Of each 16 bytes of four rows: a0 b0 c0 d0 a1 ... d3 | a4 ... | a8 ... | a12 ...
+    // Interleaves each 16 bytes of four rows: a0 b0 c0 d0 a1 ... d3 | a4 ... | a8 ... | a12 ...
     static void interleave(const I* row, I* out) {
         const I low01 = _mm512_unpacklo_epi8(row[0], row[1]);
         const I high01 = _mm512_unpackhi_epi8(row[0], row[1]);
@@ -45,7 +45,7 @@ struct Dot {
     static I subtractProduct(I sum, I a, I b) {
         return _mm512_sub_epi32(sum, _mm512_mullo_epi32(a, b));
     }
-    // Of sums over whole bytes and over their lower halves: the sums over the upper halves.
+    // The sums over the upper halves of bytes, from those over whole bytes and over lower halves.
     static I upperPart(I whole, I lower) {
         return _mm512_srai_epi32(_mm512_sub_epi32(whole, lower), 4);
     }

@@ -19,8 +19,8 @@ constexpr std::size_t stepColumns(IntegerFormat format) {
     return static_cast<std::size_t>(vectorsOf(format)) * Simd::kLANES;
 }
 
-// What stored bits are xored with, so that they are numbers that a Dot takes; and by how much they
-// then exceed the integers that they stand for.
+// The mask that stored bits are xored with, so that they are numbers that a Dot takes; and by how
+// much they then exceed the integers that they stand for.
 constexpr std::uint8_t flipOf(IntegerFormat format) {
     if (format == IntegerFormat::kINT8) return Dot::kUNSIGNED ? 0x80 : 0;
     return format == IntegerFormat::kINT4 ? 0x88 : 0;
@@ -72,7 +72,7 @@ inline __attribute__((always_inline)) Simd::F loadIf(const T* from) {
     return Simd::broadcast(0.0f);
 }
 
-// What a token's block multiplies its integer sums with.
+// The factors of a token's block for its integer sums.
 struct BlockFactors {
     Simd::F scale;
     Simd::F minusTotal;  // of its values; for zero points in floating point
@@ -98,8 +98,7 @@ inline __attribute__((always_inline)) Simd::F plusBlock(Simd::F sum, Simd::I dot
     return Simd::fma(kSCALED ? Simd::mul(block.scale, weightScale) : block.scale, whole, sum);
 }
 
-// Of a step of a group: its scales and then, where there are any in floating point, its zero
-// points.
+// One step of a group: its scales and then, if there are any in floating point, its zero points.
 template <IntegerFormat kFORMAT, typename S>
 struct Record {
     const S* scales;
@@ -111,7 +110,7 @@ struct Record {
           zeros(scales + stepColumns(kFORMAT)) {}
 };
 
-// What is known of a product's scales and zero points, as constants.
+// A product's scales and zero points, as compile-time constants.
 template <ZeroPoints kZEROS, bool kSCALED>
 struct Terms {
     static constexpr ZeroPoints kPOINTS = kZEROS;  // in floating point
@@ -136,7 +135,7 @@ inline __attribute__((always_inline)) void withTerms(const IntegerWeights& weigh
     return body(Terms<ZeroPoints::kNONE, true>{});
 }
 
-// What integer sums begin with: it takes the weights' excess away again.
+// The start of integer sums: it takes the weights' excess away again.
 template <IntegerFormat kFORMAT>
 inline std::int32_t startOf(ZeroPoints zeroPoints, std::int32_t total) {
     // Integer zero points are in excess as well, so that the two cancel.
@@ -177,7 +176,7 @@ inline __attribute__((always_inline)) void askScales(const IntegerWeights& weigh
     }
 }
 
-// Where it is asked for next: step after step, block after block.
+// The place that is asked for next: step after step, block after block.
 struct Place {
     std::size_t block = 0;
     std::size_t step = 0;

@@ -77,8 +77,8 @@ struct IntegerWeights {
     std::size_t groupBlocks;   // blocks that share scales and zero points
 };
 
-// What one token keeps, quantised: quads of its kept rows, block by block. The last quad of a block
-// is filled up with rows of zeros.
+// The kept values of one token, quantised: quads of its rows, block by block. The last quad of a
+// block is filled up with rows of zeros.
 struct QuantisedRows {
     const std::size_t* offsets;  // [quads, kQUAD] bytes from row 0 of W
     const std::int32_t* words;   // [quads] four values of 8 bits each

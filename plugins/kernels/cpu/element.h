@@ -13,10 +13,10 @@ namespace nmexport {
 enum class ElementType { kFLOAT32 = 0, kFLOAT16 = 1, kBFLOAT16 = 2 };
 
 constexpr int kELEMENT_TYPES = 3;
-// What W holds: values of X's type, or integers that stand for themselves less a zero point, times
-// a scale.
+// The contents of W: values of X's type, or integers that stand for themselves less a zero point,
+// times a scale.
 enum class WeightType { kELEMENT, kINT8, kINT4, kUINT4 };
-// What is subtracted from the integers of W, or from their products with scales.
+// The zero point: subtracted from the integers of W, or from their products with scales.
 enum class ZeroPoints {
     kNONE,
     kINTEGERS,  // as W holds its own

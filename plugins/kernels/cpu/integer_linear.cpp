@@ -282,7 +282,7 @@ void multiplyRows(const LinearArguments& a, const Variant& variant, std::size_t 
     });
 }
 
-// What many tokens keep, quantised, for all threads to read.
+// The kept values of many tokens, quantised, for all threads to read.
 struct Operand {
     std::size_t first;
     std::size_t tokens;
@@ -396,7 +396,7 @@ void multiplyTiles(const LinearArguments& a, const Variant& variant, std::size_t
 
 void multiplyIntegers(const LinearArguments& a, const Variant& variant, std::size_t first,
                       std::size_t tokens, const ThreadPool& pool) {
-    // Where all rows are kept, several tokens share them.
+    // If all rows are kept, several tokens share them.
     if (tokens == 1 || (tokens <= kMOST_ROW_TOKENS && !keepsAll(a))) {
         multiplyRows(a, variant, first, tokens, pool);
     } else {

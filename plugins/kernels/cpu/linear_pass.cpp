@@ -86,7 +86,7 @@ void selectPart(const LinearArguments& a, const Variant& variant, const Pass& pa
 
 float varianceRatioOf(const LinearArguments& a, const Variant& variant, const Pass& pass,
                       std::size_t t) {
-    // Where nothing is dropped, there is nothing to correct, not even for a constant token.
+    // If nothing is dropped, there is nothing to correct, not even for a constant token.
     if (!a.varianceCorrection || keepsAll(a)) return 1.0f;
     const SelectedTokens& selected = pass.selected;
     return variant.varianceRatio(selected.z + t * selected.zStride,

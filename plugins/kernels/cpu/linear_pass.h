@@ -1,4 +1,4 @@
-// What the products in floating point and in integers share: selection, epilogue, cutting of work.
+// Shared by products in floating point and in integers: selection, epilogue, cutting of work.
 #pragma once
 
 #include "nm_linear.h"
@@ -63,7 +63,7 @@ struct Cut {
 // Where `bytes` of W are read.
 Cut cutOf(const LinearArguments& a, std::size_t tokens, std::size_t bytes, const ThreadPool& pool);
 
-// Whether threads take equal shares of so many tasks, or nearly.
+// True if threads take equal shares of so many tasks, or nearly.
 bool isEven(std::size_t tasks, std::size_t threads);
 
 // With values in 8 bits: products in integers.

@@ -43,7 +43,7 @@ const char* weightsFrom(const LinearArguments& a, std::size_t column) {
     return static_cast<const char*>(a.w) + rowBytes(a, column);
 }
 
-// What each token of a pass keeps, as lists that are multiplied a slice at a time.
+// The kept values of each token of a pass, as lists that are multiplied a slice at a time.
 struct KeptLists {
     std::int32_t* rows;  // [tokens, stride]
     float* values;       // the same
@@ -155,7 +155,7 @@ std::size_t tokensOfRun(std::size_t tokens, std::size_t panels, std::size_t thre
     return divideUp(tokens, runs);
 }
 
-// What the tokens of a prompt keep, for all threads to read.
+// The kept values of a prompt's tokens, for all threads to read.
 struct Prompt {
     std::size_t first;
     std::size_t tokens;

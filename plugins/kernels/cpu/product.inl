@@ -261,7 +261,7 @@ class BlockPrefetcher {
     std::size_t mColumn = 0;  // of the first row that is wanted
 };
 
-// What the tokens keep of a block of channels, a bit for each.
+// The channels of a block that the tokens keep, a bit for each.
 struct BlockKeep {
     std::uint64_t any;  // token keeps it: the rows to pack
     std::uint64_t all;  // tokens keep it
@@ -282,7 +282,7 @@ std::size_t channelsOfBlock(const PanelProduct& p, std::size_t block) {
     return left < kBLOCK ? left : kBLOCK;
 }
 
-// Whether every token keeps every channel of a block.
+// True if every token keeps every channel of a block.
 bool isWhole(const PanelProduct& p, std::size_t block, const BlockKeep& keep) {
     return keep.all == ~std::uint64_t{0} >> (kBLOCK - channelsOfBlock(p, block));
 }

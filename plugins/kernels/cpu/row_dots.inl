@@ -3,12 +3,12 @@
 namespace nmexport {
 namespace {
 
-// Whether a step's odd columns are multiplied in the upper half of whole bytes: what the lower half
+// True if a step's odd columns are multiplied in the upper half of whole bytes: what the lower half
 // adds is taken away once a block, which saves two instructions of three for every vector.
 template <IntegerFormat kFORMAT>
 constexpr bool kWHOLE_BYTES = Dot::kTAKES_BYTES && kFORMAT != IntegerFormat::kINT8;
 
-// What a vector of integer sums begins with.
+// The start of a vector of integer sums.
 template <IntegerFormat kFORMAT>
 inline std::int32_t quadStart(ZeroPoints zeroPoints, std::int32_t total, int vector) {
     const std::int32_t start = startOf<kFORMAT>(zeroPoints, total);
@@ -103,7 +103,7 @@ class RowsAhead {
     inline __attribute__((always_inline)) std::size_t next() {
         if (mPlace.block == mDots.blocks) return 1;
         const std::size_t block = mPlace.block;
-        // Where rows do not begin with a line, a part of one ends in a line of its own.
+        // If rows do not begin with a line, a part of one ends in a line of its own.
         const bool isLast = mPlace.step + 1 == mSteps.count;
         const std::uint8_t* w = mDots.weights.w + mPlace.step * kSTEP_BYTES;
         std::size_t lines = 1;

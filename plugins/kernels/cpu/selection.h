@@ -24,7 +24,7 @@ struct SelectionConstants {
     bool dynamicShift = false;
 };
 
-// Where the result goes, for tokens 0 .. count-1.
+// The result's place, for tokens 0 .. count-1.
 struct SelectedTokens {
     float* z;  // [count, zStride], by position
     std::size_t zStride;

@@ -63,7 +63,7 @@ struct Simd {
     static I broadcastInt(std::int32_t value) { return _mm256_set1_epi32(value); }
     static I min(I a, I b) { return _mm256_min_epi32(a, b); }
     static I max(I a, I b) { return _mm256_max_epi32(a, b); }
-    // Where a >= b: adds 1 to count and bit to mask.
+    // Adds 1 to count and bit to mask in lanes with a >= b.
     static void countAtLeast(I a, I b, std::int32_t bit, I* count, I* mask) {
         const I less = _mm256_cmpgt_epi32(b, a);
         *count = _mm256_add_epi32(*count, _mm256_add_epi32(less, _mm256_set1_epi32(1)));
@@ -92,7 +92,7 @@ struct Simd {
     static inline __attribute__((always_inline)) void prefetch(const void* address) {
         _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0);
     }
-    // Of what is to be written.
+    // Prefetches a line to be written.
     static inline __attribute__((always_inline)) void prefetchWrite(const void* address) {
         __builtin_prefetch(address, 1);
     }

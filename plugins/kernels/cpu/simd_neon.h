@@ -64,7 +64,7 @@ struct Simd {
     static I broadcastInt(std::int32_t value) { return vdupq_n_s32(value); }
     static I min(I a, I b) { return vminq_s32(a, b); }
     static I max(I a, I b) { return vmaxq_s32(a, b); }
-    // Where a >= b: adds 1 to count and bit to mask.
+    // Adds 1 to count and bit to mask in lanes with a >= b.
     static void countAtLeast(I a, I b, std::int32_t bit, I* count, I* mask) {
         const int32x4_t atLeast = vreinterpretq_s32_u32(vcgeq_s32(a, b));
         *count = vsubq_s32(*count, atLeast);
@@ -87,11 +87,11 @@ struct Simd {
     static inline __attribute__((always_inline)) void prefetch(const void* address) {
         __builtin_prefetch(address);
     }
-    // Of what is to be written.
+    // Prefetches a line to be written.
     static inline __attribute__((always_inline)) void prefetchWrite(const void* address) {
         __builtin_prefetch(address, 1);
     }
-    // Of what is read once: it passes by the outer caches and leaves them to what comes back.
+    // Prefetches what is read once, past the outer caches: they are left to what comes back.
     static inline __attribute__((always_inline)) void prefetchFar(const void* address) {
         __builtin_prefetch(address, 0, 0);
     }

@@ -85,7 +85,7 @@ struct Simd {
         for (int i = 0; i < kLANES; ++i) a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
         return a;
     }
-    // Where a >= b: adds 1 to count and bit to mask.
+    // Adds 1 to count and bit to mask in lanes with a >= b.
     static void countAtLeast(I a, I b, std::int32_t bit, I* count, I* mask) {
         for (int i = 0; i < kLANES; ++i) {
             const bool atLeast = a.lane[i] >= b.lane[i];

@@ -1,4 +1,4 @@
-// What lies between the linears of a step: norms, gated activations, attention over a paged cache.
+// The parts of a step between its linears: norms, gated activations, attention over a paged cache.
 //
 // A token's result depends on its own sequence alone, and every sum has one order, whatever other
 // tokens are in the step, however a prompt is cut, on however many threads.
@@ -107,7 +107,7 @@ struct StepFunctions {
     // position.
     float (*softmax)(float* scores, std::size_t begin, std::size_t end);
     void (*gatedSilu)(const float* gate, const float* up, std::size_t count, float* y);
-    // Of one token; `skip` and `sum` may be null.
+    // One token; `skip` and `sum` may be null.
     void (*norm)(const NormArguments& token);
 };
 

@@ -75,7 +75,7 @@ class BlocksAhead {
         const bool isLast = mPlace.step + 1 == mSteps.count;
         for (std::size_t r = 0; r < kQUAD; ++r, w += stride) {
             ask<kCACHE>(w);
-            // Where rows do not begin with a line, a part of one ends in a line of its own.
+            // If rows do not begin with a line, a part of one ends in a line of its own.
             if (isLast) ask<kCACHE>(w + mSteps.last - 1);
         }
     }

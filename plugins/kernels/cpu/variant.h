@@ -19,8 +19,9 @@ constexpr std::size_t kBLOCK = 64;
 // Vectors of accumulators a prefill panel is wide; they stay in registers across a block.
 constexpr std::size_t kPANEL_VECTORS = 8;
 
-// What turns one token's row of X into the operand that is selected from. A position is a channel's
-// place in the order, where there is one: X is gathered first, all the rest lies by position.
+// The steps from one token's row of X to the operand that is selected from. A position is a
+// channel's place in the order, where there is one: X is gathered first, all the rest lies by
+// position.
 //
 //   x        | 0 | 1 | 2 | 3 | ...     by channel
 //   order    | 2 | 0 | 3 | 1 | ...
@@ -34,7 +35,7 @@ struct TokenInput {
     bool dynamicShift;                 // eta is the token's own mean; excludes shift
 };
 
-// What one token keeps, by ascending position: as bits, and as a list.
+// The positions that one token keeps, ascending: as bits, and as a list.
 struct KeptRows {
     const float* z;             // [channels]
     const std::uint64_t* keep;  // bit p = position p is kept
@@ -43,7 +44,7 @@ struct KeptRows {
     float* values;       // the same
 };
 
-// What one token keeps, cut into blocks of kBLOCK positions: the values of a block, ascending, and
+// The values that one token keeps, in blocks of kBLOCK positions: those of a block, ascending, and
 // a bit for each of its positions.
 struct KeptBlocks {
     const float* z;             // [channels], by position
@@ -62,7 +63,7 @@ struct WeightScales {
     const float* zeros = nullptr;  // [groups, rowStride], subtracted first, or null
 };
 
-// Where rows of W are brought ahead of their turn.
+// The cache that rows of W are prefetched into.
 enum class Cache { kFIRST_LEVEL, kSECOND_LEVEL };
 
 // Rows of W that one token keeps, against a tile of columns.
@@ -80,7 +81,7 @@ struct RowProduct {
     Cache ahead;
 };
 
-// What scales and shifts a token's sums.
+// Factors and shifts of a token's sums.
 struct TokenFactors {
     float nu;
     float eta;
@@ -143,7 +144,7 @@ struct Variant {
     void (*cutKept)(const KeptBlocks& kept);
     void (*rowProduct[kWEIGHT_TYPES])(const RowProduct& product);
     void (*panelProduct[kWEIGHT_TYPES])(const PanelProduct& product);
-    // Of Int8 weights with group-wise scales.
+    // For Int8 weights with group-wise scales.
     void (*scaledRowProduct)(const RowProduct& product);
     void (*scaledPanelProduct)(const PanelProduct& product);
     // The same with zero points.
@@ -152,7 +153,7 @@ struct Variant {
     void (*epilogue[kELEMENT_TYPES])(const Epilogue& epilogue);
     // Reads memory in order, as fast as one thread can.
     std::uint64_t (*readWords)(const void* data, std::size_t bytes);
-    // What lies between the linears.
+    // Norms, gated activations and attention.
     const StepFunctions* step;
 };
 

@@ -47,6 +47,22 @@ __device__ __forceinline__ uint4 loadStreaming(void const* address) {
     return value;
 }
 
+//! The same, of 16 or of 8 bytes; those only where compute capability is 8.0 or more.
+template <typename Vector>
+__device__ __forceinline__ Vector loadStreaming(void const* address) {
+    if constexpr (sizeof(Vector) == sizeof(uint4)) {
+        return loadStreaming(address);
+    } else {
+        uint2 value{};
+#if __CUDA_ARCH__ >= 800
+        asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+                     : "=r"(value.x), "=r"(value.y)
+                     : "l"(address));
+#endif
+        return value;
+    }
+}
+
 __device__ __forceinline__ void prefetchToL2(void const* address) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }

@@ -41,7 +41,8 @@ cudaError_t launchStoredWithPlan(LinearArgs const& args, TokenCorrections const&
                                  DecodePlan const& plan, DeviceTraits const& device,
                                  cudaStream_t stream);
 
-//! A compiled shape for one token.
+//! A compiled shape for one token. On integers of 4 bits, eight loads are of half the bytes, so
+//! that a block has half the columns.
 struct StoredPlanShape {
     int32_t warps;
     int32_t unroll;
@@ -52,13 +53,11 @@ inline constexpr StoredPlanShape kSTORED_SHAPES[] = {{4, 8}, {8, 8}, {8, 4}};
 //! The one shape of eight tokens.
 inline constexpr StoredPlanShape kEIGHT_TOKENS{8, 8};
 
-//! Warps of such a shape that a multiprocessor holds: what its registers leave room for.
-constexpr int32_t residentStoredWarps(WeightType type, StoredPlanShape const& shape) {
+//! Warps of one or of eight tokens that a multiprocessor holds: what registers leave room for.
+//! Integers of 4 bits have twice the sums, and eight tokens twice the loads in flight.
+constexpr int32_t residentStoredWarps(WeightType type, bool hasOneToken) {
     bool const isNarrow = type == WeightType::kINT4 || type == WeightType::kUINT4;
-    if (isNarrow) {
-        return shape.unroll == 8 ? (shape.warps == 4 ? 12 : 8) : 16;
-    }
-    return 16;
+    return isNarrow && !hasOneToken ? 8 : 16;
 }
 
 //! Columns [first, first + columns) of W in T, each rounded once.

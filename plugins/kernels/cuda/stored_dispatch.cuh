@@ -10,6 +10,11 @@ namespace nmexport::cuda {
 //! What kernels are compiled for. kINT4 is signed or not, as a value of the launch says.
 enum class Storage { kINT8, kINT4, kFLOAT8 };
 
+//! Whether a lane of such a shape reads 8 bytes of a row at a time, and not 16.
+constexpr bool hasHalfVectors(Storage storage, int tokens, int unroll) {
+    return storage == Storage::kINT4 && tokens == 1 && unroll == 8;
+}
+
 //! What a launch is given, worked out on the host.
 struct StoredArgs {
     LinearArgs linear;

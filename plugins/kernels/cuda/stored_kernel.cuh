@@ -7,6 +7,8 @@
 //
 //     lane 4 g + t:  bytes 16 g ... of rows t, 4 + t, 8 + t, 12 + t of a step of 16 queued rows
 //
+// With narrow tiles it reads 8 bytes in place of 16.
+//
 // The 8 columns of values are tokens, or the scale groups of one token: a value stands in its own
 // group's column, so that eight groups are summed side by side and scaled once, at the end of a
 // window. Sums then meet as in decode_kernel.cuh.
@@ -26,7 +28,8 @@ struct alignas(16) StoredScratch {
     int32_t row[RING];
 };
 
-//! TOKENS: 1, or 8 of which some may be missing.
+//! TOKENS: 1, or 8 of which some may be missing. UNROLL: loads of a lane in flight; of 4 bits a
+//! weight, eight of them are of 8 bytes each, for narrow tiles of few outputs.
 template <typename T, Storage STORAGE_, int TOKENS_, int WARPS_, int UNROLL_>
 struct StoredShape {
     using Element = T;
@@ -39,7 +42,9 @@ struct StoredShape {
 
     static constexpr int THREADS = WARPS * kWARP;
     static constexpr int LANES_PER_ROW = 8;
-    static constexpr int WIDTH = 4 * kPER_WORD<STORAGE>;  //!< columns of one lane
+    using Vector = std::conditional_t<hasHalfVectors(STORAGE, TOKENS, UNROLL), uint2, uint4>;
+    static constexpr int WORDS = sizeof(Vector) / sizeof(uint32_t);
+    static constexpr int WIDTH = WORDS * kPER_WORD<STORAGE>;  //!< columns of one lane
     static constexpr int COLUMNS = LANES_PER_ROW * WIDTH;
     static constexpr int PRODUCTS = WIDTH / 2;  //!< of 16 outputs each
     static constexpr int STEPS = UNROLL / 4;    //!< of 16 rows each, in flight
@@ -202,7 +207,7 @@ struct StoredLane {
 //! One batch of rows, in flight, and the values that it meets.
 template <typename Shape>
 struct StoredBatch {
-    uint4 raw[Shape::UNROLL];
+    typename Shape::Vector raw[Shape::UNROLL];
     uint32_t values[Shape::STEPS][2];  //!< operand b of each step
 };
 
@@ -229,10 +234,11 @@ __device__ __forceinline__ void loadBatch(StoredBatch<Shape>& batch,
         bool const isThere = WHOLE || entry < count;
         uint32_t const place = (head + entry) % Shape::RING;
         int32_t const row = isThere ? scratch.row[place] : 0;
-        batch.raw[load] = make_uint4(0, 0, 0, 0);
+        batch.raw[load] = {};
         uint32_t bits = 0U;
         if (isThere) {
-            batch.raw[load] = loadStreaming(lane.w + static_cast<int64_t>(row) * lane.rowBytes);
+            unsigned char const* const at = lane.w + static_cast<int64_t>(row) * lane.rowBytes;
+            batch.raw[load] = loadStreaming<typename Shape::Vector>(at);
             bits = valueOf<Shape>(scratch, place, row, lane);
         }
         uint32_t& pair = batch.values[load / 4][load / 2 % 2];
@@ -262,6 +268,10 @@ __device__ __forceinline__ uint32_t wordOf(uint4 const& raw, int word) {
     return word == 0 ? raw.x : (word == 1 ? raw.y : (word == 2 ? raw.z : raw.w));
 }
 
+__device__ __forceinline__ uint32_t wordOf(uint2 const& raw, int word) {
+    return word == 0 ? raw.x : raw.y;
+}
+
 //! sums += one loaded batch.
 template <typename Shape>
 __device__ __forceinline__ void multiplyBatch(
@@ -277,9 +287,9 @@ __device__ __forceinline__ void multiplyBatch(
             constexpr uint32_t kONES = std::is_same_v<T, __half> ? 0x3c003c00U : 0x3f803f80U;
             multiplyTiles<T>(sums.values, kONES, kONES, kONES, kONES, b0, b1);
         }
-        uint4 const* const raw = batch.raw + 4 * step;
+        typename Shape::Vector const* const raw = batch.raw + 4 * step;
 #pragma unroll
-        for (int word = 0; word < 4; ++word) {
+        for (int word = 0; word < Shape::WORDS; ++word) {
             uint32_t near[kPAIRS];
             uint32_t far[kPAIRS];
             reader.read(wordOf(raw[0], word), wordOf(raw[1], word), near);
@@ -516,10 +526,9 @@ __global__ void __launch_bounds__(Shape::THREADS, (residentCtas<Shape, MIN_CTAS>
     // A lane past the last column reads the first vector of its tile again and its sums are not
     // stored.
     int32_t const column = ownColumn < linear.outputs ? ownColumn : firstColumn;
-    constexpr int kCOLUMNS_PER_VECTOR_BYTE = Shape::WIDTH / 16;
-    StoredLane const lane{
-        static_cast<unsigned char const*>(linear.w) + column / kCOLUMNS_PER_VECTOR_BYTE,
-        linear.outputs / kCOLUMNS_PER_VECTOR_BYTE, column, args.groupShift};
+    constexpr int kPER_BYTE = kPER_WORD<Shape::STORAGE> / 4;
+    StoredLane const lane{static_cast<unsigned char const*>(linear.w) + column / kPER_BYTE,
+                          linear.outputs / kPER_BYTE, column, args.groupShift};
 
     Range const units = splitRange(linear.channels / 16, cluster * Shape::WARPS,
                                    static_cast<int32_t>(rank) * Shape::WARPS + warp);

@@ -27,11 +27,12 @@ bool isPowerOfTwo(int32_t value) {
 
 constexpr int32_t kMAX_CLUSTER = 8;
 
-//! Integers of 4 bits have twice the sums, and no registers for more loads. Few tiles of bytes:
-//! long blocks, so that every multiprocessor has its share of loads in flight.
+//! Few tiles of bytes: long blocks, so that every multiprocessor has its share of loads in flight;
+//! of integers of 4 bits: narrow tiles, which are more.
 StoredPlanShape shapeOf(WeightType type, int32_t mostBlocks, DeviceTraits const& device) {
     if (isNarrow(type)) {
-        return {8, 4};
+        return mostBlocks < 2 * device.multiprocessors ? StoredPlanShape{8, 8}
+                                                       : StoredPlanShape{8, 4};
     }
     return mostBlocks < 3 * device.multiprocessors ? StoredPlanShape{8, 8} : StoredPlanShape{4, 8};
 }
@@ -75,13 +76,15 @@ bool hasStoredRows(LinearArgs const& args) {
 }
 
 DecodePlan storedPlan(LinearArgs const& args, DeviceTraits const& device) {
-    int32_t const columns = 8 * vectorOf(args.stored.type);
-    int32_t const tiles = (args.outputs + columns - 1) / columns;
+    bool const hasOneToken = args.tokens <= kMAX_PRUNED_TOKENS;
+    int32_t const wide = 8 * vectorOf(args.stored.type);
+    auto const tilesOf = [&](int32_t columns) { return (args.outputs + columns - 1) / columns; };
     int32_t const splits = device.computeCapability >= 90 ? kMAX_CLUSTER : 1;
-    StoredPlanShape const shape = args.tokens <= kMAX_PRUNED_TOKENS
-                                      ? shapeOf(args.stored.type, tiles * splits, device)
-                                      : kEIGHT_TOKENS;
-    int32_t const resident = residentStoredWarps(args.stored.type, shape);
+    StoredPlanShape const shape =
+        hasOneToken ? shapeOf(args.stored.type, tilesOf(wide) * splits, device) : kEIGHT_TOKENS;
+    bool const isHalved = isNarrow(args.stored.type) && hasOneToken && shape.unroll == 8;
+    int32_t const tiles = tilesOf(isHalved ? wide / 2 : wide);
+    int32_t const resident = residentStoredWarps(args.stored.type, hasOneToken);
     int32_t const useful = std::max(args.channels / (shape.warps * 32), 1);
     DecodePlan plan{};
     plan.lanesPerRow = 8;
@@ -96,7 +99,7 @@ DecodePlan storedPlan(LinearArgs const& args, DeviceTraits const& device) {
     }
     // Of half of a short slice's rows a batch of 32 leaves many over.
     bool const isSparse = args.isPruned || args.selection.n < args.selection.m;
-    if (isSparse && args.tokens <= kMAX_PRUNED_TOKENS && shape.warps == 8 &&
+    if (isSparse && hasOneToken && !isNarrow(args.stored.type) && shape.warps == 8 &&
         args.channels < 96 * shape.warps * plan.cluster) {
         plan.unroll = 4;
     }

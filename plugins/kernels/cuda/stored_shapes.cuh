@@ -11,7 +11,7 @@ template <typename T, Storage STORAGE, int TOKENS, int WARPS, int UNROLL>
 cudaError_t launchStoredShape(StoredArgs const& args, DecodePlan const& plan,
                               DeviceTraits const& device, cudaStream_t stream) {
     constexpr WeightType kTYPE = STORAGE == Storage::kINT4 ? WeightType::kINT4 : WeightType::kINT8;
-    constexpr int kCTAS = residentStoredWarps(kTYPE, {WARPS, UNROLL}) / WARPS;
+    constexpr int kCTAS = residentStoredWarps(kTYPE, TOKENS == 1) / WARPS;
     using Shape = StoredShape<T, STORAGE, TOKENS, WARPS, UNROLL>;
     int32_t const layers = ceilDivide(static_cast<int32_t>(args.linear.tokens), TOKENS);
     return launchTiles<Shape, StoredArgs>(&storedKernel<Shape, kCTAS>, args, args.linear.outputs,
