@@ -111,7 +111,8 @@ class RowLists {
         const std::uint64_t* keep = pass.selected.keep + t * pass.selected.keepStride;
         const float* z = pass.selected.z + t * pass.selected.zStride + channels.begin;
         if (scale != nullptr) {
-            // A copy: the variance is that of unscaled values, and is taken once all are there.
+            // A copy: the variance is that of unscaled values, and is taken once all are there. It
+            // needs no room behind it: whole blocks are whole vectors.
             float* scaled = scratch.scaled.reserve(total);
             std::memcpy(scaled, z, total * sizeof *z);
             mVariant.scaleValues(scale + channels.begin, total, scaled);
