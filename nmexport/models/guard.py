@@ -65,8 +65,13 @@ def reading(source: ModelSource, *, part: str | None = None) -> Iterator[None]:
             f"Model {source.id!r} cannot be loaded from {where}: "
             f"{_architecture(source.folder)}{_reason(error, source.folder)}",
             allowed="a causal language model that this version of transformers knows",
-            fix="check that the files are complete; for a model with Python files of its own, "
-            "give --trust-remote-code if you trust them",
+            fix="check that the files are complete"
+            + (
+                ", the model's own Python files too"
+                if source.trust_remote_code
+                else "; for a model with Python files of its own, give --trust-remote-code if you "
+                "trust them"
+            ),
         ) from error
 
 

@@ -124,6 +124,7 @@ def check_text_files(source: ModelSource, tokenizer: PreTrainedTokenizerBase) ->
             fix="look for a version of the model with tokenizer.json",
         )
     _check_template(source, tokenizer)
+    _check_end_token(source, tokenizer)
     try:
         rows = _check_configs(source)
     except ArtifactError as error:
@@ -146,6 +147,33 @@ def _check_template(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> 
             allowed="a Jinja template",
             fix="correct it, or remove it: the model is then served without chat",
         ) from error
+
+
+def _check_end_token(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse an end of text that no file gives an id: the one that transformers invents ends nothing.
+
+    Raises:
+        ModelError: naming the token.
+    """
+    from tokenizers import Tokenizer
+
+    token, vocabulary = tokenizer.eos_token, source.folder / _WHOLE[0]
+    if source.gguf_file is not None or token is None or not vocabulary.is_file():
+        return
+    config = read_json(source.folder / _TOKENIZER_CONFIG).get("added_tokens_decoder")
+    added = config.values() if isinstance(config, dict) else ()
+    if (
+        Tokenizer.from_file(str(vocabulary)).token_to_id(token) is None
+        and token not in read_json(source.folder / _OBJECTS[2])
+        and not any(isinstance(entry, dict) and entry.get("content") == token for entry in added)
+    ):
+        raise ModelError(
+            f"The tokenizer of {source.id!r} has eos_token {token!r}, which {vocabulary} does not "
+            "hold: texts would never end.",
+            allowed="a token of the vocabulary",
+            fix=f"correct eos_token in {source.folder / _TOKENIZER_CONFIG}, or take the tokenizer "
+            "that belongs to these weights",
+        )
 
 
 def _template_file(source: ModelSource) -> Path:

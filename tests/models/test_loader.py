@@ -223,6 +223,21 @@ def test_a_tokenizer_may_know_more_than_the_model_but_not_begin_texts_so(
         load_tokenizer(source_of(folder))
 
 
+def test_an_end_of_text_that_no_file_knows_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps({**config, "eos_token": "<end>"}), "utf-8")
+    with pytest.raises(ModelError, match=r"eos_token '<end>'.*never end"):
+        load_tokenizer(source_of(folder))
+    # Saved by transformers, an added token is in the files.
+    path.write_text(json.dumps(config), "utf-8")
+    tokenizer = load_tokenizer(source_of(folder))
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    tokenizer.save_pretrained(folder)
+    assert load_tokenizer(source_of(folder)).eos_token == "<end>"  # noqa: S105
+
+
 def test_replace_linears_and_back(tiny_llama: Path) -> None:
     model = load_model(source_of(tiny_llama))
     name = "model.layers.1.mlp.up_proj"
