@@ -150,7 +150,7 @@ def _check_template(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _check_end_token(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse an end of text that no file gives an id: the one that transformers invents ends nothing.
+    """Refuse an end of text without an id: the one that transformers invents ends nothing.
 
     Raises:
         ModelError: naming the token.
