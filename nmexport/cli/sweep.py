@@ -22,9 +22,8 @@ from nmexport.errors import UserError
 
 if TYPE_CHECKING:
     from nmexport.sweep.cluster import Cluster
-    from nmexport.sweep.measure import Job
     from nmexport.sweep.outcome import Results
-    from nmexport.sweep.plan import Sweep
+    from nmexport.sweep.plan import Job, Sweep
     from nmexport.sweep.row import Row
 
 _ROOT = Path("nmexport-work")
@@ -148,8 +147,7 @@ def _overrides(settings: tuple[str, ...]) -> dict[str, object]:
 
 
 def _jobs(planned: Sweep, root: Path) -> list[Job]:
-    from nmexport.sweep.measure import Job
-    from nmexport.sweep.plan import folders
+    from nmexport.sweep.plan import Job, folders
 
     return [
         Job(

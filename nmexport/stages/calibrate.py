@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from nmexport.calibration.corpus import SELF, check_samples, corpus_identity, load_samples
 from nmexport.errors import CorpusError
 from nmexport.models.context import check_lengths
+from nmexport.models.guard import unused_code
 from nmexport.models.offload import check_layerwise, is_placed, open_dense
 from nmexport.progress import busy
 from nmexport.sparsity.statistics import ChannelStatistics
@@ -155,7 +156,6 @@ def run(inputs: StageInputs) -> dict[str, object]:
 
     from nmexport.calibration.forward_passes import gather_channel_statistics, on_best_device
     from nmexport.calibration.overflow import refuse_overflow
-    from nmexport.models.guard import unused_code
     from nmexport.models.loader import load_tokenizer
     from nmexport.sparsity.targets import linears_of
 

@@ -10,6 +10,8 @@ import logging
 from typing import TYPE_CHECKING
 
 from nmexport.errors import ModelError
+from nmexport.models.weight_files import stored_tensors
+from nmexport.sparsity.weight_form import WeightForm
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -49,8 +51,6 @@ def with_own_type(recipe: Recipe, source: ModelSource, environment: Environment)
 
 def stored_type(source: ModelSource) -> Dtype | None:
     """The 16-bit type that all matrices of a checkpoint are stored in; None where it is another."""
-    from nmexport.models.weight_files import stored_tensors
-
     if source.gguf_file is not None:
         return None
     try:
@@ -94,7 +94,6 @@ def check_fit(recipe: Recipe, source: ModelSource, pattern: NMPattern | None = N
     from nmexport.calibration.quantising import head_name
     from nmexport.models.skeleton import skeleton
     from nmexport.sparsity.targets import linears_of, select_targets
-    from nmexport.sparsity.weight_form import WeightForm
 
     try:
         model = skeleton(source)

@@ -7,7 +7,7 @@ parity legs that name it. A gate that does not hold does not stop the stage: the
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nmexport.calibration import corpus
 from nmexport.environment import return_device_memory
@@ -30,20 +30,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import numpy as np
-    import onnx
     from numpy.typing import NDArray
 
     from nmexport.recipe import Recipe
-    from nmexport.report.model import Report, Sparsity
-    from nmexport.runtimes.onnxruntime_session import OrtSession
+    from nmexport.report.model import Report
     from nmexport.stages.inputs import StageInputs
 
 UPSTREAM = ("fold", "export", "engine")
 
-# Windows whose activations are counted, and tokens of the window that layer outputs are compared
-# on: the counts hardly move after the first, and outputs of all layers are many.
-_AUDIT_WINDOWS = 2
-_ERROR_TOKENS = 128
 # Said by content in place of by name.
 _NOT_KEYS = {"corpus", "tasks", "tasks_path", "task_limit", "task_fewshot"}
 
@@ -181,7 +175,7 @@ def _subject(inputs: StageInputs) -> Subject:
 
 def _measure(inputs: StageInputs, subject: Subject) -> Measured:
     """Take every figure of the report."""
-    from nmexport.verification import executors, sides, stored_dense
+    from nmexport.verification import audit, executors, sides, stored_dense
 
     accuracy, latency = sides.measure(subject)
     with busy(inputs.progress, "verify: memory, each model in a process of its own"):
@@ -194,7 +188,7 @@ def _measure(inputs: StageInputs, subject: Subject) -> Measured:
     agreement = executors.compare(subject)
     return_device_memory()
     return Measured(
-        sparsity=_audit(subject),
+        sparsity=audit.measure(subject),
         accuracy=accuracy,
         parity=replace(agreement, dense=export.Artifact(inputs.upstream["export"]).dense_check),
         latency=latency,
@@ -232,35 +226,6 @@ def _windows(inputs: StageInputs) -> NDArray[np.int64]:
     )
     return_device_memory()  # runtimes need what torch had
     return windows
-
-
-def _audit(subject: Subject) -> Sparsity:
-    from nmexport.runtimes.native import engine_library
-    from nmexport.runtimes.onnxruntime_session import provider_here
-    from nmexport.verification import audit
-    from nmexport.verification.placing import open_where_it_runs
-
-    engine, windows = subject.engine, subject.windows
-    counted = windows[:_AUDIT_WINDOWS]
-
-    def open_on(graph: onnx.ModelProto, folder: Path, **options: Any) -> OrtSession:
-        return open_where_it_runs(
-            lambda provider: audit.open_instrumented(graph, folder, provider=provider, **options),
-            provider_here(engine.provider),
-            subject.progress,
-        )
-
-    with busy(subject.progress, "verify: what each linear keeps and loses"):
-        return audit.audit(
-            engine.model,
-            engine.dense_model,
-            subject.folded.layers,
-            library=engine_library(engine),
-            threads=engine.threads,
-            windows=subject.progress.track(counted, label="verify: audit", total=len(counted)),
-            error_window=windows[0, :_ERROR_TOKENS],
-            open_on=open_on,
-        )
 
 
 def _notes(subject: Subject, absent: str | None) -> list[str]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from nmexport.progress import Progress
-    from nmexport.sweep.measure import Job
+    from nmexport.sweep.plan import Job
 
 Rows = list[Row]
 

@@ -14,17 +14,25 @@ import functools
 import json
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
+from filelock import FileLock, Timeout
+
 from nmexport.calibration import corpus
+from nmexport.calibration.self_text import self_text
 from nmexport.environment import probe
 from nmexport.errors import UserError, WorkDirectoryError
 from nmexport.models import source as models
+from nmexport.models.loader import load_model, load_tokenizer
 from nmexport.models.swap import replace_linears
+from nmexport.models.text_files import known_tokens
+from nmexport.models.unpacked import unpack
 from nmexport.pipeline import Pipeline, Selection
 from nmexport.report.model import read_report
 from nmexport.sparsity.pattern import NMPattern
+from nmexport.sparsity.targets import linears_of, select_targets
 from nmexport.stages import fold
 from nmexport.stages.fitting import check_fit
 from nmexport.store.artifact import KEY_CHARS, canonical_json, digest_of
@@ -32,16 +40,17 @@ from nmexport.store.layers import model_phases
 from nmexport.store.records import record_from
 from nmexport.store.tensors import load_tensors, save_tensors
 from nmexport.store.work_directory import WorkDirectory
+from nmexport.sweep.baselines import replacement
 from nmexport.sweep.replay import Replay
 from nmexport.sweep.row import Figures, Row, Speeds
 from nmexport.verification import accuracy
+from nmexport.verification.reference import TorchSession, open_folded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
     import numpy as np
-    import torch
     from numpy.typing import NDArray
     from torch import nn
 
@@ -50,23 +59,12 @@ if TYPE_CHECKING:
     from nmexport.recipe import ModelSection, Recipe
     from nmexport.report.model import Scores
     from nmexport.store.layers import ModelPhases
-    from nmexport.sweep.plan import Baseline, Cell, Measure
-    from nmexport.verification.reference import TorchSession
+    from nmexport.sweep.plan import Baseline, Cell, Job
 
 SCHEMA = 1
 _ANY = NMPattern(1, 1)
 """Groups that fit every linear."""
 _VERSIONS = ("torch", "transformers")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """All cells of one model; what one machine does at a time."""
-
-    model: str
-    folder: Path
-    cells: tuple[Cell, ...]
-    measure: Measure
 
 
 def run(job: Job, progress: Progress) -> list[Row]:
@@ -177,8 +175,6 @@ class _Bench:
 
     def _fold_figures(self, recipe: Recipe) -> Figures:
         """Fold, score in torch, and forget the folded weights."""
-        from nmexport.verification.reference import open_folded
-
         pipeline = self._pipeline(recipe)
         pipeline.run(Selection(last="fold"))
         key = pipeline.keys("fold")["fold"]
@@ -204,9 +200,6 @@ class _Bench:
         return self._score(recipe, lambda: self._baseline_session(recipe, baseline), "all")
 
     def _baseline_session(self, recipe: Recipe, baseline: Baseline) -> TorchSession:
-        from nmexport.sparsity.targets import linears_of, select_targets
-        from nmexport.sweep.baselines import replacement
-
         session, model = self._load(recipe)
         groups = baseline.pattern or _ANY
         targets = recipe.sparsity.targets
@@ -249,17 +242,12 @@ class _Bench:
         return self._dense[1]
 
     def _load(self, recipe: Recipe) -> tuple[TorchSession, nn.Module]:
-        from nmexport.models.loader import load_model
-        from nmexport.verification.reference import TorchSession
-
         section = recipe.model
         model = load_model(self._readable_model(section), dtype=section.dtype)
         return TorchSession(model, model.config.get_text_config().vocab_size), model
 
     def _windows(self, recipe: Recipe) -> NDArray[np.int64]:
         """Evaluation text, made or read once for all cells that share it."""
-        import torch
-
         fields = {"model": self._find_model(recipe.model).digest, **_evaluation_fields(recipe)}
         path = self._job.folder / f"windows-{digest_of(fields)[:KEY_CHARS]}.safetensors"
         if not path.is_file():
@@ -272,15 +260,10 @@ class _Bench:
         return stored.long().numpy()
 
     def _make_windows(self, recipe: Recipe) -> NDArray[np.int64]:
-        from nmexport.models.loader import load_model, load_tokenizer
-        from nmexport.models.text_files import known_tokens
-
         source = self._find_model(recipe.model)
         tokenizer = load_tokenizer(source)
 
         def written(samples: int, length: int, seed: int) -> NDArray[np.int64]:
-            from nmexport.calibration.self_text import self_text
-
             model = load_model(self._readable_model(recipe.model), dtype="float32")
             generate = self_text(model, tokenizer, progress=self._progress, label="sweep: own text")
             return generate(samples, length, seed)
@@ -294,8 +277,6 @@ class _Bench:
         source = self._find_model(section)
         if not source.packed:
             return source
-        from nmexport.models.unpacked import unpack  # torch: only where something is measured
-
         with self._work.lock(self._command):
             return unpack(source, self._work.root, self._progress)
 
@@ -364,8 +345,6 @@ def _describe(cell: Cell) -> str:
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
     """Keep a second sweep out of a model's folder."""
-    from filelock import FileLock, Timeout
-
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock", timeout=0):

@@ -131,6 +131,16 @@ class Sweep:
     """By model, as the file names it, in the file's order."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """All cells of one model; what one machine does at a time."""
+
+    model: str
+    folder: Path
+    cells: tuple[Cell, ...]
+    measure: Measure
+
+
 def find(name: str) -> Path:
     """A sweep file: a path, or the name of one that travels with the package.
 

@@ -18,8 +18,16 @@ from nmexport.graph.contract import attribute_values, check_version, op_contract
 from nmexport.graph.cpu import is_bfloat16
 from nmexport.graph.functions import function_protos_for
 from nmexport.graph.linears import PlacedLinear, placed_linears
+from nmexport.progress import busy
 from nmexport.report.model import LayerSparsity, Sparsity
-from nmexport.runtimes.onnxruntime_session import EXTERNAL_DATA_FOLDER, SESSION_CONFIG, OrtSession
+from nmexport.runtimes.native import engine_library
+from nmexport.runtimes.onnxruntime_session import (
+    EXTERNAL_DATA_FOLDER,
+    SESSION_CONFIG,
+    OrtSession,
+    provider_here,
+)
+from nmexport.verification.placing import open_where_it_runs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,6 +37,7 @@ if TYPE_CHECKING:
 
     from nmexport.runtimes.engine import Provider
     from nmexport.store.layers import LayerSpec
+    from nmexport.verification.subject import Subject
 
     Open = Callable[..., OrtSession]
 
@@ -42,6 +51,10 @@ PROTOCOL = (
 )
 
 DECODE_STEPS = 4
+# Windows whose activations are counted, and tokens of the window that layer outputs are compared
+# on: the counts hardly move after the first, and outputs of all layers are many.
+_WINDOWS = 2
+_ERROR_TOKENS = 128
 # What layer outputs of one pass may take together, both models; more layers, more passes.
 _OUTPUT_BYTES = 256 << 20
 _PREFIX = "nmexport_audit/"
@@ -61,6 +74,31 @@ class Counter:
     def counts(self, new_tokens: int) -> bool:
         """Tell whether a run of so many new tokens a sequence meets a sparsified weight here."""
         return self.phase == "all" or (self.phase == "decode") == (new_tokens == 1)
+
+
+def measure(subject: Subject) -> Sparsity:
+    """Count on the engine's device, or on the CPU where that has no room; see `audit`."""
+    engine, windows = subject.engine, subject.windows
+    counted = windows[:_WINDOWS]
+
+    def open_on(graph: onnx.ModelProto, folder: Path, **options: Any) -> OrtSession:
+        return open_where_it_runs(
+            lambda provider: open_instrumented(graph, folder, provider=provider, **options),
+            provider_here(engine.provider),
+            subject.progress,
+        )
+
+    with busy(subject.progress, "verify: what each linear keeps and loses"):
+        return audit(
+            engine.model,
+            engine.dense_model,
+            subject.folded.layers,
+            library=engine_library(engine),
+            threads=engine.threads,
+            windows=subject.progress.track(counted, label="verify: audit", total=len(counted)),
+            error_window=windows[0, :_ERROR_TOKENS],
+            open_on=open_on,
+        )
 
 
 def read_graph(path: Path) -> onnx.ModelProto:

@@ -79,7 +79,7 @@ def swept(sweep_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 def test_a_gguf_is_dequantised_once_for_all_cells(tiny_llama: Path, tmp_path: Path) -> None:
     save_tiny_gguf(tiny_llama, tmp_path / "m.gguf")
     section = resolve(str(tmp_path / "m.gguf")).model
-    job = measure.Job(model="m", folder=tmp_path / "m", cells=(), measure="accuracy")
+    job = plan.Job(model="m", folder=tmp_path / "m", cells=(), measure="accuracy")
     notes: list[str] = []
     progress = Silent()
     progress.note = notes.append  # type: ignore[method-assign]
@@ -505,10 +505,10 @@ def test_answers_too_large_to_keep_are_not_kept(
 # -- where it runs -----------------------------------------------------------------------------
 
 
-def _jobs(sweep_file: Path, root: Path) -> list[measure.Job]:
+def _jobs(sweep_file: Path, root: Path) -> list[plan.Job]:
     cells = {"a": (), "b": (), "c": ()}
     return [
-        measure.Job(model=name, folder=root / name, cells=own, measure="accuracy")
+        plan.Job(model=name, folder=root / name, cells=own, measure="accuracy")
         for name, own in cells.items()
     ]
 
@@ -555,7 +555,7 @@ class FakeRay(types.ModuleType):
 def test_a_cluster_yields_what_this_machine_yields(
     sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fake_run(job: measure.Job, progress: Any) -> list[dict[str, Any]]:
+    def fake_run(job: plan.Job, progress: Any) -> list[dict[str, Any]]:
         del progress
         return [{"model": job.model}]
 
