@@ -85,6 +85,77 @@ class Timing:
         return cls(p10_us=p10, median_us=p50, p90_us=p90)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """The sparse side of one weight type held against the others, by medians."""
+
+    ratio: float
+    """The faster dense side of the same weights over sparse; MatMul counts as float32 and
+    MatMulNBits as int8."""
+    ratio_own_dense: float
+    ratio_matmul_float32: float
+    kept_gb_per_s: float
+    """The rate at which kept weights are read."""
+    share_of_read: float
+    """That rate over what a loop reads."""
+    selection_share: float
+    """Selection's part of the sparse side's time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One shape, thread and token count, measured."""
+
+    in_features: int
+    out_features: int
+    tokens: int
+    threads: int
+    weights: int
+    """Different weights that a sparse side goes through."""
+    runs: int
+    sides: Mapping[str, Timing]
+    read_gb_per_s: float
+    figures: Mapping[Dtype, Figures]
+
+    def as_json(self) -> dict[str, object]:
+        """JSON values; the figures lie next to the rest, by the weights' type."""
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "tokens": self.tokens,
+            "threads": self.threads,
+            "weights": self.weights,
+            "runs": self.runs,
+            "sides": {side: vars(timing) for side, timing in self.sides.items()},
+            "read_gb_per_s": self.read_gb_per_s,
+            **{dtype: vars(figures) for dtype, figures in self.figures.items()},
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelTimes:
+    """What `bench_kernels` measures, with its settings."""
+
+    runtime: str
+    variant: str
+    """Of the native library."""
+    device: str
+    pattern: NMPattern
+    dtypes: tuple[Dtype, ...]
+    grouped: bool
+    rotated_bytes: int
+    results: tuple[Row, ...]
+
+    def as_json(self) -> dict[str, object]:
+        """JSON values."""
+        return {
+            **vars(self),
+            "pattern": str(self.pattern),
+            "dtypes": list(self.dtypes),
+            "results": [row.as_json() for row in self.results],
+        }
+
+
 def bench_kernels(
     shapes: Sequence[tuple[int, int]] = SMOLLM2_SHAPES,
     tokens: Sequence[int] = (1, 128),
@@ -98,7 +169,7 @@ def bench_kernels(
     min_runs: int = 5,
     rotated_bytes: int | None = None,
     library: Path | None = None,
-) -> dict[str, Any]:
+) -> KernelTimes:
     """Time all sides on every shape, token count and thread count.
 
     Args:
@@ -116,11 +187,7 @@ def bench_kernels(
         library: The native library; default the installed one.
 
     Returns:
-        JSON values: the settings, and `results`, one row a shape, thread and token count, with
-        `sides` (p10, median and p90 in microseconds), `read_gb_per_s`, and by dtype `ratio` (the
-        faster dense side of the same weights over sparse, medians; MatMul counts as float32 and
-        MatMulNBits as int8), `ratio_own_dense`, `kept_gb_per_s`, the rate at which kept weights are
-        read, `share_of_read`, and `selection_share` of the sparse side's time.
+        The settings, and a row for each shape, thread and token count.
 
     Raises:
         RecipeError: if a shape does not fit the pattern or a number is out of range.
@@ -129,7 +196,7 @@ def bench_kernels(
     _check(shapes, tokens, threads, pattern)
     path = library or native.require_library()
     rotated = _TIMES_CACHE * last_level_cache() if rotated_bytes is None else rotated_bytes
-    rows = []
+    rows: list[Row] = []
     for in_features, out_features in shapes:
         for count in threads:
             problem = Problem(
@@ -145,16 +212,16 @@ def bench_kernels(
             )
             with _Sides(problem) as sides:
                 rows += [sides.row(count, seconds=seconds, min_runs=min_runs) for count in tokens]
-    return {
-        "runtime": f"onnxruntime {onnxruntime.__version__}",
-        "variant": native.describe_library(path)["variant"],
-        "device": probe().cpu,
-        "pattern": str(pattern),
-        "dtypes": list(dtypes),
-        "grouped": grouped,
-        "rotated_bytes": rotated,
-        "results": rows,
-    }
+    return KernelTimes(
+        runtime=f"onnxruntime {onnxruntime.__version__}",
+        variant=native.describe_library(path)["variant"],
+        device=probe().cpu,
+        pattern=pattern,
+        dtypes=tuple(dtypes),
+        grouped=grouped,
+        rotated_bytes=rotated,
+        results=tuple(rows),
+    )
 
 
 def last_level_cache(folder: Path = _CACHES) -> int:
@@ -212,7 +279,7 @@ class _Sides:
         self._copies[name] = _SELECT_NODES if name == "select" else problem.copies(item)
         return product_model(name, problem, self._copies[name])
 
-    def row(self, tokens: int, *, seconds: float, min_runs: int) -> dict[str, Any]:
+    def row(self, tokens: int, *, seconds: float, min_runs: int) -> Row:
         """Measure one token count."""
         problem = self._problem
         runs: dict[str, Callable[[], None]] = {
@@ -229,17 +296,17 @@ class _Sides:
         }
         read = sum(part.nbytes for part in self._memory) / timings["read"].median_us / 1e3
         medians = {name: timing.median_us for name, timing in timings.items()}
-        return {
-            "in_features": problem.in_features,
-            "out_features": problem.out_features,
-            "tokens": tokens,
-            "threads": problem.threads,
-            "weights": self._copies[f"sparse_{problem.dtypes[0]}"],
-            "runs": len(durations["read"]),
-            "sides": {name: vars(timing) for name, timing in timings.items()},
-            "read_gb_per_s": read,
-            **{dtype: _figures(dtype, problem, medians, read) for dtype in problem.dtypes},
-        }
+        return Row(
+            in_features=problem.in_features,
+            out_features=problem.out_features,
+            tokens=tokens,
+            threads=problem.threads,
+            weights=self._copies[f"sparse_{problem.dtypes[0]}"],
+            runs=len(durations["read"]),
+            sides=timings,
+            read_gb_per_s=read,
+            figures={dtype: _figures(dtype, problem, medians, read) for dtype in problem.dtypes},
+        )
 
     def _read(self) -> None:
         def share(part: NDArray[Any]) -> None:
@@ -248,21 +315,19 @@ class _Sides:
         list(self._readers.map(share, self._memory))
 
 
-def _figures(
-    dtype: str, problem: Problem, medians: Mapping[str, float], read: float
-) -> dict[str, float]:
+def _figures(dtype: Dtype, problem: Problem, medians: Mapping[str, float], read: float) -> Figures:
     sparse, own = medians[f"sparse_{dtype}"], medians[f"dense_{dtype}"]
     rival = {"float32": "matmul", "int8": "nbits8", "int8:128": "nbits8"}.get(dtype)
     dense = min(own, medians.get(rival, own)) if rival else own
     kept = problem.weight_bytes(dtype) * problem.pattern.density / sparse / 1e3
-    return {
-        "ratio": dense / sparse,
-        "ratio_own_dense": own / sparse,
-        "ratio_matmul_float32": medians["matmul"] / sparse,
-        "kept_gb_per_s": kept,
-        "share_of_read": kept / read,
-        "selection_share": medians["select"] / sparse,
-    }
+    return Figures(
+        ratio=dense / sparse,
+        ratio_own_dense=own / sparse,
+        ratio_matmul_float32=medians["matmul"] / sparse,
+        kept_gb_per_s=kept,
+        share_of_read=kept / read,
+        selection_share=medians["select"] / sparse,
+    )
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -104,6 +104,80 @@ class _Client:
         """Never called."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Waits:
+    """Quantiles over all requests."""
+
+    p50_ms: float
+    p90_ms: float
+    p99_ms: float
+
+    @classmethod
+    def of(cls, times_ms: Sequence[float]) -> Waits:
+        """Quantiles of the waits; zeros where nobody waited."""
+        values = percentiles(times_ms, (50, 90, 99)) if times_ms else (0.0, 0.0, 0.0)
+        p50, p90, p99 = (round(value, 3) for value in values)
+        return cls(p50_ms=p50, p90_ms=p90, p99_ms=p99)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideTimes:
+    """One side under one load."""
+
+    tokens_per_s: float
+    """Median of the rounds."""
+    ttft: Waits
+    itl: Waits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """All sides under one load."""
+
+    load: Load
+    rounds: int
+    sides: Mapping[str, SideTimes]
+    speedup: float
+
+    def as_json(self) -> dict[str, object]:
+        """JSON values, all on one level: the load, each side by its name, and the speed-up."""
+        sides = {name: asdict(side) for name, side in self.sides.items()}
+        return {**vars(self.load), "rounds": self.rounds, **sides, "speedup": self.speedup}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """What the speed costs: from the work directory's report."""
+
+    dataset: str | None
+    dense: float | None
+    sparse: float
+
+    def of(self, side: str) -> float | None:
+        """A side's; none of a server's, which runs the sparse model."""
+        return {"dense": self.dense, "sparse": self.sparse}.get(side)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingTimes:
+    """What `bench_serve` measures."""
+
+    runtime: str
+    device: str
+    perplexity: Perplexity | None
+    """None where the work directory has no report."""
+    results: tuple[Row, ...]
+
+    def as_json(self) -> dict[str, object]:
+        """JSON values."""
+        return {
+            "runtime": self.runtime,
+            "device": self.device,
+            "perplexity": None if self.perplexity is None else vars(self.perplexity),
+            "results": [row.as_json() for row in self.results],
+        }
+
+
 @dataclass
 class _Rounds:
     """Measurements of one side, round by round."""
@@ -112,12 +186,12 @@ class _Rounds:
     first_ms: list[float] = field(default_factory=list)
     next_ms: list[float] = field(default_factory=list)
 
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "tokens_per_s": round(median(self.tokens_per_s), 2),
-            "ttft": _percentiles(self.first_ms),
-            "itl": _percentiles(self.next_ms),
-        }
+    def summary(self) -> SideTimes:
+        return SideTimes(
+            tokens_per_s=round(median(self.tokens_per_s), 2),
+            ttft=Waits.of(self.first_ms),
+            itl=Waits.of(self.next_ms),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +217,7 @@ def bench_serve(
     slots: int | None = None,
     through: Through | None = None,
     progress: Progress,
-) -> dict[str, Any]:
+) -> ServingTimes:
     """Put each load on the dense and the sparse model of a work directory, in turns.
 
     Args:
@@ -156,10 +230,7 @@ def bench_serve(
         progress: Where to count.
 
     Returns:
-        `runtime` and `device`; `perplexity` of both sides with its `dataset`, where the work
-        directory has a report; and `results`, one row a load: the load, `rounds`, and for each side
-        `tokens_per_s` (median of the rounds), `ttft` and `itl` (`p50_ms`, `p90_ms`, `p99_ms` over
-        all requests), and `speedup`.
+        One row a load, with the runtime and device that it was put on.
 
     Raises:
         ArtifactError: if the work directory holds no engine, or one that cannot be opened.
@@ -183,34 +254,33 @@ def bench_serve(
         }
         if through is not None:
             sides[THROUGH] = _through(through, tokenizer)
-        return {
-            "runtime": sparse.runtime,
-            "device": device_name(environment.probe(), on_gpu=engine.provider == "cuda"),
-            "perplexity": _perplexity(work / "report.json"),
-            "results": [
+        return ServingTimes(
+            runtime=sparse.runtime,
+            device=device_name(environment.probe(), on_gpu=engine.provider == "cuda"),
+            perplexity=_perplexity(work / "report.json"),
+            results=tuple(
                 compare(sides, load, rounds=rounds, seed=seed, progress=progress) for load in loads
-            ],
-        }
+            ),
+        )
 
 
-def _perplexity(report: Path) -> dict[str, Any] | None:
-    """Read from the report what the speed costs."""
+def _perplexity(report: Path) -> Perplexity | None:
     try:
         accuracy = read_report(report).accuracy
     except ArtifactError:
         return None  # verify has not run
     if accuracy.sparse.perplexity is None:
         return None
-    return {
-        "dataset": accuracy.dataset,
-        "dense": accuracy.dense.perplexity,
-        "sparse": accuracy.sparse.perplexity,
-    }
+    return Perplexity(
+        dataset=accuracy.dataset,
+        dense=accuracy.dense.perplexity,
+        sparse=accuracy.sparse.perplexity,
+    )
 
 
 def compare(
     sides: Mapping[str, _Side], load: Load, *, rounds: int, seed: int, progress: Progress
-) -> dict[str, Any]:
+) -> Row:
     """One row of `bench_serve`: warm-up, then rounds in turns, each side first in its turn."""
     label = f"serve: {load.concurrency} clients"
 
@@ -228,9 +298,9 @@ def compare(
             measured[side].tokens_per_s.append(tokens / seconds)
             measured[side].first_ms += waits[names.FIRST_WAIT]
             measured[side].next_ms += waits[names.NEXT_WAIT]
-    row: dict[str, Any] = {side: measured[side].as_dict() for side in sides}
-    speedup = row["sparse"]["tokens_per_s"] / row["dense"]["tokens_per_s"]
-    return {**vars(load), "rounds": rounds, **row, "speedup": round(speedup, 3)}
+    times = {side: measured[side].summary() for side in sides}
+    speedup = times["sparse"].tokens_per_s / times["dense"].tokens_per_s
+    return Row(load=load, rounds=rounds, sides=times, speedup=round(speedup, 3))
 
 
 def _within(session: Session, decode: Callable[[Sequence[int]], str]) -> _Side:
@@ -320,9 +390,3 @@ def _round(
                 clients.append(ask())
                 asked += 1
     return time.perf_counter() - began, timings
-
-
-def _percentiles(times_ms: Sequence[float]) -> dict[str, float]:
-    ranks = (50, 90, 99)
-    values = percentiles(times_ms, ranks) if times_ms else [0.0] * len(ranks)
-    return {f"p{rank}_ms": round(value, 3) for rank, value in zip(ranks, values, strict=True)}

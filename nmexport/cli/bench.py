@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import click
 
@@ -21,6 +21,8 @@ from nmexport.cli.output import (
 from nmexport.cli.verb import VerbFamily
 
 if TYPE_CHECKING:
+    from nmexport.bench.kernel_graphs import Dtype
+    from nmexport.bench.kernels import Row
     from nmexport.cli.request import Request
     from nmexport.report.model import DecodeTimes, PhaseTimes
 
@@ -176,7 +178,7 @@ def kernels_command(
     tokens: tuple[int, ...],
     threads: tuple[int, ...],
     pattern: str,
-    dtypes: tuple[Literal["float32", "float16", "bfloat16", "int8", "int8:128"], ...],
+    dtypes: tuple[Dtype, ...],
     grouped: bool,
     rivals: bool,
     seconds: float,
@@ -200,15 +202,15 @@ def kernels_command(
         seconds=seconds,
     )
     if wants_json(ctx):
-        emit_json(outcome)
+        emit_json(outcome.as_json())
         return
     out = console()
     for dtype in dtypes:
         title = (
-            f"{outcome['runtime']}, {outcome['variant']}, {outcome['pattern']}, {dtype} weights; "
+            f"{outcome.runtime}, {outcome.variant}, {outcome.pattern}, {dtype} weights; "
             "medians in microseconds, interleaved, weights out of cache"
         )
-        out.print(table(title, _KERNEL_COLUMNS, [_row(row, dtype) for row in outcome["results"]]))
+        out.print(table(title, _KERNEL_COLUMNS, [_row(row, dtype) for row in outcome.results]))
     out.print(
         "speed: over the faster dense product of the same weights; read: of what a loop reads"
     )
@@ -231,25 +233,25 @@ _KERNEL_COLUMNS = (
 )
 
 
-def _row(row: dict[str, Any], dtype: str) -> tuple[str | int, ...]:
+def _row(row: Row, dtype: Dtype) -> tuple[str | int, ...]:
     def median(side: str) -> str:
-        timing = row["sides"].get(side)
-        return figure(timing["median_us"] if timing else None, 1)
+        timing = row.sides.get(side)
+        return figure(timing.median_us if timing else None, 1)
 
-    own = row[dtype]
+    own = row.figures[dtype]
     return (
-        f"{row['in_features']}x{row['out_features']}",
-        row["tokens"],
-        row["threads"],
+        f"{row.in_features}x{row.out_features}",
+        row.tokens,
+        row.threads,
         *(
             median(side)
             for side in ("matmul", "nbits8", "nbits4", f"dense_{dtype}", f"sparse_{dtype}")
         ),
-        figure(own["ratio"], 2, "x"),
-        figure(own["kept_gb_per_s"], 1),
-        f"{own['share_of_read']:.0%}",
-        f"{own['selection_share']:.1%}",
-        row["runs"],
+        figure(own.ratio, 2, "x"),
+        figure(own.kept_gb_per_s, 1),
+        f"{own.share_of_read:.0%}",
+        f"{own.selection_share:.1%}",
+        row.runs,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,7 +16,7 @@ from nmexport.cli.verb import UserPath, Verb
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from nmexport.bench.serving import Through
+    from nmexport.bench.serving import Perplexity, Row, Through
     from nmexport.bench.soak import Soaked
     from nmexport.cli.request import Request
     from nmexport.serving.launch import Installation, Server
@@ -97,34 +97,31 @@ def serve_command(
             progress=progress(),
         )
     if wants_json(ctx):
-        emit_json({"work": str(work.root), **outcome})
+        emit_json({"work": str(work.root), **outcome.as_json()})
         return
     title = (
         f"{prompt_tokens} prompt and {output_tokens} output tokens, {rounds} rounds each, "
-        f"interleaved, {outcome['runtime']} on {outcome['device']}"
+        f"interleaved, {outcome.runtime} on {outcome.device}"
     )
     columns = ("", "tokens/s", "TTFT p50 ms", "p99 ms", "ITL p50 ms", "p99 ms", "speed")
-    cost = outcome["perplexity"]
-    rows = [_row(row, side, cost) for row in outcome["results"] for side in _sides(row)]
+    cost = outcome.perplexity
+    rows = [_row(row, side, cost) for row in outcome.results for side in row.sides]
     out = console()
     out.print(table(title, (*columns, "perplexity"), rows))
     if cost is not None:
-        out.print(f"perplexity: the report's, on {cost['dataset']}")
+        out.print(f"perplexity: the report's, on {cost.dataset}")
 
 
-def _sides(row: dict[str, Any]) -> list[str]:
-    return [name for name, value in row.items() if isinstance(value, dict)]
-
-
-def _row(row: dict[str, Any], side: str, cost: dict[str, Any] | None) -> tuple[object, ...]:
-    times = row[side]
+def _row(row: Row, side: str, cost: Perplexity | None) -> tuple[object, ...]:
+    times = row.sides[side]
+    waits = (times.ttft.p50_ms, times.ttft.p99_ms, times.itl.p50_ms, times.itl.p99_ms)
+    perplexity = None if cost is None else cost.of(side)
     return (
-        f"{row['concurrency']} clients, {side}",
-        figure(times["tokens_per_s"], 1),
-        *(figure(times["ttft"][rank], 1) for rank in ("p50_ms", "p99_ms")),
-        *(figure(times["itl"][rank], 1) for rank in ("p50_ms", "p99_ms")),
-        figure(row["speedup"], 2, "x") if side == "sparse" else None,
-        figure(cost[side], 1) if cost and side in cost else None,
+        f"{row.load.concurrency} clients, {side}",
+        figure(times.tokens_per_s, 1),
+        *(figure(wait, 1) for wait in waits),
+        figure(row.speedup, 2, "x") if side == "sparse" else None,
+        None if perplexity is None else figure(perplexity, 1),
     )
 
 

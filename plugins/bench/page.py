@@ -82,7 +82,7 @@ def measure(
             f"kernels {shape}",
             lambda shape=shape: bench_kernels(
                 [shape], (1, 2, 3, 4), threads=(1, 2), dtypes=DTYPES, seconds=seconds
-            ),
+            ).as_json(),
         )
         for shape in on_stream(sys.stderr).track(shapes, label="kernels", total=len(shapes))
     ]
@@ -90,7 +90,7 @@ def measure(
         "prompts",
         lambda: bench_kernels(
             SMOLLM2_SHAPES, PROMPTS, threads=(2,), grouped=True, rivals=False, seconds=seconds
-        ),
+        ).as_json(),
     )
     models = [
         parts.part(f"model {name} {path}", lambda name=name, path=path: measure_model(name, path))

@@ -46,30 +46,34 @@ def test_result_is_json_with_a_row_for_each_shape_thread_and_token_count(grouped
         min_runs=3,
         rotated_bytes=1,
     )
-    assert json.loads(json.dumps(outcome)) == outcome
-    rows = outcome["results"]
-    assert [(r["in_features"], r["out_features"], r["threads"], r["tokens"]) for r in rows] == [
+    document = outcome.as_json()
+    assert json.loads(json.dumps(document)) == document
+    rows = outcome.results
+    assert [(r.in_features, r.out_features, r.threads, r.tokens) for r in rows] == [
         (k, o, threads, tokens)
         for k, o in ((32, 48), (64, 16))
         for threads in (1, 2)
         for tokens in (1, 3)
     ]
-    ours = {f"{kind}_{dtype}" for kind in ("dense", "sparse") for dtype in outcome["dtypes"]}
-    for row in rows:
-        assert row["runs"] == 3
-        assert set(row["sides"]) == {*ours, "matmul", "nbits8", "nbits4", "select", "read"}
-        medians = {side: timing["median_us"] for side, timing in row["sides"].items()}
+    ours = {f"{kind}_{dtype}" for kind in ("dense", "sparse") for dtype in outcome.dtypes}
+    for row, written in zip(rows, document["results"], strict=True):
+        assert row.runs == 3
+        assert set(row.sides) == {*ours, "matmul", "nbits8", "nbits4", "select", "read"}
+        medians = {side: timing.median_us for side, timing in row.sides.items()}
+        assert {side: timing["median_us"] for side, timing in written["sides"].items()} == medians
         dense = min(medians["matmul"], medians["dense_float32"])
-        assert row["float32"]["ratio"] == pytest.approx(dense / medians["sparse_float32"])
+        assert row.figures["float32"].ratio == pytest.approx(dense / medians["sparse_float32"])
+        assert written["float32"]["ratio"] == row.figures["float32"].ratio
         for dtype in ("int8", "int8:128"):
             dense = min(medians["nbits8"], medians[f"dense_{dtype}"])
-            assert row[dtype]["ratio"] == pytest.approx(dense / medians[f"sparse_{dtype}"])
-        for dtype in outcome["dtypes"]:
+            ratio = dense / medians[f"sparse_{dtype}"]
+            assert row.figures[dtype].ratio == pytest.approx(ratio)
+        for dtype in outcome.dtypes:
             share = medians["select"] / medians[f"sparse_{dtype}"]
-            assert row[dtype]["selection_share"] == pytest.approx(share)
-        kept = row["in_features"] * row["out_features"] / 2 / medians["sparse_int8"] / 1e3
-        assert row["int8"]["kept_gb_per_s"] == pytest.approx(kept)
-        assert row["read_gb_per_s"] > 0
+            assert row.figures[dtype].selection_share == pytest.approx(share)
+        kept = row.in_features * row.out_features / 2 / medians["sparse_int8"] / 1e3
+        assert row.figures["int8"].kept_gb_per_s == pytest.approx(kept)
+        assert row.read_gb_per_s > 0
 
 
 @needs_library
@@ -77,9 +81,9 @@ def test_rotation_holds_more_weights_than_asked_bytes():
     outcome = bench_kernels(
         [(16, 16)], [1], dtypes=["float16"], seconds=0.0, min_runs=1, rotated_bytes=5 * 512
     )
-    row = outcome["results"][0]
-    assert row["weights"] == 6
-    assert "nbits4" not in row["sides"], "16 channels hold no group of 32"
+    row = outcome.results[0]
+    assert row.weights == 6
+    assert "nbits4" not in row.sides, "16 channels hold no group of 32"
 
 
 def test_weights_pass_through_more_than_the_cache_that_the_system_tells_of(tmp_path):
@@ -89,7 +93,7 @@ def test_weights_pass_through_more_than_the_cache_that_the_system_tells_of(tmp_p
     assert last_level_cache(tmp_path) == 32 << 20
     assert last_level_cache(tmp_path / "none") == CACHE_BYTES
     outcome = bench_kernels([], rotated_bytes=None)
-    assert outcome["rotated_bytes"] == 3 * last_level_cache()
+    assert outcome.rotated_bytes == 3 * last_level_cache()
 
 
 @needs_library

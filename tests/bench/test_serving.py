@@ -41,12 +41,12 @@ def test_both_sides_get_the_same_load_and_answer_all_of_it() -> None:
     tokens = sum(len(call) for call in dense)
     assert tokens == 3 * 7 * (5 + 3)  # a warm-up and two rounds; the last token is not run
     for side in loads.SIDES:
-        assert row[side]["tokens_per_s"] > 0
-        for name in ("ttft", "itl"):
-            times = row[side][name]
-            assert 0 < times["p50_ms"] <= times["p90_ms"] <= times["p99_ms"]
-    assert row["speedup"] == pytest.approx(
-        row["sparse"]["tokens_per_s"] / row["dense"]["tokens_per_s"], abs=0.02
+        times = row.sides[side]
+        assert times.tokens_per_s > 0
+        for waits in (times.ttft, times.itl):
+            assert 0 < waits.p50_ms <= waits.p90_ms <= waits.p99_ms
+    assert row.speedup == pytest.approx(
+        row.sides["sparse"].tokens_per_s / row.sides["dense"].tokens_per_s, abs=0.02
     )
 
 
@@ -58,8 +58,8 @@ def test_a_slower_side_shows() -> None:
 
     sides = within(dense=Slow(), sparse=CountingSession())
     row = compare(sides, LOAD, rounds=3, seed=0, progress=Silent())
-    assert row["speedup"] > 1.5
-    assert row["dense"]["itl"]["p50_ms"] > row["sparse"]["itl"]["p50_ms"]
+    assert row.speedup > 1.5
+    assert row.sides["dense"].itl.p50_ms > row.sides["sparse"].itl.p50_ms
 
 
 def test_a_failing_model_measures_nothing() -> None:
@@ -102,7 +102,9 @@ def test_bench_serve_shows_a_table_and_json(work: Path) -> None:
     assert "on some text" in shown.stdout
     document = json.loads(CliRunner().invoke(cli, [*serve_words(work), "--json"]).stdout)
     (row,) = document["results"]
+    assert set(row) == {*vars(LOAD), "rounds", *loads.SIDES, "speedup"}
     assert row["concurrency"] == 2
+    assert set(row["dense"]["ttft"]) == {"p50_ms", "p90_ms", "p99_ms"}
     assert row["sparse"]["tokens_per_s"] > 0
     assert document["perplexity"]["sparse"] == 13.75
     (work / "report.json").unlink()
@@ -137,7 +139,7 @@ def test_a_servers_clients_are_a_side(work: Path) -> None:
     assert len(seen) == 3 * 5
     assert {(one["max_tokens"], one["temperature"]) for one in seen} == {(4, 0.0)}
     assert len(tokenizer.encode(seen[0]["text_input"])) == pytest.approx(40, abs=4)
-    times = row[loads.THROUGH]
-    assert times["itl"]["p50_ms"] >= 1
-    assert 0 < times["tokens_per_s"] < 2 * 4 * 1000 / 4
-    assert row["speedup"] > 0
+    times = row.sides[loads.THROUGH]
+    assert times.itl.p50_ms >= 1
+    assert 0 < times.tokens_per_s < 2 * 4 * 1000 / 4
+    assert row.speedup > 0

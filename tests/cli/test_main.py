@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from click.shell_completion import ShellComplete
 from click.testing import CliRunner, Result
+from nmexport.bench.kernels import Figures, KernelTimes, Row, Timing
 from nmexport.cli.main import VERBS, Terminated, cli
 from nmexport.cli.request import Request
 from nmexport.errors import GateFailed, InternalError, UserError
@@ -802,15 +803,38 @@ def test_bench_engines(fakes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -
 def test_bench_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 
-    def bench_kernels(shapes: Any, tokens: Any, **options: Any) -> dict[str, Any]:
+    def bench_kernels(shapes: Any, tokens: Any, **options: Any) -> KernelTimes:
         asked.update(shapes=shapes, tokens=tokens, **options)
-        sides = {side: {"median_us": 8.5} for side in ("matmul", "dense_int8", "sparse_int8")}
-        size = {"in_features": 32, "out_features": 64, "tokens": 1, "threads": 1, "runs": 9}
-        shares = {"share_of_read": 0.5, "selection_share": 0.03}
-        own = {"ratio": 1.75, "kept_gb_per_s": 20.0, **shares}
-        row = {**size, "sides": sides}
-        settings = dict.fromkeys(("runtime", "variant", "pattern"), "x")
-        return {**settings, "results": [{**row, **dict.fromkeys(options["dtypes"], own)}]}
+        time = Timing(p10_us=8.0, median_us=8.5, p90_us=9.0)
+        own = Figures(
+            ratio=1.75,
+            ratio_own_dense=1.75,
+            ratio_matmul_float32=2.0,
+            kept_gb_per_s=20.0,
+            share_of_read=0.5,
+            selection_share=0.03,
+        )
+        row = Row(
+            in_features=32,
+            out_features=64,
+            tokens=1,
+            threads=1,
+            weights=3,
+            runs=9,
+            sides=dict.fromkeys(("matmul", "dense_int8", "sparse_int8"), time),
+            read_gb_per_s=40.0,
+            figures=dict.fromkeys(options["dtypes"], own),
+        )
+        return KernelTimes(
+            runtime="x",
+            variant="x",
+            device="x",
+            pattern=options["pattern"],
+            dtypes=options["dtypes"],
+            grouped=False,
+            rotated_bytes=1,
+            results=(row,),
+        )
 
     monkeypatch.setattr("nmexport.bench.kernels.bench_kernels", bench_kernels)
     assert "1.75" in run("bench", "kernels", "--shape", "32x64", "--tokens", "1").stdout

@@ -67,12 +67,12 @@ def test_every_figure_is_on_the_page(page: Any) -> None:
         seconds=0.0,
         min_runs=3,
         rotated_bytes=1,
-    )
+    ).as_json()
     for row in kernels["results"]:
         row["float32"]["ratio"] = 0.42  # a loss
     prompts = bench_kernels(
         [(64, 48)], (5,), rivals=False, seconds=0.0, min_runs=3, rotated_bytes=1
-    )
+    ).as_json()
     found = figures(
         cpu="a processor",
         cores=2,
