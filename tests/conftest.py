@@ -17,7 +17,7 @@ from tests.support.tiny import save_tiny_model
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from nmexport.stages.export import TracedModel
+    from nmexport.stages.exporting import TracedModel
 
     from tests.support.exported import Exported
 
@@ -94,7 +94,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def traced_llama(tiny_llama: Path) -> TracedModel:
     """The tiny Llama in float32, traced: models with any constants are written from it."""
-    from nmexport.stages.export import trace_model
+    from nmexport.stages.exporting import trace_model
 
     from tests.support.exported import linears_of, load
 

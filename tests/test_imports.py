@@ -287,6 +287,51 @@ def loaded_at_start(start: str) -> set[str]:
     return seen
 
 
+def libraries_of(start: str) -> set[str]:
+    """Packages of others that importing `start` imports in turn, at module level."""
+    loaded = loaded_at_start(start)
+    roots = {
+        i.imported.partition(".")[0]
+        for i in all_imports()
+        if i.importer in loaded and i.at_module_level
+    }
+    return roots - sys.stdlib_module_names - {"nmexport"}
+
+
+def idle_imports() -> list[str]:
+    """Imports of ours inside functions that neither spare a library nor avoid a circle."""
+    libraries = functools.cache(libraries_of)
+    return [
+        str(found)
+        for found in all_imports()
+        if is_within(found.imported, "nmexport")
+        and not found.at_module_level
+        and not is_within(found.importer, "nmexport.cli")
+        for target in [owner_of(found.imported)]
+        if libraries(target) <= libraries(found.importer)
+        and found.importer not in loaded_at_start(target)
+    ]
+
+
+def owner_of(name: str) -> str:
+    """The module of ours that a name is, or is imported from."""
+    return name if name in sources() else name.rpartition(".")[0]
+
+
+def test_an_import_inside_a_function_spares_a_library():
+    """Else it belongs at the top, where a reader looks for what a module needs."""
+    assert idle_imports() == []
+
+
+@pytest.mark.parametrize(("needs", "idle"), [("import json", True), ("import torch", False)])
+def test_the_walk_sees_an_idle_import(needs, idle, monkeypatch):
+    both = {"nmexport.a": "def f():\n    from nmexport.b import x", "nmexport.b": needs}
+    imports = tuple(i for name, text in both.items() for i in imports_of(text, name))
+    monkeypatch.setitem(globals(), "sources", lambda: both)
+    monkeypatch.setitem(globals(), "all_imports", lambda: imports)
+    assert bool(idle_imports()) is idle
+
+
 def test_the_command_line_starts_light():
     started = {
         name

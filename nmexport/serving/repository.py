@@ -24,6 +24,7 @@ from nmexport.runtimes.opening import open_on_onnxruntime
 from nmexport.serving import bundle as bundles
 from nmexport.serving import triton_config
 from nmexport.store.artifact import record_files
+from nmexport.store.exported import GENAI_CONFIG, MODEL
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -36,8 +37,6 @@ LAUNCH = "launch.sh"
 LICENCES = "model_licence"
 """Folder of the model's own licence files, as they lay next to its weights."""
 SUMS = "SHA256SUMS"
-GENAI_CONFIG = "genai_config.json"
-_MODEL = "model.onnx"
 _CPU_MODEL = "model.cpu.onnx"
 _CUDA_MODEL = "model.cuda.onnx"
 _STEP_MODEL = "model.step.onnx"
@@ -207,7 +206,7 @@ def _write_cpu_model(folder: Path, *, has_native_ops: bool) -> Path:
     from nmexport.graph.cpu import widened
 
     path = folder.resolve() / _CPU_MODEL
-    path.write_bytes(widened(folder / _MODEL, has_native_ops=has_native_ops))
+    path.write_bytes(widened(folder / MODEL, has_native_ops=has_native_ops))
     return path
 
 
@@ -219,7 +218,7 @@ def _relocate(engine: Engine, folder: Path, cpu_model: Path | None) -> Engine:
         # The text model keeps its caches in ONNX Runtime, whatever else was built.
         runtime="onnxruntime",
         runtime_version=probe().version("onnxruntime"),
-        model=folder / _MODEL,
+        model=folder / MODEL,
         cpu_model=cpu_model,
         cuda=engine.cuda
         and replace(engine.cuda, model=folder / _CUDA_MODEL, dense_model=None, stored_model=None),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ArtifactError, EnvironmentFault, RecipeError
 from nmexport.generation.context import context_length
+from nmexport.graph.matching import int_attribute
 from nmexport.runtimes import native
 from nmexport.runtimes.engine import (
     SCHEMA,
@@ -31,6 +32,7 @@ from nmexport.runtimes.tensorrt import library as tensorrt_library
 from nmexport.runtimes.tensorrt import requirements
 from nmexport.runtimes.tensorrt.profiles import limits_from
 from nmexport.store.artifact import file_digest
+from nmexport.store.exported import DENSE, MODEL, STORED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -186,7 +188,7 @@ def _describe(inputs: StageInputs, library: Path | None) -> Engine:
     model = inputs.recipe.model
     provider = choose_provider(library)
     if provider == "cuda":
-        _check_activations(export / "model.onnx")
+        _check_activations(export / MODEL)
     cuda, why_no_cuda = _write_cuda_graphs(inputs) if provider == "cuda" else (None, None)
     step, why_no_step = None, None
     if provider == "cpu":
@@ -194,8 +196,8 @@ def _describe(inputs: StageInputs, library: Path | None) -> Engine:
     return Engine(
         runtime="onnxruntime",
         runtime_version=inputs.environment.version("onnxruntime"),
-        model=export / "model.onnx",
-        dense_model=export / "dense" / "model.onnx" if model.dense_baseline else None,
+        model=export / MODEL,
+        dense_model=export / DENSE / MODEL if model.dense_baseline else None,
         stored_model=_stored_model(export),
         element_type=model.dtype,
         threads=inputs.recipe.latency.threads,
@@ -212,7 +214,7 @@ def _describe(inputs: StageInputs, library: Path | None) -> Engine:
 
 def _stored_model(export: Path) -> Path | None:
     """The dense model in the sparse one's integers, where there is one."""
-    path = export / "dense" / "stored" / "model.onnx"
+    path = export / DENSE / STORED / MODEL
     return path if path.is_file() else None
 
 
@@ -223,8 +225,6 @@ def _check_activations(model: Path) -> None:
         ArtifactError: if it has such linears.
     """
     import onnx_ir as ir
-
-    from nmexport.graph.matching import int_attribute
 
     if any(int_attribute(node, "activation_bits", 0) for node in ir.load(model).graph):
         raise ArtifactError(
@@ -288,9 +288,9 @@ def _write_graphs(inputs: StageInputs, name: str, rewrite: Callable[..., None]) 
 
 def _sides(inputs: StageInputs, export: Path) -> dict[str, tuple[str, Path]]:
     """The models to rewrite: by field, the file to write and the exported one."""
-    sides = {"model": ("model.onnx", export / "model.onnx")}
+    sides = {"model": (MODEL, export / MODEL)}
     if inputs.recipe.model.dense_baseline:
-        sides["dense_model"] = ("dense.onnx", export / "dense" / "model.onnx")
+        sides["dense_model"] = ("dense.onnx", export / DENSE / MODEL)
     path = _stored_model(export)
     if path is not None:
         sides["stored_model"] = ("stored.onnx", path)

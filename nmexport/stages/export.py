@@ -2,46 +2,31 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from nmexport.errors import ArtifactError, EnvironmentFault
 from nmexport.graph.versions import IR_VERSION, OPSET
-from nmexport.models.genai_config import genai_config
 from nmexport.models.tokenizer_files import write_tokenizer
 from nmexport.progress import busy
 from nmexport.report.model import DenseParity
 from nmexport.stages import fold
 from nmexport.stages.fitting import check_model
-from nmexport.store.layers import as_dense
+from nmexport.store.exported import DENSE, MODEL
 from nmexport.store.records import json_from, record_from
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    import onnx_ir as ir
-    import torch
     from transformers import PreTrainedModel
 
-    from nmexport.graph.assembly import DenseWeights
-    from nmexport.graph.embedding import StoredRows
     from nmexport.stages.inputs import StageInputs
-    from nmexport.store.layers import LayerSpec
-
-    Tensors = Callable[[str], Mapping[str, torch.Tensor]]
 
 UPSTREAM: tuple[str, ...] = ("fold",)
 
-MODEL = "model.onnx"
-DENSE = "dense"
-STORED = "stored"
-"""Folder inside it of the dense model in the sparse one's integers, where weights are so."""
 DENSE_CHECK = "dense_check.json"
-GENAI_CONFIG = "genai_config.json"
 _NO_ROOM = "without the dense baseline, the disk has no room for a dense file to hold against torch"
 # Packages that write the graph: another version may write another one.
 _WRITERS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "tokenizers")
@@ -125,6 +110,7 @@ def run(inputs: StageInputs) -> dict[str, object]:
 
     from nmexport.models.loader import load_tokenizer
     from nmexport.models.streaming import open_for_export
+    from nmexport.stages.exporting import stored_parts, trace_model, write_configs, write_models
 
     section = inputs.recipe.model
     folded = fold.Artifact(inputs.upstream["fold"])
@@ -144,7 +130,9 @@ def run(inputs: StageInputs) -> dict[str, object]:
             folded.tensors,
             inputs.output,
             dense_baseline=checked,
-            stored=_stored(inputs, folded, traced, dense_baseline=section.dense_baseline),
+            stored=stored_parts(
+                folded, traced, inputs.source, dense_baseline=section.dense_baseline
+            ),
         )
     with busy(inputs.progress, "export: hold the dense model against torch"):
         dense_check = _check_dense(inputs, model) if checked else DenseParity(why=_NO_ROOM)
@@ -213,179 +201,3 @@ def _check_dense(inputs: StageInputs, model: PreTrainedModel) -> DenseParity:
         f"(rounding in {section.dtype} explains {result.tolerance:g})"
     )
     return result
-
-
-@dataclass(frozen=True)
-class Stored:
-    """How the parts that weights in integers bring are written."""
-
-    rows: Callable[[], StoredRows | None]
-    """The rows of the input embedding in integers; None leaves it as it is."""
-    dense_tensors: Callable[[str], Mapping[str, torch.Tensor]] | None
-    """Folded tensors of a linear as a dense one; None writes no dense model of this kind."""
-
-
-def _stored(
-    inputs: StageInputs, folded: fold.Artifact, traced: TracedModel, *, dense_baseline: bool
-) -> Stored | None:
-    """Describe weights in integers; None where they are float."""
-    if not folded.is_quantised:
-        return None
-    from nmexport.models.stored_rows import imported_rows, rounded_rows
-
-    rows = (
-        functools.partial(rounded_rows, traced.model, traced.read)
-        if folded.embedding_bits
-        else functools.partial(imported_rows, traced.model, inputs.source)
-    )
-    return Stored(rows, folded.dense_tensors if dense_baseline else None)
-
-
-class TracedModel(NamedTuple):
-    """A traced model, its graph cleaned: both files are assembled from it."""
-
-    model: PreTrainedModel
-    read: Callable[[str], torch.Tensor]
-    """Reads a parameter by its name."""
-    graph: ir.Model
-    nodes: int
-    """Nodes as traced, before cleaning."""
-
-
-def trace_model(
-    model: PreTrainedModel,
-    linears: Sequence[str],
-    *,
-    parameter: Callable[[str], torch.Tensor] | None = None,
-) -> TracedModel:
-    """Trace a model with the named linears as bare nodes, and clean its graph.
-
-    Args:
-        model: The dense model in its export type; as before afterwards.
-        linears: Names of its sparsified linears.
-        parameter: Reads a parameter of the model, where the model itself holds fake ones.
-
-    Raises:
-        ModelError: if the architecture cannot be exported.
-    """
-    from nmexport.graph.passes import optimise
-    from nmexport.models.tracing import trace
-
-    read = parameter or (lambda name: model.get_parameter(name).detach())
-    graph = trace(model, linears)
-    _attach_parameters(graph, model, read)
-    nodes = len(graph.graph)
-    optimise(graph)
-    return TracedModel(model, read, graph, nodes)
-
-
-def write_models(
-    traced: TracedModel,
-    layers: Sequence[LayerSpec],
-    tensors: Callable[[str], Mapping[str, torch.Tensor]],
-    output: Path,
-    *,
-    dense_baseline: bool = True,
-    stored: Stored | None = None,
-) -> dict[str, object]:
-    """Write `model.onnx` and `dense/model.onnx`, each with its data file, and check both.
-
-    Args:
-        traced: The model; as before afterwards.
-        layers: Its linears that are nodes of ours: the sparsified ones, and with weights in
-            integers all of them.
-        tensors: Folded tensors of one linear, by their names in the op contract.
-        output: An existing folder.
-        dense_baseline: Whether to write the dense model too.
-        stored: With weights in integers: the input embedding has integers too, and the dense model
-            is also written in them, as `dense/stored/model.onnx`.
-
-    Returns:
-        Metrics: nodes traced and left, bytes of weights.
-
-    Raises:
-        InternalError: if what was written is not what it should be.
-    """
-    from nmexport.graph import assembly, checks
-    from nmexport.graph.embedding import store_embedding
-    from nmexport.models.embedding import embedding_names
-    from nmexport.models.lazy_tensors import deferred_group
-
-    specs = {layer.name: layer for layer in layers}
-
-    def write(path: Path, specs: Mapping[str, LayerSpec], tensors: Tensors) -> None:
-        def constants(name: str) -> Mapping[str, ir.TensorProtocol]:
-            return deferred_group(tensors(name), prefix=name, weight_type=specs[name].weight_type)
-
-        made = assembly.assemble_sparse(traced.graph, specs, constants)
-        rows = None if stored is None else stored.rows()
-        if rows is not None:
-            store_embedding(made, embedding_names(traced.model), rows)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        assembly.save(made, path)
-        checks.check_sparse(path, specs)
-
-    path, dense_path = output / MODEL, output / DENSE / MODEL
-    write(path, specs, tensors)
-    if stored is not None and stored.dense_tensors is not None:
-        dense_specs = {name: as_dense(layer) for name, layer in specs.items()}
-        write(output / DENSE / STORED / MODEL, dense_specs, stored.dense_tensors)
-    if dense_baseline:
-        dense_path.parent.mkdir(exist_ok=True)
-        weights = functools.partial(_original_weights, traced.model, traced.read)
-        assembly.save(assembly.assemble_dense(traced.graph, specs, weights), dense_path)
-        checks.check_dense(dense_path, specs)
-    return {
-        "traced_nodes": traced.nodes,
-        "nodes": len(traced.graph.graph),
-        "sparse_linears": len(specs),
-        "data_bytes": path.with_name(f"{MODEL}.data").stat().st_size,
-    }
-
-
-def _attach_parameters(
-    traced: ir.Model, model: PreTrainedModel, read: Callable[[str], torch.Tensor]
-) -> None:
-    """Let the graph's parameters be read when they are written, not held."""
-    from nmexport.models.lazy_tensors import deferred
-
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, value in traced.graph.initializers.items():
-        if name in parameters:
-            value.const_value = deferred(
-                functools.partial(read, name), like=parameters[name], name=name
-            )
-
-
-def _original_weights(
-    model: PreTrainedModel, read: Callable[[str], torch.Tensor], name: str
-) -> DenseWeights:
-    """Weight and bias of a linear as they were, in the order that MatMul reads."""
-    from nmexport.graph.assembly import DenseWeights
-    from nmexport.models.embedding import embedding_names
-    from nmexport.models.lazy_tensors import deferred
-
-    weight = model.get_parameter(f"{name}.weight")  # [O, K]
-    bias = model.get_submodule(name).bias
-    names = embedding_names(model)
-    return DenseWeights(
-        tied=names[0] if model.get_parameter(names[0]) is weight else None,
-        weight=deferred(lambda: read(f"{name}.weight").t(), like=weight.t(), name=f"{name}.W"),
-        bias=None
-        if bias is None
-        else deferred(lambda: read(f"{name}.bias"), like=bias, name=f"{name}.bias"),
-    )
-
-
-def write_configs(model: PreTrainedModel, output: Path) -> None:
-    """Write `config.json`, `generation_config.json` and `genai_config.json`."""
-    from nmexport.models.tracing import cache_shapes
-
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(output)
-    generation = getattr(model, "generation_config", None)
-    if generation is not None:
-        generation.save_pretrained(output)
-    document = genai_config(model.config, generation, cache_shapes(model), filename=MODEL)
-    text = json.dumps(document, indent=2, sort_keys=True) + "\n"
-    (output / GENAI_CONFIG).write_text(text, encoding="utf-8")

@@ -20,7 +20,7 @@ from nmexport.sparsity.fold import fold
 from nmexport.sparsity.linear import Behaviour, Constants
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.stages import fold as fold_stage
-from nmexport.stages.export import trace_model, write_configs, write_models
+from nmexport.stages.exporting import trace_model, write_configs, write_models
 from nmexport.store import tensors as tensors_module
 from nmexport.store.layers import Layers, LayerSpec, write_layers
 from nmexport.store.tensors import ShardedWriter, TensorReader
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nmexport.models.source import ModelSource
-    from nmexport.stages.export import TracedModel
+    from nmexport.stages.exporting import TracedModel
 
 
 def source_of(folder: Path) -> ModelSource:
@@ -137,7 +137,7 @@ from nmexport.models.streaming import open_for_export
 from nmexport.progress import peak_rss_bytes
 from nmexport.recipe import ModelSection
 from nmexport.stages import fold
-from nmexport.stages.export import trace_model, write_models
+from nmexport.stages.exporting import trace_model, write_models
 
 source, folded, output = map(Path, sys.argv[1:4])
 opened = open_for_export(

@@ -26,6 +26,7 @@ from nmexport.serving.triton_config import Signature, TensorSpec, from_text, to_
 from nmexport.serving.triton_model import TritonPythonModel, require_whole_tensors
 from nmexport.stages import package as package_stage
 from nmexport.store.artifact import file_digest
+from nmexport.store.exported import GENAI_CONFIG
 from nmexport.store.records import json_from
 
 from tests.serving.test_scheduler import ListSink
@@ -168,7 +169,7 @@ def test_genai_is_told_of_the_native_op(package: Path, tiny_export: Path, tmp_pa
     bundle = save_package(tiny_export, tmp_path / "package", library=library)
 
     def options(folder: Path) -> Any:
-        document = json.loads((folder / repository.GENAI_CONFIG).read_text("utf-8"))
+        document = json.loads((folder / GENAI_CONFIG).read_text("utf-8"))
         return document["model"].get("decoder", {}).get("session_options", {})
 
     assert options(bundle) == {"custom_ops_library": library.name}

@@ -18,7 +18,7 @@ from nmexport.sparsity.linear import Behaviour, Constants, SparseLinear
 from nmexport.sparsity.quantisation import QuantisedWeight, rounded_rows
 from nmexport.sparsity.rounding import quantised
 from nmexport.sparsity.weight_form import StoredType, WeightForm
-from nmexport.stages.export import write_models
+from nmexport.stages.exporting import write_models
 from pydantic import ValidationError
 
 from tests.support.exported import PATTERN, linears_of, load, onnx_logits, specs_of, torch_logits
@@ -27,7 +27,7 @@ from tests.support.tiny import VOCABULARY
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from nmexport.stages.export import TracedModel
+    from nmexport.stages.exporting import TracedModel
 
 
 def test_a_stored_weight_stands_for_values_less_zero_point_times_scale() -> None:

@@ -32,7 +32,7 @@ from nmexport.recipe import (
 from nmexport.sparsity.fold import fold
 from nmexport.sparsity.linear import Behaviour, Constants, SparseLinear
 from nmexport.sparsity.remainder import remainder_of
-from nmexport.stages import export, verify
+from nmexport.stages import export, exporting, verify
 from nmexport.stages.inputs import StageInputs
 from nmexport.store.layers import Layers, write_layers
 from nmexport.store.tensors import ShardedWriter
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from nmexport.stages.export import TracedModel
+    from nmexport.stages.exporting import TracedModel
 
 BIASED = Constants(
     score_scale=torch.linspace(0.5, 2.0, 64),
@@ -231,7 +231,7 @@ def fold_each(
         name: fold(linear, behaviour, change(name), dtype=torch.float32)
         for name, linear in linears_of(traced.model).items()
     }
-    export.write_models(traced, specs_of(traced.model, behaviour), folded.__getitem__, output)
+    exporting.write_models(traced, specs_of(traced.model, behaviour), folded.__getitem__, output)
     return onnx.load(output / "model.onnx", load_external_data=False)
 
 
@@ -263,7 +263,7 @@ def test_a_bias_that_only_some_fused_linears_have(
         | (bias_of_k if name.endswith("k_proj") else {})
         for name, linear in linears_of(model).items()
     }
-    export.write_models(traced_llama, specs_of(model, behaviour), folded.__getitem__, tmp_path)
+    exporting.write_models(traced_llama, specs_of(model, behaviour), folded.__getitem__, tmp_path)
     exported = onnx.load(tmp_path / "model.onnx")
     bias = next(
         onnx.numpy_helper.to_array(item)
@@ -289,7 +289,7 @@ def test_linears_with_value_scales_of_their_own_are_not_fused(
         return tensors
 
     tensors = {name: folded(name, linear) for name, linear in linears_of(model).items()}
-    export.write_models(traced_llama, specs_of(model, behaviour), tensors.__getitem__, tmp_path)
+    exporting.write_models(traced_llama, specs_of(model, behaviour), tensors.__getitem__, tmp_path)
     exported = onnx.load(tmp_path / "model.onnx", load_external_data=False)
     names = [node.name.rpartition(".")[2] for node in exported.graph.node if node.domain]
     assert names[:3] == ["q_proj+k_proj", "v_proj", "o_proj"]
@@ -371,7 +371,7 @@ def mamba(folder: Path) -> Any:
 
 def test_model_without_a_key_value_cache(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"'mamba' cannot be exported") as caught:
-        export.trace_model(mamba(tmp_path), [])
+        exporting.trace_model(mamba(tmp_path), [])
     assert "llama" in str(caught.value), "says what can be exported"
 
 
@@ -379,7 +379,7 @@ def test_model_that_ignores_the_cache(tiny_llama: Path) -> None:
     model = load(tiny_llama)
     model.forward = lambda **_: None
     with pytest.raises(ModelError, match=r"'llama' cannot be exported: it keeps no cache"):
-        export.trace_model(model, [])
+        exporting.trace_model(model, [])
 
 
 def test_model_that_cannot_be_traced(tiny_llama: Path) -> None:
@@ -395,7 +395,7 @@ def test_model_that_cannot_be_traced(tiny_llama: Path) -> None:
     layer.forward = data_dependent
     attention = model.config._attn_implementation
     with pytest.raises(ModelError, match=r"'llama' cannot be exported"):
-        export.trace_model(model, list(linears_of(model)))
+        exporting.trace_model(model, list(linears_of(model)))
     assert model.config._attn_implementation == attention
     assert all(isinstance(module, torch.nn.Linear) for module in linears_of(model).values())
     assert cache_shapes(model) == shapes

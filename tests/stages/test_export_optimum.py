@@ -16,7 +16,7 @@ from nmexport.models.loader import load_tokenizer
 from nmexport.models.source import resolve
 from nmexport.models.tokenizer_files import write_tokenizer
 from nmexport.recipe import ModelSection
-from nmexport.stages.export import write_configs
+from nmexport.stages.exporting import write_configs
 
 from tests.support.exported import export_folder, onnx_logits, positions_of
 

@@ -13,7 +13,7 @@ from nmexport.models.loader import load_model
 from nmexport.models.source import resolve
 from nmexport.runtimes import native
 from nmexport.sparsity.output_order import NATURAL
-from nmexport.stages import export, fold
+from nmexport.stages import exporting, fold
 from nmexport.verification.reference import open_folded
 
 from tests.stages.test_fold import calibrated, folded, recipe_of
@@ -83,15 +83,15 @@ def test_files_compute_the_same_and_gather_less(
     recipe = recipe_of(tiny_llama, model={"weights": weights, "activations": "float"})
     artifacts = both(recipe, calibrated(recipe, tmp_path), tmp_path, monkeypatch)
     model = load_model(resolve(recipe.model))
-    traced = export.trace_model(model, [layer.name for layer in artifacts[0].linears])
+    traced = exporting.trace_model(model, [layer.name for layer in artifacts[0].linears])
     made = []
     for place, artifact in enumerate(artifacts):
         output = tmp_path / str(place)
         output.mkdir()
         stored = None
         if artifact.is_quantised:
-            stored = export.Stored(lambda: None, artifact.dense_tensors)
-        export.write_models(traced, artifact.linears, artifact.tensors, output, stored=stored)
+            stored = exporting.Stored(lambda: None, artifact.dense_tensors)
+        exporting.write_models(traced, artifact.linears, artifact.tensors, output, stored=stored)
         made.append(output)
     library, mask = native.find_library(), np.ones_like(IDS)
     for file in ("model.onnx", *(["dense/stored/model.onnx"] if weights != "float" else [])):

@@ -15,7 +15,7 @@ from nmexport.models.stored_rows import rounded_rows
 from nmexport.runtimes import native
 from nmexport.sparsity.quantisation import dequantised
 from nmexport.sparsity.targets import linears_of
-from nmexport.stages import export, fold
+from nmexport.stages import exporting, fold
 from nmexport.verification.reference import open_dense, open_folded
 
 from tests.stages.test_fold import calibrated, folded, recipe_of
@@ -120,10 +120,10 @@ def exported(
 ) -> Path:
     output = tmp_path_factory.mktemp("export")
     model = load_model(resolve(recipe_of(tiny_llama).model))
-    traced = export.trace_model(model, [layer.name for layer in artifact.linears])
+    traced = exporting.trace_model(model, [layer.name for layer in artifact.linears])
     rows = functools.partial(rounded_rows, model, traced.read)
-    stored = export.Stored(rows, artifact.dense_tensors)
-    export.write_models(traced, artifact.linears, artifact.tensors, output, stored=stored)
+    stored = exporting.Stored(rows, artifact.dense_tensors)
+    exporting.write_models(traced, artifact.linears, artifact.tensors, output, stored=stored)
     return output
 
 

@@ -16,7 +16,7 @@ from nmexport.recipe import ModelSection
 from nmexport.sparsity.fold import fold
 from nmexport.sparsity.linear import Behaviour, Constants, SparseLinear
 from nmexport.sparsity.pattern import NMPattern
-from nmexport.stages.export import trace_model, write_models
+from nmexport.stages.exporting import trace_model, write_models
 from nmexport.store.layers import LayerSpec
 from torch import nn
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from nmexport.stages.export import TracedModel
+    from nmexport.stages.exporting import TracedModel
     from transformers import PreTrainedModel
 
 PATTERN = NMPattern(8, 16)

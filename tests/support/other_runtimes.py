@@ -13,7 +13,8 @@ from nmexport.models.tokenizer_files import write_tokenizer
 from nmexport.recipe import ModelSection
 from nmexport.runtimes import native
 from nmexport.serving import repository
-from nmexport.stages.export import write_configs
+from nmexport.stages.exporting import write_configs
+from nmexport.store.exported import GENAI_CONFIG
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,7 +33,7 @@ def save_for_other_runtimes(source: Path, exported: Exported, folder: Path) -> P
     if library is None:
         pytest.skip("the native library is not built")
     shutil.copy(library, folder)
-    repository._name_library(folder / repository.GENAI_CONFIG, library.name)
+    repository._name_library(folder / GENAI_CONFIG, library.name)
     return folder
 
 

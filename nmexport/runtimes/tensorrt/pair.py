@@ -25,6 +25,7 @@ from nmexport.runtimes.tensorrt import library as tensorrt_library
 from nmexport.runtimes.tensorrt.profiles import PROFILES, limits_from, profiles_for
 from nmexport.runtimes.tensorrt.timing_cache import timing_cache_path
 from nmexport.store.artifact import file_digest
+from nmexport.store.exported import DENSE, MODEL
 from nmexport.store.records import json_from, write_record
 
 if TYPE_CHECKING:
@@ -252,7 +253,7 @@ def _sides(
     Raises:
         EnvironmentFault: if this TensorRT has no attention.
     """
-    sources = (export / "model.onnx", export / "dense" / "model.onnx")
+    sources = (export / MODEL, export / DENSE / MODEL)
     capacity, why = _cache_wanted(target, recipe, limits)
     rewritten = [for_tensorrt(path, capacity=capacity, why_no_capacity=why) for path in sources]
     refusing = [str(node.why_not_in_place) for node in rewritten if not node.in_place]
