@@ -8,20 +8,19 @@ into memory is scored layer by layer, in float32 whatever the recipe's type.
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from nmexport.calibration import corpus
-from nmexport.calibration.self_text import self_text
+from nmexport.calibration.windows import windows_of
 from nmexport.errors import UserError
 from nmexport.models.context import check_lengths
 from nmexport.models.embedding import round_embedding
 from nmexport.models.layerwise import LayerwiseModel
-from nmexport.models.loader import load_model, load_tokenizer
+from nmexport.models.loader import load_model
 from nmexport.models.offload import Memory, bytes_needed, free_memory, parameter_count, placement
 from nmexport.models.skeleton import skeleton
 from nmexport.models.source import resolve
-from nmexport.models.text_files import known_tokens
 from nmexport.models.unpacked import reuse
 from nmexport.report.model import Scores
 from nmexport.stages import fold
@@ -227,16 +226,9 @@ def _refuse_stepwise(subject: _Subject) -> None:
 
 
 def _windows(subject: _Subject, progress: Progress) -> NDArray[np.int64]:
-    recipe, source = subject.recipe, subject.source
-    tokenizer = load_tokenizer(source)
-
-    def written(samples: int, length: int, seed: int) -> NDArray[np.int64]:
-        model = load_model(source, dtype="float32")
-        generate = self_text(model, tokenizer, progress=progress, label="evaluate: own text")
-        return generate(samples, length, seed)
-
-    return corpus.evaluation_windows(
-        recipe.evaluation, tokenizer, written, seed=recipe.seed, vocabulary=known_tokens(source)
+    load = functools.partial(load_model, subject.source, dtype="float32")
+    return windows_of(
+        subject.source, subject.recipe, load, progress=progress, label="evaluate: own text"
     )
 
 

@@ -9,21 +9,16 @@ ONNX files in both cases, as they run wherever the plan does not.
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nmexport.errors import ArtifactError, EnvironmentFault, RecipeError
-from nmexport.generation.context import context_length
-from nmexport.graph.matching import int_attribute
 from nmexport.runtimes import native
 from nmexport.runtimes.engine import (
     SCHEMA,
-    CudaGraphs,
     Engine,
     LibraryRecord,
-    StepGraphs,
     read_engine,
     write_engine,
 )
@@ -32,10 +27,9 @@ from nmexport.runtimes.tensorrt import library as tensorrt_library
 from nmexport.runtimes.tensorrt import requirements
 from nmexport.runtimes.tensorrt.profiles import limits_from
 from nmexport.store.artifact import file_digest
-from nmexport.store.exported import DENSE, MODEL, STORED
+from nmexport.store.exported import DENSE, MODEL, stored_model
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     from nmexport.choices import Target
@@ -43,8 +37,6 @@ if TYPE_CHECKING:
     from nmexport.stages.inputs import StageInputs
 
 UPSTREAM = ("export",)
-CUDA_FOLDER = "cuda"
-STEP_FOLDER = "shared_step"
 NO_LIBRARY = "the native op library is not built here; the function bodies in the model run"
 
 
@@ -183,22 +175,26 @@ def _run_onnxruntime(inputs: StageInputs) -> dict[str, object]:
 def _describe(inputs: StageInputs, library: Path | None) -> Engine:
     """Describe how the exported files run on ONNX Runtime."""
     from nmexport.runtimes.onnxruntime_session import SESSION_CONFIG, choose_provider
+    from nmexport.stages import rewriting
 
     export = inputs.upstream["export"].resolve()
     model = inputs.recipe.model
     provider = choose_provider(library)
-    if provider == "cuda":
-        _check_activations(export / MODEL)
-    cuda, why_no_cuda = _write_cuda_graphs(inputs) if provider == "cuda" else (None, None)
+    cuda, why_no_cuda = None, None
     step, why_no_step = None, None
-    if provider == "cpu":
-        step, why_no_step = _write_step_graphs(inputs, library)
+    if provider == "cuda":
+        rewriting.check_activations(export / MODEL)
+        cuda, why_no_cuda = rewriting.write_cuda_graphs(inputs)
+    elif library is None:
+        why_no_step = NO_LIBRARY
+    else:
+        step, why_no_step = rewriting.write_step_graphs(inputs)
     return Engine(
         runtime="onnxruntime",
         runtime_version=inputs.environment.version("onnxruntime"),
         model=export / MODEL,
         dense_model=export / DENSE / MODEL if model.dense_baseline else None,
-        stored_model=_stored_model(export),
+        stored_model=stored_model(export),
         element_type=model.dtype,
         threads=inputs.recipe.latency.threads,
         provider=provider,
@@ -210,91 +206,6 @@ def _describe(inputs: StageInputs, library: Path | None) -> Engine:
         library=_library_record(inputs.output.resolve(), library) if library else None,
         why_no_library=None if library else NO_LIBRARY,
     )
-
-
-def _stored_model(export: Path) -> Path | None:
-    """The dense model in the sparse one's integers, where there is one."""
-    path = export / DENSE / STORED / MODEL
-    return path if path.is_file() else None
-
-
-def _check_activations(model: Path) -> None:
-    """Refuse a model for a GPU whose linears round what they multiply.
-
-    Raises:
-        ArtifactError: if it has such linears.
-    """
-    import onnx_ir as ir
-
-    if any(int_attribute(node, "activation_bits", 0) for node in ir.load(model).graph):
-        raise ArtifactError(
-            f"{model} rounds activations to 8 bits, which runs on a CPU alone, and the engine is "
-            "for a GPU.",
-            fix="build it again with --activations float",
-        )
-
-
-def _write_cuda_graphs(inputs: StageInputs) -> tuple[CudaGraphs | None, str | None]:
-    """Write the graphs that the CUDA provider runs fastest, or say why there are none."""
-    from nmexport.graph.cuda import rewrite_for_cuda
-
-    if inputs.recipe.model.dtype == "float32":
-        return None, "ONNX Runtime's CUDA attention with a cache in place takes 16-bit types"
-    written = _write_graphs(inputs, CUDA_FOLDER, rewrite_for_cuda)
-    if isinstance(written, str):
-        return None, written
-    return CudaGraphs(**written), None
-
-
-def _write_step_graphs(
-    inputs: StageInputs, library: Path | None
-) -> tuple[StepGraphs | None, str | None]:
-    """Write the graphs that a CPU runs steps of many sequences by, or say why there are none."""
-    from nmexport.graph.shared_step import rewrite_for_shared_step
-
-    if library is None:
-        return None, NO_LIBRARY
-    if inputs.recipe.model.dtype != "float32":
-        return None, "a step of many sequences computes in float32"
-    written = _write_graphs(inputs, STEP_FOLDER, rewrite_for_shared_step)
-    if isinstance(written, str):
-        return None, written
-    return StepGraphs(**written), None
-
-
-def _write_graphs(inputs: StageInputs, name: str, rewrite: Callable[..., None]) -> Any:
-    """Write the models rewritten; the fields of their record, or in a line why there are none."""
-    import onnx_ir as ir
-
-    from nmexport.graph.attention_form import NotRewritableError
-
-    export = inputs.upstream["export"].resolve()
-    positions = context_length(export)
-    folder = inputs.output.resolve() / name
-    folder.mkdir()
-    written: dict[str, Path | None] = {"dense_model": None}
-    try:
-        for field, (file, path) in _sides(inputs, export).items():
-            graph = ir.load(path)
-            rewrite(graph, positions=positions)
-            written[field] = folder / file
-            (folder / file).write_bytes(ir.to_proto(graph).SerializeToString())
-    except NotRewritableError as error:
-        shutil.rmtree(folder)
-        inputs.progress.note(f"engine: the exported graph runs as it is: {error}")
-        return str(error)
-    return {**written, "positions": positions}
-
-
-def _sides(inputs: StageInputs, export: Path) -> dict[str, tuple[str, Path]]:
-    """The models to rewrite: by field, the file to write and the exported one."""
-    sides = {"model": (MODEL, export / MODEL)}
-    if inputs.recipe.model.dense_baseline:
-        sides["dense_model"] = ("dense.onnx", export / DENSE / MODEL)
-    path = _stored_model(export)
-    if path is not None:
-        sides["stored_model"] = ("stored.onnx", path)
-    return sides
 
 
 def _library_record(output: Path, library: Path) -> LibraryRecord:

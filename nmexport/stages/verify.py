@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     import numpy as np
     from numpy.typing import NDArray
+    from transformers import PreTrainedModel
 
     from nmexport.recipe import Recipe
     from nmexport.report.model import Report
@@ -105,14 +106,9 @@ def check(inputs: StageInputs) -> None:
         EnvironmentFault: if a task's data cannot be reached.
         RecipeError: if a task is not known, or its file cannot be read.
     """
-    from nmexport.models.loader import load_tokenizer
-    from nmexport.models.text_files import known_tokens
+    from nmexport.calibration.windows import check_text
 
-    corpus.check_windows(
-        inputs.recipe.evaluation,
-        load_tokenizer(inputs.source),
-        vocabulary=known_tokens(inputs.source),
-    )
+    check_text(inputs.source, inputs.recipe.evaluation)
     tasks = suite.Suite.of(inputs.recipe.evaluation)
     if tasks is not None:
         suite.check(tasks, inputs.progress)
@@ -202,27 +198,18 @@ def _measure(inputs: StageInputs, subject: Subject) -> Measured:
 
 
 def _windows(inputs: StageInputs) -> NDArray[np.int64]:
-    from nmexport.models.loader import load_model, load_tokenizer
-    from nmexport.models.text_files import known_tokens
+    from nmexport.calibration.windows import windows_of
+    from nmexport.models.loader import load_model
 
     recipe = inputs.recipe
-    tokenizer = load_tokenizer(inputs.source)
 
-    def self_text(samples: int, length: int, seed: int) -> NDArray[np.int64]:
-        from nmexport.calibration.self_text import self_text
-
+    def load() -> PreTrainedModel:
         device = whole_device(inputs.source, offload=recipe.calibration.offload) or "cpu"
         with busy(inputs.progress, "verify: load the model"):
-            model = load_model(inputs.source, dtype="float32", device=device)
-        generate = self_text(model, tokenizer, progress=inputs.progress, label="verify: own text")
-        return generate(samples, length, seed)
+            return load_model(inputs.source, dtype="float32", device=device)
 
-    windows = corpus.evaluation_windows(
-        recipe.evaluation,
-        tokenizer,
-        self_text,
-        seed=recipe.seed,
-        vocabulary=known_tokens(inputs.source),
+    windows = windows_of(
+        inputs.source, recipe, load, progress=inputs.progress, label="verify: own text"
     )
     return_device_memory()  # runtimes need what torch had
     return windows

@@ -21,13 +21,12 @@ import torch
 from filelock import FileLock, Timeout
 
 from nmexport.calibration import corpus
-from nmexport.calibration.self_text import self_text
+from nmexport.calibration.windows import windows_of
 from nmexport.environment import probe
 from nmexport.errors import UserError, WorkDirectoryError
 from nmexport.models import source as models
-from nmexport.models.loader import load_model, load_tokenizer
+from nmexport.models.loader import load_model
 from nmexport.models.swap import replace_linears
-from nmexport.models.text_files import known_tokens
 from nmexport.models.unpacked import unpack
 from nmexport.pipeline import Pipeline, Selection
 from nmexport.report.model import read_report
@@ -260,16 +259,12 @@ class _Bench:
         return stored.long().numpy()
 
     def _make_windows(self, recipe: Recipe) -> NDArray[np.int64]:
-        source = self._find_model(recipe.model)
-        tokenizer = load_tokenizer(source)
-
-        def written(samples: int, length: int, seed: int) -> NDArray[np.int64]:
-            model = load_model(self._readable_model(recipe.model), dtype="float32")
-            generate = self_text(model, tokenizer, progress=self._progress, label="sweep: own text")
-            return generate(samples, length, seed)
-
-        return corpus.evaluation_windows(
-            recipe.evaluation, tokenizer, written, seed=recipe.seed, vocabulary=known_tokens(source)
+        return windows_of(
+            self._find_model(recipe.model),
+            recipe,
+            lambda: load_model(self._readable_model(recipe.model), dtype="float32"),
+            progress=self._progress,
+            label="sweep: own text",
         )
 
     def _readable_model(self, section: ModelSection) -> ModelSource:

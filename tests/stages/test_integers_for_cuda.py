@@ -18,7 +18,7 @@ from nmexport.runtimes.cuda_model import CudaModel
 from nmexport.runtimes.cuda_session import CudaSession
 from nmexport.runtimes.engine import read_engine
 from nmexport.runtimes.onnxruntime_session import EXTERNAL_DATA_FOLDER, OrtSession, session_options
-from nmexport.stages import engine, storing
+from nmexport.stages import engine, rewriting, storing
 from nmexport.store.work_directory import WorkDirectory
 
 import onnxruntime
@@ -132,4 +132,4 @@ def test_an_export_for_a_cpu_says_how_to_build_it_for_a_gpu(tmp_path: Path) -> N
     graph = onnx.helper.make_graph([node], "g", [], [])
     onnx.save(onnx.helper.make_model(graph), tmp_path / "model.onnx")
     with pytest.raises(ArtifactError, match="--activations float"):
-        engine._check_activations(tmp_path / "model.onnx")
+        rewriting.check_activations(tmp_path / "model.onnx")
