@@ -216,7 +216,8 @@ class AllocationSection(_Strict):
     """To choose among; none is the recipe's own."""
     count_learned: bool = False
     """Hold a budget of accuracy by the model as built, learned constants and all, rather than
-    before anything is learned: chooses and learns up to three times."""
+    before anything is learned: chooses and learns up to three times. Where nothing is learned it is
+    always held so."""
     trials: Trials = "run"
     """How sites are tried alone: `run` runs the model for each; `gradient` estimates all of them
     from one backward pass a window, in seconds."""

@@ -101,24 +101,24 @@ def built_within(
     choose: Callable[[float], Allocation],
     build: Callable[[Allocation, int], tuple[Result, Allocation]],
     *,
-    counts_learned: bool,
+    counts_built: bool,
 ) -> tuple[Result, Allocation]:
     """Choose, build, measure, and choose again: the fastest that keeps the budget as built.
 
-    The first choice keeps the budget before anything is learned. Where learning counts, the next
-    may take as much more of it as learning won back from the one before.
+    The first choice keeps the budget before it is built. The next may take as much more of it as
+    learning won back from the one before, or as much less as building lost.
 
     Args:
         choose: Makes a choice, given what limits of accuracy are multiplied by.
         build: Builds a choice, given how many were built before; returns it with what it came to.
-        counts_learned: Whether to choose again.
+        counts_built: Whether to choose again, for the model as built.
 
     Raises:
         RecipeError: if no choice keeps the budget even before it is built.
     """
     made, best = build(choose(1.0), 0)
     last = best
-    for attempt in range(1, ATTEMPTS if counts_learned else 1):
+    for attempt in range(1, ATTEMPTS if counts_built else 1):
         relief = _relief(last)
         chosen = None if relief is None else _choose_within(choose, relief)
         if chosen is None or chosen.choices in (best.choices, last.choices):

@@ -281,8 +281,11 @@ def _within_budget(
             inputs.progress.note(measured.remark)
         return constants, measured
 
+    # Where nothing is learned another build takes seconds: what is built always keeps the budget.
     constants, allocation = built_within(
-        prepared.allocation, build, counts_learned=inputs.recipe.allocation.count_learned
+        prepared.allocation,
+        build,
+        counts_built=inputs.recipe.allocation.count_learned or learning is None,
     )
     write_allocation(inputs.output, allocation)
     return constants

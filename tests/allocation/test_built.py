@@ -126,7 +126,7 @@ def run(
         tried.append(before)
         return attempt, came_to(allocation, won_back(before))
 
-    made, best = built_within(chosen, build, counts_learned=counts)
+    made, best = built_within(chosen, build, counts_built=counts)
     assert tried[made] == best.budget_used
     return tried, best
 
@@ -171,7 +171,7 @@ def test_only_a_budget_of_accuracy_can_count_it() -> None:
     def build(allocation: Allocation, attempt: int) -> tuple[int, Allocation]:
         return attempt, came_to(replace(allocation, budget_used=None), None)
 
-    made, best = built_within(chosen, build, counts_learned=True)
+    made, best = built_within(chosen, build, counts_built=True)
     assert made == 0
     assert best.built is not None
 
@@ -185,9 +185,9 @@ def test_a_choice_out_of_reach_leaves_the_one_before() -> None:
     def build(allocation: Allocation, attempt: int) -> tuple[int, Allocation]:
         return attempt, came_to(allocation, 3.0)
 
-    made, best = built_within(choose, build, counts_learned=True)
+    made, best = built_within(choose, build, counts_built=True)
     assert made == 0
     assert best.built is not None
     assert best.built.budget_used == 3.0
     with pytest.raises(RecipeError):
-        built_within(lambda _: choose(2.0), build, counts_learned=True)
+        built_within(lambda _: choose(2.0), build, counts_built=True)
