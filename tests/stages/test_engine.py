@@ -333,7 +333,7 @@ def test_package_is_whole_and_knows_no_place(built: WorkDirectory) -> None:
     bundle = package.Artifact(folder).bundle
     assert (bundle.name, bundle.verdict, bundle.context_tokens) == ("tiny", "fail", 256)
     assert bundle.end_tokens == {2}
-    names = {record["path"] for record in bundle.files}
+    names = {record.path for record in bundle.files}
     assert {"model.onnx", "model.onnx.data", "tokenizer.json", "model.py", "engine.json"} <= names
     assert not any(name.startswith("dense/") for name in names)
     bundle.check_files()
