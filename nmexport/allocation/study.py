@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from nmexport.store.allocation import PointKind
 
 # Solving for an accuracy budget, running the result, solving again: so often at most.
-_ROUNDS = 6
+_ROUNDS = 8
 # A measured model within this share of its budget is as good as one right on it.
 _NEAR = 0.97
 _LEAST_NATS = 1e-9  # a divergence of nothing still has a logarithm
@@ -426,19 +426,38 @@ def _most_within(
 ) -> Pick | None:
     """Minimise something over the picks whose joint model keeps the accuracy budget."""
     best: Pick | None = None
-    least = math.inf
+    least, kept, exceeded = math.inf, 0.0, math.inf
     for _ in range(_ROUNDS):
-        target = _summed_limit(study, budget, relief)
+        target = _between(kept, _summed_limit(study, budget, relief), exceeded)
         pick = study.solve(minimise=minimise, limits={**limits, "kl": target})
         if pick is None or pick == best:
             break
-        moved = study.run(pick)
+        moved, total = study.run(pick), study.total(pick)
         share = (share_used(budget, kl=moved.kl_mean, nll=moved.nll_mean) or 0.0) / relief
-        if share <= 1 and getattr(study.total(pick), minimise) < least:
-            best, least = pick, getattr(study.total(pick), minimise)
-        if _NEAR <= share <= 1:
+        if share > 1:
+            exceeded = min(exceeded, total.kl)
+            continue
+        kept = max(kept, total.kl)
+        if getattr(total, minimise) < least:
+            best, least = pick, getattr(total, minimise)
+        if share >= _NEAR:
             break
     return best
+
+
+def _between(kept: float, wanted: float, exceeded: float) -> float:
+    """Choose the next limit on a sum of divergences: what few windows say of it is noisy.
+
+    Args:
+        kept: The largest sum known to keep the budget; 0 without one.
+        wanted: The limit by what all joint models showed.
+        exceeded: The least sum known to exceed the budget.
+    """
+    if kept < wanted < exceeded:
+        return wanted
+    if exceeded == math.inf:
+        return 2 * kept
+    return math.sqrt(kept * exceeded) if 0 < kept < exceeded else exceeded / 2
 
 
 def share_used(budget: BudgetSection, *, kl: float, nll: float) -> float | None:
