@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from nmexport.store.allocation import Allocation
 
 Result = TypeVar("Result")
+
+Again = Literal["never", "beyond", "always"]
+"""When to choose again: where what was built exceeds the budget, or may take more of it as well."""
 
 ATTEMPTS = 3
 # What is built within this share of its budget is as good as what is built right on it.
@@ -101,7 +104,7 @@ def built_within(
     choose: Callable[[float], Allocation],
     build: Callable[[Allocation, int], tuple[Result, Allocation]],
     *,
-    counts_built: bool,
+    again: Again,
 ) -> tuple[Result, Allocation]:
     """Choose, build, measure, and choose again: the fastest that keeps the budget as built.
 
@@ -111,21 +114,23 @@ def built_within(
     Args:
         choose: Makes a choice, given what limits of accuracy are multiplied by.
         build: Builds a choice, given how many were built before; returns it with what it came to.
-        counts_built: Whether to choose again, for the model as built.
+        again: When to choose again for the model as built.
 
     Raises:
         RecipeError: if no choice keeps the budget even before it is built.
     """
     made, best = build(choose(1.0), 0)
     last = best
-    for attempt in range(1, ATTEMPTS if counts_built else 1):
+    for attempt in range(1, ATTEMPTS):
+        if again == "never" or (again == "beyond" and _budget_used(best) <= 1):
+            break
         relief = _relief(last)
         chosen = None if relief is None else _choose_within(choose, relief)
         if chosen is None or chosen.choices in (best.choices, last.choices):
             break
-        again, last = build(chosen, attempt)
+        rebuilt, last = build(chosen, attempt)
         if _is_better(last, best):
-            made, best = again, last
+            made, best = rebuilt, last
     return made, best
 
 

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 _ROUNDS = 8
 # A measured model within this share of its budget is as good as one right on it.
 _NEAR = 0.97
+# After a sum that exceeded the budget none above this share of it is tried, after the next none
+# above its square of that, and so on: a lucky joint model just below would draw them there.
+_STEP = 0.85
 _LEAST_NATS = 1e-9  # a divergence of nothing still has a logarithm
 _UNMOVED = Movement(kl=(0.0,), nll=(0.0,))
 
@@ -426,16 +429,17 @@ def _most_within(
 ) -> Pick | None:
     """Minimise something over the picks whose joint model keeps the accuracy budget."""
     best: Pick | None = None
-    least, kept, exceeded = math.inf, 0.0, math.inf
+    least, kept, exceeded, failures = math.inf, 0.0, math.inf, 0
     for _ in range(_ROUNDS):
-        target = _between(kept, _summed_limit(study, budget, relief), exceeded)
+        wanted = min(_summed_limit(study, budget, relief), _STEP**failures * exceeded)
+        target = _between(kept, wanted, exceeded)
         pick = study.solve(minimise=minimise, limits={**limits, "kl": target})
         if pick is None or pick == best:
             break
         moved, total = study.run(pick), study.total(pick)
         share = (share_used(budget, kl=moved.kl_mean, nll=moved.nll_mean) or 0.0) / relief
         if share > 1:
-            exceeded = min(exceeded, total.kl)
+            exceeded, failures = min(exceeded, total.kl), failures + 1
             continue
         kept = max(kept, total.kl)
         if getattr(total, minimise) < least:
@@ -453,11 +457,9 @@ def _between(kept: float, wanted: float, exceeded: float) -> float:
         wanted: The limit by what all joint models showed.
         exceeded: The least sum known to exceed the budget.
     """
-    if kept < wanted < exceeded:
+    if kept < wanted:
         return wanted
-    if exceeded == math.inf:
-        return 2 * kept
-    return math.sqrt(kept * exceeded) if 0 < kept < exceeded else exceeded / 2
+    return 2 * kept if exceeded == math.inf else math.sqrt(kept * exceeded)
 
 
 def share_used(budget: BudgetSection, *, kl: float, nll: float) -> float | None:

@@ -256,7 +256,7 @@ def _within_budget(
     inputs: StageInputs, dense: DenseModel, learning: Learning | None
 ) -> SparseConstants:
     """Choose for every linear under the recipe's budget, and write down what was chosen."""
-    from nmexport.allocation.built import built_within
+    from nmexport.allocation.built import Again, built_within
     from nmexport.calibration.sparse_constants import make_constants
 
     prepared = _prepared(inputs, dense)
@@ -281,11 +281,12 @@ def _within_budget(
             inputs.progress.note(measured.remark)
         return constants, measured
 
-    # Where nothing is learned another build takes seconds: what is built always keeps the budget.
+    # Where nothing is learned another build takes seconds, so what is built has to keep the budget.
+    unless_counted: Again = "beyond" if learning is None else "never"
     constants, allocation = built_within(
         prepared.allocation,
         build,
-        counts_built=inputs.recipe.allocation.count_learned or learning is None,
+        again="always" if inputs.recipe.allocation.count_learned else unless_counted,
     )
     write_allocation(inputs.output, allocation)
     return constants

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from nmexport.allocation.built import ATTEMPTS, BuiltLinear, built_within, errors_as_built
+from nmexport.allocation.built import ATTEMPTS, Again, BuiltLinear, built_within, errors_as_built
 from nmexport.allocation.probe import Probe, SparseInput
 from nmexport.calibration.sites import Site
 from nmexport.errors import RecipeError
@@ -114,7 +114,7 @@ def came_to(allocation: Allocation, used: float | None) -> Allocation:
 
 
 def run(
-    won_back: Callable[[float], float], *, counts: bool = True
+    won_back: Callable[[float], float], *, again: Again = "always"
 ) -> tuple[list[float], Allocation]:
     """Reliefs that were tried, and what was taken; learning leaves a share of a divergence."""
     tried: list[float] = []
@@ -126,9 +126,18 @@ def run(
         tried.append(before)
         return attempt, came_to(allocation, won_back(before))
 
-    made, best = built_within(chosen, build, counts_built=counts)
+    made, best = built_within(chosen, build, again=again)
     assert tried[made] == best.budget_used
     return tried, best
+
+
+def test_what_building_loses_is_taken_off_the_budget() -> None:
+    tried, best = run(lambda before: 1.25 * before, again="beyond")
+    assert tried == pytest.approx([1.0, 0.8])
+    assert best.built is not None
+    assert best.built.budget_used == pytest.approx(1.0)
+    tried, _ = run(lambda before: 0.4 * before, again="beyond")
+    assert tried == [1.0]
 
 
 def test_what_learning_wins_back_is_spent() -> None:
@@ -139,7 +148,7 @@ def test_what_learning_wins_back_is_spent() -> None:
 
 
 def test_it_is_not_spent_unless_asked_for() -> None:
-    tried, best = run(lambda before: 0.4 * before, counts=False)
+    tried, best = run(lambda before: 0.4 * before, again="never")
     assert tried == [1.0]
     assert best.budget_used == 1.0
 
@@ -171,7 +180,7 @@ def test_only_a_budget_of_accuracy_can_count_it() -> None:
     def build(allocation: Allocation, attempt: int) -> tuple[int, Allocation]:
         return attempt, came_to(replace(allocation, budget_used=None), None)
 
-    made, best = built_within(chosen, build, counts_built=True)
+    made, best = built_within(chosen, build, again="always")
     assert made == 0
     assert best.built is not None
 
@@ -185,9 +194,9 @@ def test_a_choice_out_of_reach_leaves_the_one_before() -> None:
     def build(allocation: Allocation, attempt: int) -> tuple[int, Allocation]:
         return attempt, came_to(allocation, 3.0)
 
-    made, best = built_within(choose, build, counts_built=True)
+    made, best = built_within(choose, build, again="always")
     assert made == 0
     assert best.built is not None
     assert best.built.budget_used == 3.0
     with pytest.raises(RecipeError):
-        built_within(lambda _: choose(2.0), build, counts_built=True)
+        built_within(lambda _: choose(2.0), build, again="always")
