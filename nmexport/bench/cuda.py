@@ -269,7 +269,7 @@ class CudaRow(TypedDict):
     us: dict[Side, float]
     """Medians in microseconds."""
     ratio: float
-    """Of the faster dense product to sparse."""
+    """Time of the faster dense product over that of the sparse one."""
 
 
 class CudaTimes(TypedDict):

@@ -138,7 +138,7 @@ class KernelTimes:
 
     runtime: str
     variant: str
-    """Of the native library."""
+    """The kernels that the native library chose, such as avx512."""
     device: str
     pattern: NMPattern
     dtypes: tuple[Dtype, ...]

@@ -147,7 +147,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
-    """What the speed costs: from the work directory's report."""
+    """Perplexity of each side, from the work directory's report."""
 
     dataset: str | None
     dense: float | None

@@ -98,7 +98,7 @@ class Soaked(WorkDone):
 
     load: dict[str, object]
     by: str
-    """What made the load."""
+    """The program that made the load."""
     memory: Growth
     left_over: dict[str, int]
     """Requests and cache bytes that it still held when the load was over."""

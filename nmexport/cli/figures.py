@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nmexport.report.model import Accuracy, Latency, PhaseTimes, Report, StoredDense
 
 Measure = Literal["perplexity", "kl", "top1", "prefill", "decode"]
-"""What is measured of dense in the sparse model's integers as well."""
+"""The rows that also have a figure of the dense model in the same integers."""
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ _REFUSALS = frozenset(
         *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.EIO),
     }
 )
-"""What the system says of a path or a disk that is not as we need it."""
+"""Errors of the system that a user can mend: a path or a disk that cannot be used."""
 _SHOWN_CHARACTERS = 200  # of a path
 _REPORT_TO = "This is a bug in nmexport. Please report it with the text above and the command line."
 

@@ -60,7 +60,7 @@ class StageRow(TypedDict):
     seconds: float | None
     peak_memory_bytes: int | None
     share: float | None
-    """Of the seconds that all stages took."""
+    """Its share of the seconds that all stages took."""
 
 
 def _work_directory(path: Path) -> dict[str, object]:
@@ -80,7 +80,7 @@ def _work_directory(path: Path) -> dict[str, object]:
 
 def _stage_rows(manifests: Mapping[str, Manifest | None]) -> list[StageRow]:
     """The stages with their share of the time that all of them took."""
-    # Of what is in use now, which need not be one build.
+    # The artifacts in use now may come from several builds.
     total = sum(manifest.seconds for manifest in manifests.values() if manifest)
     return [_stage_row(stage, manifest, total) for stage, manifest in manifests.items()]
 

@@ -220,7 +220,7 @@ def _check_as_transformers_does(path: Path) -> None:
     except Exception as error:  # it raises what it pleases
         raise ModelError(
             f"{path} is refused by transformers: {first_line(error)}",
-            fix="correct it, or remove it: the model then draws as it is told",
+            fix="correct it, or remove it: options of sampling then come with each request",
         ) from error
 
 

@@ -286,7 +286,7 @@ def _name_axes(traced: ir.Model, shapes: Sequence[CacheShape]) -> None:
             named[f"{prefix}.{index}.key"] = [*axes, shape.key_size]
             named[f"{prefix}.{index}.value"] = [*axes, shape.value_size]
     symbols = _symbols(traced.graph.inputs, named)
-    # Where the model's code cuts a table at the context, the tracer cannot tell the batch.
+    # The model's code may cut a table at the context; the tracer cannot tell the batch then.
     logits = traced.graph.outputs[0].shape or ()
     named["logits"] = [*tokens, *(size for size in logits[2:] if isinstance(size, int))]
     for node in traced.graph:

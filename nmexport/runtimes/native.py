@@ -105,7 +105,7 @@ class LibraryDescription(TypedDict):
     """The native library's description of itself."""
 
     version: str
-    """Of the package it was built from."""
+    """The version of the package that it was built from."""
     ort_api_version: int
     domain: str
     opset_version: int

@@ -94,7 +94,7 @@ class PluginDescription(TypedDict):
     """The plugin library's description of itself."""
 
     version: str
-    """Of the package it was built from."""
+    """The version of the package that it was built from."""
     tensorrt_headers: str
     cuda: int
     """The runtime, as 13000 for 13.0."""
