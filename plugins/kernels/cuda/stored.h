@@ -48,7 +48,7 @@ struct StoredPlanShape {
     int32_t unroll;
 };
 
-inline constexpr StoredPlanShape kSTORED_SHAPES[] = {{4, 8}, {8, 8}, {8, 4}};
+inline constexpr StoredPlanShape kSTORED_SHAPES[] = {{4, 8}, {8, 8}, {8, 4}, {16, 8}, {16, 4}};
 
 //! The one shape of eight tokens.
 inline constexpr StoredPlanShape kEIGHT_TOKENS{8, 8};
