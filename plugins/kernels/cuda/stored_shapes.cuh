@@ -33,9 +33,10 @@ cudaError_t launchStoredOf(StoredArgs const& args, DecodePlan const& plan,
         case 808:
             return launchStoredShape<T, STORAGE, 1, 8, 8>(args, plan, device, stream);
         case 1604:
-            return launchStoredShape<T, STORAGE, 1, 16, 4>(args, plan, device, stream);
-        case 1608:
-            return launchStoredShape<T, STORAGE, 1, 16, 8>(args, plan, device, stream);
+            if constexpr (STORAGE == Storage::kINT4) {
+                return launchStoredShape<T, STORAGE, 1, 16, 4>(args, plan, device, stream);
+            }
+            return cudaErrorInvalidValue;
         default:
             return cudaErrorInvalidValue;
     }
