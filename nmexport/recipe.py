@@ -140,7 +140,7 @@ class TargetsSection(_Strict):
 def _default_mitigations(given: dict[str, object]) -> tuple[Mitigation, ...]:
     if given.get("phases") == "all":
         return ("l-pts", "ls", "gain", "bias", "low-rank")
-    return ("var",)
+    return ("l-pts", "ls", "bias")
 
 
 class SparsitySection(_Strict):

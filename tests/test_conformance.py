@@ -117,12 +117,9 @@ def test_phase_and_rank_are_within_contract(run, phase, shape):
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 @pytest.mark.parametrize("dense", [(), ("dense_scale",), ("dense_bias",)], ids=str)
 @pytest.mark.parametrize("bits", [None, 0, 8], ids=["float", "int8", "int8 operand"])
-@pytest.mark.parametrize("tokens", [1, 9])
-def test_tokens_outside_the_phase_meet_constants_of_their_own(
-    run, dtype, phase, dense, bits, tokens
-):
+def test_tokens_outside_the_phase_meet_constants_of_their_own(run, dtype, phase, dense, bits):
     case = linear_case(
-        shape=(1, tokens, 96),
+        shape=(1, 1 if phase == "prefill" else 9, 96),
         dtype=dtype,
         optional=("shift", *EVERYTHING, *dense),
         variance_correction=1,

@@ -12,7 +12,7 @@ which channels are kept changes only through the shift, step by step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -161,7 +161,8 @@ class LearnedLinear(SparseLinear):
         own = bias_of(linear)
         if own is not None:
             dense["bias"] = own.detach().float()
-        super().__init__(behaviour, dense, site=site)
+        # Every token learns as one that the phase includes.
+        super().__init__(replace(behaviour, phase="all"), dense, site=site)
         self.sparse = True
         """False computes the dense linear: one model is teacher and student."""
         self._nu = 1.0 if constants.nu is None else constants.nu
@@ -180,8 +181,7 @@ class LearnedLinear(SparseLinear):
             values["shift"] = self.site.learned_shift()
         return Corrections(**values)
 
-    def _drops(self, x: torch.Tensor) -> bool:
-        del x
+    def _can_drop(self) -> bool:
         return self.sparse
 
     def _product(self, selected: Selected) -> torch.Tensor:

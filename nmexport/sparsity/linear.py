@@ -284,8 +284,8 @@ def _site_of(behaviour: Behaviour, tensors: Mapping[str, torch.Tensor]) -> Input
     """The selection of an op's own inputs, which lie in gathered order.
 
     Raises:
-        ValueError: if a static and a dynamic shift meet, a dynamic one lacks its weight, or no phase
-            is dense and there are constants for one.
+        ValueError: if a static and a dynamic shift meet, a dynamic one lacks its weight, or
+            constants of dense tokens come where the phase is `all`.
     """
     if behaviour.phase == "all" and not tensors.keys().isdisjoint({"dense_scale", "dense_bias"}):
         raise ValueError("dense_scale and dense_bias go with phase decode or prefill")
