@@ -153,6 +153,8 @@ class SparsitySection(_Strict):
     pattern: Pattern = NMPattern(8, 16)
     criterion: Criterion = "fisher"
     phases: Phase = "all"
+    """When to sparsify. Where a GPU runs the engine, a command that names none takes `decode`: see
+    `stages.fitting`."""
     mitigations: tuple[Mitigation, ...] = Field(default_factory=_default_mitigations)
     grouping: Grouping = "balanced"
     targets: TargetsSection = TargetsSection()

@@ -78,6 +78,8 @@ class LearningSite(InputSite):
         self._rms = input_rms.float().clamp_min(_FLOOR).to(device)
         self.shift = nn.Parameter((self.eta / self._rms).expand(self.channels).clone())
         self.shift.requires_grad_(learns_shift)
+        self.input_scale: nn.Parameter | None = None
+        """`[K]`, d of all linears of the input, where they share one: see `shared_scale`."""
         self.disturbance: torch.Tensor | None = None
         """`[K]` factors of the scores while a step is learned from; None ranks as the op does."""
         self._seen: torch.Tensor | None = None
@@ -100,6 +102,16 @@ class LearningSite(InputSite):
         if self._left <= 0:
             self._seen = self._selected = None
         return selected
+
+    def shared_scale(self, start: torch.Tensor) -> nn.Parameter:
+        """Return the one input scale of all linears of the input; it starts where the first says.
+
+        Where a phase stays dense, d is a constant of its own beside the weight, and linears with
+        the same one are fused.
+        """
+        if self.input_scale is None:
+            self.input_scale = nn.Parameter(start.to(self.shift.device))
+        return self.input_scale
 
     def learned_shift(self) -> torch.Tensor:
         """`[K]` float32, on the CPU."""
@@ -171,6 +183,8 @@ class LearnedLinear(SparseLinear):
         self.learned = nn.ParameterDict(
             {name: nn.Parameter(value.to(device)) for name, value in start.items()}
         )
+        if "input_scale" in start and behaviour.phase != "all":
+            self.learned["input_scale"] = site.shared_scale(start["input_scale"])
 
     def corrections(self) -> Corrections:
         """Return what has been learned so far, on the CPU."""
