@@ -27,7 +27,7 @@ from nmexport.bench.cuda_graphs import ONNX_TYPES, Side, product_graph
 from nmexport.bench.cuda_plans import GROUP, Dtype, Plan, PlanLibrary, Problem, table_row
 from nmexport.environment import device_name, probe
 from nmexport.errors import RecipeError
-from nmexport.runtimes import native, onnxruntime_session
+from nmexport.runtimes import native, onnxruntime_opening
 from nmexport.timing import interleave, median, milliseconds
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ class _Bench:
         options.log_severity_level = 4
         options.register_custom_ops_library(str(self._library))
         graph = product_graph(side, self._problem, len(self._weights), self._rounds)
-        session = onnxruntime_session.open_cuda_graph(graph, options)
+        session = onnxruntime_opening.open_cuda_graph(graph, options)
         binding = session.io_binding()
         for index, x in enumerate(self._x):
             binding.bind_ortvalue_input(f"X{index}", x)

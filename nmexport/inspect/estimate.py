@@ -255,7 +255,7 @@ def _runs_on_gpu() -> bool:
     """Tell whether ONNX Runtime computes on a GPU here."""
     if not free_memory().devices:
         return False
-    from nmexport.runtimes.onnxruntime_session import choose_provider
+    from nmexport.runtimes.onnxruntime_opening import choose_provider
 
     return choose_provider(native.find_library()) == "cuda"
 

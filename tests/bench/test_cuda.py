@@ -17,7 +17,7 @@ from nmexport.bench.cuda_plans import Device, Plan, PlanLibrary, Problem
 from nmexport.cli.main import cli
 from nmexport.errors import EnvironmentFault, RecipeError
 from nmexport.runtimes import native
-from nmexport.runtimes import onnxruntime_session as onnxruntime
+from nmexport.runtimes import onnxruntime_opening as onnxruntime
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,7 +56,7 @@ def test_graphs_hold_a_product_for_each_weight(side: Any, kept: int | None):
 def test_a_graph_multiplies_by_every_weight_in_every_round(problem: Problem):
     problem = replace(problem, dtype="float32")
     graph = product_graph("sparse", problem, copies=2, rounds=3)
-    session = onnxruntime.open_session(
+    session = onnxruntime.open_inference_session(
         graph, onnxruntime.session_options(library=native.find_library(), threads=1), "cpu"
     )
     random = np.random.default_rng(0)
@@ -156,7 +156,7 @@ def fake_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], li
 
     monkeypatch.setattr(cuda_bench, "PlanLibrary", FakeLibrary)
     monkeypatch.setattr(cuda_bench._Bench, "_device_value", lambda *_: None)
-    monkeypatch.setattr("nmexport.runtimes.onnxruntime_session.open_cuda_graph", opened)
+    monkeypatch.setattr("nmexport.runtimes.onnxruntime_opening.open_cuda_graph", opened)
     import onnxruntime as runtime
 
     class Options:
