@@ -342,15 +342,19 @@ def _phase_gate(signature: Signature) -> list[str]:
     """`keep` -> `active_keep`: all true where `phase` excludes the tokens (`is_dense`)."""
     if signature.phase == "all":
         return ["active_keep = Identity (keep)"]
-    comparison = "Greater" if signature.phase == "decode" else "Equal"
+    return [*is_dense_steps(signature.phase, "X"), "active_keep = Or (keep, is_dense)"]
+
+
+def is_dense_steps(phase: str, rows: str) -> list[str]:
+    """Steps that make `is_dense [1]`: whether a phase other than `all` leaves these rows dense."""
     return [
+        f"rows_shape = Shape ({rows})",
         # The 1 in front makes a single token of rank 1 a sequence of length 1.
-        "one = Constant <value_ints: ints = [1]> ()",
-        "padded_shape = Concat <axis: int = 0> (one, x_shape)",
+        "single = Constant <value_ints: ints = [1]> ()",
+        "padded_shape = Concat <axis: int = 0> (single, rows_shape)",
         "sequence_axis = Constant <value_ints: ints = [-2]> ()",
         "sequence_length = Gather <axis: int = 0> (padded_shape, sequence_axis)",
-        f"is_dense = {comparison} (sequence_length, one)",
-        "active_keep = Or (keep, is_dense)",
+        f"is_dense = {'Greater' if phase == 'decode' else 'Equal'} (sequence_length, single)",
     ]
 
 

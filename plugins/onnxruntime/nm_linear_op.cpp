@@ -112,7 +112,7 @@ class LinearKernel : public CpuKernel {
         LinearArguments arguments = prepared.arguments;
         arguments.x = inputs.data(Input::X);
         arguments.tokens = rowsOf(kNMLinear.name, x, mNode.pattern).tokens;
-        arguments.keepAll = mNode.isExcluded(x);
+        arguments.keepAll = mNode.phase.excludes(x);
         Shape y = x;
         y.back() = prepared.w[1];
         arguments.y = run.output(0, y);
