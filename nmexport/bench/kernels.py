@@ -42,7 +42,7 @@ from nmexport.environment import probe
 from nmexport.errors import RecipeError
 from nmexport.runtimes import native
 from nmexport.runtimes.native import HUGE_PAGES_ENTRY
-from nmexport.runtimes.onnxruntime_session import SESSION_CONFIG, session_options
+from nmexport.runtimes.onnxruntime_opening import SESSION_CONFIG, session_options
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.timing import interleave, milliseconds, percentiles, rounds_lasting
 

@@ -358,16 +358,23 @@ def _phase_gate(signature: Signature) -> list[str]:
     """
     if signature.phase == "all":
         return ["values = Identity (sparse_values)"]
-    comparison = "Greater" if signature.phase == "decode" else "Equal"
     return [
-        # The 1 in front makes a single token of rank 1 a sequence of length 1.
-        "one = Constant <value_ints: ints = [1]> ()",
-        "padded_shape = Concat <axis: int = 0> (one, x_shape)",
-        "sequence_axis = Constant <value_ints: ints = [-2]> ()",
-        "sequence_length = Gather <axis: int = 0> (padded_shape, sequence_axis)",
-        f"is_dense = {comparison} (sequence_length, one)",
+        *is_dense_steps(signature.phase, "X"),
         *_scaled("x", "dense_scale", "dense_values", signature),
         "values = Where (is_dense, dense_values, sparse_values)",
+    ]
+
+
+def is_dense_steps(phase: str, rows: str) -> list[str]:
+    """Steps that make `is_dense [1]`: whether a phase other than `all` leaves these rows dense."""
+    return [
+        f"sizes = Shape ({rows})",
+        # The 1 in front makes a single token of rank 1 a sequence of length 1.
+        "single = Constant <value_ints: ints = [1]> ()",
+        "padded_sizes = Concat <axis: int = 0> (single, sizes)",
+        "sequence_axis = Constant <value_ints: ints = [-2]> ()",
+        "sequence_length = Gather <axis: int = 0> (padded_sizes, sequence_axis)",
+        f"is_dense = {'Greater' if phase == 'decode' else 'Equal'} (sequence_length, single)",
     ]
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nmexport.calibration.corpus import SELF, check_samples, corpus_identity, load_samples
+from nmexport.calibration.corpus import check_samples, corpus_identity, load_samples
+from nmexport.calibration.text_sources import SELF
 from nmexport.errors import CorpusError
 from nmexport.models.context import check_lengths
 from nmexport.models.guard import unused_code
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from nmexport.calibration.corpus import SelfText, TokenIds
+    from nmexport.calibration.corpus import SelfText
+    from nmexport.calibration.text_sources import TokenIds
     from nmexport.models.offload import OpenedModel
     from nmexport.recipe import Recipe
     from nmexport.stages.inputs import StageInputs

@@ -93,7 +93,7 @@ def gpu_runs(environment: Environment) -> bool:
     if not environment.gpus:
         return False
     from nmexport.runtimes import native
-    from nmexport.runtimes.onnxruntime_session import choose_provider
+    from nmexport.runtimes.onnxruntime_opening import choose_provider
 
     return choose_provider(native.find_library()) == "cuda"
 

@@ -171,7 +171,7 @@ class CudaLinearKernel : public Kernel {
 
     cuda::Selection selectionOf(const Inputs& inputs, const Shape& x) const {
         cuda::Selection selection;
-        selection.n = mNode.isExcluded(x) ? mNode.pattern.m : mNode.pattern.n;
+        selection.n = mNode.phase.excludes(x) ? mNode.pattern.m : mNode.pattern.n;
         selection.m = mNode.pattern.m;
         selection.scoreScale =
             constantVector<float>(inputs, mShapes, kNMLinear, NMLinearInput::score_scale, x.back());

@@ -130,7 +130,7 @@ class LinearKernel : public CpuKernel {
         LinearArguments arguments = prepared.arguments;
         arguments.x = inputs.data(Input::X);
         arguments.tokens = rowsOf(kNMLinear.name, x, mNode.pattern).tokens;
-        if (mNode.isExcluded(x)) leaveDense(arguments, prepared);
+        if (mNode.phase.excludes(x)) leaveDense(arguments, prepared);
         Shape y = x;
         y.back() = prepared.w[1];
         arguments.y = run.output(0, y);

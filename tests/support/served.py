@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 from nmexport.errors import EnvironmentFault
 from nmexport.runtimes.engine import SCHEMA, Engine
-from nmexport.runtimes.onnxruntime_session import SESSION_CONFIG
+from nmexport.runtimes.onnxruntime_opening import SESSION_CONFIG
 from nmexport.serving import launch
 from nmexport.serving.addresses import Addresses
 from nmexport.serving.bundle import FILENAME
