@@ -219,7 +219,7 @@ _METHOD = (
         spelled="--phases",
         key="sparsity.phases",
         kind=OneOf(Phase),
-        help="When to sparsify.",
+        help="When to sparsify.  [default: all; where a GPU runs the engine, decode]",
     ),
 )
 _BUDGET = (

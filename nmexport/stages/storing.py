@@ -77,7 +77,8 @@ def folded_linear(
         return folded
     if isinstance(storage, Storage):
         folded = constants.folded(dense, name, torch.float32)
-        return store_folded(dense, storage, name, folded, form=storage.form)[0]
+        phase = constants.derived[name].behaviour.phase
+        return store_folded(dense, storage, name, folded, form=storage.form, phase=phase)[0]
     weight = None if dense.integers is None else dense.integers(name)
     return folded_around(dense, constants, name, weight, storage)
 

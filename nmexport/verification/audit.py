@@ -21,12 +21,12 @@ from nmexport.graph.linears import PlacedLinear, placed_linears
 from nmexport.progress import busy
 from nmexport.report.model import LayerSparsity, Sparsity
 from nmexport.runtimes.native import engine_library
-from nmexport.runtimes.onnxruntime_session import (
+from nmexport.runtimes.onnxruntime_opening import (
     EXTERNAL_DATA_FOLDER,
     SESSION_CONFIG,
-    OrtSession,
     provider_here,
 )
+from nmexport.runtimes.onnxruntime_session import OrtSession
 from nmexport.verification.placing import open_where_it_runs
 
 if TYPE_CHECKING:

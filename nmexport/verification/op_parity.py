@@ -246,7 +246,10 @@ def check(
 
 def _rounded_operands(layer: LayerSpec, tensors: Tensors, *, tokens: int) -> int:
     """How many operands a GPU's product rounds to T: changed activations, widened weights."""
-    changes_values = layer.dynamic_shift or bool({"shift", "value_scale"} & tensors.keys())
+    if layer.phase == "all" or (layer.phase == "decode") == (tokens == 1):
+        changes_values = layer.dynamic_shift or bool({"shift", "value_scale"} & tensors.keys())
+    else:
+        changes_values = "dense_scale" in tensors
     widens = layer.weight_type != "float" and tokens > 1
     return int(changes_values) + int(widens)
 

@@ -35,6 +35,12 @@ void LinearNode::check(const Inputs& inputs, const Shape& x, const Shape& w) con
         throw Fault(
             "NMLinear: dynamic_shift = 1 needs the input shift_weight [O], the column sums of W");
     }
+    if (!phase.isAll()) return;
+    for (const int input : {Input::dense_scale, Input::dense_bias}) {
+        if (!inputs.has(input)) continue;
+        throw Fault(std::string("NMLinear: input ") + kNMLinearInputs[input].name +
+                    " goes with phase decode or prefill; with all, no token is dense");
+    }
 }
 
 void LinearNode::checkElementWeights(const Inputs& inputs) const {

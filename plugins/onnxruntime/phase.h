@@ -15,6 +15,7 @@ class Phase {
                 : name == "prefill" ? Rule::kPREFILL
                                     : Rule::kALL) {}
 
+    bool isAll() const { return mRule == Rule::kALL; }
     // True if the tokens of X stay dense. The sequence length is the second-to-last dimension; a
     // lone token is a sequence of one.
     bool excludes(const Shape& x) const {

@@ -803,8 +803,8 @@ def test_bench_engines(fakes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -
 def test_bench_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 
-    def bench_kernels(shapes: Any, tokens: Any, **options: Any) -> KernelTimes:
-        asked.update(shapes=shapes, tokens=tokens, **options)
+    def bench_kernels(shapes: Any, tokens: Any, settings: Any) -> KernelTimes:
+        asked.update(shapes=shapes, tokens=tokens, **vars(settings))
         time = Timing(p10_us=8.0, median_us=8.5, p90_us=9.0)
         own = Figures(
             ratio=1.75,

@@ -13,7 +13,8 @@ from nmexport.report.model import read_report
 from nmexport.runtimes import native
 from nmexport.runtimes.cuda_session import CudaSession
 from nmexport.runtimes.engine import read_engine
-from nmexport.runtimes.onnxruntime_session import OrtSession, choose_provider
+from nmexport.runtimes.onnxruntime_opening import choose_provider
+from nmexport.runtimes.onnxruntime_session import OrtSession
 from nmexport.runtimes.opening import open_session
 from nmexport.runtimes.tensorrt import library as tensorrt_library
 
