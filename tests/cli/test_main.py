@@ -749,8 +749,8 @@ def test_generate_streams_and_answers_in_json(
 ) -> None:
     asked: dict[str, Any] = {}
 
-    def generate(work: Path, prompt: str, **options: Any) -> Any:
-        asked.update(work=work, prompt=prompt, **options)
+    def generate(work: Path, prompt: str, options: Any, **others: Any) -> Any:
+        asked.update(work=work, prompt=prompt, **vars(options), **others)
         return iter(["Par", "is."])
 
     monkeypatch.setattr("nmexport.generation.loop.generate", generate)
