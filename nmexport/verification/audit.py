@@ -23,6 +23,7 @@ from nmexport.runtimes.onnxruntime_session import OrtSession
 from nmexport.verification.instrument import (
     add_counters,
     add_layer_outputs,
+    is_sparse,
     read_graph,
     sparse_linears,
 )
@@ -47,8 +48,8 @@ PROTOCOL = (
     "shift, goes through the selection op once more, and what is not zero counts as kept; over "
     "prompt and decode tokens of evaluation windows, each where the linear's phase is sparse. "
     "Output error in place is ||y_sparse - y_dense|| / ||y_dense|| of the linear's output, each "
-    "model running on its own hidden states over one window; of the linear alone, the same on the "
-    "dense model's activations, from calibration."
+    "model running on its own hidden states over one window, on tokens of the linear's phase; of "
+    "the linear alone, the same on the dense model's activations, from calibration."
 )
 
 DECODE_STEPS = 4
@@ -141,18 +142,44 @@ def propagated_errors(
 ) -> dict[str, float | None]:
     """`||y_sparse - y_dense|| / ||y_dense||` of each layer's output over one window `[L]`.
 
+    Tokens of a layer's phase count; the last ones are decoded where a layer is sparse then alone.
     Memory is bounded: layers are taken in chunks, each chunk runs both models once.
     """
+    decodes = any(layer.phase == "decode" for layer in layers)
+    prompt = window.size - (min(DECODE_STEPS, window.size - 1) if decodes else 0)
+    runs = [window[:prompt], *window[prompt:, None]]
     errors: dict[str, float | None] = {}
     # Dense and sparse, float32.
     for chunk in chunks_by_bytes(layers, lambda layer: 2 * 4 * window.size * layer.out_features):
         names = {layer.name: outputs[layer.name] for layer in chunk}
-        for session in (dense, sparse):
-            session.watch(names.values())
-            session.prefill(window[None, :])
-        for layer, name in names.items():
-            errors[layer] = relative_error(sparse.watched[name], dense.watched[name])
+        phases = {layer.name: layer.phase for layer in chunk}
+        exact, made = (_sparse_outputs(session, runs, names, phases) for session in (dense, sparse))
+        errors |= {
+            layer: relative_error(np.concatenate(made[layer]), np.concatenate(exact[layer]))
+            if made[layer]
+            else None
+            for layer in names
+        }
     return errors
+
+
+def _sparse_outputs(
+    session: OrtSession,
+    runs: Sequence[NDArray[np.int64]],
+    names: Mapping[str, str],
+    phases: Mapping[str, str],
+) -> dict[str, list[NDArray[Any]]]:
+    """Run a prompt and decode steps; return the outputs `[S, O]` of each layer in its phase."""
+    session.watch(names.values())
+    outputs: dict[str, list[NDArray[Any]]] = {layer: [] for layer in names}
+    for place, tokens in enumerate(runs):
+        run = session.decode_step if place else session.prefill
+        run(tokens[None, :])
+        for layer, name in names.items():
+            if is_sparse(phases[layer], tokens.size):
+                value = session.watched[name]
+                outputs[layer].append(value.reshape(-1, value.shape[-1]).copy())
+    return outputs
 
 
 def relative_error(value: NDArray[Any], reference: NDArray[Any]) -> float | None:

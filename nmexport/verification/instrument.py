@@ -35,7 +35,12 @@ class Counter:
 
     def counts(self, new_tokens: int) -> bool:
         """Tell whether a run of so many new tokens a sequence meets a sparsified weight here."""
-        return self.phase == "all" or (self.phase == "decode") == (new_tokens == 1)
+        return is_sparse(self.phase, new_tokens)
+
+
+def is_sparse(phase: str, new_tokens: int) -> bool:
+    """Tell whether a linear of a phase is sparse in a run of so many new tokens a sequence."""
+    return phase == "all" or (phase == "decode") == (new_tokens == 1)
 
 
 def read_graph(path: Path) -> onnx.ModelProto:

@@ -154,6 +154,8 @@ def test_only_tokens_of_the_sparse_phase_count(tmp_path: Path, phase: str, token
     row = _run(path, dense, _layer(phase=phase)).layers[0]
     assert row.total == 2 * tokens * WIDTH
     assert row.kept * 2 == row.total
+    assert row.relative_error is not None
+    assert row.relative_error > 0.1  # a dense token has none
 
 
 def test_layers_of_another_build_are_refused(tmp_path: Path) -> None:
