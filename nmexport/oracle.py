@@ -12,11 +12,12 @@ Readings of the contract, where it leaves a choice:
 - The sequence length S that decides `phase` is the second-to-last dimension of X. An X of rank 1 is
   a single token: S = 1.
 - `var` is the mean of squared deviations over K (no Bessel correction; the ratio would cancel it).
-- Where nothing can be dropped, because `phase` excludes the tokens or n == m, the op is the dense
-  linear, so nu = 1 there also where var(z) lies below the variance floor.
+- Tokens that `phase` excludes meet the dense linear: W, `dense_scale` and `dense_bias`, and nothing
+  else. Where n == m nothing is dropped, so nu = 1 also where var(z) lies below the variance floor.
 - A static `shift` is float32, and so is z: scores are taken from `float32(x) - float32(eta)`.
 - `value_scale` multiplies whatever is kept, so all channels where nothing is dropped.
-- With `activation_bits` 8 the operand that is rounded is float32's: `float32(z) * value_scale`.
+- With `activation_bits` 8 the operand that is rounded is float32's: `float32(z) * value_scale`, or
+  `float32(x) * dense_scale`.
 """
 
 from __future__ import annotations
@@ -159,6 +160,8 @@ def reference(
     weight_scale: _Array | None = None,
     value_scale: _Array | None = None,
     weight_zero_point: _Array | None = None,
+    dense_scale: _Array | None = None,
+    dense_bias: _Array | None = None,
     dynamic_shift: bool = False,
     variance_correction: bool = False,
     phase: Phase = "all",
@@ -186,10 +189,12 @@ def reference(
             or K / G a multiple of 16.
         value_scale: `[K] float32`, factors of the kept values; scores and nu do not see them.
         weight_zero_point: `[G, O]` of w's type; of integers also float32, between their steps.
+        dense_scale: `[K] float32`, factors of all values of a token that `phase` excludes.
+        dense_bias: `[O] T`, the bias of such a token.
         dynamic_shift: Subtract each token's own mean.
         variance_correction: Scale the product so that the token's variance is kept.
         phase: Which tokens are sparsified: `decode` those of sequences of length 1, `prefill`
-            those of longer ones.
+            those of longer ones. The others take W, `dense_scale` and `dense_bias` alone.
         activation_bits: 8 rounds the operand to 8 bits; w is then of integers.
         activation_block: Channels of a token that are rounded with one scale.
         products: Computes the two products of float weights elsewhere, where they are all that is
@@ -203,8 +208,11 @@ def reference(
     _check_linear(x, w, bias, shift, shift_weight, dynamic_shift=dynamic_shift, phase=phase)
     check_weights(x.dtype, w, weight_scale, weight_zero_point)
     check_activations(w, weight_scale, activation_bits, activation_block)
-    if value_scale is not None:
-        _check_vector("value_scale", value_scale, x.shape[-1:], np.dtype(np.float32))
+    _check_scales(x, value_scale=value_scale, dense_scale=dense_scale)
+    _check_dense_phase(x, w, dense_scale, dense_bias, phase=phase)
+    if not _phase_includes(phase, x.shape):
+        shift, bias, value_scale = None, dense_bias, dense_scale
+        dynamic_shift = variance_correction = False
     order = _check_order(channel_order, x.shape[-1])
     x = x[..., order]
     x64 = x.astype(np.float64)
@@ -328,6 +336,21 @@ def _variance(a: _Float64) -> _Float64:
 def _phase_includes(phase: Phase, shape: tuple[int, ...]) -> bool:
     sequence_length = shape[-2] if len(shape) > 1 else 1
     return {"all": True, "decode": sequence_length == 1, "prefill": sequence_length > 1}[phase]
+
+
+def _check_scales(x: _Array, **scales: _Array | None) -> None:
+    for name, scale in scales.items():
+        if scale is not None:
+            _check_vector(name, scale, x.shape[-1:], np.dtype(np.float32))
+
+
+def _check_dense_phase(
+    x: _Array, w: _Array, dense_scale: _Array | None, dense_bias: _Array | None, *, phase: Phase
+) -> None:
+    if phase == "all" and not (dense_scale is None and dense_bias is None):
+        raise ValueError("dense_scale and dense_bias go with phase decode or prefill, not all")
+    if dense_bias is not None:
+        _check_vector("dense_bias", dense_bias, w.shape[1:], x.dtype)
 
 
 def _check_input(x: _Array, n: int, m: int) -> None:

@@ -147,7 +147,7 @@ class TargetsSection(_Strict):
 def _default_mitigations(given: dict[str, object]) -> tuple[Mitigation, ...]:
     if given.get("phases") == "all":
         return ("l-pts", "ls", "gain", "bias", "low-rank")
-    return ("var",)
+    return ("l-pts", "ls", "bias")
 
 
 class SparsitySection(_Strict):
@@ -160,6 +160,8 @@ class SparsitySection(_Strict):
     pattern: Pattern = NMPattern(8, 16)
     criterion: Criterion = "fisher"
     phases: Phase = "all"
+    """When to sparsify. Where a GPU runs the engine, a command that names none takes `decode`: see
+    `stages.fitting`."""
     mitigations: tuple[Mitigation, ...] = Field(default_factory=_default_mitigations)
     grouping: Grouping = "balanced"
     targets: TargetsSection = TargetsSection()

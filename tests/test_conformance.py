@@ -113,6 +113,37 @@ def test_phase_and_rank_are_within_contract(run, phase, shape):
 
 
 @executors
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("dense", [(), ("dense_scale",), ("dense_bias",)], ids=str)
+@pytest.mark.parametrize("bits", [None, 0, 8], ids=["float", "int8", "int8 operand"])
+def test_tokens_outside_the_phase_meet_constants_of_their_own(run, dtype, phase, dense, bits):
+    case = linear_case(
+        shape=(1, 1 if phase == "prefill" else 9, 96),
+        dtype=dtype,
+        optional=("shift", *EVERYTHING, *dense),
+        variance_correction=1,
+        phase=phase,
+        activation_bits=bits or 0,
+    )
+    if bits is not None:
+        case = with_stored_weight(case, STORED[0], 3)
+    assert_within_contract(case, run(case))
+
+
+@executors
+def test_a_dense_token_does_not_meet_what_selection_would(run):
+    """Infinities of scales and shifts that are not for it would show as NaN."""
+    case = linear_case(
+        shape=(3, 96), optional=("bias", "shift", "value_scale", "score_scale"), phase="decode"
+    )
+    for name in ("shift", "value_scale", "bias"):
+        case.arrays[name][5] = np.inf
+    assert np.isfinite(run(case)).all()
+    assert_within_contract(case, run(case))
+
+
+@executors
 @pytest.mark.parametrize("tokens", [1, 7, 40])
 def test_a_wide_layer_is_within_contract(run, tokens):
     case = linear_case(shape=(1, tokens, 1536), out_features=576, optional=("channel_order",))

@@ -326,7 +326,7 @@ def test_free_memory_heeds_the_containers_limit(
 
 def test_onnxruntime_sends_and_says_nothing_where_home_cannot_be_written() -> None:
     program = (
-        "import nmexport.runtimes.onnxruntime_session, os, onnxruntime\n"
+        "import nmexport.runtimes.onnxruntime_opening, os, onnxruntime\n"
         "assert os.environ['ORT_DISABLE_TELEMETRY'] == '1'\n"
     )
     environment = {key: value for key, value in os.environ.items() if key != _TELEMETRY}

@@ -181,6 +181,16 @@ def brute_force_linear(token, case, *, sequence_length):
     in_features = len(token)
     token = [token[int(channel)] for channel in a.get("channel_order", range(in_features))]
     x = [float(v) for v in token]
+    phase = a.get("phase", "all")
+    active = phase == "all" or (phase == "decode") == (sequence_length == 1)
+    if not active:
+        scale, bias = a.get("dense_scale", [1.0] * in_features), a.get("dense_bias")
+        scaled = [v * float(f) for v, f in zip(x, scale, strict=True)]
+        return [
+            math.fsum(v * float(w) for v, w in zip(scaled, a["W"][:, o], strict=True))
+            + (0.0 if bias is None else float(bias[o]))
+            for o in range(a["W"].shape[1])
+        ]
     eta = [0.0] * in_features
     if a.get("dynamic_shift"):
         eta = [math.fsum(x) / in_features] * in_features
@@ -188,14 +198,10 @@ def brute_force_linear(token, case, *, sequence_length):
         eta = [float(v) for v in np.broadcast_to(a["shift"], in_features)]
     z = [v - e for v, e in zip(x, eta, strict=True)]
     z32 = [np.float32(t) - np.float32(e) for t, e in zip(token, eta, strict=True)]
-    phase = a.get("phase", "all")
-    active = phase == "all" or (phase == "decode") == (sequence_length == 1)
-    keep = [True] * in_features
-    if active:
-        keep = brute_force_mask(z32, a["n"], a["m"], a.get("score_scale"))
+    keep = brute_force_mask(z32, a["n"], a["m"], a.get("score_scale"))
     s = [v if kept else 0.0 for v, kept in zip(z, keep, strict=True)]
     nu = 1.0
-    if a.get("variance_correction") and active and a["n"] < a["m"]:
+    if a.get("variance_correction") and a["n"] < a["m"]:
         nu = math.sqrt(python_variance(z) / max(python_variance(s), 1e-12))
     s = [v * float(f) for v, f in zip(s, a.get("value_scale", [1.0] * in_features), strict=True)]
     y = []
@@ -223,6 +229,8 @@ def test_linear_equals_brute_force(dtype, shift, variance_correction, phase, seq
     more = ("bias",)
     if variance_correction:
         more = ("bias", "score_scale", "channel_order", "value_scale")
+    if phase != "all":
+        more = (*more, "dense_bias", *(("dense_scale",) if variance_correction else ()))
     case = op_cases.linear_case(
         shape=(2, sequence_length, 32),
         out_features=3,
@@ -267,7 +275,9 @@ def test_ties_of_a_linear_go_by_gathered_position():
 @settings(max_examples=30, deadline=None)
 def test_a_value_scale_is_a_scale_of_the_rows(case):
     """The mask and nu do not see it: the same product comes from scaled rows of W."""
-    arguments = case.oracle_arguments()
+    arguments = {**case.oracle_arguments(), "phase": "all"}
+    for name in ("dense_scale", "dense_bias"):
+        arguments.pop(name, None)
     scale = arguments.pop("value_scale", np.linspace(-1, 2, case.x.shape[-1], dtype=np.float32))
     w = case.arrays["W"].astype(np.float32)
     x = case.x.astype(np.float32)
@@ -291,6 +301,37 @@ def test_a_value_scale_of_another_shape_is_refused():
         oracle.nm_linear(
             case.x, case.arrays["W"], n=8, m=16, value_scale=np.ones(3, dtype=np.float32)
         )
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_tokens_outside_the_phase_meet_w_and_their_own_constants_alone(phase):
+    tokens = 1 if phase == "prefill" else 3
+    case = op_cases.linear_case(
+        shape=(2, tokens, 32),
+        optional=("bias", "shift", "score_scale", "value_scale", "dense_scale", "dense_bias"),
+        variance_correction=1,
+        phase=phase,
+    )
+    given_ = oracle.reference(case.x, case.arrays["W"], **case.oracle_arguments())
+    x = case.x.astype(np.float64) * case.arrays["dense_scale"]
+    expected = x @ case.arrays["W"].astype(np.float64) + case.arrays["dense_bias"]
+    assert np.array_equal(given_.value, expected)
+    assert given_.keep.all()
+
+
+@pytest.mark.parametrize(
+    ("phase", "given_", "says"),
+    [
+        ("all", {"dense_scale": np.ones(16, np.float32)}, "go with phase decode or prefill"),
+        ("all", {"dense_bias": np.ones(4, np.float32)}, "go with phase decode or prefill"),
+        ("decode", {"dense_scale": np.ones(4, np.float32)}, "dense_scale is float32"),
+        ("decode", {"dense_bias": np.ones(16, np.float32)}, "dense_bias is float32"),
+    ],
+)
+def test_constants_of_dense_tokens_have_their_shape_and_phase(phase, given_, says):
+    x, w = np.ones((2, 16), np.float32), np.ones((16, 4), np.float32)
+    with pytest.raises(ValueError, match=says):
+        oracle.nm_linear(x, w, n=8, m=16, phase=phase, **given_)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)

@@ -155,6 +155,7 @@ def request_of(index: int) -> dict[str, Any]:
 
 def test_the_package_serves_what_generate_writes(work: Path, tmp_path: Path) -> None:
     from nmexport.generation.loop import generate
+    from nmexport.generation.options import GenerationOptions
     from nmexport.serving import client, launch
 
     from tests.support.served import require_tritonserver, triton
@@ -167,7 +168,9 @@ def test_the_package_serves_what_generate_writes(work: Path, tmp_path: Path) -> 
     )
 
     require_tritonserver()
-    expected = ["".join(generate(work, prompt, max_tokens=16)) for prompt in PROMPTS]
+    expected = [
+        "".join(generate(work, prompt, GenerationOptions(max_tokens=16))) for prompt in PROMPTS
+    ]
     before = time.monotonic()
     with triton(launch.package_folder(work) / "model_repository", tmp_path / "log") as server:
         ready_seconds = time.monotonic() - before

@@ -42,7 +42,7 @@ from nmexport.environment import probe
 from nmexport.errors import RecipeError
 from nmexport.runtimes import native
 from nmexport.runtimes.native import HUGE_PAGES_ENTRY
-from nmexport.runtimes.onnxruntime_session import SESSION_CONFIG, session_options
+from nmexport.runtimes.onnxruntime_opening import SESSION_CONFIG, session_options
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.timing import interleave, milliseconds, percentiles, rounds_lasting
 
@@ -134,7 +134,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class KernelTimes:
-    """What `bench_kernels` measures, with its settings."""
+    """The measurements of `bench_kernels`, with their settings."""
 
     runtime: str
     variant: str
@@ -156,35 +156,44 @@ class KernelTimes:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class KernelSettings:
+    """What the sides are, and how long each row is measured."""
+
+    threads: Sequence[int] = (1,)
+    """Intra-op threads of each session; a row for each."""
+    pattern: NMPattern = DEFAULT_PATTERN
+    dtypes: Sequence[Dtype] = ("float32",)
+    """Types of the weights."""
+    grouped: bool = False
+    """Give the sparse sides a `channel_order`."""
+    rivals: bool = True
+    """Time MatMulNBits too."""
+    seconds: float = 2.0
+    """Least time for each row."""
+    min_runs: int = 5
+    """Least runs of each side."""
+    rotated_bytes: int | None = None
+    """Weights of one side together; above the last-level cache they are cold. None is three times
+    that cache."""
+    library: Path | None = None
+    """The native library; None is the installed one."""
+
+
+DEFAULT_SETTINGS = KernelSettings()
+
+
 def bench_kernels(
     shapes: Sequence[tuple[int, int]] = SMOLLM2_SHAPES,
     tokens: Sequence[int] = (1, 128),
-    *,
-    threads: Sequence[int] = (1,),
-    pattern: NMPattern = DEFAULT_PATTERN,
-    dtypes: Sequence[Dtype] = ("float32",),
-    grouped: bool = False,
-    rivals: bool = True,
-    seconds: float = 2.0,
-    min_runs: int = 5,
-    rotated_bytes: int | None = None,
-    library: Path | None = None,
+    settings: KernelSettings = DEFAULT_SETTINGS,
 ) -> KernelTimes:
     """Time all sides on every shape, token count and thread count.
 
     Args:
         shapes: (in_features, out_features) pairs; in_features a multiple of the group size.
         tokens: Tokens of a run: 1 is decode, many are prefill.
-        threads: Intra-op threads of each session.
-        pattern: N:M of the sparse sides.
-        dtypes: Of the weights.
-        grouped: Give the sparse sides a `channel_order`.
-        rivals: Time MatMulNBits too.
-        seconds: Least time for each row.
-        min_runs: Least runs of each side.
-        rotated_bytes: Weights of one side together; above the last-level cache they are cold.
-            Default three times that cache.
-        library: The native library; default the installed one.
+        settings: The sides, and how long each row is measured.
 
     Returns:
         The settings, and a row for each shape, thread and token count.
@@ -193,32 +202,37 @@ def bench_kernels(
         RecipeError: if a shape does not fit the pattern or a number is out of range.
         EnvironmentFault: if the native library is missing.
     """
-    _check(shapes, tokens, threads, pattern)
-    path = library or native.require_library()
-    rotated = _TIMES_CACHE * last_level_cache() if rotated_bytes is None else rotated_bytes
+    _check(shapes, tokens, settings)
+    path = settings.library or native.require_library()
+    rotated = settings.rotated_bytes
+    if rotated is None:
+        rotated = _TIMES_CACHE * last_level_cache()
     rows: list[Row] = []
     for in_features, out_features in shapes:
-        for count in threads:
+        for count in settings.threads:
             problem = Problem(
                 in_features=in_features,
                 out_features=out_features,
                 threads=count,
-                pattern=pattern,
-                dtypes=tuple(dtypes),
-                grouped=grouped,
-                rivals=rivals,
+                pattern=settings.pattern,
+                dtypes=tuple(settings.dtypes),
+                grouped=settings.grouped,
+                rivals=settings.rivals,
                 rotated_bytes=rotated,
                 library=path,
             )
             with _Sides(problem) as sides:
-                rows += [sides.row(count, seconds=seconds, min_runs=min_runs) for count in tokens]
+                rows += [
+                    sides.row(count, seconds=settings.seconds, min_runs=settings.min_runs)
+                    for count in tokens
+                ]
     return KernelTimes(
         runtime=f"onnxruntime {onnxruntime.__version__}",
         variant=native.describe_library(path)["variant"],
         device=probe().cpu,
-        pattern=pattern,
-        dtypes=tuple(dtypes),
-        grouped=grouped,
+        pattern=settings.pattern,
+        dtypes=tuple(settings.dtypes),
+        grouped=settings.grouped,
         rotated_bytes=rotated,
         results=tuple(rows),
     )
@@ -235,11 +249,9 @@ def last_level_cache(folder: Path = _CACHES) -> int:
 
 
 def _check(
-    shapes: Sequence[tuple[int, int]],
-    tokens: Sequence[int],
-    threads: Sequence[int],
-    pattern: NMPattern,
+    shapes: Sequence[tuple[int, int]], tokens: Sequence[int], settings: KernelSettings
 ) -> None:
+    pattern, threads = settings.pattern, settings.threads
     for in_features, out_features in shapes:
         if in_features < 1 or out_features < 1 or in_features % pattern.m:
             raise RecipeError(

@@ -160,7 +160,7 @@ class Perplexity:
 
 @dataclass(frozen=True, kw_only=True)
 class ServingTimes:
-    """What `bench_serve` measures."""
+    """The measurements of `bench_serve`."""
 
     runtime: str
     device: str

@@ -23,51 +23,37 @@ Arrays here are NumPy's: naming or checking a corpus must not cost an import of 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nmexport.calibration.python_text import python_text
-from nmexport.errors import CorpusError, EnvironmentFault, RequestError
-from nmexport.generation.chat import check_messages
+from nmexport.calibration.text_sources import (
+    PYTHON,
+    SELF,
+    TokenIds,
+    is_file,
+    kind_of,
+    read_bytes,
+    token_stream,
+)
+from nmexport.errors import CorpusError
 from nmexport.recipe import CorpusSection
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from nmexport.recipe import EvaluationSection
 
-SELF = "self"
-PYTHON = "python"
-FORMS = (
-    "self (text that the model generates), python (the manual and source code that come with "
-    "Python), a .txt file, a .jsonl file with `text` or `messages`, or a Hub dataset NAME or "
-    "NAME:CONFIG"
-)
-
-Split = Literal["calibration", "evaluation"]
 Purpose = Literal["calibration", "evaluation", "learning"]
-TokenIds = NDArray[np.int64]
 SelfText = Callable[[int, int, int], TokenIds]
 """(samples, length, seed) -> `[samples, length]`, see `nmexport.calibration.self_text`."""
 
-# Preferred splits of a Hub dataset: never evaluate on what calibration saw.
-_SPLITS: dict[Split, tuple[str, ...]] = {
-    "calibration": ("train", "validation", "test"),
-    "evaluation": ("test", "validation", "train"),
-}
 # Counts changes to how a file's bytes become tokens; part of what identifies a corpus.
 _READING = "2"
-_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-_NULS = 4  # a null among so many bytes or fewer: half of them are in UTF-16
 # Calibration windows are drawn from this many times as many of a Hub dataset, which is streamed.
 _POOL = 4
-_CHARACTERS_A_TOKEN = 5
 
 
 @dataclass(frozen=True)
@@ -91,7 +77,7 @@ def load_samples(
     reserved_tokens: int = 0,
     vocabulary: int | None = None,
 ) -> Samples:
-    """Calibration samples.
+    """Draw or generate the calibration samples.
 
     Args:
         section: Corpus, how many samples, how long, and the share that the model writes.
@@ -133,10 +119,10 @@ def _drawn(
     reserved_tokens: int,
     vocabulary: int | None,
 ) -> TokenIds:
-    """Windows of the corpus in random order, as many as needed or further ones up to a limit."""
+    """Draw windows of the corpus in random order: those needed, and some to learn from."""
     most = needed + section.learning_samples
     wanted = reserved_tokens + (_POOL * needed + section.learning_samples) * section.length
-    stream = _token_stream(section.corpus, tokenizer, "calibration", wanted)
+    stream = token_stream(section.corpus, tokenizer, "calibration", wanted)
     _check_known(stream, tokenizer, vocabulary, section.corpus)
     windows = _windows(stream[reserved_tokens:], section.length, _prefix(tokenizer))
     if len(windows) < needed:
@@ -155,7 +141,7 @@ def evaluation_windows(
     seed: int,
     vocabulary: int | None = None,
 ) -> TokenIds:
-    """Evaluation windows: the first ones of the corpus.
+    """Return the evaluation windows: the first ones of the corpus.
 
     Text that the model generates for evaluation is never that of calibration with the same seed.
 
@@ -179,9 +165,7 @@ def evaluation_windows(
 
 
 def _first_windows(section: EvaluationSection, tokenizer: Any, vocabulary: int | None) -> TokenIds:
-    stream = _token_stream(
-        section.corpus, tokenizer, "evaluation", section.windows * section.length
-    )
+    stream = token_stream(section.corpus, tokenizer, "evaluation", section.windows * section.length)
     _check_known(stream, tokenizer, vocabulary, section.corpus)
     windows = _windows(stream, section.length, _prefix(tokenizer))
     if len(windows) < section.windows:
@@ -233,17 +217,8 @@ def check_windows(section: EvaluationSection, tokenizer: Any, *, vocabulary: int
         _first_windows(section, tokenizer, vocabulary)
 
 
-def is_file(corpus: str) -> bool:
-    """Tell whether a corpus is a file of this machine.
-
-    Raises:
-        CorpusError: if it is missing, or its kind is not known.
-    """
-    return _kind(corpus) in {"txt", "jsonl"}
-
-
 def protocol(section: CorpusSection | EvaluationSection) -> str:
-    """How this corpus becomes windows of token ids, in words for a report."""
+    """Describe for a report how this corpus becomes windows of token ids."""
     source = {
         "self": "text that the dense model generates itself, sampled at temperature 1 after a "
         "random first token",
@@ -253,7 +228,7 @@ def protocol(section: CorpusSection | EvaluationSection) -> str:
         "jsonl": "one document a line (chat messages through the model's template), joined by the "
         "end-of-text token",
         "hub": "rows joined by an empty line, tokenised once without special tokens",
-    }[_kind(section.corpus)]
+    }[kind_of(section.corpus)]
 
     if isinstance(section, CorpusSection):
         count, which = section.samples, "drawn at random without replacement"
@@ -279,14 +254,14 @@ def corpus_identity(corpus: str) -> dict[str, str]:
     if not is_file(corpus):
         return {"corpus": corpus}
     return {
-        "corpus": _kind(corpus),
+        "corpus": kind_of(corpus),
         "reading": _READING,
-        "sha256": hashlib.sha256(_read_bytes(Path(corpus))).hexdigest(),
+        "sha256": hashlib.sha256(read_bytes(Path(corpus))).hexdigest(),
     }
 
 
 def text_prefix(tokenizer: Any) -> list[int]:
-    """Ids that the tokenizer puts before any text: its beginning-of-text token, or nothing."""
+    """Return the ids that the tokenizer puts before any text: beginning-of-text, or none."""
     bos = tokenizer.bos_token_id
     ids = tokenizer("a", verbose=False).input_ids
     return [int(bos)] if bos is not None and len(ids) > 1 and ids[0] == bos else []
@@ -297,7 +272,7 @@ def _prefix(tokenizer: Any) -> TokenIds:
 
 
 def text_seed(seed: int, purpose: Purpose) -> int:
-    """Seeds of generated text that no two purposes share, whatever the seeds."""
+    """Derive the seed of generated text; no two purposes share one, whatever the seeds."""
     return int.from_bytes(hashlib.sha256(f"{purpose}:{seed}".encode()).digest()[:6], "big")
 
 
@@ -354,204 +329,4 @@ def _too_short(
         f"{corpus} has {found} tokens{kept}: {available} whole windows of {length} tokens, "
         f"and {count} are needed ({reserved + count * length} tokens).",
         fix=f"use {smaller if available else ''}a longer text, or --calib/--eval-data self",
-    )
-
-
-def _kind(corpus: str) -> Literal["self", "python", "txt", "jsonl", "hub"]:
-    """Raises CorpusError for what is neither a known file nor like a dataset's name."""
-    if corpus == SELF:
-        return "self"
-    if corpus == PYTHON:
-        return "python"
-    path = Path(corpus)
-    suffix = path.suffix.lower()
-    if suffix in {".txt", ".jsonl"}:
-        if not path.is_file():
-            fault = (
-                f"{corpus} is no ordinary file" if path.exists() else f"There is no file {corpus}"
-            )
-            raise CorpusError(f"{fault}.", allowed=FORMS)
-        return "txt" if suffix == ".txt" else "jsonl"
-    if path.exists() or corpus.startswith((".", "/", "~")) or corpus.count("/") > 1 or not corpus:
-        raise CorpusError(f"{corpus!r} is not a corpus that can be read.", allowed=FORMS)
-    return "hub"
-
-
-def _token_stream(corpus: str, tokenizer: Any, split: Split, wanted: int) -> TokenIds:
-    """All tokens of a local corpus, or the first `wanted` or somewhat more of a Hub dataset."""
-    kind = _kind(corpus)
-    if kind == "python":
-        return _tokens(tokenizer, python_text())
-    if kind == "txt":
-        return _tokens(tokenizer, _read_text(Path(corpus)))
-    if kind == "jsonl":
-        return _joined(tokenizer, _documents(Path(corpus), tokenizer))
-    return _hub_tokens(corpus, tokenizer, split, wanted)
-
-
-def _tokens(tokenizer: Any, text: str) -> TokenIds:
-    """Token ids of a text, without special tokens but those that it spells."""
-    # verbose: a text longer than the model's context is what is wanted here.
-    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    return np.array(ids, dtype=np.int64)
-
-
-def _joined(tokenizer: Any, documents: Iterator[str]) -> TokenIds:
-    """Documents one after another, each ended once: a chat template may end its text itself."""
-    end, ended = tokenizer.eos_token_id, tokenizer.eos_token
-    parts: list[TokenIds] = [np.empty(0, dtype=np.int64)]
-    for document in documents:
-        parts.append(_tokens(tokenizer, document))
-        if end is not None and not document.rstrip().endswith(ended):
-            parts.append(np.array([end], dtype=np.int64))
-    return np.concatenate(parts)
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CorpusError(f"{path} cannot be read: {error.strerror}.", allowed=FORMS) from error
-
-
-def _read_text(path: Path) -> str:
-    content = _read_bytes(path)
-    if content.startswith(_UTF16_MARKS) or content.count(0) * _NULS > len(content) > 0:
-        raise CorpusError(f"{path} is UTF-16 text, or no text.", fix="convert it to UTF-8")
-    try:
-        return content.decode("utf-8-sig")  # without a byte-order mark
-    except UnicodeDecodeError as error:
-        raise CorpusError(
-            f"{path} is not UTF-8 text: byte {error.start}.", fix="convert it to UTF-8"
-        ) from error
-
-
-def _documents(path: Path, tokenizer: Any) -> Iterator[str]:
-    """Documents of a `.jsonl` file; empty lines do not count.
-
-    Lines end at line feeds alone: JSON may hold other characters that Python calls line ends. Files
-    that were joined have a byte-order mark before any of their lines.
-    """
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        text = line.strip().removeprefix("\ufeff")
-        if text:
-            yield _document(_parsed(text, f"{path}:{number}"), tokenizer, f"{path}:{number}")
-
-
-def _parsed(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except RecursionError as error:
-        raise CorpusError(f"{where} is nested too deeply.") from error
-    except ValueError as error:  # a number of too many digits is one that is no JSONDecodeError
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
-        raise CorpusError(f"{where} is not JSON: {reason}.") from error
-
-
-def _document(row: Any, tokenizer: Any, where: str) -> str:
-    """One row as text.
-
-    Raises:
-        CorpusError: if it has neither `text` nor `messages`, the messages do not fit the model, or
-            the text holds half a character.
-    """
-    text = _text_of(row, tokenizer, where)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(text[error.start]):04x}"
-        raise CorpusError(
-            f"{where} holds half a character: {half} without its other half.",
-            allowed="text that UTF-8 can spell",
-            fix="write the file again from the original text, or leave the document out",
-        ) from error
-    return text
-
-
-def _text_of(row: Any, tokenizer: Any, where: str) -> str:
-    if isinstance(row, dict) and isinstance(row.get("text"), str):
-        return str(row["text"])
-    if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
-        raise CorpusError(
-            f"{where} has neither text nor messages, but: {_held(row)}.",
-            allowed='{"text": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}',
-        )
-    return _chat_document(row["messages"], tokenizer, where)
-
-
-def _held(row: Any) -> str:
-    """Describe what a row holds in place of text, with the type of what bears the text's name."""
-    if not isinstance(row, dict):
-        return type(row).__name__
-    return ", ".join(
-        f"{key} of type {type(row[key]).__name__}" if key in {"text", "messages"} else key
-        for key in row
-    )
-
-
-def _chat_document(messages: list[Any], tokenizer: Any, where: str) -> str:
-    try:
-        check_messages(messages)
-    except RequestError as error:
-        raise CorpusError(f"{where}: {error.problem}", allowed=error.allowed) from error
-    if not tokenizer.chat_template:
-        raise CorpusError(
-            f"{where} holds chat messages, and this model's tokenizer has no chat template.",
-            fix="give plain text, or a chat model",
-        )
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception as error:  # a template is a program of the model's author
-        raise CorpusError(f"{where}: the chat template refuses it: {error}") from error
-
-
-def _hub_tokens(corpus: str, tokenizer: Any, split: Split, wanted: int) -> TokenIds:
-    """Stream rows until their text makes `wanted` tokens, or there are no more."""
-    texts: list[str] = []
-    characters, enough = 0, wanted * _CHARACTERS_A_TOKEN
-    for number, row in enumerate(_hub_rows(corpus, split)):
-        texts.append(_document(row, tokenizer, f"{corpus}, row {number}"))
-        characters += len(texts[-1])
-        if characters >= enough:
-            tokens = _tokens(tokenizer, "\n\n".join(texts))
-            if tokens.size >= wanted:
-                return tokens
-            enough *= 2
-    return _tokens(tokenizer, "\n\n".join(texts))
-
-
-def _hub_rows(corpus: str, split: Split) -> Iterator[Any]:
-    """Rows of the preferred split, streamed.
-
-    Raises:
-        EnvironmentFault: if `datasets` is missing or the hub cannot be reached.
-        CorpusError: if there is no such dataset or configuration.
-    """
-    try:
-        import datasets
-    except ImportError as error:
-        raise EnvironmentFault(
-            f"{corpus!r} names a Hub dataset, and the datasets package is not installed.",
-            allowed=FORMS,
-            fix="pip install 'nmexport[hub]', or use --calib self and --eval-data self",
-        ) from error
-    name, _, config = corpus.partition(":")
-    try:
-        offered = datasets.get_dataset_split_names(name, config or None)
-        chosen = next((name for name in _SPLITS[split] if name in offered), offered[0])
-        yield from datasets.load_dataset(name, config or None, split=chosen, streaming=True)
-    except ValueError as error:
-        raise CorpusError(f"Dataset {corpus}: {error}", allowed="NAME or NAME:CONFIG") from error
-    except OSError as error:  # connection, time-out, HTTP status, no such dataset
-        raise _hub_fault(corpus, error) from error
-
-
-def _hub_fault(corpus: str, error: OSError) -> CorpusError | EnvironmentFault:
-    # `datasets` says "not found" by a subclass of FileNotFoundError, also when it is offline.
-    if isinstance(error, FileNotFoundError) and "reach" not in str(error).lower():
-        return CorpusError(f"There is no dataset {corpus} on the hub: {error}", allowed=FORMS)
-    return EnvironmentFault(
-        f"The hub cannot be reached for dataset {corpus}: {error}",
-        allowed=FORMS,
-        fix="check the network, use a local .txt or .jsonl, or --calib self and --eval-data self",
     )

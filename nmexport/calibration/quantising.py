@@ -19,7 +19,7 @@ from nmexport.calibration.sites import input_sites
 from nmexport.calibration.sparse_constants import SparseConstants
 from nmexport.environment import free_memory
 from nmexport.sparsity.balance import balancing_factors
-from nmexport.sparsity.fold import NOTHING_LEARNED, fold, selection
+from nmexport.sparsity.fold import NOTHING_LEARNED, fold, selection, value_scale
 from nmexport.sparsity.linear import (
     Behaviour,
     Constants,
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from nmexport.calibration.second_moments import Operand
     from nmexport.calibration.sites import Site
     from nmexport.calibration.sparse_constants import DenseModel
+    from nmexport.choices import Phase
     from nmexport.sparsity.quantisation import QuantisedWeight
     from nmexport.sparsity.weight_form import WeightForm
 
@@ -100,6 +101,7 @@ class Storage(Keeping):
         self,
         folded: Mapping[str, torch.Tensor],
         *,
+        phase: Phase = "all",
         balance: torch.Tensor | None = None,
         importance: torch.Tensor | None = None,
         second_moment: torch.Tensor | None = None,
@@ -109,6 +111,7 @@ class Storage(Keeping):
 
         Args:
             folded: They, float32.
+            phase: When the op is sparse.
             balance: `[K]`, what the operand is multiplied by; None is 1. In the input's own order,
                 as `importance`.
             importance: `[K]`; see `rounding.quantised`.
@@ -137,14 +140,16 @@ class Storage(Keeping):
         )
         in_type = {
             kind: folded[kind].to(self.dtype)
-            for kind in ("bias", "remainder_in", "remainder_out")
+            for kind in ("bias", "dense_bias", "remainder_in", "remainder_out")
             if kind in folded
         }
         made = {**folded, **in_type, "W": stored.values, "weight_scale": stored.scale}
         if stored.zero_point is not None:
             made["weight_zero_point"] = stored.zero_point
         if balance is not None:
-            made["value_scale"] = balance.clone()  # linears of one input share it
+            made["value_scale"] = balance * folded.get("value_scale", 1.0)
+            if phase != "all":
+                made["dense_scale"] = balance.clone()
         return made, stored
 
 
@@ -302,12 +307,14 @@ def store_folded(
     name: str,
     folded: Mapping[str, torch.Tensor],
     *,
+    phase: Phase = "all",
     second_moment: torch.Tensor | None = None,
 ) -> tuple[dict[str, torch.Tensor], QuantisedWeight]:
     """Store a folded linear by what calibration knows of its input; see `Storage.tensors`."""
     is_balanced = storage.is_balanced(name, len(folded["W"]))
     return storage.tensors(
         folded,
+        phase=phase,
         balance=dense.balances.get(name) if is_balanced else None,
         importance=dense.statistics[name].rms.float().square(),
         second_moment=second_moment,
@@ -335,7 +342,8 @@ def _store(given: _Given, name: str, linear: nn.Linear, moments: Moments = _NOT_
         folded = constants.folded(dense, name, storage.dtype)
         return Stored(spec, True, folded, plain(storage.dtype) if storage.keeps_dense else None)
     folded = constants.folded(dense, name, torch.float32)
-    tensors, stored = store(folded, second_moment=moments.sparse)
+    phase = constants.derived[name].behaviour.phase
+    tensors, stored = store(folded, phase=phase, second_moment=moments.sparse)
     spec = storage.spec(spec, stored)
     return Stored(spec, True, tensors, as_dense()[0] if storage.keeps_dense else None)
 
@@ -380,6 +388,9 @@ def _kept(constants: SparseConstants, name: str, channels: int) -> Operand:
     order = selecting.get("channel_order")
     own = Constants(shift=selecting.get("shift"), score_scale=selecting.get("score_scale"))
     everywhere = derived.behaviour.phase == "all"
+    scale = None if everywhere else value_scale(channels, derived.constants, corrections)
+    if scale is not None and order is not None:
+        scale = scale[order.long()]
 
     def operand(x: torch.Tensor) -> torch.Tensor:
         site = InputSite(derived.behaviour, own, channels, device=x.device)
@@ -388,6 +399,8 @@ def _kept(constants: SparseConstants, name: str, channels: int) -> Operand:
         kept = kept_values(selected)
         if selected.nu is not None:
             kept = selected.nu * kept
+        if scale is not None:
+            kept = kept * scale.to(kept.device)
         # Where a phase stays dense, the same weight meets whole inputs too.
         return kept if everywhere else torch.cat([kept, _whole(gathered)])
 

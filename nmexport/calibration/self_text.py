@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from transformers.cache_utils import DynamicCache
 
-    from nmexport.calibration.corpus import SelfText, TokenIds
+    from nmexport.calibration.corpus import SelfText
+    from nmexport.calibration.text_sources import TokenIds
     from nmexport.progress import Progress
 
 # Openings of samples that are not prose: code, a list, headed text.

@@ -36,8 +36,8 @@ class Targets:
     constants: Mapping[str, Constants]
     behaviours: Mapping[str, Behaviour]
     sites: Sequence[Sequence[str]] = ()
-    """Names of linears that share an input: they learn one shift. A linear that is in none is
-    alone."""
+    """Names of linears that share an input: they learn one shift, and one input scale where a phase
+    stays dense. A linear that is in none is alone."""
 
     def within(self, module: str) -> Targets:
         """Those inside of a module."""
@@ -94,12 +94,15 @@ class Students:
             self._sites.setdefault(student.site, name)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Return the learned parameters by name; a site's shift once, under its first linear."""
+        """Return the learned parameters by name; a site's own once, under its first linear."""
         found: dict[str, nn.Parameter] = {}
         for name, student in self.by_name.items():
-            if student.site.learns_shift and self._sites[student.site] == name:
+            is_first = self._sites[student.site] == name
+            if student.site.learns_shift and is_first:
                 found[f"{name}.shift"] = student.site.shift
-            found.update({f"{name}.{part}": value for part, value in student.learned.items()})
+            for part, value in student.learned.items():
+                if is_first or value is not student.site.input_scale:
+                    found[f"{name}.{part}"] = value
         return found
 
     def values(self) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from nmexport.models.text_files import known_tokens
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from nmexport.calibration.corpus import TokenIds
+    from nmexport.calibration.text_sources import TokenIds
     from nmexport.models.source import ModelSource
     from nmexport.progress import Progress
     from nmexport.recipe import EvaluationSection, Recipe

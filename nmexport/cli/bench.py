@@ -184,7 +184,12 @@ def kernels_command(
     seconds: float,
 ) -> None:
     """Time the native kernels against dense products, with the bandwidth they reach."""
-    from nmexport.bench.kernels import LLM_SHAPES, SMOLLM2_SHAPES, bench_kernels
+    from nmexport.bench.kernels import (
+        LLM_SHAPES,
+        SMOLLM2_SHAPES,
+        KernelSettings,
+        bench_kernels,
+    )
     from nmexport.sparsity.pattern import NMPattern
 
     del device  # one so far
@@ -194,12 +199,14 @@ def kernels_command(
     outcome = bench_kernels(
         [shape_from(text) for text in shapes] or (LLM_SHAPES if all_shapes else SMOLLM2_SHAPES),
         tokens,
-        threads=threads,
-        pattern=NMPattern.parse(pattern),
-        dtypes=dtypes,
-        grouped=grouped,
-        rivals=rivals,
-        seconds=seconds,
+        KernelSettings(
+            threads=threads,
+            pattern=NMPattern.parse(pattern),
+            dtypes=dtypes,
+            grouped=grouped,
+            rivals=rivals,
+            seconds=seconds,
+        ),
     )
     if wants_json(ctx):
         emit_json(outcome.as_json())

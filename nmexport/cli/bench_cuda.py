@@ -66,7 +66,8 @@ def cuda_command(
     save: bool,
 ) -> None:
     """Time the CUDA kernels through ONNX Runtime, dense next to sparse, on this machine's GPU."""
-    from nmexport.bench.cuda import MISTRAL_SHAPES, SIDES, bench_cuda, check_savable, save_plans
+    from nmexport.bench.cuda import MISTRAL_SHAPES, SIDES, bench_cuda
+    from nmexport.bench.cuda_plans import check_savable, save_plans
     from nmexport.cli.bench import shape_from
     from nmexport.runtimes.native import require_library
 

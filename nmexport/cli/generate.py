@@ -55,22 +55,20 @@ def generate_command(
 ) -> None:
     """Continue PROMPT with the built model, streamed; without one, read it from stdin."""
     from nmexport.generation.loop import generate
+    from nmexport.generation.options import GenerationOptions
 
     work = asked.existing_work()
     work.require("engine")
     text = read_prompt(prompt)
-    pieces = generate(
-        work.root,
-        text,
+    options = GenerationOptions(
         max_tokens=max_tokens,
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
         seed=seed,
         stop=stop,
-        chat=chat,
-        dense=dense,
     )
+    pieces = generate(work.root, text, options, chat=chat, dense=dense)
     if wants_json(ctx):
         emit_json({"work": str(work.root), "prompt": text, "text": "".join(pieces)})
         return

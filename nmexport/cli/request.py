@@ -123,14 +123,14 @@ class Request:
         from nmexport.environment import probe
         from nmexport.models.source import resolve as find_model
         from nmexport.pipeline import Pipeline
-        from nmexport.stages.fitting import with_own_type
+        from nmexport.stages.fitting import with_own_phases, with_own_type
 
         recipe = self.recipe()
         work = self.work_directory(recipe)
         work.refuse_other_model(recipe)
         source, environment = find_model(recipe.model), probe()
         return Pipeline(
-            recipe=with_own_type(recipe, source, environment),
+            recipe=with_own_phases(with_own_type(recipe, source, environment), environment),
             source=source,
             environment=environment,
             work=work,

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from nmexport.errors import UserError
 from nmexport.generation.context import context_length, length_switch
 from nmexport.generation.defaults import end_tokens
-from nmexport.generation.options import GenerationOptions
 from nmexport.generation.sampler import Sampler
 from nmexport.generation.stopping import StopFilter
 from nmexport.generation.text_stream import TextStream
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
+    from nmexport.generation.options import GenerationOptions
     from nmexport.runtimes.session import Session
 
 logger = logging.getLogger(__name__)
@@ -28,13 +28,8 @@ logger = logging.getLogger(__name__)
 def generate(
     work: Path,
     prompt: str,
+    options: GenerationOptions,
     *,
-    max_tokens: int = 128,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    seed: int = 0,
-    stop: Sequence[str] = (),
     chat: bool = False,
     dense: bool = False,
 ) -> Iterator[str]:
@@ -43,12 +38,7 @@ def generate(
     Args:
         work: The work directory.
         prompt: Text to continue, or the user's message where `chat` is set.
-        max_tokens: At most this many tokens; the model's end-of-text token ends it sooner.
-        temperature: 0 takes the likeliest token; higher draws more freely.
-        top_p: Draw from the likeliest tokens that together hold this probability.
-        top_k: Draw from this many likeliest tokens; 0 is no limit.
-        seed: Of the draws.
-        stop: Texts that end the continuation; not part of it.
+        options: How the text is drawn and where it ends; the model's end-of-text token ends it too.
         chat: Apply the model's chat template to the prompt.
         dense: Run the dense baseline in place of the sparse model.
 
@@ -56,14 +46,10 @@ def generate(
         Pieces of text, each whole characters; joined they are the continuation.
 
     Raises:
-        UserError: if an option is out of range, or the prompt has no tokens or fills the context.
+        UserError: if the prompt has no tokens or fills the context.
         ArtifactError: if the work directory holds no engine, or one that cannot be opened.
         EnvironmentFault: if the engine needs a native library that is missing here.
     """
-    # What a server refuses, this refuses.
-    GenerationOptions(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
-    )
     engine_folder = work / "engine" / "current"
     folder = read_engine(engine_folder).model.parent
     tokenizer = Tokenizer(folder)
@@ -78,16 +64,17 @@ def generate(
             fix="shorten the prompt",
         )
     session = open_session(engine_folder, side="dense" if dense else "sparse")
-    sampler = Sampler(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    sampler = Sampler(options, prompt=prompt_ids)
+    wanted = options.max_tokens or room
 
     def pieces() -> Iterator[str]:
         with session:
             tokens = _tokens(
-                session, folder, tokenizer, prompt_ids, sampler, max_tokens=min(max_tokens, room)
+                session, folder, tokenizer, prompt_ids, sampler, max_tokens=min(wanted, room)
             )
-            if room < max_tokens:
+            if room < wanted:
                 tokens = _explain_when_full(tokens, room, context)
-            yield from until_stop(text_pieces(tokenizer, tokens), stop)
+            yield from until_stop(text_pieces(tokenizer, tokens), options.stop)
 
     return pieces()
 
@@ -119,7 +106,7 @@ def _tokens(
     *,
     max_tokens: int,
 ) -> Iterator[int]:
-    """Tokens that follow a prompt, as the model's own files say when they end."""
+    """Yield the tokens that follow a prompt; the model's own files say when they end."""
     return continuation(
         session,
         prompt,
@@ -131,7 +118,7 @@ def _tokens(
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, *, chat: bool) -> list[int]:
-    """Token ids of a prompt.
+    """Encode a prompt as token ids.
 
     Raises:
         UserError: if it has no tokens or ones that the model does not know, or a chat template is
@@ -157,7 +144,7 @@ def continuation(
     ends: frozenset[int],
     switch: int | None = None,
 ) -> Iterator[int]:
-    """Tokens that follow a prompt, until one of `ends` (not yielded) or `max_tokens`.
+    """Yield the tokens that follow a prompt, until one of `ends` (not yielded) or `max_tokens`.
 
     A sequence that grows beyond `switch` tokens is computed anew: see `context.length_switch`.
     """
@@ -192,7 +179,7 @@ def _next(
 
 
 def _explain_when_full(tokens: Iterable[int], room: int, context: int) -> Iterator[int]:
-    """Tokens as they come; says so where the context, and not the model, ends them."""
+    """Yield tokens as they come; warn where the context, not the model, ends them."""
     made = 0
     for token in tokens:
         made += 1
@@ -202,7 +189,7 @@ def _explain_when_full(tokens: Iterable[int], room: int, context: int) -> Iterat
 
 
 def text_pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
-    """Text of tokens as they come, never half a character; see `TextStream`."""
+    """Yield the text of tokens as they come, never half a character; see `TextStream`."""
     stream = TextStream(tokenizer.decode)
     yield from (piece for piece in map(stream.push, tokens) if piece)
     rest = stream.flush()
@@ -211,7 +198,7 @@ def text_pieces(tokenizer: Tokenizer, tokens: Iterable[int]) -> Iterator[str]:
 
 
 def until_stop(pieces: Iterable[str], stop: Sequence[str]) -> Iterator[str]:
-    """Pieces up to the first of the stop texts; what might begin one is held back."""
+    """Yield pieces up to the first of the stop texts; what might begin one is held back."""
     kept = StopFilter(stop)
     for piece in pieces:
         given = kept.push(piece)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -82,13 +83,14 @@ class GenerationOptions:
     @property
     def seed_or_new(self) -> int:
         """The seed, or one that nobody chose."""
-        import secrets
-
         return secrets.randbits(63) if self.seed is None else self.seed
 
 
 def _is_within(value: float, least: float, most: float) -> bool:
     return least <= value <= most
+
+
+GREEDY = GenerationOptions()
 
 
 _KINDS: Mapping[str, tuple[type, ...]] = {
@@ -112,7 +114,7 @@ NAMES = (*_KINDS, *_ALIASES)
 def options_from(
     values: Mapping[str, Any], defaults: GenerationOptions | None = None
 ) -> GenerationOptions:
-    """Options of a request.
+    """Read the options of a request.
 
     Args:
         values: By name; a stop text may stand alone.

@@ -13,10 +13,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nmexport.generation.options import GREEDY
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
+
+    from nmexport.generation.options import GenerationOptions
 
 _SIGN = np.uint32(1 << 31)
 
@@ -24,87 +28,67 @@ _SIGN = np.uint32(1 << 31)
 class Sampler:
     """Chooses one sequence's next token from logits `[V]`."""
 
-    def __init__(
-        self,
-        *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        seed: int = 0,
-        repetition_penalty: float = 1.0,
-        presence_penalty: float = 0.0,
-        frequency_penalty: float = 0.0,
-        prompt: Sequence[int] = (),
-    ) -> None:
+    def __init__(self, options: GenerationOptions = GREEDY, *, prompt: Sequence[int] = ()) -> None:
         """Start with the prompt's tokens seen, and none drawn.
 
         Args:
-            temperature: 0 takes the likeliest token (the first of equals).
-            top_p: Draw from the likeliest tokens that together hold this probability.
-            top_k: Draw from this many likeliest tokens; 0 is no limit.
-            seed: Of the draws.
-            repetition_penalty: Divides positive and multiplies negative logits of tokens seen, in
-                prompt or output (CTRL, arXiv 1909.05858); 1 changes nothing.
-            presence_penalty: Taken once from the logit of a token drawn before, as in OpenAI's API.
-            frequency_penalty: Taken for each time it was drawn.
+            options: How to draw. Greedy takes the first of equals. The repetition penalty divides
+                positive and multiplies negative logits of tokens seen, in prompt or output (CTRL,
+                arXiv 1909.05858). The presence penalty is taken once from the logit of a token
+                drawn before, the frequency penalty each time it was drawn, as in OpenAI's API.
             prompt: Token ids.
         """
-        self._temperature = temperature
-        self._top_p = top_p
-        self._top_k = top_k
-        self._repetition = repetition_penalty
-        self._presence = presence_penalty
-        self._frequency = frequency_penalty
+        self._options = options
         self._seen = set(prompt)
         self._drawn: dict[int, int] = {}
-        self._rng = np.random.default_rng(seed)
+        self._rng = np.random.default_rng(options.seed_or_new)
 
     @property
     def is_greedy(self) -> bool:
-        """It takes the first of the largest logits, whatever came before."""
-        is_plain = self._repetition == 1.0 and not self._presence and not self._frequency
-        return self._temperature == 0 and is_plain
+        """True where the first of the largest logits is taken, whatever came before."""
+        options = self._options
+        has_penalty = options.presence_penalty or options.frequency_penalty
+        return options.temperature == 0 and options.repetition_penalty == 1.0 and not has_penalty
 
     def __call__(self, logits: NDArray[np.float32]) -> int:
-        """One token id; it counts as drawn."""
+        """Choose one token id; it counts as drawn."""
         token = self._choose(self._penalise(logits))
         self._seen.add(token)
         self._drawn[token] = self._drawn.get(token, 0) + 1
         return token
 
     def _choose(self, logits: NDArray[np.float32]) -> int:
-        if self._temperature == 0:
+        if self._options.temperature == 0:
             return int(logits.argmax())
         tokens, probabilities = self._candidates(logits)
         return int(self._rng.choice(tokens, p=probabilities))
 
     def _penalise(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits less the penalties; the argument itself where there are none."""
-        if self._repetition != 1.0 and self._seen:
+        """Take the penalties off the logits; returns the argument itself where there are none."""
+        options = self._options
+        if options.repetition_penalty != 1.0 and self._seen:
             logits = logits.copy()
             seen = np.fromiter(self._seen, np.int64)
-            values = logits[seen]
-            logits[seen] = np.where(
-                values > 0, values / self._repetition, values * self._repetition
-            )
-        if (self._presence or self._frequency) and self._drawn:
+            values, penalty = logits[seen], options.repetition_penalty
+            logits[seen] = np.where(values > 0, values / penalty, values * penalty)
+        if (options.presence_penalty or options.frequency_penalty) and self._drawn:
             logits = logits.copy()
             drawn = np.fromiter(self._drawn.keys(), np.int64)
             counts = np.fromiter(self._drawn.values(), np.float32)
-            logits[drawn] -= self._presence + self._frequency * counts
+            logits[drawn] -= options.presence_penalty + options.frequency_penalty * counts
         return logits
 
     def _candidates(
         self, logits: NDArray[np.float32]
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Token ids that may be drawn, likeliest first, and their probabilities."""
-        order = likeliest_tokens(logits, self._top_k)
-        scaled = logits[order].astype(np.float64) / self._temperature
+        """Return the token ids that may be drawn, likeliest first, and their probabilities."""
+        order = likeliest_tokens(logits, self._options.top_k)
+        scaled = logits[order].astype(np.float64) / self._options.temperature
         probabilities = np.exp(scaled - scaled[0])
         probabilities /= probabilities.sum()
         # A token stays as long as those before it do not hold top_p yet: the first always does.
         before = np.cumsum(probabilities) - probabilities
-        kept = probabilities[before < self._top_p]
+        kept = probabilities[before < self._options.top_p]
         return order[: kept.size], kept / kept.sum()
 
 

@@ -37,7 +37,7 @@ LAYER_ATTRIBUTE = "layer"
 
 LINEAR = "NMLinear"
 
-CHANNEL_INPUTS = ("shift", "score_scale", "channel_order", "value_scale")
+CHANNEL_INPUTS = ("shift", "score_scale", "channel_order", "value_scale", "dense_scale")
 """Constants along K next to W: linears of one node share them."""
 
 _DENSE_COLUMNS_PER_CHANNEL = 4
@@ -45,7 +45,14 @@ _DENSE_COLUMNS_PER_CHANNEL = 4
 Split's copy than a token gains (measured: q/k/v yes, gate/up no)."""
 
 # Constants whose last axis is O.
-_COLUMN_INPUTS = ("W", "bias", "shift_weight", "weight_scale", "weight_zero_point")
+_COLUMN_INPUTS = (
+    "W",
+    "bias",
+    "shift_weight",
+    "weight_scale",
+    "weight_zero_point",
+    "dense_bias",
+)
 
 ALIGNMENT = 4096  # bytes: a page, so that a runtime can map a weight as it lies in the file
 _ALIGN_FROM = 16384  # bytes: below this, padding would outweigh the constant

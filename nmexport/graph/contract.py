@@ -263,6 +263,12 @@ def _broken_relations(values: Mapping[str, int | str], present: frozenset[str]) 
             broken.append("activation_bits needs the input weight_scale: integers for W")
         if "weight_zero_point" in present:
             broken.append("the input weight_zero_point needs the input weight_scale")
+    dense_only = sorted(present & {"dense_scale", "dense_bias"})
+    if dense_only and values.get("phase") == "all":
+        broken.append(
+            f"the input {dense_only[0]} goes with phase decode or prefill: with all, no token is "
+            "dense"
+        )
     block, multiple = values.get("activation_block"), op_contract().scale_group
     if isinstance(block, int) and block % multiple:
         broken.append(f"activation_block is {block}; allowed: a multiple of {multiple}")

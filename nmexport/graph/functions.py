@@ -186,7 +186,10 @@ def prune_steps(signature: Signature) -> list[str]:
 
 
 def _linear_body(signature: Signature) -> list[str]:
-    """Y = nu * (s @ W) + eta * shift_weight + bias, on the shifted token z."""
+    """Y = nu * (s @ W) + eta * shift_weight + bias, on the shifted token z.
+
+    A phase decides, for all tokens of a run alike, which operand meets W and what is added.
+    """
     lines = [
         "own = Cast <to: int = 1> (X)",
         *_gathered("own", "x", signature),
@@ -194,20 +197,32 @@ def _linear_body(signature: Signature) -> list[str]:
         "x_shape = Shape (X)",
         "last_axis = Constant <value_ints: ints = [-1]> ()",
         *_shifted(signature),
+        *_kept(signature),
+        *_scaled("s", "value_scale", "sparse_values", signature),
+        *_phase_gate(signature),
+        *_operand("values", signature),
+        "whole_product = MatMul (operand, w)",
+        *_variance_corrected(signature),
     ]
-    if signature.keeps_all:
-        lines += [*_operand("z", signature), "product = MatMul (operand, w)"]
-    else:
-        lines += [
-            *_selection("z", "keep", signature),
-            *_phase_gate(signature),
-            "zero = Constant <value_float: float = 0.0> ()",
-            "s = Where (active_keep, z, zero)",
-            *_operand("s", signature),
-            "sparse_product = MatMul (operand, w)",
-            *_variance_corrected(signature),
-        ]
     return lines + _with_additions(signature)
+
+
+def _kept(signature: Signature) -> list[str]:
+    """`z [..., K]` -> `s`, exact zero where dropped."""
+    if signature.keeps_all:
+        return ["s = Identity (z)"]
+    return [
+        *_selection("z", "keep", signature),
+        "zero = Constant <value_float: float = 0.0> ()",
+        "s = Where (keep, z, zero)",
+    ]
+
+
+def _scaled(source: str, scale: str, target: str, signature: Signature) -> list[str]:
+    """`source [..., K]` times an optional input `[K]` -> `target`."""
+    if signature.has(scale):
+        return [f"{target} = Mul ({source}, {scale})"]
+    return [f"{target} = Identity ({source})"]
 
 
 def _gathered(source: str, target: str, signature: Signature) -> list[str]:
@@ -218,16 +233,14 @@ def _gathered(source: str, target: str, signature: Signature) -> list[str]:
 
 
 def _operand(source: str, signature: Signature) -> list[str]:
-    """`source [..., K]`, what is kept -> `operand`, what meets W."""
-    scaled = "Mul ({}, value_scale)" if signature.has("value_scale") else "Identity ({})"
+    """`source [..., K]` -> `operand`, what meets W: rounded to 8 bits where the node says so."""
     if not signature.activation_block:
-        return [f"operand = {scaled.format(source)}"]
+        return [f"operand = Identity ({source})"]
     return [
-        f"kept_values = {scaled.format(source)}",
         "block_length = Constant <value_int: int = @activation_block> ()",
         "block_lengths = Reshape (block_length, last_axis)",
         "block_shape = Concat <axis: int = 0> (last_axis, block_lengths)",
-        "blocks = Reshape (kept_values, block_shape)",
+        f"blocks = Reshape ({source}, block_shape)",
         "block_sizes = Abs (blocks)",
         "largest = ReduceMax <keepdims: int = 1> (block_sizes, last_axis)",
         # A block of zeros: 0 / tiny is 0.
@@ -339,41 +352,56 @@ def _in_own_order(source: str, target: str, signature: Signature) -> list[str]:
 
 
 def _phase_gate(signature: Signature) -> list[str]:
-    """`keep` -> `active_keep`: all true where `phase` excludes the tokens (`is_dense`)."""
+    """`sparse_values`, `x` -> `values`, and `is_dense` where `phase` excludes the tokens.
+
+    What is not taken may be anything, NaN included: it is selected away, not multiplied.
+    """
     if signature.phase == "all":
-        return ["active_keep = Identity (keep)"]
-    comparison = "Greater" if signature.phase == "decode" else "Equal"
+        return ["values = Identity (sparse_values)"]
     return [
+        *is_dense_steps(signature.phase, "X"),
+        *_scaled("x", "dense_scale", "dense_values", signature),
+        "values = Where (is_dense, dense_values, sparse_values)",
+    ]
+
+
+def is_dense_steps(phase: str, rows: str) -> list[str]:
+    """Steps that make `is_dense [1]`: whether a phase other than `all` leaves these rows dense."""
+    return [
+        f"sizes = Shape ({rows})",
         # The 1 in front makes a single token of rank 1 a sequence of length 1.
-        "one = Constant <value_ints: ints = [1]> ()",
-        "padded_shape = Concat <axis: int = 0> (one, x_shape)",
+        "single = Constant <value_ints: ints = [1]> ()",
+        "padded_sizes = Concat <axis: int = 0> (single, sizes)",
         "sequence_axis = Constant <value_ints: ints = [-2]> ()",
-        "sequence_length = Gather <axis: int = 0> (padded_shape, sequence_axis)",
-        f"is_dense = {comparison} (sequence_length, one)",
-        "active_keep = Or (keep, is_dense)",
+        "sequence_length = Gather <axis: int = 0> (padded_sizes, sequence_axis)",
+        f"is_dense = {'Greater' if phase == 'decode' else 'Equal'} (sequence_length, single)",
     ]
 
 
 def _variance_corrected(signature: Signature) -> list[str]:
-    """`sparse_product`, `z`, `s` -> `product`."""
-    if not signature.variance_correction:
-        return ["product = Identity (sparse_product)"]
-    lines = [
+    """`whole_product`, `z`, `s` -> `product`."""
+    if not signature.variance_correction or signature.keeps_all:
+        return ["product = Identity (whole_product)"]
+    return [
         *_variance("z"),
         *_variance("s"),
         f"floor = Constant <value_float: float = {op_contract().variance_floor}> ()",
         "s_floored = Max (s_variance, floor)",
         "ratio = Div (z_variance, s_floored)",
         "selected_nu = Sqrt (ratio)",
+        *_in_phase("selected_nu", "nu", "1.0", signature),
+        "product = Mul (nu, whole_product)",
     ]
+
+
+def _in_phase(source: str, target: str, otherwise: str, signature: Signature) -> list[str]:
+    """`source` -> `target`: a number in its place where `phase` excludes the tokens."""
     if signature.phase == "all":
-        lines += ["nu = Identity (selected_nu)"]
-    else:
-        lines += [
-            "unit = Constant <value_float: float = 1.0> ()",
-            "nu = Where (is_dense, unit, selected_nu)",
-        ]
-    return [*lines, "product = Mul (nu, sparse_product)"]
+        return [f"{target} = Identity ({source})"]
+    return [
+        f"{target}_otherwise = Constant <value_float: float = {otherwise}> ()",
+        f"{target} = Where (is_dense, {target}_otherwise, {source})",
+    ]
 
 
 def _variance(name: str) -> list[str]:
@@ -392,11 +420,25 @@ def _with_additions(signature: Signature) -> list[str]:
     total = "product"
     if signature.dynamic_shift:
         lines += [
-            "shifted_back = Mul (eta, shift_weight)",
+            "moved_back = Mul (eta, shift_weight)",
+            *_in_phase("moved_back", "shifted_back", "0.0", signature),
             f"unshifted = Add ({total}, shifted_back)",
         ]
         total = "unshifted"
-    if signature.has("bias"):
-        lines += ["bias_float = Cast <to: int = 1> (bias)", f"biased = Add ({total}, bias_float)"]
+    if signature.has("bias") or signature.has("dense_bias"):
+        lines += [*_addend(signature), f"biased = Add ({total}, addend)"]
         total = "biased"
     return [*lines, f"Y = CastLike ({total}, X)"]
+
+
+def _addend(signature: Signature) -> list[str]:
+    """`bias` and `dense_bias`, either of which may be absent -> `addend [O]` or a scalar."""
+    if signature.phase == "all":
+        return ["addend = Cast <to: int = 1> (bias)"]
+    absent = "Constant <value_float: float = 0.0> ()"
+    return [
+        "sparse_bias = " + ("Cast <to: int = 1> (bias)" if signature.has("bias") else absent),
+        "own_bias = "
+        + ("Cast <to: int = 1> (dense_bias)" if signature.has("dense_bias") else absent),
+        "addend = Where (is_dense, own_bias, sparse_bias)",
+    ]

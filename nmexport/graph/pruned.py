@@ -5,6 +5,8 @@ by each linear, that is work of every block of a decode kernel, and a pass over 
 The kernel in front, a norm or a gated activation, has the row in its hands:
 
     ResidualNorm ──► NMLinear 8:16          becomes      PrunedResidualNorm ──► SparseLinear
+
+Both keep the linear's phase: tokens that it leaves dense are gathered alone.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from nmexport.graph.contract import op_contract
-from nmexport.graph.functions import Signature, prune_steps, weight_steps
+from nmexport.graph.functions import Signature, is_dense_steps, prune_steps, weight_steps
 from nmexport.graph.fused import FUSED, add_function
 from nmexport.graph.matching import int_attribute, static_size
 from nmexport.graph.rewriting import take_place
@@ -28,7 +30,7 @@ _DOMAIN = op_contract().domain
 _INPUTS = [spec.name for spec in op_contract().ops["NMLinear"].inputs]
 _SELECTION = ("score_scale", "channel_order", "value_scale", "shift")
 """Inputs of a linear that the kernel in front takes over, in this order."""
-_PRODUCT = ("X", "W", "bias", "weight_scale", "weight_zero_point")
+_PRODUCT = ("X", "W", "bias", "weight_scale", "weight_zero_point", "dense_bias")
 """Inputs that stay with the linear, in the order of `SparseLinear`."""
 _OPTIONAL = _PRODUCT[2:]
 _PRODUCERS = frozenset({"ResidualNorm", "GatedSilu", "GatedSiluPair"})
@@ -43,6 +45,7 @@ class _Selection:
     """Pattern and constants by which a row is pruned."""
 
     n: int
+    phase: str
     constants: tuple[ir.Value | None, ...]
     """Those of `_SELECTION`."""
 
@@ -95,14 +98,12 @@ def _selection_of(node: ir.Node) -> _Selection | None:
     if node.domain != _DOMAIN or node.op_type != "NMLinear":
         return None
     n, m = int_attribute(node, "n", 0), int_attribute(node, "m", 0)
-    phase = node.attributes.get("phase")
     is_plain = (
         m == _GROUP
         and n < m
         and not int_attribute(node, "dynamic_shift", 0)
         and not int_attribute(node, "variance_correction", 0)
         and not int_attribute(node, "activation_bits", 0)
-        and (phase is None or phase.as_string() == "all")
     )
     given = dict(zip(_INPUTS, node.inputs, strict=False))
     taken = {*_SELECTION, *_PRODUCT}
@@ -110,23 +111,36 @@ def _selection_of(node: ir.Node) -> _Selection | None:
     constants = tuple(given.get(name) for name in _SELECTION)
     if not is_plain or others or any(v is not None and not v.is_initializer() for v in constants):
         return None
-    return _Selection(n, constants)
+    return _Selection(n, _phase_of(node), constants)
+
+
+def _phase_of(node: ir.Node) -> str:
+    phase = node.attributes.get("phase")
+    return "all" if phase is None else phase.as_string()
+
+
+def _overload(present: Sequence[str], phase: str) -> str:
+    return "_".join([*present, *([phase] if phase != "all" else [])]) or "plain"
 
 
 def _prune(model: ir.Model, node: ir.Node, selection: _Selection) -> None:
     readers = [use.node for use in node.outputs[0].uses()]
-    pattern = [ir.AttrInt64("n", selection.n), ir.AttrInt64("m", _GROUP)]
+    pattern = [
+        ir.AttrInt64("n", selection.n),
+        ir.AttrInt64("m", _GROUP),
+        ir.AttrString("phase", selection.phase),
+    ]
     pruned = ir.Node(
         FUSED,
         f"Pruned{node.op_type}",
         [*node.inputs, *selection.constants],
         [*node.attributes.values(), *pattern],
-        overload="_".join(selection.present) or "plain",
+        overload=_overload(selection.present, selection.phase),
         num_outputs=len(node.outputs),
         name=node.name,
     )
     take_place(model.graph, [node], pruned, node.outputs)
-    _add_pruned_function(model, node, pruned.overload, selection.present)
+    _add_pruned_function(model, node, pruned.overload, selection)
     for reader in readers:
         _multiply_kept_rows(model, reader)
 
@@ -137,39 +151,66 @@ def _multiply_kept_rows(model: ir.Model, node: ir.Node) -> None:
     inputs = [given.get(name) for name in _PRODUCT]
     while inputs[-1] is None:
         inputs.pop()
-    overload = "_".join(present) or "plain"
-    linear = ir.Node(FUSED, "SparseLinear", inputs, overload=overload, name=node.name)
+    phase = _phase_of(node)
+    overload = _overload(present, phase)
+    linear = ir.Node(
+        FUSED,
+        "SparseLinear",
+        inputs,
+        [ir.AttrString("phase", phase)],
+        overload=overload,
+        name=node.name,
+    )
     linear.metadata_props.update(node.metadata_props)
     take_place(model.graph, [node], linear, node.outputs)
-    _add_sparse_linear(model, overload, present)
+    _add_sparse_linear(model, overload, present, phase)
 
 
-def _add_sparse_linear(model: ir.Model, overload: str, present: Sequence[str]) -> None:
-    """A body of: the product with W, dequantised where it is stored, and the bias, in float32."""
-    signature = Signature(op_type="NMLinear", optional_inputs=tuple(present))
+def _add_sparse_linear(model: ir.Model, overload: str, present: Sequence[str], phase: str) -> None:
+    """A body of: the product with W, dequantised where it is stored, and a bias, in float32."""
+    weight = tuple(name for name in present if name.startswith("weight_"))
     steps = [
-        *weight_steps(signature),
+        *weight_steps(Signature(op_type="NMLinear", optional_inputs=weight)),
         "operand = Cast <to: int = 1> (S)",
         "product = MatMul (operand, w)",
+        *_bias_steps(present, phase),
+        "total = Add (product, added)",
+        "Y = CastLike (total, S)",
     ]
-    if "bias" in present:
-        steps += ["bias_float = Cast <to: int = 1> (bias)", "total = Add (product, bias_float)"]
-    steps.append(f"Y = CastLike ({'total' if 'bias' in present else 'product'}, S)")
     body = "{\n" + "\n".join(steps) + "\n}"
-    header = f"SparseLinear ({', '.join(['S', 'W', *_OPTIONAL])}) => (Y)"
+    header = f"SparseLinear <phase> ({', '.join(['S', 'W', *_OPTIONAL])}) => (Y)"
     add_function(model, f"{_HEADER}{header} {body}", overload=overload)
 
 
+def _bias_steps(present: Sequence[str], phase: str) -> list[str]:
+    """`added`: the bias of sparse tokens, or of those that `phase` leaves dense."""
+    zero = "Constant <value_float: float = 0.0> ()"
+    float_of = {
+        name: f"Cast <to: int = 1> ({name})" if name in present else zero
+        for name in ("bias", "dense_bias")
+    }
+    if phase == "all":
+        return [f"added = {float_of['bias']}"]
+    return [
+        *is_dense_steps(phase, "S"),
+        f"sparse_bias = {float_of['bias']}",
+        f"prompt_bias = {float_of['dense_bias']}",
+        "added = Where (is_dense, prompt_bias, sparse_bias)",
+    ]
+
+
 def _add_pruned_function(
-    model: ir.Model, node: ir.Node, overload: str, present: Sequence[str]
+    model: ir.Model, node: ir.Node, overload: str, selection: _Selection
 ) -> None:
-    """A body of: the op as it is, gathered, shifted, pruned, scaled."""
+    """A body of: the op as it is, gathered, shifted, pruned, scaled; or gathered alone."""
+    present = selection.present
     own = [f"own{index}" for index in range(len(node.inputs))]
     rows = ["row", *(f"other{index}" for index in range(1, len(node.outputs)))]
     attributes = [*node.attributes]
     passed = ", ".join(f"{name}: float = @{name}" for name in attributes)
     call = f"{FUSED}.{node.op_type}" + (f" <{passed}>" if passed else "")
     prune = Signature(op_type="NMPrune", optional_inputs=tuple({"score_scale"} & set(present)))
+    is_gated = selection.phase != "all"
     steps = [
         f"{', '.join(rows)} = {call} ({', '.join(own)})",
         "by_position = Gather <axis: int = -1> (row, channel_order)"
@@ -179,11 +220,15 @@ def _add_pruned_function(
         "X = Sub (activation, shift)" if "shift" in present else "X = Identity (activation)",
         *prune_steps(prune),
         "values = Mul (Y, value_scale)" if "value_scale" in present else "values = Identity (Y)",
-        "pruned = CastLike (values, row)",
+        *(is_dense_steps(selection.phase, "row") if is_gated else []),
+        "chosen = Where (is_dense, activation, values)"
+        if is_gated
+        else "chosen = Identity (values)",
+        "pruned = CastLike (chosen, row)",
     ]
     constants = [name if name in present else f"no_{name}" for name in _SELECTION]
     header = (
-        f"Pruned{node.op_type} <{', '.join([*attributes, 'n', 'm'])}> "
+        f"Pruned{node.op_type} <{', '.join([*attributes, 'n', 'm', 'phase'])}> "
         f"({', '.join([*own, *constants])}) => ({', '.join(['pruned', *rows[1:]])})"
     )
     body = "{\n" + "\n".join(steps) + "\n}"

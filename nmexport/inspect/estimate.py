@@ -15,7 +15,7 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nmexport.calibration.corpus import SELF
+from nmexport.calibration.text_sources import SELF
 from nmexport.models.gguf_files import UNPACKED_BYTES, is_unpacked, unpacked_folder
 from nmexport.models.offload import free_memory, placement
 from nmexport.pipeline import READ_WEIGHTS
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from nmexport.models.offload import Placement
     from nmexport.models.source import ModelSource
-    from nmexport.pipeline import Step
     from nmexport.recipe import Recipe
+    from nmexport.selection import Step
 
 _ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _SESSIONS = 2
@@ -255,7 +255,7 @@ def _runs_on_gpu() -> bool:
     """Tell whether ONNX Runtime computes on a GPU here."""
     if not free_memory().devices:
         return False
-    from nmexport.runtimes.onnxruntime_session import choose_provider
+    from nmexport.runtimes.onnxruntime_opening import choose_provider
 
     return choose_provider(native.find_library()) == "cuda"
 

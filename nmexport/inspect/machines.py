@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from nmexport.calibration.corpus import SELF
 from nmexport.calibration.effort import SENSITIVITY_SAMPLES, learning_settings
+from nmexport.calibration.text_sources import SELF
 from nmexport.inspect.estimate import RUNTIME_BYTES, memory_by_stage
 from nmexport.models.offload import device_bytes_needed, needs_whole
 

@@ -25,11 +25,11 @@ from nmexport.runtimes.native import (
     require_library,
     wait_for_device,
 )
-from nmexport.runtimes.onnxruntime_session import (
+from nmexport.runtimes.onnxruntime_opening import (
     EXTERNAL_DATA_FOLDER,
     NUMPY_TYPES,
     ONNX_TYPES,
-    open_session,
+    open_inference_session,
     read_model,
     session_options,
 )
@@ -222,5 +222,5 @@ def open_engine_graph(path: Path, *, side: Side = "sparse") -> CudaModel:
         threads=engine.threads,
         config={**engine.session_config, EXTERNAL_DATA_FOLDER: str(weights.parent)},
     )
-    session = open_session(read_model(model), options, "cuda", records_graphs=True)
+    session = open_inference_session(read_model(model), options, "cuda", records_graphs=True)
     return CudaModel(session, positions=cuda.positions, library=library)

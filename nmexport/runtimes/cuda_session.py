@@ -36,7 +36,7 @@ from nmexport.runtimes.device_cache import (
     DeviceCaches,
     Lease,
 )
-from nmexport.runtimes.onnxruntime_session import RUNTIME
+from nmexport.runtimes.onnxruntime_opening import RUNTIME
 from nmexport.runtimes.session import Limits, Session
 from nmexport.timing import milliseconds
 

@@ -16,7 +16,7 @@ import numpy as np
 import onnxruntime
 from nmexport.errors import ArtifactError
 from nmexport.runtimes.feeds import float32_from
-from nmexport.runtimes.onnxruntime_session import NUMPY_TYPES
+from nmexport.runtimes.onnxruntime_opening import NUMPY_TYPES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

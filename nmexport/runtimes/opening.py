@@ -49,7 +49,8 @@ def open_on_onnxruntime(engine: Path, *, side: Side = "sparse", elsewhere: bool 
         EnvironmentFault: if this machine cannot run it.
     """
     from nmexport.runtimes.cuda_session import CudaSession
-    from nmexport.runtimes.onnxruntime_session import OrtSession, provider_here
+    from nmexport.runtimes.onnxruntime_opening import provider_here
+    from nmexport.runtimes.onnxruntime_session import OrtSession
     from nmexport.runtimes.step_session import StepSession
 
     description = read_engine(engine)
@@ -80,7 +81,7 @@ def open_for_serving(
         EnvironmentFault: if this machine cannot run it.
         RequestError: if the slots do not fit into the device's memory.
     """
-    from nmexport.runtimes.onnxruntime_session import provider_here
+    from nmexport.runtimes.onnxruntime_opening import provider_here
     from nmexport.runtimes.slot_session import SlotSession
 
     description = read_engine(engine)

@@ -27,7 +27,7 @@ import numpy as np
 from nmexport.errors import ArtifactError
 from nmexport.runtimes.chunks import chunk_end
 from nmexport.runtimes.cuda_model import CudaModel, open_engine_graph
-from nmexport.runtimes.onnxruntime_session import RUNTIME
+from nmexport.runtimes.onnxruntime_opening import RUNTIME
 from nmexport.runtimes.session import Limits, Session, Stepped, Work
 from nmexport.runtimes.slot_runs import PromptRuns, SlotBuffers, StepRuns
 from nmexport.runtimes.slots import Slots, slots_for

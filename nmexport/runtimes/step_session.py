@@ -18,11 +18,11 @@ from nmexport.environment import physical_cores
 from nmexport.errors import ArtifactError
 from nmexport.runtimes.engine import read_engine
 from nmexport.runtimes.native import HUGE_PAGES_ENTRY, engine_library
-from nmexport.runtimes.onnxruntime_session import (
+from nmexport.runtimes.onnxruntime_opening import (
     EXTERNAL_DATA_FOLDER,
     RUNTIME,
     fits_huge_pages,
-    open_session,
+    open_inference_session,
     read_model,
     session_options,
 )
@@ -80,7 +80,7 @@ class StepSession(Session):
         """
         self.threads = threads or physical_cores()
         options = session_options(library=library, threads=self.threads, config=config)
-        self._session: onnxruntime.InferenceSession | None = open_session(model, options)
+        self._session: onnxruntime.InferenceSession | None = open_inference_session(model, options)
         self._positions = positions
         inputs = self._session.get_inputs()
         self._has_position_ids = any(value.name == "position_ids" for value in inputs)

@@ -22,7 +22,9 @@ from nmexport.runtimes.engine import DENSE_PLAN, PLAN, REBUILD, read_engine
 from nmexport.runtimes.feeds import float32_from, positions_from_mask
 from nmexport.runtimes.session import Limits, Session
 from nmexport.runtimes.tensorrt import library as tensorrt_library
+from nmexport.runtimes.tensorrt.contexts import Contexts, reasons_since
 from nmexport.runtimes.tensorrt.cuda_memory import CudaDevice
+from nmexport.runtimes.tensorrt.engine_tensors import NUMPY_TYPES, cache_slots, tensor_types
 from nmexport.runtimes.tensorrt.kernel_cache import KernelCache, kernel_cache_path
 from nmexport.runtimes.tensorrt.requirements import check_runnable, engine_plugin
 
@@ -35,34 +37,6 @@ if TYPE_CHECKING:
     from nmexport.runtimes.engine import TensorRTEngine
     from nmexport.runtimes.tensorrt.cuda_memory import Buffer, Device, Graph
     from nmexport.runtimes.tensorrt.library import Messages
-
-_PAST, _PRESENT = "past_key_values.", "present."
-_CACHE_RANK = 4
-# TensorRT's names of element types, and NumPy's; bfloat16 has none there: the bits.
-_NUMPY: dict[str, np.dtype[Any]] = {
-    "FLOAT": np.dtype(np.float32),
-    "HALF": np.dtype(np.float16),
-    "BF16": np.dtype(np.uint16),
-    "INT32": np.dtype(np.int32),
-    "INT64": np.dtype(np.int64),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Slot:
-    """One past input and the present output that follows it."""
-
-    past: str
-    present: str
-    heads: int
-    head_size: int
-    itemsize: int
-
-    def bytes_of(self, batch: int, tokens: int) -> int:
-        return batch * self.heads * tokens * self.head_size * self.itemsize
-
-    def shape(self, batch: int, tokens: int) -> tuple[int, int, int, int]:
-        return batch, self.heads, tokens, self.head_size
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -106,31 +80,26 @@ class TensorRTSession(Session):
         Raises:
             ArtifactError: if TensorRT refuses the plan, or its cache has foreign names.
         """
-        self._trt = trt
         self._described = engine
         self._device = device
-        self._logger = logger
         self._kernels = kernels
         self.runtime = f"{engine.target} {engine.version}"
         mark = logger.mark()
         self._runtime = trt.Runtime(logger)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
-            reasons = self._reasons_since(mark)
+            reasons = reasons_since(logger, mark)
             raise ArtifactError(
                 f"{engine.target} cannot open the engine: {reasons}",
                 fix="run `nmexport engine --force` on this machine",
             )
-        self._types = _tensor_types(self._engine)
-        self._slots = self._cache_slots()
-        self._logits_type = _NUMPY[self._types["logits"]]
+        self._types = tensor_types(self._engine)
+        self._slots = cache_slots(self._engine, self._types)
+        self._logits_type = NUMPY_TYPES[self._types["logits"]]
         self._vocabulary_size = int(self._engine.get_tensor_shape("logits")[2])
-        # TensorRT-RTX replaces kernels while it runs, and records its graphs when it has done so.
-        self._records_itself = False
-        self._configs: list[Any] = []  # as long as their contexts
-        self._contexts = {
-            name: self._context(index, name) for index, name in enumerate(engine.profiles)
-        }
+        self._contexts = Contexts(
+            trt, self._engine, engine, device=device, logger=logger, kernels=kernels
+        )
         self._batch = 0
         self._resident: TensorRTCache | None = None  # what lies in the buffers
         self._caches: list[tuple[Buffer, ...]] = []  # one set in place, two that take turns
@@ -221,7 +190,7 @@ class TensorRTSession(Session):
         buffers = self._caches[0] if cache.buffers is None else cache.buffers
         for slot, buffer in zip(self._slots, buffers, strict=True):
             kind = self._types[slot.past]
-            whole = np.empty(slot.shape(batch, self._cache_tokens(cache)), _NUMPY[kind])
+            whole = np.empty(slot.shape(batch, self._cache_tokens(cache)), NUMPY_TYPES[kind])
             self._device.download(buffer, whole)
             yield (
                 slot.present,
@@ -270,7 +239,6 @@ class TensorRTSession(Session):
             self._kernels.save()
         self._graph = None
         self._contexts.clear()
-        self._configs.clear()
         self._caches.clear()
         self._buffers.clear()
         self._engine = None
@@ -326,20 +294,7 @@ class TensorRTSession(Session):
 
     def _enqueue(self, profile: str, sizes: tuple[int, int, int]) -> None:
         """Bind shapes and addresses, and run; `sizes` are batch, cached and new tokens."""
-        context = self._contexts[profile]
-        mark = self._logger.mark()
-        for name, shape in self._input_shapes(*sizes).items():
-            if not context.set_input_shape(name, shape):
-                raise self._failure(f"input {name} of shape {shape}", mark)
-        for name, buffer in self._bindings().items():
-            if not context.set_tensor_address(name, buffer.address):
-                raise self._failure(f"the buffer of {name}", mark)
-        self._execute(profile)
-
-    def _execute(self, profile: str) -> None:
-        mark = self._logger.mark()
-        if not self._contexts[profile].execute_async_v3(self._device.stream):
-            raise self._failure("a run", mark)
+        self._contexts.enqueue(profile, self._input_shapes(*sizes), self._bindings())
 
     def _replay_decode(self, sizes: tuple[int, int, int]) -> None:
         """Run a decode step: bound and run once for a batch, then recorded, then replayed.
@@ -353,10 +308,10 @@ class TensorRTSession(Session):
             self._enqueue("decode", sizes)
             self._decoded_shape = shape
             return
-        if self._graph is None and not self._records_itself and not self._cannot_record:
+        if self._graph is None and not self._contexts.records_itself and not self._cannot_record:
             self._graph = self._record_decode()
         if self._graph is None:
-            self._execute("decode")
+            self._contexts.execute("decode")
         else:
             self._graph.launch()
 
@@ -364,7 +319,7 @@ class TensorRTSession(Session):
         """A decode step as a CUDA graph; None where it cannot be recorded, and runs as before."""
         self._device.wait()
         try:
-            return self._device.captured(lambda: self._execute("decode"))
+            return self._device.captured(lambda: self._contexts.execute("decode"))
         except (EnvironmentFault, ArtifactError) as fault:
             self._cannot_record = True
             logging.getLogger(__name__).warning(
@@ -446,69 +401,3 @@ class TensorRTSession(Session):
         if self._described.in_place_cache:
             return self._described.max_context
         return int(cache.mask.shape[1])
-
-    def _cache_slots(self) -> tuple[_Slot, ...]:
-        slots = []
-        for name, kind in self._types.items():
-            if not name.startswith(_PAST):
-                continue
-            present = name.replace(_PAST, _PRESENT, 1)
-            shape = tuple(self._engine.get_tensor_shape(name))
-            if present not in self._types or len(shape) != _CACHE_RANK:
-                raise ArtifactError(
-                    f"Cache input {name} has shape {shape} and no match among the outputs.",
-                    allowed=f"{_PAST}N.key|value [batch, heads, tokens, size] with {present}",
-                )
-            slots.append(
-                _Slot(
-                    past=name,
-                    present=present,
-                    heads=int(shape[1]),
-                    head_size=int(shape[3]),
-                    itemsize=_NUMPY[kind].itemsize,
-                )
-            )
-        return tuple(slots)
-
-    def _context(self, index: int, profile: str) -> Any:
-        mark = self._logger.mark()
-        context = self._new_context(profile)
-        if context is None or not context.set_optimization_profile_async(
-            index, self._device.stream
-        ):
-            raise self._failure("an execution context", mark)
-        return context
-
-    def _new_context(self, profile: str) -> Any:
-        """An execution context; TensorRT-RTX's compiles its kernels, and keeps them in a cache."""
-        if self._described.target != "tensorrt-rtx":
-            return self._engine.create_execution_context()
-        config = self._engine.create_runtime_config()
-        self._configs.append(config)
-        if self._kernels is not None:
-            self._kernels.attach(config)
-        if profile == "decode" and self._described.in_place_cache:
-            # One shape for good: compiled for it at the first step, and recorded by the runtime,
-            # which alone knows when no kernel will be exchanged for a better one any more.
-            specialised = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
-            config.dynamic_shapes_kernel_specialization_strategy = specialised
-            config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-            self._records_itself = True
-        return self._engine.create_execution_context(config)
-
-    def _failure(self, what: str, mark: int) -> ArtifactError:
-        return ArtifactError(
-            f"TensorRT refuses {what}: {self._reasons_since(mark)}",
-            fix="run `nmexport engine --force`; `nmexport doctor` shows what this machine lacks",
-        )
-
-    def _reasons_since(self, mark: int) -> str:
-        """Return the reasons that TensorRT logged after a mark."""
-        reasons = list(tensorrt_library.ours_first(self._logger.errors_since(mark)))
-        return "; ".join(reasons[-3:]) or "it gives no reason"
-
-
-def _tensor_types(engine: Any) -> dict[str, str]:
-    """TensorRT's name of the element type of every input and output."""
-    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    return {name: str(engine.get_tensor_dtype(name)).rpartition(".")[2] for name in names}

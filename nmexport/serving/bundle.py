@@ -125,39 +125,28 @@ def read_bundle(folder: Path) -> Bundle:
         raise ArtifactError(f"{path} cannot be read: {error!r}", fix=_REPACKAGE) from error
 
 
-def write_bundle(
-    folder: Path,
-    *,
-    name: str,
-    model: str,
-    pattern: str,
-    verdict: str,
-    context_tokens: int,
-    end_tokens: frozenset[int],
-    defaults: GenerationOptions,
-    reference_tokens: list[list[int]],
-    files: tuple[FileRecord, ...],
-) -> None:
-    """Write `bundle.json` into a folder that holds everything else; arguments as in `Bundle`."""
-    known = {name: value for name, value in asdict(defaults).items() if value is not None}
+def write_bundle(bundle: Bundle) -> None:
+    """Write `bundle.json` into its folder, which holds everything else."""
+    defaults = asdict(bundle.defaults)
     document = {
         "schema": SCHEMA,
-        "name": name,
-        "model": model,
-        "pattern": pattern,
-        "verdict": verdict,
-        "context_tokens": context_tokens,
-        "end_tokens": sorted(end_tokens),
-        "defaults": known,
-        "reference_tokens": reference_tokens,
-        "files": [asdict(record) for record in files],
+        "name": bundle.name,
+        "model": bundle.model,
+        "pattern": bundle.pattern,
+        "verdict": bundle.verdict,
+        "context_tokens": bundle.context_tokens,
+        "end_tokens": sorted(bundle.end_tokens),
+        "defaults": {name: value for name, value in defaults.items() if value is not None},
+        "reference_tokens": bundle.reference_tokens,
+        "files": [asdict(record) for record in bundle.files],
     }
-    (folder / FILENAME).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(document, indent=1) + "\n"
+    (bundle.folder / FILENAME).write_text(text, encoding="utf-8")
 
 
 def first_logits(session: Session, prompts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-    """Logits `[R, V]` after each of R prompts."""
-    rows = [session.extend_last(None, np.asarray([one], np.int64))[0][0, -1] for one in prompts]
+    """Compute the logits `[R, V]` after each of R prompts."""
+    rows = [session.extend_last(None, np.asarray([ids], np.int64))[0][0, -1] for ids in prompts]
     return np.stack(rows)
 
 

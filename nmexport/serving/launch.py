@@ -54,6 +54,8 @@ class Installation:
     server: Path
     wheel: Path | None = None
     """The folder of the wheel's package; None for a server that is installed whole."""
+    backends: Path | None = None
+    """Folder of its backends; None takes its own, which a wheel's are laid out for."""
 
     @property
     def libraries(self) -> Path | None:
@@ -62,7 +64,7 @@ class Installation:
 
 
 def find_server(given: Path | None = None) -> Installation:
-    """The server to start.
+    """Find the server to start.
 
     Args:
         given: A tritonserver to take; None looks for one.
@@ -92,13 +94,13 @@ def find_server(given: Path | None = None) -> Installation:
 
 
 def _wheel_of(server: Path) -> Path | None:
-    """The wheel's package that a server belongs to."""
+    """Return the wheel's package that a server belongs to."""
     folder = server.parent.parent.parent
     return folder if (folder.parent / _WHEEL_LIBRARIES).is_dir() else None
 
 
 def package_folder(given: Path) -> Path:
-    """The package in a folder: a work directory, a package, or a copy of one.
+    """Find the package in a folder: a work directory, a package, or a copy of one.
 
     Raises:
         ArtifactError: if there is none.
@@ -114,12 +116,12 @@ def package_folder(given: Path) -> Path:
 
 
 def plugins_of(package: Path) -> list[Path]:
-    """TensorRT plugin libraries of a package."""
+    """List the TensorRT plugin libraries of a package."""
     return sorted((package / PLUGINS).glob("*.so"))
 
 
 def models_of(repository: Path) -> dict[str, bool]:
-    """Models of a repository by name, and whether each is a TensorRT plan."""
+    """List the models of a repository; the value says if one is a TensorRT plan."""
     return {
         path.parent.name: (path.parent / VERSION / PLAN).is_file()
         for path in sorted(repository.glob("*/config.pbtxt"))
@@ -127,7 +129,7 @@ def models_of(repository: Path) -> dict[str, bool]:
 
 
 def why_no_plans(installation: Installation) -> str | None:
-    """Why a server cannot run TensorRT plans on this machine; None where it can."""
+    """Say why a server cannot run TensorRT plans on this machine; None where it can."""
     root = installation.server.resolve().parent.parent
     if not (root / "backends" / "tensorrt").is_dir():
         return "this tritonserver has no TensorRT backend"
@@ -135,13 +137,13 @@ def why_no_plans(installation: Installation) -> str | None:
 
 
 def backend_folder(installation: Installation, scratch: Path) -> Path | None:
-    """The backends of a wheel's server, laid out as the server wants them; None where it knows.
+    """Lay out the backends of a wheel's server as it wants them; None where it knows its own.
 
     Raises:
         EnvironmentFault: if the wheel has no stub for this Python.
     """
-    if installation.wheel is None:
-        return None
+    if installation.backends is not None or installation.wheel is None:
+        return installation.backends
     root = installation.wheel / "tritonserver"
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     stub = root / "python_backend_stubs" / version / "triton_python_backend_stub"
@@ -173,7 +175,7 @@ def server_command(
     plugins: Sequence[Path] = (),
     models: Sequence[str] = (),
 ) -> list[str]:
-    """The command line of a server that shows nothing to the network unless asked."""
+    """Build the command line of a server that shows nothing to the network unless asked."""
     flags = [
         f"--model-repository={repository}",
         "--disable-auto-complete-config",
@@ -229,7 +231,6 @@ class Server:
         drain_seconds: int = 30,
         plugins: Sequence[Path] = (),
         models: Sequence[str] = (),
-        backends: Path | None = None,
         output: Any = None,
     ) -> Self:
         """Start a server on a model repository.
@@ -242,7 +243,6 @@ class Server:
             drain_seconds: How long requests in flight may take once it is told to stop.
             plugins: TensorRT plugin libraries.
             models: Names of those to load; none loads all.
-            backends: Backend folder, in place of the one made for a wheel.
             output: File that takes what the server prints; None is this process's stderr.
 
         Raises:
@@ -257,7 +257,7 @@ class Server:
                 chosen,
                 repository,
                 where,
-                backends=backends or backend_folder(chosen, scratch),
+                backends=backend_folder(chosen, scratch),
                 drain_seconds=drain_seconds,
                 plugins=plugins,
                 models=models,

@@ -103,16 +103,18 @@ def write_text_model(output: Path, source: TextModel) -> Path:
     tokens = [tokenizer.encode(text) for text in bundles.REFERENCE_TEXTS]
     _write_reference(folder, tokens)
     bundles.write_bundle(
-        folder,
-        name=source.name,
-        model=source.model,
-        pattern=source.pattern,
-        verdict=source.verdict,
-        context_tokens=_served_context(folder),
-        end_tokens=end_tokens(folder, tokenizer),
-        defaults=generation_defaults(folder),
-        reference_tokens=tokens,
-        files=record_files(folder),
+        bundles.Bundle(
+            folder=folder,
+            name=source.name,
+            model=source.model,
+            pattern=source.pattern,
+            verdict=source.verdict,
+            context_tokens=_served_context(folder),
+            end_tokens=end_tokens(folder, tokenizer),
+            defaults=generation_defaults(folder),
+            reference_tokens=tuple(map(tuple, tokens)),
+            files=record_files(folder),
+        )
     )
     config = triton_config.text_config(source.name, source.settings)
     (model_folder / triton_config.CONFIG).write_text(triton_config.to_text(config), "utf-8")

@@ -202,16 +202,7 @@ class Scheduler:
         return Request(
             prompt=np.asarray([prompt], dtype=np.int64),
             max_tokens=max_tokens,
-            sampler=Sampler(
-                temperature=options.temperature,
-                top_p=options.top_p,
-                top_k=options.top_k,
-                seed=options.seed_or_new,
-                repetition_penalty=options.repetition_penalty,
-                presence_penalty=options.presence_penalty,
-                frequency_penalty=options.frequency_penalty,
-                prompt=prompt,
-            ),
+            sampler=Sampler(options, prompt=prompt),
             text=TextStream(self._decode),
             stop=StopFilter(options.stop),
             sink=sink,

@@ -4,14 +4,19 @@
     y = o * (W (nu d s + eta)) + B^T A^T s + c + b          what calibration and learning mean
       = s @ W' + bias'                                      what the op computes
 
-| constant | folds into |
-|---|---|
-| input scale d, or static nu | rows of W' |
-| output gain o | columns of W' |
-| compensation A B | added to W' |
-| remainder A B | taken from W'; its product stays beside the op |
-| static or learned shift | `shift`, and `bias' = c + b + o * (W eta)` |
-| shift per token | `shift_weight`: o times the column sums of W |
+Where a phase stays dense, its tokens meet the same weight, W itself; their bias is c:
+
+    y = (d nu s) @ W + bias'      or      x @ W + c
+
+| constant | folds into | where a phase stays dense |
+|---|---|---|
+| input scale d, or static nu | rows of W' | `value_scale` |
+| output gain o | columns of W' | - |
+| compensation A B | added to W' | - |
+| remainder A B | taken from W'; its product stays beside the op | - |
+| static or learned shift | `shift`, and `bias' = c + b + o * (W eta)` | the same |
+| shift per token | `shift_weight`: o times the column sums of W | the same |
+| own bias c | `bias'` | `bias'`, and `dense_bias` |
 
 Sums are taken over the unscaled weight, in float64, before W' and bias' are rounded to T. At the
 end whatever lies along K is gathered: see "Gather first" in the op contract.
@@ -31,7 +36,7 @@ if TYPE_CHECKING:
 
     from nmexport.sparsity.linear import Behaviour, Constants
 
-_ALONG_CHANNELS = ("W", "shift", "score_scale", "value_scale")
+_ALONG_CHANNELS = ("W", "shift", "score_scale", "value_scale", "dense_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,19 +79,22 @@ def fold(
 
     Returns:
         `W [K, O]` T, and where used `bias [O]` T, `shift` float32, `shift_weight [O]` float32,
-        `score_scale [K]` float32, `channel_order [K]` int32, all in gathered order;
+        `score_scale [K]` float32, `channel_order [K]` int32, `value_scale [K]` float32,
+        `dense_bias [O]` T, all in gathered order;
         `remainder_in [K, r]` T in X's own order, `remainder_out [r, O]` T. Contiguous, on the CPU.
 
     Raises:
-        ValueError: if corrections that change the dense product meet a phase that stays dense.
+        ValueError: if constants that change the weight meet a phase that stays dense.
     """
-    if behaviour.phase != "all" and changes_dense_product(corrections):
-        raise ValueError(f"phase {behaviour.phase} needs the dense product unchanged elsewhere")
     # In float64 on a GPU this is bandwidth; on a host it is most of a large model's fold.
     weight = linear.weight.detach().t().double()  # [K, O], where the linear is
     shift = constants.shift if corrections.shift is None else corrections.shift
-    folded = {"W": _folded_weight(weight, constants, corrections).to(dtype)}
-    bias = bias_with_shift(bias_of(linear), weight, shift, corrections)
+    own = bias_of(linear)
+    if behaviour.phase == "all":
+        folded = {"W": _folded_weight(weight, constants, corrections).to(dtype)}
+    else:
+        folded = {"W": weight.to(dtype), **beside_dense(own, len(weight), constants, corrections)}
+    bias = bias_with_shift(own, weight, shift, corrections)
     if bias is not None:
         folded["bias"] = bias.to(dtype)
     if behaviour.dynamic_shift:
@@ -95,7 +103,42 @@ def fold(
         folded["remainder_in"] = constants.remainder.inner.to(dtype)
         folded["remainder_out"] = constants.remainder.outer.to(dtype)
     folded |= _selecting(constants, shift)
+    if "dense_bias" in folded:
+        folded["dense_bias"] = folded["dense_bias"].to(dtype)
     return {name: tensor.detach().contiguous().cpu() for name, tensor in _gathered(folded).items()}
+
+
+def beside_dense(
+    own: torch.Tensor | None, channels: int, constants: Constants, corrections: Corrections
+) -> dict[str, torch.Tensor]:
+    """Fold around a weight that tokens of another phase meet as it is.
+
+    Args:
+        own: c `[O]`, the linear's bias.
+        channels: K.
+        constants: Calibrated constants.
+        corrections: What was learned.
+
+    Returns:
+        Where used `value_scale [K]` float32, in X's own order, and `dense_bias [O]`.
+
+    Raises:
+        ValueError: if constants change the weight.
+    """
+    changing = (constants.remainder, corrections.output_scale, corrections.low_rank_in)
+    if any(part is not None for part in changing):
+        raise ValueError("a phase that stays dense needs the weight as it is")
+    made = {"value_scale": value_scale(channels, constants, corrections), "dense_bias": own}
+    return {name: tensor.detach().clone() for name, tensor in made.items() if tensor is not None}
+
+
+def value_scale(
+    channels: int, constants: Constants, corrections: Corrections
+) -> torch.Tensor | None:
+    """Return d, or a static nu for all channels: `[K]` float32 in X's own order; None is 1."""
+    if corrections.input_scale is not None:
+        return corrections.input_scale.detach().cpu().float()
+    return None if constants.nu is None else torch.full((channels,), constants.nu)
 
 
 def selection(
@@ -116,17 +159,6 @@ def _selecting(constants: Constants, shift: torch.Tensor | None) -> dict[str, to
         "channel_order": constants.channel_order,
     }
     return {name: value.cpu().clone() for name, value in kept.items() if value is not None}
-
-
-def changes_dense_product(corrections: Corrections) -> bool:
-    """Tell whether the folded linear differs from the dense one even where everything is kept."""
-    changing = (
-        corrections.input_scale,
-        corrections.output_scale,
-        corrections.bias,
-        corrections.low_rank_in,
-    )
-    return any(tensor is not None for tensor in changing)
 
 
 def _folded_weight(

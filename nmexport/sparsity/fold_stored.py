@@ -5,7 +5,8 @@ As `nmexport.sparsity.fold`, but what cannot go into the weight goes elsewhere:
 | constant | goes into |
 |---|---|
 | input scale d | `value_scale` |
-| output gain o, static nu | `weight_scale` |
+| output gain o, static nu | `weight_scale`; where a phase stays dense, nu too into `value_scale` |
+| own bias c | `bias'`; where a phase stays dense, `dense_bias` too |
 | static or learned shift | `shift`, and `bias' = c + b + o * (W eta)` |
 | shift per token | `shift_weight`: o times the column sums of W |
 | a channel order | rows change places, scale groups stay whole |
@@ -22,8 +23,8 @@ import torch
 
 from nmexport.sparsity.fold import (
     NOTHING_LEARNED,
+    beside_dense,
     bias_with_shift,
-    changes_dense_product,
     selection,
 )
 
@@ -62,13 +63,11 @@ def fold_stored(
         and `value_scale [K]` float32.
 
     Raises:
-        ValueError: if a correction has no place, changes a product that has to stay dense, or the
+        ValueError: if a correction has no place, changes a weight that has to stay dense, or the
             order tears scale groups apart.
     """
     if constants.remainder is not None or corrections.low_rank_in is not None:
         raise ValueError("a stored weight takes no compensation and no remainder")
-    if behaviour.phase != "all" and changes_dense_product(corrections):
-        raise ValueError(f"phase {behaviour.phase} needs the dense product unchanged elsewhere")
     order = constants.channel_order if constants.channel_order is not None else weight.channel_order
     gathered = replace(constants, channel_order=order)
     folded = {**selection(gathered, corrections), **_rows(weight, order)}
@@ -77,17 +76,32 @@ def fold_stored(
     bias = bias_with_shift(own_bias, meant, shift, corrections)
     if bias is not None:
         folded["bias"] = bias.to(dtype)
-    gain = _gain(constants, corrections)
-    if gain is not None:
-        folded["weight_scale"] = folded["weight_scale"].float() * gain
+    if behaviour.phase != "all":
+        folded |= beside_dense(own_bias, len(meant), constants, corrections)
+    else:
+        folded |= _around_all(folded["weight_scale"], constants, corrections)
     if behaviour.dynamic_shift:
         sums = meant.sum(dim=0)
         learned = corrections.output_scale
         folded["shift_weight"] = (sums if learned is None else sums * learned.cpu()).float()
+    if "value_scale" in folded and order is not None:
+        folded["value_scale"] = folded["value_scale"][order.long()]
+    if "dense_bias" in folded:
+        folded["dense_bias"] = folded["dense_bias"].to(dtype)
+    return {name: tensor.detach().contiguous().cpu() for name, tensor in folded.items()}
+
+
+def _around_all(
+    weight_scale: torch.Tensor, constants: Constants, corrections: Corrections
+) -> dict[str, torch.Tensor]:
+    """Fold what every token meets alike: `weight_scale`, and `value_scale` in X's own order."""
+    folded = {}
+    gain = _gain(constants, corrections)
+    if gain is not None:
+        folded["weight_scale"] = weight_scale.float() * gain
     if corrections.input_scale is not None:
-        scale = corrections.input_scale.detach().cpu().float()
-        folded["value_scale"] = scale if order is None else scale[order.long()]
-    return {name: tensor.detach().contiguous() for name, tensor in folded.items()}
+        folded["value_scale"] = corrections.input_scale.detach().cpu().float()
+    return folded
 
 
 def order_within_groups(order: torch.Tensor | None, weight: QuantisedWeight) -> torch.Tensor | None:

@@ -12,7 +12,7 @@ which channels are kept changes only through the shift, step by step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,6 +78,8 @@ class LearningSite(InputSite):
         self._rms = input_rms.float().clamp_min(_FLOOR).to(device)
         self.shift = nn.Parameter((self.eta / self._rms).expand(self.channels).clone())
         self.shift.requires_grad_(learns_shift)
+        self.input_scale: nn.Parameter | None = None
+        """`[K]`, d of all linears of the input, where they share one: see `shared_scale`."""
         self.disturbance: torch.Tensor | None = None
         """`[K]` factors of the scores while a step is learned from; None ranks as the op does."""
         self._seen: torch.Tensor | None = None
@@ -100,6 +102,16 @@ class LearningSite(InputSite):
         if self._left <= 0:
             self._seen = self._selected = None
         return selected
+
+    def shared_scale(self, start: torch.Tensor) -> nn.Parameter:
+        """Return the one input scale of all linears of the input; it starts where the first says.
+
+        Where a phase stays dense, d is a constant of its own beside the weight, and linears with
+        the same one are fused.
+        """
+        if self.input_scale is None:
+            self.input_scale = nn.Parameter(start.to(self.shift.device))
+        return self.input_scale
 
     def learned_shift(self) -> torch.Tensor:
         """`[K]` float32, on the CPU."""
@@ -161,7 +173,8 @@ class LearnedLinear(SparseLinear):
         own = bias_of(linear)
         if own is not None:
             dense["bias"] = own.detach().float()
-        super().__init__(behaviour, dense, site=site)
+        # Every token learns as one that the phase includes.
+        super().__init__(replace(behaviour, phase="all"), dense, site=site)
         self.sparse = True
         """False computes the dense linear: one model is teacher and student."""
         self._nu = 1.0 if constants.nu is None else constants.nu
@@ -170,6 +183,8 @@ class LearnedLinear(SparseLinear):
         self.learned = nn.ParameterDict(
             {name: nn.Parameter(value.to(device)) for name, value in start.items()}
         )
+        if "input_scale" in start and behaviour.phase != "all":
+            self.learned["input_scale"] = site.shared_scale(start["input_scale"])
 
     def corrections(self) -> Corrections:
         """Return what has been learned so far, on the CPU."""
@@ -180,8 +195,7 @@ class LearnedLinear(SparseLinear):
             values["shift"] = self.site.learned_shift()
         return Corrections(**values)
 
-    def _drops(self, x: torch.Tensor) -> bool:
-        del x
+    def _can_drop(self) -> bool:
         return self.sparse
 
     def _product(self, selected: Selected) -> torch.Tensor:

@@ -35,6 +35,8 @@ _OWN_TENSORS = (
     "weight_scale",
     "value_scale",
     "weight_zero_point",
+    "dense_scale",
+    "dense_bias",
     "remainder_in",
     "remainder_out",
 )
@@ -160,6 +162,8 @@ class SparseLinear(nn.Module):
     weight_scale: torch.Tensor | None
     value_scale: torch.Tensor | None
     weight_zero_point: torch.Tensor | None
+    dense_scale: torch.Tensor | None
+    dense_bias: torch.Tensor | None
     remainder_in: torch.Tensor | None
     remainder_out: torch.Tensor | None
 
@@ -215,15 +219,9 @@ class SparseLinear(nn.Module):
     def op(self, x: torch.Tensor) -> torch.Tensor:
         """NMLinear alone: `[..., K]` T -> `[..., O]` T, in float32 with one rounding at the end."""
         if self.prompt is None or self.behaviour.phase == "all":
-            return self._op(x, sparse=self._drops(x))
+            return self._in_phase(x, _phase_of(x))
         head, tail = x[..., : self.prompt, :], x[..., self.prompt :, :]
-        return torch.cat(
-            [
-                self._op(head, sparse=self._drops_in("prefill")),
-                self._op(tail, sparse=self._drops_in("decode")),
-            ],
-            dim=-2,
-        )
+        return torch.cat([self._in_phase(head, "prefill"), self._in_phase(tail, "decode")], dim=-2)
 
     def extra_repr(self) -> str:
         """Describe the module for `print(model)`."""
@@ -231,31 +229,42 @@ class SparseLinear(nn.Module):
         sizes = f"{self.in_features}, {self.out_features}"
         return f"{sizes}, {behaviour.pattern}, phase={behaviour.phase}"
 
-    def _op(self, x: torch.Tensor, *, sparse: bool) -> torch.Tensor:
-        y = self._product(self.site.select(self._gathered(x), sparse=sparse))
-        if self.bias is not None:
-            y = y + self.bias.float()
+    def _in_phase(self, x: torch.Tensor, phase: Phase) -> torch.Tensor:
+        """`[..., K]` T -> `[..., O]` T, of tokens of one phase."""
+        if self.behaviour.phase in {"all", phase}:
+            sparse = self._can_drop()
+            y, bias = self._product(self.site.select(self._gathered(x), sparse=sparse)), self.bias
+        else:
+            y, bias = self._dense_product(self._gathered(x)), self.dense_bias
+        if bias is not None:
+            y = y + bias.float()
         return y.reshape(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    def _dense_product(self, x: torch.Tensor) -> torch.Tensor:
+        """All but the bias of tokens that the phase excludes: `[T, O]` float32."""
+        return self._weighted(x.reshape(-1, self.in_features).float(), self.dense_scale)
 
     def _product(self, selected: Selected) -> torch.Tensor:
         """All but the bias: `[T, O]` float32."""
-        kept = kept_values(selected)
-        operand = kept if self.value_scale is None else kept * self.value_scale
-        if self.behaviour.activation_bits:
-            operand = rounded(operand, self.behaviour.activation_block)
-        weight = dequantised(self.W, self.weight_scale, self.weight_zero_point)
-        y = token_product(operand, weight)
+        y = self._weighted(kept_values(selected), self.value_scale)
         if selected.nu is not None:
             y = selected.nu * y
         return y if self.shift_weight is None else y + selected.eta * self.shift_weight
 
-    def _drops(self, x: torch.Tensor) -> bool:
-        """Tell whether any of this input `[..., S, K]` can be dropped; else the op is dense."""
-        return self._drops_in("decode" if x.ndim == 1 or x.shape[-2] == 1 else "prefill")
+    def _weighted(self, values: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        """`values [T, K]`, scaled and rounded, times the weight: `[T, O]` float32."""
+        operand = values if scale is None else values * scale
+        if self.behaviour.activation_bits:
+            operand = rounded(operand, self.behaviour.activation_block)
+        weight = dequantised(self.W, self.weight_scale, self.weight_zero_point)
+        return token_product(operand, weight)
 
-    def _drops_in(self, phase: Phase) -> bool:
-        pattern = self.behaviour.pattern
-        return pattern.n < pattern.m and self.behaviour.phase in {"all", phase}
+    def _drops(self, x: torch.Tensor) -> bool:
+        """Tell whether any of this input `[..., S, K]` can be dropped."""
+        return self._can_drop() and self.behaviour.phase in {"all", _phase_of(x)}
+
+    def _can_drop(self) -> bool:
+        return self.behaviour.pattern.n < self.behaviour.pattern.m
 
     def _gathered(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.channel_order is None else x[..., self.channel_order.long()]
@@ -266,12 +275,20 @@ class SparseLinear(nn.Module):
         return gathered[..., torch.argsort(self.channel_order.long())]
 
 
+def _phase_of(x: torch.Tensor) -> Phase:
+    """Return the phase of an input `[..., S, K]`; one token alone is decoded."""
+    return "decode" if x.ndim == 1 or x.shape[-2] == 1 else "prefill"
+
+
 def _site_of(behaviour: Behaviour, tensors: Mapping[str, torch.Tensor]) -> InputSite:
     """The selection of an op's own inputs, which lie in gathered order.
 
     Raises:
-        ValueError: if a static and a dynamic shift meet, or a dynamic one lacks its weight.
+        ValueError: if a static and a dynamic shift meet, a dynamic one lacks its weight, or
+            constants of dense tokens come where the phase is `all`.
     """
+    if behaviour.phase == "all" and not tensors.keys().isdisjoint({"dense_scale", "dense_bias"}):
+        raise ValueError("dense_scale and dense_bias go with phase decode or prefill")
     shift = tensors.get("shift")
     if behaviour.dynamic_shift and (shift is not None or "shift_weight" not in tensors):
         raise ValueError("a dynamic shift takes shift_weight and excludes a static shift")

@@ -26,8 +26,8 @@ class Mitigation:
     """Computed from the token at run time (an attribute of the op), else a calibrated constant."""
     learns: Part | None = None
     """The part of `nmexport.sparsity.learned` that is learned for it; None is calibrated."""
-    changes_product: bool = False
-    """The folded linear is not the dense one where all is kept: then no phase can stay dense."""
+    changes_weight: bool = False
+    """It goes into the folded weight, and no phase can stay dense."""
 
 
 MITIGATIONS: Mapping[str, Mitigation] = MappingProxyType(
@@ -38,14 +38,12 @@ MITIGATIONS: Mapping[str, Mitigation] = MappingProxyType(
             Mitigation("s-pts", corrects="shift"),
             Mitigation("l-pts", corrects="shift", learns="shift"),
             Mitigation("var", corrects="variance", per_token=True),
-            Mitigation("s-var", corrects="variance", changes_product=True),
-            Mitigation("ls", corrects="scale", learns="input_scale", changes_product=True),
-            Mitigation("gain", corrects="gain", learns="output_scale", changes_product=True),
-            Mitigation("bias", corrects="bias", learns="bias", changes_product=True),
-            Mitigation(
-                "low-rank", corrects="compensation", learns="low_rank", changes_product=True
-            ),
-            Mitigation("r-sparse", corrects="remainder", changes_product=True),
+            Mitigation("s-var", corrects="variance"),
+            Mitigation("ls", corrects="scale", learns="input_scale"),
+            Mitigation("gain", corrects="gain", learns="output_scale", changes_weight=True),
+            Mitigation("bias", corrects="bias", learns="bias"),
+            Mitigation("low-rank", corrects="compensation", learns="low_rank", changes_weight=True),
+            Mitigation("r-sparse", corrects="remainder", changes_weight=True),
         )
     }
 )
@@ -134,12 +132,13 @@ def _remainder_alone(mitigations: Sequence[str]) -> None:
 
 
 def _dense_phase_possible(mitigations: Sequence[str], phases: str) -> None:
-    given = [name for name in mitigations if MITIGATIONS[name].changes_product]
+    given = [name for name in mitigations if MITIGATIONS[name].changes_weight]
     if given and phases != "all":
         other = "decode" if phases == "prefill" else "prefill"
         raise RecipeError(
             f"Mitigation {given[0]} cannot be used with phases {phases}: it changes the folded "
-            f"weight or bias, and {other}, which stays dense, needs them as they are.",
-            allowed=f"{given[0]} with --phases all",
-            fix=f"drop {', '.join(given)} (var and l-pts remain), or use --phases all",
+            f"weight, and {other}, which stays dense, needs it as it is.",
+            allowed=f"{given[0]} with --phases all; with {phases}, "
+            + ", ".join(one.name for one in MITIGATIONS.values() if not one.changes_weight),
+            fix=f"drop {', '.join(given)}, or use --phases all",
         )

@@ -22,6 +22,7 @@ _ALONG_OUTPUTS = (
     "shift_weight",
     "weight_scale",
     "weight_zero_point",
+    "dense_bias",
     "remainder_out",
 )
 """Tensors of a folded linear whose last axis is O."""

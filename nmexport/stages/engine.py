@@ -174,7 +174,7 @@ def _run_onnxruntime(inputs: StageInputs) -> dict[str, object]:
 
 def _describe(inputs: StageInputs, library: Path | None) -> Engine:
     """Describe how the exported files run on ONNX Runtime."""
-    from nmexport.runtimes.onnxruntime_session import SESSION_CONFIG, choose_provider
+    from nmexport.runtimes.onnxruntime_opening import SESSION_CONFIG, choose_provider
     from nmexport.stages import rewriting
 
     export = inputs.upstream["export"].resolve()

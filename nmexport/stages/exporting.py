@@ -1,12 +1,16 @@
-"""The models that `export` writes, and the configuration next to them."""
+"""Export as it runs: the models that it writes, and the configuration next to them."""
 
 from __future__ import annotations
 
 import functools
 import json
+import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
+from nmexport.errors import EnvironmentFault
 from nmexport.graph import assembly, checks
 from nmexport.graph.assembly import DenseWeights
 from nmexport.graph.embedding import store_embedding
@@ -14,21 +18,32 @@ from nmexport.graph.passes import optimise
 from nmexport.models.embedding import embedding_names
 from nmexport.models.genai_config import genai_config
 from nmexport.models.lazy_tensors import deferred, deferred_group
+from nmexport.models.loader import load_tokenizer
 from nmexport.models.stored_rows import imported_rows, rounded_rows
+from nmexport.models.streaming import open_for_export
+from nmexport.models.tokenizer_files import write_tokenizer
 from nmexport.models.tracing import cache_shapes, trace
+from nmexport.progress import busy
+from nmexport.report.model import DenseParity
+from nmexport.stages import fold
+from nmexport.stages.export import DENSE_CHECK
 from nmexport.store.exported import DENSE, GENAI_CONFIG, MODEL, STORED
 from nmexport.store.layers import as_dense
+from nmexport.store.records import json_from
+from nmexport.verification.dense_check import TorchModel, check
+
+_NO_ROOM = "without the dense baseline, the disk has no room for a dense file to hold against torch"
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     import onnx_ir as ir
-    import torch
     from transformers import PreTrainedModel
 
     from nmexport.graph.embedding import StoredRows
     from nmexport.models.source import ModelSource
+    from nmexport.stages.inputs import StageInputs
     from nmexport.store.folded import FoldedModel
     from nmexport.store.layers import LayerSpec
 
@@ -54,6 +69,47 @@ class TracedModel(NamedTuple):
     graph: ir.Model
     nodes: int
     """Nodes as traced, before cleaning."""
+
+
+def run(inputs: StageInputs) -> dict[str, object]:
+    """Trace, clean, assemble, write and check both models; write config and tokenizer with them.
+
+    Raises:
+        ModelError: if the model cannot be loaded or its architecture cannot be exported.
+        InternalError: if what was written is not what it should be.
+    """
+    section = inputs.recipe.model
+    folded = fold.Artifact(inputs.upstream["fold"])
+    with busy(inputs.progress, "export: load the model"):
+        opened = open_for_export(inputs.source, dtype=getattr(torch, section.dtype))
+    model = opened.model
+    inputs.progress.note(f"export: {model.config.model_type}")
+    _check_disk(inputs, model, len(folded.layers))
+    checked = section.dense_baseline or _has_room(inputs, model, copies=2)
+    with busy(inputs.progress, "export: trace and write"):
+        traced = trace_model(
+            model, [layer.name for layer in folded.linears], parameter=opened.parameter
+        )
+        metrics = write_models(
+            traced,
+            folded.linears,
+            folded.tensors,
+            inputs.output,
+            dense_baseline=checked,
+            stored=stored_parts(
+                folded, traced, inputs.source, dense_baseline=section.dense_baseline
+            ),
+        )
+    with busy(inputs.progress, "export: hold the dense model against torch"):
+        dense_check = _check_dense(inputs, model) if checked else DenseParity(why=_NO_ROOM)
+    metrics["dense_check"] = json_from(dense_check)
+    if checked and not section.dense_baseline:
+        shutil.rmtree(inputs.output / DENSE)
+    text = json.dumps(metrics["dense_check"], indent=1) + "\n"
+    (inputs.output / DENSE_CHECK).write_text(text, encoding="utf-8")
+    write_configs(model, inputs.output)
+    write_tokenizer(load_tokenizer(inputs.source), inputs.output)
+    return metrics
 
 
 def stored_parts(
@@ -191,3 +247,58 @@ def write_configs(model: PreTrainedModel, output: Path) -> None:
     document = genai_config(model.config, generation, cache_shapes(model), filename=MODEL)
     text = json.dumps(document, indent=2, sort_keys=True) + "\n"
     (output / GENAI_CONFIG).write_text(text, encoding="utf-8")
+
+
+def _check_disk(inputs: StageInputs, model: PreTrainedModel, linears: int) -> None:
+    """Say what will be written, and refuse where it does not fit.
+
+    Raises:
+        EnvironmentFault: if the disk has too little room.
+    """
+    copies = 2 if inputs.recipe.model.dense_baseline else 1
+    needed, free = _bytes_written(model, copies), shutil.disk_usage(inputs.output).free
+    inputs.progress.note(
+        f"export: {linears} sparse linears; writes up to {needed / 1e9:.2f} GB, "
+        f"{free / 1e9:.0f} GB free"
+    )
+    if not _has_room(inputs, model, copies):
+        raise EnvironmentFault(
+            f"Export writes up to {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free in "
+            f"{inputs.output}.",
+            fix="choose another --work, or leave out the dense model with --no-dense-baseline",
+        )
+
+
+def _bytes_written(model: PreTrainedModel, copies: int) -> int:
+    size: int = sum(value.numel() * value.element_size() for value in model.parameters())
+    return copies * size
+
+
+def _has_room(inputs: StageInputs, model: PreTrainedModel, copies: int) -> bool:
+    return _bytes_written(model, copies) <= shutil.disk_usage(inputs.output).free
+
+
+def _check_dense(inputs: StageInputs, model: PreTrainedModel) -> DenseParity:
+    """Hold the dense file against torch.
+
+    Raises:
+        ModelError: if they differ by more than rounding.
+    """
+    section = inputs.recipe.model
+    result = check(
+        inputs.output / DENSE / MODEL,
+        inputs.output / MODEL,
+        TorchModel(
+            source=inputs.source,
+            dtype=section.dtype,
+            offload=inputs.recipe.calibration.offload,
+            folder=inputs.output,
+        ),
+        vocabulary=model.config.get_text_config().vocab_size,
+        progress=inputs.progress,
+    )
+    inputs.progress.note(
+        f"export: dense ONNX agrees with torch to {result.error:.1e} "
+        f"(rounding in {section.dtype} explains {result.tolerance:g})"
+    )
+    return result

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from nmexport.errors import ModelError
 from nmexport.models.weight_files import stored_tensors
+from nmexport.sparsity.mitigation import MITIGATIONS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -48,6 +49,25 @@ def with_own_type(recipe: Recipe, source: ModelSource, environment: Environment)
     return recipe.model_copy(update={"model": section})
 
 
+def with_own_phases(recipe: Recipe, environment: Environment) -> Recipe:
+    """Give a recipe that names no phases `decode` where a GPU runs it, unless it asks for more.
+
+    Products of many tokens read all of a weight on a GPU, so dropped channels win a prompt nothing:
+    it would lose the time of ranking, and accuracy. On a CPU sparse prompts are faster.
+
+    Args:
+        recipe: What is to be built. Mitigations that change the weight, or phases to choose among
+            under a budget, leave it as it is.
+        environment: This machine.
+    """
+    section = recipe.sparsity
+    named = {name: getattr(section, name) for name in section.model_fields_set}
+    changes = any(MITIGATIONS[name].changes_weight for name in named.get("mitigations", ()))
+    if "phases" in named or changes or recipe.allocation.phases or not gpu_runs(environment):
+        return recipe
+    return recipe.model_copy(update={"sparsity": type(section)(**named, phases="decode")})
+
+
 def stored_type(source: ModelSource) -> Dtype | None:
     """The 16-bit type that all matrices of a checkpoint are stored in; None where it is another."""
     if source.gguf_file is not None:
@@ -72,7 +92,7 @@ def gpu_runs(environment: Environment) -> bool:
     if not environment.gpus:
         return False
     from nmexport.runtimes import native
-    from nmexport.runtimes.onnxruntime_session import choose_provider
+    from nmexport.runtimes.onnxruntime_opening import choose_provider
 
     return choose_provider(native.find_library()) == "cuda"
 

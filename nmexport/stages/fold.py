@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from nmexport.allocation.allocate import Prepared
-    from nmexport.calibration.corpus import TokenIds
     from nmexport.calibration.effort import LearningSettings
     from nmexport.calibration.learning import Learned
     from nmexport.calibration.sites import Site
     from nmexport.calibration.sparse_constants import DenseModel, Learning, SparseConstants
+    from nmexport.calibration.text_sources import TokenIds
     from nmexport.models.imported import ImportedWeights
     from nmexport.recipe import Recipe, SparsitySection
     from nmexport.sparsity.linear import Constants

@@ -15,7 +15,9 @@ from nmexport.recipe import short_name
 from nmexport.runtimes.engine import PLAN, read_engine
 from nmexport.runtimes.native import engine_library
 from nmexport.runtimes.tensorrt.requirements import engine_plugin
+from nmexport.serving import repository
 from nmexport.serving.bundle import FILENAME, read_bundle
+from nmexport.serving.repository import TextModel
 from nmexport.serving.triton_config import signature_of_engine
 from nmexport.stages import verify
 from nmexport.store.artifact import read_manifest
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from nmexport.report.model import Report
     from nmexport.runtimes.engine import TensorRTEngine
     from nmexport.serving.bundle import Bundle
-    from nmexport.serving.repository import TextModel
     from nmexport.stages.inputs import StageInputs
 
 UPSTREAM = ("export", "engine", "verify")
@@ -78,8 +79,6 @@ def run(inputs: StageInputs) -> dict[str, object]:
         ArtifactError: if an upstream artifact cannot be read, or cannot be served.
         EnvironmentFault: if this machine lacks what it needs.
     """
-    from nmexport.serving import repository
-
     report = verify.Artifact(inputs.upstream["verify"]).report
     refuse_failed(report, allowed=inputs.recipe.serving.allow_failed)
     source = text_model(inputs, verdict=report.verdict)
@@ -111,8 +110,6 @@ def _write_engine(inputs: StageInputs, name: str) -> tuple[list[str], str | None
         Plugin libraries that a server must load, relative to the package; and why there is no raw
         engine, where there is none.
     """
-    from nmexport.serving import repository
-
     folder = inputs.upstream["engine"]
     engine = read_engine(folder).tensorrt
     if engine is None:
@@ -167,8 +164,6 @@ def text_model(inputs: StageInputs, *, verdict: str) -> TextModel:
         ArtifactError: if the export or the engine cannot be read.
         EnvironmentFault: if the native library of the engine is missing.
     """
-    from nmexport.serving.repository import TextModel
-
     serving = inputs.recipe.serving
     engine = read_engine(inputs.upstream["engine"])
     records = read_manifest(inputs.upstream["export"]).files

@@ -101,7 +101,8 @@ def folding(
             return folded
         if isinstance(storage, Storage):
             folded = constants.folded(dense, name, torch.float32)
-            return store_folded(dense, storage, name, folded)[0]
+            phase = constants.derived[name].behaviour.phase
+            return store_folded(dense, storage, name, folded, phase=phase)[0]
         weight = None if dense.integers is None else dense.integers(name)
         return folded_around(dense, constants, name, weight, storage)
 

@@ -39,6 +39,8 @@ TENSORS = (
     "weight_scale",
     "value_scale",
     "weight_zero_point",
+    "dense_scale",
+    "dense_bias",
     "remainder_in",
     "remainder_out",
 )

@@ -28,7 +28,8 @@ class LayerSpec:
     Which optional inputs a node has is read from the fold artifact: `<name>.W [K, O]`,
     and where present `<name>.bias [O]`, `<name>.shift [1] or [K]`, `<name>.shift_weight [O]`,
     `<name>.score_scale [K]`, `<name>.channel_order [K]`, `<name>.weight_scale [G, O]`,
-    `<name>.value_scale [K]`, `<name>.weight_zero_point [G, O]`. All that lies along K is in the
+    `<name>.value_scale [K]`, `<name>.weight_zero_point [G, O]`, `<name>.dense_scale [K]`,
+    `<name>.dense_bias [O]`. All that lies along K is in the
     order of `channel_order`, or of `input_order`: see `outputs_for`.
     """
 

@@ -24,13 +24,13 @@ from nmexport.models.loader import load_model
 from nmexport.models.offload import whole_device
 from nmexport.report.model import DenseParity
 from nmexport.runtimes import native
-from nmexport.runtimes.onnxruntime_session import (
+from nmexport.runtimes.onnxruntime_opening import (
     EXTERNAL_DATA_FOLDER,
     SESSION_CONFIG,
-    OrtSession,
     choose_provider,
 )
-from nmexport.verification.audit import add_layer_outputs, read_graph, sparse_linears
+from nmexport.runtimes.onnxruntime_session import OrtSession
+from nmexport.verification.instrument import add_layer_outputs, read_graph, sparse_linears
 from nmexport.verification.placing import open_where_it_runs
 
 if TYPE_CHECKING:

@@ -16,12 +16,8 @@ import numpy as np
 
 from nmexport.oracle import Reference, reference
 from nmexport.report.model import LinearParity
-from nmexport.verification.audit import (
-    add_layer_outputs,
-    chunks_by_bytes,
-    read_graph,
-    sparse_linears,
-)
+from nmexport.verification.audit import chunks_by_bytes
+from nmexport.verification.instrument import add_layer_outputs, read_graph, sparse_linears
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -246,7 +242,10 @@ def check(
 
 def _rounded_operands(layer: LayerSpec, tensors: Tensors, *, tokens: int) -> int:
     """How many operands a GPU's product rounds to T: changed activations, widened weights."""
-    changes_values = layer.dynamic_shift or bool({"shift", "value_scale"} & tensors.keys())
+    if layer.phase == "all" or (layer.phase == "decode") == (tokens == 1):
+        changes_values = layer.dynamic_shift or bool({"shift", "value_scale"} & tensors.keys())
+    else:
+        changes_values = "dense_scale" in tensors
     widens = layer.weight_type != "float" and tokens > 1
     return int(changes_values) + int(widens)
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from nmexport.errors import ArtifactError, UserError
 from nmexport.models.offload import free_memory
-from nmexport.runtimes.onnxruntime_session import provider_here
+from nmexport.runtimes.onnxruntime_opening import provider_here
 from nmexport.verification.memory import artifact_bytes
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from lm_eval.models.utils import (
 )
 
 from nmexport.errors import UserError
+from nmexport.generation.options import GenerationOptions
 from nmexport.generation.sampler import Sampler
 from nmexport.verification.likelihood import ScoredText, scores
 
@@ -204,10 +205,12 @@ class SessionLM(TemplateLM):  # type: ignore[misc]  # the harness ships no types
 
     def _sampler(self, wanted: dict[str, Any]) -> Sampler:
         return Sampler(
-            temperature=wanted.get("temperature", 1.0) if wanted.get("do_sample") else 0.0,
-            top_p=wanted.get("top_p", 1.0),
-            top_k=wanted.get("top_k", 0),
-            seed=self._seed,
+            GenerationOptions(
+                temperature=wanted.get("temperature", 1.0) if wanted.get("do_sample") else 0.0,
+                top_p=wanted.get("top_p", 1.0),
+                top_k=wanted.get("top_k", 0),
+                seed=self._seed,
+            )
         )
 
     def _has_ended(self, row: list[int], stops: Sequence[str]) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nmexport.bench.engines import bench_engines
-from nmexport.bench.kernels import LLM_SHAPES, SMOLLM2_SHAPES, bench_kernels
+from nmexport.bench.kernels import LLM_SHAPES, SMOLLM2_SHAPES, KernelSettings, bench_kernels
 from nmexport.environment import probe
 from nmexport.progress import Silent, on_stream
 from nmexport.report.plots import svg_from
@@ -81,7 +81,9 @@ def measure(
         parts.part(
             f"kernels {shape}",
             lambda shape=shape: bench_kernels(
-                [shape], (1, 2, 3, 4), threads=(1, 2), dtypes=DTYPES, seconds=seconds
+                [shape],
+                (1, 2, 3, 4),
+                KernelSettings(threads=(1, 2), dtypes=DTYPES, seconds=seconds),
             ).as_json(),
         )
         for shape in on_stream(sys.stderr).track(shapes, label="kernels", total=len(shapes))
@@ -89,7 +91,9 @@ def measure(
     prompts = parts.part(
         "prompts",
         lambda: bench_kernels(
-            SMOLLM2_SHAPES, PROMPTS, threads=(2,), grouped=True, rivals=False, seconds=seconds
+            SMOLLM2_SHAPES,
+            PROMPTS,
+            KernelSettings(threads=(2,), grouped=True, rivals=False, seconds=seconds),
         ).as_json(),
     )
     models = [

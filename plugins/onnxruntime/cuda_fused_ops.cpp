@@ -15,10 +15,13 @@
 #include "linear_executor.h"
 #include "node.h"
 #include "ort_api.h"
+#include "phase.h"
 
 namespace nmexport {
 
 namespace {
+
+constexpr std::size_t kMAX_PHASE_NAME = 16;
 
 // The product of all axes but the last.
 std::int64_t tokensOf(const Shape& shape) {
@@ -62,13 +65,22 @@ std::int64_t constantSize(const OrtApi& api, const OrtKernelInfo* info, std::siz
     return shape.front();
 }
 
+// Its attribute `phase`.
+Phase phaseOf(const OrtApi& api, const OrtKernelInfo* info) {
+    std::string name(kMAX_PHASE_NAME, '\0');
+    std::size_t size = name.size();
+    check(api, api.KernelInfoGetAttribute_string(info, "phase", name.data(), &size));
+    name.resize(size - 1);  // what ends it is counted
+    return Phase(name);
+}
+
 // The selection that a node prunes its rows by: the optional inputs from `first` on. Kernels read
 // these while the kernel before may still run, and no kernel checks an order: so all are constants,
 // and the order is a permutation.
 class PrunedRows {
   public:
     PrunedRows(const OrtApi& api, const OrtKernelInfo* info, std::size_t first)
-        : mApi(api), mFirst(first) {
+        : mApi(api), mFirst(first), mPhase(phaseOf(api, info)) {
         std::int64_t n = 0;
         std::int64_t m = 0;
         check(api, api.KernelInfoGetAttribute_int64(info, "n", &n));
@@ -86,8 +98,24 @@ class PrunedRows {
         }
     }
 
-    // Throws Fault where constants do not fit rows of so many channels.
-    cuda::Selection of(OrtKernelContext* context, cuda::DType type, std::int32_t channels) const {
+    // The selection for rows of that shape; where the phase leaves them dense, they are gathered
+    // alone. Throws Fault where constants do not fit.
+    cuda::Selection of(OrtKernelContext* context, cuda::DType type, const Shape& rows) const {
+        const auto channels = static_cast<std::int32_t>(rows.back());
+        cuda::Selection selection = sparse(context, type, channels);
+        if (!mPhase.excludes(rows)) return selection;
+        cuda::Selection gathered;
+        gathered.n = gathered.m = selection.m;
+        gathered.channelOrder = selection.channelOrder;
+        return gathered;
+    }
+
+  private:
+    static constexpr std::size_t kORDER = 1;
+    static constexpr std::size_t kSHIFT = 3;
+
+    cuda::Selection sparse(OrtKernelContext* context, cuda::DType type,
+                           std::int32_t channels) const {
         cuda::Selection selection;
         selection.n = mPattern.n;
         selection.m = mPattern.m;
@@ -106,10 +134,6 @@ class PrunedRows {
         return selection;
     }
 
-  private:
-    static constexpr std::size_t kORDER = 1;
-    static constexpr std::size_t kSHIFT = 3;
-
     template <typename T>
     const T* at(OrtKernelContext* context, std::size_t index, std::int64_t size) const {
         const OrtValue* value = optionalInput(mApi, context, mFirst + index);
@@ -123,6 +147,7 @@ class PrunedRows {
 
     const OrtApi& mApi;
     std::size_t mFirst;
+    Phase mPhase;
     Pattern mPattern{};
     std::array<std::int64_t, 4> mSizes{};
 };
@@ -160,7 +185,7 @@ class GatedSiluKernel : public Kernel {
                               : dataOf(mApi, second(context, shape));
         args.y = outputAt(mApi, context, 0, shape);
         args.isPruned = IS_PRUNED;
-        if (mRows) args.selection = mRows->of(context, args.type, args.channels);
+        if (mRows) args.selection = mRows->of(context, args.type, shape);
         cuda::checkCuda(cuda::launchGatedSilu(args, currentDevice(), streamOf(mApi, context)),
                         "the gated activation's kernel");
     }
@@ -213,7 +238,7 @@ class ResidualNormKernel : public Kernel {
         args.y = outputAt(mApi, context, 0, shape);
         args.sum = outputAt(mApi, context, 1, shape);
         args.isPruned = IS_PRUNED;
-        if (mRows) args.selection = mRows->of(context, args.type, args.channels);
+        if (mRows) args.selection = mRows->of(context, args.type, shape);
         cuda::checkCuda(cuda::launchNorm(args, currentDevice(), streamOf(mApi, context)),
                         "the norm's kernel");
     }
@@ -229,7 +254,11 @@ class SparseLinearKernel : public Kernel {
   public:
     SparseLinearKernel(const OrtApi& api, const OrtKernelInfo* info, ElementType type,
                        StoredTypes stored)
-        : mApi(api), mType(type), mStored(stored), mAllocator(api, info) {
+        : mApi(api),
+          mType(type),
+          mStored(stored),
+          mPhase(phaseOf(api, info)),
+          mAllocator(api, info) {
         if (const OrtValue* scale = constantInput(api, info, kSCALE); scale != nullptr) {
             mConstants.scales = shapeOf(api, scale);
             mConstants.scale = dataOf(api, scale);
@@ -243,8 +272,9 @@ class SparseLinearKernel : public Kernel {
     void run(OrtKernelContext* context) const override {
         const OrtValue* s = inputAt(mApi, context, 0);
         const OrtValue* w = inputAt(mApi, context, 1);
-        const OrtValue* bias = optionalInput(mApi, context, 2);
         Shape shape = shapeOf(mApi, s);
+        const OrtValue* bias =
+            optionalInput(mApi, context, mPhase.excludes(shape) ? kDENSE_BIAS : kBIAS);
         const Shape weight = shapeOf(mApi, w);
         if (shape.empty() || weight.size() != 2 || weight[0] != shape.back() ||
             (bias != nullptr && shapeOf(mApi, bias) != Shape{weight[1]})) {
@@ -274,8 +304,10 @@ class SparseLinearKernel : public Kernel {
     }
 
   private:
+    static constexpr std::size_t kBIAS = 2;
     static constexpr std::size_t kSCALE = 3;
     static constexpr std::size_t kZERO = 4;
+    static constexpr std::size_t kDENSE_BIAS = 5;
 
     // Throws Fault where an input is there and is no constant: the decode kernels read these while
     // the kernel before may still run.
@@ -289,6 +321,7 @@ class SparseLinearKernel : public Kernel {
     const OrtApi& mApi;
     ElementType mType;
     StoredTypes mStored;
+    Phase mPhase;
     StoredConstants mConstants;
     DeviceAllocator mAllocator;
     mutable cuda::LinearExecutor mExecutor;
@@ -308,7 +341,7 @@ FusedSpec sparseLinear(const StoredTypes& stored) {
     };
     return {"SparseLinear",
             {FusedInput{}, like(stored.weights, false), FusedInput{InputType::kT, true},
-             like(stored.scales, true), like(stored.zeros, true)},
+             like(stored.scales, true), like(stored.zeros, true), FusedInput{InputType::kT, true}},
             1,
             kCUDA_PROVIDER,
             make};

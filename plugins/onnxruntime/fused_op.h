@@ -7,16 +7,18 @@
 //   Likeliest(X [..., V]) -> ids [...] int64                      the largest's index in its row,
 //                                                                 the first of equals, or of NaNs
 //
-// For the CUDA provider each of them has a form that prunes, with attributes n and m and, behind
-// the inputs above, the optional constants of a selection [K]: score_scale, channel_order,
+// For the CUDA provider each of them has a form that prunes, with attributes n, m and phase and,
+// behind the inputs above, the optional constants of a selection [K]: score_scale, channel_order,
 // value_scale, shift [1 | K]. Y is then what a linear of this selection multiplies: gathered,
 // shifted, pruned, scaled.
 //
 //   PrunedGatedSilu, PrunedGatedSiluPair, PrunedResidualNorm
-//   SparseLinear(S [..., K], W [K, O], bias [O], weight_scale, weight_zero_point [G, O])
+//   SparseLinear(S [..., K], W [K, O], bias [O], weight_scale, weight_zero_point [G, O],
+//                dense_bias [O]; phase)
 //       -> Y [..., O]              Y = S @ W + bias; rows of W that meet zeros alone are not read
 //
-// W, its scales and zero points are those of NMLinear.
+// W, its scales and zero points are those of NMLinear, and so is phase: tokens that it leaves dense
+// are gathered alone, and get dense_bias in place of bias.
 //
 //   CachedAttention(queries, keys, values, past_keys, past_values [B, H_kv, C, D],
 //                   last_positions [B], total_sequence_length, cosines, sines;

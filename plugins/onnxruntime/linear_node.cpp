@@ -12,7 +12,7 @@ LinearNode::LinearNode(const Attributes& attributes)
       varianceCorrection(attributes.integer("variance_correction") != 0),
       roundsActivations(hasActivationBits(attributes)),
       activationBlock(static_cast<std::size_t>(attributes.integer("activation_block"))),
-      mPhase(phaseOf(attributes.text("phase"))) {}
+      phase(attributes.text("phase")) {}
 
 bool LinearNode::hasActivationBits(const Attributes& attributes) {
     const std::int64_t bits = attributes.integer("activation_bits");
@@ -21,11 +21,6 @@ bool LinearNode::hasActivationBits(const Attributes& attributes) {
                     "; allowed: 0 or 8");
     }
     return bits == 8;
-}
-
-LinearNode::Phase LinearNode::phaseOf(const std::string& name) {
-    if (name == "prefill") return Phase::kPREFILL;
-    return name == "decode" ? Phase::kDECODE : Phase::kALL;
 }
 
 void LinearNode::check(const Inputs& inputs, const Shape& x, const Shape& w) const {
@@ -40,6 +35,12 @@ void LinearNode::check(const Inputs& inputs, const Shape& x, const Shape& w) con
         throw Fault(
             "NMLinear: dynamic_shift = 1 needs the input shift_weight [O], the column sums of W");
     }
+    if (!phase.isAll()) return;
+    for (const int input : {Input::dense_scale, Input::dense_bias}) {
+        if (!inputs.has(input)) continue;
+        throw Fault(std::string("NMLinear: input ") + kNMLinearInputs[input].name +
+                    " goes with phase decode or prefill; with all, no token is dense");
+    }
 }
 
 void LinearNode::checkElementWeights(const Inputs& inputs) const {
@@ -50,13 +51,6 @@ void LinearNode::checkElementWeights(const Inputs& inputs) const {
     if (given == nullptr) return;
     throw Fault(std::string("NMLinear: ") + given +
                 " goes with an int8, int4 or uint4 W; this W is of X's type");
-}
-
-// The sequence length is the second-to-last dimension; a lone token is a sequence of one.
-bool LinearNode::isExcluded(const Shape& x) const {
-    const std::int64_t sequence = x.size() < 2 ? 1 : x[x.size() - 2];
-    return (mPhase == Phase::kDECODE && sequence != 1) ||
-           (mPhase == Phase::kPREFILL && sequence <= 1);
 }
 
 }  // namespace nmexport

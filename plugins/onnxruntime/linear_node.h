@@ -2,6 +2,7 @@
 #pragma once
 
 #include "node.h"
+#include "phase.h"
 
 namespace nmexport {
 
@@ -14,23 +15,17 @@ class LinearNode {
     void check(const Inputs& inputs, const Shape& x, const Shape& w) const;
     // Throws Fault where an input or attribute goes with integers and W is of X's type.
     void checkElementWeights(const Inputs& inputs) const;
-    // True if the phase leaves the tokens of this X dense.
-    bool isExcluded(const Shape& x) const;
 
     const Pattern pattern;
     const bool dynamicShift;
     const bool varianceCorrection;
     const bool roundsActivations;  // to 8 bits
     const std::size_t activationBlock;
+    const Phase phase;
 
   private:
-    enum class Phase { kALL, kPREFILL, kDECODE };
-
     explicit LinearNode(const Attributes& attributes);
-    static Phase phaseOf(const std::string& name);
     static bool hasActivationBits(const Attributes& attributes);
-
-    const Phase mPhase;
 };
 
 }  // namespace nmexport

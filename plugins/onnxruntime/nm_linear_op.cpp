@@ -17,7 +17,9 @@ namespace Input = NMLinearInput;
 
 // All that a run takes from the node, checked; what varies from run to run is not set.
 struct Prepared {
-    LinearArguments arguments;
+    LinearArguments arguments;  // of tokens that the phase includes
+    const void* denseBias = nullptr;
+    const float* denseScale = nullptr;
     StoredWeights stored;
     ConstantsCopy copy;  // of the arguments', where nothing but X can change
     Shape w;
@@ -105,6 +107,22 @@ class LinearKernel : public CpuKernel {
             static_cast<const float*>(inputs.vector(Input::value_scale, x.back()));
         arguments.varianceCorrection = mNode.varianceCorrection;
         arguments.varianceFloor = kVARIANCE_FLOOR;
+        arguments.keepAll = false;
+        prepared.denseBias = inputs.vector(Input::dense_bias, w[1]);
+        prepared.denseScale =
+            static_cast<const float*>(inputs.vector(Input::dense_scale, x.back()));
+    }
+
+    // The same call for tokens that the phase excludes: W and the two constants of their own.
+    static void leaveDense(LinearArguments& arguments, const Prepared& prepared) {
+        SelectionConstants constants{};
+        constants.channelOrder = arguments.constants.channelOrder;
+        arguments.constants = constants;
+        arguments.shiftWeight = nullptr;
+        arguments.varianceCorrection = false;
+        arguments.valueScale = prepared.denseScale;
+        arguments.bias = prepared.denseBias;
+        arguments.keepAll = true;
     }
 
     void multiply(const Run& run, const Inputs& inputs, const Shape& x,
@@ -112,7 +130,7 @@ class LinearKernel : public CpuKernel {
         LinearArguments arguments = prepared.arguments;
         arguments.x = inputs.data(Input::X);
         arguments.tokens = rowsOf(kNMLinear.name, x, mNode.pattern).tokens;
-        arguments.keepAll = mNode.isExcluded(x);
+        if (mNode.phase.excludes(x)) leaveDense(arguments, prepared);
         Shape y = x;
         y.back() = prepared.w[1];
         arguments.y = run.output(0, y);

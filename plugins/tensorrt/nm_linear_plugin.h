@@ -29,6 +29,8 @@ class NmLinearPlugin final : public NmPlugin {
     // What is known without any tensor's data.
     cuda::LinearArgs describedBy(cuda::DType type, const Shape& x, std::int64_t outputs) const;
     cuda::LinearPath path() const;
+    // The input that is added to outputs of this X: one for each side of the phase.
+    int biasOf(const Shape& x) const;
 
     cuda::LinearExecutor mExecutor;
 };

@@ -18,7 +18,7 @@ inline constexpr char kINPUTS_FIELD[] = "present_inputs";
 // Written into plans only: what the fields mean, and who wrote them.
 inline constexpr char kSCHEMA_FIELD[] = "plan_schema";
 inline constexpr char kVERSION_FIELD[] = "library_version";
-inline constexpr std::int32_t kPLAN_SCHEMA = 1;
+inline constexpr std::int32_t kPLAN_SCHEMA = 2;
 
 enum class Phase { kALL, kPREFILL, kDECODE };
 

@@ -149,7 +149,7 @@ void checkShapes(const Settings& settings, const std::vector<Shape>& shapes) {
                             (channels < 0 ? "?" : std::to_string(channels)) + ", X's last axis");
             }
             outputs = shape[1];
-        } else if (name == "bias" || name == "shift_weight") {
+        } else if (name == "bias" || name == "shift_weight" || name == "dense_bias") {
             checkVector(name.c_str(), shape, outputs, false);
         } else {
             checkVector(name.c_str(), shape, channels, name == "shift");
@@ -178,6 +178,11 @@ void checkPresence(const Settings& settings, std::size_t tensorCount) {
         throw Fault(
             "input weight_scale is given, which an int8 W has; allowed on a GPU: W of X's own "
             "type");
+    }
+    for (const int input : {NMLinearInput::dense_scale, NMLinearInput::dense_bias}) {
+        if (settings.phase != Phase::kALL || settings.tensorOf(input) < 0) continue;
+        throw Fault(std::string("input ") + spec.inputs[input].name +
+                    " is given and field phase is \"all\"; allowed: prefill, decode");
     }
     if (!settings.dynamicShift) return;
     if (settings.tensorOf(NMLinearInput::shift) >= 0) {

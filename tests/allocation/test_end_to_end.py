@@ -209,11 +209,11 @@ def test_what_cannot_be_is_refused_before_the_work(tiny_llama: Path, tmp_path: P
     done = run("build", "--recipe", recipe, "--budget", "ppl=0.9", "--dry-run")
     assert done.exit_code == 1
     assert "--budget cannot be 0.9" in done.output
-    folded = {**SECTIONS["sparsity"], "mitigations": ["s-var"]}
+    folded = {**SECTIONS["sparsity"], "mitigations": ["gain"]}
     recipe = write_recipe(tmp_path, tiny_llama, sparsity=folded)
     done = run("build", "--recipe", recipe, "--work", tmp_path / "w", "--dry-run")
     assert done.exit_code == 1
-    assert "s-var cannot be used with phases decode" in done.output
+    assert "gain cannot be used with phases decode" in done.output
     assert not WorkDirectory(tmp_path / "w").root.exists()
 
 

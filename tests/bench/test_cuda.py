@@ -10,11 +10,14 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from nmexport.bench import cuda as cuda_bench
-from nmexport.bench.cuda import Device, Plan, PlanLibrary, Problem, bench_cuda, product_graph
+from nmexport.bench import cuda_graphs, cuda_plans
+from nmexport.bench.cuda import bench_cuda
+from nmexport.bench.cuda_graphs import product_graph
+from nmexport.bench.cuda_plans import Device, Plan, PlanLibrary, Problem
 from nmexport.cli.main import cli
 from nmexport.errors import EnvironmentFault, RecipeError
 from nmexport.runtimes import native
-from nmexport.runtimes import onnxruntime_session as onnxruntime
+from nmexport.runtimes import onnxruntime_opening as onnxruntime
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,11 +29,11 @@ PLAN = Plan(lanes=32, vectors=1, warps=8, unroll=8, resident=16, cluster=4)
 
 
 def test_a_row_has_the_fields_of_the_table_in_order():
-    row = cuda_bench.table_row(
+    row = cuda_plans.table_row(
         Device(90, 132), PROBLEM, PLAN, sparse_us=1.234, masked_us=5, dense_us=4
     )
     assert row == "90, 132, 2, 1, 64, 32, 0, 32, 1, 8, 8, 1, 16, 4, 0, 1.23, 5.00, 4.00"
-    grouped = cuda_bench.table_row(
+    grouped = cuda_plans.table_row(
         Device(90, 132), GROUPED, PLAN, sparse_us=1.234, masked_us=5, dense_us=4
     )
     assert grouped == row.replace("32, 0, 32", "32, 1, 32")
@@ -53,7 +56,7 @@ def test_graphs_hold_a_product_for_each_weight(side: Any, kept: int | None):
 def test_a_graph_multiplies_by_every_weight_in_every_round(problem: Problem):
     problem = replace(problem, dtype="float32")
     graph = product_graph("sparse", problem, copies=2, rounds=3)
-    session = onnxruntime.open_session(
+    session = onnxruntime.open_inference_session(
         graph, onnxruntime.session_options(library=native.find_library(), threads=1), "cpu"
     )
     random = np.random.default_rng(0)
@@ -64,7 +67,7 @@ def test_a_graph_multiplies_by_every_weight_in_every_round(problem: Problem):
     assert sorted(feeds) == ["W0", "W1", "X0", "X1", "X2"]
     outputs = session.run(None, feeds)
     assert len(outputs) == 6
-    order = cuda_bench._order(problem) if problem.grouped else np.arange(64)
+    order = cuda_graphs._order(problem) if problem.grouped else np.arange(64)
     x = feeds["X2"][0, 0, order].reshape(-1, 16)
     weakest = np.argsort(np.abs(x), axis=1)[:, :8]
     np.put_along_axis(x, weakest, 0, axis=1)
@@ -153,7 +156,7 @@ def fake_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], li
 
     monkeypatch.setattr(cuda_bench, "PlanLibrary", FakeLibrary)
     monkeypatch.setattr(cuda_bench._Bench, "_device_value", lambda *_: None)
-    monkeypatch.setattr("nmexport.runtimes.onnxruntime_session.open_cuda_graph", opened)
+    monkeypatch.setattr("nmexport.runtimes.onnxruntime_opening.open_cuda_graph", opened)
     import onnxruntime as runtime
 
     class Options:
@@ -225,7 +228,7 @@ def test_a_table_that_is_none_is_not_written_over(
 def test_a_folder_that_cannot_be_written_is_told_before_measuring(
     fake_gpu: Callable[[], list[FakeSession]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(cuda_bench.os, "access", lambda *_: False)
+    monkeypatch.setattr(cuda_plans.os, "access", lambda *_: False)
     done = CliRunner().invoke(cli, SAVE)
     assert done.exit_code == 1
     assert "cannot be saved in" in done.output
@@ -235,7 +238,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_measuring(
 
 def test_a_disk_that_fills_up_meanwhile_is_told(tmp_path: Path):
     with pytest.raises(EnvironmentFault, match="cannot be saved"):
-        cuda_bench.save_plans(tmp_path / "gone" / "library.so", [])
+        cuda_plans.save_plans(tmp_path / "gone" / "library.so", [])
 
 
 class FakeNative:

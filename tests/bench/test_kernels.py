@@ -6,7 +6,13 @@ import json
 
 import numpy as np
 import pytest
-from nmexport.bench.kernels import CACHE_BYTES, Timing, bench_kernels, last_level_cache
+from nmexport.bench.kernels import (
+    CACHE_BYTES,
+    KernelSettings,
+    Timing,
+    bench_kernels,
+    last_level_cache,
+)
 from nmexport.errors import RecipeError
 from nmexport.runtimes import native
 from nmexport.sparsity.pattern import NMPattern
@@ -38,13 +44,15 @@ def test_result_is_json_with_a_row_for_each_shape_thread_and_token_count(grouped
     outcome = bench_kernels(
         [(32, 48), (64, 16)],
         [1, 3],
-        threads=[1, 2],
-        pattern=NMPattern(2, 4),
-        dtypes=("float32", "bfloat16", "int8", "int8:128"),
-        grouped=grouped,
-        seconds=0.0,
-        min_runs=3,
-        rotated_bytes=1,
+        KernelSettings(
+            threads=[1, 2],
+            pattern=NMPattern(2, 4),
+            dtypes=("float32", "bfloat16", "int8", "int8:128"),
+            grouped=grouped,
+            seconds=0.0,
+            min_runs=3,
+            rotated_bytes=1,
+        ),
     )
     document = outcome.as_json()
     assert json.loads(json.dumps(document)) == document
@@ -79,7 +87,9 @@ def test_result_is_json_with_a_row_for_each_shape_thread_and_token_count(grouped
 @needs_library
 def test_rotation_holds_more_weights_than_asked_bytes():
     outcome = bench_kernels(
-        [(16, 16)], [1], dtypes=["float16"], seconds=0.0, min_runs=1, rotated_bytes=5 * 512
+        [(16, 16)],
+        [1],
+        KernelSettings(dtypes=["float16"], seconds=0.0, min_runs=1, rotated_bytes=5 * 512),
     )
     row = outcome.results[0]
     assert row.weights == 6
@@ -92,7 +102,7 @@ def test_weights_pass_through_more_than_the_cache_that_the_system_tells_of(tmp_p
         (tmp_path / index / "size").write_text(size)
     assert last_level_cache(tmp_path) == 32 << 20
     assert last_level_cache(tmp_path / "none") == CACHE_BYTES
-    outcome = bench_kernels([], rotated_bytes=None)
+    outcome = bench_kernels([])
     assert outcome.rotated_bytes == 3 * last_level_cache()
 
 
@@ -117,7 +127,9 @@ def test_a_shape_is_let_go_before_the_next_is_opened(monkeypatch):
 
     monkeypatch.setattr(bench._Sides, "__init__", enter)
     monkeypatch.setattr(bench._Sides, "__exit__", leave)
-    bench_kernels([(16, 16), (32, 16)], [1], seconds=0.0, min_runs=1, rotated_bytes=1)
+    bench_kernels(
+        [(16, 16), (32, 16)], [1], KernelSettings(seconds=0.0, min_runs=1, rotated_bytes=1)
+    )
 
 
 @needs_library
@@ -136,4 +148,4 @@ def test_no_tokens_are_refused():
     with pytest.raises(RecipeError, match="1 or more"):
         bench_kernels([(16, 8)], [0])
     with pytest.raises(RecipeError, match="1 or more"):
-        bench_kernels([(16, 8)], [1], threads=[0])
+        bench_kernels([(16, 8)], [1], KernelSettings(threads=[0]))

@@ -15,7 +15,8 @@ from nmexport.environment import Gpu, probe
 from nmexport.generation.tokenizer import Tokenizer
 from nmexport.progress import Silent
 from nmexport.runtimes.engine import read_engine
-from nmexport.runtimes.onnxruntime_session import RUNTIME, OrtSession
+from nmexport.runtimes.onnxruntime_opening import RUNTIME
+from nmexport.runtimes.onnxruntime_session import OrtSession
 
 from tests.serving.test_scheduler import CountingSession, letters
 from tests.support.served import engine_document, streaming

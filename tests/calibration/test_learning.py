@@ -204,6 +204,27 @@ def test_linears_of_one_site_learn_one_shift(model: Any, linears: Any) -> None:
             assert not torch.equal(first.input_scale, other.input_scale)
 
 
+def test_where_a_phase_stays_dense_they_learn_one_scale_too(
+    model: Any, linears: Any, tmp_path: Path
+) -> None:
+    """Linears are one op where all that lies along their input is the same."""
+    sites = [[f"model.layers.{layer}.self_attn.{x}_proj" for x in "qkv"] for layer in range(2)]
+    settings = replace(SHORT, parts=("shift", "input_scale", "bias"))
+    options = {"sites": sites, "behaviour": replace(BEHAVIOUR, phase="decode")}
+    learned = run(model, linears, settings, **options)
+    for site in sites:
+        first, *rest = (learned.corrections[name] for name in site)
+        assert float(first.input_scale.std()) > 0
+        for other in rest:
+            assert torch.equal(first.input_scale, other.input_scale)
+            assert not torch.equal(first.bias, other.bias)
+    checkpoint = Checkpoint(tmp_path / "learning.safetensors", "one")
+    with pytest.raises(_Killed):
+        run(model, linears, settings, checkpoint=checkpoint, progress=DiesAfter(33), **options)
+    resumed = run(model, linears, settings, checkpoint=checkpoint, **options)
+    assert same(resumed.corrections, learned.corrections)
+
+
 def test_loss_that_is_not_finite_ends_in_words(model: Any, linears: Any) -> None:
     with pytest.raises(ModelError, match="finite"):
         run(model, linears, replace(SHORT, rate=float("inf")))

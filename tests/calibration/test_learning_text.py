@@ -15,7 +15,7 @@ from nmexport.calibration.learning_text import chunks_missing, with_more_written
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from nmexport.calibration.corpus import TokenIds
+    from nmexport.calibration.text_sources import TokenIds
 
 # Takes 40 chunks of each of two kinds, and holds 2 back.
 SETTINGS = LearningSettings(steps=20, batch=4, length=8, held_out=4, written=100)

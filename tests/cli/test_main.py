@@ -749,8 +749,8 @@ def test_generate_streams_and_answers_in_json(
 ) -> None:
     asked: dict[str, Any] = {}
 
-    def generate(work: Path, prompt: str, **options: Any) -> Any:
-        asked.update(work=work, prompt=prompt, **options)
+    def generate(work: Path, prompt: str, options: Any, **others: Any) -> Any:
+        asked.update(work=work, prompt=prompt, **vars(options), **others)
         return iter(["Par", "is."])
 
     monkeypatch.setattr("nmexport.generation.loop.generate", generate)
@@ -803,8 +803,8 @@ def test_bench_engines(fakes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -
 def test_bench_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 
-    def bench_kernels(shapes: Any, tokens: Any, **options: Any) -> KernelTimes:
-        asked.update(shapes=shapes, tokens=tokens, **options)
+    def bench_kernels(shapes: Any, tokens: Any, settings: Any) -> KernelTimes:
+        asked.update(shapes=shapes, tokens=tokens, **vars(settings))
         time = Timing(p10_us=8.0, median_us=8.5, p90_us=9.0)
         own = Figures(
             ratio=1.75,
@@ -823,14 +823,14 @@ def test_bench_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
             runs=9,
             sides=dict.fromkeys(("matmul", "dense_int8", "sparse_int8"), time),
             read_gb_per_s=40.0,
-            figures=dict.fromkeys(options["dtypes"], own),
+            figures=dict.fromkeys(settings.dtypes, own),
         )
         return KernelTimes(
             runtime="x",
             variant="x",
             device="x",
-            pattern=options["pattern"],
-            dtypes=options["dtypes"],
+            pattern=settings.pattern,
+            dtypes=settings.dtypes,
             grouped=False,
             rotated_bytes=1,
             results=(row,),

@@ -17,6 +17,7 @@ from nmexport.generation.loop import (
     text_pieces,
     until_stop,
 )
+from nmexport.generation.options import GenerationOptions
 from nmexport.generation.sampler import Sampler
 from nmexport.generation.tokenizer import Tokenizer
 
@@ -131,7 +132,7 @@ class Watched(CountingSession):
 def test_logits_are_asked_for_where_more_than_the_likeliest_counts(
     options: dict[str, float], asked: str
 ) -> None:
-    session, sampler = Watched(), Sampler(**options)
+    session, sampler = Watched(), Sampler(GenerationOptions(**options))
     tokens = continuation(session, [0, 1], sampler, max_tokens=3, ends=frozenset())
     assert list(tokens) == [2, 3, 4]
     assert session.asked == [asked] * 3
@@ -139,7 +140,7 @@ def test_logits_are_asked_for_where_more_than_the_likeliest_counts(
 
 def test_draws_repeat_and_follow_the_probabilities() -> None:
     logits = np.log(np.array([0.1, 0.2, 0.7], dtype=np.float32))
-    first, second = (Sampler(temperature=1.0, seed=3) for _ in range(2))
+    first, second = (Sampler(GenerationOptions(temperature=1.0, seed=3)) for _ in range(2))
     draws = [first(logits) for _ in range(2000)]
     assert draws == [second(logits) for _ in range(2000)]
     np.testing.assert_allclose(np.bincount(draws) / 2000, [0.1, 0.2, 0.7], atol=0.04)
@@ -147,9 +148,9 @@ def test_draws_repeat_and_follow_the_probabilities() -> None:
 
 def test_top_k_and_top_p_cut_the_tail() -> None:
     logits = np.log(np.array([0.1, 0.2, 0.4, 0.3], dtype=np.float32))
-    by_count = Sampler(temperature=1.0, top_k=2)
-    by_mass = Sampler(temperature=1.0, top_p=0.5)
-    certain = Sampler(temperature=1.0, top_p=1e-9)
+    by_count = Sampler(GenerationOptions(temperature=1.0, top_k=2, seed=0))
+    by_mass = Sampler(GenerationOptions(temperature=1.0, top_p=0.5, seed=0))
+    certain = Sampler(GenerationOptions(temperature=1.0, top_p=1e-9, seed=0))
     assert {by_count(logits) for _ in range(200)} == {2, 3}
     assert {by_mass(logits) for _ in range(200)} == {2, 3}
     assert {certain(logits) for _ in range(50)} == {2}
@@ -172,7 +173,7 @@ def test_generate_is_greedy_on_the_real_cache(work: Path) -> None:
     ids = encode_prompt(tokenizer, "\x02\x03", chat=False)
     ids = [token % VOCABULARY for token in ids]
     prompt = tokenizer.decode(ids)
-    given = "".join(generate(work, prompt, max_tokens=5))
+    given = "".join(generate(work, prompt, GenerationOptions(max_tokens=5)))
     for _ in range(5):
         token = int(expected_logits(np.array([ids]))[0, -1].argmax())
         if token == tokenizer.eos_token_id:
@@ -194,19 +195,19 @@ def test_generate_is_greedy_on_the_real_cache(work: Path) -> None:
 )
 def test_options_out_of_range(work: Path, options: dict) -> None:
     with pytest.raises(UserError, match=next(iter(options))):
-        generate(work, "a", **options)
+        generate(work, "a", GenerationOptions(**options))
 
 
 def test_no_engine_says_so_before_the_first_piece(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"engine\.json"):
-        generate(tmp_path, "a")
+        generate(tmp_path, "a", GenerationOptions())
 
 
 def test_no_tokenizer_says_so(work: Path, tmp_path: Path) -> None:
     for file in (work / "export").glob("*token*"):
         file.unlink()
     with pytest.raises(ArtifactError, match="tokenizer"):
-        generate(work, "a")
+        generate(work, "a", GenerationOptions())
 
 
 @pytest.fixture
@@ -283,8 +284,8 @@ def test_generate_ends_where_the_context_does(work: Path, caplog: pytest.LogCapt
     prompt = tokenizer.decode([7, 8])
     assert len(tokenizer.encode(prompt)) == 2
     (work / "export" / "genai_config.json").write_text('{"model": {"context_length": 6}}')
-    ended = "".join(generate(work, prompt, max_tokens=50))
+    ended = "".join(generate(work, prompt, GenerationOptions(max_tokens=50)))
     assert "context of 6 tokens is full" in caplog.text
-    assert ended == "".join(generate(work, prompt, max_tokens=4))
+    assert ended == "".join(generate(work, prompt, GenerationOptions(max_tokens=4)))
     with pytest.raises(UserError, match="the model's context is 6"):
-        generate(work, prompt * 3)
+        generate(work, prompt * 3, GenerationOptions())

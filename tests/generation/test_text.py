@@ -79,13 +79,7 @@ def test_whatever_is_allowed_can_be_drawn_from(
     }
     # As clients send them: the bounds are met in float32, too.
     options = options_from({name: float(np.float32(value)) for name, value in sent.items()})
-    draw = Sampler(
-        temperature=options.temperature,
-        repetition_penalty=options.repetition_penalty,
-        presence_penalty=options.presence_penalty,
-        frequency_penalty=options.frequency_penalty,
-        prompt=range(30),
-    )
+    draw = Sampler(options, prompt=range(30))
     logits = np.random.default_rng(0).normal(scale=1e4, size=64).astype(np.float32)
     assert all(0 <= draw(logits) < 64 for _ in range(50))
 
@@ -100,7 +94,10 @@ def test_a_seed_that_nobody_chose_is_new_each_time() -> None:
 
 def test_penalties_are_the_published_formulas() -> None:
     logits = np.array([2.0, -1.0, 0.5, 1.0], dtype=np.float32)
-    one = Sampler(repetition_penalty=2.0, presence_penalty=0.25, frequency_penalty=0.5, prompt=[1])
+    options = GenerationOptions(
+        repetition_penalty=2.0, presence_penalty=0.25, frequency_penalty=0.5
+    )
+    one = Sampler(options, prompt=[1])
     np.testing.assert_allclose(one._penalise(logits), [2.0, -2.0, 0.5, 1.0])
     assert one(logits) == 0
     # 0 was drawn once: 2 / 2 - 0.25 - 0.5
@@ -112,7 +109,7 @@ def test_penalties_are_the_published_formulas() -> None:
 def test_few_likeliest_are_those_of_a_full_sort(count: int) -> None:
     logits = np.random.default_rng(0).integers(0, 8, 40).astype(np.float32)  # many equals
     order = np.argsort(-logits, kind="stable")
-    tokens, _ = Sampler(temperature=1.0, top_k=count)._candidates(logits)
+    tokens, _ = Sampler(GenerationOptions(temperature=1.0, top_k=count))._candidates(logits)
     np.testing.assert_array_equal(tokens, order[: count or None])
 
 
@@ -146,7 +143,7 @@ def drawn_by_a_full_sort(logits: np.ndarray, *, temperature: float, top_p: float
 def test_draws_are_those_of_a_full_sort(temperature: float, top_p: float) -> None:
     logits = np.random.default_rng(1).normal(scale=2, size=49_152).astype(np.float32)
     for seed in range(10):
-        one = Sampler(temperature=temperature, top_p=top_p, seed=seed)
+        one = Sampler(GenerationOptions(temperature=temperature, top_p=top_p, seed=seed))
         expected = drawn_by_a_full_sort(logits, temperature=temperature, top_p=top_p, seed=seed)
         assert one(logits) == expected
 

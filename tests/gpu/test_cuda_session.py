@@ -11,13 +11,13 @@ from nmexport.graph.cuda import rewrite_for_cuda
 from nmexport.runtimes import native
 from nmexport.runtimes.cuda_model import CudaModel
 from nmexport.runtimes.cuda_session import CudaSession
-from nmexport.runtimes.onnxruntime_session import (
+from nmexport.runtimes.onnxruntime_opening import (
     EXTERNAL_DATA_FOLDER,
-    OrtSession,
     choose_provider,
-    open_session,
+    open_inference_session,
     session_options,
 )
+from nmexport.runtimes.onnxruntime_session import OrtSession
 from nmexport.runtimes.tensorrt import library as tensorrt_library
 
 from tests.support.exported import Exported, export_folder
@@ -52,7 +52,7 @@ def opened(path: Path) -> CudaSession:
     model = ir.load(path)
     rewrite_for_cuda(model, positions=POSITIONS)
     content = ir.to_proto(model).SerializeToString()
-    session = open_session(content, options, "cuda", records_graphs=True)
+    session = open_inference_session(content, options, "cuda", records_graphs=True)
     return CudaSession(CudaModel(session, positions=POSITIONS))
 
 

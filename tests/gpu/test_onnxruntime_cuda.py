@@ -12,7 +12,11 @@ import pytest
 from nmexport import oracle
 from nmexport.errors import ArtifactError
 from nmexport.runtimes import native
-from nmexport.runtimes.onnxruntime_session import choose_provider, open_session, session_options
+from nmexport.runtimes.onnxruntime_opening import (
+    choose_provider,
+    open_inference_session,
+    session_options,
+)
 from nmexport.runtimes.tensorrt import library as tensorrt_library
 
 from tests.support.op_cases import (
@@ -74,7 +78,7 @@ def outputs(
     model = one_node_model(node, x, arrays).SerializeToString()
     return {
         provider: run_session(
-            open_session(model, session_options(library=library, threads=1), provider), x
+            open_inference_session(model, session_options(library=library, threads=1), provider), x
         )
         for provider in ("cpu", "cuda")
     }
@@ -140,7 +144,7 @@ def test_stored_weights_give_what_the_oracle_says(
         pytest.skip("needs onnxruntime-gpu and NMEXPORT_CUDA in the build")
     model = one_node_model(case.node(), case.x, case.arrays).SerializeToString()
     y = run_session(
-        open_session(model, session_options(library=library, threads=1), "cuda"), case.x
+        open_inference_session(model, session_options(library=library, threads=1), "cuda"), case.x
     )
     truth = oracle.reference(case.x, case.arrays["W"], **case.oracle_arguments())
     # A prompt's weights are rounded to the type of X first.
@@ -155,7 +159,7 @@ def test_rounded_activations_are_refused_with_what_to_do():
     case = linear_case(dtype=FLOAT16, scale_groups=1, activation_bits=8)
     model = one_node_model(case.node(), case.x, case.arrays).SerializeToString()
     with pytest.raises(ArtifactError, match="--activations float"):
-        open_session(model, session_options(library=library, threads=1), "cuda")
+        open_inference_session(model, session_options(library=library, threads=1), "cuda")
 
 
 def test_an_order_that_is_no_constant_permutation_is_refused():

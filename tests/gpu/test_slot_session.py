@@ -12,10 +12,10 @@ from nmexport.graph.cuda import rewrite_for_cuda
 from nmexport.runtimes import native
 from nmexport.runtimes.chunks import chunk_end
 from nmexport.runtimes.cuda_model import CudaModel
-from nmexport.runtimes.onnxruntime_session import (
+from nmexport.runtimes.onnxruntime_opening import (
     EXTERNAL_DATA_FOLDER,
     choose_provider,
-    open_session,
+    open_inference_session,
     session_options,
 )
 from nmexport.runtimes.session import Work
@@ -64,7 +64,7 @@ def opened(path: Path) -> SlotSession:
     graph = ir.load(path)
     rewrite_for_cuda(graph, positions=POSITIONS)
     content = ir.to_proto(graph).SerializeToString()
-    session = open_session(content, options, "cuda", records_graphs=True)
+    session = open_inference_session(content, options, "cuda", records_graphs=True)
     model = CudaModel(session, positions=POSITIONS)
     return SlotSession(model, slots=SLOTS, tokens=TOKENS, chunk=CHUNK)
 

@@ -49,6 +49,8 @@ def test_names_that_files_in_the_field_depend_on():
             "weight_scale",
             "value_scale",
             "weight_zero_point",
+            "dense_scale",
+            "dense_bias",
         ],
     }
     linear = contract.ops["NMLinear"]
@@ -151,6 +153,7 @@ def test_a_legal_node_passes_and_its_parts_are_read():
         ({"W"}, {"n": 8, "m": 16, "activation_bits": 4}, "activation_bits is 4; allowed: 0, 8"),
         ({"W"}, {"n": 8, "m": 16, "activation_bits": 8}, "needs the input weight_scale"),
         ({"W"}, {"n": 8, "m": 16, "activation_block": 40}, "allowed: a multiple of 16"),
+        ({"W", "dense_bias"}, {"n": 8, "m": 16}, "dense_bias goes with phase decode or prefill"),
         ({"W", "weight_zero_point"}, {"n": 8, "m": 16}, "weight_zero_point needs the input"),
         (
             {"W", "shift", "shift_weight"},

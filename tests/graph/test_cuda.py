@@ -17,7 +17,8 @@ from nmexport.graph.fused import FUSED
 from nmexport.runtimes import native
 from nmexport.runtimes.cuda_model import CudaModel
 from nmexport.runtimes.cuda_session import CudaSession
-from nmexport.runtimes.onnxruntime_session import EXTERNAL_DATA_FOLDER, OrtSession
+from nmexport.runtimes.onnxruntime_opening import EXTERNAL_DATA_FOLDER
+from nmexport.runtimes.onnxruntime_session import OrtSession
 
 import onnxruntime
 from tests.support.exported import Exported, export_folder

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nmexport.bench.kernels import bench_kernels
+from nmexport.bench.kernels import KernelSettings, bench_kernels
 from nmexport.runtimes import native
 
 from tests.support.plugin_build import load_script
@@ -62,16 +62,14 @@ def test_every_figure_is_on_the_page(page: Any) -> None:
     kernels = bench_kernels(
         [(64, 48), (32, 32)],
         (1, 2, 3, 4),
-        threads=(1, 2),
-        dtypes=page.DTYPES,
-        seconds=0.0,
-        min_runs=3,
-        rotated_bytes=1,
+        KernelSettings(
+            threads=(1, 2), dtypes=page.DTYPES, seconds=0.0, min_runs=3, rotated_bytes=1
+        ),
     ).as_json()
     for row in kernels["results"]:
         row["float32"]["ratio"] = 0.42  # a loss
     prompts = bench_kernels(
-        [(64, 48)], (5,), rivals=False, seconds=0.0, min_runs=3, rotated_bytes=1
+        [(64, 48)], (5,), KernelSettings(rivals=False, seconds=0.0, min_runs=3, rotated_bytes=1)
     ).as_json()
     found = figures(
         cpu="a processor",

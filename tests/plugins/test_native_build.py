@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from nmexport.errors import EnvironmentFault
 from nmexport.runtimes import native
-from nmexport.runtimes.onnxruntime_session import session_options
+from nmexport.runtimes.onnxruntime_opening import session_options
 
 from tests.support.plugin_build import load_script
 

@@ -316,15 +316,15 @@ def test_nan_stays_visible_in_its_own_token_only():
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("n", [8, 16])
 def test_all_kept_and_excluded_phase_are_the_dense_product(dtype, n):
-    attributes = {"n": 16} if n == 16 else {"n": 8, "phase": "decode"}
+    bias, attributes = ("bias", {}) if n == 16 else ("dense_bias", {"phase": "decode"})
     case = linear_case(
-        shape=(1, 6, 96), out_features=33, dtype=dtype, optional=("bias",), **attributes
+        shape=(1, 6, 96), out_features=33, dtype=dtype, optional=(bias,), n=n, **attributes
     )
     y = run_session(session_for(case), case.x).astype(np.float64)
     dense = case.x.astype(np.float64) @ case.arrays["W"].astype(np.float64)
     step = {FLOAT32: 1e-6, FLOAT16: 2e-3, BFLOAT16: 1.6e-2}[np.dtype(dtype)]
     np.testing.assert_allclose(
-        y, dense + case.arrays["bias"].astype(np.float64), rtol=step, atol=step
+        y, dense + case.arrays[bias].astype(np.float64), rtol=step, atol=step
     )
 
 
@@ -389,6 +389,16 @@ OUTSIDE = np.arange(1, 33, dtype=np.int32)
         ({"optional": ("channel_order",), "channel_order": TWICE}, "occurs twice"),
         ({"optional": ("channel_order",), "channel_order": OUTSIDE}, "out of range"),
         ({"attributes": {"dynamic_shift": 1}}, "needs the input shift_weight"),
+        ({"optional": ("dense_bias",)}, "dense_bias goes with phase decode or prefill"),
+        ({"optional": ("dense_scale",)}, "dense_scale goes with phase decode or prefill"),
+        (
+            {"optional": ("dense_scale",), "dense_scale": ZEROS, "attributes": {"phase": "decode"}},
+            r"dense_scale .*\[32\]",
+        ),
+        (
+            {"optional": ("dense_bias",), "dense_bias": ZEROS, "attributes": {"phase": "prefill"}},
+            r"dense_bias .*\[8\]",
+        ),
         (
             {"optional": ("shift", "shift_weight"), "attributes": {"dynamic_shift": 1}},
             "exclude each other",

@@ -10,17 +10,12 @@ import numpy as np
 import onnx
 import pytest
 from nmexport.errors import ArtifactError, EnvironmentFault
-from nmexport.runtimes import native
-from nmexport.runtimes import onnxruntime_session as runtime
+from nmexport.runtimes import native, onnxruntime_opening, onnxruntime_session
 from nmexport.runtimes.engine import read_engine
 from nmexport.runtimes.feeds import positions_from_mask
 from nmexport.runtimes.native import HUGE_PAGES_ENTRY, engine_library
-from nmexport.runtimes.onnxruntime_session import (
-    SESSION_CONFIG,
-    OrtSession,
-    choose_provider,
-    read_model,
-)
+from nmexport.runtimes.onnxruntime_opening import SESSION_CONFIG, choose_provider, read_model
+from nmexport.runtimes.onnxruntime_session import OrtSession
 from nmexport.store.artifact import file_digest
 from onnx import TensorProto
 
@@ -113,13 +108,13 @@ def test_decode_before_prefill_is_our_bug(toy: Path) -> None:
 def entries(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, str]]:
     """What sessions are told from now on, session by session."""
     seen: list[Mapping[str, str]] = []
-    real = runtime.session_options
+    real = onnxruntime_opening.session_options
 
     def watched(*, config: Mapping[str, str], **others: Any) -> Any:
         seen.append(config)
         return real(config=config, **others)
 
-    monkeypatch.setattr(runtime, "session_options", watched)
+    monkeypatch.setattr(onnxruntime_session, "session_options", watched)
     return seen
 
 
@@ -139,7 +134,7 @@ def test_weights_are_copied_where_there_is_room(
     model = save_toy_lm(tmp_path / "model.onnx")
     with (tmp_path / "model.onnx.data").open("wb") as weights:
         weights.truncate(1_000_000)
-    monkeypatch.setattr(runtime, "free_memory", lambda: 1_000_000 / share_of_free)
+    monkeypatch.setattr(onnxruntime_opening, "free_memory", lambda: 1_000_000 / share_of_free)
     OrtSession(model, config={**SESSION_CONFIG, **told}).close()
     assert entries[0][HUGE_PAGES_ENTRY] == expected
 

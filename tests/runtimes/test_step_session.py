@@ -14,7 +14,8 @@ from nmexport.graph import shared_step
 from nmexport.graph.attention_form import NotRewritableError
 from nmexport.graph.shared_step import rewrite_for_shared_step
 from nmexport.runtimes import native
-from nmexport.runtimes.onnxruntime_session import EXTERNAL_DATA_FOLDER, OrtSession
+from nmexport.runtimes.onnxruntime_opening import EXTERNAL_DATA_FOLDER
+from nmexport.runtimes.onnxruntime_session import OrtSession
 from nmexport.runtimes.session import Work
 from nmexport.runtimes.step_session import StepSession
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from nmexport.runtimes.onnxruntime_session import open_session, session_options
+from nmexport.runtimes.onnxruntime_opening import open_inference_session, session_options
 from onnx import TensorProto, helper
 
 ROWS, COLUMNS = 2048, 8192
@@ -45,7 +45,9 @@ def model(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("folds", [True, False])
 def test_weights_are_widened_when_they_are_used(model: Path, folds: bool) -> None:
     before = anonymous_bytes()
-    session = open_session(model, session_options(library=None, threads=1), folds_constants=folds)
+    session = open_inference_session(
+        model, session_options(library=None, threads=1), folds_constants=folds
+    )
     taken = anonymous_bytes() - before
     assert (taken > 0.9 * WIDE) == folds
     assert folds or taken < 0.2 * WIDE

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nmexport.generation.options import GenerationOptions
 from nmexport.graph.shared_step import rewrite_for_shared_step
 from nmexport.runtimes import native
-from nmexport.runtimes.onnxruntime_session import EXTERNAL_DATA_FOLDER
+from nmexport.runtimes.onnxruntime_opening import EXTERNAL_DATA_FOLDER
 from nmexport.runtimes.step_session import StepSession
 from nmexport.serving import client
 from nmexport.serving import metrics as names

@@ -20,6 +20,7 @@ import openai
 import pytest
 from nmexport.errors import EnvironmentFault, RequestError
 from nmexport.generation.loop import generate
+from nmexport.generation.options import GenerationOptions
 from nmexport.serving import client, launch
 from nmexport.serving.bundle import REFERENCE
 from nmexport.serving.stub_environment import make_environment
@@ -84,7 +85,7 @@ def gained(server: launch.Server, before: dict[str, float]) -> dict[str, float]:
 
 
 def test_greedy_text_is_that_of_generate(server: launch.Server, work: Path) -> None:
-    expected = "".join(generate(work, PROMPT, max_tokens=24))
+    expected = "".join(generate(work, PROMPT, GenerationOptions(max_tokens=24)))
     assert expected
     fields = {"text_input": PROMPT, "max_tokens": 24}
     whole = client.generate(server.addresses.http, NAME, fields)
@@ -174,7 +175,7 @@ def test_the_request_of_tritons_openai_front_end_is_taken(
 
 
 def test_openai_s_client_sees_the_same_model(server: launch.Server, work: Path) -> None:
-    expected = "".join(generate(work, PROMPT, max_tokens=24))
+    expected = "".join(generate(work, PROMPT, GenerationOptions(max_tokens=24)))
     before = metrics(server)
     with openai.OpenAI(base_url=server.addresses.openai, api_key="none") as asking:
         (model,) = asking.models.list().data

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -151,8 +153,44 @@ def test_what_would_change_the_weight_is_refused(
         fold_stored(stored_weight(), None, behaviour, constants, corrections, dtype=torch.float32)
 
 
-def test_a_phase_that_stays_dense_needs_its_product_unchanged() -> None:
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("own", [True, False])
+def test_tokens_outside_the_phase_meet_the_stored_weight_alone(groups: int, own: bool) -> None:
     behaviour = Behaviour(pattern=PATTERN, phase="decode")
-    corrections = Corrections(bias=torch.ones(OUTPUTS))
-    with pytest.raises(ValueError, match="dense product unchanged"):
+    weight, bias = stored_weight(groups=groups), torch.randn(OUTPUTS) if own else None
+    constants = Constants(channel_order=weight.channel_order, nu=1.25)
+    corrections = Corrections(
+        shift=torch.linspace(-0.3, 0.3, CHANNELS),
+        input_scale=torch.linspace(0.5, 1.5, CHANNELS),
+        bias=torch.ones(OUTPUTS),
+    )
+    made = fold_stored(weight, bias, behaviour, constants, corrections, dtype=torch.float32)
+    assert torch.equal(made["W"], weight.values)
+    assert torch.equal(made["weight_scale"], weight.scale)
+    x = torch.randn(2, 5, CHANNELS)
+    linear = as_linear(weight, bias)
+    as_all = replace(behaviour, phase="all")
+    expected = fold(linear, as_all, constants, corrections, dtype=torch.float32)
+    with torch.no_grad():
+        folded = SparseLinear(behaviour, made)
+        torch.testing.assert_close(folded(x), linear(x), rtol=1e-4, atol=1e-4)
+        sparse = SparseLinear(as_all, expected)(x[:, :1])
+        torch.testing.assert_close(folded(x[:, :1]), sparse, rtol=1e-4, atol=1e-4)
+
+
+def test_a_static_variance_leaves_stored_scales_alone_where_a_phase_stays_dense() -> None:
+    behaviour = Behaviour(pattern=PATTERN, phase="decode")
+    weight = stored_weight()
+    made = fold_stored(
+        weight, None, behaviour, Constants(channel_order=weight.channel_order, nu=1.25),
+        dtype=torch.float32,
+    )  # fmt: skip
+    assert torch.equal(made["weight_scale"], weight.scale)
+    assert torch.equal(made["value_scale"], torch.full((CHANNELS,), 1.25))
+
+
+def test_a_phase_that_stays_dense_needs_its_weight_unchanged() -> None:
+    behaviour = Behaviour(pattern=PATTERN, phase="decode")
+    corrections = Corrections(output_scale=torch.ones(OUTPUTS))
+    with pytest.raises(ValueError, match="stays dense needs the weight as it is"):
         fold_stored(stored_weight(), None, behaviour, Constants(), corrections, dtype=torch.float32)

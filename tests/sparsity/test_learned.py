@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nmexport.sparsity.fold import Corrections, changes_dense_product, fold
+from nmexport.sparsity.fold import Corrections, fold
 from nmexport.sparsity.lanes import LaneSelector
 from nmexport.sparsity.learned import LearnedLinear, LearningSite, Spread
 from nmexport.sparsity.linear import Behaviour, Constants, SparseLinear
@@ -220,20 +222,31 @@ def test_shift_and_its_own_kind_exclude_each_other() -> None:
         LearnedLinear(dense_linear(), BEHAVIOURS["dynamic"], Constants(), spread=SPREAD)
 
 
-def test_what_changes_the_dense_product_is_refused_where_a_phase_stays_dense() -> None:
+@pytest.mark.parametrize(
+    "changing",
+    [
+        {"output_scale": torch.ones(O)},
+        {"low_rank_in": torch.ones(K, 1), "low_rank_out": torch.ones(1, O)},
+    ],
+)
+def test_what_changes_the_weight_is_refused_where_a_phase_stays_dense(
+    changing: dict[str, torch.Tensor],
+) -> None:
     behaviour = Behaviour(pattern=PATTERN, phase="decode")
-    ones = torch.ones(K)
-    with pytest.raises(ValueError, match="decode"):
-        fold(
-            dense_linear(), behaviour, Constants(), Corrections(input_scale=ones),
-            dtype=torch.float32,
-        )  # fmt: skip
-    shifted = Corrections(shift=0.1 * ones)
-    assert not changes_dense_product(shifted)
-    linear = dense_linear()
-    tensors = fold(linear, behaviour, Constants(), shifted, dtype=torch.float32)
-    x = inputs().reshape(1, T, K)  # a prompt: dense
-    torch.testing.assert_close(SparseLinear(behaviour, tensors)(x), linear(x), rtol=1e-5, atol=1e-5)
+    corrections = Corrections(**changing)
+    with pytest.raises(ValueError, match="stays dense needs the weight as it is"):
+        fold(dense_linear(), behaviour, Constants(), corrections, dtype=torch.float32)
+
+
+def test_every_token_is_learned_from_as_one_that_the_phase_includes() -> None:
+    behaviour, linear = Behaviour(pattern=PATTERN), dense_linear()
+    decoding = replace(behaviour, phase="decode")
+    always, decoded = (
+        disturbed(LearnedLinear(linear, each, calibrated(each), spread=SPREAD))
+        for each in (behaviour, decoding)
+    )
+    x = inputs().reshape(1, T, K)
+    assert torch.equal(always(x), decoded(x))
 
 
 def test_dead_channels_do_not_divide_by_zero() -> None:

@@ -70,11 +70,9 @@ def test_a_shift_goes_with_a_variance_correction(mitigations: tuple[str, ...]) -
         (("var", "var"), "all", "named twice"),
         (("l-pts", "d-pts"), "all", "one shift"),
         (("r-sparse", "low-rank"), "all", "r-sparse and low-rank cannot be combined"),
-        (("ls",), "decode", "prefill, which stays dense"),
-        (("l-pts", "bias"), "prefill", "decode, which stays dense"),
+        (("gain",), "decode", "prefill, which stays dense"),
+        (("l-pts", "low-rank"), "prefill", "decode, which stays dense"),
         (("var", "r-sparse"), "decode", "prefill, which stays dense"),
-        (("s-var",), "decode", "prefill, which stays dense"),
-        (("s-var",), "prefill", "decode, which stays dense"),
         (("pts",), "all", "Unknown mitigation 'pts'"),
     ],
 )
@@ -89,11 +87,11 @@ def test_other_combinations_are_refused_with_the_reason(
 def test_learned_parts_follow_the_names_and_leave_a_dense_phase_alone() -> None:
     assert learned_parts(("bias", "ls", "var")) == ("input_scale", "bias")
     assert learned_parts(("s-pts", "s-var", "r-sparse")) == ()
-    check_combination(("l-pts", "var"), "decode")  # folds into shift and bias alone
+    check_combination(("l-pts", "ls", "bias", "var"), "decode")  # W stays as it is
 
 
 def test_a_phase_that_stays_dense_changes_the_default() -> None:
-    assert recipe.SparsitySection(phases="decode").mitigations == ("var",)
+    assert recipe.SparsitySection(phases="decode").mitigations == ("l-pts", "ls", "bias")
     assert learned_parts(recipe.SparsitySection().mitigations)
     chosen = recipe.SparsitySection(phases="decode", mitigations=("l-pts",))
     assert chosen.mitigations == ("l-pts",)

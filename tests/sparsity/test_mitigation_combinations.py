@@ -14,8 +14,9 @@ from nmexport.errors import RecipeError
 from nmexport.recipe import SparsitySection
 from nmexport.sparsity.fold import fold
 from nmexport.sparsity.learned import LearnedLinear, Spread
-from nmexport.sparsity.linear import Behaviour, Constants, SparseLinear
+from nmexport.sparsity.linear import Behaviour, Constants, SparseLinear, token_product
 from nmexport.sparsity.mitigation import MITIGATIONS, check_combination, learned_parts
+from nmexport.sparsity.pattern import NMPattern
 from nmexport.sparsity.remainder import remainder_of
 from nmexport.sparsity.statistics import ChannelStatistics
 from torch import nn
@@ -26,8 +27,8 @@ K, O, RANK = 64, 24, 4  # noqa: E741 - the op contract's names
 SHIFTS = {"d-pts", "s-pts", "l-pts"}
 VARIANCES = {"var", "s-var"}
 LEARNED = {"l-pts", "ls", "gain", "bias", "low-rank"}
-LEAVE_W = {*SHIFTS, "var"}
-"""The dense product is what remains where all is kept, so that a phase may stay dense."""
+LEAVE_W = {*SHIFTS, *VARIANCES, "ls", "bias"}
+"""The folded weight is the dense one, so that a phase may stay dense."""
 PHASES = ("all", "prefill", "decode")
 
 Names = tuple[str, ...]
@@ -57,9 +58,9 @@ LEGAL = {phases: [names for names in SUBSETS if wrong(names, phases) is None] fo
 
 def test_so_many_combinations_are_legal() -> None:
     # Four shifts or none, three variances, any of four more that are learned; or the remainder,
-    # with what is not learned. Where a phase stays dense, four shifts and one variance.
+    # with what is not learned. Where a phase stays dense, two of the four.
     assert len(LEGAL["all"]) == 4 * 3 * 16 + 3 * 3
-    assert len(LEGAL["prefill"]) == len(LEGAL["decode"]) == 4 * 2
+    assert len(LEGAL["prefill"]) == len(LEGAL["decode"]) == 4 * 3 * 4
 
 
 @pytest.mark.parametrize("phases", PHASES)
@@ -144,3 +145,33 @@ def test_the_other_phase_is_the_dense_linear(
     with torch.no_grad():
         close(folded(inputs(sparse)), unfolded(inputs(sparse)))
         close(folded(inputs(dense)), dense_linear()(inputs(dense)))
+    order = folded.channel_order
+    assert order is not None
+    assert torch.equal(folded.W, dense_linear().weight.t()[order.long()])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tokens", [2, 33])
+def test_a_dense_prompt_of_a_learned_linear_is_the_dense_linear_bit_for_bit(
+    bias: bool, tokens: int
+) -> None:
+    linear = dense_linear() if bias else nn.Linear(K, O, bias=False).requires_grad_(False)
+    behaviour = Behaviour(pattern=NMPattern(8, 16), phase="decode")
+    spread = Spread(input_rms=torch.full((K,), 0.7), output_rms=torch.full((O,), 1.3))
+    learned = LearnedLinear(
+        linear, behaviour, Constants(), spread=spread, parts=("shift", "input_scale", "bias")
+    )
+    generator = torch.Generator().manual_seed(2)
+    for parameter in learned.parameters():
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    tensors = fold(linear, behaviour, Constants(), learned.corrections(), dtype=torch.float32)
+    assert tensors.keys() == {"W", "bias", "shift", "value_scale"} | (
+        {"dense_bias"} if bias else set()
+    )
+    folded = SparseLinear(behaviour, tensors)
+    with torch.no_grad():
+        prompt, token = inputs(tokens), inputs(1)
+        dense = token_product(prompt, linear.weight.t().contiguous())
+        assert torch.equal(folded(prompt), dense if linear.bias is None else dense + linear.bias)
+        close(folded(token), learned(token))
+        assert not torch.allclose(folded(token), linear(token), atol=1e-2)

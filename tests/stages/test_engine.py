@@ -15,7 +15,7 @@ from nmexport.environment import probe
 from nmexport.errors import ArtifactError, EnvironmentFault, GateFailed
 from nmexport.models import loader
 from nmexport.models.source import ModelSource
-from nmexport.pipeline import Pipeline, Selection
+from nmexport.pipeline import Pipeline
 from nmexport.progress import Silent
 from nmexport.recipe import (
     CorpusSection,
@@ -28,12 +28,13 @@ from nmexport.recipe import (
     SparsitySection,
 )
 from nmexport.report.model import json_of
-from nmexport.runtimes import native, onnxruntime_session
+from nmexport.runtimes import native, onnxruntime_opening
 from nmexport.runtimes.engine import read_engine
 from nmexport.runtimes.onnxruntime_session import OrtSession
 from nmexport.runtimes.opening import open_session
 from nmexport.runtimes.tensorrt import library as tensorrt_library
 from nmexport.runtimes.tensorrt import requirements
+from nmexport.selection import Selection
 from nmexport.serving.triton_config import from_text
 from nmexport.stages import engine, package, verify
 from nmexport.stages.inputs import StageInputs
@@ -107,7 +108,7 @@ def test_a_cuda_engine_has_graphs_of_its_own(
     export.mkdir(parents=True)
     export_folder(tiny_llama, export, dtype=dtype)
     (export / "genai_config.json").write_text('{"model": {"context_length": 256}}')
-    monkeypatch.setattr(onnxruntime_session, "choose_provider", lambda _: "cuda")
+    monkeypatch.setattr(onnxruntime_opening, "choose_provider", lambda _: "cuda")
     monkeypatch.setattr(engine, "_load_check", lambda *_, **__: 0.0)
     recipe = Recipe(model=ModelSection(id="tiny", dtype=dtype), target="onnxruntime")
     inputs = _inputs(tmp_path, recipe, export=export)

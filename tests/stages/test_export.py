@@ -153,7 +153,7 @@ def test_without_the_baseline_only_the_sparse_model_is_written(
 def test_a_full_disk_is_refused_before_anything_is_written(
     run: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     inputs = replace(run.inputs, output=tmp_path)
     with pytest.raises(EnvironmentFault, match="no-dense-baseline"):
         export.run(inputs)

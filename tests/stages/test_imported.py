@@ -14,7 +14,7 @@ from nmexport.errors import RecipeError
 from nmexport.models.imported import imported_weights
 from nmexport.models.loader import load_model
 from nmexport.models.source import resolve
-from nmexport.pipeline import Pipeline, Selection
+from nmexport.pipeline import Pipeline
 from nmexport.progress import Silent
 from nmexport.recipe import (
     CorpusSection,
@@ -25,6 +25,7 @@ from nmexport.recipe import (
 )
 from nmexport.runtimes import native
 from nmexport.runtimes.onnxruntime_session import OrtSession
+from nmexport.selection import Selection
 from nmexport.stages import fold, storing
 from nmexport.store.work_directory import WorkDirectory
 from nmexport.verification.reference import open_folded
@@ -229,6 +230,26 @@ def test_the_dense_file_beside_it_is_the_checkpoint(learned: tuple[Path, Any, st
     made = onnx_logits(file, IDS, MASK, prefill=12)
     expected = reference(model)
     assert np.abs(made - expected).max() <= 1e-4 * expected.std()
+
+
+def test_a_dense_prompt_is_the_checkpoints(tiny_llama: Path, tmp_path: Path) -> None:
+    """Learned constants go around the integers, for decoded tokens alone."""
+    model = SAVED["gptq"](tiny_llama, tmp_path / "model")
+    method = {**EVERYTHING, "phases": "decode", "mitigations": ("l-pts", "ls", "bias")}
+    work, _ = build(model, tmp_path / "work", **method)
+    section = ModelSection(id=str(model))
+    folded = fold.Artifact(work.require("fold"))
+    assert {"value_scale", "bias", "shift"} <= folded.tensors(folded.layers[0].name).keys()
+    prompt, whole = IDS[:, :9], reference(model)
+    with open_folded(resolve(section), section, folded) as session:
+        made = session.prefill(prompt)
+        decoded = session.decode_step(IDS[:, 9:10])
+    assert np.abs(made - whole[:, 9 - made.shape[1] : 9]).max() <= 1e-4 * whole.std()
+    assert np.abs(decoded - whole[:, 9]).max() > 1e-2 * whole.std()
+    file = work.require("export") / "model.onnx"
+    exported = onnx_logits(file, IDS[:, :10], MASK[:, :10], prefill=9)
+    assert np.abs(exported[:, :9] - whole[:, :9]).max() <= 1e-4 * whole.std()
+    assert np.abs(exported[:, 9] - decoded).max() <= 1e-4 * whole.std()
 
 
 def test_a_remainder_is_refused(tiny_llama: Path, tmp_path: Path) -> None:

@@ -10,14 +10,16 @@ import pytest
 from nmexport.environment import probe
 from nmexport.errors import ArtifactError, RecipeError
 from nmexport.models.source import ModelSource
-from nmexport.pipeline import Pipeline, Selection
+from nmexport.pipeline import Pipeline
 from nmexport.progress import Silent
 from nmexport.recipe import ModelSection, SparsitySection
-from nmexport.runtimes import native, onnxruntime_session
+from nmexport.runtimes import native, onnxruntime_opening
 from nmexport.runtimes.cuda_model import CudaModel
 from nmexport.runtimes.cuda_session import CudaSession
 from nmexport.runtimes.engine import read_engine
-from nmexport.runtimes.onnxruntime_session import EXTERNAL_DATA_FOLDER, OrtSession, session_options
+from nmexport.runtimes.onnxruntime_opening import EXTERNAL_DATA_FOLDER, session_options
+from nmexport.runtimes.onnxruntime_session import OrtSession
+from nmexport.selection import Selection
 from nmexport.stages import engine, rewriting, storing
 from nmexport.store.work_directory import WorkDirectory
 
@@ -42,7 +44,7 @@ IDS = np.random.default_rng(1).integers(3, VOCABULARY, (1, 14))
 def on_gpu() -> Any:
     """Stages see a GPU and an ONNX Runtime that computes on it; nothing is opened there."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnxruntime_session, "choose_provider", lambda _: "cuda")
+        patch.setattr(onnxruntime_opening, "choose_provider", lambda _: "cuda")
         patch.setattr(storing, "gpu_runs", lambda _: True)
         patch.setattr(engine, "_load_check", lambda *_: 0.0)
         yield

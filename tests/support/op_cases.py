@@ -125,6 +125,10 @@ def linear_case(
         "value_scale": np.exp(
             0.3 * np.random.default_rng(seed + 1).standard_normal(in_features)
         ).astype(np.float32),
+        "dense_scale": np.exp(
+            0.3 * np.random.default_rng(seed + 2).standard_normal(in_features)
+        ).astype(np.float32),
+        "dense_bias": np.random.default_rng(seed + 3).standard_normal(out_features).astype(dtype),
     }
     arrays = {"W": w, **{name: made[name] for name in optional}}
     if scale_groups:
@@ -181,6 +185,15 @@ def with_stored_weight(
 
 
 @st.composite
+def _phases(draw: st.DrawFn) -> tuple[str, tuple[str, ...]]:
+    """A phase, and the inputs of tokens outside it."""
+    phase = draw(st.sampled_from(("all", "prefill", "decode")))
+    if phase == "all":
+        return phase, ()
+    return phase, tuple(sorted(draw(st.sets(st.sampled_from(("dense_scale", "dense_bias"))))))
+
+
+@st.composite
 def stored_calls(draw: st.DrawFn) -> LinearCase:
     """A random call of a stored weight: any type, any scales, its operand rounded or not."""
     n, m = draw(st.sampled_from(PATTERNS))
@@ -192,15 +205,16 @@ def stored_calls(draw: st.DrawFn) -> LinearCase:
     block = draw(st.sampled_from([b for b in (16, 32, 48) if channels // groups % b == 0]))
     shift = draw(st.sampled_from([(), ("shift",), ("shift_weight",)]))
     more = draw(st.sets(st.sampled_from(("bias", "score_scale", "value_scale", "channel_order"))))
+    phase, dense = draw(_phases())
     bits = draw(st.sampled_from((0, 8))) if stored in INTEGERS else 0
     case = linear_case(
         shape=(draw(st.integers(1, 3)), channels),
         out_features=draw(st.sampled_from((2, 6, 34))),
         dtype=dtype,
-        optional=(*shift, *sorted(more)),
+        optional=(*shift, *sorted(more), *dense),
         dynamic_shift=int("shift_weight" in shift),
         variance_correction=draw(st.integers(0, 1)),
-        phase=draw(st.sampled_from(("all", "prefill", "decode"))),
+        phase=phase,
         n=n,
         m=m,
         activation_bits=bits,
@@ -223,14 +237,15 @@ def linear_calls(draw: st.DrawFn) -> LinearCase:
     n, m = draw(st.sampled_from(PATTERNS))
     shift = draw(st.sampled_from([(), ("shift",), ("shift_weight",)]))
     more = draw(st.sets(st.sampled_from(("bias", "score_scale", "value_scale"))))
+    phase, dense = draw(_phases())
     return linear_case(
         shape=(draw(st.integers(1, 3)), 3 * m),
         out_features=5,
         dtype=draw(st.sampled_from(TYPES)),
-        optional=(*shift, *sorted(more), "channel_order"),
+        optional=(*shift, *sorted(more), "channel_order", *dense),
         dynamic_shift=int("shift_weight" in shift),
         variance_correction=draw(st.integers(0, 1)),
-        phase=draw(st.sampled_from(("all", "prefill", "decode"))),
+        phase=phase,
         n=n,
         m=m,
         seed=draw(st.integers(0, 1000)),

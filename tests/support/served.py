@@ -8,12 +8,13 @@ import json
 import shutil
 import threading
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 from nmexport.errors import EnvironmentFault
 from nmexport.runtimes.engine import SCHEMA, Engine
-from nmexport.runtimes.onnxruntime_session import SESSION_CONFIG
+from nmexport.runtimes.onnxruntime_opening import SESSION_CONFIG
 from nmexport.serving import launch
 from nmexport.serving.addresses import Addresses
 from nmexport.serving.bundle import FILENAME
@@ -210,9 +211,11 @@ def require_tritonserver() -> launch.Installation:
 
 
 @contextlib.contextmanager
-def triton(repository: Path, log: Path, **options: object) -> Iterator[launch.Server]:
+def triton(
+    repository: Path, log: Path, *, backends: Path | None = None, **options: object
+) -> Iterator[launch.Server]:
     """A ready server on a repository; its messages go to a file."""
-    installation = require_tritonserver()
+    installation = replace(require_tritonserver(), backends=backends)
     with (
         log.open("wb") as output,
         launch.Server.start(

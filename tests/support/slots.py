@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 from nmexport.graph.cuda import rewrite_for_cuda
 from nmexport.runtimes.cuda_model import CudaModel
-from nmexport.runtimes.onnxruntime_session import EXTERNAL_DATA_FOLDER
+from nmexport.runtimes.onnxruntime_opening import EXTERNAL_DATA_FOLDER
 from nmexport.runtimes.slot_session import SlotSession
 
 import onnxruntime

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from nmexport.generation.loop import continuation
+from nmexport.generation.options import GenerationOptions
 from nmexport.generation.sampler import Sampler
 
 from tests.support.tiny import VOCABULARY
@@ -25,6 +26,6 @@ def prompt(length: int, seed: int) -> list[int]:
 
 
 def solo(session: Session, text: list[int], tokens: int, *, heat: float, seed: int) -> str:
-    sampler = Sampler(temperature=heat, top_p=1.0, top_k=0, seed=seed, prompt=text)
+    sampler = Sampler(GenerationOptions(temperature=heat, seed=seed), prompt=text)
     drawn = continuation(session, text, sampler, max_tokens=tokens, ends=frozenset())
     return spelled(list(drawn))

@@ -17,7 +17,7 @@ from nmexport.environment import device_and_clocks, device_name, probe
 from nmexport.errors import EnvironmentFault, RecipeError
 from nmexport.report.model import Rivals
 from nmexport.runtimes.engine import read_engine
-from nmexport.runtimes.onnxruntime_session import RUNTIME, provider_here
+from nmexport.runtimes.onnxruntime_opening import RUNTIME, provider_here
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

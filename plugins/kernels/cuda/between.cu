@@ -1,5 +1,6 @@
 // Which kernel makes a row, by how many there are.
 #include <algorithm>
+#include <type_traits>
 
 #include "gated_kernels.cuh"
 #include "norm_kernels.cuh"
@@ -43,27 +44,39 @@ bool isBare(Selection const& selection) {
            selection.shift == nullptr;
 }
 
+//! Nothing is dropped or changed: rows are gathered at most.
+bool isWhole(Selection const& selection) {
+    return selection.n == selection.m && selection.valueScale == nullptr &&
+           selection.shift == nullptr;
+}
+
+//! Whether a row leaves as it is.
+bool isUntouched(Selection const& selection) {
+    return isWhole(selection) && selection.channelOrder == nullptr;
+}
+
 //! As many blocks as are resident, where each takes row after row and reads its constants once.
 unsigned residentBlocks(int64_t tokens, int threads, DeviceTraits const& device) {
     int64_t const blocks = static_cast<int64_t>(device.multiprocessors) * 2 * kMANY_THREADS;
     return static_cast<unsigned>(std::min(tokens, blocks / threads));
 }
 
-template <typename T, int THREADS>
+template <typename T, typename PRUNER, int THREADS>
 cudaError_t enqueueNormRows(NormArgs const& args, DeviceTraits const& device, cudaStream_t stream) {
     Grid const grid{dim3(residentBlocks(args.tokens, THREADS, device)), THREADS,
                     sizeof(NextRow<THREADS>) + sizeof(uint4) * THREADS * kOCTETS};
-    return launchInChain(normRowsKernel<T, THREADS>, grid, device, stream, args);
+    return launchInChain(normRowsKernel<T, THREADS, PRUNER>, grid, device, stream, args);
 }
 
 template <typename T, Pruner PRUNER>
 cudaError_t enqueuePrunedNorm(NormArgs const& args, DeviceTraits const& device,
                               cudaStream_t stream) {
+    using RowPruner = std::conditional_t<PRUNER == Pruner::kGATHER, WholeGroup<T>, RankedGroup<T>>;
     if (args.tokens > device.multiprocessors && args.channels <= kMANY_THREADS * kGROUP) {
-        return enqueueNormRows<T, kMANY_THREADS>(args, device, stream);
+        return enqueueNormRows<T, RowPruner, kMANY_THREADS>(args, device, stream);
     }
     if (args.tokens > device.multiprocessors && args.channels <= kTHREADS * kGROUP) {
-        return enqueueNormRows<T, kTHREADS>(args, device, stream);
+        return enqueueNormRows<T, RowPruner, kTHREADS>(args, device, stream);
     }
     Grid grid{dim3(static_cast<unsigned>(args.tokens)), kTHREADS,
               stagedBytes(PRUNER, args.channels)};
@@ -81,6 +94,9 @@ cudaError_t enqueuePrunedNorm(NormArgs const& args, DeviceTraits const& device,
 template <typename T>
 cudaError_t enqueueNorm(NormArgs const& args, DeviceTraits const& device, cudaStream_t stream) {
     if constexpr (sizeof(T) == 2) {
+        if (args.isPruned && isWhole(args.selection)) {
+            return enqueuePrunedNorm<T, Pruner::kGATHER>(args, device, stream);
+        }
         if (args.isPruned) {
             return isBare(args.selection)
                        ? enqueuePrunedNorm<T, Pruner::kPACKED>(args, device, stream)
@@ -114,33 +130,41 @@ bool isHalfBare(Selection const& selection) {
     return isBare(selection) && selection.n == 8;
 }
 
-template <typename T, bool IS_HALF_BARE>
+template <typename T, typename PRUNER>
 cudaError_t enqueueGatedGroups(GatedSiluArgs const& args, DeviceTraits const& device,
                                cudaStream_t stream) {
     // Two at least where two are ranked at once.
-    int32_t const rows = args.tokens > 2 * device.multiprocessors ? 4 : IS_HALF_BARE ? 2 : 1;
+    int32_t const rows = args.tokens > 2 * device.multiprocessors ? 4 : PRUNER::ROWS;
     int32_t const slabs = static_cast<int32_t>((args.tokens + rows - 1) / rows);
     Grid const grid{dim3(static_cast<unsigned>(ceilDivide(args.channels / kGROUP, kGROUP_THREADS)),
                          static_cast<unsigned>(slabs)),
                     kGROUP_THREADS};
-    return launchInChain(gatedGroupKernel<T, IS_HALF_BARE>, grid, device, stream, args, rows);
+    return launchInChain(gatedGroupKernel<T, PRUNER>, grid, device, stream, args, rows);
 }
 
-template <typename T, bool IS_HALF_BARE>
+template <typename T, typename PRUNER>
 cudaError_t enqueueGatedRows(GatedSiluArgs const& args, DeviceTraits const& device,
                              cudaStream_t stream) {
     size_t const rowBytes = sizeof(T) * static_cast<size_t>(args.channels);
     int32_t const rows = rowsTogether(args.tokens, rowBytes, device);
     Grid const grid{dim3(static_cast<unsigned>((args.tokens + rows - 1) / rows)), kMANY_THREADS,
                     rowBytes * static_cast<size_t>(rows)};
-    return launchInChain(gatedRowsKernel<T, IS_HALF_BARE>, grid, device, stream, args, rows);
+    return launchInChain(gatedRowsKernel<T, PRUNER>, grid, device, stream, args, rows);
 }
 
-template <typename T, int THREADS>
+template <typename T, typename PRUNER, int THREADS>
 cudaError_t enqueuePruneRows(MaskArgs const& args, DeviceTraits const& device,
                              cudaStream_t stream) {
     Grid const grid{dim3(residentBlocks(args.tokens, THREADS, device)), THREADS};
-    return launchInChain(pruneRowsKernel<T, THREADS>, grid, device, stream, args);
+    return launchInChain(pruneRowsKernel<T, THREADS, PRUNER>, grid, device, stream, args);
+}
+
+template <typename T, typename PRUNER>
+cudaError_t enqueuePruneRows(MaskArgs const& args, DeviceTraits const& device,
+                             cudaStream_t stream) {
+    return args.channels <= kMANY_THREADS * kGROUP
+               ? enqueuePruneRows<T, PRUNER, kMANY_THREADS>(args, device, stream)
+               : enqueuePruneRows<T, PRUNER, kTHREADS>(args, device, stream);
 }
 
 //! A lane for each two positions of each token.
@@ -152,9 +176,8 @@ Grid gridOfPairs(int32_t channels, int64_t tokens) {
 template <typename T>
 cudaError_t enqueuePrune(MaskArgs const& args, DeviceTraits const& device, cudaStream_t stream) {
     if (args.tokens > kFEW_TOKENS) {
-        return args.channels <= kMANY_THREADS * kGROUP
-                   ? enqueuePruneRows<T, kMANY_THREADS>(args, device, stream)
-                   : enqueuePruneRows<T, kTHREADS>(args, device, stream);
+        return isWhole(args.selection) ? enqueuePruneRows<T, WholeGroup<T>>(args, device, stream)
+                                       : enqueuePruneRows<T, RankedGroup<T>>(args, device, stream);
     }
     Grid const grid = gridOfPairs(args.channels, args.tokens);
     return isBare(args.selection)
@@ -172,11 +195,15 @@ cudaError_t enqueuePrunedGated(GatedSiluArgs const& args, DeviceTraits const& de
                    : launchInChain(gatedPairKernel<T, false>, grid, device, stream, args);
     }
     if (args.selection.channelOrder == nullptr) {
-        return isHalfBare(args.selection) ? enqueueGatedGroups<T, true>(args, device, stream)
-                                          : enqueueGatedGroups<T, false>(args, device, stream);
+        return isHalfBare(args.selection)
+                   ? enqueueGatedGroups<T, HalfBareGroup<T>>(args, device, stream)
+                   : enqueueGatedGroups<T, RankedGroup<T>>(args, device, stream);
     }
-    return isHalfBare(args.selection) ? enqueueGatedRows<T, true>(args, device, stream)
-                                      : enqueueGatedRows<T, false>(args, device, stream);
+    if (isWhole(args.selection)) {
+        return enqueueGatedRows<T, WholeGroup<T>>(args, device, stream);
+    }
+    return isHalfBare(args.selection) ? enqueueGatedRows<T, HalfBareGroup<T>>(args, device, stream)
+                                      : enqueueGatedRows<T, RankedGroup<T>>(args, device, stream);
 }
 
 //! Whether a row can be written so.
@@ -220,14 +247,16 @@ cudaError_t launchPrune(MaskArgs const& args, DeviceTraits const& device, cudaSt
                                         : enqueuePrune<__nv_bfloat16>(args, device, stream);
 }
 
-cudaError_t launchNorm(NormArgs const& args, DeviceTraits const& device, cudaStream_t stream) {
-    bool const isWhole = args.x != nullptr && args.y != nullptr && args.weight != nullptr;
-    if (!isWhole || !fits(args)) {
+cudaError_t launchNorm(NormArgs const& given, DeviceTraits const& device, cudaStream_t stream) {
+    bool const isGiven = given.x != nullptr && given.y != nullptr && given.weight != nullptr;
+    if (!isGiven || !fits(given)) {
         return cudaErrorInvalidValue;
     }
-    if (args.tokens == 0) {
+    if (given.tokens == 0) {
         return cudaSuccess;
     }
+    NormArgs args = given;
+    args.isPruned = given.isPruned && !isUntouched(given.selection);
     switch (args.type) {
         case DType::kFLOAT32:
             return enqueueNorm<float>(args, device, stream);
@@ -239,16 +268,18 @@ cudaError_t launchNorm(NormArgs const& args, DeviceTraits const& device, cudaStr
     return cudaErrorInvalidValue;
 }
 
-cudaError_t launchGatedSilu(GatedSiluArgs const& args, DeviceTraits const& device,
+cudaError_t launchGatedSilu(GatedSiluArgs const& given, DeviceTraits const& device,
                             cudaStream_t stream) {
-    bool const isWhole = args.gate != nullptr && args.up != nullptr && args.y != nullptr &&
-                         args.stride % kELEMENTS == 0;
-    if (!isWhole || !fits(args)) {
+    bool const isGiven = given.gate != nullptr && given.up != nullptr && given.y != nullptr &&
+                         given.stride % kELEMENTS == 0;
+    if (!isGiven || !fits(given)) {
         return cudaErrorInvalidValue;
     }
-    if (args.tokens == 0) {
+    if (given.tokens == 0) {
         return cudaSuccess;
     }
+    GatedSiluArgs args = given;
+    args.isPruned = given.isPruned && !isUntouched(given.selection);
     switch (args.type) {
         case DType::kFLOAT32:
             return enqueueGated<float>(args, device, stream);

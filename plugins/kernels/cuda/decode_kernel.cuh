@@ -3,11 +3,13 @@
 //
 // A warp ranks its own channels, queues the kept ones and streams their row segments; it waits for
 // no other warp until the end. Partial sums meet in shared memory, then over the cluster through
-// distributed shared memory, always in index order: no atomics, no workspace, bit-equal from run to
-// run.
+// distributed shared memory (decode_sums.cuh), always in index order: no atomics, no workspace,
+// bit-equal from run to run.
 #pragma once
 
-#include "warp_selection.cuh"
+#include "decode_sums.cuh"
+#include "pair_selection.cuh"
+#include "tile_launch.cuh"
 
 #include <type_traits>
 
@@ -67,27 +69,6 @@ struct DecodeShape {
     static_assert(sizeof(Scratch) == warpScratchBytes(TOKENS, BATCH) &&
                       sizeof(Moments) == kMOMENTS_BYTES,
                   "the host's arithmetic is that of the kernel");
-};
-
-//! The pieces of a CTA's shared memory; their sum is decodeSharedBytes.
-template <typename Shape>
-struct DecodeShared {
-    __device__ explicit DecodeShared(unsigned char* base, int cluster)
-        : mailbox{reinterpret_cast<uint64_t*>(base)},
-          scratch{reinterpret_cast<typename Shape::Scratch*>(base + 2 * sizeof(uint64_t))},
-          warpMoments{reinterpret_cast<Moments*>(scratch + Shape::WARPS)},
-          rankMoments{warpMoments + Shape::TOKENS * Shape::WARPS},
-          rankSums{reinterpret_cast<float*>(rankMoments + Shape::TOKENS * cluster)},
-          eta{rankSums + Shape::TOKENS * Shape::COLUMNS * cluster},
-          warpMeans{eta + Shape::TOKENS} {}
-
-    uint64_t* mailbox;                 //!< counts what the ranks send, in rank 0
-    typename Shape::Scratch* scratch;  //!< [WARPS]
-    Moments* warpMoments;              //!< [WARPS][TOKENS]
-    Moments* rankMoments;              //!< [cluster][TOKENS], filled by the other ranks
-    float* rankSums;                   //!< [cluster][TOKENS][COLUMNS], filled by the other ranks
-    float* eta;                        //!< [TOKENS]
-    float* warpMeans;                  //!< [WARPS][TOKENS]
 };
 
 //! eta[token] = mean of the token's K activations, by every CTA for itself, in a fixed order.
@@ -281,111 +262,6 @@ __device__ __forceinline__ void storeWarpSums(float (&accumulator)[Shape::TOKENS
     }
 }
 
-//! Sum over the CTA's warps of two neighbouring ones of its TOKENS * COLUMNS values.
-template <typename Shape>
-__device__ __forceinline__ float2 sumOverWarps(typename Shape::Scratch const* scratch, int pair) {
-    float2 sum = make_float2(0.0F, 0.0F);
-#pragma unroll
-    for (int warp = 0; warp < Shape::WARPS; ++warp) {
-        float2 const part = reinterpret_cast<float2 const*>(scratch + warp)[pair];
-        sum.x += part.x;
-        sum.y += part.y;
-    }
-    return sum;
-}
-
-//! Bytes that rank 0 gets from all ranks.
-template <typename Shape>
-__device__ __forceinline__ uint32_t mailBytes(int cluster) {
-    return static_cast<uint32_t>(cluster) *
-           (sizeof(float) * Shape::TOKENS * Shape::COLUMNS +
-            (Shape::MOMENTS ? sizeof(Moments) * Shape::TOKENS : 0));
-}
-
-//! Sends this CTA's sums and moments to rank 0 of its cluster, or leaves them in place where the
-//! CTA is alone.
-template <typename Shape>
-__device__ __forceinline__ void sendSums(DecodeShared<Shape> const& shared, uint32_t rank,
-                                         bool isAlone) {
-    constexpr int kPAIRS = Shape::TOKENS * Shape::COLUMNS / 2;
-    auto const send = [&](uint64_t* local, uint64_t value) {
-        if (isAlone) {
-            *local = value;
-        } else {
-            sendToRankZero(local, value, shared.mailbox);
-        }
-    };
-    uint64_t* const target = reinterpret_cast<uint64_t*>(shared.rankSums) + rank * kPAIRS;
-    for (int pair = threadIdx.x; pair < kPAIRS; pair += Shape::THREADS) {
-        float2 const sum = sumOverWarps<Shape>(shared.scratch, pair);
-        uint64_t const bits =
-            static_cast<uint64_t>(__float_as_uint(sum.y)) << 32 | __float_as_uint(sum.x);
-        send(target + pair, bits);
-    }
-    if (Shape::MOMENTS && threadIdx.x < Shape::TOKENS) {
-        Moments total;
-        for (int warp = 0; warp < Shape::WARPS; ++warp) {
-            total.addMoments(shared.warpMoments[warp * Shape::TOKENS + threadIdx.x]);
-        }
-        uint64_t* const own =
-            reinterpret_cast<uint64_t*>(shared.rankMoments + rank * Shape::TOKENS + threadIdx.x);
-        double const parts[4] = {total.all, total.allSquared, total.kept, total.keptSquared};
-        for (int i = 0; i < 4; ++i) {
-            send(own + i, static_cast<uint64_t>(__double_as_longlong(parts[i])));
-        }
-    }
-}
-
-//! Brings the sums of all warps of the cluster to rank 0, in its rankSums; true there. `rank` and
-//! `cluster` are this CTA's; the mailbox is open where the cluster has several.
-template <typename Shape>
-__device__ __forceinline__ bool gatherSums(DecodeShared<Shape> const& shared, uint32_t rank,
-                                           int cluster) {
-    bool const isAlone = cluster == 1;
-    __syncthreads();
-    if (!isAlone) {
-        if (rank == 0 && threadIdx.x == 0) {
-            expectMail(shared.mailbox, mailBytes<Shape>(cluster));
-        }
-        __syncwarp();
-        waitForOpenMailbox();
-    }
-    sendSums<Shape>(shared, rank, isAlone);
-    if (rank != 0) {
-        return false;
-    }
-    if (isAlone) {
-        __syncthreads();
-    } else {
-        waitForMail(shared.mailbox);
-    }
-    return true;
-}
-
-//! One value of rankSums over the ranks, in order.
-template <typename Shape>
-__device__ __forceinline__ float sumOverRanks(DecodeShared<Shape> const& shared, int index,
-                                              int cluster) {
-    float sum = 0.0F;
-    for (int rank = 0; rank < cluster; ++rank) {
-        sum += shared.rankSums[rank * (Shape::TOKENS * Shape::COLUMNS) + index];
-    }
-    return sum;
-}
-
-//! y = sum + eta * shiftWeight + bias, rounded once. `eta` is 0 where nothing shifts.
-template <typename T>
-__device__ __forceinline__ void storeOutput(LinearArgs const& args, int64_t token, int32_t column,
-                                            float sum, float eta) {
-    if (args.selection.dynamicShift) {
-        sum = fmaf(eta, __ldg(args.shiftWeight + column), sum);
-    }
-    if (args.bias != nullptr) {
-        sum += toFloat<T>(static_cast<T const*>(args.bias)[column]);
-    }
-    static_cast<T*>(args.y)[token * args.outputs + column] = fromFloat<T>(sum);
-}
-
 //! Rank 0: adds the ranks in order, corrects, rounds once, stores.
 template <typename Shape>
 __device__ __forceinline__ void storeOutputs(LinearArgs const& args,
@@ -506,41 +382,6 @@ __global__ void __launch_bounds__(Shape::THREADS, MIN_CTAS)
     if (gatherSums<Shape>(shared, rank, cluster)) {
         storeOutputs<Shape>(args, shared, firstColumn, cluster);
     }
-}
-
-//! Enqueues a kernel of this shape in the chain of dependent launches, with as much of the plan's
-//! cluster as the code and the chip's shared memory allow. grid.y = `layers`.
-template <typename Shape, typename Args>
-cudaError_t launchTiles(void (*kernel)(Args, bool), Args const& args, int32_t outputs,
-                        int64_t layers, DecodePlan const& plan, DeviceTraits const& device,
-                        cudaStream_t stream) {
-    bool const hasClusters = device.computeCapability >= 90;  // and dependent launch
-    int const cluster = fittingCluster(Shape::FOOTPRINT, hasClusters ? plan.cluster : 1,
-                                       device.sharedBytesPerBlock);
-    if (cluster < 1) {
-        return cudaErrorInvalidConfiguration;
-    }
-    size_t const sharedBytes = decodeSharedBytes(Shape::FOOTPRINT, cluster);
-    cudaError_t const raised = allowSharedBytes(kernel, sharedBytes);
-    if (raised != cudaSuccess) {
-        return raised;
-    }
-    cudaLaunchAttribute attributes[2] = {};
-    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[0].val.programmaticStreamSerializationAllowed = 1;
-    attributes[1].id = cudaLaunchAttributeClusterDimension;
-    attributes[1].val.clusterDim.x = static_cast<unsigned>(cluster);
-    attributes[1].val.clusterDim.y = 1;
-    attributes[1].val.clusterDim.z = 1;
-    cudaLaunchConfig_t config = {};
-    int32_t const tiles = ceilDivide(outputs, Shape::COLUMNS);
-    config.gridDim = dim3(static_cast<unsigned>(tiles * cluster), static_cast<unsigned>(layers));
-    config.blockDim = dim3(Shape::THREADS);
-    config.dynamicSmemBytes = sharedBytes;
-    config.stream = stream;
-    config.attrs = attributes;
-    config.numAttrs = hasClusters ? (cluster > 1 ? 2U : 1U) : 0U;
-    return cudaLaunchKernelEx(&config, kernel, args, plan.allowsNextLate != 0);
 }
 
 template <typename Shape, int MIN_CTAS>

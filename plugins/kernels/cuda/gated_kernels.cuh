@@ -116,11 +116,10 @@ struct NextGroups {
 
 //! Many tokens, pruned, with no order: a lane makes and ranks its group of `rows` of them, number
 //! blockIdx.y. While it ranks one, the next is on its way.
-template <typename T, bool IS_HALF_BARE>
+template <typename T, typename PRUNER>
 __global__ void __launch_bounds__(kGROUP_THREADS, 4)
     gatedGroupKernel(GatedSiluArgs const args, int32_t rows) {
-    using Pruner = GroupPruner<T, IS_HALF_BARE>;
-    __shared__ NextGroups<Pruner::ROWS> next;
+    __shared__ NextGroups<PRUNER::ROWS> next;
     allowDependentLaunch();
     int32_t const groups = args.channels / kGROUP;
     int32_t const lane = static_cast<int32_t>(threadIdx.x) % kWARP;
@@ -128,24 +127,24 @@ __global__ void __launch_bounds__(kGROUP_THREADS, 4)
     if (first >= groups) {
         return;
     }
-    Pruner const pruner(args.selection, min(first + lane, groups - 1));
+    PRUNER const pruner(args.selection, min(first + lane, groups - 1));
     waitForPredecessors();
     int64_t const begin = static_cast<int64_t>(blockIdx.y) * rows;
     int64_t const last = min(begin + rows, args.tokens) - 1;
     next.template ask<T>(args, begin, last, first);
-    for (int64_t token = begin; token <= last; token += Pruner::ROWS) {
+    for (int64_t token = begin; token <= last; token += PRUNER::ROWS) {
         __pipeline_wait_prior(0);
-        Group some[Pruner::ROWS];
+        Group some[PRUNER::ROWS];
 #pragma unroll
-        for (int i = 0; i < Pruner::ROWS; ++i) {
+        for (int i = 0; i < PRUNER::ROWS; ++i) {
             some[i] = next.template gated<T>(i);
         }
-        if (token + Pruner::ROWS <= last) {
-            next.template ask<T>(args, token + Pruner::ROWS, last, first);
+        if (token + PRUNER::ROWS <= last) {
+            next.template ask<T>(args, token + PRUNER::ROWS, last, first);
         }
         pruner.prune(some);
 #pragma unroll
-        for (int i = 0; i < Pruner::ROWS; ++i) {
+        for (int i = 0; i < PRUNER::ROWS; ++i) {
             // The last row may be there twice: the same values go to the same place.
             int64_t const row = min(token + i, last) * args.channels;
             storeGroups(static_cast<T*>(args.y) + row, some[i], first, args.channels);
@@ -154,7 +153,7 @@ __global__ void __launch_bounds__(kGROUP_THREADS, 4)
 }
 
 //! Many tokens, pruned, in an order: a block makes `rows` of them, and ranks them together.
-template <typename T, bool IS_HALF_BARE>
+template <typename T, typename PRUNER>
 __global__ void __launch_bounds__(kMANY_THREADS, 2)
     gatedRowsKernel(GatedSiluArgs const args, int32_t rows) {
     extern __shared__ __align__(16) unsigned char rowBytes[];
@@ -175,8 +174,8 @@ __global__ void __launch_bounds__(kMANY_THREADS, 2)
         }
     }
     __syncthreads();
-    pruneStaged<T, IS_HALF_BARE>(staged, count, args.selection, args.channels,
-                                 static_cast<T*>(args.y) + begin * args.channels);
+    pruneStaged<T, PRUNER>(staged, count, args.selection, args.channels,
+                           static_cast<T*>(args.y) + begin * args.channels);
 }
 
 }  // namespace nmexport::cuda::between

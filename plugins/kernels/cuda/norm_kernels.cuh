@@ -122,7 +122,7 @@ struct NextRow {
 
 //! Many tokens, pruned: a block takes row after row. While it ranks one, the next is on its way,
 //! and what ranks a thread's group stays in registers. A group a thread, so K <= 16 * THREADS.
-template <typename T, int THREADS>
+template <typename T, int THREADS, typename PRUNER>
 __global__ void __launch_bounds__(THREADS, 2 * kMANY_THREADS / THREADS)
     normRowsKernel(NormArgs const args) {
     constexpr int kPARTS = kTHREADS / THREADS;
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(THREADS, 2 * kMANY_THREADS / THREADS)
     int32_t const firstGroup = static_cast<int32_t>(threadIdx.x) / kWARP * kWARP;
     int32_t const group = min(static_cast<int32_t>(threadIdx.x), groups - 1);
     GroupOrder const order(args.selection.channelOrder, group);
-    GroupPruner<T, false> const pruner(args.selection, group);
+    PRUNER const pruner(args.selection, group);
     next.keepWeight(args);
     waitForPredecessors();
     next.ask(args, blockIdx.x);

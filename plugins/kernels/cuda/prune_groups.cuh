@@ -55,17 +55,27 @@ __device__ __forceinline__ void storeGroups(T* row, Group const& group, int32_t 
     }
 }
 
-//! Ranks and drops in one group of one or two rows.
-template <typename T, bool IS_HALF_BARE>
-class GroupPruner;
+// What ranks and drops in one group of one or two rows: a lane makes one for its group, and prunes
+// row after row with it.
+
+//! Nothing is dropped.
+template <typename T>
+class WholeGroup {
+  public:
+    static constexpr int ROWS = 1;
+
+    __device__ WholeGroup(Selection const&, int32_t) {}
+
+    __device__ void prune(Group (&)[ROWS]) const {}
+};
 
 //! 8 of 16 by bare magnitude: two rows at once, in the halves of words.
 template <typename T>
-class GroupPruner<T, true> {
+class HalfBareGroup {
   public:
     static constexpr int ROWS = 2;
 
-    __device__ GroupPruner(Selection const&, int32_t) {}
+    __device__ HalfBareGroup(Selection const&, int32_t) {}
 
     __device__ void prune(Group (&rows)[ROWS]) const {
         uint32_t const mask = keepOfPair<T>(rows[0].half, rows[1].half);
@@ -83,11 +93,11 @@ class GroupPruner<T, true> {
 //! Every n and option. Scores are seldom equal: what is at the threshold or above it is what is
 //! kept, unless a warp has a group where that is more than n.
 template <typename T>
-class GroupPruner<T, false> {
+class RankedGroup {
   public:
     static constexpr int ROWS = 1;
 
-    __device__ GroupPruner(Selection const& selection, int32_t group)
+    __device__ RankedGroup(Selection const& selection, int32_t group)
         : mSelection{selection}, mFirst{group * kGROUP} {
         read(mShift, selection.shiftLength == 1 ? nullptr : selection.shift,
              selection.shiftLength == 1 ? __ldg(selection.shift) : 0.0F);
@@ -203,10 +213,9 @@ struct GroupOrder {
 
 //! Prunes some rows that lie in shared memory by channel, one behind the other: s [rows, K], by
 //! position.
-template <typename T, bool IS_HALF_BARE>
+template <typename T, typename PRUNER>
 __device__ void pruneStaged(uint4 const* staged, int rows, Selection const& selection,
                             int32_t channels, T* s) {
-    using Pruner = GroupPruner<T, IS_HALF_BARE>;
     int32_t const groups = channels / kGROUP;
     int32_t const lane = static_cast<int32_t>(threadIdx.x) % kWARP;
     auto const* const values = reinterpret_cast<uint16_t const*>(staged);
@@ -214,17 +223,17 @@ __device__ void pruneStaged(uint4 const* staged, int rows, Selection const& sele
          first += static_cast<int32_t>(blockDim.x)) {
         int32_t const group = min(first + lane, groups - 1);
         GroupOrder const order(selection.channelOrder, group);
-        Pruner const pruner(selection, group);
-        for (int row = 0; row < rows; row += Pruner::ROWS) {
-            Group some[Pruner::ROWS];
+        PRUNER const pruner(selection, group);
+        for (int row = 0; row < rows; row += PRUNER::ROWS) {
+            Group some[PRUNER::ROWS];
 #pragma unroll
-            for (int i = 0; i < Pruner::ROWS; ++i) {
+            for (int i = 0; i < PRUNER::ROWS; ++i) {
                 some[i] =
                     order.of(values + static_cast<int64_t>(min(row + i, rows - 1)) * channels);
             }
             pruner.prune(some);
 #pragma unroll
-            for (int i = 0; i < Pruner::ROWS; ++i) {
+            for (int i = 0; i < PRUNER::ROWS; ++i) {
                 // The last row may be there twice: the same values go to the same place.
                 storeGroups(s + static_cast<int64_t>(min(row + i, rows - 1)) * channels, some[i],
                             first, channels);

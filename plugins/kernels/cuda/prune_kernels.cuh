@@ -10,7 +10,7 @@
 namespace nmexport::cuda::between {
 
 //! Rows that some other kernel has made, many: a block takes row after row, as normRowsKernel does.
-template <typename T, int THREADS>
+template <typename T, int THREADS, typename PRUNER>
 __global__ void __launch_bounds__(THREADS, 2 * kMANY_THREADS / THREADS)
     pruneRowsKernel(MaskArgs const args) {
     __shared__ uint4 staged[2][THREADS * kOCTETS];
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(THREADS, 2 * kMANY_THREADS / THREADS)
     int32_t const firstGroup = static_cast<int32_t>(threadIdx.x) / kWARP * kWARP;
     int32_t const group = min(static_cast<int32_t>(threadIdx.x), groups - 1);
     GroupOrder const order(args.selection.channelOrder, group);
-    GroupPruner<T, false> const pruner(args.selection, group);
+    PRUNER const pruner(args.selection, group);
     auto const ask = [&](int64_t token, int buffer) {
         for (int32_t octet = static_cast<int32_t>(threadIdx.x); octet < octets; octet += THREADS) {
             __pipeline_memcpy_async(&staged[buffer][octet],

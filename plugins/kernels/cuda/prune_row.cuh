@@ -14,7 +14,8 @@ namespace nmexport::cuda {
 
 //! How a block prunes its rows.
 enum class Pruner {
-    kNONE,    //!< nothing is dropped
+    kNONE,    //!< rows are left as they are
+    kGATHER,  //!< gathered by the order alone, nothing is dropped
     kPACKED,  //!< two positions a lane, by bare magnitude: the shortest way for one token
     kWIDE,    //!< two positions a lane, every option
 };
@@ -120,7 +121,9 @@ class StagedRow {
 #pragma unroll
             for (int step = 0; step < AT_ONCE; ++step) {
                 uint32_t const word =
-                    prunePair<T, kIS_BARE>(mSelection, mConstants[step], words[step]);
+                    PRUNER == Pruner::kGATHER
+                        ? words[step]
+                        : prunePair<T, kIS_BARE>(mSelection, mConstants[step], words[step]);
                 int32_t const position = positionOf(first, step);
                 if (position < mChannels) {
                     reinterpret_cast<uint32_t*>(s)[position / 2] = word;

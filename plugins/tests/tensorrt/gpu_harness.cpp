@@ -178,6 +178,10 @@ Problem problemOf(const Options& o, std::mt19937& random) {
     };
     if (o.order) addOrder();
     if (o.valueScale) addFloats("value_scale", normals(random, o.channels, 1.0F));
+    if (std::strcmp(o.phase, "all") != 0) {
+        if (o.valueScale) addFloats("dense_scale", normals(random, o.channels, 1.0F));
+        addT("dense_bias", {o.outputs}, 0.5F);
+    }
     return problem;
 }
 
@@ -215,23 +219,29 @@ std::vector<std::uint8_t> onCpu(const Options& o, const Problem& problem) {
     args.type = o.type;
     args.x = problem.find("X");
     args.w = problem.find("W");
-    args.bias = problem.find("bias");
-    args.shiftWeight = floats("shift_weight");
     args.y = y.data();
     args.tokens = static_cast<std::size_t>(o.tokens);
     args.channels = static_cast<std::size_t>(o.channels);
     args.outputs = static_cast<std::size_t>(o.outputs);
     args.pattern = o.pattern;
+    args.constants.channelOrder = order;
+    if (!sparsifies(o)) {
+        args.keepAll = true;
+        args.bias = problem.find("dense_bias");
+        args.valueScale = floats("dense_scale");
+        nmLinear(args, pool);
+        return y;
+    }
+    args.bias = problem.find("bias");
+    args.shiftWeight = floats("shift_weight");
     args.constants.dynamicShift = o.dynamicShift;
     args.constants.shift = floats("shift");
     args.constants.shiftCount =
         o.shift ? static_cast<std::size_t>(o.perChannelShift ? o.channels : 1) : 0;
     args.constants.scoreScale = floats("score_scale");
-    args.constants.channelOrder = order;
     args.valueScale = floats("value_scale");
     args.varianceCorrection = o.variance;
     args.varianceFloor = 1e-12;
-    args.keepAll = !sparsifies(o);
     nmLinear(args, pool);
     return y;
 }
@@ -407,7 +417,7 @@ int runAll() {
                     o.shift = options == 3 || options == 8;
                     o.perChannelShift = options == 8;
                     o.dynamicShift = options == 5 || options == 10;
-                    if (options == 9) o.phase = "decode";
+                    if (options == 7 || options == 9) o.phase = "decode";
                     if (options == 11) o.phase = "prefill";
                     check(o, 1, random);
                     if (tokens <= 4) check(o, 2, random);

@@ -214,6 +214,13 @@ void wrongTensorsAreRefused() {
         {pattern(8, 16).text("present_inputs", "X,W"), {x, w, w}, "the node has 3 inputs"});
     cases.push_back(
         {pattern(8, 16).integer("dynamic_shift", 1), {x, w}, "shift_weight is missing"});
+    cases.push_back({pattern(8, 16).text("present_inputs", "X,W,dense_bias"),
+                     {x, w, {{48}, kHALF}},
+                     "input dense_bias is given and field phase is \"all\""});
+    cases.push_back(
+        {pattern(8, 16).text("phase", "decode").text("present_inputs", "X,W,dense_bias"),
+         {x, w, {{32}, kHALF}},
+         "input dense_bias has shape [32]; allowed: [48]"});
     cases.push_back({pattern(8, 16)
                          .integer("dynamic_shift", 1)
                          .text("present_inputs", "X,W,shift,shift_weight"),
@@ -346,11 +353,11 @@ void plansCarryEverything() {
     Plugin third(creator.createPlugin("layer.0", again.collection(), TensorRTPhase::kRUNTIME));
     EXPECT(third != nullptr && id == build(*third).getTimingCacheID());
 
-    plan.setInteger("plan_schema", 2);
+    plan.setInteger("plan_schema", 1);
     Plugin refused(creator.createPlugin("layer.0", plan.collection(), TensorRTPhase::kRUNTIME));
     EXPECT(refused == nullptr);
     EXPECT(session.logger.has("written by plugin library 9.8.7"));
-    EXPECT(session.logger.has("field plan_schema is 2; allowed: 1"));
+    EXPECT(session.logger.has("field plan_schema is 1; allowed: 2"));
     Fields foreign = pattern(4, 8);
     EXPECT(creator.createPlugin("x", foreign.collection(), TensorRTPhase::kRUNTIME) == nullptr);
     EXPECT(session.logger.has("of unknown version"));
@@ -479,6 +486,46 @@ void phasesKeepOtherTokensDense() {
         if (!isDense) EXPECT(launches().masks.at(0).selection.n == 8);
         EXPECT(launches().products.size() == 1);
     }
+}
+
+// What selection takes is for the tokens that the phase includes; the others have their own two.
+void tokensOutsideThePhaseTakeTheirOwnConstants() {
+    const std::vector<Tensor> tensors{
+        {{1, 7, 32}, kHALF},      {{32, 48}, kHALF}, {{48}, kHALF},  {{32}, kFLOAT}, {{32}, kFLOAT},
+        {{32}, DataType::kINT32}, {{32}, kFLOAT},    {{32}, kFLOAT}, {{48}, kHALF}};
+    for (const char* phase : {"prefill", "decode"}) {
+        Session session;
+        Fields fields = pattern(8, 16)
+                            .integer("variance_correction", 1)
+                            .text("phase", phase)
+                            .text("present_inputs",
+                                  "X,W,bias,shift,score_scale,channel_order,value_scale,"
+                                  "dense_scale,dense_bias");
+        Plugin plugin = make("NMLinear", fields);
+        EXPECT(run(*plugin, tensors, {{1, 7, 48}, kHALF}).status == 0);
+        const bool isDense = std::string(phase) == "decode";
+        const cuda::Selection& selection = launches().masks.at(0).selection;
+        EXPECT(selection.n == (isDense ? 16 : 8) && selection.channelOrder != nullptr);
+        EXPECT(selection.valueScale != nullptr);
+        EXPECT((selection.shift == nullptr) == isDense);
+        EXPECT((selection.scoreScale == nullptr) == isDense);
+        EXPECT(launches().epilogues.size() == (isDense ? 0 : 1));
+    }
+}
+
+void aDenseTokenWithoutConstantsOfItsOwnIsABareProduct() {
+    Session session;
+    Fields fields = pattern(8, 16)
+                        .integer("dynamic_shift", 1)
+                        .integer("variance_correction", 1)
+                        .text("phase", "decode")
+                        .text("present_inputs", "X,W,bias,shift_weight,value_scale");
+    Plugin plugin = make("NMLinear", fields);
+    const std::vector<Tensor> tensors{
+        {{1, 7, 32}, kHALF}, {{32, 48}, kHALF}, {{48}, kHALF}, {{48}, kFLOAT}, {{32}, kFLOAT}};
+    EXPECT(run(*plugin, tensors, {{1, 7, 48}, kHALF}).status == 0);
+    EXPECT((launches().order == std::vector<std::string>{"prepare", "product"}));
+    EXPECT(!launches().products.at(0).hasBias);
 }
 
 void pruneTakesTheMaskKernelInPlace() {
@@ -620,6 +667,8 @@ int main() {
     aBareProductIsRoundedOnce();
     theProductTacticTakesOneTokenToo();
     phasesKeepOtherTokensDense();
+    tokensOutsideThePhaseTakeTheirOwnConstants();
+    aDenseTokenWithoutConstantsOfItsOwnIsABareProduct();
     pruneTakesTheMaskKernelInPlace();
     failuresAreToldAndSurvived();
     runningOutOfMemoryIsToldAndSurvived();

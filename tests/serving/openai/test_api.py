@@ -14,6 +14,7 @@ import openai
 import pytest
 from nmexport.errors import EnvironmentFault
 from nmexport.generation.loop import generate
+from nmexport.generation.options import GenerationOptions
 from nmexport.generation.tokenizer import Tokenizer
 from nmexport.runtimes.opening import open_on_onnxruntime
 from nmexport.serving import metrics as names
@@ -61,7 +62,7 @@ def client(front: Front) -> Iterator[openai.OpenAI]:
 
 
 def test_text_is_that_of_generate_streamed_or_not(client: openai.OpenAI, work: Path) -> None:
-    expected = "".join(generate(work, PROMPT, max_tokens=24))
+    expected = "".join(generate(work, PROMPT, GenerationOptions(max_tokens=24)))
     whole = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=24)
     assert whole.object == "text_completion"
     assert whole.choices[0].text == expected
@@ -79,7 +80,7 @@ def test_text_is_that_of_generate_streamed_or_not(client: openai.OpenAI, work: P
 
 
 def test_a_chat_is_the_template_s_text(client: openai.OpenAI, work: Path) -> None:
-    expected = "".join(generate(work, "fox", max_tokens=4, chat=True))
+    expected = "".join(generate(work, "fox", GenerationOptions(max_tokens=4), chat=True))
     whole = client.chat.completions.create(model=NAME, messages=MESSAGES, max_completion_tokens=4)
     assert whole.choices[0].message.content == expected
     assert whole.choices[0].message.role == "assistant"
@@ -209,7 +210,7 @@ def test_the_asynchronous_client_streams_too(front: Front, work: Path) -> None:
             )
             return "".join([chunk.choices[0].text async for chunk in stream])
 
-    assert asyncio.run(run()) == "".join(generate(work, PROMPT, max_tokens=9))
+    assert asyncio.run(run()) == "".join(generate(work, PROMPT, GenerationOptions(max_tokens=9)))
 
 
 # -- errors ---------------------------------------------------------------------------------------
