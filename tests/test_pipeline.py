@@ -30,9 +30,9 @@ from nmexport.errors import (
     UserError,
     WorkDirectoryError,
 )
-from nmexport.pipeline import STAGES, Selection, StageRefused
 from nmexport.progress import Lines
 from nmexport.recipe import load
+from nmexport.selection import STAGES, Selection, StageRefused
 from nmexport.store.artifact import MANIFEST, read_manifest
 from nmexport.store.work_directory import WorkDirectory
 
@@ -503,7 +503,7 @@ def test_stage_order_is_pinned() -> None:
 _BUILD = """
 import sys
 from pathlib import Path
-from nmexport.pipeline import Selection
+from nmexport.selection import Selection
 from tests.support.fake_stages import fake_pipeline, fake_stages
 stages = fake_stages()
 stages[sys.argv[2]].pause = 60

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nmexport.calibration.block_loss import divergences_of, loss_of, relative_errors
 from nmexport.calibration.block_metric import gather_metrics
 from nmexport.calibration.learning import Learned, LossCurve
 from nmexport.calibration.learning_chunks import SEED_STRIDE, batch_of, split_chunks
+from nmexport.calibration.learning_loss import block_loss_of, divergences_of, relative_errors
 from nmexport.calibration.products import fast_dtype
 from nmexport.calibration.students import Optimiser, Students, spreads_of
 from nmexport.errors import ModelError
@@ -248,7 +248,7 @@ class _Run:
         inputs = self._streams.sparse.batch(rows).to(device)
         target = self._streams.dense.batch(rows).to(device)
         with torch.enable_grad(), students.disturbed(block.index * self._steps + step):
-            loss = loss_of(divergences_of(relative_errors(block(inputs), target), metric))
+            loss = block_loss_of(divergences_of(relative_errors(block(inputs), target), metric))
         optimiser.step(step, float(loss.detach()), loss.backward)
 
     def _rows_of(self, index: int, step: int) -> torch.Tensor:

@@ -1,4 +1,10 @@
-"""The loss of learning: how far next-token distributions are from the dense model's."""
+"""The losses of learning: of the whole model, and of one block.
+
+The whole model's is how far its next-token distributions are from the dense model's. A block's is
+what its error makes of the predictions, to first order: what follows looks at hidden states through
+a norm, so that an error counts by its share of the state, and in some directions far more than in
+others.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +17,13 @@ if TYPE_CHECKING:
     from nmexport.calibration.output_head import OutputHead
 
 _LEAST_DIVERGENCE = 1e-6  # nats a token
+_LEAST_ERROR = 1e-6  # of a block; below is rounding
+_FLOOR = 1e-12
 _LOSS_ROWS = 256  # positions whose logits the loss looks at together
 
 
 def divergences(student: torch.Tensor, teacher: torch.Tensor, head: OutputHead) -> torch.Tensor:
-    """KL(teacher || student) of each position `[T]`, over the head's tokens.
+    """Compute KL(teacher || student) of each position `[T]`, over the head's tokens.
 
     Args:
         student: `[T, H]` hidden states.
@@ -37,7 +45,7 @@ def loss_of(found: torch.Tensor) -> torch.Tensor:
 def divergence_with_gradient(
     student: torch.Tensor, teacher: torch.Tensor, head: OutputHead
 ) -> tuple[float, torch.Tensor]:
-    """Mean divergence, and the loss's gradient a position `[T, H]`, a few positions at a time.
+    """Return the mean divergence and the loss's gradient `[T, H]`, a few positions at a time.
 
     Logits of all positions together are the largest tensors of a step, and memory that goes back
     to the system in every step has to be got from it again, page by page.
@@ -50,3 +58,25 @@ def divergence_with_gradient(
         gradients += torch.autograd.grad(loss_of(found) / len(student), leaf)
         total += float(found.detach().sum())
     return total / len(student), torch.cat(gradients)
+
+
+def relative_errors(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Measure the error of each position in units of its state's size: `[..., H]` float32.
+
+    Args:
+        student: `[..., H]` outputs of the sparse block.
+        teacher: `[..., H]` outputs of the dense block, without gradient.
+    """
+    size = teacher.square().mean(dim=-1, keepdim=True).clamp_min(_FLOOR).sqrt()
+    return (student.float() - teacher) / size
+
+
+def divergences_of(errors: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
+    """Square errors `[..., H]` under a metric `[H, H']`: `[...]`."""
+    return (errors @ metric).square().sum(dim=-1)
+
+
+def block_loss_of(found: torch.Tensor) -> torch.Tensor:
+    """Return the objective of one block for divergences `[...]`: the mean of their roots."""
+    # As with divergences, a few positions that no constant repairs must not rule.
+    return found.clamp_min(_LEAST_ERROR).sqrt().mean()

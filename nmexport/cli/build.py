@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 from nmexport.choices import Stage
-from nmexport.cli.options import BUILD, takes
+from nmexport.cli.options import takes
+from nmexport.cli.recipe_options import BUILD
 from nmexport.cli.verb import OneOf, Verb
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def build_command(
     What is up to date is not run again; a killed build goes on where it stopped.
     """
     from nmexport.cli import running
-    from nmexport.pipeline import STAGES, Selection
+    from nmexport.selection import STAGES, Selection
 
     order = list(STAGES)
     selection = Selection(

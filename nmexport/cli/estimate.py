@@ -32,7 +32,7 @@ def estimate_command(ctx: click.Context, *, asked: Request, config: Path | None)
     """
     from nmexport.inspect.estimate import shape_of
     from nmexport.inspect.machines import LAYER_BY_LAYER, MACHINES, expect
-    from nmexport.models.shapes import tensors_of_config
+    from nmexport.models.skeleton import tensors_of_config
 
     recipe = _recipe(asked, config)
     where = config if config is not None else Path(recipe.model.id).expanduser()

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nmexport.cli.options import EVALUATION_TEXT, takes
+from nmexport.cli.options import takes
 from nmexport.cli.output import console, emit_json, figure, progress, table, wants_json
+from nmexport.cli.recipe_options import EVALUATION_TEXT
 from nmexport.cli.verb import Verb
 
 if TYPE_CHECKING:

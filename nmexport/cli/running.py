@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from nmexport.inspect.estimate import Estimate
-    from nmexport.pipeline import Pipeline, Selection, StageRefused, Step
+    from nmexport.pipeline import Pipeline
     from nmexport.report.model import Report
+    from nmexport.selection import Selection, StageRefused, Step
 
 _NOT_RUN = {"cached": "up to date", "refused": "refused"}
 
@@ -30,7 +31,7 @@ def run(ctx: click.Context, pipeline: Pipeline, selection: Selection) -> None:
     Raises:
         GateFailed: if the verification's verdict is `fail`; after everything was shown.
     """
-    from nmexport.pipeline import StageRefused
+    from nmexport.selection import StageRefused
 
     refusal: StageRefused | None = None
     _check_room(pipeline, selection)

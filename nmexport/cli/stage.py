@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nmexport.cli.options import OF_STAGE, takes
+from nmexport.cli.options import takes
+from nmexport.cli.recipe_options import OF_STAGE
 from nmexport.cli.verb import Verb
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def _command_of(stage: Stage) -> click.Command:
     @click.pass_context
     def command(ctx: click.Context, *, asked: Request, force: bool, dry_run: bool) -> None:
         from nmexport.cli import running
-        from nmexport.pipeline import Selection
+        from nmexport.selection import Selection
 
         forced = frozenset({stage} if force else ())
         selection = Selection(first=stage, last=stage, force=forced)

@@ -9,8 +9,8 @@ from collections import Counter
 from typing import TYPE_CHECKING, TypedDict
 
 from nmexport.errors import ArtifactError, UserError
-from nmexport.pipeline import STAGES
 from nmexport.report.model import read_document
+from nmexport.selection import STAGES
 from nmexport.store.artifact import KEY_CHARS, MANIFEST, Manifest, read_manifest
 from nmexport.store.layers import FILENAME, read_layers
 from nmexport.store.work_directory import RESOLVED, WorkDirectory

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from nmexport.models.offload import Placement
     from nmexport.models.source import ModelSource
-    from nmexport.pipeline import Step
     from nmexport.recipe import Recipe
+    from nmexport.selection import Step
 
 _ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _SESSIONS = 2

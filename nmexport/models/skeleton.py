@@ -9,15 +9,20 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
+from nmexport.errors import ModelError
 from nmexport.models.families import text_config
 from nmexport.models.gguf_files import read_once
 from nmexport.models.gguf_metadata import check_metadata
 from nmexport.models.guard import quiet, reading
+from nmexport.models.source import ModelSource
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from nmexport.models.source import ModelSource
+
+_CONFIG = "config.json"
 
 
 class ModelSize(NamedTuple):
@@ -107,3 +112,27 @@ def give_generation_config(model: PreTrainedModel, source: ModelSource) -> None:
         model.generation_config = GenerationConfig.from_pretrained(
             source.weights_folder, local_files_only=True
         )
+
+
+def tensors_of_config(path: Path) -> list[tuple[str, tuple[int, ...]]]:
+    """List names and shapes of a model's parameters by its configuration; tied ones count once.
+
+    Args:
+        path: Its `config.json`, or the folder that holds it.
+
+    Raises:
+        ModelError: if there is none, or it is of no causal language model.
+    """
+    folder = path if path.is_dir() else path.parent
+    if path.name != _CONFIG and not (path / _CONFIG).is_file():
+        raise ModelError(
+            f"There is no {_CONFIG} at {path}.",
+            allowed=f"a model's {_CONFIG}, or a folder with it",
+            fix="download that one file from the model's page; its weights are not needed",
+        )
+    source = ModelSource(
+        id=str(folder), revision=None, folder=folder.absolute(), gguf_file=None, digest=""
+    )
+    model = skeleton(source)
+    model.tie_weights()  # the empty weights were made one by one
+    return [(name, tuple(value.shape)) for name, value in model.named_parameters()]

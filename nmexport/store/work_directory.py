@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import re
@@ -32,6 +31,7 @@ from nmexport.store.artifact import (
     flush_to_disk,
     read_manifest,
 )
+from nmexport.store.disk_faults import disk_fault
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -46,9 +46,6 @@ _HOLDER = ".holder.json"
 _UNFINISHED_BUILD = ".unfinished.json"
 """In a directory where no run has succeeded yet: the command line of the last one."""
 _UNFINISHED = re.compile(r"\.(partial|old|link|new)-\d+$")
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-_UNWRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
-_FULL_IN_WORDS = ("no space left on device", "os error 28", "disk quota exceeded")
 
 
 @dataclass(frozen=True)
@@ -313,50 +310,12 @@ class WorkDirectory:
         except UserError:
             raise
         except Exception as error:
-            fault = self._disk_fault(error)
+            fault = disk_fault(self.root, error)
             if fault is None:
                 raise
             raise fault from error
 
     # -- inside ----------------------------------------------------------------------------------
-
-    def _disk_fault(self, error: BaseException) -> WorkDirectoryError | None:
-        """Libraries wrap what the system said in errors of their own: look at the text, too."""
-        code = error.errno if isinstance(error, OSError) else None
-        if code in _FULL or any(words in str(error).lower() for words in _FULL_IN_WORDS):
-            free = shutil.disk_usage(_existing(self.root)).free
-            return WorkDirectoryError(
-                f"The disk of {self.root} is full ({free / 1e9:.1f} GB free): {error}",
-                fix="free space, or name a folder on another disk with --work DIR; "
-                "what was finished is kept, and the same command goes on from there",
-            )
-        if code in _UNWRITABLE and self._is_ours(error):
-            return WorkDirectoryError(
-                f"The work directory {self.root} cannot be written: {error}",
-                allowed="a folder on a writable disk that belongs to you",
-                fix="name another folder with --work DIR",
-            )
-        if code == errno.EEXIST and self.root.is_symlink() and not self.root.exists():
-            return WorkDirectoryError(
-                f"The work directory {self.root} cannot be made: it is a link to "
-                f"{self.root.readlink()}, which is not there.",
-                fix="make that folder (or mount its disk), or name another with --work DIR",
-            )
-        if code in {errno.ENOTDIR, errno.EEXIST} and not _existing(self.root).is_dir():
-            return WorkDirectoryError(
-                f"The work directory {self.root} cannot be made: {_existing(self.root)} is a file.",
-                fix="name another folder with --work DIR",
-            )
-        cause = error.__cause__
-        return self._disk_fault(cause) if cause is not None else None
-
-    def _is_ours(self, error: BaseException) -> bool:
-        """Tell whether a refused path is in the work directory, not, say, a model file."""
-        name = getattr(error, "filename", None)
-        if name is None:
-            return True
-        path, root = Path(os.fsdecode(name)).absolute(), self.root.absolute()
-        return path.is_relative_to(root) or root.is_relative_to(path)
 
     def _refuse_foreign(self) -> None:
         """A folder with other things in it is probably a mistyped --work."""
@@ -411,14 +370,6 @@ def _identity(model_id: str) -> str:
     """A model's name; for a local one its absolute path."""
     path = Path(model_id).expanduser()
     return str(path.resolve()) if path.exists() else model_id
-
-
-def _existing(path: Path) -> Path:
-    """The path, or its nearest parent that exists."""
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 @contextlib.contextmanager

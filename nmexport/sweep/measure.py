@@ -28,8 +28,9 @@ from nmexport.models import source as models
 from nmexport.models.loader import load_model
 from nmexport.models.swap import replace_linears
 from nmexport.models.unpacked import unpack
-from nmexport.pipeline import Pipeline, Selection
+from nmexport.pipeline import Pipeline
 from nmexport.report.model import read_report
+from nmexport.selection import Selection
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.sparsity.targets import linears_of, select_targets
 from nmexport.stages import fold

@@ -30,7 +30,7 @@ from nmexport.runtimes.onnxruntime_opening import (
     choose_provider,
 )
 from nmexport.runtimes.onnxruntime_session import OrtSession
-from nmexport.verification.audit import add_layer_outputs, read_graph, sparse_linears
+from nmexport.verification.instrument import add_layer_outputs, read_graph, sparse_linears
 from nmexport.verification.placing import open_where_it_runs
 
 if TYPE_CHECKING:

@@ -15,11 +15,10 @@ from nmexport.runtimes.onnxruntime_session import OrtSession
 from nmexport.runtimes.opening import open_session, why_not_here
 from nmexport.verification import cache_parity, op_parity, parity
 from nmexport.verification.audit import open_instrumented
-from nmexport.verification.device_products import DeviceProducts
 from nmexport.verification.extent import extent_of
 from nmexport.verification.memory import artifact_bytes
 from nmexport.verification.placing import checked, parity_device
-from nmexport.verification.reference import array_from, open_folded
+from nmexport.verification.reference import DeviceProducts, array_from, open_folded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

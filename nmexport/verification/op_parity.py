@@ -16,12 +16,8 @@ import numpy as np
 
 from nmexport.oracle import Reference, reference
 from nmexport.report.model import LinearParity
-from nmexport.verification.audit import (
-    add_layer_outputs,
-    chunks_by_bytes,
-    read_graph,
-    sparse_linears,
-)
+from nmexport.verification.audit import chunks_by_bytes
+from nmexport.verification.instrument import add_layer_outputs, read_graph, sparse_linears
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -140,7 +140,9 @@ class CudaLinearKernel : public Kernel {
         args.x = inputs.data(NMLinearInput::X);
         args.w = inputs.data(NMLinearInput::W);
         args.stored = storedWeights(kNMLinear.name, mType, mStored, w, storedConstants(inputs));
-        args.bias = inputs.vector(NMLinearInput::bias, w[1]);
+        const void* const bias = inputs.vector(NMLinearInput::bias, w[1]);
+        const void* const denseBias = inputs.vector(NMLinearInput::dense_bias, w[1]);
+        args.bias = mNode.phase.excludes(x) ? denseBias : bias;
         args.shiftWeight =
             static_cast<const float*>(inputs.vector(NMLinearInput::shift_weight, w[1]));
         Shape y = x;
@@ -170,8 +172,10 @@ class CudaLinearKernel : public Kernel {
     }
 
     cuda::Selection selectionOf(const Inputs& inputs, const Shape& x) const {
+        const float* const denseScale =
+            constantVector<float>(inputs, mShapes, kNMLinear, NMLinearInput::dense_scale, x.back());
         cuda::Selection selection;
-        selection.n = mNode.phase.excludes(x) ? mNode.pattern.m : mNode.pattern.n;
+        selection.n = mNode.pattern.n;
         selection.m = mNode.pattern.m;
         selection.scoreScale =
             constantVector<float>(inputs, mShapes, kNMLinear, NMLinearInput::score_scale, x.back());
@@ -186,7 +190,12 @@ class CudaLinearKernel : public Kernel {
         }
         selection.dynamicShift = mNode.dynamicShift;
         selection.varianceCorrection = mNode.varianceCorrection;
-        return selection;
+        if (!mNode.phase.excludes(x)) return selection;
+        cuda::Selection dense;  // with none of the corrections
+        dense.n = dense.m = selection.m;
+        dense.channelOrder = selection.channelOrder;
+        dense.valueScale = denseScale;
+        return dense;
     }
 
     const OrtApi& mApi;

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from nmexport.calibration.block_learning import METRIC_CHUNKS, block_rows, learn_blocks
-from nmexport.calibration.block_loss import divergences_of, loss_of, relative_errors
 from nmexport.calibration.block_metric import gather_metrics
 from nmexport.calibration.checkpoint import Checkpoint
 from nmexport.calibration.effort import LearningSettings
 from nmexport.calibration.learning_chunks import batch_of, split_chunks
+from nmexport.calibration.learning_loss import block_loss_of, divergences_of, relative_errors
 from nmexport.calibration.students import Targets
 from nmexport.errors import CorpusError, ModelError
 from nmexport.models.blocks import Block, DecoderBlocks
@@ -275,7 +275,7 @@ def test_the_error_is_relative_and_weighed_by_direction() -> None:
     assert errors[:, 1].tolist() == pytest.approx([0.02**0.5] * 2)
     assert divergences_of(errors, torch.eye(2)).tolist() == pytest.approx([0.02] * 2)
     assert divergences_of(errors, torch.tensor([[1.0], [0.0]])).tolist() == [0.0, 0.0]
-    assert float(loss_of(torch.tensor([0.04, 0.16]))) == pytest.approx(0.3)
+    assert float(block_loss_of(torch.tensor([0.04, 0.16]))) == pytest.approx(0.3)
 
 
 def test_a_metric_foresees_what_an_error_does_to_the_predictions(source: ModelSource) -> None:

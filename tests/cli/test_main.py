@@ -749,8 +749,8 @@ def test_generate_streams_and_answers_in_json(
 ) -> None:
     asked: dict[str, Any] = {}
 
-    def generate(work: Path, prompt: str, **options: Any) -> Any:
-        asked.update(work=work, prompt=prompt, **options)
+    def generate(work: Path, prompt: str, options: Any, **others: Any) -> Any:
+        asked.update(work=work, prompt=prompt, **vars(options), **others)
         return iter(["Par", "is."])
 
     monkeypatch.setattr("nmexport.generation.loop.generate", generate)
@@ -823,14 +823,14 @@ def test_bench_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
             runs=9,
             sides=dict.fromkeys(("matmul", "dense_int8", "sparse_int8"), time),
             read_gb_per_s=40.0,
-            figures=dict.fromkeys(options["dtypes"], own),
+            figures=dict.fromkeys(settings.dtypes, own),
         )
         return KernelTimes(
             runtime="x",
             variant="x",
             device="x",
-            pattern=options["pattern"],
-            dtypes=options["dtypes"],
+            pattern=settings.pattern,
+            dtypes=settings.dtypes,
             grouped=False,
             rotated_bytes=1,
             results=(row,),

@@ -123,7 +123,7 @@ def test_a_replayed_step_gives_the_same_bits(built: Path) -> None:
 def test_a_build_leaves_timings_for_the_next(built: Path) -> None:
     if target() != "tensorrt":
         pytest.skip("TensorRT-RTX times nothing while it builds")
-    from nmexport.runtimes.tensorrt.timing_cache import timing_cache_path
+    from nmexport.runtimes.tensorrt.kernel_cache import timing_cache_path
 
     version = tensorrt_library.load("tensorrt").__version__
     device = probe().gpus[0].name

@@ -15,12 +15,13 @@ from nmexport.errors import ArtifactError, EnvironmentFault
 from nmexport.graph import cpu
 from nmexport.graph.cpu import is_bfloat16, widened
 from nmexport.models.source import ModelSource
-from nmexport.pipeline import Pipeline, Selection
+from nmexport.pipeline import Pipeline
 from nmexport.progress import Silent
 from nmexport.recipe import GatesSection, ModelSection
 from nmexport.runtimes import native
 from nmexport.runtimes.engine import Side
 from nmexport.runtimes.onnxruntime_session import OrtSession
+from nmexport.selection import Selection
 from nmexport.sparsity.linear import Behaviour
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.stages import package, verify

@@ -12,8 +12,8 @@ from nmexport.inspect.estimate import estimate, parameter_count
 from nmexport.models.gguf_files import UNPACKED_COMPLETE, unpacked_folder
 from nmexport.models.offload import Memory
 from nmexport.models.source import ModelSource
-from nmexport.pipeline import Step
 from nmexport.recipe import resolve
+from nmexport.selection import Step
 from safetensors.numpy import save_file
 
 if TYPE_CHECKING:

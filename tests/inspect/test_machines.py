@@ -15,8 +15,7 @@ from nmexport.cli.main import cli
 from nmexport.inspect.estimate import Shape, shape_of
 from nmexport.inspect.machines import LAYER_BY_LAYER, MACHINES, Expected, expect
 from nmexport.models.families import refuse_kind
-from nmexport.models.shapes import tensors_of_config
-from nmexport.models.skeleton import skeleton
+from nmexport.models.skeleton import skeleton, tensors_of_config
 from nmexport.models.source import ModelSource
 from nmexport.recipe import resolve
 from nmexport.sparsity.targets import select_targets

@@ -27,10 +27,11 @@ from nmexport.models.offload import (
 from nmexport.models.skeleton import skeleton
 from nmexport.models.source import ModelSource, resolve
 from nmexport.models.swap import replace_linears
-from nmexport.pipeline import Pipeline, Selection
+from nmexport.pipeline import Pipeline
 from nmexport.progress import Silent
 from nmexport.recipe import ModelSection
 from nmexport.recipe import resolve as resolve_recipe
+from nmexport.selection import Selection
 from nmexport.sparsity.linear import Behaviour, Constants
 from nmexport.sparsity.targets import linears_of
 from nmexport.stages import calibrate

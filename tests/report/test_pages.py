@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from nmexport.recipe import GatesSection, ModelSection, Recipe
-from nmexport.report import figures, learning, pages
+from nmexport.report import figures, learning, pages, rows
 from nmexport.report.document import weights_note
 from nmexport.report.model import (
     Scores,
@@ -233,9 +233,9 @@ def test_sizes_and_counts_for_people() -> None:
 
 def test_method_in_words(tmp_path: Path) -> None:
     report = sample_report(tmp_path, layers=1)
-    assert pages.method(report) == "8:16, ACT, balanced groups, no mitigation"
+    assert rows.method(report) == "8:16, ACT, balanced groups, no mitigation"
     decode = replace(report, mitigations=("d-pts", "var"), phases="decode")
-    assert pages.method(decode).endswith("d-pts + var, decode only")
+    assert rows.method(decode).endswith("d-pts + var, decode only")
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 import pytest
 from nmexport.environment import probe
 from nmexport.models.source import ModelSource
-from nmexport.pipeline import Pipeline, Selection
+from nmexport.pipeline import Pipeline
 from nmexport.progress import Silent
 from nmexport.recipe import ModelSection
 from nmexport.runtimes import native
 from nmexport.runtimes.engine import read_engine
 from nmexport.runtimes.opening import open_session
+from nmexport.selection import Selection
 from nmexport.stages import verify
 from nmexport.store.work_directory import WorkDirectory
 

@@ -15,7 +15,7 @@ from nmexport.environment import probe
 from nmexport.errors import ArtifactError, EnvironmentFault, GateFailed
 from nmexport.models import loader
 from nmexport.models.source import ModelSource
-from nmexport.pipeline import Pipeline, Selection
+from nmexport.pipeline import Pipeline
 from nmexport.progress import Silent
 from nmexport.recipe import (
     CorpusSection,
@@ -34,6 +34,7 @@ from nmexport.runtimes.onnxruntime_session import OrtSession
 from nmexport.runtimes.opening import open_session
 from nmexport.runtimes.tensorrt import library as tensorrt_library
 from nmexport.runtimes.tensorrt import requirements
+from nmexport.selection import Selection
 from nmexport.serving.triton_config import from_text
 from nmexport.stages import engine, package, verify
 from nmexport.stages.inputs import StageInputs

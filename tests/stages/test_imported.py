@@ -14,7 +14,7 @@ from nmexport.errors import RecipeError
 from nmexport.models.imported import imported_weights
 from nmexport.models.loader import load_model
 from nmexport.models.source import resolve
-from nmexport.pipeline import Pipeline, Selection
+from nmexport.pipeline import Pipeline
 from nmexport.progress import Silent
 from nmexport.recipe import (
     CorpusSection,
@@ -25,6 +25,7 @@ from nmexport.recipe import (
 )
 from nmexport.runtimes import native
 from nmexport.runtimes.onnxruntime_session import OrtSession
+from nmexport.selection import Selection
 from nmexport.stages import fold, storing
 from nmexport.store.work_directory import WorkDirectory
 from nmexport.verification.reference import open_folded

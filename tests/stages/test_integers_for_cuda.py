@@ -10,7 +10,7 @@ import pytest
 from nmexport.environment import probe
 from nmexport.errors import ArtifactError, RecipeError
 from nmexport.models.source import ModelSource
-from nmexport.pipeline import Pipeline, Selection
+from nmexport.pipeline import Pipeline
 from nmexport.progress import Silent
 from nmexport.recipe import ModelSection, SparsitySection
 from nmexport.runtimes import native, onnxruntime_opening
@@ -19,6 +19,7 @@ from nmexport.runtimes.cuda_session import CudaSession
 from nmexport.runtimes.engine import read_engine
 from nmexport.runtimes.onnxruntime_opening import EXTERNAL_DATA_FOLDER, session_options
 from nmexport.runtimes.onnxruntime_session import OrtSession
+from nmexport.selection import Selection
 from nmexport.stages import engine, rewriting, storing
 from nmexport.store.work_directory import WorkDirectory
 

@@ -9,11 +9,12 @@ import pytest
 from nmexport.environment import probe
 from nmexport.errors import ArtifactError
 from nmexport.models.source import ModelSource
-from nmexport.pipeline import Pipeline, Selection
+from nmexport.pipeline import Pipeline
 from nmexport.progress import Silent
 from nmexport.recipe import GatesSection, ModelSection
 from nmexport.report.model import json_of
 from nmexport.runtimes.opening import open_session
+from nmexport.selection import Selection
 from nmexport.stages import package, verify
 from nmexport.store.work_directory import WorkDirectory
 from nmexport.verification import alone

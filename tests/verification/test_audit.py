@@ -16,7 +16,7 @@ from nmexport.oracle import nm_prune
 from nmexport.progress import peak_rss_bytes
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.store.layers import LayerSpec
-from nmexport.verification import audit, memory
+from nmexport.verification import audit, instrument, memory
 from nmexport.verification.reference import TorchSession
 from onnx import TensorProto, helper, numpy_helper
 
@@ -117,8 +117,8 @@ def test_the_original_graph_still_computes_the_same(tmp_path: Path) -> None:
     from nmexport.runtimes.onnxruntime_session import OrtSession
 
     path = _sparse(tmp_path / "model.onnx", extras=True)
-    graph = audit.read_graph(path)
-    audit.add_counters(graph, [_layer()])
+    graph = instrument.read_graph(path)
+    instrument.add_counters(graph, [_layer()])
     with (
         OrtSession(path, threads=1) as plain,
         audit.open_instrumented(graph, tmp_path, library=None, threads=1) as counting,
@@ -159,17 +159,17 @@ def test_only_tokens_of_the_sparse_phase_count(tmp_path: Path, phase: str, token
 
 
 def test_layers_of_another_build_are_refused(tmp_path: Path) -> None:
-    graph = audit.read_graph(_sparse(tmp_path / "model.onnx"))
+    graph = instrument.read_graph(_sparse(tmp_path / "model.onnx"))
     with pytest.raises(ArtifactError, match=r"no NMLinear node for model\.other"):
-        audit.add_counters(graph, [_layer(name="model.other")])
+        instrument.add_counters(graph, [_layer(name="model.other")])
     with pytest.raises(ArtifactError, match="no value nowhere"):
-        audit.add_layer_outputs(graph, {"lm_head": "nowhere"})
+        instrument.add_layer_outputs(graph, {"lm_head": "nowhere"})
 
 
 def test_a_broken_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"\xff\xff nonsense")
     with pytest.raises(ArtifactError, match="cannot be read"):
-        audit.read_graph(tmp_path / "model.onnx")
+        instrument.read_graph(tmp_path / "model.onnx")
 
 
 def test_layer_outputs_are_taken_in_chunks_of_bounded_size() -> None:
@@ -251,7 +251,7 @@ def test_torch_session_decodes_on_its_cache(tiny_llama: Path) -> None:
 
 
 def test_value_info_of_counters_is_a_number(tmp_path: Path) -> None:
-    graph = audit.read_graph(_sparse(tmp_path / "model.onnx"))
-    counters = audit.add_counters(graph, [_layer()])
+    graph = instrument.read_graph(_sparse(tmp_path / "model.onnx"))
+    counters = instrument.add_counters(graph, [_layer()])
     output = {value.name: value for value in graph.graph.output}[counters[0].output]
     assert output.type.tensor_type.elem_type == TensorProto.INT64

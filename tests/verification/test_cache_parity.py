@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from nmexport.report import engine_words, pages
+from nmexport.report import engine_words, pages, rows
 from nmexport.verification import cache_parity, parity
 
 from tests.support.sample_report import sample_report
@@ -60,7 +60,7 @@ def test_the_first_layer_that_differs_is_named() -> None:
     assert (first.layer, first.tensor) == (1, "value")
     assert first.relative_error == pytest.approx(0.1, rel=1e-4)
     assert len(found.layers) == 8
-    assert pages.cache_line(found) == (
+    assert rows.cache_line(found) == (
         "the first to differ by more than 3 % is layer 1's value, by 10 %"
     )
 
@@ -69,7 +69,7 @@ def test_rounding_is_no_difference_and_depends_on_the_type() -> None:
     slightly = {"present_2_key": VALUES["present.2.key"] * 1.01}
     assert told(**slightly).first_diverging is None
     assert told("float32", **slightly).first_diverging.layer == 2
-    assert "largest difference is layer 2's key, by 1 %" in str(pages.cache_line(told(**slightly)))
+    assert "largest difference is layer 2's key, by 1 %" in str(rows.cache_line(told(**slightly)))
 
 
 def test_one_token_of_many_is_no_difference() -> None:
@@ -83,20 +83,20 @@ def test_what_is_not_a_number_differs() -> None:
     first = found.first_diverging
     assert first is not None
     assert (first.layer, first.tensor) == (3, "value")
-    assert "no numbers" in str(pages.cache_line(found))
+    assert "no numbers" in str(rows.cache_line(found))
 
 
 def test_what_cannot_be_compared_says_why() -> None:
     one: Any = {parity.ONNX: Held(), parity.ENGINE: Hidden()}
     pair = (parity.ONNX, parity.ENGINE)
     found = cache_parity.compare_where_possible(one, pair, {}, dtype="float32")
-    assert "does not expose its KV cache" in str(pages.cache_line(found))
+    assert "does not expose its KV cache" in str(rows.cache_line(found))
     why = {parity.ENGINE: "no GPU"}
     found = cache_parity.compare_where_possible(
         {}, (parity.ENGINE, parity.ENGINE), why, dtype="float32"
     )
-    assert pages.cache_line(found) == "not compared: no GPU"
-    assert pages.cache_line(None) is None
+    assert rows.cache_line(found) == "not compared: no GPU"
+    assert rows.cache_line(None) is None
 
 
 @pytest.mark.parametrize("page", [pages.markdown, pages.html])

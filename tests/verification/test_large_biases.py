@@ -14,9 +14,8 @@ from nmexport.sparsity.fold import fold
 from nmexport.sparsity.linear import Behaviour, Constants
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.verification.audit import open_instrumented
-from nmexport.verification.device_products import DeviceProducts
 from nmexport.verification.op_parity import check, instrument
-from nmexport.verification.reference import array_from
+from nmexport.verification.reference import DeviceProducts, array_from
 
 from tests.support.exported import Exported, export_folder, linears_of, specs_of
 from tests.support.tiny import VOCABULARY, save_tiny_model

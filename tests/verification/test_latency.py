@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from nmexport.progress import Silent
-from nmexport.report.pages import host_lines
+from nmexport.report.rows import host_lines
 from nmexport.verification import alone, latency
 
 from tests.support.sample_report import Paced, sample_report

@@ -9,9 +9,8 @@ import torch
 from nmexport.oracle import nm_linear, reference
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.store.layers import LayerSpec
-from nmexport.verification.device_products import DeviceProducts
 from nmexport.verification.op_parity import Worst, arguments, expected_of
-from nmexport.verification.reference import array_from, tensor_from
+from nmexport.verification.reference import DeviceProducts, array_from, tensor_from
 
 K, O = 32, 24  # noqa: E741 - the contract's names
 

@@ -22,13 +22,13 @@ _IDENTIFYING = 1 << 16  # bytes at either end of a plan
 
 
 def cache_folder() -> Path:
-    """The user's cache folder of this program."""
+    """Return the user's cache folder of this program."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "nmexport"
 
 
 def cache_file(*parts: str, suffix: str) -> Path:
-    """A file of that folder, named by what its contents are for."""
+    """Return a file of that folder, named by what its contents are for."""
     name = re.sub(r"[^a-z0-9.]+", "-", "-".join(parts).lower()).strip("-")
     return cache_folder() / f"{name}.{suffix}"
 
@@ -38,6 +38,21 @@ def kernel_cache_path(engine: TensorRTEngine, plan: bytes) -> Path:
     digest = hashlib.sha256(plan[:_IDENTIFYING] + plan[-_IDENTIFYING:])
     digest.update(str(len(plan)).encode())
     return cache_file(engine.target, engine.version, digest.hexdigest()[:16], suffix="kernels")
+
+
+def timing_cache_path(*, runtime: str, version: str, device: str) -> Path:
+    """Return the file of a runtime version's kernel timings on one device; make its folder.
+
+    Timings are kept between builds, outside of artifacts.
+
+    Args:
+        runtime: Such as `tensorrt`.
+        version: Of the runtime: timings of another are of no use to it.
+        device: The GPU's name.
+    """
+    path = cache_file(runtime, version, device, suffix="timing")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 class KernelCache:

@@ -22,8 +22,8 @@ from nmexport.runtimes.engine import (
 )
 from nmexport.runtimes.tensorrt import building, layer_audit, requirements, weight_copies
 from nmexport.runtimes.tensorrt import library as tensorrt_library
+from nmexport.runtimes.tensorrt.kernel_cache import timing_cache_path
 from nmexport.runtimes.tensorrt.profiles import PROFILES, limits_from, profiles_for
-from nmexport.runtimes.tensorrt.timing_cache import timing_cache_path
 from nmexport.store.artifact import file_digest
 from nmexport.store.exported import DENSE, MODEL
 from nmexport.store.records import json_from, write_record

@@ -202,14 +202,21 @@ Fastest sweep(Buffers const& buffers, DeviceTraits const& device,
               std::function<LinearArgs(int)> const& argsAt) {
     Fastest best;
     for (StoredPlanShape const& shape : kSTORED_SHAPES) {
+        if (!hasShape(argsAt(0).stored.type, shape)) {
+            continue;
+        }
         for (int cluster = 1; cluster <= 8; ++cluster) {
             DecodePlan plan = storedPlan(argsAt(0), device);
             plan.warps = shape.warps;
             plan.unroll = shape.unroll;
             plan.cluster = cluster;
+            if (launchStoredWithPlan(argsAt(0), {}, plan, device, buffers.stream) != cudaSuccess) {
+                continue;  // not compiled for this type
+            }
             double const us = timed(buffers, [&](int i) {
                 return launchStoredWithPlan(argsAt(i), {}, plan, device, buffers.stream);
             });
+            std::printf("   %dx%d c%d %.2f", shape.warps, shape.unroll, cluster, us);
             if (us < best.us) {
                 best = {us, plan};
             }

@@ -41,14 +41,18 @@ cudaError_t launchStoredWithPlan(LinearArgs const& args, TokenCorrections const&
                                  DecodePlan const& plan, DeviceTraits const& device,
                                  cudaStream_t stream);
 
-//! A compiled shape for one token. On integers of 4 bits, eight loads are of half the bytes, so
-//! that a block has half the columns.
+//! A compiled shape for one token; 16 warps for integers of 4 bits alone. There, eight loads are of
+//! half the bytes, so that a block has half the columns.
 struct StoredPlanShape {
     int32_t warps;
     int32_t unroll;
 };
 
-inline constexpr StoredPlanShape kSTORED_SHAPES[] = {{4, 8}, {8, 8}, {8, 4}};
+inline constexpr StoredPlanShape kSTORED_SHAPES[] = {{4, 8}, {8, 8}, {8, 4}, {16, 4}};
+
+constexpr bool hasShape(WeightType type, StoredPlanShape const& shape) {
+    return shape.warps < 16 || type == WeightType::kINT4 || type == WeightType::kUINT4;
+}
 
 //! The one shape of eight tokens.
 inline constexpr StoredPlanShape kEIGHT_TOKENS{8, 8};

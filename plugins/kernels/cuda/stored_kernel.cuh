@@ -22,10 +22,11 @@ namespace nmexport::cuda {
 
 //! All rows of a window; the next batch is queued while one is in flight.
 template <typename Shape>
-__device__ __forceinline__ void streamWindow(
-    StoredSums<Shape>& sums, KeptRows<Shape>& rows, typename Shape::Scratch const& scratch,
-    StoredLane const& lane, PairReader<typename Shape::Element, Shape::STORAGE> const& reader,
-    bool hasZeroPoint, int32_t windowEnd) {
+__device__ __forceinline__ void streamWindow(StoredSums<Shape>& sums, KeptRows<Shape>& rows,
+                                             typename Shape::Scratch const& scratch,
+                                             StoredLane const& lane,
+                                             typename Shape::Reader const& reader,
+                                             bool hasZeroPoint, int32_t windowEnd) {
     StoredBatch<Shape> batch;
     rows.fill(Shape::BATCH, windowEnd);
     while (rows.tail - rows.head >= Shape::BATCH) {
@@ -157,7 +158,7 @@ __global__ void __launch_bounds__(Shape::THREADS, (residentCtas<Shape, MIN_CTAS>
     Windows const windows{args.groupShift + kSLOT_BITS, slice.end};
     typename Shape::Scratch* const scratch = shared.scratch + warp;
     KeptRows<Shape> rows(scratch, x, linear.channels, tokens, slice.begin, windows);
-    PairReader<T, Shape::STORAGE> const reader(linear.stored.type);
+    typename Shape::Reader const reader(linear.stored.type);
     for (int i = threadIdx.x % kWARP; i < Shape::TOKENS * Shape::COLUMNS; i += kWARP) {
         scratch->sums[i] = 0.0F;
     }

@@ -26,13 +26,22 @@ bool isPowerOfTwo(int32_t value) {
 }
 
 constexpr int32_t kMAX_CLUSTER = 8;
+constexpr int32_t kLONG = 8192;  // channels
 
 //! Few tiles of bytes: long blocks, so that every multiprocessor has its share of loads in flight;
-//! of integers of 4 bits: narrow tiles, which are more.
-StoredPlanShape shapeOf(WeightType type, int32_t mostBlocks, DeviceTraits const& device) {
+//! of integers of 4 bits: narrow tiles, which are more. Those take blocks of 16 warps where that
+//! many have long slices, or where a block a tile fills the chip.
+StoredPlanShape shapeOf(WeightType type, int32_t channels, int32_t tiles,
+                        DeviceTraits const& device) {
+    int32_t const mostBlocks = tiles * (device.computeCapability >= 90 ? kMAX_CLUSTER : 1);
     if (isNarrow(type)) {
-        return mostBlocks < 2 * device.multiprocessors ? StoredPlanShape{8, 8}
-                                                       : StoredPlanShape{8, 4};
+        bool const isFew = mostBlocks < 2 * device.multiprocessors;
+        bool const isFull =
+            tiles <= device.multiprocessors && 4 * tiles > 3 * device.multiprocessors;
+        if (isFull || (isFew && channels >= kLONG)) {
+            return {16, 4};
+        }
+        return isFew ? StoredPlanShape{8, 8} : StoredPlanShape{8, 4};
     }
     return mostBlocks < 3 * device.multiprocessors ? StoredPlanShape{8, 8} : StoredPlanShape{4, 8};
 }
@@ -81,7 +90,8 @@ DecodePlan storedPlan(LinearArgs const& args, DeviceTraits const& device) {
     auto const tilesOf = [&](int32_t columns) { return (args.outputs + columns - 1) / columns; };
     int32_t const splits = device.computeCapability >= 90 ? kMAX_CLUSTER : 1;
     StoredPlanShape const shape =
-        hasOneToken ? shapeOf(args.stored.type, tilesOf(wide) * splits, device) : kEIGHT_TOKENS;
+        hasOneToken ? shapeOf(args.stored.type, args.channels, tilesOf(wide), device)
+                    : kEIGHT_TOKENS;
     bool const isHalved = isNarrow(args.stored.type) && hasOneToken && shape.unroll == 8;
     int32_t const tiles = tilesOf(isHalved ? wide / 2 : wide);
     int32_t const resident = residentStoredWarps(args.stored.type, hasOneToken);
@@ -94,7 +104,7 @@ DecodePlan storedPlan(LinearArgs const& args, DeviceTraits const& device) {
     plan.residentWarps = resident;
     plan.cluster = clusterOf(tiles, device.multiprocessors * (resident / shape.warps),
                              std::min(splits, useful));
-    if (isNarrow(args.stored.type)) {
+    if (isNarrow(args.stored.type) && shape.warps < 16) {
         plan.cluster = shortened(plan.cluster, args.channels, shape.warps);
     }
     // Of half of a short slice's rows a batch of 32 leaves many over.

@@ -30,6 +30,7 @@ struct StoredShape {
     static constexpr int WARPS = WARPS_;
     static constexpr int UNROLL = UNROLL_;
     static constexpr bool MOMENTS = false;
+    using Reader = PairReader<T, STORAGE, TOKENS>;
     static_assert(TOKENS == 1 || TOKENS == 8);
 
     static constexpr int THREADS = WARPS * kWARP;

@@ -32,6 +32,11 @@ cudaError_t launchStoredOf(StoredArgs const& args, DecodePlan const& plan,
             return launchStoredShape<T, STORAGE, 1, 8, 4>(args, plan, device, stream);
         case 808:
             return launchStoredShape<T, STORAGE, 1, 8, 8>(args, plan, device, stream);
+        case 1604:
+            if constexpr (STORAGE == Storage::kINT4) {
+                return launchStoredShape<T, STORAGE, 1, 16, 4>(args, plan, device, stream);
+            }
+            return cudaErrorInvalidValue;
         default:
             return cudaErrorInvalidValue;
     }

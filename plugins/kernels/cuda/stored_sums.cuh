@@ -10,7 +10,8 @@
 
 namespace nmexport::cuda {
 
-//! The sums of a window: of the products, and of the values alone, which zero points take off.
+//! The sums of a window: of the products, and of the values alone, which zero points and offsets
+//! of the operands take off.
 template <typename Shape>
 struct StoredSums {
     float product[Shape::PRODUCTS][4];
@@ -38,16 +39,18 @@ __device__ __forceinline__ uint32_t wordOf(uint2 const& raw, int word) {
 
 //! sums += one loaded batch.
 template <typename Shape>
-__device__ __forceinline__ void multiplyBatch(
-    StoredSums<Shape>& sums, StoredBatch<Shape> const& batch,
-    PairReader<typename Shape::Element, Shape::STORAGE> const& reader, bool hasZeroPoint) {
+__device__ __forceinline__ void multiplyBatch(StoredSums<Shape>& sums,
+                                              StoredBatch<Shape> const& batch,
+                                              typename Shape::Reader const& reader,
+                                              bool hasZeroPoint) {
     using T = typename Shape::Element;
+    using Reader = typename Shape::Reader;
     constexpr int kPAIRS = kPER_WORD<Shape::STORAGE>;
 #pragma unroll
     for (int step = 0; step < Shape::STEPS; ++step) {
         uint32_t const b0 = batch.values[step][0];
         uint32_t const b1 = batch.values[step][1];
-        if (hasZeroPoint) {
+        if (Reader::OFFSETS || hasZeroPoint) {
             constexpr uint32_t kONES = std::is_same_v<T, __half> ? 0x3c003c00U : 0x3f803f80U;
             multiplyTiles<T>(sums.values, kONES, kONES, kONES, kONES, b0, b1);
         }
@@ -67,19 +70,25 @@ __device__ __forceinline__ void multiplyBatch(
     }
 }
 
-//! totals += scale * (sum - zero * values) of four neighbouring outputs, the lane's from `first`
-//! on, in column `which` of its two of a product; `index` is that of the first output in [G, O].
+//! totals += scale * (factor * sum - (offset + zero) * values) of four neighbouring outputs, the
+//! lane's from `first` on, in column `which` of its two of a product; `index` is that of the first
+//! output in [G, O].
 template <typename Shape>
 __device__ __forceinline__ void addScaled(float (&totals)[4], StoredSums<Shape> const& sums,
                                           int first, int which, StoredWeights const& stored,
                                           int64_t index) {
+    typename Shape::Reader const reader(stored.type);
     float4 const scales = scalesAt<typename Shape::Element>(stored, index);
     float const scale[4] = {scales.x, scales.y, scales.z, scales.w};
     float part[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         float const(&product)[4] = sums.product[(first + i) / 2];
+        Encoding const encoding = reader.encodingOf(i);  // words begin at multiples of 4
         part[i] = which == 0 ? product[i % 2 * 2] : product[i % 2 * 2 + 1];
+        if constexpr (Shape::Reader::OFFSETS) {
+            part[i] = fmaf(-encoding.offset, sums.values[which], encoding.factor * part[i]);
+        }
     }
     if (stored.zeroPoint != nullptr) {
         float4 const zeros = zerosAt<Shape::STORAGE>(stored, index);

@@ -35,28 +35,34 @@ __device__ __forceinline__ uint32_t subtractPairs(uint32_t a, uint32_t b) {
     return a;
 }
 
-//! a / 16 - b of two halves in each word, rounded once.
-__device__ __forceinline__ uint32_t sixteenthLess(uint32_t a, uint32_t b) {
-    __half2 first, second;
-    memcpy(&first, &a, sizeof(a));
-    memcpy(&second, &b, sizeof(b));
-    first = __hfma2(first, __float2half2_rn(0.0625F), __hneg2(second));
-    memcpy(&a, &first, sizeof(a));
-    return a;
-}
+//! How an operand stands for a stored value v: it is (v + offset) / factor. To subtract an offset
+//! from every operand takes an instruction for two; from a sum of products it takes one product of
+//! all ones for 16 rows, see StoredSums.
+struct Encoding {
+    float factor{1.0F};
+    float offset{0.0F};
+};
 
 //! Turns the same columns of two neighbouring rows of an operand, a word of each, into a word of
-//! two T for every column, the first row's value low. Every stored value is exact in T.
-template <typename T, Storage STORAGE>
+//! two T for every column, the first row's value low. Every operand is exact in T. encodingOf gives
+//! what column i of a word stands for, and OFFSETS whether any of them has an offset. Eight tokens
+//! leave too few registers for the sum that takes those of bytes off.
+template <typename T, Storage STORAGE, int TOKENS>
 class PairReader;
 
-//! A byte becomes the low bits of a float whose unit is 1: 1024 + b in float16. The 7 bits of a
-//! bfloat16 hold 128 + (b & 127); the sign bit, at the place of that float's exponent, makes what
+//! A byte becomes the low bits of a float whose unit is 1: 1024 + 128 + b in float16. The 7 bits of
+//! a bfloat16 hold 128 + (b & 127); the sign bit, at the place of that float's exponent, makes what
 //! is subtracted 256 instead of 128.
-template <typename T>
-class PairReader<T, Storage::kINT8> {
+template <typename T, int TOKENS>
+class PairReader<T, Storage::kINT8, TOKENS> {
+    static constexpr bool IS_HALF = std::is_same_v<T, __half>;
+
   public:
+    static constexpr bool OFFSETS = IS_HALF && TOKENS == 1;
+
     __device__ explicit PairReader(WeightType) {}
+
+    __device__ Encoding encodingOf(int) const { return {1.0F, OFFSETS ? 1152.0F : 0.0F}; }
 
     __device__ void read(uint32_t first, uint32_t second, uint32_t (&pairs)[4]) const {
         uint32_t const low = __byte_perm(first, second, 0x5140);
@@ -69,9 +75,9 @@ class PairReader<T, Storage::kINT8> {
 
   private:
     __device__ static uint32_t pairOf(uint32_t bytes, uint32_t selector) {
-        if constexpr (std::is_same_v<T, __half>) {
+        if constexpr (IS_HALF) {
             uint32_t const floats = __byte_perm(bytes ^ 0x80808080U, 0x64646464U, selector);
-            return subtractPairs<T>(floats, 0x64806480U);  // 1024 + 128
+            return OFFSETS ? floats : subtractPairs<T>(floats, 0x64806480U);
         } else {
             uint32_t const floats = __byte_perm(bytes, 0x43434343U, selector);
             return subtractPairs<T>(floats & 0xff7fff7fU, floats & 0xff80ff80U);
@@ -79,18 +85,26 @@ class PairReader<T, Storage::kINT8> {
     }
 };
 
-//! The same with 4 bits; every second one of a float16 is taken where it lies, 16 times as large.
-template <typename T>
-class PairReader<T, Storage::kINT4> {
+//! 4 bits in the same way, above 1024 in float16 and 128 in bfloat16; every second one of a float16
+//! is taken where it lies, 16 times as large.
+template <typename T, int TOKENS>
+class PairReader<T, Storage::kINT4, TOKENS> {
   public:
+    static constexpr bool OFFSETS = true;
+
     __device__ explicit PairReader(WeightType type) {
         // A signed value with its sign bit turned is 8 more than it was.
-        uint32_t const sign = type == WeightType::kINT4 ? 0x00080008U : 0U;
-        constexpr uint32_t kUNIT = IS_HALF ? 0x64006400U : 0x43004300U;  // 1024, 128
-        mFloats = kUNIT | sign;
-        mHighFloats = kUNIT | sign << 4;
-        mBias = kUNIT + sign;                                // 1032, 136
-        mHighBias = sign == 0U ? 0x54005400U : 0x54805480U;  // 64, 72
+        mSign = type == WeightType::kINT4 ? 8U : 0U;
+        mFloats = kUNIT | mSign | mSign << 16;
+        mHighFloats = kUNIT | mSign << 4 | mSign << 20;
+    }
+
+    __device__ Encoding encodingOf(int column) const {
+        float const sign = static_cast<float>(mSign);
+        if (IS_HALF && column % 2 == 1) {
+            return {0.0625F, 64.0F + sign};
+        }
+        return {1.0F, (IS_HALF ? 1024.0F : 128.0F) + sign};
     }
 
     __device__ void read(uint32_t first, uint32_t second, uint32_t (&pairs)[8]) const {
@@ -105,17 +119,16 @@ class PairReader<T, Storage::kINT4> {
 
   private:
     static constexpr bool IS_HALF = std::is_same_v<T, __half>;
+    static constexpr uint32_t kUNIT = IS_HALF ? 0x64006400U : 0x43004300U;  // 1024, 128
 
     __device__ uint32_t pairOf(uint32_t fours, int i) const {
         if (IS_HALF && i % 2 == 1) {
-            uint32_t const floats = (fours >> 4 * (i - 1) & 0x00f000f0U) ^ mHighFloats;
-            return sixteenthLess(floats, mHighBias);
+            return (fours >> 4 * (i - 1) & 0x00f000f0U) ^ mHighFloats;
         }
-        return subtractPairs<T>((fours >> 4 * i & 0x000f000fU) ^ mFloats, mBias);
+        return (fours >> 4 * i & 0x000f000fU) ^ mFloats;
     }
 
-    uint32_t mFloats, mHighFloats;
-    uint32_t mBias, mHighBias;
+    uint32_t mSign, mFloats, mHighFloats;
 };
 
 //! Two 8-bit floats as float16 bits. Where the hardware does not convert, CUDA's own code for it
@@ -138,10 +151,14 @@ __device__ __forceinline__ uint32_t halvesOfFloat8(uint32_t two) {
 #endif
 }
 
-template <typename T>
-class PairReader<T, Storage::kFLOAT8> {
+template <typename T, int TOKENS>
+class PairReader<T, Storage::kFLOAT8, TOKENS> {
   public:
+    static constexpr bool OFFSETS = false;
+
     __device__ explicit PairReader(WeightType) {}
+
+    __device__ Encoding encodingOf(int) const { return {}; }
 
     __device__ void read(uint32_t first, uint32_t second, uint32_t (&pairs)[4]) const {
         uint32_t const low = __byte_perm(first, second, 0x5140);

@@ -195,11 +195,11 @@ int main() {
     };
     // Nothing is dropped: rows are gathered at most.
     for (Options const options : {Options::kNONE, Options::kORDER}) {
-        for (int const tokens : {1, 2, 20, 140, 301}) {
+        for (int const tokens : {1, 20, 140}) {
             check({tokens, 176, 40, 16, 16, options, false});
-            check({tokens, 4096, 72, 16, 16, options, false});
-            check({tokens, 14336, 64, 16, 16, options, false});
+            check({tokens, 4096, 8, 16, 16, options, false});
         }
+        check({140, 14336, 8, 16, 16, options, false});
     }
     for (Options const options :
          {Options::kNONE, Options::kORDER, Options::kSCALAR, Options::kSCALED}) {

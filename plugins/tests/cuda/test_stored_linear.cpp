@@ -140,11 +140,11 @@ void checkMeasuredPlans() {
     };
 
     constexpr Fastest kFASTEST[] = {
-        {WeightType::kINT8, 4096, 4096, 8, 4, 6},  {WeightType::kINT8, 4096, 6144, 8, 8, 4},
-        {WeightType::kINT8, 4096, 14336, 4, 8, 4}, {WeightType::kINT8, 4096, 28672, 4, 8, 2},
-        {WeightType::kINT8, 14336, 4096, 8, 8, 6}, {WeightType::kINT4, 4096, 4096, 8, 8, 4},
-        {WeightType::kINT4, 4096, 6144, 8, 8, 4},  {WeightType::kINT4, 4096, 14336, 8, 4, 4},
-        {WeightType::kINT4, 4096, 28672, 8, 4, 2}, {WeightType::kINT4, 14336, 4096, 8, 8, 6}};
+        {WeightType::kINT8, 4096, 4096, 8, 4, 6},   {WeightType::kINT8, 4096, 6144, 8, 8, 4},
+        {WeightType::kINT8, 4096, 14336, 4, 8, 4},  {WeightType::kINT8, 4096, 28672, 4, 8, 2},
+        {WeightType::kINT8, 14336, 4096, 8, 8, 6},  {WeightType::kINT4, 4096, 4096, 8, 8, 4},
+        {WeightType::kINT4, 4096, 6144, 8, 8, 4},   {WeightType::kINT4, 4096, 14336, 8, 4, 4},
+        {WeightType::kINT4, 4096, 28672, 16, 4, 1}, {WeightType::kINT4, 14336, 4096, 16, 4, 6}};
     for (Fastest const& f : kFASTEST) {
         LinearArgs args = linearOf(1, f.channels, f.outputs);
         args.stored.type = f.type;

@@ -19,7 +19,7 @@ from nmexport.errors import ArtifactError, EnvironmentFault, InternalError, Reci
 from nmexport.graph.contract import op_contract
 from nmexport.graph.tensorrt import PLUGIN_VERSION, for_tensorrt
 from nmexport.models.source import ModelSource
-from nmexport.pipeline import Pipeline, Selection
+from nmexport.pipeline import Pipeline
 from nmexport.progress import Silent
 from nmexport.recipe import EngineSection, EvaluationSection, LatencySection, ModelSection, Recipe
 from nmexport.runtimes import opening
@@ -35,6 +35,7 @@ from nmexport.runtimes.tensorrt import (
 from nmexport.runtimes.tensorrt import library as tensorrt_library
 from nmexport.runtimes.tensorrt.building import NetworkLayer, Order
 from nmexport.runtimes.tensorrt.profiles import Limits, Profile, limits_from, profiles_for
+from nmexport.selection import Selection
 from nmexport.serving import triton_config
 from nmexport.stages import engine
 from nmexport.stages.inputs import StageInputs

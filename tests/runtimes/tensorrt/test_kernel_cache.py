@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from nmexport.runtimes.tensorrt.timing_cache import timing_cache_path
+from nmexport.runtimes.tensorrt.kernel_cache import timing_cache_path
 
 from tests.support.plugin_build import ROOT
 
