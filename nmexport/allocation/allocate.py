@@ -11,24 +11,12 @@ import torch
 
 from nmexport.allocation import ledger
 from nmexport.allocation.built import BuiltLinear, errors_as_built
-from nmexport.allocation.costs import (
-    check_candidates,
-    cost_in_floats,
-    cost_model,
-    measure_sites,
-)
+from nmexport.allocation.choosing import better_of, choose, remark, share_used, without_sparsity
+from nmexport.allocation.costs import check_candidates, measure_sites
+from nmexport.allocation.front import front_points, uniform_points
+from nmexport.allocation.prices import cost_in_floats, cost_model
 from nmexport.allocation.probe import Probe
-from nmexport.allocation.study import (
-    Integers,
-    better_of,
-    choose,
-    front_points,
-    remark,
-    share_used,
-    study_of,
-    uniform_points,
-    without_sparsity,
-)
+from nmexport.allocation.study import Integers, study_of
 from nmexport.calibration.sites import input_sites
 from nmexport.store.allocation import Allocation, Built, Protocol
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from nmexport.allocation.study import choose
+from nmexport.allocation.choosing import choose
 from nmexport.recipe import BudgetSection
 from nmexport.store.allocation import DENSE
 
