@@ -221,9 +221,11 @@ def _extra_memory(recipe: Recipe, parameters: int) -> dict[str, int]:
     section = recipe.calibration
     writes = section.corpus == SELF or section.self_share > 0
     learns = bool(learned_parts(recipe.sparsity.mitigations))
+    # Under a budget fold holds the model once more in each form of integers, to try it.
+    rounded = len(recipe.forms.integers) if recipe.allocation.budget.limits() else 0
     return {
         "calibrate": int(writes * min(growth, 1.0) * _WRITING_BYTES),
-        "fold": int(learns * growth * _LEARNING_BYTES),
+        "fold": int(learns * growth * _LEARNING_BYTES) + rounded * _WORKING_BYTES * parameters,
         "verify": int(math.sqrt(growth) * _COMPARING_BYTES),
     }
 

@@ -108,6 +108,9 @@ def test_learning_and_writing_take_memory_beside_the_weights(tmp_path: Path) -> 
     assert given["calibrate"] < 0.5 * whole["calibrate"]
     unlearned = held(sparsity__mitigations=["var"])
     assert unlearned["fold"] < 0.5 * whole["fold"]
+    budget = {"sparsity__mitigations": ["var"], "allocation__budget": {"max_bytes": 0.2}}
+    tried = held(allocation__weights=["float", "int8", "int4"], **budget)
+    assert tried["fold"] - unlearned["fold"] == 2 * 4 * 135 * MILLION
 
 
 def test_nothing_to_run_takes_nothing(tmp_path: Path) -> None:
