@@ -11,7 +11,7 @@ import torch
 
 from nmexport.allocation import ledger
 from nmexport.allocation.built import BuiltLinear, errors_as_built
-from nmexport.allocation.choosing import better_of, choose, remark, share_used, without_sparsity
+from nmexport.allocation.choosing import choose, remark, share_used
 from nmexport.allocation.costs import check_candidates, measure_sites
 from nmexport.allocation.front import front_points, uniform_points
 from nmexport.allocation.prices import cost_in_floats, cost_model
@@ -108,9 +108,6 @@ class Prepared:
     def allocation(self, relief: float = 1.0) -> Allocation:
         """Choose for every linear among dense and the section's candidates.
 
-        Where forms of weights are chosen too, a choice without sparsity that is measured no worse
-        is taken.
-
         Args:
             relief: What the budget of accuracy is multiplied by, where learned constants are known
                 to win back so much.
@@ -120,9 +117,8 @@ class Prepared:
         """
         problem, study = self.problem, self.study
         budget = problem.section.budget
-        sparse = choose(study, budget, relief=relief)
-        plain = without_sparsity(study, budget, relief=relief)
-        pick = better_of(study, budget, sparse, plain)
+        chosen = choose(study, budget, relief=relief)
+        pick = chosen.pick
         price = study.price(pick)
         rows = {row.name: row for row in ledger.rows(problem, study, pick, price=price)}
         point = study.point("chosen", "chosen", pick)
@@ -137,7 +133,7 @@ class Prepared:
             front=(*self.points, point),
             ledger=tuple(rows[name] for name in problem.linears),
             budget_used=share_used(budget, kl=point.kl, nll=math.log(point.perplexity_ratio)),
-            remark=remark(study, pick, plain),
+            remark=remark(study, chosen),
             protocol=_protocol(problem, study),
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from nmexport.allocation.study import any_choice, count_linears, is_dense
 from nmexport.errors import RecipeError
@@ -22,17 +22,23 @@ _NEAR = 0.97
 _STEP = 0.85
 
 
-def choose(
-    study: Study,
-    budget: BudgetSection,
-    *,
-    relief: float = 1.0,
-) -> Pick:
+class Chosen(NamedTuple):
+    """The best pick under a budget, and the best without sparsity."""
+
+    pick: Pick
+    plain: Pick | None
+    """None where weights have one form, or no such pick keeps the budget."""
+
+
+def choose(study: Study, budget: BudgetSection, *, relief: float = 1.0) -> Chosen:
     """Pick an option for every site under the budget.
 
     A budget of accuracy is held by the joint model as measured on the held-out windows, not merely
     as predicted; the fastest such pick is taken. Where the cost model sees no gain in any, the one
     that reads and multiplies least is. Without such a budget, the least divergence is taken.
+
+    Where forms of weights are chosen too, a pick without sparsity that is no worse is taken: no
+    worse as measured, since both are run.
 
     Args:
         study: What was measured.
@@ -42,33 +48,20 @@ def choose(
     Raises:
         RecipeError: if no pick keeps the budget, or only the dense model does.
     """
-    pick = _pick_within(study, budget, relief)
-    if pick is None or not study.departs(pick):
+
+    def cost(pick: Pick) -> float:
+        if budget.limits_accuracy:
+            return study.total(pick).worth
+        return study.run(pick).kl_mean
+
+    pick, plain = _pick_within(study, budget, relief), None
+    if study.is_mixed:
+        plain = _pick_within(study, budget, relief, among=is_dense)
+    found = [one for one in (plain, pick) if one is not None and study.departs(one)]
+    if not found:
         raise _out_of_reach(study, budget)
-    return pick
-
-
-def without_sparsity(study: Study, budget: BudgetSection, *, relief: float = 1.0) -> Pick | None:
-    """Pick a form of weights alone for every site under the budget.
-
-    Returns:
-        None where there is one form, or no such pick keeps the budget.
-    """
-    return _pick_within(study, budget, relief, among=is_dense) if study.is_mixed else None
-
-
-def better_of(study: Study, budget: BudgetSection, pick: Pick, plain: Pick | None) -> Pick:
-    """Choose between a pick and one without sparsity: by what was measured, not predicted.
-
-    Both keep the budget. With a limit on accuracy the faster is better, else the more accurate.
-    """
-    if plain is None or not study.departs(plain):
-        return pick
-
-    def cost(one: Pick) -> float:
-        return study.total(one).worth if budget.limits_accuracy else study.run(one).kl_mean
-
-    return plain if cost(plain) <= cost(pick) else pick
+    best = found[0] if len(found) == 1 else min(found, key=cost)
+    return Chosen(best, plain)
 
 
 def _pick_within(
@@ -87,30 +80,26 @@ def _pick_within(
     return _most_within(study, budget, limits, relief, minimise=aim, among=among)
 
 
-def remark(study: Study, pick: Pick, plain: Pick | None = None) -> str | None:
+def remark(study: Study, chosen: Chosen) -> str | None:
     """Say where a pick gains nothing, and what sparsity adds to quantisation alone.
-
-    Args:
-        study: What was measured.
-        pick: What was chosen.
-        plain: The best pick without sparsity under the same budget.
 
     Returns:
         None where there is nothing to say.
     """
-    words = []
+    pick, words = chosen.pick, []
     if study.total(pick).worth >= study.dense.worth:
         words.append(
             f"The cost model sees no gain in this choice: decode at {study.speedup(pick):.2f}x the "
             "dense model's speed. Measure it, or give allocation.cost the constants of the target."
         )
     if study.is_mixed:
-        words.append(_on_sparsity(study, pick, plain))
+        words.append(_on_sparsity(study, chosen))
     return " ".join(words) or None
 
 
-def _on_sparsity(study: Study, pick: Pick, plain: Pick | None) -> str:
+def _on_sparsity(study: Study, chosen: Chosen) -> str:
     """Say whether sparsity pays beside quantisation alone."""
+    pick, plain = chosen
     if all(map(is_dense, pick.values())):
         counts = ", ".join(f"{count} {name}" for name, count in count_linears(pick).items())
         return f"Sparsity does not pay under this budget: every linear stays dense ({counts})."
@@ -123,7 +112,7 @@ def _on_sparsity(study: Study, pick: Pick, plain: Pick | None) -> str:
 
 
 def _in_figures(study: Study, pick: Pick) -> str:
-    """What a pick saves, gains and costs."""
+    """Say what a pick saves, gains and costs."""
     moved = study.run(pick)
     return (
         f"saves {study.bytes_saved(pick):.0%} of the bytes and decodes "
