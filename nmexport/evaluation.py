@@ -77,7 +77,7 @@ class _Subject:
         return model_phases(self.folded.layers)
 
 
-def launched() -> Share:
+def read_launch() -> Share:
     """This process's share, as `accelerate launch` set it up; all of it where nothing did."""
     import torch
     from accelerate import PartialState

@@ -314,14 +314,14 @@ class _Run:
         unlearned = self._streams.unlearned
         if unlearned is None:
             raise ValueError("nothing is held out")
-        found = [0.0, 0.0]
+        sums = [0.0, 0.0]
         count = len(self._streams.held_out)
         for number, row in enumerate(self._streams.held_out):
             dense = self._logits(self._streams.dense, row[None])
             sides = (unlearned, torch.tensor([number])), (self._streams.sparse, row[None])
             for side, (states, place) in enumerate(sides):
-                found[side] += _divergence(self._logits(states, place), dense) / count
-        return found[0], found[1]
+                sums[side] += _divergence(self._logits(states, place), dense) / count
+        return sums[0], sums[1]
 
     def _logits(self, states: HiddenStates, rows: torch.Tensor) -> torch.Tensor:
         """Logits `[L, V]` of one chunk."""
@@ -339,6 +339,6 @@ def _divergence(student: torch.Tensor, teacher: torch.Tensor) -> float:
     for rows, wanted in zip(
         torch.split(student, _LOGIT_ROWS), torch.split(teacher, _LOGIT_ROWS), strict=True
     ):
-        target, found = wanted.float().log_softmax(-1), rows.float().log_softmax(-1)
-        total += float((target.exp() * (target - found)).sum())
+        target, predicted = wanted.float().log_softmax(-1), rows.float().log_softmax(-1)
+        total += float((target.exp() * (target - predicted)).sum())
     return total / len(teacher)

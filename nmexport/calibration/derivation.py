@@ -78,12 +78,12 @@ def with_sensitivities(
     """
     if not any("sensitivity" in CRITERIA[name].needs for name in criteria):
         return dict(statistics)
-    found = gather_sensitivities(
+    gathered = gather_sensitivities(
         model, linears, samples, progress=progress, seed=seed, layerwise=layerwise
     )
     whole = dict(statistics)
     for site in sites:
-        reached = [found[name].square() for name in site.names if name in found]
+        reached = [gathered[name].square() for name in site.names if name in gathered]
         if not reached:
             raise _insensitive(site.names[0], len(samples))
         squares = torch.stack(reached).sum(dim=0)
@@ -171,12 +171,16 @@ def with_remainders(
     loaded: Loaded = nullcontext,
 ) -> dict[str, Derived]:
     """With the low-rank factors of `r-sparse`, where a linear's section names it."""
-    found = dict(derived)
-    for name, one in derived.items():
-        if "r-sparse" in one.section.mitigations:
+    changed = dict(derived)
+    for name, linear_derived in derived.items():
+        if "r-sparse" in linear_derived.section.mitigations:
             linear = linears[name]
-            rank = rank_within(one.section.remainder, linear.in_features, linear.out_features)
+            rank = rank_within(
+                linear_derived.section.remainder, linear.in_features, linear.out_features
+            )
             with loaded(linear) as held:
                 factors = remainder_of(held.weight, rank, seed=seed)
-            found[name] = replace(one, constants=replace(one.constants, remainder=factors))
-    return found
+            changed[name] = replace(
+                linear_derived, constants=replace(linear_derived.constants, remainder=factors)
+            )
+    return changed

@@ -169,8 +169,8 @@ def gather_channel_statistics(
             layerwise=layerwise,
             after=shared.forget,
         )
-    found = {name: observer.statistics() for name, observer in observers.items()}
-    statistics = {name: gathered for name, gathered in found.items() if gathered is not None}
+    by_name = {name: observer.statistics() for name, observer in observers.items()}
+    statistics = {name: gathered for name, gathered in by_name.items() if gathered is not None}
     _check_finite(statistics)
     return statistics
 

@@ -127,7 +127,7 @@ class _Run:
         self._chunks, self._counts, self._held_out = chunks.ids, chunks.counts, chunks.held_out
         self._device = next(model.parameters()).device
         self._optimiser = Optimiser(students.parameters(), steps=settings.steps, rate=settings.rate)
-        self._heads = self._sampled(self._checked_head().to(dtype))
+        self._heads = self._sample_head(self._open_head().to(dtype))
         self._targets: torch.Tensor | None = None
         self._held_out_targets: torch.Tensor | None = None
         self._curve = LossCurve()
@@ -137,7 +137,7 @@ class _Run:
         steps = self._settings.steps
         first = self._restore(checkpoint)
         if first < steps:
-            self._targets = self._stored_targets(progress)
+            self._targets = self._compute_targets(progress)
         began, saving = time.monotonic(), 0.0
         measured_every = max(_HELD_OUT_STEPS, steps // _HELD_OUT_POINTS)
         for step in progress.track(
@@ -198,7 +198,7 @@ class _Run:
             return self._dense_hidden(self._chunks[rows])
         return self._targets[rows].to(self._device)
 
-    def _stored_targets(self, progress: Progress) -> torch.Tensor | None:
+    def _compute_targets(self, progress: Progress) -> torch.Tensor | None:
         """`[chunks, length, H]` bfloat16, always computed in the same batches."""
         chunks, settings = self._chunks, self._settings
         size = chunks.numel() * self._model.config.get_text_config().hidden_size * 2
@@ -208,7 +208,7 @@ class _Run:
         tracked = progress.track(batches, label="fold: dense targets", total=len(batches))
         return torch.cat([self._dense_hidden(ids).bfloat16().cpu() for ids in tracked])
 
-    def _checked_head(self) -> OutputHead:
+    def _open_head(self) -> OutputHead:
         """The model's output head over its whole vocabulary.
 
         Raises:
@@ -219,7 +219,7 @@ class _Run:
             check_head(self._model, head, self._hidden)
         return head
 
-    def _sampled(self, head: OutputHead) -> SampledHead:
+    def _sample_head(self, head: OutputHead) -> SampledHead:
         """The head over the tokens that the dense model gives most probability to, and others."""
         whole = head.weight.shape[0]
         looked_at = min(self._settings.vocabulary, whole)
@@ -243,10 +243,10 @@ class _Run:
 
     def _restore(self, checkpoint: Checkpoint | None) -> int:
         """Steps already done."""
-        found = None if checkpoint is None else checkpoint.load()
-        if found is None:
+        saved = None if checkpoint is None else checkpoint.load()
+        if saved is None:
             return 0
-        tensors, state = found
+        tensors, state = saved
         done = int(state["done"])
         self._optimiser.restore(tensors, done)
         curve = state["curve"]

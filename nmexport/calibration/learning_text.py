@@ -63,7 +63,7 @@ def with_more_written(
     if not missing:
         return own
     length = chunk_length([corpus, own], settings)
-    written = _kept(checkpoint, (missing, length))
+    written = _load_kept(checkpoint, (missing, length))
     if written is None:
         written = torch.from_numpy(write(missing, length, seed))
         if checkpoint is not None:
@@ -71,8 +71,8 @@ def with_more_written(
     return torch.cat([cut(own, length), written])
 
 
-def _kept(checkpoint: Checkpoint | None, shape: tuple[int, int]) -> torch.Tensor | None:
+def _load_kept(checkpoint: Checkpoint | None, shape: tuple[int, int]) -> torch.Tensor | None:
     """Return the text of an earlier run, if it is as much as is wanted."""
-    found = None if checkpoint is None else checkpoint.load()
-    ids = None if found is None else found[0].get(_IDS)
+    saved = None if checkpoint is None else checkpoint.load()
+    ids = None if saved is None else saved[0].get(_IDS)
     return ids if ids is not None and ids.shape == shape else None

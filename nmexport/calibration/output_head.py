@@ -135,9 +135,9 @@ def check_head(
     ids = torch.arange(min(8, head.weight.shape[0]), device=device)[None]
     with torch.no_grad():
         own = model(input_ids=ids, use_cache=False).logits[0].float()
-        found = head.logits(hidden_of(ids)[0])
-    if own.shape == found.shape and torch.allclose(
-        found, own, rtol=0.0, atol=_AGREES * float(own.abs().max())
+        computed = head.logits(hidden_of(ids)[0])
+    if own.shape == computed.shape and torch.allclose(
+        computed, own, rtol=0.0, atol=_AGREES * float(own.abs().max())
     ):
         return
     raise ModelError(

@@ -89,14 +89,14 @@ def find_feeds(
         sample: `[length]` int64 token ids.
         layerwise: Runs the model with one layer in memory at a time; None runs it whole.
     """
-    found = []
+    feeds = []
     for reader in readers:
         parent, _, own = reader.rpartition(".")
         names = producers_of(model.get_submodule(parent), own)
         if names:
             prefix = f"{parent}." if parent else ""
-            found.append(Feed(reader, tuple(f"{prefix}{name}" for name in names)))
-    return _called_inside(model, found, sample, layerwise) if found else []
+            feeds.append(Feed(reader, tuple(f"{prefix}{name}" for name in names)))
+    return _find_called_inside(model, feeds, sample, layerwise) if feeds else []
 
 
 def producers_of(parent: nn.Module, reader: str, *, seed: int = 0) -> tuple[str, ...]:
@@ -139,36 +139,36 @@ def _producers(bench: _Bench) -> tuple[str, ...]:
     base = bench.run({})
     channels = base.reader.shape[-1]
     names = tuple(
-        name for name in bench.others if not _same(bench.run({name: _negated}).reader, base.reader)
+        name for name in bench.others if not _same(bench.run({name: _negate}).reader, base.reader)
     )
     widths = {bench.others[name].out_features for name in names}
     if not names or not widths <= {channels * count for count in _HALVES}:
         return ()
     noise = torch.Generator().manual_seed(bench.seed)
     order = torch.randperm(channels, generator=noise)
-    moved = bench.run(dict.fromkeys(names, _moved(order)))
+    moved = bench.run(dict.fromkeys(names, _move(order)))
     if not (_same(moved.reader, base.reader[..., order]) and _same(moved.others, base.others)):
         return ()
     # Sums over channels do not mind their order: what one channel holds must not reach another.
     touched = torch.rand(channels, generator=noise) < 0.5  # noqa: PLR2004
-    partly = bench.run(dict.fromkeys(names, _negated_where(touched)))
+    partly = bench.run(dict.fromkeys(names, _negate_where(touched)))
     is_local = _same(partly.reader[..., ~touched], base.reader[..., ~touched])
     return names if is_local and _same(partly.others, base.others) else ()
 
 
-def _negated(noise: torch.Tensor) -> torch.Tensor:
+def _negate(noise: torch.Tensor) -> torch.Tensor:
     # Not the sign alone: an even function does not see it.
     return 0.5 - 0.7 * noise
 
 
-def _moved(order: torch.Tensor) -> Change:
+def _move(order: torch.Tensor) -> Change:
     return lambda noise: noise[..., columns_for(order, noise.shape[-1]).to(noise.device)]
 
 
-def _negated_where(touched: torch.Tensor) -> Change:
+def _negate_where(touched: torch.Tensor) -> Change:
     def change(noise: torch.Tensor) -> torch.Tensor:
         where = touched.repeat(noise.shape[-1] // len(touched)).to(noise.device)
-        return torch.where(where, _negated(noise), noise)
+        return torch.where(where, _negate(noise), noise)
 
     return change
 
@@ -241,7 +241,7 @@ class _StandIn(nn.Module):
         return made if self.change is None else self.change(made)
 
 
-def _called_inside(
+def _find_called_inside(
     model: nn.Module,
     feeds: Sequence[Feed],
     sample: torch.Tensor,

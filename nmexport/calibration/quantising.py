@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from nmexport.calibration.second_moments import Watched, chunked, gather_second_moments
+from nmexport.calibration.second_moments import Watched, gather_second_moments, split_by_bytes
 from nmexport.calibration.sites import input_sites
 from nmexport.calibration.sparse_constants import SparseConstants
 from nmexport.environment import free_memory
@@ -185,7 +185,7 @@ def stored_linears(
     inner = {name: linear for name, linear in reached.items() if name != head}
     sites = input_sites(dense.model, inner, dense.samples[0], layerwise=dense.layerwise)
     by_linear = {site.names[0]: site for site in sites}
-    for chunk in chunked([_watched(site, constants, storage) for site in sites]):
+    for chunk in split_by_bytes([_watch(site, constants, storage) for site in sites]):
         moments = gather_second_moments(
             dense.model,
             chunk,
@@ -193,9 +193,9 @@ def stored_linears(
             progress=dense.progress,
             layerwise=dense.layerwise,
         )
-        for one in chunk:
-            known = Moments(*(moments.pop(f"{one.linear}/{kind}", None) for kind in _KINDS))
-            for name in by_linear[one.linear].names:
+        for watched in chunk:
+            known = Moments(*(moments.pop(f"{watched.linear}/{kind}", None) for kind in _KINDS))
+            for name in by_linear[watched.linear].names:
                 yield store(name, inner[name], storage.form, known)
     if head is not None and head in reached:
         yield store(head, reached[head], HEAD)
@@ -222,15 +222,15 @@ def balances(
     }
     if not chosen:
         return {}
-    found: dict[str, torch.Tensor] = {}
+    factors_of: dict[str, torch.Tensor] = {}
     for site in input_sites(dense.model, chosen, dense.samples[0], layerwise=dense.layerwise):
         squares = torch.zeros(site.in_features)
         for name in site.names:
             with dense.loaded(chosen[name]) as held:
                 squares += held.weight.detach().float().square().sum(dim=0).cpu()
         factors = balancing_factors(dense.statistics[site.names[0]].rms, squares.sqrt())
-        found |= dict.fromkeys(site.names, factors)
-    return found
+        factors_of |= dict.fromkeys(site.names, factors)
+    return factors_of
 
 
 def dense_modules(
@@ -247,15 +247,15 @@ def dense_modules(
     size = sum(linear.weight.numel() * _FLOAT_BYTES for linear in linears.values())
     fits = size <= free_memory() * _SHARE_FOR_FLOATS
     return {
-        one.spec.name: SparseLinear(
+        stored.spec.name: SparseLinear(
             Behaviour(
-                pattern=one.spec.pattern,
-                activation_bits=one.spec.activation_bits,
-                activation_block=one.spec.activation_block,
+                pattern=stored.spec.pattern,
+                activation_bits=stored.spec.activation_bits,
+                activation_block=stored.spec.activation_block,
             ),
-            _as_floats(one.tensors) if fits else one.tensors,
+            _as_floats(stored.tensors) if fits else stored.tensors,
         )
-        for one in stored_linears(dense, nothing, linears, storage)
+        for stored in stored_linears(dense, nothing, linears, storage)
     }
 
 
@@ -355,12 +355,12 @@ def dense_spec(name: str, linear: nn.Linear) -> LayerSpec:
     )
 
 
-def _watched(site: Site, constants: SparseConstants, storage: Storage) -> Watched:
+def _watch(site: Site, constants: SparseConstants, storage: Storage) -> Watched:
     """Which second moments the linears of a site need; they keep the same channels."""
     first = site.names[0]
     operands: dict[str, Operand] = {}
     if first in constants.derived:
-        operands[f"{first}/sparse"] = _kept(constants, first, site.in_features)
+        operands[f"{first}/sparse"] = _keep_function(constants, first, site.in_features)
     if first not in constants.derived or storage.keeps_dense:
         operands[f"{first}/dense"] = _whole
     return Watched(linear=first, channels=site.in_features, operands=operands)
@@ -370,7 +370,7 @@ def _whole(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1]).float()
 
 
-def _kept(constants: SparseConstants, name: str, channels: int) -> Operand:
+def _keep_function(constants: SparseConstants, name: str, channels: int) -> Operand:
     """Make the function from an input to what one linear keeps of it, variance corrected."""
     derived, learned = constants.derived[name], constants.learned
     corrections = NOTHING_LEARNED if learned is None else learned.corrections[name]

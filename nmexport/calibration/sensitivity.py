@@ -51,8 +51,8 @@ def gather_sensitivities(
 
     def watch(name: str, linear: nn.Module) -> RemovableHandle:
         def gather(gradient: torch.Tensor) -> None:
-            found = gradient.reshape(-1, gradient.shape[-1]).double().square().sum(dim=0).cpu()
-            squares[name] = squares[name] + found if name in squares else found
+            sums = gradient.reshape(-1, gradient.shape[-1]).double().square().sum(dim=0).cpu()
+            squares[name] = squares[name] + sums if name in squares else sums
 
         def hook(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
             del module

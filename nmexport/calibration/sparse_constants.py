@@ -123,8 +123,8 @@ class SparseConstants:
             dynamic_shift=behaviour.dynamic_shift,
             variance_correction=behaviour.variance_correction,
             has_bias=bias_of(linear) is not None,
-            relative_error=_rounded(self.errors[name].relative_error(nu)),
-            gap_closed=None if distance is None else _rounded(distance.closed()),
+            relative_error=_round(self.errors[name].relative_error(nu)),
+            gap_closed=None if distance is None else _round(distance.closed()),
             remainder_rank=None if remainder is None else remainder.inner.shape[1],
         )
 
@@ -258,6 +258,6 @@ def _learn(
     )
 
 
-def _rounded(value: float | None) -> float | None:
+def _round(value: float | None) -> float | None:
     """Six digits: what follows is the summation order of the machine."""
     return None if value is None else float(f"{value:.6g}")

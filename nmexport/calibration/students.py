@@ -95,15 +95,15 @@ class Students:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the learned parameters by name; a site's own once, under its first linear."""
-        found: dict[str, nn.Parameter] = {}
+        parameters: dict[str, nn.Parameter] = {}
         for name, student in self.by_name.items():
             is_first = self._sites[student.site] == name
             if student.site.learns_shift and is_first:
-                found[f"{name}.shift"] = student.site.shift
+                parameters[f"{name}.shift"] = student.site.shift
             for part, value in student.learned.items():
                 if is_first or value is not student.site.input_scale:
-                    found[f"{name}.{part}"] = value
-        return found
+                    parameters[f"{name}.{part}"] = value
+        return parameters
 
     def values(self) -> dict[str, torch.Tensor]:
         """Values of all parameters by name, on the CPU, for a checkpoint."""
@@ -234,18 +234,18 @@ def spreads_of(
         linears: By name.
         forward: Runs the dense model, or what holds them.
     """
-    found: dict[str, Spread] = {}
+    spreads: dict[str, Spread] = {}
 
     def watch(name: str, linear: nn.Linear) -> Any:
         def hook(module: nn.Module, arguments: tuple[Any, ...], output: torch.Tensor) -> None:
             del module
-            found[name] = Spread(input_rms=_rms(arguments[0]), output_rms=_rms(output))
+            spreads[name] = Spread(input_rms=_rms(arguments[0]), output_rms=_rms(output))
 
         return linear.register_forward_hook(hook)
 
     with hooked(watch(*item) for item in linears.items()), torch.no_grad():
         forward()
-    return found
+    return spreads
 
 
 def _rms(tensor: torch.Tensor) -> torch.Tensor:

@@ -37,12 +37,12 @@ def windows_of(
     """
     tokenizer = load_tokenizer(source)
 
-    def written(samples: int, length: int, seed: int) -> TokenIds:
+    def write(samples: int, length: int, seed: int) -> TokenIds:
         generate = self_text(load(), tokenizer, progress=progress, label=label)
         return generate(samples, length, seed)
 
     return evaluation_windows(
-        recipe.evaluation, tokenizer, written, seed=recipe.seed, vocabulary=known_tokens(source)
+        recipe.evaluation, tokenizer, write, seed=recipe.seed, vocabulary=known_tokens(source)
     )
 
 

@@ -31,13 +31,13 @@ accelerate launch -m nmexport evaluate --work DIR
 @takes(*EVALUATION_TEXT)
 @click.pass_context
 def evaluate_command(ctx: click.Context, *, asked: Request) -> None:
-    from nmexport.evaluation import evaluate, launched
+    from nmexport.evaluation import evaluate, read_launch
     from nmexport.progress import Silent
     from nmexport.store.records import json_from
 
     work = asked.existing_work()
     recipe = asked.recipe_on(work)
-    share = launched()
+    share = read_launch()
     shown = progress() if share.is_main else Silent()
     scores = evaluate(work, share, progress=shown, recipe=recipe)
     if scores is None:

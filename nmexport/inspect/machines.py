@@ -149,7 +149,11 @@ def _cpu_seconds(recipe: Recipe, shape: Shape, machine: Machine, way: Way) -> fl
     operations = _operations(recipe, by_block=way == "layer by layer") + _sensitivities(recipe)
     evaluated = recipe.evaluation.windows * recipe.evaluation.length
     operations += _COMPARED * _FORWARD * evaluated
-    return operations * shape.parameters / machine.cpu_rate + _moved(shape) + _SETTING_UP_SECONDS
+    return (
+        operations * shape.parameters / machine.cpu_rate
+        + _moving_seconds(shape)
+        + _SETTING_UP_SECONDS
+    )
 
 
 def _gpu_seconds(recipe: Recipe, shape: Shape, machine: Machine) -> float:
@@ -158,10 +162,10 @@ def _gpu_seconds(recipe: Recipe, shape: Shape, machine: Machine) -> float:
     work = _operations(recipe, by_block=False) * shape.parameters / machine.gpu_half_rate
     wide = _sensitivities(recipe) * shape.parameters / machine.gpu_rate
     opened = _SESSIONS * _SERVED_BYTES * shape.parameters / _SESSION_RATE
-    return max(work, waited) + wide + opened + _moved(shape) + _SETTING_UP_SECONDS
+    return max(work, waited) + wide + opened + _moving_seconds(shape) + _SETTING_UP_SECONDS
 
 
-def _moved(shape: Shape) -> float:
+def _moving_seconds(shape: Shape) -> float:
     """Seconds of reading and writing weights."""
     return _FILE_COPIES * _SERVED_BYTES * shape.parameters / _FILE_RATE
 

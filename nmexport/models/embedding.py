@@ -32,10 +32,10 @@ def round_embedding(model: Any) -> RemovableHandle:
     A row is rounded by itself, so what is looked up may be rounded in place of the table.
     """
 
-    def rounded(_: nn.Module, __: Any, rows: torch.Tensor) -> torch.Tensor:
+    def round_rows(_: nn.Module, __: Any, rows: torch.Tensor) -> torch.Tensor:
         values, scale = rounded_rows(rows.reshape(-1, rows.shape[-1]))
         grouped = values.to(rows.dtype).reshape(*scale.shape, -1)
         return (grouped * scale.unsqueeze(-1)).reshape(rows.shape)
 
-    handle: RemovableHandle = model.get_input_embeddings().register_forward_hook(rounded)
+    handle: RemovableHandle = model.get_input_embeddings().register_forward_hook(round_rows)
     return handle

@@ -17,7 +17,7 @@ from nmexport.models.text_files import (
     check_tokenizer_files,
     explain_unreadable,
 )
-from nmexport.models.weight_files import read_config, shortened
+from nmexport.models.weight_files import read_config, shorten
 from nmexport.models.weights import WeightTable, is_finite, not_finite
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def _check_gguf_complete(source: ModelSource, loading_info: Mapping[str, Any]) -
     )
     if missing:
         raise ModelError(
-            f"{source.folder / str(source.gguf_file)} holds no {shortened(missing)}: random values "
+            f"{source.folder / str(source.gguf_file)} holds no {shorten(missing)}: random values "
             "would take their place.",
             fix="download the file again, or use the model's safetensors",
         )
@@ -202,7 +202,7 @@ def _check_nothing_ignored(source: ModelSource, mappings: Sequence[Mapping[str, 
 
 def _ignored_tensors(source: ModelSource, names: list[str]) -> ModelError:
     return ModelError(
-        f"{source.folder / str(source.gguf_file)} holds {shortened(names)}, which transformers "
+        f"{source.folder / str(source.gguf_file)} holds {shorten(names)}, which transformers "
         "does not read: the model would not be the one that the file describes.",
         fix="use the model's safetensors",
     )
@@ -264,7 +264,7 @@ def _name_tables(source: ModelSource) -> Iterator[list[Mapping[str, str]]]:
     mappings: list[Mapping[str, str]] = []
     original = loading.get_gguf_hf_weights_map
 
-    def noted(*arguments: Any, **options: Any) -> Mapping[str, str]:
+    def note_files(*arguments: Any, **options: Any) -> Mapping[str, str]:
         mappings.append(original(*arguments, **options))
         return mappings[-1]
 
@@ -273,6 +273,6 @@ def _name_tables(source: ModelSource) -> Iterator[list[Mapping[str, str]]]:
         return
     with (
         gguf_files.read_once(source.gguf_files),
-        gguf_files.replaced(loading, "get_gguf_hf_weights_map", noted),
+        gguf_files.replaced(loading, "get_gguf_hf_weights_map", note_files),
     ):
         yield mappings

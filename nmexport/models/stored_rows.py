@@ -10,7 +10,7 @@ from onnx_ir import tensor_adapters
 from nmexport.graph.embedding import StoredRows
 from nmexport.models.embedding import embedding_names
 from nmexport.models.imported import imported_weights
-from nmexport.models.lazy_tensors import deferred
+from nmexport.models.lazy_tensors import defer
 from nmexport.sparsity import quantisation
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ def rounded_rows(model: PreTrainedModel, read: Callable[[str], torch.Tensor]) ->
         return quantisation.rounded_rows(read(name))[index]
 
     return StoredRows(
-        deferred(lambda: part(0), like=values, name=f"{name}.values"),
-        deferred(lambda: part(1), like=scale, name=f"{name}.scale"),
+        defer(lambda: part(0), like=values, name=f"{name}.values"),
+        defer(lambda: part(1), like=scale, name=f"{name}.scale"),
     )
 
 

@@ -152,18 +152,18 @@ def _check_index(index: Path, tensors: Mapping[str, StoredTensor]) -> None:
     ]
     if absent:
         raise ModelError(
-            f"{index} places {shortened(absent)} in shards that do not hold "
+            f"{index} places {shorten(absent)} in shards that do not hold "
             f"{'it' if len(absent) == 1 else 'them'}.",
             fix=fix,
         )
     unlisted = sorted(tensors.keys() - placed.keys())
     if unlisted:
         raise ModelError(
-            f"The shards of {index} hold {shortened(unlisted)}, which it does not list.", fix=fix
+            f"The shards of {index} hold {shorten(unlisted)}, which it does not list.", fix=fix
         )
 
 
-def shortened(names: Sequence[str]) -> str:
+def shorten(names: Sequence[str]) -> str:
     """The first of several names, and how many more there are."""
     more = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

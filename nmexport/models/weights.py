@@ -19,12 +19,12 @@ from safetensors import SafetensorError, safe_open
 
 from nmexport.errors import ModelError
 from nmexport.models.families import is_text_part, text_name
-from nmexport.models.integrity import StoredTensor, damaged
+from nmexport.models.integrity import StoredTensor, damage_error
 from nmexport.models.quantised.decoding import decode, kept_of
 from nmexport.models.quantised.gguf_file import GgufIntegers
 from nmexport.models.quantised.layouts import find_packing
 from nmexport.models.unsupported import FLOATS, quantised
-from nmexport.models.weight_files import read_config, shortened, stored_tensors
+from nmexport.models.weight_files import read_config, shorten, stored_tensors
 from nmexport.sparsity.quantisation import QuantisedWeight
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class WeightTable:
                 tensor: torch.Tensor = stream.get_tensor(stored)
                 return tensor
         except (OSError, SafetensorError) as error:
-            raise damaged(path, str(error)) from error
+            raise damage_error(path, str(error)) from error
 
     def _rename(self) -> tuple[dict[str, _Origin], list[str]]:
         """Origins by the first parameter they make, and stored tensors that make none."""
@@ -230,7 +230,7 @@ class WeightTable:
         for name, value in made.items():
             if name not in self._expected:
                 raise ModelError(
-                    f"{shortened(origin.names)} of {self._folder} would make {name}, which "
+                    f"{shorten(origin.names)} of {self._folder} would make {name}, which "
                     f"{self._kind} does not have.",
                     fix=self._another_model,
                 )
@@ -253,7 +253,7 @@ class WeightTable:
             made = converter.convert(first, model=self._model, config=self._model.config)
         except Exception as error:  # an op on tensors that do not fit raises what it pleases
             raise ModelError(
-                f"{first} cannot be made of {shortened(origin.names)} of {self._folder}: {error}",
+                f"{first} cannot be made of {shorten(origin.names)} of {self._folder}: {error}",
                 fix=self._another_model,
             ) from error
         return {
@@ -269,7 +269,7 @@ class WeightTable:
                 raise quantised(self._folder, f"{stored} is stored as {kind}")
         if shape != wanted:
             raise ModelError(
-                f"{shortened(origin.names)} of {self._folder} makes {name} {list(shape)}, and the "
+                f"{shorten(origin.names)} of {self._folder} makes {name} {list(shape)}, and the "
                 f"configuration asks for {list(wanted)}{self._vocabulary_hint(name)}.",
                 fix="use the config.json that belongs to these weights",
             )
@@ -346,18 +346,16 @@ class WeightTable:
         ]
         if missing:
             also = (
-                f" They hold {shortened(unexpected)}, which belongs to nothing."
-                if unexpected
-                else ""
+                f" They hold {shorten(unexpected)}, which belongs to nothing." if unexpected else ""
             )
             raise ModelError(
-                f"The files of {self._folder} hold no {shortened(missing)} of {self._kind}: random "
+                f"The files of {self._folder} hold no {shorten(missing)} of {self._kind}: random "
                 f"values would take {'its' if len(missing) == 1 else 'their'} place.{also}",
                 fix=self._missing_fix(missing),
             )
         if unexpected:
             raise ModelError(
-                f"The files of {self._folder} hold {shortened(unexpected)}, which {self._kind} "
+                f"The files of {self._folder} hold {shorten(unexpected)}, which {self._kind} "
                 "does not have: the model that they make would not be the one that was trained.",
                 fix=self._another_model,
             )

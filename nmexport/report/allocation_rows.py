@@ -207,7 +207,7 @@ def site_rows(allocation: Allocation) -> list[SiteRow]:
     }
     return [
         SiteRow(
-            names=_joined(site),
+            names=_join(site),
             choice=row.choice.label,
             why=row.why,
             kl=[_site_cost(by_label[site].get(label), row) for label in labels],
@@ -237,7 +237,7 @@ def linear_rows(allocation: Allocation) -> list[LinearRow]:
 def read_shares(allocation: Allocation) -> list[ReadShare]:
     """List the share of weight rows that a decoded token reads, by site: for a plot."""
     return [
-        ReadShare(name=_plotted(site), share=row.choice.decode_density)
+        ReadShare(name=_plot_name(site), share=row.choice.decode_density)
         for site, row in _sites(allocation).items()
     ]
 
@@ -250,7 +250,7 @@ def _sites(allocation: Allocation) -> dict[tuple[str, ...], LedgerRow]:
     return sites
 
 
-def _plotted(site: tuple[str, ...]) -> str:
+def _plot_name(site: tuple[str, ...]) -> str:
     """Write `model.layers.0.mlp.gate+up`, from which a plot reads layer and kind."""
     parent = site[0].rpartition(".")[0]
     kinds = [name.rpartition(".")[2].removesuffix("_proj") for name in site]
@@ -267,7 +267,7 @@ def _site_cost(candidate: Candidate | None, row: LedgerRow) -> SiteCost:
     )
 
 
-def _joined(names: tuple[str, ...]) -> str:
+def _join(names: tuple[str, ...]) -> str:
     """Write `model.layers.0.self_attn.{q_proj, k_proj, v_proj}`, or the names as they are."""
     parents = {name.rpartition(".")[0] for name in names}
     if len(names) == 1 or len(parents) > 1:

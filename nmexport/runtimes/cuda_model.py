@@ -169,14 +169,14 @@ class CudaModel:
         binding.bind_output(output, "cpu", 0, kind, list(shape), values.ctypes.data)
         return values
 
-    def widened(self, logits: NDArray[Any]) -> NDArray[np.float32]:
+    def to_float32(self, logits: NDArray[Any]) -> NDArray[np.float32]:
         """Logits of the host as float32."""
         return float32_from(logits, is_bfloat16=is_bfloat16(self.logits_type))
 
     def read_logits(self, value: Any) -> NDArray[np.float32]:
         """Copy logits to the host, before the next step overwrites the device's."""
         logits: NDArray[Any] = value.numpy()
-        return self.widened(logits.copy() if self.device == "cpu" else logits)  # that is a view
+        return self.to_float32(logits.copy() if self.device == "cpu" else logits)  # that is a view
 
     def visible(self, *shape: int) -> NDArray[np.int64]:
         """Zeros of the host at an address that the device knows too."""

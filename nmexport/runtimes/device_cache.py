@@ -115,7 +115,7 @@ class DeviceCaches:
             elements = value.numpy()[:, :, :length]
             yield tensor.present, float32_from(elements, is_bfloat16=is_bfloat16(tensor.type))
 
-    def kept(self, cache: DeviceCache) -> DeviceCache:
+    def keep(self, cache: DeviceCache) -> DeviceCache:
         """Move what is full now, and not in each run that goes on from it."""
         length = int(cache.lengths.max())
         if length < min(cache.lease.buffers.capacity, self._positions):

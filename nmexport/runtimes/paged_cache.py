@@ -77,7 +77,7 @@ class PagePool:
         """Pages that some sequence holds."""
         return self._size - len(self._free)
 
-    def extended(self, before: PagedSequence | None, count: int) -> PagedSequence:
+    def extend(self, before: PagedSequence | None, count: int) -> PagedSequence:
         """A sequence with room for `count` more tokens, to be written before anyone reads it.
 
         Args:

@@ -157,12 +157,12 @@ class Session(Closing):
             A result for each: bit for bit what `extend_last` gives for it alone.
         """
         results = []
-        for one in work:
-            if one.needs_logits:
-                rows, extended = self.extend_last(one.cache, one.tokens[None])
+        for item in work:
+            if item.needs_logits:
+                rows, extended = self.extend_last(item.cache, item.tokens[None])
                 results.append(Stepped(rows[0, -1], extended, int(rows[0, -1].argmax())))
             else:
-                tokens, extended = self.next_tokens(one.cache, one.tokens[None])
+                tokens, extended = self.next_tokens(item.cache, item.tokens[None])
                 results.append(Stepped(None, extended, int(tokens[0])))
         return results
 

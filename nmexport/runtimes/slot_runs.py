@@ -190,7 +190,7 @@ class PromptRuns:
             binding.bind_ortvalue_input(name, model.on_device(np.ascontiguousarray(array)))
         values = model.bind_host_output(binding, LOGITS, (1, len(tokens)))
         model.session.run_with_iobinding(binding, model.options(NO_GRAPH))
-        return model.widened(values[0])
+        return model.to_float32(values[0])
 
     def close(self) -> None:
         """Let go of the runtime's session."""

@@ -197,11 +197,11 @@ def damage(folder: Path, manifest: Manifest, *, full: bool) -> str | None:
                 return f"{record.path} has {status.st_size} bytes, not {record.bytes}"
             if full or status.st_mtime_ns > finished:
                 suspects.append(record)
-        found = file_digests([folder / record.path for record in suspects])
+        digests = file_digests([folder / record.path for record in suspects])
     except OSError as error:
         name = Path(str(error.filename)).relative_to(folder).as_posix()
         return f"{name} cannot be read ({error.strerror})"
-    for record, digest in zip(suspects, found, strict=True):
+    for record, digest in zip(suspects, digests, strict=True):
         if digest != record.sha256:
             return f"{record.path} does not have the contents that were written"
     return None

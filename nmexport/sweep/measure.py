@@ -81,7 +81,7 @@ def run(job: Job, progress: Progress) -> list[Row]:
         try:
             for number, cell in enumerate(job.cells, start=1):
                 progress.note(f"{job.model}, {number} of {len(job.cells)}: {_describe(cell)}")
-                rows.append(bench.measured(cell))
+                rows.append(bench.measure(cell))
         finally:
             bench.close()
         return rows
@@ -121,19 +121,19 @@ class _Bench:
         if self._dense is not None:
             self._dense[1].forget()
 
-    def measured(self, cell: Cell) -> Row:
+    def measure(self, cell: Cell) -> Row:
         """A cell's row: its figures from their file, or measured now and kept there."""
         row = _identity(self._job, cell)
         if cell.refused is not None:
             return replace(row, refused=cell.refused)
         try:
-            return replace(row, figures=self._kept_figures(cell))
+            return replace(row, figures=self._load_figures(cell))
         except WorkDirectoryError:
             raise
         except UserError as error:
             return replace(row, refused=error.problem)
 
-    def _kept_figures(self, cell: Cell) -> Figures:
+    def _load_figures(self, cell: Cell) -> Figures:
         key = digest_of(self._key_fields(cell))
         path = self._job.folder / "cells" / f"{key[:KEY_CHARS]}.json"
         if path.is_file():

@@ -98,7 +98,10 @@ class _Point(NamedTuple):
 
 def plot(rows: Sequence[Row], model: str) -> str | None:
     """A row of points for each combination, best first, baselines below; None of nothing."""
-    sparse, baselines = _measured(rows, baselines=False), _measured(rows, baselines=True)
+    sparse, baselines = (
+        _measured_points(rows, baselines=False),
+        _measured_points(rows, baselines=True),
+    )
     measured = [*sparse, *baselines]
     if not measured:
         return None
@@ -194,7 +197,7 @@ def _dense_line(rows: Sequence[Row]) -> list[str]:
     return [f"Dense perplexity {number(first.perplexity.dense)}, {first.tokens:,} tokens.", ""]
 
 
-def _measured(rows: Sequence[Row], *, baselines: bool) -> list[_Point]:
+def _measured_points(rows: Sequence[Row], *, baselines: bool) -> list[_Point]:
     return [
         _Point(
             label=row.label,

@@ -197,16 +197,16 @@ def score_window(
     logits = dense.prefill(window[None, :])[0]
     if late is not None:
         late.offer(window, logits)
-    targets, sparse_logits = scored(sparse, window, phases=phases)
+    targets, sparse_logits = run_window(sparse, window, phases=phases)
     prompt = len(window) - 1 - len(targets)
     score.add(window[prompt:], logits[prompt:], sparse_logits)
     return score
 
 
-def scored(
+def run_window(
     sparse: Session, window: NDArray[np.int64], *, phases: ModelPhases
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Tokens of a window `[L]` that are scored, `[T]`, and logits `[T or T + 1, V]` for them."""
+    """Run a window `[L]`; return the tokens to score `[T]`, and logits `[T or T + 1, V]`."""
     if phases not in _STEPWISE:
         return window[1:], sparse.prefill(window[None, :])[0]
     prompt = prompt_length(window)

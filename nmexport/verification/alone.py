@@ -37,7 +37,7 @@ def score(
     """Score the sparse model; see `accuracy.compare`."""
     sums = NllSum()
     for window in windows:
-        targets, logits = accuracy.scored(sparse, window, phases=phases)
+        targets, logits = accuracy.run_window(sparse, window, phases=phases)
         sums.add(token_nll(log_softmax(logits[: len(targets)]), targets))
     return Accuracy(
         why=WHY,

@@ -157,8 +157,8 @@ def check(
     expected = torch_model.outputs(ids, list(values), progress)
     expected[_CACHED] = expected[LOGITS][-_DECODED:]
     return_device_memory()  # the runtime needs what torch had
-    found = _onnx_outputs(dense, values, ids, progress)
-    return compare(found, expected, dtype=torch_model.dtype)
+    actual = _onnx_outputs(dense, values, ids, progress)
+    return compare(actual, expected, dtype=torch_model.dtype)
 
 
 def _onnx_outputs(

@@ -17,7 +17,7 @@ from nmexport.verification import cache_parity, op_parity, parity
 from nmexport.verification.audit import open_instrumented
 from nmexport.verification.extent import extent_of
 from nmexport.verification.memory import artifact_bytes
-from nmexport.verification.placing import checked, parity_device
+from nmexport.verification.placing import check_session, parity_device
 from nmexport.verification.reference import DeviceProducts, array_from, open_folded
 
 if TYPE_CHECKING:
@@ -70,7 +70,9 @@ def compare(subject: Subject) -> Parity:
         if parity.ONNX not in why:
             with busy(progress, "verify: parity: open the model without its native op"):
                 try:
-                    bodies = stack.enter_context(checked(_open_bodies(engine, device), device))
+                    bodies = stack.enter_context(
+                        check_session(_open_bodies(engine, device), device)
+                    )
                 except UserError as error:
                     if device == "cpu":
                         raise
@@ -185,7 +187,10 @@ def _compare_linears(
 def _open_watched(
     subject: Subject, graph: onnx.ModelProto, library: Path | None, device: Provider
 ) -> OrtSession:
-    """A session that returns what its linears meet and make; None as library runs the bodies."""
+    """Open a session that returns inputs and outputs of its linears.
+
+    Without a library the function bodies run.
+    """
     engine = subject.engine
     session = open_instrumented(
         graph,
@@ -195,7 +200,7 @@ def _open_watched(
         provider=device,
         folds_constants=device == "cpu",
     )
-    return checked(session, device)
+    return check_session(session, device)
 
 
 def no_library(engine: Engine) -> str | None:

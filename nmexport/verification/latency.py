@@ -127,18 +127,18 @@ def compare(
         sessions["stored"] = stored
     sides = {name: Side(session, timing) for name, session in sessions.items()}
 
-    def tracked(label: str) -> Iterable[int]:
+    def track(label: str) -> Iterable[int]:
         return timing.progress.track(range(timing.runs), label=label, total=timing.runs)
 
     # A loop for each phase: a prefill in between would leave other data in the caches.
     prefill = interleave(
         {name: side.prefill_ms for name, side in sides.items()},
-        tracked("prefill timing"),
+        track("prefill timing"),
         warmup=timing.warmup,
     )
     decode = interleave(
         {name: side.decode_ms for name, side in sides.items()},
-        tracked("decode timing"),
+        track("decode timing"),
         warmup=timing.warmup,
     )
     device = interleave(

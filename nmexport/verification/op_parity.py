@@ -131,15 +131,15 @@ def expected_of(
         products: See `oracle.reference`.
         rounded_operands: How many of the product's operands are rounded to T before.
     """
-    found = reference(x, tensors["W"], **arguments(layer, tensors), products=products)
-    bound = found.bound(x.dtype)
+    exact = reference(x, tensors["W"], **arguments(layer, tensors), products=products)
+    bound = exact.bound(x.dtype)
     if rounded_operands:
         half_unit = float(ml_dtypes.finfo(x.dtype).eps) / 2
-        bound = bound + rounded_operands * _ROUNDED_OPERAND * half_unit * found.magnitude
+        bound = bound + rounded_operands * _ROUNDED_OPERAND * half_unit * exact.magnitude
     return Expected(
-        value=found.value,
+        value=exact.value,
         bound=np.maximum(bound, np.finfo(np.float64).tiny),
-        certain=~_open_masks(layer, tensors, x, found),
+        certain=~_open_masks(layer, tensors, x, exact),
     )
 
 

@@ -123,11 +123,11 @@ def opened(suite: Suite, *, seed: int, progress: Progress | None) -> Iterator[An
         RecipeError: if a task cannot be loaded for another reason.
     """
     with _inside(suite.folder), _quiet():
-        yield _loaded(suite, seed, progress)
+        yield _load_suite(suite, seed, progress)
 
 
-def _loaded(suite: Suite, seed: int, progress: Progress | None) -> Any:
-    """The suite's tasks, with few-shot counts and seeds set."""
+def _load_suite(suite: Suite, seed: int, progress: Progress | None) -> Any:
+    """Load the suite's tasks, with few-shot counts and seeds set."""
     manager, names = _manager(suite)
     loaded = _load(manager, names, progress=progress)
     for task in loaded["tasks"].values():

@@ -119,12 +119,12 @@ def bench_rivals(
         together=together,
         protocol=PROTOCOL,
     )
-    return _measured(
+    return _collect(
         measured, entries, options, on_gpu=device == "cuda", save=save, progress=progress
     )
 
 
-def _measured(
+def _collect(
     rivals: Rivals,
     entries: Sequence[Entry],
     options: RivalOptions,

@@ -55,7 +55,7 @@ def write_integers(
             parameter = parameters.get(names.get(tensor.name, ""))
             if kind in _FLOATS or parameter is None:
                 continue
-            weight, reason = _matched(tensor.data, kind, parameter, model)
+            weight, reason = _match(tensor.data, kind, parameter, model)
             counted.append((kind, reason, parameter.numel()))
             if weight is None:
                 continue
@@ -113,7 +113,7 @@ def _tensors(weight: QuantisedWeight) -> dict[str, torch.Tensor]:
     return parts if weight.zero_point is None else {**parts, "zero_point": weight.zero_point}
 
 
-def _matched(
+def _match(
     data: Any, kind: str, parameter: torch.Tensor, model: nn.Module
 ) -> tuple[QuantisedWeight | None, str | None]:
     """The integers that make a parameter; or None, and why not."""

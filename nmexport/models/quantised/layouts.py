@@ -153,7 +153,7 @@ def _gptq(modules: Modules, method: Method) -> Iterator[PackedWeight]:
         )
 
 
-def _packed(modules: Modules, method: Method) -> Iterator[PackedWeight]:
+def _find_packed(modules: Modules, method: Method) -> Iterator[PackedWeight]:
     """Linears of compressed-tensors in 32-bit words: `[O, K*bits/32]`."""
     for module, roles in modules.with_role("weight_packed").items():
         modules.require(module, roles, ("weight_packed", "weight_scale", "weight_shape"))
@@ -290,6 +290,6 @@ def _parts(roles: Roles, *wanted: str) -> dict[str, StoredTensor]:
 _FINDERS: Mapping[str, tuple[Callable[[Modules, Method], Iterator[PackedWeight]], ...]] = {
     "awq": (_awq,),
     "gptq": (_gptq,),
-    "compressed-tensors": (_packed, _int8, _float8),
+    "compressed-tensors": (_find_packed, _int8, _float8),
     "fp8": (_float8,),
 }
