@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 # \b keeps click from joining the lines of a paragraph.
 _HELP = """Score the folded model of a work directory against the dense one, in torch.
 
-Needs `nmexport build --to fold`. The text is what the recipe names, or another: a model that was
-calibrated on one kind of text should be looked at on others. For several GPUs or machines:
+Needs `nmexport build --to fold`. The text is what the recipe names, or another: check a model
+that was calibrated on one kind of text on others. For several GPUs or machines:
 
 \b
 accelerate launch -m nmexport evaluate --work DIR

@@ -124,7 +124,7 @@ class CudaSession(Session):
 
     @property
     def limits(self) -> Limits:
-        """As many tokens as the rotary tables cover."""
+        """The number of tokens that the rotary tables cover."""
         return Limits(tokens=self._model.positions)
 
     @property
@@ -133,7 +133,7 @@ class CudaSession(Session):
         return self._model.bytes_per_token
 
     def keep(self, cache: DeviceCache) -> DeviceCache:
-        """See `Session`; what is full is moved now, and not by each run that goes on from it."""
+        """See `Session`; full buffers are copied now, not again in each run that continues them."""
         return self._caches.keep(cache)
 
     def cache_values(self, cache: DeviceCache) -> Iterator[tuple[str, NDArray[np.float32]]]:
@@ -200,7 +200,7 @@ class CudaSession(Session):
         return milliseconds(run) / times
 
     def _record(self, cache: DeviceCache, input_ids: NDArray[np.int64]) -> _Step:
-        """A step on a cache, its inputs in place, that the runtime replays from now on."""
+        """Record a step on a cache, its inputs in place, for the runtime to replay."""
         for _ in range(_RECORDING_RUNS):
             buffers = self.next_tokens(cache, input_ids)[1].lease.buffers
         return self._steps[buffers]
@@ -231,7 +231,7 @@ class CudaSession(Session):
     def _room(
         self, cache: DeviceCache | None, ids: NDArray[np.int64], counts: NDArray[Any]
     ) -> _Room:
-        """Buffers for the first `counts` of each row's tokens after those in the cache."""
+        """Provide buffers for the first `counts` tokens of each row, behind the cache."""
         before = 0 if cache is None else cache.lengths
         # A padded row's garbage needs room too.
         needed = int((before + np.full_like(counts, ids.shape[1])).max())
@@ -249,7 +249,7 @@ class CudaSession(Session):
         return step
 
     def _bind_step(self, buffers: Buffers) -> _Step:
-        """Bind a decode step to buffers for good; the runtime records it in its first runs."""
+        """Bind a decode step to buffers permanently; the runtime records it in its first runs."""
         model, batch = self._model, buffers.batch
         self._graphs += 1
         step = _Step(

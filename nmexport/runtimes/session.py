@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Closing(ABC):
-    """Something that is closed at the end of a `with` block, whatever ended it."""
+    """Something that a `with` block closes."""
 
     @abstractmethod
     def close(self) -> None:
@@ -128,7 +128,7 @@ class Session(Closing):
     def extend_last(
         self, cache: Any | None, input_ids: NDArray[np.int64]
     ) -> tuple[NDArray[np.float32], Any]:
-        """Do the same, and return the last token's logits `[B, 1, V]` alone.
+        """Do the same, and return only the last token's logits `[B, 1, V]`.
 
         Generation needs no more. A runtime that can leave the others out does so: a long prompt's
         are its largest product.
@@ -139,7 +139,7 @@ class Session(Closing):
     def next_tokens(
         self, cache: Any | None, input_ids: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], Any]:
-        """Do the same, and return the likeliest next token of each sequence `[B]` alone.
+        """Do the same, and return only the likeliest next token of each sequence `[B]`.
 
         It is the first of equals, and of NaNs the first. A runtime on a device may choose there:
         logits are then never copied to the host.
@@ -167,7 +167,7 @@ class Session(Closing):
         return results
 
     def queued_step_ms(self, cache: Any, input_ids: NDArray[np.int64], times: int) -> float | None:
-        """Milliseconds of a decode step of which `times` are queued without waiting in between.
+        """Time a decode step in milliseconds, with `times` steps queued back to back.
 
         The host prepares the next one while the device computes: what is left is the device's time.
 

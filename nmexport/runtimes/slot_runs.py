@@ -93,13 +93,13 @@ class StepRuns:
         model.bind_logits(self._binding, self._logits)
 
     def record(self) -> None:
-        """Run it without anybody in it until the runtime replays a recorded graph."""
+        """Run it with empty slots until the runtime replays a recorded graph."""
         options = self._model.options(_GRAPH)
         for _ in range(_RECORDING_RUNS):
             self._model.session.run_with_iobinding(self._binding, options)
 
     def start(self, rows: Mapping[int, tuple[int, int]]) -> None:
-        """Start a step, where the one that was started ahead does not hold it already.
+        """Start a step, unless the one started ahead covers it.
 
         Args:
             rows: By slot, a token and its position.
@@ -120,7 +120,7 @@ class StepRuns:
         self._ahead = rows
 
     def finish(self) -> None:
-        """Wait for whatever was started, and forget it."""
+        """Wait for the step that was started, and forget it."""
         self._ahead = {}
         self._model.wait()
 

@@ -133,7 +133,7 @@ class StepSession(Session):
 
     @property
     def limits(self) -> Limits:
-        """As many tokens as the rotary tables cover."""
+        """The number of tokens that the rotary tables cover."""
         return Limits(tokens=self._positions)
 
     @property

@@ -1,4 +1,4 @@
-"""`bench rivals`: a work directory's engines beside torch.compile on the same shapes."""
+"""`bench rivals`: a work directory's engines against torch.compile on the same shapes."""
 
 from __future__ import annotations
 
