@@ -133,7 +133,7 @@ class _Run:
         self._curve = LossCurve()
 
     def finish(self, progress: Progress, checkpoint: Checkpoint | None) -> LossCurve:
-        """From the checkpoint, or the start, to the last step."""
+        """Run from the checkpoint, or the start, to the last step."""
         steps = self._settings.steps
         first = self._restore(checkpoint)
         if first < steps:
@@ -172,7 +172,7 @@ class _Run:
         self._curve.learned.append(value)
 
     def _measure(self, step: int, progress: Progress) -> None:
-        """The loss on held-out chunks, one at a time."""
+        """Measure the loss on held-out chunks, one at a time."""
         done = self._curve.held_out
         if not len(self._held_out) or (done and done[-1][0] == step):
             return
@@ -199,7 +199,7 @@ class _Run:
         return self._targets[rows].to(self._device)
 
     def _compute_targets(self, progress: Progress) -> torch.Tensor | None:
-        """`[chunks, length, H]` bfloat16, always computed in the same batches."""
+        """Compute `[chunks, length, H]` bfloat16, always in the same batches."""
         chunks, settings = self._chunks, self._settings
         size = chunks.numel() * self._model.config.get_text_config().hidden_size * 2
         if settings.steps * settings.batch <= len(chunks) or size > _TARGET_BYTES:
@@ -209,7 +209,7 @@ class _Run:
         return torch.cat([self._dense_hidden(ids).bfloat16().cpu() for ids in tracked])
 
     def _open_head(self) -> OutputHead:
-        """The model's output head over its whole vocabulary.
+        """Open the model's output head over its whole vocabulary.
 
         Raises:
             ModelError: if the model's logits are not what it makes.
@@ -220,7 +220,7 @@ class _Run:
         return head
 
     def _sample_head(self, head: OutputHead) -> SampledHead:
-        """The head over the tokens that the dense model gives most probability to, and others."""
+        """Restrict the head to the dense model's likeliest tokens, and some others."""
         whole = head.weight.shape[0]
         looked_at = min(self._settings.vocabulary, whole)
         drawn = looked_at // _DRAWN_PART if looked_at < whole else 0
@@ -229,7 +229,7 @@ class _Run:
         return SampledHead(head, mass, likeliest=looked_at - drawn, drawn=drawn, seed=seed)
 
     def _mass(self, head: OutputHead) -> torch.Tensor:
-        """How much probability the dense model gives each token, on some of the chunks: `[V]`."""
+        """Sum the dense model's probability of each token over some chunks: `[V]`."""
         mass = torch.zeros(head.weight.shape[0], device=head.weight.device)
         wanted = max(1, _VOCABULARY_SAMPLE // self._chunks.shape[1])
         for ids in self._chunks[:: max(1, len(self._chunks) // wanted)]:
@@ -258,7 +258,7 @@ class _Run:
 
 
 def _hidden(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Last hidden states `[B, L, H]` of ids `[B, L]`."""
+    """Compute the last hidden states `[B, L, H]` of ids `[B, L]`."""
     device = next(model.parameters()).device
     output = model.base_model(input_ids=ids.to(device), use_cache=False)
     hidden: torch.Tensor = output.last_hidden_state

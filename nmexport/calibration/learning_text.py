@@ -1,4 +1,4 @@
-"""More of the model's own text, where learning would take what there is again and again.
+"""Lets the model write more text, where learning would reuse what there is too often.
 
 Constants that learn from a few chunks many times serve those chunks: on SmolLM2, 480 steps over 128
 chunks of its own text left other text at 1.83 times the dense perplexity, over a thousand at 1.72.
@@ -22,7 +22,7 @@ _IDS = "ids"
 
 
 def chunks_missing(corpus: torch.Tensor, own: torch.Tensor, settings: LearningSettings) -> int:
-    """How many chunks of its own a run takes beyond those there are; at most `settings.written`.
+    """Return how many more own chunks a run wants; at most `settings.written`.
 
     Args:
         corpus: `[samples, length]` int64 token ids of text from elsewhere.
@@ -46,7 +46,7 @@ def with_more_written(
     seed: int,
     checkpoint: Checkpoint | None = None,
 ) -> torch.Tensor:
-    """The model's own text, in chunks `[chunks, length]` where there was too little of it.
+    """Add the model's own text, in chunks `[chunks, length]`, where there is too little.
 
     Args:
         corpus: `[samples, length]` int64 token ids of text from elsewhere.

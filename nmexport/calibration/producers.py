@@ -1,4 +1,4 @@
-"""Which linears make the input of another channel by channel, so that they can be laid out for it.
+"""Finds linears that make another's input channel by channel, to lay them out for it.
 
 Names say nothing, so a module's code is asked: the linears in it are exchanged for stand-ins that
 return noise, and the input of the one in question has to follow what is done to that noise.
@@ -49,7 +49,7 @@ class Feed:
 
 
 def output_orders(dense: DenseModel, constants: SparseConstants) -> OutputOrders:
-    """Decide whose outputs are laid out for what reads them.
+    """Decide which linears' outputs are laid out for their reader.
 
     All of them are sparse linears: the weights of others are not folded, and stay as they are.
 
@@ -80,7 +80,7 @@ def find_feeds(
     *,
     layerwise: LayerwiseModel | None = None,
 ) -> list[Feed]:
-    """Find what makes the inputs of linears, where it is certain.
+    """Find what makes the inputs of linears, where that is certain.
 
     Args:
         model: A Hugging Face causal language model in evaluation mode; its weights may be on the
@@ -174,7 +174,7 @@ def _negate_where(touched: torch.Tensor) -> Change:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Compare what runs show: tensors within rounding, containers by what they hold."""
+    """Compare two results: tensors within rounding, containers by their items."""
     if isinstance(one, torch.Tensor):
         return one.shape == other.shape and torch.allclose(
             one, other, rtol=_RELATIVE, atol=_ABSOLUTE
@@ -207,7 +207,7 @@ class _Bench:
         self._x = torch.randn(1, _TOKENS, width, generator=noise).to(device)
 
     def run(self, changes: Mapping[str, Change]) -> _Seen:
-        """Run the module once, the noise of some stand-ins changed.
+        """Run the module once with the noise of some stand-ins changed.
 
         Raises:
             _Doubtful: if the reader is not called once.
@@ -247,7 +247,7 @@ def _find_called_inside(
     sample: torch.Tensor,
     layerwise: LayerwiseModel | None,
 ) -> list[Feed]:
-    """Those whose linears nothing but their own module calls, seen on a few tokens."""
+    """Keep feeds whose linears only their own module calls, tested on a few tokens."""
     outside: set[str] = set()
 
     def watch(feed: Feed) -> Iterator[RemovableHandle]:

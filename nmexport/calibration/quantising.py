@@ -1,4 +1,4 @@
-"""Store linears in integers: the sparse ones, those that stay dense, and the output head.
+"""Stores linears in integers: the sparse ones, those that stay dense, and the output head.
 
 Eight bits are rounded to what is nearest, on scales that look at how strong each channel is; where
 values are rounded too, both sides are balanced first. Four bits are rounded with compensation, a
@@ -64,7 +64,7 @@ class Keeping:
     """Sparse linears are stored as dense ones too, to be compared with."""
 
     def spec(self, layer: LayerSpec, stored: QuantisedWeight) -> LayerSpec:
-        """The record of a linear with a stored weight."""
+        """Make the record of a linear with a stored weight."""
         block = activation_block(layer.in_features, len(stored.scale))
         rounds = self.rounds_activations and block is not None
         return replace(
@@ -101,7 +101,7 @@ class Storage(Keeping):
         second_moment: torch.Tensor | None = None,
         name: str,
     ) -> tuple[dict[str, torch.Tensor], QuantisedWeight]:
-        """Inputs of one linear's op, its weight stored.
+        """Return the inputs of one linear's op, its weight stored.
 
         Args:
             folded: They, float32.
@@ -267,7 +267,7 @@ def _as_floats(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def head_name(model: nn.Module, linears: Mapping[str, nn.Linear]) -> str | None:
-    """Name of the linear that makes logits; None where none does."""
+    """Return the name of the linear that makes logits; None where none does."""
     getter = getattr(model, "get_output_embeddings", None)
     head = None if getter is None else getter()
     return next((name for name, linear in linears.items() if linear is head), None)
@@ -287,7 +287,7 @@ _NOT_KNOWN = Moments()
 
 
 class _Given(NamedTuple):
-    """All that linears are stored by."""
+    """What linears are stored by."""
 
     dense: DenseModel
     constants: SparseConstants
@@ -343,7 +343,7 @@ ALL_KEPT = Behaviour(pattern=NMPattern(GROUP, GROUP))
 
 
 def dense_spec(name: str, linear: nn.Linear) -> LayerSpec:
-    """The record of a linear that keeps all of its input."""
+    """Make the record of a linear that keeps all of its input."""
     group = GROUP if linear.in_features % GROUP == 0 else 1
     return LayerSpec(
         name=name,
@@ -356,7 +356,7 @@ def dense_spec(name: str, linear: nn.Linear) -> LayerSpec:
 
 
 def _watch(site: Site, constants: SparseConstants, storage: Storage) -> Watched:
-    """Which second moments the linears of a site need; they keep the same channels."""
+    """Choose the second moments that a site's linears need; they keep the same channels."""
     first = site.names[0]
     operands: dict[str, Operand] = {}
     if first in constants.derived:

@@ -1,4 +1,4 @@
-"""The windows that a model is evaluated on: a text in its tokens, or one that it writes itself."""
+"""Makes the windows that a model is evaluated on: of a text, or of one that it writes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def windows_of(
     progress: Progress,
     label: str,
 ) -> TokenIds:
-    """Evaluation windows `[windows, length]` int64; see `corpus.evaluation_windows`.
+    """Make evaluation windows `[windows, length]` int64; see `corpus.evaluation_windows`.
 
     Args:
         source: The model.
@@ -47,5 +47,5 @@ def windows_of(
 
 
 def check_text(source: ModelSource, section: EvaluationSection) -> None:
-    """Refuse a file of text that windows cannot be made of; see `corpus.check_windows`."""
+    """Refuse a text file that windows cannot be cut from; see `corpus.check_windows`."""
     check_windows(section, load_tokenizer(source), vocabulary=known_tokens(source))

@@ -1,4 +1,4 @@
-"""A sparse model with no dense baseline: its own figures, and null where two compare."""
+"""Measures a sparse model without a dense baseline: its own figures, and null comparisons."""
 
 from __future__ import annotations
 

@@ -42,14 +42,14 @@ def greedy(session: Session, prompts: NDArray[np.int64], steps: Iterable[int]) -
 def follow(
     session: Session, prompts: NDArray[np.int64], continuation: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Greedy tokens `[B, T]` that a model would have chosen while reading a given continuation."""
+    """Return the greedy tokens `[B, T]` that a model chooses while reading a continuation."""
     whole = np.concatenate([prompts, continuation[:, :-1]], axis=1)
     rows = [session.prefill(row[None, :])[0, prompts.shape[1] - 1 :] for row in whole]
     return np.stack([logits.argmax(axis=-1) for logits in rows]).astype(np.int64)
 
 
 def first_divergence(left: NDArray[np.int64], right: NDArray[np.int64]) -> list[int | None]:
-    """Position of the first unequal token in each row of `[B, T]`; None where rows are equal."""
+    """Find the first unequal token in each row of `[B, T]`; None where rows are equal."""
     unequal = left != right
     return [int(row.argmax()) if row.any() else None for row in unequal]
 

@@ -1,4 +1,4 @@
-"""Holds a build's executors against each other: torch, the function bodies, and the engine."""
+"""Compares a build's executors: torch, the function bodies, and the engine."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def _extent(subject: Subject, device: Provider) -> Extent:
 
 
 def _open_bodies(engine: Engine, device: Provider) -> OrtSession:
-    """The exported file without the native op, whose function bodies then run."""
+    """Open the exported file without the native op, so that its function bodies run."""
     return OrtSession(
         engine.model,
         threads=engine.threads,
@@ -141,7 +141,7 @@ def _compare_linears(
     why: Mapping[str, str],
     extent: Extent,
 ) -> LinearsParity:
-    """Hold each executor's linears against the oracle, on the first prompt."""
+    """Compare each executor's linears with the oracle, on the first prompt."""
     engine, folded = subject.engine, subject.folded
     graph, outputs = op_parity.instrument(engine.model)
     libraries: dict[str, Path | None] = {} if parity.ONNX in why else {parity.ONNX: None}
@@ -204,12 +204,12 @@ def _open_watched(
 
 
 def no_library(engine: Engine) -> str | None:
-    """Why an engine of ONNX Runtime is no executor of its own; None where it is one."""
+    """Say why an ONNX Runtime engine is no executor of its own; None where it is one."""
     return engine.why_no_library if engine.runtime == "onnxruntime" else None
 
 
 def too_large(engine: Engine, dtype: str) -> dict[str, str]:
-    """Why executors do not fit into memory, by name: torch before the function bodies alone."""
+    """Say, by name, why executors do not fit into memory: torch is left out first."""
     size, free = artifact_bytes(engine.model.parent), free_memory()
     return {
         name: f"{what} would take about {copies[dtype] * size / 1e9:.0f} GB of memory, and "

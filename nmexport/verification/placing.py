@@ -1,4 +1,4 @@
-"""The device of what verification runs beside the engine: its GPU, where there is room."""
+"""Chooses where verification runs torch and function bodies: the engine's GPU, or the CPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _COPIES = 3.5
 
 
 def parity_device(engine: Engine) -> Provider:
-    """The device of torch and function bodies: the engine's GPU, if torch finds room there."""
+    """Choose the device of torch and function bodies: the engine's GPU if torch fits there."""
     import torch
 
     if provider_here(engine.provider) != "cuda" or not torch.cuda.is_available():
