@@ -215,7 +215,7 @@ class Optimiser:
         return tensors
 
     def restore(self, tensors: Mapping[str, torch.Tensor], done: int) -> None:
-        """Restore a checkpoint taken after `steps` steps."""
+        """Restore a checkpoint taken after `done` steps."""
         for name, parameter in self._parameters.items():
             parameter.data.copy_(tensors[f"{name}:value"])
             self._adam.state[parameter] = {

@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 def embedding_module(model: Any) -> tuple[str, nn.Module]:
-    """Name and module of the input embedding of a causal language model."""
+    """Return the name and module of a causal language model's input embedding."""
     wanted = model.get_input_embeddings()
     return next((name, module) for name, module in model.named_modules() if module is wanted)
 
 
 def embedding_names(model: Any) -> list[str]:
-    """All names of the input embedding's parameter, its own first: a tied one has several."""
+    """List all names of the input embedding's parameter, its own first; a tied one has several."""
     own = f"{embedding_module(model)[0]}.weight"
     table = model.get_parameter(own)
     parameters = model.named_parameters(remove_duplicate=False)

@@ -1,4 +1,4 @@
-"""Refuse what export cannot take before calibration, reading no weight."""
+"""Refuses what export cannot take before calibration, reading no weight."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def check_kind(source: ModelSource, *, dtype: torch.dtype) -> tuple[PreTrainedMo
 
 @contextlib.contextmanager
 def _count_runs(model: nn.Module) -> Iterator[Counter[str]]:
-    """Count how often each linear runs while this lasts, by name."""
+    """Count how often each linear runs, by name."""
     runs: Counter[str] = Counter()
 
     def note(name: str) -> Callable[..., None]:

@@ -56,7 +56,7 @@ _EXPERTS = frozenset({"experts", "router", "router_gate", "block_sparse_moe"})
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration of the language model to build: a multimodal model's text part.
+    """Return the configuration of the language model to build: of a multimodal one, its text part.
 
     Args:
         config: The configuration that a model's files hold; returned as it is where it is one of a
@@ -82,7 +82,7 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def text_name(stored: str) -> str | None:
-    """The name in the text part's own files of a multimodal model's tensor.
+    """Translate a multimodal model's tensor name to that in its text part's own files.
 
     Args:
         stored: Name in the files of the whole model.
@@ -178,7 +178,7 @@ def _has_causal_class(config: PreTrainedConfig) -> bool:
 
 
 def _with_causal_class(config: PreTrainedConfig, inner: PreTrainedConfig) -> PreTrainedConfig:
-    """The text part's configuration, as one of a family that has a causal class."""
+    """Return the text part's configuration as that of a family with a causal class."""
     from transformers import CONFIG_MAPPING
 
     same = _SAME_TEXT_MODEL.get(inner.model_type)
@@ -208,7 +208,7 @@ def _is_recurrent(model: PreTrainedModel) -> bool:
 
 
 def _matrix_class(model: PreTrainedModel) -> str:
-    """Name of the class that most matrices of a model belong to."""
+    """Return the name of the class that most matrices of a model belong to."""
     embeddings = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
     owners = [
         type(module).__name__

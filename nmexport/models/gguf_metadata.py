@@ -1,4 +1,4 @@
-"""Hold what transformers makes of a GGUF's metadata against all that they say.
+"""Compares what transformers reads of a GGUF's metadata with all that they say.
 
 Transformers reads the keys that it knows and passes over the others: scaled rotary embeddings,
 partial ones, soft caps and factors of the logits would vanish. So every key of the architecture is
@@ -76,7 +76,7 @@ def _has_no_scaling(key: str, metadata: Mapping[str, Any], prefix: str) -> bool:
 
 
 def _neutral(value: Any) -> Any:
-    """The values that an unknown key may have: nothing, in its own type."""
+    """List the values that an unknown key may have: nothing, in its own type."""
     return "" if isinstance(value, str) else False if isinstance(value, bool) else 0
 
 
@@ -92,7 +92,7 @@ def _head_size(config: PreTrainedConfig) -> int:
 
 
 def _rotary(config: PreTrainedConfig) -> dict[str, Any]:
-    """Parameters of the rotary embedding; of full attention where layers differ."""
+    """Return the parameters of the rotary embedding; of full attention where layers differ."""
     parameters = dict(getattr(config, "rope_parameters", None) or {})
     return dict(parameters.get("full_attention", parameters))
 
@@ -114,7 +114,7 @@ def _score_factor(config: PreTrainedConfig) -> float:
 
 
 def _read_first(*names: str, default: Any = 0) -> Callable[[PreTrainedConfig], Any]:
-    """Read the first of these that a configuration has; what it lacks is not done."""
+    """Make a reader of the first of these names that a configuration has."""
 
     def read(config: PreTrainedConfig) -> Any:
         values = (getattr(config, name, None) for name in names)

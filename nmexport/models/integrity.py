@@ -1,4 +1,4 @@
-"""Check that weight files are whole, by their headers alone: no tensor is read, no torch needed."""
+"""Checks that weight files are complete by their headers: reads no tensor, needs no torch."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def check_safetensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def _check_span(tensor: StoredTensor, name: str, stored: int) -> None:
-    """Hold a tensor's shape against the bytes that the header gives it.
+    """Compare a tensor's shape with the bytes that the header gives it.
 
     Raises:
         ModelError: if they differ; an unknown element type is for the loader to refuse.
@@ -100,7 +100,7 @@ def _check_span(tensor: StoredTensor, name: str, stored: int) -> None:
 
 
 def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, object]:
-    """Build an object of JSON whose keys are all different.
+    """Build a JSON object; refuse repeated keys.
 
     Raises:
         ValueError: if a key comes twice.
@@ -154,7 +154,7 @@ def check_gguf(path: Path) -> GgufHeader:
 
 
 class _UnknownVersionError(Exception):
-    """A GGUF of a version that is not read; holds its number."""
+    """A GGUF of a version that is not supported; holds its number."""
 
 
 class _GgufCursor:

@@ -22,7 +22,7 @@ _IN_HALF_A_BYTE = {
 
 
 def defer(read: Callable[[], torch.Tensor], *, like: torch.Tensor, name: str) -> ir.LazyTensor:
-    """A tensor that `read` brings when it is needed and that is dropped afterwards.
+    """Make a tensor that `read` loads when it is needed, and that is dropped afterwards.
 
     Args:
         read: Returns the tensor.
@@ -40,7 +40,7 @@ def defer(read: Callable[[], torch.Tensor], *, like: torch.Tensor, name: str) ->
 def defer_group(
     tensors: Mapping[str, torch.Tensor], *, prefix: str, weight_type: str = "float"
 ) -> dict[str, ir.LazyTensor]:
-    """Tensors of a mapping that may read them as they are asked for: each is asked for again.
+    """Make lazy tensors of a mapping, which is asked for each one again.
 
     Args:
         tensors: Of one linear, by their names in the op contract.
@@ -62,7 +62,7 @@ def defer_group(
 
 
 def _halve(bytes_: ir.LazyTensor, dtype: ir.DataType, element: Any) -> ir.LazyTensor:
-    """The same numbers in four bits each."""
+    """Pack the numbers into four bits each."""
     return ir.LazyTensor(
         lambda: ir.Tensor(bytes_.numpy().astype(element), dtype=dtype, name=bytes_.name),
         dtype=dtype,

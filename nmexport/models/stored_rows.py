@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def rounded_rows(model: PreTrainedModel, read: Callable[[str], torch.Tensor]) -> StoredRows:
-    """Rows of 8 bits, a scale for each group of columns.
+    """Round the rows to 8 bits, a scale for each group of columns.
 
     Args:
         model: The model, its parameters perhaps fake.
@@ -44,7 +44,7 @@ def rounded_rows(model: PreTrainedModel, read: Callable[[str], torch.Tensor]) ->
 
 
 def imported_rows(model: PreTrainedModel, source: ModelSource) -> StoredRows | None:
-    """Rows as the checkpoint stores them; None where it stores floats, or zero points too."""
+    """Read rows as the checkpoint stores them; None for floats, or with zero points."""
     imported = imported_weights(source)
     name = embedding_names(model)[0]
     weight = None if imported is None else imported.parameter(name)

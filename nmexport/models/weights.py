@@ -1,4 +1,4 @@
-"""The one table of where each weight of a model comes from: stored tensors, and what joins them.
+"""The table of where each weight of a model comes from: stored tensors, and what joins them.
 
 Transformers renames stored tensors, splits and merges them, ties some, and fills what is missing
 with random values. The table asks transformers for its renamings and conversions, runs them on
@@ -95,7 +95,7 @@ class WeightTable:
         return sorted(self._origins)
 
     def sources(self, name: str) -> list[str]:
-        """Names in the files of the tensors that make a parameter."""
+        """List the stored tensors that make a parameter."""
         return self._origins[name][0].names
 
     def read(self, name: str, *, device: str = "cpu") -> torch.Tensor:
@@ -121,7 +121,7 @@ class WeightTable:
 
     @property
     def is_dequantised(self) -> bool:
-        """Tell whether weights are read from integers, which transformers would read otherwise."""
+        """Tell whether weights are dequantised from integers by us, not by transformers."""
         return bool(self._packing.weights)
 
     @property
@@ -134,7 +134,7 @@ class WeightTable:
         return kept_of(self._packing, keeps_float8=self._keeps_float8)
 
     def quantised(self, name: str) -> QuantisedWeight | None:
-        """The integers and scales of a parameter, bit for bit; None where it is stored as floats.
+        """Read a parameter's integers and scales, bit for bit; None where it is stored as floats.
 
         Raises:
             ModelError: if a file is damaged, or its tensors contradict each other.
@@ -166,7 +166,7 @@ class WeightTable:
         return value
 
     def _parts(self, packed: PackedWeight) -> dict[str, torch.Tensor]:
-        """Stored tensors of a quantised weight by role."""
+        """Read the stored tensors of a quantised weight by role."""
         return {
             role: self._stored_tensor(packed.stored(role), tensor.file)
             for role, tensor in packed.parts.items()
@@ -181,7 +181,7 @@ class WeightTable:
             raise damage_error(path, str(error)) from error
 
     def _rename(self) -> tuple[dict[str, _Origin], list[str]]:
-        """Origins by the first parameter they make, and stored tensors that make none."""
+        """Map origins by the first parameter they make; return unused stored tensors too."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
             WeightConverter,
@@ -220,7 +220,7 @@ class WeightTable:
         return origins, unexpected
 
     def _place(self, first: str, origin: _Origin) -> None:
-        """Record what an origin makes, once its shapes and types are seen to be right."""
+        """Record what an origin makes, after checking its shapes and types."""
         empty = {name: self._empty(name) for name in origin.names}
         made = (
             self._make(first, origin, empty)
@@ -283,7 +283,7 @@ class WeightTable:
         return " (its vocab_size and hidden_size)" if is_vocabulary else ""
 
     def _tie(self) -> None:
-        """Give a parameter without a source that of the one it is tied to.
+        """Give a parameter without a source the source of its tie.
 
         Raises:
             ModelError: if both are stored and differ: nothing says whether they are tied.
@@ -304,7 +304,7 @@ class WeightTable:
                 self._origins[name] = self._origins[stored[0]]
 
     def _tied_sets(self) -> Iterable[list[str]]:
-        """Parameters that are one, the original of each set first."""
+        """List sets of tied parameters, the original of each first."""
         sets: dict[str, list[str]] = {}
         for target, original in getattr(self._model, "all_tied_weights_keys", {}).items():
             sets.setdefault(original, [original]).append(target)
@@ -334,7 +334,7 @@ class WeightTable:
         return not bool(self._tensor(stored).any())
 
     def _check_complete(self, unexpected: list[str]) -> None:
-        """Refuse a model that lacks a weight, and files that hold what belongs to nothing."""
+        """Refuse a model that lacks a weight, and files with unknown tensors."""
         parameters = {name for name, _ in self._model.named_parameters(remove_duplicate=False)}
         optional = self._model._keys_to_ignore_on_load_missing or ()  # noqa: SLF001
         missing = [

@@ -105,7 +105,7 @@ def _form(weight: PackedWeight) -> str:
 
 
 def unpack_bits(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Values of a number of bits along the last axis: lowest bits first, across words.
+    """Unpack values of some bits along the last axis: lowest bits first, across words.
 
     Args:
         words: `[..., W]` int32.

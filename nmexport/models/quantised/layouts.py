@@ -1,4 +1,4 @@
-"""Take a checkpoint's tensors apart: quantised weights, plain ones, and what is left out."""
+"""Sorts a checkpoint's tensors: quantised weights, plain ones, and what is left out."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def find_packing(
 
 
 def _refuse_traces(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Refuse what is left over of a quantised layer that nothing above reads.
+    """Refuse remains of a quantised layer that nothing above reads.
 
     Raises:
         UnsupportedModelError: naming a tensor.
