@@ -13,7 +13,6 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from nmexport.calibration.windows import windows_of
-from nmexport.errors import UserError
 from nmexport.models.context import check_lengths
 from nmexport.models.embedding import round_embedding
 from nmexport.models.layerwise import LayerwiseModel
@@ -116,7 +115,6 @@ def evaluate(
         CorpusError: if the evaluation text is missing or too short.
         ModelError: if the model cannot be loaded.
         WorkDirectoryError: if the work directory's disk has no room for a model's answers.
-        UserError: if the model's phases differ and it does not fit into memory.
     """
     recipe = recipe or work.recipe()
     folded = fold.Artifact(work.require("fold"))
@@ -186,18 +184,25 @@ def _layerwise_sessions(
 ) -> Iterator[tuple[Session, Session]]:
     from functools import partial
 
-    _refuse_stepwise(subject)
     folded = subject.folded
+    decodes = subject.phases != "all"
+    prompt = accuracy.prompt_length(windows[0]) if decodes and len(windows) else None
     # Not in the system's folder for temporary files, which may be small, or in memory.
     folder = subject.work.root
     model = LayerwiseModel(subject.source, folder=folder)
-    substitutes = {layer.name: partial(folded_linear, layer, folded) for layer in folded.linears}
+    substitutes = {
+        layer.name: partial(folded_linear, layer, folded, prompt=prompt) for layer in folded.linears
+    }
     answers = partial(Precomputed, model, windows, progress=progress, folder=folder)
     with (
         subject.work.disk_faults(),
         answers(label="evaluate: dense layers") as dense,
         _stored_embedding(model.model, folded),
-        answers(label="evaluate: sparse layers", substitutes=substitutes) as sparse,
+        answers(
+            label="evaluate: sparse layers",
+            substitutes=substitutes,
+            decodes_second_half=decodes,
+        ) as sparse,
     ):
         yield dense, sparse
 
@@ -213,16 +218,6 @@ def _stored_embedding(model: Any, folded: FoldedModel) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _refuse_stepwise(subject: _Subject) -> None:
-    if subject.phases != "all":
-        raise UserError(
-            f"{subject.source.id} runs layer by layer, and a model whose phases differ is scored "
-            "token by token, through a cache.",
-            allowed="phases all, or a model that fits into memory",
-            fix="--offload never where there is memory for two copies of the model",
-        )
 
 
 def _windows(subject: _Subject, progress: Progress) -> NDArray[np.int64]:

@@ -42,7 +42,7 @@ from nmexport.choices import (
 from nmexport.errors import ModelError, RecipeError
 from nmexport.resources import resource_path
 from nmexport.sparsity.pattern import NMPattern
-from nmexport.sparsity.weight_form import WeightForm
+from nmexport.sparsity.weight_form import Forms, WeightForm
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -78,6 +78,13 @@ def _weights_from(value: object) -> object:
     except RecipeError as error:
         raise ValueError(error.allowed) from error
     return value
+
+
+def _form_from(value: object) -> object:
+    """Read a form that a budget may choose."""
+    if value == "auto":
+        raise ValueError("float, int8, int8:CHANNELS, int4 or int4:CHANNELS")
+    return _weights_from(value)
 
 
 def _pattern_from(value: object) -> object:
@@ -179,7 +186,13 @@ class BudgetSection(_Strict):
     min_speedup: float | None = Field(default=None, gt=1)
     """Decode speed-up at batch 1, by the cost model."""
     max_bytes: float | None = Field(default=None, gt=0, lt=1)
-    """Share of the targeted linears' weight bytes that a decoded token reads."""
+    """Share of the targeted linears' weight bytes that a decoded token reads, of those that the
+    dense model has: with several forms of weights, in the finest of them."""
+
+    @property
+    def limits_accuracy(self) -> bool:
+        """Tell whether accuracy is limited, rather than sought."""
+        return self.max_kl is not None or self.max_perplexity_ratio is not None
 
     def limits(self) -> dict[str, float]:
         """Those that are set."""
@@ -212,6 +225,8 @@ class AllocationSection(_Strict):
         default=tuple(NMPattern(kept, 16) for kept in (12, 10, 8, 6, 4)), min_length=1
     )
     """Patterns to choose among, along with dense. Add 2:4 where the target runs it faster."""
+    weights: tuple[Annotated[str, BeforeValidator(_form_from)], ...] = ()
+    """Forms of weights to choose among, as `model.weights` names them; none is that alone."""
     criteria: tuple[Criterion, ...] = ()
     """To choose among; none is the recipe's own."""
     phases: tuple[Phase, ...] = ()
@@ -230,7 +245,8 @@ class AllocationSection(_Strict):
     length: int = Field(default=256, ge=8)
     """Tokens of such a window."""
     front: tuple[Share, ...] = (0.10, 0.15, 0.20, 0.25, 0.30, 0.35, 0.40, 0.45, 0.50)
-    """Shares of bytes saved that the report's Pareto front shows."""
+    """Shares of bytes saved that the report's Pareto front shows, of the dense model's bytes in
+    each form of weights."""
     compare_mitigations: bool = True
     """Measure the error of each linear with each mitigation, for the report's ledger."""
     cost: CostSection = CostSection()
@@ -353,6 +369,12 @@ class Recipe(_Strict):
     serving: ServingSection = ServingSection()
     target: Target = "auto"
     seed: int = Field(default=0, ge=0, lt=2**63)
+
+    @property
+    def forms(self) -> Forms:
+        """Forms of weights that linears may have."""
+        chosen = self.allocation.weights if self.allocation.budget.limits() else ()
+        return Forms.of(self.model.weights, chosen)
 
 
 # -- reading and writing ----------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 from nmexport import evaluation
 from nmexport.cli.main import cli
-from nmexport.errors import ArtifactError, UserError, WorkDirectoryError
+from nmexport.errors import ArtifactError, WorkDirectoryError
 from nmexport.evaluation import Share, evaluate
 from nmexport.models.offload import Memory
 from nmexport.progress import Silent
@@ -150,14 +150,19 @@ def test_answers_wait_in_the_work_directory_and_leave_nothing(
     assert sorted(work.root.iterdir()) == before
 
 
-def test_layer_by_layer_cannot_decode(
+def test_layer_by_layer_the_second_half_of_a_window_is_decoded(
     tiny_llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoding = fold(tiny_llama, tmp_path / "w", text, "--phases", "decode")
-    assert evaluate(decoding, Share(), progress=Silent()).phases == "decode"
+    stepwise = evaluate(decoding, Share(), progress=Silent())
+    assert stepwise is not None
     monkeypatch.setattr("nmexport.evaluation.free_memory", lambda: Memory(host=100_000))
-    with pytest.raises(UserError, match="token by token"):
-        evaluate(decoding, Share(), progress=Silent())
+    layerwise = evaluate(decoding, Share(), progress=Silent())
+    assert layerwise is not None
+    assert layerwise.phases == stepwise.phases == "decode"
+    assert layerwise.perplexity_ratio == pytest.approx(stepwise.perplexity_ratio, rel=1e-4)
+    assert layerwise.kl_mean == pytest.approx(stepwise.kl_mean, rel=1e-2)
+    assert layerwise.second_half is None
 
 
 def test_a_precomputed_model_answers_its_windows_only(tiny_llama: Path) -> None:

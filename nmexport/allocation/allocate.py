@@ -11,16 +11,23 @@ import torch
 
 from nmexport.allocation import ledger
 from nmexport.allocation.built import BuiltLinear, errors_as_built
-from nmexport.allocation.costs import check_candidates, cost_model, measure_sites
+from nmexport.allocation.costs import (
+    check_candidates,
+    cost_in_floats,
+    cost_model,
+    measure_sites,
+)
 from nmexport.allocation.probe import Probe
 from nmexport.allocation.study import (
     Integers,
+    better_of,
     choose,
     front_points,
     remark,
     share_used,
     study_of,
     uniform_points,
+    without_sparsity,
 )
 from nmexport.calibration.sites import input_sites
 from nmexport.store.allocation import Allocation, Built, Protocol
@@ -55,6 +62,11 @@ _INTEGERS = (
     "figures, and is measured by itself too. The points called sparsity alone are those of the "
     "front with weights in floats."
 )
+_MIXED = (
+    " A site also has a choice of weights, {weights}: what a coarser form costs is tried as "
+    "patterns are, with all of the input kept, and adds to what a pattern costs. Rounding of four "
+    "bits is compensated for whole inputs there; what is built is compensated for kept ones."
+)
 _PROMPT = (
     " The first {prompt} tokens of a window are its prompt and are not scored; the rest count as "
     "decoded."
@@ -78,14 +90,15 @@ def prepare(problem: Problem, checkpoint: Checkpoint | None = None) -> Prepared:
     sites = input_sites(problem.model, problem.linears, problem.samples[0])
     study = study_of(
         measure_sites(problem, sites, checkpoint),
-        cost_model(problem, problem.weights),
+        cost_model(problem),
         Probe(problem.model, problem.held_out, prompt=problem.prompt),
         prefill_weight=section.cost.prefill_weight,
-        integers=Integers(modules=problem.integers, floats=cost_model(problem, "float"))
-        if problem.integers
+        integers=Integers(rounded=problem.rounded, floats=cost_in_floats(problem))
+        if problem.rounded is not None
         else None,
+        forms=problem.weights if problem.is_mixed else (None,),
     )
-    alone = [study.quantised_point(f"dense {problem.weights}")] if problem.integers else []
+    alone = [study.quantised_point(f"dense {problem.weights[0]}")] if study.integers else []
     uniform = uniform_points(study, progress)
     front = front_points(study, section.front, progress)
     return Prepared(problem, study, (*alone, *uniform, *front))
@@ -107,6 +120,9 @@ class Prepared:
     def allocation(self, relief: float = 1.0) -> Allocation:
         """Choose for every linear among dense and the section's candidates.
 
+        Where forms of weights are chosen too, a choice without sparsity that is measured no worse
+        is taken.
+
         Args:
             relief: What the budget of accuracy is multiplied by, where learned constants are known
                 to win back so much.
@@ -116,7 +132,9 @@ class Prepared:
         """
         problem, study = self.problem, self.study
         budget = problem.section.budget
-        pick = choose(study, budget, relief=relief)
+        sparse = choose(study, budget, relief=relief)
+        plain = without_sparsity(study, budget, relief=relief)
+        pick = better_of(study, budget, sparse, plain)
         price = study.price(pick)
         rows = {row.name: row for row in ledger.rows(problem, study, pick, price=price)}
         point = study.point("chosen", "chosen", pick)
@@ -131,7 +149,7 @@ class Prepared:
             front=(*self.points, point),
             ledger=tuple(rows[name] for name in problem.linears),
             budget_used=share_used(budget, kl=point.kl, nll=math.log(point.perplexity_ratio)),
-            remark=remark(study, pick),
+            remark=remark(study, pick, plain),
             protocol=_protocol(problem, study),
         )
 
@@ -145,29 +163,31 @@ class Prepared:
 
         Args:
             allocation: What was built.
-            behaviours: Of the linears that became sparse, by name.
+            behaviours: Of the linears that became ops of ours, by name.
             folded: Makes the tensors of one of them, by its name.
         """
-        problem = self.problem
+        problem, rounded = self.problem, self.problem.rounded
+        stored = {} if rounded is None else rounded.of(allocation.choices)
 
         def modules(*, prompt: int, phases_alike: bool) -> dict[str, BuiltLinear]:
             return {
                 name: BuiltLinear(
                     _as_stored(
                         replace(behaviour, phase="all") if phases_alike else behaviour,
-                        problem.integers.get(name),
+                        stored.get(name),
                     ),
                     partial(folded, name),
                     prompt=prompt,
                 )
                 for name, behaviour in behaviours.items()
+                if name in allocation.sparse
             }
 
         sparse = modules(prompt=problem.prompt, phases_alike=False)
-        moved = self.study.probe.measure_modules({**problem.integers, **sparse})
+        moved = self.study.probe.measure_modules({**stored, **sparse})
         errors = errors_as_built(
             problem.model,
-            {name: problem.linears[name] for name in behaviours},
+            {name: problem.linears[name] for name in allocation.sparse},
             modules(prompt=0, phases_alike=True),
             problem.error_windows,
             progress=problem.progress,
@@ -198,7 +218,10 @@ def _protocol(problem: Problem, study: Study) -> Protocol:
     length, prompt = problem.windows.shape[1], problem.prompt
     trials = _TRIALS[problem.section.trials].format(windows=windows, length=length)
     words = PROTOCOL.format(trials=trials, held_out=held_out)
-    words += _INTEGERS.format(weights=problem.weights) if problem.integers else ""
+    if study.integers is not None:
+        words += (_MIXED if problem.is_mixed else _INTEGERS).format(
+            weights=", ".join(problem.weights)
+        )
     return Protocol(
         words=words + _PROMPT.format(prompt=prompt) if prompt else words,
         sites=len(study.table),

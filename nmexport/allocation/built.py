@@ -63,10 +63,11 @@ class BuiltLinear(nn.Module):
 def errors_as_built(
     model: nn.Module,
     linears: Mapping[str, nn.Linear],
-    built: Mapping[str, BuiltLinear],
+    built: Mapping[str, nn.Module],
     windows: torch.Tensor,
     *,
     progress: Progress,
+    label: str = "fold: errors as built",
 ) -> dict[str, float | None]:
     """`||y_built - y_dense|| / ||y_dense||` of each linear alone, on the dense model's inputs.
 
@@ -76,6 +77,7 @@ def errors_as_built(
         built: The same, as built in all phases alike.
         windows: `[W, L]` int64 token ids.
         progress: Counts windows.
+        label: What is being done.
 
     Returns:
         By name; None where the dense output is zero.
@@ -91,7 +93,7 @@ def errors_as_built(
         return linear.register_forward_hook(hook)
 
     with hooked(watch(*item) for item in linears.items()):
-        for window in progress.track(windows, label="fold: errors as built", total=len(windows)):
+        for window in progress.track(windows, label=label, total=len(windows)):
             forward_sample(model, window)
     return {name: (lost[name] / whole[name]) ** 0.5 if whole[name] else None for name in linears}
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from nmexport.allocation.built import errors_as_built
 from nmexport.allocation.gradients import estimate_alone
-from nmexport.allocation.probe import Movement, Probe, SparseInput, measure_alone, spread_windows
+from nmexport.allocation.probe import (
+    Movement,
+    Probe,
+    RoundedSite,
+    SparseInput,
+    measure_alone,
+    spread_windows,
+)
 from nmexport.calibration.forward_passes import forward_sample, hooked
 from nmexport.calibration.local_error import ErrorObserver, observe_error
 from nmexport.calibration.method import behaviour_of, needs_static_variance
@@ -16,7 +24,7 @@ from nmexport.errors import PatternError
 from nmexport.sparsity.mitigation import MITIGATIONS, check_allocatable, check_combination
 from nmexport.sparsity.targets import _decoder_layers
 from nmexport.sparsity.weight_form import WeightForm
-from nmexport.store.allocation import Choice, CostConstants
+from nmexport.store.allocation import DENSE, Choice, CostConstants
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +33,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.utils.hooks import RemovableHandle
 
+    from nmexport.allocation.probe import Trials
     from nmexport.calibration.checkpoint import Checkpoint
     from nmexport.calibration.sites import Site
     from nmexport.choices import Phase
@@ -64,12 +73,18 @@ class Problem:
     constants_for: ConstantsFor
     element_bytes: int
     """Size of an exported weight that stays dense."""
-    weights: str = "float"
-    """How weights are stored, as `nmexport.sparsity.weight_form.FORMS` says."""
-    integers: Mapping[str, SparseLinear] = field(default_factory=dict)
-    """Every linear of the model as a dense one in these integers, by name; none where weights are
-    floats. What quantisation costs counts in every joint model."""
+    weights: tuple[str, ...] = ("float",)
+    """How weights are stored, as `nmexport.sparsity.weight_form.FORMS` says: one form, or those to
+    choose among, the finest first."""
+    rounded: Rounded | None = None
+    """The linears in these forms; None where weights are floats. What quantisation costs counts in
+    every joint model."""
     progress: Progress
+
+    @property
+    def is_mixed(self) -> bool:
+        """Tell whether there are several forms of weights to choose among."""
+        return len(self.weights) > 1
 
     @cached_property
     def method(self) -> SparsitySection:
@@ -97,6 +112,27 @@ class Problem:
     def error_windows(self) -> torch.Tensor:
         """Windows that errors of single linears are measured on."""
         return self.windows[:ERROR_WINDOWS]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rounded:
+    """Linears that keep all of their input, as their weights in integers have them."""
+
+    modules: Mapping[str, Mapping[str, SparseLinear]]
+    """The targets, by form of weights and by name; a form of floats has none."""
+    others: Mapping[str, SparseLinear]
+    """Those that are no targets, the output head among them, by name."""
+    head: str
+    """How the output head is stored."""
+
+    def of(self, choices: Mapping[str, Choice]) -> dict[str, SparseLinear]:
+        """Return all that are in integers where linears have these choices, by name."""
+        finest = next(iter(self.modules))
+        chosen = {
+            name: self.modules[choice.weights or finest].get(name)
+            for name, choice in choices.items()
+        }
+        return {**self.others, **{name: one for name, one in chosen.items() if one is not None}}
 
 
 # -- candidates ------------------------------------------------------------------------------------
@@ -151,12 +187,14 @@ def variants_of(problem: Problem, sites: Sequence[Site]) -> Variants:
         PatternError: if no pattern drops channels, or none fits any site.
     """
     method, section = problem.method, problem.section
+    variants: Variants = {site: {} for site in sites}
     if all(pattern.n == pattern.m for pattern in section.patterns):
+        if problem.is_mixed:
+            return variants  # the choice is one of forms alone
         raise PatternError(
             "Every pattern to choose among keeps all channels, so nothing could become sparse.",
             allowed="allocation.patterns (--budget-pattern) with one of N < M",
         )
-    variants: Variants = {site: {} for site in sites}
     for site in sites:
         fitting = [p for p in section.patterns if p.n < p.m and site.in_features % p.m == 0]
         for pattern in sorted(fitting, key=lambda p: -p.density):
@@ -167,7 +205,7 @@ def variants_of(problem: Problem, sites: Sequence[Site]) -> Variants:
                     choice = Choice(pattern=pattern, criterion=criterion, phase=phase)
                     behaviour = behaviour_of(changed.model_copy(update={"phases": phase}))
                     variants[site][choice] = Variant(behaviour=behaviour, constants=constants)
-    if not any(variants.values()):
+    if not any(variants.values()) and not problem.is_mixed:
         raise PatternError(
             "None of the patterns to choose among fits any linear: in_features must be a multiple "
             "of M.",
@@ -207,15 +245,45 @@ class SiteCosts:
     errors: Mapping[str, Mapping[Choice, ErrorObserver]]
     """Local errors by linear and choice, of all phases alike."""
     moved: Mapping[Site, Mapping[Choice, Movement]]
-    """Trials in the running model."""
+    """Trials in the running model: of selections, and of forms coarser than the finest."""
+    rounding_errors: Mapping[str, Mapping[str, float | None]]
+    """Relative output errors of linears that keep all of their input, by form and name; the finest
+    of several forms, or the only one, has none."""
 
     def error(self, site: Site, name: str, choice: Choice) -> float | None:
-        """Relative output error of one of the site's linears; None where it is undefined."""
+        """Relative output error of one of the site's linears; None where it is undefined.
+
+        What a form rounds and what a selection drops are independent: their squares add up.
+        """
+        errors = []
+        if choice.pattern is not None:
+            errors.append(self._selection_error(site, name, choice.selection))
+        rounding = self.rounding_errors.get(choice.weights or "")
+        if rounding is not None:
+            errors.append(rounding[name])
+        squares = [error * error for error in errors if error is not None]
+        return math.sqrt(math.fsum(squares)) if len(squares) == len(errors) else None
+
+    def _selection_error(self, site: Site, name: str, choice: Choice) -> float | None:
         nu = self.variants[site][choice].constants.nu
         return self.errors[name][_everywhere(choice)].relative_error(1.0 if nu is None else nu)
 
+    def divergence_of(self, site: Site, form: str | None) -> float:
+        """Nats a token that a form of weights causes beyond the finest."""
+        tried = self.moved[site].get(Choice(weights=form))
+        return 0.0 if tried is None else tried.kl_mean
+
+    def stderr(self, site: Site, choice: Choice) -> float | None:
+        """Standard error of a choice's divergence; None where it follows from other choices."""
+        tried = self.moved[site]
+        parts = [tried.get(choice.selection)] if choice.pattern is not None else []
+        if (choice.weights or "") in self.rounding_errors:
+            parts.append(tried.get(Choice(weights=choice.weights)))
+        squares = [part.kl_stderr**2 for part in parts if part is not None]
+        return math.sqrt(math.fsum(squares)) if parts and len(squares) == len(parts) else None
+
     def divergences(self, site: Site) -> dict[Choice, float]:
-        """Nats a token that each choice causes: measured, or inferred from its kin's trial."""
+        """Nats a token that each selection causes: measured, or inferred from its kin's trial."""
         divergences: dict[Choice, float] = {}
         for kin in _by_kind(self.variants[site]):
             tried = {
@@ -230,7 +298,7 @@ class SiteCosts:
 
     def _squared_error(self, site: Site, choice: Choice) -> float:
         """Sum the squared relative errors of the site's linears."""
-        errors = [self.error(site, name, choice) for name in site.names]
+        errors = [self._selection_error(site, name, choice) for name in site.names]
         return math.fsum(error * error for error in errors if error is not None)
 
 
@@ -260,10 +328,13 @@ def measure_sites(
     )
     if needs_static_variance(problem.method):
         variants = _with_static_variance(variants, errors)
-    trials = {
+    trials: Trials = {
         site: {
-            choice: sparse_input(site, choices[choice])
-            for choice in anchors(choices, problem.method.pattern)
+            **{
+                choice: sparse_input(site, choices[choice])
+                for choice in anchors(choices, problem.method.pattern)
+            },
+            **_rounding_trials(problem, site),
         }
         for site, choices in variants.items()
     }
@@ -282,7 +353,38 @@ def measure_sites(
             progress=problem.progress,
             checkpoint=checkpoint,
         )
-    return SiteCosts(variants=variants, errors=errors, moved=moved)
+    return SiteCosts(
+        variants=variants, errors=errors, moved=moved, rounding_errors=_rounding_errors(problem)
+    )
+
+
+def _coarser(problem: Problem) -> dict[str, Mapping[str, SparseLinear]]:
+    """Targets in every form but the finest, by form."""
+    if problem.rounded is None:
+        return {}
+    return {form: problem.rounded.modules[form] for form in problem.weights[1:]}
+
+
+def _rounding_trials(problem: Problem, site: Site) -> dict[Choice, RoundedSite]:
+    return {
+        Choice(weights=form): RoundedSite({name: modules[name] for name in site.names})
+        for form, modules in _coarser(problem).items()
+    }
+
+
+def _rounding_errors(problem: Problem) -> dict[str, dict[str, float | None]]:
+    """Measure what each form but the finest loses in each linear alone."""
+    return {
+        form: errors_as_built(
+            problem.model,
+            problem.linears,
+            modules,
+            problem.error_windows,
+            progress=problem.progress,
+            label=f"fold: errors of {form}",
+        )
+        for form, modules in _coarser(problem).items()
+    }
 
 
 def sparse_input(site: Site, variant: Variant) -> SparseInput:
@@ -375,18 +477,18 @@ class CostModel(CostConstants):
 
     def weight_bytes(self, site: Site) -> float:
         """Size of all of a site's weights, as they are stored, and of their scales."""
-        return self._stored(site) + self._scale_bytes(site)
+        return self.read_bytes(site, DENSE)
 
     def read_bytes(self, site: Site, choice: Choice) -> float:
         """Bytes that a decoded token reads of them: rows it keeps, and every scale."""
-        return self._stored(site) * choice.decode_density + self._scale_bytes(site)
+        form = self._form(choice)
+        stored = site.weights * (self.element_bytes if form is None else form.bits / 8)
+        return stored * choice.decode_density + self._scale_bytes(site, form)
 
-    def _stored(self, site: Site) -> float:
-        form = WeightForm.parse(self.sparse_weights)
-        return site.weights * (self.element_bytes if form is None else form.bits / 8)
+    def _form(self, choice: Choice) -> WeightForm | None:
+        return WeightForm.parse(choice.weights or self.sparse_weights)
 
-    def _scale_bytes(self, site: Site) -> int:
-        form = WeightForm.parse(self.sparse_weights)
+    def _scale_bytes(self, site: Site, form: WeightForm | None) -> int:
         if form is None:
             return 0
         groups = form.groups(site.in_features, name=site.names[0])
@@ -396,24 +498,43 @@ class CostModel(CostConstants):
         """A decoded token's time in a site."""
         sparse = choice.decode_density < 1
         overhead = self.sparse_overhead_seconds if sparse else self.dense_overhead_seconds
-        return self.read_bytes(site, choice) / self.bytes_per_second + overhead
+        return self.read_bytes(site, choice) / self._speed(self._form(choice)) + overhead
+
+    def _speed(self, form: WeightForm | None) -> float:
+        """Bytes a second of weights in a form."""
+        return self.bytes_per_second if form is None else self._integer_speed
+
+    @property
+    def _integer_speed(self) -> float:
+        return self.integer_bytes_per_second or self.bytes_per_second
 
     @property
     def other_seconds(self) -> float:
         """A decoded token's time outside of the targeted linears."""
-        return self.other_bytes / self.bytes_per_second + self.rest_seconds
+        speed = self._speed(WeightForm.parse(self.other_weights))
+        return self.other_bytes / speed + self.rest_seconds
 
 
-def cost_model(problem: Problem, weights: str) -> CostModel:
-    """Take the section's constants, and count the weights outside of the targeted linears.
+def cost_model(problem: Problem) -> CostModel:
+    """Take the section's constants, and count the weights outside of the targeted linears."""
+    head = "float" if problem.rounded is None else problem.rounded.head
+    return _cost_model(problem, weights=problem.weights[0], head=head)
+
+
+def cost_in_floats(problem: Problem) -> CostModel:
+    """Price the same with all weights in floats."""
+    return _cost_model(problem, weights="float", head="float")
+
+
+def _cost_model(problem: Problem, *, weights: str, head: str) -> CostModel:
+    """Make a cost model.
 
     Args:
         problem: Model and constants.
-        weights: How weights are stored.
+        weights: How targeted linears are stored where a choice does not say.
+        head: How the output head is.
     """
     model, constants = problem.model, problem.section.cost
-    are_floats = WeightForm.parse(weights) is None
-    speed = constants.gigabytes_per_second if are_floats else constants.integer_gigabytes_per_second
     targeted = {id(linear.weight) for linear in problem.linears.values()}
     looked_up = id(model.get_input_embeddings().weight)
     output = model.get_output_embeddings()
@@ -425,12 +546,14 @@ def cost_model(problem: Problem, weights: str) -> CostModel:
         if id(parameter) not in targeted and id(parameter) != looked_up
     )
     return CostModel(
-        bytes_per_second=speed * 1e9,
+        bytes_per_second=constants.gigabytes_per_second * 1e9,
+        integer_bytes_per_second=constants.integer_gigabytes_per_second * 1e9,
         dense_overhead_seconds=constants.dense_overhead_us * 1e-6,
         sparse_overhead_seconds=constants.sparse_overhead_us * 1e-6,
         element_bytes=problem.element_bytes,
         sparse_weights=weights,
-        # Nearly all of it is the output head, which has 8 bits where weights are integers.
-        other_bytes=other * (problem.element_bytes if are_floats else 1),
+        # Nearly all of it is the output head.
+        other_bytes=other * (problem.element_bytes if head == "float" else 1),
+        other_weights=head,
         rest_seconds=constants.layer_overhead_us * 1e-6 * _decoder_layers(model)[1],
     )

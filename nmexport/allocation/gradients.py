@@ -9,26 +9,25 @@ the model once for each site; this runs it once, forwards and backwards.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nmexport.allocation.probe import Movement, scored_positions
+from nmexport.allocation.probe import Movement, RoundedSite, SparseInput, scored_positions
 from nmexport.calibration.forward_passes import hooked
 from nmexport.calibration.sensitivity import activations_carry_gradients, drawn_loss
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch import nn
     from torch.utils.hooks import RemovableHandle
 
-    from nmexport.allocation.probe import SparseInput
+    from nmexport.allocation.probe import Trials
     from nmexport.calibration.sites import Site
     from nmexport.progress import Progress
     from nmexport.store.allocation import Choice
-
-    Trials = Mapping[Site, Mapping[Choice, SparseInput]]
 
 
 def estimate_alone(
@@ -66,9 +65,10 @@ def estimate_alone(
             sites = [_Slopes(choices, prompt) for choices in trials.values()]
             named = zip(trials, sites, strict=True)
             with hooked(
-                _watch(model.get_submodule(name), slopes)
+                hook
                 for site, slopes in named
                 for name in site.names
+                for hook in _watch(name, model.get_submodule(name), slopes)
             ):
                 _backward(model, window, scored, generator)
             for site, slopes in zip(trials, sites, strict=True):
@@ -83,10 +83,19 @@ def estimate_alone(
 
 
 class _Slopes:
-    """Slope of the log-likelihood along the change that each choice makes to a site's input."""
+    """Slope of the log-likelihood along the change that each choice makes.
 
-    def __init__(self, choices: Mapping[Choice, SparseInput], prompt: int) -> None:
-        self._choices, self._prompt = choices, prompt
+    A selection changes the site's input, a form of weights the outputs of its linears.
+    """
+
+    def __init__(self, trials: Mapping[Choice, SparseInput | RoundedSite], prompt: int) -> None:
+        self._choices = {
+            choice: trial for choice, trial in trials.items() if isinstance(trial, SparseInput)
+        }
+        self._rounded = {
+            choice: trial for choice, trial in trials.items() if isinstance(trial, RoundedSite)
+        }
+        self._prompt = prompt
         self._changes: dict[Choice, torch.Tensor] | None = None
         self._slopes: dict[Choice, torch.Tensor] = {}
 
@@ -101,7 +110,23 @@ class _Slopes:
 
     def add(self, gradient: torch.Tensor) -> None:
         """Add what one linear's gradient `[1, S, K]` makes of the changes."""
-        for choice, change in (self._changes or {}).items():
+        self._add(self._changes or {}, gradient)
+
+    def see_output(self, name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Compute the changes of one linear's output `[1, S, O]`; returns it, to go on with."""
+        if not self._rounded:
+            return y
+        with torch.no_grad():
+            changes = {
+                choice: rounded.modules[name](x.detach()) - y.detach()
+                for choice, rounded in self._rounded.items()
+            }
+        tapped = y.view_as(y)
+        tapped.register_hook(functools.partial(self._add, changes))  # type: ignore[no-untyped-call]
+        return tapped
+
+    def _add(self, changes: Mapping[Choice, torch.Tensor], gradient: torch.Tensor) -> None:
+        for choice, change in changes.items():
             slope = (gradient * change).sum(dim=-1).double()
             self._slopes[choice] = self._slopes.get(choice, torch.zeros_like(slope)) + slope
 
@@ -110,7 +135,7 @@ class _Slopes:
         return float(self._slopes.get(choice, torch.zeros(1)).square().sum())
 
 
-def _watch(linear: nn.Module, slopes: _Slopes) -> RemovableHandle:
+def _watch(name: str, linear: nn.Module, slopes: _Slopes) -> Iterator[RemovableHandle]:
     def hook(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         del module
         slopes.see(arguments[0])
@@ -119,7 +144,12 @@ def _watch(linear: nn.Module, slopes: _Slopes) -> RemovableHandle:
         tapped.register_hook(slopes.add)
         return (tapped, *arguments[1:])
 
-    return linear.register_forward_pre_hook(hook)
+    def after(module: nn.Module, arguments: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        del module
+        return slopes.see_output(name, arguments[0], output)
+
+    yield linear.register_forward_pre_hook(hook)
+    yield linear.register_forward_hook(after)
 
 
 def _backward(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from nmexport.allocation.costs import Variant, observe_variants
 from nmexport.calibration.method import behaviour_of
-from nmexport.store.allocation import DENSE, Candidate, Choice, LedgerRow
+from nmexport.store.allocation import Candidate, Choice, LedgerRow
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -81,7 +81,7 @@ def with_built(row: LedgerRow, error: float | None) -> LedgerRow:
 
 
 def _selection(choice: Choice) -> dict[str, object]:
-    if choice == DENSE:
+    if choice.pattern is None:
         return {"phases": "all"}
     return {"pattern": choice.pattern, "criterion": choice.criterion, "phases": "all"}
 
@@ -106,13 +106,12 @@ def _errors(observers: Mapping[str, ErrorObserver]) -> dict[str, float | None]:
 
 def _candidates(study: Study, site: Site, name: str) -> Iterator[Candidate]:
     whole = study.model.weight_bytes(site)
-    moved = study.costs.moved[site]
     for choice, option in study.table[site].items():
         yield Candidate(
             choice=choice,
             kl=option.kl,
-            kl_stderr=moved[choice].kl_stderr if choice in moved else None,
-            relative_error=0.0 if choice == DENSE else study.costs.error(site, name, choice),
+            kl_stderr=study.costs.stderr(site, choice),
+            relative_error=study.costs.error(site, name, choice),
             bytes_saved=1 - option.bytes / whole,
         )
 
@@ -138,7 +137,7 @@ def _why(study: Study, site: Site, choice: Choice, price: float | None) -> str:
         best = max(denser, key=rate)
         words.append(f"back to {best.label} would return {rate(best):.2g}")
     if not words:
-        fits = study.costs.variants[site]
+        fits = study.costs.variants[site] or study.is_mixed
         return "No choice reads fewer bytes." if fits else "No pattern fits its inputs."
     text = ", ".join(words)
     stands = "the budget leaves room" if price is None else f"a percent costs {price * percent:.2g}"

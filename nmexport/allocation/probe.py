@@ -22,7 +22,7 @@ from nmexport.sparsity.linear import InputSite
 from nmexport.sparsity.targets import _decoder_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import nn
     from torch.utils.hooks import RemovableHandle
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from nmexport.progress import Progress
     from nmexport.sparsity.linear import Behaviour, Constants
     from nmexport.store.allocation import Choice
+
+    Trials = Mapping[Site, Mapping[Choice, "SparseInput | RoundedSite"]]
+    """What is tried of each site, by choice."""
 
 # Log-probabilities of the dense model that are kept, all windows together.
 _REFERENCE_BYTES = 768 << 20
@@ -114,6 +117,14 @@ class SparseInput:
         return (kept + selected.eta).reshape(x.shape).to(x.dtype)
 
 
+@dataclass(frozen=True, eq=False)
+class RoundedSite:
+    """The linears of one site with their weights in another form, in place of the model's own."""
+
+    modules: Mapping[str, nn.Module]
+    """By name."""
+
+
 class Probe:
     """The dense model on fixed windows, and trials of changed ones."""
 
@@ -177,10 +188,25 @@ class Probe:
         """
         if modules:
             self.start_at(0)
-        if any(site.layer < self._start for site in inputs):
-            raise ValueError(f"trials start at layer {self._start}")
+        self._check_start(inputs)
         with swapped(self._model, modules), self._sparse(inputs):
             return self._measure_movement()
+
+    def try_site(self, site: Site, trial: SparseInput | RoundedSite) -> Movement:
+        """Run the model with one site changed.
+
+        Raises:
+            ValueError: if the site lies before the layer that trials start at.
+        """
+        if isinstance(trial, SparseInput):
+            return self.measure({site: trial})
+        self._check_start([site])
+        with swapped(self._model, trial.modules):
+            return self._measure_movement()
+
+    def _check_start(self, sites: Iterable[Site]) -> None:
+        if any(site.layer < self._start for site in sites):
+            raise ValueError(f"trials start at layer {self._start}")
 
     def measure_modules(self, modules: Mapping[str, nn.Module]) -> Movement:
         """Run the whole model with these modules in place of its own, by name."""
@@ -319,12 +345,12 @@ def spread_windows(samples: torch.Tensor, count: int, length: int, *, part: int)
 
 def measure_alone(
     probe: Probe,
-    trials: Mapping[Site, Mapping[Choice, SparseInput]],
+    trials: Trials,
     *,
     progress: Progress,
     checkpoint: Checkpoint | None = None,
 ) -> dict[Site, dict[Choice, Movement]]:
-    """Make one site sparse at a time, trial after trial, resumably.
+    """Change one site at a time, trial after trial, resumably.
 
     Args:
         probe: The dense model on its windows.
@@ -337,7 +363,7 @@ def measure_alone(
     left = sites[len(done) :]
     for site in progress.track(left, label="fold: trials of sites", total=len(left)):
         probe.start_at(site.layer)
-        done.append({choice: probe.measure({site: x}) for choice, x in trials[site].items()})
+        done.append({choice: probe.try_site(site, one) for choice, one in trials[site].items()})
         if checkpoint is not None:
             checkpoint.save(_tensors(done), {"done": len(done)})
     probe.start_at(0)
@@ -355,7 +381,7 @@ def _tensors(done: Sequence[Mapping[Choice, Movement]]) -> dict[str, torch.Tenso
 
 def _restore(
     sites: Sequence[Site],
-    trials: Mapping[Site, Mapping[Choice, SparseInput]],
+    trials: Trials,
     checkpoint: Checkpoint | None,
 ) -> list[dict[Choice, Movement]]:
     saved = None if checkpoint is None else checkpoint.load()

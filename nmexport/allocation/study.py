@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from operator import add
 from typing import TYPE_CHECKING
@@ -17,15 +17,18 @@ from nmexport.errors import RecipeError
 from nmexport.store.allocation import DENSE, Choice, FrontPoint
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from nmexport.allocation.costs import CostModel, SiteCosts
+    from nmexport.allocation.costs import CostModel, Rounded, SiteCosts
     from nmexport.allocation.probe import Probe, SparseInput
     from nmexport.calibration.sites import Site
     from nmexport.progress import Progress
     from nmexport.recipe import BudgetSection
     from nmexport.sparsity.linear import SparseLinear
     from nmexport.store.allocation import PointKind
+
+    Allowed = Callable[[Choice], bool]
+    """Tells whether a choice may be picked."""
 
 # Solving for an accuracy budget, running the result, solving again: so often at most.
 _ROUNDS = 8
@@ -39,6 +42,11 @@ _UNMOVED = Movement(kl=(0.0,), nll=(0.0,))
 
 Pick = dict["Site", Choice]
 """A choice for every site."""
+
+
+def _any_choice(choice: Choice) -> bool:
+    del choice
+    return True
 
 
 @dataclass
@@ -96,8 +104,8 @@ def _interpolate(curve: list[tuple[float, float]], x: float) -> float:
 class Integers:
     """Weights in integers: what joint models run on, and what floats would cost."""
 
-    modules: Mapping[str, SparseLinear]
-    """Every linear of the model as a dense one in integers, by name."""
+    rounded: Rounded
+    """The linears as dense ones in integers."""
     floats: CostModel
     """Prices with weights in floats."""
 
@@ -114,28 +122,41 @@ class Study:
     """Held-out windows that joint models are measured on."""
     integers: Integers | None = None
     """None where weights are floats."""
+    whole: tuple[Choice, ...] = (DENSE,)
+    """Choices that keep all of an input, one for each form of weights, the finest first."""
     kl: Additivity = field(default_factory=Additivity)
-    """From summed to joint divergence, beyond what quantisation alone costs."""
+    """From summed to joint divergence, beyond what the finest weights alone cost."""
     nll: Additivity = field(default_factory=Additivity)
     """From summed divergence to the logarithm of the perplexity ratio, likewise."""
     _tried: dict[tuple[Choice, ...], Movement] = field(default_factory=dict)
 
+    @property
+    def finest(self) -> Choice:
+        """The choice that every other is held against: dense, in the finest weights."""
+        return self.whole[0]
+
+    @property
+    def is_mixed(self) -> bool:
+        """Tell whether there are several forms of weights to choose among."""
+        return len(self.whole) > 1
+
     @cached_property
     def quantised(self) -> Movement:
-        """The loss from quantisation alone, on the held-out windows; 0 where weights are floats.
+        """The loss of the dense model in the finest weights, on the held-out windows.
+
+        It is 0 where weights are floats.
 
         Rounding and sparsity hardly go together: their divergences add up.
         """
         if self.integers is None:
             return _UNMOVED
-        return self.probe.measure({}, modules=self.integers.modules)
+        return self.probe.measure_modules(self._modules(self.uniform(self.finest)))
 
     def run(self, pick: Pick) -> Movement:
         """Run the joint model of a pick on the held-out windows, its weights as stored."""
         key = tuple(pick.values())
         if key not in self._tried:
-            modules = {} if self.integers is None else self.integers.modules
-            moved = self.probe.measure(self._inputs(pick), modules=modules)
+            moved = self.probe.measure(self._inputs(pick), modules=self._modules(pick))
             self._tried[key] = moved
             summed = self.total(pick).kl
             if summed > 0:
@@ -146,18 +167,44 @@ class Study:
     def _inputs(self, pick: Pick) -> dict[Site, SparseInput]:
         variants = self.costs.variants
         return {
-            site: sparse_input(site, variants[site][choice])
+            site: sparse_input(site, variants[site][choice.selection])
             for site, choice in pick.items()
-            if choice != DENSE
+            if choice.pattern is not None
         }
 
-    def solve(self, *, minimise: Measure, limits: Mapping[Measure, float]) -> Pick | None:
-        """Pick an option for every site; None where no pick keeps the limits."""
-        picked = solve(self._rows(), minimise=minimise, limits=limits)
+    def _modules(self, pick: Pick) -> Mapping[str, SparseLinear]:
+        if self.integers is None:
+            return {}
+        chosen = {name: choice for site, choice in pick.items() for name in site.names}
+        return self.integers.rounded.of(chosen)
+
+    def solve(
+        self,
+        *,
+        minimise: Measure,
+        limits: Mapping[Measure, float],
+        among: Allowed = _any_choice,
+    ) -> Pick | None:
+        """Pick an option for every site; None where no pick keeps the limits.
+
+        Args:
+            minimise: The sum to minimise.
+            limits: Largest sums.
+            among: Which choices may be picked.
+        """
+        rows = {
+            site: {choice: option for choice, option in row.items() if among(choice)}
+            for site, row in self.table.items()
+        }
+        if not all(rows.values()):
+            return None
+        options = [list(row.values()) for row in rows.values()]
+        picked = solve(options, minimise=minimise, limits=limits)
         if picked is None:
             return None
-        rows = zip(self.table.items(), picked, strict=True)
-        return {site: list(row)[index] for (site, row), index in rows}
+        return {
+            site: list(row)[index] for (site, row), index in zip(rows.items(), picked, strict=True)
+        }
 
     def price(self, pick: Pick) -> float | None:
         """Price the last byte that a pick saves, in nats; None where bytes are no constraint."""
@@ -171,8 +218,12 @@ class Study:
         }
 
     def uniform(self, choice: Choice) -> Pick:
-        """Pick one choice for all sites that have it; the others stay dense."""
-        return {site: choice if choice in row else DENSE for site, row in self.table.items()}
+        """Pick one choice for all sites that have it; the others stay dense, in its weights."""
+        whole = next((one for one in self.whole if one.weights == choice.weights), self.finest)
+        return {
+            site: next((one for one in (choice, whole) if one in row), self.finest)
+            for site, row in self.table.items()
+        }
 
     def total(self, pick: Pick) -> Option:
         """Add up a pick's options."""
@@ -180,8 +231,12 @@ class Study:
 
     @property
     def dense(self) -> Option:
-        """The sums of the dense model."""
-        return self.total(self.uniform(DENSE))
+        """The sums of the dense model in the finest weights."""
+        return self.total(self.uniform(self.finest))
+
+    def departs(self, pick: Pick) -> bool:
+        """Tell whether a pick is any other than the dense model in the finest weights."""
+        return any(choice != self.finest for choice in pick.values())
 
     def bytes_saved(self, pick: Pick) -> float:
         """Share of the targeted linears' bytes that a decoded token no longer reads."""
@@ -202,11 +257,11 @@ class Study:
         return self._point(kind, label, pick, self.run(pick))
 
     def quantised_point(self, label: str) -> FrontPoint:
-        """Describe the dense model in integers."""
-        return self._point("integers", label, self.uniform(DENSE), self.quantised)
+        """Describe the dense model in the finest weights."""
+        return self._point("integers", label, self.uniform(self.finest), self.quantised)
 
     def float_point(self, label: str, pick: Pick) -> FrontPoint:
-        """Describe a pick with weights in floats: sparsity alone.
+        """Describe a pick's patterns with weights in floats: sparsity alone.
 
         Raises:
             ValueError: if weights are floats anyway.
@@ -214,9 +269,10 @@ class Study:
         if self.integers is None:
             raise ValueError("weights are floats: every point is one of sparsity alone")
         floats = self.integers.floats
-        whole = sum(floats.read_bytes(site, DENSE) for site in pick)
-        read = sum(floats.read_bytes(site, choice) for site, choice in pick.items())
-        quick = _seconds(floats, self.uniform(DENSE)) / _seconds(floats, pick)
+        bare = {site: choice.selection for site, choice in pick.items()}
+        whole = sum(floats.read_bytes(site, DENSE) for site in bare)
+        read = sum(floats.read_bytes(site, choice) for site, choice in bare.items())
+        quick = _seconds(floats, dict.fromkeys(bare, DENSE)) / _seconds(floats, bare)
         moved = self.probe.measure(self._inputs(pick))
         return FrontPoint(
             kind="floats",
@@ -226,7 +282,7 @@ class Study:
             summed_kl=self.total(pick).kl,
             kl=moved.kl_mean,
             perplexity_ratio=math.exp(moved.nll_mean),
-            linears=_count(pick),
+            linears=_count(bare),
             float_bytes=read / whole,
             float_speedup=quick,
         )
@@ -250,7 +306,7 @@ class Study:
         """Bytes and speed of a pick, to the dense model in floats."""
         if self.integers is None:
             return None, None
-        floats, dense = self.integers.floats, self.uniform(DENSE)
+        floats, dense = self.integers.floats, dict.fromkeys(self.table, DENSE)
         whole = sum(floats.read_bytes(site, DENSE) for site in dense)
         return (
             self.total(pick).bytes / whole,
@@ -283,6 +339,7 @@ def study_of(
     *,
     prefill_weight: float,
     integers: Integers | None = None,
+    forms: Sequence[str | None] = (None,),
 ) -> Study:
     """Put figures to every site's choices.
 
@@ -292,18 +349,30 @@ def study_of(
         probe: Held-out windows.
         prefill_weight: Worth of a prompt's multiply-adds, in decode time.
         integers: What weights in integers add; None where they are floats.
+        forms: Of weights to choose among, the finest first; None is the only one.
     """
+    whole = tuple(Choice(weights=form) for form in forms)
     table = {
-        site: _options(site, costs.divergences(site), model, prefill_weight)
+        site: _options(site, _divergences(site, costs, forms), model, prefill_weight)
         for site in costs.variants
     }
     gains = {
-        site: {choice: option for choice, option in row.items() if _gains(option, row[DENSE])}
+        site: {choice: option for choice, option in row.items() if _gains(option, row[whole[0]])}
         for site, row in table.items()
     }
     if any(gains.values()):  # else all are kept: a budget of accuracy alone still has a choice
-        table = {site: {DENSE: table[site][DENSE], **row} for site, row in gains.items()}
-    return Study(table=table, costs=costs, model=model, probe=probe, integers=integers)
+        table = {site: {whole[0]: table[site][whole[0]], **row} for site, row in gains.items()}
+    return Study(table=table, costs=costs, model=model, probe=probe, integers=integers, whole=whole)
+
+
+def _divergences(site: Site, costs: SiteCosts, forms: Sequence[str | None]) -> dict[Choice, float]:
+    """Nats a token that each choice of a site causes; what rounds and what drops adds up."""
+    selections = {DENSE: 0.0, **costs.divergences(site)}
+    return {
+        replace(choice, weights=form): kl + costs.divergence_of(site, form)
+        for form in forms
+        for choice, kl in selections.items()
+    }
 
 
 def _options(
@@ -321,9 +390,7 @@ def _options(
             work=read + choice.prefill_density * model.weight_bytes(site),
         )
 
-    return {DENSE: option(DENSE, 0.0)} | {
-        pick: option(pick, kl) for pick, kl in divergences.items()
-    }
+    return {pick: option(pick, kl) for pick, kl in divergences.items()}
 
 
 def _gains(option: Option, dense: Option) -> bool:
@@ -335,29 +402,70 @@ def _gains(option: Option, dense: Option) -> bool:
 
 
 def uniform_points(study: Study, progress: Progress) -> list[FrontPoint]:
-    """Run every choice given to all sites that it fits: what a build without a budget can have."""
-    kinds = dict.fromkeys(pick for row in study.table.values() for pick in row if pick != DENSE)
+    """Run every choice given to all sites that it fits: what a build without a budget can have.
+
+    A dense one is quantisation alone.
+    """
+    kinds = dict.fromkeys(
+        pick for row in study.table.values() for pick in row if pick != study.finest
+    )
     return [
-        study.point("uniform", choice.label, study.uniform(choice))
+        study.point(
+            "integers" if choice.pattern is None else "uniform",
+            choice.label,
+            study.uniform(choice),
+        )
         for choice in progress.track(kinds, label="fold: uniform choices", total=len(kinds))
     ]
 
 
 def front_points(study: Study, shares: Sequence[float], progress: Progress) -> list[FrontPoint]:
-    """Find the least divergence for each share of bytes saved; leave out shares out of reach."""
-    points = []
-    for share in progress.track(shares, label="fold: Pareto front", total=len(shares)):
-        limit: dict[Measure, float] = {"bytes": (1 - share) * study.dense.bytes}
-        pick = study.solve(minimise="kl", limits=limit)
-        if pick is not None:
-            label = f"{100 * share:.0f} %"
-            points.append(study.point("front", label, pick))
-            if study.integers is not None:
-                points.append(study.float_point(label, pick))
-    return points
+    """Find the least divergence for each share of bytes saved; leave out shares out of reach.
+
+    Shares are of the dense model's bytes in each form of weights. Where these are integers, what
+    sparsity alone and quantisation alone come to stands beside.
+    """
+    marks = [(whole, share) for whole in study.whole for share in shares]
+    points: dict[tuple[PointKind, str], FrontPoint] = {}
+    for whole, share in progress.track(marks, label="fold: Pareto front", total=len(marks)):
+        label = f"{100 * share:.0f} %"
+        if study.is_mixed:
+            label += f" of {whole.weights}"
+        points |= {(one.kind, label): one for one in _points_at(study, whole, share, label)}
+    return list(points.values())
 
 
-def choose(study: Study, budget: BudgetSection, *, relief: float = 1.0) -> Pick:
+def _points_at(study: Study, whole: Choice, share: float, label: str) -> Iterator[FrontPoint]:
+    """Points of the front's lines where so many of the bytes of a form of weights are saved."""
+    read = study.total(study.uniform(whole)).bytes
+    limit: dict[Measure, float] = {"bytes": (1 - share) * read}
+    both = study.solve(minimise="kl", limits=limit)
+    if both is not None:
+        yield study.point("front", label, both)
+    if study.integers is None:
+        return
+    if study.is_mixed:
+        plain = study.solve(minimise="kl", limits=limit, among=_is_dense)
+        if plain is not None:
+            yield study.point("integers", label, plain)
+    if whole == study.finest:
+        sparse = study.solve(
+            minimise="kl", limits=limit, among=lambda choice: choice.weights == whole.weights
+        )
+        if sparse is not None:
+            yield study.float_point(label, sparse)
+
+
+def _is_dense(choice: Choice) -> bool:
+    return choice.pattern is None
+
+
+def choose(
+    study: Study,
+    budget: BudgetSection,
+    *,
+    relief: float = 1.0,
+) -> Pick:
     """Pick an option for every site under the budget.
 
     A budget of accuracy is held by the joint model as measured on the held-out windows, not merely
@@ -372,29 +480,93 @@ def choose(study: Study, budget: BudgetSection, *, relief: float = 1.0) -> Pick:
     Raises:
         RecipeError: if no pick keeps the budget, or only the dense model does.
     """
+    pick = _pick_within(study, budget, relief)
+    if pick is None or not study.departs(pick):
+        raise _out_of_reach(study, budget)
+    return pick
+
+
+def without_sparsity(study: Study, budget: BudgetSection, *, relief: float = 1.0) -> Pick | None:
+    """Pick a form of weights alone for every site under the budget.
+
+    Returns:
+        None where there is one form, or no such pick keeps the budget.
+    """
+    return _pick_within(study, budget, relief, among=_is_dense) if study.is_mixed else None
+
+
+def better_of(study: Study, budget: BudgetSection, pick: Pick, plain: Pick | None) -> Pick:
+    """Choose between a pick and one without sparsity: by what was measured, not predicted.
+
+    Both keep the budget. With a limit on accuracy the faster is better, else the more accurate.
+    """
+    if plain is None or not study.departs(plain):
+        return pick
+
+    def cost(one: Pick) -> float:
+        return study.total(one).worth if budget.limits_accuracy else study.run(one).kl_mean
+
+    return plain if cost(plain) <= cost(pick) else pick
+
+
+def _pick_within(
+    study: Study, budget: BudgetSection, relief: float, *, among: Allowed = _any_choice
+) -> Pick | None:
+    """Pick within the budget: the fastest with a limit on accuracy, else the most accurate."""
     limits: dict[Measure, float] = {}
     if budget.max_bytes is not None:
         limits["bytes"] = budget.max_bytes * study.dense.bytes
     if budget.min_speedup is not None:
         limits["seconds"] = study.seconds_at(budget.min_speedup)
-    if budget.max_kl is None and budget.max_perplexity_ratio is None:
-        pick = study.solve(minimise="kl", limits=limits)
-    else:
-        _check_quantised(study, budget)
-        aim: Measure = "worth" if _sparsifies(study.least("worth")) else "work"
-        pick = _most_within(study, budget, limits, relief, minimise=aim)
-    if pick is None or not _sparsifies(pick):
-        raise _out_of_reach(study, budget)
-    return pick
+    if not budget.limits_accuracy:
+        return study.solve(minimise="kl", limits=limits, among=among)
+    _check_quantised(study, budget)
+    aim: Measure = "worth" if study.departs(study.least("worth")) else "work"
+    return _most_within(study, budget, limits, relief, minimise=aim, among=among)
 
 
-def remark(study: Study, pick: Pick) -> str | None:
-    """Say where the cost model sees no gain in a pick; None where it does."""
-    if study.total(pick).worth < study.dense.worth:
-        return None
+def remark(study: Study, pick: Pick, plain: Pick | None = None) -> str | None:
+    """Say where a pick gains nothing, and what sparsity adds to quantisation alone.
+
+    Args:
+        study: What was measured.
+        pick: What was chosen.
+        plain: The best pick without sparsity under the same budget.
+
+    Returns:
+        None where there is nothing to say.
+    """
+    words = []
+    if study.total(pick).worth >= study.dense.worth:
+        words.append(
+            f"The cost model sees no gain in this choice: decode at {study.speedup(pick):.2f}x the "
+            "dense model's speed. Measure it, or give allocation.cost the constants of the target."
+        )
+    if study.is_mixed:
+        words.append(_on_sparsity(study, pick, plain))
+    return " ".join(words) or None
+
+
+def _on_sparsity(study: Study, pick: Pick, plain: Pick | None) -> str:
+    """Say whether sparsity pays beside quantisation alone."""
+    if all(map(_is_dense, pick.values())):
+        counts = ", ".join(f"{count} {name}" for name, count in _count(pick).items())
+        return f"Sparsity does not pay under this budget: every linear stays dense ({counts})."
+    if plain is None:
+        return "Quantisation alone does not keep this budget."
     return (
-        f"The cost model sees no gain in this choice: decode at {study.speedup(pick):.2f}x the "
-        "dense model's speed. Measure it, or give allocation.cost the constants of the target."
+        "Under the same budget quantisation alone "
+        f"{_in_figures(study, plain)}; with sparsity it {_in_figures(study, pick)}."
+    )
+
+
+def _in_figures(study: Study, pick: Pick) -> str:
+    """What a pick saves, gains and costs."""
+    moved = study.run(pick)
+    return (
+        f"saves {study.bytes_saved(pick):.0%} of the bytes and decodes "
+        f"{study.speedup(pick):.2f}x as fast, by the cost model, at a perplexity ratio of "
+        f"{math.exp(moved.nll_mean):.3f} and a KL of {moved.kl_mean:.3g}"
     )
 
 
@@ -415,10 +587,6 @@ def _check_quantised(study: Study, budget: BudgetSection) -> None:
     )
 
 
-def _sparsifies(pick: Pick) -> bool:
-    return any(choice != DENSE for choice in pick.values())
-
-
 def _most_within(
     study: Study,
     budget: BudgetSection,
@@ -426,6 +594,7 @@ def _most_within(
     relief: float,
     *,
     minimise: Measure,
+    among: Allowed,
 ) -> Pick | None:
     """Minimise something over the picks whose joint model keeps the accuracy budget."""
     best: Pick | None = None
@@ -433,7 +602,7 @@ def _most_within(
     for _ in range(_ROUNDS):
         wanted = min(_summed_limit(study, budget, relief), _STEP**failures * exceeded)
         target = _between(kept, wanted, exceeded)
-        pick = study.solve(minimise=minimise, limits={**limits, "kl": target})
+        pick = study.solve(minimise=minimise, limits={**limits, "kl": target}, among=among)
         if pick is None or pick == best:
             break
         moved, total = study.run(pick), study.total(pick)
@@ -493,15 +662,19 @@ def _summed_limit(study: Study, budget: BudgetSection, relief: float) -> float:
 def _out_of_reach(study: Study, budget: BudgetSection) -> RecipeError:
     quickest = study.least("seconds")
     given = ", ".join(f"{name} {value:g}" for name, value in budget.limits().items())
-    if not _sparsifies(quickest):
+    if not study.departs(quickest):
         why = "the linears are so small that finding rows takes longer than reading all of them"
     else:
         why = f"a speed-up of at most {study.speedup(quickest):.2f}"
     least_bytes = 1 - study.bytes_saved(study.least("bytes"))
     return RecipeError(
-        f"No choice of patterns keeps the budget ({given}) and sparsifies anything.",
+        f"No choice of patterns{' and weights' if study.is_mixed else ''} keeps the budget "
+        f"({given}) and {'saves' if study.is_mixed else 'sparsifies'} anything.",
         allowed=f"bytes of at least {least_bytes:.2f}; by the cost model {why}; "
         "the more of either, the less accuracy",
-        fix="loosen --budget, or give allocation.patterns more to choose among; with --pattern "
+        fix="loosen --budget, or give allocation.patterns and allocation.weights more to choose "
+        "among"
+        if study.is_mixed
+        else "loosen --budget, or give allocation.patterns more to choose among; with --pattern "
         "16:16 --weights int8 nothing is sparse, and a quarter of the bytes are read",
     )

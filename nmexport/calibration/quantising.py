@@ -31,11 +31,11 @@ from nmexport.sparsity.linear import (
 from nmexport.sparsity.pattern import NMPattern
 from nmexport.sparsity.quantisation import dequantised
 from nmexport.sparsity.rounding import quantised
-from nmexport.sparsity.weight_form import GROUP, HEAD, WeightForm, activation_block
+from nmexport.sparsity.weight_form import GROUP, activation_block
 from nmexport.store.layers import LayerSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import nn
 
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from nmexport.calibration.sparse_constants import DenseModel
     from nmexport.choices import Phase
     from nmexport.sparsity.quantisation import QuantisedWeight
+    from nmexport.sparsity.weight_form import WeightForm
 
 _FLOAT_BYTES = 4
 _SHARE_FOR_FLOATS = 0.25
@@ -79,21 +80,26 @@ class Keeping:
 class Storage(Keeping):
     """How weights are rounded to integers."""
 
-    form: WeightForm
+    forms: Mapping[str, WeightForm]
+    """What each linear is stored in, by name; one that is not named stays float."""
 
-    def is_balanced(self, linear: nn.Linear, *, is_head: bool) -> bool:
+    def is_balanced(self, name: str, channels: int) -> bool:
         """Tell whether a linear's operand and weight are both rounded with 8 bits and no groups.
 
         Four bits are rounded with compensation, which makes more of unbalanced channels.
         """
-        form = HEAD if is_head else self.form
-        rounds = self.rounds_activations and activation_block(linear.in_features, 1) is not None
-        return rounds and form.type == "int8" and form.group is None
+        form = self.forms.get(name)
+        rounds = self.rounds_activations and activation_block(channels, 1) is not None
+        return rounds and form is not None and form.type == "int8" and form.group is None
+
+    def is_compensated(self, name: str) -> bool:
+        """Tell whether the rounding of a linear looks at second moments of its input."""
+        form = self.forms.get(name)
+        return form is not None and form.type != "int8"
 
     def tensors(
         self,
         folded: Mapping[str, torch.Tensor],
-        form: WeightForm,
         *,
         phase: Phase = "all",
         balance: torch.Tensor | None = None,
@@ -105,7 +111,6 @@ class Storage(Keeping):
 
         Args:
             folded: They, float32.
-            form: What the weight is stored in.
             phase: When the op is sparse.
             balance: `[K]`, what the operand is multiplied by; None is 1. In the input's own order,
                 as `importance`.
@@ -127,7 +132,11 @@ class Storage(Keeping):
             if second_moment is not None:
                 second_moment = second_moment * balance * balance.unsqueeze(1)
         stored = quantised(
-            weight, form, importance=importance, second_moment=second_moment, name=name
+            weight,
+            self.forms[name],
+            importance=importance,
+            second_moment=second_moment,
+            name=name,
         )
         in_type = {
             kind: folded[kind].to(self.dtype)
@@ -160,7 +169,7 @@ def stored_linears(
     linears: Mapping[str, nn.Linear],
     storage: Storage,
 ) -> Iterator[Stored]:
-    """Store all linears that calibration reached.
+    """Store all linears that calibration reached: the sparse ones, and dense ones in integers.
 
     Args:
         dense: The dense model and what calibration knows.
@@ -169,21 +178,21 @@ def stored_linears(
         storage: How they are stored.
 
     Yields:
-        Each linear, its constants folded; in model order, or the order in which second moments
-        are known.
+        Each linear, its constants folded: in model order, and after these, in the order in which
+        second moments are known, those that need them.
 
     Raises:
         RecipeError: if the form's groups do not divide a linear's channels.
     """
     reached = {name: linear for name, linear in linears.items() if name in dense.statistics}
-    head = head_name(dense.model, linears)
     store = functools.partial(_store, _Given(dense, constants, storage))
-    if storage.form.type == "int8":
-        for name, linear in reached.items():
-            yield store(name, linear, HEAD if name == head else storage.form)
+    compensated = {name: reached[name] for name in reached if storage.is_compensated(name)}
+    for name, linear in reached.items():
+        if name not in compensated and (name in storage.forms or name in constants.derived):
+            yield store(name, linear)
+    if not compensated:
         return
-    inner = {name: linear for name, linear in reached.items() if name != head}
-    sites = input_sites(dense.model, inner, dense.samples[0], layerwise=dense.layerwise)
+    sites = input_sites(dense.model, compensated, dense.samples[0], layerwise=dense.layerwise)
     by_linear = {site.names[0]: site for site in sites}
     for chunk in split_by_bytes([_watch(site, constants, storage) for site in sites]):
         moments = gather_second_moments(
@@ -196,29 +205,27 @@ def stored_linears(
         for watched in chunk:
             known = Moments(*(moments.pop(f"{watched.linear}/{kind}", None) for kind in _KINDS))
             for name in by_linear[watched.linear].names:
-                yield store(name, inner[name], storage.form, known)
-    if head is not None and head in reached:
-        yield store(head, reached[head], HEAD)
+                yield store(name, compensated[name], known)
 
 
 def balances(
-    dense: DenseModel, linears: Mapping[str, nn.Linear], storage: Storage
+    dense: DenseModel, linears: Mapping[str, nn.Linear], storages: Sequence[Storage]
 ) -> dict[str, torch.Tensor]:
     """Balance operands and weights that are both rounded to 8 bits; see `sparsity.balance`.
 
     Args:
         dense: The dense model and what calibration knows.
         linears: All linears of the model, by name.
-        storage: How they are stored.
+        storages: How they may be stored.
 
     Returns:
         `[K]` by name, the same for linears of one input; none where either side is not rounded so.
     """
-    head = head_name(dense.model, linears)
     chosen = {
         name: linear
         for name, linear in linears.items()
-        if name in dense.statistics and storage.is_balanced(linear, is_head=name == head)
+        if name in dense.statistics
+        and any(storage.is_balanced(name, linear.in_features) for storage in storages)
     }
     if not chosen:
         return {}
@@ -236,11 +243,11 @@ def balances(
 def dense_modules(
     dense: DenseModel, linears: Mapping[str, nn.Linear], storage: Storage
 ) -> dict[str, SparseLinear]:
-    """Store every linear as a dense one: modules that compute what quantisation alone leaves.
+    """Store linears as dense ones: modules that compute what quantisation alone leaves.
 
     Args:
         dense: The dense model and what calibration knows.
-        linears: All linears of the model, by name.
+        linears: By name; those that stay float are left out.
         storage: How they are stored.
     """
     nothing = SparseConstants(derived={}, errors={}, distances={}, learned=None)
@@ -300,41 +307,44 @@ def store_folded(
     name: str,
     folded: Mapping[str, torch.Tensor],
     *,
-    form: WeightForm,
     phase: Phase = "all",
     second_moment: torch.Tensor | None = None,
 ) -> tuple[dict[str, torch.Tensor], QuantisedWeight]:
     """Store a folded linear by what calibration knows of its input; see `Storage.tensors`."""
+    is_balanced = storage.is_balanced(name, len(folded["W"]))
     return storage.tensors(
         folded,
-        form,
         phase=phase,
-        balance=dense.balances.get(name),
+        balance=dense.balances.get(name) if is_balanced else None,
         importance=dense.statistics[name].rms.float().square(),
         second_moment=second_moment,
         name=name,
     )
 
 
-def _store(
-    given: _Given, name: str, linear: nn.Linear, form: WeightForm, moments: Moments = _NOT_KNOWN
-) -> Stored:
+def _store(given: _Given, name: str, linear: nn.Linear, moments: Moments = _NOT_KNOWN) -> Stored:
     """Fold and store one linear."""
     dense, constants, storage = given
-    store = functools.partial(store_folded, dense, storage, name, form=form)
+    store = functools.partial(store_folded, dense, storage, name)
+
+    def plain(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        with dense.loaded(linear) as held:
+            return fold(held, ALL_KEPT, Constants(), NOTHING_LEARNED, dtype=dtype)
 
     def as_dense() -> tuple[dict[str, torch.Tensor], QuantisedWeight]:
-        with dense.loaded(linear) as held:
-            plain = fold(held, ALL_KEPT, Constants(), NOTHING_LEARNED, dtype=torch.float32)
-        return store(plain, second_moment=moments.dense)
+        return store(plain(torch.float32), second_moment=moments.dense)
 
     if name not in constants.derived:
         tensors, stored = as_dense()
         return Stored(storage.spec(dense_spec(name, linear), stored), False, tensors, None)
+    spec = constants.layer(name, linear)
+    if name not in storage.forms:
+        folded = constants.folded(dense, name, storage.dtype)
+        return Stored(spec, True, folded, plain(storage.dtype) if storage.keeps_dense else None)
     folded = constants.folded(dense, name, torch.float32)
     phase = constants.derived[name].behaviour.phase
     tensors, stored = store(folded, phase=phase, second_moment=moments.sparse)
-    spec = storage.spec(constants.layer(name, linear), stored)
+    spec = storage.spec(spec, stored)
     return Stored(spec, True, tensors, as_dense()[0] if storage.keeps_dense else None)
 
 

@@ -232,6 +232,15 @@ _BUDGET = (
         "8, 6 and 4 of 16]",
     ),
     RecipeOption(
+        spelled="--budget-weights",
+        key="allocation.weights",
+        kind=Words(lambda: ["float", "int8", "int8:128", "int4", "int4:64"]),
+        metavar="float|int8|int8:CHANNELS|int4|int4:CHANNELS",
+        multiple=True,
+        help="Form of weights that --budget may choose for a linear. Repeatable.  [default: "
+        "--weights alone]",
+    ),
+    RecipeOption(
         spelled="--budget-criterion",
         key="allocation.criteria",
         kind=OneOf(Criterion),

@@ -6,8 +6,6 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from nmexport.store.allocation import DENSE
-
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -19,6 +17,7 @@ _LIMITS = {
     "min_speedup": "decode at least {:g}x as fast",
     "max_bytes": "at most {:.0%} of the weight bytes read",
 }
+_DENSE = "dense"
 _KINDS = {
     "front": "front",
     "uniform": "all alike",
@@ -78,7 +77,7 @@ class LinearRow:
 
 @dataclass(frozen=True, kw_only=True)
 class ReadShare:
-    """Share of a site's weight rows that a decoded token reads."""
+    """Share of a site's weight bytes that a decoded token reads."""
 
     name: str
     share: float
@@ -149,7 +148,7 @@ def remarks(allocation: Allocation) -> str | None:
 def mix(counts: Mapping[str, int]) -> str:
     """Write `60 dense, 150 at 8:16 act`."""
     return ", ".join(
-        f"{count} {name}" if name == DENSE.label else f"{count} at {name}"
+        f"{count} {name}" if name.startswith(_DENSE) else f"{count} at {name}"
         for name, count in counts.items()
     )
 
@@ -162,10 +161,11 @@ def chosen_mix(allocation: Allocation) -> str:
 
 def front_rows(allocation: Allocation) -> list[FrontRow]:
     """Lay out the front and the uniform choices, the most bytes read first."""
+    compares = in_integers(allocation)
     return [
         FrontRow(
             kind=point.kind,
-            name=_KINDS[point.kind],
+            name="both" if compares and point.kind == "front" else _KINDS[point.kind],
             bytes_saved=point.bytes_saved,
             perplexity_ratio=point.perplexity_ratio,
             kl=point.kl,
@@ -184,12 +184,11 @@ def _bytes_read(point: FrontPoint) -> float:
 
 
 def columns(allocation: Allocation) -> list[str]:
-    """List the labels of all sparse candidates of any linear, densest first."""
+    """List the labels of all candidates of any linear but the first, the most bytes first."""
     saved: dict[str, float] = {}
     for row in allocation.ledger:
-        for candidate in row.candidates:
+        for candidate in row.candidates[1:]:
             saved.setdefault(candidate.choice.label, candidate.bytes_saved)
-    saved.pop(DENSE.label, None)
     return sorted(saved, key=lambda name: saved[name])
 
 
@@ -235,11 +234,17 @@ def linear_rows(allocation: Allocation) -> list[LinearRow]:
 
 
 def read_shares(allocation: Allocation) -> list[ReadShare]:
-    """List the share of weight rows that a decoded token reads, by site: for a plot."""
+    """List the share of weight bytes that a decoded token reads, by site: for a plot."""
     return [
-        ReadShare(name=_plot_name(site), share=row.choice.decode_density)
+        ReadShare(name=_plot_name(site), share=_share_read(row))
         for site, row in _sites(allocation).items()
     ]
+
+
+def _share_read(row: LedgerRow) -> float:
+    """Return the share of the dense weight's bytes, in the finest form, that a choice reads."""
+    saved = {candidate.choice: candidate.bytes_saved for candidate in row.candidates}
+    return 1 - saved[row.choice]
 
 
 def _sites(allocation: Allocation) -> dict[tuple[str, ...], LedgerRow]:

@@ -121,7 +121,7 @@ def _whom(report: Report, advice: Advice) -> tuple[str, ...]:
 def _alike(report: Report) -> tuple[str, ...]:
     """Say what one pattern for all linears would have cost, where a budget chose for each."""
     allocation = report.allocation
-    if allocation is None:
+    if allocation is None or allocation.forms:
         return ()
     section = report.recipe.get("sparsity")
     pattern = str(section.get("pattern")) if isinstance(section, dict) else ""
@@ -166,8 +166,15 @@ def _stored_instead(report: Report, over_stored: float) -> str:
     gain = "" if over_float is None else f" It is {_as_fast(over_float / over_stored)} as dense"
     return (
         f"Sparsity does not pay here: on top of {stored} it is {over_stored:.2f}x as fast."
-        f"{gain}{cost}. `--pattern 16:16 --weights {stored}` builds that alone."
+        f"{gain}{cost}. {_that_alone(report)} builds that alone."
     )
+
+
+def _that_alone(report: Report) -> str:
+    """Name the options that build the dense model in the same integers."""
+    if report.allocation is not None and report.allocation.forms:
+        return "A budget with `--budget-pattern 16:16`"
+    return f"`--pattern 16:16 --weights {_say_stored(report)}`"
 
 
 def _quality(report: Report) -> Fact:

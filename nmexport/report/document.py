@@ -87,7 +87,7 @@ def assemble(
         mitigations=tuple(sparsity.mitigations),
         grouping=sparsity.grouping,
         phases=phases or sparsity.phases,
-        weights=Weights(dense=recipe.model.dtype, sparse=sparse_weights(recipe, measured.kept)),
+        weights=Weights(dense=recipe.model.dtype, sparse=sparse_weights(recipe, measured)),
         target=target,
         verdict="none",
         **vars(measured),
@@ -100,22 +100,41 @@ def assemble(
     return report_from(json_of(report))
 
 
-def sparse_weights(recipe: Recipe, kept: KeptWeights | None) -> str:
+def sparse_weights(recipe: Recipe, measured: Measured) -> str:
     """How the sparse model's weights are stored."""
-    form = recipe.model.weights
+    form, kept = recipe.model.weights, measured.kept
+    chosen = {} if measured.allocation is None else measured.allocation.count_forms()
+    if chosen:
+        return " and ".join(recipe.model.dtype if one == "float" else one for one in chosen)
     if form not in {"auto", "float"}:
         return form
     return recipe.model.dtype if kept is None else f"{kept.method}'s own"
 
 
-def weights_note(recipe: Recipe, kept: KeptWeights | None, *, alone: bool) -> str | None:
+def weights_note(
+    recipe: Recipe,
+    kept: KeptWeights | None,
+    allocation: Allocation | None,
+    *,
+    alone: bool,
+) -> str | None:
     """Say what a reader must know of how weights are stored.
 
     Args:
         recipe: What was built.
         kept: What is kept of a checkpoint that came quantised.
+        allocation: What a budget chose; None where all linears are alike.
         alone: There is no dense model to compare with.
     """
+    chosen = {} if allocation is None else allocation.count_forms()
+    if chosen:
+        head = "float" if recipe.forms.head is None else str(recipe.forms.head)
+        counts = ", ".join(f"{count} in {form}" for form, count in chosen.items())
+        beside = "" if alone else " Dense in the same forms stands beside the dense model."
+        return (
+            f"The budget chose how each linear's weights are stored: {counts}; output head and "
+            f"input embedding are in {head}.{beside}"
+        )
     if kept is not None:
         dense = f" The dense model holds the same numbers in {recipe.model.dtype}."
         return f"{kept.sentence()}." + ("" if alone else dense)

@@ -180,7 +180,7 @@ def front_svg(points: Sequence[FrontPoint]) -> str:
     def draw(axes: Axes) -> None:
         kinds = {
             "floats": ("sparsity alone", _KINDS[4], "D", "--"),
-            "integers": ("quantisation alone", _KINDS[3], "v", ""),
+            "integers": ("quantisation alone", _KINDS[3], "v", "-."),
             "front": ("both" if in_integers else "allocated", SPARSE, "o", "-"),
             "uniform": ("all linears alike", _KINDS[1], "s", ""),
             "chosen": ("chosen", _KINDS[2], "*", ""),
@@ -216,11 +216,12 @@ def front_svg(points: Sequence[FrontPoint]) -> str:
 
 
 def read_share_svg(shares: Sequence[ReadShare]) -> str:
-    """Share of each site's weight rows that a decoded token reads."""
+    """Share of each site's weight bytes that a decoded token reads."""
 
     def draw(axes: Axes) -> None:
         plot_by_layer(axes, shares, lambda row: 100 * row.share)
-        axes.set_ylabel("weight rows read, %")
+        axes.set_ylabel("weight bytes read, %")
         axes.set_ylim(0, 104)
 
-    return svg_from(draw, title="Share of weight rows that a decoded token reads, by decoder layer")
+    title = "Share of weight bytes that a decoded token reads, by decoder layer"
+    return svg_from(draw, title=title)

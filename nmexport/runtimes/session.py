@@ -82,6 +82,8 @@ class Session(Closing):
     chunk: int | None = None
     """Prompts must be cut at multiples of so many tokens from their beginning, and nowhere else:
     see `chunks.chunk_end`. None: any cut gives the same bits."""
+    decodes_second_half: bool = False
+    """A prompt is a whole window, and the second half of it is computed as decoded tokens are."""
     runtime: str = ""
     """Name and version of the runtime."""
     on_gpu: bool = False

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal, Self, get_args
+from typing import TYPE_CHECKING, Literal, Self, get_args
 
 from nmexport.errors import RecipeError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 StoredType = Literal["int8", "int4", "uint4", "float8e4m3fn"]
 """Types of a stored weight, by the names that the op contract and ONNX give them."""
@@ -94,6 +97,51 @@ class WeightForm:
 
 HEAD = WeightForm("int8", None)
 """Of the output head and the input embedding."""
+
+
+@dataclass(frozen=True)
+class Forms:
+    """Forms that targeted linears may have, and that of all else."""
+
+    targets: tuple[str, ...]
+    """In words, the finest first: one, or those that a budget chooses among for each linear."""
+    others: WeightForm | None
+    """Of linears that are no targets; None is float."""
+    head: WeightForm | None
+    """Of the output head and the input embedding; None is float."""
+
+    @classmethod
+    def of(cls, weights: str, among: Iterable[str] = ()) -> Self:
+        """Read what a recipe says.
+
+        Args:
+            weights: How weights are stored where nothing else is said.
+            among: What a budget chooses among; nothing is `weights` for all linears.
+        """
+        targets = finest_first(among) or (weights,)
+        forms = [WeightForm.parse(text) for text in targets]
+        others = forms[0] if weights == "auto" else WeightForm.parse(weights)
+        # Nobody who wants integers wants the largest weight of a small model in floats.
+        decisive = forms if weights == "auto" else [others]
+        return cls(targets, others, HEAD if any(decisive) else None)
+
+    @property
+    def integers(self) -> tuple[WeightForm, ...]:
+        """All that a linear other than the head may be rounded to."""
+        forms = [*(WeightForm.parse(text) for text in self.targets), self.others]
+        return tuple(dict.fromkeys(form for form in forms if form is not None))
+
+
+def finest_first(texts: Iterable[str]) -> tuple[str, ...]:
+    """Sort forms by bits, then by the channels of a scale; one that is there twice is left out."""
+    by_form = {WeightForm.parse(text): text for text in texts}
+
+    def coarseness(form: WeightForm | None) -> tuple[int, float]:
+        if form is None:
+            return -16, 0.0
+        return -form.bits, float("inf") if form.group is None else form.group
+
+    return tuple(by_form[form] for form in sorted(by_form, key=coarseness))
 
 
 def activation_block(channels: int, groups: int) -> int | None:

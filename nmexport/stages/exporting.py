@@ -118,11 +118,11 @@ def stored_parts(
     """Describe weights in integers; None where they are float."""
     if not folded.is_quantised:
         return None
-    rows = (
-        functools.partial(rounded_rows, traced.model, traced.read)
-        if folded.embedding_bits
-        else functools.partial(imported_rows, traced.model, source)
-    )
+    rows: Callable[[], StoredRows | None] = lambda: None  # noqa: E731
+    if folded.embedding_bits:
+        rows = functools.partial(rounded_rows, traced.model, traced.read)
+    elif folded.kept is not None:
+        rows = functools.partial(imported_rows, traced.model, source)
     return Stored(rows, folded.dense_tensors if dense_baseline else None)
 
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from nmexport.errors import ModelError
 from nmexport.models.weight_files import stored_tensors
 from nmexport.sparsity.mitigation import MITIGATIONS
-from nmexport.sparsity.weight_form import WeightForm
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -83,8 +82,8 @@ def stored_type(source: ModelSource) -> Dtype | None:
 
 def _has_integers(recipe: Recipe, source: ModelSource) -> bool:
     """Tell whether weights are rounded to integers, or came so and are kept."""
-    return recipe.model.weights not in {"auto", "float"} or (
-        recipe.model.weights == "auto" and source.may_hold_integers
+    return bool(recipe.forms.integers) or (
+        recipe.forms.targets == ("auto",) and source.may_hold_integers
     )
 
 
@@ -125,10 +124,9 @@ def check_fit(recipe: Recipe, source: ModelSource, pattern: NMPattern | None = N
     select_targets(
         model, pattern or recipe.sparsity.pattern, include=targets.include, exclude=targets.exclude
     )
-    form = WeightForm.parse(recipe.model.weights)
     head = head_name(model, linears)
     for name, linear in linears.items():
-        if form is not None and name != head:
+        for form in recipe.forms.integers if name != head else ():
             form.groups(linear.in_features, name=name)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import asdict
-from functools import partial
 from typing import TYPE_CHECKING
 
 from nmexport.calibration.checkpoint import Checkpoints
@@ -16,13 +15,13 @@ from nmexport.calibration.effort import ERROR_SAMPLES, SENSITIVITY_SAMPLES, lear
 from nmexport.errors import ModelError
 from nmexport.models.offload import check_layerwise, is_placed, open_dense
 from nmexport.sparsity.mitigation import check_allocatable, check_combination
-from nmexport.sparsity.weight_form import WeightForm
+from nmexport.sparsity.pattern import NMPattern
 from nmexport.stages import calibrate
 from nmexport.stages.fitting import check_fit
 from nmexport.stages.storing import (
     around_integers,
     dense_in_integers,
-    folded_linear,
+    folding,
     imported,
     rounds_activations,
     with_balances,
@@ -33,9 +32,8 @@ from nmexport.store.folded import FoldedModel, write_learning
 from nmexport.store.layers import SCHEMA, write_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-    import torch
     from torch import nn
 
     from nmexport.allocation.allocate import Prepared
@@ -48,6 +46,7 @@ if TYPE_CHECKING:
     from nmexport.recipe import Recipe, SparsitySection
     from nmexport.sparsity.linear import Constants
     from nmexport.sparsity.statistics import ChannelStatistics
+    from nmexport.sparsity.weight_form import WeightForm
     from nmexport.stages.inputs import StageInputs
     from nmexport.store.allocation import Allocation
 
@@ -77,7 +76,7 @@ def key_fields(inputs: StageInputs) -> dict[str, object]:
         "dtype": recipe.model.dtype,
         "weights": recipe.model.weights,
         "stored": ["balanced", rounds_activations(inputs), recipe.model.dense_baseline]
-        if WeightForm.parse(recipe.model.weights) is not None or inputs.source.may_hold_integers
+        if recipe.forms.integers or inputs.source.may_hold_integers
         else None,
         "sparsity": recipe.sparsity.model_dump(mode="json"),
         # Without a budget nothing of it matters.
@@ -124,12 +123,13 @@ def run(inputs: StageInputs) -> dict[str, object]:
         inputs = around_integers(inputs, came)
     dense = with_balances(inputs, _dense_model(inputs, came))
     learning = _learning(inputs, dense)
+    forms: Mapping[str, str] = {}
     if inputs.recipe.allocation.budget.limits():
-        constants = _within_budget(inputs, dense, learning)
+        constants, forms = _within_budget(inputs, dense, learning)
     else:
         sections = dict.fromkeys(dense.linears, inputs.recipe.sparsity)
         constants = make_constants(dense, sections, learning=learning)
-    layers = write_linears(inputs, dense, constants)
+    layers = write_linears(inputs, dense, constants, forms)
     write_layers(inputs.output, layers)
     specs = layers.layers
     return {
@@ -169,7 +169,7 @@ def _dense_model(inputs: StageInputs, came: ImportedWeights | None) -> DenseMode
     linears = {name: linear for name, linear in linears_of(model).items() if name in selected}
     statistics = calibrated.statistics()
     _check_reached(linears, statistics)
-    _check_groups(model, statistics, recipe.model.weights)
+    _check_groups(model, statistics, recipe.forms.integers)
     if layerwise is None and not is_placed(model):
         model = on_best_device(model)
     samples = calibrated.samples()
@@ -213,7 +213,9 @@ def _check_reached(
 
 
 def _check_groups(
-    model: nn.Module, statistics: Mapping[str, ChannelStatistics], weights: str
+    model: nn.Module,
+    statistics: Mapping[str, ChannelStatistics],
+    forms: Sequence[WeightForm],
 ) -> None:
     """Refuse groups of scales that do not fit a linear now, not once all is learned.
 
@@ -223,11 +225,10 @@ def _check_groups(
     from nmexport.calibration.quantising import head_name
     from nmexport.sparsity.targets import linears_of
 
-    form = WeightForm.parse(weights)
     linears = linears_of(model)
     head = head_name(model, linears)
     for name, linear in linears.items():
-        if form is not None and name in statistics and name != head:
+        for form in forms if name in statistics and name != head else ():
             form.groups(linear.in_features, name=name)
 
 
@@ -254,8 +255,12 @@ def _learning(inputs: StageInputs, dense: DenseModel) -> Learning | None:
 
 def _within_budget(
     inputs: StageInputs, dense: DenseModel, learning: Learning | None
-) -> SparseConstants:
-    """Choose for every linear under the recipe's budget, and write down what was chosen."""
+) -> tuple[SparseConstants, Mapping[str, str]]:
+    """Choose for every linear under the recipe's budget, and write down what was chosen.
+
+    Returns:
+        Constants of the linears that become sparse, and the forms of weights that were chosen.
+    """
     from nmexport.allocation.built import Again, built_within
     from nmexport.calibration.sparse_constants import make_constants
 
@@ -265,14 +270,13 @@ def _within_budget(
         constants = make_constants(
             dense,
             _sections(inputs.recipe.sparsity, allocation),
-            learning=learning,
+            learning=learning if allocation.sparse else None,
             unlearned=prepared.unlearned,
             checkpoint="learning" if attempt == 0 else f"learning-{attempt}",
         )
         behaviours = {name: linear.behaviour for name, linear in constants.derived.items()}
-        folded: Callable[[str], dict[str, torch.Tensor]]
-        folded = partial(folded_linear, inputs, dense, constants)
-        if WeightForm.parse(inputs.recipe.model.weights) is not None:
+        folded = folding(inputs, dense, constants, allocation.forms)
+        if inputs.recipe.forms.integers:
             # Rounding takes longer than a product with what is rounded.
             folded = functools.cache(folded)
         measured = prepared.as_built(allocation, behaviours, folded)
@@ -289,7 +293,7 @@ def _within_budget(
         again="always" if inputs.recipe.allocation.count_learned else unless_counted,
     )
     write_allocation(inputs.output, allocation)
-    return constants
+    return constants, allocation.forms
 
 
 def _prepared(inputs: StageInputs, dense: DenseModel) -> Prepared:
@@ -320,15 +324,30 @@ def _prepared(inputs: StageInputs, dense: DenseModel) -> Prepared:
         section=recipe.allocation,
         constants_for=constants_for,
         element_bytes=getattr(torch, recipe.model.dtype).itemsize,
-        weights=recipe.model.weights,
-        integers=dense_in_integers(inputs, dense),
+        weights=recipe.forms.targets,
+        rounded=dense_in_integers(inputs, dense),
         progress=inputs.progress,
     )
     return prepare(problem, Checkpoints(inputs.resume).named("allocation"))
 
 
 def _sections(section: SparsitySection, allocation: Allocation) -> dict[str, SparsitySection]:
-    """Decide what each linear that becomes sparse computes."""
+    """Decide what each linear that becomes sparse computes.
+
+    Where none does, all of them are ops that keep all of their input: as `--pattern 16:16` has it.
+    """
+    if not allocation.sparse:
+        group = section.pattern.m
+        whole = section.model_copy(
+            update={
+                "pattern": NMPattern(group, group),
+                "criterion": "act",
+                "phases": "all",
+                "mitigations": (),
+                "grouping": "consecutive",
+            }
+        )
+        return dict.fromkeys(allocation.choices, whole)
     return {
         name: section.model_copy(
             update={

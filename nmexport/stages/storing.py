@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 from nmexport.errors import ModelError, RecipeError
@@ -15,20 +16,23 @@ from nmexport.store.layers import Layers
 from nmexport.store.tensors import ShardedWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     import torch
     from torch import nn
 
+    from nmexport.allocation.costs import Rounded
     from nmexport.calibration.quantising import Keeping, Stored
     from nmexport.calibration.sparse_constants import DenseModel, SparseConstants
     from nmexport.choices import Dtype
     from nmexport.models.imported import ImportedWeights
     from nmexport.sparsity.linear import SparseLinear
     from nmexport.sparsity.output_order import OutputOrders
+    from nmexport.sparsity.weight_form import Forms
     from nmexport.stages.inputs import StageInputs
     from nmexport.store.layers import LayerSpec
 
+_RECIPES_OWN: Mapping[str, str] = MappingProxyType({})
 Device = Literal["cpu", "cuda", "tensorrt"]
 """The kind of device that an engine runs on."""
 
@@ -37,9 +41,9 @@ def imported(inputs: StageInputs) -> ImportedWeights | None:
     """Weights that came quantised; None where they are floats, or are to be rounded anew."""
     from nmexport.models.imported import imported_weights
 
-    section, device = inputs.recipe.model, _device(inputs)
+    recipe, device = inputs.recipe, _device(inputs)
     # Imported integers are dequantised where no kernel multiplies them.
-    if section.weights != "auto" or not _takes_integers(device, section.dtype):
+    if recipe.forms.targets != ("auto",) or not _takes_integers(device, recipe.model.dtype):
         return None
     return imported_weights(inputs.source, keeps_float8=device == "cuda")
 
@@ -56,31 +60,53 @@ def around_integers(inputs: StageInputs, imported: ImportedWeights) -> StageInpu
     return replace(inputs, recipe=recipe)
 
 
-def folded_linear(
-    inputs: StageInputs, dense: DenseModel, constants: SparseConstants, name: str
-) -> dict[str, torch.Tensor]:
-    """Fold one sparse linear into its op's inputs; a stored weight is rounded to what is nearest.
+def folding(
+    inputs: StageInputs,
+    dense: DenseModel,
+    constants: SparseConstants,
+    forms: Mapping[str, str],
+) -> Callable[[str], dict[str, torch.Tensor]]:
+    """Prepare to fold sparse linears as they will be written.
 
-    Raises:
-        ModelError: if one of them leaves the type.
+    Args:
+        inputs: The stage's inputs.
+        dense: The dense model and what calibration knows: as it is now, whatever stands in for its
+            linears later.
+        constants: Of the linears that become sparse.
+        forms: Forms of weights that a budget chose, by linear.
+
+    Returns:
+        Makes the inputs of one linear's op, by its name; raises ModelError if one leaves the type.
     """
     import torch
 
     from nmexport.calibration.imported import folded_around
-    from nmexport.calibration.quantising import Storage, store_folded
+    from nmexport.calibration.quantising import Storage, store_folded, stored_linears
 
-    storage = _storage(inputs, dense)
-    if storage is None:
-        dtype = inputs.recipe.model.dtype
-        folded = constants.folded(dense, name, getattr(torch, dtype))
-        _check_finite(folded, name, dtype)
-        return folded
+    storage, dtype = _storage(inputs, dense, forms), inputs.recipe.model.dtype
+    compensated: dict[str, dict[str, torch.Tensor]] = {}
     if isinstance(storage, Storage):
-        folded = constants.folded(dense, name, torch.float32)
-        phase = constants.derived[name].behaviour.phase
-        return store_folded(dense, storage, name, folded, form=storage.form, phase=phase)[0]
-    weight = None if dense.integers is None else dense.integers(name)
-    return folded_around(dense, constants, name, weight, storage)
+        linears = {name: dense.linears[name] for name in constants.derived}
+        linears = {name: one for name, one in linears.items() if storage.is_compensated(name)}
+        alone = replace(storage, keeps_dense=False)
+        for one in stored_linears(dense, constants, linears, alone):
+            compensated[one.spec.name] = dict(one.tensors)
+
+    def folded_linear(name: str) -> dict[str, torch.Tensor]:
+        if name in compensated:
+            return compensated[name]
+        if storage is None or (isinstance(storage, Storage) and name not in storage.forms):
+            folded = constants.folded(dense, name, getattr(torch, dtype))
+            _check_finite(folded, name, dtype)
+            return folded
+        if isinstance(storage, Storage):
+            folded = constants.folded(dense, name, torch.float32)
+            phase = constants.derived[name].behaviour.phase
+            return store_folded(dense, storage, name, folded, phase=phase)[0]
+        weight = None if dense.integers is None else dense.integers(name)
+        return folded_around(dense, constants, name, weight, storage)
+
+    return folded_linear
 
 
 def with_balances(inputs: StageInputs, dense: DenseModel) -> DenseModel:
@@ -88,26 +114,49 @@ def with_balances(inputs: StageInputs, dense: DenseModel) -> DenseModel:
     from nmexport.calibration.quantising import Storage, balances
     from nmexport.sparsity.targets import linears_of
 
-    storage = _storage(inputs, dense)
-    if not isinstance(storage, Storage):
-        return dense
-    return replace(dense, balances=balances(dense, linears_of(dense.model), storage))
+    storages = [
+        storage
+        for form in inputs.recipe.forms.targets
+        if isinstance(storage := _all_alike(inputs, dense, form), Storage)
+    ]
+    return replace(dense, balances=balances(dense, linears_of(dense.model), storages))
 
 
-def dense_in_integers(inputs: StageInputs, dense: DenseModel) -> dict[str, SparseLinear]:
-    """Make every linear a dense one in the integers it is to be stored in.
+def dense_in_integers(inputs: StageInputs, dense: DenseModel) -> Rounded | None:
+    """Make every linear a dense one in the integers that it may be stored in.
 
     Returns:
-        By name; none where weights are floats, or came in integers that the dense model has too.
+        None where weights are floats, or came in integers that the dense model has too.
     """
+    from nmexport.allocation.costs import Rounded
     from nmexport.calibration.quantising import Storage, dense_modules
     from nmexport.sparsity.targets import linears_of
 
-    storage = _storage(inputs, dense)
-    if not isinstance(storage, Storage):
-        return {}
-    with busy(inputs.progress, "fold: the dense model in integers"):
-        return dense_modules(dense, linears_of(dense.model), storage)
+    forms = inputs.recipe.forms
+    modules: dict[str, dict[str, SparseLinear]] = {}
+    others = {
+        name: linear
+        for name, linear in linears_of(dense.model).items()
+        if name not in dense.linears
+    }
+    around: dict[str, SparseLinear] | None = None
+    for form in forms.targets:
+        storage = _all_alike(inputs, dense, form)
+        if not isinstance(storage, Storage):
+            return None
+        with busy(inputs.progress, f"fold: the dense model in {form}"):
+            if around is None:
+                around = dense_modules(dense, others, storage)
+            modules[form] = dense_modules(dense, dense.linears, storage)
+    head = "float" if forms.head is None else str(forms.head)
+    return Rounded(modules=modules, others=around or {}, head=head)
+
+
+def _all_alike(inputs: StageInputs, dense: DenseModel, form: str) -> Keeping | None:
+    """How weights are stored where all targets have one of the recipe's forms."""
+    forms = inputs.recipe.forms
+    chosen = dict.fromkeys(dense.linears, form) if len(forms.targets) > 1 else _RECIPES_OWN
+    return _storage(inputs, dense, chosen)
 
 
 def _check_finite(tensors: Mapping[str, torch.Tensor], name: str, dtype: str) -> None:
@@ -125,22 +174,49 @@ def _check_finite(tensors: Mapping[str, torch.Tensor], name: str, dtype: str) ->
             )
 
 
-def _storage(inputs: StageInputs, dense: DenseModel) -> Keeping | None:
-    """How weights are stored in integers: as they came, or rounded; None where they are floats."""
+def _storage(
+    inputs: StageInputs, dense: DenseModel, chosen: Mapping[str, str] = _RECIPES_OWN
+) -> Keeping | None:
+    """How weights are stored in integers: as they came, or rounded; None where they are floats.
+
+    Args:
+        inputs: The stage's inputs.
+        dense: The dense model.
+        chosen: Forms that a budget chose, by linear; without, a target has the recipe's own.
+    """
     import torch
 
     from nmexport.calibration.quantising import Keeping, Storage
 
-    section = inputs.recipe.model
+    section, forms = inputs.recipe.model, inputs.recipe.forms
     keeping = Keeping(
         rounds_activations=rounds_activations(inputs),
         dtype=getattr(torch, section.dtype),
         keeps_dense=section.dense_baseline,
     )
-    form = WeightForm.parse(section.weights)
-    if form is None:
+    if not forms.integers:
         return None if dense.integers is None else keeping
-    return Storage(form=form, **vars(keeping))
+    return Storage(forms=_forms_by_linear(dense, forms, chosen), **vars(keeping))
+
+
+def _forms_by_linear(
+    dense: DenseModel, forms: Forms, chosen: Mapping[str, str]
+) -> dict[str, WeightForm]:
+    """Integers that each linear is stored in; those that stay float are left out."""
+    from nmexport.calibration.quantising import head_name
+    from nmexport.sparsity.targets import linears_of
+
+    linears = linears_of(dense.model)
+    head = head_name(dense.model, linears)
+    found: dict[str, WeightForm] = {}
+    for name in linears:
+        own = WeightForm.parse(chosen.get(name, forms.targets[0]))
+        form = own if name in dense.linears else forms.others
+        if name == head and name not in chosen:
+            form = forms.head
+        if form is not None:
+            found[name] = form
+    return found
 
 
 def rounds_activations(inputs: StageInputs) -> bool:
@@ -150,15 +226,16 @@ def rounds_activations(inputs: StageInputs) -> bool:
         RecipeError: if the recipe wants weights, or activations, that a GPU's kernels do not take.
     """
     section, device = inputs.recipe.model, _device(inputs)
+    forms = inputs.recipe.forms.integers
     if device == "cuda" and section.activations == "int8":
         raise RecipeError(
             "Activations are rounded to 8 bits on a CPU alone, and a GPU runs the engine here.",
             fix="leave out --activations int8: weights in integers then meet 16-bit activations",
         )
-    is_rounded = WeightForm.parse(section.weights) is not None
-    if device == "cuda" and is_rounded and not _takes_integers(device, section.dtype):
+    if device == "cuda" and forms and not _takes_integers(device, section.dtype):
+        words = " and ".join(map(str, forms))
         raise RecipeError(
-            f"On a GPU weights in {section.weights} meet activations of 16 bits, and the type is "
+            f"On a GPU weights in {words} meet activations of 16 bits, and the type is "
             f"{section.dtype}.",
             fix="use --dtype float16 or bfloat16, or leave it out",
         )
@@ -177,11 +254,22 @@ def _takes_integers(device: Device, dtype: Dtype) -> bool:
     return device == "cpu" or (device == "cuda" and dtype != "float32")
 
 
-def write_linears(inputs: StageInputs, dense: DenseModel, constants: SparseConstants) -> Layers:
+def write_linears(
+    inputs: StageInputs,
+    dense: DenseModel,
+    constants: SparseConstants,
+    forms: Mapping[str, str],
+) -> Layers:
     """Write the sparse linears; with weights in integers, the dense ones too.
 
     Outputs lie in the order of what reads them, where `calibration.producers` finds that they can:
     what is written is the only place that knows; learning and measuring see natural orders.
+
+    Args:
+        inputs: The stage's inputs.
+        dense: The dense model and what calibration knows.
+        constants: Of the linears that become sparse.
+        forms: Forms of weights that a budget chose, by linear.
 
     Raises:
         ModelError: if a constant leaves the type.
@@ -196,13 +284,14 @@ def write_linears(inputs: StageInputs, dense: DenseModel, constants: SparseConst
     inputs.progress.note(
         f"fold: {len(orders.orders)} of {len(constants.derived)} linears get their input in order"
     )
-    storage = _storage(inputs, dense)
+    storage = _storage(inputs, dense, forms)
     if storage is None:
         return _write_folded(inputs, dense, constants, orders)
     linears = linears_of(dense.model)
     if isinstance(storage, Storage):
         stored = stored_linears(dense, constants, linears, storage)
-        return _write_stored(inputs, linears, stored, orders, embedding_bits=8)
+        bits: Literal[0, 8] = 0 if inputs.recipe.forms.head is None else 8
+        return _write_stored(inputs, linears, stored, orders, embedding_bits=bits)
     assert dense.integers is not None  # noqa: S101 - else nothing is stored
     stored = imported_linears(dense, constants, linears, dense.integers, storage)
     stored = (one._replace(as_dense=_laid_out(one, orders)) for one in stored)
@@ -213,12 +302,12 @@ def _write_folded(
     inputs: StageInputs, dense: DenseModel, constants: SparseConstants, orders: OutputOrders
 ) -> Layers:
     """Write the sparse linears, their weights float."""
-    names = constants.derived
+    names, folded_linear = constants.derived, folding(inputs, dense, constants, _RECIPES_OWN)
     specs = []
     with ShardedWriter(inputs.output) as writer:
         for name in inputs.progress.track(names, label="fold: weights", total=len(names)):
-            folded = folded_linear(inputs, dense, constants, name)
-            specs.append(_add(writer, constants.layer(name, dense.linears[name]), folded, orders))
+            spec = constants.layer(name, dense.linears[name])
+            specs.append(_add(writer, spec, folded_linear(name), orders))
     return Layers(layers=tuple(specs))
 
 

@@ -148,7 +148,12 @@ def _windows(inputs: StageInputs) -> NDArray[np.int64]:
 
 def _notes(subject: Subject, absent: str | None) -> list[str]:
     engine = subject.engine
-    mixed = weights_note(subject.recipe, subject.folded.kept, alone=engine.dense_model is None)
+    mixed = weights_note(
+        subject.recipe,
+        subject.folded.kept,
+        read_allocation(subject.folded.path),
+        alone=engine.dense_model is None,
+    )
     notes = [alone.NOTE] if engine.dense_model is None else []
     notes += [mixed] if mixed else []
     if absent:

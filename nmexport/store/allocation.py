@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from nmexport.choices import Phase  # noqa: TC001  records are read by their annotations
 from nmexport.sparsity.pattern import NMPattern  # noqa: TC001
+from nmexport.sparsity.weight_form import finest_first
 from nmexport.store.records import json_from, read_record
 
 if TYPE_CHECKING:
@@ -21,11 +22,18 @@ FILENAME = "allocation.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Pattern, criterion and phase chosen for one linear; dense where there is no pattern."""
+    """Pattern, criterion, phase and form of weights of one linear; without pattern it is dense."""
 
     pattern: NMPattern | None = None
     criterion: str | None = None
     phase: Phase = "all"
+    weights: str | None = None
+    """Form of the weights; None where all linears have the same."""
+
+    @property
+    def selection(self) -> Choice:
+        """The same in no form of its own: what is kept, and when."""
+        return replace(self, weights=None)
 
     @property
     def decode_density(self) -> float:
@@ -39,10 +47,9 @@ class Choice:
 
     @property
     def label(self) -> str:
-        """`dense`, `8:16 act`, `8:16 act, decode only`."""
-        if self.pattern is None:
-            return "dense"
-        words = f"{self.pattern} {self.criterion}"
+        """`dense`, `8:16 act`, `8:16 act, decode only`, `dense int4`, `8:16 act int8`."""
+        words = "dense" if self.pattern is None else f"{self.pattern} {self.criterion}"
+        words = words if self.weights is None else f"{words} {self.weights}"
         return words if self.phase == "all" else f"{words}, {self.phase} only"
 
 
@@ -54,9 +61,8 @@ class FrontPoint:
     """One allocation on the Pareto front, or a uniform one to compare with."""
 
     kind: PointKind
-    """`integers` is the dense model in the weights' integers; `floats` is a point of the front with
-    weights in floats. Both are there where weights are integers: quantisation alone, and sparsity
-    alone."""
+    """`integers` is the dense model, its weights in integers; `floats` is sparse with weights in
+    floats. Both are there where weights are integers: quantisation alone, and sparsity alone."""
     label: str
     bytes_saved: float
     """Share of the targeted linears' weight bytes that a decoded token no longer reads, of what the
@@ -134,11 +140,16 @@ class CostConstants:
     sparse_overhead_seconds: float
     """The same of a sparse product, with finding the rows."""
     element_bytes: int
-    """Size of a weight that stays dense."""
+    """Size of a weight in floats."""
     sparse_weights: str = "float"
-    """How linears that become sparse are stored: see `nmexport.sparsity.quantisation.FORMS`."""
+    """How targeted linears are stored: see `nmexport.sparsity.weight_form.FORMS`. Of several forms
+    that a budget chose among, the finest."""
+    integer_bytes_per_second: float | None = None
+    """The speed at which weights in integers stream in; None is the same."""
     other_bytes: int = 0
     """Weights outside the targeted linears that every decoded token reads."""
+    other_weights: str = "float"
+    """How those are stored: nearly all of them are the output head's."""
     rest_seconds: float = 0.0
     """A decoded token's time in attention, norms, dispatch: all that multiplies no weights."""
 
@@ -193,7 +204,17 @@ class Allocation:
     @property
     def sparse(self) -> dict[str, Choice]:
         """Choices of the linears that are not left dense."""
-        return {name: choice for name, choice in self.choices.items() if choice != DENSE}
+        return {name: one for name, one in self.choices.items() if one.pattern is not None}
+
+    @property
+    def forms(self) -> dict[str, str]:
+        """Forms of weights that were chosen, by linear; none where all have the same."""
+        return {name: one.weights for name, one in self.choices.items() if one.weights is not None}
+
+    def count_forms(self) -> dict[str, int]:
+        """Count the linears by the form of their weights, the finest first."""
+        forms = list(self.forms.values())
+        return {form: forms.count(form) for form in finest_first(forms)}
 
     def summary(self) -> str:
         """Say what was chosen, and how it turned out once it is built, in a line."""

@@ -210,6 +210,8 @@ def run_window(
     if phases not in _STEPWISE:
         return window[1:], sparse.prefill(window[None, :])[0]
     prompt = prompt_length(window)
+    if sparse.decodes_second_half:
+        return window[prompt + 1 :], sparse.prefill(window[None, :])[0, prompt:]
     return window[prompt + 1 :], _teacher_forced(sparse, window, prompt)
 
 

@@ -42,6 +42,7 @@ class Precomputed(Session):
         label: str,
         folder: Path | None = None,
         substitutes: Mapping[str, Callable[[], nn.Module]] | None = None,
+        decodes_second_half: bool = False,
     ) -> None:
         """Run all windows `[W, L]` through the model.
 
@@ -52,10 +53,12 @@ class Precomputed(Session):
             label: What it counts them under.
             folder: On a disk with room for the answers; None is the system's.
             substitutes: Modules in place of linears, see `LayerwiseModel.run`.
+            decodes_second_half: They take the second half of a window for decoded tokens.
 
         Raises:
             OSError: if the disk has no room.
         """
+        self.decodes_second_half = decodes_second_half
         self._vocabulary_size: int = model.model.config.get_text_config().vocab_size
         self._logits = scratch_array((*windows.shape, self._vocabulary_size), folder)
         self._places = {window.tobytes(): place for place, window in enumerate(windows)}

@@ -154,13 +154,20 @@ def open_folded(
     return TorchSession(model, model.config.get_text_config().vocab_size)
 
 
-def folded_linear(layer: LayerSpec, fold: FoldedModel) -> SparseLinear:
+def folded_linear(
+    layer: LayerSpec, fold: FoldedModel, *, prompt: int | None = None
+) -> SparseLinear:
     """Build one linear of a fold artifact.
+
+    Args:
+        layer: Its record.
+        fold: The artifact.
+        prompt: See `SparseLinear`.
 
     Raises:
         ArtifactError: if the artifact is damaged.
     """
-    return SparseLinear(_behaviour(layer), fold.tensors(layer.name))
+    return SparseLinear(_behaviour(layer), fold.tensors(layer.name), prompt=prompt)
 
 
 def tensor_from(array: NDArray[Any]) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from nmexport.allocation.allocate import prepare
-from nmexport.allocation.costs import Problem, before_learning
+from nmexport.allocation.costs import Problem, Rounded, before_learning
 from nmexport.allocation.probe import spread_windows
 from nmexport.calibration.forward_passes import gather_channel_statistics
 from nmexport.calibration.method import constants_of
@@ -50,8 +50,8 @@ def run(tiny_llama: Path) -> Callable[..., Allocation]:
     def allocated(
         budget: dict[str, float],
         method: dict[str, Any] | None = None,
-        weights: str = "float",
-        integers: dict[str, SparseLinear] | None = None,
+        weights: tuple[str, ...] = ("float",),
+        rounded: Rounded | None = None,
         **section: Any,
     ) -> Allocation:
         whole = {"windows": 2, "length": 32, "front": [0.3], "cost": FREE, **section}
@@ -64,7 +64,7 @@ def run(tiny_llama: Path) -> Callable[..., Allocation]:
             constants_for=constants_for,
             element_bytes=4,
             weights=weights,
-            integers=integers or {},
+            rounded=rounded,
             progress=Silent(),
         )
         return prepare(problem).allocation()
@@ -179,7 +179,7 @@ def test_static_corrections_are_calibrated_for_each_candidate(
 def test_int8_is_held_against_dense_int8(run: Callable[..., Allocation]) -> None:
     """What stays dense is stored alike; scales are read whole, so a little less is saved."""
     half = {"max_bytes": 0.75}
-    floats, int8 = run(half, patterns=["8:16"]), run(half, patterns=["8:16"], weights="int8")
+    floats, int8 = run(half, patterns=["8:16"]), run(half, patterns=["8:16"], weights=("int8",))
     saved = {
         name: {one.kind: one for one in found.front}["uniform"].bytes_saved
         for name, found in (("float", floats), ("int8", int8))
@@ -236,12 +236,29 @@ def test_r_sparse_is_refused_with_a_budget(run: Callable[..., Allocation]) -> No
 
 
 @pytest.fixture(scope="module")
-def in_int8(tiny_llama: Path) -> dict[str, SparseLinear]:
+def in_int8(tiny_llama: Path) -> Rounded:
     """Every linear of the model as a dense one in int8, its activations rounded."""
+    return rounded(tiny_llama, "int8")
+
+
+def rounded(tiny_llama: Path, *forms: str) -> Rounded:
+    """The linears of the model as dense ones in these forms, the head in int8."""
+    modules = {form: in_form(tiny_llama, form) for form in forms}
+    others = {"lm_head": in_form(tiny_llama, "int8")["lm_head"]}
+    for made in modules.values():
+        made.pop("lm_head", None)
+    return Rounded(modules=modules, others=others, head="int8")
+
+
+def in_form(tiny_llama: Path, text: str) -> dict[str, SparseLinear]:
+    """Every linear of the model as a dense one, its activations rounded; none in floats."""
+    form = WeightForm.parse(text)
+    if form is None:
+        return {}
     model = load_model(resolve(ModelSection(id=str(tiny_llama))), dtype=torch.float32)
     made = {}
     for name, linear in linears_of(model).items():
-        stored = quantised(linear.weight.t().float(), WeightForm("int8", None), name=name)
+        stored = quantised(linear.weight.t().float(), form, name=name)
         tensors = {"W": stored.values, "weight_scale": stored.scale}
         behaviour = Behaviour(pattern=NMPattern(16, 16), activation_bits=8)
         made[name] = SparseLinear(behaviour, tensors)
@@ -249,16 +266,16 @@ def in_int8(tiny_llama: Path) -> dict[str, SparseLinear]:
 
 
 def test_joint_models_in_integers_cost_what_both_do(
-    run: Callable[..., Allocation], in_int8: dict[str, SparseLinear], tiny_llama: Path
+    run: Callable[..., Allocation], in_int8: Rounded, tiny_llama: Path
 ) -> None:
-    both = run({"max_bytes": 0.75}, weights="int8", integers=in_int8)
+    both = run({"max_bytes": 0.75}, weights=("int8",), rounded=in_int8)
     kinds = {point.kind: point for point in both.front}
     alone, floats, front = kinds["integers"], kinds["floats"], kinds["front"]
     model = load_model(resolve(ModelSection(id=str(tiny_llama))), dtype=torch.float32)
     windows = spread_windows(SAMPLES, 2, 32, part=1)
     with torch.no_grad():
         dense = model(input_ids=windows).logits[:, :-1].log_softmax(-1)
-        replace_linears(model, in_int8)
+        replace_linears(model, {**in_int8.modules["int8"], **in_int8.others})
         rounded = model(input_ids=windows).logits[:, :-1].log_softmax(-1)
     kl = float((dense.exp() * (dense - rounded)).sum(-1).mean())
     assert alone.kl == pytest.approx(kl, rel=1e-3)
@@ -275,15 +292,113 @@ def test_joint_models_in_integers_cost_what_both_do(
 
 
 def test_a_budget_of_quality_counts_quantisation(
-    run: Callable[..., Allocation], in_int8: dict[str, SparseLinear]
+    run: Callable[..., Allocation], in_int8: Rounded
 ) -> None:
     alone = next(
         point
-        for point in run({"max_bytes": 0.75}, weights="int8", integers=in_int8).front
+        for point in run({"max_bytes": 0.75}, weights=("int8",), rounded=in_int8).front
         if point.kind == "integers"
     )
-    found = run({"max_kl": 0.02 + alone.kl}, weights="int8", integers=in_int8)
+    found = run({"max_kl": 0.02 + alone.kl}, weights=("int8",), rounded=in_int8)
     assert alone.kl < found.kl <= 0.02 + alone.kl
     assert found.bytes_saved > 0
     with pytest.raises(RecipeError, match="int8 weights alone exceed the budget"):
-        run({"max_kl": 0.5 * alone.kl}, weights="int8", integers=in_int8)
+        run({"max_kl": 0.5 * alone.kl}, weights=("int8",), rounded=in_int8)
+
+
+# -- forms of weights beside patterns --------------------------------------------------------------
+
+FORMS = ("float", "int8", "int4")
+
+
+@pytest.fixture(scope="module")
+def in_forms(tiny_llama: Path) -> Rounded:
+    return rounded(tiny_llama, *FORMS)
+
+
+def test_a_budget_chooses_forms_and_patterns_together(
+    run: Callable[..., Allocation], in_forms: Rounded
+) -> None:
+    found = run({"max_bytes": 0.12}, weights=FORMS, rounded=in_forms)
+    assert found.bytes_saved >= 0.88
+    assert {choice.weights for choice in found.choices.values()} <= {"int8", "int4"}
+    assert found.sparse
+    for row in found.ledger:
+        assert {found.choices[name] for name in row.site} == {row.choice}
+        labels = [one.choice.label for one in row.candidates]
+        assert labels[0] == "dense float"
+        assert {"dense int8", "8:16 act float", "8:16 act int4"} <= set(labels)
+        read = {one.choice.label: 1 - one.bytes_saved for one in row.candidates}
+        assert read["8:16 act int8"] < read["dense int8"] < read["8:16 act float"]
+        errors = {one.choice.label: one.relative_error for one in row.candidates}
+        assert errors["dense float"] == 0.0
+        assert errors["dense int8"] < errors["dense int4"] < errors["8:16 act int4"]
+        assert errors["8:16 act int4"] > errors["8:16 act float"]
+    again = run({"max_bytes": 0.12}, weights=FORMS, rounded=in_forms)
+    assert as_dict(again) == as_dict(found)
+
+
+def test_the_front_has_a_line_for_quantisation_one_for_sparsity_and_one_for_both(
+    run: Callable[..., Allocation], in_forms: Rounded
+) -> None:
+    found = run({"max_bytes": 0.12}, weights=FORMS, rounded=in_forms, front=[0.1, 0.3])
+    lines = {
+        kind: [point for point in found.front if point.kind == kind]
+        for kind in ("integers", "floats", "front")
+    }
+    assert len(lines["floats"]) == 2
+    assert len(lines["front"]) == 6  # two shares of each form's bytes
+    assert {"dense float", "dense int8", "dense int4"} <= {p.label for p in lines["integers"]}
+    assert all(name.startswith("dense") for p in lines["integers"] for name in p.linears)
+    assert all("int" not in name for p in lines["floats"] for name in p.linears)
+    alone = {point.label: point for point in lines["integers"]}
+    for point in lines["front"]:  # what may also be sparse is predicted no worse
+        if point.label in alone:
+            assert point.summed_kl <= alone[point.label].summed_kl * (1 + 1e-3) + 1e-6
+
+
+def test_where_quantisation_alone_keeps_the_budget_nothing_is_sparse(
+    run: Callable[..., Allocation], in_forms: Rounded
+) -> None:
+    found = run({"max_bytes": 0.3}, weights=FORMS, rounded=in_forms)
+    assert found.sparse == {}
+    assert found.bytes_saved >= 0.7
+    assert found.remark is not None
+    assert "Sparsity does not pay under this budget: every linear stays dense" in found.remark
+    only = run({"max_bytes": 0.2}, weights=FORMS, rounded=in_forms, patterns=["16:16"])
+    assert only.sparse == {}
+    assert set(only.forms.values()) == {"int8", "int4"}
+
+
+def test_a_budget_of_quality_over_forms_is_held_and_beats_floats(
+    run: Callable[..., Allocation], in_forms: Rounded
+) -> None:
+    found = run({"max_kl": 0.02}, weights=FORMS, rounded=in_forms)
+    floats = run({"max_kl": 0.02})
+    assert 0 < found.kl <= 0.02
+    assert found.bytes_saved > floats.bytes_saved
+    assert found.decode_speedup > floats.decode_speedup
+    assert found.remark is not None
+    assert "Under the same budget quantisation alone" in found.remark
+
+
+def test_a_budget_over_forms_out_of_reach_says_so(
+    run: Callable[..., Allocation], in_forms: Rounded
+) -> None:
+    with pytest.raises(RecipeError, match=r"(?s)patterns and weights.*bytes of at least 0\.0"):
+        run({"max_bytes": 0.01}, weights=FORMS, rounded=in_forms)
+
+
+def test_gradients_tell_what_forms_cost(run: Callable[..., Allocation], in_forms: Rounded) -> None:
+    def costs(trials: str) -> dict[str, float]:
+        found = run({"max_bytes": 0.12}, weights=FORMS, rounded=in_forms, trials=trials)
+        return {
+            row.name: one.kl
+            for row in found.ledger
+            for one in row.candidates
+            if one.choice.label == "dense int4"
+        }
+
+    tried, estimated = costs("run"), costs("gradient")
+    assert tried.keys() == estimated.keys()
+    assert sum(estimated.values()) == pytest.approx(sum(tried.values()), rel=0.5)

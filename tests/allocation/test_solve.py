@@ -257,4 +257,9 @@ def test_figures_are_written_as_far_as_they_mean_something() -> None:
     )
     assert document["bytes_saved"] == 0.333333
     assert document["kl"] == 0.123457
-    assert document["choices"]["a"] == {"pattern": "8:16", "criterion": "act", "phase": "all"}
+    assert document["choices"]["a"] == {
+        "pattern": "8:16",
+        "criterion": "act",
+        "phase": "all",
+        "weights": None,
+    }

@@ -26,10 +26,11 @@ class OneSite:
         self.nll = SimpleNamespace(summed=summed)
         self.quantised = SimpleNamespace(kl_mean=0.0, nll_mean=0.0)
         self.model = SimpleNamespace(sparse_weights="int8")
+        self.is_mixed = False
         self.runs = 0
 
-    def solve(self, *, minimise: str, limits: dict[str, float]) -> dict[str, Any]:
-        del minimise
+    def solve(self, *, minimise: str, limits: dict[str, float], among: Any) -> dict[str, Any]:
+        del minimise, among
         return self._pick(min(int(limits["kl"]), LEVELS))
 
     def run(self, pick: dict[str, Any]) -> SimpleNamespace:
@@ -43,6 +44,9 @@ class OneSite:
     def least(self, measure: str) -> dict[str, Any]:
         del measure
         return self._pick(LEVELS)
+
+    def departs(self, pick: dict[str, Any]) -> bool:
+        return pick != self._pick(0)
 
     @staticmethod
     def _pick(level: int) -> dict[str, Any]:

@@ -71,6 +71,14 @@ def test_parity_and_oracle_run_on_the_gpu(tmp_path: Path, dtype: str) -> None:
     assert parity.dense is not None
     assert parity.dense.error is not None
     assert report.sparsity.achieved == pytest.approx(0.5, abs=1e-3)
+    assert report.phases == "decode"
+    prompt = np.random.default_rng(0).integers(3, 300, (1, 24))
+    folder = tmp_path / "work" / "engine" / "current"
+    with open_session(folder) as sparse, open_session(folder, side="dense") as dense:
+        assert isinstance(sparse, CudaSession)
+        got, wanted = sparse.prefill(prompt), dense.prefill(prompt)
+    # In another order of channels, and so of sums.
+    assert np.linalg.norm(got - wanted) / np.linalg.norm(wanted) < 0.02
 
 
 def test_integers_run_there_too(tmp_path: Path) -> None:

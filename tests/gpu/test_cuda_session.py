@@ -85,6 +85,24 @@ def test_steps_are_the_same_bits_from_run_to_run(exported: Exported, side: str):
         assert np.abs(text(session, slice(0, 2))[:1] - first).max() < TOLERANCE
 
 
+@pytest.mark.parametrize("batch", [2, 4, 8])
+@pytest.mark.parametrize("side", ["model", "dense_model"])
+def test_what_neighbours_hold_changes_no_bit(exported: Exported, side: str, batch: int):
+    """Of a batch of one size; the number of rows chooses kernels, see plugins/bench/cuda."""
+    with opened(getattr(exported, side)) as session:
+
+        def text(seed: int) -> np.ndarray:
+            own, others = tokens(1, 40), tokens(batch - 1, 40, seed)
+            rows = np.concatenate([own, others])
+            logits = [session.prefill(rows)[:1]]
+            for step in range(6):
+                row = np.concatenate([tokens(1, 1, step), tokens(batch - 1, 1, 100 * seed + step)])
+                logits.append(session.decode_step(row)[:1])
+            return np.concatenate(logits, axis=1)
+
+        np.testing.assert_array_equal(text(1), text(2))
+
+
 @pytest.mark.parametrize("batch", [1, 4])
 def test_tokens_chosen_on_the_gpu_are_those_of_the_logits(exported: Exported, batch: int):
     with opened(exported.model) as session:

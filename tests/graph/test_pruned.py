@@ -20,6 +20,7 @@ import onnxruntime
 from tests.support.exported import export_folder
 from tests.support.op_cases import (
     STORED,
+    LinearCase,
     linear_case,
     linear_node,
     one_node_model,
@@ -92,7 +93,12 @@ def stored_model(stored: np.dtype[Any], groups: int, zeros: Zeros, *, bias: bool
         groups,
         zero_point=zeros,
     )
-    node = linear_node(set(case.arrays), n=4, m=16)
+    return model_behind_a_norm(case)
+
+
+def model_behind_a_norm(case: LinearCase) -> ir.Model:
+    """A norm of a residual sum, and behind it the linear, 4 of 16."""
+    node = linear_node(set(case.arrays), **{**case.attributes, "n": 4})
     proto = one_node_model(node, case.x, case.arrays)
     proto.graph.node[0].input[0] = "row"
     norm = ["total = Add (X, X)", "row = RMSNormalization (total, weight)"]
@@ -150,3 +156,32 @@ def test_rounded_activations_stay_with_their_linear() -> None:
     linear = next(node for node in model.graph if node.op_type == "NMLinear")
     linear.attributes["activation_bits"] = ir.AttrInt64("activation_bits", 8)
     assert not PruneWhereMade(FLOAT32)(model).modified
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+@pytest.mark.parametrize(
+    "optional",
+    [
+        (),
+        ("bias", "shift", "score_scale", "value_scale", "channel_order"),
+        ("bias", "channel_order", "dense_bias"),
+        ("dense_bias",),
+    ],
+    ids=str,
+)
+def test_tokens_that_a_phase_leaves_dense_are_gathered_alone(
+    tokens: int, phase: str, optional: tuple[str, ...]
+) -> None:
+    case = linear_case(shape=(2, tokens, CHANNELS), optional=optional, phase=phase)
+    model = model_behind_a_norm(case)
+    wanted = run(model, case.x)
+    PruneWhereMade(FLOAT32)(model)
+    assert {node.op_type for node in model.graph} == {"PrunedResidualNorm", "SparseLinear"}
+    np.testing.assert_allclose(run(model, case.x), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_scale_of_dense_tokens_stays_with_its_linear() -> None:
+    """No kernel in front knows it: it goes with rounded activations, which no GPU has."""
+    case = linear_case(shape=(2, 3, CHANNELS), optional=("dense_scale",), phase="decode")
+    assert not PruneWhereMade(FLOAT32)(model_behind_a_norm(case)).modified

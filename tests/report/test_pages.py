@@ -157,14 +157,14 @@ def test_pages_say_in_what_the_weights_are_stored(tmp_path: Path) -> None:
     assert report.weights == Weights(dense="float32", sparse="int8:64")
     for text in (pages.html(report), pages.markdown(report)):
         assert "int8:64 weights against dense float32" in text
-    note = weights_note(recipe, None, alone=False)
+    note = weights_note(recipe, None, None, alone=False)
     assert note is not None
     assert "sparsity and quantisation together" in note
     alike = sample_report(tmp_path, layers=2)
     assert alike.weights == Weights(dense="float32", sparse="float32")
     assert "weights against" not in pages.html(alike)
     plain = Recipe(model=ModelSection(id="smollm2"))
-    assert weights_note(plain, None, alone=False) is None
+    assert weights_note(plain, None, None, alone=False) is None
 
 
 def test_equal_reports_make_equal_pages(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 #include "fake_runtime.h"
 
 #include <algorithm>
+#include <cstring>
 #include <numeric>
 
 namespace nmexport::test {
@@ -100,9 +101,15 @@ void addKernelInfo(OrtApi& api) {
         *value = found->second;
         return nullptr;
     };
-    api.KernelInfoGetAttribute_string = [](const OrtKernelInfo*, const char*, char*,
-                                           std::size_t*) noexcept -> OrtStatus* {
-        return fault("no such attribute");
+    api.KernelInfoGetAttribute_string = [](const OrtKernelInfo* info, const char* name, char* out,
+                                           std::size_t* size) noexcept -> OrtStatus* {
+        const std::map<std::string, std::string>& texts = nodeOf(info).texts;
+        const auto found = texts.find(name);
+        if (found == texts.end()) return fault("no such attribute");
+        const std::size_t room = out == nullptr ? 0 : *size;
+        *size = found->second.size() + 1;  // what ends it is counted
+        if (room >= *size) std::memcpy(out, found->second.c_str(), *size);
+        return out == nullptr || room >= *size ? nullptr : fault("too little room");
     };
     api.KernelInfoGetAttribute_float = [](const OrtKernelInfo*, const char*,
                                           float*) noexcept -> OrtStatus* {

@@ -23,6 +23,7 @@ FakeTensor tensor(Shape shape, bool isConstant = true);
 struct FakeNode {
     std::map<std::string, std::int64_t> attributes;
     std::vector<FakeTensor*> inputs;
+    std::map<std::string, std::string> texts{};
 
     const OrtKernelInfo* info() const { return reinterpret_cast<const OrtKernelInfo*>(this); }
 };

@@ -60,6 +60,8 @@ struct Linear {
     FakeTensor shift{tensor({kK})};
     FakeTensor scale{tensor({kK})};
     FakeTensor valueScale{tensor({kK})};
+    FakeTensor denseScale{tensor({kK})};
+    FakeTensor denseBias{tensor({kO})};
     FakeTensor order{orderOf(true)};
     FakeNode node;
 };
@@ -153,6 +155,36 @@ void denseTokensNeedNoMask() {
     EXPECT(refusal(linear).empty());
     EXPECT((launches().order == std::vector<std::string>{"scratch", "mask", "product", "free"}));
     EXPECT(launches().masks.at(0).isGathered && launches().masks.at(0).selection.n == 16);
+}
+
+// Tokens that the phase leaves dense are gathered alone, and get a bias of their own or none.
+void aPhaseLeavesTokensDense() {
+    for (const bool hasDenseBias : {false, true}) {
+        reset();
+        Linear linear(7);
+        linear.node.texts["phase"] = "decode";
+        linear.node.inputs.resize(12);
+        linear.node.inputs[2] = &linear.bias;
+        linear.node.inputs[10] = &linear.denseScale;
+        linear.node.inputs[11] = hasDenseBias ? &linear.denseBias : nullptr;
+        EXPECT(refusal(linear).empty());
+        EXPECT(
+            (launches().order == std::vector<std::string>{"scratch", "mask", "product", "free"}));
+        const cuda::Selection& selection = launches().masks.at(0).selection;
+        EXPECT(selection.n == 16 && selection.channelOrder != nullptr);
+        EXPECT(selection.shift == nullptr && selection.scoreScale == nullptr);
+        EXPECT(selection.valueScale == reinterpret_cast<float*>(linear.denseScale.bytes.data()));
+        EXPECT(launches().products.at(0).hasBias == hasDenseBias);
+    }
+    reset();
+    Linear linear(1);
+    linear.node.texts["phase"] = "decode";
+    linear.node.inputs.resize(12);
+    linear.node.inputs[2] = &linear.bias;
+    linear.node.inputs[11] = &linear.denseBias;
+    EXPECT(refusal(linear).empty());
+    EXPECT(launches().decodes.at(0).bias == linear.bias.bytes.data());
+    EXPECT(launches().decodes.at(0).selection.n == 8);
 }
 
 // The decode kernel reads these before the kernel ahead of it has ended.
@@ -301,6 +333,7 @@ int main() {
     aFailedLaunchGivesScratchBack();
     missingScratchIsTold();
     denseTokensNeedNoMask();
+    aPhaseLeavesTokensDense();
     constantsOfTheSelectionMustBeConstant();
     anOrderMustBeAPermutation();
     pruneTakesScalesThatChange();
