@@ -122,7 +122,7 @@ def table_row(
     return ", ".join([*map(str, numbers), *times])
 
 
-def merged_table(old: str, rows: Sequence[str]) -> list[str]:
+def merge_table(old: str, rows: Sequence[str]) -> list[str]:
     """The lines of a table with rows added, each in place of one that measured the same before.
 
     Raises:
@@ -169,7 +169,7 @@ def save_plans(library: Path, rows: Sequence[str]) -> Path:
     path = library.with_name(CUDA_PLANS_FILE)
     try:
         old = path.read_text(encoding="utf-8") if path.is_file() else ""
-        text = "\n".join(merged_table(old, rows)) + "\n"
+        text = "\n".join(merge_table(old, rows)) + "\n"
         partial = path.with_name(f"{path.name}.{os.getpid()}")
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)

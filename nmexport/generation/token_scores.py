@@ -47,6 +47,6 @@ def score_token(
     return TokenScore(
         token=token,
         log_probability=float(exact[token] - total),
-        likeliest=tuple((one, float(exact[one] - total)) for one in order),
+        likeliest=tuple((token, float(exact[token] - total)) for token in order),
         offset=offset,
     )

@@ -92,10 +92,10 @@ class AttentionReader:
         Raises:
             NotRewritableError: if there are none.
         """
-        found = [node for node in self._graph if is_op(node, "Attention")]
-        if not found:
+        nodes = [node for node in self._graph if is_op(node, "Attention")]
+        if not nodes:
             raise NotRewritableError("no attention node of a known form")
-        return found
+        return nodes
 
     def read(self, node: ir.Node) -> AttentionForm:
         """Read one node; values that it needs in another form are added to the graph.
@@ -111,7 +111,7 @@ class AttentionReader:
         if size is None:
             raise NotRewritableError("a head size that is not constant")
         heads, kv_heads = _head_counts(node)
-        sources, tables = self._unturned(node)
+        sources, tables = self._before_rotary(node)
         if "q_num_heads" not in node.attributes:
             sources = [_join_heads(self._graph, node, value) for value in sources]
         packed = _match_packed_source(sources)
@@ -127,7 +127,7 @@ class AttentionReader:
             tables=tables,
         )
 
-    def _unturned(
+    def _before_rotary(
         self, node: ir.Node
     ) -> tuple[list[ir.Value | None], tuple[ir.Value, ir.Value] | None]:
         """Queries, keys and values before their rotary embedding, and its tables."""
@@ -270,8 +270,8 @@ def _position_tables(
 ) -> tuple[ir.Value, ir.Value]:
     """Cosines and sines `[positions, D/2]`, computed by the model's own nodes."""
     values = (cosine, sine)
-    arrays = _computed_from_positions(graph, values, positions)
-    shorter = _computed_from_positions(graph, values, positions // 2)
+    arrays = _compute_from_positions(graph, values, positions)
+    shorter = _compute_from_positions(graph, values, positions // 2)
     made = []
     for value, array, part in zip(values, arrays, shorter, strict=True):
         if not np.array_equal(array[: positions // 2], part):
@@ -280,7 +280,7 @@ def _position_tables(
     return made[0], made[1]
 
 
-def _computed_from_positions(
+def _compute_from_positions(
     graph: ir.Graph, values: tuple[ir.Value, ...], positions: int
 ) -> list[NDArray[np.float32]]:
     """Evaluate the nodes for one sequence of so many tokens and no cache."""

@@ -50,8 +50,8 @@ _GROUP = 16  # channels of a group that is kept whole: no result depends on it
 _MATRIX = 2  # axes
 
 
-def widened(model: Path | bytes, *, has_native_ops: bool) -> bytes:
-    """A serialised model as `widen` leaves it; its external data stays where it is.
+def widen_file(model: Path | bytes, *, has_native_ops: bool) -> bytes:
+    """Rewrite a model as `widen` does, and serialise it; external data stays where it is.
 
     Raises:
         ArtifactError: if it cannot be read.

@@ -123,7 +123,7 @@ def _replace(graph: ir.Graph, nodes: list[ir.Node], outputs: set[ir.Value]) -> N
         ir.AttrInt64s("outputs", [numbers[value] for value in leaving]),
     ]
     for index, node in enumerate(nodes):
-        attributes += _described(node, f"node{index}_", numbers)
+        attributes += _describe(node, f"node{index}_", numbers)
     region = ir.Node(FUSED, "Region", inputs, attributes, num_outputs=len(leaving))
     for before, after in zip(leaving, region.outputs, strict=True):
         after.name, after.shape, after.type = before.name, before.shape, before.type
@@ -132,7 +132,7 @@ def _replace(graph: ir.Graph, nodes: list[ir.Node], outputs: set[ir.Value]) -> N
     )
 
 
-def _described(node: ir.Node, prefix: str, numbers: dict[ir.Value, int]) -> list[ir.Attr]:
+def _describe(node: ir.Node, prefix: str, numbers: dict[ir.Value, int]) -> list[ir.Attr]:
     """The region's attributes for one of its nodes."""
     reads = [-1 if value is None else numbers[value] for value in node.inputs]
     own = [

@@ -120,7 +120,7 @@ def _replace_attention(model: ir.Model, positions: int) -> None:
     for node in reader.nodes():
         form = reader.read(node)
         past = form.node.inputs[PAST_KEYS], form.node.inputs[PAST_VALUES]
-        fused = _paged(form, places)
+        fused = _paged_attention(form, places)
         form.replace_by(fused)
         keys = (form.kv_heads, form.head_size, PAGE)
         values = (form.kv_heads, PAGE, form.head_size)
@@ -132,7 +132,7 @@ def _replace_attention(model: ir.Model, positions: int) -> None:
     graph.opset_imports[FUSED] = 1
 
 
-def _paged(form: AttentionForm, places: Sequence[ir.Value]) -> ir.Node:
+def _paged_attention(form: AttentionForm, places: Sequence[ir.Value]) -> ir.Node:
     is_packed = len(form.sources) == 1
     scale = form.head_size**-0.5 if form.scale is None else form.scale
     return ir.Node(

@@ -1,4 +1,4 @@
-"""Find the native op library, and say why where it is missing."""
+"""Finds the native op library, or says why it is missing."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def library_name() -> str:
 
 
 def find_library(folder: Path = _FOLDER) -> Path | None:
-    """Path of the library, or None where it was not built."""
+    """Find the library; None where it was not built."""
     path = folder / library_name()
     return path if path.is_file() else None
 
@@ -86,7 +86,7 @@ def engine_library(engine: Engine) -> Path | None:
 
 
 def why_missing(folder: Path = _FOLDER) -> str | None:
-    """Why the library is not there, in words; None where it is there."""
+    """Say why the library is missing; None where it is there."""
     if find_library(folder) is not None:
         return None
     failure = folder / _FAILURE_FILE
@@ -211,7 +211,7 @@ def device_visible(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> 
 
 
 def wait_for_device(path: Path) -> None:
-    """Wait until the GPU has done everything that was started; other threads go on meanwhile.
+    """Wait for all work on the GPU; other threads keep running.
 
     Args:
         path: The library, with CUDA kernels.
@@ -225,7 +225,7 @@ def wait_for_device(path: Path) -> None:
 
 
 def free_device_memory(path: Path) -> int:
-    """Bytes of the GPU's memory that nobody uses; 0 where the driver does not say.
+    """Free bytes of GPU memory; 0 where the driver does not say.
 
     Args:
         path: The library, with CUDA kernels.
@@ -236,7 +236,7 @@ def free_device_memory(path: Path) -> int:
 
 
 def use_variant(path: Path, name: str) -> bool:
-    """Make this process use an instruction-set variant; False where the CPU lacks it.
+    """Use an instruction-set variant in this process; False where the CPU lacks it.
 
     Results do not change, only speed: for tests and measurements.
     """

@@ -92,7 +92,7 @@ class Metrics(Protocol):
         ...
 
     def set(self, name: str, value: float) -> None:
-        """Say how things stand."""
+        """Set a gauge."""
         ...
 
     def observe(self, name: str, value: float) -> None:
@@ -127,7 +127,7 @@ class Harmless:
             self._metrics.add(name, amount)
 
     def set(self, name: str, value: float) -> None:
-        """Say how things stand."""
+        """Set a gauge."""
         with self._caught():
             self._metrics.set(name, value)
 

@@ -205,10 +205,10 @@ def _served_context(folder: Path) -> int:
 
 def _write_cpu_model(folder: Path, *, has_native_ops: bool) -> Path:
     """Write a bfloat16 graph as a CPU runs it: a server has no `onnx` to rewrite it with."""
-    from nmexport.graph.cpu import widened
+    from nmexport.graph.cpu import widen_file
 
     path = folder.resolve() / _CPU_MODEL
-    path.write_bytes(widened(folder / MODEL, has_native_ops=has_native_ops))
+    path.write_bytes(widen_file(folder / MODEL, has_native_ops=has_native_ops))
     return path
 
 

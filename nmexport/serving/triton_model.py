@@ -117,7 +117,7 @@ class TritonPythonModel:
         return None
 
     def finalize(self) -> None:
-        """Drain; what has ended is then sent."""
+        """Drain, then send what has ended."""
         for name in ("_signals", "_service", "_openai"):
             part = getattr(self, name, None)
             if part is not None:
@@ -125,7 +125,7 @@ class TritonPythonModel:
 
 
 def queue_size(config: Mapping[str, Any]) -> int:
-    """Requests that Triton itself queues for a model, by its configuration; 0 is no limit."""
+    """Number of requests that Triton itself queues for a model; 0 is no limit."""
     policy = config.get("dynamic_batching", {}).get("default_queue_policy", {})
     return int(policy.get("max_queue_size", 0))
 
@@ -322,7 +322,7 @@ class TritonMetrics:
         self._single[name].increment(amount)
 
     def set(self, name: str, value: float) -> None:
-        """Say how things stand."""
+        """Set a gauge."""
         self._single[name].set(value)
 
     def observe(self, name: str, value: float) -> None:

@@ -78,7 +78,7 @@ def test_every_site_and_linear_has_its_row(report: Report) -> None:
 
 def test_plots_are_embedded_and_the_page_needs_nothing_else(report: Report) -> None:
     page = pages.html(report)
-    for title in ("Pareto front", "Share of weight rows that a decoded token reads"):
+    for title in ("Pareto front", "Share of weight bytes that a decoded token reads"):
         assert re.search(rf'<svg[^>]*aria-label="{title}', page)
     assert "all linears alike" in page
     assert not re.search(r"<script|<link|<img|https?://(?!www\.w3\.org)", page)

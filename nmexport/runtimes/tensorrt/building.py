@@ -245,11 +245,11 @@ def _builder_run(
             save_timing_cache=None if order.timing_cache is None else str(order.timing_cache),
         )
 
-    def made() -> bytes:
+    def build() -> bytes:
         with _mute():
             return bytes(make())
 
-    return made
+    return build
 
 
 def _mute() -> contextlib.AbstractContextManager[Any]:

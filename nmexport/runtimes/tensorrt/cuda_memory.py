@@ -45,7 +45,7 @@ class Device(Protocol):
         """Wait for everything that is enqueued."""
         ...
 
-    def captured(self, work: Callable[[], None]) -> Graph:
+    def capture(self, work: Callable[[], None]) -> Graph:
         """Record what `work` enqueues, without running it."""
         ...
 
@@ -132,7 +132,7 @@ class CudaDevice:
         """See `Device`."""
         self._check(self._runtime.cudaStreamSynchronize(self._stream))
 
-    def captured(self, work: Callable[[], None]) -> CudaGraph:
+    def capture(self, work: Callable[[], None]) -> CudaGraph:
         """See `Device`."""
         runtime = self._runtime
         mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal

@@ -136,7 +136,7 @@ def audit(
 
 
 def _check_copies(counted: Mapping[str, int]) -> None:
-    repeated = weight_copies.repeated(counted)
+    repeated = weight_copies.find_repeated(counted)
     if repeated:
         raise InternalError(
             f"The plan holds {len(repeated)} weights more than once: {_some(Counter(repeated))}."

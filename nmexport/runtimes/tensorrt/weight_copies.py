@@ -61,7 +61,7 @@ def copies(plan: bytes, weights: Iterable[Weight]) -> dict[str, int]:
     }
 
 
-def repeated(counted: Mapping[str, int]) -> list[str]:
+def find_repeated(counted: Mapping[str, int]) -> list[str]:
     """Names of the weights that are in a plan more than once."""
     return sorted(name for name, count in counted.items() if count > 1)
 

@@ -155,13 +155,13 @@ async def _whole(reply: replies.Reply, sink: EventSink) -> Response:
         if isinstance(event, Piece):
             pieces.append(event)
         elif isinstance(event, Failure):
-            return _failed(event, is_gone=sink.is_cancelled())
+            return _answer_failure(event, is_gone=sink.is_cancelled())
         else:
             return JSONResponse(reply.whole(pieces, event))
     raise RuntimeError("a request has an end")
 
 
-def _failed(failure: Failure, *, is_gone: bool) -> Response:
+def _answer_failure(failure: Failure, *, is_gone: bool) -> Response:
     if is_gone:  # nobody reads it
         return Response(status_code=_CLIENT_GONE)
     status = _UNAVAILABLE if failure.problem == SHUTTING_DOWN else _SERVER_FAULT

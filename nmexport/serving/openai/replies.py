@@ -88,13 +88,13 @@ class Reply:
     def _choice(
         self, choice: dict[str, object], reason: str | None, scores: Sequence[TokenScore] | None
     ) -> dict[str, object]:
-        scored = self._scored(scores) if self.is_scored and scores is not None else None
+        scored = self._write_scores(scores) if self.is_scored and scores is not None else None
         return {"index": 0, **choice, "logprobs": scored, "finish_reason": reason}
 
-    def _scored(self, scores: Sequence[TokenScore]) -> dict[str, object]:
+    def _write_scores(self, scores: Sequence[TokenScore]) -> dict[str, object]:
         """Log probabilities, as each of the two endpoints writes them."""
         if self.kind == "chat":
-            return {"content": [self._scored_token(score) for score in scores], "refusal": None}
+            return {"content": [self._write_score(score) for score in scores], "refusal": None}
         return {
             "tokens": [self.token_text(score.token) for score in scores],
             "token_logprobs": [score.log_probability for score in scores],
@@ -106,7 +106,7 @@ class Reply:
             "text_offset": [score.offset for score in scores],
         }
 
-    def _scored_token(self, score: TokenScore) -> dict[str, object]:
+    def _write_score(self, score: TokenScore) -> dict[str, object]:
         return {
             **self._token(score.token, score.log_probability),
             "top_logprobs": [self._token(token, value) for token, value in score.likeliest],

@@ -133,8 +133,8 @@ def _check_names(given: Mapping[str, Any], kind: Kind) -> None:
             continue
         if name not in _ONLY:
             raise ParameterError(name, f"Unknown parameter {name!r}.", allowed=_words(known))
-        if not any(value == one and type(value) is type(one) for one in _ONLY[name]):
-            allowed = " or ".join(json.dumps(one) for one in _ONLY[name])
+        if not any(value == allowed and type(value) is type(allowed) for allowed in _ONLY[name]):
+            allowed = " or ".join(json.dumps(choice) for choice in _ONLY[name])
             raise ParameterError(
                 name, f"This server has no {name} {value!r}.", allowed=f"{allowed}, or left out"
             )
@@ -224,7 +224,9 @@ def _messages(messages: Any) -> str:
             f"messages is {_brief(messages)}.",
             allowed='a list such as [{"role": "user", "content": "Hello"}]',
         )
-    return json.dumps([_plain(one) if isinstance(one, dict) else one for one in messages])
+    return json.dumps(
+        [_plain(message) if isinstance(message, dict) else message for message in messages]
+    )
 
 
 def _plain(message: Mapping[str, Any]) -> dict[str, object]:
