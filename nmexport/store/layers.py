@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-SCHEMA = 3
+SCHEMA = 4
 FILENAME = "layers.json"
 
 ModelPhases = Literal["all", "prefill", "decode", "mixed"]
