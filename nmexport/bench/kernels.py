@@ -158,7 +158,7 @@ class KernelTimes:
 
 @dataclass(frozen=True, kw_only=True)
 class KernelSettings:
-    """What the sides are, and how long each row is measured."""
+    """Settings of the sides, and how long each row is measured."""
 
     threads: Sequence[int] = (1,)
     """Intra-op threads of each session; a row for each."""

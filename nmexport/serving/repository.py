@@ -51,7 +51,7 @@ __all__ = ["TritonPythonModel"]
 
 @dataclass(frozen=True, kw_only=True)
 class TextModel:
-    """What the text model of a repository is made from."""
+    """The parts of a repository's text model."""
 
     name: str
     model: str

@@ -128,7 +128,7 @@ def build_pair(
 
 @dataclass(frozen=True, kw_only=True)
 class _Maker:
-    """What both builds share."""
+    """The parts that both builds share."""
 
     target: TensorRTTarget
     recipe: Recipe
