@@ -1,4 +1,4 @@
-"""Describe this machine: versions, CPU, memory, GPUs. Probed once into a frozen value.
+"""Describes this machine: versions, CPU, memory, GPUs. Probed once into a frozen value.
 
 Nothing heavy is imported: versions come from package metadata, the CPU from the
 operating system, GPUs from `nvidia-smi`.
@@ -95,7 +95,7 @@ class Environment:
     gpus: tuple[Gpu, ...] = ()
 
     def version(self, package: str) -> str | None:
-        """Version of an installed package; None where it is not installed or not listed."""
+        """Return the version of an installed package; None where it is not installed or listed."""
         return self.packages.get(package)
 
     def as_dict(self) -> dict[str, object]:
@@ -105,7 +105,7 @@ class Environment:
 
 @cache
 def probe() -> Environment:
-    """Look at this machine; the answer is remembered for the life of the process."""
+    """Probe this machine; the result is cached for the life of the process."""
     return Environment(
         nmexport=__version__,
         python=platform.python_version(),
@@ -128,7 +128,7 @@ def device_name(environment: Environment, *, on_gpu: bool) -> str:
 
 
 def clocks_now(environment: Environment) -> str | None:
-    """Say at which clocks the GPU that CUDA calls its first runs now; None where nobody knows.
+    """Say at which clocks CUDA's first GPU runs now; None where that is unknown.
 
     Asked right after a measurement, it shows a GPU that was slowed down by heat or power.
     """
@@ -157,7 +157,7 @@ def _first_gpu(environment: Environment) -> Gpu | None:
 
 
 def physical_cores() -> int:
-    """Physical cores among the logical CPUs that this process may run on, at least 1."""
+    """Count the physical cores among the CPUs that this process may run on; at least 1."""
     allowed = _allowed_cpus()
     pairs = set()
     for cpu in allowed:
@@ -181,7 +181,7 @@ def _allowed_cpus() -> set[int]:
 
 
 def _cpuinfo(key: str) -> str:
-    """First value of a key in /proc/cpuinfo, or nothing."""
+    """Return the first value of a key in /proc/cpuinfo, or nothing."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -203,7 +203,7 @@ def _isa_flags() -> tuple[str, ...]:
 
 
 def _memory_bytes() -> int:
-    """Memory this process may use: the machine's, or its container's limit where that is less."""
+    """Return the memory this process may use: the machine's, or its container's lower limit."""
     import psutil
 
     total, limit = int(psutil.virtual_memory().total), _container_limit()
@@ -211,7 +211,7 @@ def _memory_bytes() -> int:
 
 
 def _container_limit() -> int | None:
-    """Bytes that the container may take; None where there is no limit."""
+    """Return the container's memory limit in bytes; None where there is none."""
     try:
         limit = (Path(_CONTROL_GROUP) / "memory.max").read_text(encoding="utf-8").strip()
     except OSError:
@@ -220,7 +220,7 @@ def _container_limit() -> int | None:
 
 
 def free_memory() -> int:
-    """Bytes that this process may still take: the machine's, or its container's where less."""
+    """Return the free bytes for this process: the machine's, or its container's where less."""
     import psutil
 
     free, limit = int(psutil.virtual_memory().available), _container_limit()
@@ -238,7 +238,7 @@ def free_memory() -> int:
 
 
 def return_freed_memory() -> None:
-    """Give memory that was freed back to the system, where the C library keeps it (glibc).
+    """Return freed memory to the system, where the C library keeps it (glibc).
 
     Blocks of some megabytes, as weights are, leave holes in the heap that glibc does not close by
     itself: a pass over a model's layers would take more memory with each layer.
@@ -249,7 +249,7 @@ def return_freed_memory() -> None:
 
 
 def return_device_memory() -> None:
-    """Give a GPU's memory that torch keeps for itself back to the driver: other runtimes need it.
+    """Return GPU memory that torch caches to the driver: other runtimes need it.
 
     Nothing is done where torch has used no GPU.
     """
@@ -270,7 +270,7 @@ def _package_versions() -> dict[str, str]:
 
 
 def _gpus() -> tuple[Gpu, ...]:
-    """GPUs that a working driver shows; none where there is no driver."""
+    """List the GPUs that a working driver shows; none where there is no driver."""
     return tuple(
         Gpu(
             name=name,
@@ -286,7 +286,7 @@ def _gpus() -> tuple[Gpu, ...]:
 
 
 def _number(text: str) -> int | None:
-    """A whole number; None for `[N/A]`, which boards say of what they do not have."""
+    """Parse a whole number; None for `[N/A]`."""
     return int(text) if text.isdigit() else None
 
 

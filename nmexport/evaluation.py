@@ -1,4 +1,4 @@
-"""The folded model against the dense one in torch: accuracy before anything is exported.
+"""Scores the folded model against the dense one in torch, before anything is exported.
 
 Under `accelerate launch` every process scores a share of the windows, on a device of its own; the
 figures are those of one process, bit for bit where the devices are alike. A model that does not fit
@@ -58,7 +58,7 @@ class Share:
         return self.rank == 0
 
     def of(self, count: int) -> range:
-        """Its numbers among `count` pieces; neighbours go to different processes."""
+        """Return its pieces out of `count`; neighbours go to different processes."""
         return range(self.rank, count, self.processes)
 
 
@@ -76,8 +76,8 @@ class _Subject:
         return model_phases(self.folded.layers)
 
 
-def launched() -> Share:
-    """This process's share, as `accelerate launch` set it up; all of it where nothing did."""
+def read_launch() -> Share:
+    """Read this process's share, as `accelerate launch` set it up; by default all."""
     import torch
     from accelerate import PartialState
 
@@ -149,7 +149,7 @@ def evaluate(
 def _sessions(
     subject: _Subject, windows: NDArray[np.int64], share: Share, progress: Progress
 ) -> Iterator[tuple[Session, Session]]:
-    """The dense and the folded model, whole on a device, or layer by layer."""
+    """Open the dense and the folded model, whole on a device, or layer by layer."""
     source, section = subject.source, subject.recipe.model
     offload, memory = subject.recipe.calibration.offload, free_memory()
     parameters = 0
@@ -171,7 +171,7 @@ def _sessions(
 
 
 def _device(share: Share, parameters: int, memory: Memory) -> str:
-    """The process's own GPU, where so many parameters find room in it; else the host."""
+    """Choose the process's own GPU, if that many parameters fit in it, or else the host."""
     kind, _, index = share.device.partition(":")
     if kind != "cuda":
         return share.device
@@ -209,7 +209,7 @@ def _layerwise_sessions(
 
 @contextlib.contextmanager
 def _stored_embedding(model: Any, folded: FoldedModel) -> Iterator[None]:
-    """Look tokens up as the exported model does, while this lasts."""
+    """Look tokens up as the exported model does."""
     if not folded.embedding_bits:
         yield
         return
@@ -230,7 +230,7 @@ def _windows(subject: _Subject, progress: Progress) -> NDArray[np.int64]:
 def _gather(
     scores: list[tuple[int, WindowComparison]], share: Share
 ) -> list[tuple[int, WindowComparison]]:
-    """Scores of all processes."""
+    """Gather the scores of all processes."""
     if share.processes == 1:
         return scores
     from accelerate.utils import gather_object

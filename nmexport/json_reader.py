@@ -1,4 +1,4 @@
-"""Parse JSON that a user brought."""
+"""Parses JSON from users."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BYTE_ORDER_MARK = "\ufeff"
 def parse_json(
     text: str | bytes, *, make_object: Callable[[list[tuple[str, Any]]], Any] | None = None
 ) -> Any:
-    """Parse a JSON document; whatever is wrong with it is a ValueError.
+    """Parse a JSON document; any fault is a ValueError.
 
     Args:
         text: The document.

@@ -1,4 +1,4 @@
-"""The oracle's part that knows of stored weights: what they mean, and operands in 8 bits.
+"""The oracle's part on stored weights: what they mean, and operands in 8 bits.
 
 As in `nmexport.oracle`, everything is NumPy and as plain as the op contract's words.
 """
@@ -83,7 +83,7 @@ def rounded_operand(s: _Float64, eta: _Float64, block: int) -> RoundedOperand:
 def check_weights(
     x_type: np.dtype[Any], w: _Array, weight_scale: _Array | None, zero_point: _Array | None
 ) -> None:
-    """Hold a weight `[K, O]` and its scales against the contract.
+    """Check a weight `[K, O]` and its scales against the contract.
 
     Raises:
         ValueError: if types or shapes do not fit.
@@ -125,7 +125,7 @@ def check_weights(
 
 
 def check_activations(w: _Array, weight_scale: _Array | None, bits: int, block: int) -> None:
-    """Hold the operand's rounding against the contract.
+    """Check the operand's rounding against the contract.
 
     Raises:
         ValueError: if W is no integer, or blocks do not fit its groups.

@@ -64,7 +64,7 @@ class Stage(Protocol):
         ...
 
     def key_fields(self, inputs: StageInputs) -> dict[str, object]:
-        """Everything other than upstream that can change the result; called before upstream ran."""
+        """Return what can change the result, upstream apart; called before upstream ran."""
         ...
 
     def run(self, inputs: StageInputs) -> dict[str, object]:
@@ -175,7 +175,7 @@ class Pipeline:
                 check(self._inputs(self.work.root / step.stage, {}))
 
     def keys(self, last: str) -> dict[str, str]:
-        """Key of every stage up to the last."""
+        """Compute the key of every stage up to the last."""
         keys: dict[str, str] = {}
         for stage in list(STAGES)[: list(STAGES).index(last) + 1]:
             upstream = {name: keys[name] for name in self.stages[stage].UPSTREAM}
@@ -202,7 +202,7 @@ class Pipeline:
         return step
 
     def _put_in_use(self, steps: Sequence[Step], keys: Mapping[str, str]) -> None:
-        """Make what ran current, with its recipe and its report."""
+        """Put what ran in use, with its recipe and its report."""
         self.work.note_shares(keys)
         links = {step.stage: step.key for step in steps}
         report = self.work.folder("verify", links["verify"]) if "verify" in links else None
@@ -286,7 +286,7 @@ class Pipeline:
         *,
         full: bool,
     ) -> str | None:
-        """Why a finished artifact does not do; None where it does."""
+        """Say why a finished artifact must be rebuilt; None where it need not."""
         if stage in selection.force:
             return "forced"
         harm = damage(self.work.folder(stage, manifest.key), manifest, full=full)
@@ -309,7 +309,7 @@ class Pipeline:
         return f"changed: {lines[0]}{more}"
 
     def _upstream_records(self, stage: str, keys: Mapping[str, str]) -> dict[str, UpstreamRecord]:
-        """Key and digest of each upstream artifact that is there."""
+        """Return key and digest of each upstream artifact that is there."""
         records = {}
         for name in self.stages[stage].UPSTREAM:
             manifest = self.work.find(name, keys[name])
@@ -320,7 +320,7 @@ class Pipeline:
     # -- stages before the selected ones -----------------------------------------------------------
 
     def _earlier(self, selection: Selection) -> list[str]:
-        """Stages before the first selected one that a selected one reads, in order."""
+        """List the earlier stages that a selected one reads, in order."""
         needed = {name for stage in selection.stages for name in self.stages[stage].UPSTREAM}
         return [stage for stage in STAGES if stage in needed - set(selection.stages)]
 
@@ -334,7 +334,7 @@ class Pipeline:
                 )
 
     def _check_earlier(self, selection: Selection, keys: Mapping[str, str], read: set[str]) -> None:
-        """Compare what will be read with its digests; nothing upstream can be rebuilt here."""
+        """Compare what will be read with its digests: upstream cannot be rebuilt here."""
         for stage in self._earlier(selection):
             manifest = self.work.find(stage, keys[stage])
             if stage not in read or manifest is None:
@@ -349,7 +349,7 @@ class Pipeline:
     # -- parts -------------------------------------------------------------------------------------
 
     def _fields(self, stage: str) -> dict[str, object]:
-        """The stage's own inputs, as they stand in its manifest."""
+        """Return the stage's own inputs, as its manifest records them."""
         if stage not in self._known_fields:
             inputs = self._inputs(self.work.root / stage, {})
             fields = self.stages[stage].key_fields(inputs)
@@ -357,7 +357,7 @@ class Pipeline:
         return self._known_fields[stage]
 
     def _source_for(self, stage: str) -> ModelSource:
-        """The model as a stage reads it: a `.gguf` dequantised once for all of them."""
+        """Return the model that a stage reads: a `.gguf` is dequantised once for all of them."""
         if not self.source.packed or stage not in READ_WEIGHTS:
             return self.source
         from nmexport.models.unpacked import unpack  # torch: only where a stage runs

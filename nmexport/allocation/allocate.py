@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from nmexport.allocation.costs import Problem
     from nmexport.allocation.study import Study
     from nmexport.calibration.checkpoint import Checkpoint
+    from nmexport.choices import Phase
     from nmexport.sparsity.linear import Behaviour, SparseLinear
     from nmexport.store.allocation import FrontPoint
 
@@ -153,26 +155,24 @@ class Prepared:
         problem, rounded = self.problem, self.problem.rounded
         stored = {} if rounded is None else rounded.of(allocation.choices)
 
-        def modules(*, prompt: int, phases_alike: bool) -> dict[str, BuiltLinear]:
+        def modules(prompt_for: Callable[[Phase], int]) -> dict[str, BuiltLinear]:
             return {
                 name: BuiltLinear(
-                    _as_stored(
-                        replace(behaviour, phase="all") if phases_alike else behaviour,
-                        stored.get(name),
-                    ),
+                    _as_stored(behaviour, stored.get(name)),
                     partial(folded, name),
-                    prompt=prompt,
+                    prompt=prompt_for(behaviour.phase),
                 )
                 for name, behaviour in behaviours.items()
                 if name in allocation.sparse
             }
 
-        sparse = modules(prompt=problem.prompt, phases_alike=False)
+        sparse = modules(lambda _: problem.prompt)
         moved = self.study.probe.measure_modules({**stored, **sparse})
         errors = errors_as_built(
             problem.model,
             {name: problem.linears[name] for name in allocation.sparse},
-            modules(prompt=0, phases_alike=True),
+            # All tokens as those of the linear's phase.
+            modules(lambda phase: sys.maxsize if phase == "prefill" else 0),
             problem.error_windows,
             progress=problem.progress,
         )

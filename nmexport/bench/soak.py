@@ -239,18 +239,18 @@ def read_metrics(url: str, model: str) -> dict[str, float]:
 
 
 def _work_done(before: dict[str, float], after: dict[str, float], seconds: float) -> WorkDone:
-    def gained(name: str) -> float:
+    def growth_of(name: str) -> float:
         return after.get(name, 0.0) - before.get(name, 0.0)
 
     def mean(name: str) -> float | None:
-        count = gained(f"{name}_count")
-        return round(gained(f"{name}_sum") / count, 2) if count else None
+        count = growth_of(f"{name}_count")
+        return round(growth_of(f"{name}_sum") / count, 2) if count else None
 
     ends = {"finished": names.FINISHED, "cancelled": names.CANCELLED, "failed": names.FAILED}
     return {
         "seconds": round(seconds, 1),
-        "requests": {how: int(gained(name)) for how, name in ends.items()},
-        "tokens_per_s": round(gained(names.GENERATED_TOKENS) / seconds, 2),
+        "requests": {how: int(growth_of(name)) for how, name in ends.items()},
+        "tokens_per_s": round(growth_of(names.GENERATED_TOKENS) / seconds, 2),
         "mean_ttft_ms": mean(names.FIRST_WAIT),
         "mean_itl_ms": mean(names.NEXT_WAIT),
     }

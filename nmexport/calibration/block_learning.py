@@ -94,7 +94,7 @@ def learn_blocks(
 
 
 def block_rows(chunks: Chunks, settings: LearningSettings) -> torch.Tensor:
-    """Which chunks the blocks learn from, each once, kinds by turns: `[rows]`."""
+    """Choose the chunks that blocks learn from, each once, kinds in turn: `[rows]`."""
     batches = -(-settings.block_chunks // settings.batch)
     rows = torch.cat([batch_of(step, chunks.counts, settings) for step in range(batches)])
     return torch.tensor(list(dict.fromkeys(rows.tolist())))
@@ -132,7 +132,7 @@ class _Streams:
 
     @property
     def count(self) -> int:
-        """How many chunks there are."""
+        """Number of chunks."""
         return len(self.learned) + len(self.held_out)
 
 
@@ -175,7 +175,7 @@ class _Run:
     def _all_steps(
         self, progress: Progress, checkpoint_of: Callable[[int], Checkpoint | None]
     ) -> Iterator[None]:
-        """Do the work; yield after each piece of it, as many for each block."""
+        """Do the work; yield after each piece, the same number for each block."""
         done = 0
         for block in self._blocks.blocks(self._streams.calls):
             targets = self._targets.within(block.name)
@@ -193,7 +193,7 @@ class _Run:
         progress: Progress,
         checkpoint: Checkpoint | None,
     ) -> Iterator[None]:
-        """Learn one block, or take it from its checkpoint; then move all streams behind it."""
+        """Learn one block, or load its checkpoint; then move all streams past it."""
         students = Students(
             targets,
             self._spreads(block, targets),
@@ -224,7 +224,7 @@ class _Run:
         yield
 
     def _optimise(self, block: Block, students: Students) -> Iterator[None]:
-        """All steps of a block; a dense one has nothing to learn."""
+        """Run all steps of a block; a dense one has nothing to learn."""
         parameters = students.parameters()
         if not parameters:
             yield from [None] * self._steps
@@ -252,7 +252,7 @@ class _Run:
         optimiser.step(step, float(loss.detach()), loss.backward)
 
     def _rows_of(self, index: int, step: int) -> torch.Tensor:
-        """Chunks of a step: each once in an epoch, in another order in each."""
+        """Choose the chunks of a step: each once an epoch, in a new order each time."""
         count = len(self._streams.learned)
         batches = -(-count // self._settings.batch)
         epoch, place = divmod(step, batches)
@@ -261,7 +261,7 @@ class _Run:
         return order[place * self._settings.batch : (place + 1) * self._settings.batch]
 
     def _spreads(self, block: Block, targets: Targets) -> Mapping[str, Spread]:
-        """Sizes of the dense linears' inputs and outputs, on as many chunks as reach all of them.
+        """Measure the dense linears' inputs and outputs, on chunks enough to reach all of them.
 
         Raises:
             ModelError: if no token reaches a linear.
@@ -310,21 +310,21 @@ class _Run:
                 states.put(rows, block(inputs).cpu())
 
     def _divergences(self) -> tuple[float, float]:
-        """KL from the dense model on held-out chunks: without what was learned, and with it."""
+        """Measure KL from the dense model on held-out chunks, without and with what was learned."""
         unlearned = self._streams.unlearned
         if unlearned is None:
             raise ValueError("nothing is held out")
-        found = [0.0, 0.0]
+        sums = [0.0, 0.0]
         count = len(self._streams.held_out)
         for number, row in enumerate(self._streams.held_out):
             dense = self._logits(self._streams.dense, row[None])
             sides = (unlearned, torch.tensor([number])), (self._streams.sparse, row[None])
             for side, (states, place) in enumerate(sides):
-                found[side] += _divergence(self._logits(states, place), dense) / count
-        return found[0], found[1]
+                sums[side] += _divergence(self._logits(states, place), dense) / count
+        return sums[0], sums[1]
 
     def _logits(self, states: HiddenStates, rows: torch.Tensor) -> torch.Tensor:
-        """Logits `[L, V]` of one chunk."""
+        """Compute the logits `[L, V]` of one chunk."""
         kept: list[torch.Tensor] = []
         with torch.no_grad():
             self._blocks.finish(
@@ -334,11 +334,11 @@ class _Run:
 
 
 def _divergence(student: torch.Tensor, teacher: torch.Tensor) -> float:
-    """Mean KL(teacher || student) of logits `[L, V]`."""
+    """Compute the mean KL(teacher || student) of logits `[L, V]`."""
     total = 0.0
     for rows, wanted in zip(
         torch.split(student, _LOGIT_ROWS), torch.split(teacher, _LOGIT_ROWS), strict=True
     ):
-        target, found = wanted.float().log_softmax(-1), rows.float().log_softmax(-1)
-        total += float((target.exp() * (target - found)).sum())
+        target, predicted = wanted.float().log_softmax(-1), rows.float().log_softmax(-1)
+        total += float((target.exp() * (target - predicted)).sum())
     return total / len(teacher)

@@ -1,4 +1,4 @@
-"""How much the model's predictions depend on an error behind each block.
+"""Measures how much the model's predictions depend on an error behind each block.
 
 A small error e of the hidden states behind a block changes the predictions by about half of
 `E (g e)^2`, where g is the gradient of the log-likelihood of tokens drawn from the predictions
@@ -31,7 +31,7 @@ class BlockMetrics:
     """Gradients behind every block, in a file."""
 
     def __init__(self, layers: int, rows: int, width: int, folder: Path | None) -> None:
-        """Make room.
+        """Allocate the file.
 
         Args:
             layers: Blocks.
@@ -50,7 +50,7 @@ class BlockMetrics:
         self._gradients[layer, places] = gradients.cpu()
 
     def of(self, layer: int) -> torch.Tensor:
-        """`[H, H']`: squares of an error times this sum to twice the divergence it makes."""
+        """Return `[H, H']`; an error times this, squared and summed, is twice its divergence."""
         gradients = self._gradients[layer].clone()
         rows, width = gradients.shape
         seen = gradients.t() / rows**0.5

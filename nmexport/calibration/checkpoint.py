@@ -36,7 +36,7 @@ class Checkpoint:
         draft.replace(self.path)
 
     def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """Load what was saved last; None where there is nothing, or it is of another identity."""
+        """Load what was saved last; None where there is nothing, or its identity differs."""
         try:
             with safe_open(self.path, framework="pt") as stream:
                 state = json.loads((stream.metadata() or {})[_KEY])
@@ -55,7 +55,7 @@ class Checkpoints:
     """None keeps nothing."""
 
     def named(self, work: str, *, of: str = "") -> Checkpoint | None:
-        """The checkpoint of a piece of work.
+        """Return the checkpoint of a piece of work.
 
         Args:
             work: Names the file.

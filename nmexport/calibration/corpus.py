@@ -96,7 +96,7 @@ def load_samples(
     own = count if section.corpus == SELF else round(count * section.self_share)
     drawn = np.empty((0, length), dtype=np.int64)
     if own < count:  # first: what is wrong with a corpus is said before the text is generated
-        drawn = _drawn(
+        drawn = _draw(
             section,
             count - own,
             tokenizer,
@@ -110,7 +110,7 @@ def load_samples(
     return Samples(drawn[: count - own], written, drawn[count - own :])
 
 
-def _drawn(
+def _draw(
     section: CorpusSection,
     needed: int,
     tokenizer: Any,
@@ -192,7 +192,7 @@ def check_samples(
     """
     needed = section.samples - round(section.samples * section.self_share)
     if is_file(section.corpus) and needed:
-        _drawn(
+        _draw(
             section,
             needed,
             tokenizer,

@@ -1,4 +1,4 @@
-"""From statistics to the constants of every linear, site by site, before anything is learned.
+"""Derives the constants of every linear from statistics, site by site, before learning.
 
 Linears that read the same tensor get the same score scale, channel order and shift, so that an
 executor can run them as one op: a criterion that looks at the weight sees those of the site side by
@@ -60,7 +60,7 @@ def with_sensitivities(
     seed: int = 0,
     layerwise: DecoderBlocks | None = None,
 ) -> dict[str, ChannelStatistics]:
-    """Statistics with the sensitivity of each channel, where a criterion needs it.
+    """Add the sensitivity of each channel to the statistics, where a criterion needs it.
 
     Args:
         model: The dense model, in evaluation mode.
@@ -78,12 +78,12 @@ def with_sensitivities(
     """
     if not any("sensitivity" in CRITERIA[name].needs for name in criteria):
         return dict(statistics)
-    found = gather_sensitivities(
+    gathered = gather_sensitivities(
         model, linears, samples, progress=progress, seed=seed, layerwise=layerwise
     )
     whole = dict(statistics)
     for site in sites:
-        reached = [found[name].square() for name in site.names if name in found]
+        reached = [gathered[name].square() for name in site.names if name in gathered]
         if not reached:
             raise _insensitive(site.names[0], len(samples))
         squares = torch.stack(reached).sum(dim=0)
@@ -111,7 +111,7 @@ def derive(
     loaded: Loaded = nullcontext,
     integers: Integers | None = None,
 ) -> dict[str, Derived]:
-    """Constants of every linear that has a section of its own; the others stay dense.
+    """Derive the constants of every linear that has a section; the others stay dense.
 
     Args:
         sites: Which linears share an input; those of one have equal sections.
@@ -152,7 +152,7 @@ def site_constants(
     loaded: Loaded = nullcontext,
     integers: Integers | None = None,
 ) -> Constants:
-    """Constants that the linears of a site share under a section; see `derive`."""
+    """Derive the constants that a site's linears share under a section; see `derive`."""
     with contextlib.ExitStack() as stack:
         held = {name: stack.enter_context(loaded(linears[name])) for name in site.names}
         weight = concatenated_weight(site, held)
@@ -170,13 +170,17 @@ def with_remainders(
     seed: int,
     loaded: Loaded = nullcontext,
 ) -> dict[str, Derived]:
-    """With the low-rank factors of `r-sparse`, where a linear's section names it."""
-    found = dict(derived)
-    for name, one in derived.items():
-        if "r-sparse" in one.section.mitigations:
+    """Add the low-rank factors of `r-sparse`, where a linear's section names it."""
+    changed = dict(derived)
+    for name, linear_derived in derived.items():
+        if "r-sparse" in linear_derived.section.mitigations:
             linear = linears[name]
-            rank = rank_within(one.section.remainder, linear.in_features, linear.out_features)
+            rank = rank_within(
+                linear_derived.section.remainder, linear.in_features, linear.out_features
+            )
             with loaded(linear) as held:
                 factors = remainder_of(held.weight, rank, seed=seed)
-            found[name] = replace(one, constants=replace(one.constants, remainder=factors))
-    return found
+            changed[name] = replace(
+                linear_derived, constants=replace(linear_derived.constants, remainder=factors)
+            )
+    return changed

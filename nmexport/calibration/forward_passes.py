@@ -38,7 +38,7 @@ _ROOM = 1.25
 
 
 def on_best_device(model: Any) -> Any:
-    """The model, moved to a GPU where there is one that it fits into."""
+    """Move the model to a GPU, if there is one that it fits into."""
     if torch.cuda.is_available():
         size = sum(parameter.nbytes for parameter in model.parameters())
         free, _ = torch.cuda.mem_get_info()
@@ -48,7 +48,7 @@ def on_best_device(model: Any) -> Any:
 
 
 class _SharedInput:
-    """Sums of the input seen last: the linears of q, k and v are handed the same tensor."""
+    """Sums of the last input: q, k and v read the same tensor."""
 
     def __init__(self) -> None:
         self._input: torch.Tensor | None = None
@@ -72,7 +72,7 @@ def run_samples(
     layerwise: LayerwiseModel | None = None,
     after: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run a model over samples, for its hooks to see.
+    """Run a model over samples, to feed its hooks.
 
     Args:
         model: A Hugging Face causal language model in evaluation mode.
@@ -98,7 +98,7 @@ def run_samples(
 
 @dataclass(frozen=True, kw_only=True)
 class DenseRun:
-    """A dense model to run over text, and what is known of the linears that are watched."""
+    """A dense model to run over text, and the linears that are watched."""
 
     model: nn.Module
     """A Hugging Face causal language model in evaluation mode."""
@@ -115,7 +115,7 @@ class DenseRun:
     """Runs the model with one layer in memory at a time; None runs it whole."""
 
     def forward(self, label: str) -> None:
-        """Run the model over the samples, for its hooks to see."""
+        """Run the model over the samples, to feed its hooks."""
         run_samples(
             self.model,
             self.samples,
@@ -133,7 +133,7 @@ def gather_channel_statistics(
     progress: Progress,
     layerwise: LayerwiseModel | None = None,
 ) -> dict[str, ChannelStatistics]:
-    """First pass: what the input channels of each linear look like.
+    """Run the first pass: statistics of each linear's input channels.
 
     Args:
         model: A dense Hugging Face causal language model in evaluation mode.
@@ -169,14 +169,14 @@ def gather_channel_statistics(
             layerwise=layerwise,
             after=shared.forget,
         )
-    found = {name: observer.statistics() for name, observer in observers.items()}
-    statistics = {name: gathered for name, gathered in found.items() if gathered is not None}
+    by_name = {name: observer.statistics() for name, observer in observers.items()}
+    statistics = {name: gathered for name, gathered in by_name.items() if gathered is not None}
     _check_finite(statistics)
     return statistics
 
 
 def gather_errors(run: DenseRun) -> dict[str, ErrorObserver]:
-    """Second pass: what selection costs each linear, and the static variance correction."""
+    """Run the second pass: the error of selection in each linear, and the static variance."""
     observers = {name: ErrorObserver() for name in run.linears}
 
     def watch(name: str, linear: nn.Linear) -> RemovableHandle:
@@ -197,7 +197,7 @@ def gather_errors(run: DenseRun) -> dict[str, ErrorObserver]:
 
 @contextlib.contextmanager
 def hooked(handles: Iterator[RemovableHandle]) -> Iterator[None]:
-    """Remove the hooks afterwards, whatever happens."""
+    """Remove the hooks afterwards."""
     placed: list[RemovableHandle] = []
     try:
         placed.extend(handles)

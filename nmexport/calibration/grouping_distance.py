@@ -37,7 +37,7 @@ class GroupingDistance:
         return None if gap <= 0 else (self.consecutive - self.ordered) / gap
 
     def __add__(self, other: GroupingDistance) -> GroupingDistance:
-        """Over both sets of tokens."""
+        """Add two sets of tokens."""
         return GroupingDistance(
             total=self.total + other.total,
             consecutive=self.consecutive + other.consecutive,
@@ -68,7 +68,7 @@ def grouping_distance(
 
 
 def grouping_distances(run: DenseRun) -> dict[str, GroupingDistance]:
-    """How close each linear's order comes to unstructured selection, on the model's activations."""
+    """Measure how close each linear's order comes to unstructured selection."""
     distances: dict[str, GroupingDistance] = {}
 
     def watch(name: str, linear: nn.Linear) -> RemovableHandle:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def method_around(section: SparsitySection) -> tuple[SparsitySection, tuple[str, ...]]:
-    """A section without the mitigations that would change weights.
+    """Drop the mitigations that would change weights from a section.
 
     Returns:
         The section, and the names of what is left out of it.
@@ -111,7 +111,7 @@ def _beside_sparse(
     weight: QuantisedWeight | None,
     keeping: Keeping,
 ) -> dict[str, torch.Tensor] | None:
-    """A sparse linear as a dense one, in the same order: its integers need not be stored again."""
+    """Describe a sparse linear as a dense one, in the same order, so that it shares integers."""
     if not keeping.keeps_dense:
         return None
     order = constants.derived[name].constants.channel_order
@@ -129,7 +129,7 @@ def _as_dense(
     *,
     order: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Inputs of the op of a linear that keeps all of its input."""
+    """Return the op's inputs of a linear that keeps all of its input."""
     constants = Constants(channel_order=order)
     with dense.loaded(linear) as held:
         if weight is None:

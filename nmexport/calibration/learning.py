@@ -127,17 +127,17 @@ class _Run:
         self._chunks, self._counts, self._held_out = chunks.ids, chunks.counts, chunks.held_out
         self._device = next(model.parameters()).device
         self._optimiser = Optimiser(students.parameters(), steps=settings.steps, rate=settings.rate)
-        self._heads = self._sampled(self._checked_head().to(dtype))
+        self._heads = self._sample_head(self._open_head().to(dtype))
         self._targets: torch.Tensor | None = None
         self._held_out_targets: torch.Tensor | None = None
         self._curve = LossCurve()
 
     def finish(self, progress: Progress, checkpoint: Checkpoint | None) -> LossCurve:
-        """From the checkpoint, or the start, to the last step."""
+        """Run from the checkpoint, or the start, to the last step."""
         steps = self._settings.steps
         first = self._restore(checkpoint)
         if first < steps:
-            self._targets = self._stored_targets(progress)
+            self._targets = self._compute_targets(progress)
         began, saving = time.monotonic(), 0.0
         measured_every = max(_HELD_OUT_STEPS, steps // _HELD_OUT_POINTS)
         for step in progress.track(
@@ -172,7 +172,7 @@ class _Run:
         self._curve.learned.append(value)
 
     def _measure(self, step: int, progress: Progress) -> None:
-        """The loss on held-out chunks, one at a time."""
+        """Measure the loss on held-out chunks, one at a time."""
         done = self._curve.held_out
         if not len(self._held_out) or (done and done[-1][0] == step):
             return
@@ -198,8 +198,8 @@ class _Run:
             return self._dense_hidden(self._chunks[rows])
         return self._targets[rows].to(self._device)
 
-    def _stored_targets(self, progress: Progress) -> torch.Tensor | None:
-        """`[chunks, length, H]` bfloat16, always computed in the same batches."""
+    def _compute_targets(self, progress: Progress) -> torch.Tensor | None:
+        """Compute `[chunks, length, H]` bfloat16, always in the same batches."""
         chunks, settings = self._chunks, self._settings
         size = chunks.numel() * self._model.config.get_text_config().hidden_size * 2
         if settings.steps * settings.batch <= len(chunks) or size > _TARGET_BYTES:
@@ -208,8 +208,8 @@ class _Run:
         tracked = progress.track(batches, label="fold: dense targets", total=len(batches))
         return torch.cat([self._dense_hidden(ids).bfloat16().cpu() for ids in tracked])
 
-    def _checked_head(self) -> OutputHead:
-        """The model's output head over its whole vocabulary.
+    def _open_head(self) -> OutputHead:
+        """Open the model's output head over its whole vocabulary.
 
         Raises:
             ModelError: if the model's logits are not what it makes.
@@ -219,8 +219,8 @@ class _Run:
             check_head(self._model, head, self._hidden)
         return head
 
-    def _sampled(self, head: OutputHead) -> SampledHead:
-        """The head over the tokens that the dense model gives most probability to, and others."""
+    def _sample_head(self, head: OutputHead) -> SampledHead:
+        """Restrict the head to the dense model's likeliest tokens, and some others."""
         whole = head.weight.shape[0]
         looked_at = min(self._settings.vocabulary, whole)
         drawn = looked_at // _DRAWN_PART if looked_at < whole else 0
@@ -229,7 +229,7 @@ class _Run:
         return SampledHead(head, mass, likeliest=looked_at - drawn, drawn=drawn, seed=seed)
 
     def _mass(self, head: OutputHead) -> torch.Tensor:
-        """How much probability the dense model gives each token, on some of the chunks: `[V]`."""
+        """Sum the dense model's probability of each token over some chunks: `[V]`."""
         mass = torch.zeros(head.weight.shape[0], device=head.weight.device)
         wanted = max(1, _VOCABULARY_SAMPLE // self._chunks.shape[1])
         for ids in self._chunks[:: max(1, len(self._chunks) // wanted)]:
@@ -243,10 +243,10 @@ class _Run:
 
     def _restore(self, checkpoint: Checkpoint | None) -> int:
         """Steps already done."""
-        found = None if checkpoint is None else checkpoint.load()
-        if found is None:
+        saved = None if checkpoint is None else checkpoint.load()
+        if saved is None:
             return 0
-        tensors, state = found
+        tensors, state = saved
         done = int(state["done"])
         self._optimiser.restore(tensors, done)
         curve = state["curve"]
@@ -258,7 +258,7 @@ class _Run:
 
 
 def _hidden(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Last hidden states `[B, L, H]` of ids `[B, L]`."""
+    """Compute the last hidden states `[B, L, H]` of ids `[B, L]`."""
     device = next(model.parameters()).device
     output = model.base_model(input_ids=ids.to(device), use_cache=False)
     hidden: torch.Tensor = output.last_hidden_state

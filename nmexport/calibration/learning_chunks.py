@@ -1,4 +1,4 @@
-"""Text to learn from, cut into chunks: which are learned from, which are held out, and when."""
+"""Cuts text to learn from into chunks: which are learned from, which are held out, and when."""
 
 from __future__ import annotations
 
@@ -57,23 +57,23 @@ def split_chunks(samples: Sequence[torch.Tensor], settings: LearningSettings) ->
 
 
 def chunk_length(samples: Sequence[torch.Tensor], settings: LearningSettings) -> int:
-    """Tokens of a chunk: the settings', or the length of the shortest kind of samples."""
+    """Return the tokens of a chunk: the settings', or the shortest kind's length."""
     return min([settings.length, *(sample.shape[1] for sample in samples if len(sample))])
 
 
 def cut(samples: torch.Tensor, length: int) -> torch.Tensor:
-    """`[samples, L]` -> `[chunks, length]`; what is left of a sample is not used."""
+    """Cut `[samples, L]` into `[chunks, length]`; the rest of a sample is not used."""
     return samples[:, : samples.shape[1] // length * length].reshape(-1, length)
 
 
 def without(samples: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
-    """Samples `[N, L]` but for those that begin with one of the windows `[W, l]`."""
+    """Drop samples of `[N, L]` that begin with one of the windows `[W, l]`."""
     starts = samples[:, None, : windows.shape[1]]
     return samples[~(starts == windows[None]).all(dim=2).any(dim=1)]
 
 
 def batch_of(step: int, counts: Sequence[int], settings: LearningSettings) -> torch.Tensor:
-    """Which chunks a step learns from: `[batch]`.
+    """Choose the chunks of a step: `[batch]`.
 
     Kinds take turns; of one kind, every chunk comes once before any comes twice.
 

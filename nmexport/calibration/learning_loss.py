@@ -32,14 +32,14 @@ def divergences(student: torch.Tensor, teacher: torch.Tensor, head: OutputHead) 
     """
     with torch.no_grad():
         target = torch.log_softmax(head.logits(teacher), dim=-1)
-    found = torch.log_softmax(head.logits(student), dim=-1)
-    return nn.functional.kl_div(found, target, log_target=True, reduction="none").sum(dim=-1)
+    predicted = torch.log_softmax(head.logits(student), dim=-1)
+    return nn.functional.kl_div(predicted, target, log_target=True, reduction="none").sum(dim=-1)
 
 
-def loss_of(found: torch.Tensor) -> torch.Tensor:
+def loss_of(divergence: torch.Tensor) -> torch.Tensor:
     """Return the objective of learning for divergences `[T]`: the sum of their roots."""
     # A root's slope has no end at zero; below the floor there is nothing to learn.
-    return found.clamp_min(_LEAST_DIVERGENCE).sqrt().sum()
+    return divergence.clamp_min(_LEAST_DIVERGENCE).sqrt().sum()
 
 
 def divergence_with_gradient(
@@ -54,9 +54,9 @@ def divergence_with_gradient(
     pieces = (torch.split(logits, _LOSS_ROWS) for logits in (student, teacher))
     for rows, targets in zip(*pieces, strict=True):
         leaf = rows.requires_grad_()
-        found = divergences(leaf, targets, head)
-        gradients += torch.autograd.grad(loss_of(found) / len(student), leaf)
-        total += float(found.detach().sum())
+        divergence = divergences(leaf, targets, head)
+        gradients += torch.autograd.grad(loss_of(divergence) / len(student), leaf)
+        total += float(divergence.detach().sum())
     return total / len(student), torch.cat(gradients)
 
 
@@ -76,7 +76,7 @@ def divergences_of(errors: torch.Tensor, metric: torch.Tensor) -> torch.Tensor:
     return (errors @ metric).square().sum(dim=-1)
 
 
-def block_loss_of(found: torch.Tensor) -> torch.Tensor:
+def block_loss_of(divergence: torch.Tensor) -> torch.Tensor:
     """Return the objective of one block for divergences `[...]`: the mean of their roots."""
     # As with divergences, a few positions that no constant repairs must not rule.
-    return found.clamp_min(_LEAST_ERROR).sqrt().mean()
+    return divergence.clamp_min(_LEAST_ERROR).sqrt().mean()

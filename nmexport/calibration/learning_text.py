@@ -1,4 +1,4 @@
-"""More of the model's own text, where learning would take what there is again and again.
+"""Lets the model write more text, where learning would reuse what there is too often.
 
 Constants that learn from a few chunks many times serve those chunks: on SmolLM2, 480 steps over 128
 chunks of its own text left other text at 1.83 times the dense perplexity, over a thousand at 1.72.
@@ -22,7 +22,7 @@ _IDS = "ids"
 
 
 def chunks_missing(corpus: torch.Tensor, own: torch.Tensor, settings: LearningSettings) -> int:
-    """How many chunks of its own a run takes beyond those there are; at most `settings.written`.
+    """Return how many more own chunks a run wants; at most `settings.written`.
 
     Args:
         corpus: `[samples, length]` int64 token ids of text from elsewhere.
@@ -46,7 +46,7 @@ def with_more_written(
     seed: int,
     checkpoint: Checkpoint | None = None,
 ) -> torch.Tensor:
-    """The model's own text, in chunks `[chunks, length]` where there was too little of it.
+    """Add the model's own text, in chunks `[chunks, length]`, where there is too little.
 
     Args:
         corpus: `[samples, length]` int64 token ids of text from elsewhere.
@@ -63,7 +63,7 @@ def with_more_written(
     if not missing:
         return own
     length = chunk_length([corpus, own], settings)
-    written = _kept(checkpoint, (missing, length))
+    written = _load_kept(checkpoint, (missing, length))
     if written is None:
         written = torch.from_numpy(write(missing, length, seed))
         if checkpoint is not None:
@@ -71,8 +71,8 @@ def with_more_written(
     return torch.cat([cut(own, length), written])
 
 
-def _kept(checkpoint: Checkpoint | None, shape: tuple[int, int]) -> torch.Tensor | None:
+def _load_kept(checkpoint: Checkpoint | None, shape: tuple[int, int]) -> torch.Tensor | None:
     """Return the text of an earlier run, if it is as much as is wanted."""
-    found = None if checkpoint is None else checkpoint.load()
-    ids = None if found is None else found[0].get(_IDS)
+    saved = None if checkpoint is None else checkpoint.load()
+    ids = None if saved is None else saved[0].get(_IDS)
     return ids if ids is not None and ids.shape == shape else None

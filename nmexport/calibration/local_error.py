@@ -1,4 +1,4 @@
-"""Measure the error of selection in one linear, on the dense model's activations."""
+"""Measures the error of selection in one linear, on the dense model's activations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class ErrorObserver:
-    """Gathers what one linear loses by selection, on the dense model's activations.
+    """Measures what one linear loses by selection, on the dense model's activations.
 
     With q the dense product and p that of the kept values (both before bias and shift), the
     sparse output is off by `nu p - q`. Keeping the three inner products leaves nu open, so that
@@ -37,7 +37,7 @@ class ErrorObserver:
     """Squared norm of the dense output, bias and all."""
 
     def merge(self, other: ErrorObserver) -> None:
-        """Count in what another observer saw."""
+        """Add what another observer saw."""
         for name in self.__dataclass_fields__:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 

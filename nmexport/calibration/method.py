@@ -39,7 +39,7 @@ def constants_of(
     nu: float | None = None,
     seed: int = 0,
 ) -> Constants:
-    """The constants of one linear.
+    """Build the constants of one linear.
 
     Args:
         section: The recipe's sparsity section.

@@ -1,4 +1,4 @@
-"""Streaming observers: what they hold does not grow with the tokens they saw.
+"""Streaming observers, whose memory does not grow with the tokens they see.
 
 Two observers of disjoint tokens merge into one of all of them, in any order; sums are float64.
 """
@@ -28,7 +28,7 @@ class ChannelSums:
 
     @classmethod
     def of(cls, x: torch.Tensor) -> ChannelSums:
-        """Sums of a batch of inputs `[..., K]` of any floating type."""
+        """Sum a batch of inputs `[..., K]` of any floating type."""
         tokens = x.detach().reshape(-1, x.shape[-1])
         sums = torch.zeros(3, tokens.shape[1], dtype=torch.float64, device=tokens.device)
         for block in torch.split(tokens, _DEVICE_BLOCK if tokens.is_cuda else _BLOCK):
@@ -40,7 +40,7 @@ class ChannelSums:
         return cls(tokens=tokens.shape[0], total=total, squares=squares, magnitudes=magnitudes)
 
     def __add__(self, other: ChannelSums) -> ChannelSums:
-        """Sums over both sets of tokens."""
+        """Add two sets of tokens."""
         return ChannelSums(
             tokens=self.tokens + other.tokens,
             total=self.total + other.total,
@@ -56,11 +56,11 @@ class ChannelObserver:
     sums: ChannelSums | None = None
 
     def update(self, sums: ChannelSums) -> None:
-        """Count more tokens in."""
+        """Add tokens."""
         self.sums = sums if self.sums is None else self.sums + sums
 
     def merge(self, other: ChannelObserver) -> None:
-        """Count in what another observer saw."""
+        """Add what another observer saw."""
         if other.sums is not None:
             self.update(other.sums)
 

@@ -37,7 +37,7 @@ class OutputHead:
 
     @classmethod
     def of(cls, model: Any) -> Self:
-        """The model's own, over its whole vocabulary.
+        """Return the model's own, over its whole vocabulary.
 
         Args:
             model: A Hugging Face causal language model.
@@ -53,7 +53,7 @@ class OutputHead:
         )
 
     def to(self, dtype: torch.dtype) -> OutputHead:
-        """With products in another type."""
+        """Convert to products in another type."""
         return replace(self, weight=self.weight.to(dtype))
 
     def rows(self, tokens: torch.Tensor) -> OutputHead:
@@ -90,7 +90,7 @@ class SampledHead:
     def __init__(
         self, head: OutputHead, mass: torch.Tensor, *, likeliest: int, drawn: int, seed: int
     ) -> None:
-        """Decide which tokens are always there.
+        """Choose the tokens that every step has.
 
         Args:
             head: Over the whole vocabulary.
@@ -107,7 +107,7 @@ class SampledHead:
         self._fixed = None if self._drawn else head.rows(self._always)
 
     def of_step(self, step: int) -> OutputHead:
-        """Over the tokens of one step."""
+        """Restrict to the tokens of one step."""
         if self._fixed is not None:
             return self._fixed
         generator = torch.Generator().manual_seed(self._seed + step)
@@ -121,7 +121,7 @@ class SampledHead:
 def check_head(
     model: Any, head: OutputHead, hidden_of: Callable[[torch.Tensor], torch.Tensor]
 ) -> None:
-    """Hold a head over the whole vocabulary against the model's own logits.
+    """Compare a head over the whole vocabulary with the model's own logits.
 
     Args:
         model: The model, computing what `hidden_of` computes.
@@ -135,9 +135,9 @@ def check_head(
     ids = torch.arange(min(8, head.weight.shape[0]), device=device)[None]
     with torch.no_grad():
         own = model(input_ids=ids, use_cache=False).logits[0].float()
-        found = head.logits(hidden_of(ids)[0])
-    if own.shape == found.shape and torch.allclose(
-        found, own, rtol=0.0, atol=_AGREES * float(own.abs().max())
+        computed = head.logits(hidden_of(ids)[0])
+    if own.shape == computed.shape and torch.allclose(
+        computed, own, rtol=0.0, atol=_AGREES * float(own.abs().max())
     ):
         return
     raise ModelError(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def refuse_overflow(linears: Mapping[str, nn.Linear], dtype: torch.dtype) -> Iterator[None]:
-    """Watch what linears read and write while this lasts, and refuse what the type cannot hold.
+    """Watch linears' inputs and outputs, and refuse values that the type cannot hold.
 
     Args:
         linears: Linears to watch, by name, in model order.

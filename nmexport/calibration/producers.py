@@ -1,4 +1,4 @@
-"""Which linears make the input of another channel by channel, so that they can be laid out for it.
+"""Finds linears that make another's input channel by channel, to lay them out for it.
 
 Names say nothing, so a module's code is asked: the linears in it are exchanged for stand-ins that
 return noise, and the input of the one in question has to follow what is done to that noise.
@@ -49,7 +49,7 @@ class Feed:
 
 
 def output_orders(dense: DenseModel, constants: SparseConstants) -> OutputOrders:
-    """Decide whose outputs are laid out for what reads them.
+    """Decide which linears' outputs are laid out for their reader.
 
     All of them are sparse linears: the weights of others are not folded, and stay as they are.
 
@@ -80,7 +80,7 @@ def find_feeds(
     *,
     layerwise: LayerwiseModel | None = None,
 ) -> list[Feed]:
-    """Find what makes the inputs of linears, where it is certain.
+    """Find what makes the inputs of linears, where that is certain.
 
     Args:
         model: A Hugging Face causal language model in evaluation mode; its weights may be on the
@@ -89,14 +89,14 @@ def find_feeds(
         sample: `[length]` int64 token ids.
         layerwise: Runs the model with one layer in memory at a time; None runs it whole.
     """
-    found = []
+    feeds = []
     for reader in readers:
         parent, _, own = reader.rpartition(".")
         names = producers_of(model.get_submodule(parent), own)
         if names:
             prefix = f"{parent}." if parent else ""
-            found.append(Feed(reader, tuple(f"{prefix}{name}" for name in names)))
-    return _called_inside(model, found, sample, layerwise) if found else []
+            feeds.append(Feed(reader, tuple(f"{prefix}{name}" for name in names)))
+    return _find_called_inside(model, feeds, sample, layerwise) if feeds else []
 
 
 def producers_of(parent: nn.Module, reader: str, *, seed: int = 0) -> tuple[str, ...]:
@@ -139,42 +139,42 @@ def _producers(bench: _Bench) -> tuple[str, ...]:
     base = bench.run({})
     channels = base.reader.shape[-1]
     names = tuple(
-        name for name in bench.others if not _same(bench.run({name: _negated}).reader, base.reader)
+        name for name in bench.others if not _same(bench.run({name: _negate}).reader, base.reader)
     )
     widths = {bench.others[name].out_features for name in names}
     if not names or not widths <= {channels * count for count in _HALVES}:
         return ()
     noise = torch.Generator().manual_seed(bench.seed)
     order = torch.randperm(channels, generator=noise)
-    moved = bench.run(dict.fromkeys(names, _moved(order)))
+    moved = bench.run(dict.fromkeys(names, _move(order)))
     if not (_same(moved.reader, base.reader[..., order]) and _same(moved.others, base.others)):
         return ()
     # Sums over channels do not mind their order: what one channel holds must not reach another.
     touched = torch.rand(channels, generator=noise) < 0.5  # noqa: PLR2004
-    partly = bench.run(dict.fromkeys(names, _negated_where(touched)))
+    partly = bench.run(dict.fromkeys(names, _negate_where(touched)))
     is_local = _same(partly.reader[..., ~touched], base.reader[..., ~touched])
     return names if is_local and _same(partly.others, base.others) else ()
 
 
-def _negated(noise: torch.Tensor) -> torch.Tensor:
+def _negate(noise: torch.Tensor) -> torch.Tensor:
     # Not the sign alone: an even function does not see it.
     return 0.5 - 0.7 * noise
 
 
-def _moved(order: torch.Tensor) -> Change:
+def _move(order: torch.Tensor) -> Change:
     return lambda noise: noise[..., columns_for(order, noise.shape[-1]).to(noise.device)]
 
 
-def _negated_where(touched: torch.Tensor) -> Change:
+def _negate_where(touched: torch.Tensor) -> Change:
     def change(noise: torch.Tensor) -> torch.Tensor:
         where = touched.repeat(noise.shape[-1] // len(touched)).to(noise.device)
-        return torch.where(where, _negated(noise), noise)
+        return torch.where(where, _negate(noise), noise)
 
     return change
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Compare what runs show: tensors within rounding, containers by what they hold."""
+    """Compare two results: tensors within rounding, containers by their items."""
     if isinstance(one, torch.Tensor):
         return one.shape == other.shape and torch.allclose(
             one, other, rtol=_RELATIVE, atol=_ABSOLUTE
@@ -207,7 +207,7 @@ class _Bench:
         self._x = torch.randn(1, _TOKENS, width, generator=noise).to(device)
 
     def run(self, changes: Mapping[str, Change]) -> _Seen:
-        """Run the module once, the noise of some stand-ins changed.
+        """Run the module once with the noise of some stand-ins changed.
 
         Raises:
             _Doubtful: if the reader is not called once.
@@ -241,13 +241,13 @@ class _StandIn(nn.Module):
         return made if self.change is None else self.change(made)
 
 
-def _called_inside(
+def _find_called_inside(
     model: nn.Module,
     feeds: Sequence[Feed],
     sample: torch.Tensor,
     layerwise: LayerwiseModel | None,
 ) -> list[Feed]:
-    """Those whose linears nothing but their own module calls, seen on a few tokens."""
+    """Keep feeds whose linears only their own module calls, tested on a few tokens."""
     outside: set[str] = set()
 
     def watch(feed: Feed) -> Iterator[RemovableHandle]:

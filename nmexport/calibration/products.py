@@ -28,7 +28,7 @@ _MOST_PARAMETERS = 2_000_000_000
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where products in it are faster than in float32."""
+    """Return bfloat16 where its products are faster than float32's."""
     if device.type == "cuda":
         return torch.bfloat16
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # noqa: SLF001
@@ -53,7 +53,7 @@ class _FastLinear(nn.Module):
 def fast_products(
     model: Any, *, least_parameters: int = _LEAST_PARAMETERS
 ) -> Iterator[torch.dtype]:
-    """The linears of a float32 model on faster products while this lasts.
+    """Run the linears of a float32 model on faster products.
 
     Args:
         model: A Hugging Face causal language model; one that Accelerate placed is left alone, its

@@ -30,31 +30,31 @@ def python_text() -> str:
 
 
 def pieces(text: str, size: int = PIECE_CHARACTERS) -> list[str]:
-    """Paragraphs put together until a piece has `size` characters."""
-    found: list[str] = []
+    """Put paragraphs together until a piece has `size` characters."""
+    finished: list[str] = []
     open_piece = ""
     for paragraph in text.strip("\n").split("\n\n"):
         open_piece += paragraph + "\n\n"
         if len(open_piece) >= size:
-            found.append(open_piece)
+            finished.append(open_piece)
             open_piece = ""
-    return [*found, open_piece] if open_piece else found
+    return [*finished, open_piece] if open_piece else finished
 
 
 def manual() -> Iterator[str]:
-    """The reference manual, its longest sections first: short ones are mostly cross-references."""
+    """Yield the reference manual, longest sections first: short ones are mostly references."""
     sections = sorted(topics.topics.items(), key=lambda item: (-len(item[1]), item[0]))
     for _, text in sections:
         yield from pieces(text)
 
 
 def source() -> Iterator[str]:
-    """Source code of a few modules."""
+    """Yield the source code of a few modules."""
     for module in MODULES:
         yield from pieces(inspect.getsource(module))
 
 
 def in_turn(kinds: Sequence[Iterator[str]], count: int) -> list[str]:
-    """The first `count` pieces, one of each kind in turn while it lasts."""
+    """Take the first `count` pieces, one of each kind in turn while it lasts."""
     rounds = itertools.zip_longest(*kinds)
-    return list(itertools.islice((one for turn in rounds for one in turn if one), count))
+    return list(itertools.islice((piece for turn in rounds for piece in turn if piece), count))

@@ -1,4 +1,4 @@
-"""Store linears in integers: the sparse ones, those that stay dense, and the output head.
+"""Stores linears in integers: the sparse ones, those that stay dense, and the output head.
 
 Eight bits are rounded to what is nearest, on scales that look at how strong each channel is; where
 values are rounded too, both sides are balanced first. Four bits are rounded with compensation, a
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from nmexport.calibration.second_moments import Watched, chunked, gather_second_moments
+from nmexport.calibration.second_moments import Watched, gather_second_moments, split_by_bytes
 from nmexport.calibration.sites import input_sites
 from nmexport.calibration.sparse_constants import SparseConstants
 from nmexport.environment import free_memory
@@ -65,7 +65,7 @@ class Keeping:
     """Sparse linears are stored as dense ones too, to be compared with."""
 
     def spec(self, layer: LayerSpec, stored: QuantisedWeight) -> LayerSpec:
-        """The record of a linear with a stored weight."""
+        """Make the record of a linear with a stored weight."""
         block = activation_block(layer.in_features, len(stored.scale))
         rounds = self.rounds_activations and block is not None
         return replace(
@@ -107,7 +107,7 @@ class Storage(Keeping):
         second_moment: torch.Tensor | None = None,
         name: str,
     ) -> tuple[dict[str, torch.Tensor], QuantisedWeight]:
-        """Inputs of one linear's op, its weight stored.
+        """Return the inputs of one linear's op, its weight stored.
 
         Args:
             folded: They, float32.
@@ -194,7 +194,7 @@ def stored_linears(
         return
     sites = input_sites(dense.model, compensated, dense.samples[0], layerwise=dense.layerwise)
     by_linear = {site.names[0]: site for site in sites}
-    for chunk in chunked([_watched(site, constants, storage) for site in sites]):
+    for chunk in split_by_bytes([_watch(site, constants, storage) for site in sites]):
         moments = gather_second_moments(
             dense.model,
             chunk,
@@ -202,9 +202,9 @@ def stored_linears(
             progress=dense.progress,
             layerwise=dense.layerwise,
         )
-        for one in chunk:
-            known = Moments(*(moments.pop(f"{one.linear}/{kind}", None) for kind in _KINDS))
-            for name in by_linear[one.linear].names:
+        for watched in chunk:
+            known = Moments(*(moments.pop(f"{watched.linear}/{kind}", None) for kind in _KINDS))
+            for name in by_linear[watched.linear].names:
                 yield store(name, compensated[name], known)
 
 
@@ -229,15 +229,15 @@ def balances(
     }
     if not chosen:
         return {}
-    found: dict[str, torch.Tensor] = {}
+    factors_of: dict[str, torch.Tensor] = {}
     for site in input_sites(dense.model, chosen, dense.samples[0], layerwise=dense.layerwise):
         squares = torch.zeros(site.in_features)
         for name in site.names:
             with dense.loaded(chosen[name]) as held:
                 squares += held.weight.detach().float().square().sum(dim=0).cpu()
         factors = balancing_factors(dense.statistics[site.names[0]].rms, squares.sqrt())
-        found |= dict.fromkeys(site.names, factors)
-    return found
+        factors_of |= dict.fromkeys(site.names, factors)
+    return factors_of
 
 
 def dense_modules(
@@ -254,16 +254,16 @@ def dense_modules(
     size = sum(linear.weight.numel() * _FLOAT_BYTES for linear in linears.values())
     fits = size <= free_memory() * _SHARE_FOR_FLOATS
     made: dict[str, SparseLinear] = {}
-    for one in stored_linears(dense, nothing, linears, storage):
-        on_gpu = linears[one.spec.name].weight.is_cuda
+    for stored in stored_linears(dense, nothing, linears, storage):
+        on_gpu = linears[stored.spec.name].weight.is_cuda
         behaviour = Behaviour(
-            pattern=one.spec.pattern,
-            activation_bits=one.spec.activation_bits,
-            activation_block=one.spec.activation_block,
+            pattern=stored.spec.pattern,
+            activation_bits=stored.spec.activation_bits,
+            activation_block=stored.spec.activation_block,
         )
         # A GPU dequantises in no time, and has less room than the host.
-        tensors = _as_floats(one.tensors) if fits and not on_gpu else one.tensors
-        made[one.spec.name] = SparseLinear(behaviour, tensors).to("cuda" if on_gpu else "cpu")
+        tensors = _as_floats(stored.tensors) if fits and not on_gpu else stored.tensors
+        made[stored.spec.name] = SparseLinear(behaviour, tensors).to("cuda" if on_gpu else "cpu")
     return made
 
 
@@ -275,7 +275,7 @@ def _as_floats(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def head_name(model: nn.Module, linears: Mapping[str, nn.Linear]) -> str | None:
-    """Name of the linear that makes logits; None where none does."""
+    """Return the name of the linear that makes logits; None where none does."""
     getter = getattr(model, "get_output_embeddings", None)
     head = None if getter is None else getter()
     return next((name for name, linear in linears.items() if linear is head), None)
@@ -295,7 +295,7 @@ _NOT_KNOWN = Moments()
 
 
 class _Given(NamedTuple):
-    """All that linears are stored by."""
+    """The inputs of storing linears."""
 
     dense: DenseModel
     constants: SparseConstants
@@ -354,7 +354,7 @@ ALL_KEPT = Behaviour(pattern=NMPattern(GROUP, GROUP))
 
 
 def dense_spec(name: str, linear: nn.Linear) -> LayerSpec:
-    """The record of a linear that keeps all of its input."""
+    """Make the record of a linear that keeps all of its input."""
     group = GROUP if linear.in_features % GROUP == 0 else 1
     return LayerSpec(
         name=name,
@@ -366,12 +366,12 @@ def dense_spec(name: str, linear: nn.Linear) -> LayerSpec:
     )
 
 
-def _watched(site: Site, constants: SparseConstants, storage: Storage) -> Watched:
-    """Which second moments the linears of a site need; they keep the same channels."""
+def _watch(site: Site, constants: SparseConstants, storage: Storage) -> Watched:
+    """Choose the second moments that a site's linears need; they keep the same channels."""
     first = site.names[0]
     operands: dict[str, Operand] = {}
     if first in constants.derived:
-        operands[f"{first}/sparse"] = _kept(constants, first, site.in_features)
+        operands[f"{first}/sparse"] = _keep_function(constants, first, site.in_features)
     if first not in constants.derived or storage.keeps_dense:
         operands[f"{first}/dense"] = _whole
     return Watched(linear=first, channels=site.in_features, operands=operands)
@@ -381,7 +381,7 @@ def _whole(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1]).float()
 
 
-def _kept(constants: SparseConstants, name: str, channels: int) -> Operand:
+def _keep_function(constants: SparseConstants, name: str, channels: int) -> Operand:
     """Make the function from an input to what one linear keeps of it, variance corrected."""
     derived, learned = constants.derived[name], constants.learned
     corrections = NOTHING_LEARNED if learned is None else learned.corrections[name]

@@ -44,16 +44,18 @@ class Watched:
         return 4 * self.channels * self.channels * len(self.operands)
 
 
-def chunked(watched: Sequence[Watched], most_bytes: int = MOMENT_BYTES) -> Iterator[list[Watched]]:
-    """In order, as many at a time as may be held; at least one."""
+def split_by_bytes(
+    watched: Sequence[Watched], most_bytes: int = MOMENT_BYTES
+) -> Iterator[list[Watched]]:
+    """Split in order, as many at a time as fit into memory; at least one."""
     chunk: list[Watched] = []
     held = 0
-    for one in watched:
-        if chunk and held + one.bytes > most_bytes:
+    for item in watched:
+        if chunk and held + item.bytes > most_bytes:
             yield chunk
             chunk, held = [], 0
-        chunk.append(one)
-        held += one.bytes
+        chunk.append(item)
+        held += item.bytes
     if chunk:
         yield chunk
 
@@ -81,18 +83,18 @@ def gather_second_moments(
     sums: dict[str, torch.Tensor] = {}
     tokens: dict[str, int] = {}
 
-    def watch(one: Watched) -> RemovableHandle:
+    def watch(item: Watched) -> RemovableHandle:
         def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
             del module
-            for name, operand in one.operands.items():
+            for name, operand in item.operands.items():
                 s = operand(arguments[0].detach())
                 product = s.t() @ s
                 sums[name] = sums[name].add_(product) if name in sums else product
                 tokens[name] = tokens.get(name, 0) + len(s)
 
-        return model.get_submodule(one.linear).register_forward_pre_hook(hook)
+        return model.get_submodule(item.linear).register_forward_pre_hook(hook)
 
-    with hooked(watch(one) for one in watched):
+    with hooked(watch(item) for item in watched):
         run_samples(
             model, samples, progress=progress, label="fold: second moments", layerwise=layerwise
         )

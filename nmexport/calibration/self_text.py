@@ -60,7 +60,7 @@ class _Row:
         self._due = [*(prefix if kind.prefixed else ()), *(kind.start or (start,))]
 
     def say(self, drawn: int, other: int, ends: set[int]) -> int:
-        """The next token: one that is due, or the drawn one; `other` begins another text."""
+        """Return the next token: one that is due, or the drawn one; `other` begins a new text."""
         if self._due:
             return self._due.pop(0)
         if drawn not in ends:
@@ -81,7 +81,7 @@ def self_text(
     label: str,
     kinds: Sequence[Kind] = (PLAIN,),
 ) -> SelfText:
-    """A source of samples for `load_samples` and `evaluation_windows`.
+    """Make a source of samples for `load_samples` and `evaluation_windows`.
 
     A plain sample starts with the tokenizer's own prefix and a random ordinary token, and goes on
     as the model samples at temperature 1. Where the text ends, another one begins with a random
@@ -130,7 +130,7 @@ def self_text(
 
 
 def mixed_self_text(model: Any, tokenizer: Any, *, progress: Progress, label: str) -> SelfText:
-    """The same of several kinds in turn: what to calibrate on.
+    """Make a source of several kinds in turn, to calibrate on.
 
     Args:
         model: As in `self_text`.
@@ -143,7 +143,7 @@ def mixed_self_text(model: Any, tokenizer: Any, *, progress: Progress, label: st
 
 
 def several_kinds(tokenizer: Any) -> list[Kind]:
-    """Plain text, code and lists, and a chat where the tokenizer has a template for one.
+    """List the kinds: plain text, code, lists, and a chat where the tokenizer has a template.
 
     Constants learned on one kind of text alone serve others worse.
     """
@@ -160,7 +160,7 @@ def several_kinds(tokenizer: Any) -> list[Kind]:
 
 
 def _sayable(kinds: Sequence[Kind], vocabulary: int) -> Sequence[Kind]:
-    """The kinds whose own tokens all have a row in the embedding; templates may use others."""
+    """Keep the kinds whose tokens all have a row in the embedding; templates may use others."""
     known = [
         kind
         for kind in kinds
@@ -170,7 +170,7 @@ def _sayable(kinds: Sequence[Kind], vocabulary: int) -> Sequence[Kind]:
 
 
 def _chat(tokenizer: Any) -> Kind | None:
-    """The template's own words around a conversation's turns."""
+    """Return the template's words around a conversation's turns."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     roles = ("user", "assistant", "user")
@@ -208,7 +208,7 @@ class _Sampler:
     def columns(
         self, kinds: Sequence[Kind], length: int, dtype: torch.dtype
     ) -> Iterator[torch.Tensor]:
-        """`length` columns `[rows, 1]` of token ids, one row a kind; the cache is in `dtype`."""
+        """Yield `length` columns `[rows, 1]` of token ids, a row a kind; caches are in `dtype`."""
         starts = self._random_starts(len(kinds)).flatten().tolist()
         rows = [_Row(kind, self._prefix, start) for kind, start in zip(kinds, starts, strict=True)]
         token, cache = self._next(rows, None), growing_cache(self._model, length, dtype=dtype)
@@ -231,7 +231,7 @@ class _Sampler:
         return self._starts[drawn]
 
     def _step(self, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-        """Logits `[count, V]` float32 of the last position; the cache grows."""
+        """Compute the logits `[count, V]` float32 of the last position; the cache grows."""
         with torch.inference_mode():
             output = self._model(
                 input_ids=ids.to(self._model.device), past_key_values=cache, use_cache=True
@@ -240,7 +240,7 @@ class _Sampler:
         return logits
 
     def _sample(self, logits: torch.Tensor) -> torch.Tensor:
-        """A token a row of `[rows, V]`, by the inverse of the distribution function.
+        """Draw a token a row of `[rows, V]`, by the inverse of the distribution function.
 
         One random number a row: `torch.multinomial` draws one for every token of the vocabulary,
         which takes as long as the model's own work.
@@ -271,7 +271,7 @@ class _Sampler:
 
 
 def _batch_limits(device: torch.device) -> tuple[int, int]:
-    """Most sequences side by side, and bytes of their caches: the same on machines of one kind."""
+    """Return the most sequences in a batch and their cache bytes, equal on equal machines."""
     if device.type != "cuda":
         return _MAX_BATCH, _CACHE_BYTES
     whole = torch.cuda.get_device_properties(device).total_memory
@@ -279,14 +279,14 @@ def _batch_limits(device: torch.device) -> tuple[int, int]:
 
 
 def _end_ids(model: Any, tokenizer: Any) -> set[int]:
-    """Token ids after which another text begins."""
+    """Return the token ids after which another text begins."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
     return {int(token) for token in (*listed, tokenizer.eos_token_id) if token is not None}
 
 
 def _cache_bytes(model: Any, dtype: torch.dtype) -> int:
-    """Bytes of KV cache a token."""
+    """Return the bytes of KV cache a token takes."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -1,4 +1,4 @@
-"""How much the model's predictions depend on each input channel of each linear.
+"""Measures how much predictions depend on each input channel of each linear.
 
 The square root of the diagonal of the Fisher information: gradients of the log-likelihood of tokens
 drawn from the model's own predictions, so that no label is needed. One forward and one backward
@@ -34,7 +34,7 @@ def gather_sensitivities(
     seed: int = 0,
     layerwise: DecoderBlocks | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Root mean square gradient of each input channel.
+    """Measure the root mean square gradient of each input channel.
 
     Args:
         model: A dense Hugging Face causal language model in evaluation mode.
@@ -51,8 +51,8 @@ def gather_sensitivities(
 
     def watch(name: str, linear: nn.Module) -> RemovableHandle:
         def gather(gradient: torch.Tensor) -> None:
-            found = gradient.reshape(-1, gradient.shape[-1]).double().square().sum(dim=0).cpu()
-            squares[name] = squares[name] + found if name in squares else found
+            sums = gradient.reshape(-1, gradient.shape[-1]).double().square().sum(dim=0).cpu()
+            squares[name] = squares[name] + sums if name in squares else sums
 
         def hook(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
             del module
@@ -86,7 +86,7 @@ def gather_sensitivities(
 
 @contextlib.contextmanager
 def activations_carry_gradients(model: Any) -> Iterator[None]:
-    """Gradients flow through activations from the first one on; parameters need none."""
+    """Let gradients flow through activations from the first one on; parameters need none."""
     needed = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in needed:
         parameter.requires_grad_(False)
@@ -119,7 +119,7 @@ def _draw_tokens(probabilities: torch.Tensor, generator: torch.Generator) -> tor
 
 
 def _logits(model: Any, sample: torch.Tensor) -> torch.Tensor:
-    """Logits `[length, V]` of one sample `[length]`."""
+    """Compute the logits `[length, V]` of one sample `[length]`."""
     device = next(model.parameters()).device
     logits: torch.Tensor = model(input_ids=sample.to(device).unsqueeze(0), use_cache=False).logits[
         0
@@ -128,7 +128,7 @@ def _logits(model: Any, sample: torch.Tensor) -> torch.Tensor:
 
 
 def drawn_loss(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Negative log-likelihood of tokens drawn from logits `[T, V]` themselves."""
+    """Compute the negative log-likelihood of tokens drawn from logits `[T, V]` themselves."""
     logits = logits.float()
     drawn = _draw_tokens(logits.detach().softmax(dim=-1).cpu(), generator)
     return torch.nn.functional.cross_entropy(

@@ -48,7 +48,7 @@ def input_sites(
     *,
     layerwise: LayerwiseModel | None = None,
 ) -> list[Site]:
-    """Run the model once and see which linears are handed the same tensor.
+    """Run the model once and see which linears read the same tensor.
 
     Args:
         model: A Hugging Face causal language model in evaluation mode.
@@ -80,7 +80,7 @@ def input_sites(
 
 
 def concatenated_weight(site: Site, linears: Mapping[str, nn.Linear]) -> torch.Tensor:
-    """`[sum of O, K]`: the site as one linear."""
+    """Concatenate the site's weights as one linear: `[sum of O, K]`."""
     return torch.cat([linears[name].weight.detach() for name in site.names])
 
 

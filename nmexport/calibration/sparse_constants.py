@@ -1,4 +1,4 @@
-"""All constants of the linears that become sparse: derived from statistics, then learned.
+"""Makes all constants of the linears that become sparse: derived, then learned.
 
 sections ──► derive ──► remainders ──► local errors ──► static nu ──► learn ──► fold
 """
@@ -73,7 +73,7 @@ class DenseModel:
     are rounded, see `sparsity.balance`."""
 
     def loaded(self, linear: nn.Linear) -> AbstractContextManager[nn.Linear]:
-        """A linear with its weight in memory, while this lasts."""
+        """Hold a linear's weight in memory."""
         return nullcontext(linear) if self.layerwise is None else self.layerwise.loaded(linear)
 
 
@@ -89,7 +89,7 @@ class Learning:
 
 @dataclass(frozen=True, kw_only=True)
 class SparseConstants:
-    """Constants of the linears that become sparse, by name, and what they came to."""
+    """Constants of the linears that become sparse, by name, with their errors."""
 
     derived: Mapping[str, Derived]
     errors: Mapping[str, ErrorObserver]
@@ -106,7 +106,7 @@ class SparseConstants:
             return fold(linear, derived.behaviour, derived.constants, learned, dtype=dtype)
 
     def layer(self, name: str, linear: nn.Linear) -> LayerSpec:
-        """The record of one linear in `layers.json`."""
+        """Make the record of one linear in `layers.json`."""
         derived, distance = self.derived[name], self.distances.get(name)
         section, behaviour, constants = derived.section, derived.behaviour, derived.constants
         nu = 1.0 if constants.nu is None else constants.nu
@@ -123,8 +123,8 @@ class SparseConstants:
             dynamic_shift=behaviour.dynamic_shift,
             variance_correction=behaviour.variance_correction,
             has_bias=bias_of(linear) is not None,
-            relative_error=_rounded(self.errors[name].relative_error(nu)),
-            gap_closed=None if distance is None else _rounded(distance.closed()),
+            relative_error=_round(self.errors[name].relative_error(nu)),
+            gap_closed=None if distance is None else _round(distance.closed()),
             remainder_rank=None if remainder is None else remainder.inner.shape[1],
         )
 
@@ -258,6 +258,6 @@ def _learn(
     )
 
 
-def _rounded(value: float | None) -> float | None:
-    """Six digits: what follows is the summation order of the machine."""
+def _round(value: float | None) -> float | None:
+    """Round to six digits: the rest is the machine's summation order."""
     return None if value is None else float(f"{value:.6g}")

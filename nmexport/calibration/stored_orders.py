@@ -1,4 +1,4 @@
-"""Orders of channels that leave the scale groups of weights whole, where weights came quantised.
+"""Makes channel orders that keep the scale groups of quantised weights whole.
 
 A scale group is a run of neighbouring rows. So channels may change places inside a group, and
 groups as wholes; and linears that read one tensor share an order only where their groups allow it.
@@ -25,12 +25,12 @@ Integers = Callable[[str], QuantisedWeight | None]
 
 
 def order_for(site: Site, order: torch.Tensor | None, integers: Integers) -> torch.Tensor | None:
-    """The order nearest to a wished one that leaves the groups of all weights of a site whole."""
+    """Find the order nearest to a wished one that keeps all scale groups of a site whole."""
     return _common_order(order, _weights(site, integers))
 
 
 def in_common_orders(sites: Sequence[Site], integers: Integers) -> list[Site]:
-    """Sites whose weights share an order: linears of others become sites of their own."""
+    """Split sites whose weights share no order into sites of single linears."""
     made: list[Site] = []
     for site in sites:
         weights = _weights(site, integers)

@@ -40,7 +40,7 @@ class Targets:
     stays dense. A linear that is in none is alone."""
 
     def within(self, module: str) -> Targets:
-        """Those inside of a module."""
+        """Keep those inside a module."""
         inside = {
             name: linear for name, linear in self.linears.items() if name.startswith(f"{module}.")
         }
@@ -95,22 +95,22 @@ class Students:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the learned parameters by name; a site's own once, under its first linear."""
-        found: dict[str, nn.Parameter] = {}
+        parameters: dict[str, nn.Parameter] = {}
         for name, student in self.by_name.items():
             is_first = self._sites[student.site] == name
             if student.site.learns_shift and is_first:
-                found[f"{name}.shift"] = student.site.shift
+                parameters[f"{name}.shift"] = student.site.shift
             for part, value in student.learned.items():
                 if is_first or value is not student.site.input_scale:
-                    found[f"{name}.{part}"] = value
-        return found
+                    parameters[f"{name}.{part}"] = value
+        return parameters
 
     def values(self) -> dict[str, torch.Tensor]:
-        """Values of all parameters by name, on the CPU, for a checkpoint."""
+        """Return all parameters by name, on the CPU, for a checkpoint."""
         return {name: value.detach().cpu() for name, value in self.parameters().items()}
 
     def restore(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Go on from what `values` gave."""
+        """Restore what `values` returned."""
         for name, parameter in self.parameters().items():
             parameter.data.copy_(values[name])
 
@@ -120,7 +120,7 @@ class Students:
 
     @contextlib.contextmanager
     def dense(self) -> Iterator[None]:
-        """All of them compute the dense linear while this lasts."""
+        """Make all of them compute the dense linear."""
         for student in self.by_name.values():
             student.sparse = False
         try:
@@ -131,7 +131,7 @@ class Students:
 
     @contextlib.contextmanager
     def disturbed(self, step: int) -> Iterator[None]:
-        """Scores of all sites times the step's factors."""
+        """Multiply the scores of all sites by the step's factors."""
         generator = torch.Generator().manual_seed(self._settings.seed * SEED_STRIDE + step)
         for site in self._sites:
             drawn = torch.randn(site.channels, generator=generator)
@@ -146,7 +146,7 @@ class Students:
 def _learning_sites(
     targets: Targets, spreads: Mapping[str, Spread], *, learns_shift: bool
 ) -> dict[str, LearningSite]:
-    """The site of each linear that shares its input."""
+    """Map each linear that shares its input to its site."""
     site_of: dict[str, LearningSite] = {}
     for names in targets.sites:
         members = [name for name in names if name in targets.linears]
@@ -163,7 +163,7 @@ def _learning_sites(
 
 
 def rate_at(step: int, *, steps: int, rate: float) -> float:
-    """The learning rate of a step: warmed up, then falling as a cosine."""
+    """Return the learning rate of a step: warm-up, then a cosine."""
     warm = min((step + 1) / _WARMUP, 1.0)
     return rate * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
 
@@ -205,7 +205,7 @@ class Optimiser:
         self._adam.step()
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Parameters and state, for a checkpoint."""
+        """Return parameters and state, for a checkpoint."""
         tensors: dict[str, torch.Tensor] = {}
         for name, parameter in self._parameters.items():
             state = self._adam.state[parameter]
@@ -215,7 +215,7 @@ class Optimiser:
         return tensors
 
     def restore(self, tensors: Mapping[str, torch.Tensor], done: int) -> None:
-        """Go on where a checkpoint was taken, after so many steps."""
+        """Restore a checkpoint taken after `done` steps."""
         for name, parameter in self._parameters.items():
             parameter.data.copy_(tensors[f"{name}:value"])
             self._adam.state[parameter] = {
@@ -228,27 +228,27 @@ class Optimiser:
 def spreads_of(
     linears: Mapping[str, nn.Linear], forward: Callable[[], object]
 ) -> dict[str, Spread]:
-    """Sizes of each linear's input and output; one that is not reached is absent.
+    """Measure each linear's input and output; a linear that is not reached is absent.
 
     Args:
         linears: By name.
         forward: Runs the dense model, or what holds them.
     """
-    found: dict[str, Spread] = {}
+    spreads: dict[str, Spread] = {}
 
     def watch(name: str, linear: nn.Linear) -> Any:
         def hook(module: nn.Module, arguments: tuple[Any, ...], output: torch.Tensor) -> None:
             del module
-            found[name] = Spread(input_rms=_rms(arguments[0]), output_rms=_rms(output))
+            spreads[name] = Spread(input_rms=_rms(arguments[0]), output_rms=_rms(output))
 
         return linear.register_forward_hook(hook)
 
     with hooked(watch(*item) for item in linears.items()), torch.no_grad():
         forward()
-    return found
+    return spreads
 
 
 def _rms(tensor: torch.Tensor) -> torch.Tensor:
-    """Root mean square of each channel `[..., C]` -> `[C]` float32, on the CPU."""
+    """Compute the root mean square of each channel: `[..., C]` -> `[C]` float32, on the CPU."""
     flat = tensor.detach().reshape(-1, tensor.shape[-1]).double()
     return flat.square().mean(dim=0).sqrt().float().cpu()

@@ -79,7 +79,7 @@ def token_stream(corpus: str, tokenizer: Any, split: Split, wanted: int) -> Toke
     if kind == "txt":
         return _tokens(tokenizer, _read_text(Path(corpus)))
     if kind == "jsonl":
-        return _joined(tokenizer, _documents(Path(corpus), tokenizer))
+        return _join(tokenizer, _documents(Path(corpus), tokenizer))
     return _hub_tokens(corpus, tokenizer, split, wanted)
 
 
@@ -90,7 +90,7 @@ def _tokens(tokenizer: Any, text: str) -> TokenIds:
     return np.array(ids, dtype=np.int64)
 
 
-def _joined(tokenizer: Any, documents: Iterator[str]) -> TokenIds:
+def _join(tokenizer: Any, documents: Iterator[str]) -> TokenIds:
     """Join documents, each ended once: a chat template may end its text itself."""
     end, ended = tokenizer.eos_token_id, tokenizer.eos_token
     parts: list[TokenIds] = [np.empty(0, dtype=np.int64)]
@@ -129,10 +129,10 @@ def _documents(path: Path, tokenizer: Any) -> Iterator[str]:
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         text = line.strip().removeprefix("\ufeff")
         if text:
-            yield _document(_parsed(text, f"{path}:{number}"), tokenizer, f"{path}:{number}")
+            yield _document(_parse(text, f"{path}:{number}"), tokenizer, f"{path}:{number}")
 
 
-def _parsed(line: str, where: str) -> Any:
+def _parse(line: str, where: str) -> Any:
     try:
         return json.loads(line)
     except RecursionError as error:
@@ -167,13 +167,13 @@ def _text_of(row: Any, tokenizer: Any, where: str) -> str:
         return str(row["text"])
     if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
         raise CorpusError(
-            f"{where} has neither text nor messages, but: {_held(row)}.",
+            f"{where} has neither text nor messages, but: {_describe_row(row)}.",
             allowed='{"text": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}',
         )
     return _chat_document(row["messages"], tokenizer, where)
 
 
-def _held(row: Any) -> str:
+def _describe_row(row: Any) -> str:
     """Describe what a row holds in place of text, with the type of what bears the text's name."""
     if not isinstance(row, dict):
         return type(row).__name__

@@ -1,4 +1,4 @@
-"""The windows that a model is evaluated on: a text in its tokens, or one that it writes itself."""
+"""Makes the windows that a model is evaluated on: of a text, or of one that it writes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def windows_of(
     progress: Progress,
     label: str,
 ) -> TokenIds:
-    """Evaluation windows `[windows, length]` int64; see `corpus.evaluation_windows`.
+    """Make evaluation windows `[windows, length]` int64; see `corpus.evaluation_windows`.
 
     Args:
         source: The model.
@@ -37,15 +37,15 @@ def windows_of(
     """
     tokenizer = load_tokenizer(source)
 
-    def written(samples: int, length: int, seed: int) -> TokenIds:
+    def write(samples: int, length: int, seed: int) -> TokenIds:
         generate = self_text(load(), tokenizer, progress=progress, label=label)
         return generate(samples, length, seed)
 
     return evaluation_windows(
-        recipe.evaluation, tokenizer, written, seed=recipe.seed, vocabulary=known_tokens(source)
+        recipe.evaluation, tokenizer, write, seed=recipe.seed, vocabulary=known_tokens(source)
     )
 
 
 def check_text(source: ModelSource, section: EvaluationSection) -> None:
-    """Refuse a file of text that windows cannot be made of; see `corpus.check_windows`."""
+    """Refuse a text file that windows cannot be cut from; see `corpus.check_windows`."""
     check_windows(section, load_tokenizer(source), vocabulary=known_tokens(source))

@@ -27,7 +27,7 @@ _COLUMNS = (
 
 
 @click.command(
-    "rivals", cls=Verb, short_help="Time a work directory's engines beside torch.compile."
+    "rivals", cls=Verb, short_help="Time a work directory's engines against torch.compile."
 )
 @click.option(
     "--context",
@@ -80,9 +80,9 @@ def rivals_command(
     runs: int,
     warmup: int,
 ) -> None:
-    """Time a work directory's engines beside torch.compile with CUDA graphs, on the same shapes.
+    """Time a work directory's engines against torch.compile with CUDA graphs, on the same shapes.
 
-    What is measured so far is in WORK/rivals.json after each case; the report there shows it.
+    Results are saved in WORK/rivals.json after each case, and shown in its report.
     """
     from nmexport.bench.rivals.bench import RivalOptions, bench_rivals
     from nmexport.report import rivals_file

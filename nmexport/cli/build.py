@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 @click.command("build", cls=Verb, short_help="Run all stages that are not up to date.")
 @click.option(
-    "--from", "first", type=OneOf(Stage), help="Start here; earlier stages must be there."
+    "--from", "first", type=OneOf(Stage), help="First stage; those before it must be complete."
 )
 @click.option("--to", "last", type=OneOf(Stage), help="Stop after this stage.")
 @click.option(
     "--force",
     type=OneOf(Stage),
     multiple=True,
-    help="Run it although it is complete. Repeatable.",
+    help="Rerun this stage even if it is complete. Repeatable.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would run and why; write nothing.")
 @click.option("--check", is_flag=True, help="Compare every cached file with its digest.")
@@ -42,7 +42,7 @@ def build_command(
 ) -> None:
     """Run all stages: calibrate, fold, export, engine, verify, package.
 
-    What is up to date is not run again; a killed build goes on where it stopped.
+    Stages that are up to date are skipped; a killed build resumes where it stopped.
     """
     from nmexport.cli import running
     from nmexport.selection import STAGES, Selection

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 def estimate_command(ctx: click.Context, *, asked: Request, config: Path | None) -> None:
     """Say what a build takes on a GPU of 24 GB, one of 80 GB, and a CPU.
 
-    CONFIG is a model's config.json, or a folder with it; its weights need not be here. Without it,
-    the model of --model or --recipe. Memory is the peak up to the fold; time is up to the
-    verification, and good to a factor of two. `nmexport build --dry-run` says more of this machine.
+    CONFIG is a model's config.json, or a folder with it; its weights need not be here. Default: the
+    model of --model or --recipe. Memory is the peak up to the fold. Time covers all stages up to
+    verify, and is good to a factor of two. `nmexport build --dry-run` says more about this machine.
     """
     from nmexport.inspect.estimate import shape_of
     from nmexport.inspect.machines import LAYER_BY_LAYER, MACHINES, expect

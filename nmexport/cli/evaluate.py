@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 # \b keeps click from joining the lines of a paragraph.
 _HELP = """Score the folded model of a work directory against the dense one, in torch.
 
-Needs `nmexport build --to fold`. The text is what the recipe names, or another: a model that was
-calibrated on one kind of text should be looked at on others. For several GPUs or machines:
+Needs `nmexport build --to fold`. The text is what the recipe names, or another: check a model
+that was calibrated on one kind of text on others. For several GPUs or machines:
 
 \b
 accelerate launch -m nmexport evaluate --work DIR
@@ -31,13 +31,13 @@ accelerate launch -m nmexport evaluate --work DIR
 @takes(*EVALUATION_TEXT)
 @click.pass_context
 def evaluate_command(ctx: click.Context, *, asked: Request) -> None:
-    from nmexport.evaluation import evaluate, launched
+    from nmexport.evaluation import evaluate, read_launch
     from nmexport.progress import Silent
     from nmexport.store.records import json_from
 
     work = asked.existing_work()
     recipe = asked.recipe_on(work)
-    share = launched()
+    share = read_launch()
     shown = progress() if share.is_main else Silent()
     scores = evaluate(work, share, progress=shown, recipe=recipe)
     if scores is None:

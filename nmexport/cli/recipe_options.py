@@ -57,7 +57,7 @@ def _tasks(values: tuple[str, ...]) -> list[str]:
 
 
 def _budget(values: tuple[str, ...]) -> dict[str, float]:
-    """`NAME=VALUE`s, together in place of the recipe's budget; `none` takes that away."""
+    """Read `NAME=VALUE`s, which replace the recipe's budget; `none` removes it."""
     hint = "'--budget'"
     if _NONE in values:
         if len(values) > 1:
@@ -196,7 +196,7 @@ _METHOD = (
         spelled="--effort",
         key="sparsity.effort",
         kind=OneOf(Effort),
-        help="How long learned corrections learn.",
+        help="How long to train learned corrections.",
     ),
     RecipeOption(
         spelled="--grouping",
@@ -258,8 +258,8 @@ _BUDGET = (
         spelled="--budget-count-learned",
         key="allocation.count_learned",
         sets=True,
-        help="Hold ppl or kl by the model as built, learned corrections and all: chooses and "
-        "learns up to three times.",
+        help="Apply the limit on ppl or kl to the model as built, with its learned corrections: "
+        "chooses and learns up to three times.",
     ),
 )
 _CALIBRATION = (
@@ -351,16 +351,16 @@ _WEIGHTS = RecipeOption(
     key="model.weights",
     kind=Words(lambda: ["auto", "float", "int8", "int8:128", "int4", "int4:64"]),
     metavar="auto|float|int8|int8:CHANNELS|int4|int4:CHANNELS",
-    help="Storage of weights: auto is as they came, in integers or not; int8 has one scale per "
-    "output, int4 one per 32 channels too, or per CHANNELS. With these two every linear, sparse or "
-    "dense, is stored so; output head and embedding in 8 bits.",
+    help="How to store weights. auto: as in the checkpoint. int8: one scale per output. int4: also "
+    "one per 32 channels, or per CHANNELS. int8 and int4 hold for every linear, sparse or dense; "
+    "output head and embedding take 8 bits.",
 )
 _ACTIVATIONS = RecipeOption(
     spelled="--activations",
     key="model.activations",
     kind=OneOf(Activations),
-    help="What weights of integers are multiplied with: int8 rounds it, for products of integers; "
-    "auto does so on a CPU.",
+    help="Type that integer weights are multiplied with. int8 rounds activations, for integer "
+    "products; auto does so on a CPU.",
 )
 _NO_DENSE_BASELINE = RecipeOption(
     spelled="--no-dense-baseline",

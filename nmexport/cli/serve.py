@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 @click.command("serve", cls=Verb, short_help="Start Triton on what was packaged.")
 @click.argument("folder", required=False, type=UserPath(path_type=Path, exists=True))
-@click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 is the network.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Listen here; 0.0.0.0 is the network."
+)
 @click.option("--http-port", type=click.IntRange(1, 65535), default=8000, show_default=True)
 @click.option("--grpc-port", type=click.IntRange(1, 65535), default=8001, show_default=True)
 @click.option("--metrics-port", type=click.IntRange(1, 65535), default=8002, show_default=True)

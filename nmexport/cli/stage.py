@@ -31,7 +31,7 @@ def _command_of(stage: Stage) -> click.Command:
         short_help=_ABOUT[stage],
         help=f"{_ABOUT[stage]}\n\nThe stages before it must be complete.",
     )
-    @click.option("--force", is_flag=True, help="Run although the stage is complete.")
+    @click.option("--force", is_flag=True, help="Rerun even if the stage is complete.")
     @click.option("--dry-run", is_flag=True, help="Say what would run and why; write nothing.")
     @takes(*OF_STAGE[stage], continues=stage != "calibrate")
     @click.pass_context

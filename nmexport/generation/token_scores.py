@@ -1,4 +1,4 @@
-"""How likely the tokens of a text were: what OpenAI's API calls `logprobs`."""
+"""Log probabilities of a text's tokens: what OpenAI's API calls `logprobs`."""
 
 from __future__ import annotations
 
@@ -47,6 +47,6 @@ def score_token(
     return TokenScore(
         token=token,
         log_probability=float(exact[token] - total),
-        likeliest=tuple((one, float(exact[one] - total)) for one in order),
+        likeliest=tuple((token, float(exact[token] - total)) for token in order),
         offset=offset,
     )

@@ -43,7 +43,7 @@ class ReplaceAttention(ir.passes.InPlacePass):
     """
 
     def __init__(self, positions: int, *, has_own_kernel: bool = True) -> None:
-        """Make rotary tables for so many positions."""
+        """Make rotary tables for that many positions."""
         super().__init__()
         self._positions = positions
         self._op = (
@@ -57,7 +57,7 @@ class ReplaceAttention(ir.passes.InPlacePass):
         lengths = _add_length_inputs(graph)
         for node in nodes:
             form = reader.read(node)
-            form.replace_by(_grouped(self._op, form, lengths))
+            form.replace_by(_grouped_attention(self._op, form, lengths))
         for value in graph.inputs:
             if value.name and value.name.startswith("past_key_values."):
                 _rename_axis(value, "capacity")
@@ -77,7 +77,7 @@ def _add_length_inputs(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
     return last, total
 
 
-def _grouped(
+def _grouped_attention(
     op: tuple[str, str], form: AttentionForm, lengths: tuple[ir.Value, ir.Value]
 ) -> ir.Node:
     if form.head_size % _HEAD_UNIT or form.head_size > _LARGEST_HEAD:

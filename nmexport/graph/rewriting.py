@@ -1,4 +1,4 @@
-"""Putting one node in the place of others."""
+"""Replaces nodes by another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Change an exported graph in memory for TensorRT's parser; the file on disk stays as it is.
+"""Changes an exported graph in memory for TensorRT's parser; the file stays as it is.
 
 Three things: an optional input that a node leaves out is dropped and named, as TensorRT knows no
 absent input; attention returns nothing but its result, so the cache is updated next to it; and the
@@ -197,7 +197,7 @@ class CacheInPlace(ir.passes.InPlacePass):
     def _replace_lengths(
         self, graph: ir.Graph, past: Iterable[ir.Value], written: ir.Value
     ) -> None:
-        """Past lengths come from `written`; sums of past and new length are the capacity."""
+        """Read past lengths from `written`; sums of past and new length become the capacity."""
         lengths = [node for value in past for node in _cache_length_shapes(value)]
         if not lengths:
             return
@@ -225,14 +225,14 @@ class CacheInPlace(ir.passes.InPlacePass):
 
 
 def _squeeze_first_axis(node: ir.Node, zero: ir.Value) -> None:
-    """Say which axis a Squeeze drops: of data, unlike of a size, TensorRT wants to be told."""
+    """Name the axis that a Squeeze drops: for data, TensorRT needs it."""
     if is_op(node, "Squeeze") and len(node.inputs) == 1:
         node.resize_inputs(2)
         node.replace_input_with(1, zero)
 
 
 def _cache_length_shapes(past: ir.Value) -> Iterator[ir.Node]:
-    """Shape nodes that give the length of a cache, and nothing else.
+    """Yield Shape nodes that give only the length of a cache.
 
     Raises:
         onnx_ir.passes.PreconditionError: where one gives it among other sizes.
@@ -249,7 +249,7 @@ def _cache_length_shapes(past: ir.Value) -> Iterator[ir.Node]:
 
 
 def _sizes_from(value: ir.Value) -> Iterator[ir.Value]:
-    """The value, and what it becomes by changes of rank or type alone."""
+    """Yield the value, and what changes of rank or type make of it."""
     yield value
     for usage in value.uses():
         if usage.idx == 0 and usage.node.op_type in _SIZE_OPS:
@@ -257,7 +257,7 @@ def _sizes_from(value: ir.Value) -> Iterator[ir.Value]:
 
 
 def _sums_with_a_size(value: ir.Value) -> Iterator[ir.Node]:
-    """Adds of the value and another size of a tensor."""
+    """Yield Adds of the value and another size of a tensor."""
     for usage in value.uses():
         if is_op(usage.node, "Add"):
             other = usage.node.inputs[1 - usage.idx]
@@ -273,7 +273,7 @@ def _is_size(value: ir.Value) -> bool:
 
 
 def _replace_concats(model: ir.Model, past: Iterable[ir.Value], update: _Update) -> None:
-    """`Concat(past, new)` on the cache axis becomes the update."""
+    """Replace `Concat(past, new)` on the cache axis by the update."""
     for value in past:
         for usage in list(value.uses()):
             node = usage.node
@@ -321,7 +321,7 @@ def _check_static_shapes(written: ir.Value) -> None:
 
 
 def _separate_cache(model: ir.Model, update: _Update) -> bool:
-    """Attention nodes hand their cache to `update(past, new)` nodes before them."""
+    """Move the cache of Attention nodes to `update(past, new)` nodes before them."""
     modified = False
     for node in model.graph:
         if is_op(node, ATTENTION_OP) and len(node.inputs) > _PAST_VALUE:
@@ -374,7 +374,7 @@ def _separate_one(graph: ir.Graph, node: ir.Node, update: _Update) -> None:
 
 
 def _with_heads(graph: ir.Graph, before: ir.Node, x: ir.Value, heads: int, name: str) -> ir.Value:
-    """`[B, S, H * D]` as `[B, H, S, D]`."""
+    """Reshape `[B, S, H * D]` to `[B, H, S, D]`."""
     sizes = _add_constant(graph, f"{name}.heads", [0, 0, heads, -1])
     split = ir.node("Reshape", [x, sizes], name=f"{name}.split")
     turned = ir.node(
@@ -386,7 +386,7 @@ def _with_heads(graph: ir.Graph, before: ir.Node, x: ir.Value, heads: int, name:
 
 
 def _drop_heads(graph: ir.Graph, before: ir.Node, x: ir.Value, name: str) -> ir.Value:
-    """`[B, H, S, D]` as `[B, S, H * D]`."""
+    """Reshape `[B, H, S, D]` to `[B, S, H * D]`."""
     turned = ir.node("Transpose", [x], {"perm": [0, 2, 1, 3]}, name=f"{name}.turned")
     sizes = _add_constant(graph, f"{name}.flat", [0, 0, -1])
     joined = ir.node("Reshape", [turned.outputs[0], sizes], name=f"{name}.joined")
@@ -422,7 +422,7 @@ def _name_outputs(like: ir.Value, *nodes: ir.Node) -> None:
 
 
 def _add_constant(graph: ir.Graph, name: str, value: int | list[int]) -> ir.Value:
-    """An int64 initializer, made once a name."""
+    """Add an int64 initializer, once a name."""
     if name not in graph.initializers:
         tensor = ir.tensor(np.asarray(value, dtype=np.int64), name=name)
         add_initializer(graph, name, tensor)
@@ -442,7 +442,7 @@ def _replace_node(graph: ir.Graph, node: ir.Node, new: ir.Node) -> None:
 
 
 def _take_over(old: ir.Value, new: ir.Value) -> None:
-    """`new` becomes what `old` was: in its uses, among the graph's outputs, and in name."""
+    """Replace `old` by `new`: in its uses, among the graph's outputs, and in name."""
     name, shape, kind = old.name, old.shape, old.type
     _replace_uses(old, new)
     graph = old.producer().graph if old.producer() is not None else None  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Describe what a path holds, as data: a work directory, an artifact, an ONNX file, or a report.
+"""Describes what a path holds, as data: a work directory, an artifact, an ONNX file, a report.
 
 Rows are dictionaries whose first value names the row; so two descriptions can be compared.
 """
@@ -79,7 +79,7 @@ def _work_directory(path: Path) -> dict[str, object]:
 
 
 def _stage_rows(manifests: Mapping[str, Manifest | None]) -> list[StageRow]:
-    """The stages with their share of the time that all of them took."""
+    """List the stages with their share of the total time."""
     # The artifacts in use now may come from several builds.
     total = sum(manifest.seconds for manifest in manifests.values() if manifest)
     return [_stage_row(stage, manifest, total) for stage, manifest in manifests.items()]
@@ -153,7 +153,7 @@ def _report(path: Path) -> dict[str, object]:
 
 
 def _onnx_model(path: Path) -> dict[str, object]:
-    """Graph facts; weights stay on disk."""
+    """Describe a graph; weights stay on disk."""
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -202,7 +202,7 @@ def _tensor_row(value: onnx.ValueInfoProto) -> dict[str, object]:
 
 
 def _sparse_rows(graph: onnx.GraphProto) -> list[dict[str, object]]:
-    """Our nodes, counted by what their attributes say."""
+    """Count our nodes by their attributes."""
     import onnx
 
     counts: Counter[tuple[str, str, str]] = Counter()

@@ -1,4 +1,4 @@
-"""Compare two descriptions of one kind."""
+"""Compares two descriptions of one kind."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _section(what: str) -> str:
 
 
 def differences_of(before: dict[str, object], after: dict[str, object]) -> list[Difference]:
-    """Rows of what differs between two flat descriptions."""
+    """List the differences between two flat descriptions."""
     rows: list[Difference] = []
     for what in [*before, *(name for name in after if name not in before)]:
         old, new = before.get(what), after.get(what)
@@ -116,7 +116,7 @@ def differences_of(before: dict[str, object], after: dict[str, object]) -> list[
 
 
 def _flat(value: dict[str, object], prefix: str = "") -> dict[str, object]:
-    """Nested keys joined by dots; a row stands under its first value."""
+    """Join nested keys by dots; name a row by its first value."""
     flat: dict[str, object] = {}
     for name, item in value.items():
         if name in _LEFT_OUT:
@@ -134,7 +134,7 @@ def _flat(value: dict[str, object], prefix: str = "") -> dict[str, object]:
 
 
 def _ratio(before: object, after: object) -> float | None:
-    """After over before, where both are numbers and that says something."""
+    """Divide after by before, where both are numbers and that says something."""
     for value in (before, after):
         if isinstance(value, bool) or not isinstance(value, int | float):
             return None

@@ -1,4 +1,4 @@
-"""Find which targets work on this machine, what the others lack, and how to fix it.
+"""Finds which targets work on this machine, what the others lack, and how to fix it.
 
 Nothing heavy is imported: packages are looked up, not loaded.
 """
@@ -24,7 +24,7 @@ _FOR_ANOTHER_GPU = "nmexport build --target tensorrt-rtx --compute-capability 8.
 
 @dataclass(frozen=True, kw_only=True)
 class Missing:
-    """One thing that is not here."""
+    """Something that is missing here."""
 
     what: str
     fix: str
@@ -56,7 +56,7 @@ class TargetState:
 
 @dataclass(frozen=True, kw_only=True)
 class NativeLibrary:
-    """The native op library, as far as it is here."""
+    """The native op library of this machine."""
 
     path: str | None = None
     description: LibraryDescription | None = None
@@ -64,7 +64,7 @@ class NativeLibrary:
 
 
 def diagnose() -> list[TargetState]:
-    """State of every target."""
+    """Return the state of every target."""
     return [
         TargetState(target="onnxruntime", missing=tuple(_onnxruntime())),
         TargetState(target="tensorrt", missing=tuple(_tensorrt("tensorrt"))),
@@ -80,7 +80,7 @@ def _onnxruntime() -> list[Missing]:
 
 
 def _native_library() -> list[Missing]:
-    """The fast ops; without them the function bodies in the model run."""
+    """List what the native library lacks; without it the function bodies run."""
     library = native_library()
     if library.why_missing is None:
         return []

@@ -1,4 +1,4 @@
-"""Estimate what a build will take before it runs, from known file sizes and the model's size.
+"""Estimates what a build will take before it runs, from file sizes and the model's size.
 
 Estimates, said as such: a dense copy of the weights is counted once for each place that holds
 one; where the model runs layer by layer, a layer of it; where it is read into a GPU, what the host
@@ -141,7 +141,7 @@ class Shape:
 
 
 def shape_of(tensors: Iterable[tuple[str, tuple[int, ...]]]) -> Shape:
-    """Sizes of the model that holds these tensors, by name and shape."""
+    """Compute a model's sizes from the names and shapes of its tensors."""
     parts: dict[str, int] = {}
     matrix = tensor = 0
     for name, shape in tensors:
@@ -166,7 +166,7 @@ def _unpacked_bytes(source: ModelSource, work: Path, parameters: int) -> int:
 
 
 def _memory(recipe: Recipe, source: ModelSource, parameters: int) -> dict[str, int]:
-    """Bytes that each stage holds of the weights and beside them."""
+    """Estimate the bytes that each stage holds of the weights, and besides."""
     if source.gguf_file is None:
         shape = shape_of(_shapes(source))
     else:
@@ -216,7 +216,7 @@ def memory_by_stage(
 
 
 def _extra_memory(recipe: Recipe, parameters: int) -> dict[str, int]:
-    """Bytes that stages hold of activations, caches and logits."""
+    """Estimate the bytes that stages hold of activations, caches and logits."""
     growth = math.sqrt(parameters / _MEASURED_PARAMETERS)
     section = recipe.calibration
     writes = section.corpus == SELF or section.self_share > 0
@@ -231,7 +231,7 @@ def _extra_memory(recipe: Recipe, parameters: int) -> dict[str, int]:
 
 
 def _device_memory(recipe: Recipe, shape: Shape) -> dict[str, int]:
-    """Bytes of the host in calibrate and fold, where a GPU holds the model."""
+    """Estimate host bytes of calibrate and fold, where a GPU holds the model."""
     learns = bool(learned_parts(recipe.sparsity.mitigations))
     learned = int(learns * _LEARNED_SHARE * _WORKING_BYTES * shape.parameters)
     writing = _DEVICE_RUNTIME_BYTES + _DEVICE_WRITING_BYTES
@@ -242,7 +242,7 @@ def _device_memory(recipe: Recipe, shape: Shape) -> dict[str, int]:
 
 
 def _gpu_memory(shape: Shape) -> dict[str, int]:
-    """Bytes of the host in the other stages, where a GPU runs the exported files."""
+    """Estimate host bytes of the other stages, where a GPU runs the exported files."""
     tensor = int(_TENSORS * _WORKING_BYTES * shape.tensor)
     return {
         "export": _DEVICE_RUNTIME_BYTES + tensor,
@@ -269,7 +269,7 @@ def _runs_on_gpu() -> bool:
 
 
 def _layerwise_memory(recipe: Recipe, shape: Shape) -> dict[str, int]:
-    """Bytes that calibrate and fold hold where one decoder layer is in memory at a time."""
+    """Estimate the bytes of calibrate and fold with one decoder layer in memory at a time."""
     layer = _WORKING_BYTES * shape.layer
     learning = _LEARNING_LAYERS * layer if learned_parts(recipe.sparsity.mitigations) else layer
     writing = SHARD_BYTES + int(_FOLD_COPIES * _WORKING_BYTES * shape.matrix)
@@ -277,14 +277,14 @@ def _layerwise_memory(recipe: Recipe, shape: Shape) -> dict[str, int]:
 
 
 def parameter_count(source: ModelSource) -> int:
-    """Elements of a model's weights: exact for safetensors, from the file size for a GGUF."""
+    """Count a model's weights: exactly for safetensors, by file size for a GGUF."""
     if source.gguf_file is not None:
         return sum(path.stat().st_size for path in source.gguf_files) * 8 // _GGUF_BITS
     return sum(math.prod(shape) for _, shape in _shapes(source))
 
 
 def _shapes(source: ModelSource) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Tensors of the safetensors files by their headers; none of one that cannot be read."""
+    """Read the tensors of safetensors files by their headers; skip files that cannot be read."""
     for path in sorted(source.folder.glob("*.safetensors")):
         yield from _header(path)
 

@@ -1,4 +1,4 @@
-"""Estimate memory and time of a build on machines that are not here, from the model's shape alone.
+"""Estimates memory and time of a build on other machines, from the model's shape alone.
 
 Time is arithmetic over a rate: good to a factor of two, enough to choose between a coffee and a
 night. Rates are what a step of learning reached where it was measured; on a GPU, a quarter of what
@@ -49,7 +49,7 @@ _SETTING_UP_SECONDS = 60
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """A machine that somebody may have."""
+    """A kind of machine."""
 
     name: str
     host_bytes: int
@@ -62,7 +62,7 @@ class Machine:
 
     @property
     def cpu_rate(self) -> float:
-        """Operations a second on all cores."""
+        """Return operations a second on all cores."""
         return _CORE_RATE * self.cores
 
 
@@ -131,7 +131,7 @@ def _peak(recipe: Recipe, shape: Shape, place: Placement) -> int:
 
 
 def _on_device(recipe: Recipe, shape: Shape) -> int:
-    """Memory of a GPU that holds the model: weights, their copies, activations."""
+    """Estimate the memory of a GPU that holds the model: weights, their copies, activations."""
     return max(device_bytes_needed(shape.parameters), _peak(recipe, shape, "whole"))
 
 
@@ -149,7 +149,11 @@ def _cpu_seconds(recipe: Recipe, shape: Shape, machine: Machine, way: Way) -> fl
     operations = _operations(recipe, by_block=way == "layer by layer") + _sensitivities(recipe)
     evaluated = recipe.evaluation.windows * recipe.evaluation.length
     operations += _COMPARED * _FORWARD * evaluated
-    return operations * shape.parameters / machine.cpu_rate + _moved(shape) + _SETTING_UP_SECONDS
+    return (
+        operations * shape.parameters / machine.cpu_rate
+        + _moving_seconds(shape)
+        + _SETTING_UP_SECONDS
+    )
 
 
 def _gpu_seconds(recipe: Recipe, shape: Shape, machine: Machine) -> float:
@@ -158,22 +162,22 @@ def _gpu_seconds(recipe: Recipe, shape: Shape, machine: Machine) -> float:
     work = _operations(recipe, by_block=False) * shape.parameters / machine.gpu_half_rate
     wide = _sensitivities(recipe) * shape.parameters / machine.gpu_rate
     opened = _SESSIONS * _SERVED_BYTES * shape.parameters / _SESSION_RATE
-    return max(work, waited) + wide + opened + _moved(shape) + _SETTING_UP_SECONDS
+    return max(work, waited) + wide + opened + _moving_seconds(shape) + _SETTING_UP_SECONDS
 
 
-def _moved(shape: Shape) -> float:
-    """Seconds of reading and writing weights."""
+def _moving_seconds(shape: Shape) -> float:
+    """Estimate the seconds of reading and writing weights."""
     return _FILE_COPIES * _SERVED_BYTES * shape.parameters / _FILE_RATE
 
 
 def _sensitivities(recipe: Recipe) -> float:
-    """Operations of the backward passes in float32, for each parameter."""
+    """Count operations of the float32 backward passes, for each parameter."""
     section = recipe.calibration
     return _BACKWARD * min(SENSITIVITY_SAMPLES, section.samples) * section.length
 
 
 def _operations(recipe: Recipe, *, by_block: bool) -> float:
-    """Operations of calibrating and learning, for each parameter, without `_sensitivities`."""
+    """Count operations of calibrating and learning, for each parameter, but `_sensitivities`."""
     section = recipe.calibration
     tokens = section.samples * section.length
     total: float = _FORWARD * tokens

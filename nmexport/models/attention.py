@@ -1,4 +1,4 @@
-"""How attention is written into an exported graph.
+"""Attention as it is written into an exported graph.
 
 Transformers dispatches attention and its mask through registries; the pair registered here traces
 to one standard ONNX `Attention` node a layer instead of the dozens of nodes that an implementation
@@ -21,7 +21,7 @@ NAME = "nmexport_onnx"
 
 
 def register() -> str:
-    """Make the pair known to transformers and return its `attn_implementation` name."""
+    """Register the pair with transformers and return its `attn_implementation` name."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
@@ -33,7 +33,7 @@ def register() -> str:
 def additive_mask(
     *, attention_mask: Tensor | None = None, dtype: torch.dtype = torch.float32, **arguments: Any
 ) -> Tensor:
-    """The mask `[B, 1, S, T]` (B is 1 without padding) that is added to the scores.
+    """Build the mask `[B, 1, S, T]` (B is 1 without padding) that is added to the scores.
 
     It is 0 where a key is seen and half of the lowest number of the type elsewhere. Not minus
     infinity, as a padded query sees no key at all and its softmax would be NaN, which spreads
@@ -73,7 +73,7 @@ def attention(
     position_bias: Tensor | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled dot product attention with grouped key and value heads.
+    """Compute scaled dot product attention with grouped key and value heads.
 
     Args:
         module: The attention module, named where something is refused.
@@ -130,7 +130,7 @@ _WITHOUT_EFFECT = frozenset(
 
 
 def with_effect(arguments: Mapping[str, Any]) -> list[str]:
-    """Names of the further arguments of attention that may change its result."""
+    """List the further arguments of attention that may change its result."""
     return sorted(
         name
         for name, value in arguments.items()
@@ -160,7 +160,7 @@ def _scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 
 def _repeat(states: Tensor, heads: int) -> Tensor:
-    """Keys or values `[B, H_kv, T, D]`, once for each query head."""
+    """Repeat keys or values `[B, H_kv, T, D]` for each query head."""
     return states.repeat_interleave(heads // states.shape[1], dim=1)
 
 

@@ -81,7 +81,7 @@ def _there_and_back(
 
 @contextlib.contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """No parameter of a module needs a gradient while this lasts, nor one that is loaded then."""
+    """Freeze all parameters of a module, those loaded meanwhile too."""
     needed = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
     for name in needed:
         module.get_parameter(name).requires_grad_(False)

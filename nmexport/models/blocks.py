@@ -43,15 +43,15 @@ class _LayersDone(Exception):
 
 
 class BlockWeights(Protocol):
-    """Weights that are in memory while somebody computes with them."""
+    """Weights that are in memory only while they are used."""
 
     def loaded(self, name: str, module: nn.Module) -> contextlib.AbstractContextManager[None]:
-        """The module of this name with its weights, while this lasts."""
+        """Hold the weights of the module of this name in memory."""
         ...
 
 
 class _Resident:
-    """Weights that are in memory all the time."""
+    """Weights that always are in memory."""
 
     def loaded(self, name: str, module: nn.Module) -> contextlib.AbstractContextManager[None]:
         del name, module
@@ -70,7 +70,7 @@ class Block:
     _explained: Callable[[], contextlib.AbstractContextManager[None]]
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states `[B, L, H]` before the layer -> after it.
+        """Run the layer on hidden states `[B, L, H]`.
 
         Raises:
             ModelError: if the layer is not called as a list of layers is.
@@ -117,7 +117,7 @@ class DecoderBlocks:
         return [f"{self._backbone_name}.{index}" for index in range(len(self._layers))]
 
     def states(self, samples: torch.Tensor) -> HiddenStates:
-        """Room for the hidden states of samples `[samples, length]`.
+        """Allocate the hidden states of samples `[samples, length]`.
 
         Raises:
             OSError: if the disk has no room for them.
@@ -125,7 +125,7 @@ class DecoderBlocks:
         return HiddenStates(samples, self.width, self.folder)
 
     def blocks(self, calls: Sequence[Call]) -> Iterator[Block]:
-        """Each layer in turn, with its weights in memory until the next one is asked for.
+        """Yield each layer in turn, its weights in memory until the next one.
 
         Args:
             calls: What `embed` returned.
@@ -139,7 +139,7 @@ class DecoderBlocks:
 
     @contextlib.contextmanager
     def block(self, index: int, call: Call) -> Iterator[Block]:
-        """One layer with its weights in memory, while this lasts; see `blocks`."""
+        """Hold one layer's weights in memory; see `blocks`."""
         name, layer = f"{self._backbone_name}.{index}", self._layers[index]
         with self._weights.loaded(name, layer):
             yield Block(index, name, layer, call, self._explained)
@@ -155,7 +155,7 @@ class DecoderBlocks:
         use_logits: Callable[[int, torch.Tensor], None] | None = None,
         substitutes: Mapping[str, Callable[[], nn.Module]] | None = None,
     ) -> None:
-        """Run samples through all layers; hooks on the model's modules see what they always see.
+        """Run samples through all layers; hooks on the model's modules run as usual.
 
         Args:
             samples: `[samples, length]` int64 token ids.
@@ -191,7 +191,7 @@ class DecoderBlocks:
         return width
 
     def embed(self, samples: torch.Tensor, states: HiddenStates) -> list[Call]:
-        """Keep what the first layer is given; return how each layer is called.
+        """Store the first layer's input; return how each layer is called.
 
         Args:
             samples: `[samples, length]` int64 token ids.
@@ -228,7 +228,7 @@ class DecoderBlocks:
         return calls
 
     def _note_call(self, calls: list[Call], index: int, call: Call) -> None:
-        """Remember how a layer is called for the first sample, and hold others against it."""
+        """Record how a layer is called for the first sample; other samples must call it alike."""
         if len(calls) <= index:
             calls.append(call)
         elif not _are_same(calls[index], call):
@@ -243,7 +243,7 @@ class DecoderBlocks:
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """Say what fails in the model's own code when its layers are not called as usual."""
+        """Explain failures of the model's own code when its layers are not called as usual."""
         try:
             yield
         except (NmexportError, OSError, MemoryError, _LayersDone):
@@ -261,7 +261,7 @@ class DecoderBlocks:
         use_logits: Callable[[int, torch.Tensor], None] | None = None,
         after: Callable[[], None] = lambda: None,
     ) -> None:
-        """From the final hidden states to the logits, as the model's own forward goes.
+        """Compute logits from the final hidden states, as the model's own forward does.
 
         Args:
             states: Of all samples, behind the last layer.
@@ -282,7 +282,7 @@ class DecoderBlocks:
     def logits(
         self, states: HiddenStates, rows: Iterable[int], *, kept: int
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """Each sample, its final hidden states `[1, L, H]` and its logits `[kept, V]`.
+        """Yield each sample, its final hidden states `[1, L, H]` and its logits `[kept, V]`.
 
         Where gradients are enabled, the hidden states are a leaf that takes one.
         """
@@ -307,7 +307,7 @@ class DecoderBlocks:
                 yield number, final, logits
 
     def _outside_layers(self) -> Iterator[tuple[str, nn.Module]]:
-        """Modules outside of the decoder layers whose weights are to be read."""
+        """List modules outside of the decoder layers that have weights."""
         for name, module in self.model.named_modules():
             read = any(parameter.is_meta for parameter in module.parameters(recurse=False))
             if read and not self._is_inside(name):
@@ -321,14 +321,14 @@ class DecoderBlocks:
     def _substitute_outside(
         self, substitutes: Mapping[str, Callable[[], nn.Module]]
     ) -> Iterator[None]:
-        """The model with modules outside of its decoder layers exchanged, such as its head."""
+        """Replace modules outside of the decoder layers, such as the head."""
         made = {name: make() for name, make in substitutes.items() if not self._is_inside(name)}
         with swapped(self.model, made):
             yield
 
     @contextlib.contextmanager
     def _stub_attention(self, stub: Callable[..., torch.Tensor]) -> Iterator[None]:
-        """Layers that call `stub(index, hidden, ...)` in place of computing."""
+        """Make layers call `stub(index, hidden, ...)` instead of computing."""
         try:
             for index, layer in enumerate(self._layers):
                 layer.forward = functools.partial(stub, index)
@@ -354,7 +354,7 @@ def _decoder_layers(model: PreTrainedModel) -> tuple[str, Sequence[nn.Module]]:
 def _substitute(
     layer: nn.Module, name: str, substitutes: Mapping[str, Callable[[], nn.Module]]
 ) -> Iterator[None]:
-    """The layer with modules of its own exchanged."""
+    """Replace modules of the layer."""
     inside = f"{name}."
     made = {
         linear.removeprefix(inside): make()
@@ -377,6 +377,6 @@ def _are_same(left: Any, right: Any) -> bool:
 
 
 def _hidden(output: Any) -> torch.Tensor:
-    """Hidden states among what a layer returns."""
+    """Pick the hidden states from a layer's results."""
     hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return hidden

@@ -1,4 +1,4 @@
-"""How many tokens a model was made for, and whether a recipe asks for more; no torch needed."""
+"""Reads a model's context length, and checks a recipe against it; no torch needed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PARITY_PROMPT = 32  # tokens of the prompts that verification continues
 
 
 def context_of(config: PreTrainedConfig) -> int | None:
-    """Tokens that a model was made for; None where its positions have no end (ALiBi)."""
+    """Return the number of tokens that a model was made for; None without an end (ALiBi)."""
     text = config.get_text_config()
     return _context({name: getattr(text, name, None) for name in _KEYS})
 

@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 def embedding_module(model: Any) -> tuple[str, nn.Module]:
-    """Name and module of the input embedding of a causal language model."""
+    """Return the name and module of a causal language model's input embedding."""
     wanted = model.get_input_embeddings()
     return next((name, module) for name, module in model.named_modules() if module is wanted)
 
 
 def embedding_names(model: Any) -> list[str]:
-    """All names of the input embedding's parameter, its own first: a tied one has several."""
+    """List all names of the input embedding's parameter, its own first; a tied one has several."""
     own = f"{embedding_module(model)[0]}.weight"
     table = model.get_parameter(own)
     parameters = model.named_parameters(remove_duplicate=False)
@@ -32,10 +32,10 @@ def round_embedding(model: Any) -> RemovableHandle:
     A row is rounded by itself, so what is looked up may be rounded in place of the table.
     """
 
-    def rounded(_: nn.Module, __: Any, rows: torch.Tensor) -> torch.Tensor:
+    def round_rows(_: nn.Module, __: Any, rows: torch.Tensor) -> torch.Tensor:
         values, scale = rounded_rows(rows.reshape(-1, rows.shape[-1]))
         grouped = values.to(rows.dtype).reshape(*scale.shape, -1)
         return (grouped * scale.unsqueeze(-1)).reshape(rows.shape)
 
-    handle: RemovableHandle = model.get_input_embeddings().register_forward_hook(rounded)
+    handle: RemovableHandle = model.get_input_embeddings().register_forward_hook(round_rows)
     return handle

@@ -1,4 +1,4 @@
-"""Refuse what export cannot take before calibration, reading no weight."""
+"""Refuses what export cannot take before calibration, reading no weight."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from nmexport.models.families import EXPORTED, refuse_kind, refused
+from nmexport.models.families import EXPORTED, family_error, refuse_kind
 from nmexport.models.skeleton import skeleton
 from nmexport.models.streaming import fake_parameters
 from nmexport.models.tracing import cache_shapes, trace
@@ -61,14 +61,14 @@ def check_kind(source: ModelSource, *, dtype: torch.dtype) -> tuple[PreTrainedMo
     ]
     idle = [name for name in linears if not runs[name]]
     if idle:
-        raise refused(
+        raise family_error(
             model.config,
             f"has {len(idle)} linears that text does not reach, such as {idle[0]}: they belong to "
             "another part, or are switched on by what a text model is not given",
         )
     repeated = [name for name in linears if runs[name] > 1]
     if repeated:
-        raise refused(
+        raise family_error(
             model.config,
             f"runs {len(repeated)} of its linears several times a token, such as {repeated[0]}: "
             "each time they meet other activations, and one calibration does not fit them all",
@@ -78,7 +78,7 @@ def check_kind(source: ModelSource, *, dtype: torch.dtype) -> tuple[PreTrainedMo
 
 @contextlib.contextmanager
 def _count_runs(model: nn.Module) -> Iterator[Counter[str]]:
-    """Count how often each linear runs while this lasts, by name."""
+    """Count how often each linear runs, by name."""
     runs: Counter[str] = Counter()
 
     def note(name: str) -> Callable[..., None]:

@@ -56,7 +56,7 @@ _EXPERTS = frozenset({"experts", "router", "router_gate", "block_sparse_moe"})
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration of the language model to build: a multimodal model's text part.
+    """Return the configuration of the language model to build: of a multimodal one, its text part.
 
     Args:
         config: The configuration that a model's files hold; returned as it is where it is one of a
@@ -66,11 +66,11 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
         ModelError: if it is one of no causal language model.
     """
     if config.is_encoder_decoder:
-        raise refused(config, "is an encoder-decoder: its decoder attends to another text")
+        raise family_error(config, "is an encoder-decoder: its decoder attends to another text")
     inner = config.get_text_config(decoder=True)
     if inner is config:
         if not _has_causal_class(config):
-            raise refused(config, "has no causal language model in transformers")
+            raise family_error(config, "has no causal language model in transformers")
         return config
     plain = _with_causal_class(config, inner)
     # As the whole model takes it: what its text part says of itself does not count.
@@ -82,7 +82,7 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def text_name(stored: str) -> str | None:
-    """The name in the text part's own files of a multimodal model's tensor.
+    """Translate a multimodal model's tensor name to that in its text part's own files.
 
     Args:
         stored: Name in the files of the whole model.
@@ -115,53 +115,53 @@ def refuse_kind(model: PreTrainedModel) -> None:
     """
     parts = {part for name, _ in model.named_modules() for part in name.split(".")}
     if parts & _EXPERTS:
-        raise refused(
+        raise family_error(
             model.config,
             "is a mixture of experts: experts are stored as one tensor and chosen token by token, "
             "which nmexport does not sparsify yet",
         )
     if parts & _CROSS_ATTENTION:
-        raise refused(
+        raise family_error(
             model.config,
             "is the decoder of an encoder-decoder: its layers attend to another text",
         )
     if any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules()):
-        raise refused(
+        raise family_error(
             model.config,
             "numbers its positions from its padding token on, which an exported model does not",
         )
     if _is_recurrent(model):
-        raise refused(
+        raise family_error(
             model.config,
             "is a state-space or recurrent model: its layers keep a state of fixed size, not a "
             "cache of keys and values",
         )
     if getattr(model.config, "is_decoder", True) is False and "encoder" in parts:
-        raise refused(
+        raise family_error(
             model.config,
             "is an encoder (is_decoder is false in its config): each token sees those after it",
         )
     if getattr(model.config, "use_bidirectional_attention", None) in _BOTH_WAYS:
-        raise refused(
+        raise family_error(
             model.config,
             "embeds text (use_bidirectional_attention in its config): each token sees those after "
             "it",
         )
     if model.config.model_type == "falcon" and model.config.alibi:
-        raise refused(
+        raise family_error(
             model.config,
             "has linear biases (alibi in its config), which its code adds twice unless torch "
             "computes the attention, as it does not in a trace",
         )
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
     if not [linear for linear in linears if linear is not model.get_output_embeddings()]:
-        raise refused(
+        raise family_error(
             model.config,
             f"keeps its weights in {_matrix_class(model)}, not in torch.nn.Linear",
         )
 
 
-def refused(config: Any, reason: str) -> ModelError:
+def family_error(config: Any, reason: str) -> ModelError:
     """Build the error that says why a family cannot be built."""
     return ModelError(
         f"A model of type {config.model_type!r} {reason}.",
@@ -178,13 +178,15 @@ def _has_causal_class(config: PreTrainedConfig) -> bool:
 
 
 def _with_causal_class(config: PreTrainedConfig, inner: PreTrainedConfig) -> PreTrainedConfig:
-    """The text part's configuration, as one of a family that has a causal class."""
+    """Return the text part's configuration as that of a family with a causal class."""
     from transformers import CONFIG_MAPPING
 
     same = _SAME_TEXT_MODEL.get(inner.model_type)
     if same is None:
         if not _has_causal_class(inner):
-            raise refused(config, f"has a text part of type {inner.model_type!r}, which has none")
+            raise family_error(
+                config, f"has a text part of type {inner.model_type!r}, which has none"
+            )
         return inner
     values = inner.to_dict()
     rotary = dict(values.pop("rope_parameters", None) or {})
@@ -206,7 +208,7 @@ def _is_recurrent(model: PreTrainedModel) -> bool:
 
 
 def _matrix_class(model: PreTrainedModel) -> str:
-    """Name of the class that most matrices of a model belong to."""
+    """Return the name of the class that most matrices of a model belong to."""
     embeddings = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
     owners = [
         type(module).__name__

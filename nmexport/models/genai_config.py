@@ -1,4 +1,4 @@
-"""`genai_config.json`: how onnxruntime-genai is told what a model's inputs and outputs mean."""
+"""`genai_config.json`, which tells onnxruntime-genai what a model's inputs and outputs mean."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def genai_config(
     *,
     filename: str,
 ) -> dict[str, object]:
-    """The document, in the format that onnxruntime-genai reads.
+    """Build the document in the format that onnxruntime-genai reads.
 
     Args:
         config: The model's config.
@@ -73,7 +73,7 @@ def _end_tokens(of_config: int | list[int] | None, generation: GenerationConfig 
 
 
 def _pad_token(config: PreTrainedConfig, generation: GenerationConfig | None) -> int | None:
-    """The pad token; the first end token where the model has none, as generation would take."""
+    """Return the pad token, or else the first end token, as generation does."""
     if config.pad_token_id is not None:
         return int(config.pad_token_id)
     ends = _end_tokens(config.eos_token_id, generation)
@@ -82,7 +82,7 @@ def _pad_token(config: PreTrainedConfig, generation: GenerationConfig | None) ->
 
 
 def _search(generation: GenerationConfig | None, context_length: int) -> dict[str, object]:
-    """Sampling defaults; the cache grows by concatenation, so past and present share no buffer."""
+    """Build the sampling defaults; past and present share no buffer, as caches are concatenated."""
     samples = bool(generation is not None and generation.do_sample)
     return {
         "do_sample": samples,

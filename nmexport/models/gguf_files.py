@@ -8,7 +8,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from nmexport.errors import ModelError
-from nmexport.models.integrity import check_gguf, damaged
+from nmexport.models.integrity import check_gguf, damage_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -69,7 +69,7 @@ def _part_path(path: Path, number: int, count: int) -> Path:
 
 
 def _check_parts(parts: Sequence[Path]) -> None:
-    """Hold the parts' headers against each other.
+    """Compare the headers of the parts.
 
     Raises:
         ModelError: if they are not the parts of one model.
@@ -78,11 +78,11 @@ def _check_parts(parts: Sequence[Path]) -> None:
     for index, (part, header) in enumerate(zip(parts, headers, strict=True)):
         place = header.metadata.get("split.no"), header.metadata.get("split.count")
         if place != (index, len(parts)):
-            raise damaged(part, f"by its header it is no part {index + 1} of {len(parts)}")
+            raise damage_error(part, f"by its header it is no part {index + 1} of {len(parts)}")
     names = [name for header in headers for name in header.tensors]
     promised = headers[0].metadata.get("split.tensors.count", len(names))
     if len(set(names)) != len(names) or promised != len(names):
-        raise damaged(
+        raise damage_error(
             parts[0],
             f"its parts hold {len(names)} tensors, {len(set(names))} of different names, and its "
             f"header says {promised}: they are not of one model",
@@ -90,17 +90,17 @@ def _check_parts(parts: Sequence[Path]) -> None:
 
 
 def unpacked_folder(work: Path, digest: str) -> Path:
-    """The folder of a work directory that holds a model as safetensors, or will hold it."""
+    """Return the folder of a work directory for a model as safetensors."""
     return work / UNPACKED / digest[:_DIGITS]
 
 
 def is_unpacked(folder: Path) -> bool:
-    """Tell whether such a folder is complete."""
+    """Tell whether that folder is complete."""
     return (folder / UNPACKED_COMPLETE).is_file()
 
 
 def tensor_names(parts: Sequence[Path]) -> list[str]:
-    """Names of the tensors in a model's files.
+    """List the tensors in a model's files.
 
     Raises:
         ModelError: if a file is damaged.
@@ -109,13 +109,13 @@ def tensor_names(parts: Sequence[Path]) -> list[str]:
 
 
 def open_merged(parts: Sequence[Path]) -> Any:
-    """Open a model's files as one `gguf.GGUFReader`, which holds the tensors of all of them."""
-    return _merged(tuple((part, part.stat().st_mtime_ns) for part in parts))
+    """Open a model's files as one `gguf.GGUFReader` with all tensors."""
+    return _merge(tuple((part, part.stat().st_mtime_ns) for part in parts))
 
 
 @functools.lru_cache(maxsize=1)  # every word of the vocabulary is a field: seconds of parsing
-def _merged(parts: tuple[tuple[Path, int], ...]) -> Any:
-    """Open files, each with the time of its last change."""
+def _merge(parts: tuple[tuple[Path, int], ...]) -> Any:
+    """Open files; each comes with the time of its last change, for the cache."""
     from gguf.gguf_reader import GGUFReader
 
     first, *others = [GGUFReader(part) for part, _ in parts]
@@ -134,11 +134,11 @@ def read_once(parts: Sequence[Path]) -> Iterator[None]:
     import gguf
     from transformers import modeling_gguf_pytorch_utils as loading
 
-    def opened(_: str) -> Any:
+    def open_parts(_: str) -> Any:
         return open_merged(parts)
 
     with (
-        replaced(gguf, "GGUFReader", opened),
+        replaced(gguf, "GGUFReader", open_parts),
         replaced(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
         replaced(loading, "tqdm", functools.partial(loading.tqdm, disable=True)),
     ):
@@ -147,7 +147,7 @@ def read_once(parts: Sequence[Path]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replaced(module: ModuleType, name: str, replacement: object) -> Iterator[None]:
-    """A module with another object under a name while this lasts."""
+    """Replace an attribute of a module."""
     original = getattr(module, name)
     setattr(module, name, replacement)
     try:

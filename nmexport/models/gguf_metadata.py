@@ -1,4 +1,4 @@
-"""Hold what transformers makes of a GGUF's metadata against all that they say.
+"""Compares what transformers reads of a GGUF's metadata with all that they say.
 
 Transformers reads the keys that it knows and passes over the others: scaled rotary embeddings,
 partial ones, soft caps and factors of the logits would vanish. So every key of the architecture is
@@ -76,7 +76,7 @@ def _has_no_scaling(key: str, metadata: Mapping[str, Any], prefix: str) -> bool:
 
 
 def _neutral(value: Any) -> Any:
-    """The values that an unknown key may have: nothing, in its own type."""
+    """List the values that an unknown key may have: nothing, in its own type."""
     return "" if isinstance(value, str) else False if isinstance(value, bool) else 0
 
 
@@ -92,7 +92,7 @@ def _head_size(config: PreTrainedConfig) -> int:
 
 
 def _rotary(config: PreTrainedConfig) -> dict[str, Any]:
-    """Parameters of the rotary embedding; of full attention where layers differ."""
+    """Return the parameters of the rotary embedding; of full attention where layers differ."""
     parameters = dict(getattr(config, "rope_parameters", None) or {})
     return dict(parameters.get("full_attention", parameters))
 
@@ -113,8 +113,8 @@ def _score_factor(config: PreTrainedConfig) -> float:
     return float(scalar**-0.5)
 
 
-def _named(*names: str, default: Any = 0) -> Callable[[PreTrainedConfig], Any]:
-    """Read the first of these that a configuration has; what it lacks is not done."""
+def _read_first(*names: str, default: Any = 0) -> Callable[[PreTrainedConfig], Any]:
+    """Make a reader of the first of these names that a configuration has."""
 
     def read(config: PreTrainedConfig) -> Any:
         values = (getattr(config, name, None) for name in names)
@@ -128,15 +128,15 @@ _MEANING: Mapping[str, Callable[[PreTrainedConfig], Any]] = MappingProxyType(
     {
         "attention.causal": lambda _: True,
         "attention.key_length": _head_size,
-        "attention.layer_norm_epsilon": _named(*_EPSILONS),
-        "attention.layer_norm_rms_epsilon": _named(*_EPSILONS),
+        "attention.layer_norm_epsilon": _read_first(*_EPSILONS),
+        "attention.layer_norm_rms_epsilon": _read_first(*_EPSILONS),
         "attention.scale": _score_factor,
-        "attention.sliding_window": _named("sliding_window"),
-        "attention.sliding_window_pattern": _named("sliding_window_pattern"),
+        "attention.sliding_window": _read_first("sliding_window"),
+        "attention.sliding_window_pattern": _read_first("sliding_window_pattern"),
         "attention.value_length": _head_size,
-        "attn_logit_softcapping": _named("attn_logit_softcapping"),
+        "attn_logit_softcapping": _read_first("attn_logit_softcapping"),
         "embedding_scale": lambda _: 1.0,
-        "final_logit_softcapping": _named("final_logit_softcapping"),
+        "final_logit_softcapping": _read_first("final_logit_softcapping"),
         "logit_scale": lambda _: 1.0,
         "residual_scale": lambda _: 1.0,
         "rope.dimension_count": _rotary_size,
@@ -145,7 +145,7 @@ _MEANING: Mapping[str, Callable[[PreTrainedConfig], Any]] = MappingProxyType(
         "rope.scale_linear": lambda _: 1.0,
         "rope.scaling.factor": lambda config: _rotary(config).get("factor", 1.0),
         "rope.scaling.type": lambda config: _rotary(config).get("rope_type"),
-        "use_parallel_residual": _named("use_parallel_residual", default=False),
+        "use_parallel_residual": _read_first("use_parallel_residual", default=False),
     }
 )
 """What a configuration says of each key that the format knows."""

@@ -1,4 +1,4 @@
-"""Attention for text that a model writes: what matters there is how often its cache is read."""
+"""Attention for text generation, where reading the cache is the cost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _REPLACED = "sdpa"
 
 @contextlib.contextmanager
 def grouped_attention(model: Any) -> Iterator[bool]:
-    """While this lasts a model attends in the type of its cache, where query heads share keys.
+    """Make a model attend in the type of its cache, where query heads share keys.
 
     Transformers' own wants queries and cache in one type, and keys that each query head has to
     itself.
@@ -53,7 +53,7 @@ def attention(
     scaling: float | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled dot product attention in the type of the keys.
+    """Compute scaled dot product attention in the type of the keys.
 
     Args:
         module: The attention module.

@@ -1,4 +1,4 @@
-"""A KV cache of known length that is written in place.
+"""A KV cache of fixed length, written in place.
 
 Transformers' own grows by concatenation: each step copies all that is cached, which for many
 sequences side by side is a quarter of what a step takes.
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def growing_cache(model: Any, length: int, *, dtype: torch.dtype | None = None) -> DynamicCache:
-    """An empty cache for a model; layers that keep a window or a state of their own stay as such.
+    """Make an empty cache for a model; layers with a window or a state keep their own kind.
 
     Args:
         model: A Hugging Face causal language model.
@@ -43,7 +43,7 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write new tokens `[B, H, S, D]` behind those there are; all of them.
+        """Append new tokens `[B, H, S, D]`; return all.
 
         Raises:
             ValueError: if there are more than the length.

@@ -1,4 +1,4 @@
-"""Keep transformers quiet while it reads a model, and say in one message what went wrong."""
+"""Keeps transformers quiet while it reads a model, and says in one message what went wrong."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' bars and remarks from the user's terminal, and leave it as it was."""
+    """Keep transformers' progress bars and warnings off the user's terminal."""
     from transformers.utils import logging as remarks
 
     verbosity, had_bars = remarks.get_verbosity(), remarks.is_progress_bar_enabled()
@@ -107,7 +107,7 @@ def _architecture(folder: Path) -> str:
 
 
 def _reason(error: Exception, folder: Path) -> str:
-    """The error in one line; a value that transformers looked up in vain, with its key."""
+    """Return the error in one line; for an unknown value, with its key."""
     missing = error.args[0] if isinstance(error, KeyError) and error.args else None
     key = None if missing is None else _key_of(missing, _config(folder))
     if key is not None:
@@ -116,7 +116,7 @@ def _reason(error: Exception, folder: Path) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """An error's message in one line."""
+    """Return an error's message in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = lines[0] if lines else "no reason given"
     if said.endswith(":") and len(lines) > 1:  # what follows is what is wrong
@@ -125,7 +125,7 @@ def first_line(error: Exception) -> str:
 
 
 def _key_of(value: object, section: Mapping[str, Any], prefix: str = "") -> str | None:
-    """Dotted key under which a section of a config holds a value; None where it does not."""
+    """Find the dotted key of a value in a section of a config; None where there is none."""
     for name, held in section.items():
         if isinstance(held, dict):
             inside = _key_of(value, held, f"{prefix}{name}.")
@@ -137,7 +137,7 @@ def _key_of(value: object, section: Mapping[str, Any], prefix: str = "") -> str 
 
 
 def _config(folder: Path) -> Mapping[str, Any]:
-    """A folder's configuration; empty where it cannot be read."""
+    """Read a folder's configuration; empty where it cannot be read."""
     try:
         document = parse_json((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

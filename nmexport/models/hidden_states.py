@@ -34,7 +34,7 @@ class HiddenStates:
         return len(self._states)
 
     def __getitem__(self, number: int) -> torch.Tensor:
-        """A copy of one sample's: `[1, length, width]` float32."""
+        """Copy one sample's: `[1, length, width]` float32."""
         return self._states[number].clone()
 
     def __setitem__(self, number: int, hidden: torch.Tensor) -> None:
@@ -42,9 +42,9 @@ class HiddenStates:
         self._states[number].copy_(hidden)
 
     def batch(self, rows: torch.Tensor) -> torch.Tensor:
-        """A copy of several samples' `[B]`: `[B, length, width]` float32."""
+        """Copy several samples' `[B]`: `[B, length, width]` float32."""
         return self._states[rows].flatten(0, 1)
 
     def put(self, rows: torch.Tensor, hidden: torch.Tensor) -> None:
-        """Keep several samples' `[B, length, width]`."""
+        """Store several samples' `[B, length, width]`."""
         self._states[rows] = hidden.unsqueeze(1).to(self._states)

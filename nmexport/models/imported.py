@@ -1,4 +1,4 @@
-"""The weights of a checkpoint that came quantised, as it stores them."""
+"""The weights of a quantised checkpoint, as it stores them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class ImportedWeights:
     """Reads integers and scales by the names of the model's parameters; keeps none."""
 
     def __init__(self, table: WeightTable, kept: KeptWeights) -> None:
-        """Take what the files hold."""
+        """List what the files hold."""
         self._table = table
         self.kept = kept
 
     def linear(self, name: str) -> QuantisedWeight | None:
-        """The weight of a linear; None where it is stored as floats.
+        """Read the weight of a linear; None where it is stored as floats.
 
         Raises:
             ModelError: if a file is damaged, or its tensors contradict each other.

@@ -1,4 +1,4 @@
-"""Check that weight files are whole, by their headers alone: no tensor is read, no torch needed."""
+"""Checks that weight files are complete by their headers: reads no tensor, needs no torch."""
 
 from __future__ import annotations
 
@@ -78,14 +78,14 @@ def check_safetensors(path: Path) -> dict[str, StoredTensor]:
         raise not_readable(path, error) from error
     expected = _LENGTH.size + header_bytes + end
     if size != expected:
-        raise damaged(path, f"it has {size} bytes, its header says {expected}")
+        raise damage_error(path, f"it has {size} bytes, its header says {expected}")
     for name, (begin, end) in spans.items():
         _check_span(tensors[name], name, end - begin)
     return tensors
 
 
 def _check_span(tensor: StoredTensor, name: str, stored: int) -> None:
-    """Hold a tensor's shape against the bytes that the header gives it.
+    """Compare a tensor's shape with the bytes that the header gives it.
 
     Raises:
         ModelError: if they differ; an unknown element type is for the loader to refuse.
@@ -93,14 +93,14 @@ def _check_span(tensor: StoredTensor, name: str, stored: int) -> None:
     bits = _BITS.get(tensor.dtype)
     needed = None if bits is None else prod(tensor.shape) * bits // 8
     if min(tensor.shape, default=0) < 0 or needed not in {None, stored}:
-        raise damaged(
+        raise damage_error(
             tensor.file,
             f"{name} of shape {list(tensor.shape)} in {tensor.dtype} cannot fill {stored} bytes",
         )
 
 
 def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, object]:
-    """Build an object of JSON whose keys are all different.
+    """Build a JSON object; refuse repeated keys.
 
     Raises:
         ValueError: if a key comes twice.
@@ -146,15 +146,15 @@ def check_gguf(path: Path) -> GgufHeader:
                 fix="convert the model again with a llama.cpp of today",
             ) from error
         except (struct.error, ValueError, KeyError, IndexError, OverflowError) as error:
-            raise damaged(path, f"its header cannot be read ({error})") from error
+            raise damage_error(path, f"its header cannot be read ({error})") from error
     size = path.stat().st_size
     if size < header.bytes_needed:
-        raise damaged(path, f"it has {size} bytes, its header says {header.bytes_needed}")
+        raise damage_error(path, f"it has {size} bytes, its header says {header.bytes_needed}")
     return header
 
 
 class _UnknownVersionError(Exception):
-    """A GGUF of a version that is not read; holds its number."""
+    """A GGUF of a version that is not supported; holds its number."""
 
 
 class _GgufCursor:
@@ -235,10 +235,10 @@ def not_readable(path: Path, error: Exception | None = None) -> ModelError:
         )
     if path.suffix == ".json":
         return ModelError(f"{path} cannot be read: {error}")
-    return damaged(path, f"its header cannot be read ({error})")
+    return damage_error(path, f"its header cannot be read ({error})")
 
 
-def damaged(path: Path, what: str) -> ModelError:
+def damage_error(path: Path, what: str) -> ModelError:
     """Build the error that says a weight file is broken."""
     return ModelError(
         f"The weights {path} are damaged or incomplete: {what}.",

@@ -1,4 +1,4 @@
-"""Logits of the last positions alone: the output embedding is much of a small model's work."""
+"""Computes only the last logits: the output embedding is much of a small model's work."""
 
 from __future__ import annotations
 

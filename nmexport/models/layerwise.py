@@ -58,7 +58,7 @@ class LayerwiseModel(DecoderBlocks):
 
     @contextlib.contextmanager
     def loaded(self, linear: nn.Linear) -> Iterator[nn.Linear]:
-        """One linear of the skeleton with its weight in memory, while this lasts.
+        """Hold the weight of one linear of the skeleton in memory.
 
         Raises:
             ModelError: if it cannot be read.
@@ -77,7 +77,7 @@ class _Weights:
 
     @contextlib.contextmanager
     def loaded(self, name: str, module: nn.Module) -> Iterator[None]:
-        """A module with its weights, in float32, while this lasts."""
+        """Hold a module's weights in memory, in float32."""
         from accelerate.utils import set_module_tensor_to_device
 
         names = [own for own, _ in module.named_parameters()]

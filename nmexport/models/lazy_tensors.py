@@ -21,8 +21,8 @@ _IN_HALF_A_BYTE = {
 }
 
 
-def deferred(read: Callable[[], torch.Tensor], *, like: torch.Tensor, name: str) -> ir.LazyTensor:
-    """A tensor that `read` brings when it is needed and that is dropped afterwards.
+def defer(read: Callable[[], torch.Tensor], *, like: torch.Tensor, name: str) -> ir.LazyTensor:
+    """Make a tensor that `read` loads when it is needed, and that is dropped afterwards.
 
     Args:
         read: Returns the tensor.
@@ -37,10 +37,10 @@ def deferred(read: Callable[[], torch.Tensor], *, like: torch.Tensor, name: str)
     )
 
 
-def deferred_group(
+def defer_group(
     tensors: Mapping[str, torch.Tensor], *, prefix: str, weight_type: str = "float"
 ) -> dict[str, ir.LazyTensor]:
-    """Tensors of a mapping that may read them as they are asked for: each is asked for again.
+    """Make lazy tensors of a mapping, which is asked for each one again.
 
     Args:
         tensors: Of one linear, by their names in the op contract.
@@ -48,7 +48,7 @@ def deferred_group(
         weight_type: Of `W` and its zero point: 4 bits are held in a byte of their own.
     """
     group = {
-        kind: deferred(
+        kind: defer(
             functools.partial(tensors.__getitem__, kind), like=tensor, name=f"{prefix}.{kind}"
         )
         for kind, tensor in tensors.items()
@@ -57,12 +57,12 @@ def deferred_group(
         for kind in group.keys() & {"W", "weight_zero_point"}:
             if group[kind].dtype == ir.DataType.FLOAT:  # a zero point between the steps
                 continue
-            group[kind] = _halved(group[kind], *_IN_HALF_A_BYTE[weight_type])
+            group[kind] = _halve(group[kind], *_IN_HALF_A_BYTE[weight_type])
     return group
 
 
-def _halved(bytes_: ir.LazyTensor, dtype: ir.DataType, element: Any) -> ir.LazyTensor:
-    """The same numbers in four bits each."""
+def _halve(bytes_: ir.LazyTensor, dtype: ir.DataType, element: Any) -> ir.LazyTensor:
+    """Pack the numbers into four bits each."""
     return ir.LazyTensor(
         lambda: ir.Tensor(bytes_.numpy().astype(element), dtype=dtype, name=bytes_.name),
         dtype=dtype,

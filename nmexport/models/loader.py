@@ -1,4 +1,4 @@
-"""Loading a Hugging Face causal LM and its tokenizer, quietly and with one message if it fails."""
+"""Loads a Hugging Face causal LM and its tokenizer, quietly, with one message if it fails."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nmexport.models.text_files import (
     check_tokenizer_files,
     explain_unreadable,
 )
-from nmexport.models.weight_files import read_config, shortened
+from nmexport.models.weight_files import read_config, shorten
 from nmexport.models.weights import WeightTable, is_finite, not_finite
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def _from_pretrained(
     attention: str,
     placing: Mapping[str, Any] | None,
 ) -> tuple[PreTrainedModel, Mapping[str, Any], Sequence[Mapping[str, str]]]:
-    """Let transformers load a model; returns what it says of it, and its tables of GGUF names."""
+    """Let transformers load a model; return its loading report and its tables of GGUF names."""
     from transformers import AutoModelForCausalLM
 
     with quiet(), reading(source), _name_tables(source) as mappings:
@@ -137,7 +137,7 @@ def _tensor_by_tensor(
     placing: Mapping[str, Any],
     device: str = "cpu",
 ) -> PreTrainedModel:
-    """Load a model that transformers would load in another way, or by way of the host's memory."""
+    """Load a model tensor by tensor, where transformers would go through host memory."""
     from accelerate import dispatch_model
     from accelerate.utils import set_module_tensor_to_device
 
@@ -157,7 +157,7 @@ def _tensor_by_tensor(
 
 
 def _check_finite(source: ModelSource, model: PreTrainedModel) -> None:
-    """Check that every weight is a number.
+    """Check that every weight is finite.
 
     Raises:
         ModelError: if one is not.
@@ -168,13 +168,13 @@ def _check_finite(source: ModelSource, model: PreTrainedModel) -> None:
 
 
 def _check_gguf_complete(source: ModelSource, loading_info: Mapping[str, Any]) -> None:
-    """Refuse a `.gguf` in which a weight is missing, or that holds one too many."""
+    """Refuse a `.gguf` that lacks a weight or holds one too many."""
     missing = sorted(loading_info["missing_keys"]) + sorted(
         name for name, *_ in loading_info["mismatched_keys"]
     )
     if missing:
         raise ModelError(
-            f"{source.folder / str(source.gguf_file)} holds no {shortened(missing)}: random values "
+            f"{source.folder / str(source.gguf_file)} holds no {shorten(missing)}: random values "
             "would take their place.",
             fix="download the file again, or use the model's safetensors",
         )
@@ -183,7 +183,7 @@ def _check_gguf_complete(source: ModelSource, loading_info: Mapping[str, Any]) -
 
 
 def _check_nothing_ignored(source: ModelSource, mappings: Sequence[Mapping[str, str]]) -> None:
-    """Refuse a `.gguf` with tensors that transformers passes over; factors of one do no harm."""
+    """Refuse a `.gguf` with tensors that transformers ignores, unless they are factors of one."""
     if not mappings:
         return
     known = mappings[-1]  # the outermost call returns last, and has all names
@@ -202,7 +202,7 @@ def _check_nothing_ignored(source: ModelSource, mappings: Sequence[Mapping[str, 
 
 def _ignored_tensors(source: ModelSource, names: list[str]) -> ModelError:
     return ModelError(
-        f"{source.folder / str(source.gguf_file)} holds {shortened(names)}, which transformers "
+        f"{source.folder / str(source.gguf_file)} holds {shorten(names)}, which transformers "
         "does not read: the model would not be the one that the file describes.",
         fix="use the model's safetensors",
     )
@@ -248,7 +248,7 @@ def _gguf_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:
-    """A dequantised model is an ordinary one: what says otherwise only stops it being saved."""
+    """Mark a dequantised model as an ordinary one, so that it can be saved."""
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     if hasattr(model, "hf_quantizer"):
@@ -264,7 +264,7 @@ def _name_tables(source: ModelSource) -> Iterator[list[Mapping[str, str]]]:
     mappings: list[Mapping[str, str]] = []
     original = loading.get_gguf_hf_weights_map
 
-    def noted(*arguments: Any, **options: Any) -> Mapping[str, str]:
+    def note_files(*arguments: Any, **options: Any) -> Mapping[str, str]:
         mappings.append(original(*arguments, **options))
         return mappings[-1]
 
@@ -273,6 +273,6 @@ def _name_tables(source: ModelSource) -> Iterator[list[Mapping[str, str]]]:
         return
     with (
         gguf_files.read_once(source.gguf_files),
-        gguf_files.replaced(loading, "get_gguf_hf_weights_map", noted),
+        gguf_files.replaced(loading, "get_gguf_hf_weights_map", note_files),
     ):
         yield mappings

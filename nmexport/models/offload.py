@@ -1,4 +1,4 @@
-"""Decide whether a model is run whole, spread by Accelerate, or layer by layer."""
+"""Decides whether a model is run whole, spread by Accelerate, or layer by layer."""
 
 from __future__ import annotations
 
@@ -181,22 +181,22 @@ def placement(source: ModelSource, offload: Offload, parameters: int, memory: Me
 
 
 def bytes_needed(parameters: int) -> int:
-    """Memory to run so many parameters in float32."""
+    """Return the memory to run so many parameters in float32."""
     return round(_ROOM * _FLOAT32 * parameters)
 
 
 def device_bytes_needed(parameters: int) -> int:
-    """Memory of a GPU to run so many parameters in float32, and to learn on them."""
+    """Return the GPU memory to run so many parameters in float32, and to learn on them."""
     return round(_DEVICE_ROOM * _FLOAT32 * parameters)
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Parameters of a model or a skeleton; tied ones count once."""
+    """Count the parameters of a model or a skeleton; tied ones count once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def device_map(model: Any, devices: Sequence[int]) -> dict[str, int] | None:
-    """Which GPU each part of a model goes to in float32; None where a part finds no room.
+    """Assign each part of a model to a GPU in float32; None where a part does not fit.
 
     Args:
         model: The model or its skeleton, in float32.

@@ -1,4 +1,4 @@
-"""Rotary embeddings whose frequencies depend on the length, as a function of the positions.
+"""Makes rotary embeddings with length-dependent frequencies a function of the positions.
 
 Transformers keeps the frequencies of the last call in the module and replaces them when the length
 asks for others, which no tracer follows. While a model is exported, they are computed from the
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def frequencies_from_positions(model: nn.Module) -> Iterator[None]:
-    """Compute frequencies that depend on the length anew at each call while this lasts."""
+    """Recompute length-dependent frequencies at each call."""
     replaced = [module for module in model.modules() if _length_types(module)]
     try:
         for module in replaced:
@@ -33,7 +33,7 @@ def frequencies_from_positions(model: nn.Module) -> Iterator[None]:
 
 
 def _length_types(module: nn.Module) -> set[str]:
-    """Rope types of a rotary embedding that depend on the length."""
+    """List the rope types of a rotary embedding that depend on the length."""
     kinds = getattr(module, "rope_type", None)
     named = kinds.values() if isinstance(kinds, dict) else (kinds,)
     return {
@@ -74,7 +74,7 @@ def _forward(
 def _frequencies(
     module: nn.Module, kind: str, prefix: str, position_ids: Tensor, layer_type: str | None
 ) -> Tensor:
-    """The frequencies `[D / 2]` for the longest of the sequences."""
+    """Compute the frequencies `[D / 2]` for the longest of the sequences."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     length = torch.max(position_ids) + 1

@@ -1,4 +1,4 @@
-"""A model without weights, built from its configuration: what its files are held against."""
+"""Builds a model without weights from its configuration, to compare its files with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Find a model's files and what identifies them, without torch.
+"""Finds a model's files and what identifies them, without torch.
 
 A model is looked for in this order, and the first place that has it is taken:
 
@@ -110,12 +110,12 @@ class ModelSource:
 
     @property
     def weights_folder(self) -> Path:
-        """Folder that config and weights are read from."""
+        """The folder that config and weights are read from."""
         return self.unpacked or self.folder
 
     @property
     def gguf_option(self) -> dict[str, str]:
-        """Option by which transformers is told of a `.gguf` in the weights' folder."""
+        """Option that names a `.gguf` in the weights' folder to transformers."""
         return {"gguf_file": str(self.gguf_file)} if self.packed else {}
 
 
@@ -187,7 +187,7 @@ def _gguf_source(section: ModelSection, path: Path) -> ModelSource:
 
 
 def model_files(folder: Path, *, with_code: bool = False) -> list[Path]:
-    """The files that a model folder is loaded from, checked: config, tokenizer, safetensors.
+    """List and check the files that a model folder is loaded from.
 
     Args:
         folder: A Hugging Face model folder.
@@ -205,7 +205,7 @@ def model_files(folder: Path, *, with_code: bool = False) -> list[Path]:
 
 
 def check_kind(folder: Path) -> None:
-    """Look at a folder's configuration alone: is it a whole model, in a form that is read.
+    """Check by a folder's configuration that it is a whole model of a supported form.
 
     Raises:
         ModelError: if it is not.
@@ -218,13 +218,13 @@ def check_kind(folder: Path) -> None:
 
 
 def licence_files(folder: Path) -> tuple[Path, ...]:
-    """Files of a model's folder that say what may be done with it."""
+    """List the licence files of a model's folder."""
     licences = {path for name in _LICENCES for path in folder.glob(name) if path.is_file()}
     return tuple(sorted(licences))
 
 
 def digest_of(files: list[Path]) -> str:
-    """sha256 over names and contents, in order."""
+    """Hash names and contents, in order (sha256)."""
     digest = hashlib.sha256()
     with ThreadPoolExecutor(_HASHED_AT_A_TIME) as pool:
         for path, content in zip(files, pool.map(_content_sha256, files), strict=True):
@@ -261,11 +261,11 @@ def _hub_source(section: ModelSection) -> ModelSource:
 
 
 class _HubUnreachableError(Exception):
-    """Nobody answered; says nothing about the model."""
+    """The hub did not answer; says nothing about the model."""
 
 
 def _cached_snapshot(section: ModelSection) -> ModelSource | None:
-    """A complete snapshot in the local cache, or None."""
+    """Find a complete snapshot in the local cache; None where there is none."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -331,7 +331,7 @@ def _download(section: ModelSection) -> Path:
 
 
 def packaged_gguf(package: str) -> Path | None:
-    """The one `.gguf` file of an installed package, found without importing it.
+    """Find the one `.gguf` file of an installed package, without importing it.
 
     Raises:
         ModelError: if the package has several.

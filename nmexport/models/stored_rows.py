@@ -10,7 +10,7 @@ from onnx_ir import tensor_adapters
 from nmexport.graph.embedding import StoredRows
 from nmexport.models.embedding import embedding_names
 from nmexport.models.imported import imported_weights
-from nmexport.models.lazy_tensors import deferred
+from nmexport.models.lazy_tensors import defer
 from nmexport.sparsity import quantisation
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def rounded_rows(model: PreTrainedModel, read: Callable[[str], torch.Tensor]) -> StoredRows:
-    """Rows of 8 bits, a scale for each group of columns.
+    """Round the rows to 8 bits, a scale for each group of columns.
 
     Args:
         model: The model, its parameters perhaps fake.
@@ -38,13 +38,13 @@ def rounded_rows(model: PreTrainedModel, read: Callable[[str], torch.Tensor]) ->
         return quantisation.rounded_rows(read(name))[index]
 
     return StoredRows(
-        deferred(lambda: part(0), like=values, name=f"{name}.values"),
-        deferred(lambda: part(1), like=scale, name=f"{name}.scale"),
+        defer(lambda: part(0), like=values, name=f"{name}.values"),
+        defer(lambda: part(1), like=scale, name=f"{name}.scale"),
     )
 
 
 def imported_rows(model: PreTrainedModel, source: ModelSource) -> StoredRows | None:
-    """Rows as the checkpoint stores them; None where it stores floats, or zero points too."""
+    """Read rows as the checkpoint stores them; None for floats, or with zero points."""
     imported = imported_weights(source)
     name = embedding_names(model)[0]
     weight = None if imported is None else imported.parameter(name)

@@ -62,7 +62,7 @@ def open_for_export(source: ModelSource, *, dtype: torch.dtype) -> ExportModel:
 
 
 def fake_parameters(model: nn.Module) -> None:
-    """Exchange parameters on the meta device for fake ones on the CPU; shared ones stay shared."""
+    """Replace parameters on the meta device by fake ones on the CPU; shared ones stay shared."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 

@@ -1,4 +1,4 @@
-"""Exchanging parts of a model: linears by dotted name, and its attention."""
+"""Replaces parts of a model: linears by dotted name, and its attention."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def replace_linears(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Put `modules[name]` where the model has `name`, in place.
+    """Replace the model's `name` by `modules[name]`, in place.
 
     Returns:
         The modules that were there, by the same names: handing them back to this function
@@ -30,7 +30,7 @@ def replace_linears(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[
 
 @contextlib.contextmanager
 def swapped(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """The same while this lasts: the model is as before afterwards, whatever happens."""
+    """Do the same for a `with` block."""
     replaced = replace_linears(model, modules)
     try:
         yield
@@ -40,7 +40,7 @@ def swapped(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None
 
 @contextlib.contextmanager
 def swapped_attention(model: Any, name: str) -> Iterator[None]:
-    """A model on another of transformers' registered attentions while this lasts.
+    """Switch a model to another of transformers' registered attentions for a `with` block.
 
     Args:
         model: A Hugging Face model that supports attention backends.

@@ -62,7 +62,7 @@ def check_tokenizer_files(source: ModelSource) -> None:
 
 
 def _check_side_files(folder: Path) -> None:
-    """Refuse files beside the vocabulary that hold no object of JSON, and pointers of Git LFS.
+    """Refuse side files that hold no JSON object, and pointers of Git LFS.
 
     Raises:
         ModelError: naming the file.
@@ -96,7 +96,7 @@ def _check_utf8(path: Path) -> None:
 
 
 def explain_unreadable(source: ModelSource) -> ModelError | None:
-    """The error for a tokenizer that transformers could not read, where its files say why."""
+    """Build the error for a tokenizer that transformers could not read, if its files say why."""
     folder = source.folder
     only = (folder / _SENTENCEPIECE).is_file() and not (folder / "tokenizer.json").is_file()
     if source.gguf_file is not None or not only:
@@ -184,7 +184,7 @@ def _template_file(source: ModelSource) -> Path:
 
 
 def _check_configs(source: ModelSource) -> int | None:
-    """Check ids and sampling defaults; rows of the embedding, where a config says them."""
+    """Check ids and sampling defaults; return the embedding's rows, where a config says them."""
     if source.gguf_file is not None:
         return None
     folder = source.folder
@@ -225,7 +225,7 @@ def _check_as_transformers_does(path: Path) -> None:
 
 
 def known_tokens(source: ModelSource) -> int | None:
-    """How many tokens the model knows; None where its files do not say."""
+    """Return how many tokens the model knows; None where its files do not say."""
     return None if source.gguf_file else vocabulary_size(read_json(source.folder / _CONFIG))
 
 

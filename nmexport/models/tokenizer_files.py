@@ -1,4 +1,4 @@
-"""Tokenizer files that clients older than this environment's transformers read as well."""
+"""Writes tokenizer files that older clients read as well."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _OF_THIS_MACHINE = ("is_local", "local_files_only", "name_or_path")
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
-    """Write the tokenizer into an existing folder, without what tells of this machine."""
+    """Write the tokenizer into an existing folder, without paths of this machine."""
     tokenizer.save_pretrained(output)
     path = output / _CONFIG
     config = json.loads(path.read_text(encoding="utf-8"))

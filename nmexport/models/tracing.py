@@ -133,7 +133,7 @@ def cache_shapes(model: PreTrainedModel) -> list[CacheShape]:
 
 
 def _fake_mode_of(model: PreTrainedModel) -> contextlib.AbstractContextManager[object]:
-    """The mode that the model's parameters were made in, where they are fake."""
+    """Return the fake mode that the model's parameters were made in; None for real ones."""
     from torch._guards import detect_fake_mode
 
     return detect_fake_mode(list(model.parameters())) or contextlib.nullcontext()
@@ -176,7 +176,7 @@ def trace(model: PreTrainedModel, layers: Sequence[str]) -> ir.Model:
 
 
 def _refuse_unused(model: PreTrainedModel, layers: Sequence[str], traced: ir.Model) -> None:
-    """Refuse a model with linears that run and are left out of the graph.
+    """Refuse a model with linears that run but are missing from the graph.
 
     Raises:
         UntraceableError: naming one of them.
@@ -189,7 +189,7 @@ def _refuse_unused(model: PreTrainedModel, layers: Sequence[str], traced: ir.Mod
 
 
 def _export_at_any_length(model: PreTrainedModel, shapes: Sequence[CacheShape]) -> ir.Model:
-    """Trace without a longest cache; where the model's code has one, up to its context.
+    """Trace without a maximum cache length, or up to the context where the code has one.
 
     GPT-Neo and others cut their mask or positions out of a table, which ends with the context.
     """
@@ -257,7 +257,7 @@ def _example_inputs(shapes: Sequence[CacheShape], dtype: torch.dtype) -> tuple[A
 
 
 def _name_parameters(traced: ir.Model) -> None:
-    """Call the parameters what the Hugging Face model calls them."""
+    """Name the parameters as the Hugging Face model does."""
     for value in list(traced.graph.initializers.values()):
         if value.name is not None:
             value.name = value.name.removeprefix("model.")
@@ -301,7 +301,7 @@ def _name_axes(traced: ir.Model, shapes: Sequence[CacheShape]) -> None:
 def _symbols(
     inputs: Sequence[ir.Value], named: Mapping[str, Sequence[int | str]]
 ) -> dict[str, str]:
-    """The product's name of each of the tracer's symbols."""
+    """Map each of the tracer's symbols to our name."""
     symbols = {}
     for value in inputs:
         for size, name in zip(value.shape or (), named[value.name or ""], strict=True):
@@ -315,13 +315,13 @@ def _symbols(
 
 
 def _name_axis(size: int | ir.SymbolicDim, symbols: Mapping[str, str]) -> int | str | None:
-    """A static size as it is, a known symbol by its name, an expression of symbols as unknown."""
+    """Name an axis: static sizes and known symbols as they are, expressions as unknown."""
     return size if isinstance(size, int) else symbols.get(str(size))
 
 
 @contextlib.contextmanager
 def _exportable_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Swap the model's attention for the one that exports well, where it lets itself."""
+    """Switch the model to the attention that exports well, where it can be switched."""
     if not getattr(model, "_supports_attention_backend", False):
         yield
         return
@@ -331,7 +331,7 @@ def _exportable_attention(model: PreTrainedModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Hold back the tracer's remarks on its own internals; failures come as exceptions."""
+    """Silence the tracer's log; failures come as exceptions."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -345,7 +345,7 @@ def _silence() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _pause_garbage_collection() -> Iterator[None]:
-    """Hold back the garbage collector, which finds nothing in a graph that only grows.
+    """Pause the garbage collector, which finds nothing in a graph that only grows.
 
     It would look through all of it again and again: an eighth of the tracer's time.
     """
@@ -359,7 +359,7 @@ def _pause_garbage_collection() -> Iterator[None]:
 
 
 def _is_bound_in_length(error: Exception) -> bool:
-    """Tell whether the model's code ends at some length of the cache, or has another path there."""
+    """Tell whether the model's code has a maximum cache length, or another path beyond one."""
     from torch._dynamo.exc import UserError as TracerError
     from torch._dynamo.exc import UserErrorType
 

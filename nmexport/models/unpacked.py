@@ -50,7 +50,7 @@ def unpack(source: ModelSource, work: Path, progress: Progress) -> ModelSource:
 
 
 def reuse(source: ModelSource, work: Path) -> ModelSource:
-    """The model as a work directory holds it already; as it is where that holds none."""
+    """Return the model that the work directory already holds unpacked, or the given one."""
     folder = unpacked_folder(work, source.digest)
     if not source.packed or not is_unpacked(folder):
         return source
@@ -58,7 +58,7 @@ def reuse(source: ModelSource, work: Path) -> ModelSource:
 
 
 def _write(source: ModelSource, folder: Path, progress: Progress) -> None:
-    """Write the model, where the disk has room for it."""
+    """Write the model, if the disk has room for it."""
     progress.note(f"dequantising {source.gguf_file}, once for all stages")
     model, names = load_gguf(source, dtype=torch.float32)
     folder.parent.mkdir(parents=True, exist_ok=True)

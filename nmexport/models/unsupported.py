@@ -1,4 +1,4 @@
-"""Refuse at the start what no stage can read: adapters, unknown quantisation."""
+"""Refuses at the start what no stage can read: adapters, unknown quantisation."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def quantised(
 
 
 def _method(section: Mapping[str, Any]) -> str:
-    """A quantisation's name, from its section of the config."""
+    """Return a quantisation's name from its section of the config."""
     name = section.get("quant_method")
     if name is None:
         by_bits = any(section.get(f"load_in_{bits}bit") for bits in (4, 8))

@@ -1,4 +1,4 @@
-"""Which files hold a model's weights, and which tensors lie in them; no torch needed.
+"""Lists the files of a model's weights, and the tensors in them; no torch needed.
 
 A folder holds its weights in one way: one whole file, or shards with an index. Where it holds
 both, nothing says which is meant, and nothing is mixed.
@@ -56,7 +56,7 @@ def read_config(folder: Path) -> dict[str, object]:
 
 
 def check_sizes(folder: Path) -> None:
-    """Refuse sizes of nothing, which transformers takes or trips over, by family.
+    """Refuse sizes of zero, which transformers accepts or fails on, by family.
 
     Raises:
         ModelError: naming the key.
@@ -77,7 +77,7 @@ def check_sizes(folder: Path) -> None:
 
 
 def index_of(folder: Path) -> Path | None:
-    """The index that says which shards hold the weights; None where one whole file does.
+    """Find the index of the shards; None where one file holds all.
 
     Raises:
         ModelError: if the folder holds both.
@@ -103,7 +103,7 @@ def index_of(folder: Path) -> Path | None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make the model, in order of name; all of them exist.
+    """List the model's safetensors files, in order of name; all of them exist.
 
     Raises:
         ModelError: if some are missing, come as pickles only, or are two models.
@@ -120,7 +120,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a model's files by name; each lies in one file, and where the index says.
+    """List every tensor of a model's files by name; each lies in one file, as the index says.
 
     Raises:
         ModelError: if files are missing or damaged, or they and the index contradict each other.
@@ -142,7 +142,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _check_index(index: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Hold the index against what its shards hold."""
+    """Compare the index with its shards."""
     placed = _weight_map(index)
     fix = "download or copy the whole folder again: index and shards belong to different models"
     absent = [
@@ -152,25 +152,25 @@ def _check_index(index: Path, tensors: Mapping[str, StoredTensor]) -> None:
     ]
     if absent:
         raise ModelError(
-            f"{index} places {shortened(absent)} in shards that do not hold "
+            f"{index} places {shorten(absent)} in shards that do not hold "
             f"{'it' if len(absent) == 1 else 'them'}.",
             fix=fix,
         )
     unlisted = sorted(tensors.keys() - placed.keys())
     if unlisted:
         raise ModelError(
-            f"The shards of {index} hold {shortened(unlisted)}, which it does not list.", fix=fix
+            f"The shards of {index} hold {shorten(unlisted)}, which it does not list.", fix=fix
         )
 
 
-def shortened(names: Sequence[str]) -> str:
-    """The first of several names, and how many more there are."""
+def shorten(names: Sequence[str]) -> str:
+    """Return the first of several names, and how many more there are."""
     more = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """File by tensor name, as an index says.
+    """Read an index: file by tensor name.
 
     Raises:
         ModelError: if it is no index.
@@ -183,7 +183,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _beside(reader: Path, name: str) -> Path:
-    """A file that another one names; an index is data, and must not lead out of its folder.
+    """Resolve a file that an index names; it must not lead out of its folder.
 
     Raises:
         ModelError: if it is elsewhere, or no safetensors file or index.

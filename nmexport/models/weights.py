@@ -1,4 +1,4 @@
-"""The one table of where each weight of a model comes from: stored tensors, and what joins them.
+"""The table of where each weight of a model comes from: stored tensors, and what joins them.
 
 Transformers renames stored tensors, splits and merges them, ties some, and fills what is missing
 with random values. The table asks transformers for its renamings and conversions, runs them on
@@ -19,12 +19,12 @@ from safetensors import SafetensorError, safe_open
 
 from nmexport.errors import ModelError
 from nmexport.models.families import is_text_part, text_name
-from nmexport.models.integrity import StoredTensor, damaged
+from nmexport.models.integrity import StoredTensor, damage_error
 from nmexport.models.quantised.decoding import decode, kept_of
 from nmexport.models.quantised.gguf_file import GgufIntegers
 from nmexport.models.quantised.layouts import find_packing
 from nmexport.models.unsupported import FLOATS, quantised
-from nmexport.models.weight_files import read_config, shortened, stored_tensors
+from nmexport.models.weight_files import read_config, shorten, stored_tensors
 from nmexport.sparsity.quantisation import QuantisedWeight
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class WeightTable:
         return sorted(self._origins)
 
     def sources(self, name: str) -> list[str]:
-        """Names in the files of the tensors that make a parameter."""
+        """List the stored tensors that make a parameter."""
         return self._origins[name][0].names
 
     def read(self, name: str, *, device: str = "cpu") -> torch.Tensor:
@@ -121,7 +121,7 @@ class WeightTable:
 
     @property
     def is_dequantised(self) -> bool:
-        """Tell whether weights are read from integers, which transformers would read otherwise."""
+        """Tell whether weights are dequantised from integers by us, not by transformers."""
         return bool(self._packing.weights)
 
     @property
@@ -134,7 +134,7 @@ class WeightTable:
         return kept_of(self._packing, keeps_float8=self._keeps_float8)
 
     def quantised(self, name: str) -> QuantisedWeight | None:
-        """The integers and scales of a parameter, bit for bit; None where it is stored as floats.
+        """Read a parameter's integers and scales, bit for bit; None where it is stored as floats.
 
         Raises:
             ModelError: if a file is damaged, or its tensors contradict each other.
@@ -166,7 +166,7 @@ class WeightTable:
         return value
 
     def _parts(self, packed: PackedWeight) -> dict[str, torch.Tensor]:
-        """Stored tensors of a quantised weight by role."""
+        """Read the stored tensors of a quantised weight by role."""
         return {
             role: self._stored_tensor(packed.stored(role), tensor.file)
             for role, tensor in packed.parts.items()
@@ -178,10 +178,10 @@ class WeightTable:
                 tensor: torch.Tensor = stream.get_tensor(stored)
                 return tensor
         except (OSError, SafetensorError) as error:
-            raise damaged(path, str(error)) from error
+            raise damage_error(path, str(error)) from error
 
     def _rename(self) -> tuple[dict[str, _Origin], list[str]]:
-        """Origins by the first parameter they make, and stored tensors that make none."""
+        """Map origins by the first parameter they make; return unused stored tensors too."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
             WeightConverter,
@@ -220,7 +220,7 @@ class WeightTable:
         return origins, unexpected
 
     def _place(self, first: str, origin: _Origin) -> None:
-        """Record what an origin makes, once its shapes and types are seen to be right."""
+        """Record what an origin makes, after checking its shapes and types."""
         empty = {name: self._empty(name) for name in origin.names}
         made = (
             self._make(first, origin, empty)
@@ -230,7 +230,7 @@ class WeightTable:
         for name, value in made.items():
             if name not in self._expected:
                 raise ModelError(
-                    f"{shortened(origin.names)} of {self._folder} would make {name}, which "
+                    f"{shorten(origin.names)} of {self._folder} would make {name}, which "
                     f"{self._kind} does not have.",
                     fix=self._another_model,
                 )
@@ -253,7 +253,7 @@ class WeightTable:
             made = converter.convert(first, model=self._model, config=self._model.config)
         except Exception as error:  # an op on tensors that do not fit raises what it pleases
             raise ModelError(
-                f"{first} cannot be made of {shortened(origin.names)} of {self._folder}: {error}",
+                f"{first} cannot be made of {shorten(origin.names)} of {self._folder}: {error}",
                 fix=self._another_model,
             ) from error
         return {
@@ -269,7 +269,7 @@ class WeightTable:
                 raise quantised(self._folder, f"{stored} is stored as {kind}")
         if shape != wanted:
             raise ModelError(
-                f"{shortened(origin.names)} of {self._folder} makes {name} {list(shape)}, and the "
+                f"{shorten(origin.names)} of {self._folder} makes {name} {list(shape)}, and the "
                 f"configuration asks for {list(wanted)}{self._vocabulary_hint(name)}.",
                 fix="use the config.json that belongs to these weights",
             )
@@ -283,7 +283,7 @@ class WeightTable:
         return " (its vocab_size and hidden_size)" if is_vocabulary else ""
 
     def _tie(self) -> None:
-        """Give a parameter without a source that of the one it is tied to.
+        """Give a parameter without a source the source of its tie.
 
         Raises:
             ModelError: if both are stored and differ: nothing says whether they are tied.
@@ -304,7 +304,7 @@ class WeightTable:
                 self._origins[name] = self._origins[stored[0]]
 
     def _tied_sets(self) -> Iterable[list[str]]:
-        """Parameters that are one, the original of each set first."""
+        """List sets of tied parameters, the original of each first."""
         sets: dict[str, list[str]] = {}
         for target, original in getattr(self._model, "all_tied_weights_keys", {}).items():
             sets.setdefault(original, [original]).append(target)
@@ -334,7 +334,7 @@ class WeightTable:
         return not bool(self._tensor(stored).any())
 
     def _check_complete(self, unexpected: list[str]) -> None:
-        """Refuse a model that lacks a weight, and files that hold what belongs to nothing."""
+        """Refuse a model that lacks a weight, and files with unknown tensors."""
         parameters = {name for name, _ in self._model.named_parameters(remove_duplicate=False)}
         optional = self._model._keys_to_ignore_on_load_missing or ()  # noqa: SLF001
         missing = [
@@ -346,18 +346,16 @@ class WeightTable:
         ]
         if missing:
             also = (
-                f" They hold {shortened(unexpected)}, which belongs to nothing."
-                if unexpected
-                else ""
+                f" They hold {shorten(unexpected)}, which belongs to nothing." if unexpected else ""
             )
             raise ModelError(
-                f"The files of {self._folder} hold no {shortened(missing)} of {self._kind}: random "
+                f"The files of {self._folder} hold no {shorten(missing)} of {self._kind}: random "
                 f"values would take {'its' if len(missing) == 1 else 'their'} place.{also}",
                 fix=self._missing_fix(missing),
             )
         if unexpected:
             raise ModelError(
-                f"The files of {self._folder} hold {shortened(unexpected)}, which {self._kind} "
+                f"The files of {self._folder} hold {shorten(unexpected)}, which {self._kind} "
                 "does not have: the model that they make would not be the one that was trained.",
                 fix=self._another_model,
             )

@@ -206,7 +206,7 @@ def site_rows(allocation: Allocation) -> list[SiteRow]:
     }
     return [
         SiteRow(
-            names=_joined(site),
+            names=_join(site),
             choice=row.choice.label,
             why=row.why,
             kl=[_site_cost(by_label[site].get(label), row) for label in labels],
@@ -236,13 +236,13 @@ def linear_rows(allocation: Allocation) -> list[LinearRow]:
 def read_shares(allocation: Allocation) -> list[ReadShare]:
     """List the share of weight bytes that a decoded token reads, by site: for a plot."""
     return [
-        ReadShare(name=_plotted(site), share=_share_read(row))
+        ReadShare(name=_plot_name(site), share=_share_read(row))
         for site, row in _sites(allocation).items()
     ]
 
 
 def _share_read(row: LedgerRow) -> float:
-    """Share of the dense weight's bytes, in the finest form, that a choice reads."""
+    """Return the share of the dense weight's bytes, in the finest form, that a choice reads."""
     saved = {candidate.choice: candidate.bytes_saved for candidate in row.candidates}
     return 1 - saved[row.choice]
 
@@ -255,7 +255,7 @@ def _sites(allocation: Allocation) -> dict[tuple[str, ...], LedgerRow]:
     return sites
 
 
-def _plotted(site: tuple[str, ...]) -> str:
+def _plot_name(site: tuple[str, ...]) -> str:
     """Write `model.layers.0.mlp.gate+up`, from which a plot reads layer and kind."""
     parent = site[0].rpartition(".")[0]
     kinds = [name.rpartition(".")[2].removesuffix("_proj") for name in site]
@@ -272,7 +272,7 @@ def _site_cost(candidate: Candidate | None, row: LedgerRow) -> SiteCost:
     )
 
 
-def _joined(names: tuple[str, ...]) -> str:
+def _join(names: tuple[str, ...]) -> str:
     """Write `model.layers.0.self_attn.{q_proj, k_proj, v_proj}`, or the names as they are."""
     parents = {name.rpartition(".")[0] for name in names}
     if len(names) == 1 or len(parents) > 1:

@@ -74,7 +74,10 @@ def _advice(report: Report) -> tuple[Advice, str]:
         return "unknown", f"No answer: {missing} was not compared with the dense model."
     over_stored = _over_stored(report)
     if over_stored is not None and over_stored < LEAST_GAIN:
-        return "leave", f"Keep the dense model in {_stored(report)}: the sparse one is not faster."
+        return (
+            "leave",
+            f"Keep the dense model in {_say_stored(report)}: the sparse one is not faster.",
+        )
     return _weigh(ratio, gain)
 
 
@@ -83,7 +86,7 @@ def _over_stored(report: Report) -> float | None:
     return None if report.stored_dense is None else report.stored_dense.latency.speedup.decode
 
 
-def _stored(report: Report) -> str:
+def _say_stored(report: Report) -> str:
     return report.weights.sparse or "integers"
 
 
@@ -106,7 +109,9 @@ def _whom(report: Report, advice: Advice) -> tuple[str, ...]:
     lines = [f"For {users} at a time, with answers longer than their prompts: this was measured."]
     over_stored = _over_stored(report)
     if over_stored is not None:
-        lines.append(f"It is {_as_fast(over_stored)} as the dense model in {_stored(report)}, too.")
+        lines.append(
+            f"It is {_as_fast(over_stored)} as the dense model in {_say_stored(report)}, too."
+        )
     prefill = report.latency.speedup.prefill
     if prefill is not None and prefill < LEAST_GAIN:
         lines.append("Not for long prompts with short answers: prompts are read no faster.")
@@ -154,12 +159,13 @@ def _instead(report: Report, advice: Advice) -> tuple[str, ...]:
 
 def _stored_instead(report: Report, over_stored: float) -> str:
     """Say that quantisation gains what there is to gain."""
+    stored = _say_stored(report)
     ratio = None if report.stored_dense is None else report.stored_dense.scores.perplexity_ratio
     cost = "" if ratio is None else f", at {number(ratio)} times its perplexity"
     over_float = report.latency.speedup.decode
     gain = "" if over_float is None else f" It is {_as_fast(over_float / over_stored)} as dense"
     return (
-        f"Sparsity does not pay here: on top of {_stored(report)} it is {over_stored:.2f}x as fast."
+        f"Sparsity does not pay here: on top of {stored} it is {over_stored:.2f}x as fast."
         f"{gain}{cost}. {_that_alone(report)} builds that alone."
     )
 
@@ -168,7 +174,7 @@ def _that_alone(report: Report) -> str:
     """Name the options that build the dense model in the same integers."""
     if report.allocation is not None and report.allocation.forms:
         return "A budget with `--budget-pattern 16:16`"
-    return f"`--pattern 16:16 --weights {_stored(report)}`"
+    return f"`--pattern 16:16 --weights {_say_stored(report)}`"
 
 
 def _quality(report: Report) -> Fact:
@@ -200,7 +206,7 @@ def _speed(report: Report) -> Fact:
     words = f"Answers are written at {rate(sparse)}; dense makes {rate(dense)}"
     over_stored = _over_stored(report)
     if over_stored is not None:  # timed in a run of its own: its rates are of another moment
-        words += f". It is {over_stored:.2f}x as fast as dense in {_stored(report)}"
+        words += f". It is {over_stored:.2f}x as fast as dense in {_say_stored(report)}"
     return Fact(about=about, figure=_as_fast(gain), words=f"{words}.")
 
 

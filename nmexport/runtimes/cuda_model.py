@@ -108,13 +108,13 @@ class CudaModel:
         return NUMPY_TYPES[self.logits_type]
 
     def free_bytes(self) -> int:
-        """Bytes of the device's memory that nobody uses."""
+        """Free bytes of device memory."""
         if self._library is None or self.device == "cpu":
             return free_memory()
         return free_device_memory(self._library)
 
     def wait(self) -> None:
-        """Wait for everything that was started on the device; other threads go on meanwhile."""
+        """Wait for all work on the device; other threads keep running."""
         if self._library is not None and self.device == "cuda":
             wait_for_device(self._library)
 
@@ -141,7 +141,7 @@ class CudaModel:
             binding.bind_output(tensor.present, *place)
 
     def bind_bound(self, binding: Any, bound: int) -> None:
-        """Bind a number of tokens that is no less than the longest sequence's."""
+        """Bind an upper bound on the tokens of the longest sequence."""
         # On the host: the runtime reads it when it launches, or records.
         total = onnxruntime.OrtValue.ortvalue_from_numpy(np.array(bound, np.int32))
         binding.bind_ortvalue_input("total_sequence_length", total)
@@ -169,23 +169,23 @@ class CudaModel:
         binding.bind_output(output, "cpu", 0, kind, list(shape), values.ctypes.data)
         return values
 
-    def widened(self, logits: NDArray[Any]) -> NDArray[np.float32]:
-        """Logits of the host as float32."""
+    def to_float32(self, logits: NDArray[Any]) -> NDArray[np.float32]:
+        """Convert logits on the host to float32."""
         return float32_from(logits, is_bfloat16=is_bfloat16(self.logits_type))
 
     def read_logits(self, value: Any) -> NDArray[np.float32]:
         """Copy logits to the host, before the next step overwrites the device's."""
         logits: NDArray[Any] = value.numpy()
-        return self.widened(logits.copy() if self.device == "cpu" else logits)  # that is a view
+        return self.to_float32(logits.copy() if self.device == "cpu" else logits)  # that is a view
 
     def visible(self, *shape: int) -> NDArray[np.int64]:
-        """Zeros of the host at an address that the device knows too."""
+        """Make zeros in host memory that the device can address too."""
         if self._library is None or self.device == "cpu":
             return np.zeros(shape, np.int64)
         return device_visible(self._library, shape, np.dtype(np.int64))
 
     def place(self, array: NDArray[np.int64]) -> tuple[Any, ...]:
-        """Arguments that bind a `visible` array as if it lay on the device."""
+        """Return the arguments that bind a `visible` array as device memory."""
         return self.device, 0, _INT64, list(array.shape), array.ctypes.data
 
     def on_device(self, array: NDArray[Any]) -> Any:

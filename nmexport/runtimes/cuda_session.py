@@ -60,7 +60,7 @@ class _Room:
     lengths: NDArray[np.int32]
     """Tokens of each sequence, the new ones included, `[B]`."""
 
-    def extended(self) -> DeviceCache:
+    def extended_cache(self) -> DeviceCache:
         """Return the cache with the new tokens in it; the last that was written."""
         cache = DeviceCache(lease=self.lease, lengths=self.lengths)
         self.lease.tip = weakref.ref(cache)
@@ -124,7 +124,7 @@ class CudaSession(Session):
 
     @property
     def limits(self) -> Limits:
-        """As many tokens as the rotary tables cover."""
+        """The number of tokens that the rotary tables cover."""
         return Limits(tokens=self._model.positions)
 
     @property
@@ -133,8 +133,8 @@ class CudaSession(Session):
         return self._model.bytes_per_token
 
     def keep(self, cache: DeviceCache) -> DeviceCache:
-        """See `Session`; what is full is moved now, and not by each run that goes on from it."""
-        return self._caches.kept(cache)
+        """See `Session`; full buffers are copied now, not again in each run that continues them."""
+        return self._caches.keep(cache)
 
     def cache_values(self, cache: DeviceCache) -> Iterator[tuple[str, NDArray[np.float32]]]:
         """See `Session`."""
@@ -183,13 +183,13 @@ class CudaSession(Session):
             chosen = self._decode(room, input_ids).chosen.copy()  # the next step overwrites it
         else:
             chosen = self._prompt(room, input_ids, CHOSEN, last_only=True)
-        return chosen[:, -1], room.extended()
+        return chosen[:, -1], room.extended_cache()
 
     def queued_step_ms(
         self, cache: DeviceCache, input_ids: NDArray[np.int64], times: int
     ) -> float | None:
         """See `Session`; a recorded step needs nothing from the host but its launch."""
-        step = self._recorded(cache, input_ids)
+        step = self._record(cache, input_ids)
 
         def run() -> None:
             for _ in range(times - 1):
@@ -199,8 +199,8 @@ class CudaSession(Session):
 
         return milliseconds(run) / times
 
-    def _recorded(self, cache: DeviceCache, input_ids: NDArray[np.int64]) -> _Step:
-        """A step on a cache, its inputs in place, that the runtime replays from now on."""
+    def _record(self, cache: DeviceCache, input_ids: NDArray[np.int64]) -> _Step:
+        """Record a step on a cache, its inputs in place, for the runtime to replay."""
         for _ in range(_RECORDING_RUNS):
             buffers = self.next_tokens(cache, input_ids)[1].lease.buffers
         return self._steps[buffers]
@@ -225,13 +225,13 @@ class CudaSession(Session):
         if ids.shape[1] == 1:
             logits = self._model.read_logits(self._decode(room, ids).logits)
         else:
-            logits = self._model.widened(self._prompt(room, ids, LOGITS, last_only=last_only))
-        return logits, room.extended()
+            logits = self._model.to_float32(self._prompt(room, ids, LOGITS, last_only=last_only))
+        return logits, room.extended_cache()
 
     def _room(
         self, cache: DeviceCache | None, ids: NDArray[np.int64], counts: NDArray[Any]
     ) -> _Room:
-        """Buffers for the first `counts` of each row's tokens after those in the cache."""
+        """Provide buffers for the first `counts` tokens of each row, behind the cache."""
         before = 0 if cache is None else cache.lengths
         # A padded row's garbage needs room too.
         needed = int((before + np.full_like(counts, ids.shape[1])).max())
@@ -249,7 +249,7 @@ class CudaSession(Session):
         return step
 
     def _bind_step(self, buffers: Buffers) -> _Step:
-        """Bind a decode step to buffers for good; the runtime records it in its first runs."""
+        """Bind a decode step to buffers permanently; the runtime records it in its first runs."""
         model, batch = self._model, buffers.batch
         self._graphs += 1
         step = _Step(

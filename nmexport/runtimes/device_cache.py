@@ -96,7 +96,7 @@ class DeviceCaches:
     """All buffers of one session."""
 
     def __init__(self, tensors: Sequence[CacheTensor], *, positions: int, device: Device) -> None:
-        """Make none yet.
+        """Start without buffers.
 
         Args:
             tensors: What a cache is made of.
@@ -115,8 +115,8 @@ class DeviceCaches:
             elements = value.numpy()[:, :, :length]
             yield tensor.present, float32_from(elements, is_bfloat16=is_bfloat16(tensor.type))
 
-    def kept(self, cache: DeviceCache) -> DeviceCache:
-        """Move what is full now, and not in each run that goes on from it."""
+    def keep(self, cache: DeviceCache) -> DeviceCache:
+        """Copy full buffers now, not again in each run that continues them."""
         length = int(cache.lengths.max())
         if length < min(cache.lease.buffers.capacity, self._positions):
             return cache
@@ -128,7 +128,7 @@ class DeviceCaches:
         self._pool.free.clear()
 
     def lease_for(self, cache: DeviceCache | None, batch: int, length: int) -> Lease:
-        """Buffers with room for so many tokens, with what the cache holds in them.
+        """Provide buffers with room for `length` tokens, filled with the cache.
 
         Raises:
             ArtifactError: if the model's tables end before.
@@ -205,7 +205,7 @@ def zero_buffers(
 
 
 def cache_tensors(session: onnxruntime.InferenceSession) -> tuple[CacheTensor, ...]:
-    """Tell by its inputs `past_key_values.{i}.key` and `.value` what a session's caches hold."""
+    """Read what a session's caches hold from its inputs `past_key_values.{i}.key` and `.value`."""
     return tuple(
         CacheTensor(
             past=value.name,

@@ -1,9 +1,8 @@
-"""Find the native op library, and say why where it is missing."""
+"""Finds the native op library, or says why it is missing."""
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
 import math
 import sys
@@ -45,7 +44,7 @@ def library_name() -> str:
 
 
 def find_library(folder: Path = _FOLDER) -> Path | None:
-    """Path of the library, or None where it was not built."""
+    """Find the library; None where it was not built."""
     path = folder / library_name()
     return path if path.is_file() else None
 
@@ -86,19 +85,13 @@ def engine_library(engine: Engine) -> Path | None:
 
 
 def why_missing(folder: Path = _FOLDER) -> str | None:
-    """Why the library is not there, in words; None where it is there."""
+    """Say why the library is missing; None where it is there."""
     if find_library(folder) is not None:
         return None
     failure = folder / _FAILURE_FILE
     if failure.is_file():
         return failure.read_text(encoding="utf-8").strip()
     return "the package was not built with it (no build record found)"
-
-
-def library_digest(folder: Path = _FOLDER) -> str | None:
-    """SHA-256 of the library's bytes, or None where there is none."""
-    path = find_library(folder)
-    return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 class LibraryDescription(TypedDict):
@@ -211,7 +204,7 @@ def device_visible(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> 
 
 
 def wait_for_device(path: Path) -> None:
-    """Wait until the GPU has done everything that was started; other threads go on meanwhile.
+    """Wait for all work on the GPU; other threads keep running.
 
     Args:
         path: The library, with CUDA kernels.
@@ -225,7 +218,7 @@ def wait_for_device(path: Path) -> None:
 
 
 def free_device_memory(path: Path) -> int:
-    """Bytes of the GPU's memory that nobody uses; 0 where the driver does not say.
+    """Free bytes of GPU memory; 0 where the driver does not say.
 
     Args:
         path: The library, with CUDA kernels.
@@ -236,7 +229,7 @@ def free_device_memory(path: Path) -> int:
 
 
 def use_variant(path: Path, name: str) -> bool:
-    """Make this process use an instruction-set variant; False where the CPU lacks it.
+    """Use an instruction-set variant in this process; False where the CPU lacks it.
 
     Results do not change, only speed: for tests and measurements.
     """

@@ -201,7 +201,7 @@ def open_inference_session(
 
 def _widen(model: Path | bytes, options: onnxruntime.SessionOptions) -> bytes:
     try:
-        from nmexport.graph.cpu import widened
+        from nmexport.graph.cpu import widen_file
     except ImportError as error:
         raise EnvironmentFault(
             f"A bfloat16 model is rewritten for the CPU, which needs the package onnx: {error}",
@@ -209,7 +209,7 @@ def _widen(model: Path | bytes, options: onnxruntime.SessionOptions) -> bytes:
         ) from error
     if not isinstance(model, bytes):
         options.add_session_config_entry(EXTERNAL_DATA_FOLDER, str(model.parent))
-    return widened(model, has_native_ops=_has_native_ops(options))
+    return widen_file(model, has_native_ops=_has_native_ops(options))
 
 
 def _has_native_ops(options: onnxruntime.SessionOptions) -> bool:

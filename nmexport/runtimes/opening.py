@@ -94,7 +94,7 @@ def open_for_serving(
 
 
 def _lacks(engine: Path, side: Side) -> ArtifactError:
-    """The fault of an engine without a model that was asked for."""
+    """Build the error for a model that an engine lacks."""
     if side == "stored":
         return ArtifactError(
             f"{engine} has no dense model in integers.",

@@ -27,7 +27,7 @@ _GROWTH = 1.5
 
 
 class _Page:
-    """One page of a pool's arrays; free again when the last sequence that holds it is gone."""
+    """One page of a pool's arrays; freed when the last sequence that holds it is dropped."""
 
     __slots__ = ("_free", "filled", "index")
 
@@ -51,12 +51,12 @@ class PagedSequence:
 
     @property
     def indices(self) -> list[int]:
-        """Places of its pages in the pool's arrays."""
+        """Indices of its pages in the pool's arrays."""
         return [page.index for page in self.pages]
 
 
 class PagePool:
-    """Memory for pages, which grows as they are needed."""
+    """Memory for pages; grows on demand."""
 
     def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
         """Begin with a few pages; `shapes` are those of one page in each array of the cache."""
@@ -77,8 +77,8 @@ class PagePool:
         """Pages that some sequence holds."""
         return self._size - len(self._free)
 
-    def extended(self, before: PagedSequence | None, count: int) -> PagedSequence:
-        """A sequence with room for `count` more tokens, to be written before anyone reads it.
+    def extend(self, before: PagedSequence | None, count: int) -> PagedSequence:
+        """Return a sequence with room for `count` more tokens, not yet written.
 
         Args:
             before: What it goes on from; it stays as it is. One of another pool is copied.
@@ -97,12 +97,12 @@ class PagePool:
         return PagedSequence(pool=self, pages=tuple(pages), length=end)
 
     def adopt(self, sequence: PagedSequence) -> PagedSequence:
-        """The same tokens on pages of this pool, the last one free to be written behind them."""
+        """Copy a sequence to this pool's pages, so that its last page can be extended."""
         pages = tuple(self._own(sequence))
         return PagedSequence(pool=self, pages=pages, length=sequence.length)
 
     def _fits(self, sequence: PagedSequence, count: int) -> bool:
-        """Tell whether so many tokens fit behind the last one, where nobody has gone on yet."""
+        """Tell whether `count` tokens fit on the last page, which nobody else has extended."""
         used = sequence.length % PAGE
         is_open = sequence.pool is self and 0 < used == sequence.pages[-1].filled
         return is_open and used + count <= PAGE
@@ -146,6 +146,6 @@ class PagePool:
 
 
 def beginning(sequence: PagedSequence, length: int) -> PagedSequence:
-    """The first tokens of a sequence, on the same pages."""
+    """Return the first tokens of a sequence, on the same pages."""
     pages = sequence.pages[: -(-length // PAGE)]
     return PagedSequence(pool=sequence.pool, pages=pages, length=length)

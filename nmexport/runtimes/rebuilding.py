@@ -1,4 +1,4 @@
-"""The one command that makes a library of this installation, or makes it anew."""
+"""The commands that build, or rebuild, this installation's libraries."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _RELEASES = "https://github.com/microsoft/onnxruntime/releases/download"
 
 
 def compiler() -> str | None:
-    """Path of a C++ compiler, or None."""
+    """Find a C++ compiler; None where there is none."""
     return next((path for name in COMPILERS if (path := shutil.which(name))), None)
 
 
@@ -34,7 +34,7 @@ def source_tree() -> Path | None:
 
 
 def rebuild_command(*, why_missing: str | None = None) -> str:
-    """The command that gives this installation its native library.
+    """Return the command that builds this installation's native library.
 
     Args:
         why_missing: What the last build said; where it lacked ONNX Runtime's headers, the command
@@ -56,7 +56,7 @@ def rebuild_command(*, why_missing: str | None = None) -> str:
 
 
 def cuda_command() -> str:
-    """The command that gives the native library its CUDA kernels for the GPUs of this machine."""
+    """Return the command that builds the native library with kernels for this machine's GPUs."""
     root = source_tree()
     if root is None:
         return f"NMEXPORT_CUDA=native {_pip()} --no-binary nmexport nmexport"
@@ -65,7 +65,7 @@ def cuda_command() -> str:
 
 
 def plugin_command() -> str:
-    """The command that builds the TensorRT plugin."""
+    """Return the command that builds the TensorRT plugin."""
     root = source_tree()
     if root is None:
         return "make plugin (in a source tree; fetches nvcc and TensorRT's headers where missing)"

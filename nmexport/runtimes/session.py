@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Closing(ABC):
-    """Something that is closed at the end of a `with` block, whatever ended it."""
+    """Something that a `with` block closes."""
 
     @abstractmethod
     def close(self) -> None:
@@ -130,7 +130,7 @@ class Session(Closing):
     def extend_last(
         self, cache: Any | None, input_ids: NDArray[np.int64]
     ) -> tuple[NDArray[np.float32], Any]:
-        """Do the same, and return the last token's logits `[B, 1, V]` alone.
+        """Do the same, and return only the last token's logits `[B, 1, V]`.
 
         Generation needs no more. A runtime that can leave the others out does so: a long prompt's
         are its largest product.
@@ -141,7 +141,7 @@ class Session(Closing):
     def next_tokens(
         self, cache: Any | None, input_ids: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], Any]:
-        """Do the same, and return the likeliest next token of each sequence `[B]` alone.
+        """Do the same, and return only the likeliest next token of each sequence `[B]`.
 
         It is the first of equals, and of NaNs the first. A runtime on a device may choose there:
         logits are then never copied to the host.
@@ -159,17 +159,17 @@ class Session(Closing):
             A result for each: bit for bit what `extend_last` gives for it alone.
         """
         results = []
-        for one in work:
-            if one.needs_logits:
-                rows, extended = self.extend_last(one.cache, one.tokens[None])
+        for item in work:
+            if item.needs_logits:
+                rows, extended = self.extend_last(item.cache, item.tokens[None])
                 results.append(Stepped(rows[0, -1], extended, int(rows[0, -1].argmax())))
             else:
-                tokens, extended = self.next_tokens(one.cache, one.tokens[None])
+                tokens, extended = self.next_tokens(item.cache, item.tokens[None])
                 results.append(Stepped(None, extended, int(tokens[0])))
         return results
 
     def queued_step_ms(self, cache: Any, input_ids: NDArray[np.int64], times: int) -> float | None:
-        """Milliseconds of a decode step of which `times` are queued without waiting in between.
+        """Time a decode step in milliseconds, with `times` steps queued back to back.
 
         The host prepares the next one while the device computes: what is left is the device's time.
 

@@ -93,13 +93,13 @@ class StepRuns:
         model.bind_logits(self._binding, self._logits)
 
     def record(self) -> None:
-        """Run it without anybody in it until the runtime replays a recorded graph."""
+        """Run it with empty slots until the runtime replays a recorded graph."""
         options = self._model.options(_GRAPH)
         for _ in range(_RECORDING_RUNS):
             self._model.session.run_with_iobinding(self._binding, options)
 
     def start(self, rows: Mapping[int, tuple[int, int]]) -> None:
-        """Start a step, where the one that was started ahead does not hold it already.
+        """Start a step, unless the one started ahead covers it.
 
         Args:
             rows: By slot, a token and its position.
@@ -120,7 +120,7 @@ class StepRuns:
         self._ahead = rows
 
     def finish(self) -> None:
-        """Wait for whatever was started, and forget it."""
+        """Wait for the step that was started, and forget it."""
         self._ahead = {}
         self._model.wait()
 
@@ -190,7 +190,7 @@ class PromptRuns:
             binding.bind_ortvalue_input(name, model.on_device(np.ascontiguousarray(array)))
         values = model.bind_host_output(binding, LOGITS, (1, len(tokens)))
         model.session.run_with_iobinding(binding, model.options(NO_GRAPH))
-        return model.widened(values[0])
+        return model.to_float32(values[0])
 
     def close(self) -> None:
         """Let go of the runtime's session."""

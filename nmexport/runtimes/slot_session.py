@@ -142,7 +142,7 @@ class SlotSession(Session):
 
     def step(self, work: Sequence[Work]) -> list[Stepped]:
         """See `Session`; one run for those with one token, and one for each prompt."""
-        parts = [self._part(one) for one in work]
+        parts = [self._part(item) for item in work]
         self._steps.start(
             {
                 part.slot: (int(part.work.tokens[0]), part.held.length)
@@ -181,8 +181,8 @@ class SlotSession(Session):
     ) -> tuple[NDArray[np.float32], SlotCache]:
         """See `Session`; what `step` gives."""
         results = self.step([part.work for part in self._parts(cache, input_ids)])
-        logits = [one.logits for one in results if one.logits is not None]
-        return np.stack(logits)[:, None], _joined(results)
+        logits = [result.logits for result in results if result.logits is not None]
+        return np.stack(logits)[:, None], _join(results)
 
     def next_tokens(
         self, cache: SlotCache | None, input_ids: NDArray[np.int64]
@@ -190,7 +190,7 @@ class SlotSession(Session):
         """See `Session`; the device chooses."""
         parts = self._parts(cache, input_ids)
         results = self.step([part.work._replace(needs_logits=False) for part in parts])
-        return np.array([one.token for one in results], np.int64), _joined(results)
+        return np.array([result.token for result in results], np.int64), _join(results)
 
     def close(self) -> None:
         """Free the model and its slots."""
@@ -204,7 +204,7 @@ class SlotSession(Session):
         caches: Sequence[SlotCache | None] = [None] * len(input_ids)
         if cache is not None:
             caches = [SlotCache(sequences=(held,)) for held in cache.sequences]
-        return [self._part(Work(one, row)) for one, row in zip(caches, input_ids, strict=True)]
+        return [self._part(Work(cache, row)) for cache, row in zip(caches, input_ids, strict=True)]
 
     def _part(self, work: Work) -> _Part:
         """A sequence's part of a step; a new sequence takes a slot.
@@ -281,5 +281,5 @@ class SlotSession(Session):
             self._steps.start_ahead(rows)
 
 
-def _joined(results: Sequence[Stepped]) -> SlotCache:
-    return SlotCache(sequences=tuple(one.cache.sequences[0] for one in results))
+def _join(results: Sequence[Stepped]) -> SlotCache:
+    return SlotCache(sequences=tuple(result.cache.sequences[0] for result in results))

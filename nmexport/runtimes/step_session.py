@@ -133,7 +133,7 @@ class StepSession(Session):
 
     @property
     def limits(self) -> Limits:
-        """As many tokens as the rotary tables cover."""
+        """The number of tokens that the rotary tables cover."""
         return Limits(tokens=self._positions)
 
     @property
@@ -164,7 +164,7 @@ class StepSession(Session):
         length = max(sequence.length for sequence in cache.sequences)
         for index, name in enumerate(self._past):
             is_keys = name.endswith(".key")  # [page, H, D, PAGE]; values are [page, H, PAGE, D]
-            rows = [_values(one, index, length, is_keys=is_keys) for one in cache.sequences]
+            rows = [_values(row, index, length, is_keys=is_keys) for row in cache.sequences]
             yield name.replace("past_key_values.", "present.", 1), np.stack(rows)
 
     def extend(
@@ -198,8 +198,8 @@ class StepSession(Session):
 
     def step(self, work: Sequence[Work]) -> list[Stepped]:
         """See `Session`; all in one run."""
-        befores = [None if one.cache is None else one.cache.sequences[0] for one in work]
-        rows = [np.asarray(one.tokens, np.int64) for one in work]
+        befores = [None if item.cache is None else item.cache.sequences[0] for item in work]
+        rows = [np.asarray(item.tokens, np.int64) for item in work]
         logits, extended = self._run(befores, rows, last_only=True)
         return [
             Stepped(row, PagedCache(sequences=(sequence,)), int(row.argmax()))
@@ -229,7 +229,7 @@ class StepSession(Session):
         counts = [len(row) for row in rows]
         self._check_lengths(befores, counts)
         after = tuple(
-            self._pool.extended(before, count) if count else before or self._pool.extended(None, 0)
+            self._pool.extend(before, count) if count else before or self._pool.extend(None, 0)
             for before, count in zip(befores, counts, strict=True)
         )
         logits = self._bind(after, rows, last_only=last_only)

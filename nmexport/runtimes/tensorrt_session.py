@@ -319,7 +319,7 @@ class TensorRTSession(Session):
         """A decode step as a CUDA graph; None where it cannot be recorded, and runs as before."""
         self._device.wait()
         try:
-            return self._device.captured(lambda: self._contexts.execute("decode"))
+            return self._device.capture(lambda: self._contexts.execute("decode"))
         except (EnvironmentFault, ArtifactError) as fault:
             self._cannot_record = True
             logging.getLogger(__name__).warning(

@@ -197,7 +197,7 @@ def server_command(
 
 
 def server_environment(installation: Installation, python: Path) -> dict[str, str]:
-    """The server's environment variables: `python3` and libraries are found by them."""
+    """Set the server's environment variables, by which it finds `python3` and libraries."""
     variables = dict(os.environ)
     variables["PATH"] = f"{python / 'bin'}{os.pathsep}{variables.get('PATH', '')}"
     libraries = [sysconfig.get_config_var("LIBDIR") or ""]
@@ -308,7 +308,7 @@ class Server:
             time.sleep(_POLL_SECONDS)
 
     def check(self, when: str = "by itself") -> None:
-        """Raise where the server has ended.
+        """Raise if the server has ended.
 
         Raises:
             EnvironmentFault: with what it said last.
@@ -352,7 +352,7 @@ class Server:
 
 
 def is_ready(url: str) -> bool:
-    """Tell whether a server is there with all its models ready."""
+    """Tell whether a server answers, with all its models ready."""
     return _answers(f"{url}/v2/health/ready")
 
 

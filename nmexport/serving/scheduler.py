@@ -110,7 +110,7 @@ class Scheduler:
 
     @property
     def running(self) -> int:
-        """Requests in a slot."""
+        """Number of requests in a slot."""
         return len(self._running)
 
     @property
@@ -160,7 +160,7 @@ class Scheduler:
             self._changed.notify_all()
 
     def _has_room(self) -> bool:
-        """Whoever waits counts too: a free slot is theirs at the next step."""
+        """Tell whether a request fits; those that wait count, as free slots are theirs."""
         return len(self._running) + len(self._waiting) < self.limits.slots + self.limits.queue
 
     def _wait_for_room(self, sink: Sink) -> bool:
@@ -212,13 +212,13 @@ class Scheduler:
         )
 
     def close(self) -> None:
-        """Take no more requests; `serve` returns once those in flight have ended."""
+        """Refuse new requests; `serve` returns once those in flight have ended."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
 
     def abort(self) -> None:
-        """Take no more, and end everything in flight with an error after this step."""
+        """Refuse new requests, and end those in flight with an error after this step."""
         with self._changed:
             self._closing = self._aborting = True
             self._changed.notify_all()
@@ -241,14 +241,14 @@ class Scheduler:
                 self._fail_all(f"the server failed on a step; {_SEE_LOG}")
 
     def _wait_for_work(self) -> bool:
-        """Sleep until there is some; False where there will be no more."""
+        """Sleep until there is work; False once there will be no more."""
         with self._changed:
             while not (self._running or self._waiting or self._closing):
                 self._changed.wait()
             return bool(self._running or self._waiting)
 
     def step(self) -> None:
-        """Drop who went away, let in who fits, and take everyone further."""
+        """Drop cancelled requests, admit those that fit, and advance all that run."""
         self._drop_cancelled()
         self._admit()
         work = self._share_out()
@@ -269,7 +269,7 @@ class Scheduler:
         return parts + self._sharing.parts(beginning, room, holds_up=bool(decoding))
 
     def _begin(self, request: Request) -> None:
-        """Make room for a request that was let in, and begin it with what is computed of it."""
+        """Start an admitted request, from what is cached of its prompt."""
         request.prefilled, request.cache = self._prefixes.find(request.prompt[0])
         if request.prefilled:
             self._metrics.add(names.REUSED_TOKENS, request.prefilled)
@@ -296,7 +296,7 @@ class Scheduler:
                 self._fail(request, f"the model failed on this request; {_SEE_LOG}")
 
     def _take(self, request: Request, tokens: NDArray[np.int64], result: Stepped) -> None:
-        """Take a request's result of a step."""
+        """Handle a request's result of a step."""
         if request.is_decoding:
             request.answer.append(request.last_token)
             self._accept(request, result)
@@ -330,7 +330,7 @@ class Scheduler:
                 self._abandon(request)
 
     def _admit(self) -> None:
-        """Give slots to those who waited longest; none overtakes one that is too large for now."""
+        """Admit requests in order of arrival; none overtakes one that does not fit yet."""
         now = time.monotonic()
         with self._changed:
             while self._waiting and len(self._running) < self.limits.slots:

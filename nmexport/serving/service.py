@@ -161,7 +161,7 @@ class TextService(Closing):
         )
 
     def token_text(self, token: int) -> str:
-        """Text of one token as it stands inside a text."""
+        """Return the text of one token inside a longer text."""
         return self._tokenizer.token_text(token)
 
     def _tokens(self, request: TextRequest) -> list[int]:
@@ -187,7 +187,7 @@ class TextService(Closing):
         return self._tokenizer.encode(prompt, add_special_tokens=False)
 
     def _check_size(self, what: str, text: str, most_bytes: int) -> None:
-        """Refuse what cannot fit before it is worked on: tokenising megabytes takes seconds.
+        """Refuse texts that cannot fit before tokenising them: megabytes take seconds.
 
         Raises:
             RequestError: if it has more bytes than the longest tokens could carry, or no UTF-8 has
@@ -207,13 +207,13 @@ class TextService(Closing):
             )
 
     def drain(self) -> None:
-        """Take no more; in `drain_seconds` from the first call, end what is still in flight."""
+        """Refuse new requests; end those still in flight `drain_seconds` after the first call."""
         self.scheduler.close()
         if self._is_draining.acquire(blocking=False):
             self._abort.start()
 
     def close(self) -> None:
-        """Drain, and wait for the end of it."""
+        """Drain, and wait until that is done."""
         self.drain()
         self._thread.join()
         self._abort.cancel()
@@ -222,7 +222,7 @@ class TextService(Closing):
 
 
 def slots_wanted(numbers: Mapping[str, int], context_tokens: int) -> SlotRoom:
-    """Slots that a server's settings ask for, of a model with such a context."""
+    """Number of slots that a server's settings ask for, for a model of this context."""
     return SlotRoom(
         slots=numbers.get("slots", SLOTS),
         tokens=min(numbers.get("context_tokens", context_tokens), context_tokens),
@@ -233,7 +233,7 @@ def slots_wanted(numbers: Mapping[str, int], context_tokens: int) -> SlotRoom:
 
 
 def limits_for(session: Session, numbers: Mapping[str, int], context_tokens: int) -> Limits:
-    """Limits of a server: its settings, and for the others what suits the session.
+    """Limits of a server: its settings, or what suits the session where there are none.
 
     Raises:
         RequestError: if a setting makes no sense.
@@ -264,7 +264,7 @@ SETTINGS = (
 
 
 def numbers_from(settings: Mapping[str, str]) -> dict[str, int]:
-    """Settings that were set.
+    """Read the settings that were set.
 
     Raises:
         RequestError: if one is unknown or no whole number.

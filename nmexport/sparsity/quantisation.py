@@ -135,7 +135,7 @@ def rounded(operand: torch.Tensor, block: int) -> torch.Tensor:
     Values stay floats: `q * a / 127`, with a the block's largest magnitude. A block that holds
     something not finite holds NaN afterwards, or where it is multiplied.
     """
-    blocks = operand.reshape(*operand.shape[:-1], -1, block)
+    blocks = operand.reshape(*operand.shape[:-1], operand.shape[-1] // block, block)
     largest = blocks.abs().amax(dim=-1, keepdim=True)
     # The quotient first: times 127, a float32 may overflow.
     shares = blocks / torch.where(largest > 0, largest, 1.0)

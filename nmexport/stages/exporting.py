@@ -17,7 +17,7 @@ from nmexport.graph.embedding import store_embedding
 from nmexport.graph.passes import optimise
 from nmexport.models.embedding import embedding_names
 from nmexport.models.genai_config import genai_config
-from nmexport.models.lazy_tensors import deferred, deferred_group
+from nmexport.models.lazy_tensors import defer, defer_group
 from nmexport.models.loader import load_tokenizer
 from nmexport.models.stored_rows import imported_rows, rounded_rows
 from nmexport.models.streaming import open_for_export
@@ -181,7 +181,7 @@ def write_models(
 
     def write(path: Path, specs: Mapping[str, LayerSpec], tensors: Tensors) -> None:
         def constants(name: str) -> Mapping[str, ir.TensorProtocol]:
-            return deferred_group(tensors(name), prefix=name, weight_type=specs[name].weight_type)
+            return defer_group(tensors(name), prefix=name, weight_type=specs[name].weight_type)
 
         made = assembly.assemble_sparse(traced.graph, specs, constants)
         rows = None if stored is None else stored.rows()
@@ -216,7 +216,7 @@ def _attach_parameters(
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, value in traced.graph.initializers.items():
         if name in parameters:
-            value.const_value = deferred(
+            value.const_value = defer(
                 functools.partial(read, name), like=parameters[name], name=name
             )
 
@@ -230,10 +230,10 @@ def _original_weights(
     names = embedding_names(model)
     return DenseWeights(
         tied=names[0] if model.get_parameter(names[0]) is weight else None,
-        weight=deferred(lambda: read(f"{name}.weight").t(), like=weight.t(), name=f"{name}.W"),
+        weight=defer(lambda: read(f"{name}.weight").t(), like=weight.t(), name=f"{name}.W"),
         bias=None
         if bias is None
-        else deferred(lambda: read(f"{name}.bias"), like=bias, name=f"{name}.bias"),
+        else defer(lambda: read(f"{name}.bias"), like=bias, name=f"{name}.bias"),
     )
 
 

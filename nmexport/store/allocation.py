@@ -1,4 +1,4 @@
-"""A choice for every linear and the figures it stands on: `allocation.json`."""
+"""`allocation.json`: a choice for every linear, and the figures behind it."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ class Protocol:
 
 @dataclass(frozen=True, kw_only=True)
 class Allocation:
-    """The choice for every targeted linear, and all that it stands on."""
+    """The choice for every targeted linear, and its evidence."""
 
     choices: dict[str, Choice]
     """By linear, in model order."""

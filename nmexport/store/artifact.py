@@ -1,4 +1,4 @@
-"""A stage's finished folder: what it was made from, what it holds, and whether it still does.
+"""A stage's finished folder: what it was made from, what it holds, and if it is intact.
 
 Pure functions over folders; where folders lie and how they come to be is `work_directory`.
 """
@@ -33,7 +33,7 @@ _HASHED_AT_A_TIME = 8
 
 
 def canonical_json(value: object) -> str:
-    """The one JSON text of a value: sorted keys, no spaces, no NaN.
+    """Serialise a value to its one JSON text: sorted keys, no spaces, no NaN.
 
     Raises:
         InternalError: if the value holds anything that is not JSON.
@@ -45,24 +45,24 @@ def canonical_json(value: object) -> str:
 
 
 def digest_of(value: object) -> str:
-    """sha256 over a value's canonical JSON, in hex."""
+    """Hash a value's canonical JSON (sha256, hex)."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
-    """sha256 over a file's contents, in hex."""
+    """Hash a file's contents (sha256, hex)."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def file_digests(paths: Sequence[Path], digest: Callable[[Path], str] = file_digest) -> list[str]:
-    """sha256 of several files' contents, side by side: a core hashes 0.5 to 1.5 GB/s."""
+    """Hash several files in parallel (sha256): a core hashes 0.5 to 1.5 GB/s."""
     with ThreadPoolExecutor(_HASHED_AT_A_TIME) as pool:
         return list(pool.map(digest, paths))
 
 
 def _written_digest(path: Path) -> str:
-    """The digest of a file that this process may have hashed since it wrote it."""
+    """Return the digest of a file, from memory if this process hashed it after writing."""
     status = path.stat()
     return _digest_of_state(path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
@@ -143,7 +143,7 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Manifest of an artifact folder.
+    """Read the manifest of an artifact folder.
 
     Raises:
         ArtifactError: if there is none, or it is not a manifest of this schema.
@@ -163,7 +163,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def record_files(folder: Path) -> tuple[FileRecord, ...]:
-    """Size and digest of every file under a folder, in order of name.
+    """Record size and digest of every file under a folder, in order of name.
 
     Raises:
         InternalError: if there is a link: an artifact holds its own bytes.
@@ -197,11 +197,11 @@ def damage(folder: Path, manifest: Manifest, *, full: bool) -> str | None:
                 return f"{record.path} has {status.st_size} bytes, not {record.bytes}"
             if full or status.st_mtime_ns > finished:
                 suspects.append(record)
-        found = file_digests([folder / record.path for record in suspects])
+        digests = file_digests([folder / record.path for record in suspects])
     except OSError as error:
         name = Path(str(error.filename)).relative_to(folder).as_posix()
         return f"{name} cannot be read ({error.strerror})"
-    for record, digest in zip(suspects, found, strict=True):
+    for record, digest in zip(suspects, digests, strict=True):
         if digest != record.sha256:
             return f"{record.path} does not have the contents that were written"
     return None
@@ -218,7 +218,7 @@ def flush_to_disk(folder: Path) -> None:
 
 
 def plain(value: object) -> Any:
-    """JSON values of what a stage measured: array scalars become numbers, NaN becomes None.
+    """Convert measurements to JSON values: array scalars become numbers, NaN becomes None.
 
     Raises:
         InternalError: if something in it has no JSON form.
@@ -252,7 +252,7 @@ def changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "
 
 
 def _short(value: object) -> str:
-    """A value on one line; digests and long lists are cut."""
+    """Write a value on one line; cut digests and long lists."""
     limit = 40
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= limit else f"{text[: limit - 1]}…"

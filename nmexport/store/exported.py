@@ -15,6 +15,6 @@ GENAI_CONFIG = "genai_config.json"
 
 
 def stored_model(export: Path) -> Path | None:
-    """The dense model in the sparse one's integers, where there is one."""
+    """Find the dense model in the sparse one's integers; None where there is none."""
     path = export / DENSE / STORED / MODEL
     return path if path.is_file() else None

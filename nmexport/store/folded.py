@@ -100,7 +100,7 @@ class FoldedModel:
         return document
 
     def tensors(self, name: str) -> Mapping[str, torch.Tensor]:
-        """Tensors of one linear by their name in the op contract: `W`, and those it uses.
+        """Read the tensors of one linear by their name in the op contract: `W`, and those it uses.
 
         Each is read when it is asked for, and not kept.
 
@@ -111,7 +111,7 @@ class FoldedModel:
         return StoredGroup(self._reader, name, stored)
 
     def input_order(self, name: str) -> torch.Tensor | None:
-        """Order `[K]` int32 that the input of a linear lies in: position k holds channel `[k]`.
+        """Return the order `[K]` int32 of a linear's input: position k holds channel `[k]`.
 
         None where it lies in the dense model's own; see `LayerSpec.outputs_for`.
 
@@ -122,7 +122,7 @@ class FoldedModel:
         return self._reader.read(stored) if stored in self._reader else None
 
     def dense_tensors(self, name: str) -> Mapping[str, torch.Tensor]:
-        """Tensors of one linear as a dense one, stored alike: what a sparse one is compared with.
+        """Read the tensors of one linear as a dense one, stored alike, to compare with.
 
         Raises:
             ArtifactError: if the file is damaged, or does not hold this linear.
@@ -144,7 +144,7 @@ class FoldedModel:
 
     @cached_property
     def _reader(self) -> TensorReader:
-        """Reads the index once: it is long, and serves all linears."""
+        """Read the index once: it is long, and serves all linears."""
         return TensorReader(self.path)
 
 

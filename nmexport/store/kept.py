@@ -1,4 +1,4 @@
-"""The given weights that a build keeps as they are: counts by kind, for people."""
+"""Counts, by kind, the checkpoint's weights that a build keeps as they are."""
 
 from __future__ import annotations
 

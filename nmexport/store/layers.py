@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-SCHEMA = 3
+SCHEMA = 4
 FILENAME = "layers.json"
 
 ModelPhases = Literal["all", "prefill", "decode", "mixed"]
@@ -65,7 +65,7 @@ class LayerSpec:
 
 
 def as_dense(layer: LayerSpec) -> LayerSpec:
-    """The same linear, stored alike, with all of its input kept and nothing corrected."""
+    """Describe the same linear as a dense one: all input kept, nothing corrected."""
     whole = NMPattern(layer.pattern.m, layer.pattern.m)
     return replace(
         layer, pattern=whole, phase="all", dynamic_shift=False, variance_correction=False
@@ -86,7 +86,7 @@ class Layers:
 
 
 def model_phases(layers: Iterable[LayerSpec]) -> ModelPhases:
-    """When a model is sparse, by when its linears are."""
+    """Derive a model's phases from its linears'."""
     phases = {layer.phase for layer in layers}
     return phases.pop() if len(phases) == 1 else "mixed"
 

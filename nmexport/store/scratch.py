@@ -1,4 +1,4 @@
-"""Large arrays that live in a file: on a disk with room, and gone when the process is."""
+"""Large arrays in a temporary file, which is gone when the process ends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def scratch_array(shape: tuple[int, ...], folder: Path | None) -> NDArray[np.float32]:
-    """A float32 array of any contents, in a file that nobody else sees.
+    """Allocate an uninitialised float32 array in a file that nobody else sees.
 
     The file has no name, or loses it at once: it goes with the array, however the process ends.
 

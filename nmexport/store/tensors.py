@@ -81,12 +81,12 @@ class ShardedWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close, unless something went wrong: then the folder is left without an index."""
+        """Close; after an error the folder is left without an index."""
         if kind is None:
             self.close()
 
     def add(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Tensors that stay in one shard."""
+        """Add tensors that stay in one shard."""
         size = sum(tensor.nbytes for tensor in tensors.values())
         if self._pending and self._pending_bytes + size > self._shard_bytes:
             self._flush()
@@ -151,7 +151,7 @@ class TensorReader:
         return name in self._places
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor.
+        """Read one tensor.
 
         Raises:
             ArtifactError: if there is none of that name, or its file is damaged.

@@ -61,7 +61,7 @@ class WorkDirectory:
         return self.root / stage / key[:KEY_CHARS]
 
     def find(self, stage: str, key: str) -> Manifest | None:
-        """Manifest of a finished artifact of exactly this key, or None."""
+        """Read the manifest of a finished artifact of this very key; None without one."""
         try:
             manifest = read_manifest(self.folder(stage, key))
         except ArtifactError:
@@ -69,12 +69,12 @@ class WorkDirectory:
         return manifest if (manifest.stage, manifest.key) == (stage, key) else None
 
     def current(self, stage: str) -> Path | None:
-        """Folder of the stage's artifact in use, or None where the stage was never built."""
+        """Return the folder of the stage's artifact in use; None where it was never built."""
         link = self.root / stage / CURRENT
         return link.resolve() if (link / MANIFEST).is_file() else None
 
     def current_manifest(self, stage: str) -> Manifest | None:
-        """Manifest of the artifact in use; None where there is none that can be read."""
+        """Read the manifest of the artifact in use; None where none can be read."""
         folder = self.current(stage)
         if folder is None:
             return None
@@ -84,7 +84,7 @@ class WorkDirectory:
             return None
 
     def require(self, stage: str) -> Path:
-        """Folder of the stage's artifact in use.
+        """Return the folder of the stage's artifact in use.
 
         Raises:
             ArtifactError: if the stage was never built here.
@@ -98,7 +98,7 @@ class WorkDirectory:
         return folder
 
     def recipe(self) -> Recipe:
-        """The recipe of the last run here that succeeded.
+        """Read the recipe of the last run here that succeeded.
 
         Raises:
             WorkDirectoryError: if this is not a work directory, or no run here has succeeded.
@@ -151,7 +151,7 @@ class WorkDirectory:
                 self.replace(self.root / _UNFINISHED_BUILD, text.encode())
 
     def refuse_other_model(self, recipe: Recipe) -> None:
-        """Raise where the directory was built from another model than the recipe's.
+        """Refuse a directory that was built from another model than the recipe's.
 
         Raises:
             WorkDirectoryError: naming both models.
@@ -170,7 +170,7 @@ class WorkDirectory:
 
     @contextlib.contextmanager
     def partial(self, stage: str, key: str) -> Iterator[Path]:
-        """A folder to fill, gone on leaving unless `commit` took it.
+        """Make a folder to fill, removed afterwards unless `commit` took it.
 
         Raises:
             WorkDirectoryError: if the disk is full or cannot be written.
@@ -190,12 +190,12 @@ class WorkDirectory:
         return finished.with_name(f"{finished.name}.partial-{os.getpid()}")
 
     def resume_path(self, stage: str, key: str) -> Path:
-        """Return the folder where long work of this key saves its state for a later run."""
+        """Return the folder where this key's checkpoints are saved for a later run."""
         finished = self.folder(stage, key)
         return finished.with_name(f"{finished.name}.resume")
 
     def forget_resume(self, stage: str, key: str) -> None:
-        """Remove what no later run needs, once the artifact is complete."""
+        """Remove the checkpoints of a complete artifact."""
         shutil.rmtree(self.resume_path(stage, key), ignore_errors=True)
 
     def commit(self, partial: Path, manifest: Manifest) -> Path:
@@ -217,7 +217,7 @@ class WorkDirectory:
         return finished
 
     def note_shares(self, keys: Mapping[str, str]) -> None:
-        """Write into each finished stage's manifest what part of the whole time it took.
+        """Write each finished stage's share of the whole time into its manifest.
 
         A manifest keeps its time: whether a file was written after it still shows.
         """
@@ -287,7 +287,7 @@ class WorkDirectory:
         shutil.rmtree(aside, ignore_errors=True)
 
     def withdraw_reports(self) -> None:
-        """Remove the copies at the top: what they speak of is no longer what is here."""
+        """Remove the copies at the top, which no longer describe what is here."""
         with self.disk_faults():
             for name in REPORTS:
                 (self.root / name).unlink(missing_ok=True)
@@ -300,7 +300,7 @@ class WorkDirectory:
 
     @contextlib.contextmanager
     def disk_faults(self) -> Iterator[None]:
-        """Say in one message what the disk refused; other errors pass.
+        """Turn disk errors into one message; let others pass.
 
         Raises:
             WorkDirectoryError: if the disk is full or cannot be written.
@@ -318,7 +318,7 @@ class WorkDirectory:
     # -- inside ----------------------------------------------------------------------------------
 
     def _refuse_foreign(self) -> None:
-        """A folder with other things in it is probably a mistyped --work."""
+        """Refuse a folder with other files: it is probably a mistyped --work."""
         names = {
             path.name
             for path in self.root.iterdir()
@@ -333,7 +333,7 @@ class WorkDirectory:
             )
 
     def _unfinished_command(self) -> str | None:
-        """The command line of a build that has not succeeded yet; None where there is none."""
+        """Read the command line of a build that has not succeeded yet; None where there is none."""
         try:
             document = json.loads((self.root / _UNFINISHED_BUILD).read_text(encoding="utf-8"))
             return str(document["command"])
@@ -357,7 +357,7 @@ class WorkDirectory:
         self.replace(self.root / _HOLDER, text.encode())
 
     def _sweep(self) -> None:
-        """Remove what killed runs left; under the lock nobody else's can be alive."""
+        """Remove what killed runs left; under the lock no other run can be alive."""
         for path in [*self.root.glob("*"), *self.root.glob(".*"), *self.root.glob("*/*")]:
             if _UNFINISHED.search(path.name):
                 if path.is_dir() and not path.is_symlink():
@@ -367,14 +367,14 @@ class WorkDirectory:
 
 
 def _identity(model_id: str) -> str:
-    """A model's name; for a local one its absolute path."""
+    """Return a model's name; for a local one its absolute path."""
     path = Path(model_id).expanduser()
     return str(path.resolve()) if path.exists() else model_id
 
 
 @contextlib.contextmanager
 def _partial_file(path: Path, contents: bytes) -> Iterator[Path]:
-    """Write a temporary file and flush it; what is not moved from there is removed."""
+    """Write a temporary file and flush it; remove it if it was not moved."""
     partial = path.with_name(f"{path.name}.new-{os.getpid()}")
     try:
         with partial.open("wb") as stream:

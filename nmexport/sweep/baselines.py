@@ -49,12 +49,12 @@ def replacement(linear: nn.Linear, baseline: Baseline) -> nn.Module:
 
 
 def kept_count(size: int, zeros: float) -> int:
-    """Elements that stay of `size`; at least one."""
+    """Return how many elements of `size` are kept; at least one."""
     return max(1, size - math.floor(size * zeros + 0.5))
 
 
 def largest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Mask of the `count` largest of the last axis; of equal scores the earlier ones."""
+    """Mark the `count` largest of the last axis; of equal scores the earlier ones."""
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :count]
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, value=True)
 
@@ -62,7 +62,7 @@ def largest(scores: torch.Tensor, count: int) -> torch.Tensor:
 def pruned_weight(
     weight: torch.Tensor, pattern: NMPattern | None, zeros: float | None
 ) -> torch.Tensor:
-    """Magnitude pruning of a weight `[O, K]`: groups along K, or the smallest of the whole."""
+    """Prune a weight `[O, K]` by magnitude: in groups along K, or the smallest of all."""
     scores = scores_of(weight)
     if pattern is not None:
         keep = keep_mask(scores, pattern)

@@ -1,4 +1,4 @@
-"""Run the jobs of a sweep: here one after the other, or on a Ray cluster."""
+"""Runs the jobs of a sweep: here one after the other, or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def reservation(
 
 
 def _outcome(ray: Any, task: Any) -> Rows:
-    """A task's rows, or what it raised: Ray wraps that in an error of its own."""
+    """Return a task's rows, or raise what it raised, which Ray wraps."""
     try:
         rows: Rows = ray.get(task)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Measures the cells of one model: what they share is computed once, what is done stays done.
+"""Measures the cells of one model; computes what they share once, and keeps what is done.
 
 <root>/<model>/work/                    a work directory: calibration is shared by its keys
 <root>/<model>/windows-<key12>.safetensors    evaluation text as token ids
@@ -68,7 +68,7 @@ _VERSIONS = ("torch", "transformers")
 
 
 def run(job: Job, progress: Progress) -> list[Row]:
-    """Measure what is not measured yet; one row for each cell, in their order.
+    """Measure the cells that have no results yet; return one row for each cell, in order.
 
     A combination that cannot be built is a row with the reason, and the others go on.
 
@@ -81,14 +81,14 @@ def run(job: Job, progress: Progress) -> list[Row]:
         try:
             for number, cell in enumerate(job.cells, start=1):
                 progress.note(f"{job.model}, {number} of {len(job.cells)}: {_describe(cell)}")
-                rows.append(bench.measured(cell))
+                rows.append(bench.measure(cell))
         finally:
             bench.close()
         return rows
 
 
 def check(job: Job) -> None:
-    """Refuse what cannot be measured on this model, before anything is.
+    """Refuse cells that cannot be measured on this model, before any is.
 
     Raises:
         UserError: if a cell's targets, pattern or weights do not fit the model's shapes.
@@ -121,19 +121,19 @@ class _Bench:
         if self._dense is not None:
             self._dense[1].forget()
 
-    def measured(self, cell: Cell) -> Row:
-        """A cell's row: its figures from their file, or measured now and kept there."""
+    def measure(self, cell: Cell) -> Row:
+        """Return a cell's row: its figures from their file, or measured now and saved there."""
         row = _identity(self._job, cell)
         if cell.refused is not None:
             return replace(row, refused=cell.refused)
         try:
-            return replace(row, figures=self._kept_figures(cell))
+            return replace(row, figures=self._load_figures(cell))
         except WorkDirectoryError:
             raise
         except UserError as error:
             return replace(row, refused=error.problem)
 
-    def _kept_figures(self, cell: Cell) -> Figures:
+    def _load_figures(self, cell: Cell) -> Figures:
         key = digest_of(self._key_fields(cell))
         path = self._job.folder / "cells" / f"{key[:KEY_CHARS]}.json"
         if path.is_file():
@@ -174,7 +174,7 @@ class _Bench:
         return self._fold_figures(cell.recipe)
 
     def _fold_figures(self, recipe: Recipe) -> Figures:
-        """Fold, score in torch, and forget the folded weights."""
+        """Fold, score in torch, and drop the folded weights."""
         pipeline = self._pipeline(recipe)
         pipeline.run(Selection(last="fold"))
         key = pipeline.keys("fold")["fold"]
@@ -187,7 +187,7 @@ class _Bench:
         return figures
 
     def _build_figures(self, recipe: Recipe) -> Figures:
-        """Run all stages and take what the report says."""
+        """Run all stages and take the report's figures."""
         self._pipeline(recipe).run(Selection(last="verify"))
         report = read_report(self._work.require("verify") / "report.json")
         speedup = report.latency.speedup
@@ -217,7 +217,7 @@ class _Bench:
     def _score(
         self, recipe: Recipe, opened: Callable[[], TorchSession], phases: ModelPhases
     ) -> Figures:
-        """Both models on the evaluation windows."""
+        """Score both models on the evaluation windows."""
         windows = self._windows(recipe)
         with (
             self._work.disk_faults(),
@@ -247,7 +247,7 @@ class _Bench:
         return TorchSession(model, model.config.get_text_config().vocab_size), model
 
     def _windows(self, recipe: Recipe) -> NDArray[np.int64]:
-        """Evaluation text, made or read once for all cells that share it."""
+        """Make or read evaluation text once for all cells that share it."""
         fields = {"model": self._find_model(recipe.model).digest, **_evaluation_fields(recipe)}
         path = self._job.folder / f"windows-{digest_of(fields)[:KEY_CHARS]}.safetensors"
         if not path.is_file():
@@ -269,7 +269,7 @@ class _Bench:
         )
 
     def _readable_model(self, section: ModelSection) -> ModelSource:
-        """The model as its weights are read: a `.gguf` dequantised once for all cells."""
+        """Return the model to read weights from: a `.gguf` is dequantised once for all cells."""
         source = self._find_model(section)
         if not source.packed:
             return source

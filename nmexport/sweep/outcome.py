@@ -1,4 +1,4 @@
-"""Write a sweep's results: `sweep.json`, `sweep.md`, and a plot for each model."""
+"""Writes a sweep's results: `sweep.json`, `sweep.md`, and a plot for each model."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Results:
         return list(self.sweep.cells)
 
     def rows_of(self, model: str) -> list[Row]:
-        """Rows of one model."""
+        """Return the rows of one model."""
         return [row for row in self.rows if row.model == model]
 
     def as_json(self) -> dict[str, object]:
@@ -70,7 +70,7 @@ class Results:
 
 
 def markdown(results: Results, plots: Mapping[str, str]) -> str:
-    """`sweep.md`: a table and a plot for each model.
+    """Write `sweep.md`: a table and a plot for each model.
 
     Args:
         results: What was measured.
@@ -97,8 +97,11 @@ class _Point(NamedTuple):
 
 
 def plot(rows: Sequence[Row], model: str) -> str | None:
-    """A row of points for each combination, best first, baselines below; None of nothing."""
-    sparse, baselines = _measured(rows, baselines=False), _measured(rows, baselines=True)
+    """Plot a row of points for each combination, best first, baselines below."""
+    sparse, baselines = (
+        _measured_points(rows, baselines=False),
+        _measured_points(rows, baselines=True),
+    )
     measured = [*sparse, *baselines]
     if not measured:
         return None
@@ -158,7 +161,7 @@ def write(results: Results, names: Mapping[str, str], folder: Path) -> list[Path
 
 
 def columns(row: Row) -> list[str]:
-    """A row's cells: what, pattern, perplexity, ratio, KL, agreement."""
+    """List a row's cells: what, pattern, perplexity, ratio, KL, agreement."""
     what, figures = [row.label, str(row.pattern or "")], row.figures
     if figures is None:
         return [*what, "refused", row.refused or "", "", ""]
@@ -194,7 +197,7 @@ def _dense_line(rows: Sequence[Row]) -> list[str]:
     return [f"Dense perplexity {number(first.perplexity.dense)}, {first.tokens:,} tokens.", ""]
 
 
-def _measured(rows: Sequence[Row], *, baselines: bool) -> list[_Point]:
+def _measured_points(rows: Sequence[Row], *, baselines: bool) -> list[_Point]:
     return [
         _Point(
             label=row.label,

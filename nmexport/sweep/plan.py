@@ -90,7 +90,7 @@ class Baseline:
         return cls(what=what, zeros=float(match[2]) / _ALL)
 
     def __str__(self) -> str:
-        """As the file says it."""
+        """Write it as in the file."""
         if self.pattern is not None:
             return f"{self.what} {self.pattern}"
         return f"{self.what} {_ALL * (self.zeros or 0.0):g}%"
@@ -142,7 +142,7 @@ class Job:
 
 
 def find(name: str) -> Path:
-    """A sweep file: a path, or the name of one that travels with the package.
+    """Find a sweep file: a path, or the name of one in the package.
 
     Raises:
         RecipeError: if it is neither.
@@ -156,7 +156,7 @@ def find(name: str) -> Path:
 
 
 def names() -> list[str]:
-    """Sweeps that travel with the package."""
+    """List the sweeps in the package."""
     return sorted(path.stem for path in _SHIPPED.glob("*.yaml"))
 
 
@@ -200,7 +200,7 @@ def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Sweep:
 
 
 def folders(sweep: Sweep) -> dict[str, str]:
-    """A folder name of its own for each model."""
+    """Choose a different folder name for each model."""
     names: dict[str, str] = {}
     for model in sweep.cells:
         name = short_name(model)
@@ -223,7 +223,7 @@ def _cells(
     variants: Sequence[Mapping[str, Any]],
     baselines: Sequence[Baseline],
 ) -> Iterator[Cell]:
-    """Cells of one model, none twice."""
+    """List the cells of one model, none twice."""
     base = resolve(model, common)
     seen: set[Recipe] = set()
     for variant in variants:
@@ -268,7 +268,7 @@ def _format(value: object) -> str:
 
 
 def _combinations(document: Mapping[str, Any], path: Path) -> Iterator[dict[str, object]]:
-    """Every combination of the values of each grid."""
+    """Yield every combination of the values of each grid."""
     grids = document.get("grid") or []
     for grid in grids if isinstance(grids, list) else [grids]:
         if not isinstance(grid, dict) or not all(isinstance(v, list) for v in grid.values()):
@@ -302,7 +302,7 @@ def _read_list(document: Mapping[str, Any], key: str, path: Path) -> list[Any]:
 
 
 def _flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
-    """Nested keys by dotted name."""
+    """Flatten nested keys to dotted names."""
     flat: dict[str, object] = {}
     for key, value in section.items():
         if isinstance(value, dict):

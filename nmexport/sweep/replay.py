@@ -1,4 +1,4 @@
-"""A dense model's logits, computed once and read back by every cell that is compared with them."""
+"""Computes a dense model's logits once, for every cell that is compared with them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _KEPT_BYTES = 4 << 30
 
 @dataclass(frozen=True)
 class _Replayed:
-    """In place of the cache of a prompt whose logits were looked up."""
+    """Stands for the cache of a prompt whose logits were looked up."""
 
     prompt: NDArray[np.int64]
 
@@ -36,7 +36,7 @@ class Replay(Session):
     limits = Limits(batch=1)
 
     def __init__(self, opened: Callable[[], Session], prompts: int, folder: Path) -> None:
-        """Keep answers in a folder.
+        """Store logits in a folder.
 
         Args:
             opened: Opens the model.
@@ -59,7 +59,7 @@ class Replay(Session):
     def extend(
         self, cache: Any | None, input_ids: NDArray[np.int64]
     ) -> tuple[NDArray[np.float32], Any]:
-        """Look up a prompt `[1, S]`, or run the model; what goes on from a prompt is always run."""
+        """Look up a prompt `[1, S]`, or run the model; continuations always run."""
         if isinstance(cache, _Replayed):  # the model has not run this prompt yet
             _, cache = self._model().extend(None, cache.prompt)
         if cache is not None:
@@ -72,14 +72,14 @@ class Replay(Session):
         return logits, cache
 
     def close(self) -> None:
-        """Free the model; its answers stay."""
+        """Free the model; its stored logits stay."""
         self.cache = None
         if self._session is not None:
             self._session.close()
         self._session = None
 
     def forget(self) -> None:
-        """Free the model and its answers."""
+        """Free the model and its stored logits."""
         self.close()
         self._answers, self._places = None, {}
 

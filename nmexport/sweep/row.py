@@ -23,7 +23,7 @@ class Perplexities:
 
 @dataclass(frozen=True, kw_only=True)
 class Speeds:
-    """How many times as fast as dense."""
+    """Speed-up over dense."""
 
     prefill: float | None = None
     decode: float | None = None

@@ -68,7 +68,7 @@ class WindowComparison:
         self.late_sparse = NllSum()
 
     def merge(self, other: WindowComparison) -> None:
-        """Count in another's windows, after these."""
+        """Append another's windows."""
         for name in ("dense", "sparse", "late_dense", "late_sparse", "divergence"):
             getattr(self, name).merge(getattr(other, name))
 
@@ -102,7 +102,7 @@ class WindowComparison:
 
 @dataclass(frozen=True, kw_only=True)
 class _Block:
-    """Some consecutive tokens of a window, scored."""
+    """A run of consecutive tokens of a window, scored."""
 
     dense_nll: NDArray[np.float64]
     sparse_nll: NDArray[np.float64]
@@ -127,31 +127,31 @@ class LateLogits:
     """Dense logits of second halves of windows, kept from one scoring for the next."""
 
     def __init__(self, most_bytes: int) -> None:
-        """Keep nothing yet, and never more than so many bytes."""
+        """Start empty; keep at most `most_bytes`."""
         self._free = most_bytes
         self._kept: dict[bytes, NDArray[np.float32]] = {}
 
     def offer(self, window: NDArray[np.int64], logits: NDArray[np.float32]) -> None:
-        """Keep what belongs to the second half of a window `[L]`, of `[L, V]`, if there is room."""
+        """Keep the logits of a window's second half, out of `[L, V]`, if there is room."""
         late, key = logits[prompt_length(window) :], window.tobytes()
         if late.nbytes <= self._free and key not in self._kept:
             self._free -= late.nbytes
             self._kept[key] = late.copy()
 
     def take(self, window: NDArray[np.int64]) -> NDArray[np.float32] | None:
-        """Logits `[L - L // 2, V]` of a window `[L]`; None where they were not kept."""
+        """Return the kept logits `[L - L // 2, V]` of a window `[L]`; None where there are none."""
         late = self._kept.pop(window.tobytes(), None)
         self._free += 0 if late is None else late.nbytes
         return late
 
 
 def prompt_length(window: NDArray[np.int64]) -> int:
-    """Tokens of a window `[L]` that are its prompt where decoding is scored."""
+    """Return the number of prompt tokens of a window `[L]` where decoding is scored."""
     return len(window) // 2
 
 
 def protocol(phases: ModelPhases) -> str:
-    """How the figures of `compare` come about, in words."""
+    """Describe how `compare` measures."""
     windows = {"decode": _DECODED, "mixed": _MIXED}.get(phases, _WHOLE)
     return windows + _FIGURES
 
@@ -197,16 +197,16 @@ def score_window(
     logits = dense.prefill(window[None, :])[0]
     if late is not None:
         late.offer(window, logits)
-    targets, sparse_logits = scored(sparse, window, phases=phases)
+    targets, sparse_logits = run_window(sparse, window, phases=phases)
     prompt = len(window) - 1 - len(targets)
     score.add(window[prompt:], logits[prompt:], sparse_logits)
     return score
 
 
-def scored(
+def run_window(
     sparse: Session, window: NDArray[np.int64], *, phases: ModelPhases
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Tokens of a window `[L]` that are scored, `[T]`, and logits `[T or T + 1, V]` for them."""
+    """Run a window `[L]`; return the tokens to score `[T]`, and logits `[T or T + 1, V]`."""
     if phases not in _STEPWISE:
         return window[1:], sparse.prefill(window[None, :])[0]
     prompt = prompt_length(window)
@@ -335,7 +335,7 @@ def _second_half(sums: WindowComparison) -> Scores | None:
 def _teacher_forced(
     session: Session, window: NDArray[np.int64], prompt: int
 ) -> NDArray[np.float32]:
-    """Logits `[L - 1 - prompt, V]` of the tokens after the prompt, the last one left out."""
+    """Compute the logits `[L - 1 - prompt, V]` of the tokens after the prompt, but for the last."""
     session.prefill(window[None, :prompt])
     steps = [session.decode_step(token[None, None])[0, 0] for token in window[prompt:-1]]
     return np.stack(steps)

@@ -1,4 +1,4 @@
-"""A sparse model with no dense baseline: its own figures, and null where two compare."""
+"""Measures a sparse model without a dense baseline: its own figures, and null comparisons."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def score(
     """Score the sparse model; see `accuracy.compare`."""
     sums = NllSum()
     for window in windows:
-        targets, logits = accuracy.scored(sparse, window, phases=phases)
+        targets, logits = accuracy.run_window(sparse, window, phases=phases)
         sums.add(token_nll(log_softmax(logits[: len(targets)]), targets))
     return Accuracy(
         why=WHY,

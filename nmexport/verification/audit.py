@@ -1,4 +1,4 @@
-"""Measure, at run time, the sparsity and the error of every sparsified linear.
+"""Measures, at run time, the sparsity and the error of every sparsified linear.
 
 The exported model is read without its weights, given counters and outputs next to its nodes, and
 run from memory: no node that it had is changed, and no weight is copied.
@@ -95,7 +95,7 @@ def open_instrumented(
     provider: Provider = "cpu",
     folds_constants: bool = True,
 ) -> OrtSession:
-    """A session on a changed graph whose weights lie in `folder`; see `OrtSession`."""
+    """Open a session on a changed graph whose weights lie in `folder`; see `OrtSession`."""
     config = {**SESSION_CONFIG, EXTERNAL_DATA_FOLDER: str(folder)}
     return OrtSession(
         model.SerializeToString(),
@@ -111,7 +111,7 @@ def open_instrumented(
 def count_kept(
     session: OrtSession, counters: Sequence[Counter], windows: Iterable[NDArray[np.int64]]
 ) -> dict[str, tuple[int, int]]:
-    """(kept, total) elements by layer over windows `[L]`, their last tokens decoded one by one."""
+    """Count (kept, total) elements by layer over windows `[L]`, decoding their last tokens."""
     session.watch(dict.fromkeys(counter.output for counter in counters))
     sums = {counter.layer: (0, 0) for counter in counters}
 
@@ -183,7 +183,7 @@ def _sparse_outputs(
 
 
 def relative_error(value: NDArray[Any], reference: NDArray[Any]) -> float | None:
-    """Norm of the difference over the norm of the reference; None where that is zero."""
+    """Divide the norm of the difference by the reference's; None where that is zero."""
     reference = reference.astype(np.float64)
     norm = float(np.linalg.norm(reference))
     return float(np.linalg.norm(value.astype(np.float64) - reference)) / norm if norm else None
@@ -192,7 +192,7 @@ def relative_error(value: NDArray[Any], reference: NDArray[Any]) -> float | None
 def chunks_by_bytes(
     layers: Sequence[LayerSpec], bytes_of: Callable[[LayerSpec], int]
 ) -> Iterator[list[LayerSpec]]:
-    """The layers in order, so many at a time as may be held together; at least one."""
+    """Split the layers, in order, by what fits into memory together; at least one each."""
     chunk: list[LayerSpec] = []
     held = 0
     for layer in layers:

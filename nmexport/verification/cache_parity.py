@@ -67,7 +67,7 @@ def compare_where_possible(
 
 
 def relative_error(wanted: NDArray[np.float32], got: NDArray[np.float32]) -> float:
-    """Median over tokens of the difference's norm over the norm; both `[B, H, P, D]`."""
+    """Return the median over tokens of the relative difference; both `[B, H, P, D]`."""
     axes = (1, 3)
     difference = np.linalg.norm(wanted.astype(np.float64) - got, axis=axes)
     size = np.linalg.norm(wanted.astype(np.float64), axis=axes)

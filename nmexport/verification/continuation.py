@@ -39,17 +39,17 @@ def greedy(session: Session, prompts: NDArray[np.int64], steps: Iterable[int]) -
     return np.stack(tokens, axis=1)
 
 
-def guided(
+def follow(
     session: Session, prompts: NDArray[np.int64], continuation: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Greedy tokens `[B, T]` that a model would have chosen while reading a given continuation."""
+    """Return the greedy tokens `[B, T]` that a model chooses while reading a continuation."""
     whole = np.concatenate([prompts, continuation[:, :-1]], axis=1)
     rows = [session.prefill(row[None, :])[0, prompts.shape[1] - 1 :] for row in whole]
     return np.stack([logits.argmax(axis=-1) for logits in rows]).astype(np.int64)
 
 
 def first_divergence(left: NDArray[np.int64], right: NDArray[np.int64]) -> list[int | None]:
-    """Position of the first unequal token in each row of `[B, T]`; None where rows are equal."""
+    """Find the first unequal token in each row of `[B, T]`; None where rows are equal."""
     unequal = left != right
     return [int(row.argmax()) if row.any() else None for row in unequal]
 
@@ -64,13 +64,13 @@ def compare(
 ) -> Continuation:
     """Continue prompts `[B, P]` by some steps with both models and say how alike the texts are."""
 
-    def tracked(side: str) -> Iterable[int]:
+    def track(side: str) -> Iterable[int]:
         return progress.track(range(steps), label=f"verify: continuation, {side}", total=steps)
 
-    dense_tokens = greedy(dense, prompts, tracked("dense"))
-    sparse_tokens = greedy(sparse, prompts, tracked("sparse"))
+    dense_tokens = greedy(dense, prompts, track("dense"))
+    sparse_tokens = greedy(sparse, prompts, track("sparse"))
     with busy(progress, "verify: continuation, guided"):
-        guided_tokens = guided(sparse, prompts, dense_tokens)
+        guided_tokens = follow(sparse, prompts, dense_tokens)
     divergences = first_divergence(dense_tokens, sparse_tokens)
     length = dense_tokens.shape[1]
     return Continuation(

@@ -1,4 +1,4 @@
-"""Hold the exported dense model against the dense model in torch, linear by linear.
+"""Compares the exported dense model with the dense model in torch, linear by linear.
 
 A dense model has no near ties: nothing is selected, so rounding moves its values by rounding and
 by no more. A difference beyond that means that the file computes something else, and no figure
@@ -120,7 +120,7 @@ class TorchModel:
 
 @contextlib.contextmanager
 def _record_outputs(model: nn.Module, names: Sequence[str], outputs: Outputs) -> Iterator[None]:
-    """Keep what the named linears of a model return."""
+    """Record the outputs of the named linears of a model."""
 
     def record(name: str) -> Any:
         def hook(_: nn.Module, __: Any, made: torch.Tensor) -> None:
@@ -157,8 +157,8 @@ def check(
     expected = torch_model.outputs(ids, list(values), progress)
     expected[_CACHED] = expected[LOGITS][-_DECODED:]
     return_device_memory()  # the runtime needs what torch had
-    found = _onnx_outputs(dense, values, ids, progress)
-    return compare(found, expected, dtype=torch_model.dtype)
+    actual = _onnx_outputs(dense, values, ids, progress)
+    return compare(actual, expected, dtype=torch_model.dtype)
 
 
 def _onnx_outputs(

@@ -1,4 +1,4 @@
-"""Text that a model writes after a few prompts: lines that anybody can compare with another's."""
+"""Text that a model writes after a few prompts, for people to compare."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Holds a build's executors against each other: torch, the function bodies, and the engine."""
+"""Compares a build's executors: torch, the function bodies, and the engine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nmexport.verification import cache_parity, op_parity, parity
 from nmexport.verification.audit import open_instrumented
 from nmexport.verification.extent import extent_of
 from nmexport.verification.memory import artifact_bytes
-from nmexport.verification.placing import checked, parity_device
+from nmexport.verification.placing import check_session, parity_device
 from nmexport.verification.reference import DeviceProducts, array_from, open_folded
 
 if TYPE_CHECKING:
@@ -70,7 +70,9 @@ def compare(subject: Subject) -> Parity:
         if parity.ONNX not in why:
             with busy(progress, "verify: parity: open the model without its native op"):
                 try:
-                    bodies = stack.enter_context(checked(_open_bodies(engine, device), device))
+                    bodies = stack.enter_context(
+                        check_session(_open_bodies(engine, device), device)
+                    )
                 except UserError as error:
                     if device == "cpu":
                         raise
@@ -121,7 +123,7 @@ def _extent(subject: Subject, device: Provider) -> Extent:
 
 
 def _open_bodies(engine: Engine, device: Provider) -> OrtSession:
-    """The exported file without the native op, whose function bodies then run."""
+    """Open the exported file without the native op, so that its function bodies run."""
     return OrtSession(
         engine.model,
         threads=engine.threads,
@@ -139,7 +141,7 @@ def _compare_linears(
     why: Mapping[str, str],
     extent: Extent,
 ) -> LinearsParity:
-    """Hold each executor's linears against the oracle, on the first prompt."""
+    """Compare each executor's linears with the oracle, on the first prompt."""
     engine, folded = subject.engine, subject.folded
     graph, outputs = op_parity.instrument(engine.model)
     libraries: dict[str, Path | None] = {} if parity.ONNX in why else {parity.ONNX: None}
@@ -185,7 +187,10 @@ def _compare_linears(
 def _open_watched(
     subject: Subject, graph: onnx.ModelProto, library: Path | None, device: Provider
 ) -> OrtSession:
-    """A session that returns what its linears meet and make; None as library runs the bodies."""
+    """Open a session that returns inputs and outputs of its linears.
+
+    Without a library the function bodies run.
+    """
     engine = subject.engine
     session = open_instrumented(
         graph,
@@ -195,16 +200,16 @@ def _open_watched(
         provider=device,
         folds_constants=device == "cpu",
     )
-    return checked(session, device)
+    return check_session(session, device)
 
 
 def no_library(engine: Engine) -> str | None:
-    """Why an engine of ONNX Runtime is no executor of its own; None where it is one."""
+    """Say why an ONNX Runtime engine is no executor of its own; None where it is one."""
     return engine.why_no_library if engine.runtime == "onnxruntime" else None
 
 
 def too_large(engine: Engine, dtype: str) -> dict[str, str]:
-    """Why executors do not fit into memory, by name: torch before the function bodies alone."""
+    """Say, by name, why executors do not fit into memory: torch is left out first."""
     size, free = artifact_bytes(engine.model.parent), free_memory()
     return {
         name: f"{what} would take about {copies[dtype] * size / 1e9:.0f} GB of memory, and "

@@ -51,7 +51,7 @@ class Extent:
         )
 
     def words(self) -> str:
-        """Say it to the reader of a report."""
+        """Describe it for a report."""
         place = "on the GPU" if self.device == "cuda" else "on the CPU"
         if self.is_whole:
             return (

@@ -34,12 +34,12 @@ class Counter:
     phase: str
 
     def counts(self, new_tokens: int) -> bool:
-        """Tell whether a run of so many new tokens a sequence meets a sparsified weight here."""
+        """Tell whether a run of `new_tokens` a sequence is sparse here."""
         return is_sparse(self.phase, new_tokens)
 
 
 def is_sparse(phase: str, new_tokens: int) -> bool:
-    """Tell whether a linear of a phase is sparse in a run of so many new tokens a sequence."""
+    """Tell whether a linear of a phase is sparse in a run of `new_tokens` a sequence."""
     return phase == "all" or (phase == "decode") == (new_tokens == 1)
 
 
@@ -105,7 +105,7 @@ def add_counters(model: onnx.ModelProto, layers: Sequence[LayerSpec]) -> list[Co
 
 
 def _counting_nodes(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
-    """Nodes that select on the linear's input as the linear does; the last one counts."""
+    """Make nodes that select on the linear's input as the linear does; the last one counts."""
     given = dict(
         zip(
             (spec.name for spec in op_contract().ops["NMLinear"].inputs),
@@ -148,7 +148,7 @@ def _counting_nodes(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
 
 
 def _add_prune_functions(model: onnx.ModelProto, prunes: list[onnx.NodeProto]) -> None:
-    """Bodies for the selection nodes, for a session without the native library."""
+    """Add bodies for the selection nodes, for a session without the native library."""
     opset = next(entry.version for entry in model.opset_import if entry.domain in {"", "ai.onnx"})
     # Nodes that extend() copied into the graph are told their overload here.
     names = {node.name for node in prunes}
@@ -162,7 +162,7 @@ def _add_prune_functions(model: onnx.ModelProto, prunes: list[onnx.NodeProto]) -
 def add_layer_outputs(
     model: onnx.ModelProto, values: Mapping[str, str], *, kind: str = "output"
 ) -> dict[str, str]:
-    """Make values of the graph outputs of the model, as float32; in place.
+    """Turn values of the graph into outputs of the model, as float32; in place.
 
     Args:
         model: Dense or sparse.

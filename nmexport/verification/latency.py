@@ -60,7 +60,7 @@ def speedup_interval(
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """The runs that are timed, and how often."""
+    """Which runs are timed, and how often."""
 
     prompt: NDArray[np.int64]
     """Token ids `[1, S]` to prefill."""
@@ -104,7 +104,7 @@ class Side:
         return milliseconds(step)
 
     def device_ms(self) -> float | None:
-        """Measure the GPU's time of that token; None where there is no GPU, or no way to tell."""
+        """Measure the GPU's time of that token; None where it cannot be told."""
         if not self.session.on_gpu:
             return None
         cache, self._after = self.session.resume(self.cache), None
@@ -127,18 +127,18 @@ def compare(
         sessions["stored"] = stored
     sides = {name: Side(session, timing) for name, session in sessions.items()}
 
-    def tracked(label: str) -> Iterable[int]:
+    def track(label: str) -> Iterable[int]:
         return timing.progress.track(range(timing.runs), label=label, total=timing.runs)
 
     # A loop for each phase: a prefill in between would leave other data in the caches.
     prefill = interleave(
         {name: side.prefill_ms for name, side in sides.items()},
-        tracked("prefill timing"),
+        track("prefill timing"),
         warmup=timing.warmup,
     )
     decode = interleave(
         {name: side.decode_ms for name, side in sides.items()},
-        tracked("decode timing"),
+        track("decode timing"),
         warmup=timing.warmup,
     )
     device = interleave(
@@ -201,7 +201,7 @@ def side_times(
 
 
 def host_us(times: PhaseTimes, device_ms: float | None) -> float | None:
-    """Microseconds of a step that are not the GPU's; None where either time is missing."""
+    """Subtract the GPU's time of a step, in microseconds; None where either is missing."""
     if times.p50_ms is None or device_ms is None:
         return None
     return (times.p50_ms - device_ms) * 1e3

@@ -1,4 +1,4 @@
-"""How likely a session finds given continuations: what task scores are made of."""
+"""Log-likelihoods of given continuations: what task scores are made of."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class ScoredText:
-    """A continuation and what stands before it; never both longer than the model's window."""
+    """A continuation and its context; together no longer than the model's window."""
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
@@ -57,7 +57,7 @@ class ScoredText:
 
     @property
     def read(self) -> tuple[int, ...]:
-        """Tokens that the model is given: all but the last, which it only has to predict."""
+        """Tokens that the model reads: all but the last, which it only predicts."""
         return (*self.context, *self.continuation)[:-1]
 
 
@@ -95,7 +95,7 @@ def scores(
 def _prompt_scores(
     session: Session, texts: Sequence[ScoredText]
 ) -> Iterator[tuple[ScoredText, Score]]:
-    """Whole texts as prompts; those that read the same tokens share one run (answers A to D)."""
+    """Score whole texts as prompts; equal tokens share one run (answers A to D)."""
     sharing: dict[tuple[int, ...], list[ScoredText]] = {}
     for text in texts:
         sharing.setdefault(text.read, []).append(text)
@@ -110,7 +110,7 @@ def _prompt_scores(
 def _stepwise_scores(
     session: Session, texts: Sequence[ScoredText]
 ) -> Iterator[tuple[ScoredText, Score]]:
-    """Contexts as prompts of one length, then one token at a time.
+    """Score with contexts as prompts of one length, then one token at a time.
 
     What the prompt predicts is the first token: generation chooses it the same way.
     """
@@ -127,7 +127,7 @@ def _stepwise_scores(
 
 
 def _teacher_forced(session: Session, batch: Sequence[ScoredText]) -> NDArray[np.float32]:
-    """Logits `[B, longest continuation, V]` of every token of the continuations."""
+    """Compute the logits `[B, longest continuation, V]` of the continuations' tokens."""
     prompt = np.array([text.context for text in batch], dtype=np.int64)
     steps = _pad([text.continuation for text in batch])
     first = session.prefill(prompt)[:, -1:]
@@ -143,7 +143,7 @@ def _score(logits: NDArray[np.float32], continuation: Sequence[int]) -> Score:
 
 
 def _pad(rows: Sequence[Sequence[int]]) -> NDArray[np.int64]:
-    """Rows of tokens, filled up on the right: a causal model's results do not depend on that."""
+    """Pad rows of tokens on the right: a causal model's results do not depend on that."""
     padded = np.full((len(rows), max(map(len, rows))), _FILLER, dtype=np.int64)
     for index, row in enumerate(rows):
         padded[index, : len(row)] = row
@@ -153,7 +153,7 @@ def _pad(rows: Sequence[Sequence[int]]) -> NDArray[np.int64]:
 def _batches(
     reads: Sequence[tuple[int, ...]], session: Session
 ) -> Iterator[Sequence[tuple[int, ...]]]:
-    """Neighbours in a list that is sorted by falling length: little of a batch is padding."""
+    """Batch neighbours in a list sorted by falling length, for little padding."""
     start = 0
     while start < len(reads):
         end = start + _batch_size(session, len(reads[start]))
@@ -162,6 +162,6 @@ def _batches(
 
 
 def _batch_size(session: Session, tokens: int) -> int:
-    """Sequences of that many tokens whose logits fit, and that the session takes."""
+    """Return how many sequences of that length fit by their logits and the session's limits."""
     each = 4 * session.vocabulary_size * tokens
     return max(1, min(session.limits.batch or _MAX_BATCH, _MAX_BATCH, _LOGITS_BYTES // each))

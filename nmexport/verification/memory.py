@@ -1,4 +1,4 @@
-"""How much memory a model takes while it runs: asked of a fresh process that does nothing else.
+"""Measures a model's memory while it runs, in a fresh process that does nothing else.
 
 Run as `python -m nmexport.verification.memory ENGINE_JSON sparse|dense PROMPT_TOKENS` it prints
 one JSON object.
@@ -62,7 +62,7 @@ def run_in_fresh_process(engine: Path, side: Side, *, prompt_tokens: int) -> Pea
 
 
 def measure(engine: Path, side: Side, *, prompt_tokens: int) -> PeakMemory:
-    """Run one model in this process and say what it took."""
+    """Run one model in this process and return its memory."""
     import numpy as np
 
     with open_session(engine, side=side, elsewhere=True) as session:
@@ -108,7 +108,7 @@ def _runs_on_gpu(engine: Path) -> bool:
 
 
 def artifact_bytes(folder: Path) -> int:
-    """Size of the files that a model is shipped as; the dense baseline is not among them."""
+    """Return the size of a model's shipped files, without the dense baseline."""
     return sum(
         path.stat().st_size
         for path in folder.rglob("*")
@@ -117,7 +117,7 @@ def artifact_bytes(folder: Path) -> int:
 
 
 def answer(engine: str, side: str, prompt_tokens: str) -> PeakMemory:
-    """Measure one model, as the command line names it; say why where that fails."""
+    """Measure the model that the command line names, or say why that fails."""
     try:
         which: Side = "dense" if side == "dense" else "sparse"
         return measure(Path(engine), which, prompt_tokens=int(prompt_tokens))

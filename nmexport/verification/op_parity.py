@@ -1,4 +1,4 @@
-"""Each sparsified linear against the float64 oracle, on the inputs it met in a real run.
+"""Compares each sparsified linear with the float64 oracle, on inputs of a real run.
 
 Whole models cannot tell a wrong executor from a rounding one: where two scores of a group are
 nearly equal, the last bit of a hidden state decides which is kept, and what follows differs
@@ -60,7 +60,7 @@ class Worst:
     values: int = 0
 
     def add(self, layer: str, share: NDArray[np.float64]) -> None:
-        """Count in one linear's outputs: error over tolerance, `[tokens, O]`."""
+        """Add one linear's errors over tolerance, `[tokens, O]`."""
         self.linears.add(layer)
         self.values += share.size
         largest = float(share.max(initial=0.0))
@@ -79,7 +79,7 @@ class Worst:
 
 
 def arguments(layer: LayerSpec, tensors: Tensors) -> dict[str, Any]:
-    """The oracle's keyword arguments for a layer and its constants."""
+    """Return the oracle's keyword arguments for a layer and its constants."""
     optional = {name: value for name, value in tensors.items() if name != "W"}
     return {
         "n": layer.pattern.n,
@@ -105,7 +105,7 @@ class Expected:
     """`[..., S]`: tokens whose mask the contract leaves no choice of."""
 
     def shares(self, y: NDArray[Any]) -> NDArray[np.float64]:
-        """How wrong an output `[..., S, O]` is, as a share of what the contract allows.
+        """Return the error of an output `[..., S, O]` as a share of what the contract allows.
 
         Returns:
             `[tokens, O]`; tokens whose mask the contract leaves open are left out.
@@ -131,22 +131,22 @@ def expected_of(
         products: See `oracle.reference`.
         rounded_operands: How many of the product's operands are rounded to T before.
     """
-    found = reference(x, tensors["W"], **arguments(layer, tensors), products=products)
-    bound = found.bound(x.dtype)
+    exact = reference(x, tensors["W"], **arguments(layer, tensors), products=products)
+    bound = exact.bound(x.dtype)
     if rounded_operands:
         half_unit = float(ml_dtypes.finfo(x.dtype).eps) / 2
-        bound = bound + rounded_operands * _ROUNDED_OPERAND * half_unit * found.magnitude
+        bound = bound + rounded_operands * _ROUNDED_OPERAND * half_unit * exact.magnitude
     return Expected(
-        value=found.value,
+        value=exact.value,
         bound=np.maximum(bound, np.finfo(np.float64).tiny),
-        certain=~_open_masks(layer, tensors, x, found),
+        certain=~_open_masks(layer, tensors, x, exact),
     )
 
 
 def _open_masks(
     layer: LayerSpec, tensors: Tensors, x: NDArray[Any], expected: Reference
 ) -> NDArray[np.bool_]:
-    """Tokens `[...]` with a kept and a dropped score closer than the contract tells apart."""
+    """Find tokens `[...]` with a kept and a dropped score that the contract does not tell apart."""
     if not layer.dynamic_shift:
         return np.zeros(x.shape[:-1], dtype=np.bool_)
     wide = x.astype(np.float64)
@@ -162,7 +162,7 @@ def _open_masks(
 
 
 def instrument(path: Path) -> tuple[onnx.ModelProto, dict[str, tuple[str, str]]]:
-    """A model that also returns the inputs and outputs of its linears.
+    """Make a model return the inputs and outputs of its linears too.
 
     Returns:
         The model without its weights, and names of input and output by layer.
@@ -186,7 +186,7 @@ def met_inputs(
     outputs: Mapping[str, tuple[str, str]],
     prompt: NDArray[np.int64],
 ) -> Iterator[tuple[LayerSpec, NDArray[np.float32], NDArray[np.float32]]]:
-    """Each linear's input `[1, S, K]` and output `[1, S, O]` in a run; prompt first, then decode.
+    """Yield each linear's input `[1, S, K]` and output `[1, S, O]`: prompt, then decode.
 
     Args:
         session: A model that returns its linears' inputs and outputs.
@@ -213,7 +213,7 @@ def check(
     executor: Compute | None = None,
     products: Products | None = None,
 ) -> tuple[LinearParity, LinearParity | None]:
-    """Hold every linear of a running model against the oracle.
+    """Compare every linear of a running model with the oracle.
 
     Args:
         session: See `met_inputs`.
@@ -241,7 +241,7 @@ def check(
 
 
 def _rounded_operands(layer: LayerSpec, tensors: Tensors, *, tokens: int) -> int:
-    """How many operands a GPU's product rounds to T: changed activations, widened weights."""
+    """Count the operands that a GPU's product rounds to T: changed activations, widened weights."""
     if layer.phase == "all" or (layer.phase == "decode") == (tokens == 1):
         changes_values = layer.dynamic_shift or bool({"shift", "value_scale"} & tensors.keys())
     else:

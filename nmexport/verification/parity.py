@@ -1,4 +1,4 @@
-"""Do the executors compute the same thing: torch, ONNX function bodies, native op."""
+"""Compares what executors compute: torch, ONNX function bodies, native op."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def compare(
 
 
 def concerns(parity: Parity) -> list[str]:
-    """Tell the reader of a report where its executors do not compute the same."""
+    """Say in a report where executors disagree."""
     sentences = []
     dense, floor = parity.dense, parity.noise_floor
     if dense is not None and dense.error is None and dense.why:

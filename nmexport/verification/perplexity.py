@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
-    """Log-probabilities over the last axis, in float64.
+    """Compute log-probabilities over the last axis, in float64.
 
     Args:
         logits: `[..., V]` of any float type; `-inf` marks impossible tokens.
@@ -27,7 +27,7 @@ def log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
 def token_nll(
     log_probabilities: NDArray[np.float64], targets: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Negative log-likelihood `[T]` of the targets `[T]` under log-probabilities `[T, V]`."""
+    """Look up the negative log-likelihood `[T]` of the targets `[T]` in `[T, V]`."""
     picked = np.take_along_axis(log_probabilities, targets[:, None], axis=-1)
     return np.negative(picked[:, 0])
 
@@ -45,7 +45,7 @@ class NllSum:
         self.window_tokens.append(int(nll.size))
 
     def merge(self, other: NllSum) -> None:
-        """Add another's windows after these."""
+        """Append another's windows."""
         self.window_sums += other.window_sums
         self.window_tokens += other.window_tokens
 

@@ -1,4 +1,4 @@
-"""The device of what verification runs beside the engine: its GPU, where there is room."""
+"""Chooses where verification runs torch and function bodies: the engine's GPU, or the CPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _COPIES = 3.5
 
 
 def parity_device(engine: Engine) -> Provider:
-    """The device of torch and function bodies: the engine's GPU, if torch finds room there."""
+    """Choose the device of torch and function bodies: the engine's GPU if torch fits there."""
     import torch
 
     if provider_here(engine.provider) != "cuda" or not torch.cuda.is_available():
@@ -46,7 +46,7 @@ def open_where_it_runs(
         UserError: if the CPU refuses it too.
     """
     try:
-        return checked(open_on(provider), provider)
+        return check_session(open_on(provider), provider)
     except UserError as error:
         if provider == "cpu":
             raise
@@ -54,8 +54,8 @@ def open_where_it_runs(
         return open_on("cpu")
 
 
-def checked(session: OrtSession, provider: Provider) -> OrtSession:
-    """Return a session that computes two tokens; on a CPU it is believed.
+def check_session(session: OrtSession, provider: Provider) -> OrtSession:
+    """Return the session if it can compute two tokens; a CPU is not asked.
 
     A runtime may have a kernel for a GPU and no code of it for this one.
 

@@ -1,4 +1,4 @@
-"""Logits of whole windows from a model that runs layer by layer, served like a session."""
+"""Serves logits of whole windows, computed layer by layer, like a session."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NO_CACHE = object()
 
 
 class Precomputed(Session):
-    """Answers for the windows that it was made with, each as a whole prompt; nothing else.
+    """Answers for the windows that it was made with, each as a whole prompt.
 
     All windows go through a layer before the next one is read from disk, so the answers of all are
     computed at once and lie in a file, `[windows, L, V]` float32.

@@ -1,4 +1,4 @@
-"""The folded model in torch, run like a session: what exported models are held against."""
+"""The folded model in torch, run like a session: the reference for exported models."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class TorchSession(Session):
         return self._vocabulary_size
 
     def with_twins(self) -> TorchSession:
-        """Another session on the same model, the latter half of each batch off in its last bits.
+        """Open another session on the model, the latter half of each batch off in its last bits.
 
         Raises:
             RuntimeError: if this one is closed.
@@ -128,7 +128,7 @@ class TorchSession(Session):
 
 
 def open_dense(source: ModelSource, section: ModelSection, *, device: str = "cpu") -> TorchSession:
-    """The dense model, in the recipe's type.
+    """Open the dense model, in the recipe's type.
 
     Raises:
         ModelError: if the model cannot be loaded.
@@ -140,7 +140,7 @@ def open_dense(source: ModelSource, section: ModelSection, *, device: str = "cpu
 def open_folded(
     source: ModelSource, section: ModelSection, fold: FoldedModel, *, device: str = "cpu"
 ) -> TorchSession:
-    """The model with its linears replaced by folded ones, as every executor computes them.
+    """Open the model with its linears replaced by folded ones, as every executor computes them.
 
     Raises:
         ModelError: if the model cannot be loaded.
@@ -157,7 +157,7 @@ def open_folded(
 def folded_linear(
     layer: LayerSpec, fold: FoldedModel, *, prompt: int | None = None
 ) -> SparseLinear:
-    """One linear of a fold artifact.
+    """Build one linear of a fold artifact.
 
     Args:
         layer: Its record.
@@ -171,14 +171,14 @@ def folded_linear(
 
 
 def tensor_from(array: NDArray[Any]) -> torch.Tensor:
-    """The same elements in torch; bfloat16 is ml_dtypes' in NumPy."""
+    """Convert to torch; bfloat16 is ml_dtypes' in NumPy."""
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 
 
 def array_from(tensor: torch.Tensor) -> NDArray[Any]:
-    """The same elements in NumPy."""
+    """Convert to NumPy."""
     if tensor.dtype == torch.bfloat16:
         bits: NDArray[Any] = tensor.contiguous().view(torch.int16).numpy()
         return bits.view(ml_dtypes.bfloat16)

@@ -1,4 +1,4 @@
-"""Accuracy and speed: the dense model beside the sparse one, or the sparse one alone."""
+"""Measures accuracy and speed of the dense and the sparse model, or of the sparse one alone."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def _sparse_alone(subject: Subject) -> tuple[Accuracy, Latency]:
 
 
 def _examples(subject: Subject, sparse: Session, dense: Session | None) -> tuple[Example, ...]:
-    """Let both models write after the recipe's examples; or the sparse one, where it is alone."""
+    """Let both models, or the sparse one alone, continue the recipe's examples."""
     with busy(subject.progress, "verify: what each model writes"):
         texts = examples.write(sparse, subject)
         others = {} if dense is None else examples.write(dense, subject)
@@ -113,7 +113,7 @@ def _examples(subject: Subject, sparse: Session, dense: Session | None) -> tuple
 
 
 def timing(subject: Subject, sparse: Session) -> latency.Timing:
-    """How a build is timed, as its recipe says."""
+    """Return how the recipe times a build."""
     section = subject.recipe.latency
     prompt, context = latency_tokens(subject.windows, section)
     return latency.Timing(
@@ -151,7 +151,7 @@ def _decode_only(subject: Subject, dense: Session, sparse: Session, late: LateLo
 
 
 def _decode_batch_size(sparse: Session, windows: NDArray[np.int64]) -> int:
-    """Windows that decode-only scoring decodes side by side, of `[W, L]`."""
+    """Return how many windows of `[W, L]` decode-only scoring decodes together."""
     count, length = windows.shape
     scored = length - accuracy.prompt_length(windows[0])
     most: list[int] = [count, _LOGITS_BYTES // (4 * sparse.vocabulary_size * scored)]

@@ -1,4 +1,4 @@
-"""The dense model in the sparse one's integers: what a user would pick, between the two others.
+"""Measures the dense model in the sparse one's integers, as a user would run it instead.
 
 Sparsity in integers has to be held against dense in the same integers. Both are timed in one run,
 turn by turn; accuracy is held against the dense model in floats, on the same text.
@@ -54,5 +54,5 @@ def measure(subject: Subject) -> StoredDense | None:
 
 
 def _bytes(model: Path) -> int:
-    """Size of a model's file and of its weights."""
+    """Return the size of a model's file and weights."""
     return sum(path.stat().st_size for path in (model, model.with_name(f"{model.name}.data")))

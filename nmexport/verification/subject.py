@@ -58,7 +58,7 @@ class Subject:
 
 
 def prompts_from(windows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """Up to `count` prompts of equal length: the start of each window, then what follows it.
+    """Cut up to `count` prompts of equal length from windows, and what follows each.
 
     Args:
         windows: `[W, L]` token ids.
@@ -78,7 +78,7 @@ def prompts_from(windows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
 def latency_tokens(
     windows: NDArray[np.int64], section: LatencySection
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Evaluation text to prefill, `[1, S]`, and to decode after, `[1, C]`; repeated if short."""
+    """Return text to prefill `[1, S]` and to decode after it `[1, C]`; repeated if short."""
     text = np.resize(windows.reshape(-1), section.prefill_tokens + section.decode_context)
     prompt, context = np.split(text, [section.prefill_tokens])
     return prompt[None, :], context[None, :]

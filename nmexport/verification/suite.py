@@ -1,4 +1,4 @@
-"""Which tasks lm-evaluation-harness is to run: found, checked, and loaded with their data.
+"""Finds, checks and loads the tasks that lm-evaluation-harness is to run.
 
 Tasks of a local folder need no network: paths in their YAML are relative to that folder. A task
 whose data lies on the hub says so before it is fetched.
@@ -79,7 +79,7 @@ def identity(suite: Suite | None) -> dict[str, object] | None:
 
 
 def harness_version() -> str:
-    """Version of lm-evaluation-harness.
+    """Return the version of lm-evaluation-harness.
 
     Raises:
         EnvironmentFault: if it is not installed.
@@ -96,7 +96,7 @@ def harness_version() -> str:
 
 
 def check(suite: Suite, progress: Progress) -> None:
-    """Refuse tasks that cannot be scored, before hours are spent on what they would score.
+    """Refuse tasks that cannot be scored, before hours of building.
 
     Raises:
         EnvironmentFault: if the harness is not installed, or a task's data cannot be reached.
@@ -123,11 +123,11 @@ def opened(suite: Suite, *, seed: int, progress: Progress | None) -> Iterator[An
         RecipeError: if a task cannot be loaded for another reason.
     """
     with _inside(suite.folder), _quiet():
-        yield _loaded(suite, seed, progress)
+        yield _load_suite(suite, seed, progress)
 
 
-def _loaded(suite: Suite, seed: int, progress: Progress | None) -> Any:
-    """The suite's tasks, with few-shot counts and seeds set."""
+def _load_suite(suite: Suite, seed: int, progress: Progress | None) -> Any:
+    """Load the suite's tasks, with few-shot counts and seeds set."""
     manager, names = _manager(suite)
     loaded = _load(manager, names, progress=progress)
     for task in loaded["tasks"].values():
@@ -185,7 +185,7 @@ def _hub_answers() -> bool:
 
 @contextlib.contextmanager
 def _force_offline() -> Iterator[None]:
-    """Have the libraries look into their caches alone."""
+    """Make the libraries use only their caches."""
     import datasets
     from huggingface_hub import constants
 
@@ -198,7 +198,7 @@ def _force_offline() -> Iterator[None]:
 
 
 def _announce(index: Mapping[str, Any], names: Sequence[str], progress: Progress) -> None:
-    """Say which tasks may fetch their data, before loading them does: from their files alone."""
+    """Say which tasks may fetch data, by their files, before they are loaded."""
     readers: dict[str, list[str]] = {}
     for given in names:
         for name, source in _sources(index, given):
@@ -215,7 +215,7 @@ def _announce(index: Mapping[str, Any], names: Sequence[str], progress: Progress
 def _sources(
     index: Mapping[str, Any], member: Any, said: str | None = None
 ) -> Iterator[tuple[str, str | None]]:
-    """The tasks that a name stands for, each with what it reads.
+    """List the tasks that a name stands for, each with what it reads.
 
     Args:
         index: The harness's: what the file of each task, group and tag says.
@@ -251,7 +251,7 @@ def _source(config: Mapping[str, Any]) -> str | None:
 
 
 def _manager(suite: Suite) -> tuple[Any, list[str]]:
-    """The harness's index and the names to load from it.
+    """Open the harness's index; return it with the names to load.
 
     The harness's own index takes seconds to read: it is left out where the folder has all names.
 

@@ -48,7 +48,7 @@ class TextSide:
     max_length: int
 
     def within(self, limits: Limits) -> TextSide:
-        """The same with the window of a session that takes no more."""
+        """Limit the window to a session's."""
         return replace(self, max_length=min(self.max_length, limits.tokens or self.max_length))
 
 
@@ -93,7 +93,7 @@ def compare(
 
 
 def protocol(phases: ModelPhases, text: TextSide, *sessions: Session) -> str:
-    """How the figures of `compare` come about, in words.
+    """Describe how `compare` measures.
 
     Args:
         phases: When the sparse model is sparse.
@@ -107,7 +107,7 @@ def protocol(phases: ModelPhases, text: TextSide, *sessions: Session) -> str:
 
 
 def text_side(tokenizer: Any, config: Mapping[str, Any]) -> TextSide:
-    """Tokenizer and window of a model, from its `config.json`, as the harness finds them."""
+    """Read a model's tokenizer and window from its `config.json`, as the harness does."""
     inner = config.get("text_config") or config
     known = [inner[key] for key in _WINDOW_KEYS if inner.get(key) is not None]
     limit = getattr(tokenizer, "model_max_length", None)
@@ -117,7 +117,7 @@ def text_side(tokenizer: Any, config: Mapping[str, Any]) -> TextSide:
 
 
 def _window(text: TextSide, *sessions: Session) -> TextSide:
-    """Cut the window to what all sessions take, so that both models read the same."""
+    """Cut the window to the smallest of all sessions, so that both models read the same."""
     return functools.reduce(lambda side, session: side.within(session.limits), sessions, text)
 
 
@@ -142,7 +142,7 @@ def _results(
     progress: Progress,
     side: str,
 ) -> dict[str, _TaskResult]:
-    """Score one model; tasks are loaded anew, since they keep what was answered."""
+    """Score one model; tasks are reloaded, since they keep answers."""
     from lm_eval.evaluator import evaluate
 
     from nmexport.verification.tasks_adapter import SessionLM
@@ -163,7 +163,7 @@ def _results(
 
 
 def _task_result(results: Mapping[str, Any], name: str) -> _TaskResult:
-    """Pick one task out of the harness's answer, whose keys read `acc,none`, `acc_stderr,none`."""
+    """Pick one task from the harness's answer, whose keys are `acc,none`, `acc_stderr,none`."""
     row = results["results"][name]
     metrics: dict[str, tuple[float, float | None]] = {}
     for key, value in row.items():
@@ -182,7 +182,7 @@ def _task_result(results: Mapping[str, Any], name: str) -> _TaskResult:
 
 
 def _by_document(samples: Sequence[Mapping[str, Any]], label: str) -> list[float]:
-    """A metric's value on each document, in order of documents; empty where it has no such."""
+    """List a metric's value on each document, in order; empty where it has none."""
     metric, _, kind = label.partition(",")
     rows = [row for row in samples if row.get("filter", "none") == (kind or "none")]
     values = [row.get(metric) for row in sorted(rows, key=lambda row: row["doc_id"])]
@@ -213,7 +213,7 @@ def _figures(dense: _TaskResult, sparse: _TaskResult) -> TaskScore:
 
 
 def paired_stderr(dense: Sequence[float], sparse: Sequence[float]) -> float | None:
-    """Standard error of the mean of `sparse - dense`; None for fewer than two pairs."""
+    """Compute the standard error of the mean of `sparse - dense`; None below two pairs."""
     if len(dense) != len(sparse) or len(dense) < 2:  # noqa: PLR2004 - one value has no spread
         return None
     differences = [after - before for before, after in zip(dense, sparse, strict=True)]

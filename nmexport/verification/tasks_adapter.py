@@ -1,4 +1,4 @@
-"""lm-evaluation-harness over our sessions: the artifact itself answers its requests.
+"""Runs lm-evaluation-harness on our sessions: the artifact itself answers its requests.
 
 Imported only where the optional package is installed; see `tasks`.
 """
@@ -97,7 +97,7 @@ class SessionLM(TemplateLM):  # type: ignore[misc]  # the harness ships no types
     def loglikelihood(
         self, requests: Sequence[Any], disable_tqdm: bool = True
     ) -> list[tuple[float, bool]]:
-        """Score continuations after contexts; the harness's bar gives way to ours."""
+        """Score continuations after contexts; shows our progress bar, not the harness's."""
         del disable_tqdm
         answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return answers
@@ -112,7 +112,7 @@ class SessionLM(TemplateLM):  # type: ignore[misc]  # the harness ships no types
         return [sum(next(flat)[0] for _ in pairs) for pairs in windows]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
-        """Continue contexts until a stop text; contexts of one length and options side by side."""
+        """Continue contexts until a stop text; those of one length and options in a batch."""
         del disable_tqdm
         groups: dict[tuple[str, int], list[tuple[int, list[int], dict[str, Any]]]] = {}
         for index, request in enumerate(requests):
@@ -165,7 +165,7 @@ class SessionLM(TemplateLM):  # type: ignore[misc]  # the harness ships no types
             yield harness.make_disjoint_window(window)
 
     def _context(self, text: str, new_tokens: int) -> list[int]:
-        """Token ids of a prompt, cut from the left to leave room for what follows."""
+        """Encode a prompt, cut from the left to leave room for what follows."""
         room = self.max_length - new_tokens
         if room < 1:
             raise UserError(
@@ -178,12 +178,12 @@ class SessionLM(TemplateLM):  # type: ignore[misc]  # the harness ships no types
 
     @property
     def _larger_window(self) -> str | None:
-        """How to get one, where the runtime and not the model ends it."""
+        """Say how to get a larger window, where the runtime limits it."""
         built = self._session.limits.tokens == self.max_length
         return "build the engine with a larger engine.max_context" if built else None
 
     def _continue(self, contexts: Sequence[list[int]], wanted: dict[str, Any]) -> list[str]:
-        """Text that follows each context; all contexts have one length."""
+        """Continue each context; all have one length."""
         end = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
         stops = handle_stop_sequences(list(wanted.get("until", [])), eos=end)
         samplers = [self._sampler(wanted) for _ in contexts]
@@ -219,7 +219,7 @@ class SessionLM(TemplateLM):  # type: ignore[misc]  # the harness ships no types
         )
 
     def _text(self, row: list[int]) -> str:
-        """Text of generated tokens, up to the one that ends it."""
+        """Decode generated tokens, up to the one that ends the text."""
         ends = self.eot_token_id
         kept = row[: row.index(ends)] if ends in row else row
         text: str = self.tokenizer.decode(kept, skip_special_tokens=True)

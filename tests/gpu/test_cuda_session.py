@@ -5,22 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx_ir as ir
 import pytest
-from nmexport.graph.cuda import rewrite_for_cuda
-from nmexport.runtimes import native
-from nmexport.runtimes.cuda_model import CudaModel
 from nmexport.runtimes.cuda_session import CudaSession
-from nmexport.runtimes.onnxruntime_opening import (
-    EXTERNAL_DATA_FOLDER,
-    choose_provider,
-    open_inference_session,
-    session_options,
-)
 from nmexport.runtimes.onnxruntime_session import OrtSession
 from nmexport.runtimes.tensorrt import library as tensorrt_library
 
 from tests.support.exported import Exported, export_folder
+from tests.support.slots import gpu_model
 from tests.support.tiny import VOCABULARY, save_tiny_model
 
 if TYPE_CHECKING:
@@ -43,17 +34,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 
 def opened(path: Path) -> CudaSession:
-    library = native.find_library()
-    if choose_provider(library) != "cuda":
-        pytest.skip("needs onnxruntime-gpu and NMEXPORT_CUDA in the build")
-    options = session_options(
-        library=library, threads=1, config={EXTERNAL_DATA_FOLDER: str(path.parent)}
-    )
-    model = ir.load(path)
-    rewrite_for_cuda(model, positions=POSITIONS)
-    content = ir.to_proto(model).SerializeToString()
-    session = open_inference_session(content, options, "cuda", records_graphs=True)
-    return CudaSession(CudaModel(session, positions=POSITIONS))
+    return CudaSession(gpu_model(path, POSITIONS))
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> np.ndarray:
@@ -83,6 +64,24 @@ def test_steps_are_the_same_bits_from_run_to_run(exported: Exported, side: str):
         np.testing.assert_array_equal(text(session, slice(0, 1)), first)
         # Two tokens take another plan of the decode kernel than one: same values, other last bits.
         assert np.abs(text(session, slice(0, 2))[:1] - first).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("batch", [2, 4, 8])
+@pytest.mark.parametrize("side", ["model", "dense_model"])
+def test_what_neighbours_hold_changes_no_bit(exported: Exported, side: str, batch: int):
+    """Of a batch of one size; the number of rows chooses kernels, see plugins/bench/cuda."""
+    with opened(getattr(exported, side)) as session:
+
+        def text(seed: int) -> np.ndarray:
+            own, others = tokens(1, 40), tokens(batch - 1, 40, seed)
+            rows = np.concatenate([own, others])
+            logits = [session.prefill(rows)[:1]]
+            for step in range(6):
+                row = np.concatenate([tokens(1, 1, step), tokens(batch - 1, 1, 100 * seed + step)])
+                logits.append(session.decode_step(row)[:1])
+            return np.concatenate(logits, axis=1)
+
+        np.testing.assert_array_equal(text(1), text(2))
 
 
 @pytest.mark.parametrize("batch", [1, 4])

@@ -13,7 +13,7 @@ from nmexport import graph
 from nmexport.environment import probe
 from nmexport.errors import ArtifactError, EnvironmentFault
 from nmexport.graph import cpu
-from nmexport.graph.cpu import is_bfloat16, widened
+from nmexport.graph.cpu import is_bfloat16, widen_file
 from nmexport.models.source import ModelSource
 from nmexport.pipeline import Pipeline
 from nmexport.progress import Silent
@@ -183,7 +183,7 @@ def test_the_noise_floor_is_not_rounded_away(model: tuple[Path, Exported]) -> No
 
 
 def graph_of(path: Path, *, has_native_ops: bool) -> onnx.GraphProto:
-    return onnx.load_model_from_string(widened(path, has_native_ops=has_native_ops)).graph
+    return onnx.load_model_from_string(widen_file(path, has_native_ops=has_native_ops)).graph
 
 
 def narrow_values(graph: onnx.GraphProto) -> set[str]:
@@ -293,7 +293,7 @@ def test_other_models_are_opened_as_they_are(
     def never(*_: object, **__: object) -> bytes:
         raise AssertionError("rewritten")
 
-    monkeypatch.setattr(cpu, "widened", never)
+    monkeypatch.setattr(cpu, "widen_file", never)
     half = save_toy_lm(tmp_path / "half.onnx", dtype=TensorProto.FLOAT16)
     for path in (tiny_export / "model.onnx", tiny_export / "dense" / "model.onnx", half):
         assert not is_bfloat16(onnx.load(path, load_external_data=False))
@@ -304,9 +304,9 @@ def test_other_models_are_opened_as_they_are(
 def test_a_bfloat16_model_is_rewritten_once(model: tuple[Path, Exported]) -> None:
     for path in (model[1].model, model[1].dense_model):
         assert is_bfloat16(onnx.load(path, load_external_data=False))
-        rewritten = widened(path, has_native_ops=True)
+        rewritten = widen_file(path, has_native_ops=True)
         assert rewritten != path.read_bytes()
-        assert widened(rewritten, has_native_ops=True) == rewritten, "never twice"
+        assert widen_file(rewritten, has_native_ops=True) == rewritten, "never twice"
 
 
 @pytest.mark.parametrize("element_type", ["float32", "float16", "bfloat16"])
@@ -334,7 +334,7 @@ def test_without_onnx_the_message_says_what_to_do(
 
 def test_a_model_that_onnx_cannot_read_is_the_artifacts_fault() -> None:
     with pytest.raises(ArtifactError, match="cannot be read"):
-        widened(b"\xff" * 64, has_native_ops=True)
+        widen_file(b"\xff" * 64, has_native_ops=True)
 
 
 def test_what_is_cut_off_is_no_model(tmp_path: Path) -> None:

@@ -9,11 +9,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from nmexport.allocation.ledger import AS_BUILT
 from nmexport.models.loader import load_model
 from nmexport.models.source import resolve
 from nmexport.models.stored_rows import rounded_rows
 from nmexport.runtimes import native
+from nmexport.sparsity.pattern import NMPattern
 from nmexport.stages import exporting, fold
+from nmexport.store.allocation import read_allocation
 from nmexport.verification.reference import open_folded
 
 from tests.stages.test_fold import calibrated, folded, recipe_of
@@ -145,3 +148,33 @@ def test_a_static_variance_leaves_the_weight_alone(
     assert tensors["value_scale"][0] > 1
     weight = load_model(resolve(recipe.model)).get_submodule(artifact.layers[0].name).weight
     assert _values(tensors["W"]).equal(_values(weight.detach()))
+
+
+@pytest.mark.parametrize("weights", ["float", "int8"])
+@pytest.mark.parametrize("phases", [("decode",), ("decode", "prefill")], ids=len)
+def test_a_budget_measures_what_is_built(
+    biased: Path, calibration: Path, tmp_path: Path, weights: str, phases: tuple[str, ...]
+) -> None:
+    """Each linear alone on tokens of its phase, and the model on prompts and what follows."""
+    recipe = recipe_of(
+        biased,
+        sparsity={**LEARNED, "mitigations": ("s-pts", "var"), "criterion": "act"},
+        model={"weights": weights},
+        allocation={
+            "budget": {"max_bytes": 0.7},
+            "patterns": (NMPattern(8, 16),),
+            "phases": phases,
+            "windows": 2,
+            "length": 12,
+            "front": (0.2,),
+        },
+    )
+    artifact = fold.Artifact(folded(recipe, tmp_path, calibration))
+    allocation = read_allocation(artifact.path)
+    assert allocation is not None
+    assert allocation.built is not None
+    assert {layer.phase for layer in artifact.layers} <= set(phases)
+    errors = {row.name: row.mitigation_errors[AS_BUILT] for row in allocation.ledger}
+    for layer in artifact.layers:
+        assert 0.01 < errors[layer.name] < 1
+    assert artifact.layers

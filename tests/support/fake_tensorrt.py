@@ -66,7 +66,7 @@ class HostDevice:
     def wait(self) -> None:
         pass
 
-    def captured(self, work: Callable[[], None]) -> Any:
+    def capture(self, work: Callable[[], None]) -> Any:
         self.captures += 1
         if not self.capturable:
             raise EnvironmentFault("the stream cannot be captured")

@@ -276,7 +276,7 @@ def test_a_plot_ranks_combinations_at_their_common_pattern() -> None:
         row_of("third", "8:16", 1.6),
         row_of("weights 50%", None, 1.2),
     ]
-    points = outcome._measured(rows, baselines=False)
+    points = outcome._measured_points(rows, baselines=False)
     assert outcome._rank(points) == ["first", "second", "third"]
     words = list(ET.fromstring(outcome.plot(rows, "m")).itertext())  # noqa: S314 - ours
     places = [words.index(label) for label in ("first", "second", "third", "weights 50%")]

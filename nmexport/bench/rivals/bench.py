@@ -1,4 +1,4 @@
-"""`bench rivals`: a work directory's engines beside torch.compile on the same shapes."""
+"""`bench rivals`: a work directory's engines against torch.compile on the same shapes."""
 
 from __future__ import annotations
 
@@ -119,12 +119,12 @@ def bench_rivals(
         together=together,
         protocol=PROTOCOL,
     )
-    return _measured(
+    return _collect(
         measured, entries, options, on_gpu=device == "cuda", save=save, progress=progress
     )
 
 
-def _measured(
+def _collect(
     rivals: Rivals,
     entries: Sequence[Entry],
     options: RivalOptions,

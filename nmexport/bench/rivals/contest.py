@@ -92,15 +92,15 @@ def _run_case(contest: Contest, case: Case, opened: _Opened) -> tuple[Contestant
                 step = contestant.prepare(case)
                 if step is not None:
                     steps[entry] = step
-        times = _timed(contest, case, steps)
+        times = _time_case(contest, case, steps)
     finally:
         steps.clear()
         for contestant in opened.contestants.values():
             contestant.release()
-    return (*times, *(_failed(entry, case, why) for entry, why in reasons.items()))
+    return (*times, *(_failure(entry, case, why) for entry, why in reasons.items()))
 
 
-def _timed(
+def _time_case(
     contest: Contest, case: Case, steps: Mapping[Entry, Step]
 ) -> tuple[ContestantTimes, ...]:
     if not steps:
@@ -140,7 +140,7 @@ def _device_timing(step: Step) -> Callable[[], float | None]:
     return lambda: step.device_ms(QUEUED_STEPS)
 
 
-def _failed(entry: Entry, case: Case, why: str) -> ContestantTimes:
+def _failure(entry: Entry, case: Case, why: str) -> ContestantTimes:
     return ContestantTimes(
         name=entry.name,
         is_rival=entry.is_rival,

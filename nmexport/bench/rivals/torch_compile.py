@@ -83,7 +83,7 @@ class TorchCompiled(Contestant):
         # The step's own token is the last of the context: one fewer than ours attends to.
         positions = torch.arange(case.tokens - length, case.tokens, device=device)
         ids = torch.randint(self._setting.shapes.vocabulary, (case.batch, length), device=device)
-        return self._compiled(case, ids, positions)
+        return self._compile(case, ids, positions)
 
     def release(self) -> None:
         """Forget compiled code and recorded graphs of all rivals, and the cache."""
@@ -99,7 +99,7 @@ class TorchCompiled(Contestant):
         if self._setting.device == "cuda":
             torch.cuda.empty_cache()
 
-    def _compiled(self, case: Case, ids: Tensor, positions: Tensor) -> Step:
+    def _compile(self, case: Case, ids: Tensor, positions: Tensor) -> Step:
         if self._setting.device != "cuda":
             return _TorchStep(self._decoder, ids, positions, wait=None)
         step = _TorchStep(

@@ -104,7 +104,7 @@ class _Block(nn.Module):
         queries, keys, values = (
             part.view(batch, length, -1, shapes.head_size).transpose(1, 2) for part in parts
         )
-        queries, keys = _rotated(queries, cos, sin), _rotated(keys, cos, sin)
+        queries, keys = _rotate(queries, cos, sin), _rotate(keys, cos, sin)
         self.keys[:, :, positions] = keys
         self.values[:, :, positions] = values
         if mask is None:  # a prompt on an empty cache: it attends to itself alone
@@ -180,7 +180,7 @@ class Decoder(nn.Module):
         return head
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate `[B, H, S, D]` by the angles `[S, D / 2]` of the tokens' positions."""
     first, second = x.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

@@ -53,7 +53,7 @@ def decode(
         "awq": _awq,
         "gptq": _gptq,
         "gptq_v2": _gptq,
-        "packed": _packed,
+        "packed": _decode_packed,
         "int8": _int8,
     }[weight.layout](weight, tensors)
     order = _channel_order(weight, tensors)
@@ -61,7 +61,7 @@ def decode(
         values = values[order.long()]
     if reason_for_floats(weight) is not None:
         return _floats(values, scale, zero_point, order)
-    return _typed(weight, values, scale, zero_point, order)
+    return _fit_type(weight, values, scale, zero_point, order)
 
 
 def reason_for_floats(weight: PackedWeight, *, keeps_float8: bool = False) -> str | None:
@@ -105,7 +105,7 @@ def _form(weight: PackedWeight) -> str:
 
 
 def unpack_bits(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Values of a number of bits along the last axis: lowest bits first, across words.
+    """Unpack values of some bits along the last axis: lowest bits first, across words.
 
     Args:
         words: `[..., W]` int32.
@@ -149,7 +149,7 @@ def _gptq(weight: PackedWeight, tensors: Mapping[str, torch.Tensor]) -> Decoded:
     return values, tensors["scales"].float(), zeros
 
 
-def _packed(weight: PackedWeight, tensors: Mapping[str, torch.Tensor]) -> Decoded:
+def _decode_packed(weight: PackedWeight, tensors: Mapping[str, torch.Tensor]) -> Decoded:
     outputs, channels = weight.shape
     said = tensors["weight_shape"].tolist()
     if said != [outputs, channels]:
@@ -227,7 +227,7 @@ def _channel_order(
     return None if bool((order == torch.arange(channels)).all()) else order
 
 
-def _typed(
+def _fit_type(
     weight: PackedWeight,
     values: torch.Tensor,
     scale: torch.Tensor,

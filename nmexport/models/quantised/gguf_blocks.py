@@ -106,7 +106,7 @@ def _split(blocks: NDArray[np.uint8], *sizes: int) -> list[NDArray[np.uint8]]:
     return np.split(blocks, np.cumsum(sizes), axis=1)
 
 
-def _signed(values: NDArray[np.uint8], offset: int = 0) -> NDArray[np.int8]:
+def _to_signed(values: NDArray[np.uint8], offset: int = 0) -> NDArray[np.int8]:
     return (values.astype(np.int16) - offset).astype(np.int8)
 
 
@@ -117,12 +117,12 @@ def _q8_0(blocks: NDArray[np.uint8]) -> _Blocks:
 
 def _q4_0(blocks: NDArray[np.uint8]) -> _Blocks:
     d, low = _split(blocks, 2)
-    return _Blocks(values=_signed(_fields(low, 4, 16), 8), scale=_float16(d))
+    return _Blocks(values=_to_signed(_fields(low, 4, 16), 8), scale=_float16(d))
 
 
 def _q4_1(blocks: NDArray[np.uint8]) -> _Blocks:
     d, m, low = _split(blocks, 2, 2)
-    return _Blocks(values=_signed(_fields(low, 4, 16)), scale=_float16(d), minimum=-_float16(m))
+    return _Blocks(values=_to_signed(_fields(low, 4, 16)), scale=_float16(d), minimum=-_float16(m))
 
 
 def _five(high: NDArray[np.uint8], low: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -133,18 +133,18 @@ def _five(high: NDArray[np.uint8], low: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def _q5_0(blocks: NDArray[np.uint8]) -> _Blocks:
     d, high, low = _split(blocks, 2, 4)
-    return _Blocks(values=_signed(_five(high, low), 16), scale=_float16(d))
+    return _Blocks(values=_to_signed(_five(high, low), 16), scale=_float16(d))
 
 
 def _q5_1(blocks: NDArray[np.uint8]) -> _Blocks:
     d, m, high, low = _split(blocks, 2, 2, 4)
-    return _Blocks(values=_signed(_five(high, low)), scale=_float16(d), minimum=-_float16(m))
+    return _Blocks(values=_to_signed(_five(high, low)), scale=_float16(d), minimum=-_float16(m))
 
 
 def _q2_k(blocks: NDArray[np.uint8]) -> _Blocks:
     both, low, d, d_minimum = _split(blocks, 16, 64, 2)
     return _Blocks(
-        values=_signed(_fields(low, 2, 32)),
+        values=_to_signed(_fields(low, 2, 32)),
         scale=_float16(d) * (both & 15),
         minimum=_float16(d_minimum) * (both >> 4),
     )
@@ -154,7 +154,7 @@ def _q3_k(blocks: NDArray[np.uint8]) -> _Blocks:
     high, low, packed, d = _split(blocks, 32, 64, 12)
     scales = _fields(packed[:, :8], 4, 8) | _fields(packed[:, 8:], 2, 4) << _HIGH
     values = _fields(low, 2, 32) | _fields(high, 1, 32) << np.uint8(2)
-    return _Blocks(values=_signed(values, 4), scale=_float16(d) * _signed(scales, 32))
+    return _Blocks(values=_to_signed(values, 4), scale=_float16(d) * _to_signed(scales, 32))
 
 
 def _scales_and_minima(
@@ -170,20 +170,20 @@ def _scales_and_minima(
 def _q4_k(blocks: NDArray[np.uint8]) -> _Blocks:
     d, d_minimum, packed, low = _split(blocks, 2, 2, 12)
     scale, minimum = _scales_and_minima(d, d_minimum, packed)
-    return _Blocks(values=_signed(_fields(low, 4, 32)), scale=scale, minimum=minimum)
+    return _Blocks(values=_to_signed(_fields(low, 4, 32)), scale=scale, minimum=minimum)
 
 
 def _q5_k(blocks: NDArray[np.uint8]) -> _Blocks:
     d, d_minimum, packed, high, low = _split(blocks, 2, 2, 12, 32)
     scale, minimum = _scales_and_minima(d, d_minimum, packed)
     values = _fields(low, 4, 32) | _fields(high, 1, 32) << _HIGH
-    return _Blocks(values=_signed(values), scale=scale, minimum=minimum)
+    return _Blocks(values=_to_signed(values), scale=scale, minimum=minimum)
 
 
 def _q6_k(blocks: NDArray[np.uint8]) -> _Blocks:
     low, high, scales, d = _split(blocks, 128, 64, 16)
     values = _fields(low, 4, 64) | _fields(high, 2, 32) << _HIGH
-    return _Blocks(values=_signed(values, 32), scale=_float16(d) * scales.copy().view(np.int8))
+    return _Blocks(values=_to_signed(values, 32), scale=_float16(d) * scales.copy().view(np.int8))
 
 
 def _levels(index: NDArray[np.uint8]) -> NDArray[np.int8]:
@@ -201,7 +201,9 @@ def _iq4_nl(blocks: NDArray[np.uint8]) -> _Blocks:
 def _iq4_xs(blocks: NDArray[np.uint8]) -> _Blocks:
     d, high, low, index = _split(blocks, 2, 2, 4)
     scales = _fields(low, 4, 1) | _fields(high, 2, 1) << _HIGH
-    return _Blocks(values=_levels(_fields(index, 4, 16)), scale=_float16(d) * _signed(scales, 32))
+    return _Blocks(
+        values=_levels(_fields(index, 4, 16)), scale=_float16(d) * _to_signed(scales, 32)
+    )
 
 
 _TYPES: Mapping[str, tuple[StoredType, int, Callable[[NDArray[np.uint8]], _Blocks]]] = {

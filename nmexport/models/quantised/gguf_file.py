@@ -55,7 +55,7 @@ def write_integers(
             parameter = parameters.get(names.get(tensor.name, ""))
             if kind in _FLOATS or parameter is None:
                 continue
-            weight, reason = _matched(tensor.data, kind, parameter, model)
+            weight, reason = _match(tensor.data, kind, parameter, model)
             counted.append((kind, reason, parameter.numel()))
             if weight is None:
                 continue
@@ -113,10 +113,10 @@ def _tensors(weight: QuantisedWeight) -> dict[str, torch.Tensor]:
     return parts if weight.zero_point is None else {**parts, "zero_point": weight.zero_point}
 
 
-def _matched(
+def _match(
     data: Any, kind: str, parameter: torch.Tensor, model: nn.Module
 ) -> tuple[QuantisedWeight | None, str | None]:
-    """The integers that make a parameter; or None, and why not."""
+    """Find the integers that make a parameter; or None, and why not."""
     type_ = kept_type(kind)
     if type_ is None:
         return None, "its values are no multiples of a scale"
@@ -146,7 +146,7 @@ def _row_orders(model: nn.Module, rows: int) -> Iterator[torch.Tensor]:
 
 
 def _with_rows(weight: QuantisedWeight, rows: torch.Tensor) -> QuantisedWeight:
-    """The same weight with its outputs in an order."""
+    """Reorder the outputs of a weight."""
     zero_point = None if weight.zero_point is None else weight.zero_point[:, rows].contiguous()
     return QuantisedWeight(
         values=weight.values[:, rows].contiguous(),

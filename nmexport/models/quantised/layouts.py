@@ -1,4 +1,4 @@
-"""Take a checkpoint's tensors apart: quantised weights, plain ones, and what is left out."""
+"""Sorts a checkpoint's tensors: quantised weights, plain ones, and what is left out."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def find_packing(
 
 
 def _refuse_traces(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Refuse what is left over of a quantised layer that nothing above reads.
+    """Refuse remains of a quantised layer that nothing above reads.
 
     Raises:
         UnsupportedModelError: naming a tensor.
@@ -153,7 +153,7 @@ def _gptq(modules: Modules, method: Method) -> Iterator[PackedWeight]:
         )
 
 
-def _packed(modules: Modules, method: Method) -> Iterator[PackedWeight]:
+def _find_packed(modules: Modules, method: Method) -> Iterator[PackedWeight]:
     """Linears of compressed-tensors in 32-bit words: `[O, K*bits/32]`."""
     for module, roles in modules.with_role("weight_packed").items():
         modules.require(module, roles, ("weight_packed", "weight_scale", "weight_shape"))
@@ -290,6 +290,6 @@ def _parts(roles: Roles, *wanted: str) -> dict[str, StoredTensor]:
 _FINDERS: Mapping[str, tuple[Callable[[Modules, Method], Iterator[PackedWeight]], ...]] = {
     "awq": (_awq,),
     "gptq": (_gptq,),
-    "compressed-tensors": (_packed, _int8, _float8),
+    "compressed-tensors": (_find_packed, _int8, _float8),
     "fp8": (_float8,),
 }

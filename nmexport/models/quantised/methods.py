@@ -67,7 +67,7 @@ class Scheme:
 
 
 def quantisation_section(folder: Path, config: Mapping[str, Any]) -> dict[str, object] | None:
-    """The part of a configuration that says how weights are quantised; None without one.
+    """Return the section on quantisation of a configuration; None without one.
 
     Raises:
         ModelError: if a file cannot be read.

@@ -52,11 +52,11 @@ class PackedWeight:
 
     @property
     def name(self) -> str:
-        """Name of the weight that the tensors stand for."""
+        """Name of the weight that the tensors make."""
         return f"{self.module}.weight"
 
     def stored(self, role: str) -> str:
-        """Name in the files of the tensor with a role."""
+        """Return the stored name of the tensor with a role."""
         return f"{self.module}.{role}"
 
 

@@ -22,7 +22,7 @@ class Device(Protocol):
         ...
 
     def allocate(self, size: int) -> Buffer:
-        """Memory of so many bytes, all zero; freed when it is dropped.
+        """Allocate bytes, all zero; freed when dropped.
 
         Raises:
             EnvironmentFault: if the device has not so much left.
@@ -45,7 +45,7 @@ class Device(Protocol):
         """Wait for everything that is enqueued."""
         ...
 
-    def captured(self, work: Callable[[], None]) -> Graph:
+    def capture(self, work: Callable[[], None]) -> Graph:
         """Record what `work` enqueues, without running it."""
         ...
 
@@ -132,7 +132,7 @@ class CudaDevice:
         """See `Device`."""
         self._check(self._runtime.cudaStreamSynchronize(self._stream))
 
-    def captured(self, work: Callable[[], None]) -> CudaGraph:
+    def capture(self, work: Callable[[], None]) -> CudaGraph:
         """See `Device`."""
         runtime = self._runtime
         mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal

@@ -558,7 +558,7 @@ def test_copies_are_found_wherever_they_lie(
     weights = [weight("one"), weight("two"), weight("three"), replace(weight("two"), name="tied")]
     counted = weight_copies.copies(plan, weights)
     assert counted == {"one": 2, "two": 1, "tied": 1, "three": 0}
-    assert weight_copies.repeated(counted) == ["one"]
+    assert weight_copies.find_repeated(counted) == ["one"]
     assert weight_copies.copies(b"", weights)["one"] == 0
 
 

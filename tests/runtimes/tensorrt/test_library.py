@@ -217,7 +217,7 @@ def test_memory_is_zeroed_copied_and_freed(cuda: FakeRuntime) -> None:
 
 def test_a_graph_is_recorded_launched_and_destroyed(cuda: FakeRuntime) -> None:
     device = CudaDevice()
-    graph = device.captured(lambda: cuda.calls.append(("work", ())))
+    graph = device.capture(lambda: cuda.calls.append(("work", ())))
     begun = cuda.names().index("cudaStreamBeginCapture")
     assert cuda.names()[begun : begun + 5] == [
         "cudaStreamBeginCapture",
@@ -243,7 +243,7 @@ def test_a_capture_ends_whatever_happens(cuda: FakeRuntime, failing: str, last: 
     device = CudaDevice()
     cuda.failing = failing
     with pytest.raises(ArtifactError):
-        device.captured(broken)
+        device.capture(broken)
     assert cuda.names()[-2:] == ["cudaStreamEndCapture", last]
 
 
@@ -251,7 +251,7 @@ def test_a_graph_that_cannot_be_instantiated_is_destroyed(cuda: FakeRuntime) -> 
     device = CudaDevice()
     cuda.failing = "cudaGraphInstantiate"
     with pytest.raises(EnvironmentFault, match="out of memory"):
-        device.captured(lambda: None)
+        device.capture(lambda: None)
     assert cuda.names()[-1] == "cudaGraphDestroy"
 
 
