@@ -21,14 +21,14 @@ LINE_SECONDS = 5.0
 
 
 class Progress(Protocol):
-    """Takes a stage's reports; the stage does not know whether anybody looks."""
+    """Receives a stage's progress."""
 
     def track(self, items: Iterable[T], *, label: str, total: int | None = None) -> Iterator[T]:
         """Yield the items, counting them under the label."""
         ...
 
     def note(self, message: str) -> None:
-        """One line of information."""
+        """Show one line of information."""
         ...
 
 
@@ -54,7 +54,7 @@ class Lines:
         every: float = LINE_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Write to the stream, at most one line of counting every so many seconds."""
+        """Write to the stream, at most one line of counting every few seconds."""
         self._stream = stream
         self._every = every
         self._clock = clock
@@ -114,7 +114,7 @@ class Bars:
 
     @contextmanager
     def _show(self) -> Iterator[RichBars]:
-        """The one live display; rich allows no second one on a terminal."""
+        """Start the one live display: rich allows no second one on a terminal."""
         if self._bars is not None:
             yield self._bars
             return
@@ -138,13 +138,13 @@ class Bars:
 
 
 def on_stream(stream: TextIO) -> Progress:
-    """Bars on a terminal, lines elsewhere."""
+    """Choose bars on a terminal, lines elsewhere."""
     return Bars(stream) if stream.isatty() else Lines(stream)
 
 
 @contextmanager
 def busy(progress: Progress, label: str) -> Iterator[None]:
-    """Show one long step that cannot be counted: that it runs, and then how long it took."""
+    """Show one long step that cannot be counted, and then how long it took."""
     step = iter(progress.track(range(1), label=label, total=1))
     next(step, None)
     yield
@@ -152,13 +152,13 @@ def busy(progress: Progress, label: str) -> Iterator[None]:
 
 
 def length_of(items: object) -> int | None:
-    """How many items there are, where that can be known beforehand."""
+    """Return how many items there are, where that is known beforehand."""
     length = getattr(items, "__len__", None)
     return int(length()) if length is not None else None
 
 
 def peak_rss_bytes() -> int:
-    """Most memory this process held, ever or since `reset_peak_rss`.
+    """Return the peak memory of this process, ever or since `reset_peak_rss`.
 
     On Linux not `ru_maxrss`: a child inherits its parent's through fork and exec.
     """
@@ -173,7 +173,7 @@ def peak_rss_bytes() -> int:
 
 
 def reset_peak_rss() -> None:
-    """Begin `peak_rss_bytes` anew, where the kernel lets us; elsewhere it stays the process's."""
+    """Reset `peak_rss_bytes`, where the kernel allows it."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # see proc(5)
 
@@ -190,7 +190,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes for a person: `1.2 GB`."""
+    """Format bytes: `1.2 GB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 1000:  # noqa: PLR2004  SI steps
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

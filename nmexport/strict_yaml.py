@@ -1,4 +1,4 @@
-"""YAML without its surprises, and with line numbers for error messages.
+"""Reads YAML without its surprises, with line numbers for error messages.
 
 PyYAML reads YAML 1.1, where the pattern `8:16` is the number 496 (base 60), `no` is false and
 a key given twice silently loses its first value. This reads plain scalars by the core schema of
@@ -26,13 +26,13 @@ Where = tuple[str | int, ...]  # a path of keys and list indices
 
 
 class _Loader(yaml.SafeLoader):
-    """Resolves nothing by itself: a plain scalar is text until `_scalar` says otherwise."""
+    """Reads every plain scalar as text, for `_scalar` to resolve."""
 
     yaml_implicit_resolvers: dict[str, object] = {}  # noqa: RUF012  PyYAML's own declaration
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that this reader would take for something else."""
+    """Quotes every text that this reader would read as another type."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
@@ -82,7 +82,7 @@ def read(text: str, name: str) -> Document:
 
 
 def write(value: object) -> str:
-    """YAML text of JSON values, which `read` gives back equal."""
+    """Write JSON values as YAML that `read` returns unchanged."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
@@ -133,7 +133,7 @@ def _mapping(
 
 
 def _scalar(text: str) -> str | int | float | bool | None:
-    """A plain scalar by the core schema of YAML 1.2; what is nothing else is text."""
+    """Resolve a plain scalar by the core schema of YAML 1.2; anything else is text."""
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
     if _INTEGER.fullmatch(text):

@@ -42,7 +42,7 @@ def interleave(
 
 
 def rounds_lasting(seconds: float, *, at_least: int) -> Iterator[int]:
-    """Count rounds until so many seconds have passed since the first, and so many were run."""
+    """Count rounds until a time has passed since the first, and a number were run."""
     end = time.perf_counter() + seconds
     count = 0
     while count < at_least or time.perf_counter() < end:
@@ -60,7 +60,7 @@ def milliseconds(run: Callable[[], object]) -> float:
 def queued_milliseconds(
     start: Callable[[], object], wait: Callable[[], object], times: int
 ) -> float:
-    """Start something so many times, wait for all of it, and return the milliseconds of one."""
+    """Start something `times` times, wait for all, and return the milliseconds of one."""
 
     def run() -> None:
         for _ in range(times):
@@ -71,7 +71,7 @@ def queued_milliseconds(
 
 
 def percentiles(samples: Sequence[float], ranks: Sequence[float]) -> list[float]:
-    """Return the values below which so many percent of the samples lie, linear between neighbours.
+    """Return percentiles of the samples, linear between neighbours.
 
     Raises:
         ValueError: if there is no sample or a rank is outside 0 to 100.
@@ -82,5 +82,5 @@ def percentiles(samples: Sequence[float], ranks: Sequence[float]) -> list[float]
 
 
 def median(samples: Sequence[float]) -> float:
-    """Return the value in the middle."""
+    """Return the median."""
     return percentiles(samples, (50,))[0]

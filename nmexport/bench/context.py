@@ -1,4 +1,4 @@
-"""Requests that no model with this context could answer are refused before anything is timed."""
+"""Refuses requests longer than a model's context before anything is timed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def check_context(export: Path, tokens: int, *, options: str) -> None:
-    """Raise where a sequence is longer than the model's context.
+    """Refuse sequences longer than the model's context.
 
     Args:
         export: The exported model's folder.

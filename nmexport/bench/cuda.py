@@ -161,7 +161,7 @@ class _Bench:
         self._x = [self._device_value(x_shape, 1.0, 1000 + i) for i in range(self._rounds)]
 
     def measure(self, rounds: int) -> tuple[CudaRow, str]:
-        """The best plan, then all sides in turn; and the row of a table of plans."""
+        """Find the best plan, time all sides; return the results and a row of the plan table."""
         plan = self._best_plan()
         runs = {side: self._runner(side, plan) for side in SIDES}
         us = self._time(runs, rounds)
@@ -189,7 +189,7 @@ class _Bench:
         return measured, row
 
     def _best_plan(self) -> Plan:
-        """By trial for one token of a 16-bit type; elsewhere the kernel goes by rule."""
+        """Find the best plan by trial for one 16-bit token; elsewhere the kernel goes by rule."""
         candidates = list(self._plans.plans(self._problem.in_features))
         if self._problem.tokens > 1 or self._problem.dtype == "float32":
             return candidates[0]
@@ -206,7 +206,7 @@ class _Bench:
         return {key: median(ms) * 1e3 / self._launches for key, ms in samples.items()}
 
     def _runner(self, side: Side, plan: Plan) -> Callable[[], None]:
-        """A call that replays the side's graph, captured under a table that forces its path."""
+        """Make a call that replays the side's graph, captured under a table that forces a path."""
         forced = 0.0 if side in {"dense", "sparse"} else 1.0
         rows = [
             table_row(
@@ -242,7 +242,7 @@ class _Bench:
         return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, self._element, "cuda", 0)
 
     def _device_value(self, shape: tuple[int, ...], scale: float, seed: int) -> Any:
-        """Random values, a short run of them repeated: their bytes are what is measured."""
+        """Make random values, a short run repeated: only their bytes are measured."""
         run = np.random.default_rng(seed).standard_normal((1 << 20) + 7, dtype=np.float32) * scale
         values = np.resize(run.astype(self._problem.dtype), shape)
         return onnxruntime.OrtValue.ortvalue_from_numpy(values, "cuda", 0)

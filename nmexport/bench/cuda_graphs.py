@@ -67,5 +67,5 @@ def _product(side: Side, names: tuple[str, str, str], *, has_order: bool) -> onn
 
 
 def _order(problem: Problem) -> NDArray[np.int32]:
-    """A channel order without any order in it."""
+    """Make a random channel order."""
     return np.random.default_rng(0).permutation(problem.in_features).astype(np.int32)

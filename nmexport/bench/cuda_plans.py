@@ -39,7 +39,7 @@ class Plan:
     cluster: int
 
     def fields(self) -> tuple[int, ...]:
-        """In the order of a table row; the next kernel may start at once."""
+        """List the fields in the order of a table row; the next kernel may start at once."""
         return (
             self.lanes,
             self.vectors,
@@ -64,7 +64,7 @@ class PlanLibrary:
     """The native library's functions for measured plans."""
 
     def __init__(self, path: Path) -> None:
-        """Load it.
+        """Load the library.
 
         Raises:
             EnvironmentFault: if it carries no CUDA kernels, or there is no GPU.
@@ -85,7 +85,7 @@ class PlanLibrary:
         self.device = Device(traits["compute_capability"], traits["multiprocessors"])
 
     def plans(self, in_features: int) -> Iterator[Plan]:
-        """Every plan worth trying on this device: a warp gets a group of channels at least."""
+        """Yield every plan worth trying on this device: a warp gets a whole group at least."""
         clusters = _MAX_CLUSTER if self.device.compute_capability >= _CLUSTERS_SINCE else 1
         for shape in json.loads(self._library.nmexport_cuda_shapes()):
             for cluster in range(1, clusters + 1):
@@ -114,7 +114,7 @@ def table_row(
     masked_us: float,
     dense_us: float,
 ) -> str:
-    """One line of a table of plans, as plan_table.h reads it."""
+    """Write one line of a table of plans, as plan_table.h reads it."""
     shape = (problem.item_bytes, problem.tokens, problem.in_features, problem.out_features)
     measured = (device.compute_capability, device.multiprocessors, *shape, int(problem.grouped))
     numbers = (*measured, *plan.fields())
@@ -123,7 +123,7 @@ def table_row(
 
 
 def merge_table(old: str, rows: Sequence[str]) -> list[str]:
-    """The lines of a table with rows added, each in place of one that measured the same before.
+    """Add rows to the lines of a table; each replaces one of the same measurement.
 
     Raises:
         RecipeError: if a line is no row.
@@ -151,7 +151,7 @@ def _key_of(row: str) -> tuple[int, ...]:
 
 
 def check_savable(library: Path) -> None:
-    """Refuse before minutes of measuring what could not be saved after.
+    """Refuse to measure what could not be saved afterwards.
 
     Raises:
         EnvironmentFault: if the folder of the native library cannot be written.
@@ -207,7 +207,7 @@ class Problem:
         return _ITEM_BYTES[self.dtype]
 
     def copies(self, rotated_bytes: int) -> int:
-        """Weights that together exceed the cache."""
+        """Number of weights that together exceed the cache."""
         wanted = rotated_bytes // (self.in_features * self.out_features * self.item_bytes) + 1
         return min(max(wanted, _MIN_COPIES), _MAX_COPIES)
 

@@ -63,20 +63,20 @@ class Problem:
         return self.in_features * self.out_features * ITEM_BYTES[dtype]
 
     def copies(self, item_bytes: float) -> int:
-        """Weights that together exceed the cache."""
+        """Number of weights that together exceed the cache."""
         size = self.in_features * self.out_features * item_bytes
         return min(max(int(self.rotated_bytes / size) + 1, 1), _MAX_COPIES)
 
 
 def side_names(problem: Problem) -> list[str]:
-    """The sides of a problem: see `nmexport.bench.kernels`."""
+    """List the sides of a problem: see `nmexport.bench.kernels`."""
     ours = [f"{kind}_{dtype}" for dtype in problem.dtypes for kind in ("dense", "sparse")]
     fits = problem.rivals and problem.in_features % _SMALL_GROUP == 0
     return ["matmul", *(NBITS if fits else ()), *ours, "select"]
 
 
 def product_model(name: str, problem: Problem, copies: int) -> onnx.ModelProto:
-    """A model with one product for each weight, all of the same input."""
+    """Make a model with one product for each weight, all of the same input."""
     kind, _, dtype = name.partition("_")
     element = _element("float32" if not dtype or dtype.startswith("int8") else dtype)
     nodes, initializers = _parts(kind, dtype or "float32", problem, copies)
@@ -150,7 +150,7 @@ def _parts(
 def _nbits_parts(
     bits: int, problem: Problem, copies: int
 ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-    """MatMulNBits with random weights; its layout is [O, groups, bytes of a group]."""
+    """Make random weights of MatMulNBits; the layout is [O, groups, bytes of a group]."""
     group = SCALE_GROUP if problem.in_features % SCALE_GROUP == 0 else _SMALL_GROUP
     groups = problem.in_features // group
     shape = (problem.out_features, groups, group * bits // 8)
@@ -181,7 +181,7 @@ def _nbits_parts(
 
 
 def _weights(dtype: str, problem: Problem, copies: int) -> list[NDArray[Any]]:
-    """`copies` arrays `[K, O]` at addresses of their own; their values repeat."""
+    """Make `copies` arrays `[K, O]` at different addresses; their values repeat."""
     random = np.random.default_rng(0)
     shape = (problem.in_features, problem.out_features)
     some = random.standard_normal(1 << 16, dtype=np.float32) / np.sqrt(shape[0], dtype=np.float32)
@@ -193,7 +193,7 @@ def _weights(dtype: str, problem: Problem, copies: int) -> list[NDArray[Any]]:
 
 
 def _scales(dtype: str, problem: Problem) -> list[onnx.TensorProto]:
-    """One scale an output, or an output and group of channels."""
+    """Make a scale for each output, or for each output and group of channels."""
     _, _, group = dtype.partition(":")
     rows = math.gcd(int(group), problem.in_features) if group else problem.in_features
     groups = problem.in_features // rows if rows % _UNIT == 0 else 1

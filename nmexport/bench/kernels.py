@@ -80,7 +80,7 @@ class Timing:
 
     @classmethod
     def of(cls, durations_us: Sequence[float]) -> Timing:
-        """Quantiles of the runs."""
+        """Compute the quantiles of the runs."""
         p10, p50, p90 = percentiles(durations_us, (10, 50, 90))
         return cls(p10_us=p10, median_us=p50, p90_us=p90)
 
@@ -158,7 +158,7 @@ class KernelTimes:
 
 @dataclass(frozen=True, kw_only=True)
 class KernelSettings:
-    """What the sides are, and how long each row is measured."""
+    """Settings of the sides, and how long each row is measured."""
 
     threads: Sequence[int] = (1,)
     """Intra-op threads of each session; a row for each."""
@@ -239,7 +239,7 @@ def bench_kernels(
 
 
 def last_level_cache(folder: Path = _CACHES) -> int:
-    """Bytes of the largest cache that the system tells of; `CACHE_BYTES` where it tells of none."""
+    """Return the size of the largest cache; `CACHE_BYTES` where the system does not say."""
     units = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     sizes = [
         re.fullmatch(r"(\d+)([KMG]?)", path.read_text(encoding="ascii").strip())
@@ -363,7 +363,7 @@ def _open(model: onnx.ModelProto, problem: Problem) -> _Session:
 
 
 def _runner(opened: _Session, tokens: int, problem: Problem) -> Callable[[], None]:
-    """A call that runs the whole model once, without allocating."""
+    """Make a call that runs the whole model once, without allocating."""
     dtype = helper.tensor_dtype_to_np_dtype(opened.element)
     random = np.random.default_rng(2)
     x = random.standard_normal((1, tokens, problem.in_features), dtype=np.float32)

@@ -49,7 +49,7 @@ class PerfAnalyzer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, address: str, model: str, load: Soak) -> None:
-        """Begin to ask the server at a gRPC address."""
+        """Start to send requests to a gRPC address."""
         scratch = Path(self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="nmexport-")))
         asks = [ask for ask, _ in zip(load.asks(), range(_PROMPTS), strict=False)]
         rows = [
@@ -87,7 +87,7 @@ class PerfAnalyzer:
         return folder
 
     def check(self) -> None:
-        """Raise where it ended.
+        """Raise if it ended.
 
         Raises:
             EnvironmentFault: with what it said last.
@@ -99,7 +99,7 @@ class PerfAnalyzer:
         raise EnvironmentFault(f"perf_analyzer ended with {self._process.returncode}:\n{said}")
 
     def stop(self) -> None:
-        """Let its requests end, and end it."""
+        """Let its requests end, then stop it."""
         if self._process is not None:
             self._process.send_signal(signal.SIGINT)
             try:

@@ -294,7 +294,7 @@ _NOT_KNOWN = Moments()
 
 
 class _Given(NamedTuple):
-    """What linears are stored by."""
+    """The inputs of storing linears."""
 
     dense: DenseModel
     constants: SparseConstants

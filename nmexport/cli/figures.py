@@ -32,7 +32,7 @@ class Row:
     measure: Measure | None = None
 
     def cells(self, between: Mapping[Measure, str] | None = None) -> tuple[str, ...]:
-        """The row's columns, with one between the two models where it is given."""
+        """Return the row's cells, with the middle column where there is one."""
         middle = () if between is None else (between[self.measure] if self.measure else "",)
         return (self.name, self.dense, *middle, self.sparse, self.comparison)
 
@@ -113,7 +113,7 @@ def _rows(report: Report) -> list[Row]:
 
 
 def _middle(between: StoredDense) -> dict[Measure, str]:
-    """The column of dense in the sparse model's integers."""
+    """Make the column of dense in the sparse model's integers."""
     scores, times = between.scores, between.latency.dense
     return {
         "perplexity": figure(scores.sparse.perplexity),
@@ -125,7 +125,7 @@ def _middle(between: StoredDense) -> dict[Measure, str]:
 
 
 def _decode_only_row(accuracy: Accuracy) -> list[Row]:
-    """Perplexity with dense prompts; nothing where it was not measured."""
+    """Show perplexity with dense prompts; nothing where it was not measured."""
     decoded = accuracy.decode_only
     if decoded is None or decoded.perplexity_ratio is None:
         return []
@@ -140,7 +140,7 @@ def _decode_only_row(accuracy: Accuracy) -> list[Row]:
 
 
 def _task_rows(accuracy: Accuracy) -> list[Row]:
-    """Scores with their standard errors."""
+    """Show scores with their standard errors."""
     return [
         Row(
             f"{name}, {task.metric}, {task.n} documents",
@@ -157,7 +157,7 @@ def _with_error(value: float, stderr: float | None) -> str:
 
 
 def _speed_rows(latency: Latency) -> list[Row]:
-    """Median milliseconds, dense and sparse, and how many times faster sparse is."""
+    """Show median milliseconds, dense and sparse, and the speed-up."""
     dense, sparse, speedup = latency.dense, latency.sparse, latency.speedup
     tokens, context = dense.prefill.tokens, dense.decode.context
     prefill = "prefill" if tokens is None else f"prefill, {tokens} tokens"

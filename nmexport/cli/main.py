@@ -73,14 +73,14 @@ _REPORT_TO = "This is a bug in nmexport. Please report it with the text above an
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, taken like Ctrl-C: partial folders are removed on the way out."""
+    """SIGTERM, handled like Ctrl-C: partial folders are removed on the way out."""
 
 
 class VerbGroup(click.Group):
     """Loads a verb's module when the verb is used; ends every failure in one place."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """The verbs, in order."""
+        """List the verbs, in order."""
         del ctx
         return list(VERBS)
 
@@ -115,7 +115,7 @@ class VerbGroup(click.Group):
 def _say_interrupted(
     ctx: click.Context, interrupt: KeyboardInterrupt, words: list[str]
 ) -> ExitCode:
-    """Say that the verb was ended from outside, and what that means for its work."""
+    """Say that the verb was interrupted, and what that means for its work."""
     by = "terminated" if isinstance(interrupt, Terminated) else "interrupted"
     fix = "the same command goes on from here" if words and words[0] in _RESUMABLE else None
     click.echo(f"nmexport: {by}" + (f"; {fix}" if fix else ""), err=True)
@@ -143,7 +143,7 @@ def _say_error(ctx: click.Context, error: Exception) -> ExitCode:
 
 
 def _machines_fault(error: Exception) -> UserError | None:
-    """Turn what the system refused into the user's error; None where it is another."""
+    """Turn a system error into the user's error; None where it is our bug."""
     if not isinstance(error, OSError) or error.errno not in _REFUSALS:
         return None
     named = f"{str(error.filename)[:_SHOWN_CHARACTERS]} cannot be used: " if error.filename else ""

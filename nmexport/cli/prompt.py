@@ -1,4 +1,4 @@
-"""The prompt of a verb: a word of the command line, or all of stdin."""
+"""Reads the prompt of a verb: from the command line, or all of stdin."""
 
 from __future__ import annotations
 

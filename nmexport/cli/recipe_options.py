@@ -57,7 +57,7 @@ def _tasks(values: tuple[str, ...]) -> list[str]:
 
 
 def _budget(values: tuple[str, ...]) -> dict[str, float]:
-    """`NAME=VALUE`s, together in place of the recipe's budget; `none` takes that away."""
+    """Read `NAME=VALUE`s, which replace the recipe's budget; `none` removes it."""
     hint = "'--budget'"
     if _NONE in values:
         if len(values) > 1:

@@ -1,4 +1,4 @@
-"""Running a pipeline for a person: the plan before, the outcome and the figures after."""
+"""Runs a pipeline for a person: shows the plan before, the outcome and figures after."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def show_plan(ctx: click.Context, pipeline: Pipeline, selection: Selection) -> N
 
 
 def _report(work: Path) -> tuple[dict[str, object] | None, Report | None]:
-    """Read the report as it is written, and as a report; None where there is none."""
+    """Read the report, as JSON and as a record; None where there is none."""
     from nmexport.report.model import read_document
 
     path = work / "report.json"

@@ -133,7 +133,7 @@ def sweep_command(
 
 
 def _overrides(settings: tuple[str, ...]) -> dict[str, object]:
-    """`--set` as recipe keys; values are YAML, so that 3 is a number and [var] a list."""
+    """Read `--set` as recipe keys; values are YAML, so 3 is a number and [var] a list."""
     from nmexport import strict_yaml
     from nmexport.errors import RecipeError
 
@@ -169,7 +169,7 @@ def _cluster(address: str | None, cpus: int | None, gpus: float | None) -> Clust
 
 
 def _run(planned: Sweep, jobs: list[Job], root: Path, cluster: Cluster) -> Results:
-    """Run the jobs; what is known is written after each."""
+    """Run the jobs; write the results after each."""
     from nmexport.environment import probe
     from nmexport.sweep import outcome
     from nmexport.sweep.plan import folders

@@ -1,4 +1,4 @@
-"""Nested JSON values as tables, for results whose keys the command line need not know."""
+"""Shows nested JSON values as tables, whatever their keys."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class ChatTemplate:
     """A compiled template, with the settings that templates are written for."""
 
     def __init__(self, source: str, specials: Mapping[str, str]) -> None:
-        """Compile.
+        """Compile the template.
 
         Args:
             source: The template, in Jinja.
@@ -50,7 +50,7 @@ class ChatTemplate:
         self._specials = dict(specials)
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The text that a chat model continues after these messages.
+        """Render the text that a chat model continues after these messages.
 
         Raises:
             RequestError: if the template does not take them.
@@ -80,7 +80,7 @@ class _GenerationTag(Extension):
 
 
 def messages_from(text: str) -> list[dict[str, object]]:
-    """Messages of a chat, from their JSON.
+    """Read the messages of a chat from their JSON.
 
     Raises:
         RequestError: if it is not a list of messages with a known role.
@@ -102,7 +102,7 @@ def messages_from(text: str) -> list[dict[str, object]]:
 
 
 def check_messages(messages: object) -> None:
-    """Check that a template can take what is said for text.
+    """Check that every message's content is text.
 
     Content in parts (text, images) is refused: most templates would write out its Python form.
 
@@ -124,7 +124,7 @@ def _has_text(message: Mapping[str, Any]) -> bool:
 
 
 def _to_json(value: Any, *, indent: int | None = None, **options: Any) -> str:
-    """JSON as templates mean it; jinja's own filter escapes for HTML."""
+    """Write JSON as templates mean it; jinja's own filter escapes for HTML."""
     return json.dumps(value, **{"ensure_ascii": False, "indent": indent, **options})
 
 

@@ -1,4 +1,4 @@
-"""How long a sequence an exported model takes, and where its length changes what it computes."""
+"""Reads how long a sequence an exported model takes, and where length changes its results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def context_length(folder: Path) -> int:
-    """Tokens that the model was made for.
+    """Return the number of tokens that the model was made for.
 
     Raises:
         ArtifactError: if the export does not say.
@@ -29,7 +29,7 @@ def context_length(folder: Path) -> int:
 
 
 def length_switch(folder: Path) -> int | None:
-    """Tokens up to which the model uses its short rotary frequencies; None where it has one set.
+    """Return the tokens up to which a model uses short rotary frequencies; None with one set.
 
     Keys in a cache keep the frequencies that they were made with: a sequence that grows beyond
     this has to be computed anew, as transformers does, and a longer prompt must not come in pieces.

@@ -1,4 +1,4 @@
-"""Read a model's own generation settings: tokens that end a text, and sampling defaults."""
+"""Reads a model's own generation settings: tokens that end a text, and sampling defaults."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FILES = (GENERATION, "config.json")
 
 
 def end_tokens(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
-    """Tokens that end a text: the configuration's and the tokenizer's.
+    """Collect the tokens that end a text: the configuration's and the tokenizer's.
 
     Raises:
         ArtifactError: if a configuration cannot be read, or names what is no token.
@@ -33,7 +33,7 @@ def end_tokens(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
 def token_ids(
     document: Mapping[str, Any], key: str, path: Path, *, vocabulary: int | None = None
 ) -> list[int]:
-    """Token ids under a key, which holds one, several, or none.
+    """Read the token ids under a key, which holds one, several, or none.
 
     Args:
         document: A model's configuration.
@@ -59,7 +59,7 @@ def token_ids(
 
 
 def generation_defaults(folder: Path) -> GenerationOptions:
-    """How the model's authors draw from it; greedy where they do not say that they draw.
+    """Read the authors' sampling defaults; greedy where they do not ask for sampling.
 
     Raises:
         ArtifactError: if the file cannot be read, or a value makes no sense; names the file.

@@ -82,7 +82,7 @@ class GenerationOptions:
 
     @property
     def seed_or_new(self) -> int:
-        """The seed, or one that nobody chose."""
+        """The seed, or a random one."""
         return secrets.randbits(63) if self.seed is None else self.seed
 
 

@@ -19,7 +19,7 @@ class StopFilter:
         """True once a stop text was met; nothing passes any more."""
 
     def push(self, piece: str) -> str:
-        """The text that is now certain."""
+        """Add text; return what is now certain."""
         if self.stopped:
             return ""
         self._held += piece
@@ -41,6 +41,6 @@ class StopFilter:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+    """Return the length of the longest end of `text` that begins `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)

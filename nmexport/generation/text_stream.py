@@ -26,7 +26,7 @@ class TextStream:
         """Tokens of the window whose text is out."""
 
     def push(self, token: int) -> str:
-        """The text that one more token completes; empty inside a character."""
+        """Add a token; return the text that it completes, empty inside a character."""
         self._window.append(token)
         before, now = self._decode(self._window[: self._given]), self._decode(self._window)
         if len(now) <= len(before) or now.endswith(_INCOMPLETE):

@@ -1,4 +1,4 @@
-"""How likely the tokens of a text were: what OpenAI's API calls `logprobs`."""
+"""Log probabilities of a text's tokens: what OpenAI's API calls `logprobs`."""
 
 from __future__ import annotations
 

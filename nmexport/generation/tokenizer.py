@@ -68,7 +68,7 @@ class Tokenizer:
         return self._template is not None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text.
+        """Encode a text as token ids.
 
         Special tokens are not put in front of a text that begins with the begin token already, as
         one that was rendered from a chat template elsewhere does.
@@ -88,7 +88,7 @@ class Tokenizer:
         return ids
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of the text that a chat model continues.
+        """Encode the text that a chat model continues.
 
         Raises:
             RequestError: as `render` and `encode`.
@@ -96,13 +96,13 @@ class Tokenizer:
         return self.encode(self.render(messages), add_special_tokens=False)
 
     def decode(self, ids: int | Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of token ids, special tokens left out."""
+        """Decode token ids, without special tokens."""
         listed = [ids] if isinstance(ids, int) else list(ids)
         text: str = self._tokenizer.decode(listed, skip_special_tokens=skip_special_tokens)
         return text
 
     def token_text(self, token: int) -> str:
-        """Text of one token inside a text, leading space and special tokens included.
+        """Decode one token inside a text, with leading space and special tokens.
 
         Part of a character is the replacement character.
         """
@@ -111,7 +111,7 @@ class Tokenizer:
         return self.decode([token, token], skip_special_tokens=False)[len(alone) :]
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The text that a chat model continues.
+        """Render the text that a chat model continues.
 
         Args:
             messages: Each with `role` and `content`.
@@ -151,7 +151,7 @@ class Tokenizer:
         return text if isinstance(text, str) else None
 
     def _compile_template(self, folder: Path) -> ChatTemplate | None:
-        """The chat template; None where the model has none."""
+        """Compile the chat template; None where the model has none."""
         path = folder / "chat_template.jinja"
         source = self._config.get("chat_template")
         if path.is_file():
@@ -188,14 +188,14 @@ def check_text(text: str) -> None:
 
 
 def vocabulary_size(config: Mapping[str, Any]) -> int | None:
-    """Rows of the embedding, as a model's `config.json` says; None where it does not."""
+    """Read the rows of the embedding from a model's `config.json`; None where it has none."""
     text = config.get("text_config", config)
     size = text.get("vocab_size") if isinstance(text, dict) else None
     return size if isinstance(size, int) else None
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """An object from a file; empty where there is no file.
+    """Read a JSON object from a file; empty where there is no file.
 
     Raises:
         ArtifactError: if it cannot be read or is no JSON object.

@@ -49,7 +49,7 @@ class AttentionForm:
     kv_heads: int
     head_size: int
     window: int
-    """Positions that a token sees, itself included; -1 where it sees all before it."""
+    """Return how many positions a token sees, itself included; -1 for all before it."""
     scale: float | None
     """None is the op's own: one over the root of the head size."""
     sources: tuple[ir.Value, ...]
@@ -58,7 +58,7 @@ class AttentionForm:
     """Cosines and sines `[positions, rotary / 2]`; None where nothing is turned by position."""
 
     def replace_by(self, fused: ir.Node) -> None:
-        """Put a node with outputs `[B, S, H * D]` and both caches in the place of this."""
+        """Replace this by a node with outputs `[B, S, H * D]` and both caches."""
         node, graph = self.node, self.node.graph
         if not isinstance(graph, ir.Graph):
             raise NotRewritableError("attention in a body of its own")
@@ -81,13 +81,13 @@ class AttentionReader:
     """
 
     def __init__(self, graph: ir.Graph, positions: int) -> None:
-        """Make rotary tables for so many positions."""
+        """Make rotary tables for that many positions."""
         self._graph = graph
         self._positions = positions
         self._tables: dict[tuple[ir.Value, ir.Value], tuple[ir.Value, ir.Value]] = {}
 
     def nodes(self) -> list[ir.Node]:
-        """The attention nodes.
+        """List the attention nodes.
 
         Raises:
             NotRewritableError: if there are none.
@@ -130,7 +130,7 @@ class AttentionReader:
     def _before_rotary(
         self, node: ir.Node
     ) -> tuple[list[ir.Value | None], tuple[ir.Value, ir.Value] | None]:
-        """Queries, keys and values before their rotary embedding, and its tables."""
+        """Return queries, keys and values before their rotary embedding, and its tables."""
         rotaries = [made_by(value, "RotaryEmbedding") for value in node.inputs[:2]]
         sources = list(node.inputs[:3])
         if rotaries == [None, None]:
@@ -151,7 +151,7 @@ class AttentionReader:
 
 
 def _head_counts(node: ir.Node) -> tuple[int, int]:
-    """Heads of queries, and of keys and values."""
+    """Count the heads of queries, and of keys and values."""
     names = ("q_num_heads", "kv_num_heads")
     if all(name in node.attributes for name in names):
         queries, keys = (node.attributes[name].as_int() for name in names)
@@ -191,7 +191,7 @@ def _add_joined_shape(graph: ir.Graph, size: int) -> ir.Value:
 
 
 def _match_joined_result(node: ir.Node) -> tuple[ir.Node, ir.Node]:
-    """The Transpose and Reshape to `[B, S, H * D]` that follow the node."""
+    """Match the Transpose and Reshape to `[B, S, H * D]` that follow the node."""
     transpose = only_use(node.outputs[0], "Transpose")
     reshape = None if transpose is None else only_use(transpose.outputs[0], "Reshape")
     if transpose is None or reshape is None or rank(reshape.outputs[0]) != 3:  # noqa: PLR2004
@@ -200,7 +200,7 @@ def _match_joined_result(node: ir.Node) -> tuple[ir.Node, ir.Node]:
 
 
 def _match_packed_source(sources: list[ir.Value | None]) -> ir.Value | None:
-    """The value that one Split takes apart into exactly these three, in order."""
+    """Find the value that one Split cuts into exactly these three, in order."""
     splits = {source.producer() for source in sources if source is not None}
     split = splits.pop()
     is_split = not splits and split is not None and is_op(split, "Split")
@@ -208,7 +208,7 @@ def _match_packed_source(sources: list[ir.Value | None]) -> ir.Value | None:
 
 
 def _window_of(mask: ir.Value | None) -> int:
-    """Positions that a token sees, itself included; -1 where it sees all before it.
+    """Return how many positions a token sees, itself included; -1 for all before it.
 
     Raises:
         NotRewritableError: if the mask says anything else.
@@ -250,7 +250,7 @@ def _conjuncts(value: ir.Value | None) -> Iterator[ir.Value]:
 
 
 def _is_padding(value: ir.Value) -> bool:
-    """Tell whether this is the attention mask, cast and given axes."""
+    """Tell whether this is the attention mask, cast and with axes added."""
     node = value.producer()
     while node is not None and node.op_type in {"Unsqueeze", "Cast"}:
         source = node.inputs[0]
@@ -268,7 +268,7 @@ def _is_all_true(value: ir.Value) -> bool:
 def _position_tables(
     graph: ir.Graph, cosine: ir.Value, sine: ir.Value, positions: int
 ) -> tuple[ir.Value, ir.Value]:
-    """Cosines and sines `[positions, D/2]`, computed by the model's own nodes."""
+    """Compute cosines and sines `[positions, D/2]` by the model's own nodes."""
     values = (cosine, sine)
     arrays = _compute_from_positions(graph, values, positions)
     shorter = _compute_from_positions(graph, values, positions // 2)
@@ -283,7 +283,7 @@ def _position_tables(
 def _compute_from_positions(
     graph: ir.Graph, values: tuple[ir.Value, ...], positions: int
 ) -> list[NDArray[np.float32]]:
-    """Evaluate the nodes for one sequence of so many tokens and no cache."""
+    """Evaluate the nodes for one sequence without a cache."""
     nodes = _ancestors(values)
     used = {value for node in nodes for value in node.inputs if value is not None}
     inputs = [value for value in graph.inputs if value in used]
@@ -304,7 +304,7 @@ def _example_of(value: ir.Value, positions: int) -> NDArray[Any]:
 
 
 def _ancestors(ends: tuple[ir.Value, ...]) -> list[ir.Node]:
-    """The nodes that compute these values, in graph order."""
+    """List the nodes that compute these values, in graph order."""
     needed: set[ir.Node] = set()
     waiting = list(ends)
     while waiting:
@@ -317,7 +317,7 @@ def _ancestors(ends: tuple[ir.Value, ...]) -> list[ir.Node]:
 
 
 def _model_of(nodes: list[ir.Node], inputs: list[ir.Value], values: tuple[ir.Value, ...]) -> bytes:
-    """A serialised model of these nodes alone; half types become float32."""
+    """Serialise a model of these nodes alone; half types become float32."""
     halves = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
     protos = [ir.serde.serialize_node(node) for node in nodes]
     for proto in protos:

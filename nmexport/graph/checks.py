@@ -1,4 +1,4 @@
-"""Check an exported file before anybody may run it.
+"""Checks an exported file before anybody may run it.
 
 Everything here is our own doing: a failure is a bug, not the user's fault.
 """
@@ -75,7 +75,7 @@ def check_dense(path: Path, layers: Mapping[str, LayerSpec]) -> None:
 def _check_every_linear(
     path: Path, nodes: Sequence[onnx.NodeProto], layers: Mapping[str, LayerSpec]
 ) -> None:
-    """The nodes stand for the layers, each for its own ones, none twice."""
+    """Check that nodes stand for the layers, each for its own ones, none twice."""
     names = sorted(name for node in nodes for name in linears_of_node(node))
     named = all(node.name == fused_name(linears_of_node(node)) for node in nodes)
     if names != sorted(layers) or not named:
@@ -100,7 +100,7 @@ def _check_columns(
     placed: Mapping[str, PlacedLinear],
     layers: Mapping[str, LayerSpec],
 ) -> None:
-    """A Split behind a fused node gives each linear as many columns as it has outputs."""
+    """Check that a Split behind a fused node gives each linear as many columns as outputs."""
     constants = {item.name: item for item in graph.initializer}
     makers = {output: node for node in graph.node for output in node.output}
     for linear in placed.values():
@@ -129,7 +129,7 @@ def _load_checked(path: Path) -> onnx.ModelProto:
 
 
 def _check_nothing_dangles(path: Path, graph: onnx.GraphProto) -> None:
-    """Every initializer is read, every constant is an initializer, every result is used."""
+    """Check that every initializer is read, every constant an initializer, every result used."""
     read = {name for node in graph.node for name in node.input if name}
     outputs = {item.name for item in graph.output}
     unread = sorted({item.name for item in graph.initializer} - read - outputs)
@@ -143,7 +143,7 @@ def _check_nothing_dangles(path: Path, graph: onnx.GraphProto) -> None:
 
 
 def _check_data_file(path: Path, graph: onnx.GraphProto) -> None:
-    """The data file holds what initializers point at and, but for alignment, nothing else."""
+    """Check that the data file holds what initializers point at and, padding apart, no more."""
     regions = sorted(_regions(graph))
     size = path.with_name(f"{path.name}.data").stat().st_size if regions else 0
     ends = [0, *(offset + length for offset, length in regions)]
@@ -160,7 +160,7 @@ def _regions(graph: onnx.GraphProto) -> Iterator[tuple[int, int]]:
 
 
 def _check_interface(path: Path, graph: onnx.GraphProto) -> None:
-    """Inputs, outputs and axes have the names that clients expect."""
+    """Check that inputs, outputs and axes have the names that clients expect."""
     inputs = {item.name: _axes(item) for item in graph.input}
     outputs = {item.name: _axes(item) for item in graph.output}
     if any(inputs.get(name) != axes for name, axes in _TOKEN_INPUTS.items()):
@@ -187,7 +187,7 @@ def _check_weight(
     members: Sequence[LayerSpec],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> None:
-    """The node reads its own folded weight `[K, O]`, and the dense one did not travel along."""
+    """Check that the node reads its own folded weight `[K, O]`, and the dense one is gone."""
     if node.input[1] != f"{node.name}.W":
         raise InternalError(f"{path}: {node.name} reads {node.input[1]}, not its own weight.")
     columns = sum(layer.out_features for layer in members)
@@ -203,7 +203,7 @@ def _check_weight(
 def _check_constants(
     path: Path, node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]
 ) -> None:
-    """All that a node reads other than X is a constant of the model, and its order a permutation.
+    """Check that inputs other than X are constants of the model, and its order a permutation.
 
     GPU kernels read shifts, scales and orders before the kernel ahead of them has ended, and rows
     of W where the order says; TensorRT does not let a plugin check either.
@@ -221,7 +221,7 @@ def _check_constants(
 
 
 def _check_functions(path: Path, model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> None:
-    """Every node of ours finds its function body, and no body is without a node."""
+    """Check that every node of ours has its function body, and every body a node."""
     domain = op_contract().domain
     bodies = {(item.name, item.overload) for item in model.functions if item.domain == domain}
     called = {(node.op_type, node.overload) for node in nodes}

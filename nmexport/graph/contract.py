@@ -1,4 +1,4 @@
-"""The op contract as typed data: what `contract.json` next to the native code says, read once.
+"""The op contract as typed data, read once from `contract.json` next to the native code.
 
 Exporter, function bodies and tests take names, ranges and defaults from here; the native code has
 its own test against the same file. `check_node` holds an ONNX node against it.
@@ -54,7 +54,7 @@ class AttributeSpec:
         return self.default is None
 
     def complaint(self, value: object) -> str | None:
-        """Why `value` is not allowed, or None."""
+        """Say why `value` is not allowed; None if it is."""
         if self.type == "int":
             if not isinstance(value, int):
                 return f"{self.name} is {value!r}; allowed: an integer"
@@ -80,11 +80,11 @@ class OpSchema:
 
     @property
     def optional_inputs(self) -> tuple[str, ...]:
-        """Names of the inputs that a node may leave empty, in order."""
+        """List the inputs that a node may leave empty, in order."""
         return tuple(spec.name for spec in self.inputs if spec.optional)
 
     def attribute(self, name: str) -> AttributeSpec | None:
-        """The attribute of that name, or None."""
+        """Find the attribute of that name; None where there is none."""
         return next((spec for spec in self.attributes if spec.name == name), None)
 
 
@@ -117,7 +117,7 @@ class OpContract:
 
 @functools.cache
 def op_contract() -> OpContract:
-    """The contract that travels with this package.
+    """Read the contract of this package.
 
     Raises:
         InternalError: if the data file is missing or malformed: the installation is broken.
@@ -154,7 +154,7 @@ def contract_from_document(document: dict[str, Any]) -> OpContract:
 
 
 def present_inputs(node: onnx.NodeProto) -> frozenset[str]:
-    """Contract names of the inputs that a node of ours really has.
+    """List the contract names of the inputs that a node has.
 
     Raises:
         ArtifactError: if the node is of no op of the contract, or has too many inputs.
@@ -170,7 +170,7 @@ def present_inputs(node: onnx.NodeProto) -> frozenset[str]:
 
 
 def attribute_values(node: onnx.NodeProto) -> dict[str, int | str]:
-    """A node's attributes by name, defaults filled in (unchecked)."""
+    """Return a node's attributes by name, defaults filled in (unchecked)."""
     schema = _schema_of(node)
     values: dict[str, int | str] = {
         spec.name: spec.default for spec in schema.attributes if spec.default is not None
@@ -202,7 +202,7 @@ def check_version(opsets: Mapping[str, int], name: str) -> None:
 
 
 def check_node(node: onnx.NodeProto) -> None:
-    """Hold a node of domain `nmexport` against the contract.
+    """Check a node of domain `nmexport` against the contract.
 
     Raises:
         ArtifactError: if it breaks the contract; the message lists every way in which it does.
@@ -216,7 +216,7 @@ def check_node(node: onnx.NodeProto) -> None:
 
 
 def violations(node: onnx.NodeProto) -> list[str]:
-    """Every way in which a node breaks the contract, in words; empty if it does not.
+    """Describe every way in which a node breaks the contract; empty if it does not.
 
     Raises:
         ArtifactError: if the node is of no op of the contract, or has too many inputs.

@@ -1,4 +1,4 @@
-"""Rewrite a bfloat16 model for the CPU, for which ONNX Runtime has few bfloat16 kernels.
+"""Rewrites a bfloat16 model for the CPU, where ONNX Runtime has few bfloat16 kernels.
 
 Values between nodes become float32; what is large stays bfloat16, mapped from the file as it lies
 there, and is widened where it is computed with:
@@ -150,7 +150,7 @@ class _Widening:
         self._keep(node)
 
     def _only_moves(self, node: onnx.NodeProto) -> bool:
-        """Tell whether it moves elements of a weight or of an output: these have kernels."""
+        """Tell whether the node only moves elements of a weight or an output; it has a kernel."""
         return (node.op_type in {"Gather", "Transpose"} and node.input[0] in self._weights) or (
             node.op_type == "Concat" and node.output[0] in self._given
         )
@@ -169,14 +169,14 @@ class _Widening:
         return node.op_type == "MatMul" and self._channels(node.input[1]) is not None
 
     def _channels(self, name: str) -> int | None:
-        """K of a weight `[K, O]`; None of what is no such weight."""
+        """Return K of a weight `[K, O]`; None for other values."""
         stored = self._weights.get(self._turned.get(name, name))
         if stored is None or len(stored.dims) != _MATRIX:
             return None
         return int(stored.dims[1 if name in self._turned else 0])
 
     def _replace_by_linear(self, node: onnx.NodeProto) -> None:
-        """`x @ W`, with the bias behind it: so a sparse linear has it, and rounds once."""
+        """Replace `x @ W` and its bias by one linear, which rounds once, as a sparse one does."""
         x, weight = node.input
         channels = self._channels(weight) or 1
         group = next(size for size in range(_GROUP, 0, -1) if channels % size == 0)
@@ -192,7 +192,7 @@ class _Widening:
             self._model.opset_import.append(helper.make_opsetid(_DOMAIN, _OPSET))
 
     def _bias_behind(self, product: str) -> tuple[list[str], str]:
-        """The constant `[O]` that is added to a product, where one is; and the result's name."""
+        """Find the constant `[O]` that is added to a product, if any, and the result's name."""
         readers = self._readers.get(product, [])
         if len(readers) == 1 and readers[0].op_type == "Add" and product not in self._given:
             others = [name for name in readers[0].input if name in self._weights]
@@ -223,7 +223,7 @@ class _Widening:
         return len(node.input) > _PAST_KEYS and node.input[_PAST_KEYS] in self._narrow
 
     def _as_cached(self, name: str) -> str:
-        """A value with the elements that a cache will hold, in float32."""
+        """Round a value to the elements that a cache will hold, in float32."""
         if name in self._narrow or name in self._exact:
             return name
         return self._once(self._as_narrow(name), f"{name}/rounded", TensorProto.FLOAT)
@@ -249,7 +249,7 @@ class _Widening:
         return wide
 
     def _once(self, source: str, result: str, to: int) -> str:
-        """The Cast of a value under the name `result`, made where it is first needed."""
+        """Cast a value under the name `result`, once, where it is first needed."""
         if result not in self._made:
             self._made.add(result)
             self.nodes.append(_cast(source, result, to))
@@ -276,7 +276,7 @@ def _is_narrow(value: onnx.ValueInfoProto) -> bool:
 
 
 def _float32_values(model: onnx.ModelProto) -> frozenset[str]:
-    """Names of the values that are float32 already."""
+    """List the values that are float32 already."""
     graph = onnx.shape_inference.infer_shapes(model).graph
     values = [*graph.input, *graph.value_info, *graph.output]
     floats = {
@@ -294,7 +294,7 @@ def _readers(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
 
 
 def _replace(field: Any, items: Iterable[Any]) -> None:
-    """Give a repeated field other contents."""
+    """Replace the contents of a repeated field."""
     kept = list(items)
     del field[:]
     field.extend(kept)

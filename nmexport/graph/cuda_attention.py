@@ -43,7 +43,7 @@ class ReplaceAttention(ir.passes.InPlacePass):
     """
 
     def __init__(self, positions: int, *, has_own_kernel: bool = True) -> None:
-        """Make rotary tables for so many positions."""
+        """Make rotary tables for that many positions."""
         super().__init__()
         self._positions = positions
         self._op = (

@@ -93,7 +93,7 @@ class UseOurLinears(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified)
 
     def _group_of(self, weight: ir.Value) -> int | None:
-        """Channels of a group that is kept whole, for a weight `[K, O]`; None of what is none."""
+        """Return the channels of a group kept whole, for a weight `[K, O]`; None for others."""
         turned = made_by(weight, "Transpose")
         source = weight if turned is None else turned.inputs[0]
         rows = static_size(source, 0 if turned is None else 1)
@@ -111,7 +111,7 @@ class UseOurLinears(ir.passes.InPlacePass):
 
 
 def _bias_after(node: ir.Node) -> tuple[ir.Node, ir.Value] | None:
-    """The `Add` of a constant vector that alone reads the product, and the vector."""
+    """Find the `Add` of a constant vector that alone reads the product, and the vector."""
     add = only_use(node.outputs[0], "Add")
     if add is None:
         return None

@@ -148,7 +148,7 @@ class FuseGatedSilu(ir.passes.InPlacePass):
 
 
 def _gate_and_up(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
-    """The g and u where the node ends `silu(g) * u`."""
+    """Match the g and u where the node ends `silu(g) * u`."""
     width = static_size(node.outputs[0], -1)
     if not is_op(node, "Mul") or width is None or width % _VECTOR:
         return None, None
@@ -169,7 +169,7 @@ def _same_shape(first: ir.Value, second: ir.Value) -> bool:
 
 
 def _match_packed_halves(gate: ir.Value, up: ir.Value) -> ir.Value | None:
-    """The value that a Split takes apart into exactly these two."""
+    """Find the value that a Split cuts into exactly these two."""
     split = made_by(gate, "Split")
     is_pair = split is not None and list(split.outputs) == [gate, up] and _halves(split)
     return split.inputs[0] if split is not None and is_pair else None

@@ -70,7 +70,7 @@ class FuseRotaryEmbedding(_OpsetPass):
 
 
 def _match_rotary(node: ir.Node) -> tuple[ir.Value, ir.Value, ir.Value] | None:
-    """`(x, cos [B, S, D], sin [B, S, D])` where the node is the Add that ends the pattern."""
+    """Match `(x, cos [B, S, D], sin [B, S, D])` where the node is the pattern's last Add."""
     if not is_op(node, "Add"):
         return None
     factors = [made_by(value, "Mul") for value in node.inputs]
@@ -92,7 +92,7 @@ def _orders(node: ir.Node) -> Iterator[tuple[ir.Value | None, ir.Value | None]]:
 
 
 def _match_rotated_half(value: ir.Value | None) -> ir.Value | None:
-    """The x of `Concat(-x[..., D/2:], x[..., :D/2])`."""
+    """Match the x of `Concat(-x[..., D/2:], x[..., :D/2])`."""
     concat = made_by(value, "Concat")
     if concat is None or len(concat.inputs) != 2:  # noqa: PLR2004 (two halves)
         return None
@@ -111,7 +111,7 @@ def _match_rotated_half(value: ir.Value | None) -> ir.Value | None:
 
 
 def _match_duplicated_table(value: ir.Value | None) -> ir.Value | None:
-    """The `c [B, S, D]` of `Unsqueeze(c, 1)`, where both halves of c are the same."""
+    """Match the `c [B, S, D]` of `Unsqueeze(c, 1)`, where both halves of c are the same."""
     unsqueeze = made_by(value, "Unsqueeze")
     if unsqueeze is None or integers(unsqueeze.inputs[1]) != [1]:
         return None
@@ -133,7 +133,7 @@ def _has_equal_halves(value: ir.Value | None) -> bool:
 
 
 def _half(table: ir.Value, size: int, halves: dict[ir.Value, ir.Value]) -> ir.Value:
-    """`table[..., :size]`, made once a table, right behind the table."""
+    """Slice `table[..., :size]`, once a table, right behind the table."""
     producer = table.producer()
     if table in halves or producer is None or producer.graph is None:
         return halves[table]
@@ -200,7 +200,7 @@ def _take_caches(graph: ir.Graph, node: ir.Node) -> bool:
 
 
 def _cache_concat(value: ir.Value | None) -> ir.Node | None:
-    """The Concat of a graph input and the new tokens along the sequence, used by this alone."""
+    """Match the Concat of a graph input and the new tokens along the sequence, used once."""
     concat = made_by(value, "Concat")
     if concat is None or len(concat.inputs) != 2 or int_attribute(concat, "axis", 0) not in {-2, 2}:  # noqa: PLR2004
         return None
@@ -240,7 +240,7 @@ def _flatten_heads(graph: ir.Graph, node: ir.Node) -> bool:
 
 
 def _flat_source(value: ir.Value | None) -> ir.Value | None:
-    """The `x [B, S, H * D]` behind `[B, H, S, D]`, through a rotary embedding or none."""
+    """Find the `x [B, S, H * D]` behind `[B, H, S, D]`, through a rotary embedding or none."""
     rotary = made_by(value, "RotaryEmbedding")
     transpose = made_by(value if rotary is None else rotary.inputs[0], "Transpose")
     if transpose is None or list(transpose.attributes["perm"].as_ints()) != [0, 2, 1, 3]:
@@ -251,7 +251,7 @@ def _flat_source(value: ir.Value | None) -> ir.Value | None:
 
 
 def _match_flattened_result(node: ir.Node) -> ir.Node | None:
-    """The Reshape to `[B, S, H * D]` that alone follows the node, behind a Transpose."""
+    """Match the Reshape to `[B, S, H * D]` that alone follows the node, behind a Transpose."""
     transpose = only_use(node.outputs[0], "Transpose")
     reshape = None if transpose is None else only_use(transpose.outputs[0], "Reshape")
     if reshape is None or rank(reshape.outputs[0]) != _ROTARY_RANK - 1:
@@ -260,7 +260,7 @@ def _match_flattened_result(node: ir.Node) -> ir.Node | None:
 
 
 def _as_flat(graph: ir.Graph, node: ir.Node, value: ir.Value | None) -> ir.Value | None:
-    """The flat form of one of q, k, v, with the rotary embedding redone on it."""
+    """Return the flat form of one of q, k, v, with the rotary embedding redone on it."""
     source = _flat_source(value)
     rotary = made_by(value, "RotaryEmbedding")
     if rotary is None or value is None or source is None:

@@ -1,4 +1,4 @@
-"""Which linears a node of an exported model stands for, and where each one's result is.
+"""Maps nodes of an exported model to the linears they stand for, and to their results.
 
 Linears that share an input are fused: one node with their weights side by side, `[K, sum of O]`,
 and a `Split` that hands each its columns. Such a node says which linears it stands for in its
@@ -36,7 +36,7 @@ class PlacedLinear:
 
 
 def fused_name(names: Sequence[str]) -> str:
-    """A name for a node of several linears: `layers.0.mlp.gate_proj+up_proj`."""
+    """Name a node of several linears: `layers.0.mlp.gate_proj+up_proj`."""
     parents = {name.rpartition(".")[0] for name in names}
     if len(parents) > 1 or len(names) == 1:
         return "+".join(names)
@@ -46,7 +46,7 @@ def fused_name(names: Sequence[str]) -> str:
 
 
 def linears_of_node(node: onnx.NodeProto) -> tuple[str, ...]:
-    """Names of the linears that a node stands for, in the order of its columns."""
+    """List the linears that a node stands for, in the order of its columns."""
     for entry in node.metadata_props:
         if entry.key == LINEARS:
             return tuple(entry.value.split("\n"))
@@ -56,7 +56,7 @@ def linears_of_node(node: onnx.NodeProto) -> tuple[str, ...]:
 def placed_linears(
     graph: onnx.GraphProto, op_type: str, *, domain: str = ""
 ) -> dict[str, PlacedLinear]:
-    """Every linear that nodes of the given op stand for, by name, in graph order.
+    """List every linear that nodes of an op stand for, by name, in graph order.
 
     Raises:
         ArtifactError: if a fused node is not followed by the Split that takes it apart.
@@ -92,7 +92,7 @@ def _linears_at(
 
 
 def _split_behind(value: str, users: dict[str, list[onnx.NodeProto]]) -> onnx.NodeProto | None:
-    """The Split of a value, behind the bias of a dense linear where it has one."""
+    """Find the Split of a value, behind the bias of a dense linear where it has one."""
     readers = users.get(value, [])
     if len(readers) == 1 and readers[0].op_type == "Add":
         readers = users.get(readers[0].output[0], [])

@@ -26,7 +26,7 @@ FACTORS = ("remainder_in", "remainder_out")
 
 
 def without_factors(tensors: Mapping[str, ir.TensorProtocol]) -> dict[str, ir.TensorProtocol]:
-    """The tensors that the op takes."""
+    """Drop the factors; return the tensors that the op takes."""
     return {kind: tensor for kind, tensor in tensors.items() if kind not in FACTORS}
 
 
@@ -73,7 +73,7 @@ def _shift(
     *,
     dynamic_shift: bool,
 ) -> list[ir.Node]:
-    """Nodes that make z of x; none where they are the same."""
+    """Make the nodes that compute z from x; none where they are the same."""
     if dynamic_shift:
         axes = add_initializer(graph, f"{name}.remainder_axes", ir.tensor(np.array([-1])))
         mean = ir.Node("", "ReduceMean", [x, axes], [ir.AttrInt64("keepdims", 1)])
@@ -91,7 +91,7 @@ def _shift(
 def _in_own_order(
     shift: NDArray[np.float32], tensors: Mapping[str, ir.TensorProtocol]
 ) -> NDArray[np.float32]:
-    """A shift per channel lies in gathered order; the product next to the op reads X as it is."""
+    """Put a per-channel shift back into natural order, in which the product reads X."""
     if "channel_order" not in tensors or shift.size == 1:
         return shift
     own = np.empty_like(shift)

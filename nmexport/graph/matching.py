@@ -1,4 +1,4 @@
-"""Reading small facts off a graph: constants, producers, sizes."""
+"""Reads small facts off a graph: constants, producers, sizes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _READABLE = 64
 
 
 def constant(value: ir.Value | None) -> NDArray[Any] | None:
-    """The elements of a small constant, or None where the value is none."""
+    """Read the elements of a small constant; None for other values."""
     if value is None or value.const_value is None or value.const_value.size > _READABLE:
         return None
     array: NDArray[Any] = value.const_value.numpy()
@@ -21,19 +21,19 @@ def constant(value: ir.Value | None) -> NDArray[Any] | None:
 
 
 def scalar(value: ir.Value | None) -> float | int | None:
-    """The one element of a constant that has one, of whatever rank."""
+    """Read the element of a constant with only one, of any rank."""
     array = constant(value)
     return None if array is None or array.size != 1 else array.reshape(()).item()
 
 
 def integers(value: ir.Value | None) -> list[int] | None:
-    """A small constant as a flat list of ints."""
+    """Read a small constant as a flat list of ints."""
     array = constant(value)
     return None if array is None else [int(item) for item in array.reshape(-1)]
 
 
 def made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    """The node that makes the value, where it is the standard op of that name."""
+    """Return the value's producer, if it is the standard op of that name."""
     node = None if value is None else value.producer()
     return node if node is not None and is_op(node, op_type) else None
 
@@ -44,13 +44,13 @@ def is_op(node: ir.Node, op_type: str) -> bool:
 
 
 def only_use(value: ir.Value, op_type: str) -> ir.Node | None:
-    """The node of that standard op that alone uses the value."""
+    """Return the value's only user, if it is that standard op."""
     users = [usage.node for usage in value.uses()]
     return users[0] if len(users) == 1 and is_op(users[0], op_type) else None
 
 
 def static_size(value: ir.Value | None, axis: int) -> int | None:
-    """The size of an axis, where the shape says it."""
+    """Return the size of an axis, if the shape has it."""
     if value is None or value.shape is None or not -len(value.shape) <= axis < len(value.shape):
         return None
     size = value.shape[axis]
@@ -58,18 +58,18 @@ def static_size(value: ir.Value | None, axis: int) -> int | None:
 
 
 def rank(value: ir.Value) -> int | None:
-    """How many axes the value has, where that is known."""
+    """Return how many axes the value has, if that is known."""
     return None if value.shape is None else len(value.shape)
 
 
 def int_attribute(node: ir.Node, name: str, default: int) -> int:
-    """An integer attribute or its default."""
+    """Read an integer attribute or its default."""
     attribute = node.attributes.get(name)
     return default if attribute is None else attribute.as_int()
 
 
 def slice_of(value: ir.Value | None) -> tuple[ir.Value, int, int, int] | None:
-    """`(data, axis, start, end)` of a Slice along one axis with constant bounds and step 1.
+    """Match `(data, axis, start, end)` of a Slice on one axis with constant bounds and step 1.
 
     The axis counts from the front where the rank is known, the end is clipped to a known size.
     """

@@ -1,4 +1,4 @@
-"""From the tracer's graph to the one that is shipped."""
+"""Turns the tracer's graph into the one that is shipped."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class EliminateNoOps(ir.passes.InPlacePass):
 
 
 def _find_passed_through(node: ir.Node) -> ir.Value | None:
-    """The input that the node returns unchanged, where it does."""
+    """Find the input that the node returns unchanged, if any."""
     if not node.inputs or node.domain not in {"", "ai.onnx"}:
         return None
     match node.op_type:

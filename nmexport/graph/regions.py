@@ -51,7 +51,7 @@ class GroupIntoRegions(ir.passes.InPlacePass):
 
 @dataclass
 class _Run:
-    """Nodes that a region can have, in order."""
+    """A run of nodes that a region can hold, in order."""
 
     nodes: list[ir.Node] = field(default_factory=list)
     made: set[ir.Value] = field(default_factory=set)
@@ -60,7 +60,7 @@ class _Run:
     """Outputs of other nodes that depend on those."""
 
     def takes(self, node: ir.Node) -> bool:
-        """Add a node, or say that it needs what can only follow the run."""
+        """Add a node; False if it needs something that can only follow the run."""
         if any(value in self.behind for value in node.inputs):
             return False
         self.nodes.append(node)
@@ -68,13 +68,13 @@ class _Run:
         return True
 
     def pass_over(self, node: ir.Node) -> None:
-        """Look at a node that no region can have."""
+        """Note a node that no region can hold."""
         if any(value in self.made or value in self.behind for value in _read_by(node)):
             self.behind.update(node.outputs)
 
 
 def _read_by(node: ir.Node) -> Iterable[ir.Value | None]:
-    """Inputs of a node and of the nodes in its subgraphs."""
+    """List the inputs of a node and of the nodes in its subgraphs."""
     yield from node.inputs
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH:
@@ -107,7 +107,7 @@ def _is_ours(node: ir.Node) -> bool:
 
 
 def _replace(graph: ir.Graph, nodes: list[ir.Node], outputs: set[ir.Value]) -> None:
-    """Put one node in the place of some."""
+    """Replace some nodes by one."""
     inside = set(nodes)
     made = [value for node in nodes for value in node.outputs]
     given = [value for node in nodes for value in node.inputs if value is not None]
@@ -133,7 +133,7 @@ def _replace(graph: ir.Graph, nodes: list[ir.Node], outputs: set[ir.Value]) -> N
 
 
 def _describe(node: ir.Node, prefix: str, numbers: dict[ir.Value, int]) -> list[ir.Attr]:
-    """The region's attributes for one of its nodes."""
+    """Make the region's attributes for one of its nodes."""
     reads = [-1 if value is None else numbers[value] for value in node.inputs]
     own = [
         ir.Attr(prefix + attribute.name, attribute.type, attribute.value)

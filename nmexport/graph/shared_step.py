@@ -109,7 +109,7 @@ def _check_types(graph: ir.Graph) -> None:
 
 
 def _replace_attention(model: ir.Model, positions: int) -> None:
-    """Every `Attention` over a cache becomes `PagedAttention` on pages of it."""
+    """Replace every `Attention` over a cache by `PagedAttention` on its pages."""
     graph = model.graph
     reader = AttentionReader(graph, positions)
     places = [
@@ -158,7 +158,7 @@ def _paged_attention(form: AttentionForm, places: Sequence[ir.Value]) -> ir.Node
 
 
 def _make_batch_constant(graph: ir.Graph) -> None:
-    """The number of sequences that the tracer reads off a cache becomes the step's one row."""
+    """Replace the batch size that the tracer reads off a cache by the step's one row."""
     for node in list(graph):
         source = node.inputs[0] if is_op(node, "Shape") else None
         if source is None or not source.is_graph_input():
@@ -177,7 +177,7 @@ def _drop_old_inputs(graph: ir.Graph) -> None:
 
 
 def _check_by_token(graph: ir.Graph) -> None:
-    """Refuse what might mix tokens, or reads sizes that mean something else in a step."""
+    """Refuse ops that might mix tokens, or read sizes that differ in a step."""
     for value in graph.inputs:
         readers = [usage.node for usage in value.uses()]
         if value.name == "attention_mask":

@@ -1,4 +1,4 @@
-"""Strict type inference over an exported file, in function bodies too.
+"""Infers types strictly over an exported file, in function bodies too.
 
 A model's layers are alike, and inlining every body of every layer takes a minute. So bodies are
 looked at once for each kind of node: what it does, and the types of what it reads.
@@ -44,7 +44,7 @@ def check_types(path: Path, model: onnx.ModelProto) -> None:
 
 
 def one_of_each_kind(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A model of one node of each kind, in the order of the first of them.
+    """Build a model of one node of each kind, in the order of the first of them.
 
     What a node reads and none of these makes is an input of the new model, of the type it had.
     Constants that lie in the model's own file keep their values: shapes follow from them.
@@ -90,7 +90,7 @@ def _kind_of(
     types: Mapping[str, onnx.TypeProto],
     constants: Mapping[str, TensorProto],
 ) -> tuple[object, ...]:
-    """A key that is equal for nodes of one op, equal attributes and equal types of inputs."""
+    """Make a key that is equal for nodes of one op, equal attributes and equal input types."""
     attributes = tuple(sorted(item.SerializeToString() for item in node.attribute))
     reads = tuple(
         _content(constants[name]) if name in constants else _shape(types.get(name))
@@ -100,7 +100,7 @@ def _kind_of(
 
 
 def _read_by(node: onnx.NodeProto) -> Iterator[str]:
-    """Names that a node reads, inside of its subgraphs too; an input left out is empty."""
+    """List the names that a node reads, in its subgraphs too; a missing input is empty."""
     yield from node.input
     for attribute in node.attribute:
         for inner in attribute.g.node:
@@ -115,7 +115,7 @@ def _content(item: TensorProto) -> tuple[object, ...]:
 
 
 def _shape(kind: onnx.TypeProto | None) -> tuple[object, ...]:
-    """A type without the names of sizes that inference makes up: they differ in every layer."""
+    """Strip a type of the size names that inference makes up, different in every layer."""
     if kind is None or not kind.HasField("tensor_type"):
         return (kind and kind.SerializeToString(),)
     sizes = (

@@ -101,7 +101,7 @@ def assemble(
 
 
 def sparse_weights(recipe: Recipe, measured: Measured) -> str:
-    """How the sparse model's weights are stored."""
+    """Describe how the sparse model's weights are stored."""
     form, kept = recipe.model.weights, measured.kept
     chosen = {} if measured.allocation is None else measured.allocation.count_forms()
     if chosen:

@@ -13,7 +13,7 @@ ABSENT = "not measured"
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A figure with so many significant digits, never in powers of ten where people read it."""
+    """Format a figure with some significant digits, without powers of ten."""
     if value is None:
         return ABSENT
     if value and abs(value) < 10**-digits:
@@ -23,7 +23,7 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def count(value: int) -> str:
-    """A number of things: in full, or in millions and billions."""
+    """Format a count: in full, or in millions and billions."""
     for unit, name in ((10**9, "billion"), (10**6, "million")):
         if value >= unit:
             return f"{value / unit:.4g} {name}"
@@ -31,12 +31,12 @@ def count(value: int) -> str:
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A share, in percent."""
+    """Format a share, in percent."""
     return ABSENT if value is None else f"{100 * value:.{digits}f} %"
 
 
 def size(value: int | None) -> str:
-    """Bytes in the unit people think in."""
+    """Format bytes in a readable unit."""
     return ABSENT if value is None else progress.size(value)
 
 

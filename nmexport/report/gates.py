@@ -77,7 +77,7 @@ _GATES: Mapping[str, _Gate] = {
 
 
 def evaluate(report: Report, gates: GatesSection) -> list[GateResult]:
-    """Hold every gate that is set against the report.
+    """Compare every gate that is set with the report.
 
     A figure that was not measured fails its gate: silence is not a pass.
     """
@@ -90,7 +90,7 @@ def evaluate(report: Report, gates: GatesSection) -> list[GateResult]:
 
 
 def limits_from(limits: Mapping[str, float]) -> GatesSection:
-    """Gates from bare limits.
+    """Make gates from bare limits.
 
     Raises:
         RecipeError: if one is out of range.
@@ -108,7 +108,7 @@ def limits_from(limits: Mapping[str, float]) -> GatesSection:
 
 
 def limits_of_report(report: Report) -> GatesSection:
-    """The gates that a report was made with.
+    """Return the gates that a report was made with.
 
     Raises:
         ArtifactError: if the report says that a gate failed, and not which.
@@ -130,7 +130,7 @@ def verdict(results: Sequence[GateResult]) -> Verdict:
 
 
 def junit_xml(results: Sequence[GateResult], *, suite: str = "nmexport") -> str:
-    """One test case a gate, in the XML that CI systems read."""
+    """Write JUnit XML with one test case a gate."""
     failures = sum(not result.passed for result in results)
     root = ET.Element("testsuites")
     element = ET.SubElement(
@@ -146,7 +146,7 @@ def junit_xml(results: Sequence[GateResult], *, suite: str = "nmexport") -> str:
 
 
 def markdown(results: Sequence[GateResult]) -> str:
-    """A summary that a pull request can show."""
+    """Write a summary for a pull request."""
     lines = [f"## Gates: {verdict(results)}", ""]
     if not results:
         lines.append("No gate is set.")

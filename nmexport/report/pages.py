@@ -149,7 +149,7 @@ def _jinja() -> Jinja:
 
 
 def _code(text: str) -> Any:
-    """HTML of a sentence, what stands between backquotes as code."""
+    """Write a sentence as HTML, backquoted parts as code."""
     import markupsafe
 
     parts = str(markupsafe.escape(text)).split("`")

@@ -53,7 +53,7 @@ _LAYER = re.compile(r"\.(\d+)\.(?:.*\.)?([^.]+)$")
 
 
 def layer_place(name: str, index: int) -> tuple[int, str]:
-    """Decoder layer and kind of a linear: `model.layers.3.mlp.up_proj` is 3, `up_proj`.
+    """Return layer and kind of a linear: `model.layers.3.mlp.up_proj` is 3, `up_proj`.
 
     A name without a layer number stands at its `index` in the list.
     """
@@ -66,7 +66,7 @@ def layer_place(name: str, index: int) -> tuple[int, str]:
 def svg_from(
     draw: Callable[[Axes], None], *, title: str, size: tuple[float, float] = (_WIDTH, _HEIGHT)
 ) -> str:
-    """One plot as an `<svg>` element that scales with the page and has an accessible name."""
+    """Write a plot as an `<svg>` element that scales with the page and has an accessible name."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -89,7 +89,7 @@ def svg_from(
 def plot_by_layer(
     axes: Axes, layers: Sequence[Row], figure_of: Callable[[Row], float | None]
 ) -> None:
-    """One line of points for each kind of linear over the decoder's layers."""
+    """Plot a line of points for each kind of linear over the decoder's layers."""
     kinds: dict[str, list[tuple[int, float]]] = {}
     for index, layer in enumerate(layers):
         place, kind = layer_place(layer.name, index)
@@ -114,7 +114,7 @@ def plot_by_layer(
 
 
 def layer_error_svg(layers: Sequence[LayerSparsity]) -> str:
-    """Relative error of each sparsified linear's output inside the running sparse model."""
+    """Plot the relative error of each sparsified linear's output in the running model."""
 
     def draw(axes: Axes) -> None:
         plot_by_layer(axes, layers, lambda layer: layer.relative_error)
@@ -129,7 +129,7 @@ def _in_percent(share: float | None) -> float | None:
 
 
 def layer_sparsity_svg(layers: Sequence[LayerSparsity]) -> str:
-    """Share of zeros that met each sparsified weight."""
+    """Plot the share of zeros that met each sparsified weight."""
 
     def draw(axes: Axes) -> None:
         plot_by_layer(axes, layers, lambda layer: _in_percent(layer.achieved))
@@ -142,7 +142,7 @@ def layer_sparsity_svg(layers: Sequence[LayerSparsity]) -> str:
 
 
 def latency_svg(latency: Latency, phase: PhaseName) -> str:
-    """Cumulative distribution of a phase's runs, dense and sparse, with the medians marked."""
+    """Plot the cumulative distribution of a phase's runs, dense and sparse, with medians."""
 
     def draw(axes: Axes) -> None:
         sides = (("dense", latency.dense, DENSE, "--"), ("sparse", latency.sparse, SPARSE, "-"))
@@ -163,7 +163,7 @@ def latency_svg(latency: Latency, phase: PhaseName) -> str:
 
 
 def front_svg(points: Sequence[FrontPoint]) -> str:
-    """Perplexity ratio against weight bytes: the front, uniform choices, the chosen one.
+    """Plot perplexity ratio against weight bytes: the front, uniform choices, the chosen one.
 
     Where weights are integers, bytes read are a share of those of dense floats, so that
     quantisation alone and sparsity alone stand on the same axis; else bytes saved are.
@@ -216,7 +216,7 @@ def front_svg(points: Sequence[FrontPoint]) -> str:
 
 
 def read_share_svg(shares: Sequence[ReadShare]) -> str:
-    """Share of each site's weight bytes that a decoded token reads."""
+    """Plot the share of each site's weight bytes that a decoded token reads."""
 
     def draw(axes: Axes) -> None:
         plot_by_layer(axes, shares, lambda row: 100 * row.share)

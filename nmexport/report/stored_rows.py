@@ -86,7 +86,7 @@ def _line(text: str) -> str:
 
 
 def words(report: Report) -> str | None:
-    """Say how fast the sparse model is beside dense in the same integers."""
+    """Say how fast the sparse model is next to dense in the same integers."""
     between = report.stored_dense
     if between is None:
         return None

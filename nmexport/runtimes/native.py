@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
 import math
 import sys
@@ -93,12 +92,6 @@ def why_missing(folder: Path = _FOLDER) -> str | None:
     if failure.is_file():
         return failure.read_text(encoding="utf-8").strip()
     return "the package was not built with it (no build record found)"
-
-
-def library_digest(folder: Path = _FOLDER) -> str | None:
-    """SHA-256 of the library's bytes, or None where there is none."""
-    path = find_library(folder)
-    return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 class LibraryDescription(TypedDict):

@@ -23,7 +23,7 @@ class Addresses:
 
     @classmethod
     def unused(cls) -> Self:
-        """Ports of this machine that were free a moment ago."""
+        """Pick free ports of this machine."""
         with contextlib.ExitStack() as stack:
             sockets = [stack.enter_context(socket.socket()) for _ in range(4)]
             for listener in sockets:
@@ -53,11 +53,11 @@ class Addresses:
 
     @property
     def openai_listener(self) -> str:
-        """`HOST:PORT` that the server's model gives OpenAI's API; empty for nowhere."""
+        """`HOST:PORT` for OpenAI's API; empty for none."""
         return f"{self.host}:{self.openai_port}" if self.openai_port else ""
 
     def require_free(self) -> None:
-        """Refuse ports that the server could not listen on.
+        """Refuse ports that are taken.
 
         It would say so itself, and whoever is there would be taken for it meanwhile.
 

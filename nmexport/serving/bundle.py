@@ -49,7 +49,7 @@ _REPACKAGE = "run `nmexport package --force` on the work directory"
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """Everything a server knows of the model, apart from the model itself."""
+    """A server's description of its model."""
 
     folder: Path
     name: str
@@ -67,7 +67,7 @@ class Bundle:
     """Every file of the folder but this record."""
 
     def reference_logits(self) -> NDArray[np.float32]:
-        """Logits `[R, V]` after each reference text, where the bundle was made.
+        """Read the logits `[R, V]` after each reference text, from when the bundle was made.
 
         Raises:
             ArtifactError: if they cannot be read.
@@ -151,7 +151,7 @@ def first_logits(session: Session, prompts: Sequence[Sequence[int]]) -> NDArray[
 
 
 def smoke_check(session: Session, bundle: Bundle) -> float:
-    """Ask the session what it must answer.
+    """Check that the session gives the reference logits.
 
     Returns:
         How far its logits are from the reference: see `TOLERANCE`.
@@ -181,7 +181,7 @@ def smoke_check(session: Session, bundle: Bundle) -> float:
 def relative_differences(
     actual: NDArray[np.float32], expected: NDArray[np.float32]
 ) -> NDArray[np.float64]:
-    """Root mean square difference of each row `[V]`, over the deviation of what is expected."""
+    """Return each row's root mean square difference `[V]`, over the expected row's deviation."""
     difference = actual.astype(np.float64) - expected
     scale = expected.astype(np.float64).std(axis=-1)
     ratios: NDArray[np.float64] = np.sqrt(np.mean(difference**2, axis=-1)) / scale

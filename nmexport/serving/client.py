@@ -21,7 +21,7 @@ _AT_FAULT = (OSError, http.client.HTTPException)
 
 
 def models(url: str, *, timeout: float = 10.0) -> list[str]:
-    """Names of the models that a server has ready.
+    """List the models that a server has ready.
 
     Raises:
         EnvironmentFault: if no server answers, or one that is not Triton.
@@ -32,7 +32,7 @@ def models(url: str, *, timeout: float = 10.0) -> list[str]:
 
 
 def text_model(url: str, *, timeout: float = 10.0) -> str:
-    """The one model of a server that takes text.
+    """Find the one model of a server that takes text.
 
     Raises:
         EnvironmentFault: if no server answers, or one that is not Triton.
@@ -51,7 +51,7 @@ def text_model(url: str, *, timeout: float = 10.0) -> str:
 def generate(
     url: str, model: str, fields: Mapping[str, Any], *, timeout: float = 600.0
 ) -> dict[str, Any]:
-    """One response with all of the text.
+    """Return one response with all of the text.
 
     Args:
         url: The server's.
@@ -74,7 +74,7 @@ def generate(
 def stream(
     url: str, model: str, fields: Mapping[str, Any], *, timeout: float = 600.0
 ) -> Generator[dict[str, Any], None, None]:
-    """Responses as they come, the last with a `finish_reason`; arguments as in `generate`.
+    """Yield responses as they come, the last with a `finish_reason`; arguments as in `generate`.
 
     Closing the generator closes the connection, and the server ends the request.
 
@@ -141,7 +141,7 @@ def _open(url: str, document: Mapping[str, Any], timeout: float) -> Any:
 
 @contextlib.contextmanager
 def _reading(url: str) -> Iterator[None]:
-    """Turn what may go wrong with an answer into what it means."""
+    """Explain faults of an answer."""
     try:
         yield
     except _AT_FAULT as error:
@@ -167,7 +167,7 @@ def _unreachable_error(url: str, how: str) -> EnvironmentFault:
 
 
 def _reason(error: Exception) -> str:
-    """The operating system's message, where it is the one that refuses."""
+    """Return the operating system's message, where it refused."""
     inner = getattr(error, "reason", error)
     return getattr(inner, "strerror", None) or str(inner)
 

@@ -1,4 +1,4 @@
-"""How much a server takes on, as its operator sets it."""
+"""The limits of a server, as its operator sets them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LEAST = {"queue": 0, "prefill_chunk": LEAST_CHUNK, "slowdown_percent": 0}
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How much a server takes on."""
+    """The limits of a server."""
 
     context_tokens: int
     """Prompt and output of one request together: the model's context length."""

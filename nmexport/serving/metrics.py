@@ -114,10 +114,10 @@ class NoMetrics:
 
 
 class Harmless:
-    """Measurements that raise nothing: one that is lost is not worth a request."""
+    """Passes measurements on and swallows errors: a lost one is not worth a request."""
 
     def __init__(self, metrics: Metrics) -> None:
-        """Hand everything on to other metrics."""
+        """Pass everything to other metrics."""
         self._metrics = metrics
         self._has_told = False
 

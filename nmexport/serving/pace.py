@@ -1,4 +1,4 @@
-"""How many tokens of prompts a step may carry without holding up those who wait for their next."""
+"""Sizes the prompts' share of a step, so that running requests are not held up."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _WEIGHT = 0.3
 
 
 class Pace:
-    """Learns what steps take, and sizes the prompts' part of the next one."""
+    """Learns how long steps take, and sizes the prompts' part of the next one."""
 
     def __init__(self, *, most: int, slowdown_percent: int, is_fixed: bool = False) -> None:
         """Begin without measurements.
@@ -28,7 +28,7 @@ class Pace:
         """Seconds that one token of a prompt adds."""
 
     def budget(self, *, decoding: int) -> int:
-        """Tokens of prompts that the next step may carry beside so many requests' next tokens."""
+        """Return the prompt tokens that the next step may carry, next to the decoding requests."""
         if not decoding:
             return self._most
         decoding = 1 if self._is_fixed else decoding
@@ -41,7 +41,7 @@ class Pace:
         return max(least, min(self._most, room))
 
     def observe(self, seconds: float, *, decoding: int, prompt_tokens: int) -> None:
-        """Learn from a step that was run."""
+        """Learn from a finished step."""
         decoding = min(decoding, 1) if self._is_fixed else decoding
         if not prompt_tokens:
             self._steps_s[decoding] = _mean(self._steps_s.get(decoding), seconds)

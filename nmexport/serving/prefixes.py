@@ -1,4 +1,4 @@
-"""Beginnings that requests share: computed once, and kept while there is room."""
+"""A prefix cache: beginnings that requests share are computed once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LEAST = 16
 
 
 class Prefixes:
-    """Caches of texts that were computed, those used last at the end."""
+    """Caches of computed texts, the most recently used last."""
 
     def __init__(self, session: Session, most_bytes: int) -> None:
         """Keep caches of a session.
@@ -32,7 +32,7 @@ class Prefixes:
         self.bytes = 0
 
     def find(self, prompt: NDArray[np.int64]) -> tuple[int, Any | None]:
-        """The longest beginning of a prompt `[S]` that is there.
+        """Find the longest cached beginning of a prompt `[S]`.
 
         Returns:
             Its length, and its cache; 0 and None where it is not worth it. The last token is never
@@ -52,7 +52,7 @@ class Prefixes:
         return best, cache
 
     def keep(self, text: NDArray[np.int64], cache: Any) -> None:
-        """Keep the cache of a text `[S]`, in place of those of its own beginnings."""
+        """Keep the cache of a text `[S]`; it replaces those of its own beginnings."""
         if len(text) < _LEAST or self._session.beginning(cache, 1) is None:
             return
         for name, (other, _) in list(self._held.items()):
@@ -67,7 +67,7 @@ class Prefixes:
         self.shrink(self._most)
 
     def shrink(self, most_bytes: int) -> None:
-        """Drop those that were not used for longest until the others fit."""
+        """Drop the least recently used until the others fit."""
         while self._held and self.bytes > most_bytes:
             self._drop(next(iter(self._held)))
 
@@ -77,7 +77,7 @@ class Prefixes:
 
 
 def _common(first: NDArray[np.int64], second: NDArray[np.int64]) -> int:
-    """Tokens that two texts have in common at the beginning."""
+    """Count the tokens that two texts begin with alike."""
     length = min(len(first), len(second))
     differing = np.flatnonzero(first[:length] != second[:length])
     return int(differing[0]) if differing.size else length

@@ -51,7 +51,7 @@ __all__ = ["TritonPythonModel"]
 
 @dataclass(frozen=True, kw_only=True)
 class TextModel:
-    """Everything the text model of a repository is made from."""
+    """The parts of a repository's text model."""
 
     name: str
     model: str
@@ -70,7 +70,7 @@ class TextModel:
 
 
 def write_text_model(output: Path, source: TextModel) -> Path:
-    """Write the model that takes and streams text, and ask it for its reference.
+    """Write the model that takes and streams text, and run it once for its reference logits.
 
     Returns:
         The bundle's folder.
@@ -199,12 +199,12 @@ def _name_library(path: Path, library: str) -> None:
 
 
 def _served_context(folder: Path) -> int:
-    """Tokens that a request may have: prompts come in chunks, so all on one set of frequencies."""
+    """Return the most tokens of a request: chunked prompts need one set of frequencies."""
     return min(context_length(folder), length_switch(folder) or context_length(folder))
 
 
 def _write_cpu_model(folder: Path, *, has_native_ops: bool) -> Path:
-    """Write a bfloat16 graph as a CPU runs it: a server has no `onnx` to rewrite it with."""
+    """Write a bfloat16 graph rewritten for a CPU: a server has no `onnx` to do so."""
     from nmexport.graph.cpu import widen_file
 
     path = folder.resolve() / _CPU_MODEL
@@ -213,7 +213,7 @@ def _write_cpu_model(folder: Path, *, has_native_ops: bool) -> Path:
 
 
 def _relocate(engine: Engine, folder: Path, cpu_model: Path | None) -> Engine:
-    """Return the description for the folder that holds everything it names."""
+    """Describe the engine in the folder that holds copies of all that it names."""
     library = engine.library
     return replace(
         engine,

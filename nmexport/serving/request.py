@@ -1,4 +1,4 @@
-"""One request: what it asks for, how far it is, and who hears of it."""
+"""One request: what it asks for, its progress, and who receives the text."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class Outcome(Usage):
 
 
 class Sink(Protocol):
-    """Receiver of one request's text; called from the scheduler's thread alone."""
+    """Receives one request's text; called only from the scheduler's thread."""
 
     def text(self, piece: str, usage: Usage, scores: Sequence[TokenScore]) -> None:
-        """One more piece, and what it took to get here.
+        """Receive one more piece of text, with the usage so far.
 
         Args:
             piece: Empty only where scores are left at the end.
@@ -61,11 +61,11 @@ class Sink(Protocol):
         ...
 
     def is_cancelled(self) -> bool:
-        """Tell whether nobody waits for the text any more."""
+        """Tell whether the client has gone."""
         ...
 
     def abandoned(self) -> None:
-        """The end of a request that was cancelled."""
+        """End a request that was cancelled."""
         ...
 
 
@@ -109,7 +109,7 @@ class Request:
         return self.prefilled == self.prompt_tokens
 
     def work(self, tokens: NDArray[np.int64]) -> Work:
-        """Its part of a step, as the session takes it."""
+        """Return its part of a step, as the session takes it."""
         draws = self.is_decoding or self.prefilled + len(tokens) == self.prompt_tokens
         is_greedy = self.sampler.is_greedy
         return Work(
@@ -121,11 +121,11 @@ class Request:
 
     @property
     def known(self) -> NDArray[np.int64]:
-        """The tokens `[S]` that its cache holds."""
+        """Return the tokens `[S]` that its cache holds."""
         return np.concatenate([self.prompt[0, : self.prefilled], self.answer]).astype(np.int64)
 
     def next_tokens(self, most: int) -> NDArray[np.int64]:
-        """Its part of a step: the token drawn last, or a chunk of its prompt; empty is no part."""
+        """Return its part of a step: the last token, or a chunk of its prompt; may be empty."""
         if self.is_decoding:
             return np.asarray([self.last_token], np.int64)
         left = self.prompt[0, self.prefilled :]

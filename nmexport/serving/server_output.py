@@ -1,4 +1,4 @@
-"""Pass on what a server prints, and keep its last lines for an error message."""
+"""Passes on what a server prints, and keeps its last lines for an error message."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ServerOutput:
     """Passes lines on until the server and its children have closed their end."""
 
     def __init__(self, source: IO[bytes], target: int) -> None:
-        """Begin to pass on.
+        """Start to pass lines on.
 
         Args:
             source: The pipe that the server writes to.
@@ -37,10 +37,10 @@ class ServerOutput:
                     target.write(line)
 
     def last_lines(self) -> str:
-        """The last lines so far, indented."""
+        """Return the last lines so far, indented."""
         lines = [line.decode(errors="replace").rstrip() for line in tuple(self._last)]
         return "\n".join(f"  {line}" for line in lines) or "  it printed nothing"
 
     def finish(self) -> None:
-        """Pass on the rest of what a server that has ended printed."""
+        """Pass on the rest, once the server has ended."""
         self._thread.join(_JOIN_SECONDS)

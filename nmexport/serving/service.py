@@ -187,7 +187,7 @@ class TextService(Closing):
         return self._tokenizer.encode(prompt, add_special_tokens=False)
 
     def _check_size(self, what: str, text: str, most_bytes: int) -> None:
-        """Refuse what cannot fit before it is worked on: tokenising megabytes takes seconds.
+        """Refuse texts that cannot fit before tokenising them: megabytes take seconds.
 
         Raises:
             RequestError: if it has more bytes than the longest tokens could carry, or no UTF-8 has
@@ -264,7 +264,7 @@ SETTINGS = (
 
 
 def numbers_from(settings: Mapping[str, str]) -> dict[str, int]:
-    """Settings that were set.
+    """Read the settings that were set.
 
     Raises:
         RequestError: if one is unknown or no whole number.

@@ -1,4 +1,4 @@
-"""How much of each prompt the next step takes."""
+"""Decides how much of each prompt the next step takes."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Part = tuple["Request", "NDArray[np.int64]"]
 
 
 class PromptSharing:
-    """Shares a step's room out among prompts."""
+    """Divides a step's prompt tokens among prompts."""
 
     def __init__(self, chunk: int | None) -> None:
-        """Begin without debts.
+        """Start without debts.
 
         Args:
             chunk: Where prompts must be cut, as `Session.chunk`; None is anywhere.
@@ -35,7 +35,7 @@ class PromptSharing:
         """Tokens by which earlier steps went over their room."""
 
     def parts(self, prompts: Sequence[Request], room: int, *, holds_up: bool) -> list[Part]:
-        """Tokens of prompts, the oldest first, for a step that has room for so many.
+        """Divide `room` tokens among prompts, the oldest first.
 
         Args:
             prompts: Requests whose prompts are not through.

@@ -1,4 +1,4 @@
-"""How a server is told to stop, and how long what is in flight may take then.
+"""Notices that a server is told to stop, and reads how long it may drain.
 
 Triton tells its Python models nothing while HTTP connections are open: it waits for those, and if
 they outlast its exit timeout it ends with an error and leaves shared memory behind. So the signal
@@ -30,7 +30,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 def drain_seconds(environment: Mapping[str, str]) -> float:
-    """How long requests in flight may take once the server is told to stop.
+    """Return how long requests in flight may take once the server is to stop.
 
     Raises:
         EnvironmentFault: if the variable that says so is no whole number.
@@ -54,7 +54,7 @@ class StopSignals(Closing):
     """
 
     def __init__(self, notify: Callable[[], None]) -> None:
-        """Listen from now on; outside the main thread, where Python cannot, say so and do not."""
+        """Start to listen; only the main thread can."""
         self._is_listening = threading.current_thread() is threading.main_thread()
         if not self._is_listening:
             logging.getLogger(__name__).warning("no signals here: only unloading drains the model")
@@ -90,4 +90,4 @@ class StopSignals(Closing):
 
 
 def _wake(_number: int, _frame: object) -> None:
-    """Nothing: that there is a handler makes Python write to the descriptor."""
+    """Do nothing: a handler's presence makes Python write to the descriptor."""

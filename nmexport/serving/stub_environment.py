@@ -1,4 +1,4 @@
-"""The environment that a server's Python models run in: this one, or one made for an old stub.
+"""Makes the environment that a server's Python models run in.
 
 The `nvidia-pytriton` wheel's stub corrupts tensors of NumPy 2, so that it gets an environment of
 its own: this one, with NumPy 1 in front.
@@ -25,7 +25,7 @@ NUMPY_1 = "numpy==1.26.4"
 
 
 def python_environment(given: Path | None = None, *, old_stub: bool) -> Path:
-    """The environment whose `python3` the server's Python models run in.
+    """Choose the environment whose `python3` the server's Python models run in.
 
     Args:
         given: A virtual environment to take; None takes this one where it fits.
@@ -49,7 +49,7 @@ def python_environment(given: Path | None = None, *, old_stub: bool) -> Path:
 
 
 def _with_numpy_1() -> Path:
-    """This environment with NumPy 1 in front of its own; made once, then kept in the cache.
+    """Make this environment with NumPy 1 in front of its own, once; it is kept in the cache.
 
     Raises:
         EnvironmentFault: if NumPy 1 cannot be installed.
@@ -76,7 +76,7 @@ def _with_numpy_1() -> Path:
 
 
 def make_environment(folder: Path, seen: Sequence[str], *, packages: Sequence[str]) -> None:
-    """Make a virtual environment that has packages of its own and otherwise sees folders.
+    """Make a virtual environment with packages of its own that also sees other folders.
 
     Raises:
         EnvironmentFault: if the packages cannot be installed.

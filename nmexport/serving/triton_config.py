@@ -84,7 +84,7 @@ class Signature:
 
 
 def text_config(name: str, settings: Mapping[str, str]) -> Any:
-    """Configuration of the model that takes and streams text.
+    """Build the configuration of the model that takes and streams text.
 
     A request is one sequence (`max_batch_size` 1): the model itself runs many at a time, and lets
     each join and leave at any step, which a batch of Triton's cannot.
@@ -115,7 +115,7 @@ def text_config(name: str, settings: Mapping[str, str]) -> Any:
 
 
 def engine_config(name: str, signature: Signature, *, max_batch_size: int, profiles: int) -> Any:
-    """Configuration of the raw TensorRT engine.
+    """Build the configuration of the raw TensorRT engine.
 
     Args:
         name: The model's.
@@ -154,7 +154,7 @@ def _tensor(spec: TensorSpec) -> dict[str, object]:
 
 
 def signature_of(model: Path) -> Signature:
-    """Inputs and outputs of an ONNX file; its weights are not read.
+    """Read inputs and outputs of an ONNX file, without its weights.
 
     Raises:
         ArtifactError: if it cannot be read.
@@ -172,7 +172,7 @@ def signature_of(model: Path) -> Signature:
 
 
 def signature_of_engine(engine: TensorRTEngine) -> Signature:
-    """Inputs and outputs of a plan, as its builder recorded them.
+    """Return inputs and outputs of a plan, as its builder recorded them.
 
     Raises:
         ArtifactError: if an older build recorded none.
@@ -207,7 +207,7 @@ def _spec(value: Any) -> TensorSpec:
 
 
 def to_text(config: Any) -> str:
-    """`config.pbtxt` of a configuration."""
+    """Write a configuration as `config.pbtxt`."""
     from google.protobuf import text_format
 
     text: str = text_format.MessageToString(config)
@@ -215,7 +215,7 @@ def to_text(config: Any) -> str:
 
 
 def from_text(text: str) -> Any:
-    """The configuration in a `config.pbtxt`.
+    """Parse the configuration in a `config.pbtxt`.
 
     Raises:
         ArtifactError: if it is none.
@@ -229,7 +229,7 @@ def from_text(text: str) -> Any:
 
 
 def _messages() -> Any:
-    """Triton's messages. Read from their file: the package around them wants gRPC for a client."""
+    """Load Triton's messages from their file: the package around them needs gRPC."""
     if _MESSAGES in sys.modules:
         return sys.modules[_MESSAGES]
     package = importlib.util.find_spec("tritonclient")

@@ -1,4 +1,4 @@
-"""The shell between Triton's python backend and `TextService`: tensors in, responses out.
+"""Adapter between Triton's python backend and `TextService`: tensors in, responses out.
 
 Triton calls `initialize`, `execute` and `finalize` of `TritonPythonModel`; the repository's
 `model.py` imports that class. `triton_python_backend_utils` exists in Triton's process only.
@@ -98,7 +98,7 @@ class TritonPythonModel:
                     end_with(self._backend, sender, error)
 
     def _take(self, request: Any, sender: Any) -> Any | None:
-        """Queue a request; the error that it ends with where that cannot be done."""
+        """Queue a request; return the error that refuses it, if any."""
         errors = self._backend.TritonError
         try:
             values, reply = read_request(self._backend, request)
@@ -176,7 +176,7 @@ def read_request(backend: Any, request: Any) -> tuple[TextRequest, Reply]:
 
 
 def _inputs(backend: Any, request: Any) -> dict[str, object]:
-    """The request's tensors as Python values."""
+    """Convert the request's tensors to Python values."""
     values: dict[str, object] = {}
     for name in (*_TEXTS, *_FLAGS, *NAMES):
         tensor = backend.get_input_tensor_by_name(request, name)
@@ -222,7 +222,7 @@ def end_with(backend: Any, sender: Any, error: Any) -> None:
 
 
 class TritonSink:
-    """One request's responses: one for each piece of text, or one for all of it."""
+    """Sends one request's responses: one for each piece of text, or one for all of it."""
 
     def __init__(self, backend: Any, sender: Any, reply: Reply) -> None:
         """Answer through a response sender."""
@@ -261,12 +261,12 @@ class TritonSink:
         return bool(self._sender.is_cancelled())
 
     def abandoned(self) -> None:
-        """Tell Triton that this request is over; nobody reads it."""
+        """Tell Triton that this request is over; nobody reads the response."""
         errors = self._backend.TritonError
         end_with(self._backend, self._sender, errors("cancelled", errors.CANCELLED))
 
     def _response(self, text: str, usage: Usage, outcome: Outcome | None = None) -> Any:
-        """One response; `outcome` is the last one's."""
+        """Build one response; the last one has the `outcome`."""
         reason = outcome.finish_reason if outcome else ""
         tensors = [
             self._tensor("text_output", text.encode(), np.object_),
@@ -291,7 +291,7 @@ class TritonSink:
 
 
 class TritonMetrics:
-    """Measurements as custom metrics of the server, labelled with the model's name."""
+    """Publishes measurements as custom metrics of the server, labelled with the model's name."""
 
     def __init__(self, backend: Any, model: str) -> None:
         """Register every metric.

@@ -1,4 +1,4 @@
-"""What a verification measures: a build, and the text to measure it on."""
+"""The subject of a verification: a build, and the text to measure it on."""
 
 from __future__ import annotations
 

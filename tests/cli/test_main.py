@@ -158,7 +158,7 @@ TASKS = ("--tasks", "--tasks-path", "--task-limit", "--task-fewshot")
 ENGINE = ("--target", "--compute-capability", "--embed-plugin", "--in-place-cache")
 BUDGET = (
     *("--budget", "--budget-pattern", "--budget-criterion", "--budget-phases"),
-    "--budget-count-learned",
+    *("--budget-weights", "--budget-count-learned"),
 )
 STAGE_OPTIONS = {
     "calibrate": (
@@ -211,6 +211,7 @@ def test_options_of_a_stage_change_its_key() -> None:
         "--budget-pattern": "2:4",
         "--budget-criterion": "act",
         "--budget-phases": "decode",
+        "--budget-weights": "int8",
         "--offload": "layerwise",
         "--dtype": "float16",
         "--weights": "int8",

@@ -5,22 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx_ir as ir
 import pytest
-from nmexport.graph.cuda import rewrite_for_cuda
-from nmexport.runtimes import native
-from nmexport.runtimes.cuda_model import CudaModel
 from nmexport.runtimes.cuda_session import CudaSession
-from nmexport.runtimes.onnxruntime_opening import (
-    EXTERNAL_DATA_FOLDER,
-    choose_provider,
-    open_inference_session,
-    session_options,
-)
 from nmexport.runtimes.onnxruntime_session import OrtSession
 from nmexport.runtimes.tensorrt import library as tensorrt_library
 
 from tests.support.exported import Exported, export_folder
+from tests.support.slots import gpu_model
 from tests.support.tiny import VOCABULARY, save_tiny_model
 
 if TYPE_CHECKING:
@@ -43,17 +34,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 
 def opened(path: Path) -> CudaSession:
-    library = native.find_library()
-    if choose_provider(library) != "cuda":
-        pytest.skip("needs onnxruntime-gpu and NMEXPORT_CUDA in the build")
-    options = session_options(
-        library=library, threads=1, config={EXTERNAL_DATA_FOLDER: str(path.parent)}
-    )
-    model = ir.load(path)
-    rewrite_for_cuda(model, positions=POSITIONS)
-    content = ir.to_proto(model).SerializeToString()
-    session = open_inference_session(content, options, "cuda", records_graphs=True)
-    return CudaSession(CudaModel(session, positions=POSITIONS))
+    return CudaSession(gpu_model(path, POSITIONS))
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> np.ndarray:

@@ -5,19 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 from nmexport.generation.options import GenerationOptions
-from nmexport.graph.cuda import rewrite_for_cuda
-from nmexport.runtimes import native
 from nmexport.runtimes.chunks import chunk_end
-from nmexport.runtimes.cuda_model import CudaModel
-from nmexport.runtimes.onnxruntime_opening import (
-    EXTERNAL_DATA_FOLDER,
-    choose_provider,
-    open_inference_session,
-    session_options,
-)
 from nmexport.runtimes.session import Work
 from nmexport.runtimes.slot_session import SlotSession
 from nmexport.runtimes.tensorrt import library as tensorrt_library
@@ -26,6 +16,7 @@ from nmexport.serving.scheduler import Scheduler
 
 from tests.serving.test_scheduler import ListSink
 from tests.support.exported import Exported, export_folder
+from tests.support.slots import gpu_model
 from tests.support.tiny import VOCABULARY, save_tiny_model
 
 if TYPE_CHECKING:
@@ -55,17 +46,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 
 def opened(path: Path) -> SlotSession:
-    library = native.find_library()
-    if choose_provider(library) != "cuda":
-        pytest.skip("needs onnxruntime-gpu and NMEXPORT_CUDA in the build")
-    options = session_options(
-        library=library, threads=1, config={EXTERNAL_DATA_FOLDER: str(path.parent)}
-    )
-    graph = ir.load(path)
-    rewrite_for_cuda(graph, positions=POSITIONS)
-    content = ir.to_proto(graph).SerializeToString()
-    session = open_inference_session(content, options, "cuda", records_graphs=True)
-    model = CudaModel(session, positions=POSITIONS)
+    model = gpu_model(path, POSITIONS)
     return SlotSession(model, slots=SLOTS, tokens=TOKENS, chunk=CHUNK)
 
 

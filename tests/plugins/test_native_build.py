@@ -206,14 +206,14 @@ def test_a_missing_tool_is_named(fetcher, tmp_path, monkeypatch):
 
 def test_a_package_without_a_build_record_says_so(tmp_path):
     assert "no build record" in (native.why_missing(tmp_path) or "")
-    assert native.library_digest(tmp_path) is None
+    assert native.find_library(tmp_path) is None
 
 
 def test_what_is_no_library_of_ours_is_refused(tmp_path):
     path = tmp_path / native.library_name()
     path.write_bytes(b"not a library")
     assert native.why_missing(tmp_path) is None
-    assert native.library_digest(tmp_path) is not None
+    assert native.find_library(tmp_path) == path
     with pytest.raises(EnvironmentFault, match="cannot be loaded"):
         native.describe_library(path)
 

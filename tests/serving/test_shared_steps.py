@@ -16,14 +16,12 @@ from nmexport.runtimes.onnxruntime_opening import EXTERNAL_DATA_FOLDER
 from nmexport.runtimes.step_session import StepSession
 from nmexport.serving import client
 from nmexport.serving import metrics as names
-from nmexport.serving.limits import Limits
-from nmexport.serving.scheduler import Scheduler
 from nmexport.serving.service import TextRequest, TextService
 from nmexport.store.artifact import file_digest
 
 from tests.serving.test_scheduler import ListSink, Recorder
 from tests.support.served import engine_of, require_tritonserver, save_package, triton
-from tests.support.solo_runs import prompt, solo, spelled
+from tests.support.solo_runs import prompt, scheduler_on, solo
 from tests.support.triton_clients import metrics_of, text_of
 
 if TYPE_CHECKING:
@@ -31,6 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from nmexport.runtimes.session import Stepped
+    from nmexport.serving.scheduler import Scheduler
 
     from tests.support.exported import Exported
 
@@ -66,13 +65,7 @@ def session(plain_export: Exported) -> Iterator[Counting]:
 
 def scheduler(session: StepSession, **limits: int) -> Scheduler:
     known = {"context_tokens": POSITIONS, "cache_bytes": 10_000_000, "slots": 32, **limits}
-    return Scheduler(
-        session,
-        decode=spelled,
-        end_tokens=frozenset(),
-        limits=Limits(**known),
-        metrics=Recorder(),
-    )
+    return scheduler_on(session, Recorder(), **known)
 
 
 @settings(max_examples=15, deadline=None)

@@ -11,16 +11,14 @@ from hypothesis import strategies as st
 from nmexport.errors import RequestError
 from nmexport.generation.options import GenerationOptions
 from nmexport.serving import service
-from nmexport.serving.limits import Limits
 from nmexport.serving.request import Request
-from nmexport.serving.scheduler import Scheduler
 from nmexport.serving.service import TextRequest, TextService, limits_for, slots_wanted
 from nmexport.serving.sharing import PromptSharing
 
 from tests.serving.test_scheduler import ListSink, Recorder
 from tests.support.served import save_package
 from tests.support.slots import slot_session
-from tests.support.solo_runs import prompt, solo, spelled
+from tests.support.solo_runs import prompt, scheduler_on, solo
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -28,6 +26,7 @@ if TYPE_CHECKING:
 
     from nmexport.runtimes.session import Stepped, Work
     from nmexport.runtimes.slot_session import SlotSession
+    from nmexport.serving.scheduler import Scheduler
 
     from tests.support.exported import Exported
 
@@ -48,13 +47,7 @@ def scheduler(session: SlotSession, **limits: int) -> Scheduler:
         "slots": SLOTS,
         **limits,
     }
-    return Scheduler(
-        session,
-        decode=spelled,
-        end_tokens=frozenset(),
-        limits=Limits(**known),
-        metrics=Recorder(),
-    )
+    return scheduler_on(session, Recorder(), **known)
 
 
 @settings(max_examples=12, deadline=None)

@@ -1,4 +1,4 @@
-"""What a request gets when it runs alone: text of tokens that are spelled one character each."""
+"""The scheduler, and what a request gets alone: tokens are spelled one character each."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import numpy as np
 from nmexport.generation.loop import continuation
 from nmexport.generation.options import GenerationOptions
 from nmexport.generation.sampler import Sampler
+from nmexport.serving.limits import Limits
+from nmexport.serving.scheduler import Scheduler
 
 from tests.support.tiny import VOCABULARY
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from nmexport.runtimes.session import Session
+    from nmexport.serving.metrics import Metrics
 
 
 def spelled(ids: Sequence[int]) -> str:
@@ -29,3 +32,9 @@ def solo(session: Session, text: list[int], tokens: int, *, heat: float, seed: i
     sampler = Sampler(GenerationOptions(temperature=heat, seed=seed), prompt=text)
     drawn = continuation(session, text, sampler, max_tokens=tokens, ends=frozenset())
     return spelled(list(drawn))
+
+
+def scheduler_on(session: Session, metrics: Metrics, **limits: int) -> Scheduler:
+    return Scheduler(
+        session, decode=spelled, end_tokens=frozenset(), limits=Limits(**limits), metrics=metrics
+    )

@@ -1,4 +1,4 @@
-"""How far a TensorRT build is, in hundredths, from the nested phases that it reports."""
+"""Measures a TensorRT build's progress, in hundredths, from its nested phases."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ class Meter:
     """
 
     def __init__(self, tick: Callable[[int], None]) -> None:
-        """Tell `tick` the hundredth that was reached."""
+        """Call `tick` with every hundredth that is reached."""
         self._tick = tick
         self._phases: dict[str, _Phase] = {}
         self._told = 0
         self._lock = threading.Lock()
 
     def start(self, name: str, parent: str | None, steps: int) -> None:
-        """A phase of so many steps begins."""
+        """Begin a phase of `steps` steps."""
         with self._lock:
             self._phases[name] = _Phase(parent, max(steps, 1))
 
     def step(self, name: str) -> None:
-        """A phase has done one more step."""
+        """Count one more step of a phase."""
         with self._lock:
             if name in self._phases:
                 self._phases[name].done += 1
             self._tell()
 
     def finish(self, name: str) -> None:
-        """A phase is over; the step of its parent that it was part of is counted by that one."""
+        """End a phase; its parent counts the step that it was part of."""
         with self._lock:
             phase = self._phases.pop(name, None)
             if phase is not None and phase.parent is None:

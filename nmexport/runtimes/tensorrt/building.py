@@ -1,4 +1,4 @@
-"""One plan from one ONNX graph: parse, configure, build, with progress, log and a way to stop.
+"""Builds one plan from one ONNX graph, with progress, a log and a way to stop.
 
 Polygraphy makes the builder configuration, runs the builder, and locks and merges the timing
 cache. It parses files only, and the graph here is in no file, so the parser is called directly.
@@ -111,7 +111,7 @@ def parser_takes(target: TensorRTTarget, op: str) -> bool:
 
 @contextlib.contextmanager
 def _open_kept(logger: Messages, order: Order) -> Iterator[None]:
-    """Write the log of a build while it runs: it is there whatever ends the process."""
+    """Write the log of a build while it runs, so that it survives a crash."""
     if order.log is None:
         yield
         return
@@ -202,7 +202,7 @@ def _tensors(network: Any) -> tuple[EngineTensor, ...]:
 
 
 def _polygraphy(target: TensorRTTarget) -> Any:
-    """Polygraphy's TensorRT backend, set to the target.
+    """Import Polygraphy's TensorRT backend, set to the target.
 
     Raises:
         EnvironmentFault: if it is missing, or was loaded for the other product before.
@@ -236,7 +236,7 @@ def _polygraphy_exception() -> type[Exception]:
 def _builder_run(
     trt: Any, network: tuple[Any, Any], order: Order, monitor: Any
 ) -> Callable[[], bytes]:
-    """A function that runs the builder, given `(builder, network)`."""
+    """Make a function that runs the builder on `(builder, network)`."""
     backend = _polygraphy(order.target)
     with _mute():
         make = backend.EngineBytesFromNetwork(
@@ -261,7 +261,7 @@ def _mute() -> contextlib.AbstractContextManager[Any]:
 
 
 def _configuration(trt: Any, backend: Any, order: Order, monitor: Any) -> Any:
-    """A function that makes the builder configuration."""
+    """Make a function that makes the builder configuration."""
     common = {
         "profiles": [_polygraphy_profile(backend, profile) for profile in order.profiles],
         "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,
@@ -299,7 +299,7 @@ def _polygraphy_profile(backend: Any, profile: Profile) -> Any:
 
 
 def _monitor_of(trt: Any) -> Any:
-    """A TensorRT progress monitor that queues every hundredth part of the build."""
+    """Make a TensorRT progress monitor that queues every hundredth part of the build."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # a class known at run time only
         def __init__(self) -> None:

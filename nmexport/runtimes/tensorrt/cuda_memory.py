@@ -22,7 +22,7 @@ class Device(Protocol):
         ...
 
     def allocate(self, size: int) -> Buffer:
-        """Memory of so many bytes, all zero; freed when it is dropped.
+        """Allocate bytes, all zero; freed when dropped.
 
         Raises:
             EnvironmentFault: if the device has not so much left.

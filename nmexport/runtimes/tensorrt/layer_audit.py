@@ -144,7 +144,7 @@ def _check_copies(counted: Mapping[str, int]) -> None:
 
 
 def _check_size(plan: int, weights: int, allowed: int) -> None:
-    """A second copy in another layout has other bytes: the size shows it where it is large."""
+    """Check the plan's size: it shows a large second copy, which may have another layout."""
     if plan > allowed:
         raise InternalError(
             f"The plan has {plan} bytes for {weights} bytes of weights: some are in it more than "
@@ -172,18 +172,18 @@ def _witness(
 
 
 def planned_plugin_layers(plan: bytes) -> dict[str, list[str]]:
-    """Plugin layers by profile, from the text in a TensorRT-RTX plan; empty where there is none."""
+    """Read plugin layers by profile from the text in a TensorRT-RTX plan; empty without one."""
     names = [name.decode(errors="replace") for name in _PLAN_LAYER.findall(plan)]
     return _by_profile(names)
 
 
 def inspected_plugin_layers(document: str) -> dict[str, list[str]]:
-    """Plugin layers by profile, from the inspector's JSON."""
+    """Read plugin layers by profile from the inspector's JSON."""
     return _by_profile(_names(document, kind="Plugin"))
 
 
 def _names(document: str, *, kind: str = "") -> list[str]:
-    """Names of the inspector's layers whose type begins so."""
+    """List the inspector's layers whose type has a prefix."""
     return [
         str(layer["Name"])
         for layer in json.loads(document)["Layers"]

@@ -46,7 +46,7 @@ FIX_PLUGIN = plugin_command()
 
 
 def load(target: TensorRTTarget) -> Any:
-    """The Python module of a target.
+    """Import the Python module of a target.
 
     Raises:
         EnvironmentFault: if it is missing, cannot be loaded, or is too old.
@@ -69,13 +69,13 @@ def load(target: TensorRTTarget) -> Any:
 
 
 def find_plugin() -> Path | None:
-    """Path of the plugin library, or None where it was not built."""
+    """Find the plugin library; None where it was not built."""
     path = _FOLDER / PLUGIN
     return path if path.is_file() else None
 
 
 def require_plugin() -> Path:
-    """Path of the plugin library.
+    """Find the plugin library.
 
     Raises:
         EnvironmentFault: if it was not built.
@@ -140,7 +140,7 @@ def check_plugin(path: Path) -> None:
 
 
 def register_plugin(target: TensorRTTarget, path: Path) -> None:
-    """Make the ops of the plugin library known to TensorRT; its messages go to our logger.
+    """Register the plugin library's ops with TensorRT; its messages go to our logger.
 
     Raises:
         EnvironmentFault: if the library cannot be loaded, or is of another version than this
@@ -201,7 +201,7 @@ def prepare_parser(target: TensorRTTarget) -> None:
 
 
 def _is_loaded(name: str) -> bool:
-    """Tell whether a library of exactly that name is in this process."""
+    """Tell whether a library of exactly that name is loaded in this process."""
     no_load = 4  # RTLD_NOLOAD
     try:
         ctypes.CDLL(name, mode=ctypes.DEFAULT_MODE | no_load)
@@ -243,17 +243,17 @@ class Messages:
             listener(line)
 
     def mark(self) -> int:
-        """A point in time for `errors_since`."""
+        """Mark a point in time for `errors_since`."""
         return self._count
 
     def errors_since(self, mark: int) -> list[str]:
-        """The errors after a mark, the oldest first; of very many the last."""
+        """Return the errors after a mark, oldest first; only the last if there are many."""
         fresh = min(self._count - mark, len(self._errors))
         return list(self._errors)[len(self._errors) - fresh :]
 
     @contextlib.contextmanager
     def heard_by(self, listener: Callable[[str], object]) -> Iterator[None]:
-        """Hand every line to a listener meanwhile."""
+        """Pass every line to a listener."""
         self._listeners.append(listener)
         try:
             yield
@@ -286,13 +286,13 @@ def logger_of(target: TensorRTTarget) -> Any:
 
 
 def ours_first(errors: Sequence[str]) -> Iterator[str]:
-    """Errors that our plugin reported, which name node, field and value, before TensorRT's own."""
+    """Sort our plugin's errors, which name node, field and value, before TensorRT's own."""
     ours = [line for line in errors if line.startswith("nmexport ")]
     yield from ours or errors
 
 
 def quiet() -> warnings.catch_warnings[Any]:
-    """Hold back the deprecation notes of TensorRT-RTX on calls that both products share."""
+    """Silence TensorRT-RTX's deprecation notes on calls that both products share."""
     return warnings.catch_warnings(action="ignore", category=DeprecationWarning)
 
 

@@ -11,7 +11,8 @@ import onnx_ir as ir
 from nmexport.errors import EnvironmentFault, InternalError
 from nmexport.graph.contract import op_contract
 from nmexport.graph.matching import is_op
-from nmexport.graph.tensorrt import ATTENTION_OP, SCATTER_OP, for_tensorrt
+from nmexport.graph.separate_cache import ATTENTION_OP
+from nmexport.graph.tensorrt import SCATTER_OP, for_tensorrt
 from nmexport.progress import duration
 from nmexport.runtimes.engine import (
     DENSE_PLAN,
@@ -128,7 +129,7 @@ def build_pair(
 
 @dataclass(frozen=True, kw_only=True)
 class _Maker:
-    """Everything that both builds share."""
+    """The parts that both builds share."""
 
     target: TensorRTTarget
     recipe: Recipe
@@ -248,7 +249,7 @@ def _timing_cache(target: TensorRTTarget, environment: Environment) -> Path | No
 def _sides(
     target: TensorRTTarget, recipe: Recipe, export: Path, limits: Limits
 ) -> tuple[_Side, _Side]:
-    """The sparse model and the dense one, with one kind of cache: one session reads both.
+    """Open the sparse model and the dense one, with one kind of cache: one session reads both.
 
     Raises:
         EnvironmentFault: if this TensorRT has no attention.
@@ -269,7 +270,7 @@ def _sides(
 
 
 def _cache_wanted(target: TensorRTTarget, recipe: Recipe, limits: Limits) -> tuple[int | None, str]:
-    """Tokens that an in-place cache is to hold; None, and why, where there is to be none."""
+    """Return the capacity of an in-place cache; None, and why, where there is to be none."""
     if recipe.engine.in_place_cache == "off":
         return None, "not asked for"
     if not building.parser_takes(target, SCATTER_OP):
@@ -291,7 +292,7 @@ def _check_attention(target: TensorRTTarget, rewritten: Rewritten) -> None:
 
 
 def _check_cache(side: _Side, plan: Plan) -> None:
-    """The session gives an in-place cache one buffer for past and present: it must be one.
+    """Check that past and present of an in-place cache are one buffer, as the session binds it.
 
     Raises:
         InternalError: if the parser made something else of the graph's updates.
@@ -308,7 +309,7 @@ def _check_cache(side: _Side, plan: Plan) -> None:
 
 
 def input_axes(model: ir.Model) -> dict[str, tuple[int | str | None, ...]]:
-    """Axes of each graph input: a size, or the product's name of the axis."""
+    """List the axes of each graph input: a size, or our name of the axis."""
     return {
         str(value.name): tuple(
             size if isinstance(size, int) else size.value for size in value.shape or ()
@@ -318,13 +319,13 @@ def input_axes(model: ir.Model) -> dict[str, tuple[int | str | None, ...]]:
 
 
 def sparse_nodes(model: ir.Model) -> list[str]:
-    """Names of the nodes of our domain."""
+    """List the nodes of our domain."""
     domain = op_contract().domain
     return [str(node.name) for node in model.graph if node.domain == domain]
 
 
 def inspect(target: TensorRTTarget, plan: bytes) -> str | None:
-    """The inspector's JSON on a plan; None where it cannot be opened here."""
+    """Return the inspector's JSON on a plan; None where it cannot be opened here."""
     if not tensorrt_library.gpu_is_usable():
         return None
     trt = tensorrt_library.load(target)

@@ -93,7 +93,7 @@ def limits_from(recipe: Recipe) -> Limits:
 def profiles_for(
     inputs: Mapping[str, Sequence[int | str | None]], limits: Limits
 ) -> tuple[Profile, Profile]:
-    """One profile for whole prompts, one for one token a sequence.
+    """Make a profile for whole prompts, and one for one token a sequence.
 
     Args:
         inputs: Axes of each graph input by name: a size, or the product's name of the axis.

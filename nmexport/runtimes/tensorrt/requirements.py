@@ -83,7 +83,7 @@ def check_gpus(target: TensorRTTarget, capabilities: Sequence[str]) -> None:
 
 
 def engine_plugin(engine: TensorRTEngine) -> Path | None:
-    """The plugin library to load before the engine; None where the plan carries it.
+    """Find the plugin library to load before the engine; None where the plan carries it.
 
     Raises:
         EnvironmentFault: if it is missing here.

@@ -1,4 +1,4 @@
-"""How often each weight of a graph stands in a plan, counted by its own bytes.
+"""Counts how often each weight of a graph is in a plan, by its own bytes.
 
 A plan's format is nobody's business, but a weight that is stored as it was given is found by a
 sample of itself; and a second copy is found as surely as the first, however large the rest is.
@@ -37,7 +37,7 @@ class Weight:
 
 
 def weights_of(model: ir.Model) -> tuple[Weight, ...]:
-    """All initializers; of each no more is read than its sample."""
+    """List all initializers; read only a sample of each."""
     return tuple(
         Weight(name=name, size=value.const_value.nbytes, sample=_sample(value.const_value))
         for name, value in model.graph.initializers.items()
@@ -46,7 +46,7 @@ def weights_of(model: ir.Model) -> tuple[Weight, ...]:
 
 
 def copies(plan: bytes, weights: Iterable[Weight]) -> dict[str, int]:
-    """How often each weight is in a plan.
+    """Count how often each weight is in a plan.
 
     Weights of equal contents share what is found: each counts its part, rounded up. One that has no
     sample is left out.
@@ -62,7 +62,7 @@ def copies(plan: bytes, weights: Iterable[Weight]) -> dict[str, int]:
 
 
 def find_repeated(counted: Mapping[str, int]) -> list[str]:
-    """Names of the weights that are in a plan more than once."""
+    """List the weights that are in a plan more than once."""
     return sorted(name for name, count in counted.items() if count > 1)
 
 
@@ -80,7 +80,7 @@ def _sample(tensor: ir.TensorProtocol) -> bytes | None:
 
 
 def _count(plan: bytes, samples: Sequence[bytes]) -> Counter[bytes]:
-    """Occurrences of each sample, in one pass over the plan however many there are."""
+    """Count each sample in one pass over the plan, however many there are."""
     known: defaultdict[bytes, list[bytes]] = defaultdict(list)
     for sample in samples:
         known[sample[:_KEY]].append(sample)

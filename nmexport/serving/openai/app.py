@@ -1,4 +1,4 @@
-"""The application: OpenAI's paths, each request handed to the text service."""
+"""The application: OpenAI's paths, in front of the text service."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _UNAVAILABLE = 503
 
 
 def application(service: TextService, metrics: Metrics) -> Starlette:
-    """The ASGI application.
+    """Build the ASGI application.
 
     Args:
         service: What answers.
@@ -117,7 +117,7 @@ class _ModelMissing(HTTPException):
 
 
 class _Stream(StreamingResponse):
-    """A stream of events; however it ends, the scheduler learns that nobody waits any more."""
+    """A stream of events; at its end the scheduler learns that the client has gone."""
 
     def __init__(self, events: AsyncIterator[bytes], sink: EventSink) -> None:
         # Proxies keep nothing back.
@@ -134,7 +134,7 @@ class _Stream(StreamingResponse):
 
 @contextlib.asynccontextmanager
 async def _leaving(request: Request, sink: EventSink) -> AsyncIterator[None]:
-    """Watch the connection meanwhile: its end ends the request."""
+    """Watch the connection: its end cancels the request."""
     watch = asyncio.create_task(_watch(request, sink))
     try:
         yield
@@ -186,7 +186,7 @@ async def _events(asked: Asked, reply: replies.Reply, sink: EventSink) -> AsyncI
 
 
 async def _body(request: Request) -> bytes:
-    """The body, read no further than it may be long."""
+    """Read the body, up to the allowed length."""
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
@@ -209,6 +209,6 @@ async def _http_error(request: Request, problem: Exception) -> Response:
 
 
 async def _fault(_request: Request, _problem: Exception) -> Response:
-    """Starlette raises the problem again afterwards, and it comes into the log."""
+    """Answer an internal error; Starlette raises it again for the log."""
     message = "the server failed on this request; its log says why"
     return JSONResponse(replies.error(message, kind="server_error"), _SERVER_FAULT)

@@ -1,4 +1,4 @@
-"""The way of one request's text from the scheduler's thread to the event loop that sends it."""
+"""Carries one request's text from the scheduler's thread to the event loop that sends it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class EventSink:
         self._is_left = False
 
     async def __aiter__(self) -> AsyncIterator[Event]:
-        """Events as they come; the last is no text."""
+        """Yield events as they come; the last is no text."""
         while True:
             event = await self._events.get()
             yield event
@@ -53,7 +53,7 @@ class EventSink:
                 return
 
     def leave(self) -> None:
-        """Let the scheduler know that nobody waits any more."""
+        """Tell the scheduler that the client has gone."""
         self._is_left = True
 
     def text(
@@ -62,15 +62,15 @@ class EventSink:
         usage: Usage,  # noqa: ARG002  the outcome has it all
         scores: Sequence[TokenScore],
     ) -> None:
-        """Pass a piece on."""
+        """Pass a piece to the loop."""
         self._put(Piece(piece, tuple(scores)))
 
     def done(self, outcome: Outcome) -> None:
-        """Pass the end on."""
+        """Pass the end to the loop."""
         self._put(outcome)
 
     def failed(self, problem: str) -> None:
-        """Pass the end on, too."""
+        """Pass the failure to the loop."""
         self._put(Failure(problem))
 
     def is_cancelled(self) -> bool:
@@ -78,7 +78,7 @@ class EventSink:
         return self._is_left
 
     def abandoned(self) -> None:
-        """End what may still wait for events."""
+        """End a loop that still waits for events."""
         self._put(Failure(GONE))
 
     def _put(self, event: Event) -> None:

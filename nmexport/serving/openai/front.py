@@ -25,7 +25,7 @@ class Front(Closing):
     """Answers OpenAI's requests on a port until it is closed."""
 
     def __init__(self, service: TextService, metrics: Metrics, *, host: str, port: int) -> None:
-        """Listen from now on.
+        """Start to listen.
 
         Raises:
             EnvironmentFault: if the port cannot be had.
@@ -61,7 +61,7 @@ class Front(Closing):
         return port
 
     def close(self) -> None:
-        """Send what has ended, and listen no more."""
+        """Send finished answers, and stop listening."""
         self._server.should_exit = True
         self._thread.join()
         self._socket.close()

@@ -1,4 +1,4 @@
-"""The switch for OpenAI's API beside Triton and its address, from the environment."""
+"""Starts OpenAI's API where the environment asks for it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ INSTALL = "pip install 'nmexport[serve]'"
 def open_front(
     environment: Mapping[str, str], service: TextService, metrics: Metrics
 ) -> Closing | None:
-    """Serve OpenAI's API where the environment says.
+    """Serve OpenAI's API at the address that the environment names.
 
     Args:
         environment: The server's variables.
@@ -55,5 +55,5 @@ def open_front(
 
 
 def is_installed() -> bool:
-    """Tell whether this environment has what serves OpenAI's API."""
+    """Tell whether the packages that serve OpenAI's API are installed."""
     return all(find_spec(package) is not None for package in PACKAGES)

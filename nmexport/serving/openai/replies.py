@@ -40,7 +40,7 @@ class Reply:
     token: str = field(default_factory=lambda: secrets.token_hex(12))
 
     def whole(self, pieces: Sequence[Piece], outcome: Outcome) -> dict[str, object]:
-        """The answer in one piece."""
+        """Build the answer in one piece."""
         text = "".join(piece.text for piece in pieces)
         scores = [score for piece in pieces for score in piece.scores]
         choice: dict[str, object] = (
@@ -55,13 +55,13 @@ class Reply:
         )
 
     def begin(self) -> dict[str, object] | None:
-        """The first chunk: who speaks; a completion has none."""
+        """Build the first chunk, which names the role; a completion has none."""
         if self.kind == "completion":
             return None
         return self._chunk({"delta": {"role": "assistant", "content": ""}})
 
     def piece(self, piece: Piece) -> dict[str, object]:
-        """A chunk with text."""
+        """Build a chunk with text."""
         text = piece.text
         choice: dict[str, object] = (
             {"delta": {"content": text}} if self.kind == "chat" else {"text": text}
@@ -69,12 +69,12 @@ class Reply:
         return self._chunk(choice, scores=piece.scores)
 
     def end(self, outcome: Outcome) -> dict[str, object]:
-        """The chunk that says why the text ends."""
+        """Build the chunk that says why the text ends."""
         empty: dict[str, object] = {"delta": {}} if self.kind == "chat" else {"text": ""}
         return self._chunk(empty, outcome.finish_reason)
 
     def counts(self, outcome: Outcome) -> dict[str, object]:
-        """The chunk after it, where numbers of tokens were asked for."""
+        """Build the chunk with the numbers of tokens, where they were asked for."""
         return self._document([], streamed=True, usage=usage(outcome))
 
     def _chunk(
@@ -92,7 +92,7 @@ class Reply:
         return {"index": 0, **choice, "logprobs": scored, "finish_reason": reason}
 
     def _write_scores(self, scores: Sequence[TokenScore]) -> dict[str, object]:
-        """Log probabilities, as each of the two endpoints writes them."""
+        """Write log probabilities, in the form of the endpoint."""
         if self.kind == "chat":
             return {"content": [self._write_score(score) for score in scores], "refusal": None}
         return {
@@ -149,17 +149,17 @@ def usage(outcome: Outcome) -> dict[str, int]:
 
 
 def models(name: str, created: int) -> dict[str, object]:
-    """The list of the one model that is served."""
+    """Build the list of the one served model."""
     return {"object": "list", "data": [model(name, created)]}
 
 
 def model(name: str, created: int) -> dict[str, object]:
-    """The model that is served; `created` as in `Reply`."""
+    """Describe the served model; `created` as in `Reply`."""
     return {"id": name, "object": "model", "created": created, "owned_by": "nmexport"}
 
 
 def event(document: dict[str, object]) -> bytes:
-    """An event of a stream."""
+    """Encode an event of a stream."""
     return f"data: {json.dumps(document, ensure_ascii=False)}\n\n".encode()
 
 
@@ -170,12 +170,12 @@ def error(
     parameter: str | None = None,
     code: str | None = None,
 ) -> dict[str, object]:
-    """An error as OpenAI's clients read it."""
+    """Build an error as OpenAI's clients read it."""
     return {"error": {"message": message, "type": kind, "param": parameter, "code": code}}
 
 
 def error_of(problem: RequestError) -> tuple[int, dict[str, object]]:
-    """HTTP status and body for a request that is not taken."""
+    """Return HTTP status and body for a request that is refused."""
     message = " ".join(str(problem).splitlines())
     if isinstance(problem, ServerBusyError):
         return 503, error(message, kind="server_error", code="server_busy")

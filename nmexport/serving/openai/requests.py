@@ -1,4 +1,4 @@
-"""Bodies of OpenAI's requests, turned into what the text service takes.
+"""Reads bodies of OpenAI's requests for the text service.
 
 A parameter is honoured, refused, or known not to change the text. None is dropped in silence: text
 that was to be JSON, or to call a tool, would come back as any other text.
@@ -183,7 +183,7 @@ def _text_request(given: Mapping[str, Any], kind: Kind) -> TextRequest:
 
 
 def _chat_likeliest(given: Mapping[str, Any]) -> int | None:
-    """How many of the likeliest tokens a chat asks for; None where it asks for no scores."""
+    """Return how many likeliest tokens a chat asks for; None for no scores."""
     named = _likeliest(given, "top_logprobs")
     if _flag(given, "logprobs"):
         return named or 0
@@ -195,7 +195,7 @@ def _chat_likeliest(given: Mapping[str, Any]) -> int | None:
 
 
 def _likeliest(given: Mapping[str, Any], name: str) -> int | None:
-    """A number of likeliest tokens; None where none is given."""
+    """Read a number of likeliest tokens; None where none is given."""
     value = given.get(name)
     is_number = isinstance(value, int) and not isinstance(value, bool)
     if value is None or (is_number and 0 <= value <= MOST_LIKELIEST):
@@ -217,7 +217,7 @@ def _prompt(prompt: Any) -> str:
 
 
 def _messages(messages: Any) -> str:
-    """The messages as JSON, each content as one text; roles and the rest are checked later."""
+    """Return the messages as JSON, each content as one text; roles are checked later."""
     if not isinstance(messages, list):
         raise ParameterError(
             "messages",
@@ -230,7 +230,7 @@ def _messages(messages: Any) -> str:
 
 
 def _plain(message: Mapping[str, Any]) -> dict[str, object]:
-    """Join content that came in parts, and leave out what a client's own objects fill with null.
+    """Join content in parts, and drop keys that a client's objects fill with null.
 
     Templates ask whether a message has `tool_calls`, not what they are.
     """
