@@ -125,13 +125,6 @@ def _device_row(times: DecodeTimes) -> tuple[str, str]:
     help="in_features x out_features, such as 576x1536. Repeatable.  [default: SmolLM2's]",
 )
 @click.option(
-    "--device",
-    type=click.Choice(["cpu"]),
-    default="cpu",
-    show_default=True,
-    help="Device to run on.",
-)
-@click.option(
     "--llm", "all_shapes", is_flag=True, help="Use the shapes of 1B to 8B models; takes gigabytes."
 )
 @click.option(
@@ -173,7 +166,6 @@ def kernels_command(
     ctx: click.Context,
     *,
     shapes: tuple[str, ...],
-    device: str,
     all_shapes: bool,
     tokens: tuple[int, ...],
     threads: tuple[int, ...],
@@ -192,7 +184,6 @@ def kernels_command(
     )
     from nmexport.sparsity.pattern import NMPattern
 
-    del device  # one so far
     tokens = tokens or ((1, 2, 3, 4) if all_shapes else (1, 128))
     threads = threads or ((1, 2) if all_shapes else (1,))
     dtypes = dtypes or (("float32", "bfloat16", "int8") if all_shapes else ("float32",))

@@ -189,6 +189,7 @@ def optimise(model: ir.Model) -> None:
     from onnxscript.optimizer import fold_constants
     from onnxscript.rewriter.rules.fusion import _rms_normalization
 
+    # Constants first: all passes below look for them among the initializers.
     common.ClearMetadataAndDocStringPass()(model)
     common.IdentityEliminationPass()(model)
     fold_constants(
@@ -198,12 +199,15 @@ def optimise(model: ir.Model) -> None:
         output_size_limit=FOLDABLE,
         should_fold=lambda node: None if _is_small(node) else False,
     )
-    common.RemoveUnusedNodesPass()(model)
+    common.RemoveUnusedNodesPass()(model)  # what folding left would be lifted too
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.DeduplicateInitializersPass(size_limit=_SHARED)(model)
+    # Then one node for one value: no-ops, transposes and repetitions hide the patterns of fusions.
     EliminateNoOps()(model)
     TransposeWeights()(model)
     common.CommonSubexpressionEliminationPass()(model)
+    # Fusions last. Attention is flattened through the rotary embedding, so that is fused before it.
+    # Both want a value's only user, so nodes that a fusion left unused go in between.
     _rms_normalization.rms_normalization_ruleset.apply_to_model(model)
     NormalizeInOneType()(model)
     FuseRotaryEmbedding()(model)

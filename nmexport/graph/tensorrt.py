@@ -11,33 +11,33 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy)
-import numpy as np
 import onnx_ir as ir
 
 from nmexport.graph.contract import check_version, op_contract
-from nmexport.graph.initializers import add_initializer
+from nmexport.graph.initializers import add_constant
 from nmexport.graph.matching import int_attribute, is_op
+from nmexport.graph.rewriting import replace_node, replace_uses
+from nmexport.graph.separate_cache import ATTENTION_OP, separate_cache
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-    _Update = Callable[[ir.Value, ir.Value], ir.Node]
+    from nmexport.graph.separate_cache import Update
+
 
 PRESENT_INPUTS = "present_inputs"
 """Attribute of our nodes, for TensorRT alone: names of the inputs they have."""
 PLUGIN_VERSION = "plugin_version"
 """Attribute by which TensorRT's parser looks a plugin up; without it, it looks for version 1."""
-SCATTER_OP, ATTENTION_OP = "TensorScatter", "Attention"
-"""Operators that not every version's parser knows."""
+SCATTER_OP = "TensorScatter"
+"""Operator that not every version's parser knows, as is `ATTENTION_OP`."""
 WRITE_INDICES = "write_indices"
 """Graph input `[batch_size] int64`: tokens in the cache before this run, one number for all."""
 _PAST = "past_key_values."
 _MASK = "attention_mask"
 _CACHE_AXIS = 2
 _SCATTER_OPSET = 24
-_KEY, _VALUE, _ATTENTION_MASK = 1, 2, 3
-_PAST_KEY, _PAST_VALUE = 4, 5
 # Ops through which a size may pass on its way from Shape to where it is used.
 _SIZE_OPS = frozenset({"Squeeze", "Unsqueeze", "Cast", "Identity", "Reshape"})
 # Inputs that decide a shape: none may come from the data of a run.
@@ -130,7 +130,7 @@ class ConcatenateCache(ir.passes.InPlacePass):
         def concat(past: ir.Value, new: ir.Value) -> ir.Node:
             return ir.node("Concat", [past, new], {"axis": _CACHE_AXIS})
 
-        return ir.passes.PassResult(model, _separate_cache(model, concat))
+        return ir.passes.PassResult(model, separate_cache(model, concat))
 
 
 class CacheInPlace(ir.passes.InPlacePass):
@@ -178,7 +178,7 @@ class CacheInPlace(ir.passes.InPlacePass):
             return ir.node(SCATTER_OP, [cache, new, written], {"axis": _CACHE_AXIS})
 
         _replace_concats(model, past, scatter)
-        _separate_cache(model, scatter)
+        separate_cache(model, scatter)
         _check_past_uses(past)
         _check_static_shapes(written)
         return ir.passes.PassResult(model, modified=True)
@@ -201,7 +201,7 @@ class CacheInPlace(ir.passes.InPlacePass):
         lengths = [node for value in past for node in _cache_length_shapes(value)]
         if not lengths:
             return
-        zero, one = (_add_constant(graph, f"{WRITE_INDICES}.{n}", [n]) for n in (0, 1))
+        zero, one = (add_constant(graph, f"{WRITE_INDICES}.{n}", [n]) for n in (0, 1))
         first = ir.node("Slice", [written, zero, one, zero])  # [1]: the same for every sequence
         first.outputs[0].name = f"{WRITE_INDICES}.first"
         graph.insert_before(graph[0], first)
@@ -214,13 +214,13 @@ class CacheInPlace(ir.passes.InPlacePass):
         for index, add in enumerate(totals.values()):
             rank = 0 if add.outputs[0].shape is None else len(add.outputs[0].shape)
             value = self._capacity if rank == 0 else [self._capacity]
-            total = _add_constant(graph, f"total_sequence_length.{index}", value)
-            _replace_uses(add.outputs[0], total)
+            total = add_constant(graph, f"total_sequence_length.{index}", value)
+            replace_uses(add.outputs[0], total)
             graph.remove(add, safe=True)
         for shape in lengths:
             for usage in list(shape.outputs[0].uses()):
                 _squeeze_first_axis(usage.node, zero)
-            _replace_uses(shape.outputs[0], first.outputs[0])
+            replace_uses(shape.outputs[0], first.outputs[0])
             graph.remove(shape, safe=True)
 
 
@@ -272,7 +272,7 @@ def _is_size(value: ir.Value) -> bool:
     return node is not None and is_op(node, "Shape")
 
 
-def _replace_concats(model: ir.Model, past: Iterable[ir.Value], update: _Update) -> None:
+def _replace_concats(model: ir.Model, past: Iterable[ir.Value], update: Update) -> None:
     """Replace `Concat(past, new)` on the cache axis by the update."""
     for value in past:
         for usage in list(value.uses()):
@@ -285,7 +285,7 @@ def _replace_concats(model: ir.Model, past: Iterable[ir.Value], update: _Update)
                 continue
             new = node.inputs[1]
             if new is not None:
-                _replace_node(model.graph, node, update(value, new))
+                replace_node(model.graph, node, update(value, new))
 
 
 def _check_past_uses(past: Iterable[ir.Value]) -> None:
@@ -318,137 +318,3 @@ def _check_static_shapes(written: ir.Value) -> None:
             if node.op_type not in stops and id(node) not in seen:
                 seen.add(id(node))
                 waiting.extend(node.outputs)
-
-
-def _separate_cache(model: ir.Model, update: _Update) -> bool:
-    """Move the cache of Attention nodes to `update(past, new)` nodes before them."""
-    modified = False
-    for node in model.graph:
-        if is_op(node, ATTENTION_OP) and len(node.inputs) > _PAST_VALUE:
-            _separate_one(model.graph, node, update)
-            modified = True
-    return modified
-
-
-def _separate_one(graph: ir.Graph, node: ir.Node, update: _Update) -> None:
-    query, key, value = (node.inputs[index] for index in (0, _KEY, _VALUE))
-    past = (node.inputs[_PAST_KEY], node.inputs[_PAST_VALUE])
-    if query is None or key is None or value is None or past[0] is None or past[1] is None:
-        raise ir.passes.PreconditionError(f"{node.name} lacks an input")
-    head_size = past[0].shape[3] if past[0].shape is not None else None
-    if not isinstance(head_size, int):
-        raise ir.passes.PreconditionError(f"{node.name} has heads of unknown size")
-    dtype = query.dtype or past[0].dtype
-    if dtype is None:
-        raise ir.passes.PreconditionError(f"{node.name} has no element type")
-    flat = "q_num_heads" in node.attributes
-    name = node.name or "attention"
-    if flat:
-        kv_heads = node.attributes["kv_num_heads"].as_int()
-        heads = (node.attributes["q_num_heads"].as_int(), kv_heads, kv_heads)
-        query, key, value = (
-            _with_heads(graph, node, x, count, f"{name}.{kind}")
-            for x, count, kind in zip((query, key, value), heads, ("q", "k", "v"), strict=True)
-        )
-    scale = node.attributes["scale"].as_float() if "scale" in node.attributes else head_size**-0.5
-    query = _scale(graph, node, query, scale, dtype)
-    present = []
-    states = ((past[0], key), (past[1], value))
-    for (cached, new), output in zip(states, node.outputs[1:3], strict=True):
-        made = update(cached, new)
-        graph.insert_before(node, made)
-        _take_over(output, made.outputs[0])
-        present.append(made.outputs[0])
-    # The query carries the scale: as the runtime would have it, the whole cache is scaled each run.
-    attributes = {k: v for k, v in node.attributes.items() if not k.endswith("_num_heads")}
-    attributes["scale"] = ir.AttrFloat32("scale", 1.0)
-    mask = node.inputs[_ATTENTION_MASK]
-    attention = ir.node(ATTENTION_OP, [query, *present, mask], name=node.name)
-    attention.attributes.update(attributes)
-    graph.insert_before(node, attention)
-    result = attention.outputs[0]
-    if flat:
-        result = _drop_heads(graph, node, result, name)
-    _take_over(node.outputs[0], result)
-    graph.remove(node, safe=True)
-
-
-def _with_heads(graph: ir.Graph, before: ir.Node, x: ir.Value, heads: int, name: str) -> ir.Value:
-    """Reshape `[B, S, H * D]` to `[B, H, S, D]`."""
-    sizes = _add_constant(graph, f"{name}.heads", [0, 0, heads, -1])
-    split = ir.node("Reshape", [x, sizes], name=f"{name}.split")
-    turned = ir.node(
-        "Transpose", [split.outputs[0]], {"perm": [0, 2, 1, 3]}, name=f"{name}.transposed"
-    )
-    graph.insert_before(before, [split, turned])
-    _name_outputs(x, split, turned)
-    return turned.outputs[0]
-
-
-def _drop_heads(graph: ir.Graph, before: ir.Node, x: ir.Value, name: str) -> ir.Value:
-    """Reshape `[B, H, S, D]` to `[B, S, H * D]`."""
-    turned = ir.node("Transpose", [x], {"perm": [0, 2, 1, 3]}, name=f"{name}.turned")
-    sizes = _add_constant(graph, f"{name}.flat", [0, 0, -1])
-    joined = ir.node("Reshape", [turned.outputs[0], sizes], name=f"{name}.joined")
-    graph.insert_before(before, [turned, joined])
-    _name_outputs(x, turned, joined)
-    return joined.outputs[0]
-
-
-def _scale(
-    graph: ir.Graph, before: ir.Node, query: ir.Value, scale: float, dtype: ir.DataType
-) -> ir.Value:
-    if scale == 1.0:
-        return query
-    factor = ir.Value(
-        name=f"{before.name}.scale",
-        shape=ir.Shape([]),
-        type=ir.TensorType(dtype),
-        const_value=ir.tensor(np.asarray(scale, dtype=dtype.numpy()), dtype=dtype),
-    )
-    if factor.name not in graph.initializers:
-        graph.register_initializer(factor)
-    scaled = ir.node("Mul", [query, graph.initializers[str(factor.name)]])
-    scaled.name = f"{before.name}.scaled"
-    graph.insert_before(before, scaled)
-    _name_outputs(query, scaled)
-    return scaled.outputs[0]
-
-
-def _name_outputs(like: ir.Value, *nodes: ir.Node) -> None:
-    for node in nodes:
-        node.outputs[0].name = f"{node.name}.output"
-        node.outputs[0].type = like.type
-
-
-def _add_constant(graph: ir.Graph, name: str, value: int | list[int]) -> ir.Value:
-    """Add an int64 initializer, once a name."""
-    if name not in graph.initializers:
-        tensor = ir.tensor(np.asarray(value, dtype=np.int64), name=name)
-        add_initializer(graph, name, tensor)
-    return graph.initializers[name]
-
-
-def _replace_uses(old: ir.Value, new: ir.Value) -> None:
-    for usage in list(old.uses()):
-        usage.node.replace_input_with(usage.idx, new)
-
-
-def _replace_node(graph: ir.Graph, node: ir.Node, new: ir.Node) -> None:
-    graph.insert_before(node, new)
-    new.name = node.name
-    _take_over(node.outputs[0], new.outputs[0])
-    graph.remove(node, safe=True)
-
-
-def _take_over(old: ir.Value, new: ir.Value) -> None:
-    """Replace `old` by `new`: in its uses, among the graph's outputs, and in name."""
-    name, shape, kind = old.name, old.shape, old.type
-    _replace_uses(old, new)
-    graph = old.producer().graph if old.producer() is not None else None  # type: ignore[union-attr]
-    if isinstance(graph, ir.Graph):
-        for index, output in enumerate(graph.outputs):
-            if output is old:
-                graph.outputs[index] = new
-    old.name = f"{name}.replaced"
-    new.name, new.shape, new.type = name, shape, kind

@@ -25,6 +25,7 @@ class Fixed:
     """A session whose next token depends on the last one alone, by a table of logits `[V, V]`."""
 
     exposes_cache = False
+    decodes_second_half = False
 
     def __init__(self, table: np.ndarray) -> None:
         self.table = np.asarray(table, dtype=np.float32)

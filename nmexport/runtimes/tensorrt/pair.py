@@ -11,7 +11,8 @@ import onnx_ir as ir
 from nmexport.errors import EnvironmentFault, InternalError
 from nmexport.graph.contract import op_contract
 from nmexport.graph.matching import is_op
-from nmexport.graph.tensorrt import ATTENTION_OP, SCATTER_OP, for_tensorrt
+from nmexport.graph.separate_cache import ATTENTION_OP
+from nmexport.graph.tensorrt import SCATTER_OP, for_tensorrt
 from nmexport.progress import duration
 from nmexport.runtimes.engine import (
     DENSE_PLAN,
