@@ -200,17 +200,22 @@ class BudgetSection(_Strict):
 
 
 class CostSection(_Strict):
-    """Constants of predicted decode time, as measured on a 2-core AVX-512 machine, batch 1."""
+    """Constants of predicted decode time, as measured on a 2-core AVX-512 machine, batch 1.
 
-    gigabytes_per_second: float = Field(default=35.0, gt=0)
+    SmolLM2 (`--pattern 8:16 --criterion act --mitigation none --grouping consecutive --weights W`),
+    `nmexport bench engines --work WORK --runs 150 --prefill-tokens 4`, 10th percentile: dense and
+    8:16 take 10.9 and 6.9 ms in float32, 4.8 and 4.0 in int8, 3.7 and 4.0 in int4.
+    """
+
+    gigabytes_per_second: float = Field(default=50.0, gt=0)
     """At which a decoded token's weights are read."""
-    integer_gigabytes_per_second: float = Field(default=18.0, gt=0)
+    integer_gigabytes_per_second: float = Field(default=34.0, gt=0)
     """The same where weights are integers: products of one token keep no pace with memory then."""
     dense_overhead_us: float = Field(default=3.0, ge=0)
     """Fixed time of a dense product; linears that share an input are one product."""
-    sparse_overhead_us: float = Field(default=12.0, ge=0)
+    sparse_overhead_us: float = Field(default=9.0, ge=0)
     """Fixed time of a sparse product, selection included."""
-    layer_overhead_us: float = Field(default=80.0, ge=0)
+    layer_overhead_us: float = Field(default=18.0, ge=0)
     """Time of a decoder layer in everything other than products with weights."""
     prefill_weight: float = Field(default=0.0, ge=0)
     """Worth of a prompt's multiply-adds saved, as a share of the same share of decode time; 0

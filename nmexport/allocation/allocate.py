@@ -12,24 +12,12 @@ import torch
 
 from nmexport.allocation import ledger
 from nmexport.allocation.built import BuiltLinear, errors_as_built
-from nmexport.allocation.costs import (
-    check_candidates,
-    cost_in_floats,
-    cost_model,
-    measure_sites,
-)
+from nmexport.allocation.choosing import choose, remark, share_used
+from nmexport.allocation.costs import check_candidates, measure_sites
+from nmexport.allocation.front import front_points, uniform_points
+from nmexport.allocation.prices import cost_in_floats, cost_model
 from nmexport.allocation.probe import Probe
-from nmexport.allocation.study import (
-    Integers,
-    better_of,
-    choose,
-    front_points,
-    remark,
-    share_used,
-    study_of,
-    uniform_points,
-    without_sparsity,
-)
+from nmexport.allocation.study import Integers, study_of
 from nmexport.calibration.sites import input_sites
 from nmexport.store.allocation import Allocation, Built, Protocol
 
@@ -122,9 +110,6 @@ class Prepared:
     def allocation(self, relief: float = 1.0) -> Allocation:
         """Choose for every linear among dense and the section's candidates.
 
-        Where forms of weights are chosen too, a choice without sparsity that is measured no worse
-        is taken.
-
         Args:
             relief: What the budget of accuracy is multiplied by, where learned constants are known
                 to win back so much.
@@ -134,9 +119,8 @@ class Prepared:
         """
         problem, study = self.problem, self.study
         budget = problem.section.budget
-        sparse = choose(study, budget, relief=relief)
-        plain = without_sparsity(study, budget, relief=relief)
-        pick = better_of(study, budget, sparse, plain)
+        chosen = choose(study, budget, relief=relief)
+        pick = chosen.pick
         price = study.price(pick)
         rows = {row.name: row for row in ledger.rows(problem, study, pick, price=price)}
         point = study.point("chosen", "chosen", pick)
@@ -151,7 +135,7 @@ class Prepared:
             front=(*self.points, point),
             ledger=tuple(rows[name] for name in problem.linears),
             budget_used=share_used(budget, kl=point.kl, nll=math.log(point.perplexity_ratio)),
-            remark=remark(study, pick, plain),
+            remark=remark(study, chosen),
             protocol=_protocol(problem, study),
         )
 

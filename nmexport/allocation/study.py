@@ -1,4 +1,4 @@
-"""The budget's choice: options of all sites, joint models run on top, and the Pareto front."""
+"""Every site's options in figures, and joint models run on top of them."""
 
 from __future__ import annotations
 
@@ -13,30 +13,21 @@ from typing import TYPE_CHECKING
 from nmexport.allocation.costs import sparse_input
 from nmexport.allocation.probe import Movement
 from nmexport.allocation.solve import NOTHING, Measure, Option, price, solve
-from nmexport.errors import RecipeError
 from nmexport.store.allocation import DENSE, Choice, FrontPoint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-    from nmexport.allocation.costs import CostModel, Rounded, SiteCosts
+    from nmexport.allocation.costs import Rounded, SiteCosts
+    from nmexport.allocation.prices import CostModel
     from nmexport.allocation.probe import Probe, SparseInput
     from nmexport.calibration.sites import Site
-    from nmexport.progress import Progress
-    from nmexport.recipe import BudgetSection
     from nmexport.sparsity.linear import SparseLinear
     from nmexport.store.allocation import PointKind
 
     Allowed = Callable[[Choice], bool]
     """Tells whether a choice may be picked."""
 
-# Solving for an accuracy budget, running the result, solving again: so often at most.
-_ROUNDS = 8
-# A measured model within this share of its budget is as good as one right on it.
-_NEAR = 0.97
-# After a sum that exceeded the budget none above this share of it is tried, after the next none
-# above its square of that, and so on: a lucky joint model just below would draw them there.
-_STEP = 0.85
 _LEAST_NATS = 1e-9  # a divergence of nothing still has a logarithm
 _UNMOVED = Movement(kl=(0.0,), nll=(0.0,))
 
@@ -44,9 +35,15 @@ Pick = dict["Site", Choice]
 """A choice for every site."""
 
 
-def _any_choice(choice: Choice) -> bool:
+def any_choice(choice: Choice) -> bool:
+    """Allow all choices."""
     del choice
     return True
+
+
+def is_dense(choice: Choice) -> bool:
+    """Allow choices that keep all of an input."""
+    return choice.pattern is None
 
 
 @dataclass
@@ -183,7 +180,7 @@ class Study:
         *,
         minimise: Measure,
         limits: Mapping[Measure, float],
-        among: Allowed = _any_choice,
+        among: Allowed = any_choice,
     ) -> Pick | None:
         """Pick an option for every site; None where no pick keeps the limits.
 
@@ -282,7 +279,7 @@ class Study:
             summed_kl=self.total(pick).kl,
             kl=moved.kl_mean,
             perplexity_ratio=math.exp(moved.nll_mean),
-            linears=_count(bare),
+            linears=count_linears(bare),
             float_bytes=read / whole,
             float_speedup=quick,
         )
@@ -297,7 +294,7 @@ class Study:
             summed_kl=self.total(pick).kl,
             kl=moved.kl_mean,
             perplexity_ratio=math.exp(moved.nll_mean),
-            linears=_count(pick),
+            linears=count_linears(pick),
             float_bytes=float_bytes,
             float_speedup=float_speedup,
         )
@@ -324,7 +321,7 @@ def _seconds(model: CostModel, pick: Pick) -> float:
     )
 
 
-def _count(pick: Pick) -> dict[str, int]:
+def count_linears(pick: Pick) -> dict[str, int]:
     """Count linears by the label of their choice, densest first."""
     counts: dict[str, int] = {}
     for site, choice in sorted(pick.items(), key=lambda pair: -pair[1].decode_density):
@@ -396,285 +393,3 @@ def _options(
 def _gains(option: Option, dense: Option) -> bool:
     """Tell whether an option reads less than dense or is worth more: else it can only cost."""
     return option.bytes < dense.bytes or option.worth < dense.worth
-
-
-# -- choosing --------------------------------------------------------------------------------------
-
-
-def uniform_points(study: Study, progress: Progress) -> list[FrontPoint]:
-    """Run every choice given to all sites that it fits: what a build without a budget can have.
-
-    A dense one is quantisation alone.
-    """
-    kinds = dict.fromkeys(
-        pick for row in study.table.values() for pick in row if pick != study.finest
-    )
-    return [
-        study.point(
-            "integers" if choice.pattern is None else "uniform",
-            choice.label,
-            study.uniform(choice),
-        )
-        for choice in progress.track(kinds, label="fold: uniform choices", total=len(kinds))
-    ]
-
-
-def front_points(study: Study, shares: Sequence[float], progress: Progress) -> list[FrontPoint]:
-    """Find the least divergence for each share of bytes saved; leave out shares out of reach.
-
-    Shares are of the dense model's bytes in each form of weights. Where these are integers, what
-    sparsity alone and quantisation alone come to stands beside.
-    """
-    marks = [(whole, share) for whole in study.whole for share in shares]
-    points: dict[tuple[PointKind, str], FrontPoint] = {}
-    for whole, share in progress.track(marks, label="fold: Pareto front", total=len(marks)):
-        label = f"{100 * share:.0f} %"
-        if study.is_mixed:
-            label += f" of {whole.weights}"
-        points |= {(one.kind, label): one for one in _points_at(study, whole, share, label)}
-    return list(points.values())
-
-
-def _points_at(study: Study, whole: Choice, share: float, label: str) -> Iterator[FrontPoint]:
-    """Points of the front's lines where so many of the bytes of a form of weights are saved."""
-    read = study.total(study.uniform(whole)).bytes
-    limit: dict[Measure, float] = {"bytes": (1 - share) * read}
-    both = study.solve(minimise="kl", limits=limit)
-    if both is not None:
-        yield study.point("front", label, both)
-    if study.integers is None:
-        return
-    if study.is_mixed:
-        plain = study.solve(minimise="kl", limits=limit, among=_is_dense)
-        if plain is not None:
-            yield study.point("integers", label, plain)
-    if whole == study.finest:
-        sparse = study.solve(
-            minimise="kl", limits=limit, among=lambda choice: choice.weights == whole.weights
-        )
-        if sparse is not None:
-            yield study.float_point(label, sparse)
-
-
-def _is_dense(choice: Choice) -> bool:
-    return choice.pattern is None
-
-
-def choose(
-    study: Study,
-    budget: BudgetSection,
-    *,
-    relief: float = 1.0,
-) -> Pick:
-    """Pick an option for every site under the budget.
-
-    A budget of accuracy is held by the joint model as measured on the held-out windows, not merely
-    as predicted; the fastest such pick is taken. Where the cost model sees no gain in any, the one
-    that reads and multiplies least is. Without such a budget, the least divergence is taken.
-
-    Args:
-        study: What was measured.
-        budget: Limits.
-        relief: What limits of accuracy, in nats, are multiplied by.
-
-    Raises:
-        RecipeError: if no pick keeps the budget, or only the dense model does.
-    """
-    pick = _pick_within(study, budget, relief)
-    if pick is None or not study.departs(pick):
-        raise _out_of_reach(study, budget)
-    return pick
-
-
-def without_sparsity(study: Study, budget: BudgetSection, *, relief: float = 1.0) -> Pick | None:
-    """Pick a form of weights alone for every site under the budget.
-
-    Returns:
-        None where there is one form, or no such pick keeps the budget.
-    """
-    return _pick_within(study, budget, relief, among=_is_dense) if study.is_mixed else None
-
-
-def better_of(study: Study, budget: BudgetSection, pick: Pick, plain: Pick | None) -> Pick:
-    """Choose between a pick and one without sparsity: by what was measured, not predicted.
-
-    Both keep the budget. With a limit on accuracy the faster is better, else the more accurate.
-    """
-    if plain is None or not study.departs(plain):
-        return pick
-
-    def cost(one: Pick) -> float:
-        return study.total(one).worth if budget.limits_accuracy else study.run(one).kl_mean
-
-    return plain if cost(plain) <= cost(pick) else pick
-
-
-def _pick_within(
-    study: Study, budget: BudgetSection, relief: float, *, among: Allowed = _any_choice
-) -> Pick | None:
-    """Pick within the budget: the fastest with a limit on accuracy, else the most accurate."""
-    limits: dict[Measure, float] = {}
-    if budget.max_bytes is not None:
-        limits["bytes"] = budget.max_bytes * study.dense.bytes
-    if budget.min_speedup is not None:
-        limits["seconds"] = study.seconds_at(budget.min_speedup)
-    if not budget.limits_accuracy:
-        return study.solve(minimise="kl", limits=limits, among=among)
-    _check_quantised(study, budget)
-    aim: Measure = "worth" if study.departs(study.least("worth")) else "work"
-    return _most_within(study, budget, limits, relief, minimise=aim, among=among)
-
-
-def remark(study: Study, pick: Pick, plain: Pick | None = None) -> str | None:
-    """Say where a pick gains nothing, and what sparsity adds to quantisation alone.
-
-    Args:
-        study: What was measured.
-        pick: What was chosen.
-        plain: The best pick without sparsity under the same budget.
-
-    Returns:
-        None where there is nothing to say.
-    """
-    words = []
-    if study.total(pick).worth >= study.dense.worth:
-        words.append(
-            f"The cost model sees no gain in this choice: decode at {study.speedup(pick):.2f}x the "
-            "dense model's speed. Measure it, or give allocation.cost the constants of the target."
-        )
-    if study.is_mixed:
-        words.append(_on_sparsity(study, pick, plain))
-    return " ".join(words) or None
-
-
-def _on_sparsity(study: Study, pick: Pick, plain: Pick | None) -> str:
-    """Say whether sparsity pays beside quantisation alone."""
-    if all(map(_is_dense, pick.values())):
-        counts = ", ".join(f"{count} {name}" for name, count in _count(pick).items())
-        return f"Sparsity does not pay under this budget: every linear stays dense ({counts})."
-    if plain is None:
-        return "Quantisation alone does not keep this budget."
-    return (
-        "Under the same budget quantisation alone "
-        f"{_in_figures(study, plain)}; with sparsity it {_in_figures(study, pick)}."
-    )
-
-
-def _in_figures(study: Study, pick: Pick) -> str:
-    """What a pick saves, gains and costs."""
-    moved = study.run(pick)
-    return (
-        f"saves {study.bytes_saved(pick):.0%} of the bytes and decodes "
-        f"{study.speedup(pick):.2f}x as fast, by the cost model, at a perplexity ratio of "
-        f"{math.exp(moved.nll_mean):.3f} and a KL of {moved.kl_mean:.3g}"
-    )
-
-
-def _check_quantised(study: Study, budget: BudgetSection) -> None:
-    """Refuse a budget of accuracy that weights in integers exceed before anything is sparse.
-
-    Raises:
-        RecipeError: says what they cost.
-    """
-    kl, nll = study.quantised.kl_mean, study.quantised.nll_mean
-    if (share_used(budget, kl=kl, nll=nll) or 0.0) < 1:
-        return
-    raise RecipeError(
-        f"{study.model.sparse_weights} weights alone exceed the budget: perplexity ratio "
-        f"{math.exp(nll):.3f}, KL {kl:.3g} nats.",
-        allowed="a budget that leaves room for sparsity",
-        fix="loosen --budget, or store weights in more bits with --weights",
-    )
-
-
-def _most_within(
-    study: Study,
-    budget: BudgetSection,
-    limits: dict[Measure, float],
-    relief: float,
-    *,
-    minimise: Measure,
-    among: Allowed,
-) -> Pick | None:
-    """Minimise something over the picks whose joint model keeps the accuracy budget."""
-    best: Pick | None = None
-    least, kept, exceeded, failures = math.inf, 0.0, math.inf, 0
-    for _ in range(_ROUNDS):
-        wanted = min(_summed_limit(study, budget, relief), _STEP**failures * exceeded)
-        target = _between(kept, wanted, exceeded)
-        pick = study.solve(minimise=minimise, limits={**limits, "kl": target}, among=among)
-        if pick is None or pick == best:
-            break
-        moved, total = study.run(pick), study.total(pick)
-        share = (share_used(budget, kl=moved.kl_mean, nll=moved.nll_mean) or 0.0) / relief
-        if share > 1:
-            exceeded, failures = min(exceeded, total.kl), failures + 1
-            continue
-        kept = max(kept, total.kl)
-        if getattr(total, minimise) < least:
-            best, least = pick, getattr(total, minimise)
-        if share >= _NEAR:
-            break
-    return best
-
-
-def _between(kept: float, wanted: float, exceeded: float) -> float:
-    """Choose the next limit on a sum of divergences: what few windows say of it is noisy.
-
-    Args:
-        kept: The largest sum known to keep the budget; 0 without one.
-        wanted: The limit by what all joint models showed.
-        exceeded: The least sum known to exceed the budget.
-    """
-    if kept < wanted:
-        return wanted
-    return 2 * kept if exceeded == math.inf else math.sqrt(kept * exceeded)
-
-
-def share_used(budget: BudgetSection, *, kl: float, nll: float) -> float | None:
-    """Share of the accuracy budget that a model takes; beyond 1 it is exceeded, None without one.
-
-    Args:
-        budget: Limits.
-        kl: The model's divergence, nats a token.
-        nll: The logarithm of its perplexity ratio.
-    """
-    shares = []
-    if budget.max_kl is not None:
-        shares.append(kl / budget.max_kl)
-    if budget.max_perplexity_ratio is not None:
-        shares.append(nll / math.log(budget.max_perplexity_ratio))
-    return max(shares) if shares else None
-
-
-def _summed_limit(study: Study, budget: BudgetSection, relief: float) -> float:
-    """Turn the joint budget into a limit on the sum of single divergences, as far as is known."""
-    limits = []
-    if budget.max_kl is not None:
-        left = relief * budget.max_kl - study.quantised.kl_mean
-        limits.append(study.kl.summed(left))
-    if budget.max_perplexity_ratio is not None:
-        left = relief * math.log(budget.max_perplexity_ratio) - study.quantised.nll_mean
-        limits.append(study.nll.summed(left))
-    return min(limits)
-
-
-def _out_of_reach(study: Study, budget: BudgetSection) -> RecipeError:
-    quickest = study.least("seconds")
-    given = ", ".join(f"{name} {value:g}" for name, value in budget.limits().items())
-    if not study.departs(quickest):
-        why = "the linears are so small that finding rows takes longer than reading all of them"
-    else:
-        why = f"a speed-up of at most {study.speedup(quickest):.2f}"
-    least_bytes = 1 - study.bytes_saved(study.least("bytes"))
-    return RecipeError(
-        f"No choice of patterns{' and weights' if study.is_mixed else ''} keeps the budget "
-        f"({given}) and {'saves' if study.is_mixed else 'sparsifies'} anything.",
-        allowed=f"bytes of at least {least_bytes:.2f}; by the cost model {why}; "
-        "the more of either, the less accuracy",
-        fix="loosen --budget, or give allocation.patterns and allocation.weights more to choose "
-        "among"
-        if study.is_mixed
-        else "loosen --budget, or give allocation.patterns more to choose among; with --pattern "
-        "16:16 --weights int8 nothing is sparse, and a quarter of the bytes are read",
-    )

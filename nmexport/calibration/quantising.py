@@ -253,17 +253,18 @@ def dense_modules(
     nothing = SparseConstants(derived={}, errors={}, distances={}, learned=None)
     size = sum(linear.weight.numel() * _FLOAT_BYTES for linear in linears.values())
     fits = size <= free_memory() * _SHARE_FOR_FLOATS
-    return {
-        stored.spec.name: SparseLinear(
-            Behaviour(
-                pattern=stored.spec.pattern,
-                activation_bits=stored.spec.activation_bits,
-                activation_block=stored.spec.activation_block,
-            ),
-            _as_floats(stored.tensors) if fits else stored.tensors,
+    made: dict[str, SparseLinear] = {}
+    for stored in stored_linears(dense, nothing, linears, storage):
+        on_gpu = linears[stored.spec.name].weight.is_cuda
+        behaviour = Behaviour(
+            pattern=stored.spec.pattern,
+            activation_bits=stored.spec.activation_bits,
+            activation_block=stored.spec.activation_block,
         )
-        for stored in stored_linears(dense, nothing, linears, storage)
-    }
+        # A GPU dequantises in no time, and has less room than the host.
+        tensors = _as_floats(stored.tensors) if fits and not on_gpu else stored.tensors
+        made[stored.spec.name] = SparseLinear(behaviour, tensors).to("cuda" if on_gpu else "cpu")
+    return made
 
 
 def _as_floats(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

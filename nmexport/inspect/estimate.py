@@ -136,20 +136,26 @@ class Shape:
     """The largest decoder layer, or embedding."""
     matrix: int
     """The largest linear of a layer."""
+    tensor: int
+    """The largest tensor, embeddings among them."""
 
 
 def shape_of(tensors: Iterable[tuple[str, tuple[int, ...]]]) -> Shape:
     """Compute a model's sizes from the names and shapes of its tensors."""
     parts: dict[str, int] = {}
-    largest = 0
+    matrix = tensor = 0
     for name, shape in tensors:
-        match = _LAYER.match(name)
+        match, size = _LAYER.match(name), math.prod(shape)
         part = match[1] if match else name
-        parts[part] = parts.get(part, 0) + math.prod(shape)
+        parts[part] = parts.get(part, 0) + size
+        tensor = max(tensor, size)
         if match and len(shape) == _MATRIX:
-            largest = max(largest, math.prod(shape))
+            matrix = max(matrix, size)
     return Shape(
-        parameters=sum(parts.values()), layer=max(parts.values(), default=0), matrix=largest
+        parameters=sum(parts.values()),
+        layer=max(parts.values(), default=0),
+        matrix=matrix,
+        tensor=tensor,
     )
 
 
@@ -164,7 +170,7 @@ def _memory(recipe: Recipe, source: ModelSource, parameters: int) -> dict[str, i
     if source.gguf_file is None:
         shape = shape_of(_shapes(source))
     else:
-        shape = Shape(parameters=parameters, layer=0, matrix=0)
+        shape = Shape(parameters=parameters, layer=0, matrix=0, tensor=0)
     return memory_by_stage(
         recipe,
         shape,
@@ -215,9 +221,11 @@ def _extra_memory(recipe: Recipe, parameters: int) -> dict[str, int]:
     section = recipe.calibration
     writes = section.corpus == SELF or section.self_share > 0
     learns = bool(learned_parts(recipe.sparsity.mitigations))
+    # Under a budget fold holds the model once more in each form of integers, to try it.
+    rounded = len(recipe.forms.integers) if recipe.allocation.budget.limits() else 0
     return {
         "calibrate": int(writes * min(growth, 1.0) * _WRITING_BYTES),
-        "fold": int(learns * growth * _LEARNING_BYTES),
+        "fold": int(learns * growth * _LEARNING_BYTES) + rounded * _WORKING_BYTES * parameters,
         "verify": int(math.sqrt(growth) * _COMPARING_BYTES),
     }
 
@@ -235,7 +243,7 @@ def _device_memory(recipe: Recipe, shape: Shape) -> dict[str, int]:
 
 def _gpu_memory(shape: Shape) -> dict[str, int]:
     """Estimate host bytes of the other stages, where a GPU runs the exported files."""
-    tensor = int(_TENSORS * _WORKING_BYTES * shape.layer)
+    tensor = int(_TENSORS * _WORKING_BYTES * shape.tensor)
     return {
         "export": _DEVICE_RUNTIME_BYTES + tensor,
         "engine": _DEVICE_RUNTIME_BYTES,

@@ -106,9 +106,9 @@ class Forms:
     targets: tuple[str, ...]
     """In words, the finest first: one, or those that a budget chooses among for each linear."""
     others: WeightForm | None
-    """Of linears that are no targets; None is float."""
+    """That of linears that are no targets; None is float."""
     head: WeightForm | None
-    """Of the output head and the input embedding; None is float."""
+    """That of the output head and the input embedding; None is float."""
 
     @classmethod
     def of(cls, weights: str, among: Iterable[str] = ()) -> Self:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from nmexport.allocation.costs import CostModel, inferred
+from nmexport.allocation.costs import inferred
+from nmexport.allocation.prices import CostModel
 from nmexport.allocation.solve import NOTHING, Option, _no_native_output, price, solve
 from nmexport.allocation.study import Additivity
 from nmexport.calibration.sites import Site

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from nmexport.allocation.study import choose
+from nmexport.allocation.choosing import choose
 from nmexport.recipe import BudgetSection
 from nmexport.store.allocation import DENSE
 
@@ -66,7 +66,7 @@ def test_a_budget_is_kept_however_wrong_the_prediction_is(misled: float) -> None
         return 0.01 * level
 
     study: Any = OneSite(joint, lambda left: misled * 100 * left)
-    level = choose(study, budget)["site"]
+    level = choose(study, budget).pick["site"]
     assert 0.5 * allowed < level <= allowed
     assert study.runs <= 8
 
@@ -75,10 +75,10 @@ def test_a_lucky_joint_model_does_not_draw_the_search_to_it() -> None:
     study: Any = OneSite(lambda level: 0.01 * level, lambda left: 100 * left)
     # As a curve through a lucky point predicts: a little less than what has just failed.
     study.nll = SimpleNamespace(summed=lambda left: 10.01 + 0 * left)
-    level = choose(study, BudgetSection(max_perplexity_ratio=1.08))["site"]
+    level = choose(study, BudgetSection(max_perplexity_ratio=1.08)).pick["site"]
     assert 4 <= level <= 100 * math.log(1.08)
 
 
 def test_the_least_sparsity_is_found_where_only_that_keeps_the_budget() -> None:
     study: Any = OneSite(lambda level: 0.2 * level, lambda left: 100 * left)
-    assert choose(study, BudgetSection(max_perplexity_ratio=1.3))["site"] == 1
+    assert choose(study, BudgetSection(max_perplexity_ratio=1.3)).pick["site"] == 1

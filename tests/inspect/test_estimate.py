@@ -108,6 +108,9 @@ def test_learning_and_writing_take_memory_beside_the_weights(tmp_path: Path) -> 
     assert given["calibrate"] < 0.5 * whole["calibrate"]
     unlearned = held(sparsity__mitigations=["var"])
     assert unlearned["fold"] < 0.5 * whole["fold"]
+    budget = {"sparsity__mitigations": ["var"], "allocation__budget": {"max_bytes": 0.2}}
+    tried = held(allocation__weights=["float", "int8", "int4"], **budget)
+    assert tried["fold"] - unlearned["fold"] == 2 * 4 * 135 * MILLION
 
 
 def test_nothing_to_run_takes_nothing(tmp_path: Path) -> None:
@@ -185,7 +188,8 @@ def test_a_gpu_takes_the_weights_off_the_host(
     recipe = resolve("a/b", {"model.dtype": "bfloat16"})
     expected = estimate(recipe, mistral, [step(name) for name in names], mistral.folder)
     assert min(expected.memory_by_stage.values()) > 3e9
-    assert expected.memory_bytes < 12e9
+    # Measured on one: 6.9 GB. A layer's tensors are held one at a time, not together.
+    assert 6.9e9 < expected.memory_bytes < 1.25 * 6.9e9
     monkeypatch.setattr("nmexport.inspect.estimate._runs_on_gpu", lambda: False)
     without = estimate(recipe, mistral, [step(name) for name in names], mistral.folder)
     assert without.memory_by_stage["fold"] == expected.memory_by_stage["fold"]

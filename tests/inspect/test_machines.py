@@ -26,7 +26,7 @@ from tests.support.tiny import tiny_config
 if TYPE_CHECKING:
     from pathlib import Path
 
-LLAMA = Shape(parameters=8_030_261_248, layer=525_336_576, matrix=58_720_256)
+LLAMA = Shape(parameters=8_030_261_248, layer=525_336_576, matrix=58_720_256, tensor=525_336_576)
 COMMAND = "nmexport estimate --model {name} config.json"
 
 
@@ -93,7 +93,11 @@ def test_more_parameters_take_more(parameters: int, factor: int) -> None:
     recipe = resolve("llama3")
     for machine in MACHINES:
         less, more = (
-            expect(recipe, Shape(parameters=count, layer=count // 32, matrix=count // 320), machine)
+            expect(
+                recipe,
+                Shape(parameters=count, layer=count // 32, matrix=count // 320, tensor=count // 32),
+                machine,
+            )
             for count in (parameters, factor * parameters)
         )
         if more.way != less.way:  # layer by layer takes less memory, and learns from less
