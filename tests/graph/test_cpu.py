@@ -10,13 +10,10 @@ import numpy as np
 import onnx
 import pytest
 from nmexport import graph
-from nmexport.environment import probe
 from nmexport.errors import ArtifactError, EnvironmentFault
 from nmexport.graph import cpu
 from nmexport.graph.cpu import is_bfloat16, widen_file
 from nmexport.models.source import ModelSource
-from nmexport.pipeline import Pipeline
-from nmexport.progress import Silent
 from nmexport.recipe import GatesSection, ModelSection
 from nmexport.runtimes import native
 from nmexport.runtimes.engine import Side
@@ -32,6 +29,7 @@ from onnx import TensorProto
 
 from tests.stages.test_engine import RECIPE
 from tests.support.exported import PATTERN, Exported, export_folder, load, specs_of, torch_logits
+from tests.support.pipelines import pipeline_in
 from tests.support.served import engine_of
 from tests.support.tiny import VOCABULARY, save_tiny_model
 from tests.support.toy_lm import save_toy_lm
@@ -368,9 +366,7 @@ def test_a_build_goes_through_every_stage(
         id="tiny", revision=None, folder=tiny_llama, gguf_file=None, digest="1" * 64
     )
     work = WorkDirectory(tmp_path / "w")
-    Pipeline(recipe=recipe, source=source, environment=probe(), work=work, progress=Silent()).run(
-        Selection()
-    )
+    pipeline_in(work.root, recipe, source).run(Selection())
     report = verify.Artifact(work.require("verify")).report
     assert report.accuracy.sparse.perplexity > 1
     parity = report.parity

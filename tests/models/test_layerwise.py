@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from nmexport.environment import probe
 from nmexport.errors import CorpusError, ModelError, WorkDirectoryError
 from nmexport.models.layerwise import LayerwiseModel
 from nmexport.models.loader import load_model
@@ -27,7 +26,6 @@ from nmexport.models.offload import (
 from nmexport.models.skeleton import skeleton
 from nmexport.models.source import ModelSource, resolve
 from nmexport.models.swap import replace_linears
-from nmexport.pipeline import Pipeline
 from nmexport.progress import Silent
 from nmexport.recipe import ModelSection
 from nmexport.recipe import resolve as resolve_recipe
@@ -36,9 +34,9 @@ from nmexport.sparsity.linear import Behaviour, Constants
 from nmexport.sparsity.targets import linears_of
 from nmexport.stages import calibrate
 from nmexport.store.scratch import scratch_array
-from nmexport.store.work_directory import WorkDirectory
 
 from tests.support.exported import PATTERN
+from tests.support.pipelines import pipeline_in
 from tests.support.tiny import FAMILIES, VOCABULARY, save_tiny_model, save_tokenizer
 from tests.support.unfolded import folded_linear
 
@@ -252,13 +250,7 @@ def calibrated(model: Path, work: Path, **changes: Any) -> calibrate.Artifact:
         **{f"calibration.{name}": value for name, value in changes.items()},
     }
     recipe = resolve_recipe(str(model), dotted)
-    pipeline = Pipeline(
-        recipe=recipe,
-        source=resolve(recipe.model),
-        environment=probe(),
-        work=WorkDirectory(work),
-        progress=Silent(),
-    )
+    pipeline = pipeline_in(work, recipe)
     pipeline.run(Selection(last="calibrate"))
     return calibrate.Artifact(pipeline.work.require("calibrate"))
 
@@ -309,13 +301,7 @@ def built(model: Path, work: Path, text: Path, **dotted: Any) -> Path:
         **dotted,
     }
     recipe = resolve_recipe(str(model), options)
-    pipeline = Pipeline(
-        recipe=recipe,
-        source=resolve(recipe.model),
-        environment=probe(),
-        work=WorkDirectory(work),
-        progress=Silent(),
-    )
+    pipeline = pipeline_in(work, recipe)
     pipeline.run(Selection(last="fold"))
     return pipeline.work.require("fold")
 
@@ -496,13 +482,7 @@ def test_a_budget_is_refused_before_calibration(
             "allocation.budget.max_kl": 0.1,
         },
     )
-    pipeline = Pipeline(
-        recipe=recipe,
-        source=resolve(recipe.model),
-        environment=probe(),
-        work=WorkDirectory(tmp_path / "work"),
-        progress=Silent(),
-    )
+    pipeline = pipeline_in(tmp_path / "work", recipe)
     with pytest.raises(ModelError, match="--budget cannot"):
         pipeline.run(Selection(last="calibrate"))
 

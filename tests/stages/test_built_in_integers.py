@@ -5,10 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from nmexport.environment import probe
 from nmexport.models.source import ModelSource
-from nmexport.pipeline import Pipeline
-from nmexport.progress import Silent
 from nmexport.recipe import ModelSection
 from nmexport.runtimes import native
 from nmexport.runtimes.engine import read_engine
@@ -18,6 +15,7 @@ from nmexport.stages import verify
 from nmexport.store.work_directory import WorkDirectory
 
 from tests.stages.test_engine import RECIPE
+from tests.support.pipelines import pipeline_in
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,9 +28,7 @@ def built(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> WorkDir
     source = ModelSource(
         id="tiny", revision=None, folder=tiny_llama, gguf_file=None, digest="1" * 64
     )
-    Pipeline(recipe=recipe, source=source, environment=probe(), work=work, progress=Silent()).run(
-        Selection()
-    )
+    pipeline_in(work.root, recipe, source).run(Selection())
     return work
 
 

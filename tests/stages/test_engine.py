@@ -15,7 +15,6 @@ from nmexport.environment import probe
 from nmexport.errors import ArtifactError, EnvironmentFault, GateFailed
 from nmexport.models import loader
 from nmexport.models.source import ModelSource
-from nmexport.pipeline import Pipeline
 from nmexport.progress import Silent
 from nmexport.recipe import (
     CorpusSection,
@@ -47,6 +46,7 @@ from onnx import TensorProto
 
 from tests.report.test_pages import FIXED, assert_has_keys
 from tests.support.exported import export_folder
+from tests.support.pipelines import pipeline_in
 from tests.support.toy_lm import save_toy_lm
 
 if TYPE_CHECKING:
@@ -271,9 +271,7 @@ def built(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> WorkDir
         source = ModelSource(
             id="tiny", revision=None, folder=tiny_llama, gguf_file=None, digest="1" * 64
         )
-        Pipeline(
-            recipe=RECIPE, source=source, environment=probe(), work=work, progress=Silent()
-        ).run(Selection())
+        pipeline_in(work.root, RECIPE, source).run(Selection())
     return work
 
 

@@ -7,11 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx
 import pytest
-from nmexport.environment import probe
 from nmexport.errors import ArtifactError, RecipeError
 from nmexport.models.source import ModelSource
-from nmexport.pipeline import Pipeline
-from nmexport.progress import Silent
 from nmexport.recipe import ModelSection, SparsitySection
 from nmexport.runtimes import native, onnxruntime_opening
 from nmexport.runtimes.cuda_model import CudaModel
@@ -21,16 +18,17 @@ from nmexport.runtimes.onnxruntime_opening import EXTERNAL_DATA_FOLDER, session_
 from nmexport.runtimes.onnxruntime_session import OrtSession
 from nmexport.selection import Selection
 from nmexport.stages import engine, rewriting, storing
-from nmexport.store.work_directory import WorkDirectory
 
 import onnxruntime
 from tests.stages.test_engine import RECIPE
+from tests.support.pipelines import pipeline_in
 from tests.support.tiny import VOCABULARY, save_tiny_model
 
 if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
+    from nmexport.pipeline import Pipeline
     from nmexport.runtimes.engine import Engine, Side
 
 TOLERANCE = {"stored": 0.01, "sparse": 0.4}
@@ -52,12 +50,10 @@ def on_gpu() -> Any:
 
 def pipeline(work: Path, model: Path, **section: str) -> Pipeline:
     given = ModelSection(id="tiny", **{"dtype": "float16", "weights": "int8", **section})
-    return Pipeline(
-        recipe=RECIPE.model_copy(update={"model": given, "sparsity": SPARSITY}),
-        source=ModelSource(id="tiny", revision=None, folder=model, gguf_file=None, digest="2" * 64),
-        environment=probe(),
-        work=WorkDirectory(work),
-        progress=Silent(),
+    return pipeline_in(
+        work,
+        RECIPE.model_copy(update={"model": given, "sparsity": SPARSITY}),
+        ModelSource(id="tiny", revision=None, folder=model, gguf_file=None, digest="2" * 64),
     )
 
 

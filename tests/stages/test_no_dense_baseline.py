@@ -6,11 +6,8 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
-from nmexport.environment import probe
 from nmexport.errors import ArtifactError
 from nmexport.models.source import ModelSource
-from nmexport.pipeline import Pipeline
-from nmexport.progress import Silent
 from nmexport.recipe import GatesSection, ModelSection
 from nmexport.report.model import json_of
 from nmexport.runtimes.opening import open_session
@@ -21,6 +18,7 @@ from nmexport.verification import alone
 
 from tests.report.test_pages import FIXED, assert_has_keys
 from tests.stages.test_engine import RECIPE
+from tests.support.pipelines import pipeline_in
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,9 +36,7 @@ def built(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> WorkDir
     source = ModelSource(
         id="tiny", revision=None, folder=tiny_llama, gguf_file=None, digest="1" * 64
     )
-    Pipeline(recipe=recipe, source=source, environment=probe(), work=work, progress=Silent()).run(
-        Selection()
-    )
+    pipeline_in(work.root, recipe, source).run(Selection())
     return work
 
 

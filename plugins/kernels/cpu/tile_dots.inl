@@ -199,25 +199,29 @@ void multiplyTiles(const TileDots& dots, std::size_t block, std::size_t token, s
     }
 }
 
-// All tokens, in tiles of nearly equal size.
+// Tokens of the next tile: as many as fit, unless that leaves one or two, which load as many
+// vectors of W for fewer sums.
+inline std::size_t tileTokens(std::size_t left) {
+    constexpr std::size_t kMOST = kTILE_TOKENS;
+    if (left >= kMOST && (kMOST < 4 || left == kMOST || left > kMOST + 2)) return kMOST;
+    if (left >= 4 && kMOST >= 4) return 4;
+    return left >= 2 ? 2 : 1;
+}
+
 template <IntegerFormat kFORMAT>
 void multiplyStep(const TileDots& dots, std::size_t block, std::size_t step) {
-    std::size_t t = 0;
-    while (t < dots.tokens) {
-        const int left = static_cast<int>(dots.tokens - t);
-        if (left >= kTILE_TOKENS && left != kTILE_TOKENS + 1) {
+    for (std::size_t t = 0; t < dots.tokens;) {
+        const std::size_t tokens = tileTokens(dots.tokens - t);
+        if (tokens == kTILE_TOKENS) {
             multiplyTiles<kFORMAT, kTILE_TOKENS>(dots, block, t, step);
-            t += static_cast<std::size_t>(kTILE_TOKENS);
-        } else if (left >= 4) {
+        } else if (tokens == 4) {
             multiplyTiles<kFORMAT, 4>(dots, block, t, step);
-            t += 4;
-        } else if (left >= 2) {
+        } else if (tokens == 2) {
             multiplyTiles<kFORMAT, 2>(dots, block, t, step);
-            t += 2;
         } else {
             multiplyTiles<kFORMAT, 1>(dots, block, t, step);
-            t += 1;
         }
+        t += tokens;
     }
 }
 

@@ -19,7 +19,6 @@ from nmexport.errors import ArtifactError, EnvironmentFault, InternalError, Reci
 from nmexport.graph.contract import op_contract
 from nmexport.graph.tensorrt import PLUGIN_VERSION, for_tensorrt
 from nmexport.models.source import ModelSource
-from nmexport.pipeline import Pipeline
 from nmexport.progress import Silent
 from nmexport.recipe import EngineSection, EvaluationSection, LatencySection, ModelSection, Recipe
 from nmexport.runtimes import opening
@@ -39,10 +38,10 @@ from nmexport.selection import Selection
 from nmexport.serving import triton_config
 from nmexport.stages import engine
 from nmexport.stages.inputs import StageInputs
-from nmexport.store.work_directory import WorkDirectory
 from onnx import TensorProto, helper, numpy_helper
 
 from tests.support.exported import export_folder
+from tests.support.pipelines import pipeline_in
 from tests.support.tiny import FAMILIES, save_tiny_model
 
 if TYPE_CHECKING:
@@ -291,13 +290,7 @@ def test_a_plan_of_what_would_run_says_it_too(
     source = ModelSource(
         id="tiny", revision=None, folder=tiny_llama, gguf_file=None, digest="1" * 64
     )
-    pipeline = Pipeline(
-        recipe=RECIPE.model_copy(update={"engine": section}),
-        source=source,
-        environment=probe(),
-        work=WorkDirectory(tmp_path / "w"),
-        progress=Silent(),
-    )
+    pipeline = pipeline_in(tmp_path / "w", RECIPE.model_copy(update={"engine": section}), source)
     with pytest.raises(RecipeError, match="does not run on compute capability 9"):
         pipeline.plan(Selection(last="engine"))
     assert not (tmp_path / "w").exists()
