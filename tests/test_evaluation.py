@@ -204,7 +204,7 @@ def test_the_help_shows_the_command_for_several_gpus() -> None:
 def test_the_other_processes_stay_silent(
     work: WorkDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluation, "launched", lambda: Share(rank=1, processes=2))
+    monkeypatch.setattr(evaluation, "read_launch", lambda: Share(rank=1, processes=2))
     monkeypatch.setattr(evaluation, "_gather", lambda scores, share: scores)
     done = CliRunner().invoke(cli, ["evaluate", "--work", str(work.root)])
     assert (done.exit_code, done.stdout) == (0, "")
