@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,15 +10,14 @@ import pytest
 import torch
 from nmexport.models.loader import load_model
 from nmexport.models.source import resolve
-from nmexport.models.stored_rows import rounded_rows
 from nmexport.runtimes import native
 from nmexport.sparsity.quantisation import dequantised
 from nmexport.sparsity.targets import linears_of
-from nmexport.stages import exporting, fold
+from nmexport.stages import fold
 from nmexport.verification.reference import open_dense, open_folded
 
 from tests.stages.test_fold import calibrated, folded, recipe_of
-from tests.support.exported import onnx_logits
+from tests.support.exported import export_stored, onnx_logits
 from tests.support.tiny import VOCABULARY
 
 if TYPE_CHECKING:
@@ -119,11 +117,7 @@ def exported(
     artifact: fold.Artifact, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     output = tmp_path_factory.mktemp("export")
-    model = load_model(resolve(recipe_of(tiny_llama).model))
-    traced = exporting.trace_model(model, [layer.name for layer in artifact.linears])
-    rows = functools.partial(rounded_rows, model, traced.read)
-    stored = exporting.Stored(rows, artifact.dense_tensors)
-    exporting.write_models(traced, artifact.linears, artifact.tensors, output, stored=stored)
+    export_stored(artifact, recipe_of(tiny_llama).model, output)
     return output
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from dataclasses import dataclass
@@ -11,12 +12,13 @@ import numpy as np
 import torch
 from nmexport.models.loader import load_model
 from nmexport.models.source import resolve
+from nmexport.models.stored_rows import rounded_rows
 from nmexport.models.swap import replace_linears
 from nmexport.recipe import ModelSection
 from nmexport.sparsity.fold import fold
 from nmexport.sparsity.linear import Behaviour, Constants, SparseLinear
 from nmexport.sparsity.pattern import NMPattern
-from nmexport.stages.exporting import trace_model, write_models
+from nmexport.stages.exporting import Stored, trace_model, write_models
 from nmexport.store.layers import LayerSpec
 from torch import nn
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    from nmexport.stages import fold as fold_stage
     from nmexport.stages.exporting import TracedModel
     from transformers import PreTrainedModel
 
@@ -122,6 +125,15 @@ def export_folder(
         sparse, {name: SparseLinear(behaviour, tensors) for name, tensors in folded.items()}
     )
     return Exported(output, dense, sparse, folded)
+
+
+def export_stored(artifact: fold_stage.Artifact, section: ModelSection, output: Path) -> None:
+    """Export what fold has stored in integers, with the embedding and dense linears that it has."""
+    model = load_model(resolve(section))
+    traced = trace_model(model, [layer.name for layer in artifact.linears])
+    rows = functools.partial(rounded_rows, model, traced.read)
+    stored = Stored(rows, artifact.dense_tensors)
+    write_models(traced, artifact.linears, artifact.tensors, output, stored=stored)
 
 
 def _digest(

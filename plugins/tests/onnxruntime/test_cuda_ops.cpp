@@ -49,6 +49,14 @@ struct Linear {
         node.attributes = {{"n", 8}, {"m", 16}, {"dynamic_shift", 0}, {"variance_correction", 0}};
         node.inputs = {&x, &w, nullptr, &shift, nullptr, &scale, &order, nullptr, &valueScale};
     }
+    // Sparse in single tokens alone; the others have a scale, and a bias of their own or none.
+    void sparsifyDecode(bool hasDenseBias) {
+        node.texts["phase"] = "decode";
+        node.inputs.resize(12);
+        node.inputs[2] = &bias;
+        node.inputs[10] = &denseScale;
+        node.inputs[11] = hasDenseBias ? &denseBias : nullptr;
+    }
     std::unique_ptr<Kernel> kernel() const {
         return makeCudaLinearKernel(fakeApi(), node.info(), ElementType::kFLOAT32,
                                     storedTypesFor(ElementType::kFLOAT32).front());
@@ -162,11 +170,7 @@ void aPhaseLeavesTokensDense() {
     for (const bool hasDenseBias : {false, true}) {
         reset();
         Linear linear(7);
-        linear.node.texts["phase"] = "decode";
-        linear.node.inputs.resize(12);
-        linear.node.inputs[2] = &linear.bias;
-        linear.node.inputs[10] = &linear.denseScale;
-        linear.node.inputs[11] = hasDenseBias ? &linear.denseBias : nullptr;
+        linear.sparsifyDecode(hasDenseBias);
         EXPECT(refusal(linear).empty());
         EXPECT(
             (launches().order == std::vector<std::string>{"scratch", "mask", "product", "free"}));
@@ -178,10 +182,7 @@ void aPhaseLeavesTokensDense() {
     }
     reset();
     Linear linear(1);
-    linear.node.texts["phase"] = "decode";
-    linear.node.inputs.resize(12);
-    linear.node.inputs[2] = &linear.bias;
-    linear.node.inputs[11] = &linear.denseBias;
+    linear.sparsifyDecode(true);
     EXPECT(refusal(linear).empty());
     EXPECT(launches().decodes.at(0).bias == linear.bias.bytes.data());
     EXPECT(launches().decodes.at(0).selection.n == 8);
