@@ -86,6 +86,7 @@ class Sparsity:
 
     linears: int | None = None
     sparsified: int | None = None
+    """Linears whose pattern drops channels."""
     achieved: float | None = None
     layers: tuple[LayerSparsity, ...] = ()
     protocol: str | None = None

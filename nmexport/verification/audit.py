@@ -267,7 +267,7 @@ def sparsity(
     kept_in_all = sum(row.kept for row in rows)
     total_of_all = sum(row.total for row in rows)
     return Sparsity(
-        sparsified=len(layers),
+        sparsified=sum(layer.pattern.n < layer.pattern.m for layer in layers),
         achieved=1 - kept_in_all / total_of_all if total_of_all else None,
         layers=tuple(rows),
         protocol=PROTOCOL,

@@ -191,6 +191,15 @@ def test_no_counted_token_is_no_sparsity() -> None:
     assert report.layers[0].achieved is None
 
 
+def test_a_linear_that_keeps_every_channel_is_not_sparsified() -> None:
+    """A budget stores some linears in integers and leaves them dense."""
+    dense = _layer(name="dense", pattern=NMPattern(2, 2))
+    counts = {"lm_head": (8, 16), "dense": (16, 16)}
+    report = audit.sparsity([_layer(), dense], counts, dict.fromkeys(counts))
+    assert report.sparsified == 1
+    assert len(report.layers) == 2
+
+
 # -- memory ----------------------------------------------------------------------------------------
 
 
