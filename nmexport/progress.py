@@ -152,7 +152,7 @@ def busy(progress: Progress, label: str) -> Iterator[None]:
 
 
 def length_of(items: object) -> int | None:
-    """Return how many items there are, where that is known beforehand."""
+    """Return the number of items, or None where they cannot be counted beforehand."""
     length = getattr(items, "__len__", None)
     return int(length()) if length is not None else None
 

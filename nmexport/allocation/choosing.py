@@ -57,10 +57,10 @@ def choose(study: Study, budget: BudgetSection, *, relief: float = 1.0) -> Chose
     pick, plain = _pick_within(study, budget, relief), None
     if study.is_mixed:
         plain = _pick_within(study, budget, relief, among=is_dense)
-    found = [one for one in (plain, pick) if one is not None and study.departs(one)]
-    if not found:
+    candidates = [each for each in (plain, pick) if each is not None and study.departs(each)]
+    if not candidates:
         raise _out_of_reach(study, budget)
-    best = found[0] if len(found) == 1 else min(found, key=cost)
+    best = candidates[0] if len(candidates) == 1 else min(candidates, key=cost)
     return Chosen(best, plain)
 
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from nmexport.store.allocation import Choice
 
     Trials = Mapping[Site, Mapping[Choice, "SparseInput | RoundedSite"]]
-    """What is tried of each site, by choice."""
+    """Trials of each site, by choice."""
 
 # Log-probabilities of the dense model that are kept, all windows together.
 _REFERENCE_BYTES = 768 << 20

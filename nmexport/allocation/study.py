@@ -216,9 +216,9 @@ class Study:
 
     def uniform(self, choice: Choice) -> Pick:
         """Pick one choice for all sites that have it; the others stay dense, in its weights."""
-        whole = next((one for one in self.whole if one.weights == choice.weights), self.finest)
+        whole = next((each for each in self.whole if each.weights == choice.weights), self.finest)
         return {
-            site: next((one for one in (choice, whole) if one in row), self.finest)
+            site: next((each for each in (choice, whole) if each in row), self.finest)
             for site, row in self.table.items()
         }
 

@@ -81,7 +81,7 @@ class Storage(Keeping):
     """How weights are rounded to integers."""
 
     forms: Mapping[str, WeightForm]
-    """What each linear is stored in, by name; one that is not named stays float."""
+    """The stored form of each linear, by name; linears without an entry stay float."""
 
     def is_balanced(self, name: str, channels: int) -> bool:
         """Tell whether a linear's operand and weight are both rounded with 8 bits and no groups.

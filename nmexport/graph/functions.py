@@ -426,13 +426,16 @@ def _with_additions(signature: Signature) -> list[str]:
         ]
         total = "unshifted"
     if signature.has("bias") or signature.has("dense_bias"):
-        lines += [*_addend(signature), f"biased = Add ({total}, addend)"]
+        lines += [*addend_steps(signature), f"biased = Add ({total}, addend)"]
         total = "biased"
     return [*lines, f"Y = CastLike ({total}, X)"]
 
 
-def _addend(signature: Signature) -> list[str]:
-    """`bias` and `dense_bias`, either of which may be absent -> `addend [O]` or a scalar."""
+def addend_steps(signature: Signature) -> list[str]:
+    """`bias` and `dense_bias`, either of which may be absent -> `addend [O]` or a scalar.
+
+    Needs `is_dense` where the phase is not `all`.
+    """
     if signature.phase == "all":
         return ["addend = Cast <to: int = 1> (bias)"]
     absent = "Constant <value_float: float = 0.0> ()"

@@ -12,19 +12,21 @@ Both keep the linear's phase: tokens that it leaves dense are gathered alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
 from nmexport.graph.contract import op_contract
-from nmexport.graph.functions import Signature, is_dense_steps, prune_steps, weight_steps
+from nmexport.graph.functions import (
+    Signature,
+    addend_steps,
+    is_dense_steps,
+    prune_steps,
+    weight_steps,
+)
 from nmexport.graph.fused import FUSED, add_function
 from nmexport.graph.matching import int_attribute, static_size
 from nmexport.graph.rewriting import take_place
 from nmexport.graph.versions import OPSET
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 _DOMAIN = op_contract().domain
 _INPUTS = [spec.name for spec in op_contract().ops["NMLinear"].inputs]
@@ -119,10 +121,6 @@ def _phase_of(node: ir.Node) -> str:
     return "all" if phase is None else phase.as_string()
 
 
-def _overload(present: Sequence[str], phase: str) -> str:
-    return "_".join([*present, *([phase] if phase != "all" else [])]) or "plain"
-
-
 def _prune(model: ir.Model, node: ir.Node, selection: _Selection) -> None:
     readers = [use.node for use in node.outputs[0].uses()]
     pattern = [
@@ -135,7 +133,9 @@ def _prune(model: ir.Model, node: ir.Node, selection: _Selection) -> None:
         f"Pruned{node.op_type}",
         [*node.inputs, *selection.constants],
         [*node.attributes.values(), *pattern],
-        overload=_overload(selection.present, selection.phase),
+        overload=Signature(
+            op_type="NMPrune", optional_inputs=selection.present, phase=selection.phase
+        ).overload,
         num_outputs=len(node.outputs),
         name=node.name,
     )
@@ -151,52 +151,36 @@ def _multiply_kept_rows(model: ir.Model, node: ir.Node) -> None:
     inputs = [given.get(name) for name in _PRODUCT]
     while inputs[-1] is None:
         inputs.pop()
-    phase = _phase_of(node)
-    overload = _overload(present, phase)
+    signature = Signature(op_type="NMLinear", optional_inputs=present, phase=_phase_of(node))
     linear = ir.Node(
         FUSED,
         "SparseLinear",
         inputs,
-        [ir.AttrString("phase", phase)],
-        overload=overload,
+        [ir.AttrString("phase", signature.phase)],
+        overload=signature.overload,
         name=node.name,
     )
     linear.metadata_props.update(node.metadata_props)
     take_place(model.graph, [node], linear, node.outputs)
-    _add_sparse_linear(model, overload, present, phase)
+    _add_sparse_linear(model, signature)
 
 
-def _add_sparse_linear(model: ir.Model, overload: str, present: Sequence[str], phase: str) -> None:
+def _add_sparse_linear(model: ir.Model, signature: Signature) -> None:
     """A body of: the product with W, dequantised where it is stored, and a bias, in float32."""
-    weight = tuple(name for name in present if name.startswith("weight_"))
+    has_bias = signature.has("bias") or signature.has("dense_bias")
     steps = [
-        *weight_steps(Signature(op_type="NMLinear", optional_inputs=weight)),
+        *weight_steps(signature),
         "operand = Cast <to: int = 1> (S)",
         "product = MatMul (operand, w)",
-        *_bias_steps(present, phase),
-        "total = Add (product, added)",
-        "Y = CastLike (total, S)",
     ]
+    if has_bias and signature.phase != "all":
+        steps += is_dense_steps(signature.phase, "S")
+    if has_bias:
+        steps += [*addend_steps(signature), "total = Add (product, addend)"]
+    steps.append(f"Y = CastLike ({'total' if has_bias else 'product'}, S)")
     body = "{\n" + "\n".join(steps) + "\n}"
     header = f"SparseLinear <phase> ({', '.join(['S', 'W', *_OPTIONAL])}) => (Y)"
-    add_function(model, f"{_HEADER}{header} {body}", overload=overload)
-
-
-def _bias_steps(present: Sequence[str], phase: str) -> list[str]:
-    """`added`: the bias of sparse tokens, or of those that `phase` leaves dense."""
-    zero = "Constant <value_float: float = 0.0> ()"
-    float_of = {
-        name: f"Cast <to: int = 1> ({name})" if name in present else zero
-        for name in ("bias", "dense_bias")
-    }
-    if phase == "all":
-        return [f"added = {float_of['bias']}"]
-    return [
-        *is_dense_steps(phase, "S"),
-        f"sparse_bias = {float_of['bias']}",
-        f"prompt_bias = {float_of['dense_bias']}",
-        "added = Where (is_dense, prompt_bias, sparse_bias)",
-    ]
+    add_function(model, f"{_HEADER}{header} {body}", overload=signature.overload)
 
 
 def _add_pruned_function(

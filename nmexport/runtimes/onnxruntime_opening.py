@@ -24,7 +24,7 @@ RUNTIME = f"onnxruntime {onnxruntime.__version__}"
 """The runtime's name in reports."""
 _PROVIDERS: Mapping[Provider, list[Any]] = {
     "cpu": ["CPUExecutionProvider"],
-    # What a device lacks a kernel for falls to the CPU. No TF32: parity is judged in float32.
+    # Nodes without a CUDA kernel run on the CPU. No TF32: parity is judged in float32.
     "cuda": [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"],
 }
 _RECORDING = [

@@ -1,4 +1,4 @@
-"""Notices that a server is told to stop, and reads how long it may drain.
+"""Catches the signal that stops a server, and reads how long it may drain.
 
 Triton tells its Python models nothing while HTTP connections are open: it waits for those, and if
 they outlast its exit timeout it ends with an error and leaves shared memory behind. So the signal

@@ -139,6 +139,6 @@ def _dense_phase_possible(mitigations: Sequence[str], phases: str) -> None:
             f"Mitigation {given[0]} cannot be used with phases {phases}: it changes the folded "
             f"weight, and {other}, which stays dense, needs it as it is.",
             allowed=f"{given[0]} with --phases all; with {phases}, "
-            + ", ".join(one.name for one in MITIGATIONS.values() if not one.changes_weight),
+            + ", ".join(name for name, each in MITIGATIONS.items() if not each.changes_weight),
             fix=f"drop {', '.join(given)}, or use --phases all",
         )

@@ -69,7 +69,7 @@ def test_steps_are_the_same_bits_from_run_to_run(exported: Exported, side: str):
 @pytest.mark.parametrize("batch", [2, 4, 8])
 @pytest.mark.parametrize("side", ["model", "dense_model"])
 def test_what_neighbours_hold_changes_no_bit(exported: Exported, side: str, batch: int):
-    """Of a batch of one size; the number of rows chooses kernels, see plugins/bench/cuda."""
+    """The batch size stays fixed: it chooses the kernels, see plugins/bench/cuda."""
     with opened(getattr(exported, side)) as session:
 
         def text(seed: int) -> np.ndarray:

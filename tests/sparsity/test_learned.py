@@ -243,7 +243,7 @@ def test_every_token_is_learned_from_as_one_that_the_phase_includes() -> None:
     decoding = replace(behaviour, phase="decode")
     always = disturbed(LearnedLinear(linear, behaviour, calibrated(behaviour), spread=SPREAD))
     decoded = LearnedLinear(linear, decoding, calibrated(decoding), spread=SPREAD)
-    # Where a phase stays dense the scale belongs to the site, and has another place.
+    # With a dense phase the site owns the scale, so the parameter has another path.
     learned = {name.rsplit(".")[-1]: value for name, value in always.named_parameters()}
     for name, parameter in decoded.named_parameters():
         parameter.data.copy_(learned[name.rsplit(".")[-1]])

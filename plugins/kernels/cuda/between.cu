@@ -50,7 +50,7 @@ bool isWhole(Selection const& selection) {
            selection.shift == nullptr;
 }
 
-//! Whether a row leaves as it is.
+//! True if the row is written unchanged.
 bool isUntouched(Selection const& selection) {
     return isWhole(selection) && selection.channelOrder == nullptr;
 }

@@ -37,7 +37,7 @@ __device__ __forceinline__ uint32_t queuePair(WarpScratch<TOKENS, RING>* scratch
     return tail + __popc(lows) + __popc(highs);
 }
 
-//! What the two selectors of groups of 16 share: two neighbouring positions per lane, 64 per step,
+//! Shared by the two selectors of groups of 16: two neighbouring positions per lane, 64 per step,
 //! keys exchanged by shuffles, no shared memory before the queue.
 //!
 //!   lane       0      1    ...   7    |  8     9    ...        16 ...        24 ...

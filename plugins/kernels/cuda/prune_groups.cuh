@@ -55,8 +55,8 @@ __device__ __forceinline__ void storeGroups(T* row, Group const& group, int32_t 
     }
 }
 
-// What ranks and drops in one group of one or two rows: a lane makes one for its group, and prunes
-// row after row with it.
+// Pruners of one group in one or two rows: a lane makes one for its group and reuses it row after
+// row.
 
 //! Nothing is dropped.
 template <typename T>

@@ -183,7 +183,7 @@ class KeptRows {
     uint32_t mWords[1 + AHEAD][Shape::TOKENS];  //!< of the chunk to append next, and behind it
 };
 
-//! Where a lane reads in every row, and its place in a product.
+//! The columns that a lane reads of every row, and its place in a product.
 struct StoredLane {
     unsigned char const* w;  //!< W at the lane's first column
     int32_t rowBytes;

@@ -488,7 +488,7 @@ void phasesKeepOtherTokensDense() {
     }
 }
 
-// What selection takes is for the tokens that the phase includes; the others have their own two.
+// Selection's constants serve tokens inside the phase; tokens outside it have their own two.
 void tokensOutsideThePhaseTakeTheirOwnConstants() {
     const std::vector<Tensor> tensors{
         {{1, 7, 32}, kHALF},      {{32, 48}, kHALF}, {{48}, kHALF},  {{32}, kFLOAT}, {{32}, kFLOAT},
